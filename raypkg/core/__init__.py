@@ -1,0 +1,1 @@
+"""Foundations without torch: errors, registry, settings, seeds."""

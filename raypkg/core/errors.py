@@ -1,0 +1,23 @@
+"""Errors that a user can mend: one line that says what, the value, what is allowed and the nearest match."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; the CLI prints its one line and exits with code 2."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
+    """Build the error for a name that is not among the allowed ones.
+
+    >>> str(unknown("model", "resnt20", ["mlp", "resnet20"]))
+    "unknown model 'resnt20', did you mean 'resnet20'? Allowed: mlp, resnet20"
+    """
+    allowed = sorted(allowed)
+    match = get_close_matches(name, allowed, n=1, cutoff=0.5)
+    hint = f", did you mean {match[0]!r}?" if match else "."
+    return UserError(f"unknown {kind} {name!r}{hint} Allowed: {', '.join(allowed) or 'none'}")

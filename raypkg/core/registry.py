@@ -1,0 +1,137 @@
+"""Name → function, found by scanning a folder: an addition is one file and no edit elsewhere.
+
+The keyword-only part of a registered function's signature is its schema: names, types, ranges
+(``Annotated[float, Field(gt=0)]``) and defaults. Its docstring's first line is the help text.
+"""
+
+import importlib
+import inspect
+import os
+import pkgutil
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, create_model
+
+from .config import Settings, validate
+from .errors import UserError, unknown
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered function with its citation and the keywords that its caller supplies."""
+
+    name: str
+    function: Callable[..., Any]
+    source: str
+    given: tuple[str, ...]
+
+    @property
+    def help(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @cached_property
+    def schema(self) -> type[BaseModel]:
+        """The options a user may set: the keyword-only parameters that the caller does not supply."""
+        hints = typing.get_type_hints(self.function, include_extras=True)
+        fields: dict[str, Any] = {}
+        for parameter in inspect.signature(self.function).parameters.values():
+            if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name in self.given:
+                continue
+            if parameter.name not in hints or parameter.default is parameter.empty:
+                where = inspect.getsourcefile(self.function)
+                raise UserError(f"{self.name}: option {parameter.name!r} needs a type and a default (in {where})")
+            fields[parameter.name] = (hints[parameter.name], parameter.default)
+        return create_model(self.name, __base__=Settings, **fields)
+
+    def options(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the user's options, checked and converted by the schema."""
+        return dict(validate(self.schema, values, prefix=f"{self.name} option "))
+
+    def __call__(self, *arguments: Any, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
+        """Call the function with the user's options and those supplied keywords that it declares."""
+        declared = inspect.signature(self.function).parameters
+        supplied = {name: value for name, value in given.items() if name in declared}
+        return self.function(*arguments, **supplied, **self.options(options or {}))
+
+
+class Registry:
+    """The functions of one kind; ``@kind(name, source=…)`` adds one, ``kind[name]`` finds it.
+
+    Args:
+        kind: what the entries are, for error messages ("model").
+        package: the package whose modules are imported at the first look-up.
+        given: keywords that callers supply and users cannot set ("rng").
+    """
+
+    def __init__(self, kind: str, package: str, given: tuple[str, ...] = ()):
+        self.kind, self.package, self.given = kind, package, given
+        self._entries: dict[str, Entry] = {}
+
+    def __call__(self, name: str, *, source: str = "") -> Callable[[F], F]:
+        """Register the decorated function; its signature is checked at once."""
+
+        def register(function: F) -> F:
+            taken = self._entries.get(name)
+            if taken and taken.function.__module__ != function.__module__:
+                raise UserError(f"{self.kind} {name!r} is registered twice, in {taken.function.__module__}"
+                                f" and {function.__module__}")
+            self._entries[name] = self._entry(name, function, source)
+            return function
+
+        return register
+
+    def _entry(self, name: str, function: Callable[..., Any], source: str) -> Entry:
+        entry = Entry(name, function, source, self.given)
+        entry.schema  # noqa: B018 - a bad signature fails at registration, not at first use
+        return entry
+
+    @cached_property
+    def entries(self) -> Mapping[str, Entry]:
+        """All entries by name, after importing every module of the package."""
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        return dict(sorted(self._entries.items()))
+
+    def __getitem__(self, name: str) -> Entry:
+        """Find an entry by name, or import the user's own ``package.module:function``."""
+        head, _, _ = name.partition(":")
+        if head in self.entries:
+            return self.entries[head]
+        if ":" in name:
+            return self._entry(name, self._imported(name), "user code")
+        raise unknown(self.kind, name, self.entries)
+
+    def _imported(self, name: str) -> Callable[..., Any]:
+        module, _, attribute = name.partition(":")
+        if os.getcwd() not in sys.path:  # a console script does not see the working folder by itself
+            sys.path.append(os.getcwd())
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if error.name and module.startswith(error.name):
+                raise unknown(f"{self.kind} or module", name, self.entries) from None
+            raise UserError(f"{self.kind} {name!r}: its module needs {error.name!r}, which is not installed") from error
+        except (AttributeError, ValueError):
+            raise UserError(f"{self.kind} {name!r}: module {module!r} has no {attribute!r}") from None
+        if not callable(found):
+            raise UserError(f"{self.kind} {name!r} is a {type(found).__name__}, not a function")
+        return found
+
+
+def argument(name: str) -> str:
+    """Return what follows the colon of a name like ``parquet:PATH``, or an empty string.
+
+    >>> argument("parquet:/data/cifar10"), argument("digits")
+    ('/data/cifar10', '')
+    """
+    return name.partition(":")[2]
