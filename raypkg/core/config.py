@@ -38,13 +38,15 @@ class Named(Settings):
 S = TypeVar("S", bound=Settings)
 
 
-def load(schema: type[S], file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> S:
-    """Build settings from defaults, an optional TOML file and dotted overrides, the later the stronger.
+def load(
+    schema: type[S], base: Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+) -> S:
+    """Build settings from defaults, a TOML file (or what was read from one) and dotted overrides.
 
     Raises:
         UserError: unreadable or malformed file, unknown key, wrong type, value out of range.
     """
-    values = _read(file) if file else {}
+    values = read_toml(base) if isinstance(base, Path) else dict(base or {})
     for name, value in (overrides or {}).items():
         _place(values, name.split("."), value)
     return validate(schema, values)
@@ -88,13 +90,24 @@ def to_toml(settings: Settings) -> str:
     return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UserError: it cannot be read, or is not TOML.
+    """
     try:
-        return tomllib.loads(Path(file).read_text())
+        return parse_toml(file.read_text(), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the settings file {str(file)!r}: {getattr(error, 'strerror', error)}") from None
+
+
+def parse_toml(text: str, origin: str) -> dict[str, Any]:
+    """Read TOML; ``origin`` names it in the error."""
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{str(file)!r} is not valid TOML: {error}") from None
+        raise UserError(f"{origin!r} is not valid TOML: {error}") from None
 
 
 def _place(values: dict[str, Any], path: list[str], value: Any) -> None:

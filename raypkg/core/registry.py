@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, create_model
+from pydantic import create_model
 
 from .config import Settings, validate
 from .errors import UserError, unknown
-
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,10 +35,15 @@ class Entry:
     @property
     def help(self) -> str:
         """The first line of the function's docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        return self.text.partition("\n")[0]
+
+    @property
+    def text(self) -> str:
+        """The function's whole docstring, for a help page."""
+        return inspect.getdoc(self.function) or ""
 
     @cached_property
-    def schema(self) -> type[BaseModel]:
+    def schema(self) -> type[Settings]:
         """The options a user may set: the keyword-only parameters that the caller does not supply."""
         hints = typing.get_type_hints(self.function, include_extras=True)
         fields: dict[str, Any] = {}
@@ -52,14 +56,18 @@ class Entry:
             fields[parameter.name] = (hints[parameter.name], parameter.default)
         return create_model(self.name, __base__=Settings, **fields)
 
+    @property
+    def declares(self) -> set[str]:
+        """Those of the keywords that callers supply which the function takes."""
+        return set(self.given) & set(inspect.signature(self.function).parameters)
+
     def options(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the user's options, checked and converted by the schema."""
         return dict(validate(self.schema, values, prefix=f"{self.name} option "))
 
     def __call__(self, *arguments: Any, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
         """Call the function with the user's options and those supplied keywords that it declares."""
-        declared = inspect.signature(self.function).parameters
-        supplied = {name: value for name, value in given.items() if name in declared}
+        supplied = {name: value for name, value in given.items() if name in self.declares}
         return self.function(*arguments, **supplied, **self.options(options or {}))
 
 
@@ -82,8 +90,10 @@ class Registry:
         def register(function: F) -> F:
             taken = self._entries.get(name)
             if taken and taken.function.__module__ != function.__module__:
-                raise UserError(f"{self.kind} {name!r} is registered twice, in {taken.function.__module__}"
-                                f" and {function.__module__}")
+                raise UserError(
+                    f"{self.kind} {name!r} is registered twice, in {taken.function.__module__}"
+                    f" and {function.__module__}"
+                )
             self._entries[name] = self._entry(name, function, source)
             return function
 

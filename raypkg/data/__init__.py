@@ -1,5 +1,54 @@
 """Data sources, one file each, and the Split they all return."""
 
-from raypkg.core.registry import Registry
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from raypkg.core.errors import UserError
+from raypkg.core.registry import Registry, argument
+
+if TYPE_CHECKING:
+    from .split import Split
 
 dataset = Registry("dataset", "raypkg.data", given=("split", "cache"))
+
+
+class Data(NamedTuple):
+    """The two splits of a data set, both with the train split's classes, shape and statistics."""
+
+    train: "Split"
+    test: "Split"
+
+
+def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: Path | None = None) -> Data:
+    """Load a data set by name: ``digits``, ``cifar10``, ``parquet:PATH``, ``folder:PATH`` or ``module:function``.
+
+    Args:
+        name: a registered source, with what it needs after the colon, or the user's own function.
+        options: the source's own options.
+        cache: folder of the memory-mapped stores; default ``$EFFRAY_CACHE``, then the user's cache folder.
+
+    Raises:
+        UserError: unknown name or option, unreadable data, or splits that do not belong together.
+    """
+    entry = dataset[name]
+    if "split" not in inspect.signature(entry.function).parameters:
+        raise UserError(f"dataset {name!r}: its function must take a keyword split, which is 'train' or 'test'")
+    root = argument(name) if entry.name in dataset.entries else ""
+    train, test = (entry(root, options=options, split=split, cache=cache) for split in ("train", "test"))
+    _belong_together(name, train, test)
+    return Data(train, replace(test, mean=train.mean, std=train.std))
+
+
+def _belong_together(name: str, train: Any, test: Any) -> None:
+    from .split import Split
+
+    for split in (train, test):
+        if not isinstance(split, Split):
+            raise UserError(f"dataset {name!r} returned a {type(split).__name__}, not a raypkg.data.split.Split")
+    for what in ("shape", "classes"):
+        a, b = getattr(train, what), getattr(test, what)
+        if a != b:
+            raise UserError(f"dataset {name!r}: the splits differ in {what}: train has {a}, test has {b}")

@@ -1,5 +1,56 @@
 """Model families, one file each; every model is ``head(features(x))`` with a linear head."""
 
-from raypkg.core.registry import Registry
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from raypkg.core.errors import UserError
+from raypkg.core.registry import Entry, Registry, argument
+from raypkg.core.seeds import derive
+
+if TYPE_CHECKING:
+    from .classifier import Classifier
 
 model = Registry("model", "raypkg.models", given=("variant",))
+
+
+def build_model(
+    name: str, shape: tuple[int, ...], num_classes: int, *, seed: int, options: Mapping[str, Any] | None = None
+) -> "Classifier":
+    """Build a model for inputs of one shape; its weights are a function of the seed alone.
+
+    Args:
+        name: a registered name, ``torchvision:resnet18``, or the user's own ``package.module:function``, called as
+            ``function(shape, num_classes, **options)`` and returning any ``nn.Module`` that ends in an ``nn.Linear``.
+        shape: of one sample, (C, H, W) or (D,).
+        num_classes: C, at least 2.
+        seed: of the initial weights; the global generator is left as it was.
+        options: the model's own options, checked against its signature.
+
+    Raises:
+        UserError: unknown name or option, a shape that the model cannot take, or a module without a linear head.
+    """
+    import torch
+
+    from .classifier import checked
+
+    entry, shape = model[name], tuple(shape)
+    _check_arguments(entry, name, shape, num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive(seed, "init"))  # torch.manual_seed would seed the GPUs as well
+        module = entry(shape, num_classes, variant=argument(name), options=options)
+        return checked(module, name, shape, num_classes)
+
+
+def _check_arguments(entry: Entry, name: str, shape: tuple[int, ...], num_classes: int) -> None:
+    if num_classes < 2:
+        raise UserError(f"num_classes = {num_classes}: a classifier needs at least 2")
+    if not shape or min(shape) < 1:
+        raise UserError(f"input shape {shape}: one or more positive sizes are needed, (C, H, W) or (D,)")
+    signature = inspect.signature(entry.function)
+    if entry.name != name and "variant" not in signature.parameters:
+        raise UserError(f"model {name!r}: {entry.name!r} takes nothing after a colon")
+    try:
+        signature.bind(shape, num_classes)
+    except TypeError:
+        raise UserError(f"model {name!r} must be callable as function(shape, num_classes), not {signature}") from None

@@ -1,0 +1,8 @@
+"""`effray lipt` as a script, for: ray job submit --working-dir . -- python jobs/lipt.py --dataset digits."""
+
+import sys
+
+from raypkg.cli import main
+
+if __name__ == "__main__":
+    main(["lipt", *sys.argv[1:]])

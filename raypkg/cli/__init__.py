@@ -1,0 +1,27 @@
+"""The command line: ``effray EXPERIMENT`` for every experiment, and what surrounds them."""
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    import click
+
+    from raypkg.core.errors import UserError
+
+    from .commands import effray
+
+    try:
+        sys.exit(effray.main(arguments, prog_name="effray", standalone_mode=False))
+    except UserError as error:
+        _fail(str(error), 2)
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()), error.exit_code)
+    except click.Abort:
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"effray: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,141 @@
+"""All commands. One per experiment, made from its settings; heavy imports stay inside."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raypkg.core.registry import Entry
+from raypkg.experiments import experiment
+
+from .options import ExampleHelp, SettingsCommand, overrides, setting_options
+
+ROOT = os.environ.get("EFFRAY_RUNS", "runs")
+ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
+
+
+class Effray(ExampleHelp, click.Group):
+    """Fixed commands, and one for every file in ``raypkg/experiments``."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Experiments first, then the rest."""
+        return [*experiment.entries, *super().list_commands(context)]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Make the command of an experiment when it is asked for."""
+        if name in experiment.entries:
+            return experiment_command(experiment.entries[name])
+        return super().get_command(context, name)
+
+
+@click.group(cls=Effray, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="effray")
+def effray() -> None:
+    """Gradient-based, data-efficient training on Ray.
+
+    Example:
+        effray lipt
+    """
+
+
+def experiment_command(entry: Entry) -> click.Command:
+    """Make a command from an experiment: its settings are its options, its docstring is its help."""
+    from raypkg.experiments import settings_of
+
+    schema = settings_of(entry)
+
+    def callback(
+        config: str | None, pairs: tuple[str, ...], name: str | None, resume: str | None, root: str, **given: Any
+    ) -> None:
+        from .execute import execute, resume_run
+
+        values = overrides(schema, given, pairs)
+        if resume:
+            resume_run(entry, schema, resume, values, root, refused={"--config": config, "--name": name})
+        else:
+            execute(entry, schema, Path(config) if config else None, values, name, root)
+
+    return SettingsCommand(
+        entry.name,
+        callback=callback,
+        help=entry.text,
+        params=[
+            click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options win over it"),
+            click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
+            click.Option(["--name"], help="of the run; made up from data, model and time when left out"),
+            click.Option(["--resume"], metavar="NAME", help="go on with a stopped run"),
+            click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP),
+            *setting_options(schema),
+        ],
+    )
+
+
+@effray.command(cls=ExampleHelp)
+@click.argument("run")
+@click.option("--root", default=ROOT, show_default=True, help=ROOT_HELP)
+@click.option("--against", metavar="RUN", help="another run whose scores and coreset to compare with")
+def show(run: str, root: str, against: str | None) -> None:
+    """Show a finished or running run: what it cost, what came of it, where its plots are.
+
+    RUN is a name, or a path to a run folder.
+
+    Example:
+        effray lipt --name first && effray show first
+    """
+    from rich.console import Console
+
+    from raypkg.runs.folder import locate
+    from raypkg.runs.show import show as print_run
+
+    console = Console()
+    folder = locate(root, run)
+    print_run(folder, console)
+    if against:
+        from raypkg.runs.compare import compare
+
+        console.print(compare(folder, locate(root, against)), highlight=False)
+
+
+@effray.command(cls=ExampleHelp)
+def methods() -> None:
+    """List everything that can be chosen by name, with its source.
+
+    Example:
+        effray methods
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from raypkg.data import dataset
+    from raypkg.methods.coresets import coreset
+    from raypkg.models import model
+
+    console = Console()
+    for registry in (experiment, coreset, model, dataset):
+        table = Table("name", "what it is", "options", "source", title=registry.kind, title_justify="left")
+        for entry in registry.entries.values():
+            options = ", ".join(f"{name}={field.default}" for name, field in entry.schema.model_fields.items())
+            table.add_row(entry.name, entry.help, options, entry.source)
+        console.print(table)
+
+
+@effray.command(cls=ExampleHelp)
+@click.argument("name")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="an option of the source, such as size=64")
+def data(name: str, pairs: tuple[str, ...]) -> None:
+    """Describe a data set; the first time, import it into the cache.
+
+    NAME is what --dataset takes: digits, cifar10, parquet:PATH, folder:PATH or package.module:function.
+
+    Example:
+        effray data digits
+    """
+    from rich.console import Console
+
+    from raypkg.data import load_data
+    from raypkg.phases.describe import describe
+
+    from .options import parsed_pairs
+
+    Console().print(describe(name, load_data(name, parsed_pairs(pairs))))

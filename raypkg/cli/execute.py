@@ -1,0 +1,86 @@
+"""Running an experiment: settings → run folder → phases → what came of it."""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from raypkg.core.config import Settings, load, parse_toml
+from raypkg.core.errors import UserError
+from raypkg.core.registry import Entry
+from raypkg.runs.folder import RunFolder, create, find
+from raypkg.runs.report import Report
+from raypkg.runs.show import show
+from raypkg.runs.tracking import tracker
+
+CHANGEABLE = ("cluster.", "track.")  # settings that do not alter the result
+
+
+def execute(
+    entry: Entry, schema: type[Settings], config: Path | None, values: Mapping[str, Any], name: str | None, root: str
+) -> None:
+    """Run an experiment in a new run folder; a mistake found before any result leaves no folder behind.
+
+    Raises:
+        UserError: bad settings, or what the experiment raises.
+    """
+    settings = load(schema, config, values)
+    check_names(settings)
+    folder = create(root, entry.name, name, settings)
+    try:
+        _run(entry, settings, folder)
+    except UserError:
+        if not folder.started:
+            folder.storage.delete_folder("")
+        raise
+
+
+def resume_run(
+    entry: Entry, schema: type[Settings], name: str, values: Mapping[str, Any], root: str, refused: Mapping[str, Any]
+) -> None:
+    """Go on with a stopped run; a finished one is only shown.
+
+    Raises:
+        UserError: no such run, or settings that would change its result.
+    """
+    for setting in [*(option for option, value in refused.items() if value), *values]:
+        if not setting.startswith(CHANGEABLE):
+            raise UserError(f"--resume {name} keeps the settings: {setting} cannot change, only cluster.* and track.*")
+    folder = find(root, entry.name, name)
+    stored = parse_toml((folder.storage.read("config.toml") or b"").decode(), f"{folder.storage.root}/config.toml")
+    settings = load(schema, stored, values)
+    if folder.summary:
+        show(folder, Console())
+    else:
+        _run(entry, settings, folder)
+
+
+def check_names(settings: Any) -> None:
+    """Refuse unknown data sets, models and methods, and options they do not have, before anything is made."""
+    from raypkg.data import dataset
+    from raypkg.methods.coresets import coreset
+    from raypkg.models import model
+
+    dataset[settings.dataset.name].options(settings.dataset.options)
+    model[settings.model.name].options(settings.model.options)
+    if hasattr(settings, "select"):
+        coreset[settings.select.method].options(settings.select.options)
+
+
+def _run(entry: Entry, settings: Any, folder: RunFolder) -> None:
+    console = Console()
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
+    logging.basicConfig(format="effray: %(message)s")
+    console.print(f"{entry.name} {folder.name}: {settings.model.name} on {settings.dataset.name}", highlight=False)
+    following = tracker(settings, folder, entry.name)
+    try:
+        with Report(folder, following, console) as report:
+            entry(settings, report=report)
+    except (KeyboardInterrupt, SystemExit):
+        raise UserError(f"interrupted; go on with: effray {entry.name} --resume {folder.name}") from None
+    show(folder, console)
+    if line := following.finish(folder.summary or {}):
+        console.print(line, highlight=False, soft_wrap=True)

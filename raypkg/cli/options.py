@@ -1,0 +1,117 @@
+"""Settings as command-line options: one option per leaf, grouped by part, named as everywhere else."""
+
+import inspect
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import click
+from pydantic.fields import FieldInfo
+
+from raypkg.core.config import Settings, leaves
+from raypkg.core.errors import UserError
+
+
+LAST = ("cluster", "track")  # parts of every experiment come after its own
+
+
+class ExampleHelp(click.Command):
+    """Help that ends with the docstring's example, as written."""
+
+    def format_help_text(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what precedes the example; the options come next."""
+        for paragraph in self._parts()[0].split("\n\n"):
+            formatter.write_paragraph()
+            with formatter.indentation():
+                formatter.write_text(paragraph)
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example."""
+        with formatter.section("Example"):
+            formatter.write(f"{'':2}{self._parts()[1]}\n")
+
+    def _parts(self) -> tuple[str, str]:
+        text, _, example = inspect.cleandoc(self.help or "").partition("Example:")
+        return text.strip(), example.strip()
+
+
+class SettingsCommand(ExampleHelp):
+    """A command whose help groups the options by part."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for the run and one for each part of the settings."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(context):
+            if record := parameter.get_help_record(context):
+                part = parameter.name.partition("__")[0] if "__" in (parameter.name or "") else "run"
+                sections.setdefault(part, []).append(record)
+        for part, records in sorted(sections.items(), key=lambda section: section[0] in LAST):
+            with formatter.section(part):
+                formatter.write_dl(records)
+
+
+def setting_options(schema: type[Settings]) -> Iterable[click.Option]:
+    """Make one option for every leaf but the open ``options`` tables; ``--model`` is short for ``--model.name``."""
+    for name, field in leaves(schema):
+        if name.endswith(".options"):
+            continue
+        names = [f"--{name.removesuffix('.name')}"] if name.endswith(".name") else []
+        yield click.Option(
+            [*names, f"--{name}", name.replace(".", "__")],
+            metavar=_metavar(field),
+            help=f"{field.description or ''}{_default(field)}",
+        )
+
+
+def overrides(schema: type[Settings], given: Mapping[str, Any], pairs: Iterable[str]) -> dict[str, Any]:
+    """Return the dotted settings that the user gave, as options and as ``--set`` pairs, lists split at commas."""
+    values = {name.replace("__", "."): text for name, text in given.items() if text is not None}
+    values |= {name: value for name, value in _split(pairs)}
+    fields = dict(leaves(schema))
+    return {name: _parse(fields[name], value) if name in fields else _value(value) for name, value in values.items()}
+
+
+def parsed_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """Return KEY=VALUE texts as a dictionary of TOML values."""
+    return {name: _value(text) for name, text in _split(pairs)}
+
+
+def _split(pairs: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not (name and equals):
+            raise UserError(f"--set {pair!r} is not of the form KEY=VALUE")
+        yield name.strip(), text.strip()
+
+
+def _parse(field: FieldInfo, text: str) -> Any:
+    if _is_list(field) and not text.startswith("["):
+        return [item for item in text.split(",") if item]
+    return _value(text) if text.startswith(("[", "{")) else text
+
+
+def _value(text: str) -> Any:
+    """Read a TOML value; what is none is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _metavar(field: FieldInfo) -> str:
+    kinds = [kind for kind in (typing.get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
+    if typing.get_origin(field.annotation) is typing.Literal:
+        return "|".join(map(str, kinds))
+    return "LIST" if _is_list(field) else kinds[0].__name__.upper()
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return any(typing.get_origin(kind) is tuple for kind in (field.annotation, *typing.get_args(field.annotation)))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is None:
+        return ""
+    shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+    return f"  [{shown.lower() if isinstance(field.default, bool) else shown}]"

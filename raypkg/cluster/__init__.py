@@ -1,0 +1,1 @@
+"""Everything that knows of Ray: sessions, Ray Train launches, shard actors."""

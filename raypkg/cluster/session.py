@@ -1,0 +1,76 @@
+"""Connecting to Ray, and refusing at once what the cluster cannot give."""
+
+import os
+from dataclasses import dataclass
+
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the default of 2 s delays the end of every phase by as much
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise each line that a worker prints appears twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process fewer
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune is silent only with its old output engine
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+for name, value in ENVIRONMENT.items():  # Ray reads these while it is imported
+    os.environ.setdefault(name, value)
+
+import ray  # noqa: E402
+
+from raypkg.core.errors import UserError  # noqa: E402
+from raypkg.core.settings import Cluster  # noqa: E402
+
+MOST_WORKERS = 8  # chosen by default; more are had by asking
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many workers of which size: settings with the cluster's own numbers filled in."""
+
+    workers: int
+    cpus: int
+    gpus: float
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one worker asks Ray for."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+
+def connect(settings: Cluster) -> None:
+    """Join the running cluster, or start one on this machine.
+
+    Raises:
+        UserError: an address was given and nothing answers there.
+    """
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(address=settings.address or "auto", **quiet)
+    except ConnectionError:
+        if settings.address and settings.address != "local":
+            raise UserError(f"no Ray cluster answers at cluster.address = {settings.address!r}") from None
+        ray.init(address="local", **quiet)
+
+
+def plan(settings: Cluster, most: int | None = None) -> Plan:
+    """Fill in the number and size of workers from what the cluster has.
+
+    Args:
+        settings: ``workers`` and ``gpus_per_worker`` may be left open.
+        most: as many workers as there is work for.
+
+    Raises:
+        UserError: the cluster has fewer CPUs or GPUs than asked for; Ray itself would wait for ever.
+    """
+    have = ray.cluster_resources()
+    cpus, gpus = int(have.get("CPU", 0)), have.get("GPU", 0.0)
+    each = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(gpus > 0)
+    fit = int(gpus // each) if each else cpus // settings.cpus_per_worker
+    workers = settings.workers or max(1, min(fit, MOST_WORKERS, most or MOST_WORKERS))
+    for kind, need, got in (("CPU", workers * settings.cpus_per_worker, cpus), ("GPU", workers * each, gpus)):
+        if need > got:
+            raise UserError(
+                f"{workers} workers need {need:g} {kind}s and the cluster has {got:g}: lower cluster.workers,"
+                f" cluster.{kind.lower()}s_per_worker, or add nodes"
+            )
+    return Plan(workers, settings.cpus_per_worker, each)

@@ -1,0 +1,130 @@
+"""The parts that experiments are set from; one class per part, one field per option, `--help` text beside it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .config import Named, Settings
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Dataset(Named):
+    """What to train on."""
+
+    name: Annotated[str, Field(description="digits, cifar10, parquet:PATH, folder:PATH or package.module:function")] = (
+        "digits"
+    )
+    validation: Annotated[float, Field(ge=0, lt=1, description="share of the training set held out, by seed")] = 0.1
+    augment: Annotated[
+        tuple[str, ...] | None, Field(description="crop, flip, randaugment; the data set's own when left out")
+    ] = None
+
+
+class Model(Named):
+    """What to train."""
+
+    name: Annotated[str, Field(description="resnet20, wrn-16-8, torchvision:NAME or package.module:function")] = (
+        "resnet8"
+    )
+
+
+class Training(Settings):
+    """One training run: length, batches, optimiser and schedule."""
+
+    epochs: Annotated[Count, Field(description="passes over the samples in use")] = 40
+    batch_size: Annotated[Count, Field(description="samples a step, over all workers")] = 128
+    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="update rule")] = "sgd"
+    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD; beta1 of AdamW")] = 0.9
+    nesterov: Annotated[bool, Field(description="Nesterov's form of momentum (SGD)")] = True
+    weight_decay: Annotated[float, Field(ge=0, description="L2 penalty (SGD) or decoupled decay (AdamW)")] = 5e-4
+    schedule: Annotated[
+        Literal["cosine", "multistep", "constant"], Field(description="shape of the learning rate over training")
+    ] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly rising rate")] = 0.0
+    milestones: Annotated[
+        tuple[Share, ...], Field(description="shares of training at which multistep drops the rate tenfold")
+    ] = (0.5, 0.75)
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="of matrix products; auto = bfloat16 where the processor computes in it"),
+    ] = "auto"
+    evaluate_every: Annotated[
+        int, Field(ge=0, description="epochs between looks at the held-out samples; 0 = none")
+    ] = 5
+    compile: Annotated[bool, Field(description="compile the model (minutes at first, faster steps)")] = False
+
+
+class Train(Training):
+    """Training of the main model."""
+
+    sync_bn: Annotated[bool, Field(description="batch statistics over all workers (GPU only)")] = False
+
+
+class Pretrain(Training):
+    """Pre-training of the model whose gradients select the coreset."""
+
+    method: Annotated[
+        Literal["lipt", "dense", "none"],
+        Field(description="lipt = merged sparse models, dense = one model on all samples, none = initial weights"),
+    ] = "lipt"
+    models: Annotated[Count, Field(description="sparse models to merge (lipt)")] = 10
+    shard_fraction: Annotated[
+        Share | None, Field(description="share of the samples in each model's shard (lipt); 1/models when left out")
+    ] = None
+    sparsity: Annotated[
+        Literal["snip", "erk", "none"], Field(description="where the layer-wise densities come from (lipt)")
+    ] = "snip"
+    density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.5
+    merge: Annotated[
+        Literal["masked_mean", "mean", "greedy"], Field(description="how the models become one (lipt)")
+    ] = "masked_mean"
+    randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) on top of the data set's own (lipt)")] = True
+    epochs: Annotated[Count, Field(description="passes of each model over its shard")] = 5
+    batch_size: Annotated[Count, Field(description="samples a step")] = 128
+
+
+class Select(Settings):
+    """Selection of the coreset."""
+
+    method: Annotated[str, Field(description="see `effray methods`, or package.module:function")] = "gradmatch"
+    fraction: Annotated[Share, Field(description="share of the training samples to keep")] = 0.1
+    balanced: Annotated[bool, Field(description="class by class, in proportion to the classes")] = True
+    weighted: Annotated[bool, Field(description="train with the method's sample weights")] = False
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
+
+
+class Cluster(Settings):
+    """Where it runs."""
+
+    workers: Annotated[
+        int | None,
+        Field(
+            ge=0, description="Ray workers; 0 = this process, without Ray; left out = one per GPU or CPU, up to 8"
+        ),
+    ] = None
+    cpus_per_worker: Annotated[Count, Field(description="threads of each worker")] = 1
+    gpus_per_worker: Annotated[
+        float | None, Field(ge=0, description="GPUs of each worker; left out = 1 where the cluster has any")
+    ] = None
+    max_failures: Annotated[int, Field(ge=0, description="how often a phase restarts after a lost worker")] = 3
+    address: Annotated[str | None, Field(description="of a running Ray cluster; left out = found or started")] = None
+
+
+class Track(Settings):
+    """Where metrics go besides the run folder."""
+
+    name: Annotated[Literal["none", "wandb"], Field(description="wandb logs offline when there is no key")] = "none"
+    project: Annotated[str, Field(description="W&B project")] = "effray"
+
+
+class Experiment(Settings):
+    """What every experiment has."""
+
+    seed: Annotated[int, Field(ge=0, description="all randomness follows from it")] = 0
+    dataset: Dataset = Dataset()
+    model: Model = Model()
+    cluster: Cluster = Cluster()
+    track: Track = Track()

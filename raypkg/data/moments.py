@@ -1,0 +1,53 @@
+"""Mean and standard deviation per channel of data that passes by in blocks."""
+
+import numpy as np
+
+
+class Moments:
+    """Running mean and population standard deviation over all axes but the last.
+
+    Blocks are merged by the update of Chan, Golub & LeVeque (1979), in float64:
+    ``M₂ ← M₂ + M₂' + δ²·n·n'/(n + n')`` with ``δ`` the difference of the two means.
+
+    >>> moments = Moments()
+    >>> moments.update(np.array([[0.0, 5.0]])), moments.update(np.array([[2.0, 5.0]]))
+    (None, None)
+    >>> moments.mean, moments.std
+    ((1.0, 5.0), (1.0, 1.0))
+    """
+
+    rows_at_once = 1 << 18  # bounds the float64 copy
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._mean: np.ndarray = np.zeros(1)
+        self._m2: np.ndarray = np.zeros(1)
+
+    def update(self, block: np.ndarray) -> None:
+        """Merge a block [..., C]; uint8 counts in units of 1/255."""
+        rows = block.reshape(-1, block.shape[-1])  # [m, C]
+        for start in range(0, len(rows), self.rows_at_once):
+            self._merge(rows[start : start + self.rows_at_once].astype(np.float64) / _unit(block))
+
+    def _merge(self, rows: np.ndarray) -> None:
+        n, mean = len(rows), rows.mean(0)
+        rows -= mean
+        total, delta = self._n + n, mean - self._mean
+        self._m2 = self._m2 + np.einsum("nc,nc->c", rows, rows) + delta**2 * (self._n * n / total)
+        self._mean = self._mean + delta * (n / total)
+        self._n = total
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """The mean per channel."""
+        return tuple(self._mean.tolist())
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """The standard deviation per channel; 1 for a constant channel, so that dividing by it is harmless."""
+        std = np.sqrt(self._m2 / self._n)
+        return tuple(np.where(std > 0, std, 1.0).tolist())
+
+
+def _unit(block: np.ndarray) -> float:
+    return 255.0 if block.dtype == np.uint8 else 1.0

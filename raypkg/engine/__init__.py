@@ -1,0 +1,1 @@
+"""One short training loop, its hooks, evaluation, costs and data shards; nothing here knows of Ray."""

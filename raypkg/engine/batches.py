@@ -1,0 +1,113 @@
+"""The stream of training batches: a function of the seed alone, whatever the number of workers."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+from raypkg.data.augment import compose, normalize
+from raypkg.data.split import Split
+from raypkg.methods.coreset import Coreset
+
+from .worker import Worker
+
+T = TypeVar("T")
+J = TypeVar("J")
+
+
+class Batch(NamedTuple):
+    """This worker's slice of one step's samples; ``total`` counts the step's samples over all workers."""
+
+    x: Tensor  # [b, C, H, W] or [b, D], float
+    y: Tensor  # [b]
+    weights: Tensor  # [b]
+    indices: Tensor  # [b], positions in the split
+    total: int
+
+
+class Batches:
+    """Shuffled, augmented, normalised batches of a coreset, prepared ahead in a thread.
+
+    An epoch visits every sample once, in ⌈n / batch_size⌉ batches as even as possible, so that no batch is tiny.
+    Order and augmentation are drawn for the whole batch from (seed, epoch) and sliced by rank.
+    """
+
+    def __init__(
+        self, split: Split, coreset: Coreset, batch_size: int, *, seed: int, augment: Sequence[str], worker: Worker
+    ):
+        if min(batch_size, len(coreset)) < worker.world:
+            raise UserError(
+                f"batches of {min(batch_size, len(coreset))} samples cannot be shared by {worker.world} workers:"
+                " lower cluster.workers or use more samples"
+            )
+        self.split, self.coreset, self.batch_size = split, coreset, batch_size
+        self.seed, self.augment, self.worker = seed, compose(augment), worker
+
+    def __len__(self) -> int:
+        return -(-len(self.coreset) // self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield this worker's slice of every batch of an epoch."""
+        order = torch.randperm(len(self.coreset), generator=generator(self.seed, "shuffle", epoch))
+        draws = generator(self.seed, "augment", epoch)
+        jobs = (
+            (positions, torch.rand(len(positions), self.augment.draws, generator=draws))
+            for positions in order.tensor_split(len(self))
+        )
+        return ahead(self._load, jobs)
+
+    def _load(self, job: tuple[Tensor, Tensor]) -> Batch:
+        positions, draws = job
+        mine = slice_of(positions, self.worker)
+        indices = self.coreset.indices[mine]
+        x, y = self.split.batch(indices)
+        x = to_device(x, self.worker.device)
+        x = self.augment(x, to_device(slice_of(draws, self.worker), self.worker.device))
+        return Batch(
+            normalize(x, self.split.mean, self.split.std),
+            to_device(y, self.worker.device),
+            to_device(self.coreset.weights[mine], self.worker.device),
+            indices,
+            len(positions),
+        )
+
+
+def plain_batches(
+    split: Split, indices: Tensor, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (x, y) in the order of the indices, normalised and not augmented, for scores and evaluation."""
+
+    def load(part: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = split.batch(part)
+        return normalize(to_device(x, device), split.mean, split.std), to_device(y, device)
+
+    return ahead(load, indices.split(batch_size))
+
+
+def slice_of(tensor: Tensor, worker: Worker) -> Tensor:
+    """Return this worker's contiguous slice of a tensor, as even as possible."""
+    return tensor.tensor_split(worker.world)[worker.rank]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor without waiting where the device allows it."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def ahead(load: Callable[[J], T], jobs: Iterable[J], depth: int = 2) -> Iterator[T]:
+    """Yield ``load(job)`` in order while a thread works on the next ``depth`` jobs."""
+    with ThreadPoolExecutor(1, "batches") as pool:
+        pending: deque[Future[T]] = deque()
+        for job in jobs:
+            pending.append(pool.submit(load, job))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,0 +1,74 @@
+"""What a phase costs: samples forward and backward, seconds, memory and bytes sent, never seconds alone."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .worker import Worker, peak_memory
+
+
+@dataclass
+class Cost:
+    """The bill of one phase on one worker, or (after ``gathered``) on all of them.
+
+    Attributes:
+        forward: samples that went through a model.
+        backward: samples whose gradient was computed.
+        seconds: on the critical path, which is the slowest worker's.
+        total_seconds: summed over the workers.
+        memory: peak resident bytes of one worker.
+        sent: bytes each worker handed to collectives.
+    """
+
+    phase: str
+    forward: int = 0
+    backward: int = 0
+    seconds: float = 0.0
+    total_seconds: float = 0.0
+    memory: int = 0
+    sent: int = 0
+
+    def __enter__(self) -> "Cost":
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        elapsed = time.perf_counter() - self._start
+        self.seconds += elapsed
+        self.total_seconds += elapsed
+        self.memory = max(self.memory, peak_memory())
+
+    def then(self, other: "Cost") -> "Cost":
+        """Return the bill of this work followed by other work on the same worker."""
+        return Cost(
+            self.phase,
+            forward=self.forward + other.forward,
+            backward=self.backward + other.backward,
+            seconds=self.seconds + other.seconds,
+            total_seconds=self.total_seconds + other.total_seconds,
+            memory=max(self.memory, other.memory),
+            sent=self.sent + other.sent,
+        )
+
+    def gathered(self, worker: Worker) -> "Cost":
+        """Return the phase's bill over all workers: sums of work, maxima of seconds and memory."""
+        return Cost.joined(self.phase, worker.gather(self))
+
+    @staticmethod
+    def joined(phase: str, parallel: Iterable["Cost"]) -> "Cost":
+        """Return one bill for pieces that ran side by side."""
+        costs = list(parallel)
+        return Cost(
+            phase,
+            forward=sum(c.forward for c in costs),
+            backward=sum(c.backward for c in costs),
+            seconds=max(c.seconds for c in costs),
+            total_seconds=sum(c.total_seconds for c in costs),
+            memory=max(c.memory for c in costs),
+            sent=max(c.sent for c in costs),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the bill as plain numbers for the run folder."""
+        return asdict(self)

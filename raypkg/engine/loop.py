@@ -1,0 +1,222 @@
+"""The one training loop: every method of the product is a coreset, a hook, or both, on this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Training
+from raypkg.data.split import Split
+from raypkg.methods.coreset import Coreset
+
+from .batches import Batch, Batches, plain_batches, slice_of
+from .costs import Cost
+from .hooks import Hook
+from .schedules import learning_rate
+from .worker import Worker
+
+
+class Checkpoints(Protocol):
+    """Where a run's state is kept between epochs."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the newest complete state, or None."""
+
+    def save(self, epoch: int, state: dict[str, Any]) -> None:
+        """Keep a state; never leaves a half-written one."""
+
+
+class Forgetful:
+    """Keeps no checkpoints: for runs too short to be worth one."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return None."""
+        return None
+
+    def save(self, epoch: int, state: dict[str, Any]) -> None:
+        """Keep nothing."""
+
+
+@dataclass
+class Run:
+    """All that training consists of and that a checkpoint holds."""
+
+    model: nn.Module
+    split: Split
+    coreset: Coreset
+    settings: Training
+    seed: int
+    phase: str
+    worker: Worker
+    augment: Sequence[str]
+    cost: Cost
+    hooks: Sequence[Hook] = ()
+    label: int | None = None  # which of several models this is, in the metrics
+    epoch: int = 0
+    step: int = 0
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model.to(self.worker.device).to(memory_format=torch.channels_last)
+        self.optimizer = optimizer(self.model, self.settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the rest of training depends on, as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "hooks": [hook.state_dict() for hook in self.hooks],
+            "coreset": {"indices": self.coreset.indices, "weights": self.coreset.weights},
+            "epoch": self.epoch,
+            "step": self.step,
+            "cost": self.cost.record(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as if training had never stopped."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for hook, hook_state in zip(self.hooks, state["hooks"], strict=True):
+            hook.load_state_dict(hook_state)
+        self.coreset = Coreset(**state["coreset"])
+        self.epoch, self.step, self.cost = state["epoch"], state["step"], Cost(**state["cost"])
+
+
+def fit(
+    run: Run,
+    *,
+    checkpoints: Checkpoints | None = None,
+    measure: Callable[[nn.Module, int], dict[str, float]] | None = None,
+) -> Run:
+    """Train to the last epoch, going on from the newest checkpoint if there is one.
+
+    Args:
+        run: what to train; its model holds the result.
+        checkpoints: where state is kept after each epoch.
+        measure: computes further metrics of the model after each epoch, given its number.
+
+    Raises:
+        UserError: the loss of an epoch is not finite; the last good checkpoint stays.
+    """
+    checkpoints = checkpoints or Forgetful()
+    if state := checkpoints.load():
+        run.load_state_dict(state)
+    model = _prepared(run)
+    while run.epoch < run.settings.epochs:
+        with run.cost:
+            for hook in run.hooks:
+                hook.on_epoch(run)
+            row = _train_epoch(run, model)
+            run.epoch += 1
+        if measure:
+            row |= measure(run.model, run.epoch)
+        if run.worker.rank == 0:
+            checkpoints.save(run.epoch, run.state_dict())
+            run.worker.report({"phase": run.phase, "model": run.label, "epoch": run.epoch, **row})
+    return run
+
+
+def _prepared(run: Run) -> nn.Module:
+    model = run.worker.distribute(run.model)
+    return torch.compile(model) if run.settings.compile else model  # type: ignore[return-value]
+
+
+def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
+    batches = Batches(
+        run.split, run.coreset, run.settings.batch_size, seed=run.seed, augment=run.augment, worker=run.worker
+    )
+    model.train()
+    totals = torch.zeros(3, dtype=torch.float64, device=run.worker.device)  # Σ w·loss, correct, samples
+    for number, batch in enumerate(batches.epoch(run.epoch)):
+        rate = learning_rate(run.settings, (run.epoch + number / len(batches)) / run.settings.epochs)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        totals += _train_step(run, model, batch, run.worker.world)
+    loss, correct, samples = run.worker.sum(totals).tolist()
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss became {loss} in epoch {run.epoch + 1} of phase {run.phase!r}"
+            f" (lr {run.settings.lr}): lower the learning rate; the checkpoint of epoch {run.epoch} stays"
+        )
+    return {"loss": loss / samples, "train_accuracy": correct / samples, "lr": rate, "samples": run.cost.backward}
+
+
+def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
+    with autocast(run.settings.precision, batch.x.device):
+        logits = model(batch.x)
+    losses = F.cross_entropy(logits.float(), batch.y, reduction="none") * batch.weights
+    # DDP averages over workers, so each one's share of Σ w·loss / total is scaled up by their number.
+    (losses.sum() * (world / batch.total)).backward()
+    for hook in run.hooks:
+        hook.on_gradients(run)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    run.cost.forward += len(batch.y)
+    run.cost.backward += len(batch.y)
+    if world > 1:
+        run.cost.sent += sum(p.numel() * p.element_size() for p in run.model.parameters())
+    for hook in run.hooks:
+        hook.on_step(run)
+    losses, logits = losses.detach(), logits.detach()
+    count = torch.tensor(len(batch.y), device=losses.device)
+    return torch.stack([losses.sum().double(), (logits.argmax(1) == batch.y).sum().double(), count.double()])
+
+
+def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """Build the optimiser of the settings, with fused multi-tensor updates."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(),
+            settings.lr,
+            betas=(settings.momentum, 0.999),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov and settings.momentum > 0,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which matrix products run in the chosen precision; ``auto`` asks the processor."""
+    wanted = precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Say whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, split: Split, indices: Tensor, worker: Worker, *, precision: str = "auto", batch_size: int = 512
+) -> dict[str, float]:
+    """Return mean loss and accuracy over the indices, every worker taking its slice (one all-reduce)."""
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=worker.device)
+    for x, y in plain_batches(split, slice_of(indices, worker), batch_size, worker.device):
+        with autocast(precision, worker.device):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y, reduction="sum")
+        totals += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()])
+    model.train(was_training)
+    loss, correct = (worker.sum(totals) / max(1, len(indices))).tolist()
+    return {"loss": loss, "accuracy": correct}

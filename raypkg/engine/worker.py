@@ -1,0 +1,52 @@
+"""What a piece of work knows of where it runs: its rank, its device and how to reach the others."""
+
+import resource
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Row = Mapping[str, Any]  # one line of metrics: phase, epoch, loss, …
+
+
+def silent(row: Row) -> None:
+    """Report to nobody."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of ``world`` processes that run the same function; alone, every collective is the identity."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    report: Callable[[Row], None] = silent
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all workers (one all-reduce); the argument may be overwritten."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every worker's small picklable value, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """Wrap a model so that its gradients are averaged over the workers (DDP)."""
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+
+def peak_memory() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

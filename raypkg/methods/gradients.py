@@ -1,0 +1,161 @@
+"""Last-layer gradients of the cross-entropy loss, kept factored.
+
+For a linear head with logits z = W h + b, the gradient of sample i with respect to [W, b] is the rank-one matrix
+
+    g_i = (p_i − e_{y_i}) ⊗ [h_i; 1]        p = softmax(z), e_y one-hot        [C, D+1]
+
+so n·(C + D) numbers stand for n·C·(D + 1), and every quantity below has a closed form in the two factors.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raypkg.core.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class HeadView:
+    """What the last layer saw of n samples, and their gradients g_i in closed form.
+
+    Args:
+        logits: float32 or float64 [n, C].
+        features: the head's input, of the same dtype [n, D].
+        y: int64 [n], in 0 … C−1.
+
+    Raises:
+        UserError: shapes or dtypes do not fit, a label is out of range, a number is NaN or infinite.
+    """
+
+    logits: Tensor
+    features: Tensor
+    y: Tensor
+
+    def __post_init__(self):
+        _check_shapes(self.logits, self.features, self.y)
+        _check_samples("label out of range", (self.y >= 0) & (self.y < self.logits.shape[1]))
+        _check_samples("NaN or infinite logits", self.logits.isfinite().all(dim=1))
+        _check_samples("NaN or infinite features", self.features.isfinite().all(dim=1))
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, indices: Tensor | slice) -> "HeadView":
+        return HeadView(self.logits[indices], self.features[indices], self.y[indices])
+
+    def double(self) -> "HeadView":
+        """Return the view in float64."""
+        return HeadView(self.logits.double(), self.features.double(), self.y)
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """The gradient with respect to the logits, p − e_y [n, C]."""
+        p = self.logits.softmax(dim=1)  # [n, C]
+        p.scatter_(1, self.y[:, None], 0.0)
+        return p.scatter_(1, self.y[:, None], -p.sum(dim=1, keepdim=True))  # −Σ_{c≠y} p_c keeps digits p_y − 1 loses
+
+    def norms(self) -> Tensor:
+        """‖g_i‖ = ‖p_i − e_i‖ · sqrt(‖h_i‖² + 1), [n]."""
+        return self.residual.norm(dim=1) * (self.features.square().sum(dim=1) + 1).sqrt()
+
+    def inner(self, other: "HeadView | None" = None) -> Tensor:
+        """<g_i, g_j> = <p_i − e_i, p_j − e_j> · (<h_i, h_j> + 1), with all of ``other`` (default: itself) [n, m]."""
+        other = self if other is None else other
+        return (self.residual @ other.residual.T) * (self.features @ other.features.T + 1)
+
+    def inner_with(self, i: int) -> Tensor:
+        """<g_i, g_j> of one sample i with every j: a row of ``inner()``, [n]."""
+        return (self.residual @ self.residual[i]) * (self.features @ self.features[i] + 1)
+
+    def distances(self, other: "HeadView | None" = None) -> Tensor:
+        """‖g_i − g_j‖ from norms and inner products [n, m]; below sqrt(machine epsilon)·‖g‖ only rounding is left."""
+        square = self.norms().square()[:, None] - 2 * self.inner(other)  # [n, m]
+        square += (self if other is None else other).norms().square()
+        distances = square.clamp_(min=0).sqrt_()
+        return distances.fill_diagonal_(0) if other is None else distances
+
+    def project(self, matrix: Tensor) -> Tensor:
+        """<g_i, M> = (p_i − e_i)ᵀ M [h_i; 1] for M of shape [C, D+1], [n]."""
+        return (self.residual * self._head(matrix)).sum(dim=1)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        """Σ w_i g_i, with w = 1 by default [C, D+1]."""
+        residual = self.residual if weights is None else self.residual * weights[:, None].to(self.residual)
+        return torch.cat([residual.T @ self.features, residual.sum(dim=0)[:, None]], dim=1)
+
+    def mean(self, weights: Tensor | None = None) -> Tensor:
+        """The gradient Σ w_i g_i / n of the weighted objective [C, D+1]: not divided by Σ w_i.
+
+        Raises:
+            UserError: the view is empty.
+        """
+        if not len(self):
+            raise UserError("the mean gradient of 0 samples is not defined")
+        return self.sum(weights) / len(self)
+
+    def moved(self, step: Tensor) -> "HeadView":
+        """Return the view after the head's [W, b] moved by ``step`` [C, D+1]: the logits change, the features stay."""
+        return HeadView(self.logits + self._head(step), self.features, self.y)
+
+    def _head(self, matrix: Tensor) -> Tensor:
+        expected = (self.logits.shape[1], self.features.shape[1] + 1)
+        if matrix.shape != expected:
+            raise UserError(f"head matrix is {list(matrix.shape)}, this view needs {list(expected)}")
+        return self.features @ matrix[:, :-1].T + matrix[:, -1]  # [n, C]
+
+
+def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> HeadView:
+    """Compute the HeadView of a model in one forward pass, in evaluation mode.
+
+    Args:
+        model: with ``features(x)`` [b, D] and a linear ``head`` of them [b, C]; its modes are restored afterwards.
+        batches: pairs (x, y), on the model's device.
+
+    Returns:
+        Logits and features in float32, on the CPU, in the order of the batches.
+
+    Raises:
+        UserError: there is no batch, or an output is NaN or infinite.
+    """
+    with _evaluating(model), torch.inference_mode():
+        seen = [_forward(model, x, y) for x, y in batches]
+    if not seen:
+        raise UserError("no batches to compute logits and features of")
+    logits, features, y = (torch.cat(part) for part in zip(*seen, strict=True))
+    return HeadView(logits, features, y)
+
+
+def _forward(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    features = model.features(x)  # [b, D]
+    logits = model.head(features)  # [b, C]
+    return logits.float().cpu(), features.float().cpu(), y.cpu()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]  # each one: frozen parts may already be in eval
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_shapes(logits: Tensor, features: Tensor, y: Tensor) -> None:
+    shapes = f"logits {list(logits.shape)}, features {list(features.shape)}, y {list(y.shape)}"
+    if (logits.dim(), features.dim(), y.dim()) != (2, 2, 1) or not len(logits) == len(features) == len(y):
+        raise UserError(f"{shapes}: expected [n, C], [n, D], [n]")
+    dtypes = f"logits {logits.dtype}, features {features.dtype}, y {y.dtype}"
+    if logits.dtype not in (torch.float32, torch.float64) or features.dtype != logits.dtype or y.dtype != torch.int64:
+        raise UserError(f"{dtypes}: expected float32 or float64 twice, and int64")
+
+
+def _check_samples(what: str, good: Tensor) -> None:
+    if not good.all():
+        raise UserError(f"sample {(~good).nonzero()[0].item()}: {what} ({(~good).sum()} of {len(good)} samples)")

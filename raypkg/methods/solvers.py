@@ -1,0 +1,135 @@
+"""Selection as optimisation: the k largest scores, and orthogonal matching pursuit with non-negative weights."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DEPENDENT = 1e-12  # a pivot below this share of its diagonal is rounding: the atom lies in the span of the chosen ones
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """Return the positions of the k largest scores in descending order, equal scores by position.
+
+    >>> largest(torch.tensor([1.0, 3.0, 3.0, 2.0]), 3)
+    tensor([1, 2, 3])
+    """
+    return scores.sort(descending=True, stable=True).indices[:k]
+
+
+class Cholesky:
+    """The lower factor L of a symmetric positive definite matrix that gains and loses rows, O(m²) each.
+
+    Args:
+        capacity: the largest number of rows.
+        like: gives the dtype.
+    """
+
+    def __init__(self, capacity: int, like: Tensor):
+        self._store = like.new_zeros(capacity, capacity)
+        self._size = 0
+
+    @property
+    def lower(self) -> Tensor:
+        """L, of shape [m, m]."""
+        return self._store[: self._size, : self._size]
+
+    def append(self, row: Tensor, diagonal: Tensor) -> bool:
+        """Border the matrix with ``row`` [m] and ``diagonal``; return False, unchanged, if it would turn singular."""
+        m = self._size
+        new = torch.linalg.solve_triangular(self.lower, row[:, None], upper=False)[:, 0]  # L l = row
+        pivot = diagonal - new @ new
+        if pivot <= DEPENDENT * diagonal:
+            return False
+        self._store[m, :m], self._store[m, m] = new, pivot.sqrt()
+        self._size = m + 1
+        return True
+
+    def remove(self, i: int) -> None:
+        """Delete row and column i: the block T right of and below it becomes the factor of T Tᵀ + t tᵀ, t = L[i+1:, i].
+
+        With T p = t and s_j = 1 + p_1² + … + p_j², the factor of I + p pᵀ is known in closed form, and
+
+            column j of the new factor = sqrt(s_j / s_{j−1}) T_j + p_j / sqrt(s_j s_{j−1}) Σ_{l>j} p_l T_l .
+        """
+        m, lower = self._size, self.lower
+        left, t, tail = lower[i + 1 :, :i].clone(), lower[i + 1 :, i], lower[i + 1 :, i + 1 :]
+        p = torch.linalg.solve_triangular(tail, t[:, None], upper=False)[:, 0]  # [m−i−1]
+        s = 1 + p.square().cumsum(0)
+        before = s - p.square()  # s_{j−1}
+        scaled = tail * p
+        after = scaled.sum(dim=1, keepdim=True) - scaled.cumsum(dim=1)  # Σ_{l>j} p_l T_l
+        updated = tail * (s / before).sqrt() + after * (p / (s * before).sqrt())
+        lower[i : m - 1, :i], lower[i : m - 1, i : m - 1] = left, updated.tril()
+        self._store[m - 1] = 0
+        self._size = m - 1
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return x [m] with L Lᵀ x = right."""
+        return torch.cholesky_solve(right[:, None], self.lower)[:, 0]
+
+
+def matching_pursuit(
+    gram_row: Callable[[int], Tensor], target: Tensor, energy: Tensor, k: int, *, lam: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Orthogonal matching pursuit with non-negative weights, from inner products alone.
+
+    Minimise E(v) = ‖Σ_i v_i g_i − t‖² + λ‖v‖² over v ≥ 0 with at most k non-zeros. Each step adds the atom that
+    correlates most with the residual, <g_j, t − Σ v_i g_i>, and solves for the weights of all chosen atoms; if some
+    would turn negative, it walks towards the solution, drops the first atom to reach zero, and solves again
+    (Lawson and Hanson's rule), so a place becomes free. It stops early when E ≤ ε‖t‖², when no correlation exceeds
+    ε times the first, or when rounding keeps E from falling. O(n k) time a step and n·k numbers.
+
+    Args:
+        gram_row: j ↦ <g_j, g_i> for all i, [n].
+        target: <g_i, t>, [n].
+        energy: ‖t‖², a scalar tensor.
+        k: the largest number of atoms.
+        lam: λ ≥ 0.
+        eps: ε > 0.
+
+    Returns:
+        The atoms, int64 [m] with m ≤ k in the order of their choice, and their weights v > 0, [m].
+    """
+    factor, rows = Cholesky(k, target), target.new_empty(k, len(target))  # rows of the Gram matrix [k, n]
+    atoms, weights = target.new_empty(0, dtype=torch.int64), target.new_empty(0)
+    free = torch.ones_like(target, dtype=torch.bool)
+    floor = eps * target.max().clamp(min=0)
+    error, last = energy, energy + torch.inf  # E of this step and of the one before
+    while len(atoms) < k and eps * energy < error < last:
+        correlation = (target - weights @ rows[: len(atoms)]).where(free, -torch.inf)  # [n]
+        j = int(correlation.argmax())
+        if correlation[j] <= floor:
+            break
+        free[j] = False
+        row = gram_row(j)
+        if not factor.append(row[atoms], row[j] + lam):
+            continue
+        rows[len(atoms)] = row
+        atoms = torch.cat([atoms, atoms.new_tensor([j])])
+        kept, weights = _solve_nonnegative(factor, target[atoms], weights)
+        if len(kept) < len(atoms):
+            same = int((kept == torch.arange(len(kept))).sum())  # rows before the first dropped one stay in place
+            rows[same : len(kept)] = rows[kept[same:]]
+            free[atoms] = True
+            atoms = atoms[kept]
+            free[atoms] = False
+        error, last = energy - target[atoms] @ weights, error
+    return atoms, weights
+
+
+def _solve_nonnegative(factor: Cholesky, right: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows that keep a positive weight and their weights, starting from ``weights`` and 0 for the last."""
+    kept = torch.arange(len(right))
+    weights = torch.cat([weights, weights.new_zeros(1)])
+    solution = factor.solve(right)
+    while not (solution > 0).all():
+        share = (weights / (weights - solution)).nan_to_num(0.0)  # of the way until each reaches zero; 0/0 is there
+        share = share.where(solution <= 0, torch.inf)
+        first = int(share.argmin())
+        weights = weights + share[first] * (solution - weights)
+        factor.remove(first)
+        rest = torch.arange(len(kept)) != first
+        kept, weights = kept[rest], weights[rest]
+        solution = factor.solve(right[kept])
+    return kept, solution

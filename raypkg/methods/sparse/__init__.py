@@ -1,0 +1,1 @@
+"""Sparse networks: densities per layer and masks with exact counts."""

@@ -1,0 +1,97 @@
+"""The one form of every model, ``head(features(x))``, and how a user's own module is brought into it."""
+
+import torch
+from torch import Tensor, nn
+
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+
+
+class Classifier(nn.Module):
+    """A linear head on features, so that last-layer gradients are (p − e_y) ⊗ [h; 1].
+
+    Args:
+        features: x [b, …] → h [b, D].
+        head: h [b, D] → logits [b, C].
+    """
+
+    def __init__(self, features: nn.Module, head: nn.Linear):
+        super().__init__()
+        self.features, self.head = features, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [b, C]."""
+        return self.head(self.features(x))
+
+
+def as_classifier(module: nn.Module) -> Classifier:
+    """Split a module at its last ``nn.Linear``, which becomes the head; an ``nn.Identity`` takes its place.
+
+    Raises:
+        UserError: the module has no linear layer.
+
+    >>> as_classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))).head
+    Linear(in_features=8, out_features=3, bias=True)
+    """
+    linear = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise UserError(f"{type(module).__name__} has no nn.Linear to serve as the head; the last layer must be one")
+    head = module.get_submodule(linear[-1])
+    assert isinstance(head, nn.Linear)
+    if module is head:
+        return Classifier(nn.Identity(), head)
+    module.set_submodule(linear[-1], nn.Identity())
+    return Classifier(module, head)
+
+
+def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> Classifier:
+    """Return the module as a ``Classifier`` that was seen to map [b, *shape] to [b, D] to [b, C].
+
+    Raises:
+        UserError: not a module, no linear head, not able to take the shape, or other shapes out.
+    """
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model {name!r} returned a {type(module).__name__}, not an nn.Module")
+    module.eval()  # the probe must not move batch-norm statistics
+    x = torch.randn(2, *shape, generator=generator(0, "probe"))  # [2, *shape]
+    logits = _probe(module, name, x, (2, num_classes))
+    if not isinstance(module, Classifier):
+        module = as_classifier(module)
+        _probe(module.features, f"{name}, up to its last nn.Linear", x, (2, module.head.in_features))
+        if not torch.allclose(_probe(module, name, x, (2, num_classes)), logits):
+            raise UserError(f"model {name!r}: its last nn.Linear is not its last operation, so it cannot be the head")
+    return module.train()
+
+
+@torch.no_grad()
+def _probe(module: nn.Module, name: str, x: Tensor, expected: tuple[int, int]) -> Tensor:
+    try:
+        out = module(x)
+    except Exception as error:  # whatever the user's own code raises
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"model {name!r} cannot take inputs of shape {tuple(x.shape[1:])}: {reason}") from error
+    if not isinstance(out, Tensor) or out.shape != expected:
+        found = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise UserError(f"model {name!r} maps inputs {tuple(x.shape)} to {found}, not to {expected}")
+    return out
+
+
+def image_shape(shape: tuple[int, ...], least: int) -> tuple[int, int, int]:
+    """Return (C, H, W), or refuse rows of a table and images with a side below ``least`` pixels.
+
+    >>> image_shape((3, 32, 32), least=4)
+    (3, 32, 32)
+    """
+    if len(shape) != 3:
+        raise UserError(f"input shape {shape}: this model takes images (C, H, W); for rows use 'mlp' or 'linear'")
+    channels, height, width = shape
+    if min(height, width) < least:
+        raise UserError(f"input shape {shape}: images for this model need at least {least} × {least} pixels")
+    return channels, height, width
+
+
+def kaiming(module: nn.Module) -> None:
+    """Draw every convolution's weights from N(0, 2 / fan_out) (He et al., arXiv:1502.01852, equation 14)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -1,0 +1,20 @@
+"""Multi-layer perceptron on flattened inputs; by default the LeNet-300-100 of LeCun et al. (1998)."""
+
+import math
+from itertools import pairwise
+
+from pydantic import PositiveInt
+from torch import nn
+
+from . import model
+from .classifier import Classifier
+
+
+@model("mlp", source="doi:10.1109/5.726791")
+def mlp(shape: tuple[int, ...], num_classes: int, *, hidden: tuple[PositiveInt, ...] = (300, 100)) -> Classifier:
+    """Multi-layer perceptron with ReLU, for rows and small images."""
+    sizes = [math.prod(shape), *hidden]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return Classifier(nn.Sequential(*layers), nn.Linear(sizes[-1], num_classes))

@@ -1,0 +1,1 @@
+"""What runs are made of: training, pre-training and selection on the cluster, with the run folder as memory."""

@@ -1,0 +1,237 @@
+"""Pre-training of the model whose gradients select: LiPT, one dense model, or none."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raypkg.cluster.train import launch
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import derive, generator
+from raypkg.core.settings import Experiment, Pretrain
+from raypkg.data.partition import stratified_shards
+from raypkg.engine.batches import plain_batches
+from raypkg.engine.costs import Cost
+from raypkg.engine.hooks import Masked
+from raypkg.engine.loop import Run, autocast, evaluate, fit
+from raypkg.engine.worker import Worker
+from raypkg.methods.coreset import Coreset
+from raypkg.methods.lipt.batchnorm import reestimate
+from raypkg.methods.lipt.saliency import snip
+from raypkg.methods.lipt.soup import Soup, greedy
+from raypkg.methods.sparse.masks import Densities, Masks, erk, prunable, random_masks
+from raypkg.runs.checkpoints import StoredCheckpoints, save_model
+from raypkg.runs.report import Report
+from raypkg.runs.storage import Storage
+
+from .samples import Samples, augmentations, new_model, samples
+from .train import Job, train_on_cluster
+
+RESULT = "pretrained.safetensors"
+STATISTICS_SAMPLES = 2048  # enough for the batch-norm statistics of the merged model
+
+State = dict[str, Tensor]  # parameters by name
+Members = list[tuple[State, Masks]]
+
+
+@dataclass(frozen=True)
+class LiptJob:
+    """What every LiPT worker is told."""
+
+    experiment: Experiment
+    pretrain: Pretrain
+    storage: Storage
+
+    def checkpoints(self, model: int) -> StoredCheckpoints:
+        """Where model ``model`` keeps its epochs, and so what a restarted worker finds done."""
+        return StoredCheckpoints(self.storage / "checkpoints" / "pretrain" / f"model_{model:03d}", keep=1)
+
+
+def lipt(experiment: Experiment, pretrain: Pretrain, report: Report) -> dict[str, Any]:
+    """Train ``models`` sparse models on disjoint shards without communication, then merge them once.
+
+    Model i trains on shard i from the common initial weights, under a random mask with layer-wise SNIP ratios. Which
+    worker trains it makes no difference to it. Reconstructed from the abstract of PMLR 202:29130.
+    """
+    job = LiptJob(experiment, pretrain, report.folder.storage)
+    return report.phase(
+        "pretrain",
+        lambda: launch(
+            pretrain_models,
+            job,
+            cluster=experiment.cluster,
+            report=report,
+            folder=job.storage.root + "/ray",
+            most=pretrain.models,
+        ),
+        epochs=pretrain.models * pretrain.epochs,
+    )
+
+
+def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
+    """Train models r, r + W, … on worker r of W, merge all with one all-reduce, and save the merged model."""
+    found = samples(job.experiment.dataset, job.experiment.seed)
+    initial = parameters(new_model(job.experiment, found.data))
+    shards, cost, members, seconds = lipt_shards(found, job), Cost("pretrain"), [], []
+    for number in range(worker.rank, job.pretrain.models, worker.world):
+        run, masks = train_sparse(worker, job, found, shards[number], number)
+        members.append((parameters(run.model), masks))
+        seconds.append(run.cost.seconds)
+        cost = cost.then(run.cost)
+    worker.sum(torch.zeros(1, device=worker.device))  # wait here, so that the merge's seconds are its own
+    with Cost("merge") as merge:
+        merged = MERGES[job.pretrain.merge](worker, job, found, initial, members)
+        if worker.rank == 0:
+            model = new_model(job.experiment, found.data)
+            model.load_state_dict(merged, strict=False)
+            merge.forward = estimate_statistics(model.to(worker.device), worker, job, found)
+            save_model(job.storage, RESULT, model.state_dict())
+    merge.sent = 2 * 8 * sum(w.numel() for w in initial.values()) if worker.world > 1 else 0
+    each = [second for part in worker.gather(seconds) for second in part]
+    return {
+        "costs": [cost.then(merge).gathered(worker).record()],
+        "models": job.pretrain.models,
+        "slowest_model_seconds": max(each),
+        "merge_seconds": max(worker.gather(merge.seconds)),
+        "workers": worker.world,
+    }
+
+
+def train_sparse(worker: Worker, job: LiptJob, found: Samples, shard: Tensor, number: int) -> tuple[Run, Masks]:
+    """Train model ``number`` from the common initial weights under its own mask, on its shard, by itself."""
+    alone = replace(worker, rank=0, world=1)
+    settings, seed = job.pretrain, derive(job.experiment.seed, "lipt", number)
+    cost = Cost("pretrain")
+    with cost:
+        model = new_model(job.experiment, found.data).to(worker.device)
+        weights = prunable(model)
+        shapes = {name: w.shape for name, w in weights.items()}
+        batch = shard[torch.randperm(len(shard), generator=generator(seed, "snip"))[: settings.batch_size]]
+        densities = DENSITIES[settings.sparsity](model, found, batch, settings, worker, cost)
+        masks = random_masks(shapes, densities, generator(seed, "mask")) if densities else {}
+    extra = ["randaugment"] if settings.randaugment else []
+    run = Run(
+        model=model,
+        split=found.data.train,
+        coreset=Coreset.uniform(shard),
+        settings=settings,
+        seed=seed,
+        phase="pretrain",
+        worker=alone,
+        augment=[*augmentations(job.experiment.dataset, found.data), *extra],
+        cost=cost,
+        hooks=[Masked(model, masks)] if masks else [],
+        label=number,
+    )
+    return fit(run, checkpoints=job.checkpoints(number)), masks
+
+
+def snip_densities(
+    model: nn.Module, found: Samples, batch: Tensor, settings: Pretrain, worker: Worker, cost: Cost
+) -> Densities:
+    """Return layer-wise densities from the saliency of one batch of the shard."""
+    x, y = next(plain_batches(found.data.train, batch, len(batch), worker.device))
+    cost.forward += len(batch)
+    cost.backward += len(batch)
+    with autocast(settings.precision, worker.device):
+        return snip(model, x, y, settings.density)
+
+
+def erk_densities(
+    model: nn.Module, found: Samples, batch: Tensor, settings: Pretrain, worker: Worker, cost: Cost
+) -> Densities:
+    """Return Erdős–Rényi-kernel densities, which look at no data."""
+    return erk({name: w.shape for name, w in prunable(model).items()}, settings.density)
+
+
+def no_densities(*_: Any) -> Densities:
+    """Return none: the models are dense."""
+    return {}
+
+
+DENSITIES = {"snip": snip_densities, "erk": erk_densities, "none": no_densities}
+
+
+def merge_masked(worker: Worker, job: LiptJob, found: Samples, initial: State, members: Members) -> State:
+    """Average each weight over the models whose mask has it; one all-reduce."""
+    soup = Soup(initial)
+    for state, masks in members:
+        soup.add(state, masks)
+    return soup.merged(worker.sum)
+
+
+def merge_mean(worker: Worker, job: LiptJob, found: Samples, initial: State, members: Members) -> State:
+    """Average each weight over all models, pruned ones counting as zero; one all-reduce."""
+    return merge_masked(worker, job, found, initial, [(state, {}) for state, _ in members])
+
+
+def merge_greedy(worker: Worker, job: LiptJob, found: Samples, initial: State, members: Members) -> State:
+    """Add models, best first, as long as held-out accuracy does not fall; every worker sends its models once."""
+    if not len(found.valid):
+        raise UserError("pretrain.merge = 'greedy' needs held-out samples: set dataset.validation above 0")
+    model = new_model(job.experiment, found.data).to(worker.device)
+    alone = replace(worker, rank=0, world=1)
+
+    def score(state: State) -> float:
+        model.load_state_dict(state, strict=False)
+        estimate_statistics(model, worker, job, found)
+        return evaluate(model, found.data.train, found.valid, alone, precision=job.pretrain.precision)["accuracy"]
+
+    everyone = [member for part in worker.gather(members) for member in part]
+    return greedy(initial, everyone, score)
+
+
+MERGES = {"masked_mean": merge_masked, "mean": merge_mean, "greedy": merge_greedy}
+
+
+def estimate_statistics(model: nn.Module, worker: Worker, job: LiptJob, found: Samples) -> int:
+    """Re-estimate batch-norm statistics on a random part of the training samples; return how many."""
+    order = torch.randperm(len(found.kept), generator=generator(job.experiment.seed, "statistics"))
+    indices = found.kept[order[:STATISTICS_SAMPLES]]
+    batches = plain_batches(found.data.train, indices, min(256, len(indices)), worker.device)
+    with autocast(job.pretrain.precision, worker.device):
+        return reestimate(model, (x for x, _ in batches))
+
+
+def lipt_shards(found: Samples, job: LiptJob) -> list[Tensor]:
+    """Return the models' disjoint, class-stratified shards.
+
+    Raises:
+        UserError: more models than samples, shards that overlap, or a shard without samples of some class.
+    """
+    models, fraction, n = job.pretrain.models, job.pretrain.shard_fraction, len(found.kept)
+    if fraction and fraction * models > 1 + 1e-9:
+        raise UserError(
+            f"pretrain.shard_fraction = {fraction} for {models} disjoint shards: at most 1/{models} = {1 / models:.4g}"
+        )
+    size = int(n * (fraction or 1 / models) + 1e-9)
+    rng = generator(job.experiment.seed, "shards")
+    return stratified_shards(found.data.train.y, models, size, rng, indices=found.kept)
+
+
+def dense(experiment: Experiment, pretrain: Pretrain, report: Report) -> dict[str, Any]:
+    """Train one dense model on all samples by DDP: the usual pre-training, for comparison."""
+    everything = Coreset.uniform(samples(experiment.dataset, experiment.seed).kept)
+    job = Job(experiment, pretrain, report.folder.storage, "pretrain", everything, RESULT)
+    return train_on_cluster(job, report)
+
+
+def untrained(experiment: Experiment, pretrain: Pretrain, report: Report) -> dict[str, Any]:
+    """Take the initial weights: selection without pre-training, for comparison."""
+
+    def work() -> dict[str, Any]:
+        with Cost("pretrain") as cost:
+            model = new_model(experiment, samples(experiment.dataset, experiment.seed).data)
+            save_model(report.folder.storage, RESULT, model.state_dict())
+        return {"costs": [cost.record()], "workers": 1}
+
+    return report.phase("pretrain", work, epochs=0)
+
+
+PRETRAININGS = {"lipt": lipt, "dense": dense, "none": untrained}
+
+
+def parameters(model: nn.Module) -> State:
+    """Return copies of a model's parameters on the CPU, without its buffers."""
+    return {name: w.detach().cpu().clone() for name, w in model.named_parameters()}

@@ -1,0 +1,84 @@
+"""The end of a run: its figures as a manifest, its plots as pictures."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raypkg.data.split import Split
+from raypkg.methods.coreset import Coreset
+from raypkg.runs import plots
+from raypkg.runs.folder import RunFolder
+from raypkg.runs.storage import Storage
+
+from .coresets import FILE, read_coreset
+from .samples import Samples
+
+PHASES = ("pretrain", "select", "train")
+SHOWN = 8  # images in each of the two rows
+
+
+def finish(folder: RunFolder, found: Samples, coreset: Coreset, *, epochs: int) -> dict[str, Any]:
+    """Draw the plots, write the manifest, drop what only an unfinished run needs; return the manifest.
+
+    Args:
+        folder: of the run, all its phases done.
+        found: the samples it could choose from.
+        coreset: the samples it trained on.
+        epochs: of the main training.
+    """
+    records = {name: record for name in PHASES if (record := folder.phase(name))}
+    costs = [{**cost, "phase": _row(name, cost)} for name, record in records.items() for cost in record["costs"]]
+    summary = {
+        "test_accuracy": records["train"]["test_accuracy"],
+        "test_loss": records["train"]["test_loss"],
+        "samples": len(found.kept),
+        "coreset": len(coreset),
+        "workers": records["train"]["workers"],
+        "phases": costs,
+        "seconds": sum(cost["seconds"] for cost in costs),
+        "full_training_backward": epochs * len(found.kept),
+        **{f"pretrain_{name}": value for name, value in records.get("pretrain", {}).items() if name != "costs"},
+    }
+    folder.flush()
+    draw(folder, found.data.train, found, coreset, costs)
+    folder.finish(summary)
+    for leftover in ("checkpoints", "ray"):
+        folder.storage.delete_folder(leftover)
+    return summary
+
+
+def draw(folder: RunFolder, split: Split, found: Samples, coreset: Coreset, costs: list[dict[str, Any]]) -> None:
+    """Draw every plot of the run into its folder."""
+    counts, total = (torch.bincount(split.y[i], minlength=split.num_classes) for i in (coreset.indices, found.kept))
+    _draw(folder.storage, "curves", lambda path: plots.curves(folder.rows, path))
+    _draw(folder.storage, "costs", lambda path: plots.costs(costs, path))
+    _draw(
+        folder.storage,
+        "composition",
+        lambda path: plots.composition(counts.tolist(), total.tolist(), split.classes, path),
+    )
+    table = read_coreset(f"{folder.storage.root}/{FILE}")
+    if "score" in table.column_names and len(split.shape) == 3:
+        order = torch.tensor(table["score"].to_numpy()).argsort()
+        rows = [table.take(part.numpy()) for part in (order[:SHOWN], order[-SHOWN:].flip(0))]
+        _draw(folder.storage, "images", lambda path: _draw_images(split, rows, path))
+
+
+def _draw_images(split: Split, rows: list[Any], path: Path) -> None:
+    easiest, hardest = (split.batch(row["index"].to_numpy())[0].permute(0, 2, 3, 1).numpy() for row in rows)
+    easy, hard = ([(sample["class"], sample["score"]) for sample in row.to_pylist()] for row in rows)
+    plots.images(easiest, hardest, easy, hard, path)
+
+
+def _draw(storage: Storage, name: str, plot: Callable[[Path], None]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.png"
+        plot(path)
+        storage.write(f"plots/{name}.png", path.read_bytes())
+
+
+def _row(phase: str, cost: dict[str, Any]) -> str:
+    return phase if cost["phase"] == phase else f"{phase}: {cost['phase']}"

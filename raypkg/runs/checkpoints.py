@@ -1,0 +1,76 @@
+"""Checkpoints: tensors and plain values, the newest complete one wins, no pickle is ever run.
+
+They are files of the run folder and not Ray Train checkpoints: a killed driver, another number of workers and a run
+without Ray all resume from them, and a rename makes each of them atomic.
+"""
+
+import io
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .storage import Storage
+
+log = logging.getLogger(__name__)
+
+
+class StoredCheckpoints:
+    """The last states of one phase, as ``epoch_00012.pt``; older ones are deleted.
+
+    Args:
+        storage: the phase's own folder.
+        keep: how many to keep, so that a corrupt newest one leaves another.
+    """
+
+    def __init__(self, storage: Storage, keep: int = 2):
+        self.storage, self.keep = storage, keep
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the newest readable state, or None."""
+        for name in reversed(self.storage.list()):
+            state = load_state(self.storage, name)
+            if state is not None:
+                return state
+        return None
+
+    def save(self, epoch: int, state: dict[str, Any]) -> None:
+        """Write a state, then delete those beyond the newest ``keep``."""
+        save_state(self.storage, f"epoch_{epoch:05d}.pt", state)
+        for name in self.storage.list()[: -self.keep]:
+            self.storage.delete(name)
+
+
+def save_state(storage: Storage, name: str, state: dict[str, Any]) -> None:
+    """Write tensors and plain values as one file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    storage.write(name, buffer.getvalue())
+
+
+def load_state(storage: Storage, name: str) -> dict[str, Any] | None:
+    """Return what ``save_state`` wrote, or None when it is missing or (with a warning) corrupt."""
+    content = storage.read(name)
+    if content is None:
+        return None
+    try:
+        return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load raises many kinds on a damaged file
+        log.warning("checkpoint %s/%s is unreadable and skipped: %s", storage.root, name, error)
+        return None
+
+
+def save_model(storage: Storage, name: str, parameters: dict[str, Tensor]) -> None:
+    """Write a model's state as safetensors."""
+    from safetensors.torch import save
+
+    storage.write(name, save({key: value.contiguous() for key, value in parameters.items()}))
+
+
+def load_model(storage: Storage, name: str) -> dict[str, Tensor] | None:
+    """Return a model's state from safetensors, or None when the file does not exist."""
+    from safetensors.torch import load
+
+    content = storage.read(name)
+    return None if content is None else load(content)

@@ -1,0 +1,177 @@
+"""The run folder: settings first, metrics while it runs, results by phase, the manifest last.
+
+    <root>/<experiment>/<name>/  config.toml  environment.json  metrics.parquet  phases/*.json  coreset.parquet
+                                 model.safetensors  checkpoints/  plots/*.png  summary.json
+
+``summary.json`` is written last: where it exists, the run is done.
+"""
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+
+from raypkg.core.config import Settings, to_toml
+from raypkg.core.errors import UserError, unknown
+
+from .storage import Storage
+
+PACKAGES = ("effray", "torch", "torchvision", "ray", "pyarrow", "numpy")
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        storage: where it is.
+    """
+
+    def __init__(self, storage: Storage):
+        self.storage = storage
+        table = storage.read_table("metrics.parquet")
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for row in table.to_pylist() if table else []:
+            self._rows[_key(row)] = {name: value for name, value in row.items() if value is not None}
+        self._saved = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """The run's name: the last part of its path."""
+        return self.storage.root.rpartition("/")[2]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics so far, a row for each phase, model and epoch."""
+        return list(self._rows.values())
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The manifest of a finished run, or None."""
+        return self.storage.read_json("summary.json")
+
+    @property
+    def started(self) -> bool:
+        """Whether there is any result yet: a finished phase, or an epoch of one."""
+        return bool(self._rows or self.storage.list("phases"))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Add a row of metrics; one for the same phase, model and epoch (after a restart) replaces the old one."""
+        self._rows[_key(row)] = {name: value for name, value in row.items() if value is not None}
+        if time.monotonic() - self._saved > 1.0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the metrics out."""
+        if self._rows:
+            names = list(dict.fromkeys(name for row in self.rows for name in row))
+            self.storage.write_table(
+                "metrics.parquet", pa.table({name: [row.get(name) for row in self.rows] for name in names})
+            )
+        self._saved = time.monotonic()
+
+    def phase(self, name: str) -> dict[str, Any] | None:
+        """Return what a finished phase left, or None."""
+        return self.storage.read_json(f"phases/{name}.json")
+
+    def finish_phase(self, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep a phase's bill and results; a resumed run skips the phase."""
+        self.flush()
+        self.storage.write_json(f"phases/{name}.json", dict(record))
+        return dict(record)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the manifest: the run is done."""
+        self.flush()
+        self.storage.write_json("summary.json", dict(summary))
+
+
+def create(root: str, experiment: str, name: str | None, settings: Settings) -> RunFolder:
+    """Make a new run folder and write its settings and environment before the first step.
+
+    Raises:
+        UserError: a run of that name exists.
+    """
+    runs = Storage(root) / experiment
+    taken = runs.list()
+    if name in taken:
+        raise UserError(f"run {name!r} exists in {runs.root}: give another --name, or go on with --resume {name}")
+    storage = runs / (name or _free_name(settings, taken))
+    storage.write("config.toml", to_toml(settings).encode())
+    storage.write_json("environment.json", environment())
+    return RunFolder(storage)
+
+
+def find(root: str, experiment: str, name: str) -> RunFolder:
+    """Open an existing run by its name.
+
+    Raises:
+        UserError: no such run, the nearest one named.
+    """
+    runs = Storage(root) / experiment
+    if name not in runs.list():
+        raise unknown(f"{experiment} run in {runs.root}", name, runs.list())
+    return RunFolder(runs / name)
+
+
+def locate(root: str, run: str) -> RunFolder:
+    """Open a run by its path, or by its name in whichever experiment has it.
+
+    Raises:
+        UserError: no such run, the nearest one named.
+    """
+    for storage in [Storage(run), *(Storage(root) / kind / run for kind in Storage(root).list())]:
+        if "config.toml" in storage.list():
+            return RunFolder(storage)
+    names = [name for kind in Storage(root).list() for name in Storage(f"{root}/{kind}").list()]
+    raise unknown(f"run in {root}", run, names)
+
+
+def environment() -> dict[str, Any]:
+    """Return what a reader needs to judge a run's figures: versions, commit, hardware."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "packages": versions,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _free_name(settings: Settings, taken: list[str]) -> str:
+    values = settings.model_dump()
+    stem = "-".join(str(values[part]["name"]).split(":")[0] for part in ("dataset", "model") if part in values)
+    stem = f"{stem}-{time.strftime('%m%d-%H%M%S')}"
+    return stem if stem not in taken else f"{stem}-{len(taken)}"
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["phase"], row.get("model"), row.get("epoch")
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,76 @@
+"""A run as tables on the terminal: what it cost, phase by phase, and what came of it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .folder import RunFolder
+
+
+def show(folder: RunFolder, console: Console) -> None:
+    """Print a finished run's costs and results, or how far a running one is."""
+    summary = folder.summary
+    if summary is None:
+        _show_progress(folder, console)
+        return
+    console.print(_costs(folder.name, summary["phases"]))
+    for line in findings(summary):
+        console.print(line, highlight=False)
+    console.print(f"[dim]{folder.storage.root}[/dim]", highlight=False, soft_wrap=True)
+
+
+def findings(summary: Mapping[str, Any]) -> list[str]:
+    """Return a finished run's results in plain lines."""
+    share = summary["coreset"] / summary["samples"]
+    backward = sum(phase["backward"] for phase in summary["phases"])
+    lines = [
+        f"test accuracy {summary['test_accuracy']:.2%} (loss {summary['test_loss']:.3f}), trained on"
+        f" {summary['coreset']:,} of {summary['samples']:,} samples ({share:.1%})",
+        f"samples backward {backward:,}: {backward / summary['full_training_backward']:.1%} of as many epochs on all"
+        f" samples ({summary['full_training_backward']:,})",
+    ]
+    if "pretrain_slowest_model_seconds" in summary:
+        critical = summary["pretrain_slowest_model_seconds"] + summary["pretrain_merge_seconds"]
+        lines.append(
+            f"pre-training with one worker per model: {critical:.1f} s"
+            f" (slowest of {summary['pretrain_models']} models {summary['pretrain_slowest_model_seconds']:.1f} s"
+            f" + merge {summary['pretrain_merge_seconds']:.1f} s)"
+        )
+    return lines
+
+
+def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", show_footer=True)
+    table.add_column("phase", footer="all")
+    for name, values, form in (
+        ("seconds", [p["seconds"] for p in phases], "{:.1f}"),
+        ("worker-seconds", [p["total_seconds"] for p in phases], "{:.1f}"),
+        ("samples forward", [p["forward"] for p in phases], "{:,.0f}"),
+        ("samples backward", [p["backward"] for p in phases], "{:,.0f}"),
+        ("MB sent", [p["sent"] / 1e6 for p in phases], "{:,.1f}"),
+    ):
+        table.add_column(name, justify="right", footer=form.format(sum(values)))
+    table.add_column("peak MiB", justify="right", footer=f"{max(p['memory'] for p in phases) / 2**20:,.0f}")
+    for p in phases:
+        table.add_row(
+            p["phase"],
+            f"{p['seconds']:.1f}",
+            f"{p['total_seconds']:.1f}",
+            f"{p['forward']:,}",
+            f"{p['backward']:,}",
+            f"{p['sent'] / 1e6:,.1f}",
+            f"{p['memory'] / 2**20:,.0f}",
+        )
+    return table
+
+
+def _show_progress(folder: RunFolder, console: Console) -> None:
+    console.print(f"{folder.name}: not finished")
+    table = Table("phase", "epochs", "loss", "accuracy")
+    for phase in dict.fromkeys(row["phase"] for row in folder.rows):
+        rows = [row for row in folder.rows if row["phase"] == phase]
+        accuracies = [row["accuracy"] for row in rows if "accuracy" in row]
+        table.add_row(phase, str(len(rows)), f"{rows[-1]['loss']:.3f}", f"{accuracies[-1]:.1%}" if accuracies else "–")
+    console.print(table)

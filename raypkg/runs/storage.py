@@ -1,0 +1,115 @@
+"""A folder on a local disk or any ``pyarrow.fs`` URI, written atomically."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from raypkg.core.errors import UserError
+
+
+class Storage:
+    """Reads and writes whole files under one root; a file is there entirely or not at all.
+
+    Args:
+        root: a local path, or a URI such as ``s3://bucket/runs``. Picklable: workers open their own.
+    """
+
+    def __init__(self, root: str):
+        self.root = root if "://" in root else str(Path(root).expanduser().absolute())
+        try:
+            self._fs, self._path = fs.FileSystem.from_uri(self.root)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"cannot use {root!r} as a folder for runs: {error}") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Storage, (self.root,)
+
+    def __truediv__(self, name: str) -> "Storage":
+        return Storage(f"{self.root}/{name}")
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a local path, or None when it is remote."""
+        return Path(self._path) if isinstance(self._fs, fs.LocalFileSystem) else None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file under a temporary name, then rename it.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written; nothing half-written is left.
+        """
+        path = f"{self._path}/{name}"
+        temporary = f"{path}.{os.getpid()}.part"
+        try:
+            self._fs.create_dir(os.path.dirname(path), recursive=True)
+            with self._fs.open_output_stream(temporary) as stream:
+                stream.write(content)
+            self._fs.move(temporary, path)
+        except OSError as error:
+            if self._fs.get_file_info(temporary).type == fs.FileType.File:
+                self._fs.delete_file(temporary)
+            reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+            raise UserError(f"cannot write {path!r}: {reason}") from None
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's content, or None when it does not exist."""
+        try:
+            with self._fs.open_input_stream(f"{self._path}/{name}") as stream:
+                return stream.read()
+        except FileNotFoundError:
+            return None
+
+    def list(self, name: str = "") -> list[str]:
+        """Return the names in a folder, sorted; an empty list when there is none. Unfinished files are left out."""
+        selector = fs.FileSelector(f"{self._path}/{name}".rstrip("/"), allow_not_found=True)
+        names = (info.base_name for info in self._fs.get_file_info(selector))
+        return sorted(name for name in names if not name.endswith(".part"))
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
+        self._fs.delete_file(f"{self._path}/{name}")
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder with all it holds, if it exists."""
+        if self._fs.get_file_info(f"{self._path}/{name}").type == fs.FileType.Directory:
+            self._fs.delete_dir(f"{self._path}/{name}")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as JSON."""
+        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def read_json(self, name: str) -> Any | None:
+        """Return a JSON file's value, or None when it does not exist.
+
+        Raises:
+            UserError: the file is not JSON.
+        """
+        content = self.read(name)
+        try:
+            return None if content is None else json.loads(content)
+        except ValueError as error:
+            raise UserError(f"{self.root}/{name} is corrupt: {error}") from None
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write an Arrow table as parquet."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.write(name, sink.getvalue().to_pybytes())
+
+    def read_table(self, name: str) -> pa.Table | None:
+        """Return a parquet file as an Arrow table, or None when it does not exist.
+
+        Raises:
+            UserError: the file is not parquet.
+        """
+        content = self.read(name)
+        try:
+            return None if content is None else pq.read_table(pa.BufferReader(content))
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{self.root}/{name} is corrupt: {error}") from None

@@ -1,0 +1,93 @@
+"""Metrics to places besides the run folder; the only importer of wandb."""
+
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from raypkg.core.settings import Experiment
+
+from .folder import RunFolder
+
+
+class Tracker(Protocol):
+    """Receives what the run folder receives."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Take a row of metrics."""
+
+    def finish(self, summary: Mapping[str, Any]) -> str:
+        """Take the manifest and close; return a line for the user, or an empty one."""
+
+
+class Nowhere:
+    """Tracks nothing."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def finish(self, summary: Mapping[str, Any]) -> str:
+        """Do nothing."""
+        return ""
+
+
+class Wandb:
+    """One W&B run per run folder; offline when there is neither a key nor a WANDB_MODE.
+
+    Args:
+        settings: become the run's config.
+        folder: gives the run its name; its plots are logged at the end.
+        experiment: becomes the run's group.
+    """
+
+    def __init__(self, settings: Experiment, folder: RunFolder, experiment: str):
+        import wandb
+
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        self._folder = folder
+        self._run = wandb.init(
+            project=settings.track.project,
+            group=experiment,
+            name=folder.name,
+            config=settings.model_dump(mode="json"),
+            dir=folder.storage.local,
+            mode=mode,
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log the row's numbers under its phase (and model)."""
+        prefix = row["phase"] if row.get("model") is None else f"{row['phase']}/model_{row['model']}"
+        self._run.log({f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, float | int)})
+
+    def finish(self, summary: Mapping[str, Any]) -> str:
+        """Log the manifest and the plots, and close."""
+        import wandb
+
+        self._run.summary.update(dict(summary))
+        if local := self._folder.storage.local:
+            for plot in sorted(local.glob("plots/*.png")):
+                self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
+        directory = Path(self._run.dir).parent
+        self._run.finish()
+        offline = directory.name.startswith("offline-")
+        return f"W&B run is offline; send it with: wandb sync {directory}" if offline else ""
+
+
+TRACKERS = {"wandb": Wandb}
+
+
+def tracker(settings: Experiment, folder: RunFolder, experiment: str) -> Tracker:
+    """Return the tracker that the settings name."""
+    chosen = TRACKERS.get(settings.track.name)
+    return chosen(settings, folder, experiment) if chosen else Nowhere()
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,228 @@
+"""What every model of the registry keeps, and the user's own modules too; published sizes; errors."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from raypkg.core.errors import UserError
+from raypkg.models import build_model, model
+from raypkg.models.classifier import Classifier, as_classifier
+from raypkg.models.resnet import Padded
+
+SHAPE, CLASSES = (3, 8, 8), 5
+ROWS_TOO = {"mlp", "linear"}
+
+
+def own_network(shape, num_classes, *, width: int = 8):
+    """A user's own module: knows nothing of Classifier, its head sits inside another module."""
+    body = nn.Sequential(nn.Conv2d(shape[0], width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(body, nn.Flatten(), nn.Sequential(nn.Dropout(0.1), nn.Linear(width, num_classes)))
+
+
+def with_softmax(shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes), nn.Softmax(dim=1))
+
+
+def without_linear(shape, num_classes):
+    return nn.Sequential(nn.Conv2d(3, num_classes, 8), nn.Flatten())
+
+
+def three_classes(shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+
+def per_pixel(shape, num_classes):
+    return nn.Sequential(nn.Linear(8, num_classes), nn.Flatten(2), nn.AdaptiveMaxPool2d((1, num_classes)), nn.Flatten())
+
+
+def no_arguments():
+    return nn.Linear(1, 1)
+
+
+def not_a_module(shape, num_classes):
+    return 3
+
+
+def own(function):
+    return f"{__name__}:{function.__name__}"
+
+
+NAMES = [*sorted(set(model.entries) - {"torchvision"}), "torchvision:resnet18", own(own_network)]
+
+
+def build(name, seed=0, shape=SHAPE, classes=CLASSES, **options):
+    return build_model(name, shape, classes, seed=seed, options=options)
+
+
+def images(count=4, seed=1):
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def built(request):
+    return request.param, build(request.param)
+
+
+def test_is_head_of_features(built):
+    net, x = built[1].eval(), images()
+    with torch.no_grad():
+        features = net.features(x)
+        assert features.shape == (4, net.head.in_features) and net.head.out_features == CLASSES
+        assert torch.equal(net.head(features), net(x)) and net(x).shape == (4, CLASSES)
+
+
+def test_weights_are_a_function_of_the_seed_alone(built):
+    name, net = built
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    again, other = build(name), build(name, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert again.training and isinstance(again, Classifier)
+    for key, value in again.named_parameters():
+        assert torch.equal(value, net.get_parameter(key)), key
+    assert not torch.equal(again.head.weight, other.head.weight)
+
+
+def test_channels_last_changes_nothing_but_the_layout(built):
+    net, x = copy.deepcopy(built[1]).eval(), images()
+    with torch.no_grad():
+        expected = net(x)
+        laid_out = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(laid_out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_state_dict_round_trip(built):
+    name, net = built
+    other = build(name, seed=7)
+    other.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other.eval()(images()), net.eval()(images()))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_are_finite_and_reach_every_weight(built, bf16):
+    net = built[1].train()
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = net(images())
+    F.cross_entropy(logits.float(), torch.tensor([0, 1, 2, 3])).backward()
+    for key, weight in net.named_parameters():
+        assert weight.grad is not None and weight.grad.isfinite().all(), key
+    assert net.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {own(own_network)}))
+def test_rows_and_small_images(name):
+    if name in ROWS_TOO:
+        assert build(name, shape=(6,))(torch.ones(2, 6)).shape == (2, CLASSES)
+        return
+    with pytest.raises(UserError, match=r"input shape \(6,\): this model takes images"):
+        build(name, shape=(6,))
+    if not name.startswith("torchvision"):
+        with pytest.raises(UserError, match=r"input shape \(3, 3, 3\): images for this model need at least"):
+            build(name, shape=(3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "count"),
+    [
+        # Stem 3·16·9; stage 1: 6·16·16·9; stage 2: 16·32·9 + 5·32·32·9; stage 3: 32·64·9 + 5·64·64·9: 267,696 in all.
+        # Batch norms 2·(7·16 + 6·32 + 6·64) = 1,376; head 65·10 = 650. Option A adds none.
+        ("resnet20", (3, 32, 32), 10, 267_696 + 1_376 + 650),
+        # Stem 432; stages 18·2,304 + (4,608 + 17·9,216) + (18,432 + 17·36,864); norms 2·(19·16 + 18·32 + 18·64).
+        ("resnet56", (3, 32, 32), 10, 432 + 41_472 + 161_280 + 645_120 + 4_064 + 650),
+        ("resnet18", (3, 32, 32), 10, 11_173_962),
+        ("resnet50", (3, 224, 224), 1000, 25_557_032),  # 25.56 M, as quoted for ImageNet
+        ("wrn-16-8", (3, 32, 32), 10, 10_961_370),  # 11.0 M in the paper
+        ("wrn-28-10", (3, 32, 32), 10, 36_479_194),  # 36.5 M in the paper
+        # 1·6·25 + 6, 6·16·25 + 16, 16·7·7·120 + 120, 120·84 + 84, 84·10 + 10.
+        ("lenet5", (1, 28, 28), 10, 156 + 2_416 + 94_200 + 10_164 + 850),
+        ("mlp", (1, 28, 28), 10, 784 * 300 + 300 + 300 * 100 + 100 + 1_010),  # LeNet-300-100: 266,610
+        ("linear", (1, 28, 28), 10, 7_850),
+    ],
+)
+def test_parameter_counts(name, shape, classes, count):
+    assert size(build(name, shape=shape, classes=classes)) == count
+
+
+def test_the_stem_follows_the_image_size():
+    small, large = build("resnet18", shape=(3, 64, 64)), build("resnet18", shape=(3, 96, 96))
+    assert small.features[0].kernel_size == (3, 3) and large.features[0].kernel_size == (7, 7)
+    assert any(isinstance(layer, nn.MaxPool2d) for layer in large.features)
+
+
+def test_convolutions_start_at_he_variance():
+    weight = build("resnet18").features[3][0].branch[0].weight  # [64, 64, 3, 3]
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_option_a_shortcut_is_subsampling_and_zeros(side):
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = Padded(3, 8, 2)(x)
+    assert torch.equal(out[:, :3], x[:, :, ::2, ::2]) and not out[:, 3:].any()
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_options_reach_the_network():
+    assert build("resnet8", width=4).head.in_features == 16
+    assert build("mlp", hidden=(7,)).head.in_features == 7
+    assert build(own(own_network), width=3).head.in_features == 3
+    rates = {layer.p for layer in build("wrn-28-2", dropout=0.3).modules() if isinstance(layer, nn.Dropout)}
+    assert rates == {0.3}
+
+
+def test_a_bare_linear_layer_is_its_own_head():
+    head = nn.Linear(4, 3)
+    net = as_classifier(head)
+    assert net.head is head and isinstance(net.features, nn.Identity)
+
+
+@pytest.mark.parametrize("variant", ["googlenet", "densenet121"])
+def test_torchvision_networks_return_logits_while_training(variant):
+    net = build(f"torchvision:{variant}", shape=(3, 32, 32))
+    assert net.training and net(torch.randn(2, 3, 32, 32)).shape == (2, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "match"),
+    [
+        ("resnt20", {}, "unknown model 'resnt20', did you mean 'resnet20'"),
+        ("resnet20:18", {}, "'resnet20' takes nothing after a colon"),
+        ("resnet20", {"classes": 1}, "num_classes = 1: a classifier needs at least 2"),
+        ("mlp", {"shape": ()}, r"input shape \(\): one or more positive sizes"),
+        ("mlp", {"shape": (3, 0, 8)}, r"input shape \(3, 0, 8\): one or more positive sizes"),
+        ("resnet20", {"width": 0}, "resnet20 option width = 0"),
+        ("wrn-28-2", {"dropout": 1.0}, "wrn-28-2 option dropout = 1.0"),
+        ("torchvision", {}, "unknown torchvision model ''"),
+        ("torchvision:resnet19", {}, "unknown torchvision model 'resnet19', did you mean 'resnet"),
+        ("torchvision:resnet18", {"shape": (1, 8, 8)}, "take 3 channels"),
+        ("torchvision:alexnet", {}, r"'torchvision:alexnet' cannot take inputs of shape \(3, 8, 8\)"),
+        (own(own_network), {"shape": (3, 2, 2)}, r"own_network' cannot take inputs of shape \(3, 2, 2\): RuntimeError"),
+        (own(without_linear), {}, "has no nn.Linear to serve as the head"),
+        (own(with_softmax), {}, "its last nn.Linear is not its last operation"),
+        (own(per_pixel), {}, "up to its last nn.Linear' maps inputs"),
+        (own(three_classes), {}, r"maps inputs \(2, 3, 8, 8\) to \(2, 3\), not to \(2, 5\)"),
+        (own(no_arguments), {}, r"must be callable as function\(shape, num_classes\)"),
+        (own(not_a_module), {}, "returned a int, not an nn.Module"),
+    ],
+)
+def test_errors_are_one_line(name, arguments, match):
+    with pytest.raises(UserError, match=match) as error:
+        build(name, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, raypkg.models; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,105 @@
+"""Slow twins: the same quantities from gradients that are materialised, one sample at a time, by autograd."""
+
+from dataclasses import dataclass
+from itertools import chain, combinations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raypkg.core.seeds import generator
+from raypkg.methods.gradients import HeadView
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear head [W, b] and samples that it sees; logits = W h + b."""
+
+    head: Tensor  # [C, D+1]
+    features: Tensor  # [n, D]
+    y: Tensor  # [n]
+
+    @property
+    def view(self) -> HeadView:
+        return HeadView(logits(self.head, self.features), self.features, self.y)
+
+
+def problem(
+    n: int, num_classes: int = 4, width: int = 6, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Problem:
+    """Continuous random data: no two samples are alike. One seed gives the same numbers in every dtype."""
+    rng = generator(seed, "problem", n)
+    head = torch.randn(num_classes, width + 1, generator=generator(seed, "head"))
+    features = torch.randn(n, width, generator=rng)
+    y = torch.randint(num_classes, (n,), generator=rng)
+    return Problem(head.to(dtype), features.to(dtype), y)
+
+
+def logits(head: Tensor, features: Tensor) -> Tensor:
+    return features @ head[:, :-1].T + head[:, -1]
+
+
+def gradient(head: Tensor, features: Tensor, y: Tensor) -> Tensor:
+    """Gradient of the mean cross-entropy with respect to the head, by autograd [C, D+1]."""
+    head = head.clone().requires_grad_()
+    loss = F.cross_entropy(logits(head, features), y)
+    return torch.autograd.grad(loss, head)[0]
+
+
+def per_sample_gradients(p: Problem) -> Tensor:
+    """One backward pass per sample [n, C, D+1]."""
+    samples = zip(p.features, p.y, strict=True)
+    return torch.stack([gradient(p.head, h[None], label[None]) for h, label in samples])
+
+
+def ridge(atoms: Tensor, target: Tensor, lam: float) -> Tensor:
+    """Least squares anew: argmin ‖Σ v_i a_i − t‖² + λ‖v‖² for atoms [m, p] and target [p]."""
+    m = len(atoms)
+    left = torch.cat([atoms.T, lam**0.5 * torch.eye(m, dtype=atoms.dtype)])
+    right = torch.cat([target, target.new_zeros(m)])
+    return torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+
+
+def matching_pursuit(atoms: Tensor, target: Tensor, k: int, lam: float) -> dict[int, float]:
+    """Orthogonal matching pursuit with non-negative weights on materialised atoms [n, p]: atom → weight."""
+    weights: dict[int, float] = {}
+    while len(weights) < k:
+        residual = target - sum(v * atoms[i] for i, v in weights.items())
+        correlation = {i: float(atoms[i] @ residual) for i in range(len(atoms)) if i not in weights}
+        best = max(correlation, key=correlation.__getitem__)
+        if correlation[best] <= 0:
+            break
+        weights[best] = 0.0
+        while True:
+            solution = dict(zip(weights, ridge(atoms[list(weights)], target, lam).tolist(), strict=True))
+            blocking = {i: weights[i] / (weights[i] - v) for i, v in solution.items() if v <= 0}
+            if not blocking:
+                break
+            first = min(blocking, key=blocking.__getitem__)
+            weights = {i: w + blocking[first] * (solution[i] - w) for i, w in weights.items() if i != first}
+        weights = solution
+    return weights
+
+
+def nonnegative_ridge(atoms: Tensor, target: Tensor, lam: float) -> Tensor:
+    """Non-negative ridge regression by trying the least squares of every subset of atoms [n, p]."""
+    n, best, least = len(atoms), torch.zeros(len(atoms), dtype=atoms.dtype), float(target @ target)
+    for subset in map(list, chain.from_iterable(combinations(range(n), m) for m in range(1, n + 1))):
+        v = torch.zeros(n, dtype=atoms.dtype)
+        v[subset] = ridge(atoms[subset], target, lam)
+        error = float((v @ atoms - target).square().sum() + lam * v @ v)
+        if (v >= 0).all() and error < least:
+            best, least = v, error
+    return best
+
+
+def glister(train: Problem, valid: Problem, budget: int, *, eta: float, rounds: int) -> list[int]:
+    """GLISTER one sample at a time; each refresh is a backward pass at the head that was really moved."""
+    gradients, chosen = per_sample_gradients(train), []
+    for part in torch.arange(budget).tensor_split(min(rounds, budget)):
+        moved = train.head - eta * sum((gradients[i] for i in chosen), torch.zeros_like(train.head))
+        refreshed = gradient(moved, valid.features, valid.y)
+        for _ in part:
+            gain = {i: float((g * refreshed).sum()) for i, g in enumerate(gradients) if i not in chosen}
+            chosen.append(max(gain, key=gain.__getitem__))
+    return chosen

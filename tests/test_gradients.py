@@ -1,0 +1,185 @@
+import pytest
+import reference
+import torch
+from torch import nn
+
+from raypkg.core.errors import UserError
+from raypkg.methods.gradients import HeadView, head_view
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@pytest.fixture(params=TOLERANCE, ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def close(dtype):
+    return lambda fast, slow: torch.testing.assert_close(fast, slow, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.fixture
+def some(dtype):
+    return reference.problem(20, dtype=dtype)
+
+
+@pytest.fixture
+def others(dtype):
+    return reference.problem(7, dtype=dtype)
+
+
+def flat(problem):
+    return reference.per_sample_gradients(problem).flatten(1)  # [n, C(D+1)]
+
+
+def test_norms_are_those_of_autograd(some, close):
+    close(some.view.norms(), flat(some).norm(dim=1))
+
+
+def test_inner_products_are_those_of_autograd(some, others, close):
+    close(some.view.inner(), flat(some) @ flat(some).T)
+    close(some.view.inner(others.view), flat(some) @ flat(others).T)
+    close(some.view.inner_with(3), flat(some) @ flat(some)[3])
+
+
+def test_distances_are_those_of_autograd(some, others, close):
+    def pairwise(a, b):
+        return (a[:, None] - b[None]).norm(dim=2)
+
+    close(some.view.distances(), pairwise(flat(some), flat(some)))
+    close(some.view.distances(others.view), pairwise(flat(some), flat(others)))
+
+
+def test_projection_is_the_inner_product_with_a_matrix(some, others, close):
+    matrix = others.head
+    close(some.view.project(matrix), flat(some) @ matrix.flatten())
+
+
+def test_sum_and_mean_are_those_of_autograd(some, close):
+    gradients, weights = reference.per_sample_gradients(some), torch.linspace(0, 3, 20)
+    weighted = gradients * weights[:, None, None].to(gradients)
+    close(some.view.sum(), gradients.sum(dim=0))
+    close(some.view.mean(), reference.gradient(some.head, some.features, some.y))
+    close(some.view.sum(weights), weighted.sum(dim=0))
+    close(some.view.mean(weights), weighted.mean(dim=0))
+
+
+def test_moved_head_has_the_gradient_of_the_moved_head(some, close):
+    step = 0.3 * reference.problem(1, seed=5, dtype=some.head.dtype).head
+    close(some.view.moved(step).mean(), reference.gradient(some.head + step, some.features, some.y))
+
+
+def test_residual_by_hand():
+    view = HeadView(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0]]), torch.tensor([1]))
+    assert view.residual.tolist() == [[0.5, -0.5]]
+    assert view.sum().tolist() == [[1.5, 0.5], [-1.5, -0.5]]
+
+
+def test_residual_of_a_confident_sample_keeps_its_digits():
+    view = HeadView(torch.tensor([[0.0, 30.0]]), torch.ones(1, 1), torch.tensor([1]))
+    assert view.residual[0].tolist() == pytest.approx([9.3576e-14, -9.3576e-14], rel=1e-4)
+
+
+def test_slices_and_index_tensors_cut_every_part(some):
+    view = some.view
+    assert len(view[2:5]) == 3
+    assert view[torch.tensor([4, 0])].features.equal(some.features[[4, 0]])
+
+
+def test_mean_of_nothing_is_an_error(some):
+    with pytest.raises(UserError, match="0 samples"):
+        some.view[:0].mean()
+
+
+@pytest.mark.parametrize("name", ["logits", "features"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite_names_the_first_sample(name, value):
+    parts = {"logits": torch.zeros(5, 3), "features": torch.zeros(5, 2), "y": torch.zeros(5, dtype=torch.int64)}
+    parts[name][2:, 1] = value
+    with pytest.raises(UserError, match=f"sample 2: NaN or infinite {name} \\(3 of 5 samples\\)"):
+        HeadView(**parts)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_label_out_of_range(label):
+    with pytest.raises(UserError, match="sample 1: label out of range"):
+        HeadView(torch.zeros(2, 3), torch.zeros(2, 2), torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize(
+    "logits, features, y, message",
+    [
+        (torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2).long(), r"features \[3, 2\].*expected \[n, C\]"),
+        (torch.zeros(2), torch.zeros(2, 2), torch.zeros(2).long(), r"logits \[2\].*expected \[n, C\]"),
+        (torch.zeros(2, 3), torch.zeros(2, 2), torch.zeros(2), r"y torch.float32: expected .* int64"),
+        (torch.zeros(2, 3), torch.zeros(2, 2).double(), torch.zeros(2).long(), "features torch.float64, .*: expected"),
+        (torch.zeros(2, 3).half(), torch.zeros(2, 2).half(), torch.zeros(2).long(), "logits torch.float16"),
+    ],
+)
+def test_shapes_and_dtypes_must_fit(logits, features, y, message):
+    with pytest.raises(UserError, match=message):
+        HeadView(logits, features, y)
+
+
+def test_a_head_of_another_shape_is_an_error(some):
+    with pytest.raises(UserError, match=r"head matrix is \[4, 6\], this view needs \[4, 7\]"):
+        some.view.project(some.head[:, 1:])
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5))
+        self.head = nn.Linear(5, 4)
+
+    def features(self, x):
+        return self.body(x)
+
+
+@pytest.fixture
+def model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Model()
+
+
+@pytest.fixture
+def data():
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 4
+
+
+def test_head_view_evaluates_the_model_in_order(model, data):
+    x, y = data
+    view = head_view(model, [(x[:5], y[:5]), (x[5:], y[5:])])
+    model.eval()
+    torch.testing.assert_close(view.features, model.features(x).detach())
+    torch.testing.assert_close(view.logits, model.head(model.features(x)).detach())
+    assert view.y.equal(y)
+    assert not view.logits.is_inference()  # usable in autograd
+
+
+def test_head_view_restores_every_mode_and_statistic(model, data):
+    model.body[1].eval()
+    before = model.body[1].running_mean.clone()
+    head_view(model, [data])
+    assert model.training and model.body[2].training and not model.body[1].training
+    assert model.body[1].running_mean.equal(before)
+
+
+def test_head_view_is_float32(model, data):
+    x, y = data
+    view = head_view(model.bfloat16(), [(x.bfloat16(), y)])
+    assert view.logits.dtype == view.features.dtype == torch.float32
+
+
+def test_head_view_of_a_diverged_model(model, data):
+    nn.init.constant_(model.head.bias, torch.nan)
+    with pytest.raises(UserError, match="sample 0: NaN or infinite logits"):
+        head_view(model, [data])
+    assert model.training
+
+
+def test_head_view_without_batches(model):
+    with pytest.raises(UserError, match="no batches"):
+        head_view(model, [])

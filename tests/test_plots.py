@@ -1,0 +1,90 @@
+"""Each plot is one PNG of its path, whatever the data: none, one point, NaN, many classes."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from raypkg.runs import plots
+
+NAN = float("nan")
+
+
+def row(phase="train", model=None, epoch=1, **values):
+    return {"phase": phase, "model": model, "epoch": epoch, **values}
+
+
+def cost(phase, seconds=1.0, forward=10, backward=10):
+    return {"phase": phase, "seconds": seconds, "forward": forward, "backward": backward}
+
+
+def two_phases():
+    models = [row("pretrain", m, e, loss=2 / e + 0.1 * m) for m in range(3) for e in range(1, 5)]
+    return models + [row(epoch=e, loss=1 / e, accuracy=0.9 - 0.5 / e) for e in range(1, 21)]
+
+
+def pixels(count, channels):
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8, channels), dtype=np.uint8)
+
+
+def labels(count):
+    return [(f"class with a long name {i}", i / 10) for i in range(count)]
+
+
+def counts(classes):
+    picked = np.random.default_rng(0).integers(0, 100, classes)
+    return picked, np.full(classes, 100), [f"class {c}" for c in range(classes)]
+
+
+@pytest.mark.parametrize(
+    ("plot", "data"),
+    [
+        (plots.curves, [two_phases()]),
+        (plots.curves, [[]]),
+        (plots.curves, [[row(loss=2.3)]]),
+        (plots.curves, [[row(loss=NAN, accuracy=None), row(epoch=2, loss=math.inf, accuracy=NAN)]]),
+        (plots.costs, [[cost("pretrain"), cost("train", 5_000, 10**6, 10**6)]]),
+        (plots.costs, [[]]),
+        (plots.costs, [[cost("select", NAN, None, 0)]]),
+        (plots.composition, counts(10)),
+        (plots.composition, counts(200)),
+        (plots.composition, counts(201)),
+        (plots.composition, ([], [], [])),
+        (plots.composition, ([0, 1], [0, 4], ["none at all", "$one$"])),
+        (plots.images, [pixels(16, 3), pixels(16, 3), labels(16), labels(16)]),
+        (plots.images, [pixels(1, 1), pixels(11, 1), labels(1), [("seven", NAN)] * 11]),
+        (plots.images, [pixels(0, 3), pixels(0, 3), [], []]),
+    ],
+)
+def test_writes_one_png(plot, data, tmp_path):
+    path = tmp_path / "plot.png"
+    plot(*data, path)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
+    assert int.from_bytes(content[16:20]) == 1350 and int.from_bytes(content[20:24]) == 900  # width and height
+    assert len(content) > 5_000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_plot_leaves_the_old_one(tmp_path):
+    path = tmp_path / "plot.png"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError):
+        plots.costs([cost("train", seconds="long")], path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_points_leave_out_what_was_not_measured():
+    model, epoch, value = plots._points([row(model=1, epoch=3, loss=1), row(epoch=2, loss=None), row(epoch=1)], "loss")
+    assert (model.tolist(), epoch.tolist(), value.tolist()) == ([1], [3], [1])
+
+
+def test_needs_neither_pyplot_nor_torch(tmp_path):
+    code = (
+        "import sys; from raypkg.runs import plots; assert 'matplotlib' not in sys.modules;"
+        f"plots.curves([], {str(tmp_path / 'plot.png')!r});"
+        "assert not {'matplotlib.pyplot', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

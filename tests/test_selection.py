@@ -1,0 +1,204 @@
+import pytest
+import reference
+import torch
+
+from raypkg.core.errors import UserError
+from raypkg.methods.coreset import Coreset
+from raypkg.methods.coresets import coreset
+from raypkg.methods.gradients import HeadView
+from raypkg.methods.selection import budget_of, class_budgets, select, select_class
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "counts, budget, expected",
+    [
+        ([10, 10, 10], 6, [2, 2, 2]),
+        ([10, 10, 10], 7, [3, 2, 2]),  # a tie goes to the lower class
+        ([50, 30, 20], 7, [4, 2, 1]),  # 3.5, 2.1, 1.4: the largest remainder gets the last one
+        ([97, 2, 1], 10, [8, 1, 1]),  # 9.7, 0.2, 0.1: none goes without
+        ([97, 2, 1], 2, [2, 0, 0]),  # the budget does not reach all
+        ([5, 0, 5], 3, [2, 0, 1]),
+        ([3, 0, 1], 4, [3, 0, 1]),
+        ([3, 0, 1], 1, [1, 0, 0]),
+    ],
+)
+def test_class_budgets_by_hand(counts, budget, expected):
+    assert class_budgets(ints(*counts), budget).tolist() == expected
+
+
+def test_class_budgets_over_every_budget():
+    counts = ints(1, 0, 7, 40, 3, 1)
+    for budget in range(1, 53):
+        shares = class_budgets(counts, budget)
+        assert shares.sum() == budget and (shares <= counts).all() and (shares >= 0).all()
+        assert budget < 5 or shares.count_nonzero() == 5
+
+
+def test_class_budgets_out_of_range():
+    for budget in (0, 11):
+        with pytest.raises(UserError, match=f"budget {budget}: must be from 1 to the number of samples, 10"):
+            class_budgets(ints(4, 6), budget)
+
+
+def test_budget_of_a_fraction():
+    assert [budget_of(f, 50) for f in (1e-9, 0.1, 0.33, 1)] == [1, 5, 16, 50]
+    for fraction in (0, -0.1, 1.01, torch.nan):
+        with pytest.raises(UserError, match=f"fraction {fraction}: must be above 0"):
+            budget_of(fraction, 50)
+    with pytest.raises(UserError, match="0 samples"):
+        budget_of(0.5, 0)
+
+
+@pytest.mark.parametrize(
+    "indices, weights, message",
+    [
+        (ints(0, 1), torch.ones(3), "2 indices and 3 weights"),
+        (ints(5, 1, 5), torch.ones(3), "index 5: must be given once"),
+        (ints(0, -1), torch.ones(2), "index -1: must be 0 or more"),
+        (ints(0, 1), torch.tensor([1.0, -0.5]), "weight -0.5: must be finite and 0 or more"),
+        (ints(0, 1), torch.tensor([1.0, torch.nan]), "weight nan: must be finite"),
+        (torch.zeros(1), torch.ones(1), r"indices are torch.float32 \[1\], expected torch.int64 \[k\]"),
+        (ints(0), torch.ones(1, 1), r"weights are torch.float32 \[1, 1\], expected torch.float32 \[k\]"),
+    ],
+)
+def test_coreset_is_validated(indices, weights, message):
+    with pytest.raises(UserError, match=message):
+        Coreset(indices, weights)
+
+
+def test_coresets_concatenate_in_order():
+    joined = Coreset.concat([Coreset.uniform(ints(7, 2)), Coreset(ints(4), torch.tensor([0.5]))])
+    assert joined.indices.tolist() == [7, 2, 4] and joined.weights.tolist() == [1, 1, 0.5]
+    assert len(Coreset.concat([])) == 0
+
+
+@pytest.mark.parametrize("name", coreset.entries)
+def test_classes_are_picked_alike_in_one_view_or_in_several(name):
+    view, valid = reference.problem(80).view, reference.problem(30).view
+    together = select(view, 20, name, seed=4, valid=valid)
+    apart = []
+    for label, share in enumerate(class_budgets(view.y.bincount(), 20).tolist()):
+        members = (view.y == label).nonzero()[:, 0]
+        holder = HeadView(view.logits[members], view.features[members], view.y[members])
+        same = valid[valid.y == label]
+        part = select_class(holder, share, coreset[name], seed=4, label=label, options={}, valid=same)
+        apart.append(part.at(members))
+    apart = Coreset.concat(apart)
+    assert together.indices.equal(apart.indices) and together.weights.equal(apart.weights)
+
+
+def test_balanced_picks_have_the_class_budgets():
+    view = reference.problem(80).view
+    picked = select(view, 20, "el2n", seed=0)
+    assert view.y[picked.indices].bincount().equal(class_budgets(view.y.bincount(), 20))
+
+
+def test_an_empty_class_and_one_without_budget_are_skipped():
+    view = HeadView(torch.zeros(6, 4), torch.ones(6, 2), ints(0, 0, 0, 2, 2, 3))
+    assert select(view, 2, "grand", seed=0).indices.tolist() == [0, 3]
+
+
+def test_a_class_without_validation_samples_sees_all_of_them():
+    train, valid = reference.problem(40), reference.problem(20).view
+    without = valid[valid.y != 1]
+    members = (train.y == 1).nonzero()[:, 0]
+    share = int(class_budgets(train.y.bincount(), 12)[1])
+    expected = coreset["glister"](train.view[members], share, valid=without)
+    picked = select(train.view, 12, "glister", seed=0, valid=without).indices
+    assert picked[train.y[picked] == 1].equal(members[expected.indices])
+
+
+def test_a_fresh_seed_is_a_fresh_draw():
+    view = reference.problem(80).view
+    first, second = (select(view, 20, "random", seed=seed).indices for seed in (0, 1))
+    assert not first.equal(second)
+
+
+def broken(view, budget):
+    """Return one too few."""
+    return Coreset.uniform(torch.arange(budget - 1))
+
+
+def test_a_method_that_breaks_its_contract_is_named():
+    with pytest.raises(UserError, match="test_selection:broken' must return a Coreset of 5 out of 40"):
+        select(reference.problem(40).view, 5, "test_selection:broken", seed=0, balanced=False)
+
+
+def test_unknown_method_and_unknown_option():
+    view = reference.problem(40).view
+    with pytest.raises(UserError, match="unknown coreset method 'gradmach', did you mean 'gradmatch'"):
+        select(view, 5, "gradmach", seed=0)
+    with pytest.raises(UserError, match="unknown gradmatch option 'lamda', did you mean 'lam'"):
+        select(view, 5, "gradmatch", seed=0, options={"lamda": 1})
+
+
+def test_el2n_and_grand_keep_the_largest_norms():
+    p = reference.problem(30)
+    errors = (p.view.logits.softmax(dim=1) - torch.eye(4, dtype=torch.float64)[p.y]).norm(dim=1)
+    norms = reference.per_sample_gradients(p).flatten(1).norm(dim=1)
+    assert coreset["el2n"](p.view, 6).indices.equal(errors.topk(6).indices)
+    assert coreset["grand"](p.view, 6).indices.equal(norms.topk(6).indices)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradmatch_equals_its_slow_twin(seed):
+    train, valid = reference.problem(40, seed=seed), reference.problem(15, seed=seed)
+    atoms = reference.per_sample_gradients(train).flatten(1)
+    for name, target in [
+        ("train", atoms.mean(dim=0)),
+        ("valid", reference.per_sample_gradients(valid).mean(0).flatten()),
+    ]:
+        picked = coreset["gradmatch"](train.view, 8, valid=valid.view, options={"target": name})
+        slow = reference.matching_pursuit(atoms, target, 8, lam=0.5)
+        assert dict(zip(picked.indices.tolist(), picked.weights.tolist(), strict=True)) == pytest.approx(
+            {i: 8 * v for i, v in slow.items()}, rel=1e-5
+        )
+
+
+def test_gradmatch_weights_match_the_mean_gradient():
+    view = reference.problem(200).view
+    picked = coreset["gradmatch"](view, 60, options={"lam": 1e-6})
+    matched = view[picked.indices].mean(picked.weights)
+    assert (matched - view.mean()).norm() < 1e-3 * view.mean().norm()
+    assert (view[picked.indices].mean() - view.mean()).norm() > 0.1 * view.mean().norm()
+
+
+def test_gradmatch_of_equal_gradients_weighs_each_by_the_penalty():
+    view = HeadView(torch.zeros(10, 2), torch.ones(10, 1), ints(*[0] * 10))  # ‖g‖² = ½ · 2
+    picked = coreset["gradmatch"](view, 5)
+    assert picked.weights.tolist() == pytest.approx([1 / (1 + 0.5 / 5)] * 5)
+
+
+def test_gradmatch_fills_the_budget_at_weight_zero():
+    view = HeadView(torch.zeros(10, 2), torch.ones(10, 1), ints(*[0] * 10))
+    picked = coreset["gradmatch"](view, 5, options={"lam": 0.0})  # one sample matches the mean exactly
+    assert picked.indices.tolist() == [0, 1, 2, 3, 4]
+    assert picked.weights.tolist() == pytest.approx([5, 0, 0, 0, 0])
+    assert coreset["gradmatch"](view, 5, options={"lam": 0.0, "weighted": False}).weights.tolist() == [1] * 5
+
+
+def test_gradmatch_towards_validation_data_needs_some():
+    with pytest.raises(UserError, match="target = 'valid': there are no validation samples"):
+        coreset["gradmatch"](reference.problem(10).view, 2, options={"target": "valid"})
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 20])
+@pytest.mark.parametrize("seed", range(3))
+def test_glister_equals_its_slow_twin(seed, rounds):
+    train, valid = reference.problem(40, seed=seed), reference.problem(15, seed=seed)
+    options = {"eta": 0.3, "rounds": rounds}
+    picked = coreset["glister"](train.view, 10, valid=valid.view, options=options).indices
+    assert picked.tolist() == reference.glister(train, valid, 10, **options)
+    assert coreset["glister"](train.view, 10, options=options).indices.tolist() == reference.glister(
+        train, train, 10, **options
+    )
+
+
+def test_glister_refreshes():
+    view = reference.problem(40).view
+    static, refreshed = (coreset["glister"](view, 10, options={"eta": 0.3, "rounds": r}).indices for r in (1, 10))
+    assert static.sort().values.tolist() != refreshed.sort().values.tolist()

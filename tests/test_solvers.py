@@ -1,0 +1,103 @@
+import pytest
+import reference
+import torch
+
+from raypkg.core.seeds import generator
+from raypkg.methods.solvers import Cholesky, largest, matching_pursuit
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed, "test"), dtype=torch.float64)
+
+
+def pursue(atoms, target, k, *, lam=0.0, eps=1e-10):
+    gram = atoms @ atoms.T
+    return matching_pursuit(gram.__getitem__, atoms @ target, target @ target, k, lam=lam, eps=eps)
+
+
+def test_equal_scores_go_by_position():
+    assert largest(torch.ones(1000), 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_cholesky_grows_and_shrinks_to_the_factor_of_what_is_left():
+    a = random(9, 9)
+    matrix, kept = a @ a.T + torch.eye(9), []
+    factor = Cholesky(9, like=matrix)
+    for move in [0, 1, 2, 3, 4, 5, "-2", 6, "-0", 2, "-5", 7, 8]:
+        if isinstance(move, str):
+            kept.pop(position := int(move[1:]))
+            factor.remove(position)
+        else:
+            assert factor.append(matrix[move, kept], matrix[move, move])
+            kept.append(move)
+        block = matrix[kept][:, kept]
+        torch.testing.assert_close(factor.lower, torch.linalg.cholesky(block))
+    right = random(len(kept), seed=1)
+    torch.testing.assert_close(factor.solve(right), torch.linalg.solve(block, right))
+
+
+def test_cholesky_refuses_a_dependent_row():
+    factor = Cholesky(2, like=torch.empty(0, dtype=torch.float64))
+    four = torch.tensor(4.0, dtype=torch.float64)
+    assert factor.append(four.new_empty(0), four)
+    assert not factor.append(four[None], four)
+    assert factor.lower.tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_on_orthonormal_atoms_pursuit_is_top_k(lam):
+    atoms, _ = torch.linalg.qr(random(10, 10))
+    coefficients = random(10, seed=1)
+    picked, weights = pursue(atoms, coefficients @ atoms, 3, lam=lam)
+    values, order = coefficients.topk(3)
+    assert picked.equal(order)
+    torch.testing.assert_close(weights, values / (1 + lam))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_pursuit_equals_least_squares_anew_at_each_step(seed, lam):
+    atoms = random(40, 12, seed=seed) + 0.3
+    target = atoms.mean(dim=0)
+    for k in (1, 5, 10):
+        picked, weights = pursue(atoms, target, k, lam=lam)
+        slow = reference.matching_pursuit(atoms, target, k, lam)
+        assert dict(zip(picked.tolist(), weights.tolist(), strict=True)) == pytest.approx(slow)
+
+
+def test_weights_that_would_turn_negative_are_dropped():
+    """The sum of the axes attracts first; both axes together then push its weight to −0.45 and take its place."""
+    atoms = torch.tensor([[1.0, 1.0, 0.5], [1.0, 0.0, -0.1], [0.0, 1.0, -0.1]], dtype=torch.float64)
+    target = torch.tensor([1.0, 1.0, -0.3], dtype=torch.float64)
+    first, _ = pursue(atoms, target, 1)
+    picked, weights = pursue(atoms, target, 3)
+    assert first.tolist() == [0]
+    assert sorted(picked.tolist()) == [1, 2]
+    torch.testing.assert_close(weights, torch.full((2,), 1.03 / 1.02, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_unlimited_pursuit_is_non_negative_least_squares(seed):
+    atoms, target = random(8, 5, seed=seed), random(5, seed=seed + 100)
+    picked, weights = pursue(atoms, target, 8, lam=0.1, eps=1e-14)
+    dense = torch.zeros(8, dtype=torch.float64).index_put((picked,), weights)
+    torch.testing.assert_close(dense, reference.nonnegative_ridge(atoms, target, 0.1))
+
+
+def test_pursuit_stops_when_the_target_is_met():
+    atoms = random(10, 6)
+    picked, weights = pursue(atoms, 2 * atoms[4], 5)
+    assert picked.tolist() == [4]
+    assert weights.tolist() == pytest.approx([2.0])
+
+
+def test_nothing_correlates():
+    atoms = random(10, 4).abs()
+    assert len(pursue(atoms, -atoms[0], 5)[0]) == 0
+    assert len(pursue(atoms, torch.zeros(4, dtype=torch.float64), 5)[0]) == 0
+
+
+def test_identical_atoms_are_used_once_without_a_penalty():
+    atoms = random(1, 4).expand(6, 4)
+    assert pursue(atoms, 2 * atoms[0], 6)[0].tolist() == [0]
+    assert len(pursue(atoms, 2 * atoms[0], 6, lam=0.5)[0]) == 6
