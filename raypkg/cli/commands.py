@@ -46,7 +46,7 @@ def experiment_command(entry: Entry) -> click.Command:
     schema = settings_of(entry)
 
     def callback(
-        config: str | None, pairs: tuple[str, ...], name: str | None, resume: str | None, root: str, **given: Any
+        config: Path | None, pairs: tuple[str, ...], name: str | None, resume: str | None, root: str, **given: Any
     ) -> None:
         from .execute import execute, resume_run
 
@@ -54,7 +54,7 @@ def experiment_command(entry: Entry) -> click.Command:
         if resume:
             resume_run(entry, schema, resume, values, root, refused={"--config": config, "--name": name})
         else:
-            execute(entry, schema, Path(config) if config else None, values, name, root)
+            execute(entry, schema, config, values, name, root)
 
     return SettingsCommand(
         entry.name,

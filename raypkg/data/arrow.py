@@ -1,17 +1,14 @@
-"""The store: samples in a memory-mapped Arrow IPC file, built once and shared by every process of a machine.
+"""The store: samples in a memory-mapped Arrow IPC file, shared by every process of a machine.
 
 Column ``x`` holds pixels (fixed-size binary, H·W·C bytes), encoded images (large binary) or float32 rows (fixed-size
-list); column ``y`` the label. Record batches are bounded, so a set may be larger than memory on the way in and out.
+list); column ``y`` the labels. Record batches are bounded, so a set may be larger than memory on its way in and out.
 The statistics are known only at the end: they travel as the metadata of an empty last record batch.
 """
 
 import json
-import logging
-import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,15 +17,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raypkg.core.errors import UserError
-
 from .moments import Moments
 from .split import Split, Take
 
 FORMAT = 1
 BATCH_BYTES = 256 << 20
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,10 +34,19 @@ class Header:
     augment: tuple[str, ...] = ()
 
     @property
-    def x_type(self) -> pa.DataType:
-        """The Arrow type of column ``x``."""
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of the two columns, with this header as its metadata."""
         size = int(np.prod(self.shape))
-        return {"pixels": pa.binary(size), "encoded": pa.large_binary(), "rows": pa.list_(pa.float32(), size)}[self.kind]
+        x = {"pixels": pa.binary(size), "encoded": pa.large_binary(), "rows": pa.list_(pa.float32(), size)}[self.kind]
+        return pa.schema({"x": x, "y": pa.int64()}, {"effray": json.dumps({"format": FORMAT, **asdict(self)})})
+
+    @classmethod
+    def of(cls, schema: pa.Schema) -> "Header":
+        """Read the header back from a schema."""
+        fields = json.loads((schema.metadata or {}).get(b"effray", b"{}"))
+        if fields.pop("format", None) != FORMAT:
+            raise pa.ArrowInvalid(f"not a store of format {FORMAT}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 class Block(NamedTuple):
@@ -55,22 +57,52 @@ class Block(NamedTuple):
     sample: np.ndarray  # what the statistics are taken from: x itself, or some of the images, decoded
 
 
+def write(path: Path, header: Header, blocks: Iterable[Block]) -> None:
+    """Stream blocks into a store file, one record batch of at most ``BATCH_BYTES`` at a time."""
+    moments = Moments()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, header.schema) as writer:
+        for batch in _record_batches(header.schema, blocks, moments):
+            writer.write_batch(batch)
+        statistics = {"mean": json.dumps(moments.mean), "std": json.dumps(moments.std)}
+        writer.write_batch(pa.RecordBatch.from_pylist([], header.schema), custom_metadata=statistics)
+
+
+def _record_batches(schema: pa.Schema, blocks: Iterable[Block], moments: Moments) -> Iterator[pa.RecordBatch]:
+    pending: list[pa.RecordBatch] = []
+    for block in blocks:
+        moments.update(block.sample)
+        batch = pa.record_batch([_column(block.x, schema.field("x").type), pa.array(block.y, pa.int64())], schema)
+        if pending and sum(b.nbytes for b in pending) + batch.nbytes > BATCH_BYTES:
+            yield pa.concat_batches(pending)
+            pending = []
+        pending.append(batch)
+    yield pa.concat_batches(pending)
+
+
+def _column(x: np.ndarray | list[bytes], kind: pa.DataType) -> pa.Array:
+    if isinstance(x, list):
+        return pa.array(x, kind)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), type=kind)
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(x), [None, pa.py_buffer(np.ascontiguousarray(x))])
+
+
 class Store:
-    """An open store: the columns as views of the mapped file; pickles as its path.
+    """An open store: its columns are views of the mapped file. It pickles as its path.
 
     Raises:
         FileNotFoundError: there is no such file.
-        pyarrow.ArrowInvalid: the file is truncated, corrupt or of another format version.
+        pyarrow.ArrowInvalid: the file is truncated or no store of this format.
     """
 
     def __init__(self, path: Path):
         self.path = path
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
-            self.header = _header(reader.schema)
+            self.header = Header.of(reader.schema)
             *batches, (_, moments) = map(reader.get_batch_with_custom_metadata, range(reader.num_record_batches))
-        if not moments:
-            raise pa.ArrowInvalid("the statistics are missing")
-        self.mean, self.std = (tuple(json.loads(moments[key])) for key in (b"mean", b"std"))
+        if moments is None:
+            raise pa.ArrowInvalid("its statistics are missing")
+        self._mean, self._std = (tuple(json.loads(moments[key])) for key in ("mean", "std"))
         self._columns = [batch.column("x") for batch, _ in batches]
         self._starts = [0, *accumulate(map(len, self._columns))]
         self._views = [] if self.header.kind == "encoded" else [self._view(column) for column in self._columns]
@@ -79,13 +111,18 @@ class Store:
     def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
         return Store, (self.path,)
 
+    def __len__(self) -> int:
+        return self._starts[-1]
+
     def _view(self, column: pa.Array) -> np.ndarray:
+        shape = self.header.shape
+        stored = (*shape[1:], shape[0]) if self.header.kind == "pixels" else shape  # images lie as [H, W, C]
         dtype = np.uint8 if self.header.kind == "pixels" else np.float32
-        flat = np.frombuffer(column.buffers()[-1], dtype, count=len(column) * int(np.prod(self.header.shape)))
-        return flat.reshape(len(column), *_stored(self.header.shape))
+        flat = np.frombuffer(column.buffers()[-1], dtype, count=len(column) * int(np.prod(shape)))
+        return flat.reshape(len(column), *stored)
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """Gather pixels [b, H, W, C] or rows [b, D]: one fancy index for each record batch that is touched."""
+        """Gather pixels [b, H, W, C] or rows [b, D], with one fancy index for each record batch that is touched."""
         if len(self._views) == 1:
             return self._views[0].take(indices, axis=0)
         out = np.empty((len(indices), *self._views[0].shape[1:]), self._views[0].dtype)
@@ -103,55 +140,4 @@ class Store:
     def as_split(self, take: Take | None = None) -> Split:
         """Return the split over this store; ``take`` replaces the plain gather where images must be decoded."""
         header = self.header
-        return Split(take or self.take, self.y, header.classes, header.shape, self.mean, self.std, header.augment)
-
-
-def write(path: Path, header: Header, blocks: Iterable[Block]) -> None:
-    """Stream blocks into a store file, one record batch of at most ``BATCH_BYTES`` at a time."""
-    schema = pa.schema({"x": header.x_type, "y": pa.int64()}, {b"effray": json.dumps({"format": FORMAT, **asdict(header)})})
-    moments = Moments()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch in _record_batches(header, blocks, schema, moments):
-            writer.write_batch(batch)
-        statistics = {"mean": json.dumps(moments.mean), "std": json.dumps(moments.std)}
-        writer.write_batch(schema.empty_table().to_batches()[0], custom_metadata=statistics)
-
-
-def cached(path: Path, build: Callable[[Path], None]) -> Store:
-    """Open the store at ``path``; if it is missing or damaged, one process builds it and the others wait.
-
-    Raises:
-        UserError: the cache folder cannot be written, for instance because the disk is full.
-    """
-    store = _opened(path)
-    if store:
-        return store
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            return _opened(path) or _built(path, build)
-    except OSError as error:
-        raise UserError(f"cannot write the data cache {str(path)!r}: {error.strerror or error}") from error
-
-
-def cache_path(cache: Path | None, stem: str, key: str) -> Path:
-    """Return the file of a store in the given or the default cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effray"
-    return Path(cache or os.environ.get("EFFRAY_CACHE") or user) / f"{stem}-{key}.arrow"
-
-
-def fingerprint(files: Iterable[Path], **options: object) -> str:
-    """Return a short name of the source: files with their sizes and times, options and the store's format."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return blake2b(repr((FORMAT, stats, sorted(options.items()))).encode(), digest_size=8).hexdigest()
-
-
-def _header(schema: pa.Schema) -> Header:
-    fields = json.loads((schema.metadata or {}).get(b"effray", b"{}"))
-    if fields.pop("format", None) != FORMAT:
-        raise pa.ArrowInvalid(f"not a store of format {FORMAT}")
-    return Header(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-
-
-def _stored(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[1:], shape[0]) if len(shape) == 3 else shape  # images lie as [H, W, C]
+        return Split(take or self.take, self.y, header.classes, header.shape, self._mean, self._std, header.augment)

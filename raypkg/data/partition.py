@@ -53,7 +53,7 @@ def stratified_shards(
     labels, counts = y[order].unique(return_counts=True)
     place = torch.empty(len(order), dtype=torch.float64)
     for label, count in zip(labels, counts, strict=True):
-        place[y[order] == label] = (torch.arange(int(count)) + 0.5) / count  # evenly along [0, 1]
+        place[y[order] == label] = (torch.arange(int(count), dtype=torch.float64) + 0.5) / count  # evenly along [0, 1]
     line = order[place.argsort(stable=True)]
     parts = [stretch[:size] for stretch in line.tensor_split(shards)]
     for part in parts:
@@ -62,7 +62,6 @@ def stratified_shards(
             missing = int(labels[~torch.isin(labels, present)][0])
             count = int(counts[labels == missing])
             raise UserError(
-                f"a shard of {size} samples holds none of class {missing}, which has {count}: use fewer or larger shards"
+                f"a shard of {size} samples holds none of class {missing} ({count} samples): use fewer or larger shards"
             )
     return [part.sort().values for part in parts]
-

@@ -1,0 +1,115 @@
+"""Per-sample augmentation of whole batches: image tensors and a matrix of uniform numbers in, images out.
+
+Nothing here draws: sample i is changed by row i of ``u`` alone, so a worker that holds a slice of a batch changes it as
+the whole batch would have been.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raypkg.core.errors import UserError, unknown
+
+from .operations import OPERATIONS
+
+Change = Callable[[Tensor, Tensor], Tensor]  # (uint8 [b, C, H, W], uniforms [b, draws]) → uint8 [b, C, H, W]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A change of images and how many uniform numbers it takes for each of them."""
+
+    draws: int
+    change: Change
+
+    def __call__(self, x: Tensor, u: Tensor) -> Tensor:
+        """Change uint8 images [b, C, H, W] by uniforms [b, draws]."""
+        return self.change(x, u)
+
+
+def compose(names: Sequence[str]) -> Augmentation:
+    """Return the named augmentations as one, in the given order; without names, the one that changes nothing.
+
+    Raises:
+        UserError: an unknown name; or, when applied, samples that are rows of a table and not images.
+    """
+    for name in names:
+        if name not in AUGMENTATIONS:
+            raise unknown("augmentation", name, AUGMENTATIONS)
+    steps = [AUGMENTATIONS[name] for name in names]
+
+    def change(x: Tensor, u: Tensor) -> Tensor:
+        if steps and x.dim() != 4:
+            raise UserError(f"samples of shape {list(x.shape[1:])} are no images: leave out {', '.join(names)}")
+        for step, part in zip(steps, u.split([step.draws for step in steps], dim=1), strict=True):
+            x = step(x, part)
+        return x
+
+    return Augmentation(sum(step.draws for step in steps), change)
+
+
+def crop(x: Tensor, u: Tensor) -> Tensor:
+    """Cut each image out of itself with a black border of side // 8, at an offset drawn for it."""
+    height, width = x.shape[2:]
+    border = max(1, width // 8)
+    pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, border, border, border, border))  # [b, H', W', C]
+    top, left = (u * (2 * border + 1)).long().unbind(1)  # [b]
+    rows = top[:, None] + torch.arange(height, device=x.device)  # [b, H]
+    columns = left[:, None] + torch.arange(width, device=x.device)  # [b, W]
+    return _gather(pixels, rows, columns)
+
+
+def flip(x: Tensor, u: Tensor) -> Tensor:
+    """Mirror each image left to right with probability ½."""
+    drawn = u[:, 0] < 0.5
+    out = x.clone(memory_format=torch.channels_last)
+    out[drawn] = x[drawn].flip(3)
+    return out
+
+
+def randaugment(x: Tensor, u: Tensor, magnitude: float = 5 / 30) -> Tensor:
+    """Apply one operation, drawn for each image, at magnitude m = 5 of 30 (RandAugment n = 1, arXiv:1909.13719)."""
+    kind, sign = (u[:, 0] * len(OPERATIONS)).long(), torch.where(u[:, 1] < 0.5, -1.0, 1.0)
+    out = x.clone(memory_format=torch.channels_last)
+    for number, operation in enumerate(OPERATIONS):
+        drawn = (kind == number).nonzero()[:, 0]
+        if len(drawn):
+            out[drawn] = operation(x[drawn], magnitude, sign[drawn])
+    return out
+
+
+AUGMENTATIONS = {
+    "crop": Augmentation(2, crop),
+    "flip": Augmentation(1, flip),
+    "randaugment": Augmentation(2, randaugment),
+}
+
+
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return float32 samples of mean 0 and deviation 1: (x/255 − mean)/std of images, (x − mean)/std of rows.
+
+    Args:
+        x: uint8 [b, C, H, W] in channels_last memory, or float32 [b, D].
+        mean: per channel or column.
+        std: likewise.
+    """
+    shift, scale = torch.tensor(mean, device=x.device), 1 / torch.tensor(std, device=x.device)
+    if x.dim() == 2:
+        return (x - shift) * scale
+    b, c, height, width = x.shape
+    # A row of pixels at a time: channels alone are too short for vector instructions.
+    lines = x.permute(0, 2, 3, 1).reshape(b * height, width * c).float()
+    lines = torch.addcmul(-(shift * scale).repeat(width), lines, (scale / 255).repeat(width))
+    return lines.view(b, height, width, c).permute(0, 3, 1, 2)
+
+
+def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return pixels [b, H', W', C] at rows [b, H] and columns [b, W] of each image, as [b, C, H, W]."""
+    b, height, width, channels = pixels.shape
+    image = torch.arange(b, device=pixels.device)[:, None, None] * (height * width)
+    flat = image + rows[:, :, None] * width + columns[:, None, :]  # [b, H, W]
+    found = pixels.reshape(-1, channels).index_select(0, flat.view(-1))
+    return found.view(*flat.shape, channels).permute(0, 3, 1, 2)

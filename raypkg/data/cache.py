@@ -1,0 +1,74 @@
+"""The cache folder: a store is built once, by one process, and appears whole or not at all."""
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+
+import pyarrow as pa
+
+from raypkg.core.errors import UserError
+
+from .arrow import FORMAT, Store
+
+log = logging.getLogger(__name__)
+
+
+def cached(path: Path, build: Callable[[Path], None]) -> Store:
+    """Open the store at ``path``; if it is missing or damaged, one process builds it and the others wait.
+
+    Raises:
+        UserError: the cache folder cannot be written, for instance because the disk is full.
+    """
+    store = _opened(path)  # without the lock: a finished cache may lie on a read-only disk
+    if store:
+        return store
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            return _opened(path, report=True) or _built(path, build)
+    except OSError as error:
+        raise UserError(f"cannot write the data cache {str(path)!r}: {error.strerror or error}") from error
+
+
+def cache_folder(cache: Path | None = None) -> Path:
+    """Return the given folder, else ``$EFFRAY_CACHE``, else ``effray`` in the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effray"
+    return Path(cache or os.environ.get("EFFRAY_CACHE") or user)
+
+
+def fingerprint(files: Iterable[Path], **options: object) -> str:
+    """Return a short name of the source: files with their sizes and times, options and the store's format."""
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return blake2b(repr((FORMAT, stats, sorted(options.items()))).encode(), digest_size=8).hexdigest()
+
+
+def _opened(path: Path, report: bool = False) -> Store | None:
+    try:
+        return Store(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        if report:
+            log.warning("the data cache %s is damaged and is built again: %s", path, error)
+        return None
+
+
+def _built(path: Path, build: Callable[[Path], None]) -> Store:
+    unfinished = path.with_suffix(".tmp")  # one name is enough: the lock is held
+    try:
+        build(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return Store(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+        yield
