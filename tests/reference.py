@@ -1,5 +1,6 @@
 """Slow twins: the same quantities from gradients that are materialised, one sample at a time, by autograd."""
 
+import copy
 from dataclasses import dataclass
 from itertools import chain, combinations
 
@@ -103,3 +104,15 @@ def glister(train: Problem, valid: Problem, budget: int, *, eta: float, rounds: 
             gain = {i: float((g * refreshed).sum()) for i, g in enumerate(gradients) if i not in chosen}
             chosen.append(max(gain, key=gain.__getitem__))
     return chosen
+
+
+def snip(model, x, y, density):
+    """Share of each layer's weights among the network's most salient, by sorting |g · w| of single weights."""
+    model = copy.deepcopy(model).train()
+    F.cross_entropy(model(x), y).backward()
+    weights = {name: w for name, w in model.named_parameters() if w.dim() > 1}
+    salient = sorted(
+        ((g * v).abs().item(), name) for name, w in weights.items() for g, v in zip(w.grad.flatten(), w.flatten())
+    )
+    kept = [name for _, name in salient[-round(density * len(salient)) :]]
+    return {name: kept.count(name) / w.numel() for name, w in weights.items()}

@@ -1,8 +1,8 @@
 import pytest
-import reference
 import torch
 from torch import nn
 
+import reference
 from raypkg.core.errors import UserError
 from raypkg.methods.gradients import HeadView, head_view
 

@@ -1,7 +1,7 @@
 import pytest
-import reference
 import torch
 
+import reference
 from raypkg.core.errors import UserError
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.coresets import coreset

@@ -1,7 +1,7 @@
 import pytest
-import reference
 import torch
 
+import reference
 from raypkg.core.seeds import generator
 from raypkg.methods.solvers import Cholesky, largest, matching_pursuit
 

@@ -46,7 +46,7 @@ class Header:
         fields = json.loads((schema.metadata or {}).get(b"effray", b"{}"))
         if fields.pop("format", None) != FORMAT:
             raise pa.ArrowInvalid(f"not a store of format {FORMAT}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        return cls(fields["kind"], *(tuple(fields[name]) for name in ("shape", "classes", "augment")))
 
 
 class Block(NamedTuple):

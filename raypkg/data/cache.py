@@ -21,7 +21,7 @@ def cached(path: Path, build: Callable[[Path], None]) -> Store:
     """Open the store at ``path``; if it is missing or damaged, one process builds it and the others wait.
 
     Raises:
-        UserError: the cache folder cannot be written, for instance because the disk is full.
+        UserError: the cache cannot be written (the disk is full, …) or its source cannot be read.
     """
     store = _opened(path)  # without the lock: a finished cache may lie on a read-only disk
     if store:
@@ -31,7 +31,7 @@ def cached(path: Path, build: Callable[[Path], None]) -> Store:
         with _locked(path.with_suffix(".lock")):
             return _opened(path, report=True) or _built(path, build)
     except OSError as error:
-        raise UserError(f"cannot write the data cache {str(path)!r}: {error.strerror or error}") from error
+        raise UserError(f"cannot build the data cache {str(path)!r}: {error}") from error
 
 
 def cache_folder(cache: Path | None = None) -> Path:

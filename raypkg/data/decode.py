@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as transforms
 
 from raypkg.core.errors import UserError
 
@@ -44,6 +42,8 @@ def decode(data: bytes | bytearray, shape: Shape) -> Tensor:
     Raises:
         RuntimeError, OSError: the bytes are no image or a damaged one.
     """
+    from torchvision.transforms.v2 import functional as transforms
+
     channels, *sides = shape
     image = _by_torchvision(data, channels) if _is_jpeg_or_png(data) else _by_pillow(data, channels)  # [C, h, w]
     if list(image.shape[1:]) == sides:
@@ -77,9 +77,12 @@ def _is_jpeg_or_png(data: bytes | bytearray) -> bool:
 
 
 def _by_torchvision(data: bytes | bytearray, channels: int) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.v2.functional import to_dtype
+
     mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
     image = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
-    return transforms.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
+    return to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
 
 
 def _by_pillow(data: bytes | bytearray, channels: int) -> Tensor:

@@ -59,7 +59,9 @@ class Source:
         if name != "train":  # the train split decides on channels and class names
             train = self.split("train")
             if shape[1:] != train.shape[1:]:
-                raise UserError(f"{name} images are {_sides(shape)}, train images {_sides(train.shape)}: set option size")
+                raise UserError(
+                    f"{name} images are {_sides(shape)}, train images {_sides(train.shape)}: set option size"
+                )
             shape, classes = train.shape, train.classes
         fits = examples.length * int(np.prod(shape)) <= DECODED_BYTES
         kind: Literal["pixels", "encoded"] = "pixels" if fits else "encoded"
@@ -81,7 +83,9 @@ def survey(examples: Examples, size: int) -> Shape:
             shape = (channels, size, size) if size else (channels, seen.height, seen.width)
             first = first or shape
             if shape[1:] != first[1:]:
-                raise UserError(f"images of several sizes, such as {_sides(first)} and {_sides(shape)}: set option size")
+                raise UserError(
+                    f"images of several sizes, such as {_sides(first)} and {_sides(shape)}: set option size"
+                )
     return (channels, *first[1:]) if first else ()
 
 

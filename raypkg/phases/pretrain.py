@@ -26,7 +26,7 @@ from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
 from .samples import Samples, augmentations, new_model, samples
-from .train import Job, train_on_cluster
+from .train import Job, train_on_cluster, validate
 
 RESULT = "pretrained.safetensors"
 STATISTICS_SAMPLES = 2048  # enough for the batch-norm statistics of the merged model
@@ -80,17 +80,21 @@ def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
         seconds.append(run.cost.seconds)
         cost = cost.then(run.cost)
     worker.sum(torch.zeros(1, device=worker.device))  # wait here, so that the merge's seconds are its own
+    model = new_model(job.experiment, found.data).to(worker.device)
     with Cost("merge") as merge:
         merged = MERGES[job.pretrain.merge](worker, job, found, initial, members)
+        model.load_state_dict(merged, strict=False)
         if worker.rank == 0:
-            model = new_model(job.experiment, found.data)
-            model.load_state_dict(merged, strict=False)
-            merge.forward = estimate_statistics(model.to(worker.device), worker, job, found)
+            merge.forward = estimate_statistics(model, worker, job, found)
             save_model(job.storage, RESULT, model.state_dict())
     merge.sent = 2 * 8 * sum(w.numel() for w in initial.values()) if worker.world > 1 else 0
+    with Cost("evaluate") as measuring:
+        held_out = validate(model, found, replace(worker, world=1), job.pretrain) if worker.rank == 0 else {}
+    measuring.forward = len(found.valid) if worker.rank == 0 else 0
     each = [second for part in worker.gather(seconds) for second in part]
     return {
-        "costs": [cost.then(merge).gathered(worker).record()],
+        "costs": [bill.gathered(worker).record() for bill in (cost.then(merge), measuring)],
+        **held_out,
         "models": job.pretrain.models,
         "slowest_model_seconds": max(each),
         "merge_seconds": max(worker.gather(merge.seconds)),

@@ -39,6 +39,7 @@ def finish(folder: RunFolder, found: Samples, coreset: Coreset, *, epochs: int) 
         "workers": records["train"]["workers"],
         "phases": costs,
         "seconds": sum(cost["seconds"] for cost in costs),
+        "elapsed": sum(record["elapsed"] for record in records.values()),
         "full_training_backward": epochs * len(found.kept),
         **{f"pretrain_{name}": value for name, value in records.get("pretrain", {}).items() if name != "costs"},
     }

@@ -76,7 +76,12 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
     measuring = Cost("evaluate")
 
     def measure(model: nn.Module, epoch: int) -> dict[str, float]:
-        return _validate(model, found, worker, training, epoch, measuring)
+        if training.evaluate_every == 0 or epoch % training.evaluate_every:
+            return {}
+        with measuring:
+            result = validate(model, found, worker, training)
+        measuring.forward += len(found.valid) // worker.world
+        return result
 
     fit(run, checkpoints=StoredCheckpoints(job.storage / "checkpoints" / job.phase), measure=measure)
     with measuring:
@@ -105,13 +110,9 @@ def synchronised(model: nn.Module, settings: Training, worker: Worker) -> nn.Mod
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def _validate(
-    model: nn.Module, found: Samples, worker: Worker, settings: Training, epoch: int, cost: Cost
-) -> dict[str, float]:
-    due = settings.evaluate_every and epoch % settings.evaluate_every == 0
-    if not len(found.valid) or not due:
+def validate(model: nn.Module, found: Samples, worker: Worker, settings: Training) -> dict[str, float]:
+    """Return loss and accuracy on the held-out samples, or nothing where none are held out."""
+    if not len(found.valid):
         return {}
-    with cost:
-        result = evaluate(model, found.data.train, found.valid, worker, precision=settings.precision)
-    cost.forward += len(found.valid) // worker.world
+    result = evaluate(model, found.data.train, found.valid, worker, precision=settings.precision)
     return {"valid_loss": result["loss"], "accuracy": result["accuracy"]}

@@ -1,5 +1,6 @@
 """Where a run's progress goes: the folder, the terminal and the tracker, from one call."""
 
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -63,10 +64,12 @@ class Report:
         record = self.folder.phase(name)
         if record is None:
             self._say(f"{name} …")
-            record = self.folder.finish_phase(name, work())
-        seconds = sum(cost["seconds"] for cost in record["costs"])
+            start = time.perf_counter()
+            result = work()
+            elapsed = time.perf_counter() - start
+            record = self.folder.finish_phase(name, {**result, "elapsed": elapsed})
         self._bars.update(self._tasks[name], completed=epochs or 1)
-        self._say(f"{name} done in {seconds:.1f} s")
+        self._say(f"{name} done in {record['elapsed']:.1f} s")
         return record
 
     def _show(self, phase: str, done: int, status: str) -> None:

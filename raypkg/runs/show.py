@@ -31,6 +31,10 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         f"samples backward {backward:,}: {backward / summary['full_training_backward']:.1%} of as many epochs on all"
         f" samples ({summary['full_training_backward']:,})",
     ]
+    lines.append(
+        f"{summary['elapsed']:.1f} s end to end, of which {summary['seconds']:.1f} s in the phases' own work and the rest"
+        " in starting workers, importing and storing"
+    )
     if "pretrain_slowest_model_seconds" in summary:
         critical = summary["pretrain_slowest_model_seconds"] + summary["pretrain_merge_seconds"]
         lines.append(

@@ -3,9 +3,9 @@
 import inspect
 
 import pytest
-import reference
 import torch
 
+import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.methods.coresets import coreset

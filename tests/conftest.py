@@ -1,0 +1,19 @@
+"""Shared set-up: a cache of its own, quiet Ray, single-threaded torch, and where the real data is."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("EFFRAY_CACHE", tempfile.mkdtemp(prefix="effray-test-cache-"))
+os.environ.setdefault("COLUMNS", "120")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    path = Path(os.environ.get("EFFRAY_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no real data in {path}")
+    return path

@@ -1,0 +1,121 @@
+"""LiPT's pieces against closed forms and slow twins."""
+
+import pytest
+import torch
+from torch import nn
+
+import reference
+from raypkg.core.errors import UserError
+from raypkg.methods.lipt.batchnorm import reestimate
+from raypkg.methods.lipt.saliency import snip
+from raypkg.methods.lipt.soup import Soup, greedy
+from raypkg.methods.sparse.masks import erk, prunable, random_masks
+
+
+def state(*values):
+    return {"w": torch.tensor(values)}
+
+
+def mask(*values):
+    return {"w": torch.tensor(values, dtype=torch.bool)}
+
+
+def test_a_soup_of_equal_models_is_the_model():
+    model = {"w": torch.randn(3, 4), "b": torch.randn(4)}
+    soup = Soup(model)
+    for _ in range(3):
+        soup.add(model, {})
+    assert all(torch.equal(value, model[name]) for name, value in soup.merged().items())
+
+
+def test_masked_mean_by_hand():
+    soup = Soup(state(9.0, 9.0, 9.0))
+    soup.add(state(1.0, 2.0, 0.0), mask(1, 1, 0))
+    soup.add(state(3.0, 0.0, 0.0), mask(1, 0, 0))
+    assert soup.merged()["w"].tolist() == [2.0, 2.0, 9.0]  # both, the first alone, neither: the initial value
+
+
+def test_plain_mean_counts_pruned_weights_as_they_are():
+    soup = Soup(state(9.0, 9.0))
+    soup.add(state(1.0, 2.0), {})
+    soup.add(state(3.0, 0.0), {})
+    assert soup.merged()["w"].tolist() == [2.0, 1.0]
+
+
+def test_soups_of_parts_add_up_in_any_order():
+    generator = torch.Generator().manual_seed(0)
+    initial = {"w": torch.randn(1000, generator=generator)}
+    models = [
+        ({"w": torch.randn(1000, generator=generator)}, {"w": torch.rand(1000, generator=generator) < 0.5})
+        for _ in range(10)
+    ]
+    merged = []
+    for parts in ([models], [models[::2], models[1::2]], [models[::3], models[1::3], models[2::3]]):
+        soups = [Soup(initial) for _ in parts]
+        for soup, part in zip(soups, parts, strict=True):
+            for model in part:
+                soup.add(*model)
+        merged.append(soups[0].merged(lambda sums, soups=soups: sums + sum(soup.sums for soup in soups[1:]))["w"])
+    assert torch.allclose(merged[0], merged[1], rtol=0, atol=1e-7)
+    assert torch.allclose(merged[0], merged[2], rtol=0, atol=1e-7)
+
+
+def test_greedy_leaves_out_what_harms():
+    good, better, bad = state(1.0), state(3.0), state(-50.0)
+    merged = greedy(state(0.0), [(good, {}), (bad, {}), (better, {})], lambda s: -abs(s["w"].item() - 2))
+    assert merged["w"].item() == 2.0  # the mean of good and better
+
+
+def tiny():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_snip_equals_the_definition_and_leaves_the_model_alone():
+    model, x, y = tiny(), torch.randn(16, 5), torch.randint(3, (16,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ratios = snip(model, x, y, 0.3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert ratios == pytest.approx(reference.snip(model, x, y, 0.3))
+    total = sum(ratios[name] * w.numel() for name, w in prunable(model).items())
+    assert total == pytest.approx(round(0.3 * 64))
+
+
+def test_erk_by_hand():
+    shapes = {"a": torch.Size([10, 10]), "b": torch.Size([2, 2]), "c": torch.Size([16, 8, 3, 3])}
+    densities = erk(shapes, 0.1)
+    assert densities["b"] == 1.0  # would exceed 1, so it is dense
+    kept = 0.1 * (100 + 4 + 1152) - 4
+    epsilon = kept / (20 + 30)  # Σ over the others of raw · size = Σ of the sums of dimensions
+    assert densities["a"] == pytest.approx(epsilon * 20 / 100)
+    assert densities["c"] == pytest.approx(epsilon * 30 / 1152)
+    with pytest.raises(UserError, match=r"density 1.5 is outside \(0, 1\]"):
+        erk(shapes, 1.5)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.3, 0.9, 1.0])
+def test_erk_has_the_total_density(density):
+    shapes = {name: w.shape for name, w in prunable(tiny()).items()}
+    densities = erk(shapes, density)
+    kept = sum(densities[name] * shape.numel() for name, shape in shapes.items())
+    assert kept == pytest.approx(density * sum(shape.numel() for shape in shapes.values()))
+    assert all(0 < d <= 1 for d in densities.values())
+
+
+def test_masks_have_exact_counts_and_are_never_empty():
+    shapes = {"a": torch.Size([7, 11]), "b": torch.Size([3, 3])}
+    masks = random_masks(shapes, {"a": 0.5, "b": 0.01}, torch.Generator().manual_seed(0))
+    assert masks["a"].sum() == round(0.5 * 77)
+    assert masks["b"].sum() == 1
+    again = random_masks(shapes, {"a": 0.5, "b": 0.01}, torch.Generator().manual_seed(0))
+    assert torch.equal(masks["a"], again["a"])
+
+
+def test_batch_norm_statistics_are_those_of_the_inputs():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    x = torch.randn(64, 4) * 3 + 2
+    assert reestimate(model, x.split(16)) == 64
+    assert torch.allclose(model[0].running_mean, x.mean(0), atol=1e-5)
+    assert torch.allclose(model[0].running_var, torch.stack([p.var(0) for p in x.split(16)]).mean(0), atol=1e-5)
+    assert model[0].momentum == 0.1
+    assert reestimate(nn.Linear(4, 2), x.split(16)) == 0

@@ -1,0 +1,79 @@
+import sys
+from typing import Annotated
+
+import pytest
+from pydantic import Field
+
+from raypkg.core.errors import UserError
+from raypkg.core.registry import Registry
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    folder = tmp_path / "registry_example"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "from raypkg.core.registry import Registry\nkind = Registry('kind', 'registry_example', given=('rng',))\n"
+    )
+    (folder / "one.py").write_text(
+        "from . import kind\n@kind('one', source='a paper')\ndef f(x, *, rng, width: int = 3):\n    '''Multiply.\n\n    More.\n    '''\n    return x * width, rng\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield folder
+    for name in [name for name in sys.modules if name.startswith("registry_example")]:
+        del sys.modules[name]
+
+
+def test_an_addition_is_one_file(package):
+    from registry_example import kind
+
+    (package / "two.py").write_text("from . import kind\n@kind('two')\ndef g(x):\n    return x\n")
+    assert list(kind.entries) == ["one", "two"]
+    assert (kind["one"].help, kind["one"].source) == ("Multiply.", "a paper")
+    assert kind["one"](2, rng="r", options={"width": "5"}) == (10, "r")
+    assert kind["two"](2, rng="not declared, not passed") == 2
+
+
+def test_unknown_name_and_option(package):
+    from registry_example import kind
+
+    with pytest.raises(UserError, match="unknown kind 'won', did you mean 'one'"):
+        kind["won"]
+    with pytest.raises(UserError, match="unknown one option 'widht', did you mean 'width'"):
+        kind["one"].options({"widht": 1})
+    with pytest.raises(UserError, match="one option width = 'x': input should be a valid integer"):
+        kind["one"].options({"width": "x"})
+
+
+def test_registration_refuses_an_untyped_option():
+    registry = Registry("kind", "nowhere")
+    with pytest.raises(UserError, match="option 'width' needs a type and a default .*test_registry.py"):
+
+        @registry("bad")
+        def bad(x, *, width=3):
+            return x
+
+
+def test_user_code_by_module_and_function(package, tmp_path):
+    from registry_example import kind
+
+    (tmp_path / "mine.py").write_text("def g(x, *, rng, scale: float = 2.0):\n    return x * scale\n")
+    assert kind["mine:g"](3, rng=None, options={"scale": 4}) == 12
+    for name, message in [
+        ("mine:h", "module 'mine' has no 'h'"),
+        ("nomodule:g", "unknown kind or module 'nomodule:g'"),
+        ("sys:path", "is a list, not a function"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            kind[name]
+
+
+def test_ranges_come_from_the_signature():
+    registry = Registry("kind", "json")
+
+    @registry("f")
+    def f(*, share: Annotated[float, Field(gt=0, le=1)] = 0.5):
+        return share
+
+    with pytest.raises(UserError, match="f option share = 2: input should be less than or equal to 1"):
+        registry["f"].options({"share": 2})
