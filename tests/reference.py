@@ -111,8 +111,6 @@ def snip(model, x, y, density):
     model = copy.deepcopy(model).train()
     F.cross_entropy(model(x), y).backward()
     weights = {name: w for name, w in model.named_parameters() if w.dim() > 1}
-    salient = sorted(
-        ((g * v).abs().item(), name) for name, w in weights.items() for g, v in zip(w.grad.flatten(), w.flatten())
-    )
+    salient = sorted((s.item(), name) for name, w in weights.items() for s in (w.grad * w).abs().flatten())
     kept = [name for _, name in salient[-round(density * len(salient)) :]]
     return {name: kept.count(name) / w.numel() for name, w in weights.items()}

@@ -68,9 +68,9 @@ def test_one_line_errors(overrides, message):
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(UserError, match="cannot read the settings file .*missing.toml"):
+    with pytest.raises(UserError, match=r"cannot read the settings file .*missing.toml"):
         load(Example, tmp_path / "missing.toml")
     bad = tmp_path / "bad.toml"
     bad.write_text("seed = = 1")
-    with pytest.raises(UserError, match="bad.toml' is not valid TOML"):
+    with pytest.raises(UserError, match=r"bad.toml' is not valid TOML"):
         load(Example, Path(bad))

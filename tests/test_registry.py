@@ -7,17 +7,30 @@ from pydantic import Field
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Registry
 
+PACKAGE = """
+from raypkg.core.registry import Registry
+
+kind = Registry("kind", "registry_example", given=("rng",))
+"""
+ONE = """
+from . import kind
+
+@kind("one", source="a paper")
+def f(x, *, rng, width: int = 3):
+    '''Multiply.
+
+    More.
+    '''
+    return x * width, rng
+"""
+
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     folder = tmp_path / "registry_example"
     folder.mkdir()
-    (folder / "__init__.py").write_text(
-        "from raypkg.core.registry import Registry\nkind = Registry('kind', 'registry_example', given=('rng',))\n"
-    )
-    (folder / "one.py").write_text(
-        "from . import kind\n@kind('one', source='a paper')\ndef f(x, *, rng, width: int = 3):\n    '''Multiply.\n\n    More.\n    '''\n    return x * width, rng\n"
-    )
+    (folder / "__init__.py").write_text(PACKAGE)
+    (folder / "one.py").write_text(ONE)
     monkeypatch.syspath_prepend(tmp_path)
     yield folder
     for name in [name for name in sys.modules if name.startswith("registry_example")]:
@@ -47,7 +60,7 @@ def test_unknown_name_and_option(package):
 
 def test_registration_refuses_an_untyped_option():
     registry = Registry("kind", "nowhere")
-    with pytest.raises(UserError, match="option 'width' needs a type and a default .*test_registry.py"):
+    with pytest.raises(UserError, match=r"option 'width' needs a type and a default .*test_registry.py"):
 
         @registry("bad")
         def bad(x, *, width=3):

@@ -101,9 +101,7 @@ class Cluster(Settings):
 
     workers: Annotated[
         int | None,
-        Field(
-            ge=0, description="Ray workers; 0 = this process, without Ray; left out = one per GPU or CPU, up to 8"
-        ),
+        Field(ge=0, description="Ray workers; 0 = this process, without Ray; left out = one per GPU or CPU, up to 8"),
     ] = None
     cpus_per_worker: Annotated[Count, Field(description="threads of each worker")] = 1
     gpus_per_worker: Annotated[

@@ -53,21 +53,23 @@ def compose(names: Sequence[str]) -> Augmentation:
 
 def crop(x: Tensor, u: Tensor) -> Tensor:
     """Cut each image out of itself with a black border of side // 8, at an offset drawn for it."""
-    height, width = x.shape[2:]
+    b, c, height, width = x.shape
     border = max(1, width // 8)
-    pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, border, border, border, border))  # [b, H', W', C]
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, border, border, border, border)).contiguous()  # [b, H', W', C]
+    image, line = padded.stride(0) // c, padded.stride(1) // c  # in pixels
     top, left = (u * (2 * border + 1)).long().unbind(1)  # [b]
-    rows = top[:, None] + torch.arange(height, device=x.device)  # [b, H]
-    columns = left[:, None] + torch.arange(width, device=x.device)  # [b, W]
-    return _gather(pixels, rows, columns)
+    corner = torch.arange(b, device=x.device) * image + top * line + left  # [b]
+    start = corner[:, None] + torch.arange(height, device=x.device) * line  # [b, H]
+    # All stretches of W pixels, one from each pixel on, overlap in memory: a line of the cut is copied as one of them.
+    stretches = padded.as_strided((max(b * image - width + 1, 0), width * c), (c, 1))
+    return stretches.index_select(0, start.view(-1)).view(b, height, width, c).permute(0, 3, 1, 2)
 
 
 def flip(x: Tensor, u: Tensor) -> Tensor:
     """Mirror each image left to right with probability ½."""
-    drawn = u[:, 0] < 0.5
-    out = x.clone(memory_format=torch.channels_last)
-    out[drawn] = x[drawn].flip(3)
-    return out
+    pixels = x.permute(0, 2, 3, 1)  # [b, H, W, C]
+    both = torch.cat([pixels, pixels.flip(2)])  # copying whole images beats touching single pixels of some
+    return both.index_select(0, torch.arange(len(x), device=x.device) + len(x) * (u[:, 0] < 0.5)).permute(0, 3, 1, 2)
 
 
 def randaugment(x: Tensor, u: Tensor, magnitude: float = 5 / 30) -> Tensor:
@@ -104,12 +106,3 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     lines = x.permute(0, 2, 3, 1).reshape(b * height, width * c).float()
     lines = torch.addcmul(-(shift * scale).repeat(width), lines, (scale / 255).repeat(width))
     return lines.view(b, height, width, c).permute(0, 3, 1, 2)
-
-
-def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return pixels [b, H', W', C] at rows [b, H] and columns [b, W] of each image, as [b, C, H, W]."""
-    b, height, width, channels = pixels.shape
-    image = torch.arange(b, device=pixels.device)[:, None, None] * (height * width)
-    flat = image + rows[:, :, None] * width + columns[:, None, :]  # [b, H, W]
-    found = pixels.reshape(-1, channels).index_select(0, flat.view(-1))
-    return found.view(*flat.shape, channels).permute(0, 3, 1, 2)

@@ -55,6 +55,8 @@ class Source:
 
     def _build(self, name: str, target: Path) -> None:
         examples = self.examples(name)
+        if not examples.length:
+            raise UserError(f"the {name} split holds no images")
         shape, classes = survey(examples, self.size), examples.classes
         if name != "train":  # the train split decides on channels and class names
             train = self.split("train")
@@ -78,7 +80,7 @@ def survey(examples: Examples, size: int) -> Shape:
     position, channels, first = count(), 1, None
     for images, _ in examples.batches():
         for data, i in zip(images, position, strict=False):
-            seen = header(data, examples.name(i))
+            seen = header(data, examples.name, i)
             channels = channels if seen.grey else 3
             shape = (channels, size, size) if size else (channels, seen.height, seen.width)
             first = first or shape
@@ -86,7 +88,8 @@ def survey(examples: Examples, size: int) -> Shape:
                 raise UserError(
                     f"images of several sizes, such as {_sides(first)} and {_sides(shape)}: set option size"
                 )
-    return (channels, *first[1:]) if first else ()
+    assert first, "there is at least one image"
+    return channels, *first[1:]
 
 
 def _blocks(examples: Examples, kind: str, shape: Shape, num_classes: int) -> Iterator[Block]:

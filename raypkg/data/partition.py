@@ -34,7 +34,8 @@ def stratified_shards(
 ) -> list[Tensor]:
     """Draw disjoint shards of ``size`` samples, each with the classes in proportion to within one sample.
 
-    Samples are shuffled within their class, and the classes dealt evenly over a line that is then cut into shards.
+    Each class gives its share of all shards·size samples; these, class after class, are dealt out like cards, so that
+    every shard gets ⌊t⌋ or ⌈t⌉ samples of a class whose exact share is t.
 
     Args:
         y: labels of all samples, int64 [n].
@@ -51,17 +52,19 @@ def stratified_shards(
         raise UserError(f"{shards} disjoint shards of {size} samples each cannot be had from {len(indices)} samples")
     order = indices[torch.randperm(len(indices), generator=generator)]
     labels, counts = y[order].unique(return_counts=True)
-    place = torch.empty(len(order), dtype=torch.float64)
-    for label, count in zip(labels, counts, strict=True):
-        place[y[order] == label] = (torch.arange(int(count), dtype=torch.float64) + 0.5) / count  # evenly along [0, 1]
-    line = order[place.argsort(stable=True)]
-    parts = [stretch[:size] for stretch in line.tensor_split(shards)]
-    for part in parts:
-        present = y[part].unique()
-        if len(present) < len(labels):
-            missing = int(labels[~torch.isin(labels, present)][0])
-            count = int(counts[labels == missing])
-            raise UserError(
-                f"a shard of {size} samples holds none of class {missing} ({count} samples): use fewer or larger shards"
-            )
-    return [part.sort().values for part in parts]
+    shares = _apportion(counts, shards * size)
+    if shares.min() < shards:
+        label, count = int(labels[shares.argmin()]), int(counts[shares.argmin()])
+        raise UserError(
+            f"a shard of {size} samples holds none of class {label} ({count} samples): use fewer or larger shards"
+        )
+    chosen = [order[y[order] == label][:share] for label, share in zip(labels, shares.tolist(), strict=True)]
+    return [hand.sort().values for hand in torch.cat(chosen).view(size, shards).unbind(1)]
+
+
+def _apportion(counts: Tensor, total: int) -> Tensor:
+    """Divide ``total`` in proportion to the counts: rounded down, and one more for the largest remainders."""
+    exact, n = counts * total, int(counts.sum())
+    shares = exact // n
+    shares[(exact % n).argsort(descending=True, stable=True)[: total - int(shares.sum())]] += 1
+    return shares

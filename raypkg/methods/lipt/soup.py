@@ -41,7 +41,9 @@ class Soup:
         return {name: piece.view(w.shape).to(w) for (name, w), piece in zip(self.initial.items(), pieces, strict=True)}
 
 
-def greedy(initial: State, models: Sequence[tuple[dict[str, Tensor], Masks]], score: Callable[[dict[str, Tensor]], float]) -> dict[str, Tensor]:
+def greedy(
+    initial: State, models: Sequence[tuple[dict[str, Tensor], Masks]], score: Callable[[dict[str, Tensor]], float]
+) -> dict[str, Tensor]:
     """Return the soup that grows by each model, best first, as long as held-out accuracy does not fall.
 
     Args:

@@ -1,0 +1,176 @@
+"""What every data source keeps, over the whole registry; one that needs files is given small ones."""
+
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import samples
+from raypkg.core.errors import UserError
+from raypkg.data import dataset, load_data
+from raypkg.data.split import Split
+
+LABELS = np.arange(12) % 3
+
+
+def from_torchvision(name, folder, monkeypatch):
+    channels = 3 if name.startswith("CIFAR") else 1
+
+    def fetched(root, train, download):
+        images = samples.pixels(len(LABELS), 6, 6, channels, seed=train)
+        data = images if channels == 3 else torch.from_numpy(images[..., 0])  # as torchvision keeps them
+        return SimpleNamespace(data=data, targets=LABELS.tolist(), classes=list(samples.CLASSES))
+
+    monkeypatch.setattr(f"torchvision.datasets.{name}", fetched)
+    return name.lower()
+
+
+def from_parquet(folder, monkeypatch):
+    for split in ("train", "test"):
+        images = [samples.encode(image) for image in samples.pixels(len(LABELS))]
+        samples.write_parquet(folder / f"{split}-0.parquet", images, LABELS)
+    return f"parquet:{folder}"
+
+
+def from_folder(folder, monkeypatch):
+    for split in ("train", "val"):
+        samples.write_folder(folder / split, samples.pixels(len(LABELS)), LABELS)
+    return f"folder:{folder}"
+
+
+PREPARE = {
+    "digits": lambda folder, monkeypatch: "digits",
+    "parquet": from_parquet,
+    "folder": from_folder,
+    **{
+        name.lower(): lambda folder, monkeypatch, name=name: from_torchvision(name, folder, monkeypatch)
+        for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST")
+    },
+}
+
+
+@pytest.fixture(params=dataset.entries)
+def data(request, tmp_path, monkeypatch):
+    name = PREPARE[request.param](tmp_path / "source", monkeypatch)
+    return load_data(name, cache=tmp_path / "cache")
+
+
+def test_both_splits_have_one_shape_and_the_statistics_of_train(data):
+    for what in ("shape", "classes", "num_classes", "mean", "std", "augment"):
+        assert getattr(data.train, what) == getattr(data.test, what)
+    x = data.train.batch(range(len(data.train)))[0].double() / 255
+    assert data.train.mean == pytest.approx(x.mean((0, 2, 3)).tolist())
+    assert data.train.std == pytest.approx(x.std((0, 2, 3), correction=0).tolist())
+
+
+def test_a_batch_gathers_what_was_asked_for(data):
+    for split in data:
+        everything, labels = split.batch(torch.arange(len(split)))
+        assert everything.dtype == torch.uint8 and everything.shape == (len(split), *split.shape)
+        assert everything.is_contiguous(memory_format=torch.channels_last)
+        assert labels.equal(split.y) and labels.dtype == torch.int64
+        assert labels.unique().tolist() == list(range(split.num_classes))
+        x, y = split.batch(torch.tensor([3, 0, 3]))
+        assert x.equal(everything[[3, 0, 3]]) and y.equal(labels[[3, 0, 3]])
+
+
+def test_a_batch_is_the_callers_own(data):
+    x, _ = data.train.batch([0])
+    x += 1
+    assert not data.train.batch([0])[0].equal(x)
+
+
+def test_an_empty_batch(data):
+    x, y = data.train.batch([])
+    assert x.shape == (0, *data.train.shape) and y.shape == (0,)
+
+
+@pytest.mark.parametrize("indices", [[-1], [0, 10**6], [0.5], [True]])
+def test_what_is_no_index(data, indices):
+    with pytest.raises(IndexError, match="indices"):
+        data.train.batch(indices)
+
+
+def test_a_split_travels_to_another_process(data):
+    sent = pickle.loads(pickle.dumps(data.train))
+    assert sent.batch([1, 2])[0].equal(data.train.batch([1, 2])[0])
+
+
+def test_the_same_data_again_from_the_cache(data, request, tmp_path, monkeypatch):
+    name = PREPARE[request.node.callspec.params["data"]](tmp_path / "again", monkeypatch)
+    again = load_data(name, cache=tmp_path / "cache")
+    assert again.train.batch(range(5))[0].equal(data.train.batch(range(5))[0])
+
+
+def test_digits():
+    train, test = load_data("digits")
+    assert (len(train), len(test)) == (1437, 360)
+    assert torch.bincount(train.y).tolist() == [142, 145, 142, 146, 145, 146, 145, 143, 139, 144]
+    assert torch.bincount(test.y).tolist() == [36, 37, 35, 37, 36, 36, 36, 36, 35, 36]
+    first = train.batch([0])[0]
+    assert first.max() == 255 and first.min() == 0
+    with pytest.raises(UserError, match="takes no path, got '/data'"):
+        load_data("digits:/data")
+
+
+def test_a_download_that_fails(tmp_path, monkeypatch):
+    def fetched(*arguments, **options):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", fetched)
+    with pytest.raises(UserError, match=r"cannot fetch MNIST .*no network.*parquet:PATH or folder:PATH"):
+        load_data("mnist", cache=tmp_path)
+
+
+def rows(root, *, split, width: int = 2):
+    """The user's own data set."""
+    return Split.from_tensors(torch.ones(4, width) * torch.arange(4)[:, None], torch.tensor([0, 1, 0, 1]))
+
+
+def without_split(root):
+    return rows(root, split="train")
+
+
+def of_another_kind(root, *, split):
+    return [split]
+
+
+def of_two_widths(root, *, split):
+    return rows(root, split=split, width=1 if split == "train" else 2)
+
+
+def test_the_users_own_function(monkeypatch):
+    train, test = load_data(f"{__name__}:rows", {"width": 3})
+    assert train.shape == (3,) and test.mean == (1.5, 1.5, 1.5) and train.augment == ()
+    x, y = train.batch(torch.tensor([3, 1]))
+    assert x.tolist() == [[3.0] * 3, [1.0] * 3] and x.dtype == torch.float32 and y.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("without_split", "must take a keyword split"),
+        ("of_another_kind", "returned a list, not a"),
+        ("of_two_widths", r"differ in shape: train has \(1,\), test has \(2,\)"),
+    ],
+)
+def test_what_the_users_function_must_keep(function, message):
+    with pytest.raises(UserError, match=message):
+        load_data(f"{__name__}:{function}")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digit", {}, "unknown dataset 'digit', did you mean 'digits'"),
+        ("parquet:/nowhere", {"sise": 3}, "did you mean 'size'"),
+        ("folder:/nowhere", {"size": -1}, "size = -1"),
+        ("parquet:/nowhere", {}, "'/nowhere' does not exist"),
+        ("folder:/nowhere", {}, "'/nowhere' has no train split"),
+    ],
+)
+def test_wrong_names_and_options(name, options, message):
+    with pytest.raises(UserError, match=message):
+        load_data(name, options)

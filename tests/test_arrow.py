@@ -1,0 +1,175 @@
+import logging
+import multiprocessing
+import os
+import resource
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raypkg.core.errors import UserError
+from raypkg.data import arrow
+from raypkg.data.arrow import Block, Header, Store, write
+from raypkg.data.cache import cache_folder, cached, fingerprint
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (10, 4, 3, 2), dtype=np.uint8)  # [n, H, W, C]
+ROWS = np.random.default_rng(1).normal(5, 2, (10, 3)).astype(np.float32)
+ENCODED = [bytes([i]) * (i + 1) for i in range(10)]
+Y = np.arange(10) % 2
+
+HEADERS = {
+    "pixels": Header("pixels", (2, 4, 3), ("a", "b"), ("crop",)),
+    "rows": Header("rows", (3,), ("a", "b")),
+    "encoded": Header("encoded", (2, 4, 3), ("a", "b")),
+}
+
+
+def blocks(x, sample=None):
+    for start in range(0, 10, 3):
+        part = x[start : start + 3]
+        yield Block(part, Y[start : start + 3], part if sample is None else sample[start : start + 3])
+
+
+def build(path, kind="pixels"):
+    x = {"pixels": PIXELS, "rows": ROWS, "encoded": ENCODED}[kind]
+    write(path, HEADERS[kind], blocks(x, PIXELS if kind == "encoded" else None))
+
+
+@pytest.fixture(params=[1, 100, arrow.BATCH_BYTES], ids=["a batch a block", "some batches", "one batch"])
+def batch_bytes(request, monkeypatch):
+    monkeypatch.setattr(arrow, "BATCH_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("batch_bytes")
+@pytest.mark.parametrize(("kind", "x"), [("pixels", PIXELS), ("rows", ROWS)])
+def test_what_is_written_is_read(tmp_path, kind, x):
+    build(tmp_path / "store", kind)
+    store = Store(tmp_path / "store")
+    indices = np.array([9, 0, 3, 3, 2, 8])
+    assert len(store) == 10 and store.header == HEADERS[kind]
+    np.testing.assert_array_equal(store.take(indices), x[indices])
+    np.testing.assert_array_equal(store.y, Y)
+    assert store.take(indices[:0]).shape == (0, *x.shape[1:])
+
+
+@pytest.mark.usefixtures("batch_bytes")
+def test_encoded_images_are_read_as_written(tmp_path):
+    build(tmp_path / "store", "encoded")
+    store = Store(tmp_path / "store")
+    assert [store.encoded(i).to_pybytes() for i in range(10)] == ENCODED
+
+
+@pytest.mark.parametrize(("kind", "x"), [("pixels", PIXELS / 255), ("rows", ROWS), ("encoded", PIXELS / 255)])
+def test_statistics(tmp_path, kind, x):
+    build(tmp_path / "store", kind)
+    split = Store(tmp_path / "store").as_split(take=len)
+    flat = x.reshape(-1, x.shape[-1]).astype(np.float64)
+    assert split.mean == pytest.approx(flat.mean(0).tolist()) and split.std == pytest.approx(flat.std(0).tolist())
+
+
+def test_record_batches_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrow, "BATCH_BYTES", 200)
+    build(tmp_path / "store")
+    with pa.ipc.open_file(tmp_path / "store") as reader:
+        sizes = [reader.get_batch(i).nbytes for i in range(reader.num_record_batches)]
+    assert sizes == [192, 128, 0]  # two blocks of 3 · (24 + 8) bytes, two, and the statistics
+
+
+def test_pixels_are_mapped_and_not_copied(tmp_path):
+    build(tmp_path / "store")
+    before = pa.total_allocated_bytes()
+    store = Store(tmp_path / "store")
+    assert pa.total_allocated_bytes() == before and not store._views[0].flags.owndata
+
+
+def test_it_is_built_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        cached(tmp_path / "a.arrow", lambda path: (calls.append(path), build(path)))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 999])
+def test_a_damaged_store_is_built_again_and_said_once(tmp_path, caplog, damage):
+    path = tmp_path / "a.arrow"
+    build(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        store = cached(path, build)
+    np.testing.assert_array_equal(store.take(np.arange(10)), PIXELS)
+    assert [record.message.split(" is damaged")[0] for record in caplog.records] == [f"the data cache {path}"]
+
+
+def test_a_store_of_another_format_is_built_again(tmp_path, monkeypatch):
+    path = tmp_path / "a.arrow"
+    monkeypatch.setattr(arrow, "FORMAT", 0)
+    build(path)
+    monkeypatch.undo()
+    with pytest.raises(pa.ArrowInvalid, match="not a store of format 1"):
+        Store(path)
+    assert len(cached(path, build)) == 10
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot build the data cache .*a\.arrow"):
+            cached(tmp_path / "a.arrow", build)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.lock"]
+
+
+def test_a_failing_source_leaves_nothing_behind(tmp_path):
+    def half(path):
+        path.write_bytes(b"half a store")
+        raise UserError("row 3 does not decode")
+
+    with pytest.raises(UserError, match="row 3"):
+        cached(tmp_path / "a.arrow", half)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.lock"]
+
+
+def slow_build(path):
+    with (path.parent / "builders").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(0.2)
+    build(path)
+
+
+def open_slowly(path):
+    assert len(cached(path, slow_build)) == 10
+
+
+def test_of_several_processes_one_builds(tmp_path):
+    workers = [
+        multiprocessing.get_context("fork").Process(target=open_slowly, args=(tmp_path / "a.arrow",)) for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert len((tmp_path / "builders").read_text().split()) == 1
+
+
+def test_a_fingerprint_follows_files_and_options(tmp_path):
+    file = tmp_path / "a"
+    file.write_text("one")
+    first = fingerprint([file], size=0)
+    assert fingerprint([file], size=0) == first != fingerprint([file], size=1)
+    os.utime(file, ns=(0, 0))
+    assert fingerprint([file], size=0) != first
+
+
+def test_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.delenv("EFFRAY_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert str(cache_folder()) == "/home/ada/.cache/effray"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert str(cache_folder()) == "/x/effray"
+    monkeypatch.setenv("EFFRAY_CACHE", "/c")
+    assert str(cache_folder()) == "/c" and cache_folder(tmp_path) == tmp_path

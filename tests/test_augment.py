@@ -1,0 +1,161 @@
+import math
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as transforms
+
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+from raypkg.data import operations
+from raypkg.data.augment import AUGMENTATIONS, compose, normalize
+
+M = 5 / 30
+
+
+def images(n=40, channels=3, height=32, width=32):
+    x = torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8, generator=generator(0, "images"))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def smooth(n=6):
+    """Return images whose neighbouring pixels are alike, so that rounding a position changes little."""
+    line = torch.linspace(0, 200, 32)
+    plane = torch.stack([line[:, None].expand(32, 32), line[None, :].expand(32, 32), 40 + line.outer(line) / 250])
+    return (plane + 5 * torch.arange(n)[:, None, None, None]).byte()
+
+
+def uniforms(n, draws):
+    return torch.rand(n, draws, generator=generator(0, "uniforms"))
+
+
+def cropped(image, u):
+    """The slow twin: pad one image and slice it."""
+    _, height, width = image.shape
+    border = max(1, width // 8)
+    padded = torch.zeros(image.shape[0], height + 2 * border, width + 2 * border, dtype=torch.uint8)
+    padded[:, border : border + height, border : border + width] = image
+    top, left = (math.floor(value * (2 * border + 1)) for value in u.tolist())
+    return padded[:, top : top + height, left : left + width]
+
+
+SHAPES = [(3, 32, 32), (1, 28, 28), (3, 64, 64), (1, 8, 8), (4, 12, 20), (3, 5, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_crop_is_its_slow_twin(shape):
+    x, u = images(40, *shape), uniforms(40, 2)
+    assert compose(["crop"])(x, u).equal(torch.stack([cropped(image, row) for image, row in zip(x, u, strict=True)]))
+
+
+def test_crop_reaches_every_offset_and_no_further():
+    u = torch.tensor([[0.0, 0.0], [0.5, 0.5], [1 - 2**-24, 1 - 2**-24]])
+    x = images(3)
+    first, centre, last = compose(["crop"])(x, u)
+    assert first[:, 4:, 4:].equal(x[0][:, :-4, :-4]) and not first[:, :4].any() and not first[:, :, :4].any()
+    assert centre.equal(x[1])
+    assert last[:, :-4, :-4].equal(x[2][:, 4:, 4:]) and not last[:, -4:].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flip_is_its_slow_twin(shape):
+    x, u = images(40, *shape), uniforms(40, 1)
+    twin = [torch.flip(image, (2,)) if row < 0.5 else image for image, row in zip(x, u, strict=True)]
+    assert compose(["flip"])(x, u).equal(torch.stack(twin))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "names", [["crop"], ["flip"], ["randaugment"], ["crop", "flip"], ["crop", "flip", "randaugment"]]
+)
+def test_a_slice_is_augmented_as_in_the_whole_batch(shape, names):
+    augment = compose(names)
+    x, u = images(24, *shape), uniforms(24, augment.draws)
+    before, whole = x.clone(), augment(x, u)
+    assert whole.shape == x.shape and whole.dtype == torch.uint8 and x.equal(before)
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    for part in (slice(0, 1), slice(1, 9), slice(9, 24)):
+        assert augment(x[part], u[part]).equal(whole[part])
+    assert augment(x[:0], u[:0]).shape == (0, *shape)
+
+
+def test_augmentations_take_their_columns_in_order():
+    x, u = images(), uniforms(40, 3)
+    assert compose(["crop", "flip"])(x, u).equal(compose(["flip"])(compose(["crop"])(x, u[:, :2]), u[:, 2:]))
+
+
+def test_none_and_unknown_names():
+    nothing, rows = compose([]), torch.rand(4, 3)
+    assert nothing.draws == 0 and nothing(rows, torch.rand(4, 0)) is rows
+    with pytest.raises(UserError, match="unknown augmentation 'crops', did you mean 'crop'"):
+        compose(["crops"])
+    with pytest.raises(UserError, match=r"samples of shape \[3\] are no images: leave out crop, flip"):
+        compose(["crop", "flip"])(rows, uniforms(4, 3))
+
+
+def test_every_operation_is_drawn_alike():
+    u = uniforms(2800, 2)
+    kinds = torch.bincount((u[:, 0] * len(operations.OPERATIONS)).long(), minlength=14)
+    assert len(operations.OPERATIONS) == 14 and kinds.min() > 150 and kinds.max() < 250
+
+
+def test_randaugment_applies_to_each_image_what_it_drew():
+    x, u = smooth(60), uniforms(60, 2)
+    result = AUGMENTATIONS["randaugment"](x, u)
+    for image, out, (kind, sign) in zip(x, result, u.tolist(), strict=True):
+        operation = operations.OPERATIONS[int(kind * 14)]
+        assert out.equal(operation(image[None], M, torch.tensor([-1.0 if sign < 0.5 else 1.0]))[0])
+
+
+F = 0.9 * M  # a factor's distance from 1
+TWINS = {
+    "identity": lambda x, s: x,
+    "autocontrast": lambda x, s: transforms.autocontrast(x),
+    "equalize": lambda x, s: transforms.equalize(x),
+    "solarize": lambda x, s: transforms.solarize(x, 255 * (1 - M)),
+    "posterize": lambda x, s: transforms.posterize(x, 8 - round(4 * M)),
+    "brightness": lambda x, s: transforms.adjust_brightness(x, 1 + s * F),
+    "contrast": lambda x, s: transforms.adjust_contrast(x, 1 + s * F),
+    "color": lambda x, s: transforms.adjust_saturation(x, 1 + s * F),
+    "sharpness": lambda x, s: transforms.adjust_sharpness(x, 1 + s * F),
+    "rotate": lambda x, s: transforms.rotate(x, s * 30 * M),
+    "shear_x": lambda x, s: moved(x, shear=[s * math.degrees(math.atan(0.3 * M)), 0]),
+    "shear_y": lambda x, s: moved(x, shear=[0, s * math.degrees(math.atan(0.3 * M))]),
+    "translate_x": lambda x, s: moved(x, translate=[int(s * 2), 0]),  # ⌊150/331 · 32 · m⌋ = 2 pixels
+    "translate_y": lambda x, s: moved(x, translate=[0, int(s * 2)]),
+}
+
+
+def moved(x, translate=(0, 0), shear=(0.0, 0.0)):
+    return transforms.affine(x, angle=0.0, translate=list(translate), scale=1.0, shear=list(shear))
+
+
+@pytest.mark.parametrize("operation", operations.OPERATIONS, ids=lambda operation: operation.__name__)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("x", [images(6), smooth()], ids=["noise", "smooth"])
+def test_an_operation_is_that_of_torchvision(operation, sign, x):
+    got = operation(x, M, torch.full((len(x),), sign)).int()
+    expected = torch.stack([TWINS[operation.__name__](image, sign) for image in x]).int()
+    assert ((got - expected).abs() <= 1).float().mean() > 0.99  # blends round differently, nearest pixels may tie
+
+
+def test_operations_keep_signs_apart():
+    x, signs = smooth(2)[[0, 0]], torch.tensor([-1.0, 1.0])
+    for operation in (operations.rotate, operations.shear_x, operations.translate_y, operations.brightness):
+        both = operation(x, M, signs)
+        assert not both[0].equal(both[1]) and both[1:].equal(operation(x[1:], M, signs[1:]))
+
+
+def test_normalize_by_hand():
+    x = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
+    assert normalize(x, (0.0, 0.1, 0.5), (1.0, 0.1, 0.25)).flatten().tolist() == pytest.approx([0, 1, 2], abs=1e-6)
+    rows = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    assert normalize(rows, (2.0, 4.0), (1.0, 2.0)).tolist() == [[-1, -1], [1, 1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normalize_is_its_plain_form(shape):
+    x, mean, std = images(7, *shape), torch.rand(shape[0]), torch.rand(shape[0]) + 0.1
+    plain = (x / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    got = normalize(x, mean.tolist(), std.tolist())
+    assert got.dtype == torch.float32 and got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got, plain)

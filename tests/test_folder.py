@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+
+import samples
+from raypkg.core.errors import UserError
+from raypkg.data import load_data
+
+PIXELS = samples.pixels(6)
+LABELS = np.array([0, 0, 1, 1, 2, 2])
+
+
+@pytest.fixture
+def root(tmp_path):
+    for split in ("train", "test"):
+        samples.write_folder(tmp_path / "set" / split, PIXELS, LABELS)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda **options: load_data(f"folder:{tmp_path / 'set'}", options, cache=tmp_path / "cache")
+
+
+def test_images_labels_and_names_come_through(root, load):
+    for split in load():
+        x, y = split.batch(range(6))
+        assert split.classes == samples.CLASSES and split.shape == (3, 6, 5)
+        np.testing.assert_array_equal(x.permute(0, 2, 3, 1), PIXELS)
+        np.testing.assert_array_equal(y, LABELS)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_names_of_the_test_folder(root, load, name):
+    (root / "test").rename(root / name)
+    assert len(load().test) == 6
+
+
+def test_folders_within_a_class_and_files_that_are_no_images(root, load):
+    inner = root / "train" / "cat" / "images"
+    inner.mkdir()
+    (root / "train" / "cat" / "000.png").rename(inner / "000.PNG")
+    (root / "train" / "cat" / "boxes.txt").write_text("0 0 1 1")
+    (root / "train" / ".hidden").mkdir()
+    assert len(load().train) == 6 and load().train.num_classes == 3
+
+
+def test_a_test_split_may_lack_classes(root, load):
+    (root / "test" / "owl").rename(root / "owl")
+    assert load().test.num_classes == 3 and len(load().test) == 4
+
+
+def test_size(root, load):
+    samples.write_folder(root / "train", samples.pixels(1, 8, 8), LABELS[:1], suffix="jpeg")
+    with pytest.raises(UserError, match="several sizes, such as 8×8 and 6×5: set option size"):
+        load()
+    assert load(size=5).train.shape == (3, 5, 5)
+
+
+def without_train(root):
+    (root / "train").rename(root / "training")
+
+
+def without_test(root):
+    (root / "test").rename(root / "held out")
+
+
+def without_classes(root):
+    (root / "train").rename(root / "all")
+    (root / "train").mkdir()
+
+
+def with_an_empty_class(root):
+    (root / "train" / "fox").mkdir()
+
+
+def with_a_class_unknown_to_train(root):
+    (root / "test" / "owl").rename(root / "test" / "fox")
+
+
+def with_a_file_that_is_no_image(root):
+    (root / "train" / "cat" / "a.jpg").write_text("no image")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_train, "no train split: none of the folders train"),
+        (without_test, "no test split: none of the folders test, val, valid, validation"),
+        (without_classes, "train' holds no class folders"),
+        (with_an_empty_class, r"train/fox' holds no images \(.bmp"),
+        (with_a_class_unknown_to_train, "class 'fox' of .*test' is not among the 3 classes of train"),
+        (with_a_file_that_is_no_image, r"train/cat/a\.jpg does not decode"),
+    ],
+)
+def test_what_is_refused(root, load, change, message):
+    change(root)
+    with pytest.raises(UserError, match=message):
+        load()

@@ -1,0 +1,222 @@
+"""The loop against plain PyTorch, and what it promises about weights, order, resuming and bad luck."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Training
+from raypkg.data.split import Split
+from raypkg.engine.batches import Batches, ahead, plain_batches
+from raypkg.engine.costs import Cost
+from raypkg.engine.hooks import Hook, Masked
+from raypkg.engine.loop import Run, evaluate, fit
+from raypkg.engine.schedules import learning_rate
+from raypkg.engine.worker import Worker
+from raypkg.methods.coreset import Coreset
+from raypkg.runs.checkpoints import StoredCheckpoints
+from raypkg.runs.storage import Storage
+
+PLAIN = Training(epochs=4, batch_size=16, lr=0.1, precision="float32")
+
+
+def split(n=64, classes=3):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 6, generator=generator)
+    return Split.from_tensors(x, torch.arange(n) % classes)
+
+
+def model():
+    torch.manual_seed(1)
+    return nn.Linear(6, 3)
+
+
+def run(coreset=None, settings=PLAIN, hooks=(), network=None, seed=0):
+    data = split()
+    coreset = coreset or Coreset.uniform(torch.arange(len(data)))
+    return Run(network or model(), data, coreset, settings, seed, "train", Worker(), (), Cost("train"), hooks)
+
+
+def weights(trained):
+    return [w.detach().clone() for w in trained.model.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_equals_a_loop_written_out():
+    trained = fit(run())
+    twin, data = model(), split()
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    x = (data.batch(torch.arange(64))[0] - torch.tensor(data.mean)) / torch.tensor(data.std)
+    for epoch in range(4):
+        batches = Batches(data, trained.coreset, 16, seed=0, augment=(), worker=Worker())
+        for number, batch in enumerate(batches.epoch(epoch)):
+            optimizer.param_groups[0]["lr"] = learning_rate(PLAIN, (epoch + number / 4) / 4)
+            optimizer.zero_grad()
+            F.cross_entropy(twin(x[batch.indices]), data.y[batch.indices]).backward()
+            optimizer.step()
+    for a, b in zip(weights(trained), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_weight_of_two_is_the_sample_twice():
+    """The objective is mean(w · loss): one step on a weighted batch is a step on the written-out mean."""
+    once = replace_settings(epochs=1, batch_size=64, momentum=0.0, weight_decay=0.0)
+    w = torch.ones(64)
+    w[5] = 2.0
+    trained = fit(run(Coreset(torch.arange(64), w), once))
+    twin, data = model(), split()
+    x = (data.batch(torch.arange(64))[0] - torch.tensor(data.mean)) / torch.tensor(data.std)
+    loss = (F.cross_entropy(twin(x), data.y, reduction="none").sum() + F.cross_entropy(twin(x[5:6]), data.y[5:6])) / 64
+    for parameter, gradient in zip(twin.parameters(), torch.autograd.grad(loss, list(twin.parameters())), strict=True):
+        parameter.data -= 0.1 * gradient
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(trained), twin.parameters(), strict=True))
+
+
+def replace_settings(**changes):
+    return PLAIN.model_copy(update=changes)
+
+
+def test_same_seed_same_result_and_global_generator_untouched():
+    networks = [zeros() for _ in range(3)]
+    state = torch.get_rng_state()
+    first, again, other = (weights(fit(run(network=n, seed=s))) for n, s in zip(networks, (0, 0, 1), strict=True))
+    assert same(first, again)
+    assert not same(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def zeros():
+    network = nn.Linear(6, 3)
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    return network
+
+
+def test_stopped_and_resumed_equals_never_stopped(tmp_path):
+    straight = fit(run(hooks=[Counter()]))
+    places = StoredCheckpoints(Storage(str(tmp_path)))
+
+    class Killed(Exception):
+        pass
+
+    def die(network, epoch):
+        if epoch == 3:
+            raise Killed
+        return {}
+
+    with pytest.raises(Killed):
+        fit(run(hooks=[Counter()]), checkpoints=places, measure=die)
+    resumed = fit(run(hooks=[Counter()]), checkpoints=places)
+    assert same(weights(straight), weights(resumed))
+    assert straight.step == resumed.step == resumed.hooks[0].steps
+    assert straight.cost.backward == resumed.cost.backward == 4 * 64
+
+
+class Counter(Hook):
+    def __init__(self):
+        self.steps = 0
+
+    def on_step(self, run):
+        self.steps += 1
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def test_a_corrupt_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
+    places = StoredCheckpoints(Storage(str(tmp_path)))
+    straight = weights(fit(run(), checkpoints=places))
+    newest = sorted(tmp_path.glob("*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert same(straight, weights(fit(run(), checkpoints=places)))
+    assert "epoch_00004.pt is unreadable and skipped" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_phase():
+    with pytest.raises(UserError, match=r"loss became (nan|inf) in epoch \d of phase 'train' \(lr 1e\+30\)"):
+        fit(run(settings=replace_settings(lr=1e30, epochs=6)))
+
+
+def test_masked_weights_stay_zero_and_the_rest_moves():
+    network = model()
+    mask = {"weight": torch.arange(18).view(3, 6) % 2 == 0}
+    start = network.weight.detach().clone()
+    trained = fit(run(network=network, hooks=[Masked(network, mask)]))
+    assert (trained.model.weight[~mask["weight"]] == 0).all()
+    assert (trained.model.weight != start)[mask["weight"]].all()
+
+
+def test_a_hook_may_replace_the_coreset():
+    class Halve(Hook):
+        def on_epoch(self, run):
+            run.coreset = Coreset.uniform(torch.arange(32))
+
+    assert fit(run(hooks=[Halve()])).cost.backward == 4 * 32
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_workers_share_each_batch(world):
+    data = Split.from_tensors(torch.randint(0, 255, (50, 3, 8, 8), dtype=torch.uint8), torch.arange(50) % 2)
+    everything = Coreset.uniform(torch.arange(50))
+    arguments = {"seed": 0, "augment": ("crop", "flip", "randaugment")}
+    whole = list(Batches(data, everything, 16, worker=Worker(), **arguments).epoch(2))
+    parts = [
+        list(Batches(data, everything, 16, worker=Worker(rank, world), **arguments).epoch(2)) for rank in range(world)
+    ]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(batch.x, torch.cat([share.x for share in shares]))
+        assert torch.equal(batch.indices, torch.cat([share.indices for share in shares]))
+        assert {share.total for share in shares} == {len(batch.y)}
+    assert sorted(torch.cat([batch.indices for batch in whole]).tolist()) == list(range(50))
+    assert [len(batch.y) for batch in whole] == [13, 13, 12, 12]
+
+
+def test_more_workers_than_samples_in_a_batch():
+    with pytest.raises(UserError, match="batches of 2 samples cannot be shared by 3 workers"):
+        Batches(split(), Coreset.uniform(torch.arange(2)), 16, seed=0, augment=(), worker=Worker(0, 3))
+
+
+def test_evaluation_by_hand():
+    network, data = model(), split()
+    found = evaluate(network, data, torch.arange(10, 40), Worker(), precision="float32", batch_size=7)
+    x, y = zip(*plain_batches(data, torch.arange(10, 40), 30, torch.device("cpu")), strict=True)
+    assert found["loss"] == pytest.approx(F.cross_entropy(network(x[0]), y[0]).item(), rel=1e-5)
+    assert found["accuracy"] == pytest.approx((network(x[0]).argmax(1) == y[0]).double().mean().item())
+
+
+def test_ahead_keeps_order_and_passes_errors_on():
+    assert list(ahead(lambda job: job * 2, range(10))) == [job * 2 for job in range(10)]
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda job: 1 // job, [1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "t", "rate"),
+    [
+        ({"schedule": "constant"}, 0.9, 1.0),
+        ({"schedule": "cosine"}, 0.0, 1.0),
+        ({"schedule": "cosine"}, 0.5, 0.5),
+        ({"schedule": "multistep", "milestones": (0.5, 0.75)}, 0.8, 0.01),
+        ({"schedule": "constant", "warmup": 0.2}, 0.1, 0.505),
+        ({"schedule": "constant", "warmup": 0.2}, 0.3, 1.0),
+    ],
+)
+def test_learning_rates(settings, t, rate):
+    assert learning_rate(Training(lr=1.0, **settings), t) == pytest.approx(rate)
+
+
+def test_costs_add_up():
+    one, two = Cost("a", 10, 5, 1.0, 1.0, 100, 7), Cost("a", 20, 6, 3.0, 3.0, 50, 7)
+    joined, chained = Cost.joined("a", [one, two]), one.then(two)
+    assert (joined.forward, joined.seconds, joined.total_seconds, joined.memory) == (30, 3.0, 4.0, 100)
+    assert (chained.forward, chained.seconds, chained.sent) == (30, 4.0, 14)
+    assert replace(one).record()["backward"] == 5

@@ -1,0 +1,189 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import samples
+from raypkg.core.errors import UserError
+from raypkg.data import images, load_data
+
+PIXELS = samples.pixels(9)
+IMAGES = [samples.encode(image) for image in PIXELS]
+LABELS = np.arange(9) % 3
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda **options: load_data(f"parquet:{tmp_path / 'set'}", options, cache=tmp_path / "cache")
+
+
+def write(tmp_path, images=IMAGES, labels=LABELS, splits=("train", "test"), **layout):
+    for split in splits:
+        samples.write_parquet(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet", images, labels, **layout)
+
+
+def everything(split):
+    x, y = split.batch(range(len(split)))
+    return x.permute(0, 2, 3, 1).numpy(), y.numpy()
+
+
+def test_images_labels_and_names_come_through(tmp_path, load):
+    write(tmp_path)
+    for split in load():
+        assert split.shape == (3, 6, 5) and split.classes == samples.CLASSES and split.augment == ("crop", "flip")
+        np.testing.assert_array_equal(everything(split)[0], PIXELS)
+        np.testing.assert_array_equal(everything(split)[1], LABELS)
+
+
+@pytest.mark.parametrize("layout", [{"struct": False}, {"image": "picture"}, {"label": "fine_label"}])
+def test_columns_are_found(tmp_path, load, layout):
+    write(tmp_path, **layout)
+    np.testing.assert_array_equal(everything(load().train)[0], PIXELS)
+
+
+def test_the_label_column_can_be_chosen(tmp_path, load):
+    write(tmp_path, label="species")
+    with pytest.raises(UserError, match=r"unknown label column of .* 'label'.*Allowed: image, species"):
+        load()
+    assert load(label="species").train.classes == samples.CLASSES
+
+
+def test_without_metadata_classes_are_numbers(tmp_path, load):
+    write(tmp_path, classes=None)
+    assert load().test.classes == ("0", "1", "2")
+
+
+def test_several_files_are_read_in_order(tmp_path, load):
+    for part in range(3):
+        some = slice(3 * part, 3 * part + 3)
+        samples.write_parquet(tmp_path / "set" / f"train-{part}.parquet", IMAGES[some], LABELS[some])
+    write(tmp_path, splits=["validation"])
+    np.testing.assert_array_equal(everything(load().train)[0], PIXELS)
+
+
+def test_test_comes_before_valid(tmp_path, load):
+    write(tmp_path, IMAGES[:3], LABELS[:3], splits=["test"])
+    write(tmp_path, splits=["train", "valid"])
+    assert len(load().test) == 3
+
+
+def test_grey_images_have_one_channel_unless_some_have_colour(tmp_path, load):
+    grey = [samples.encode(image) for image in samples.pixels(9, channels=1)]
+    write(tmp_path, grey)
+    assert load().train.shape == (1, 6, 5) and load().train.augment == ("crop",)
+    write(tmp_path, grey[:-1] + IMAGES[-1:])
+    assert load().train.shape == (3, 6, 5)
+    write(tmp_path, grey, splits=["test"])
+    assert load().test.shape == (3, 6, 5)  # train decides
+
+
+def test_sizes(tmp_path, load):
+    write(tmp_path, [*IMAGES[:8], samples.encode(samples.pixels(1, 8, 8)[0])])
+    with pytest.raises(UserError, match="several sizes, such as 6×5 and 8×8: set option size"):
+        load()
+    assert load(size=4).train.batch([0, 8])[0].shape == (2, 3, 4, 4)
+
+
+def test_a_test_split_of_another_size(tmp_path, load):
+    write(tmp_path, splits=["train"])
+    write(tmp_path, [samples.encode(image) for image in samples.pixels(9, 8, 8)], splits=["test"])
+    with pytest.raises(UserError, match="test images are 8×8, train images 6×5: set option size"):
+        load()
+
+
+def test_a_set_too_large_to_decode_is_decoded_on_read(tmp_path, load, monkeypatch):
+    write(tmp_path)
+    decoded = load()
+    monkeypatch.setattr(images, "DECODED_BYTES", 0)
+    (tmp_path / "cache").rename(tmp_path / "before")
+    encoded = load()
+    assert next((tmp_path / "cache").glob("*.arrow")).read_bytes().count(b"PNG") == 9
+    for a, b in zip(decoded, encoded, strict=True):
+        x, y = b.batch([7, 2, 2])
+        assert x.equal(a.batch([7, 2, 2])[0]) and y.tolist() == [1, 2, 2]
+        assert b.mean == pytest.approx(a.mean) and b.std == pytest.approx(a.std)
+        assert b.batch([])[0].shape == (0, 3, 6, 5)
+
+
+def test_a_file_that_changed_is_read_again(tmp_path, load):
+    write(tmp_path)
+    load()
+    write(tmp_path, IMAGES[::-1])
+    np.testing.assert_array_equal(everything(load().train)[0], PIXELS[::-1])
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"labels": [*LABELS[:8], 3]}, r"row 8 of .*train-.*parquet' has label 3, allowed is 0 … 2"),
+        ({"labels": [-1, *LABELS[1:]]}, "row 0 of .* has label -1"),
+        ({"labels": [*LABELS[:4], None, *LABELS[5:]]}, "row 4 of .* has no label"),
+        ({"labels": LABELS + 1, "classes": None}, "labels of .* are 1 … 3"),
+        ({"labels": LABELS * 2, "classes": None}, r"labels of .* are 0 … 4 with gaps"),
+        ({"images": [*IMAGES[:5], b"no image", *IMAGES[6:]]}, "row 5 of .* does not decode"),
+        ({"images": [*IMAGES[:5], IMAGES[5][:-30], *IMAGES[6:]]}, "row 5 of .* does not decode"),
+        ({"images": [*IMAGES[:5], None, *IMAGES[6:]]}, "row 5 of .* has no image"),
+        ({"images": [], "labels": []}, "the train split holds no images"),
+        ({"splits": ["train"]}, r"no test split: no file named test\* or valid\*, found train-00000"),
+        ({"splits": ["test"]}, r"no train split: no file named train\*, found test-00000"),
+    ],
+)
+def test_what_is_refused(tmp_path, load, layout, message):
+    write(tmp_path, **layout)
+    with pytest.raises(UserError, match=message):
+        load()
+
+
+def table(**columns):
+    return pa.table({name: pa.array(*column) for name, column in columns.items()})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (table(text=(["a"],), label=([0],)), r"no image column \(binary, or a struct with bytes\) among text, label"),
+        (table(a=([b"a"],), b=([b"b"],), label=([0],)), "several image columns among a, b, label"),
+        (table(image=([b"a"],), label=(["cat"],)), "label column 'label' of .* is string, needed are integers"),
+        (table(image=([b"a"],), label=([None], pa.int64())), "row 0 of .* has no label"),
+    ],
+)
+def test_tables_of_another_kind(tmp_path, load, content, message):
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(content, tmp_path / "set" / f"{split}.parquet")
+    with pytest.raises(UserError, match=message):
+        load()
+
+
+def test_files_of_different_columns(tmp_path, load):
+    write(tmp_path)
+    samples.write_parquet(tmp_path / "set" / "train-1.parquet", IMAGES, LABELS, label="labels")
+    with pytest.raises(UserError, match=r"the columns of .* differ from those of"):
+        load()
+
+
+def test_no_parquet_at_all(tmp_path, load):
+    (tmp_path / "set").mkdir()
+    with pytest.raises(UserError, match=r"no train split: .* found no parquet file"):
+        load()
+    for split in ("train", "test"):
+        (tmp_path / "set" / f"{split}.parquet").write_text("text")
+    with pytest.raises(UserError, match=r"train.parquet' is no readable parquet file"):
+        load()
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "sizes", "mean"),
+    [
+        ("cifar10", (3, 32, 32), 10, (50_000, 10_000), (0.4914, 0.4822, 0.4465)),
+        ("mnist", (1, 28, 28), 10, (60_000, 10_000), (0.1307,)),
+        ("tiny-imagenet", (3, 64, 64), 200, (10_000, 2_000), (0.48, 0.45, 0.40)),
+    ],
+)
+def test_real_data(tmp_path, real_data, name, shape, classes, sizes, mean):
+    train, test = load_data(f"parquet:{real_data / name}", cache=tmp_path)
+    assert (train.shape, train.num_classes, (len(train), len(test))) == (shape, classes, sizes)
+    assert train.mean == pytest.approx(mean, abs=5e-3)
+    assert torch.bincount(test.y).min() > 0
