@@ -9,6 +9,7 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("EFFRAY_CACHE", tempfile.mkdtemp(prefix="effray-test-cache-"))
 os.environ.setdefault("COLUMNS", "120")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
 
 
 @pytest.fixture(scope="session")

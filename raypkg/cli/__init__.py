@@ -1,5 +1,6 @@
 """The command line: ``effray EXPERIMENT`` for every experiment, and what surrounds them."""
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from .commands import effray
 
+    logging.basicConfig(format="effray: %(message)s")
     try:
         sys.exit(effray.main(arguments, prog_name="effray", standalone_mode=False))
     except UserError as error:

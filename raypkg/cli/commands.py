@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from raypkg.core.errors import unknown
 from raypkg.core.registry import Entry
 from raypkg.experiments import experiment
 
@@ -27,6 +28,12 @@ class Effray(ExampleHelp, click.Group):
         if name in experiment.entries:
             return experiment_command(experiment.entries[name])
         return super().get_command(context, name)
+
+    def resolve_command(self, context: click.Context, arguments: list[str]) -> tuple[Any, Any, list[str]]:
+        """Name the nearest command to one that does not exist."""
+        if arguments[0] not in self.list_commands(context):
+            raise unknown("command", arguments[0], self.list_commands(context))
+        return super().resolve_command(context, arguments)
 
 
 @click.group(cls=Effray, context_settings={"help_option_names": ["-h", "--help"]})
@@ -83,18 +90,16 @@ def show(run: str, root: str, against: str | None) -> None:
     Example:
         effray lipt --name first && effray show first
     """
-    from rich.console import Console
-
+    from raypkg.runs.compare import compare
     from raypkg.runs.folder import locate
     from raypkg.runs.show import show as print_run
+    from raypkg.runs.show import terminal
 
-    console = Console()
     folder = locate(root, run)
-    print_run(folder, console)
-    if against:
-        from raypkg.runs.compare import compare
-
-        console.print(compare(folder, locate(root, against)), highlight=False)
+    comparison = compare(folder, locate(root, against)) if against else None
+    print_run(folder, terminal())
+    if comparison:
+        terminal().print(comparison)
 
 
 @effray.command(cls=ExampleHelp)
@@ -104,20 +109,20 @@ def methods() -> None:
     Example:
         effray methods
     """
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from raypkg.data import dataset
     from raypkg.methods.coresets import coreset
     from raypkg.models import model
+    from raypkg.runs.show import terminal
 
-    console = Console()
     for registry in (experiment, coreset, model, dataset):
-        table = Table("name", "what it is", "options", "source", title=registry.kind, title_justify="left")
+        columns = [Column(name, overflow="fold") for name in ("name", "what it is", "options", "source")]
+        table = Table(*columns, title=registry.kind, title_justify="left")
         for entry in registry.entries.values():
             options = ", ".join(f"{name}={field.default}" for name, field in entry.schema.model_fields.items())
             table.add_row(entry.name, entry.help, options, entry.source)
-        console.print(table)
+        terminal().print(table)
 
 
 @effray.command(cls=ExampleHelp)
@@ -131,11 +136,10 @@ def data(name: str, pairs: tuple[str, ...]) -> None:
     Example:
         effray data digits
     """
-    from rich.console import Console
-
     from raypkg.data import load_data
     from raypkg.phases.describe import describe
+    from raypkg.runs.show import terminal
 
     from .options import parsed_pairs
 
-    Console().print(describe(name, load_data(name, parsed_pairs(pairs))))
+    terminal().print(describe(name, load_data(name, parsed_pairs(pairs))))

@@ -1,19 +1,16 @@
 """Running an experiment: settings → run folder → phases → what came of it."""
 
-import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from raypkg.core.config import Settings, load, parse_toml
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.runs.folder import RunFolder, create, find
 from raypkg.runs.report import Report
-from raypkg.runs.show import show
+from raypkg.runs.show import show, terminal
 from raypkg.runs.tracking import tracker
 
 CHANGEABLE = ("cluster.", "track.")  # settings that do not alter the result
@@ -32,7 +29,7 @@ def execute(
     folder = create(root, entry.name, name, settings)
     try:
         _run(entry, settings, folder)
-    except UserError:
+    except BaseException:
         if not folder.started:
             folder.storage.delete_folder("")
         raise
@@ -53,34 +50,36 @@ def resume_run(
     stored = parse_toml((folder.storage.read("config.toml") or b"").decode(), f"{folder.storage.root}/config.toml")
     settings = load(schema, stored, values)
     if folder.summary:
-        show(folder, Console())
+        show(folder, terminal())
     else:
         _run(entry, settings, folder)
 
 
 def check_names(settings: Any) -> None:
-    """Refuse unknown data sets, models and methods, and options they do not have, before anything is made."""
+    """Refuse unknown data sets, models, methods and augmentations, and wrong options, before anything is made."""
     from raypkg.data import dataset
+    from raypkg.data.augment import compose
     from raypkg.methods.coresets import coreset
     from raypkg.models import model
 
     dataset[settings.dataset.name].options(settings.dataset.options)
+    compose(settings.dataset.augment or ())
     model[settings.model.name].options(settings.model.options)
     if hasattr(settings, "select"):
         coreset[settings.select.method].options(settings.select.options)
 
 
 def _run(entry: Entry, settings: Any, folder: RunFolder) -> None:
-    console = Console()
+    console = terminal()
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
-    logging.basicConfig(format="effray: %(message)s")
-    console.print(f"{entry.name} {folder.name}: {settings.model.name} on {settings.dataset.name}", highlight=False)
+    console.print(f"{entry.name} {folder.name}: {settings.model.name} on {settings.dataset.name}")
     following = tracker(settings, folder, entry.name)
     try:
         with Report(folder, following, console) as report:
             entry(settings, report=report)
     except (KeyboardInterrupt, SystemExit):
-        raise UserError(f"interrupted; go on with: effray {entry.name} --resume {folder.name}") from None
+        hint = f"; go on with: effray {entry.name} --resume {folder.name}" if folder.started else ""
+        raise UserError(f"interrupted{hint}") from None
     show(folder, console)
     if line := following.finish(folder.summary or {}):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

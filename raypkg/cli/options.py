@@ -12,12 +12,15 @@ from pydantic.fields import FieldInfo
 from raypkg.core.config import Settings, leaves
 from raypkg.core.errors import UserError
 
-
 LAST = ("cluster", "track")  # parts of every experiment come after its own
 
 
 class ExampleHelp(click.Command):
     """Help that ends with the docstring's example, as written."""
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the whole first line for the list of commands, which wraps it."""
+        return self._parts()[0].partition("\n")[0]
 
     def format_help_text(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write what precedes the example; the options come next."""
@@ -103,7 +106,8 @@ def _metavar(field: FieldInfo) -> str:
     kinds = [kind for kind in (typing.get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     if typing.get_origin(field.annotation) is typing.Literal:
         return "|".join(map(str, kinds))
-    return "LIST" if _is_list(field) else kinds[0].__name__.upper()
+    kind = typing.get_args(kinds[0])[0] if typing.get_origin(kinds[0]) is typing.Annotated else kinds[0]
+    return "LIST" if _is_list(field) else kind.__name__.upper()
 
 
 def _is_list(field: FieldInfo) -> bool:

@@ -1,10 +1,8 @@
 """Running one function on every worker of a Ray Train group, with progress, restarts and errors in one line."""
 
 import logging
-import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 from raypkg.engine.worker import Row, Worker
 
-POLL = 0.25  # seconds between looks into the mailbox
+from .mailbox import open_mailbox
 
 
 def launch(
@@ -53,7 +51,7 @@ def _fit(function: Any, arguments: Any, plan: Any, failures: int, report: Callab
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    with _mailbox(report) as mailbox:
+    with open_mailbox(report) as mailbox:
         trainer = TorchTrainer(
             _worker_loop,
             train_loop_config={"function": function, "arguments": arguments, "mailbox": mailbox, "threads": plan.cpus},
@@ -95,57 +93,6 @@ def _worker_loop(config: dict[str, Any]) -> Any:
     except UserError as error:
         ray.get(mailbox.fail.remote(str(error)))
         raise
-
-
-class Mailbox:
-    """Rows on their way from the workers to the driver, and the first user error among them."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
-        self._error: str | None = None
-
-    def put(self, row: dict[str, Any]) -> None:
-        """Take a row from a worker."""
-        self._rows.append(row)
-
-    def drain(self) -> list[dict[str, Any]]:
-        """Hand over all rows since the last call."""
-        rows, self._rows = self._rows, []
-        return rows
-
-    def fail(self, message: str) -> None:
-        """Keep the first user error."""
-        self._error = self._error or message
-
-    def error(self) -> str | None:
-        """Return the first user error, if there was one."""
-        return self._error
-
-
-@contextmanager
-def _mailbox(report: Callable[[Row], None]) -> Iterator[Any]:
-    """A mailbox actor whose rows a thread passes to ``report`` until the block ends."""
-    import ray
-
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    done = threading.Event()
-
-    def deliver() -> None:
-        while True:
-            last = done.wait(POLL)
-            for row in ray.get(mailbox.drain.remote()):
-                report(row)
-            if last:
-                return
-
-    thread = threading.Thread(target=deliver, name="mailbox", daemon=True)
-    thread.start()
-    try:
-        yield mailbox
-    finally:
-        done.set()
-        thread.join()
-        ray.kill(mailbox)
 
 
 def _raise_user_error(mailbox: Any) -> None:

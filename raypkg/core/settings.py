@@ -77,13 +77,14 @@ class Pretrain(Training):
     sparsity: Annotated[
         Literal["snip", "erk", "none"], Field(description="where the layer-wise densities come from (lipt)")
     ] = "snip"
-    density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.5
+    density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.9
     merge: Annotated[
         Literal["masked_mean", "mean", "greedy"], Field(description="how the models become one (lipt)")
     ] = "masked_mean"
     randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) on top of the data set's own (lipt)")] = True
     epochs: Annotated[Count, Field(description="passes of each model over its shard")] = 5
     batch_size: Annotated[Count, Field(description="samples a step")] = 128
+    lr: Annotated[float, Field(gt=0, description="peak learning rate; models that move far do not merge well")] = 0.02
 
 
 class Select(Settings):

@@ -43,7 +43,10 @@ def compose(names: Sequence[str]) -> Augmentation:
 
     def change(x: Tensor, u: Tensor) -> Tensor:
         if steps and x.dim() != 4:
-            raise UserError(f"samples of shape {list(x.shape[1:])} are no images: leave out {', '.join(names)}")
+            raise UserError(
+                f"samples of shape {list(x.shape[1:])} are no images: leave out {', '.join(names)}"
+                " (dataset.augment, pretrain.randaugment)"
+            )
         for step, part in zip(steps, u.split([step.draws for step in steps], dim=1), strict=True):
             x = step(x, part)
         return x

@@ -87,7 +87,7 @@ class Split:
             raise IndexError(f"indices must be integers, not {rows.dtype}")
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"indices {rows.min()} … {rows.max()} do not lie in [0, {len(self)})")
-        return rows.astype(np.int64, copy=False)
+        return rows.astype(np.int64)  # a copy: what came may be read-only
 
 
 def check_labels(y: np.ndarray, num_classes: int, name: Callable[[int], str]) -> None:

@@ -142,9 +142,10 @@ def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
         totals += _train_step(run, model, batch, run.worker.world)
     loss, correct, samples = run.worker.sum(totals).tolist()
     if not math.isfinite(loss):
+        stays = f"; the checkpoint of epoch {run.epoch} stays" if run.epoch else ""
         raise UserError(
             f"the loss became {loss} in epoch {run.epoch + 1} of phase {run.phase!r}"
-            f" (lr {run.settings.lr}): lower the learning rate; the checkpoint of epoch {run.epoch} stays"
+            f" (lr {run.settings.lr}): lower the learning rate{stays}"
         )
     return {"loss": loss / samples, "train_accuracy": correct / samples, "lr": rate, "samples": run.cost.backward}
 

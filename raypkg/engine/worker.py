@@ -27,10 +27,12 @@ class Worker:
     report: Callable[[Row], None] = silent
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over all workers (one all-reduce); the argument may be overwritten."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        """Return the sum of a tensor over all workers (one all-reduce on the workers' device)."""
+        if self.world == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every worker's small picklable value, in the order of ranks."""

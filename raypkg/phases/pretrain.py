@@ -72,6 +72,8 @@ def lipt(experiment: Experiment, pretrain: Pretrain, report: Report) -> dict[str
 def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
     """Train models r, r + W, … on worker r of W, merge all with one all-reduce, and save the merged model."""
     found = samples(job.experiment.dataset, job.experiment.seed)
+    if job.pretrain.merge == "greedy" and not len(found.valid):
+        raise UserError("pretrain.merge = 'greedy' needs held-out samples: set dataset.validation above 0")
     initial = parameters(new_model(job.experiment, found.data))
     shards, cost, members, seconds = lipt_shards(found, job), Cost("pretrain"), [], []
     for number in range(worker.rank, job.pretrain.models, worker.world):
@@ -172,8 +174,6 @@ def merge_mean(worker: Worker, job: LiptJob, found: Samples, initial: State, mem
 
 def merge_greedy(worker: Worker, job: LiptJob, found: Samples, initial: State, members: Members) -> State:
     """Add models, best first, as long as held-out accuracy does not fall; every worker sends its models once."""
-    if not len(found.valid):
-        raise UserError("pretrain.merge = 'greedy' needs held-out samples: set dataset.validation above 0")
     model = new_model(job.experiment, found.data).to(worker.device)
     alone = replace(worker, rank=0, world=1)
 

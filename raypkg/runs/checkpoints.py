@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raypkg.core.errors import UserError
+
 from .storage import Storage
 
 log = logging.getLogger(__name__)
@@ -69,8 +71,16 @@ def save_model(storage: Storage, name: str, parameters: dict[str, Tensor]) -> No
 
 
 def load_model(storage: Storage, name: str) -> dict[str, Tensor] | None:
-    """Return a model's state from safetensors, or None when the file does not exist."""
+    """Return a model's state from safetensors, or None when the file does not exist.
+
+    Raises:
+        UserError: the file is not safetensors.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     content = storage.read(name)
-    return None if content is None else load(content)
+    try:
+        return None if content is None else load(content)
+    except SafetensorError as error:
+        raise UserError(f"{storage.root}/{name} is corrupt: {error}") from None

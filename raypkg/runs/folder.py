@@ -94,8 +94,10 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
     """Make a new run folder and write its settings and environment before the first step.
 
     Raises:
-        UserError: a run of that name exists.
+        UserError: a run of that name exists, or the name is a path.
     """
+    if name is not None and (name in ("", ".", "..") or "/" in name):
+        raise UserError(f"--name {name!r}: it names a folder of its own, so it cannot be empty, a dot or hold a slash")
     runs = Storage(root) / experiment
     taken = runs.list()
     if name in taken:

@@ -43,6 +43,8 @@ class Report:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bars.stop()
         self.folder.flush()
+        if error:
+            self._tracker.abandon()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Take a row of metrics from a worker."""

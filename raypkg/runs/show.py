@@ -9,6 +9,11 @@ from rich.table import Table
 from .folder import RunFolder
 
 
+def terminal() -> Console:
+    """Return the console of this process, which prints names and paths as they are: no markup, no emoji."""
+    return Console(markup=False, emoji=False, highlight=False)
+
+
 def show(folder: RunFolder, console: Console) -> None:
     """Print a finished run's costs and results, or how far a running one is."""
     summary = folder.summary
@@ -17,8 +22,8 @@ def show(folder: RunFolder, console: Console) -> None:
         return
     console.print(_costs(folder.name, summary["phases"]))
     for line in findings(summary):
-        console.print(line, highlight=False)
-    console.print(f"[dim]{folder.storage.root}[/dim]", highlight=False, soft_wrap=True)
+        console.print(line)
+    console.print(folder.storage.root, style="dim", soft_wrap=True)
 
 
 def findings(summary: Mapping[str, Any]) -> list[str]:
@@ -47,19 +52,20 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
 
 def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", show_footer=True)
-    table.add_column("phase", footer="all")
-    for name, values, form in (
-        ("seconds", [p["seconds"] for p in phases], "{:.1f}"),
-        ("worker-seconds", [p["total_seconds"] for p in phases], "{:.1f}"),
-        ("samples forward", [p["forward"] for p in phases], "{:,.0f}"),
-        ("samples backward", [p["backward"] for p in phases], "{:,.0f}"),
-        ("MB sent", [p["sent"] / 1e6 for p in phases], "{:,.1f}"),
+    table.add_column("\nphase", footer="all")
+    for name, values, form in (  # two lines of heading, so that the table fits 80 columns
+        ("\nseconds", [p["seconds"] for p in phases], "{:.1f}"),
+        ("worker-\nseconds", [p["total_seconds"] for p in phases], "{:.1f}"),
+        ("samples\nforward", [p["forward"] for p in phases], "{:,.0f}"),
+        ("samples\nbackward", [p["backward"] for p in phases], "{:,.0f}"),
+        ("MB\nsent", [p["sent"] / 1e6 for p in phases], "{:,.1f}"),
     ):
         table.add_column(name, justify="right", footer=form.format(sum(values)))
-    table.add_column("peak MiB", justify="right", footer=f"{max(p['memory'] for p in phases) / 2**20:,.0f}")
+    table.add_column("peak\nMiB", justify="right", footer=f"{max(p['memory'] for p in phases) / 2**20:,.0f}")
     for p in phases:
+        phase, _, part = p["phase"].partition(": ")
         table.add_row(
-            p["phase"],
+            f"  {part}" if part else phase,
             f"{p['seconds']:.1f}",
             f"{p['total_seconds']:.1f}",
             f"{p['forward']:,}",

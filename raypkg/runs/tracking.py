@@ -20,6 +20,9 @@ class Tracker(Protocol):
     def finish(self, summary: Mapping[str, Any]) -> str:
         """Take the manifest and close; return a line for the user, or an empty one."""
 
+    def abandon(self) -> None:
+        """Close after a failure."""
+
 
 class Nowhere:
     """Tracks nothing."""
@@ -30,6 +33,9 @@ class Nowhere:
     def finish(self, summary: Mapping[str, Any]) -> str:
         """Do nothing."""
         return ""
+
+    def abandon(self) -> None:
+        """Do nothing."""
 
 
 class Wandb:
@@ -73,6 +79,10 @@ class Wandb:
         self._run.finish()
         offline = directory.name.startswith("offline-")
         return f"W&B run is offline; send it with: wandb sync {directory}" if offline else ""
+
+    def abandon(self) -> None:
+        """Close as failed, so that nothing is written any more."""
+        self._run.finish(exit_code=1)
 
 
 TRACKERS = {"wandb": Wandb}

@@ -1,0 +1,59 @@
+"""What workers send to the driver while they work: rows of metrics, and what the user did wrong."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+POLL = 0.25  # seconds between looks
+
+
+class Mailbox:
+    """An actor's state: rows on their way, and the first user error among them. Imports no torch, so it starts fast."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._error: str | None = None
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Take a row from a worker."""
+        self._rows.append(row)
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Hand over all rows since the last call."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def fail(self, message: str) -> None:
+        """Keep the first user error."""
+        self._error = self._error or message
+
+    def error(self) -> str | None:
+        """Return the first user error, if there was one."""
+        return self._error
+
+
+@contextmanager
+def open_mailbox(report: Callable[[Mapping[str, Any]], None]) -> Iterator[Any]:
+    """Start a mailbox actor; a thread passes its rows to ``report`` until the block ends, the last ones included."""
+    import ray
+
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    done = threading.Event()
+
+    def deliver() -> None:
+        while True:
+            last = done.wait(POLL)
+            for row in ray.get(mailbox.drain.remote()):
+                report(row)
+            if last:
+                return
+
+    thread = threading.Thread(target=deliver, name="mailbox", daemon=True)
+    thread.start()
+    try:
+        yield mailbox
+    finally:
+        done.set()
+        thread.join()
+        ray.kill(mailbox)

@@ -1,0 +1,99 @@
+"""What the loop adds to a bare PyTorch step, and what a second worker gains. Run with: pytest -m bench -s."""
+
+import os
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from raypkg.core.settings import Cluster, Training
+from raypkg.data.split import Split
+from raypkg.engine.costs import Cost
+from raypkg.engine.loop import Run, autocast, fit, optimizer
+from raypkg.engine.worker import Worker
+from raypkg.methods.coreset import Coreset
+from raypkg.models import build_model
+
+pytestmark = pytest.mark.bench
+SETTINGS = Training(epochs=1, batch_size=128, lr=0.01)
+STEPS, ROUNDS = 12, 11
+
+
+def pixels(n):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return Split.from_tensors(x, torch.arange(n) % 10, augment=("crop", "flip"))
+
+
+def looped(worker, split, rounds):
+    """Seconds per epoch of the product's loop, augmentation and all."""
+    model = build_model("resnet20", (3, 32, 32), 10, seed=0)
+    everything = Coreset.uniform(torch.arange(len(split)))
+    seconds = []
+    for number in range(rounds):
+        cost = Cost("train")
+        fit(Run(model, split, everything, SETTINGS, number, "train", worker, split.augment, cost))
+        seconds.append(cost.seconds)
+    return seconds
+
+
+class Bare:
+    """The shortest loop that trains: one float batch already in memory, the same model, layout, dtype and optimiser."""
+
+    def __init__(self):
+        self.model = build_model("resnet20", (3, 32, 32), 10, seed=0).to(memory_format=torch.channels_last).train()
+        self.optimizer = optimizer(self.model, SETTINGS)
+        self.x = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
+        self.y = torch.arange(128) % 10
+
+    def epoch(self):
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            with autocast("auto", self.x.device):
+                logits = self.model(self.x)
+            F.cross_entropy(logits.float(), self.y).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+
+def test_step_against_a_bare_loop():
+    split, bare = pixels(128 * STEPS), Bare()
+    bare.epoch(), looped(Worker(), split, 1)
+    pairs = [(bare.epoch(), looped(Worker(), split, 1)[0]) for _ in range(ROUNDS)]
+    ratio = statistics.median(ours / theirs for theirs, ours in pairs)
+    print(f"\nresnet20, batch 128, {torch.get_num_threads()} threads, medians of {ROUNDS} alternating rounds")
+    for name, column in (("bare loop", 0), ("effray loop, crop and flip", 1)):
+        print(f"  {name:<28}{128 * STEPS / statistics.median(pair[column] for pair in pairs):8.0f} images/s")
+    print(f"  ratio of seconds per image  {ratio:8.3f}")
+
+
+def ddp(worker, n, rounds):
+    seconds = looped(worker, pixels(n), rounds)
+    return {"rate": n / statistics.median(seconds[1:])}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_two_workers_against_one(tmp_path):
+    from raypkg.cluster.train import launch
+
+    os.environ["PYTHONPATH"] = os.path.dirname(__file__)
+    rates = {1: [], 2: []}
+    for _ in range(3):
+        for workers in rates:
+            result = launch(
+                ddp,
+                128 * STEPS * 2,
+                6,
+                cluster=Cluster(workers=workers),
+                report=lambda row: None,
+                folder=str(tmp_path / f"{workers}-{len(rates[workers])}"),
+            )
+            rates[workers].append(result["rate"])
+    print("\nresnet20, batch 128, DDP, one thread a worker, medians of 3 launches, taken in turn")
+    for workers, found in rates.items():
+        print(f"  {workers} worker{'s' * (workers > 1)}: {statistics.median(found):8.0f} images/s")
+    print(f"  ratio    {statistics.median(b / a for a, b in zip(rates[1], rates[2], strict=True)):8.2f}")

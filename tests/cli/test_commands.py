@@ -1,0 +1,351 @@
+"""Every command as a user types it: what it prints, what it leaves, and that the same input gives the same run."""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from raypkg.experiments import experiment
+from raypkg.runs.folder import RunFolder
+
+COMMANDS = ("", "lipt", "train", "show", "data", "methods")
+SHORT = "--model linear --pretrain.models 2 --pretrain.epochs 1 --train.epochs 2"
+CODE = """
+import torch
+from torch import nn
+from raypkg.data.split import Split
+from raypkg.methods.coreset import Coreset
+
+def rows(root, *, split, samples: int = 60):
+    '''Two columns that tell the classes apart.'''
+    y = torch.arange(samples) % 3
+    x = torch.randn(samples, 2, generator=torch.Generator().manual_seed(len(split))) + y[:, None]
+    return Split.from_tensors(x, y, ['[b]', '[/x]', ':smile:'])
+
+def net(shape, num_classes, *, width: int = 4):
+    return nn.Sequential(nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, num_classes))
+
+def first(view, budget, *, skip: int = 0):
+    return Coreset.uniform(torch.arange(skip, skip + budget))
+"""
+
+
+def content(run, *names):
+    """Return what a run's result files hold, byte by byte."""
+    return [Path("runs", run, name).read_bytes() for name in names]
+
+
+def results(run):
+    """Return all that must not differ between two runs of the same settings."""
+    models = ["model.safetensors", *(["pretrained.safetensors"] if run.startswith("lipt") else [])]
+    rows = pq.read_table(f"runs/{run}/metrics.parquet").sort_by([("phase", "ascending"), ("epoch", "ascending")])
+    return content(run, *models, "config.toml", "coreset.parquet"), rows
+
+
+def summary(run):
+    return json.loads(Path("runs", run, "summary.json").read_text())
+
+
+def settings(run):
+    return tomllib.loads(Path("runs", run, "config.toml").read_text())
+
+
+def coreset(run):
+    return pq.read_table(f"runs/{run}/coreset.parquet")
+
+
+def example(help_text):
+    """Return the commands of the example that a help text ends with."""
+    return [line.strip() for line in help_text.rpartition("Example:\n")[2].split("&&")]
+
+
+def outside(*words, **environment):
+    """Run a command in a process of its own."""
+    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_and_ends_with_an_example(effray, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = effray(f"{command} --help")
+    assert text.startswith(f"Usage: effray {command}".rstrip())
+    body, _, last = text.rpartition("Example:\n")
+    assert max(map(len, body.splitlines())) <= 80
+    assert last.startswith("  effray ") and last.count("\n") == 1
+    assert "..." not in body.partition("\n")[2]  # nothing is cut off
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_runs_as_printed(call, effray, command):
+    for line in example(effray(f"{command} --help")):
+        assert line.startswith("effray ")
+        assert call(line).code == 0
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("command", ["", "lipt", "train"])
+def test_the_example_runs_as_printed_on_ray(tmp_path, effray, command):
+    for line in example(effray(f"{command} --help")):
+        done = outside("bash", "-c", line)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_options_are_grouped_by_part(effray):
+    text = effray("lipt --help")
+    parts = re.findall(r"^(\w+):$", text, re.MULTILINE)
+    assert parts == ["run", "dataset", "model", "pretrain", "select", "train", "cluster", "track", "Example"]
+    for option in ("--config FILE", "--set KEY=VALUE", "--resume NAME", "--pretrain.merge masked_mean|mean|greedy"):
+        assert option in text
+    assert "--pretrain.shard_fraction FLOAT" in text and "[default: runs]" in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["lipt", "--help"], ["train", "--help"], ["--version"]])
+def test_help_imports_neither_torch_nor_ray(arguments):
+    code = (
+        "import sys; from raypkg.cli import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit: assert not {'torch', 'ray', 'wandb', 'matplotlib'} & set(sys.modules)"
+    )
+    assert outside(sys.executable, "-c", code).returncode == 0
+
+
+def test_without_workers_neither_ray_nor_a_warning(tmp_path):
+    code = (
+        "import sys; from raypkg.cli import main\n"
+        f"try: main('lipt {SHORT} --cluster.workers 0 --root {tmp_path}'.split())\n"
+        "except SystemExit as done: assert not done.code and not {'ray', 'wandb'} & set(sys.modules)"
+    )
+    done = outside(sys.executable, "-c", code, OMP_NUM_THREADS="1")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_console_script():
+    script = Path(sys.executable).with_name("effray")
+    assert outside(script, "--version").stdout.startswith("effray, version ")
+    done = outside(script, "lipt", "--model", "resnt8")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("effray: unknown model 'resnt8'")
+
+
+@pytest.mark.parametrize("name", list(experiment.entries))
+def test_the_job_is_the_command(capsys, monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["job.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(Path(__file__).parents[2] / "jobs" / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"Usage: effray {name} ")
+
+
+def test_lipt_leaves_a_whole_run_folder(effray):
+    text = effray(f"lipt --name one {SHORT}")
+    files = {str(path.relative_to("runs/lipt/one")) for path in Path("runs/lipt/one").rglob("*") if path.is_file()}
+    assert files == {
+        *("config.toml", "environment.json", "metrics.parquet", "summary.json"),
+        *("coreset.parquet", "scores.parquet", "pretrained.safetensors", "model.safetensors"),
+        *(f"phases/{phase}.json" for phase in ("pretrain", "select", "train")),
+        *(f"plots/{plot}.png" for plot in ("curves", "costs", "composition", "images")),
+    }
+    found = summary("lipt/one")
+    assert (found["samples"], found["coreset"], coreset("lipt/one").num_rows) == (1295, 130, 130)
+    assert [phase["phase"] for phase in found["phases"]] == [
+        *("pretrain", "pretrain: evaluate", "select", "train", "train: evaluate")
+    ]
+    backward = {phase["phase"]: phase["backward"] for phase in found["phases"]}
+    assert backward["train"] == 2 * 130 and backward["pretrain"] == 2 * (647 + 128)  # shards, and a SNIP batch each
+    assert f"test accuracy {found['test_accuracy']:.2%}" in text and "trained on 130 of 1,295 samples" in text
+    assert text.splitlines()[0] == "lipt one: linear on digits"
+    assert text.splitlines()[-1] == str(Path("runs/lipt/one").absolute())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--pretrain.method dense",
+        "--pretrain.method none",
+        "--pretrain.merge mean --pretrain.sparsity erk",
+        "--pretrain.merge greedy --pretrain.sparsity none",
+        "--pretrain.shard_fraction 0.2 --pretrain.randaugment false",
+        "--train.init merged --train.optimizer adamw --train.lr 0.001",
+        "--train.schedule multistep --train.milestones 0.3,0.6 --train.warmup 0.1",
+        "--dataset.augment flip,crop --dataset.validation 0",
+        "--select.balanced false",
+        "--select.method el2n",
+        "--select.method glister --set select.options.eta=0.1 --set select.options.rounds=3",
+        "--select.method grand --select.balanced false",
+        "--select.method random",
+    ],
+)
+def test_lipt_variants(effray, options):
+    effray(f"lipt --name one {SHORT} {options}")
+    picked = coreset("lipt/one")
+    assert len(set(picked["index"].to_pylist())) == 130
+    assert set(picked["weight"].to_pylist()) == {1.0}
+
+
+def test_the_method_s_weights_are_used_when_asked_for(effray):
+    effray(f"lipt --name one {SHORT} --select.weighted true")
+    weights = coreset("lipt/one")["weight"].to_numpy()
+    assert len(set(weights)) > 10 and weights.min() >= 0
+
+
+def test_settings_come_from_a_file_then_from_options(effray):
+    Path("mine.toml").write_text(
+        'model = "linear"\nseed = 3\n[train]\nepochs = 7\nlr = 0.3\n[pretrain]\nmethod = "none"\n'
+    )
+    effray("lipt --config mine.toml --name one --train.epochs 1 --set train.batch_size=50 --set select.options.eps=0.5")
+    stored = settings("lipt/one")
+    assert stored["model"]["name"] == "linear" and stored["seed"] == 3 and stored["pretrain"]["method"] == "none"
+    assert (stored["train"]["epochs"], stored["train"]["lr"], stored["train"]["batch_size"]) == (1, 0.3, 50)
+    assert stored["select"]["options"] == {"eps": 0.5}
+
+
+def test_a_run_is_named_by_itself_and_found_by_name_or_path(effray):
+    effray("train --model linear --train.epochs 1 --root elsewhere")
+    (run,) = Path("elsewhere/train").iterdir()
+    assert re.fullmatch(r"digits-linear-\d{4}-\d{6}", run.name)
+    assert effray(f"show {run.name} --root elsewhere") == effray(f"show {run}") != ""
+
+
+@pytest.mark.parametrize("command", [f"lipt {SHORT}", "train --model mlp --fraction 0.2 --train.epochs 2 --seed 5"])
+def test_the_stored_config_reruns_the_run(effray, command):
+    kind = command.partition(" ")[0]
+    effray(f"{command} --name one")
+    effray(f"{kind} --config runs/{kind}/one/config.toml --name two")
+    assert results(f"{kind}/one") == results(f"{kind}/two")
+
+
+def test_train_on_a_coreset_repeats_the_main_training(effray):
+    effray(f"lipt --name one {SHORT} --select.weighted true")
+    effray("train --name two --model linear --train.epochs 2 --coreset runs/lipt/one/coreset.parquet")
+    assert content("lipt/one", "model.safetensors") == content("train/two", "model.safetensors")
+    assert summary("train/two")["coreset"] == 130
+
+
+def test_train_on_a_fraction(effray):
+    text = effray("train --name one --model linear --train.epochs 1 --fraction 0.25")
+    assert "trained on 324 of 1,295 samples (25.0%)" in text
+    assert "samples backward 324: 25.0% of as many epochs on all samples (1,295)" in text
+
+
+LIPT = f"lipt {SHORT} --train.epochs 3 --train.evaluate_every 1 --pretrain.epochs 2 --model mlp"
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 6])  # 2 models of 2 epochs, then 3 epochs
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(effray, refusal, monkeypatch, rows):
+    def log(folder, row):
+        original(folder, row)
+        if len(folder.rows) == rows:
+            raise KeyboardInterrupt
+
+    original = RunFolder.log
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", log)
+        message = refusal(f"{LIPT} --name one", leaves=1)
+    assert message == "effray: interrupted; go on with: effray lipt --resume one\n"
+    assert "one: not finished" in effray("show one")
+    effray("lipt --resume one")
+    effray(f"{LIPT} --name two")
+    assert results("lipt/one") == results("lipt/two")
+    work = [[(p["phase"], p["backward"]) for p in summary(f"lipt/{run}")["phases"]] for run in ("one", "two")]
+    assert work[0] == work[1]
+
+
+def test_an_unreadable_checkpoint_is_skipped(call, effray, refusal, monkeypatch, caplog):
+    def finish_phase(folder, name, record):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish_phase", finish_phase)
+        refusal("train --name one --model linear --train.epochs 3", leaves=1)
+    older, newest = sorted(Path("runs/train/one/checkpoints/train").iterdir())
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert call("effray train --resume one").code == 0
+    assert "epoch_00003.pt is unreadable and skipped" in caplog.text
+    effray("train --name two --model linear --train.epochs 3")
+    assert results("train/one") == results("train/two") and older.name == "epoch_00002.pt"
+
+
+def test_a_finished_run_is_only_shown(effray):
+    effray("train --name one --model linear --train.epochs 1")
+    before = results("train/one")
+    assert effray("train --resume one") == effray("show one")
+    assert results("train/one") == before
+
+
+def test_show_against_another_run(effray):
+    for name, seed in (("one", 0), ("two", 0)):
+        effray(f"lipt --name {name} {SHORT} --seed {seed}")
+    effray(f"lipt --name three {SHORT} --select.method random")
+    same = effray("show one --against two").splitlines()[-1]
+    assert same == (
+        "one against two: rank correlation of the scores 1.000; 130 of 130 picks in common (100.0%; by chance 10.0%)"
+    )
+    assert "one against three: rank correlation of the scores 1.000; " in effray("show one --against three")
+
+
+def test_the_costs_fit_80_columns_whatever_they_are(effray, monkeypatch):
+    effray(f"lipt --name one {SHORT}")
+    found = summary("lipt/one")
+    for phase in found["phases"]:
+        phase |= {"seconds": 45678.9, "total_seconds": 345678.9, "forward": 108_000_000, "backward": 108_000_000}
+        phase |= {"memory": 80 << 30, "sent": 10**11}
+    Path("runs/lipt/one/summary.json").write_text(json.dumps(found))
+    for columns in ("80", "120"):
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = effray("show one").splitlines()
+        table = [line for line in lines if line.startswith("│")]
+        assert len(table) == 6 and "…" not in "".join(lines)  # a line for each phase and the sum
+        assert max(map(len, lines[:-1])) <= int(columns)
+        assert "│   evaluate │" in table[1]
+
+
+def test_methods_lists_everything(effray):
+    text = effray("methods")
+    for name in ("lipt", "train", "gradmatch", "glister", "el2n", "grand", "random", "resnet20", "wrn-16-8", "parquet"):
+        assert re.search(rf"^│ {name} +│", text, re.MULTILINE)
+    assert "arXiv:2103.00123" in text and "rounds=20" in text and "…" not in text.replace("/…", "")
+
+
+def test_data_describes(effray):
+    text = effray("data digits")
+    for fact in ("1,437 train, 360 test", "1 × 8 × 8", "10: 0, 1, 2, 3", "139 to 146", "crop", "0.305, 0.376"):
+        assert fact in text
+
+
+def test_the_user_s_own_code(effray, tmp_path, monkeypatch):
+    (tmp_path / "own_code.py").write_text(CODE)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    effray(
+        "lipt --name one --dataset own_code:rows --set dataset.options.samples=90 --model own_code:net"
+        " --set model.options.width=5 --select.method own_code:first --set select.options.skip=1"
+        " --pretrain.models 2 --pretrain.epochs 1 --pretrain.randaugment false --train.epochs 1"
+    )
+    assert coreset("lipt/one").num_rows == 8 and summary("lipt/one")["samples"] == 81
+    assert "[b], [/x], :smile:" in effray("data own_code:rows")  # printed as they are, not as markup
+    assert "30 to 30" in effray("data own_code:rows --set samples=90")
+
+
+def test_names_are_printed_as_they_are(effray):
+    assert "train [red]: linear on digits" in effray("train --name [red] --model linear --train.epochs 1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "code"), [("", 0), ("--dataset folder:nowhere", 2)])
+def test_wandb_offline(tmp_path, monkeypatch, options, code):
+    monkeypatch.chdir(tmp_path)
+    script = shutil.which("effray") or ""
+    words = shlex.split(f"train --name one --model linear --train.epochs 1 --cluster.workers 0 --track wandb {options}")
+    done = outside(script, *words, WANDB_MODE="offline", OMP_NUM_THREADS="1")
+    assert done.returncode == code
+    if code:
+        assert done.stderr.count("\n") == 1 and not list(Path("runs").glob("*/*"))
+    else:
+        (run,) = Path("runs/train/one/wandb").glob("offline-run-*")
+        assert f"wandb sync {run.absolute()}" in done.stdout

@@ -1,0 +1,19 @@
+"""One Ray for all cluster tests, with the dashboard, which Ray Train needs to give CPUs back."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/cluster" in str(item.path):
+            item.add_marker(pytest.mark.ray)
+            item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture(scope="session")
+def ray():
+    from raypkg.cluster import session  # sets Ray's environment before it is imported
+
+    session.ray.init(address="local", num_cpus=3, log_to_driver=False, logging_level="ERROR")
+    yield session.ray
+    session.ray.shutdown()
