@@ -36,20 +36,20 @@ class Plan:
 
 
 def connect(settings: Cluster) -> None:
-    """Join the running cluster, or start one on this machine.
+    """Join the cluster at the address, in RAY_ADDRESS or from ``ray start``; otherwise start one on this machine.
+
+    A cluster that another effray process started for itself is left alone: it ends with that process.
 
     Raises:
         UserError: an address was given and nothing answers there.
     """
     if ray.is_initialized():
         return
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        ray.init(address=settings.address or "auto", **quiet)
+        ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR")
     except ConnectionError:
-        if settings.address and settings.address != "local":
-            raise UserError(f"no Ray cluster answers at cluster.address = {settings.address!r}") from None
-        ray.init(address="local", **quiet)
+        where = settings.address or os.environ.get("RAY_ADDRESS")
+        raise UserError(f"no Ray cluster answers at cluster.address = {where!r}") from None
 
 
 def plan(settings: Cluster, most: int | None = None) -> Plan:

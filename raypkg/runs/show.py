@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +52,7 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left", show_footer=True)
+    table = Table(title=title, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False)
     table.add_column("\nphase", footer="all")
     for name, values, form in (  # two lines of heading, so that the table fits 80 columns
         ("\nseconds", [p["seconds"] for p in phases], "{:.1f}"),

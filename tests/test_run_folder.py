@@ -1,0 +1,133 @@
+"""Run folders: whole files or none, metrics that survive restarts, names that are found."""
+
+import errno
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Experiment
+from raypkg.runs.checkpoints import StoredCheckpoints, load_model, save_model
+from raypkg.runs.compare import compare, spearman
+from raypkg.runs.folder import RunFolder, create, find, locate
+from raypkg.runs.storage import Storage
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(str(tmp_path))
+
+
+def test_writes_are_whole_and_listed(storage):
+    storage.write("a/b.txt", b"hello")
+    assert storage.read("a/b.txt") == b"hello"
+    assert storage.read("a/c.txt") is None
+    assert (storage.list("a"), storage.list("nowhere")) == (["b.txt"], [])
+    storage.delete_folder("a")
+    assert storage.list() == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(storage, tmp_path, monkeypatch):
+    storage.write("a.txt", b"old")
+
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Disk:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def open_output_stream(self, path):
+            open(path, "wb").close()
+            return Full()
+
+    real, storage._fs = storage._fs, Disk()
+    with pytest.raises(UserError, match=r"cannot write .*a.txt.*: the disk is full"):
+        storage.write("a.txt", b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    assert storage.read("a.txt") == b"old"
+
+
+def test_a_uri_is_a_root_too(tmp_path):
+    storage = Storage(f"file://{tmp_path}/runs")
+    storage.write_json("x.json", {"a": 1})
+    assert storage.read_json("x.json") == {"a": 1}
+    with pytest.raises(UserError, match="cannot use 'nonsense://x' as a folder for runs"):
+        Storage("nonsense://x")
+
+
+def test_corrupt_files_are_named(storage):
+    storage.write("a.json", b"{")
+    storage.write("a.parquet", b"PAR1")
+    with pytest.raises(UserError, match=r"a.json is corrupt"):
+        storage.read_json("a.json")
+    with pytest.raises(UserError, match=r"a.parquet is corrupt"):
+        storage.read_table("a.parquet")
+
+
+def test_a_row_after_a_restart_replaces_the_old_one(storage):
+    folder = RunFolder(storage)
+    folder.log({"phase": "train", "model": None, "epoch": 1, "loss": 2.0})
+    folder.log({"phase": "train", "model": None, "epoch": 2, "loss": 1.5, "accuracy": 0.5})
+    folder.flush()
+    again = RunFolder(storage)
+    again.log({"phase": "train", "model": None, "epoch": 2, "loss": 1.0})
+    assert [row["loss"] for row in again.rows] == [2.0, 1.0]
+    assert folder.started
+
+
+def test_runs_are_created_once_and_found_by_name(tmp_path):
+    root = str(tmp_path)
+    folder = create(root, "lipt", "one", Experiment())
+    assert folder.storage.read("config.toml").startswith(b"seed = 0")
+    assert "torch" in folder.storage.read_json("environment.json")["packages"]
+    with pytest.raises(UserError, match=r"run 'one' exists in .*: give another --name, or go on with --resume one"):
+        create(root, "lipt", "one", Experiment())
+    assert create(root, "lipt", None, Experiment()).name.startswith("digits-resnet8-")
+    assert find(root, "lipt", "one").name == locate(root, "one").name == locate(root, f"{root}/lipt/one").name == "one"
+    with pytest.raises(UserError, match=r"unknown lipt run in .* 'onne', did you mean 'one'"):
+        find(root, "lipt", "onne")
+
+
+def test_checkpoints_keep_the_newest(storage):
+    places = StoredCheckpoints(storage, keep=2)
+    assert places.load() is None
+    for epoch in range(1, 5):
+        places.save(epoch, {"epoch": epoch, "w": torch.full((2,), float(epoch))})
+    assert storage.list() == ["epoch_00003.pt", "epoch_00004.pt"]
+    assert places.load()["w"].tolist() == [4.0, 4.0]
+
+
+def test_models_travel_as_safetensors(storage):
+    state = {"w": torch.randn(3, 2).T, "n": torch.tensor(4)}
+    save_model(storage, "m.safetensors", state)
+    assert all(torch.equal(value, state[name]) for name, value in load_model(storage, "m.safetensors").items())
+    assert load_model(storage, "none.safetensors") is None
+
+
+def test_spearman_with_ties():
+    assert spearman(np.array([1.0, 2.0, 2.0, 3.0]), np.array([1.0, 2.0, 2.0, 3.0])) == pytest.approx(1.0)
+    assert spearman(np.arange(5.0), -np.arange(5.0)) == pytest.approx(-1.0)
+    assert spearman(np.array([1.0, 2, 2, 4]), np.array([1.0, 3, 2, 4])) == pytest.approx(0.9486833)
+
+
+def test_compare_counts_common_picks(tmp_path):
+    folders = []
+    for name, picks in (("a", [0, 1]), ("b", [1, 2])):
+        storage = Storage(str(tmp_path)) / name
+        storage.write_table("scores.parquet", pa.table({"index": [0, 1, 2, 3], "score": [1.0, 2.0, 3.0, 4.0]}))
+        storage.write_table("coreset.parquet", pa.table({"index": picks, "weight": [1.0, 1.0]}))
+        folders.append(RunFolder(storage))
+    line = compare(*folders)
+    assert "rank correlation of the scores 1.000; 1 of 2 picks in common (50.0%; by chance 50.0%)" in line
+    with pytest.raises(UserError, match=r"c has no scores.parquet to compare"):
+        compare(folders[0], RunFolder(Storage(str(tmp_path)) / "c"))
