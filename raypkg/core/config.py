@@ -113,6 +113,8 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
 def _place(values: dict[str, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
         inner = values.get(key, {})
+        if not isinstance(inner, str | dict):
+            raise UserError(f"{key} = {inner!r} is given, so {'.'.join(path)} cannot be")
         values[key] = values = {"name": inner} if isinstance(inner, str) else dict(inner)
     values[path[-1]] = value
 

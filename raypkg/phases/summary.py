@@ -17,7 +17,7 @@ from .coresets import FILE, read_coreset
 from .samples import Samples
 
 PHASES = ("pretrain", "select", "train")
-SHOWN = 8  # images in each of the two rows
+SHOWN = 16  # images in each of the two galleries
 
 
 def finish(folder: RunFolder, found: Samples, coreset: Coreset, *, epochs: int) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         f" samples ({summary['full_training_backward']:,})",
     ]
     lines.append(
-        f"{summary['elapsed']:.1f} s end to end, of which {summary['seconds']:.1f} s in the phases' own work and the rest"
-        " in starting workers, importing and storing"
+        f"{summary['elapsed']:.1f} s in the phases, {summary['seconds']:.1f} s of it their own work, the rest importing,"
+        " storing and starting workers"
     )
     if "pretrain_slowest_model_seconds" in summary:
         critical = summary["pretrain_slowest_model_seconds"] + summary["pretrain_merge_seconds"]
@@ -55,8 +55,8 @@ def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False)
     table.add_column("\nphase", footer="all")
     for name, values, form in (  # two lines of heading, so that the table fits 80 columns
-        ("\nseconds", [p["seconds"] for p in phases], "{:.1f}"),
-        ("worker-\nseconds", [p["total_seconds"] for p in phases], "{:.1f}"),
+        ("\nseconds", [p["seconds"] for p in phases], "{:,.1f}"),
+        ("worker-\nseconds", [p["total_seconds"] for p in phases], "{:,.1f}"),
         ("samples\nforward", [p["forward"] for p in phases], "{:,.0f}"),
         ("samples\nbackward", [p["backward"] for p in phases], "{:,.0f}"),
         ("MB\nsent", [p["sent"] / 1e6 for p in phases], "{:,.1f}"),
@@ -67,8 +67,8 @@ def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
         phase, _, part = p["phase"].partition(": ")
         table.add_row(
             f"  {part}" if part else phase,
-            f"{p['seconds']:.1f}",
-            f"{p['total_seconds']:.1f}",
+            f"{p['seconds']:,.1f}",
+            f"{p['total_seconds']:,.1f}",
             f"{p['forward']:,}",
             f"{p['backward']:,}",
             f"{p['sent'] / 1e6:,.1f}",

@@ -4,7 +4,6 @@ import shlex
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from raypkg.cli import main
 
@@ -18,8 +17,6 @@ class Result(NamedTuple):
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """Return a function that takes a command as typed, and gives back its exit code and output."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
 
     def call(line: str) -> Result:
@@ -31,8 +28,7 @@ def call(tmp_path, monkeypatch, capsys):
             main(words[1:])
         return Result(ended.value.code or 0, *capsys.readouterr())
 
-    yield call
-    torch.set_num_threads(threads)
+    return call
 
 
 @pytest.fixture

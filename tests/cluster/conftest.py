@@ -1,5 +1,8 @@
 """One Ray for all cluster tests, with the dashboard, which Ray Train needs to give CPUs back."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 
@@ -14,6 +17,7 @@ def pytest_collection_modifyitems(items):
 def ray():
     from raypkg.cluster import session  # sets Ray's environment before it is imported
 
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # workers import the tests' data set
     session.ray.init(address="local", num_cpus=3, log_to_driver=False, logging_level="ERROR")
     yield session.ray
     session.ray.shutdown()

@@ -1,0 +1,286 @@
+"""What a user gets wrong: one line that says what and how to mend it, exit code 2, and no run folder left."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import samples
+from raypkg.core.errors import UserError
+from raypkg.runs.checkpoints import load_model
+from raypkg.runs.folder import RunFolder
+from raypkg.runs.storage import Storage
+
+QUICK = "--model linear --pretrain.models 2 --pretrain.epochs 1 --train.epochs 1"
+CODE = """
+import torch
+from raypkg.data.split import Split
+
+number = 3
+
+def rows(root, *, split):
+    y = torch.arange(40) % 2
+    return Split.from_tensors(torch.randn(40, 2, generator=torch.Generator().manual_seed(0)), y)
+
+def nothing(root, *, split):
+    return None
+
+def all_at_once(root):
+    return None
+
+def untyped(root, *, split, size):
+    return None
+
+def broken(root, *, split):
+    raise RuntimeError("a mistake in the user's code")
+
+def too_few(view, budget):
+    return None
+
+def convolution(shape, num_classes):
+    return torch.nn.Conv2d(1, 1, 1)
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    (tmp_path / "faulty_code.py").write_text(CODE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("faulty_code", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("lip", "unknown command 'lip', did you mean 'lipt'"),
+        ("lipt --nme x", "No such option '--nme'.*--name"),
+        ("lipt digits", r"unexpected extra argument \(digits\)"),
+        ("show one --root", "'--root' requires an argument"),
+        ("show", "Missing argument 'RUN'"),
+        ("lipt --dataset digts", "unknown dataset 'digts', did you mean 'digits'"),
+        ("lipt --model resnt20", "unknown model 'resnt20', did you mean 'resnet20'"),
+        ("lipt --model torchvision:resnt18", "unknown torchvision model 'resnt18', did you mean 'resnet18'"),
+        ("lipt --select.method gradmtch", "unknown coreset method 'gradmtch', did you mean 'gradmatch'"),
+        ("lipt --dataset.augment crop,flop", "unknown augmentation 'flop', did you mean 'flip'"),
+        ("lipt --pretrain.merge men", "unknown pretrain.merge 'men', did you mean 'mean'"),
+        ("lipt --track wanb", "unknown track.name 'wanb', did you mean 'wandb'"),
+        ("lipt --set selct.method=random", "unknown setting 'selct', did you mean 'select'"),
+        ("lipt --set select.metod=random", "unknown setting 'select.metod', did you mean 'select.method'"),
+        ("lipt --set select.options.lamb=1", "unknown gradmatch option 'lamb', did you mean 'lam'"),
+        ("lipt --set select.options.lam=-1", "gradmatch option lam = -1: .* greater than or equal to 0"),
+        ("lipt --set model.options.width=wide", "resnet8 option width = 'wide': .* integer"),
+        ("lipt --set dataset.options.size=8", "unknown digits option 'size'. Allowed: none"),
+        ("lipt --set seed", "--set 'seed' is not of the form KEY=VALUE"),
+        ("lipt --set train=3", "train = 3: input should be a valid dictionary"),
+        ("lipt --select.fraction 0", "select.fraction = '0': input should be greater than 0"),
+        ("lipt --select.fraction 1.5", "select.fraction = '1.5': input should be less than or equal to 1"),
+        ("train --fraction -0.1", "fraction = '-0.1': input should be greater than 0"),
+        ("train --fraction nan", "fraction = 'nan': input should be a finite number"),
+        ("lipt --dataset.validation 1", "dataset.validation = '1': input should be less than 1"),
+        ("lipt --train.epochs many", "train.epochs = 'many': .* integer"),
+        ("lipt --train.lr -1", "train.lr = '-1': input should be greater than 0"),
+        ("lipt --train.milestones 0.5,2", r"train.milestones.1 = '2': input should be less than or equal to 1"),
+        ("lipt --pretrain.models 5000", "5000 disjoint shards of 0 samples each cannot be had from 1295 samples"),
+        ("lipt --pretrain.models 200", r"a shard of 6 samples holds none of class 8 \(125 samples\): use fewer or"),
+        ("lipt --pretrain.models 4 --pretrain.shard_fraction 0.3", "0.3 for 4 disjoint shards: at most 1/4 = 0.25"),
+        ("lipt --pretrain.merge greedy --dataset.validation 0", "'greedy' needs held-out samples"),
+        ("lipt --model torchvision:resnet18", "the models of torchvision take 3 channels"),
+        ("lipt --model resnet8:3", "'resnet8' takes nothing after a colon"),
+        ("lipt --dataset digits:here", "'digits' ships with the package and takes no path"),
+        ("lipt --name a/b", "--name 'a/b': .* cannot be empty, a dot or hold a slash"),
+        ("lipt --name ..", "--name '..': .* cannot be empty, a dot or hold a slash"),
+        ("lipt --resume one", "unknown lipt run in .* 'one'. Allowed: none"),
+        ("show one", "unknown run in runs 'one'. Allowed: none"),
+        ("lipt --config none.toml", "cannot read the settings file 'none.toml': No such file"),
+        ("train --root nowhere://x", "cannot use 'nowhere://x' as a folder for runs"),
+        ("train --root /proc/x", "cannot write '/proc/x/train/"),
+        ("train --coreset none.parquet", "there is no coreset file none.parquet"),
+        ("data digts", "unknown dataset 'digts', did you mean 'digits'"),
+        ("data digits --set size=8", "unknown digits option 'size'"),
+        ("data parquet:nowhere", "parquet path 'nowhere' does not exist"),
+        ("data folder:nowhere", "folder 'nowhere' has no train split"),
+    ],
+)
+def test_what_is_refused(refusal, arguments, message):
+    assert re.search(message, refusal(arguments))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed = ", "'mine.toml' is not valid TOML: Invalid value"),
+        ("sed = 1", "unknown setting 'sed', did you mean 'seed'"),
+        ("model = 3", "model = 3: input should be"),
+        ("[dataset]\nname = 'digts'", "unknown dataset 'digts'"),
+        ("train = 3", "train = 3: input should be"),
+        ("[train]\nepoch = 3", "unknown setting 'train.epoch', did you mean 'train.epochs'"),
+        ("seed = 1\n[train]\nmilestones = [0.5, 'x']", "train.milestones.1 = 'x'"),
+    ],
+)
+def test_settings_files(refusal, tmp_path, text, message):
+    (tmp_path / "mine.toml").write_text(text)
+    assert message in refusal("lipt --config mine.toml")
+
+
+def test_an_option_below_a_plain_value_of_the_file(refusal, tmp_path):
+    (tmp_path / "mine.toml").write_text("seed = 1")
+    assert "seed = 1 is given, so seed.x cannot be" in refusal("lipt --config mine.toml --set seed.x=1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model none_such:net", "unknown model or module 'none_such:net'"),
+        ("--model faulty_code:net", "module 'faulty_code' has no 'net'"),
+        ("--model faulty_code:number", "'faulty_code:number' is a int, not a function"),
+        ("--model faulty_code:convolution", "'faulty_code:convolution' maps inputs"),
+        ("--dataset faulty_code:rows", r"input shape \(2,\): this model takes images .* use 'mlp' or 'linear'"),
+        ("--dataset faulty_code:rows --model linear", "are no images: leave out .*pretrain.randaugment"),
+        ("--dataset faulty_code:nothing", "'faulty_code:nothing' returned a NoneType, not a raypkg.data.split.Split"),
+        ("--dataset faulty_code:all_at_once", "must take a keyword split, which is 'train' or 'test'"),
+        ("--dataset faulty_code:untyped", "option 'size' needs a type and a default"),
+    ],
+)
+def test_the_user_s_own_code(refusal, own_code, arguments, message):
+    assert re.search(message, refusal(f"lipt --pretrain.models 2 --pretrain.randaugment true {arguments}"))
+
+
+def test_a_method_that_breaks_its_contract(refusal, own_code):
+    message = refusal(f"lipt {QUICK} --select.method faulty_code:too_few", leaves=1)  # its pre-training is done
+    assert "'faulty_code:too_few' must return a Coreset of" in message
+
+
+def test_a_bug_in_the_user_s_code_leaves_its_traceback_but_no_run_folder(call, own_code, tmp_path):
+    with pytest.raises(BaseException, match="a mistake in the user's code"):
+        call("effray train --dataset faulty_code:broken")
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
+def test_a_name_that_exists(refusal, effray):
+    effray("train --name one --model linear --train.epochs 1")
+    before = Path("runs/train/one/model.safetensors").read_bytes()
+    message = refusal("train --name one --model linear --train.epochs 1")
+    assert "run 'one' exists in" in message and "give another --name, or go on with --resume one" in message
+    assert Path("runs/train/one/model.safetensors").read_bytes() == before
+    assert "unknown train run in" in (message := refusal("train --resume oen")) and "did you mean 'one'" in message
+    assert "one has no scores.parquet to compare" in refusal("show one --against one")
+
+
+@pytest.mark.parametrize("setting", ["--train.epochs 2", "--set seed=1", "--config mine.toml", "--name two"])
+def test_a_resumed_run_keeps_its_settings(refusal, effray, setting):
+    effray("train --name one --model linear --train.epochs 1")
+    message = refusal(f"train --resume one {setting}")
+    assert re.search("--resume one keeps the settings: .* cannot change, only cluster.* and track.*", message)
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "train"])
+def test_a_loss_that_is_not_finite(refusal, phase):
+    message = refusal(f"lipt --model linear --{phase}.lr 1e30 --pretrain.models 2 --name one", leaves=phase == "train")
+    found = re.search(rf"the loss became nan in epoch (\d) of phase '{phase}' .*: lower the learning rate", message)
+    assert found
+    if phase == "train":
+        newest = sorted(Path("runs/lipt/one/checkpoints/train").iterdir())[-1]
+        assert newest.name == f"epoch_{int(found[1]) - 1:05d}.pt"
+        assert f"the checkpoint of epoch {int(found[1]) - 1} stays" in message
+
+
+def test_interrupted_before_any_result(refusal, monkeypatch):
+    def phase(folder, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "phase", phase)
+    assert refusal("train --name one --model linear") == "effray: interrupted\n"
+
+
+IMAGES = [samples.encode(image) for image in samples.pixels(9)]
+LABELS = np.arange(9) % 3
+OTHER_SIZE = samples.encode(samples.pixels(1, 8, 8)[0])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ([*IMAGES[:5], b"no image", *IMAGES[6:]], LABELS, r"row 5 of 'set/train.parquet' does not decode"),
+        (IMAGES, [*LABELS[:8], 3], r"row 8 of 'set/train.parquet' has label 3, allowed is 0 … 2"),
+        (IMAGES, [-1, *LABELS[1:]], r"row 0 of 'set/train.parquet' has label -1"),
+        ([*IMAGES[:8], OTHER_SIZE], LABELS, "images of several sizes, such as 6×5 and 8×8: set option size"),
+        ([], [], "the train split holds no images"),
+    ],
+)
+@pytest.mark.parametrize("command", ["data", "train --dataset"])
+def test_parquet(refusal, tmp_path, command, images, labels, message):
+    for split in ("train", "test"):
+        samples.write_parquet(tmp_path / "set" / f"{split}.parquet", images, labels)
+    assert message in refusal(f"{command} parquet:set")
+
+
+def test_parquet_without_images(refusal, tmp_path):
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "set" / f"{split}.parquet")
+    assert "no image column (binary, or a struct with bytes) among text, label" in refusal("data parquet:set")
+
+
+def test_folders(refusal, tmp_path):
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    (tmp_path / "set" / "test" / "cat").mkdir(parents=True)
+    assert "'set/train' holds no class folders" in refusal("data folder:set")
+    (tmp_path / "set" / "train" / "cat").mkdir()
+    assert "class folder 'set/train/cat' holds no images" in refusal("data folder:set")
+    (tmp_path / "set" / "train" / "cat" / "a.png").write_text("text")
+    (tmp_path / "set" / "test" / "cat" / "a.png").write_text("text")
+    assert "set/train/cat/a.png does not decode" in refusal("data folder:set")
+
+
+def test_a_damaged_cache_is_built_again(call, effray, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("EFFRAY_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        samples.write_parquet(tmp_path / "set" / f"{split}.parquet", IMAGES, LABELS)
+    before = effray("data parquet:set")
+    store = next((tmp_path / "cache").glob("*train*.arrow"))
+    whole = store.read_bytes()
+    store.write_bytes(whole[: len(whole) // 2])
+    assert call("effray data parquet:set").out == before
+    assert "is damaged and is built again" in caplog.text
+    assert store.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"a": [1]}, "is no coreset: it needs columns index and weight, has a"),
+        ({"index": [1, 1], "weight": [1.0, 1.0]}, "coreset index 1: must be given once"),
+        ({"index": [-1], "weight": [1.0]}, "coreset index -1: must be 0 or more"),
+        ({"index": [1], "weight": [-1.0]}, "coreset weight -1.0: must be finite and 0 or more"),
+        ({"index": [5000], "weight": [1.0]}, "has index 5000, this data set ends at 1436"),
+    ],
+)
+def test_coreset_files(refusal, tmp_path, columns, message):
+    pq.write_table(pa.table(columns), tmp_path / "mine.parquet")
+    assert message in refusal("train --coreset mine.parquet --model linear")
+
+
+def test_a_coreset_of_another_data_set(refusal, effray, tmp_path):
+    effray("train --name one --model linear --train.epochs 1")
+    for split in ("train", "test"):
+        samples.write_parquet(tmp_path / "set" / f"{split}.parquet", IMAGES, LABELS)
+    message = refusal("train --model linear --dataset parquet:set --coreset runs/train/one/coreset.parquet")
+    assert "was made for 1437 samples, this data set has 9" in message
+
+
+@pytest.mark.parametrize("name", ["metrics.parquet", "summary.json", "config.toml"])
+def test_a_damaged_run_folder(refusal, effray, name):
+    effray("train --name one --model linear --train.epochs 1")
+    Path("runs/train/one", name).write_text("{")
+    assert re.search(f"runs/train/one/{name}'? is (corrupt|not valid TOML): ", refusal("train --resume one"))
+
+
+def test_damaged_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_text("{")
+    with pytest.raises(UserError, match=r"model.safetensors is corrupt: "):
+        load_model(Storage(str(tmp_path)), "model.safetensors")
