@@ -37,17 +37,21 @@ class Mailbox:
 def open_mailbox(report: Callable[[Mapping[str, Any]], None]) -> Iterator[Any]:
     """Start a mailbox actor; a thread passes its rows to ``report`` until the block ends, the last ones included."""
     import ray
+    from ray.exceptions import RayError
 
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     done = threading.Event()
 
     def deliver() -> None:
-        while True:
+        last = False
+        while not last:
             last = done.wait(POLL)
-            for row in ray.get(mailbox.drain.remote()):
-                report(row)
-            if last:
+            try:
+                rows = ray.get(mailbox.drain.remote())
+            except RayError:  # the cluster is gone: whoever waits for the workers will say so
                 return
+            for row in rows:
+                report(row)
 
     thread = threading.Thread(target=deliver, name="mailbox", daemon=True)
     thread.start()
@@ -57,3 +61,14 @@ def open_mailbox(report: Callable[[Mapping[str, Any]], None]) -> Iterator[Any]:
         done.set()
         thread.join()
         ray.kill(mailbox)
+
+
+def first_error(mailbox: Any) -> str | None:
+    """Return the first user error among the workers, or None when there was none or the cluster is gone."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return ray.get(mailbox.error.remote())
+    except RayError:
+        return None

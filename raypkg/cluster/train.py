@@ -11,7 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 from raypkg.engine.worker import Row, Worker
 
-from .mailbox import open_mailbox
+from .mailbox import first_error, open_mailbox
 
 
 def launch(
@@ -66,13 +66,16 @@ def _fit(function: Any, arguments: Any, plan: Any, failures: int, report: Callab
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         )
+        failure: Exception | None = None
         try:
-            result = trainer.fit()
+            value = trainer.fit().return_value
         except (TrainingFailedError, RayActorError) as error:
-            _raise_user_error(mailbox)
-            raise UserError(f"the workers died {failures + 1} times: {_cause(error)}") from error
-        _raise_user_error(mailbox)
-        return result.return_value
+            failure = error
+        if message := first_error(mailbox):
+            raise UserError(message)
+        if failure:
+            raise UserError(f"the workers were lost more than {failures} times: {_cause(failure)}") from failure
+        return value
 
 
 def _worker_loop(config: dict[str, Any]) -> Any:
@@ -93,13 +96,6 @@ def _worker_loop(config: dict[str, Any]) -> Any:
     except UserError as error:
         ray.get(mailbox.fail.remote(str(error)))
         raise
-
-
-def _raise_user_error(mailbox: Any) -> None:
-    import ray
-
-    if message := ray.get(mailbox.error.remote()):
-        raise UserError(message)
 
 
 def _cause(error: Exception) -> str:

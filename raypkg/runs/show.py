@@ -38,8 +38,8 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         f" samples ({summary['full_training_backward']:,})",
     ]
     lines.append(
-        f"{summary['elapsed']:.1f} s in the phases, {summary['seconds']:.1f} s of it their own work, the rest importing,"
-        " storing and starting workers"
+        f"{summary['elapsed']:.1f} s in the phases, {summary['seconds']:.1f} s of it their own work, the rest"
+        " importing, storing and starting workers"
     )
     if "pretrain_slowest_model_seconds" in summary:
         critical = summary["pretrain_slowest_model_seconds"] + summary["pretrain_merge_seconds"]
