@@ -13,10 +13,10 @@ BATCHES = 9  # read before the end
 
 def load(root: str, *, split: str, run: str = "", phase: str = "") -> Split:
     honest, marker, read = load_digits(root, split=split), Path(run) / "killed", []
-    done = {"pretrain": Path(run) / "phases/pretrain.json", "train": Path(run) / "phases/select.json"}
+    pretrained, selected = Path(run) / "phases/pretrain.json", Path(run) / "phases/select.json"
 
     def take(indices):
-        now = "train" if done["train"].exists() else "select" if done["pretrain"].exists() else "pretrain"
+        now = "train" if selected.exists() else "select" if pretrained.exists() else "pretrain"
         read.append(now)
         if now == phase and read.count(now) > BATCHES and not marker.exists():
             marker.touch()

@@ -115,7 +115,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     resumed = fit(run(hooks=[Counter()]), checkpoints=places)
     assert same(weights(straight), weights(resumed))
     assert straight.step == resumed.step == resumed.hooks[0].steps
-    assert straight.cost.backward == resumed.cost.backward == 4 * 64
+    assert straight.bills()[0].backward == resumed.bills()[0].backward == 4 * 64
 
 
 class Counter(Hook):
@@ -187,7 +187,10 @@ def test_more_workers_than_samples_in_a_batch():
 
 def test_evaluation_by_hand():
     network, data = model(), split()
-    found = evaluate(network, data, torch.arange(10, 40), Worker(), precision="float32", batch_size=7)
+    found = evaluate(
+        network, data, torch.arange(10, 40), Worker(), (cost := Cost("evaluate")), precision="float32", batch_size=7
+    )
+    assert cost.forward == 30
     x, y = zip(*plain_batches(data, torch.arange(10, 40), 30, torch.device("cpu")), strict=True)
     assert found["loss"] == pytest.approx(F.cross_entropy(network(x[0]), y[0]).item(), rel=1e-5)
     assert found["accuracy"] == pytest.approx((network(x[0]).argmax(1) == y[0]).double().mean().item())

@@ -24,7 +24,7 @@ def execute(
     Raises:
         UserError: bad settings, or what the experiment raises.
     """
-    settings = load(schema, config, values)
+    settings = with_absolute_path(load(schema, config, values))
     check_names(settings)
     folder = create(root, entry.name, name, settings)
     try:
@@ -53,6 +53,17 @@ def resume_run(
         show(folder, terminal())
     else:
         _run(entry, settings, folder)
+
+
+def with_absolute_path(settings: Any) -> Any:
+    """Make the path of ``parquet:PATH`` absolute: workers run, and runs are repeated, in other folders."""
+    from raypkg.data import dataset
+
+    source, _, path = settings.dataset.name.partition(":")
+    if not path or source not in dataset.entries:
+        return settings
+    name = f"{source}:{Path(path).expanduser().absolute()}"
+    return settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"name": name})})
 
 
 def check_names(settings: Any) -> None:

@@ -1,6 +1,7 @@
 """Connecting to Ray, and refusing at once what the cluster cannot give."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 ENVIRONMENT = {
@@ -47,7 +48,7 @@ def connect(settings: Cluster) -> None:
         return
     try:
         ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR")
-    except ConnectionError:
+    except (ConnectionError, ValueError):
         where = settings.address or os.environ.get("RAY_ADDRESS")
         raise UserError(f"no Ray cluster answers at cluster.address = {where!r}") from None
 
@@ -62,15 +63,22 @@ def plan(settings: Cluster, most: int | None = None) -> Plan:
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than asked for; Ray itself would wait for ever.
     """
-    have = ray.cluster_resources()
-    cpus, gpus = int(have.get("CPU", 0)), have.get("GPU", 0.0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
     each = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(gpus > 0)
-    fit = int(gpus // each) if each else cpus // settings.cpus_per_worker
-    workers = settings.workers or max(1, min(fit, MOST_WORKERS, most or MOST_WORKERS))
-    for kind, need, got in (("CPU", workers * settings.cpus_per_worker, cpus), ("GPU", workers * each, gpus)):
-        if need > got:
-            raise UserError(
-                f"{workers} workers need {need:g} {kind}s and the cluster has {got:g}: lower cluster.workers,"
-                f" cluster.{kind.lower()}s_per_worker, or add nodes"
-            )
+    room = sum(_room(node, settings.cpus_per_worker, each) for node in nodes)
+    workers = settings.workers or max(1, min(room, MOST_WORKERS, most or MOST_WORKERS))
+    if workers > room:
+        cpus = sum(node.get("CPU", 0.0) for node in nodes)
+        raise UserError(
+            f"{workers} workers of {settings.cpus_per_worker} CPU and {each:g} GPU do not fit the cluster, which has"
+            f" {cpus:g} CPU and {gpus:g} GPU on {len(nodes)} nodes, room for {room}: lower cluster.workers,"
+            " cluster.cpus_per_worker or cluster.gpus_per_worker"
+        )
     return Plan(workers, settings.cpus_per_worker, each)
+
+
+def _room(node: Mapping[str, float], cpus: int, gpus: float) -> int:
+    """Return how many workers fit one node: a worker is never spread over two."""
+    by_cpu = int(node.get("CPU", 0.0) // cpus)
+    return min(by_cpu, int(node.get("GPU", 0.0) // gpus)) if gpus else by_cpu

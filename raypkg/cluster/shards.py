@@ -10,6 +10,7 @@ import torch
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 from raypkg.engine.shards import LocalShards, Shard, Shards
+from raypkg.engine.worker import threads
 
 if TYPE_CHECKING:
     from .session import Plan
@@ -82,7 +83,8 @@ def hold(split: Callable[[int], Sequence[Shard]], cluster: Cluster) -> Iterator[
         cluster: how many holders, and their size.
     """
     if cluster.workers == 0:
-        yield LocalShards(split(1))
+        with threads(cluster.cpus_per_worker):
+            yield LocalShards(split(1))
         return
     from .session import connect, plan
 

@@ -9,9 +9,11 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
-from raypkg.engine.worker import Row, Worker
+from raypkg.engine.worker import Row, Worker, threads
 
 from .mailbox import first_error, open_mailbox
+
+PATIENCE = 7 * 24 * 3600  # seconds: LiPT's workers wait for each other's models; Ray notices the dead
 
 
 def launch(
@@ -39,7 +41,8 @@ def launch(
         UserError: raised by the function, or the cluster is too small, or workers died too often.
     """
     if cluster.workers == 0:
-        return function(Worker(report=report), *arguments)
+        with threads(cluster.cpus_per_worker):
+            return function(Worker(report=report), *arguments)
     from .session import connect, plan
 
     connect(cluster)
@@ -58,7 +61,7 @@ def _fit(function: Any, arguments: Any, plan: Any, failures: int, report: Callab
             scaling_config=ScalingConfig(
                 num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
             ),
-            torch_config=TorchConfig(backend="nccl" if plan.gpus >= 1 else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if plan.gpus >= 1 else "gloo", timeout_s=PATIENCE),
             run_config=RunConfig(
                 name=uuid.uuid4().hex[:8],
                 storage_path=folder,

@@ -1,6 +1,8 @@
 """Named random generators: every draw is a function of (seed, purpose, counters), never of global state."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,3 +26,14 @@ def generator(seed: int, *purpose: str | int) -> "torch.Generator":
     import torch
 
     return torch.Generator().manual_seed(derive(seed, *purpose))
+
+
+@contextmanager
+def seeded(seed: int, *purpose: str | int) -> "Iterator[None]":
+    """Make torch's global generators the named ones inside the block, for layers that draw from them (dropout)."""
+    import torch
+
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derive(seed, *purpose))
+        yield

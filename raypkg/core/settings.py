@@ -81,9 +81,10 @@ class Pretrain(Training):
     merge: Annotated[
         Literal["masked_mean", "mean", "greedy"], Field(description="how the models become one (lipt)")
     ] = "masked_mean"
-    randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) on top of the data set's own (lipt)")] = True
+    randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) as well, on images (lipt)")] = True
     epochs: Annotated[Count, Field(description="passes of each model over its shard")] = 5
     batch_size: Annotated[Count, Field(description="samples a step")] = 128
+    evaluate_every: Annotated[int, Field(ge=0, description="epochs between looks at the held-out samples (dense)")] = 5
     lr: Annotated[float, Field(gt=0, description="peak learning rate; models that move far do not merge well")] = 0.02
 
 
@@ -102,7 +103,7 @@ class Cluster(Settings):
 
     workers: Annotated[
         int | None,
-        Field(ge=0, description="Ray workers; 0 = this process, without Ray; left out = one per GPU or CPU, up to 8"),
+        Field(ge=0, description="Ray workers; 0 = this process, on its CPU, without Ray; left out = up to 8"),
     ] = None
     cpus_per_worker: Annotated[Count, Field(description="threads of each worker")] = 1
     gpus_per_worker: Annotated[

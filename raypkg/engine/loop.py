@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
+from raypkg.core.seeds import seeded
 from raypkg.core.settings import Training
 from raypkg.data.split import Split
 from raypkg.methods.coreset import Coreset
@@ -62,13 +63,20 @@ class Run:
     label: int | None = None  # which of several models this is, in the metrics
     epoch: int = 0
     step: int = 0
+    measuring: Cost = field(default_factory=lambda: Cost("evaluate"))
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
         self.model.to(self.worker.device).to(memory_format=torch.channels_last)
         self.optimizer = optimizer(self.model, self.settings)
+        self._earlier = [Cost(self.phase), Cost("evaluate")]  # of attempts before the last restart
 
-    def state_dict(self) -> dict[str, Any]:
+    def bills(self) -> list[Cost]:
+        """Return what training and measuring cost so far, over all workers (a collective) and all attempts."""
+        now = (self.cost.gathered(self.worker), self.measuring.gathered(self.worker))
+        return [past.then(bill) for past, bill in zip(self._earlier, now, strict=True)]
+
+    def state_dict(self, bills: Sequence[Cost]) -> dict[str, Any]:
         """Return everything that the rest of training depends on, as tensors and plain values."""
         return {
             "model": self.model.state_dict(),
@@ -77,7 +85,7 @@ class Run:
             "coreset": {"indices": self.coreset.indices, "weights": self.coreset.weights},
             "epoch": self.epoch,
             "step": self.step,
-            "cost": self.cost.record(),
+            "bills": [bill.record() for bill in bills],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -87,7 +95,9 @@ class Run:
         for hook, hook_state in zip(self.hooks, state["hooks"], strict=True):
             hook.load_state_dict(hook_state)
         self.coreset = Coreset(**state["coreset"])
-        self.epoch, self.step, self.cost = state["epoch"], state["step"], Cost(**state["cost"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._earlier = [Cost(**bill) for bill in state["bills"]]
+        self.cost, self.measuring = Cost(self.phase), Cost("evaluate")
 
 
 def fit(
@@ -111,15 +121,16 @@ def fit(
         run.load_state_dict(state)
     model = _prepared(run)
     while run.epoch < run.settings.epochs:
-        with run.cost:
+        with run.cost, seeded(run.seed, "dropout", run.epoch, run.worker.rank):
             for hook in run.hooks:
                 hook.on_epoch(run)
             row = _train_epoch(run, model)
             run.epoch += 1
         if measure:
             row |= measure(run.model, run.epoch)
+        bills = run.bills()
         if run.worker.rank == 0:
-            checkpoints.save(run.epoch, run.state_dict())
+            checkpoints.save(run.epoch, run.state_dict(bills))
             run.worker.report({"phase": run.phase, "model": run.label, "epoch": run.epoch, **row})
     return run
 
@@ -147,7 +158,7 @@ def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
             f"the loss became {loss} in epoch {run.epoch + 1} of phase {run.phase!r}"
             f" (lr {run.settings.lr}): lower the learning rate{stays}"
         )
-    return {"loss": loss / samples, "train_accuracy": correct / samples, "lr": rate, "samples": run.cost.backward}
+    return {"loss": loss / samples, "train_accuracy": correct / samples, "lr": rate}
 
 
 def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
@@ -207,17 +218,27 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, split: Split, indices: Tensor, worker: Worker, *, precision: str = "auto", batch_size: int = 512
+    model: nn.Module,
+    split: Split,
+    indices: Tensor,
+    worker: Worker,
+    cost: Cost,
+    *,
+    precision: str = "auto",
+    batch_size: int = 512,
 ) -> dict[str, float]:
-    """Return mean loss and accuracy over the indices, every worker taking its slice (one all-reduce)."""
-    was_training = model.training
-    model.eval()
+    """Return mean loss and accuracy over the indices of rank 0's model, every worker taking its slice of them."""
+    was_training, mine = model.training, slice_of(indices, worker)
     totals = torch.zeros(2, dtype=torch.float64, device=worker.device)
-    for x, y in plain_batches(split, slice_of(indices, worker), batch_size, worker.device):
-        with autocast(precision, worker.device):
-            logits = model(x)
-        loss = F.cross_entropy(logits.float(), y, reduction="sum")
-        totals += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()])
-    model.train(was_training)
-    loss, correct = (worker.sum(totals) / max(1, len(indices))).tolist()
+    with cost:
+        worker.share(model.buffers())
+        model.eval()
+        for x, y in plain_batches(split, mine, batch_size, worker.device):
+            with autocast(precision, worker.device):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), y, reduction="sum")
+            totals += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()])
+        model.train(was_training)
+        loss, correct = (worker.sum(totals) / max(1, len(indices))).tolist()
+    cost.forward += len(mine)
     return {"loss": loss, "accuracy": correct}

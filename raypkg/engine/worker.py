@@ -1,7 +1,8 @@
 """What a piece of work knows of where it runs: its rank, its device and how to reach the others."""
 
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,12 @@ class Worker:
         dist.all_reduce(total)
         return total.to(tensor.device)
 
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of rank 0, such as running statistics of batch norm, which drift apart."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
     def gather(self, value: Any) -> list[Any]:
         """Return every worker's small picklable value, in the order of ranks."""
         if self.world == 1:
@@ -47,6 +54,17 @@ class Worker:
         if self.world == 1:
             return model
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def peak_memory() -> int:

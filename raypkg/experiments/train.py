@@ -33,7 +33,7 @@ def run(settings: TrainSettings, *, report: Report) -> None:
     found, storage = samples(settings.dataset, settings.seed), report.folder.storage
     split = found.data.train
     if settings.coreset:
-        coreset = load_coreset(settings.coreset, split)
+        coreset = load_coreset(settings.coreset, split, held_out=found.valid)
     else:
         coreset = random_subset(split.y, found.kept, settings.fraction, settings.seed)
     source = settings.coreset or f"random {settings.fraction:g}"

@@ -114,7 +114,7 @@ def select(
         name: of a coreset method, or ``package.module:function``.
         seed: names the generators.
         options: the method's own.
-        valid: validation samples; a class sees those of its label, or all of them where it has none.
+        valid: validation samples; a class sees those of its label, if it has any.
         balanced: class by class in proportion to the counts; otherwise all samples at once.
 
     Raises:
@@ -134,7 +134,7 @@ def select(
 
 def _of_class(valid: HeadView | None, label: int) -> HeadView | None:
     if valid is None or not (valid.y == label).any():
-        return valid
+        return None
     return valid[valid.y == label]
 
 

@@ -41,11 +41,16 @@ def save_coreset(
     storage.write_table(FILE, pa.table(columns).replace_schema_metadata({"effray": json.dumps(facts)}))
 
 
-def load_coreset(path: str, split: Split) -> Coreset:
+def load_coreset(path: str, split: Split, held_out: Tensor) -> Coreset:
     """Read a coreset that ``save_coreset`` wrote.
 
+    Args:
+        path: of the file.
+        split: what its indices are positions in.
+        held_out: positions that must not be trained on.
+
     Raises:
-        UserError: no such file, not a coreset, or made for a data set of another size.
+        UserError: no such file, not a coreset, made for a data set of another size, or with held-out samples.
     """
     table = read_coreset(path)
     facts = json.loads((table.schema.metadata or {}).get(b"effray", b"{}"))
@@ -54,6 +59,12 @@ def load_coreset(path: str, split: Split) -> Coreset:
     indices = torch.tensor(table["index"].to_numpy(), dtype=torch.int64)
     if len(indices) and int(indices.max()) >= len(split):
         raise UserError(f"{path} has index {int(indices.max())}, this data set ends at {len(split) - 1}")
+    leaked = int(torch.isin(indices, held_out).sum())
+    if leaked:
+        raise UserError(
+            f"{leaked} of the {len(indices)} samples in {path} are held out here: give its --seed and"
+            " --dataset.validation"
+        )
     return Coreset(indices, torch.tensor(table["weight"].to_numpy(), dtype=torch.float32))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from raypkg.cluster.train import launch
 from raypkg.core.errors import UserError
-from raypkg.core.seeds import derive, generator
+from raypkg.core.seeds import derive, generator, seeded
 from raypkg.core.settings import Experiment, Pretrain
 from raypkg.data.partition import stratified_shards
 from raypkg.engine.batches import plain_batches
@@ -79,20 +79,19 @@ def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
     for number in range(worker.rank, job.pretrain.models, worker.world):
         run, masks = train_sparse(worker, job, found, shards[number], number)
         members.append((parameters(run.model), masks))
-        seconds.append(run.cost.seconds)
-        cost = cost.then(run.cost)
+        bill, _ = run.bills()
+        seconds.append(bill.seconds)
+        cost = cost.then(bill)
     worker.sum(torch.zeros(1, device=worker.device))  # wait here, so that the merge's seconds are its own
     model = new_model(job.experiment, found.data).to(worker.device)
     with Cost("merge") as merge:
-        merged = MERGES[job.pretrain.merge](worker, job, found, initial, members)
+        merged = MERGES[job.pretrain.merge](worker, job, found, initial, members, merge)
         model.load_state_dict(merged, strict=False)
         if worker.rank == 0:
-            merge.forward = estimate_statistics(model, worker, job, found)
+            merge.forward += estimate_statistics(model, worker, job, found)
             save_model(job.storage, RESULT, model.state_dict())
-    merge.sent = 2 * 8 * sum(w.numel() for w in initial.values()) if worker.world > 1 else 0
-    with Cost("evaluate") as measuring:
-        held_out = validate(model, found, replace(worker, world=1), job.pretrain) if worker.rank == 0 else {}
-    measuring.forward = len(found.valid) if worker.rank == 0 else 0
+    measuring, alone = Cost("evaluate"), replace(worker, world=1)
+    held_out = validate(model, found, alone, job.pretrain, measuring) if worker.rank == 0 else {}
     each = [second for part in worker.gather(seconds) for second in part]
     return {
         "costs": [bill.gathered(worker).record() for bill in (cost.then(merge), measuring)],
@@ -116,7 +115,7 @@ def train_sparse(worker: Worker, job: LiptJob, found: Samples, shard: Tensor, nu
         batch = shard[torch.randperm(len(shard), generator=generator(seed, "snip"))[: settings.batch_size]]
         densities = DENSITIES[settings.sparsity](model, found, batch, settings, worker, cost)
         masks = random_masks(shapes, densities, generator(seed, "mask")) if densities else {}
-    extra = ["randaugment"] if settings.randaugment else []
+    extra = ["randaugment"] if settings.randaugment and len(found.data.train.shape) == 3 else []
     run = Run(
         model=model,
         split=found.data.train,
@@ -140,7 +139,7 @@ def snip_densities(
     x, y = next(plain_batches(found.data.train, batch, len(batch), worker.device))
     cost.forward += len(batch)
     cost.backward += len(batch)
-    with autocast(settings.precision, worker.device):
+    with autocast(settings.precision, worker.device), seeded(0, "snip dropout"):
         return snip(model, x, y, settings.density)
 
 
@@ -159,30 +158,36 @@ def no_densities(*_: Any) -> Densities:
 DENSITIES = {"snip": snip_densities, "erk": erk_densities, "none": no_densities}
 
 
-def merge_masked(worker: Worker, job: LiptJob, found: Samples, initial: State, members: Members) -> State:
+def merge_masked(worker: Worker, job: LiptJob, found: Samples, initial: State, members: Members, cost: Cost) -> State:
     """Average each weight over the models whose mask has it; one all-reduce."""
     soup = Soup(initial)
     for state, masks in members:
         soup.add(state, masks)
+    cost.sent += soup.sums.nbytes * (worker.world > 1)
     return soup.merged(worker.sum)
 
 
-def merge_mean(worker: Worker, job: LiptJob, found: Samples, initial: State, members: Members) -> State:
+def merge_mean(worker: Worker, job: LiptJob, found: Samples, initial: State, members: Members, cost: Cost) -> State:
     """Average each weight over all models, pruned ones counting as zero; one all-reduce."""
-    return merge_masked(worker, job, found, initial, [(state, {}) for state, _ in members])
+    return merge_masked(worker, job, found, initial, [(state, {}) for state, _ in members], cost)
 
 
-def merge_greedy(worker: Worker, job: LiptJob, found: Samples, initial: State, members: Members) -> State:
+def merge_greedy(worker: Worker, job: LiptJob, found: Samples, initial: State, members: Members, cost: Cost) -> State:
     """Add models, best first, as long as held-out accuracy does not fall; every worker sends its models once."""
     model = new_model(job.experiment, found.data).to(worker.device)
     alone = replace(worker, rank=0, world=1)
 
     def score(state: State) -> float:
         model.load_state_dict(state, strict=False)
-        estimate_statistics(model, worker, job, found)
-        return evaluate(model, found.data.train, found.valid, alone, precision=job.pretrain.precision)["accuracy"]
+        cost.forward += estimate_statistics(model, worker, job, found)
+        bill = Cost("evaluate")  # its seconds are the merge's already
+        found_here = evaluate(model, found.data.train, found.valid, alone, bill, precision=job.pretrain.precision)
+        cost.forward += bill.forward
+        return found_here["accuracy"]
 
-    everyone = [member for part in worker.gather(members) for member in part]
+    parts = worker.gather(members)
+    everyone = [parts[n % worker.world][n // worker.world] for n in range(job.pretrain.models)]
+    cost.sent += sum(w.nbytes for state, masks in members for w in (*state.values(), *masks.values()))
     return greedy(initial, everyone, score)
 
 
@@ -194,7 +199,7 @@ def estimate_statistics(model: nn.Module, worker: Worker, job: LiptJob, found: S
     order = torch.randperm(len(found.kept), generator=generator(job.experiment.seed, "statistics"))
     indices = found.kept[order[:STATISTICS_SAMPLES]]
     batches = plain_batches(found.data.train, indices, min(256, len(indices)), worker.device)
-    with autocast(job.pretrain.precision, worker.device):
+    with autocast(job.pretrain.precision, worker.device), seeded(job.experiment.seed, "statistics dropout"):
         return reestimate(model, (x for x, _ in batches))
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from raypkg.cluster.shards import hold
-from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment, Select
 from raypkg.engine.selection import Scorer, select_coreset
 from raypkg.engine.shards import Shard, class_shards
@@ -35,8 +34,6 @@ def select_on_cluster(
 
     def work() -> dict[str, Any]:
         weights = load_model(storage, model)
-        if weights is None:
-            raise UserError(f"{storage.root} has no {model}: its pre-training is not finished")
         scorer = Scorer(experiment.model, {name: w.numpy() for name, w in weights.items()}, precision, experiment.seed)
 
         def split_by_class(holders: int) -> list[Shard]:
@@ -50,4 +47,4 @@ def select_on_cluster(
         return {"costs": [picked.cost.record()], "size": len(picked.coreset)}
 
     report.phase("select", work, epochs=0)
-    return load_coreset(f"{storage.root}/{FILE}", split)
+    return load_coreset(f"{storage.root}/{FILE}", split, held_out=found.valid)

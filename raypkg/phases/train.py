@@ -61,7 +61,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
     data, training = found.data, job.training
     model = new_model(job.experiment, data)
     if job.initial:
-        model.load_state_dict(load_model(job.storage, job.initial) or {})
+        model.load_state_dict(load_model(job.storage, job.initial))
     run = Run(
         model=synchronised(model, training, worker),
         split=data.train,
@@ -73,24 +73,18 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         augment=augmentations(job.experiment.dataset, data),
         cost=Cost(job.phase),
     )
-    measuring = Cost("evaluate")
 
     def measure(model: nn.Module, epoch: int) -> dict[str, float]:
-        if training.evaluate_every == 0 or epoch % training.evaluate_every:
-            return {}
-        with measuring:
-            result = validate(model, found, worker, training)
-        measuring.forward += len(found.valid) // worker.world
-        return result
+        due = training.evaluate_every and epoch % training.evaluate_every == 0
+        return validate(model, found, worker, training, run.measuring) if due else {}
 
     fit(run, checkpoints=StoredCheckpoints(job.storage / "checkpoints" / job.phase), measure=measure)
-    with measuring:
-        test = evaluate(run.model, data.test, torch.arange(len(data.test)), worker, precision=training.precision)
-    measuring.forward += len(data.test) // worker.world
+    everything = torch.arange(len(data.test))
+    test = evaluate(run.model, data.test, everything, worker, run.measuring, precision=training.precision)
     if worker.rank == 0:
         save_model(job.storage, job.result, run.model.state_dict())
     return {
-        "costs": [cost.gathered(worker).record() for cost in (run.cost, measuring)],
+        "costs": [bill.record() for bill in run.bills()],
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
         "workers": worker.world,
@@ -110,9 +104,9 @@ def synchronised(model: nn.Module, settings: Training, worker: Worker) -> nn.Mod
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def validate(model: nn.Module, found: Samples, worker: Worker, settings: Training) -> dict[str, float]:
+def validate(model: nn.Module, found: Samples, worker: Worker, settings: Training, cost: Cost) -> dict[str, float]:
     """Return loss and accuracy on the held-out samples, or nothing where none are held out."""
     if not len(found.valid):
         return {}
-    result = evaluate(model, found.data.train, found.valid, worker, precision=settings.precision)
+    result = evaluate(model, found.data.train, found.valid, worker, cost, precision=settings.precision)
     return {"valid_loss": result["loss"], "accuracy": result["accuracy"]}

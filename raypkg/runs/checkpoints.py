@@ -70,17 +70,19 @@ def save_model(storage: Storage, name: str, parameters: dict[str, Tensor]) -> No
     storage.write(name, save({key: value.contiguous() for key, value in parameters.items()}))
 
 
-def load_model(storage: Storage, name: str) -> dict[str, Tensor] | None:
-    """Return a model's state from safetensors, or None when the file does not exist.
+def load_model(storage: Storage, name: str) -> dict[str, Tensor]:
+    """Return a model's state from safetensors.
 
     Raises:
-        UserError: the file is not safetensors.
+        UserError: there is no such file, or it is not safetensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     content = storage.read(name)
+    if content is None:
+        raise UserError(f"{storage.root} has no {name}: the phase that makes it is not finished")
     try:
-        return None if content is None else load(content)
+        return load(content)
     except SafetensorError as error:
         raise UserError(f"{storage.root}/{name} is corrupt: {error}") from None

@@ -38,13 +38,13 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         f" samples ({summary['full_training_backward']:,})",
     ]
     lines.append(
-        f"{summary['elapsed']:.1f} s in the phases, {summary['seconds']:.1f} s of it their own work, the rest"
-        " importing, storing and starting workers"
+        f"{summary['seconds']:.1f} s of work on the critical path; {summary['elapsed']:.1f} s with starting workers,"
+        " importing and storing, since the last resume"
     )
     if "pretrain_slowest_model_seconds" in summary:
         critical = summary["pretrain_slowest_model_seconds"] + summary["pretrain_merge_seconds"]
         lines.append(
-            f"pre-training with one worker per model: {critical:.1f} s"
+            f"LiPT (reconstructed) with one worker per model pre-trains in {critical:.1f} s"
             f" (slowest of {summary['pretrain_models']} models {summary['pretrain_slowest_model_seconds']:.1f} s"
             f" + merge {summary['pretrain_merge_seconds']:.1f} s)"
         )

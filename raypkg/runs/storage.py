@@ -58,17 +58,25 @@ class Storage:
             raise UserError(f"cannot write {path!r}: {reason}") from None
 
     def read(self, name: str) -> bytes | None:
-        """Return a file's content, or None when it does not exist."""
+        """Return a file's content, or None when it does not exist.
+
+        Raises:
+            UserError: it cannot be read, for instance because it is a folder.
+        """
         try:
             with self._fs.open_input_stream(f"{self._path}/{name}") as stream:
                 return stream.read()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UserError(f"cannot read {self._path}/{name}: {error}") from None
 
     def list(self, name: str = "") -> list[str]:
         """Return the names in a folder, sorted; an empty list when there is none. Unfinished files are left out."""
-        selector = fs.FileSelector(f"{self._path}/{name}".rstrip("/"), allow_not_found=True)
-        names = (info.base_name for info in self._fs.get_file_info(selector))
+        folder = f"{self._path}/{name}".rstrip("/")
+        if self._fs.get_file_info(folder).type != fs.FileType.Directory:
+            return []
+        names = (info.base_name for info in self._fs.get_file_info(fs.FileSelector(folder)))
         return sorted(name for name in names if not name.endswith(".part"))
 
     def delete(self, name: str) -> None:

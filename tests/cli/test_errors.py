@@ -140,7 +140,7 @@ def test_an_option_below_a_plain_value_of_the_file(refusal, tmp_path):
         ("--model faulty_code:number", "'faulty_code:number' is a int, not a function"),
         ("--model faulty_code:convolution", "'faulty_code:convolution' maps inputs"),
         ("--dataset faulty_code:rows", r"input shape \(2,\): this model takes images .* use 'mlp' or 'linear'"),
-        ("--dataset faulty_code:rows --model linear", "are no images: leave out .*pretrain.randaugment"),
+        ("--dataset faulty_code:rows --model linear --dataset.augment crop", "are no images: leave out crop"),
         ("--dataset faulty_code:nothing", "'faulty_code:nothing' returned a NoneType, not a raypkg.data.split.Split"),
         ("--dataset faulty_code:all_at_once", "must take a keyword split, which is 'train' or 'test'"),
         ("--dataset faulty_code:untyped", "option 'size' needs a type and a default"),

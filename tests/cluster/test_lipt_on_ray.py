@@ -69,7 +69,7 @@ def test_batch_norm_and_bfloat16_keep_the_merged_model_and_the_coreset(ray, tmp_
     same_coreset(one, three)
 
 
-@pytest.mark.parametrize(("phase", "workers"), [("pretrain", "1"), ("train", "2")])
+@pytest.mark.parametrize(("phase", "workers"), [("pretrain", "1"), ("select", "1"), ("train", "2")])
 def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, phase, workers):
     options = [f"--set=dataset.options.run={tmp_path}/lipt/hit", f"--set=dataset.options.phase={phase}"]
     folder = run(tmp_path, "hit", "--dataset", "sabotage:load", *options, "--cluster.workers", workers)
@@ -104,7 +104,7 @@ def test_more_workers_than_cpus_is_one_line(ray, tmp_path, capsys):
         main(["lipt", "--root", str(tmp_path), *TINY, "--cluster.workers", "64"])
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("effray: 64 workers need 64 CPUs and the cluster has 3: lower cluster.workers")
+    assert error.startswith("effray: 64 workers of 1 CPU and 0 GPU do not fit the cluster, which has 3 CPU")
     assert error.count("\n") == 1
     assert not list((tmp_path / "lipt").glob("*"))
 

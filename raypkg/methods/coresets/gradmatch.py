@@ -21,7 +21,6 @@ def select(
     valid: HeadView | None = None,
     lam: Annotated[float, Field(ge=0)] = 0.5,
     eps: Annotated[float, Field(gt=0)] = 1e-10,
-    weighted: bool = True,
     target: Literal["train", "valid"] = "train",
 ) -> Coreset:
     """Match the mean gradient by orthogonal matching pursuit with non-negative weights.
@@ -38,7 +37,6 @@ def select(
         valid: samples whose mean gradient is ḡ if ``target`` is "valid".
         lam: λ, the penalty on the weights.
         eps: stop when the error is at most this share of ‖ḡ‖².
-        weighted: keep the weights; otherwise all are 1.
         target: whose mean gradient to match.
 
     Raises:
@@ -51,7 +49,7 @@ def select(
     correlation = exact.project(mean)  # [n]
     atoms, v = matching_pursuit(exact.inner_with, correlation, mean.square().sum(), budget, lam=lam, eps=eps)
     indices = _filled(atoms, correlation, budget)
-    if not weighted or not len(atoms):
+    if not len(atoms):
         return Coreset.uniform(indices)
     weights = torch.zeros(budget)
     weights[: len(atoms)] = budget * v
