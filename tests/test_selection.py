@@ -102,12 +102,12 @@ def test_an_empty_class_and_one_without_budget_are_skipped():
     assert select(view, 2, "grand", seed=0).indices.tolist() == [0, 3]
 
 
-def test_a_class_without_validation_samples_sees_all_of_them():
+def test_a_class_without_validation_samples_is_its_own_validation():
     train, valid = reference.problem(40), reference.problem(20).view
     without = valid[valid.y != 1]
     members = (train.y == 1).nonzero()[:, 0]
     share = int(class_budgets(train.y.bincount(), 12)[1])
-    expected = coreset["glister"](train.view[members], share, valid=without)
+    expected = coreset["glister"](train.view[members], share)
     picked = select(train.view, 12, "glister", seed=0, valid=without).indices
     assert picked[train.y[picked] == 1].equal(members[expected.indices])
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class RayShards:
-    """One actor per shard; a killed actor is restarted, opens its shard again and repeats its call.
+    """One actor per shard; a killed actor is restarted and repeats its call, with the shard that the driver keeps.
 
     Args:
-        shards: what the actors hold; a shard is rebuilt from paths and indices, never from memory.
+        shards: what the actors hold: paths and indices, from which the data is mapped on first use.
         size: what an actor asks Ray for.
         max_failures: how often an actor may die.
     """
@@ -31,7 +31,9 @@ class RayShards:
         actor = ray.remote(Holder).options(
             num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=max_failures, max_task_retries=max_failures
         )
-        self._actors = [actor.remote(shard, size.cpus) for shard in shards]
+        # Not a constructor argument: a restarted actor may find those gone from the object store.
+        self._shards = [ray.put(shard) for shard in shards]
+        self._actors = [actor.remote(size.cpus) for _ in shards]
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard; arguments go to the object store once.
@@ -42,9 +44,10 @@ class RayShards:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        references = [ray.put(value) for value in broadcast]
+        shared = [ray.put(value) for value in broadcast]
+        held = zip(self._actors, self._shards, strict=True)
         try:
-            return ray.get([actor.apply.remote(function, *references) for actor in self._actors])
+            return ray.get([actor.apply.remote(function, shard, *shared) for actor, shard in held])
         except RayActorError as error:
             raise UserError(f"a shard's actor died too often (cluster.max_failures): {error}") from error
         except RayTaskError as error:
@@ -61,17 +64,16 @@ class RayShards:
 
 
 class Holder:
-    """What runs inside an actor: a shard and the means to apply functions to it."""
+    """What runs inside an actor: functions on the shard that comes with the call."""
 
-    def __init__(self, shard: Shard, threads: int):
+    def __init__(self, threads: int):
+        torch.set_num_threads(threads)
+
+    def apply(self, function: Callable[..., Any], shard: Shard, *broadcast: Any) -> Any:
+        """Return the function's value on the shard, computed on the actor's device."""
         import ray
 
-        torch.set_num_threads(threads)
-        self.shard = replace(shard, device=torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
-
-    def apply(self, function: Callable[..., Any], *broadcast: Any) -> Any:
-        """Return the function's value on the shard."""
-        return function(self.shard, *broadcast)
+        return function(replace(shard, device=torch.device("cuda" if ray.get_gpu_ids() else "cpu")), *broadcast)
 
 
 @contextmanager

@@ -205,9 +205,9 @@ OTHER_SIZE = samples.encode(samples.pixels(1, 8, 8)[0])
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        ([*IMAGES[:5], b"no image", *IMAGES[6:]], LABELS, r"row 5 of 'set/train.parquet' does not decode"),
-        (IMAGES, [*LABELS[:8], 3], r"row 8 of 'set/train.parquet' has label 3, allowed is 0 … 2"),
-        (IMAGES, [-1, *LABELS[1:]], r"row 0 of 'set/train.parquet' has label -1"),
+        ([*IMAGES[:5], b"no image", *IMAGES[6:]], LABELS, r"set/train.parquet' does not decode"),
+        (IMAGES, [*LABELS[:8], 3], r"set/train.parquet' has label 3, allowed is 0 … 2"),
+        (IMAGES, [-1, *LABELS[1:]], r"set/train.parquet' has label -1"),
         ([*IMAGES[:8], OTHER_SIZE], LABELS, "images of several sizes, such as 6×5 and 8×8: set option size"),
         ([], [], "the train split holds no images"),
     ],
