@@ -53,7 +53,12 @@ class Worker:
         """Wrap a model so that its gradients are averaged over the workers (DDP)."""
         if self.world == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,  # a collective every step; `share` does it where running statistics are used
+            gradient_as_bucket_view=True,
+        )
 
 
 @contextmanager
