@@ -39,7 +39,7 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
     ]
     lines.append(
         f"{summary['seconds']:.1f} s of work on the critical path; {summary['elapsed']:.1f} s with starting workers,"
-        " importing and storing, since the last resume"
+        " importing and storing (of a resumed run: each phase's last attempt)"
     )
     if "pretrain_slowest_model_seconds" in summary:
         critical = summary["pretrain_slowest_model_seconds"] + summary["pretrain_merge_seconds"]
