@@ -1,3 +1,4 @@
+import gc
 import logging
 import multiprocessing
 import os
@@ -77,10 +78,12 @@ def test_record_batches_are_bounded(tmp_path, monkeypatch):
 
 
 def test_pixels_are_mapped_and_not_copied(tmp_path):
-    build(tmp_path / "store")
+    megabyte = np.zeros((1000, 32, 32, 1), np.uint8)
+    write(tmp_path / "store", Header("pixels", (1, 32, 32), ("a",)), [Block(megabyte, np.zeros(1000), megabyte)])
+    gc.collect()
     before = pa.total_allocated_bytes()
     store = Store(tmp_path / "store")
-    assert pa.total_allocated_bytes() == before and not store._views[0].flags.owndata
+    assert pa.total_allocated_bytes() - before < megabyte.nbytes / 10 and not store._views[0].flags.owndata
 
 
 def test_it_is_built_once(tmp_path):

@@ -1,6 +1,7 @@
 """What a piece of work knows of where it runs: its rank, its device and how to reach the others."""
 
 import resource
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,12 +54,14 @@ class Worker:
         """Wrap a model so that its gradients are averaged over the workers (DDP)."""
         if self.world == 1:
             return model
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,  # a collective every step; `share` does it where running statistics are used
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers, earlier ones know no other name
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,  # a collective every step; `share` does it where statistics are used
+                gradient_as_bucket_view=True,
+            )
 
 
 @contextmanager

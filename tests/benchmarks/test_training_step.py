@@ -18,7 +18,7 @@ from raypkg.models import build_model
 
 pytestmark = pytest.mark.bench
 SETTINGS = Training(epochs=1, batch_size=128, lr=0.01)
-STEPS, ROUNDS = 12, 11
+STEPS, ROUNDS = 24, 11
 
 
 def pixels(n):
@@ -27,14 +27,15 @@ def pixels(n):
     return Split.from_tensors(x, torch.arange(n) % 10, augment=("crop", "flip"))
 
 
-def looped(worker, split, rounds):
+def looped(worker, split, rounds, batch_size=128):
     """Seconds per epoch of the product's loop, augmentation and all."""
     model = build_model("resnet20", (3, 32, 32), 10, seed=0)
     everything = Coreset.uniform(torch.arange(len(split)))
     seconds = []
     for number in range(rounds):
         cost = Cost("train")
-        fit(Run(model, split, everything, SETTINGS, number, "train", worker, split.augment, cost))
+        settings = SETTINGS.model_copy(update={"batch_size": batch_size})
+        fit(Run(model, split, everything, settings, number, "train", worker, split.augment, cost))
         seconds.append(cost.seconds)
     return seconds
 
@@ -70,30 +71,29 @@ def test_step_against_a_bare_loop():
     print(f"  ratio of seconds per image  {ratio:8.3f}")
 
 
-def ddp(worker, n, rounds):
-    seconds = looped(worker, pixels(n), rounds)
-    return {"rate": n / statistics.median(seconds[1:])}
+def in_turn(worker, rounds):
+    """Rates in images/s, round by round: one worker alone, two that know nothing of each other, two with DDP."""
+    alone, halves = pixels(128 * STEPS), pixels(64 * STEPS)
+    rates = {"1 worker": [], "2 workers": [], "2 apart": []}
+    for _ in range(rounds):
+        worker.gather(None)
+        if worker.rank == 0:
+            rates["1 worker"].append(len(alone) / looped(Worker(), alone, 1)[0])
+        worker.gather(None)
+        rates["2 workers"].append(len(alone) / looped(worker, alone, 1)[0])
+        apart = worker.gather(looped(Worker(), halves, 1, batch_size=64)[0])
+        rates["2 apart"].append(len(halves) * sum(1 / seconds for seconds in apart))
+    return rates
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_two_workers_against_one(tmp_path):
+def test_two_workers_against_one(tmp_path, monkeypatch):
     from raypkg.cluster.train import launch
 
-    os.environ["PYTHONPATH"] = os.path.dirname(__file__)
-    rates = {1: [], 2: []}
-    for _ in range(3):
-        for workers in rates:
-            result = launch(
-                ddp,
-                128 * STEPS * 2,
-                6,
-                cluster=Cluster(workers=workers),
-                report=lambda row: None,
-                folder=str(tmp_path / f"{workers}-{len(rates[workers])}"),
-            )
-            rates[workers].append(result["rate"])
-    print("\nresnet20, batch 128, DDP, one thread a worker, medians of 3 launches, taken in turn")
-    for workers, found in rates.items():
-        print(f"  {workers} worker{'s' * (workers > 1)}: {statistics.median(found):8.0f} images/s")
-    print(f"  ratio    {statistics.median(b / a for a, b in zip(rates[1], rates[2], strict=True)):8.2f}")
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    rates = launch(in_turn, ROUNDS + 1, cluster=Cluster(workers=2), report=lambda row: None, folder=str(tmp_path))
+    print(f"\nresnet20, batch 128, one thread a worker, medians of {ROUNDS} rounds taken in turn")
+    for name, found in rates.items():
+        ratio = statistics.median(b / a for a, b in zip(rates["1 worker"][1:], found[1:], strict=True))
+        print(f"  {name:<10}{statistics.median(found[1:]):8.0f} images/s   ratio {ratio:5.2f}")
