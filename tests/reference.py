@@ -82,6 +82,20 @@ def matching_pursuit(atoms: Tensor, target: Tensor, k: int, lam: float) -> dict[
     return weights
 
 
+def matching_batches(gradients: Tensor, batches: list[Tensor], budget: int, lam: float) -> dict[int, float]:
+    """GradMatch over batches of materialised gradients [n, p]: sample → weight in mean(w · loss)."""
+    target, means = gradients.mean(dim=0), torch.stack([gradients[batch].mean(dim=0) for batch in batches])
+    first = list(matching_pursuit(means, target, -(-budget // len(batches[0])), lam))
+    rest = sorted(set(range(len(batches))) - set(first), key=lambda b: -float(means[b] @ target))
+    cut, left = [], budget
+    for b in first + rest:
+        cut.append(batches[b][:left].tolist())
+        left -= len(cut[-1])
+    cut = [batch for batch in cut if batch]
+    v = matching_pursuit(torch.stack([gradients[batch].mean(dim=0) for batch in cut]), target, len(cut), lam)
+    return {i: budget * v.get(b, 0.0) / len(batch) for b, batch in enumerate(cut) for i in batch}
+
+
 def nonnegative_ridge(atoms: Tensor, target: Tensor, lam: float) -> Tensor:
     """Non-negative ridge regression by trying the least squares of every subset of atoms [n, p]."""
     n, best, least = len(atoms), torch.zeros(len(atoms), dtype=atoms.dtype), float(target @ target)
@@ -114,3 +128,35 @@ def snip(model, x, y, density):
     salient = sorted((s.item(), name) for name, w in weights.items() for s in (w.grad * w).abs().flatten())
     kept = [name for _, name in salient[-round(density * len(salient)) :]]
     return {name: kept.count(name) / w.numel() for name, w in weights.items()}
+
+
+def pairwise(rows: Tensor) -> Tensor:
+    """Distances between rows [n, p] from their differences [n, n]."""
+    return torch.stack([(rows - row).norm(dim=1) for row in rows])
+
+
+def greedy_medoids(distances: Tensor, k: int, *, slack: float = 1e-12) -> list[int]:
+    """Facility location by trying every sample at every step; of equal gains the most central sample's."""
+    totals = distances.sum(dim=1).tolist()
+    medoids = [min(range(len(totals)), key=totals.__getitem__)]
+    while len(medoids) < k:
+        nearest = distances[medoids].amin(dim=0)
+        gains = {j: float((nearest - row).clamp(min=0).sum()) for j, row in enumerate(distances) if j not in medoids}
+        top = max(gains.values())
+        medoids.append(min((totals[j], j) for j, gain in gains.items() if gain >= top * (1 - slack))[1])
+    return medoids
+
+
+def left_over(distances: Tensor, medoids: list[int]) -> float:
+    """The facility location objective Σ_i min_{j∈S} d_ij."""
+    return float(distances[medoids].amin(dim=0).sum())
+
+
+def farthest_first(rows: Tensor, k: int) -> list[int]:
+    """K-center greedily, from the row nearest to the mean."""
+    distances = pairwise(rows)
+    chosen = [int((rows - rows.mean(dim=0)).norm(dim=1).argmin())]
+    while len(chosen) < k:
+        apart = {i: float(distances[i, chosen].min()) for i in range(len(rows)) if i not in chosen}
+        chosen.append(max(apart, key=apart.__getitem__))
+    return chosen

@@ -40,7 +40,6 @@ def test_norms_are_those_of_autograd(some, close):
 def test_inner_products_are_those_of_autograd(some, others, close):
     close(some.view.inner(), flat(some) @ flat(some).T)
     close(some.view.inner(others.view), flat(some) @ flat(others).T)
-    close(some.view.inner_with(3), flat(some) @ flat(some)[3])
 
 
 def test_distances_are_those_of_autograd(some, others, close):
@@ -49,6 +48,17 @@ def test_distances_are_those_of_autograd(some, others, close):
 
     close(some.view.distances(), pairwise(flat(some), flat(some)))
     close(some.view.distances(others.view), pairwise(flat(some), flat(others)))
+
+
+@pytest.mark.parametrize("num_classes, width", [(2, 1), (4, 6), (100, 1), (10, 512), (10, 2048)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_equal_gradients_are_at_distance_zero(dtype, num_classes, width, scale):
+    view = reference.problem(30, num_classes, width, dtype=dtype).view
+    view = HeadView(view.logits, scale * view.features, view.y)
+    other = view[torch.arange(30).repeat(5)]
+    same = torch.arange(30)[:, None] == torch.arange(30).repeat(5)
+    assert view.distances(other)[same].count_nonzero() == 0
+    assert view[:1].distances(other)[0, ::30].count_nonzero() == 0
 
 
 def test_projection_is_the_inner_product_with_a_matrix(some, others, close):

@@ -53,6 +53,8 @@ def counts(classes):
         (plots.composition, counts(201)),
         (plots.composition, ([], [], [])),
         (plots.composition, ([0, 1], [0, 4], ["none at all", "$one$"])),
+        (plots.scores, [np.random.default_rng(0).gamma(1, 1, 900), np.random.default_rng(1).gamma(3, 1, 90)]),
+        (plots.scores, [np.ones(3), np.ones(1)]),
         (plots.images, [pixels(16, 3), pixels(16, 3), labels(16), labels(16)]),
         (plots.images, [pixels(1, 1), pixels(11, 1), labels(1), [("seven", NAN)] * 11]),
         (plots.images, [pixels(0, 3), pixels(0, 3), [], []]),

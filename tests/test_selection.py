@@ -3,8 +3,9 @@ import torch
 
 import reference
 from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
 from raypkg.methods.coreset import Coreset
-from raypkg.methods.coresets import coreset
+from raypkg.methods.coresets import coreset, needs_gradients
 from raypkg.methods.gradients import HeadView
 from raypkg.methods.selection import budget_of, class_budgets, select, select_class
 
@@ -76,7 +77,7 @@ def test_coresets_concatenate_in_order():
     assert len(Coreset.concat([])) == 0
 
 
-@pytest.mark.parametrize("name", coreset.entries)
+@pytest.mark.parametrize("name", [name for name, entry in coreset.entries.items() if needs_gradients(entry)])
 def test_classes_are_picked_alike_in_one_view_or_in_several(name):
     view, valid = reference.problem(80).view, reference.problem(30).view
     together = select(view, 20, name, seed=4, valid=valid)
@@ -145,8 +146,9 @@ def test_el2n_and_grand_keep_the_largest_norms():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_gradmatch_equals_its_slow_twin(seed):
-    train, valid = reference.problem(40, seed=seed), reference.problem(15, seed=seed)
+@pytest.mark.parametrize("num_classes, width", [(4, 6), (20, 30)])  # M costs less than inner products, or more
+def test_gradmatch_equals_its_slow_twin(num_classes, width, seed):
+    train, valid = (reference.problem(n, num_classes, width, seed=seed) for n in (40, 15))
     atoms = reference.per_sample_gradients(train).flatten(1)
     for name, target in [
         ("train", atoms.mean(dim=0)),
@@ -183,6 +185,47 @@ def test_gradmatch_fills_the_budget_at_weight_zero():
 def test_gradmatch_towards_validation_data_needs_some():
     with pytest.raises(UserError, match="target = 'valid': there are no validation samples"):
         coreset["gradmatch"](reference.problem(10).view, 2, options={"target": "valid"})
+
+
+def weights_of(picked):
+    return dict(zip(picked.indices.tolist(), picked.weights.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("batch_size, budget", [(5, 20), (5, 18), (7, 21), (7, 39), (16, 3)])  # 40 = 5 · 7 + 5
+@pytest.mark.parametrize("num_classes, width", [(4, 6), (40, 60)])
+def test_gradmatchpb_equals_its_slow_twin(num_classes, width, seed, batch_size, budget):
+    train = reference.problem(40, num_classes, width, seed=seed)
+    batches = torch.randperm(40, generator=generator(seed, "test")).split(batch_size)
+    picked = coreset["gradmatchpb"](
+        train.view, budget, rng=generator(seed, "test"), options={"batch_size": batch_size, "lam": 0.1}
+    )
+    slow = reference.matching_batches(reference.per_sample_gradients(train).flatten(1), batches, budget, lam=0.1)
+    assert weights_of(picked) == pytest.approx(slow, rel=1e-5)
+
+
+@pytest.mark.parametrize("budget", [100, 102])
+def test_gradmatchpb_weights_match_the_mean_gradient(budget):
+    view = reference.problem(200).view
+    picked = coreset["gradmatchpb"](view, budget, rng=generator(0, "test"), options={"batch_size": 4, "lam": 1e-6})
+    matched = view[picked.indices].mean(picked.weights)
+    assert (matched - view.mean()).norm() < 1e-3 * view.mean().norm()
+    assert (view[picked.indices].mean() - view.mean()).norm() > 0.1 * view.mean().norm()
+
+
+@pytest.mark.parametrize("num_classes, width", [(4, 6), (20, 30)])
+def test_gradmatchpb_with_batches_of_one_is_gradmatch(num_classes, width):
+    view = reference.problem(50, num_classes, width).view
+    single = coreset["gradmatchpb"](view, 12, rng=generator(0, "test"), options={"batch_size": 1})
+    assert weights_of(single) == pytest.approx(weights_of(coreset["gradmatch"](view, 12)), rel=1e-5)
+
+
+def test_gradmatchpb_members_of_a_batch_share_its_weight():
+    view = HeadView(
+        torch.zeros(10, 2), torch.ones(10, 1), ints(*[0] * 10)
+    )  # ‖g‖² = 1; two batches of 4 and one cut to 2
+    picked = coreset["gradmatchpb"](view, 10, rng=generator(0, "test"), options={"batch_size": 4, "lam": 0.3})
+    assert sorted(picked.weights.tolist()) == pytest.approx(sorted([10 / 3.3 / 4] * 8 + [10 / 3.3 / 2] * 2))
 
 
 @pytest.mark.parametrize("rounds", [1, 3, 20])

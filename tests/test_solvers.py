@@ -10,9 +10,31 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed, "test"), dtype=torch.float64)
 
 
+class Dense:
+    """Materialised atoms [n, p] and a target [p]; S is a list."""
+
+    def __init__(self, atoms, target):
+        self.atoms, self.target, self.chosen = atoms, target, []
+
+    def __len__(self):
+        return len(self.atoms)
+
+    def correlation(self, weights):
+        return self.atoms @ (self.target - weights @ self.atoms[self.chosen])
+
+    def append(self, j):
+        self.chosen.append(j)
+        return self.atoms[self.chosen] @ self.atoms[j], self.atoms[j] @ self.target
+
+    def keep(self, places):
+        self.chosen = [self.chosen[place] for place in places]
+
+
 def pursue(atoms, target, k, *, lam=0.0, eps=1e-10):
-    gram = atoms @ atoms.T
-    return matching_pursuit(gram.__getitem__, atoms @ target, target @ target, k, lam=lam, eps=eps)
+    dense = Dense(atoms, target)
+    picked, weights = matching_pursuit(dense, target @ target, k, lam=lam, eps=eps)
+    assert dense.chosen == picked.tolist()
+    return picked, weights
 
 
 def test_equal_scores_go_by_position():
@@ -101,3 +123,17 @@ def test_identical_atoms_are_used_once_without_a_penalty():
     atoms = random(1, 4).expand(6, 4)
     assert pursue(atoms, 2 * atoms[0], 6)[0].tolist() == [0]
     assert len(pursue(atoms, 2 * atoms[0], 6, lam=0.5)[0]) == 6
+
+
+def test_an_atom_in_the_span_of_the_chosen_ones_is_passed_over():
+    class Rounded(Dense):
+        """Rounding makes the copy of the first atom look best."""
+
+        def correlation(self, weights):
+            return super().correlation(weights) + torch.tensor([1.0, 0.9, 0.0], dtype=torch.float64)
+
+    atoms = torch.eye(3, dtype=torch.float64)[[0, 0, 1]]
+    dense, target = Rounded(atoms, atoms[0] + 0.5 * atoms[2]), atoms.new_tensor([1.0, 0.5, 0.0])
+    picked, weights = matching_pursuit(dense, target @ target, 3, lam=0.0, eps=1e-10)
+    assert picked.tolist() == dense.chosen == [0, 2]
+    assert weights.tolist() == pytest.approx([1.0, 0.5])

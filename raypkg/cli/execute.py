@@ -8,6 +8,7 @@ from typing import Any
 from raypkg.core.config import Settings, load, parse_toml
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
+from raypkg.core.settings import Experiment, Select
 from raypkg.runs.folder import RunFolder, create, find
 from raypkg.runs.report import Report
 from raypkg.runs.show import show, terminal
@@ -75,15 +76,22 @@ def check_names(settings: Any) -> None:
 
     dataset[settings.dataset.name].options(settings.dataset.options)
     compose(settings.dataset.augment or ())
-    model[settings.model.name].options(settings.model.options)
-    if hasattr(settings, "select"):
-        coreset[settings.select.method].options(settings.select.options)
+    if isinstance(settings, Experiment):
+        model[settings.model.name].options(settings.model.options)
+    select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
+    if select:
+        coreset[select.method].options(select.options)
+
+
+def subject(settings: Any) -> str:
+    """Return what a run is about: the model that it trains, or the method that selects."""
+    return settings.model.name if isinstance(settings, Experiment) else settings.method
 
 
 def _run(entry: Entry, settings: Any, folder: RunFolder) -> None:
     console = terminal()
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
-    console.print(f"{entry.name} {folder.name}: {settings.model.name} on {settings.dataset.name}")
+    console.print(f"{entry.name} {folder.name}: {subject(settings)} on {settings.dataset.name}")
     following = tracker(settings, folder, entry.name)
     try:
         with Report(folder, following, console) as report:

@@ -55,11 +55,15 @@ class SettingsCommand(ExampleHelp):
 
 
 def setting_options(schema: type[Settings]) -> Iterable[click.Option]:
-    """Make one option for every leaf but the open ``options`` tables; ``--model`` is short for ``--model.name``."""
+    """Make one option for every leaf but the open ``options`` tables; ``--model`` is short for ``--model.name``.
+
+    A top-level setting may be typed with dashes: ``--model-from`` is ``--model_from``.
+    """
     for name, field in leaves(schema):
-        if name.endswith(".options"):
+        if name.rpartition(".")[2] == "options":
             continue
         names = [f"--{name.removesuffix('.name')}"] if name.endswith(".name") else []
+        names += [f"--{name.replace('_', '-')}"] if "." not in name and "_" in name else []
         yield click.Option(
             [*names, f"--{name}", name.replace(".", "__")],
             metavar=_metavar(field),

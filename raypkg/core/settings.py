@@ -95,7 +95,19 @@ class Select(Settings):
     fraction: Annotated[Share, Field(description="share of the training samples to keep")] = 0.1
     balanced: Annotated[bool, Field(description="class by class, in proportion to the classes")] = True
     weighted: Annotated[bool, Field(description="train with the method's sample weights")] = False
+    memory: Annotated[
+        float | None, Field(ge=0, description="GiB a worker may use to save time; a quarter of its own when left out")
+    ] = None
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
+
+
+class Reselect(Select):
+    """Selection that may be repeated during training."""
+
+    every: Annotated[
+        int, Field(ge=0, description="epochs between selections during training, by its model; 0 = select once")
+    ] = 0
+    warm: Annotated[int, Field(ge=0, description="first epochs, on all samples")] = 0
 
 
 class Cluster(Settings):
@@ -120,11 +132,16 @@ class Track(Settings):
     project: Annotated[str, Field(description="W&B project")] = "effray"
 
 
-class Experiment(Settings):
+class Source(Settings):
     """What every experiment has."""
 
     seed: Annotated[int, Field(ge=0, description="all randomness follows from it")] = 0
     dataset: Dataset = Dataset()
-    model: Model = Model()
     cluster: Cluster = Cluster()
     track: Track = Track()
+
+
+class Experiment(Source):
+    """What every experiment that trains has."""
+
+    model: Model = Model()

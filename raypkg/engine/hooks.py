@@ -15,13 +15,16 @@ class Hook:
     """Does nothing at any point of the loop; a method overrides what it needs. State travels with checkpoints."""
 
     def on_epoch(self, run: Run) -> None:
-        """Before an epoch; may replace ``run.coreset``."""
+        """Before an epoch; may replace ``run.coreset``; its work goes on a bill of its own, ``run.bill(name)``."""
 
     def on_gradients(self, run: Run) -> None:
         """After the backward pass; may edit ``.grad`` in place."""
 
     def on_step(self, run: Run) -> None:
         """After the optimiser's step."""
+
+    def on_epoch_end(self, run: Run) -> None:
+        """After an epoch's last step, before its checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values that ``load_state_dict`` takes back."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,14 @@ class Forgetful:
         """Keep nothing."""
 
 
+class Seen(NamedTuple):
+    """What one step saw of this worker's samples: positions in the split, losses without weights, and hits, [b]."""
+
+    indices: Tensor
+    losses: Tensor
+    right: Tensor
+
+
 @dataclass
 class Run:
     """All that training consists of and that a checkpoint holds."""
@@ -63,18 +71,23 @@ class Run:
     label: int | None = None  # which of several models this is, in the metrics
     epoch: int = 0
     step: int = 0
-    measuring: Cost = field(default_factory=lambda: Cost("evaluate"))
     optimizer: torch.optim.Optimizer = field(init=False)
+    seen: Seen = field(init=False)
 
     def __post_init__(self) -> None:
         self.model.to(self.worker.device).to(memory_format=torch.channels_last)
         self.optimizer = optimizer(self.model, self.settings)
-        self._earlier = [Cost(self.phase), Cost("evaluate")]  # of attempts before the last restart
+        self._bills = {self.phase: self.cost, "evaluate": Cost("evaluate")}
+        self._earlier: dict[str, Cost] = {}  # of attempts before the last restart
+
+    def bill(self, name: str) -> Cost:
+        """Return this worker's bill for a part of the run that is not training itself; every worker opens the same."""
+        return self._bills.setdefault(name, Cost(name))
 
     def bills(self) -> list[Cost]:
-        """Return what training and measuring cost so far, over all workers (a collective) and all attempts."""
-        now = (self.cost.gathered(self.worker), self.measuring.gathered(self.worker))
-        return [past.then(bill) for past, bill in zip(self._earlier, now, strict=True)]
+        """Return what each part of the run cost so far, over all workers (a collective) and all attempts."""
+        now = {name: bill.gathered(self.worker) for name, bill in self._bills.items()}
+        return [self._earlier.get(name, Cost(name)).then(bill) for name, bill in now.items()]
 
     def state_dict(self, bills: Sequence[Cost]) -> dict[str, Any]:
         """Return everything that the rest of training depends on, as tensors and plain values."""
@@ -96,8 +109,9 @@ class Run:
             hook.load_state_dict(hook_state)
         self.coreset = Coreset(**state["coreset"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self._earlier = [Cost(**bill) for bill in state["bills"]]
-        self.cost, self.measuring = Cost(self.phase), Cost("evaluate")
+        self._earlier = {bill["phase"]: Cost(**bill) for bill in state["bills"]}
+        self.cost = Cost(self.phase)
+        self._bills = {name: Cost(name) for name in self._earlier} | {self.phase: self.cost}
 
 
 def fit(
@@ -121,11 +135,14 @@ def fit(
         run.load_state_dict(state)
     model = _prepared(run)
     while run.epoch < run.settings.epochs:
-        with run.cost, seeded(run.seed, "dropout", run.epoch, run.worker.rank):
+        with seeded(run.seed, "dropout", run.epoch, run.worker.rank):
             for hook in run.hooks:
                 hook.on_epoch(run)
-            row = _train_epoch(run, model)
-            run.epoch += 1
+            with run.cost:
+                row = _train_epoch(run, model)
+            for hook in run.hooks:
+                hook.on_epoch_end(run)
+        run.epoch += 1
         if measure:
             row |= measure(run.model, run.epoch)
         bills = run.bills()
@@ -164,9 +181,10 @@ def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
 def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
     with autocast(run.settings.precision, batch.x.device):
         logits = model(batch.x)
-    losses = F.cross_entropy(logits.float(), batch.y, reduction="none") * batch.weights
+    losses = F.cross_entropy(logits.float(), batch.y, reduction="none")
+    objective = losses @ batch.weights  # Σ w·loss
     # DDP averages over workers, so each one's share of Σ w·loss / total is scaled up by their number.
-    (losses.sum() * (world / batch.total)).backward()
+    (objective * (world / batch.total)).backward()
     for hook in run.hooks:
         hook.on_gradients(run)
     run.optimizer.step()
@@ -176,11 +194,11 @@ def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
     run.cost.backward += len(batch.y)
     if world > 1:
         run.cost.sent += sum(p.numel() * p.element_size() for p in run.model.parameters())
+    run.seen = Seen(batch.indices, losses.detach(), logits.detach().argmax(1) == batch.y)
     for hook in run.hooks:
         hook.on_step(run)
-    losses, logits = losses.detach(), logits.detach()
     count = torch.tensor(len(batch.y), device=losses.device)
-    return torch.stack([losses.sum().double(), (logits.argmax(1) == batch.y).sum().double(), count.double()])
+    return torch.stack([objective.detach().double(), run.seen.right.sum().double(), count.double()])
 
 
 def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:

@@ -5,23 +5,26 @@ Forward passes go class by class, so a class meets the same batches, hence the s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypkg.core.settings import Model, Select
 from raypkg.methods.coreset import Coreset
-from raypkg.methods.coresets import coreset
+from raypkg.methods.coresets import coreset, needs_gradients, sizes_itself
 from raypkg.methods.gradients import HeadView, head_view
-from raypkg.methods.selection import budget_of, class_budgets, select_class
+from raypkg.methods.record import Record
+from raypkg.methods.selection import budget_of, class_budgets, select, select_class
 from raypkg.models import build_model
 
 from .batches import plain_batches
 from .costs import Cost
 from .loop import autocast
 from .shards import Shard, Shards
+from .worker import worker_memory
 
 
 @dataclass(frozen=True)
@@ -31,72 +34,108 @@ class Selection:
     Attributes:
         coreset: positions in the training split, ascending, with weights.
         indices: all samples that took part, ascending, int64 [n].
-        scores: their last-layer gradient norms, float32 [n].
+        scores: their last-layer gradient norms, float32 [n]; None where no gradient was computed.
         cost: the bill over all holders.
     """
 
     coreset: Coreset
     indices: Tensor
-    scores: Tensor
+    scores: Tensor | None
     cost: Cost
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """The model whose gradients select, in a form that travels: settings and parameters as arrays."""
-
-    model: Model
-    parameters: Mapping[str, np.ndarray]
-    precision: str
-    seed: int
+class Scorer(Protocol):
+    """The model whose gradients select."""
 
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
         """Return the HeadView of the indices in one forward pass."""
-        split = shard.data.train
-        model = build_model(self.model.name, split.shape, split.num_classes, seed=self.seed, options=self.model.options)
-        model.load_state_dict({name: torch.tensor(value) for name, value in self.parameters.items()})
-        model.to(shard.device).to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A model of this process, as it is now."""
+
+    model: nn.Module
+    precision: str
+
+    def view(self, shard: Shard, indices: Tensor) -> HeadView:
+        """Return the HeadView of the indices in one forward pass."""
         with autocast(self.precision, shard.device):
-            return head_view(model, plain_batches(split, indices, 512, shard.device))
+            return head_view(self.model, plain_batches(shard.data.train, indices, 512, shard.device))
+
+
+@dataclass(frozen=True)
+class SentModel:
+    """A model in a form that travels: settings and parameters as arrays, built where it arrives."""
+
+    settings: Model
+    shape: tuple[int, ...]
+    num_classes: int
+    parameters: Mapping[str, np.ndarray]
+    precision: str
+
+    @cached_property
+    def _built(self) -> nn.Module:
+        model = build_model(
+            self.settings.name, self.shape, self.num_classes, seed=0, options=self.settings.options
+        )  # every weight is then overwritten
+        model.load_state_dict({name: torch.tensor(value) for name, value in self.parameters.items()})
+        return model
+
+    def view(self, shard: Shard, indices: Tensor) -> HeadView:
+        """Return the HeadView of the indices in one forward pass."""
+        model = self._built.to(shard.device).to(memory_format=torch.channels_last)
+        return LiveModel(model, self.precision).view(shard, indices)
 
 
 def select_coreset(
-    shards: Shards, scorer: Scorer, settings: Select, y: Tensor, indices: Tensor, *, seed: int
+    shards: Shards,
+    scorer: Scorer,
+    settings: Select,
+    record: Record,
+    indices: Tensor,
+    *,
+    seed: int,
+    progress: float = 0.0,
 ) -> Selection:
-    """Select a coreset of ``indices`` on the shards that hold them.
+    """Select a coreset of ``indices`` on the shards that hold them, or by the record where that is all it takes.
 
     Args:
         shards: hold the indices, whole classes each.
         scorer: the model to take gradients of.
         settings: method, fraction, balance, weights and the method's options.
-        y: labels of the training split.
+        record: labels of the training split, and what training has seen of it.
         indices: the samples to select from, int64 [n].
         seed: names every draw.
+        progress: share of the training that is done.
 
     Raises:
         UserError: unknown method, bad options, or gradients that are not finite.
     """
-    entry = coreset[settings.method]
-    entry.options(settings.options)  # refuse bad options before any forward pass
-    budget = budget_of(settings.fraction, len(indices))
-    if settings.balanced:
-        counts = torch.bincount(y[indices])
-        budgets = {int(label): int(class_budgets(counts, budget)[label]) for label in counts.nonzero()}
+    entry, budget = coreset[settings.method], budget_of(settings.fraction, len(indices))
+    if not needs_gradients(entry):
+        parts = [_from_record(record, indices, settings, budget, seed, progress)]
+    elif settings.balanced:
+        budgets = class_budgets(torch.bincount(record.y[indices]), budget).tolist()
         parts = shards.map(select_classes, scorer, settings, budgets, seed)
     else:
         parts = [_from_views(shards.map(view_shard, scorer), settings, budget, seed)]
-    picked = Coreset.concat([part.coreset for part in parts])
-    if not settings.weighted:
-        picked = Coreset.uniform(picked.indices)
-    everyone, scores = torch.cat([part.indices for part in parts]), torch.cat([part.scores for part in parts])
-    cost = Cost.joined("select", [part.cost for part in parts])
-    return Selection(_sorted(picked), everyone.sort().values, scores[everyone.argsort()], cost)
+    picked = _sorted(Coreset.concat([part.coreset for part in parts]))
+    weighted = settings.weighted or sizes_itself(entry)  # a coreset of free size is unbiased by its weights only
+    indices, order = torch.cat([part.indices for part in parts]).sort()
+    scores = [part.scores for part in parts if part.scores is not None]
+    return Selection(
+        picked if weighted else Coreset.uniform(picked.indices),
+        indices,
+        torch.cat(scores)[order] if scores else None,
+        Cost.joined("select", [part.cost for part in parts]),
+    )
 
 
-def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: dict[int, int], seed: int) -> Selection:
+def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list[int], seed: int) -> Selection:
     """Select from each class of a shard by itself: one forward pass, then the method on the class's HeadView."""
     y, entry, cost = shard.data.train.y, coreset[settings.method], Cost("select")
-    picks, scores, seen = [], [], []
+    picks, scores, seen, memory = [], [], [], memory_bound(settings)
     with cost:
         for label in y[shard.indices].unique().tolist():
             members, held_out = shard.indices[y[shard.indices] == label], shard.valid[y[shard.valid] == label]
@@ -106,11 +145,8 @@ def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: dict
             seen.append(members)
             scores.append(view.norms())
             if budgets[label]:
-                picks.append(
-                    select_class(
-                        view, budgets[label], entry, seed=seed, label=label, options=settings.options, valid=valid
-                    ).at(members)
-                )
+                given: dict[str, Any] = {"options": settings.options, "valid": valid, "memory": memory}
+                picks.append(select_class(view, budgets[label], entry, seed=seed, label=label, **given).at(members))
     return Selection(Coreset.concat(picks), torch.cat(seen), torch.cat(scores), cost)
 
 
@@ -121,6 +157,27 @@ def view_shard(shard: Shard, scorer: Scorer) -> tuple[Tensor, HeadView, HeadView
         valid = scorer.view(shard, shard.valid) if len(shard.valid) else None
     cost.forward += len(shard.indices) + len(shard.valid)
     return shard.indices, view, valid, cost
+
+
+def memory_bound(settings: Select) -> int:
+    """Return the bytes that a method may use to save time: the setting, or a quarter of the worker's memory."""
+    return worker_memory() // 4 if settings.memory is None else int(settings.memory * 2**30)
+
+
+def _from_record(
+    record: Record, indices: Tensor, settings: Select, budget: int, seed: int, progress: float
+) -> Selection:
+    with Cost("select") as cost:
+        picked = select(
+            record[indices],
+            budget,
+            settings.method,
+            seed=seed,
+            options=settings.options,
+            balanced=settings.balanced,
+            progress=progress,
+        )
+    return Selection(picked.at(indices), indices, None, cost)
 
 
 def _from_views(parts: list[Any], settings: Select, budget: int, seed: int) -> Selection:
@@ -138,6 +195,7 @@ def _from_views(parts: list[Any], settings: Select, budget: int, seed: int) -> S
             label="all",
             options=settings.options,
             valid=_joined(valid) if valid else None,
+            memory=memory_bound(settings),
         )
     return Selection(picked.at(indices[order]), indices[order], view.norms(), cost)
 

@@ -1,4 +1,4 @@
-"""Data split over holders: the same pure functions run on shards in this process or on actors that own them."""
+"""Data split over holders: the same pure functions run on shards in this process, in training workers or on actors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,19 +11,21 @@ from torch import Tensor
 from raypkg.core.settings import Dataset
 from raypkg.data import Data, load_data
 
+from .worker import Worker
+
 
 @dataclass(frozen=True)
 class Shard:
     """The samples of one holder, opened on first use: cheap to send, rebuilt from durable inputs after a death.
 
     Attributes:
-        dataset: where the samples are.
+        source: where the samples are, or the open data set for a shard that stays in its process.
         indices: int64 [n], positions in the training split.
         valid: int64 [v], positions of held-out samples, also in the training split.
         device: where the holder computes.
     """
 
-    dataset: Dataset
+    source: Dataset | Data
     indices: Tensor
     valid: Tensor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -31,7 +33,9 @@ class Shard:
     @cached_property
     def data(self) -> Data:
         """The data set, memory-mapped."""
-        return load_data(self.dataset.name, self.dataset.options)
+        if isinstance(self.source, Dataset):
+            return load_data(self.source.name, self.source.options)
+        return self.source
 
 
 class Shards(Protocol):
@@ -52,15 +56,35 @@ class LocalShards:
         return [function(shard, *broadcast) for shard in self.shards]
 
 
-def class_shards(dataset: Dataset, y: Tensor, indices: Tensor, valid: Tensor, count: int) -> list[Shard]:
+class WorkerShards:
+    """Shards of the workers of a training group, the one of rank r held by worker r; all call ``map`` together."""
+
+    def __init__(self, shards: Sequence[Shard], worker: Worker):
+        self.mine, self.worker = shards[worker.rank : worker.rank + 1], worker
+
+    def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
+        """Return ``function(shard, *broadcast)`` of every shard to every worker."""
+        parts = self.worker.gather([function(shard, *broadcast) for shard in self.mine])
+        return [result for part in parts for result in part]
+
+
+def class_shards(
+    source: Dataset | Data,
+    y: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    count: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+) -> list[Shard]:
     """Split samples by class into at most ``count`` shards of about equal size; a class is never divided.
 
     Args:
-        dataset: where the samples are.
+        source: where the samples are.
         y: labels of the whole training split, int64.
         indices: the training samples to split.
         valid: held-out samples, given to the shard of their class.
         count: holders.
+        device: where the holders compute.
     """
     owner = torch.zeros(int(y.max()) + 1, dtype=torch.int64)
     sizes = torch.bincount(y[indices], minlength=len(owner))
@@ -69,6 +93,6 @@ def class_shards(dataset: Dataset, y: Tensor, indices: Tensor, valid: Tensor, co
         owner[label] = load.argmin()
         load[owner[label]] += sizes[label]
     return [
-        Shard(dataset, indices[owner[y[indices]] == holder], valid[owner[y[valid]] == holder])
+        Shard(source, indices[owner[y[indices]] == holder], valid[owner[y[valid]] == holder], device)
         for holder in range(len(load))
     ]

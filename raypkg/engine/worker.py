@@ -1,10 +1,12 @@
 """What a piece of work knows of where it runs: its rank, its device and how to reach the others."""
 
+import os
 import resource
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,3 +80,11 @@ def threads(count: int) -> Iterator[None]:
 def peak_memory() -> int:
     """Return the largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def worker_memory() -> int:
+    """Return this worker's share of the machine's memory, in bytes: by its threads among the processors."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no control group, or no limit in it
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total * torch.get_num_threads() // max(torch.get_num_threads(), os.cpu_count() or 1)

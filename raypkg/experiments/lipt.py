@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raypkg.core.settings import Experiment, Pretrain, Select, Train
+from raypkg.core.settings import Experiment, Pretrain, Reselect, Train
 from raypkg.runs.report import Report
 
 from . import experiment
@@ -22,7 +22,7 @@ class LiptSettings(Experiment):
     """Settings of `effray lipt`."""
 
     pretrain: Pretrain = Pretrain()
-    select: Select = Select()
+    select: Reselect = Reselect()
     train: LiptTrain = LiptTrain()
 
 
@@ -35,16 +35,23 @@ def run(settings: LiptSettings, *, report: Report) -> None:
     """
     from raypkg.phases.pretrain import PRETRAININGS, RESULT
     from raypkg.phases.samples import samples
-    from raypkg.phases.select import select_on_cluster
+    from raypkg.phases.select import check, select_on_cluster
     from raypkg.phases.summary import finish
-    from raypkg.phases.train import Job, train_on_cluster
+    from raypkg.phases.train import MODEL, Job, train_on_cluster
 
+    check(settings.select)
     found = samples(settings.dataset, settings.seed)
     PRETRAININGS[settings.pretrain.method](settings, settings.pretrain, report)
+    storage = report.folder.storage
     coreset = select_on_cluster(
-        settings, settings.select, found, report, model=RESULT, precision=settings.pretrain.precision
+        settings,
+        settings.model,
+        settings.select,
+        found,
+        report,
+        weights=(storage, RESULT),
+        precision=settings.pretrain.precision,
     )
     initial = RESULT if settings.train.init == "merged" else None
-    job = Job(settings, settings.train, report.folder.storage, "train", coreset, "model.safetensors", initial)
-    train_on_cluster(job, report)
-    finish(report.folder, found, coreset, epochs=settings.train.epochs)
+    train_on_cluster(Job(settings, settings.train, storage, "train", coreset, MODEL, initial, settings.select), report)
+    finish(report.folder, found, epochs=settings.train.epochs)

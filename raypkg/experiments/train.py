@@ -1,42 +1,49 @@
-"""Plain training on all samples, a random part of them, or a given coreset: the honest baseline."""
+"""Plain training on all samples, a coreset selected along the way, or a given one: the honest baselines."""
 
 from typing import Annotated
 
 from pydantic import Field
 
-from raypkg.core.settings import Experiment, Share, Train
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Experiment, Reselect, Share, Train
 from raypkg.runs.report import Report
 
 from . import experiment
 
 
+class TrainSelect(Reselect):
+    """Selection of what to train on, before and during training."""
+
+    method: Annotated[str, Field(description="random, infobatch or another; see `effray methods`")] = "random"
+    fraction: Annotated[Share, Field(description="share of the training samples in use at a time")] = 1.0
+
+
 class TrainSettings(Experiment):
     """Settings of `effray train`."""
 
-    fraction: Annotated[Share, Field(description="share of the training samples, drawn class by class")] = 1.0
-    coreset: Annotated[str | None, Field(description="a coreset.parquet to train on instead")] = None
+    coreset: Annotated[str | None, Field(description="a coreset.parquet to begin with")] = None
+    select: TrainSelect = TrainSelect()
     train: Train = Train()
 
 
 @experiment("train")
 def run(settings: TrainSettings, *, report: Report) -> None:
-    """Train a model on all samples, on a random part of them, or on the coreset of another run.
+    """Train a model on all samples, on a coreset of another run, or on one selected before or during training.
 
     Example:
-        effray train --dataset digits --model resnet8 --fraction 0.5 --train.epochs 10
+        effray train --dataset digits --model resnet8 --select.fraction 0.5 --train.epochs 10
     """
     from raypkg.phases.coresets import load_coreset, save_coreset
-    from raypkg.phases.samples import random_subset, samples
+    from raypkg.phases.samples import samples
     from raypkg.phases.summary import finish
-    from raypkg.phases.train import Job, train_on_cluster
+    from raypkg.phases.train import MODEL, Job, train_on_cluster
 
-    found, storage = samples(settings.dataset, settings.seed), report.folder.storage
-    split = found.data.train
+    found, storage, select = samples(settings.dataset, settings.seed), report.folder.storage, settings.select
+    coreset = None
     if settings.coreset:
-        coreset = load_coreset(settings.coreset, split, held_out=found.valid)
-    else:
-        coreset = random_subset(split.y, found.kept, settings.fraction, settings.seed)
-    source = settings.coreset or f"random {settings.fraction:g}"
-    save_coreset(storage, coreset, split, {"seed": settings.seed, "source": source})
-    train_on_cluster(Job(settings, settings.train, storage, "train", coreset, "model.safetensors"), report)
-    finish(report.folder, found, coreset, epochs=settings.train.epochs)
+        if not select.every and select != TrainSelect(warm=select.warm):
+            raise UserError("--coreset is given and select.every is 0: select.* but select.warm would do nothing")
+        coreset = load_coreset(settings.coreset, found.data.train, held_out=found.valid)
+        save_coreset(storage, coreset, found.data.train, {"seed": settings.seed, "source": settings.coreset})
+    train_on_cluster(Job(settings, settings.train, storage, "train", coreset, MODEL, select=select), report)
+    finish(report.folder, found, epochs=settings.train.epochs)

@@ -63,21 +63,30 @@ class HeadView:
         """‖g_i‖ = ‖p_i − e_i‖ · sqrt(‖h_i‖² + 1), [n]."""
         return self.residual.norm(dim=1) * (self.features.square().sum(dim=1) + 1).sqrt()
 
+    @property
+    def rounding(self) -> float:
+        """The error of <g_i, g_j>, relative to ‖g_i‖·‖g_j‖: it grows with the root of the number of terms, C + D."""
+        terms = self.logits.shape[1] + self.features.shape[1]
+        return torch.finfo(self.logits.dtype).eps * (2 + terms**0.5)
+
+    @cached_property
+    def _lowered_squares(self) -> Tensor:
+        return self.norms().square() * (1 - self.rounding)
+
     def inner(self, other: "HeadView | None" = None) -> Tensor:
         """<g_i, g_j> = <p_i − e_i, p_j − e_j> · (<h_i, h_j> + 1), with all of ``other`` (default: itself) [n, m]."""
         other = self if other is None else other
-        return (self.residual @ other.residual.T) * (self.features @ other.features.T + 1)
-
-    def inner_with(self, i: int) -> Tensor:
-        """<g_i, g_j> of one sample i with every j: a row of ``inner()``, [n]."""
-        return (self.residual @ self.residual[i]) * (self.features @ self.features[i] + 1)
+        return (self.features @ other.features.T).add_(1).mul_(self.residual @ other.residual.T)
 
     def distances(self, other: "HeadView | None" = None) -> Tensor:
-        """‖g_i − g_j‖ from norms and inner products [n, m]; below sqrt(machine epsilon)·‖g‖ only rounding is left."""
-        square = self.norms().square()[:, None] - 2 * self.inner(other)  # [n, m]
-        square += (self if other is None else other).norms().square()
-        distances = square.clamp_(min=0).sqrt_()
-        return distances.fill_diagonal_(0) if other is None else distances
+        """‖g_i − g_j‖ from norms and inner products, [n, m].
+
+        Each square ‖g_i‖² − 2<g_i, g_j> + ‖g_j‖² is lowered by its rounding error, so equal gradients are at distance
+        0, and so is all below about sqrt(rounding) · ‖g‖.
+        """
+        other = self if other is None else other
+        squares = self._lowered_squares[:, None] + other._lowered_squares  # [n, m]
+        return squares.sub_(self.inner(other), alpha=2).clamp_(min=0).sqrt_()
 
     def project(self, matrix: Tensor) -> Tensor:
         """<g_i, M> = (p_i − e_i)ᵀ M [h_i; 1] for M of shape [C, D+1], [n]."""
@@ -106,7 +115,7 @@ class HeadView:
         expected = (self.logits.shape[1], self.features.shape[1] + 1)
         if matrix.shape != expected:
             raise UserError(f"head matrix is {list(matrix.shape)}, this view needs {list(expected)}")
-        return self.features @ matrix[:, :-1].T + matrix[:, -1]  # [n, C]
+        return (matrix[:, :-1] @ self.features.T + matrix[:, -1:]).T  # [n, C], in the faster order
 
 
 def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> HeadView:

@@ -13,8 +13,11 @@ from raypkg.core.registry import Entry
 from raypkg.core.seeds import generator
 
 from .coreset import Coreset
-from .coresets import coreset
+from .coresets import coreset, needs_gradients, sizes_itself
 from .gradients import HeadView
+from .record import Record
+
+GIBIBYTE = 2**30
 
 
 def budget_of(fraction: float, n: int) -> int:
@@ -62,7 +65,7 @@ def class_budgets(counts: Tensor, budget: int) -> Tensor:
 
 
 def select_class(
-    view: HeadView,
+    samples: HeadView | Record,
     budget: int,
     entry: Entry,
     *,
@@ -70,34 +73,42 @@ def select_class(
     label: int | str,
     options: Mapping[str, Any],
     valid: HeadView | None = None,
+    memory: int = GIBIBYTE,
+    progress: float = 0.0,
 ) -> Coreset:
     """Select from the samples of one class, with the generator named (seed, "select", label).
 
     Args:
-        view: the class's samples and no others.
-        budget: 1 … n.
+        samples: those of the class and no others.
+        budget: 1 … n; all n for a method that sizes its coreset itself.
         entry: a coreset method.
         seed: of the whole selection.
         label: names the class.
         options: the method's own.
         valid: validation samples, for the methods that use them.
+        memory: bytes that a method may use to save time; the picks do not depend on it.
+        progress: share of the training that is done, for the methods that act on it.
 
     Returns:
-        Exactly ``budget`` positions in the view.
+        Exactly ``budget`` positions in the samples, or at most so many where the method sizes its coreset itself.
 
     Raises:
         UserError: budget out of range, bad options, or the method broke its contract.
     """
-    _check_budget(budget, len(view))
-    rng = generator(seed, "select", label)
-    picked = entry(view, budget, options=options, rng=rng, valid=valid)
-    if not isinstance(picked, Coreset) or len(picked) != budget or picked.indices.max() >= len(view):
-        raise UserError(f"coreset method {entry.name!r} must return a Coreset of {budget} out of {len(view)}")
+    _check_budget(budget, len(samples))
+    free = sizes_itself(entry)
+    if free and budget < len(samples):
+        raise UserError(f"{entry.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
+    given = {"rng": generator(seed, "select", label), "valid": valid, "memory": memory, "progress": progress}
+    picked = entry(samples, *([] if free else [budget]), options=options, **given)
+    fits = isinstance(picked, Coreset) and (1 <= len(picked) <= budget if free else len(picked) == budget)
+    if not fits or picked.indices.max() >= len(samples):
+        raise UserError(f"coreset method {entry.name!r} must return a Coreset of {budget} out of {len(samples)}")
     return picked
 
 
 def select(
-    view: HeadView,
+    samples: HeadView | Record,
     budget: int,
     name: str,
     *,
@@ -105,29 +116,38 @@ def select(
     options: Mapping[str, Any] | None = None,
     valid: HeadView | None = None,
     balanced: bool = True,
+    memory: int = GIBIBYTE,
+    progress: float = 0.0,
 ) -> Coreset:
-    """Select ``budget`` positions of the view by the method of that name.
+    """Select ``budget`` positions of the samples by the method of that name.
 
     Args:
-        view: n samples of all classes.
-        budget: 1 … n.
+        samples: n samples of all classes.
+        budget: 1 … n; all n for a method that sizes its coreset itself.
         name: of a coreset method, or ``package.module:function``.
         seed: names the generators.
         options: the method's own.
         valid: validation samples; a class sees those of its label, if it has any.
-        balanced: class by class in proportion to the counts; otherwise all samples at once.
+        balanced: class by class in proportion to the counts; otherwise all samples at once, as does a method that
+            sizes its coreset itself.
+        memory: bytes that a method may use to save time; the picks do not depend on it.
+        progress: share of the training that is done, for the methods that act on it.
 
     Raises:
-        UserError: unknown method, bad options, budget out of range.
+        UserError: unknown method, bad options, budget out of range, or a method that needs gradients got none.
     """
-    entry, options = coreset[name], options or {}
-    if not balanced:
-        return select_class(view, budget, entry, seed=seed, label="all", options=options, valid=valid)
-    budgets = class_budgets(view.y.bincount(minlength=view.logits.shape[1]), budget)
+    entry = coreset[name]
+    if needs_gradients(entry) and not isinstance(samples, HeadView):
+        raise UserError(f"{name} selects by gradients: it needs a HeadView, not a {type(samples).__name__}")
+    same: dict[str, Any] = {"seed": seed, "options": options or {}, "memory": memory, "progress": progress}
+    if sizes_itself(entry) or not balanced:
+        return select_class(samples, budget, entry, label="all", valid=valid, **same)
+    budgets = class_budgets(samples.y.bincount(), budget)
     parts = []
     for label in budgets.nonzero()[:, 0].tolist():
-        members, share, same = (view.y == label).nonzero()[:, 0], int(budgets[label]), _of_class(valid, label)
-        part = select_class(view[members], share, entry, seed=seed, label=label, options=options, valid=same)
+        members, share = (samples.y == label).nonzero()[:, 0], int(budgets[label])
+        of_class = _of_class(valid, label)
+        part = select_class(samples[members], share, entry, label=label, valid=of_class, **same)
         parts.append(part.at(members))
     return Coreset.concat(parts)
 

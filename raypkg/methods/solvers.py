@@ -1,6 +1,6 @@
 """Selection as optimisation: the k largest scores, and orthogonal matching pursuit with non-negative weights."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -69,53 +69,65 @@ class Cholesky:
         return torch.cholesky_solve(right[:, None], self.lower)[:, 0]
 
 
-def matching_pursuit(
-    gram_row: Callable[[int], Tensor], target: Tensor, energy: Tensor, k: int, *, lam: float, eps: float
-) -> tuple[Tensor, Tensor]:
+class Atoms(Protocol):
+    """Vectors g_1 … g_n and a target t, seen through inner products; S are the vectors chosen so far, in order."""
+
+    def __len__(self) -> int:
+        """Return n."""
+
+    def correlation(self, weights: Tensor) -> Tensor:
+        """<g_j, t − Σ_{i∈S} v_i g_i> of every j [n], in any precision; v is ``weights`` [m]."""
+
+    def append(self, j: int) -> tuple[Tensor, Tensor]:
+        """Choose g_j; return <g_i, g_j> for all i ∈ S, j itself last [m], and <g_j, t>, in float64."""
+
+    def keep(self, places: Tensor) -> None:
+        """Drop all of S but what stands at ``places``, ascending [m]."""
+
+
+def matching_pursuit(atoms: Atoms, energy: Tensor, k: int, *, lam: float, eps: float) -> tuple[Tensor, Tensor]:
     """Orthogonal matching pursuit with non-negative weights, from inner products alone.
 
     Minimise E(v) = ‖Σ_i v_i g_i − t‖² + λ‖v‖² over v ≥ 0 with at most k non-zeros. Each step adds the atom that
     correlates most with the residual, <g_j, t − Σ v_i g_i>, and solves for the weights of all chosen atoms; if some
     would turn negative, it walks towards the solution, drops the first atom to reach zero, and solves again
     (Lawson and Hanson's rule), so a place becomes free. It stops early when E ≤ ε‖t‖², when no correlation exceeds
-    ε times the first, or when rounding keeps E from falling. O(n k) time a step and n·k numbers.
+    ε times the first, or when rounding keeps E from falling. One correlation and O(k²) a step, and k² numbers.
 
     Args:
-        gram_row: j ↦ <g_j, g_i> for all i, [n].
-        target: <g_i, t>, [n].
-        energy: ‖t‖², a scalar tensor.
+        atoms: the vectors and the target, none chosen yet.
+        energy: ‖t‖², a float64 scalar tensor.
         k: the largest number of atoms.
         lam: λ ≥ 0.
         eps: ε > 0.
 
     Returns:
-        The atoms, int64 [m] with m ≤ k in the order of their choice, and their weights v > 0, [m].
+        The atoms, int64 [m] with m ≤ k in the order of their choice, and their weights v > 0, float64 [m].
     """
-    factor, rows = Cholesky(k, target), target.new_empty(k, len(target))  # rows of the Gram matrix [k, n]
-    atoms, weights = target.new_empty(0, dtype=torch.int64), target.new_empty(0)
-    free = torch.ones_like(target, dtype=torch.bool)
-    floor = eps * target.max().clamp(min=0)
+    factor, free = Cholesky(k, energy), torch.ones(len(atoms), dtype=torch.bool)
+    chosen, weights, target = torch.empty(0, dtype=torch.int64), energy.new_empty(0), energy.new_empty(0)
     error, last = energy, energy + torch.inf  # E of this step and of the one before
-    while len(atoms) < k and eps * energy < error < last:
-        correlation = (target - weights @ rows[: len(atoms)]).where(free, -torch.inf)  # [n]
-        j = int(correlation.argmax())
-        if correlation[j] <= floor:
+    correlation = atoms.correlation(weights)  # [n]
+    floor = eps * correlation.max().clamp(min=0)
+    while len(chosen) < k and eps * energy < error < last:
+        best, j = correlation.where(free, -torch.inf).max(dim=0)
+        if best <= floor:
             break
         free[j] = False
-        row = gram_row(j)
-        if not factor.append(row[atoms], row[j] + lam):
+        inner, aim = atoms.append(int(j))
+        if not factor.append(inner[:-1], inner[-1] + lam):
+            atoms.keep(torch.arange(len(chosen)))
             continue
-        rows[len(atoms)] = row
-        atoms = torch.cat([atoms, atoms.new_tensor([j])])
-        kept, weights = _solve_nonnegative(factor, target[atoms], weights)
-        if len(kept) < len(atoms):
-            same = int((kept == torch.arange(len(kept))).sum())  # rows before the first dropped one stay in place
-            rows[same : len(kept)] = rows[kept[same:]]
-            free[atoms] = True
-            atoms = atoms[kept]
-            free[atoms] = False
-        error, last = energy - target[atoms] @ weights, error
-    return atoms, weights
+        chosen, target = torch.cat([chosen, j[None]]), torch.cat([target, aim[None]])
+        kept, weights = _solve_nonnegative(factor, target, weights)
+        if len(kept) < len(chosen):
+            atoms.keep(kept)
+            free[chosen] = True
+            chosen, target = chosen[kept], target[kept]
+            free[chosen] = False
+        error, last = energy - target @ weights, error
+        correlation = atoms.correlation(weights)
+    return chosen, weights
 
 
 def _solve_nonnegative(factor: Cholesky, right: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,15 +33,42 @@ def as_classifier(module: nn.Module) -> Classifier:
     >>> as_classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))).head
     Linear(in_features=8, out_features=3, bias=True)
     """
-    linear = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    if not linear:
-        raise UserError(f"{type(module).__name__} has no nn.Linear to serve as the head; the last layer must be one")
-    head = module.get_submodule(linear[-1])
-    assert isinstance(head, nn.Linear)
+    path, head = _last_linear(module)
     if module is head:
         return Classifier(nn.Identity(), head)
-    module.set_submodule(linear[-1], nn.Identity())
+    module.set_submodule(path, nn.Identity())
     return Classifier(module, head)
+
+
+def _last_linear(module: nn.Module) -> tuple[str, nn.Linear]:
+    linear = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise UserError(f"{type(module).__name__} has no nn.Linear to serve as the head; the last layer must be one")
+    return linear[-1]
+
+
+class Tapped(nn.Module):
+    """Any module seen as ``head(features(x))`` and left as it is: the input of its last ``nn.Linear`` is read off.
+
+    Raises:
+        UserError: the module has no linear layer, or (at the first call) does not end in it.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module, self.head = module, _last_linear(module)[1]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what reaches the head [b, D]."""
+        seen: list[Tensor] = []
+        tap = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            logits = self.module(x)
+        finally:
+            tap.remove()
+        if len(seen) != 1 or seen[0].dim() != 2 or not torch.allclose(self.head(seen[0]), logits, equal_nan=True):
+            raise UserError(f"{type(self.module).__name__} must end in its last nn.Linear, used once, on inputs [b, D]")
+        return seen[0]
 
 
 def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> Classifier:

@@ -11,6 +11,7 @@ from torch import Tensor
 from raypkg.core.errors import UserError
 from raypkg.data.split import Split
 from raypkg.methods.coreset import Coreset
+from raypkg.methods.record import Record
 from raypkg.runs.storage import Storage
 
 FILE = "coreset.parquet"
@@ -81,6 +82,35 @@ def read_coreset(path: str) -> pa.Table:
     if not {"index", "weight"} <= set(table.column_names):
         raise UserError(f"{path} is no coreset: it needs columns index and weight, has {', '.join(table.column_names)}")
     return table
+
+
+def save_record(storage: Storage, model: str, record: Record) -> None:
+    """Write what training saw of each sample beside the model of that file name."""
+    table = pa.table({"loss": record.losses.numpy(), "forgotten": record.forgotten.numpy()})
+    storage.write_table(_record_of(model), table)
+
+
+def load_record(storage: Storage, model: str, y: Tensor) -> Record:
+    """Return the record beside a model, or an empty one where there is none.
+
+    Args:
+        storage: the run folder.
+        model: file name of the model.
+        y: labels of the training split, int64 [n].
+
+    Raises:
+        UserError: made for a data set of another size.
+    """
+    table = storage.read_table(_record_of(model))
+    if table is None:
+        return Record.empty(y)
+    if len(table) != len(y):
+        raise UserError(f"{storage.root} was trained on {len(table)} samples, this data set has {len(y)}")
+    return Record(y, *(torch.tensor(table[name].to_numpy()) for name in ("loss", "forgotten")))
+
+
+def _record_of(model: str) -> str:
+    return f"{model.removesuffix('.safetensors')}_record.parquet"
 
 
 def save_scores(storage: Storage, indices: Tensor, scores: Tensor) -> None:

@@ -79,7 +79,7 @@ def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
     for number in range(worker.rank, job.pretrain.models, worker.world):
         run, masks = train_sparse(worker, job, found, shards[number], number)
         members.append((parameters(run.model), masks))
-        bill, _ = run.bills()
+        bill, *_ = run.bills()
         seconds.append(bill.seconds)
         cost = cost.then(bill)
     worker.sum(torch.zeros(1, device=worker.device))  # wait here, so that the merge's seconds are its own

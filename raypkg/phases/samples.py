@@ -2,15 +2,12 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment
 from raypkg.data import Data, load_data
 from raypkg.data.partition import hold_out
-from raypkg.methods.coreset import Coreset
-from raypkg.methods.selection import budget_of, class_budgets
 from raypkg.models import build_model
 
 
@@ -26,16 +23,6 @@ def samples(dataset: Dataset, seed: int) -> Samples:
     """Open the data set and hold out its validation share, stratified, by the seed."""
     data = load_data(dataset.name, dataset.options)
     return Samples(data, *hold_out(data.train.y, dataset.validation, generator(seed, "hold out")))
-
-
-def random_subset(y: Tensor, kept: Tensor, fraction: float, seed: int) -> Coreset:
-    """Draw a fraction of the kept samples, class by class, without weights."""
-    if fraction == 1:
-        return Coreset.uniform(kept)
-    budgets = class_budgets(torch.bincount(y[kept]), budget_of(fraction, len(kept)))
-    shuffled = kept[torch.randperm(len(kept), generator=generator(seed, "fraction"))]
-    drawn = [shuffled[y[shuffled] == label][:budget] for label, budget in enumerate(budgets.tolist())]
-    return Coreset.uniform(torch.cat(drawn).sort().values)
 
 
 def augmentations(dataset: Dataset, data: Data) -> list[str]:

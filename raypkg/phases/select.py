@@ -5,45 +5,88 @@ from typing import Any
 import torch
 
 from raypkg.cluster.shards import hold
-from raypkg.core.settings import Experiment, Select
-from raypkg.engine.selection import Scorer, select_coreset
+from raypkg.core.config import load, parse_toml
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Model, Select, Source
+from raypkg.engine.selection import SentModel, select_coreset
 from raypkg.engine.shards import Shard, class_shards
 from raypkg.methods.coreset import Coreset
+from raypkg.methods.coresets import coreset, sizes_itself
 from raypkg.runs.checkpoints import load_model
+from raypkg.runs.folder import RunFolder, locate
 from raypkg.runs.report import Report
+from raypkg.runs.storage import Storage
 
-from .coresets import FILE, load_coreset, save_coreset, save_scores
+from .coresets import FILE, load_coreset, load_record, save_coreset, save_scores
 from .samples import Samples
+from .train import MODEL
+
+
+def check(select: Select) -> None:
+    """Refuse, before any work, a method that acts only during training."""
+    if sizes_itself(coreset[select.method]):
+        raise UserError(f"{select.method} acts at every epoch of a training: see `effray train --help`")
+
+
+def trained_model(folder: RunFolder, run: str) -> tuple[Model, tuple[Storage, str]]:
+    """Return settings and file of the model that another run trained.
+
+    Args:
+        folder: of this run, among whose neighbours the other is looked for by name.
+        run: its name or path.
+
+    Raises:
+        UserError: no such run, or it trained no model.
+    """
+    if not run:
+        raise UserError("select needs a model: give --model-from RUN")
+    found = locate(folder.storage.root.rsplit("/", 2)[0], run)
+    stored = parse_toml((found.storage.read("config.toml") or b"").decode(), f"{found.storage.root}/config.toml")
+    if "model" not in stored or MODEL not in found.storage.list():
+        raise UserError(f"run {found.name} has no {MODEL}: it trained no model, or is not finished")
+    return load(Model, stored["model"]), (found.storage, MODEL)
 
 
 def select_on_cluster(
-    experiment: Experiment, select: Select, found: Samples, report: Report, *, model: str, precision: str
+    experiment: Source,
+    architecture: Model,
+    select: Select,
+    found: Samples,
+    report: Report,
+    *,
+    weights: tuple[Storage, str],
+    precision: str,
 ) -> Coreset:
     """Select a coreset and keep it in the run folder, unless it is there already.
 
     Args:
-        experiment: data set, model, cluster and seed.
+        experiment: data set, cluster and seed.
+        architecture: of the model whose gradients select.
         select: method and fraction.
         found: the samples to select from.
         report: progress and run folder.
-        model: file of the run folder with the weights whose gradients select.
+        weights: run folder and file of that model.
         precision: of the forward passes.
     """
     storage = report.folder.storage
     split = found.data.train
 
     def work() -> dict[str, Any]:
-        weights = load_model(storage, model)
-        scorer = Scorer(experiment.model, {name: w.numpy() for name, w in weights.items()}, precision, experiment.seed)
+        parameters = {name: value.numpy() for name, value in load_model(*weights).items()}
+        scorer = SentModel(architecture, split.shape, split.num_classes, parameters, precision)
+        record = load_record(*weights, split.y)
 
         def split_by_class(holders: int) -> list[Shard]:
             return class_shards(experiment.dataset, split.y, found.kept, found.valid, holders)
 
         with hold(split_by_class, experiment.cluster) as shards:
-            picked = select_coreset(shards, scorer, select, split.y, found.kept, seed=experiment.seed)
-        save_scores(storage, picked.indices, picked.scores)
-        scores = torch.zeros(len(split)).index_put((picked.indices,), picked.scores)
-        save_coreset(storage, picked.coreset, split, {"seed": experiment.seed, **select.model_dump()}, scores)
+            picked = select_coreset(shards, scorer, select, record, found.kept, seed=experiment.seed)
+        facts = {"seed": experiment.seed, **select.model_dump()}
+        scores = None
+        if picked.scores is not None:
+            save_scores(storage, picked.indices, picked.scores)
+            scores = torch.zeros(len(split)).index_put((picked.indices,), picked.scores)
+        save_coreset(storage, picked.coreset, split, facts, scores)
         return {"costs": [picked.cost.record()], "size": len(picked.coreset)}
 
     report.phase("select", work, epochs=0)

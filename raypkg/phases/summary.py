@@ -13,30 +13,28 @@ from raypkg.runs import plots
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 
-from .coresets import FILE, read_coreset
+from .coresets import FILE, SCORES, load_coreset, read_coreset
 from .samples import Samples
 
 PHASES = ("pretrain", "select", "train")
 SHOWN = 16  # images in each of the two galleries
 
 
-def finish(folder: RunFolder, found: Samples, coreset: Coreset, *, epochs: int) -> dict[str, Any]:
+def finish(folder: RunFolder, found: Samples, *, epochs: int = 0) -> dict[str, Any]:
     """Draw the plots, write the manifest, drop what only an unfinished run needs; return the manifest.
 
     Args:
-        folder: of the run, all its phases done.
+        folder: of the run, all its phases done and its last coreset saved.
         found: the samples it could choose from.
-        coreset: the samples it trained on.
-        epochs: of the main training.
+        epochs: of the main training; 0 where there was none.
     """
+    coreset = load_coreset(f"{folder.storage.root}/{FILE}", found.data.train, held_out=found.valid)
     records = {name: record for name in PHASES if (record := folder.phase(name))}
     costs = [{**cost, "phase": _row(name, cost)} for name, record in records.items() for cost in record["costs"]]
     summary = {
-        "test_accuracy": records["train"]["test_accuracy"],
-        "test_loss": records["train"]["test_loss"],
+        **{name: records["train"][name] for name in ("test_accuracy", "test_loss", "workers") if "train" in records},
         "samples": len(found.kept),
         "coreset": len(coreset),
-        "workers": records["train"]["workers"],
         "phases": costs,
         "seconds": sum(cost["seconds"] for cost in costs),
         "elapsed": sum(record["elapsed"] for record in records.values()),
@@ -54,15 +52,23 @@ def finish(folder: RunFolder, found: Samples, coreset: Coreset, *, epochs: int) 
 def draw(folder: RunFolder, split: Split, found: Samples, coreset: Coreset, costs: list[dict[str, Any]]) -> None:
     """Draw every plot of the run into its folder."""
     counts, total = (torch.bincount(split.y[i], minlength=split.num_classes) for i in (coreset.indices, found.kept))
-    _draw(folder.storage, "curves", lambda path: plots.curves(folder.rows, path))
+    if folder.rows:
+        _draw(folder.storage, "curves", lambda path: plots.curves(folder.rows, path))
     _draw(folder.storage, "costs", lambda path: plots.costs(costs, path))
     _draw(
         folder.storage,
         "composition",
         lambda path: plots.composition(counts.tolist(), total.tolist(), split.classes, path),
     )
-    table = read_coreset(f"{folder.storage.root}/{FILE}")
-    if "score" in table.column_names and len(split.shape) == 3:
+    table, everyone = read_coreset(f"{folder.storage.root}/{FILE}"), folder.storage.read_table(SCORES)
+    if everyone is None or "score" not in table.column_names:
+        return
+    _draw(
+        folder.storage,
+        "scores",
+        lambda path: plots.scores(everyone["score"].to_numpy(), table["score"].to_numpy(), path),
+    )
+    if len(split.shape) == 3:
         order = torch.tensor(table["score"].to_numpy()).argsort()
         rows = [table.take(part.numpy()) for part in (order[:SHOWN], order[-SHOWN:].flip(0))]
         _draw(folder.storage, "images", lambda path: _draw_images(split, rows, path))

@@ -1,6 +1,6 @@
-"""Training one model by DDP on Ray Train workers, resumable at every epoch."""
+"""Training one model by DDP on Ray Train workers, on a coreset that may be selected anew, resumable at every epoch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,16 +8,23 @@ from torch import nn
 
 from raypkg.cluster.train import launch
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Experiment, Train, Training
+from raypkg.core.settings import Experiment, Reselect, Train, Training
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import Run, evaluate, fit
+from raypkg.engine.recording import Recorder
+from raypkg.engine.reselection import Reselection, check_schedule
+from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.engine.worker import Worker
 from raypkg.methods.coreset import Coreset
+from raypkg.methods.selection import budget_of
 from raypkg.runs.checkpoints import StoredCheckpoints, load_model, save_model
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
+from .coresets import save_coreset, save_record
 from .samples import Samples, augmentations, new_model, samples
+
+MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -26,21 +33,38 @@ class Job:
 
     Attributes:
         phase: names the rows of metrics, the bill and the checkpoints.
+        coreset: to begin with; None = selected by the first model.
+        result: file of the run folder for the last weights; the record of training goes beside it.
         initial: file of the run folder with the first weights; None = drawn from the seed.
-        result: file of the run folder for the last ones.
+        select: how to select where no coreset is given, and when to select anew.
     """
 
     experiment: Experiment
     training: Training
     storage: Storage
     phase: str
-    coreset: Coreset
+    coreset: Coreset | None
     result: str
     initial: str | None = None
+    select: Reselect = field(default_factory=Reselect)
+
+    @property
+    def selects(self) -> bool:
+        """Whether training selects by itself."""
+        return self.coreset is None or self.select.every > 0
+
+    def fewest(self, found: Samples) -> int:
+        """Return the size of the smallest batch: no more workers than that have work."""
+        budget = budget_of(self.select.fraction, len(found.kept)) if self.selects else self.training.batch_size
+        sizes = [self.training.batch_size, budget, *([len(self.coreset)] if self.coreset else [])]
+        return min(sizes)
 
 
 def train_on_cluster(job: Job, report: Report) -> dict[str, Any]:
     """Train the job's model on the cluster, unless the run folder says it is done; return the phase's record."""
+    if job.selects:
+        check_schedule(job.select)
+    found = samples(job.experiment.dataset, job.experiment.seed)
     return report.phase(
         job.phase,
         lambda: launch(
@@ -49,7 +73,7 @@ def train_on_cluster(job: Job, report: Report) -> dict[str, Any]:
             cluster=job.experiment.cluster,
             report=report,
             folder=job.storage.root + "/ray",
-            most=min(len(job.coreset), job.training.batch_size),
+            most=job.fewest(found),
         ),
         epochs=job.training.epochs,
     )
@@ -62,27 +86,34 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
     model = new_model(job.experiment, data)
     if job.initial:
         model.load_state_dict(load_model(job.storage, job.initial))
+    recorder = Recorder(data.train.y)
+    shards = class_shards(data, data.train.y, found.kept, found.valid, worker.world, worker.device)
     run = Run(
         model=synchronised(model, training, worker),
         split=data.train,
-        coreset=job.coreset,
+        coreset=job.coreset or Coreset.uniform(found.kept),
         settings=training,
         seed=job.experiment.seed,
         phase=job.phase,
         worker=worker,
         augment=augmentations(job.experiment.dataset, data),
         cost=Cost(job.phase),
+        hooks=[recorder, Reselection(job.select, WorkerShards(shards, worker), recorder, found.kept, job.coreset)],
     )
 
     def measure(model: nn.Module, epoch: int) -> dict[str, float]:
         due = training.evaluate_every and epoch % training.evaluate_every == 0
-        return validate(model, found, worker, training, run.measuring) if due else {}
+        return validate(model, found, worker, training, run.bill("evaluate")) if due else {}
 
     fit(run, checkpoints=StoredCheckpoints(job.storage / "checkpoints" / job.phase), measure=measure)
     everything = torch.arange(len(data.test))
-    test = evaluate(run.model, data.test, everything, worker, run.measuring, precision=training.precision)
+    test = evaluate(run.model, data.test, everything, worker, run.bill("evaluate"), precision=training.precision)
     if worker.rank == 0:
         save_model(job.storage, job.result, run.model.state_dict())
+        save_record(job.storage, job.result, recorder.record)
+        if job.selects:
+            facts = {"seed": job.experiment.seed, "epochs": training.epochs, **job.select.model_dump()}
+            save_coreset(job.storage, run.coreset, data.train, facts)
     return {
         "costs": [bill.record() for bill in run.bills()],
         "test_loss": test["loss"],

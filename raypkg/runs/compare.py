@@ -1,5 +1,7 @@
 """Two runs' selections side by side: do they rank and pick the same samples?"""
 
+from typing import Any
+
 import numpy as np
 
 from raypkg.core.errors import UserError
@@ -8,21 +10,28 @@ from .folder import RunFolder
 
 
 def compare(run: RunFolder, other: RunFolder) -> str:
-    """Return rank correlation of the scores and overlap of the coresets, in one line.
+    """Return overlap of the coresets and, where both runs computed scores, their rank correlation, in one line.
 
     Raises:
-        UserError: a run has no scores or coreset, or they are of different samples.
+        UserError: a run is not finished, or they chose from different samples.
     """
-    scores, others = _column(run, "scores", "score"), _column(other, "scores", "score")
-    if not np.array_equal(_column(run, "scores", "index"), _column(other, "scores", "index")):
-        raise UserError(f"{run.name} and {other.name} scored different samples: same data set, seed and validation?")
-    picked, others_picked = _column(run, "coreset", "index"), _column(other, "coreset", "index")
-    common = len(np.intersect1d(picked, others_picked))
-    chance = len(picked) * len(others_picked) / len(scores)
+    n, others_n = _samples(run), _samples(other)
+    scores, others = _table(run, "scores"), _table(other, "scores")
+    correlation = ""
+    if scores and others:
+        if not scores["index"].equals(others["index"]):
+            raise UserError(
+                f"{run.name} and {other.name} scored different samples: same data set, seed and validation?"
+            )
+        rho = spearman(scores["score"].to_numpy(), others["score"].to_numpy())
+        correlation = f"rank correlation of the scores {rho:.3f}; "
+    elif n != others_n:
+        raise UserError(f"{run.name} chose from {n} samples and {other.name} from {others_n}: same data set?")
+    picked, others_picked = (_table(r, "coreset")["index"].to_numpy() for r in (run, other))
+    common, chance = len(np.intersect1d(picked, others_picked)), len(others_picked) / n
     return (
-        f"{run.name} against {other.name}: rank correlation of the scores {spearman(scores, others):.3f};"
-        f" {common:,} of {len(picked):,} picks in common ({common / len(picked):.1%};"
-        f" by chance {chance / len(picked):.1%})"
+        f"{run.name} against {other.name}: {correlation}{common:,} of {len(picked):,} picks in common"
+        f" ({common / len(picked):.1%}; by chance {chance:.1%})"
     )
 
 
@@ -41,8 +50,11 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (last - (count - 1) / 2)[position]
 
 
-def _column(run: RunFolder, table: str, column: str) -> np.ndarray:
-    found = run.storage.read_table(f"{table}.parquet")
-    if found is None:
-        raise UserError(f"{run.name} has no {table}.parquet to compare: it did not select, or is not finished")
-    return found[column].to_numpy()
+def _samples(run: RunFolder) -> int:
+    if run.summary is None:
+        raise UserError(f"{run.name} is not finished: there is no coreset.parquet to compare")
+    return run.summary["samples"]
+
+
+def _table(run: RunFolder, name: str) -> Any:
+    return run.storage.read_table(f"{name}.parquet")

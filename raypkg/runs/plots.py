@@ -115,6 +115,30 @@ def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[s
             axes.axvline(mean, color=VERMILLION, linestyle="--", linewidth=1)
 
 
+def scores(everyone: np.ndarray, picked: np.ndarray, path: str | Path) -> None:
+    """Draw which scores were picked: the histogram of all samples, and of the coreset within it.
+
+    Args:
+        everyone: scores of all samples that could be picked, [n].
+        picked: scores of the coreset, [k].
+        path: the PNG to write.
+    """
+    with _figure(path) as figure:
+        axes = figure.subplots()
+        edges = np.histogram_bin_edges(everyone, bins=min(60, 1 + len(everyone) // 4)).tolist()
+        axes.hist(everyone, edges, color=BLUE, alpha=0.5, label=f"all {len(everyone):,} samples")
+        axes.hist(picked, edges, color=VERMILLION, label=f"the {len(picked):,} picked")
+        rank = np.searchsorted(np.sort(everyone), np.median(picked)) / len(everyone) if len(picked) else np.nan
+        axes.set(
+            title=f"The picks' median score exceeds that of {100 * rank:.0f} % of all samples",
+            xlabel="gradient norm",
+            ylabel="samples",
+        )
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: _short(value))
+        axes.legend()
+
+
 def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels, path: str | Path) -> None:
     """Draw the easiest and the hardest images of a coreset, each with its class and score.
 

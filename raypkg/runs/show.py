@@ -29,14 +29,17 @@ def show(folder: RunFolder, console: Console) -> None:
 
 def findings(summary: Mapping[str, Any]) -> list[str]:
     """Return a finished run's results in plain lines."""
-    share = summary["coreset"] / summary["samples"]
-    backward = sum(phase["backward"] for phase in summary["phases"])
-    lines = [
-        f"test accuracy {summary['test_accuracy']:.2%} (loss {summary['test_loss']:.3f}), trained on"
-        f" {summary['coreset']:,} of {summary['samples']:,} samples ({share:.1%})",
-        f"samples backward {backward:,}: {backward / summary['full_training_backward']:.1%} of as many epochs on all"
-        f" samples ({summary['full_training_backward']:,})",
-    ]
+    backward, full = sum(phase["backward"] for phase in summary["phases"]), summary["full_training_backward"]
+    coreset = (
+        f"{summary['coreset']:,} of {summary['samples']:,} samples ({summary['coreset'] / summary['samples']:.1%})"
+    )
+    if full:
+        lines = [
+            f"test accuracy {summary['test_accuracy']:.2%} (loss {summary['test_loss']:.3f}), trained on {coreset}",
+            f"samples backward {backward:,}: {backward / full:.1%} of as many epochs on all samples ({full:,})",
+        ]
+    else:
+        lines = [f"selected {coreset}: coreset.parquet; train on it with `effray train --coreset`"]
     lines.append(
         f"{summary['seconds']:.1f} s of work on the critical path; {summary['elapsed']:.1f} s with starting workers,"
         " importing and storing (of a resumed run: each phase's last attempt)"

@@ -79,8 +79,14 @@ def own_code(tmp_path, monkeypatch):
         ("lipt --set train=3", "train = 3: input should be a valid dictionary"),
         ("lipt --select.fraction 0", "select.fraction = '0': input should be greater than 0"),
         ("lipt --select.fraction 1.5", "select.fraction = '1.5': input should be less than or equal to 1"),
-        ("train --fraction -0.1", "fraction = '-0.1': input should be greater than 0"),
-        ("train --fraction nan", "fraction = 'nan': input should be a finite number"),
+        ("train --select.method infobatch", "infobatch keeps as many samples as it sees fit, anew at every epoch"),
+        ("lipt --select.method infobatch", "infobatch acts at every epoch of a training"),
+        ("train --select.method forgetting", "forgetting needs the record of a training that saw these samples"),
+        ("train --select.memory -1", "select.memory = '-1': input should be greater than or equal to 0"),
+        ("select --method grand", "select needs a model: give --model-from RUN"),
+        ("select --method grand --model-from one", "unknown run in"),
+        ("train --select.fraction -0.1", "select.fraction = '-0.1': input should be greater than 0"),
+        ("train --select.fraction nan", "select.fraction = 'nan': input should be a finite number"),
         ("lipt --dataset.validation 1", "dataset.validation = '1': input should be less than 1"),
         ("lipt --train.epochs many", "train.epochs = 'many': .* integer"),
         ("lipt --train.lr -1", "train.lr = '-1': input should be greater than 0"),
@@ -168,7 +174,6 @@ def test_a_name_that_exists(refusal, effray):
     assert "run 'one' exists in" in message and "give another --name, or go on with --resume one" in message
     assert Path("runs/train/one/model.safetensors").read_bytes() == before
     assert "unknown train run in" in (message := refusal("train --resume oen")) and "did you mean 'one'" in message
-    assert "one has no scores.parquet to compare" in refusal("show one --against one")
 
 
 @pytest.mark.parametrize("setting", ["--train.epochs 2", "--set seed=1", "--config mine.toml", "--name two"])

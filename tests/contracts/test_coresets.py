@@ -1,28 +1,44 @@
 """What every coreset method keeps, over the whole registry."""
 
+import dataclasses
 import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.methods.coresets import coreset
+from raypkg.methods.coresets import coreset, needs_gradients, sizes_itself
 from raypkg.methods.gradients import HeadView
+from raypkg.methods.record import Record
 from raypkg.methods.selection import select, select_class
 
 N = 60
+ONLY_WITH = {"craig": {"greedy": "stochastic"}}  # options under which a method draws that does not draw by default
 
 
-@pytest.fixture(params=coreset.entries)
+@pytest.fixture(params=[name for name, entry in coreset.entries.items() if not sizes_itself(entry)])
 def entry(request):
     return coreset[request.param]
 
 
 @pytest.fixture
-def view():
-    return reference.problem(N, dtype=torch.float32).view
+def view(entry):
+    return seen_by(entry, reference.problem(N, dtype=torch.float32).view)
+
+
+def seen_by(entry, view):
+    """The view itself, or what training would have recorded of its samples."""
+    if needs_gradients(entry) or entry.name == "random":
+        return view
+    losses = F.cross_entropy(view.logits, view.y, reduction="none")
+    return Record(view.y, losses.float(), (3 * losses).floor().float())
+
+
+def in_double(samples):
+    return samples.double() if isinstance(samples, HeadView) else samples
 
 
 @pytest.fixture
@@ -30,8 +46,8 @@ def valid():
     return reference.problem(25, dtype=torch.float32).view
 
 
-def pick(entry, view, budget, *, seed=0, valid=None):
-    return select_class(view, budget, entry, seed=seed, label=0, options={}, valid=valid)
+def pick(entry, view, budget, *, seed=0, valid=None, options=None):
+    return select_class(view, budget, entry, seed=seed, label=0, options=options or {}, valid=valid)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 17, N - 1, N])
@@ -67,14 +83,14 @@ def test_global_generator_is_untouched(entry, view, valid):
 
 
 def test_inputs_are_untouched(entry, view, valid):
-    parts = [part for v in (view, valid) for part in (v.logits, v.features, v.y)]
+    parts = [getattr(samples, field.name) for samples in (view, valid) for field in dataclasses.fields(samples)]
     before = [part.clone() for part in parts]
     pick(entry, view, 17, valid=valid)
     assert all(part.equal(old) for part, old in zip(parts, before, strict=True))
 
 
 def test_precision_does_not_change_the_picks(entry, view, valid):
-    single, double = pick(entry, view, 17, valid=valid), pick(entry, view.double(), 17, valid=valid.double())
+    single, double = pick(entry, view, 17, valid=valid), pick(entry, in_double(view), 17, valid=valid.double())
     assert single.indices.equal(double.indices)
     torch.testing.assert_close(single.weights, double.weights)
 
@@ -87,30 +103,57 @@ def test_order_of_the_data_does_not_matter(entry, view, valid):
     torch.testing.assert_close(dense(shuffled), dense(straight))
 
 
-def test_a_method_without_rng_ignores_the_seed(entry, view):
-    same = pick(entry, view, 17, seed=0).indices.equal(pick(entry, view, 17, seed=1).indices)
-    assert same != draws(entry)
+def test_the_seed_matters_exactly_where_a_method_draws(entry, view):
+    first, second = (pick(entry, view, 17, seed=seed) for seed in (0, 1))
+    assert first.indices.equal(second.indices) != draws(entry)
+    assert draws(entry) or first.weights.equal(second.weights)
+
+
+@pytest.mark.parametrize("name, options", ONLY_WITH.items())
+def test_an_option_that_draws_takes_its_draws_from_the_seed(name, options):
+    view = reference.problem(N, dtype=torch.float32).view
+    first, again, other = (pick(coreset[name], view, 17, seed=seed, options=options).indices for seed in (0, 0, 1))
+    assert first.equal(again) and not first.equal(other)
+
+
+def test_memory_does_not_change_the_picks(entry, view, valid):
+    least, most = (
+        select_class(view, 17, entry, seed=0, label=0, options={}, valid=valid, memory=memory) for memory in (0, 2**30)
+    )
+    assert least.indices.equal(most.indices) and least.weights.equal(most.weights)
 
 
 @pytest.mark.parametrize("budget", [1, 5, 12])
 def test_identical_samples_are_picked_all_the_same(entry, budget):
     view = HeadView(torch.zeros(12, 3), torch.ones(12, 2), torch.zeros(12, dtype=torch.int64))
-    assert len(pick(entry, view, budget)) == budget
+    assert len(pick(entry, seen_by(entry, view), budget)) == budget
 
 
 @pytest.mark.parametrize("budget", [1, 5, 12])
 def test_gradients_of_zero_give_an_unweighted_coreset(entry, budget):
     logits = torch.tensor([200.0, -200.0]).repeat(12, 1)  # p = (1, 0) exactly
     view = HeadView(logits, torch.ones(12, 2), torch.zeros(12, dtype=torch.int64))
-    assert pick(entry, view, budget).weights.equal(torch.ones(budget))
+    assert pick(entry, seen_by(entry, view), budget).weights.equal(torch.ones(budget))
 
 
+@pytest.mark.parametrize("entry", coreset.entries.values(), ids=coreset.entries)
 def test_a_method_names_itself(entry):
     assert entry.help.endswith(".")
 
 
+@pytest.mark.parametrize("entry", [entry for entry in coreset.entries.values() if sizes_itself(entry)])
+def test_a_method_that_sizes_itself_takes_no_budget(entry):
+    view = reference.problem(N).view
+    samples = view if needs_gradients(entry) else seen_by(entry, view)
+    first, again, other = (select(samples, N, entry.name, seed=seed) for seed in (0, 0, 1))
+    assert first.indices.equal(again.indices) and not first.indices.equal(other.indices)
+    assert 1 <= len(first) <= N and first.indices.max() < N
+    with pytest.raises(UserError, match="as many samples as it sees fit: a budget of 59 cannot be set"):
+        select(samples, N - 1, entry.name, seed=0)
+
+
 def draws(entry):
-    return "rng" in inspect.signature(entry.function).parameters
+    return "rng" in inspect.signature(entry.function).parameters and entry.name not in ONLY_WITH
 
 
 def dense(picked):

@@ -1,5 +1,26 @@
-"""Coreset selection methods, one file each: ``select(view, budget, *, rng, …) → Coreset``."""
+"""Coreset selection methods, one file each: ``select(samples, budget, *, rng, …) → Coreset``.
 
-from raypkg.core.registry import Registry
+The first parameter's annotation says what a method looks at: a ``HeadView`` costs a forward pass over all samples, a
+``Record`` is there anyway. A method without ``budget`` says itself how many samples to keep.
+"""
 
-coreset = Registry("coreset method", "raypkg.methods.coresets", given=("rng", "valid"))
+import inspect
+import typing
+
+from raypkg.core.registry import Entry, Registry
+
+coreset = Registry("coreset method", "raypkg.methods.coresets", given=("rng", "valid", "memory", "progress"))
+
+
+def needs_gradients(entry: Entry) -> bool:
+    """Say whether a method needs a ``HeadView``, hence a forward pass."""
+    from raypkg.methods.record import Record
+
+    first = next(iter(inspect.signature(entry.function).parameters))
+    seen = typing.get_type_hints(entry.function).get(first)
+    return Record not in (seen, *typing.get_args(seen))
+
+
+def sizes_itself(entry: Entry) -> bool:
+    """Say whether a method keeps as many samples as it sees fit."""
+    return "budget" not in inspect.signature(entry.function).parameters

@@ -5,9 +5,10 @@ import torch
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.coresets import coreset
 from raypkg.methods.gradients import HeadView
+from raypkg.methods.record import Record
 
 
 @coreset("random")
-def select(view: HeadView, budget: int, *, rng: torch.Generator) -> Coreset:
-    """Draw samples uniformly, without replacement."""
-    return Coreset.uniform(torch.randperm(len(view), generator=rng)[:budget])
+def select(samples: HeadView | Record, budget: int, *, rng: torch.Generator) -> Coreset:
+    """Draw samples uniformly, without replacement; anew at every epoch (``select.every = 1``) it is far stronger."""
+    return Coreset.uniform(torch.randperm(len(samples), generator=rng)[:budget])

@@ -1,0 +1,62 @@
+"""A hook that keeps what training sees of each sample: its latest loss, and how often it was forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raypkg.methods.record import Record
+
+from .hooks import Hook
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+
+class Recorder(Hook):
+    """Gathers every step's losses and hits at the end of an epoch, over all workers with one all-reduce.
+
+    Args:
+        y: labels of the whole training split, int64 [n].
+    """
+
+    def __init__(self, y: Tensor):
+        self.y = y
+        self.losses = torch.full(y.shape, torch.inf)
+        self.right = torch.zeros(len(y), dtype=torch.bool)  # the latest time
+        self.learned = torch.zeros(len(y), dtype=torch.bool)  # at any time
+        self.forgotten = torch.zeros(len(y))
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @property
+    def record(self) -> Record:
+        """The record up to the last complete epoch."""
+        return Record(self.y, self.losses, self.forgotten.where(self.learned, torch.inf))
+
+    def on_step(self, run: Run) -> None:
+        """Keep the step's tensors where they are: no transfer, no wait."""
+        self._steps.append((run.seen.indices, run.seen.losses, run.seen.right))
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Take in an epoch, in which every sample was seen at most once."""
+        indices, losses, right = (torch.cat(part).cpu() for part in zip(*self._steps, strict=True))
+        self._steps.clear()
+        epoch = torch.zeros(3, len(self.y))  # seen, loss, right
+        epoch[:, indices] = torch.stack([torch.ones_like(losses), losses, right.to(losses)])
+        seen, losses, right = run.worker.sum(epoch)
+        seen, right = seen.bool(), right.bool()
+        self.forgotten += seen & self.right & ~right
+        self.losses, self.right = losses.where(seen, self.losses), right.where(seen, self.right)
+        self.learned |= right
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the record's parts."""
+        return {name: getattr(self, name) for name in ("losses", "right", "learned", "forgotten")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the parts back."""
+        for name, value in state.items():
+            setattr(self, name, value.clone())

@@ -1,0 +1,82 @@
+"""A hook that selects the coreset anew while training goes on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import derive
+from raypkg.core.settings import Reselect
+from raypkg.methods.coreset import Coreset
+from raypkg.methods.coresets import coreset, sizes_itself
+
+from .hooks import Hook
+from .recording import Recorder
+from .selection import LiveModel, select_coreset
+from .shards import Shards
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+
+def check_schedule(settings: Reselect) -> None:
+    """Refuse, before any work, what the method cannot do during training.
+
+    Raises:
+        UserError: unknown method, bad options, or a fraction for a method that sizes its coreset itself.
+    """
+    entry = coreset[settings.method]
+    entry.options(settings.options)
+    if sizes_itself(entry) and (settings.fraction < 1 or settings.every != 1):
+        raise UserError(
+            f"{settings.method} keeps as many samples as it sees fit, anew at every epoch: it needs select.fraction = 1"
+            f" and select.every = 1, not {settings.fraction:g} and {settings.every}"
+        )
+
+
+class Reselection(Hook):
+    """Trains on all samples for ``warm`` epochs, then selects, and again every ``every`` epochs.
+
+    Each selection uses the model and the record of that moment, on all workers together.
+
+    Args:
+        settings: method, fraction, when, and the rest.
+        shards: hold the samples.
+        recorder: what training has seen; a hook of the same run.
+        indices: the samples to select from, int64 [n].
+        first: the coreset to begin with; None = select it as well.
+    """
+
+    def __init__(
+        self, settings: Reselect, shards: Shards, recorder: Recorder, indices: Tensor, first: Coreset | None = None
+    ):
+        self.settings, self.shards, self.recorder, self.indices, self.first = settings, shards, recorder, indices, first
+
+    def on_epoch(self, run: Run) -> None:
+        """Select where it is due."""
+        age = run.epoch - self.settings.warm
+        if age < 0:
+            run.coreset = Coreset.uniform(self.indices)
+        elif age == 0 and self.first:
+            run.coreset = self.first
+        elif age == 0 or (self.settings.every and age % self.settings.every == 0):
+            run.coreset = self._select(run)
+
+    def _select(self, run: Run) -> Coreset:
+        with run.bill("select") as cost, torch.no_grad():
+            run.worker.share(run.model.buffers())
+            found = select_coreset(
+                self.shards,
+                LiveModel(run.model, run.settings.precision),
+                self.settings,
+                self.recorder.record,
+                self.indices,
+                seed=derive(run.seed, "selection", run.epoch),
+                progress=run.epoch / run.settings.epochs,
+            )
+        if run.worker.rank == 0:
+            cost.forward += found.cost.forward
+        return found.coreset

@@ -1,0 +1,39 @@
+"""Selecting a coreset with the gradients of a model that another run trained."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raypkg.core.settings import Select, Source
+from raypkg.runs.report import Report
+
+from . import experiment
+
+
+class SelectSettings(Select, Source):
+    """Settings of `effray select`."""
+
+    model_from: Annotated[str, Field(description="run whose model selects: a name under --root, or a path")] = ""
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"], Field(description="of the forward pass; auto = what the processor has")
+    ] = "auto"
+
+
+@experiment("select")
+def run(settings: SelectSettings, *, report: Report) -> None:
+    """Select a coreset with the last-layer gradients of another run's model, or by what its training recorded.
+
+    The data set, the seed and the held-out share should be those of that run.
+
+    Example:
+        effray train --name first --train.epochs 5 && effray select --model-from first --method craig --fraction 0.2
+    """
+    from raypkg.phases.samples import samples
+    from raypkg.phases.select import check, select_on_cluster, trained_model
+    from raypkg.phases.summary import finish
+
+    check(settings)
+    found = samples(settings.dataset, settings.seed)
+    architecture, weights = trained_model(report.folder, settings.model_from)
+    select_on_cluster(settings, architecture, settings, found, report, weights=weights, precision=settings.precision)
+    finish(report.folder, found)

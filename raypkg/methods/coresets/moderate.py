@@ -1,0 +1,29 @@
+"""Moderate: keep the samples at a typical distance from the centre of their class."""
+
+import torch
+from torch import Tensor
+
+from raypkg.methods.coreset import Coreset
+from raypkg.methods.coresets import coreset
+from raypkg.methods.gradients import HeadView
+from raypkg.methods.solvers import largest
+
+
+@coreset("moderate", source="openreview:7D5EECbOaf9")
+def select(view: HeadView, budget: int) -> Coreset:
+    """Keep the samples whose distance to their class centre is closest to the median of their class.
+
+        |d_i − median_{y_j = y_i} d_j|,   d_i = ‖h_i − mean_{y_j = y_i} h_j‖
+
+    The median of an even number is the lower of the two in the middle.
+    """
+    deviation = torch.empty_like(view.features[:, 0])  # [n]
+    for label in view.y.unique():
+        members = view.y == label
+        deviation[members] = _deviation(view.features[members])
+    return Coreset.uniform(largest(-deviation, budget))
+
+
+def _deviation(h: Tensor) -> Tensor:
+    distances = (h - h.mean(dim=0)).norm(dim=1)  # [n]
+    return (distances - distances.median()).abs()

@@ -1,0 +1,49 @@
+"""Selection on Ray: the same picks on any number of workers, before and during training."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from raypkg.cli import main
+
+PLAIN = ["--model", "mlp", "--train.precision", "float32", "--train.batch_size", "32", "--train.epochs", "4"]
+CHOICES = {
+    "gradmatch": ["--select.fraction", "0.2", "--select.every", "2", "--select.warm", "1"],
+    "random": ["--select.fraction", "0.2", "--select.every", "1"],
+    "infobatch": ["--select.every", "1"],
+}
+
+
+def run(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code in (0, None)
+
+
+def picks(folder: Path) -> list[int]:
+    return pq.read_table(folder / "coreset.parquet")["index"].to_pylist()
+
+
+@pytest.mark.parametrize("method", CHOICES)
+def test_training_workers_select_together(ray, tmp_path, method):
+    for workers in ("1", "2"):
+        options = ["--select.method", method, *CHOICES[method], "--cluster.workers", workers]
+        run("train", "--root", str(tmp_path), "--name", workers, *PLAIN, *options)
+    one, two = (tmp_path / "train" / workers for workers in ("1", "2"))
+    assert picks(one) == picks(two)
+    bills = [json.loads((folder / "summary.json").read_text())["phases"] for folder in (one, two)]
+    work = [[(bill["phase"], bill["forward"], bill["backward"]) for bill in phases] for phases in bills]
+    assert work[0] == work[1]
+
+
+@pytest.mark.parametrize("balanced", ["true", "false"])
+@pytest.mark.parametrize("method", ["craig", "glister"])
+def test_actors_pick_as_one_process_does(ray, tmp_path, method, balanced):
+    root = ["--root", str(tmp_path)]
+    run("train", *root, "--name", "model", *PLAIN, "--train.epochs", "1", "--cluster.workers", "0")
+    chosen = ["--model-from", "model", "--precision", "float32", "--method", method, "--balanced", balanced]
+    for workers in ("0", "3"):
+        run("select", *root, "--name", workers, *chosen, "--cluster.workers", workers)
+    assert picks(tmp_path / "select/0") == picks(tmp_path / "select/3")

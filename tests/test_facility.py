@@ -1,0 +1,209 @@
+from itertools import combinations
+
+import pytest
+import torch
+
+import reference
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+from raypkg.methods import facility
+from raypkg.methods.facility import cluster_shares, facility_location, stochastic_facility_location
+from raypkg.methods.gradients import HeadView
+
+PLENTY = 2**30
+
+
+def gradient_distances(problem):
+    """Between gradients that are materialised one sample at a time, in float64."""
+    return reference.pairwise(reference.per_sample_gradients(problem).flatten(1).double())
+
+
+def line(*points):
+    """A view whose gradients are (±x, ±½) from features x on a line, all of one class and p = (½, ½)."""
+    x = torch.tensor(points, dtype=torch.float64)[:, None]
+    return HeadView(torch.zeros(len(x), 2, dtype=torch.float64), x, torch.zeros(len(x), dtype=torch.int64))
+
+
+def crowded(n, *, dtype=torch.float32, seed=0):
+    """What a trained network sees: a few tight clusters a class, most samples fitted almost exactly."""
+    rng = generator(seed, "crowded")
+    centres = torch.randn(12, 16, generator=rng).relu()
+    cluster = torch.randint(12, (n,), generator=rng)
+    features = (centres[cluster] + 1e-3 * torch.randn(n, 16, generator=rng)).to(dtype)
+    logits = torch.randn(n, 3, generator=rng).to(dtype)
+    y = cluster % 3
+    logits[torch.arange(n), y] += 12 * torch.rand(n, generator=rng).to(dtype)
+    return HeadView(logits, features, y)
+
+
+def repeated(view, times=3):
+    return view[torch.arange(len(view)).repeat(times)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("seed", range(12))
+def test_lazy_greedy_picks_as_plain_greedy_on_materialised_gradients(seed, dtype):
+    problem = reference.problem(50, seed=seed, dtype=dtype)
+    picked = facility_location(problem.view, 20, memory=PLENTY)
+    double = reference.Problem(problem.head.double(), problem.features.double(), problem.y)
+    slack = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    assert picked.tolist() == reference.greedy_medoids(gradient_distances(double), 20, slack=slack)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lazy_greedy_picks_as_plain_greedy_among_crowds(seed):
+    view = crowded(400, dtype=torch.float64, seed=seed)
+    picked = facility_location(view, 60, memory=PLENTY)
+    assert picked.tolist() == reference.greedy_medoids(view.distances(), 60)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_single_precision_is_as_good_among_crowds(seed):
+    view = crowded(400, seed=seed)
+    exact = view.double().distances()
+    picked, best = facility_location(view, 60, memory=PLENTY), facility_location(view.double(), 60, memory=PLENTY)
+    assert reference.left_over(exact, picked.tolist()) <= 1.01 * reference.left_over(exact, best.tolist())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_greedy_is_within_its_bound_of_the_optimum(seed, k):
+    problem = reference.problem(8, seed=seed)
+    distances = gradient_distances(problem)
+    far = 8 * distances.max()  # what is left over without any medoid, at a phantom as far as the farthest
+    most = max(far - reference.left_over(distances, list(subset)) for subset in combinations(range(8), k))
+    picked = facility_location(problem.view, k, memory=PLENTY).tolist()
+    assert far - reference.left_over(distances, picked) >= (1 - 1 / torch.e) * most
+    assert k > 1 or far - reference.left_over(distances, picked) == pytest.approx(most)
+
+
+@pytest.mark.parametrize(
+    "view", [crowded(300), repeated(crowded(100)), crowded(300).double()], ids=["crowds", "repeats", "double"]
+)
+def test_memory_does_not_change_the_medoids(view):
+    row = len(view) * view.logits.element_size()
+    bounds = (0, row - 1, 7 * row, len(view) * row // 2, len(view) * row - 1, len(view) * row)
+    lazy = [facility_location(view, 90, memory=memory) for memory in bounds]
+    drawn = [stochastic_facility_location(view, 90, sample=9, rng=generator(0), memory=memory) for memory in bounds]
+    assert all(medoids.equal(lazy[0]) for medoids in lazy)
+    assert all(medoids.equal(drawn[0]) for medoids in drawn)
+
+
+def test_memory_is_bounded(monkeypatch):
+    view, asked = crowded(600), []
+    distances = HeadView.distances
+    monkeypatch.setattr(HeadView, "distances", lambda a, b: asked.append((len(a), len(b))) or distances(a, b))
+    facility_location(view, 5, memory=0)
+    assert set(asked) == {(facility.PRODUCT, 600)}
+
+
+def test_rows_that_are_kept_are_computed_once(monkeypatch):
+    view, asked = crowded(600), []
+    distances = HeadView.distances
+    monkeypatch.setattr(HeadView, "distances", lambda a, b: asked.append(len(a)) or distances(a, b))
+    facility_location(view, 100, memory=600 * 600 * 4)
+    assert sum(asked) < 600 + facility.PRODUCT
+
+
+def test_gains_are_evaluated_lazily(monkeypatch):
+    view, asked = crowded(1000), []
+    rows = facility._Rows.__call__
+    monkeypatch.setattr(
+        facility._Rows, "__call__", lambda self, samples: asked.append(len(samples)) or rows(self, samples)
+    )
+    facility_location(view, 100, memory=PLENTY)
+    assert sum(asked) < 5 * len(view)  # plain greedy: 95 times
+
+
+def test_medoids_on_a_line_by_hand():
+    view = line(0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 40.0)
+    assert facility_location(view, 3, memory=PLENTY).tolist() == [3, 6, 4]  # 10 and 11 gain 14 each, 10 is more central
+    assert cluster_shares(view, torch.tensor([3, 6, 4])).tolist() == [4, 1, 2]
+
+
+def test_a_sample_between_two_medoids_counts_half_for_each():
+    view = line(0.0, 1.0, 2.0, 3.0)
+    assert cluster_shares(view, torch.tensor([0, 2])).tolist() == [1.5, 2.5]
+    assert cluster_shares(view, torch.tensor([3, 1])).tolist() == [1.5, 2.5]
+
+
+def test_two_samples_apart_gain_the_same_and_the_central_one_is_chosen():
+    view = line(0.0, 0.1, 0.2, 9.0, 8.0)
+    assert facility_location(view, 2, memory=PLENTY).tolist() == [2, 4]
+    order = torch.tensor([4, 3, 2, 1, 0])
+    assert order[facility_location(view[order], 2, memory=PLENTY)].tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_repeated_samples_are_chosen_last_and_share_their_clusters(dtype):
+    once = reference.problem(20, dtype=dtype).view
+    view = repeated(once)
+    picked = facility_location(view, 60, memory=PLENTY)
+    assert sorted(picked[:20].tolist()) == list(range(20))  # of equal gains the first sample
+    assert cluster_shares(view, picked).tolist() == pytest.approx([1] * 60)
+    assert cluster_shares(view, picked[:20]).tolist() == [3] * 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_of_zero(dtype):
+    view = HeadView(
+        torch.zeros(200, 1, dtype=dtype), torch.ones(200, 3, dtype=dtype), torch.zeros(200, dtype=torch.int64)
+    )
+    picked = facility_location(view, 150, memory=PLENTY)
+    assert picked.tolist() == list(range(150))
+    assert cluster_shares(view, picked).tolist() == pytest.approx([200 / 150] * 150)
+
+
+def test_all_samples_as_medoids():
+    view = reference.problem(40).view
+    assert sorted(facility_location(view, 40, memory=PLENTY).tolist()) == list(range(40))
+    drawn = stochastic_facility_location(view, 40, sample=3, rng=generator(0), memory=PLENTY)
+    assert sorted(drawn.tolist()) == list(range(40))
+    assert cluster_shares(view, drawn).tolist() == [1] * 40
+
+
+def test_a_view_without_features_is_judged_by_its_logit_gradients():
+    view = HeadView(reference.problem(60).view.logits, torch.empty(60, 0, dtype=torch.float64), reference.problem(60).y)
+    expected = reference.greedy_medoids(reference.pairwise(view.residual), 20)
+    assert facility_location(view, 20, memory=PLENTY).tolist() == expected
+
+
+def test_stochastic_greedy_repeats_by_seed():
+    view = crowded(300)
+    first, again, other = (
+        stochastic_facility_location(view, 30, sample=20, rng=generator(seed), memory=PLENTY) for seed in (0, 0, 1)
+    )
+    assert first.equal(again) and not first.equal(other)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_stochastic_greedy_comes_close_to_the_lazy_one(seed):
+    view = reference.problem(300, seed=seed).view
+    distances, lazy = view.distances(), facility_location(view, 30, memory=PLENTY)
+    drawn = stochastic_facility_location(view, 30, sample=46, rng=generator(seed), memory=PLENTY)  # ε = 0.01
+    assert reference.left_over(distances, drawn.tolist()) < 1.05 * reference.left_over(distances, lazy.tolist())
+
+
+def test_stochastic_greedy_that_draws_everyone_is_plain_greedy():
+    view = reference.problem(150).view  # more than one product
+    drawn = stochastic_facility_location(view, 9, sample=150, rng=generator(0), memory=0)
+    assert drawn.tolist() == reference.greedy_medoids(view.distances(), 9)
+
+
+@pytest.mark.parametrize("k", [0, 41])
+def test_number_of_medoids_out_of_range(k):
+    view = reference.problem(40).view
+    for choose in (
+        lambda: facility_location(view, k, memory=0),
+        lambda: stochastic_facility_location(view, k, sample=4, rng=generator(0), memory=0),
+    ):
+        with pytest.raises(UserError, match=f"{k} medoids: must be from 1 to the number of samples, 40"):
+            choose()
+
+
+def test_memory_and_sample_out_of_range():
+    view = reference.problem(40).view
+    with pytest.raises(UserError, match="memory -1 bytes: must be 0 or more"):
+        facility_location(view, 4, memory=-1)
+    with pytest.raises(UserError, match="0 candidates a step: must be 1 or more"):
+        stochastic_facility_location(view, 4, sample=0, rng=generator(0), memory=0)

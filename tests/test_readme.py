@@ -1,0 +1,36 @@
+"""What the README prints works as printed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from raypkg.cli import main
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text()
+PROGRAMS = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "from . import" not in code]
+COMMANDS = [
+    command.strip()
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.splitlines()
+    for command in line.partition("#")[0].split("&&")
+    if command.strip().startswith("effray") and "…" not in command
+]
+
+
+@pytest.mark.parametrize("code", PROGRAMS, ids=lambda code: code.splitlines()[0][:40])
+def test_programs_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*shlex.split(command)[1:], "--help"])
+    assert ended.value.code in (0, None), capsys.readouterr().err
+
+
+def test_they_are_found():
+    assert len(PROGRAMS) >= 3 and len(COMMANDS) >= 12

@@ -1,0 +1,203 @@
+"""Selecting during training: when, by what, and the same after a stop."""
+
+import pytest
+import torch
+from torch import nn
+
+import reference
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import derive, generator
+from raypkg.core.settings import Reselect, Training
+from raypkg.data import Data
+from raypkg.data.split import Split
+from raypkg.engine.batches import plain_batches
+from raypkg.engine.costs import Cost
+from raypkg.engine.hooks import Hook
+from raypkg.engine.loop import Run, Seen, fit
+from raypkg.engine.recording import Recorder
+from raypkg.engine.reselection import Reselection, check_schedule
+from raypkg.engine.shards import LocalShards, class_shards
+from raypkg.engine.worker import Worker
+from raypkg.methods.coreset import Coreset
+from raypkg.methods.coresets import coreset
+from raypkg.methods.gradients import head_view
+from raypkg.methods.record import Record
+from raypkg.methods.selection import select
+from raypkg.models import build_model
+from raypkg.runs.checkpoints import StoredCheckpoints
+from raypkg.runs.storage import Storage
+
+N = 90
+PLAIN = Training(epochs=6, batch_size=16, lr=0.05, precision="float32")
+
+
+def split():
+    p = reference.problem(N, 3, 5, dtype=torch.float32)
+    return Split.from_tensors(p.features, torch.arange(N) % 3)
+
+
+class Diary(Hook):
+    """Keeps the coreset and the model of each epoch's first moment."""
+
+    def __init__(self):
+        self.coresets, self.models = [], []
+
+    def on_epoch(self, run):
+        self.coresets.append(run.coreset)
+        self.models.append({name: value.clone() for name, value in run.model.state_dict().items()})
+
+
+def run(first=None, holders=1, **select_settings):
+    data, indices, diary = split(), torch.arange(N), Diary()
+    recorder, none = Recorder(data.y), torch.empty(0, dtype=torch.int64)
+    shards = LocalShards(class_shards(Data(data, data), data.y, indices, none, holders))
+    chosen = Reselection(Reselect(**{"fraction": 0.2, **select_settings}), shards, recorder, indices, first)
+    model = build_model("mlp", (5,), 3, seed=0)
+    everything = Coreset.uniform(indices)
+    hooks = [recorder, chosen, diary]
+    return Run(model, data, everything, PLAIN, 0, "train", Worker(), (), Cost("train"), hooks)
+
+
+def coresets(trained):
+    return [picked.indices.tolist() for picked in trained.hooks[-1].coresets]
+
+
+def test_random_is_drawn_once_or_at_every_epoch():
+    fixed, online = coresets(fit(run(method="random"))), coresets(fit(run(method="random", every=1)))
+    assert len({tuple(picked) for picked in fixed}) == 1
+    assert len({tuple(picked) for picked in online}) == 6
+    assert {len(picked) for picked in fixed + online} == {18}
+
+
+def test_warm_epochs_see_everything_and_the_first_coreset_comes_after_them():
+    first = Coreset.uniform(torch.arange(7))
+    trained = fit(run(first, method="random", warm=2, every=3))
+    assert [len(picked) for picked in coresets(trained)] == [N, N, 7, 7, 7, 18]
+    assert trained.cost.backward == 2 * N + 3 * 7 + 18
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_each_selection_is_by_the_model_of_that_moment(balanced):
+    trained = fit(run(method="gradmatch", every=2, weighted=True, balanced=balanced))
+    diary, data = trained.hooks[-1], trained.split
+    model = build_model("mlp", (5,), 3, seed=0)
+    for epoch, picked in enumerate(diary.coresets):
+        model.load_state_dict(diary.models[epoch - epoch % 2])
+        view = head_view(model, plain_batches(data, torch.arange(N), N, torch.device("cpu")))
+        seed = derive(0, "selection", epoch - epoch % 2)
+        twin = select(view, 18, "gradmatch", seed=seed, balanced=balanced)
+        order = twin.indices.argsort()
+        assert picked.indices.equal(twin.indices[order])
+        torch.testing.assert_close(picked.weights, twin.weights[order], rtol=1e-3, atol=1e-3)
+    bill = {cost.phase: cost for cost in trained.bills()}["select"]
+    assert (bill.forward, bill.backward) == (3 * N, 0)
+
+
+@pytest.mark.parametrize("method", ["grand", "glister", "random"])
+def test_the_number_of_holders_does_not_matter(method):
+    one, two = (fit(run(method=method, every=2, holders=holders)) for holders in (1, 2))
+    assert coresets(one) == coresets(two)
+
+
+@pytest.mark.parametrize("method", ["gradmatch", "infobatch", "forgetting"])
+def test_stopped_and_resumed_equals_never_stopped(tmp_path, method):
+    class Killed(Exception):
+        pass
+
+    def die(model, epoch):
+        if epoch == 4:
+            raise Killed
+        return {}
+
+    chosen = {"method": method, "every": 1, "warm": 1, "fraction": 1.0 if method == "infobatch" else 0.2}
+    places, straight = StoredCheckpoints(Storage(str(tmp_path))), fit(run(**chosen))
+    with pytest.raises(Killed):
+        fit(run(**chosen), checkpoints=places, measure=die)
+    resumed = fit(run(**chosen), checkpoints=places)
+    assert coresets(resumed) == coresets(straight)[3:]
+    for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert a.equal(b)
+    assert [bill.forward for bill in straight.bills()] == [bill.forward for bill in resumed.bills()]
+
+
+def test_infobatch_skips_learned_samples_and_ends_on_all():
+    trained = fit(run(method="infobatch", fraction=1.0, every=1))
+    sizes = [len(picked) for picked in trained.hooks[-1].coresets]
+    assert sizes[0] == N and max(sizes[1:5]) < N and sizes[5] < N  # progress 5/6 < 0.875
+    weights = trained.hooks[-1].coresets[2].weights
+    assert set(weights.tolist()) == {1.0, 2.0}
+
+
+def test_infobatch_is_unbiased_and_keeps_what_is_hard():
+    losses = torch.rand(200, generator=generator(0, "losses")) ** 2
+    record = Record(torch.zeros(200, dtype=torch.int64), losses, torch.zeros(200))
+    total, draws = torch.zeros(200), 2000
+    for draw in range(draws):
+        picked = coreset["infobatch"](record, rng=generator(0, draw), options={"ratio": 0.7})
+        total.index_add_(0, picked.indices, picked.weights)
+    hard = losses >= losses.mean()
+    assert (total[hard] == draws).all()
+    assert (total[~hard] / draws - 1).abs().max() < 5 * (0.7 / 0.3 / draws) ** 0.5  # five standard deviations
+    assert (total[~hard].mean() / draws).item() == pytest.approx(1, abs=0.02)
+
+
+def test_infobatch_without_losses_or_near_the_end_keeps_all():
+    unseen = Record.empty(torch.zeros(5, dtype=torch.int64))
+    seen = Record(unseen.y, torch.arange(5.0), unseen.forgotten)
+    for record, progress in [(unseen, 0.0), (seen, 0.875), (seen, 1.0)]:
+        picked = coreset["infobatch"](record, rng=generator(0), progress=progress, options={})
+        assert picked.indices.tolist() == [0, 1, 2, 3, 4] and picked.weights.eq(1).all()
+
+
+def test_forgetting_counts_by_hand():
+    recorder, worker = Recorder(torch.zeros(5, dtype=torch.int64)), Worker()
+    rights = [[1, 1, 0, 0, 1], [0, 1, 0, 1, 0], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1]]
+    for number, right in enumerate(rights):
+        step = Seen(torch.arange(5), torch.full((5,), float(number)), torch.tensor(right, dtype=torch.bool))
+        recorder.on_step(FakeRun(step, worker))
+        recorder.on_epoch_end(FakeRun(step, worker))
+    assert recorder.record.forgotten.tolist() == [2, 0, torch.inf, 1, 1]
+    assert recorder.record.losses.tolist() == [3.0] * 5
+    picks = coreset["forgetting"](recorder.record, 2, rng=generator(0)).indices
+    assert picks.tolist() == [2, 0]
+    ties = {tuple(coreset["forgetting"](recorder.record, 3, rng=generator(seed)).indices.tolist()) for seed in range(9)}
+    assert ties == {(2, 0, 3), (2, 0, 4)}
+
+
+class FakeRun:
+    def __init__(self, seen, worker):
+        self.seen, self.worker = seen, worker
+
+
+def test_a_sample_not_seen_in_an_epoch_keeps_its_record():
+    recorder, worker = Recorder(torch.zeros(3, dtype=torch.int64)), Worker()
+    for seen, right in [([0, 1], [1, 1]), ([1], [0]), ([0, 1], [0, 1])]:
+        step = Seen(torch.tensor(seen), torch.tensor(right).float(), torch.tensor(right).bool())
+        recorder.on_step(FakeRun(step, worker))
+        recorder.on_epoch_end(FakeRun(step, worker))
+    assert recorder.record.forgotten.tolist() == [1, 1, torch.inf]
+    assert recorder.record.losses.tolist() == [0, 1, torch.inf]
+
+
+@pytest.mark.parametrize("settings", [{"fraction": 0.5, "every": 1}, {"fraction": 1.0}, {"fraction": 1.0, "every": 2}])
+def test_infobatch_takes_no_budget_and_acts_at_every_epoch(settings):
+    with pytest.raises(UserError, match="infobatch keeps as many samples as it sees fit, anew at every epoch"):
+        check_schedule(Reselect(method="infobatch", **settings))
+
+
+def test_a_method_of_the_record_needs_one():
+    record = Record.empty(torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(UserError, match="forgetting needs the record of a training"):
+        select(record, 2, "forgetting", seed=0)
+    with pytest.raises(UserError, match="grand selects by gradients: it needs a HeadView, not a Record"):
+        select(record, 2, "grand", seed=0)
+    with pytest.raises(UserError, match=r"y \[4\], losses \[4\], forgotten \[3\]: expected \[n\] three times"):
+        Record(record.y, record.losses, record.forgotten[:3])
+    with pytest.raises(UserError, match="is NaN"):
+        Record(record.y, record.losses * torch.nan, record.forgotten)
+
+
+def test_no_gradient_flows_into_the_selection():
+    trained = fit(run(method="grand", every=1))
+    assert all(parameter.grad is None for parameter in trained.model.parameters())
+    assert isinstance(trained.model.head, nn.Linear)
