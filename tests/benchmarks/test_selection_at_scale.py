@@ -21,7 +21,7 @@ SAMPLES = (10_000, 40_000, 160_000, 640_000, 1_280_000)
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("n", SAMPLES)
 def test_a_thousand_classes(n):
-    print(f"\nn = {n:,}, C = {CLASSES}, D = {WIDTH}, fraction {FRACTION}, {n // CLASSES} samples a class, two threads")
+    print(f"\nn = {n:,}, C = {CLASSES}, D = {WIDTH}, fraction {FRACTION}, {n // CLASSES} samples a class, one thread")
     for name in METHODS:
         row = measured.in_fresh_process(__file__, name, n)
         print(f"  {name:<12}{row['seconds']:>9.1f} s{row['MiB']:>9.0f} MiB resident at the peak")
@@ -39,5 +39,5 @@ def select_all(name, n):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     print(json.dumps(select_all(sys.argv[1], int(sys.argv[2]))))

@@ -69,8 +69,9 @@ class Batches:
     """The mean gradients ḡ_B of disjoint batches of samples, as atoms for a target t; a single sample is a batch too.
 
     With M = t − Σ_{B∈S} v_B ḡ_B, <ḡ_B, M> is the mean of <g_i, M> over the batch, so no gradient but M is ever spelt
-    out. While S is so small that M costs more than the inner products of its samples with all others, it is those that
-    are kept: n·min(C, D) numbers at most. The samples of S are kept in float64, all others only in the view.
+    out, in n·C·D steps. Where S has at most C + D samples, their inner products with all others are kept instead, which
+    takes no more room than the view: n·(C + D) steps for a new sample, and n·|S| for the correlations. The samples of S
+    are kept in float64, all others only in the view.
 
     Args:
         view: the samples.
@@ -86,7 +87,7 @@ class Batches:
         self._residual = target.new_empty(capacity, target.shape[0])  # of S: (p − e_y) / |B| [·, C]
         self._features = target.new_empty(capacity, target.shape[1])  # and [h; 1] [·, D+1]
         self._places = batch.new_empty(0)  # and where in S the batch stands [·]
-        self._small = capacity * sum(target.shape) < target.numel()
+        self._small = capacity <= view.logits.shape[1] + view.features.shape[1]
         self._inner = self._aim.new_empty(capacity, len(view) if self._small else 0)  # with all samples [·, n]
 
     def __len__(self) -> int:
