@@ -56,9 +56,9 @@ def main() -> None:
     for name in chosen:
         print(f"| {name} | " + " | ".join(cell(results, name, f, given.seeds) for f in given.fractions) + " |")
     for name in ALL_SAMPLES:
-        work = [sum(p["backward"] for p in r["phases"]) for (n, *_), r in results.items() if n == name]
-        if work:
-            share = statistics.mean(work) / found[-1]["full_training_backward"]
+        shares = [share_of_work(result) for (method, *_), result in results.items() if method == name]
+        if shares:
+            share = statistics.mean(shares)
             print(f"\n{name}: {cell(results, name, 1.0, given.seeds)} with {share:.0%} of the samples back-propagated")
 
 
@@ -77,6 +77,11 @@ def summary(given: argparse.Namespace, name: str, fraction: float, seed: int, op
         )
         print(f"{run}: {done.stderr.strip().splitlines()[-1] if done.returncode else 'done'}", flush=True)
     return json.loads(manifest.read_text()) if manifest.exists() else None
+
+
+def share_of_work(result: dict) -> float:
+    """Return the samples back-propagated, over those of as many epochs on all samples."""
+    return sum(phase["backward"] for phase in result["phases"]) / result["full_training_backward"]
 
 
 def cell(results: dict, name: str, fraction: float, seeds: list[int]) -> str:
