@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import reference
 from raypkg.core.errors import UserError
@@ -49,11 +49,11 @@ def weights(model):
 
 def test_each_selection_is_by_the_model_of_that_epoch():
     model = network()
-    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "gradmatch", 0.2, every=2)
+    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "gradmatch", 0.2, every=2, epochs=4)
     for epoch in range(4):
         if epoch % 2 == 0:
             view = head_view(Tapped(model), [data()[:]])
-            twin = select(view, 24, "gradmatch", seed=derive(0, "selection", epoch + 1))
+            twin = select(view, 24, "gradmatch", seed=derive(0, "selection", epoch))
         train(loader, model, 1)
         assert loader.coreset.indices.equal(twin.indices)
         torch.testing.assert_close(loader.coreset.weights, twin.weights, rtol=1e-3, atol=1e-3)
@@ -61,7 +61,7 @@ def test_each_selection_is_by_the_model_of_that_epoch():
 
 def test_a_batch_carries_its_own_samples_and_weights():
     model, everything = network(), data()
-    loader = CoresetLoader(DataLoader(everything, batch_size=16), model, "gradmatch", 0.5)
+    loader = CoresetLoader(DataLoader(everything, batch_size=16), model, "gradmatch", 0.5, epochs=1)
     found = {tuple(row.tolist()): weight for x, _, w in loader for row, weight in zip(x, w.tolist(), strict=True)}
     picked = loader.coreset
     assert len(loader) == 4 and len(found) == 60
@@ -71,7 +71,7 @@ def test_a_batch_carries_its_own_samples_and_weights():
 
 def test_warm_epochs_and_random_online():
     model = network()
-    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "random", 0.1, every=1, warm=1)
+    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "random", 0.1, every=1, warm=1, epochs=4)
     assert train(loader, model, 1) == [N]
     picks = []
     for _ in range(3):
@@ -90,7 +90,7 @@ def test_infobatch_prunes_by_the_losses_that_it_is_given():
 def test_the_model_is_left_as_it_is():
     model = network().train()
     before, hooks = weights(model), [len(m._forward_pre_hooks) for m in model.modules()]
-    CoresetLoader(DataLoader(data(), batch_size=16), model, "grand", 0.2).__iter__().__next__()
+    CoresetLoader(DataLoader(data(), batch_size=16), model, "grand", 0.2, epochs=1).__iter__().__next__()
     assert weights(model).equal(before) and all(m.training for m in model.modules())
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
 
@@ -116,8 +116,8 @@ def test_scored_samples_may_be_others():
     model, everything = network(), data()
     broken = TensorDataset(torch.full((N, 5), torch.nan), everything.tensors[1])
     with pytest.raises(UserError, match="NaN or infinite"):
-        next(iter(CoresetLoader(DataLoader(broken, batch_size=16), model, "grand", 0.2)))
-    next(iter(CoresetLoader(DataLoader(broken, batch_size=16), model, "grand", 0.2, scored=everything)))
+        next(iter(CoresetLoader(DataLoader(broken, batch_size=16), model, "grand", 0.2, epochs=1)))
+    next(iter(CoresetLoader(DataLoader(broken, batch_size=16), model, "grand", 0.2, epochs=1, scored=everything)))
 
 
 class Endless(IterableDataset):
@@ -125,20 +125,125 @@ class Endless(IterableDataset):
         return iter([])
 
 
-def test_what_cannot_work_is_refused():
-    model, loader = network(), DataLoader(data(), batch_size=16)
-    with pytest.raises(UserError, match="fraction 2: must be above 0"):
-        CoresetLoader(loader, model, "grand", 2)
-    with pytest.raises(UserError, match="did you mean 'grand'"):
-        CoresetLoader(loader, model, "grant", 0.1)
-    with pytest.raises(UserError, match="infobatch acts on the progress of the training: give epochs="):
-        CoresetLoader(loader, model, "infobatch", 1.0, every=1)
-    with pytest.raises(UserError, match="batch_size over a data set that has a length"):
-        CoresetLoader(DataLoader(Endless(), batch_size=4), model)
-    with pytest.raises(UserError, match=r"has no nn\.Linear"):
-        CoresetLoader(loader, nn.Flatten())
-    with pytest.raises(UserError, match=r"Sequential must end in its last nn\.Linear"):
-        next(iter(CoresetLoader(loader, nn.Sequential(nn.Linear(5, 3), nn.ReLU()), "grand", 0.1)))
+class Table(Dataset):
+    """One row for each label, whatever the label is."""
+
+    def __init__(self, labels, row=None):
+        self.labels, self.row = labels, torch.zeros(5) if row is None else row
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.row, self.labels[i]
+
+
+def loaded(data, **options):
+    return DataLoader(data, batch_size=16, **options)
+
+
+@pytest.mark.parametrize(
+    ("loader", "method", "fraction", "options", "message"),
+    [
+        (loaded(data()), "grand", 2, {}, "fraction = 2: input should be less than or equal to 1"),
+        (loaded(data()), "grant", 0.1, {}, "did you mean 'grand'"),
+        (loaded(data()), "grand", 0.1, {"every": -1}, "every = -1: .* greater than or equal to 0"),
+        (loaded(data()), "grand", 0.1, {"warm": 9}, "select.warm = 9 of 9 epochs: nothing would be selected"),
+        (loaded(data()), "infobatch", 1.0, {}, "infobatch keeps as many samples as it sees fit"),
+        (loaded(data()), "grand", 1.0, {}, "grand with select.fraction = 1 would keep every sample"),
+        (loaded(data()), "grand", 0.1, {"options": {"eta": 1}}, "unknown grand option 'eta'"),
+        (loaded(data(), drop_last=True), "grand", 0.1, {}, "drop_last=True: it must give every sample once"),
+        (loaded(data(), sampler=SubsetRandomSampler(range(9))), "grand", 0.1, {}, "SubsetRandomSampler"),
+        (loaded(Endless()), "grand", 0.1, {}, "_InfiniteConstantSampler"),
+        (data(), "grand", 0.1, {}, "takes a DataLoader with a batch_size, not TensorDataset"),
+    ],
+)
+def test_what_cannot_work_is_refused(loader, method, fraction, options, message):
+    with pytest.raises(UserError, match=message):
+        CoresetLoader(loader, network(), method, fraction, epochs=9, **options)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (Table([0.5] * 40), r"labels must be integers from 0 up, \[b\]; a batch has torch.float64 \[40\]"),
+        (Table([-1] * 40), "labels must be integers from 0 up"),
+        (Table(["a"] * 40), "labels must be integers from 0 up, .*; a batch has (tuple|list)"),
+        (Table([torch.zeros(3)] * 40), r"torch.float32 \[40, 3\]"),
+        (TensorDataset(torch.zeros(40, 5)), r"must return pairs \(x, y\)"),
+    ],
+)
+def test_batches_are_pairs_with_labels(samples, message):
+    for method in ("grand", "random"):
+        with pytest.raises(UserError, match=message):
+            next(iter(CoresetLoader(loaded(samples), network(), method, 0.1, epochs=1)))
+
+
+def test_labels_may_be_of_any_integer_type():
+    for label in (1, torch.tensor(1, dtype=torch.int32)):
+        for method in ("grand", "random"):
+            _, y, _ = next(iter(CoresetLoader(loaded(Table([label] * 40)), network(), method, 0.1, epochs=1)))
+            assert y.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("module", [nn.Sequential(nn.Linear(5, 3), nn.ReLU()), nn.GRU(5, 3), nn.Flatten()])
+def test_a_model_must_end_in_its_head(module):
+    with pytest.raises(UserError, match=r"nn\.Linear"):
+        next(iter(CoresetLoader(loaded(data()), module, "grand", 0.1, epochs=1)))
+
+
+def test_records_must_fit():
+    model = network()
+    loader = CoresetLoader(loaded(data()), model, "infobatch", 1.0, every=1, epochs=4)
+    x, y, _ = next(iter(loader))
+    with pytest.raises(UserError, match=r"losses \[\] of a batch of 15: use reduction='none'"):
+        loader.record(F.cross_entropy(model(x), y))
+    with pytest.raises(UserError, match=r"infobatch needs the losses of each batch: call record\(losses\)"):
+        next(iter(loader))
+    with pytest.raises(UserError, match="forgetting needs the record"):
+        next(iter(CoresetLoader(loaded(data()), model, "forgetting", 0.1, epochs=4)))
+    with pytest.raises(UserError, match="the checkpoint is of 9 samples, this data set has 120"):
+        loader.load_state_dict({"losses": torch.zeros(9)})
+    short = TensorDataset(*(tensor[:9] for tensor in data().tensors))
+    with pytest.raises(UserError, match="scored has 9 samples, the loader's data set 120"):
+        next(iter(CoresetLoader(loaded(data()), model, "grand", 0.1, epochs=4, scored=short)))
+
+
+def test_an_epoch_keeps_its_weights_when_another_begins():
+    model = network()
+    loader = CoresetLoader(loaded(data()), model, "gradmatch", 0.5, every=1, epochs=4)
+    first = iter(loader)
+    next(first)
+    held, weights = loader.coreset, {}
+    model[0].weight.data.normal_()
+    next(iter(loader))
+    assert not loader.coreset.weights.equal(held.weights)
+    for x, _, w in first:
+        weights |= {tuple(row.tolist()): value for row, value in zip(x, w.tolist(), strict=True)}
+    for index, weight in zip(held.indices.tolist(), held.weights.tolist(), strict=True):
+        row = tuple(data()[index][0].tolist())
+        assert weights.get(row, weight) == weight
+
+
+class Caching(nn.Module):
+    """Makes a tensor in its first forward pass and keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lazy, self.head, self.scale = nn.LazyLinear(8), nn.Linear(8, 3), None
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = torch.ones(8)
+        return self.head(self.lazy(x).relu() * self.scale)
+
+
+def test_what_a_model_makes_during_selection_still_trains():
+    model = Caching()
+    loader = CoresetLoader(loaded(data()), model, "el2n", 0.5, epochs=1)
+    for x, y, _ in loader:
+        F.cross_entropy(model(x), y).backward()
+    assert model.lazy.weight.grad is not None
 
 
 def test_tapped_sees_what_the_split_model_sees():

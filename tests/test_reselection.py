@@ -169,6 +169,14 @@ class FakeRun:
         self.seen, self.worker = seen, worker
 
 
+def test_records_of_disjoint_samples_join():
+    y, inf = torch.zeros(3, dtype=torch.int64), torch.inf
+    one = Record(y, torch.tensor([0.5, inf, inf]), torch.tensor([2.0, inf, inf]))
+    two = Record(y, torch.tensor([inf, 0.1, inf]), torch.tensor([inf, inf, inf]))
+    joined = Record.joined([one, two])
+    assert joined.losses.tolist() == [0.5, pytest.approx(0.1), inf] and joined.forgotten.tolist() == [2, inf, inf]
+
+
 def test_a_sample_not_seen_in_an_epoch_keeps_its_record():
     recorder, worker = Recorder(torch.zeros(3, dtype=torch.int64)), Worker()
     for seen, right in [([0, 1], [1, 1]), ([1], [0]), ([0, 1], [0, 1])]:
@@ -182,7 +190,7 @@ def test_a_sample_not_seen_in_an_epoch_keeps_its_record():
 @pytest.mark.parametrize("settings", [{"fraction": 0.5, "every": 1}, {"fraction": 1.0}, {"fraction": 1.0, "every": 2}])
 def test_infobatch_takes_no_budget_and_acts_at_every_epoch(settings):
     with pytest.raises(UserError, match="infobatch keeps as many samples as it sees fit, anew at every epoch"):
-        check_schedule(Reselect(method="infobatch", **settings))
+        check_schedule(Reselect(method="infobatch", **settings), 8)
 
 
 def test_a_method_of_the_record_needs_one():
@@ -191,10 +199,32 @@ def test_a_method_of_the_record_needs_one():
         select(record, 2, "forgetting", seed=0)
     with pytest.raises(UserError, match="grand selects by gradients: it needs a HeadView, not a Record"):
         select(record, 2, "grand", seed=0)
-    with pytest.raises(UserError, match=r"y \[4\], losses \[4\], forgotten \[3\]: expected \[n\] three times"):
-        Record(record.y, record.losses, record.forgotten[:3])
-    with pytest.raises(UserError, match="is NaN"):
-        Record(record.y, record.losses * torch.nan, record.forgotten)
+    with pytest.raises(UserError, match=r"record of 4 samples: forgotten \[3\] must be \[n\] without NaN"):
+        Record(record.y, record.losses, torch.zeros(3))
+    with pytest.raises(UserError, match=r"losses \[4\] must be \[n\] without NaN"):
+        Record(record.y, record.losses * torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warm": 8}, "select.warm = 8 of 8 epochs: nothing would be selected"),
+        ({"every": 7, "warm": 2}, "select.every = 7: only 6 epochs follow the warm ones"),
+        ({"method": "craig", "fraction": 1.0}, "craig with select.fraction = 1 would keep every sample"),
+    ],
+)
+def test_a_selection_that_would_not_come_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_schedule(Reselect(**settings), 8)
+
+
+def test_a_sample_that_was_never_seen_is_not_forgotten():
+    record = Record(
+        torch.zeros(4, dtype=torch.int64),
+        torch.tensor([1.0, torch.inf, 1, 1]),
+        torch.tensor([1, torch.inf, 0, torch.inf]),
+    )
+    assert coreset["forgetting"](record, 3, rng=generator(0)).indices.tolist() == [3, 0, 2]
 
 
 def test_no_gradient_flows_into_the_selection():

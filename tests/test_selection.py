@@ -129,6 +129,23 @@ def test_a_method_that_breaks_its_contract_is_named():
         select(reference.problem(40).view, 5, "test_selection:broken", seed=0, balanced=False)
 
 
+def failing(view, k):
+    """Fail."""
+    raise ZeroDivisionError("of mine")
+
+
+def misshapen(view, budget, seed):
+    """Take one thing too many."""
+
+
+def test_a_method_of_the_users_own_that_fails_is_named():
+    view = reference.problem(40).view
+    with pytest.raises(UserError, match="'test_selection:failing' raised ZeroDivisionError: of mine"):
+        select(view, 5, "test_selection:failing", seed=0)
+    with pytest.raises(UserError, match=r"'test_selection:misshapen' takes .*: it must be \(samples, budget, \*, …\)"):
+        select(view, 5, "test_selection:misshapen", seed=0)
+
+
 def test_unknown_method_and_unknown_option():
     view = reference.problem(40).view
     with pytest.raises(UserError, match="unknown coreset method 'gradmach', did you mean 'gradmatch'"):

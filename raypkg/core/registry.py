@@ -21,6 +21,7 @@ from .config import Settings, validate
 from .errors import UserError, unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
+USER_CODE = "user code"  # the source of an entry that is not ours
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Registry:
         if head in self.entries:
             return self.entries[head]
         if ":" in name:
-            return self._entry(name, self._imported(name), "user code")
+            return self._entry(name, self._imported(name), USER_CODE)
         raise unknown(self.kind, name, self.entries)
 
     def _imported(self, name: str) -> Callable[..., Any]:

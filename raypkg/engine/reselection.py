@@ -11,7 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
 from raypkg.core.settings import Reselect
 from raypkg.methods.coreset import Coreset
-from raypkg.methods.coresets import coreset, sizes_itself
+from raypkg.methods.coresets import coreset, needs_gradients, sizes_itself
 
 from .hooks import Hook
 from .recording import Recorder
@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from .loop import Run
 
 
-def check_schedule(settings: Reselect) -> None:
-    """Refuse, before any work, what the method cannot do during training.
+def check_schedule(settings: Reselect, epochs: int) -> None:
+    """Refuse, before any work, what the method cannot do in a training of so many epochs.
 
     Raises:
-        UserError: unknown method, bad options, or a fraction for a method that sizes its coreset itself.
+        UserError: unknown method, bad options, a selection that would never come, a fraction for a method that sizes
+            its coreset itself, or none for another that computes gradients.
     """
+    if not settings.warm < epochs:
+        raise UserError(f"select.warm = {settings.warm} of {epochs} epochs: nothing would be selected")
+    if settings.every > epochs - settings.warm:
+        raise UserError(f"select.every = {settings.every}: only {epochs - settings.warm} epochs follow the warm ones")
     entry = coreset[settings.method]
     entry.options(settings.options)
     if sizes_itself(entry) and (settings.fraction < 1 or settings.every != 1):
@@ -35,6 +40,8 @@ def check_schedule(settings: Reselect) -> None:
             f"{settings.method} keeps as many samples as it sees fit, anew at every epoch: it needs select.fraction = 1"
             f" and select.every = 1, not {settings.fraction:g} and {settings.every}"
         )
+    if needs_gradients(entry) and settings.fraction == 1:
+        raise UserError(f"{settings.method} with select.fraction = 1 would keep every sample: give a smaller one")
 
 
 class Reselection(Hook):
@@ -60,7 +67,7 @@ class Reselection(Hook):
         age = run.epoch - self.settings.warm
         if age < 0:
             run.coreset = Coreset.uniform(self.indices)
-        elif age == 0 and self.first:
+        elif age == 0 and self.first is not None:
             run.coreset = self.first
         elif age == 0 or (self.settings.every and age % self.settings.every == 0):
             run.coreset = self._select(run)

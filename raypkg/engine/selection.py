@@ -115,7 +115,7 @@ def select_coreset(
     entry, budget = coreset[settings.method], budget_of(settings.fraction, len(indices))
     if not needs_gradients(entry):
         parts = [_from_record(record, indices, settings, budget, seed, progress)]
-    elif settings.balanced:
+    elif settings.balanced and not sizes_itself(entry):
         budgets = class_budgets(torch.bincount(record.y[indices]), budget).tolist()
         parts = shards.map(select_classes, scorer, settings, budgets, seed)
     else:

@@ -54,4 +54,4 @@ def run(settings: LiptSettings, *, report: Report) -> None:
     )
     initial = RESULT if settings.train.init == "merged" else None
     train_on_cluster(Job(settings, settings.train, storage, "train", coreset, MODEL, initial, settings.select), report)
-    finish(report.folder, found, epochs=settings.train.epochs)
+    finish(report.folder, settings, found, epochs=settings.train.epochs)

@@ -23,7 +23,7 @@ class SelectSettings(Select, Source):
 def run(settings: SelectSettings, *, report: Report) -> None:
     """Select a coreset with the last-layer gradients of another run's model, or by what its training recorded.
 
-    The data set, the seed and the held-out share should be those of that run.
+    The data set, the seed and the held-out share must be those of that run.
 
     Example:
         effray train --name first --train.epochs 5 && effray select --model-from first --method craig --fraction 0.2
@@ -34,6 +34,6 @@ def run(settings: SelectSettings, *, report: Report) -> None:
 
     check(settings)
     found = samples(settings.dataset, settings.seed)
-    architecture, weights = trained_model(report.folder, settings.model_from)
+    architecture, weights = trained_model(settings, report.folder, settings.model_from)
     select_on_cluster(settings, architecture, settings, found, report, weights=weights, precision=settings.precision)
-    finish(report.folder, found)
+    finish(report.folder, settings, found)

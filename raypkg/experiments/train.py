@@ -33,17 +33,16 @@ def run(settings: TrainSettings, *, report: Report) -> None:
     Example:
         effray train --dataset digits --model resnet8 --select.fraction 0.5 --train.epochs 10
     """
-    from raypkg.phases.coresets import load_coreset, save_coreset
+    from raypkg.phases.coresets import FILE, GIVEN, given_coreset
     from raypkg.phases.samples import samples
     from raypkg.phases.summary import finish
     from raypkg.phases.train import MODEL, Job, train_on_cluster
 
     found, storage, select = samples(settings.dataset, settings.seed), report.folder.storage, settings.select
     coreset = None
-    if settings.coreset:
+    if settings.coreset is not None:
         if not select.every and select != TrainSelect(warm=select.warm):
             raise UserError("--coreset is given and select.every is 0: select.* but select.warm would do nothing")
-        coreset = load_coreset(settings.coreset, found.data.train, held_out=found.valid)
-        save_coreset(storage, coreset, found.data.train, {"seed": settings.seed, "source": settings.coreset})
+        coreset = given_coreset(settings, settings.coreset, found, storage, GIVEN if select.every else FILE)
     train_on_cluster(Job(settings, settings.train, storage, "train", coreset, MODEL, select=select), report)
-    finish(report.folder, found, epochs=settings.train.epochs)
+    finish(report.folder, settings, found, epochs=settings.train.epochs)

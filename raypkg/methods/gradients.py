@@ -41,6 +41,7 @@ class HeadView:
         _check_samples("label out of range", (self.y >= 0) & (self.y < self.logits.shape[1]))
         _check_samples("NaN or infinite logits", self.logits.isfinite().all(dim=1))
         _check_samples("NaN or infinite features", self.features.isfinite().all(dim=1))
+        _check_samples("features whose squares overflow", self.features.square().sum(dim=1).isfinite())
 
     def __len__(self) -> int:
         return len(self.y)
@@ -131,7 +132,7 @@ def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Hea
     Raises:
         UserError: there is no batch, or an output is NaN or infinite.
     """
-    with _evaluating(model), torch.inference_mode():
+    with _evaluating(model), torch.no_grad():  # not inference_mode: what a model caches must still train
         seen = [_forward(model, x, y) for x, y in batches]
     if not seen:
         raise UserError("no batches to compute logits and features of")

@@ -1,5 +1,6 @@
 """What training has seen of its samples anyway: no forward pass is needed to select by it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ class Record:
         y: labels, int64 [n].
         losses: cross-entropy at the sample's latest step, float32 [n]; +inf where it was never trained on.
         forgotten: how often a sample classified rightly was classified wrongly the next time, float32 [n]; +inf where
-            it was never classified rightly.
+            it was never classified rightly. None where hits were not recorded.
 
     Raises:
         UserError: shapes do not fit, or a number is NaN.
@@ -24,23 +25,29 @@ class Record:
 
     y: Tensor
     losses: Tensor
-    forgotten: Tensor
+    forgotten: Tensor | None = None
 
     def __post_init__(self):
-        if not self.y.shape == self.losses.shape == self.forgotten.shape or self.y.dim() != 1:
-            shapes = f"y {list(self.y.shape)}, losses {list(self.losses.shape)}"
-            raise UserError(f"record of {shapes}, forgotten {list(self.forgotten.shape)}: expected [n] three times")
-        if (self.losses.isnan() | self.forgotten.isnan()).any():
-            raise UserError("record of training: a loss or a count is NaN")
+        for name in ("losses", "forgotten"):
+            values = getattr(self, name)
+            if values is not None and (values.shape != self.y.shape or values.isnan().any()):
+                raise UserError(f"record of {len(self.y)} samples: {name} {list(values.shape)} must be [n] without NaN")
 
     @classmethod
     def empty(cls, y: Tensor) -> "Record":
         """Return the record of samples that no training has seen."""
-        nothing = torch.full(y.shape, torch.inf)
-        return cls(y, nothing, nothing)
+        return cls(y, torch.full(y.shape, torch.inf))
+
+    @classmethod
+    def joined(cls, records: Sequence["Record"]) -> "Record":
+        """Join the records, with hits, of trainings that saw disjoint samples of the same n."""
+        parts = [(record.losses, record.forgotten) for record in records]
+        losses, forgotten = (torch.stack(part).amin(dim=0) for part in zip(*parts, strict=True))
+        return cls(records[0].y, losses, forgotten)
 
     def __len__(self) -> int:
         return len(self.y)
 
     def __getitem__(self, indices: Tensor) -> "Record":
-        return Record(self.y[indices], self.losses[indices], self.forgotten[indices])
+        forgotten = None if self.forgotten is None else self.forgotten[indices]
+        return Record(self.y[indices], self.losses[indices], forgotten)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from raypkg.core.errors import UserError
-from raypkg.core.registry import Entry
+from raypkg.core.registry import USER_CODE, Entry
 from raypkg.core.seeds import generator
 
 from .coreset import Coreset
@@ -100,7 +100,12 @@ def select_class(
     if free and budget < len(samples):
         raise UserError(f"{entry.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
     given = {"rng": generator(seed, "select", label), "valid": valid, "memory": memory, "progress": progress}
-    picked = entry(samples, *([] if free else [budget]), options=options, **given)
+    try:
+        picked = entry(samples, *([] if free else [budget]), options=options, **given)
+    except Exception as error:
+        if isinstance(error, UserError) or entry.source != USER_CODE:
+            raise
+        raise UserError(f"coreset method {entry.name!r} raised {type(error).__name__}: {error}") from error
     fits = isinstance(picked, Coreset) and (1 <= len(picked) <= budget if free else len(picked) == budget)
     if not fits or picked.indices.max() >= len(samples):
         raise UserError(f"coreset method {entry.name!r} must return a Coreset of {budget} out of {len(samples)}")

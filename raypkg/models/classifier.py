@@ -66,9 +66,13 @@ class Tapped(nn.Module):
             logits = self.module(x)
         finally:
             tap.remove()
-        if len(seen) != 1 or seen[0].dim() != 2 or not torch.allclose(self.head(seen[0]), logits, equal_nan=True):
+        if len(seen) != 1 or seen[0].dim() != 2 or not _same(self.head(seen[0]), logits):
             raise UserError(f"{type(self.module).__name__} must end in its last nn.Linear, used once, on inputs [b, D]")
         return seen[0]
+
+
+def _same(a: Tensor, b: object) -> bool:
+    return isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a, b.to(a), equal_nan=True)
 
 
 def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> Classifier:

@@ -1,25 +1,53 @@
 """Coresets and scores as parquet, with where they come from in the file's metadata."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from raypkg.core.errors import UserError
+from raypkg.core.settings import Source
 from raypkg.data.split import Split
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.record import Record
 from raypkg.runs.storage import Storage
 
+from .samples import Samples
+
 FILE = "coreset.parquet"
+GIVEN = "given_coreset.parquet"  # to begin with, where training then selects others
 SCORES = "scores.parquet"
 
 
+def origin(experiment: Source) -> dict[str, Any]:
+    """Return what the positions in a coreset depend on."""
+    return {
+        "dataset": last_part(experiment.dataset.name),
+        "seed": experiment.seed,
+        "validation": experiment.dataset.validation,
+    }
+
+
+def last_part(name: str) -> str:
+    """Return a data set's name without the folder that it is in: data may be moved.
+
+    >>> last_part("parquet:/data/cifar10"), last_part("digits")
+    ('cifar10', 'digits')
+    """
+    return name.rpartition("/")[2]
+
+
 def save_coreset(
-    storage: Storage, coreset: Coreset, split: Split, provenance: Mapping[str, Any], scores: Tensor | None = None
+    storage: Storage,
+    coreset: Coreset,
+    split: Split,
+    provenance: Mapping[str, Any],
+    scores: Tensor | None = None,
+    file: str = FILE,
 ) -> None:
     """Write index, weight, class and (where there is one) score of every picked sample.
 
@@ -28,7 +56,8 @@ def save_coreset(
         coreset: positions in ``split``.
         split: gives labels and class names.
         provenance: how it was made, kept as JSON in the file's metadata.
-        scores: of all samples of the split, float32 [n].
+        scores: gradient norms of all samples of the split, float32 [n].
+        file: its name.
     """
     labels = split.y[coreset.indices]
     columns = {
@@ -39,25 +68,30 @@ def save_coreset(
     if scores is not None:
         columns["score"] = scores[coreset.indices].numpy()
     facts = {"samples": len(split), **provenance}
-    storage.write_table(FILE, pa.table(columns).replace_schema_metadata({"effray": json.dumps(facts)}))
+    storage.write_table(file, pa.table(columns).replace_schema_metadata({"effray": json.dumps(facts)}))
 
 
-def load_coreset(path: str, split: Split, held_out: Tensor) -> Coreset:
+def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Coreset:
     """Read a coreset that ``save_coreset`` wrote.
 
     Args:
         path: of the file.
         split: what its indices are positions in.
         held_out: positions that must not be trained on.
+        dataset: its name.
 
     Raises:
-        UserError: no such file, not a coreset, made for a data set of another size, or with held-out samples.
+        UserError: no such file, not a coreset, empty, made for another data set, or with held-out samples.
     """
     table = read_coreset(path)
-    facts = json.loads((table.schema.metadata or {}).get(b"effray", b"{}"))
+    facts = _facts(table)
     if facts.get("samples", len(split)) != len(split):
         raise UserError(f"{path} was made for {facts['samples']} samples, this data set has {len(split)}")
-    indices = torch.tensor(table["index"].to_numpy(), dtype=torch.int64)
+    if last_part(facts.get("dataset", dataset)) != last_part(dataset):
+        raise UserError(f"{path} was made for {facts['dataset']}, this data set is {dataset}")
+    if not len(table):
+        raise UserError(f"{path} holds no sample")
+    indices = torch.tensor(_column(table, "index", path, pa.types.is_integer), dtype=torch.int64)
     if len(indices) and int(indices.max()) >= len(split):
         raise UserError(f"{path} has index {int(indices.max())}, this data set ends at {len(split) - 1}")
     leaked = int(torch.isin(indices, held_out).sum())
@@ -66,7 +100,45 @@ def load_coreset(path: str, split: Split, held_out: Tensor) -> Coreset:
             f"{leaked} of the {len(indices)} samples in {path} are held out here: give its --seed and"
             " --dataset.validation"
         )
-    return Coreset(indices, torch.tensor(table["weight"].to_numpy(), dtype=torch.float32))
+    weights = _column(table, "weight", path, lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind))
+    return Coreset(indices, torch.tensor(weights, dtype=torch.float32))
+
+
+def given_coreset(experiment: Source, path: str, found: Samples, storage: Storage, file: str) -> Coreset:
+    """Copy a coreset into the run folder, unless an earlier attempt did, and return it.
+
+    Args:
+        experiment: data set and seed of this run.
+        path: of the coreset.
+        found: the samples that may be trained on.
+        storage: the run folder.
+        file: name of the copy.
+    """
+    split, name, copy = found.data.train, experiment.dataset.name, f"{storage.root}/{file}"
+    if file in storage.list():
+        return load_coreset(copy, split, found.valid, name)
+    coreset = load_coreset(path, split, found.valid, name)
+    save_coreset(storage, coreset, split, {**origin(experiment), "source": path}, file=file)
+    return coreset
+
+
+def _facts(table: pa.Table) -> dict[str, Any]:
+    try:
+        facts = json.loads((table.schema.metadata or {}).get(b"effray", b"{}"))
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _column(table: pa.Table, name: str, path: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray:
+    """Return a column of numbers, or refuse what is missing, of another type or null."""
+    if name not in table.column_names:
+        raise UserError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
+    column = table[name]
+    if not fits(column.type) or column.null_count:
+        nulls = f" with {column.null_count} nulls" if column.null_count else ""
+        raise UserError(f"{path}: column {name} is {column.type}{nulls}, which it cannot be")
+    return column.to_numpy()
 
 
 def read_coreset(path: str) -> pa.Table:
@@ -86,8 +158,8 @@ def read_coreset(path: str) -> pa.Table:
 
 def save_record(storage: Storage, model: str, record: Record) -> None:
     """Write what training saw of each sample beside the model of that file name."""
-    table = pa.table({"loss": record.losses.numpy(), "forgotten": record.forgotten.numpy()})
-    storage.write_table(_record_of(model), table)
+    forgotten = torch.full_like(record.losses, torch.inf) if record.forgotten is None else record.forgotten
+    storage.write_table(_record_of(model), pa.table({"loss": record.losses.numpy(), "forgotten": forgotten.numpy()}))
 
 
 def load_record(storage: Storage, model: str, y: Tensor) -> Record:
@@ -106,7 +178,10 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
         return Record.empty(y)
     if len(table) != len(y):
         raise UserError(f"{storage.root} was trained on {len(table)} samples, this data set has {len(y)}")
-    return Record(y, *(torch.tensor(table[name].to_numpy()) for name in ("loss", "forgotten")))
+    path = f"{storage.root}/{_record_of(model)}"
+    return Record(
+        y, *(torch.tensor(_column(table, name, path, pa.types.is_floating)) for name in ("loss", "forgotten"))
+    )
 
 
 def _record_of(model: str) -> str:

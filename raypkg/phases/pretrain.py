@@ -15,16 +15,19 @@ from raypkg.engine.batches import plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Masked
 from raypkg.engine.loop import Run, autocast, evaluate, fit
+from raypkg.engine.recording import Recorder
 from raypkg.engine.worker import Worker
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.lipt.batchnorm import reestimate
 from raypkg.methods.lipt.saliency import snip
 from raypkg.methods.lipt.soup import Soup, greedy
+from raypkg.methods.record import Record
 from raypkg.methods.sparse.masks import Densities, Masks, erk, prunable, random_masks
 from raypkg.runs.checkpoints import StoredCheckpoints, save_model
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
+from .coresets import save_record
 from .samples import Samples, augmentations, new_model, samples
 from .train import Job, train_on_cluster, validate
 
@@ -75,10 +78,11 @@ def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
     if job.pretrain.merge == "greedy" and not len(found.valid):
         raise UserError("pretrain.merge = 'greedy' needs held-out samples: set dataset.validation above 0")
     initial = parameters(new_model(job.experiment, found.data))
-    shards, cost, members, seconds = lipt_shards(found, job), Cost("pretrain"), [], []
+    shards, cost, members, records, seconds = lipt_shards(found, job), Cost("pretrain"), [], [], []
     for number in range(worker.rank, job.pretrain.models, worker.world):
-        run, masks = train_sparse(worker, job, found, shards[number], number)
+        run, masks, record = train_sparse(worker, job, found, shards[number], number)
         members.append((parameters(run.model), masks))
+        records.append(record)
         bill, *_ = run.bills()
         seconds.append(bill.seconds)
         cost = cost.then(bill)
@@ -90,6 +94,9 @@ def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
         if worker.rank == 0:
             merge.forward += estimate_statistics(model, worker, job, found)
             save_model(job.storage, RESULT, model.state_dict())
+    seen = Record.joined([record for part in worker.gather(records) for record in part])
+    if worker.rank == 0:
+        save_record(job.storage, RESULT, seen)
     measuring, alone = Cost("evaluate"), replace(worker, world=1)
     held_out = validate(model, found, alone, job.pretrain, measuring) if worker.rank == 0 else {}
     each = [second for part in worker.gather(seconds) for second in part]
@@ -103,7 +110,7 @@ def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
     }
 
 
-def train_sparse(worker: Worker, job: LiptJob, found: Samples, shard: Tensor, number: int) -> tuple[Run, Masks]:
+def train_sparse(worker: Worker, job: LiptJob, found: Samples, shard: Tensor, number: int) -> tuple[Run, Masks, Record]:
     """Train model ``number`` from the common initial weights under its own mask, on its shard, by itself."""
     alone = replace(worker, rank=0, world=1)
     settings, seed = job.pretrain, derive(job.experiment.seed, "lipt", number)
@@ -115,6 +122,7 @@ def train_sparse(worker: Worker, job: LiptJob, found: Samples, shard: Tensor, nu
         batch = shard[torch.randperm(len(shard), generator=generator(seed, "snip"))[: settings.batch_size]]
         densities = DENSITIES[settings.sparsity](model, found, batch, settings, worker, cost)
         masks = random_masks(shapes, densities, generator(seed, "mask")) if densities else {}
+    recorder = Recorder(found.data.train.y)
     extra = ["randaugment"] if settings.randaugment and len(found.data.train.shape) == 3 else []
     run = Run(
         model=model,
@@ -126,10 +134,10 @@ def train_sparse(worker: Worker, job: LiptJob, found: Samples, shard: Tensor, nu
         worker=alone,
         augment=[*augmentations(job.experiment.dataset, found.data), *extra],
         cost=cost,
-        hooks=[Masked(model, masks)] if masks else [],
+        hooks=[recorder, *([Masked(model, masks)] if masks else [])],
         label=number,
     )
-    return fit(run, checkpoints=job.checkpoints(number)), masks
+    return fit(run, checkpoints=job.checkpoints(number)), masks, recorder.record
 
 
 def snip_densities(

@@ -17,7 +17,7 @@ from raypkg.runs.folder import RunFolder, locate
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coresets import FILE, load_coreset, load_record, save_coreset, save_scores
+from .coresets import FILE, load_coreset, load_record, origin, save_coreset, save_scores
 from .samples import Samples
 from .train import MODEL
 
@@ -28,15 +28,16 @@ def check(select: Select) -> None:
         raise UserError(f"{select.method} acts at every epoch of a training: see `effray train --help`")
 
 
-def trained_model(folder: RunFolder, run: str) -> tuple[Model, tuple[Storage, str]]:
+def trained_model(experiment: Source, folder: RunFolder, run: str) -> tuple[Model, tuple[Storage, str]]:
     """Return settings and file of the model that another run trained.
 
     Args:
+        experiment: this run's data set and seed.
         folder: of this run, among whose neighbours the other is looked for by name.
         run: its name or path.
 
     Raises:
-        UserError: no such run, or it trained no model.
+        UserError: no such run, it trained no model, or its training samples were others than those of this run.
     """
     if not run:
         raise UserError("select needs a model: give --model-from RUN")
@@ -44,6 +45,10 @@ def trained_model(folder: RunFolder, run: str) -> tuple[Model, tuple[Storage, st
     stored = parse_toml((found.storage.read("config.toml") or b"").decode(), f"{found.storage.root}/config.toml")
     if "model" not in stored or MODEL not in found.storage.list():
         raise UserError(f"run {found.name} has no {MODEL}: it trained no model, or is not finished")
+    theirs = load(Source, {name: stored[name] for name in ("seed", "dataset") if name in stored})
+    for name, here in origin(experiment).items():
+        if origin(theirs)[name] != here:
+            raise UserError(f"run {found.name} has {name} {origin(theirs)[name]}, here it is {here}: give the same")
     return load(Model, stored["model"]), (found.storage, MODEL)
 
 
@@ -81,7 +86,7 @@ def select_on_cluster(
 
         with hold(split_by_class, experiment.cluster) as shards:
             picked = select_coreset(shards, scorer, select, record, found.kept, seed=experiment.seed)
-        facts = {"seed": experiment.seed, **select.model_dump()}
+        facts = {**origin(experiment), **select.model_dump(include={*Select.model_fields, "model_from"})}
         scores = None
         if picked.scores is not None:
             save_scores(storage, picked.indices, picked.scores)
@@ -90,4 +95,4 @@ def select_on_cluster(
         return {"costs": [picked.cost.record()], "size": len(picked.coreset)}
 
     report.phase("select", work, epochs=0)
-    return load_coreset(f"{storage.root}/{FILE}", split, held_out=found.valid)
+    return load_coreset(f"{storage.root}/{FILE}", split, found.valid, experiment.dataset.name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from raypkg.core.settings import Source
 from raypkg.data.split import Split
 from raypkg.methods.coreset import Coreset
 from raypkg.runs import plots
@@ -20,15 +21,16 @@ PHASES = ("pretrain", "select", "train")
 SHOWN = 16  # images in each of the two galleries
 
 
-def finish(folder: RunFolder, found: Samples, *, epochs: int = 0) -> dict[str, Any]:
+def finish(folder: RunFolder, experiment: Source, found: Samples, *, epochs: int = 0) -> dict[str, Any]:
     """Draw the plots, write the manifest, drop what only an unfinished run needs; return the manifest.
 
     Args:
         folder: of the run, all its phases done and its last coreset saved.
+        experiment: the run's data set and seed.
         found: the samples it could choose from.
         epochs: of the main training; 0 where there was none.
     """
-    coreset = load_coreset(f"{folder.storage.root}/{FILE}", found.data.train, held_out=found.valid)
+    coreset = load_coreset(f"{folder.storage.root}/{FILE}", found.data.train, found.valid, experiment.dataset.name)
     records = {name: record for name in PHASES if (record := folder.phase(name))}
     costs = [{**cost, "phase": _row(name, cost)} for name, record in records.items() for cost in record["costs"]]
     summary = {
@@ -42,15 +44,16 @@ def finish(folder: RunFolder, found: Samples, *, epochs: int = 0) -> dict[str, A
         **{f"pretrain_{name}": value for name, value in records.get("pretrain", {}).items() if name != "costs"},
     }
     folder.flush()
-    draw(folder, found.data.train, found, coreset, costs)
+    draw(folder, found, coreset, costs)
     folder.finish(summary)
     for leftover in ("checkpoints", "ray"):
         folder.storage.delete_folder(leftover)
     return summary
 
 
-def draw(folder: RunFolder, split: Split, found: Samples, coreset: Coreset, costs: list[dict[str, Any]]) -> None:
+def draw(folder: RunFolder, found: Samples, coreset: Coreset, costs: list[dict[str, Any]]) -> None:
     """Draw every plot of the run into its folder."""
+    split = found.data.train
     counts, total = (torch.bincount(split.y[i], minlength=split.num_classes) for i in (coreset.indices, found.kept))
     if folder.rows:
         _draw(folder.storage, "curves", lambda path: plots.curves(folder.rows, path))

@@ -21,7 +21,7 @@ from raypkg.runs.checkpoints import StoredCheckpoints, load_model, save_model
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coresets import save_coreset, save_record
+from .coresets import origin, save_coreset, save_record
 from .samples import Samples, augmentations, new_model, samples
 
 MODEL = "model.safetensors"
@@ -56,14 +56,14 @@ class Job:
     def fewest(self, found: Samples) -> int:
         """Return the size of the smallest batch: no more workers than that have work."""
         budget = budget_of(self.select.fraction, len(found.kept)) if self.selects else self.training.batch_size
-        sizes = [self.training.batch_size, budget, *([len(self.coreset)] if self.coreset else [])]
+        sizes = [self.training.batch_size, budget, *([] if self.coreset is None else [len(self.coreset)])]
         return min(sizes)
 
 
 def train_on_cluster(job: Job, report: Report) -> dict[str, Any]:
     """Train the job's model on the cluster, unless the run folder says it is done; return the phase's record."""
-    if job.selects:
-        check_schedule(job.select)
+    if job.selects or job.select.warm:
+        check_schedule(job.select, job.training.epochs)
     found = samples(job.experiment.dataset, job.experiment.seed)
     return report.phase(
         job.phase,
@@ -91,7 +91,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
     run = Run(
         model=synchronised(model, training, worker),
         split=data.train,
-        coreset=job.coreset or Coreset.uniform(found.kept),
+        coreset=Coreset.uniform(found.kept) if job.coreset is None else job.coreset,
         settings=training,
         seed=job.experiment.seed,
         phase=job.phase,
@@ -112,7 +112,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         save_model(job.storage, job.result, run.model.state_dict())
         save_record(job.storage, job.result, recorder.record)
         if job.selects:
-            facts = {"seed": job.experiment.seed, "epochs": training.epochs, **job.select.model_dump()}
+            facts = {**origin(job.experiment), "epochs": training.epochs, **job.select.model_dump()}
             save_coreset(job.storage, run.coreset, data.train, facts)
     return {
         "costs": [bill.record() for bill in run.bills()],

@@ -119,5 +119,5 @@ class Storage:
         content = self.read(name)
         try:
             return None if content is None else pq.read_table(pa.BufferReader(content))
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.root}/{name} is corrupt: {error}") from None

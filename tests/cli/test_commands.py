@@ -149,7 +149,7 @@ def test_lipt_leaves_a_whole_run_folder(effray):
     assert files == {
         *("config.toml", "environment.json", "metrics.parquet", "summary.json"),
         *("coreset.parquet", "scores.parquet", "pretrained.safetensors", "model.safetensors"),
-        "model_record.parquet",
+        *("model_record.parquet", "pretrained_record.parquet"),
         *(f"phases/{phase}.json" for phase in ("pretrain", "select", "train")),
         *(f"plots/{plot}.png" for plot in ("curves", "costs", "composition", "scores", "images")),
     }
@@ -173,6 +173,8 @@ def test_lipt_leaves_a_whole_run_folder(effray):
         "--pretrain.merge mean --pretrain.sparsity erk",
         "--pretrain.merge greedy --pretrain.sparsity none",
         "--pretrain.shard_fraction 0.2 --pretrain.randaugment false",
+        "--select.method forgetting",
+        "--pretrain.method dense --select.method forgetting",
         "--train.init merged --train.optimizer adamw --train.lr 0.001",
         "--train.schedule multistep --train.milestones 0.3,0.6 --train.warmup 0.1",
         "--dataset.augment flip,crop --dataset.validation 0.2",

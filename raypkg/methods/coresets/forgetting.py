@@ -13,12 +13,14 @@ from raypkg.methods.solvers import largest
 def select(record: Record, budget: int, *, rng: torch.Generator) -> Coreset:
     """Keep the samples that were forgotten most often, those never classified rightly first, ties drawn at random.
 
-    An event is a sample classified rightly at one step and wrongly at its next.
+    An event is a sample classified rightly at one step and wrongly at its next. A sample that was not trained on comes
+    last.
 
     Raises:
-        UserError: no sample has been trained on.
+        UserError: no hits were recorded, or no sample has been trained on.
     """
-    if not record.losses.isfinite().any():
+    seen = record.losses.isfinite()
+    if record.forgotten is None or not seen.any():
         raise UserError("forgetting needs the record of a training that saw these samples: there is none")
     order = torch.randperm(len(record), generator=rng)
-    return Coreset.uniform(order[largest(record.forgotten[order], budget)])
+    return Coreset.uniform(order[largest(record.forgotten.where(seen, -1)[order], budget)])

@@ -1,6 +1,5 @@
 """Moderate: keep the samples at a typical distance from the centre of their class."""
 
-import torch
 from torch import Tensor
 
 from raypkg.methods.coreset import Coreset
@@ -17,7 +16,7 @@ def select(view: HeadView, budget: int) -> Coreset:
 
     The median of an even number is the lower of the two in the middle.
     """
-    deviation = torch.empty_like(view.features[:, 0])  # [n]
+    deviation = view.features.new_empty(len(view))  # [n]
     for label in view.y.unique():
         members = view.y == label
         deviation[members] = _deviation(view.features[members])

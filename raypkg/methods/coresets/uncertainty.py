@@ -33,7 +33,7 @@ def select(view: HeadView, budget: int, *, measure: Literal["margin", "entropy",
 def _uncertainty(p: Tensor, measure: str) -> Tensor:
     doubt = p[:, 1:].sum(dim=1)  # 1 − p_1, with the digits that a p_1 near 1 has lost
     if measure == "margin":
-        return doubt + p[:, 1]
+        return doubt + p[:, 1:2].sum(dim=1)  # of one class, all are equally sure
     if measure == "confidence":
         return doubt
     return torch.special.entr(p[:, 1:]).sum(dim=1) - (1 - doubt) * (-doubt).log1p()
