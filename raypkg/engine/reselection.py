@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ class Reselection(Hook):
         self, settings: Reselect, shards: Shards, recorder: Recorder, indices: Tensor, first: Coreset | None = None
     ):
         self.settings, self.shards, self.recorder, self.indices, self.first = settings, shards, recorder, indices, first
+        self.scores: Tensor | None = None  # gradient norms of the indices at the latest selection [n]
 
     def on_epoch(self, run: Run) -> None:
         """Select where it is due."""
@@ -86,4 +88,13 @@ class Reselection(Hook):
             )
         if run.worker.rank == 0:
             cost.forward += found.cost.forward
+        self.scores = found.scores
         return found.coreset
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scores; the coreset is the run's own."""
+        return {"scores": self.scores}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the scores back."""
+        self.scores = state["scores"]

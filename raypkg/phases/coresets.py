@@ -122,25 +122,6 @@ def given_coreset(experiment: Source, path: str, found: Samples, storage: Storag
     return coreset
 
 
-def _facts(table: pa.Table) -> dict[str, Any]:
-    try:
-        facts = json.loads((table.schema.metadata or {}).get(b"effray", b"{}"))
-    except ValueError:
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def _column(table: pa.Table, name: str, path: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray:
-    """Return a column of numbers, or refuse what is missing, of another type or null."""
-    if name not in table.column_names:
-        raise UserError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
-    column = table[name]
-    if not fits(column.type) or column.null_count:
-        nulls = f" with {column.null_count} nulls" if column.null_count else ""
-        raise UserError(f"{path}: column {name} is {column.type}{nulls}, which it cannot be")
-    return column.to_numpy()
-
-
 def read_coreset(path: str) -> pa.Table:
     """Return a coreset file's table: index, weight, class and perhaps score.
 
@@ -184,10 +165,42 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
     )
 
 
+def save_scores(storage: Storage, split: Split, indices: Tensor, scores: Tensor | None) -> Tensor | None:
+    """Write the gradient norms, if there are any, of all samples that could have been picked; return them by position.
+
+    Args:
+        storage: the run folder.
+        split: what the indices are positions in.
+        indices: int64 [k].
+        scores: float32 [k].
+
+    Returns:
+        The scores by position, 0 elsewhere, [n]; None where there are none.
+    """
+    if scores is None:
+        return None
+    storage.write_table(SCORES, pa.table({"index": indices.numpy(), "score": scores.numpy()}))
+    return torch.zeros(len(split)).index_put((indices,), scores)
+
+
 def _record_of(model: str) -> str:
     return f"{model.removesuffix('.safetensors')}_record.parquet"
 
 
-def save_scores(storage: Storage, indices: Tensor, scores: Tensor) -> None:
-    """Write the gradient norm of every sample that could have been picked."""
-    storage.write_table(SCORES, pa.table({"index": indices.numpy(), "score": scores.numpy()}))
+def _facts(table: pa.Table) -> dict[str, Any]:
+    try:
+        facts = json.loads((table.schema.metadata or {}).get(b"effray", b"{}"))
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _column(table: pa.Table, name: str, path: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray:
+    """Return a column of numbers, or refuse what is missing, of another type or null."""
+    if name not in table.column_names:
+        raise UserError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
+    column = table[name]
+    if not fits(column.type) or column.null_count:
+        nulls = f" with {column.null_count} nulls" if column.null_count else ""
+        raise UserError(f"{path}: column {name} is {column.type}{nulls}, which it cannot be")
+    return column.to_numpy()

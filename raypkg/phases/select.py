@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from raypkg.cluster.shards import hold
 from raypkg.core.config import load, parse_toml
 from raypkg.core.errors import UserError
@@ -87,10 +85,7 @@ def select_on_cluster(
         with hold(split_by_class, experiment.cluster) as shards:
             picked = select_coreset(shards, scorer, select, record, found.kept, seed=experiment.seed)
         facts = {**origin(experiment), **select.model_dump(include={*Select.model_fields, "model_from"})}
-        scores = None
-        if picked.scores is not None:
-            save_scores(storage, picked.indices, picked.scores)
-            scores = torch.zeros(len(split)).index_put((picked.indices,), picked.scores)
+        scores = save_scores(storage, split, picked.indices, picked.scores)
         save_coreset(storage, picked.coreset, split, facts, scores)
         return {"costs": [picked.cost.record()], "size": len(picked.coreset)}
 

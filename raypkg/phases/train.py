@@ -21,7 +21,7 @@ from raypkg.runs.checkpoints import StoredCheckpoints, load_model, save_model
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coresets import origin, save_coreset, save_record
+from .coresets import origin, save_coreset, save_record, save_scores
 from .samples import Samples, augmentations, new_model, samples
 
 MODEL = "model.safetensors"
@@ -88,6 +88,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         model.load_state_dict(load_model(job.storage, job.initial))
     recorder = Recorder(data.train.y)
     shards = class_shards(data, data.train.y, found.kept, found.valid, worker.world, worker.device)
+    chooser = Reselection(job.select, WorkerShards(shards, worker), recorder, found.kept, job.coreset)
     run = Run(
         model=synchronised(model, training, worker),
         split=data.train,
@@ -98,7 +99,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         worker=worker,
         augment=augmentations(job.experiment.dataset, data),
         cost=Cost(job.phase),
-        hooks=[recorder, Reselection(job.select, WorkerShards(shards, worker), recorder, found.kept, job.coreset)],
+        hooks=[recorder, chooser],
     )
 
     def measure(model: nn.Module, epoch: int) -> dict[str, float]:
@@ -113,7 +114,8 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         save_record(job.storage, job.result, recorder.record)
         if job.selects:
             facts = {**origin(job.experiment), "epochs": training.epochs, **job.select.model_dump()}
-            save_coreset(job.storage, run.coreset, data.train, facts)
+            scores = save_scores(job.storage, data.train, found.kept, chooser.scores)
+            save_coreset(job.storage, run.coreset, data.train, facts, scores)
     return {
         "costs": [bill.record() for bill in run.bills()],
         "test_loss": test["loss"],

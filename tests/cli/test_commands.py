@@ -259,6 +259,20 @@ def test_selection_during_training(effray, options, backward, forward):
     assert summary("train/one")["coreset"] == coreset("train/one").num_rows == 130
 
 
+def test_a_given_coreset_is_only_the_first(effray):
+    effray("train --name one --model linear --train.epochs 1 --select.fraction 0.1")
+    Path("runs/train/one/coreset.parquet").rename("mine.parquet")
+    effray(
+        "train --name two --model linear --train.epochs 2 --coreset mine.parquet --select.fraction 0.2 --select.every 1"
+    )
+    before = content("train/two", "coreset.parquet")
+    assert coreset("train/two").num_rows == 259
+    Path("mine.parquet").unlink()
+    Path("runs/train/two/summary.json").unlink()
+    effray("train --resume two")
+    assert content("train/two", "coreset.parquet") == before
+
+
 def test_infobatch_prunes_at_every_epoch(effray):
     effray("train --name one --model mlp --train.epochs 8 --select.method infobatch --select.every 1")
     (train, *_) = summary("train/one")["phases"]

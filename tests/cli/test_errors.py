@@ -1,5 +1,6 @@
 """What a user gets wrong: one line that says what and how to mend it, exit code 2, and no run folder left."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -263,6 +264,10 @@ def test_a_damaged_cache_is_built_again(call, effray, tmp_path, monkeypatch, cap
         ({"index": [-1], "weight": [1.0]}, "coreset index -1: must be 0 or more"),
         ({"index": [1], "weight": [-1.0]}, "coreset weight -1.0: must be finite and 0 or more"),
         ({"index": [5000], "weight": [1.0]}, "has index 5000, this data set ends at 1436"),
+        ({"index": [1.5], "weight": [1.0]}, "column index is double, which it cannot be"),
+        ({"index": [1, None], "weight": [1.0, 1.0]}, "column index is int64 with 1 nulls, which it cannot be"),
+        ({"index": [1], "weight": ["1"]}, "column weight is string, which it cannot be"),
+        ({"index": pa.array([], pa.int64()), "weight": pa.array([], pa.float32())}, "holds no sample"),
     ],
 )
 def test_coreset_files(refusal, tmp_path, columns, message):
@@ -276,6 +281,29 @@ def test_a_coreset_of_another_data_set(refusal, effray, tmp_path):
         samples.write_parquet(tmp_path / "set" / f"{split}.parquet", IMAGES, LABELS)
     message = refusal("train --model linear --dataset parquet:set --coreset runs/train/one/coreset.parquet")
     assert "was made for 1437 samples, this data set has 9" in message
+
+
+def test_a_coreset_of_as_many_other_samples(refusal, effray):
+    effray("train --name one --model linear --train.epochs 1 --select.fraction 0.1")
+    table = pq.read_table("runs/train/one/coreset.parquet")
+    facts = json.loads(table.schema.metadata[b"effray"]) | {"dataset": "others"}
+    pq.write_table(table.replace_schema_metadata({"effray": json.dumps(facts)}), "mine.parquet")
+    assert "was made for others, this data set is digits" in refusal("train --coreset mine.parquet")
+
+
+def test_a_model_of_other_samples_does_not_select(refusal, effray):
+    effray("train --name one --model linear --train.epochs 1")
+    for option, message in [
+        ("--seed 1", "seed 0, here it is 1"),
+        ("--dataset.validation 0", "validation 0.1, here it"),
+    ]:
+        assert message in refusal(f"select --model-from one --method grand {option}")
+
+
+def test_a_selection_that_would_never_come(refusal):
+    few = "train --model linear --train.epochs 2 --select.fraction 0.1"
+    assert "select.warm = 2 of 2 epochs: nothing would be" in refusal(f"{few} --select.warm 2")
+    assert "select.every = 3: only 2 epochs follow" in refusal(f"{few} --select.every 3")
 
 
 @pytest.mark.parametrize("name", ["metrics.parquet", "summary.json", "config.toml"])
