@@ -166,7 +166,7 @@ def test_forgetting_counts_by_hand():
 
 class FakeRun:
     def __init__(self, seen, worker):
-        self.seen, self.worker = seen, worker
+        self.seen, self.worker, self.cost = seen, worker, Cost("train")
 
 
 def test_records_of_disjoint_samples_join():

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raypkg.core.config import Settings, load, parse_toml
+from raypkg.core.config import Settings, load
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import Experiment, Select
@@ -48,8 +48,7 @@ def resume_run(
         if not setting.startswith(CHANGEABLE):
             raise UserError(f"--resume {name} keeps the settings: {setting} cannot change, only cluster.* and track.*")
     folder = find(root, entry.name, name)
-    stored = parse_toml((folder.storage.read("config.toml") or b"").decode(), f"{folder.storage.root}/config.toml")
-    settings = load(schema, stored, values)
+    settings = load(schema, folder.config, values)
     if folder.summary:
         show(folder, terminal())
     else:

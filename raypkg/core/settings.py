@@ -109,6 +109,15 @@ class Reselect(Select):
     ] = 0
     warm: Annotated[int, Field(ge=0, description="first epochs, on all samples")] = 0
 
+    def due(self, epoch: int) -> bool:
+        """Say whether an epoch, counted from 0, begins with a selection.
+
+        >>> [epoch for epoch in range(10) if Reselect(warm=2, every=3).due(epoch)]
+        [2, 5, 8]
+        """
+        age = epoch - self.warm
+        return age == 0 or (age > 0 and self.every > 0 and age % self.every == 0)
+
 
 class Cluster(Settings):
     """Where it runs."""

@@ -82,8 +82,7 @@ class CoresetLoader:
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """Select if it is due, then yield an epoch's batches."""
-        every, age = self.settings.every, self.epoch - self.settings.warm
-        if age == 0 or (age > 0 and every and age % every == 0):
+        if self.settings.due(self.epoch):
             self.coreset = self._selected()
         self.epoch += 1
         chosen = self.coreset

@@ -140,8 +140,8 @@ def fit(
                 hook.on_epoch(run)
             with run.cost:
                 row = _train_epoch(run, model)
-            for hook in run.hooks:
-                hook.on_epoch_end(run)
+                for hook in run.hooks:
+                    hook.on_epoch_end(run)
         run.epoch += 1
         if measure:
             row |= measure(run.model, run.epoch)

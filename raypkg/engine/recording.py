@@ -47,6 +47,7 @@ class Recorder(Hook):
         epoch = torch.zeros(3, len(self.y))  # seen, loss, right
         epoch[:, indices] = torch.stack([torch.ones_like(losses), losses, right.to(losses)])
         seen, losses, right = run.worker.sum(epoch)
+        run.cost.sent += epoch.nbytes * (run.worker.world > 1)
         seen, right = seen.bool(), right.bool()
         self.forgotten += seen & self.right & ~right
         self.losses, self.right = losses.where(seen, self.losses), right.where(seen, self.right)

@@ -66,12 +66,11 @@ class Reselection(Hook):
 
     def on_epoch(self, run: Run) -> None:
         """Select where it is due."""
-        age = run.epoch - self.settings.warm
-        if age < 0:
+        if run.epoch < self.settings.warm:
             run.coreset = Coreset.uniform(self.indices)
-        elif age == 0 and self.first is not None:
+        elif run.epoch == self.settings.warm and self.first is not None:
             run.coreset = self.first
-        elif age == 0 or (self.settings.every and age % self.settings.every == 0):
+        elif self.settings.due(run.epoch):
             run.coreset = self._select(run)
 
     def _select(self, run: Run) -> Coreset:

@@ -33,6 +33,7 @@ def run(settings: LiptSettings, *, report: Report) -> None:
     Example:
         effray lipt --dataset digits --model resnet8 --select.method gradmatch --select.fraction 0.2
     """
+    from raypkg.engine.reselection import check_schedule
     from raypkg.phases.pretrain import PRETRAININGS, RESULT
     from raypkg.phases.samples import samples
     from raypkg.phases.select import check, select_on_cluster
@@ -40,6 +41,8 @@ def run(settings: LiptSettings, *, report: Report) -> None:
     from raypkg.phases.train import MODEL, Job, train_on_cluster
 
     check(settings.select)
+    if settings.select.every or settings.select.warm:
+        check_schedule(settings.select, settings.train.epochs)
     found = samples(settings.dataset, settings.seed)
     PRETRAININGS[settings.pretrain.method](settings, settings.pretrain, report)
     storage = report.folder.storage

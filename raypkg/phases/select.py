@@ -3,7 +3,7 @@
 from typing import Any
 
 from raypkg.cluster.shards import hold
-from raypkg.core.config import load, parse_toml
+from raypkg.core.config import load
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model, Select, Source
 from raypkg.engine.selection import SentModel, select_coreset
@@ -40,7 +40,7 @@ def trained_model(experiment: Source, folder: RunFolder, run: str) -> tuple[Mode
     if not run:
         raise UserError("select needs a model: give --model-from RUN")
     found = locate(folder.storage.root.rsplit("/", 2)[0], run)
-    stored = parse_toml((found.storage.read("config.toml") or b"").decode(), f"{found.storage.root}/config.toml")
+    stored = found.config
     if "model" not in stored or MODEL not in found.storage.list():
         raise UserError(f"run {found.name} has no {MODEL}: it trained no model, or is not finished")
     theirs = load(Source, {name: stored[name] for name in ("seed", "dataset") if name in stored})

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raypkg.core.config import Settings, to_toml
+from raypkg.core.config import Settings, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
 
 from .storage import Storage
@@ -53,6 +53,15 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The manifest of a finished run, or None."""
         return self.storage.read_json("summary.json")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The stored settings, not yet validated.
+
+        Raises:
+            UserError: they are no TOML.
+        """
+        return parse_toml((self.storage.read("config.toml") or b"").decode(), f"{self.storage.root}/config.toml")
 
     @property
     def started(self) -> bool:

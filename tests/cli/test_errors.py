@@ -304,6 +304,7 @@ def test_a_selection_that_would_never_come(refusal):
     few = "train --model linear --train.epochs 2 --select.fraction 0.1"
     assert "select.warm = 2 of 2 epochs: nothing would be" in refusal(f"{few} --select.warm 2")
     assert "select.every = 3: only 2 epochs follow" in refusal(f"{few} --select.every 3")
+    assert "select.warm = 40 of 40 epochs: nothing" in refusal("lipt --select.warm 40")  # before its pre-training
 
 
 @pytest.mark.parametrize("name", ["metrics.parquet", "summary.json", "config.toml"])
