@@ -1,15 +1,18 @@
 """Where a run's progress goes: the folder, the terminal and the tracker, from one call."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from .folder import RunFolder
-from .tracking import Tracker
+if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
+    from .folder import RunFolder
+    from .tracking import Tracker
 
 
 class Report:
@@ -36,7 +39,7 @@ class Report:
         )
         self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> Report:
         self._bars.start()
         return self
 

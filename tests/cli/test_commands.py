@@ -135,12 +135,22 @@ def test_the_console_script():
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("effray: unknown model 'resnt8'")
 
 
-@pytest.mark.parametrize("name", list(experiment.entries))
-def test_the_job_is_the_command(capsys, monkeypatch, name):
+JOBS = Path(__file__).parents[2] / "jobs"
+
+
+def test_every_experiment_is_a_job(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["job.py", "--help"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(Path(__file__).parents[2] / "jobs" / f"{name}.py"), run_name="__main__")
-    assert capsys.readouterr().out.startswith(f"Usage: effray {name} ")
+    names = set()
+    for job in JOBS.glob("*.py"):
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(job), run_name="__main__")
+        names.add(capsys.readouterr().out.split()[2])
+    assert names == set(experiment.entries)
+
+
+def test_no_job_hides_a_module_of_python():
+    """`python jobs/lipt.py` finds the jobs' folder before the standard library."""
+    assert not {job.stem for job in JOBS.glob("*.py")} & sys.stdlib_module_names
 
 
 def test_lipt_leaves_a_whole_run_folder(effray):

@@ -1,0 +1,8 @@
+"""`effray select` as a script, for: ray job submit --working-dir . -- python jobs/selection.py --dataset digits."""
+
+import sys
+
+from raypkg.cli import main
+
+if __name__ == "__main__":
+    main(["select", *sys.argv[1:]])
