@@ -81,6 +81,16 @@ def test_kcenter_equals_its_slow_twin(seed):
     assert coreset["kcenter"](view, 12).indices.tolist() == reference.farthest_first(view.features, 12)
 
 
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_gradmatch_picks_the_same_however_far_it_looks_ahead(monkeypatch, ahead):
+    view = reference.problem(120, width=64).view
+    picked = coreset["gradmatch"](view, 40, options={"lam": 0.01})
+    monkeypatch.setattr("raypkg.methods.coresets.gradmatch.AHEAD", ahead)  # rows are dropped for others many times
+    again = coreset["gradmatch"](view, 40, options={"lam": 0.01})
+    assert again.indices.equal(picked.indices)
+    torch.testing.assert_close(again.weights, picked.weights)
+
+
 def test_kcenter_by_hand():
     view = in_feature_space([[0.0], [1.0], [4.0], [5.0], [11.0]])  # mean 4.2
     assert coreset["kcenter"](view, 4).indices.tolist() == [2, 4, 0, 1]  # 1 and 3 are as far: by position

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+GROWTH = 64  # rows by which the room for a factor grows
 DEPENDENT = 1e-12  # a pivot below this share of its diagonal is rounding: the atom lies in the span of the chosen ones
 
 
@@ -21,12 +22,11 @@ class Cholesky:
     """The lower factor L of a symmetric positive definite matrix that gains and loses rows, O(m²) each.
 
     Args:
-        capacity: the largest number of rows.
         like: gives the dtype.
     """
 
-    def __init__(self, capacity: int, like: Tensor):
-        self._store = like.new_zeros(capacity, capacity)
+    def __init__(self, like: Tensor):
+        self._store = like.new_zeros(0, 0)  # L and an identity below it: solved as it lies, where a slice is copied
         self._size = 0
 
     @property
@@ -37,10 +37,12 @@ class Cholesky:
     def append(self, row: Tensor, diagonal: Tensor) -> bool:
         """Border the matrix with ``row`` [m] and ``diagonal``; return False, unchanged, if it would turn singular."""
         m = self._size
-        new = torch.linalg.solve_triangular(self.lower, row[:, None], upper=False)[:, 0]  # L l = row
+        new = self._forward(row)  # L l = row
         pivot = diagonal - new @ new
         if pivot <= DEPENDENT * diagonal:
             return False
+        if m == len(self._store):
+            self._store = torch.block_diag(self._store, torch.eye(GROWTH).to(row))
         self._store[m, :m], self._store[m, m] = new, pivot.sqrt()
         self._size = m + 1
         return True
@@ -61,12 +63,21 @@ class Cholesky:
         after = scaled.sum(dim=1, keepdim=True) - scaled.cumsum(dim=1)  # Σ_{l>j} p_l T_l
         updated = tail * (s / before).sqrt() + after * (p / (s * before).sqrt())
         lower[i : m - 1, :i], lower[i : m - 1, i : m - 1] = left, updated.tril()
-        self._store[m - 1] = 0
+        self._store[m - 1, :m] = 0
+        self._store[m - 1, m - 1] = 1
         self._size = m - 1
 
     def solve(self, right: Tensor) -> Tensor:
         """Return x [m] with L Lᵀ x = right."""
-        return torch.cholesky_solve(right[:, None], self.lower)[:, 0]
+        padded = self._padded(self._forward(right))
+        return torch.linalg.solve_triangular(self._store.T, padded, upper=True)[: self._size, 0]
+
+    def _forward(self, right: Tensor) -> Tensor:
+        """Return x [m] with L x = right."""
+        return torch.linalg.solve_triangular(self._store, self._padded(right), upper=False)[: self._size, 0]
+
+    def _padded(self, right: Tensor) -> Tensor:
+        return torch.cat([right, right.new_zeros(len(self._store) - self._size)])[:, None]
 
 
 class Atoms(Protocol):
@@ -104,7 +115,7 @@ def matching_pursuit(atoms: Atoms, energy: Tensor, k: int, *, lam: float, eps: f
     Returns:
         The atoms, int64 [m] with m ≤ k in the order of their choice, and their weights v > 0, float64 [m].
     """
-    factor, free = Cholesky(k, energy), torch.ones(len(atoms), dtype=torch.bool)
+    factor, free = Cholesky(energy), torch.ones(len(atoms), dtype=torch.bool)
     chosen, weights, target = torch.empty(0, dtype=torch.int64), energy.new_empty(0), energy.new_empty(0)
     error, last = energy, energy + torch.inf  # E of this step and of the one before
     correlation = atoms.correlation(weights)  # [n]
