@@ -1,6 +1,7 @@
 """Slow twins: the same quantities from gradients that are materialised, one sample at a time, by autograd."""
 
 import copy
+import math
 from dataclasses import dataclass
 from itertools import chain, combinations
 
@@ -160,3 +161,96 @@ def farthest_first(rows: Tensor, k: int) -> list[int]:
         apart = {i: float(distances[i, chosen].min()) for i in range(len(rows)) if i not in chosen}
         chosen.append(max(apart, key=apart.__getitem__))
     return chosen
+
+
+def dense_hessian(loss, parameters) -> Tensor:
+    """The whole Hessian of ``loss()`` with respect to all entries of the parameters, a row for each [p, p]."""
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss(), parameters, create_graph=True)])
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True) for g in gradient]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+
+
+def minibatch(logits: Tensor, y: Tensor, size: int) -> tuple[list[int], list[float]]:
+    """CREST's medoids by brute force on spelt-out logit gradients, and the share of V in each one's cluster."""
+    rows = (logits.double().softmax(dim=1) - F.one_hot(y, logits.shape[1])).detach()
+    distances = pairwise(rows)
+    medoids = greedy_medoids(distances, size, slack=1e-6)
+    shares = [0.0] * size
+    for row in distances[:, medoids]:
+        nearest = [j for j in range(size) if row[j] <= row.min() + 1e-4]
+        for j in nearest:
+            shares[j] += 1 / len(nearest)
+    return medoids, shares
+
+
+def crest(model, x: Tensor, y: Tensor, settings, training, seed: int, size: int, r: int) -> list[float]:
+    """CREST step by step as in the paper: whole pools at once, dense loops, momentum by hand; returns every ρ."""
+    n, parameters = len(y), list(model.parameters())
+    velocity = [torch.zeros_like(p) for p in parameters]
+    active, recorded, errors = list(range(n)), {i: [] for i in range(n)}, []
+    steps = training.epochs * math.ceil(n / size)
+    step = updates = drops = 0
+    interval, expired, first = 1, True, None
+    gradients, squares = [], []
+
+    def draw(count: int, *name) -> Tensor:
+        return torch.tensor(active)[torch.randperm(len(active), generator=generator(seed, *name))[:count]]
+
+    def vector(tensors) -> Tensor:
+        return torch.cat([t.detach().flatten() for t in tensors])
+
+    while step < steps:
+        if expired:
+            updates += 1
+            pool = []
+            for p in range(settings.b * interval):
+                subset = draw(r, "crest subset", updates, p)
+                with torch.no_grad():
+                    logits = model(x[subset])
+                for i, loss in zip(subset.tolist(), F.cross_entropy(logits, y[subset], reduction="none"), strict=True):
+                    recorded[i].append(float(loss))
+                medoids, shares = minibatch(logits, y[subset], size)
+                pool.append((subset[medoids], torch.tensor(shares) * size / r))
+            everyone, weights = torch.cat([s for s, _ in pool]), torch.cat([w for _, w in pool])
+
+            def loss_of_pool(everyone=everyone, weights=weights):
+                return F.cross_entropy(model(x[everyone]), y[everyone], reduction="none") @ weights / len(weights)
+
+            anchor = vector(parameters)
+            gradients.append(vector(torch.autograd.grad(loss_of_pool(), parameters)))
+            rng = generator(seed, "crest signs", updates)
+            signs = vector([torch.randint(2, p.shape, generator=rng) * 2.0 - 1 for p in parameters])
+            squares.append((signs * (dense_hessian(loss_of_pool, parameters) @ signs)).square())
+            weigh = [sum(b ** (len(v) - 1 - s) * (1 - b) * q for s, q in enumerate(v)) / (1 - b ** len(v))
+                     for b, v in ((0.9, gradients), (0.999, squares))]  # fmt: skip
+            slope, bend = weigh[0], weigh[1].sqrt()
+            first = first or float(bend.norm())
+            ahead = [int(torch.randint(len(pool), (), generator=generator(seed, "crest draw", step + s)))
+                     for s in range(min(interval, steps - step))]  # fmt: skip
+            with torch.no_grad():
+                each = {p: F.cross_entropy(model(x[pool[p][0]]), y[pool[p][0]], reduction="none") @ pool[p][1] / size
+                        for p in set(ahead)}  # fmt: skip
+            base = float(sum(each.values())) / len(each)
+        for _ in range(min(interval, steps - step)):
+            chosen, weights = pool[int(torch.randint(len(pool), (), generator=generator(seed, "crest draw", step)))]
+            loss = F.cross_entropy(model(x[chosen]), y[chosen], reduction="none") @ weights / size
+            for p, v, g in zip(parameters, velocity, torch.autograd.grad(loss, parameters), strict=True):
+                v.mul_(training.momentum).add_(g + training.weight_decay * p.detach())
+                p.data.sub_(training.lr * v)
+            step += 1
+        subset = draw(r, "crest check", step)
+        with torch.no_grad():
+            losses = F.cross_entropy(model(x[subset]), y[subset], reduction="none")
+        for i, loss in zip(subset.tolist(), losses, strict=True):
+            recorded[i].append(float(loss))
+        moved = vector(parameters) - anchor
+        predicted = base + float(slope @ moved) + 0.5 * float(moved @ (bend * moved))
+        errors.append(abs(predicted - float(losses.mean())) / float(losses.mean()))
+        expired = errors[-1] > settings.tau
+        if step // settings.drop_every > drops:
+            drops = step // settings.drop_every
+            active = [i for i in active if not recorded[i] or max(recorded[i]) > settings.alpha]
+            recorded = {i: [] for i in range(n)}
+        if expired:
+            interval = max(1, round(settings.h * first / float(bend.norm())))
+    return errors

@@ -78,7 +78,7 @@ def check_names(settings: Any) -> None:
     if isinstance(settings, Experiment):
         model[settings.model.name].options(settings.model.options)
     select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
-    if select:
+    if isinstance(select, Select):
         coreset[select.method].options(select.options)
 
 

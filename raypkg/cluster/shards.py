@@ -9,7 +9,7 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
-from raypkg.engine.shards import LocalShards, Shard, Shards
+from raypkg.engine.shards import LocalShards, Results, Shard, Shards
 from raypkg.engine.worker import threads
 
 if TYPE_CHECKING:
@@ -36,18 +36,29 @@ class RayShards:
         self._actors = [actor.remote(size.cpus) for _ in shards]
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
-        """Return ``function(shard, *broadcast)`` of every shard; arguments go to the object store once.
+        """Return ``function(shard, *broadcast)`` of every shard.
 
         Raises:
             UserError: raised by the function, or an actor died more often than allowed.
         """
+        return self.start(function, *broadcast)()
+
+    def start(self, function: Callable[..., Any], *broadcast: Any) -> Results:
+        """Begin a ``map``; arguments go to the object store once."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
 
         shared = [ray.put(value) for value in broadcast]
         held = zip(self._actors, self._shards, strict=True)
+        calls = [actor.apply.remote(function, shard, *shared) for actor, shard in held]
+        return lambda: self._results(calls)
+
+    @staticmethod
+    def _results(calls: list[Any]) -> list[Any]:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
         try:
-            return ray.get([actor.apply.remote(function, shard, *shared) for actor, shard in held])
+            return ray.get(calls)
         except RayActorError as error:
             raise UserError(f"a shard's actor died too often (cluster.max_failures): {error}") from error
         except RayTaskError as error:
@@ -74,6 +85,37 @@ class Holder:
         import ray
 
         return function(replace(shard, device=torch.device("cuda" if ray.get_gpu_ids() else "cpu")), *broadcast)
+
+
+@contextmanager
+def actors(shards: Sequence[Shard], cluster: Cluster, mine: bool) -> Iterator[Shards | None]:
+    """Hold shards on actors of one CPU each until the block ends, from within a training worker.
+
+    Args:
+        shards: one for each actor.
+        cluster: how often an actor may die.
+        mine: whether this worker is the one that reaches them; the others get None.
+
+    Raises:
+        UserError: the cluster has no room left beside the training workers.
+    """
+    if not mine:
+        yield None
+        return
+    import ray
+
+    from .session import Plan
+
+    free = int(ray.available_resources().get("CPU", 0))
+    if free < len(shards):
+        raise UserError(
+            f"select.actors = {len(shards)}, but the training workers leave {free} CPUs: lower one or the other"
+        )
+    held = RayShards(shards, Plan(len(shards), 1, 0), cluster.max_failures)
+    try:
+        yield held
+    finally:
+        held.close()
 
 
 @contextmanager

@@ -119,6 +119,38 @@ class Reselect(Select):
         return age == 0 or (age > 0 and self.every > 0 and age % self.every == 0)
 
 
+class Crest(Settings):
+    """Mini-batch coresets, and how long they are trusted (CREST)."""
+
+    tau: Annotated[float, Field(gt=0, description="τ: error of the local model at which it has expired")] = 0.05
+    h: Annotated[float, Field(gt=0, description="steps between checks, over ‖H̄_0‖/‖H̄_t‖")] = 1.0
+    b: Annotated[Count, Field(description="mini-batch coresets of a pool, over the steps between checks")] = 5
+    subset: Annotated[
+        Share | None,
+        Field(description="r/n: share of the samples in a random subset; 0.01, or two batches, when left out"),
+    ] = None
+    drop_every: Annotated[Count, Field(description="T2: steps between looks for learned samples")] = 20
+    alpha: Annotated[float, Field(ge=0, description="α: losses up to which a sample is learned; 0 = drop none")] = 0.1
+    order: Annotated[Literal[1, 2], Field(description="of the local model: 2 = with curvature, 1 = without")] = 2
+    smoothing: Annotated[bool, Field(description="smooth gradient and curvature over updates")] = True
+    model_batches: Annotated[
+        int, Field(ge=0, description="mini-batch coresets that the local model is made from; 0 = the whole pool")
+    ] = 1
+    curvature: Annotated[
+        int, Field(ge=0, description="samples of those whose curvature is looked at, the dearest part; 0 = all")
+    ] = 32
+    parameters: Annotated[
+        Literal["all", "head"], Field(description="what the local model looks at; head = last layer, for large nets")
+    ] = "all"
+    overlap: Annotated[
+        bool, Field(description="select while training goes on: the weights of one check before, another core busy")
+    ] = False
+    actors: Annotated[int, Field(ge=0, description="Ray actors that select; 0 = the training workers do")] = 0
+    memory: Annotated[
+        float | None, Field(ge=0, description="GiB a worker may use to save time; a quarter of its own when left out")
+    ] = None
+
+
 class Cluster(Settings):
     """Where it runs."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.data.augment import compose, normalize
+from raypkg.data.augment import Augmentation, compose, normalize
 from raypkg.data.split import Split
 from raypkg.methods.coreset import Coreset
 
@@ -28,6 +28,13 @@ class Batch(NamedTuple):
     weights: Tensor  # [b]
     indices: Tensor  # [b], positions in the split
     total: int
+
+
+class Epoch(NamedTuple):
+    """The batches of one epoch, and how many they are."""
+
+    steps: int
+    batches: Iterator[Batch]
 
 
 class Batches:
@@ -63,18 +70,25 @@ class Batches:
 
     def _load(self, job: tuple[Tensor, Tensor]) -> Batch:
         positions, draws = job
-        mine = slice_of(positions, self.worker)
-        indices = self.coreset.indices[mine]
-        x, y = self.split.batch(indices)
-        x = to_device(x, self.worker.device)
-        x = self.augment(x, to_device(slice_of(draws, self.worker), self.worker.device))
-        return Batch(
-            normalize(x, self.split.mean, self.split.std),
-            to_device(y, self.worker.device),
-            to_device(self.coreset.weights[mine], self.worker.device),
-            indices,
-            len(positions),
-        )
+        samples = Coreset(self.coreset.indices[positions], self.coreset.weights[positions])
+        return training_batch(self.split, samples, self.augment, draws, self.worker)
+
+
+def training_batch(split: Split, samples: Coreset, augment: Augmentation, draws: Tensor, worker: Worker) -> Batch:
+    """Load this worker's slice of one step's samples, augmented and normalised.
+
+    Args:
+        split: where the samples are.
+        samples: all of the step.
+        augment: the augmentation.
+        draws: uniform random numbers for it, of all samples [b, augment.draws].
+        worker: which slice, and where to.
+    """
+    indices, device = slice_of(samples.indices, worker), worker.device
+    x, y = split.batch(indices)
+    x = augment(to_device(x, device), to_device(slice_of(draws, worker), device))
+    weights = to_device(slice_of(samples.weights, worker), device)
+    return Batch(normalize(x, split.mean, split.std), to_device(y, device), weights, indices, len(samples))
 
 
 def plain_batches(

@@ -1,7 +1,8 @@
 """What a phase costs: samples forward and backward, seconds, memory and bytes sent, never seconds alone."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +39,15 @@ class Cost:
         self.seconds += elapsed
         self.total_seconds += elapsed
         self.memory = max(self.memory, peak_memory())
+
+    @contextmanager
+    def apart(self, part: "Cost") -> Iterator[None]:
+        """Put the seconds of a block, which lies inside a block of this bill, on another bill instead."""
+        before = part.seconds
+        with part:
+            yield
+        self.seconds -= part.seconds - before
+        self.total_seconds -= part.seconds - before
 
     def then(self, other: "Cost") -> "Cost":
         """Return the bill of this work followed by other work on the same worker."""

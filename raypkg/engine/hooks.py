@@ -1,4 +1,4 @@
-"""What a method may do to the one loop: replace the coreset, edit gradients, look at each step."""
+"""What a method may do to the one loop: replace the coreset or the batches, edit gradients, look at each step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from .batches import Epoch
     from .loop import Run
 
 
@@ -16,6 +17,10 @@ class Hook:
 
     def on_epoch(self, run: Run) -> None:
         """Before an epoch; may replace ``run.coreset``; its work goes on a bill of its own, ``run.bill(name)``."""
+
+    def batches(self, run: Run) -> Epoch | None:
+        """Return the batches of the coming epoch, if this hook chooses them; otherwise the coreset is shuffled."""
+        return None
 
     def on_gradients(self, run: Run) -> None:
         """After the backward pass; may edit ``.grad`` in place."""

@@ -18,7 +18,7 @@ from raypkg.core.settings import Training
 from raypkg.data.split import Split
 from raypkg.methods.coreset import Coreset
 
-from .batches import Batch, Batches, plain_batches, slice_of
+from .batches import Batch, Batches, Epoch, plain_batches, slice_of
 from .costs import Cost
 from .hooks import Hook
 from .schedules import learning_rate
@@ -68,6 +68,7 @@ class Run:
     augment: Sequence[str]
     cost: Cost
     hooks: Sequence[Hook] = ()
+    last: int | None = None  # epoch to stop after, where it is not the schedule's last
     label: int | None = None  # which of several models this is, in the metrics
     epoch: int = 0
     step: int = 0
@@ -79,6 +80,21 @@ class Run:
         self.optimizer = optimizer(self.model, self.settings)
         self._bills = {self.phase: self.cost, "evaluate": Cost("evaluate")}
         self._earlier: dict[str, Cost] = {}  # of attempts before the last restart
+
+    def batches(self) -> Epoch:
+        """Return the batches of the coming epoch: a hook's, or the shuffled coreset."""
+        for hook in self.hooks:
+            if (epoch := hook.batches(self)) is not None:
+                return epoch
+        batches = Batches(
+            self.split,
+            self.coreset,
+            self.settings.batch_size,
+            seed=self.seed,
+            augment=self.augment,
+            worker=self.worker,
+        )
+        return Epoch(len(batches), batches.epoch(self.epoch))
 
     def bill(self, name: str) -> Cost:
         """Return this worker's bill for a part of the run that is not training itself; every worker opens the same."""
@@ -120,7 +136,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     measure: Callable[[nn.Module, int], dict[str, float]] | None = None,
 ) -> Run:
-    """Train to the last epoch, going on from the newest checkpoint if there is one.
+    """Train to the run's last epoch, going on from the newest checkpoint if there is one.
 
     Args:
         run: what to train; its model holds the result.
@@ -134,7 +150,7 @@ def fit(
     if state := checkpoints.load():
         run.load_state_dict(state)
     model = _prepared(run)
-    while run.epoch < run.settings.epochs:
+    while run.epoch < (run.last or run.settings.epochs):
         with seeded(run.seed, "dropout", run.epoch, run.worker.rank):
             for hook in run.hooks:
                 hook.on_epoch(run)
@@ -158,13 +174,11 @@ def _prepared(run: Run) -> nn.Module:
 
 
 def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
-    batches = Batches(
-        run.split, run.coreset, run.settings.batch_size, seed=run.seed, augment=run.augment, worker=run.worker
-    )
+    steps, batches = run.batches()
     model.train()
     totals = torch.zeros(3, dtype=torch.float64, device=run.worker.device)  # Σ w·loss, correct, samples
-    for number, batch in enumerate(batches.epoch(run.epoch)):
-        rate = learning_rate(run.settings, (run.epoch + number / len(batches)) / run.settings.epochs)
+    for number, batch in enumerate(batches):
+        rate = learning_rate(run.settings, (run.epoch + number / steps) / run.settings.epochs)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         totals += _train_step(run, model, batch, run.worker.world)

@@ -41,17 +41,17 @@ class Recorder(Hook):
         self._steps.append((run.seen.indices, run.seen.losses, run.seen.right))
 
     def on_epoch_end(self, run: Run) -> None:
-        """Take in an epoch, in which every sample was seen at most once."""
+        """Take in an epoch: of a sample seen several times, the mean loss, and whether it was right every time."""
         indices, losses, right = (torch.cat(part).cpu() for part in zip(*self._steps, strict=True))
         self._steps.clear()
-        epoch = torch.zeros(3, len(self.y))  # seen, loss, right
-        epoch[:, indices] = torch.stack([torch.ones_like(losses), losses, right.to(losses)])
-        seen, losses, right = run.worker.sum(epoch)
+        epoch = torch.zeros(3, len(self.y))  # times seen, Σ loss, times right
+        epoch.index_add_(1, indices, torch.stack([torch.ones_like(losses), losses, right.to(losses)]))
+        times, losses, right = run.worker.sum(epoch)
         run.cost.sent += epoch.nbytes * (run.worker.world > 1)
-        seen, right = seen.bool(), right.bool()
+        seen, losses, right = times > 0, losses / times.clamp(min=1), right == times
         self.forgotten += seen & self.right & ~right
         self.losses, self.right = losses.where(seen, self.losses), right.where(seen, self.right)
-        self.learned |= right
+        self.learned |= seen & right
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record's parts."""

@@ -135,7 +135,7 @@ def select_coreset(
 def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list[int], seed: int) -> Selection:
     """Select from each class of a shard by itself: one forward pass, then the method on the class's HeadView."""
     y, entry, cost = shard.data.train.y, coreset[settings.method], Cost("select")
-    picks, scores, seen, memory = [], [], [], memory_bound(settings)
+    picks, scores, seen, memory = [], [], [], memory_bound(settings.memory)
     with cost:
         for label in y[shard.indices].unique().tolist():
             members, held_out = shard.indices[y[shard.indices] == label], shard.valid[y[shard.valid] == label]
@@ -159,9 +159,9 @@ def view_shard(shard: Shard, scorer: Scorer) -> tuple[Tensor, HeadView, HeadView
     return shard.indices, view, valid, cost
 
 
-def memory_bound(settings: Select) -> int:
-    """Return the bytes that a method may use to save time: the setting, or a quarter of the worker's memory."""
-    return worker_memory() // 4 if settings.memory is None else int(settings.memory * 2**30)
+def memory_bound(memory: float | None) -> int:
+    """Return the bytes that a method may use to save time: of so many GiB, or a quarter of the worker's memory."""
+    return worker_memory() // 4 if memory is None else int(memory * 2**30)
 
 
 def _from_record(
@@ -195,7 +195,7 @@ def _from_views(parts: list[Any], settings: Select, budget: int, seed: int) -> S
             label="all",
             options=settings.options,
             valid=_joined(valid) if valid else None,
-            memory=memory_bound(settings),
+            memory=memory_bound(settings.memory),
         )
     return Selection(picked.at(indices[order]), indices[order], view.norms(), cost)
 

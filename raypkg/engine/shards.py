@@ -1,6 +1,7 @@
 """Data split over holders: the same pure functions run on shards in this process, in training workers or on actors."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -23,12 +24,15 @@ class Shard:
         indices: int64 [n], positions in the training split.
         valid: int64 [v], positions of held-out samples, also in the training split.
         device: where the holder computes.
+        rank: of the holder among ``world``, for work that any of them can do.
     """
 
     source: Dataset | Data
     indices: Tensor
     valid: Tensor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    world: int = 1
 
     @cached_property
     def data(self) -> Data:
@@ -38,11 +42,17 @@ class Shard:
         return self.source
 
 
+Results = Callable[[], list[Any]]  # waits for them
+
+
 class Shards(Protocol):
     """Data split over holders; methods see only this."""
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard, in the order of the shards."""
+
+    def start(self, function: Callable[..., Any], *broadcast: Any) -> Results:
+        """Begin a ``map`` and return at once; calling what is returned waits for the results."""
 
 
 class LocalShards:
@@ -50,22 +60,50 @@ class LocalShards:
 
     def __init__(self, shards: Sequence[Shard]):
         self.shards = shards
+        self._thread = ThreadPoolExecutor(1, "shards")
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard."""
         return [function(shard, *broadcast) for shard in self.shards]
+
+    def start(self, function: Callable[..., Any], *broadcast: Any) -> Results:
+        """Begin a ``map`` in a thread."""
+        return self._thread.submit(self.map, function, *broadcast).result
 
 
 class WorkerShards:
     """Shards of the workers of a training group, the one of rank r held by worker r; all call ``map`` together."""
 
     def __init__(self, shards: Sequence[Shard], worker: Worker):
-        self.mine, self.worker = shards[worker.rank : worker.rank + 1], worker
+        self._mine, self.worker = LocalShards(shards[worker.rank : worker.rank + 1]), worker
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard to every worker."""
-        parts = self.worker.gather([function(shard, *broadcast) for shard in self.mine])
-        return [result for part in parts for result in part]
+        return self._gathered(self._mine.map(function, *broadcast))
+
+    def start(self, function: Callable[..., Any], *broadcast: Any) -> Results:
+        """Begin a ``map`` in a thread of each worker; all ask for the results together."""
+        waiting = self._mine.start(function, *broadcast)
+        return lambda: self._gathered(waiting())
+
+    def _gathered(self, results: list[Any]) -> list[Any]:
+        return [result for part in self.worker.gather(results) for result in part]
+
+
+class FirstWorkerShards:
+    """Shards that the worker of rank 0 alone reaches, such as actors; all workers ask for the results together."""
+
+    def __init__(self, shards: Shards | None, worker: Worker):
+        self._shards, self.worker = shards, worker
+
+    def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
+        """Return ``function(shard, *broadcast)`` of every shard to every worker."""
+        return self.start(function, *broadcast)()
+
+    def start(self, function: Callable[..., Any], *broadcast: Any) -> Results:
+        """Begin a ``map`` from rank 0."""
+        waiting = self._shards.start(function, *broadcast) if self._shards else list
+        return lambda: self.worker.gather(waiting())[0]
 
 
 def class_shards(
@@ -93,6 +131,6 @@ def class_shards(
         owner[label] = load.argmin()
         load[owner[label]] += sizes[label]
     return [
-        Shard(source, indices[owner[y[indices]] == holder], valid[owner[y[valid]] == holder], device)
+        Shard(source, indices[owner[y[indices]] == holder], valid[owner[y[valid]] == holder], device, holder, len(load))
         for holder in range(len(load))
     ]

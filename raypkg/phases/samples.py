@@ -8,6 +8,7 @@ from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment
 from raypkg.data import Data, load_data
 from raypkg.data.partition import hold_out
+from raypkg.methods.coreset import Coreset
 from raypkg.models import build_model
 
 
@@ -17,6 +18,11 @@ class Samples(NamedTuple):
     data: Data
     kept: Tensor  # int64 [n], ascending
     valid: Tensor  # int64 [v], ascending
+
+    @property
+    def everyone(self) -> Coreset:
+        """All training samples, unweighted."""
+        return Coreset.uniform(self.kept)
 
 
 def samples(dataset: Dataset, seed: int) -> Samples:

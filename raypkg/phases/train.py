@@ -1,5 +1,6 @@
 """Training one model by DDP on Ray Train workers, on a coreset that may be selected anew, resumable at every epoch."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from raypkg.cluster.train import launch
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment, Reselect, Train, Training
 from raypkg.engine.costs import Cost
+from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import Run, evaluate, fit
 from raypkg.engine.recording import Recorder
 from raypkg.engine.reselection import Reselection, check_schedule
@@ -37,6 +39,7 @@ class Job:
         result: file of the run folder for the last weights; the record of training goes beside it.
         initial: file of the run folder with the first weights; None = drawn from the seed.
         select: how to select where no coreset is given, and when to select anew.
+        last: the epoch to stop after; None = the last of the schedule.
     """
 
     experiment: Experiment
@@ -47,6 +50,7 @@ class Job:
     result: str
     initial: str | None = None
     select: Reselect = field(default_factory=Reselect)
+    last: int | None = None
 
     @property
     def selects(self) -> bool:
@@ -60,27 +64,33 @@ class Job:
         return min(sizes)
 
 
-def train_on_cluster(job: Job, report: Report) -> dict[str, Any]:
-    """Train the job's model on the cluster, unless the run folder says it is done; return the phase's record."""
+def train_on_cluster(job: Job, report: Report, train: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Train the job's model on the cluster, unless the run folder says it is done; return the phase's record.
+
+    Args:
+        job: what to train.
+        report: progress and run folder.
+        train: what every worker does; None = ``train_model``.
+    """
     if job.selects or job.select.warm:
         check_schedule(job.select, job.training.epochs)
     found = samples(job.experiment.dataset, job.experiment.seed)
     return report.phase(
         job.phase,
         lambda: launch(
-            train_model,
+            train or train_model,
             job,
             cluster=job.experiment.cluster,
             report=report,
             folder=job.storage.root + "/ray",
             most=job.fewest(found),
         ),
-        epochs=job.training.epochs,
+        epochs=job.last or job.training.epochs,
     )
 
 
-def train_model(worker: Worker, job: Job) -> dict[str, Any]:
-    """Train on all workers and evaluate at the end; return the bills and accuracies."""
+def train_model(worker: Worker, job: Job, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
+    """Train on all workers, with further hooks, and evaluate at the end; return the bills and accuracies."""
     found = samples(job.experiment.dataset, job.experiment.seed)
     data, training = found.data, job.training
     model = new_model(job.experiment, data)
@@ -99,7 +109,8 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         worker=worker,
         augment=augmentations(job.experiment.dataset, data),
         cost=Cost(job.phase),
-        hooks=[recorder, chooser],
+        hooks=[recorder, chooser, *hooks],
+        last=job.last,
     )
 
     def measure(model: nn.Module, epoch: int) -> dict[str, float]:

@@ -1,0 +1,86 @@
+"""Training on mini-batch coresets (CREST), which the training workers or actors of their own choose."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from raypkg.cluster.shards import actors
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Crest as Settings
+from raypkg.core.settings import Model
+from raypkg.engine.crest import Crest
+from raypkg.engine.minibatches import subset_size
+from raypkg.engine.selection import LiveModel, SentModel
+from raypkg.engine.shards import FirstWorkerShards, Shard, Shards, WorkerShards
+from raypkg.engine.worker import Worker
+from raypkg.methods.coreset import Coreset
+
+from .coresets import origin, save_coreset
+from .samples import Samples, samples
+from .train import Job, train_model
+
+CHECKS, PICKED = "crest.parquet", "minibatches.parquet"
+
+
+def check(settings: Any, epochs: int, n: int) -> None:
+    """Refuse, before any work, a batch, subset or warm-up that the data or the budget cannot hold.
+
+    Args:
+        settings: of the experiment.
+        epochs: of the compressed training.
+        n: training samples.
+    """
+    train = settings.train
+    subset_size(settings.select, n, train.batch_size)
+    steps = epochs * -(-n // train.batch_size)
+    if 0 < train.warmup * steps < 1:
+        raise UserError(f"train.warmup = {train.warmup:g} of the budget's {steps} steps is less than one step")
+    if settings.select.actors and settings.cluster.workers == 0:
+        raise UserError(f"select.actors = {settings.select.actors} needs Ray, and cluster.workers is 0")
+
+
+def train_crest(worker: Worker, job: Job) -> dict[str, Any]:
+    """Train on all workers, and keep what CREST's checks and choices were."""
+    settings: Settings = job.experiment.select  # type: ignore[attr-defined]
+    found = samples(job.experiment.dataset, job.experiment.seed)
+    with _choosing(worker, job, found, settings) as (shards, scorer):
+        hook = Crest(settings, shards, scorer, found.kept, job.training.batch_size)
+        record = train_model(worker, job, [hook])
+    if worker.rank == 0:
+        storage, split = job.storage, found.data.train
+        storage.write_table(CHECKS, pa.Table.from_pylist(hook.history))
+        picked: Tensor = torch.cat(hook.picked, dim=1)  # [2, ·]
+        storage.write_table(PICKED, pa.table({"update": picked[0].numpy(), "index": picked[1].numpy()}))
+        used = hook.counts.nonzero()[:, 0]
+        weights = hook.counts[used] / hook.counts[used].float().mean()
+        facts = {**origin(job.experiment), "method": "crest", **settings.model_dump()}
+        save_coreset(storage, Coreset(used, weights), split, facts)
+    return {**record, "updates": hook.updates}
+
+
+@contextmanager
+def _choosing(worker: Worker, job: Job, found: Samples, settings: Settings) -> Iterator[tuple[Shards, Any]]:
+    """Give who chooses, the training workers or actors, and the form in which they take a model."""
+    source, precision = job.experiment.dataset, job.training.precision
+    if not settings.actors:
+        shards = [
+            Shard(found.data, found.kept, found.valid, worker.device, rank, worker.world)
+            for rank in range(worker.world)
+        ]
+        yield WorkerShards(shards, worker), partial(LiveModel, precision=precision)
+        return
+    held = [Shard(source, found.kept, found.valid, rank=rank, world=settings.actors) for rank in range(settings.actors)]
+    split = found.data.train
+    scorer = partial(_sent, job.experiment.model, split.shape, split.num_classes, precision)
+    with actors(held, job.experiment.cluster, worker.rank == 0) as mine:
+        yield FirstWorkerShards(mine, worker), scorer
+
+
+def _sent(settings: Model, shape: tuple[int, ...], num_classes: int, precision: str, model: nn.Module) -> SentModel:
+    parameters = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
+    return SentModel(settings, shape, num_classes, parameters, precision)

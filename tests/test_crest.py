@@ -1,0 +1,291 @@
+"""CREST: its formulas against dense ones, and the hook against the paper's loop."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import reference
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+from raypkg.core.settings import Crest as Settings
+from raypkg.core.settings import Training
+from raypkg.data import Data
+from raypkg.data.split import Split
+from raypkg.engine.costs import Cost
+from raypkg.engine.crest import Crest
+from raypkg.engine.hooks import Masked
+from raypkg.engine.loop import Run, fit
+from raypkg.engine.minibatches import subset_size
+from raypkg.engine.recording import Recorder
+from raypkg.engine.selection import LiveModel
+from raypkg.engine.shards import LocalShards, Shard
+from raypkg.engine.worker import Worker
+from raypkg.methods.coreset import Coreset
+from raypkg.methods.crest.minibatch import minibatch_coreset
+from raypkg.methods.crest.quadratic import Moments, flat, gradient_of, hessian_diagonal, predicted, relative_error
+from raypkg.methods.crest.region import interval, remaining
+from raypkg.models import build_model
+from raypkg.runs.checkpoints import StoredCheckpoints
+from raypkg.runs.storage import Storage
+
+N, SIZE = 120, 8
+PLAIN = Training(epochs=4, batch_size=SIZE, lr=0.05, precision="float32", schedule="constant", nesterov=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_medoids_and_weights_equal_brute_force(seed, dtype):
+    p = reference.problem(50, 5, 7, seed=seed, dtype=dtype)
+    logits = reference.logits(p.head, p.features)
+    medoids, shares = reference.minibatch(logits, p.y, 12)
+    picked = minibatch_coreset(logits, p.y, 12)
+    assert picked.indices.tolist() == medoids
+    torch.testing.assert_close(picked.weights, torch.tensor(shares) * 12 / 50)
+    assert picked.weights.sum() == pytest.approx(12)
+
+
+def test_a_batch_as_large_as_the_subset_is_the_subset():
+    picked = minibatch_coreset(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), 9)
+    assert (picked.indices.tolist(), picked.weights.tolist()) == ([0, 1, 2, 3], [1.0] * 4)
+
+
+def small_net():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    x, y = torch.randn(20, 3, dtype=torch.float64), torch.arange(20) % 2
+    return list(model.parameters()), lambda: F.cross_entropy(model(x), y)
+
+
+def test_hutchinson_is_z_times_hz_and_its_mean_the_diagonal():
+    parameters, loss = small_net()
+    dense = reference.dense_hessian(loss, parameters)
+    estimates = []
+    for draw in range(400):
+        estimate = hessian_diagonal(loss(), parameters, generator(draw))
+        rng = generator(draw)
+        z = torch.cat([torch.randint(2, p.shape, generator=rng).flatten() * 2.0 - 1 for p in parameters]).double()
+        torch.testing.assert_close(estimate, (z * (dense @ z)).float())
+        estimates.append(estimate)
+    error = (torch.stack(estimates).mean(dim=0) - dense.diag()).norm() / dense.diag().norm()
+    assert error < 4 * (dense - dense.diag().diag()).norm() / dense.diag().norm() / 400**0.5
+
+
+def test_the_model_is_the_loss_where_the_loss_is_quadratic_and_separable():
+    w = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    bend = torch.tensor([1.0, 2.0, 4.0])
+
+    def loss(at):
+        return 3 + 0.5 * (bend * at.square()).sum()
+
+    gradient, diagonal = gradient_of(loss(w), [w]), hessian_diagonal(loss(w), [w], generator(0))
+    assert diagonal.tolist() == bend.tolist()
+    delta = torch.tensor([0.3, -0.1, 2.0])
+    assert predicted(float(loss(w.detach())), gradient, diagonal, delta) == pytest.approx(
+        float(loss(w.detach() + delta))
+    )
+    assert predicted(1.0, gradient, None, delta) == pytest.approx(1 + float(gradient @ delta))
+
+
+def test_moments_are_bias_corrected_means():
+    zero, rows = torch.zeros(4), torch.randn(6, 2, 4)
+    moments = Moments(zero, zero)
+    for gradient, diagonal in rows:
+        moments = moments.updated(gradient, diagonal)
+    for found, beta, values in (
+        (moments.gradient, 0.9, rows[:, 0]),
+        (moments.diagonal.square(), 0.999, rows[:, 1].square()),
+    ):
+        weights = torch.tensor([beta ** (5 - s) for s in range(6)])
+        torch.testing.assert_close(found, weights @ values / weights.sum(), rtol=1e-4, atol=1e-6)
+    latest = Moments(zero, zero, betas=(0.0, 0.0)).updated(*rows[0]).updated(*rows[1])
+    assert latest.gradient.equal(rows[1, 0])
+    torch.testing.assert_close(latest.diagonal, rows[1, 1].abs())
+
+
+def test_rho_by_hand():
+    assert relative_error(1.5, 2.0) == 0.25
+    assert (relative_error(0.0, 0.0), relative_error(0.1, 0.0)) == (0.0, float("inf"))
+    for loss in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="the loss became"):
+            relative_error(1.0, loss)
+
+
+def test_interval_by_hand():
+    assert [interval(h, *norms) for h, *norms in ((2, 3.0, 1.5), (0.1, 1.0, 1.0), (3, 0.0, 1.0))] == [4, 1, 3]
+
+
+def test_only_samples_seen_with_small_losses_alone_are_dropped():
+    active = torch.tensor([True, True, False, True])
+    highest = torch.tensor([0.05, 0.5, 0.01, -torch.inf])
+    assert remaining(active, highest, 0.1, least=1).tolist() == [False, True, False, True]
+    assert remaining(active, highest, 0.1, least=3).equal(active)  # too few would be left
+
+
+def split():
+    p = reference.problem(N, 3, 5, dtype=torch.float32)
+    return Split.from_tensors(p.features, torch.arange(N) % 3)
+
+
+def run(settings, training=PLAIN, holders=1, name="mlp", hooks=()):
+    data, indices, none = split(), torch.arange(N), torch.empty(0, dtype=torch.int64)
+    shards = LocalShards([Shard(Data(data, data), indices, none, rank=i, world=holders) for i in range(holders)])
+    model = build_model(name, (5,), 3, seed=0)
+    hook = Crest(settings, shards, lambda m: LiveModel(m, "float32"), indices, SIZE)
+    recorder = Recorder(data.y)
+    everything = Coreset.uniform(indices)
+    return Run(model, data, everything, training, 0, "train", Worker(), (), Cost("train"), [recorder, hook, *hooks])
+
+
+def hook_of(trained):
+    return trained.hooks[1]
+
+
+def rhos(trained):
+    return [row["rho"] for row in hook_of(trained).history]
+
+
+def same_weights(a, b, tolerance=0.0):
+    return torch.allclose(flat(a.model.parameters()), flat(b.model.parameters()), rtol=0, atol=tolerance)
+
+
+def test_the_hook_follows_the_papers_loop():
+    settings = Settings(tau=0.1, h=3, b=2, subset=0.3, drop_every=5, alpha=0.4, model_batches=0, curvature=0)
+    trained, data = fit(run(settings, name="linear")), split()
+    twin = build_model("linear", (5,), 3, seed=0)
+    x, y = data.batch(torch.arange(N))
+    x = (x - torch.tensor(data.mean)) / torch.tensor(data.std)
+    errors = reference.crest(twin, x, y, settings, PLAIN, 0, SIZE, 36)
+    # The last check of the twin may come with the end of training, within a region.
+    torch.testing.assert_close(rhos(trained), errors[: len(rhos(trained))], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(flat(trained.model.parameters()), flat(twin.parameters()), rtol=1e-3, atol=1e-4)
+    history = hook_of(trained).history
+    assert history[-1]["update"] > 2 and history[-1]["active"] < N and max(row["interval"] for row in history) > 1
+
+
+def test_costs_are_those_of_steps_subsets_checks_and_models():
+    trained = fit(run(Settings(tau=0.05, h=2, subset=0.3, curvature=4)))
+    bills, hook = {bill.phase: bill for bill in trained.bills()}, hook_of(trained)
+    steps = PLAIN.epochs * 15
+    assert bills["train"].backward == steps * SIZE
+    assert bills["check"].forward == len(hook.history) * 36  # never all samples
+    assert bills["select"].forward == len(hook.picked) * 36
+    assert len(hook.picked) <= steps + hook.updates  # nothing is chosen that is not drawn, but for the model
+    assert bills["model"].backward == hook.updates * (SIZE + 4)
+    assert int(hook.counts.sum()) == steps * SIZE
+
+
+@pytest.mark.parametrize("holders", [2, 3])
+def test_the_number_of_holders_does_not_matter(holders):
+    settings = Settings(tau=0.05, h=2, subset=0.3)
+    one, many = fit(run(settings)), fit(run(settings, holders=holders))
+    assert same_weights(one, many, 1e-5)
+    assert rhos(one) == pytest.approx(rhos(many), abs=1e-4)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, overlap, epoch):
+    def die(model, now):
+        if now == epoch + 1:
+            raise Killed
+        return {}
+
+    settings = Settings(tau=0.1, h=4, subset=0.3, drop_every=7, alpha=0.4, overlap=overlap)
+    straight, places = fit(run(settings)), StoredCheckpoints(Storage(str(tmp_path)))
+    with pytest.raises(Killed):
+        fit(run(settings), checkpoints=places, measure=die)
+    stopped = run(settings)
+    stopped.load_state_dict(places.load())
+    assert hook_of(stopped).step == 15 * epoch
+    resumed = fit(run(settings), checkpoints=places)
+    assert same_weights(straight, resumed)
+    assert rhos(straight) == rhos(resumed)
+    assert hook_of(straight).counts.equal(hook_of(resumed).counts)
+    assert sum(bill.backward for bill in straight.bills()) == sum(bill.backward for bill in resumed.bills())
+
+
+def test_some_stop_falls_inside_a_region():
+    trained = fit(run(Settings(tau=0.1, h=4, subset=0.3, drop_every=7, alpha=0.4)))
+    checks = {row["step"] for row in hook_of(trained).history}
+    assert not {15, 30, 45} <= checks
+
+
+def test_overlap_trains_an_interval_more_on_an_expired_pool():
+    in_line, overlapped = (fit(run(Settings(tau=1e-9, subset=0.3, overlap=overlap))) for overlap in (False, True))
+    steps = [[row["step"] for row in hook_of(trained).history] for trained in (in_line, overlapped)]
+    assert steps[0] == list(range(1, 61))
+    assert steps[1] == list(range(1, 61, 2))
+    assert not same_weights(in_line, overlapped)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"order": 1}, {"smoothing": False}, {"alpha": 0.0}, {"parameters": "head"}, {"model_batches": 0}, {"b": 1}],
+)
+def test_every_switch_switches(change):
+    base = {"tau": 0.1, "h": 3, "subset": 0.3, "drop_every": 5, "alpha": 0.5}
+    trained, other = fit(run(Settings(**base))), fit(run(Settings(**{**base, **change})))
+    assert rhos(trained) != rhos(other)
+    if change == {"parameters": "head"}:
+        assert len(hook_of(other).anchor) == sum(p.numel() for p in other.model.head.parameters())
+    if change == {"alpha": 0.0}:
+        assert hook_of(other).active.all() and not hook_of(trained).active.all()
+
+
+def test_it_combines_with_sparse_training_and_adamw():
+    adamw = PLAIN.model_copy(update={"optimizer": "adamw", "lr": 0.01})
+    trained = run(Settings(subset=0.3), adamw)
+    name, weight = next((n, p) for n, p in trained.model.named_parameters() if p.dim() > 1)
+    mask = torch.arange(weight.numel()).reshape(weight.shape) % 3 == 0
+    trained.hooks = [*trained.hooks, Masked(trained.model, {name: mask})]
+    fit(trained)
+    assert not weight[~mask].any() and weight[mask].any()
+    assert trained.hooks[0].record.losses.isfinite().any()
+
+
+def test_batch_norm_statistics_are_those_of_training_alone():
+    """Checks and models look in evaluation mode and leave no trace."""
+    trained = run(Settings(subset=0.3))
+    trained.model.features = nn.Sequential(trained.model.features, nn.BatchNorm1d(trained.model.head.in_features))
+    fit(trained)
+    assert int(trained.model.features[1].num_batches_tracked) == 60
+    assert trained.model.training
+
+
+def test_when_everything_is_learned_nothing_more_is_dropped():
+    trained = fit(run(Settings(subset=0.3, alpha=1e9, drop_every=1)))
+    assert SIZE <= int(hook_of(trained).active.sum()) < N
+
+
+@pytest.mark.parametrize(
+    ("settings", "n", "batch", "size"),
+    [({}, 50_000, 128, 500), ({}, 1000, 32, 64), ({}, 40, 32, 40), ({"subset": 0.5}, 1000, 32, 500)],
+)
+def test_subset_sizes(settings, n, batch, size):
+    assert subset_size(Settings(**settings), n, batch) == size
+
+
+@pytest.mark.parametrize(
+    ("settings", "n", "message"),
+    [({"subset": 0.01}, 1000, "is 10, fewer than the 32"), ({}, 20, "only 20 samples"), ({"subset": 1.0}, 20, "only")],
+)
+def test_subsets_that_cannot_be(settings, n, message):
+    with pytest.raises(UserError, match=message):
+        subset_size(Settings(**settings), n, 32)
+
+
+def test_a_loss_that_is_not_finite_is_one_line():
+    with pytest.raises(UserError, match=r"NaN or infinite.*: lower the learning rate"):
+        fit(run(Settings(subset=0.3), PLAIN.model_copy(update={"lr": 1e30})))
+
+
+def test_random_subsets_and_draws_do_not_depend_on_what_was_computed_before():
+    pools = [fit(run(Settings(subset=0.3, h=h))) for h in (1, 1)]
+    assert all(a.equal(b) for a, b in itertools.zip_longest(*(hook_of(trained).picked for trained in pools)))
