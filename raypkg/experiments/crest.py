@@ -50,7 +50,7 @@ def run(settings: CrestSettings, *, report: Report) -> None:
         effray crest --dataset digits --budget 0.25
     """
     from raypkg.phases.coresets import origin, save_coreset
-    from raypkg.phases.crest import check, train_crest
+    from raypkg.phases.crest import check, draw_regions, train_crest
     from raypkg.phases.samples import samples
     from raypkg.phases.summary import finish
     from raypkg.phases.train import MODEL, Job, train_model, train_on_cluster
@@ -76,4 +76,6 @@ def run(settings: CrestSettings, *, report: Report) -> None:
     if settings.selection in ("random", "none"):
         save_coreset(storage, found.everyone, found.data.train, origin(settings))
     train_on_cluster(job, report, train_crest if settings.selection == "crest" else train_model)
+    if settings.selection == "crest":
+        draw_regions(storage, settings.select)
     finish(report.folder, settings, found, epochs=epochs)

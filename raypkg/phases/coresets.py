@@ -140,7 +140,7 @@ def read_coreset(path: str) -> pa.Table:
 def save_record(storage: Storage, model: str, record: Record) -> None:
     """Write what training saw of each sample beside the model of that file name."""
     forgotten = torch.full_like(record.losses, torch.inf) if record.forgotten is None else record.forgotten
-    storage.write_table(_record_of(model), pa.table({"loss": record.losses.numpy(), "forgotten": forgotten.numpy()}))
+    storage.write_table(record_of(model), pa.table({"loss": record.losses.numpy(), "forgotten": forgotten.numpy()}))
 
 
 def load_record(storage: Storage, model: str, y: Tensor) -> Record:
@@ -154,12 +154,12 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
     Raises:
         UserError: made for a data set of another size.
     """
-    table = storage.read_table(_record_of(model))
+    table = storage.read_table(record_of(model))
     if table is None:
         return Record.empty(y)
     if len(table) != len(y):
         raise UserError(f"{storage.root} was trained on {len(table)} samples, this data set has {len(y)}")
-    path = f"{storage.root}/{_record_of(model)}"
+    path = f"{storage.root}/{record_of(model)}"
     return Record(
         y, *(torch.tensor(_column(table, name, path, pa.types.is_floating)) for name in ("loss", "forgotten"))
     )
@@ -183,7 +183,12 @@ def save_scores(storage: Storage, split: Split, indices: Tensor, scores: Tensor 
     return torch.zeros(len(split)).index_put((indices,), scores)
 
 
-def _record_of(model: str) -> str:
+def record_of(model: str) -> str:
+    """Return the file name of a model's record.
+
+    >>> record_of("model.safetensors")
+    'model_record.parquet'
+    """
     return f"{model.removesuffix('.safetensors')}_record.parquet"
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,15 @@ from raypkg.engine.selection import LiveModel, SentModel
 from raypkg.engine.shards import FirstWorkerShards, Shard, Shards, WorkerShards
 from raypkg.engine.worker import Worker
 from raypkg.methods.coreset import Coreset
+from raypkg.runs import plots
+from raypkg.runs.storage import Storage
 
-from .coresets import origin, save_coreset
+from .coresets import origin, record_of, save_coreset
 from .samples import Samples, samples
-from .train import Job, train_model
+from .summary import save_plot
+from .train import MODEL, Job, train_model
 
-CHECKS, PICKED = "crest.parquet", "minibatches.parquet"
+CHECKS, PICKED, STEPS = "crest.parquet", "minibatches.parquet", "steps.parquet"
 
 
 def check(settings: Any, epochs: int, n: int) -> None:
@@ -56,11 +60,27 @@ def train_crest(worker: Worker, job: Job) -> dict[str, Any]:
         storage.write_table(CHECKS, pa.Table.from_pylist(hook.history))
         picked: Tensor = torch.cat(hook.picked, dim=1)  # [2, ·]
         storage.write_table(PICKED, pa.table({"update": picked[0].numpy(), "index": picked[1].numpy()}))
+        steps = hook.counts[found.kept]
+        storage.write_table(STEPS, pa.table({"index": found.kept.numpy(), "steps": steps.numpy()}))
         used = hook.counts.nonzero()[:, 0]
         weights = hook.counts[used] / hook.counts[used].float().mean()
         facts = {**origin(job.experiment), "method": "crest", **settings.model_dump()}
         save_coreset(storage, Coreset(used, weights), split, facts)
-    return {**record, "updates": hook.updates}
+    return {**record, "pools": hook.updates}
+
+
+def draw_regions(storage: Storage, settings: Settings) -> None:
+    """Draw what the checks found and what was picked, into the folder of a run whose training is done."""
+    checks, picked, steps, record = (storage.read_table(file) for file in (CHECKS, PICKED, STEPS, record_of(MODEL)))
+    assert checks and picked and steps and record  # written by the training that is done
+    if checks.num_rows:
+        save_plot(storage, "regions", lambda path: plots.regions(checks.to_pylist(), settings.tau, path))
+    forgotten = record["forgotten"].to_numpy()[picked["index"].to_numpy()]  # ∞ = never learned
+    known, updates = np.isfinite(forgotten), picked["update"].to_numpy() - 1
+    sums, counts = (np.bincount(updates[known], part, updates.max() + 1) for part in (forgotten[known], None))
+    with np.errstate(invalid="ignore"):
+        difficulty = sums / counts  # [pools]
+    save_plot(storage, "minibatches", lambda path: plots.minibatches(difficulty, steps["steps"].to_numpy(), path))
 
 
 @contextmanager

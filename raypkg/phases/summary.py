@@ -34,7 +34,7 @@ def finish(folder: RunFolder, experiment: Source, found: Samples, *, epochs: int
     records = {name: record for name in PHASES if (record := folder.phase(name))}
     costs = [{**cost, "phase": _row(name, cost)} for name, record in records.items() for cost in record["costs"]]
     summary = {
-        **{name: records["train"][name] for name in ("test_accuracy", "test_loss", "workers") if "train" in records},
+        **{name: value for name, value in records.get("train", {}).items() if name not in ("costs", "elapsed")},
         "samples": len(found.kept),
         "coreset": len(coreset),
         "phases": costs,
@@ -56,9 +56,9 @@ def draw(folder: RunFolder, found: Samples, coreset: Coreset, costs: list[dict[s
     split = found.data.train
     counts, total = (torch.bincount(split.y[i], minlength=split.num_classes) for i in (coreset.indices, found.kept))
     if folder.rows:
-        _draw(folder.storage, "curves", lambda path: plots.curves(folder.rows, path))
-    _draw(folder.storage, "costs", lambda path: plots.costs(costs, path))
-    _draw(
+        save_plot(folder.storage, "curves", lambda path: plots.curves(folder.rows, path))
+    save_plot(folder.storage, "costs", lambda path: plots.costs(costs, path))
+    save_plot(
         folder.storage,
         "composition",
         lambda path: plots.composition(counts.tolist(), total.tolist(), split.classes, path),
@@ -66,7 +66,7 @@ def draw(folder: RunFolder, found: Samples, coreset: Coreset, costs: list[dict[s
     table, everyone = read_coreset(f"{folder.storage.root}/{FILE}"), folder.storage.read_table(SCORES)
     if everyone is None or "score" not in table.column_names:
         return
-    _draw(
+    save_plot(
         folder.storage,
         "scores",
         lambda path: plots.scores(everyone["score"].to_numpy(), table["score"].to_numpy(), path),
@@ -74,7 +74,7 @@ def draw(folder: RunFolder, found: Samples, coreset: Coreset, costs: list[dict[s
     if len(split.shape) == 3:
         order = torch.tensor(table["score"].to_numpy()).argsort()
         rows = [table.take(part.numpy()) for part in (order[:SHOWN], order[-SHOWN:].flip(0))]
-        _draw(folder.storage, "images", lambda path: _draw_images(split, rows, path))
+        save_plot(folder.storage, "images", lambda path: _draw_images(split, rows, path))
 
 
 def _draw_images(split: Split, rows: list[Any], path: Path) -> None:
@@ -83,7 +83,8 @@ def _draw_images(split: Split, rows: list[Any], path: Path) -> None:
     plots.images(easiest, hardest, easy, hard, path)
 
 
-def _draw(storage: Storage, name: str, plot: Callable[[Path], None]) -> None:
+def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None:
+    """Draw a plot into the run folder, wherever that is."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.png"
         plot(path)

@@ -44,6 +44,8 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         f"{summary['seconds']:.1f} s of work on the critical path; {summary['elapsed']:.1f} s with starting workers,"
         " importing and storing (of a resumed run: each phase's last attempt)"
     )
+    if "pools" in summary:
+        lines.append(f"CREST chose {summary['pools']} pools of mini-batch coresets: see plots/regions.png")
     if "pretrain_slowest_model_seconds" in summary:
         critical = summary["pretrain_slowest_model_seconds"] + summary["pretrain_merge_seconds"]
         lines.append(

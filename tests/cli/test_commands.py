@@ -59,8 +59,12 @@ def settings(run):
     return tomllib.loads(Path("runs", run, "config.toml").read_text())
 
 
+def table(run, name):
+    return pq.read_table(f"runs/{run}/{name}")
+
+
 def coreset(run):
-    return pq.read_table(f"runs/{run}/coreset.parquet")
+    return table(run, "coreset.parquet")
 
 
 def example(help_text):
@@ -267,6 +271,46 @@ def test_selection_during_training(effray, options, backward, forward):
     assert phases["train"]["backward"] == backward
     assert phases["train: select"]["forward"] == forward
     assert summary("train/one")["coreset"] == coreset("train/one").num_rows == 130
+
+
+CREST = "crest --model mlp --train.epochs 20 --budget 0.2 --select.subset 0.1 --train.batch_size 64"
+
+
+def test_crest_spends_its_budget_and_keeps_its_books(effray):
+    text = effray(f"{CREST} --name one --select.tau 0.1 --select.h 3")
+    phases, steps = {phase["phase"]: phase for phase in summary("crest/one")["phases"]}, 4 * 21
+    assert phases["train"]["backward"] == steps * 64
+    assert f"chose {summary('crest/one')['pools']} pools of mini-batch coresets" in text
+    assert phases["train: check"]["forward"] == 130 * len(table("crest/one", "crest.parquet"))
+    trained = table("crest/one", "steps.parquet")
+    assert sum(trained["steps"].to_pylist()) == steps * 64
+    assert coreset("crest/one").num_rows == sum(count > 0 for count in trained["steps"].to_pylist())
+    assert {"regions.png", "minibatches.png", "curves.png"} <= {
+        file.name for file in Path("runs/crest/one/plots").iterdir()
+    }
+    effray("crest --config runs/crest/one/config.toml --name two")
+    assert content("crest/one", "model.safetensors") == content("crest/two", "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("selection", "backward"),
+    [("random", 4 * 1295), ("none", 4 * 1295), ("craig", 20 * 259), ("gradmatch", 20 * 259), ("glister", 20 * 259)],
+)
+def test_baselines_back_propagate_the_same_budget(effray, selection, backward):
+    effray(f"{CREST} --name one --selection {selection} --model linear")
+    phases = {phase["phase"]: phase for phase in summary("crest/one")["phases"]}
+    assert phases["train"]["backward"] == backward
+    assert summary("crest/one")["full_training_backward"] == 20 * 1295
+
+
+def test_a_budget_runs_through_the_whole_schedule_unless_training_is_cut_short(effray):
+    last = {}
+    for selection in ("random", "none"):
+        effray(f"{CREST} --name {selection} --selection {selection} --model linear")
+        rows = [row for row in table(f"crest/{selection}", "metrics.parquet").to_pylist() if row["phase"] == "train"]
+        last[selection] = [row["lr"] for row in rows]
+    assert len(last["random"]) == len(last["none"]) == 4
+    assert last["random"][-1] == pytest.approx(0.001) and last["none"][-1] == pytest.approx(0.1)
 
 
 def test_a_given_coreset_is_only_the_first(effray):
