@@ -24,3 +24,18 @@ def load(root: str, *, split: str, run: str = "", phase: str = "") -> Split:
         return honest.take(indices)
 
     return replace(honest, take=take)
+
+
+def load_and_kill_actor(root: str, *, split: str, marker: str = "") -> Split:
+    """Kill, once, the process that reads, if it is an actor that holds a shard."""
+    honest, read = load_digits(root, split=split), []
+
+    def take(indices):
+        read.append(len(indices))
+        actor = Path("/proc/self/cmdline").read_bytes().startswith(b"ray::Holder")
+        if actor and len(read) > BATCHES and not Path(marker).exists():
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest.take(indices)
+
+    return replace(honest, take=take)

@@ -75,16 +75,19 @@ class RayShards:
 
 
 class Holder:
-    """What runs inside an actor: functions on the shard that comes with the call."""
+    """What runs inside an actor: functions on its shard, which comes with every call and is opened at the first."""
 
     def __init__(self, threads: int):
         torch.set_num_threads(threads)
+        self._opened: Shard | None = None
 
     def apply(self, function: Callable[..., Any], shard: Shard, *broadcast: Any) -> Any:
         """Return the function's value on the shard, computed on the actor's device."""
         import ray
 
-        return function(replace(shard, device=torch.device("cuda" if ray.get_gpu_ids() else "cpu")), *broadcast)
+        if self._opened is None:
+            self._opened = replace(shard, device=torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
+        return function(self._opened, *broadcast)
 
 
 @contextmanager

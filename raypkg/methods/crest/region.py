@@ -28,6 +28,7 @@ def remaining(active: Tensor, highest: Tensor, alpha: float, least: int) -> Tens
         alpha: α.
         least: if fewer than so many would stay, nothing is dropped.
 
+    >>> import torch
     >>> remaining(torch.ones(4, dtype=bool), torch.tensor([0.05, 0.2, -torch.inf, 0.1]), 0.1, least=1)
     tensor([False,  True,  True, False])
     """
