@@ -187,11 +187,9 @@ def test_more_workers_than_samples_in_a_batch():
 
 def test_evaluation_by_hand():
     network, data = model(), split()
-    found = evaluate(
-        network, data, torch.arange(10, 40), Worker(), (cost := Cost("evaluate")), precision="float32", batch_size=7
-    )
+    found = evaluate(network, data, torch.arange(10, 40), Worker(), (cost := Cost("evaluate")), precision="float32")
     assert cost.forward == 30
-    x, y = zip(*plain_batches(data, torch.arange(10, 40), 30, torch.device("cpu")), strict=True)
+    x, y = zip(*plain_batches(data, torch.arange(10, 40), torch.device("cpu"), 30), strict=True)
     assert found["loss"] == pytest.approx(F.cross_entropy(network(x[0]), y[0]).item(), rel=1e-5)
     assert found["accuracy"] == pytest.approx((network(x[0]).argmax(1) == y[0]).double().mean().item())
 

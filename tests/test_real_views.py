@@ -28,7 +28,7 @@ def problem():
     training = Training(epochs=2, precision="float32")
     fit(Run(model, split, everything, training, 0, "train", Worker(), (), Cost("train")))
     members = (split.y == LABEL).nonzero()[:, 0]
-    view = head_view(model, plain_batches(split, members, 512, torch.device("cpu")))
+    view = head_view(model, plain_batches(split, members, torch.device("cpu")))
     head = torch.cat([model.head.weight, model.head.bias[:, None]], dim=1).detach().double()
     return reference.Problem(head, view.features.double(), view.y)
 

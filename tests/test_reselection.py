@@ -83,7 +83,7 @@ def test_each_selection_is_by_the_model_of_that_moment(balanced):
     model = build_model("mlp", (5,), 3, seed=0)
     for epoch, picked in enumerate(diary.coresets):
         model.load_state_dict(diary.models[epoch - epoch % 2])
-        view = head_view(model, plain_batches(data, torch.arange(N), N, torch.device("cpu")))
+        view = head_view(model, plain_batches(data, torch.arange(N), torch.device("cpu")))
         seed = derive(0, "selection", epoch - epoch % 2)
         twin = select(view, 18, "gradmatch", seed=seed, balanced=balanced)
         order = twin.indices.argsort()

@@ -177,7 +177,7 @@ class Crest(Hook):
         parameters, cost, training = self._parameters(run.model), run.bill("model"), run.model.training
         total = torch.zeros(sum(p.numel() for p in parameters), device=run.worker.device)
         run.model.eval()
-        batches = plain_batches(run.split, mine, self.size, run.worker.device)
+        batches = plain_batches(run.split, mine, run.worker.device, self.size)
         for (x, y), w in zip(batches, weights.split(self.size), strict=True):
             with autocast(run.settings.precision, x.device):
                 logits = run.model(x)

@@ -257,7 +257,6 @@ def evaluate(
     cost: Cost,
     *,
     precision: str = "auto",
-    batch_size: int = 512,
 ) -> dict[str, float]:
     """Return mean loss and accuracy over the indices of rank 0's model, every worker taking its slice of them."""
     was_training, mine = model.training, slice_of(indices, worker)
@@ -265,7 +264,7 @@ def evaluate(
     with cost:
         worker.share(model.buffers())
         model.eval()
-        for x, y in plain_batches(split, mine, batch_size, worker.device):
+        for x, y in plain_batches(split, mine, worker.device):
             with autocast(precision, worker.device):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), y, reduction="sum")

@@ -61,7 +61,7 @@ class LiveModel:
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
         """Return the HeadView of the indices in one forward pass."""
         with autocast(self.precision, shard.device):
-            return head_view(self.model, plain_batches(shard.data.train, indices, 512, shard.device))
+            return head_view(self.model, plain_batches(shard.data.train, indices, shard.device))
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def snip_densities(
     model: nn.Module, found: Samples, batch: Tensor, settings: Pretrain, worker: Worker, cost: Cost
 ) -> Densities:
     """Return layer-wise densities from the saliency of one batch of the shard."""
-    x, y = next(plain_batches(found.data.train, batch, len(batch), worker.device))
+    x, y = next(plain_batches(found.data.train, batch, worker.device, len(batch)))
     cost.forward += len(batch)
     cost.backward += len(batch)
     with autocast(settings.precision, worker.device), seeded(0, "snip dropout"):
@@ -206,7 +206,7 @@ def estimate_statistics(model: nn.Module, worker: Worker, job: LiptJob, found: S
     """Re-estimate batch-norm statistics on a random part of the training samples; return how many."""
     order = torch.randperm(len(found.kept), generator=generator(job.experiment.seed, "statistics"))
     indices = found.kept[order[:STATISTICS_SAMPLES]]
-    batches = plain_batches(found.data.train, indices, min(256, len(indices)), worker.device)
+    batches = plain_batches(found.data.train, indices, worker.device, min(256, len(indices)))
     with autocast(job.pretrain.precision, worker.device), seeded(job.experiment.seed, "statistics dropout"):
         return reestimate(model, (x for x, _ in batches))
 
