@@ -45,6 +45,7 @@ NOTE: dict[str, Any] = {  # a label beside its point, on a patch of paper where 
 Rows = Sequence[dict[str, Any]]
 Labels = Sequence[tuple[str, float]]  # (class name, score) of each image
 UNITS = {10**9: "G", 10**6: "M", 10**3: "k"}
+TINY = 1e-9
 NAMED = 200  # classes whose names fit on one picture
 COLUMN = 40  # classes in one column of bars
 
@@ -139,6 +140,34 @@ def scores(everyone: np.ndarray, picked: np.ndarray, path: str | Path) -> None:
         axes.legend()
 
 
+def scaling(measured: Rows, path: str | Path) -> None:
+    """Draw what selection takes against the number of samples, a line for each method.
+
+    Args:
+        measured: dicts with ``method``, ``n``, ``seconds`` and ``MiB``, the peak resident memory.
+        path: the PNG to write.
+    """
+    with _figure(path) as figure:
+        time, memory = figure.subplots(1, 2)
+        methods = list(dict.fromkeys(row["method"] for row in measured))
+        for method, colour in zip(methods, [BLUE, ORANGE, VERMILLION, GREY], strict=False):
+            rows = sorted((row for row in measured if row["method"] == method), key=lambda row: row["n"])
+            n, seconds, mib = (_column(rows, key) for key in ("n", "seconds", "MiB"))
+            for axes, values in ((time, seconds), (memory, mib)):
+                axes.plot(n, values, color=colour, marker="o", markersize=4, label=method)
+        most = max((row["n"] for row in measured), default=0)
+        time.set(title=f"Seconds of selection, to {_short(most)} samples", xlabel="samples", yscale="log")
+        memory.set(title="Peak resident MiB of the process", xlabel="samples", ylim=(0, None))
+        time.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for axes in (time, memory):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+            axes.xaxis.set_minor_formatter("")
+            axes.margins(x=0.1, y=0.1)
+        if methods:
+            time.legend()
+
+
 def regions(checks: Rows, tau: float, path: str | Path) -> None:
     """Draw CREST's checks: the local model's error, how long it was trusted, what was dropped, what a coreset misses.
 
@@ -149,6 +178,7 @@ def regions(checks: Rows, tau: float, path: str | Path) -> None:
         path: the PNG to write.
     """
     step, update, rho = (_column(checks, key) for key in ("step", "update", "rho"))
+    rho = rho.clip(min=TINY)  # on a logarithmic axis
     active, interval, pool = (_column(checks, key) for key in ("active", "interval", "pool"))
     with _figure(path) as figure:
         (error, trust), (samples, misses) = figure.subplots(2, 2, sharex=True)
@@ -162,11 +192,11 @@ def regions(checks: Rows, tau: float, path: str | Path) -> None:
         trust.set(title=f"{update.max():.0f} pools in {step.max():,.0f} steps")
         samples.plot(step, active, color=BLUE)
         samples.set(title=f"{_short(active[-1])} samples are still active", xlabel="step", ylim=(0, None))
-        ours, random = _column(checks, "coreset_error"), _column(checks, "random_error")
+        ours, random = (_column(checks, key).clip(min=TINY) for key in ("coreset_error", "random_error"))
         misses.plot(step, ours, color=BLUE, linewidth=1)
         misses.plot(step, random, color=GREY, linewidth=1)
         _ends(misses, step[-1], {"coreset": (ours[-1], BLUE), "random batch": (random[-1], GREY)})
-        ratio = np.nanmean(random) / max(np.nanmean(ours), 1e-12)
+        ratio = np.nanmean(random) / np.nanmean(ours)
         misses.set(title=f"Gradient error: 1/{ratio:.2g} of a random batch's", xlabel="step")
         for axes in (error, trust, misses):
             axes.set_yscale("log")
