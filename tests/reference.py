@@ -249,7 +249,8 @@ def crest(model, x: Tensor, y: Tensor, settings, training, seed: int, size: int,
         expired = errors[-1] > settings.tau
         if step // settings.drop_every > drops:
             drops = step // settings.drop_every
-            active = [i for i in active if not recorded[i] or max(recorded[i]) > settings.alpha]
+            stay = [i for i in active if not recorded[i] or max(recorded[i]) > settings.alpha]
+            active = stay if len(stay) >= 2 * r else active
             recorded = {i: [] for i in range(n)}
         if expired:
             interval = max(1, round(settings.h * first / float(bend.norm())))

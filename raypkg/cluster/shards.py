@@ -1,5 +1,6 @@
 """Shards held by Ray actors."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,9 @@ from raypkg.engine.worker import threads
 
 if TYPE_CHECKING:
     from .session import Plan
+
+
+PATIENCE = 20  # seconds to wait for CPUs
 
 
 class RayShards:
@@ -109,7 +113,10 @@ def actors(shards: Sequence[Shard], cluster: Cluster, mine: bool) -> Iterator[Sh
 
     from .session import Plan
 
-    free = int(ray.available_resources().get("CPU", 0))
+    free, until = 0, time.monotonic() + PATIENCE
+    while free < len(shards) and time.monotonic() < until:  # those of an earlier attempt may still be going
+        free = int(ray.available_resources().get("CPU", 0))
+        time.sleep(0.5 if free < len(shards) else 0)
     if free < len(shards):
         raise UserError(
             f"select.actors = {len(shards)}, but the training workers leave {free} CPUs: lower one or the other"

@@ -119,7 +119,7 @@ class Reselect(Select):
         return age == 0 or (age > 0 and self.every > 0 and age % self.every == 0)
 
 
-class Crest(Settings):
+class CrestSelect(Settings):
     """Mini-batch coresets, and how long they are trusted (CREST)."""
 
     tau: Annotated[float, Field(gt=0, description="τ: error of the local model at which it has expired")] = 0.05
@@ -143,9 +143,11 @@ class Crest(Settings):
         Literal["all", "head"], Field(description="what the local model looks at; head = last layer, for large nets")
     ] = "all"
     overlap: Annotated[
-        bool, Field(description="select while training goes on: the weights of one check before, another core busy")
+        bool, Field(description="select while training goes on, by the weights of one check before, on another core")
     ] = False
-    actors: Annotated[int, Field(ge=0, description="Ray actors that select; 0 = the training workers do")] = 0
+    actors: Annotated[
+        int, Field(ge=0, description="Ray actors of one CPU each that select; 0 = the training workers do")
+    ] = 0
     memory: Annotated[
         float | None, Field(ge=0, description="GiB a worker may use to save time; a quarter of its own when left out")
     ] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.core.settings import Crest as Settings
+from raypkg.core.settings import CrestSelect
 from raypkg.data.augment import compose
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.crest.quadratic import (
@@ -26,8 +27,10 @@ from raypkg.methods.crest.quadratic import (
     relative_error,
 )
 from raypkg.methods.crest.region import interval, remaining
+from raypkg.methods.gradients import evaluating
 
 from .batches import Batch, Epoch, ahead, plain_batches, slice_of, training_batch
+from .costs import Cost
 from .hooks import Hook
 from .loop import autocast
 from .minibatches import Chosen, Pool, choose, losses_of, random_subset, subset_size
@@ -49,12 +52,13 @@ class Crest(Hook):
             train T1 steps on coresets drawn from the pool
             ρ = |F(w − w_l) − L^r(w)| / L^r(w),  L^r on a fresh random subset
 
-    Losses of the model are those in evaluation mode, of samples without augmentation. What a pool holds is computed
-    when it is drawn, with the weights w_l, so that no coreset is chosen that is never trained on.
+    Losses of the model are those in evaluation mode, of samples without augmentation. A coreset of the pool is computed
+    when it is drawn, with the weights w_l, so that in line none is chosen that is never trained on.
 
-    Differs from the paper: ḡ and H̄ are estimated from ``model_batches`` coresets of the pool (0 = all, as there), and
-    L(w_l) from those that are drawn first. With ``overlap``, an expired pool is used for T1 steps more while the next
-    is chosen, with the weights at the check.
+    Differs from the paper: ḡ is estimated from ``model_batches`` coresets of the pool (0 = all, as there), H̄ from
+    ``curvature`` of their samples (0 = all), L(w_l) from the coresets that are drawn first; samples are dropped at the
+    first check after T2 steps, and none if fewer than 2r would be left. With ``overlap``, an expired pool is used for
+    T1 steps more while the next is chosen, with the weights at the check.
 
     Args:
         settings: τ, h, b and the rest.
@@ -68,7 +72,7 @@ class Crest(Hook):
     """
 
     def __init__(
-        self, settings: Settings, shards: Shards, scorer: Callable[[nn.Module], Scorer], indices: Tensor, size: int
+        self, settings: CrestSelect, shards: Shards, scorer: Callable[[nn.Module], Scorer], indices: Tensor, size: int
     ):
         self.settings, self.shards, self.scorer, self.size = settings, shards, scorer, size
         self.steps = -(-len(indices) // size)  # of an epoch
@@ -88,7 +92,7 @@ class Crest(Hook):
         self.expired = False
         self.interval = 1  # T1
         self.age = self.step = self.updates = self.drops = 0  # steps since the last check, and in all; pools; drops
-        self._ahead: tuple[Pool, list[int], Results | None] | None = None  # what is being chosen for a pool
+        self._pending: tuple[Pool, dict[int, Tensor], Results | None] | None = None  # what is being chosen
 
     def batches(self, run: Run) -> Epoch:
         """Return the batches of an epoch: as many as all samples would make."""
@@ -99,14 +103,20 @@ class Crest(Hook):
         augment, left = compose(run.augment), self.steps
 
         def load(job: tuple[int, Coreset]) -> Batch:
-            draws = torch.rand(len(job[1]), augment.draws, generator=generator(run.seed, "crest augment", job[0]))
-            return training_batch(run.split, job[1], augment, draws, run.worker)
+            step, coreset = job
+            rng = generator(run.seed, "crest batch", step)
+            order = torch.randperm(len(coreset), generator=rng)  # medoids come central first: workers get slices alike
+            shuffled = Coreset(coreset.indices[order], coreset.weights[order])
+            draws = torch.rand(len(order), augment.draws, generator=rng)
+            return training_batch(run.split, shuffled, augment, draws, run.worker)
 
+        self.anchor = self.anchor.to(run.worker.device)
+        self.moments = self.moments and self.moments.to(run.worker.device)
         while left:
             pool = self._current(run) if self.age == 0 or self.pool is None else self.pool
             steps = range(self.step, self.step + min(self.interval - self.age, left))
             coresets = [chosen.coreset for chosen in self._chosen(run, pool, pool.draw(steps, run.seed))]
-            self._look_ahead(run, range(steps.stop, steps.stop + self.interval))
+            self._look_ahead(run, steps)
             for batch, coreset in zip(ahead(load, zip(steps, coresets, strict=True)), coresets, strict=True):
                 yield batch
                 self.counts[coreset.indices] += 1
@@ -115,6 +125,10 @@ class Crest(Hook):
                 self.age = 0
                 if not self.expired:
                     self._check(run)
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Join what was picked: one tensor is kept faster than thousands."""
+        self.picked = [torch.cat(self.picked, dim=1)]
 
     def _current(self, run: Run) -> Pool:
         """Return the pool to train on: a new one, with a new model of the loss, where the old one has expired."""
@@ -134,24 +148,26 @@ class Crest(Hook):
 
     def _renewed(self, run: Run, pool: Pool) -> Pool:
         """Begin a region: fit the local model of the loss at the present weights."""
+        stale = pool is self.coming
         self.pool, self.coming, self.expired = pool, None, False
-        left = self.steps * run.settings.epochs - self.step
-        first = dict.fromkeys(pool.draw(range(self.step, self.step + min(self.interval, left)), run.seed))
+        first = dict.fromkeys(pool.draw(range(self.step, self.step + self.interval), run.seed))
         drawn = self._chosen(run, pool, first)
-        wanted = dict.fromkeys([*first, *range(pool.size)])
-        count = min(self.settings.model_batches or pool.size, pool.size)
-        members = self._chosen(run, pool, list(wanted)[:count])
-        self.loss = sum(chosen.loss for chosen in drawn) / len(drawn)
+        others = (p for p in range(pool.size) if p not in first)
+        members = self._chosen(run, pool, islice(chain(first, others), self.settings.model_batches or None))
+        self.loss = _mean_loss(drawn)
         self.anchor = flat(self._parameters(run.model))
         with run.cost.apart(run.bill("model")):
-            self.moments = self._fitted(run, [chosen.coreset for chosen in members])
-        self.first = self.first or self._curvature()
+            run.worker.share(run.model.buffers())
+            self.moments, loss = self._fitted(run, [chosen.coreset for chosen in members])
+        if stale:  # the losses of the choice are those of a check ago
+            self.loss += loss - _mean_loss(members)
+        self.first = self.first or self._curvature(run)
         return pool
 
-    def _fitted(self, run: Run, coresets: Sequence[Coreset]) -> Moments:
-        """Return the moments with gradient and curvature of the mean of w · loss over the coresets."""
+    def _fitted(self, run: Run, coresets: Sequence[Coreset]) -> tuple[Moments, float]:
+        """Return the moments with gradient and curvature of the mean of w · loss over the coresets, and that mean."""
         indices, weights = (torch.cat([getattr(c, part) for c in coresets]) for part in ("indices", "weights"))
-        gradient = self._derivative(run, gradient_of, indices, weights)
+        gradient, loss = self._derivative(run, gradient_of, indices, weights)
         diagonal = None
         if self.settings.order == 2:
             rng = generator(run.seed, "crest curvature", self.updates)
@@ -161,32 +177,37 @@ class Crest(Hook):
                 signs = generator(run.seed, "crest signs", self.updates)  # the same for all parts of the samples
                 return hessian_diagonal(loss, parameters, signs)
 
-            diagonal = self._derivative(run, estimate, indices[few], weights[few])
+            diagonal, _ = self._derivative(run, estimate, indices[few], weights[few])
         moments = self.moments
         if moments is None:
             betas = (BETA1, BETA2) if self.settings.smoothing else (0.0, 0.0)
             zero = torch.zeros_like(gradient)
             moments = Moments(zero, None if diagonal is None else zero, betas=betas)
-        return moments.updated(gradient, diagonal)
+        return moments.updated(gradient, diagonal), loss
 
     def _derivative(
         self, run: Run, derivative: Callable[[Tensor, Sequence[Tensor]], Tensor], indices: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Return a linear derivative of the mean of w · loss over the indices, part by part, over all workers [p]."""
+    ) -> tuple[Tensor, float]:
+        """Return a linear derivative of the mean of w · loss over the indices [p], and that mean, over all workers."""
         mine, weights = (slice_of(part, run.worker) for part in (indices, weights.to(run.worker.device)))
-        parameters, cost, training = self._parameters(run.model), run.bill("model"), run.model.training
-        total = torch.zeros(sum(p.numel() for p in parameters), device=run.worker.device)
-        run.model.eval()
+        parameters, cost = self._parameters(run.model), run.bill("model")
+        total = torch.zeros(1 + sum(p.numel() for p in parameters), device=run.worker.device)
         batches = plain_batches(run.split, mine, run.worker.device, self.size)
-        for (x, y), w in zip(batches, weights.split(self.size), strict=True):
-            with autocast(run.settings.precision, x.device):
-                logits = run.model(x)
-            losses = F.cross_entropy(logits.float(), y, reduction="none")
-            total += derivative(losses @ w / len(indices), parameters)
-        run.model.train(training)
+        with evaluating(run.model):
+            for (x, y), w in zip(batches, weights.split(self.size), strict=True):
+                with autocast(run.settings.precision, x.device):
+                    logits = run.model(x)
+                loss = F.cross_entropy(logits.float(), y, reduction="none") @ w / len(indices)
+                total += torch.cat([loss.detach()[None], derivative(loss, parameters)])
         cost.forward += len(mine)
         cost.backward += len(mine)
-        return run.worker.sum(total)
+        cost.sent += total.nbytes * (run.worker.world > 1)
+        total = run.worker.sum(total)
+        if not total.isfinite().all():
+            raise UserError(
+                f"step {self.step}: the derivatives of CREST's model are not finite: lower the learning rate"
+            )
+        return total[1:], float(total[0])
 
     def _check(self, run: Run) -> None:
         """Compare the local model with the loss of a fresh random subset; let it expire, and drop what is learned."""
@@ -195,58 +216,61 @@ class Crest(Hook):
         sample = random_subset(self._candidates, self.subset, generator(run.seed, "crest check", self.step))
         with run.cost.apart(run.bill("check")):
             run.worker.share(run.model.buffers())
-            try:
-                losses = torch.cat(self.shards.map(losses_of, self.scorer(run.model), sample))
-            except UserError as what:
-                raise UserError(f"step {self.step}: {what}: lower the learning rate") from None
+            losses = torch.cat(self.shards.map(losses_of, self.scorer(run.model), sample))
         if run.worker.rank == 0:
             run.bill("check").forward += len(sample)
         self._record(sample, losses)
         moved = flat(self._parameters(run.model)) - self.anchor
         model, loss = predicted(self.loss, moments.gradient, moments.diagonal, moved), float(losses.mean())
-        error = relative_error(model, loss)
+        error = run.worker.gather(relative_error(model, loss))[0]  # one decides: another processor may round otherwise
         self.expired = error > self.settings.tau
         self._log(pool, model, loss, error)
         self._drop()
         if self.expired:
-            self.interval = interval(self.settings.h, self.first, self._curvature())
+            left = self.steps * run.settings.epochs - self.step
+            self.interval = max(1, min(interval(self.settings.h, self.first, self._curvature(run)), left))
 
     def _chosen(self, run: Run, pool: Pool, wanted: Iterable[int]) -> list[Chosen]:
         """Return the wanted coresets of a pool, after computing those that are missing."""
         wanted = list(wanted)
         with run.cost.apart(run.bill("select")):
-            if self._ahead and self._ahead[0] is pool:
-                self._keep(run, *self._ahead)
-                self._ahead = None
-            if missing := [p for p in dict.fromkeys(wanted) if p not in pool.chosen]:
+            if self._pending and self._pending[0] is pool:
+                self._keep(run, *self._pending)
+                self._pending = None
+            if missing := self._missing(run, pool, wanted):
                 self._keep(run, pool, missing, None)
         return [pool.chosen[p] for p in wanted]
 
-    def _look_ahead(self, run: Run, steps: range) -> None:
-        """Begin to choose, where selection overlaps with training, what the next steps will probably train on."""
-        pool = self.coming or self.pool
-        if self.settings.overlap and pool:
-            missing = [p for p in dict.fromkeys(pool.draw(steps, run.seed)) if p not in pool.chosen]
-            if missing:
-                self._ahead = pool, missing, self._start(self.shards.start, run, pool, missing)
+    def _missing(self, run: Run, pool: Pool, wanted: Iterable[int]) -> dict[int, Tensor]:
+        """Return the random subsets of those coresets that are not computed yet."""
+        return {p: pool.subset(p, self.subset, run.seed) for p in dict.fromkeys(wanted) if p not in pool.chosen}
 
-    def _start(self, how: Callable[..., Any], run: Run, pool: Pool, missing: list[int]) -> Any:
+    def _look_ahead(self, run: Run, steps: range) -> None:
+        """Begin to choose, where selection overlaps with training, what will probably be trained on after the steps."""
+        pool, end = self.coming or self.pool, self.steps * run.settings.epochs
+        if not self.settings.overlap or pool is None:
+            return
+        start = self.step + self.interval - self.age if self.coming else steps.stop
+        following = range(start, min(start + self.interval, end))
+        if missing := self._missing(run, pool, pool.draw(following, run.seed)):
+            self._pending = pool, missing, self._start(self.shards.start, run, pool, missing)
+
+    def _start(self, how: Callable[..., Any], run: Run, pool: Pool, missing: Mapping[int, Tensor]) -> Any:
         model = deepcopy(run.model)
         model.load_state_dict(pool.weights)
-        subsets = [pool.subset(p, self.subset, run.seed) for p in missing]
-        return how(choose, self.scorer(model), subsets, self.size, memory_bound(self.settings.memory))
+        return how(choose, self.scorer(model), list(missing.values()), self.size, memory_bound(self.settings.memory))
 
-    def _keep(self, run: Run, pool: Pool, missing: list[int], waiting: Results | None) -> None:
+    def _keep(self, run: Run, pool: Pool, missing: Mapping[int, Tensor], waiting: Results | None) -> None:
         parts = waiting() if waiting else self._start(self.shards.map, run, pool, missing)
-        for i, p in enumerate(missing):
-            chosen = pool.chosen[p] = parts[i % len(parts)][i // len(parts)]
-            subset = pool.subset(p, self.subset, run.seed)
+        for i, (p, subset) in enumerate(missing.items()):
+            chosen = pool.chosen[p] = parts[i % len(parts)][0][i // len(parts)]
             self._record(subset, chosen.losses)
-            self.picked.append(
-                torch.stack([torch.full_like(chosen.coreset.indices, pool.update), chosen.coreset.indices]).int()
-            )
-            if run.worker.rank == 0:
-                run.bill("select").forward += len(subset)
+            indices = chosen.coreset.indices
+            self.picked.append(torch.stack([torch.full_like(indices, pool.update), indices]).int())
+        if run.worker.rank == 0:
+            bill, cost = run.bill("select"), Cost.joined("select", [cost for _, cost in parts])
+            bill.forward += cost.forward
+            bill.total_seconds += cost.total_seconds if waiting else 0.0  # of those who chose meanwhile
 
     def _record(self, indices: Tensor, losses: Tensor) -> None:
         self.highest[indices] = self.highest[indices].maximum(losses)
@@ -256,7 +280,7 @@ class Crest(Hook):
         if self.step // self.settings.drop_every > self.drops:
             self.drops = self.step // self.settings.drop_every
             if self.settings.alpha > 0:
-                self.active = remaining(self.active, self.highest, self.settings.alpha, least=self.size)
+                self.active = remaining(self.active, self.highest, self.settings.alpha, least=2 * self.subset)
             self.highest.fill_(-torch.inf)
 
     def _log(self, pool: Pool, model: float, loss: float, error: float) -> None:
@@ -288,17 +312,19 @@ class Crest(Hook):
         module = model.head if self.settings.parameters == "head" else model
         return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
-    def _curvature(self) -> float:
+    def _curvature(self, run: Run) -> float:
         diagonal = self.moments.diagonal if self.moments else None
-        return 0.0 if diagonal is None else float(diagonal.norm())
+        return 0.0 if diagonal is None else run.worker.gather(float(diagonal.norm()))[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but what ``batches`` can compute again."""
         state = {name: getattr(self, name) for name in STATE}
         pools = {name: pool and pool.state_dict() for name, pool in (("pool", self.pool), ("coming", self.coming))}
         places = {id(self.pool): "pool", id(self.coming): "coming"}
-        ahead = self._ahead and id(self._ahead[0]) in places and [places[id(self._ahead[0])], self._ahead[1]]
-        return {**state, **pools, "moments": self.moments and vars(self.moments), "ahead": ahead}
+        pending = None
+        if self._pending and id(self._pending[0]) in places:
+            pending = [places[id(self._pending[0])], self._pending[1]]
+        return {**state, **pools, "moments": self.moments and vars(self.moments), "pending": pending}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on in the middle of a region."""
@@ -307,6 +333,10 @@ class Crest(Hook):
             setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
         self.pool, self.coming = (state[name] and Pool.restored(state[name]) for name in ("pool", "coming"))
         self.moments = state["moments"] and Moments(**state["moments"])
-        if state["ahead"]:
-            name, missing = state["ahead"]
-            self._ahead = getattr(self, name), missing, None  # to be begun once more
+        if state["pending"]:
+            name, missing = state["pending"]
+            self._pending = getattr(self, name), missing, None  # to be begun once more
+
+
+def _mean_loss(coresets: Sequence[Chosen]) -> float:
+    return sum(chosen.loss for chosen in coresets) / len(coresets)

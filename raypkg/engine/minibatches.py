@@ -12,10 +12,12 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.core.settings import Crest as Settings
+from raypkg.core.settings import CrestSelect
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.crest.minibatch import logit_gradients, minibatch_coreset
+from raypkg.methods.gradients import HeadView
 
+from .costs import Cost
 from .selection import Scorer
 from .shards import Shard
 
@@ -36,15 +38,19 @@ class Chosen(NamedTuple):
     errors: Tensor
 
 
-def choose(shard: Shard, scorer: Scorer, subsets: Sequence[Tensor], size: int, memory: int) -> list[Chosen]:
+def choose(
+    shard: Shard, scorer: Scorer, subsets: Sequence[Tensor], size: int, memory: int
+) -> tuple[list[Chosen], Cost]:
     """Choose a mini-batch coreset of every ``world``-th random subset, in one forward pass over all of them."""
-    mine = subsets[shard.rank :: shard.world]
+    mine, cost = subsets[shard.rank :: shard.world], Cost("select")
     if not mine:
-        return []
-    view = scorer.view(shard, torch.cat(list(mine)))
-    sizes = [len(subset) for subset in mine]
-    parts = zip(mine, view.logits.split(sizes), view.y.split(sizes), strict=True)
-    return [_chosen(indices, logits, y, size, memory) for indices, logits, y in parts]
+        return [], cost
+    with cost:
+        view = _view(shard, scorer, torch.cat(list(mine)))
+        cost.forward += len(view)
+        sizes = [len(subset) for subset in mine]
+        parts = zip(mine, view.logits.split(sizes), view.y.split(sizes), strict=True)
+        return [_chosen(indices, logits, y, size, memory) for indices, logits, y in parts], cost
 
 
 def _chosen(indices: Tensor, logits: Tensor, y: Tensor, size: int, memory: int) -> Chosen:
@@ -60,8 +66,15 @@ def losses_of(shard: Shard, scorer: Scorer, indices: Tensor) -> Tensor:
     mine = indices.tensor_split(shard.world)[shard.rank]
     if not len(mine):
         return torch.empty(0)
-    view = scorer.view(shard, mine)
+    view = _view(shard, scorer, mine)
     return F.cross_entropy(view.logits, view.y, reduction="none")
+
+
+def _view(shard: Shard, scorer: Scorer, indices: Tensor) -> HeadView:
+    try:
+        return scorer.view(shard, indices)
+    except UserError as error:
+        raise UserError(f"CREST cannot go on with this model ({error}): lower the learning rate") from None
 
 
 @dataclass
@@ -107,7 +120,7 @@ def random_subset(candidates: Tensor, count: int, rng: torch.Generator) -> Tenso
     return candidates[torch.randperm(len(candidates), generator=rng)[:count]]
 
 
-def subset_size(settings: Settings, n: int, batch: int) -> int:
+def subset_size(settings: CrestSelect, n: int, batch: int) -> int:
     """Return r, the samples of a random subset.
 
     Raises:

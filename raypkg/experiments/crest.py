@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Crest, Experiment, Reselect, Share, Train
+from raypkg.core.settings import CrestSelect, Experiment, Reselect, Share, Train
 from raypkg.runs.report import Report
 
 from . import experiment
@@ -32,12 +32,40 @@ class CrestSettings(Experiment):
         Literal["crest", "random", "none", "craig", "gradmatch", "glister"],
         Field(description="crest; random batches; none = full schedule cut short; or a coreset of the budget's size"),
     ] = "crest"
-    budget: Annotated[Share, Field(description="share of full training's samples to back-propagate")] = 0.1
+    budget: Annotated[
+        Share, Field(description="share of full training's steps; CREST's model of the loss is extra")
+    ] = 0.1
     every: Annotated[
         int | None, Field(ge=1, description="epochs between selections (craig, gradmatch, glister); a tenth of all")
     ] = None
-    select: Crest = Crest()
+    select: CrestSelect = CrestSelect()
     train: CrestTrain = CrestTrain()
+
+
+def epochs_of(settings: CrestSettings) -> int:
+    """Return the epochs within the budget.
+
+    Raises:
+        UserError: they are not whole, or settings of one selection are given for another.
+    """
+    epochs, within = settings.train.epochs, round(settings.budget * settings.train.epochs)
+    if within < 1 or abs(settings.budget * epochs - within) > 0.01:
+        near = f"{max(1, within) / epochs:.3g}"
+        raise UserError(
+            f"budget = {settings.budget:g} of {epochs} epochs is {settings.budget * epochs:g} epochs: it must be whole,"
+            f" such as --budget {near}"
+        )
+    if settings.selection != "crest" and settings.select != CrestSelect():
+        raise UserError(f"selection = {settings.selection}: select.* belongs to crest and would do nothing")
+    if settings.selection in ("crest", "random", "none"):
+        if settings.every is not None:
+            raise UserError(f"selection = {settings.selection}: every = {settings.every} would do nothing")
+    elif settings.budget == 1 or (settings.every or 1) > epochs:
+        raise UserError(
+            f"selection = {settings.selection}: budget = {settings.budget:g} must be below 1 and every ="
+            f" {settings.every} at most the {epochs} epochs"
+        )
+    return within
 
 
 @experiment("crest", source="arXiv:2306.01244")
@@ -56,15 +84,11 @@ def run(settings: CrestSettings, *, report: Report) -> None:
     from raypkg.phases.train import MODEL, Job, train_model, train_on_cluster
 
     found, storage, epochs = samples(settings.dataset, settings.seed), report.folder.storage, settings.train.epochs
-    within = round(settings.budget * epochs)
-    if within < 1:
-        raise UserError(f"budget = {settings.budget:g} of {epochs} epochs is less than one: raise train.epochs")
+    within = epochs_of(settings)
     compressed = settings.train.model_copy(update={"epochs": within})
     match settings.selection:
-        case "crest":
+        case "crest" | "random":
             check(settings, within, len(found.kept))
-            job = Job(settings, compressed, storage, "train", found.everyone, MODEL)
-        case "random":
             job = Job(settings, compressed, storage, "train", found.everyone, MODEL)
         case "none":
             job = Job(settings, settings.train, storage, "train", found.everyone, MODEL, last=within)

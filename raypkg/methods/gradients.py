@@ -132,7 +132,7 @@ def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Hea
     Raises:
         UserError: there is no batch, or an output is NaN or infinite.
     """
-    with _evaluating(model), torch.no_grad():  # not inference_mode: what a model caches must still train
+    with evaluating(model), torch.no_grad():  # not inference_mode: what a model caches must still train
         seen = [_forward(model, x, y) for x, y in batches]
     if not seen:
         raise UserError("no batches to compute logits and features of")
@@ -147,7 +147,8 @@ def _forward(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode inside the block, and each of its modules back into its own afterwards."""
     modes = [(module, module.training) for module in model.modules()]  # each one: frozen parts may already be in eval
     model.eval()
     try:

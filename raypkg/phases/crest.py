@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from raypkg.cluster.shards import actors
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Crest as Settings
-from raypkg.core.settings import Model
+from raypkg.core.settings import CrestSelect, Model
 from raypkg.engine.crest import Crest
 from raypkg.engine.minibatches import subset_size
 from raypkg.engine.selection import LiveModel, SentModel
@@ -44,13 +43,15 @@ def check(settings: Any, epochs: int, n: int) -> None:
     steps = epochs * -(-n // train.batch_size)
     if 0 < train.warmup * steps < 1:
         raise UserError(f"train.warmup = {train.warmup:g} of the budget's {steps} steps is less than one step")
-    if settings.select.actors and settings.cluster.workers == 0:
-        raise UserError(f"select.actors = {settings.select.actors} needs Ray, and cluster.workers is 0")
+    if settings.select.actors and not settings.cluster.workers:
+        raise UserError(
+            f"select.actors = {settings.select.actors}: give cluster.workers too, 1 or more, so that both fit"
+        )
 
 
 def train_crest(worker: Worker, job: Job) -> dict[str, Any]:
     """Train on all workers, and keep what CREST's checks and choices were."""
-    settings: Settings = job.experiment.select  # type: ignore[attr-defined]
+    settings: CrestSelect = job.experiment.select  # type: ignore[attr-defined]
     found = samples(job.experiment.dataset, job.experiment.seed)
     with _choosing(worker, job, found, settings) as (shards, scorer):
         hook = Crest(settings, shards, scorer, found.kept, job.training.batch_size)
@@ -69,12 +70,11 @@ def train_crest(worker: Worker, job: Job) -> dict[str, Any]:
     return {**record, "pools": hook.updates}
 
 
-def draw_regions(storage: Storage, settings: Settings) -> None:
+def draw_regions(storage: Storage, settings: CrestSelect) -> None:
     """Draw what the checks found and what was picked, into the folder of a run whose training is done."""
     checks, picked, steps, record = (storage.read_table(file) for file in (CHECKS, PICKED, STEPS, record_of(MODEL)))
-    assert checks and picked and steps and record  # written by the training that is done
-    if checks.num_rows:
-        save_plot(storage, "regions", lambda path: plots.regions(checks.to_pylist(), settings.tau, path))
+    assert checks and picked and steps and record  # written by the training that is done, which began with a check
+    save_plot(storage, "regions", lambda path: plots.regions(checks.to_pylist(), settings.tau, path))
     forgotten = record["forgotten"].to_numpy()[picked["index"].to_numpy()]  # ∞ = never learned
     known, updates = np.isfinite(forgotten), picked["update"].to_numpy() - 1
     sums, counts = (np.bincount(updates[known], part, updates.max() + 1) for part in (forgotten[known], None))
@@ -84,7 +84,7 @@ def draw_regions(storage: Storage, settings: Settings) -> None:
 
 
 @contextmanager
-def _choosing(worker: Worker, job: Job, found: Samples, settings: Settings) -> Iterator[tuple[Shards, Any]]:
+def _choosing(worker: Worker, job: Job, found: Samples, settings: CrestSelect) -> Iterator[tuple[Shards, Any]]:
     """Give who chooses, the training workers or actors, and the form in which they take a model."""
     source, precision = job.experiment.dataset, job.training.precision
     if not settings.actors:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raypkg.core.settings import Crest as Settings
-from raypkg.core.settings import Dataset, Training
+from raypkg.core.settings import CrestSelect, Dataset, Training
 from raypkg.data import load_data
 from raypkg.engine.costs import Cost
 from raypkg.engine.crest import Crest
@@ -67,7 +66,7 @@ def made(data, settings):
     indices, hooks = torch.arange(len(data.train)), []
     if settings is not None:
         shards = LocalShards([Shard(data, indices, torch.empty(0, dtype=torch.int64))])
-        hooks = [Crest(Settings(**settings), shards, lambda model: LiveModel(model, "auto"), indices, BATCH)]
+        hooks = [Crest(CrestSelect(**settings), shards, lambda model: LiveModel(model, "auto"), indices, BATCH)]
         hooks[0].steps = STEPS
     training = Training(epochs=ROUNDS, batch_size=BATCH, schedule="multistep", milestones=(0.6, 0.85), warmup=0.1)
     model = build_model("resnet20", data.train.shape, 10, seed=0)

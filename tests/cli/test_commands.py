@@ -273,11 +273,11 @@ def test_selection_during_training(effray, options, backward, forward):
     assert summary("train/one")["coreset"] == coreset("train/one").num_rows == 130
 
 
-CREST = "crest --model mlp --train.epochs 20 --budget 0.2 --select.subset 0.1 --train.batch_size 64"
+CREST = "crest --model mlp --train.epochs 20 --budget 0.2 --train.batch_size 64"
 
 
 def test_crest_spends_its_budget_and_keeps_its_books(effray):
-    text = effray(f"{CREST} --name one --select.tau 0.1 --select.h 3")
+    text = effray(f"{CREST} --name one --select.subset 0.1 --select.tau 0.1 --select.h 3")
     phases, steps = {phase["phase"]: phase for phase in summary("crest/one")["phases"]}, 4 * 21
     assert phases["train"]["backward"] == steps * 64
     assert f"chose {summary('crest/one')['pools']} pools of mini-batch coresets" in text

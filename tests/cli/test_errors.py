@@ -80,7 +80,7 @@ def own_code(tmp_path, monkeypatch):
         ("lipt --set train=3", "train = 3: input should be a valid dictionary"),
         ("crest --budget 0", "budget = '0': input should be greater than 0"),
         ("crest --budget 2", "budget = '2': input should be less than or equal to 1"),
-        ("crest --budget 0.01", "budget = 0.01 of 40 epochs is less than one: raise train.epochs"),
+        ("crest --budget 0.01", "budget = 0.01 of 40 epochs is 0.4 epochs: it must be whole, such as --budget 0.025"),
         ("crest --select.tau 0", "select.tau = '0': input should be greater than 0"),
         ("crest --select.tau -1", "select.tau = '-1': input should be greater than 0"),
         (
@@ -89,7 +89,11 @@ def own_code(tmp_path, monkeypatch):
         ),
         ("crest --train.batch_size 2000", "train.batch_size = 2000: there are only 1295 samples to choose from"),
         ("crest --selection craigg", "unknown selection 'craigg', did you mean 'craig'"),
-        ("crest --select.actors 2", "select.actors = 2 needs Ray, and cluster.workers is 0"),
+        ("crest --select.actors 2", "select.actors = 2: give cluster.workers too"),
+        ("crest --selection random --select.tau 0.2", "selection = random: select.. belongs to crest"),
+        ("crest --every 3", "selection = crest: every = 3 would do nothing"),
+        ("crest --selection craig --every 50", "every = 50 at most the 40 epochs"),
+        ("crest --selection craig --budget 1", "budget = 1 must be below 1"),
         (
             "crest --train.epochs 10 --train.warmup 0.01",
             "train.warmup = 0.01 of the budget's 11 steps is less than one step",

@@ -5,6 +5,7 @@
 Vectors hold all parameters that the model looks at, one after another, float32 [p].
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
 
 def gradient_of(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Return ∇L, [p]."""
-    return flat(torch.autograd.grad(loss, parameters))
+    return flat(torch.autograd.grad(loss, parameters, materialize_grads=True))
 
 
 def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor], rng: torch.Generator) -> Tensor:
@@ -36,9 +37,10 @@ def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor], rng: torch.Gene
         parameters: with p entries in all.
         rng: draws z, on the CPU.
     """
-    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     signs = [torch.randint(2, p.shape, generator=rng).to(p).mul_(2).sub_(1) for p in parameters]
-    products = torch.autograd.grad(gradient, parameters, signs, materialize_grads=True)
+    slope = torch.stack([(g * z).sum() for g, z in zip(gradient, signs, strict=True)]).sum()  # zᵀ∇L
+    products = torch.autograd.grad(slope, parameters, materialize_grads=True)
     return flat(z * product for z, product in zip(signs, products, strict=True))
 
 
@@ -66,6 +68,11 @@ class Moments:
         return Moments(
             self.betas[0] * self.first + (1 - self.betas[0]) * gradient, second, self.updates + 1, self.betas
         )
+
+    def to(self, device: torch.device) -> "Moments":
+        """Return the means on a device."""
+        second = None if self.second is None else self.second.to(device)
+        return Moments(self.first.to(device), second, self.updates, self.betas)
 
     @property
     def gradient(self) -> Tensor:
@@ -96,14 +103,16 @@ def predicted(loss: float, gradient: Tensor, diagonal: Tensor | None, moved: Ten
 def relative_error(model: float, loss: float) -> float:
     """Return ρ = |F − L| / L, how far the model is off.
 
+    A model that is not finite, or any but an exact one of a loss of 0, is infinitely far off.
+
     Raises:
-        UserError: the loss is not finite. A loss of 0 is matched exactly (ρ = 0) or not at all (ρ = ∞).
+        UserError: the loss is not finite.
 
     >>> relative_error(1.1, 1.0)
     0.10000000000000009
     """
-    if not loss < float("inf"):
+    if not math.isfinite(loss):
         raise UserError(f"the loss became {loss} at a check of CREST's model: lower the learning rate")
-    if loss == 0:
-        return 0.0 if model == 0 else float("inf")
+    if loss == 0 or not math.isfinite(model):
+        return 0.0 if model == loss else math.inf
     return abs(model - loss) / loss
