@@ -7,13 +7,15 @@ not run again. Methods that look at gradients select anew every ``--every`` epoc
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from launched import finished
 
 WEIGHTED = ("gradmatch", "gradmatchpb", "craig")  # methods whose weights are half of what they choose
 METHODS = {
@@ -63,20 +65,10 @@ def main() -> None:
 
 
 def summary(given: argparse.Namespace, name: str, fraction: float, seed: int, options: str) -> dict | None:
-    """Return the manifest of a run, training it first if there is none; None where it failed."""
+    """Return the manifest of one run of the table."""
+    fixed = f"--dataset {given.dataset} --model {given.model} --seed {seed} --train.epochs {given.epochs}"
     run = f"{name}-{fraction:g}-{seed}".replace(" ", "-")
-    manifest = Path(given.root, "train", run, "summary.json")
-    if not manifest.exists():
-        started = (manifest.parent / "config.toml").exists()
-        fresh = f"--name {run} --dataset {given.dataset} --model {given.model} --seed {seed} {options}"
-        fresh += f" --train.epochs {given.epochs} --train.evaluate_every 0 --cluster.workers 0"
-        command = [sys.executable, "-c", "from raypkg.cli import main; main()", "train", "--root", given.root]
-        arguments = ["--resume", run] if started else fresh.split()
-        done = subprocess.run(
-            [*command, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-        print(f"{run}: {done.stderr.strip().splitlines()[-1] if done.returncode else 'done'}", flush=True)
-    return json.loads(manifest.read_text()) if manifest.exists() else None
+    return finished(given.root, "train", run, f"{fixed} --train.evaluate_every 0 {options}")
 
 
 def share_of_work(result: dict) -> float:

@@ -1,0 +1,111 @@
+"""CREST and its baselines at one budget against full training, as the paper's table has it.
+
+    python tests/benchmarks/crest_accuracy.py --dataset parquet:path/to/cifar10
+
+trains each from each seed, several runs at a time, one thread each; a run that is finished is not run again. Relative
+error is |accuracy − full accuracy| / full accuracy; speed-up is the full training's seconds over the run's, both on the
+critical path and of the same seed. Give --jobs 1 on a machine whose cores disturb each other.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from launched import finished
+
+CHEAP = "--select.h 10 --select.b 1 --select.subset 0.00569"
+ROWS = {
+    "full training": "--selection random --budget 1",
+    "SGD cut short": "--selection none",
+    "random batches": "--selection random",
+    "crest, the paper's settings": "",
+    "crest, h 10, b 1, r 2 batches": CHEAP,
+    "crest, the same, overlapped": f"{CHEAP} --select.overlap true",
+    "crest, first order": "--select.order 1",
+    "crest, no smoothing": "--select.smoothing false",
+    "crest, no exclusion": "--select.alpha 0",
+    "craig": "--selection craig",
+    "gradmatch": "--selection gradmatch",
+    "glister": "--selection glister",
+}
+BATCH = 128  # the default
+COLUMNS = ("accuracy %", "relative error %", "speed-up", "steps", "pools", "backward %")
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    given = arguments()
+    jobs = [(name, seed) for seed in given.seeds for name in given.rows]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        found = list(pool.map(lambda job: summary(given, *job), jobs))
+    results = {job: result for job, result in zip(jobs, found, strict=True) if result}
+    print(f"\n{given.model}, {given.budget:.0%} of {given.epochs} epochs, seeds {given.seeds}, mean ± std\n")
+    print("| | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+    for name in given.rows:
+        rows = [
+            figures(results[name, seed], results.get(("full training", seed)))
+            for seed in given.seeds
+            if (name, seed) in results
+        ]
+        print(f"| {name} | " + " | ".join(cell([row[i] for row in rows]) for i in range(len(COLUMNS))) + " |")
+
+
+def summary(given: argparse.Namespace, name: str, seed: int) -> dict | None:
+    """Return the manifest of one run of the table."""
+    options = f"--dataset {given.dataset} --model {given.model} --seed {seed} --train.epochs {given.epochs}"
+    budget = "" if "--budget" in ROWS[name] else f"--budget {given.budget}"
+    run = f"{name}-{seed}".replace(" ", "-").replace(",", "").replace("'", "")
+    return finished(given.root, "crest", run, f"{options} --train.evaluate_every 0 {budget} {ROWS[name]}")
+
+
+def figures(result: dict, full: dict | None) -> list[float | None]:
+    """Return the columns of one run; ``full`` is full training from the same seed."""
+    accuracy, backward = result["test_accuracy"], sum(phase["backward"] for phase in result["phases"])
+    steps = round(next(phase["backward"] for phase in result["phases"] if phase["phase"] == "train") / BATCH)
+    error = 100 * abs(accuracy - full["test_accuracy"]) / full["test_accuracy"] if full else None
+    faster = seconds(full) / seconds(result) if full else None
+    return [
+        100 * accuracy,
+        error,
+        faster,
+        steps,
+        result.get("pools"),
+        100 * backward / result["full_training_backward"],
+    ]
+
+
+def seconds(result: dict) -> float:
+    """Return the seconds of training and selection on the critical path, without evaluation."""
+    return sum(phase["seconds"] for phase in result["phases"] if "evaluate" not in phase["phase"])
+
+
+def cell(values: list[float | None]) -> str:
+    """Return mean ± standard deviation of the runs that there are."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.4g}{spread}"
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--epochs", type=int, default=20, help="of full training")
+    parser.add_argument("--budget", type=float, default=0.1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=[*ROWS])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--root", default=os.environ.get("EFFRAY_RUNS", "runs"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
