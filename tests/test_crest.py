@@ -233,6 +233,25 @@ def test_overlap_trains_an_interval_more_on_an_expired_pool():
     assert not same_weights(in_line, overlapped)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_local_model_begins_at_the_loss_of_its_own_weights(monkeypatch, overlap):
+    apart, renewed = [], Crest._renewed
+
+    def watched(hook, run, pool):
+        pool = renewed(hook, run, pool)
+        (chosen,) = pool.chosen.values()
+        x, y = run.split.batch(chosen.coreset.indices)
+        with torch.no_grad():
+            logits = run.model((x - torch.tensor(run.split.mean)) / torch.tensor(run.split.std))
+        losses = F.cross_entropy(logits, y, reduction="none")
+        apart.append(abs(hook.loss - float(chosen.coreset.weights @ losses) / SIZE))
+        return pool
+
+    monkeypatch.setattr(Crest, "_renewed", watched)
+    fit(run(CrestSelect(tau=1e-9, b=1, h=0.1, subset=0.3, overlap=overlap)))  # pools of one coreset
+    assert len(apart) > 20 and max(apart) < 1e-5
+
+
 @pytest.mark.parametrize(
     "change",
     [{"order": 1}, {"smoothing": False}, {"alpha": 0.0}, {"parameters": "head"}, {"model_batches": 0}, {"b": 1}],
