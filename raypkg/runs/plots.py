@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,7 @@ def scaling(measured: Rows, path: str | Path) -> None:
     with _figure(path) as figure:
         time, memory = figure.subplots(1, 2)
         methods = list(dict.fromkeys(row["method"] for row in measured))
-        for method, colour in zip(methods, [BLUE, ORANGE, VERMILLION, GREY], strict=False):
+        for method, colour in zip(methods, cycle([BLUE, ORANGE, VERMILLION, GREY]), strict=False):
             rows = sorted((row for row in measured if row["method"] == method), key=lambda row: row["n"])
             n, seconds, mib = (_column(rows, key) for key in ("n", "seconds", "MiB"))
             for axes, values in ((time, seconds), (memory, mib)):
