@@ -45,10 +45,11 @@ class Training(Settings):
     ] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly rising rate")] = 0.0
     milestones: Annotated[
-        tuple[Share, ...], Field(description="shares of training at which multistep drops the rate tenfold")
+        tuple[Share, ...], Field(description="shares of training at which multistep drops the rate")
     ] = (0.5, 0.75)
+    drop: Annotated[float, Field(gt=0, le=1, description="factor of the rate at each milestone")] = 0.1
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16"],
+        Literal["auto", "float32", "bfloat16", "float64"],
         Field(description="of matrix products; auto = bfloat16 where the processor computes in it"),
     ] = "auto"
     evaluate_every: Annotated[
@@ -131,7 +132,7 @@ class CrestSelect(Settings):
     ] = None
     drop_every: Annotated[Count, Field(description="T2: steps between looks for learned samples")] = 20
     alpha: Annotated[float, Field(ge=0, description="α: losses up to which a sample is learned; 0 = drop none")] = 0.1
-    order: Annotated[Literal[1, 2], Field(description="of the local model: 2 = with curvature, 1 = without")] = 2
+    order: Annotated[int, Field(ge=1, le=2, description="of the local model: 2 = with curvature, 1 = without")] = 2
     smoothing: Annotated[bool, Field(description="smooth gradient and curvature over updates")] = True
     model_batches: Annotated[
         int, Field(ge=0, description="mini-batch coresets that the local model is made from; 0 = the whole pool")

@@ -93,19 +93,20 @@ AUGMENTATIONS = {
 }
 
 
-def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return float32 samples of mean 0 and deviation 1: (x/255 − mean)/std of images, (x − mean)/std of rows.
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return float samples of mean 0 and deviation 1: (x/255 − mean)/std of images, (x − mean)/std of rows.
 
     Args:
         x: uint8 [b, C, H, W] in channels_last memory, or float32 [b, D].
         mean: per channel or column.
         std: likewise.
+        dtype: in which to compute.
     """
-    shift, scale = torch.tensor(mean, device=x.device), 1 / torch.tensor(std, device=x.device)
+    shift, scale = torch.tensor(mean, device=x.device, dtype=dtype), 1 / torch.tensor(std, device=x.device, dtype=dtype)
     if x.dim() == 2:
         return (x - shift) * scale
     b, c, height, width = x.shape
     # A row of pixels at a time: channels alone are too short for vector instructions.
-    lines = x.permute(0, 2, 3, 1).reshape(b * height, width * c).float()
+    lines = x.permute(0, 2, 3, 1).reshape(b * height, width * c).to(dtype)
     lines = torch.addcmul(-(shift * scale).repeat(width), lines, (scale / 255).repeat(width))
     return lines.view(b, height, width, c).permute(0, 3, 1, 2)

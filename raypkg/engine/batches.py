@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
@@ -45,7 +45,15 @@ class Batches:
     """
 
     def __init__(
-        self, split: Split, coreset: Coreset, batch_size: int, *, seed: int, augment: Sequence[str], worker: Worker
+        self,
+        split: Split,
+        coreset: Coreset,
+        batch_size: int,
+        *,
+        seed: int,
+        augment: Sequence[str],
+        worker: Worker,
+        dtype: torch.dtype = torch.float32,
     ):
         if min(batch_size, len(coreset)) < worker.world:
             raise UserError(
@@ -53,28 +61,40 @@ class Batches:
                 " lower cluster.workers or use more samples"
             )
         self.split, self.coreset, self.batch_size = split, coreset, batch_size
-        self.seed, self.augment, self.worker = seed, compose(augment), worker
+        self.seed, self.augment, self.worker, self.dtype = seed, compose(augment), worker, dtype
 
     def __len__(self) -> int:
         return -(-len(self.coreset) // self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield this worker's slice of every batch of an epoch."""
-        order = torch.randperm(len(self.coreset), generator=generator(self.seed, "shuffle", epoch))
         draws = generator(self.seed, "augment", epoch)
         jobs = (
             (positions, torch.rand(len(positions), self.augment.draws, generator=draws))
-            for positions in order.tensor_split(len(self))
+            for positions in shuffled(len(self.coreset), self.batch_size, self.seed, epoch)
         )
         return ahead(self._load, jobs)
 
     def _load(self, job: tuple[Tensor, Tensor]) -> Batch:
         positions, draws = job
         samples = Coreset(self.coreset.indices[positions], self.coreset.weights[positions])
-        return training_batch(self.split, samples, self.augment, draws, self.worker)
+        return training_batch(self.split, samples, self.augment, draws, self.worker, self.dtype)
 
 
-def training_batch(split: Split, samples: Coreset, augment: Augmentation, draws: Tensor, worker: Worker) -> Batch:
+def shuffled(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """Return which of n samples are in each batch of an epoch: a permutation, cut as evenly as possible."""
+    order = torch.randperm(n, generator=generator(seed, "shuffle", epoch))
+    return order.tensor_split(-(-n // batch_size))
+
+
+def training_batch(
+    split: Split,
+    samples: Coreset,
+    augment: Augmentation,
+    draws: Tensor,
+    worker: Worker,
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
     """Load this worker's slice of one step's samples, augmented and normalised.
 
     Args:
@@ -83,16 +103,21 @@ def training_batch(split: Split, samples: Coreset, augment: Augmentation, draws:
         augment: the augmentation.
         draws: uniform random numbers for it, of all samples [b, augment.draws].
         worker: which slice, and where to.
+        dtype: of the model.
     """
     indices, device = slice_of(samples.indices, worker), worker.device
     x, y = split.batch(indices)
     x = augment(to_device(x, device), to_device(slice_of(draws, worker), device))
-    weights = to_device(slice_of(samples.weights, worker), device)
-    return Batch(normalize(x, split.mean, split.std), to_device(y, device), weights, indices, len(samples))
+    weights = to_device(slice_of(samples.weights, worker), device).to(dtype)
+    return Batch(normalize(x, split.mean, split.std, dtype), to_device(y, device), weights, indices, len(samples))
 
 
 def plain_batches(
-    split: Split, indices: Tensor, device: torch.device, batch_size: int | None = None
+    split: Split,
+    indices: Tensor,
+    device: torch.device,
+    batch_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (x, y) in the order of the indices, normalised and not augmented, for scores and evaluation.
 
@@ -103,7 +128,7 @@ def plain_batches(
 
     def load(part: Tensor) -> tuple[Tensor, Tensor]:
         x, y = split.batch(part)
-        return normalize(to_device(x, device), split.mean, split.std), to_device(y, device)
+        return normalize(to_device(x, device), split.mean, split.std, dtype), to_device(y, device)
 
     return ahead(load, indices.split(size))
 
@@ -111,6 +136,11 @@ def plain_batches(
 def slice_of(tensor: Tensor, worker: Worker) -> Tensor:
     """Return this worker's contiguous slice of a tensor, as even as possible."""
     return tensor.tensor_split(worker.world)[worker.rank]
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return what a model computes in, hence what its inputs must be."""
+    return next(model.parameters()).dtype
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ from raypkg.methods.crest.quadratic import (
 from raypkg.methods.crest.region import interval, remaining
 from raypkg.methods.gradients import evaluating
 
-from .batches import Batch, Epoch, ahead, plain_batches, slice_of, training_batch
+from .batches import Batch, Epoch, ahead, dtype_of, plain_batches, slice_of, training_batch
 from .costs import Cost
 from .hooks import Hook
 from .loop import autocast
@@ -108,7 +108,7 @@ class Crest(Hook):
             order = torch.randperm(len(coreset), generator=rng)  # medoids come central first: workers get slices alike
             shuffled = Coreset(coreset.indices[order], coreset.weights[order])
             draws = torch.rand(len(order), augment.draws, generator=rng)
-            return training_batch(run.split, shuffled, augment, draws, run.worker)
+            return training_batch(run.split, shuffled, augment, draws, run.worker, dtype_of(run.model))
 
         self.anchor = self.anchor.to(run.worker.device)
         self.moments = self.moments and self.moments.to(run.worker.device)
@@ -192,12 +192,12 @@ class Crest(Hook):
         mine, weights = (slice_of(part, run.worker) for part in (indices, weights.to(run.worker.device)))
         parameters, cost = self._parameters(run.model), run.bill("model")
         total = torch.zeros(1 + sum(p.numel() for p in parameters), device=run.worker.device)
-        batches = plain_batches(run.split, mine, run.worker.device, self.size)
+        batches = plain_batches(run.split, mine, run.worker.device, self.size, dtype_of(run.model))
         with evaluating(run.model):
             for (x, y), w in zip(batches, weights.split(self.size), strict=True):
                 with autocast(run.settings.precision, x.device):
                     logits = run.model(x)
-                loss = F.cross_entropy(logits.float(), y, reduction="none") @ w / len(indices)
+                loss = F.cross_entropy(logits.float(), y, reduction="none") @ w.float() / len(indices)
                 total += torch.cat([loss.detach()[None], derivative(loss, parameters)])
         cost.forward += len(mine)
         cost.backward += len(mine)

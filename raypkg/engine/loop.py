@@ -18,7 +18,7 @@ from raypkg.core.settings import Training
 from raypkg.data.split import Split
 from raypkg.methods.coreset import Coreset
 
-from .batches import Batch, Batches, Epoch, plain_batches, slice_of
+from .batches import Batch, Batches, Epoch, dtype_of, plain_batches, slice_of
 from .costs import Cost
 from .hooks import Hook
 from .schedules import learning_rate
@@ -76,7 +76,8 @@ class Run:
     seen: Seen = field(init=False)
 
     def __post_init__(self) -> None:
-        self.model.to(self.worker.device).to(memory_format=torch.channels_last)
+        dtype = torch.float64 if self.settings.precision == "float64" else torch.float32
+        self.model.to(self.worker.device, dtype).to(memory_format=torch.channels_last)
         self.optimizer = optimizer(self.model, self.settings)
         self._bills = {self.phase: self.cost, "evaluate": Cost("evaluate")}
         self._earlier: dict[str, Cost] = {}  # of attempts before the last restart
@@ -93,6 +94,7 @@ class Run:
             seed=self.seed,
             augment=self.augment,
             worker=self.worker,
+            dtype=dtype_of(self.model),
         )
         return Epoch(len(batches), batches.epoch(self.epoch))
 
@@ -195,7 +197,7 @@ def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
 def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
     with autocast(run.settings.precision, batch.x.device):
         logits = model(batch.x)
-    losses = F.cross_entropy(logits.float(), batch.y, reduction="none")
+    losses = F.cross_entropy(_full(logits), batch.y, reduction="none")
     objective = losses @ batch.weights  # Σ w·loss
     # DDP averages over workers, so each one's share of Σ w·loss / total is scaled up by their number.
     (objective * (world / batch.total)).backward()
@@ -213,6 +215,11 @@ def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
         hook.on_step(run)
     count = torch.tensor(len(batch.y), device=losses.device)
     return torch.stack([objective.detach().double(), run.seen.right.sum().double(), count.double()])
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Return logits of at least 32 bits, in which losses are computed."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
@@ -264,10 +271,10 @@ def evaluate(
     with cost:
         worker.share(model.buffers())
         model.eval()
-        for x, y in plain_batches(split, mine, worker.device):
+        for x, y in plain_batches(split, mine, worker.device, dtype=dtype_of(model)):
             with autocast(precision, worker.device):
                 logits = model(x)
-            loss = F.cross_entropy(logits.float(), y, reduction="sum")
+            loss = F.cross_entropy(_full(logits), y, reduction="sum")
             totals += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()])
         model.train(was_training)
         loss, correct = (worker.sum(totals) / max(1, len(indices))).tolist()

@@ -45,7 +45,7 @@ class Recorder(Hook):
         indices, losses, right = (torch.cat(part).cpu() for part in zip(*self._steps, strict=True))
         self._steps.clear()
         epoch = torch.zeros(3, len(self.y))  # times seen, Σ loss, times right
-        epoch.index_add_(1, indices, torch.stack([torch.ones_like(losses), losses, right.to(losses)]))
+        epoch.index_add_(1, indices, torch.stack([torch.ones_like(losses), losses, right.to(losses)]).float())
         times, losses, right = run.worker.sum(epoch)
         run.cost.sent += epoch.nbytes * (run.worker.world > 1)
         seen, losses, right = times > 0, losses / times.clamp(min=1), right == times

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from raypkg.core.settings import Training
 
 
-def cosine(t: float, milestones: Sequence[float]) -> float:
+def cosine(t: float, milestones: Sequence[float], drop: float) -> float:
     """Fall from 1 to 0 along half a cosine: ½(1 + cos πt)."""
     return 0.5 * (1 + math.cos(math.pi * t))
 
 
-def multistep(t: float, milestones: Sequence[float]) -> float:
-    """Drop tenfold at each milestone: 0.1^(milestones passed)."""
-    return 0.1 ** sum(t >= milestone for milestone in milestones)
+def multistep(t: float, milestones: Sequence[float], drop: float) -> float:
+    """Drop at each milestone: drop^(milestones passed)."""
+    return drop ** sum(t >= milestone for milestone in milestones)
 
 
-def constant(t: float, milestones: Sequence[float]) -> float:
+def constant(t: float, milestones: Sequence[float], drop: float) -> float:
     """Stay at 1."""
     return 1.0
 
@@ -33,4 +33,4 @@ def learning_rate(settings: Training, t: float) -> float:
     0.020000000000000004
     """
     rise = min(1.0, (t + 1e-3) / settings.warmup) if settings.warmup else 1.0
-    return settings.lr * rise * SHAPES[settings.schedule](t, settings.milestones)
+    return settings.lr * rise * SHAPES[settings.schedule](t, settings.milestones, settings.drop)

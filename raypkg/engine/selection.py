@@ -20,7 +20,7 @@ from raypkg.methods.record import Record
 from raypkg.methods.selection import budget_of, class_budgets, select, select_class
 from raypkg.models import build_model
 
-from .batches import plain_batches
+from .batches import dtype_of, plain_batches
 from .costs import Cost
 from .loop import autocast
 from .shards import Shard, Shards
@@ -61,7 +61,8 @@ class LiveModel:
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
         """Return the HeadView of the indices in one forward pass."""
         with autocast(self.precision, shard.device):
-            return head_view(self.model, plain_batches(shard.data.train, indices, shard.device))
+            batches = plain_batches(shard.data.train, indices, shard.device, dtype=dtype_of(self.model))
+            return head_view(self.model, batches)
 
 
 @dataclass(frozen=True)

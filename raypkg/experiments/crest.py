@@ -20,7 +20,7 @@ class CrestTrain(Train):
     ] = "multistep"
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly rising rate")] = 0.1
     milestones: Annotated[
-        tuple[Share, ...], Field(description="shares of training at which multistep drops the rate tenfold")
+        tuple[Share, ...], Field(description="shares of training at which multistep drops the rate")
     ] = (0.6, 0.85)
     nesterov: Annotated[bool, Field(description="Nesterov's form of momentum (SGD)")] = False
 

@@ -11,7 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive, generator, seeded
 from raypkg.core.settings import Experiment, Pretrain
 from raypkg.data.partition import stratified_shards
-from raypkg.engine.batches import plain_batches
+from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Masked
 from raypkg.engine.loop import Run, autocast, evaluate, fit
@@ -144,7 +144,7 @@ def snip_densities(
     model: nn.Module, found: Samples, batch: Tensor, settings: Pretrain, worker: Worker, cost: Cost
 ) -> Densities:
     """Return layer-wise densities from the saliency of one batch of the shard."""
-    x, y = next(plain_batches(found.data.train, batch, worker.device, len(batch)))
+    x, y = next(plain_batches(found.data.train, batch, worker.device, len(batch), dtype_of(model)))
     cost.forward += len(batch)
     cost.backward += len(batch)
     with autocast(settings.precision, worker.device), seeded(0, "snip dropout"):
@@ -206,7 +206,7 @@ def estimate_statistics(model: nn.Module, worker: Worker, job: LiptJob, found: S
     """Re-estimate batch-norm statistics on a random part of the training samples; return how many."""
     order = torch.randperm(len(found.kept), generator=generator(job.experiment.seed, "statistics"))
     indices = found.kept[order[:STATISTICS_SAMPLES]]
-    batches = plain_batches(found.data.train, indices, worker.device, min(256, len(indices)))
+    batches = plain_batches(found.data.train, indices, worker.device, min(256, len(indices)), dtype_of(model))
     with autocast(job.pretrain.precision, worker.device), seeded(job.experiment.seed, "statistics dropout"):
         return reestimate(model, (x for x, _ in batches))
 
