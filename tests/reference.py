@@ -255,3 +255,28 @@ def crest(model, x: Tensor, y: Tensor, settings, training, seed: int, size: int,
         if expired:
             interval = max(1, round(settings.h * first / float(bend.norm())))
     return errors
+
+
+def bfgs(pairs):
+    """The BFGS matrix of (s, y) pairs, oldest first, updated one by one from σI with the newest pair's σ."""
+    s, y = pairs[-1]
+    matrix = (s @ y) / (s @ s) * torch.eye(len(s), dtype=s.dtype)
+    for s, y in pairs:
+        bent = matrix @ s
+        matrix = matrix - torch.outer(bent, bent) / (s @ bent) + torch.outer(y, y) / (y @ s)
+    return matrix
+
+
+def gradient_sum(model, split, w, indices):
+    """Σ of per-sample loss gradients by autograd, one sample at a time, on standardised samples in float64."""
+    model, total = model.double(), torch.zeros_like(w)
+    torch.nn.utils.vector_to_parameters(w, model.parameters())
+    unit = 255.0 if len(split.shape) == 3 else 1.0
+    extra = (1,) * (len(split.shape) - 1)
+    mean, std = (torch.tensor(part, dtype=w.dtype).view(-1, *extra) for part in (split.mean, split.std))
+    for i in indices.tolist():
+        x, y = split.batch([i])
+        loss = torch.nn.functional.cross_entropy(model((x.double() / unit - mean) / std), y)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        total += torch.cat([g.flatten() for g in grads])
+    return total

@@ -1,6 +1,7 @@
 """All commands. One per experiment, made from its settings; heavy imports stay inside."""
 
-import os
+import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,7 @@ from raypkg.core.errors import unknown
 from raypkg.core.registry import Entry
 from raypkg.experiments import experiment
 
-from .options import ExampleHelp, SettingsCommand, overrides, setting_options
-
-ROOT = os.environ.get("EFFRAY_RUNS", "runs")
-ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
+from .options import ROOT, ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting_options
 
 
 class Effray(ExampleHelp, click.Group):
@@ -26,7 +24,7 @@ class Effray(ExampleHelp, click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Make the command of an experiment when it is asked for."""
         if name in experiment.entries:
-            return experiment_command(experiment.entries[name])
+            return with_companions(experiment_command(experiment.entries[name]))
         return super().get_command(context, name)
 
     def resolve_command(self, context: click.Context, arguments: list[str]) -> tuple[Any, Any, list[str]]:
@@ -34,6 +32,10 @@ class Effray(ExampleHelp, click.Group):
         if arguments[0] not in self.list_commands(context):
             raise unknown("command", arguments[0], self.list_commands(context))
         return super().resolve_command(context, arguments)
+
+
+class Family(ExampleHelp, click.Group):
+    """An experiment's commands."""
 
 
 @click.group(cls=Effray, context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,6 +78,16 @@ def experiment_command(entry: Entry) -> click.Command:
             *setting_options(schema),
         ],
     )
+
+
+def with_companions(command: click.Command) -> click.Command:
+    """Return an experiment's command, or a group of it, named train, and those of the file of its name beside this."""
+    name = f"{__package__}.{command.name}"
+    if not importlib.util.find_spec(name):
+        return command
+    companions = importlib.import_module(name).COMMANDS
+    command.name, group = "train", command.name
+    return Family(group, [command, *companions], help=command.help)
 
 
 @effray.command(cls=ExampleHelp)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from click import get_current_context
+
 from raypkg.core.config import Settings, load
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
@@ -96,7 +98,7 @@ def _run(entry: Entry, settings: Any, folder: RunFolder) -> None:
         with Report(folder, following, console) as report:
             entry(settings, report=report)
     except (KeyboardInterrupt, SystemExit):
-        hint = f"; go on with: effray {entry.name} --resume {folder.name}" if folder.started else ""
+        hint = f"; go on with: {get_current_context().command_path} --resume {folder.name}" if folder.started else ""
         raise UserError(f"interrupted{hint}") from None
     show(folder, console)
     if line := following.finish(folder.summary or {}):

@@ -32,6 +32,7 @@ class Header:
     shape: tuple[int, ...]
     classes: tuple[str, ...]
     augment: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @property
     def schema(self) -> pa.Schema:
@@ -46,7 +47,9 @@ class Header:
         fields = json.loads((schema.metadata or {}).get(b"effray", b"{}"))
         if fields.pop("format", None) != FORMAT:
             raise pa.ArrowInvalid(f"not a store of format {FORMAT}")
-        return cls(fields["kind"], *(tuple(fields[name]) for name in ("shape", "classes", "augment")))
+        return cls(
+            fields["kind"], *(tuple(fields.get(name, ())) for name in ("shape", "classes", "augment", "columns"))
+        )
 
 
 class Block(NamedTuple):
@@ -140,4 +143,5 @@ class Store:
     def as_split(self, take: Take | None = None) -> Split:
         """Return the split over this store; ``take`` replaces the plain gather where images must be decoded."""
         header = self.header
-        return Split(take or self.take, self.y, header.classes, header.shape, self._mean, self._std, header.augment)
+        known = (header.classes, header.shape, self._mean, self._std, header.augment, header.columns)
+        return Split(take or self.take, self.y, *known)

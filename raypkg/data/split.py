@@ -1,15 +1,16 @@
 """The Split: labelled samples of one shape, reached by index and in no other way."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, unknown
 
 from .moments import Moments
 
@@ -28,6 +29,7 @@ class Split:
         mean: of the train split, per channel (images, in units of 1/255) or per column (rows).
         std: likewise the standard deviation.
         augment: names of the augmentations that suit the data.
+        columns: names of a table's columns.
     """
 
     take: Take
@@ -37,6 +39,7 @@ class Split:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @classmethod
     def from_tensors(
@@ -116,3 +119,33 @@ def _numbered(y: Tensor) -> tuple[str, ...]:
         missing = next(c for c in range(len(present)) if c not in present)
         raise UserError(f"labels run from {present[0]} to {present[-1]} but none is {missing}; needed are 0 … C−1")
     return tuple(map(str, present))
+
+
+def aligned(split: Split, like: Split) -> Split:
+    """Return a split with the classes and statistics of another, whose samples it is to join.
+
+    Raises:
+        UserError: samples of another shape, or of a class that the other does not know.
+    """
+    if split.shape != like.shape:
+        raise UserError(f"the new samples have shape {list(split.shape)}, the data set has {list(like.shape)}")
+    if strange := [name for name in split.classes if name not in like.classes]:
+        raise unknown("class of the new samples", strange[0], like.classes)
+    y = torch.tensor([like.classes.index(name) for name in split.classes])[split.y]
+    return replace(like, take=split.take, y=y)
+
+
+def joined(*splits: Split) -> Split:
+    """Return aligned splits as one, their samples one after another."""
+    take = partial(_take_joined, [split.take for split in splits], [0, *accumulate(map(len, splits))])
+    return replace(splits[0], take=take, y=torch.cat([split.y for split in splits]))
+
+
+def _take_joined(takes: Sequence[Take], starts: Sequence[int], indices: np.ndarray) -> np.ndarray:
+    if not len(indices) or indices.max() < starts[1]:
+        return takes[0](indices)
+    part = np.searchsorted(starts, indices, side="right") - 1
+    gathered = np.concatenate([takes[k](indices[part == k] - starts[k]) for k in np.unique(part)])
+    out = np.empty_like(gathered)
+    out[np.argsort(part, kind="stable")] = gathered
+    return out

@@ -77,6 +77,10 @@ class Report:
         self._say(f"{name} done in {record['elapsed']:.1f} s")
         return record
 
+    def say(self, line: str) -> None:
+        """Tell the user something that is no metric."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
     def _show(self, phase: str, done: int, status: str) -> None:
         if phase in self._tasks:
             self._bars.update(self._tasks[phase], completed=done, status=status)

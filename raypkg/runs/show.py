@@ -90,3 +90,42 @@ def _show_progress(folder: RunFolder, console: Console) -> None:
         accuracies = [row["accuracy"] for row in rows if "accuracy" in row]
         table.add_row(phase, str(len(rows)), f"{rows[-1]['loss']:.3f}", f"{accuracies[-1]:.1%}" if accuracies else "–")
     console.print(table)
+
+
+def verdict(found: Any) -> Table:
+    """Return how near a model is to the retrained one, as a table."""
+    table = Table(title="against training again", title_justify="left", box=SIMPLE, show_header=False, show_edge=False)
+    for name, value in (
+        (
+            "distance of the weights",
+            f"{found.distance:.3e} (of norm {found.norm:.4g}: {found.distance / found.norm:.1e})",
+        ),
+        ("test samples predicted differently", f"{found.disagreement:.2%}"),
+        ("test accuracy", f"{found.accuracy:.2%}, retrained {found.retrained_accuracy:.2%}"),
+        ("cost of retraining", f"{found.samples:,} gradients, {found.seconds:.2f} s"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def ledger(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the log of a run as a table."""
+    names = ("", "when", "what", "requests", "samples", "exact steps", "seconds", "model")
+    table = Table(*names, box=SIMPLE, show_edge=False, pad_edge=False)
+    for entry in entries:
+        done = [f"{entry[what]:,} {what}" for what in ("deleted", "restored", "new") if entry.get(what)]
+        table.add_row(
+            str(entry["number"]),
+            entry["time"],
+            ", ".join(done) or "trained",
+            _few(entry.get("requests", ())),
+            f"{entry['samples']:,}",
+            f"{entry['exact']} of {entry['steps']}" if "exact" in entry else "",
+            f"{entry['seconds']:.2f}" if "seconds" in entry else "",
+            entry["model"][:12],
+        )
+    return table
+
+
+def _few(requests: Sequence[str]) -> str:
+    return ", ".join(requests[:3]) + (f" and {len(requests) - 3} more" if len(requests) > 3 else "")

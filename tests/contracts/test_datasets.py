@@ -4,6 +4,8 @@ import pickle
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -40,7 +42,16 @@ def from_folder(folder, monkeypatch):
     return f"folder:{folder}"
 
 
+def from_table(folder, monkeypatch):
+    folder.mkdir()
+    columns = {f"x{i}": torch.randn(len(LABELS), generator=torch.Generator().manual_seed(i)).numpy() for i in range(3)}
+    for split in ("train", "test"):
+        pq.write_table(pa.table({**columns, "label": LABELS}), folder / f"{split}.parquet")
+    return f"table:{folder}"
+
+
 PREPARE = {
+    "table": from_table,
     "digits": lambda folder, monkeypatch: "digits",
     "parquet": from_parquet,
     "folder": from_folder,
@@ -60,16 +71,19 @@ def data(request, tmp_path, monkeypatch):
 def test_both_splits_have_one_shape_and_the_statistics_of_train(data):
     for what in ("shape", "classes", "num_classes", "mean", "std", "augment"):
         assert getattr(data.train, what) == getattr(data.test, what)
-    x = data.train.batch(range(len(data.train)))[0].double() / 255
-    assert data.train.mean == pytest.approx(x.mean((0, 2, 3)).tolist())
-    assert data.train.std == pytest.approx(x.std((0, 2, 3), correction=0).tolist())
+    x = data.train.batch(range(len(data.train)))[0].double()
+    values = x.permute(0, 2, 3, 1).flatten(0, 2) / 255 if x.ndim == 4 else x  # [m, channels or columns]
+    assert data.train.mean == pytest.approx(values.mean(0).tolist())
+    assert data.train.std == pytest.approx(values.std(0, correction=0).tolist())
 
 
 def test_a_batch_gathers_what_was_asked_for(data):
     for split in data:
         everything, labels = split.batch(torch.arange(len(split)))
-        assert everything.dtype == torch.uint8 and everything.shape == (len(split), *split.shape)
-        assert everything.is_contiguous(memory_format=torch.channels_last)
+        images = len(split.shape) == 3
+        assert everything.dtype == (torch.uint8 if images else torch.float32)
+        assert everything.shape == (len(split), *split.shape)
+        assert not images or everything.is_contiguous(memory_format=torch.channels_last)
         assert labels.equal(split.y) and labels.dtype == torch.int64
         assert labels.unique().tolist() == list(range(split.num_classes))
         x, y = split.batch(torch.tensor([3, 0, 3]))

@@ -1,0 +1,8 @@
+"""`effray deltagrad` as a script, for: ray job submit --working-dir . -- python jobs/deltagrad.py train --workers 2."""
+
+import sys
+
+from raypkg.cli import main
+
+if __name__ == "__main__":
+    main(["deltagrad", *sys.argv[1:]])

@@ -1,0 +1,180 @@
+"""The commands on a run that `effray deltagrad train` recorded."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raypkg.core.errors import UserError
+
+from .options import ROOT, ROOT_HELP, ExampleHelp
+
+if TYPE_CHECKING:
+    from raypkg.core.settings import Cluster
+    from raypkg.phases.books import Books
+    from raypkg.phases.requests import Request
+
+REPLAY = (
+    ("period", "INT", "T0: every so many steps one is exact; 1 = all"),
+    ("burn_in", "INT", "j0: exact steps at first"),
+    ("pairs", "INT", "m: pairs that the Hessian is approximated from"),
+    ("tolerance", "FLOAT", "distance from the retrained weights to stay below, by estimate, instead of T0 and j0"),
+)
+WORKERS = "Ray actors that hold the data and compute gradients; 0 = this process"
+
+
+def on_run(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the run and where it computes."""
+    command = click.option("--root", default=ROOT, show_default=True, help=ROOT_HELP)(command)
+    command = click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help=WORKERS)(command)
+    command = click.option(
+        "--threads", type=click.IntRange(1), default=1, show_default=True, help="of this process or of each actor"
+    )(command)
+    return click.argument("run")(command)
+
+
+def replaying(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the settings of the replay; those that are left out are the run's."""
+    for name, metavar, text in reversed(REPLAY):
+        command = click.option(f"--{name.replace('_', '-')}", name, metavar=metavar, help=text)(command)
+    return on_run(command)
+
+
+@click.command(cls=ExampleHelp)
+@replaying
+@click.option("--ids", metavar="IDS", help="3,14,15, or a file: one a line, or parquet with a column id or index")
+@click.option("--where", metavar="CONDITION", help="such as 'label = 7' or 'age > 60 and label = yes'")
+def delete(ids: str | None, where: str | None, **given: Any) -> None:
+    """Make the model as if some samples had not been in its training.
+
+    RUN is a run of `effray deltagrad train`. Ids are positions in the training split, from 0 on.
+
+    Example:
+        effray deltagrad train --name one && effray deltagrad delete one --ids 0,1,2
+    """
+    from raypkg.phases.requests import read_ids
+
+    _answer_one("delete", ids and read_ids(ids), "delete_where", where, "--ids and --where", given)
+
+
+@click.command(cls=ExampleHelp)
+@replaying
+@click.option("--ids", metavar="IDS", help="deleted samples to put back where they were; a list or a file")
+@click.option("--data", metavar="NAME", help="new samples: a data set like the run's, whose train split is added")
+def add(ids: str | None, data: str | None, **given: Any) -> None:
+    """Make the model as if further samples had been in its training.
+
+    RUN is a run of `effray deltagrad train`. New samples get the next ids, and a batch in every epoch, by seed.
+
+    Example:
+        effray deltagrad train --name two && effray deltagrad add two --data digits
+    """
+    from raypkg.phases.requests import read_ids
+
+    _answer_one("restore", ids and read_ids(ids), "add", data, "--ids and --data", given)
+
+
+@click.command(cls=ExampleHelp)
+@replaying
+@click.argument("queue", type=Path)
+@click.option("--together", type=click.IntRange(1), default=1, show_default=True, help="requests in one replay")
+def stream(queue: Path, together: int, **given: Any) -> None:
+    """Answer a queue of requests in order, each once, however often this is stopped and started again.
+
+    QUEUE holds a JSON object a line: {"delete": [3, 7], "id": "ticket 12"}, or delete_where, restore, add.
+
+    Example:
+        effray deltagrad stream one queue.jsonl
+    """
+    from raypkg.phases.requests import batches, read_queue
+
+    requests = read_queue(queue)
+    with _opened(given) as (books, cluster):
+        waiting = [request for request in requests if request.key not in books.answered]
+        click.echo(f"{len(waiting)} of {len(requests)} requests to answer")
+        for some in batches(waiting, together):
+            _answer(books, some, cluster)
+
+
+@click.command(cls=ExampleHelp)
+@on_run
+def verify(**given: Any) -> None:
+    """Train again with the samples that are in use and tell how far the model is from that.
+
+    RUN is a run of `effray deltagrad train`. The comparison is what the replays save: it takes the whole time.
+
+    Example:
+        effray deltagrad train --name three && effray deltagrad verify three
+    """
+    from raypkg.phases.deltagrad import verify as compare
+    from raypkg.runs.show import terminal, verdict
+
+    with _opened(given) as (books, cluster):
+        terminal().print(verdict(compare(books, cluster, _follow)))
+
+
+@click.command(cls=ExampleHelp)
+@on_run
+def log(**given: Any) -> None:
+    """Show what was deleted and added, when and by which request, and check that nothing of it was changed.
+
+    Example:
+        effray deltagrad train --name four && effray deltagrad log four
+    """
+    from raypkg.runs.show import ledger, terminal
+
+    with _opened(given) as (books, _):
+        records = sum(1 for _ in books.history())
+        terminal().print(ledger(books.ledger.entries))
+        click.echo(f"{len(books.ledger.entries)} entries and {records} steps of the history are as they were written")
+
+
+COMMANDS = [delete, add, stream, verify, log]
+
+
+def _answer_one(kind: str, ids: Any, other: str, value: str | None, names: str, given: dict[str, Any]) -> None:
+    from raypkg.phases.requests import Request
+
+    if (ids is None) == (value is None):
+        raise UserError(f"give one of {names}")
+    with _opened(given) as (books, cluster):
+        key = f"command {len(books.ledger.entries)}"
+        _answer(books, [Request(kind, ids, key) if value is None else Request(other, value, key)], cluster)
+
+
+def _answer(books: "Books", requests: Sequence["Request"], cluster: "Cluster") -> None:
+    from raypkg.phases.deltagrad import answer
+    from raypkg.phases.requests import change_of
+
+    entry = answer(books, change_of(books, requests), cluster, _follow)
+    estimate = "" if entry["estimate"] is None else f", at most about {entry['estimate']:.1e} from retraining"
+    click.echo(
+        f"{entry['number']}: {entry['deleted']} deleted, {entry['restored']} put back, {entry['new']} new;"
+        f" {entry['exact']} of {entry['steps']} steps exact, {entry['gradients']:,} gradients,"
+        f" {entry['seconds']:.2f} s{estimate}"
+    )
+
+
+@contextmanager
+def _opened(given: dict[str, Any]) -> Iterator[tuple["Books", "Cluster"]]:
+    from raypkg.core.settings import Cluster
+    from raypkg.experiments.deltagrad import DeltaGradSettings
+    from raypkg.phases.books import open_books
+    from raypkg.runs.folder import locate
+
+    replay = {f"replay.{name}": value for name, *_ in REPLAY if (value := given.get(name)) is not None}
+    cluster = Cluster(workers=given["workers"], cpus_per_worker=given["threads"])
+    folder = locate(given["root"], given["run"])
+    with open_books(folder, DeltaGradSettings, replay) as books:
+        yield books, cluster
+
+
+def _follow(steps: Iterable[Any], total: int) -> Iterable[Any]:
+    from rich.progress import track
+
+    from raypkg.runs.show import terminal
+
+    console = terminal()
+    return track(steps, "replaying", total, console=console, transient=True, disable=not console.is_terminal)

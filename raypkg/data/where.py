@@ -1,0 +1,63 @@
+"""Samples by what is known of them: ``label = 7 and column3 > 0.5``."""
+
+import operator
+import re
+
+import numpy as np
+
+from raypkg.core.errors import UserError, unknown
+
+from .split import Split
+
+OPERATORS = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": operator.ne,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+CLAUSE = re.compile(r"\s*(\w+)\s*(<=|>=|!=|=|<|>)\s*(.+?)\s*")
+BLOCK = 1 << 16  # rows read at once
+
+
+def matching(split: Split, condition: str) -> np.ndarray:
+    """Return the positions of the samples that meet all clauses ``NAME OPERATOR VALUE``, joined by ``and``.
+
+    NAME is ``label`` (with = and !=, VALUE is a class name) or a column of a table.
+
+    Raises:
+        UserError: malformed, an unknown name or class, or a value that is no number.
+
+    >>> import torch
+    >>> split = Split.from_tensors(torch.eye(3), torch.tensor([0, 1, 1]), classes=("cat", "dog"))
+    >>> matching(split, "label = dog")
+    array([1, 2])
+    """
+    kept = np.ones(len(split), bool)
+    for clause in re.split(r"\s+and\s+", condition):
+        found = CLAUSE.fullmatch(clause)
+        if not found:
+            raise UserError(
+                f"condition {clause!r} is not of the form NAME OPERATOR VALUE, such as label = {split.classes[0]}"
+            )
+        kept &= _met(split, *found.groups())
+    return np.flatnonzero(kept)
+
+
+def _met(split: Split, name: str, comparison: str, value: str) -> np.ndarray:
+    if name == "label":
+        if comparison not in ("=", "!="):
+            raise UserError(f"condition label {comparison} {value}: labels compare with = and != only")
+        if value not in split.classes:
+            raise unknown("class", value, split.classes)
+        return OPERATORS[comparison](split.y.numpy(), split.classes.index(value))
+    if name not in split.columns:
+        raise unknown("name in a condition", name, ("label", *split.columns))
+    try:
+        number = float(value)
+    except ValueError:
+        raise UserError(f"condition {name} {comparison} {value}: {value!r} is no number") from None
+    column = split.columns.index(name)
+    blocks = np.split(np.arange(len(split)), range(BLOCK, len(split), BLOCK))
+    return OPERATORS[comparison](np.concatenate([split.take(rows)[:, column] for rows in blocks]), np.float32(number))

@@ -1,0 +1,93 @@
+"""DeltaGrad: training whose every step is recorded, so that samples can be deleted and added without training again."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raypkg.core.config import Settings
+from raypkg.core.settings import Dataset, Experiment, Model, Train
+from raypkg.runs.report import Report
+
+from . import experiment
+
+
+class PlainDataset(Dataset):
+    """What to train on, as it is."""
+
+    augment: Annotated[tuple[str, ...] | None, Field(description="none: gradients are replayed")] = ()
+
+
+class LinearModel(Model):
+    """What to train."""
+
+    name: Annotated[str, Field(description="linear, mlp or package.module:function; no dropout, no batch norm")] = (
+        "linear"
+    )
+
+
+class PlainTrain(Train):
+    """The training that is recorded: SGD without momentum, in double precision."""
+
+    epochs: Annotated[int, Field(ge=1, description="passes over the samples")] = 32
+    batch_size: Annotated[int, Field(ge=1, description="samples a step; large batches keep the history small")] = 16384
+    momentum: Annotated[float, Field(ge=0, lt=1, description="0: the derivation covers no other")] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, description="λ of the L2 penalty λ/2 ‖w‖²")] = 0.005
+    schedule: Annotated[
+        Literal["cosine", "multistep", "constant"], Field(description="shape of the learning rate over training")
+    ] = "constant"
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16", "float64"], Field(description="of training; replays are in float64")
+    ] = "float64"
+
+
+class HistorySettings(Settings):
+    """What is kept of training."""
+
+    dtype: Annotated[
+        Literal["float64", "float32"], Field(description="float32 halves the file and limits how near replays come")
+    ] = "float64"
+
+
+class ReplaySettings(Settings):
+    """How training is replayed with other samples."""
+
+    period: Annotated[int, Field(ge=1, description="T0: every so many steps one is exact; 1 = all")] = 5
+    burn_in: Annotated[int, Field(ge=1, description="j0: exact steps at first")] = 10
+    pairs: Annotated[int, Field(ge=1, description="m: pairs that the Hessian is approximated from")] = 2
+    tolerance: Annotated[
+        float | None,
+        Field(gt=0, description="distance from the retrained weights to stay below, by estimate, instead of T0 and j0"),
+    ] = None
+
+
+class DeltaGradSettings(Experiment):
+    """Settings of `effray deltagrad train`."""
+
+    dataset: PlainDataset = PlainDataset()
+    model: LinearModel = LinearModel()
+    train: PlainTrain = PlainTrain()
+    history: HistorySettings = HistorySettings()
+    replay: ReplaySettings = ReplaySettings()
+
+
+@experiment("deltagrad", source="arXiv:2006.14755")
+def run(settings: DeltaGradSettings, *, report: Report) -> None:
+    """Train and record every step; `delete` and `add` then update the model in a fraction of the time of retraining.
+
+    The history takes 2 · steps · parameters numbers: made for convex heads, small networks and large batches.
+
+    Example:
+        effray deltagrad train --dataset digits
+    """
+    from raypkg.phases.coresets import origin, save_coreset
+    from raypkg.phases.recording import begin_log, check_recordable, train_recorded
+    from raypkg.phases.samples import samples
+    from raypkg.phases.summary import finish
+    from raypkg.phases.train import MODEL, Job, train_on_cluster
+
+    found, storage = samples(settings.dataset, settings.seed), report.folder.storage
+    report.say(check_recordable(settings, found, storage))
+    save_coreset(storage, found.everyone, found.data.train, origin(settings))
+    job = Job(settings, settings.train, storage, "train", found.everyone, MODEL)
+    begin_log(storage, train_on_cluster(job, report, train_recorded), found)
+    finish(report.folder, settings, found, epochs=settings.train.epochs)

@@ -1,0 +1,57 @@
+"""The product with a Hessian that nobody computes: BFGS from the last few pairs, in compact form."""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+LEAST = 1e-3  # of the initial curvature σ
+
+
+class Curvature:
+    """The BFGS matrix B of the newest m pairs (s, y), known by its products alone.
+
+    B v = σ v − [Y σS] M⁻¹ [Yᵀ v; σSᵀ v] with M = [[−D, Lᵀ], [L, σSᵀS]], D and L the diagonal and the strictly lower
+    part of SᵀY, and σ = yᵀs/sᵀs of the newest pair, at least 1e-3 (Byrd, Nocedal & Schnabel 1994, theorem 2.3;
+    DeltaGrad, arXiv:2006.14755, algorithm 2).
+
+    A pair without positive curvature, sᵀy ≤ 0, is left out: B would not stay positive definite.
+
+    Args:
+        pairs: m, how many to keep.
+
+    >>> curvature = Curvature(2)
+    >>> curvature.push(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 0.0]))
+    True
+    >>> curvature.product(torch.tensor([1.0, 1.0]))
+    tensor([3., 3.])
+    """
+
+    def __init__(self, pairs: int):
+        self._pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=pairs)
+
+    def __bool__(self) -> bool:
+        return bool(self._pairs)
+
+    def push(self, s: Tensor, y: Tensor) -> bool:
+        """Take in a step s [p] and the change y [p] of the gradient along it; say whether it was kept."""
+        if not s @ y > 0:
+            return False
+        self._pairs.append((s, y))
+        steps, changes = (torch.stack(part) for part in zip(*self._pairs, strict=True))  # [m, p]
+        self._sigma = max((s @ y / (s @ s)).item(), LEAST)
+        inner = steps @ changes.T  # SᵀY [m, m]
+        lower = inner.tril(-1)
+        middle = torch.cat(
+            [
+                torch.cat([-inner.diagonal().diag(), lower.T], 1),
+                torch.cat([lower, self._sigma * (steps @ steps.T)], 1),
+            ]
+        )  # M [2m, 2m]
+        self._right = torch.cat([changes, self._sigma * steps])  # [Y σS]ᵀ [2m, p]
+        self._left = torch.linalg.solve(middle, self._right).T  # the same for every v until the next pair
+        return True
+
+    def product(self, v: Tensor) -> Tensor:
+        """Return B v [p]; there must be a pair."""
+        return self._sigma * v - self._left @ (self._right @ v)

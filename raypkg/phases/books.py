@@ -1,0 +1,187 @@
+"""The books of a recorded run: which samples its model has been trained on, as the log says."""
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raypkg.core.config import load
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Experiment
+from raypkg.data.arrow import Block, Header, Store, write
+from raypkg.data.split import Split, joined
+from raypkg.engine.gradients import Objective
+from raypkg.engine.history import Membership
+from raypkg.runs.folder import RunFolder
+from raypkg.runs.history import History
+from raypkg.runs.ledger import Ledger, digest
+
+from .recording import fingerprint, layout, parameters, version
+from .samples import new_model, samples
+from .train import MODEL
+
+ROWS = 4096  # of added samples copied at once
+
+
+class Change(NamedTuple):
+    """What is to be different about the training samples.
+
+    Attributes:
+        gone: ids that are in use and shall not be, int64.
+        came: ids that are not in use and shall be, int64.
+        new: samples that were never there; they get the next ids.
+        requests: keys of the requests that ask for it.
+    """
+
+    gone: Tensor
+    came: Tensor
+    new: Split | None
+    requests: tuple[str, ...]
+
+
+class Books:
+    """A recorded run with everything that was deleted from and added to it since.
+
+    An id is a position in the training split; samples that were added are numbered on from its end, in the order of
+    their requests. What the log's last entry says is what holds: anything beyond it on the disk never happened.
+
+    Args:
+        folder: of a run of `effray deltagrad train`.
+        schema: class of its settings.
+        replay: settings that hold for the moment, by their dotted names.
+
+    Attributes:
+        split: all samples that ever were in the training split, by id.
+        active: whether a sample is in use, bool [ids].
+
+    Raises:
+        UserError: the run has no history, its log is damaged, or model or data set are not those of the log.
+    """
+
+    def __init__(self, folder: RunFolder, schema: type[Experiment], replay: Mapping[str, Any]):
+        self.storage, self.ledger = folder.storage, Ledger(folder.storage)
+        if not self.ledger.entries:
+            raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
+        self.settings: Any = load(schema, folder.config, replay)
+        self.found = samples(self.settings.dataset, self.settings.seed)
+        self.split, self._added = self.found.data.train, ()  # type: tuple[Split, tuple[Tensor, ...]]
+        self.active = torch.zeros(len(self.split), dtype=torch.bool).index_fill(0, self.found.kept, True)
+        self._check()
+        for entry in self.ledger.entries[1:]:
+            self._apply(entry)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last entry of the log."""
+        return self.ledger.entries[-1]
+
+    @property
+    def answered(self) -> set[str]:
+        """The keys of all requests that were answered."""
+        return {key for entry in self.ledger.entries for key in entry.get("requests", ())}
+
+    @property
+    def membership(self) -> Membership:
+        """Who has a place in which batch."""
+        return Membership(self.found.kept, self._added, self.settings.train.batch_size, self.settings.seed)
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of the run's model."""
+        return Objective.of(self.settings.model, self.found.data.train)
+
+    def history(self) -> History:
+        """Open the record of the training as the last entry left it."""
+        folder = version(self.storage, self.last["number"])
+        return History(folder, layout(self.settings, self.found.data.train), self.last["history"])
+
+    def weights(self) -> Tensor:
+        """Return the current weights, float64 [p]."""
+        return parameters(self.storage, new_model(self.settings, self.found.data))
+
+    def write_change(self, number: int, change: Change) -> str:
+        """Write what an entry is going to refer to; return its digest."""
+        ids = torch.cat([change.gone, change.came]).numpy()
+        in_use = np.arange(len(ids)) >= len(change.gone)
+        self.storage.write_table(_changes(number), pa.table({"id": ids, "in_use": in_use}))
+        if change.new:
+            path = self._rows(number)
+            path.parent.mkdir(exist_ok=True)
+            unfinished = path.with_suffix(".part")
+            write(unfinished, _header(change.new), _blocks(change.new))
+            unfinished.replace(path)
+        return digest(self.storage.read(_changes(number)) or b"")
+
+    def enter(self, entry: Mapping[str, Any]) -> None:
+        """Write an entry whose files are all there, and let the run be what it says."""
+        self._apply(self.ledger.append(entry))
+        self._settle()
+
+    def _apply(self, entry: Mapping[str, Any]) -> None:
+        name = _changes(entry["number"])
+        content, table = self.storage.read(name), self.storage.read_table(name)
+        if content is None or table is None or digest(content) != entry["changes"]:
+            raise UserError(f"{self.storage.root}/{name} is missing or corrupt: it is not what the log names")
+        if entry["new"]:
+            group = Store(self._rows(entry["number"])).as_split()
+            self._added = (*self._added, torch.arange(len(self.split), len(self.split) + len(group)))
+            self.split = joined(self.split, group)
+            self.active = torch.cat([self.active, torch.ones(len(group), dtype=torch.bool)])
+        ids, in_use = (torch.tensor(table[column].to_numpy()) for column in ("id", "in_use"))
+        self.active[ids] = in_use
+
+    def _check(self) -> None:
+        known = [entry["model"] for entry in self.ledger.entries[-2:]]
+        if digest(self.storage.read(MODEL) or b"") not in known:
+            raise UserError(f"{self.storage.root}/{MODEL} is not the model of the log's last entry: one was changed")
+        if fingerprint(self.found) != self.ledger.entries[0]["data"]:
+            raise UserError(f"dataset {self.settings.dataset.name!r} is not the one of the recorded training")
+        self._settle()
+
+    def _settle(self) -> None:
+        """Do what the writer of the last entry may have died before: put its model in place, drop older histories."""
+        current = version(self.storage, self.last["number"])
+        if self.last["number"]:
+            self.storage.write(MODEL, (current / MODEL).read_bytes())
+        for name in self.storage.list("versions"):
+            if name != current.name:
+                self.storage.delete_folder(f"versions/{name}")
+
+    def _rows(self, number: int) -> Path:
+        return version(self.storage, number).parents[1] / "added" / f"{number:05d}.arrow"
+
+
+@contextmanager
+def open_books(folder: RunFolder, schema: type[Experiment], replay: Mapping[str, Any]) -> Iterator[Books]:
+    """Open the books of a run for one process alone.
+
+    Raises:
+        UserError: another process has them open, or what ``Books`` raises.
+    """
+    lock = version(folder.storage, 0).parents[1] / "lock"
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run {folder.name!r} is being changed by another process: wait for it") from None
+        yield Books(folder, schema, replay)
+
+
+def _changes(number: int) -> str:
+    return f"requests/{number:05d}.parquet"
+
+
+def _header(split: Split) -> Header:
+    return Header("pixels" if len(split.shape) == 3 else "rows", split.shape, split.classes)
+
+
+def _blocks(split: Split) -> Iterator[Block]:
+    for indices in np.split(np.arange(len(split)), range(ROWS, len(split), ROWS)):
+        x = split.take(indices)
+        yield Block(x, split.y[torch.from_numpy(indices)].numpy(), x)

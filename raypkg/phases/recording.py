@@ -1,0 +1,98 @@
+"""Training that records its history for DeltaGrad, and the first entry of the run's log."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from raypkg.core.errors import UserError
+from raypkg.data.split import Split
+from raypkg.engine.gradients import check_derivation
+from raypkg.engine.history import Historian, flat
+from raypkg.engine.worker import Worker
+from raypkg.models import build_model
+from raypkg.runs.checkpoints import load_model
+from raypkg.runs.history import Layout, Recording, check_room
+from raypkg.runs.ledger import Ledger, digest
+from raypkg.runs.storage import Storage
+
+from .samples import Samples, augmentations, new_model, samples
+from .train import MODEL, Job, train_model
+
+
+def version(storage: Storage, number: int) -> Path:
+    """Return the folder of the history that the number-th entry of the log left.
+
+    Raises:
+        UserError: the run is not on a local disk, where alone a history can be mapped.
+    """
+    if storage.local is None:
+        raise UserError(f"{storage.root}: a history is memory-mapped, so the run must be in a local folder")
+    return storage.local / "versions" / f"{number:05d}"
+
+
+def layout(settings: Any, split: Split) -> Layout:
+    """Return how the history of the settings' model lies on the disk."""
+    model = build_model(settings.model.name, split.shape, split.num_classes, seed=0, options=settings.model.options)
+    return Layout(sum(parameter.numel() for parameter in model.parameters()), settings.history.dtype)
+
+
+def check_recordable(settings: Any, found: Samples, storage: Storage) -> str:
+    """Refuse what DeltaGrad's derivation does not cover or the disk does not hold; return the announced size.
+
+    Raises:
+        UserError: augmentation, another optimiser than plain SGD, dropout, batch norm, or too little room.
+    """
+    data, train = found.data, settings.train
+    if augmentations(settings.dataset, data):
+        raise UserError(
+            f"dataset.augment = {','.join(augmentations(settings.dataset, data))}: DeltaGrad replays exact"
+            " gradients, so samples cannot be augmented"
+        )
+    if train.optimizer != "sgd" or train.momentum:
+        raise UserError(
+            f"train.optimizer = {train.optimizer}, train.momentum = {train.momentum:g}: DeltaGrad is derived for SGD"
+            " without momentum"
+        )
+    check_derivation(new_model(settings, data), settings.model.name)
+    steps = train.epochs * -(-len(found.kept) // train.batch_size)
+    return check_room(version(storage, 0), layout(settings, data.train), steps)
+
+
+def train_recorded(worker: Worker, job: Job) -> dict[str, Any]:
+    """Train on all workers while the first records; return the bills with the history's digest."""
+    data = samples(job.experiment.dataset, job.experiment.seed).data
+    if worker.rank:
+        return train_model(worker, job, [Historian(None)])
+    with Recording(version(job.storage, 0), layout(job.experiment, data.train)) as sink:
+        record = train_model(worker, job, [Historian(sink)])
+        return record | {"history": sink.seal(parameters(job.storage, new_model(job.experiment, data)).numpy())}
+
+
+def parameters(storage: Storage, model: nn.Module) -> Tensor:
+    """Return the parameters of a run's model as one vector, float64 [p], in the order of ``model.parameters()``."""
+    saved = load_model(storage, MODEL)
+    return flat([saved[name].double() for name, _ in model.named_parameters()])
+
+
+def begin_log(storage: Storage, record: dict[str, Any], found: Samples) -> None:
+    """Write the log's first entry, unless it is there."""
+    ledger = Ledger(storage)
+    if not ledger.entries:
+        model = digest(storage.read(MODEL) or b"")
+        ledger.append(
+            {
+                "kind": "train",
+                "samples": len(found.kept),
+                "data": fingerprint(found),
+                "model": model,
+                "history": record["history"],
+            }
+        )
+
+
+def fingerprint(found: Samples) -> str:
+    """Return a digest by which a data set and its held-out samples are known: of the labels, the first row and who."""
+    first = found.data.train.take(np.zeros(1, np.int64))
+    return digest(b"".join(part.tobytes() for part in (found.data.train.y.numpy(), found.kept.numpy(), first)))

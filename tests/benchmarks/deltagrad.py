@@ -1,0 +1,232 @@
+"""DeltaGrad against training again: seconds, ratio and distance for several rates of deletion and addition.
+
+    python tests/benchmarks/deltagrad.py --mnist parquet:path/to/mnist
+
+Both sides compute gradients by the same function and run in turn, in one process; medians of --repeats. Reading,
+checking and writing the history is DeltaGrad's to pay. ``w`` is the model before the request, ``U`` the retrained one
+and ``I`` DeltaGrad's. Pixels are in [0, 1] unless --standardised.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from raypkg.core.settings import Cluster, Model, Training
+from raypkg.data import Data, load_data
+from raypkg.data.split import Split
+from raypkg.engine.gradients import Objective
+from raypkg.engine.history import Membership, flat
+from raypkg.engine.schedules import learning_rate
+from raypkg.methods.deltagrad.exactness import Periodic, Tolerant
+from raypkg.methods.deltagrad.replay import replay, retrain
+from raypkg.models import build_model
+from raypkg.phases.deltagrad import changed_steps, gradients
+from raypkg.runs.history import History, Layout, Recording
+
+COLUMNS = ("request", "rate", "retrain s", "DeltaGrad s", "ratio", "floor", "‖w − U‖", "‖U − I‖", "published")
+
+
+@dataclass
+class Case:
+    """One row group: data, model, training and replay, and what was published for it."""
+
+    title: str
+    data: Data
+    model: Model
+    training: Training
+    period: int
+    burn_in: int
+    rates: dict[float, str]
+
+
+def cases(given: argparse.Namespace) -> list[Case]:
+    """Return the settings of the paper and of its released example, and a table of covtype's shape."""
+    logistic = Training(
+        epochs=32, batch_size=16384, lr=0.1, weight_decay=0.005, schedule="constant", momentum=0, precision="float64"
+    )
+    readme = logistic.model_copy(
+        update={"epochs": 20, "weight_decay": 1e-4, "schedule": "multistep", "milestones": (0.5,), "drop": 0.5}
+    )
+    linear, found = Model(name="linear"), []
+    if given.mnist:
+        mnist = load_data(given.mnist)
+        if not given.standardised:
+            mnist = Data(*(replace(split, mean=(0.0,), std=(1.0,)) for split in mnist))
+        full = logistic.model_copy(update={"batch_size": len(mnist.train)})
+        published = {
+            5e-5: "–", 1e-3: "2.4: 4.4e-3 → 8e-5", 1e-2: "2.2: 1.4e-2 → 2.4e-4", 0.1: "1.8: 4.7e-2 → 1.1e-3",
+            0.2: "1.5: 7.2e-2 → 2.0e-3",
+        }  # fmt: skip
+        found += [
+            Case("MNIST, logistic, batch 16384, 32 epochs (5, 10)", mnist, linear, logistic, 5, 10, published),
+            Case("MNIST, README of the release (5, 20)", mnist, linear, readme, 5, 20, {1e-3: "2.8: 2.7e-3 → 7.2e-5"}),
+            Case("MNIST, logistic, full batch (5, 10)", mnist, linear, full, 5, 10, {1e-2: "2.7: 1.3e-2 → 5.0e-5"}),
+            Case("MNIST, logistic, full batch (20, 5)", mnist, linear, full, 20, 5, {1e-2: "6.4: 1.3e-2 → 1.4e-3"}),
+            Case(
+                "MNIST, MLP 784-300-10, full batch (2, 10)",
+                mnist,
+                Model(name="mlp", options={"hidden": [300]}),
+                full,
+                2,
+                10,
+                {1e-2: "1.3: 4.6e-2 → 5e-4, (2, 100)"},
+            ),
+        ]
+    covtype = Case("covtype's shape (5, 10)", covtype_like(), linear, logistic, 5, 10, {1e-3: "2.0: 1.7e-3 → 3.6e-5"})
+    return [case for case in [*found, covtype] if given.only in case.title]
+
+
+def covtype_like() -> Data:
+    """Return 581,012 rows of 54 columns in 7 classes of covtype's proportions, from a seed."""
+    rng = torch.Generator().manual_seed(0)
+    shares = torch.tensor([0.365, 0.488, 0.062, 0.005, 0.016, 0.030, 0.034])
+    centres = torch.randn(7, 54, generator=rng)
+
+    def split(n: int) -> Split:
+        y = torch.multinomial(shares, n, replacement=True, generator=rng)
+        return Split.from_tensors(centres[y] + 2 * torch.randn(n, 54, generator=rng), y)
+
+    return Data(split(581_012), split(10_000))
+
+
+class Bench:
+    """One case: trains, records, and answers requests."""
+
+    def __init__(self, case: Case, threads: int):
+        self.case, self.split, train = case, case.data.train, case.training
+        self.objective = Objective.of(case.model, self.split)
+        built = build_model(
+            case.model.name, self.split.shape, self.split.num_classes, seed=0, options=case.model.options
+        )
+        self.initial = flat(built.parameters()).double()
+        self.membership = Membership(torch.arange(len(self.split)), (), train.batch_size, 0)
+        self.cluster = Cluster(workers=0, cpus_per_worker=threads)
+        self.folder = Path(tempfile.mkdtemp())
+
+    def batches(self, active: torch.Tensor):
+        """Yield η and the samples of every batch; drawing them is part of training."""
+        train = self.case.training
+        for epoch in range(train.epochs):
+            places = self.membership.places(epoch)
+            for number, batch in enumerate(places):
+                yield learning_rate(train, (epoch + number / len(places)) / train.epochs), batch[active[batch]]
+
+    def retrain(self, active: torch.Tensor) -> torch.Tensor:
+        """Train with the samples in use."""
+        with gradients(self.objective, self.split, self.case.data, self.cluster) as gradient:
+            decay = self.case.training.weight_decay
+            *_, w = retrain(self.batches(active), self.initial, gradient, decay=decay)
+        return w
+
+    def record(self, active: torch.Tensor) -> History:
+        """Train with the samples in use and record it."""
+        layout = Layout(len(self.initial), "float64")
+        sink = Recording(self.folder / "recorded", layout)
+        sink.cut([])
+        w, decay = self.initial, self.case.training.weight_decay
+        with gradients(self.objective, self.split, self.case.data, self.cluster) as gradient:
+            for rate, batch in self.batches(active):
+                mean = gradient(w, batch) / len(batch)
+                sink.append(rate, w.numpy(), mean.numpy())
+                w = w - rate * (mean + decay * w)
+        return History(self.folder / "recorded", layout, sink.seal(w.numpy()))
+
+    def update(self, history: History, before: torch.Tensor, now: torch.Tensor, when=None) -> tuple[torch.Tensor, int]:
+        """Replay with other samples, writing the history of that; return the weights and the exact steps."""
+        sink, exact = Recording(self.folder / "replayed", history.layout), 0
+        sink.cut([])
+        with gradients(self.objective, self.split, self.case.data, self.cluster) as gradient:
+            steps = changed_steps(history, self.membership, before, now)
+            when = when or Periodic(self.case.period, self.case.burn_in)
+            decay, convex = self.case.training.weight_decay, self.objective.linear
+            for step in replay(steps, gradient, when, decay=decay, convex=convex):
+                sink.append(step.rate, step.w.numpy(), step.gradient.numpy())
+                exact += step.exact
+        sink.seal(step.after.numpy())
+        return step.after, exact
+
+
+def rows(bench: Bench, repeats: int):
+    """Yield the table's rows of one case."""
+    everyone = torch.ones(len(bench.split), dtype=torch.bool)
+    for adding in (False, True):
+        for rate, published in bench.case.rates.items():
+            rng = torch.Generator().manual_seed(1)
+            some = torch.randperm(len(everyone), generator=rng)[: max(1, round(rate * len(everyone)))]
+            fewer = everyone.index_fill(0, some, False)
+            before, now = (fewer, everyone) if adding else (everyone, fewer)
+            history = bench.record(before)
+            old, times = torch.from_numpy(history.final), {"retrain": [], "update": []}
+            for _ in range(repeats):
+                start = time.perf_counter()
+                retrained = bench.retrain(now)
+                middle = time.perf_counter()
+                updated, exact = bench.update(history, before, now)
+                times["retrain"].append(middle - start)
+                times["update"].append(time.perf_counter() - middle)
+            slow, fast = (statistics.median(values) for values in times.values())
+            yield (
+                "add" if adding else "delete", f"{rate:g}", f"{slow:.2f}", f"{fast:.2f}", f"{slow / fast:.2f}",
+                f"{len(history) / max(1, exact):.2f}", f"{(old - retrained).norm():.1e}",
+                f"{(retrained - updated).norm():.1e}", published,
+            )  # fmt: skip
+
+
+def tolerances(bench: Bench) -> None:
+    """Compare steps chosen by a tolerance with a fixed period at equal numbers of exact steps."""
+    everyone = torch.ones(len(bench.split), dtype=torch.bool)
+    some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(1))[: len(everyone) // 100]
+    fewer = everyone.index_fill(0, some, False)
+    history, retrained = bench.record(everyone), bench.retrain(fewer)
+    train = bench.case.training
+    horizon = sum(record.rate for record in history)
+    columns = ("tolerance", "estimate", "distance", "exact steps", "distance at a fixed period of as many")
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
+        when = Tolerant(tolerance, horizon, train.weight_decay)
+        w, exact = bench.update(history, everyone, fewer, when)
+        fixed = [
+            f"{(bench.update(history, everyone, fewer, Periodic(period, 10))[0] - retrained).norm():.1e} (T0 {period})"
+            for period in range(1, len(history))
+            if abs(10 + (len(history) - 11) // period - exact) <= 1
+        ]
+        distance, steps = (w - retrained).norm(), f"{exact} of {len(history)}"
+        cells = (f"{tolerance:g}", f"{when.estimate:.1e}", f"{distance:.1e}", steps, "; ".join(fixed[:2]))
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    """Print one table a case."""
+    given = arguments()
+    torch.set_num_threads(given.threads)
+    for case in cases(given):
+        print(f"\n{case.title}\n\n| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+        bench = Bench(case, given.threads)
+        for row in rows(bench, given.repeats):
+            print("| " + " | ".join(row) + " |", flush=True)
+        if given.tolerance:
+            tolerances(bench)
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mnist", help="parquet:PATH of MNIST; without it, only the made table")
+    parser.add_argument("--only", default="", help="cases whose title holds this")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--standardised", action="store_true", help="pixels of mean 0 and deviation 1")
+    parser.add_argument("--tolerance", action="store_true", help="compare tolerances with fixed periods, too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""`effray deltagrad …` as a user types it, and what happens when it dies or is given nonsense."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+RUN = Path("runs/deltagrad/a")
+SHORT = "deltagrad train --name a --train.epochs 12 --train.batch_size 400"
+EXACT = "--period 1"
+
+
+@pytest.fixture
+def trained(effray):
+    """Return a function that gives the lines of an effray command, once there is a run ``a`` of 48 steps."""
+    effray(SHORT)
+    return effray
+
+
+def weights():
+    return np.concatenate([value.ravel() for _, value in sorted(load_file(RUN / "model.safetensors").items())])
+
+
+def entries():
+    return [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
+
+
+def distance(text):
+    return float(next(line for line in text.splitlines() if "distance of" in line).split()[4])
+
+
+def effray_process(tmp_path, line):
+    code = "import sys; from raypkg.cli import main; main(sys.argv[1:])"
+    environment = os.environ | {"EFFRAY_RUNS": str(tmp_path / "runs")}
+    return subprocess.Popen([sys.executable, "-c", code, *line.split()], env=environment, cwd=tmp_path)
+
+
+def test_training_announces_the_size_of_its_history(effray):
+    assert "history: 526 kB (48 steps × 650 parameters × 2 × 8 bytes)" in effray(SHORT)
+    first = entries()
+    assert [entry["kind"] for entry in first] == ["train"]
+    assert sorted(os.listdir(RUN / "versions/00000")) == ["history.arrow", "history.digests"]
+
+
+def test_exact_replays_equal_training_again(trained):
+    trained(f"deltagrad delete a --ids 0,1,2,3 {EXACT}")
+    assert distance(trained("deltagrad verify a")) < 1e-12
+    trained(f"deltagrad add a --data digits {EXACT}")
+    assert distance(trained("deltagrad verify a")) < 1e-12
+    assert "1,437 new" in trained("deltagrad log a")
+
+
+def test_a_deletion_comes_near_and_is_in_the_log(trained):
+    before = weights()
+    line = trained("deltagrad delete a --ids 0,1,2,3,4,5 --period 4 --burn-in 4")
+    assert line.startswith("1: 6 deleted, 0 put back, 0 new; ") and " of 48 steps exact" in line
+    moved = np.linalg.norm(weights() - before)
+    assert 0 < distance(trained("deltagrad verify a")) < 0.3 * moved
+    first, last = entries()
+    assert (last["deleted"], last["samples"], last["previous"]) == (6, first["samples"] - 6, first["digest"])
+    assert last["model"] != first["model"]
+    assert pq.read_table(RUN / "requests/00001.parquet").to_pylist()[5] == {"id": 5, "in_use": False}
+    assert os.listdir(RUN / "versions") == ["00001"]  # what knew of the deleted samples is gone
+
+
+def test_deleted_and_put_back_in_a_stream_returns(trained):
+    before = weights()
+    Path("queue.jsonl").write_text('{"delete": [4, 5], "id": "x"}\n\n{"restore": [5]}\n{"restore": [4]}\n')
+    assert trained(f"deltagrad stream a queue.jsonl {EXACT}").startswith("3 of 3 requests to answer")
+    np.testing.assert_allclose(weights(), before, rtol=0, atol=1e-12)
+    assert [len(entry.get("requests", ())) for entry in entries()] == [0, 1, 1, 1]
+    assert trained(f"deltagrad stream a queue.jsonl {EXACT}") == "0 of 3 requests to answer\n"
+
+
+def test_requests_answered_together_are_one_replay(trained):
+    Path("queue.jsonl").write_text('{"delete": [4, 5]}\n{"add": "digits"}\n{"restore": [5]}\n')
+    trained(f"deltagrad stream a queue.jsonl --together 3 {EXACT}")
+    assert (entries()[-1]["deleted"], entries()[-1]["new"], len(entries())) == (1, 1437, 2)
+    assert distance(trained("deltagrad verify a")) < 1e-12
+
+
+def test_a_tolerance_is_kept(trained):
+    assert "at most about" in trained("deltagrad delete a --ids 0,1,2 --tolerance 0.001")
+    assert distance(trained("deltagrad verify a")) <= entries()[-1]["estimate"] <= 1e-3
+
+
+def test_tables_are_deleted_by_their_columns(effray, tmp_path):
+    rng = np.random.default_rng(0)
+    table = pa.table({"age": rng.integers(20, 80, 200), "x": rng.normal(size=200), "label": ["a", "b"] * 100})
+    pq.write_table(table, "people.parquet")
+    pa.csv.write_csv(table.slice(0, 9), "more.csv")
+    effray("deltagrad train --name a --dataset table:people.parquet --train.epochs 5 --dataset.validation 0")
+    assert "samples" in effray("deltagrad log a")
+    line = effray(f"deltagrad delete a --where 'age >= 60 and label = b' {EXACT}")
+    ids = pq.read_table(RUN / "requests/00001.parquet")["id"].to_pylist()
+    assert line.startswith(f"1: {len(ids)} deleted")
+    effray(f"deltagrad add a --data table:{tmp_path}/more.csv {EXACT}")
+    assert entries()[-1]["new"] == 9
+    assert distance(effray("deltagrad verify a")) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("delete a --ids 99999", r"delete: id 99999 is unknown, allowed are 0 … 1436"),
+        ("delete a --ids 4,4", r"delete: id 4 is given 2 times"),
+        ("delete a --ids nowhere.txt", r"ids in 'nowhere.txt' cannot be read: .*No such file"),
+        ("delete a", r"give one of --ids and --where"),
+        ("delete a --where 'label = 3'", r"delete_where: this would delete the whole class '3', leave one"),
+        ("delete a --where 'label = cat'", r"unknown class 'cat'"),
+        ("delete a --where 'size > 3'", r"unknown name in a condition 'size'. Allowed: label"),
+        ("delete a --where 'label'", r"condition 'label' is not of the form NAME OPERATOR VALUE"),
+        ("delete b --ids 1", r"unknown run in .* 'b'. Allowed: a"),
+        ("delete a --ids 1 --period 0", r"replay.period = '0': input should be greater than or equal to 1"),
+        ("delete a --ids 1 --tolerance -1", r"replay.tolerance = '-1'"),
+        ("add a --ids 4", r"restore: id 4 is in use already"),
+        ("add a --data table:none.csv", r"table 'none.csv' is not a file"),
+        ("add a --data digitz", r"unknown dataset 'digitz', did you mean 'digits'"),
+        ("stream a none.jsonl", r"the queue 'none.jsonl' cannot be read"),
+        ("verfy a", r"No such command 'verfy'"),
+    ],
+)
+def test_nonsense_is_one_line_and_changes_nothing(trained, refusal, arguments, message):
+    before = weights()
+    assert re.search(message, refusal(f"deltagrad {arguments}"))
+    assert np.array_equal(weights(), before) and len(entries()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 of 'queue.jsonl' is not JSON"),
+        ('{"remove": [1]}', "unknown request in line 2 of 'queue.jsonl' 'remove'"),
+        ('{"delete": 1}', "delete takes a list of ids, not 1"),
+        ("[]", "must be an object with one of delete, delete_where, restore, add"),
+        ('{"delete": [9], "id": "x"}', "has the id 'x' 2 times"),
+    ],
+)
+def test_a_bad_line_stops_a_queue_before_anything_is_done(trained, refusal, line, message):
+    Path("queue.jsonl").write_text('{"delete": [4], "id": "x"}\n' + line)
+    assert message in refusal("deltagrad stream a queue.jsonl")
+    assert len(entries()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--train.momentum 0.9", "train.momentum = 0.9: DeltaGrad is derived for SGD without momentum"),
+        ("--train.optimizer adamw", "train.optimizer = adamw"),
+        ("--model resnet8", "model 'resnet8' has BatchNorm2d"),
+        ("--dataset.augment crop", "dataset.augment = crop"),
+    ],
+)
+def test_what_the_derivation_does_not_cover_is_refused(refusal, arguments, message):
+    assert message in refusal(f"deltagrad train {arguments}")
+
+
+def test_damage_is_found_and_named(trained, refusal):
+    damaged = bytearray((RUN / "versions/00000/history.arrow").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (RUN / "versions/00000/history.arrow").write_bytes(damaged)
+    assert "is corrupt: its digest is another" in refusal("deltagrad delete a --ids 1")
+    assert len(entries()) == 1
+    (RUN / "model.safetensors").write_bytes(b"x" + (RUN / "model.safetensors").read_bytes())
+    assert "is not the model of the log's last entry" in refusal("deltagrad log a")
+
+
+def test_other_runs_have_no_history(effray, refusal):
+    effray("train --name a --model linear --train.epochs 1")
+    assert "run 'a' has no recorded history" in refusal("deltagrad delete a --ids 1")
+
+
+@pytest.mark.slow
+def test_a_killed_stream_loses_and_repeats_nothing(effray, tmp_path):
+    effray("deltagrad train --name a --train.epochs 150 --train.batch_size 200")
+    queue = "".join(json.dumps({"delete": [i], "id": f"r{i}"}) + "\n" for i in range(8))
+    Path("queue.jsonl").write_text(queue)
+    for patience in (4.0, 5.0, 6.5):  # seconds: while importing, replaying and between
+        process = effray_process(tmp_path, "deltagrad stream a queue.jsonl")
+        time.sleep(patience)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    effray("deltagrad stream a queue.jsonl")
+    assert [entry["requests"] for entry in entries()[1:]] == [[f"r{i}"] for i in range(8)]
+    assert entries()[-1]["samples"] == entries()[0]["samples"] - 8
+    assert distance(effray("deltagrad verify a")) < 1e-2
+
+
+@pytest.mark.slow
+def test_a_killed_recording_goes_on_as_if_it_had_not_been(effray, tmp_path):
+    options = "--train.epochs 400 --train.batch_size 100 --cluster.workers 0"
+    effray(f"deltagrad train --name whole {options}".replace(" --cluster.workers 0", ""))
+    process = effray_process(tmp_path, f"deltagrad train --name a {options}")
+    checkpoints = RUN / "checkpoints/train"
+    while not (checkpoints.is_dir() and len(os.listdir(checkpoints)) > 1) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (RUN / "summary.json").exists()
+    effray("deltagrad train --resume a")
+    whole = json.loads(Path("runs/deltagrad/whole/log.jsonl").read_text())
+    assert (entries()[0]["model"], entries()[0]["history"]) == (whole["model"], whole["history"])

@@ -1,0 +1,353 @@
+"""DeltaGrad against dense algebra and against training again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Model
+from raypkg.data.split import Split, aligned, joined
+from raypkg.engine.gradients import Objective, ShardedGradient, check_derivation
+from raypkg.engine.history import Membership, assign, flat
+from raypkg.engine.shards import LocalShards, Shard
+from raypkg.methods.deltagrad.curvature import Curvature
+from raypkg.methods.deltagrad.exactness import Periodic, Tolerant
+from raypkg.methods.deltagrad.logistic import logistic_gradient
+from raypkg.methods.deltagrad.replay import Step, replay, retrain
+from raypkg.models import build_model
+from raypkg.runs.history import DIGESTS, RECORDS, History, Layout, Recording, check_room
+from raypkg.runs.ledger import FILE, Ledger
+from raypkg.runs.storage import Storage
+
+N, D, C, DECAY = 90, 5, 3, 0.01
+EVERYONE = torch.ones(N, dtype=torch.bool)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rows(n=N, seed=0):
+    y = torch.arange(n) % C
+    return Split.from_tensors(torch.randn(n, D, generator=generator(seed)) + y[:, None], y)
+
+
+SPLIT = rows()
+LINEAR = Objective.of(Model(name="linear"), SPLIT)
+MLP = Objective.of(Model(name="mlp", options={"hidden": [6]}), SPLIT)
+
+
+class Training:
+    """A training small enough to repeat: who is in use, and what that gives."""
+
+    def __init__(self, objective=LINEAR, batch_size=30, epochs=6, split=SPLIT, added=()):
+        self.objective, self.epochs, self.split = objective, epochs, split
+        self.membership = Membership(torch.arange(N), added, batch_size, 0)
+        name, options = (json.loads(objective.model)[part] for part in ("name", "options"))
+        self.initial = flat(build_model(name, (D,), C, seed=0, options=options).parameters()).double()
+
+    def gradient(self, w, indices):
+        return self.objective.gradient_sum(self.split, w, indices)
+
+    def batches(self):
+        for epoch in range(self.epochs):
+            for place, batch in enumerate(self.membership.places(epoch)):
+                yield 0.5 / (1 + epoch + 0.1 * place), batch
+
+    def retrained(self, active):
+        steps = ((rate, batch[active[batch]]) for rate, batch in self.batches())
+        return list(retrain(steps, self.initial, self.gradient, decay=DECAY))
+
+    def record(self, active):
+        path = [self.initial, *self.retrained(active)]
+        for (rate, batch), w, after in zip(self.batches(), path, path[1:], strict=False):
+            mine = batch[active[batch]]
+            yield rate, w, self.gradient(w, mine) / max(1, len(mine)), after, batch
+
+    def replayed(self, before, now, when=None, **options):
+        steps = (
+            Step(rate, w, g, after, b[before[b] & now[b]], b[before[b] & ~now[b]], b[now[b] & ~before[b]])
+            for rate, w, g, after, b in self.record(before)
+        )
+        return list(replay(steps, self.gradient, when or Periodic(1, 1), decay=DECAY, **options))
+
+
+def without(*ids):
+    return EVERYONE.index_fill(0, torch.tensor(ids), False)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 4])
+def test_product_is_that_of_the_dense_bfgs_matrix(pairs):
+    rng = generator(pairs)
+    root = torch.randn(7, 7, generator=rng, dtype=torch.float64)
+    hessian, curvature, kept = root @ root.T + torch.eye(7), Curvature(pairs), []
+    for _ in range(5):
+        s = torch.randn(7, generator=rng, dtype=torch.float64)
+        assert curvature.push(s, hessian @ s)
+        kept = [*kept, (s, hessian @ s)][-pairs:]
+        dense = reference.bfgs(kept)
+        v = torch.randn(7, generator=rng, dtype=torch.float64)
+        torch.testing.assert_close(curvature.product(v), dense @ v, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(curvature.product(s), hessian @ s, rtol=1e-10, atol=1e-10)  # the secant equation
+
+
+def test_pairs_without_positive_curvature_are_refused():
+    curvature, s = Curvature(2), torch.tensor([1.0, 2.0])
+    assert not curvature.push(s, -s)
+    assert not curvature.push(torch.zeros(2), s)
+    assert not curvature
+
+
+@pytest.mark.parametrize("stored", ["pixels", "rows"])
+def test_closed_form_is_what_autograd_computes(stored):
+    rng = generator()
+    if stored == "pixels":
+        x = torch.randint(0, 256, (40, 2, 3, 3), generator=rng, dtype=torch.uint8)
+        split = Split.from_tensors(x, torch.arange(40) % C)
+    else:
+        split = rows(40)
+    objective = Objective.of(Model(name="linear"), split)
+    size = C * (int(np.prod(split.shape)) + 1)
+    w, indices = torch.randn(size, generator=rng, dtype=torch.float64), torch.arange(3, 33)
+    expected = reference.gradient_sum(build_model("linear", split.shape, C, seed=0), split, w, indices)
+    torch.testing.assert_close(objective.gradient_sum(split, w, indices), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_closed_form_at_a_hand_computed_point():
+    w = torch.zeros(4, dtype=torch.float64)  # p = ½, ½
+    got = logistic_gradient(w, torch.tensor([[3.0]]), torch.tensor([1]), torch.tensor([1.0]), torch.tensor([2.0]))
+    assert got.tolist() == [2.0, -2.0, 0.5, -0.5]  # z = (3 − 1) · 2
+
+
+@pytest.mark.parametrize("objective", [LINEAR, MLP], ids=["linear", "mlp"])
+@pytest.mark.parametrize("batch_size", [N, 30, 7], ids=["gd", "sgd", "small batches"])
+@pytest.mark.parametrize("adding", [False, True], ids=["delete", "add"])
+def test_every_step_exact_equals_training_again(objective, batch_size, adding):
+    training, some = Training(objective, batch_size), without(1, 2, 40, 41, 80)
+    before, now = (some, EVERYONE) if adding else (EVERYONE, some)
+    got, expected = training.replayed(before, now, convex=objective.linear)[-1].after, training.retrained(now)[-1]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_a_batch_of_deleted_samples_only_is_skipped():
+    training = Training(batch_size=3, epochs=2)
+    some = EVERYONE.index_fill(0, training.membership.places(0)[1], False)
+    steps = training.replayed(EVERYONE, some)
+    assert torch.equal(steps[1].after, steps[1].w)  # not even decayed
+    torch.testing.assert_close(steps[-1].after, training.retrained(some)[-1], rtol=0, atol=1e-12)
+    back = training.replayed(some, EVERYONE)
+    torch.testing.assert_close(back[-1].after, training.retrained(EVERYONE)[-1], rtol=0, atol=1e-12)
+
+
+def test_nothing_deleted_is_the_same_bit_for_bit():
+    training = Training()
+    steps = training.replayed(EVERYONE, EVERYONE, Periodic(5, 2))
+    assert torch.equal(steps[-1].after, training.retrained(EVERYONE)[-1])
+    assert not any(step.exact for step in steps)
+
+
+@pytest.mark.parametrize("batch_size", [N, 30])
+def test_a_period_comes_near_and_nearer_the_shorter(batch_size):
+    training, some = Training(batch_size=batch_size, epochs=20), without(3, 50)
+    old, new = training.retrained(EVERYONE)[-1], training.retrained(some)[-1]
+    errors = [
+        (training.replayed(EVERYONE, some, Periodic(period, 5))[-1].after - new).norm() / (old - new).norm()
+        for period in (8, 3, 1)
+    ]
+    assert errors[2] < 1e-10 < errors[1] < errors[0] < 0.3
+
+
+def test_deleted_and_added_back_is_where_it_was():
+    training, some = Training(batch_size=N, epochs=20), without(3, 50)
+    start = training.retrained(EVERYONE)[-1]
+    there = training.replayed(EVERYONE, some, Periodic(3, 5))
+    steps = [
+        Step(step.rate, step.w, step.gradient, step.after, b[some[b]], b[:0], b[~some[b]])
+        for step, (_, b) in zip(there, training.batches(), strict=True)
+    ]
+    *_, back = replay(steps, training.gradient, Periodic(3, 5), decay=DECAY)
+    moved = (there[-1].after - start).norm()
+    assert (back.after - start).norm() < 0.1 * moved
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("batch_size", [N, 30])
+def test_a_tolerance_holds_and_costs_less_than_exactness(tolerance, batch_size):
+    training, some = Training(batch_size=batch_size, epochs=40), without(*range(0, 20, 2))
+    rates = [rate for rate, _ in training.batches()]
+    when = Tolerant(tolerance, sum(rates), DECAY)
+    steps = training.replayed(EVERYONE, some, when)
+    distance = (steps[-1].after - training.retrained(some)[-1]).norm().item()
+    assert distance <= when.estimate + 1e-12 and when.estimate <= tolerance
+    if tolerance == 1e-2:
+        assert sum(step.exact for step in steps) < len(steps) * (0.5 if batch_size == N else 0.8)
+
+
+def test_small_batches_do_not_blow_up():
+    training, some = Training(batch_size=5, epochs=40), without(*range(0, 30, 3))
+    old, new = training.retrained(EVERYONE)[-1], training.retrained(some)[-1]
+    steps = training.replayed(EVERYONE, some, Periodic(5, 10))
+    assert (steps[-1].after - new).norm() < (old - new).norm()
+    assert not all(step.exact for step in steps)
+
+
+def test_the_gate_of_other_models_asks_for_exact_steps():
+    training, some = Training(MLP, N, 12), without(3, 50)
+    gated, free = (
+        sum(step.exact for step in training.replayed(EVERYONE, some, Periodic(6, 3), convex=convex))
+        for convex in (False, True)
+    )
+    assert gated >= free
+
+
+@pytest.mark.parametrize("holders", [1, 2, 3])
+def test_shards_give_the_same_sum(holders):
+    from raypkg.data import Data
+
+    shards = [Shard(Data(SPLIT, SPLIT), part, part[:0]) for part in torch.arange(N).tensor_split(holders)]
+    w, indices = torch.randn(C * (D + 1), generator=generator(), dtype=torch.float64), torch.randperm(N)[:70]
+    sharded = ShardedGradient(LINEAR, SPLIT, LocalShards(shards), few=10)
+    torch.testing.assert_close(sharded(w, indices), LINEAR.gradient_sum(SPLIT, w, indices), rtol=0, atol=1e-12)
+
+
+def test_added_samples_have_one_place_an_epoch_and_keep_it():
+    group = torch.arange(N, N + 10)
+    membership = Membership(torch.arange(N), (group,), 30, 0)
+    for epoch in range(3):
+        places = membership.places(epoch)
+        assert torch.cat(places).sort().values.tolist() == list(range(N + 10))
+        assert all(torch.equal(a, b) for a, b in zip(places, membership.places(epoch), strict=True))
+        old = Membership(torch.arange(N), (), 30, 0).places(epoch)
+        assert all(torch.equal(batch[batch < N], before) for batch, before in zip(places, old, strict=True))
+
+
+def test_joined_splits_are_reached_by_one_index():
+    both, other = joined(SPLIT, aligned(rows(7, seed=3), SPLIT)), rows(7, seed=3)
+    x, y = both.batch(torch.tensor([N + 2, 0, N + 6, 5]))
+    assert torch.equal(
+        x, torch.cat([other.batch([2])[0], SPLIT.batch([0])[0], other.batch([6])[0], SPLIT.batch([5])[0]])
+    )
+    assert y.tolist() == [2, 0, 0, 2]
+    assert len(both) == N + 7
+
+
+def test_samples_of_another_width_or_class_do_not_join():
+    with pytest.raises(UserError, match=r"the new samples have shape \[2\], the data set has \[5\]"):
+        aligned(Split.from_tensors(torch.randn(6, 2), torch.arange(6) % 3), SPLIT)
+    with pytest.raises(UserError, match="unknown class of the new samples 'x'"):
+        aligned(Split.from_tensors(torch.randn(4, D), torch.arange(4) % 2, classes=("0", "x")), SPLIT)
+
+
+def test_weights_go_in_and_out_of_a_model():
+    model = build_model("mlp", (D,), C, seed=0, options={"hidden": [4]})
+    w = torch.arange(sum(p.numel() for p in model.parameters()), dtype=torch.float32)
+    assign(model, w)
+    assert torch.equal(flat(model.parameters()), w)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "tests"])
+def test_layers_outside_the_derivation_are_refused(name):
+    model = (
+        torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2))
+        if name == "tests"
+        else build_model(name, (3, 8, 8), 3, seed=0)
+    )
+    with pytest.raises(UserError, match=f"model '{name}' has (BatchNorm2d|Dropout)"):
+        check_derivation(model, name)
+
+
+# The store
+
+
+def recorded(folder, steps=5, dtype="float64", size=6):
+    layout = Layout(size, dtype)
+    sink = Recording(folder, layout)
+    sink.cut([])
+    path = np.random.default_rng(0).normal(size=(steps + 1, size))
+    for step in range(steps):
+        sink.append(0.1 * step, path[step], -path[step])
+    return layout, path, sink
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float64", 0), ("float32", 1e-6)])
+def test_a_history_reads_back(tmp_path, dtype, precision):
+    layout, path, sink = recorded(tmp_path, dtype=dtype)
+    history = History(tmp_path, layout, sink.seal(path[-1]))
+    assert len(history) == 5
+    for step, record in enumerate(history):
+        assert record.rate == 0.1 * step
+        np.testing.assert_allclose(record.w, path[step], rtol=precision)
+        np.testing.assert_allclose(record.gradient, -path[step], rtol=precision)
+    np.testing.assert_allclose(history.final, path[-1], rtol=precision)
+
+
+def test_an_interrupted_recording_goes_on_where_the_checkpoint_was(tmp_path):
+    layout, path, sink = recorded(tmp_path / "whole")
+    whole = sink.seal(path[-1])
+    _, _, sink = recorded(tmp_path / "cut")
+    sink.flush()
+    known = sink.digests[:3]
+    sink.close()
+    with (tmp_path / "cut" / RECORDS).open("ab") as file:
+        file.write(b"half a record")
+    again = Recording(tmp_path / "cut", layout)
+    again.cut(known)
+    for step in (3, 4):
+        again.append(0.1 * step, path[step], -path[step])
+    assert again.seal(path[-1]) == whole
+    assert (tmp_path / "cut" / RECORDS).read_bytes() == (tmp_path / "whole" / RECORDS).read_bytes()
+
+
+@pytest.mark.parametrize("file", [RECORDS, DIGESTS])
+def test_any_flipped_byte_is_found_and_named(tmp_path, file):
+    layout, path, sink = recorded(tmp_path)
+    digest, content = sink.seal(path[-1]), (tmp_path / file).read_bytes()
+    for position in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        (tmp_path / file).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"corrupt") as error:
+            history = History(tmp_path, layout, digest)
+            assert [*history, history.final]
+        step = (position - layout.start) // layout.record
+        if file == RECORDS and position >= layout.start:
+            assert f"step {step} of" in str(error.value)
+
+
+def test_a_history_of_another_model_or_length_is_refused(tmp_path):
+    layout, path, sink = recorded(tmp_path)
+    digest = sink.seal(path[-1])
+    with pytest.raises(UserError, match="bytes, not those of 6 records"):
+        History(tmp_path, Layout(9, "float64"), digest)
+    with pytest.raises(UserError, match="cannot be read"):
+        History(tmp_path / "nowhere", layout, digest)
+
+
+def test_a_history_that_the_disk_cannot_hold_is_refused_with_its_size(tmp_path):
+    with pytest.raises(UserError, match=r"the history takes \d+ TB \(1,000,000 steps × 11,000,000 parameters × 2 × 8"):
+        check_room(tmp_path / "run", Layout(11_000_000, "float64"), 1_000_000)
+
+
+# The log
+
+
+def test_any_change_of_the_log_is_found(tmp_path):
+    storage = Storage(str(tmp_path))
+    ledger = Ledger(storage)
+    for number in range(3):
+        ledger.append({"kind": "change", "what": number})
+    assert [entry["what"] for entry in Ledger(storage).entries] == [0, 1, 2]
+    content = (tmp_path / FILE).read_bytes()
+    for position in range(0, len(content), 5):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        (tmp_path / FILE).write_bytes(damaged)
+        with pytest.raises(UserError, match=r"entry \d of .*(is corrupt|does not follow)"):
+            Ledger(storage)
+    lines = content.splitlines(keepends=True)
+    (tmp_path / FILE).write_bytes(lines[0] + lines[2])
+    with pytest.raises(UserError, match=r"entry 1 of .* does not follow the one before"):
+        Ledger(storage)
