@@ -1,6 +1,7 @@
 """DeltaGrad against dense algebra and against training again."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -241,6 +242,11 @@ def test_samples_of_another_width_or_class_do_not_join():
         aligned(Split.from_tensors(torch.randn(4, D), torch.arange(4) % 2, classes=("0", "x")), SPLIT)
 
 
+def test_columns_of_another_order_do_not_join():
+    with pytest.raises(UserError, match="the new columns are b, a; the data set's a, b"):
+        aligned(replace(SPLIT, columns=("b", "a")), replace(SPLIT, columns=("a", "b")))
+
+
 def test_weights_go_in_and_out_of_a_model():
     model = build_model("mlp", (D,), C, seed=0, options={"hidden": [4]})
     w = torch.arange(sum(p.numel() for p in model.parameters()), dtype=torch.float32)
@@ -311,7 +317,7 @@ def test_any_flipped_byte_is_found_and_named(tmp_path, file):
         (tmp_path / file).write_bytes(damaged)
         with pytest.raises(UserError, match=r"corrupt") as error:
             history = History(tmp_path, layout, digest)
-            assert [*history, history.final]
+            history.check()
         step = (position - layout.start) // layout.record
         if file == RECORDS and position >= layout.start:
             assert f"step {step} of" in str(error.value)

@@ -45,7 +45,7 @@ def replaying(command: Callable[..., None]) -> Callable[..., None]:
 @click.command(cls=ExampleHelp)
 @replaying
 @click.option("--ids", metavar="IDS", help="3,14,15, or a file: one a line, or parquet with a column id or index")
-@click.option("--where", metavar="CONDITION", help="such as 'label = 7' or 'age > 60 and label = yes'")
+@click.option("--where", metavar="CONDITION", help="such as 'age > 60 and label = yes', on a table's columns")
 def delete(ids: str | None, where: str | None, **given: Any) -> None:
     """Make the model as if some samples had not been in its training.
 
@@ -126,9 +126,12 @@ def log(**given: Any) -> None:
     from raypkg.runs.show import ledger, terminal
 
     with _opened(given) as (books, _):
-        records = sum(1 for _ in books.history())
+        history = books.history()
+        history.check()
         terminal().print(ledger(books.ledger.entries))
-        click.echo(f"{len(books.ledger.entries)} entries and {records} steps of the history are as they were written")
+        click.echo(
+            f"{len(books.ledger.entries)} entries and {len(history)} steps of the history are as they were written"
+        )
 
 
 COMMANDS = [delete, add, stream, verify, log]
@@ -149,7 +152,7 @@ def _answer(books: "Books", requests: Sequence["Request"], cluster: "Cluster") -
     from raypkg.phases.requests import change_of
 
     entry = answer(books, change_of(books, requests), cluster, _follow)
-    estimate = "" if entry["estimate"] is None else f", at most about {entry['estimate']:.1e} from retraining"
+    estimate = "" if entry["estimate"] is None else f", by estimate {entry['estimate']:.1e} from retraining"
     click.echo(
         f"{entry['number']}: {entry['deleted']} deleted, {entry['restored']} put back, {entry['new']} new;"
         f" {entry['exact']} of {entry['steps']} steps exact, {entry['gradients']:,} gradients,"

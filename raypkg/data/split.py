@@ -125,10 +125,12 @@ def aligned(split: Split, like: Split) -> Split:
     """Return a split with the classes and statistics of another, whose samples it is to join.
 
     Raises:
-        UserError: samples of another shape, or of a class that the other does not know.
+        UserError: samples of another shape, other columns, or of a class that the other does not know.
     """
     if split.shape != like.shape:
         raise UserError(f"the new samples have shape {list(split.shape)}, the data set has {list(like.shape)}")
+    if split.columns != like.columns:
+        raise UserError(f"the new columns are {', '.join(split.columns)}; the data set's {', '.join(like.columns)}")
     if strange := [name for name in split.classes if name not in like.classes]:
         raise unknown("class of the new samples", strange[0], like.classes)
     y = torch.tensor([like.classes.index(name) for name in split.classes])[split.y]

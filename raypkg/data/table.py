@@ -50,6 +50,8 @@ def load(
         if table.columns != columns:
             raise UserError(f"the columns of {str(files[split])!r} are not those of {str(files['train'])!r}")
         rows = _part(len(table), test, split) if path.is_file() else np.arange(len(table))
+        if not len(rows):
+            raise UserError(f"option test = {test:g} leaves no {split} samples of the {len(table)} in {str(path)!r}")
         header = Header("rows", (len(columns),), classes, columns=columns)
         write(unfinished, header, table.blocks(rows, classes))
 

@@ -50,8 +50,10 @@ class Objective:
 
     def gradient_sum(self, split: Split, w: Tensor, indices: Tensor) -> Tensor:
         """Return Σ ∇loss_i(w) over the indices, float64 [p], block by block."""
-        gradient = _logistic(split, w) if self.linear else _automatic(_built(self), split, w)
         total = torch.zeros_like(w)
+        if not len(indices):  # most approximate steps have no samples that came
+            return total
+        gradient = _logistic(split, w) if self.linear else _automatic(_built(self), split, w)
         for block in indices.split(ROWS):
             total += gradient(*split.batch(block))
         return total

@@ -99,7 +99,7 @@ class Books:
     def history(self) -> History:
         """Open the record of the training as the last entry left it."""
         folder = version(self.storage, self.last["number"])
-        return History(folder, layout(self.settings, self.found.data.train), self.last["history"])
+        return History(folder, layout(self.settings, self.found.data), self.last["history"])
 
     def weights(self) -> Tensor:
         """Return the current weights, float64 [p]."""
@@ -147,7 +147,7 @@ class Books:
     def _settle(self) -> None:
         """Do what the writer of the last entry may have died before: put its model in place, drop older histories."""
         current = version(self.storage, self.last["number"])
-        if self.last["number"]:
+        if digest(self.storage.read(MODEL) or b"") != self.last["model"]:
             self.storage.write(MODEL, (current / MODEL).read_bytes())
         for name in self.storage.list("versions"):
             if name != current.name:

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ def answer(books: Books, change: Change, cluster: Cluster, follow: Follow) -> di
     history, (membership, now) = books.history(), _afterwards(books, change, len(everyone))
     folder = version(books.storage, number)
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that died
-    sink = Recording(folder, layout(settings, everyone))
+    sink = Recording(folder, layout(settings, books.found.data))
     w, exact = torch.empty(0), 0
     when, steps = _when(books, len(history)), changed_steps(history, membership, _padded(books.active, len(now)), now)
     with sink, gradients(books.objective, everyone, books.found.data, cluster) as gradient:
@@ -165,9 +166,7 @@ def _afterwards(books: Books, change: Change, everyone: int) -> tuple[Membership
     membership, now = books.membership, _padded(books.active, everyone)
     if change.new:
         newcomers = torch.arange(len(books.split), everyone)
-        membership = Membership(
-            membership.trained, (*membership.added, newcomers), membership.batch_size, membership.seed
-        )
+        membership = replace(membership, added=(*membership.added, newcomers))
         now[newcomers] = True
     now[change.gone], now[change.came] = False, True
     return membership, now

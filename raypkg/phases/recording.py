@@ -7,11 +7,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.data.split import Split
+from raypkg.data import Data
 from raypkg.engine.gradients import check_derivation
 from raypkg.engine.history import Historian, flat
 from raypkg.engine.worker import Worker
-from raypkg.models import build_model
 from raypkg.runs.checkpoints import load_model
 from raypkg.runs.history import Layout, Recording, check_room
 from raypkg.runs.ledger import Ledger, digest
@@ -32,10 +31,9 @@ def version(storage: Storage, number: int) -> Path:
     return storage.local / "versions" / f"{number:05d}"
 
 
-def layout(settings: Any, split: Split) -> Layout:
+def layout(settings: Any, data: Data) -> Layout:
     """Return how the history of the settings' model lies on the disk."""
-    model = build_model(settings.model.name, split.shape, split.num_classes, seed=0, options=settings.model.options)
-    return Layout(sum(parameter.numel() for parameter in model.parameters()), settings.history.dtype)
+    return Layout(sum(p.numel() for p in new_model(settings, data).parameters()), settings.history.dtype)
 
 
 def check_recordable(settings: Any, found: Samples, storage: Storage) -> str:
@@ -57,7 +55,7 @@ def check_recordable(settings: Any, found: Samples, storage: Storage) -> str:
         )
     check_derivation(new_model(settings, data), settings.model.name)
     steps = train.epochs * -(-len(found.kept) // train.batch_size)
-    return check_room(version(storage, 0), layout(settings, data.train), steps)
+    return check_room(version(storage, 0), layout(settings, data), steps)
 
 
 def train_recorded(worker: Worker, job: Job) -> dict[str, Any]:
@@ -65,7 +63,7 @@ def train_recorded(worker: Worker, job: Job) -> dict[str, Any]:
     data = samples(job.experiment.dataset, job.experiment.seed).data
     if worker.rank:
         return train_model(worker, job, [Historian(None)])
-    with Recording(version(job.storage, 0), layout(job.experiment, data.train)) as sink:
+    with Recording(version(job.storage, 0), layout(job.experiment, data)) as sink:
         record = train_model(worker, job, [Historian(sink)])
         return record | {"history": sink.seal(parameters(job.storage, new_model(job.experiment, data)).numpy())}
 

@@ -99,7 +99,7 @@ def change_of(books: Books, requests: Iterable[Request]) -> Change:
         ids = _selected(books, active, request)
         active[ids] = request.kind == "restore"
         if request.kind != "restore":
-            _check_left(books, active, groups, request)
+            _check_left(books, active, request)
     gone, came = (books.active & ~active).nonzero()[:, 0], (active & ~books.active).nonzero()[:, 0]
     if not (len(gone) or len(came) or groups):
         raise UserError("the requests change nothing")
@@ -136,7 +136,7 @@ def _selected(books: Books, active: Tensor, request: Request) -> Tensor:
     return ids
 
 
-def _check_left(books: Books, active: Tensor, groups: list[Split], request: Request) -> None:
+def _check_left(books: Books, active: Tensor, request: Request) -> None:
     if not active.any():
         raise UserError(f"{request.kind}: this would delete every sample")
     classes = books.split.num_classes

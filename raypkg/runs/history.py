@@ -218,6 +218,15 @@ class History(Sequence[Record]):
             raise IndexError(step)
         return self._read(step)
 
+    def check(self) -> None:
+        """Read every record, the final weights included.
+
+        Raises:
+            UserError: one is corrupt.
+        """
+        for step in range(self._steps + 1):
+            self._read(step)
+
     @property
     def final(self) -> np.ndarray:
         """The weights after the last step, float64 [p]."""
