@@ -4,7 +4,7 @@ Optical Recognition of Handwritten Digits (E. Alpaydin and C. Kaynak, 1998), UCI
 doi:10.24432/C50P49, licensed CC BY 4.0; its 1,797 test samples. Pixel values 0 … 16 are scaled to 0 … 255 here.
 """
 
-from importlib.resources import files
+from importlib.resources import as_file, files
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,8 +24,8 @@ def load(root: str, *, split: str) -> Split:
     """
     if root:
         raise UserError(f"dataset 'digits' ships with the package and takes no path, got {root!r}")
-    with (files("raypkg.data") / "digits.parquet").open("rb") as file:
-        table = pq.read_table(file)
+    with as_file(files("raypkg.data") / "digits.parquet") as path:  # Arrow's threads may outlive a Python file
+        table = pq.read_table(path)
     rows = table["test"].to_numpy() == (split == "test")
     levels = np.frombuffer(b"".join(table["x"].to_pylist()), np.uint8).reshape(-1, 1, 8, 8)[rows]  # 0 … 16
     pixels = (levels.astype(np.uint16) * 255 + 8) // 16  # to the nearest of 0 … 255

@@ -116,8 +116,11 @@ class Storage:
         Raises:
             UserError: the file is not parquet.
         """
-        content = self.read(name)
         try:
-            return None if content is None else pq.read_table(pa.BufferReader(content))
+            # Nothing of Python's in it: Arrow's threads may drop a table's source after the interpreter has ended.
+            with self._fs.open_input_file(f"{self._path}/{name}") as file:
+                return pq.read_table(file)
+        except FileNotFoundError:
+            return None
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.root}/{name} is corrupt: {error}") from None
