@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.core.seeds import generator
 
 from . import dataset
 from .arrow import Block, Header, write
 from .cache import cache_folder, cached, fingerprint
+from .rows import held_out, row_files
 from .split import Split
 
 SUFFIXES = (".parquet", ".csv")
@@ -35,11 +35,7 @@ def load(
     Raises:
         UserError: missing or unreadable files, columns that are no numbers, missing values, classes unknown to train.
     """
-    path = Path(root)
-    files = {name: _file(path, name) for name in ("train", "test")} if path.is_dir() else {"train": path, "test": path}
-    for file in files.values():
-        if not file.is_file() or file.suffix not in SUFFIXES:
-            raise UserError(f"table {str(file)!r} is not a file with one of the endings {', '.join(SUFFIXES)}")
+    path, files = Path(root), row_files(root, SUFFIXES)
     key = fingerprint(files.values(), label=label, test=test)
     target = cache_folder(cache) / f"{path.resolve().stem}-{split}-{key}.arrow"
 
@@ -49,29 +45,11 @@ def load(
         table = train if split == "train" else Table(files[split], label)
         if table.columns != columns:
             raise UserError(f"the columns of {str(files[split])!r} are not those of {str(files['train'])!r}")
-        rows = _part(len(table), test, split) if path.is_file() else np.arange(len(table))
-        if not len(rows):
-            raise UserError(f"option test = {test:g} leaves no {split} samples of the {len(table)} in {str(path)!r}")
+        rows = held_out(len(table), test, split, path) if path.is_file() else np.arange(len(table))
         header = Header("rows", (len(columns),), classes, columns=columns)
         write(unfinished, header, table.blocks(rows, classes))
 
     return cached(target, build).as_split()
-
-
-def _file(folder: Path, split: str) -> Path:
-    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
-    if len(found) != 1:
-        raise UserError(f"folder {str(folder)!r} needs one of {split}.parquet and {split}.csv, it has {len(found)}")
-    return found[0]
-
-
-def _part(n: int, test: float, split: str) -> np.ndarray:
-    """Return the rows of one split of a single file, a draw that depends on nothing but its length."""
-    import torch
-
-    order = torch.randperm(n, generator=generator(0, "test split"))
-    held = round(test * n)
-    return np.sort((order[:held] if split == "test" else order[held:]).numpy())
 
 
 class Table:
