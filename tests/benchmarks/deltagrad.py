@@ -139,9 +139,10 @@ class Bench:
                 w = w - rate * (mean + decay * w)
         return History(self.folder / "recorded", layout, sink.seal(w.numpy()))
 
-    def update(self, history: History, before: torch.Tensor, now: torch.Tensor, when=None) -> tuple[torch.Tensor, int]:
-        """Replay with other samples, writing the history of that; return the weights and the exact steps."""
-        sink, exact = Recording(self.folder / "replayed", history.layout), 0
+    def update(self, history: History, before: torch.Tensor, now: torch.Tensor, when=None) -> tuple[History, int]:
+        """Replay with other samples; return the history of that, which ends with the weights, and the exact steps."""
+        folder = self.folder / str(time.monotonic_ns())
+        sink, exact = Recording(folder, history.layout), 0
         sink.cut([])
         with gradients(self.objective, self.split, self.case.data, self.cluster) as gradient:
             steps = changed_steps(history, self.membership, before, now)
@@ -150,8 +151,7 @@ class Bench:
             for step in replay(steps, gradient, when, decay=decay, convex=convex):
                 sink.append(step.rate, step.w.numpy(), step.gradient.numpy())
                 exact += step.exact
-        sink.seal(step.after.numpy())
-        return step.after, exact
+        return History(folder, history.layout, sink.seal(step.after.numpy())), exact
 
 
 def rows(bench: Bench, repeats: int):
@@ -169,9 +169,10 @@ def rows(bench: Bench, repeats: int):
                 start = time.perf_counter()
                 retrained = bench.retrain(now)
                 middle = time.perf_counter()
-                updated, exact = bench.update(history, before, now)
+                replayed, exact = bench.update(history, before, now)
                 times["retrain"].append(middle - start)
                 times["update"].append(time.perf_counter() - middle)
+            updated = torch.from_numpy(replayed.final)
             slow, fast = (statistics.median(values) for values in times.values())
             yield (
                 "add" if adding else "delete", f"{rate:g}", f"{slow:.2f}", f"{fast:.2f}", f"{slow / fast:.2f}",
@@ -192,15 +193,56 @@ def tolerances(bench: Bench) -> None:
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
         when = Tolerant(tolerance, horizon, train.weight_decay)
-        w, exact = bench.update(history, everyone, fewer, when)
+        replayed, exact = bench.update(history, everyone, fewer, when)
         fixed = [
-            f"{(bench.update(history, everyone, fewer, Periodic(period, 10))[0] - retrained).norm():.1e} (T0 {period})"
+            f"{distance(bench.update(history, everyone, fewer, Periodic(period, 10))[0], retrained):.1e} (T0 {period})"
             for period in range(1, len(history))
             if abs(10 + (len(history) - 11) // period - exact) <= 1
         ]
-        distance, steps = (w - retrained).norm(), f"{exact} of {len(history)}"
-        cells = (f"{tolerance:g}", f"{when.estimate:.1e}", f"{distance:.1e}", steps, "; ".join(fixed[:2]))
+        away, steps = f"{distance(replayed, retrained):.1e}", f"{exact} of {len(history)}"
+        cells = (f"{tolerance:g}", f"{when.estimate:.1e}", away, steps, "; ".join(fixed[:2]))
         print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def online(bench: Bench, requests: int) -> None:
+    """Delete one sample after another, each update going on from the last one's history, and retrain each time."""
+    now = torch.ones(len(bench.split), dtype=torch.bool)
+    some = torch.randperm(len(now), generator=torch.Generator().manual_seed(1))[:requests]
+    history, times = bench.record(now), {"retrain": [], "update": []}
+    for number, sample in enumerate(some.tolist(), 1):
+        before, now = now, now.index_fill(0, torch.tensor([sample]), False)
+        start = time.perf_counter()
+        retrained = bench.retrain(now)
+        middle = time.perf_counter()
+        history, _ = bench.update(history, before, now)
+        times["retrain"].append(middle - start)
+        times["update"].append(time.perf_counter() - middle)
+        if number % 10 == 0:
+            slow, fast = (sum(values) for values in times.values())
+            print(
+                f"{number} deletions: retraining {slow:.1f} s, DeltaGrad {fast:.1f} s, ratio {slow / fast:.2f},"
+                f" ‖U − I‖ {distance(history, retrained):.1e}",
+                flush=True,
+            )
+
+
+def recording(bench: Bench, repeats: int) -> None:
+    """Compare training that is recorded with training that is not."""
+    everyone, times = torch.ones(len(bench.split), dtype=torch.bool), {"plain": [], "recorded": []}
+    for _ in range(repeats):
+        start = time.perf_counter()
+        bench.retrain(everyone)
+        middle = time.perf_counter()
+        bench.record(everyone)
+        times["plain"].append(middle - start)
+        times["recorded"].append(time.perf_counter() - middle)
+    plain, recorded = (statistics.median(values) for values in times.values())
+    print(f"\nrecorded training {recorded:.2f} s, not recorded {plain:.2f} s: {recorded / plain:.3f}", flush=True)
+
+
+def distance(history: History, retrained: torch.Tensor) -> torch.Tensor:
+    """Return ‖U − I‖ for the weights a replay ends with."""
+    return (torch.from_numpy(history.final) - retrained).norm()
 
 
 def main() -> None:
@@ -212,8 +254,11 @@ def main() -> None:
         bench = Bench(case, given.threads)
         for row in rows(bench, given.repeats):
             print("| " + " | ".join(row) + " |", flush=True)
+        recording(bench, given.repeats)
         if given.tolerance:
             tolerances(bench)
+        if given.online:
+            online(bench, given.online)
 
 
 def arguments() -> argparse.Namespace:
@@ -225,6 +270,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--standardised", action="store_true", help="pixels of mean 0 and deviation 1")
     parser.add_argument("--tolerance", action="store_true", help="compare tolerances with fixed periods, too")
+    parser.add_argument("--online", type=int, default=0, metavar="N", help="also delete N samples one after another")
     return parser.parse_args()
 
 
