@@ -242,6 +242,14 @@ def test_samples_of_another_width_or_class_do_not_join():
         aligned(Split.from_tensors(torch.randn(4, D), torch.arange(4) % 2, classes=("0", "x")), SPLIT)
 
 
+def test_frozen_parameters_are_refused():
+    model = build_model("mlp", (D,), C, seed=0, options={"hidden": [4]})
+    name, parameter = next(iter(model.named_parameters()))
+    parameter.requires_grad_(False)
+    with pytest.raises(UserError, match=f"model 'mlp' does not train its '{name}'"):
+        check_derivation(model, "mlp")
+
+
 def test_columns_of_another_order_do_not_join():
     with pytest.raises(UserError, match="the new columns are b, a; the data set's a, b"):
         aligned(replace(SPLIT, columns=("b", "a")), replace(SPLIT, columns=("a", "b")))

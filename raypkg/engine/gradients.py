@@ -76,8 +76,10 @@ def check_derivation(model: nn.Module, name: str) -> None:
     """Refuse layers by which a sample's gradient depends on chance or on the other samples.
 
     Raises:
-        UserError: the model has dropout or batch norm.
+        UserError: the model has dropout or batch norm, or parameters that are not trained.
     """
+    if frozen := [name for name, parameter in model.named_parameters() if not parameter.requires_grad]:
+        raise UserError(f"model {name!r} does not train its {frozen[0]!r}: DeltaGrad's history is of all parameters")
     for layer in model.modules():
         if isinstance(layer, STATEFUL):
             raise UserError(

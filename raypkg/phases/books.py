@@ -20,7 +20,7 @@ from raypkg.engine.gradients import Objective
 from raypkg.engine.history import Membership
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.history import History
-from raypkg.runs.ledger import Ledger, digest
+from raypkg.runs.ledger import Ledger, digest, digest_of
 
 from .recording import fingerprint, layout, parameters, version
 from .samples import new_model, samples
@@ -105,18 +105,19 @@ class Books:
         """Return the current weights, float64 [p]."""
         return parameters(self.storage, new_model(self.settings, self.found.data))
 
-    def write_change(self, number: int, change: Change) -> str:
-        """Write what an entry is going to refer to; return its digest."""
+    def write_change(self, number: int, change: Change) -> dict[str, str]:
+        """Write what an entry is going to refer to; return the digests that it names.
+
+        Raises:
+            UserError: the disk is full.
+        """
         ids = torch.cat([change.gone, change.came]).numpy()
         in_use = np.arange(len(ids)) >= len(change.gone)
         self.storage.write_table(_changes(number), pa.table({"id": ids, "in_use": in_use}))
         if change.new:
-            path = self._rows(number)
-            path.parent.mkdir(exist_ok=True)
-            unfinished = path.with_suffix(".part")
-            write(unfinished, _header(change.new), _blocks(change.new))
-            unfinished.replace(path)
-        return digest(self.storage.read(_changes(number)) or b"")
+            _write_rows(self._rows(number), change.new)
+        rows = {"rows": digest_of(self._rows(number))} if change.new else {}
+        return {"changes": digest(self.storage.read(_changes(number)) or b""), **rows}
 
     def enter(self, entry: Mapping[str, Any]) -> None:
         """Write an entry whose files are all there, and let the run be what it says."""
@@ -129,7 +130,10 @@ class Books:
         if content is None or table is None or digest(content) != entry["changes"]:
             raise UserError(f"{self.storage.root}/{name} is missing or corrupt: it is not what the log names")
         if entry["new"]:
-            group = Store(self._rows(entry["number"])).as_split()
+            rows = self._rows(entry["number"])
+            if digest_of(rows) != entry["rows"]:
+                raise UserError(f"{str(rows)!r} is missing or corrupt: it is not what the log names")
+            group = Store(rows).as_split()
             self._added = (*self._added, torch.arange(len(self.split), len(self.split) + len(group)))
             self.split = joined(self.split, group)
             self.active = torch.cat([self.active, torch.ones(len(group), dtype=torch.bool)])
@@ -175,6 +179,17 @@ def open_books(folder: RunFolder, schema: type[Experiment], replay: Mapping[str,
 
 def _changes(number: int) -> str:
     return f"requests/{number:05d}.parquet"
+
+
+def _write_rows(path: Path, split: Split) -> None:
+    unfinished = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write(unfinished, _header(split), _blocks(split))
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
 
 def _header(split: Split) -> Header:

@@ -112,7 +112,7 @@ def answer(books: Books, change: Change, cluster: Cluster, follow: Follow) -> di
         "restored": len(change.came),
         "new": len(change.new) if change.new else 0,
         "samples": int(now.sum()),
-        "changes": books.write_change(number, change),
+        **books.write_change(number, change),
         "model": model,
         "history": sealed,
         "steps": len(history),

@@ -7,8 +7,9 @@ arithmetic says. A second file holds a digest of each; the digest of that file i
 import os
 import shutil
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +117,8 @@ class Recording:
     def close(self) -> None:
         """Let go of the file; what waits is not written."""
         self._pool.shutdown(cancel_futures=True)
-        self._file.close()
+        with suppress(OSError):  # of bytes that wait for a full disk, which was told
+            self._file.close()
 
     def cut(self, digests: Sequence[bytes]) -> None:
         """Keep the records of these digests, which an earlier attempt wrote, and forget what came after.
@@ -128,10 +130,11 @@ class Recording:
         end = self.layout.start + len(digests) * self.layout.record
         if digests and os.fstat(self._file.fileno()).st_size < end:
             raise UserError(f"{str(self.folder / RECORDS)!r} is shorter than its {len(digests)} steps")
-        self._file.truncate(end if digests else 0)
-        self._file.seek(0 if not digests else end)
-        if not digests:
-            self._file.write(self.layout.schema.serialize())
+        with self._told():
+            self._file.truncate(end if digests else 0)
+            self._file.seek(end if digests else 0)
+            if not digests:
+                self._file.write(self.layout.schema.serialize())
         self.digests = list(digests)
 
     def append(self, rate: float, w: np.ndarray, gradient: np.ndarray) -> None:
@@ -152,12 +155,12 @@ class Recording:
         """Add the final weights, write everything to the disk and return the history's digest."""
         self.append(0.0, w, np.zeros_like(w))
         self._drain()
-        os.fsync(self._file.fileno())
+        content, unfinished = b"".join(self.digests), self.folder / f"{DIGESTS}.part"
+        with self._told():
+            os.fsync(self._file.fileno())
+            unfinished.write_bytes(content)
+            unfinished.replace(self.folder / DIGESTS)
         self.close()
-        content = b"".join(self.digests)
-        unfinished = self.folder / f"{DIGESTS}.part"
-        unfinished.write_bytes(content)
-        unfinished.replace(self.folder / DIGESTS)
         return blake2b(content, digest_size=DIGEST).hexdigest()
 
     def _write(self, rate: float, w: np.ndarray, gradient: np.ndarray) -> None:
@@ -171,8 +174,14 @@ class Recording:
             self._wait()
 
     def _wait(self) -> None:
-        try:
+        with self._told():
             self._waiting.popleft().result()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell a full disk in one line."""
+        try:
+            yield
         except OSError as error:
             raise UserError(f"cannot write {str(self.folder / RECORDS)!r}: {error.strerror}") from None
 

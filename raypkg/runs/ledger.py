@@ -3,7 +3,9 @@
 import json
 import time
 from collections.abc import Mapping
-from hashlib import blake2b
+from functools import partial
+from hashlib import blake2b, file_digest
+from pathlib import Path
 from typing import Any
 
 from raypkg.core.errors import UserError
@@ -64,6 +66,14 @@ class Ledger:
 def digest(content: bytes) -> str:
     """Return the digest by which contents are compared, 16 bytes of BLAKE2b as hexadecimal."""
     return blake2b(content, digest_size=16).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Return the digest of a file's content, which may be larger than memory; empty when there is no such file."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return file_digest(file, partial(blake2b, digest_size=16)).hexdigest()
 
 
 def _canonical(entry: Mapping[str, Any]) -> bytes:

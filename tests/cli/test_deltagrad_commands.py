@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,17 @@ def effray_process(tmp_path, line):
     code = "import sys; from raypkg.cli import main; main(sys.argv[1:])"
     environment = os.environ | {"EFFRAY_RUNS": str(tmp_path / "runs")}
     return subprocess.Popen([sys.executable, "-c", code, *line.split()], env=environment, cwd=tmp_path)
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Let writing fail beyond so many bytes, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_training_announces_the_size_of_its_history(effray):
@@ -174,6 +187,32 @@ def test_damage_is_found_and_named(trained, refusal):
     assert len(entries()) == 1
     (RUN / "model.safetensors").write_bytes(b"x" + (RUN / "model.safetensors").read_bytes())
     assert "is not the model of the log's last entry" in refusal("deltagrad log a")
+
+
+def test_damaged_added_rows_are_found_and_named(trained, refusal):
+    trained("deltagrad add a --data digits")
+    rows = RUN / "added/00001.arrow"
+    damaged = bytearray(rows.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    rows.write_bytes(damaged)
+    assert "added/00001.arrow' is missing or corrupt" in refusal("deltagrad delete a --ids 1")
+
+
+@pytest.mark.parametrize("arguments", ["delete a --ids 1,2", "add a --data digits"])
+def test_a_full_disk_changes_nothing(trained, refusal, arguments):
+    before = weights()
+    with files_of_at_most(20_000):
+        assert "cannot write" in refusal(f"deltagrad {arguments}")
+    assert np.array_equal(weights(), before) and len(entries()) == 1
+    trained(f"deltagrad {arguments} {EXACT}")
+    assert distance(trained("deltagrad verify a")) < 1e-12
+
+
+def test_a_disk_that_fills_while_recording_is_one_line(effray, refusal):
+    with files_of_at_most(100_000):
+        assert "cannot write" in refusal(f"{SHORT} --cluster.workers 0", leaves=1)
+    effray("deltagrad train --resume a")
+    assert "are as they were written" in effray("deltagrad log a")
 
 
 def test_other_runs_have_no_history(effray, refusal):
