@@ -131,6 +131,50 @@ def snip(model, x, y, density):
     return {name: kept.count(name) / w.numel() for name, w in weights.items()}
 
 
+def grasp(model, x, y):
+    """w ⊙ Hg of all weights with two dimensions, H the dense Hessian of the weights."""
+    model = copy.deepcopy(model).train()
+    weights = {name: w for name, w in model.named_parameters() if w.dim() > 1}
+
+    def loss():
+        return F.cross_entropy(model(x), y)
+
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss(), list(weights.values()))])
+    products = (dense_hessian(loss, list(weights.values())) @ gradient).split([w.numel() for w in weights.values()])
+    return {name: w * p.view_as(w) for (name, w), p in zip(weights.items(), products, strict=True)}
+
+
+def shared_out(shares, total, room):
+    """Whole numbers in proportion to the shares, one at a time to whoever is furthest below their part."""
+    given = dict.fromkeys(shares, 0)
+    for _ in range(total):
+        open_ = [name for name in shares if given[name] < room[name]]
+        given[max(open_, key=lambda name: shares[name] * total / sum(shares.values()) - given[name])] += 1
+    return given
+
+
+def corrected_sgd(model, batches, rate, damped, epochs):
+    """AGENT's loop with a fixed γc and no momentum: the gradient of each batch, of the snapshot, and of all batches."""
+
+    def gradient(of, batch):
+        return torch.autograd.grad(F.cross_entropy(of(batch[0]), batch[1]), list(of.parameters()))
+
+    for epoch in range(epochs):
+        snapshot = copy.deepcopy(model)
+        parts = [gradient(snapshot, batch) for batch in batches(epoch)]
+        full = [torch.stack(part).mean(0) for part in zip(*parts, strict=True)]
+        for batch in batches(epoch):
+            with torch.no_grad():
+                for p, g, old, mean in zip(
+                    model.parameters(),
+                    *(torch.enable_grad()(gradient)(of, batch) for of in (model, snapshot)),
+                    full,
+                    strict=True,
+                ):
+                    p -= rate * (g - damped * (old - mean))
+    return model
+
+
 def pairwise(rows: Tensor) -> Tensor:
     """Distances between rows [n, p] from their differences [n, n]."""
     return torch.stack([(rows - row).norm(dim=1) for row in rows])

@@ -271,7 +271,7 @@ def test_it_combines_with_sparse_training_and_adamw():
     trained = run(CrestSelect(subset=0.3), adamw)
     name, weight = next((n, p) for n, p in trained.model.named_parameters() if p.dim() > 1)
     mask = torch.arange(weight.numel()).reshape(weight.shape) % 3 == 0
-    trained.hooks = [*trained.hooks, Masked(trained.model, {name: mask})]
+    trained.hooks = [*trained.hooks, Masked({name: mask})]
     fit(trained)
     assert not weight[~mask].any() and weight[mask].any()
     assert trained.hooks[0].record.losses.isfinite().any()

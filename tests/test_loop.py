@@ -150,7 +150,7 @@ def test_masked_weights_stay_zero_and_the_rest_moves():
     network = model()
     mask = {"weight": torch.arange(18).view(3, 6) % 2 == 0}
     start = network.weight.detach().clone()
-    trained = fit(run(network=network, hooks=[Masked(network, mask)]))
+    trained = fit(run(network=network, hooks=[Masked(mask)]))
     assert (trained.model.weight[~mask["weight"]] == 0).all()
     assert (trained.model.weight != start)[mask["weight"]].all()
 

@@ -66,7 +66,8 @@ def setting_options(schema: type[Settings]) -> Iterable[click.Option]:
         if name.rpartition(".")[2] == "options":
             continue
         names = [f"--{name.removesuffix('.name')}"] if name.endswith(".name") else []
-        names += [f"--{name.replace('_', '-')}"] if "." not in name and "_" in name else []
+        short = name.removesuffix(".name")
+        names += [f"--{short.replace('_', '-')}"] if "." not in short and "_" in short else []
         yield click.Option(
             [*names, f"--{name}", name.replace(".", "__")],
             metavar=_metavar(field),

@@ -154,6 +154,64 @@ class CrestSelect(Settings):
     ] = None
 
 
+class Initial(Named):
+    """Which weights exist at first."""
+
+    name: Annotated[
+        str, Field(description="first masks: erk, uniform, snip, grasp; dense and no growth = gradual pruning")
+    ] = "erk"
+
+
+class Growth(Named):
+    """Which weights come."""
+
+    name: Annotated[str, Field(description="random (SET), gradient (RigL), momentum; none = the masks stay")] = "random"
+
+
+class Drop(Named):
+    """Which weights go."""
+
+    name: Annotated[str, Field(description="magnitude, set (closest to zero on both sides), threshold")] = "magnitude"
+
+
+class Redistribution(Named):
+    """Which layers grow."""
+
+    name: Annotated[
+        str,
+        Field(description="where weights come: magnitude, nonzeros, momentum; none = where they went"),
+    ] = "none"
+
+
+class Sparsity(Settings):
+    """Dynamic sparse training (SET, RigL, ITOP)."""
+
+    density: Annotated[Share | None, Field(description="share of the weights that exist; dense when left out")] = None
+    growth: Growth = Growth()
+    drop: Drop = Drop()
+    redistribution: Redistribution = Redistribution()
+    sparse_init: Initial = Initial()
+    update_every: Annotated[
+        Count | None, Field(description="ΔT: steps between changes of the masks; a fortieth of training when left out")
+    ] = None
+    death_rate: Annotated[
+        float, Field(gt=0, lt=1, description="f0: share of a layer's active weights to drop, at first")
+    ] = 0.5
+    decay: Annotated[Literal["cosine", "linear"], Field(description="how that share falls to 0")] = "cosine"
+
+
+class Agent(Settings):
+    """Adaptive gradient correction."""
+
+    gamma: Annotated[float, Field(ge=0, le=1, description="γ: damps the correction")] = 0.1
+    alpha: Annotated[float, Field(ge=0, le=1, description="α: how fast c follows its estimate; 0 = c stays 0")] = 0.3
+    samples: Annotated[
+        Count | None, Field(description="samples of the full gradient, drawn anew each time; all when left out")
+    ] = None
+    every: Annotated[Count, Field(description="correct one step in so many; 1 = all, as published")] = 1
+    snapshot: Annotated[int, Field(ge=0, description="steps between snapshots; 0 = an epoch, as published")] = 0
+
+
 class Cluster(Settings):
     """Where it runs."""
 

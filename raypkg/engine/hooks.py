@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .batches import Epoch
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 class Hook:
     """Does nothing at any point of the loop; a method overrides what it needs. State travels with checkpoints."""
 
+    def on_start(self, run: Run) -> None:
+        """Before training, and before a checkpoint is taken up: may change the first weights."""
+
     def on_epoch(self, run: Run) -> None:
         """Before an epoch; may replace ``run.coreset``; its work goes on a bill of its own, ``run.bill(name)``."""
 
@@ -23,7 +26,7 @@ class Hook:
         return None
 
     def on_gradients(self, run: Run) -> None:
-        """After the backward pass; may edit ``.grad`` in place."""
+        """After the backward pass of ``run.batch``; may edit ``.grad`` in place."""
 
     def on_step(self, run: Run) -> None:
         """After the optimiser's step."""
@@ -45,19 +48,20 @@ class Masked(Hook):
     The arithmetic stays dense: this simulates sparsity and saves no time.
 
     Args:
-        model: its parameters named in ``masks`` are set to w ⊙ m at once.
-        masks: True where a weight is kept.
+        masks: True where a weight is kept, by the parameter's name; what an earlier hook changes in them holds.
     """
 
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]):
-        named = dict(model.named_parameters())
-        self.weights = [named[name] for name in masks]
-        self.masks = [masks[name].to(weight) for name, weight in zip(masks, self.weights, strict=True)]
-        for weight, mask in zip(self.weights, self.masks, strict=True):
-            weight.data.mul_(mask)
+    def __init__(self, masks: Mapping[str, Tensor]):
+        self.masks = masks
+
+    def on_start(self, run: Run) -> None:
+        """Set the weights to w ⊙ m."""
+        self.masks = {name: mask.to(run.worker.device) for name, mask in self.masks.items()}
+        for name, mask in self.masks.items():
+            run.model.get_parameter(name).data.mul_(mask)
 
     def on_gradients(self, run: Run) -> None:
         """Zero the gradients of pruned weights."""
-        for weight, mask in zip(self.weights, self.masks, strict=True):
-            if weight.grad is not None:
-                weight.grad.mul_(mask)
+        for name, mask in self.masks.items():
+            if (gradient := run.model.get_parameter(name).grad) is not None:
+                gradient.mul_(mask)

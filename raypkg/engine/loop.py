@@ -72,7 +72,9 @@ class Run:
     label: int | None = None  # which of several models this is, in the metrics
     epoch: int = 0
     step: int = 0
+    progress: float = 0.0  # share of the schedule that is done
     optimizer: torch.optim.Optimizer = field(init=False)
+    batch: Batch = field(init=False)
     seen: Seen = field(init=False)
 
     def __post_init__(self) -> None:
@@ -149,6 +151,9 @@ def fit(
         UserError: the loss of an epoch is not finite; the last good checkpoint stays.
     """
     checkpoints = checkpoints or Forgetful()
+    with seeded(run.seed, "start"):
+        for hook in run.hooks:
+            hook.on_start(run)
     if state := checkpoints.load():
         run.load_state_dict(state)
     model = _prepared(run)
@@ -180,7 +185,8 @@ def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
     model.train()
     totals = torch.zeros(3, dtype=torch.float64, device=run.worker.device)  # Σ w·loss, correct, samples
     for number, batch in enumerate(batches):
-        rate = learning_rate(run.settings, (run.epoch + number / steps) / run.settings.epochs)
+        run.progress = (run.epoch + number / steps) / run.settings.epochs
+        rate = learning_rate(run.settings, run.progress)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         totals += _train_step(run, model, batch, run.worker.world)
@@ -197,8 +203,9 @@ def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
 def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
     with autocast(run.settings.precision, batch.x.device):
         logits = model(batch.x)
-    losses = F.cross_entropy(_full(logits), batch.y, reduction="none")
+    losses = losses_of(logits, batch.y)
     objective = losses @ batch.weights  # Σ w·loss
+    run.batch, run.seen = batch, Seen(batch.indices, losses.detach(), logits.detach().argmax(1) == batch.y)
     # DDP averages over workers, so each one's share of Σ w·loss / total is scaled up by their number.
     (objective * (world / batch.total)).backward()
     for hook in run.hooks:
@@ -210,16 +217,15 @@ def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
     run.cost.backward += len(batch.y)
     if world > 1:
         run.cost.sent += sum(p.numel() * p.element_size() for p in run.model.parameters())
-    run.seen = Seen(batch.indices, losses.detach(), logits.detach().argmax(1) == batch.y)
     for hook in run.hooks:
         hook.on_step(run)
     count = torch.tensor(len(batch.y), device=losses.device)
     return torch.stack([objective.detach().double(), run.seen.right.sum().double(), count.double()])
 
 
-def _full(logits: Tensor) -> Tensor:
-    """Return logits of at least 32 bits, in which losses are computed."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def losses_of(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the samples' cross-entropy, computed in at least 32 bits, [b]."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="none")
 
 
 def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
@@ -274,8 +280,7 @@ def evaluate(
         for x, y in plain_batches(split, mine, worker.device, dtype=dtype_of(model)):
             with autocast(precision, worker.device):
                 logits = model(x)
-            loss = F.cross_entropy(_full(logits), y, reduction="sum")
-            totals += torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()])
+            totals += torch.stack([losses_of(logits, y).sum().double(), (logits.argmax(1) == y).sum().double()])
         model.train(was_training)
         loss, correct = (worker.sum(totals) / max(1, len(indices))).tolist()
     cost.forward += len(mine)

@@ -1,6 +1,6 @@
 """Training on mini-batch coresets (CREST), which the training workers or actors of their own choose."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from raypkg.cluster.shards import actors
 from raypkg.core.errors import UserError
 from raypkg.core.settings import CrestSelect, Model
 from raypkg.engine.crest import Crest
+from raypkg.engine.hooks import Hook
 from raypkg.engine.minibatches import subset_size
 from raypkg.engine.selection import LiveModel, SentModel
 from raypkg.engine.shards import FirstWorkerShards, Shard, Shards, WorkerShards
@@ -49,13 +50,13 @@ def check(settings: Any, epochs: int, n: int) -> None:
         )
 
 
-def train_crest(worker: Worker, job: Job) -> dict[str, Any]:
-    """Train on all workers, and keep what CREST's checks and choices were."""
+def train_crest(worker: Worker, job: Job, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
+    """Train on all workers, with further hooks, and keep what CREST's checks and choices were."""
     settings: CrestSelect = job.experiment.select  # type: ignore[attr-defined]
     found = samples(job.experiment.dataset, job.experiment.seed)
     with _choosing(worker, job, found, settings) as (shards, scorer):
         hook = Crest(settings, shards, scorer, found.kept, job.training.batch_size)
-        record = train_model(worker, job, [hook])
+        record = train_model(worker, job, [hook, *hooks])
     if worker.rank == 0:
         storage, split = job.storage, found.data.train
         storage.write_table(CHECKS, pa.Table.from_pylist(hook.history))

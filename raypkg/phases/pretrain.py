@@ -19,7 +19,7 @@ from raypkg.engine.recording import Recorder
 from raypkg.engine.worker import Worker
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.lipt.batchnorm import reestimate
-from raypkg.methods.lipt.saliency import snip
+from raypkg.methods.lipt.saliency import snip_ratios
 from raypkg.methods.lipt.soup import Soup, greedy
 from raypkg.methods.record import Record
 from raypkg.methods.sparse.masks import Densities, Masks, erk, prunable, random_masks
@@ -134,7 +134,7 @@ def train_sparse(worker: Worker, job: LiptJob, found: Samples, shard: Tensor, nu
         worker=alone,
         augment=[*augmentations(job.experiment.dataset, found.data), *extra],
         cost=cost,
-        hooks=[recorder, *([Masked(model, masks)] if masks else [])],
+        hooks=[recorder, *([Masked(masks)] if masks else [])],
         label=number,
     )
     return fit(run, checkpoints=job.checkpoints(number)), masks, recorder.record
@@ -148,7 +148,7 @@ def snip_densities(
     cost.forward += len(batch)
     cost.backward += len(batch)
     with autocast(settings.precision, worker.device), seeded(0, "snip dropout"):
-        return snip(model, x, y, settings.density)
+        return snip_ratios(model, x, y, settings.density)
 
 
 def erk_densities(

@@ -230,6 +230,51 @@ def minibatches(difficulty: np.ndarray, counts: np.ndarray, path: str | Path) ->
         often.yaxis.set_major_formatter(lambda value, _: _short(value))
 
 
+def topology(changes: Rows, path: str | Path) -> None:
+    """Draw how dense each layer is, and how many of all weights ever were active.
+
+    Args:
+        changes: dicts with ``epoch``, ``layer``, ``active``, ``weights`` and ``explored_share``, by time.
+        path: the PNG to write.
+    """
+    layers = list(dict.fromkeys(row["layer"] for row in changes))
+    with _figure(path) as figure:
+        density, explored = figure.subplots(1, 2, width_ratios=(2, 1))
+        rows = np.arange(len(layers))
+        first, last = changes[: len(layers)], changes[-len(layers) :]
+        for part, colour, name in ((first, GREY, "at first"), (last, BLUE, "at last")):
+            shares = 100 * _column(part, "active") / _column(part, "weights")
+            density.plot(shares, rows, "o", color=colour, label=name)
+        active, weights = (sum(row[key] for row in last) for key in ("active", "weights"))
+        density.set(title=f"{active / weights:.2%} of {_short(weights)} weights exist", xlabel="density, %")
+        density.set_xlim(left=0)
+        density.set_yticks(rows, [_cut(name.removesuffix(".weight"), 30) for name in layers], fontsize=7)
+        density.invert_yaxis()
+        density.legend(frameon=False)
+        times = changes[:: len(layers)]
+        epoch, share = _column(times, "epoch"), 100 * _column(times, "explored_share")
+        explored.step(epoch, share, where="post", color=BLUE)
+        explored.set(title=f"{share[-1]:.3g} % ever existed (R_s)", xlabel="epoch", ylim=(0, 100))
+
+
+def correction(steps: Rows, path: str | Path) -> None:
+    """Draw AGENT's weight c, and how alike the gradients of model and snapshot are.
+
+    Args:
+        steps: dicts with ``step``, ``c`` and ``cosine`` (NaN where c was 0).
+        path: the PNG to write.
+    """
+    step, c, cosine = (_column(steps, key) for key in ("step", "c", "cosine"))
+    with _figure(path) as figure:
+        weight, alike = figure.subplots(2, 1, sharex=True)
+        weight.step(step, c, where="post", color=BLUE)
+        weight.set(title=f"c ends at {c[-1]:.3g}")
+        known = np.isfinite(cosine)
+        alike.plot(step[known], cosine[known], color=BLUE, alpha=0.5, linewidth=1)
+        mean = f"{cosine[known].mean():.2g}" if known.any() else "–"
+        alike.set(title=f"Cosine of a batch's gradient with the snapshot's: {mean} on average", xlabel="step")
+
+
 def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels, path: str | Path) -> None:
     """Draw the easiest and the hardest images of a coreset, each with its class and score.
 

@@ -44,6 +44,12 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         f"{summary['seconds']:.1f} s of work on the critical path; {summary['elapsed']:.1f} s with starting workers,"
         " importing and storing (of a resumed run: each phase's last attempt)"
     )
+    if "density" in summary:
+        lines.append(
+            f"{summary['active_parameters']:,} of {summary['parameters']:,} parameters exist (weights:"
+            f" {summary['density']:.2%}, {summary['explored']:.1%} ever did);"
+            f" a forward pass of one sample needs {summary['active_flops']:,} of {summary['flops']:,} operations"
+        )
     if "pools" in summary:
         lines.append(f"CREST chose {summary['pools']} pools of mini-batch coresets: see plots/regions.png")
     if "pretrain_slowest_model_seconds" in summary:

@@ -1,4 +1,4 @@
-"""Masks: which weights exist. Densities per layer first, then random masks with exact counts.
+"""Masks: which weights exist. Densities per layer first, then masks with exact counts.
 
 Masks name only the weights of linear and convolutional layers; biases and norms are always dense.
 """
@@ -17,6 +17,11 @@ Densities = dict[str, float]  # parameter name → share of weights kept
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that masks apply to: all with two or more dimensions."""
     return {name: p for name, p in model.named_parameters() if p.dim() > 1}
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of the parameters that masks apply to."""
+    return {name: weight.shape for name, weight in prunable(model).items()}
 
 
 def erk(shapes: Mapping[str, torch.Size], density: float) -> Densities:
@@ -46,12 +51,67 @@ def erk(shapes: Mapping[str, torch.Size], density: float) -> Densities:
     return dict.fromkeys(shapes, 1.0)
 
 
+def allot(shares: Mapping[str, float], total: int, room: Mapping[str, int]) -> dict[str, int]:
+    """Return whole numbers that sum to a total, in proportion to the shares, none above its room.
+
+    What does not fit into a full layer goes to the others; fractions are settled by the largest remainders.
+
+    Args:
+        shares: not negative; all zero counts as all equal.
+        total: at most Σ room.
+        room: by the names of the shares.
+
+    >>> allot({"a": 1.5, "b": 1.5, "c": 9.0}, 8, {"a": 9, "b": 9, "c": 3})
+    {'a': 3, 'b': 2, 'c': 3}
+    """
+    parts, left, open_ = dict.fromkeys(shares, 0), total, list(shares)
+    quotas: dict[str, float] = {}
+    while open_:
+        whole = sum(shares[name] for name in open_)
+        quotas = {name: left * (shares[name] / whole if whole else 1 / len(open_)) for name in open_}
+        full = [name for name in open_ if quotas[name] >= room[name]]
+        if not full:
+            break
+        parts |= {name: room[name] for name in full}
+        left -= sum(room[name] for name in full)
+        open_ = [name for name in open_ if name not in full]
+    parts |= {name: int(quotas[name]) for name in open_}
+    remainders = sorted(open_, key=lambda name: int(quotas[name]) - quotas[name])
+    for name in remainders[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
+
+
+def counts_of(shapes: Mapping[str, torch.Size], densities: Densities) -> dict[str, int]:
+    """Return how many weights of each layer to keep: exactly round(Σ d_l·n_l) in all, but never none of a layer."""
+    size = {name: shape.numel() for name, shape in shapes.items()}
+    shares = {name: densities[name] * size[name] for name in shapes}
+    return {name: max(1, count) for name, count in allot(shares, round(sum(shares.values())), size).items()}
+
+
 def random_masks(shapes: Mapping[str, torch.Size], densities: Densities, rng: torch.Generator) -> Masks:
-    """Draw masks that keep exactly round(density · size) weights of each layer, and never none."""
+    """Draw masks with the counts of the densities."""
     masks = {}
-    for name, shape in shapes.items():
-        keep = max(1, round(densities[name] * shape.numel()))
-        mask = torch.zeros(shape.numel(), dtype=torch.bool)
-        mask[torch.randperm(shape.numel(), generator=rng)[:keep]] = True
-        masks[name] = mask.view(shape)
+    for name, keep in counts_of(shapes, densities).items():
+        mask = torch.zeros(shapes[name].numel(), dtype=torch.bool)
+        mask[torch.randperm(len(mask), generator=rng)[:keep]] = True
+        masks[name] = mask.view(shapes[name])
     return masks
+
+
+def largest_masks(scores: Mapping[str, Tensor], density: float) -> Masks:
+    """Keep the round(density · n) largest scores of all layers together, and the largest of a layer that has none."""
+    everything = torch.cat([score.flatten() for score in scores.values()])
+    kept = torch.zeros(len(everything), dtype=torch.bool, device=everything.device)
+    kept[everything.topk(max(1, round(density * len(everything)))).indices] = True
+    parts = kept.split([score.numel() for score in scores.values()])
+    masks = {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+    for name, mask in masks.items():
+        if not mask.any():
+            mask.view(-1)[scores[name].argmax()] = True
+    return masks
+
+
+def density_of(masks: Mapping[str, Tensor]) -> float:
+    """Return the share of weights that exist."""
+    return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())

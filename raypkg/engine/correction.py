@@ -1,0 +1,154 @@
+"""AGENT as a hook: every step's gradient is corrected by that of a snapshot of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from raypkg.core.seeds import generator, seeded
+from raypkg.core.settings import Agent
+from raypkg.methods.coreset import Coreset
+from raypkg.methods.sparse.agent import coefficient, correct, cosine, smoothed
+
+from .batches import Batch, Batches, dtype_of
+from .hooks import Hook
+from .loop import autocast, losses_of
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+
+class Correction(Hook):
+    """Corrects gradients by a control variate with an adaptive weight (AGENT, arXiv:2301.03573).
+
+        at a snapshot:  c ← (1 − α)·c + α·ĉ,  θ̃ ← θ,  g̃ = mean of ∇ℓ_B(θ̃) over the batches of an epoch
+        every step:     ∇ℓ_B(θ) − γc·(∇ℓ_B(θ̃) − g̃)
+
+    It comes after the hooks that look at the raw gradient (RigL grows on it) and before `Masked`. Momentum sees the
+    corrected gradient; weight decay is the optimiser's and is not corrected. The snapshot normalises by the statistics
+    of its batches, as the model does, and keeps its running ones to itself. While c = 0, nothing is added and no
+    gradient of the snapshot is computed.
+
+    Differs from the paper: ĉ is taken from the batch losses of the steps since the last snapshot, which are there
+    anyway, while θ moves. g̃ is over the very batches, augmented, that the coming epoch consists of, unless another hook
+    supplies those.
+
+    Args:
+        settings: γ, α, and how often.
+    """
+
+    def __init__(self, settings: Agent):
+        self.settings = settings
+        self.c = 0.0
+        self.snapshot: nn.Module = nn.Identity()
+        self.full: list[Tensor] = []  # g̃, one tensor a parameter; empty while c = 0
+        self.losses: list[Tensor] = []  # this worker's share of (ℓ_B(θ), ℓ_B(θ̃)) of every corrected step, [2]
+        self.history: list[dict[str, float]] = []  # of every corrected step
+
+    def on_start(self, run: Run) -> None:
+        """Make room for the snapshot."""
+        self.snapshot = deepcopy(run.model)
+
+    def on_epoch(self, run: Run) -> None:
+        """Take the epoch's snapshot, unless steps are counted."""
+        if run.step == 0 or not self.settings.snapshot:
+            with run.bill("full gradient"):
+                self._refresh(run)
+
+    def on_gradients(self, run: Run) -> None:
+        """Correct the gradients of this step."""
+        if self.settings.snapshot and run.step and run.step % self.settings.snapshot == 0:
+            with run.cost.apart(run.bill("full gradient")):
+                self._refresh(run)
+        if run.step % self.settings.every == 0:
+            with run.cost.apart(run.bill("correction")), seeded(run.seed, "correction", run.step, run.worker.rank):
+                self._correct(run)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return c, the snapshot, its full gradient and the losses."""
+        return {
+            "c": self.c,
+            "snapshot": self.snapshot.state_dict(),
+            "full": list(self.full),
+            "losses": list(self.losses),
+            "history": list(self.history),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self.c, self.history = state["c"], list(state["history"])
+        self.snapshot.load_state_dict(state["snapshot"])
+        device = next(self.snapshot.parameters()).device
+        self.full, self.losses = ([tensor.to(device) for tensor in state[name]] for name in ("full", "losses"))
+
+    def _refresh(self, run: Run) -> None:
+        if self.losses:
+            current, snapshot = run.worker.sum(torch.stack(self.losses, dim=1))  # [batches] each
+            self.c = smoothed(self.c, coefficient(current, snapshot), self.settings.alpha)
+            self.losses = []
+        with torch.no_grad():
+            for mine, theirs in zip(self.snapshot.parameters(), run.model.parameters(), strict=True):
+                mine.copy_(theirs)
+        self.full = self._full_gradient(run) if self.settings.gamma * self.c else []
+
+    def _full_gradient(self, run: Run) -> list[Tensor]:
+        """Return g̃ at the snapshot, over the samples in use or some of them."""
+        coreset, bill = run.coreset, run.bill("full gradient")
+        total = [torch.zeros_like(parameter) for parameter in run.model.parameters()]
+        if self.settings.samples and self.settings.samples < len(coreset):
+            rng = generator(run.seed, "full gradient", run.step)
+            some = torch.randperm(len(coreset), generator=rng)[: self.settings.samples]
+            coreset = Coreset(coreset.indices[some], coreset.weights[some])
+        batches = Batches(
+            run.split,
+            coreset,
+            run.settings.batch_size,
+            seed=run.seed,
+            augment=run.augment,
+            worker=run.worker,
+            dtype=dtype_of(run.model),
+        )
+        with seeded(run.seed, "full gradient", run.step, run.worker.rank):
+            for batch in batches.epoch(run.epoch):
+                torch._foreach_add_(total, self._gradient(run, batch)[1], alpha=1 / len(batches))
+                bill.forward += len(batch.y)
+                bill.backward += len(batch.y)
+            return _summed(run, total)
+
+    def _correct(self, run: Run) -> None:
+        batch, bill, damped = run.batch, run.bill("correction"), self.settings.gamma * self.c
+        current = run.seen.losses @ batch.weights / batch.total
+        with torch.set_grad_enabled(bool(damped)):
+            snapshot, gradients = self._gradient(run, batch)
+        self.losses.append(torch.stack([current, snapshot.detach()]))
+        bill.forward += len(batch.y)
+        row = {"step": run.step, "c": self.c, "cosine": float("nan")}
+        if damped:
+            bill.backward += len(batch.y)
+            mine = [p.grad for p in run.model.parameters() if p.grad is not None]
+            theirs = _summed(run, gradients)
+            row["cosine"] = cosine(mine, theirs)
+            correct(mine, theirs, self.full, damped)
+        self.history.append(row)
+
+    def _gradient(self, run: Run, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Return this worker's share of ℓ_B(θ̃), and of its gradient where gradients are enabled."""
+        with autocast(run.settings.precision, batch.x.device):
+            logits = self.snapshot(batch.x)
+        loss = losses_of(logits, batch.y) @ batch.weights / batch.total
+        parameters = list(self.snapshot.parameters())
+        return loss, list(torch.autograd.grad(loss, parameters)) if loss.requires_grad else []
+
+
+def _summed(run: Run, tensors: list[Tensor]) -> list[Tensor]:
+    """Return the sum of the workers' tensors, by one all-reduce."""
+    if run.worker.world == 1:
+        return tensors
+    flat = run.worker.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+    run.cost.sent += flat.nbytes
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

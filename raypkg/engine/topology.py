@@ -1,0 +1,197 @@
+"""Dynamic sparse training as a hook: every ΔT steps some weights go and others come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+from raypkg.core.settings import Sparsity
+from raypkg.methods.sparse.masks import Masks, allot, density_of, prunable
+from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
+from raypkg.methods.sparse.topology import drop_fraction, dropped, gradual_density, grown
+
+from .batches import dtype_of, plain_batches
+from .hooks import Hook
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+NONE = "none"
+PRUNED_BY = 0.75  # share of training after which gradual pruning has ended
+INTERVALS = 40  # of a training whose ΔT is left out
+
+
+class Topology(Hook):
+    """Drops and grows weights with exact counts; `Masked`, after it, keeps those that do not exist at zero.
+
+        every ΔT steps:  drop f(t) of each layer's active weights, grow as many; new weights and their momentum are 0
+
+    Without growth the masks stay, or, from dense ones, weights are pruned gradually. All workers hold the same masks:
+    they see the same averaged gradient and draw the same random numbers.
+
+    Differs from RigL: the step at which masks change is a step of the optimiser, too, after the change. What was just
+    dropped may grow again, at zero.
+
+    Args:
+        settings: density, rules and schedule.
+        steps: of the whole training.
+    """
+
+    def __init__(self, settings: Sparsity, steps: int):
+        self.settings = settings
+        self.every = settings.update_every or max(1, steps // INTERVALS)
+        self.masks: Masks = {}
+        self.explored: Masks = {}  # weights that ever were active
+        self.momentum: dict[str, Tensor] = {}  # of the dense gradient, where a rule asks for it
+        self.history: list[dict[str, Any]] = []  # a row for each layer and change
+
+    @property
+    def gradual(self) -> bool:
+        """Whether weights only go."""
+        return (self.settings.growth.name, self.settings.sparse_init.name) == (NONE, "dense")
+
+    @property
+    def explored_share(self) -> float:
+        """R_s, the share of weights that ever were active (ITOP)."""
+        return density_of(self.explored)
+
+    def on_start(self, run: Run) -> None:
+        """Draw the first masks."""
+        rule, density = initial[self.settings.sparse_init.name], self.settings.density
+        needed = {"batch": self._first_batch(run)} if "batch" in rule.declares else {}
+        masks: Masks = rule(
+            run.model, density, options=self.settings.sparse_init.options, rng=generator(run.seed, "mask"), **needed
+        )
+        for name, mask in masks.items():
+            self.masks[name] = mask.to(run.worker.device)
+            self.explored[name] = self.masks[name].clone()
+        self._note(run, 0.0)
+
+    def on_gradients(self, run: Run) -> None:
+        """Change the masks where it is due, by the raw gradient."""
+        if self._uses_momentum:
+            for name in self.masks:
+                self._follow(name, run)
+        if run.step and run.step % self.every == 0 and (self.gradual or self.settings.growth.name != NONE):
+            self._change(run)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks, what was explored, momentum and history."""
+        return {name: dict(getattr(self, name)) for name in ("masks", "explored", "momentum")} | {
+            "history": list(self.history)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back; the masks in place, as others hold them."""
+        for name, mask in self.masks.items():
+            mask.copy_(state["masks"][name])
+            self.explored[name].copy_(state["explored"][name])
+            if name in state["momentum"]:
+                self.momentum[name] = state["momentum"][name].to(mask.device)
+        self.history = list(state["history"])
+
+    def _change(self, run: Run) -> None:
+        weights, fraction = (
+            prunable(run.model),
+            drop_fraction(self.settings.death_rate, run.progress, self.settings.decay),
+        )
+        before = {name: int(mask.sum()) for name, mask in self.masks.items()}
+        leaving = self._gone(run) if self.gradual else {name: int(fraction * count) for name, count in before.items()}
+        rule = drop[self.settings.drop.name]
+        for name, mask in self.masks.items():
+            scores = rule(weights[name].data[mask], options=self.settings.drop.options)
+            mask.copy_(dropped(mask, scores, leaving[name]))
+            _clear(run, weights[name], mask)
+        if not self.gradual:
+            for name, count in self._arriving(weights, before).items():
+                self.masks[name].copy_(grown(self.masks[name], self._growth_scores(run, name, weights[name]), count))
+        for name, mask in self.masks.items():
+            self.explored[name] |= mask
+        self._note(run, 1 - density_of(self.masks) if self.gradual else fraction)
+
+    def _gone(self, run: Run) -> dict[str, int]:
+        """Return how many weights of each layer gradual pruning takes now."""
+        density = gradual_density(self.settings.density or 1.0, min(1.0, run.progress / PRUNED_BY))
+        size = {name: mask.numel() for name, mask in self.masks.items()}
+        target = allot({name: float(n) for name, n in size.items()}, round(density * sum(size.values())), size)
+        return {name: max(0, int(mask.sum()) - max(1, target[name])) for name, mask in self.masks.items()}
+
+    def _arriving(self, weights: Mapping[str, Tensor], before: Mapping[str, int]) -> dict[str, int]:
+        """Return how many weights each layer grows: what it lost, or its share of what all lost."""
+        lost = {name: before[name] - int(mask.sum()) for name, mask in self.masks.items()}
+        if self.settings.redistribution.name == NONE:
+            return lost
+        rule = redistribution[self.settings.redistribution.name]
+        shares = {
+            name: rule(
+                weights[name].data[mask],
+                options=self.settings.redistribution.options,
+                momentum=self.momentum[name][mask] if name in self.momentum else None,
+            )
+            for name, mask in self.masks.items()
+        }
+        room = {name: int((~mask).sum()) for name, mask in self.masks.items()}
+        return allot(shares, sum(lost.values()), room)
+
+    def _growth_scores(self, run: Run, name: str, weight: Tensor) -> Tensor:
+        scores: Tensor = growth[self.settings.growth.name](
+            weight.data,
+            options=self.settings.growth.options,
+            gradient=weight.grad,
+            momentum=self.momentum.get(name),
+            rng=generator(run.seed, "growth", name, run.step),
+        )
+        if scores.shape != weight.shape:
+            raise UserError(
+                f"growth rule {self.settings.growth.name!r} returned {list(scores.shape)} for {list(weight.shape)}"
+            )
+        return scores.to(weight.device)
+
+    @property
+    def _uses_momentum(self) -> bool:
+        chosen = ((growth, self.settings.growth.name), (redistribution, self.settings.redistribution.name))
+        return any(name != NONE and "momentum" in rules[name].declares for rules, name in chosen)
+
+    def _follow(self, name: str, run: Run) -> None:
+        gradient = run.model.get_parameter(name).grad
+        assert gradient is not None  # masks are of weights that are trained
+        if name in self.momentum:
+            self.momentum[name].mul_(run.settings.momentum).add_(gradient)
+        else:
+            self.momentum[name] = gradient.clone()
+
+    def _first_batch(self, run: Run) -> tuple[Tensor, Tensor]:
+        size, indices = run.settings.batch_size, run.coreset.indices
+        some = indices[torch.randperm(len(indices), generator=generator(run.seed, "first batch"))[:size]]
+        bill = run.bill("first masks")
+        bill.forward += len(some)
+        bill.backward += len(some)
+        return next(plain_batches(run.split, some, run.worker.device, len(some), dtype_of(run.model)))
+
+    def _note(self, run: Run, fraction: float) -> None:
+        self.history += [
+            {
+                "step": run.step,
+                "epoch": run.progress * run.settings.epochs,
+                "fraction": fraction,
+                "explored_share": self.explored_share,
+                "layer": name,
+                "active": int(mask.sum()),
+                "explored": int(self.explored[name].sum()),
+                "weights": mask.numel(),
+            }
+            for name, mask in self.masks.items()
+        ]
+
+
+def _clear(run: Run, weight: Tensor, mask: Tensor) -> None:
+    """Zero what is not in the mask: the weight, and all that the optimiser remembers of it."""
+    weight.data.mul_(mask)
+    for value in run.optimizer.state.get(weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            value.mul_(mask)

@@ -1,0 +1,69 @@
+"""`effray sparse` as a user types it, and what happens when it is given nonsense."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+RUN = Path("runs/sparse/a")
+SHORT = "sparse --name a --model mlp --train.epochs 6 --train.batch_size 100 --density 0.1 --update-every 7"
+
+
+def summary():
+    return json.loads((RUN / "summary.json").read_text())
+
+
+def test_a_run_says_what_is_sparse(effray):
+    out = effray(f"{SHORT} --growth gradient --correction agent")
+    found = summary()
+    weights = {name: w for name, w in load_file(RUN / "model.safetensors").items() if w.ndim > 1}
+    total = sum(w.numel() for w in weights.values())
+    assert sum(int((w != 0).sum()) for w in weights.values()) <= round(0.1 * total)
+    assert found["density"] == round(0.1 * total) / total < found["explored"] < 1
+    assert f"{found['active_parameters']:,} of {found['parameters']:,} parameters exist" in out.replace("\n", " ")
+    assert {"topology.png", "correction.png"} <= set(os.listdir(RUN / "plots"))
+    assert pq.read_table(RUN / "correction.parquet").column_names == ["step", "c", "cosine"]
+    changes = pq.read_table(RUN / "topology.parquet").to_pylist()
+    assert len({row["step"] for row in changes}) == 1 + 77 // 7
+    assert {phase["phase"] for phase in found["phases"]} >= {"train: correction", "train: full gradient"}
+
+
+def test_dense_training_is_without_a_density(effray):
+    effray("sparse --name a --model mlp --train.epochs 1")
+    assert "density" not in summary() and not (RUN / "topology.parquet").exists()
+
+
+def test_it_combines_with_crest(effray):
+    effray(f"{SHORT} --batches crest --select.subset 0.2")
+    assert summary()["pools"] >= 1 and summary()["density"] < 0.11
+
+
+def test_extended_training_is_longer(effray):
+    effray(f"{SHORT} --multiplier 2")
+    assert summary()["full_training_backward"] == 12 * summary()["samples"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--density 0", r"density = '0'"),
+        ("--density 2", r"density = '2'"),
+        ("--density 0.1 --growth gradeint", r"unknown growth rule 'gradeint', did you mean 'gradient'"),
+        ("--density 0.1 --drop small", r"unknown drop rule 'small'. Allowed: magnitude, set, threshold"),
+        ("--density 0.1 --sparse-init ekr", r"unknown sparse initialisation 'ekr', did you mean 'erk'"),
+        ("--density 0.1 --redistribution most", r"unknown redistribution 'most'"),
+        ("--density 0.1 --drop threshold --set drop.options.below=-1", r"threshold option below = -1"),
+        ("--density 0.1 --update-every 5000", r"update_every = 5000 is not below the \d+ steps of training"),
+        ("--growth gradient", r"density is left out: growth would do nothing"),
+        ("--agent.gamma 0.5", r"correction = none: agent would do nothing"),
+        ("--select.tau 0.5", r"batches = shuffled: select would do nothing"),
+        ("--correction agent --train.batch_size 2000", r"correction = agent needs two batches an epoch or more"),
+        ("--density 0.1 --death-rate 1", r"death_rate = '1'"),
+    ],
+)
+def test_nonsense_is_one_line(refusal, arguments, message):
+    assert re.search(message, refusal(f"sparse {arguments}"))

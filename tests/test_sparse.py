@@ -1,0 +1,413 @@
+"""Sparse training against hand tables, closed forms and loops written out."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import reference
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Agent, Sparsity, Training
+from raypkg.data.split import Split
+from raypkg.engine.batches import Batches
+from raypkg.engine.correction import Correction
+from raypkg.engine.costs import Cost
+from raypkg.engine.hooks import Hook, Masked
+from raypkg.engine.loop import Run, fit
+from raypkg.engine.topology import Topology
+from raypkg.engine.worker import Worker
+from raypkg.methods.coreset import Coreset
+from raypkg.methods.sparse.agent import coefficient, cosine, smoothed
+from raypkg.methods.sparse.flops import active_flops, forward_flops
+from raypkg.methods.sparse.masks import allot, counts_of, density_of, erk, largest_masks, shapes_of
+from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
+from raypkg.methods.sparse.saliency import grasp, snip
+from raypkg.methods.sparse.topology import drop_fraction, dropped, grown
+from raypkg.models import build_model
+from raypkg.runs.checkpoints import StoredCheckpoints
+from raypkg.runs.storage import Storage
+
+N, D, C = 96, 12, 3
+PLAIN = Training(epochs=5, batch_size=16, lr=0.1, precision="float32", schedule="constant", weight_decay=0)
+STEPS = 30
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def split():
+    y = torch.arange(N) % C
+    return Split.from_tensors(torch.randn(N, D, generator=rng()) + 2 * F.one_hot(y, D), y)
+
+
+def network():
+    return build_model("mlp", (D,), C, seed=0, options={"hidden": [16, 8]})
+
+
+def run(*hooks, settings=PLAIN, model=None):
+    everyone = Coreset.uniform(torch.arange(N))
+    return Run(model or network(), split(), everyone, settings, 0, "train", Worker(), (), Cost("train"), hooks)
+
+
+def sparse(*after, correction=(), **settings):
+    topology = Topology(Sparsity(**{"density": 0.3, "update_every": 4, **settings}), STEPS)
+    return [topology, *correction, Masked(topology.masks), *after]
+
+
+# Rules
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "weights", "expected"),
+    [
+        ("magnitude", {}, [0.5, -0.1, -3.0, 0.0], [0.5, 0.1, 3.0, 0.0]),
+        ("set", {}, [0.5, -0.1, -3.0, 0.2], [1.0, 0.5, 1.0, 0.5]),  # the half of each side that is nearest to zero
+        ("set", {}, [0.0, -1.0], [0.5, 1.0]),
+        ("threshold", {"below": 0.3}, [0.5, -0.1, 0.2], [torch.inf, 0.1, 0.2]),
+    ],
+)
+def test_what_drop_rules_score(name, options, weights, expected):
+    torch.testing.assert_close(drop[name](torch.tensor(weights), options=options), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("gradient", [[3.0, 1.0], [2.0, 0.0]]), ("momentum", [[1.0, 4.0], [0.0, 2.0]])]
+)
+def test_what_growth_rules_score(name, expected):
+    gradient, momentum = torch.tensor([[-3.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, -4.0], [0.0, 2.0]])
+    scores = growth[name](torch.zeros(2, 2), gradient=gradient, momentum=momentum, rng=rng())
+    assert torch.equal(scores, torch.tensor(expected))
+
+
+def test_random_growth_is_a_function_of_its_generator():
+    first, again, other = (growth["random"](torch.zeros(5, 5), rng=rng(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("magnitude", 2.0), ("nonzeros", 2.0), ("momentum", 0.75)])
+def test_what_redistributions_share_by(name, expected):
+    assert redistribution[name](torch.tensor([1.0, -3.0]), momentum=torch.tensor([-0.5, 1.0])) == expected
+
+
+def test_the_lowest_are_dropped_and_the_highest_grown():
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    scores = torch.tensor([3.0, 1.0, 2.0, 0.5])  # of the four active ones
+    assert dropped(mask, scores, 2).tolist() == [[True, False, False], [True, False, False]]
+    assert dropped(mask, torch.full((4,), torch.inf), 2).equal(mask)
+    more = grown(mask, torch.tensor([[9.0, 1.0, 9.0], [9.0, 9.0, 2.0]]), 1)
+    assert more.tolist() == [[True, False, True], [True, True, True]]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_counts_are_exact_in_any_case(seed):
+    mask, scores = torch.rand(7, 9, generator=rng(seed)) < 0.4, torch.randint(3, (7, 9), generator=rng(seed)).float()
+    count = int(torch.randint(int(mask.sum()) + 1, (), generator=rng(seed)))
+    fewer = dropped(mask, scores[mask], count)
+    assert fewer.sum() == mask.sum() - count and not (fewer & ~mask).any()
+    again = grown(fewer, scores, count)
+    assert again.sum() == mask.sum() and (again | fewer).equal(again)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_parts_add_up_and_follow_the_shares(seed):
+    draw = np.random.default_rng(seed)
+    names = "abcdef"[: draw.integers(1, 7)]
+    shares, room = (dict(zip(names, draw.integers(1, 30, len(names)).tolist(), strict=True)) for _ in range(2))
+    total = int(draw.integers(0, sum(room.values()) + 1))
+    parts = allot(shares, total, room)
+    assert sum(parts.values()) == total and all(0 <= parts[name] <= room[name] for name in names)
+    if all(shares[name] * total / sum(shares.values()) < room[name] for name in names):
+        twin = reference.shared_out(shares, total, room)
+        assert all(abs(parts[name] - twin[name]) <= 1 for name in names)
+        assert all(abs(parts[name] - shares[name] * total / sum(shares.values())) < 1 for name in names)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.5, 0.9, 1.0])
+def test_erk_counts_are_the_closed_form_to_one_weight(density):
+    shapes = shapes_of(build_model("lenet5", (1, 28, 28), 10, seed=0, options={}))
+    expected = {name: d * shapes[name].numel() for name, d in erk(shapes, density).items()}
+    counts = counts_of(shapes, erk(shapes, density))
+    assert all(abs(counts[name] - expected[name]) < 1 for name in shapes)
+    assert sum(counts.values()) == round(density * sum(shape.numel() for shape in shapes.values()))
+    assert all(count <= shapes[name].numel() for name, count in counts.items())
+
+
+def batch():
+    data = split()
+    x, y = data.batch(torch.arange(32))
+    return (x - torch.tensor(data.mean)) / torch.tensor(data.std), y
+
+
+def test_saliencies_equal_their_definitions_and_leave_the_model_alone():
+    model = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, C)).double()
+    before, (x, y) = copy.deepcopy(model.state_dict()), batch()
+    for name, value in grasp(model, x.double(), y).items():
+        torch.testing.assert_close(value, reference.grasp(model, x.double(), y)[name], rtol=1e-6, atol=1e-10)
+    assert all((score >= 0).all() for score in snip(model, x.double(), y).values())
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_largest_masks_have_the_total_and_no_empty_layer():
+    scores = {"a": torch.arange(50.0) + 10, "b": torch.arange(5.0)}
+    masks = largest_masks(scores, 0.2)
+    assert masks["a"].sum() == 11 and masks["b"].tolist() == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("name", sorted(initial.entries))
+def test_first_masks_have_their_density(name):
+    masks = initial[name](network(), 0.3, rng=rng(), batch=batch())
+    total = sum(mask.numel() for mask in masks.values())
+    assert density_of(masks) == (1.0 if name == "dense" else round(0.3 * total) / total)
+
+
+def test_fractions_fall_to_zero():
+    assert [drop_fraction(0.5, p, "cosine") for p in (0, 1)] == [0.5, 0.0]
+    assert [drop_fraction(0.5, p, "linear") for p in (0, 1)] == [0.5, 0.0]
+
+
+# The hook
+
+
+def active(hook):
+    """The number of active weights by layer after each change."""
+    layers, counts = len(hook.masks), [row["active"] for row in hook.history]
+    return [counts[i : i + layers] for i in range(0, len(counts), layers)]
+
+
+@pytest.mark.parametrize("drop", ["magnitude", "set", "threshold"])
+@pytest.mark.parametrize("growth", ["random", "gradient", "momentum"])
+@pytest.mark.parametrize("redistribution", ["none", "magnitude", "nonzeros", "momentum"])
+def test_every_change_keeps_the_counts(drop, growth, redistribution):
+    hooks = sparse(drop=drop, growth=growth, redistribution=redistribution)
+    fit(run(*hooks))
+    counts = active(hooks[0])
+    assert len(counts) == 1 + 7  # steps 4, 8, … 28
+    assert len({sum(layers) for layers in counts}) == 1
+    if redistribution == "none":
+        assert all(layers == counts[0] for layers in counts)
+
+
+class Watch(Hook):
+    """Looks at the weights that each change brought, before the optimiser moves them."""
+
+    def __init__(self, topology, settings):
+        self.topology, self.masks, self.settings, self.changes = topology, {}, settings, 0
+
+    def on_gradients(self, run):
+        for name, mask in self.topology.masks.items():
+            weight, before = run.model.get_parameter(name), self.masks.get(name, mask)
+            new = mask & ~before
+            self.changes += int(new.sum())
+            assert not weight[new].any() and not weight[~mask].any()
+            for value in run.optimizer.state[weight].values():
+                if value.shape == weight.shape:
+                    assert not value[new].any() and not value[~mask].any()
+            self.masks[name] = mask.clone()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_what_is_new_starts_at_zero_and_what_is_gone_stays_there(optimizer):
+    hooks = sparse()
+    watch = Watch(hooks[0], PLAIN)
+    trained = fit(run(*hooks, watch, settings=PLAIN.model_copy(update={"optimizer": optimizer, "weight_decay": 0.1})))
+    assert watch.changes > 0
+    assert all(not trained.model.get_parameter(name)[~mask].any() for name, mask in hooks[0].masks.items())
+
+
+def test_rigl_grows_where_the_raw_gradient_is_largest():
+    class Twin(Hook):
+        """Computes the change in the step of its own, from the state before."""
+
+        def __init__(self):
+            self.expected = None
+
+        def on_gradients(self, run):
+            if run.step == 4:
+                self.expected = {}
+                for name, mask in hooks[0].masks.items():
+                    weight = run.model.get_parameter(name)
+                    keep = mask.clone()
+                    count = int(drop_fraction(0.5, run.progress, "cosine") * int(mask.sum()))
+                    order = sorted(mask.nonzero().tolist(), key=lambda at: abs(weight[tuple(at)].item()))
+                    for at in order[:count]:
+                        keep[tuple(at)] = False
+                    order = sorted((~keep).nonzero().tolist(), key=lambda at: -abs(weight.grad[tuple(at)].item()))
+                    for at in order[:count]:
+                        keep[tuple(at)] = True
+                    self.expected[name] = keep
+            if run.step == 5:
+                assert all(mask.equal(self.expected[name]) for name, mask in hooks[1].masks.items())
+                self.seen = True
+
+    hooks = [None, *sparse(growth="gradient", drop="magnitude")]
+    twin = Twin()
+    hooks[0] = hooks[1]
+    fit(run(twin, *hooks[1:]))
+    assert twin.seen
+
+
+def test_without_growth_masks_stay():
+    hooks = sparse(growth="none")
+    fit(run(*hooks))
+    assert len(active(hooks[0])) == 1 and hooks[0].explored_share == density_of(hooks[0].masks)
+
+
+def test_gradual_pruning_ends_at_its_density():
+    hooks = sparse(growth="none", sparse_init="dense", update_every=1)
+    trained = fit(run(*hooks))
+    totals = [sum(layers) for layers in active(hooks[0])]
+    assert totals == sorted(totals, reverse=True) and totals[0] == sum(m.numel() for m in hooks[0].masks.values())
+    assert totals[-1] == round(0.3 * totals[0])
+    assert sum(int((p != 0).sum()) for p in trained.model.parameters() if p.dim() > 1) <= totals[-1]
+
+
+def test_the_explored_share_is_that_of_the_union():
+    union = {}
+
+    class Gather(Hook):
+        def on_step(self, run):
+            for name, mask in hooks[0].masks.items():
+                union[name] = union.get(name, mask) | mask
+
+    hooks = sparse()
+    fit(run(*hooks, Gather()))
+    assert hooks[0].explored_share == density_of(union) > density_of(hooks[0].masks)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"growth": "gradient"}, {"growth": "momentum", "redistribution": "momentum"}, {"sparse_init": "snip"}],
+)
+@pytest.mark.parametrize("every", [4, 6])  # between epochs of 6 steps, and at their ends
+@pytest.mark.parametrize("agent", [{}, {"snapshot": 4}])
+def test_stopped_and_resumed_equals_never_stopped(tmp_path, settings, every, agent):
+    def training():
+        correction = Correction(Agent(gamma=0.5, **agent))
+        hooks = sparse(correction=[correction], update_every=every, **settings)
+        return run(*hooks), hooks[0], correction
+
+    whole, topology, correction = training()
+    fit(whole)
+    places = StoredCheckpoints(Storage(str(tmp_path)))
+    first, *_ = training()
+    first.last = 2
+    fit(first, checkpoints=places)
+    second, again, corrected = training()
+    fit(second, checkpoints=places)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+    assert all(mask.equal(again.masks[name]) for name, mask in topology.masks.items())
+    assert again.history == topology.history and corrected.c == correction.c
+    assert len(corrected.history) == len(correction.history) == STEPS
+
+
+# AGENT
+
+
+def test_c_is_the_ratio_of_covariance_and_variance():
+    a, b = torch.randn(2, 30, generator=rng())
+    assert coefficient(a, b) == pytest.approx(np.cov(a, b)[0, 1] / np.var(b.numpy(), ddof=1), rel=1e-6)
+    assert coefficient(a, torch.ones(30)) == 0.0
+    assert smoothed(1.0, 3.0, 0.25) == 1.5
+
+
+def test_c_comes_from_the_losses_of_model_and_snapshot():
+    found = []
+
+    class Losses(Hook):
+        def on_gradients(self, run):
+            x, y = run.batch.x, run.batch.y
+            found.append([F.cross_entropy(model(x), y).item() for model in (run.model, hook.snapshot)])
+
+    hook = Correction(Agent(gamma=0.5))
+    fit(run(Losses(), hook, settings=PLAIN.model_copy(update={"epochs": 2})))
+    model, snapshot = np.array(found[:6]).T
+    expected = 0.3 * np.cov(model, snapshot)[0, 1] / np.var(snapshot, ddof=1)
+    assert hook.c == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_a_weight_nothing_changes_bit_for_bit():
+    model = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, C))
+    plain, with_it = (
+        fit(run(*sparse(correction=hooks), model=copy.deepcopy(model)))
+        for hooks in ([], [Correction(Agent(alpha=0.0))])
+    )
+    for name, value in plain.model.state_dict().items():
+        assert value.equal(with_it.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("damped", [0.3, 1.0])
+def test_it_equals_the_loop_written_out(damped):
+    settings = PLAIN.model_copy(update={"precision": "float64", "momentum": 0.0, "nesterov": False})
+    hook, model = Correction(Agent(gamma=damped, alpha=0.0)), network().double()
+    hook.c = 1.0
+    twin = copy.deepcopy(model)
+
+    def batches(epoch):
+        stream = Batches(
+            split(), Coreset.uniform(torch.arange(N)), 16, seed=0, augment=(), worker=Worker(), dtype=torch.float64
+        )
+        return [(batch.x, batch.y) for batch in stream.epoch(epoch)]
+
+    trained = fit(run(hook, settings=settings, model=model))
+    reference.corrected_sgd(twin, batches, 0.1, damped, epochs=5)
+    for ours, theirs in zip(trained.model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_near_the_snapshot_svrg_has_less_variance():
+    """γc = 1: right after a snapshot every corrected gradient is the full one."""
+    found = {}
+
+    class Variance(Hook):
+        def __init__(self, name):
+            self.name = name
+
+        def on_gradients(self, run):
+            gradient = torch.cat([p.grad.flatten() for p in run.model.parameters()])
+            found.setdefault(self.name, []).append(gradient.clone())
+
+    hook = Correction(Agent(gamma=1.0, alpha=0.0))
+    hook.c = 1.0
+    slow = PLAIN.model_copy(update={"epochs": 1, "lr": 1e-4})
+    fit(run(Variance("raw"), hook, Variance("corrected"), settings=slow))
+    raw, corrected = (torch.stack(found[name]).var(0).sum() for name in ("raw", "corrected"))
+    assert corrected < 1e-3 * raw
+
+
+def test_gradients_are_counted_where_they_are_computed():
+    hook = Correction(Agent(gamma=0.5, samples=32, every=3))
+    trained = fit(run(hook))
+    steps = trained.bill("correction")
+    assert (steps.forward, steps.backward) == (N // 3 * 5, N // 3 * 4)  # none in the first epoch, while c = 0
+    assert trained.bill("full gradient").backward == 32 * 4
+    assert [row["step"] for row in hook.history] == list(range(0, STEPS, 3))
+
+
+def test_cosine():
+    a, b = [torch.tensor([3.0, 0.0]), torch.tensor([0.0])], [torch.tensor([0.0, 4.0]), torch.tensor([0.0])]
+    assert (cosine(a, a), cosine(a, b), cosine(a, [torch.zeros(2), torch.zeros(1)])) == (1.0, 0.0, 0.0)
+
+
+# What it saves
+
+
+def test_operations_of_lenet5():
+    model = build_model("lenet5", (1, 28, 28), 10, seed=0, options={})
+    flops = forward_flops(model, (1, 28, 28))
+    expected = [2 * 25 * 6 * 28 * 28, 2 * 25 * 6 * 16 * 14 * 14, 2 * 784 * 120, 2 * 120 * 84, 2 * 84 * 10]
+    assert list(flops.values()) == expected and set(flops) == set(shapes_of(model))
+    half = {name: torch.arange(shape.numel()).view(shape) % 2 == 0 for name, shape in shapes_of(model).items()}
+    assert active_flops(flops, half) == sum(expected) // 2
+
+
+def test_a_growth_rule_of_the_wrong_shape_is_told():
+    with pytest.raises(UserError, match=r"growth rule .*test_sparse:flat. returned \[3\] for \[16, 12\]"):
+        fit(run(*sparse(growth=f"{__name__}:flat")))
+
+
+def flat(weight):
+    return torch.zeros(3)
