@@ -1,0 +1,98 @@
+"""Sparse training and its gradient correction: accuracy after each quarter, gradients computed, and seconds.
+
+    python tests/benchmarks/sparse_accuracy.py --dataset parquet:path/to/mnist --model mlp
+
+trains each row at each density from each seed, several runs at a time, one thread each; a run that is finished is not
+run again. Gradients are counted in passes over the training samples; seconds are those of training, without evaluation.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from launched import finished
+from raypkg.runs.folder import find
+
+SPARSE = {
+    "static": "--growth none",
+    "SET": "--growth random",
+    "RigL": "--growth gradient",
+}
+AGENT = "--correction agent"
+CHEAP = f"{AGENT} --agent.every 4 --agent.samples {{tenth}}"
+COLUMNS = ("density %", "1/4", "1/2", "3/4", "end", "test accuracy %", "gradients, epochs", "seconds", "R_s %")
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    given = arguments()
+    rows = [("dense", None, "")] + [
+        (name, density, options) for density in given.densities for name, options in SPARSE.items()
+    ]
+    rows = [
+        (name + suffix, density, f"{options} {more}")
+        for name, density, options in rows
+        for suffix, more in (("", ""), (" + AGENT", AGENT))
+    ] + [("SET + cheap AGENT", density, f"{SPARSE['SET']} {CHEAP}") for density in given.densities]
+    jobs = [(*row, seed) for seed in given.seeds for row in rows]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        results = dict(zip(jobs, pool.map(lambda job: figures(given, *job), jobs), strict=True))
+    print(f"\n{given.model}, {given.epochs} epochs, seeds {given.seeds}, mean ± std; quarters: held-out accuracy, %\n")
+    print("| | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+    for row in rows:
+        known = [found for seed in given.seeds if (found := results[(*row, seed)])]
+        columns = zip(*known, strict=True) if known else [()] * (len(COLUMNS) - 1)
+        density = "100" if row[1] is None else f"{100 * row[1]:g}"
+        print(f"| {row[0]} | {density} | " + " | ".join(cell(values) for values in columns) + " |")
+
+
+def figures(given: argparse.Namespace, name: str, density: float | None, options: str, seed: int) -> list | None:
+    """Return the columns of one run."""
+    run = f"{name}-{'dense' if density is None else density}-{seed}".replace(" ", "-").replace("+-", "")
+    quarter = max(1, given.epochs // 4)
+    shape = f"--train.epochs {given.epochs} --train.evaluate_every {quarter} --model {given.model} --seed {seed}"
+    sparse = "" if density is None else f"--density {density}"
+    options = options.format(tenth=given.tenth)
+    line = f"--dataset {given.dataset} {shape} {sparse} {options} {given.options}"
+    summary = finished(given.root, "sparse", run, line)
+    if not summary:
+        return None
+    accuracies = [row["accuracy"] for row in find(given.root, "sparse", run).rows if row.get("accuracy") is not None]
+    phases = [phase for phase in summary["phases"] if "evaluate" not in phase["phase"]]
+    return [
+        *(100 * accuracy for accuracy in (accuracies + [float("nan")] * 4)[:4]),
+        100 * summary["test_accuracy"],
+        sum(phase["backward"] for phase in phases) / summary["samples"],
+        sum(phase["seconds"] for phase in phases),
+        100 * summary.get("explored", 1),
+    ]
+
+
+def cell(values: tuple[float, ...]) -> str:
+    """Return mean ± standard deviation."""
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}" if values else "–"
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--model", default="mlp")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.01])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tenth", type=int, default=5400, help="samples of the cheap correction's full gradient")
+    parser.add_argument("--options", default="", help="further options of every run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    parser.add_argument("--root", default=os.environ.get("EFFRAY_RUNS", "runs"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
