@@ -63,6 +63,7 @@ def test_the_width_can_be_given(load):
         ("1 qid:4 1:2\n", r"line 1 .* has an entry that is not column:value"),
         ("1 0:2\n", r"line 1 .*: columns must begin at 1 and rise"),
         ("1 2:2 2:3\n", r"line 1 .*: columns must begin at 1 and rise"),
+        ("1 3000000000:1\n", r"line 1 .* has an entry that is not column:value"),
         ("1 1:inf\n", r"line 1 .* holds NaN or infinity"),
         ("\n# nothing\n", r"has no rows"),
         (b"\xff\xfe\x00", r"cannot be read"),

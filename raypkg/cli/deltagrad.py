@@ -56,7 +56,7 @@ def delete(ids: str | None, where: str | None, **given: Any) -> None:
     """
     from raypkg.phases.requests import read_ids
 
-    _answer_one("delete", ids and read_ids(ids), "delete_where", where, "--ids and --where", given)
+    _answer_one("delete", None if ids is None else read_ids(ids), "delete_where", where, "--ids and --where", given)
 
 
 @click.command(cls=ExampleHelp)
@@ -73,7 +73,7 @@ def add(ids: str | None, data: str | None, **given: Any) -> None:
     """
     from raypkg.phases.requests import read_ids
 
-    _answer_one("restore", ids and read_ids(ids), "add", data, "--ids and --data", given)
+    _answer_one("restore", None if ids is None else read_ids(ids), "add", data, "--ids and --data", given)
 
 
 @click.command(cls=ExampleHelp)
@@ -83,16 +83,17 @@ def add(ids: str | None, data: str | None, **given: Any) -> None:
 def stream(queue: Path, together: int, **given: Any) -> None:
     """Answer a queue of requests in order, each once, however often this is stopped and started again.
 
-    QUEUE holds a JSON object a line: {"delete": [3, 7], "id": "ticket 12"}, or delete_where, restore, add.
+    QUEUE holds a JSON object a line: {"delete": [3, 7], "id": "ticket 12"}, or delete_where, restore, add. A request is
+    known by its id and answered once.
 
     Example:
         effray deltagrad stream one queue.jsonl
     """
-    from raypkg.phases.requests import batches, read_queue
+    from raypkg.phases.requests import batches, read_queue, unanswered
 
     requests = read_queue(queue)
     with _opened(given) as (books, cluster):
-        waiting = [request for request in requests if request.key not in books.answered]
+        waiting = unanswered(books, requests)
         click.echo(f"{len(waiting)} of {len(requests)} requests to answer")
         for some in batches(waiting, together):
             _answer(books, some, cluster)
@@ -143,18 +144,19 @@ def _answer_one(kind: str, ids: Any, other: str, value: str | None, names: str, 
     if (ids is None) == (value is None):
         raise UserError(f"give one of {names}")
     with _opened(given) as (books, cluster):
-        key = f"command {len(books.ledger.entries)}"
-        _answer(books, [Request(kind, ids, key) if value is None else Request(other, value, key)], cluster)
+        _answer(books, [Request(kind, ids) if value is None else Request(other, value)], cluster)
 
 
 def _answer(books: "Books", requests: Sequence["Request"], cluster: "Cluster") -> None:
     from raypkg.phases.deltagrad import answer
     from raypkg.phases.requests import change_of
 
+    first = len(books.split)
     entry = answer(books, change_of(books, requests), cluster, _follow)
+    new = f" (ids {first} … {len(books.split) - 1})" if entry["new"] else ""
     estimate = "" if entry["estimate"] is None else f", by estimate {entry['estimate']:.1e} from retraining"
     click.echo(
-        f"{entry['number']}: {entry['deleted']} deleted, {entry['restored']} put back, {entry['new']} new;"
+        f"{entry['number']}: {entry['deleted']} deleted, {entry['restored']} put back, {entry['new']} new{new};"
         f" {entry['exact']} of {entry['steps']} steps exact, {entry['gradients']:,} gradients,"
         f" {entry['seconds']:.2f} s{estimate}"
     )
@@ -167,7 +169,11 @@ def _opened(given: dict[str, Any]) -> Iterator[tuple["Books", "Cluster"]]:
     from raypkg.phases.books import open_books
     from raypkg.runs.folder import locate
 
-    replay = {f"replay.{name}": value for name, *_ in REPLAY if (value := given.get(name)) is not None}
+    replay: dict[str, Any] = {f"replay.{n}": value for n, *_ in REPLAY if (value := given.get(n)) is not None}
+    if replay.keys() & {"replay.period", "replay.burn_in"}:
+        if "replay.tolerance" in replay:
+            raise UserError("--tolerance chooses the exact steps: --period and --burn-in would do nothing")
+        replay["replay.tolerance"] = None
     cluster = Cluster(workers=given["workers"], cpus_per_worker=given["threads"])
     folder = locate(given["root"], given["run"])
     with open_books(folder, DeltaGradSettings, replay) as books:

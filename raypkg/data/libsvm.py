@@ -107,9 +107,9 @@ def _label(label: str, where: str) -> str:
 def _row(entries: list[str], where: str) -> np.ndarray:
     try:
         pairs = [(int(column) - 1, float(value)) for column, value in (entry.split(":") for entry in entries)]
-    except ValueError:
+        row = np.array(pairs, ENTRY)
+    except (ValueError, OverflowError):
         raise UserError(f"{where} has an entry that is not column:value") from None
-    row = np.array(pairs, ENTRY)
     if len(row) and (row["column"][0] < 0 or (np.diff(row["column"]) <= 0).any()):
         raise UserError(f"{where}: columns must begin at 1 and rise")
     if not np.isfinite(row["value"]).all():

@@ -109,6 +109,14 @@ class Table:
             raise UserError(f"column {name!r} of {str(self.file)!r} has no value in row {row}")
         if name != self.label and not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
             raise UserError(f"column {name!r} of {str(self.file)!r} is {column.type}, needed are numbers")
+        if name != self.label and pa.types.is_integer(column.type) and column.type.bit_width > 16:
+            values = column.to_numpy()
+            rounded = np.flatnonzero(values.astype(np.float32).astype(np.float64) != values.astype(np.float64))
+            if len(rounded):
+                raise UserError(
+                    f"column {name!r} of {str(self.file)!r} holds {values[rounded[0]]}, which float32 rounds: leave it"
+                    " out or scale it"
+                )
 
     def _check_finite(self, x: np.ndarray, rows: np.ndarray) -> None:
         bad = np.argwhere(~np.isfinite(x))

@@ -17,14 +17,14 @@ OPERATORS = {
     "<": operator.lt,
     ">": operator.gt,
 }
-CLAUSE = re.compile(r"\s*(\w+)\s*(<=|>=|!=|=|<|>)\s*(.+?)\s*")
+CLAUSE = re.compile(r"\s*(.+?)\s*(<=|>=|!=|=|<|>)\s*(.+?)\s*")
 BLOCK = 1 << 16  # rows read at once
 
 
 def matching(split: Split, condition: str) -> np.ndarray:
     """Return the positions of the samples that meet all clauses ``NAME OPERATOR VALUE``, joined by ``and``.
 
-    NAME is ``label`` (with = and !=, VALUE is a class name) or a column of a table.
+    NAME is a column of a table, or else ``label`` (with = and !=, VALUE is a class name).
 
     Raises:
         UserError: malformed, an unknown name or class, or a value that is no number.
@@ -35,7 +35,7 @@ def matching(split: Split, condition: str) -> np.ndarray:
     array([1, 2])
     """
     kept = np.ones(len(split), bool)
-    for clause in re.split(r"\s+and\s+", condition):
+    for clause in re.split(r"(?i)\s+and\s+", condition):
         found = CLAUSE.fullmatch(clause)
         if not found:
             raise UserError(
@@ -46,7 +46,7 @@ def matching(split: Split, condition: str) -> np.ndarray:
 
 
 def _met(split: Split, name: str, comparison: str, value: str) -> np.ndarray:
-    if name == "label":
+    if name == "label" and name not in split.columns:
         if comparison not in ("=", "!="):
             raise UserError(f"condition label {comparison} {value}: labels compare with = and != only")
         if value not in split.classes:

@@ -89,5 +89,5 @@ def run(settings: DeltaGradSettings, *, report: Report) -> None:
     report.say(check_recordable(settings, found, storage))
     save_coreset(storage, found.everyone, found.data.train, origin(settings))
     job = Job(settings, settings.train, storage, "train", found.everyone, MODEL)
-    begin_log(storage, train_on_cluster(job, report, train_recorded), found)
+    begin_log(storage, settings, train_on_cluster(job, report, train_recorded), found)
     finish(report.folder, settings, found, epochs=settings.train.epochs)

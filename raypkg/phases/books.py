@@ -3,6 +3,7 @@
 import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +21,11 @@ from raypkg.engine.gradients import Objective
 from raypkg.engine.history import Membership
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.history import History
+from raypkg.runs.ledger import FILE as LOG
 from raypkg.runs.ledger import Ledger, digest, digest_of
 
-from .recording import fingerprint, layout, parameters, version
+from .recorded_data import as_trained, check_rows, settings_digest
+from .recording import layout, parameters, version
 from .samples import new_model, samples
 from .train import MODEL
 
@@ -36,13 +39,13 @@ class Change(NamedTuple):
         gone: ids that are in use and shall not be, int64.
         came: ids that are not in use and shall be, int64.
         new: samples that were never there; they get the next ids.
-        requests: keys of the requests that ask for it.
+        requests: id and digest of the requests that ask for it; those of the command line have no id.
     """
 
     gone: Tensor
     came: Tensor
     new: Split | None
-    requests: tuple[str, ...]
+    requests: tuple[dict[str, str], ...]
 
 
 class Books:
@@ -57,7 +60,6 @@ class Books:
         replay: settings that hold for the moment, by their dotted names.
 
     Attributes:
-        split: all samples that ever were in the training split, by id.
         active: whether a sample is in use, bool [ids].
 
     Raises:
@@ -66,15 +68,19 @@ class Books:
 
     def __init__(self, folder: RunFolder, schema: type[Experiment], replay: Mapping[str, Any]):
         self.storage, self.ledger = folder.storage, Ledger(folder.storage)
-        if not self.ledger.entries:
-            raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
         self.settings: Any = load(schema, folder.config, replay)
-        self.found = samples(self.settings.dataset, self.settings.seed)
-        self.split, self._added = self.found.data.train, ()  # type: tuple[Split, tuple[Tensor, ...]]
-        self.active = torch.zeros(len(self.split), dtype=torch.bool).index_fill(0, self.found.kept, True)
+        self.found = as_trained(self.storage, samples(self.settings.dataset, self.settings.seed))
         self._check()
+        self._groups = [self.found.data.train]  # the training split and what was added
+        self.active = torch.zeros(len(self.split), dtype=torch.bool).index_fill(0, self.found.kept, True)
         for entry in self.ledger.entries[1:]:
             self._apply(entry)
+        check_rows(self.storage, self.found.data.train, self.active, self.ledger.entries[0]["rows"])
+
+    @property
+    def split(self) -> Split:
+        """All samples that ever were in the training split, by id."""
+        return joined(*self._groups)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -82,14 +88,21 @@ class Books:
         return self.ledger.entries[-1]
 
     @property
-    def answered(self) -> set[str]:
-        """The keys of all requests that were answered."""
-        return {key for entry in self.ledger.entries for key in entry.get("requests", ())}
+    def answered(self) -> dict[str, str]:
+        """The requests of queues that were answered, by their ids, with the digests of what they asked for."""
+        return {
+            asked["id"]: asked["digest"]
+            for entry in self.ledger.entries
+            for asked in entry.get("requests", ())
+            if asked["id"]
+        }
 
     @property
     def membership(self) -> Membership:
         """Who has a place in which batch."""
-        return Membership(self.found.kept, self._added, self.settings.train.batch_size, self.settings.seed)
+        starts = [0, *accumulate(map(len, self._groups))]
+        added = tuple(torch.arange(start, end) for start, end in pairwise(starts[1:]))
+        return Membership(self.found.kept, added, self.settings.train.batch_size, self.settings.seed)
 
     @property
     def objective(self) -> Objective:
@@ -134,8 +147,7 @@ class Books:
             if digest_of(rows) != entry["rows"]:
                 raise UserError(f"{str(rows)!r} is missing or corrupt: it is not what the log names")
             group = Store(rows).as_split()
-            self._added = (*self._added, torch.arange(len(self.split), len(self.split) + len(group)))
-            self.split = joined(self.split, group)
+            self._groups.append(group)
             self.active = torch.cat([self.active, torch.ones(len(group), dtype=torch.bool)])
         ids, in_use = (torch.tensor(table[column].to_numpy()) for column in ("id", "in_use"))
         self.active[ids] = in_use
@@ -144,15 +156,20 @@ class Books:
         known = [entry["model"] for entry in self.ledger.entries[-2:]]
         if digest(self.storage.read(MODEL) or b"") not in known:
             raise UserError(f"{self.storage.root}/{MODEL} is not the model of the log's last entry: one was changed")
-        if fingerprint(self.found) != self.ledger.entries[0]["data"]:
-            raise UserError(f"dataset {self.settings.dataset.name!r} is not the one of the recorded training")
+        if settings_digest(self.settings) != self.ledger.entries[0]["settings"]:
+            raise UserError(f"{self.storage.root}/config.toml is not that of the recorded training")
         self._settle()
 
     def _settle(self) -> None:
         """Do what the writer of the last entry may have died before: put its model in place, drop older histories."""
         current = version(self.storage, self.last["number"])
         if digest(self.storage.read(MODEL) or b"") != self.last["model"]:
-            self.storage.write(MODEL, (current / MODEL).read_bytes())
+            model = self.storage.read(f"versions/{current.name}/{MODEL}") or b""
+            if digest(model) != self.last["model"]:
+                raise UserError(
+                    f"{str(current / MODEL)!r} is missing or corrupt: it is not the model that the log names"
+                )
+            self.storage.write(MODEL, model)
         for name in self.storage.list("versions"):
             if name != current.name:
                 self.storage.delete_folder(f"versions/{name}")
@@ -168,6 +185,8 @@ def open_books(folder: RunFolder, schema: type[Experiment], replay: Mapping[str,
     Raises:
         UserError: another process has them open, or what ``Books`` raises.
     """
+    if folder.storage.read(LOG) is None:
+        raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
     lock = version(folder.storage, 0).parents[1] / "lock"
     with lock.open("w") as held:
         try:

@@ -21,7 +21,7 @@ from raypkg.engine.shards import Shard
 from raypkg.methods.deltagrad.exactness import Periodic, Tolerant
 from raypkg.methods.deltagrad.replay import GradientSum, Step, replay, retrain
 from raypkg.runs.checkpoints import save_model
-from raypkg.runs.history import History, Recording
+from raypkg.runs.history import History, Layout, Recording, check_room
 from raypkg.runs.ledger import digest
 
 from .books import Books, Change
@@ -86,6 +86,7 @@ def answer(books: Books, change: Change, cluster: Cluster, follow: Follow) -> di
     everyone = joined(books.split, change.new) if change.new else books.split
     history, (membership, now) = books.history(), _afterwards(books, change, len(everyone))
     folder = version(books.storage, number)
+    check_room(folder, history.layout, len(history))
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that died
     sink = Recording(folder, layout(settings, books.found.data))
     w, exact = torch.empty(0), 0
@@ -118,7 +119,7 @@ def answer(books: Books, change: Change, cluster: Cluster, follow: Follow) -> di
         "steps": len(history),
         "exact": exact,
         "gradients": gradient.samples,
-        "estimate": when.estimate,
+        "estimate": None if when.estimate is None else when.estimate + rounding(history.layout, w),
         "seconds": time.perf_counter() - start,
     }
     books.enter(entry)
@@ -146,6 +147,11 @@ def verify(books: Books, cluster: Cluster, follow: Follow) -> Verdict:
         seconds=seconds,
         samples=gradient.samples,
     )
+
+
+def rounding(layout: Layout, w: Tensor) -> float:
+    """Return how far weights may be from what they were computed as, for being kept in a shorter type."""
+    return torch.finfo(torch.float32).eps * w.norm().item() if layout.dtype.itemsize == 4 else 0.0
 
 
 def predictions(objective: Objective, split: Split, w: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
@@ -16,6 +15,7 @@ from raypkg.runs.history import Layout, Recording, check_room
 from raypkg.runs.ledger import Ledger, digest
 from raypkg.runs.storage import Storage
 
+from .recorded_data import record_data, settings_digest
 from .samples import Samples, augmentations, new_model, samples
 from .train import MODEL, Job, train_model
 
@@ -74,7 +74,7 @@ def parameters(storage: Storage, model: nn.Module) -> Tensor:
     return flat([saved[name].double() for name, _ in model.named_parameters()])
 
 
-def begin_log(storage: Storage, record: dict[str, Any], found: Samples) -> None:
+def begin_log(storage: Storage, settings: Any, record: dict[str, Any], found: Samples) -> None:
     """Write the log's first entry, unless it is there."""
     ledger = Ledger(storage)
     if not ledger.entries:
@@ -83,14 +83,9 @@ def begin_log(storage: Storage, record: dict[str, Any], found: Samples) -> None:
             {
                 "kind": "train",
                 "samples": len(found.kept),
-                "data": fingerprint(found),
+                "settings": settings_digest(settings),
+                "rows": record_data(storage, found),
                 "model": model,
                 "history": record["history"],
             }
         )
-
-
-def fingerprint(found: Samples) -> str:
-    """Return a digest by which a data set and its held-out samples are known: of the labels, the first row and who."""
-    first = found.data.train.take(np.zeros(1, np.int64))
-    return digest(b"".join(part.tobytes() for part in (found.data.train.y.numpy(), found.kept.numpy(), first)))

@@ -116,17 +116,18 @@ def verdict(found: Any) -> Table:
 
 def ledger(entries: Sequence[Mapping[str, Any]]) -> Table:
     """Return the log of a run as a table."""
-    names = ("", "when", "what", "requests", "samples", "exact steps", "seconds", "model")
-    table = Table(*names, box=SIMPLE, show_edge=False, pad_edge=False)
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
+    for name in ("", "when", "what", "requests", "samples", "exact", "seconds", "model"):
+        table.add_column(name, overflow="fold")
     for entry in entries:
         done = [f"{entry[what]:,} {what}" for what in ("deleted", "restored", "new") if entry.get(what)]
         table.add_row(
             str(entry["number"]),
-            entry["time"],
+            entry["time"][:16].replace("T", " "),
             ", ".join(done) or "trained",
-            _few(entry.get("requests", ())),
+            _few([asked["id"] or "–" for asked in entry.get("requests", ())]),
             f"{entry['samples']:,}",
-            f"{entry['exact']} of {entry['steps']}" if "exact" in entry else "",
+            f"{entry['exact']}/{entry['steps']}" if "exact" in entry else "",
             f"{entry['seconds']:.2f}" if "seconds" in entry else "",
             entry["model"][:12],
         )

@@ -89,7 +89,9 @@ def test_a_deletion_comes_near_and_is_in_the_log(trained):
 
 def test_deleted_and_put_back_in_a_stream_returns(trained):
     before = weights()
-    Path("queue.jsonl").write_text('{"delete": [4, 5], "id": "x"}\n\n{"restore": [5]}\n{"restore": [4]}\n')
+    Path("queue.jsonl").write_text(
+        '{"delete": [4, 5], "id": "x"}\n\n{"restore": [5], "id": 1}\n{"restore": [4], "id": 2}\n'
+    )
     assert trained(f"deltagrad stream a queue.jsonl {EXACT}").startswith("3 of 3 requests to answer")
     np.testing.assert_allclose(weights(), before, rtol=0, atol=1e-12)
     assert [len(entry.get("requests", ())) for entry in entries()] == [0, 1, 1, 1]
@@ -97,10 +99,67 @@ def test_deleted_and_put_back_in_a_stream_returns(trained):
 
 
 def test_requests_answered_together_are_one_replay(trained):
-    Path("queue.jsonl").write_text('{"delete": [4, 5]}\n{"add": "digits"}\n{"restore": [5]}\n')
-    trained(f"deltagrad stream a queue.jsonl --together 3 {EXACT}")
-    assert (entries()[-1]["deleted"], entries()[-1]["new"], len(entries())) == (1, 1437, 2)
+    requests = [{"delete": [4, 5]}, {"add": "digits"}, {"restore": [5]}, {"delete": [1437 + 3]}]
+    Path("queue.jsonl").write_text("\n".join(json.dumps(r | {"id": i + 1}) for i, r in enumerate(requests)))
+    trained(f"deltagrad stream a queue.jsonl --together 4 {EXACT}")
+    assert (entries()[-1]["deleted"], entries()[-1]["new"], len(entries())) == (2, 1437, 2)
+    assert entries()[-1]["samples"] == entries()[0]["samples"] - 1 + 1436
     assert distance(trained("deltagrad verify a")) < 1e-12
+
+
+def test_requests_that_cancel_are_answered(trained):
+    before = weights()
+    Path("queue.jsonl").write_text(
+        '{"delete": [4], "id": "a"}\n{"restore": [4], "id": "b"}\n{"delete": [5], "id": "c"}'
+    )
+    trained("deltagrad stream a queue.jsonl --together 2")
+    assert [entry["samples"] for entry in entries()] == [1295, 1295, 1294]
+    assert not np.array_equal(weights(), before)
+
+
+def test_a_request_that_fails_is_named(trained, refusal):
+    Path("queue.jsonl").write_text('{"delete": [4], "id": "x"}\n{"delete": [4], "id": "y"}')
+    assert "request 'y': delete: id 4 is deleted already" in refusal("deltagrad stream a queue.jsonl")
+    assert len(entries()) == 2
+
+
+def test_an_id_belongs_to_one_request(trained, refusal):
+    Path("queue.jsonl").write_text('{"delete": [4], "id": "a"}')
+    trained("deltagrad stream a queue.jsonl")
+    Path("queue.jsonl").write_text('{"delete": [5], "id": "a"}')
+    assert "the id 'a' belongs to another request, which was answered" in refusal("deltagrad stream a queue.jsonl")
+
+
+def test_deleted_rows_may_be_blanked_and_others_not(effray, refusal):
+    def write(blank=()):
+        x, y = np.random.default_rng(0).normal(size=(200, 3)), np.arange(200) % 2
+        x[list(blank)] = 0
+        pq.write_table(pa.table({**{f"x{i}": x[:, i] for i in range(3)}, "label": y}), "data/train.parquet")
+
+    os.makedirs("data")
+    write()
+    pq.write_table(pq.read_table("data/train.parquet").slice(0, 20), "data/test.parquet")
+    effray("deltagrad train --name a --dataset table:data --train.epochs 5 --dataset.validation 0")
+    effray(f"deltagrad delete a --ids 7,8 {EXACT}")
+    write(blank=[7, 8])
+    assert distance(effray("deltagrad verify a")) < 1e-12
+    effray(f"deltagrad delete a --ids 9 {EXACT}")
+    assert distance(effray("deltagrad verify a")) < 1e-12
+    write(blank=[7, 8, 11])
+    assert "sample 11 of the data set is not what it was" in refusal("deltagrad log a")
+
+
+def test_other_settings_are_found(trained, refusal):
+    config = RUN / "config.toml"
+    config.write_text(config.read_text().replace("weight_decay = 0.005", "weight_decay = 0.5"))
+    assert "config.toml is not that of the recorded training" in refusal("deltagrad verify a")
+
+
+def test_new_samples_are_read_with_the_options_of_the_run(effray):
+    Path("rows.svm").write_text("".join(f"{i % 2} {1 + i % 5}:{i % 7}\n" for i in range(100)))
+    Path("more.svm").write_text("1 1:2\n0 2:1\n")
+    effray("deltagrad train --name a --dataset libsvm:rows.svm --train.epochs 3")
+    assert "2 new (ids 80 … 81)" in effray("deltagrad add a --data libsvm:more.svm")
 
 
 def test_a_tolerance_is_kept(trained):
@@ -135,6 +194,9 @@ def test_tables_are_deleted_by_their_columns(effray, tmp_path):
         ("delete a --where 'size > 3'", r"unknown name in a condition 'size'. Allowed: label"),
         ("delete a --where 'label'", r"condition 'label' is not of the form NAME OPERATOR VALUE"),
         ("delete b --ids 1", r"unknown run in .* 'b'. Allowed: a"),
+        ("delete a --ids ''", r"ids in '' cannot be read"),
+        ("delete a --ids 99999999999999999999", r"ids in '99999999999999999999' cannot be read"),
+        ("delete a --ids 1 --tolerance 1 --period 2", r"--tolerance chooses the exact steps: --period and --burn-in"),
         ("delete a --ids 1 --period 0", r"replay.period = '0': input should be greater than or equal to 1"),
         ("delete a --ids 1 --tolerance -1", r"replay.tolerance = '-1'"),
         ("add a --ids 4", r"restore: id 4 is in use already"),
@@ -154,8 +216,11 @@ def test_nonsense_is_one_line_and_changes_nothing(trained, refusal, arguments, m
     ("line", "message"),
     [
         ("{", "line 2 of 'queue.jsonl' is not JSON"),
-        ('{"remove": [1]}', "unknown request in line 2 of 'queue.jsonl' 'remove'"),
-        ('{"delete": 1}', "delete takes a list of ids, not 1"),
+        ('{"remove": [1], "id": 1}', "unknown request in line 2 of 'queue.jsonl' 'remove'"),
+        ('{"delete": 1, "id": 1}', "delete takes a list of ids, not 1"),
+        ('{"delete": [1]}', "must be an object with one of delete, delete_where, restore, add, and an id of its own"),
+        ('{"delete": [1], "delete": [2], "id": 1}', "is not JSON: a name occurs twice"),
+        ('{"delete": [99999999999999999999], "id": 1}', "delete takes a list of ids"),
         ("[]", "must be an object with one of delete, delete_where, restore, add"),
         ('{"delete": [9], "id": "x"}', "has the id 'x' 2 times"),
     ],
@@ -233,7 +298,7 @@ def test_a_killed_stream_loses_and_repeats_nothing(effray, tmp_path):
         process.wait()
         assert answered < len(entries()) < 9
     effray("deltagrad stream a queue.jsonl")
-    assert [entry["requests"] for entry in entries()[1:]] == [[f"r{i}"] for i in range(8)]
+    assert [asked["id"] for entry in entries()[1:] for asked in entry["requests"]] == [f"r{i}" for i in range(8)]
     assert entries()[-1]["samples"] == entries()[0]["samples"] - 8
     assert distance(effray("deltagrad verify a")) < 1e-2
 
