@@ -18,3 +18,12 @@ def mlp(shape: tuple[int, ...], num_classes: int, *, hidden: tuple[PositiveInt, 
     for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return Classifier(nn.Sequential(*layers), nn.Linear(sizes[-1], num_classes))
+
+
+@model("lenet300-100", source="doi:10.1109/5.726791")
+def lenet300_100(shape: tuple[int, ...], num_classes: int) -> Classifier:
+    """LeNet-300-100, hidden layers of 300 and 100 units, 0.27 M parameters on 28 × 28 pixels.
+
+    Differs from the paper: ReLU for tanh.
+    """
+    return mlp(shape, num_classes, hidden=(300, 100))

@@ -53,6 +53,12 @@ def wrn_16_8(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> C
     return wide(shape, num_classes, 16, 8, dropout)
 
 
+@model("wrn-16-10", source=WRN)
+def wrn_16_10(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
+    """Wide ResNet with 16 layers of 10 times the channels, 17.1 M parameters."""
+    return wide(shape, num_classes, 16, 10, dropout)
+
+
 @model("wrn-22-8", source=WRN)
 def wrn_22_8(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
     """Wide ResNet with 22 layers of 8 times the channels, 17.2 M parameters."""

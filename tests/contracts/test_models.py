@@ -15,7 +15,7 @@ from raypkg.models.classifier import Classifier, as_classifier
 from raypkg.models.resnet import Padded
 
 SHAPE, CLASSES = (3, 8, 8), 5
-ROWS_TOO = {"mlp", "linear"}
+ROWS_TOO = {"mlp", "lenet300-100", "linear"}
 
 
 def own_network(shape, num_classes, *, width: int = 8):
@@ -148,10 +148,22 @@ def test_rows_and_small_images(name):
         ("resnet18", (3, 32, 32), 10, 11_173_962),
         ("resnet50", (3, 224, 224), 1000, 25_557_032),  # 25.56 M, as quoted for ImageNet
         ("wrn-16-8", (3, 32, 32), 10, 10_961_370),  # 11.0 M in the paper
+        # Stem 432; stages 716,800 + 3,276,800 + 13,107,200, shortcuts among them; norms 2·(496 + 1,120 + 2,240 + 640).
+        ("wrn-16-10", (3, 32, 32), 10, 432 + 17_100_800 + 8_992 + 6_410),  # 17.1 M in SNIP
         ("wrn-28-10", (3, 32, 32), 10, 36_479_194),  # 36.5 M in the paper
+        # 121·3·96 + 25·96·256 + 9·(256·384 + 384·384 + 384·256); their norms 2·1,376; k = 1: 256·1,024 + 1,024²,
+        # norms 2·2,048, head 1,025·10; k = 2: 256·2,048 + 2,048², 2·4,096, 2,049·10. 5.1 M and 8.5 M in the paper.
+        ("alexnet-s", (3, 32, 32), 10, 3_745_824 + 2_752 + 1_310_720 + 4_096 + 10_250),
+        ("alexnet-b", (3, 32, 32), 10, 3_745_824 + 2_752 + 4_718_592 + 8_192 + 20_490),
+        # 9·(3·64 + 64² + 64·128 + 128²) = 259,776; stages 3 to 5 of D 9·(128·256 + 2·256², 256·512 + 2·512², 3·512²),
+        # a third layer of C has a ninth of its weights; norms 2·4,224. A hidden layer 512² + 2·512, head 513·10.
+        ("vgg-c", (3, 32, 32), 10, 259_776 + 950_272 + 3_801_088 + 4_980_736 + 8_448 + 2 * 263_168 + 5_130),  # 10.5 M
+        ("vgg-d", (3, 32, 32), 10, 259_776 + 1_474_560 + 5_898_240 + 7_077_888 + 8_448 + 2 * 263_168 + 5_130),  # 15.2 M
+        ("vgg-like", (3, 32, 32), 10, 259_776 + 1_474_560 + 5_898_240 + 7_077_888 + 8_448 + 263_168 + 5_130),  # 15.0 M
         # 1·6·25 + 6, 6·16·25 + 16, 16·7·7·120 + 120, 120·84 + 84, 84·10 + 10.
         ("lenet5", (1, 28, 28), 10, 156 + 2_416 + 94_200 + 10_164 + 850),
         ("mlp", (1, 28, 28), 10, 784 * 300 + 300 + 300 * 100 + 100 + 1_010),  # LeNet-300-100: 266,610
+        ("lenet300-100", (1, 28, 28), 10, 266_610),
         ("linear", (1, 28, 28), 10, 7_850),
     ],
 )
@@ -163,6 +175,18 @@ def test_the_stem_follows_the_image_size():
     small, large = build("resnet18", shape=(3, 64, 64)), build("resnet18", shape=(3, 96, 96))
     assert small.features[0].kernel_size == (3, 3) and large.features[0].kernel_size == (7, 7)
     assert any(isinstance(layer, nn.MaxPool2d) for layer in large.features)
+
+
+@pytest.mark.parametrize("name", ["alexnet-s", "vgg-c"])
+@pytest.mark.parametrize(("side", "left"), [(4, 1), (8, 1), (17, 1), (28, 1), (32, 1), (63, 2)])
+def test_halvings_follow_the_image_size(name, side, left):
+    layers = list(build(name, shape=(3, side, side)).features)
+    end = next(at for at, layer in enumerate(layers) if isinstance(layer, nn.AdaptiveAvgPool2d))
+    x = torch.zeros(2, 3, side, side)
+    for layer in layers[:end]:
+        assert not isinstance(layer, nn.Conv2d) or x.shape[-1] > 1  # what a 3 × 3 kernel sees is more than padding
+        x = layer(x)
+    assert x.shape[2:] == (left, left)
 
 
 def test_convolutions_start_at_he_variance():
@@ -183,8 +207,8 @@ def test_options_reach_the_network():
     assert build("resnet8", width=4).head.in_features == 16
     assert build("mlp", hidden=(7,)).head.in_features == 7
     assert build(own(own_network), width=3).head.in_features == 3
-    rates = {layer.p for layer in build("wrn-28-2", dropout=0.3).modules() if isinstance(layer, nn.Dropout)}
-    assert rates == {0.3}
+    for name in ("wrn-28-2", "alexnet-s", "vgg-like"):
+        assert {layer.p for layer in build(name, dropout=0.3).modules() if isinstance(layer, nn.Dropout)} == {0.3}
 
 
 def test_a_bare_linear_layer_is_its_own_head():
