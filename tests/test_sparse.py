@@ -21,6 +21,7 @@ from raypkg.engine.topology import Topology
 from raypkg.engine.worker import Worker
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.sparse.agent import coefficient, cosine, smoothed
+from raypkg.methods.sparse.csr import compressed, expanded, with_sparse_layers
 from raypkg.methods.sparse.flops import active_flops, forward_flops
 from raypkg.methods.sparse.masks import allot, counts_of, density_of, erk, largest_masks, shapes_of
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
@@ -402,6 +403,27 @@ def test_operations_of_lenet5():
     assert list(flops.values()) == expected and set(flops) == set(shapes_of(model))
     half = {name: torch.arange(shape.numel()).view(shape) % 2 == 0 for name, shape in shapes_of(model).items()}
     assert active_flops(flops, half) == sum(expected) // 2
+
+
+@pytest.mark.parametrize("columns", [5, 40_000])
+def test_compressed_rows_come_back(columns):
+    weight = torch.randn(6, columns, generator=rng()) * (torch.rand(6, columns, generator=rng()) < 0.1)
+    state = {"a.weight": weight.view(6, columns, 1, 1), "a.bias": torch.ones(6)}
+    small = compressed(state, {"a.weight"})
+    assert small["a.weight.columns"].dtype == (torch.int16 if columns == 5 else torch.int32)
+    assert small["a.weight.values"].numel() == int((weight != 0).sum())
+    assert all(value.equal(state[name]) for name, value in expanded(small).items())
+
+
+def test_sparse_layers_compute_what_dense_ones_do():
+    model = network()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p *= torch.rand(p.shape, generator=rng()) < 0.3
+        x = torch.randn(7, D, generator=rng())
+        expected = model(x)
+        torch.testing.assert_close(with_sparse_layers(model)(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_growth_rule_of_the_wrong_shape_is_told():

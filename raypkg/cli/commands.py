@@ -115,6 +115,29 @@ def show(run: str, root: str, against: str | None) -> None:
 
 
 @effray.command(cls=ExampleHelp)
+@click.argument("run")
+@click.option("--root", default=ROOT, show_default=True, help=ROOT_HELP)
+@click.option("--format", "form", type=click.Choice(["csr"]), default="csr", show_default=True, help="how to write it")
+def export(run: str, root: str, form: str) -> None:
+    """Write a finished run's model without the weights that do not exist, and measure what that saves.
+
+    RUN is a name, or a path to a run folder. csr = compressed sparse rows, in model.csr.safetensors.
+
+    Example:
+        effray sparse --name thin --model mlp --density 0.05 && effray export thin --format csr
+    """
+    from raypkg.core.config import load
+    from raypkg.experiments import settings_of
+    from raypkg.phases.export import export as write
+    from raypkg.runs.folder import locate
+    from raypkg.runs.show import savings, terminal
+
+    folder = locate(root, run)
+    kind = experiment[Path(folder.storage.root).parent.name]
+    terminal().print(savings(write(folder, load(settings_of(kind), folder.config))))
+
+
+@effray.command(cls=ExampleHelp)
 def methods() -> None:
     """List everything that can be chosen by name, with its source.
 
@@ -125,10 +148,11 @@ def methods() -> None:
 
     from raypkg.data import dataset
     from raypkg.methods.coresets import coreset
+    from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
     from raypkg.models import model
     from raypkg.runs.show import terminal
 
-    for registry in (experiment, coreset, model, dataset):
+    for registry in (experiment, coreset, model, dataset, initial, drop, growth, redistribution):
         columns = [Column(name, overflow="fold") for name in ("name", "what it is", "options", "source")]
         table = Table(*columns, title=registry.kind, title_justify="left")
         for entry in registry.entries.values():

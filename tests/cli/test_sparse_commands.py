@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
+from raypkg.methods.sparse.csr import expanded
+
 RUN = Path("runs/sparse/a")
 SHORT = "sparse --name a --model mlp --train.epochs 6 --train.batch_size 100 --density 0.1 --update-every 7"
 
@@ -30,6 +32,18 @@ def test_a_run_says_what_is_sparse(effray):
     changes = pq.read_table(RUN / "topology.parquet").to_pylist()
     assert len({row["step"] for row in changes}) == 1 + 77 // 7
     assert {phase["phase"] for phase in found["phases"]} >= {"train: correction", "train: full gradient"}
+
+
+def test_a_model_is_exported_without_its_zeros(effray, refusal):
+    effray(SHORT)
+    out = effray("export a --format csr")
+    assert "largest difference of logits" in out
+    state = load_file(RUN / "model.safetensors")
+    back = expanded(load_file(RUN / "model.csr.safetensors"))
+    assert all(value.equal(back[name]) for name, value in state.items()) and len(back) == len(state)
+    assert (RUN / "model.csr.safetensors").stat().st_size < 0.5 * (RUN / "model.safetensors").stat().st_size
+    (RUN / "summary.json").unlink()
+    assert "run 'a' is not finished: nothing to export yet" in refusal("export a")
 
 
 def test_dense_training_is_without_a_density(effray):

@@ -1,0 +1,84 @@
+"""Models whose pruned weights are not there: compressed sparse rows, on the disk and in linear layers."""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+PARTS = ("rows", "columns", "values")
+
+
+def compressed(state: State, names: set[str]) -> State:
+    """Return a model's tensors with those of the names in compressed rows, zeros left out.
+
+    ``w`` [out, …] becomes ``w.rows`` int32 [out + 1], ``w.columns`` int16 or int32 [k], ``w.values`` [k] and
+    ``w.shape``.
+
+    >>> found = compressed({"w": torch.tensor([[0.0, 2.0], [0.0, 0.0], [3.0, 0.0]])}, {"w"})
+    >>> [found[f"w.{part}"].tolist() for part in ("rows", "columns", "values", "shape")]
+    [[0, 1, 1, 2], [1, 0], [2.0, 3.0], [3, 2]]
+    """
+    out = {}
+    for name, tensor in state.items():
+        if name not in names:
+            out[name] = tensor.contiguous()
+            continue
+        matrix = in_rows(tensor.flatten(1))
+        narrow = torch.int16 if matrix.shape[1] <= torch.iinfo(torch.int16).max else torch.int32
+        out[f"{name}.rows"] = matrix.crow_indices().to(torch.int32)
+        out[f"{name}.columns"] = matrix.col_indices().to(narrow)
+        out[f"{name}.values"] = matrix.values()
+        out[f"{name}.shape"] = torch.tensor(tensor.shape)
+    return out
+
+
+def expanded(state: State) -> State:
+    """Return the dense tensors of ``compressed``."""
+    names = [name.removesuffix(".shape") for name in state if name.endswith(".shape")]
+    out = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in names}
+    for name in names:
+        out[name] = _matrix(state, name).to_dense().view(state[f"{name}.shape"].tolist())
+    return out
+
+
+def in_rows(weight: Tensor) -> Tensor:
+    """Return a matrix in compressed sparse rows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return weight.to_sparse_csr()
+
+
+class SparseLinear(nn.Module):
+    """A linear layer that multiplies the weights that exist, and no others.
+
+    Args:
+        layer: its dense form.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.matrix = in_rows(layer.weight.detach())
+        self.bias = None if layer.bias is None else layer.bias.detach()[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, in] to [b, out]."""
+        y = self.matrix @ x.T  # the sparse factor must be the left one
+        return (y if self.bias is None else y.add_(self.bias)).T
+
+
+def with_sparse_layers(model: nn.Module) -> nn.Module:
+    """Put sparse layers in the place of all linear ones; convolutions stay, as there is no sparse kernel for them."""
+    for name, child in model.named_children():
+        setattr(model, name, SparseLinear(child) if isinstance(child, nn.Linear) else with_sparse_layers(child))
+    return model
+
+
+def _matrix(state: State, name: str) -> Tensor:
+    rows, columns, values = (state[f"{name}.{part}"] for part in PARTS)
+    shape = state[f"{name}.shape"].tolist()
+    size = (shape[0], math.prod(shape[1:]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(rows.long(), columns.long(), values, size, check_invariants=True)
