@@ -326,8 +326,16 @@ def test_c_comes_from_the_losses_of_model_and_snapshot():
     hook = Correction(Agent(gamma=0.5))
     fit(run(Losses(), hook, settings=PLAIN.model_copy(update={"epochs": 2})))
     model, snapshot = np.array(found[:6]).T
-    expected = 0.3 * np.cov(model, snapshot)[0, 1] / np.var(snapshot, ddof=1)
+    expected = 0.3 * np.cov(np.diff(model), np.diff(snapshot))[0, 1] / np.var(np.diff(snapshot), ddof=1)
     assert hook.c == pytest.approx(expected, rel=1e-4)
+
+
+def test_drift_does_not_pass_for_covariance():
+    """Losses that fall along the way: differences find the batches' covariance, the plain ratio does not."""
+    snapshot, noise = torch.randn(2, 500, generator=rng())
+    current = 0.7 * snapshot + 0.1 * noise + torch.linspace(0, 50, 500)
+    assert coefficient(current.diff(), snapshot.diff()) == pytest.approx(0.7, abs=0.05)
+    assert abs(coefficient(current, snapshot) - 0.7) > 0.2
 
 
 def test_without_a_weight_nothing_changes_bit_for_bit():

@@ -34,7 +34,7 @@ class Correction(Hook):
     gradient of the snapshot is computed.
 
     Differs from the paper: ĉ is taken from the batch losses of the steps since the last snapshot, which are there
-    anyway, while θ moves. g̃ is over the very batches, augmented, that the coming epoch consists of, unless another hook
+    anyway, while θ moves; from their differences from step to step, in which that drift cancels. g̃ is over the very batches, augmented, that the coming epoch consists of, unless another hook
     supplies those.
 
     Args:
@@ -87,7 +87,7 @@ class Correction(Hook):
 
     def _refresh(self, run: Run) -> None:
         if self.losses:
-            current, snapshot = run.worker.sum(torch.stack(self.losses, dim=1))  # [batches] each
+            current, snapshot = run.worker.sum(torch.stack(self.losses, dim=1)).diff()  # [batches − 1] each
             self.c = smoothed(self.c, coefficient(current, snapshot), self.settings.alpha)
             self.losses = []
         with torch.no_grad():

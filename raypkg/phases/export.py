@@ -61,8 +61,8 @@ def export(folder: RunFolder, settings: Experiment) -> Exported:
     storage = folder.storage
     if not folder.summary:
         raise UserError(f"run {folder.name!r} is not finished: nothing to export yet")
-    data = samples(settings.dataset, settings.seed).data
-    model, state = new_model(settings, data).eval(), load_model(storage, MODEL)
+    state, data = load_model(storage, MODEL), samples(settings.dataset, settings.seed).data
+    model = new_model(settings, data).eval()
     model.load_state_dict(state)
     names = set(prunable(model))
     save_model(storage, EXPORTED, compressed(state, names))
