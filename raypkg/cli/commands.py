@@ -12,6 +12,7 @@ from raypkg.core.registry import Entry
 from raypkg.experiments import experiment
 
 from .options import ROOT, ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting_options
+from .tune import tune
 
 
 class Effray(ExampleHelp, click.Group):
@@ -46,6 +47,9 @@ def effray() -> None:
     Example:
         effray lipt
     """
+
+
+effray.add_command(tune)
 
 
 def experiment_command(entry: Entry) -> click.Command:
