@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from raypkg.runs import folder as run_folder
 from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
 from raypkg.runs.sweep import DONE, METRICS, SweepFolder, create, find, measured
-from raypkg.runs.sweep_show import show_sweep
+from raypkg.runs.sweep_show import conclude, show_sweep
 
 from .execute import carry_out, check_names, with_absolute_path
 from .options import ROOT
@@ -71,7 +71,14 @@ def start_sweep(
 
     size = size_of(settings.cluster, _actors(settings))
     made_up = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}"
-    sweep = create(root, made_up if name is None else name, asdict(order), settings, space.text, trials)
+    sweep = create(
+        root,
+        made_up if name is None else name,
+        asdict(order) | {"varied": [*space.domains]},
+        settings,
+        space.text,
+        trials,
+    )
     _run(entry, sweep, settings, space, size, root)
 
 
@@ -87,8 +94,10 @@ def resume_sweep(entry: Entry, name: str, root: str, refused: Sequence[str]) -> 
     if sweep.order["experiment"] != entry.name:
         raise UserError(f"sweep {name!r} is of {sweep.order['experiment']}, not of {entry.name}")
     settings = load(settings_of(entry), sweep.config)
-    space = read_space(sweep.space, f"{sweep.storage.root}/space.py")
+    whole = read_space(sweep.space, f"{sweep.storage.root}/space.py")
+    space = _without(whole, whole.domains.keys() - sweep.order["varied"])
     if not _left(sweep):
+        conclude(sweep)
         show_sweep(sweep, terminal())
         return
     from raypkg.cluster.tune import size_of
@@ -150,11 +159,10 @@ class Progress:
 
 
 def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: Any, root: str) -> None:
-    from raypkg.cluster.tune import Proposals, optuna, run_trials
+    from raypkg.cluster.tune import Proposals, constants, optuna, run_trials
 
     order, console, waiting, further = sweep.order, terminal(), sweep.waiting(), sweep.further()
     told = [(row, row[order["metric"]]) for row in sweep.results() if row["state"] == DONE]
-    told = [({name: row[name] for name in space.domains}, reached) for row, reached in told]
     searcher = optuna(space.domains, order["metric"], order["mode"], settings.seed, told) if further else None
     how = f"{size.plan.workers} workers each, by Ray Train" if size.nested else "one process each"
     concurrent = order["concurrent"] or size.at_once
@@ -163,7 +171,7 @@ def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: An
     console.print(f"{sweep.name}: {len(waiting) + len(further)} trials of {entry.name}, {how}, {concurrent} at once")
     interrupted = run_trials(
         partial(run_trial, root=sweep.storage.root, workers=size.plan.workers if size.nested else 0),
-        Proposals(waiting, searcher, further),
+        Proposals(waiting, searcher, further, constants(space.domains)),
         Progress(sweep, console),
         size,
         count=len(waiting) + len(further),
@@ -177,6 +185,7 @@ def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: An
         folder=f"{sweep.storage.root}/ray",
     )
     sweep.storage.delete_folder("ray")
+    conclude(sweep)
     show_sweep(sweep, console)
     again = f"effray tune {entry.name} --resume {sweep.name}" + (f" --root {root}" if root != ROOT else "")
     if interrupted:
@@ -196,9 +205,9 @@ def _base(schema: type[Settings], config: Path | None) -> dict[str, Any]:
     return base
 
 
-def _without(space: Space, values: Mapping[str, Any]) -> Space:
-    """Return the space without what the user has set."""
-    domains = {name: domain for name, domain in space.domains.items() if name not in values}
+def _without(space: Space, given: Iterable[str]) -> Space:
+    """Return the space without the settings that the user gave."""
+    domains = {name: domain for name, domain in space.domains.items() if name not in {*given}}
     if not domains:
         raise UserError(f"nothing is left to vary: {', '.join(space.domains)} are given")
     return Space(space.text, domains, space.metric, space.mode)

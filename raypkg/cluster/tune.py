@@ -104,6 +104,11 @@ def grid(space: Mapping[str, Any]) -> Iterable[Values]:
     return (dict(zip(space, values, strict=True)) for values in product(*axes))
 
 
+def constants(space: Mapping[str, Any]) -> Values:
+    """Return what a space gives a single plain value."""
+    return {name: value for name, value in space.items() if not isinstance(value, Domain | dict)}
+
+
 def optuna(
     space: Mapping[str, Any], metric: str, mode: str, seed: int, told: Sequence[tuple[Values, float]]
 ) -> Searcher:
@@ -114,14 +119,15 @@ def optuna(
     """
     from ray.tune.search.optuna import OptunaSearch
 
+    varied = {name: domain for name, domain in space.items() if name not in constants(space)}
     try:
-        search = OptunaSearch(dict(space), metric=metric, mode=mode, seed=seed % 2**32)
+        search = OptunaSearch(varied, metric=metric, mode=mode, seed=seed % 2**32)
     except (AssertionError, ImportError):
         raise UserError("--search optuna needs Optuna: pip install 'effray[optuna]'") from None
     except ValueError as error:
         raise UserError(f"--search optuna: {error}") from None
     for values, reached in told:
-        search.add_evaluated_point(values, reached)
+        search.add_evaluated_point({name: values[name] for name in varied}, reached)
     return search
 
 
@@ -132,10 +138,18 @@ class Proposals(Searcher):
         waiting: trials whose settings are known.
         searcher: suggests those of further ones.
         further: their numbers.
+        fixed: what each of them sets as well.
     """
 
-    def __init__(self, waiting: Iterable[Proposal], searcher: Searcher | None = None, further: Iterable[int] = ()):
+    def __init__(
+        self,
+        waiting: Iterable[Proposal],
+        searcher: Searcher | None = None,
+        further: Iterable[int] = (),
+        fixed: Mapping[str, Any] | None = None,
+    ):
         super().__init__()
+        self._fixed = dict(fixed or {})
         self._waiting, self._searcher, self._further = deque(waiting), searcher, deque(further)
         self._known: dict[str, Values] = {}  # of waiting trials, by Tune's name for them
 
@@ -148,7 +162,7 @@ class Proposals(Searcher):
             suggested = self._searcher.suggest(trial_id)
             if not isinstance(suggested, dict):
                 return suggested
-            number, values = self._further.popleft(), suggested
+            number, values = self._further.popleft(), self._fixed | suggested
         else:
             return Searcher.FINISHED
         return {"number": number, "values": values}
@@ -158,7 +172,8 @@ class Proposals(Searcher):
         if self._searcher and trial_id not in self._known:
             self._searcher.on_trial_complete(trial_id, result, error)
         elif self._searcher and result and self._searcher.metric in result:
-            self._searcher.add_evaluated_point(self._known[trial_id], result[self._searcher.metric])
+            varied = {name: value for name, value in self._known[trial_id].items() if name not in self._fixed}
+            self._searcher.add_evaluated_point(varied, result[self._searcher.metric])
 
 
 def size_of(cluster: Cluster, actors: int) -> Size:

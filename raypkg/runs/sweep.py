@@ -174,6 +174,11 @@ def find(root: str, name: str) -> SweepFolder:
     return SweepFolder(sweeps / name)
 
 
+def is_sweep(storage: Storage) -> bool:
+    """Say whether a folder is a sweep's."""
+    return "sweep.json" in storage.list()
+
+
 def curve(folder: RunFolder, metric: str) -> list[tuple[int, float]]:
     """Return epoch and metric of the main training, where it was measured."""
     return [(row["epoch"], row[metric]) for row in _rows(folder) if row.get(metric) is not None]
@@ -228,5 +233,5 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Array:
     values = [row.get(name) for row in rows]
     try:
         return pa.array(values)
-    except pa.ArrowInvalid:  # a choice between values of several types
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # a choice between values of several types
         return pa.array([None if value is None else str(value) for value in values])

@@ -27,14 +27,16 @@ def against_settings(results: Results, names: Sequence[str], metric: str, path: 
     values = np.array([row[metric] for row in shown], dtype=float)
     with page(path) as figure:
         columns = max(1, min(COLUMNS, len(names)))
-        panels = figure.subplots(max(1, math.ceil(len(names) / columns)), columns, squeeze=False, sharey=True).flat
+        panels = list(
+            figure.subplots(max(1, math.ceil(len(names) / columns)), columns, squeeze=False, sharey=True).flat
+        )
         for axes, name in zip(panels, names, strict=False):
             where, ticks = _places([row.get(name) for row in shown])
             colours = [BLUE if finished else "none" for finished in done]
             axes.scatter(where, values, s=40, facecolors=colours, edgecolors=BLUE)
             axes.set(title=name, xlabel="")
             _mark(axes, where, ticks)
-        for axes in list(panels)[len(names) :]:
+        for axes in panels[len(names) :]:
             axes.axis("off")
         figure.supylabel(metric, color=GREY)
         figure.suptitle(f"{metric} of {len(shown)} trials (hollow: stopped early)", x=0.02, ha="left")
@@ -72,27 +74,25 @@ def parallel(results: Results, names: Sequence[str], metric: str, mode: str, pat
 
 
 def learning_curves(
-    curves: Mapping[str, Sequence[tuple[int, float]]], metric: str, mode: str, path: str | Path
+    curves: Mapping[str, Sequence[tuple[int, float]]], metric: str, best: str | None, path: str | Path
 ) -> None:
     """Draw the metric of every trial against epochs; the best one stands out.
 
     Args:
         curves: epoch and metric of each trial, by its name.
         metric: its name.
-        mode: max or min.
+        best: the trial that stands out, if one is done.
         path: the PNG to write.
     """
     drawn = {name: np.array(points, dtype=float) for name, points in curves.items() if points}
     longest = max((points[-1, 0] for points in drawn.values()), default=0)
-    finals = {name: points[-1, 1] for name, points in drawn.items() if points[-1, 0] == longest}
-    best = (max if mode == "max" else min)(finals, key=finals.__getitem__) if finals else None
     with page(path) as figure:
         axes = figure.subplots()
         for name, points in drawn.items():
             chosen = name == best
             axes.plot(*points.T, color=VERMILLION if chosen else BLUE, alpha=1 if chosen else 0.5, zorder=2 + chosen)
             axes.plot(*points[-1], color=VERMILLION if chosen else BLUE, marker="o", markersize=4, zorder=2 + chosen)
-        if best:
+        if best in drawn:
             axes.annotate(best, drawn[best][-1], (-4, 8), ha="right", color=VERMILLION, weight="bold", **NOTE)
         whole = sum(points[-1, 0] == longest for points in drawn.values())
         axes.set(title=f"{whole} of {len(drawn)} trials reached epoch {longest:.0f}", xlabel="epoch", ylabel=metric)
@@ -147,6 +147,8 @@ def _mark(axes: Any, where: np.ndarray, ticks: list[str]) -> None:
         axes.set_xticks(range(len(ticks)), ticks)
     elif _logarithmic(where):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter("")
 
 
 def _unit(where: np.ndarray) -> np.ndarray:

@@ -11,33 +11,54 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from . import sweep_plots as plots
-from .show import findings
-from .sweep import SweepFolder, curve, front, ranked
+from .show import findings, terminal
+from .sweep import DONE, SweepFolder, curve, front, ranked
 
 WIDEST = 1000  # columns
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
 
 
 def show_sweep(sweep: SweepFolder, console: Console) -> None:
-    """Write results, best settings and pictures of what there is so far, and print the table."""
-    metric, mode = sweep.order["metric"], sweep.order["mode"]
-    results = sweep.results()
-    order = ranked(results, metric, mode)
-    best = order[0] if order and order[0]["state"] == "done" and order[0].get(metric) is not None else None
-    pareto = front(results, metric, mode)
-    sweep.conclude(results, best)
-    _draw(sweep, results, pareto)
+    """Print the trials, the best of them and how to run it again."""
+    results, order, pareto, best = _judged(sweep)
     table = _table(sweep, order, pareto)
-    whole = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
-    console.print(table, width=max(console.width, whole), crop=False)  # many settings: the terminal may wrap lines
+    wide = terminal()
+    wide.width = max(wide.width, Measurement.get(wide, wide.options.update(max_width=WIDEST), table).maximum)
+    wide.print(table)  # with many settings the terminal wraps its lines, and no figure is cut off
+    for row in results:
+        if row["error"]:
+            console.print(f"{row['run']} failed: {row['error']}", soft_wrap=True)
     if best:
-        at = f"{sweep.storage.root}/best.toml"
+        metric, at = sweep.order["metric"], f"{sweep.storage.root}/best.toml"
         console.print(f"best: {best['run']}, {metric} {best[metric]:.4g}")
         console.print(findings(sweep.run(best["trial"]).summary or {})[0], soft_wrap=True)
         console.print(f"its settings: effray {sweep.order['experiment']} --config {at}", soft_wrap=True)
     console.print(sweep.storage.root, style="dim", soft_wrap=True)
 
 
-def _table(sweep: SweepFolder, results: Sequence[Mapping[str, Any]], pareto: Sequence[int]) -> Table:
+def conclude(sweep: SweepFolder) -> None:
+    """Write what there is so far: the table of all trials, the settings of the best, and the pictures."""
+    results, _, pareto, best = _judged(sweep)
+    sweep.conclude(results, best)
+    metric, mode, names = sweep.order["metric"], sweep.order["mode"], _names(sweep)
+    curves = {row["run"]: curve(sweep.run(row["trial"]), metric) for row in results}
+    chosen = best["run"] if best else None
+    _save(sweep, "settings", lambda path: plots.against_settings(results, names, metric, path))
+    _save(sweep, "parallel", lambda path: plots.parallel(results, names, metric, mode, path))
+    _save(sweep, "curves", lambda path: plots.learning_curves(curves, metric, chosen, path))
+    _save(sweep, "pareto", lambda path: plots.pareto(results, pareto, metric, path))
+
+
+def _judged(sweep: SweepFolder) -> tuple[list[dict[str, Any]], Rows, list[int], Row | None]:
+    """Return the results, the same in order, the Pareto front and the best done trial."""
+    metric, mode, results = sweep.order["metric"], sweep.order["mode"], sweep.results()
+    order = ranked(results, metric, mode)
+    best = next((row for row in order if row["state"] == DONE and row.get(metric) is not None), None)
+    return results, order, front(results, metric, mode), best
+
+
+def _table(sweep: SweepFolder, results: Rows, pareto: Sequence[int]) -> Table:
     metric, names = sweep.order["metric"], _names(sweep)
     title = f"{sweep.name}: * = on the Pareto front of {metric} against samples backward"
     table = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
@@ -54,15 +75,6 @@ def _table(sweep: SweepFolder, results: Sequence[Mapping[str, Any]], pareto: Seq
         settings = [_number(row.get(name)) for name in names]
         table.add_row(f"{mark}{row['trial']}", row["state"], str(row["epochs"]), *figures, *settings)
     return table
-
-
-def _draw(sweep: SweepFolder, results: Sequence[dict[str, Any]], pareto: Sequence[int]) -> None:
-    metric, mode, names = sweep.order["metric"], sweep.order["mode"], _names(sweep)
-    curves = {row["run"]: curve(sweep.run(row["trial"]), metric) for row in results}
-    _save(sweep, "settings", lambda path: plots.against_settings(results, names, metric, path))
-    _save(sweep, "parallel", lambda path: plots.parallel(results, names, metric, mode, path))
-    _save(sweep, "curves", lambda path: plots.learning_curves(curves, metric, mode, path))
-    _save(sweep, "pareto", lambda path: plots.pareto(results, pareto, metric, path))
 
 
 def _save(sweep: SweepFolder, name: str, plot: Callable[[Path], None]) -> None:
