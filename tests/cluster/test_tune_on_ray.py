@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -75,24 +74,16 @@ def test_every_scheduler_ends_every_trial(ray, tmp_path, space, scheduler):
         assert set(states) == {"done"}
 
 
-def test_lipt_with_two_workers_a_trial(ray, tmp_path):
-    """Three CPUs hold one such trial at a time: whoever keeps a CPU to itself hangs the sweep."""
-    small = [
-        "--pretrain.models",
-        "4",
-        "--pretrain.epochs",
-        "2",
-        "--pretrain.batch_size",
-        "32",
-        "--select.fraction",
-        "0.2",
-    ]
-    options = ["--root", tmp_path, "--name", "s", "--samples", "2", "--cluster.workers", "2", "--scheduler", "none"]
-    run("tune", "lipt", *options, *TINY, *small)
+def test_lipt_with_as_many_workers_a_trial_as_there_are_cpus(ray, tmp_path):
+    """Whoever else keeps a CPU to itself hangs the sweep."""
+    small = ["--pretrain.models", "4", "--pretrain.epochs", "2", "--pretrain.batch_size", "32"]
+    options = ["--root", tmp_path, "--name", "s", "--samples", "2", "--cluster.workers", "3", "--scheduler", "none"]
+    (tmp_path / "space.py").write_text(SPACE.replace("train.lr", "pretrain.lr"))
+    run("tune", "lipt", *options, *TINY, *small, "--space", tmp_path / "space.py")
     assert [row["state"] for row in results(tmp_path)] == ["done", "done"]
     for number in range(2):
         summary = json.loads((tmp_path / f"lipt/s-{number:03d}/summary.json").read_text())
-        assert summary["workers"] == 2
+        assert summary["workers"] == 3
 
 
 def test_requests_that_cannot_be_met_are_refused(ray, tmp_path, space, capsys):
@@ -127,7 +118,7 @@ def test_a_killed_trial_goes_on_from_its_last_epoch(ray, tmp_path, space, worker
     ]
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "2", "--scheduler", "none", *TINY]
     run("tune", "train", *options, *source, "--cluster.workers", workers)
-    assert (tmp_path / "go").exists()  # somebody did die
+    assert (tmp_path / "killed").exists()  # somebody did die
     rows = results(tmp_path)
     assert [(row["trial"], row["state"], row["epochs"]) for row in rows] == [(0, "done", 4), (1, "done", 4)]
 
