@@ -53,6 +53,12 @@ def test_a_trial_is_what_its_run_folder_says(sweep):
     assert not sweep.further()
 
 
+def test_a_stopped_trial_has_paid_for_its_earlier_phases_too(sweep):
+    assert measured(sweep.run(2))["backward"] == 10
+    sweep.run(2).finish_phase("pretrain", {"costs": [{"backward": 500}]})
+    assert measured(sweep.run(2))["backward"] == 510
+
+
 def test_a_failed_trial_is_to_be_run_again(sweep):
     sweep.ended(3, "the loss became nan")
     assert sweep.state(3) == "failed" and [number for number, _ in sweep.waiting()] == [3]

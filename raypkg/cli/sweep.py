@@ -69,7 +69,7 @@ def start_sweep(
         check_trial(schema, settings, trial, check_names)
     from raypkg.cluster.tune import size_of
 
-    size = size_of(settings.cluster, _actors(settings))
+    size = size_of(settings.cluster, _actors(settings), order.concurrent)
     made_up = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}"
     sweep = create(
         root,
@@ -102,7 +102,8 @@ def resume_sweep(entry: Entry, name: str, root: str, refused: Sequence[str]) -> 
         return
     from raypkg.cluster.tune import size_of
 
-    _run(entry, sweep, settings, space, size_of(settings.cluster, _actors(settings)), root)
+    size = size_of(settings.cluster, _actors(settings), sweep.order["concurrent"])
+    _run(entry, sweep, settings, space, size, root)
 
 
 def run_trial(
@@ -165,10 +166,7 @@ def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: An
     told = [(row, row[order["metric"]]) for row in sweep.results() if row["state"] == DONE]
     searcher = optuna(space.domains, order["metric"], order["mode"], settings.seed, told) if further else None
     how = f"{size.plan.workers} workers each, by Ray Train" if size.nested else "one process each"
-    concurrent = order["concurrent"] or size.at_once
-    if concurrent > size.at_once:
-        raise UserError(f"--concurrent {concurrent}: the cluster has room for {size.at_once} trials of {how}")
-    console.print(f"{sweep.name}: {len(waiting) + len(further)} trials of {entry.name}, {how}, {concurrent} at once")
+    console.print(f"{sweep.name}: {len(waiting) + len(further)} trials of {entry.name}, {how}, {size.at_once} at once")
     interrupted = run_trials(
         partial(run_trial, root=sweep.storage.root, workers=size.plan.workers if size.nested else 0),
         Proposals(waiting, searcher, further, constants(space.domains)),
@@ -179,7 +177,6 @@ def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: An
         mode=order["mode"],
         scheduler=order["scheduler"],
         longest=_longest(space, settings),
-        concurrent=concurrent,
         seconds=order["time_budget"],
         failures=settings.cluster.max_failures,
         folder=f"{sweep.storage.root}/ray",

@@ -61,7 +61,7 @@ class Size:
     Attributes:
         plan: of its workers.
         nested: whether Ray Train runs them; otherwise the trial's own process is the only one.
-        at_once: trials that fit side by side.
+        at_once: trials side by side.
     """
 
     plan: Plan
@@ -176,7 +176,7 @@ class Proposals(Searcher):
             self._searcher.add_evaluated_point(varied, result[self._searcher.metric])
 
 
-def size_of(cluster: Cluster, actors: int) -> Size:
+def size_of(cluster: Cluster, actors: int, concurrent: int | None) -> Size:
     """Join or start the cluster and choose how a trial runs on it.
 
     A trial of one process without a GPU runs in the process that Tune gives it; any other needs Ray Train.
@@ -184,9 +184,10 @@ def size_of(cluster: Cluster, actors: int) -> Size:
     Args:
         cluster: of one trial; workers left out = one.
         actors: that a trial starts beside its workers, of one CPU each.
+        concurrent: trials at once; None = as many as fit.
 
     Raises:
-        UserError: one trial does not fit.
+        UserError: one trial does not fit, or not so many.
     """
     connect(cluster)
     size = plan(cluster.model_copy(update={"workers": cluster.workers or 1}))
@@ -199,7 +200,9 @@ def size_of(cluster: Cluster, actors: int) -> Size:
             f"a trial of {size.workers} workers and {actors} actors does not fit the cluster, which has room for"
             f" {room(size.cpus, size.gpus)} of {size.cpus} CPU and {size.gpus:g} GPU: lower one or the other"
         )
-    return Size(size, everyone > 1 or size.gpus > 0, fit)
+    if concurrent and concurrent > fit:
+        raise UserError(f"--concurrent {concurrent}: the cluster has room for {fit} trials of {everyone} processes")
+    return Size(size, everyone > 1 or size.gpus > 0, concurrent or fit)
 
 
 def run_trials(
@@ -213,7 +216,6 @@ def run_trials(
     mode: str,
     scheduler: str,
     longest: int,
-    concurrent: int,
     seconds: float | None,
     failures: int,
     folder: str,
@@ -231,7 +233,6 @@ def run_trials(
         mode: max or min.
         scheduler: which stops those that fall behind; a key of ``SCHEDULERS``.
         longest: epochs of the longest trial.
-        concurrent: at most so many at once.
         seconds: after which no trial goes on; None = never.
         failures: how often a trial whose process died is started again.
         folder: where Tune keeps its own files.
@@ -252,7 +253,7 @@ def run_trials(
             search_alg=proposals,
             scheduler=SCHEDULERS[scheduler](longest),
             num_samples=count,
-            max_concurrent_trials=min(concurrent, size.at_once),
+            max_concurrent_trials=size.at_once,
             time_budget_s=seconds,
             reuse_actors=not size.nested,  # starting Python and torch takes longer than many a trial
         ),

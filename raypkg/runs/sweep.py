@@ -192,6 +192,9 @@ def measured(folder: RunFolder) -> dict[str, Any]:
     if summary := folder.summary:
         last |= {name: summary[name] for name in METRICS if name in summary}
         last["backward"] = sum(phase["backward"] for phase in summary["phases"])
+    elif "backward" in last:  # of the main training so far; what came before it is paid as well
+        records = [folder.phase(name.removesuffix(".json")) or {} for name in folder.storage.list("phases")]
+        last["backward"] += sum(cost["backward"] for record in records for cost in record.get("costs", ()))
     return last
 
 

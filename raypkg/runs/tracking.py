@@ -43,7 +43,7 @@ class Wandb:
 
     Args:
         settings: become the run's config.
-        folder: gives the run its name; its plots are logged at the end.
+        folder: gives the run its name; its plots and coreset are logged at the end.
         group: the experiment's name, or the sweep's.
     """
 
@@ -68,13 +68,17 @@ class Wandb:
         self._run.log({f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, float | int)})
 
     def finish(self, summary: Mapping[str, Any]) -> str:
-        """Log the manifest and the plots, and close."""
+        """Log the manifest, the plots and the coreset, and close."""
         import wandb
 
         self._run.summary.update(dict(summary))
         if local := self._folder.storage.local:
             for plot in sorted(local.glob("plots/*.png")):
                 self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
+            if (coreset := local / "coreset.parquet").exists():
+                artifact = wandb.Artifact(f"coreset-{self._folder.name}", type="coreset")
+                artifact.add_file(str(coreset))
+                self._run.log_artifact(artifact)
         directory = Path(self._run.dir).parent
         self._run.finish()
         offline = directory.name.startswith("offline-")

@@ -91,7 +91,7 @@ def test_requests_that_cannot_be_met_are_refused(ray, tmp_path, space, capsys):
     run(*options, "--cluster.workers", "4", code=2)
     assert "4 workers of 1 CPU and 0 GPU do not fit the cluster" in capsys.readouterr().err
     run(*options, "--cluster.workers", "2", "--concurrent", "2", code=2)
-    assert "--concurrent 2: the cluster has room for 1 trials" in capsys.readouterr().err
+    assert "--concurrent 2: the cluster has room for 1 trials of 2 processes" in capsys.readouterr().err
     run("tune", "crest", "--root", tmp_path, "--cluster.workers", "2", "--select.actors", "2", code=2)
     assert "a trial of 2 workers and 2 actors does not fit" in capsys.readouterr().err
     assert not list(tmp_path.glob("t*/*"))
