@@ -186,7 +186,7 @@ def curve(folder: RunFolder, metric: str) -> list[tuple[int, float]]:
 
 def measured(folder: RunFolder) -> dict[str, Any]:
     """Return a run's figures: the last of every metric, and how many epochs of the main training there are."""
-    last: dict[str, Any] = {"epochs": len(_rows(folder))}
+    last: dict[str, Any] = {"epochs": max((row["epoch"] for row in _rows(folder)), default=0)}
     for row in _rows(folder):
         last |= {name: row[name] for name in METRICS if row.get(name) is not None}
     if summary := folder.summary:

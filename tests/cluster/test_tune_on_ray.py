@@ -108,14 +108,7 @@ def test_what_a_trial_does_wrong_is_its_result(ray, tmp_path, space, capsys):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_killed_trial_goes_on_from_its_last_epoch(ray, tmp_path, space, workers):
-    source = [
-        "--dataset",
-        "hanging:load",
-        "--set",
-        f"dataset.options.go={tmp_path}/go",
-        "--set",
-        "dataset.options.kill=true",
-    ]
+    source = ["--dataset", "sabotage:load_and_kill_once", "--set", f"dataset.options.marker={tmp_path}/killed"]
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "2", "--scheduler", "none", *TINY]
     run("tune", "train", *options, *source, "--cluster.workers", workers)
     assert (tmp_path / "killed").exists()  # somebody did die
