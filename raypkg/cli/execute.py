@@ -59,14 +59,19 @@ def resume_run(
 
 
 def with_absolute_path(settings: Any) -> Any:
-    """Make the path of ``parquet:PATH`` absolute: workers run, and runs are repeated, in other folders."""
+    """Make the paths in ``parquet:PATH`` and ``dataset.only`` absolute: workers and repeated runs are in other folders.
+
+    URIs stay as they are.
+    """
     from raypkg.data import dataset
 
-    source, _, path = settings.dataset.name.partition(":")
-    if not path or source not in dataset.entries:
-        return settings
-    name = f"{source}:{Path(path).expanduser().absolute()}"
-    return settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"name": name})})
+    changes, data = {}, settings.dataset
+    source, _, path = data.name.partition(":")
+    if path and source in dataset.entries:
+        changes["name"] = f"{source}:{Path(path).expanduser().absolute()}"
+    if data.only is not None and "://" not in data.only:
+        changes["only"] = str(Path(data.only).expanduser().absolute())
+    return settings.model_copy(update={"dataset": data.model_copy(update=changes)}) if changes else settings
 
 
 def check_names(settings: Any) -> None:

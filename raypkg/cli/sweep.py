@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from raypkg.runs.storage import Storage
 from raypkg.runs.sweep import DONE, METRICS, SweepFolder, create, find, measured
 from raypkg.runs.sweep_show import conclude, show_sweep
 
+from . import proxy
 from .execute import carry_out, check_names, with_absolute_path
 from .options import ROOT
 from .spaces import Space, check_space, check_trial, find_space, read_space
@@ -42,6 +43,8 @@ class Order:
     search: str | None = None
     concurrent: int | None = None
     time_budget: float | None = None
+    proxy: float | None = None
+    proxy_method: str | None = None
 
     @classmethod
     def options(cls) -> list[str]:
@@ -64,21 +67,18 @@ def start_sweep(
     space = _without(read_space(file.read_text(), str(file)), values)
     check_space(schema, settings, space, check_names)
     order = _filled(order, space, settings)
+    proxy.check(order, settings)
     trials = _trials(order, space, settings)
     for trial in trials:
         check_trial(schema, settings, trial, check_names)
+    order = replace(order, samples=len(trials) or order.samples)
     from raypkg.cluster.tune import size_of
 
     size = size_of(settings.cluster, _actors(settings), order.concurrent)
-    made_up = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}"
-    sweep = create(
-        root,
-        made_up if name is None else name,
-        asdict(order) | {"varied": [*space.domains]},
-        settings,
-        space.text,
-        trials,
-    )
+    name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}" if name is None else name
+    only = {proxy.ONLY: proxy.coreset_of(root, name)} if order.proxy else {}
+    asked = asdict(order) | {"varied": [*space.domains], "fixed": only}
+    sweep = create(root, name, asked, settings, space.text, [trial | only for trial in trials])
     _run(entry, sweep, settings, space, size, root)
 
 
@@ -96,7 +96,7 @@ def resume_sweep(entry: Entry, name: str, root: str, refused: Sequence[str]) -> 
     settings = load(settings_of(entry), sweep.config)
     whole = read_space(sweep.space, f"{sweep.storage.root}/space.py")
     space = _without(whole, whole.domains.keys() - sweep.order["varied"])
-    if not _left(sweep):
+    if not _left(sweep) and not proxy.enlist(sweep):
         conclude(sweep)
         show_sweep(sweep, terminal())
         return
@@ -160,37 +160,54 @@ class Progress:
 
 
 def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: Any, root: str) -> None:
-    from raypkg.cluster.tune import Proposals, constants, optuna, run_trials
-
-    order, console, waiting, further = sweep.order, terminal(), sweep.waiting(), sweep.further()
-    told = [(row, row[order["metric"]]) for row in sweep.results() if row["state"] == DONE]
-    searcher = optuna(space.domains, order["metric"], order["mode"], settings.seed, told) if further else None
-    how = f"{size.plan.workers} workers each, by Ray Train" if size.nested else "one process each"
-    console.print(f"{sweep.name}: {len(waiting) + len(further)} trials of {entry.name}, {how}, {size.at_once} at once")
-    interrupted = run_trials(
-        partial(run_trial, root=sweep.storage.root, workers=size.plan.workers if size.nested else 0),
-        Proposals(waiting, searcher, further, constants(space.domains)),
-        Progress(sweep, console),
-        size,
-        count=len(waiting) + len(further),
-        metric=order["metric"],
-        mode=order["mode"],
-        scheduler=order["scheduler"],
-        longest=_longest(space, settings),
-        seconds=order["time_budget"],
-        failures=settings.cluster.max_failures,
-        folder=f"{sweep.storage.root}/ray",
-    )
-    sweep.storage.delete_folder("ray")
+    console = terminal()
+    workers = size.plan.workers if size.nested else 0
+    try:
+        if sweep.order["proxy"]:
+            proxy.select(sweep, settings, workers, console)
+        interrupted = _attempt(sweep, settings, space, size, workers, console) if _left(sweep) else False
+        if not interrupted and proxy.enlist(sweep):
+            interrupted = _attempt(sweep, settings, space, size, workers, console)
+    except KeyboardInterrupt:
+        interrupted = True
     conclude(sweep)
     show_sweep(sweep, console)
     again = f"effray tune {entry.name} --resume {sweep.name}" + (f" --root {root}" if root != ROOT else "")
     if interrupted:
         raise UserError(f"interrupted, {_left(sweep)} trials left; go on with: {again}")
     if left := _left(sweep):
-        console.print(f"{left} of {order['samples']} trials are not done; go on with: {again}", soft_wrap=True)
+        console.print(f"{left} of {len(sweep.trials)} trials are not done; go on with: {again}", soft_wrap=True)
     if settings.track.name == "wandb" and (line := _sync(sweep)):
         console.print(line, soft_wrap=True)
+
+
+def _attempt(sweep: SweepFolder, settings: Any, space: Space, size: Any, workers: int, console: Console) -> bool:
+    """Run the trials that are left; return whether the user interrupted."""
+    from raypkg.cluster.tune import Proposals, constants, optuna, run_trials
+
+    order, waiting, further = sweep.order, sweep.waiting(), sweep.further()
+    told = [(row, row[order["metric"]]) for row in sweep.results() if row["state"] == DONE]
+    searcher = optuna(space.domains, order["metric"], order["mode"], settings.seed, told) if further else None
+    finals = all(number >= order["samples"] for number, _ in waiting) and not further
+    how = f"{workers} workers each, by Ray Train" if workers else "one process each"
+    what = f"trials of {order['experiment']}{' on all samples' if finals else ''}"
+    console.print(f"{sweep.name}: {len(waiting) + len(further)} {what}, {how}, {size.at_once} at once")
+    interrupted = run_trials(
+        partial(run_trial, root=sweep.storage.root, workers=workers),
+        Proposals(waiting, searcher, further, constants(space.domains) | order["fixed"]),
+        Progress(sweep, console),
+        size,
+        count=len(waiting) + len(further),
+        metric=order["metric"],
+        mode=order["mode"],
+        scheduler="none" if finals else order["scheduler"],
+        longest=_longest(space, settings),
+        seconds=order["time_budget"],
+        failures=settings.cluster.max_failures,
+        folder=f"{sweep.storage.root}/ray",
+    )
+    sweep.storage.delete_folder("ray")
+    return interrupted
 
 
 def _base(schema: type[Settings], config: Path | None) -> dict[str, Any]:
@@ -233,16 +250,16 @@ def _filled(order: Order, space: Space, settings: Any) -> Order:
     for option, value in (("samples", order.samples), ("concurrent", order.concurrent)):
         if value is not None and value < 1:
             raise UserError(f"--{option} {value}: at least 1")
-    return Order(
-        order.experiment,
-        order.space,
-        order.samples or (0 if search == "grid" else SAMPLES),
-        metric,
-        mode,
-        scheduler,
-        search,
-        order.concurrent,
-        order.time_budget,
+    if search == "grid" and order.samples:
+        raise UserError(f"--samples {order.samples}: a grid has as many trials as combinations")
+    return replace(
+        order,
+        samples=order.samples or SAMPLES,
+        metric=metric,
+        mode=mode,
+        scheduler=scheduler,
+        search=search,
+        proxy_method=(order.proxy_method or "gradmatch") if order.proxy else order.proxy_method,
     )
 
 

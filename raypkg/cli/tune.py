@@ -119,6 +119,8 @@ def _command(entry: Entry) -> click.Command:
             ),
             click.Option(["--concurrent"], type=int, help="trials at once; left out = as many as fit"),
             click.Option(["--time-budget"], type=Duration(), metavar="TIME", help="such as 90s, 10m or 2h"),
+            click.Option(["--proxy"], type=float, metavar="SHARE", help="tune on a coreset, the best on all samples"),
+            click.Option(["--proxy-method"], metavar="NAME", help="that selects it; left out = gradmatch"),
             click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options win over it"),
             click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
             click.Option(["--name"], help="of the sweep; made up from data, model and time when left out"),

@@ -8,12 +8,14 @@ Its trials are run folders beside those of the experiment, ``<root>/<experiment>
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import tomli_w
 
 from raypkg.core.config import Settings, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
 
+from .compare import kendall
 from .folder import RunFolder
 from .storage import Storage
 
@@ -103,6 +105,11 @@ class SweepFolder:
         """Return how far a trial is; its run folder knows best."""
         return DONE if self.run(number).summary else self.trials[number]["ended"] or UNFINISHED
 
+    def on_proxy(self, number: int) -> bool:
+        """Say whether a trial trains on the sweep's coreset instead of all samples."""
+        fixed = self.order.get("fixed") or {}
+        return bool(fixed) and fixed.items() <= self.trials[number]["settings"].items()
+
     def results(self) -> list[dict[str, Any]]:
         """Return a row for each trial: its number, run, state and figures, and what it sets."""
         return [
@@ -110,6 +117,7 @@ class SweepFolder:
                 "trial": number,
                 "run": self.run_name(number),
                 "state": self.state(number),
+                **({"proxy": self.on_proxy(number)} if self.order.get("proxy") else {}),
                 "error": trial["error"],
                 **measured(self.run(number)),
                 **trial["settings"],
@@ -199,12 +207,16 @@ def measured(folder: RunFolder) -> dict[str, Any]:
 
 
 def ranked(results: Iterable[Mapping[str, Any]], metric: str, mode: str) -> list[Mapping[str, Any]]:
-    """Return the trials, the best and of equal ones the cheapest first: done, then stopped, then without the metric."""
+    """Return the trials, the best and of equal ones the cheapest first: done, then stopped, then on a proxy."""
 
     def key(row: Mapping[str, Any]) -> tuple[int, float, int]:
         if row.get(metric) is None:
-            return 2, 0.0, 0
-        return int(row["state"] != DONE), row[metric] * (-1 if mode == "max" else 1), row.get("backward", 0)
+            return 4, 0.0, 0
+        return (
+            (row["state"] != DONE) + 2 * row.get("proxy", False),
+            row[metric] * (-1 if mode == "max" else 1),
+            row.get("backward", 0),
+        )
 
     return sorted(results, key=key)
 
@@ -218,7 +230,8 @@ def front(results: Iterable[Mapping[str, Any]], metric: str, mode: str, cost: st
     [0, 1]
     """
     sign = 1 if mode == "max" else -1
-    done = [row for row in results if row["state"] == DONE and None not in (row.get(metric), row.get(cost))]
+    whole = [row for row in results if row["state"] == DONE and not row.get("proxy")]
+    done = [row for row in whole if None not in (row.get(metric), row.get(cost))]
     found: list[int] = []
     best = float("-inf")
     for row in sorted(done, key=lambda row: (row[cost], -sign * row[metric])):
@@ -226,6 +239,34 @@ def front(results: Iterable[Mapping[str, Any]], metric: str, mode: str, cost: st
             best = sign * row[metric]
             found.append(row["trial"])
     return found
+
+
+def judge_proxy(sweep: SweepFolder) -> dict[str, Any] | None:
+    """Return how well the coreset ranked the trials that were done on all samples too, and what it cost.
+
+    ``backward`` is what the sweep cost with the coreset's own run, ``backward_without`` what as many trials on all
+    samples would have cost at the mean of those that were.
+    """
+    if not sweep.order.get("proxy"):
+        return None
+    metric, results = sweep.order["metric"], sweep.results()
+    on_proxy = {_key(row, sweep): row for row in results if row.get("proxy") and row.get(metric) is not None}
+    whole = [row for row in results if not row.get("proxy") and row["state"] == DONE]
+    pairs = [(on_proxy[_key(row, sweep)][metric], row[metric]) for row in whole if _key(row, sweep) in on_proxy]
+    if len(pairs) < 2:
+        return None
+    path = next(iter(sweep.order["fixed"].values()))
+    select = measured(RunFolder(Storage(path.rpartition("/")[0])))["backward"]
+    return {
+        "trials": len(pairs),
+        "kendall": kendall(*np.array(pairs).T),
+        "backward": select + sum(row.get("backward", 0) for row in results),
+        "backward_without": round(sweep.order["samples"] * np.mean([row["backward"] for row in whole])),
+    }
+
+
+def _key(row: Mapping[str, Any], sweep: SweepFolder) -> tuple[Any, ...]:
+    return tuple(str(row.get(name)) for name in sweep.order["varied"])
 
 
 def _rows(folder: RunFolder) -> list[dict[str, Any]]:

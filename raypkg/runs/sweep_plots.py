@@ -111,7 +111,7 @@ def pareto(results: Results, front: Sequence[int], metric: str, path: str | Path
     done = {
         row["trial"]: (row["backward"], row[metric])
         for row in results
-        if row["state"] == "done" and None not in (row.get(metric), row.get("backward"))
+        if row["state"] == "done" and not row.get("proxy") and None not in (row.get(metric), row.get("backward"))
     }
     with page(path) as figure:
         axes = figure.subplots()

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from . import sweep_plots as plots
 from .show import findings, terminal
-from .sweep import DONE, SweepFolder, curve, front, ranked
+from .sweep import DONE, SweepFolder, curve, front, judge_proxy, ranked
 
 WIDEST = 1000  # columns
 Row = Mapping[str, Any]
@@ -34,6 +34,13 @@ def show_sweep(sweep: SweepFolder, console: Console) -> None:
         console.print(f"best: {best['run']}, {metric} {best[metric]:.4g}")
         console.print(findings(sweep.run(best["trial"]).summary or {})[0], soft_wrap=True)
         console.print(f"its settings: effray {sweep.order['experiment']} --config {at}", soft_wrap=True)
+    if found := judge_proxy(sweep):
+        console.print(
+            f"proxy: Kendall τ {found['kendall']:.2f} over the {found['trials']} trials on all samples;"
+            f" {found['backward']:,} samples backward, {found['backward'] / found['backward_without']:.0%} of"
+            f" {sweep.order['samples']} trials on all samples to the end",
+            soft_wrap=True,
+        )
     console.print(sweep.storage.root, style="dim", soft_wrap=True)
 
 
@@ -44,6 +51,8 @@ def conclude(sweep: SweepFolder) -> None:
     metric, mode, names = sweep.order["metric"], sweep.order["mode"], _names(sweep)
     curves = {row["run"]: curve(sweep.run(row["trial"]), metric) for row in results}
     chosen = best["run"] if best else None
+    if found := judge_proxy(sweep):
+        sweep.storage.write_json("proxy.json", found)
     _save(sweep, "settings", lambda path: plots.against_settings(results, names, metric, path))
     _save(sweep, "parallel", lambda path: plots.parallel(results, names, metric, mode, path))
     _save(sweep, "curves", lambda path: plots.learning_curves(curves, metric, chosen, path))
@@ -54,7 +63,8 @@ def _judged(sweep: SweepFolder) -> tuple[list[dict[str, Any]], Rows, list[int], 
     """Return the results, the same in order, the Pareto front and the best done trial."""
     metric, mode, results = sweep.order["metric"], sweep.order["mode"], sweep.results()
     order = ranked(results, metric, mode)
-    best = next((row for row in order if row["state"] == DONE and row.get(metric) is not None), None)
+    done = (row for row in order if row["state"] == DONE and not row.get("proxy"))
+    best = next((row for row in done if row.get(metric) is not None), None)
     return results, order, front(results, metric, mode), best
 
 
@@ -73,7 +83,8 @@ def _table(sweep: SweepFolder, results: Rows, pareto: Sequence[int]) -> Table:
         mark = "*" if row["trial"] in pareto else ""
         figures = [_number(row.get(metric)), _count(row.get("backward")), _number(row.get("seconds"))]
         settings = [_number(row.get(name)) for name in names]
-        table.add_row(f"{mark}{row['trial']}", row["state"], str(row["epochs"]), *figures, *settings)
+        state = f"{row['state']} (proxy)" if row.get("proxy") else row["state"]
+        table.add_row(f"{mark}{row['trial']}", state, str(row["epochs"]), *figures, *settings)
     return table
 
 
@@ -85,7 +96,8 @@ def _save(sweep: SweepFolder, name: str, plot: Callable[[Path], None]) -> None:
 
 
 def _names(sweep: SweepFolder) -> list[str]:
-    return list(dict.fromkeys(name for trial in sweep.trials for name in trial["settings"] or ()))
+    names = dict.fromkeys(name for trial in sweep.trials for name in trial["settings"] or ())
+    return [name for name in names if name not in (sweep.order.get("fixed") or {})]
 
 
 def _number(value: Any) -> str:

@@ -99,6 +99,10 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --scheduler ahsa", "unknown scheduler 'ahsa', did you mean 'asha'?"),
         ("crest --search gird", "unknown search 'gird', did you mean 'grid'?"),
         ("crest --search grid", "--search grid: select.tau is drawn from a continuous range"),
+        ("crest --proxy 1.5", "--proxy 1.5: a share of the samples, above 0 and below 1"),
+        ("crest --proxy-method craig", "--proxy-method craig needs --proxy"),
+        ("crest --proxy 0.1 --proxy-method crag", "unknown coreset method 'crag', did you mean 'craig'?"),
+        ("crest --proxy 0.1 --dataset.only a.parquet", "--proxy chooses the samples, so dataset.only"),
         ("crest --model resnt8", "unknown model 'resnt8'"),
         ("crest --select.tau -1", "select.tau = '-1'"),
         ("crest --resume none", "unknown sweep in"),
@@ -116,6 +120,11 @@ def test_a_missing_searcher_names_its_extra(wrong, monkeypatch):
 
     monkeypatch.setattr(optuna_search, "ot", None)
     assert "--search optuna needs Optuna: pip install 'effray[optuna]'" in wrong("crest --search optuna")
+
+
+def test_a_grid_has_its_own_number_of_trials(wrong, space):
+    space("'select.b': tune.choice([1, 2])")
+    assert "--samples 3: a grid has as many trials" in wrong("crest --space mine.py --search grid --samples 3")
 
 
 def test_the_mode_of_a_space_is_checked(wrong, space):

@@ -106,6 +106,17 @@ def test_what_a_trial_does_wrong_is_its_result(ray, tmp_path, space, capsys):
     assert "go on with: effray tune train --resume s" in capsys.readouterr().out
 
 
+def test_a_proxy_chooses_who_trains_on_all_samples(ray, tmp_path, space, capsys):
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "5", "--scheduler", "none", *TINY]
+    run("tune", "train", *options, "--proxy", "0.2")
+    rows = results(tmp_path)
+    assert [row["proxy"] for row in rows] == [True] * 5 + [False] * 4
+    assert {row["state"] for row in rows} == {"done"}
+    assert {row["backward"] for row in rows} == {4 * 259, 4 * 1295}
+    assert "proxy: Kendall τ" in capsys.readouterr().out
+    assert "only" not in (tmp_path / "tune/s/best.toml").read_text()
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_killed_trial_goes_on_from_its_last_epoch(ray, tmp_path, space, workers):
     source = ["--dataset", "sabotage:load_and_kill_once", "--set", f"dataset.options.marker={tmp_path}/killed"]
