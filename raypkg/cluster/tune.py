@@ -244,7 +244,7 @@ def run_trials(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     resources = DRIVER if size.nested else size.plan.resources
     start = time.monotonic()
-    watch = _Watch(follower)
+    watch = _Watch(follower, size.nested)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_in_trial, trial=trial, home=os.getcwd()), resources),
         tune_config=tune.TuneConfig(
@@ -275,8 +275,8 @@ def run_trials(
 class _Watch(tune.Callback):
     """Passes on what happens to trials, by their numbers."""
 
-    def __init__(self, follower: Follower):
-        self._follower = follower
+    def __init__(self, follower: Follower, nested: bool):
+        self._follower, self._nested = follower, nested
         self.ended: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,7 +284,9 @@ class _Watch(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Tell of a trial's settings."""
+        """Tell of a trial's settings; it finds the CPUs free that one which died at its start would keep for ever."""
+        if self._nested and not any(other.status == other.RUNNING for other in trials):
+            _free_workers()
         self._follower.started(trial.config["number"], trial.config["values"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -299,6 +301,18 @@ class _Watch(tune.Callback):
     def _end(self, trial: Any, error: str | None) -> None:
         self.ended.add(trial.config["number"])
         self._follower.ended(trial.config["number"], error)
+
+
+def _free_workers() -> None:
+    """Give up what this job has reserved for workers: Ray Train does not when its driver dies while they start."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
+    from ray.util.state import list_placement_groups
+
+    job = ray.get_runtime_context().get_job_id()
+    for group in list_placement_groups(filters=[("creator_job_id", "=", job)], detail=True):
+        if group.state != "REMOVED" and any("CPU" in bundle["unit_resources"] for bundle in group.bundles):
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
 
 
 def _in_trial(config: dict[str, Any], trial: Callable[..., None], home: str) -> None:

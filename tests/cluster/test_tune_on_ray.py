@@ -127,6 +127,14 @@ def test_a_killed_trial_goes_on_from_its_last_epoch(ray, tmp_path, space, worker
     assert [(row["trial"], row["state"], row["epochs"]) for row in rows] == [(0, "done", 4), (1, "done", 4)]
 
 
+def test_a_trial_that_dies_while_its_workers_start_leaves_their_cpus_free(ray, tmp_path, space):
+    source = ["--dataset", "sabotage:load_and_kill_trial", "--set", f"dataset.options.marker={tmp_path}/killed"]
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "1", "--scheduler", "none", *TINY]
+    run("tune", "train", *options, *source, "--cluster.workers", "3")
+    assert (tmp_path / "killed").exists()
+    assert [row["state"] for row in results(tmp_path)] == ["done"]
+
+
 def test_a_killed_driver_is_gone_on_with_and_no_done_trial_runs_twice(ray, tmp_path, space):
     command = [sys.executable, "-c", "from raypkg.cli import main; main()", "tune", "train", "--root", tmp_path]
     options = ["--name", "s", "--space", space, "--samples", "5", "--scheduler", "none", "--cluster.address", "local"]
