@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,3 +40,25 @@ def load_and_kill_actor(root: str, *, split: str, marker: str = "") -> Split:
         return honest.take(indices)
 
     return replace(honest, take=take)
+
+
+def load_and_kill_once(root: str, *, split: str, marker: str = "") -> Split:
+    """Kill, once, the process that reads the thirtieth batch."""
+    honest, read = load_digits(root, split=split), []
+
+    def take(indices):
+        read.append(len(indices))
+        if len(read) == 30 and not Path(marker).exists():
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest.take(indices)
+
+    return replace(honest, take=take)
+
+
+def load_and_kill_trial(root: str, *, split: str, marker: str = "") -> Split:
+    """Kill, once, the process of a trial of Ray Tune, some seconds after it looked at the data: its workers start."""
+    if Path("/proc/self/cmdline").read_bytes().startswith(b"ray::Impl") and not Path(marker).exists():
+        Path(marker).touch()
+        threading.Timer(4, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return load_digits(root, split=split)

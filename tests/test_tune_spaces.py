@@ -1,22 +1,37 @@
-"""Every tune space names settings that exist, draws values they accept, and names the experiment by its file."""
+"""Every tune space names settings that exist, with values they accept, and names the experiment by its file."""
 
-import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from raypkg.core.config import load
+from raypkg.cli.execute import check_names
+from raypkg.cli.spaces import check_space, check_trial, find_space, read_space
+from raypkg.cluster.tune import draw
+from raypkg.core.settings import Experiment
 from raypkg.experiments import experiment, settings_of
+from raypkg.runs.sweep import METRICS
 
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
 
 
 @pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
-def test_a_space_draws_valid_settings(file):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    schema = settings_of(experiment[file.stem])
-    assert module.MODE in ("min", "max")
-    for _ in range(20):
-        load(schema, None, {name: domain.sample() for name, domain in module.space().items()})
+def test_a_space_is_allowed_and_draws_valid_settings(file):
+    schema, space = settings_of(experiment[file.stem]), read_space(file.read_text(), str(file))
+    assert METRICS[space.metric].mode == space.mode
+    check_space(schema, schema(), space, check_names)
+    for seed in range(20):
+        check_trial(schema, schema(), draw(space.domains, np.random.default_rng(seed)), check_names)
+
+
+def test_every_experiment_that_trains_has_a_space():
+    training = {name for name, entry in experiment.entries.items() if issubclass(settings_of(entry), Experiment)}
+    assert training == {file.stem for file in SPACES}
+
+
+def test_a_space_of_the_working_folder_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_space("crest").resolve() == SPACES[0].resolve()
+    (tmp_path / "tune_spaces").mkdir()
+    (tmp_path / "tune_spaces" / "crest.py").touch()
+    assert find_space("crest") == Path("tune_spaces/crest.py")

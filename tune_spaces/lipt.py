@@ -4,7 +4,7 @@ from typing import Any
 
 from ray import tune
 
-METRIC, MODE = "test_accuracy", "max"
+METRIC, MODE = "accuracy", "max"
 
 
 def space() -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from raypkg.core.errors import unknown
+from raypkg.core.errors import UserError, unknown
 from raypkg.core.registry import Entry
 from raypkg.experiments import experiment
 
 from .options import ROOT, ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting_options
+from .tune import tune
 
 
 class Effray(ExampleHelp, click.Group):
@@ -46,6 +47,9 @@ def effray() -> None:
     Example:
         effray lipt
     """
+
+
+effray.add_command(tune)
 
 
 def experiment_command(entry: Entry) -> click.Command:
@@ -95,7 +99,7 @@ def with_companions(command: click.Command) -> click.Command:
 @click.option("--root", default=ROOT, show_default=True, help=ROOT_HELP)
 @click.option("--against", metavar="RUN", help="another run whose scores and coreset to compare with")
 def show(run: str, root: str, against: str | None) -> None:
-    """Show a finished or running run: what it cost, what came of it, where its plots are.
+    """Show a finished or running run: what it cost, what came of it, where its plots are; or the trials of a sweep.
 
     RUN is a name, or a path to a run folder.
 
@@ -106,8 +110,15 @@ def show(run: str, root: str, against: str | None) -> None:
     from raypkg.runs.folder import locate
     from raypkg.runs.show import show as print_run
     from raypkg.runs.show import terminal
+    from raypkg.runs.sweep import SweepFolder, is_sweep
+    from raypkg.runs.sweep_show import show_sweep
 
     folder = locate(root, run)
+    if is_sweep(folder.storage):
+        if against:
+            raise UserError(f"--against: {run} is a sweep, and only runs are compared")
+        show_sweep(SweepFolder(folder.storage), terminal())
+        return
     comparison = compare(folder, locate(root, against)) if against else None
     print_run(folder, terminal())
     if comparison:

@@ -1,11 +1,12 @@
 """Running an experiment: settings → run folder → phases → what came of it."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from click import get_current_context
+from rich.console import Console
 
 from raypkg.core.config import Settings, load
 from raypkg.core.errors import UserError
@@ -14,7 +15,7 @@ from raypkg.core.settings import Experiment, Select
 from raypkg.runs.folder import RunFolder, create, find
 from raypkg.runs.report import Report
 from raypkg.runs.show import show, terminal
-from raypkg.runs.tracking import tracker
+from raypkg.runs.tracking import Listened, tracker
 
 CHANGEABLE = ("cluster.", "track.")  # settings that do not alter the result
 
@@ -58,14 +59,19 @@ def resume_run(
 
 
 def with_absolute_path(settings: Any) -> Any:
-    """Make the path of ``parquet:PATH`` absolute: workers run, and runs are repeated, in other folders."""
+    """Make the paths in ``parquet:PATH`` and ``dataset.only`` absolute: workers and repeated runs are in other folders.
+
+    URIs stay as they are.
+    """
     from raypkg.data import dataset
 
-    source, _, path = settings.dataset.name.partition(":")
-    if not path or source not in dataset.entries:
-        return settings
-    name = f"{source}:{Path(path).expanduser().absolute()}"
-    return settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"name": name})})
+    changes, data = {}, settings.dataset
+    source, _, path = data.name.partition(":")
+    if path and source in dataset.entries:
+        changes["name"] = f"{source}:{Path(path).expanduser().absolute()}"
+    if data.only is not None and "://" not in data.only:
+        changes["only"] = str(Path(data.only).expanduser().absolute())
+    return settings.model_copy(update={"dataset": data.model_copy(update=changes)}) if changes else settings
 
 
 def check_names(settings: Any) -> None:
@@ -89,17 +95,42 @@ def subject(settings: Any) -> str:
     return settings.model.name if isinstance(settings, Experiment) else settings.method
 
 
+def carry_out(
+    entry: Entry,
+    settings: Any,
+    folder: RunFolder,
+    console: Console,
+    *,
+    group: str = "",
+    listen: Callable[[Mapping[str, Any]], None] | None = None,
+) -> str:
+    """Run an experiment in its folder, or go on with it there; return what its tracker has to say at the end.
+
+    Args:
+        entry: the experiment.
+        settings: of the run.
+        folder: of the run.
+        console: where progress is shown.
+        group: of runs that the tracker keeps together; the experiment's name when left out.
+        listen: hears every row of metrics as well, and may end the run there by ``SystemExit``.
+    """
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
+    following = tracker(settings, folder, group or entry.name)
+    if listen:
+        following = Listened(following, listen)
+    with Report(folder, following, console) as report:
+        entry(settings, report=report)
+    return following.finish(folder.summary or {})
+
+
 def _run(entry: Entry, settings: Any, folder: RunFolder) -> None:
     console = terminal()
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
     console.print(f"{entry.name} {folder.name}: {subject(settings)} on {settings.dataset.name}")
-    following = tracker(settings, folder, entry.name)
     try:
-        with Report(folder, following, console) as report:
-            entry(settings, report=report)
+        line = carry_out(entry, settings, folder, console)
     except (KeyboardInterrupt, SystemExit):
         hint = f"; go on with: {get_current_context().command_path} --resume {folder.name}" if folder.started else ""
         raise UserError(f"interrupted{hint}") from None
     show(folder, console)
-    if line := following.finish(folder.summary or {}):
+    if line:
         console.print(line, soft_wrap=True)

@@ -63,19 +63,28 @@ def plan(settings: Cluster, most: int | None = None) -> Plan:
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than asked for; Ray itself would wait for ever.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     each = settings.gpus_per_worker if settings.gpus_per_worker is not None else float(gpus > 0)
-    room = sum(_room(node, settings.cpus_per_worker, each) for node in nodes)
-    workers = settings.workers or max(1, min(room, MOST_WORKERS, most or MOST_WORKERS))
-    if workers > room:
+    fit = room(settings.cpus_per_worker, each)
+    workers = settings.workers or max(1, min(fit, MOST_WORKERS, most or MOST_WORKERS))
+    if workers > fit:
         cpus = sum(node.get("CPU", 0.0) for node in nodes)
         raise UserError(
             f"{workers} workers of {settings.cpus_per_worker} CPU and {each:g} GPU do not fit the cluster, which has"
-            f" {cpus:g} CPU and {gpus:g} GPU on {len(nodes)} nodes, room for {room}: lower cluster.workers,"
+            f" {cpus:g} CPU and {gpus:g} GPU on {len(nodes)} nodes, room for {fit}: lower cluster.workers,"
             " cluster.cpus_per_worker or cluster.gpus_per_worker"
         )
     return Plan(workers, settings.cpus_per_worker, each)
+
+
+def room(cpus: int, gpus: float) -> int:
+    """Return how many workers of that size fit the cluster."""
+    return sum(_room(node, cpus, gpus) for node in _nodes())
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _room(node: Mapping[str, float], cpus: int, gpus: float) -> int:

@@ -33,7 +33,11 @@ class RayShards:
         import ray
 
         actor = ray.remote(Holder).options(
-            num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=max_failures, max_task_retries=max_failures
+            num_cpus=size.cpus,
+            num_gpus=size.gpus,
+            max_restarts=max_failures,
+            max_task_retries=max_failures,
+            scheduling_strategy="DEFAULT",  # a trial of Ray Tune would keep them in its own resources
         )
         # Not a constructor argument: a restarted actor may find those gone from the object store.
         self._shards = [ray.put(shard) for shard in shards]

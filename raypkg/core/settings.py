@@ -20,6 +20,9 @@ class Dataset(Named):
     augment: Annotated[
         tuple[str, ...] | None, Field(description="crop, flip, randaugment; the data set's own when left out")
     ] = None
+    only: Annotated[
+        str | None, Field(description="a coreset.parquet: train on its samples alone, without their weights")
+    ] = None
 
 
 class Model(Named):

@@ -34,8 +34,8 @@ class Correction(Hook):
     gradient of the snapshot is computed.
 
     Differs from the paper: ĉ is taken from the batch losses of the steps since the last snapshot, which are there
-    anyway, while θ moves; from their differences from step to step, in which that drift cancels. g̃ is over the very batches, augmented, that the coming epoch consists of, unless another hook
-    supplies those.
+    anyway, while θ moves; from their differences from step to step, in which that drift cancels. g̃ is over the very
+    batches, augmented, that the coming epoch consists of, unless another hook supplies those.
 
     Args:
         settings: γ, α, and how often.

@@ -171,7 +171,8 @@ def fit(
         bills = run.bills()
         if run.worker.rank == 0:
             checkpoints.save(run.epoch, run.state_dict(bills))
-            run.worker.report({"phase": run.phase, "model": run.label, "epoch": run.epoch, **row})
+            spent = {"backward": sum(bill.backward for bill in bills)}
+            run.worker.report({"phase": run.phase, "model": run.label, "epoch": run.epoch, **row, **spent})
     return run
 
 

@@ -26,9 +26,14 @@ class Samples(NamedTuple):
 
 
 def samples(dataset: Dataset, seed: int) -> Samples:
-    """Open the data set and hold out its validation share, stratified, by the seed."""
+    """Open the data set and hold out its validation share, stratified, by the seed; keep what else is asked for."""
     data = load_data(dataset.name, dataset.options)
-    return Samples(data, *hold_out(data.train.y, dataset.validation, generator(seed, "hold out")))
+    kept, valid = hold_out(data.train.y, dataset.validation, generator(seed, "hold out"))
+    if dataset.only is not None:
+        from .coresets import load_coreset  # which needs this module
+
+        kept = load_coreset(dataset.only, data.train, valid, dataset.name).indices.sort().values
+    return Samples(data, kept, valid)
 
 
 def augmentations(dataset: Dataset, data: Data) -> list[str]:

@@ -44,6 +44,17 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
 
+def kendall(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Kendall's τ-b: pairs in the same order less those in the other, over those that are not tied in each.
+
+    >>> round(kendall(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])), 3)
+    0.667
+    """
+    first, second = (np.sign(np.subtract.outer(values, values)) for values in (a, b))  # [n, n]
+    untied = np.sqrt(np.abs(first).sum() * np.abs(second).sum())
+    return float((first * second).sum() / untied) if untied else float("nan")
+
+
 def _ranks(values: np.ndarray) -> np.ndarray:
     _, position, count = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(count)

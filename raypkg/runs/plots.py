@@ -59,7 +59,7 @@ def curves(rows: Rows, path: str | Path) -> None:
             where it was measured, ``accuracy`` in [0, 1]; values may be None or NaN.
         path: the PNG to write.
     """
-    with _figure(path) as figure:
+    with page(path) as figure:
         loss, accuracy = figure.subplots(1, 2)
         _trace(loss, rows, "loss", "Training loss")
         loss.set_ylim(bottom=0)
@@ -75,16 +75,16 @@ def costs(phases: Rows, path: str | Path) -> None:
     """
     names = [phase["phase"] for phase in phases]
     seconds, forward, backward = (_column(phases, key) for key in ("seconds", "forward", "backward"))
-    with _figure(path) as figure:
+    with page(path) as figure:
         time, samples = figure.subplots(1, 2, sharey=True)
         _bars(time, names, {"seconds": seconds}, [_duration(value) for value in seconds])
         time.set(title=f"The run took {_duration(np.nansum(seconds))}", xlabel="seconds")
-        both = [f"{_short(f)} + {_short(b)}" for f, b in zip(forward, backward, strict=True)]
+        both = [f"{short(f)} + {short(b)}" for f, b in zip(forward, backward, strict=True)]
         _bars(samples, names, {"forward": forward, "backward": backward}, both)
-        title = f"{_short(np.nansum(forward))} samples forward + {_short(np.nansum(backward))} backward"
+        title = f"{short(np.nansum(forward))} samples forward + {short(np.nansum(backward))} backward"
         samples.set(title=title, xlabel="samples")
         samples.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
-        samples.xaxis.set_major_formatter(lambda value, _: _short(value))
+        samples.xaxis.set_major_formatter(lambda value, _: short(value))
 
 
 def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[str], path: str | Path) -> None:
@@ -103,7 +103,7 @@ def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[s
     if len(shown) > NAMED:
         shown = np.argsort(share, kind="stable")[np.r_[: NAMED // 2, -NAMED // 2 : 0]]
     columns = np.array_split(shown, max(1, math.ceil(len(shown) / COLUMN)))
-    with _figure(path) as figure:
+    with page(path) as figure:
         some = f"; extremes of {len(share):,} classes" if len(share) > len(shown) else ""
         figure.suptitle(
             f"{chosen.sum():,.0f} of {available.sum():,.0f} samples picked, {mean:.3g} %{some}", x=0.02, ha="left"
@@ -125,7 +125,7 @@ def scores(everyone: np.ndarray, picked: np.ndarray, path: str | Path) -> None:
         picked: scores of the coreset, [k].
         path: the PNG to write.
     """
-    with _figure(path) as figure:
+    with page(path) as figure:
         axes = figure.subplots()
         edges = np.histogram_bin_edges(everyone, bins=min(60, 1 + len(everyone) // 4)).tolist()
         axes.hist(everyone, edges, color=BLUE, alpha=0.5, label=f"all {len(everyone):,} samples")
@@ -137,7 +137,7 @@ def scores(everyone: np.ndarray, picked: np.ndarray, path: str | Path) -> None:
             ylabel="samples",
         )
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: _short(value))
+        axes.yaxis.set_major_formatter(lambda value, _: short(value))
         axes.legend()
 
 
@@ -148,7 +148,7 @@ def scaling(measured: Rows, path: str | Path) -> None:
         measured: dicts with ``method``, ``n``, ``seconds`` and ``MiB``, the peak resident memory.
         path: the PNG to write.
     """
-    with _figure(path) as figure:
+    with page(path) as figure:
         time, memory = figure.subplots(1, 2)
         methods = list(dict.fromkeys(row["method"] for row in measured))
         for method, colour in zip(methods, cycle([BLUE, ORANGE, VERMILLION, GREY]), strict=False):
@@ -157,12 +157,12 @@ def scaling(measured: Rows, path: str | Path) -> None:
             for axes, values in ((time, seconds), (memory, mib)):
                 axes.plot(n, values, color=colour, marker="o", markersize=4, label=method)
         most = max((row["n"] for row in measured), default=0)
-        time.set(title=f"Seconds of selection, to {_short(most)} samples", xlabel="samples", yscale="log")
+        time.set(title=f"Seconds of selection, to {short(most)} samples", xlabel="samples", yscale="log")
         memory.set(title="Peak resident MiB of the process", xlabel="samples", ylim=(0, None))
         time.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         for axes in (time, memory):
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+            axes.xaxis.set_major_formatter(lambda value, _: short(value))
             axes.xaxis.set_minor_formatter("")
             axes.margins(x=0.1, y=0.1)
         if methods:
@@ -181,7 +181,7 @@ def regions(checks: Rows, tau: float, path: str | Path) -> None:
     step, update, rho = (_column(checks, key) for key in ("step", "update", "rho"))
     rho = rho.clip(min=TINY)  # on a logarithmic axis
     active, interval, pool = (_column(checks, key) for key in ("active", "interval", "pool"))
-    with _figure(path) as figure:
+    with page(path) as figure:
         (error, trust), (samples, misses) = figure.subplots(2, 2, sharex=True)
         error.plot(step, rho, color=BLUE, alpha=0.5, linewidth=1)
         error.axhline(tau, color=VERMILLION, linestyle="--")
@@ -192,7 +192,7 @@ def regions(checks: Rows, tau: float, path: str | Path) -> None:
         _ends(trust, step[-1], {"T1, steps between checks": (interval[-1], BLUE), "P, coresets": (pool[-1], ORANGE)})
         trust.set(title=f"{update.max():.0f} pools in {step.max():,.0f} steps")
         samples.plot(step, active, color=BLUE)
-        samples.set(title=f"{_short(active[-1])} samples are still active", xlabel="step", ylim=(0, None))
+        samples.set(title=f"{short(active[-1])} samples are still active", xlabel="step", ylim=(0, None))
         ours, random = (_column(checks, key).clip(min=TINY) for key in ("coreset_error", "random_error"))
         misses.plot(step, ours, color=BLUE, linewidth=1)
         misses.plot(step, random, color=GREY, linewidth=1)
@@ -214,7 +214,7 @@ def minibatches(difficulty: np.ndarray, counts: np.ndarray, path: str | Path) ->
         counts: steps that trained on each sample [n].
         path: the PNG to write.
     """
-    with _figure(path) as figure:
+    with page(path) as figure:
         hard, often = figure.subplots(1, 2)
         hard.plot(np.arange(1, len(difficulty) + 1), difficulty, color=BLUE, alpha=0.5, linewidth=1)
         parts = [part for part in np.array_split(difficulty, 10) if len(part) and np.isfinite(part).any()]
@@ -227,7 +227,7 @@ def minibatches(difficulty: np.ndarray, counts: np.ndarray, path: str | Path) ->
         often.hist(counts, np.arange(counts.max() + 2) - 0.5, color=BLUE)
         often.set(title=f"{np.mean(counts > 0):.0%} of the samples were trained on", xlabel="steps that trained on it")
         often.set_ylabel("samples")
-        often.yaxis.set_major_formatter(lambda value, _: _short(value))
+        often.yaxis.set_major_formatter(lambda value, _: short(value))
 
 
 def topology(changes: Rows, path: str | Path) -> None:
@@ -238,7 +238,7 @@ def topology(changes: Rows, path: str | Path) -> None:
         path: the PNG to write.
     """
     layers = list(dict.fromkeys(row["layer"] for row in changes))
-    with _figure(path) as figure:
+    with page(path) as figure:
         density, explored = figure.subplots(1, 2, width_ratios=(2, 1))
         rows = np.arange(len(layers))
         first, last = changes[: len(layers)], changes[-len(layers) :]
@@ -246,7 +246,7 @@ def topology(changes: Rows, path: str | Path) -> None:
             shares = 100 * _column(part, "active") / _column(part, "weights")
             density.plot(shares, rows, "o", color=colour, label=name)
         active, weights = (sum(row[key] for row in last) for key in ("active", "weights"))
-        density.set(title=f"{active / weights:.2%} of {_short(weights)} weights exist", xlabel="density, %")
+        density.set(title=f"{active / weights:.2%} of {short(weights)} weights exist", xlabel="density, %")
         density.set_xlim(left=0)
         density.set_yticks(rows, [_cut(name.removesuffix(".weight"), 30) for name in layers], fontsize=7)
         density.invert_yaxis()
@@ -265,7 +265,7 @@ def correction(steps: Rows, path: str | Path) -> None:
         path: the PNG to write.
     """
     step, c, cosine = (_column(steps, key) for key in ("step", "c", "cosine"))
-    with _figure(path) as figure:
+    with page(path) as figure:
         weight, alike = figure.subplots(2, 1, sharex=True)
         weight.step(step, c, where="post", color=BLUE)
         weight.set(title=f"c ends at {c[-1]:.3g}")
@@ -285,7 +285,7 @@ def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels,
         hard: likewise of the hardest.
         path: the PNG to write.
     """
-    with _figure(path) as figure:
+    with page(path) as figure:
         parts = figure.subfigures(2, 1, squeeze=False).flat
         sets = [("Easiest", easiest, easy), ("Hardest", hardest, hard)]
         for part, (kind, pixels, labels) in zip(parts, sets, strict=True):
@@ -294,7 +294,7 @@ def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels,
 
 
 @contextmanager
-def _figure(path: str | Path) -> "Iterator[Figure]":
+def page(path: str | Path) -> "Iterator[Figure]":
     """Give an empty 9 × 6 inch figure in the common style, then write it under a temporary name and rename it."""
     from matplotlib import style
     from matplotlib.figure import Figure  # not pyplot: no backend to choose, no figure left open
@@ -386,10 +386,10 @@ def _cut(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _short(count: float) -> str:
+def short(count: float) -> str:
     """Write a count with three digits and its unit.
 
-    >>> _short(950), _short(12_345), _short(999_999), _short(float("nan"))
+    >>> short(950), short(12_345), short(999_999), short(float("nan"))
     ('950', '12.3 k', '1 M', '–')
     """
     if not math.isfinite(count):

@@ -2,7 +2,7 @@
 
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,18 +43,18 @@ class Wandb:
 
     Args:
         settings: become the run's config.
-        folder: gives the run its name; its plots are logged at the end.
-        experiment: becomes the run's group.
+        folder: gives the run its name; its plots and coreset are logged at the end.
+        group: the experiment's name, or the sweep's.
     """
 
-    def __init__(self, settings: Experiment, folder: RunFolder, experiment: str):
+    def __init__(self, settings: Experiment, folder: RunFolder, group: str):
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         self._folder = folder
         self._run = wandb.init(
             project=settings.track.project,
-            group=experiment,
+            group=group,
             name=folder.name,
             config=settings.model_dump(mode="json"),
             dir=folder.storage.local,
@@ -68,13 +68,17 @@ class Wandb:
         self._run.log({f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, float | int)})
 
     def finish(self, summary: Mapping[str, Any]) -> str:
-        """Log the manifest and the plots, and close."""
+        """Log the manifest, the plots and the coreset, and close."""
         import wandb
 
         self._run.summary.update(dict(summary))
         if local := self._folder.storage.local:
             for plot in sorted(local.glob("plots/*.png")):
                 self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
+            if (coreset := local / "coreset.parquet").exists():
+                artifact = wandb.Artifact(f"coreset-{self._folder.name}", type="coreset")
+                artifact.add_file(str(coreset))
+                self._run.log_artifact(artifact)
         directory = Path(self._run.dir).parent
         self._run.finish()
         offline = directory.name.startswith("offline-")
@@ -85,13 +89,43 @@ class Wandb:
         self._run.finish(exit_code=1)
 
 
+class Listened:
+    """Another tracker, to whose rows someone else listens.
+
+    Args:
+        tracker: gets everything first.
+        listen: gets the rows; where it ends the run by ``SystemExit``, the tracker closes in order.
+    """
+
+    def __init__(self, tracker: Tracker, listen: Callable[[Mapping[str, Any]], None]):
+        self._tracker, self._listen = tracker, listen
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Pass a row to both."""
+        self._tracker.log(row)
+        try:
+            self._listen(row)
+        except SystemExit:
+            self._tracker.finish({})
+            self._tracker = Nowhere()
+            raise
+
+    def finish(self, summary: Mapping[str, Any]) -> str:
+        """Close the tracker."""
+        return self._tracker.finish(summary)
+
+    def abandon(self) -> None:
+        """Close the tracker after a failure."""
+        self._tracker.abandon()
+
+
 TRACKERS = {"wandb": Wandb}
 
 
-def tracker(settings: Experiment, folder: RunFolder, experiment: str) -> Tracker:
+def tracker(settings: Experiment, folder: RunFolder, group: str) -> Tracker:
     """Return the tracker that the settings name."""
     chosen = TRACKERS.get(settings.track.name)
-    return chosen(settings, folder, experiment) if chosen else Nowhere()
+    return chosen(settings, folder, group) if chosen else Nowhere()
 
 
 def _has_key() -> bool:

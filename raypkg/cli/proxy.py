@@ -1,0 +1,86 @@
+"""Tuning on a coreset: the trials train on a share of the samples, the best of them again on all."""
+
+from typing import Any
+
+from raypkg.core.config import load
+from raypkg.core.errors import UserError
+from raypkg.experiments import experiment
+from raypkg.experiments.train import TrainSettings
+from raypkg.runs.folder import RunFolder, create
+from raypkg.runs.storage import Storage
+from raypkg.runs.sweep import UNFINISHED, SweepFolder, ranked
+
+from .execute import carry_out, check_names
+
+ONLY = "dataset.only"
+WARM = 5  # epochs on all samples of the model whose gradients select
+FINALISTS = 4  # fewer cannot tell much of the order
+
+
+def coreset_of(root: str, name: str) -> str:
+    """Return where the coreset of a sweep is, or will be: in a run of its own."""
+    return f"{(Storage(root) / 'train' / f'{name}-proxy').root}/coreset.parquet"
+
+
+def selection(settings: Any, fraction: float, method: str, workers: int) -> TrainSettings:
+    """Return the settings of the run that makes the coreset, with the model that is tuned.
+
+    Raises:
+        UserError: unknown method, or a fraction outside (0, 1].
+    """
+    parts = settings.model_dump(mode="json", include={"seed", "dataset", "model"})
+    chosen = load(
+        TrainSettings,
+        parts,
+        {
+            "select.method": method,
+            "select.fraction": fraction,
+            "select.warm": WARM,
+            "train.epochs": WARM + 1,
+            "train.evaluate_every": 0,
+            "cluster.workers": workers,
+        },
+    )
+    check_names(chosen)
+    return chosen
+
+
+def select(sweep: SweepFolder, settings: Any, workers: int, console: Any) -> None:
+    """Make the coreset of a sweep, unless it is there."""
+    root, name = sweep.storage.root.rsplit("/", 2)[0], f"{sweep.name}-proxy"
+    chosen = selection(settings, sweep.order["proxy"], sweep.order["proxy_method"], workers)
+    runs = Storage(root) / "train"
+    run = RunFolder(runs / name) if name in runs.list() else create(root, "train", name, chosen)
+    if not run.summary:
+        carry_out(experiment["train"], chosen, run, console, group=sweep.name)
+
+
+def enlist(sweep: SweepFolder) -> bool:
+    """Add the best trials on the coreset as trials on all samples, once all on the coreset have ended."""
+    samples, results = sweep.order["samples"], sweep.results()
+    ended = not sweep.further() and all(row["state"] != UNFINISHED for row in results)
+    if not sweep.order["proxy"] or not ended or len(sweep.trials) > samples:
+        return False
+    metric = sweep.order["metric"]
+    best = [row for row in ranked(results, metric, sweep.order["mode"]) if row.get(metric) is not None]
+    for number, row in enumerate(best[:FINALISTS], samples):
+        values = sweep.trials[row["trial"]]["settings"]
+        sweep.started(number, {name: value for name, value in values.items() if name != ONLY})
+    return bool(best)
+
+
+def check(order: Any, settings: Any) -> None:
+    """Refuse a proxy that would do nothing or cannot be made.
+
+    Raises:
+        UserError: a method without a fraction, a fraction of all, or a coreset that is given already.
+    """
+    if order.proxy is None:
+        if order.proxy_method is not None:
+            raise UserError(f"--proxy-method {order.proxy_method} needs --proxy, the share of the samples to tune on")
+        return
+    if not 0 < order.proxy < 1:
+        raise UserError(f"--proxy {order.proxy:g}: a share of the samples, above 0 and below 1")
+    if settings.dataset.only is not None:
+        raise UserError(f"--proxy chooses the samples, so dataset.only = {settings.dataset.only} cannot be given")
+    selection(settings, order.proxy, order.proxy_method or "gradmatch", 0)

@@ -1,0 +1,169 @@
+"""`effray tune` as a user types it, up to where Ray would start: what is wrong is said in one line before that."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+SPACE = """
+from ray import tune
+
+METRIC, MODE = {metric!r}, {mode!r}
+
+
+def space():
+    return {{{space}}}
+"""
+
+
+@pytest.fixture
+def space(tmp_path):
+    """Return a function that writes a space file in the working folder."""
+
+    def write(space, metric="accuracy", mode="max"):
+        (tmp_path / "mine.py").write_text(SPACE.format(space=space, metric=metric, mode=mode))
+
+    return write
+
+
+@pytest.fixture
+def wrong(refusal, tmp_path, monkeypatch):
+    """Return a function that runs a sweep which must be refused in one line, without Ray or a folder."""
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+
+    def wrong(arguments):
+        line = refusal(f"tune {arguments}")
+        assert not (tmp_path / "runs").exists()
+        return line
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("'select.tao': tune.uniform(0.1, 1)", "unknown setting 'select.tao', did you mean 'select.tau'?"),
+        ("'selct.tau': 0.1", "unknown setting 'selct', did you mean 'select'?"),
+        ("'select.tau': tune.uniform(-1, 1)", "select.tau = -1: input should be greater than 0"),
+        ("'select.tau': tune.uniform(0, 1)", "select.tau = 0: input should be greater than 0"),
+        ("'budget': tune.uniform(0.5, 2)", "budget = 2: input should be less than or equal to 1"),
+        ("'select.b': tune.randint(0, 3)", "select.b = 0: input should be greater than or equal to 1"),
+        ("'select.b': tune.choice([1, 2, 2.5])", "select.b = 2.5: input should be a valid integer"),
+        ("'train.optimizer': tune.choice(['sgd', 'adam'])", "train.optimizer 'adam', did you mean 'adamw'?"),
+        ("'train.optimizer': tune.grid_search(['sdg'])", "train.optimizer 'sdg', did you mean 'sgd'?"),
+        ("'model.name': tune.choice(['resnet8', 'resnt20'])", "unknown model 'resnt20', did you mean 'resnet20'?"),
+        ("'cluster.workers': tune.choice([0, 2])", "cluster.workers does not alter the result and cannot be varied"),
+        ("", "is empty"),
+        ("'select.tau': 1 / 0", "space 'mine.py' raises ZeroDivisionError: division by zero"),
+        ("'select.tau': tune.unifrom(0, 1)", "space 'mine.py' raises AttributeError"),
+        ("'select.tau': {}['x']", "space 'mine.py' raises KeyError: 'x'"),
+    ],
+)
+def test_a_space_is_held_against_the_settings(wrong, space, content, message):
+    space(content)
+    assert message in wrong("crest --space mine.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def space(:", "space 'mine.py' raises SyntaxError"),
+        ("METRIC, MODE = 'accuracy', 'max'", "space 'mine.py' defines no space"),
+        ("def space(): return {'select.tau': 1}", "space 'mine.py' defines no METRIC"),
+        ("raise SystemError('no')", "space 'mine.py' raises SystemError: no"),
+    ],
+)
+def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    assert message in wrong("crest --space mine.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("crset", "unknown experiment to tune 'crset', did you mean 'crest'?"),
+        ("select", "unknown experiment to tune 'select'"),
+        ("crest --space crset", "unknown space 'crset', did you mean 'crest'?"),
+        ("crest --space none.py", "there is no space file 'none.py'"),
+        ("crest --samples 0", "--samples 0: at least 1"),
+        ("crest --samples -3", "--samples -3: at least 1"),
+        ("crest --concurrent 0", "--concurrent 0: at least 1"),
+        ("crest --time-budget 0", "--time-budget '0': give seconds"),
+        ("crest --time-budget soon", "--time-budget 'soon': give seconds"),
+        ("crest --metric acuracy", "unknown metric 'acuracy', did you mean 'accuracy'?"),
+        ("crest --metric test_accuracy", "known only at the end of a trial, so --scheduler asha could not act on it"),
+        ("crest --dataset.validation 0", "metric accuracy is measured on held-out samples: dataset.validation = 0"),
+        ("crest --mode most", "unknown mode 'most'"),
+        ("crest --scheduler ahsa", "unknown scheduler 'ahsa', did you mean 'asha'?"),
+        ("crest --search gird", "unknown search 'gird', did you mean 'grid'?"),
+        ("crest --search grid", "--search grid: select.tau is drawn from a continuous range"),
+        ("crest --proxy 1.5", "--proxy 1.5: a share of the samples, above 0 and below 1"),
+        ("crest --proxy-method craig", "--proxy-method craig needs --proxy"),
+        ("crest --proxy 0.1 --proxy-method crag", "unknown coreset method 'crag', did you mean 'craig'?"),
+        ("crest --proxy 0.1 --dataset.only a.parquet", "--proxy chooses the samples, so dataset.only"),
+        ("crest --model resnt8", "unknown model 'resnt8'"),
+        ("crest --select.tau -1", "select.tau = '-1'"),
+        ("crest --resume none", "unknown sweep in"),
+        ("crest --resume none --samples 3", "--resume none keeps what was asked for: --samples cannot change"),
+        ("crest --resume none --train.lr 3", "--resume none keeps what was asked for: train.lr cannot change"),
+        ("train --train.lr 0.1 --train.batch_size 9 --train.weight_decay 0", "nothing is left to vary"),
+    ],
+)
+def test_a_wrong_order_is_one_line(wrong, arguments, message):
+    assert message in wrong(arguments)
+
+
+def test_a_missing_searcher_names_its_extra(wrong, monkeypatch):
+    from ray.tune.search.optuna import optuna_search
+
+    monkeypatch.setattr(optuna_search, "ot", None)
+    assert "--search optuna needs Optuna: pip install 'effray[optuna]'" in wrong("crest --search optuna")
+
+
+def test_a_grid_has_its_own_number_of_trials(wrong, space):
+    space("'select.b': tune.choice([1, 2])")
+    assert "--samples 3: a grid has as many trials" in wrong("crest --space mine.py --search grid --samples 3")
+
+
+def test_the_mode_of_a_space_is_checked(wrong, space):
+    space("'select.tau': 0.1", mode="most")
+    assert "unknown mode 'most'" in wrong("crest --space mine.py")
+
+
+def test_draws_follow_from_the_seed_and_grids_have_every_combination():
+    from ray import tune
+
+    from raypkg.cluster.tune import candidates, draw, grid
+
+    space = {"a": tune.choice([1, 2]), "b": tune.randint(0, 3), "c": tune.grid_search(["x"]), "d": 7}
+    assert len(list(grid(space))) == 6 and {"a": 2, "b": 1, "c": "x", "d": 7} in list(grid(space))
+    one, two, other = (draw(space | {"e": tune.uniform(0, 1)}, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert one == two != other
+    assert {type(value) for value in one.values()} == {int, str, float}
+    assert candidates(tune.randint(0, 3)) == [0, 2] and candidates(tune.randn(0, 1)) == []
+
+
+def test_the_help_lists_the_experiments_that_train(effray):
+    text = effray("tune --help")
+    assert all(name in text for name in ("crest", "deltagrad", "lipt", "train")) and "Select a coreset" not in text
+    assert "--select.tau" in effray("tune crest --help")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("optuna"), reason="an extra")
+def test_optuna_is_told_of_what_is_done():
+    from ray import tune
+
+    from raypkg.cluster.tune import Proposals, optuna
+
+    space = {"train.lr": tune.loguniform(0.01, 1), "train.epochs": 3}
+    searcher = optuna(space, "accuracy", "max", 0, [({"train.lr": 0.1, "train.epochs": 3}, 0.9)])
+    proposals = Proposals([(0, {"train.lr": 0.5, "train.epochs": 3})], searcher, [2], {"train.epochs": 3})
+    assert proposals.suggest("x") == {"number": 0, "values": {"train.lr": 0.5, "train.epochs": 3}}
+    proposals.on_trial_complete("x", {"accuracy": 0.5})
+    suggested = proposals.suggest("y")
+    assert suggested["number"] == 2 and suggested["values"]["train.epochs"] == 3
+    assert 0.01 <= suggested["values"]["train.lr"] <= 1
+    proposals.on_trial_complete("y", {"accuracy": 0.7})
+    assert proposals.suggest("z") == Proposals.FINISHED

@@ -1,0 +1,186 @@
+"""Sweeps on Ray: both ways of running a trial, and trials, workers and drivers that die."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from raypkg.cli import main
+
+SPACE = """
+from ray import tune
+METRIC, MODE = "accuracy", "max"
+def space():
+    return {"train.lr": tune.loguniform(0.02, 0.2), "train.weight_decay": tune.choice([1e-4, 1e-3])}
+"""
+TINY = ["--model", "mlp", "--train.precision", "float32", "--train.epochs", "4", "--train.batch_size", "64"]
+
+
+@pytest.fixture
+def space(tmp_path):
+    (tmp_path / "space.py").write_text(SPACE)
+    return str(tmp_path / "space.py")
+
+
+def run(*arguments, code=0):
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert (ended.value.code or 0) == code
+
+
+def results(root, name="s"):
+    return pq.read_table(root / "tune" / name / "results.parquet").to_pylist()
+
+
+def started(root):
+    """Return when each run began, by its name."""
+    files = (root / "train").glob("*/environment.json")
+    return {file.parent.name: json.loads(file.read_text())["started"] for file in files}
+
+
+def test_a_sweep_of_single_processes(ray, tmp_path, space, capsys):
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "6", "--track", "wandb", *TINY]
+    run("tune", "train", *options)
+    rows = results(tmp_path)
+    assert [row["trial"] for row in rows] == list(range(6))
+    assert {row["state"] for row in rows} <= {"done", "stopped"}
+    assert all(row["epochs"] == 4 for row in rows if row["state"] == "done")
+    out = capsys.readouterr().out
+    assert f"wandb sync {tmp_path}/train/s-*/wandb/offline-run-*" in out
+    assert len(list(tmp_path.glob("train/s-*/wandb/offline-run-*/*.wandb"))) == 6
+    best = next(row for row in rows if f"best: {row['run']}" in out)
+    assert best["accuracy"] == max(row["accuracy"] for row in rows if row["state"] == "done")
+    run("show", "--root", tmp_path, "s-000")
+    run("show", "--root", tmp_path, "s")
+    assert f"best: {best['run']}" in capsys.readouterr().out
+    config = tmp_path / "tune/s/best.toml"
+    run("train", "--root", tmp_path, "--config", config, "--name", "again", "--cluster.workers", "0")
+    again = json.loads((tmp_path / "train/again/summary.json").read_text())
+    assert again["test_accuracy"] == best["test_accuracy"]  # the trial was the same run
+
+
+@pytest.mark.parametrize("scheduler", ["hyperband", "median", "none"])
+def test_every_scheduler_ends_every_trial(ray, tmp_path, space, scheduler):
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "5", "--scheduler", scheduler, *TINY]
+    run("tune", "train", *options)
+    states = [row["state"] for row in results(tmp_path)]
+    assert len(states) == 5 and "done" in states and set(states) <= {"done", "stopped"}
+    if scheduler == "none":
+        assert set(states) == {"done"}
+
+
+def test_lipt_with_as_many_workers_a_trial_as_there_are_cpus(ray, tmp_path):
+    """Whoever else keeps a CPU to itself hangs the sweep."""
+    small = ["--pretrain.models", "4", "--pretrain.epochs", "2", "--pretrain.batch_size", "32"]
+    options = ["--root", tmp_path, "--name", "s", "--samples", "2", "--cluster.workers", "3", "--scheduler", "none"]
+    (tmp_path / "space.py").write_text(SPACE.replace("train.lr", "pretrain.lr"))
+    run("tune", "lipt", *options, *TINY, *small, "--space", tmp_path / "space.py")
+    assert [row["state"] for row in results(tmp_path)] == ["done", "done"]
+    for number in range(2):
+        summary = json.loads((tmp_path / f"lipt/s-{number:03d}/summary.json").read_text())
+        assert summary["workers"] == 3
+
+
+def test_requests_that_cannot_be_met_are_refused(ray, tmp_path, space, capsys):
+    options = ["tune", "train", "--root", tmp_path, "--name", "s", "--space", space, *TINY]
+    run(*options, "--cluster.workers", "4", code=2)
+    assert "4 workers of 1 CPU and 0 GPU do not fit the cluster" in capsys.readouterr().err
+    run(*options, "--cluster.workers", "2", "--concurrent", "2", code=2)
+    assert "--concurrent 2: the cluster has room for 1 trials of 2 processes" in capsys.readouterr().err
+    run("tune", "crest", "--root", tmp_path, "--cluster.workers", "2", "--select.actors", "2", code=2)
+    assert "a trial of 2 workers and 2 actors does not fit" in capsys.readouterr().err
+    assert not list(tmp_path.glob("t*/*"))
+
+
+def test_what_a_trial_does_wrong_is_its_result(ray, tmp_path, space, capsys):
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "2", *TINY]
+    run("tune", "train", *options, "--train.lr", "1e30")
+    rows = results(tmp_path)
+    assert [row["state"] for row in rows] == ["failed", "failed"]
+    assert all("the loss became" in row["error"] for row in rows)
+    assert "go on with: effray tune train --resume s" in capsys.readouterr().out
+
+
+def test_a_proxy_chooses_who_trains_on_all_samples(ray, tmp_path, space, capsys):
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "5", "--scheduler", "none", *TINY]
+    run("tune", "train", *options, "--proxy", "0.2")
+    rows = results(tmp_path)
+    assert [row["proxy"] for row in rows] == [True] * 5 + [False] * 4
+    assert {row["state"] for row in rows} == {"done"}
+    assert {row["backward"] for row in rows} == {4 * 259, 4 * 1295}
+    assert "proxy: Kendall τ" in capsys.readouterr().out
+    assert "only" not in (tmp_path / "tune/s/best.toml").read_text()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_killed_trial_goes_on_from_its_last_epoch(ray, tmp_path, space, workers):
+    source = ["--dataset", "sabotage:load_and_kill_once", "--set", f"dataset.options.marker={tmp_path}/killed"]
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "2", "--scheduler", "none", *TINY]
+    run("tune", "train", *options, *source, "--cluster.workers", workers)
+    assert (tmp_path / "killed").exists()  # somebody did die
+    rows = results(tmp_path)
+    assert [(row["trial"], row["state"], row["epochs"]) for row in rows] == [(0, "done", 4), (1, "done", 4)]
+
+
+def test_a_trial_that_dies_while_its_workers_start_leaves_their_cpus_free(ray, tmp_path, space):
+    source = ["--dataset", "sabotage:load_and_kill_trial", "--set", f"dataset.options.marker={tmp_path}/killed"]
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "1", "--scheduler", "none", *TINY]
+    run("tune", "train", *options, *source, "--cluster.workers", "3")
+    assert (tmp_path / "killed").exists()
+    assert [row["state"] for row in results(tmp_path)] == ["done"]
+
+
+def test_a_killed_driver_is_gone_on_with_and_no_done_trial_runs_twice(ray, tmp_path, space):
+    command = [sys.executable, "-c", "from raypkg.cli import main; main()", "tune", "train", "--root", tmp_path]
+    options = ["--name", "s", "--space", space, "--samples", "5", "--scheduler", "none", "--cluster.address", "local"]
+    with subprocess.Popen([*command, *options, *TINY, "--train.epochs", "30"], stdout=subprocess.DEVNULL) as driver:
+        wait_for(lambda: len(list(tmp_path.glob("train/*/summary.json"))) >= 2, driver)
+        os.kill(driver.pid, signal.SIGKILL)
+    time.sleep(5)  # until its trials are gone as well
+    done = {file.parent.name for file in tmp_path.glob("train/*/summary.json")}
+    before, written = started(tmp_path), {name: (tmp_path / "train" / name / "summary.json").stat() for name in done}
+    assert 2 <= len(done) < 5
+    run("tune", "train", "--root", tmp_path, "--resume", "s")
+    assert [(row["trial"], row["state"], row["epochs"]) for row in results(tmp_path)] == [
+        (number, "done", 30) for number in range(5)
+    ]
+    for name in done:
+        assert (tmp_path / "train" / name / "summary.json").stat().st_mtime_ns == written[name].st_mtime_ns
+    assert before.items() <= started(tmp_path).items()  # those in between went on in their folders
+
+
+def test_an_interrupt_ends_in_order_and_says_how_to_go_on(tmp_path, space):
+    command = [sys.executable, "-c", "from raypkg.cli import main; main()", "tune", "train", "--root", tmp_path]
+    options = ["--name", "s", "--space", space, "--samples", "4", "--scheduler", "none", "--cluster.address", "local"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, *options, *TINY, "--train.epochs", "40"], stdout=pipe, stderr=pipe, text=True
+    ) as driver:
+        wait_for(lambda: len(list(tmp_path.glob("train/*/summary.json"))) >= 1, driver)
+        os.kill(driver.pid, signal.SIGINT)
+        out, error = driver.communicate(timeout=120)
+    assert driver.returncode == 2
+    assert "best: s-00" in out
+    assert error.splitlines()[-1].startswith("effray: interrupted, ")
+    assert f"go on with: effray tune train --resume s --root {tmp_path}" in error
+    assert len(results(tmp_path)) == 4
+
+
+def test_a_time_budget_leaves_the_rest_to_be_gone_on_with(ray, tmp_path, space, capsys):
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "40", "--time-budget", "12s", *TINY]
+    run("tune", "train", *options, "--scheduler", "none")
+    assert "of 40 trials are not done; go on with" in capsys.readouterr().out
+    assert {"unfinished"} <= {row["state"] for row in results(tmp_path)}
+
+
+def wait_for(condition, process, seconds=180):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the driver ended before it could be stopped"
+        assert time.monotonic() < end
+        time.sleep(0.02)

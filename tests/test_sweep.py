@@ -1,0 +1,171 @@
+"""A sweep's folder and results: every trial once, the best first, the front, and settings that can be run again."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from raypkg.core.config import load, read_toml
+from raypkg.core.errors import UserError
+from raypkg.experiments.crest import CrestSettings
+from raypkg.runs import sweep_plots
+from raypkg.runs.folder import create as create_run
+from raypkg.runs.sweep import create, curve, find, front, is_sweep, measured, ranked
+from raypkg.runs.sweep_show import conclude
+
+ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 4}
+TAUS = [0.01, 0.02, 0.03, 0.04]
+
+
+def trial(number, accuracy, backward, state="done"):
+    return {"trial": number, "state": state, "accuracy": accuracy, "backward": backward}
+
+
+def finish(sweep, number, accuracies, *, backward=None):
+    """Make a trial's run, done if ``backward`` is given."""
+    values = {"select.tau": TAUS[number], "cluster.workers": 0, "train.lr": 0.3}
+    settings = load(CrestSettings, None, values)
+    run = create_run(sweep.storage.root.rsplit("/", 2)[0], "crest", sweep.run_name(number), settings)
+    for epoch, accuracy in enumerate(accuracies, 1):
+        run.log({"phase": "train", "epoch": epoch, "loss": 1 / epoch, "accuracy": accuracy, "backward": 10 * epoch})
+    run.flush()
+    if backward:
+        phases = [{"phase": "train", "backward": backward}, {"phase": "select", "backward": 1}]
+        summary = {"phases": phases, "seconds": 2.5, "test_accuracy": 0.5, "coreset": 1, "samples": 2}
+        run.finish(summary | {"test_loss": 0.1, "full_training_backward": 100, "elapsed": 3.0})
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    sweep = create(str(tmp_path), "s", ORDER, CrestSettings(), "", [{"select.tau": tau} for tau in TAUS])
+    finish(sweep, 0, [0.5, 0.8], backward=100)
+    finish(sweep, 1, [0.6, 0.9], backward=200)
+    finish(sweep, 2, [0.3])
+    for number in range(3):
+        sweep.started(number, {"select.tau": TAUS[number]})
+    sweep.ended(0, None)
+    sweep.ended(2, None)
+    return sweep
+
+
+def test_a_trial_is_what_its_run_folder_says(sweep):
+    assert [sweep.state(number) for number in range(4)] == ["done", "done", "stopped", "unfinished"]
+    assert sweep.waiting() == [(3, {"select.tau": 0.04})]
+    assert not sweep.further()
+
+
+def test_a_stopped_trial_has_paid_for_its_earlier_phases_too(sweep):
+    assert measured(sweep.run(2))["backward"] == 10
+    sweep.run(2).finish_phase("pretrain", {"costs": [{"backward": 500}]})
+    assert measured(sweep.run(2))["backward"] == 510
+
+
+def test_a_failed_trial_is_to_be_run_again(sweep):
+    sweep.ended(3, "the loss became nan")
+    assert sweep.state(3) == "failed" and [number for number, _ in sweep.waiting()] == [3]
+
+
+def test_the_trials_that_a_searcher_will_think_of_are_further_ones(tmp_path):
+    sweep = create(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
+    sweep.started(1, {"select.tau": 0.5})
+    assert sweep.further() == [0, 2, 3]
+    assert [row["trial"] for row in sweep.results()] == [1]
+    assert find(str(tmp_path), "s").trials == sweep.trials
+
+
+def test_figures_are_the_last_of_the_main_training(sweep):
+    run = sweep.run(0)
+    run.log({"phase": "pretrain", "model": 0, "epoch": 7, "accuracy": 0.1})
+    expected = {"epochs": 2, "accuracy": 0.8, "loss": 0.5, "backward": 101, "seconds": 2.5}
+    assert measured(run) == expected | {"test_accuracy": 0.5, "test_loss": 0.1}
+    assert curve(run, "accuracy") == [(1, 0.5), (2, 0.8)]
+
+
+def test_the_table_has_every_trial_once_and_the_best_settings_run_again(sweep):
+    conclude(sweep)
+    table = pq.read_table(sweep.storage.local / "results.parquet").to_pylist()
+    assert [(row["trial"], row["state"], row["accuracy"], row["select.tau"]) for row in table] == [
+        (0, "done", 0.8, 0.01),
+        (1, "done", 0.9, 0.02),
+        (2, "stopped", 0.3, 0.03),
+        (3, "unfinished", None, 0.04),
+    ]
+    best = read_toml(sweep.storage.local / "best.toml")
+    assert "cluster" not in best and "track" not in best
+    assert load(CrestSettings, best) == load(CrestSettings, None, {"select.tau": 0.02, "train.lr": 0.3})
+    assert sorted(sweep.storage.list("plots")) == ["curves.png", "parallel.png", "pareto.png", "settings.png"]
+
+
+def test_values_of_several_types_make_a_column(sweep):
+    sweep.started(0, {"select.tau": 0.01, "train.precision": "auto"})
+    sweep.started(1, {"select.tau": 0.02, "train.precision": 3})
+    conclude(sweep)
+    assert pq.read_table(sweep.storage.local / "results.parquet")["train.precision"].to_pylist()[:2] == ["auto", "3"]
+
+
+def test_done_trials_come_first_then_the_cheapest_of_equal_ones():
+    rows = [trial(0, 0.9, 20), trial(1, None, None, "failed"), trial(2, 0.95, 5, "stopped"), trial(3, 0.9, 10)]
+    assert [row["trial"] for row in ranked(rows, "accuracy", "max")] == [3, 0, 2, 1]
+    assert [row["trial"] for row in ranked(rows, "accuracy", "min")][:2] == [3, 0]
+
+
+def test_the_front_is_what_nothing_dominates():
+    rng = np.random.default_rng(0)
+    rows = [trial(n, a, b) for n, (a, b) in enumerate(zip(rng.random(60), rng.integers(0, 50, 60), strict=True))]
+    for mode, sign in (("max", 1), ("min", -1)):
+        dominated = {
+            row["trial"]
+            for row in rows
+            for other in rows
+            if other["backward"] <= row["backward"]
+            and sign * other["accuracy"] >= sign * row["accuracy"]
+            and (other["backward"], other["accuracy"]) != (row["backward"], row["accuracy"])
+        }
+        assert set(front(rows, "accuracy", mode)) == set(range(60)) - dominated
+
+
+def test_a_stopped_trial_is_not_on_the_front():
+    assert front([trial(0, 0.9, 1, "stopped"), trial(1, 0.5, 9)], "accuracy", "max") == [1]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".."])
+def test_a_name_that_is_a_path_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="names a folder of its own"):
+        create(str(tmp_path), name, ORDER, CrestSettings(), "", [])
+
+
+def test_names_are_not_taken_twice(sweep, tmp_path):
+    with pytest.raises(UserError, match="sweep 's' exists"):
+        create(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
+    sweep.storage.delete_folder("")
+    with pytest.raises(UserError, match="run 's-000' exists"):
+        create(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
+
+
+def test_an_unknown_sweep_is_refused_with_the_nearest(sweep, tmp_path):
+    assert is_sweep(sweep.storage)
+    with pytest.raises(UserError, match="did you mean 's'"):
+        find(str(tmp_path), "ss")
+
+
+@pytest.mark.parametrize("rows", [[], [trial(0, None, None, "failed")], [trial(0, 0.5, 10)]], ids=["0", "failed", "1"])
+def test_few_trials_are_drawn_as_well(tmp_path, rows):
+    rows = [row | {"select.tau": 0.1, "train.optimizer": "sgd"} for row in rows]
+    names = ["select.tau", "train.optimizer"] if rows else []
+    sweep_plots.against_settings(rows, names, "accuracy", tmp_path / "settings.png")
+    sweep_plots.parallel(rows, names, "accuracy", "max", tmp_path / "parallel.png")
+    sweep_plots.learning_curves({"a": [], "b": [(1, 0.5)]} if rows else {}, "accuracy", None, tmp_path / "curves.png")
+    sweep_plots.pareto(rows, front(rows, "accuracy", "max"), "accuracy", tmp_path / "pareto.png")
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_plots_take_choices_ranges_and_stopped_trials(tmp_path):
+    rows = [
+        trial(n, n / 10, 100 - n, "stopped" if n % 2 else "done")
+        | {"train.lr": 10.0 ** -(n % 4 + 1), "train.optimizer": ["sgd", "adamw"][n % 2], "train.nesterov": n % 3 == 0}
+        for n in range(8)
+    ]
+    names = ["train.lr", "train.optimizer", "train.nesterov"]
+    sweep_plots.against_settings(rows, names, "accuracy", tmp_path / "settings.png")
+    sweep_plots.parallel(rows, names, "accuracy", "min", tmp_path / "parallel.png")
+    sweep_plots.pareto(rows, front(rows, "accuracy", "max"), "accuracy", tmp_path / "pareto.png")
+    assert len(list(tmp_path.glob("*.png"))) == 3
