@@ -206,8 +206,8 @@ class Sparsity(Settings):
 class Agent(Settings):
     """Adaptive gradient correction."""
 
-    gamma: Annotated[float, Field(ge=0, le=1, description="γ: damps the correction")] = 0.1
-    alpha: Annotated[float, Field(ge=0, le=1, description="α: how fast c follows its estimate; 0 = c stays 0")] = 0.3
+    gamma: Annotated[float, Field(gt=0, le=1, description="γ: damps the correction")] = 0.1
+    alpha: Annotated[float, Field(ge=0, le=1, description="α: how fast c follows its estimate")] = 0.3
     samples: Annotated[
         Count | None, Field(description="samples of the full gradient, drawn anew each time; all when left out")
     ] = None

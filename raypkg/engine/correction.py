@@ -8,18 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
+from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator, seeded
 from raypkg.core.settings import Agent
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.sparse.agent import coefficient, correct, cosine, smoothed
 
 from .batches import Batch, Batches, dtype_of
+from .costs import Cost
 from .hooks import Hook
 from .loop import autocast, losses_of
 
 if TYPE_CHECKING:
     from .loop import Run
+
+
+COLUMNS = ("step", "c", "cosine")  # c, and how alike the gradients of model and snapshot are
 
 
 class Correction(Hook):
@@ -47,10 +53,19 @@ class Correction(Hook):
         self.snapshot: nn.Module = nn.Identity()
         self.full: list[Tensor] = []  # g̃, one tensor a parameter; empty while c = 0
         self.losses: list[Tensor] = []  # this worker's share of (ℓ_B(θ), ℓ_B(θ̃)) of every corrected step, [2]
-        self.history: list[dict[str, float]] = []  # of every corrected step
+        self.history: list[tuple[float, ...]] = []  # ``COLUMNS`` of every corrected step
 
     def on_start(self, run: Run) -> None:
-        """Make room for the snapshot."""
+        """Make room for the snapshot.
+
+        Raises:
+            UserError: the model has dropout, which would not drop the same in model and snapshot.
+        """
+        if dropout := [layer for layer in run.model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]:
+            raise UserError(
+                f"correction = agent: the model has {type(dropout[0]).__name__}, which would drop other units in the"
+                " snapshot and add noise instead of removing it"
+            )
         self.snapshot = deepcopy(run.model)
 
     def on_epoch(self, run: Run) -> None:
@@ -75,12 +90,12 @@ class Correction(Hook):
             "snapshot": self.snapshot.state_dict(),
             "full": list(self.full),
             "losses": list(self.losses),
-            "history": list(self.history),
+            "history": torch.tensor(self.history, dtype=torch.float64).view(-1, len(COLUMNS)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
-        self.c, self.history = state["c"], list(state["history"])
+        self.c, self.history = state["c"], [tuple(row) for row in state["history"].tolist()]
         self.snapshot.load_state_dict(state["snapshot"])
         device = next(self.snapshot.parameters()).device
         self.full, self.losses = ([tensor.to(device) for tensor in state[name]] for name in ("full", "losses"))
@@ -98,7 +113,7 @@ class Correction(Hook):
     def _full_gradient(self, run: Run) -> list[Tensor]:
         """Return g̃ at the snapshot, over the samples in use or some of them."""
         coreset, bill = run.coreset, run.bill("full gradient")
-        total = [torch.zeros_like(parameter) for parameter in run.model.parameters()]
+        total = [torch.zeros_like(parameter) for parameter in _trained(run.model)]
         if self.settings.samples and self.settings.samples < len(coreset):
             rng = generator(run.seed, "full gradient", run.step)
             some = torch.randperm(len(coreset), generator=rng)[: self.settings.samples]
@@ -117,7 +132,7 @@ class Correction(Hook):
                 torch._foreach_add_(total, self._gradient(run, batch)[1], alpha=1 / len(batches))
                 bill.forward += len(batch.y)
                 bill.backward += len(batch.y)
-            return _summed(run, total)
+            return _summed(run, total, bill)
 
     def _correct(self, run: Run) -> None:
         batch, bill, damped = run.batch, run.bill("correction"), self.settings.gamma * self.c
@@ -126,29 +141,32 @@ class Correction(Hook):
             snapshot, gradients = self._gradient(run, batch)
         self.losses.append(torch.stack([current, snapshot.detach()]))
         bill.forward += len(batch.y)
-        row = {"step": run.step, "c": self.c, "cosine": float("nan")}
+        alike = float("nan")
         if damped:
             bill.backward += len(batch.y)
-            mine = [p.grad for p in run.model.parameters() if p.grad is not None]
-            theirs = _summed(run, gradients)
-            row["cosine"] = cosine(mine, theirs)
+            mine = [p.grad for p in _trained(run.model) if p.grad is not None]
+            theirs = _summed(run, gradients, bill)
+            alike = cosine(mine, theirs)
             correct(mine, theirs, self.full, damped)
-        self.history.append(row)
+        self.history.append((run.step, self.c, alike))
 
     def _gradient(self, run: Run, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Return this worker's share of ℓ_B(θ̃), and of its gradient where gradients are enabled."""
         with autocast(run.settings.precision, batch.x.device):
             logits = self.snapshot(batch.x)
         loss = losses_of(logits, batch.y) @ batch.weights / batch.total
-        parameters = list(self.snapshot.parameters())
-        return loss, list(torch.autograd.grad(loss, parameters)) if loss.requires_grad else []
+        return loss, list(torch.autograd.grad(loss, _trained(self.snapshot))) if loss.requires_grad else []
 
 
-def _summed(run: Run, tensors: list[Tensor]) -> list[Tensor]:
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _summed(run: Run, tensors: list[Tensor], bill: Cost) -> list[Tensor]:
     """Return the sum of the workers' tensors, by one all-reduce."""
     if run.worker.world == 1:
         return tensors
     flat = run.worker.sum(torch.cat([tensor.flatten() for tensor in tensors]))
-    run.cost.sent += flat.nbytes
+    bill.sent += flat.nbytes
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

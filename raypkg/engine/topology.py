@@ -26,6 +26,11 @@ PRUNED_BY = 0.75  # share of training after which gradual pruning has ended
 INTERVALS = 40  # of a training whose ΔT is left out
 
 
+def is_gradual(settings: Sparsity) -> bool:
+    """Say whether weights only go, from a dense model to its density: gradual pruning."""
+    return settings.density is not None and (settings.growth.name, settings.sparse_init.name) == (NONE, "dense")
+
+
 class Topology(Hook):
     """Drops and grows weights with exact counts; `Masked`, after it, keeps those that do not exist at zero.
 
@@ -34,8 +39,9 @@ class Topology(Hook):
     Without growth the masks stay, or, from dense ones, weights are pruned gradually. All workers hold the same masks:
     they see the same averaged gradient and draw the same random numbers.
 
-    Differs from RigL: the step at which masks change is a step of the optimiser, too, after the change. What was just
-    dropped may grow again, at zero.
+    What was dropped may be grown again at once, and then was never gone: a layer that is full does not change.
+
+    Differs from RigL: the step at which masks change is a step of the optimiser, too, after the change.
 
     Args:
         settings: density, rules and schedule.
@@ -51,33 +57,35 @@ class Topology(Hook):
         self.history: list[dict[str, Any]] = []  # a row for each layer and change
 
     @property
-    def gradual(self) -> bool:
-        """Whether weights only go."""
-        return (self.settings.growth.name, self.settings.sparse_init.name) == (NONE, "dense")
-
-    @property
     def explored_share(self) -> float:
         """R_s, the share of weights that ever were active (ITOP)."""
         return density_of(self.explored)
 
     def on_start(self, run: Run) -> None:
         """Draw the first masks."""
-        rule, density = initial[self.settings.sparse_init.name], self.settings.density
-        needed = {"batch": self._first_batch(run)} if "batch" in rule.declares else {}
-        masks: Masks = rule(
-            run.model, density, options=self.settings.sparse_init.options, rng=generator(run.seed, "mask"), **needed
-        )
+        rule, density = initial[self.settings.sparse_init.name], self.settings.density or 1.0
+        weights = sum(weight.numel() for weight in prunable(run.model).values())
+        if round(density * weights) < len(prunable(run.model)):
+            raise UserError(
+                f"density = {density:g} of {weights:,} weights leaves {round(density * weights)} for"
+                f" {len(prunable(run.model))} layers: each needs one at least"
+            )
+        with run.bill("first masks"):
+            needed = {"batch": self._first_batch(run)} if "batch" in rule.declares else {}
+            masks: Masks = rule(
+                run.model, density, options=self.settings.sparse_init.options, rng=generator(run.seed, "mask"), **needed
+            )
         for name, mask in masks.items():
             self.masks[name] = mask.to(run.worker.device)
-            self.explored[name] = self.masks[name].clone()
-        self._note(run, 0.0)
+        self._agree(run)
+        self._note(run)
 
     def on_gradients(self, run: Run) -> None:
         """Change the masks where it is due, by the raw gradient."""
         if self._uses_momentum:
             for name in self.masks:
                 self._follow(name, run)
-        if run.step and run.step % self.every == 0 and (self.gradual or self.settings.growth.name != NONE):
+        if run.step and run.step % self.every == 0 and (is_gradual(self.settings) or self.settings.growth.name != NONE):
             self._change(run)
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,19 +108,24 @@ class Topology(Hook):
             prunable(run.model),
             drop_fraction(self.settings.death_rate, run.progress, self.settings.decay),
         )
-        before = {name: int(mask.sum()) for name, mask in self.masks.items()}
-        leaving = self._gone(run) if self.gradual else {name: int(fraction * count) for name, count in before.items()}
+        existed = {name: mask.clone() for name, mask in self.masks.items()}
+        before = {name: int(mask.sum()) for name, mask in existed.items()}
+        leaving = (
+            self._gone(run)
+            if is_gradual(self.settings)
+            else {name: int(fraction * count) for name, count in before.items()}
+        )
         rule = drop[self.settings.drop.name]
         for name, mask in self.masks.items():
             scores = rule(weights[name].data[mask], options=self.settings.drop.options)
             mask.copy_(dropped(mask, scores, leaving[name]))
-            _clear(run, weights[name], mask)
-        if not self.gradual:
+        if not is_gradual(self.settings):
             for name, count in self._arriving(weights, before).items():
                 self.masks[name].copy_(grown(self.masks[name], self._growth_scores(run, name, weights[name]), count))
         for name, mask in self.masks.items():
             self.explored[name] |= mask
-        self._note(run, 1 - density_of(self.masks) if self.gradual else fraction)
+            _settle(run, weights[name], mask, existed[name])
+        self._note(run)
 
     def _gone(self, run: Run) -> dict[str, int]:
         """Return how many weights of each layer gradual pruning takes now."""
@@ -173,12 +186,17 @@ class Topology(Hook):
         bill.backward += len(some)
         return next(plain_batches(run.split, some, run.worker.device, len(some), dtype_of(run.model)))
 
-    def _note(self, run: Run, fraction: float) -> None:
+    def _agree(self, run: Run) -> None:
+        """Take the first worker's masks: SNIP and GraSP follow from sums that machines round differently."""
+        run.worker.share(mask.view(torch.uint8) for mask in self.masks.values())
+        for name, mask in self.masks.items():
+            self.explored[name] = mask.clone()
+
+    def _note(self, run: Run) -> None:
         self.history += [
             {
                 "step": run.step,
                 "epoch": run.progress * run.settings.epochs,
-                "fraction": fraction,
                 "explored_share": self.explored_share,
                 "layer": name,
                 "active": int(mask.sum()),
@@ -189,9 +207,15 @@ class Topology(Hook):
         ]
 
 
-def _clear(run: Run, weight: Tensor, mask: Tensor) -> None:
-    """Zero what is not in the mask: the weight, and all that the optimiser remembers of it."""
-    weight.data.mul_(mask)
-    for value in run.optimizer.state.get(weight, {}).values():
+def _settle(run: Run, weight: Tensor, mask: Tensor, existed: Tensor) -> None:
+    """Zero what left and what is new: the weight, and what the optimiser remembers of it.
+
+    The squares of Adam are the layer's mean where weights are new: from zero, their first steps would be far too long.
+    """
+    stays = mask & existed
+    weight.data.mul_(stays)
+    for name, value in run.optimizer.state.get(weight, {}).items():
         if isinstance(value, Tensor) and value.shape == weight.shape:
-            value.mul_(mask)
+            value.mul_(stays)
+            if name == "exp_avg_sq" and stays.any():
+                value[mask & ~existed] = value[stays].mean()

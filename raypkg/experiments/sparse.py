@@ -71,9 +71,16 @@ def check_combination(settings: SparseSettings) -> None:
     Raises:
         UserError: settings of masks without a density, of a correction or batches that are not chosen.
     """
-    defaults = SparseSettings()
+    defaults, grows, starts = SparseSettings(), settings.growth.name != "none", settings.sparse_init.name
+    if starts == "dense" and grows:
+        raise UserError(
+            f"sparse_init = dense with growth = {settings.growth.name} would stay dense: give --growth none"
+        )
+    moving = ("death_rate", "decay", "redistribution")
     for name, chosen, part in (
         ("density is left out", settings.density is not None, tuple(Sparsity.model_fields)),
+        ("growth = none", grows, moving),
+        ("growth = none keeps the masks", grows or starts == "dense", ("update_every", "drop")),
         ("correction = none", settings.correction == "agent", ("agent",)),
         ("batches = shuffled", settings.batches == "crest", ("select",)),
     ):

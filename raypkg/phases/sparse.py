@@ -1,13 +1,16 @@
 """Training a sparse model: hooks put together, and what they found kept in the run folder."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from raypkg.core.errors import UserError
-from raypkg.engine.correction import Correction
+from raypkg.core.settings import Agent
+from raypkg.engine.correction import COLUMNS, Correction
 from raypkg.engine.hooks import Hook, Masked
-from raypkg.engine.topology import NONE, Topology
+from raypkg.engine.topology import NONE, PRUNED_BY, Topology, is_gradual
 from raypkg.engine.worker import Worker
 from raypkg.methods.sparse.flops import active_flops, forward_flops
 from raypkg.methods.sparse.masks import density_of
@@ -22,6 +25,7 @@ from .summary import save_plot
 from .train import Job, train_model
 
 TOPOLOGY, CORRECTION = "topology.parquet", "correction.parquet"
+CORRECTED = 3  # steps between snapshots: two differences of losses, whose covariance is c
 
 
 def check(settings: Any, n: int) -> None:
@@ -41,18 +45,39 @@ def check(settings: Any, n: int) -> None:
             if chosen.name != NONE or rules in (initial, drop):
                 rules[chosen.name].options(chosen.options)
     epochs, per_epoch = settings.train.epochs * settings.multiplier, -(-n // settings.train.batch_size)
-    if settings.update_every and settings.update_every >= epochs * per_epoch:
+    steps = epochs * per_epoch
+    if settings.update_every and settings.update_every >= steps:
         raise UserError(
-            f"update_every = {settings.update_every} is not below the {epochs * per_epoch} steps of training: masks"
-            " would never change; --growth none keeps them on purpose"
+            f"update_every = {settings.update_every} is not below the {steps} steps of training: masks would never"
+            " change"
         )
-    if settings.correction == "agent" and per_epoch < 2:
-        raise UserError(
-            f"correction = agent needs two batches an epoch or more: {n} samples make one of"
-            f" {settings.train.batch_size}, whose gradient is the full one"
-        )
+    if is_gradual(settings):
+        _check_pruning(settings, steps)
+    if settings.correction == "agent":
+        _check_correction(settings.agent, per_epoch, steps)
     if settings.batches == "crest":
         check_crest(settings, epochs, n)
+
+
+def _check_pruning(settings: Any, steps: int) -> None:
+    if settings.drop.name == "threshold":
+        raise UserError("drop = threshold lets weights stay, so gradual pruning would not reach its density")
+    every = settings.update_every or 1
+    if -(-math.ceil(PRUNED_BY * steps) // every) * every >= steps:
+        raise UserError(
+            f"update_every = {every}: no change falls into the last quarter of the {steps} steps, so gradual pruning"
+            " would not reach its density"
+        )
+
+
+def _check_correction(agent: Agent, per_epoch: int, steps: int) -> None:
+    interval = agent.snapshot or per_epoch
+    if interval >= steps or interval // agent.every < CORRECTED or not agent.alpha:
+        raise UserError(
+            f"correction = agent would correct nothing: of the {interval} steps between snapshots, c is estimated from"
+            f" {interval // agent.every} (at least {CORRECTED}), in a training of {steps} steps, with agent.alpha ="
+            f" {agent.alpha:g} (above 0)"
+        )
 
 
 def train_sparse(worker: Worker, job: Job) -> dict[str, Any]:
@@ -69,9 +94,11 @@ def train_sparse(worker: Worker, job: Job) -> dict[str, Any]:
         hooks.append(Masked(topology.masks))
     record = (train_crest if settings.batches == "crest" else train_model)(worker, job, hooks)
     if worker.rank == 0:
-        for file, hook in ((TOPOLOGY, topology), (CORRECTION, correction)):
-            if hook:
-                job.storage.write_table(file, pa.Table.from_pylist(hook.history))
+        if topology:
+            job.storage.write_table(TOPOLOGY, pa.Table.from_pylist(topology.history))
+        if correction:
+            columns = np.array(correction.history).T
+            job.storage.write_table(CORRECTION, pa.table(dict(zip(COLUMNS, columns, strict=True))))
     return record | facts(job, topology)
 
 

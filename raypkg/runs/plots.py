@@ -242,19 +242,25 @@ def topology(changes: Rows, path: str | Path) -> None:
         density, explored = figure.subplots(1, 2, width_ratios=(2, 1))
         rows = np.arange(len(layers))
         first, last = changes[: len(layers)], changes[-len(layers) :]
-        for part, colour, name in ((first, GREY, "at first"), (last, BLUE, "at last")):
+        for part, look, name in (
+            (first, {"mec": GREY, "mfc": "none", "ms": 10}, "at first"),
+            (last, {"c": BLUE}, "at last"),
+        ):
             shares = 100 * _column(part, "active") / _column(part, "weights")
-            density.plot(shares, rows, "o", color=colour, label=name)
+            density.plot(shares, rows, "o", linestyle="none", label=name, **look)
         active, weights = (sum(row[key] for row in last) for key in ("active", "weights"))
         density.set(title=f"{active / weights:.2%} of {short(weights)} weights exist", xlabel="density, %")
         density.set_xlim(left=0)
         density.set_yticks(rows, [_cut(name.removesuffix(".weight"), 30) for name in layers], fontsize=7)
         density.invert_yaxis()
         density.legend(frameon=False)
-        times = changes[:: len(layers)]
-        epoch, share = _column(times, "epoch"), 100 * _column(times, "explored_share")
-        explored.step(epoch, share, where="post", color=BLUE)
-        explored.set(title=f"{share[-1]:.3g} % ever existed (R_s)", xlabel="epoch", ylim=(0, 100))
+        epoch, share = (_column(changes[:: len(layers)], key) for key in ("epoch", "explored_share"))
+        exist, whole = (_column(changes, key).reshape(-1, len(layers)).sum(1) for key in ("active", "weights"))
+        for values, colour in ((100 * share, BLUE), (100 * exist / whole, ORANGE)):
+            explored.step(epoch, values, where="post", color=colour)
+        ends = {"ever existed, R_s": (100 * share[-1], BLUE), "exist": (100 * exist[-1] / whole[-1], ORANGE)}
+        _ends(explored, epoch[-1], ends)
+        explored.set(title=f"{share[-1]:.1%} ever existed", xlabel="epoch", ylim=(0, 105), ylabel="% of the weights")
 
 
 def correction(steps: Rows, path: str | Path) -> None:

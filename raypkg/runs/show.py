@@ -47,7 +47,7 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
     if "density" in summary:
         lines.append(
             f"{summary['active_parameters']:,} of {summary['parameters']:,} parameters exist (weights:"
-            f" {summary['density']:.2%}, {summary['explored']:.1%} ever did);"
+            f" {summary['density']:.2%}, {summary['explored']:.2%} ever did);"
             f" a forward pass of one sample needs {summary['active_flops']:,} of {summary['flops']:,} operations"
         )
     if "pools" in summary:

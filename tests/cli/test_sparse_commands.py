@@ -75,7 +75,21 @@ def test_extended_training_is_longer(effray):
         ("--growth gradient", r"density is left out: growth would do nothing"),
         ("--agent.gamma 0.5", r"correction = none: agent would do nothing"),
         ("--select.tau 0.5", r"batches = shuffled: select would do nothing"),
-        ("--correction agent --train.batch_size 2000", r"correction = agent needs two batches an epoch or more"),
+        ("--correction agent --train.batch_size 2000", r"of the 1 steps between snapshots, c is estimated from 1"),
+        ("--density 0.1 --sparse-init dense", r"sparse_init = dense with growth = random would stay dense"),
+        (
+            "--density 0.1 --growth none --update-every 7",
+            r"growth = none keeps the masks: update_every would do nothing",
+        ),
+        ("--density 0.1 --growth none --death-rate 0.7", r"growth = none: death_rate would do nothing"),
+        ("--density 0.1 --growth none --sparse-init dense --drop threshold", r"drop = threshold lets weights stay"),
+        (
+            "--density 0.1 --growth none --sparse-init dense --train.epochs 5 --update-every 32",
+            r"update_every = 32: no change falls into the last quarter of the 55 steps",
+        ),
+        ("--correction agent --train.epochs 1", r"correction = agent would correct nothing"),
+        ("--correction agent --agent.every 5", r"of the 11 steps between snapshots, c is estimated from 2"),
+        ("--correction agent --agent.alpha 0", r"with agent.alpha = 0 \(above 0\)"),
         ("--density 0.1 --death-rate 1", r"death_rate = '1'"),
     ],
 )

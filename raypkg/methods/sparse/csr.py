@@ -63,15 +63,15 @@ class SparseLinear(nn.Module):
         self.bias = None if layer.bias is None else layer.bias.detach()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [b, in] to [b, out]."""
-        y = self.matrix @ x.T  # the sparse factor must be the left one
-        return (y if self.bias is None else y.add_(self.bias)).T
+        """Map […, in] to […, out]."""
+        y = self.matrix @ x.flatten(0, -2).T  # the sparse factor must be the left one
+        return (y if self.bias is None else y.add_(self.bias)).T.view(*x.shape[:-1], -1)
 
 
 def with_sparse_layers(model: nn.Module) -> nn.Module:
     """Put sparse layers in the place of all linear ones; convolutions stay, as there is no sparse kernel for them."""
     for name, child in model.named_children():
-        setattr(model, name, SparseLinear(child) if isinstance(child, nn.Linear) else with_sparse_layers(child))
+        setattr(model, name, SparseLinear(child) if type(child) is nn.Linear else with_sparse_layers(child))
     return model
 
 

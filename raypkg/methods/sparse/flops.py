@@ -6,14 +6,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from .masks import LAYERS
 
 
 def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     """Return 2 operations for each use of a weight of linear and convolutional layers, by the weight's name.
 
-    Biases, norms and activations are left out, as is usual. Training takes 3 times as much: the gradient of the
-    weights and that of the inputs cost a forward pass each.
+    Biases, norms and activations are left out, as is usual, and layers that are not called, such as those that
+    attention uses by their weights. Training takes 3 times as much: the gradient of the weights and that of the inputs
+    cost a forward pass each.
 
     Args:
         model: left as it was.

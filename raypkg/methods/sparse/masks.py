@@ -14,9 +14,14 @@ Masks = dict[str, Tensor]  # parameter name → bool tensor of the parameter's s
 Densities = dict[str, float]  # parameter name → share of weights kept
 
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that masks apply to: all with two or more dimensions."""
-    return {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    """Return the parameters that masks apply to: the weights of linear and convolutional layers that are trained."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+    weights = {f"{name}.weight".lstrip("."): layer.get_parameter("weight") for name, layer in layers.items()}
+    return {name: weight for name, weight in weights.items() if weight.requires_grad}
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
