@@ -123,6 +123,7 @@ def run_trial(
 
     def listen(row: Mapping[str, Any]) -> None:
         if row["phase"] == "train" and row.get(metric) is not None:
+            run.flush()  # before Tune may stop the trial, of which the driver then reads
             tell({"epoch": row["epoch"], metric: row[metric]})
 
     try:

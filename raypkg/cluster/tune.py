@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 from typing import Any, Protocol
 
@@ -119,11 +120,15 @@ def optuna(
     """
     from ray.tune.search.optuna import OptunaSearch
 
+    if not find_spec("optuna"):
+        raise UserError("--search optuna needs Optuna: pip install 'effray[optuna]'")
     varied = {name: domain for name, domain in space.items() if name not in constants(space)}
+    if not varied:
+        raise UserError("--search optuna: the space has plain values only, and nothing to search")
+    logging.getLogger("optuna").setLevel(logging.WARNING)
     try:
-        search = OptunaSearch(varied, metric=metric, mode=mode, seed=seed % 2**32)
-    except (AssertionError, ImportError):
-        raise UserError("--search optuna needs Optuna: pip install 'effray[optuna]'") from None
+        known = OptunaSearch.convert_search_space(varied)
+        search = OptunaSearch(known, metric=metric, mode=mode, seed=seed % 2**32)
     except ValueError as error:
         raise UserError(f"--search optuna: {error}") from None
     for values, reached in told:

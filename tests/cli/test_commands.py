@@ -142,14 +142,14 @@ def test_the_console_script():
 JOBS = Path(__file__).parents[2] / "jobs"
 
 
-def test_every_experiment_is_a_job(capsys, monkeypatch):
+def test_every_experiment_and_the_sweep_is_a_job(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["job.py", "--help"])
     names = set()
     for job in JOBS.glob("*.py"):
         with pytest.raises(SystemExit):
             runpy.run_path(str(job), run_name="__main__")
         names.add(capsys.readouterr().out.split()[2])
-    assert names == set(experiment.entries)
+    assert names == {*experiment.entries, "tune"}
 
 
 def test_no_job_hides_a_module_of_python():

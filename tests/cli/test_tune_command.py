@@ -116,9 +116,7 @@ def test_a_wrong_order_is_one_line(wrong, arguments, message):
 
 
 def test_a_missing_searcher_names_its_extra(wrong, monkeypatch):
-    from ray.tune.search.optuna import optuna_search
-
-    monkeypatch.setattr(optuna_search, "ot", None)
+    monkeypatch.setattr("raypkg.cluster.tune.find_spec", lambda name: None)
     assert "--search optuna needs Optuna: pip install 'effray[optuna]'" in wrong("crest --search optuna")
 
 
