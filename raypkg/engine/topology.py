@@ -49,7 +49,7 @@ class Topology(Hook):
     """
 
     def __init__(self, settings: Sparsity, steps: int):
-        self.settings = settings
+        self.settings, self.gradual = settings, is_gradual(settings)
         self.every = settings.update_every or max(1, steps // INTERVALS)
         self.masks: Masks = {}
         self.explored: Masks = {}  # weights that ever were active
@@ -62,19 +62,22 @@ class Topology(Hook):
         return density_of(self.explored)
 
     def on_start(self, run: Run) -> None:
-        """Draw the first masks."""
+        """Draw the first masks.
+
+        Raises:
+            UserError: the density leaves fewer weights than there are layers.
+        """
         rule, density = initial[self.settings.sparse_init.name], self.settings.density or 1.0
-        weights = sum(weight.numel() for weight in prunable(run.model).values())
-        if round(density * weights) < len(prunable(run.model)):
+        options, rng = self.settings.sparse_init.options, generator(run.seed, "mask")
+        sizes = [weight.numel() for weight in prunable(run.model).values()]
+        if round(density * sum(sizes)) < len(sizes):
             raise UserError(
-                f"density = {density:g} of {weights:,} weights leaves {round(density * weights)} for"
-                f" {len(prunable(run.model))} layers: each needs one at least"
+                f"density = {density:g} of {sum(sizes):,} weights leaves {round(density * sum(sizes))} for {len(sizes)}"
+                " layers: each needs one at least"
             )
         with run.bill("first masks"):
             needed = {"batch": self._first_batch(run)} if "batch" in rule.declares else {}
-            masks: Masks = rule(
-                run.model, density, options=self.settings.sparse_init.options, rng=generator(run.seed, "mask"), **needed
-            )
+            masks: Masks = rule(run.model, density, options=options, rng=rng, **needed)
         for name, mask in masks.items():
             self.masks[name] = mask.to(run.worker.device)
         self._agree(run)
@@ -85,7 +88,8 @@ class Topology(Hook):
         if self._uses_momentum:
             for name in self.masks:
                 self._follow(name, run)
-        if run.step and run.step % self.every == 0 and (is_gradual(self.settings) or self.settings.growth.name != NONE):
+        changes = self.gradual or self.settings.growth.name != NONE
+        if changes and run.step and run.step % self.every == 0:
             self._change(run)
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,39 +108,36 @@ class Topology(Hook):
         self.history = list(state["history"])
 
     def _change(self, run: Run) -> None:
-        weights, fraction = (
-            prunable(run.model),
-            drop_fraction(self.settings.death_rate, run.progress, self.settings.decay),
-        )
-        existed = {name: mask.clone() for name, mask in self.masks.items()}
-        before = {name: int(mask.sum()) for name, mask in existed.items()}
-        leaving = (
-            self._gone(run)
-            if is_gradual(self.settings)
-            else {name: int(fraction * count) for name, count in before.items()}
-        )
-        rule = drop[self.settings.drop.name]
+        weights, existed = prunable(run.model), {name: mask.clone() for name, mask in self.masks.items()}
+        rule, leaving = drop[self.settings.drop.name], self._leaving(run)
         for name, mask in self.masks.items():
             scores = rule(weights[name].data[mask], options=self.settings.drop.options)
             mask.copy_(dropped(mask, scores, leaving[name]))
-        if not is_gradual(self.settings):
-            for name, count in self._arriving(weights, before).items():
-                self.masks[name].copy_(grown(self.masks[name], self._growth_scores(run, name, weights[name]), count))
+        for name, count in self._arriving(weights, existed).items():
+            if count:
+                scores = self._growth_scores(run, name, weights[name])
+                self.masks[name].copy_(grown(self.masks[name], scores, count))
         for name, mask in self.masks.items():
             self.explored[name] |= mask
             _settle(run, weights[name], mask, existed[name])
         self._note(run)
 
-    def _gone(self, run: Run) -> dict[str, int]:
-        """Return how many weights of each layer gradual pruning takes now."""
+    def _leaving(self, run: Run) -> dict[str, int]:
+        """Return how many weights each layer drops: the share f(t), or, pruning gradually, what its density leaves out."""
+        active = {name: int(mask.sum()) for name, mask in self.masks.items()}
+        if not self.gradual:
+            fraction = drop_fraction(self.settings.death_rate, run.progress, self.settings.decay)
+            return {name: int(fraction * count) for name, count in active.items()}
         density = gradual_density(self.settings.density or 1.0, min(1.0, run.progress / PRUNED_BY))
         size = {name: mask.numel() for name, mask in self.masks.items()}
         target = allot({name: float(n) for name, n in size.items()}, round(density * sum(size.values())), size)
-        return {name: max(0, int(mask.sum()) - max(1, target[name])) for name, mask in self.masks.items()}
+        return {name: max(0, count - max(1, target[name])) for name, count in active.items()}
 
-    def _arriving(self, weights: Mapping[str, Tensor], before: Mapping[str, int]) -> dict[str, int]:
-        """Return how many weights each layer grows: what it lost, or its share of what all lost."""
-        lost = {name: before[name] - int(mask.sum()) for name, mask in self.masks.items()}
+    def _arriving(self, weights: Mapping[str, Tensor], existed: Masks) -> dict[str, int]:
+        """Return how many weights each layer grows: what it lost, its share of what all lost, or none."""
+        lost = {name: int(existed[name].sum()) - int(mask.sum()) for name, mask in self.masks.items()}
+        if self.gradual:
+            return dict.fromkeys(lost, 0)
         if self.settings.redistribution.name == NONE:
             return lost
         rule = redistribution[self.settings.redistribution.name]
