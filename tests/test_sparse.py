@@ -12,6 +12,7 @@ import reference
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Agent, Sparsity, Training
 from raypkg.data.split import Split
+from raypkg.engine.active import Active
 from raypkg.engine.batches import Batches
 from raypkg.engine.correction import Correction
 from raypkg.engine.costs import Cost
@@ -23,6 +24,7 @@ from raypkg.methods.coreset import Coreset
 from raypkg.methods.sparse.agent import coefficient, cosine, smoothed
 from raypkg.methods.sparse.csr import compressed, expanded, with_sparse_layers
 from raypkg.methods.sparse.flops import active_flops, forward_flops
+from raypkg.methods.sparse.linear import ActiveLinear, pattern_of
 from raypkg.methods.sparse.masks import allot, counts_of, density_of, erk, largest_masks, shapes_of
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
 from raypkg.methods.sparse.saliency import grasp, snip
@@ -465,6 +467,35 @@ def test_sparse_layers_compute_what_dense_ones_do():
         x = torch.randn(7, D, generator=rng())
         expected = model(x)
         torch.testing.assert_close(with_sparse_layers(model)(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_active_layers_have_the_gradients_of_masked_ones(dense):
+    masked, mask = nn.Linear(9, 7), torch.rand(7, 9, generator=rng()) < 0.3
+    masked.weight.data *= mask
+    sparse_layer = ActiveLinear(copy.deepcopy(masked))
+    sparse_layer.pattern, sparse_layer.dense_gradient = pattern_of(mask), dense
+    x = torch.randn(5, 9, generator=rng())
+    gradients = []
+    for layer in (masked, sparse_layer):
+        inputs = x.clone().requires_grad_()
+        layer(inputs).square().sum().backward()
+        gradients.append((inputs.grad, layer.weight.grad, layer.bias.grad))
+    expected = (gradients[0][0], gradients[0][1] * (1 if dense else mask), gradients[0][2])
+    for ours, theirs in zip(gradients[1], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("growth", ["random", "gradient"])
+def test_computing_sparse_trains_the_same_model(growth):
+    masked, active = sparse(growth=growth), sparse(growth=growth)
+    active.insert(1, Active(active[0]))
+    precise = PLAIN.model_copy(update={"precision": "float64"})  # no order of magnitudes hangs on rounding
+    one, other = (fit(run(*hooks, settings=precise)) for hooks in (masked, active))
+    assert all(mask.equal(active[0].masks[name]) for name, mask in masked[0].masks.items())
+    for ours, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert set(one.model.state_dict()) == set(other.model.state_dict())
 
 
 def test_a_growth_rule_of_the_wrong_shape_is_told():

@@ -85,12 +85,21 @@ class Topology(Hook):
 
     def on_gradients(self, run: Run) -> None:
         """Change the masks where it is due, by the raw gradient."""
-        if self._uses_momentum:
+        if self.uses_momentum:
             for name in self.masks:
                 self._follow(name, run)
-        changes = self.gradual or self.settings.growth.name != NONE
-        if changes and run.step and run.step % self.every == 0:
+        if self.due(run.step):
             self._change(run)
+
+    def due(self, step: int) -> bool:
+        """Say whether the masks change in a step."""
+        return (self.gradual or self.settings.growth.name != NONE) and step > 0 and step % self.every == 0
+
+    @property
+    def looks_at_gradients(self) -> bool:
+        """Whether growth looks at the gradients of weights that do not exist, in the steps that are due."""
+        name = self.settings.growth.name
+        return name != NONE and "gradient" in growth[name].declares
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, what was explored, momentum and history."""
@@ -123,7 +132,7 @@ class Topology(Hook):
         self._note(run)
 
     def _leaving(self, run: Run) -> dict[str, int]:
-        """Return how many weights each layer drops: the share f(t), or, pruning gradually, what its density leaves out."""
+        """Return how many weights each layer drops: the share f(t), or, pruning gradually, what is too many."""
         active = {name: int(mask.sum()) for name, mask in self.masks.items()}
         if not self.gradual:
             fraction = drop_fraction(self.settings.death_rate, run.progress, self.settings.decay)
@@ -167,7 +176,8 @@ class Topology(Hook):
         return scores.to(weight.device)
 
     @property
-    def _uses_momentum(self) -> bool:
+    def uses_momentum(self) -> bool:
+        """Whether a rule looks at the dense gradient of every step."""
         chosen = ((growth, self.settings.growth.name), (redistribution, self.settings.redistribution.name))
         return any(name != NONE and "momentum" in rules[name].declares for rules, name in chosen)
 

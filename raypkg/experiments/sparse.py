@@ -22,6 +22,10 @@ class SparseTrain(Train):
 class SparseSettings(Sparsity, Experiment):
     """Settings of `effray sparse`."""
 
+    compute: Annotated[
+        Literal["masked", "sparse"],
+        Field(description="sparse = linear layers multiply the weights that exist only; masked = all, some of them 0"),
+    ] = "masked"
     multiplier: Annotated[Count, Field(description="so many times the epochs (extended training, ITOP)")] = 1
     correction: Annotated[
         Literal["none", "agent"], Field(description="agent = adaptive gradient correction by a snapshot")
@@ -39,7 +43,8 @@ class SparseSettings(Sparsity, Experiment):
 def run(settings: SparseSettings, *, report: Report) -> None:
     """Train a model of which few weights exist at a time, those that matter changing as training goes on.
 
-    Masks are applied to dense arithmetic: this saves memory and time only after `effray export --format csr`.
+    Masks are applied to dense arithmetic, which saves nothing: linear layers compute with what exists by --compute
+    sparse, and `effray export --format csr` leaves out the rest.
 
     Example:
         effray sparse --dataset digits --model mlp --density 0.1 --growth gradient --correction agent
@@ -78,7 +83,7 @@ def check_combination(settings: SparseSettings) -> None:
         )
     moving = ("death_rate", "decay", "redistribution")
     for name, chosen, part in (
-        ("density is left out", settings.density is not None, tuple(Sparsity.model_fields)),
+        ("density is left out", settings.density is not None, (*Sparsity.model_fields, "compute")),
         ("growth = none", grows, moving),
         ("growth = none keeps the masks", grows or starts == "dense", ("update_every", "drop")),
         ("correction = none", settings.correction == "agent", ("agent",)),

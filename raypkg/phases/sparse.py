@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Agent
+from raypkg.engine.active import Active
 from raypkg.engine.correction import COLUMNS, Correction
 from raypkg.engine.hooks import Hook, Masked
 from raypkg.engine.topology import NONE, PRUNED_BY, Topology, is_gradual
@@ -55,6 +56,8 @@ def check(settings: Any, n: int) -> None:
         _check_pruning(settings, steps)
     if settings.correction == "agent":
         _check_correction(settings.agent, per_epoch, steps)
+    if settings.compute == "sparse":
+        _check_compute(settings)
     if settings.batches == "crest":
         check_crest(settings, epochs, n)
 
@@ -68,6 +71,15 @@ def _check_pruning(settings: Any, steps: int) -> None:
             f"update_every = {every}: no change falls into the last quarter of the {steps} steps, so gradual pruning"
             " would not reach its density"
         )
+
+
+def _check_compute(settings: Any) -> None:
+    for name, chosen in (("growth", settings.growth), ("redistribution", settings.redistribution)):
+        if Topology(settings, 1).uses_momentum and chosen.name != NONE:
+            raise UserError(f"compute = sparse has no dense gradient at every step, which {name} = {chosen.name} needs")
+    if settings.correction == "agent" or settings.batches == "crest":
+        other = "correction = agent" if settings.correction == "agent" else "batches = crest"
+        raise UserError(f"compute = sparse does not go with {other}, which differentiates other weights, or twice")
 
 
 def _check_correction(agent: Agent, per_epoch: int, steps: int) -> None:
@@ -91,7 +103,7 @@ def train_sparse(worker: Worker, job: Job) -> dict[str, Any]:
     if settings.correction == "agent":
         hooks.append(correction := Correction(settings.agent))
     if topology:
-        hooks.append(Masked(topology.masks))
+        hooks += [*([Active(topology)] if settings.compute == "sparse" else []), Masked(topology.masks)]
     record = (train_crest if settings.batches == "crest" else train_model)(worker, job, hooks)
     if worker.rank == 0:
         if topology:

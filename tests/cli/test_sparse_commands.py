@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from raypkg.methods.sparse.csr import expanded
@@ -56,6 +57,15 @@ def test_it_combines_with_crest(effray):
     assert summary()["pools"] >= 1 and summary()["density"] < 0.11
 
 
+def test_computing_sparse_ends_as_masked_does(effray):
+    options = "--growth gradient --train.precision float64"
+    effray(f"{SHORT} {options}")
+    masked = load_file(RUN / "model.safetensors")
+    effray(f"{SHORT.replace('--name a', '--name b')} {options} --compute sparse")
+    for name, weight in load_file(RUN.with_name("b") / "model.safetensors").items():
+        torch.testing.assert_close(weight, masked[name], rtol=0, atol=1e-9)
+
+
 def test_extended_training_is_longer(effray):
     effray(f"{SHORT} --multiplier 2")
     assert summary()["full_training_backward"] == 12 * summary()["samples"]
@@ -87,6 +97,9 @@ def test_extended_training_is_longer(effray):
             "--density 0.1 --growth none --sparse-init dense --train.epochs 5 --update-every 32",
             r"update_every = 32: no change falls into the last quarter of the 55 steps",
         ),
+        ("--compute sparse", r"density is left out: compute would do nothing"),
+        ("--density 0.1 --compute sparse --growth momentum", r"compute = sparse has no dense gradient at every step"),
+        ("--density 0.1 --compute sparse --correction agent", r"compute = sparse does not go with correction = agent"),
         ("--correction agent --train.epochs 1", r"correction = agent would correct nothing"),
         ("--correction agent --agent.every 5", r"of the 11 steps between snapshots, c is estimated from 2"),
         ("--correction agent --agent.alpha 0", r"with agent.alpha = 0 \(above 0\)"),
