@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -62,6 +62,10 @@ class Masked(Hook):
 
     def on_gradients(self, run: Run) -> None:
         """Zero the gradients of pruned weights."""
-        for name, mask in self.masks.items():
+        self.zero(run, self.masks)
+
+    def zero(self, run: Run, names: Iterable[str]) -> None:
+        """Zero those of some parameters."""
+        for name in names:
             if (gradient := run.model.get_parameter(name).grad) is not None:
-                gradient.mul_(mask)
+                gradient.mul_(self.masks[name])

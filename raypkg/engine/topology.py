@@ -95,12 +95,6 @@ class Topology(Hook):
         """Say whether the masks change in a step."""
         return (self.gradual or self.settings.growth.name != NONE) and step > 0 and step % self.every == 0
 
-    @property
-    def looks_at_gradients(self) -> bool:
-        """Whether growth looks at the gradients of weights that do not exist, in the steps that are due."""
-        name = self.settings.growth.name
-        return name != NONE and "gradient" in growth[name].declares
-
     def state_dict(self) -> dict[str, Any]:
         """Return masks, what was explored, momentum and history."""
         return {name: dict(getattr(self, name)) for name in ("masks", "explored", "momentum")} | {

@@ -103,7 +103,7 @@ def train_sparse(worker: Worker, job: Job) -> dict[str, Any]:
     if settings.correction == "agent":
         hooks.append(correction := Correction(settings.agent))
     if topology:
-        hooks += [*([Active(topology)] if settings.compute == "sparse" else []), Masked(topology.masks)]
+        hooks.append(Active(topology) if settings.compute == "sparse" else Masked(topology.masks))
     record = (train_crest if settings.batches == "crest" else train_model)(worker, job, hooks)
     if worker.rank == 0:
         if topology:

@@ -28,9 +28,8 @@ def epoch(columns, hidden, density, compute, precision):
     split = Split.from_tensors(torch.randn(N, columns, generator=rng) + y[:, None] / 20, y)
     model = build_model("mlp", (columns,), 10, seed=0, options={"hidden": hidden})
     topology = Topology(Sparsity(density=density, growth="gradient", update_every=15), N // 128)
-    active = [Active(topology)] if compute == "sparse" else []
     training = Training(epochs=1, batch_size=128, schedule="constant", lr=0.02, precision=precision)
-    hooks = [topology, *active, Masked(topology.masks)]
+    hooks = [topology, Active(topology) if compute == "sparse" else Masked(topology.masks)]
     worker, rows = Worker(report=lambda row: rows.append(row)), []
     run = Run(model, split, Coreset.uniform(torch.arange(N)), training, 0, "train", worker, (), Cost("train"), hooks)
     start = time.perf_counter()
@@ -43,9 +42,8 @@ def epoch(columns, hidden, density, compute, precision):
 def test_masked_against_sparse():
     torch.set_num_threads(1)
     print(f"\n{N // 128} steps of 128, RigL, one thread, medians of {ROUNDS}, in turn\n")
-    print(
-        "| | sparsity | masked, float32 | masked, bfloat16 | sparse, float32 | ratios | losses |\n" + "|---" * 7 + "|"
-    )
+    columns = ("", "sparsity", "masked, float32", "masked, bfloat16", "sparse, float32", "ratios", "losses")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     ways = [("masked", "float32"), ("masked", "bfloat16"), ("sparse", "float32")]
     for name, (columns, hidden) in MODELS.items():
         for density in (0.1, 0.05, 0.01):

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -24,8 +25,8 @@ def drop_fraction(first: float, progress: float, decay: str) -> float:
 def gradual_density(last: float, progress: float) -> float:
     """Return the density d + (1 − d)·(1 − p)³ of gradual pruning (arXiv:1710.01878), p the share of pruning done.
 
-    >>> gradual_density(0.2, 0.0), gradual_density(0.2, 0.5), gradual_density(0.2, 1.0)
-    (1.0, 0.3, 0.2)
+    >>> gradual_density(0.5, 0.0), gradual_density(0.5, 0.5), gradual_density(0.5, 1.0)
+    (1.0, 0.5625, 0.5)
     """
     return last + (1 - last) * (1 - progress) ** 3
 
@@ -61,4 +62,8 @@ def grown(mask: Tensor, scores: Tensor, count: int) -> Tensor:
 
 def _first(scores: Tensor, count: int) -> Tensor:
     """Return the places of the highest scores; of equal ones the first, on every machine."""
-    return scores.argsort(descending=True, stable=True)[:count]
+    if not count:
+        return scores.new_empty(0, dtype=torch.int64)
+    limit = scores.topk(count, sorted=False).values.min()
+    above, equal = ((scores > limit).nonzero()[:, 0], (scores == limit).nonzero()[:, 0])
+    return torch.cat([above, equal[: count - len(above)]])
