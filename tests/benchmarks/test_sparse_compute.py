@@ -17,7 +17,7 @@ from raypkg.engine.worker import Worker
 from raypkg.methods.coreset import Coreset
 from raypkg.models import build_model
 
-N, ROUNDS = 5120, 5  # 40 steps of 128
+N, ROUNDS = 12_800, 3  # 100 steps of 128
 MODELS = {"MLP 784-300-100": (784, (300, 100)), "MLP 3072-1024-1024-1024": (3072, (1024, 1024, 1024))}
 
 
@@ -27,7 +27,7 @@ def epoch(columns, hidden, density, compute, precision):
     y = torch.arange(N) % 10
     split = Split.from_tensors(torch.randn(N, columns, generator=rng) + y[:, None] / 20, y)
     model = build_model("mlp", (columns,), 10, seed=0, options={"hidden": hidden})
-    topology = Topology(Sparsity(density=density, growth="gradient", update_every=15), N // 128)
+    topology = Topology(Sparsity(density=density, growth="gradient", update_every=40), N // 128)
     training = Training(epochs=1, batch_size=128, schedule="constant", lr=0.02, precision=precision)
     hooks = [topology, Active(topology) if compute == "sparse" else Masked(topology.masks)]
     worker, rows = Worker(report=lambda row: rows.append(row)), []
