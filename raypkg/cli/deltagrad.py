@@ -43,9 +43,9 @@ def replaying(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(cls=ExampleHelp)
-@replaying
 @click.option("--ids", metavar="IDS", help="3,14,15, or a file: one a line, or parquet with a column id or index")
 @click.option("--where", metavar="CONDITION", help="such as 'age > 60 and label = yes', on a table's columns")
+@replaying
 def delete(ids: str | None, where: str | None, **given: Any) -> None:
     """Make the model as if some samples had not been in its training.
 
@@ -60,9 +60,9 @@ def delete(ids: str | None, where: str | None, **given: Any) -> None:
 
 
 @click.command(cls=ExampleHelp)
-@replaying
 @click.option("--ids", metavar="IDS", help="deleted samples to put back where they were; a list or a file")
 @click.option("--data", metavar="NAME", help="new samples: a data set like the run's, whose train split is added")
+@replaying
 def add(ids: str | None, data: str | None, **given: Any) -> None:
     """Make the model as if further samples had been in its training.
 
@@ -87,7 +87,7 @@ def stream(queue: Path, together: int, **given: Any) -> None:
     known by its id and answered once.
 
     Example:
-        effray deltagrad stream one queue.jsonl
+        effray deltagrad train --name five && echo '{"delete": [3], "id": "a"}' > q && effray deltagrad stream five q
     """
     from raypkg.phases.requests import batches, read_queue, unanswered
 

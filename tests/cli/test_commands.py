@@ -17,6 +17,7 @@ import pytest
 from raypkg.experiments import experiment
 from raypkg.runs.folder import RunFolder
 
+OTHERS = ("crest", "sparse", "export", "tune", "tune crest", "deltagrad", "deltagrad delete", "deltagrad stream")
 COMMANDS = ("", "lipt", "train", "show", "data", "methods")
 SHORT = "--model linear --pretrain.models 2 --pretrain.epochs 1 --train.epochs 2"
 CODE = """
@@ -77,7 +78,7 @@ def outside(*words, **environment):
     return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", (*COMMANDS, *OTHERS))
 def test_help_fits_and_ends_with_an_example(effray, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
     text = effray(f"{command} --help")
