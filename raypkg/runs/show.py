@@ -144,7 +144,7 @@ def ledger(entries: Sequence[Mapping[str, Any]]) -> Table:
             f"{entry['samples']:,}",
             f"{entry['exact']}/{entry['steps']}" if "exact" in entry else "",
             f"{entry['seconds']:.2f}" if "seconds" in entry else "",
-            entry["model"][:12],
+            entry["model"][:10],
         )
     return table
 
