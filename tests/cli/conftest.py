@@ -21,7 +21,8 @@ def call(tmp_path, monkeypatch, capsys):
 
     def call(line: str) -> Result:
         words = shlex.split(line)
-        if (words[1] in ("lipt", "train", "crest", "sparse") or words[1:3] == ["deltagrad", "train"]) and "--help" not in words:
+        trains = words[1] in ("lipt", "train", "crest", "sparse") or words[1:3] == ["deltagrad", "train"]
+        if trains and "--help" not in words:
             words += ["--cluster.workers", "0"]
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
