@@ -22,7 +22,7 @@ from raypkg.engine.topology import Topology
 from raypkg.engine.worker import Worker
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.sparse.agent import coefficient, cosine, smoothed
-from raypkg.methods.sparse.csr import compressed, expanded, with_sparse_layers
+from raypkg.methods.sparse.csr import SparseLinear, compressed, exchange_linear, expanded
 from raypkg.methods.sparse.flops import active_flops, forward_flops
 from raypkg.methods.sparse.linear import ActiveLinear, pattern_of
 from raypkg.methods.sparse.masks import allot, counts_of, density_of, erk, largest_masks, shapes_of
@@ -270,9 +270,10 @@ def test_weights_that_are_not_trained_are_left_alone():
     frozen = next(name for name, p in model.named_parameters() if p.dim() > 1)
     model.get_parameter(frozen).requires_grad_(False)
     before = model.get_parameter(frozen).clone()
-    hooks = sparse(correction=[Correction(Agent())], growth="gradient")
-    trained = fit(run(*hooks, model=model))
-    assert frozen not in hooks[0].masks and trained.model.get_parameter(frozen).equal(before)
+    active = sparse(growth="gradient")[:1]
+    for hooks in (sparse(correction=[Correction(Agent())], growth="gradient"), [*active, Active(active[0])]):
+        trained = fit(run(*hooks, model=copy.deepcopy(model)))
+        assert frozen not in hooks[0].masks and trained.model.get_parameter(frozen).equal(before)
 
 
 def test_too_few_weights_for_the_layers():
@@ -466,7 +467,7 @@ def test_sparse_layers_compute_what_dense_ones_do():
                 p *= torch.rand(p.shape, generator=rng()) < 0.3
         x = torch.randn(7, D, generator=rng())
         expected = model(x)
-        torch.testing.assert_close(with_sparse_layers(model)(x), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(exchange_linear(model, SparseLinear)(x), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -8,20 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raypkg.core.errors import UserError
+from raypkg.experiments.deltagrad import DeltaGradSettings, ReplaySettings
 
-from .options import ROOT, ROOT_HELP, ExampleHelp
+from .options import ROOT, ROOT_HELP, ExampleHelp, metavar
 
 if TYPE_CHECKING:
     from raypkg.core.settings import Cluster
     from raypkg.phases.books import Books
     from raypkg.phases.requests import Request
 
-REPLAY = (
-    ("period", "INT", "T0: every so many steps one is exact; 1 = all"),
-    ("burn_in", "INT", "j0: exact steps at first"),
-    ("pairs", "INT", "m: pairs that the Hessian is approximated from"),
-    ("tolerance", "FLOAT", "distance from the retrained weights to stay below, by estimate, instead of T0 and j0"),
-)
 WORKERS = "Ray actors that hold the data and compute gradients; 0 = this process"
 
 
@@ -37,8 +32,9 @@ def on_run(command: Callable[..., None]) -> Callable[..., None]:
 
 def replaying(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the settings of the replay; those that are left out are the run's."""
-    for name, metavar, text in reversed(REPLAY):
-        command = click.option(f"--{name.replace('_', '-')}", name, metavar=metavar, help=text)(command)
+    for name, field in reversed(ReplaySettings.model_fields.items()):
+        option = click.option(f"--{name.replace('_', '-')}", name, metavar=metavar(field), help=field.description)
+        command = option(command)
     return on_run(command)
 
 
@@ -165,11 +161,10 @@ def _answer(books: "Books", requests: Sequence["Request"], cluster: "Cluster") -
 @contextmanager
 def _opened(given: dict[str, Any]) -> Iterator[tuple["Books", "Cluster"]]:
     from raypkg.core.settings import Cluster
-    from raypkg.experiments.deltagrad import DeltaGradSettings
     from raypkg.phases.books import open_books
     from raypkg.runs.folder import locate
 
-    replay: dict[str, Any] = {f"replay.{n}": value for n, *_ in REPLAY if (value := given.get(n)) is not None}
+    replay: dict[str, Any] = {f"replay.{n}": given[n] for n in ReplaySettings.model_fields if given.get(n) is not None}
     if replay.keys() & {"replay.period", "replay.burn_in"}:
         if "replay.tolerance" in replay:
             raise UserError("--tolerance chooses the exact steps: --period and --burn-in would do nothing")

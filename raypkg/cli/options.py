@@ -70,7 +70,7 @@ def setting_options(schema: type[Settings]) -> Iterable[click.Option]:
         names += [f"--{short.replace('_', '-')}"] if "." not in short and "_" in short else []
         yield click.Option(
             [*names, f"--{name}", name.replace(".", "__")],
-            metavar=_metavar(field),
+            metavar=metavar(field),
             help=f"{field.description or ''}{_default(field)}",
         )
 
@@ -110,7 +110,8 @@ def _value(text: str) -> Any:
         return text
 
 
-def _metavar(field: FieldInfo) -> str:
+def metavar(field: FieldInfo) -> str:
+    """Return what an option takes, for its help."""
     kinds = [kind for kind in (typing.get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
     if typing.get_origin(field.annotation) is typing.Literal:
         return "|".join(map(str, kinds))

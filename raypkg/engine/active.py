@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raypkg.methods.sparse.linear import ActiveLinear, pattern_of, with_active_layers
+from raypkg.methods.sparse.csr import exchange_linear
+from raypkg.methods.sparse.linear import ActiveLinear, pattern_of
 
 from .hooks import Masked
 
@@ -30,13 +31,14 @@ class Active(Masked):
     def on_start(self, run: Run) -> None:
         """Exchange the layers; their parameters stay."""
         super().on_start(run)
-        with_active_layers(run.model)
+        exchange_linear(run.model, ActiveLinear)
         layers = {f"{name}.weight": layer for name, layer in run.model.named_modules()}
-        self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, ActiveLinear)}
+        self.layers = {name: layers[name] for name in self.masks if isinstance(layers[name], ActiveLinear)}
 
     def on_epoch(self, run: Run) -> None:
-        """Take the masks over, which may come from a checkpoint."""
-        self._follow(run.step)
+        """Take over the first masks, which a checkpoint may have replaced."""
+        if any(layer.pattern is None for layer in self.layers.values()):
+            self._follow(run.step)
 
     def on_gradients(self, run: Run) -> None:
         """Zero the gradients of pruned weights that were computed; take the masks over where they have changed."""

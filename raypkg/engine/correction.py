@@ -84,21 +84,23 @@ class Correction(Hook):
                 self._correct(run)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return c, the snapshot, its full gradient and the losses."""
+        """Return c, the losses, and what outlives an epoch where steps are counted: snapshot and full gradient."""
+        lasting = {"snapshot": self.snapshot.state_dict(), "full": list(self.full)} if self.settings.snapshot else {}
         return {
             "c": self.c,
-            "snapshot": self.snapshot.state_dict(),
-            "full": list(self.full),
             "losses": list(self.losses),
             "history": torch.tensor(self.history, dtype=torch.float64).view(-1, len(COLUMNS)),
+            **lasting,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         self.c, self.history = state["c"], [tuple(row) for row in state["history"].tolist()]
-        self.snapshot.load_state_dict(state["snapshot"])
         device = next(self.snapshot.parameters()).device
-        self.full, self.losses = ([tensor.to(device) for tensor in state[name]] for name in ("full", "losses"))
+        self.losses = [tensor.to(device) for tensor in state["losses"]]
+        if self.settings.snapshot:
+            self.snapshot.load_state_dict(state["snapshot"])
+            self.full = [tensor.to(device) for tensor in state["full"]]
 
     def _refresh(self, run: Run) -> None:
         if self.losses:

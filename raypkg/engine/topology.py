@@ -31,6 +31,16 @@ def is_gradual(settings: Sparsity) -> bool:
     return settings.density is not None and (settings.growth.name, settings.sparse_init.name) == (NONE, "dense")
 
 
+def momentum_rules(settings: Sparsity) -> list[str]:
+    """Return those settings, as ``name = value``, whose rules look at the dense gradient of every step."""
+    chosen = (("growth", growth, settings.growth), ("redistribution", redistribution, settings.redistribution))
+    return [
+        f"{setting} = {rule.name}"
+        for setting, rules, rule in chosen
+        if rule.name != NONE and "momentum" in rules[rule.name].declares
+    ]
+
+
 class Topology(Hook):
     """Drops and grows weights with exact counts; `Masked`, after it, keeps those that do not exist at zero.
 
@@ -49,7 +59,9 @@ class Topology(Hook):
     """
 
     def __init__(self, settings: Sparsity, steps: int):
-        self.settings, self.gradual = settings, is_gradual(settings)
+        assert settings.density is not None  # without one there is nothing to change
+        self.settings, self.density, self.gradual = settings, settings.density, is_gradual(settings)
+        self.follows = bool(momentum_rules(settings))
         self.every = settings.update_every or max(1, steps // INTERVALS)
         self.masks: Masks = {}
         self.explored: Masks = {}  # weights that ever were active
@@ -67,7 +79,7 @@ class Topology(Hook):
         Raises:
             UserError: the density leaves fewer weights than there are layers.
         """
-        rule, density = initial[self.settings.sparse_init.name], self.settings.density or 1.0
+        rule, density = initial[self.settings.sparse_init.name], self.density
         options, rng = self.settings.sparse_init.options, generator(run.seed, "mask")
         sizes = [weight.numel() for weight in prunable(run.model).values()]
         if round(density * sum(sizes)) < len(sizes):
@@ -85,7 +97,7 @@ class Topology(Hook):
 
     def on_gradients(self, run: Run) -> None:
         """Change the masks where it is due, by the raw gradient."""
-        if self.uses_momentum:
+        if self.follows:
             for name in self.masks:
                 self._follow(name, run)
         if self.due(run.step):
@@ -131,7 +143,7 @@ class Topology(Hook):
         if not self.gradual:
             fraction = drop_fraction(self.settings.death_rate, run.progress, self.settings.decay)
             return {name: int(fraction * count) for name, count in active.items()}
-        density = gradual_density(self.settings.density or 1.0, min(1.0, run.progress / PRUNED_BY))
+        density = gradual_density(self.density, min(1.0, run.progress / PRUNED_BY))
         size = {name: mask.numel() for name, mask in self.masks.items()}
         target = allot({name: float(n) for name, n in size.items()}, round(density * sum(size.values())), size)
         return {name: max(0, count - max(1, target[name])) for name, count in active.items()}
@@ -169,12 +181,6 @@ class Topology(Hook):
             )
         return scores.to(weight.device)
 
-    @property
-    def uses_momentum(self) -> bool:
-        """Whether a rule looks at the dense gradient of every step."""
-        chosen = ((growth, self.settings.growth.name), (redistribution, self.settings.redistribution.name))
-        return any(name != NONE and "momentum" in rules[name].declares for rules, name in chosen)
-
     def _follow(self, name: str, run: Run) -> None:
         gradient = run.model.get_parameter(name).grad
         assert gradient is not None  # masks are of weights that are trained
@@ -198,11 +204,12 @@ class Topology(Hook):
             self.explored[name] = mask.clone()
 
     def _note(self, run: Run) -> None:
+        explored_share = self.explored_share
         self.history += [
             {
                 "step": run.step,
                 "epoch": run.progress * run.settings.epochs,
-                "explored_share": self.explored_share,
+                "explored_share": explored_share,
                 "layer": name,
                 "active": int(mask.sum()),
                 "explored": int(self.explored[name].sum()),

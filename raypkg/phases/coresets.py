@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,8 @@ from raypkg.methods.coreset import Coreset
 from raypkg.methods.record import Record
 from raypkg.runs.storage import Storage
 
-from .samples import Samples
+if TYPE_CHECKING:  # samples are narrowed down by a coreset
+    from .samples import Samples
 
 FILE = "coreset.parquet"
 GIVEN = "given_coreset.parquet"  # to begin with, where training then selects others
@@ -104,7 +105,7 @@ def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Cor
     return Coreset(indices, torch.tensor(weights, dtype=torch.float32))
 
 
-def given_coreset(experiment: Source, path: str, found: Samples, storage: Storage, file: str) -> Coreset:
+def given_coreset(experiment: Source, path: str, found: "Samples", storage: Storage, file: str) -> Coreset:
     """Copy a coreset into the run folder, unless an earlier attempt did, and return it.
 
     Args:

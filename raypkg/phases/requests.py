@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,9 +82,9 @@ def read_queue(file: Path) -> list[Request]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the queue {str(file)!r} cannot be read: {error}") from None
     requests = [_request(line, number, file) for number, line in enumerate(lines, 1) if line.strip()]
-    keys = [request.id for request in requests]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise UserError(f"the queue {str(file)!r} has the id {repeated[0]!r} {keys.count(repeated[0])} times")
+    for key, count in Counter(request.id for request in requests).items():
+        if count > 1:
+            raise UserError(f"the queue {str(file)!r} has the id {key!r} {count} times")
     return requests
 
 
@@ -119,11 +120,11 @@ def unanswered(books: Books, requests: Iterable[Request]) -> list[Request]:
     Raises:
         UserError: one has the id of another that was answered.
     """
-    waiting = []
+    waiting, answered = [], books.answered
     for request in requests:
-        if request.id not in books.answered:
+        if request.id not in answered:
             waiting.append(request)
-        elif books.answered[request.id] != request.asked["digest"]:
+        elif answered[request.id] != request.asked["digest"]:
             raise UserError(f"the id {request.id!r} belongs to another request, which was answered: give a new one")
     return waiting
 

@@ -11,6 +11,8 @@ from raypkg.data.partition import hold_out
 from raypkg.methods.coreset import Coreset
 from raypkg.models import build_model
 
+from .coresets import load_coreset
+
 
 class Samples(NamedTuple):
     """A data set with its training positions and the held-out ones, both in the training split."""
@@ -30,8 +32,6 @@ def samples(dataset: Dataset, seed: int) -> Samples:
     data = load_data(dataset.name, dataset.options)
     kept, valid = hold_out(data.train.y, dataset.validation, generator(seed, "hold out"))
     if dataset.only is not None:
-        from .coresets import load_coreset  # which needs this module
-
         kept = load_coreset(dataset.only, data.train, valid, dataset.name).indices.sort().values
     return Samples(data, kept, valid)
 

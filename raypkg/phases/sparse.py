@@ -11,7 +11,7 @@ from raypkg.core.settings import Agent
 from raypkg.engine.active import Active
 from raypkg.engine.correction import COLUMNS, Correction
 from raypkg.engine.hooks import Hook, Masked
-from raypkg.engine.topology import NONE, PRUNED_BY, Topology, is_gradual
+from raypkg.engine.topology import NONE, PRUNED_BY, Topology, is_gradual, momentum_rules
 from raypkg.engine.worker import Worker
 from raypkg.methods.sparse.flops import active_flops, forward_flops
 from raypkg.methods.sparse.masks import density_of
@@ -74,9 +74,8 @@ def _check_pruning(settings: Any, steps: int) -> None:
 
 
 def _check_compute(settings: Any) -> None:
-    for name, chosen in (("growth", settings.growth), ("redistribution", settings.redistribution)):
-        if Topology(settings, 1).uses_momentum and chosen.name != NONE:
-            raise UserError(f"compute = sparse has no dense gradient at every step, which {name} = {chosen.name} needs")
+    if rules := momentum_rules(settings):
+        raise UserError(f"compute = sparse has no dense gradient at every step, which {rules[0]} needs")
     if settings.correction == "agent" or settings.batches == "crest":
         other = "correction = agent" if settings.correction == "agent" else "batches = crest"
         raise UserError(f"compute = sparse does not go with {other}, which differentiates other weights, or twice")

@@ -105,8 +105,8 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
     Raises:
         UserError: a run of that name exists, or the name is a path.
     """
-    if name is not None and (name in ("", ".", "..") or "/" in name):
-        raise UserError(f"--name {name!r}: it names a folder of its own, so it cannot be empty, a dot or hold a slash")
+    if name is not None:
+        check_name(name)
     runs = Storage(root) / experiment
     taken = runs.list()
     if name in taken:
@@ -115,6 +115,16 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
     storage.write("config.toml", to_toml(settings).encode())
     storage.write_json("environment.json", environment())
     return RunFolder(storage)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is a path.
+
+    Raises:
+        UserError: it is.
+    """
+    if name in ("", ".", "..") or "/" in name:
+        raise UserError(f"--name {name!r}: it names a folder of its own, so it cannot be empty, a dot or hold a slash")
 
 
 def find(root: str, experiment: str, name: str) -> RunFolder:

@@ -16,7 +16,7 @@ from raypkg.core.config import Settings, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
 
 from .compare import kendall
-from .folder import RunFolder
+from .folder import RunFolder, check_name
 from .storage import Storage
 
 FOLDER = "tune"  # among those of the experiments
@@ -155,8 +155,7 @@ def create(
     Raises:
         UserError: a sweep of that name exists, or a run that is named as one of its trials, or the name is a path.
     """
-    if name in ("", ".", "..") or "/" in name:
-        raise UserError(f"--name {name!r}: it names a folder of its own, so it cannot be empty, a dot or hold a slash")
+    check_name(name)
     sweeps, runs = Storage(root) / FOLDER, Storage(root) / order["experiment"]
     if name in sweeps.list():
         raise UserError(f"sweep {name!r} exists in {sweeps.root}: give another --name, or go on with --resume {name}")

@@ -99,6 +99,10 @@ def test_extended_training_is_longer(effray):
         ),
         ("--compute sparse", r"density is left out: compute would do nothing"),
         ("--density 0.1 --compute sparse --growth momentum", r"compute = sparse has no dense gradient at every step"),
+        (
+            "--density 0.1 --compute sparse --growth gradient --redistribution momentum",
+            r"at every step, which redistribution = momentum needs",
+        ),
         ("--density 0.1 --compute sparse --correction agent", r"compute = sparse does not go with correction = agent"),
         ("--correction agent --train.epochs 1", r"correction = agent would correct nothing"),
         ("--correction agent --agent.every 5", r"of the 11 steps between snapshots, c is estimated from 2"),

@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +47,22 @@ def expanded(state: State) -> State:
 
 def in_rows(weight: Tensor) -> Tensor:
     """Return a matrix in compressed sparse rows."""
+    _say_that_it_is_beta()
+    return weight.to_sparse_csr()
+
+
+def csr(rows: Tensor, columns: Tensor, values: Tensor, shape: Sequence[int], *, check: bool = False) -> Tensor:
+    """Return a matrix from its compressed sparse rows, checked where they come from outside."""
+    _say_that_it_is_beta()
+    return torch.sparse_csr_tensor(rows, columns, values, tuple(shape), check_invariants=check)
+
+
+@cache
+def _say_that_it_is_beta() -> None:
+    """Let PyTorch say its only warning of these tensors where nobody hears it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return weight.to_sparse_csr()
+        torch.eye(1).to_sparse_csr()
 
 
 class SparseLinear(nn.Module):
@@ -68,17 +83,14 @@ class SparseLinear(nn.Module):
         return (y if self.bias is None else y.add_(self.bias)).T.view(*x.shape[:-1], -1)
 
 
-def with_sparse_layers(model: nn.Module) -> nn.Module:
-    """Put sparse layers in the place of all linear ones; convolutions stay, as there is no sparse kernel for them."""
+def exchange_linear(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """Put others in the place of all linear layers; convolutions stay, as there is no sparse kernel for them."""
     for name, child in model.named_children():
-        setattr(model, name, SparseLinear(child) if type(child) is nn.Linear else with_sparse_layers(child))
+        setattr(model, name, make(child) if type(child) is nn.Linear else exchange_linear(child, make))
     return model
 
 
 def _matrix(state: State, name: str) -> Tensor:
     rows, columns, values = (state[f"{name}.{part}"] for part in PARTS)
     shape = state[f"{name}.shape"].tolist()
-    size = (shape[0], math.prod(shape[1:]))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(rows.long(), columns.long(), values, size, check_invariants=True)
+    return csr(rows.long(), columns.long(), values, (shape[0], math.prod(shape[1:])), check=True)

@@ -6,12 +6,13 @@ The weights are stored as a dense parameter, so that optimisers, checkpoints and
 multiplied is in compressed sparse rows, in their own precision: autocast does not reach it.
 """
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .csr import csr
 
 
 class Pattern(NamedTuple):
@@ -36,16 +37,15 @@ class Pattern(NamedTuple):
 
 def pattern_of(mask: Tensor) -> Pattern:
     """Return the pattern of a mask [out, in]."""
-    there, back = mask.nonzero(), mask.T.nonzero()  # [k, 2], by rows
-    number = torch.empty(mask.shape, dtype=torch.int64, device=mask.device)
-    number[mask] = torch.arange(len(there), device=mask.device)
+    (height, width), (rows, columns) = mask.shape, mask.nonzero().T  # by rows
+    order = columns.argsort(stable=True)
     return Pattern(
-        places=mask.flatten().nonzero()[:, 0],
-        rows=_starts(mask),
-        columns=there[:, 1].int(),
-        back_rows=_starts(mask.T),
-        back_columns=back[:, 1].int(),
-        order=number.T[mask.T],
+        places=rows * width + columns,
+        rows=_starts(rows, height),
+        columns=columns.int(),
+        back_rows=_starts(columns, width),
+        back_columns=rows[order].int(),
+        order=order,
     )
 
 
@@ -71,13 +71,6 @@ class ActiveLinear(nn.Linear):
             return y if self.bias is None else y + self.bias
 
 
-def with_active_layers(model: nn.Module) -> nn.Module:
-    """Put such layers in the place of all linear ones."""
-    for name, child in model.named_children():
-        setattr(model, name, ActiveLinear(child) if type(child) is nn.Linear else with_active_layers(child))
-    return model
-
-
 class _Product(torch.autograd.Function):
     """W x of the weights that exist."""
 
@@ -86,7 +79,7 @@ class _Product(torch.autograd.Function):
         values = weight.flatten()[pattern.places]
         ctx.save_for_backward(x, weight, values)
         ctx.pattern, ctx.dense_gradient = pattern, dense_gradient
-        return (_csr(pattern.rows, pattern.columns, values, weight.shape) @ x.T).T
+        return (csr(pattern.rows, pattern.columns, values, weight.shape) @ x.T).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
@@ -94,22 +87,16 @@ class _Product(torch.autograd.Function):
         g = gradient.T.contiguous()  # [out, b]
         back = None
         if ctx.needs_input_grad[0]:
-            transposed = _csr(pattern.back_rows, pattern.back_columns, values[pattern.order], weight.T.shape)
+            transposed = csr(pattern.back_rows, pattern.back_columns, values[pattern.order], weight.T.shape)
             back = (transposed @ g).T
         if ctx.dense_gradient:
             return back, g @ x, None, None
-        empty = _csr(pattern.rows, pattern.columns, torch.zeros_like(values), weight.shape)
+        empty = csr(pattern.rows, pattern.columns, torch.zeros_like(values), weight.shape)
         sampled = torch.sparse.sampled_addmm(empty, g, x, beta=0.0).values()
         out = torch.zeros_like(weight)
         out.view(-1)[pattern.places] = sampled
         return back, out, None, None
 
 
-def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(rows, columns, values, tuple(shape), check_invariants=False)
-
-
-def _starts(mask: Tensor) -> Tensor:
-    return F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+def _starts(rows: Tensor, count: int) -> Tensor:
+    return F.pad(rows.bincount(minlength=count).cumsum(0), (1, 0)).int()
