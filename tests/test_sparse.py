@@ -470,33 +470,73 @@ def test_sparse_layers_compute_what_dense_ones_do():
         torch.testing.assert_close(exchange_linear(model, SparseLinear)(x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_active_layers_have_the_gradients_of_masked_ones(dense):
+@pytest.mark.parametrize(("only", "whole"), [(True, False), (False, False), (False, True)])
+def test_active_layers_have_the_gradients_of_masked_ones(only, whole):
     masked, mask = nn.Linear(9, 7), torch.rand(7, 9, generator=rng()) < 0.3
     masked.weight.data *= mask
     sparse_layer = ActiveLinear(copy.deepcopy(masked))
-    sparse_layer.pattern, sparse_layer.dense_gradient = pattern_of(mask), dense
+    pattern = pattern_of(mask)
+    sparse_layer.pattern, sparse_layer.whole_gradient = pattern, whole
+    if only:
+        sparse_layer.weight.data = pattern.values(masked.weight.data)
     x = torch.randn(5, 9, generator=rng())
     gradients = []
     for layer in (masked, sparse_layer):
         inputs = x.clone().requires_grad_()
         layer(inputs).square().sum().backward()
         gradients.append((inputs.grad, layer.weight.grad, layer.bias.grad))
-    expected = (gradients[0][0], gradients[0][1] * (1 if dense else mask), gradients[0][2])
+    if only:
+        gradients[1] = (gradients[1][0], pattern.whole(gradients[1][1]), gradients[1][2])
+    expected = (gradients[0][0], gradients[0][1] * (1 if whole else mask), gradients[0][2])
     for ours, theirs in zip(gradients[1], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("growth", ["random", "gradient"])
-def test_computing_sparse_trains_the_same_model(growth):
-    masked, active = sparse(growth=growth), sparse(growth=growth)[:1]
-    active.append(Active(active[0]))
-    precise = PLAIN.model_copy(update={"precision": "float64"})  # no order of magnitudes hangs on rounding
-    one, other = (fit(run(*hooks, settings=precise)) for hooks in (masked, active))
-    assert all(mask.equal(active[0].masks[name]) for name, mask in masked[0].masks.items())
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"growth": "random"},
+        {"growth": "gradient"},
+        {"growth": "gradient", "update_every": 1},
+        {"growth": "random", "update_every": 6},  # the steps of an epoch
+        {"growth": "random", "redistribution": "magnitude"},
+        {"growth": "none", "sparse_init": "dense"},
+    ],
+)
+def test_computing_sparse_trains_the_same_model(settings, optimizer, tmp_path):
+    # In float64 no order of magnitudes hangs on rounding.
+    precise = PLAIN.model_copy(
+        update={"precision": "float64", "weight_decay": 1e-3, "optimizer": optimizer, "lr": 0.02}
+    )
+
+    def training(compute):
+        hooks = sparse(**settings)
+        return run(hooks[0], compute(hooks), settings=precise)
+
+    one, other = fit(training(lambda hooks: hooks[1])), fit(training(lambda hooks: Active(hooks[0])))
+    assert all(mask.equal(other.hooks[0].masks[name]) for name, mask in one.hooks[0].masks.items())
     for ours, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert set(one.model.state_dict()) == set(other.model.state_dict())
+
+    places, stopped = StoredCheckpoints(Storage(str(tmp_path))), training(lambda hooks: Active(hooks[0]))
+    stopped.last = 2
+    fit(stopped, checkpoints=places)
+    resumed = fit(training(lambda hooks: Active(hooks[0])), checkpoints=places)
+    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_computing_sparse_holds_only_the_weights_that_exist():
+    hooks = sparse(growth="gradient")[:1]
+    held = []
+
+    class Watch(Hook):
+        def on_gradients(self, run):
+            held.append({p.dim() for name, p in run.model.named_parameters() if name in hooks[0].masks})
+
+    fit(run(*hooks, Active(hooks[0]), Watch()))
+    assert held == [{2} if hooks[0].due(step) else {1} for step in range(STEPS)]
 
 
 def test_a_growth_rule_of_the_wrong_shape_is_told():

@@ -1,4 +1,4 @@
-"""Every tune space names settings that exist, with values they accept, and names the experiment by its file."""
+"""Every tune space names settings that exist, with values they accept; its file begins with the experiment's name."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
 
 @pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
 def test_a_space_is_allowed_and_draws_valid_settings(file):
-    schema, space = settings_of(experiment[file.stem]), read_space(file.read_text(), str(file))
+    schema, space = settings_of(experiment[file.stem.partition("_")[0]]), read_space(file.read_text(), str(file))
     assert METRICS[space.metric].mode == space.mode
     check_space(schema, schema(), space, check_names)
     for seed in range(20):
@@ -26,7 +26,7 @@ def test_a_space_is_allowed_and_draws_valid_settings(file):
 
 def test_every_experiment_that_trains_has_a_space():
     training = {name for name, entry in experiment.entries.items() if issubclass(settings_of(entry), Experiment)}
-    assert training == {file.stem for file in SPACES}
+    assert training <= {file.stem for file in SPACES}
 
 
 def test_a_space_of_the_working_folder_wins(tmp_path, monkeypatch):

@@ -184,7 +184,7 @@ def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: An
 
 def _attempt(sweep: SweepFolder, settings: Any, space: Space, size: Any, workers: int, console: Console) -> bool:
     """Run the trials that are left; return whether the user interrupted."""
-    from raypkg.cluster.tune import Proposals, constants, optuna, run_trials
+    from raypkg.cluster.tune import Proposals, Rules, constants, optuna, run_trials
 
     order, waiting, further = sweep.order, sweep.waiting(), sweep.further()
     told = [(row, row[order["metric"]]) for row in sweep.results() if row["state"] == DONE]
@@ -193,18 +193,21 @@ def _attempt(sweep: SweepFolder, settings: Any, space: Space, size: Any, workers
     how = f"{workers} workers each, by Ray Train" if workers else "one process each"
     what = f"trials of {order['experiment']}{' on all samples' if finals else ''}"
     console.print(f"{sweep.name}: {len(waiting) + len(further)} {what}, {how}, {size.at_once} at once")
-    interrupted = run_trials(
-        partial(run_trial, root=sweep.storage.root, workers=workers),
-        Proposals(waiting, searcher, further, constants(space.domains) | order["fixed"]),
-        Progress(sweep, console),
-        size,
-        count=len(waiting) + len(further),
+    rules = Rules(
         metric=order["metric"],
         mode=order["mode"],
         scheduler="none" if finals else order["scheduler"],
         longest=_longest(space, settings),
         seconds=order["time_budget"],
         failures=settings.cluster.max_failures,
+    )
+    interrupted = run_trials(
+        partial(run_trial, root=sweep.storage.root, workers=workers),
+        Proposals(waiting, searcher, further, constants(space.domains) | order["fixed"]),
+        Progress(sweep, console),
+        size,
+        rules,
+        count=len(waiting) + len(further),
         folder=f"{sweep.storage.root}/ray",
     )
     sweep.storage.delete_folder("ray")

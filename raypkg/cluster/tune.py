@@ -70,6 +70,27 @@ class Size:
     at_once: int
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How trials are compared, and when they end.
+
+    Attributes:
+        metric: by which they are compared.
+        mode: max or min.
+        scheduler: which stops those that fall behind; a key of ``SCHEDULERS``.
+        longest: epochs of the longest trial.
+        seconds: after which no trial goes on; None = never.
+        failures: how often a trial whose process died is started again.
+    """
+
+    metric: str
+    mode: str
+    scheduler: str
+    longest: int
+    seconds: float | None
+    failures: int
+
+
 def candidates(domain: Any) -> list[Any]:
     """Return what must be allowed for all of a domain to be: each of a choice, the ends of a range, a plain value."""
     match domain:
@@ -215,14 +236,9 @@ def run_trials(
     proposals: Proposals,
     follower: Follower,
     size: Size,
+    rules: Rules,
     *,
     count: int,
-    metric: str,
-    mode: str,
-    scheduler: str,
-    longest: int,
-    seconds: float | None,
-    failures: int,
     folder: str,
 ) -> bool:
     """Run trials until all have ended, the time is over, or the user interrupts.
@@ -233,13 +249,8 @@ def run_trials(
         proposals: which trials.
         follower: hears of each in this process.
         size: of each.
+        rules: for all of them.
         count: of them.
-        metric: by which they are compared.
-        mode: max or min.
-        scheduler: which stops those that fall behind; a key of ``SCHEDULERS``.
-        longest: epochs of the longest trial.
-        seconds: after which no trial goes on; None = never.
-        failures: how often a trial whose process died is started again.
         folder: where Tune keeps its own files.
 
     Returns:
@@ -253,13 +264,13 @@ def run_trials(
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_in_trial, trial=trial, home=os.getcwd()), resources),
         tune_config=tune.TuneConfig(
-            metric=metric,
-            mode=mode,
+            metric=rules.metric,
+            mode=rules.mode,
             search_alg=proposals,
-            scheduler=SCHEDULERS[scheduler](longest),
+            scheduler=SCHEDULERS[rules.scheduler](rules.longest),
             num_samples=count,
             max_concurrent_trials=size.at_once,
-            time_budget_s=seconds,
+            time_budget_s=rules.seconds,
             reuse_actors=not size.nested,  # starting Python and torch takes longer than many a trial
         ),
         run_config=tune.RunConfig(
@@ -267,14 +278,15 @@ def run_trials(
             storage_path=folder,
             verbose=0,
             callbacks=[watch],
-            failure_config=tune.FailureConfig(max_failures=failures),
+            failure_config=tune.FailureConfig(max_failures=rules.failures),
         ),
     )
     try:
         tuner.fit()
     except KeyboardInterrupt:  # the second one
         return True
-    return len(watch.ended) < count and (seconds is None or time.monotonic() - start < seconds)
+    in_time = rules.seconds is None or time.monotonic() - start < rules.seconds
+    return in_time and len(watch.ended) < count
 
 
 class _Watch(tune.Callback):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+from torch.optim import Optimizer
+
 from raypkg.methods.sparse.csr import exchange_linear
 from raypkg.methods.sparse.linear import ActiveLinear, pattern_of
 
@@ -17,7 +20,9 @@ if TYPE_CHECKING:
 class Active(Masked):
     """Puts sparse linear layers into the model, and keeps their patterns those of the masks.
 
-    The gradient of weights that do not exist is computed in the steps at which masks change, and in no other.
+    Between the steps at which masks change their parameters, and what the optimiser remembers of them, hold the weights
+    that exist and no others; in these steps, and between epochs, all, with the gradients of all. With several workers
+    they always hold all, because DDP lays out its buckets once; gradients are of those that exist all the same.
 
     Args:
         topology: whose masks; a hook before this one.
@@ -38,21 +43,52 @@ class Active(Masked):
     def on_epoch(self, run: Run) -> None:
         """Take over the first masks, which a checkpoint may have replaced."""
         if any(layer.pattern is None for layer in self.layers.values()):
-            self._follow(run.step)
+            self._follow()
+        self._hold(run)
 
     def on_gradients(self, run: Run) -> None:
         """Zero the gradients of pruned weights that were computed; take the masks over where they have changed."""
         due = self.topology.due(run.step)
         self.zero(run, self.masks if due else self.masks.keys() - self.layers.keys())
         if due:
-            self._follow(run.step + 1)
+            self._follow()
 
     def on_step(self, run: Run) -> None:
-        """Ask for whole gradients where the next step changes the masks."""
-        for layer in self.layers.values():
-            layer.dense_gradient = self.topology.due(run.step)
+        """Hold what the next step needs: all weights where it changes the masks."""
+        self._hold(run)
 
-    def _follow(self, step: int) -> None:
+    def on_epoch_end(self, run: Run) -> None:
+        """Hold all weights."""
+        for layer in self.layers.values():
+            _hold_all(layer, run.optimizer)
+
+    def _hold(self, run: Run) -> None:
+        due = self.topology.due(run.step)
+        for layer in self.layers.values():
+            layer.whole_gradient = due
+            if due:
+                _hold_all(layer, run.optimizer)
+            elif run.worker.world == 1:
+                _hold_active(layer, run.optimizer)
+
+    def _follow(self) -> None:
         for name, layer in self.layers.items():
             layer.pattern = pattern_of(self.topology.masks[name])
-            layer.dense_gradient = self.topology.due(step)
+
+
+def _hold_active(layer: ActiveLinear, optimizer: Optimizer) -> None:
+    if layer.weight.dim() == 2 and layer.pattern:
+        for tensor in _like(layer.weight, optimizer):
+            tensor.data = layer.pattern.values(tensor.data)
+
+
+def _hold_all(layer: ActiveLinear, optimizer: Optimizer) -> None:
+    if layer.weight.dim() == 1 and layer.pattern:
+        for tensor in _like(layer.weight, optimizer):
+            tensor.data = layer.pattern.whole(tensor.data)
+
+
+def _like(weight: Tensor, optimizer: Optimizer) -> list[Tensor]:
+    """Return a parameter and what the optimiser remembers of each of its elements."""
+    state = optimizer.state.get(weight, {}).values()
+    return [weight, *(value for value in state if isinstance(value, Tensor) and value.shape == weight.shape)]

@@ -21,7 +21,7 @@ from raypkg.engine.worker import Worker
 from raypkg.methods.coreset import Coreset
 from raypkg.models import build_model
 
-N, ROUNDS = 1280, 5  # samples of an epoch of 10 steps; a tenth is one batch
+N, ROUNDS = 2560, 5  # samples of an epoch of 20 steps; a tenth is two batches
 TRAINING = Training(epochs=1, batch_size=128, schedule="constant", lr=0.01)
 
 
@@ -33,13 +33,13 @@ def correction(**settings):
 
 
 def sparse():
-    topology = Topology(Sparsity(density=0.1, growth="gradient", update_every=4), N // 128)
+    topology = Topology(Sparsity(density=0.1, growth="gradient", update_every=10), N // 128)
     return [topology, Masked(topology.masks)]
 
 
 CASES = {
     "dense": list,
-    "sparse, masks change every 4 steps": sparse,
+    "sparse, masks change every 10 steps": sparse,
     "dense, AGENT": lambda: [correction()],
     "AGENT, full gradient over a tenth": lambda: [correction(samples=N // 10)],
     "AGENT, and every 4th step corrected": lambda: [correction(samples=N // 10, every=4)],

@@ -2,10 +2,12 @@
 
     y = W x        ∂x = Wᵀ ∂y        ∂W_ij = ∂y_i · x_j  where W_ij exists
 
-The weights are stored as a dense parameter, so that optimisers, checkpoints and masks know no difference; what is
-multiplied is in compressed sparse rows, in their own precision: autocast does not reach it.
+The parameter holds all weights, as checkpoints and changes of the masks need them, or only the k that exist, so that
+optimisers walk over no others. What is multiplied is in compressed sparse rows, in its own precision: autocast does not
+reach it.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +36,20 @@ class Pattern(NamedTuple):
     back_columns: Tensor
     order: Tensor
 
+    def values(self, weight: Tensor) -> Tensor:
+        """Return the weights that exist, [k]."""
+        return weight.flatten()[self.places]
+
+    def whole(self, values: Tensor) -> Tensor:
+        """Return all weights [out, in], zeros where none exist.
+
+        >>> pattern = pattern_of(torch.tensor([[True, False], [False, True]]))
+        >>> pattern.whole(torch.tensor([1.0, 2.0])).tolist()
+        [[1.0, 0.0], [0.0, 2.0]]
+        """
+        shape = len(self.rows) - 1, len(self.back_rows) - 1
+        return values.new_zeros(math.prod(shape)).index_put_((self.places,), values).view(shape)
+
 
 def pattern_of(mask: Tensor) -> Pattern:
     """Return the pattern of a mask [out, in]."""
@@ -60,42 +76,42 @@ class ActiveLinear(nn.Linear):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.pattern: Pattern | None = None
-        self.dense_gradient = False  # of all weights, in the coming backward pass: for growth that looks at it
+        self.whole_gradient = False  # of all weights, in the coming backward pass: for growth that looks at it
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [b, in] to [b, out]."""
         if self.pattern is None:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _Product.apply(x.to(self.weight.dtype), self.weight, self.pattern, self.dense_gradient)
+            y: Tensor = _Product.apply(x.to(self.weight.dtype), self.weight, self.pattern, self.whole_gradient)
             return y if self.bias is None else y + self.bias
 
 
 class _Product(torch.autograd.Function):
-    """W x of the weights that exist."""
+    """W x of the weights that exist, of a parameter that holds all of them or only those."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, pattern: Pattern, dense_gradient: bool) -> Tensor:
-        values = weight.flatten()[pattern.places]
-        ctx.save_for_backward(x, weight, values)
-        ctx.pattern, ctx.dense_gradient = pattern, dense_gradient
-        return (csr(pattern.rows, pattern.columns, values, weight.shape) @ x.T).T
+    def forward(ctx: Any, x: Tensor, weight: Tensor, pattern: Pattern, whole_gradient: bool) -> Tensor:
+        only = weight.dim() == 1
+        values = weight if only else pattern.values(weight)
+        ctx.save_for_backward(x, values)
+        ctx.pattern, ctx.only, ctx.whole_gradient = pattern, only, whole_gradient
+        shape = len(pattern.rows) - 1, len(pattern.back_rows) - 1
+        return (csr(pattern.rows, pattern.columns, values, shape) @ x.T).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        (gradient,), (x, weight, values), pattern = gradients, ctx.saved_tensors, ctx.pattern
+        (gradient,), (x, values), pattern = gradients, ctx.saved_tensors, ctx.pattern
         g = gradient.T.contiguous()  # [out, b]
         back = None
         if ctx.needs_input_grad[0]:
-            transposed = csr(pattern.back_rows, pattern.back_columns, values[pattern.order], weight.T.shape)
-            back = (transposed @ g).T
-        if ctx.dense_gradient:
+            shape = x.shape[1], len(g)
+            back = (csr(pattern.back_rows, pattern.back_columns, values[pattern.order], shape) @ g).T
+        if ctx.whole_gradient:
             return back, g @ x, None, None
-        empty = csr(pattern.rows, pattern.columns, torch.zeros_like(values), weight.shape)
+        empty = csr(pattern.rows, pattern.columns, torch.zeros_like(values), (len(g), x.shape[1]))
         sampled = torch.sparse.sampled_addmm(empty, g, x, beta=0.0).values()
-        out = torch.zeros_like(weight)
-        out.view(-1)[pattern.places] = sampled
-        return back, out, None, None
+        return back, sampled if ctx.only else pattern.whole(sampled), None, None
 
 
 def _starts(rows: Tensor, count: int) -> Tensor:
