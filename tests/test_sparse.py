@@ -22,9 +22,9 @@ from raypkg.engine.topology import Topology
 from raypkg.engine.worker import Worker
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.sparse.agent import coefficient, cosine, smoothed
-from raypkg.methods.sparse.csr import SparseLinear, compressed, exchange_linear, expanded
+from raypkg.methods.sparse.csr import compressed, exchange_linear, expanded
 from raypkg.methods.sparse.flops import active_flops, forward_flops
-from raypkg.methods.sparse.linear import ActiveLinear, pattern_of
+from raypkg.methods.sparse.linear import ActiveLinear, of_active, pattern_of
 from raypkg.methods.sparse.masks import allot, counts_of, density_of, erk, largest_masks, shapes_of
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
 from raypkg.methods.sparse.saliency import grasp, snip
@@ -467,11 +467,12 @@ def test_sparse_layers_compute_what_dense_ones_do():
                 p *= torch.rand(p.shape, generator=rng()) < 0.3
         x = torch.randn(7, D, generator=rng())
         expected = model(x)
-        torch.testing.assert_close(exchange_linear(model, SparseLinear)(x), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(exchange_linear(model, of_active)(x), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4), ()])
 @pytest.mark.parametrize(("only", "whole"), [(True, False), (False, False), (False, True)])
-def test_active_layers_have_the_gradients_of_masked_ones(only, whole):
+def test_active_layers_have_the_gradients_of_masked_ones(only, whole, shape):
     masked, mask = nn.Linear(9, 7), torch.rand(7, 9, generator=rng()) < 0.3
     masked.weight.data *= mask
     sparse_layer = ActiveLinear(copy.deepcopy(masked))
@@ -479,7 +480,7 @@ def test_active_layers_have_the_gradients_of_masked_ones(only, whole):
     sparse_layer.pattern, sparse_layer.whole_gradient = pattern, whole
     if only:
         sparse_layer.weight.data = pattern.values(masked.weight.data)
-    x = torch.randn(5, 9, generator=rng())
+    x = torch.randn(*shape, 9, generator=rng())
     gradients = []
     for layer in (masked, sparse_layer):
         inputs = x.clone().requires_grad_()

@@ -4,9 +4,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from raypkg.cli.sweep import run_trial
 from raypkg.core.config import load, read_toml
 from raypkg.core.errors import UserError
 from raypkg.experiments.crest import CrestSettings
+from raypkg.experiments.train import TrainSettings
 from raypkg.runs import sweep_plots
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.sweep import create, curve, find, front, is_sweep, measured, ranked
@@ -51,6 +53,42 @@ def test_a_trial_is_what_its_run_folder_says(sweep):
     assert [sweep.state(number) for number in range(4)] == ["done", "done", "stopped", "unfinished"]
     assert sweep.waiting() == [(3, {"select.tau": 0.04})]
     assert not sweep.further()
+
+
+def told(tmp_path, **values):
+    """Return what a trial tells whoever compares it."""
+    short = {"model": "linear", "train.epochs": 3, "train.evaluate_every": 1}
+    settings = load(TrainSettings, None, short)
+    order = {"experiment": "train", "metric": "accuracy", "mode": "max", "samples": 1}
+    sweep = create(str(tmp_path), "t", order, settings, "", [values])
+    rows = []
+    run_trial(0, values, rows.append, root=sweep.storage.root, workers=0)
+    return rows, sweep
+
+
+def test_a_trial_tells_of_its_last_epoch_when_it_is_complete(tmp_path):
+    rows, sweep = told(tmp_path)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["accuracy"] == measured(sweep.run(0))["accuracy"]
+    again = []
+    run_trial(0, {}, again.append, root=sweep.storage.root, workers=0)
+    assert again == rows[-1:]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train.lr": 1e30}, "the loss became nan in epoch 1"),
+        ({"model": f"{__name__}:broken"}, "RuntimeError: no such luck"),
+    ],
+)
+def test_a_trial_that_fails_tells_the_worst(tmp_path, values, message):
+    rows, _ = told(tmp_path, **values)
+    assert rows[-1]["accuracy"] < -1e9 and rows[-1]["epoch"] >= 1 and message in rows[-1]["error"]
+
+
+def broken(shape, num_classes):
+    raise RuntimeError("no such luck")
 
 
 def test_a_stopped_trial_has_paid_for_its_earlier_phases_too(sweep):

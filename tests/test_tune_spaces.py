@@ -12,6 +12,7 @@ from raypkg.core.settings import Experiment
 from raypkg.experiments import experiment, settings_of
 from raypkg.runs.sweep import METRICS
 
+N = 45_000  # training samples
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
 
 
@@ -19,9 +20,14 @@ SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
 def test_a_space_is_allowed_and_draws_valid_settings(file):
     schema, space = settings_of(experiment[file.stem.partition("_")[0]]), read_space(file.read_text(), str(file))
     assert METRICS[space.metric].mode == space.mode
+
+    def check(settings):
+        check_names(settings)
+        settings.check(N)
+
     check_space(schema, schema(), space, check_names)
     for seed in range(20):
-        check_trial(schema, schema(), draw(space.domains, np.random.default_rng(seed)), check_names)
+        check_trial(schema, schema(), draw(space.domains, np.random.default_rng(seed)), check)
 
 
 def test_every_experiment_that_trains_has_a_space():

@@ -4,6 +4,7 @@ from typing import Any
 
 from raypkg.core.config import load
 from raypkg.core.errors import UserError
+from raypkg.core.settings import Train
 from raypkg.experiments import experiment
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.folder import RunFolder, create
@@ -18,8 +19,15 @@ FINALISTS = 4  # fewer cannot tell much of the order
 
 
 def coreset_of(root: str, name: str) -> str:
-    """Return where the coreset of a sweep is, or will be: in a run of its own."""
-    return f"{(Storage(root) / 'train' / f'{name}-proxy').root}/coreset.parquet"
+    """Return where the coreset of a sweep will be: in a run of its own.
+
+    Raises:
+        UserError: there is a run of that name.
+    """
+    runs = Storage(root) / "train"
+    if f"{name}-proxy" in runs.list():
+        raise UserError(f"run {name}-proxy exists in {runs.root}, as the proxy's would be called: give another --name")
+    return f"{(runs / f'{name}-proxy').root}/coreset.parquet"
 
 
 def selection(settings: Any, fraction: float, method: str, workers: int) -> TrainSettings:
@@ -28,7 +36,8 @@ def selection(settings: Any, fraction: float, method: str, workers: int) -> Trai
     Raises:
         UserError: unknown method, or a fraction outside (0, 1].
     """
-    parts = settings.model_dump(mode="json", include={"seed", "dataset", "model"})
+    parts = settings.model_dump(mode="json", include={"seed", "dataset", "model", "cluster", "train"})
+    parts["train"] = {name: value for name, value in parts["train"].items() if name in Train.model_fields}
     chosen = load(
         TrainSettings,
         parts,
@@ -52,7 +61,7 @@ def select(sweep: SweepFolder, settings: Any, workers: int, console: Any) -> Non
     runs = Storage(root) / "train"
     run = RunFolder(runs / name) if name in runs.list() else create(root, "train", name, chosen)
     if not run.summary:
-        carry_out(experiment["train"], chosen, run, console, group=sweep.name)
+        carry_out(experiment["train"], chosen, run, console)
 
 
 def enlist(sweep: SweepFolder) -> bool:

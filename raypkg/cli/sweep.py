@@ -1,10 +1,12 @@
 """A sweep: settings and a space → numbered trials on Ray Tune → the table, the plots, the best settings."""
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from .options import ROOT
 from .spaces import Space, check_space, check_trial, find_space, read_space
 
 SAMPLES = 8
+WORST = 1e30  # of which schedulers can take means
 EVALUATE = "train.evaluate_every"  # 1 in a sweep, unless given: schedulers compare trials epoch by epoch
 
 
@@ -65,16 +68,16 @@ def start_sweep(
     check_names(settings)
     file = find_space(order.space or entry.name)
     space = _without(read_space(file.read_text(), str(file)), values)
-    check_space(schema, settings, space, check_names)
     order = _filled(order, space, settings)
     proxy.check(order, settings)
-    trials = _trials(order, space, settings)
+    check_space(schema, settings, space, check_names)
+    trials, check = _trials(order, space, settings), _check(settings, order)
     for trial in trials:
-        check_trial(schema, settings, trial, check_names)
+        check_trial(schema, settings, trial, check)
     order = replace(order, samples=len(trials) or order.samples)
     from raypkg.cluster.tune import size_of
 
-    size = size_of(settings.cluster, _actors(settings), order.concurrent)
+    size = size_of(settings.cluster, settings.actors, order.concurrent)
     name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}" if name is None else name
     only = {proxy.ONLY: proxy.coreset_of(root, name)} if order.proxy else {}
     asked = asdict(order) | {"varied": [*space.domains], "fixed": only}
@@ -102,7 +105,7 @@ def resume_sweep(entry: Entry, name: str, root: str, refused: Sequence[str]) -> 
         return
     from raypkg.cluster.tune import size_of
 
-    size = size_of(settings.cluster, _actors(settings), sweep.order["concurrent"])
+    size = size_of(settings.cluster, settings.actors, sweep.order["concurrent"])
     _run(entry, sweep, settings, space, size, root)
 
 
@@ -111,34 +114,41 @@ def run_trial(
 ) -> None:
     """Run one trial in its run folder, or go on with it there; what is done is only reported.
 
+    A trial that fails is told of with the worst value there is: schedulers compare it with others.
+
     Args:
         number: of the trial.
         values: what it sets.
-        tell: takes the epoch and the metric, or an error.
+        tell: takes the epoch and the metric, and an error if there was one.
         root: of the sweep's folder.
         workers: of the trial; 0 = this process.
     """
     sweep = SweepFolder(Storage(root))
     entry, metric, run = experiment[sweep.order["experiment"]], sweep.order["metric"], sweep.run(number)
+    from raypkg.engine.worker import forget_peak_memory
 
-    def listen(row: Mapping[str, Any]) -> None:
-        if row["phase"] == "train" and row.get(metric) is not None:
-            run.flush()  # before Tune may stop the trial, of which the driver then reads
-            tell({"epoch": row["epoch"], metric: row[metric]})
-
+    forget_peak_memory()  # of the trial before, whose process this is
     try:
         if not run.summary:
             settings = load(settings_of(entry), sweep.config, values | {"cluster.workers": workers})
             if "config.toml" not in run.storage.list():
                 run = run_folder.create(root.rsplit("/", 2)[0], entry.name, run.name, settings)
+
+            def listen(row: Mapping[str, Any]) -> None:
+                # The last epoch is told of when the run is complete: a trial stopped there would have been for nothing.
+                if row["phase"] == "train" and row["epoch"] < settings.epochs and row.get(metric) is not None:
+                    run.flush()  # before Tune may stop the trial, of which the driver then reads
+                    tell({"epoch": row["epoch"], metric: row[metric]})
+
             carry_out(entry, settings, run, Console(quiet=True), group=sweep.name, listen=listen)
         found = measured(run)
         if metric not in found:
             raise UserError(f"metric {metric} was not measured in its {found['epochs']} epochs: see {EVALUATE}")
-    except UserError as error:
-        tell({"error": str(error)})
-    else:
-        tell({"epoch": found["epochs"] + 1, metric: found[metric]})
+        tell({"epoch": found["epochs"], metric: found[metric]})
+    except Exception as error:  # a process that is lost starts again; what a run raises, it would raise again
+        worst = -WORST if sweep.order["mode"] == "max" else WORST
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        tell({"epoch": max(1, measured(run)["epochs"]), metric: worst, "error": what.replace("\n", " ")})
 
 
 class Progress:
@@ -162,16 +172,21 @@ class Progress:
 
 def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: Any, root: str) -> None:
     console = terminal()
-    workers = size.plan.workers if size.nested else 0
+    deadline = time.monotonic() + (sweep.order["time_budget"] or math.inf)
     try:
         if sweep.order["proxy"]:
-            proxy.select(sweep, settings, workers, console)
-        interrupted = _attempt(sweep, settings, space, size, workers, console) if _left(sweep) else False
-        if not interrupted and proxy.enlist(sweep):
-            interrupted = _attempt(sweep, settings, space, size, workers, console)
+            proxy.select(sweep, settings, size.workers, console)
+        finals = sweep.finals()  # of a sweep that goes on
+        waiting = [trial for trial in sweep.waiting() if trial[0] not in finals]
+        interrupted = _attempt(sweep, settings, space, size, waiting, sweep.further(), deadline, console)
+        if not interrupted:
+            proxy.enlist(sweep)
+            waiting = [trial for trial in sweep.waiting() if trial[0] in sweep.finals()]
+            interrupted = _attempt(sweep, settings, space, size, waiting, [], deadline, console)
     except KeyboardInterrupt:
         interrupted = True
-    conclude(sweep)
+    finally:
+        conclude(sweep)
     show_sweep(sweep, console)
     again = f"effray tune {entry.name} --resume {sweep.name}" + (f" --root {root}" if root != ROOT else "")
     if interrupted:
@@ -182,36 +197,76 @@ def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: An
         console.print(line, soft_wrap=True)
 
 
-def _attempt(sweep: SweepFolder, settings: Any, space: Space, size: Any, workers: int, console: Console) -> bool:
-    """Run the trials that are left; return whether the user interrupted."""
+def _attempt(
+    sweep: SweepFolder,
+    settings: Any,
+    space: Space,
+    size: Any,
+    waiting: Sequence[tuple[int, dict[str, Any]]],
+    further: Sequence[int],
+    deadline: float,
+    console: Console,
+) -> bool:
+    """Run trials whose settings are known, and further ones; return whether the user interrupted."""
     from raypkg.cluster.tune import Proposals, Rules, constants, optuna, run_trials
 
-    order, waiting, further = sweep.order, sweep.waiting(), sweep.further()
-    told = [(row, row[order["metric"]]) for row in sweep.results() if row["state"] == DONE]
-    searcher = optuna(space.domains, order["metric"], order["mode"], settings.seed, told) if further else None
-    finals = all(number >= order["samples"] for number, _ in waiting) and not further
-    how = f"{workers} workers each, by Ray Train" if workers else "one process each"
+    order, left = sweep.order, deadline - time.monotonic()
+    if not (waiting or further) or left <= 0:
+        return False
+    searcher = None
+    if further:
+        done = [row for row in sweep.results() if row["state"] == DONE and row.get(order["metric"]) is not None]
+        told = [(row, row[order["metric"]]) for row in done]
+        searcher = optuna(space.domains, order["metric"], order["mode"], settings.seed, told)
+    finals = not further and {number for number, _ in waiting} <= sweep.finals()
+    how = f"{size.workers} workers each, by Ray Train" if size.workers else "one process each"
     what = f"trials of {order['experiment']}{' on all samples' if finals else ''}"
     console.print(f"{sweep.name}: {len(waiting) + len(further)} {what}, {how}, {size.at_once} at once")
     rules = Rules(
         metric=order["metric"],
         mode=order["mode"],
         scheduler="none" if finals else order["scheduler"],
-        longest=_longest(space, settings),
-        seconds=order["time_budget"],
+        longest=_longest(settings, space, [values for _, values in waiting]),
+        seconds=left if math.isfinite(left) else None,
         failures=settings.cluster.max_failures,
     )
     interrupted = run_trials(
-        partial(run_trial, root=sweep.storage.root, workers=workers),
+        partial(run_trial, root=sweep.storage.root, workers=size.workers),
         Proposals(waiting, searcher, further, constants(space.domains) | order["fixed"]),
         Progress(sweep, console),
         size,
         rules,
-        count=len(waiting) + len(further),
         folder=f"{sweep.storage.root}/ray",
     )
     sweep.storage.delete_folder("ray")
     return interrupted
+
+
+def _check(settings: Any, order: Order) -> Callable[[Any], None]:
+    """Return what refuses settings of a trial that a single run, on all samples or on the proxy's, would refuse."""
+    from raypkg.phases.samples import samples
+
+    n = len(samples(settings.dataset, settings.seed).kept)
+
+    def check(trial: Any) -> None:
+        check_names(trial)
+        trial.check(n)
+        if order.proxy:
+            trial.check(max(1, round(order.proxy * n)))
+
+    return check
+
+
+def _longest(settings: Any, space: Space, known: Iterable[Mapping[str, Any]]) -> int:
+    """Return the epochs of the longest trial, of those that are known and those that the space allows."""
+    from raypkg.cluster.tune import candidates
+
+    def epochs(values: Mapping[str, Any]) -> int:
+        return load(type(settings), settings.model_dump(mode="json"), values).epochs
+
+    tried = {name: [(epochs({name: value}), value) for value in candidates(d)] for name, d in space.domains.items()}
+    longest = {name: max(values, key=itemgetter(0))[1] for name, values in tried.items() if values}
+    return max(epochs(values) for values in (longest, *known))
 
 
 def _base(schema: type[Settings], config: Path | None) -> dict[str, Any]:
@@ -249,8 +304,14 @@ def _filled(order: Order, space: Space, settings: Any) -> Order:
             f"metric {metric} is known only at the end of a trial, so --scheduler {scheduler} could not act on it:"
             " give --scheduler none, or --metric accuracy"
         )
-    if metric in ("accuracy", "valid_loss") and not settings.dataset.validation:
-        raise UserError(f"metric {metric} is measured on held-out samples: dataset.validation = 0 holds out none")
+    if metric in ("accuracy", "valid_loss"):
+        if not settings.dataset.validation:
+            raise UserError(f"metric {metric} is measured on held-out samples: dataset.validation = 0 holds out none")
+        if not 0 < settings.train.evaluate_every <= settings.epochs:
+            raise UserError(
+                f"metric {metric} would never be measured: {EVALUATE} = {settings.train.evaluate_every} of"
+                f" {settings.epochs} epochs"
+            )
     for option, value in (("samples", order.samples), ("concurrent", order.concurrent)):
         if value is not None and value < 1:
             raise UserError(f"--{option} {value}: at least 1")
@@ -286,17 +347,6 @@ def _trials(order: Order, space: Space, settings: Any) -> list[dict[str, Any]]:
             return []
     seeds = [derive(settings.seed, "sweep", number) for number in range(order.samples or 0)]
     return [draw(space.domains, np.random.default_rng(seed)) for seed in seeds]
-
-
-def _longest(space: Space, settings: Any) -> int:
-    from raypkg.cluster.tune import candidates
-
-    return max(candidates(space.domains.get("train.epochs", settings.train.epochs)))
-
-
-def _actors(settings: Any) -> int:
-    """Return how many Ray actors a trial starts beside its workers."""
-    return getattr(getattr(settings, "select", None), "actors", 0)
 
 
 def _left(sweep: SweepFolder) -> int:

@@ -69,10 +69,9 @@ def plan(settings: Cluster, most: int | None = None) -> Plan:
     fit = room(settings.cpus_per_worker, each)
     workers = settings.workers or max(1, min(fit, MOST_WORKERS, most or MOST_WORKERS))
     if workers > fit:
-        cpus = sum(node.get("CPU", 0.0) for node in nodes)
         raise UserError(
             f"{workers} workers of {settings.cpus_per_worker} CPU and {each:g} GPU do not fit the cluster, which has"
-            f" {cpus:g} CPU and {gpus:g} GPU on {len(nodes)} nodes, room for {fit}: lower cluster.workers,"
+            f" {processors():g} CPU and {gpus:g} GPU on {len(nodes)} nodes, room for {fit}: lower cluster.workers,"
             " cluster.cpus_per_worker or cluster.gpus_per_worker"
         )
     return Plan(workers, settings.cpus_per_worker, each)
@@ -81,6 +80,11 @@ def plan(settings: Cluster, most: int | None = None) -> Plan:
 def room(cpus: int, gpus: float) -> int:
     """Return how many workers of that size fit the cluster."""
     return sum(_room(node, cpus, gpus) for node in _nodes())
+
+
+def processors() -> float:
+    """Return the CPUs of the cluster."""
+    return sum(node.get("CPU", 0.0) for node in _nodes())
 
 
 def _nodes() -> list[Mapping[str, float]]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 
-from .session import Plan, connect, plan, room
+from .session import Plan, connect, plan, processors, room
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the run folders have it all
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial reports why instead of a metric
@@ -30,16 +31,16 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 from ray.tune.search import Searcher
-from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer
+from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, Quantized
 
 Values = dict[str, Any]  # dotted settings
 Proposal = tuple[int, Values]  # a trial's number and what it sets
+CLOSING = 20  # seconds for a stopped trial to close its files
 ETA = 3  # of three trials that come so far, one goes on
 DRIVER = {"memory": 64 * 2**20}  # what a trial around Ray Train asks for: no CPU, which its workers need
 SCHEDULERS: dict[str, Callable[[int], TrialScheduler]] = {
-    # A trial reports its last epoch and then its end: one more than the longest has, so that none is cut off there.
-    "asha": lambda longest: ASHAScheduler("epoch", max_t=longest + 1, grace_period=1, reduction_factor=ETA),
-    "hyperband": lambda longest: HyperBandScheduler("epoch", max_t=longest + 1, reduction_factor=ETA),
+    "asha": lambda longest: ASHAScheduler("epoch", max_t=longest, grace_period=1, reduction_factor=ETA),
+    "hyperband": lambda longest: HyperBandScheduler("epoch", max_t=longest, reduction_factor=ETA),
     "median": lambda longest: MedianStoppingRule("epoch", grace_period=1),
     "none": lambda longest: FIFOScheduler(),
 }
@@ -68,6 +69,11 @@ class Size:
     plan: Plan
     nested: bool
     at_once: int
+
+    @property
+    def workers(self) -> int:
+        """The setting ``cluster.workers`` of a trial: 0 where its own process is the only one."""
+        return self.plan.workers if self.nested else 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def candidates(domain: Any) -> list[Any]:
         case Categorical():
             return list(domain.categories)
         case Integer():
-            return [domain.lower, domain.upper - 1]
+            return [domain.lower, domain.upper - (not _in_steps(domain))]
         case Float():
             return [end for end in (domain.lower, domain.upper) if np.isfinite(end)]
         case Domain():
@@ -116,14 +122,22 @@ def grid(space: Mapping[str, Any]) -> Iterable[Values]:
     """Yield every combination of the space's choices.
 
     Raises:
-        UserError: a domain is continuous.
+        UserError: a domain is continuous, or has steps that only Ray knows.
     """
     axes = []
     for name, domain in space.items():
-        if isinstance(domain, Float | Function):
-            raise UserError(f"--search grid: {name} is drawn from a continuous range; list its values or use random")
+        if isinstance(domain, Float | Function) or (isinstance(domain, Integer) and _in_steps(domain)):
+            raise UserError(
+                f"--search grid: {name} is drawn from a continuous range, or one with steps; list its values or use"
+                " random"
+            )
         axes.append(range(domain.lower, domain.upper) if isinstance(domain, Integer) else candidates(domain))
     return (dict(zip(space, values, strict=True)) for values in product(*axes))
+
+
+def _in_steps(domain: Integer) -> bool:
+    """Say whether a range has steps, and then an end that belongs to it."""
+    return isinstance(domain.get_sampler(), Quantized)
 
 
 def constants(space: Mapping[str, Any]) -> Values:
@@ -177,6 +191,7 @@ class Proposals(Searcher):
         super().__init__()
         self._fixed = dict(fixed or {})
         self._waiting, self._searcher, self._further = deque(waiting), searcher, deque(further)
+        self.count = len(self._waiting) + len(self._further)
         self._known: dict[str, Values] = {}  # of waiting trials, by Tune's name for them
 
     def suggest(self, trial_id: str) -> Any:
@@ -219,12 +234,13 @@ def size_of(cluster: Cluster, actors: int, concurrent: int | None) -> Size:
     size = plan(cluster.model_copy(update={"workers": cluster.workers or 1}))
     if cluster.workers == 0:
         size = Plan(1, size.cpus, 0)
-    everyone = size.workers + actors
-    fit = room(size.cpus, size.gpus) // everyone
+    everyone, slots = size.workers + actors, room(size.cpus, size.gpus)
+    fit = min(slots // size.workers, int(processors() // (size.workers * size.cpus + actors)))
     if not fit:
         raise UserError(
             f"a trial of {size.workers} workers and {actors} actors does not fit the cluster, which has room for"
-            f" {room(size.cpus, size.gpus)} of {size.cpus} CPU and {size.gpus:g} GPU: lower one or the other"
+            f" {slots} workers of {size.cpus} CPU and {size.gpus:g} GPU, and {processors():g} CPU in all: lower one or"
+            " the other"
         )
     if concurrent and concurrent > fit:
         raise UserError(f"--concurrent {concurrent}: the cluster has room for {fit} trials of {everyone} processes")
@@ -238,19 +254,17 @@ def run_trials(
     size: Size,
     rules: Rules,
     *,
-    count: int,
     folder: str,
 ) -> bool:
     """Run trials until all have ended, the time is over, or the user interrupts.
 
     Args:
-        trial: importable; gets number, settings and a function that takes ``epoch`` and the metric, at last the
-            end's. What a user did wrong it reports as ``error``. Restarted, it must go on from its own checkpoints.
+        trial: importable; gets number, settings and a function that takes ``epoch`` and the metric, at last those of
+            the end, with an ``error`` where it failed. Restarted, it must go on from its own checkpoints.
         proposals: which trials.
         follower: hears of each in this process.
         size: of each.
         rules: for all of them.
-        count: of them.
         folder: where Tune keeps its own files.
 
     Returns:
@@ -268,7 +282,7 @@ def run_trials(
             mode=rules.mode,
             search_alg=proposals,
             scheduler=SCHEDULERS[rules.scheduler](rules.longest),
-            num_samples=count,
+            num_samples=proposals.count,
             max_concurrent_trials=size.at_once,
             time_budget_s=rules.seconds,
             reuse_actors=not size.nested,  # starting Python and torch takes longer than many a trial
@@ -286,7 +300,7 @@ def run_trials(
     except KeyboardInterrupt:  # the second one
         return True
     in_time = rules.seconds is None or time.monotonic() - start < rules.seconds
-    return in_time and len(watch.ended) < count
+    return in_time and len(watch.ended) < proposals.count
 
 
 class _Watch(tune.Callback):
@@ -332,11 +346,31 @@ def _free_workers() -> None:
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
 
 
+class _Closing:
+    """Has a trial that Tune stops wait for the thread that reports to close its files."""
+
+    reporter: threading.Thread | None = None
+
+    def cleanup(self) -> None:
+        """Let the next report end its thread, and wait for that."""
+        super().cleanup()  # type: ignore[misc]  # of Tune's class for functions, which this is mixed into
+        if _Closing.reporter:
+            _Closing.reporter.join(CLOSING)
+
+
 def _in_trial(config: dict[str, Any], trial: Callable[..., None], home: str) -> None:
     """Run a trial in the process that Tune gives it, from the folder that the user is in."""
     if os.path.isdir(home):  # on another machine it may not be there
         os.chdir(home)
-    trial(config["number"], dict(config["values"]), tune.report)
+
+    def tell(row: dict[str, Any]) -> None:
+        _Closing.reporter = threading.current_thread()
+        tune.report(row)  # ends the thread by SystemExit where the trial is stopped
+
+    trial(config["number"], dict(config["values"]), tell)
+
+
+_in_trial.__mixins__ = (_Closing,)  # type: ignore[attr-defined]  # read by Tune
 
 
 def _drawn(domain: Any, rng: np.random.Generator) -> Any:

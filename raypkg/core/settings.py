@@ -247,6 +247,24 @@ class Source(Settings):
 
 
 class Experiment(Source):
-    """What every experiment that trains has."""
+    """What every experiment that trains has, ``train`` besides: each its own."""
 
     model: Model = Model()
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that the main training runs for."""
+        epochs: int = self.train.epochs  # type: ignore[attr-defined]  # declared where the experiment is
+        return epochs
+
+    @property
+    def actors(self) -> int:
+        """Ray actors of one CPU each that a run starts beside its workers."""
+        return 0
+
+    def check(self, n: int) -> None:
+        """Refuse, before any work, what n training samples do not allow, and settings that would do nothing.
+
+        Raises:
+            UserError: what is wrong.
+        """

@@ -248,7 +248,7 @@ class Crest(Hook):
     def _look_ahead(self, run: Run, steps: range) -> None:
         """Begin to choose, where selection overlaps with training, what will probably be trained on after the steps."""
         pool, end = self.coming or self.pool, self.steps * run.settings.epochs
-        if not self.settings.overlap or pool is None:
+        if not self.settings.overlap or pool is None or (self._pending and self._pending[0] is pool):
             return
         start = self.step + self.interval - self.age if self.coming else steps.stop
         following = range(start, min(start + self.interval, end))

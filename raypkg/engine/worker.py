@@ -82,6 +82,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def forget_peak_memory() -> None:
+    """Begin to measure the largest resident memory anew, where the system can."""
+    with suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def worker_memory() -> int:
     """Return this worker's share of the machine's memory, in bytes: by its threads among the processors."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

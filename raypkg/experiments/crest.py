@@ -41,31 +41,48 @@ class CrestSettings(Experiment):
     select: CrestSelect = CrestSelect()
     train: CrestTrain = CrestTrain()
 
+    @property
+    def within(self) -> int:
+        """Epochs of the budget."""
+        return round(self.budget * self.train.epochs)
 
-def epochs_of(settings: CrestSettings) -> int:
-    """Return the epochs within the budget.
+    @property
+    def epochs(self) -> int:
+        """Those of the budget, but for coresets of its size: every epoch on fewer samples."""
+        return self.within if self.selection in ("crest", "random", "none") else self.train.epochs
 
-    Raises:
-        UserError: they are not whole, or settings of one selection are given for another.
-    """
-    epochs, within = settings.train.epochs, round(settings.budget * settings.train.epochs)
-    if within < 1 or abs(settings.budget * epochs - within) > 0.01:
-        near = f"{max(1, within) / epochs:.3g}"
-        raise UserError(
-            f"budget = {settings.budget:g} of {epochs} epochs is {settings.budget * epochs:g} epochs: it must be whole,"
-            f" such as --budget {near}"
-        )
-    if settings.selection != "crest" and settings.select != CrestSelect():
-        raise UserError(f"selection = {settings.selection}: select.* belongs to crest and would do nothing")
-    if settings.selection in ("crest", "random", "none"):
-        if settings.every is not None:
-            raise UserError(f"selection = {settings.selection}: every = {settings.every} would do nothing")
-    elif settings.budget == 1 or (settings.every or 1) > epochs:
-        raise UserError(
-            f"selection = {settings.selection}: budget = {settings.budget:g} must be below 1 and every ="
-            f" {settings.every} at most the {epochs} epochs"
-        )
-    return within
+    @property
+    def actors(self) -> int:
+        """Those that select."""
+        return self.select.actors
+
+    def check(self, n: int) -> None:
+        """Refuse a budget that is not whole epochs or too short, and settings of another selection.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        from raypkg.phases.crest import check
+
+        epochs, within = self.train.epochs, self.within
+        if within < 1 or abs(self.budget * epochs - within) > 0.01:
+            near = f"{max(1, within) / epochs:.3g}"
+            raise UserError(
+                f"budget = {self.budget:g} of {epochs} epochs is {self.budget * epochs:g} epochs: it must be whole,"
+                f" such as --budget {near}"
+            )
+        if self.selection != "crest" and self.select != CrestSelect():
+            raise UserError(f"selection = {self.selection}: select.* belongs to crest and would do nothing")
+        if self.selection in ("crest", "random", "none"):
+            if self.every is not None:
+                raise UserError(f"selection = {self.selection}: every = {self.every} would do nothing")
+        elif self.budget == 1 or (self.every or 1) > epochs:
+            raise UserError(
+                f"selection = {self.selection}: budget = {self.budget:g} must be below 1 and every = {self.every} at"
+                f" most the {epochs} epochs"
+            )
+        if self.selection in ("crest", "random"):
+            check(self, within, n)
 
 
 @experiment("crest", source="arXiv:2306.01244")
@@ -78,20 +95,19 @@ def run(settings: CrestSettings, *, report: Report) -> None:
         effray crest --dataset digits --budget 0.25
     """
     from raypkg.phases.coresets import origin, save_coreset
-    from raypkg.phases.crest import check, draw_regions, train_crest
+    from raypkg.phases.crest import draw_regions, train_crest
     from raypkg.phases.samples import samples
     from raypkg.phases.summary import finish
     from raypkg.phases.train import MODEL, Job, train_model, train_on_cluster
 
     found, storage, epochs = samples(settings.dataset, settings.seed), report.folder.storage, settings.train.epochs
-    within = epochs_of(settings)
-    compressed = settings.train.model_copy(update={"epochs": within})
+    settings.check(len(found.kept))
+    compressed = settings.train.model_copy(update={"epochs": settings.within})
     match settings.selection:
         case "crest" | "random":
-            check(settings, within, len(found.kept))
             job = Job(settings, compressed, storage, "train", found.everyone, MODEL)
         case "none":
-            job = Job(settings, settings.train, storage, "train", found.everyone, MODEL, last=within)
+            job = Job(settings, settings.train, storage, "train", found.everyone, MODEL, last=settings.within)
         case method:
             select = Reselect(
                 method=method, fraction=settings.budget, weighted=True, every=settings.every or max(1, epochs // 10)

@@ -25,6 +25,19 @@ class LiptSettings(Experiment):
     select: Reselect = Reselect()
     train: LiptTrain = LiptTrain()
 
+    def check(self, n: int) -> None:
+        """Refuse a method that acts during training only, and selections that never come.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        from raypkg.engine.reselection import check_schedule
+        from raypkg.phases.select import check
+
+        check(self.select)
+        if self.select.every or self.select.warm:
+            check_schedule(self.select, self.epochs)
+
 
 @experiment("lipt", source="PMLR 202:29130, reconstructed")
 def run(settings: LiptSettings, *, report: Report) -> None:
@@ -33,17 +46,14 @@ def run(settings: LiptSettings, *, report: Report) -> None:
     Example:
         effray lipt --dataset digits --model resnet8 --select.method gradmatch --select.fraction 0.2
     """
-    from raypkg.engine.reselection import check_schedule
     from raypkg.phases.pretrain import PRETRAININGS, RESULT
     from raypkg.phases.samples import samples
-    from raypkg.phases.select import check, select_on_cluster
+    from raypkg.phases.select import select_on_cluster
     from raypkg.phases.summary import finish
     from raypkg.phases.train import MODEL, Job, train_on_cluster
 
-    check(settings.select)
-    if settings.select.every or settings.select.warm:
-        check_schedule(settings.select, settings.train.epochs)
     found = samples(settings.dataset, settings.seed)
+    settings.check(len(found.kept))
     PRETRAININGS[settings.pretrain.method](settings, settings.pretrain, report)
     storage = report.folder.storage
     coreset = select_on_cluster(

@@ -38,6 +38,44 @@ class SparseSettings(Sparsity, Experiment):
     coreset: Annotated[str | None, Field(description="a coreset.parquet to train on")] = None
     train: SparseTrain = SparseTrain()
 
+    @property
+    def epochs(self) -> int:
+        """Those of the extended training."""
+        return self.train.epochs * self.multiplier
+
+    @property
+    def actors(self) -> int:
+        """Those that select."""
+        return self.select.actors
+
+    def check(self, n: int) -> None:
+        """Refuse intervals that training does not reach, and settings of what is not chosen.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        from raypkg.phases.sparse import check
+
+        defaults, grows, starts = SparseSettings(), self.growth.name != "none", self.sparse_init.name
+        if starts == "dense" and grows:
+            raise UserError(
+                f"sparse_init = dense with growth = {self.growth.name} would stay dense: give --growth none"
+            )
+        moving = ("death_rate", "decay", "redistribution")
+        for name, chosen, part in (
+            ("density is left out", self.density is not None, (*Sparsity.model_fields, "compute")),
+            ("growth = none", grows, moving),
+            ("growth = none keeps the masks", grows or starts == "dense", ("update_every", "drop")),
+            ("correction = none", self.correction == "agent", ("agent",)),
+            ("batches = shuffled", self.batches == "crest", ("select",)),
+        ):
+            for setting in part:
+                if not chosen and getattr(self, setting) != getattr(defaults, setting):
+                    raise UserError(f"{name}: {setting} would do nothing")
+        if self.batches == "crest" and self.coreset is not None:
+            raise UserError("batches = crest chooses from all samples: --coreset would do nothing")
+        check(self, n)
+
 
 @experiment("sparse", source="arXiv:2301.03573")
 def run(settings: SparseSettings, *, report: Report) -> None:
@@ -51,7 +89,7 @@ def run(settings: SparseSettings, *, report: Report) -> None:
     """
     from raypkg.phases.coresets import FILE, given_coreset, origin, save_coreset
     from raypkg.phases.samples import samples
-    from raypkg.phases.sparse import check, draw_sparse, train_sparse
+    from raypkg.phases.sparse import draw_sparse, train_sparse
     from raypkg.phases.summary import finish
     from raypkg.phases.train import MODEL, Job, train_on_cluster
 
@@ -61,36 +99,8 @@ def run(settings: SparseSettings, *, report: Report) -> None:
     else:
         coreset = found.everyone
         save_coreset(storage, coreset, found.data.train, origin(settings))
-    check_combination(settings)
-    check(settings, len(coreset))
-    epochs = settings.train.epochs * settings.multiplier
-    training = settings.train.model_copy(update={"epochs": epochs})
+    settings.check(len(coreset))
+    training = settings.train.model_copy(update={"epochs": settings.epochs})
     train_on_cluster(Job(settings, training, storage, "train", coreset, MODEL), report, train_sparse)
     draw_sparse(storage)
-    finish(report.folder, settings, found, epochs=epochs)
-
-
-def check_combination(settings: SparseSettings) -> None:
-    """Refuse settings that would do nothing.
-
-    Raises:
-        UserError: settings of masks without a density, of a correction or batches that are not chosen.
-    """
-    defaults, grows, starts = SparseSettings(), settings.growth.name != "none", settings.sparse_init.name
-    if starts == "dense" and grows:
-        raise UserError(
-            f"sparse_init = dense with growth = {settings.growth.name} would stay dense: give --growth none"
-        )
-    moving = ("death_rate", "decay", "redistribution")
-    for name, chosen, part in (
-        ("density is left out", settings.density is not None, (*Sparsity.model_fields, "compute")),
-        ("growth = none", grows, moving),
-        ("growth = none keeps the masks", grows or starts == "dense", ("update_every", "drop")),
-        ("correction = none", settings.correction == "agent", ("agent",)),
-        ("batches = shuffled", settings.batches == "crest", ("select",)),
-    ):
-        for setting in part:
-            if not chosen and getattr(settings, setting) != getattr(defaults, setting):
-                raise UserError(f"{name}: {setting} would do nothing")
-    if settings.batches == "crest" and settings.coreset is not None:
-        raise UserError("batches = crest chooses from all samples: --coreset would do nothing")
+    finish(report.folder, settings, found, epochs=settings.epochs)

@@ -25,6 +25,19 @@ class TrainSettings(Experiment):
     select: TrainSelect = TrainSelect()
     train: Train = Train()
 
+    def check(self, n: int) -> None:
+        """Refuse settings of a selection that never comes.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        from raypkg.engine.reselection import check_schedule
+
+        if self.coreset is not None and not self.select.every and self.select != TrainSelect(warm=self.select.warm):
+            raise UserError("--coreset is given and select.every is 0: select.* but select.warm would do nothing")
+        if self.coreset is None or self.select.every or self.select.warm:
+            check_schedule(self.select, self.epochs)
+
 
 @experiment("train")
 def run(settings: TrainSettings, *, report: Report) -> None:
@@ -39,10 +52,9 @@ def run(settings: TrainSettings, *, report: Report) -> None:
     from raypkg.phases.train import MODEL, Job, train_on_cluster
 
     found, storage, select = samples(settings.dataset, settings.seed), report.folder.storage, settings.select
+    settings.check(len(found.kept))
     coreset = None
     if settings.coreset is not None:
-        if not select.every and select != TrainSelect(warm=select.warm):
-            raise UserError("--coreset is given and select.every is 0: select.* but select.warm would do nothing")
         coreset = given_coreset(settings, settings.coreset, found, storage, GIVEN if select.every else FILE)
     train_on_cluster(Job(settings, settings.train, storage, "train", coreset, MODEL, select=select), report)
     finish(report.folder, settings, found, epochs=settings.train.epochs)

@@ -21,11 +21,11 @@ from raypkg.engine.shards import FirstWorkerShards, Shard, Shards, WorkerShards
 from raypkg.engine.worker import Worker
 from raypkg.methods.coreset import Coreset
 from raypkg.runs import plots
+from raypkg.runs.plots import save_plot
 from raypkg.runs.storage import Storage
 
 from .coresets import origin, record_of, save_coreset
 from .samples import Samples, samples
-from .summary import save_plot
 from .train import MODEL, Job, train_model
 
 CHECKS, PICKED, STEPS = "crest.parquet", "minibatches.parquet", "steps.parquet"

@@ -12,7 +12,8 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.engine.batches import plain_batches
 from raypkg.engine.worker import threads
-from raypkg.methods.sparse.csr import SparseLinear, compressed, exchange_linear
+from raypkg.methods.sparse.csr import compressed, exchange_linear
+from raypkg.methods.sparse.linear import of_active
 from raypkg.methods.sparse.masks import prunable
 from raypkg.runs.checkpoints import load_model, save_model
 from raypkg.runs.folder import RunFolder
@@ -68,7 +69,7 @@ def export(folder: RunFolder, settings: Experiment) -> Exported:
     save_model(storage, EXPORTED, compressed(state, names))
     indices = torch.arange(min(BATCH, len(data.test)))
     x, _ = next(plain_batches(data.test, indices, torch.device("cpu"), dtype=next(model.parameters()).dtype))
-    (dense_seconds, seconds), difference = _timed([model, exchange_linear(copy.deepcopy(model), SparseLinear)], x)
+    (dense_seconds, seconds), difference = _timed([model, exchange_linear(copy.deepcopy(model), of_active)], x)
     return Exported(
         weights=sum(state[name].numel() for name in names),
         active=sum(int(torch.count_nonzero(state[name])) for name in names),

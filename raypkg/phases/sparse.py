@@ -17,12 +17,12 @@ from raypkg.methods.sparse.flops import active_flops, forward_flops
 from raypkg.methods.sparse.masks import density_of
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
 from raypkg.runs import plots
+from raypkg.runs.plots import save_plot
 from raypkg.runs.storage import Storage
 
 from .crest import check as check_crest
 from .crest import train_crest
 from .samples import new_model, samples
-from .summary import save_plot
 from .train import Job, train_model
 
 TOPOLOGY, CORRECTION = "topology.parquet", "correction.parquet"
@@ -45,8 +45,8 @@ def check(settings: Any, n: int) -> None:
         ):
             if chosen.name != NONE or rules in (initial, drop):
                 rules[chosen.name].options(chosen.options)
-    epochs, per_epoch = settings.train.epochs * settings.multiplier, -(-n // settings.train.batch_size)
-    steps = epochs * per_epoch
+    per_epoch = -(-n // settings.train.batch_size)
+    steps = settings.epochs * per_epoch
     if settings.update_every and settings.update_every >= steps:
         raise UserError(
             f"update_every = {settings.update_every} is not below the {steps} steps of training: masks would never"
@@ -59,7 +59,7 @@ def check(settings: Any, n: int) -> None:
     if settings.compute == "sparse":
         _check_compute(settings)
     if settings.batches == "crest":
-        check_crest(settings, epochs, n)
+        check_crest(settings, settings.epochs, n)
 
 
 def _check_pruning(settings: Any, steps: int) -> None:

@@ -1,7 +1,5 @@
 """The end of a run: its figures as a manifest, its plots as pictures."""
 
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from raypkg.data.split import Split
 from raypkg.methods.coreset import Coreset
 from raypkg.runs import plots
 from raypkg.runs.folder import RunFolder
-from raypkg.runs.storage import Storage
+from raypkg.runs.plots import save_plot
 
 from .coresets import FILE, SCORES, load_coreset, read_coreset
 from .samples import Samples
@@ -81,14 +79,6 @@ def _draw_images(split: Split, rows: list[Any], path: Path) -> None:
     easiest, hardest = (split.batch(row["index"].to_numpy())[0].permute(0, 2, 3, 1).numpy() for row in rows)
     easy, hard = ([(sample["class"], sample["score"]) for sample in row.to_pylist()] for row in rows)
     plots.images(easiest, hardest, easy, hard, path)
-
-
-def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None:
-    """Draw a plot into the run folder, wherever that is."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.png"
-        plot(path)
-        storage.write(f"plots/{name}.png", path.read_bytes())
 
 
 def _row(phase: str, cost: dict[str, Any]) -> str:

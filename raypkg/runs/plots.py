@@ -2,13 +2,16 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .storage import Storage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -297,6 +300,14 @@ def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels,
         for part, (kind, pixels, labels) in zip(parts, sets, strict=True):
             part.suptitle(f"{kind} {len(pixels)} of the coreset, with their scores", x=0.02, ha="left")
             _gallery(part, pixels, labels)
+
+
+def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None:
+    """Draw a plot into a run folder, wherever that is."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.png"
+        plot(path)
+        storage.write(f"plots/{name}.png", path.read_bytes())
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .folder import RunFolder, check_name
 from .storage import Storage
 
 FOLDER = "tune"  # among those of the experiments
+BEST = "best.toml"
 DONE, STOPPED, FAILED, UNFINISHED = "done", "stopped", "failed", "unfinished"
 
 
@@ -101,14 +102,13 @@ class SweepFolder:
         gaps = [number for number, trial in enumerate(self.trials) if not trial["settings"]]
         return [*gaps, *range(len(self.trials), self.order["samples"])]
 
+    def finals(self) -> set[int]:
+        """Return the numbers of the trials on all samples that follow those on the sweep's coreset."""
+        return set(range(self.order["samples"], len(self.trials))) if self.order.get("proxy") else set()
+
     def state(self, number: int) -> str:
         """Return how far a trial is; its run folder knows best."""
         return DONE if self.run(number).summary else self.trials[number]["ended"] or UNFINISHED
-
-    def on_proxy(self, number: int) -> bool:
-        """Say whether a trial trains on the sweep's coreset instead of all samples."""
-        fixed = self.order.get("fixed") or {}
-        return bool(fixed) and fixed.items() <= self.trials[number]["settings"].items()
 
     def results(self) -> list[dict[str, Any]]:
         """Return a row for each trial: its number, run, state and figures, and what it sets."""
@@ -117,7 +117,7 @@ class SweepFolder:
                 "trial": number,
                 "run": self.run_name(number),
                 "state": self.state(number),
-                **({"proxy": self.on_proxy(number)} if self.order.get("proxy") else {}),
+                **({"proxy": number not in self.finals()} if self.order.get("proxy") else {}),
                 "error": trial["error"],
                 **measured(self.run(number)),
                 **trial["settings"],
@@ -131,9 +131,17 @@ class SweepFolder:
         names = list(dict.fromkeys(name for row in results for name in row))
         self.storage.write_table("results.parquet", pa.table({name: _column(results, name) for name in names}))
         if best:
-            config = self.run(best["trial"]).config
-            chosen = {name: part for name, part in config.items() if name not in ("cluster", "track")}
-            self.storage.write("best.toml", tomli_w.dumps(chosen).encode())
+            self.storage.write(BEST, tomli_w.dumps(self.lasting(best["trial"])).encode())
+
+    def lasting(self, number: int) -> dict[str, Any]:
+        """Return the settings of a trial that alter its result."""
+        return {name: part for name, part in self.run(number).config.items() if name not in ("cluster", "track")}
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The settings in ``best.toml``."""
+        text = self.storage.read(BEST)
+        return parse_toml(text.decode(), f"{self.storage.root}/{BEST}") if text else None
 
     def _write(self) -> None:
         self.storage.write_json("sweep.json", {"order": self.order, "trials": self.trials})

@@ -14,7 +14,7 @@ COLUMNS = 3  # panels side by side
 
 
 def against_settings(results: Results, names: Sequence[str], metric: str, path: str | Path) -> None:
-    """Draw the metric against each setting, a point for each trial; those stopped early are hollow.
+    """Draw the metric against each setting, a point for each trial; those that are not done are hollow.
 
     Args:
         results: a row for each trial, with ``state``, the metric and the settings.
@@ -39,7 +39,7 @@ def against_settings(results: Results, names: Sequence[str], metric: str, path: 
         for axes in panels[len(names) :]:
             axes.axis("off")
         figure.supylabel(metric, color=GREY)
-        figure.suptitle(f"{metric} of {len(shown)} trials (hollow: stopped early)", x=0.02, ha="left")
+        figure.suptitle(f"{metric} of {len(shown)} trials (hollow: not done)", x=0.02, ha="left")
 
 
 def parallel(results: Results, names: Sequence[str], metric: str, mode: str, path: str | Path) -> None:

@@ -1,8 +1,6 @@
 """A sweep as a table on the terminal, with the best trial and the Pareto front, and its pictures."""
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -11,8 +9,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from . import sweep_plots as plots
+from .plots import save_plot
 from .show import findings, terminal
-from .sweep import DONE, SweepFolder, curve, front, judge_proxy, ranked
+from .sweep import BEST, DONE, SweepFolder, curve, front, judge_proxy, ranked
 
 WIDEST = 1000  # columns
 Row = Mapping[str, Any]
@@ -30,9 +29,11 @@ def show_sweep(sweep: SweepFolder, console: Console) -> None:
         if row["error"]:
             console.print(f"{row['run']} failed: {row['error']}", soft_wrap=True)
     if best:
-        metric, at = sweep.order["metric"], f"{sweep.storage.root}/best.toml"
+        metric, run = sweep.order["metric"], sweep.run(best["trial"])
+        concluded = sweep.best == sweep.lasting(best["trial"])  # the file is of the last time that the sweep ended
+        at = f"{sweep.storage.root}/{BEST}" if concluded else f"{run.storage.root}/config.toml"
         console.print(f"best: {best['run']}, {metric} {best[metric]:.4g}")
-        console.print(findings(sweep.run(best["trial"]).summary or {})[0], soft_wrap=True)
+        console.print(findings(run.summary or {})[0], soft_wrap=True)
         console.print(f"its settings: effray {sweep.order['experiment']} --config {at}", soft_wrap=True)
     if found := judge_proxy(sweep):
         console.print(
@@ -53,10 +54,11 @@ def conclude(sweep: SweepFolder) -> None:
     chosen = best["run"] if best else None
     if found := judge_proxy(sweep):
         sweep.storage.write_json("proxy.json", found)
-    _save(sweep, "settings", lambda path: plots.against_settings(results, names, metric, path))
-    _save(sweep, "parallel", lambda path: plots.parallel(results, names, metric, mode, path))
-    _save(sweep, "curves", lambda path: plots.learning_curves(curves, metric, chosen, path))
-    _save(sweep, "pareto", lambda path: plots.pareto(results, pareto, metric, path))
+    alike = [row for row in results if row.get("proxy")] or results  # trained on the same samples
+    save_plot(sweep.storage, "settings", lambda path: plots.against_settings(alike, names, metric, path))
+    save_plot(sweep.storage, "parallel", lambda path: plots.parallel(alike, names, metric, mode, path))
+    save_plot(sweep.storage, "curves", lambda path: plots.learning_curves(curves, metric, chosen, path))
+    save_plot(sweep.storage, "pareto", lambda path: plots.pareto(results, pareto, metric, path))
 
 
 def _judged(sweep: SweepFolder) -> tuple[list[dict[str, Any]], Rows, list[int], Row | None]:
@@ -86,13 +88,6 @@ def _table(sweep: SweepFolder, results: Rows, pareto: Sequence[int]) -> Table:
         state = f"{row['state']} (proxy)" if row.get("proxy") else row["state"]
         table.add_row(f"{mark}{row['trial']}", state, str(row["epochs"]), *figures, *settings)
     return table
-
-
-def _save(sweep: SweepFolder, name: str, plot: Callable[[Path], None]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.png"
-        plot(path)
-        sweep.storage.write(f"plots/{name}.png", path.read_bytes())
 
 
 def _names(sweep: SweepFolder) -> list[str]:

@@ -73,8 +73,8 @@ class Wandb:
 
         self._run.summary.update(dict(summary))
         if local := self._folder.storage.local:
-            for plot in sorted(local.glob("plots/*.png")):
-                self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
+            plots = sorted(local.glob("plots/*.png"))
+            self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots})
             if (coreset := local / "coreset.parquet").exists():
                 artifact = wandb.Artifact(f"coreset-{self._folder.name}", type="coreset")
                 artifact.add_file(str(coreset))

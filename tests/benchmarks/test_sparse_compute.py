@@ -1,55 +1,65 @@
-"""Training seconds of an epoch, masked against truly sparse linear layers, in turn. pytest -m bench -s this file."""
+"""Training seconds and accuracy of an epoch, masked against truly sparse linear layers, in turn, on real images.
 
+EFFRAY_DATA=path/to/data pytest -m bench -s tests/benchmarks/test_sparse_compute.py
+"""
+
+import os
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from raypkg.core.settings import Sparsity, Training
-from raypkg.data.split import Split
+from raypkg.data import load_data
 from raypkg.engine.active import Active
 from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Masked
-from raypkg.engine.loop import Run, fit
+from raypkg.engine.loop import Run, evaluate, fit
 from raypkg.engine.topology import Topology
-from raypkg.engine.worker import Worker
+from raypkg.engine.worker import Worker, threads
 from raypkg.methods.coreset import Coreset
 from raypkg.models import build_model
 
-N, ROUNDS = 12_800, 3  # 100 steps of 128
-MODELS = {"MLP 784-300-100": (784, (300, 100)), "MLP 3072-1024-1024-1024": (3072, (1024, 1024, 1024))}
+DATA = Path(os.environ.get("EFFRAY_DATA", Path(__file__).parents[3] / "shared/data"))
+MODELS = [("mnist", (300, 100)), ("cifar10", (300, 100)), ("cifar10", (1024, 1024, 1024))]
+WAYS = [("masked", "float32"), ("masked", "bfloat16"), ("sparse", "float32")]
+ROUNDS = 3
+COLUMNS = ("", "sparse %", *(f"{way}, {precision}: seconds" for way, precision in WAYS), "ratios", "test accuracy %")
 
 
-def epoch(columns, hidden, density, compute, precision):
-    """Return the seconds of one epoch of RigL with two changes of the masks, and the training loss."""
-    rng = torch.Generator().manual_seed(0)
-    y = torch.arange(N) % 10
-    split = Split.from_tensors(torch.randn(N, columns, generator=rng) + y[:, None] / 20, y)
-    model = build_model("mlp", (columns,), 10, seed=0, options={"hidden": hidden})
-    topology = Topology(Sparsity(density=density, growth="gradient", update_every=40), N // 128)
-    training = Training(epochs=1, batch_size=128, schedule="constant", lr=0.02, precision=precision)
+def epoch(data, hidden, density, compute, precision):
+    """Return the seconds of one epoch of RigL, its masks changing every 100 steps, and the accuracy after it."""
+    n = len(data.train)
+    model = build_model("mlp", data.train.shape, 10, seed=0, options={"hidden": hidden})
+    topology = Topology(Sparsity(density=density, growth="gradient", update_every=100), n // 128)
+    training = Training(epochs=1, batch_size=128, schedule="cosine", lr=0.05, precision=precision)
     hooks = [topology, Active(topology) if compute == "sparse" else Masked(topology.masks)]
-    worker, rows = Worker(report=lambda row: rows.append(row)), []
-    run = Run(model, split, Coreset.uniform(torch.arange(N)), training, 0, "train", worker, (), Cost("train"), hooks)
+    everyone = Coreset.uniform(torch.arange(n))
+    run = Run(model, data.train, everyone, training, 0, "train", Worker(), (), Cost("train"), hooks)
     start = time.perf_counter()
     fit(run)
-    return time.perf_counter() - start, rows[0]["loss"]
+    seconds = time.perf_counter() - start
+    test = torch.arange(len(data.test))
+    found = evaluate(run.model, data.test, test, Worker(), Cost("evaluate"), precision="float32")
+    return seconds, 100 * found["accuracy"]
 
 
 @pytest.mark.bench
-@pytest.mark.timeout(1800)
+@pytest.mark.data
+@pytest.mark.timeout(3600)
 def test_masked_against_sparse():
-    torch.set_num_threads(1)
-    print(f"\n{N // 128} steps of 128, RigL, one thread, medians of {ROUNDS}, in turn\n")
-    columns = ("", "sparsity", "masked, float32", "masked, bfloat16", "sparse, float32", "ratios", "losses")
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    ways = [("masked", "float32"), ("masked", "bfloat16"), ("sparse", "float32")]
-    for name, (columns, hidden) in MODELS.items():
+    print(f"\nan epoch in batches of 128, RigL, one thread, medians of {ROUNDS}, in turn\n")
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    for name, hidden in MODELS:
+        data = load_data(f"parquet:{DATA}/{name}")
         for density in (0.1, 0.05, 0.01):
-            rounds = [[epoch(columns, hidden, density, *way) for way in ways] for _ in range(ROUNDS + 1)][1:]
+            with threads(1):
+                rounds = [[epoch(data, hidden, density, *way) for way in WAYS] for _ in range(ROUNDS)]
             seconds = [statistics.median(row[i][0] for row in rounds) for i in range(3)]
             ratios = [statistics.median(row[i][0] / row[2][0] for row in rounds) for i in range(2)]
-            losses = " ".join(f"{rounds[0][i][1]:.3f}" for i in range(3))
-            cells = [f"{s:.2f} s" for s in seconds] + [f"{ratios[0]:.1f}, {ratios[1]:.1f}", losses]
-            print(f"| {name} | {1 - density:.0%} | " + " | ".join(cells) + " |", flush=True)
+            cells = [*(f"{s:.2f}" for s in seconds), " and ".join(f"{ratio:.1f}" for ratio in ratios)]
+            cells.append(", ".join(f"{accuracy:.1f}" for _, accuracy in rounds[0]))
+            shape = "-".join(str(width) for width in hidden)
+            print(f"| {name}, {shape} | {100 * (1 - density):g} | " + " | ".join(cells) + " |", flush=True)

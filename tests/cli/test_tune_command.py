@@ -5,6 +5,8 @@ import importlib.util
 import numpy as np
 import pytest
 
+from raypkg.core.errors import UserError
+
 SPACE = """
 from ray import tune
 
@@ -108,6 +110,12 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --resume none", "unknown sweep in"),
         ("crest --resume none --samples 3", "--resume none keeps what was asked for: --samples cannot change"),
         ("crest --resume none --train.lr 3", "--resume none keeps what was asked for: train.lr cannot change"),
+        ("crest --train.epochs 15", "budget = 0.1 of 15 epochs is 1.5 epochs: it must be whole"),
+        ("crest --selection random", "selection = random: select.* belongs to crest and would do nothing"),
+        ("crest --space crest_cost", "fewer than the 128 of train.batch_size"),
+        ("crest --proxy 0.05", "train.batch_size = 128: there are only 65 samples to choose from"),
+        ("train --train.evaluate_every 0", "metric accuracy would never be measured: train.evaluate_every = 0"),
+        ("train --train.epochs 4 --train.evaluate_every 5", "would never be measured: train.evaluate_every = 5 of 4"),
         ("train --train.lr 0.1 --train.batch_size 9 --train.weight_decay 0", "nothing is left to vary"),
     ],
 )
@@ -141,6 +149,24 @@ def test_draws_follow_from_the_seed_and_grids_have_every_combination():
     assert one == two != other
     assert {type(value) for value in one.values()} == {int, str, float}
     assert candidates(tune.randint(0, 3)) == [0, 2] and candidates(tune.randn(0, 1)) == []
+    assert candidates(tune.qrandint(10, 30, 10)) == [10, 30]
+    with pytest.raises(UserError, match="f is drawn from a continuous range, or one with steps"):
+        grid({"f": tune.qrandint(10, 30, 10)})
+
+
+def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):
+    from ray import tune
+
+    from raypkg.cli.spaces import Space
+    from raypkg.cli.sweep import _longest
+    from raypkg.experiments.crest import CrestSettings
+    from raypkg.experiments.sparse import SparseSettings
+
+    settings = SparseSettings(density=0.1)
+    domains = {"multiplier": tune.choice([1, 3]), "train.epochs": tune.randint(5, 11), "train.lr": 0.1}
+    assert _longest(settings, Space("", domains, "accuracy", "max"), []) == 30
+    assert _longest(settings, Space("", {"train.lr": 0.1}, "accuracy", "max"), [{"train.epochs": 70}]) == 70
+    assert _longest(CrestSettings(), Space("", {"train.lr": 0.1}, "accuracy", "max"), []) == 4
 
 
 def test_the_help_lists_the_experiments_that_train(effray):

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypkg.cli import main
+from wandb_records import records
 
+KINDS = ("run", "history", "summary", "exit")
 SPACE = """
 from ray import tune
 METRIC, MODE = "accuracy", "max"
@@ -43,6 +45,22 @@ def started(root):
     return {file.parent.name: json.loads(file.read_text())["started"] for file in files}
 
 
+def check_wandb(found, row):
+    """Assert that a trial's W&B run was closed, and has its name, group, settings, epochs and, when done, summary."""
+    kinds = {kind: [getattr(r, kind) for r in found if r.WhichOneof("record_type") == kind] for kind in KINDS}
+    ((run,), (ended,)) = kinds["run"], kinds["exit"]
+    assert (run.display_name, run.run_group, ended.exit_code) == (row["run"], "s", 0)
+    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert settings["train"]["lr"] == row["train.lr"]
+    logged = [{"/".join(i.nested_key) or i.key: i.value_json for i in record.item} for record in kinds["history"]]
+    epochs = [int(items["train/epoch"]) for items in logged if "train/epoch" in items]
+    assert epochs == [*range(1, row["epochs"] + 1)]
+    summaries = [{"/".join(i.nested_key) or i.key for i in record.update} for record in kinds["summary"]]
+    done = row["state"] == "done"
+    assert any("test_accuracy" in names for names in summaries) == done
+    assert any(name.startswith("plots/") for items in logged for name in items) == done
+
+
 def test_a_sweep_of_single_processes(ray, tmp_path, space, capsys):
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "6", "--track", "wandb", *TINY]
     run("tune", "train", *options)
@@ -52,7 +70,9 @@ def test_a_sweep_of_single_processes(ray, tmp_path, space, capsys):
     assert all(row["epochs"] == 4 for row in rows if row["state"] == "done")
     out = capsys.readouterr().out
     assert f"wandb sync {tmp_path}/train/s-*/wandb/offline-run-*" in out
-    assert len(list(tmp_path.glob("train/s-*/wandb/offline-run-*/*.wandb"))) == 6
+    for row in rows:
+        (file,) = (tmp_path / "train" / row["run"]).glob("wandb/offline-run-*/*.wandb")
+        check_wandb(records(file), row)
     best = next(row for row in rows if f"best: {row['run']}" in out)
     assert best["accuracy"] == max(row["accuracy"] for row in rows if row["state"] == "done")
     run("show", "--root", tmp_path, "s-000")
@@ -97,22 +117,28 @@ def test_requests_that_cannot_be_met_are_refused(ray, tmp_path, space, capsys):
     assert not list(tmp_path.glob("t*/*"))
 
 
-def test_what_a_trial_does_wrong_is_its_result(ray, tmp_path, space, capsys):
-    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "2", *TINY]
-    run("tune", "train", *options, "--train.lr", "1e30")
+def grid(tmp_path, *rates):
+    """Return the options of a grid of learning rates."""
+    space = SPACE.partition("def")[0] + f"def space():\n    return {{'train.lr': tune.grid_search({[*rates]})}}\n"
+    (tmp_path / "grid.py").write_text(space)
+    return ["--root", tmp_path, "--name", "s", "--space", tmp_path / "grid.py", "--search", "grid", *TINY]
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median"])
+def test_what_a_trial_does_wrong_is_its_result_alone(ray, tmp_path, scheduler, capsys):
+    run("tune", "train", *grid(tmp_path, 0.1, 1e30, 0.2), "--scheduler", scheduler)
     rows = results(tmp_path)
-    assert [row["state"] for row in rows] == ["failed", "failed"]
-    assert all("the loss became" in row["error"] for row in rows)
+    assert rows[1]["state"] == "failed" and "the loss became" in rows[1]["error"]
+    assert {rows[0]["state"], rows[2]["state"]} <= {"done", "stopped"}
     assert "go on with: effray tune train --resume s" in capsys.readouterr().out
 
 
-def test_a_proxy_chooses_who_trains_on_all_samples(ray, tmp_path, space, capsys):
-    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "5", "--scheduler", "none", *TINY]
-    run("tune", "train", *options, "--proxy", "0.2")
+def test_a_proxy_chooses_who_trains_on_all_samples(ray, tmp_path, capsys):
+    run("tune", "train", *grid(tmp_path, 1e30, 0.05, 0.1, 0.15, 0.2), "--proxy", "0.2")
     rows = results(tmp_path)
     assert [row["proxy"] for row in rows] == [True] * 5 + [False] * 4
-    assert {row["state"] for row in rows} == {"done"}
-    assert {row["backward"] for row in rows} == {4 * 259, 4 * 1295}
+    assert rows[0]["state"] == "failed" and {row["state"] for row in rows[1:5]} <= {"done", "stopped"}
+    assert all(row["state"] == "done" and row["backward"] == 4 * 1295 for row in rows[5:])  # none is stopped early
     assert "proxy: Kendall τ" in capsys.readouterr().out
     assert "only" not in (tmp_path / "tune/s/best.toml").read_text()
 

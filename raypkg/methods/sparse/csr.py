@@ -65,24 +65,6 @@ def _say_that_it_is_beta() -> None:
         torch.eye(1).to_sparse_csr()
 
 
-class SparseLinear(nn.Module):
-    """A linear layer that multiplies the weights that exist, and no others.
-
-    Args:
-        layer: its dense form.
-    """
-
-    def __init__(self, layer: nn.Linear):
-        super().__init__()
-        self.matrix = in_rows(layer.weight.detach())
-        self.bias = None if layer.bias is None else layer.bias.detach()[:, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map […, in] to […, out]."""
-        y = self.matrix @ x.flatten(0, -2).T  # the sparse factor must be the left one
-        return (y if self.bias is None else y.add_(self.bias)).T.view(*x.shape[:-1], -1)
-
-
 def exchange_linear(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     """Put others in the place of all linear layers; convolutions stay, as there is no sparse kernel for them."""
     for name, child in model.named_children():

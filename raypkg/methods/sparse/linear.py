@@ -79,12 +79,21 @@ class ActiveLinear(nn.Linear):
         self.whole_gradient = False  # of all weights, in the coming backward pass: for growth that looks at it
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [b, in] to [b, out]."""
+        """Map […, in] to […, out]."""
         if self.pattern is None:
             return super().forward(x)
+        rows = x.reshape(-1, self.in_features).to(self.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _Product.apply(x.to(self.weight.dtype), self.weight, self.pattern, self.whole_gradient)
-            return y if self.bias is None else y + self.bias
+            y: Tensor = _Product.apply(rows, self.weight, self.pattern, self.whole_gradient)
+            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+def of_active(layer: nn.Linear) -> ActiveLinear:
+    """Return a layer that holds the weights that are not zero, and no others."""
+    active = ActiveLinear(layer)
+    active.pattern = pattern_of(layer.weight != 0)
+    active.weight = nn.Parameter(active.pattern.values(layer.weight.data), requires_grad=False)
+    return active
 
 
 class _Product(torch.autograd.Function):

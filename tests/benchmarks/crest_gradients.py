@@ -1,0 +1,76 @@
+"""How far the gradients of mini-batch coresets are from that of the data, with and without the batch's statistics.
+
+    python tests/benchmarks/crest_gradients.py RUN --root runs
+
+At the model of a run, draws random subsets V of 500 samples and prints ‖g − ∇L‖²/‖∇L‖² of the gradient g of a batch of
+128 of each, by its choice, and of all of V; ∇L is over 4,000 samples. In training mode batch norm takes the statistics
+of the batch itself, without weights; in evaluation mode those that it has gathered.
+"""
+
+import argparse
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raypkg.core.config import load
+from raypkg.engine.batches import plain_batches
+from raypkg.experiments.crest import CrestSettings
+from raypkg.methods.crest.minibatch import minibatch_coreset
+from raypkg.phases.samples import new_model, samples
+from raypkg.phases.train import MODEL
+from raypkg.runs.checkpoints import load_model
+from raypkg.runs.folder import find
+
+N, R, M, ROUNDS = 4000, 500, 128, 16
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run")
+    parser.add_argument("--root", default="runs")
+    given = parser.parse_args()
+    run = find(given.root, "crest", given.run)
+    settings = load(CrestSettings, run.config)
+    found = samples(settings.dataset, settings.seed)
+    model = new_model(settings, found.data)
+    model.load_state_dict(load_model(run.storage, MODEL))
+    rng = torch.Generator().manual_seed(0)
+    some = found.kept[torch.randperm(len(found.kept), generator=rng)[:N]]
+    batches = list(plain_batches(found.data.train, some, torch.device("cpu"), R))
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    errors = defaultdict(list)
+    for _ in range(ROUNDS):
+        subset = torch.randperm(N, generator=rng)[:R]
+        with torch.no_grad():
+            picked = minibatch_coreset(model.eval()(x[subset]), y[subset], M)
+        chosen = {
+            "random": (subset[:M], torch.ones(M)),
+            "CREST": (subset[picked.indices], picked.weights),
+            f"all {R}": (subset, torch.ones(R)),
+        }
+        for mode in (False, True):
+            whole = gradient(model.train(mode), x, y, torch.ones(N))
+            for name, (indices, weights) in chosen.items():
+                off = gradient(model, x[indices], y[indices], weights) - whole
+                errors[name, mode].append(float(off.square().sum() / whole.square().sum()))
+    print(f"{given.run}: means of {ROUNDS}\n\n| batch | gathered statistics | the batch's own |\n|---|---|---|")
+    for name in chosen:
+        print(f"| {name} | " + " | ".join(f"{sum(errors[name, mode]) / ROUNDS:.2f}" for mode in (False, True)) + " |")
+
+
+def gradient(model: nn.Module, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """Return ∇ mean(w · loss), computed in batches of R, [p]; the model's statistics stay as they are."""
+    parameters, state = list(model.parameters()), {name: value.clone() for name, value in model.state_dict().items()}
+    total = torch.zeros(sum(p.numel() for p in parameters))
+    for part in torch.arange(len(y)).split(R):
+        loss = F.cross_entropy(model(x[part]), y[part], reduction="none") @ weights[part] / len(y)
+        total += torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    model.load_state_dict(state)
+    return total
+
+
+if __name__ == "__main__":
+    main()
