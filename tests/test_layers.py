@@ -16,7 +16,8 @@ BELOW = {
     "runs": {"core"},
     "phases": {"core", "data", "models", "methods", "engine", "cluster", "runs"},
     "experiments": {"core", "data", "models", "methods", "engine", "cluster", "runs", "phases"},
-    "cli": {"core", "data", "models", "methods", "engine", "cluster", "runs", "phases", "experiments"},
+    "sweeps": {"core", "data", "models", "methods", "engine", "cluster", "runs", "phases", "experiments"},
+    "cli": {"core", "data", "models", "methods", "engine", "cluster", "runs", "phases", "experiments", "sweeps"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from raypkg.cli.proxy import FINALISTS, ONLY, enlist, selection
 from raypkg.core.config import load
 from raypkg.core.settings import Dataset
 from raypkg.experiments.crest import CrestSettings
@@ -17,6 +16,7 @@ from raypkg.runs.compare import kendall
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.storage import Storage
 from raypkg.runs.sweep import create, front, judge_proxy, ranked
+from raypkg.sweeps.proxy import FINALISTS, ONLY, enlist, selection
 
 TAUS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
 

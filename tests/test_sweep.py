@@ -4,7 +4,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raypkg.cli.sweep import run_trial
 from raypkg.core.config import load, read_toml
 from raypkg.core.errors import UserError
 from raypkg.experiments.crest import CrestSettings
@@ -13,6 +12,7 @@ from raypkg.runs import sweep_plots
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.sweep import create, curve, find, front, is_sweep, measured, ranked
 from raypkg.runs.sweep_show import conclude
+from raypkg.sweeps.sweep import run_trial
 
 ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 4}
 TAUS = [0.01, 0.02, 0.03, 0.04]

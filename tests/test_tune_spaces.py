@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raypkg.cli.execute import check_names
-from raypkg.cli.spaces import check_space, check_trial, find_space, read_space
 from raypkg.cluster.tune import draw
 from raypkg.core.settings import Experiment
-from raypkg.experiments import experiment, settings_of
+from raypkg.experiments import check_names, experiment, settings_of
 from raypkg.runs.sweep import METRICS
+from raypkg.sweeps.spaces import check_space, check_trial, find_space, read_space
 
 N = 45_000  # training samples
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))

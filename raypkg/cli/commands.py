@@ -10,8 +10,9 @@ import click
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.registry import Entry
 from raypkg.experiments import experiment
+from raypkg.runs import ROOT
 
-from .options import ROOT, ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting_options
+from .options import ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting_options
 from .tune import tune
 
 

@@ -9,8 +9,9 @@ import click
 
 from raypkg.core.errors import UserError
 from raypkg.experiments.deltagrad import DeltaGradSettings, ReplaySettings
+from raypkg.runs import ROOT
 
-from .options import ROOT, ROOT_HELP, ExampleHelp, metavar
+from .options import ROOT_HELP, ExampleHelp, metavar
 
 if TYPE_CHECKING:
     from raypkg.core.settings import Cluster

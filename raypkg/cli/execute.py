@@ -1,21 +1,18 @@
 """Running an experiment: settings → run folder → phases → what came of it."""
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from click import get_current_context
-from rich.console import Console
 
 from raypkg.core.config import Settings, load
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
-from raypkg.core.settings import Experiment, Select
+from raypkg.core.settings import Experiment
+from raypkg.experiments import carry_out, check_names, with_absolute_path
 from raypkg.runs.folder import RunFolder, create, find
-from raypkg.runs.report import Report
 from raypkg.runs.show import show, terminal
-from raypkg.runs.tracking import Listened, tracker
 
 CHANGEABLE = ("cluster.", "track.")  # settings that do not alter the result
 
@@ -58,69 +55,9 @@ def resume_run(
         _run(entry, settings, folder)
 
 
-def with_absolute_path(settings: Any) -> Any:
-    """Make the paths in ``parquet:PATH`` and ``dataset.only`` absolute: workers and repeated runs are in other folders.
-
-    URIs stay as they are.
-    """
-    from raypkg.data import dataset
-
-    changes, data = {}, settings.dataset
-    source, _, path = data.name.partition(":")
-    if path and source in dataset.entries:
-        changes["name"] = f"{source}:{Path(path).expanduser().absolute()}"
-    if data.only is not None and "://" not in data.only:
-        changes["only"] = str(Path(data.only).expanduser().absolute())
-    return settings.model_copy(update={"dataset": data.model_copy(update=changes)}) if changes else settings
-
-
-def check_names(settings: Any) -> None:
-    """Refuse unknown data sets, models, methods and augmentations, and wrong options, before anything is made."""
-    from raypkg.data import dataset
-    from raypkg.data.augment import compose
-    from raypkg.methods.coresets import coreset
-    from raypkg.models import model
-
-    dataset[settings.dataset.name].options(settings.dataset.options)
-    compose(settings.dataset.augment or ())
-    if isinstance(settings, Experiment):
-        model[settings.model.name].options(settings.model.options)
-    select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
-    if isinstance(select, Select):
-        coreset[select.method].options(select.options)
-
-
 def subject(settings: Any) -> str:
     """Return what a run is about: the model that it trains, or the method that selects."""
     return settings.model.name if isinstance(settings, Experiment) else settings.method
-
-
-def carry_out(
-    entry: Entry,
-    settings: Any,
-    folder: RunFolder,
-    console: Console,
-    *,
-    group: str = "",
-    listen: Callable[[Mapping[str, Any]], None] | None = None,
-) -> str:
-    """Run an experiment in its folder, or go on with it there; return what its tracker has to say at the end.
-
-    Args:
-        entry: the experiment.
-        settings: of the run.
-        folder: of the run.
-        console: where progress is shown.
-        group: of runs that the tracker keeps together; the experiment's name when left out.
-        listen: hears every row of metrics as well, and may end the run there by ``SystemExit``.
-    """
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
-    following = tracker(settings, folder, group or entry.name)
-    if listen:
-        following = Listened(following, listen)
-    with Report(folder, following, console) as report:
-        entry(settings, report=report)
-    return following.finish(folder.summary or {})
 
 
 def _run(entry: Entry, settings: Any, folder: RunFolder) -> None:

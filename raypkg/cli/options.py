@@ -1,7 +1,6 @@
 """Settings as command-line options: one option per leaf, grouped by part, named as everywhere else."""
 
 import inspect
-import os
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,6 @@ from pydantic.fields import FieldInfo
 from raypkg.core.config import Settings, leaves
 from raypkg.core.errors import UserError
 
-ROOT = os.environ.get("EFFRAY_RUNS", "runs")
 ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
 LAST = ("cluster", "track")  # parts of every experiment come after its own
 

@@ -10,8 +10,9 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.core.registry import Entry
 from raypkg.core.settings import Experiment
 from raypkg.experiments import experiment, settings_of
+from raypkg.runs import ROOT
 
-from .options import ROOT, ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting_options
+from .options import ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting_options
 
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 SEARCHES = ("random", "grid", "optuna")
@@ -92,7 +93,8 @@ def _command(entry: Entry) -> click.Command:
     def callback(
         config: Path | None, pairs: tuple[str, ...], name: str | None, resume: str | None, root: str, **given: Any
     ) -> None:
-        from .sweep import Order, resume_sweep, start_sweep
+        from raypkg.sweeps.order import Order
+        from raypkg.sweeps.sweep import resume_sweep, start_sweep
 
         asked = {option: given.pop(option) for option in Order.options()}
         values = overrides(schema, given, pairs)

@@ -1,1 +1,5 @@
 """What a run leaves behind: its folder, checkpoints, metrics, plots and, when asked, its W&B record."""
+
+import os
+
+ROOT = os.environ.get("EFFRAY_RUNS", "runs")  # a folder or URI, unless --root names another

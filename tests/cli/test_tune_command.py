@@ -157,16 +157,16 @@ def test_draws_follow_from_the_seed_and_grids_have_every_combination():
 def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):
     from ray import tune
 
-    from raypkg.cli.spaces import Space
-    from raypkg.cli.sweep import _longest
     from raypkg.experiments.crest import CrestSettings
     from raypkg.experiments.sparse import SparseSettings
+    from raypkg.sweeps.order import longest_of
+    from raypkg.sweeps.spaces import Space
 
     settings = SparseSettings(density=0.1)
     domains = {"multiplier": tune.choice([1, 3]), "train.epochs": tune.randint(5, 11), "train.lr": 0.1}
-    assert _longest(settings, Space("", domains, "accuracy", "max"), []) == 30
-    assert _longest(settings, Space("", {"train.lr": 0.1}, "accuracy", "max"), [{"train.epochs": 70}]) == 70
-    assert _longest(CrestSettings(), Space("", {"train.lr": 0.1}, "accuracy", "max"), []) == 4
+    assert longest_of(settings, Space("", domains, "accuracy", "max"), []) == 30
+    assert longest_of(settings, Space("", {"train.lr": 0.1}, "accuracy", "max"), [{"train.epochs": 70}]) == 70
+    assert longest_of(CrestSettings(), Space("", {"train.lr": 0.1}, "accuracy", "max"), []) == 4
 
 
 def test_the_help_lists_the_experiments_that_train(effray):

@@ -5,13 +5,11 @@ from typing import Any
 from raypkg.core.config import load
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Train
-from raypkg.experiments import experiment
+from raypkg.experiments import carry_out, check_names, experiment
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
 from raypkg.runs.sweep import UNFINISHED, SweepFolder, ranked
-
-from .execute import carry_out, check_names
 
 ONLY = "dataset.only"
 WARM = 5  # epochs on all samples of the model whose gradients select

@@ -3,56 +3,30 @@
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from raypkg.core.config import Settings, leaves, load, read_toml
-from raypkg.core.errors import UserError, unknown
+from raypkg.core.config import load
+from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
-from raypkg.core.seeds import derive
-from raypkg.experiments import experiment, settings_of
+from raypkg.experiments import carry_out, check_names, experiment, settings_of, with_absolute_path
+from raypkg.runs import ROOT
 from raypkg.runs import folder as run_folder
 from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
-from raypkg.runs.sweep import DONE, METRICS, SweepFolder, create, find, measured
+from raypkg.runs.sweep import DONE, SweepFolder, create, find, measured
 from raypkg.runs.sweep_show import conclude, show_sweep
 
 from . import proxy
-from .execute import carry_out, check_names, with_absolute_path
-from .options import ROOT
+from .order import EVALUATE, Order, base_of, checker, filled, longest_of, trials_of, without
 from .spaces import Space, check_space, check_trial, find_space, read_space
 
-SAMPLES = 8
 WORST = 1e30  # of which schedulers can take means
-EVALUATE = "train.evaluate_every"  # 1 in a sweep, unless given: schedulers compare trials epoch by epoch
-
-
-@dataclass(frozen=True)
-class Order:
-    """What was asked for; None = left out."""
-
-    experiment: str
-    space: str | None = None
-    samples: int | None = None
-    metric: str | None = None
-    mode: str | None = None
-    scheduler: str | None = None
-    search: str | None = None
-    concurrent: int | None = None
-    time_budget: float | None = None
-    proxy: float | None = None
-    proxy_method: str | None = None
-
-    @classmethod
-    def options(cls) -> list[str]:
-        """Return the names of what a user may ask for."""
-        return [field.name for field in fields(cls) if field.name != "experiment"]
 
 
 def start_sweep(
@@ -64,22 +38,22 @@ def start_sweep(
         UserError: bad settings, a bad space, or an order that cannot be carried out.
     """
     schema = settings_of(entry)
-    settings = with_absolute_path(load(schema, _base(schema, config), values))
+    settings = with_absolute_path(load(schema, base_of(schema, config), values))
     check_names(settings)
     file = find_space(order.space or entry.name)
-    space = _without(read_space(file.read_text(), str(file)), values)
-    order = _filled(order, space, settings)
+    space = without(read_space(file.read_text(), str(file)), values)
+    order = filled(order, space, settings)
     proxy.check(order, settings)
     check_space(schema, settings, space, check_names)
-    trials, check = _trials(order, space, settings), _check(settings, order)
+    trials, check = trials_of(order, space, settings), checker(settings, order)
     for trial in trials:
         check_trial(schema, settings, trial, check)
     order = replace(order, samples=len(trials) or order.samples)
+    name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}" if name is None else name
+    only = {proxy.ONLY: proxy.coreset_of(root, name)} if order.proxy else {}
     from raypkg.cluster.tune import size_of
 
     size = size_of(settings.cluster, settings.actors, order.concurrent)
-    name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}" if name is None else name
-    only = {proxy.ONLY: proxy.coreset_of(root, name)} if order.proxy else {}
     asked = asdict(order) | {"varied": [*space.domains], "fixed": only}
     sweep = create(root, name, asked, settings, space.text, [trial | only for trial in trials])
     _run(entry, sweep, settings, space, size, root)
@@ -98,7 +72,7 @@ def resume_sweep(entry: Entry, name: str, root: str, refused: Sequence[str]) -> 
         raise UserError(f"sweep {name!r} is of {sweep.order['experiment']}, not of {entry.name}")
     settings = load(settings_of(entry), sweep.config)
     whole = read_space(sweep.space, f"{sweep.storage.root}/space.py")
-    space = _without(whole, whole.domains.keys() - sweep.order["varied"])
+    space = without(whole, whole.domains.keys() - sweep.order["varied"])
     if not _left(sweep) and not proxy.enlist(sweep):
         conclude(sweep)
         show_sweep(sweep, terminal())
@@ -226,7 +200,7 @@ def _attempt(
         metric=order["metric"],
         mode=order["mode"],
         scheduler="none" if finals else order["scheduler"],
-        longest=_longest(settings, space, [values for _, values in waiting]),
+        longest=longest_of(settings, space, [values for _, values in waiting]),
         seconds=left if math.isfinite(left) else None,
         failures=settings.cluster.max_failures,
     )
@@ -240,113 +214,6 @@ def _attempt(
     )
     sweep.storage.delete_folder("ray")
     return interrupted
-
-
-def _check(settings: Any, order: Order) -> Callable[[Any], None]:
-    """Return what refuses settings of a trial that a single run, on all samples or on the proxy's, would refuse."""
-    from raypkg.phases.samples import samples
-
-    n = len(samples(settings.dataset, settings.seed).kept)
-
-    def check(trial: Any) -> None:
-        check_names(trial)
-        trial.check(n)
-        if order.proxy:
-            trial.check(max(1, round(order.proxy * n)))
-
-    return check
-
-
-def _longest(settings: Any, space: Space, known: Iterable[Mapping[str, Any]]) -> int:
-    """Return the epochs of the longest trial, of those that are known and those that the space allows."""
-    from raypkg.cluster.tune import candidates
-
-    def epochs(values: Mapping[str, Any]) -> int:
-        return load(type(settings), settings.model_dump(mode="json"), values).epochs
-
-    tried = {name: [(epochs({name: value}), value) for value in candidates(d)] for name, d in space.domains.items()}
-    longest = {name: max(values, key=itemgetter(0))[1] for name, values in tried.items() if values}
-    return max(epochs(values) for values in (longest, *known))
-
-
-def _base(schema: type[Settings], config: Path | None) -> dict[str, Any]:
-    """Return what the file sets, and a look at the held-out samples after every epoch unless it says otherwise."""
-    base = read_toml(config) if config else {}
-    train = base.get("train", {})
-    if EVALUATE in dict(leaves(schema)) and isinstance(train, dict):
-        base["train"] = {"evaluate_every": 1, **train}
-    return base
-
-
-def _without(space: Space, given: Iterable[str]) -> Space:
-    """Return the space without the settings that the user gave."""
-    domains = {name: domain for name, domain in space.domains.items() if name not in {*given}}
-    if not domains:
-        raise UserError(f"nothing is left to vary: {', '.join(space.domains)} are given")
-    return Space(space.text, domains, space.metric, space.mode)
-
-
-def _filled(order: Order, space: Space, settings: Any) -> Order:
-    """Return the order with nothing left out.
-
-    Raises:
-        UserError: it cannot be carried out.
-    """
-    metric = order.metric or space.metric
-    if metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
-    mode = order.mode or (space.mode if metric == space.metric else METRICS[metric].mode)
-    if mode not in ("max", "min"):
-        raise unknown("mode", str(mode), ("max", "min"))
-    scheduler, search = order.scheduler or "asha", order.search or "random"
-    if scheduler != "none" and not METRICS[metric].each_epoch:
-        raise UserError(
-            f"metric {metric} is known only at the end of a trial, so --scheduler {scheduler} could not act on it:"
-            " give --scheduler none, or --metric accuracy"
-        )
-    if metric in ("accuracy", "valid_loss"):
-        if not settings.dataset.validation:
-            raise UserError(f"metric {metric} is measured on held-out samples: dataset.validation = 0 holds out none")
-        if not 0 < settings.train.evaluate_every <= settings.epochs:
-            raise UserError(
-                f"metric {metric} would never be measured: {EVALUATE} = {settings.train.evaluate_every} of"
-                f" {settings.epochs} epochs"
-            )
-    for option, value in (("samples", order.samples), ("concurrent", order.concurrent)):
-        if value is not None and value < 1:
-            raise UserError(f"--{option} {value}: at least 1")
-    if search == "grid" and order.samples:
-        raise UserError(f"--samples {order.samples}: a grid has as many trials as combinations")
-    return replace(
-        order,
-        samples=order.samples or SAMPLES,
-        metric=metric,
-        mode=mode,
-        scheduler=scheduler,
-        search=search,
-        proxy_method=(order.proxy_method or "gradmatch") if order.proxy else order.proxy_method,
-    )
-
-
-def _trials(order: Order, space: Space, settings: Any) -> list[dict[str, Any]]:
-    """Return what each trial sets, as far as it is known beforehand.
-
-    Raises:
-        UserError: a grid over a range, or a searcher that is not installed.
-    """
-    import numpy as np
-
-    from raypkg.cluster.tune import draw, grid, optuna
-
-    match order.search:
-        case "grid":
-            return list(grid(space.domains))
-        case "optuna":
-            assert order.metric and order.mode
-            optuna(space.domains, order.metric, order.mode, settings.seed, [])
-            return []
-    seeds = [derive(settings.seed, "sweep", number) for number in range(order.samples or 0)]
-    return [draw(space.domains, np.random.default_rng(seed)) for seed in seeds]
 
 
 def _left(sweep: SweepFolder) -> int:
