@@ -432,6 +432,27 @@ def test_gradients_are_counted_where_they_are_computed():
     assert [row[0] for row in hook.history] == list(range(0, STEPS, 2))
 
 
+@pytest.mark.parametrize("agent", [{}, {"every": 2}])
+def test_kept_gradients_are_those_that_would_be_computed_again(agent):
+    kept, again = (Correction(Agent(gamma=0.5, memory=memory, **agent)) for memory in (None, 0))
+    one, other = fit(run(*sparse(correction=[kept]))), fit(run(*sparse(correction=[again])))
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+    np.testing.assert_array_equal(kept.history, again.history)
+    assert len(kept.kept) == STEPS // 5 and not again.kept
+    assert one.bill("correction").backward == 0 and one.bill("full gradient").backward == 4 * N
+    assert other.bill("correction").backward == 4 * N // agent.get("every", 1)
+
+
+def test_batches_that_another_hook_supplies_keep_no_gradients():
+    class Supplier(Hook):
+        def batches(self, run):
+            return None
+
+    hook = Correction(Agent(gamma=0.5))
+    fit(run(hook, Supplier()))
+    assert hook.full and not hook.kept
+
+
 def test_cosine():
     a, b = [torch.tensor([3.0, 0.0]), torch.tensor([0.0])], [torch.tensor([0.0, 4.0]), torch.tensor([0.0])]
     assert (cosine(a, a), cosine(a, b), cosine(a, [torch.zeros(2), torch.zeros(1)])) == (1.0, 0.0, 0.0)

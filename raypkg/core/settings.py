@@ -213,6 +213,10 @@ class Agent(Settings):
     ] = None
     every: Annotated[Count, Field(description="correct one step in so many; 1 = all, as published")] = 1
     snapshot: Annotated[int, Field(ge=0, description="steps between snapshots; 0 = an epoch, as published")] = 0
+    memory: Annotated[
+        float | None,
+        Field(ge=0, description="GiB a worker may use to compute less, with the same result; a quarter of its own"),
+    ] = None
 
 
 class Cluster(Settings):

@@ -20,6 +20,7 @@ from .batches import Batch, Batches, dtype_of
 from .costs import Cost
 from .hooks import Hook
 from .loop import autocast, losses_of
+from .selection import memory_bound
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -43,6 +44,9 @@ class Correction(Hook):
     anyway, while θ moves; from their differences from step to step, in which that drift cancels. g̃ is over the very
     batches, augmented, that the coming epoch consists of, unless another hook supplies those.
 
+    The gradients that g̃ is the mean of are then those that the steps need, in their order. Where those of an epoch fit
+    into ``settings.memory`` (4 bytes · parameters · batches) they are kept: a sample costs two gradients, not three.
+
     Args:
         settings: γ, α, and how often.
     """
@@ -52,6 +56,8 @@ class Correction(Hook):
         self.c = 0.0
         self.snapshot: nn.Module = nn.Identity()
         self.full: list[Tensor] = []  # g̃, one tensor a parameter; empty while c = 0
+        self.kept: list[tuple[Tensor, list[Tensor]]] = []  # ℓ_B(θ̃) and its gradient, of each batch of the epoch
+        self.since = 0  # step of the snapshot
         self.losses: list[Tensor] = []  # this worker's share of (ℓ_B(θ), ℓ_B(θ̃)) of every corrected step, [2]
         self.history: list[tuple[float, ...]] = []  # ``COLUMNS`` of every corrected step
 
@@ -110,6 +116,7 @@ class Correction(Hook):
         with torch.no_grad():
             for mine, theirs in zip(self.snapshot.parameters(), run.model.parameters(), strict=True):
                 mine.copy_(theirs)
+        self.since, self.kept = run.step, []
         self.full = self._full_gradient(run) if self.settings.gamma * self.c else []
 
     def _full_gradient(self, run: Run) -> list[Tensor]:
@@ -129,23 +136,35 @@ class Correction(Hook):
             worker=run.worker,
             dtype=dtype_of(run.model),
         )
+        keeps = coreset is run.coreset and self._keeps(run, len(batches) * sum(part.nbytes for part in total))
         with seeded(run.seed, "full gradient", run.step, run.worker.rank):
             for batch in batches.epoch(run.epoch):
-                torch._foreach_add_(total, self._gradient(run, batch)[1], alpha=1 / len(batches))
+                loss, gradient = self._gradient(run, batch)
+                torch._foreach_add_(total, gradient, alpha=1 / len(batches))
+                if keeps:
+                    self.kept.append((loss.detach(), gradient))
                 bill.forward += len(batch.y)
                 bill.backward += len(batch.y)
             return _summed(run, total, bill)
 
+    def _keeps(self, run: Run, size: int) -> bool:
+        """Say whether the coming steps are on the same batches, and their gradients fit."""
+        supplied = any(type(hook).batches is not Hook.batches for hook in run.hooks)
+        return not supplied and not self.settings.snapshot and size <= memory_bound(self.settings.memory)
+
     def _correct(self, run: Run) -> None:
         batch, bill, damped = run.batch, run.bill("correction"), self.settings.gamma * self.c
         current = run.seen.losses @ batch.weights / batch.total
-        with torch.set_grad_enabled(bool(damped)):
-            snapshot, gradients = self._gradient(run, batch)
+        if self.kept:
+            snapshot, gradients = self.kept[run.step - self.since]
+        else:
+            with torch.set_grad_enabled(bool(damped)):
+                snapshot, gradients = self._gradient(run, batch)
+            bill.forward += len(batch.y)
+            bill.backward += len(batch.y) if damped else 0
         self.losses.append(torch.stack([current, snapshot.detach()]))
-        bill.forward += len(batch.y)
         alike = float("nan")
         if damped:
-            bill.backward += len(batch.y)
             mine = [p.grad for p in _trained(run.model) if p.grad is not None]
             theirs = _summed(run, gradients, bill)
             alike = cosine(mine, theirs)

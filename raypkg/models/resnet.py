@@ -1,6 +1,8 @@
 """Residual networks (He et al. 2016): ResNet-8/20/32/56 for small images, ResNet-18/34/50 with a stem by image size."""
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from .classifier import Classifier, image_shape, kaiming
 HE = "arXiv:1512.03385"
 Shape = tuple[int, ...]
 Connection = Callable[[int, int, int], nn.Module]  # (channels in, width, stride) → module
+Norm = Literal["batch", "group"]
+GROUPS = 8
 
 
 class Residual(nn.Module):
@@ -77,15 +81,21 @@ def stages(width: int, blocks: list[int], branch: Connection, shortcut: Connecti
     return nn.Sequential(*layers)
 
 
-def small(shape: Shape, num_classes: int, depth: int, width: int) -> Classifier:
+def small(shape: Shape, num_classes: int, depth: int, width: int, norm: Norm) -> Classifier:
     """Section 4.2: 6n + 2 layers in three stages of n blocks with w, 2w, 4w channels and option-A shortcuts."""
     channels, _, _ = image_shape(shape, least=4)
     stem = [*conv(channels, width, 3), nn.ReLU()]
-    return pooled([*stem, stages(width, [(depth - 2) // 6] * 3, basic, Padded)], 4 * width, num_classes)
+    return pooled([*stem, stages(width, [(depth - 2) // 6] * 3, basic, Padded)], 4 * width, num_classes, norm)
 
 
 def large(
-    shape: Shape, num_classes: int, blocks: list[int], width: int, branch: Connection = basic, expansion: int = 1
+    shape: Shape,
+    num_classes: int,
+    blocks: list[int],
+    width: int,
+    norm: Norm,
+    branch: Connection = basic,
+    expansion: int = 1,
 ) -> Classifier:
     """Table 1: four stages with w, 2w, 4w, 8w channels (times 4 after bottlenecks) and option-B shortcuts.
 
@@ -97,53 +107,67 @@ def large(
     else:
         stem = [*conv(channels, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
     body = stages(width, blocks, branch, projected, expansion)
-    return pooled([*stem, body], 8 * width * expansion, num_classes)
+    return pooled([*stem, body], 8 * width * expansion, num_classes, norm)
 
 
-def pooled(layers: list[nn.Module], width: int, num_classes: int) -> Classifier:
+def pooled(layers: list[nn.Module], width: int, num_classes: int, norm: Norm) -> Classifier:
     """Return layers, global average pooling and head, with He's initial weights."""
     features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # [b, D, H, W] → [b, D]
     kaiming(features)
+    if norm == "group":
+        group(features)
     return Classifier(features, nn.Linear(width, num_classes))
 
 
+def group(module: nn.Module) -> None:
+    """Put group norm (arXiv:1803.08494) in the place of batch norm: a sample's output depends on no other sample.
+
+    Differs from the paper: 8 groups instead of 32, as small networks have few channels.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.GroupNorm(math.gcd(GROUPS, child.num_features), child.num_features))
+        else:
+            group(child)
+
+
 @model("resnet8", source=HE)
-def resnet8(shape: Shape, num_classes: int, *, width: PositiveInt = 16) -> Classifier:
+def resnet8(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-8 for small images, 0.08 M parameters."""
-    return small(shape, num_classes, 8, width)
+    return small(shape, num_classes, 8, width, norm)
 
 
 @model("resnet20", source=HE)
-def resnet20(shape: Shape, num_classes: int, *, width: PositiveInt = 16) -> Classifier:
+def resnet20(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-20 for small images, 0.27 M parameters."""
-    return small(shape, num_classes, 20, width)
+    return small(shape, num_classes, 20, width, norm)
 
 
 @model("resnet32", source=HE)
-def resnet32(shape: Shape, num_classes: int, *, width: PositiveInt = 16) -> Classifier:
+def resnet32(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-32 for small images, 0.46 M parameters."""
-    return small(shape, num_classes, 32, width)
+    return small(shape, num_classes, 32, width, norm)
 
 
 @model("resnet56", source=HE)
-def resnet56(shape: Shape, num_classes: int, *, width: PositiveInt = 16) -> Classifier:
+def resnet56(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-56 for small images, 0.85 M parameters."""
-    return small(shape, num_classes, 56, width)
+    return small(shape, num_classes, 56, width, norm)
 
 
 @model("resnet18", source=HE)
-def resnet18(shape: Shape, num_classes: int, *, width: PositiveInt = 64) -> Classifier:
+def resnet18(shape: Shape, num_classes: int, *, width: PositiveInt = 64, norm: Norm = "batch") -> Classifier:
     """ResNet-18, 11.2 M parameters."""
-    return large(shape, num_classes, [2, 2, 2, 2], width)
+    return large(shape, num_classes, [2, 2, 2, 2], width, norm)
 
 
 @model("resnet34", source=HE)
-def resnet34(shape: Shape, num_classes: int, *, width: PositiveInt = 64) -> Classifier:
+def resnet34(shape: Shape, num_classes: int, *, width: PositiveInt = 64, norm: Norm = "batch") -> Classifier:
     """ResNet-34, 21.3 M parameters."""
-    return large(shape, num_classes, [3, 4, 6, 3], width)
+    return large(shape, num_classes, [3, 4, 6, 3], width, norm)
 
 
 @model("resnet50", source=HE)
-def resnet50(shape: Shape, num_classes: int, *, width: PositiveInt = 64) -> Classifier:
+def resnet50(shape: Shape, num_classes: int, *, width: PositiveInt = 64, norm: Norm = "batch") -> Classifier:
     """ResNet-50, 25.6 M parameters with 1,000 classes."""
-    return large(shape, num_classes, [3, 4, 6, 3], width, bottleneck, expansion=4)
+    return large(shape, num_classes, [3, 4, 6, 3], width, norm, bottleneck, expansion=4)

@@ -9,6 +9,7 @@ of the batch itself, without weights; in evaluation mode those that it has gathe
 
 import argparse
 from collections import defaultdict
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ def main() -> None:
     some = found.kept[torch.randperm(len(found.kept), generator=rng)[:N]]
     batches = list(plain_batches(found.data.train, some, torch.device("cpu"), R))
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    whole = {mode: gradient(model.train(mode), x, y, torch.ones(N)) for mode in (False, True)}
     errors = defaultdict(list)
     for _ in range(ROUNDS):
         subset = torch.randperm(N, generator=rng)[:R]
@@ -51,11 +53,9 @@ def main() -> None:
             "CREST": (subset[picked.indices], picked.weights),
             f"all {R}": (subset, torch.ones(R)),
         }
-        for mode in (False, True):
-            whole = gradient(model.train(mode), x, y, torch.ones(N))
-            for name, (indices, weights) in chosen.items():
-                off = gradient(model, x[indices], y[indices], weights) - whole
-                errors[name, mode].append(float(off.square().sum() / whole.square().sum()))
+        for (mode, target), (name, (indices, weights)) in product(whole.items(), chosen.items()):
+            off = gradient(model.train(mode), x[indices], y[indices], weights) - target
+            errors[name, mode].append(float(off.square().sum() / target.square().sum()))
     print(f"{given.run}: means of {ROUNDS}\n\n| batch | gathered statistics | the batch's own |\n|---|---|---|")
     for name in chosen:
         print(f"| {name} | " + " | ".join(f"{sum(errors[name, mode]) / ROUNDS:.2f}" for mode in (False, True)) + " |")

@@ -211,6 +211,15 @@ def test_options_reach_the_network():
         assert {layer.p for layer in build(name, dropout=0.3).modules() if isinstance(layer, nn.Dropout)} == {0.3}
 
 
+@pytest.mark.parametrize("width", [16, 6])
+def test_with_group_norm_no_sample_depends_on_another(width):
+    network = build("resnet8", norm="group", width=width).train()
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(network(x)[:2], network(x[:2]), rtol=1e-4, atol=1e-5)
+    plain = dict(build("resnet8", width=width).named_parameters())
+    assert all(torch.equal(p, plain[name]) for name, p in network.named_parameters())
+
+
 def test_a_bare_linear_layer_is_its_own_head():
     head = nn.Linear(4, 3)
     net = as_classifier(head)
