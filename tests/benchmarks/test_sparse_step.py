@@ -41,6 +41,7 @@ def sparse():
 CASES = {
     "sparse, masks change every 5 steps": sparse,
     "dense, AGENT": lambda: [correction()],
+    "AGENT, the snapshot's gradients computed twice": lambda: [correction(memory=0)],
     "AGENT, full gradient over a tenth": lambda: [correction(samples=N // 10)],
     "AGENT, and every 4th step corrected": lambda: [correction(samples=N // 10, every=4)],
 }

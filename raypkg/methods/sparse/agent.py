@@ -45,7 +45,6 @@ def correct(gradients: list[Tensor], snapshot: list[Tensor], full: list[Tensor],
 
 def cosine(a: list[Tensor], b: list[Tensor]) -> float:
     """Return the cosine of the angle between two lists of tensors, 0 where one is zero."""
-    product, left, right = (
-        torch.stack([(x * y).sum() for x, y in zip(p, q, strict=True)]).sum() for p, q in ((a, b), (a, a), (b, b))
-    )
-    return (product / (left * right).sqrt()).nan_to_num(0.0).item()
+    product = torch.stack([x.flatten().dot(y.flatten()) for x, y in zip(a, b, strict=True)]).sum()
+    left, right = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (a, b))
+    return (product / (left * right)).nan_to_num(0.0).item()
