@@ -26,7 +26,7 @@ def test_a_space_is_allowed_and_draws_valid_settings(file):
 
     check_space(schema, schema(), space, check_names)
     for seed in range(20):
-        check_trial(schema, schema(), draw(space.domains, np.random.default_rng(seed)), check)
+        check_trial("trial", schema, schema(), draw(space.domains, np.random.default_rng(seed)), check)
 
 
 def test_every_experiment_that_trains_has_a_space():

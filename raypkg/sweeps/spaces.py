@@ -92,14 +92,14 @@ def check_space(schema: type[Settings], base: Settings, space: Space, check: Cal
         if name.startswith(NOT_SWEPT):
             raise UserError(f"space: {name} does not alter the result and cannot be varied; give it as an option")
         for value in candidates(domain):
-            check_trial(schema, base, {name: value}, check)
+            check_trial("space", schema, base, {name: value}, check)
 
 
 def check_trial(
-    schema: type[Settings], base: Settings, values: Mapping[str, Any], check: Callable[[Any], None]
+    what: str, schema: type[Settings], base: Settings, values: Mapping[str, Any], check: Callable[[Any], None]
 ) -> None:
-    """Refuse settings of a trial that a single run would refuse."""
+    """Refuse settings that a single run would refuse, and say of what they are."""
     try:
         check(load(schema, base.model_dump(mode="json"), values))
     except UserError as error:
-        raise UserError(f"space: {error}") from None
+        raise UserError(f"{what}: {error}") from None

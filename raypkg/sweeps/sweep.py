@@ -46,8 +46,8 @@ def start_sweep(
     proxy.check(order, settings)
     check_space(schema, settings, space, check_names)
     trials, check = trials_of(order, space, settings), checker(settings, order)
-    for trial in trials:
-        check_trial(schema, settings, trial, check)
+    for number, trial in enumerate(trials):
+        check_trial(f"trial {number}", schema, settings, trial, check)
     order = replace(order, samples=len(trials) or order.samples)
     name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}" if name is None else name
     only = {proxy.ONLY: proxy.coreset_of(root, name)} if order.proxy else {}

@@ -45,6 +45,13 @@ def started(root):
     return {file.parent.name: json.loads(file.read_text())["started"] for file in files}
 
 
+def grid(tmp_path, *rates):
+    """Return the options of a grid of learning rates."""
+    space = SPACE.partition("def")[0] + f"def space():\n    return {{'train.lr': tune.grid_search({[*rates]})}}\n"
+    (tmp_path / "grid.py").write_text(space)
+    return ["--root", tmp_path, "--name", "s", "--space", tmp_path / "grid.py", "--search", "grid", *TINY]
+
+
 def check_wandb(found, row):
     """Assert that a trial's W&B run was closed, and has its name, group, settings, epochs and, when done, summary."""
     kinds = {kind: [getattr(r, kind) for r in found if r.WhichOneof("record_type") == kind] for kind in KINDS}
@@ -94,6 +101,15 @@ def test_every_scheduler_ends_every_trial(ray, tmp_path, space, scheduler):
         assert set(states) == {"done"}
 
 
+def test_a_stopped_trial_of_several_workers_closes_its_files(ray, tmp_path):
+    run("tune", "train", *grid(tmp_path, 0.2, 1e-5, 1e-6), "--cluster.workers", "2", "--track", "wandb")
+    rows = results(tmp_path)
+    assert rows[0]["state"] == "done" and "stopped" in {row["state"] for row in rows[1:]}
+    for row in rows:
+        (file,) = (tmp_path / "train" / row["run"]).glob("wandb/offline-run-*/*.wandb")
+        check_wandb(records(file), row)
+
+
 def test_lipt_with_as_many_workers_a_trial_as_there_are_cpus(ray, tmp_path):
     """Whoever else keeps a CPU to itself hangs the sweep."""
     small = ["--pretrain.models", "4", "--pretrain.epochs", "2", "--pretrain.batch_size", "32"]
@@ -115,13 +131,6 @@ def test_requests_that_cannot_be_met_are_refused(ray, tmp_path, space, capsys):
     run("tune", "crest", "--root", tmp_path, "--cluster.workers", "2", "--select.actors", "2", code=2)
     assert "a trial of 2 workers and 2 actors does not fit" in capsys.readouterr().err
     assert not list(tmp_path.glob("t*/*"))
-
-
-def grid(tmp_path, *rates):
-    """Return the options of a grid of learning rates."""
-    space = SPACE.partition("def")[0] + f"def space():\n    return {{'train.lr': tune.grid_search({[*rates]})}}\n"
-    (tmp_path / "grid.py").write_text(space)
-    return ["--root", tmp_path, "--name", "s", "--space", tmp_path / "grid.py", "--search", "grid", *TINY]
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median"])
