@@ -60,6 +60,9 @@ class Crest(Hook):
     first check after T2 steps, and none if fewer than 2r would be left. With ``overlap``, an expired pool is used for
     T1 steps more while the next is chosen, with the weights at the check.
 
+    A coreset's gradient is near that of its random subset only where samples do not depend on each other: with batch
+    norm, which takes its statistics from the medoids without their weights, most of the gain is lost (see README).
+
     Args:
         settings: τ, h, b and the rest.
         shards: can reach all samples each, and share the choices by rank.
