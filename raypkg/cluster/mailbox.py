@@ -35,11 +35,16 @@ class Mailbox:
 
 @contextmanager
 def open_mailbox(report: Callable[[Mapping[str, Any]], None]) -> Iterator[Any]:
-    """Start a mailbox actor; a thread passes its rows to ``report`` until the block ends, the last ones included."""
+    """Start a mailbox actor; a thread passes its rows to ``report`` until the block ends, the last ones included.
+
+    It lives on the driver's own node: with any other it could be lost, and with it a run whose driver goes on.
+    """
     import ray
     from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
     done = threading.Event()
 
     def deliver() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from raypkg.cli import main
 from raypkg.cluster import session
+from raypkg.cluster.mailbox import open_mailbox
 
 pytestmark = pytest.mark.slow
 PLAIN = ["--model", "mlp", "--train.precision", "float32", "--train.batch_size", "64", "--cluster.workers", "2"]
@@ -63,6 +64,16 @@ def same(a, b):
     for name, value in load_file(a / "model.safetensors").items():
         torch.testing.assert_close(value, load_file(b / "model.safetensors")[name], rtol=0, atol=1e-4)
     assert pq.read_table(a / "coreset.parquet").equals(pq.read_table(b / "coreset.parquet"))
+
+
+def test_the_mailbox_is_where_the_driver_is(nodes):
+    ray, actors = session.ray, session.ray._private.state.actors
+    home = ray.get_runtime_context().get_node_id()
+    for _ in range(6):  # placed freely, a third of them would be
+        with open_mailbox(lambda row: None) as mailbox:
+            assert ray.get(mailbox.error.remote()) is None
+            (node,) = (actor["Address"]["NodeID"] for key, actor in actors().items() if key == mailbox._actor_id.hex())
+            assert node == home
 
 
 @pytest.mark.parametrize(("experiment", "options"), [("lipt", LIPT), ("crest", CREST)])
