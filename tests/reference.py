@@ -153,6 +153,15 @@ def shared_out(shares, total, room):
     return given
 
 
+def enlarged(weight, mask):
+    """Each unit's weights by √(inputs / inputs that exist), one unit after another."""
+    result = weight.clone()
+    for unit, existing in zip(result, mask, strict=True):
+        if existing.any():
+            unit *= math.sqrt(existing.numel() / int(existing.sum()))
+    return result
+
+
 def corrected_sgd(model, batches, rate, damped, epochs):
     """AGENT's loop with a fixed γc and no momentum: the gradient of each batch, of the snapshot, and of all batches."""
 

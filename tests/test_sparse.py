@@ -25,7 +25,7 @@ from raypkg.methods.sparse.agent import coefficient, cosine, smoothed
 from raypkg.methods.sparse.csr import compressed, exchange_linear, expanded
 from raypkg.methods.sparse.flops import active_flops, forward_flops
 from raypkg.methods.sparse.linear import ActiveLinear, of_active, pattern_of
-from raypkg.methods.sparse.masks import allot, counts_of, density_of, erk, largest_masks, shapes_of
+from raypkg.methods.sparse.masks import allot, counts_of, density_of, enlarged, erk, largest_masks, shapes_of
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
 from raypkg.methods.sparse.saliency import grasp, snip
 from raypkg.methods.sparse.topology import drop_fraction, dropped, grown
@@ -287,6 +287,25 @@ def test_dropout_is_no_control_variate():
         fit(run(Correction(Agent()), model=model))
 
 
+@pytest.mark.parametrize("shape", [(5, 40), (6, 3, 3, 3)])
+def test_first_weights_suit_the_inputs_that_exist(shape):
+    weight, mask = torch.randn(shape, generator=rng()), torch.rand(shape, generator=rng(1)) < 0.3
+    mask[2] = False
+    torch.testing.assert_close(enlarged(weight, mask), reference.enlarged(weight, mask))
+
+
+def test_signals_keep_their_size_where_first_weights_suit_their_inputs():
+    still, x = PLAIN.model_copy(update={"epochs": 1, "lr": 1e-9}), torch.randn(N, D, generator=rng())
+
+    def size(*hooks):
+        model = build_model("mlp", (D,), C, seed=0, options={"hidden": [256] * 4})
+        fit(run(*hooks, model=model, settings=still))
+        return model.features(x).var(dim=0).mean()  # without what biases add
+
+    suited, plain = (sparse(growth="none", density=0.05, fan_in=inputs) for inputs in ("sparse", "dense"))
+    assert 0.2 < size(*suited) / size() < 5 and size(*plain) / size() < 0.01
+
+
 def test_without_growth_masks_stay():
     hooks = sparse(growth="none")
     fit(run(*hooks))
@@ -317,7 +336,11 @@ def test_the_explored_share_is_that_of_the_union():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"growth": "gradient"}, {"growth": "momentum", "redistribution": "momentum"}, {"sparse_init": "snip"}],
+    [
+        {"growth": "gradient"},
+        {"growth": "momentum", "redistribution": "momentum"},
+        {"sparse_init": "snip", "fan_in": "sparse"},
+    ],
 )
 @pytest.mark.parametrize("every", [4, 6])  # between epochs of 6 steps, and at their ends
 @pytest.mark.parametrize("agent", [{}, {"snapshot": 4}])

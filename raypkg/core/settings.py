@@ -194,6 +194,10 @@ class Sparsity(Settings):
     drop: Drop = Drop()
     redistribution: Redistribution = Redistribution()
     sparse_init: Initial = Initial()
+    fan_in: Annotated[
+        Literal["dense", "sparse"],
+        Field(description="first weights as large as suits the inputs that exist (sparse) or all; sparse below 5 %"),
+    ] = "dense"
     update_every: Annotated[
         Count | None, Field(description="ΔT: steps between changes of the masks; a fortieth of training when left out")
     ] = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Sparsity
-from raypkg.methods.sparse.masks import Masks, allot, density_of, prunable
+from raypkg.methods.sparse.masks import Masks, allot, density_of, enlarged, prunable
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
 from raypkg.methods.sparse.topology import drop_fraction, dropped, gradual_density, grown
 
@@ -93,6 +93,9 @@ class Topology(Hook):
         for name, mask in masks.items():
             self.masks[name] = mask.to(run.worker.device)
         self._agree(run)
+        if self.settings.fan_in == "sparse":
+            for name, weight in prunable(run.model).items():
+                weight.data.copy_(enlarged(weight.data, self.masks[name]))
         self._note(run)
 
     def on_gradients(self, run: Run) -> None:

@@ -66,6 +66,7 @@ class SparseSettings(Sparsity, Experiment):
             ("density is left out", self.density is not None, (*Sparsity.model_fields, "compute")),
             ("growth = none", grows, moving),
             ("growth = none keeps the masks", grows or starts == "dense", ("update_every", "drop")),
+            ("sparse_init = dense begins with all inputs", starts != "dense", ("fan_in",)),
             ("correction = none", self.correction == "agent", ("agent",)),
             ("batches = shuffled", self.batches == "crest", ("select",)),
         ):

@@ -97,6 +97,11 @@ def test_extended_training_is_longer(effray):
             "--density 0.1 --growth none --sparse-init dense --train.epochs 5 --update-every 32",
             r"update_every = 32: no change falls into the last quarter of the 55 steps",
         ),
+        ("--fan-in sparse", r"density is left out: fan_in would do nothing"),
+        (
+            "--density 0.1 --growth none --sparse-init dense --fan-in sparse",
+            r"sparse_init = dense begins with all inputs: fan_in would do nothing",
+        ),
         ("--compute sparse", r"density is left out: compute would do nothing"),
         ("--density 0.1 --compute sparse --growth momentum", r"compute = sparse has no dense gradient at every step"),
         (

@@ -117,6 +117,25 @@ def largest_masks(scores: Mapping[str, Tensor], density: float) -> Masks:
     return masks
 
 
+def enlarged(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return a layer's first weights as if drawn for the inputs that exist: w_ij·√(n/k_i) (arXiv:2010.03533).
+
+    An initialisation takes weights of variance ∝ 1/n for n inputs. Where unit i has k_i of them, its signal shrinks by
+    k_i/n in each layer; in a deep net without norms, of one weight in a hundred, nothing of it arrives.
+
+    Args:
+        weight: [out, in, …].
+        mask: like the weight; a unit without inputs stays as it is.
+
+    >>> enlarged(torch.ones(2, 4), torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool())
+    tensor([[2., 2., 2., 2.],
+            [1., 1., 1., 1.]])
+    """
+    inputs = mask.flatten(1).sum(1, keepdim=True)
+    factor = torch.where(inputs > 0, (mask[0].numel() / inputs).sqrt(), 1.0)
+    return (weight.flatten(1) * factor).view_as(weight)
+
+
 def density_of(masks: Mapping[str, Tensor]) -> float:
     """Return the share of weights that exist."""
     return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
