@@ -196,7 +196,7 @@ class Sparsity(Settings):
     sparse_init: Initial = Initial()
     fan_in: Annotated[
         Literal["dense", "sparse"],
-        Field(description="first weights as large as suits the inputs that exist (sparse) or all; sparse below 5 %"),
+        Field(description="sparse = first weights suit the inputs that exist: without batch norm, at few per cent"),
     ] = "dense"
     update_every: Annotated[
         Count | None, Field(description="ΔT: steps between changes of the masks; a fortieth of training when left out")

@@ -44,8 +44,8 @@ class Correction(Hook):
     anyway, while θ moves; from their differences from step to step, in which that drift cancels. g̃ is over the very
     batches, augmented, that the coming epoch consists of, unless another hook supplies those.
 
-    The gradients that g̃ is the mean of are then those that the steps need, in their order. Where those of an epoch fit
-    into ``settings.memory`` (4 bytes · parameters · batches) they are kept: a sample costs two gradients, not three.
+    The gradients that g̃ is the mean of are then those that the steps need. Where those of an epoch's corrected steps
+    fit into ``settings.memory`` (4 bytes · parameters · steps) they are kept: a sample costs two gradients, not three.
 
     Args:
         settings: γ, α, and how often.
@@ -56,8 +56,7 @@ class Correction(Hook):
         self.c = 0.0
         self.snapshot: nn.Module = nn.Identity()
         self.full: list[Tensor] = []  # g̃, one tensor a parameter; empty while c = 0
-        self.kept: list[tuple[Tensor, list[Tensor]]] = []  # ℓ_B(θ̃) and its gradient, of each batch of the epoch
-        self.since = 0  # step of the snapshot
+        self.kept: dict[int, tuple[Tensor, list[Tensor]]] = {}  # ℓ_B(θ̃) and its gradient, of each step to correct
         self.losses: list[Tensor] = []  # this worker's share of (ℓ_B(θ), ℓ_B(θ̃)) of every corrected step, [2]
         self.history: list[tuple[float, ...]] = []  # ``COLUMNS`` of every corrected step
 
@@ -116,7 +115,7 @@ class Correction(Hook):
         with torch.no_grad():
             for mine, theirs in zip(self.snapshot.parameters(), run.model.parameters(), strict=True):
                 mine.copy_(theirs)
-        self.since, self.kept = run.step, []
+        self.kept = {}
         self.full = self._full_gradient(run) if self.settings.gamma * self.c else []
 
     def _full_gradient(self, run: Run) -> list[Tensor]:
@@ -136,13 +135,16 @@ class Correction(Hook):
             worker=run.worker,
             dtype=dtype_of(run.model),
         )
-        keeps = coreset is run.coreset and self._keeps(run, len(batches) * sum(part.nbytes for part in total))
+        steps = range(run.step, run.step + len(batches))
+        corrected = {step for step in steps if step % self.settings.every == 0}
+        if coreset is not run.coreset or not self._keeps(run, len(corrected) * sum(part.nbytes for part in total)):
+            corrected = set()
         with seeded(run.seed, "full gradient", run.step, run.worker.rank):
-            for batch in batches.epoch(run.epoch):
+            for step, batch in zip(steps, batches.epoch(run.epoch), strict=True):
                 loss, gradient = self._gradient(run, batch)
                 torch._foreach_add_(total, gradient, alpha=1 / len(batches))
-                if keeps:
-                    self.kept.append((loss.detach(), gradient))
+                if step in corrected:
+                    self.kept[step] = loss.detach(), gradient
                 bill.forward += len(batch.y)
                 bill.backward += len(batch.y)
             return _summed(run, total, bill)
@@ -156,7 +158,7 @@ class Correction(Hook):
         batch, bill, damped = run.batch, run.bill("correction"), self.settings.gamma * self.c
         current = run.seen.losses @ batch.weights / batch.total
         if self.kept:
-            snapshot, gradients = self.kept[run.step - self.since]
+            snapshot, gradients = self.kept[run.step]
         else:
             with torch.set_grad_enabled(bool(damped)):
                 snapshot, gradients = self._gradient(run, batch)

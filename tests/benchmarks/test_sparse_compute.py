@@ -33,7 +33,7 @@ def epoch(data, hidden, density, compute, precision):
     """Return the seconds of one epoch of RigL, its masks changing every 100 steps, and the accuracy after it."""
     n = len(data.train)
     model = build_model("mlp", data.train.shape, 10, seed=0, options={"hidden": hidden})
-    topology = Topology(Sparsity(density=density, growth="gradient", update_every=100), n // 128)
+    topology = Topology(Sparsity(density=density, growth="gradient", fan_in="sparse", update_every=100), n // 128)
     training = Training(epochs=1, batch_size=128, schedule="cosine", lr=0.05, precision=precision)
     hooks = [topology, Active(topology) if compute == "sparse" else Masked(topology.masks)]
     everyone = Coreset.uniform(torch.arange(n))

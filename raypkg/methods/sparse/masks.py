@@ -121,7 +121,7 @@ def enlarged(weight: Tensor, mask: Tensor) -> Tensor:
     """Return a layer's first weights as if drawn for the inputs that exist: w_ij·√(n/k_i) (arXiv:2010.03533).
 
     An initialisation takes weights of variance ∝ 1/n for n inputs. Where unit i has k_i of them, its signal shrinks by
-    k_i/n in each layer; in a deep net without norms, of one weight in a hundred, nothing of it arrives.
+    k_i/n in each layer: in a net without batch norm, with one weight in a hundred, nothing of it arrives.
 
     Args:
         weight: [out, in, …].
