@@ -167,7 +167,7 @@ def test_a_stopped_trial_is_not_on_the_front():
 
 @pytest.mark.parametrize("name", ["", "a/b", ".."])
 def test_a_name_that_is_a_path_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="names a folder of its own"):
+    with pytest.raises(UserError, match="letters, digits"):
         create(str(tmp_path), name, ORDER, CrestSettings(), "", [])
 
 
@@ -177,6 +177,38 @@ def test_names_are_not_taken_twice(sweep, tmp_path):
     sweep.storage.delete_folder("")
     with pytest.raises(UserError, match="run 's-000' exists"):
         create(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
+
+
+def test_a_sweep_and_a_run_of_one_name_could_not_be_told_apart(tmp_path):
+    create_run(str(tmp_path), "crest", "s", CrestSettings())
+    with pytest.raises(UserError, match=r"run 's' exists in .*, as the sweep or a trial would be called"):
+        create(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
+
+
+def test_a_sweep_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        create(str(tmp_path), "s", ORDER, CrestSettings(), "", [{"select.tau": object()}])
+    assert not (tmp_path / "tune/s").exists()
+
+
+@pytest.mark.parametrize("record", [None, "{}", '{"order": {}, "trials": []}', '{"order": {"experiment": "crest"}}'])
+def test_half_a_sweep_is_said_to_be_one(sweep, tmp_path, record):
+    sweep.storage.delete("sweep.json")
+    if record:
+        sweep.storage.write("sweep.json", record.encode())
+    with pytest.raises(UserError, match="holds no whole sweep: delete the folder and start the sweep again"):
+        find(str(tmp_path), "s")
+
+
+def test_a_value_beyond_64_bits_is_in_the_table_as_text(sweep):
+    sweep.conclude([{"trial": 0, "seed": 2**70}], None)
+    assert sweep.storage.read_table("results.parquet").to_pylist() == [{"trial": 0, "seed": str(2**70)}]
+
+
+def test_how_a_sweep_goes_on_may_change(sweep, tmp_path):
+    sweep.change({"concurrent": 3}, load(CrestSettings, sweep.config, {"cluster.workers": 2}))
+    found = find(str(tmp_path), "s")
+    assert found.order == ORDER | {"concurrent": 3} and found.config["cluster"]["workers"] == 2
 
 
 def test_an_unknown_sweep_is_refused_with_the_nearest(sweep, tmp_path):

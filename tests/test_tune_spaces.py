@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from raypkg.cluster.tune import draw
+from raypkg.core.config import load
 from raypkg.core.settings import Experiment
 from raypkg.experiments import check_names, experiment, settings_of
 from raypkg.runs.sweep import METRICS
-from raypkg.sweeps.spaces import check_space, check_trial, find_space, read_space
+from raypkg.sweeps.spaces import check_space, find_space, read_space
 
 N = 45_000  # training samples
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
@@ -20,13 +21,11 @@ def test_a_space_is_allowed_and_draws_valid_settings(file):
     schema, space = settings_of(experiment[file.stem.partition("_")[0]]), read_space(file.read_text(), str(file))
     assert METRICS[space.metric].mode == space.mode
 
-    def check(settings):
-        check_names(settings)
-        settings.check(N)
-
-    check_space(schema, schema(), space, check_names)
+    check_space(space, lambda values: check_names(load(schema, {}, values)))
     for seed in range(20):
-        check_trial("trial", schema, schema(), draw(space.domains, np.random.default_rng(seed)), check)
+        trial = load(schema, {}, draw(space.domains, np.random.default_rng(seed)))
+        check_names(trial)
+        trial.check(N)
 
 
 def test_every_experiment_that_trains_has_a_space():

@@ -65,7 +65,7 @@ def experiment_command(entry: Entry) -> click.Command:
         from .execute import execute, resume_run
 
         values = overrides(schema, given, pairs)
-        if resume:
+        if resume is not None:
             resume_run(entry, schema, resume, values, root, refused={"--config": config, "--name": name})
         else:
             execute(entry, schema, config, values, name, root)

@@ -9,12 +9,10 @@ from click import get_current_context
 from raypkg.core.config import Settings, load
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
-from raypkg.core.settings import Experiment
+from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import carry_out, check_names, with_absolute_path
 from raypkg.runs.folder import RunFolder, create, find
 from raypkg.runs.show import show, terminal
-
-CHANGEABLE = ("cluster.", "track.")  # settings that do not alter the result
 
 
 def execute(
@@ -44,8 +42,8 @@ def resume_run(
     Raises:
         UserError: no such run, or settings that would change its result.
     """
-    for setting in [*(option for option, value in refused.items() if value), *values]:
-        if not setting.startswith(CHANGEABLE):
+    for setting in [*(option for option, value in refused.items() if value is not None), *values]:
+        if setting.partition(".")[0] not in APART:
             raise UserError(f"--resume {name} keeps the settings: {setting} cannot change, only cluster.* and track.*")
     folder = find(root, entry.name, name)
     settings = load(schema, folder.config, values)

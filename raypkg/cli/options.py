@@ -11,9 +11,9 @@ from pydantic.fields import FieldInfo
 
 from raypkg.core.config import Settings, leaves
 from raypkg.core.errors import UserError
+from raypkg.core.settings import APART
 
 ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
-LAST = ("cluster", "track")  # parts of every experiment come after its own
 
 
 class ExampleHelp(click.Command):
@@ -50,7 +50,7 @@ class SettingsCommand(ExampleHelp):
             if record := parameter.get_help_record(context):
                 part = parameter.name.partition("__")[0] if "__" in (parameter.name or "") else "run"
                 sections.setdefault(part, []).append(record)
-        for part, records in sorted(sections.items(), key=lambda section: section[0] in LAST):
+        for part, records in sorted(sections.items(), key=lambda section: section[0] in APART):
             with formatter.section(part):
                 formatter.write_dl(records)
 

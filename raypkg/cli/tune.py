@@ -19,7 +19,8 @@ SEARCHES = ("random", "grid", "optuna")
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 EXAMPLE = """
 
-The trials of a sweep are runs like any other; settings given here hold for all of them.
+The trials of a sweep are runs like any other. Options given here hold for all of them, and so does what a file sets
+(--config) where the space does not vary it.
 
 Example:
     effray tune {name} --samples 8 --dataset digits
@@ -98,11 +99,13 @@ def _command(entry: Entry) -> click.Command:
 
         asked = {option: given.pop(option) for option in Order.options()}
         values = overrides(schema, given, pairs)
-        if resume:
-            refused = {"--config": config, "--name": name, **{f"--{k.replace('_', '-')}": v for k, v in asked.items()}}
-            resume_sweep(entry, resume, root, [option for option, value in refused.items() if value] + [*values])
+        order = Order(entry.name, **asked)
+        if resume is None:
+            start_sweep(entry, order, config, values, name, root)
+        elif config is not None or name is not None:
+            raise UserError(f"--resume {resume} keeps what was asked for: neither --config nor --name can change")
         else:
-            start_sweep(entry, Order(entry.name, **asked), config, values, name, root)
+            resume_sweep(entry, order, resume, values, root)
 
     return SettingsCommand(
         entry.name,
@@ -125,7 +128,7 @@ def _command(entry: Entry) -> click.Command:
             click.Option(["--proxy-method"], metavar="NAME", help="that selects it; left out = gradmatch"),
             click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options win over it"),
             click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
-            click.Option(["--name"], help="of the sweep; made up from data, model and time when left out"),
+            click.Option(["--name"], help="of the sweep; made up from experiment and time when left out"),
             click.Option(["--resume"], metavar="NAME", help="go on with a stopped sweep"),
             click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP),
             *setting_options(schema),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +18,7 @@ import numpy as np
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 
-from .session import Plan, connect, plan, processors, room
+from .session import Plan, plan, processors, room
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the run folders have it all
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial reports why instead of a metric
@@ -36,6 +38,7 @@ from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer
 Values = dict[str, Any]  # dotted settings
 Proposal = tuple[int, Values]  # a trial's number and what it sets
 CLOSING = 20  # seconds for a stopped trial to close its files
+LARGEST_GRID = 10_000  # trials
 ETA = 3  # of three trials that come so far, one goes on
 DRIVER = {"memory": 64 * 2**20}  # what a trial around Ray Train asks for: no CPU, which its workers need
 SCHEDULERS: dict[str, Callable[[int], TrialScheduler]] = {
@@ -101,16 +104,16 @@ def candidates(domain: Any) -> list[Any]:
     """Return what must be allowed for all of a domain to be: each of a choice, the ends of a range, a plain value."""
     match domain:
         case {"grid_search": values}:
-            return list(values)
+            return [_plain(value) for value in values]
         case Categorical():
-            return list(domain.categories)
+            return [_plain(value) for value in domain.categories]
         case Integer():
             return [domain.lower, domain.upper - (not _in_steps(domain))]
         case Float():
             return [end for end in (domain.lower, domain.upper) if np.isfinite(end)]
         case Domain():
             return []
-    return [domain]
+    return [_plain(domain)]
 
 
 def draw(space: Mapping[str, Any], rng: np.random.Generator) -> Values:
@@ -122,7 +125,7 @@ def grid(space: Mapping[str, Any]) -> Iterable[Values]:
     """Yield every combination of the space's choices.
 
     Raises:
-        UserError: a domain is continuous, or has steps that only Ray knows.
+        UserError: a domain is continuous, or has steps that only Ray knows, or there are too many combinations.
     """
     axes = []
     for name, domain in space.items():
@@ -132,6 +135,8 @@ def grid(space: Mapping[str, Any]) -> Iterable[Values]:
                 " random"
             )
         axes.append(range(domain.lower, domain.upper) if isinstance(domain, Integer) else candidates(domain))
+    if (combinations := prod(len(axis) for axis in axes)) > LARGEST_GRID:
+        raise UserError(f"--search grid: {combinations:,} combinations, of which {LARGEST_GRID:,} can be tried")
     return (dict(zip(space, values, strict=True)) for values in product(*axes))
 
 
@@ -142,7 +147,7 @@ def _in_steps(domain: Integer) -> bool:
 
 def constants(space: Mapping[str, Any]) -> Values:
     """Return what a space gives a single plain value."""
-    return {name: value for name, value in space.items() if not isinstance(value, Domain | dict)}
+    return {name: _plain(value) for name, value in space.items() if not isinstance(value, Domain | dict)}
 
 
 def optuna(
@@ -218,7 +223,7 @@ class Proposals(Searcher):
 
 
 def size_of(cluster: Cluster, actors: int, concurrent: int | None) -> Size:
-    """Join or start the cluster and choose how a trial runs on it.
+    """Choose how a trial runs on the cluster that was joined.
 
     A trial of one process without a GPU runs in the process that Tune gives it; any other needs Ray Train.
 
@@ -230,7 +235,6 @@ def size_of(cluster: Cluster, actors: int, concurrent: int | None) -> Size:
     Raises:
         UserError: one trial does not fit, or not so many.
     """
-    connect(cluster)
     size = plan(cluster.model_copy(update={"workers": cluster.workers or 1}))
     if cluster.workers == 0:
         size = Plan(1, size.cpus, 0)
@@ -272,6 +276,8 @@ def run_trials(
     """
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray Train and an earlier sweep leave their own
     resources = DRIVER if size.nested else size.plan.resources
     start = time.monotonic()
     watch = _Watch(follower, size.nested)
@@ -380,6 +386,10 @@ def _drawn(domain: Any, rng: np.random.Generator) -> Any:
         case Domain():
             pass
         case _:
-            return domain
-    value = domain.sample(random_state=rng)
+            return _plain(domain)
+    return _plain(domain.sample(random_state=rng))
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy's as Python's, which JSON and TOML hold."""
     return value.item() if isinstance(value, np.generic) else value

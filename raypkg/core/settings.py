@@ -8,6 +8,7 @@ from .config import Named, Settings
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+APART = ("cluster", "track")  # parts that say where a run happens and who hears of it, and do not alter its result
 
 
 class Dataset(Named):

@@ -69,6 +69,16 @@ class DeltaGradSettings(Experiment):
     history: HistorySettings = HistorySettings()
     replay: ReplaySettings = ReplaySettings()
 
+    def check(self, n: int) -> None:
+        """Refuse a training that cannot be replayed.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        from raypkg.phases.recording import check_derived
+
+        check_derived(self)
+
 
 @experiment("deltagrad", source="arXiv:2006.14755")
 def run(settings: DeltaGradSettings, *, report: Report) -> None:
@@ -80,13 +90,14 @@ def run(settings: DeltaGradSettings, *, report: Report) -> None:
         effray deltagrad train --dataset digits
     """
     from raypkg.phases.coresets import origin, save_coreset
-    from raypkg.phases.recording import begin_log, check_recordable, train_recorded
+    from raypkg.phases.recording import announced, begin_log, train_recorded
     from raypkg.phases.samples import samples
     from raypkg.phases.summary import finish
     from raypkg.phases.train import MODEL, Job, train_on_cluster
 
     found, storage = samples(settings.dataset, settings.seed), report.folder.storage
-    report.say(check_recordable(settings, found, storage))
+    settings.check(len(found.kept))
+    report.say(announced(settings, found, storage))
     save_coreset(storage, found.everyone, found.data.train, origin(settings))
     job = Job(settings, settings.train, storage, "train", found.everyone, MODEL)
     begin_log(storage, settings, train_on_cluster(job, report, train_recorded), found)

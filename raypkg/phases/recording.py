@@ -36,13 +36,13 @@ def layout(settings: Any, data: Data) -> Layout:
     return Layout(sum(p.numel() for p in new_model(settings, data).parameters()), settings.history.dtype)
 
 
-def check_recordable(settings: Any, found: Samples, storage: Storage) -> str:
-    """Refuse what DeltaGrad's derivation does not cover or the disk does not hold; return the announced size.
+def check_derived(settings: Any) -> None:
+    """Refuse what DeltaGrad's derivation does not cover.
 
     Raises:
-        UserError: augmentation, another optimiser than plain SGD, dropout, batch norm, or too little room.
+        UserError: augmentation, another optimiser than plain SGD, dropout, or batch norm.
     """
-    data, train = found.data, settings.train
+    data, train = samples(settings.dataset, settings.seed).data, settings.train
     if augmentations(settings.dataset, data):
         raise UserError(
             f"dataset.augment = {','.join(augmentations(settings.dataset, data))}: DeltaGrad replays exact"
@@ -54,8 +54,16 @@ def check_recordable(settings: Any, found: Samples, storage: Storage) -> str:
             " without momentum"
         )
     check_derivation(new_model(settings, data), settings.model.name)
-    steps = train.epochs * -(-len(found.kept) // train.batch_size)
-    return check_room(version(storage, 0), layout(settings, data), steps)
+
+
+def announced(settings: Any, found: Samples, storage: Storage) -> str:
+    """Return how large the history will be.
+
+    Raises:
+        UserError: the disk has too little room.
+    """
+    steps = settings.train.epochs * -(-len(found.kept) // settings.train.batch_size)
+    return check_room(version(storage, 0), layout(settings, found.data), steps)
 
 
 def train_recorded(worker: Worker, job: Job) -> dict[str, Any]:

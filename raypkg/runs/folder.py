@@ -7,6 +7,7 @@
 """
 
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -19,8 +20,9 @@ import pyarrow as pa
 from raypkg.core.config import Settings, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
 
-from .storage import Storage
+from .storage import PART, Storage
 
+LONGEST = 100  # characters of a name
 PACKAGES = ("effray", "torch", "torchvision", "ray", "pyarrow", "numpy")
 
 
@@ -118,13 +120,16 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that is a path.
+    """Refuse a name that no folder, or no shell, takes as it is.
 
     Raises:
-        UserError: it is.
+        UserError: it is empty or long, or has other than letters, digits, ``-``, ``_`` and dots, or a dot at its start.
     """
-    if name in ("", ".", "..") or "/" in name:
-        raise UserError(f"--name {name!r}: it names a folder of its own, so it cannot be empty, a dot or hold a slash")
+    if not re.fullmatch(rf"[\w-][\w.-]{{0,{LONGEST - 1}}}", name) or name.endswith(PART):
+        raise UserError(
+            f"--name {name[:40]!r}: letters, digits, '-', '_' and dots, {LONGEST} at most, no dot at the start,"
+            f" no {PART} at the end"
+        )
 
 
 def find(root: str, experiment: str, name: str) -> RunFolder:

@@ -12,6 +12,8 @@ from pyarrow import fs
 
 from raypkg.core.errors import UserError
 
+PART = ".part"  # ends the name of a file that is being written
+
 
 class Storage:
     """Reads and writes whole files under one root; a file is there entirely or not at all.
@@ -45,7 +47,7 @@ class Storage:
             UserError: the disk is full or the folder cannot be written; nothing half-written is left.
         """
         path = f"{self._path}/{name}"
-        temporary = f"{path}.{os.getpid()}.part"
+        temporary = f"{path}.{os.getpid()}{PART}"
         try:
             self._fs.create_dir(os.path.dirname(path), recursive=True)
             with self._fs.open_output_stream(temporary) as stream:
@@ -77,7 +79,7 @@ class Storage:
         if self._fs.get_file_info(folder).type != fs.FileType.Directory:
             return []
         names = (info.base_name for info in self._fs.get_file_info(fs.FileSelector(folder)))
-        return sorted(name for name in names if not name.endswith(".part"))
+        return sorted(name for name in names if not name.endswith(PART))
 
     def delete(self, name: str) -> None:
         """Delete a file."""

@@ -5,6 +5,7 @@
 Its trials are run folders beside those of the experiment, ``<root>/<experiment>/<name>-<number>``.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,26 +15,28 @@ import tomli_w
 
 from raypkg.core.config import Settings, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
+from raypkg.core.settings import APART
 
 from .compare import kendall
 from .folder import RunFolder, check_name
 from .storage import Storage
 
 FOLDER = "tune"  # among those of the experiments
-BEST = "best.toml"
+BEST, RECORD = "best.toml", "sweep.json"
 DONE, STOPPED, FAILED, UNFINISHED = "done", "stopped", "failed", "unfinished"
 
 
 class Metric(NamedTuple):
-    """A figure of a run: which way it is better, and whether every epoch has it or the end alone."""
+    """A figure of a run: which way it is better, whether every epoch has it or the end alone, and of what it is."""
 
     mode: str
     each_epoch: bool
+    held_out: bool = False
 
 
 METRICS = {
-    "accuracy": Metric("max", True),  # of the held-out samples
-    "valid_loss": Metric("min", True),
+    "accuracy": Metric("max", True, held_out=True),
+    "valid_loss": Metric("min", True, held_out=True),
     "train_accuracy": Metric("max", True),
     "loss": Metric("min", True),
     "test_accuracy": Metric("max", False),
@@ -48,11 +51,16 @@ class SweepFolder:
 
     Args:
         storage: where it is.
+
+    Raises:
+        UserError: its making was cut short, or its record is not one.
     """
 
     def __init__(self, storage: Storage):
         self.storage = storage
-        record = storage.read_json("sweep.json") or {"order": {}, "trials": []}
+        record = storage.read_json(RECORD) or {}
+        if "trials" not in record or "experiment" not in record.get("order", {}):
+            raise UserError(f"{storage.root} holds no whole sweep: delete the folder and start the sweep again")
         self.order: dict[str, Any] = record["order"]
         self.trials: list[dict[str, Any]] = record["trials"]
 
@@ -60,6 +68,11 @@ class SweepFolder:
     def name(self) -> str:
         """The sweep's name: the last part of its path."""
         return self.storage.root.rpartition("/")[2]
+
+    @property
+    def root(self) -> str:
+        """The root of all runs."""
+        return self.storage.root.rsplit("/", 2)[0]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -73,8 +86,7 @@ class SweepFolder:
 
     def run(self, number: int) -> RunFolder:
         """Return the folder of a trial's run, which may not exist yet."""
-        root = self.storage.root.rsplit("/", 2)[0]
-        return RunFolder(Storage(root) / self.order["experiment"] / self.run_name(number))
+        return RunFolder(Storage(self.root) / self.order["experiment"] / self.run_name(number))
 
     def run_name(self, number: int) -> str:
         """Return the name of a trial's run."""
@@ -90,6 +102,12 @@ class SweepFolder:
         """Keep how a trial ended."""
         state = FAILED if error else DONE if self.run(number).summary else STOPPED
         self.trials[number] |= {"ended": state, "error": error}
+        self._write()
+
+    def change(self, order: Mapping[str, Any], settings: Settings) -> None:
+        """Keep what is asked for otherwise from now on."""
+        self.order |= order
+        self.storage.write("config.toml", to_toml(settings).encode())
         self._write()
 
     def waiting(self) -> list[tuple[int, dict[str, Any]]]:
@@ -135,7 +153,7 @@ class SweepFolder:
 
     def lasting(self, number: int) -> dict[str, Any]:
         """Return the settings of a trial that alter its result."""
-        return {name: part for name, part in self.run(number).config.items() if name not in ("cluster", "track")}
+        return {name: part for name, part in self.run(number).config.items() if name not in APART}
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -144,7 +162,7 @@ class SweepFolder:
         return parse_toml(text.decode(), f"{self.storage.root}/{BEST}") if text else None
 
     def _write(self) -> None:
-        self.storage.write_json("sweep.json", {"order": self.order, "trials": self.trials})
+        self.storage.write_json(RECORD, {"order": self.order, "trials": self.trials})
 
 
 def create(
@@ -167,13 +185,19 @@ def create(
     sweeps, runs = Storage(root) / FOLDER, Storage(root) / order["experiment"]
     if name in sweeps.list():
         raise UserError(f"sweep {name!r} exists in {sweeps.root}: give another --name, or go on with --resume {name}")
-    if taken := [run for run in runs.list() if run.startswith(f"{name}-") and run[len(name) + 1 :].isdigit()]:
-        raise UserError(f"run {taken[0]!r} exists in {runs.root}, as a trial would be called: give another --name")
+    if taken := [run for run in runs.list() if re.fullmatch(rf"{re.escape(name)}(-\d+)?", run)]:
+        raise UserError(
+            f"run {taken[0]!r} exists in {runs.root}, as the sweep or a trial would be called: give another --name"
+        )
     storage = sweeps / name
-    storage.write("config.toml", to_toml(settings).encode())
-    storage.write("space.py", space.encode())
     known = [{"settings": dict(values), "ended": None, "error": None} for values in trials]
-    storage.write_json("sweep.json", {"order": dict(order), "trials": known})
+    try:
+        storage.write("config.toml", to_toml(settings).encode())
+        storage.write("space.py", space.encode())
+        storage.write_json(RECORD, {"order": dict(order), "trials": known})  # the last: now it is a sweep
+    except BaseException:
+        storage.delete_folder("")
+        raise
     return SweepFolder(storage)
 
 
@@ -191,7 +215,7 @@ def find(root: str, name: str) -> SweepFolder:
 
 def is_sweep(storage: Storage) -> bool:
     """Say whether a folder is a sweep's."""
-    return "sweep.json" in storage.list()
+    return RECORD in storage.list()
 
 
 def curve(folder: RunFolder, metric: str) -> list[tuple[int, float]]:
@@ -284,5 +308,5 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Array:
     values = [row.get(name) for row in rows]
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # a choice between values of several types
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # values of several types, or beyond 64 bits
         return pa.array([None if value is None else str(value) for value in values])

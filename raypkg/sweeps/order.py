@@ -1,7 +1,9 @@
 """What a sweep is asked for: filled in, and refused where it cannot be carried out, before anything starts."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ from typing import Any
 from raypkg.core.config import Settings, leaves, load, read_toml
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.seeds import derive
+from raypkg.core.settings import Dataset
 from raypkg.experiments import check_names
 from raypkg.runs.sweep import METRICS
 
 from .spaces import Space
 
 SAMPLES = 8
+DRAWS = 1000  # in search of settings that no trial has
 EVALUATE = "train.evaluate_every"  # 1 in a sweep, unless given: schedulers compare trials epoch by epoch
 
 
@@ -40,13 +44,13 @@ class Order:
         return [field.name for field in fields(cls) if field.name != "experiment"]
 
 
-def filled(order: Order, space: Space, settings: Any) -> Order:
+def filled(order: Order, space: Space) -> Order:
     """Return the order with nothing left out.
 
     Raises:
         UserError: it cannot be carried out.
     """
-    metric = order.metric or space.metric
+    metric = space.metric if order.metric is None else order.metric
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     mode = order.mode or (space.mode if metric == space.metric else METRICS[metric].mode)
@@ -58,27 +62,19 @@ def filled(order: Order, space: Space, settings: Any) -> Order:
             f"metric {metric} is known only at the end of a trial, so --scheduler {scheduler} could not act on it:"
             " give --scheduler none, or --metric accuracy"
         )
-    if metric in ("accuracy", "valid_loss"):
-        if not settings.dataset.validation:
-            raise UserError(f"metric {metric} is measured on held-out samples: dataset.validation = 0 holds out none")
-        if not 0 < settings.train.evaluate_every <= settings.epochs:
-            raise UserError(
-                f"metric {metric} would never be measured: {EVALUATE} = {settings.train.evaluate_every} of"
-                f" {settings.epochs} epochs"
-            )
     for option, value in (("samples", order.samples), ("concurrent", order.concurrent)):
         if value is not None and value < 1:
             raise UserError(f"--{option} {value}: at least 1")
-    if search == "grid" and order.samples:
+    if search == "grid" and order.samples is not None:
         raise UserError(f"--samples {order.samples}: a grid has as many trials as combinations")
     return replace(
         order,
-        samples=order.samples or SAMPLES,
+        samples=SAMPLES if order.samples is None else order.samples,
         metric=metric,
         mode=mode,
         scheduler=scheduler,
         search=search,
-        proxy_method=(order.proxy_method or "gradmatch") if order.proxy else order.proxy_method,
+        proxy_method="gradmatch" if order.proxy is not None and order.proxy_method is None else order.proxy_method,
     )
 
 
@@ -92,15 +88,20 @@ def base_of(schema: type[Settings], config: Path | None) -> dict[str, Any]:
 
 
 def without(space: Space, given: Iterable[str]) -> Space:
-    """Return the space without the settings that the user gave."""
-    domains = {name: domain for name, domain in space.domains.items() if name not in {*given}}
-    if not domains:
+    """Return the space without the settings that the user gave; ``model`` and ``model.name`` are the same.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    fixed = {name.removesuffix(".name") for name in given}
+    domains = {name: domain for name, domain in space.domains.items() if name.removesuffix(".name") not in fixed}
+    if space.domains and not domains:
         raise UserError(f"nothing is left to vary: {', '.join(space.domains)} are given")
     return Space(space.text, domains, space.metric, space.mode)
 
 
 def trials_of(order: Order, space: Space, settings: Any) -> list[dict[str, Any]]:
-    """Return what each trial sets, as far as it is known beforehand.
+    """Return what each trial sets, as far as it is known beforehand, no two the same: of a small space all there is.
 
     Raises:
         UserError: a grid over a range, or a searcher that is not installed.
@@ -116,8 +117,12 @@ def trials_of(order: Order, space: Space, settings: Any) -> list[dict[str, Any]]
             assert order.metric and order.mode
             optuna(space.domains, order.metric, order.mode, settings.seed, [])
             return []
-    seeds = [derive(settings.seed, "sweep", number) for number in range(order.samples or 0)]
-    return [draw(space.domains, np.random.default_rng(seed)) for seed in seeds]
+    drawn: list[dict[str, Any]] = []
+    for number in range(order.samples or 0):
+        rng = np.random.default_rng(derive(settings.seed, "sweep", number))
+        new = (trial for trial in (draw(space.domains, rng) for _ in range(DRAWS)) if trial not in drawn)
+        drawn += islice(new, 1)
+    return drawn
 
 
 def longest_of(settings: Any, space: Space, known: Iterable[Mapping[str, Any]]) -> int:
@@ -132,16 +137,44 @@ def longest_of(settings: Any, space: Space, known: Iterable[Mapping[str, Any]]) 
     return max(epochs(values) for values in (longest, *known))
 
 
-def checker(settings: Any, order: Order) -> Callable[[Any], None]:
-    """Return what refuses settings of a trial that a single run, on all samples or on the proxy's, would refuse."""
+def check_trial(order: Order, base: Any, values: Mapping[str, Any]) -> None:
+    """Refuse settings of a trial that a single run, on all samples or on the proxy's, would refuse, or not measure.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    trial = load(type(base), base.model_dump(mode="json"), values)
+    check_names(trial)
+    _check_measured(order, trial)
+    n = samples_of(trial)
+    trial.check(n)
+    if order.proxy:
+        trial.check(max(1, round(order.proxy * n)))
+
+
+def samples_of(trial: Any) -> int:
+    """Return how many samples a trial trains on."""
+    return _count(trial.dataset.model_dump_json(), trial.seed, getattr(trial, "coreset", None))
+
+
+@lru_cache
+def _count(dataset: str, seed: int, coreset: str | None) -> int:
+    from raypkg.phases.coresets import load_coreset
     from raypkg.phases.samples import samples
 
-    n = len(samples(settings.dataset, settings.seed).kept)
+    chosen = Dataset.model_validate_json(dataset)
+    found = samples(chosen, seed)
+    return len(load_coreset(coreset, found.data.train, found.valid, chosen.name) if coreset else found.kept)
 
-    def check(trial: Any) -> None:
-        check_names(trial)
-        trial.check(n)
-        if order.proxy:
-            trial.check(max(1, round(order.proxy * n)))
 
-    return check
+def _check_measured(order: Order, trial: Any) -> None:
+    assert order.metric
+    if not METRICS[order.metric].held_out:
+        return
+    if not trial.dataset.validation:
+        raise UserError(f"metric {order.metric} is measured on held-out samples: dataset.validation = 0 holds out none")
+    if not 0 < trial.train.evaluate_every <= trial.epochs:
+        raise UserError(
+            f"metric {order.metric} would never be measured: {EVALUATE} = {trial.train.evaluate_every} of"
+            f" {trial.epochs} epochs"
+        )

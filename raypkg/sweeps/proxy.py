@@ -11,6 +11,9 @@ from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
 from raypkg.runs.sweep import UNFINISHED, SweepFolder, ranked
 
+from .order import Order, samples_of
+from .spaces import Space
+
 ONLY = "dataset.only"
 WARM = 5  # epochs on all samples of the model whose gradients select
 FINALISTS = 4  # fewer cannot tell much of the order
@@ -54,10 +57,10 @@ def selection(settings: Any, fraction: float, method: str, workers: int) -> Trai
 
 def select(sweep: SweepFolder, settings: Any, workers: int, console: Any) -> None:
     """Make the coreset of a sweep, unless it is there."""
-    root, name = sweep.storage.root.rsplit("/", 2)[0], f"{sweep.name}-proxy"
+    name = f"{sweep.name}-proxy"
     chosen = selection(settings, sweep.order["proxy"], sweep.order["proxy_method"], workers)
-    runs = Storage(root) / "train"
-    run = RunFolder(runs / name) if name in runs.list() else create(root, "train", name, chosen)
+    runs = Storage(sweep.root) / "train"
+    run = RunFolder(runs / name) if name in runs.list() else create(sweep.root, "train", name, chosen)
     if not run.summary:
         carry_out(experiment["train"], chosen, run, console)
 
@@ -76,11 +79,12 @@ def enlist(sweep: SweepFolder) -> bool:
     return bool(best)
 
 
-def check(order: Any, settings: Any) -> None:
+def check(order: Order, settings: Any, space: Space) -> None:
     """Refuse a proxy that would do nothing or cannot be made.
 
     Raises:
-        UserError: a method without a fraction, a fraction of all, or a coreset that is given already.
+        UserError: a method without a fraction, a fraction of all, a method that cannot select before training, a
+            coreset that is given already, or a space whose trials would hold out other samples.
     """
     if order.proxy is None:
         if order.proxy_method is not None:
@@ -90,4 +94,10 @@ def check(order: Any, settings: Any) -> None:
         raise UserError(f"--proxy {order.proxy:g}: a share of the samples, above 0 and below 1")
     if settings.dataset.only is not None:
         raise UserError(f"--proxy chooses the samples, so dataset.only = {settings.dataset.only} cannot be given")
-    selection(settings, order.proxy, order.proxy_method or "gradmatch", 0)
+    if getattr(settings, "coreset", None) is not None:
+        raise UserError(f"--proxy chooses the samples, so --coreset {settings.coreset} cannot be given")
+    for name in space.domains:
+        if name == "seed" or name.partition(".")[0] == "dataset":
+            raise UserError(f"--proxy: its coreset is of one data set and seed, so {name} cannot be varied")
+    assert order.proxy_method is not None
+    selection(settings, order.proxy, order.proxy_method, 0).check(samples_of(settings))

@@ -1,16 +1,18 @@
 """Tune spaces: found by name or path, and held against the settings before anything starts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import raypkg
-from raypkg.core.config import Settings, load
 from raypkg.core.errors import UserError, unknown
+from raypkg.core.settings import APART
 
 SUFFIX = ".py"
-NOT_SWEPT = ("cluster.", "track.")  # they do not alter the result, and decide how trials run
+ACTORS = "select.actors"  # the room for them is that of all trials
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,19 @@ def find_space(name: str) -> Path:
     return found[name]
 
 
+def open_space(name: str) -> Space:
+    """Find a space and read it.
+
+    Raises:
+        UserError: there is none, it is no text, or as ``read_space``.
+    """
+    file = find_space(name)
+    try:
+        return read_space(file.read_text(), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the space {str(file)!r}: {getattr(error, 'strerror', error)}") from None
+
+
 def read_space(text: str, origin: str) -> Space:
     """Run a space's file.
 
@@ -56,50 +71,55 @@ def read_space(text: str, origin: str) -> Space:
         origin: names it in errors.
 
     Raises:
-        UserError: it raises, or lacks ``space()``, ``METRIC`` or ``MODE``, or the space is empty.
+        UserError: it raises, or lacks ``space()``, ``METRIC`` or ``MODE``, or nothing can be drawn from it.
     """
     content: dict[str, Any] = {"__name__": "space", "__file__": origin}
     try:
         exec(compile(text, origin, "exec"), content)
-        domains = content["space"]()
-        space = Space(text, dict(domains), content["METRIC"], content["MODE"])
-    except KeyError as error:
-        if error.args[0] in ("space", "METRIC", "MODE"):
-            raise UserError(f"space {origin!r} defines no {error.args[0]}") from None
-        raise UserError(f"space {origin!r} raises KeyError: {error}") from None
-    except Exception as error:  # it is the user's code
+        if missing := [name for name in ("space", "METRIC", "MODE") if name not in content]:
+            raise UserError(f"space {origin!r} defines no {missing[0]}")
+        space = Space(text, dict(content["space"]()), content["METRIC"], content["MODE"])
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # it is the user's code
         raise UserError(f"space {origin!r} raises {type(error).__name__}: {error}") from None
-    if not space.domains:
-        raise UserError(f"space {origin!r} is empty: space() returns nothing to vary")
+    _check_drawable(space, origin)
     return space
 
 
-def check_space(schema: type[Settings], base: Settings, space: Space, check: Callable[[Any], None]) -> None:
-    """Refuse a space with an unknown setting, or with a value that its setting does not allow.
+def _check_drawable(space: Space, origin: str) -> None:
+    from raypkg.cluster.tune import candidates, draw
+
+    for name in (*space.domains, space.metric, space.mode):
+        if not isinstance(name, str):
+            raise UserError(f"space {origin!r}: {name!r} is not a name")
+    for name, domain in space.domains.items():
+        try:
+            draw({name: domain}, np.random.default_rng(0))
+            candidates(domain)
+        except Exception as error:  # Ray's own, and of a function that is the user's
+            raise UserError(f"space {origin!r}: nothing can be drawn for {name}: {error}") from None
+
+
+def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
+    """Refuse a space with an unknown setting, with a value that its setting does not allow, or of one point.
 
     Args:
-        schema: of the settings.
-        base: settings that all trials share.
         space: each choice and both ends of each range are tried, one setting at a time.
-        check: refuses settings whose names do not exist.
+        check: refuses what a trial would set.
 
     Raises:
         UserError: what is wrong, as for any setting.
     """
-    from raypkg.cluster.tune import candidates
+    from raypkg.cluster.tune import candidates, constants
 
     for name, domain in space.domains.items():
-        if name.startswith(NOT_SWEPT):
+        if name.partition(".")[0] in APART or name == ACTORS:
             raise UserError(f"space: {name} does not alter the result and cannot be varied; give it as an option")
         for value in candidates(domain):
-            check_trial("space", schema, base, {name: value}, check)
-
-
-def check_trial(
-    what: str, schema: type[Settings], base: Settings, values: Mapping[str, Any], check: Callable[[Any], None]
-) -> None:
-    """Refuse settings that a single run would refuse, and say of what they are."""
-    try:
-        check(load(schema, base.model_dump(mode="json"), values))
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
+            try:
+                check({name: value})
+            except UserError as error:
+                raise UserError(f"space: {error}") from None
+    if space.domains.keys() == constants(space.domains).keys():
+        raise UserError(f"space: there is nothing to vary, only {space.domains}")

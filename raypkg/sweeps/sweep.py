@@ -14,6 +14,8 @@ from rich.console import Console
 from raypkg.core.config import load
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
+from raypkg.core.seeds import derive
+from raypkg.core.settings import APART
 from raypkg.experiments import carry_out, check_names, experiment, settings_of, with_absolute_path
 from raypkg.runs import ROOT
 from raypkg.runs import folder as run_folder
@@ -23,9 +25,10 @@ from raypkg.runs.sweep import DONE, SweepFolder, create, find, measured
 from raypkg.runs.sweep_show import conclude, show_sweep
 
 from . import proxy
-from .order import EVALUATE, Order, base_of, checker, filled, longest_of, trials_of, without
-from .spaces import Space, check_space, check_trial, find_space, read_space
+from .order import EVALUATE, Order, base_of, check_trial, filled, longest_of, trials_of, without
+from .spaces import Space, check_space, open_space, read_space
 
+CHANGEABLE = ("concurrent", "time_budget")  # of a sweep that goes on
 WORST = 1e30  # of which schedulers can take means
 
 
@@ -40,47 +43,75 @@ def start_sweep(
     schema = settings_of(entry)
     settings = with_absolute_path(load(schema, base_of(schema, config), values))
     check_names(settings)
-    file = find_space(order.space or entry.name)
-    space = without(read_space(file.read_text(), str(file)), values)
-    order = filled(order, space, settings)
-    proxy.check(order, settings)
-    check_space(schema, settings, space, check_names)
-    trials, check = trials_of(order, space, settings), checker(settings, order)
+    space = without(open_space(entry.name if order.space is None else order.space), values)
+    order = filled(order, space)
+    proxy.check(order, settings, space)
+    # What a searcher will think of is not known: each value is tried alone, as a trial.
+    check_space(space, partial(check_trial if order.search == "optuna" else _check_values, order, settings))
+    trials = trials_of(order, space, settings)
     for number, trial in enumerate(trials):
-        check_trial(f"trial {number}", schema, settings, trial, check)
+        try:
+            check_trial(order, settings, trial)
+        except UserError as error:
+            raise UserError(f"trial {number}: {error}") from None
     order = replace(order, samples=len(trials) or order.samples)
     name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}" if name is None else name
     only = {proxy.ONLY: proxy.coreset_of(root, name)} if order.proxy else {}
-    from raypkg.cluster.tune import size_of
-
-    size = size_of(settings.cluster, settings.actors, order.concurrent)
     asked = asdict(order) | {"varied": [*space.domains], "fixed": only}
     sweep = create(root, name, asked, settings, space.text, [trial | only for trial in trials])
+    try:
+        size = _size(settings, order.concurrent)
+    except BaseException:
+        sweep.storage.delete_folder("")
+        raise
     _run(entry, sweep, settings, space, size, root)
 
 
-def resume_sweep(entry: Entry, name: str, root: str, refused: Sequence[str]) -> None:
+def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any], root: str) -> None:
     """Run the trials of a sweep that are not done; what is done is not run again.
 
+    Args:
+        entry: the experiment.
+        order: how many trials at once and for how long, where that is to change.
+        name: of the sweep.
+        values: settings that say where and not what, where they are to change.
+        root: of all runs.
+
     Raises:
-        UserError: no such sweep of this experiment, or options that it has already.
+        UserError: no such sweep of this experiment, or what would change its results.
     """
-    if refused:
-        raise UserError(f"--resume {name} keeps what was asked for: {refused[0]} cannot change")
+    asked = {option: value for option, value in asdict(order).items() if option != "experiment" and value is not None}
+    kept = [f"--{option.replace('_', '-')}" for option in asked if option not in CHANGEABLE]
+    for option in [*kept, *(setting for setting in values if setting.partition(".")[0] not in APART)]:
+        raise UserError(
+            f"--resume {name} keeps what was asked for: {option} cannot change, only --concurrent, --time-budget,"
+            " cluster.* and track.*"
+        )
     sweep = find(root, name)
     if sweep.order["experiment"] != entry.name:
         raise UserError(f"sweep {name!r} is of {sweep.order['experiment']}, not of {entry.name}")
-    settings = load(settings_of(entry), sweep.config)
+    settings = load(settings_of(entry), sweep.config, values)
+    sweep.change(asked, settings)
     whole = read_space(sweep.space, f"{sweep.storage.root}/space.py")
     space = without(whole, whole.domains.keys() - sweep.order["varied"])
     if not _left(sweep) and not proxy.enlist(sweep):
         conclude(sweep)
         show_sweep(sweep, terminal())
         return
+    _run(entry, sweep, settings, space, _size(settings, sweep.order["concurrent"]), root)
+
+
+def _check_values(order: Order, base: Any, values: Mapping[str, Any]) -> None:
+    check_names(load(type(base), base.model_dump(mode="json"), values))
+
+
+def _size(settings: Any, concurrent: int | None) -> Any:
+    """Join or start the cluster, and see how many trials it has room for."""
+    from raypkg.cluster.session import connect
     from raypkg.cluster.tune import size_of
 
-    size = size_of(settings.cluster, settings.actors, sweep.order["concurrent"])
-    _run(entry, sweep, settings, space, size, root)
+    connect(settings.cluster)
+    return size_of(settings.cluster, settings.actors, concurrent)
 
 
 def run_trial(
@@ -104,9 +135,9 @@ def run_trial(
     forget_peak_memory()  # of the trial before, whose process this is
     try:
         if not run.summary:
-            settings = load(settings_of(entry), sweep.config, values | {"cluster.workers": workers})
+            settings = with_absolute_path(load(settings_of(entry), sweep.config, values | {"cluster.workers": workers}))
             if "config.toml" not in run.storage.list():
-                run = run_folder.create(root.rsplit("/", 2)[0], entry.name, run.name, settings)
+                run = run_folder.create(sweep.root, entry.name, run.name, settings)
 
             def listen(row: Mapping[str, Any]) -> None:
                 # The last epoch is told of when the run is complete: a trial stopped there would have been for nothing.
@@ -157,7 +188,7 @@ def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: An
             proxy.enlist(sweep)
             waiting = [trial for trial in sweep.waiting() if trial[0] in sweep.finals()]
             interrupted = _attempt(sweep, settings, space, size, waiting, [], deadline, console)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter from Ray Train, around the proxy's selection
         interrupted = True
     finally:
         conclude(sweep)
@@ -188,10 +219,12 @@ def _attempt(
     if not (waiting or further) or left <= 0:
         return False
     searcher = None
-    if further:
+    if further and order["search"] == "optuna":
         done = [row for row in sweep.results() if row["state"] == DONE and row.get(order["metric"]) is not None]
         told = [(row, row[order["metric"]]) for row in done]
-        searcher = optuna(space.domains, order["metric"], order["mode"], settings.seed, told)
+        searcher = optuna(
+            space.domains, order["metric"], order["mode"], derive(settings.seed, "sweep", further[0]), told
+        )
     finals = not further and {number for number, _ in waiting} <= sweep.finals()
     how = f"{size.workers} workers each, by Ray Train" if size.workers else "one process each"
     what = f"trials of {order['experiment']}{' on all samples' if finals else ''}"

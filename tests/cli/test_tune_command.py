@@ -57,7 +57,24 @@ def wrong(refusal, tmp_path, monkeypatch):
         ("'train.optimizer': tune.grid_search(['sdg'])", "train.optimizer 'sdg', did you mean 'sgd'?"),
         ("'model.name': tune.choice(['resnet8', 'resnt20'])", "unknown model 'resnt20', did you mean 'resnet20'?"),
         ("'cluster.workers': tune.choice([0, 2])", "cluster.workers does not alter the result and cannot be varied"),
-        ("", "is empty"),
+        ("'cluster': {'workers': 2}", "cluster does not alter the result and cannot be varied"),
+        ("'select.actors': tune.choice([0, 2])", "select.actors does not alter the result and cannot be varied"),
+        ("", "space: there is nothing to vary, only {}"),
+        ("'select.tau': 0.1", "space: there is nothing to vary, only {'select.tau': 0.1}"),
+        ("'select.b': tune.choice([])", "nothing can be drawn for select.b: a cannot be empty"),
+        ("'select.b': tune.grid_search([])", "nothing can be drawn for select.b"),
+        ("'select.b': {'grid_search': 5}", "nothing can be drawn for select.b"),
+        ("'select.b': tune.randint(5, 5)", "nothing can be drawn for select.b: low >= high"),
+        ("'select.tau': tune.uniform(2, 1)", "nothing can be drawn for select.tau"),
+        ("'select.tau': tune.sample_from(lambda spec: spec.config.x)", "nothing can be drawn for select.tau"),
+        ("1: tune.choice([1])", "space 'mine.py': 1 is not a name"),
+        (
+            "'train.evaluate_every': tune.grid_search([0])",
+            "trial 0: metric accuracy would never be measured: train.evaluate_every = 0",
+        ),
+        ("'dataset.validation': tune.grid_search([0])", "trial 0: metric accuracy is measured on held-out samples"),
+        ("'dataset.only': tune.grid_search(['/nope.parquet'])", "trial 0: there is no coreset file /nope.parquet"),
+        ("'dataset.name': tune.grid_search(['parquet:/nope'])", "trial 0: "),
         ("'select.tau': 1 / 0", "space 'mine.py' raises ZeroDivisionError: division by zero"),
         ("'select.tau': tune.unifrom(0, 1)", "space 'mine.py' raises AttributeError"),
         ("'select.tau': {}['x']", "space 'mine.py' raises KeyError: 'x'"),
@@ -68,6 +85,30 @@ def test_a_space_is_held_against_the_settings(wrong, space, content, message):
     assert message in wrong("crest --space mine.py")
 
 
+@pytest.mark.parametrize("metric", [3, None, ["accuracy"]])
+def test_what_a_space_aims_for_is_a_name(wrong, space, metric):
+    space("'select.b': tune.choice([1, 2])", metric=metric)
+    assert f"space 'mine.py': {metric} is not a name" in wrong("crest --space mine.py")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("'seed': tune.choice([0, 1])", "--proxy: its coreset is of one data set and seed, so seed cannot be varied"),
+        ("'dataset.only': tune.choice(['a'])", "so dataset.only cannot be varied"),
+    ],
+)
+def test_a_proxy_is_of_one_data_set(wrong, space, content, message):
+    space(content)
+    assert message in wrong("crest --space mine.py --proxy 0.2")
+
+
+@pytest.mark.parametrize("given", ["--growth random", "--set growth.name=random"])
+def test_what_is_given_is_not_varied(wrong, space, given):
+    space("'growth': tune.choice(['random', 'gradient'])")
+    assert "nothing is left to vary: growth are given" in wrong(f"sparse --density 0.1 --space mine.py {given}")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -75,10 +116,12 @@ def test_a_space_is_held_against_the_settings(wrong, space, content, message):
         ("METRIC, MODE = 'accuracy', 'max'", "space 'mine.py' defines no space"),
         ("def space(): return {'select.tau': 1}", "space 'mine.py' defines no METRIC"),
         ("raise SystemError('no')", "space 'mine.py' raises SystemError: no"),
+        ("import sys; sys.exit(0)", "space 'mine.py' raises SystemExit: 0"),
+        ("\udcff", "cannot read the space 'mine.py'"),
     ],
 )
 def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
-    (tmp_path / "mine.py").write_text(text)
+    (tmp_path / "mine.py").write_bytes(text.encode(errors="surrogateescape"))
     assert message in wrong("crest --space mine.py")
 
 
@@ -108,7 +151,29 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --model resnt8", "unknown model 'resnt8'"),
         ("crest --select.tau -1", "select.tau = '-1'"),
         ("crest --resume none", "unknown sweep in"),
+        ("crest --resume=", "unknown sweep in"),
+        ("crest --space=", "unknown space ''"),
+        ("crest --metric=", "unknown metric ''"),
+        ("crest --proxy 0.5 --proxy-method=", "unknown coreset method ''"),
+        ("crest --resume none --concurrent 1", "unknown sweep in"),
+        ("crest --resume none --cluster.workers 0", "unknown sweep in"),
+        ("crest --resume none --samples 0", "--resume none keeps what was asked for: --samples cannot change"),
         ("crest --resume none --samples 3", "--resume none keeps what was asked for: --samples cannot change"),
+        ("crest --resume none --name other", "--resume none keeps what was asked for: neither --config nor --name"),
+        ("crest --name a/b", "--name 'a/b': letters, digits"),
+        ("crest --root /dev/null/runs", "/dev/null"),
+        ("train --coreset /nope.parquet", "trial 0: there is no coreset file /nope.parquet"),
+        (
+            "train --proxy 0.2 --coreset a.parquet",
+            "--proxy chooses the samples, so --coreset a.parquet cannot be given",
+        ),
+        ("crest --proxy 0.5 --proxy-method infobatch", "infobatch"),
+        (
+            "deltagrad --train.momentum 0.9",
+            "trial 0: train.optimizer = sgd, train.momentum = 0.9: DeltaGrad is derived",
+        ),
+        ("deltagrad --model resnet8", "trial 0: "),
+        ("deltagrad --dataset.augment crop", "trial 0: dataset.augment = crop: DeltaGrad replays exact"),
         ("crest --resume none --train.lr 3", "--resume none keeps what was asked for: train.lr cannot change"),
         ("crest --train.epochs 15", "budget = 0.1 of 15 epochs is 1.5 epochs: it must be whole"),
         ("crest --selection random", "selection = random: select.* belongs to crest and would do nothing"),
@@ -133,8 +198,15 @@ def test_a_grid_has_its_own_number_of_trials(wrong, space):
     assert "--samples 3: a grid has as many trials" in wrong("crest --space mine.py --search grid --samples 3")
 
 
+def test_a_grid_too_large_is_refused(wrong, space):
+    space("'seed': tune.randint(0, 10**9)")
+    assert "--search grid: 1,000,000,000 combinations, of which 10,000 can be tried" in wrong(
+        "crest --space mine.py --search grid"
+    )
+
+
 def test_the_mode_of_a_space_is_checked(wrong, space):
-    space("'select.tau': 0.1", mode="most")
+    space("'select.b': tune.choice([1, 2])", mode="most")
     assert "unknown mode 'most'" in wrong("crest --space mine.py")
 
 
@@ -152,6 +224,30 @@ def test_draws_follow_from_the_seed_and_grids_have_every_combination():
     assert candidates(tune.qrandint(10, 30, 10)) == [10, 30]
     with pytest.raises(UserError, match="f is drawn from a continuous range, or one with steps"):
         grid({"f": tune.qrandint(10, 30, 10)})
+
+
+def test_no_trial_is_drawn_twice():
+    from ray import tune
+
+    from raypkg.experiments.crest import CrestSettings
+    from raypkg.sweeps.order import Order, trials_of
+    from raypkg.sweeps.spaces import Space
+
+    space = Space("", {"select.b": tune.choice([1, 2, 3]), "train.lr": 0.1}, "accuracy", "max")
+    trials = trials_of(Order("crest", samples=8, search="random"), space, CrestSettings())
+    assert sorted(trial["select.b"] for trial in trials) == [1, 2, 3]
+
+
+def test_numbers_of_numpy_are_plain():
+    import json
+
+    from ray import tune
+
+    from raypkg.cluster.tune import candidates, constants, draw, grid
+
+    space = {"a": tune.grid_search(list(np.arange(2))), "b": np.float64(0.5), "c": tune.choice([np.int64(3)])}
+    for plain in (list(grid(space)), draw(space, np.random.default_rng(0)), constants(space), candidates(space["c"])):
+        assert json.dumps(plain)
 
 
 def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):
