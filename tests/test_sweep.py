@@ -167,7 +167,7 @@ def test_a_stopped_trial_is_not_on_the_front():
 
 @pytest.mark.parametrize("name", ["", "a/b", ".."])
 def test_a_name_that_is_a_path_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="letters, digits"):
+    with pytest.raises(UserError, match="1 to 100 characters"):
         create(str(tmp_path), name, ORDER, CrestSettings(), "", [])
 
 

@@ -123,12 +123,12 @@ def check_name(name: str) -> None:
     """Refuse a name that no folder, or no shell, takes as it is.
 
     Raises:
-        UserError: it is empty or long, or has other than letters, digits, ``-``, ``_`` and dots, or a dot at its start.
+        UserError: it is empty or long, begins with a dot, or has blanks, slashes or signs of the shell.
     """
-    if not re.fullmatch(rf"[\w-][\w.-]{{0,{LONGEST - 1}}}", name) or name.endswith(PART):
+    if not 0 < len(name) <= LONGEST or re.search(r"""^\.|[\s/\\$`"'*?;&|<>]""", name) or name.endswith(PART):
         raise UserError(
-            f"--name {name[:40]!r}: letters, digits, '-', '_' and dots, {LONGEST} at most, no dot at the start,"
-            f" no {PART} at the end"
+            f"--name {name[:40]!r}: 1 to {LONGEST} characters, no blank, slash, quote or sign of the shell, no dot at"
+            f" the start, no {PART} at the end"
         )
 
 

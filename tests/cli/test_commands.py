@@ -446,8 +446,9 @@ def test_the_user_s_own_code(effray, tmp_path, monkeypatch):
     assert "30 to 30" in effray("data own_code:rows --set samples=90")
 
 
-def test_names_are_printed_as_they_are(effray):
-    assert "train [red]: linear on digits" in effray("train --name [red] --model linear --train.epochs 1")
+@pytest.mark.parametrize("name", ["[red]", "lr=0.1,seed=2", "größe"])
+def test_names_are_printed_as_they_are(effray, name):
+    assert f"train {name}: linear on digits" in effray(f"train --name {name} --model linear --train.epochs 1")
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --resume none --samples 0", "--resume none keeps what was asked for: --samples cannot change"),
         ("crest --resume none --samples 3", "--resume none keeps what was asked for: --samples cannot change"),
         ("crest --resume none --name other", "--resume none keeps what was asked for: neither --config nor --name"),
-        ("crest --name a/b", "--name 'a/b': letters, digits"),
+        ("crest --name a/b", "--name 'a/b': 1 to 100"),
         ("crest --root /dev/null/runs", "/dev/null"),
         ("train --coreset /nope.parquet", "trial 0: there is no coreset file /nope.parquet"),
         (
