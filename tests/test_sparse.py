@@ -214,7 +214,7 @@ class Watch(Hook):
                 if value.shape == weight.shape:
                     assert not value[~mask].any()
                     expected = value[mask & before].mean() if key == "exp_avg_sq" else torch.tensor(0.0)
-                    assert torch.allclose(value[new], expected, rtol=0.2)
+                    assert torch.allclose(value[new], expected, rtol=1e-6)
             self.masks[name] = mask.clone()
 
 
@@ -281,10 +281,83 @@ def test_too_few_weights_for_the_layers():
         fit(run(*sparse(density=0.001)))
 
 
-def test_dropout_is_no_control_variate():
-    model = nn.Sequential(nn.Linear(D, 8), nn.Dropout(0.5), nn.Linear(8, C))
-    with pytest.raises(UserError, match="correction = agent: the model has Dropout"):
+class Attentive(nn.Module):
+    """Drops units where no layer of its own says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(D, 1, dropout=0.5), nn.Linear(D, C)
+
+    def forward(self, x):
+        return self.head(x + self.attention(x[None], x[None], x[None])[0][0])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Sequential(nn.Linear(D, 8), nn.Dropout(0.5), nn.Linear(8, C)), Attentive()],
+    ids=["dropout", "attention"],
+)
+def test_a_model_that_draws_is_no_control_variate(model):
+    with pytest.raises(UserError, match="correction = agent: the model gives one batch two outputs"):
         fit(run(Correction(Agent()), model=model))
+
+
+class Partly(nn.Module):
+    """Has a layer that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle, self.hidden, self.head = nn.Linear(D, 8), nn.Linear(D, 8), nn.Linear(8, C)
+
+    def forward(self, x):
+        return self.head(self.hidden(x).relu())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"growth": "gradient"},
+        {"growth": "momentum", "redistribution": "momentum"},
+        {"growth": "gradient", "sparse_init": "snip"},
+        {"growth": "gradient", "sparse_init": "grasp"},
+    ],
+)
+def test_a_layer_out_of_use_has_no_gradient(settings):
+    hooks = sparse(correction=[Correction(Agent(gamma=0.5))], **settings)
+    fit(run(*hooks, model=Partly()))
+    assert len({sum(layers) for layers in active(hooks[0])}) == 1 and hooks[1].c
+
+
+def test_without_weights_to_mask_a_density_is_refused():
+    model = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Linear(8, C))
+    model[0].weight.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    with pytest.raises(UserError, match="the model trains no weights of linear or convolutional layers"):
+        fit(run(*sparse(), model=model))
+
+
+def test_divergence_is_said_where_it_shows_first():
+    wild = PLAIN.model_copy(update={"lr": 1e30})
+    with pytest.raises(UserError, match="lower the learning rate"):
+        fit(run(*sparse(redistribution="magnitude", update_every=2), settings=wild))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "message"),
+    [
+        ("drop", lambda weight: weight[:1], r"drop rule 'mine' returned \[1\] for \[\d+\] of"),
+        ("drop", lambda weight: None, r"drop rule 'mine' returned a NoneType for"),
+        ("growth", lambda weight, *, gradient: gradient / 0 * 0, "growth rule 'mine' returned NaN for"),
+        ("redistribution", lambda weight: float("nan"), "redistribution 'mine' returned nan for"),
+        ("redistribution", lambda weight: -1, "redistribution 'mine' returned -1 for"),
+        ("sparse_init", lambda model, density: {}, "sparse initialisation 'mine' returned other layers"),
+    ],
+)
+def test_what_a_rule_of_the_users_returns_is_looked_at(monkeypatch, kind, rule, message):
+    registry = {"drop": drop, "growth": growth, "redistribution": redistribution, "sparse_init": initial}[kind]
+    monkeypatch.setitem(registry.entries, "mine", registry._entry("mine", rule, ""))
+    with pytest.raises(UserError, match=message):
+        fit(run(*sparse(**{kind: "mine"})))
 
 
 @pytest.mark.parametrize("shape", [(5, 40), (6, 3, 3, 3)])

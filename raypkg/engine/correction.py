@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator, seeded
@@ -16,7 +15,7 @@ from raypkg.core.settings import Agent
 from raypkg.methods.coreset import Coreset
 from raypkg.methods.sparse.agent import coefficient, correct, cosine, smoothed
 
-from .batches import Batch, Batches, dtype_of
+from .batches import Batch, Batches, dtype_of, plain_batches
 from .costs import Cost
 from .hooks import Hook
 from .loop import autocast, losses_of
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from .loop import Run
 
 
+PROBED = 8  # samples
 COLUMNS = ("step", "c", "cosine")  # c, and how alike the gradients of model and snapshot are
 
 
@@ -57,21 +57,22 @@ class Correction(Hook):
         self.snapshot: nn.Module = nn.Identity()
         self.full: list[Tensor] = []  # g̃, one tensor a parameter; empty while c = 0
         self.kept: dict[int, tuple[Tensor, list[Tensor]]] = {}  # ℓ_B(θ̃) and its gradient, of each step to correct
-        self.losses: list[Tensor] = []  # this worker's share of (ℓ_B(θ), ℓ_B(θ̃)) of every corrected step, [2]
+        self.losses: list[Tensor] = []  # (ℓ_B(θ), ℓ_B(θ̃)) of every corrected step since the snapshot, [2]
+        self.mine: list[Tensor] = []  # of the last of them this worker's share
         self.history: list[tuple[float, ...]] = []  # ``COLUMNS`` of every corrected step
 
     def on_start(self, run: Run) -> None:
         """Make room for the snapshot.
 
         Raises:
-            UserError: the model has dropout, which would not drop the same in model and snapshot.
+            UserError: the model draws at random, as dropout does: the snapshot would draw otherwise.
         """
-        if dropout := [layer for layer in run.model.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]:
-            raise UserError(
-                f"correction = agent: the model has {type(dropout[0]).__name__}, which would drop other units in the"
-                " snapshot and add noise instead of removing it"
-            )
         self.snapshot = deepcopy(run.model)
+        if _draws(deepcopy(run.model), run):
+            raise UserError(
+                "correction = agent: the model gives one batch two outputs, as dropout does, and would differ from its"
+                " snapshot by noise"
+            )
 
     def on_epoch(self, run: Run) -> None:
         """Take the epoch's snapshot, unless steps are counted."""
@@ -87,6 +88,10 @@ class Correction(Hook):
         if run.step % self.settings.every == 0:
             with run.cost.apart(run.bill("correction")), seeded(run.seed, "correction", run.step, run.worker.rank):
                 self._correct(run)
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Sum the losses over the workers: a checkpoint is the first worker's."""
+        self._sum(run)
 
     def state_dict(self) -> dict[str, Any]:
         """Return c, the losses, and what outlives an epoch where steps are counted: snapshot and full gradient."""
@@ -108,15 +113,22 @@ class Correction(Hook):
             self.full = [tensor.to(device) for tensor in state["full"]]
 
     def _refresh(self, run: Run) -> None:
+        self._sum(run)
         if self.losses:
-            current, snapshot = run.worker.sum(torch.stack(self.losses, dim=1)).diff()  # [batches − 1] each
-            self.c = smoothed(self.c, coefficient(current, snapshot), self.settings.alpha)
+            current, snapshot = torch.stack(self.losses, dim=1).diff()  # [batches − 1] each
+            c = smoothed(self.c, coefficient(current, snapshot), self.settings.alpha)
+            self.c = run.worker.gather(c)[0]  # another processor may round otherwise
             self.losses = []
         with torch.no_grad():
             for mine, theirs in zip(self.snapshot.parameters(), run.model.parameters(), strict=True):
                 mine.copy_(theirs)
         self.kept = {}
         self.full = self._full_gradient(run) if self.settings.gamma * self.c else []
+
+    def _sum(self, run: Run) -> None:
+        if self.mine:
+            self.losses += run.worker.sum(torch.stack(self.mine))
+            self.mine = []
 
     def _full_gradient(self, run: Run) -> list[Tensor]:
         """Return g̃ at the snapshot, over the samples in use or some of them."""
@@ -152,7 +164,12 @@ class Correction(Hook):
     def _keeps(self, run: Run, size: int) -> bool:
         """Say whether the coming steps are on the same batches, and their gradients fit."""
         supplied = any(type(hook).batches is not Hook.batches for hook in run.hooks)
-        return not supplied and not self.settings.snapshot and size <= memory_bound(self.settings.memory)
+        return not supplied and not self.settings.snapshot and size <= self._room(run.worker.device)
+
+    def _room(self, device: torch.device) -> int:
+        if self.settings.memory is None and device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0] // 4
+        return memory_bound(self.settings.memory)
 
     def _correct(self, run: Run) -> None:
         batch, bill, damped = run.batch, run.bill("correction"), self.settings.gamma * self.c
@@ -164,10 +181,10 @@ class Correction(Hook):
                 snapshot, gradients = self._gradient(run, batch)
             bill.forward += len(batch.y)
             bill.backward += len(batch.y) if damped else 0
-        self.losses.append(torch.stack([current, snapshot.detach()]))
+        self.mine.append(torch.stack([current, snapshot.detach()]))
         alike = float("nan")
         if damped:
-            mine = [p.grad for p in _trained(run.model) if p.grad is not None]
+            mine = [torch.zeros_like(p) if p.grad is None else p.grad for p in _trained(run.model)]
             theirs = _summed(run, gradients, bill)
             alike = cosine(mine, theirs)
             correct(mine, theirs, self.full, damped)
@@ -178,7 +195,20 @@ class Correction(Hook):
         with autocast(run.settings.precision, batch.x.device):
             logits = self.snapshot(batch.x)
         loss = losses_of(logits, batch.y) @ batch.weights / batch.total
-        return loss, list(torch.autograd.grad(loss, _trained(self.snapshot))) if loss.requires_grad else []
+        if not loss.requires_grad:
+            return loss, []
+        return loss, list(torch.autograd.grad(loss, _trained(self.snapshot), allow_unused=True, materialize_grads=True))
+
+
+@torch.no_grad()
+def _draws(model: nn.Module, run: Run) -> bool:
+    """Say whether a model's outputs for one batch depend on random draws; its running statistics are spoilt."""
+    some, outputs = run.coreset.indices[:PROBED], []
+    x, _ = next(plain_batches(run.split, some, run.worker.device, len(some), dtype_of(model)))
+    for draw in range(2):
+        with seeded(run.seed, "probe", draw):
+            outputs.append(model.train()(x))
+    return not torch.allclose(outputs[0], outputs[1], equal_nan=True)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

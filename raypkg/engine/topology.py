@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Sparsity
-from raypkg.methods.sparse.masks import Masks, allot, density_of, enlarged, prunable
+from raypkg.methods.sparse.masks import Masks, allot, density_of, enlarged, prunable, shapes_of
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
 from raypkg.methods.sparse.topology import drop_fraction, dropped, gradual_density, grown
 
@@ -23,12 +24,18 @@ if TYPE_CHECKING:
 
 NONE = "none"
 PRUNED_BY = 0.75  # share of training after which gradual pruning has ended
+_DIVERGED = "where the weights are not finite, lower the learning rate"
 INTERVALS = 40  # of a training whose ΔT is left out
 
 
 def is_gradual(settings: Sparsity) -> bool:
     """Say whether weights only go, from a dense model to its density: gradual pruning."""
     return settings.density is not None and (settings.growth.name, settings.sparse_init.name) == (NONE, "dense")
+
+
+def interval(settings: Sparsity, steps: int) -> int:
+    """Return ΔT, the steps between changes of the masks, in a training of so many."""
+    return settings.update_every or max(1, steps // INTERVALS)
 
 
 def momentum_rules(settings: Sparsity) -> list[str]:
@@ -62,7 +69,7 @@ class Topology(Hook):
         assert settings.density is not None  # without one there is nothing to change
         self.settings, self.density, self.gradual = settings, settings.density, is_gradual(settings)
         self.follows = bool(momentum_rules(settings))
-        self.every = settings.update_every or max(1, steps // INTERVALS)
+        self.every = interval(settings, steps)
         self.masks: Masks = {}
         self.explored: Masks = {}  # weights that ever were active
         self.momentum: dict[str, Tensor] = {}  # of the dense gradient, where a rule asks for it
@@ -77,11 +84,14 @@ class Topology(Hook):
         """Draw the first masks.
 
         Raises:
-            UserError: the density leaves fewer weights than there are layers.
+            UserError: there are no such weights, or the density leaves fewer than there are layers.
         """
         rule, density = initial[self.settings.sparse_init.name], self.density
         options, rng = self.settings.sparse_init.options, generator(run.seed, "mask")
-        sizes = [weight.numel() for weight in prunable(run.model).values()]
+        shapes = shapes_of(run.model)
+        if not shapes:
+            raise UserError(f"density = {density:g}: the model trains no weights of linear or convolutional layers")
+        sizes = [shape.numel() for shape in shapes.values()]
         if round(density * sum(sizes)) < len(sizes):
             raise UserError(
                 f"density = {density:g} of {sum(sizes):,} weights leaves {round(density * sum(sizes))} for {len(sizes)}"
@@ -89,10 +99,13 @@ class Topology(Hook):
             )
         with run.bill("first masks"):
             needed = {"batch": self._first_batch(run)} if "batch" in rule.declares else {}
-            masks: Masks = rule(run.model, density, options=options, rng=rng, **needed)
+            masks = rule(run.model, density, options=options, rng=rng, **needed)
+        if {name: mask.shape for name, mask in masks.items()} != shapes:
+            raise UserError(f"sparse initialisation {rule.name!r} returned other layers or shapes than {[*shapes]}")
         for name, mask in masks.items():
-            self.masks[name] = mask.to(run.worker.device)
+            self.masks[name] = mask.bool().to(run.worker.device)
         self._agree(run)
+        self.explored = {name: mask.clone() for name, mask in self.masks.items()}
         if self.settings.fan_in == "sparse":
             for name, weight in prunable(run.model).items():
                 weight.data.copy_(enlarged(weight.data, self.masks[name]))
@@ -129,12 +142,14 @@ class Topology(Hook):
         weights, existed = prunable(run.model), {name: mask.clone() for name, mask in self.masks.items()}
         rule, leaving = drop[self.settings.drop.name], self._leaving(run)
         for name, mask in self.masks.items():
-            scores = rule(weights[name].data[mask], options=self.settings.drop.options)
+            active = weights[name].data[mask]
+            scores = _scores(f"drop rule {rule.name!r}", rule(active, options=self.settings.drop.options), active, name)
             mask.copy_(dropped(mask, scores, leaving[name]))
         for name, count in self._arriving(weights, existed).items():
             if count:
                 scores = self._growth_scores(run, name, weights[name])
                 self.masks[name].copy_(grown(self.masks[name], scores, count))
+        self._agree(run)
         for name, mask in self.masks.items():
             self.explored[name] |= mask
             _settle(run, weights[name], mask, existed[name])
@@ -158,35 +173,32 @@ class Topology(Hook):
             return dict.fromkeys(lost, 0)
         if self.settings.redistribution.name == NONE:
             return lost
-        rule = redistribution[self.settings.redistribution.name]
-        shares = {
-            name: rule(
+        rule, shares = redistribution[self.settings.redistribution.name], {}
+        for name, mask in self.masks.items():
+            share = rule(
                 weights[name].data[mask],
                 options=self.settings.redistribution.options,
                 momentum=self.momentum[name][mask] if name in self.momentum else None,
             )
-            for name, mask in self.masks.items()
-        }
+            if not (isinstance(share, int | float) and 0 <= share < math.inf):
+                raise UserError(f"redistribution {rule.name!r} returned {share} for {name}, not a share: {_DIVERGED}")
+            shares[name] = float(share)
         room = {name: int((~mask).sum()) for name, mask in self.masks.items()}
         return allot(shares, sum(lost.values()), room)
 
     def _growth_scores(self, run: Run, name: str, weight: Tensor) -> Tensor:
-        scores: Tensor = growth[self.settings.growth.name](
+        rule = growth[self.settings.growth.name]
+        scores = rule(
             weight.data,
             options=self.settings.growth.options,
-            gradient=weight.grad,
+            gradient=_gradient(weight),
             momentum=self.momentum.get(name),
             rng=generator(run.seed, "growth", name, run.step),
         )
-        if scores.shape != weight.shape:
-            raise UserError(
-                f"growth rule {self.settings.growth.name!r} returned {list(scores.shape)} for {list(weight.shape)}"
-            )
-        return scores.to(weight.device)
+        return _scores(f"growth rule {rule.name!r}", scores, weight, name)
 
     def _follow(self, name: str, run: Run) -> None:
-        gradient = run.model.get_parameter(name).grad
-        assert gradient is not None  # masks are of weights that are trained
+        gradient = _gradient(run.model.get_parameter(name))
         if name in self.momentum:
             self.momentum[name].mul_(run.settings.momentum).add_(gradient)
         else:
@@ -201,10 +213,8 @@ class Topology(Hook):
         return next(plain_batches(run.split, some, run.worker.device, len(some), dtype_of(run.model)))
 
     def _agree(self, run: Run) -> None:
-        """Take the first worker's masks: SNIP and GraSP follow from sums that machines round differently."""
+        """Take the first worker's masks: they follow from sums that machines may round differently."""
         run.worker.share(mask.view(torch.uint8) for mask in self.masks.values())
-        for name, mask in self.masks.items():
-            self.explored[name] = mask.clone()
 
     def _note(self, run: Run) -> None:
         explored_share = self.explored_share
@@ -220,6 +230,25 @@ class Topology(Hook):
             }
             for name, mask in self.masks.items()
         ]
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """Return the gradient of a parameter; of one that the forward pass does not use, zeros."""
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _scores(rule: str, scores: object, like: Tensor, layer: str) -> Tensor:
+    """Return what a rule scored, if it is a number for each weight; ∞ is one.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(scores, Tensor) or scores.shape != like.shape:
+        found = list(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise UserError(f"{rule} returned {found} for {list(like.shape)} of {layer}")
+    if scores.isnan().any():
+        raise UserError(f"{rule} returned NaN for {layer}: {_DIVERGED}")
+    return scores.to(like.device)
 
 
 def _settle(run: Run, weight: Tensor, mask: Tensor, existed: Tensor) -> None:

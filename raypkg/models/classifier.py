@@ -79,10 +79,18 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
     """Return the module as a ``Classifier`` that was seen to map [b, *shape] to [b, D] to [b, C].
 
     Raises:
-        UserError: not a module, no linear head, not able to take the shape, or other shapes out.
+        UserError: not a module, no linear head, not able to take the shape, other shapes out, or shared parameters.
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"model {name!r} returned a {type(module).__name__}, not an nn.Module")
+    names: dict[nn.Parameter, str] = {}
+    for path, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter in names:
+            raise UserError(
+                f"model {name!r}: {names[parameter]} and {path} are one parameter, which is stored and masked by name:"
+                " give each layer its own"
+            )
+        names[parameter] = path
     module.eval()  # the probe must not move batch-norm statistics
     x = torch.randn(2, *shape, generator=generator(0, "probe"))  # [2, *shape]
     logits = _probe(module, name, x, (2, num_classes))

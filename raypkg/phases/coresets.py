@@ -130,6 +130,8 @@ def read_coreset(path: str) -> pa.Table:
         UserError: no such file, or not a coreset.
     """
     folder, _, name = path.rpartition("/")
+    if not name:
+        raise UserError(f"{path!r} is no coreset file")
     table = Storage(folder or ".").read_table(name)
     if table is None:
         raise UserError(f"there is no coreset file {path}")

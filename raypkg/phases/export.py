@@ -57,15 +57,22 @@ def export(folder: RunFolder, settings: Experiment) -> Exported:
         settings: of the run.
 
     Raises:
-        UserError: the run is not finished.
+        UserError: the run is not finished, its model's code is another by now, or no weight is zero.
     """
     storage = folder.storage
     if not folder.summary:
         raise UserError(f"run {folder.name!r} is not finished: nothing to export yet")
     state, data = load_model(storage, MODEL), samples(settings.dataset, settings.seed).data
     model = new_model(settings, data).eval()
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(
+            f"{storage.root}/{MODEL} does not fit model {settings.model.name!r}: its code changed"
+        ) from None
     names = set(prunable(model))
+    if all(state[name].all() for name in names):
+        raise UserError(f"run {folder.name!r} is dense: no weight is zero, so there is nothing to leave out")
     save_model(storage, EXPORTED, compressed(state, names))
     indices = torch.arange(min(BATCH, len(data.test)))
     x, _ = next(plain_batches(data.test, indices, torch.device("cpu"), dtype=next(model.parameters()).dtype))

@@ -11,7 +11,7 @@ from raypkg.core.settings import Agent
 from raypkg.engine.active import Active
 from raypkg.engine.correction import COLUMNS, Correction
 from raypkg.engine.hooks import Hook, Masked
-from raypkg.engine.topology import NONE, PRUNED_BY, Topology, is_gradual, momentum_rules
+from raypkg.engine.topology import NONE, PRUNED_BY, Topology, interval, is_gradual, momentum_rules
 from raypkg.engine.worker import Worker
 from raypkg.methods.sparse.flops import active_flops, forward_flops
 from raypkg.methods.sparse.masks import density_of
@@ -45,17 +45,22 @@ def check(settings: Any, n: int) -> None:
         ):
             if chosen.name != NONE or rules in (initial, drop):
                 rules[chosen.name].options(chosen.options)
+            elif chosen.options:
+                raise UserError(f"{rules.kind} = none: its options {', '.join(chosen.options)} would do nothing")
     per_epoch = -(-n // settings.train.batch_size)
     steps = settings.epochs * per_epoch
-    if settings.update_every and settings.update_every >= steps:
-        raise UserError(
-            f"update_every = {settings.update_every} is not below the {steps} steps of training: masks would never"
-            " change"
-        )
+    if settings.density is not None and settings.growth.name != NONE:
+        if settings.density == 1:
+            raise UserError("density = 1 leaves no room to grow: leave --density out, or give less")
+        if interval(settings, steps) >= steps:
+            raise UserError(
+                f"update_every = {interval(settings, steps)} is not below the {steps} steps of training: masks would"
+                " never change"
+            )
     if is_gradual(settings):
         _check_pruning(settings, steps)
     if settings.correction == "agent":
-        _check_correction(settings.agent, per_epoch, steps)
+        _check_correction(settings, n, per_epoch, steps)
     if settings.compute == "sparse":
         _check_compute(settings)
     if settings.batches == "crest":
@@ -65,7 +70,7 @@ def check(settings: Any, n: int) -> None:
 def _check_pruning(settings: Any, steps: int) -> None:
     if settings.drop.name == "threshold":
         raise UserError("drop = threshold lets weights stay, so gradual pruning would not reach its density")
-    every = settings.update_every or 1
+    every = interval(settings, steps)
     if -(-math.ceil(PRUNED_BY * steps) // every) * every >= steps:
         raise UserError(
             f"update_every = {every}: no change falls into the last quarter of the {steps} steps, so gradual pruning"
@@ -74,6 +79,8 @@ def _check_pruning(settings: Any, steps: int) -> None:
 
 
 def _check_compute(settings: Any) -> None:
+    if settings.train.compile:
+        raise UserError("compute = sparse does not go with train.compile = true: weights change their number")
     if rules := momentum_rules(settings):
         raise UserError(f"compute = sparse has no dense gradient at every step, which {rules[0]} needs")
     if settings.correction == "agent" or settings.batches == "crest":
@@ -81,7 +88,13 @@ def _check_compute(settings: Any) -> None:
         raise UserError(f"compute = sparse does not go with {other}, which differentiates other weights, or twice")
 
 
-def _check_correction(agent: Agent, per_epoch: int, steps: int) -> None:
+def _check_correction(settings: Any, n: int, per_epoch: int, steps: int) -> None:
+    agent: Agent = settings.agent
+    if agent.samples and not settings.train.batch_size <= agent.samples < n:
+        raise UserError(
+            f"agent.samples = {agent.samples}: at least a batch, train.batch_size = {settings.train.batch_size}, and"
+            f" fewer than all {n}, which are taken when it is left out"
+        )
     interval = agent.snapshot or per_epoch
     if interval >= steps or interval // agent.every < CORRECTED or not agent.alpha:
         raise UserError(

@@ -148,13 +148,22 @@ def locate(root: str, run: str) -> RunFolder:
     """Open a run by its path, or by its name in whichever experiment has it.
 
     Raises:
-        UserError: no such run, the nearest one named.
+        UserError: no such run, the nearest one named, or several.
     """
-    for storage in [Storage(run), *(Storage(root) / kind / run for kind in Storage(root).list())]:
-        if "config.toml" in storage.list():
+    runs = Storage(root)
+    for storage in (Storage(run), runs / run):
+        if _is_run(storage):
             return RunFolder(storage)
-    names = [name for kind in Storage(root).list() for name in Storage(f"{root}/{kind}").list()]
-    raise unknown(f"run in {root}", run, names)
+    if found := [kind for kind in runs.list() if _is_run(runs / kind / run)]:
+        if len(found) > 1:
+            raise UserError(f"there is a run {run!r} of {' and of '.join(found)}: give {found[0]}/{run}, or another")
+        return RunFolder(runs / found[0] / run)
+    names = {name for kind in runs.list() for name in (runs / kind).list() if _is_run(runs / kind / name)}
+    raise unknown(f"run in {root}", run, sorted(names))
+
+
+def _is_run(storage: Storage) -> bool:
+    return "config.toml" in storage.list()
 
 
 def environment() -> dict[str, Any]:

@@ -47,6 +47,20 @@ def test_a_model_is_exported_without_its_zeros(effray, refusal):
     assert "run 'a' is not finished: nothing to export yet" in refusal("export a")
 
 
+def test_a_dense_model_has_nothing_to_leave_out(effray, refusal):
+    effray("sparse --name a --model mlp --train.epochs 1")
+    assert "run 'a' is dense: no weight is zero" in refusal("export a")
+    assert not (RUN / "model.csr.safetensors").exists()
+
+
+def test_a_name_that_two_runs_have_needs_its_experiment(effray, refusal):
+    effray(SHORT)
+    effray("train --name a --model linear --train.epochs 1")
+    assert "there is a run 'a' of sparse and of train: give sparse/a, or another" in refusal("export a")
+    assert "run 'a' is dense" in refusal("export train/a")
+    assert "unknown run in runs 'b'. Allowed: a\n" in refusal("export b")
+
+
 def test_dense_training_is_without_a_density(effray):
     effray("sparse --name a --model mlp --train.epochs 1")
     assert "density" not in summary() and not (RUN / "topology.parquet").exists()
@@ -102,6 +116,22 @@ def test_extended_training_is_longer(effray):
             "--density 0.1 --growth none --sparse-init dense --fan-in sparse",
             r"sparse_init = dense begins with all inputs: fan_in would do nothing",
         ),
+        ("--density 1", r"density = 1 leaves no room to grow"),
+        ("--density 0.1 --train.epochs 1 --train.batch_size 4000", r"update_every = 1 is not below the 1 steps"),
+        (
+            "--density 0.1 --growth none --set growth.options.foo=3",
+            r"growth rule = none: its options foo would do nothing",
+        ),
+        (
+            "--correction agent --agent.samples 1",
+            r"agent.samples = 1: at least a batch, train.batch_size = 128, and fewer",
+        ),
+        ("--correction agent --agent.samples 99999", r"fewer than all 1295, which are taken when it is left out"),
+        (
+            "--density 0.1 --compute sparse --train.compile true",
+            r"compute = sparse does not go with train.compile = true: weights change their number",
+        ),
+        ("--coreset=", r"'' is no coreset file"),
         ("--compute sparse", r"density is left out: compute would do nothing"),
         ("--density 0.1 --compute sparse --growth momentum", r"compute = sparse has no dense gradient at every step"),
         (

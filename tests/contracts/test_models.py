@@ -48,6 +48,11 @@ def not_a_module(shape, num_classes):
     return 3
 
 
+def tied(shape, num_classes):
+    hidden = nn.Linear(192, 192)
+    return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), hidden, nn.Linear(192, num_classes))
+
+
 def own(function):
     return f"{__name__}:{function.__name__}"
 
@@ -253,6 +258,7 @@ def test_torchvision_networks_return_logits_while_training(variant):
         (own(three_classes), {}, r"maps inputs \(2, 3, 8, 8\) to \(2, 3\), not to \(2, 5\)"),
         (own(no_arguments), {}, r"must be callable as function\(shape, num_classes\)"),
         (own(not_a_module), {}, "returned a int, not an nn.Module"),
+        (own(tied), {}, r"tied': 1.weight and 3.weight are one parameter, which is stored and masked by name"),
     ],
 )
 def test_errors_are_one_line(name, arguments, match):

@@ -19,8 +19,8 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that masks apply to: the weights of linear and convolutional layers that are trained."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
-    weights = {f"{name}.weight".lstrip("."): layer.get_parameter("weight") for name, layer in layers.items()}
+    layers = {f"{name}.weight".lstrip("."): layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+    weights = {name: weight for name, weight in model.named_parameters() if name in layers}
     return {name: weight for name, weight in weights.items() if weight.requires_grad}
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .masks import prunable
+
+_gradients = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)  # 0 of layers not in use
 
 
 def snip(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -20,7 +23,8 @@ def snip(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """
     weights = prunable(model)
     with _training(model):
-        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(weights.values()))
+        loss = F.cross_entropy(model(x), y)
+        gradients = _gradients(loss, list(weights.values()))
     return {name: (g * w).detach().abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}
 
 
@@ -36,9 +40,10 @@ def grasp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """
     weights = prunable(model)
     with _training(model):
-        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(weights.values()), create_graph=True)
+        loss = F.cross_entropy(model(x), y)
+        gradients = _gradients(loss, list(weights.values()), create_graph=True)
         flow = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()
-        products = torch.autograd.grad(flow, list(weights.values()))  # Hg
+        products = _gradients(flow, list(weights.values()))  # Hg
     return {name: (w * product).detach() for (name, w), product in zip(weights.items(), products, strict=True)}
 
 
