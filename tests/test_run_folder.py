@@ -57,6 +57,17 @@ def test_a_full_disk_leaves_nothing_half_written(storage, tmp_path, monkeypatch)
     assert storage.read("a.txt") == b"old"
 
 
+def test_a_folder_is_one_process_s_at_a_time(storage):
+    storage.write("a", b"")
+    with storage.alone("run 'a'"):
+        with pytest.raises(UserError, match="run 'a' is being worked on by another process"), storage.alone("run 'a'"):
+            pass
+    with pytest.raises(BlockingIOError), storage.alone("run 'a'"):  # not mistaken for the folder's
+        raise BlockingIOError
+    with storage.alone("run 'a'"):
+        pass
+
+
 def test_a_uri_is_a_root_too(tmp_path):
     storage = Storage(f"file://{tmp_path}/runs")
     storage.write_json("x.json", {"a": 1})

@@ -62,7 +62,8 @@ def _run(entry: Entry, settings: Any, folder: RunFolder) -> None:
     console = terminal()
     console.print(f"{entry.name} {folder.name}: {subject(settings)} on {settings.dataset.name}")
     try:
-        line = carry_out(entry, settings, folder, console)
+        with folder.storage.alone(f"run {folder.name!r}"):
+            line = carry_out(entry, settings, folder, console)
     except (KeyboardInterrupt, SystemExit):
         hint = f"; go on with: {get_current_context().command_path} --resume {folder.name}" if folder.started else ""
         raise UserError(f"interrupted{hint}") from None

@@ -1,6 +1,5 @@
 """The books of a recorded run: which samples its model has been trained on, as the log says."""
 
-import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -187,12 +186,7 @@ def open_books(folder: RunFolder, schema: type[Experiment], replay: Mapping[str,
     """
     if folder.storage.read(LOG) is None:
         raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
-    lock = version(folder.storage, 0).parents[1] / "lock"
-    with lock.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"run {folder.name!r} is being changed by another process: wait for it") from None
+    with folder.storage.alone(f"run {folder.name!r}"):
         yield Books(folder, schema, replay)
 
 

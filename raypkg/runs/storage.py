@@ -1,8 +1,11 @@
 """A folder on a local disk or any ``pyarrow.fs`` URI, written atomically."""
 
 import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,29 @@ class Storage:
     def local(self) -> Path | None:
         """The folder as a local path, or None when it is remote."""
         return Path(self._path) if isinstance(self._fs, fs.LocalFileSystem) else None
+
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Keep a folder, on a local disk, from other processes of this machine that ask so, till this one is done.
+
+        Args:
+            what: it is, for the error.
+
+        Raises:
+            UserError: another process has it.
+        """
+        if self.local is None:
+            yield
+            return
+        folder = os.open(self.local, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when the process ends, however it ends
+            except BlockingIOError:
+                raise UserError(f"{what} is being worked on by another process: wait for it, or stop it") from None
+            yield
+        finally:
+            os.close(folder)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file under a temporary name, then rename it.

@@ -125,12 +125,21 @@ def trials_of(order: Order, space: Space, settings: Any) -> list[dict[str, Any]]
     return drawn
 
 
+def varied(base: Any, values: Mapping[str, Any]) -> Any:
+    """Return the settings that all trials share with what one of them sets.
+
+    Raises:
+        UserError: an unknown setting, or a value that it does not allow.
+    """
+    return load(type(base), base.model_dump(mode="json"), values)
+
+
 def longest_of(settings: Any, space: Space, known: Iterable[Mapping[str, Any]]) -> int:
     """Return the epochs of the longest trial, of those that are known and those that the space allows."""
     from raypkg.cluster.tune import candidates
 
     def epochs(values: Mapping[str, Any]) -> int:
-        return load(type(settings), settings.model_dump(mode="json"), values).epochs
+        return varied(settings, values).epochs
 
     tried = {name: [(epochs({name: value}), value) for value in candidates(d)] for name, d in space.domains.items()}
     longest = {name: max(values, key=itemgetter(0))[1] for name, values in tried.items() if values}
@@ -143,7 +152,7 @@ def check_trial(order: Order, base: Any, values: Mapping[str, Any]) -> None:
     Raises:
         UserError: what is wrong.
     """
-    trial = load(type(base), base.model_dump(mode="json"), values)
+    trial = varied(base, values)
     check_names(trial)
     _check_measured(order, trial)
     n = samples_of(trial)

@@ -25,7 +25,7 @@ from raypkg.runs.sweep import DONE, SweepFolder, create, find, measured
 from raypkg.runs.sweep_show import conclude, show_sweep
 
 from . import proxy
-from .order import EVALUATE, Order, base_of, check_trial, filled, longest_of, trials_of, without
+from .order import EVALUATE, Order, base_of, check_trial, filled, longest_of, trials_of, varied, without
 from .spaces import Space, check_space, open_space, read_space
 
 CHANGEABLE = ("concurrent", "time_budget")  # of a sweep that goes on
@@ -46,8 +46,13 @@ def start_sweep(
     space = without(open_space(entry.name if order.space is None else order.space), values)
     order = filled(order, space)
     proxy.check(order, settings, space)
-    # What a searcher will think of is not known: each value is tried alone, as a trial.
-    check_space(space, partial(check_trial if order.search == "optuna" else _check_values, order, settings))
+
+    def check(values: Mapping[str, Any]) -> None:
+        if order.search == "optuna":  # it has yet to think of trials: each value is tried as one, by itself
+            check_trial(order, settings, values)
+        check_names(varied(settings, values))
+
+    check_space(space, check)
     trials = trials_of(order, space, settings)
     for number, trial in enumerate(trials):
         try:
@@ -64,7 +69,8 @@ def start_sweep(
     except BaseException:
         sweep.storage.delete_folder("")
         raise
-    _run(entry, sweep, settings, space, size, root)
+    with sweep.storage.alone(f"sweep {name!r}"):
+        _run(entry, sweep, settings, space, size, root)
 
 
 def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any], root: str) -> None:
@@ -91,18 +97,15 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
     if sweep.order["experiment"] != entry.name:
         raise UserError(f"sweep {name!r} is of {sweep.order['experiment']}, not of {entry.name}")
     settings = load(settings_of(entry), sweep.config, values)
-    sweep.change(asked, settings)
     whole = read_space(sweep.space, f"{sweep.storage.root}/space.py")
     space = without(whole, whole.domains.keys() - sweep.order["varied"])
-    if not _left(sweep) and not proxy.enlist(sweep):
-        conclude(sweep)
-        show_sweep(sweep, terminal())
-        return
-    _run(entry, sweep, settings, space, _size(settings, sweep.order["concurrent"]), root)
-
-
-def _check_values(order: Order, base: Any, values: Mapping[str, Any]) -> None:
-    check_names(load(type(base), base.model_dump(mode="json"), values))
+    with sweep.storage.alone(f"sweep {name!r}"):
+        sweep.change(asked, settings)
+        if not _left(sweep) and not proxy.enlist(sweep):
+            conclude(sweep)
+            show_sweep(sweep, terminal())
+            return
+        _run(entry, sweep, settings, space, _size(settings, sweep.order["concurrent"]), root)
 
 
 def _size(settings: Any, concurrent: int | None) -> Any:

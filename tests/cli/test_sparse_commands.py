@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from raypkg.methods.sparse.csr import expanded
+from raypkg.runs.storage import Storage
 
 RUN = Path("runs/sparse/a")
 SHORT = "sparse --name a --model mlp --train.epochs 6 --train.batch_size 100 --density 0.1 --update-every 7"
@@ -59,6 +60,13 @@ def test_a_name_that_two_runs_have_needs_its_experiment(effray, refusal):
     assert "there is a run 'a' of sparse and of train: give sparse/a, or another" in refusal("export a")
     assert "run 'a' is dense" in refusal("export train/a")
     assert "unknown run in runs 'b'. Allowed: a\n" in refusal("export b")
+
+
+def test_a_run_that_is_under_way_is_not_resumed(effray, refusal):
+    effray(SHORT)
+    (RUN / "summary.json").unlink()
+    with Storage(str(RUN)).alone("it"):
+        assert "run 'a' is being worked on by another process" in refusal("sparse --resume a")
 
 
 def test_dense_training_is_without_a_density(effray):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from raypkg.core.errors import UserError
+from raypkg.runs.sweep import SweepFolder
 
 SPACE = """
 from ray import tune
@@ -224,6 +225,18 @@ def test_draws_follow_from_the_seed_and_grids_have_every_combination():
     assert candidates(tune.qrandint(10, 30, 10)) == [10, 30]
     with pytest.raises(UserError, match="f is drawn from a continuous range, or one with steps"):
         grid({"f": tune.qrandint(10, 30, 10)})
+
+
+def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
+    from raypkg.experiments.crest import CrestSettings
+    from raypkg.runs.sweep import create
+
+    order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "varied": ["select.b"]}
+    text = SPACE.format(metric="accuracy", mode="max", space="'select.b': tune.choice([1, 2])")
+    sweep = create(str(tmp_path / "runs"), "s", order, CrestSettings(), text, [{"select.b": 1}])
+    with sweep.storage.alone("it"):
+        assert "sweep 's' is being worked on by another process" in refusal("tune crest --resume s --concurrent 1")
+    assert "concurrent" not in SweepFolder(sweep.storage).order
 
 
 def test_no_trial_is_drawn_twice():
