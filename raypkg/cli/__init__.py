@@ -1,6 +1,7 @@
 """The command line: ``effray EXPERIMENT`` for every experiment, and what surrounds them."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,13 +16,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     logging.basicConfig(format="effray: %(message)s")
     try:
-        sys.exit(effray.main(arguments, prog_name="effray", standalone_mode=False))
+        try:
+            code = effray.main(arguments, prog_name="effray", standalone_mode=False)
+        except click.exceptions.NoArgsIsHelpError as error:  # a group without its command
+            print(error.ctx.get_help())
+            code = 0
+        sys.stdout.flush()
+        sys.exit(code)
     except UserError as error:
         _fail(str(error), 2)
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()), error.exit_code)
     except click.Abort:
         _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _fail(message: str, code: int) -> None:
