@@ -14,7 +14,7 @@ PROGRAMS = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [
     command.strip()
     for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", "").splitlines()
     for command in line.partition("#")[0].split("&&")
     if command.strip().startswith("effray") and "…" not in command
 ]
