@@ -1,6 +1,7 @@
 """Run folders: whole files or none, metrics that survive restarts, names that are found."""
 
 import errno
+import fcntl
 
 import numpy as np
 import pyarrow as pa
@@ -65,6 +66,16 @@ def test_a_folder_is_one_process_s_at_a_time(storage):
     with pytest.raises(BlockingIOError), storage.alone("run 'a'"):  # not mistaken for the folder's
         raise BlockingIOError
     with storage.alone("run 'a'"):
+        pass
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(storage, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSYS, "no locks")
+
+    storage.write("a", b"")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with storage.alone("run 'a'"), storage.alone("run 'a'"):
         pass
 
 

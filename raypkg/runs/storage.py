@@ -45,7 +45,7 @@ class Storage:
 
     @contextmanager
     def alone(self, what: str) -> Iterator[None]:
-        """Keep a folder, on a local disk, from other processes of this machine that ask so, till this one is done.
+        """Keep a folder from other processes that ask so till this one is done, where its file system has locks.
 
         Args:
             what: it is, for the error.
@@ -62,6 +62,8 @@ class Storage:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when the process ends, however it ends
             except BlockingIOError:
                 raise UserError(f"{what} is being worked on by another process: wait for it, or stop it") from None
+            except OSError:
+                pass  # a file system without locks, as some clusters have
             yield
         finally:
             os.close(folder)
