@@ -68,7 +68,7 @@ class Correction(Hook):
             UserError: the model draws at random, as dropout does: the snapshot would draw otherwise.
         """
         self.snapshot = deepcopy(run.model)
-        if _draws(deepcopy(run.model), run):
+        if _draws(self.snapshot, run):
             raise UserError(
                 "correction = agent: the model gives one batch two outputs, as dropout does, and would differ from its"
                 " snapshot by noise"
@@ -202,7 +202,7 @@ class Correction(Hook):
 
 @torch.no_grad()
 def _draws(model: nn.Module, run: Run) -> bool:
-    """Say whether a model's outputs for one batch depend on random draws; its running statistics are spoilt."""
+    """Say whether a model's outputs for one batch depend on random draws; its running statistics move."""
     some, outputs = run.coreset.indices[:PROBED], []
     x, _ = next(plain_batches(run.split, some, run.worker.device, len(some), dtype_of(model)))
     for draw in range(2):

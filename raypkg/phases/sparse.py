@@ -95,11 +95,11 @@ def _check_correction(settings: Any, n: int, per_epoch: int, steps: int) -> None
             f"agent.samples = {agent.samples}: at least a batch, train.batch_size = {settings.train.batch_size}, and"
             f" fewer than all {n}, which are taken when it is left out"
         )
-    interval = agent.snapshot or per_epoch
-    if interval >= steps or interval // agent.every < CORRECTED or not agent.alpha:
+    between = agent.snapshot or per_epoch
+    if between >= steps or between // agent.every < CORRECTED or not agent.alpha:
         raise UserError(
-            f"correction = agent would correct nothing: of the {interval} steps between snapshots, c is estimated from"
-            f" {interval // agent.every} (at least {CORRECTED}), in a training of {steps} steps, with agent.alpha ="
+            f"correction = agent would correct nothing: of the {between} steps between snapshots, c is estimated from"
+            f" {between // agent.every} (at least {CORRECTED}), in a training of {steps} steps, with agent.alpha ="
             f" {agent.alpha:g} (above 0)"
         )
 

@@ -105,7 +105,7 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
     """Make a new run folder and write its settings and environment before the first step.
 
     Raises:
-        UserError: a run of that name exists, or the name is a path.
+        UserError: a run of that name exists, or the name cannot be one.
     """
     if name is not None:
         check_name(name)

@@ -179,7 +179,7 @@ def create(
         trials: settings of the trials that are known beforehand.
 
     Raises:
-        UserError: a sweep of that name exists, or a run that is named as one of its trials, or the name is a path.
+        UserError: a sweep of that name exists, or a run that is named as it or a trial, or the name cannot be one.
     """
     check_name(name)
     sweeps, runs = Storage(root) / FOLDER, Storage(root) / order["experiment"]

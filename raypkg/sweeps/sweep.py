@@ -50,7 +50,8 @@ def start_sweep(
     def check(values: Mapping[str, Any]) -> None:
         if order.search == "optuna":  # it has yet to think of trials: each value is tried as one, by itself
             check_trial(order, settings, values)
-        check_names(varied(settings, values))
+        else:
+            check_names(varied(settings, values))
 
     check_space(space, check)
     trials = trials_of(order, space, settings)

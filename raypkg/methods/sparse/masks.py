@@ -19,9 +19,8 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that masks apply to: the weights of linear and convolutional layers that are trained."""
-    layers = {f"{name}.weight".lstrip("."): layer for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
-    weights = {name: weight for name, weight in model.named_parameters() if name in layers}
-    return {name: weight for name, weight in weights.items() if weight.requires_grad}
+    names = {f"{name}.weight".lstrip(".") for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
+    return {name: weight for name, weight in model.named_parameters() if name in names and weight.requires_grad}
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
@@ -120,8 +119,8 @@ def largest_masks(scores: Mapping[str, Tensor], density: float) -> Masks:
 def enlarged(weight: Tensor, mask: Tensor) -> Tensor:
     """Return a layer's first weights as if drawn for the inputs that exist: w_ij·√(n/k_i) (arXiv:2010.03533).
 
-    An initialisation takes weights of variance ∝ 1/n for n inputs. Where unit i has k_i of them, its signal shrinks by
-    k_i/n in each layer: in a net without batch norm, with one weight in a hundred, nothing of it arrives.
+    An initialisation takes weights of variance ∝ 1/n for n inputs. Where unit i has k_i of them, the variance of its
+    signal shrinks by k_i/n in each layer: through several without batch norm, at 1 % density, little of it arrives.
 
     Args:
         weight: [out, in, …].
