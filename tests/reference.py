@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raypkg.core.seeds import generator
-from raypkg.methods.gradients import HeadView
+from raypkg.coresets.gradients import HeadView
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from raypkg.core.seeds import generator
-from raypkg.methods.gradients import HeadView
+from raypkg.coresets.gradients import HeadView
 
 
 @cache

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from raypkg.core.errors import UserError
-from raypkg.data import arrow
-from raypkg.data.arrow import Block, Header, Store, write
-from raypkg.data.cache import cache_folder, cached, fingerprint
+from raypkg.data.store import arrow
+from raypkg.data.store.arrow import Block, Header, Store, write
+from raypkg.data.store.cache import cache_folder, cached, fingerprint
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 4, 3, 2), dtype=np.uint8)  # [n, H, W, C]
 ROWS = np.random.default_rng(1).normal(5, 2, (10, 3)).astype(np.float32)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from raypkg.core.config import Named, Settings, leaves, load, to_toml
+from raypkg.core.config import Named, Settings, leaves, load_settings, to_toml
 from raypkg.core.errors import UserError
 
 
@@ -26,16 +26,16 @@ class Example(Settings):
 def test_overrides_win_over_the_file(tmp_path):
     file = tmp_path / "a.toml"
     file.write_text('seed = 1\nmodel = "resnet8"\n[optim]\nlr = 0.5\nrule = "adamw"\n')
-    settings = load(Example, file, {"optim.lr": "0.25", "model.options.width": 3})
+    settings = load_settings(Example, file, {"optim.lr": "0.25", "model.options.width": 3})
     assert (settings.seed, settings.optim.lr, settings.optim.rule) == (1, 0.25, "adamw")
     assert (settings.model.name, settings.model.options) == ("resnet8", {"width": 3})
 
 
 def test_toml_round_trip(tmp_path):
-    settings = load(Example, None, {"optim.lr": 0.3, "model": "linear", "model.options.a": [1, 2]})
+    settings = load_settings(Example, None, {"optim.lr": 0.3, "model": "linear", "model.options.a": [1, 2]})
     file = tmp_path / "a.toml"
     file.write_text(to_toml(settings))
-    assert load(Example, file) == settings
+    assert load_settings(Example, file) == settings
 
 
 def test_settings_are_frozen():
@@ -63,14 +63,14 @@ def test_leaves_are_dotted():
 )
 def test_one_line_errors(overrides, message):
     with pytest.raises(UserError, match=message) as caught:
-        load(Example, None, overrides)
+        load_settings(Example, None, overrides)
     assert "\n" not in str(caught.value)
 
 
 def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the settings file .*missing.toml"):
-        load(Example, tmp_path / "missing.toml")
+        load_settings(Example, tmp_path / "missing.toml")
     bad = tmp_path / "bad.toml"
     bad.write_text("seed = = 1")
     with pytest.raises(UserError, match=r"bad.toml' is not valid TOML"):
-        load(Example, Path(bad))
+        load_settings(Example, Path(bad))

@@ -7,10 +7,10 @@ import torch
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.methods.coresets import coreset
-from raypkg.methods.facility import cluster_shares, facility_location
-from raypkg.methods.gradients import HeadView
-from raypkg.methods.selection import class_budgets, select
+from raypkg.coresets.budgets import class_budgets, select
+from raypkg.coresets.facility import cluster_shares, facility_location
+from raypkg.coresets.gradients import HeadView
+from raypkg.coresets.rules import coreset
 
 
 def craig(view, budget, **options):
@@ -54,7 +54,7 @@ def test_craig_draws_fewer_candidates_for_a_larger_epsilon(monkeypatch):
     asked, view = [], reference.problem(100).view
     draw = torch.randperm
     monkeypatch.setattr(
-        "raypkg.methods.coresets.craig.stochastic_facility_location", lambda *a, **k: asked.append(k) or draw(10)
+        "raypkg.coresets.rules.craig.stochastic_facility_location", lambda *a, **k: asked.append(k) or draw(10)
     )
     for epsilon in (0.01, 0.5):
         craig(view, 10, greedy="stochastic", epsilon=epsilon)
@@ -85,7 +85,7 @@ def test_kcenter_equals_its_slow_twin(seed):
 def test_gradmatch_picks_the_same_however_far_it_looks_ahead(monkeypatch, ahead):
     view = reference.problem(120, width=64).view
     picked = coreset["gradmatch"](view, 40, options={"lam": 0.01})
-    monkeypatch.setattr("raypkg.methods.coresets.gradmatch.AHEAD", ahead)  # rows are dropped for others many times
+    monkeypatch.setattr("raypkg.coresets.rules.gradmatch.AHEAD", ahead)  # rows are dropped for others many times
     again = coreset["gradmatch"](view, 40, options={"lam": 0.01})
     assert again.indices.equal(picked.indices)
     torch.testing.assert_close(again.weights, picked.weights)

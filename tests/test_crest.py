@@ -10,22 +10,24 @@ from torch import nn
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.core.settings import CrestSelect, Training
+from raypkg.core.settings import Training
+from raypkg.coresets.recorder import Recorder
+from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
+from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.costs import Cost
-from raypkg.engine.crest import Crest
-from raypkg.engine.hooks import Masked
-from raypkg.engine.loop import Run, fit
-from raypkg.engine.minibatches import subset_size
-from raypkg.engine.recording import Recorder
-from raypkg.engine.selection import LiveModel
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.engine.worker import Worker
-from raypkg.methods.coreset import Coreset
+from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.minibatch import minibatch_coreset
-from raypkg.methods.crest.quadratic import Moments, flat, gradient_of, hessian_diagonal, predicted, relative_error
-from raypkg.methods.crest.region import interval, remaining
+from raypkg.methods.crest.pool import subset_size
+from raypkg.methods.crest.quadratic import MovingMoments, flat, gradient_of, hessian_diagonal, predicted, relative_error
+from raypkg.methods.crest.region import check_interval, remaining
+from raypkg.methods.crest.settings import CrestSelect
+from raypkg.methods.sparse.masked import Masked
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
@@ -90,7 +92,7 @@ def test_the_model_is_the_loss_where_the_loss_is_quadratic_and_separable():
 
 def test_moments_are_bias_corrected_means():
     zero, rows = torch.zeros(4), torch.randn(6, 2, 4)
-    moments = Moments(zero, zero)
+    moments = MovingMoments(zero, zero)
     for gradient, diagonal in rows:
         moments = moments.updated(gradient, diagonal)
     for found, beta, values in (
@@ -99,7 +101,7 @@ def test_moments_are_bias_corrected_means():
     ):
         weights = torch.tensor([beta ** (5 - s) for s in range(6)])
         torch.testing.assert_close(found, weights @ values / weights.sum(), rtol=1e-4, atol=1e-6)
-    latest = Moments(zero, zero, betas=(0.0, 0.0)).updated(*rows[0]).updated(*rows[1])
+    latest = MovingMoments(zero, zero, betas=(0.0, 0.0)).updated(*rows[0]).updated(*rows[1])
     assert latest.gradient.equal(rows[1, 0])
     torch.testing.assert_close(latest.diagonal, rows[1, 1].abs())
 
@@ -121,7 +123,7 @@ def test_rho_by_hand():
 
 
 def test_interval_by_hand():
-    assert [interval(h, *norms) for h, *norms in ((2, 3.0, 1.5), (0.1, 1.0, 1.0), (3, 0.0, 1.0))] == [4, 1, 3]
+    assert [check_interval(h, *norms) for h, *norms in ((2, 3.0, 1.5), (0.1, 1.0, 1.0), (3, 0.0, 1.0))] == [4, 1, 3]
 
 
 def test_only_samples_seen_with_small_losses_alone_are_dropped():

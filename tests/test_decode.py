@@ -4,7 +4,7 @@ from PIL import Image
 
 import samples
 from raypkg.core.errors import UserError
-from raypkg.data.decode import decode, decode_all, header
+from raypkg.data.store.decode import decode, decode_all, header
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])

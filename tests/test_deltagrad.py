@@ -11,16 +11,16 @@ import reference
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
 from raypkg.data.split import Split, aligned, joined
-from raypkg.engine.gradients import Objective, ShardedGradient, check_derivation
-from raypkg.engine.history import Membership, assign, flat
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.curvature import Curvature
 from raypkg.methods.deltagrad.exactness import Periodic, Tolerant
+from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, Layout, Recording, check_room
+from raypkg.methods.deltagrad.hook import Membership, assign, to_vector
+from raypkg.methods.deltagrad.ledger import FILE, Ledger
 from raypkg.methods.deltagrad.logistic import logistic_gradient
+from raypkg.methods.deltagrad.objective import Objective, ShardedGradient, check_derivation
 from raypkg.methods.deltagrad.replay import Step, replay, retrain
 from raypkg.models import build_model
-from raypkg.runs.history import DIGESTS, RECORDS, History, Layout, Recording, check_room
-from raypkg.runs.ledger import FILE, Ledger
 from raypkg.runs.storage import Storage
 
 N, D, C, DECAY = 90, 5, 3, 0.01
@@ -48,7 +48,7 @@ class Training:
         self.objective, self.epochs, self.split = objective, epochs, split
         self.membership = Membership(torch.arange(N), added, batch_size, 0)
         name, options = (json.loads(objective.model)[part] for part in ("name", "options"))
-        self.initial = flat(build_model(name, (D,), C, seed=0, options=options).parameters()).double()
+        self.initial = to_vector(build_model(name, (D,), C, seed=0, options=options).parameters()).double()
 
     def gradient(self, w, indices):
         return self.objective.gradient_sum(self.split, w, indices)
@@ -259,7 +259,7 @@ def test_weights_go_in_and_out_of_a_model():
     model = build_model("mlp", (D,), C, seed=0, options={"hidden": [4]})
     w = torch.arange(sum(p.numel() for p in model.parameters()), dtype=torch.float32)
     assign(model, w)
-    assert torch.equal(flat(model.parameters()), w)
+    assert torch.equal(to_vector(model.parameters()), w)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "tests"])

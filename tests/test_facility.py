@@ -6,9 +6,9 @@ import torch
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.methods import facility
-from raypkg.methods.facility import cluster_shares, facility_location, stochastic_facility_location
-from raypkg.methods.gradients import HeadView
+from raypkg.coresets import facility
+from raypkg.coresets.facility import cluster_shares, facility_location, stochastic_facility_location
+from raypkg.coresets.gradients import HeadView
 
 PLENTY = 2**30
 

@@ -4,7 +4,7 @@ from torch import nn
 
 import reference
 from raypkg.core.errors import UserError
-from raypkg.methods.gradients import HeadView, head_view
+from raypkg.coresets.gradients import HeadView, head_view
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 

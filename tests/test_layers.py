@@ -1,45 +1,70 @@
-"""The architecture, checked: imports go strictly downwards, and Ray, W&B and click each have one importer."""
+"""The architecture, checked: imports go downwards, a method is one room, outer libraries have one importer each."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1] / "raypkg"
-BELOW = {
-    "core": set(),
-    "data": {"core"},
-    "models": {"core"},
-    "methods": {"core"},
-    "engine": {"core", "data", "models", "methods"},
-    "cluster": {"core", "data", "models", "methods", "engine"},
-    "runs": {"core"},
-    "phases": {"core", "data", "models", "methods", "engine", "cluster", "runs"},
-    "experiments": {"core", "data", "models", "methods", "engine", "cluster", "runs", "phases"},
-    "sweeps": {"core", "data", "models", "methods", "engine", "cluster", "runs", "phases", "experiments"},
-    "cli": {"core", "data", "models", "methods", "engine", "cluster", "runs", "phases", "experiments", "sweeps"},
+FLOORS = (  # each may import those before it
+    "core", "data", "models", "runs", "engine", "coresets", "cluster", "phases", "experiments",
+    "methods", "sweeps", "cli",
+)  # fmt: skip
+APART = {"runs": {"core"}, "engine": {"core", "data", "models"}}  # floors that could see more and do not
+MATHEMATICS = {"core", "data", "models", "coresets"}  # all that a method's pure files import
+REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # files of a method that reach further
+REACH_TOO = {
+    "sparse": {"masked"},
+    "crest": {"pool"},
+    "deltagrad": {"books", "objective", "recorded_data", "recording", "requests", "ledger"},
 }
+ROOMS = {("lipt", "sparse"), ("sparse", "crest"), ("sparse", "agent")}  # which method may import which
+REPEATED = {"__init__", "hook", "run", "settings", "experiment", "plots", "show"}  # names that every room may have
 FILES = sorted(ROOT.rglob("*.py"))
+TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 
-def imported(file: Path) -> set[str]:
+def place(file: Path) -> tuple[str, ...]:
+    return file.relative_to(ROOT).with_suffix("").parts
+
+
+def imported(file: Path, nodes=None) -> set[str]:
+    """Return everything that a file imports, ``from raypkg import x`` as raypkg.x."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes or ast.walk(TREES[file]):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             package = ["raypkg", *file.relative_to(ROOT).parts[:-1]]
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            names.add(".".join(filter(None, [base, node.module])))
+            module = ".".join(filter(None, [base, node.module]))
+            names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def reached(file: Path) -> set[tuple[str, ...]]:
+    return {tuple(name.split(".")[1:]) for name in imported(file) if name.startswith("raypkg.")}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(place(file)))
 def test_imports_go_downwards(file):
-    layer = file.relative_to(ROOT).parts[0]
-    above = {name for name in imported(file) if name.startswith("raypkg.")}
-    reached = {name.split(".")[1] for name in above} - {layer}
-    assert reached <= BELOW.get(layer, set())
+    floor = place(file)[0]
+    if floor in FLOORS:
+        below = APART.get(floor, set(FLOORS[: FLOORS.index(floor)]))
+        assert {name[0] for name in reached(file)} - {floor} <= below
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "methods").glob("*/**/*.py")), ids=lambda file: "/".join(place(file)[1:])
+)
+def test_a_method_is_one_room(file):
+    _, room, *_, name = place(file)
+    others = {(room, name[1]) for name in reached(file) if name[0] == "methods"} - {(room, room)}
+    assert others <= ROOMS
+    if name not in REACH | REACH_TOO.get(room, set()):
+        allowed = MATHEMATICS | {"experiments"} if name == "__init__" else MATHEMATICS
+        assert {name[0] for name in reached(file)} - {"methods"} <= allowed
 
 
 @pytest.mark.parametrize(
@@ -52,9 +77,31 @@ def test_one_importer(package, where):
     assert all(user.startswith(where) for user in users)
 
 
-@pytest.mark.parametrize("layer", ["core", "experiments", "cli"])
-def test_what_help_needs_imports_no_torch(layer):
-    top = [node for file in (ROOT / layer).glob("*.py") for node in ast.parse(file.read_text()).body]
-    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
-    assert not {name for name in names if name.split(".")[0] in ("torch", "ray", "numpy", "matplotlib")}
+LIGHT = [
+    f for f in FILES if place(f)[0] in ("core", "experiments", "cli") or place(f)[-1] in ("settings", "experiment")
+]
+
+
+@pytest.mark.parametrize("file", LIGHT, ids=lambda file: "/".join(place(file)))
+def test_what_help_needs_imports_no_torch(file):
+    at_import = imported(file, TREES[file].body)
+    assert not {name for name in at_import if name.split(".")[0] in ("torch", "ray", "numpy", "matplotlib")}
+
+
+def test_a_file_name_stands_once():
+    """Rules and models are named as what they are, so these may meet."""
+    free = ("rules", "models")
+    names = Counter(place(file)[-1] for file in FILES if not set(free) & set(place(file)))
+    assert {name for name, count in names.items() if count > 1} <= REPEATED
+
+
+def test_a_public_name_stands_once():
+    """Such as ``load`` of every data source, a name may be the interface of a registry."""
+    interface = {"load", "select", "score", "masks", "share", "build", "run"}
+    names = Counter(
+        node.name
+        for file, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+    )
+    assert {name for name, count in names.items() if count > 1} <= interface

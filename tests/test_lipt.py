@@ -7,7 +7,7 @@ from torch import nn
 import reference
 from raypkg.core.errors import UserError
 from raypkg.methods.lipt.batchnorm import reestimate
-from raypkg.methods.lipt.saliency import snip_ratios
+from raypkg.methods.lipt.densities import snip_ratios
 from raypkg.methods.lipt.soup import Soup, greedy
 from raypkg.methods.sparse.masks import erk, prunable, random_masks
 

@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
-from raypkg.engine.loader import CoresetLoader
-from raypkg.methods.gradients import head_view
-from raypkg.methods.selection import select
+from raypkg.coresets.budgets import select
+from raypkg.coresets.gradients import head_view
+from raypkg.coresets.loader import CoresetLoader
 from raypkg.models.classifier import Tapped, as_classifier
 
 N = 120

@@ -9,14 +9,15 @@ from torch import nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
+from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.batches import Batches, ahead, plain_batches
 from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Hook, Masked
-from raypkg.engine.loop import Run, evaluate, fit
+from raypkg.engine.loop import evaluate, fit
+from raypkg.engine.run import Hook, Run
 from raypkg.engine.schedules import learning_rate
 from raypkg.engine.worker import Worker
-from raypkg.methods.coreset import Coreset
+from raypkg.methods.sparse.masked import Masked
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 

@@ -6,7 +6,8 @@ import torch
 
 import samples
 from raypkg.core.errors import UserError
-from raypkg.data import images, load_data
+from raypkg.data import load_data
+from raypkg.data.store import images
 
 PIXELS = samples.pixels(9)
 IMAGES = [samples.encode(image) for image in PIXELS]

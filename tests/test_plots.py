@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from raypkg.methods.crest import plots as crest_plots
 from raypkg.runs import plots
 
 NAN = float("nan")
@@ -60,13 +61,11 @@ def counts(classes):
         (plots.composition, ([0, 1], [0, 4], ["none at all", "$one$"])),
         (plots.scores, [np.random.default_rng(0).gamma(1, 1, 900), np.random.default_rng(1).gamma(3, 1, 90)]),
         (plots.scores, [np.ones(3), np.ones(1)]),
-        (plots.scaling, [[{"method": m, "n": n, "seconds": n / 1e4, "MiB": 500} for m in "abcd" for n in (10, 10**6)]]),
-        (plots.scaling, [[]]),
-        (plots.regions, [[check(step) for step in range(1, 50)], 0.05]),
-        (plots.regions, [[check(1, rho=0.0, coreset_error=0.0, random_error=0.0)], 0.05]),
-        (plots.minibatches, [np.linspace(0, 2, 70), np.arange(300) % 7]),
-        (plots.minibatches, [np.array([NAN, 1.0, NAN]), np.zeros(4)]),
-        (plots.minibatches, [np.array([]), np.ones(4)]),
+        (crest_plots.regions, [[check(step) for step in range(1, 50)], 0.05]),
+        (crest_plots.regions, [[check(1, rho=0.0, coreset_error=0.0, random_error=0.0)], 0.05]),
+        (crest_plots.minibatches, [np.linspace(0, 2, 70), np.arange(300) % 7]),
+        (crest_plots.minibatches, [np.array([NAN, 1.0, NAN]), np.zeros(4)]),
+        (crest_plots.minibatches, [np.array([]), np.ones(4)]),
         (plots.images, [pixels(16, 3), pixels(16, 3), labels(16), labels(16)]),
         (plots.images, [pixels(1, 1), pixels(11, 1), labels(1), [("seven", NAN)] * 11]),
         (plots.images, [pixels(0, 3), pixels(0, 3), [], []]),

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from raypkg.core.config import load
+from raypkg.core.config import load_settings
 from raypkg.core.settings import Dataset
-from raypkg.experiments.crest import CrestSettings
-from raypkg.methods.coreset import Coreset
-from raypkg.phases.coresets import origin, save_coreset
+from raypkg.data.coreset import Coreset
+from raypkg.methods.crest.settings import CrestSettings
+from raypkg.phases.coreset_files import origin, save_coreset
 from raypkg.phases.samples import samples
 from raypkg.runs.compare import kendall
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.storage import Storage
-from raypkg.runs.sweep import create, front, judge_proxy, ranked
 from raypkg.sweeps.proxy import FINALISTS, ONLY, enlist, selection
+from raypkg.sweeps.sweep_folder import create_sweep, front, judge_proxy, ranked
 
 TAUS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
 
@@ -27,7 +27,7 @@ def sweep(tmp_path):
     order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 6, "proxy": 0.1}
     trials = [{"select.tau": tau} | fixed for tau in TAUS]
     order |= {"varied": ["select.tau"], "fixed": fixed}
-    sweep = create(str(tmp_path), "s", order, CrestSettings(), "", trials)
+    sweep = create_sweep(str(tmp_path), "s", order, CrestSettings(), "", trials)
     finish(create_run(str(tmp_path), "train", "s-proxy", CrestSettings()), 0.5, 1000)
     return sweep
 
@@ -90,7 +90,7 @@ def test_a_data_set_can_be_narrowed_to_a_coreset_with_the_same_held_out_samples(
 
 
 def test_the_coreset_is_selected_with_the_model_that_is_tuned():
-    settings = load(CrestSettings, None, {"model": "mlp", "seed": 3, "dataset.validation": 0.2})
+    settings = load_settings(CrestSettings, None, {"model": "mlp", "seed": 3, "dataset.validation": 0.2})
     chosen = selection(settings, 0.3, "craig", 0)
     assert (chosen.model.name, chosen.seed, chosen.dataset.validation) == ("mlp", 3, 0.2)
     assert (chosen.select.method, chosen.select.fraction, chosen.cluster.workers) == ("craig", 0.3, 0)

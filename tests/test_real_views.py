@@ -5,15 +5,16 @@ import torch
 
 import reference
 from raypkg.core.settings import Training
+from raypkg.coresets.budgets import select_class
+from raypkg.coresets.gradients import HeadView, head_view
+from raypkg.coresets.rules import coreset
 from raypkg.data import load_data
+from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import plain_batches
 from raypkg.engine.costs import Cost
-from raypkg.engine.loop import Run, fit
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
-from raypkg.methods.coreset import Coreset
-from raypkg.methods.coresets import coreset
-from raypkg.methods.gradients import HeadView, head_view
-from raypkg.methods.selection import select_class
 from raypkg.models import build_model
 
 LABEL, BUDGET, LAM = 3, 24, 0.5

@@ -8,21 +8,21 @@ import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect, Training
+from raypkg.coresets.budgets import select
+from raypkg.coresets.gradients import head_view
+from raypkg.coresets.record import Record
+from raypkg.coresets.recorder import Recorder
+from raypkg.coresets.reselection import Reselection, check_schedule
+from raypkg.coresets.rules import coreset
 from raypkg.data import Data
+from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.batches import plain_batches
 from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Hook
-from raypkg.engine.loop import Run, Seen, fit
-from raypkg.engine.recording import Recorder
-from raypkg.engine.reselection import Reselection, check_schedule
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Hook, Run, Seen
 from raypkg.engine.shards import LocalShards, class_shards
 from raypkg.engine.worker import Worker
-from raypkg.methods.coreset import Coreset
-from raypkg.methods.coresets import coreset
-from raypkg.methods.gradients import head_view
-from raypkg.methods.record import Record
-from raypkg.methods.selection import select
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage

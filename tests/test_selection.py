@@ -4,10 +4,10 @@ import torch
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.methods.coreset import Coreset
-from raypkg.methods.coresets import coreset, needs_gradients
-from raypkg.methods.gradients import HeadView
-from raypkg.methods.selection import budget_of, class_budgets, select, select_class
+from raypkg.coresets.budgets import budget_of, class_budgets, select, select_class
+from raypkg.coresets.gradients import HeadView
+from raypkg.coresets.rules import coreset, needs_gradients
+from raypkg.data.coreset import Coreset
 
 
 def ints(*values):

@@ -3,7 +3,7 @@ import torch
 
 import reference
 from raypkg.core.seeds import generator
-from raypkg.methods.solvers import Cholesky, largest, matching_pursuit
+from raypkg.coresets.solvers import Cholesky, largest, matching_pursuit
 
 
 def random(*shape, seed=0):
@@ -42,7 +42,7 @@ def test_equal_scores_go_by_position():
 
 
 def test_cholesky_grows_and_shrinks_to_the_factor_of_what_is_left(monkeypatch):
-    monkeypatch.setattr("raypkg.methods.solvers.GROWTH", 4)
+    monkeypatch.setattr("raypkg.coresets.solvers.GROWTH", 4)
     a = random(9, 9)
     matrix, kept = a @ a.T + torch.eye(9), []
     factor = Cholesky(like=matrix)

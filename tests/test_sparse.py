@@ -10,24 +10,26 @@ from torch import nn
 
 import reference
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Agent, Sparsity, Training
+from raypkg.core.settings import Training
+from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.active import Active
 from raypkg.engine.batches import Batches
-from raypkg.engine.correction import Correction
 from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Hook, Masked
-from raypkg.engine.loop import Run, fit
-from raypkg.engine.topology import Topology
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Hook, Run
 from raypkg.engine.worker import Worker
-from raypkg.methods.coreset import Coreset
-from raypkg.methods.sparse.agent import coefficient, cosine, smoothed
+from raypkg.methods.agent.control_variate import coefficient, cosine_similarity, smoothed
+from raypkg.methods.agent.hook import Correction
+from raypkg.methods.agent.settings import Agent
+from raypkg.methods.sparse.active_linear import ActiveLinear, of_active, pattern_of
 from raypkg.methods.sparse.csr import compressed, exchange_linear, expanded
 from raypkg.methods.sparse.flops import active_flops, forward_flops
-from raypkg.methods.sparse.linear import ActiveLinear, of_active, pattern_of
+from raypkg.methods.sparse.hook import Topology
+from raypkg.methods.sparse.masked import Active, Masked
 from raypkg.methods.sparse.masks import allot, counts_of, density_of, enlarged, erk, largest_masks, shapes_of
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
 from raypkg.methods.sparse.saliency import grasp, snip
+from raypkg.methods.sparse.settings import Sparsity
 from raypkg.methods.sparse.topology import drop_fraction, dropped, grown
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
@@ -551,7 +553,11 @@ def test_batches_that_another_hook_supplies_keep_no_gradients():
 
 def test_cosine():
     a, b = [torch.tensor([3.0, 0.0]), torch.tensor([0.0])], [torch.tensor([0.0, 4.0]), torch.tensor([0.0])]
-    assert (cosine(a, a), cosine(a, b), cosine(a, [torch.zeros(2), torch.zeros(1)])) == (1.0, 0.0, 0.0)
+    assert (
+        cosine_similarity(a, a),
+        cosine_similarity(a, b),
+        cosine_similarity(a, [torch.zeros(2), torch.zeros(1)]),
+    ) == (1.0, 0.0, 0.0)
 
 
 # What it saves

@@ -4,15 +4,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raypkg.core.config import load, read_toml
+from raypkg.core.config import load_settings, read_toml
 from raypkg.core.errors import UserError
-from raypkg.experiments.crest import CrestSettings
 from raypkg.experiments.train import TrainSettings
-from raypkg.runs import sweep_plots
+from raypkg.methods.crest.settings import CrestSettings
 from raypkg.runs.folder import create as create_run
-from raypkg.runs.sweep import create, curve, find, front, is_sweep, measured, ranked
-from raypkg.runs.sweep_show import conclude
+from raypkg.sweeps import plots as sweep_plots
+from raypkg.sweeps.show import conclude
 from raypkg.sweeps.sweep import run_trial
+from raypkg.sweeps.sweep_folder import create_sweep, curve, find_sweep, front, is_sweep, measured, ranked
 
 ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 4}
 TAUS = [0.01, 0.02, 0.03, 0.04]
@@ -25,7 +25,7 @@ def trial(number, accuracy, backward, state="done"):
 def finish(sweep, number, accuracies, *, backward=None):
     """Make a trial's run, done if ``backward`` is given."""
     values = {"select.tau": TAUS[number], "cluster.workers": 0, "train.lr": 0.3}
-    settings = load(CrestSettings, None, values)
+    settings = load_settings(CrestSettings, None, values)
     run = create_run(sweep.storage.root.rsplit("/", 2)[0], "crest", sweep.run_name(number), settings)
     for epoch, accuracy in enumerate(accuracies, 1):
         run.log({"phase": "train", "epoch": epoch, "loss": 1 / epoch, "accuracy": accuracy, "backward": 10 * epoch})
@@ -38,7 +38,7 @@ def finish(sweep, number, accuracies, *, backward=None):
 
 @pytest.fixture
 def sweep(tmp_path):
-    sweep = create(str(tmp_path), "s", ORDER, CrestSettings(), "", [{"select.tau": tau} for tau in TAUS])
+    sweep = create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [{"select.tau": tau} for tau in TAUS])
     finish(sweep, 0, [0.5, 0.8], backward=100)
     finish(sweep, 1, [0.6, 0.9], backward=200)
     finish(sweep, 2, [0.3])
@@ -58,9 +58,9 @@ def test_a_trial_is_what_its_run_folder_says(sweep):
 def told(tmp_path, **values):
     """Return what a trial tells whoever compares it."""
     short = {"model": "linear", "train.epochs": 3, "train.evaluate_every": 1}
-    settings = load(TrainSettings, None, short)
+    settings = load_settings(TrainSettings, None, short)
     order = {"experiment": "train", "metric": "accuracy", "mode": "max", "samples": 1}
-    sweep = create(str(tmp_path), "t", order, settings, "", [values])
+    sweep = create_sweep(str(tmp_path), "t", order, settings, "", [values])
     rows = []
     run_trial(0, values, rows.append, root=sweep.storage.root, workers=0)
     return rows, sweep
@@ -103,11 +103,11 @@ def test_a_failed_trial_is_to_be_run_again(sweep):
 
 
 def test_the_trials_that_a_searcher_will_think_of_are_further_ones(tmp_path):
-    sweep = create(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
+    sweep = create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
     sweep.started(1, {"select.tau": 0.5})
     assert sweep.further() == [0, 2, 3]
     assert [row["trial"] for row in sweep.results()] == [1]
-    assert find(str(tmp_path), "s").trials == sweep.trials
+    assert find_sweep(str(tmp_path), "s").trials == sweep.trials
 
 
 def test_figures_are_the_last_of_the_main_training(sweep):
@@ -129,7 +129,9 @@ def test_the_table_has_every_trial_once_and_the_best_settings_run_again(sweep):
     ]
     best = read_toml(sweep.storage.local / "best.toml")
     assert "cluster" not in best and "track" not in best
-    assert load(CrestSettings, best) == load(CrestSettings, None, {"select.tau": 0.02, "train.lr": 0.3})
+    assert load_settings(CrestSettings, best) == load_settings(
+        CrestSettings, None, {"select.tau": 0.02, "train.lr": 0.3}
+    )
     assert sorted(sweep.storage.list("plots")) == ["curves.png", "parallel.png", "pareto.png", "settings.png"]
 
 
@@ -168,26 +170,26 @@ def test_a_stopped_trial_is_not_on_the_front():
 @pytest.mark.parametrize("name", ["", "a/b", ".."])
 def test_a_name_that_is_a_path_is_refused(tmp_path, name):
     with pytest.raises(UserError, match="1 to 100 characters"):
-        create(str(tmp_path), name, ORDER, CrestSettings(), "", [])
+        create_sweep(str(tmp_path), name, ORDER, CrestSettings(), "", [])
 
 
 def test_names_are_not_taken_twice(sweep, tmp_path):
     with pytest.raises(UserError, match="sweep 's' exists"):
-        create(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
+        create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
     sweep.storage.delete_folder("")
     with pytest.raises(UserError, match="run 's-000' exists"):
-        create(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
+        create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
 
 
 def test_a_sweep_and_a_run_of_one_name_could_not_be_told_apart(tmp_path):
     create_run(str(tmp_path), "crest", "s", CrestSettings())
     with pytest.raises(UserError, match=r"run 's' exists in .*, as the sweep or a trial would be called"):
-        create(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
+        create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
 
 
 def test_a_sweep_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        create(str(tmp_path), "s", ORDER, CrestSettings(), "", [{"select.tau": object()}])
+        create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [{"select.tau": object()}])
     assert not (tmp_path / "tune/s").exists()
 
 
@@ -197,7 +199,7 @@ def test_half_a_sweep_is_said_to_be_one(sweep, tmp_path, record):
     if record:
         sweep.storage.write("sweep.json", record.encode())
     with pytest.raises(UserError, match="holds no whole sweep: delete the folder and start the sweep again"):
-        find(str(tmp_path), "s")
+        find_sweep(str(tmp_path), "s")
 
 
 def test_a_value_beyond_64_bits_is_in_the_table_as_text(sweep):
@@ -206,15 +208,15 @@ def test_a_value_beyond_64_bits_is_in_the_table_as_text(sweep):
 
 
 def test_how_a_sweep_goes_on_may_change(sweep, tmp_path):
-    sweep.change({"concurrent": 3}, load(CrestSettings, sweep.config, {"cluster.workers": 2}))
-    found = find(str(tmp_path), "s")
+    sweep.change({"concurrent": 3}, load_settings(CrestSettings, sweep.config, {"cluster.workers": 2}))
+    found = find_sweep(str(tmp_path), "s")
     assert found.order == ORDER | {"concurrent": 3} and found.config["cluster"]["workers"] == 2
 
 
 def test_an_unknown_sweep_is_refused_with_the_nearest(sweep, tmp_path):
     assert is_sweep(sweep.storage)
     with pytest.raises(UserError, match="did you mean 's'"):
-        find(str(tmp_path), "ss")
+        find_sweep(str(tmp_path), "ss")
 
 
 @pytest.mark.parametrize("rows", [[], [trial(0, None, None, "failed")], [trial(0, 0.5, 10)]], ids=["0", "failed", "1"])

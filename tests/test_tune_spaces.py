@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raypkg.cluster.tune import draw
-from raypkg.core.config import load
+from raypkg.cluster.trials import draw_settings
+from raypkg.core.config import load_settings
 from raypkg.core.settings import Experiment
 from raypkg.experiments import check_names, experiment, settings_of
-from raypkg.runs.sweep import METRICS
 from raypkg.sweeps.spaces import check_space, find_space, read_space
+from raypkg.sweeps.sweep_folder import METRICS
 
 N = 45_000  # training samples
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
@@ -21,9 +21,9 @@ def test_a_space_is_allowed_and_draws_valid_settings(file):
     schema, space = settings_of(experiment[file.stem.partition("_")[0]]), read_space(file.read_text(), str(file))
     assert METRICS[space.metric].mode == space.mode
 
-    check_space(space, lambda values: check_names(load(schema, {}, values)))
+    check_space(space, lambda values: check_names(load_settings(schema, {}, values)))
     for seed in range(20):
-        trial = load(schema, {}, draw(space.domains, np.random.default_rng(seed)))
+        trial = load_settings(schema, {}, draw_settings(space.domains, np.random.default_rng(seed)))
         check_names(trial)
         trial.check(N)
 

@@ -17,7 +17,7 @@ from .tune import tune
 
 
 class Effray(ExampleHelp, click.Group):
-    """Fixed commands, and one for every file in ``raypkg/experiments``."""
+    """Fixed commands, and one for every experiment."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         """Experiments first, then the rest."""
@@ -109,10 +109,10 @@ def show(run: str, root: str, against: str | None) -> None:
     """
     from raypkg.runs.compare import compare
     from raypkg.runs.folder import locate
-    from raypkg.runs.show import show as print_run
+    from raypkg.runs.show import show_run as print_run
     from raypkg.runs.show import terminal
-    from raypkg.runs.sweep import SweepFolder, is_sweep
-    from raypkg.runs.sweep_show import show_sweep
+    from raypkg.sweeps.show import show_sweep
+    from raypkg.sweeps.sweep_folder import SweepFolder, is_sweep
 
     folder = locate(root, run)
     if is_sweep(folder.storage):
@@ -138,15 +138,16 @@ def export(run: str, root: str, form: str) -> None:
     Example:
         effray sparse --name thin --model mlp --density 0.05 && effray export thin --format csr
     """
-    from raypkg.core.config import load
+    from raypkg.core.config import load_settings
     from raypkg.experiments import settings_of
-    from raypkg.phases.export import export as write
+    from raypkg.methods.sparse.export import export_sparse as write
+    from raypkg.methods.sparse.show import savings
     from raypkg.runs.folder import locate
-    from raypkg.runs.show import savings, terminal
+    from raypkg.runs.show import terminal
 
     folder = locate(root, run)
     kind = experiment[Path(folder.storage.root).parent.name]
-    terminal().print(savings(write(folder, load(settings_of(kind), folder.config))))
+    terminal().print(savings(write(folder, load_settings(settings_of(kind), folder.config))))
 
 
 @effray.command(cls=ExampleHelp)
@@ -158,8 +159,8 @@ def methods() -> None:
     """
     from rich.table import Column, Table
 
-    from raypkg.data import dataset
-    from raypkg.methods.coresets import coreset
+    from raypkg.coresets.rules import coreset
+    from raypkg.data.sources import dataset
     from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
     from raypkg.models import model
     from raypkg.runs.show import terminal
@@ -185,7 +186,7 @@ def data(name: str, pairs: tuple[str, ...]) -> None:
         effray data digits
     """
     from raypkg.data import load_data
-    from raypkg.phases.describe import describe
+    from raypkg.data.describe import describe
     from raypkg.runs.show import terminal
 
     from .options import parsed_pairs

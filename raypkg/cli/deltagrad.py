@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raypkg.core.errors import UserError
-from raypkg.experiments.deltagrad import DeltaGradSettings, ReplaySettings
+from raypkg.methods.deltagrad.settings import DeltaGradSettings, ReplaySettings
 from raypkg.runs import ROOT
 
 from .options import ROOT_HELP, ExampleHelp, metavar
 
 if TYPE_CHECKING:
     from raypkg.core.settings import Cluster
-    from raypkg.phases.books import Books
-    from raypkg.phases.requests import Request
+    from raypkg.methods.deltagrad.books import Books
+    from raypkg.methods.deltagrad.requests import Request
 
 WORKERS = "Ray actors that hold the data and compute gradients; 0 = this process"
 
@@ -51,7 +51,7 @@ def delete(ids: str | None, where: str | None, **given: Any) -> None:
     Example:
         effray deltagrad train --name one && effray deltagrad delete one --ids 0,1,2
     """
-    from raypkg.phases.requests import read_ids
+    from raypkg.methods.deltagrad.requests import read_ids
 
     _answer_one("delete", None if ids is None else read_ids(ids), "delete_where", where, "--ids and --where", given)
 
@@ -68,7 +68,7 @@ def add(ids: str | None, data: str | None, **given: Any) -> None:
     Example:
         effray deltagrad train --name two && effray deltagrad add two --data digits
     """
-    from raypkg.phases.requests import read_ids
+    from raypkg.methods.deltagrad.requests import read_ids
 
     _answer_one("restore", None if ids is None else read_ids(ids), "add", data, "--ids and --data", given)
 
@@ -86,7 +86,7 @@ def stream(queue: Path, together: int, **given: Any) -> None:
     Example:
         effray deltagrad train --name five && echo '{"delete": [3], "id": "a"}' > q && effray deltagrad stream five q
     """
-    from raypkg.phases.requests import batches, read_queue, unanswered
+    from raypkg.methods.deltagrad.requests import batches, read_queue, unanswered
 
     requests = read_queue(queue)
     with _opened(given) as (books, cluster):
@@ -106,8 +106,9 @@ def verify(**given: Any) -> None:
     Example:
         effray deltagrad train --name three && effray deltagrad verify three
     """
-    from raypkg.phases.deltagrad import verify as compare
-    from raypkg.runs.show import terminal, verdict
+    from raypkg.methods.deltagrad.run import compare_with_retraining as compare
+    from raypkg.methods.deltagrad.show import verdict
+    from raypkg.runs.show import terminal
 
     with _opened(given) as (books, cluster):
         terminal().print(verdict(compare(books, cluster, _follow)))
@@ -121,7 +122,8 @@ def log(**given: Any) -> None:
     Example:
         effray deltagrad train --name four && effray deltagrad log four
     """
-    from raypkg.runs.show import ledger, terminal
+    from raypkg.methods.deltagrad.show import ledger
+    from raypkg.runs.show import terminal
 
     with _opened(given) as (books, _):
         history = books.history()
@@ -136,7 +138,7 @@ COMMANDS = [delete, add, stream, verify, log]
 
 
 def _answer_one(kind: str, ids: Any, other: str, value: str | None, names: str, given: dict[str, Any]) -> None:
-    from raypkg.phases.requests import Request
+    from raypkg.methods.deltagrad.requests import Request
 
     if (ids is None) == (value is None):
         raise UserError(f"give one of {names}")
@@ -145,8 +147,8 @@ def _answer_one(kind: str, ids: Any, other: str, value: str | None, names: str, 
 
 
 def _answer(books: "Books", requests: Sequence["Request"], cluster: "Cluster") -> None:
-    from raypkg.phases.deltagrad import answer
-    from raypkg.phases.requests import change_of
+    from raypkg.methods.deltagrad.requests import change_of
+    from raypkg.methods.deltagrad.run import answer
 
     first = len(books.split)
     entry = answer(books, change_of(books, requests), cluster, _follow)
@@ -162,7 +164,7 @@ def _answer(books: "Books", requests: Sequence["Request"], cluster: "Cluster") -
 @contextmanager
 def _opened(given: dict[str, Any]) -> Iterator[tuple["Books", "Cluster"]]:
     from raypkg.core.settings import Cluster
-    from raypkg.phases.books import open_books
+    from raypkg.methods.deltagrad.books import open_books
     from raypkg.runs.folder import locate
 
     replay: dict[str, Any] = {f"replay.{n}": given[n] for n in ReplaySettings.model_fields if given.get(n) is not None}

@@ -6,13 +6,13 @@ from typing import Any
 
 from click import get_current_context
 
-from raypkg.core.config import Settings, load
+from raypkg.core.config import Settings, load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import carry_out, check_names, with_absolute_path
 from raypkg.runs.folder import RunFolder, create, find
-from raypkg.runs.show import show, terminal
+from raypkg.runs.show import show_run, terminal
 
 
 def execute(
@@ -23,7 +23,7 @@ def execute(
     Raises:
         UserError: bad settings, or what the experiment raises.
     """
-    settings = with_absolute_path(load(schema, config, values))
+    settings = with_absolute_path(load_settings(schema, config, values))
     check_names(settings)
     folder = create(root, entry.name, name, settings)
     try:
@@ -46,9 +46,9 @@ def resume_run(
         if setting.partition(".")[0] not in APART:
             raise UserError(f"--resume {name} keeps the settings: {setting} cannot change, only cluster.* and track.*")
     folder = find(root, entry.name, name)
-    settings = load(schema, folder.config, values)
+    settings = load_settings(schema, folder.config, values)
     if folder.summary:
-        show(folder, terminal())
+        show_run(folder, terminal())
     else:
         _run(entry, settings, folder)
 
@@ -67,6 +67,6 @@ def _run(entry: Entry, settings: Any, folder: RunFolder) -> None:
     except (KeyboardInterrupt, SystemExit):
         hint = f"; go on with: {get_current_context().command_path} --resume {folder.name}" if folder.started else ""
         raise UserError(f"interrupted{hint}") from None
-    show(folder, console)
+    show_run(folder, console)
     if line:
         console.print(line, soft_wrap=True)

@@ -38,7 +38,7 @@ class Named(Settings):
 S = TypeVar("S", bound=Settings)
 
 
-def load(
+def load_settings(
     schema: type[S], base: Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> S:
     """Build settings from defaults, a TOML file (or what was read from one) and dotted overrides.

@@ -5,12 +5,13 @@ The keyword-only part of a registered function's signature is its schema: names,
 """
 
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -77,12 +78,13 @@ class Registry:
 
     Args:
         kind: what the entries are, for error messages ("model").
-        package: the package whose modules are imported at the first look-up.
+        packages: whose modules are imported at the first look-up: ``raypkg.models``, or the modules of one name in
+            several packages, ``raypkg.methods.*.experiment``.
         given: keywords that callers supply and users cannot set ("rng").
     """
 
-    def __init__(self, kind: str, package: str, given: tuple[str, ...] = ()):
-        self.kind, self.package, self.given = kind, package, given
+    def __init__(self, kind: str, *packages: str, given: tuple[str, ...] = ()):
+        self.kind, self.packages, self.given = kind, packages, given
         self._entries: dict[str, Entry] = {}
 
     def __call__(self, name: str, *, source: str = "") -> Callable[[F], F]:
@@ -107,10 +109,10 @@ class Registry:
 
     @cached_property
     def entries(self) -> Mapping[str, Entry]:
-        """All entries by name, after importing every module of the package."""
-        package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
+        """All entries by name, after importing every module of the packages."""
+        for package in self.packages:
+            for module in _modules(package):
+                importlib.import_module(module)
         return dict(sorted(self._entries.items()))
 
     def __getitem__(self, name: str) -> Entry:
@@ -137,6 +139,15 @@ class Registry:
         if not callable(found):
             raise UserError(f"{self.kind} {name!r} is a {type(found).__name__}, not a function")
         return found
+
+
+def _modules(package: str) -> Iterator[str]:
+    """Yield the modules of a package, or those of one name in each of its packages."""
+    parent, _, name = package.partition(".*.")
+    for module in pkgutil.iter_modules(importlib.import_module(parent).__path__):
+        path = f"{parent}.{module.name}.{name}".rstrip(".")
+        if importlib.util.find_spec(path):
+            yield path
 
 
 def argument(name: str) -> str:

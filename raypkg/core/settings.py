@@ -68,31 +68,6 @@ class Train(Training):
     sync_bn: Annotated[bool, Field(description="batch statistics over all workers (GPU only)")] = False
 
 
-class Pretrain(Training):
-    """Pre-training of the model whose gradients select the coreset."""
-
-    method: Annotated[
-        Literal["lipt", "dense", "none"],
-        Field(description="lipt = merged sparse models, dense = one model on all samples, none = initial weights"),
-    ] = "lipt"
-    models: Annotated[Count, Field(description="sparse models to merge (lipt)")] = 10
-    shard_fraction: Annotated[
-        Share | None, Field(description="share of the samples in each model's shard (lipt); 1/models when left out")
-    ] = None
-    sparsity: Annotated[
-        Literal["snip", "erk", "none"], Field(description="where the layer-wise densities come from (lipt)")
-    ] = "snip"
-    density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.9
-    merge: Annotated[
-        Literal["masked_mean", "mean", "greedy"], Field(description="how the models become one (lipt)")
-    ] = "masked_mean"
-    randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) as well, on images (lipt)")] = True
-    epochs: Annotated[Count, Field(description="passes of each model over its shard")] = 5
-    batch_size: Annotated[Count, Field(description="samples a step")] = 128
-    evaluate_every: Annotated[int, Field(ge=0, description="epochs between looks at the held-out samples (dense)")] = 5
-    lr: Annotated[float, Field(gt=0, description="peak learning rate; models that move far do not merge well")] = 0.02
-
-
 class Select(Settings):
     """Selection of the coreset."""
 
@@ -124,106 +99,6 @@ class Reselect(Select):
         return age == 0 or (age > 0 and self.every > 0 and age % self.every == 0)
 
 
-class CrestSelect(Settings):
-    """Mini-batch coresets, and how long they are trusted (CREST)."""
-
-    tau: Annotated[float, Field(gt=0, description="τ: error of the local model at which it has expired")] = 0.05
-    h: Annotated[float, Field(gt=0, description="steps between checks, over ‖H̄_0‖/‖H̄_t‖")] = 1.0
-    b: Annotated[Count, Field(description="mini-batch coresets of a pool, over the steps between checks")] = 5
-    subset: Annotated[
-        Share | None,
-        Field(description="r/n: share of the samples in a random subset; 0.01, or two batches, when left out"),
-    ] = None
-    drop_every: Annotated[Count, Field(description="T2: steps between looks for learned samples")] = 20
-    alpha: Annotated[float, Field(ge=0, description="α: losses up to which a sample is learned; 0 = drop none")] = 0.1
-    order: Annotated[int, Field(ge=1, le=2, description="of the local model: 2 = with curvature, 1 = without")] = 2
-    smoothing: Annotated[bool, Field(description="smooth gradient and curvature over updates")] = True
-    model_batches: Annotated[
-        int, Field(ge=0, description="mini-batch coresets that the local model is made from; 0 = the whole pool")
-    ] = 1
-    curvature: Annotated[
-        int, Field(ge=0, description="samples of those whose curvature is looked at, the dearest part; 0 = all")
-    ] = 32
-    parameters: Annotated[
-        Literal["all", "head"], Field(description="what the local model looks at; head = last layer, for large nets")
-    ] = "all"
-    overlap: Annotated[
-        bool, Field(description="select while training goes on, by the weights of one check before, on another core")
-    ] = False
-    actors: Annotated[
-        int, Field(ge=0, description="Ray actors of one CPU each that select; 0 = the training workers do")
-    ] = 0
-    memory: Annotated[
-        float | None, Field(ge=0, description="GiB a worker may use to save time; a quarter of its own when left out")
-    ] = None
-
-
-class Initial(Named):
-    """Which weights exist at first."""
-
-    name: Annotated[
-        str, Field(description="first masks: erk, uniform, snip, grasp; dense and no growth = gradual pruning")
-    ] = "erk"
-
-
-class Growth(Named):
-    """Which weights come."""
-
-    name: Annotated[str, Field(description="random (SET), gradient (RigL), momentum; none = the masks stay")] = "random"
-
-
-class Drop(Named):
-    """Which weights go."""
-
-    name: Annotated[str, Field(description="magnitude, set (closest to zero on both sides), threshold")] = "magnitude"
-
-
-class Redistribution(Named):
-    """Which layers grow."""
-
-    name: Annotated[
-        str,
-        Field(description="where weights come: magnitude, nonzeros, momentum; none = where they went"),
-    ] = "none"
-
-
-class Sparsity(Settings):
-    """Dynamic sparse training (SET, RigL, ITOP)."""
-
-    density: Annotated[Share | None, Field(description="share of the weights that exist; dense when left out")] = None
-    growth: Growth = Growth()
-    drop: Drop = Drop()
-    redistribution: Redistribution = Redistribution()
-    sparse_init: Initial = Initial()
-    fan_in: Annotated[
-        Literal["dense", "sparse"],
-        Field(description="sparse = first weights suit the inputs that exist: without batch norm, at few per cent"),
-    ] = "dense"
-    update_every: Annotated[
-        Count | None, Field(description="ΔT: steps between changes of the masks; a fortieth of training when left out")
-    ] = None
-    death_rate: Annotated[
-        float, Field(gt=0, lt=1, description="f0: share of a layer's active weights to drop, at first")
-    ] = 0.5
-    decay: Annotated[Literal["cosine", "linear"], Field(description="how that share falls to 0")] = "cosine"
-
-
-class Agent(Settings):
-    """Adaptive gradient correction."""
-
-    gamma: Annotated[float, Field(gt=0, le=1, description="γ: damps the correction")] = 0.1
-    alpha: Annotated[float, Field(ge=0, le=1, description="α: how fast c follows its estimate")] = 0.3
-    samples: Annotated[
-        Count | None, Field(description="samples of the full gradient, drawn anew each time; all when left out")
-    ] = None
-    every: Annotated[Count, Field(description="correct one step in so many; 1 = all, as published")] = 1
-    snapshot: Annotated[int, Field(ge=0, description="steps between snapshots; 0 = an epoch, as published")] = 0
-    memory: Annotated[
-        float | None,
-        Field(ge=0, description="GiB a worker may use to compute less, with the same result; a quarter of its own"),
-    ] = None
-
-
 class Cluster(Settings):
     """Where it runs."""
 
@@ -246,7 +121,7 @@ class Track(Settings):
     project: Annotated[str, Field(description="W&B project")] = "effray"
 
 
-class Source(Settings):
+class RunSettings(Settings):
     """What every experiment has."""
 
     seed: Annotated[int, Field(ge=0, description="all randomness follows from it")] = 0
@@ -255,7 +130,7 @@ class Source(Settings):
     track: Track = Track()
 
 
-class Experiment(Source):
+class Experiment(RunSettings):
     """What every experiment that trains has, ``train`` besides: each its own."""
 
     model: Model = Model()

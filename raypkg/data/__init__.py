@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raypkg.core.errors import UserError
-from raypkg.core.registry import Registry, argument
+from raypkg.core.registry import argument
+
+from .sources import dataset
 
 if TYPE_CHECKING:
     from .split import Split
-
-dataset = Registry("dataset", "raypkg.data", given=("split", "cache"))
 
 
 class Data(NamedTuple):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data.augment import Augmentation, compose, normalize
+from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.methods.coreset import Coreset
 
 from .worker import Worker
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +13,11 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import seeded
-from raypkg.core.settings import Training
 from raypkg.data.split import Split
-from raypkg.methods.coreset import Coreset
 
-from .batches import Batch, Batches, Epoch, dtype_of, plain_batches, slice_of
+from .batches import Batch, dtype_of, plain_batches, slice_of
 from .costs import Cost
-from .hooks import Hook
+from .run import Run, Seen
 from .schedules import learning_rate
 from .worker import Worker
 
@@ -44,94 +41,6 @@ class Forgetful:
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
         """Keep nothing."""
-
-
-class Seen(NamedTuple):
-    """What one step saw of this worker's samples: positions in the split, losses without weights, and hits, [b]."""
-
-    indices: Tensor
-    losses: Tensor
-    right: Tensor
-
-
-@dataclass
-class Run:
-    """All that training consists of and that a checkpoint holds."""
-
-    model: nn.Module
-    split: Split
-    coreset: Coreset
-    settings: Training
-    seed: int
-    phase: str
-    worker: Worker
-    augment: Sequence[str]
-    cost: Cost
-    hooks: Sequence[Hook] = ()
-    last: int | None = None  # epoch to stop after, where it is not the schedule's last
-    label: int | None = None  # which of several models this is, in the metrics
-    epoch: int = 0
-    step: int = 0
-    progress: float = 0.0  # share of the schedule that is done
-    optimizer: torch.optim.Optimizer = field(init=False)
-    batch: Batch = field(init=False)
-    seen: Seen = field(init=False)
-
-    def __post_init__(self) -> None:
-        dtype = torch.float64 if self.settings.precision == "float64" else torch.float32
-        self.model.to(self.worker.device, dtype).to(memory_format=torch.channels_last)
-        self.optimizer = optimizer(self.model, self.settings)
-        self._bills = {self.phase: self.cost, "evaluate": Cost("evaluate")}
-        self._earlier: dict[str, Cost] = {}  # of attempts before the last restart
-
-    def batches(self) -> Epoch:
-        """Return the batches of the coming epoch: a hook's, or the shuffled coreset."""
-        for hook in self.hooks:
-            if (epoch := hook.batches(self)) is not None:
-                return epoch
-        batches = Batches(
-            self.split,
-            self.coreset,
-            self.settings.batch_size,
-            seed=self.seed,
-            augment=self.augment,
-            worker=self.worker,
-            dtype=dtype_of(self.model),
-        )
-        return Epoch(len(batches), batches.epoch(self.epoch))
-
-    def bill(self, name: str) -> Cost:
-        """Return this worker's bill for a part of the run that is not training itself; every worker opens the same."""
-        return self._bills.setdefault(name, Cost(name))
-
-    def bills(self) -> list[Cost]:
-        """Return what each part of the run cost so far, over all workers (a collective) and all attempts."""
-        now = {name: bill.gathered(self.worker) for name, bill in self._bills.items()}
-        return [self._earlier.get(name, Cost(name)).then(bill) for name, bill in now.items()]
-
-    def state_dict(self, bills: Sequence[Cost]) -> dict[str, Any]:
-        """Return everything that the rest of training depends on, as tensors and plain values."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "hooks": [hook.state_dict() for hook in self.hooks],
-            "coreset": {"indices": self.coreset.indices, "weights": self.coreset.weights},
-            "epoch": self.epoch,
-            "step": self.step,
-            "bills": [bill.record() for bill in bills],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue as if training had never stopped."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for hook, hook_state in zip(self.hooks, state["hooks"], strict=True):
-            hook.load_state_dict(hook_state)
-        self.coreset = Coreset(**state["coreset"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self._earlier = {bill["phase"]: Cost(**bill) for bill in state["bills"]}
-        self.cost = Cost(self.phase)
-        self._bills = {name: Cost(name) for name in self._earlier} | {self.phase: self.cost}
 
 
 def fit(
@@ -227,26 +136,6 @@ def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
 def losses_of(logits: Tensor, y: Tensor) -> Tensor:
     """Return the samples' cross-entropy, computed in at least 32 bits, [b]."""
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="none")
-
-
-def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """Build the optimiser of the settings, with fused multi-tensor updates."""
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(
-            model.parameters(),
-            settings.lr,
-            betas=(settings.momentum, 0.999),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-    return torch.optim.SGD(
-        model.parameters(),
-        settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov and settings.momentum > 0,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -94,3 +94,8 @@ def worker_memory() -> int:
     with suppress(OSError, ValueError):  # no control group, or no limit in it
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total * torch.get_num_threads() // max(torch.get_num_threads(), os.cpu_count() or 1)
+
+
+def memory_bound(memory: float | None) -> int:
+    """Return the bytes that a method may use to save time: of so many GiB, or a quarter of the worker's memory."""
+    return worker_memory() // 4 if memory is None else int(memory * 2**30)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
 
     from raypkg.runs.folder import RunFolder
 
-experiment = Registry("experiment", "raypkg.experiments", given=("report",))
+experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report",))
 
 
 def settings_of(entry: Entry) -> type[Experiment]:
@@ -29,7 +29,7 @@ def with_absolute_path(settings: Any) -> Any:
 
     URIs stay as they are.
     """
-    from raypkg.data import dataset
+    from raypkg.data.sources import dataset
 
     changes, data = {}, settings.dataset
     source, _, path = data.name.partition(":")
@@ -42,9 +42,9 @@ def with_absolute_path(settings: Any) -> Any:
 
 def check_names(settings: Any) -> None:
     """Refuse unknown data sets, models, methods and augmentations, and wrong options, before anything is made."""
-    from raypkg.data import dataset
+    from raypkg.coresets.rules import coreset
     from raypkg.data.augment import compose
-    from raypkg.methods.coresets import coreset
+    from raypkg.data.sources import dataset
     from raypkg.models import model
 
     dataset[settings.dataset.name].options(settings.dataset.options)

@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raypkg.core.settings import Select, Source
+from raypkg.core.settings import RunSettings, Select
 from raypkg.runs.report import Report
 
 from . import experiment
 
 
-class SelectSettings(Select, Source):
+class SelectSettings(Select, RunSettings):
     """Settings of `effray select`."""
 
     model_from: Annotated[str, Field(description="run whose model selects: a name under --root, or a path")] = ""
@@ -28,11 +28,12 @@ def run(settings: SelectSettings, *, report: Report) -> None:
     Example:
         effray train --name first --train.epochs 5 && effray select --model-from first --method craig --fraction 0.2
     """
+    from raypkg.coresets.reselection import check_selects_once
     from raypkg.phases.samples import samples
-    from raypkg.phases.select import check, select_on_cluster, trained_model
+    from raypkg.phases.selection import select_on_cluster, trained_model
     from raypkg.phases.summary import finish
 
-    check(settings)
+    check_selects_once(settings)
     found = samples(settings.dataset, settings.seed)
     architecture, weights = trained_model(settings, report.folder, settings.model_from)
     select_on_cluster(settings, architecture, settings, found, report, weights=weights, precision=settings.precision)

@@ -31,7 +31,7 @@ class TrainSettings(Experiment):
         Raises:
             UserError: what is wrong.
         """
-        from raypkg.engine.reselection import check_schedule
+        from raypkg.coresets.reselection import check_schedule
 
         if self.coreset is not None and not self.select.every and self.select != TrainSelect(warm=self.select.warm):
             raise UserError("--coreset is given and select.every is 0: select.* but select.warm would do nothing")
@@ -46,10 +46,10 @@ def run(settings: TrainSettings, *, report: Report) -> None:
     Example:
         effray train --dataset digits --model resnet8 --select.fraction 0.5 --train.epochs 10
     """
-    from raypkg.phases.coresets import FILE, GIVEN, given_coreset
+    from raypkg.phases.coreset_files import FILE, GIVEN, given_coreset
     from raypkg.phases.samples import samples
     from raypkg.phases.summary import finish
-    from raypkg.phases.train import MODEL, Job, train_on_cluster
+    from raypkg.phases.training import MODEL, Job, train_on_cluster
 
     found, storage, select = samples(settings.dataset, settings.seed), report.folder.storage, settings.select
     settings.check(len(found.kept))

@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Block(nn.Module):
+class WideBlock(nn.Module):
     """x + branch(relu(bn(x))); where the shape changes, the shortcut is a 1 × 1 convolution of relu(bn(x)) as well."""
 
     def __init__(self, channels: int, out: int, stride: int, dropout: float):
@@ -39,7 +39,7 @@ def wide(shape: Shape, num_classes: int, depth: int, k: int, dropout: float) -> 
     for stage, out in enumerate([16 * k, 32 * k, 64 * k]):
         for block in range((depth - 4) // 6):
             stride = 2 if stage > 0 and block == 0 else 1
-            layers.append(Block(before, out, stride, dropout))
+            layers.append(WideBlock(before, out, stride, dropout))
             before = out
     norm = [nn.BatchNorm2d(before), nn.ReLU()]
     features = nn.Sequential(*layers, *norm, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # [b, C, H, W] → [b, 64k]

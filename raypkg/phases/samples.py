@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment
 from raypkg.data import Data, load_data
+from raypkg.data.coreset import Coreset
 from raypkg.data.partition import hold_out
-from raypkg.methods.coreset import Coreset
 from raypkg.models import build_model
 
-from .coresets import load_coreset
+from .coreset_files import load_coreset
 
 
 class Samples(NamedTuple):

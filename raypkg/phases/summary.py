@@ -5,21 +5,21 @@ from typing import Any
 
 import torch
 
-from raypkg.core.settings import Source
+from raypkg.core.settings import RunSettings
+from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.methods.coreset import Coreset
 from raypkg.runs import plots
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.plots import save_plot
 
-from .coresets import FILE, SCORES, load_coreset, read_coreset
+from .coreset_files import FILE, SCORES, load_coreset, read_coreset
 from .samples import Samples
 
 PHASES = ("pretrain", "select", "train")
 SHOWN = 16  # images in each of the two galleries
 
 
-def finish(folder: RunFolder, experiment: Source, found: Samples, *, epochs: int = 0) -> dict[str, Any]:
+def finish(folder: RunFolder, experiment: RunSettings, found: Samples, *, epochs: int = 0) -> dict[str, Any]:
     """Draw the plots, write the manifest, drop what only an unfinished run needs; return the manifest.
 
     Args:
@@ -42,14 +42,14 @@ def finish(folder: RunFolder, experiment: Source, found: Samples, *, epochs: int
         **{f"pretrain_{name}": value for name, value in records.get("pretrain", {}).items() if name != "costs"},
     }
     folder.flush()
-    draw(folder, found, coreset, costs)
+    draw_plots(folder, found, coreset, costs)
     folder.finish(summary)
     for leftover in ("checkpoints", "ray"):
         folder.storage.delete_folder(leftover)
     return summary
 
 
-def draw(folder: RunFolder, found: Samples, coreset: Coreset, costs: list[dict[str, Any]]) -> None:
+def draw_plots(folder: RunFolder, found: Samples, coreset: Coreset, costs: list[dict[str, Any]]) -> None:
     """Draw every plot of the run into its folder."""
     split = found.data.train
     counts, total = (torch.bincount(split.y[i], minlength=split.num_classes) for i in (coreset.indices, found.kept))

@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,7 @@ def costs(phases: Rows, path: str | Path) -> None:
         path: the PNG to write.
     """
     names = [phase["phase"] for phase in phases]
-    seconds, forward, backward = (_column(phases, key) for key in ("seconds", "forward", "backward"))
+    seconds, forward, backward = (column(phases, key) for key in ("seconds", "forward", "backward"))
     with page(path) as figure:
         time, samples = figure.subplots(1, 2, sharey=True)
         _bars(time, names, {"seconds": seconds}, [_duration(value) for value in seconds])
@@ -114,7 +113,7 @@ def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[s
         figure.supxlabel("picked share of the class, % (at the bar: samples; dashed: all classes)", color=GREY)
         panels = figure.subplots(1, len(columns), sharex=True, squeeze=False)[0]
         for axes, part in zip(panels, columns, strict=True):
-            names = [_cut(classes[c], 60 // len(columns)) for c in part]
+            names = [cut(classes[c], 60 // len(columns)) for c in part]
             _bars(axes, names, {"share": share[part]}, [f"{chosen[c]:,.0f}" for c in part])
             axes.locator_params(axis="x", nbins=max(2, 6 // len(columns)))
             axes.axvline(mean, color=VERMILLION, linestyle="--", linewidth=1)
@@ -142,146 +141,6 @@ def scores(everyone: np.ndarray, picked: np.ndarray, path: str | Path) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: short(value))
         axes.legend()
-
-
-def scaling(measured: Rows, path: str | Path) -> None:
-    """Draw what selection takes against the number of samples, a line for each method.
-
-    Args:
-        measured: dicts with ``method``, ``n``, ``seconds`` and ``MiB``, the peak resident memory.
-        path: the PNG to write.
-    """
-    with page(path) as figure:
-        time, memory = figure.subplots(1, 2)
-        methods = list(dict.fromkeys(row["method"] for row in measured))
-        for method, colour in zip(methods, cycle([BLUE, ORANGE, VERMILLION, GREY]), strict=False):
-            rows = sorted((row for row in measured if row["method"] == method), key=lambda row: row["n"])
-            n, seconds, mib = (_column(rows, key) for key in ("n", "seconds", "MiB"))
-            for axes, values in ((time, seconds), (memory, mib)):
-                axes.plot(n, values, color=colour, marker="o", markersize=4, label=method)
-        most = max((row["n"] for row in measured), default=0)
-        time.set(title=f"Seconds of selection, to {short(most)} samples", xlabel="samples", yscale="log")
-        memory.set(title="Peak resident MiB of the process", xlabel="samples", ylim=(0, None))
-        time.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        for axes in (time, memory):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda value, _: short(value))
-            axes.xaxis.set_minor_formatter("")
-            axes.margins(x=0.1, y=0.1)
-        if methods:
-            time.legend()
-
-
-def regions(checks: Rows, tau: float, path: str | Path) -> None:
-    """Draw CREST's checks: the local model's error, how long it was trusted, what was dropped, what a coreset misses.
-
-    Args:
-        checks: dicts with ``step``, ``update``, ``rho``, ``interval``, ``pool``, ``active`` (samples), and root mean
-            squares ``coreset_error`` and ``random_error``.
-        tau: the error at which the model expires.
-        path: the PNG to write.
-    """
-    step, update, rho = (_column(checks, key) for key in ("step", "update", "rho"))
-    rho = rho.clip(min=TINY)  # on a logarithmic axis
-    active, interval, pool = (_column(checks, key) for key in ("active", "interval", "pool"))
-    with page(path) as figure:
-        (error, trust), (samples, misses) = figure.subplots(2, 2, sharex=True)
-        error.plot(step, rho, color=BLUE, alpha=0.5, linewidth=1)
-        error.axhline(tau, color=VERMILLION, linestyle="--")
-        error.annotate(f"τ = {tau:g}", (0, tau), (4, 4), color=VERMILLION, **NOTE)
-        error.set(title=f"ρ exceeds τ at {np.mean(rho > tau):.0%} of the checks")
-        trust.step(step, interval, where="post", color=BLUE)
-        trust.step(step, pool, where="post", color=ORANGE)
-        _ends(trust, step[-1], {"T1, steps between checks": (interval[-1], BLUE), "P, coresets": (pool[-1], ORANGE)})
-        trust.set(title=f"{update.max():.0f} pools in {step.max():,.0f} steps")
-        samples.plot(step, active, color=BLUE)
-        samples.set(title=f"{short(active[-1])} samples are still active", xlabel="step", ylim=(0, None))
-        ours, random = (_column(checks, key).clip(min=TINY) for key in ("coreset_error", "random_error"))
-        misses.plot(step, ours, color=BLUE, linewidth=1)
-        misses.plot(step, random, color=GREY, linewidth=1)
-        _ends(misses, step[-1], {"coreset": (ours[-1], BLUE), "random batch": (random[-1], GREY)})
-        ratio = np.nanmean(random) / np.nanmean(ours)
-        misses.set(title=f"Gradient error: 1/{ratio:.2g} of a random batch's", xlabel="step")
-        for axes in (error, trust, misses):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.yaxis.set_minor_formatter("")
-            axes.margins(y=0.2)
-
-
-def minibatches(difficulty: np.ndarray, counts: np.ndarray, path: str | Path) -> None:
-    """Draw how hard the samples were that each pool picked, and how often each sample was trained on.
-
-    Args:
-        difficulty: mean times forgotten, by the end of training, of each pool's picks; NaN where it picked none [l].
-        counts: steps that trained on each sample [n].
-        path: the PNG to write.
-    """
-    with page(path) as figure:
-        hard, often = figure.subplots(1, 2)
-        hard.plot(np.arange(1, len(difficulty) + 1), difficulty, color=BLUE, alpha=0.5, linewidth=1)
-        parts = [part for part in np.array_split(difficulty, 10) if len(part) and np.isfinite(part).any()]
-        middles = (np.arange(len(parts)) + 0.5) * len(difficulty) / max(len(parts), 1)
-        means = [np.nanmean(part) for part in parts]
-        hard.plot(middles, means, color=VERMILLION, linewidth=2.2)
-        first, last = (means[0], means[-1]) if means else (np.nan, np.nan)
-        hard.set(title=f"Picks were forgotten {first:.2g} times at first, {last:.2g} at last", xlabel="pool")
-        hard.set_ylabel("times forgotten by the end, mean of the picks")
-        often.hist(counts, np.arange(counts.max() + 2) - 0.5, color=BLUE)
-        often.set(title=f"{np.mean(counts > 0):.0%} of the samples were trained on", xlabel="steps that trained on it")
-        often.set_ylabel("samples")
-        often.yaxis.set_major_formatter(lambda value, _: short(value))
-
-
-def topology(changes: Rows, path: str | Path) -> None:
-    """Draw how dense each layer is, and how many of all weights ever were active.
-
-    Args:
-        changes: dicts with ``epoch``, ``layer``, ``active``, ``weights`` and ``explored_share``, by time.
-        path: the PNG to write.
-    """
-    layers = list(dict.fromkeys(row["layer"] for row in changes))
-    with page(path) as figure:
-        density, explored = figure.subplots(1, 2, width_ratios=(2, 1))
-        rows = np.arange(len(layers))
-        first, last = changes[: len(layers)], changes[-len(layers) :]
-        for part, look, name in (
-            (first, {"mec": GREY, "mfc": "none", "ms": 10}, "at first"),
-            (last, {"c": BLUE}, "at last"),
-        ):
-            shares = 100 * _column(part, "active") / _column(part, "weights")
-            density.plot(shares, rows, "o", linestyle="none", label=name, **look)
-        active, weights = (sum(row[key] for row in last) for key in ("active", "weights"))
-        density.set(title=f"{active / weights:.2%} of {short(weights)} weights exist", xlabel="density, %")
-        density.set_xlim(left=0)
-        density.set_yticks(rows, [_cut(name.removesuffix(".weight"), 30) for name in layers], fontsize=7)
-        density.invert_yaxis()
-        density.legend(frameon=False)
-        epoch, share = (_column(changes[:: len(layers)], key) for key in ("epoch", "explored_share"))
-        exist, whole = (_column(changes, key).reshape(-1, len(layers)).sum(1) for key in ("active", "weights"))
-        for values, colour in ((100 * share, BLUE), (100 * exist / whole, ORANGE)):
-            explored.step(epoch, values, where="post", color=colour)
-        ends = {"ever existed, R_s": (100 * share[-1], BLUE), "exist": (100 * exist[-1] / whole[-1], ORANGE)}
-        _ends(explored, epoch[-1], ends)
-        explored.set(title=f"{share[-1]:.1%} ever existed", xlabel="epoch", ylim=(0, 105), ylabel="% of the weights")
-
-
-def correction(steps: Rows, path: str | Path) -> None:
-    """Draw AGENT's weight c, and how alike the gradients of model and snapshot are.
-
-    Args:
-        steps: dicts with ``step``, ``c`` and ``cosine`` (NaN where c was 0).
-        path: the PNG to write.
-    """
-    step, c, cosine = (_column(steps, key) for key in ("step", "c", "cosine"))
-    with page(path) as figure:
-        weight, alike = figure.subplots(2, 1, sharex=True)
-        weight.step(step, c, where="post", color=BLUE)
-        weight.set(title=f"c ends at {c[-1]:.3g}")
-        known = np.isfinite(cosine)
-        alike.plot(step[known], cosine[known], color=BLUE, alpha=0.5, linewidth=1)
-        mean = f"{cosine[known].mean():.2g}" if known.any() else "–"
-        alike.set(title=f"Cosine of a batch's gradient with the snapshot's: {mean} on average", xlabel="step")
 
 
 def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels, path: str | Path) -> None:
@@ -353,7 +212,7 @@ def _points(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(table[np.argsort(table[:, 1], kind="stable")].T)
 
 
-def _ends(axes: "Axes", at: float, ends: dict[str, tuple[float, str]]) -> None:
+def line_ends(axes: "Axes", at: float, ends: dict[str, tuple[float, str]]) -> None:
     """Write the name of each line, in its colour, at its end."""
     for name, (value, colour) in ends.items():
         axes.annotate(name, (at, value), (-4, 6), ha="right", color=colour, weight="bold", **NOTE)
@@ -392,14 +251,16 @@ def _gallery(figure: "SubFigure", pixels: np.ndarray, labels: Labels) -> None:
         axes.set_axis_off()
     for axes, image, (name, score) in zip(grid.flat, pixels, labels, strict=False):  # the last row may stay short
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(f"{_cut(name, 14)}\n{score:.3g}", loc="center", fontsize=8, pad=3)
+        axes.set_title(f"{cut(name, 14)}\n{score:.3g}", loc="center", fontsize=8, pad=3)
 
 
-def _column(rows: Rows, key: str) -> np.ndarray:
-    return np.array([row.get(key) for row in rows], dtype=float)  # a missing value becomes NaN
+def column(rows: Rows, key: str) -> np.ndarray:
+    """Return a column of rows as numbers; a missing value becomes NaN."""
+    return np.array([row.get(key) for row in rows], dtype=float)
 
 
-def _cut(name: str, length: int) -> str:
+def cut(name: str, length: int) -> str:
+    """Return a name of at most so many characters."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 

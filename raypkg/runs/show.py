@@ -15,7 +15,7 @@ def terminal() -> Console:
     return Console(markup=False, emoji=False, highlight=False)
 
 
-def show(folder: RunFolder, console: Console) -> None:
+def show_run(folder: RunFolder, console: Console) -> None:
     """Print a finished run's costs and results, or how far a running one is."""
     summary = folder.summary
     if summary is None:
@@ -96,58 +96,3 @@ def _show_progress(folder: RunFolder, console: Console) -> None:
         accuracies = [row["accuracy"] for row in rows if "accuracy" in row]
         table.add_row(phase, str(len(rows)), f"{rows[-1]['loss']:.3f}", f"{accuracies[-1]:.1%}" if accuracies else "–")
     console.print(table)
-
-
-def verdict(found: Any) -> Table:
-    """Return how near a model is to the retrained one, as a table."""
-    table = Table(title="against training again", title_justify="left", box=SIMPLE, show_header=False, show_edge=False)
-    for name, value in (
-        (
-            "distance of the weights",
-            f"{found.distance:.3e} (of norm {found.norm:.4g}: {found.distance / found.norm:.1e})",
-        ),
-        ("test samples predicted differently", f"{found.disagreement:.2%}"),
-        ("test accuracy", f"{found.accuracy:.2%}, retrained {found.retrained_accuracy:.2%}"),
-        ("cost of retraining", f"{found.samples:,} gradients, {found.seconds:.2f} s"),
-    ):
-        table.add_row(name, value)
-    return table
-
-
-def savings(found: Any) -> Table:
-    """Return what a model takes without the weights that do not exist, as a table."""
-    table = Table("", "dense", "csr", "", box=SIMPLE, show_edge=False, pad_edge=False)
-    table.add_row("weights", f"{found.weights:,}", f"{found.active:,}", f"{found.active / found.weights:.2%}")
-    table.add_row("bytes", f"{found.dense_bytes:,}", f"{found.bytes:,}", f"{found.bytes / found.dense_bytes:.2f} ×")
-    table.add_row(
-        f"ms for {found.batch} samples, one thread",
-        f"{1e3 * found.dense_seconds:.3f}",
-        f"{1e3 * found.seconds:.3f}",
-        f"{found.seconds / found.dense_seconds:.2f} ×",
-    )
-    table.add_row("largest difference of logits", "", f"{found.difference:.1e}", "")
-    return table
-
-
-def ledger(entries: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the log of a run as a table."""
-    table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
-    for name in ("", "when", "what", "requests", "samples", "exact", "seconds", "model"):
-        table.add_column(name, overflow="fold")
-    for entry in entries:
-        done = [f"{entry[what]:,} {what}" for what in ("deleted", "restored", "new") if entry.get(what)]
-        table.add_row(
-            str(entry["number"]),
-            entry["time"][:16].replace("T", " "),
-            ", ".join(done) or "trained",
-            _few([asked["id"] or "–" for asked in entry.get("requests", ())]),
-            f"{entry['samples']:,}",
-            f"{entry['exact']}/{entry['steps']}" if "exact" in entry else "",
-            f"{entry['seconds']:.2f}" if "seconds" in entry else "",
-            entry["model"][:10],
-        )
-    return table
-
-
-def _few(requests: Sequence[str]) -> str:
-    return ", ".join(requests[:3]) + (f" and {len(requests) - 3} more" if len(requests) > 3 else "")

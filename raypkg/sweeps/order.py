@@ -8,14 +8,14 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from raypkg.core.config import Settings, leaves, load, read_toml
+from raypkg.core.config import Settings, leaves, load_settings, read_toml
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.seeds import derive
 from raypkg.core.settings import Dataset
 from raypkg.experiments import check_names
-from raypkg.runs.sweep import METRICS
 
 from .spaces import Space
+from .sweep_folder import METRICS
 
 SAMPLES = 8
 DRAWS = 1000  # in search of settings that no trial has
@@ -108,7 +108,7 @@ def trials_of(order: Order, space: Space, settings: Any) -> list[dict[str, Any]]
     """
     import numpy as np
 
-    from raypkg.cluster.tune import draw, grid, optuna
+    from raypkg.cluster.trials import draw_settings, grid, optuna
 
     match order.search:
         case "grid":
@@ -120,7 +120,7 @@ def trials_of(order: Order, space: Space, settings: Any) -> list[dict[str, Any]]
     drawn: list[dict[str, Any]] = []
     for number in range(order.samples or 0):
         rng = np.random.default_rng(derive(settings.seed, "sweep", number))
-        new = (trial for trial in (draw(space.domains, rng) for _ in range(DRAWS)) if trial not in drawn)
+        new = (trial for trial in (draw_settings(space.domains, rng) for _ in range(DRAWS)) if trial not in drawn)
         drawn += islice(new, 1)
     return drawn
 
@@ -131,12 +131,12 @@ def varied(base: Any, values: Mapping[str, Any]) -> Any:
     Raises:
         UserError: an unknown setting, or a value that it does not allow.
     """
-    return load(type(base), base.model_dump(mode="json"), values)
+    return load_settings(type(base), base.model_dump(mode="json"), values)
 
 
 def longest_of(settings: Any, space: Space, known: Iterable[Mapping[str, Any]]) -> int:
     """Return the epochs of the longest trial, of those that are known and those that the space allows."""
-    from raypkg.cluster.tune import candidates
+    from raypkg.cluster.trials import candidates
 
     def epochs(values: Mapping[str, Any]) -> int:
         return varied(settings, values).epochs
@@ -168,7 +168,7 @@ def samples_of(trial: Any) -> int:
 
 @lru_cache
 def _count(dataset: str, seed: int, coreset: str | None) -> int:
-    from raypkg.phases.coresets import load_coreset
+    from raypkg.phases.coreset_files import load_coreset
     from raypkg.phases.samples import samples
 
     chosen = Dataset.model_validate_json(dataset)

@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from raypkg.core.config import load
+from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Train
 from raypkg.experiments import carry_out, check_names, experiment
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
-from raypkg.runs.sweep import UNFINISHED, SweepFolder, ranked
 
 from .order import Order, samples_of
 from .spaces import Space
+from .sweep_folder import UNFINISHED, SweepFolder, ranked
 
 ONLY = "dataset.only"
 WARM = 5  # epochs on all samples of the model whose gradients select
@@ -39,7 +39,7 @@ def selection(settings: Any, fraction: float, method: str, workers: int) -> Trai
     """
     parts = settings.model_dump(mode="json", include={"seed", "dataset", "model", "cluster", "train"})
     parts["train"] = {name: value for name, value in parts["train"].items() if name in Train.model_fields}
-    chosen = load(
+    chosen = load_settings(
         TrainSettings,
         parts,
         {
@@ -55,7 +55,7 @@ def selection(settings: Any, fraction: float, method: str, workers: int) -> Trai
     return chosen
 
 
-def select(sweep: SweepFolder, settings: Any, workers: int, console: Any) -> None:
+def select_proxy(sweep: SweepFolder, settings: Any, workers: int, console: Any) -> None:
     """Make the coreset of a sweep, unless it is there."""
     name = f"{sweep.name}-proxy"
     chosen = selection(settings, sweep.order["proxy"], sweep.order["proxy_method"], workers)
@@ -79,7 +79,7 @@ def enlist(sweep: SweepFolder) -> bool:
     return bool(best)
 
 
-def check(order: Order, settings: Any, space: Space) -> None:
+def check_proxy(order: Order, settings: Any, space: Space) -> None:
     """Refuse a proxy that would do nothing or cannot be made.
 
     Raises:

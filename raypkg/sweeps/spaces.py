@@ -88,14 +88,14 @@ def read_space(text: str, origin: str) -> Space:
 
 
 def _check_drawable(space: Space, origin: str) -> None:
-    from raypkg.cluster.tune import candidates, draw
+    from raypkg.cluster.trials import candidates, draw_settings
 
     for name in (*space.domains, space.metric, space.mode):
         if not isinstance(name, str):
             raise UserError(f"space {origin!r}: {name!r} is not a name")
     for name, domain in space.domains.items():
         try:
-            draw({name: domain}, np.random.default_rng(0))
+            draw_settings({name: domain}, np.random.default_rng(0))
             candidates(domain)
         except Exception as error:  # Ray's own, and of a function that is the user's
             raise UserError(f"space {origin!r}: nothing can be drawn for {name}: {error}") from None
@@ -111,7 +111,7 @@ def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
     Raises:
         UserError: what is wrong, as for any setting.
     """
-    from raypkg.cluster.tune import candidates, constants
+    from raypkg.cluster.trials import candidates, constants
 
     for name, domain in space.domains.items():
         if name.partition(".")[0] in APART or name == ACTORS:

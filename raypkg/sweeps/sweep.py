@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from raypkg.core.config import load
+from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
@@ -21,12 +21,12 @@ from raypkg.runs import ROOT
 from raypkg.runs import folder as run_folder
 from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
-from raypkg.runs.sweep import DONE, SweepFolder, create, find, measured
-from raypkg.runs.sweep_show import conclude, show_sweep
 
 from . import proxy
 from .order import EVALUATE, Order, base_of, check_trial, filled, longest_of, trials_of, varied, without
+from .show import conclude, show_sweep
 from .spaces import Space, check_space, open_space, read_space
+from .sweep_folder import DONE, SweepFolder, create_sweep, find_sweep, measured
 
 CHANGEABLE = ("concurrent", "time_budget")  # of a sweep that goes on
 WORST = 1e30  # of which schedulers can take means
@@ -41,11 +41,11 @@ def start_sweep(
         UserError: bad settings, a bad space, or an order that cannot be carried out.
     """
     schema = settings_of(entry)
-    settings = with_absolute_path(load(schema, base_of(schema, config), values))
+    settings = with_absolute_path(load_settings(schema, base_of(schema, config), values))
     check_names(settings)
     space = without(open_space(entry.name if order.space is None else order.space), values)
     order = filled(order, space)
-    proxy.check(order, settings, space)
+    proxy.check_proxy(order, settings, space)
 
     def check(values: Mapping[str, Any]) -> None:
         if order.search == "optuna":  # it has yet to think of trials: each value is tried as one, by itself
@@ -64,7 +64,7 @@ def start_sweep(
     name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}" if name is None else name
     only = {proxy.ONLY: proxy.coreset_of(root, name)} if order.proxy else {}
     asked = asdict(order) | {"varied": [*space.domains], "fixed": only}
-    sweep = create(root, name, asked, settings, space.text, [trial | only for trial in trials])
+    sweep = create_sweep(root, name, asked, settings, space.text, [trial | only for trial in trials])
     try:
         size = _size(settings, order.concurrent)
     except BaseException:
@@ -94,10 +94,10 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
             f"--resume {name} keeps what was asked for: {option} cannot change, only --concurrent, --time-budget,"
             " cluster.* and track.*"
         )
-    sweep = find(root, name)
+    sweep = find_sweep(root, name)
     if sweep.order["experiment"] != entry.name:
         raise UserError(f"sweep {name!r} is of {sweep.order['experiment']}, not of {entry.name}")
-    settings = load(settings_of(entry), sweep.config, values)
+    settings = load_settings(settings_of(entry), sweep.config, values)
     whole = read_space(sweep.space, f"{sweep.storage.root}/space.py")
     space = without(whole, whole.domains.keys() - sweep.order["varied"])
     with sweep.storage.alone(f"sweep {name!r}"):
@@ -112,7 +112,7 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
 def _size(settings: Any, concurrent: int | None) -> Any:
     """Join or start the cluster, and see how many trials it has room for."""
     from raypkg.cluster.session import connect
-    from raypkg.cluster.tune import size_of
+    from raypkg.cluster.trials import size_of
 
     connect(settings.cluster)
     return size_of(settings.cluster, settings.actors, concurrent)
@@ -139,7 +139,9 @@ def run_trial(
     forget_peak_memory()  # of the trial before, whose process this is
     try:
         if not run.summary:
-            settings = with_absolute_path(load(settings_of(entry), sweep.config, values | {"cluster.workers": workers}))
+            settings = with_absolute_path(
+                load_settings(settings_of(entry), sweep.config, values | {"cluster.workers": workers})
+            )
             if "config.toml" not in run.storage.list():
                 run = run_folder.create(sweep.root, entry.name, run.name, settings)
 
@@ -184,7 +186,7 @@ def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: An
     deadline = time.monotonic() + (sweep.order["time_budget"] or math.inf)
     try:
         if sweep.order["proxy"]:
-            proxy.select(sweep, settings, size.workers, console)
+            proxy.select_proxy(sweep, settings, size.workers, console)
         finals = sweep.finals()  # of a sweep that goes on
         waiting = [trial for trial in sweep.waiting() if trial[0] not in finals]
         interrupted = _attempt(sweep, settings, space, size, waiting, sweep.further(), deadline, console)
@@ -217,7 +219,7 @@ def _attempt(
     console: Console,
 ) -> bool:
     """Run trials whose settings are known, and further ones; return whether the user interrupted."""
-    from raypkg.cluster.tune import Proposals, Rules, constants, optuna, run_trials
+    from raypkg.cluster.trials import Proposals, Rules, constants, optuna, run_trials
 
     order, left = sweep.order, deadline - time.monotonic()
     if not (waiting or further) or left <= 0:

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypkg.core.config import load
+from raypkg.core.config import load_settings
 from raypkg.engine.batches import plain_batches
-from raypkg.experiments.crest import CrestSettings
 from raypkg.methods.crest.minibatch import minibatch_coreset
+from raypkg.methods.crest.settings import CrestSettings
 from raypkg.phases.samples import new_model, samples
-from raypkg.phases.train import MODEL
+from raypkg.phases.training import MODEL
 from raypkg.runs.checkpoints import load_model
 from raypkg.runs.folder import find
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--root", default="runs")
     given = parser.parse_args()
     run = find(given.root, "crest", given.run)
-    settings = load(CrestSettings, run.config)
+    settings = load_settings(CrestSettings, run.config)
     found = samples(settings.dataset, settings.seed)
     model = new_model(settings, found.data)
     model.load_state_dict(load_model(run.storage, MODEL))

@@ -22,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from raypkg.core.settings import Cluster, Model, Training
 from raypkg.data import Data, load_data
 from raypkg.data.split import Split
-from raypkg.engine.gradients import Objective
-from raypkg.engine.history import Membership, flat
 from raypkg.engine.schedules import learning_rate
 from raypkg.methods.deltagrad.exactness import Periodic, Tolerant
+from raypkg.methods.deltagrad.history import History, Layout, Recording
+from raypkg.methods.deltagrad.hook import Membership, to_vector
+from raypkg.methods.deltagrad.objective import Objective
 from raypkg.methods.deltagrad.replay import replay, retrain
+from raypkg.methods.deltagrad.run import changed_steps, gradients
 from raypkg.models import build_model
-from raypkg.phases.deltagrad import changed_steps, gradients
-from raypkg.runs.history import History, Layout, Recording
 
 COLUMNS = ("request", "rate", "retrain s", "DeltaGrad s", "ratio", "floor", "‖w − U‖", "‖U − I‖", "published")
 
@@ -106,7 +106,7 @@ class Bench:
         built = build_model(
             case.model.name, self.split.shape, self.split.num_classes, seed=0, options=case.model.options
         )
-        self.initial = flat(built.parameters()).double()
+        self.initial = to_vector(built.parameters()).double()
         self.membership = Membership(torch.arange(len(self.split)), (), train.batch_size, 0)
         self.cluster = Cluster(workers=0, cpus_per_worker=threads)
         self.folder = Path(tempfile.mkdtemp())

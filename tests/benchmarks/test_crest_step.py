@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from raypkg.core.settings import CrestSelect, Dataset, Training
+from raypkg.core.settings import Dataset, Training
+from raypkg.coresets.sharded import LiveModel
 from raypkg.data import load_data
+from raypkg.data.coreset import Coreset
 from raypkg.engine.costs import Cost
-from raypkg.engine.crest import Crest
-from raypkg.engine.loop import Run, fit
-from raypkg.engine.selection import LiveModel
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.engine.worker import Worker, threads
-from raypkg.methods.coreset import Coreset
+from raypkg.methods.crest.hook import Crest
+from raypkg.methods.crest.settings import CrestSelect
 from raypkg.models import build_model
 
 pytestmark = [pytest.mark.bench, pytest.mark.data]

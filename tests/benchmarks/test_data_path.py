@@ -10,9 +10,9 @@ import torch
 
 import samples
 from raypkg.core.seeds import generator
-from raypkg.data.arrow import Block, Header, Store, write
 from raypkg.data.augment import compose, normalize
-from raypkg.data.decode import decode_all
+from raypkg.data.store.arrow import Block, Header, Store, write
+from raypkg.data.store.decode import decode_all
 
 pytestmark = pytest.mark.bench
 

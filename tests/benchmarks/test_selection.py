@@ -15,8 +15,8 @@ import torch
 import materialised
 import measured
 import simulated
-from raypkg.methods.coresets import coreset, needs_gradients, sizes_itself
-from raypkg.methods.selection import budget_of, select, select_class
+from raypkg.coresets.budgets import budget_of, select, select_class
+from raypkg.coresets.rules import coreset, needs_gradients, sizes_itself
 
 pytestmark = pytest.mark.bench
 N, CLASSES, WIDTH, FRACTION, LAM = 50_000, 10, 512, 0.1, 0.5

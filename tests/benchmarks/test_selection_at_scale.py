@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 
 import measured
 import simulated
-from raypkg.methods.coresets import coreset
-from raypkg.methods.selection import budget_of, select_class
-from raypkg.runs import plots
+from raypkg.coresets.budgets import budget_of, select_class
+from raypkg.coresets.rules import coreset
+from raypkg.runs.plots import BLUE, GREY, ORANGE, VERMILLION, Rows, column, page, short
 
 pytestmark = pytest.mark.bench
 CLASSES, WIDTH, FRACTION = 1000, 512, 0.01
@@ -31,7 +32,35 @@ def test_a_thousand_classes():
         for name in METHODS:
             rows.append({"method": name, "n": n, **measured.in_fresh_process(__file__, name, n)})
             print("  {method:<12}{seconds:>9.1f} s{MiB:>9.0f} MiB resident at the peak".format(**rows[-1]))
-    plots.scaling(rows, PICTURE)
+    scaling(rows, PICTURE)
+
+
+def scaling(measured: Rows, path: str | Path) -> None:
+    """Draw what selection takes against the number of samples, a line for each method.
+
+    Args:
+        measured: dicts with ``method``, ``n``, ``seconds`` and ``MiB``, the peak resident memory.
+        path: the PNG to write.
+    """
+    with page(path) as figure:
+        time, memory = figure.subplots(1, 2)
+        methods = list(dict.fromkeys(row["method"] for row in measured))
+        for method, colour in zip(methods, cycle([BLUE, ORANGE, VERMILLION, GREY]), strict=False):
+            rows = sorted((row for row in measured if row["method"] == method), key=lambda row: row["n"])
+            n, seconds, mib = (column(rows, key) for key in ("n", "seconds", "MiB"))
+            for axes, values in ((time, seconds), (memory, mib)):
+                axes.plot(n, values, color=colour, marker="o", markersize=4, label=method)
+        most = max((row["n"] for row in measured), default=0)
+        time.set(title=f"Seconds of selection, to {short(most)} samples", xlabel="samples", yscale="log")
+        memory.set(title="Peak resident MiB of the process", xlabel="samples", ylim=(0, None))
+        time.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for axes in (time, memory):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: short(value))
+            axes.xaxis.set_minor_formatter("")
+            axes.margins(x=0.1, y=0.1)
+        if methods:
+            time.legend()
 
 
 def select_all(name, n):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from raypkg.core.settings import Dataset, Select
+from raypkg.coresets.record import Record
+from raypkg.coresets.sharded import LiveModel, select_coreset
 from raypkg.data import load_data
-from raypkg.engine.selection import LiveModel, select_coreset
 from raypkg.engine.shards import LocalShards, class_shards
-from raypkg.methods.record import Record
 from raypkg.models import build_model
 
 pytestmark = [pytest.mark.bench, pytest.mark.data]

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from raypkg.core.settings import Sparsity, Training
+from raypkg.core.settings import Training
 from raypkg.data import load_data
-from raypkg.engine.active import Active
+from raypkg.data.coreset import Coreset
 from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Masked
-from raypkg.engine.loop import Run, evaluate, fit
-from raypkg.engine.topology import Topology
+from raypkg.engine.loop import evaluate, fit
+from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker, threads
-from raypkg.methods.coreset import Coreset
+from raypkg.methods.sparse.hook import Topology
+from raypkg.methods.sparse.masked import Active, Masked
+from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model
 
 DATA = Path(os.environ.get("EFFRAY_DATA", Path(__file__).parents[3] / "shared/data"))

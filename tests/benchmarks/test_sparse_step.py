@@ -11,15 +11,18 @@ import time
 import pytest
 import torch
 
-from raypkg.core.settings import Agent, Sparsity, Training
+from raypkg.core.settings import Training
+from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.correction import Correction
 from raypkg.engine.costs import Cost
-from raypkg.engine.hooks import Masked
-from raypkg.engine.loop import Run, fit
-from raypkg.engine.topology import Topology
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker, threads
-from raypkg.methods.coreset import Coreset
+from raypkg.methods.agent.hook import Correction
+from raypkg.methods.agent.settings import Agent
+from raypkg.methods.sparse.hook import Topology
+from raypkg.methods.sparse.masked import Masked
+from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model
 
 N, ROUNDS = 1280, 9  # samples of an epoch of 10 steps; a tenth is one batch

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from raypkg.core.settings import Cluster, Training
+from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.costs import Cost
-from raypkg.engine.loop import Run, autocast, fit, optimizer
+from raypkg.engine.loop import autocast, fit
+from raypkg.engine.optimizer import optimizer
+from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
-from raypkg.methods.coreset import Coreset
 from raypkg.models import build_model
 
 pytestmark = pytest.mark.bench
@@ -89,7 +91,7 @@ def in_turn(worker, rounds):
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_two_workers_against_one(tmp_path, monkeypatch):
-    from raypkg.cluster.train import launch
+    from raypkg.cluster.launch import launch
 
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
     rates = launch(in_turn, ROUNDS + 1, cluster=Cluster(workers=2), report=lambda row: None, folder=str(tmp_path))

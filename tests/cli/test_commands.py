@@ -24,7 +24,7 @@ CODE = """
 import torch
 from torch import nn
 from raypkg.data.split import Split
-from raypkg.methods.coreset import Coreset
+from raypkg.data.coreset import Coreset
 
 def rows(root, *, split, samples: int = 60):
     '''Two columns that tell the classes apart.'''

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raypkg.core.errors import UserError
-from raypkg.runs.sweep import SweepFolder
+from raypkg.sweeps.sweep_folder import SweepFolder
 
 SPACE = """
 from ray import tune
@@ -190,7 +190,7 @@ def test_a_wrong_order_is_one_line(wrong, arguments, message):
 
 
 def test_a_missing_searcher_names_its_extra(wrong, monkeypatch):
-    monkeypatch.setattr("raypkg.cluster.tune.find_spec", lambda name: None)
+    monkeypatch.setattr("raypkg.cluster.trials.find_spec", lambda name: None)
     assert "--search optuna needs Optuna: pip install 'effray[optuna]'" in wrong("crest --search optuna")
 
 
@@ -214,11 +214,13 @@ def test_the_mode_of_a_space_is_checked(wrong, space):
 def test_draws_follow_from_the_seed_and_grids_have_every_combination():
     from ray import tune
 
-    from raypkg.cluster.tune import candidates, draw, grid
+    from raypkg.cluster.trials import candidates, draw_settings, grid
 
     space = {"a": tune.choice([1, 2]), "b": tune.randint(0, 3), "c": tune.grid_search(["x"]), "d": 7}
     assert len(list(grid(space))) == 6 and {"a": 2, "b": 1, "c": "x", "d": 7} in list(grid(space))
-    one, two, other = (draw(space | {"e": tune.uniform(0, 1)}, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    one, two, other = (
+        draw_settings(space | {"e": tune.uniform(0, 1)}, np.random.default_rng(seed)) for seed in (0, 0, 1)
+    )
     assert one == two != other
     assert {type(value) for value in one.values()} == {int, str, float}
     assert candidates(tune.randint(0, 3)) == [0, 2] and candidates(tune.randn(0, 1)) == []
@@ -228,12 +230,12 @@ def test_draws_follow_from_the_seed_and_grids_have_every_combination():
 
 
 def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
-    from raypkg.experiments.crest import CrestSettings
-    from raypkg.runs.sweep import create
+    from raypkg.methods.crest.settings import CrestSettings
+    from raypkg.sweeps.sweep_folder import create_sweep
 
     order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "varied": ["select.b"]}
     text = SPACE.format(metric="accuracy", mode="max", space="'select.b': tune.choice([1, 2])")
-    sweep = create(str(tmp_path / "runs"), "s", order, CrestSettings(), text, [{"select.b": 1}])
+    sweep = create_sweep(str(tmp_path / "runs"), "s", order, CrestSettings(), text, [{"select.b": 1}])
     with sweep.storage.alone("it"):
         assert "sweep 's' is being worked on by another process" in refusal("tune crest --resume s --concurrent 1")
     assert "concurrent" not in SweepFolder(sweep.storage).order
@@ -242,7 +244,7 @@ def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
 def test_no_trial_is_drawn_twice():
     from ray import tune
 
-    from raypkg.experiments.crest import CrestSettings
+    from raypkg.methods.crest.settings import CrestSettings
     from raypkg.sweeps.order import Order, trials_of
     from raypkg.sweeps.spaces import Space
 
@@ -256,18 +258,23 @@ def test_numbers_of_numpy_are_plain():
 
     from ray import tune
 
-    from raypkg.cluster.tune import candidates, constants, draw, grid
+    from raypkg.cluster.trials import candidates, constants, draw_settings, grid
 
     space = {"a": tune.grid_search(list(np.arange(2))), "b": np.float64(0.5), "c": tune.choice([np.int64(3)])}
-    for plain in (list(grid(space)), draw(space, np.random.default_rng(0)), constants(space), candidates(space["c"])):
+    for plain in (
+        list(grid(space)),
+        draw_settings(space, np.random.default_rng(0)),
+        constants(space),
+        candidates(space["c"]),
+    ):
         assert json.dumps(plain)
 
 
 def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):
     from ray import tune
 
-    from raypkg.experiments.crest import CrestSettings
-    from raypkg.experiments.sparse import SparseSettings
+    from raypkg.methods.crest.settings import CrestSettings
+    from raypkg.methods.sparse.settings import SparseSettings
     from raypkg.sweeps.order import longest_of
     from raypkg.sweeps.spaces import Space
 
@@ -288,7 +295,7 @@ def test_the_help_lists_the_experiments_that_train(effray):
 def test_optuna_is_told_of_what_is_done():
     from ray import tune
 
-    from raypkg.cluster.tune import Proposals, optuna
+    from raypkg.cluster.trials import Proposals, optuna
 
     space = {"train.lr": tune.loguniform(0.01, 1), "train.epochs": 3}
     searcher = optuna(space, "accuracy", "max", 0, [({"train.lr": 0.1, "train.epochs": 3}, 0.9)])

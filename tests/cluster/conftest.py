@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def ray():
-    from raypkg.cluster import session  # sets Ray's environment before it is imported
+    from raypkg.cluster import session
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # workers import the tests' data set
     session.ray.init(address="local", num_cpus=3, log_to_driver=False, logging_level="ERROR")

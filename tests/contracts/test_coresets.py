@@ -10,10 +10,10 @@ import torch.nn.functional as F
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.methods.coresets import coreset, needs_gradients, sizes_itself
-from raypkg.methods.gradients import HeadView
-from raypkg.methods.record import Record
-from raypkg.methods.selection import select, select_class
+from raypkg.coresets.budgets import select, select_class
+from raypkg.coresets.gradients import HeadView
+from raypkg.coresets.record import Record
+from raypkg.coresets.rules import coreset, needs_gradients, sizes_itself
 
 N = 60
 ONLY_WITH = {"craig": {"greedy": "stochastic"}}  # options under which a method draws that does not draw by default

@@ -11,7 +11,8 @@ import torch
 
 import samples
 from raypkg.core.errors import UserError
-from raypkg.data import dataset, load_data
+from raypkg.data import load_data
+from raypkg.data.sources import dataset
 from raypkg.data.split import Split
 
 LABELS = np.arange(12) % 3

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from raypkg.methods.coreset import Coreset
-from raypkg.methods.facility import cluster_shares, facility_location
-from raypkg.methods.gradients import HeadView
+from raypkg.coresets.facility import cluster_shares, facility_location
+from raypkg.coresets.gradients import HeadView
+from raypkg.data.coreset import Coreset
 
 
 def minibatch_coreset(logits: Tensor, y: Tensor, size: int, *, memory: int = 2**30) -> Coreset:

@@ -45,7 +45,7 @@ def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor], rng: torch.Gene
 
 
 @dataclass(frozen=True)
-class Moments:
+class MovingMoments:
     """Exponential means of gradients, and of squared Hessian diagonals, over the updates so far.
 
     Args:
@@ -60,19 +60,19 @@ class Moments:
     updates: int = 0
     betas: tuple[float, float] = (BETA1, BETA2)
 
-    def updated(self, gradient: Tensor, diagonal: Tensor | None) -> "Moments":
+    def updated(self, gradient: Tensor, diagonal: Tensor | None) -> "MovingMoments":
         """Return the means with one more gradient and diagonal."""
         second = None
         if self.second is not None and diagonal is not None:
             second = self.betas[1] * self.second + (1 - self.betas[1]) * diagonal.square()
-        return Moments(
+        return MovingMoments(
             self.betas[0] * self.first + (1 - self.betas[0]) * gradient, second, self.updates + 1, self.betas
         )
 
-    def to(self, device: torch.device) -> "Moments":
+    def to(self, device: torch.device) -> "MovingMoments":
         """Return the means on a device."""
         second = None if self.second is None else self.second.to(device)
-        return Moments(self.first.to(device), second, self.updates, self.betas)
+        return MovingMoments(self.first.to(device), second, self.updates, self.betas)
 
     @property
     def gradient(self) -> Tensor:

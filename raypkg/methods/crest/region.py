@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def interval(h: float, first: float, now: float) -> int:
+def check_interval(h: float, first: float, now: float) -> int:
     """Return the steps between checks, T1 = h · ‖H̄_0‖ / ‖H̄_t‖, rounded, at least 1: the flatter, the longer.
 
     Args:

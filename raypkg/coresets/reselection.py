@@ -1,0 +1,102 @@
+"""A hook that selects the coreset anew while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import derive
+from raypkg.core.settings import Reselect, Select
+from raypkg.data.coreset import Coreset
+from raypkg.engine.run import Hook, Run
+from raypkg.engine.shards import Shards
+
+from .recorder import Recorder
+from .rules import coreset, needs_gradients, sizes_itself
+from .sharded import LiveModel, select_coreset
+
+
+def check_schedule(settings: Reselect, epochs: int) -> None:
+    """Refuse, before any work, what the method cannot do in a training of so many epochs.
+
+    Raises:
+        UserError: unknown method, bad options, a selection that would never come, a fraction for a method that sizes
+            its coreset itself, or none for another that computes gradients.
+    """
+    if not settings.warm < epochs:
+        raise UserError(f"select.warm = {settings.warm} of {epochs} epochs: nothing would be selected")
+    if settings.every > epochs - settings.warm:
+        raise UserError(f"select.every = {settings.every}: only {epochs - settings.warm} epochs follow the warm ones")
+    entry = coreset[settings.method]
+    entry.options(settings.options)
+    if sizes_itself(entry) and (settings.fraction < 1 or settings.every != 1):
+        raise UserError(
+            f"{settings.method} keeps as many samples as it sees fit, anew at every epoch: it needs select.fraction = 1"
+            f" and select.every = 1, not {settings.fraction:g} and {settings.every}"
+        )
+    if needs_gradients(entry) and settings.fraction == 1:
+        raise UserError(f"{settings.method} with select.fraction = 1 would keep every sample: give a smaller one")
+
+
+def check_selects_once(select: Select) -> None:
+    """Refuse, before any work, a method that acts only during training."""
+    if sizes_itself(coreset[select.method]):
+        raise UserError(f"{select.method} acts at every epoch of a training: see `effray train --help`")
+
+
+class Reselection(Hook):
+    """Trains on all samples for ``warm`` epochs, then selects, and again every ``every`` epochs.
+
+    Each selection uses the model and the record of that moment, on all workers together.
+
+    Args:
+        settings: method, fraction, when, and the rest.
+        shards: hold the samples.
+        recorder: what training has seen; a hook of the same run.
+        indices: the samples to select from, int64 [n].
+        first: the coreset to begin with; None = select it as well.
+    """
+
+    def __init__(
+        self, settings: Reselect, shards: Shards, recorder: Recorder, indices: Tensor, first: Coreset | None = None
+    ):
+        self.settings, self.shards, self.recorder, self.indices, self.first = settings, shards, recorder, indices, first
+        self.scores: Tensor | None = None  # gradient norms of the indices at the latest selection [n]
+
+    def on_epoch(self, run: Run) -> None:
+        """Select where it is due."""
+        if run.epoch < self.settings.warm:
+            run.coreset = Coreset.uniform(self.indices)
+        elif run.epoch == self.settings.warm and self.first is not None:
+            run.coreset = self.first
+        elif self.settings.due(run.epoch):
+            run.coreset = self._select(run)
+
+    def _select(self, run: Run) -> Coreset:
+        with run.bill("select") as cost, torch.no_grad():
+            run.worker.share(run.model.buffers())
+            found = select_coreset(
+                self.shards,
+                LiveModel(run.model, run.settings.precision),
+                self.settings,
+                self.recorder.record,
+                self.indices,
+                seed=derive(run.seed, "selection", run.epoch),
+                progress=run.epoch / run.settings.epochs,
+            )
+        if run.worker.rank == 0:
+            cost.forward += found.cost.forward
+        self.scores = found.scores
+        return found.coreset
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scores; the coreset is the run's own."""
+        return {"scores": self.scores}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the scores back."""
+        self.scores = state["scores"]

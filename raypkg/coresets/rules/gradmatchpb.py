@@ -1,0 +1,67 @@
+"""GradMatch over mini-batches: whole random batches are chosen and weighted, which is many times faster."""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from raypkg.coresets.gradients import HeadView
+from raypkg.coresets.solvers import matching_pursuit
+from raypkg.data.coreset import Coreset
+
+from . import coreset
+from .gradmatch import BatchAtoms, mean_gradient
+
+
+@coreset("gradmatchpb", source="arXiv:2103.00123")
+def select(
+    view: HeadView,
+    budget: int,
+    *,
+    rng: torch.Generator,
+    valid: HeadView | None = None,
+    batch_size: Annotated[int, Field(ge=1)] = 32,
+    lam: Annotated[float, Field(ge=0)] = 0.5,
+    eps: Annotated[float, Field(gt=0)] = 1e-10,
+    target: Literal["train", "valid"] = "train",
+) -> Coreset:
+    """Match the mean gradient by the mean gradients ḡ_B of batches, drawn once at random, instead of samples.
+
+        v = argmin ‖Σ_{B∈S} v_B ḡ_B − ḡ‖² + λ‖v‖²,  v ≥ 0,  Σ_{B∈S} |B| = k        w_i = k·v_B / |B|,  i ∈ B
+
+    so the gradient of the coreset's objective, mean(w · loss) = Σ_B (w_B |B| / k) · (mean loss of B), is
+    Σ v_B ḡ_B ≈ ḡ. The last batch is cut to what is left of the budget, and the chosen batches, as they are then, are
+    weighted once more. Where the pursuit needs fewer than k samples, the batches that correlate most with ḡ fill the
+    budget; if ḡ cannot be matched at all, every weight is 1.
+
+    Args:
+        view: the samples.
+        budget: k.
+        rng: draws the batches.
+        valid: samples whose mean gradient is ḡ if ``target`` is "valid".
+        batch_size: samples in a batch; the last one has what is left over.
+        lam: λ, the penalty on the weights.
+        eps: stop when the error is at most this share of ‖ḡ‖².
+        target: whose mean gradient to match.
+
+    Raises:
+        UserError: the target is "valid" and there are no validation samples.
+
+    Differs from the paper: as in ``gradmatch``; the batches are those of one class if the selection goes by class.
+    """
+    mean, drawn = mean_gradient(view, valid, target), torch.randperm(len(view), generator=rng)
+    batches = drawn.split(batch_size)
+    batch = torch.empty_like(drawn).index_put((drawn,), torch.arange(len(view)) // batch_size)  # of each sample [n]
+    wanted = math.ceil(budget / batch_size)
+    whole = BatchAtoms(view, batch, mean, wanted * batch_size)
+    order = whole.ranked(matching_pursuit(whole, whole.energy, wanted, lam=lam, eps=eps)[0])
+    indices = torch.cat([batches[b] for b in order])[:budget]
+
+    place = batch[indices].unique(return_inverse=True)[1]  # which of the chosen batches each pick is in [k]
+    cut = BatchAtoms(view[indices], place, mean, budget)
+    chosen, v = matching_pursuit(cut, cut.energy, len(cut), lam=lam, eps=eps)
+    if not len(chosen):
+        return Coreset.uniform(indices)
+    shares = v.new_zeros(len(cut)).index_put((chosen,), v) / place.bincount()  # v_B / |B|
+    return Coreset(indices, (budget * shares[place]).float())

@@ -1,0 +1,5 @@
+"""Data sources, one file each: ``load(root, *, split, cache, …) → Split``."""
+
+from raypkg.core.registry import Registry
+
+dataset = Registry("dataset", "raypkg.data.sources", given=("split", "cache"))

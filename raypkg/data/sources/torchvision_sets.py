@@ -1,0 +1,76 @@
+"""The small classics as torchvision fetches them: CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raypkg.core.errors import UserError
+from raypkg.data.split import Split
+from raypkg.data.store.arrow import Block, Header, write
+from raypkg.data.store.cache import cache_folder, cached, fingerprint
+
+from . import dataset
+
+BLOCK = 4096
+
+
+@dataset("cifar10", source="Krizhevsky 2009")
+def cifar10(root: str, *, split: str, cache: Path | None) -> Split:
+    """CIFAR-10: 50,000 and 10,000 colour images 32×32 of 10 classes."""
+    return _split("CIFAR10", root, split, cache)
+
+
+@dataset("cifar100", source="Krizhevsky 2009")
+def cifar100(root: str, *, split: str, cache: Path | None) -> Split:
+    """CIFAR-100: 50,000 and 10,000 colour images 32×32 of 100 classes."""
+    return _split("CIFAR100", root, split, cache)
+
+
+@dataset("mnist", source="LeCun et al. 1998")
+def mnist(root: str, *, split: str, cache: Path | None) -> Split:
+    """MNIST: 60,000 and 10,000 grey images 28×28 of handwritten digits."""
+    return _split("MNIST", root, split, cache)
+
+
+@dataset("fashionmnist", source="arXiv:1708.07747")
+def fashionmnist(root: str, *, split: str, cache: Path | None) -> Split:
+    """Fashion-MNIST: 60,000 and 10,000 grey images 28×28 of clothes."""
+    return _split("FashionMNIST", root, split, cache)
+
+
+def _split(kind: str, root: str, split: str, cache: Path | None) -> Split:
+    """Open the store of a split; the original files lie in ``root``, or are fetched there or into the cache."""
+    folder = Path(root) if root else cache_folder(cache) / "torchvision"
+    path = cache_folder(cache) / f"{kind.lower()}-{split}-{fingerprint([], root=str(folder.resolve()))}.arrow"
+    return cached(path, partial(_build, kind, folder, split)).as_split()
+
+
+def _build(kind: str, folder: Path, split: str, target: Path) -> None:
+    source = _fetched(kind, folder, split)
+    pixels, y = np.asarray(source.data), np.asarray(source.targets, np.int64)
+    pixels = pixels[..., None] if pixels.ndim == 3 else pixels  # [n, H, W, C]
+    shape = (pixels.shape[3], *pixels.shape[1:3])
+    augment = ("crop", "flip") if shape[0] == 3 else ("crop",)
+    write(target, Header("pixels", shape, tuple(source.classes), augment), _blocks(pixels, y))
+
+
+def _fetched(kind: str, folder: Path, split: str) -> Any:
+    from torchvision import datasets
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return getattr(datasets, kind)(folder, train=split == "train", download=True)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"cannot fetch {kind} into {str(folder)!r} ({error}): place its files there,"
+            " or use parquet:PATH or folder:PATH"
+        ) from None
+
+
+def _blocks(pixels: np.ndarray, y: np.ndarray) -> Iterator[Block]:
+    for start in range(0, len(y), BLOCK):
+        x = pixels[start : start + BLOCK]
+        yield Block(x, y[start : start + BLOCK], x)

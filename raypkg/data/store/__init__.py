@@ -1,0 +1,1 @@
+"""Memory-mapped Arrow stores, and how samples get into them."""

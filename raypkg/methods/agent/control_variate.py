@@ -1,0 +1,50 @@
+"""AGENT's adaptive gradient correction: a control variate for sparse training (arXiv:2301.03573).
+
+    ĉ = Cov_B(ℓ_B(θ), ℓ_B(θ̃)) / Var_B(ℓ_B(θ̃))        c ← (1 − α)·c + α·ĉ        before θ̃ is refreshed
+    θ̃ ← θ,   g̃ = the full gradient at θ̃
+    step with   ∇ℓ_B(θ) − γc·(∇ℓ_B(θ̃) − g̃)
+
+c = 0 is SGD, γc = 1 is SVRG.
+"""
+
+import torch
+from torch import Tensor
+
+
+def coefficient(current: Tensor, snapshot: Tensor) -> float:
+    """Return ĉ of batch losses at the current and at the snapshot's weights; 0 where the latter are all the same.
+
+    Args:
+        current: ℓ_B(θ), [batches].
+        snapshot: ℓ_B(θ̃), [batches].
+
+    >>> coefficient(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 6.0]))
+    0.5
+    """
+    centred = snapshot.double() - snapshot.double().mean()
+    variance = centred @ centred
+    return (current.double() @ centred / variance).item() if variance > 0 else 0.0
+
+
+def smoothed(c: float, estimate: float, alpha: float) -> float:
+    """Return (1 − α)·c + α·ĉ."""
+    return (1 - alpha) * c + alpha * estimate
+
+
+def correct(gradients: list[Tensor], snapshot: list[Tensor], full: list[Tensor], damped: float) -> None:
+    """Subtract γc·(∇ℓ_B(θ̃) − g̃) from the gradients, in place.
+
+    Args:
+        gradients: ∇ℓ_B(θ), one tensor a parameter.
+        snapshot: ∇ℓ_B(θ̃).
+        full: g̃.
+        damped: γc.
+    """
+    torch._foreach_add_(gradients, torch._foreach_sub(full, snapshot), alpha=damped)
+
+
+def cosine_similarity(a: list[Tensor], b: list[Tensor]) -> float:
+    """Return the cosine of the angle between two lists of tensors, 0 where one is zero."""
+    product = torch.stack([x.flatten().dot(y.flatten()) for x, y in zip(a, b, strict=True)]).sum()
+    left, right = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (a, b))
+    return (product / (left * right)).nan_to_num(0.0).item()

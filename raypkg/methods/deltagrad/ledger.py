@@ -1,0 +1,79 @@
+"""An append-only log in which every entry holds the digest of the one before: none can be changed or lost unseen."""
+
+import json
+import time
+from collections.abc import Mapping
+from functools import partial
+from hashlib import blake2b, file_digest
+from pathlib import Path
+from typing import Any
+
+from raypkg.core.errors import UserError
+from raypkg.runs.storage import Storage
+
+FILE = "log.jsonl"
+
+
+class Ledger:
+    """The log of a run, one line of JSON an entry.
+
+    Args:
+        storage: the run's folder.
+
+    Raises:
+        UserError: the log is damaged; the entry is named.
+    """
+
+    def __init__(self, storage: Storage):
+        self._storage = storage
+        self._lines = (storage.read(FILE) or b"").splitlines(keepends=True)
+        self.entries: list[dict[str, Any]] = []
+        previous = ""
+        for number, line in enumerate(self._lines):
+            self.entries.append(self._checked(line, number, previous))
+            previous = self.entries[-1]["digest"]
+
+    def append(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Add an entry; once this returns it is on the disk, and before that nothing of it is."""
+        previous = self.entries[-1]["digest"] if self.entries else ""
+        body = {
+            "number": len(self.entries),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **entry,
+            "previous": previous,
+        }
+        self.entries.append({**body, "digest": digest(_canonical(body))})
+        self._lines.append(json.dumps(self.entries[-1]).encode() + b"\n")
+        self._storage.write(FILE, b"".join(self._lines))
+        return self.entries[-1]
+
+    def _checked(self, line: bytes, number: int, previous: str) -> dict[str, Any]:
+        where = f"entry {number} of {self._storage.root}/{FILE}"
+        try:
+            entry = json.loads(line)
+            body = {name: value for name, value in entry.items() if name != "digest"}
+            sound = digest(_canonical(body)) == entry["digest"] and line == json.dumps(entry).encode() + b"\n"
+        except (ValueError, KeyError, AttributeError):
+            sound = False
+        if not sound:
+            raise UserError(f"{where} is corrupt: it does not have the digest that it names")
+        if entry["previous"] != previous or entry["number"] != number:
+            raise UserError(f"{where} does not follow the one before: entries are missing or changed")
+        return entry
+
+
+def digest(content: bytes) -> str:
+    """Return the digest by which contents are compared, 16 bytes of BLAKE2b as hexadecimal."""
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Return the digest of a file's content, which may be larger than memory; empty when there is no such file."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return file_digest(file, partial(blake2b, digest_size=16)).hexdigest()
+
+
+def _canonical(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True).encode()

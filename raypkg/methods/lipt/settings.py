@@ -1,0 +1,60 @@
+"""Settings of LiPT."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raypkg.core.settings import Count, Experiment, Reselect, Share, Train, Training
+
+
+class Pretrain(Training):
+    """Pre-training of the model whose gradients select the coreset."""
+
+    method: Annotated[
+        Literal["lipt", "dense", "none"],
+        Field(description="lipt = merged sparse models, dense = one model on all samples, none = initial weights"),
+    ] = "lipt"
+    models: Annotated[Count, Field(description="sparse models to merge (lipt)")] = 10
+    shard_fraction: Annotated[
+        Share | None, Field(description="share of the samples in each model's shard (lipt); 1/models when left out")
+    ] = None
+    sparsity: Annotated[
+        Literal["snip", "erk", "none"], Field(description="where the layer-wise densities come from (lipt)")
+    ] = "snip"
+    density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.9
+    merge: Annotated[
+        Literal["masked_mean", "mean", "greedy"], Field(description="how the models become one (lipt)")
+    ] = "masked_mean"
+    randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) as well, on images (lipt)")] = True
+    epochs: Annotated[Count, Field(description="passes of each model over its shard")] = 5
+    batch_size: Annotated[Count, Field(description="samples a step")] = 128
+    evaluate_every: Annotated[int, Field(ge=0, description="epochs between looks at the held-out samples (dense)")] = 5
+    lr: Annotated[float, Field(gt=0, description="peak learning rate; models that move far do not merge well")] = 0.02
+
+
+class LiptTrain(Train):
+    """Training of the main model on the coreset."""
+
+    init: Annotated[
+        Literal["scratch", "merged"], Field(description="first weights: drawn anew, or the pre-trained model's")
+    ] = "scratch"
+
+
+class LiptSettings(Experiment):
+    """Settings of `effray lipt`."""
+
+    pretrain: Pretrain = Pretrain()
+    select: Reselect = Reselect()
+    train: LiptTrain = LiptTrain()
+
+    def check(self, n: int) -> None:
+        """Refuse a method that acts during training only, and selections that never come.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        from raypkg.coresets.reselection import check_schedule, check_selects_once
+
+        check_selects_once(self.select)
+        if self.select.every or self.select.warm:
+            check_schedule(self.select, self.epochs)

@@ -1,0 +1,214 @@
+"""Coresets and scores as parquet, with where they come from in the file's metadata."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raypkg.core.errors import UserError
+from raypkg.core.settings import RunSettings
+from raypkg.coresets.record import Record
+from raypkg.data.coreset import Coreset
+from raypkg.data.split import Split
+from raypkg.runs.storage import Storage
+
+if TYPE_CHECKING:  # samples are narrowed down by a coreset
+    from .samples import Samples
+
+FILE = "coreset.parquet"
+GIVEN = "given_coreset.parquet"  # to begin with, where training then selects others
+SCORES = "scores.parquet"
+
+
+def origin(experiment: RunSettings) -> dict[str, Any]:
+    """Return what the positions in a coreset depend on."""
+    return {
+        "dataset": last_part(experiment.dataset.name),
+        "seed": experiment.seed,
+        "validation": experiment.dataset.validation,
+    }
+
+
+def last_part(name: str) -> str:
+    """Return a data set's name without the folder that it is in: data may be moved.
+
+    >>> last_part("parquet:/data/cifar10"), last_part("digits")
+    ('cifar10', 'digits')
+    """
+    return name.rpartition("/")[2]
+
+
+def save_coreset(
+    storage: Storage,
+    coreset: Coreset,
+    split: Split,
+    provenance: Mapping[str, Any],
+    scores: Tensor | None = None,
+    file: str = FILE,
+) -> None:
+    """Write index, weight, class and (where there is one) score of every picked sample.
+
+    Args:
+        storage: the run folder.
+        coreset: positions in ``split``.
+        split: gives labels and class names.
+        provenance: how it was made, kept as JSON in the file's metadata.
+        scores: gradient norms of all samples of the split, float32 [n].
+        file: its name.
+    """
+    labels = split.y[coreset.indices]
+    columns = {
+        "index": coreset.indices.numpy(),
+        "weight": coreset.weights.numpy(),
+        "class": [split.classes[label] for label in labels.tolist()],
+    }
+    if scores is not None:
+        columns["score"] = scores[coreset.indices].numpy()
+    facts = {"samples": len(split), **provenance}
+    storage.write_table(file, pa.table(columns).replace_schema_metadata({"effray": json.dumps(facts)}))
+
+
+def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Coreset:
+    """Read a coreset that ``save_coreset`` wrote.
+
+    Args:
+        path: of the file.
+        split: what its indices are positions in.
+        held_out: positions that must not be trained on.
+        dataset: its name.
+
+    Raises:
+        UserError: no such file, not a coreset, empty, made for another data set, or with held-out samples.
+    """
+    table = read_coreset(path)
+    facts = _facts(table)
+    if facts.get("samples", len(split)) != len(split):
+        raise UserError(f"{path} was made for {facts['samples']} samples, this data set has {len(split)}")
+    if last_part(facts.get("dataset", dataset)) != last_part(dataset):
+        raise UserError(f"{path} was made for {facts['dataset']}, this data set is {dataset}")
+    if not len(table):
+        raise UserError(f"{path} holds no sample")
+    indices = torch.tensor(_column(table, "index", path, pa.types.is_integer), dtype=torch.int64)
+    if len(indices) and int(indices.max()) >= len(split):
+        raise UserError(f"{path} has index {int(indices.max())}, this data set ends at {len(split) - 1}")
+    leaked = int(torch.isin(indices, held_out).sum())
+    if leaked:
+        raise UserError(
+            f"{leaked} of the {len(indices)} samples in {path} are held out here: give its --seed and"
+            " --dataset.validation"
+        )
+    weights = _column(table, "weight", path, lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind))
+    return Coreset(indices, torch.tensor(weights, dtype=torch.float32))
+
+
+def given_coreset(experiment: RunSettings, path: str, found: "Samples", storage: Storage, file: str) -> Coreset:
+    """Copy a coreset into the run folder, unless an earlier attempt did, and return it.
+
+    Args:
+        experiment: data set and seed of this run.
+        path: of the coreset.
+        found: the samples that may be trained on.
+        storage: the run folder.
+        file: name of the copy.
+    """
+    split, name, copy = found.data.train, experiment.dataset.name, f"{storage.root}/{file}"
+    if file in storage.list():
+        return load_coreset(copy, split, found.valid, name)
+    coreset = load_coreset(path, split, found.valid, name)
+    save_coreset(storage, coreset, split, {**origin(experiment), "source": path}, file=file)
+    return coreset
+
+
+def read_coreset(path: str) -> pa.Table:
+    """Return a coreset file's table: index, weight, class and perhaps score.
+
+    Raises:
+        UserError: no such file, or not a coreset.
+    """
+    folder, _, name = path.rpartition("/")
+    if not name:
+        raise UserError(f"{path!r} is no coreset file")
+    table = Storage(folder or ".").read_table(name)
+    if table is None:
+        raise UserError(f"there is no coreset file {path}")
+    if not {"index", "weight"} <= set(table.column_names):
+        raise UserError(f"{path} is no coreset: it needs columns index and weight, has {', '.join(table.column_names)}")
+    return table
+
+
+def save_record(storage: Storage, model: str, record: Record) -> None:
+    """Write what training saw of each sample beside the model of that file name."""
+    forgotten = torch.full_like(record.losses, torch.inf) if record.forgotten is None else record.forgotten
+    storage.write_table(record_of(model), pa.table({"loss": record.losses.numpy(), "forgotten": forgotten.numpy()}))
+
+
+def load_record(storage: Storage, model: str, y: Tensor) -> Record:
+    """Return the record beside a model, or an empty one where there is none.
+
+    Args:
+        storage: the run folder.
+        model: file name of the model.
+        y: labels of the training split, int64 [n].
+
+    Raises:
+        UserError: made for a data set of another size.
+    """
+    table = storage.read_table(record_of(model))
+    if table is None:
+        return Record.empty(y)
+    if len(table) != len(y):
+        raise UserError(f"{storage.root} was trained on {len(table)} samples, this data set has {len(y)}")
+    path = f"{storage.root}/{record_of(model)}"
+    return Record(
+        y, *(torch.tensor(_column(table, name, path, pa.types.is_floating)) for name in ("loss", "forgotten"))
+    )
+
+
+def save_scores(storage: Storage, split: Split, indices: Tensor, scores: Tensor | None) -> Tensor | None:
+    """Write the gradient norms, if there are any, of all samples that could have been picked; return them by position.
+
+    Args:
+        storage: the run folder.
+        split: what the indices are positions in.
+        indices: int64 [k].
+        scores: float32 [k].
+
+    Returns:
+        The scores by position, 0 elsewhere, [n]; None where there are none.
+    """
+    if scores is None:
+        return None
+    storage.write_table(SCORES, pa.table({"index": indices.numpy(), "score": scores.numpy()}))
+    return torch.zeros(len(split)).index_put((indices,), scores)
+
+
+def record_of(model: str) -> str:
+    """Return the file name of a model's record.
+
+    >>> record_of("model.safetensors")
+    'model_record.parquet'
+    """
+    return f"{model.removesuffix('.safetensors')}_record.parquet"
+
+
+def _facts(table: pa.Table) -> dict[str, Any]:
+    try:
+        facts = json.loads((table.schema.metadata or {}).get(b"effray", b"{}"))
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _column(table: pa.Table, name: str, path: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray:
+    """Return a column of numbers, or refuse what is missing, of another type or null."""
+    if name not in table.column_names:
+        raise UserError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
+    column = table[name]
+    if not fits(column.type) or column.null_count:
+        nulls = f" with {column.null_count} nulls" if column.null_count else ""
+        raise UserError(f"{path}: column {name} is {column.type}{nulls}, which it cannot be")
+    return column.to_numpy()
