@@ -77,7 +77,7 @@ def results(folder: Path) -> dict[str, np.ndarray]:
         place = file.relative_to(folder)
         arrays |= {f"{place}:{name}": column for name, column in columns(pq.read_table(file)).items()}
     summary = json.loads((folder / "summary.json").read_text())
-    arrays |= {f"summary:{name}": np.array(summary[name]) for name in SUMMARY if name in summary}
+    arrays |= {f"summary:{name}": np.array(summary[name]) for name in SUMMARY if summary.get(name) is not None}
     for cost in summary["phases"]:
         for name in cost.keys() - TIMES - {"phase", "sent"}:
             arrays[f"cost:{cost['phase']}:{name}"] = np.array(cost[name])
@@ -100,9 +100,11 @@ def compare(new: dict[str, np.ndarray], old: dict[str, np.ndarray]) -> str:
         a, b = np.asarray(new[name], np.float64), np.asarray(old[name], np.float64)
         if a.shape != b.shape:
             return f"DIFFERENT: {name} has shape {a.shape}, was {b.shape}"
+        if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+            return f"DIFFERENT: other values of {name} are finite"
         if not np.array_equal(a, b, equal_nan=True):
-            scale = max(np.nanmax(np.abs(b)), 1e-12)
-            difference = float(np.nanmax(np.abs(a - b))) / scale
+            a, b = np.nan_to_num(a), np.nan_to_num(b)
+            difference = float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12))
             if difference >= worst:
                 worst, where = difference, name
     missing, further = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())

@@ -15,11 +15,12 @@ from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.curvature import Curvature
 from raypkg.methods.deltagrad.exactness import Periodic, Tolerant
 from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, Layout, Recording, check_room
-from raypkg.methods.deltagrad.hook import Membership, assign, to_vector
 from raypkg.methods.deltagrad.ledger import FILE, Ledger
 from raypkg.methods.deltagrad.logistic import logistic_gradient
+from raypkg.methods.deltagrad.membership import Membership
 from raypkg.methods.deltagrad.objective import Objective, ShardedGradient, check_derivation
 from raypkg.methods.deltagrad.replay import Step, replay, retrain
+from raypkg.methods.deltagrad.vectors import assign, to_vector
 from raypkg.models import build_model
 from raypkg.runs.storage import Storage
 

@@ -10,8 +10,8 @@ METRIC, MODE = "accuracy", "max"
 def space() -> dict[str, Any]:
     """Return dotted setting names with what to draw them from."""
     return {
-        "select.tau": tune.loguniform(0.01, 0.5),
-        "select.h": tune.choice([1.0, 3.0, 10.0]),
-        "select.b": tune.choice([1, 5]),
-        "select.subset": tune.choice([0.01, 0.02]),  # shares of the samples
+        "crest.tau": tune.loguniform(0.01, 0.5),
+        "crest.h": tune.choice([1.0, 3.0, 10.0]),
+        "crest.b": tune.choice([1, 5]),
+        "crest.subset": tune.choice([0.01, 0.02]),  # shares of the samples
     }

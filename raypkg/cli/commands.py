@@ -16,6 +16,11 @@ from .options import ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting
 from .tune import tune
 
 
+def with_dashes(name: str) -> str:
+    """Return a name of an option or command as it is looked up: ``--model_from`` is ``--model-from``."""
+    return name.replace("_", "-")
+
+
 class Effray(ExampleHelp, click.Group):
     """Fixed commands, and one for every experiment."""
 
@@ -40,7 +45,7 @@ class Family(ExampleHelp, click.Group):
     """An experiment's commands."""
 
 
-@click.group(cls=Effray, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Effray, context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": with_dashes})
 @click.version_option(package_name="effray")
 def effray() -> None:
     """Gradient-based, data-efficient training on Ray.
@@ -72,6 +77,7 @@ def experiment_command(entry: Entry) -> click.Command:
 
     return SettingsCommand(
         entry.name,
+        schema=schema,
         callback=callback,
         help=entry.text,
         params=[
@@ -86,8 +92,8 @@ def experiment_command(entry: Entry) -> click.Command:
 
 
 def with_companions(command: click.Command) -> click.Command:
-    """Return an experiment's command, or a group of it, named train, and those of the file of its name beside this."""
-    name = f"{__package__}.{command.name}"
+    """Return an experiment's command, or a group of it, named train, and those of its name in ``groups``."""
+    name = f"{__package__}.groups.{command.name}"
     if not importlib.util.find_spec(name):
         return command
     companions = importlib.import_module(name).COMMANDS
@@ -139,7 +145,7 @@ def export(run: str, root: str, form: str) -> None:
         effray sparse --name thin --model mlp --density 0.05 && effray export thin --format csr
     """
     from raypkg.core.config import load_settings
-    from raypkg.experiments import settings_of
+    from raypkg.experiments import training_settings_of
     from raypkg.methods.sparse.export import export_sparse as write
     from raypkg.methods.sparse.show import savings
     from raypkg.runs.folder import locate
@@ -147,7 +153,7 @@ def export(run: str, root: str, form: str) -> None:
 
     folder = locate(root, run)
     kind = experiment[Path(folder.storage.root).parent.name]
-    terminal().print(savings(write(folder, load_settings(settings_of(kind), folder.config))))
+    terminal().print(savings(write(folder, load_settings(training_settings_of(kind), folder.config))))
 
 
 @effray.command(cls=ExampleHelp)
@@ -161,11 +167,12 @@ def methods() -> None:
 
     from raypkg.coresets.rules import coreset
     from raypkg.data.sources import dataset
+    from raypkg.engine.run import hook
     from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
     from raypkg.models import model
     from raypkg.runs.show import terminal
 
-    for registry in (experiment, coreset, model, dataset, initial, drop, growth, redistribution):
+    for registry in (experiment, coreset, model, dataset, hook, initial, drop, growth, redistribution):
         columns = [Column(name, overflow="fold") for name in ("name", "what it is", "options", "source")]
         table = Table(*columns, title=registry.kind, title_justify="left")
         for entry in registry.entries.values():

@@ -6,17 +6,17 @@ from typing import Any
 
 from click import get_current_context
 
-from raypkg.core.config import Settings, load_settings
+from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
-from raypkg.core.settings import APART, Experiment
+from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out, check_names, with_absolute_path
 from raypkg.runs.folder import RunFolder, create, find
 from raypkg.runs.show import show_run, terminal
 
 
 def execute(
-    entry: Entry, schema: type[Settings], config: Path | None, values: Mapping[str, Any], name: str | None, root: str
+    entry: Entry, schema: type[RunSettings], config: Path | None, values: Mapping[str, Any], name: str | None, root: str
 ) -> None:
     """Run an experiment in a new run folder; a mistake found before any result leaves no folder behind.
 
@@ -35,7 +35,7 @@ def execute(
 
 
 def resume_run(
-    entry: Entry, schema: type[Settings], name: str, values: Mapping[str, Any], root: str, refused: Mapping[str, Any]
+    entry: Entry, schema: type[RunSettings], name: str, values: Mapping[str, Any], root: str, refused: Mapping[str, Any]
 ) -> None:
     """Go on with a stopped run; a finished one is only shown.
 
@@ -53,12 +53,12 @@ def resume_run(
         _run(entry, settings, folder)
 
 
-def subject(settings: Any) -> str:
+def subject(settings: RunSettings) -> str:
     """Return what a run is about: the model that it trains, or the method that selects."""
-    return settings.model.name if isinstance(settings, Experiment) else settings.method
+    return settings.model.name if isinstance(settings, Experiment) else getattr(settings, "method", "")
 
 
-def _run(entry: Entry, settings: Any, folder: RunFolder) -> None:
+def _run(entry: Entry, settings: RunSettings, folder: RunFolder) -> None:
     console = terminal()
     console.print(f"{entry.name} {folder.name}: {subject(settings)} on {settings.dataset.name}")
     try:

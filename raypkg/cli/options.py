@@ -9,7 +9,7 @@ from typing import Any
 import click
 from pydantic.fields import FieldInfo
 
-from raypkg.core.config import Settings, leaves
+from raypkg.core.config import Settings, alternatives, current_name, leaves, part_of
 from raypkg.core.errors import UserError
 from raypkg.core.settings import APART
 
@@ -41,7 +41,25 @@ class ExampleHelp(click.Command):
 
 
 class SettingsCommand(ExampleHelp):
-    """A command whose help groups the options by part."""
+    """A command whose options are settings, grouped by part in its help; a name that is old is told its new one.
+
+    Args:
+        schema: of the settings.
+    """
+
+    def __init__(self, *arguments: Any, schema: type[Settings], **options: Any):
+        super().__init__(*arguments, **options)
+        self.schema = schema
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Parse the command line."""
+        try:
+            return super().parse_args(context, arguments)
+        except click.NoSuchOption as error:
+            old = error.option_name.lstrip("-").replace("-", "_")
+            if now := current_name(self.schema, old):
+                raise UserError(f"{error.option_name} is now called --{now}") from None
+            raise
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for the run and one for each part of the settings."""
@@ -58,18 +76,18 @@ class SettingsCommand(ExampleHelp):
 def setting_options(schema: type[Settings]) -> Iterable[click.Option]:
     """Make one option for every leaf but the open ``options`` tables; ``--model`` is short for ``--model.name``.
 
-    A top-level setting may be typed with dashes: ``--model-from`` is ``--model_from``.
+    An optional part is an option too: ``--agent`` switches it on with its defaults.
     """
     for name, field in leaves(schema):
         if name.rpartition(".")[2] == "options":
             continue
         names = [f"--{name.removesuffix('.name')}"] if name.endswith(".name") else []
-        short = name.removesuffix(".name")
-        names += [f"--{short.replace('_', '-')}"] if "." not in short and "_" in short else []
         yield click.Option(
             [*names, f"--{name}", name.replace(".", "__")],
             metavar=metavar(field),
             help=f"{field.description or ''}{_default(field)}",
+            is_flag=False,
+            flag_value="true" if part_of(field) else None,
         )
 
 
@@ -110,19 +128,26 @@ def _value(text: str) -> Any:
 
 def metavar(field: FieldInfo) -> str:
     """Return what an option takes, for its help."""
-    kinds = [kind for kind in (typing.get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
-    if typing.get_origin(field.annotation) is typing.Literal:
-        return "|".join(map(str, kinds))
-    kind = typing.get_args(kinds[0])[0] if typing.get_origin(kinds[0]) is typing.Annotated else kinds[0]
-    return "LIST" if _is_list(field) else kind.__name__.upper()
+    if part_of(field):
+        return "[true|false]"
+    if _is_list(field):
+        return "LIST"
+    kind = alternatives(field)[0]
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    return kind.__name__.upper()
 
 
 def _is_list(field: FieldInfo) -> bool:
-    return any(typing.get_origin(kind) is tuple for kind in (field.annotation, *typing.get_args(field.annotation)))
+    return any(typing.get_origin(kind) is tuple for kind in alternatives(field))
 
 
 def _default(field: FieldInfo) -> str:
     if field.default is None:
         return ""
-    shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+    if isinstance(field.default, tuple):
+        return f"  [{','.join(map(str, field.default))}]" if field.default else ""
+    shown = str(field.default)
     return f"  [{shown.lower() if isinstance(field.default, bool) else shown}]"

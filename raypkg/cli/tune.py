@@ -109,6 +109,7 @@ def _command(entry: Entry) -> click.Command:
 
     return SettingsCommand(
         entry.name,
+        schema=schema,
         callback=callback,
         help=f"Sweep settings of: {entry.help}{EXAMPLE.format(name=entry.name)}",
         params=[

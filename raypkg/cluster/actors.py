@@ -10,7 +10,7 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
-from raypkg.engine.shards import LocalShards, Results, Shard, Shards
+from raypkg.engine.shards import LocalShards, Pending, Shard, Shards
 from raypkg.engine.worker import threads
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class RayShards:
         """
         return self.start(function, *broadcast)()
 
-    def start(self, function: Callable[..., Any], *broadcast: Any) -> Results:
+    def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Begin a ``map``; arguments go to the object store once."""
         import ray
 

@@ -1,14 +1,16 @@
 """Typed, frozen, nested settings: defaults → TOML file → dotted overrides, and errors in one line.
 
 A leaf has one dotted name everywhere (``select.fraction``): in the TOML file, on the command line, in tune spaces and
-in the stored ``config.toml``. A part with a ``name`` may be given by that name alone: ``model = "resnet20"``.
+in the stored ``config.toml``. A part with a ``name`` may be given by that name alone: ``model = "resnet20"``. What may
+be left out is switched off by ``false``; an optional part is switched on, with its defaults, by ``true``.
 """
 
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -21,6 +23,14 @@ class Settings(BaseModel):
     """Base of every settings class: frozen, no unknown keys, finite numbers, defaults checked as well."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    renamed: ClassVar[Mapping[str, str]] = {}  # names that settings once had → those they have now
+
+    @model_validator(mode="before")
+    @classmethod
+    def _switch(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {name: _switched(cls.model_fields.get(name), value) for name, value in values.items()}
 
 
 class Named(Settings):
@@ -52,7 +62,7 @@ def load_settings(
     return validate(schema, values)
 
 
-def validate(schema: type[S], values: Mapping[str, Any], prefix: str = "") -> Any:
+def validate(schema: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
     """Return ``schema(**values)``, turning the first thing wrong into a one-line ``UserError``."""
     try:
         return schema.model_validate(dict(values))
@@ -61,33 +71,65 @@ def validate(schema: type[S], values: Mapping[str, Any], prefix: str = "") -> An
 
 
 def leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every leaf setting as (dotted name, field), in the order of the class.
+    """Yield every setting as (dotted name, field), in the order of the class: leaves, and optional parts as such.
 
     >>> class Optim(Settings):
     ...     lr: float = 0.1
     >>> class Example(Settings):
     ...     seed: int = 0
-    ...     optim: Optim = Optim()
+    ...     optim: Optim | None = None
     >>> [name for name, _ in leaves(Example)]
-    ['seed', 'optim.lr']
+    ['seed', 'optim', 'optim.lr']
     """
     for name, field in schema.model_fields.items():
         part = part_of(field)
-        if part:
-            yield from leaves(part, f"{prefix}{name}.")
-        else:
+        if part is None:
             yield f"{prefix}{name}", field
+            continue
+        if may_be_none(field) and not issubclass(part, Named):  # that one is switched by its name
+            yield f"{prefix}{name}", field
+        yield from leaves(part, f"{prefix}{name}.")
 
 
 def part_of(field: FieldInfo) -> type[Settings] | None:
-    """Return the nested settings class of a field, or None for a leaf."""
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
+    """Return the nested settings class of a field, optional or not; None for a leaf."""
+    for kind in alternatives(field):
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            return kind
+    return None
+
+
+def may_be_none(field: FieldInfo) -> bool:
+    """Say whether a setting may be left out, or switched off."""
+    return NoneType in alternatives(field)
+
+
+def current_name(schema: type[Settings], name: str) -> str | None:
+    """Return what a setting that has been renamed is called now, or None for any other name.
+
+    >>> class Optim(Settings):
+    ...     renamed = {"rate": "lr"}
+    ...     lr: float = 0.1
+    >>> class Example(Settings):
+    ...     renamed = {"opt": "optim"}
+    ...     optim: Optim = Optim()
+    >>> current_name(Example, "opt.rate"), current_name(Example, "optim.lr")
+    ('optim.lr', None)
+    """
+    part: type[Settings] | None = schema
+    path = []
+    for step in name.split("."):
+        now = part.renamed.get(step, step) if part else step
+        path.append(now)
+        field = part.model_fields.get(now) if part else None
+        part = part_of(field) if field else None
+    current = ".".join(path)
+    return None if current == name else current
 
 
 def to_toml(settings: Settings) -> str:
-    """Return the settings as TOML that ``load`` reads back to an equal object."""
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+    """Return the settings as TOML that ``load_settings`` reads back to an equal object."""
+    return tomli_w.dumps(_plain(settings))
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -110,30 +152,86 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
         raise UserError(f"{origin!r} is not valid TOML: {error}") from None
 
 
+def alternatives(field: FieldInfo) -> tuple[Any, ...]:
+    """Return the types that a field allows: those of a union, or its one."""
+    kind = field.annotation
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
+
+
+def _switched(field: FieldInfo | None, value: Any) -> Any:
+    """Return None for what is switched off, an empty part for what is switched on, and any other value as it is."""
+    if field is None or not may_be_none(field) or bool in alternatives(field):
+        return value
+    name = value.get("name") if isinstance(value, Mapping) else value
+    if _is_off(name):
+        return None
+    return {} if _is_on(value) and part_of(field) else value
+
+
+def _is_on(value: Any) -> bool:
+    return value is True or value == "true"  # not 1, which equals True
+
+
+def _is_off(value: Any) -> bool:
+    return value is False or value == "false"
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """Return what TOML can hold: nothing for None, but ``false`` where that is not the default."""
+    plain: dict[str, Any] = {}
+    dumped = settings.model_dump(mode="json")
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            plain[name] = _plain(value)
+        elif value is not None:
+            plain[name] = dumped[name]
+        elif field.get_default(call_default_factory=True) is not None:
+            plain[name] = False
+    return plain
+
+
 def _place(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for key in path[:-1]:
-        inner = values.get(key, {})
-        if not isinstance(inner, str | dict):
+    """Set the value of a dotted name, making a part of whatever stands in its way."""
+    *parts, last = path
+    for key in parts:
+        inner = values.get(key)
+        if inner is None or _is_on(inner) or _is_off(inner):
+            part = {}
+        elif isinstance(inner, str):
+            part = {"name": inner}
+        elif isinstance(inner, dict):
+            part = dict(inner)
+        else:
             raise UserError(f"{key} = {inner!r} is given, so {'.'.join(path)} cannot be")
-        values[key] = values = {"name": inner} if isinstance(inner, str) else dict(inner)
-    values[path[-1]] = value
+        values[key] = part
+        values = part
+    values[last] = value
 
 
-def _explain(schema: type[BaseModel], error: Mapping[str, Any], prefix: str) -> UserError:
+def _explain(schema: type[Settings], error: Mapping[str, Any], prefix: str) -> UserError:
     path = [str(step) for step in error["loc"]]
-    where = prefix + ".".join(path)
+    name = ".".join(path)
+    where = prefix + name
     if error["type"] == "extra_forbidden":
-        siblings = _part_at(schema, path[:-1])
-        return unknown(f"{prefix or 'setting '}".strip(), ".".join(path), [".".join([*path[:-1], s]) for s in siblings])
+        if now := current_name(schema, name):
+            return UserError(f"{where} is now called {prefix}{now}")
+        siblings = [".".join([*path[:-1], sibling]) for sibling in _fields_at(schema, path[:-1])]
+        return unknown(f"{prefix or 'setting '}".strip(), name, siblings)
     field = _field_at(schema, path)
-    allowed = typing.get_args(field.annotation) if field else ()
-    if error["type"] == "literal_error" and isinstance(error["input"], str):
-        return unknown(where, error["input"], map(str, allowed))
+    if error["type"] == "literal_error" and isinstance(error["input"], str) and field:
+        return unknown(where, error["input"], _literals(field))
     reason = error["msg"][0].lower() + error["msg"][1:]
     return UserError(f"{where} = {error['input']!r}: {reason}" if where else reason)
 
 
-def _part_at(schema: type[BaseModel], path: list[str]) -> Mapping[str, FieldInfo]:
+def _literals(field: FieldInfo) -> list[str]:
+    """Return the names that a field allows, and what switches it off."""
+    names = [str(name) for kind in alternatives(field) for name in typing.get_args(kind)]
+    return [*names, "false"] if may_be_none(field) else names
+
+
+def _fields_at(schema: type[BaseModel], path: list[str]) -> Mapping[str, FieldInfo]:
     for step in path:
         schema = part_of(schema.model_fields[step]) or schema
     return schema.model_fields
@@ -142,4 +240,5 @@ def _part_at(schema: type[BaseModel], path: list[str]) -> Mapping[str, FieldInfo
 def _field_at(schema: type[BaseModel], path: list[str]) -> FieldInfo | None:
     if not path:
         return None
-    return _part_at(schema, [step for step in path[:-1] if not step.isdigit()]).get(path[-1])
+    part = [step for step in path[:-1] if not step.isdigit()]
+    return _fields_at(schema, part).get(path[-1])

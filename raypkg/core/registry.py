@@ -47,7 +47,8 @@ class Entry:
     @cached_property
     def schema(self) -> type[Settings]:
         """The options a user may set: the keyword-only parameters that the caller does not supply."""
-        hints = typing.get_type_hints(self.function, include_extras=True)
+        function = self.function.__init__ if inspect.isclass(self.function) else self.function
+        hints = typing.get_type_hints(function, include_extras=True)
         fields: dict[str, Any] = {}
         for parameter in inspect.signature(self.function).parameters.values():
             if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name in self.given:
@@ -65,7 +66,8 @@ class Entry:
 
     def options(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the user's options, checked and converted by the schema."""
-        return dict(validate(self.schema, values, prefix=f"{self.name} option "))
+        checked = validate(self.schema, values, prefix=f"{self.name} option ")
+        return dict(checked)
 
     def __call__(self, *arguments: Any, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
         """Call the function with the user's options and those supplied keywords that it declares."""
@@ -84,7 +86,9 @@ class Registry:
     """
 
     def __init__(self, kind: str, *packages: str, given: tuple[str, ...] = ()):
-        self.kind, self.packages, self.given = kind, packages, given
+        self.kind = kind
+        self.packages = packages
+        self.given = given
         self._entries: dict[str, Entry] = {}
 
     def __call__(self, name: str, *, source: str = "") -> Callable[[F], F]:
@@ -129,16 +133,16 @@ class Registry:
         if os.getcwd() not in sys.path:  # a console script does not see the working folder by itself
             sys.path.append(os.getcwd())
         try:
-            found = getattr(importlib.import_module(module), attribute)
+            function = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
             if error.name and module.startswith(error.name):
                 raise unknown(f"{self.kind} or module", name, self.entries) from None
             raise UserError(f"{self.kind} {name!r}: its module needs {error.name!r}, which is not installed") from error
         except (AttributeError, ValueError):
             raise UserError(f"{self.kind} {name!r}: module {module!r} has no {attribute!r}") from None
-        if not callable(found):
-            raise UserError(f"{self.kind} {name!r} is a {type(found).__name__}, not a function")
-        return found
+        if not callable(function):
+            raise UserError(f"{self.kind} {name!r} is a {type(function).__name__}, not a function")
+        return function
 
 
 def _modules(package: str) -> Iterator[str]:

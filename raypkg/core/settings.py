@@ -1,6 +1,7 @@
 """The parts that experiments are set from; one class per part, one field per option, `--help` text beside it."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,6 +38,8 @@ class Model(Named):
 class Training(Settings):
     """One training run: length, batches, optimiser and schedule."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"drop": "lr_drop", "evaluate_every": "evaluate_every_epochs"}
+
     epochs: Annotated[Count, Field(description="passes over the samples in use")] = 40
     batch_size: Annotated[Count, Field(description="samples a step, over all workers")] = 128
     optimizer: Annotated[Literal["sgd", "adamw"], Field(description="update rule")] = "sgd"
@@ -51,13 +54,13 @@ class Training(Settings):
     milestones: Annotated[
         tuple[Share, ...], Field(description="shares of training at which multistep drops the rate")
     ] = (0.5, 0.75)
-    drop: Annotated[float, Field(gt=0, le=1, description="factor of the rate at each milestone")] = 0.1
+    lr_drop: Annotated[float, Field(gt=0, le=1, description="factor of the rate at each milestone")] = 0.1
     precision: Annotated[
         Literal["auto", "float32", "bfloat16", "float64"],
         Field(description="of matrix products; auto = bfloat16 where the processor computes in it"),
     ] = "auto"
-    evaluate_every: Annotated[
-        int, Field(ge=0, description="epochs between looks at the held-out samples; 0 = none")
+    evaluate_every_epochs: Annotated[
+        int, Field(ge=0, description="epochs between evaluations on the held-out samples; 0 = none")
     ] = 5
     compile: Annotated[bool, Field(description="compile the model (minutes at first, faster steps)")] = False
 
@@ -76,7 +79,7 @@ class Select(Settings):
     balanced: Annotated[bool, Field(description="class by class, in proportion to the classes")] = True
     weighted: Annotated[bool, Field(description="train with the method's sample weights")] = False
     memory: Annotated[
-        float | None, Field(ge=0, description="GiB a worker may use to save time; a quarter of its own when left out")
+        float | None, Field(ge=0, description="GiB for caching (default: a quarter of a worker's memory)")
     ] = None
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
 
@@ -84,19 +87,23 @@ class Select(Settings):
 class Reselect(Select):
     """Selection that may be repeated during training."""
 
-    every: Annotated[
+    renamed: ClassVar[Mapping[str, str]] = {"every": "every_epochs", "warm": "warm_epochs"}
+
+    every_epochs: Annotated[
         int, Field(ge=0, description="epochs between selections during training, by its model; 0 = select once")
     ] = 0
-    warm: Annotated[int, Field(ge=0, description="first epochs, on all samples")] = 0
+    warm_epochs: Annotated[int, Field(ge=0, description="first epochs, on all samples")] = 0
 
     def due(self, epoch: int) -> bool:
         """Say whether an epoch, counted from 0, begins with a selection.
 
-        >>> [epoch for epoch in range(10) if Reselect(warm=2, every=3).due(epoch)]
+        >>> [epoch for epoch in range(10) if Reselect(warm_epochs=2, every_epochs=3).due(epoch)]
         [2, 5, 8]
         """
-        age = epoch - self.warm
-        return age == 0 or (age > 0 and self.every > 0 and age % self.every == 0)
+        age = epoch - self.warm_epochs
+        if age <= 0 or not self.every_epochs:
+            return age == 0
+        return age % self.every_epochs == 0
 
 
 class Cluster(Settings):
@@ -117,7 +124,7 @@ class Cluster(Settings):
 class Track(Settings):
     """Where metrics go besides the run folder."""
 
-    name: Annotated[Literal["none", "wandb"], Field(description="wandb logs offline when there is no key")] = "none"
+    name: Annotated[Literal["wandb"] | None, Field(description="wandb logs offline when there is no key")] = None
     project: Annotated[str, Field(description="W&B project")] = "effray"
 
 
@@ -134,6 +141,9 @@ class Experiment(RunSettings):
     """What every experiment that trains has, ``train`` besides: each its own."""
 
     model: Model = Model()
+    hooks: Annotated[
+        tuple[Named, ...], Field(description="further hooks on training, such as my_code:Ema; see `effray methods`")
+    ] = ()
 
     @property
     def epochs(self) -> int:

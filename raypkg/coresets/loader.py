@@ -140,7 +140,7 @@ class CoresetLoader:
 
     def _record(self) -> Record:
         if sizes_itself(self.entry):
-            if self.epoch > self.settings.warm and not self.losses.isfinite().any():
+            if self.epoch > self.settings.warm_epochs and not self.losses.isfinite().any():
                 raise UserError(f"{self.settings.method} needs the losses of each batch: call record(losses)")
             return Record(torch.zeros(self.n, dtype=torch.int64), self.losses)  # it sees all classes at once
         return Record(self._y, self.losses)

@@ -12,7 +12,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
 from raypkg.core.settings import Reselect, Select
 from raypkg.data.coreset import Coreset
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Hook, Results, Run, Selected
 from raypkg.engine.shards import Shards
 
 from .recorder import Recorder
@@ -27,16 +27,17 @@ def check_schedule(settings: Reselect, epochs: int) -> None:
         UserError: unknown method, bad options, a selection that would never come, a fraction for a method that sizes
             its coreset itself, or none for another that computes gradients.
     """
-    if not settings.warm < epochs:
-        raise UserError(f"select.warm = {settings.warm} of {epochs} epochs: nothing would be selected")
-    if settings.every > epochs - settings.warm:
-        raise UserError(f"select.every = {settings.every}: only {epochs - settings.warm} epochs follow the warm ones")
+    if not settings.warm_epochs < epochs:
+        raise UserError(f"select.warm_epochs = {settings.warm_epochs} of {epochs} epochs: nothing would be selected")
+    left = epochs - settings.warm_epochs
+    if settings.every_epochs > left:
+        raise UserError(f"select.every_epochs = {settings.every_epochs}: only {left} epochs follow the warm ones")
     entry = coreset[settings.method]
     entry.options(settings.options)
-    if sizes_itself(entry) and (settings.fraction < 1 or settings.every != 1):
+    if sizes_itself(entry) and (settings.fraction < 1 or settings.every_epochs != 1):
         raise UserError(
             f"{settings.method} keeps as many samples as it sees fit, anew at every epoch: it needs select.fraction = 1"
-            f" and select.every = 1, not {settings.fraction:g} and {settings.every}"
+            f" and select.every_epochs = 1, not {settings.fraction:g} and {settings.every_epochs}"
         )
     if needs_gradients(entry) and settings.fraction == 1:
         raise UserError(f"{settings.method} with select.fraction = 1 would keep every sample: give a smaller one")
@@ -69,9 +70,9 @@ class Reselection(Hook):
 
     def on_epoch(self, run: Run) -> None:
         """Select where it is due."""
-        if run.epoch < self.settings.warm:
+        if run.epoch < self.settings.warm_epochs:
             run.coreset = Coreset.uniform(self.indices)
-        elif run.epoch == self.settings.warm and self.first is not None:
+        elif run.epoch == self.settings.warm_epochs and self.first is not None:
             run.coreset = self.first
         elif self.settings.due(run.epoch):
             run.coreset = self._select(run)
@@ -93,10 +94,17 @@ class Reselection(Hook):
         self.scores = found.scores
         return found.coreset
 
+    def results(self, run: Run) -> Results:
+        """Return the coreset in use and what the latest selection saw, where training selected one by itself."""
+        if self.first is not None and not self.settings.every_epochs:
+            return Results()
+        origin = {"epochs": run.settings.epochs, **self.settings.model_dump()}
+        return Results(selected=Selected(run.coreset, origin, self.indices, self.scores))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the scores; the coreset is the run's own."""
         return {"scores": self.scores}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the scores back."""
+        """Restore the scores."""
         self.scores = state["scores"]

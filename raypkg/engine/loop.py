@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     measure: Callable[[nn.Module, int], dict[str, float]] | None = None,
 ) -> Run:
-    """Train to the run's last epoch, going on from the newest checkpoint if there is one.
+    """Train to the run's last epoch, continuing from the newest checkpoint if there is one.
 
     Args:
         run: what to train; its model holds the result.
@@ -67,27 +67,38 @@ def fit(
         run.load_state_dict(state)
     model = _prepared(run)
     while run.epoch < (run.last or run.settings.epochs):
-        with seeded(run.seed, "dropout", run.epoch, run.worker.rank):
-            for hook in run.hooks:
-                hook.on_epoch(run)
-            with run.cost:
-                row = _train_epoch(run, model)
-                for hook in run.hooks:
-                    hook.on_epoch_end(run)
-        run.epoch += 1
+        row = _run_epoch(run, model)
         if measure:
             row |= measure(run.model, run.epoch)
         bills = run.bills()
         if run.worker.rank == 0:
             checkpoints.save(run.epoch, run.state_dict(bills))
-            spent = {"backward": sum(bill.backward for bill in bills)}
-            run.worker.report({"phase": run.phase, "model": run.label, "epoch": run.epoch, **row, **spent})
+            run.worker.report(_metrics(run, row, bills))
     return run
 
 
 def _prepared(run: Run) -> nn.Module:
     model = run.worker.distribute(run.model)
     return torch.compile(model) if run.settings.compile else model  # type: ignore[return-value]
+
+
+def _metrics(run: Run, row: dict[str, float], bills: Sequence[Cost]) -> dict[str, Any]:
+    """Return an epoch's row of metrics, with what all parts of the run have cost so far."""
+    identity = {"phase": run.phase, "main": run.main, "model": run.label, "epoch": run.epoch}
+    return {**identity, **row, "backward": sum(bill.backward for bill in bills)}
+
+
+def _run_epoch(run: Run, model: nn.Module) -> dict[str, float]:
+    """Train one epoch with its hooks; what layers such as dropout draw follows from seed, epoch and worker."""
+    with seeded(run.seed, "dropout", run.epoch, run.worker.rank):
+        for hook in run.hooks:
+            hook.on_epoch(run)
+        with run.cost:
+            row = _train_epoch(run, model)
+            for hook in run.hooks:
+                hook.on_epoch_end(run)
+    run.epoch += 1
+    return row
 
 
 def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
@@ -102,20 +113,23 @@ def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
         totals += _train_step(run, model, batch, run.worker.world)
     loss, correct, samples = run.worker.sum(totals).tolist()
     if not math.isfinite(loss):
-        stays = f"; the checkpoint of epoch {run.epoch} stays" if run.epoch else ""
+        kept = f"; the checkpoint of epoch {run.epoch} stays" if run.epoch else ""
         raise UserError(
             f"the loss became {loss} in epoch {run.epoch + 1} of phase {run.phase!r}"
-            f" (lr {run.settings.lr}): lower the learning rate{stays}"
+            f" (lr {run.settings.lr}): lower the learning rate{kept}"
         )
     return {"loss": loss / samples, "train_accuracy": correct / samples, "lr": rate}
 
 
 def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
+    """Take one step of the optimiser; return Σ w·loss, hits and samples of this worker's part, float64 [3]."""
     with autocast(run.settings.precision, batch.x.device):
         logits = model(batch.x)
     losses = losses_of(logits, batch.y)
     objective = losses @ batch.weights  # Σ w·loss
-    run.batch, run.seen = batch, Seen(batch.indices, losses.detach(), logits.detach().argmax(1) == batch.y)
+    hits = logits.detach().argmax(1) == batch.y
+    run.batch = batch
+    run.seen = Seen(batch.indices, losses.detach(), hits)
     # DDP averages over workers, so each one's share of Σ w·loss / total is scaled up by their number.
     (objective * (world / batch.total)).backward()
     for hook in run.hooks:
@@ -123,14 +137,18 @@ def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    run.cost.forward += len(batch.y)
-    run.cost.backward += len(batch.y)
-    if world > 1:
-        run.cost.sent += sum(p.numel() * p.element_size() for p in run.model.parameters())
+    _bill_step(run, len(batch.y))
     for hook in run.hooks:
         hook.on_step(run)
     count = torch.tensor(len(batch.y), device=losses.device)
-    return torch.stack([objective.detach().double(), run.seen.right.sum().double(), count.double()])
+    return torch.stack([objective.detach().double(), hits.sum().double(), count.double()])
+
+
+def _bill_step(run: Run, samples: int) -> None:
+    run.cost.forward += samples
+    run.cost.backward += samples
+    if run.worker.world > 1:  # DDP's all-reduce of the gradients
+        run.cost.sent += sum(parameter.numel() * parameter.element_size() for parameter in run.model.parameters())
 
 
 def losses_of(logits: Tensor, y: Tensor) -> Tensor:
@@ -162,16 +180,19 @@ def evaluate(
     precision: str = "auto",
 ) -> dict[str, float]:
     """Return mean loss and accuracy over the indices of rank 0's model, every worker taking its slice of them."""
-    was_training, mine = model.training, slice_of(indices, worker)
-    totals = torch.zeros(2, dtype=torch.float64, device=worker.device)
+    was_training = model.training
+    mine = slice_of(indices, worker)
+    totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # Σ loss, correct
     with cost:
         worker.share(model.buffers())
         model.eval()
         for x, y in plain_batches(split, mine, worker.device, dtype=dtype_of(model)):
             with autocast(precision, worker.device):
                 logits = model(x)
-            totals += torch.stack([losses_of(logits, y).sum().double(), (logits.argmax(1) == y).sum().double()])
+            loss = losses_of(logits, y).sum()
+            correct = (logits.argmax(1) == y).sum()
+            totals += torch.stack([loss.double(), correct.double()])
         model.train(was_training)
-        loss, correct = (worker.sum(totals) / max(1, len(indices))).tolist()
+        mean_loss, accuracy = (worker.sum(totals) / max(1, len(indices))).tolist()
     cost.forward += len(mine)
-    return {"loss": loss, "accuracy": correct}
+    return {"loss": mean_loss, "accuracy": accuracy}

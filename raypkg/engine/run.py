@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from raypkg.core.registry import Registry
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
@@ -17,6 +19,11 @@ from .batches import Batch, Batches, Epoch, dtype_of
 from .costs import Cost
 from .optimizer import optimizer
 from .worker import Worker
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+hook = Registry("hook", "raypkg.methods.*.hook", given=("job", "worker", "samples"))
 
 
 class Seen(NamedTuple):
@@ -29,7 +36,18 @@ class Seen(NamedTuple):
 
 @dataclass
 class Run:
-    """All that training consists of and that a checkpoint holds."""
+    """All that training consists of and that a checkpoint holds.
+
+    Attributes:
+        phase: names the rows of metrics and the bill.
+        hooks: act in this order.
+        last: the epoch to stop after, where it is not the schedule's last.
+        label: which of several models this is, in the metrics.
+        main: whether this is the run's main training, not one that prepares it.
+        progress: share of the schedule that is done.
+        batch: of the present step.
+        seen: by the present step.
+    """
 
     model: nn.Module
     split: Split
@@ -41,11 +59,12 @@ class Run:
     augment: Sequence[str]
     cost: Cost
     hooks: Sequence[Hook] = ()
-    last: int | None = None  # epoch to stop after, where it is not the schedule's last
-    label: int | None = None  # which of several models this is, in the metrics
+    last: int | None = None
+    label: int | None = None
+    main: bool = True
     epoch: int = 0
     step: int = 0
-    progress: float = 0.0  # share of the schedule that is done
+    progress: float = 0.0
     optimizer: torch.optim.Optimizer = field(init=False)
     batch: Batch = field(init=False)
     seen: Seen = field(init=False)
@@ -59,10 +78,11 @@ class Run:
 
     def batches(self) -> Epoch:
         """Return the batches of the coming epoch: a hook's, or the shuffled coreset."""
-        for hook in self.hooks:
-            if (epoch := hook.batches(self)) is not None:
+        for supplier in self.hooks:
+            epoch = supplier.batches(self)
+            if epoch is not None:
                 return epoch
-        batches = Batches(
+        shuffled = Batches(
             self.split,
             self.coreset,
             self.settings.batch_size,
@@ -71,7 +91,7 @@ class Run:
             worker=self.worker,
             dtype=dtype_of(self.model),
         )
-        return Epoch(len(batches), batches.epoch(self.epoch))
+        return Epoch(len(shuffled), shuffled.epoch(self.epoch))
 
     def bill(self, name: str) -> Cost:
         """Return this worker's bill for a part of the run that is not training itself; every worker opens the same."""
@@ -79,8 +99,11 @@ class Run:
 
     def bills(self) -> list[Cost]:
         """Return what each part of the run cost so far, over all workers (a collective) and all attempts."""
-        now = {name: bill.gathered(self.worker) for name, bill in self._bills.items()}
-        return [self._earlier.get(name, Cost(name)).then(bill) for name, bill in now.items()]
+        bills = []
+        for name, mine in self._bills.items():
+            earlier = self._earlier.get(name, Cost(name))
+            bills.append(earlier.then(mine.gathered(self.worker)))
+        return bills
 
     def state_dict(self, bills: Sequence[Cost]) -> dict[str, Any]:
         """Return everything that the rest of training depends on, as tensors and plain values."""
@@ -98,20 +121,62 @@ class Run:
         """Continue as if training had never stopped."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for hook, hook_state in zip(self.hooks, state["hooks"], strict=True):
-            hook.load_state_dict(hook_state)
+        for restored, hook_state in zip(self.hooks, state["hooks"], strict=True):
+            restored.load_state_dict(hook_state)
         self.coreset = Coreset(**state["coreset"])
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch = state["epoch"]
+        self.step = state["step"]
         self._earlier = {bill["phase"]: Cost(**bill) for bill in state["bills"]}
         self.cost = Cost(self.phase)
-        self._bills = {name: Cost(name) for name in self._earlier} | {self.phase: self.cost}
+        self._bills = {name: Cost(name) for name in self._earlier}
+        self._bills[self.phase] = self.cost
+
+
+class Selected(NamedTuple):
+    """The samples that a hook chose to train on.
+
+    Attributes:
+        coreset: positions in the split, with weights.
+        origin: how it was made, as plain values.
+        indices: the samples that took part, int64 [n].
+        scores: their gradient norms, float32 [n]; None where there are none.
+    """
+
+    coreset: Coreset
+    origin: Mapping[str, Any]
+    indices: Tensor
+    scores: Tensor | None = None
+
+
+class Results(NamedTuple):
+    """What a hook leaves behind in the run folder.
+
+    Attributes:
+        facts: figures for the manifest, as plain values.
+        findings: what to tell the user, a line each.
+        tables: by the name of their files.
+        plots: by the name of their files, functions that draw a picture to a path.
+        selected: the coreset of the run.
+    """
+
+    facts: Mapping[str, Any] = {}
+    findings: Sequence[str] = ()
+    tables: Mapping[str, pa.Table] = {}
+    plots: Mapping[str, Callable[[Path], None]] = {}
+    selected: Selected | None = None
 
 
 class Hook:
-    """Does nothing at any point of the loop; a method overrides what it needs. State travels with checkpoints."""
+    """Does nothing at any point of the loop; a method overrides what it needs. Its state travels with checkpoints.
+
+    Attributes:
+        supplies_batches: whether ``batches`` replaces the shuffled coreset.
+    """
+
+    supplies_batches = False
 
     def on_start(self, run: Run) -> None:
-        """Before training, and before a checkpoint is taken up: may change the first weights."""
+        """Before training, and before a checkpoint is restored: may change the first weights."""
 
     def on_epoch(self, run: Run) -> None:
         """Before an epoch; may replace ``run.coreset``; its work goes on a bill of its own, ``run.bill(name)``."""
@@ -129,9 +194,16 @@ class Hook:
     def on_epoch_end(self, run: Run) -> None:
         """After an epoch's last step, before its checkpoint."""
 
+    def results(self, run: Run) -> Results:
+        """Return what is to be kept of a finished training; only the worker of rank 0 is asked."""
+        return Results()
+
+    def close(self) -> None:
+        """Give back files and processes, however training ended."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values that ``load_state_dict`` takes back."""
+        """Return tensors and plain values that ``load_state_dict`` restores."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's state."""
+        """Restore a checkpoint's state."""

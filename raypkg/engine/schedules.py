@@ -33,4 +33,4 @@ def learning_rate(settings: Training, t: float) -> float:
     0.020000000000000004
     """
     rise = min(1.0, (t + 1e-3) / settings.warmup) if settings.warmup else 1.0
-    return settings.lr * rise * SHAPES[settings.schedule](t, settings.milestones, settings.drop)
+    return settings.lr * rise * SHAPES[settings.schedule](t, settings.milestones, settings.lr_drop)

@@ -42,7 +42,7 @@ class Shard:
         return self.source
 
 
-Results = Callable[[], list[Any]]  # waits for them
+Pending = Callable[[], list[Any]]  # waits for them
 
 
 class Shards(Protocol):
@@ -51,7 +51,7 @@ class Shards(Protocol):
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard, in the order of the shards."""
 
-    def start(self, function: Callable[..., Any], *broadcast: Any) -> Results:
+    def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Begin a ``map`` and return at once; calling what is returned waits for the results."""
 
 
@@ -66,7 +66,7 @@ class LocalShards:
         """Return ``function(shard, *broadcast)`` of every shard."""
         return [function(shard, *broadcast) for shard in self.shards]
 
-    def start(self, function: Callable[..., Any], *broadcast: Any) -> Results:
+    def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Begin a ``map`` in a thread."""
         return self._thread.submit(self.map, function, *broadcast).result
 
@@ -81,7 +81,7 @@ class WorkerShards:
         """Return ``function(shard, *broadcast)`` of every shard to every worker."""
         return self._gathered(self._mine.map(function, *broadcast))
 
-    def start(self, function: Callable[..., Any], *broadcast: Any) -> Results:
+    def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Begin a ``map`` in a thread of each worker; all ask for the results together."""
         waiting = self._mine.start(function, *broadcast)
         return lambda: self._gathered(waiting())
@@ -100,7 +100,7 @@ class FirstWorkerShards:
         """Return ``function(shard, *broadcast)`` of every shard to every worker."""
         return self.start(function, *broadcast)()
 
-    def start(self, function: Callable[..., Any], *broadcast: Any) -> Results:
+    def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Begin a ``map`` from rank 0."""
         waiting = self._shards.start(function, *broadcast) if self._shards else list
         return lambda: self.worker.gather(waiting())[0]

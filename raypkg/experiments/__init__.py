@@ -1,4 +1,4 @@
-"""Experiments, one file each: settings and the story of the run; what all of them need is here. No torch at import."""
+"""Experiments: settings and the story of a run, each a file here or in its method's room. No torch at import."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry, Registry
-from raypkg.core.settings import Experiment, Select
+from raypkg.core.settings import Experiment, RunSettings, Select
 
 if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
     from rich.console import Console
@@ -17,55 +18,83 @@ if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
     from raypkg.runs.folder import RunFolder
 
 experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report",))
+R = TypeVar("R", bound=RunSettings)
 
 
-def settings_of(entry: Entry) -> type[Experiment]:
+def settings_of(entry: Entry) -> type[RunSettings]:
     """Return the settings class of an experiment: the type of its function's ``settings``."""
     return typing.get_type_hints(entry.function)["settings"]
 
 
-def with_absolute_path(settings: Any) -> Any:
+def training_settings_of(entry: Entry) -> type[Experiment]:
+    """Return the settings class of an experiment that trains.
+
+    Raises:
+        UserError: it does not.
+    """
+    schema = settings_of(entry)
+    if not issubclass(schema, Experiment):
+        raise UserError(f"{entry.name} trains no model")
+    return schema
+
+
+def with_absolute_path(settings: R) -> R:
     """Make the paths in ``parquet:PATH`` and ``dataset.only`` absolute: workers and repeated runs are in other folders.
 
     URIs stay as they are.
     """
     from raypkg.data.sources import dataset
 
-    changes, data = {}, settings.dataset
-    source, _, path = data.name.partition(":")
+    chosen = settings.dataset
+    changes: dict[str, str] = {}
+    source, _, path = chosen.name.partition(":")
     if path and source in dataset.entries:
-        changes["name"] = f"{source}:{Path(path).expanduser().absolute()}"
-    if data.only is not None and "://" not in data.only:
-        changes["only"] = str(Path(data.only).expanduser().absolute())
-    return settings.model_copy(update={"dataset": data.model_copy(update=changes)}) if changes else settings
+        changes["name"] = f"{source}:{_absolute(path)}"
+    if chosen.only is not None and "://" not in chosen.only:
+        changes["only"] = _absolute(chosen.only)
+    if not changes:
+        return settings
+    return settings.model_copy(update={"dataset": chosen.model_copy(update=changes)})
 
 
-def check_names(settings: Any) -> None:
-    """Refuse unknown data sets, models, methods and augmentations, and wrong options, before anything is made."""
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def check_names(settings: RunSettings) -> None:
+    """Refuse unknown names of data sets, models, methods, hooks and augmentations, and wrong options of theirs."""
     from raypkg.coresets.rules import coreset
     from raypkg.data.augment import compose
     from raypkg.data.sources import dataset
-    from raypkg.models import model
 
     dataset[settings.dataset.name].options(settings.dataset.options)
     compose(settings.dataset.augment or ())
     if isinstance(settings, Experiment):
-        model[settings.model.name].options(settings.model.options)
+        _check_trained(settings)
     select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
     if isinstance(select, Select):
         coreset[select.method].options(select.options)
 
 
+def _check_trained(settings: Experiment) -> None:
+    from raypkg.engine.run import hook
+    from raypkg.models import model
+
+    model[settings.model.name].options(settings.model.options)
+    for named in settings.hooks:
+        hook[named.name].options(named.options)
+
+
 def carry_out(
     entry: Entry,
-    settings: Any,
+    settings: RunSettings,
     folder: RunFolder,
     console: Console,
     *,
     group: str = "",
     listen: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> str:
-    """Run an experiment in its folder, or go on with it there; return what its tracker has to say at the end.
+    """Run an experiment in its folder, or resume it there; return what its tracker has to say at the end.
 
     Args:
         entry: the experiment.
@@ -75,10 +104,12 @@ def carry_out(
         group: of runs that the tracker keeps together; the experiment's name when left out.
         listen: hears every row of metrics as well, and may end the run there by ``SystemExit``.
     """
+    from raypkg.phases.samples import forget_samples
     from raypkg.runs.report import Report
     from raypkg.runs.tracking import Listened, tracker
 
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
+    forget_samples()
     following = tracker(settings, folder, group or entry.name)
     if listen:
         following = Listened(following, listen)

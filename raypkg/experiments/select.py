@@ -29,12 +29,12 @@ def run(settings: SelectSettings, *, report: Report) -> None:
         effray train --name first --train.epochs 5 && effray select --model-from first --method craig --fraction 0.2
     """
     from raypkg.coresets.reselection import check_selects_once
-    from raypkg.phases.samples import samples
+    from raypkg.phases.samples import open_samples
     from raypkg.phases.selection import select_on_cluster, trained_model
     from raypkg.phases.summary import finish
 
     check_selects_once(settings)
-    found = samples(settings.dataset, settings.seed)
-    architecture, weights = trained_model(settings, report.folder, settings.model_from)
-    select_on_cluster(settings, architecture, settings, found, report, weights=weights, precision=settings.precision)
-    finish(report.folder, settings, found)
+    samples = open_samples(settings)
+    model = trained_model(settings, report.folder, settings.model_from, settings.precision)
+    select_on_cluster(settings, settings, model, samples, report)
+    finish(report, settings, samples)

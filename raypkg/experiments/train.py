@@ -1,4 +1,4 @@
-"""Plain training on all samples, a coreset selected along the way, or a given one: the honest baselines."""
+"""Plain training on all samples, on a given coreset, or on one selected along the way: the honest baselines."""
 
 from typing import Annotated
 
@@ -22,21 +22,29 @@ class TrainSettings(Experiment):
     """Settings of `effray train`."""
 
     coreset: Annotated[str | None, Field(description="a coreset.parquet to begin with")] = None
-    select: TrainSelect = TrainSelect()
+    select: Annotated[
+        TrainSelect | None, Field(description="select what to train on; left out = all samples, or the coreset given")
+    ] = None
     train: Train = Train()
 
     def check(self, n: int) -> None:
-        """Refuse settings of a selection that never comes.
+        """Refuse a selection that never comes.
 
         Raises:
             UserError: what is wrong.
         """
         from raypkg.coresets.reselection import check_schedule
 
-        if self.coreset is not None and not self.select.every and self.select != TrainSelect(warm=self.select.warm):
-            raise UserError("--coreset is given and select.every is 0: select.* but select.warm would do nothing")
-        if self.coreset is None or self.select.every or self.select.warm:
-            check_schedule(self.select, self.epochs)
+        select = self.select
+        if select is None:
+            return
+        once = TrainSelect(warm_epochs=select.warm_epochs)
+        if self.coreset is not None and not select.every_epochs and select != once:
+            raise UserError(
+                "--coreset is given and select.every_epochs is 0: select.* but select.warm_epochs would do nothing"
+            )
+        if self.coreset is None or select.every_epochs or select.warm_epochs:
+            check_schedule(select, self.epochs)
 
 
 @experiment("train")
@@ -46,15 +54,18 @@ def run(settings: TrainSettings, *, report: Report) -> None:
     Example:
         effray train --dataset digits --model resnet8 --select.fraction 0.5 --train.epochs 10
     """
-    from raypkg.phases.coreset_files import FILE, GIVEN, given_coreset
-    from raypkg.phases.samples import samples
+    from raypkg.phases.coreset_files import FILE, GIVEN
+    from raypkg.phases.samples import given_coreset, open_samples
     from raypkg.phases.summary import finish
-    from raypkg.phases.training import MODEL, Job, train_on_cluster
+    from raypkg.phases.training import Job, train_on_cluster
 
-    found, storage, select = samples(settings.dataset, settings.seed), report.folder.storage, settings.select
-    settings.check(len(found.kept))
+    samples = open_samples(settings)
+    settings.check(len(samples.kept))
+    storage = report.folder.storage
     coreset = None
     if settings.coreset is not None:
-        coreset = given_coreset(settings, settings.coreset, found, storage, GIVEN if select.every else FILE)
-    train_on_cluster(Job(settings, settings.train, storage, "train", coreset, MODEL, select=select), report)
-    finish(report.folder, settings, found, epochs=settings.train.epochs)
+        replaced = settings.select is not None and settings.select.every_epochs > 0
+        coreset = given_coreset(settings, settings.coreset, samples, storage, GIVEN if replaced else FILE)
+    job = Job(settings, settings.train, storage, coreset=coreset, select=settings.select)
+    train_on_cluster(job, report)
+    finish(report, settings, samples, epochs=settings.train.epochs)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,6 @@ from raypkg.coresets.record import Record
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.runs.storage import Storage
-
-if TYPE_CHECKING:  # samples are narrowed down by a coreset
-    from .samples import Samples
 
 FILE = "coreset.parquet"
 GIVEN = "given_coreset.parquet"  # to begin with, where training then selects others
@@ -92,35 +89,27 @@ def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Cor
         raise UserError(f"{path} was made for {facts['dataset']}, this data set is {dataset}")
     if not len(table):
         raise UserError(f"{path} holds no sample")
-    indices = torch.tensor(_column(table, "index", path, pa.types.is_integer), dtype=torch.int64)
-    if len(indices) and int(indices.max()) >= len(split):
-        raise UserError(f"{path} has index {int(indices.max())}, this data set ends at {len(split) - 1}")
+    positions = _column(table, "index", path, pa.types.is_integer)
+    indices = torch.tensor(positions, dtype=torch.int64)
+    _check_positions(indices, path, split, held_out)
+    weights = _column(table, "weight", path, _is_number)
+    return Coreset(indices, torch.tensor(weights, dtype=torch.float32))
+
+
+def _check_positions(indices: Tensor, path: str, split: Split, held_out: Tensor) -> None:
+    last = int(indices.max())
+    if last >= len(split):
+        raise UserError(f"{path} has index {last}, this data set ends at {len(split) - 1}")
     leaked = int(torch.isin(indices, held_out).sum())
     if leaked:
         raise UserError(
             f"{leaked} of the {len(indices)} samples in {path} are held out here: give its --seed and"
             " --dataset.validation"
         )
-    weights = _column(table, "weight", path, lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind))
-    return Coreset(indices, torch.tensor(weights, dtype=torch.float32))
 
 
-def given_coreset(experiment: RunSettings, path: str, found: "Samples", storage: Storage, file: str) -> Coreset:
-    """Copy a coreset into the run folder, unless an earlier attempt did, and return it.
-
-    Args:
-        experiment: data set and seed of this run.
-        path: of the coreset.
-        found: the samples that may be trained on.
-        storage: the run folder.
-        file: name of the copy.
-    """
-    split, name, copy = found.data.train, experiment.dataset.name, f"{storage.root}/{file}"
-    if file in storage.list():
-        return load_coreset(copy, split, found.valid, name)
-    coreset = load_coreset(path, split, found.valid, name)
-    save_coreset(storage, coreset, split, {**origin(experiment), "source": path}, file=file)
-    return coreset
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
 def read_coreset(path: str) -> pa.Table:
@@ -163,9 +152,9 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
     if len(table) != len(y):
         raise UserError(f"{storage.root} was trained on {len(table)} samples, this data set has {len(y)}")
     path = f"{storage.root}/{record_of(model)}"
-    return Record(
-        y, *(torch.tensor(_column(table, name, path, pa.types.is_floating)) for name in ("loss", "forgotten"))
-    )
+    losses = torch.tensor(_column(table, "loss", path, pa.types.is_floating))
+    forgotten = torch.tensor(_column(table, "forgotten", path, pa.types.is_floating))
+    return Record(y, losses, forgotten)
 
 
 def save_scores(storage: Storage, split: Split, indices: Tensor, scores: Tensor | None) -> Tensor | None:

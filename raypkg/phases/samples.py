@@ -1,25 +1,33 @@
 """Which samples a run trains on and which it holds out: the same in every process."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from raypkg.core.seeds import generator
-from raypkg.core.settings import Dataset, Experiment
+from raypkg.core.settings import Dataset, Experiment, RunSettings
 from raypkg.data import Data, load_data
 from raypkg.data.coreset import Coreset
 from raypkg.data.partition import hold_out
 from raypkg.models import build_model
+from raypkg.runs.storage import Storage
 
-from .coreset_files import load_coreset
+from .coreset_files import load_coreset, origin, save_coreset
 
 
 class Samples(NamedTuple):
-    """A data set with its training positions and the held-out ones, both in the training split."""
+    """A data set with its training positions and the held-out ones, both in the training split.
+
+    Attributes:
+        data: the whole data set.
+        kept: positions to train on, int64 [n], ascending.
+        valid: positions held out, int64 [v], ascending.
+    """
 
     data: Data
-    kept: Tensor  # int64 [n], ascending
-    valid: Tensor  # int64 [v], ascending
+    kept: Tensor
+    valid: Tensor
 
     @property
     def everyone(self) -> Coreset:
@@ -27,12 +35,24 @@ class Samples(NamedTuple):
         return Coreset.uniform(self.kept)
 
 
-def samples(dataset: Dataset, seed: int) -> Samples:
-    """Open the data set and hold out its validation share, stratified, by the seed; keep what else is asked for."""
-    data = load_data(dataset.name, dataset.options)
-    kept, valid = hold_out(data.train.y, dataset.validation, generator(seed, "hold out"))
-    if dataset.only is not None:
-        kept = load_coreset(dataset.only, data.train, valid, dataset.name).indices.sort().values
+def open_samples(settings: RunSettings) -> Samples:
+    """Open a run's data set, once a process, and hold out its validation share, stratified, by the seed."""
+    return _opened(settings.dataset.model_dump_json(), settings.seed)
+
+
+def forget_samples() -> None:
+    """Open data sets anew from now on: their files may have changed since the last run."""
+    _opened.cache_clear()
+
+
+@lru_cache(maxsize=2)
+def _opened(dataset: str, seed: int) -> Samples:
+    chosen = Dataset.model_validate_json(dataset)
+    data = load_data(chosen.name, chosen.options)
+    kept, valid = hold_out(data.train.y, chosen.validation, generator(seed, "hold out"))
+    if chosen.only is not None:
+        given = load_coreset(chosen.only, data.train, valid, chosen.name)
+        kept = given.indices.sort().values
     return Samples(data, kept, valid)
 
 
@@ -45,3 +65,21 @@ def new_model(settings: Experiment, data: Data) -> nn.Module:
     """Build the experiment's model with weights drawn from its seed."""
     model = settings.model
     return build_model(model.name, data.train.shape, data.train.num_classes, seed=settings.seed, options=model.options)
+
+
+def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: Storage, file: str) -> Coreset:
+    """Copy a coreset into the run folder, unless an earlier attempt did, and return it.
+
+    Args:
+        settings: data set and seed of this run.
+        path: of the coreset.
+        samples: those that may be trained on.
+        storage: the run folder.
+        file: name of the copy.
+    """
+    split = samples.data.train
+    if file in storage.list():
+        return load_coreset(f"{storage.root}/{file}", split, samples.valid, settings.dataset.name)
+    coreset = load_coreset(path, split, samples.valid, settings.dataset.name)
+    save_coreset(storage, coreset, split, {**origin(settings), "source": path}, file=file)
+    return coreset

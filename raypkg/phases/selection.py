@@ -1,6 +1,6 @@
-"""Selecting the coreset with the pre-trained model's gradients, on the actors that hold the data."""
+"""Selecting a coreset with a trained model's gradients, on the actors that hold the data."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from raypkg.cluster.actors import hold
 from raypkg.core.config import load_settings
@@ -8,6 +8,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Model, RunSettings, Select
 from raypkg.coresets.sharded import SentModel, select_coreset
 from raypkg.data.coreset import Coreset
+from raypkg.data.split import Split
 from raypkg.engine.shards import Shard, class_shards
 from raypkg.runs.checkpoints import load_model
 from raypkg.runs.folder import RunFolder, locate
@@ -19,68 +20,95 @@ from .samples import Samples
 from .training import MODEL
 
 
-def trained_model(experiment: RunSettings, folder: RunFolder, run: str) -> tuple[Model, tuple[Storage, str]]:
-    """Return settings and file of the model that another run trained.
+class TrainedModel(NamedTuple):
+    """A model whose gradients select.
+
+    Attributes:
+        architecture: its settings.
+        storage: the run folder that has it.
+        file: with its weights; the record of its training lies beside.
+        precision: of its forward passes.
+    """
+
+    architecture: Model
+    storage: Storage
+    file: str
+    precision: str
+
+    def scorer(self, split: Split) -> SentModel:
+        """Return the model in a form that travels to whoever holds the data."""
+        state = load_model(self.storage, self.file)
+        parameters = {name: value.numpy() for name, value in state.items()}
+        return SentModel(self.architecture, split.shape, split.num_classes, parameters, self.precision)
+
+
+def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision: str) -> TrainedModel:
+    """Return the model that another run trained.
 
     Args:
-        experiment: this run's data set and seed.
+        settings: this run's data set and seed.
         folder: of this run, among whose neighbours the other is looked for by name.
         run: its name or path.
+        precision: of the forward passes.
 
     Raises:
         UserError: no such run, it trained no model, or its training samples were others than those of this run.
     """
     if not run:
         raise UserError("select needs a model: give --model-from RUN")
-    found = locate(folder.storage.root.rsplit("/", 2)[0], run)
-    stored = found.config
-    if "model" not in stored or MODEL not in found.storage.list():
-        raise UserError(f"run {found.name} has no {MODEL}: it trained no model, or is not finished")
-    theirs = load_settings(RunSettings, {name: stored[name] for name in ("seed", "dataset") if name in stored})
-    for name, here in origin(experiment).items():
-        if origin(theirs)[name] != here:
-            raise UserError(f"run {found.name} has {name} {origin(theirs)[name]}, here it is {here}: give the same")
-    return load_settings(Model, stored["model"]), (found.storage, MODEL)
+    other = locate(folder.storage.root.rsplit("/", 2)[0], run)
+    stored = other.config
+    if "model" not in stored or MODEL not in other.storage.list():
+        raise UserError(f"run {other.name} has no {MODEL}: it trained no model, or is not finished")
+    _check_origin(settings, other)
+    return TrainedModel(load_settings(Model, stored["model"]), other.storage, MODEL, precision)
+
+
+def _check_origin(settings: RunSettings, other: RunFolder) -> None:
+    """Refuse a run that trained on other samples."""
+    stored: dict[str, Any] = {name: other.config[name] for name in ("seed", "dataset") if name in other.config}
+    theirs = origin(load_settings(RunSettings, stored))
+    for name, here in origin(settings).items():
+        if theirs[name] != here:
+            raise UserError(f"run {other.name} has {name} {theirs[name]}, here it is {here}: give the same")
 
 
 def select_on_cluster(
-    experiment: RunSettings,
-    architecture: Model,
+    settings: RunSettings,
     select: Select,
-    found: Samples,
+    model: TrainedModel,
+    samples: Samples,
     report: Report,
     *,
-    weights: tuple[Storage, str],
-    precision: str,
+    phase: str = "select",
+    file: str = FILE,
 ) -> Coreset:
     """Select a coreset and keep it in the run folder, unless it is there already.
 
     Args:
-        experiment: data set, cluster and seed.
-        architecture: of the model whose gradients select.
+        settings: data set, cluster and seed.
         select: method and fraction.
-        found: the samples to select from.
+        model: whose gradients select.
+        samples: to select from.
         report: progress and run folder.
-        weights: run folder and file of that model.
-        precision: of the forward passes.
+        phase: names the selection, of which a run may have several.
+        file: of the coreset, in the run folder.
     """
     storage = report.folder.storage
-    split = found.data.train
+    split = samples.data.train
+
+    def shards_for(holders: int) -> list[Shard]:
+        source = settings.dataset if settings.cluster.workers != 0 else samples.data  # this process has it open
+        return class_shards(source, split.y, samples.kept, samples.valid, holders)
 
     def work() -> dict[str, Any]:
-        parameters = {name: value.numpy() for name, value in load_model(*weights).items()}
-        scorer = SentModel(architecture, split.shape, split.num_classes, parameters, precision)
-        record = load_record(*weights, split.y)
-
-        def split_by_class(holders: int) -> list[Shard]:
-            return class_shards(experiment.dataset, split.y, found.kept, found.valid, holders)
-
-        with hold(split_by_class, experiment.cluster) as shards:
-            picked = select_coreset(shards, scorer, select, record, found.kept, seed=experiment.seed)
-        facts = {**origin(experiment), **select.model_dump(include={*Select.model_fields, "model_from"})}
+        record = load_record(model.storage, model.file, split.y)
+        with hold(shards_for, settings.cluster) as shards:
+            picked = select_coreset(shards, model.scorer(split), select, record, samples.kept, seed=settings.seed)
+        chosen = select.model_dump(include={*Select.model_fields, "model_from"})
         scores = save_scores(storage, split, picked.indices, picked.scores)
-        save_coreset(storage, picked.coreset, split, facts, scores)
+        save_coreset(storage, picked.coreset, split, {**origin(settings), **chosen}, scores, file)
         return {"costs": [picked.cost.record()], "size": len(picked.coreset)}
 
-    report.phase("select", work, epochs=0)
-    return load_coreset(f"{storage.root}/{FILE}", split, found.valid, experiment.dataset.name)
+    report.phase(phase, work, epochs=0)
+    return load_coreset(f"{storage.root}/{file}", split, samples.valid, settings.dataset.name)

@@ -1,85 +1,117 @@
 """The end of a run: its figures as a manifest, its plots as pictures."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 
 from raypkg.core.settings import RunSettings
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.runs import plots
-from raypkg.runs.folder import RunFolder
 from raypkg.runs.plots import save_plot
+from raypkg.runs.report import Report
+from raypkg.runs.storage import Storage
 
 from .coreset_files import FILE, SCORES, load_coreset, read_coreset
 from .samples import Samples
 
-PHASES = ("pretrain", "select", "train")
+MAIN = "train"  # the phase whose figures are the run's own
+LEFT_OUT = ("costs", "elapsed", "findings")  # of a phase's record: they stand in the manifest by themselves
 SHOWN = 16  # images in each of the two galleries
 
 
-def finish(folder: RunFolder, experiment: RunSettings, found: Samples, *, epochs: int = 0) -> dict[str, Any]:
+def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: int = 0) -> dict[str, Any]:
     """Draw the plots, write the manifest, drop what only an unfinished run needs; return the manifest.
 
     Args:
-        folder: of the run, all its phases done and its last coreset saved.
-        experiment: the run's data set and seed.
-        found: the samples it could choose from.
+        report: of the run, with the records of all its phases.
+        settings: the run's data set and seed.
+        samples: those it could choose from.
         epochs: of the main training; 0 where there was none.
     """
-    coreset = load_coreset(f"{folder.storage.root}/{FILE}", found.data.train, found.valid, experiment.dataset.name)
-    records = {name: record for name in PHASES if (record := folder.phase(name))}
-    costs = [{**cost, "phase": _row(name, cost)} for name, record in records.items() for cost in record["costs"]]
+    folder = report.folder
+    coreset = _coreset_of(folder.storage, settings, samples)
+    costs = [{**cost, "phase": _row(name, cost)} for name, record in report.records.items() for cost in record["costs"]]
+    findings = [line for record in report.records.values() for line in record.get("findings", ())]
     summary = {
-        **{name: value for name, value in records.get("train", {}).items() if name not in ("costs", "elapsed")},
-        "samples": len(found.kept),
-        "coreset": len(coreset),
+        **_figures(report.records),
+        "samples": len(samples.kept),
+        "coreset": None if coreset is None else len(coreset),
         "phases": costs,
         "seconds": sum(cost["seconds"] for cost in costs),
-        "elapsed": sum(record["elapsed"] for record in records.values()),
-        "full_training_backward": epochs * len(found.kept),
-        **{f"pretrain_{name}": value for name, value in records.get("pretrain", {}).items() if name != "costs"},
+        "elapsed": sum(record["elapsed"] for record in report.records.values()),
+        "full_training_backward": epochs * len(samples.kept),
+        "findings": findings,
     }
     folder.flush()
-    draw_plots(folder, found, coreset, costs)
+    draw_plots(folder.storage, folder.rows, costs)
+    if coreset is not None:
+        draw_coreset(folder.storage, samples, coreset)
     folder.finish(summary)
     for leftover in ("checkpoints", "ray"):
         folder.storage.delete_folder(leftover)
     return summary
 
 
-def draw_plots(folder: RunFolder, found: Samples, coreset: Coreset, costs: list[dict[str, Any]]) -> None:
-    """Draw every plot of the run into its folder."""
-    split = found.data.train
-    counts, total = (torch.bincount(split.y[i], minlength=split.num_classes) for i in (coreset.indices, found.kept))
-    if folder.rows:
-        save_plot(folder.storage, "curves", lambda path: plots.curves(folder.rows, path))
-    save_plot(folder.storage, "costs", lambda path: plots.costs(costs, path))
-    save_plot(
-        folder.storage,
-        "composition",
-        lambda path: plots.composition(counts.tolist(), total.tolist(), split.classes, path),
-    )
-    table, everyone = read_coreset(f"{folder.storage.root}/{FILE}"), folder.storage.read_table(SCORES)
+def draw_plots(storage: Storage, rows: Sequence[dict[str, Any]], costs: Sequence[dict[str, Any]]) -> None:
+    """Draw what every run has: its learning curves and its costs."""
+    if rows:
+        save_plot(storage, "curves", lambda path: plots.curves(rows, path))
+    save_plot(storage, "costs", lambda path: plots.costs(costs, path))
+
+
+def draw_coreset(storage: Storage, samples: Samples, coreset: Coreset) -> None:
+    """Draw a coreset's classes and, where there are scores, which were picked, with the extreme images."""
+    split = samples.data.train
+    picked = torch.bincount(split.y[coreset.indices], minlength=split.num_classes).tolist()
+    total = torch.bincount(split.y[samples.kept], minlength=split.num_classes).tolist()
+    save_plot(storage, "composition", lambda path: plots.composition(picked, total, split.classes, path))
+    table = read_coreset(f"{storage.root}/{FILE}")
+    everyone = storage.read_table(SCORES)
     if everyone is None or "score" not in table.column_names:
         return
-    save_plot(
-        folder.storage,
-        "scores",
-        lambda path: plots.scores(everyone["score"].to_numpy(), table["score"].to_numpy(), path),
-    )
+    all_scores = everyone["score"].to_numpy()
+    scores = table["score"].to_numpy()
+    save_plot(storage, "scores", lambda path: plots.scores(all_scores, scores, path))
     if len(split.shape) == 3:
-        order = torch.tensor(table["score"].to_numpy()).argsort()
-        rows = [table.take(part.numpy()) for part in (order[:SHOWN], order[-SHOWN:].flip(0))]
-        save_plot(folder.storage, "images", lambda path: _draw_images(split, rows, path))
+        order = torch.tensor(scores).argsort()
+        easiest = table.take(order[:SHOWN].numpy())
+        hardest = table.take(order[-SHOWN:].flip(0).numpy())
+        save_plot(storage, "images", lambda path: _draw_images(split, easiest, hardest, path))
 
 
-def _draw_images(split: Split, rows: list[Any], path: Path) -> None:
-    easiest, hardest = (split.batch(row["index"].to_numpy())[0].permute(0, 2, 3, 1).numpy() for row in rows)
-    easy, hard = ([(sample["class"], sample["score"]) for sample in row.to_pylist()] for row in rows)
-    plots.images(easiest, hardest, easy, hard, path)
+def _draw_images(split: Split, easiest: pa.Table, hardest: pa.Table, path: Path) -> None:
+    plots.images(_pixels(split, easiest), _pixels(split, hardest), _labels(easiest), _labels(hardest), path)
 
 
-def _row(phase: str, cost: dict[str, Any]) -> str:
+def _pixels(split: Split, rows: pa.Table) -> np.ndarray:
+    x, _ = split.batch(rows["index"].to_numpy())
+    return x.permute(0, 2, 3, 1).numpy()  # [m, H, W, C]
+
+
+def _labels(rows: pa.Table) -> list[tuple[str, float]]:
+    return [(sample["class"], sample["score"]) for sample in rows.to_pylist()]
+
+
+def _coreset_of(storage: Storage, settings: RunSettings, samples: Samples) -> Coreset | None:
+    """Return the run's coreset, or None where it trained on all samples."""
+    if FILE not in storage.list():
+        return None
+    return load_coreset(f"{storage.root}/{FILE}", samples.data.train, samples.valid, settings.dataset.name)
+
+
+def _figures(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the phases found: the main one's figures by their names, others' with the phase before them."""
+    figures: dict[str, Any] = {}
+    for phase, record in records.items():
+        prefix = "" if phase == MAIN else f"{phase}_"
+        figures |= {f"{prefix}{name}": value for name, value in record.items() if name not in LEFT_OUT}
+    return figures
+
+
+def _row(phase: str, cost: Mapping[str, Any]) -> str:
     return phase if cost["phase"] == phase else f"{phase}: {cost['phase']}"

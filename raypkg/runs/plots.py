@@ -57,8 +57,8 @@ def curves(rows: Rows, path: str | Path) -> None:
     """Draw training loss and held-out accuracy against epochs, phase by phase.
 
     Args:
-        rows: dicts with ``phase`` ("pretrain" or "train"), ``model`` (its number, or None), ``epoch``, ``loss`` and,
-            where it was measured, ``accuracy`` in [0, 1]; values may be None or NaN.
+        rows: dicts with ``phase``, ``main`` (whether it is the run's main training), ``model`` (its number, or None),
+            ``epoch``, ``loss`` and, where it was measured, ``accuracy`` in [0, 1]; values may be None or NaN.
         path: the PNG to write.
     """
     with page(path) as figure:
@@ -188,10 +188,12 @@ def _trace(axes: "Axes", rows: Rows, key: str, name: str, unit: str = "", scale:
     """Draw one bold line per phase, the mean over its models, with the models as thin lines behind it."""
     ends = []  # (value, epoch, label, colour) where each bold line stops
     for phase in dict.fromkeys(row["phase"] for row in rows):
-        model, epoch, value = _points([row for row in rows if row["phase"] == phase], key)
+        of_phase = [row for row in rows if row["phase"] == phase]
+        model, epoch, value = _points(of_phase, key)
         if not len(value):
             continue
-        models, colour = np.unique(model), VERMILLION if phase == "train" else BLUE
+        colour = VERMILLION if any(row.get("main") for row in of_phase) else BLUE
+        models = np.unique(model)
         for one in models:
             axes.plot(epoch[model == one], scale * value[model == one], color=colour, alpha=0.4, linewidth=1)
         epochs, group = np.unique(epoch, return_inverse=True)

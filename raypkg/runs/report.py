@@ -27,7 +27,9 @@ class Report:
     """
 
     def __init__(self, folder: RunFolder, tracker: Tracker, console: Console):
-        self.folder, self._tracker, self._console = folder, tracker, console
+        self.folder = folder
+        self._tracker = tracker
+        self._console = console
         self._bars = Progress(
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=30),
@@ -38,6 +40,7 @@ class Report:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self.records: dict[str, dict[str, Any]] = {}  # of the phases so far, in their order
 
     def __enter__(self) -> Report:
         self._bars.start()
@@ -75,6 +78,7 @@ class Report:
             record = self.folder.finish_phase(name, {**result, "elapsed": elapsed})
         self._bars.update(self._tasks[name], completed=epochs or 1)
         self._say(f"{name} done in {record['elapsed']:.1f} s")
+        self.records[name] = record
         return record
 
     def say(self, line: str) -> None:

@@ -1,6 +1,6 @@
 """A run as tables on the terminal: what it cost, phase by phase, and what came of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -28,38 +28,32 @@ def show_run(folder: RunFolder, console: Console) -> None:
 
 
 def findings(summary: Mapping[str, Any]) -> list[str]:
-    """Return a finished run's results in plain lines."""
-    backward, full = sum(phase["backward"] for phase in summary["phases"]), summary["full_training_backward"]
-    coreset = (
-        f"{summary['coreset']:,} of {summary['samples']:,} samples ({summary['coreset'] / summary['samples']:.1%})"
-    )
-    if full:
-        lines = [
-            f"test accuracy {summary['test_accuracy']:.2%} (loss {summary['test_loss']:.3f}), trained on {coreset}",
-            f"samples backward {backward:,}: {backward / full:.1%} of as many epochs on all samples ({full:,})",
-        ]
-    else:
-        lines = [f"selected {coreset}: coreset.parquet; train on it with `effray train --coreset`"]
+    """Return a finished run's results in plain lines: what every run has, then what its methods found."""
+    lines = [*_results(summary)]
     lines.append(
         f"{summary['seconds']:.1f} s of work on the critical path; {summary['elapsed']:.1f} s with starting workers,"
         " importing and storing (of a resumed run: each phase's last attempt)"
     )
-    if "density" in summary:
-        lines.append(
-            f"{summary['active_parameters']:,} of {summary['parameters']:,} parameters exist (weights:"
-            f" {summary['density']:.2%}, {summary['explored']:.2%} ever did);"
-            f" a forward pass of one sample needs {summary['active_flops']:,} of {summary['flops']:,} operations"
-        )
-    if "pools" in summary:
-        lines.append(f"CREST chose {summary['pools']} pools of mini-batch coresets: see plots/regions.png")
-    if "pretrain_slowest_model_seconds" in summary:
-        critical = summary["pretrain_slowest_model_seconds"] + summary["pretrain_merge_seconds"]
-        lines.append(
-            f"LiPT (reconstructed) with one worker per model pre-trains in {critical:.1f} s"
-            f" (slowest of {summary['pretrain_models']} models {summary['pretrain_slowest_model_seconds']:.1f} s"
-            f" + merge {summary['pretrain_merge_seconds']:.1f} s)"
-        )
-    return lines
+    return lines + summary.get("findings", [])
+
+
+def _results(summary: Mapping[str, Any]) -> Iterator[str]:
+    chosen = _chosen(summary)
+    full = summary["full_training_backward"]
+    if not full:
+        yield f"selected {chosen}: coreset.parquet; train on it with `effray train --coreset`"
+        return
+    backward = sum(phase["backward"] for phase in summary["phases"])
+    yield f"test accuracy {summary['test_accuracy']:.2%} (loss {summary['test_loss']:.3f}), trained on {chosen}"
+    yield f"samples backward {backward:,}: {backward / full:.1%} of as many epochs on all samples ({full:,})"
+
+
+def _chosen(summary: Mapping[str, Any]) -> str:
+    samples = summary["samples"]
+    coreset = summary["coreset"]
+    if coreset is None:
+        return f"all {samples:,} samples"
+    return f"{coreset:,} of {samples:,} samples ({coreset / samples:.1%})"
 
 
 def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from raypkg.core.settings import Experiment
+from raypkg.core.settings import RunSettings
 
 from .folder import RunFolder
 
@@ -47,7 +47,7 @@ class Wandb:
         group: the experiment's name, or the sweep's.
     """
 
-    def __init__(self, settings: Experiment, folder: RunFolder, group: str):
+    def __init__(self, settings: RunSettings, folder: RunFolder, group: str):
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
@@ -122,10 +122,11 @@ class Listened:
 TRACKERS = {"wandb": Wandb}
 
 
-def tracker(settings: Experiment, folder: RunFolder, group: str) -> Tracker:
+def tracker(settings: RunSettings, folder: RunFolder, group: str) -> Tracker:
     """Return the tracker that the settings name."""
-    chosen = TRACKERS.get(settings.track.name)
-    return chosen(settings, folder, group) if chosen else Nowhere()
+    if settings.track.name is None:
+        return Nowhere()
+    return TRACKERS[settings.track.name](settings, folder, group)
 
 
 def _has_key() -> bool:

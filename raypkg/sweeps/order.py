@@ -11,7 +11,7 @@ from typing import Any
 from raypkg.core.config import Settings, leaves, load_settings, read_toml
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.seeds import derive
-from raypkg.core.settings import Dataset
+from raypkg.core.settings import Dataset, RunSettings
 from raypkg.experiments import check_names
 
 from .spaces import Space
@@ -19,7 +19,7 @@ from .sweep_folder import METRICS
 
 SAMPLES = 8
 DRAWS = 1000  # in search of settings that no trial has
-EVALUATE = "train.evaluate_every"  # 1 in a sweep, unless given: schedulers compare trials epoch by epoch
+EVALUATE = "train.evaluate_every_epochs"  # 1 in a sweep, unless given: schedulers compare trials epoch by epoch
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def base_of(schema: type[Settings], config: Path | None) -> dict[str, Any]:
     base = read_toml(config) if config else {}
     train = base.get("train", {})
     if EVALUATE in dict(leaves(schema)) and isinstance(train, dict):
-        base["train"] = {"evaluate_every": 1, **train}
+        base["train"] = {"evaluate_every_epochs": 1, **train}
     return base
 
 
@@ -169,11 +169,13 @@ def samples_of(trial: Any) -> int:
 @lru_cache
 def _count(dataset: str, seed: int, coreset: str | None) -> int:
     from raypkg.phases.coreset_files import load_coreset
-    from raypkg.phases.samples import samples
+    from raypkg.phases.samples import open_samples
 
     chosen = Dataset.model_validate_json(dataset)
-    found = samples(chosen, seed)
-    return len(load_coreset(coreset, found.data.train, found.valid, chosen.name) if coreset else found.kept)
+    samples = open_samples(RunSettings(seed=seed, dataset=chosen))
+    if coreset is None:
+        return len(samples.kept)
+    return len(load_coreset(coreset, samples.data.train, samples.valid, chosen.name))
 
 
 def _check_measured(order: Order, trial: Any) -> None:
@@ -182,8 +184,8 @@ def _check_measured(order: Order, trial: Any) -> None:
         return
     if not trial.dataset.validation:
         raise UserError(f"metric {order.metric} is measured on held-out samples: dataset.validation = 0 holds out none")
-    if not 0 < trial.train.evaluate_every <= trial.epochs:
+    if not 0 < trial.train.evaluate_every_epochs <= trial.epochs:
         raise UserError(
-            f"metric {order.metric} would never be measured: {EVALUATE} = {trial.train.evaluate_every} of"
+            f"metric {order.metric} would never be measured: {EVALUATE} = {trial.train.evaluate_every_epochs} of"
             f" {trial.epochs} epochs"
         )

@@ -45,9 +45,9 @@ def selection(settings: Any, fraction: float, method: str, workers: int) -> Trai
         {
             "select.method": method,
             "select.fraction": fraction,
-            "select.warm": WARM,
+            "select.warm_epochs": WARM,
             "train.epochs": WARM + 1,
-            "train.evaluate_every": 0,
+            "train.evaluate_every_epochs": 0,
             "cluster.workers": workers,
         },
     )

@@ -12,7 +12,7 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 
 SUFFIX = ".py"
-ACTORS = "select.actors"  # the room for them is that of all trials
+ACTORS = "crest.actors"  # the room for them is that of all trials
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
     """Refuse a space with an unknown setting, with a value that its setting does not allow, or of one point.
 
     Args:
-        space: each choice and both ends of each range are tried, one setting at a time.
+        space: each choice and both ends of each range are tried, beside the first values of the other settings.
         check: refuses what a trial would set.
 
     Raises:
@@ -113,12 +113,14 @@ def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
     """
     from raypkg.cluster.trials import candidates, constants
 
-    for name, domain in space.domains.items():
+    allowed = {name: candidates(domain) for name, domain in space.domains.items()}
+    first = {name: values[0] for name, values in allowed.items() if values}
+    for name, values in allowed.items():
         if name.partition(".")[0] in APART or name == ACTORS:
             raise UserError(f"space: {name} does not alter the result and cannot be varied; give it as an option")
-        for value in candidates(domain):
+        for value in values:
             try:
-                check({name: value})
+                check({**first, name: value})
             except UserError as error:
                 raise UserError(f"space: {error}") from None
     if space.domains.keys() == constants(space.domains).keys():

@@ -16,7 +16,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART
-from raypkg.experiments import carry_out, check_names, experiment, settings_of, with_absolute_path
+from raypkg.experiments import carry_out, check_names, experiment, settings_of, training_settings_of, with_absolute_path
 from raypkg.runs import ROOT
 from raypkg.runs import folder as run_folder
 from raypkg.runs.show import terminal
@@ -140,14 +140,14 @@ def run_trial(
     try:
         if not run.summary:
             settings = with_absolute_path(
-                load_settings(settings_of(entry), sweep.config, values | {"cluster.workers": workers})
+                load_settings(training_settings_of(entry), sweep.config, values | {"cluster.workers": workers})
             )
             if "config.toml" not in run.storage.list():
                 run = run_folder.create(sweep.root, entry.name, run.name, settings)
 
             def listen(row: Mapping[str, Any]) -> None:
                 # The last epoch is told of when the run is complete: a trial stopped there would have been for nothing.
-                if row["phase"] == "train" and row["epoch"] < settings.epochs and row.get(metric) is not None:
+                if row.get("main") and row["epoch"] < settings.epochs and row.get(metric) is not None:
                     run.flush()  # before Tune may stop the trial, of which the driver then reads
                     tell({"epoch": row["epoch"], metric: row[metric]})
 

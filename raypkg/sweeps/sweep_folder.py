@@ -300,7 +300,7 @@ def _key(row: Mapping[str, Any], sweep: SweepFolder) -> tuple[Any, ...]:
 
 
 def _rows(folder: RunFolder) -> list[dict[str, Any]]:
-    return [row for row in folder.rows if row["phase"] == "train"]
+    return [row for row in folder.rows if row.get("main")]
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Array:

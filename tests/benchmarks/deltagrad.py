@@ -25,10 +25,11 @@ from raypkg.data.split import Split
 from raypkg.engine.schedules import learning_rate
 from raypkg.methods.deltagrad.exactness import Periodic, Tolerant
 from raypkg.methods.deltagrad.history import History, Layout, Recording
-from raypkg.methods.deltagrad.hook import Membership, to_vector
+from raypkg.methods.deltagrad.membership import Membership
 from raypkg.methods.deltagrad.objective import Objective
 from raypkg.methods.deltagrad.replay import replay, retrain
 from raypkg.methods.deltagrad.run import changed_steps, gradients
+from raypkg.methods.deltagrad.vectors import to_vector
 from raypkg.models import build_model
 
 COLUMNS = ("request", "rate", "retrain s", "DeltaGrad s", "ratio", "floor", "‖w − U‖", "‖U − I‖", "published")

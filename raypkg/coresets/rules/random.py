@@ -11,5 +11,5 @@ from . import coreset
 
 @coreset("random")
 def select(samples: HeadView | Record, budget: int, *, rng: torch.Generator) -> Coreset:
-    """Draw samples uniformly, without replacement; anew at every epoch (``select.every = 1``) it is far stronger."""
+    """Draw samples uniformly, without replacement; far stronger anew at every epoch (``select.every_epochs = 1``)."""
     return Coreset.uniform(torch.randperm(len(samples), generator=rng)[:budget])

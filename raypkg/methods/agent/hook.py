@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -15,11 +18,13 @@ from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batch, Batches, dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast, losses_of
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import memory_bound
+from raypkg.phases.training import Job
 
+from . import plots
 from .control_variate import coefficient, correct, cosine_similarity, smoothed
-from .settings import Agent
+from .settings import AgentOptions
 
 PROBED = 8  # samples
 COLUMNS = ("step", "c", "cosine")  # c, and how alike the gradients of model and snapshot are
@@ -47,7 +52,7 @@ class Correction(Hook):
         settings: γ, α, and how often.
     """
 
-    def __init__(self, settings: Agent):
+    def __init__(self, settings: AgentOptions):
         self.settings = settings
         self.c = 0.0
         self.snapshot: nn.Module = nn.Identity()
@@ -66,22 +71,22 @@ class Correction(Hook):
         self.snapshot = deepcopy(run.model)
         if _draws(self.snapshot, run):
             raise UserError(
-                "correction = agent: the model gives one batch two outputs, as dropout does, and would differ from its"
+                "agent: the model gives one batch two outputs, as dropout does, and would differ from its"
                 " snapshot by noise"
             )
 
     def on_epoch(self, run: Run) -> None:
         """Take the epoch's snapshot, unless steps are counted."""
-        if run.step == 0 or not self.settings.snapshot:
+        if run.step == 0 or not self.settings.snapshot_every_steps:
             with run.bill("full gradient"):
                 self._refresh(run)
 
     def on_gradients(self, run: Run) -> None:
         """Correct the gradients of this step."""
-        if self.settings.snapshot and run.step and run.step % self.settings.snapshot == 0:
+        if self.settings.snapshot_every_steps and run.step and run.step % self.settings.snapshot_every_steps == 0:
             with run.cost.apart(run.bill("full gradient")):
                 self._refresh(run)
-        if run.step % self.settings.every == 0:
+        if run.step % self.settings.every_steps == 0:
             with run.cost.apart(run.bill("correction")), seeded(run.seed, "correction", run.step, run.worker.rank):
                 self._correct(run)
 
@@ -89,9 +94,20 @@ class Correction(Hook):
         """Sum the losses over the workers: a checkpoint is the first worker's."""
         self._sum(run)
 
+    def results(self, run: Run) -> Results:
+        """Return c and the cosine of every corrected step, with their picture."""
+        columns = np.array(self.history).T
+        table = pa.table(dict(zip(COLUMNS, columns, strict=True)))
+        return Results(
+            tables={"correction": table},
+            plots={"correction": partial(plots.correction, table.to_pylist())},
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return c, the losses, and what outlives an epoch where steps are counted: snapshot and full gradient."""
-        lasting = {"snapshot": self.snapshot.state_dict(), "full": list(self.full)} if self.settings.snapshot else {}
+        lasting: dict[str, Any] = {}
+        if self.settings.snapshot_every_steps:
+            lasting = {"snapshot": self.snapshot.state_dict(), "full": list(self.full)}
         return {
             "c": self.c,
             "losses": list(self.losses),
@@ -100,11 +116,11 @@ class Correction(Hook):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Restore them."""
         self.c, self.history = state["c"], [tuple(row) for row in state["history"].tolist()]
         device = next(self.snapshot.parameters()).device
         self.losses = [tensor.to(device) for tensor in state["losses"]]
-        if self.settings.snapshot:
+        if self.settings.snapshot_every_steps:
             self.snapshot.load_state_dict(state["snapshot"])
             self.full = [tensor.to(device) for tensor in state["full"]]
 
@@ -144,7 +160,7 @@ class Correction(Hook):
             dtype=dtype_of(run.model),
         )
         steps = range(run.step, run.step + len(batches))
-        corrected = {step for step in steps if step % self.settings.every == 0}
+        corrected = {step for step in steps if step % self.settings.every_steps == 0}
         if coreset is not run.coreset or not self._keeps(run, len(corrected) * sum(part.nbytes for part in total)):
             corrected = set()
         with seeded(run.seed, "full gradient", run.step, run.worker.rank):
@@ -159,8 +175,8 @@ class Correction(Hook):
 
     def _keeps(self, run: Run, size: int) -> bool:
         """Say whether the coming steps are on the same batches, and their gradients fit."""
-        supplied = any(type(hook).batches is not Hook.batches for hook in run.hooks)
-        return not supplied and not self.settings.snapshot and size <= self._room(run.worker.device)
+        supplied = any(hook.supplies_batches for hook in run.hooks)
+        return not supplied and not self.settings.snapshot_every_steps and size <= self._room(run.worker.device)
 
     def _room(self, device: torch.device) -> int:
         if self.settings.memory is None and device.type == "cuda":
@@ -219,3 +235,9 @@ def _summed(run: Run, tensors: list[Tensor], bill: Cost) -> list[Tensor]:
     bill.sent += flat.nbytes
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@hook("agent", source="arXiv:2301.03573")
+def agent(*, job: Job) -> Correction:
+    """Correct gradients by those of a snapshot of the model, with an adaptive weight (AGENT)."""
+    return Correction(getattr(job.experiment, "agent", None) or AgentOptions())

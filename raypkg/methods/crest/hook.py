@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,21 +18,27 @@ from torch import Tensor, nn
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.gradients import evaluating
+from raypkg.coresets.recorder import Recorder
 from raypkg.coresets.sharded import Scorer
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, plain_batches, slice_of, training_batch
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast
-from raypkg.engine.run import Hook, Run
-from raypkg.engine.shards import Results, Shards
-from raypkg.engine.worker import memory_bound
+from raypkg.engine.run import Hook, Results, Run, Selected, hook
+from raypkg.engine.shards import Pending, Shards
+from raypkg.engine.worker import Worker, memory_bound
+from raypkg.phases.samples import Samples
+from raypkg.phases.training import Job
 
-from .pool import Chosen, Pool, choose, random_subset, subset_losses, subset_size
+from . import plots
+from .choosing import choosing
+from .pool import Chosen, Pool, choose, random_subset, subset_losses
 from .quadratic import BETA1, BETA2, MovingMoments, flat, gradient_of, hessian_diagonal, predicted, relative_error
 from .region import check_interval, remaining
-from .settings import CrestSelect
+from .settings import CrestOptions
 
+CHECKS, PICKED, STEPS = "crest", "minibatches", "steps"  # tables
 STATE = "active highest counts picked history anchor first loss expired interval age step updates drops".split()
 
 
@@ -62,12 +72,16 @@ class Crest(Hook):
         UserError: a random subset would be smaller than a batch, or n smaller than a batch.
     """
 
+    supplies_batches = True
+
     def __init__(
-        self, settings: CrestSelect, shards: Shards, scorer: Callable[[nn.Module], Scorer], indices: Tensor, size: int
+        self, settings: CrestOptions, shards: Shards, scorer: Callable[[nn.Module], Scorer], indices: Tensor, size: int
     ):
         self.settings, self.shards, self.scorer, self.size = settings, shards, scorer, size
+        self.indices = indices
+        self._holding = ExitStack()  # of actors
         self.steps = -(-len(indices) // size)  # of an epoch
-        self.subset = subset_size(settings, len(indices), size)
+        self.subset = settings.subset_size(len(indices), size)
         n = int(indices.max()) + 1
         self.active = torch.zeros(n, dtype=torch.bool).index_fill(0, indices, True)
         self.highest = torch.full((n,), -torch.inf)  # losses recorded since the last drop
@@ -83,7 +97,7 @@ class Crest(Hook):
         self.expired = False
         self.interval = 1  # T1
         self.age = self.step = self.updates = self.drops = 0  # steps since the last check, and in all; pools; drops
-        self._pending: tuple[Pool, dict[int, Tensor], Results | None] | None = None  # what is being chosen
+        self._pending: tuple[Pool, dict[int, Tensor], Pending | None] | None = None  # what is being chosen
 
     def batches(self, run: Run) -> Epoch:
         """Return the batches of an epoch: as many as all samples would make."""
@@ -251,7 +265,7 @@ class Crest(Hook):
         model.load_state_dict(pool.weights)
         return how(choose, self.scorer(model), list(missing.values()), self.size, memory_bound(self.settings.memory))
 
-    def _keep(self, run: Run, pool: Pool, missing: Mapping[int, Tensor], waiting: Results | None) -> None:
+    def _keep(self, run: Run, pool: Pool, missing: Mapping[int, Tensor], waiting: Pending | None) -> None:
         parts = waiting() if waiting else self._start(self.shards.map, run, pool, missing)
         for i, (p, subset) in enumerate(missing.items()):
             chosen = pool.chosen[p] = parts[i % len(parts)][0][i // len(parts)]
@@ -267,11 +281,11 @@ class Crest(Hook):
         self.highest[indices] = self.highest[indices].maximum(losses)
 
     def _drop(self) -> None:
-        """Drop from the active samples, every ``drop_every`` steps, those that are learned."""
-        if self.step // self.settings.drop_every > self.drops:
-            self.drops = self.step // self.settings.drop_every
-            if self.settings.alpha > 0:
-                self.active = remaining(self.active, self.highest, self.settings.alpha, least=2 * self.subset)
+        """Drop from the active samples, every ``exclude_every_steps`` steps, those that are learned."""
+        if self.step // self.settings.exclude_every_steps > self.drops:
+            self.drops = self.step // self.settings.exclude_every_steps
+            if self.settings.exclude_below > 0:
+                self.active = remaining(self.active, self.highest, self.settings.exclude_below, least=2 * self.subset)
             self.highest.fill_(-torch.inf)
 
     def _log(self, pool: Pool, model: float, loss: float, error: float) -> None:
@@ -307,6 +321,33 @@ class Crest(Hook):
         diagonal = self.moments.diagonal if self.moments else None
         return 0.0 if diagonal is None else run.worker.gather(float(diagonal.norm()))[0]
 
+    def results(self, run: Run) -> Results:
+        """Return the checks and choices, their pictures, and the samples that were trained on as a coreset."""
+        picked: Tensor = torch.cat(self.picked, dim=1)  # [2, ·]
+        steps = self.counts[self.indices]
+        used = self.counts.nonzero()[:, 0]
+        weights = self.counts[used] / self.counts[used].float().mean()
+        origin = {"method": "crest", **self.settings.model_dump()}
+        difficulty = _difficulty(picked, run)
+        return Results(
+            facts={"pools": self.updates},
+            findings=[f"CREST chose {self.updates} pools of mini-batch coresets: see plots/regions.png"],
+            tables={
+                CHECKS: pa.Table.from_pylist(self.history),
+                PICKED: pa.table({"update": picked[0].numpy(), "index": picked[1].numpy()}),
+                STEPS: pa.table({"index": self.indices.numpy(), "steps": steps.numpy()}),
+            },
+            plots={
+                "regions": partial(plots.regions, self.history, self.settings.tau),
+                "minibatches": partial(plots.minibatches, difficulty, steps.numpy()),
+            },
+            selected=Selected(Coreset(used, weights), origin, self.indices),
+        )
+
+    def close(self) -> None:
+        """End the actors."""
+        self._holding.close()
+
     def state_dict(self) -> dict[str, Any]:
         """Return all but what ``batches`` can compute again."""
         state = {name: getattr(self, name) for name in STATE}
@@ -331,3 +372,28 @@ class Crest(Hook):
 
 def _mean_loss(coresets: Sequence[Chosen]) -> float:
     return sum(chosen.loss for chosen in coresets) / len(coresets)
+
+
+def _difficulty(picked: Tensor, run: Run) -> np.ndarray:
+    """Return how often the picks of each pool were forgotten by the end, on average; NaN where it picked none."""
+    recorder = next(hook for hook in run.hooks if isinstance(hook, Recorder))
+    times = recorder.record.forgotten
+    assert times is not None  # a recorder counts them
+    forgotten = times.numpy()[picked[1].numpy()]  # ∞ = never learned
+    updates = picked[0].numpy() - 1
+    known = np.isfinite(forgotten)
+    sums = np.bincount(updates[known], forgotten[known], updates.max() + 1)
+    counts = np.bincount(updates[known], None, updates.max() + 1)
+    with np.errstate(invalid="ignore"):
+        return sums / counts  # [pools]
+
+
+@hook("crest", source="arXiv:2306.01244")
+def crest(*, job: Job, worker: Worker, samples: Samples) -> Crest:
+    """Train on mini-batch coresets, chosen anew when a local model of the loss expires."""
+    options = getattr(job.experiment, "crest", None) or CrestOptions()
+    with ExitStack() as holding:
+        shards, scorer = holding.enter_context(choosing(worker, job, samples, options))
+        made = Crest(options, shards, scorer, samples.kept, job.training.batch_size)
+        made._holding = holding.pop_all()
+    return made

@@ -19,7 +19,6 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.shards import Shard
 
 from .minibatch import logit_gradients, minibatch_coreset
-from .settings import CrestSelect
 
 
 class Chosen(NamedTuple):
@@ -118,21 +117,3 @@ class Pool:
 def random_subset(candidates: Tensor, count: int, rng: torch.Generator) -> Tensor:
     """Draw ``count`` of the candidates, or all of them if they are fewer, in random order."""
     return candidates[torch.randperm(len(candidates), generator=rng)[:count]]
-
-
-def subset_size(settings: CrestSelect, n: int, batch: int) -> int:
-    """Return r, the samples of a random subset.
-
-    Raises:
-        UserError: a batch does not fit the samples, or not the subset.
-    """
-    if batch > n:
-        raise UserError(f"train.batch_size = {batch}: there are only {n} samples to choose from")
-    if settings.subset is None:
-        return min(n, max(round(0.01 * n), 2 * batch))
-    size = max(1, round(settings.subset * n))
-    if size < batch:
-        raise UserError(
-            f"select.subset = {settings.subset:g} of {n} samples is {size}, fewer than the {batch} of train.batch_size"
-        )
-    return size

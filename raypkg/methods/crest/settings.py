@@ -1,16 +1,21 @@
-"""Settings of CREST."""
+"""Settings of CREST, and what contradicts itself in them."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Count, Experiment, Share, Train
+from raypkg.core.settings import Cluster, Count, Experiment, Reselect, Share, Train, Training
+
+SMALLEST_SHARE = 0.01  # of the samples in a random subset, where two batches are fewer
 
 
-class CrestSelect(Settings):
-    """Mini-batch coresets, and how long they are trusted (CREST)."""
+class CrestOptions(Settings):
+    """Mini-batch coresets, and how long they are trusted."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"drop_every": "exclude_every_steps", "alpha": "exclude_below"}
 
     tau: Annotated[float, Field(gt=0, description="τ: error of the local model at which it has expired")] = 0.05
     h: Annotated[float, Field(gt=0, description="steps between checks, over ‖H̄_0‖/‖H̄_t‖")] = 1.0
@@ -19,28 +24,69 @@ class CrestSelect(Settings):
         Share | None,
         Field(description="r/n: share of the samples in a random subset; 0.01, or two batches, when left out"),
     ] = None
-    drop_every: Annotated[Count, Field(description="T2: steps between looks for learned samples")] = 20
-    alpha: Annotated[float, Field(ge=0, description="α: losses up to which a sample is learned; 0 = drop none")] = 0.1
+    exclude_every_steps: Annotated[Count, Field(description="T2: steps between exclusions of learned samples")] = 20
+    exclude_below: Annotated[
+        float, Field(ge=0, description="α: losses up to which a sample is learned; 0 = exclude none")
+    ] = 0.1
     order: Annotated[int, Field(ge=1, le=2, description="of the local model: 2 = with curvature, 1 = without")] = 2
     smoothing: Annotated[bool, Field(description="smooth gradient and curvature over updates")] = True
     model_batches: Annotated[
         int, Field(ge=0, description="mini-batch coresets that the local model is made from; 0 = the whole pool")
     ] = 1
     curvature: Annotated[
-        int, Field(ge=0, description="samples of those whose curvature is looked at, the dearest part; 0 = all")
+        int, Field(ge=0, description="samples of those whose curvature is measured, the dearest part; 0 = all")
     ] = 32
     parameters: Annotated[
-        Literal["all", "head"], Field(description="what the local model looks at; head = last layer, for large nets")
+        Literal["all", "head"], Field(description="of the local model; head = the last layer, for large nets")
     ] = "all"
     overlap: Annotated[
-        bool, Field(description="select while training goes on, by the weights of one check before, on another core")
+        bool, Field(description="select while training continues, by the weights of one check before, on another core")
     ] = False
     actors: Annotated[
         int, Field(ge=0, description="Ray actors of one CPU each that select; 0 = the training workers do")
     ] = 0
     memory: Annotated[
-        float | None, Field(ge=0, description="GiB a worker may use to save time; a quarter of its own when left out")
+        float | None, Field(ge=0, description="GiB for caching (default: a quarter of a worker's memory)")
     ] = None
+
+    def subset_size(self, n: int, batch: int) -> int:
+        """Return r, the samples of a random subset of n.
+
+        Raises:
+            UserError: a batch does not fit the samples, or not the subset.
+
+        >>> CrestOptions().subset_size(45_000, 128), CrestOptions(subset=0.02).subset_size(45_000, 128)
+        (450, 900)
+        """
+        if batch > n:
+            raise UserError(f"train.batch_size = {batch}: there are only {n} samples to choose from")
+        if self.subset is None:
+            return min(n, max(round(SMALLEST_SHARE * n), 2 * batch))
+        size = max(1, round(self.subset * n))
+        if size < batch:
+            raise UserError(
+                f"crest.subset = {self.subset:g} of {n} samples is {size}, fewer than the {batch} of train.batch_size"
+            )
+        return size
+
+    def check(self, n: int, epochs: int, training: Training, cluster: Cluster) -> None:
+        """Refuse a batch, subset or warm-up that the data or the budget cannot hold.
+
+        Args:
+            n: training samples.
+            epochs: of the budget.
+            training: batches and warm-up.
+            cluster: beside whose workers the actors must fit.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        self.subset_size(n, training.batch_size)
+        steps = epochs * -(-n // training.batch_size)
+        if 0 < training.warmup * steps < 1:
+            raise UserError(f"train.warmup = {training.warmup:g} of the budget's {steps} steps is less than one step")
+        if self.actors and not cluster.workers:
+            raise UserError(f"crest.actors = {self.actors}: give cluster.workers too, 1 or more, so that both fit")
 
 
 class CrestTrain(Train):
@@ -60,18 +106,25 @@ class CrestTrain(Train):
 class CrestSettings(Experiment):
     """Settings of `effray crest`."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"select": "crest", "every": "every_epochs"}
+
     selection: Annotated[
-        Literal["crest", "random", "none", "craig", "gradmatch", "glister"],
-        Field(description="crest; random batches; none = full schedule cut short; or a coreset of the budget's size"),
+        Literal["crest", "random", "cut", "craig", "gradmatch", "glister"],
+        Field(description="crest; random batches; cut = full schedule cut short; or a coreset of the budget's size"),
     ] = "crest"
     budget: Annotated[
         Share, Field(description="share of full training's steps; CREST's model of the loss is extra")
     ] = 0.1
-    every: Annotated[
+    every_epochs: Annotated[
         int | None, Field(ge=1, description="epochs between selections (craig, gradmatch, glister); a tenth of all")
     ] = None
-    select: CrestSelect = CrestSelect()
+    crest: CrestOptions = CrestOptions()
     train: CrestTrain = CrestTrain()
+
+    @property
+    def by_batches(self) -> bool:
+        """Whether the budget is spent on batches of all samples, not on a coreset of its size."""
+        return self.selection in ("crest", "random", "cut")
 
     @property
     def within(self) -> int:
@@ -81,37 +134,46 @@ class CrestSettings(Experiment):
     @property
     def epochs(self) -> int:
         """Those of the budget, but for coresets of its size: every epoch on fewer samples."""
-        return self.within if self.selection in ("crest", "random", "none") else self.train.epochs
+        return self.within if self.by_batches else self.train.epochs
 
     @property
     def actors(self) -> int:
         """Those that select."""
-        return self.select.actors
+        return self.crest.actors
+
+    @property
+    def reselection(self) -> Reselect:
+        """How a baseline selects a coreset of the budget's size."""
+        every = self.every_epochs or max(1, self.train.epochs // 10)
+        return Reselect(method=self.selection, fraction=self.budget, weighted=True, every_epochs=every)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Refuse a budget that is not whole epochs, and settings of another selection."""
+        epochs = self.train.epochs
+        exact = self.budget * epochs
+        if self.within < 1 or abs(exact - self.within) > 0.01:
+            near = f"{max(1, self.within) / epochs:.3g}"
+            raise UserError(
+                f"budget = {self.budget:g} of {epochs} epochs is {exact:g} epochs: it must be whole, such as --budget"
+                f" {near}"
+            )
+        if self.selection != "crest" and self.crest != CrestOptions():
+            raise UserError(f"selection = {self.selection}: crest.* belongs to crest and would do nothing")
+        if self.by_batches and self.every_epochs is not None:
+            raise UserError(f"selection = {self.selection}: every_epochs = {self.every_epochs} would do nothing")
+        if not self.by_batches and (self.budget == 1 or (self.every_epochs or 1) > epochs):
+            raise UserError(
+                f"selection = {self.selection}: budget = {self.budget:g} must be below 1 and every_epochs ="
+                f" {self.every_epochs} at most the {epochs} epochs"
+            )
+        return self
 
     def check(self, n: int) -> None:
-        """Refuse a budget that is not whole epochs or too short, and settings of another selection.
+        """Refuse what n training samples do not allow.
 
         Raises:
             UserError: what is wrong.
         """
-        from .run import check_crest
-
-        epochs, within = self.train.epochs, self.within
-        if within < 1 or abs(self.budget * epochs - within) > 0.01:
-            near = f"{max(1, within) / epochs:.3g}"
-            raise UserError(
-                f"budget = {self.budget:g} of {epochs} epochs is {self.budget * epochs:g} epochs: it must be whole,"
-                f" such as --budget {near}"
-            )
-        if self.selection != "crest" and self.select != CrestSelect():
-            raise UserError(f"selection = {self.selection}: select.* belongs to crest and would do nothing")
-        if self.selection in ("crest", "random", "none"):
-            if self.every is not None:
-                raise UserError(f"selection = {self.selection}: every = {self.every} would do nothing")
-        elif self.budget == 1 or (self.every or 1) > epochs:
-            raise UserError(
-                f"selection = {self.selection}: budget = {self.budget:g} must be below 1 and every = {self.every} at"
-                f" most the {epochs} epochs"
-            )
         if self.selection in ("crest", "random"):
-            check_crest(self, within, n)
+            self.crest.check(n, self.within, self.train, self.cluster)

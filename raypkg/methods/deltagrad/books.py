@@ -16,14 +16,14 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.data.split import Split, joined
 from raypkg.data.store.arrow import Block, Header, Store, write
-from raypkg.phases.samples import new_model, samples
+from raypkg.phases.samples import new_model, open_samples
 from raypkg.phases.training import MODEL
 from raypkg.runs.folder import RunFolder
 
 from .history import History
-from .hook import Membership
 from .ledger import FILE as LOG
 from .ledger import Ledger, digest, digest_of
+from .membership import Membership
 from .objective import Objective
 from .recorded_data import as_trained, check_rows, settings_digest
 from .recording import layout, trained_weights, version
@@ -68,7 +68,7 @@ class Books:
     def __init__(self, folder: RunFolder, schema: type[Experiment], replay: Mapping[str, Any]):
         self.storage, self.ledger = folder.storage, Ledger(folder.storage)
         self.settings: Any = load_settings(schema, folder.config, replay)
-        self.found = as_trained(self.storage, samples(self.settings.dataset, self.settings.seed))
+        self.found = as_trained(self.storage, open_samples(self.settings))
         self._check()
         self._groups = [self.found.data.train]  # the training split and what was added
         self.active = torch.zeros(len(self.split), dtype=torch.bool).index_fill(0, self.found.kept, True)

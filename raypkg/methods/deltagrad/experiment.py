@@ -15,17 +15,16 @@ def run(settings: DeltaGradSettings, *, report: Report) -> None:
     Example:
         effray deltagrad train --dataset digits
     """
-    from raypkg.phases.coreset_files import origin, save_coreset
-    from raypkg.phases.samples import samples
+    from raypkg.phases.samples import open_samples
     from raypkg.phases.summary import finish
-    from raypkg.phases.training import MODEL, Job, train_on_cluster
+    from raypkg.phases.training import Job, train_on_cluster
 
-    from .recording import announced, begin_log, train_recorded
+    from .recording import announced, begin_log
 
-    found, storage = samples(settings.dataset, settings.seed), report.folder.storage
-    settings.check(len(found.kept))
-    report.say(announced(settings, found, storage))
-    save_coreset(storage, found.everyone, found.data.train, origin(settings))
-    job = Job(settings, settings.train, storage, "train", found.everyone, MODEL)
-    begin_log(storage, settings, train_on_cluster(job, report, train_recorded), found)
-    finish(report.folder, settings, found, epochs=settings.train.epochs)
+    samples = open_samples(settings)
+    settings.check(len(samples.kept))
+    storage = report.folder.storage
+    report.say(announced(settings, samples, storage))
+    record = train_on_cluster(Job(settings, settings.train, storage, hooks=("deltagrad",)), report)
+    begin_log(storage, settings, record, samples)
+    finish(report, settings, samples, epochs=settings.train.epochs)

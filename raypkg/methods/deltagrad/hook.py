@@ -1,18 +1,21 @@
-"""A hook that records every step's weights and gradient, and who was in its batch: all that DeltaGrad replays."""
+"""A hook that records every step's weights and gradient, which DeltaGrad replays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from raypkg.core.seeds import generator
-from raypkg.engine.batches import shuffled
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Hook, Results, Run, hook
+from raypkg.engine.worker import Worker
+from raypkg.phases.samples import Samples
+from raypkg.phases.training import Job
+
+from .history import Recording
+from .recording import layout, version
+from .vectors import to_vector
 
 
 class Sink(Protocol):
@@ -28,6 +31,12 @@ class Sink(Protocol):
 
     def flush(self) -> None:
         """Wait until everything is written."""
+
+    def seal(self, w: np.ndarray) -> str:
+        """Add the final weights and return the history's digest."""
+
+    def close(self) -> None:
+        """Let go of the file."""
 
 
 class Historian(Hook):
@@ -57,55 +66,31 @@ class Historian(Hook):
         if self.sink:
             self.sink.flush()
 
+    def results(self, run: Run) -> Results:
+        """Seal the history with the final weights; its digest is a fact of the run."""
+        if not self.sink:
+            return Results()
+        return Results(facts={"history": self.sink.seal(to_vector(run.model.parameters()).numpy())})
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self.sink:
+            self.sink.close()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the digests of what is written, [steps, 16]."""
         digests = b"".join(self.sink.digests) if self.sink else b""
         return {"digests": torch.tensor(bytearray(digests), dtype=torch.uint8).view(-1, 16)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on behind the checkpoint's last step."""
+        """Continue behind the checkpoint's last step."""
         if self.sink:
             self.sink.cut([digest.tobytes() for digest in state["digests"].numpy()])
 
 
-def to_vector(tensors: Iterator[Tensor] | Sequence[Tensor]) -> Tensor:
-    """Return tensors as one vector on the CPU, a copy."""
-    return torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu()
-
-
-def assign(model: nn.Module, w: Tensor) -> None:
-    """Overwrite a model's parameters with those of a vector, in the order of ``parameters()``."""
-    start = 0
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(w[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
-
-
-@dataclass(frozen=True)
-class Membership:
-    """Which samples are in which batch, of all that were ever in the training.
-
-    The samples of the first training have the places that the loop gave them; those added later, group by group, are
-    drawn a batch for each epoch. A place belongs to its sample for good: added back after a deletion, it returns there.
-
-    Attributes:
-        trained: samples of the first training, int64 [n].
-        added: groups of later ones.
-        batch_size: of the first training.
-        seed: names every draw.
-    """
-
-    trained: Tensor
-    added: tuple[Tensor, ...]
-    batch_size: int
-    seed: int
-
-    def places(self, epoch: int) -> list[Tensor]:
-        """Return everyone with a place in each batch of an epoch, whether or not it is in use."""
-        batches = [self.trained[part] for part in shuffled(len(self.trained), self.batch_size, self.seed, epoch)]
-        for number, group in enumerate(self.added):
-            rng = generator(self.seed, "added", number, epoch)
-            drawn = torch.randint(len(batches), (len(group),), generator=rng)
-            batches = [torch.cat([batch, group[drawn == place]]) for place, batch in enumerate(batches)]
-        return batches
+@hook("deltagrad", source="arXiv:2006.14755")
+def deltagrad(*, job: Job, worker: Worker, samples: Samples) -> Historian:
+    """Record every step, so that samples can be deleted and added afterwards."""
+    if worker.rank:
+        return Historian(None)
+    return Historian(Recording(version(job.storage, 0), layout(job.experiment, samples.data)))

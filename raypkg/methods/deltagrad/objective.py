@@ -17,8 +17,8 @@ from raypkg.engine.shards import Shard, Shards
 from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
 
-from .hook import assign, to_vector
 from .logistic import logistic_gradient
+from .vectors import assign, to_vector
 
 ROWS = 256  # samples at once: what they become in float64 fits the cache
 STATEFUL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)

@@ -7,17 +7,16 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.data import Data
-from raypkg.engine.worker import Worker
-from raypkg.phases.samples import Samples, augmentations, new_model, samples
-from raypkg.phases.training import MODEL, Job, train_model
+from raypkg.phases.samples import Samples, augmentations, new_model, open_samples
+from raypkg.phases.training import MODEL
 from raypkg.runs.checkpoints import load_model
 from raypkg.runs.storage import Storage
 
-from .history import Layout, Recording, check_room
-from .hook import Historian, to_vector
+from .history import Layout, check_room
 from .ledger import Ledger, digest
 from .objective import check_derivation
 from .recorded_data import record_data, settings_digest
+from .vectors import to_vector
 
 
 def version(storage: Storage, number: int) -> Path:
@@ -42,7 +41,7 @@ def check_derived(settings: Any) -> None:
     Raises:
         UserError: augmentation, another optimiser than plain SGD, dropout, or batch norm.
     """
-    data, train = samples(settings.dataset, settings.seed).data, settings.train
+    data, train = open_samples(settings).data, settings.train
     if augmentations(settings.dataset, data):
         raise UserError(
             f"dataset.augment = {','.join(augmentations(settings.dataset, data))}: DeltaGrad replays exact"
@@ -64,16 +63,6 @@ def announced(settings: Any, found: Samples, storage: Storage) -> str:
     """
     steps = settings.train.epochs * -(-len(found.kept) // settings.train.batch_size)
     return check_room(version(storage, 0), layout(settings, found.data), steps)
-
-
-def train_recorded(worker: Worker, job: Job) -> dict[str, Any]:
-    """Train on all workers while the first records; return the bills with the history's digest."""
-    data = samples(job.experiment.dataset, job.experiment.seed).data
-    if worker.rank:
-        return train_model(worker, job, [Historian(None)])
-    with Recording(version(job.storage, 0), layout(job.experiment, data)) as sink:
-        record = train_model(worker, job, [Historian(sink)])
-        return record | {"history": sink.seal(trained_weights(job.storage, new_model(job.experiment, data)).numpy())}
 
 
 def trained_weights(storage: Storage, model: nn.Module) -> Tensor:

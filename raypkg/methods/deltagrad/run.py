@@ -23,11 +23,12 @@ from raypkg.runs.checkpoints import save_model
 from .books import Books, Change
 from .exactness import Periodic, Tolerant
 from .history import History, Layout, Recording, check_room
-from .hook import Membership, assign
 from .ledger import digest
+from .membership import Membership
 from .objective import Objective, ShardedGradient
 from .recording import layout, version
 from .replay import GradientSum, Step, replay, retrain
+from .vectors import assign
 
 Follow = Callable[[Iterable[Any], int], Iterable[Any]]  # shows the progress of so many steps
 

@@ -13,26 +13,20 @@ def run(settings: LiptSettings, *, report: Report) -> None:
     Example:
         effray lipt --dataset digits --model resnet8 --select.method gradmatch --select.fraction 0.2
     """
-    from raypkg.phases.samples import samples
-    from raypkg.phases.selection import select_on_cluster
+    from raypkg.phases.samples import open_samples
+    from raypkg.phases.selection import TrainedModel, select_on_cluster
     from raypkg.phases.summary import finish
-    from raypkg.phases.training import MODEL, Job, train_on_cluster
+    from raypkg.phases.training import Job, train_on_cluster
 
     from .pretrain import PRETRAININGS, RESULT
 
-    found = samples(settings.dataset, settings.seed)
-    settings.check(len(found.kept))
+    samples = open_samples(settings)
+    settings.check(len(samples.kept))
     PRETRAININGS[settings.pretrain.method](settings, settings.pretrain, report)
     storage = report.folder.storage
-    coreset = select_on_cluster(
-        settings,
-        settings.model,
-        settings.select,
-        found,
-        report,
-        weights=(storage, RESULT),
-        precision=settings.pretrain.precision,
-    )
+    pretrained = TrainedModel(settings.model, storage, RESULT, settings.pretrain.precision)
+    coreset = select_on_cluster(settings, settings.select, pretrained, samples, report)
     initial = RESULT if settings.train.init == "merged" else None
-    train_on_cluster(Job(settings, settings.train, storage, "train", coreset, MODEL, initial, settings.select), report)
-    finish(report.folder, settings, found, epochs=settings.train.epochs)
+    job = Job(settings, settings.train, storage, coreset=coreset, select=settings.select, initial=initial)
+    train_on_cluster(job, report)
+    finish(report, settings, samples, epochs=settings.train.epochs)

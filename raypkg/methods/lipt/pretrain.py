@@ -22,7 +22,7 @@ from raypkg.engine.worker import Worker
 from raypkg.methods.sparse.masked import Masked
 from raypkg.methods.sparse.masks import Densities, Masks, erk, prunable, random_masks
 from raypkg.phases.coreset_files import save_record
-from raypkg.phases.samples import Samples, augmentations, new_model, samples
+from raypkg.phases.samples import Samples, augmentations, new_model, open_samples
 from raypkg.phases.training import Job, measure_held_out, train_on_cluster
 from raypkg.runs.checkpoints import StoredCheckpoints, save_model
 from raypkg.runs.report import Report
@@ -76,7 +76,7 @@ def pretrain_lipt(experiment: Experiment, pretrain: Pretrain, report: Report) ->
 
 def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
     """Train models r, r + W, … on worker r of W, merge all with one all-reduce, and save the merged model."""
-    found = samples(job.experiment.dataset, job.experiment.seed)
+    found = open_samples(job.experiment)
     if job.pretrain.merge == "greedy" and not len(found.valid):
         raise UserError("pretrain.merge = 'greedy' needs held-out samples: set dataset.validation above 0")
     initial = parameters(new_model(job.experiment, found.data))
@@ -102,13 +102,19 @@ def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
     measuring, alone = Cost("evaluate"), replace(worker, world=1)
     held_out = measure_held_out(model, found, alone, job.pretrain, measuring) if worker.rank == 0 else {}
     each = [second for part in worker.gather(seconds) for second in part]
+    slowest, merging = max(each), max(worker.gather(merge.seconds))
+    finding = (
+        f"LiPT (reconstructed) with one worker per model pre-trains in {slowest + merging:.1f} s (slowest of"
+        f" {job.pretrain.models} models {slowest:.1f} s + merge {merging:.1f} s)"
+    )
     return {
         "costs": [bill.gathered(worker).record() for bill in (cost.then(merge), measuring)],
         **held_out,
         "models": job.pretrain.models,
-        "slowest_model_seconds": max(each),
-        "merge_seconds": max(worker.gather(merge.seconds)),
+        "slowest_model_seconds": slowest,
+        "merge_seconds": merging,
         "workers": worker.world,
+        "findings": [finding],
     }
 
 
@@ -138,6 +144,7 @@ def train_member(worker: Worker, job: LiptJob, found: Samples, shard: Tensor, nu
         cost=cost,
         hooks=[recorder, *([Masked(masks)] if masks else [])],
         label=number,
+        main=False,
     )
     return fit(run, checkpoints=job.checkpoints(number)), masks, recorder.record
 
@@ -231,8 +238,7 @@ def lipt_shards(found: Samples, job: LiptJob) -> list[Tensor]:
 
 def pretrain_dense(experiment: Experiment, pretrain: Pretrain, report: Report) -> dict[str, Any]:
     """Train one dense model on all samples by DDP: the usual pre-training, for comparison."""
-    everything = Coreset.uniform(samples(experiment.dataset, experiment.seed).kept)
-    job = Job(experiment, pretrain, report.folder.storage, "pretrain", everything, RESULT)
+    job = Job(experiment, pretrain, report.folder.storage, "pretrain", result=RESULT, main=False)
     return train_on_cluster(job, report)
 
 
@@ -241,7 +247,7 @@ def keep_initial(experiment: Experiment, pretrain: Pretrain, report: Report) -> 
 
     def work() -> dict[str, Any]:
         with Cost("pretrain") as cost:
-            model = new_model(experiment, samples(experiment.dataset, experiment.seed).data)
+            model = new_model(experiment, open_samples(experiment).data)
             save_model(report.folder.storage, RESULT, model.state_dict())
         return {"costs": [cost.record()], "workers": 1}
 

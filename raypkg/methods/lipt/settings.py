@@ -28,7 +28,9 @@ class Pretrain(Training):
     randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) as well, on images (lipt)")] = True
     epochs: Annotated[Count, Field(description="passes of each model over its shard")] = 5
     batch_size: Annotated[Count, Field(description="samples a step")] = 128
-    evaluate_every: Annotated[int, Field(ge=0, description="epochs between looks at the held-out samples (dense)")] = 5
+    evaluate_every_epochs: Annotated[
+        int, Field(ge=0, description="epochs between evaluations on the held-out samples (dense)")
+    ] = 5
     lr: Annotated[float, Field(gt=0, description="peak learning rate; models that move far do not merge well")] = 0.02
 
 
@@ -56,5 +58,5 @@ class LiptSettings(Experiment):
         from raypkg.coresets.reselection import check_schedule, check_selects_once
 
         check_selects_once(self.select)
-        if self.select.every or self.select.warm:
+        if self.select.every_epochs or self.select.warm_epochs:
             check_schedule(self.select, self.epochs)

@@ -12,7 +12,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.engine.batches import plain_batches
 from raypkg.engine.worker import threads
-from raypkg.phases.samples import new_model, samples
+from raypkg.phases.samples import new_model, open_samples
 from raypkg.phases.training import MODEL
 from raypkg.runs.checkpoints import load_model, save_model
 from raypkg.runs.folder import RunFolder
@@ -62,7 +62,7 @@ def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
     storage = folder.storage
     if not folder.summary:
         raise UserError(f"run {folder.name!r} is not finished: nothing to export yet")
-    state, data = load_model(storage, MODEL), samples(settings.dataset, settings.seed).data
+    state, data = load_model(storage, MODEL), open_samples(settings).data
     model = new_model(settings, data).eval()
     try:
         model.load_state_dict(state)

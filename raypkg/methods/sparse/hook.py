@@ -4,45 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.engine.batches import dtype_of, plain_batches
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Hook, Results, Run, hook
+from raypkg.engine.worker import Worker
+from raypkg.methods.agent.hook import Correction
+from raypkg.phases.samples import Samples, new_model
+from raypkg.phases.training import Job
 
+from . import plots
+from .flops import active_flops, forward_flops
 from .masks import Masks, allot, density_of, enlarged, prunable, shapes_of
-from .rules import drop, growth, initial, redistribution
-from .settings import Sparsity
+from .rules import drop, growth, initial, momentum_rules, redistribution
+from .settings import PRUNED_BY, SparseSettings, Sparsity
 from .topology import drop_fraction, dropped, gradual_density, grown
 
-NONE = "none"
-PRUNED_BY = 0.75  # share of training after which gradual pruning has ended
 _DIVERGED = "where the weights are not finite, lower the learning rate"
-INTERVALS = 40  # of a training whose ΔT is left out
-
-
-def is_gradual(settings: Sparsity) -> bool:
-    """Say whether weights only go, from a dense model to its density: gradual pruning."""
-    return settings.density is not None and (settings.growth.name, settings.sparse_init.name) == (NONE, "dense")
-
-
-def update_interval(settings: Sparsity, steps: int) -> int:
-    """Return ΔT, the steps between changes of the masks, in a training of so many."""
-    return settings.update_every or max(1, steps // INTERVALS)
-
-
-def momentum_rules(settings: Sparsity) -> list[str]:
-    """Return those settings, as ``name = value``, whose rules look at the dense gradient of every step."""
-    chosen = (("growth", growth, settings.growth), ("redistribution", redistribution, settings.redistribution))
-    return [
-        f"{setting} = {rule.name}"
-        for setting, rules, rule in chosen
-        if rule.name != NONE and "momentum" in rules[rule.name].declares
-    ]
 
 
 class Topology(Hook):
@@ -64,9 +49,9 @@ class Topology(Hook):
 
     def __init__(self, settings: Sparsity, steps: int):
         assert settings.density is not None  # without one there is nothing to change
-        self.settings, self.density, self.gradual = settings, settings.density, is_gradual(settings)
+        self.settings, self.density, self.gradual = settings, settings.density, settings.is_gradual
         self.follows = bool(momentum_rules(settings))
-        self.every = update_interval(settings, steps)
+        self.every = settings.interval(steps)
         self.masks: Masks = {}
         self.explored: Masks = {}  # weights that ever were active
         self.momentum: dict[str, Tensor] = {}  # of the dense gradient, where a rule asks for it
@@ -118,7 +103,18 @@ class Topology(Hook):
 
     def due(self, step: int) -> bool:
         """Say whether the masks change in a step."""
-        return (self.gradual or self.settings.growth.name != NONE) and step > 0 and step % self.every == 0
+        return (self.gradual or self.settings.growth is not None) and step > 0 and step % self.every == 0
+
+    def results(self, run: Run) -> Results:
+        """Return the history of the masks, with its picture, and how much of the weights there is."""
+        density = density_of(self.masks)
+        explored = self.explored_share
+        return Results(
+            facts={"density": density, "explored": explored},
+            findings=[f"{density:.2%} of the weights exist, {explored:.2%} ever did: see plots/topology.png"],
+            tables={"topology": pa.Table.from_pylist(self.history)},
+            plots={"topology": partial(plots.topology, self.history)},
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, what was explored, momentum and history."""
@@ -127,7 +123,7 @@ class Topology(Hook):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back; the masks in place, as others hold them."""
+        """Restore them; the masks in place, as others hold them."""
         for name, mask in self.masks.items():
             mask.copy_(state["masks"][name])
             self.explored[name].copy_(state["explored"][name])
@@ -168,7 +164,7 @@ class Topology(Hook):
         lost = {name: int(existed[name].sum()) - int(mask.sum()) for name, mask in self.masks.items()}
         if self.gradual:
             return dict.fromkeys(lost, 0)
-        if self.settings.redistribution.name == NONE:
+        if self.settings.redistribution is None:
             return lost
         rule, shares = redistribution[self.settings.redistribution.name], {}
         for name, mask in self.masks.items():
@@ -184,6 +180,7 @@ class Topology(Hook):
         return allot(shares, sum(lost.values()), room)
 
     def _growth_scores(self, run: Run, name: str, weight: Tensor) -> Tensor:
+        assert self.settings.growth  # otherwise nothing arrives
         rule = growth[self.settings.growth.name]
         scores = rule(
             weight.data,
@@ -260,3 +257,57 @@ def _settle(run: Run, weight: Tensor, mask: Tensor, existed: Tensor) -> None:
             value.mul_(stays)
             if name == "exp_avg_sq" and stays.any():
                 value[mask & ~existed] = value[stays].mean()
+
+
+class Footprint(Hook):
+    """Tells how many weights there are, and what a forward pass takes, with and without those that do not exist.
+
+    Args:
+        model: as it was built, with all its layers.
+        topology: whose masks; None = all weights exist.
+    """
+
+    def __init__(self, model: nn.Module, topology: Topology | None):
+        self.model = model
+        self.topology = topology
+
+    def results(self, run: Run) -> Results:
+        """Return parameters and operations, all and active ones."""
+        masks = self.topology.masks if self.topology else {}
+        flops = forward_flops(self.model, run.split.shape)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        pruned = sum(int((~mask).sum()) for mask in masks.values())
+        facts = {
+            "parameters": parameters,
+            "active_parameters": parameters - pruned,
+            "flops": sum(flops.values()),
+            "active_flops": active_flops(flops, masks),
+        }
+        finding = (
+            f"{facts['active_parameters']:,} of {parameters:,} parameters exist; a forward pass of one sample needs"
+            f" {facts['active_flops']:,} of {facts['flops']:,} operations"
+        )
+        return Results(facts=facts, findings=[finding])
+
+
+@hook("sparse", source="arXiv:2301.03573")
+def sparse(*, job: Job, worker: Worker, samples: Samples) -> list[Hook]:
+    """Train under masks that change, with AGENT's correction where it is chosen."""
+    from .masked import Active, Masked
+
+    settings = job.experiment
+    if not isinstance(settings, SparseSettings):
+        raise UserError("hook sparse takes its settings from `effray sparse`: use that command")
+    hooks: list[Hook] = []
+    topology = None
+    if settings.density is not None:
+        size = len(samples.kept) if job.coreset is None else len(job.coreset)
+        steps = job.training.epochs * -(-size // job.training.batch_size)
+        topology = Topology(settings, steps)
+        hooks.append(topology)
+    if settings.agent:
+        hooks.append(Correction(settings.agent))
+    if topology:
+        hooks.append(Active(topology) if settings.compute == "sparse" else Masked(topology.masks))
+    hooks.append(Footprint(new_model(settings, samples.data), topology))
+    return hooks

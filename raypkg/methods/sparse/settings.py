@@ -1,14 +1,19 @@
-"""Settings of sparse training."""
+"""Settings of sparse training, and what contradicts itself in them."""
 
-from typing import Annotated, Literal
+import math
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raypkg.core.config import Named, Settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Count, Experiment, Share, Train
-from raypkg.methods.agent.settings import Agent
-from raypkg.methods.crest.settings import CrestSelect
+from raypkg.methods.agent.settings import AgentOptions
+from raypkg.methods.crest.settings import CrestOptions
+
+PRUNED_BY = 0.75  # share of training after which gradual pruning has ended
+INTERVALS = 40  # of a training whose ΔT is left out
 
 
 class Initial(Named):
@@ -22,7 +27,9 @@ class Initial(Named):
 class Growth(Named):
     """Which weights come."""
 
-    name: Annotated[str, Field(description="random (SET), gradient (RigL), momentum; none = the masks stay")] = "random"
+    name: Annotated[str, Field(description="random (SET), gradient (RigL), momentum; false = the masks stay")] = (
+        "random"
+    )
 
 
 class Drop(Named):
@@ -35,30 +42,38 @@ class Redistribution(Named):
     """Which layers grow."""
 
     name: Annotated[
-        str,
-        Field(description="where weights come: magnitude, nonzeros, momentum; none = where they went"),
-    ] = "none"
+        str, Field(description="where weights come: magnitude, nonzeros, momentum; left out = where they went")
+    ]
 
 
 class Sparsity(Settings):
     """Dynamic sparse training (SET, RigL, ITOP)."""
 
     density: Annotated[Share | None, Field(description="share of the weights that exist; dense when left out")] = None
-    growth: Growth = Growth()
+    growth: Growth | None = Growth()
     drop: Drop = Drop()
-    redistribution: Redistribution = Redistribution()
+    redistribution: Redistribution | None = None
     sparse_init: Initial = Initial()
     fan_in: Annotated[
         Literal["dense", "sparse"],
         Field(description="sparse = first weights suit the inputs that exist: without batch norm, at few per cent"),
     ] = "dense"
-    update_every: Annotated[
+    update_every_steps: Annotated[
         Count | None, Field(description="ΔT: steps between changes of the masks; a fortieth of training when left out")
     ] = None
     death_rate: Annotated[
         float, Field(gt=0, lt=1, description="f0: share of a layer's active weights to drop, at first")
     ] = 0.5
     decay: Annotated[Literal["cosine", "linear"], Field(description="how that share falls to 0")] = "cosine"
+
+    @property
+    def is_gradual(self) -> bool:
+        """Whether weights only go, from a dense model to its density: gradual pruning."""
+        return self.density is not None and self.growth is None and self.sparse_init.name == "dense"
+
+    def interval(self, steps: int) -> int:
+        """Return ΔT, the steps between changes of the masks, in a training of so many."""
+        return self.update_every_steps or max(1, steps // INTERVALS)
 
 
 class SparseTrain(Train):
@@ -72,19 +87,24 @@ class SparseTrain(Train):
 class SparseSettings(Sparsity, Experiment):
     """Settings of `effray sparse`."""
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "batches": "crest",
+        "correction": "agent",
+        "select": "crest",
+        "update_every": "update_every_steps",
+    }
+
     compute: Annotated[
         Literal["masked", "sparse"],
         Field(description="sparse = linear layers multiply the weights that exist only; masked = all, some of them 0"),
     ] = "masked"
     multiplier: Annotated[Count, Field(description="so many times the epochs (extended training, ITOP)")] = 1
-    correction: Annotated[
-        Literal["none", "agent"], Field(description="agent = adaptive gradient correction by a snapshot")
-    ] = "none"
-    agent: Agent = Agent()
-    batches: Annotated[
-        Literal["shuffled", "crest"], Field(description="crest = mini-batch coresets, as select.* says")
-    ] = "shuffled"
-    select: CrestSelect = CrestSelect()
+    agent: Annotated[AgentOptions | None, Field(description="correct gradients by a snapshot of the model (AGENT)")] = (
+        None
+    )
+    crest: Annotated[
+        CrestOptions | None, Field(description="train on mini-batch coresets (CREST) instead of shuffled batches")
+    ] = None
     coreset: Annotated[str | None, Field(description="a coreset.parquet to train on")] = None
     train: SparseTrain = SparseTrain()
 
@@ -96,33 +116,77 @@ class SparseSettings(Sparsity, Experiment):
     @property
     def actors(self) -> int:
         """Those that select."""
-        return self.select.actors
+        return self.crest.actors if self.crest else 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Refuse settings of what is not chosen, and choices that do not go together."""
+        grows = self.growth is not None
+        from_dense = self.sparse_init.name == "dense"
+        if from_dense and self.growth:
+            raise UserError(
+                f"sparse_init = dense with growth = {self.growth.name} would stay dense: give --growth false"
+            )
+        if self.density is None:
+            self._refuse("density is left out", *Sparsity.model_fields, "compute")
+        if not grows:
+            self._refuse("growth = false", "death_rate", "decay", "redistribution")
+        if not grows and not from_dense:
+            self._refuse("growth = false keeps the masks", "update_every_steps", "drop")
+        if from_dense:
+            self._refuse("sparse_init = dense begins with all inputs", "fan_in")
+        if grows and self.density == 1:
+            raise UserError("density = 1 leaves no room to grow: leave --density out, or give less")
+        if self.is_gradual and self.drop.name == "threshold":
+            raise UserError("drop = threshold lets weights stay, so gradual pruning would not reach its density")
+        if self.crest and self.coreset is not None:
+            raise UserError("crest chooses from all samples: --coreset would do nothing")
+        if self.compute == "sparse":
+            self._check_compute()
+        return self
+
+    def _refuse(self, reason: str, *names: str) -> None:
+        """Refuse settings that are not at their defaults, where they would do nothing."""
+        for name in names:
+            default = type(self).model_fields[name].default
+            given = getattr(self, name)
+            if given != default and not (name == "growth" and given is None):  # nothing grows in a dense model either
+                raise UserError(f"{reason}: {name} would do nothing")
+
+    def _check_compute(self) -> None:
+        if self.train.compile:
+            raise UserError("compute = sparse does not go with train.compile = true: weights change their number")
+        if self.agent or self.crest:
+            other = "agent" if self.agent else "crest"
+            raise UserError(f"compute = sparse does not go with {other}, which differentiates other weights, or twice")
 
     def check(self, n: int) -> None:
-        """Refuse intervals that training does not reach, and settings of what is not chosen.
+        """Refuse unknown rules, and intervals that training on n samples does not reach.
 
         Raises:
             UserError: what is wrong.
         """
-        from .run import check_sparse
+        from .rules import check_rules
 
-        defaults, grows, starts = SparseSettings(), self.growth.name != "none", self.sparse_init.name
-        if starts == "dense" and grows:
+        per_epoch = -(-n // self.train.batch_size)
+        steps = self.epochs * per_epoch
+        if self.density is not None:
+            check_rules(self)
+            self._check_interval(steps)
+        if self.agent:
+            self.agent.check(n, self.train.batch_size, per_epoch, steps)
+        if self.crest:
+            self.crest.check(n, self.epochs, self.train, self.cluster)
+
+    def _check_interval(self, steps: int) -> None:
+        every = self.interval(steps)
+        if self.growth and every >= steps:
             raise UserError(
-                f"sparse_init = dense with growth = {self.growth.name} would stay dense: give --growth none"
+                f"update_every_steps = {every} is not below the {steps} steps of training: masks would never change"
             )
-        moving = ("death_rate", "decay", "redistribution")
-        for name, chosen, part in (
-            ("density is left out", self.density is not None, (*Sparsity.model_fields, "compute")),
-            ("growth = none", grows, moving),
-            ("growth = none keeps the masks", grows or starts == "dense", ("update_every", "drop")),
-            ("sparse_init = dense begins with all inputs", starts != "dense", ("fan_in",)),
-            ("correction = none", self.correction == "agent", ("agent",)),
-            ("batches = shuffled", self.batches == "crest", ("select",)),
-        ):
-            for setting in part:
-                if not chosen and getattr(self, setting) != getattr(defaults, setting):
-                    raise UserError(f"{name}: {setting} would do nothing")
-        if self.batches == "crest" and self.coreset is not None:
-            raise UserError("batches = crest chooses from all samples: --coreset would do nothing")
-        check_sparse(self, n)
+        first_after = -(-math.ceil(PRUNED_BY * steps) // every) * every  # change of the masks, once pruning has ended
+        if self.is_gradual and first_after >= steps:
+            raise UserError(
+                f"update_every_steps = {every}: no change falls into the last quarter of the {steps} steps, so gradual"
+                " pruning would not reach its density"
+            )

@@ -11,7 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.methods.deltagrad.settings import DeltaGradSettings, ReplaySettings
 from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, ExampleHelp, metavar
+from ..options import ROOT_HELP, ExampleHelp, metavar
 
 if TYPE_CHECKING:
     from raypkg.core.settings import Cluster

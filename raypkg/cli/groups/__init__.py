@@ -1,0 +1,1 @@
+"""Further commands of an experiment, in a file of its name: ``COMMANDS`` joins ``train`` in a group."""
