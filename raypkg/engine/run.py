@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from raypkg.core.config import validate
 from raypkg.core.registry import Registry
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
@@ -75,6 +76,56 @@ class Run:
         self.optimizer = optimizer(self.model, self.settings)
         self._bills = {self.phase: self.cost, "evaluate": Cost("evaluate")}
         self._earlier: dict[str, Cost] = {}  # of attempts before the last restart
+
+    @classmethod
+    def simple(
+        cls,
+        model: nn.Module,
+        split: Split,
+        settings: Training | None = None,
+        *,
+        hooks: Sequence[Hook] = (),
+        coreset: Coreset | None = None,
+        seed: int = 0,
+        augment: Sequence[str] | None = None,
+        worker: Worker | None = None,
+        **training: Any,
+    ) -> Run:
+        """Return a training in this process, for ``fit``.
+
+        Args:
+            model: ``head(features(x))``, trained in place.
+            split: the samples.
+            settings: of the training; None = the defaults, with what is given by name.
+            hooks: act in this order.
+            coreset: to train on; None = all samples.
+            seed: names every draw.
+            augment: names of augmentations; None = those that suit the data.
+            worker: where to train; None = on the CPU.
+            **training: settings by their names, such as ``epochs=10, lr=0.1``.
+
+        Raises:
+            UserError: an unknown setting, or a value that it does not allow.
+
+        >>> from raypkg.data.split import Split
+        >>> from raypkg.engine.loop import fit
+        >>> x = torch.arange(12.0).view(6, 2)
+        >>> run = Run.simple(nn.Linear(2, 2), Split.from_tensors(x, torch.arange(6) % 2), epochs=2, batch_size=3)
+        >>> fit(run).step
+        4
+        """
+        return cls(
+            model=model,
+            split=split,
+            coreset=Coreset.uniform(torch.arange(len(split))) if coreset is None else coreset,
+            settings=validate(Training, training) if settings is None else settings,
+            seed=seed,
+            phase="train",
+            worker=worker or Worker(),
+            augment=split.augment if augment is None else augment,
+            cost=Cost("train"),
+            hooks=hooks,
+        )
 
     def batches(self) -> Epoch:
         """Return the batches of the coming epoch: a hook's, or the shuffled coreset."""
