@@ -81,13 +81,13 @@ def setting_options(schema: type[Settings]) -> Iterable[click.Option]:
     for name, field in leaves(schema):
         if name.rpartition(".")[2] == "options":
             continue
-        names = [f"--{name.removesuffix('.name')}"] if name.endswith(".name") else []
+        short = [f"--{name.removesuffix('.name')}"] if name.endswith(".name") else []
+        switch: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if part_of(field) else {}
         yield click.Option(
-            [*names, f"--{name}", name.replace(".", "__")],
+            [*short, f"--{name}", name.replace(".", "__")],
             metavar=metavar(field),
             help=f"{field.description or ''}{_default(field)}",
-            is_flag=False,
-            flag_value="true" if part_of(field) else None,
+            **switch,
         )
 
 

@@ -42,14 +42,14 @@ def first(view, budget, *, skip: int = 0):
 
 def content(run, *names):
     """Return what a run's result files hold, byte by byte."""
-    return [Path("runs", run, name).read_bytes() for name in names]
+    return [(Path("runs", run) / name).read_bytes() for name in names]
 
 
 def results(run):
     """Return all that must not differ between two runs of the same settings."""
-    models = ["model.safetensors", *(["pretrained.safetensors"] if run.startswith("lipt") else [])]
+    files = ["config.toml", "coreset.parquet", "model.safetensors", "pretrained.safetensors"]
     rows = pq.read_table(f"runs/{run}/metrics.parquet").sort_by([("phase", "ascending"), ("epoch", "ascending")])
-    return content(run, *models, "config.toml", "coreset.parquet"), rows
+    return content(run, *(name for name in files if Path("runs", run, name).exists())), rows
 
 
 def summary(run):
@@ -179,14 +179,14 @@ def test_lipt_leaves_a_whole_run_folder(effray):
         *(f"phases/{phase}.json" for phase in ("pretrain", "select", "train")),
         *(f"plots/{plot}.png" for plot in ("curves", "costs", "composition", "scores", "images")),
     }
-    found = summary("lipt/one")
-    assert (found["samples"], found["coreset"], coreset("lipt/one").num_rows) == (1295, 130, 130)
-    assert [phase["phase"] for phase in found["phases"]] == [
+    figures = summary("lipt/one")
+    assert (figures["samples"], figures["coreset"], coreset("lipt/one").num_rows) == (1295, 130, 130)
+    assert [phase["phase"] for phase in figures["phases"]] == [
         *("pretrain", "pretrain: evaluate", "select", "train", "train: evaluate")
     ]
-    backward = {phase["phase"]: phase["backward"] for phase in found["phases"]}
+    backward = {phase["phase"]: phase["backward"] for phase in figures["phases"]}
     assert backward["train"] == 2 * 130 and backward["pretrain"] == 2 * (647 + 128)  # shards, and a SNIP batch each
-    assert f"test accuracy {found['test_accuracy']:.2%}" in text and "trained on 130 of 1,295 samples" in text
+    assert f"test accuracy {figures['test_accuracy']:.2%}" in text and "trained on 130 of 1,295 samples" in text
     assert text.splitlines()[0] == "lipt one: linear on digits"
     assert text.splitlines()[-1] == str(Path("runs/lipt/one").absolute())
 
@@ -259,6 +259,13 @@ def test_train_on_a_coreset_repeats_the_main_training(effray):
     assert summary("train/two")["coreset"] == 130
 
 
+def test_plain_training_is_on_all_samples_and_keeps_no_coreset(effray):
+    text = effray("train --name one --model linear --train.epochs 1")
+    assert "trained on all 1,295 samples" in text
+    assert summary("train/one")["coreset"] is None and not Path("runs/train/one/coreset.parquet").exists()
+    assert [phase["phase"] for phase in summary("train/one")["phases"]] == ["train", "train: evaluate"]
+
+
 def test_train_on_a_fraction(effray):
     text = effray("train --name one --model linear --train.epochs 1 --select.fraction 0.25")
     assert "trained on 324 of 1,295 samples (25.0%)" in text
@@ -268,10 +275,10 @@ def test_train_on_a_fraction(effray):
 @pytest.mark.parametrize(
     ("options", "backward", "forward"),
     [
-        ("--select.method random --select.fraction 0.1 --select.every 1", 3 * 130, 0),
-        ("--select.method el2n --select.fraction 0.1 --select.warm 1", 1295 + 2 * 130, 1295),
+        ("--select.method random --select.fraction 0.1 --select.every_epochs 1", 3 * 130, 0),
+        ("--select.method el2n --select.fraction 0.1 --select.warm_epochs 1", 1295 + 2 * 130, 1295),
         (
-            "--select.method gradmatch --select.fraction 0.1 --select.every 2 --select.weighted true",
+            "--select.method gradmatch --select.fraction 0.1 --select.every_epochs 2 --select.weighted true",
             3 * 130,
             2 * 1437,
         ),  # and held-out samples
@@ -289,7 +296,7 @@ CREST = "crest --model mlp --train.epochs 20 --budget 0.2 --train.batch_size 64"
 
 
 def test_crest_spends_its_budget_and_keeps_its_books(effray):
-    text = effray(f"{CREST} --name one --select.subset 0.1 --select.tau 0.1 --select.h 3")
+    text = effray(f"{CREST} --name one --crest.subset 0.1 --crest.tau 0.1 --crest.h 3")
     phases, steps = {phase["phase"]: phase for phase in summary("crest/one")["phases"]}, 4 * 21
     assert phases["train"]["backward"] == steps * 64
     assert f"chose {summary('crest/one')['pools']} pools of mini-batch coresets" in text
@@ -306,7 +313,7 @@ def test_crest_spends_its_budget_and_keeps_its_books(effray):
 
 @pytest.mark.parametrize(
     ("selection", "backward"),
-    [("random", 4 * 1295), ("none", 4 * 1295), ("craig", 20 * 259), ("gradmatch", 20 * 259), ("glister", 20 * 259)],
+    [("random", 4 * 1295), ("cut", 4 * 1295), ("craig", 20 * 259), ("gradmatch", 20 * 259), ("glister", 20 * 259)],
 )
 def test_baselines_back_propagate_the_same_budget(effray, selection, backward):
     effray(f"{CREST} --name one --selection {selection} --model linear")
@@ -317,19 +324,20 @@ def test_baselines_back_propagate_the_same_budget(effray, selection, backward):
 
 def test_a_budget_runs_through_the_whole_schedule_unless_training_is_cut_short(effray):
     last = {}
-    for selection in ("random", "none"):
+    for selection in ("random", "cut"):
         effray(f"{CREST} --name {selection} --selection {selection} --model linear")
         rows = [row for row in table(f"crest/{selection}", "metrics.parquet").to_pylist() if row["phase"] == "train"]
         last[selection] = [row["lr"] for row in rows]
-    assert len(last["random"]) == len(last["none"]) == 4
-    assert last["random"][-1] == pytest.approx(0.001) and last["none"][-1] == pytest.approx(0.1)
+    assert len(last["random"]) == len(last["cut"]) == 4
+    assert last["random"][-1] == pytest.approx(0.001) and last["cut"][-1] == pytest.approx(0.1)
 
 
 def test_a_given_coreset_is_only_the_first(effray):
     effray("train --name one --model linear --train.epochs 1 --select.fraction 0.1")
     Path("runs/train/one/coreset.parquet").rename("mine.parquet")
     effray(
-        "train --name two --model linear --train.epochs 2 --coreset mine.parquet --select.fraction 0.2 --select.every 1"
+        "train --name two --model linear --train.epochs 2 --coreset mine.parquet --select.fraction 0.2"
+        " --select.every_epochs 1"
     )
     before = content("train/two", "coreset.parquet")
     assert coreset("train/two").num_rows == 259
@@ -340,7 +348,7 @@ def test_a_given_coreset_is_only_the_first(effray):
 
 
 def test_infobatch_prunes_at_every_epoch(effray):
-    effray("train --name one --model mlp --train.epochs 8 --select.method infobatch --select.every 1")
+    effray("train --name one --model mlp --train.epochs 8 --select.method infobatch --select.every_epochs 1")
     (train, *_) = summary("train/one")["phases"]
     assert 4 * 1295 < train["backward"] < 7.5 * 1295
     assert coreset("train/one").num_rows == 1295  # the last epochs see everything
@@ -352,15 +360,15 @@ def test_select_with_the_model_of_another_run(effray, method):
     text = effray(f"select --name two --model-from one --method {method} --fraction 0.1")
     assert text.splitlines()[0] == f"select two: {method} on digits"
     assert "selected 130 of 1,295 samples (10.0%)" in text
-    found = pq.read_table("runs/select/two/coreset.parquet")
-    assert {"index", "weight", "class"} <= set(found.column_names)
-    facts = json.loads(found.schema.metadata[b"effray"])
+    selected = coreset("select/two")
+    assert {"index", "weight", "class"} <= set(selected.column_names)
+    facts = json.loads(selected.schema.metadata[b"effray"])
     assert (facts["model_from"], facts["method"], facts["samples"]) == ("one", method, 1437)
     effray("train --name three --model mlp --train.epochs 1 --coreset runs/select/two/coreset.parquet")
     assert summary("train/three")["coreset"] == 130
 
 
-LIPT = f"lipt {SHORT} --train.epochs 3 --train.evaluate_every 1 --pretrain.epochs 2 --model mlp"
+LIPT = f"lipt {SHORT} --train.epochs 3 --train.evaluate_every_epochs 1 --pretrain.epochs 2 --model mlp"
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 6])  # 2 models of 2 epochs, then 3 epochs
@@ -418,11 +426,11 @@ def test_show_against_another_run(effray):
 
 def test_the_costs_fit_80_columns_whatever_they_are(effray, monkeypatch):
     effray(f"lipt --name one {SHORT}")
-    found = summary("lipt/one")
-    for phase in found["phases"]:
+    figures = summary("lipt/one")
+    for phase in figures["phases"]:
         phase |= {"seconds": 9999.9, "total_seconds": 79999.9, "forward": 19_999_999, "backward": 19_999_999}
         phase |= {"memory": 80 << 30, "sent": 10**10 - 1}
-    Path("runs/lipt/one/summary.json").write_text(json.dumps(found))
+    Path("runs/lipt/one/summary.json").write_text(json.dumps(figures))
     for columns in ("80", "120"):
         monkeypatch.setenv("COLUMNS", columns)
         lines = effray("show one").splitlines()

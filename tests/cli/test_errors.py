@@ -81,23 +81,34 @@ def own_code(tmp_path, monkeypatch):
         ("crest --budget 0", "budget = '0': input should be greater than 0"),
         ("crest --budget 2", "budget = '2': input should be less than or equal to 1"),
         ("crest --budget 0.01", "budget = 0.01 of 40 epochs is 0.4 epochs: it must be whole, such as --budget 0.025"),
-        ("crest --select.tau 0", "select.tau = '0': input should be greater than 0"),
-        ("crest --select.tau -1", "select.tau = '-1': input should be greater than 0"),
+        ("crest --crest.tau 0", "crest.tau = '0': input should be greater than 0"),
+        ("crest --crest.tau -1", "crest.tau = '-1': input should be greater than 0"),
         (
-            "crest --select.subset 0.01",
-            "select.subset = 0.01 of 1295 samples is 13, fewer than the 128 of train.batch_size",
+            "crest --crest.subset 0.01",
+            "crest.subset = 0.01 of 1295 samples is 13, fewer than the 128 of train.batch_size",
         ),
         ("crest --train.batch_size 2000", "train.batch_size = 2000: there are only 1295 samples to choose from"),
         ("crest --selection craigg", "unknown selection 'craigg', did you mean 'craig'"),
-        ("crest --select.actors 2", "select.actors = 2: give cluster.workers too"),
-        ("crest --selection random --select.tau 0.2", "selection = random: select.. belongs to crest"),
-        ("crest --every 3", "selection = crest: every = 3 would do nothing"),
-        ("crest --selection craig --every 50", "every = 50 at most the 40 epochs"),
+        ("crest --crest.actors 2", "crest.actors = 2: give cluster.workers too"),
+        ("crest --selection random --crest.tau 0.2", "selection = random: crest.. belongs to crest"),
+        ("crest --every-epochs 3", "selection = crest: every_epochs = 3 would do nothing"),
+        ("crest --selection craig --every_epochs 50", "every_epochs = 50 at most the 40 epochs"),
         ("crest --selection craig --budget 1", "budget = 1 must be below 1"),
         (
             "crest --train.epochs 10 --train.warmup 0.01",
             "train.warmup = 0.01 of the budget's 11 steps is less than one step",
         ),
+        ("crest --select.tau 0.1", "--select.tau is now called --crest.tau"),
+        ("crest --select.drop_every 9", "--select.drop-every is now called --crest.exclude_every_steps"),
+        ("crest --set select.alpha=0", "select is now called crest"),
+        ("train --train.drop 0.1", "--train.drop is now called --train.lr_drop"),
+        ("train --select.every 1", "--select.every is now called --select.every_epochs"),
+        ("train --set train.evaluate_every=1", "train.evaluate_every is now called train.evaluate_every_epochs"),
+        ("sparse --correction agent", "--correction is now called --agent"),
+        ("train --track none", "unknown track.name 'none'. Allowed: false, wandb"),
+        ("train --hooks nothing", "unknown hook 'nothing'. Allowed: agent, crest, deltagrad, sparse"),
+        ("train --hooks none_such:Ema", "unknown hook or module 'none_such:Ema'"),
+        ("train --hooks sparse", "hook sparse takes its settings from `effray sparse`"),
         ("lipt --select.fraction 0", "select.fraction = '0': input should be greater than 0"),
         ("lipt --select.fraction 1.5", "select.fraction = '1.5': input should be less than or equal to 1"),
         ("train --select.method infobatch", "infobatch keeps as many samples as it sees fit, anew at every epoch"),
@@ -299,7 +310,7 @@ def test_coreset_files(refusal, tmp_path, columns, message):
 
 
 def test_a_coreset_of_another_data_set(refusal, effray, tmp_path):
-    effray("train --name one --model linear --train.epochs 1")
+    effray("train --name one --model linear --train.epochs 1 --select.fraction 0.5")
     for split in ("train", "test"):
         samples.write_parquet(tmp_path / "set" / f"{split}.parquet", IMAGES, LABELS)
     message = refusal("train --model linear --dataset parquet:set --coreset runs/train/one/coreset.parquet")
@@ -325,9 +336,11 @@ def test_a_model_of_other_samples_does_not_select(refusal, effray):
 
 def test_a_selection_that_would_never_come(refusal):
     few = "train --model linear --train.epochs 2 --select.fraction 0.1"
-    assert "select.warm = 2 of 2 epochs: nothing would be" in refusal(f"{few} --select.warm 2")
-    assert "select.every = 3: only 2 epochs follow" in refusal(f"{few} --select.every 3")
-    assert "select.warm = 40 of 40 epochs: nothing" in refusal("lipt --select.warm 40")  # before its pre-training
+    assert "select.warm_epochs = 2 of 2 epochs: nothing would be" in refusal(f"{few} --select.warm_epochs 2")
+    assert "select.every_epochs = 3: only 2 epochs follow" in refusal(f"{few} --select.every_epochs 3")
+    assert "select.warm_epochs = 40 of 40 epochs: nothing" in refusal(
+        "lipt --select.warm_epochs 40"
+    )  # before its pre-training
 
 
 @pytest.mark.parametrize("name", ["metrics.parquet", "summary.json", "config.toml"])
