@@ -1,3 +1,59 @@
-"""effray: gradient-based, data-efficient training on Ray."""
+"""effray: gradient-based, data-efficient training on Ray.
 
-__version__ = "0.1.0"
+What a notebook or a script of one's own needs is here, imported when it is first used:
+
+>>> from raypkg import Run, build_model, evaluate, fit, load_data, select
+>>> digits = load_data("digits")
+>>> model = build_model("linear", digits.train.shape, digits.train.num_classes, seed=0)
+>>> run = fit(Run.simple(model, digits.train, epochs=5, lr=0.1))
+>>> evaluate(run.model, digits.test)["accuracy"] > 0.8
+True
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .coresets.budgets import select as select
+    from .coresets.gradients import HeadView as HeadView
+    from .coresets.gradients import head_view as head_view
+    from .coresets.loader import CoresetLoader as CoresetLoader
+    from .data import load_data as load_data
+    from .data.coreset import Coreset as Coreset
+    from .data.split import Split as Split
+    from .engine.loop import evaluate as evaluate
+    from .engine.loop import fit as fit
+    from .engine.run import Hook as Hook
+    from .engine.run import Run as Run
+    from .models import build_model as build_model
+    from .phases.trained import load_model as load_model
+
+__version__ = "0.2.0"
+_PLACES = {
+    "Coreset": "data.coreset",
+    "CoresetLoader": "coresets.loader",
+    "HeadView": "coresets.gradients",
+    "Hook": "engine.run",
+    "Run": "engine.run",
+    "Split": "data.split",
+    "build_model": "models",
+    "evaluate": "engine.loop",
+    "fit": "engine.loop",
+    "head_view": "coresets.gradients",
+    "load_data": "data",
+    "load_model": "phases.trained",
+    "select": "coresets.budgets",
+}
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'raypkg' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

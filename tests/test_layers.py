@@ -17,7 +17,7 @@ REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # 
 REACH_TOO = {
     "sparse": {"masked"},
     "crest": {"choosing", "pool"},
-    "deltagrad": {"books", "objective", "recorded_data", "recording", "requests", "ledger"},
+    "deltagrad": {"books", "ledger", "membership", "objective", "recorded_data", "recording", "requests"},
 }
 ROOMS = {("lipt", "sparse"), ("sparse", "crest"), ("sparse", "agent")}  # which method may import which
 REPEATED = {"__init__", "hook", "run", "settings", "experiment", "plots", "show"}  # names that every room may have

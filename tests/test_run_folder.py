@@ -10,7 +10,7 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
-from raypkg.runs.checkpoints import StoredCheckpoints, load_model, save_model
+from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
 from raypkg.runs.compare import compare, spearman
 from raypkg.runs.folder import RunFolder, create, find, locate
 from raypkg.runs.storage import Storage
@@ -131,10 +131,10 @@ def test_checkpoints_keep_the_newest(storage):
 
 def test_models_travel_as_safetensors(storage):
     state = {"w": torch.randn(3, 2).T, "n": torch.tensor(4)}
-    save_model(storage, "m.safetensors", state)
-    assert all(torch.equal(value, state[name]) for name, value in load_model(storage, "m.safetensors").items())
+    save_tensors(storage, "m.safetensors", state)
+    assert all(torch.equal(value, state[name]) for name, value in load_tensors(storage, "m.safetensors").items())
     with pytest.raises(UserError, match=r"has no none.safetensors: the phase that makes it is not finished"):
-        load_model(storage, "none.safetensors")
+        load_tensors(storage, "none.safetensors")
 
 
 def test_spearman_with_ties():

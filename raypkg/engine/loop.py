@@ -58,6 +58,12 @@ def fit(
 
     Raises:
         UserError: the loss of an epoch is not finite; the last good checkpoint stays.
+
+    >>> from raypkg.engine.run import Run
+    >>> split = Split.from_tensors(torch.arange(12.0).view(6, 2), torch.arange(6) % 2)
+    >>> run = fit(Run.simple(nn.Linear(2, 2), split, epochs=2, batch_size=3))
+    >>> run.epoch, run.step
+    (2, 4)
     """
     checkpoints = checkpoints or Forgetful()
     with seeded(run.seed, "start"):
@@ -173,13 +179,32 @@ def computes_bfloat16(device: torch.device) -> bool:
 def evaluate(
     model: nn.Module,
     split: Split,
-    indices: Tensor,
-    worker: Worker,
-    cost: Cost,
+    indices: Tensor | None = None,
+    worker: Worker | None = None,
+    cost: Cost | None = None,
     *,
     precision: str = "auto",
 ) -> dict[str, float]:
-    """Return mean loss and accuracy over the indices of rank 0's model, every worker taking its slice of them."""
+    """Return mean loss and accuracy over the indices of rank 0's model, every worker taking its slice of them.
+
+    Args:
+        model: in any mode, which is restored.
+        split: the samples.
+        indices: int64 [n]; None = all.
+        worker: where to compute; None = on the CPU.
+        cost: the bill that it goes on.
+        precision: of matrix products.
+
+    >>> from raypkg.data.split import Split
+    >>> split = Split.from_tensors(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]))
+    >>> model = nn.Linear(1, 2)
+    >>> _ = model.weight.data.copy_(torch.tensor([[-9.0], [9.0]]))
+    >>> evaluate(model, split)["accuracy"]
+    1.0
+    """
+    indices = torch.arange(len(split)) if indices is None else indices
+    worker = worker or Worker()
+    cost = cost or Cost("evaluate")
     was_training = model.training
     mine = slice_of(indices, worker)
     totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # Σ loss, correct

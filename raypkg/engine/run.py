@@ -222,6 +222,14 @@ class Hook:
 
     Attributes:
         supplies_batches: whether ``batches`` replaces the shuffled coreset.
+
+    >>> from raypkg.engine.loop import fit
+    >>> class Clip(Hook):
+    ...     def on_gradients(self, run):
+    ...         nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    >>> split = Split.from_tensors(torch.arange(12.0).view(6, 2), torch.arange(6) % 2)
+    >>> fit(Run.simple(nn.Linear(2, 2), split, hooks=[Clip()], epochs=1)).epoch
+    1
     """
 
     supplies_batches = False

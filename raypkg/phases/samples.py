@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment, RunSettings
@@ -11,6 +11,7 @@ from raypkg.data import Data, load_data
 from raypkg.data.coreset import Coreset
 from raypkg.data.partition import hold_out
 from raypkg.models import build_model
+from raypkg.models.classifier import Classifier
 from raypkg.runs.storage import Storage
 
 from .coreset_files import load_coreset, origin, save_coreset
@@ -61,7 +62,7 @@ def augmentations(dataset: Dataset, data: Data) -> list[str]:
     return list(data.train.augment) if dataset.augment is None else list(dataset.augment)
 
 
-def new_model(settings: Experiment, data: Data) -> nn.Module:
+def new_model(settings: Experiment, data: Data) -> Classifier:
     """Build the experiment's model with weights drawn from its seed."""
     model = settings.model
     return build_model(model.name, data.train.shape, data.train.num_classes, seed=settings.seed, options=model.options)

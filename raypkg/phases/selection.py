@@ -10,7 +10,7 @@ from raypkg.coresets.sharded import SentModel, select_coreset
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard, class_shards
-from raypkg.runs.checkpoints import load_model
+from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import RunFolder, locate
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
@@ -37,7 +37,7 @@ class TrainedModel(NamedTuple):
 
     def scorer(self, split: Split) -> SentModel:
         """Return the model in a form that travels to whoever holds the data."""
-        state = load_model(self.storage, self.file)
+        state = load_tensors(self.storage, self.file)
         parameters = {name: value.numpy() for name, value in state.items()}
         return SentModel(self.architecture, split.shape, split.num_classes, parameters, self.precision)
 

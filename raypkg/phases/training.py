@@ -20,7 +20,7 @@ from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Hook, Run, Selected, hook
 from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.engine.worker import Worker
-from raypkg.runs.checkpoints import StoredCheckpoints, load_model, save_model
+from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
 from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
@@ -125,7 +125,7 @@ def _hooks(worker: Worker, job: Job, samples: Samples) -> list[Hook]:
 def _run(worker: Worker, job: Job, samples: Samples, hooks: Sequence[Hook]) -> Run:
     model = new_model(job.experiment, samples.data)
     if job.initial:
-        model.load_state_dict(load_model(job.storage, job.initial))
+        model.load_state_dict(load_tensors(job.storage, job.initial))
     return Run(
         model=synchronised(model, job.training, worker),
         split=samples.data.train,
@@ -162,7 +162,7 @@ def _concluded(run: Run, job: Job, samples: Samples) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     findings: list[str] = []
     if run.worker.rank == 0:
-        save_model(job.storage, job.result, run.model.state_dict())
+        save_tensors(job.storage, job.result, run.model.state_dict())
         for each in run.hooks:
             if isinstance(each, Recorder):
                 save_record(job.storage, job.result, each.record)

@@ -63,14 +63,14 @@ def load_state(storage: Storage, name: str) -> dict[str, Any] | None:
         return None
 
 
-def save_model(storage: Storage, name: str, parameters: dict[str, Tensor]) -> None:
+def save_tensors(storage: Storage, name: str, parameters: dict[str, Tensor]) -> None:
     """Write a model's state as safetensors."""
     from safetensors.torch import save
 
     storage.write(name, save({key: value.contiguous() for key, value in parameters.items()}))
 
 
-def load_model(storage: Storage, name: str) -> dict[str, Tensor]:
+def load_tensors(storage: Storage, name: str) -> dict[str, Tensor]:
     """Return a model's state from safetensors.
 
     Raises:

@@ -21,7 +21,7 @@ from raypkg.methods.crest.minibatch import minibatch_coreset
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.phases.samples import new_model, samples
 from raypkg.phases.training import MODEL
-from raypkg.runs.checkpoints import load_model
+from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import find
 
 N, R, M, ROUNDS = 4000, 500, 128, 16
@@ -37,7 +37,7 @@ def main() -> None:
     settings = load_settings(CrestSettings, run.config)
     found = samples(settings.dataset, settings.seed)
     model = new_model(settings, found.data)
-    model.load_state_dict(load_model(run.storage, MODEL))
+    model.load_state_dict(load_tensors(run.storage, MODEL))
     rng = torch.Generator().manual_seed(0)
     some = found.kept[torch.randperm(len(found.kept), generator=rng)[:N]]
     batches = list(plain_batches(found.data.train, some, torch.device("cpu"), R))

@@ -12,7 +12,7 @@ import pytest
 
 import samples
 from raypkg.core.errors import UserError
-from raypkg.runs.checkpoints import load_model
+from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 
@@ -353,4 +353,4 @@ def test_a_damaged_run_folder(refusal, effray, name):
 def test_damaged_weights(tmp_path):
     (tmp_path / "model.safetensors").write_text("{")
     with pytest.raises(UserError, match=r"model.safetensors is corrupt: "):
-        load_model(Storage(str(tmp_path)), "model.safetensors")
+        load_tensors(Storage(str(tmp_path)), "model.safetensors")

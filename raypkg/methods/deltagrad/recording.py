@@ -9,7 +9,7 @@ from raypkg.core.errors import UserError
 from raypkg.data import Data
 from raypkg.phases.samples import Samples, augmentations, new_model, open_samples
 from raypkg.phases.training import MODEL
-from raypkg.runs.checkpoints import load_model
+from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.storage import Storage
 
 from .history import Layout, check_room
@@ -67,7 +67,7 @@ def announced(settings: Any, found: Samples, storage: Storage) -> str:
 
 def trained_weights(storage: Storage, model: nn.Module) -> Tensor:
     """Return the parameters of a run's model as one vector, float64 [p], in the order of ``model.parameters()``."""
-    saved = load_model(storage, MODEL)
+    saved = load_tensors(storage, MODEL)
     return to_vector([saved[name].double() for name, _ in model.named_parameters()])
 
 

@@ -18,7 +18,7 @@ from raypkg.engine.schedules import learning_rate
 from raypkg.engine.shards import Shard
 from raypkg.phases.samples import new_model
 from raypkg.phases.training import MODEL
-from raypkg.runs.checkpoints import save_model
+from raypkg.runs.checkpoints import save_tensors
 
 from .books import Books, Change
 from .exactness import Periodic, Tolerant
@@ -164,7 +164,7 @@ def save_weights(books: Books, name: str, w: Tensor) -> str:
     """Write weights as a model file of the run; return its digest."""
     model = new_model(books.settings, books.found.data).double()
     assign(model, w)
-    save_model(books.storage, name, model.state_dict())
+    save_tensors(books.storage, name, model.state_dict())
     return digest(books.storage.read(name) or b"")
 
 

@@ -24,7 +24,7 @@ from raypkg.methods.sparse.masks import Densities, Masks, erk, prunable, random_
 from raypkg.phases.coreset_files import save_record
 from raypkg.phases.samples import Samples, augmentations, new_model, open_samples
 from raypkg.phases.training import Job, measure_held_out, train_on_cluster
-from raypkg.runs.checkpoints import StoredCheckpoints, save_model
+from raypkg.runs.checkpoints import StoredCheckpoints, save_tensors
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
@@ -95,7 +95,7 @@ def pretrain_models(worker: Worker, job: LiptJob) -> dict[str, Any]:
         model.load_state_dict(merged, strict=False)
         if worker.rank == 0:
             merge.forward += estimate_statistics(model, worker, job, found)
-            save_model(job.storage, RESULT, model.state_dict())
+            save_tensors(job.storage, RESULT, model.state_dict())
     seen = Record.joined([record for part in worker.gather(records) for record in part])
     if worker.rank == 0:
         save_record(job.storage, RESULT, seen)
@@ -248,7 +248,7 @@ def keep_initial(experiment: Experiment, pretrain: Pretrain, report: Report) -> 
     def work() -> dict[str, Any]:
         with Cost("pretrain") as cost:
             model = new_model(experiment, open_samples(experiment).data)
-            save_model(report.folder.storage, RESULT, model.state_dict())
+            save_tensors(report.folder.storage, RESULT, model.state_dict())
         return {"costs": [cost.record()], "workers": 1}
 
     return report.phase("pretrain", work, epochs=0)

@@ -14,7 +14,7 @@ from raypkg.engine.batches import plain_batches
 from raypkg.engine.worker import threads
 from raypkg.phases.samples import new_model, open_samples
 from raypkg.phases.training import MODEL
-from raypkg.runs.checkpoints import load_model, save_model
+from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder
 
 from .active_linear import of_active
@@ -62,7 +62,7 @@ def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
     storage = folder.storage
     if not folder.summary:
         raise UserError(f"run {folder.name!r} is not finished: nothing to export yet")
-    state, data = load_model(storage, MODEL), open_samples(settings).data
+    state, data = load_tensors(storage, MODEL), open_samples(settings).data
     model = new_model(settings, data).eval()
     try:
         model.load_state_dict(state)
@@ -73,7 +73,7 @@ def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
     names = set(prunable(model))
     if all(state[name].all() for name in names):
         raise UserError(f"run {folder.name!r} is dense: no weight is zero, so there is nothing to leave out")
-    save_model(storage, EXPORTED, compressed(state, names))
+    save_tensors(storage, EXPORTED, compressed(state, names))
     indices = torch.arange(min(BATCH, len(data.test)))
     x, _ = next(plain_batches(data.test, indices, torch.device("cpu"), dtype=next(model.parameters()).dtype))
     (dense_seconds, seconds), difference = _timed([model, exchange_linear(copy.deepcopy(model), of_active)], x)

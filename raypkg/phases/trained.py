@@ -1,0 +1,81 @@
+"""The model of a finished run, ready to predict."""
+
+import torch
+from torch import Tensor
+
+from raypkg.core.config import load_settings
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Experiment
+from raypkg.data.augment import normalize
+from raypkg.data.split import Split
+from raypkg.engine.batches import dtype_of, to_device
+from raypkg.models.classifier import Classifier
+from raypkg.runs import ROOT
+from raypkg.runs.checkpoints import load_tensors
+from raypkg.runs.folder import RunFolder, locate
+
+from .samples import new_model, open_samples
+from .training import MODEL
+
+
+class TrainedClassifier(Classifier):
+    """A trained model with what its inputs and outputs mean; called as it is, it takes normalised samples.
+
+    Args:
+        model: trained.
+        split: that it was trained on, which gives classes and normalisation.
+    """
+
+    def __init__(self, model: Classifier, split: Split):
+        super().__init__(model.features, model.head)
+        self.classes = split.classes
+        self.mean = split.mean
+        self.std = split.std
+
+    @torch.inference_mode()
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the labels of samples as they are stored, int64 [b]; ``classes`` has their names.
+
+        Args:
+            x: uint8 [b, C, H, W] or float [b, D], as ``Split.batch`` gives them.
+        """
+        weight = self.head.weight
+        samples = normalize(to_device(x, weight.device), self.mean, self.std, dtype_of(self))
+        logits: Tensor = self(samples)
+        return logits.argmax(1)
+
+
+def load_model(run: str, root: str = ROOT) -> TrainedClassifier:
+    """Return the trained model of a run, in evaluation mode.
+
+    Args:
+        run: path of its folder, or its name.
+        root: of all runs, among which a name is looked for.
+
+    Raises:
+        UserError: no such run, it trained no model or is not finished, or its model's code has changed.
+
+    >>> load_model("runs/lipt/none")
+    Traceback (most recent call last):
+    raypkg.core.errors.UserError: unknown run in runs 'runs/lipt/none'. Allowed: none
+    """
+    folder = locate(root, run)
+    if not folder.summary or MODEL not in folder.storage.list():
+        raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model, or is not finished")
+    settings = load_settings(Experiment, trained_part(folder))
+    data = open_samples(settings).data
+    model = new_model(settings, data)
+    state = load_tensors(folder.storage, MODEL)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(
+            f"{folder.storage.root}/{MODEL} does not fit model {settings.model.name!r}: its code changed"
+        ) from None
+    model.to(state[next(iter(dict(model.named_parameters())))].dtype)
+    return TrainedClassifier(model, data.train).eval()
+
+
+def trained_part(folder: RunFolder) -> dict[str, object]:
+    """Return the stored settings that say what was trained: those that every experiment has."""
+    return {name: part for name, part in folder.config.items() if name in Experiment.model_fields}
