@@ -6,7 +6,7 @@ What a notebook or a script of one's own needs is here, imported when it is firs
 >>> digits = load_data("digits")
 >>> model = build_model("linear", digits.train.shape, digits.train.num_classes, seed=0)
 >>> run = fit(Run.simple(model, digits.train, epochs=5, lr=0.1))
->>> evaluate(run.model, digits.test)["accuracy"] > 0.8
+>>> evaluate(run.model, digits.test)["accuracy"] > 0.75
 True
 """
 

@@ -1,0 +1,75 @@
+"""Every experiment runs with its defaults, reruns from its stored settings, and resumes as if it had never stopped."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from raypkg.cli import main
+from raypkg.experiments import experiment
+from raypkg.runs.folder import RunFolder
+
+TINY = {  # options that keep a run short; an experiment that is not here has to run with nothing but this
+    "crest": "--model mlp --train.epochs 4 --budget 0.5",
+    "deltagrad": "--train.epochs 3",
+    "lipt": "--model linear --train.epochs 2 --pretrain.models 2 --pretrain.epochs 1",
+    "select": "--model-from trained --method grand",
+    "sparse": "--model mlp --train.epochs 2 --density 0.2 --agent",
+}
+GROUPS = {"deltagrad": "deltagrad train"}
+
+
+@pytest.fixture
+def effray(tmp_path, monkeypatch):
+    """Return a function that runs a command in this process, in a folder of its own; it must end as is said."""
+    monkeypatch.chdir(tmp_path)
+
+    def effray(line, code=0):
+        with pytest.raises(SystemExit) as ended:
+            main([*shlex.split(line), "--cluster.workers", "0"])
+        assert (ended.value.code or 0) == code
+
+    return effray
+
+
+@pytest.fixture(params=list(experiment.entries))
+def command(request, effray):
+    """Return an experiment with its command and options, after what it needs."""
+    name = request.param
+    if name == "select":
+        effray("train --name trained --model linear --train.epochs 1")
+    return name, f"{GROUPS.get(name, name)}", TINY.get(name, "--model linear --train.epochs 2")
+
+
+def left(name, run):
+    """Return all that a run computed: its settings, tensors, tables, and figures without times."""
+    folder = Path("runs", name, run)
+    files = [*folder.glob("*.toml"), *folder.glob("*.safetensors")]
+    summary = json.loads((folder / "summary.json").read_text())
+    figures = {key: value for key, value in summary.items() if key in ("test_accuracy", "coreset", "samples")}
+    bills = [(cost["phase"], cost["forward"], cost["backward"]) for cost in summary["phases"]]
+    tables = {file.name: str(pq.read_table(file).to_pylist()) for file in folder.glob("*.parquet")}
+    return {file.name: file.read_bytes() for file in files}, tables, figures, bills
+
+
+def test_it_reruns_from_its_stored_settings(command, effray):
+    name, call, options = command
+    effray(f"{call} --name one {options}")
+    effray(f"{call} --name two --config runs/{name}/one/config.toml")
+    assert left(name, "one") == left(name, "two")
+
+
+def test_resumed_equals_never_stopped(command, effray, monkeypatch):
+    name, call, options = command
+
+    def finish(folder, summary):
+        raise KeyboardInterrupt
+
+    effray(f"{call} --name one {options}")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", finish)
+        effray(f"{call} --name two {options}", code=2)
+    effray(f"{call} --resume two")
+    assert left(name, "one") == left(name, "two")

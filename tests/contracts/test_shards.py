@@ -1,0 +1,81 @@
+"""Every kind of Shards gives what a plain loop over the shards gives, at once and later."""
+
+import pytest
+import torch
+
+from gloo import on_workers
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Cluster
+from raypkg.data import Data
+from raypkg.data.split import Split
+from raypkg.engine.shards import FirstWorkerShards, LocalShards, Shard, WorkerShards, class_shards
+from raypkg.engine.worker import Worker
+
+N, C = 60, 3
+
+
+def held():
+    """Return three shards of a split, a class each."""
+    y = torch.arange(N) % C
+    split = Split.from_tensors(torch.arange(2.0 * N).view(N, 2), y)
+    return class_shards(Data(split, split), y, torch.arange(N), torch.arange(0), C)
+
+
+def sums(shard: Shard, factor: float, scale: torch.Tensor):
+    x, y = shard.data.train.batch(shard.indices)
+    return shard.rank, y.unique().tolist(), (factor * scale * x).sum(0).tolist()
+
+
+def refuse(shard: Shard):
+    raise UserError(f"shard {shard.rank} refuses")
+
+
+ARGUMENTS = 2.0, torch.tensor([1.0, 10.0])
+EXPECTED = [sums(shard, *ARGUMENTS) for shard in held()]
+
+
+def local():
+    return LocalShards(held())
+
+
+def of_workers():
+    return WorkerShards(held()[:1], Worker())
+
+
+def of_the_first():
+    return FirstWorkerShards(LocalShards(held()), Worker())
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), [(local, EXPECTED), (of_workers, EXPECTED[:1]), (of_the_first, EXPECTED)]
+)
+def test_map_and_start(make, expected):
+    shards = make()
+    assert shards.map(sums, *ARGUMENTS) == expected
+    first, second = shards.start(sums, *ARGUMENTS), shards.start(sums, *ARGUMENTS)
+    assert second() == first() == expected
+    with pytest.raises(UserError, match="shard 0 refuses"):
+        shards.map(refuse)
+
+
+def mapped(worker):
+    """Return what both kinds of shared shards give one of two workers."""
+    mine = WorkerShards(held()[: worker.world], worker)
+    first = FirstWorkerShards(LocalShards(held()) if worker.rank == 0 else None, worker)
+    return [mine.map(sums, *ARGUMENTS), mine.start(sums, *ARGUMENTS)(), first.map(sums, *ARGUMENTS)]
+
+
+@pytest.mark.slow
+def test_two_workers_get_every_result():
+    assert on_workers(2, mapped) == [[EXPECTED[:2], EXPECTED[:2], EXPECTED]] * 2
+
+
+@pytest.mark.ray
+def test_actors(ray):
+    from raypkg.cluster.actors import hold
+
+    with hold(lambda count: held()[:count], Cluster(workers=3)) as shards:
+        assert shards.map(sums, *ARGUMENTS) == EXPECTED
+        assert shards.start(sums, *ARGUMENTS)() == EXPECTED
+        with pytest.raises(UserError, match=r"shard \d refuses"):
+            shards.map(refuse)

@@ -1,0 +1,45 @@
+"""Workers as real processes that reach each other by gloo, without Ray."""
+
+import multiprocessing
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from raypkg.engine.worker import Worker
+
+
+def on_workers(world, function, *arguments):
+    """Return what ``function(worker, *arguments)`` returns on each of so many workers, in the order of ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = [(rank, world, Path(folder, "store"), function, arguments) for rank in range(world)]
+        with multiprocessing.get_context("spawn").Pool(world) as pool:
+            return pool.map(_worker, places, chunksize=1)
+
+
+def _worker(place):
+    rank, world, store, function, arguments = place
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        return function(Worker(rank, world), *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def collectives(worker):
+    """Return what each collective gives this worker."""
+    rank = float(worker.rank)
+    shared = torch.full((2,), rank)
+    worker.share([shared])
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    distributed = worker.distribute(model)
+    (distributed(torch.ones(1, 1)) * (rank + 1)).sum().backward()
+    return {
+        "sum": worker.sum(torch.tensor([1.0, rank])).tolist(),
+        "gather": worker.gather({"rank": worker.rank}),
+        "share": shared.tolist(),
+        "gradient": model.weight.grad.item(),
+    }
