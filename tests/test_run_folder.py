@@ -112,7 +112,7 @@ def test_runs_are_created_once_and_found_by_name(tmp_path):
     folder = create(root, "lipt", "one", Experiment())
     assert folder.storage.read("config.toml").startswith(b"seed = 0")
     assert "torch" in folder.storage.read_json("environment.json")["packages"]
-    with pytest.raises(UserError, match=r"run 'one' exists in .*: give another --name, or go on with --resume one"):
+    with pytest.raises(UserError, match=r"run 'one' exists in .*: give another --name, or resume it with --resume one"):
         create(root, "lipt", "one", Experiment())
     assert create(root, "lipt", None, Experiment()).name.startswith("digits-resnet8-")
     assert find(root, "lipt", "one").name == locate(root, "one").name == locate(root, f"{root}/lipt/one").name == "one"

@@ -84,7 +84,7 @@ def experiment_command(entry: Entry) -> click.Command:
             click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options win over it"),
             click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
             click.Option(["--name"], help="of the run; made up from data, model and time when left out"),
-            click.Option(["--resume"], metavar="NAME", help="go on with a stopped run"),
+            click.Option(["--resume"], metavar="NAME", help="resume a stopped run"),
             click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP),
             *setting_options(schema),
         ],

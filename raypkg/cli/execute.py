@@ -37,14 +37,15 @@ def execute(
 def resume_run(
     entry: Entry, schema: type[RunSettings], name: str, values: Mapping[str, Any], root: str, refused: Mapping[str, Any]
 ) -> None:
-    """Go on with a stopped run; a finished one is only shown.
+    """Resume a stopped run; a finished one is only shown.
 
     Raises:
         UserError: no such run, or settings that would change its result.
     """
-    for setting in [*(option for option, value in refused.items() if value is not None), *values]:
-        if setting.partition(".")[0] not in APART:
-            raise UserError(f"--resume {name} keeps the settings: {setting} cannot change, only cluster.* and track.*")
+    changed = [option for option, value in refused.items() if value is not None]
+    changed += [setting for setting in values if setting.partition(".")[0] not in APART]
+    if changed:
+        raise UserError(f"--resume {name} keeps the settings: {changed[0]} cannot change, only cluster.* and track.*")
     folder = find(root, entry.name, name)
     settings = load_settings(schema, folder.config, values)
     if folder.summary:
@@ -65,7 +66,8 @@ def _run(entry: Entry, settings: RunSettings, folder: RunFolder) -> None:
         with folder.storage.alone(f"run {folder.name!r}"):
             line = carry_out(entry, settings, folder, console)
     except (KeyboardInterrupt, SystemExit):
-        hint = f"; go on with: {get_current_context().command_path} --resume {folder.name}" if folder.started else ""
+        command = f"{get_current_context().command_path} --resume {folder.name}"
+        hint = f"; resume with: {command}" if folder.started else ""
         raise UserError(f"interrupted{hint}") from None
     show_run(folder, console)
     if line:

@@ -55,25 +55,32 @@ class Batches:
         worker: Worker,
         dtype: torch.dtype = torch.float32,
     ):
-        if min(batch_size, len(coreset)) < worker.world:
+        smallest = min(batch_size, len(coreset))
+        if smallest < worker.world:
             raise UserError(
-                f"batches of {min(batch_size, len(coreset))} samples cannot be shared by {worker.world} workers:"
-                " lower cluster.workers or use more samples"
+                f"batches of {smallest} samples cannot be shared by {worker.world} workers: lower cluster.workers or"
+                " use more samples"
             )
-        self.split, self.coreset, self.batch_size = split, coreset, batch_size
-        self.seed, self.augment, self.worker, self.dtype = seed, compose(augment), worker, dtype
+        self.split = split
+        self.coreset = coreset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augment = compose(augment)
+        self.worker = worker
+        self.dtype = dtype
 
     def __len__(self) -> int:
         return -(-len(self.coreset) // self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield this worker's slice of every batch of an epoch."""
-        draws = generator(self.seed, "augment", epoch)
-        jobs = (
-            (positions, torch.rand(len(positions), self.augment.draws, generator=draws))
-            for positions in shuffled(len(self.coreset), self.batch_size, self.seed, epoch)
-        )
-        return ahead(self._load, jobs)
+        return ahead(self._load, self._jobs(epoch))
+
+    def _jobs(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield positions in the coreset and uniform numbers for augmentation, of every whole batch."""
+        rng = generator(self.seed, "augment", epoch)
+        for positions in shuffled(len(self.coreset), self.batch_size, self.seed, epoch):
+            yield positions, torch.rand(len(positions), self.augment.draws, generator=rng)
 
     def _load(self, job: tuple[Tensor, Tensor]) -> Batch:
         positions, draws = job
@@ -105,11 +112,14 @@ def training_batch(
         worker: which slice, and where to.
         dtype: of the model.
     """
-    indices, device = slice_of(samples.indices, worker), worker.device
-    x, y = split.batch(indices)
-    x = augment(to_device(x, device), to_device(slice_of(draws, worker), device))
-    weights = to_device(slice_of(samples.weights, worker), device).to(dtype)
-    return Batch(normalize(x, split.mean, split.std, dtype), to_device(y, device), weights, indices, len(samples))
+    device = worker.device
+    indices = slice_of(samples.indices, worker)
+    pixels, y = split.batch(indices)
+    numbers = slice_of(draws, worker)
+    augmented = augment(to_device(pixels, device), to_device(numbers, device))
+    x = normalize(augmented, split.mean, split.std, dtype)
+    weights = to_device(slice_of(samples.weights, worker), device)
+    return Batch(x, to_device(y, device), weights.to(dtype), indices, len(samples))
 
 
 def plain_batches(
@@ -127,8 +137,9 @@ def plain_batches(
     size = batch_size or (128 if device.type == "cpu" else 512)
 
     def load(part: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = split.batch(part)
-        return normalize(to_device(x, device), split.mean, split.std, dtype), to_device(y, device)
+        pixels, y = split.batch(part)
+        x = normalize(to_device(pixels, device), split.mean, split.std, dtype)
+        return x, to_device(y, device)
 
     return ahead(load, indices.split(size))
 

@@ -75,35 +75,41 @@ class WorkerShards:
     """Shards of the workers of a training group, the one of rank r held by worker r; all call ``map`` together."""
 
     def __init__(self, shards: Sequence[Shard], worker: Worker):
-        self._mine, self.worker = LocalShards(shards[worker.rank : worker.rank + 1]), worker
+        mine = shards[worker.rank : worker.rank + 1]  # none for the workers beyond the last shard
+        self._mine = LocalShards(mine)
+        self.worker = worker
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard to every worker."""
-        return self._gathered(self._mine.map(function, *broadcast))
+        results = self._mine.map(function, *broadcast)
+        return self._gathered(results)
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Begin a ``map`` in a thread of each worker; all ask for the results together."""
-        waiting = self._mine.start(function, *broadcast)
-        return lambda: self._gathered(waiting())
+        pending = self._mine.start(function, *broadcast)
+        return lambda: self._gathered(pending())
 
     def _gathered(self, results: list[Any]) -> list[Any]:
-        return [result for part in self.worker.gather(results) for result in part]
+        everyone = self.worker.gather(results)
+        return [result for each in everyone for result in each]
 
 
 class FirstWorkerShards:
     """Shards that the worker of rank 0 alone reaches, such as actors; all workers ask for the results together."""
 
     def __init__(self, shards: Shards | None, worker: Worker):
-        self._shards, self.worker = shards, worker
+        self._shards = shards
+        self.worker = worker
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard to every worker."""
-        return self.start(function, *broadcast)()
+        pending = self.start(function, *broadcast)
+        return pending()
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Begin a ``map`` from rank 0."""
-        waiting = self._shards.start(function, *broadcast) if self._shards else list
-        return lambda: self.worker.gather(waiting())[0]
+        pending = self._shards.start(function, *broadcast) if self._shards else list
+        return lambda: self.worker.gather(pending())[0]
 
 
 def class_shards(
@@ -124,13 +130,22 @@ def class_shards(
         count: holders.
         device: where the holders compute.
     """
+    owner = _owner_of_class(y, indices, count)  # [C]
+    of_train = owner[y[indices]]  # [n]
+    of_valid = owner[y[valid]]  # [v]
+    world = int(owner.max()) + 1
+    return [
+        Shard(source, indices[of_train == rank], valid[of_valid == rank], device, rank, world) for rank in range(world)
+    ]
+
+
+def _owner_of_class(y: Tensor, indices: Tensor, count: int) -> Tensor:
+    """Return which holder each class belongs to, int64 [C]: the largest first, each to whoever has least so far."""
     owner = torch.zeros(int(y.max()) + 1, dtype=torch.int64)
-    sizes = torch.bincount(y[indices], minlength=len(owner))
-    load = torch.zeros(min(count, int((sizes > 0).sum())), dtype=torch.int64)
+    sizes = torch.bincount(y[indices], minlength=len(owner))  # [C]
+    holders = min(count, int((sizes > 0).sum()))
+    load = torch.zeros(holders, dtype=torch.int64)
     for label in sizes.argsort(descending=True, stable=True).tolist():
         owner[label] = load.argmin()
         load[owner[label]] += sizes[label]
-    return [
-        Shard(source, indices[owner[y[indices]] == holder], valid[owner[y[valid]] == holder], device, holder, len(load))
-        for holder in range(len(load))
-    ]
+    return owner

@@ -92,8 +92,10 @@ def worker_memory() -> int:
     """Return this worker's share of the machine's memory, in bytes: by its threads among the processors."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # no control group, or no limit in it
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total * torch.get_num_threads() // max(torch.get_num_threads(), os.cpu_count() or 1)
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        total = min(total, limit)
+    mine = torch.get_num_threads()
+    return total * mine // max(mine, os.cpu_count() or 1)
 
 
 def memory_bound(memory: float | None) -> int:

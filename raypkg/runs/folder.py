@@ -35,11 +35,11 @@ class RunFolder:
 
     def __init__(self, storage: Storage):
         self.storage = storage
-        table = storage.read_table("metrics.parquet")
-        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for row in table.to_pylist() if table else []:
-            self._rows[_key(row)] = {name: value for name, value in row.items() if value is not None}
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}  # by phase, model and epoch
         self._saved = time.monotonic()
+        if table := storage.read_table("metrics.parquet"):
+            for row in table.to_pylist():
+                self._keep(row)
 
     @property
     def name(self) -> str:
@@ -72,17 +72,19 @@ class RunFolder:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row of metrics; one for the same phase, model and epoch (after a restart) replaces the old one."""
-        self._rows[_key(row)] = {name: value for name, value in row.items() if value is not None}
+        self._keep(row)
         if time.monotonic() - self._saved > 1.0:
             self.flush()
+
+    def _keep(self, row: Mapping[str, Any]) -> None:
+        self._rows[_key(row)] = {name: value for name, value in row.items() if value is not None}
 
     def flush(self) -> None:
         """Write the metrics out."""
         if self._rows:
-            names = list(dict.fromkeys(name for row in self.rows for name in row))
-            self.storage.write_table(
-                "metrics.parquet", pa.table({name: [row.get(name) for row in self.rows] for name in names})
-            )
+            names = dict.fromkeys(name for row in self.rows for name in row)  # in the order in which they first occur
+            columns = {name: [row.get(name) for row in self.rows] for name in names}
+            self.storage.write_table("metrics.parquet", pa.table(columns))
         self._saved = time.monotonic()
 
     def phase(self, name: str) -> dict[str, Any] | None:
@@ -112,7 +114,7 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
     runs = Storage(root) / experiment
     taken = runs.list()
     if name in taken:
-        raise UserError(f"run {name!r} exists in {runs.root}: give another --name, or go on with --resume {name}")
+        raise UserError(f"run {name!r} exists in {runs.root}: give another --name, or resume it with --resume {name}")
     storage = runs / (name or _free_name(settings, taken))
     storage.write("config.toml", to_toml(settings).encode())
     storage.write_json("environment.json", environment())
@@ -154,11 +156,13 @@ def locate(root: str, run: str) -> RunFolder:
     for storage in (Storage(run), runs / run):
         if _is_run(storage):
             return RunFolder(storage)
-    if found := [kind for kind in runs.list() if _is_run(runs / kind / run)]:
-        if len(found) > 1:
-            raise UserError(f"there is a run {run!r} of {' and of '.join(found)}: give {found[0]}/{run}, or another")
-        return RunFolder(runs / found[0] / run)
-    names = {name for kind in runs.list() for name in (runs / kind).list() if _is_run(runs / kind / name)}
+    kinds = [kind for kind in runs.list() if _is_run(runs / kind / run)]
+    if len(kinds) > 1:
+        raise UserError(f"there is a run {run!r} of {' and of '.join(kinds)}: give {kinds[0]}/{run}, or another")
+    if kinds:
+        return RunFolder(runs / kinds[0] / run)
+    everyone = [(kind, name) for kind in runs.list() for name in (runs / kind).list()]
+    names = {name for kind, name in everyone if _is_run(runs / kind / name)}
     raise unknown(f"run in {root}", run, sorted(names))
 
 
@@ -187,8 +191,9 @@ def environment() -> dict[str, Any]:
 
 def _free_name(settings: Settings, taken: list[str]) -> str:
     values = settings.model_dump()
-    stem = "-".join(str(values[part]["name"]).split(":")[0] for part in ("dataset", "model") if part in values)
-    stem = f"{stem}-{time.strftime('%m%d-%H%M%S')}"
+    chosen = [values[part]["name"] for part in ("dataset", "model") if part in values]
+    kinds = [name.partition(":")[0] for name in chosen]  # without the path or the function
+    stem = "-".join([*kinds, time.strftime("%m%d-%H%M%S")])
     return stem if stem not in taken else f"{stem}-{len(taken)}"
 
 
@@ -198,10 +203,10 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _commit() -> str | None:
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return done.stdout.strip() or None
 
 
 def _processor() -> str:

@@ -56,30 +56,38 @@ def _chosen(summary: Mapping[str, Any]) -> str:
     return f"{coreset:,} of {samples:,} samples ({coreset / samples:.1%})"
 
 
+COLUMNS = (  # two lines of heading, so that the table fits 80 columns
+    ("\nseconds", "seconds", "{:,.1f}"),
+    ("worker-\nseconds", "total_seconds", "{:,.1f}"),
+    ("samples\nforward", "forward", "{:,}"),
+    ("samples\nbackward", "backward", "{:,}"),
+)
+
+
 def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the bill of every phase as a row, with the sums below; of memory, the largest."""
     table = Table(title=title, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False)
     table.add_column("\nphase", footer="all")
-    for name, values, form in (  # two lines of heading, so that the table fits 80 columns
-        ("\nseconds", [p["seconds"] for p in phases], "{:,.1f}"),
-        ("worker-\nseconds", [p["total_seconds"] for p in phases], "{:,.1f}"),
-        ("samples\nforward", [p["forward"] for p in phases], "{:,.0f}"),
-        ("samples\nbackward", [p["backward"] for p in phases], "{:,.0f}"),
-        ("MB\nsent", [p["sent"] / 1e6 for p in phases], "{:,.1f}"),
-    ):
-        table.add_column(name, justify="right", footer=form.format(sum(values)))
-    table.add_column("peak\nMiB", justify="right", footer=f"{max(p['memory'] for p in phases) / 2**20:,.0f}")
-    for p in phases:
-        phase, _, part = p["phase"].partition(": ")
-        table.add_row(
-            f"  {part}" if part else phase,
-            f"{p['seconds']:,.1f}",
-            f"{p['total_seconds']:,.1f}",
-            f"{p['forward']:,}",
-            f"{p['backward']:,}",
-            f"{p['sent'] / 1e6:,.1f}",
-            f"{p['memory'] / 2**20:,.0f}",
-        )
+    for heading, key, form in COLUMNS:
+        total = sum(phase[key] for phase in phases)
+        table.add_column(heading, justify="right", footer=form.format(total))
+    sent = sum(phase["sent"] for phase in phases)
+    memory = max(phase["memory"] for phase in phases)
+    table.add_column("MB\nsent", justify="right", footer=_megabytes(sent))
+    table.add_column("peak\nMiB", justify="right", footer=_mebibytes(memory))
+    for phase in phases:
+        name, _, part = phase["phase"].partition(": ")
+        figures = [form.format(phase[key]) for _, key, form in COLUMNS]
+        table.add_row(f"  {part}" if part else name, *figures, _megabytes(phase["sent"]), _mebibytes(phase["memory"]))
     return table
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f}"
 
 
 def _show_progress(folder: RunFolder, console: Console) -> None:
@@ -87,6 +95,7 @@ def _show_progress(folder: RunFolder, console: Console) -> None:
     table = Table("phase", "epochs", "loss", "accuracy")
     for phase in dict.fromkeys(row["phase"] for row in folder.rows):
         rows = [row for row in folder.rows if row["phase"] == phase]
-        accuracies = [row["accuracy"] for row in rows if "accuracy" in row]
-        table.add_row(phase, str(len(rows)), f"{rows[-1]['loss']:.3f}", f"{accuracies[-1]:.1%}" if accuracies else "–")
+        measured = [row["accuracy"] for row in rows if "accuracy" in row]
+        accuracy = f"{measured[-1]:.1%}" if measured else "–"
+        table.add_row(phase, str(len(rows)), f"{rows[-1]['loss']:.3f}", accuracy)
     console.print(table)

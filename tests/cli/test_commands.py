@@ -382,7 +382,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(effray, refusal, monk
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", log)
         message = refusal(f"{LIPT} --name one", leaves=1)
-    assert message == "effray: interrupted; go on with: effray lipt --resume one\n"
+    assert message == "effray: interrupted; resume with: effray lipt --resume one\n"
     assert "one: not finished" in effray("show one")
     effray("lipt --resume one")
     effray(f"{LIPT} --name two")

@@ -206,7 +206,7 @@ def test_a_name_that_exists(refusal, effray):
     effray("train --name one --model linear --train.epochs 1")
     before = Path("runs/train/one/model.safetensors").read_bytes()
     message = refusal("train --name one --model linear --train.epochs 1")
-    assert "run 'one' exists in" in message and "give another --name, or go on with --resume one" in message
+    assert "run 'one' exists in" in message and "give another --name, or resume it with --resume one" in message
     assert Path("runs/train/one/model.safetensors").read_bytes() == before
     assert "unknown train run in" in (message := refusal("train --resume oen")) and "did you mean 'one'" in message
 

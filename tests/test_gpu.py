@@ -1,0 +1,127 @@
+"""What only a GPU shows: the same training as on a processor, NCCL, shared batch statistics, bfloat16, and memory."""
+
+import multiprocessing
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from raypkg.core.settings import Train, Training
+from raypkg.coresets.gradients import head_view
+from raypkg.data.augment import compose
+from raypkg.data.coreset import Coreset
+from raypkg.data.split import Split
+from raypkg.engine.batches import dtype_of, plain_batches, to_device, training_batch
+from raypkg.engine.loop import autocast, computes_bfloat16, evaluate, fit
+from raypkg.engine.run import Run
+from raypkg.engine.worker import Worker
+from raypkg.models import build_model
+from raypkg.phases.training import synchronised
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two GPUs")
+CUDA = torch.device("cuda")
+N, C = 256, 4
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (N, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return Split.from_tensors(x, torch.arange(N) % C, augment=("crop", "flip"))
+
+
+def trained(device, precision, model="resnet8", epochs=2):
+    split = images()
+    network = build_model(model, split.shape, C, seed=0)
+    settings = Training(epochs=epochs, batch_size=64, precision=precision, lr=0.01)
+    return fit(Run.simple(network, split, settings, worker=Worker(device=device)))
+
+
+def parameters(run):
+    return {name: weight.detach().cpu() for name, weight in run.model.named_parameters()}
+
+
+def test_it_trains_what_a_processor_trains():
+    ours, theirs = parameters(trained(CUDA, "float64")), parameters(trained(torch.device("cpu"), "float64"))
+    for name, weight in theirs.items():
+        assert torch.allclose(ours[name], weight, rtol=0, atol=1e-8), name
+
+
+def test_bfloat16_is_used_where_it_is_computed():
+    model = build_model("resnet8", (3, 16, 16), C, seed=0).to(CUDA)
+    with autocast("auto", CUDA):
+        logits = model(torch.randn(2, 3, 16, 16, device=CUDA))
+    expected = torch.bfloat16 if computes_bfloat16(CUDA) else torch.float32
+    assert logits.dtype == expected
+    exact, rounded = (
+        evaluate(trained(CUDA, p).model, images(), worker=Worker(device=CUDA)) for p in ("float32", "auto")
+    )
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.05)
+
+
+def test_copies_are_pinned_and_complete():
+    x = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    moved = to_device(x, CUDA)
+    assert moved.device.type == "cuda" and torch.equal(moved.cpu(), x)
+    samples = Coreset.uniform(torch.arange(64))
+    augment = compose(["crop", "flip"])
+    draws = torch.rand(64, augment.draws, generator=torch.Generator().manual_seed(1))
+    batches = [training_batch(images(), samples, augment, draws, Worker(device=d)) for d in (CUDA, torch.device("cpu"))]
+    for ours, theirs in zip(*batches, strict=True):
+        if isinstance(ours, torch.Tensor):
+            assert torch.allclose(ours.cpu(), theirs, atol=1e-6)
+
+
+def test_views_leave_the_gpu_and_take_a_batch_of_it():
+    split, model = images(), build_model("resnet8", (3, 16, 16), C, seed=0).to(CUDA)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    view = head_view(model, plain_batches(split, torch.arange(N), CUDA, 32, dtype_of(model)))
+    assert view.logits.device.type == view.features.device.type == "cpu" and len(view) == N
+    one = torch.cuda.max_memory_allocated() - before
+    torch.cuda.reset_peak_memory_stats()
+    head_view(model, plain_batches(split, torch.arange(N).repeat(8), CUDA, 32, dtype_of(model)))
+    assert torch.cuda.max_memory_allocated() - before <= 1.2 * one  # however many samples there are
+
+
+def _in_group(rank, world, port, queue):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    dist.init_process_group("nccl", rank=rank, world_size=world)
+    worker = Worker(rank, world, device)
+    total = worker.sum(torch.full((3,), float(rank + 1)))  # a tensor of the host goes there and back
+    network = build_model("resnet8", (3, 16, 16), C, seed=0)
+    model = synchronised(network, Train(sync_bn=True), worker)
+    settings = Training(epochs=1, batch_size=64, precision="float64", lr=0.01)
+    run = fit(Run.simple(model, images(), settings, worker=worker))
+    if rank == 0:
+        queue.put((total.tolist(), {name: weight.numpy() for name, weight in parameters(run).items()}))
+    dist.destroy_process_group()
+
+
+def in_group(world):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    port = 29_500 + os.getpid() % 1000
+    processes = [context.Process(target=_in_group, args=(rank, world, port, queue)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    results = queue.get(timeout=240)
+    for process in processes:
+        process.join()
+    return results
+
+
+def test_nccl_sums():
+    total, _ = in_group(1)
+    assert total == [1.0] * 3
+
+
+@two_gpus
+def test_two_workers_with_shared_statistics_train_what_one_does():
+    total, ours = in_group(2)
+    assert total == [3.0] * 3
+    for name, weight in parameters(trained(CUDA, "float64", epochs=1)).items():
+        assert torch.allclose(torch.from_numpy(ours[name]), weight, rtol=0, atol=1e-7), name
