@@ -1,4 +1,4 @@
-"""What the README prints works as printed."""
+"""What the README and the cards print works as printed."""
 
 import re
 import shlex
@@ -9,33 +9,55 @@ import yaml
 
 from raypkg.cli import main
 
-TEXT = (Path(__file__).parents[1] / "README.md").read_text()
-PROGRAMS = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "from . import" not in code]
-COMMANDS = [
-    command.strip()
-    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
-    for line in block.replace("\\\n", "").splitlines()
-    for command in line.partition("#")[0].split("&&")
-    if command.strip().startswith("effray") and "…" not in command
-]
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text()
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("raypkg/**/README.md"))]
+}
 
 
-@pytest.mark.parametrize("code", PROGRAMS, ids=lambda code: code.splitlines()[0][:40])
-def test_programs_run(code, tmp_path, monkeypatch):
+def blocks(language):
+    """Return (page, block) of every block of a language that is not an excerpt."""
+    pairs = [
+        (page, block) for page, text in PAGES.items() for block in re.findall(rf"```{language}\n(.*?)```", text, re.S)
+    ]
+    return [(page, block) for page, block in pairs if "from . import" not in block]
+
+
+def commands():
+    """Return (page, command) of every command of effray."""
+    lines = [(page, line) for page, block in blocks("sh") for line in block.replace("\\\n", "").splitlines()]
+    parts = [(page, part.strip()) for page, line in lines for part in line.partition("#")[0].split("&&")]
+    return [(page, part) for page, part in parts if part.startswith("effray") and "…" not in part]
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda text: text.splitlines()[0][:40])
+def test_programs_run(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, page, "exec"), {"__name__": "program"})
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(command, capsys):
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_commands_are_understood(page, command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*shlex.split(command)[1:], "--help"])
     assert ended.value.code in (0, None), capsys.readouterr().err
 
 
+def test_links_lead_somewhere():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_every_method_has_its_card():
+    rooms = {folder.parent.name for folder in ROOT.glob("raypkg/methods/*/__init__.py")}
+    assert {f"raypkg/methods/{room}/README.md" for room in rooms} <= PAGES.keys()
+
+
 def test_the_manifest_has_the_fields_of_a_rayjob():
     """Names of ray.io/v1, of which these are required."""
-    (text,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    ((_, text),) = blocks("yaml")
     job = yaml.safe_load(text)
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and job["metadata"]["name"]
     assert set(job["spec"]) == {"entrypoint", "shutdownAfterJobFinishes", "rayClusterSpec"}
@@ -49,11 +71,11 @@ def test_the_manifest_has_the_fields_of_a_rayjob():
         for container in group["template"]["spec"]["containers"]:
             assert {"name", "image", "resources"} == set(container)
     module, *arguments = job["spec"]["entrypoint"].removeprefix("python -m ").split()
-    assert (Path(__file__).parents[1] / "jobs" / f"{module.rpartition('.')[2]}.py").exists()
+    assert (ROOT / "jobs" / f"{module.rpartition('.')[2]}.py").exists()
     with pytest.raises(SystemExit) as ended:
         main(["tune", *arguments, "--help"])
     assert ended.value.code in (0, None)
 
 
 def test_they_are_found():
-    assert len(PROGRAMS) >= 3 and len(COMMANDS) >= 12
+    assert len(blocks("python")) >= 4 and len(commands()) >= 20
