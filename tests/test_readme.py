@@ -10,17 +10,14 @@ import yaml
 from raypkg.cli import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = {
-    str(page.relative_to(ROOT)): page.read_text()
-    for page in [ROOT / "README.md", *sorted(ROOT.glob("raypkg/**/README.md"))]
-}
+FILES = [ROOT / "README.md", *sorted(ROOT.glob("raypkg/**/README.md"))]
+PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in FILES}
 
 
 def blocks(language):
     """Return (page, block) of every block of a language that is not an excerpt."""
-    pairs = [
-        (page, block) for page, text in PAGES.items() for block in re.findall(rf"```{language}\n(.*?)```", text, re.S)
-    ]
+    pattern = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
+    pairs = [(page, block) for page, text in PAGES.items() for block in pattern.findall(text)]
     return [(page, block) for page, block in pairs if "from . import" not in block]
 
 

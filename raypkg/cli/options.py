@@ -65,12 +65,13 @@ class SettingsCommand(ExampleHelp):
         """Write a section for the run and one for each part of the settings."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(context):
-            if record := parameter.get_help_record(context):
-                part = parameter.name.partition("__")[0] if "__" in (parameter.name or "") else "run"
-                sections.setdefault(part, []).append(record)
-        for part, records in sorted(sections.items(), key=lambda section: section[0] in APART):
+            record = parameter.get_help_record(context)
+            if record:
+                part, dot, _ = (parameter.name or "").partition("__")
+                sections.setdefault(part if dot else "run", []).append(record)
+        for part in sorted(sections, key=APART.__contains__):  # where it runs comes last
             with formatter.section(part):
-                formatter.write_dl(records)
+                formatter.write_dl(sections[part])
 
 
 def setting_options(schema: type[Settings]) -> Iterable[click.Option]:
@@ -93,10 +94,13 @@ def setting_options(schema: type[Settings]) -> Iterable[click.Option]:
 
 def overrides(schema: type[Settings], given: Mapping[str, Any], pairs: Iterable[str]) -> dict[str, Any]:
     """Return the dotted settings that the user gave, as options and as ``--set`` pairs, lists split at commas."""
-    values = {name.replace("__", "."): text for name, text in given.items() if text is not None}
-    values |= {name: value for name, value in _split(pairs)}
+    texts = {name.replace("__", "."): text for name, text in given.items() if text is not None}
+    texts |= dict(_split(pairs))
     fields = dict(leaves(schema))
-    return {name: _parse(fields[name], value) if name in fields else _value(value) for name, value in values.items()}
+    values = {}
+    for name, text in texts.items():
+        values[name] = _parse(fields[name], text) if name in fields else _value(text)
+    return values
 
 
 def parsed_pairs(pairs: Iterable[str]) -> dict[str, Any]:

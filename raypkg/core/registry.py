@@ -50,13 +50,13 @@ class Entry:
         function = self.function.__init__ if inspect.isclass(self.function) else self.function
         hints = typing.get_type_hints(function, include_extras=True)
         fields: dict[str, Any] = {}
-        for parameter in inspect.signature(self.function).parameters.values():
-            if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name in self.given:
+        for name, parameter in inspect.signature(self.function).parameters.items():
+            if parameter.kind is not parameter.KEYWORD_ONLY or name in self.given:
                 continue
-            if parameter.name not in hints or parameter.default is parameter.empty:
+            if name not in hints or parameter.default is parameter.empty:
                 where = inspect.getsourcefile(self.function)
-                raise UserError(f"{self.name}: option {parameter.name!r} needs a type and a default (in {where})")
-            fields[parameter.name] = (hints[parameter.name], parameter.default)
+                raise UserError(f"{self.name}: option {name!r} needs a type and a default (in {where})")
+            fields[name] = (hints[name], parameter.default)
         return create_model(self.name, __base__=Settings, **fields)
 
     @property
@@ -72,7 +72,8 @@ class Entry:
     def __call__(self, *arguments: Any, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
         """Call the function with the user's options and those supplied keywords that it declares."""
         supplied = {name: value for name, value in given.items() if name in self.declares}
-        return self.function(*arguments, **supplied, **self.options(options or {}))
+        chosen = self.options(options or {})
+        return self.function(*arguments, **supplied, **chosen)
 
 
 class Registry:
@@ -96,11 +97,10 @@ class Registry:
 
         def register(function: F) -> F:
             taken = self._entries.get(name)
-            if taken and taken.function.__module__ != function.__module__:
-                raise UserError(
-                    f"{self.kind} {name!r} is registered twice, in {taken.function.__module__}"
-                    f" and {function.__module__}"
-                )
+            here = function.__module__
+            if taken and taken.function.__module__ != here:  # the same one: a module that is imported anew
+                there = taken.function.__module__
+                raise UserError(f"{self.kind} {name!r} is registered twice, in {there} and {here}")
             self._entries[name] = self._entry(name, function, source)
             return function
 

@@ -57,16 +57,17 @@ def save_coreset(
         scores: gradient norms of all samples of the split, float32 [n].
         file: its name.
     """
-    labels = split.y[coreset.indices]
+    labels = split.y[coreset.indices].tolist()
     columns = {
         "index": coreset.indices.numpy(),
         "weight": coreset.weights.numpy(),
-        "class": [split.classes[label] for label in labels.tolist()],
+        "class": [split.classes[label] for label in labels],
     }
     if scores is not None:
         columns["score"] = scores[coreset.indices].numpy()
-    facts = {"samples": len(split), **provenance}
-    storage.write_table(file, pa.table(columns).replace_schema_metadata({"effray": json.dumps(facts)}))
+    facts = json.dumps({"samples": len(split), **provenance})
+    table = pa.table(columns).replace_schema_metadata({"effray": facts})
+    storage.write_table(file, table)
 
 
 def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Coreset:
@@ -124,15 +125,19 @@ def read_coreset(path: str) -> pa.Table:
     table = Storage(folder or ".").read_table(name)
     if table is None:
         raise UserError(f"there is no coreset file {path}")
-    if not {"index", "weight"} <= set(table.column_names):
-        raise UserError(f"{path} is no coreset: it needs columns index and weight, has {', '.join(table.column_names)}")
+    names = table.column_names
+    if not {"index", "weight"} <= set(names):
+        raise UserError(f"{path} is no coreset: it needs columns index and weight, has {', '.join(names)}")
     return table
 
 
 def save_record(storage: Storage, model: str, record: Record) -> None:
     """Write what training saw of each sample beside the model of that file name."""
-    forgotten = torch.full_like(record.losses, torch.inf) if record.forgotten is None else record.forgotten
-    storage.write_table(record_of(model), pa.table({"loss": record.losses.numpy(), "forgotten": forgotten.numpy()}))
+    forgotten = record.forgotten
+    if forgotten is None:  # hits were not recorded
+        forgotten = torch.full_like(record.losses, torch.inf)
+    table = pa.table({"loss": record.losses.numpy(), "forgotten": forgotten.numpy()})
+    storage.write_table(record_of(model), table)
 
 
 def load_record(storage: Storage, model: str, y: Tensor) -> Record:
@@ -171,7 +176,8 @@ def save_scores(storage: Storage, split: Split, indices: Tensor, scores: Tensor 
     """
     if scores is None:
         return None
-    storage.write_table(SCORES, pa.table({"index": indices.numpy(), "score": scores.numpy()}))
+    table = pa.table({"index": indices.numpy(), "score": scores.numpy()})
+    storage.write_table(SCORES, table)
     return torch.zeros(len(split)).index_put((indices,), scores)
 
 
@@ -185,9 +191,10 @@ def record_of(model: str) -> str:
 
 
 def _facts(table: pa.Table) -> dict[str, Any]:
+    metadata = table.schema.metadata or {}
     try:
-        facts = json.loads((table.schema.metadata or {}).get(b"effray", b"{}"))
-    except ValueError:
+        facts = json.loads(metadata.get(b"effray", b"{}"))
+    except ValueError:  # written by someone else
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -197,7 +204,8 @@ def _column(table: pa.Table, name: str, path: str, fits: Callable[[pa.DataType],
     if name not in table.column_names:
         raise UserError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
     column = table[name]
-    if not fits(column.type) or column.null_count:
-        nulls = f" with {column.null_count} nulls" if column.null_count else ""
-        raise UserError(f"{path}: column {name} is {column.type}{nulls}, which it cannot be")
+    nulls = column.null_count
+    if not fits(column.type) or nulls:
+        kind = f"{column.type} with {nulls} nulls" if nulls else column.type
+        raise UserError(f"{path}: column {name} is {kind}, which it cannot be")
     return column.to_numpy()

@@ -20,7 +20,8 @@ from .coreset_files import FILE, SCORES, load_coreset, read_coreset
 from .samples import Samples
 
 MAIN = "train"  # the phase whose figures are the run's own
-LEFT_OUT = ("costs", "elapsed", "findings")  # of a phase's record: they stand in the manifest by themselves
+LEFT_OUT = {"costs", "elapsed", "findings"}  # of a phase's record: they stand in the manifest by themselves
+Records = Mapping[str, Mapping[str, Any]]  # what each phase left
 SHOWN = 16  # images in each of the two galleries
 
 
@@ -34,18 +35,18 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
         epochs: of the main training; 0 where there was none.
     """
     folder = report.folder
+    records = report.records
     coreset = _coreset_of(folder.storage, settings, samples)
-    costs = [{**cost, "phase": _row(name, cost)} for name, record in report.records.items() for cost in record["costs"]]
-    findings = [line for record in report.records.values() for line in record.get("findings", ())]
+    costs = _costs(records)
     summary = {
-        **_figures(report.records),
+        **_figures(records),
         "samples": len(samples.kept),
         "coreset": None if coreset is None else len(coreset),
         "phases": costs,
         "seconds": sum(cost["seconds"] for cost in costs),
-        "elapsed": sum(record["elapsed"] for record in report.records.values()),
+        "elapsed": sum(record["elapsed"] for record in records.values()),
         "full_training_backward": epochs * len(samples.kept),
-        "findings": findings,
+        "findings": [line for record in records.values() for line in record.get("findings", ())],
     }
     folder.flush()
     draw_plots(folder.storage, folder.rows, costs)
@@ -104,14 +105,22 @@ def _coreset_of(storage: Storage, settings: RunSettings, samples: Samples) -> Co
     return load_coreset(f"{storage.root}/{FILE}", samples.data.train, samples.valid, settings.dataset.name)
 
 
-def _figures(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _costs(records: Records) -> list[dict[str, Any]]:
+    """Return the bills of all phases in their order; a part of a phase is named after both."""
+    costs = []
+    for phase, record in records.items():
+        for cost in record["costs"]:
+            part = cost["phase"]
+            name = phase if part == phase else f"{phase}: {part}"
+            costs.append({**cost, "phase": name})
+    return costs
+
+
+def _figures(records: Records) -> dict[str, Any]:
     """Return what the phases found: the main one's figures by their names, others' with the phase before them."""
     figures: dict[str, Any] = {}
     for phase, record in records.items():
         prefix = "" if phase == MAIN else f"{phase}_"
-        figures |= {f"{prefix}{name}": value for name, value in record.items() if name not in LEFT_OUT}
-    return figures
-
-
-def _row(phase: str, cost: Mapping[str, Any]) -> str:
-    return phase if cost["phase"] == phase else f"{phase}: {cost['phase']}"
+        for name in record.keys() - LEFT_OUT:
+            figures[f"{prefix}{name}"] = record[name]
+    return dict(sorted(figures.items()))
