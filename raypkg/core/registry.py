@@ -5,7 +5,6 @@ The keyword-only part of a registered function's signature is its schema: names,
 """
 
 import importlib
-import importlib.util
 import inspect
 import os
 import pkgutil
@@ -14,6 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import create_model
@@ -146,12 +146,13 @@ class Registry:
 
 
 def _modules(package: str) -> Iterator[str]:
-    """Yield the modules of a package, or those of one name in each of its packages."""
-    parent, _, name = package.partition(".*.")
-    for module in pkgutil.iter_modules(importlib.import_module(parent).__path__):
-        path = f"{parent}.{module.name}.{name}".rstrip(".")
-        if importlib.util.find_spec(path):
-            yield path
+    """Yield the modules of a package, or those of one name in each of its folders."""
+    parent, star, name = package.partition(".*.")
+    places = importlib.import_module(parent).__path__
+    if not star:
+        yield from (f"{parent}.{module.name}" for module in pkgutil.iter_modules(places))
+    for file in sorted(file for place in places for file in Path(place).glob(f"*/{name}.py") if star):
+        yield f"{parent}.{file.parent.name}.{name}"
 
 
 def argument(name: str) -> str:
