@@ -150,8 +150,11 @@ def _modules(package: str) -> Iterator[str]:
     parent, star, name = package.partition(".*.")
     places = importlib.import_module(parent).__path__
     if not star:
-        yield from (f"{parent}.{module.name}" for module in pkgutil.iter_modules(places))
-    for file in sorted(file for place in places for file in Path(place).glob(f"*/{name}.py") if star):
+        for module in pkgutil.iter_modules(places):
+            yield f"{parent}.{module.name}"
+        return
+    files = [file for place in places for file in Path(place).glob(f"*/{name}.py")]
+    for file in sorted(files):
         yield f"{parent}.{file.parent.name}.{name}"
 
 
