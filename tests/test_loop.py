@@ -119,6 +119,22 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     assert straight.bills()[0].backward == resumed.bills()[0].backward == 4 * 64
 
 
+def test_rows_that_were_lost_with_a_process_come_again_with_its_checkpoint(tmp_path):
+    places, reported = StoredCheckpoints(Storage(str(tmp_path))), []
+    stopped = run()
+    stopped.last = 2
+    fit(stopped, checkpoints=places)  # nobody hears of its two epochs
+
+    again = run()
+    again.worker = Worker(report=reported.append)
+    fit(again, checkpoints=places)
+    straight = []
+    alone = run()
+    alone.worker = Worker(report=straight.append)
+    fit(alone)
+    assert reported == straight and [row["epoch"] for row in reported] == [1, 2, 3, 4]
+
+
 class Counter(Hook):
     def __init__(self):
         self.steps = 0

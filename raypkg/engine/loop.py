@@ -71,16 +71,25 @@ def fit(
             hook.on_start(run)
     if state := checkpoints.load():
         run.load_state_dict(state)
+        _report_again(run)
     model = _prepared(run)
     while run.epoch < (run.last or run.settings.epochs):
         row = _run_epoch(run, model)
         if measure:
             row |= measure(run.model, run.epoch)
         bills = run.bills()
+        run.rows.append(_metrics(run, row, bills))
         if run.worker.rank == 0:
             checkpoints.save(run.epoch, run.state_dict(bills))
-            run.worker.report(_metrics(run, row, bills))
+            run.worker.report(run.rows[-1])
     return run
+
+
+def _report_again(run: Run) -> None:
+    """Report the epochs of a checkpoint once more: who died may have had their rows, and not yet written them."""
+    if run.worker.rank == 0:
+        for row in run.rows:
+            run.worker.report(row)
 
 
 def _prepared(run: Run) -> nn.Module:

@@ -46,6 +46,7 @@ class Run:
         label: which of several models this is, in the metrics.
         main: whether this is the run's main training, not one that prepares it.
         progress: share of the schedule that is done.
+        rows: of metrics, one for each epoch so far.
         batch: of the present step.
         seen: by the present step.
     """
@@ -66,6 +67,7 @@ class Run:
     epoch: int = 0
     step: int = 0
     progress: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
     optimizer: torch.optim.Optimizer = field(init=False)
     batch: Batch = field(init=False)
     seen: Seen = field(init=False)
@@ -165,6 +167,7 @@ class Run:
             "coreset": {"indices": self.coreset.indices, "weights": self.coreset.weights},
             "epoch": self.epoch,
             "step": self.step,
+            "rows": list(self.rows),
             "bills": [bill.record() for bill in bills],
         }
 
@@ -177,6 +180,7 @@ class Run:
         self.coreset = Coreset(**state["coreset"])
         self.epoch = state["epoch"]
         self.step = state["step"]
+        self.rows = list(state["rows"])
         self._earlier = {bill["phase"]: Cost(**bill) for bill in state["bills"]}
         self.cost = Cost(self.phase)
         self._bills = {name: Cost(name) for name in self._earlier}

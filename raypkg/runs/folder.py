@@ -70,11 +70,13 @@ class RunFolder:
         """Whether there is any result yet: a finished phase, or an epoch of one."""
         return bool(self._rows or self.storage.list("phases"))
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Add a row of metrics; one for the same phase, model and epoch (after a restart) replaces the old one."""
+    def log(self, row: Mapping[str, Any]) -> bool:
+        """Add a row of metrics, in the place of one for the same phase, model and epoch; say whether it is new."""
+        before = self._rows.get(_key(row))
         self._keep(row)
         if time.monotonic() - self._saved > 1.0:
             self.flush()
+        return self._rows[_key(row)] != before
 
     def _keep(self, row: Mapping[str, Any]) -> None:
         self._rows[_key(row)] = {name: value for name, value in row.items() if value is not None}

@@ -53,9 +53,9 @@ class Report:
             self._tracker.abandon()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Take a row of metrics from a worker."""
-        self.folder.log(row)
-        self._tracker.log(row)
+        """Take a row of metrics from a worker; one that is known, of an epoch before a restart, is only counted."""
+        if self.folder.log(row):
+            self._tracker.log(row)
         status = "  ".join(f"{name} {_shown(name, row[name])}" for name in ("loss", "accuracy") if name in row)
         done = sum(other["phase"] == row["phase"] for other in self.folder.rows)
         self._show(row["phase"], done, status)
