@@ -58,7 +58,7 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples) -
             cluster=settings.cluster,
             report=report,
             folder=f"{storage.root}/ray",
-            most=pretrain.models,
+            most=pretrain.models,  # a further worker would have no model to train
         )
 
     report.phase("pretrain", work, epochs=pretrain.models * pretrain.epochs)
@@ -67,7 +67,7 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples) -
 def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) -> dict[str, Any]:
     """Train models r, r + W, … on worker r of W, merge those of all workers, and save the merged model."""
     context = Context(settings, storage, open_samples(settings), worker)
-    shards = disjoint_shards(context)
+    shards = disjoint_shards(context)  # every worker draws the same
     numbers = range(worker.rank, settings.pretrain.models, worker.world)
     trained = [train_member(context, number, shards[number]) for number in numbers]
     worker.sum(torch.zeros(1, device=worker.device))  # wait here, so that the merge's seconds are its own
@@ -76,7 +76,7 @@ def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) ->
         members = [each.member for each in trained]
         merged = merged_parameters(context, parameters_of(model), members, merging)
         model.load_state_dict(merged, strict=False)
-        if worker.rank == 0:
+        if worker.rank == 0:  # the others' model is not used
             merging.forward += estimate_statistics(context, model)
             save_model(storage, RESULT, model.state_dict())
     keep_record(context, [each.record for each in trained])
@@ -114,7 +114,7 @@ def figures(worker: Worker, costs: Sequence[Cost], merging: Cost, evaluating: Co
     for cost in costs:
         training = training.then(cost)
     seconds = list(chain.from_iterable(worker.gather([cost.seconds for cost in costs])))
-    slowest = max(seconds)
+    slowest = max(seconds)  # the critical path, with as many workers as models
     merge_seconds = max(worker.gather(merging.seconds))
     finding = (
         f"LiPT (reconstructed) with one worker per model pre-trains in {slowest + merge_seconds:.1f} s (slowest of"

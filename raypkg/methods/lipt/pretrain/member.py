@@ -70,7 +70,7 @@ def train_member(context: Context, number: int, shard: Tensor) -> Trained:
     if settings.randaugment and len(data.train.shape) == 3:
         augment.append("randaugment")
     cost = Cost("pretrain")
-    with cost:
+    with cost:  # the model and its masks are on the bill of its training
         model = context.model()
         masks = draw_masks(context, model, shard, seed, cost)
     recorder = Recorder(data.train.y)
@@ -81,7 +81,7 @@ def train_member(context: Context, number: int, shard: Tensor) -> Trained:
         settings=settings,
         seed=seed,
         phase="pretrain",
-        worker=context.alone,
+        worker=context.alone,  # LiPT's models exchange no gradients
         augment=augment,
         cost=cost,
         hooks=[recorder, Masked(masks)],
@@ -89,7 +89,7 @@ def train_member(context: Context, number: int, shard: Tensor) -> Trained:
         main=False,
     )
     fit(run, checkpoints=context.checkpoints(number))
-    training, *_ = run.bills()
+    training, *_ = run.bills()  # of all attempts, if there were several
     return Trained(Member(parameters_of(model), masks), recorder.record, training)
 
 
@@ -109,11 +109,13 @@ def draw_masks(context: Context, model: nn.Module, shard: Tensor, seed: int, cos
         cost.forward += len(batch[1])
         cost.backward += len(batch[1])
     rng = generator(seed, "densities")
+    # Saliency in the precision of training; what dropout draws is the same for every model.
     with autocast(settings.precision, context.worker.device), seeded(0, "snip dropout"):
         chosen = rule(model, settings.density, batch=batch, rng=rng)
     shapes = shapes_of(model)
     if {name: mask.shape for name, mask in chosen.items()} != shapes:
         raise UserError(f"pretrain.sparsity = {rule.name!r} returned other layers or shapes than {[*shapes]}")
+    # Only the ratios are kept: with places drawn anew the models differ from each other.
     return redrawn(chosen, generator(seed, "mask"))
 
 

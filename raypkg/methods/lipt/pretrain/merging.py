@@ -1,7 +1,6 @@
 """The merge of LiPT's models, which any number of workers hold, into one."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -35,40 +34,51 @@ def merged_parameters(context: Context, initial: State, members: Sequence[Member
     """
     worker = context.worker
     settings = context.settings.pretrain
-    others = worker.world > 1  # to whom anything is sent
 
     def total(tensor: Tensor) -> Tensor:
-        cost.sent += tensor.nbytes * others
+        if worker.world > 1:
+            cost.sent += tensor.nbytes
         return worker.sum(tensor)
 
     def gather(members: Sequence[Member]) -> list[Member]:
-        tensors = chain.from_iterable((*member.parameters.values(), *member.masks.values()) for member in members)
-        cost.sent += sum(tensor.nbytes for tensor in tensors) * others
+        if worker.world > 1:
+            cost.sent += sum(member.nbytes for member in members)
         by_worker = worker.gather(members)
-        return [by_worker[number % worker.world][number // worker.world] for number in range(settings.models)]
+        everyone = []
+        for number in range(settings.models):  # worker r of W trained models r, r + W, …
+            theirs = by_worker[number % worker.world]
+            everyone.append(theirs[number // worker.world])
+        return everyone
 
     def score(parameters: State) -> float:
         model = context.model()
-        model.load_state_dict(parameters, strict=False)
+        model.load_state_dict(parameters, strict=False)  # they are without batch-norm statistics
         cost.forward += estimate_statistics(context, model)
         bill = Cost("evaluate")  # its seconds are the merge's already
         measured = measure_held_out(model, context.samples, context.alone, settings, bill)
         cost.forward += bill.forward
         return measured["accuracy"]
 
-    merged = merge[settings.merge](initial, members, total=total, gather=gather, score=score)
-    if {name: w.shape for name, w in merged.items()} != {name: w.shape for name, w in initial.items()}:
+    rule = merge[settings.merge]
+    merged = rule(initial, members, total=total, gather=gather, score=score)
+    if _shapes(merged) != _shapes(initial):
         raise UserError(f"pretrain.merge = {settings.merge!r} returned other parameters or shapes than {[*initial]}")
     return merged
 
 
 def estimate_statistics(context: Context, model: nn.Module) -> int:
     """Estimate batch-norm statistics anew on a random part of the training samples; return how many it has."""
-    kept = context.samples.kept
+    samples = context.samples
     seed = context.settings.seed
     device = context.worker.device
-    order = torch.randperm(len(kept), generator=generator(seed, "statistics"))
-    indices = kept[order[:STATISTICS_SAMPLES]]
-    batches = plain_batches(context.samples.data.train, indices, device, min(256, len(indices)), dtype_of(model))
-    with autocast(context.settings.pretrain.precision, device), seeded(seed, "statistics dropout"):
+    order = torch.randperm(len(samples.kept), generator=generator(seed, "statistics"))
+    indices = samples.kept[order[:STATISTICS_SAMPLES]]
+    batch_size = min(256, len(indices))
+    batches = plain_batches(samples.data.train, indices, device, batch_size, dtype_of(model))
+    precision = context.settings.pretrain.precision
+    with autocast(precision, device), seeded(seed, "statistics dropout"):
         return reestimate(model, (x for x, _ in batches))
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    return {name: w.shape for name, w in state.items()}
