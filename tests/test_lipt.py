@@ -7,62 +7,60 @@ from torch import nn
 import reference
 from raypkg.core.errors import UserError
 from raypkg.methods.lipt.batchnorm import reestimate
-from raypkg.methods.lipt.densities import snip_ratios
-from raypkg.methods.lipt.soup import Soup, greedy
+from raypkg.methods.lipt.densities import redrawn
+from raypkg.methods.lipt.merges import merge
+from raypkg.methods.lipt.settings import Pretrain
+from raypkg.methods.lipt.soup import Member, Soup, alone
 from raypkg.methods.sparse.masks import erk, prunable, random_masks
+from raypkg.methods.sparse.rules import initial as sparsity
 
 
 def state(*values):
     return {"w": torch.tensor(values)}
 
 
-def mask(*values):
-    return {"w": torch.tensor(values, dtype=torch.bool)}
+def member(*values, mask=None):
+    return Member(state(*values), {} if mask is None else {"w": torch.tensor(mask, dtype=torch.bool)})
 
 
 def test_a_soup_of_equal_models_is_the_model():
     model = {"w": torch.randn(3, 4), "b": torch.randn(4)}
-    soup = Soup(model)
-    for _ in range(3):
-        soup.add(model, {})
-    assert all(torch.equal(value, model[name]) for name, value in soup.merged().items())
+    merged = Soup(model, [Member(model, {})] * 3).merged()
+    assert all(torch.equal(value, model[name]) for name, value in merged.items())
 
 
 def test_masked_mean_by_hand():
-    soup = Soup(state(9.0, 9.0, 9.0))
-    soup.add(state(1.0, 2.0, 0.0), mask(1, 1, 0))
-    soup.add(state(3.0, 0.0, 0.0), mask(1, 0, 0))
-    assert soup.merged()["w"].tolist() == [2.0, 2.0, 9.0]  # both, the first alone, neither: the initial value
+    members = [member(1.0, 2.0, 0.0, mask=(1, 1, 0)), member(3.0, 0.0, 0.0, mask=(1, 0, 0))]
+    merged = merge["masked_mean"](state(9.0, 9.0, 9.0), members, total=alone)
+    assert merged["w"].tolist() == [2.0, 2.0, 9.0]  # both, the first alone, neither: the initial value
 
 
 def test_plain_mean_counts_pruned_weights_as_they_are():
-    soup = Soup(state(9.0, 9.0))
-    soup.add(state(1.0, 2.0), {})
-    soup.add(state(3.0, 0.0), {})
-    assert soup.merged()["w"].tolist() == [2.0, 1.0]
+    members = [member(1.0, 2.0, mask=(1, 1)), member(3.0, 0.0, mask=(1, 0))]
+    assert merge["mean"](state(9.0, 9.0), members, total=alone)["w"].tolist() == [2.0, 1.0]
 
 
 def test_soups_of_parts_add_up_in_any_order():
     generator = torch.Generator().manual_seed(0)
     initial = {"w": torch.randn(1000, generator=generator)}
     models = [
-        ({"w": torch.randn(1000, generator=generator)}, {"w": torch.rand(1000, generator=generator) < 0.5})
+        Member({"w": torch.randn(1000, generator=generator)}, {"w": torch.rand(1000, generator=generator) < 0.5})
         for _ in range(10)
     ]
     merged = []
     for parts in ([models], [models[::2], models[1::2]], [models[::3], models[1::3], models[2::3]]):
-        soups = [Soup(initial) for _ in parts]
-        for soup, part in zip(soups, parts, strict=True):
-            for model in part:
-                soup.add(*model)
+        soups = [Soup(initial, part) for part in parts]
         merged.append(soups[0].merged(lambda sums, soups=soups: sums + sum(soup.sums for soup in soups[1:]))["w"])
     assert torch.allclose(merged[0], merged[1], rtol=0, atol=1e-7)
     assert torch.allclose(merged[0], merged[2], rtol=0, atol=1e-7)
 
 
 def test_greedy_leaves_out_what_harms():
-    good, better, bad = state(1.0), state(3.0), state(-50.0)
-    merged = greedy(state(0.0), [(good, {}), (bad, {}), (better, {})], lambda s: -abs(s["w"].item() - 2))
+    def score(parameters):
+        return -abs(parameters["w"].item() - 2)
+
+    good, better, bad = member(1.0), member(3.0), member(-50.0)
+    merged = merge["greedy"](state(0.0), [good, bad, better], gather=list, score=score)
     assert merged["w"].item() == 2.0  # the mean of good and better
 
 
@@ -74,7 +72,8 @@ def tiny():
 def test_snip_equals_the_definition_and_leaves_the_model_alone():
     model, x, y = tiny(), torch.randn(16, 5), torch.randint(3, (16,))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    ratios = snip_ratios(model, x, y, 0.3)
+    masks = redrawn(sparsity["snip"](model, 0.3, batch=(x, y)), torch.Generator().manual_seed(0))
+    ratios = {name: mask.double().mean().item() for name, mask in masks.items()}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert ratios == pytest.approx(reference.snip(model, x, y, 0.3))
     total = sum(ratios[name] * w.numel() for name, w in prunable(model).items())
@@ -119,3 +118,13 @@ def test_batch_norm_statistics_are_those_of_the_inputs():
     assert torch.allclose(model[0].running_var, torch.stack([p.var(0) for p in x.split(16)]).mean(0), atol=1e-5)
     assert model[0].momentum == 0.1
     assert reestimate(nn.Linear(4, 2), x.split(16)) == 0
+
+
+@pytest.mark.parametrize(("fraction", "size"), [(None, 250), (0.25, 250), (0.1, 100), (0.0001, 0)])
+def test_shards_of_a_fraction(fraction, size):
+    assert Pretrain(models=4, shard_fraction=fraction).shard_size(1000) == size
+
+
+def test_shards_never_overlap():
+    with pytest.raises(UserError, match=r"pretrain.shard_fraction = 0.3 for 4 disjoint shards: at most 1/4 = 0.25"):
+        Pretrain(models=4, shard_fraction=0.3).shard_size(1000)

@@ -17,10 +17,11 @@ def reestimate(model: nn.Module, inputs: Iterable[Tensor]) -> int:
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return 0
-    momenta, was_training = [norm.momentum for norm in norms], model.training
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
+        norm.momentum = None  # PyTorch's way to ask for the cumulative average
+    was_training = model.training
     model.train()
     seen = 0
     for x in inputs:

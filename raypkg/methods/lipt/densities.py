@@ -1,21 +1,16 @@
-"""Layer-wise densities from SNIP saliency (arXiv:1810.02340)."""
+"""Random masks with the layer-wise densities of others: ratios are kept, not the weights themselves."""
 
-from torch import Tensor, nn
+import torch
 
-from raypkg.methods.sparse.masks import Densities, largest_masks
-from raypkg.methods.sparse.saliency import snip
+from raypkg.methods.sparse.masks import Masks, random_masks
 
 
-def snip_ratios(model: nn.Module, x: Tensor, y: Tensor, density: float) -> Densities:
-    """Return the share of each layer's weights among the network's ``density`` most salient ones.
+def redrawn(masks: Masks, rng: torch.Generator) -> Masks:
+    """Draw masks that keep as many weights of each layer as the given ones, anywhere in it.
 
-    Ratios are kept, not the weights themselves: LiPT draws random masks with them.
-
-    Args:
-        model: left as it was, statistics of batch norm included.
-        x: one batch, float [b, …].
-        y: its labels, int64 [b].
-        density: share of all prunable weights to keep, in (0, 1].
+    >>> redrawn({"w": torch.tensor([True, False, False])}, torch.Generator().manual_seed(0))["w"].sum()
+    tensor(1)
     """
-    masks = largest_masks(snip(model, x, y), density)
-    return {name: mask.float().mean().item() for name, mask in masks.items()}
+    shapes = {name: mask.shape for name, mask in masks.items()}
+    densities = {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+    return random_masks(shapes, densities, rng)

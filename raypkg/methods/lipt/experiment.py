@@ -18,15 +18,25 @@ def run(settings: LiptSettings, *, report: Report) -> None:
     from raypkg.phases.summary import finish
     from raypkg.phases.training import Job, train_on_cluster
 
-    from .pretrain import PRETRAININGS, RESULT
+    from .pretrain import RESULT, pretraining
 
     samples = open_samples(settings)
     settings.check(len(samples.kept))
-    PRETRAININGS[settings.pretrain.method](settings, settings.pretrain, report)
+    pretrain = pretraining[settings.pretrain.method]
+    pretrain(settings, report, samples=samples)
+
     storage = report.folder.storage
     pretrained = TrainedModel(settings.model, storage, RESULT, settings.pretrain.precision)
     coreset = select_on_cluster(settings, settings.select, pretrained, samples, report)
-    initial = RESULT if settings.train.init == "merged" else None
-    job = Job(settings, settings.train, storage, coreset=coreset, select=settings.select, initial=initial)
+
+    merged = settings.train.init == "merged"
+    job = Job(
+        settings,
+        settings.train,
+        storage,
+        coreset=coreset,
+        select=settings.select,
+        initial=RESULT if merged else None,
+    )
     train_on_cluster(job, report)
     finish(report, settings, samples, epochs=settings.train.epochs)

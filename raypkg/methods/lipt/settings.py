@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from raypkg.core.errors import UserError
 from raypkg.core.settings import Count, Experiment, Reselect, Share, Train, Training
 
 
@@ -11,20 +12,20 @@ class Pretrain(Training):
     """Pre-training of the model whose gradients select the coreset."""
 
     method: Annotated[
-        Literal["lipt", "dense", "none"],
-        Field(description="lipt = merged sparse models, dense = one model on all samples, none = initial weights"),
+        str, Field(description="lipt = merged sparse models, dense = one model on all samples, initial = no training")
     ] = "lipt"
     models: Annotated[Count, Field(description="sparse models to merge (lipt)")] = 10
     shard_fraction: Annotated[
         Share | None, Field(description="share of the samples in each model's shard (lipt); 1/models when left out")
     ] = None
     sparsity: Annotated[
-        Literal["snip", "erk", "none"], Field(description="where the layer-wise densities come from (lipt)")
+        str | None,
+        Field(description="where layer-wise densities come from (lipt): snip, erk, uniform, grasp; false = dense"),
     ] = "snip"
     density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.9
-    merge: Annotated[
-        Literal["masked_mean", "mean", "greedy"], Field(description="how the models become one (lipt)")
-    ] = "masked_mean"
+    merge: Annotated[str, Field(description="how the models become one (lipt): masked_mean, mean, greedy")] = (
+        "masked_mean"
+    )
     randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) as well, on images (lipt)")] = True
     epochs: Annotated[Count, Field(description="passes of each model over its shard")] = 5
     batch_size: Annotated[Count, Field(description="samples a step")] = 128
@@ -32,6 +33,21 @@ class Pretrain(Training):
         int, Field(ge=0, description="epochs between evaluations on the held-out samples (dense)")
     ] = 5
     lr: Annotated[float, Field(gt=0, description="peak learning rate; models that move far do not merge well")] = 0.02
+
+    def shard_size(self, n: int) -> int:
+        """Return how many of n samples each model's shard has.
+
+        Raises:
+            UserError: the shards would overlap.
+        """
+        most = 1 / self.models
+        fraction = self.shard_fraction or most
+        if fraction > most + 1e-9:
+            raise UserError(
+                f"pretrain.shard_fraction = {fraction} for {self.models} disjoint shards: at most"
+                f" 1/{self.models} = {most:.4g}"
+            )
+        return int(n * fraction + 1e-9)
 
 
 class LiptTrain(Train):
@@ -50,13 +66,25 @@ class LiptSettings(Experiment):
     train: LiptTrain = LiptTrain()
 
     def check(self, n: int) -> None:
-        """Refuse a method that acts during training only, and selections that never come.
+        """Refuse unknown names, methods that act during training only, and selections that never come.
 
         Raises:
             UserError: what is wrong.
         """
         from raypkg.coresets.reselection import check_schedule, check_selects_once
 
+        self._check_names()
         check_selects_once(self.select)
         if self.select.every_epochs or self.select.warm_epochs:
             check_schedule(self.select, self.epochs)
+
+    def _check_names(self) -> None:
+        from raypkg.methods.sparse.rules import initial
+
+        from .merges import merge
+        from .pretrain import pretraining
+
+        pretraining[self.pretrain.method].options({})
+        merge[self.pretrain.merge].options({})
+        if self.pretrain.sparsity is not None:
+            initial[self.pretrain.sparsity].options({})

@@ -1,6 +1,7 @@
 """Merging models that started from the same weights into one (model soup, arXiv:2203.05482, with masks)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,65 +9,75 @@ from torch import Tensor
 from raypkg.methods.sparse.masks import Masks
 
 State = Mapping[str, Tensor]  # floating-point parameters by name
+Total = Callable[[Tensor], Tensor]  # sums a tensor over all workers
+
+
+class Member(NamedTuple):
+    """A model that trained by itself.
+
+    Attributes:
+        parameters: its last ones.
+        masks: that it trained under; empty = dense.
+    """
+
+    parameters: State
+    masks: Masks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes to send."""
+        tensors = [*self.parameters.values(), *self.masks.values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def alone(sums: Tensor) -> Tensor:
+    """Return the sum over all workers where there is but one."""
+    return sums
 
 
 class Soup:
     """A running sum of models; sums of several soups add up, so one all-reduce merges those of all workers.
 
     w = Σ_i m_i ⊙ w_i / Σ_i m_i, and weights in no mask keep their initial value w0. Parameters that no mask names
-    (biases, norms) are averaged plainly. Sums are float64, so that the order of models does not show in float32.
+    (biases, norms) are averaged plainly.
 
     Args:
         initial: w0, the parameters that all models started from.
+        members: the first models in it.
     """
 
-    def __init__(self, initial: State):
+    def __init__(self, initial: State, members: Iterable[Member] = ()):
         self.initial = initial
-        size = sum(w.numel() for w in initial.values())
-        self.sums = torch.zeros(2, size, dtype=torch.float64)  # Σ m⊙w and Σ m, all parameters in a row
+        self.sizes = [w.numel() for w in initial.values()]
+        # Σ m⊙w and Σ m, all parameters in a row; in float64 the order of the models does not show in float32
+        self.sums = torch.zeros(2, sum(self.sizes), dtype=torch.float64)
+        for member in members:
+            self.add(member)
 
-    def add(self, state: State, masks: Masks) -> None:
-        """Stir in one model; without masks the result is the plain mean."""
-        dense = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.initial.items()}
-        mask = _flat({**dense, **masks}, self.initial)
-        self.sums[0] += mask * _flat(state, self.initial)
+    def add(self, member: Member) -> None:
+        """Stir in one model; without masks it counts everywhere."""
+        everywhere = {name: torch.ones_like(w) for name, w in self.initial.items()}
+        mask = self._flat({**everywhere, **member.masks})  # [p]
+        weights = self._flat(member.parameters)  # [p]
+        self.sums[0] += mask * weights
         self.sums[1] += mask
 
-    def merged(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, Tensor]:
-        """Return the merged parameters; ``reduce`` sums the [2, p] float64 tensor over the workers."""
-        weighted, count = reduce(self.sums.clone())
-        start = _flat(self.initial, self.initial)
-        mean = torch.where(count > 0, weighted / count.clamp_min(1), start)
-        pieces = mean.split([w.numel() for w in self.initial.values()])
-        return {name: piece.view(w.shape).to(w) for (name, w), piece in zip(self.initial.items(), pieces, strict=True)}
+    def merged(self, total: Total = alone) -> dict[str, Tensor]:
+        """Return the merged parameters; ``total`` sums the [2, p] float64 tensor over the workers."""
+        weighted, count = total(self.sums.clone())
+        mean = weighted / count.clamp_min(1)  # where the count is 0, so is the sum
+        start = self._flat(self.initial)
+        values = torch.where(count > 0, mean, start)
+        pieces = values.split(self.sizes)
+        merged = {}
+        for (name, like), piece in zip(self.initial.items(), pieces, strict=True):
+            merged[name] = piece.view(like.shape).to(like)
+        return merged
 
-
-def greedy(
-    initial: State, models: Sequence[tuple[dict[str, Tensor], Masks]], score: Callable[[dict[str, Tensor]], float]
-) -> dict[str, Tensor]:
-    """Return the soup that grows by each model, best first, as long as held-out accuracy does not fall.
-
-    Args:
-        initial: w0.
-        models: parameters and masks of each model.
-        score: held-out accuracy of parameters, higher is better.
-    """
-    ranked = sorted(models, key=lambda model: score(_soup(initial, [model])), reverse=True)
-    chosen, best = ranked[:1], _soup(initial, ranked[:1])
-    best_score = score(best)
-    for model in ranked[1:]:
-        trial = _soup(initial, [*chosen, model])
-        if (trial_score := score(trial)) >= best_score:
-            chosen, best, best_score = [*chosen, model], trial, trial_score
-    return best
-
-
-def _soup(initial: State, models: Sequence[tuple[dict[str, Tensor], Masks]]) -> dict[str, Tensor]:
-    soup = Soup(initial)
-    for state, masks in models:
-        soup.add(state, masks)
-    return soup.merged()
-
-
-def _flat(state: State, like: State) -> Tensor:
-    return torch.cat([state[name].detach().double().cpu().flatten() for name in like])
+    def _flat(self, state: State) -> Tensor:
+        """Return all parameters in a row, float64 [p]."""
+        rows = []
+        for name in self.initial:
+            values = state[name].detach().cpu().double()
+            rows.append(values.flatten())
+        return torch.cat(rows)

@@ -1,0 +1,15 @@
+"""The usual pre-training, for comparison."""
+
+from raypkg.methods.lipt.settings import LiptSettings
+from raypkg.phases.training import Job, train_on_cluster
+from raypkg.runs.report import Report
+
+from . import RESULT, pretraining
+
+
+@pretraining("dense")
+def pretrain_dense(settings: LiptSettings, report: Report) -> None:
+    """Train one dense model on all samples by DDP."""
+    storage = report.folder.storage
+    job = Job(settings, settings.pretrain, storage, phase="pretrain", result=RESULT, main=False)
+    train_on_cluster(job, report)

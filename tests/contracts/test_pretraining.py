@@ -1,0 +1,263 @@
+"""What every pre-training, sparsity and merge of LiPT keeps, and the user's own ones too."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from raypkg.core.config import load_settings
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+from raypkg.methods.lipt.densities import redrawn
+from raypkg.methods.lipt.merges import merge
+from raypkg.methods.lipt.pretrain import RESULT, pretraining
+from raypkg.methods.lipt.settings import LiptSettings
+from raypkg.methods.lipt.soup import Member, alone
+from raypkg.methods.sparse.masks import random_masks, shapes_of
+from raypkg.methods.sparse.rules import initial as sparsity
+from raypkg.phases.coreset_files import load_record
+from raypkg.phases.samples import new_model, open_samples
+from raypkg.runs.checkpoints import load_model, save_model
+from raypkg.runs.folder import RunFolder, create
+from raypkg.runs.report import Report
+from raypkg.runs.tracking import Nowhere
+
+MODELS = 3
+
+
+def own_pretraining(settings, report, *, samples):
+    """A user's own: any weights will do, as long as they are in the run folder."""
+    model = new_model(settings, samples.data)
+    save_model(report.folder.storage, RESULT, {name: w + 1 for name, w in model.state_dict().items()})
+
+
+def own_sparsity(model, density):
+    return {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes_of(model).items()}
+
+
+def own_merge(initial, members, *, gather):
+    """The last model, pruned weights and all."""
+    return gather(members)[-1].parameters
+
+
+def not_one_layer(model, density):
+    return {}
+
+
+def not_one_parameter(initial, members):
+    return {}
+
+
+def own(function):
+    return f"{__name__}:{function.__name__}"
+
+
+def lipt_settings(**pretrain):
+    short = {"models": MODELS, "epochs": 1, "evaluate_every_epochs": 1, "precision": "float32"}
+    chosen = {"model": "mlp", "cluster.workers": 0, **{f"pretrain.{name}": value for name, value in short.items()}}
+    return load_settings(LiptSettings, overrides=chosen | {f"pretrain.{name}": v for name, v in pretrain.items()})
+
+
+def carry_out(root, **pretrain):
+    """Pre-train in a new run folder, and return it."""
+    settings = lipt_settings(**pretrain)
+    folder = create(str(root), "lipt", None, settings)
+    repeat(folder, settings)
+    return folder
+
+
+def repeat(folder, settings):
+    samples = open_samples(settings)
+    settings.check(len(samples.kept))
+    with Report(folder, Nowhere(), Console(quiet=True)) as report:
+        pretraining[settings.pretrain.method](settings, report, samples=samples)
+
+
+def weights(folder):
+    return load_model(folder.storage, RESULT)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.fixture(scope="module", params=[*pretraining.entries, own(own_pretraining)])
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pretrained(method, tmp_path_factory):
+    return carry_out(tmp_path_factory.mktemp("runs"), method=method)
+
+
+def test_a_pretraining_leaves_the_weights_of_the_model(pretrained):
+    settings = load_settings(LiptSettings, pretrained.config)
+    expected = new_model(settings, open_samples(settings).data).state_dict()
+    state = weights(pretrained)
+    assert {name: w.shape for name, w in state.items()} == {name: w.shape for name, w in expected.items()}
+    assert all(w.isfinite().all() for w in state.values())
+
+
+def test_a_record_of_a_pretraining_has_all_samples(pretrained):
+    y = open_samples(lipt_settings()).data.train.y
+    record = load_record(pretrained.storage, RESULT, y)
+    assert len(record) == len(y)
+
+
+def test_a_pretraining_is_a_function_of_the_seed(method, pretrained, tmp_path):
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    assert same(weights(carry_out(tmp_path, method=method)), weights(pretrained))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", pretraining.entries)
+def test_a_finished_pretraining_is_not_repeated(method, tmp_path):
+    folder = carry_out(tmp_path, method=method)
+    assert folder.phase("pretrain")["costs"]
+    folder.storage.write(RESULT, b"as it was left")
+    repeat(RunFolder(folder.storage), lipt_settings(method=method))
+    assert folder.storage.read(RESULT) == b"as it was left"
+
+
+def initial_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 3))
+
+
+@pytest.fixture(params=[*sparsity.entries, own(own_sparsity)])
+def rule(request):
+    return sparsity[request.param]
+
+
+def test_a_sparsity_gives_each_layer_a_count_and_no_places(rule):
+    model = initial_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = torch.randn(16, 6), torch.arange(16) % 3
+    chosen = rule(model, 0.4, batch=batch, rng=generator(0, "densities"))
+    first, again, other = (redrawn(chosen, generator(seed, "mask")) for seed in (0, 0, 1))
+    assert same(model.state_dict(), before)
+    assert same(first, again)
+    for name, mask in chosen.items():
+        assert first[name].sum() == other[name].sum() == mask.sum()
+        assert mask.all() or not torch.equal(first[name], other[name])
+
+
+def test_lipt_trains_with_each_sparsity(rule, tmp_path):
+    name = rule.name if rule.name in sparsity.entries else own(own_sparsity)
+    folder = carry_out(tmp_path, sparsity=name, merge="mean", density=0.2)
+    merged = weights(folder)["features.1.weight"]
+    dense = rule.name not in ("erk", "grasp", "snip", "uniform")
+    assert (merged == 0).any() != dense  # a weight that no model has stays 0 in the plain mean
+
+
+@pytest.fixture(params=[*merge.entries, own(own_merge)])
+def merging(request):
+    return merge[request.param]
+
+
+def trained_members():
+    """Initial weights, and models that moved from them, each by its own masks."""
+    model = initial_model()
+    initial = {name: w.detach() for name, w in model.named_parameters()}
+    members = []
+    for number in range(5):
+        rng = generator(number, "members")
+        masks = random_masks(shapes_of(model), dict.fromkeys(shapes_of(model), 0.5), rng)
+        moved = {name: w + torch.randn(w.shape, generator=rng) for name, w in initial.items()}
+        members.append(Member({name: w * masks.get(name, 1) for name, w in moved.items()}, masks))
+    return initial, members
+
+
+def near_zero(parameters):
+    return -sum(w.square().sum().item() for w in parameters.values())
+
+
+def test_a_merge_returns_the_models_parameters_and_changes_none(merging):
+    initial, members = trained_members()
+    merged = merging(initial, members, total=alone, gather=list, score=near_zero)
+    untouched, again = trained_members()
+    assert {name: (w.shape, w.dtype) for name, w in merged.items()} == {
+        name: (w.shape, w.dtype) for name, w in initial.items()
+    }
+    assert same(initial, untouched)
+    for member, copy in zip(members, again, strict=True):
+        assert same(member.parameters, copy.parameters) and same(member.masks, copy.masks)
+
+
+def test_a_merge_of_equal_models_is_the_model(merging):
+    initial, (model, *_) = trained_members()
+    dense = Member(model.parameters, {})
+    assert same(merging(initial, [dense] * 3, total=alone, gather=list, score=near_zero), model.parameters)
+
+
+def test_a_merge_on_three_workers_is_that_on_one(merging):
+    initial, members = trained_members()
+    expected = merging(initial, members, total=alone, gather=list, score=near_zero)
+    values = [None] * 3
+    barrier = threading.Barrier(3, timeout=60)
+
+    def exchange(rank, value):
+        values[rank] = value
+        barrier.wait()
+        everyone = list(values)
+        barrier.wait()
+        return everyone
+
+    def work(rank):
+        def total(tensor):
+            return sum(exchange(rank, tensor))
+
+        def gather(models):
+            everyone = exchange(rank, models)
+            return [everyone[number % 3][number // 3] for number in range(len(members))]
+
+        return merging(initial, members[rank::3], total=total, gather=gather, score=near_zero)
+
+    with ThreadPoolExecutor(3) as pool:
+        for merged in pool.map(work, range(3)):
+            for name, w in expected.items():
+                torch.testing.assert_close(merged[name], w, rtol=0, atol=1e-6)
+
+
+def test_lipt_merges_by_each(merging, tmp_path):
+    name = merging.name if merging.name in merge.entries else own(own_merge)
+    folder = carry_out(tmp_path, merge=name)
+    record = folder.phase("pretrain")
+    assert record["models"] == MODELS
+    assert all(cost["sent"] == 0 for cost in record["costs"])  # there is but one worker
+
+
+def test_false_switches_sparsity_off():
+    assert lipt_settings(sparsity="false").pretrain.sparsity is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("method", "lpt", "unknown pre-training 'lpt', did you mean 'lipt'"),
+        ("method", "none", r"unknown pre-training 'none'\. Allowed: dense, initial, lipt"),
+        ("merge", "men", "unknown merge 'men', did you mean 'mean'"),
+        ("sparsity", "snp", "unknown sparse initialisation 'snp', did you mean 'snip'"),
+        ("merge", "no_such_module:merge", "unknown merge or module 'no_such_module:merge'"),
+    ],
+)
+def test_an_unknown_name_is_refused_before_any_work(name, value, message):
+    with pytest.raises(UserError, match=message):
+        lipt_settings(**{name: value}).check(1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("sparsity", not_one_layer, "not_one_layer' returned other layers or shapes than"),
+        ("merge", not_one_parameter, "not_one_parameter' returned other parameters or shapes than"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(name, function, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        carry_out(tmp_path, **{name: own(function)})
