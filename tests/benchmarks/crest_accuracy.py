@@ -18,17 +18,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from launched import finished
 
-CHEAP = "--select.h 10 --select.b 1 --select.subset 0.00569"
+CHEAP = "--crest.h 10 --crest.b 1 --crest.subset 0.00569"
 ROWS = {
     "full training": "--selection random --budget 1",
-    "SGD cut short": "--selection none",
+    "SGD cut short": "--selection cut",
     "random batches": "--selection random",
     "crest, the paper's settings": "",
     "crest, h 10, b 1, r 2 batches": CHEAP,
-    "crest, the same, overlapped": f"{CHEAP} --select.overlap true",
-    "crest, first order": "--select.order 1",
-    "crest, no smoothing": "--select.smoothing false",
-    "crest, no exclusion": "--select.alpha 0",
+    "crest, the same, overlapped": f"{CHEAP} --crest.overlap true",
+    "crest, first order": "--crest.order 1",
+    "crest, no smoothing": "--crest.smoothing false",
+    "crest, no exclusion": "--crest.exclude_below 0",
     "craig": "--selection craig",
     "gradmatch": "--selection gradmatch",
     "glister": "--selection glister",
@@ -60,7 +60,7 @@ def summary(given: argparse.Namespace, name: str, seed: int) -> dict | None:
     options = f"--dataset {given.dataset} --model {given.model} --seed {seed} --train.epochs {given.epochs}"
     budget = "" if "--budget" in ROWS[name] else f"--budget {given.budget}"
     run = f"{name}-{seed}".replace(" ", "-").replace(",", "").replace("'", "")
-    return finished(given.root, "crest", run, f"{options} --train.evaluate_every 0 {budget} {ROWS[name]}")
+    return finished(given.root, "crest", run, f"{options} --train.evaluate_every_epochs 0 {budget} {ROWS[name]}")
 
 
 def figures(result: dict, full: dict | None) -> list[float | None]:

@@ -20,7 +20,7 @@ from raypkg.engine.run import Run
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.engine.worker import Worker, threads
 from raypkg.methods.crest.hook import Crest
-from raypkg.methods.crest.settings import CrestSelect
+from raypkg.methods.crest.settings import CrestOptions
 from raypkg.models import build_model
 
 pytestmark = [pytest.mark.bench, pytest.mark.data]
@@ -68,7 +68,7 @@ def made(data, settings):
     indices, hooks = torch.arange(len(data.train)), []
     if settings is not None:
         shards = LocalShards([Shard(data, indices, torch.empty(0, dtype=torch.int64))])
-        hooks = [Crest(CrestSelect(**settings), shards, lambda model: LiveModel(model, "auto"), indices, BATCH)]
+        hooks = [Crest(CrestOptions(**settings), shards, lambda model: LiveModel(model, "auto"), indices, BATCH)]
         hooks[0].steps = STEPS
     training = Training(epochs=ROUNDS, batch_size=BATCH, schedule="multistep", milestones=(0.6, 0.85), warmup=0.1)
     model = build_model("resnet20", data.train.shape, 10, seed=0)
