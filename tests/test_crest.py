@@ -1,6 +1,7 @@
 """CREST: its formulas against dense ones, and the hook against the paper's loop."""
 
 import itertools
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,19 +15,17 @@ from raypkg.core.settings import Training
 from raypkg.coresets.recorder import Recorder
 from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
-from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.costs import Cost
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.engine.shards import LocalShards, Shard
-from raypkg.engine.worker import Worker
+from raypkg.methods.crest.active import remaining
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.minibatch import minibatch_coreset
-from raypkg.methods.crest.pool import subset_size
 from raypkg.methods.crest.quadratic import MovingMoments, flat, gradient_of, hessian_diagonal, predicted, relative_error
-from raypkg.methods.crest.region import check_interval, remaining
-from raypkg.methods.crest.settings import CrestSelect
+from raypkg.methods.crest.region import check_interval
+from raypkg.methods.crest.settings import CrestOptions
+from raypkg.methods.crest.state import CrestState
 from raypkg.methods.sparse.masked import Masked
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
@@ -139,21 +138,21 @@ def split():
 
 
 def run(settings, training=PLAIN, holders=1, name="mlp", hooks=()):
-    data, indices, none = split(), torch.arange(N), torch.empty(0, dtype=torch.int64)
+    data = split()
+    indices = torch.arange(N)
+    none = torch.empty(0, dtype=torch.int64)
     shards = LocalShards([Shard(Data(data, data), indices, none, rank=i, world=holders) for i in range(holders)])
+    crest = Crest(settings, shards, lambda model: LiveModel(model, "float32"), indices, SIZE)
     model = build_model(name, (5,), 3, seed=0)
-    hook = Crest(settings, shards, lambda m: LiveModel(m, "float32"), indices, SIZE)
-    recorder = Recorder(data.y)
-    everything = Coreset.uniform(indices)
-    return Run(model, data, everything, training, 0, "train", Worker(), (), Cost("train"), [recorder, hook, *hooks])
+    return Run.simple(model, data, training, hooks=[Recorder(data.y), crest, *hooks], augment=())
 
 
-def hook_of(trained):
-    return trained.hooks[1]
+def state_of(trained):
+    return trained.hooks[1].state
 
 
 def rhos(trained):
-    return [row["rho"] for row in hook_of(trained).history]
+    return [row["rho"] for row in state_of(trained).history]
 
 
 def same_weights(a, b, tolerance=0.0):
@@ -161,7 +160,9 @@ def same_weights(a, b, tolerance=0.0):
 
 
 def test_the_hook_follows_the_papers_loop():
-    settings = CrestSelect(tau=0.1, h=3, b=2, subset=0.3, drop_every=5, alpha=0.4, model_batches=0, curvature=0)
+    settings = CrestOptions(
+        tau=0.1, h=3, b=2, subset=0.3, exclude_every_steps=5, exclude_below=0.4, model_batches=0, curvature=0
+    )
     trained, data = fit(run(settings, name="linear")), split()
     twin = build_model("linear", (5,), 3, seed=0)
     x, y = data.batch(torch.arange(N))
@@ -170,26 +171,27 @@ def test_the_hook_follows_the_papers_loop():
     # The last check of the twin may come with the end of training, within a region.
     torch.testing.assert_close(rhos(trained), errors[: len(rhos(trained))], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(flat(trained.model.parameters()), flat(twin.parameters()), rtol=1e-3, atol=1e-4)
-    history = hook_of(trained).history
+    history = state_of(trained).history
     assert history[-1]["update"] > 2 and history[-1]["active"] < N and max(row["interval"] for row in history) > 1
 
 
 def test_costs_are_those_of_steps_subsets_checks_and_models():
-    trained = fit(run(CrestSelect(tau=0.05, h=2, subset=0.3, curvature=4)))
-    bills, hook = {bill.phase: bill for bill in trained.bills()}, hook_of(trained)
+    trained = fit(run(CrestOptions(tau=0.05, h=2, subset=0.3, curvature=4)))
+    bills = {bill.phase: bill for bill in trained.bills()}
+    state = state_of(trained)
     steps = PLAIN.epochs * 15
     assert bills["train"].backward == steps * SIZE
-    assert bills["check"].forward == len(hook.history) * 36  # never all samples
-    choices = hook.picked[0].shape[1] / SIZE
+    assert bills["check"].forward == len(state.history) * 36  # never all samples
+    choices = state.picked[0].shape[1] / SIZE
     assert bills["select"].forward == choices * 36
-    assert choices <= steps + hook.updates  # nothing is chosen that is not drawn, but for the model
-    assert bills["model"].backward == hook.updates * (SIZE + 4)
-    assert int(hook.counts.sum()) == steps * SIZE
+    assert choices <= steps + state.updates  # nothing is chosen that is not drawn, but for the model
+    assert bills["model"].backward == state.updates * (SIZE + 4)
+    assert int(state.counts.sum()) == steps * SIZE
 
 
 @pytest.mark.parametrize("holders", [2, 3])
 def test_the_number_of_holders_does_not_matter(holders):
-    settings = CrestSelect(tau=0.05, h=2, subset=0.3)
+    settings = CrestOptions(tau=0.05, h=2, subset=0.3)
     one, many = fit(run(settings)), fit(run(settings, holders=holders))
     assert same_weights(one, many, 1e-5)
     assert rhos(one) == pytest.approx(rhos(many), abs=1e-4)
@@ -207,29 +209,51 @@ def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, over
             raise Killed
         return {}
 
-    settings = CrestSelect(tau=0.1, h=4, subset=0.3, drop_every=7, alpha=0.4, overlap=overlap)
+    settings = CrestOptions(tau=0.1, h=4, subset=0.3, exclude_every_steps=7, exclude_below=0.4, overlap=overlap)
     straight, places = fit(run(settings)), StoredCheckpoints(Storage(str(tmp_path)))
     with pytest.raises(Killed):
         fit(run(settings), checkpoints=places, measure=die)
     stopped = run(settings)
     stopped.load_state_dict(places.load())
-    assert hook_of(stopped).step == 15 * epoch
+    assert stopped.step == 15 * epoch
     resumed = fit(run(settings), checkpoints=places)
     assert same_weights(straight, resumed)
     assert rhos(straight) == rhos(resumed)
-    assert hook_of(straight).counts.equal(hook_of(resumed).counts)
+    assert state_of(straight).counts.equal(state_of(resumed).counts)
+    assert all(a.equal(b) for a, b in zip(state_of(straight).picked, state_of(resumed).picked, strict=True))
     assert sum(bill.backward for bill in straight.bills()) == sum(bill.backward for bill in resumed.bills())
 
 
 def test_some_stop_falls_inside_a_region():
-    trained = fit(run(CrestSelect(tau=0.1, h=4, subset=0.3, drop_every=7, alpha=0.4)))
-    checks = {row["step"] for row in hook_of(trained).history}
+    trained = fit(run(CrestOptions(tau=0.1, h=4, subset=0.3, exclude_every_steps=7, exclude_below=0.4)))
+    checks = {row["step"] for row in state_of(trained).history}
     assert not {15, 30, 45} <= checks
 
 
+def test_some_stop_falls_into_a_choice_in_the_background(tmp_path):
+    settings = CrestOptions(tau=0.1, h=4, subset=0.3, exclude_every_steps=7, exclude_below=0.4, overlap=True)
+    places = StoredCheckpoints(Storage(str(tmp_path)), keep=4)
+    trained = fit(run(settings), checkpoints=places)
+    saved = [torch.load(file, weights_only=True)["hooks"][1] for file in sorted(tmp_path.iterdir())[:-1]]
+    pools = [pool for state in saved for pool in (state["pool"], state["coming"]) if pool]
+    assert any(pool["awaited"] for pool in pools)
+    assert not trained.hooks[1].pool.awaited  # at the end nothing is ahead
+
+
+def test_a_state_is_saved_and_restored_by_its_fields():
+    state = state_of(fit(run(CrestOptions(tau=0.1, h=4, subset=0.3, overlap=True))))
+    saved = state.saved()
+    assert set(saved) == {field.name for field in fields(state)}
+    restored = CrestState.restored(saved)
+    restored.samples.highest.fill_(0.0)
+    torch.testing.assert_close(saved["samples"]["highest"], state.samples.highest, rtol=0, atol=0)  # not shared
+    torch.testing.assert_close(restored.saved()["pool"], saved["pool"], rtol=0, atol=0)
+    torch.testing.assert_close(restored.saved()["region"]["moments"]["second"], state.region.moments.second)
+
+
 def test_overlap_trains_an_interval_more_on_an_expired_pool():
-    in_line, overlapped = (fit(run(CrestSelect(tau=1e-9, subset=0.3, overlap=overlap))) for overlap in (False, True))
-    steps = [[row["step"] for row in hook_of(trained).history] for trained in (in_line, overlapped)]
+    in_line, overlapped = (fit(run(CrestOptions(tau=1e-9, subset=0.3, overlap=overlap))) for overlap in (False, True))
+    steps = [[row["step"] for row in state_of(trained).history] for trained in (in_line, overlapped)]
     assert steps[0] == list(range(1, 61))
     assert steps[1] == list(range(1, 61, 2))
     assert not same_weights(in_line, overlapped)
@@ -237,40 +261,47 @@ def test_overlap_trains_an_interval_more_on_an_expired_pool():
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_local_model_begins_at_the_loss_of_its_own_weights(monkeypatch, overlap):
-    apart, renewed = [], Crest._renewed
+    apart = []
+    begin_region = Crest._begin_region
 
-    def watched(hook, run, pool):
-        pool = renewed(hook, run, pool)
-        (chosen,) = pool.chosen.values()
+    def watched(hook, run, *arguments):
+        begin_region(hook, run, *arguments)
+        (chosen,) = hook.pool.chosen.values()
         x, y = run.split.batch(chosen.coreset.indices)
         with torch.no_grad():
             logits = run.model((x - torch.tensor(run.split.mean)) / torch.tensor(run.split.std))
         losses = F.cross_entropy(logits, y, reduction="none")
-        apart.append(abs(hook.loss - float(chosen.coreset.weights @ losses) / SIZE))
-        return pool
+        apart.append(abs(hook.state.region.loss - float(chosen.coreset.weights @ losses) / SIZE))
 
-    monkeypatch.setattr(Crest, "_renewed", watched)
-    fit(run(CrestSelect(tau=1e-9, b=1, h=0.1, subset=0.3, overlap=overlap)))  # pools of one coreset
+    monkeypatch.setattr(Crest, "_begin_region", watched)
+    fit(run(CrestOptions(tau=1e-9, b=1, h=0.1, subset=0.3, overlap=overlap)))  # pools of one coreset
     assert len(apart) > 20 and max(apart) < 1e-5
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"order": 1}, {"smoothing": False}, {"alpha": 0.0}, {"parameters": "head"}, {"model_batches": 0}, {"b": 1}],
+    [
+        {"order": 1},
+        {"smoothing": False},
+        {"exclude_below": 0.0},
+        {"parameters": "head"},
+        {"model_batches": 0},
+        {"b": 1},
+    ],
 )
 def test_every_switch_switches(change):
-    base = {"tau": 0.1, "h": 3, "subset": 0.3, "drop_every": 5, "alpha": 0.5}
-    trained, other = fit(run(CrestSelect(**base))), fit(run(CrestSelect(**{**base, **change})))
+    base = {"tau": 0.1, "h": 3, "subset": 0.3, "exclude_every_steps": 5, "exclude_below": 0.5}
+    trained, other = fit(run(CrestOptions(**base))), fit(run(CrestOptions(**{**base, **change})))
     assert rhos(trained) != rhos(other)
     if change == {"parameters": "head"}:
-        assert len(hook_of(other).anchor) == sum(p.numel() for p in other.model.head.parameters())
-    if change == {"alpha": 0.0}:
-        assert hook_of(other).active.all() and not hook_of(trained).active.all()
+        assert len(state_of(other).region.anchor) == sum(p.numel() for p in other.model.head.parameters())
+    if change == {"exclude_below": 0.0}:
+        assert state_of(other).samples.active.all() and not state_of(trained).samples.active.all()
 
 
 def test_it_combines_with_sparse_training_and_adamw():
     adamw = PLAIN.model_copy(update={"optimizer": "adamw", "lr": 0.01})
-    trained = run(CrestSelect(subset=0.3), adamw)
+    trained = run(CrestOptions(subset=0.3), adamw)
     name, weight = next((n, p) for n, p in trained.model.named_parameters() if p.dim() > 1)
     mask = torch.arange(weight.numel()).reshape(weight.shape) % 3 == 0
     trained.hooks = [*trained.hooks, Masked({name: mask})]
@@ -281,7 +312,7 @@ def test_it_combines_with_sparse_training_and_adamw():
 
 def test_batch_norm_statistics_are_those_of_training_alone():
     """Checks and models look in evaluation mode and leave no trace."""
-    trained = run(CrestSelect(subset=0.3))
+    trained = run(CrestOptions(subset=0.3))
     trained.model.features = nn.Sequential(trained.model.features, nn.BatchNorm1d(trained.model.head.in_features))
     fit(trained)
     assert int(trained.model.features[1].num_batches_tracked) == 60
@@ -289,8 +320,8 @@ def test_batch_norm_statistics_are_those_of_training_alone():
 
 
 def test_when_everything_is_learned_nothing_more_is_dropped():
-    trained = fit(run(CrestSelect(subset=0.3, alpha=1e9, drop_every=1)))
-    assert 2 * 36 <= int(hook_of(trained).active.sum()) < N
+    trained = fit(run(CrestOptions(subset=0.3, exclude_below=1e9, exclude_every_steps=1)))
+    assert 2 * 36 <= int(state_of(trained).samples.active.sum()) < N
 
 
 @pytest.mark.parametrize(
@@ -298,7 +329,7 @@ def test_when_everything_is_learned_nothing_more_is_dropped():
     [({}, 50_000, 128, 500), ({}, 1000, 32, 64), ({}, 40, 32, 40), ({"subset": 0.5}, 1000, 32, 500)],
 )
 def test_subset_sizes(settings, n, batch, size):
-    assert subset_size(CrestSelect(**settings), n, batch) == size
+    assert CrestOptions(**settings).subset_size(n, batch) == size
 
 
 @pytest.mark.parametrize(
@@ -307,14 +338,14 @@ def test_subset_sizes(settings, n, batch, size):
 )
 def test_subsets_that_cannot_be(settings, n, message):
     with pytest.raises(UserError, match=message):
-        subset_size(CrestSelect(**settings), n, 32)
+        CrestOptions(**settings).subset_size(n, 32)
 
 
 def test_a_loss_that_is_not_finite_is_one_line():
     with pytest.raises(UserError, match=r"NaN or infinite.*: lower the learning rate"):
-        fit(run(CrestSelect(subset=0.3), PLAIN.model_copy(update={"lr": 1e30})))
+        fit(run(CrestOptions(subset=0.3), PLAIN.model_copy(update={"lr": 1e30})))
 
 
 def test_random_subsets_and_draws_do_not_depend_on_what_was_computed_before():
-    pools = [fit(run(CrestSelect(subset=0.3, h=h))) for h in (1, 1)]
-    assert all(a.equal(b) for a, b in itertools.zip_longest(*(hook_of(trained).picked for trained in pools)))
+    pools = [fit(run(CrestOptions(subset=0.3, h=h))) for h in (1, 1)]
+    assert all(a.equal(b) for a, b in itertools.zip_longest(*(state_of(trained).picked for trained in pools)))

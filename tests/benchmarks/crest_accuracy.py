@@ -18,17 +18,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from launched import finished
 
-CHEAP = "--select.h 10 --select.b 1 --select.subset 0.00569"
+CHEAP = "--crest.h 10 --crest.b 1 --crest.subset 0.00569"
 ROWS = {
     "full training": "--selection random --budget 1",
-    "SGD cut short": "--selection none",
+    "SGD cut short": "--selection cut",
     "random batches": "--selection random",
     "crest, the paper's settings": "",
     "crest, h 10, b 1, r 2 batches": CHEAP,
-    "crest, the same, overlapped": f"{CHEAP} --select.overlap true",
-    "crest, first order": "--select.order 1",
-    "crest, no smoothing": "--select.smoothing false",
-    "crest, no exclusion": "--select.alpha 0",
+    "crest, the same, overlapped": f"{CHEAP} --crest.overlap true",
+    "crest, first order": "--crest.order 1",
+    "crest, no smoothing": "--crest.smoothing false",
+    "crest, no exclusion": "--crest.exclude_below 0",
     "craig": "--selection craig",
     "gradmatch": "--selection gradmatch",
     "glister": "--selection glister",
@@ -39,43 +39,46 @@ COLUMNS = ("accuracy %", "relative error %", "speed-up", "steps", "pools", "back
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    given = arguments()
-    jobs = [(name, seed) for seed in given.seeds for name in given.rows]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        found = list(pool.map(lambda job: summary(given, *job), jobs))
-    results = {job: result for job, result in zip(jobs, found, strict=True) if result}
-    print(f"\n{given.model}, {given.budget:.0%} of {given.epochs} epochs, seeds {given.seeds}, mean ± std\n")
+    chosen = arguments()
+    jobs = [(name, seed) for seed in chosen.seeds for name in chosen.rows]
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        summaries = list(pool.map(lambda job: summary(chosen, *job), jobs))
+    results = {job: result for job, result in zip(jobs, summaries, strict=True) if result}
+    print(f"\n{chosen.model}, {chosen.budget:.0%} of {chosen.epochs} epochs, seeds {chosen.seeds}, mean ± std\n")
     print("| | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
-    for name in given.rows:
+    for name in chosen.rows:
         rows = [
             figures(results[name, seed], results.get(("full training", seed)))
-            for seed in given.seeds
+            for seed in chosen.seeds
             if (name, seed) in results
         ]
         print(f"| {name} | " + " | ".join(cell([row[i] for row in rows]) for i in range(len(COLUMNS))) + " |")
 
 
-def summary(given: argparse.Namespace, name: str, seed: int) -> dict | None:
+def summary(chosen: argparse.Namespace, name: str, seed: int) -> dict | None:
     """Return the manifest of one run of the table."""
-    options = f"--dataset {given.dataset} --model {given.model} --seed {seed} --train.epochs {given.epochs}"
-    budget = "" if "--budget" in ROWS[name] else f"--budget {given.budget}"
+    options = f"--dataset {chosen.dataset} --model {chosen.model} --seed {seed} --train.epochs {chosen.epochs}"
+    budget = "" if "--budget" in ROWS[name] else f"--budget {chosen.budget}"
     run = f"{name}-{seed}".replace(" ", "-").replace(",", "").replace("'", "")
-    return finished(given.root, "crest", run, f"{options} --train.evaluate_every 0 {budget} {ROWS[name]}")
+    return finished(chosen.root, "crest", run, f"{options} --train.evaluate_every_epochs 0 {budget} {ROWS[name]}")
 
 
 def figures(result: dict, full: dict | None) -> list[float | None]:
     """Return the columns of one run; ``full`` is full training from the same seed."""
-    accuracy, backward = result["test_accuracy"], sum(phase["backward"] for phase in result["phases"])
-    steps = round(next(phase["backward"] for phase in result["phases"] if phase["phase"] == "train") / BATCH)
-    error = 100 * abs(accuracy - full["test_accuracy"]) / full["test_accuracy"] if full else None
-    faster = seconds(full) / seconds(result) if full else None
+    accuracy = result["test_accuracy"]
+    backward = {phase["phase"]: phase["backward"] for phase in result["phases"]}
+    steps = round(backward["train"] / BATCH)
+    error = faster = None
+    if full:
+        error = 100 * abs(accuracy - full["test_accuracy"]) / full["test_accuracy"]
+        faster = seconds(full) / seconds(result)
     return [
         100 * accuracy,
         error,
         faster,
         steps,
         result.get("pools"),
-        100 * backward / result["full_training_backward"],
+        100 * sum(backward.values()) / result["full_training_backward"],
     ]
 
 

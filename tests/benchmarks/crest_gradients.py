@@ -19,9 +19,9 @@ from raypkg.core.config import load_settings
 from raypkg.engine.batches import plain_batches
 from raypkg.methods.crest.minibatch import minibatch_coreset
 from raypkg.methods.crest.settings import CrestSettings
-from raypkg.phases.samples import new_model, samples
+from raypkg.phases.samples import new_model, open_samples
 from raypkg.phases.training import MODEL
-from raypkg.runs.checkpoints import load_tensors
+from raypkg.runs.checkpoints import load_model
 from raypkg.runs.folder import find
 
 N, R, M, ROUNDS = 4000, 500, 128, 16
@@ -32,15 +32,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
     parser.add_argument("--root", default="runs")
-    given = parser.parse_args()
-    run = find(given.root, "crest", given.run)
+    arguments = parser.parse_args()
+    run = find(arguments.root, "crest", arguments.run)
     settings = load_settings(CrestSettings, run.config)
-    found = samples(settings.dataset, settings.seed)
-    model = new_model(settings, found.data)
-    model.load_state_dict(load_tensors(run.storage, MODEL))
+    samples = open_samples(settings)
+    model = new_model(settings, samples.data)
+    model.load_state_dict(load_model(run.storage, MODEL))
     rng = torch.Generator().manual_seed(0)
-    some = found.kept[torch.randperm(len(found.kept), generator=rng)[:N]]
-    batches = list(plain_batches(found.data.train, some, torch.device("cpu"), R))
+    order = torch.randperm(len(samples.kept), generator=rng)
+    indices = samples.kept[order[:N]]
+    batches = list(plain_batches(samples.data.train, indices, torch.device("cpu"), R))
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
     whole = {mode: gradient(model.train(mode), x, y, torch.ones(N)) for mode in (False, True)}
     errors = defaultdict(list)
@@ -56,14 +57,16 @@ def main() -> None:
         for (mode, target), (name, (indices, weights)) in product(whole.items(), chosen.items()):
             off = gradient(model.train(mode), x[indices], y[indices], weights) - target
             errors[name, mode].append(float(off.square().sum() / target.square().sum()))
-    print(f"{given.run}: means of {ROUNDS}\n\n| batch | gathered statistics | the batch's own |\n|---|---|---|")
+    print(f"{arguments.run}: means of {ROUNDS}\n\n| batch | gathered statistics | the batch's own |\n|---|---|---|")
     for name in chosen:
-        print(f"| {name} | " + " | ".join(f"{sum(errors[name, mode]) / ROUNDS:.2f}" for mode in (False, True)) + " |")
+        gathered, own = (sum(errors[name, mode]) / ROUNDS for mode in (False, True))
+        print(f"| {name} | {gathered:.2f} | {own:.2f} |")
 
 
 def gradient(model: nn.Module, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """Return ∇ mean(w · loss), computed in batches of R, [p]; the model's statistics stay as they are."""
-    parameters, state = list(model.parameters()), {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = list(model.parameters())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     total = torch.zeros(sum(p.numel() for p in parameters))
     for part in torch.arange(len(y)).split(R):
         loss = F.cross_entropy(model(x[part]), y[part], reduction="none") @ weights[part] / len(y)

@@ -14,13 +14,12 @@ from raypkg.core.settings import Dataset, Training
 from raypkg.coresets.sharded import LiveModel
 from raypkg.data import load_data
 from raypkg.data.coreset import Coreset
-from raypkg.engine.costs import Cost
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.engine.shards import LocalShards, Shard
-from raypkg.engine.worker import Worker, threads
+from raypkg.engine.worker import threads
 from raypkg.methods.crest.hook import Crest
-from raypkg.methods.crest.settings import CrestSelect
+from raypkg.methods.crest.settings import CrestOptions
 from raypkg.models import build_model
 
 pytestmark = [pytest.mark.bench, pytest.mark.data]
@@ -59,21 +58,23 @@ def test_a_step_of_crest_against_a_plain_step():
         ratios = [{p: row.get(p, 0.0) / base for p in PARTS} for row, base in zip(rows, plain, strict=True)][1:]
         whole = statistics.median(sum(row.values()) for row in ratios)
         cells = "".join(f"{statistics.median(row[part] for row in ratios):>8.2f}" for part in PARTS)
-        ends = "".join(f"{hook.updates:>7}{hook.interval:>4}" for hook in runs[name].hooks)
+        ends = "".join(f"{crest.state.updates:>7}{crest.state.region.interval:>4}" for crest in runs[name].hooks)
         print(f"{name:<30}{whole:>7.2f}{cells}{ends}")
 
 
 def made(data, settings):
     """Prepare a run over all samples whose epochs are rounds of STEPS steps."""
-    indices, hooks = torch.arange(len(data.train)), []
+    indices = torch.arange(len(data.train))
+    hooks = []
     if settings is not None:
         shards = LocalShards([Shard(data, indices, torch.empty(0, dtype=torch.int64))])
-        hooks = [Crest(CrestSelect(**settings), shards, lambda model: LiveModel(model, "auto"), indices, BATCH)]
-        hooks[0].steps = STEPS
+        crest = Crest(CrestOptions(**settings), shards, lambda model: LiveModel(model, "auto"), indices, BATCH)
+        crest.steps = STEPS
+        hooks.append(crest)
     training = Training(epochs=ROUNDS, batch_size=BATCH, schedule="multistep", milestones=(0.6, 0.85), warmup=0.1)
     model = build_model("resnet20", data.train.shape, 10, seed=0)
     few = Coreset.uniform(indices[: STEPS * BATCH])  # of plain steps
-    return Run(model, data.train, few, training, 0, "train", Worker(), ("crop", "flip"), Cost("train"), hooks)
+    return Run.simple(model, data.train, training, hooks=hooks, coreset=few, augment=("crop", "flip"))
 
 
 def seconds(run):

@@ -9,7 +9,7 @@ from raypkg.cli import main
 
 PLAIN = [
     "--model", "mlp", "--train.precision", "float32", "--train.batch_size", "64", "--train.epochs", "10",
-    "--budget", "0.3", "--select.subset", "0.1", "--select.tau", "0.1", "--select.h", "3",
+    "--budget", "0.3", "--crest.subset", "0.1", "--crest.tau", "0.1", "--crest.h", "3",
 ]  # fmt: skip
 
 
@@ -36,32 +36,32 @@ def same(a, b, tolerance):
 def alone(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     in_line = run(root, "in-line", "--cluster.workers", "0")
-    overlapped = run(root, "overlapped", "--cluster.workers", "0", "--select.overlap", "true")
+    overlapped = run(root, "overlapped", "--cluster.workers", "0", "--crest.overlap", "true")
     return {"false": in_line, "true": overlapped}
 
 
 @pytest.mark.parametrize("overlap", ["false", "true"])
 def test_two_workers_choose_and_train_as_one(ray, alone, tmp_path, overlap):
-    two = run(tmp_path, "two", "--cluster.workers", "2", "--select.overlap", overlap)
+    two = run(tmp_path, "two", "--cluster.workers", "2", "--crest.overlap", overlap)
     same(alone[overlap], two, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("overlap", ["false", "true"])
 def test_actors_choose_as_the_workers_do(ray, alone, tmp_path, overlap):
-    actors = run(tmp_path, "actors", "--cluster.workers", "1", "--select.actors", "2", "--select.overlap", overlap)
+    actors = run(tmp_path, "actors", "--cluster.workers", "1", "--crest.actors", "2", "--crest.overlap", overlap)
     same(alone[overlap], actors, tolerance=1e-6)
 
 
 def test_a_killed_actor_changes_nothing(ray, alone, tmp_path):
     marker = tmp_path / "killed"
     source = ["--dataset", "sabotage:load_and_kill_actor", "--set", f"dataset.options.marker={marker}"]
-    disturbed = run(tmp_path, "disturbed", *source, "--cluster.workers", "1", "--select.actors", "2")
+    disturbed = run(tmp_path, "disturbed", *source, "--cluster.workers", "1", "--crest.actors", "2")
     assert marker.exists()
     same(alone["false"], disturbed, tolerance=1e-6)
 
 
 def test_more_actors_than_room_is_one_line(ray, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["crest", "--root", str(tmp_path), *PLAIN, "--cluster.workers", "2", "--select.actors", "2"])
+        main(["crest", "--root", str(tmp_path), *PLAIN, "--cluster.workers", "2", "--crest.actors", "2"])
     assert ended.value.code == 2
-    assert "select.actors = 2, but the training workers leave 1 CPUs" in capsys.readouterr().err
+    assert "crest.actors = 2, but the training workers leave 1 CPUs" in capsys.readouterr().err

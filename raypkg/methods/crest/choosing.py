@@ -1,45 +1,91 @@
-"""Who chooses mini-batch coresets: the training workers, or actors of their own."""
+"""Who chooses mini-batch coresets, the training workers or actors of their own, and what each of them computes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from raypkg.cluster.actors import actors
+from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
+from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.sharded import LiveModel, Scorer, SentModel
+from raypkg.engine.costs import Cost
 from raypkg.engine.shards import FirstWorkerShards, Shard, Shards, WorkerShards
 from raypkg.engine.worker import Worker
 from raypkg.phases.samples import Samples
 from raypkg.phases.training import Job
 
+from .minibatch import Chosen, choose_minibatch
 from .settings import CrestOptions
 
-Form = Callable[[nn.Module], Scorer]  # brings a model into the form that shards take
+ToScorer = Callable[[nn.Module], Scorer]  # brings a model into the form that shards take
 
 
 @contextmanager
-def choosing(worker: Worker, job: Job, samples: Samples, options: CrestOptions) -> Iterator[tuple[Shards, Form]]:
+def choosing(worker: Worker, job: Job, samples: Samples, options: CrestOptions) -> Iterator[tuple[Shards, ToScorer]]:
     """Give who chooses, each with all samples, and the form in which they take a model, until the block ends."""
     precision = job.training.precision
     if not options.actors:
-        everyone = [
+        # Every worker holds all samples, so that they can share the subsets of a pool by rank.
+        shards = [
             Shard(samples.data, samples.kept, samples.valid, worker.device, rank, worker.world)
             for rank in range(worker.world)
         ]
-        yield WorkerShards(everyone, worker), partial(LiveModel, precision=precision)
+        yield WorkerShards(shards, worker), partial(LiveModel, precision=precision)
         return
-    held = [
+    # Actors open the data set themselves: its settings travel, not its samples.
+    shards = [
         Shard(job.experiment.dataset, samples.kept, samples.valid, rank=rank, world=options.actors)
         for rank in range(options.actors)
     ]
     split = samples.data.train
-    form = partial(_sent, job.experiment.model, split.shape, split.num_classes, precision)
-    with actors(held, job.experiment.cluster, worker.rank == 0) as mine:
-        yield FirstWorkerShards(mine, worker), form
+    to_scorer = partial(_sent, job.experiment.model, split.shape, split.num_classes, precision)
+    with actors(shards, job.experiment.cluster, worker.rank == 0) as held:
+        yield FirstWorkerShards(held, worker), to_scorer
 
 
 def _sent(settings: Model, shape: tuple[int, ...], num_classes: int, precision: str, model: nn.Module) -> SentModel:
-    parameters = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
+    state = model.state_dict()
+    parameters = {name: value.cpu().numpy() for name, value in state.items()}
     return SentModel(settings, shape, num_classes, parameters, precision)
+
+
+def choose(
+    shard: Shard, scorer: Scorer, subsets: Sequence[Tensor], size: int, memory: int
+) -> tuple[list[Chosen], Cost]:
+    """Choose the mini-batch coreset of every ``world``-th random subset, in one forward pass over all of them."""
+    own = subsets[shard.rank :: shard.world]
+    cost = Cost("select")
+    if not own:
+        return [], cost
+    with cost:
+        view = _view(shard, scorer, torch.cat(list(own)))
+        cost.forward += len(view)
+        sizes = [len(subset) for subset in own]
+        logits = view.logits.split(sizes)
+        labels = view.y.split(sizes)
+        chosen = [
+            choose_minibatch(*subset_and_view, size, memory=memory)
+            for subset_and_view in zip(own, logits, labels, strict=True)
+        ]
+    return chosen, cost
+
+
+def subset_losses(shard: Shard, scorer: Scorer, indices: Tensor) -> Tensor:
+    """Return the losses of this holder's slice of the indices."""
+    own = indices.tensor_split(shard.world)[shard.rank]
+    if not len(own):
+        return torch.empty(0)
+    view = _view(shard, scorer, own)
+    return F.cross_entropy(view.logits, view.y, reduction="none")
+
+
+def _view(shard: Shard, scorer: Scorer, indices: Tensor) -> HeadView:
+    try:
+        return scorer.view(shard, indices)
+    except UserError as error:
+        raise UserError(f"CREST cannot continue with this model ({error}): lower the learning rate") from None

@@ -1,6 +1,9 @@
 """Mini-batch coresets: a few medoids that stand for a random subset of the data."""
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raypkg.coresets.facility import cluster_shares, facility_location
@@ -8,8 +11,47 @@ from raypkg.coresets.gradients import HeadView
 from raypkg.data.coreset import Coreset
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A mini-batch coreset, and what choosing it showed of its random subset.
+
+    Attributes:
+        coreset: positions in the training split, with weights.
+        loss: Σ γ_j loss_j / r of its medoids.
+        losses: of all samples of the random subset [r].
+        errors: by how much its mean logit gradient, and that of m random samples, miss the subset's [2, C].
+    """
+
+    coreset: Coreset
+    loss: float
+    losses: Tensor
+    errors: Tensor
+
+
+def choose_minibatch(subset: Tensor, logits: Tensor, y: Tensor, size: int, *, memory: int = 2**30) -> Chosen:
+    """Choose the mini-batch coreset of a random subset, and measure how well it stands for the subset.
+
+    Args:
+        subset: positions of V in the training split, in random order, int64 [r].
+        logits: of V, float [r, C].
+        y: labels of V, int64 [r].
+        size: m.
+        memory: bytes for cached distances.
+    """
+    picked = minibatch_coreset(logits, y, size, memory=memory)
+    losses = F.cross_entropy(logits, y, reduction="none")  # [r]
+    loss = float(picked.weights @ losses[picked.indices]) / len(picked)
+    gradients = logit_gradients(logits, y).residual  # [r, C]
+    weighted_sum = picked.weights @ gradients[picked.indices]  # [C]
+    of_coreset = weighted_sum / len(picked)
+    of_random_batch = gradients[:size].mean(dim=0)  # V is in random order, so its first m samples are a random batch
+    means = torch.stack([of_coreset, of_random_batch])  # [2, C]
+    errors = means - gradients.mean(dim=0)
+    return Chosen(picked.at(subset), loss, losses, errors)
+
+
 def minibatch_coreset(logits: Tensor, y: Tensor, size: int, *, memory: int = 2**30) -> Coreset:
-    """Choose the medoids of the logit gradients of r samples, and weigh each by the size of its cluster.
+    """Choose the medoids of the logit gradients of r samples, and weight each by the size of its cluster.
 
         S = argmin Σ_{i∈V} min_{j∈S} ‖(p_i − e_i) − (p_j − e_j)‖,  |S| = m        w_j = γ_j · m/r
 
@@ -20,10 +62,10 @@ def minibatch_coreset(logits: Tensor, y: Tensor, size: int, *, memory: int = 2**
         logits: of the random subset V, float [r, C].
         y: its labels, int64 [r].
         size: m; where it is r or more, all of V is returned, with weights 1.
-        memory: bytes for distances that are kept; the medoids do not depend on it.
+        memory: bytes for cached distances; the medoids do not depend on it.
 
     Returns:
-        Positions in V, in the order of their choice.
+        Positions in V, in the order in which they were chosen.
 
     >>> minibatch_coreset(torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 9.0]]), torch.tensor([1, 1, 1]), 2)
     Coreset(indices=tensor([0, 2]), weights=tensor([1.3333, 0.6667]))
@@ -32,9 +74,12 @@ def minibatch_coreset(logits: Tensor, y: Tensor, size: int, *, memory: int = 2**
         return Coreset.uniform(torch.arange(len(y)))
     view = logit_gradients(logits, y)
     medoids = facility_location(view, size, memory=memory)
-    return Coreset(medoids, (cluster_shares(view, medoids) * size / len(y)).float())
+    shares = cluster_shares(view, medoids)  # γ_j
+    weights = shares * size / len(y)  # their mean is 1, as in every coreset
+    return Coreset(medoids, weights.float())
 
 
 def logit_gradients(logits: Tensor, y: Tensor) -> HeadView:
     """Return the gradients with respect to the logits: those of a head without inputs, p − e_y."""
-    return HeadView(logits, logits.new_empty(len(y), 0), y)
+    no_features = logits.new_empty(len(y), 0)
+    return HeadView(logits, no_features, y)

@@ -1,91 +1,38 @@
-"""Mini-batch coresets of random subsets, chosen by whoever holds a shard, and the pool that they make up."""
+"""The pool of mini-batch coresets that training draws from, and the server that chooses them when they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.coresets.gradients import HeadView
-from raypkg.coresets.sharded import Scorer
 from raypkg.data.coreset import Coreset
 from raypkg.engine.costs import Cost
-from raypkg.engine.shards import Shard
+from raypkg.engine.run import Run
+from raypkg.engine.shards import Pending, Shards
+from raypkg.engine.worker import memory_bound
 
-from .minibatch import logit_gradients, minibatch_coreset
-
-
-class Chosen(NamedTuple):
-    """A mini-batch coreset and what its choice has seen.
-
-    Attributes:
-        coreset: positions in the training split, with weights.
-        loss: Σ γ_j loss_j / r of its medoids.
-        losses: of all samples of the random subset [r].
-        errors: by how much its mean logit gradient, and that of m random samples, miss the subset's [2, C].
-    """
-
-    coreset: Coreset
-    loss: float
-    losses: Tensor
-    errors: Tensor
+from .active import random_subset
+from .choosing import ToScorer, choose, subset_losses
+from .minibatch import Chosen
 
 
-def choose(
-    shard: Shard, scorer: Scorer, subsets: Sequence[Tensor], size: int, memory: int
-) -> tuple[list[Chosen], Cost]:
-    """Choose a mini-batch coreset of every ``world``-th random subset, in one forward pass over all of them."""
-    mine, cost = subsets[shard.rank :: shard.world], Cost("select")
-    if not mine:
-        return [], cost
-    with cost:
-        view = _view(shard, scorer, torch.cat(list(mine)))
-        cost.forward += len(view)
-        sizes = [len(subset) for subset in mine]
-        parts = zip(mine, view.logits.split(sizes), view.y.split(sizes), strict=True)
-        return [_chosen(indices, logits, y, size, memory) for indices, logits, y in parts], cost
-
-
-def _chosen(indices: Tensor, logits: Tensor, y: Tensor, size: int, memory: int) -> Chosen:
-    picked = minibatch_coreset(logits, y, size, memory=memory)
-    losses, gradients = F.cross_entropy(logits, y, reduction="none"), logit_gradients(logits, y).residual
-    means = [picked.weights @ gradients[picked.indices] / len(picked), gradients[:size].mean(dim=0)]  # drawn in order
-    loss = float(picked.weights @ losses[picked.indices]) / len(picked)
-    return Chosen(picked.at(indices), loss, losses, torch.stack(means) - gradients.mean(dim=0))
-
-
-def subset_losses(shard: Shard, scorer: Scorer, indices: Tensor) -> Tensor:
-    """Return the losses of this holder's slice of the indices."""
-    mine = indices.tensor_split(shard.world)[shard.rank]
-    if not len(mine):
-        return torch.empty(0)
-    view = _view(shard, scorer, mine)
-    return F.cross_entropy(view.logits, view.y, reduction="none")
-
-
-def _view(shard: Shard, scorer: Scorer, indices: Tensor) -> HeadView:
-    try:
-        return scorer.view(shard, indices)
-    except UserError as error:
-        raise UserError(f"CREST cannot go on with this model ({error}): lower the learning rate") from None
-
-
-@dataclass
+@dataclass(eq=False)
 class Pool:
     """Mini-batch coresets chosen with the weights of one moment; each is computed when it is first drawn.
 
     Attributes:
-        update: l, which pool this is.
+        update: l, which pool this is, from 1.
         size: P.
         candidates: the active samples, of which random subsets are drawn.
         weights: state of the model that chooses.
-        chosen: p → what was computed so far.
+        chosen: p → the coreset, for those computed so far.
+        awaited: p → the random subset V_p, for those being computed in the background.
     """
 
     update: int
@@ -93,27 +40,147 @@ class Pool:
     candidates: Tensor
     weights: Mapping[str, Tensor]
     chosen: dict[int, Chosen] = field(default_factory=dict)
+    awaited: dict[int, Tensor] = field(default_factory=dict)
 
     def subset(self, p: int, count: int, seed: int) -> Tensor:
         """Draw the random subset V_p, the same whenever it is asked for."""
-        return random_subset(self.candidates, count, generator(seed, "crest subset", self.update, p))
+        rng = generator(seed, "crest subset", self.update, p)
+        return random_subset(self.candidates, count, rng)
 
     def draw(self, steps: range, seed: int) -> list[int]:
         """Draw which coreset each of the steps trains on."""
-        return [int(torch.randint(self.size, (), generator=generator(seed, "crest draw", step))) for step in steps]
+        # One generator for each step: its draw does not depend on where an interval or a resumed training begins.
+        generators = (generator(seed, "crest draw", step) for step in steps)
+        return [int(torch.randint(self.size, (), generator=rng)) for rng in generators]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values that ``restored`` takes back."""
-        chosen = {p: [c.coreset.indices, c.coreset.weights, c.loss, c.losses, c.errors] for p, c in self.chosen.items()}
-        return {**vars(self), "weights": dict(self.weights), "chosen": chosen}
+    def gradient_errors(self) -> tuple[Tensor, Tensor]:
+        """Return how far mean gradients of mini-batches are from their random subsets': root mean square, and bias.
+
+        Returns:
+            Two tensors [2]: of the coresets, and of random batches of their size.
+        """
+        errors = torch.stack([chosen.errors for chosen in self.chosen.values()])  # [·, 2, C]
+        squares = errors.square().sum(dim=2)  # [·, 2]
+        bias = errors.mean(dim=0).norm(dim=1)
+        return squares.mean(dim=0).sqrt(), bias
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any]) -> Pool:
-        """Return the pool of a checkpoint."""
-        chosen = {p: Chosen(Coreset(*c[:2]), *c[2:]) for p, c in state["chosen"].items()}
-        return cls(**{**state, "chosen": chosen})
+    def restored(cls, saved: Mapping[str, Any]) -> Pool:
+        """Return the pool of a checkpoint, which holds its fields."""
+        chosen = {}
+        for p, fields in saved["chosen"].items():
+            coreset = Coreset(**fields["coreset"])
+            chosen[p] = Chosen(**{**fields, "coreset": coreset})
+        return cls(**{**saved, "chosen": chosen})
 
 
-def random_subset(candidates: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """Draw ``count`` of the candidates, or all of them if they are fewer, in random order."""
-    return candidates[torch.randperm(len(candidates), generator=rng)[:count]]
+OnChoice = Callable[[Pool, Tensor, Chosen], None]  # told of each new coreset, with its random subset
+
+
+class PoolServer:
+    """Chooses the coresets of a pool: in line, when they are drawn, or ahead, while training continues.
+
+    All workers call it together and get the same coresets.
+
+    Args:
+        shards: can reach all samples each, and share the choices by rank.
+        scorer: brings a model into the form that shards take.
+        size: m, samples in a mini-batch.
+        subset_size: r, samples in a random subset.
+        memory: GiB for caching; None = a quarter of a worker's.
+        on_choice: called with each coreset, in the order of the draws.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        scorer: ToScorer,
+        *,
+        size: int,
+        subset_size: int,
+        memory: float | None,
+        on_choice: OnChoice,
+    ):
+        self.shards = shards
+        self.scorer = scorer
+        self.size = size
+        self.subset_size = subset_size
+        self.memory = memory
+        self.on_choice = on_choice
+        self._background: Pending | None = None  # computes what a pool awaits; one pool at a time does
+
+    def coresets(self, run: Run, pool: Pool, wanted: Iterable[int]) -> list[Chosen]:
+        """Return the wanted coresets of a pool, after computing those that are missing."""
+        wanted = list(wanted)
+        with run.cost.apart(run.bill("select")):
+            self._collect(run, pool)
+            if missing := self._missing(run, pool, wanted):
+                task = self._task(run, pool, missing)
+                self._keep(run, pool, missing, self.shards.map(choose, *task))
+        return [pool.chosen[p] for p in wanted]
+
+    def begin(self, run: Run, pool: Pool, wanted: Iterable[int]) -> None:
+        """Begin to choose coresets of a pool in the background, unless it awaits some already."""
+        if pool.awaited:
+            return
+        pool.awaited = self._missing(run, pool, wanted)
+        if pool.awaited:
+            task = self._task(run, pool, pool.awaited)
+            self._background = self.shards.start(choose, *task)
+
+    def losses(self, run: Run, subset: Tensor) -> Tensor:
+        """Return the losses of a random subset with the present weights, [r]."""
+        with run.cost.apart(run.bill("check")):
+            run.worker.share(run.model.buffers())
+            slices = self.shards.map(subset_losses, self.scorer(run.model), subset)
+        if run.worker.rank == 0:
+            run.bill("check").forward += len(subset)
+        return torch.cat(slices)
+
+    def _collect(self, run: Run, pool: Pool) -> None:
+        """Wait for what the pool awaits."""
+        awaited = pool.awaited
+        if not awaited:
+            return
+        background = self._background
+        self._background = None
+        pool.awaited = {}
+        if not background:  # it ended with the process from whose checkpoint training resumed
+            task = self._task(run, pool, awaited)
+            self._keep(run, pool, awaited, self.shards.map(choose, *task))
+            return
+        choices = background()
+        self._keep(run, pool, awaited, choices)
+        if run.worker.rank == 0:  # what is chosen in line is timed here; this was timed by those who chose
+            costs = [cost for _, cost in choices]
+            run.bill("select").total_seconds += sum(cost.total_seconds for cost in costs)
+
+    def _missing(self, run: Run, pool: Pool, wanted: Iterable[int]) -> dict[int, Tensor]:
+        """Return the random subsets of those coresets that are not computed yet."""
+        missing = [p for p in dict.fromkeys(wanted) if p not in pool.chosen]
+        return {p: pool.subset(p, self.subset_size, run.seed) for p in missing}
+
+    def _task(self, run: Run, pool: Pool, subsets: Mapping[int, Tensor]) -> tuple[Any, ...]:
+        """Return the arguments of ``choose``: a copy of the model, with the weights of the pool's moment."""
+        model = deepcopy(run.model)
+        model.load_state_dict(pool.weights)
+        memory = memory_bound(self.memory)
+        return self.scorer(model), list(subsets.values()), self.size, memory
+
+    def _keep(
+        self,
+        run: Run,
+        pool: Pool,
+        subsets: Mapping[int, Tensor],
+        choices: Sequence[tuple[Sequence[Chosen], Cost]],
+    ) -> None:
+        """Put what the holders chose into the pool; the holder of rank r chose for every ``world``-th subset."""
+        for number, (p, subset) in enumerate(subsets.items()):
+            turn, holder = divmod(number, len(choices))
+            coresets, _ = choices[holder]
+            chosen = coresets[turn]
+            pool.chosen[p] = chosen
+            self.on_choice(pool, subset, chosen)
+        if run.worker.rank == 0:  # the bill is summed over the workers, and all of them keep all choices
+            costs = [cost for _, cost in choices]
+            run.bill("select").forward += sum(cost.forward for cost in costs)

@@ -1,6 +1,62 @@
-"""How long a local model is trusted, how many mini-batch coresets it takes, and which samples are learned."""
+"""The region around w_l in which the local model of the loss is trusted, and for how many steps."""
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
+
+from .quadratic import MovingMoments, predicted
+
+
+@dataclass(eq=False)
+class Region:
+    """A local model of the loss that is fitted, checked every T1 steps, and expires when it is off by more than τ.
+
+    Attributes:
+        moments: smoothed gradient and curvature, over all regions so far.
+        anchor: w_l, the weights at which the model was fitted [p].
+        loss: L(w_l).
+        expired: whether the model was off at its last check; there is none before the first fit.
+        interval: T1, the steps between checks.
+        age: steps since the last check.
+        first_curvature: ‖H̄_0‖, of the first region.
+    """
+
+    moments: MovingMoments
+    anchor: Tensor
+    loss: float = 0.0
+    expired: bool = True
+    interval: int = 1
+    age: int = 0
+    first_curvature: float = 0.0
+
+    @classmethod
+    def none_yet(cls, order: int, smoothing: bool) -> "Region":
+        """Return what there is before the first fit."""
+        return cls(MovingMoments.none_yet(order, smoothing), torch.empty(0))
+
+    def begin(self, anchor: Tensor, loss: float, moments: MovingMoments) -> None:
+        """Begin a new region at w_l: until its first check, its model is trusted."""
+        self.anchor = anchor
+        self.loss = loss
+        self.moments = moments
+        self.expired = False
+
+    def prediction(self, parameters: Tensor) -> float:
+        """Return F(w − w_l), the loss that the model predicts at the weights w [p]."""
+        moved = parameters - self.anchor
+        return predicted(self.loss, self.moments.gradient, self.moments.diagonal, moved)
+
+    @property
+    def curvature(self) -> float:
+        """‖H̄_l‖, 0 for a linear model."""
+        diagonal = self.moments.diagonal
+        return 0.0 if diagonal is None else float(diagonal.norm())
+
+    def to(self, device: torch.device) -> None:
+        """Move the vectors to a device: a checkpoint leaves them on the CPU."""
+        self.anchor = self.anchor.to(device)
+        self.moments = self.moments.to(device)
 
 
 def check_interval(h: float, first: float, now: float) -> int:
@@ -13,25 +69,9 @@ def check_interval(h: float, first: float, now: float) -> int:
 
     Without curvature (0) nothing says when to check again, so T1 = max(1, h).
 
-    >>> interval(1, 8.0, 2.0), interval(1, 2.0, 8.0), interval(10, 0.0, 0.0)
+    >>> check_interval(1, 8.0, 2.0), check_interval(1, 2.0, 8.0), check_interval(10, 0.0, 0.0)
     (4, 1, 10)
     """
-    return max(1, round(h * first / now)) if now > 0 and first > 0 else max(1, round(h))
-
-
-def remaining(active: Tensor, highest: Tensor, alpha: float, least: int) -> Tensor:
-    """Return which samples stay active: all but those whose recorded losses were all at most α.
-
-    Args:
-        active: bool [n].
-        highest: the highest loss recorded since the last drop, −∞ where there is none: those stay [n].
-        alpha: α.
-        least: if fewer than so many would stay, nothing is dropped.
-
-    >>> import torch
-    >>> remaining(torch.ones(4, dtype=bool), torch.tensor([0.05, 0.2, -torch.inf, 0.1]), 0.1, least=1)
-    tensor([False,  True,  True, False])
-    """
-    learned = (highest <= alpha) & highest.isfinite()
-    stay = active & ~learned
-    return stay if int(stay.sum()) >= least else active
+    if now > 0 and first > 0:
+        return max(1, round(h * first / now))
+    return max(1, round(h))

@@ -1,4 +1,4 @@
-"""Settings of CREST, and what contradicts itself in them."""
+"""Settings of CREST, and checks that they do not contradict each other."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
@@ -9,7 +9,7 @@ from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster, Count, Experiment, Reselect, Share, Train, Training
 
-SMALLEST_SHARE = 0.01  # of the samples in a random subset, where two batches are fewer
+SMALLEST_SHARE = 0.01  # r/n where none is set, if that is at least two batches
 
 
 class CrestOptions(Settings):
@@ -18,8 +18,8 @@ class CrestOptions(Settings):
     renamed: ClassVar[Mapping[str, str]] = {"drop_every": "exclude_every_steps", "alpha": "exclude_below"}
 
     tau: Annotated[float, Field(gt=0, description="τ: error of the local model at which it has expired")] = 0.05
-    h: Annotated[float, Field(gt=0, description="steps between checks, over ‖H̄_0‖/‖H̄_t‖")] = 1.0
-    b: Annotated[Count, Field(description="mini-batch coresets of a pool, over the steps between checks")] = 5
+    h: Annotated[float, Field(gt=0, description="multiplies ‖H̄_0‖/‖H̄_t‖ to give the steps between checks")] = 1.0
+    b: Annotated[Count, Field(description="mini-batch coresets of a pool for each step between checks")] = 5
     subset: Annotated[
         Share | None,
         Field(description="r/n: share of the samples in a random subset; 0.01, or two batches, when left out"),
@@ -31,16 +31,17 @@ class CrestOptions(Settings):
     order: Annotated[int, Field(ge=1, le=2, description="of the local model: 2 = with curvature, 1 = without")] = 2
     smoothing: Annotated[bool, Field(description="smooth gradient and curvature over updates")] = True
     model_batches: Annotated[
-        int, Field(ge=0, description="mini-batch coresets that the local model is made from; 0 = the whole pool")
+        int, Field(ge=0, description="mini-batch coresets that the local model is fitted to; 0 = the whole pool")
     ] = 1
     curvature: Annotated[
-        int, Field(ge=0, description="samples of those whose curvature is measured, the dearest part; 0 = all")
+        int, Field(ge=0, description="of their samples, how many are used for curvature, the costliest part; 0 = all")
     ] = 32
     parameters: Annotated[
-        Literal["all", "head"], Field(description="of the local model; head = the last layer, for large nets")
+        Literal["all", "head"],
+        Field(description="that the local model covers; head = the last layer only, for large networks"),
     ] = "all"
     overlap: Annotated[
-        bool, Field(description="select while training continues, by the weights of one check before, on another core")
+        bool, Field(description="select in the background, on another core, with the weights of the previous check")
     ] = False
     actors: Annotated[
         int, Field(ge=0, description="Ray actors of one CPU each that select; 0 = the training workers do")
@@ -61,7 +62,9 @@ class CrestOptions(Settings):
         if batch > n:
             raise UserError(f"train.batch_size = {batch}: there are only {n} samples to choose from")
         if self.subset is None:
-            return min(n, max(round(SMALLEST_SHARE * n), 2 * batch))
+            # Of fewer than two batches, medoids would be little else than the subset itself.
+            size = max(round(SMALLEST_SHARE * n), 2 * batch)
+            return min(n, size)
         size = max(1, round(self.subset * n))
         if size < batch:
             raise UserError(
@@ -82,7 +85,8 @@ class CrestOptions(Settings):
             UserError: what is wrong.
         """
         self.subset_size(n, training.batch_size)
-        steps = epochs * -(-n // training.batch_size)
+        steps_per_epoch = -(-n // training.batch_size)
+        steps = epochs * steps_per_epoch
         if 0 < training.warmup * steps < 1:
             raise UserError(f"train.warmup = {training.warmup:g} of the budget's {steps} steps is less than one step")
         if self.actors and not cluster.workers:
@@ -128,17 +132,17 @@ class CrestSettings(Experiment):
 
     @property
     def within(self) -> int:
-        """Epochs of the budget."""
+        """Epochs that the budget pays for."""
         return round(self.budget * self.train.epochs)
 
     @property
     def epochs(self) -> int:
-        """Those of the budget, but for coresets of its size: every epoch on fewer samples."""
+        """Epochs to train: those of the budget, or all of them where each is on a coreset of the budget's size."""
         return self.within if self.by_batches else self.train.epochs
 
     @property
     def actors(self) -> int:
-        """Those that select."""
+        """Actors that select."""
         return self.crest.actors
 
     @property
@@ -150,24 +154,34 @@ class CrestSettings(Experiment):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse a budget that is not whole epochs, and settings of another selection."""
-        epochs = self.train.epochs
-        exact = self.budget * epochs
-        if self.within < 1 or abs(exact - self.within) > 0.01:
-            near = f"{max(1, self.within) / epochs:.3g}"
-            raise UserError(
-                f"budget = {self.budget:g} of {epochs} epochs is {exact:g} epochs: it must be whole, such as --budget"
-                f" {near}"
-            )
+        self._check_budget()
         if self.selection != "crest" and self.crest != CrestOptions():
             raise UserError(f"selection = {self.selection}: crest.* belongs to crest and would do nothing")
         if self.by_batches and self.every_epochs is not None:
             raise UserError(f"selection = {self.selection}: every_epochs = {self.every_epochs} would do nothing")
-        if not self.by_batches and (self.budget == 1 or (self.every_epochs or 1) > epochs):
+        if not self.by_batches:
+            self._check_reselection()
+        return self
+
+    def _check_budget(self) -> None:
+        epochs = self.train.epochs
+        exact = self.budget * epochs
+        rounding = abs(exact - self.within)  # of shares such as 0.333
+        if self.within < 1 or rounding > 0.01:
+            near = max(1, self.within) / epochs
+            raise UserError(
+                f"budget = {self.budget:g} of {epochs} epochs is {exact:g} epochs: it must be whole, such as --budget"
+                f" {near:.3g}"
+            )
+
+    def _check_reselection(self) -> None:
+        epochs = self.train.epochs
+        every = self.every_epochs or 1
+        if self.budget == 1 or every > epochs:
             raise UserError(
                 f"selection = {self.selection}: budget = {self.budget:g} must be below 1 and every_epochs ="
                 f" {self.every_epochs} at most the {epochs} epochs"
             )
-        return self
 
     def check(self, n: int) -> None:
         """Refuse what n training samples do not allow.
