@@ -35,8 +35,8 @@ def network():
     return build_model("mlp", (D,), C, seed=0, options={"hidden": [16, 8]})
 
 
-def run(*hooks, settings=PLAIN, model=None):
-    return Run.simple(model or network(), split(), settings, hooks=hooks)
+def run(*hooks, settings=PLAIN, model=None, **changes):
+    return Run.simple(model or network(), split(), settings.model_copy(update=changes), hooks=hooks)
 
 
 def sparse(*after, correction=(), **settings):
