@@ -295,7 +295,7 @@ def _finding(corrections: pa.Table) -> str:
         return "AGENT corrected no step: its weight c stayed 0"
     return (
         f"AGENT corrected {len(known):,} steps; its weight c ended at {c[-1]:.3g}, and the gradients of model and"
-        f" snapshot had a cosine of {known.mean():.2f} on average: see plots/correction.png"
+        f" snapshot had a cosine of {known.mean():.3f} on average: see plots/correction.png"
     )
 
 
