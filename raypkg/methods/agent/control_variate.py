@@ -44,13 +44,20 @@ def correct(gradients: list[Tensor], snapshot: list[Tensor], full: list[Tensor],
         full: g̃.
         damped: γc.
     """
-    torch._foreach_add_(gradients, torch._foreach_sub(full, snapshot), alpha=damped)
+    difference = torch._foreach_sub(full, snapshot)  # of all tensors at once
+    torch._foreach_add_(gradients, difference, alpha=damped)
 
 
 def cosine_similarity(a: list[Tensor], b: list[Tensor]) -> float:
     """Return the cosine of the angle between two lists of tensors, 0 where one is zero."""
-    products = [x.flatten().dot(y.flatten()) for x, y in zip(a, b, strict=True)]
+    products = []
+    for x, y in zip(a, b, strict=True):
+        products.append(x.flatten().dot(y.flatten()))
     product = torch.stack(products).sum()
-    length_a = torch.stack(torch._foreach_norm(a)).norm()
-    length_b = torch.stack(torch._foreach_norm(b)).norm()
-    return (product / (length_a * length_b)).nan_to_num(0.0).item()
+    cosine = product / (_length(a) * _length(b))
+    return cosine.nan_to_num(0.0).item()
+
+
+def _length(tensors: list[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(tensors)
+    return torch.stack(norms).norm()

@@ -170,7 +170,7 @@ class Correction(Hook):
         )
         steps = range(run.step, run.step + len(batches))
         total = [torch.zeros_like(parameter) for parameter in _trained(run.model)]
-        kept = set(self._steps_to_keep(run, steps, total)) if coreset is run.coreset else set()
+        kept = self._steps_to_keep(run, steps, total) if coreset is run.coreset else []
         bill = run.bill(FULL_GRADIENT)
         with seeded(run.seed, "full gradient", run.step, run.worker.rank):
             for step, batch in zip(steps, batches.epoch(run.epoch), strict=True):
@@ -188,8 +188,8 @@ class Correction(Hook):
         count = self.settings.samples
         if not count or count >= len(coreset):
             return coreset
-        order = torch.randperm(len(coreset), generator=generator(run.seed, "full gradient", run.step))
-        drawn = order[:count]
+        rng = generator(run.seed, "full gradient", run.step)
+        drawn = torch.randperm(len(coreset), generator=rng)[:count]
         return Coreset(coreset.indices[drawn], coreset.weights[drawn])
 
     def _steps_to_keep(self, run: Run, steps: range, gradient: list[Tensor]) -> list[int]:

@@ -52,8 +52,9 @@ class Pattern(NamedTuple):
         >>> pattern.whole(torch.tensor([1.0, 2.0])).tolist()
         [[1.0, 0.0], [0.0, 2.0]]
         """
-        flat = values.new_zeros(math.prod(self.shape))
-        return flat.index_put_((self.places,), values).view(self.shape)
+        weight = values.new_zeros(math.prod(self.shape))
+        weight[self.places] = values
+        return weight.view(self.shape)
 
     def matrix(self, values: Tensor) -> Tensor:
         """Return W [out, in] in compressed sparse rows."""
@@ -62,7 +63,8 @@ class Pattern(NamedTuple):
     def transposed(self, values: Tensor) -> Tensor:
         """Return Wᵀ [in, out] in compressed sparse rows."""
         height, width = self.shape
-        return csr(self.back_rows, self.back_columns, values[self.order], (width, height))
+        by_column = values[self.order]
+        return csr(self.back_rows, self.back_columns, by_column, (width, height))
 
 
 def pattern_of(mask: Tensor) -> Pattern:
@@ -140,7 +142,8 @@ class _Product(torch.autograd.Function):
             return input_gradient, output_gradient @ x, None, None
         # ∂y·xᵀ at the places of the pattern only: the dense [out, in] product is never formed.
         empty = pattern.matrix(torch.zeros_like(values))
-        weight_gradient = torch.sparse.sampled_addmm(empty, output_gradient, x, beta=0.0).values()
+        sampled = torch.sparse.sampled_addmm(empty, output_gradient, x, beta=0.0)
+        weight_gradient = sampled.values()
         if not ctx.holds_active:
             weight_gradient = pattern.whole(weight_gradient)
         return input_gradient, weight_gradient, None, None

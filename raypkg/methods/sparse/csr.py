@@ -28,10 +28,10 @@ def compressed(state: State, names: set[str]) -> State:
             small[name] = tensor.contiguous()
             continue
         matrix = in_rows(tensor.flatten(1))
-        width = matrix.shape[1]
+        narrow = matrix.shape[1] <= NARROW
         columns = matrix.col_indices()
-        small[f"{name}.rows"] = matrix.crow_indices().to(torch.int32)
-        small[f"{name}.columns"] = columns.to(torch.int16 if width <= NARROW else torch.int32)
+        small[f"{name}.rows"] = matrix.crow_indices().int()
+        small[f"{name}.columns"] = columns.short() if narrow else columns.int()
         small[f"{name}.values"] = matrix.values()
         small[f"{name}.shape"] = torch.tensor(tensor.shape)
     return small
@@ -47,7 +47,8 @@ def expanded(state: State) -> State:
             dense[name] = tensor
     for name in names:
         shape = state[f"{name}.shape"].tolist()
-        dense[name] = _matrix(state, name, shape).to_dense().view(shape)
+        matrix = _matrix(state, name, shape)
+        dense[name] = matrix.to_dense().view(shape)
     return dense
 
 

@@ -63,14 +63,15 @@ def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     >>> forward_flops(nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)), (5,))
     {'0.weight': 30, '2.weight': 12}
     """
-    replica = copy.deepcopy(model).to("cpu", torch.float32)
+    replica = copy.deepcopy(model).to("cpu", torch.float32).eval()
     counts: dict[str, int] = {}
     for name, layer in replica.named_modules():
         if isinstance(layer, LAYERS):
             weight_name = f"{name}.weight".lstrip(".")
             layer.register_forward_hook(partial(_count, counts, weight_name))
+    sample = torch.zeros(1, *shape)
     with torch.inference_mode():
-        replica.eval()(torch.zeros(1, *shape))
+        replica(sample)
     return counts
 
 
@@ -87,4 +88,5 @@ def active_flops(flops: Mapping[str, int], masks: Mapping[str, Tensor]) -> int:
 def _count(counts: dict[str, int], name: str, layer: nn.Module, _: object, output: Tensor) -> None:
     weight = layer.get_parameter("weight")  # [out, …]
     uses = output.numel() // weight.shape[0]  # each weight is used at every place of the output, 1 sample
-    counts[name] = counts.get(name, 0) + 2 * weight.numel() * uses
+    earlier = counts.get(name, 0)  # a layer may be called more than once
+    counts[name] = earlier + 2 * weight.numel() * uses

@@ -203,7 +203,8 @@ class Topology(Hook):
             pruning_done = min(1.0, run.progress / PRUNED_BY)
             return surplus(self.masks, gradual_density(self.density, pruning_done))
         fraction = drop_fraction(self.settings.death_rate, run.progress, self.settings.decay)
-        return {name: int(fraction * count) for name, count in active_counts(self.masks).items()}
+        counts = active_counts(self.masks)
+        return {name: int(fraction * count) for name, count in counts.items()}
 
     def _grow(self, run: Run, weights: Mapping[str, Tensor], before: Masks) -> None:
         assert self.settings.growth  # without it masks change by gradual pruning only
@@ -221,12 +222,15 @@ class Topology(Hook):
                 rng=generator(run.seed, "growth", name, run.step),
             )
             scores = checked_scores(f"growth rule {rule.name!r}", scores, weight, name)
-            self.masks[name].copy_(grown(self.masks[name], scores, count))
+            mask = self.masks[name]
+            mask.copy_(grown(mask, scores, count))
 
     def _arriving(self, weights: Mapping[str, Tensor], before: Masks) -> dict[str, int]:
         """Return how many weights each layer grows: what it lost, or its share of what all lost."""
         counts = active_counts(self.masks)
-        lost = {name: count - counts[name] for name, count in active_counts(before).items()}
+        lost = {}
+        for name, count in active_counts(before).items():
+            lost[name] = count - counts[name]
         chosen = self.settings.redistribution
         if chosen is None:
             return lost
@@ -242,7 +246,8 @@ class Topology(Hook):
 
     def _agree(self, run: Run) -> None:
         """Take the first worker's masks: they follow from sums that machines may round differently."""
-        run.worker.share(mask.view(torch.uint8) for mask in self.masks.values())
+        as_bytes = [mask.view(torch.uint8) for mask in self.masks.values()]  # which every backend sends
+        run.worker.share(as_bytes)
 
     def _record(self, run: Run) -> None:
         explored_share = self.explored_share
@@ -306,9 +311,10 @@ def _first_batch(run: Run) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(indices), generator=generator(run.seed, "first batch"))
     drawn = indices[order[: run.settings.batch_size]]
     bill = run.bill(FIRST_MASKS)
-    bill.forward += len(drawn)
-    bill.backward += len(drawn)
-    return next(plain_batches(run.split, drawn, run.worker.device, len(drawn), dtype_of(run.model)))
+    size = len(drawn)
+    bill.forward += size
+    bill.backward += size
+    return next(plain_batches(run.split, drawn, run.worker.device, size, dtype_of(run.model)))
 
 
 def _gradient(weight: Tensor) -> Tensor:

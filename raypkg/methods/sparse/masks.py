@@ -13,6 +13,7 @@ from raypkg.core.errors import UserError
 Masks = dict[str, Tensor]  # parameter name → bool tensor of the parameter's shape
 Densities = dict[str, float]  # parameter name → share of weights kept
 Shapes = Mapping[str, torch.Size]
+Shares = Mapping[str, float]
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -50,23 +51,26 @@ def erk(shapes: Shapes, density: float) -> Densities:
     if not 0 < density <= 1:
         raise UserError(f"density {density} is outside (0, 1]")
     sizes = _sizes(shapes)
-    raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}  # d_l at ε = 1
+    raw = {}  # d_l at ε = 1
+    for name, shape in shapes.items():
+        raw[name] = sum(shape) / sizes[name]
     densities = dict.fromkeys(shapes, 1.0)
     sparse = list(shapes)  # the layers that stay below 1, as far as is known
     budget = density * sum(sizes.values())
     while sparse:
         dense_weights = sum(sizes[name] for name in shapes if name not in sparse)
-        epsilon = (budget - dense_weights) / sum(raw[name] * sizes[name] for name in sparse)
+        weights_at_one = sum(raw[name] * sizes[name] for name in sparse)  # of these layers, at ε = 1
+        epsilon = (budget - dense_weights) / weights_at_one
         below = [name for name in sparse if epsilon * raw[name] <= 1]
         if len(below) == len(sparse):
             break
-        sparse = below
+        sparse = below  # the others are dense from here on: their surplus goes to these
     for name in sparse:
         densities[name] = epsilon * raw[name]
     return densities
 
 
-def allot(shares: Mapping[str, float], total: int, room: Mapping[str, int]) -> dict[str, int]:
+def allot(shares: Shares, total: int, room: Mapping[str, int]) -> dict[str, int]:
     """Return whole numbers that sum to a total, in proportion to the shares, none above its room.
 
     What does not fit into a full layer goes to the others; fractions are settled by the largest remainders.
@@ -94,9 +98,13 @@ def allot(shares: Mapping[str, float], total: int, room: Mapping[str, int]) -> d
         unfilled = [name for name in unfilled if name not in full]
     for name in unfilled:
         counts[name] = int(quotas[name])
-    largest_remainder_first = sorted(unfilled, key=lambda name: int(quotas[name]) - quotas[name])
+
+    def remainder(name: str) -> float:
+        return quotas[name] - int(quotas[name])
+
     missing = total - sum(counts.values())  # fewer than the layers: each lost less than 1 to rounding
-    for name in largest_remainder_first[:missing]:
+    largest_first = sorted(unfilled, key=remainder, reverse=True)
+    for name in largest_first[:missing]:
         counts[name] += 1
     return counts
 
@@ -104,7 +112,9 @@ def allot(shares: Mapping[str, float], total: int, room: Mapping[str, int]) -> d
 def counts_of(shapes: Shapes, densities: Densities) -> dict[str, int]:
     """Return how many weights of each layer to keep: exactly round(Σ d_l·n_l) in all, but never none of a layer."""
     sizes = _sizes(shapes)
-    shares = {name: densities[name] * size for name, size in sizes.items()}
+    shares = {}
+    for name, size in sizes.items():
+        shares[name] = densities[name] * size
     total = round(sum(shares.values()))
     counts = allot(shares, total, sizes)
     return {name: max(1, count) for name, count in counts.items()}
@@ -126,14 +136,17 @@ def largest_masks(scores: Mapping[str, Tensor], density: float) -> Masks:
     """Keep the round(density · n) largest scores of all layers together, and the largest of a layer that has none."""
     flat = torch.cat([score.flatten() for score in scores.values()])  # [n]
     keep = max(1, round(density * len(flat)))
-    kept = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    kept = torch.zeros_like(flat, dtype=torch.bool)
     kept[flat.topk(keep).indices] = True
-    sizes = [score.numel() for score in scores.values()]
     masks = {}
-    for (name, score), piece in zip(scores.items(), kept.split(sizes), strict=True):
-        if not piece.any():
-            piece[score.argmax()] = True  # a layer without weights would cut the network in two
-        masks[name] = piece.view(score.shape)
+    start = 0
+    for name, score in scores.items():
+        end = start + score.numel()
+        mask = kept[start:end]
+        if not mask.any():
+            mask[score.argmax()] = True  # a layer without weights would cut the network in two
+        masks[name] = mask.view(score.shape)
+        start = end
     return masks
 
 
@@ -173,11 +186,12 @@ def _sizes(shapes: Shapes) -> dict[str, int]:
     return {name: shape.numel() for name, shape in shapes.items()}
 
 
-def _quotas(shares: Mapping[str, float], names: Sequence[str], total: int) -> dict[str, float]:
+def _quotas(shares: Shares, names: Sequence[str], total: int) -> dict[str, float]:
     """Return what each name gets of a total, as fractions."""
     whole = sum(shares[name] for name in names)
+    if not whole:
+        return dict.fromkeys(names, total * (1 / len(names)))
     quotas = {}
     for name in names:
-        share = shares[name] / whole if whole else 1 / len(names)
-        quotas[name] = total * share
+        quotas[name] = total * (shares[name] / whole)
     return quotas

@@ -45,7 +45,8 @@ def _draw_densities(axes: Axes, changes: Rows, layers: list[str]) -> None:
     axes.plot(_densities(last), lines, "o", linestyle="none", label="at last", color=BLUE)
     active = sum(row["active"] for row in last)
     weights = sum(row["weights"] for row in last)
-    axes.set(title=f"{active / weights:.2%} of {short(weights)} weights exist", xlabel="density, %")
+    title = f"{active / weights:.2%} of {short(weights)} weights exist"
+    axes.set(title=title, xlabel="density, %")
     axes.set_xlim(left=0)
     names = [cut(name.removesuffix(".weight"), 30) for name in layers]
     axes.set_yticks(lines, names, fontsize=7)
@@ -58,12 +59,15 @@ def _draw_explored(axes: Axes, changes: Rows, layers: int) -> None:
     once = changes[::layers]  # a row for each change: these figures are the same in all layers
     epoch = column(once, "epoch")
     explored = 100 * column(once, "explored_share")
-    active = column(changes, "active").reshape(-1, layers).sum(1)
-    weights = column(changes, "weights").reshape(-1, layers).sum(1)
-    density = 100 * active / weights
+    active = column(changes, "active").reshape(-1, layers)  # [changes, layers]
+    weights = column(changes, "weights").reshape(-1, layers)
+    density = 100 * active.sum(1) / weights.sum(1)
     axes.step(epoch, explored, where="post", color=BLUE)
     axes.step(epoch, density, where="post", color=ORANGE)
-    ends = {"ever existed, R_s": (explored[-1], BLUE), "exist": (density[-1], ORANGE)}
+    ends = {
+        "ever existed, R_s": (explored[-1], BLUE),
+        "exist": (density[-1], ORANGE),
+    }
     line_ends(axes, epoch[-1], ends)
     axes.set(
         title=f"{explored[-1] / 100:.1%} ever existed",

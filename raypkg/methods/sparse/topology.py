@@ -22,9 +22,10 @@ def drop_fraction(first: float, progress: float, decay: str) -> float:
     >>> drop_fraction(0.5, 0.5, "cosine"), drop_fraction(0.5, 0.5, "linear")
     (0.25, 0.25)
     """
-    if decay == "cosine":
-        return first / 2 * (1 + math.cos(math.pi * progress))
-    return first * (1 - progress)
+    if decay == "linear":
+        return first * (1 - progress)
+    wave = 1 + math.cos(math.pi * progress)  # from 2 to 0
+    return first / 2 * wave
 
 
 def gradual_density(last: float, progress: float) -> float:
@@ -44,7 +45,7 @@ def surplus(masks: Mapping[str, Tensor], density: float) -> dict[str, int]:
     """
     sizes = {name: mask.numel() for name, mask in masks.items()}
     total = round(density * sum(sizes.values()))
-    targets = allot({name: float(size) for name, size in sizes.items()}, total, sizes)
+    targets = allot(sizes, total, sizes)
     excess = {}
     for name, count in active_counts(masks).items():
         target = max(1, targets[name])
@@ -61,9 +62,10 @@ def dropped(mask: Tensor, scores: Tensor, count: int) -> Tensor:
         count: fewer go where fewer scores are finite.
     """
     finite = int(scores.isfinite().sum())
-    lowest = _highest(-scores, min(count, finite))  # places among the active weights
-    active = mask.flatten().nonzero()[:, 0]  # [k]
+    count = min(count, finite)
+    lowest = _highest(-scores, count)  # places among the active weights
     remaining = mask.flatten().clone()
+    active = _places(remaining)  # [k]
     remaining[active[lowest]] = False
     return remaining.view(mask.shape)
 
@@ -76,9 +78,10 @@ def grown(mask: Tensor, scores: Tensor, count: int) -> Tensor:
         scores: like the mask; those of active weights are ignored.
         count: at most the number of inactive weights.
     """
-    inactive = (~mask.flatten()).nonzero()[:, 0]
-    highest = _highest(scores.flatten()[inactive], count)  # places among the inactive weights
     extended = mask.flatten().clone()
+    inactive = _places(~extended)
+    candidates = scores.flatten()[inactive]
+    highest = _highest(candidates, count)  # places among the inactive weights
     extended[inactive[highest]] = True
     return extended.view(mask.shape)
 
@@ -91,7 +94,14 @@ def _highest(scores: Tensor, count: int) -> Tensor:
     """
     if not count:
         return scores.new_empty(0, dtype=torch.int64)
-    limit = scores.topk(count, sorted=False).values.min()
-    above = (scores > limit).nonzero()[:, 0]
-    equal = (scores == limit).nonzero()[:, 0]
-    return torch.cat([above, equal[: count - len(above)]])
+    best, _ = scores.topk(count, sorted=False)
+    limit = best.min()
+    above = _places(scores > limit)
+    equal = _places(scores == limit)
+    missing = count - len(above)
+    return torch.cat([above, equal[:missing]])
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Return where a flat mask is true."""
+    return mask.nonzero()[:, 0]
