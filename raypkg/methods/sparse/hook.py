@@ -9,13 +9,11 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.run import Hook, Results, Run, hook
-from raypkg.engine.worker import Worker
 from raypkg.methods.agent.hook import Correction
 from raypkg.phases.samples import Samples, new_model
 from raypkg.phases.training import Job
@@ -23,37 +21,12 @@ from raypkg.phases.training import Job
 from . import plots
 from .flops import footprint
 from .masked import Active, Masked
-from .masks import Masks, active_counts, allot, density_of, enlarged, prunable, shapes_of
+from .masks import Masks, active_counts, allot, check_density, density_of, enlarged, prunable, shapes_of
 from .rules import checked_scores, checked_share, drop, growth, initial, momentum_rules, redistribution
 from .settings import PRUNED_BY, SparseSettings, Sparsity
-from .topology import drop_fraction, dropped, gradual_density, grown, surplus
+from .topology import drop_fraction, dropped, gradual_density, grown, surplus, zero_changed
 
 FIRST_MASKS = "first masks"  # their bill
-
-
-@hook("sparse", source="arXiv:2301.03573")
-def sparse(*, job: Job, worker: Worker, samples: Samples) -> list[Hook]:
-    """Train under masks that change, with AGENT's correction where it is chosen."""
-    settings = job.experiment
-    if not isinstance(settings, SparseSettings):
-        raise UserError("hook sparse takes its settings from `effray sparse`: use that command")
-    topology = None
-    if settings.density is not None:
-        size = len(samples.kept) if job.coreset is None else len(job.coreset)
-        steps_per_epoch = -(-size // job.training.batch_size)
-        topology = Topology(settings, job.training.epochs * steps_per_epoch)
-    # The order matters: growth is by the raw gradient, and what AGENT adds to pruned weights is zeroed after it.
-    hooks: list[Hook] = []
-    if topology:
-        hooks.append(topology)
-    if settings.agent:
-        hooks.append(Correction(settings.agent))
-    if topology and settings.compute == "sparse":
-        hooks.append(Active(topology.masks, topology.due))
-    elif topology:
-        hooks.append(Masked(topology.masks))
-    hooks.append(FootprintReport(new_model(settings, samples.data), topology))
-    return hooks
 
 
 class Topology(Hook):
@@ -101,7 +74,7 @@ class Topology(Hook):
             UserError: there are no such weights, or the density leaves fewer than there are layers.
         """
         shapes = shapes_of(run.model)
-        _check_density(self.density, shapes)
+        check_density(self.density, shapes)
         with run.bill(FIRST_MASKS):
             masks = self._first_masks(run)
         if {name: mask.shape for name, mask in masks.items()} != shapes:
@@ -184,7 +157,7 @@ class Topology(Hook):
         self._agree(run)
         for name, mask in self.masks.items():
             self.explored[name] |= mask
-            _zero_changed(weights[name], mask, before[name], run.optimizer)
+            zero_changed(weights[name], mask, before[name], run.optimizer)
         self._record(run)
 
     def _drop(self, run: Run, weights: Mapping[str, Tensor]) -> None:
@@ -292,19 +265,6 @@ class FootprintReport(Hook):
         return Results(facts=takes._asdict(), findings=[finding])
 
 
-def _check_density(density: float, shapes: Mapping[str, torch.Size]) -> None:
-    """Refuse a density that leaves a layer without a weight."""
-    if not shapes:
-        raise UserError(f"density = {density:g}: the model trains no weights of linear or convolutional layers")
-    weights = sum(shape.numel() for shape in shapes.values())
-    active = round(density * weights)
-    if active < len(shapes):
-        raise UserError(
-            f"density = {density:g} of {weights:,} weights leaves {active} for {len(shapes)} layers: each needs one at"
-            " least"
-        )
-
-
 def _first_batch(run: Run) -> tuple[Tensor, Tensor]:
     """Draw a batch for the first masks, and bill its gradient."""
     indices = run.coreset.indices
@@ -322,16 +282,26 @@ def _gradient(weight: Tensor) -> Tensor:
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
-def _zero_changed(weight: Tensor, mask: Tensor, before: Tensor, optimizer: Optimizer) -> None:
-    """Zero what left and what is new: the weight, and what the optimiser remembers of it.
-
-    The squares of Adam are the layer's mean where weights are new: from zero, their first steps would be far too long.
-    """
-    stays = mask & before
-    weight.data.mul_(stays)
-    for name, value in optimizer.state.get(weight, {}).items():
-        if not isinstance(value, Tensor) or value.shape != weight.shape:
-            continue  # such as Adam's count of steps
-        value.mul_(stays)
-        if name == "exp_avg_sq" and stays.any():
-            value[mask & ~before] = value[stays].mean()
+@hook("sparse", source="arXiv:2301.03573")
+def sparse(*, job: Job, samples: Samples) -> list[Hook]:
+    """Train under masks that change, with AGENT's correction where it is chosen."""
+    settings = job.experiment
+    if not isinstance(settings, SparseSettings):
+        raise UserError("hook sparse takes its settings from `effray sparse`: use that command")
+    topology = None
+    if settings.density is not None:
+        size = len(samples.kept) if job.coreset is None else len(job.coreset)
+        steps_per_epoch = -(-size // job.training.batch_size)
+        topology = Topology(settings, job.training.epochs * steps_per_epoch)
+    # The order matters: growth is by the raw gradient, and what AGENT adds to pruned weights is zeroed after it.
+    hooks: list[Hook] = []
+    if topology:
+        hooks.append(topology)
+    if settings.agent:
+        hooks.append(Correction(settings.agent))
+    if topology and settings.compute == "sparse":
+        hooks.append(Active(topology.masks, topology.due))
+    elif topology:
+        hooks.append(Masked(topology.masks))
+    hooks.append(FootprintReport(new_model(settings, samples.data), topology))
+    return hooks

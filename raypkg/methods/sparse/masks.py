@@ -70,6 +70,23 @@ def erk(shapes: Shapes, density: float) -> Densities:
     return densities
 
 
+def check_density(density: float, shapes: Shapes) -> None:
+    """Refuse a density that leaves a layer without a weight.
+
+    Raises:
+        UserError: there are no weights to mask, or fewer would exist than there are layers.
+    """
+    if not shapes:
+        raise UserError(f"density = {density:g}: the model trains no weights of linear or convolutional layers")
+    weights = sum(shape.numel() for shape in shapes.values())
+    active = round(density * weights)
+    if active < len(shapes):
+        raise UserError(
+            f"density = {density:g} of {weights:,} weights leaves {active} for {len(shapes)} layers: each needs one at"
+            " least"
+        )
+
+
 def allot(shares: Shares, total: int, room: Mapping[str, int]) -> dict[str, int]:
     """Return whole numbers that sum to a total, in proportion to the shares, none above its room.
 

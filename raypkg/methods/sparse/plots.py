@@ -10,7 +10,7 @@ import numpy as np
 from raypkg.runs.plots import BLUE, GREY, ORANGE, Rows, column, cut, line_ends, page, short
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from raypkg.runs.plots import Axes
 
 
 def topology(changes: Rows, path: str | Path) -> None:

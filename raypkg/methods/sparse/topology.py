@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .masks import active_counts, allot
 
@@ -84,6 +85,27 @@ def grown(mask: Tensor, scores: Tensor, count: int) -> Tensor:
     highest = _highest(candidates, count)  # places among the inactive weights
     extended[inactive[highest]] = True
     return extended.view(mask.shape)
+
+
+def zero_changed(weight: Tensor, mask: Tensor, before: Tensor, optimizer: Optimizer) -> None:
+    """Zero what left and what is new: the weight, and what the optimiser remembers of it.
+
+    The squares of Adam are the layer's mean where weights are new: from zero, their first steps would be far too long.
+
+    Args:
+        weight: a parameter, changed in place.
+        mask: which of its weights exist.
+        before: which existed before the change.
+        optimizer: whose state is changed in place, too.
+    """
+    stays = mask & before
+    weight.data.mul_(stays)
+    for name, value in optimizer.state.get(weight, {}).items():
+        if not isinstance(value, Tensor) or value.shape != weight.shape:
+            continue  # such as Adam's count of steps
+        value.mul_(stays)
+        if name == "exp_avg_sq" and stays.any():
+            value[mask & ~before] = value[stays].mean()
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:
