@@ -20,26 +20,19 @@ from launched import finished
 from raypkg.runs.folder import find
 
 SPARSE = {
-    "static": "--growth none",
+    "static": "--growth false",
     "SET": "--growth random",
     "RigL": "--growth gradient",
 }
-AGENT = "--correction agent"
-CHEAP = f"{AGENT} --agent.every 4 --agent.samples {{tenth}}"
+AGENT = "--agent true"
+CHEAP = f"{AGENT} --agent.every_steps 4 --agent.samples {{tenth}}"
 COLUMNS = ("density %", "1/4", "1/2", "3/4", "end", "test accuracy %", "gradients, epochs", "seconds", "R_s %")
 
 
 def main() -> None:
     """Run what is missing, then print the table."""
     given = arguments()
-    rows = [("dense", None, "")] + [
-        (name, density, options) for density in given.densities for name, options in SPARSE.items()
-    ]
-    rows = [
-        (name + suffix, density, f"{options} {more}")
-        for name, density, options in rows
-        for suffix, more in (("", ""), (" + AGENT", AGENT))
-    ] + [("SET + cheap AGENT", density, f"{SPARSE['SET']} {CHEAP}") for density in given.densities]
+    rows = rows_of(given.densities)
     jobs = [(*row, seed) for seed in given.seeds for row in rows]
     parts = {seed: part(given, seed) for seed in given.seeds}
     with ThreadPoolExecutor(given.jobs) as pool:
@@ -47,10 +40,22 @@ def main() -> None:
     print(f"\n{given.model}, {given.epochs} epochs, seeds {given.seeds}, mean ± std; quarters: held-out accuracy, %\n")
     print("| | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
     for row in rows:
-        known = [found for seed in given.seeds if (found := results[(*row, seed)])]
-        columns = zip(*known, strict=True) if known else [()] * (len(COLUMNS) - 1)
+        finished_runs = [results[(*row, seed)] for seed in given.seeds if results[(*row, seed)]]
+        columns = zip(*finished_runs, strict=True) if finished_runs else [()] * (len(COLUMNS) - 1)
         density = "100" if row[1] is None else f"{100 * row[1]:g}"
         print(f"| {row[0]} | {density} | " + " | ".join(cell(values) for values in columns) + " |")
+
+
+def rows_of(densities: list[float]) -> list[tuple[str, float | None, str]]:
+    """Return the rows of the table: name, density and options."""
+    plain: list[tuple[str, float | None, str]] = [("dense", None, "")]
+    for density in densities:
+        plain += [(name, density, options) for name, options in SPARSE.items()]
+    rows = []
+    for name, density, options in plain:
+        rows.append((name, density, options))
+        rows.append((f"{name} + AGENT", density, f"{options} {AGENT}"))
+    return rows + [("SET + cheap AGENT", density, f"{SPARSE['SET']} {CHEAP}") for density in densities]
 
 
 def part(given: argparse.Namespace, seed: int) -> str:
@@ -68,7 +73,7 @@ def figures(
     """Return the columns of one run."""
     run = f"{name}-{'dense' if density is None else density}-{seed}".replace(" ", "-").replace("+-", "")
     quarter = max(1, given.epochs // 4)
-    shape = f"--train.epochs {given.epochs} --train.evaluate_every {quarter} --model {given.model} --seed {seed}"
+    shape = f"--train.epochs {given.epochs} --train.evaluate_every_epochs {quarter} --model {given.model} --seed {seed}"
     sparse = "" if density is None else f"--density {density} {given.sparse_options}"
     options = options.format(tenth=given.tenth)
     line = f"--dataset {given.dataset} {shape} {part} {sparse} {options} {given.options}"
@@ -80,7 +85,7 @@ def figures(
     return [
         *(100 * accuracy for accuracy in (accuracies + [float("nan")] * 4)[:4]),
         100 * summary["test_accuracy"],
-        sum(phase["backward"] for phase in phases) / summary["coreset"],
+        sum(phase["backward"] for phase in phases) / (summary["coreset"] or summary["samples"]),
         sum(phase["seconds"] for phase in phases),
         100 * summary.get("explored", 1),
     ]

@@ -13,7 +13,6 @@ import torch
 
 from raypkg.core.settings import Training
 from raypkg.data import load_data
-from raypkg.data.coreset import Coreset
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
@@ -34,17 +33,18 @@ def epoch(data, hidden, density, compute, precision):
     """Return the seconds of one epoch of RigL, its masks changing every 100 steps, and the accuracy after it."""
     n = len(data.train)
     model = build_model("mlp", data.train.shape, 10, seed=0, options={"hidden": hidden})
-    topology = Topology(Sparsity(density=density, growth="gradient", fan_in="sparse", update_every=100), n // 128)
+    settings = Sparsity(density=density, growth="gradient", fan_in="sparse", update_every_steps=100)
+    topology = Topology(settings, n // 128)
     training = Training(epochs=1, batch_size=128, schedule="cosine", lr=0.05, precision=precision)
-    hooks = [topology, Active(topology) if compute == "sparse" else Masked(topology.masks)]
-    everyone = Coreset.uniform(torch.arange(n))
-    run = Run(model, data.train, everyone, training, 0, "train", Worker(), (), Cost("train"), hooks)
+    masks = topology.masks
+    last = Active(masks, topology.due) if compute == "sparse" else Masked(masks)
+    run = Run.simple(model, data.train, training, hooks=[topology, last], augment=())
     start = time.perf_counter()
     fit(run)
     seconds = time.perf_counter() - start
     test = torch.arange(len(data.test))
-    found = evaluate(run.model, data.test, test, Worker(), Cost("evaluate"), precision="float32")
-    return seconds, 100 * found["accuracy"]
+    measured = evaluate(run.model, data.test, test, Worker(), Cost("evaluate"), precision="float32")
+    return seconds, 100 * measured["accuracy"]
 
 
 @pytest.mark.bench

@@ -12,14 +12,12 @@ import pytest
 import torch
 
 from raypkg.core.settings import Training
-from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.costs import Cost
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker, threads
+from raypkg.engine.worker import threads
 from raypkg.methods.agent.hook import Correction
-from raypkg.methods.agent.settings import Agent
+from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.sparse.hook import Topology
 from raypkg.methods.sparse.masked import Masked
 from raypkg.methods.sparse.settings import Sparsity
@@ -31,13 +29,13 @@ TRAINING = Training(epochs=1, batch_size=128, schedule="constant", lr=0.01)
 
 def correction(**settings):
     """A correction that corrects from the first step on."""
-    hook = Correction(Agent(alpha=0.0, **settings))
+    hook = Correction(AgentOptions(alpha=0.0, **settings))
     hook.c = 1.0
     return hook
 
 
 def sparse():
-    topology = Topology(Sparsity(density=0.1, growth="gradient", update_every=5), N // 128)
+    topology = Topology(Sparsity(density=0.1, growth="gradient", update_every_steps=5), N // 128)
     return [topology, Masked(topology.masks)]
 
 
@@ -46,7 +44,7 @@ CASES = {
     "dense, AGENT": lambda: [correction()],
     "AGENT, the snapshot's gradients computed twice": lambda: [correction(memory=0)],
     "AGENT, full gradient over a tenth": lambda: [correction(samples=N // 10)],
-    "AGENT, and every 4th step corrected": lambda: [correction(samples=N // 10, every=4)],
+    "AGENT, and every 4th step corrected": lambda: [correction(samples=N // 10, every_steps=4)],
 }
 
 
@@ -72,8 +70,7 @@ def test_epochs_between_dense_ones():
 def seconds(split, hooks):
     """Return those of one epoch."""
     model = build_model("resnet20", (3, 32, 32), 10, seed=0, options={})
-    everyone = Coreset.uniform(torch.arange(N))
-    run = Run(model, split, everyone, TRAINING, 0, "train", Worker(), ("crop", "flip"), Cost("train"), hooks)
+    run = Run.simple(model, split, TRAINING, hooks=hooks, augment=("crop", "flip"))
     start = time.perf_counter()
     fit(run)
     return time.perf_counter() - start

@@ -9,7 +9,7 @@ from raypkg.cli import main
 
 OPTIONS = [
     "--model", "mlp", "--train.precision", "float32", "--train.batch_size", "64", "--train.epochs", "6",
-    "--density", "0.2", "--growth", "gradient", "--update_every", "10", "--correction", "agent",
+    "--density", "0.2", "--growth", "gradient", "--update_every_steps", "10", "--agent", "true",
 ]  # fmt: skip
 
 

@@ -21,9 +21,13 @@ def coefficient(current: Tensor, snapshot: Tensor) -> float:
     >>> coefficient(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 6.0]))
     0.5
     """
-    centred = snapshot.double() - snapshot.double().mean()
-    variance = centred @ centred
-    return (current.double() @ centred / variance).item() if variance > 0 else 0.0
+    snapshot = snapshot.double()
+    centred = snapshot - snapshot.mean()
+    variance = centred @ centred  # times the number of batches, as is the covariance below
+    if not variance > 0:  # nor where it is NaN
+        return 0.0
+    covariance = current.double() @ centred  # centring one of the two is enough
+    return (covariance / variance).item()
 
 
 def smoothed(c: float, estimate: float, alpha: float) -> float:
@@ -40,11 +44,20 @@ def correct(gradients: list[Tensor], snapshot: list[Tensor], full: list[Tensor],
         full: g̃.
         damped: γc.
     """
-    torch._foreach_add_(gradients, torch._foreach_sub(full, snapshot), alpha=damped)
+    difference = torch._foreach_sub(full, snapshot)  # of all tensors at once
+    torch._foreach_add_(gradients, difference, alpha=damped)
 
 
 def cosine_similarity(a: list[Tensor], b: list[Tensor]) -> float:
     """Return the cosine of the angle between two lists of tensors, 0 where one is zero."""
-    product = torch.stack([x.flatten().dot(y.flatten()) for x, y in zip(a, b, strict=True)]).sum()
-    left, right = (torch.stack(torch._foreach_norm(tensors)).norm() for tensors in (a, b))
-    return (product / (left * right)).nan_to_num(0.0).item()
+    products = []
+    for x, y in zip(a, b, strict=True):
+        products.append(x.flatten().dot(y.flatten()))
+    product = torch.stack(products).sum()
+    cosine = product / (_length(a) * _length(b))
+    return cosine.nan_to_num(0.0).item()
+
+
+def _length(tensors: list[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(tensors)
+    return torch.stack(norms).norm()

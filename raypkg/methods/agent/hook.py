@@ -28,6 +28,8 @@ from .settings import AgentOptions
 
 PROBED = 8  # samples
 COLUMNS = ("step", "c", "cosine")  # c, and how alike the gradients of model and snapshot are
+FULL_GRADIENT = "full gradient"  # the bill of g̃
+CORRECTION = "correction"  # the bill of ∇ℓ_B(θ̃)
 
 
 class Correction(Hook):
@@ -36,7 +38,7 @@ class Correction(Hook):
         at a snapshot:  c ← (1 − α)·c + α·ĉ,  θ̃ ← θ,  g̃ = mean of ∇ℓ_B(θ̃) over the batches of an epoch
         every step:     ∇ℓ_B(θ) − γc·(∇ℓ_B(θ̃) − g̃)
 
-    It comes after the hooks that look at the raw gradient (RigL grows on it) and before `Masked`. Momentum sees the
+    It comes after the hooks that use the raw gradient (RigL grows on it) and before `Masked`. Momentum sees the
     corrected gradient; weight decay is the optimiser's and is not corrected. The snapshot normalises by the statistics
     of its batches, as the model does, and keeps its running ones to itself. While c = 0, nothing is added and no
     gradient of the snapshot is computed.
@@ -59,7 +61,7 @@ class Correction(Hook):
         self.full: list[Tensor] = []  # g̃, one tensor a parameter; empty while c = 0
         self.kept: dict[int, tuple[Tensor, list[Tensor]]] = {}  # ℓ_B(θ̃) and its gradient, of each step to correct
         self.losses: list[Tensor] = []  # (ℓ_B(θ), ℓ_B(θ̃)) of every corrected step since the snapshot, [2]
-        self.mine: list[Tensor] = []  # of the last of them this worker's share
+        self.unsummed: list[Tensor] = []  # this worker's share of the latest of them, [2] each
         self.history: list[tuple[float, ...]] = []  # ``COLUMNS`` of every corrected step
 
     def on_start(self, run: Run) -> None:
@@ -76,80 +78,87 @@ class Correction(Hook):
             )
 
     def on_epoch(self, run: Run) -> None:
-        """Take the epoch's snapshot, unless steps are counted."""
+        """Take the epoch's snapshot, unless snapshots are taken by steps."""
         if run.step == 0 or not self.settings.snapshot_every_steps:
-            with run.bill("full gradient"):
+            with run.bill(FULL_GRADIENT):
                 self._refresh(run)
 
     def on_gradients(self, run: Run) -> None:
-        """Correct the gradients of this step."""
-        if self.settings.snapshot_every_steps and run.step and run.step % self.settings.snapshot_every_steps == 0:
-            with run.cost.apart(run.bill("full gradient")):
+        """Correct the gradients of this step, after a new snapshot where it is due."""
+        interval = self.settings.snapshot_every_steps
+        if interval and run.step and run.step % interval == 0:
+            with run.cost.apart(run.bill(FULL_GRADIENT)):
                 self._refresh(run)
         if run.step % self.settings.every_steps == 0:
-            with run.cost.apart(run.bill("correction")), seeded(run.seed, "correction", run.step, run.worker.rank):
+            # A model whose outputs depend on draws is refused; any other draws leave the global generator as it was.
+            with run.cost.apart(run.bill(CORRECTION)), seeded(run.seed, "correction", run.step, run.worker.rank):
                 self._correct(run)
 
     def on_epoch_end(self, run: Run) -> None:
         """Sum the losses over the workers: a checkpoint is the first worker's."""
-        self._sum(run)
+        self._sum_losses(run)
 
     def results(self, run: Run) -> Results:
         """Return c and the cosine of every corrected step, with their picture."""
         columns = np.array(self.history).T
         table = pa.table(dict(zip(COLUMNS, columns, strict=True)))
         return Results(
+            findings=[_finding(table)],
             tables={"correction": table},
             plots={"correction": partial(plots.correction, table.to_pylist())},
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return c, the losses, and what outlives an epoch where steps are counted: snapshot and full gradient."""
-        lasting: dict[str, Any] = {}
-        if self.settings.snapshot_every_steps:
-            lasting = {"snapshot": self.snapshot.state_dict(), "full": list(self.full)}
-        return {
+        state = {
             "c": self.c,
             "losses": list(self.losses),
             "history": torch.tensor(self.history, dtype=torch.float64).view(-1, len(COLUMNS)),
-            **lasting,
         }
+        if self.settings.snapshot_every_steps:
+            state["snapshot"] = self.snapshot.state_dict()
+            state["full"] = list(self.full)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
-        self.c, self.history = state["c"], [tuple(row) for row in state["history"].tolist()]
         device = next(self.snapshot.parameters()).device
-        self.losses = [tensor.to(device) for tensor in state["losses"]]
+        self.c = state["c"]
+        self.losses = [loss.to(device) for loss in state["losses"]]
+        self.history = [tuple(row) for row in state["history"].tolist()]
         if self.settings.snapshot_every_steps:
             self.snapshot.load_state_dict(state["snapshot"])
-            self.full = [tensor.to(device) for tensor in state["full"]]
+            self.full = [gradient.to(device) for gradient in state["full"]]
 
     def _refresh(self, run: Run) -> None:
-        self._sum(run)
+        """Update c by the losses since the last snapshot, then θ̃ and g̃."""
+        self._sum_losses(run)
         if self.losses:
-            current, snapshot = torch.stack(self.losses, dim=1).diff()  # [batches − 1] each
-            c = smoothed(self.c, coefficient(current, snapshot), self.settings.alpha)
-            self.c = run.worker.gather(c)[0]  # another processor may round otherwise
+            self.c = self._updated_c(run)
             self.losses = []
-        with torch.no_grad():
-            for mine, theirs in zip(self.snapshot.parameters(), run.model.parameters(), strict=True):
-                mine.copy_(theirs)
+        with torch.no_grad():  # buffers stay: while training, batch norm uses the statistics of its batch
+            for snapshot, current in zip(self.snapshot.parameters(), run.model.parameters(), strict=True):
+                snapshot.copy_(current)
         self.kept = {}
-        self.full = self._full_gradient(run) if self.settings.gamma * self.c else []
+        damped = self.settings.gamma * self.c
+        self.full = self._full_gradient(run) if damped else []
 
-    def _sum(self, run: Run) -> None:
-        if self.mine:
-            self.losses += run.worker.sum(torch.stack(self.mine))
-            self.mine = []
+    def _updated_c(self, run: Run) -> float:
+        # θ moves between the steps, and both losses fall with it. That common drift would pass for covariance of the
+        # batches; from one step to the next it is small, so the differences show the batches' own.
+        current, snapshot = torch.stack(self.losses, dim=1).diff()  # [batches − 1] each
+        c = smoothed(self.c, coefficient(current, snapshot), self.settings.alpha)
+        first, *_ = run.worker.gather(c)  # another processor may round otherwise
+        return float(first)
+
+    def _sum_losses(self, run: Run) -> None:
+        if self.unsummed:
+            self.losses += run.worker.sum(torch.stack(self.unsummed))
+            self.unsummed = []
 
     def _full_gradient(self, run: Run) -> list[Tensor]:
-        """Return g̃ at the snapshot, over the samples in use or some of them."""
-        coreset, bill = run.coreset, run.bill("full gradient")
-        total = [torch.zeros_like(parameter) for parameter in _trained(run.model)]
-        if self.settings.samples and self.settings.samples < len(coreset):
-            rng = generator(run.seed, "full gradient", run.step)
-            some = torch.randperm(len(coreset), generator=rng)[: self.settings.samples]
-            coreset = Coreset(coreset.indices[some], coreset.weights[some])
+        """Return g̃ at the snapshot, over the samples used for training or a draw of them."""
+        coreset = self._drawn(run)
         batches = Batches(
             run.split,
             coreset,
@@ -160,47 +169,70 @@ class Correction(Hook):
             dtype=dtype_of(run.model),
         )
         steps = range(run.step, run.step + len(batches))
-        corrected = {step for step in steps if step % self.settings.every_steps == 0}
-        if coreset is not run.coreset or not self._keeps(run, len(corrected) * sum(part.nbytes for part in total)):
-            corrected = set()
+        total = [torch.zeros_like(parameter) for parameter in _trained(run.model)]
+        kept = self._steps_to_keep(run, steps, total) if coreset is run.coreset else []
+        bill = run.bill(FULL_GRADIENT)
         with seeded(run.seed, "full gradient", run.step, run.worker.rank):
             for step, batch in zip(steps, batches.epoch(run.epoch), strict=True):
                 loss, gradient = self._gradient(run, batch)
                 torch._foreach_add_(total, gradient, alpha=1 / len(batches))
-                if step in corrected:
-                    self.kept[step] = loss.detach(), gradient
+                if step in kept:
+                    self.kept[step] = (loss.detach(), gradient)
                 bill.forward += len(batch.y)
                 bill.backward += len(batch.y)
-            return _summed(run, total, bill)
+        return _summed(run, total, bill)
 
-    def _keeps(self, run: Run, size: int) -> bool:
-        """Say whether the coming steps are on the same batches, and their gradients fit."""
+    def _drawn(self, run: Run) -> Coreset:
+        """Return the samples of the full gradient: those used for training, or some of them drawn anew."""
+        coreset = run.coreset
+        count = self.settings.samples
+        if not count or count >= len(coreset):
+            return coreset
+        rng = generator(run.seed, "full gradient", run.step)
+        drawn = torch.randperm(len(coreset), generator=rng)[:count]
+        return Coreset(coreset.indices[drawn], coreset.weights[drawn])
+
+    def _steps_to_keep(self, run: Run, steps: range, gradient: list[Tensor]) -> list[int]:
+        """Return the coming epoch's steps whose gradients at the snapshot are kept: those corrected, or none.
+
+        They can be kept only where the steps will see the same batches, and all of them lie before the next snapshot.
+        """
         supplied = any(hook.supplies_batches for hook in run.hooks)
-        return not supplied and not self.settings.snapshot_every_steps and size <= self._room(run.worker.device)
+        if supplied or self.settings.snapshot_every_steps:
+            return []
+        corrected = [step for step in steps if step % self.settings.every_steps == 0]
+        size = len(corrected) * sum(tensor.nbytes for tensor in gradient)
+        return corrected if size <= self._room(run.worker.device) else []
 
     def _room(self, device: torch.device) -> int:
+        """Return the bytes that kept gradients may take."""
         if self.settings.memory is None and device.type == "cuda":
-            return torch.cuda.mem_get_info(device)[0] // 4
+            free, _ = torch.cuda.mem_get_info(device)
+            return free // 4
         return memory_bound(self.settings.memory)
 
     def _correct(self, run: Run) -> None:
-        batch, bill, damped = run.batch, run.bill("correction"), self.settings.gamma * self.c
-        current = run.seen.losses @ batch.weights / batch.total
+        """Correct the gradients of a step in place, and remember its two losses for the next c."""
+        batch = run.batch
+        bill = run.bill(CORRECTION)
+        damped = self.settings.gamma * self.c
         if self.kept:
-            snapshot, gradients = self.kept[run.step]
+            snapshot_loss, snapshot_gradient = self.kept[run.step]
         else:
-            with torch.set_grad_enabled(bool(damped)):
-                snapshot, gradients = self._gradient(run, batch)
+            with torch.set_grad_enabled(bool(damped)):  # while c = 0, only the loss is needed
+                snapshot_loss, snapshot_gradient = self._gradient(run, batch)
             bill.forward += len(batch.y)
             bill.backward += len(batch.y) if damped else 0
-        self.mine.append(torch.stack([current, snapshot.detach()]))
-        alike = float("nan")
+        current_loss = run.seen.losses @ batch.weights / batch.total
+        self.unsummed.append(torch.stack([current_loss, snapshot_loss.detach()]))
+        cosine = float("nan")
         if damped:
-            mine = [torch.zeros_like(p) if p.grad is None else p.grad for p in _trained(run.model)]
-            theirs = _summed(run, gradients, bill)
-            alike = cosine_similarity(mine, theirs)
-            correct(mine, theirs, self.full, damped)
-        self.history.append((run.step, self.c, alike))
+            # DDP has averaged the model's gradient over the workers; that of the snapshot is still each worker's own.
+            current_gradient = [_gradient_of(parameter) for parameter in _trained(run.model)]
+            snapshot_gradient = _summed(run, snapshot_gradient, bill)
+            cosine = cosine_similarity(current_gradient, snapshot_gradient)
+            correct(current_gradient, snapshot_gradient, self.full, damped)
+        self.history.append((run.step, self.c, cosine))
 
     def _gradient(self, run: Run, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Return this worker's share of ℓ_B(θ̃), and of its gradient where gradients are enabled."""
@@ -209,22 +241,39 @@ class Correction(Hook):
         loss = losses_of(logits, batch.y) @ batch.weights / batch.total
         if not loss.requires_grad:
             return loss, []
-        return loss, list(torch.autograd.grad(loss, _trained(self.snapshot), allow_unused=True, materialize_grads=True))
+        gradient = torch.autograd.grad(
+            loss,
+            _trained(self.snapshot),
+            allow_unused=True,  # layers that the forward pass does not use
+            materialize_grads=True,
+        )
+        return loss, list(gradient)
 
 
 @torch.no_grad()
 def _draws(model: nn.Module, run: Run) -> bool:
-    """Say whether a model's outputs for one batch depend on random draws; its running statistics move."""
-    some, outputs = run.coreset.indices[:PROBED], []
-    x, _ = next(plain_batches(run.split, some, run.worker.device, len(some), dtype_of(model)))
+    """Say whether a model's outputs for one batch depend on random draws; its running statistics move.
+
+    Trying it out finds what no list of layers would: attention's own dropout, and a user's model that draws.
+    """
+    indices = run.coreset.indices[:PROBED]
+    x, _ = next(plain_batches(run.split, indices, run.worker.device, len(indices), dtype_of(model)))
+    model.train()
+    outputs = []
     for draw in range(2):
         with seeded(run.seed, "probe", draw):
-            outputs.append(model.train()(x))
-    return not torch.allclose(outputs[0], outputs[1], equal_nan=True)
+            outputs.append(model(x))
+    first, second = outputs
+    return not torch.allclose(first, second, equal_nan=True)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's gradient; zeros, which nothing reads, where the forward pass does not use it."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _summed(run: Run, tensors: list[Tensor], bill: Cost) -> list[Tensor]:
@@ -233,8 +282,21 @@ def _summed(run: Run, tensors: list[Tensor], bill: Cost) -> list[Tensor]:
         return tensors
     flat = run.worker.sum(torch.cat([tensor.flatten() for tensor in tensors]))
     bill.sent += flat.nbytes
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _finding(corrections: pa.Table) -> str:
+    """Say in a line what the correction did."""
+    c = corrections["c"].to_numpy()
+    cosine = corrections["cosine"].to_numpy()
+    known = cosine[np.isfinite(cosine)]
+    if not len(known):
+        return "AGENT corrected no step: its weight c stayed 0"
+    return (
+        f"AGENT corrected {len(known):,} steps; its weight c ended at {c[-1]:.3g}, and the gradients of model and"
+        f" snapshot had a cosine of {known.mean():.3f} on average: see plots/correction.png"
+    )
 
 
 @hook("agent", source="arXiv:2301.03573")

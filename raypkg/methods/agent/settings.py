@@ -20,11 +20,13 @@ class AgentOptions(Settings):
     gamma: Annotated[float, Field(gt=0, le=1, description="γ: damps the correction")] = 0.1
     alpha: Annotated[float, Field(ge=0, le=1, description="α: how fast c follows its estimate")] = 0.3
     samples: Annotated[
-        Count | None, Field(description="samples of the full gradient, drawn anew each time; all when left out")
+        Count | None, Field(description="samples of the full gradient, drawn anew each time (default: all)")
     ] = None
-    every_steps: Annotated[Count, Field(description="correct one step in so many; 1 = all, as published")] = 1
+    every_steps: Annotated[
+        Count, Field(description="steps from one corrected step to the next; 1 = all are corrected, as published")
+    ] = 1
     snapshot_every_steps: Annotated[
-        int, Field(ge=0, description="steps between snapshots; 0 = an epoch, as published")
+        int, Field(ge=0, description="steps between snapshots; 0 = one an epoch, as published")
     ] = 0
     memory: Annotated[
         float | None, Field(ge=0, description="GiB for caching gradients (default: a quarter of a worker's memory)")

@@ -36,6 +36,11 @@ class Pattern(NamedTuple):
     back_columns: Tensor
     order: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the dense weight, (out, in)."""
+        return len(self.rows) - 1, len(self.back_rows) - 1
+
     def values(self, weight: Tensor) -> Tensor:
         """Return the weights that exist, [k]."""
         return weight.flatten()[self.places]
@@ -47,14 +52,26 @@ class Pattern(NamedTuple):
         >>> pattern.whole(torch.tensor([1.0, 2.0])).tolist()
         [[1.0, 0.0], [0.0, 2.0]]
         """
-        shape = len(self.rows) - 1, len(self.back_rows) - 1
-        return values.new_zeros(math.prod(shape)).index_put_((self.places,), values).view(shape)
+        weight = values.new_zeros(math.prod(self.shape))
+        weight[self.places] = values
+        return weight.view(self.shape)
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """Return W [out, in] in compressed sparse rows."""
+        return csr(self.rows, self.columns, values, self.shape)
+
+    def transposed(self, values: Tensor) -> Tensor:
+        """Return Wᵀ [in, out] in compressed sparse rows."""
+        height, width = self.shape
+        by_column = values[self.order]
+        return csr(self.back_rows, self.back_columns, by_column, (width, height))
 
 
 def pattern_of(mask: Tensor) -> Pattern:
     """Return the pattern of a mask [out, in]."""
-    (height, width), (rows, columns) = mask.shape, mask.nonzero().T  # by rows
-    order = columns.argsort(stable=True)
+    height, width = mask.shape
+    rows, columns = mask.nonzero().T  # by rows
+    order = columns.argsort(stable=True)  # by columns, which are the rows of the transposed matrix
     return Pattern(
         places=rows * width + columns,
         rows=_starts(rows, height),
@@ -74,25 +91,29 @@ class ActiveLinear(nn.Linear):
 
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight = layer.weight
+        self.bias = layer.bias
         self.pattern: Pattern | None = None
-        self.whole_gradient = False  # of all weights, in the coming backward pass: for growth that looks at it
+        self.whole_gradient = False  # of all weights, in the coming backward pass: for growth by gradient
 
     def forward(self, x: Tensor) -> Tensor:
         """Map […, in] to […, out]."""
         if self.pattern is None:
             return super().forward(x)
-        rows = x.reshape(-1, self.in_features).to(self.weight.dtype)
+        rows = x.reshape(-1, self.in_features).to(self.weight.dtype)  # [b, in]
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _Product.apply(rows, self.weight, self.pattern, self.whole_gradient)
-            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+            y: Tensor = _Product.apply(rows, self.weight, self.pattern, self.whole_gradient)  # [b, out]
+            if self.bias is not None:
+                y = y + self.bias
+            return y.view(*x.shape[:-1], -1)
 
 
 def of_active(layer: nn.Linear) -> ActiveLinear:
     """Return a layer that holds the weights that are not zero, and no others."""
     active = ActiveLinear(layer)
     active.pattern = pattern_of(layer.weight != 0)
-    active.weight = nn.Parameter(active.pattern.values(layer.weight.data), requires_grad=False)
+    values = active.pattern.values(layer.weight.data)
+    active.weight = nn.Parameter(values, requires_grad=False)
     return active
 
 
@@ -101,27 +122,34 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, pattern: Pattern, whole_gradient: bool) -> Tensor:
-        only = weight.dim() == 1
-        values = weight if only else pattern.values(weight)
+        holds_active = weight.dim() == 1
+        values = weight if holds_active else pattern.values(weight)
         ctx.save_for_backward(x, values)
-        ctx.pattern, ctx.only, ctx.whole_gradient = pattern, only, whole_gradient
-        shape = len(pattern.rows) - 1, len(pattern.back_rows) - 1
-        return (csr(pattern.rows, pattern.columns, values, shape) @ x.T).T
+        ctx.pattern = pattern
+        ctx.holds_active = holds_active
+        ctx.whole_gradient = whole_gradient
+        return (pattern.matrix(values) @ x.T).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        (gradient,), (x, values), pattern = gradients, ctx.saved_tensors, ctx.pattern
-        g = gradient.T.contiguous()  # [out, b]
-        back = None
+        x, values = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        output_gradient = gradients[0].T.contiguous()  # ∂y, [out, b]
+        input_gradient = None
         if ctx.needs_input_grad[0]:
-            shape = x.shape[1], len(g)
-            back = (csr(pattern.back_rows, pattern.back_columns, values[pattern.order], shape) @ g).T
+            input_gradient = (pattern.transposed(values) @ output_gradient).T
         if ctx.whole_gradient:
-            return back, g @ x, None, None
-        empty = csr(pattern.rows, pattern.columns, torch.zeros_like(values), (len(g), x.shape[1]))
-        sampled = torch.sparse.sampled_addmm(empty, g, x, beta=0.0).values()
-        return back, sampled if ctx.only else pattern.whole(sampled), None, None
+            return input_gradient, output_gradient @ x, None, None
+        # ∂y·xᵀ at the places of the pattern only: the dense [out, in] product is never formed.
+        empty = pattern.matrix(torch.zeros_like(values))
+        sampled = torch.sparse.sampled_addmm(empty, output_gradient, x, beta=0.0)
+        weight_gradient = sampled.values()
+        if not ctx.holds_active:
+            weight_gradient = pattern.whole(weight_gradient)
+        return input_gradient, weight_gradient, None, None
 
 
 def _starts(rows: Tensor, count: int) -> Tensor:
-    return F.pad(rows.bincount(minlength=count).cumsum(0), (1, 0)).int()
+    """Return where each row starts, and after them the end, int32 [count + 1]."""
+    ends = rows.bincount(minlength=count).cumsum(0)
+    return F.pad(ends, (1, 0)).int()

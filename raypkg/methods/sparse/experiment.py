@@ -8,7 +8,7 @@ from .settings import SparseSettings
 
 @experiment("sparse", source="arXiv:2301.03573")
 def run(settings: SparseSettings, *, report: Report) -> None:
-    """Train a model of which few weights exist at a time, those that matter changing as training continues.
+    """Train a model in which few weights exist at a time, and which of them do changes as training proceeds.
 
     Masks are applied to dense arithmetic, which saves nothing: linear layers compute with what exists by --compute
     sparse, and `effray export --format csr` leaves out the rest.

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
-from raypkg.engine.batches import plain_batches
+from raypkg.data import Data
+from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.worker import threads
 from raypkg.phases.samples import new_model, open_samples
 from raypkg.phases.training import MODEL
-from raypkg.runs.checkpoints import load_tensors, save_tensors
+from raypkg.runs.checkpoints import load_model, save_model
 from raypkg.runs.folder import RunFolder
 
 from .active_linear import of_active
@@ -22,18 +23,19 @@ from .csr import compressed, exchange_linear
 from .masks import prunable
 
 EXPORTED = "model.csr.safetensors"
-BATCH, ROUNDS = 128, 9
+BATCH = 128  # samples of a timed forward pass
+ROUNDS = 9  # timings of each model
 
 
 class Exported(NamedTuple):
-    """What became of a model.
+    """What an export made of a model.
 
     Attributes:
         weights: of linear and convolutional layers.
         active: those that are not zero.
         dense_bytes: of the dense file.
         bytes: of the exported one.
-        dense_seconds: of a forward pass of a batch of test samples on one thread, the median of turns.
+        dense_seconds: of the forward pass of a batch of test samples on one thread, the median of several.
         seconds: with sparse linear layers.
         difference: largest one between the logits of the two.
         batch: samples of the forward pass.
@@ -57,13 +59,14 @@ def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
         settings: of the run.
 
     Raises:
-        UserError: the run is not finished, its model's code is another by now, or no weight is zero.
+        UserError: the run is not finished, its model's code has changed since, or no weight is zero.
     """
     storage = folder.storage
     if not folder.summary:
         raise UserError(f"run {folder.name!r} is not finished: nothing to export yet")
-    state, data = load_tensors(storage, MODEL), open_samples(settings).data
+    data = open_samples(settings).data
     model = new_model(settings, data).eval()
+    state = load_model(storage, MODEL)
     try:
         model.load_state_dict(state)
     except RuntimeError:
@@ -73,10 +76,10 @@ def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
     names = set(prunable(model))
     if all(state[name].all() for name in names):
         raise UserError(f"run {folder.name!r} is dense: no weight is zero, so there is nothing to leave out")
-    save_tensors(storage, EXPORTED, compressed(state, names))
-    indices = torch.arange(min(BATCH, len(data.test)))
-    x, _ = next(plain_batches(data.test, indices, torch.device("cpu"), dtype=next(model.parameters()).dtype))
-    (dense_seconds, seconds), difference = _timed([model, exchange_linear(copy.deepcopy(model), of_active)], x)
+    save_model(storage, EXPORTED, compressed(state, names))
+    x = _test_batch(model, data)
+    sparse_model = exchange_linear(copy.deepcopy(model), of_active)
+    (dense_seconds, seconds), difference = _timed([model, sparse_model], x)
     return Exported(
         weights=sum(state[name].numel() for name in names),
         active=sum(int(torch.count_nonzero(state[name])) for name in names),
@@ -89,10 +92,17 @@ def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
     )
 
 
+def _test_batch(model: nn.Module, data: Data) -> Tensor:
+    """Return the first test samples, as the model takes them."""
+    indices = torch.arange(min(BATCH, len(data.test)))
+    x, _ = next(plain_batches(data.test, indices, torch.device("cpu"), dtype=dtype_of(model)))
+    return x
+
+
 @torch.inference_mode()
 def _timed(models: list[nn.Module], x: Tensor) -> tuple[list[float], float]:
     """Return each model's median seconds, taking turns on one thread, and by how much their outputs differ at most."""
-    times: list[list[float]] = [[] for _ in models]
+    times: list[list[float]] = [[] for _ in models]  # taking turns, a noisy machine disturbs all alike
     with threads(1):
         outputs = [model(x) for model in models]
         for _ in range(ROUNDS):
@@ -100,4 +110,5 @@ def _timed(models: list[nn.Module], x: Tensor) -> tuple[list[float], float]:
                 start = time.perf_counter()
                 model(x)
                 seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in times], (outputs[-1] - outputs[0]).abs().max().item()
+    medians = [statistics.median(seconds) for seconds in times]
+    return medians, (outputs[-1] - outputs[0]).abs().max().item()

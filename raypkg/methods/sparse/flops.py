@@ -1,12 +1,52 @@
-"""Floating-point operations of a forward pass, counted layer by layer."""
+"""What a model takes: its parameters, and the floating-point operations of a forward pass, layer by layer."""
 
 import copy
 from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .masks import LAYERS
+from .masks import LAYERS, active_counts
+
+
+class Footprint(NamedTuple):
+    """What a model takes in all, and without the weights that do not exist.
+
+    Attributes:
+        parameters: biases and norms included.
+        active_parameters: those that exist.
+        flops: operations of the forward pass of one sample.
+        active_flops: those with weights that exist.
+    """
+
+    parameters: int
+    active_parameters: int
+    flops: int
+    active_flops: int
+
+
+def footprint(model: nn.Module, shape: tuple[int, ...], masks: Mapping[str, Tensor]) -> Footprint:
+    """Return what a model takes under masks.
+
+    Args:
+        model: left as it was.
+        shape: of one sample.
+        masks: which weights exist; all of a parameter that they do not name.
+
+    >>> footprint(nn.Linear(5, 2), (5,), {"weight": torch.eye(2, 5) > 0})
+    Footprint(parameters=12, active_parameters=4, flops=20, active_flops=4)
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    flops = forward_flops(model, shape)
+    return Footprint(
+        parameters=parameters,
+        active_parameters=parameters - pruned,
+        flops=sum(flops.values()),
+        active_flops=active_flops(flops, masks),
+    )
 
 
 def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
@@ -23,24 +63,30 @@ def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     >>> forward_flops(nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)), (5,))
     {'0.weight': 30, '2.weight': 12}
     """
-    replica, counts = copy.deepcopy(model).to("cpu", torch.float32).eval(), dict[str, int]()
-
-    def count(name: str, layer: nn.Module, output: Tensor) -> None:
-        weight = layer.get_parameter("weight")
-        uses = output.numel() // weight.shape[0]  # each weight is used at every place of the output, 1 sample
-        counts[name] = counts.get(name, 0) + 2 * weight.numel() * uses
-
+    replica = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    counts: dict[str, int] = {}
     for name, layer in replica.named_modules():
         if isinstance(layer, LAYERS):
-            layer.register_forward_hook(
-                lambda layer, _, output, name=f"{name}.weight" if name else "weight": count(name, layer, output)
-            )
+            weight_name = f"{name}.weight".lstrip(".")
+            layer.register_forward_hook(partial(_count, counts, weight_name))
+    sample = torch.zeros(1, *shape)
     with torch.inference_mode():
-        replica(torch.zeros(1, *shape))
+        replica(sample)
     return counts
 
 
 def active_flops(flops: Mapping[str, int], masks: Mapping[str, Tensor]) -> int:
     """Return what is left of a forward pass's operations when only active weights are multiplied."""
-    shares = {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()}
-    return round(sum(count * shares.get(name, 1.0) for name, count in flops.items()))
+    active = active_counts(masks)
+    total = 0.0
+    for name, count in flops.items():
+        share = active[name] / masks[name].numel() if name in masks else 1.0
+        total += count * share
+    return round(total)
+
+
+def _count(counts: dict[str, int], name: str, layer: nn.Module, _: object, output: Tensor) -> None:
+    weight = layer.get_parameter("weight")  # [out, …]
+    uses = output.numel() // weight.shape[0]  # each weight is used at every place of the output, 1 sample
+    earlier = counts.get(name, 0)  # a layer may be called more than once
+    counts[name] = earlier + 2 * weight.numel() * uses

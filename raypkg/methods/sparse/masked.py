@@ -1,9 +1,6 @@
 """Hooks that keep weights that do not exist out of training: zeroed, or not computed with."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,9 +10,6 @@ from raypkg.engine.run import Hook, Run
 from .active_linear import ActiveLinear, pattern_of
 from .csr import exchange_linear
 
-if TYPE_CHECKING:
-    from .hook import Topology
-
 
 class Masked(Hook):
     """Keeps pruned weights at zero by zeroing their gradients: w ⊙ m stays, momentum and decay of 0 are 0.
@@ -23,7 +17,7 @@ class Masked(Hook):
     The arithmetic stays dense: this simulates sparsity and saves no time.
 
     Args:
-        masks: True where a weight is kept, by the parameter's name; what an earlier hook changes in them holds.
+        masks: True where a weight is kept, by the parameter's name; an earlier hook may change them in place.
     """
 
     def __init__(self, masks: Mapping[str, Tensor]):
@@ -40,59 +34,68 @@ class Masked(Hook):
         self.zero(run, self.masks)
 
     def zero(self, run: Run, names: Iterable[str]) -> None:
-        """Zero those of some parameters."""
+        """Zero the pruned gradients of some parameters."""
         for name in names:
-            if (gradient := run.model.get_parameter(name).grad) is not None:
+            gradient = run.model.get_parameter(name).grad
+            if gradient is not None:
                 gradient.mul_(self.masks[name])
 
 
 class Active(Masked):
-    """Puts sparse linear layers into the model, and keeps their patterns those of the masks.
+    """Puts sparse linear layers into the model, and keeps their patterns equal to the masks.
 
-    Between the steps at which masks change their parameters, and what the optimiser remembers of them, hold the weights
-    that exist and no others; in these steps, and between epochs, all, with the gradients of all. With several workers
-    they always hold all, because DDP lays out its buckets once; gradients are of those that exist all the same.
+    A parameter, and what the optimiser remembers of it, has one of two forms:
+
+        steps that change the masks, between epochs:  all weights [out, in], with the gradients of all
+        any other step:                               the k weights that exist [k], with theirs
+
+    With several workers the first form is kept throughout, because DDP lays out its buckets once; gradients are of the
+    weights that exist all the same.
 
     Args:
-        topology: whose masks; a hook before this one.
+        masks: of a hook before this one, which changes them in place.
+        due: whether that hook changes them in a step, given its number.
     """
 
-    def __init__(self, topology: Topology):
-        super().__init__(topology.masks)
-        self.topology = topology
+    def __init__(self, masks: Mapping[str, Tensor], due: Callable[[int], bool]):
+        super().__init__(masks)
+        self.due = due
         self.layers: dict[str, ActiveLinear] = {}  # by the names of their weights
 
     def on_start(self, run: Run) -> None:
         """Exchange the layers; their parameters stay."""
         super().on_start(run)
         exchange_linear(run.model, ActiveLinear)
-        layers = {f"{name}.weight": layer for name, layer in run.model.named_modules()}
-        self.layers = {name: layers[name] for name in self.masks if isinstance(layers[name], ActiveLinear)}
+        for name, layer in run.model.named_modules():
+            weight_name = f"{name}.weight"
+            if isinstance(layer, ActiveLinear) and weight_name in self.masks:
+                self.layers[weight_name] = layer
 
     def on_epoch(self, run: Run) -> None:
-        """Take over the first masks, which a checkpoint may have replaced."""
+        """Adopt the first masks, which a checkpoint may have replaced since ``on_start``."""
         if any(layer.pattern is None for layer in self.layers.values()):
-            self._follow()
+            self._adopt_masks()
         self._hold(run)
 
     def on_gradients(self, run: Run) -> None:
-        """Zero the gradients of pruned weights that were computed; take the masks over where they have changed."""
-        due = self.topology.due(run.step)
-        self.zero(run, self.masks if due else self.masks.keys() - self.layers.keys())
-        if due:
-            self._follow()
+        """Zero the gradients of pruned weights that were computed; adopt the masks where they have changed."""
+        if self.due(run.step):
+            self.zero(run, self.masks)
+            self._adopt_masks()
+        else:
+            self.zero(run, self.masks.keys() - self.layers.keys())
 
     def on_step(self, run: Run) -> None:
         """Hold what the next step needs: all weights where it changes the masks."""
         self._hold(run)
 
     def on_epoch_end(self, run: Run) -> None:
-        """Hold all weights."""
+        """Hold all weights, as a checkpoint needs them."""
         for layer in self.layers.values():
             _hold_all(layer, run.optimizer)
 
     def _hold(self, run: Run) -> None:
-        due = self.topology.due(run.step)
+        due = self.due(run.step)
         for layer in self.layers.values():
             layer.whole_gradient = due
             if due:
@@ -100,18 +103,20 @@ class Active(Masked):
             elif run.worker.world == 1:
                 _hold_active(layer, run.optimizer)
 
-    def _follow(self) -> None:
+    def _adopt_masks(self) -> None:
         for name, layer in self.layers.items():
-            layer.pattern = pattern_of(self.topology.masks[name])
+            layer.pattern = pattern_of(self.masks[name])
 
 
 def _hold_active(layer: ActiveLinear, optimizer: Optimizer) -> None:
+    """Reduce a layer's weights to those that exist, [out, in] → [k], and with them the optimiser's state."""
     if layer.weight.dim() == 2 and layer.pattern:
         for tensor in _like(layer.weight, optimizer):
             tensor.data = layer.pattern.values(tensor.data)
 
 
 def _hold_all(layer: ActiveLinear, optimizer: Optimizer) -> None:
+    """Return a layer's weights and the optimiser's state to their whole shape, [k] → [out, in]."""
     if layer.weight.dim() == 1 and layer.pattern:
         for tensor in _like(layer.weight, optimizer):
             tensor.data = layer.pattern.whole(tensor.data)
@@ -119,5 +124,8 @@ def _hold_all(layer: ActiveLinear, optimizer: Optimizer) -> None:
 
 def _like(weight: Tensor, optimizer: Optimizer) -> list[Tensor]:
     """Return a parameter and what the optimiser remembers of each of its elements."""
-    state = optimizer.state.get(weight, {}).values()
-    return [weight, *(value for value in state if isinstance(value, Tensor) and value.shape == weight.shape)]
+    tensors = [weight]
+    for value in optimizer.state.get(weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            tensors.append(value)
+    return tensors

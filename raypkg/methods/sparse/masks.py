@@ -3,7 +3,7 @@
 Masks name only the weights of linear and convolutional layers; biases and norms are always dense.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,23 @@ from raypkg.core.errors import UserError
 
 Masks = dict[str, Tensor]  # parameter name → bool tensor of the parameter's shape
 Densities = dict[str, float]  # parameter name → share of weights kept
-
+Shapes = Mapping[str, torch.Size]
+Shares = Mapping[str, float]
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that masks apply to: the weights of linear and convolutional layers that are trained."""
-    names = {f"{name}.weight".lstrip(".") for name, layer in model.named_modules() if isinstance(layer, LAYERS)}
-    return {name: weight for name, weight in model.named_parameters() if name in names and weight.requires_grad}
+    """Return the parameters that masks apply to: the trained weights of linear and convolutional layers."""
+    names = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, LAYERS):
+            names.add(f"{name}.weight".lstrip("."))  # a model that is itself such a layer has no name
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if name in names and parameter.requires_grad:
+            weights[name] = parameter
+    return weights
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
@@ -28,7 +36,7 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     return {name: weight.shape for name, weight in prunable(model).items()}
 
 
-def erk(shapes: Mapping[str, torch.Size], density: float) -> Densities:
+def erk(shapes: Shapes, density: float) -> Densities:
     """Return Erdős–Rényi-kernel densities whose weighted mean is the total density.
 
     d_l = ε·(n_in + n_out + k_h + k_w) / (n_in·n_out·k_h·k_w) with ε solved for the total; layers that would
@@ -42,20 +50,44 @@ def erk(shapes: Mapping[str, torch.Size], density: float) -> Densities:
     """
     if not 0 < density <= 1:
         raise UserError(f"density {density} is outside (0, 1]")
-    size = {name: shape.numel() for name, shape in shapes.items()}
-    raw = {name: sum(shape) / shape.numel() for name, shape in shapes.items()}
-    dense: set[str] = set()
-    while len(dense) < len(shapes):
-        kept = density * sum(size.values()) - sum(size[name] for name in dense)
-        epsilon = kept / sum(raw[name] * size[name] for name in shapes if name not in dense)
-        over = {name for name in shapes if name not in dense and epsilon * raw[name] > 1}
-        if not over:
-            return {name: 1.0 if name in dense else epsilon * raw[name] for name in shapes}
-        dense |= over
-    return dict.fromkeys(shapes, 1.0)
+    sizes = _sizes(shapes)
+    raw = {}  # d_l at ε = 1
+    for name, shape in shapes.items():
+        raw[name] = sum(shape) / sizes[name]
+    densities = dict.fromkeys(shapes, 1.0)
+    sparse = list(shapes)  # the layers that stay below 1, as far as is known
+    budget = density * sum(sizes.values())
+    while sparse:
+        dense_weights = sum(sizes[name] for name in shapes if name not in sparse)
+        weights_at_one = sum(raw[name] * sizes[name] for name in sparse)  # of these layers, at ε = 1
+        epsilon = (budget - dense_weights) / weights_at_one
+        below = [name for name in sparse if epsilon * raw[name] <= 1]
+        if len(below) == len(sparse):
+            break
+        sparse = below  # the others are dense from here on: their surplus goes to these
+    for name in sparse:
+        densities[name] = epsilon * raw[name]
+    return densities
 
 
-def allot(shares: Mapping[str, float], total: int, room: Mapping[str, int]) -> dict[str, int]:
+def check_density(density: float, shapes: Shapes) -> None:
+    """Refuse a density that leaves a layer without a weight.
+
+    Raises:
+        UserError: there are no weights to mask, or fewer would exist than there are layers.
+    """
+    if not shapes:
+        raise UserError(f"density = {density:g}: the model trains no weights of linear or convolutional layers")
+    weights = sum(shape.numel() for shape in shapes.values())
+    active = round(density * weights)
+    if active < len(shapes):
+        raise UserError(
+            f"density = {density:g} of {weights:,} weights leaves {active} for {len(shapes)} layers: each needs one at"
+            " least"
+        )
+
+
+def allot(shares: Shares, total: int, room: Mapping[str, int]) -> dict[str, int]:
     """Return whole numbers that sum to a total, in proportion to the shares, none above its room.
 
     What does not fit into a full layer goes to the others; fractions are settled by the largest remainders.
@@ -68,51 +100,70 @@ def allot(shares: Mapping[str, float], total: int, room: Mapping[str, int]) -> d
     >>> allot({"a": 1.5, "b": 1.5, "c": 9.0}, 8, {"a": 9, "b": 9, "c": 3})
     {'a': 3, 'b': 2, 'c': 3}
     """
-    parts, left, open_ = dict.fromkeys(shares, 0), total, list(shares)
+    counts = dict.fromkeys(shares, 0)
     quotas: dict[str, float] = {}
-    while open_:
-        whole = sum(shares[name] for name in open_)
-        quotas = {name: left * (shares[name] / whole if whole else 1 / len(open_)) for name in open_}
-        full = [name for name in open_ if quotas[name] >= room[name]]
+    unfilled = list(shares)
+    left = total
+    while unfilled:
+        quotas = _quotas(shares, unfilled, left)
+        full = [name for name in unfilled if quotas[name] >= room[name]]
         if not full:
             break
-        parts |= {name: room[name] for name in full}
-        left -= sum(room[name] for name in full)
-        open_ = [name for name in open_ if name not in full]
-    parts |= {name: int(quotas[name]) for name in open_}
-    remainders = sorted(open_, key=lambda name: int(quotas[name]) - quotas[name])
-    for name in remainders[: total - sum(parts.values())]:
-        parts[name] += 1
-    return parts
+        for name in full:
+            counts[name] = room[name]
+            left -= room[name]
+        unfilled = [name for name in unfilled if name not in full]
+    for name in unfilled:
+        counts[name] = int(quotas[name])
+
+    def remainder(name: str) -> float:
+        return quotas[name] - int(quotas[name])
+
+    missing = total - sum(counts.values())  # fewer than the layers: each lost less than 1 to rounding
+    largest_first = sorted(unfilled, key=remainder, reverse=True)
+    for name in largest_first[:missing]:
+        counts[name] += 1
+    return counts
 
 
-def counts_of(shapes: Mapping[str, torch.Size], densities: Densities) -> dict[str, int]:
+def counts_of(shapes: Shapes, densities: Densities) -> dict[str, int]:
     """Return how many weights of each layer to keep: exactly round(Σ d_l·n_l) in all, but never none of a layer."""
-    size = {name: shape.numel() for name, shape in shapes.items()}
-    shares = {name: densities[name] * size[name] for name in shapes}
-    return {name: max(1, count) for name, count in allot(shares, round(sum(shares.values())), size).items()}
+    sizes = _sizes(shapes)
+    shares = {}
+    for name, size in sizes.items():
+        shares[name] = densities[name] * size
+    total = round(sum(shares.values()))
+    counts = allot(shares, total, sizes)
+    return {name: max(1, count) for name, count in counts.items()}
 
 
-def random_masks(shapes: Mapping[str, torch.Size], densities: Densities, rng: torch.Generator) -> Masks:
+def random_masks(shapes: Shapes, densities: Densities, rng: torch.Generator) -> Masks:
     """Draw masks with the counts of the densities."""
     masks = {}
     for name, keep in counts_of(shapes, densities).items():
-        mask = torch.zeros(shapes[name].numel(), dtype=torch.bool)
-        mask[torch.randperm(len(mask), generator=rng)[:keep]] = True
+        size = shapes[name].numel()
+        order = torch.randperm(size, generator=rng)
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[order[:keep]] = True
         masks[name] = mask.view(shapes[name])
     return masks
 
 
 def largest_masks(scores: Mapping[str, Tensor], density: float) -> Masks:
     """Keep the round(density · n) largest scores of all layers together, and the largest of a layer that has none."""
-    everything = torch.cat([score.flatten() for score in scores.values()])
-    kept = torch.zeros(len(everything), dtype=torch.bool, device=everything.device)
-    kept[everything.topk(max(1, round(density * len(everything)))).indices] = True
-    parts = kept.split([score.numel() for score in scores.values()])
-    masks = {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
-    for name, mask in masks.items():
+    flat = torch.cat([score.flatten() for score in scores.values()])  # [n]
+    keep = max(1, round(density * len(flat)))
+    kept = torch.zeros_like(flat, dtype=torch.bool)
+    kept[flat.topk(keep).indices] = True
+    masks = {}
+    start = 0
+    for name, score in scores.items():
+        end = start + score.numel()
+        mask = kept[start:end]
         if not mask.any():
-            mask.view(-1)[scores[name].argmax()] = True
+            mask[score.argmax()] = True  # a layer without weights would cut the network in two
+        masks[name] = mask.view(score.shape)
+        start = end
     return masks
 
 
@@ -130,11 +181,34 @@ def enlarged(weight: Tensor, mask: Tensor) -> Tensor:
     tensor([[2., 2., 2., 2.],
             [1., 1., 1., 1.]])
     """
-    inputs = mask.flatten(1).sum(1, keepdim=True)
-    factor = torch.where(inputs > 0, (mask[0].numel() / inputs).sqrt(), 1.0)
+    dense_inputs = mask[0].numel()  # n
+    inputs = mask.flatten(1).sum(1, keepdim=True)  # k_i, [out, 1]
+    factor = (dense_inputs / inputs).sqrt()
+    factor = torch.where(inputs > 0, factor, 1.0)
     return (weight.flatten(1) * factor).view_as(weight)
 
 
 def density_of(masks: Mapping[str, Tensor]) -> float:
     """Return the share of weights that exist."""
-    return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    active = sum(active_counts(masks).values())
+    return active / sum(mask.numel() for mask in masks.values())
+
+
+def active_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return how many weights of each layer exist."""
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+def _sizes(shapes: Shapes) -> dict[str, int]:
+    return {name: shape.numel() for name, shape in shapes.items()}
+
+
+def _quotas(shares: Shares, names: Sequence[str], total: int) -> dict[str, float]:
+    """Return what each name gets of a total, as fractions."""
+    whole = sum(shares[name] for name in names)
+    if not whole:
+        return dict.fromkeys(names, total * (1 / len(names)))
+    quotas = {}
+    for name in names:
+        quotas[name] = total * (shares[name] / whole)
+    return quotas

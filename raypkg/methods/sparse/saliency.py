@@ -1,16 +1,13 @@
 """Saliency of each weight before training, from one batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .masks import prunable
-
-_gradients = partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)  # 0 of layers not in use
 
 
 def snip(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -25,7 +22,10 @@ def snip(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     with _training(model):
         loss = F.cross_entropy(model(x), y)
         gradients = _gradients(loss, list(weights.values()))
-    return {name: (g * w).detach().abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}
+    saliency = {}
+    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+        saliency[name] = (gradient * weight).detach().abs()
+    return saliency
 
 
 def grasp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -39,12 +39,17 @@ def grasp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         y: its labels, int64 [b].
     """
     weights = prunable(model)
+    parameters = list(weights.values())
     with _training(model):
         loss = F.cross_entropy(model(x), y)
-        gradients = _gradients(loss, list(weights.values()), create_graph=True)
-        flow = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()
-        products = _gradients(flow, list(weights.values()))  # Hg
-    return {name: (w * product).detach() for (name, w), product in zip(weights.items(), products, strict=True)}
+        gradients = _gradients(loss, parameters, create_graph=True)
+        # H never exists: the gradient of gᵀ·(g as a constant) is Hg.
+        flow = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients]).sum()
+        products = _gradients(flow, parameters)  # Hg
+    saliency = {}
+    for (name, weight), product in zip(weights.items(), products, strict=True):
+        saliency[name] = (weight * product).detach()
+    return saliency
 
 
 @contextmanager
@@ -54,4 +59,16 @@ def _training(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.train()
     yield
-    model.train(was_training).load_state_dict(buffers, strict=False)
+    model.train(was_training)
+    model.load_state_dict(buffers, strict=False)
+
+
+def _gradients(output: Tensor, parameters: Sequence[nn.Parameter], *, create_graph: bool = False) -> tuple[Tensor, ...]:
+    """Return the gradients of a scalar, zeros for layers that the forward pass does not use."""
+    return torch.autograd.grad(
+        output,
+        parameters,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )

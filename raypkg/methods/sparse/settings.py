@@ -42,27 +42,27 @@ class Redistribution(Named):
     """Which layers grow."""
 
     name: Annotated[
-        str, Field(description="where weights come: magnitude, nonzeros, momentum; left out = where they went")
+        str, Field(description="which layers grow: magnitude, nonzeros, momentum; left out = those that dropped")
     ]
 
 
 class Sparsity(Settings):
     """Dynamic sparse training (SET, RigL, ITOP)."""
 
-    density: Annotated[Share | None, Field(description="share of the weights that exist; dense when left out")] = None
+    density: Annotated[Share | None, Field(description="share of the weights that exist (default: all)")] = None
     growth: Growth | None = Growth()
     drop: Drop = Drop()
     redistribution: Redistribution | None = None
     sparse_init: Initial = Initial()
     fan_in: Annotated[
         Literal["dense", "sparse"],
-        Field(description="sparse = first weights suit the inputs that exist: without batch norm, at few per cent"),
+        Field(description="sparse = first weights suit the inputs that exist (for networks without batch norm)"),
     ] = "dense"
     update_every_steps: Annotated[
-        Count | None, Field(description="ΔT: steps between changes of the masks; a fortieth of training when left out")
+        Count | None, Field(description="ΔT: steps between changes of the masks (default: a fortieth of training)")
     ] = None
     death_rate: Annotated[
-        float, Field(gt=0, lt=1, description="f0: share of a layer's active weights to drop, at first")
+        float, Field(gt=0, lt=1, description="f0: share of a layer's active weights to drop at the first change")
     ] = 0.5
     decay: Annotated[Literal["cosine", "linear"], Field(description="how that share falls to 0")] = "cosine"
 
@@ -72,7 +72,7 @@ class Sparsity(Settings):
         return self.density is not None and self.growth is None and self.sparse_init.name == "dense"
 
     def interval(self, steps: int) -> int:
-        """Return ΔT, the steps between changes of the masks, in a training of so many."""
+        """Return ΔT, the steps between changes of the masks, in a training of ``steps`` steps."""
         return self.update_every_steps or max(1, steps // INTERVALS)
 
 
@@ -96,9 +96,9 @@ class SparseSettings(Sparsity, Experiment):
 
     compute: Annotated[
         Literal["masked", "sparse"],
-        Field(description="sparse = linear layers multiply the weights that exist only; masked = all, some of them 0"),
+        Field(description="sparse = linear layers multiply only the weights that exist; masked = all of them"),
     ] = "masked"
-    multiplier: Annotated[Count, Field(description="so many times the epochs (extended training, ITOP)")] = 1
+    multiplier: Annotated[Count, Field(description="multiplies train.epochs (extended training, ITOP)")] = 1
     agent: Annotated[AgentOptions | None, Field(description="correct gradients by a snapshot of the model (AGENT)")] = (
         None
     )
@@ -110,12 +110,12 @@ class SparseSettings(Sparsity, Experiment):
 
     @property
     def epochs(self) -> int:
-        """Those of the extended training."""
+        """Epochs of the extended training."""
         return self.train.epochs * self.multiplier
 
     @property
     def actors(self) -> int:
-        """Those that select."""
+        """Ray actors that select for CREST."""
         return self.crest.actors if self.crest else 0
 
     @model_validator(mode="after")
@@ -149,8 +149,9 @@ class SparseSettings(Sparsity, Experiment):
         """Refuse settings that are not at their defaults, where they would do nothing."""
         for name in names:
             default = type(self).model_fields[name].default
-            given = getattr(self, name)
-            if given != default and not (name == "growth" and given is None):  # nothing grows in a dense model either
+            value = getattr(self, name)
+            never_grows = name == "growth" and value is None  # as in a dense model: no contradiction
+            if value != default and not never_grows:
                 raise UserError(f"{reason}: {name} would do nothing")
 
     def _check_compute(self) -> None:
@@ -166,17 +167,22 @@ class SparseSettings(Sparsity, Experiment):
         Raises:
             UserError: what is wrong.
         """
-        from .rules import check_rules
-
         per_epoch = -(-n // self.train.batch_size)
         steps = self.epochs * per_epoch
         if self.density is not None:
-            check_rules(self)
+            self._check_rules()
             self._check_interval(steps)
         if self.agent:
             self.agent.check(n, self.train.batch_size, per_epoch, steps)
         if self.crest:
             self.crest.check(n, self.epochs, self.train, self.cluster)
+
+    def _check_rules(self) -> None:
+        from .rules import check_rules, momentum_rules  # they import torch
+
+        check_rules(self)
+        if self.compute == "sparse" and (needy := momentum_rules(self)):
+            raise UserError(f"compute = sparse has no dense gradient at every step, which {needy[0]} needs")
 
     def _check_interval(self, steps: int) -> None:
         every = self.interval(steps)
@@ -184,8 +190,10 @@ class SparseSettings(Sparsity, Experiment):
             raise UserError(
                 f"update_every_steps = {every} is not below the {steps} steps of training: masks would never change"
             )
-        first_after = -(-math.ceil(PRUNED_BY * steps) // every) * every  # change of the masks, once pruning has ended
-        if self.is_gradual and first_after >= steps:
+        # The last weights go at the first change of the masks after pruning has ended: there must be one.
+        pruned = math.ceil(PRUNED_BY * steps)
+        last_change = -(-pruned // every) * every
+        if self.is_gradual and last_change >= steps:
             raise UserError(
                 f"update_every_steps = {every}: no change falls into the last quarter of the {steps} steps, so gradual"
                 " pruning would not reach its density"

@@ -1,21 +1,29 @@
 """What an export saves, as a table on the terminal."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from .export import Exported
 
-def savings(found: Any) -> Table:
+
+def savings(exported: Exported) -> Table:
     """Return what a model takes without the weights that do not exist, as a table."""
+    density = exported.active / exported.weights
+    size = exported.bytes / exported.dense_bytes
+    time = exported.seconds / exported.dense_seconds
     table = Table("", "dense", "csr", "", box=SIMPLE, show_edge=False, pad_edge=False)
-    table.add_row("weights", f"{found.weights:,}", f"{found.active:,}", f"{found.active / found.weights:.2%}")
-    table.add_row("bytes", f"{found.dense_bytes:,}", f"{found.bytes:,}", f"{found.bytes / found.dense_bytes:.2f} ×")
+    table.add_row("weights", f"{exported.weights:,}", f"{exported.active:,}", f"{density:.2%}")
+    table.add_row("bytes", f"{exported.dense_bytes:,}", f"{exported.bytes:,}", f"{size:.2f} ×")
     table.add_row(
-        f"ms for {found.batch} samples, one thread",
-        f"{1e3 * found.dense_seconds:.3f}",
-        f"{1e3 * found.seconds:.3f}",
-        f"{found.seconds / found.dense_seconds:.2f} ×",
+        f"ms for {exported.batch} samples, one thread",
+        f"{1e3 * exported.dense_seconds:.3f}",
+        f"{1e3 * exported.seconds:.3f}",
+        f"{time:.2f} ×",
     )
-    table.add_row("largest difference of logits", "", f"{found.difference:.1e}", "")
+    table.add_row("largest difference of logits", "", f"{exported.difference:.1e}", "")
     return table

@@ -1,9 +1,13 @@
 """Changing which weights of a layer exist, with exact counts, and how much of it changes when."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from .masks import active_counts, allot
 
 
 def drop_fraction(first: float, progress: float, decay: str) -> float:
@@ -19,7 +23,10 @@ def drop_fraction(first: float, progress: float, decay: str) -> float:
     >>> drop_fraction(0.5, 0.5, "cosine"), drop_fraction(0.5, 0.5, "linear")
     (0.25, 0.25)
     """
-    return first / 2 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else first * (1 - progress)
+    if decay == "linear":
+        return first * (1 - progress)
+    wave = 1 + math.cos(math.pi * progress)  # from 2 to 0
+    return first / 2 * wave
 
 
 def gradual_density(last: float, progress: float) -> float:
@@ -31,6 +38,22 @@ def gradual_density(last: float, progress: float) -> float:
     return last + (1 - last) * (1 - progress) ** 3
 
 
+def surplus(masks: Mapping[str, Tensor], density: float) -> dict[str, int]:
+    """Return how many weights each layer has above one density for all; every layer may keep one.
+
+    >>> surplus({"a": torch.ones(10).bool(), "b": torch.ones(2).bool()}, 0.25)
+    {'a': 7, 'b': 1}
+    """
+    sizes = {name: mask.numel() for name, mask in masks.items()}
+    total = round(density * sum(sizes.values()))
+    targets = allot(sizes, total, sizes)
+    excess = {}
+    for name, count in active_counts(masks).items():
+        target = max(1, targets[name])
+        excess[name] = max(0, count - target)
+    return excess
+
+
 def dropped(mask: Tensor, scores: Tensor, count: int) -> Tensor:
     """Return the mask without its ``count`` active weights of the lowest scores, and those of ∞ kept.
 
@@ -39,11 +62,13 @@ def dropped(mask: Tensor, scores: Tensor, count: int) -> Tensor:
         scores: of the active weights in their order, [k].
         count: fewer go where fewer scores are finite.
     """
-    count = min(count, int(scores.isfinite().sum()))
-    active = mask.flatten().nonzero()[:, 0]  # [k]
-    left = mask.flatten().clone()
-    left[active[_first(-scores, count)]] = False
-    return left.view(mask.shape)
+    finite = int(scores.isfinite().sum())
+    count = min(count, finite)
+    lowest = _highest(-scores, count)  # places among the active weights
+    remaining = mask.flatten().clone()
+    active = _places(remaining)  # [k]
+    remaining[active[lowest]] = False
+    return remaining.view(mask.shape)
 
 
 def grown(mask: Tensor, scores: Tensor, count: int) -> Tensor:
@@ -51,19 +76,54 @@ def grown(mask: Tensor, scores: Tensor, count: int) -> Tensor:
 
     Args:
         mask: bool.
-        scores: like the mask; those of active weights are not looked at.
+        scores: like the mask; those of active weights are ignored.
         count: at most the number of inactive weights.
     """
-    inactive = (~mask.flatten()).nonzero()[:, 0]
-    more = mask.flatten().clone()
-    more[inactive[_first(scores.flatten()[inactive], count)]] = True
-    return more.view(mask.shape)
+    extended = mask.flatten().clone()
+    inactive = _places(~extended)
+    candidates = scores.flatten()[inactive]
+    highest = _highest(candidates, count)  # places among the inactive weights
+    extended[inactive[highest]] = True
+    return extended.view(mask.shape)
 
 
-def _first(scores: Tensor, count: int) -> Tensor:
-    """Return the places of the highest scores; of equal ones the first, on every machine."""
+def zero_changed(weight: Tensor, mask: Tensor, before: Tensor, optimizer: Optimizer) -> None:
+    """Zero what left and what is new: the weight, and what the optimiser remembers of it.
+
+    The squares of Adam are the layer's mean where weights are new: from zero, their first steps would be far too long.
+
+    Args:
+        weight: a parameter, changed in place.
+        mask: which of its weights exist.
+        before: which existed before the change.
+        optimizer: whose state is changed in place, too.
+    """
+    stays = mask & before
+    weight.data.mul_(stays)
+    for name, value in optimizer.state.get(weight, {}).items():
+        if not isinstance(value, Tensor) or value.shape != weight.shape:
+            continue  # such as Adam's count of steps
+        value.mul_(stays)
+        if name == "exp_avg_sq" and stays.any():
+            value[mask & ~before] = value[stays].mean()
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """Return the places of the highest scores; of equal ones the first.
+
+    ``topk`` alone leaves the choice among equals to the machine. The count must not depend on it, and neither may the
+    masks: drop rules give whole groups of weights one score.
+    """
     if not count:
         return scores.new_empty(0, dtype=torch.int64)
-    limit = scores.topk(count, sorted=False).values.min()
-    above, equal = ((scores > limit).nonzero()[:, 0], (scores == limit).nonzero()[:, 0])
-    return torch.cat([above, equal[: count - len(above)]])
+    best, _ = scores.topk(count, sorted=False)
+    limit = best.min()
+    above = _places(scores > limit)
+    equal = _places(scores == limit)
+    missing = count - len(above)
+    return torch.cat([above, equal[:missing]])
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Return where a flat mask is true."""
+    return mask.nonzero()[:, 0]

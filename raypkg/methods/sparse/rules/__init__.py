@@ -5,8 +5,12 @@
     @growth(name)          score(weight, *, gradient, momentum, rng) → like the layer; the highest inactive ones come
     @redistribution(name)  share(weight, *, momentum) → of a layer's active weights [k]; its part of what is grown
 
-Keywords that a rule does not need it leaves out, and they are not computed.
+A rule leaves out the keywords that it does not need, and they are not computed.
 """
+
+import math
+
+from torch import Tensor
 
 from raypkg.core.config import Named
 from raypkg.core.errors import UserError
@@ -18,6 +22,8 @@ initial = Registry("sparse initialisation", _PACKAGE, given=("rng", "batch"))
 drop = Registry("drop rule", _PACKAGE)
 growth = Registry("growth rule", _PACKAGE, given=("gradient", "momentum", "rng"))
 redistribution = Registry("redistribution", _PACKAGE, given=("momentum",))
+
+_DIVERGED = "where the weights are not finite, lower the learning rate"
 
 
 def check_rules(settings: Sparsity) -> None:
@@ -32,18 +38,50 @@ def check_rules(settings: Sparsity) -> None:
         (growth, settings.growth),
         (redistribution, settings.redistribution),
     )
-    for rules, rule in chosen:
+    for registry, rule in chosen:
         if rule:
-            rules[rule.name].options(rule.options)
-    if getattr(settings, "compute", "masked") == "sparse" and (needy := momentum_rules(settings)):
-        raise UserError(f"compute = sparse has no dense gradient at every step, which {needy[0]} needs")
+            registry[rule.name].options(rule.options)
 
 
 def momentum_rules(settings: Sparsity) -> list[str]:
     """Return those settings, as ``name = value``, whose rules need the dense gradient of every step."""
-    chosen = {"growth": (growth, settings.growth), "redistribution": (redistribution, settings.redistribution)}
-    return [
-        f"{setting} = {rule.name}"
-        for setting, (rules, rule) in chosen.items()
-        if rule and "momentum" in rules[rule.name].declares
-    ]
+    chosen: dict[str, tuple[Registry, Named | None]] = {
+        "growth": (growth, settings.growth),
+        "redistribution": (redistribution, settings.redistribution),
+    }
+    names = []
+    for setting, (registry, rule) in chosen.items():
+        if rule and "momentum" in registry[rule.name].declares:
+            names.append(f"{setting} = {rule.name}")
+    return names
+
+
+def checked_scores(rule: str, scores: object, weights: Tensor, layer: str) -> Tensor:
+    """Return what a rule scored, on the device of the weights.
+
+    Args:
+        rule: its kind and name, for the error.
+        scores: what it returned.
+        weights: those it was to score.
+        layer: their name.
+
+    Raises:
+        UserError: it is not a number for each weight; ∞ is one.
+    """
+    if not isinstance(scores, Tensor) or scores.shape != weights.shape:
+        returned = list(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise UserError(f"{rule} returned {returned} for {list(weights.shape)} of {layer}")
+    if scores.isnan().any():
+        raise UserError(f"{rule} returned NaN for {layer}: {_DIVERGED}")
+    return scores.to(weights.device)
+
+
+def checked_share(rule: str, share: object, layer: str) -> float:
+    """Return the share that a redistribution gave to a layer.
+
+    Raises:
+        UserError: it is not a finite number from 0.
+    """
+    if not isinstance(share, int | float) or not 0 <= share < math.inf:
+        raise UserError(f"{rule} returned {share} for {layer}, not a share: {_DIVERGED}")
+    return float(share)

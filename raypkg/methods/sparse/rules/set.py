@@ -15,8 +15,10 @@ def score(weight: Tensor) -> Tensor:
     """
     ranks = torch.empty_like(weight)
     for side in (weight > 0, weight <= 0):
-        order = weight[side].abs().argsort(stable=True)
-        ranks[side] = torch.empty_like(weight[side]).index_put_(
-            (order,), torch.arange(1, len(order) + 1).to(weight) / len(order)
-        )
+        size = weight[side].abs()  # [s]
+        order = size.argsort(stable=True)  # nearest to zero first
+        rank = torch.arange(1, len(order) + 1).to(weight)
+        ranked = torch.empty_like(size)
+        ranked[order] = rank / len(order)  # the same share of each side is below a score
+        ranks[side] = ranked
     return ranks
