@@ -7,7 +7,7 @@ For a linear head with logits z = W h + b, the gradient of sample i with respect
 so n·(C + D) numbers stand for n·C·(D + 1), and every quantity below has a closed form in the two factors.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +48,15 @@ class HeadView:
 
     def __getitem__(self, indices: Tensor | slice) -> "HeadView":
         return HeadView(self.logits[indices], self.features[indices], self.y[indices])
+
+    @classmethod
+    def concat(cls, views: Sequence["HeadView"]) -> "HeadView":
+        """Join views of disjoint samples, in the given order."""
+        return cls(
+            logits=torch.cat([view.logits for view in views]),
+            features=torch.cat([view.features for view in views]),
+            y=torch.cat([view.y for view in views]),
+        )
 
     def double(self) -> "HeadView":
         """Return the view in float64."""

@@ -20,9 +20,9 @@ from launched import finished
 WEIGHTED = ("gradmatch", "gradmatchpb", "craig")  # methods whose weights are half of what they choose
 METHODS = {
     "random": "--select.method random",
-    "random-online": "--select.method random --select.every 1",
+    "random-online": "--select.method random --select.every_epochs 1",
     **{
-        name: f"--select.method {name} --select.every EVERY --select.weighted {str(name in WEIGHTED).lower()}"
+        name: f"--select.method {name} --select.every_epochs EVERY --select.weighted {str(name in WEIGHTED).lower()}"
         for name in (
             "el2n",
             "grand",
@@ -36,7 +36,7 @@ METHODS = {
         )
     },
 }
-ALL_SAMPLES = {"infobatch": "--select.method infobatch --select.every 1", "all samples": ""}  # of no fraction
+ALL_SAMPLES = {"infobatch": "--select.method infobatch --select.every_epochs 1", "all samples": ""}  # of no fraction
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def summary(given: argparse.Namespace, name: str, fraction: float, seed: int, op
     """Return the manifest of one run of the table."""
     fixed = f"--dataset {given.dataset} --model {given.model} --seed {seed} --train.epochs {given.epochs}"
     run = f"{name}-{fraction:g}-{seed}".replace(" ", "-")
-    return finished(given.root, "train", run, f"{fixed} --train.evaluate_every 0 {options}")
+    return finished(given.root, "train", run, f"{fixed} --train.evaluate_every_epochs 0 {options}")
 
 
 def share_of_work(result: dict) -> float:

@@ -10,7 +10,7 @@ from raypkg.data.coreset import Coreset
 from . import coreset
 
 
-@coreset("forgetting", source="arXiv:1812.05159")
+@coreset("forgetting", source="arXiv:1812.05159", sees="record")
 def select(record: Record, budget: int, *, rng: torch.Generator) -> Coreset:
     """Keep the samples that were forgotten most often, those never classified rightly first, ties drawn at random.
 

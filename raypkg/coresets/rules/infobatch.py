@@ -11,7 +11,7 @@ from raypkg.data.coreset import Coreset
 from . import coreset
 
 
-@coreset("infobatch", source="arXiv:2303.04947")
+@coreset("infobatch", source="arXiv:2303.04947", sees="record", sizes_itself=True)
 def select(
     record: Record,
     *,
