@@ -13,6 +13,7 @@ from raypkg.data.coreset import Coreset
 
 from . import coreset
 
+Target = Literal["train", "valid"]
 BLOCK = 4096  # samples that are in float64 at a time
 AHEAD = 32  # inner products computed at once: one product that reads the view, where each by itself would read it too
 
@@ -25,7 +26,7 @@ def select(
     valid: HeadView | None = None,
     lam: Annotated[float, Field(ge=0)] = 0.5,
     eps: Annotated[float, Field(gt=0)] = 1e-10,
-    target: Literal["train", "valid"] = "train",
+    target: Target = "train",
 ) -> Coreset:
     """Match the mean gradient by orthogonal matching pursuit with non-negative weights.
 
@@ -48,9 +49,10 @@ def select(
 
     Differs from the paper: ε is relative to ‖ḡ‖², and an atom whose weight would turn negative gives its place back.
     """
-    few = budget <= view.logits.shape[1] + view.features.shape[1]  # inner products take no more room than the view
     mean = mean_gradient(view, valid, target)
-    atoms = (SampleAtoms if few else BatchAtoms)(view, torch.arange(len(view)), mean, budget)
+    few = budget <= view.num_classes + view.width  # inner products then take no more room than the view
+    kind = SampleAtoms if few else BatchAtoms
+    atoms = kind(view, torch.arange(len(view)), mean, budget)
     chosen, v = matching_pursuit(atoms, atoms.energy, budget, lam=lam, eps=eps)
     indices = atoms.ranked(chosen)[:budget]
     if not len(chosen):
@@ -60,20 +62,23 @@ def select(
     return Coreset(indices, weights)
 
 
-def mean_gradient(view: HeadView, valid: HeadView | None, target: str) -> Tensor:
+def mean_gradient(view: HeadView, valid: HeadView | None, target: Target) -> Tensor:
     """Return the gradient to match, summed in float64 [C, D+1]."""
     samples = view if target == "train" else valid
     if samples is None or not len(samples):
         raise UserError("option target = 'valid': there are no validation samples")
-    parts = (samples[i : i + BLOCK].double().sum() for i in range(0, len(samples), BLOCK))
-    return sum(parts, start=torch.zeros((), dtype=torch.float64)) / len(samples)
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(samples), BLOCK):
+        block = samples[start : start + BLOCK].double()
+        total = total + block.sum()
+    return total / len(samples)
 
 
 class BatchAtoms:
     """The mean gradients ḡ_B of disjoint batches of samples, as atoms for a target t; a single sample is a batch too.
 
     With M = t − Σ_{B∈S} v_B ḡ_B, <ḡ_B, M> is the mean of <g_i, M> over the batch, so no gradient but M is ever spelt
-    out: n·C·D steps. The samples of S are kept in float64, all others only in the view.
+    out: n·C·D steps. The samples of S are kept in float64, in rows of their own; all others only in the view.
 
     Args:
         view: the samples.
@@ -83,12 +88,16 @@ class BatchAtoms:
     """
 
     def __init__(self, view: HeadView, batch: Tensor, target: Tensor, capacity: int):
-        self.energy = target.square().sum()
-        self._view, self._batch, self._target, self._sizes = view, batch, target, batch.bincount()
+        num_classes, width = target.shape  # C, D+1
+        self.energy = target.square().sum()  # ‖t‖²
+        self._view = view
+        self._batch = batch
+        self._target = target
+        self._sizes = batch.bincount()  # |B|
         self._aim = self._mean(view.project(target.to(view.features)))  # <ḡ_B, t> of every batch
-        self._residual = target.new_empty(capacity, target.shape[0])  # of S's samples: (p − e_y) / |B| [·, C]
-        self._features = target.new_empty(capacity, target.shape[1])  # and [h; 1] [·, D+1]
-        self._places = batch.new_empty(0)  # and where in S the batch stands [·]
+        self._residual = target.new_empty(capacity, num_classes)  # of S's samples: (p − e_y) / |B| [·, C]
+        self._features = target.new_empty(capacity, width)  # and [h; 1] [·, D+1]
+        self._places = batch.new_empty(0)  # and where in S the batch of each row stands [·]
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -96,39 +105,52 @@ class BatchAtoms:
     def correlation(self, weights: Tensor) -> Tensor:
         """<ḡ_B, M> of every batch, given v."""
         residual, features = self._chosen
-        matrix = self._target - (residual * weights[self._places, None]).T @ features  # M [C, D+1]
+        weighted = residual * weights[self._places, None]
+        matrix = self._target - weighted.T @ features  # M [C, D+1]
         return self._mean(self._view.project(matrix.to(self._aim)))
 
     def append(self, j: int) -> tuple[Tensor, Tensor]:
         """Choose ḡ_j; return its inner products with S, itself last, and with t."""
-        members, old = (self._batch == j).nonzero()[:, 0], len(self._places)
-        place, rows = int(self._places[-1]) + 1 if old else 0, slice(old, old + len(members))
+        members = (self._batch == j).nonzero()[:, 0]
+        old = len(self._places)
+        place = int(self._places[-1]) + 1 if old else 0
+        rows = slice(old, old + len(members))
         self._residual[rows] = self._view.residual[members].double() / len(members)
-        self._features[rows, :-1], self._features[rows, -1] = self._view.features[members].double(), 1
+        self._features[rows, :-1] = self._view.features[members].double()
+        self._features[rows, -1] = 1
         self._places = torch.cat([self._places, torch.full_like(members, place)])
+
         residual, features = self._chosen
-        inner = (residual @ residual[rows].T) * (features @ features[rows].T)  # [·, |B|]
-        aim = residual[rows] * (features[rows] @ self._target.T)
-        return inner.new_zeros(place + 1).index_add_(0, self._places, inner.sum(dim=1)), aim.sum()
+        new_residual = residual[rows]
+        new_features = features[rows]
+        inner = (residual @ new_residual.T) * (features @ new_features.T)  # of S's samples with those of B [·, |B|]
+        by_place = inner.new_zeros(place + 1).index_add_(0, self._places, inner.sum(dim=1))
+        aim = new_residual * (new_features @ self._target.T)
+        return by_place, aim.sum()
 
     def keep(self, places: Tensor) -> None:
         """Drop all of S but the batches at ``places``."""
         rows = torch.isin(self._places, places).nonzero()[:, 0]
-        for stored in (self._residual, self._features):
-            stored[: len(rows)] = stored[rows]
-        self._places = torch.searchsorted(places, self._places[rows])
+        count = len(rows)
+        self._residual[:count] = self._residual[rows]
+        self._features[:count] = self._features[rows]
+        self._places = torch.searchsorted(places, self._places[rows])  # renumbered without gaps
 
     def ranked(self, first: Tensor) -> Tensor:
         """Return all batches: ``first``, then the others by their correlation with t."""
-        rest = self._aim.index_fill(0, first, -torch.inf)
-        return torch.cat([first, largest(rest, len(self) - len(first))])
+        others = self._aim.index_fill(0, first, -torch.inf)
+        rest = largest(others, len(self) - len(first))
+        return torch.cat([first, rest])
 
     @property
     def _chosen(self) -> tuple[Tensor, Tensor]:
-        return self._residual[: len(self._places)], self._features[: len(self._places)]
+        count = len(self._places)
+        return self._residual[:count], self._features[:count]
 
     def _mean(self, values: Tensor) -> Tensor:
-        return values.new_zeros(len(self)).index_add_(0, self._batch, values) / self._sizes
+        """Return the mean over each batch of a value of each sample."""
+        sums = values.new_zeros(len(self)).index_add_(0, self._batch, values)
+        return sums / self._sizes
 
 
 class SampleAtoms(BatchAtoms):
@@ -143,15 +165,15 @@ class SampleAtoms(BatchAtoms):
         super().__init__(view, batch, target, capacity)
         self._latest = self._aim  # correlation
         self._samples = batch.new_empty(0)  # S
-        self._gram = self._aim.new_empty(capacity + AHEAD, len(view))  # <g_i, g_j> of some i with every j
-        self._filled = 0  # rows of it
-        self._row = torch.full_like(batch, -1)  # where i stands in it, if anywhere [n]
+        self._gram = self._aim.new_empty(capacity + AHEAD, len(view))  # row i: <g_i, g_j> of one sample with every j
+        self._filled = 0  # rows in use
+        self._row = torch.full_like(batch, -1)  # which row is a sample's, −1 where it has none [n]
 
     def correlation(self, weights: Tensor) -> Tensor:
         """<g_j, M> of every sample, given v."""
-        spread = self._aim.new_zeros(self._filled)
-        spread[self._row[self._samples]] = weights.to(spread)
-        self._latest = self._aim - spread @ self._gram[: self._filled]
+        by_row = self._aim.new_zeros(self._filled)  # 0 in the rows of samples that are not in S
+        by_row[self._row[self._samples]] = weights.to(by_row)
+        self._latest = self._aim - by_row @ self._gram[: self._filled]
         return self._latest
 
     def append(self, j: int) -> tuple[Tensor, Tensor]:
@@ -168,16 +190,19 @@ class SampleAtoms(BatchAtoms):
 
     def _compute(self, j: int) -> None:
         """Compute the inner products of g_j and of those that correlate most among the others."""
-        if self._filled + AHEAD > len(self._gram):
-            self._fill(0, self._samples, self._gram[self._row[self._samples]])
+        if self._filled + AHEAD > len(self._gram):  # no room: keep S, whose rows are needed, and drop the guesses
+            rows = self._gram[self._row[self._samples]]
+            self._fill(0, self._samples, rows)
         likely = self._latest.where(self._row < 0, -torch.inf)
         likely[j] = torch.inf
-        samples = likely.topk(min(AHEAD, len(likely))).indices
+        count = min(AHEAD, len(likely))
+        samples = likely.topk(count).indices
         self._fill(self._filled, samples, self._view[samples].inner(self._view))
 
     def _fill(self, start: int, samples: Tensor, gram: Tensor) -> None:
         """Replace all rows from ``start`` on."""
+        end = start + len(samples)
         self._row[self._row >= start] = -1
-        self._row[samples] = start + torch.arange(len(samples))
-        self._filled = start + len(samples)
-        self._gram[start : self._filled] = gram
+        self._row[samples] = torch.arange(start, end)
+        self._gram[start:end] = gram
+        self._filled = end
