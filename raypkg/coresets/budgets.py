@@ -88,24 +88,27 @@ class ClassSamples(Generic[S]):
 
 
 def select_each(
-    classes: Iterable[ClassSamples[S]], budgets: Sequence[int], choose: Callable[..., Coreset]
+    classes: Iterable[ClassSamples[S]],
+    budgets: Sequence[int],
+    choose: Callable[..., Coreset],
 ) -> Iterator[tuple[ClassSamples[S], Coreset]]:
-    """Select from each class by itself, and from none before the one before it is done.
+    """Select from one class after the other, each by itself.
 
     Args:
-        classes: may be made one by one, so that no more than one has to be held.
-        budgets: by label, Σ = the size of the coreset; nothing is selected from a class whose budget is 0.
-        choose: ``select_class`` with all that is the same for every class.
+        classes: asked for one at a time, so that those computed when their turn comes are never all in memory.
+        budgets: by label; nothing is selected from a class whose budget is 0.
+        choose: ``select_class`` with everything that is the same for all classes.
 
     Yields:
-        Each class with its picks, which are positions as those of its members.
+        Each class with its picks, which are among its ``members``.
     """
     for part in classes:
         budget = budgets[part.label]
-        picked = Coreset.concat([])
-        if budget:
-            picked = choose(part.samples, budget, label=part.label, valid=part.valid).at(part.members)
-        yield part, picked
+        if not budget:
+            yield part, Coreset.concat([])
+            continue
+        picked = choose(part.samples, budget, label=part.label, valid=part.valid)
+        yield part, picked.at(part.members)
 
 
 def select_class(
@@ -144,13 +147,19 @@ def select_class(
     if method.sizes_itself and budget < n:
         raise UserError(f"{method.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
     arguments = (samples,) if method.sizes_itself else (samples, budget)
-    rng = generator(seed, "select", label)
+    supplied = {
+        "rng": generator(seed, "select", label),
+        "valid": valid,
+        "memory": memory,
+        "progress": progress,
+    }
     try:
-        picked = method(*arguments, options=options, rng=rng, valid=valid, memory=memory, progress=progress)
+        picked = method(*arguments, options=options, **supplied)
     except Exception as error:
         if isinstance(error, UserError) or method.source != USER_CODE:
             raise
-        raise UserError(f"coreset method {method.name!r} raised {type(error).__name__}: {error}") from error
+        kind = type(error).__name__
+        raise UserError(f"coreset method {method.name!r} raised {kind}: {error}") from error
     if not _keeps_contract(picked, budget, n, method):
         raise UserError(f"coreset method {method.name!r} must return a Coreset of {budget} out of {n}")
     return picked
@@ -188,12 +197,21 @@ def select(
     method = coreset[name]
     if method.sees == "gradients" and not isinstance(samples, HeadView):
         raise UserError(f"{name} selects by gradients: it needs a HeadView, not a {type(samples).__name__}")
-    choose = partial(select_class, method=method, seed=seed, options=options or {}, memory=memory, progress=progress)
+    choose = partial(
+        select_class,
+        method=method,
+        seed=seed,
+        options=options or {},
+        memory=memory,
+        progress=progress,
+    )
     if method.sizes_itself or not balanced:
         return choose(samples, budget, label="all", valid=valid)
     budgets = class_budgets(samples.y.bincount(), budget)
-    classes = _cut(samples, valid, budgets.nonzero()[:, 0].tolist())
-    return Coreset.concat([picked for _, picked in select_each(classes, budgets.tolist(), choose)])
+    labels = budgets.nonzero()[:, 0]
+    classes = _cut(samples, valid, labels.tolist())
+    picks = [picked for _, picked in select_each(classes, budgets.tolist(), choose)]
+    return Coreset.concat(picks)
 
 
 def _cut(
@@ -206,16 +224,19 @@ def _cut(
 
 
 def _of_class(valid: HeadView | None, label: int) -> HeadView | None:
-    if valid is None or not (valid.y == label).any():
+    if valid is None:
         return None
-    return valid[valid.y == label]
+    members = valid.y == label
+    return valid[members] if members.any() else None
 
 
 def _keeps_contract(picked: object, budget: int, n: int, method: Method) -> bool:
     if not isinstance(picked, Coreset):
         return False
     least = 1 if method.sizes_itself else budget
-    return least <= len(picked) <= budget and int(picked.indices.max()) < n
+    if not least <= len(picked) <= budget:
+        return False
+    return int(picked.indices.max()) < n
 
 
 def _check_budget(budget: int, n: int) -> None:

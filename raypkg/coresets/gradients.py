@@ -59,7 +59,11 @@ class HeadView:
         return self.features.shape[1]
 
     def __getitem__(self, indices: Tensor | slice) -> "HeadView":
-        return HeadView(self.logits[indices], self.features[indices], self.y[indices])
+        return HeadView(
+            logits=self.logits[indices],
+            features=self.features[indices],
+            y=self.y[indices],
+        )
 
     @classmethod
     def concat(cls, views: Sequence["HeadView"]) -> "HeadView":
@@ -72,7 +76,11 @@ class HeadView:
 
     def double(self) -> "HeadView":
         """Return the view in float64."""
-        return HeadView(self.logits.double(), self.features.double(), self.y)
+        return HeadView(
+            logits=self.logits.double(),
+            features=self.features.double(),
+            y=self.y,
+        )
 
     @cached_property
     def residual(self) -> Tensor:
@@ -86,7 +94,8 @@ class HeadView:
     def norms(self) -> Tensor:
         """‖g_i‖ = ‖p_i − e_i‖ · sqrt(‖h_i‖² + 1), [n]."""
         squares = self.features.square().sum(dim=1)  # ‖h‖²
-        return self.residual.norm(dim=1) * (squares + 1).sqrt()
+        factor = (squares + 1).sqrt()  # ‖[h; 1]‖
+        return self.residual.norm(dim=1) * factor
 
     @property
     def rounding(self) -> float:
@@ -104,7 +113,8 @@ class HeadView:
         """<g_i, g_j> = <p_i − e_i, p_j − e_j> · (<h_i, h_j> + 1), with all of ``other`` (default: itself) [n, m]."""
         other = self if other is None else other
         products = self.features @ other.features.T  # <h_i, h_j> [n, m]
-        return products.add_(1).mul_(self.residual @ other.residual.T)
+        of_residuals = self.residual @ other.residual.T
+        return products.add_(1).mul_(of_residuals)
 
     def distances(self, other: "HeadView | None" = None) -> Tensor:
         """‖g_i − g_j‖ from norms and inner products, [n, m].
@@ -126,9 +136,9 @@ class HeadView:
         residual = self.residual
         if weights is not None:
             residual = residual * weights[:, None].to(residual)
-        by_features = residual.T @ self.features  # the part of W [C, D]
-        by_bias = residual.sum(dim=0)  # and of b [C]
-        return torch.cat([by_features, by_bias[:, None]], dim=1)
+        of_weight = residual.T @ self.features  # with respect to W [C, D]
+        of_bias = residual.sum(dim=0)  # and to b [C]
+        return torch.cat([of_weight, of_bias[:, None]], dim=1)
 
     def mean(self, weights: Tensor | None = None) -> Tensor:
         """The gradient Σ w_i g_i / n of the weighted objective [C, D+1]: not divided by Σ w_i.
@@ -142,7 +152,8 @@ class HeadView:
 
     def moved(self, step: Tensor) -> "HeadView":
         """Return the view after the head's [W, b] moved by ``step`` [C, D+1]: the logits change, the features stay."""
-        return HeadView(self.logits + self._head(step), self.features, self.y)
+        logits = self.logits + self._head(step)
+        return HeadView(logits, self.features, self.y)
 
     def _head(self, matrix: Tensor) -> Tensor:
         """M [h_i; 1] of every sample [n, C]."""
@@ -179,7 +190,11 @@ def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Hea
 def _forward(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     features = model.features(x)  # [b, D]
     logits = model.head(features)  # [b, C]
-    return logits.float().cpu(), features.float().cpu(), y.cpu()
+    return (
+        logits.float().cpu(),
+        features.float().cpu(),
+        y.cpu(),
+    )
 
 
 @contextmanager
@@ -209,4 +224,5 @@ def _check_samples(what: str, good: Tensor) -> None:
     if good.all():
         return
     bad = (~good).nonzero()[:, 0]
-    raise UserError(f"sample {bad[0].item()}: {what} ({len(bad)} of {len(good)} samples)")
+    first = bad[0].item()
+    raise UserError(f"sample {first}: {what} ({len(bad)} of {len(good)} samples)")

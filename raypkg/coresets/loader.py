@@ -104,12 +104,15 @@ class CoresetLoader:
             self.coreset = self._select()
         self.epoch += 1
         in_use = self.coreset  # of this pass, whatever another one selects meanwhile
-        order = torch.randperm(len(in_use), generator=generator(self.seed, "shuffle", self.epoch))
+        rng = generator(self.seed, "shuffle", self.epoch)
+        order = torch.randperm(len(in_use), generator=rng)
         batches = order.tensor_split(len(self))
-        loaded = self._load(self.loader.dataset, [in_use.indices[batch] for batch in batches])
+        positions = [in_use.indices[batch] for batch in batches]
+        loaded = self._load(self.loader.dataset, positions)
         for batch, (x, y) in zip(batches, loaded, strict=True):
             self._latest = in_use.indices[batch]
-            yield x, y, in_use.weights[batch].to(y.device)
+            weights = in_use.weights[batch]
+            yield x, y, weights.to(y.device)
 
     def record(self, losses: Tensor) -> None:
         """Keep the losses [b], without weights, of the batch that was yielded last: infobatch prunes by them.
@@ -118,7 +121,8 @@ class CoresetLoader:
             UserError: not one loss for each sample of the batch.
         """
         if losses.shape != self._latest.shape:
-            raise UserError(f"losses {list(losses.shape)} of a batch of {len(self._latest)}: use reduction='none'")
+            shape = list(losses.shape)
+            raise UserError(f"losses {shape} of a batch of {len(self._latest)}: use reduction='none'")
         self.losses[self._latest] = losses.detach().float().cpu()
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,8 +188,9 @@ class CoresetLoader:
 
     def _load(self, data: Dataset[Any], batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         kept: dict[str, Any] = {name: getattr(self.loader, name) for name in KEPT}
-        sampler = [batch.tolist() for batch in batches]
-        for batch in DataLoader(data, batch_sampler=sampler, collate_fn=self.loader.collate_fn, **kept):
+        positions = [batch.tolist() for batch in batches]
+        loader = DataLoader(data, batch_sampler=positions, collate_fn=self.loader.collate_fn, **kept)
+        for batch in loader:
             yield _pair(batch)
 
 
@@ -217,7 +222,9 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
         raise UserError(f"the data set must return pairs (x, y); a batch is a {type(batch).__name__}")
     x, y = batch
     if not _are_labels(y):
-        shown = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        shown = type(y).__name__
+        if isinstance(y, Tensor):
+            shown = f"{y.dtype} {list(y.shape)}"
         raise UserError(f"labels must be integers from 0 up, [b]; a batch has {shown}")
     return x, y.long()
 

@@ -33,8 +33,10 @@ class Record:
             self._check("forgotten", self.forgotten)
 
     def _check(self, name: str, values: Tensor) -> None:
-        if values.shape != self.y.shape or values.isnan().any():
-            raise UserError(f"record of {len(self.y)} samples: {name} {list(values.shape)} must be [n] without NaN")
+        if values.shape == self.y.shape and not values.isnan().any():
+            return
+        shape = list(values.shape)
+        raise UserError(f"record of {len(self.y)} samples: {name} {shape} must be [n] without NaN")
 
     @classmethod
     def empty(cls, y: Tensor) -> "Record":
@@ -44,10 +46,14 @@ class Record:
     @classmethod
     def joined(cls, records: Sequence["Record"]) -> "Record":
         """Join the records, with hits, of trainings that saw disjoint samples of the same n."""
+        # a training that did not see a sample has +inf there, so the least is what the one that saw it recorded
         losses = [record.losses for record in records]
         forgotten = [record.forgotten for record in records if record.forgotten is not None]
-        # a training that did not see a sample has +inf there, so the least is what the one that saw it recorded
-        return cls(records[0].y, torch.stack(losses).amin(dim=0), torch.stack(forgotten).amin(dim=0))
+        return cls(
+            y=records[0].y,
+            losses=torch.stack(losses).amin(dim=0),
+            forgotten=torch.stack(forgotten).amin(dim=0),
+        )
 
     def __len__(self) -> int:
         return len(self.y)

@@ -31,7 +31,8 @@ class Recorder(Hook):
     @property
     def record(self) -> Record:
         """The record up to the last complete epoch."""
-        return Record(self.y, self.losses, self.forgotten.where(self.learned, torch.inf))
+        forgotten = self.forgotten.where(self.learned, torch.inf)
+        return Record(self.y, self.losses, forgotten)
 
     def on_step(self, run: Run) -> None:
         """Keep the step's tensors where they are: no transfer, no wait."""
@@ -54,13 +55,13 @@ class Recorder(Hook):
 
     def _sums(self) -> Tensor:
         """Return how often this worker saw each sample in the epoch, Σ loss, and how often it was right, [3, n]."""
-        indices = torch.cat([step.indices for step in self._steps]).cpu()
-        losses = torch.cat([step.losses for step in self._steps]).cpu()
-        right = torch.cat([step.right for step in self._steps]).cpu()
+        indices = torch.cat([step.indices for step in self._steps])
+        losses = torch.cat([step.losses for step in self._steps])
+        right = torch.cat([step.right for step in self._steps])
         ones = torch.ones_like(losses)
-        rows = torch.stack([ones, losses, right.to(losses)])
+        rows = torch.stack([ones, losses, right.to(losses)])  # [3, steps · b]
         sums = torch.zeros(3, len(self.y))
-        return sums.index_add_(1, indices, rows.float())
+        return sums.index_add_(1, indices.cpu(), rows.float().cpu())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parts of the record."""

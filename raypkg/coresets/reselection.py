@@ -34,7 +34,8 @@ def check_schedule(settings: Reselect, epochs: int) -> None:
         raise UserError(f"select.every_epochs = {settings.every_epochs}: only {left} epochs follow the warm ones")
     method = coreset[settings.method]
     method.options(settings.options)
-    if method.sizes_itself and (settings.fraction < 1 or settings.every_epochs != 1):
+    anew_from_all = settings.fraction == 1 and settings.every_epochs == 1
+    if method.sizes_itself and not anew_from_all:
         raise UserError(
             f"{settings.method} keeps as many samples as it sees fit, anew at every epoch: it needs select.fraction = 1"
             f" and select.every_epochs = 1, not {settings.fraction:g} and {settings.every_epochs}"
@@ -63,7 +64,12 @@ class Reselection(Hook):
     """
 
     def __init__(
-        self, settings: Reselect, shards: Shards, recorder: Recorder, indices: Tensor, first: Coreset | None = None
+        self,
+        settings: Reselect,
+        shards: Shards,
+        recorder: Recorder,
+        indices: Tensor,
+        first: Coreset | None = None,
     ):
         self.settings = settings
         self.shards = shards
@@ -103,7 +109,8 @@ class Reselection(Hook):
         if self.first is not None and not self.settings.every_epochs:
             return Results()
         origin = {"epochs": run.settings.epochs, **self.settings.model_dump()}
-        return Results(selected=Selected(run.coreset, origin, self.indices, self.scores))
+        selected = Selected(run.coreset, origin, self.indices, self.scores)
+        return Results(selected=selected)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores; the coreset is the run's own."""

@@ -60,8 +60,9 @@ class LiveModel:
 
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
         """Return the HeadView of the indices in one forward pass."""
+        split = shard.data.train
         with autocast(self.precision, shard.device):
-            batches = plain_batches(shard.data.train, indices, shard.device, dtype=dtype_of(self.model))
+            batches = plain_batches(split, indices, shard.device, dtype=dtype_of(self.model))
             return head_view(self.model, batches)
 
 
@@ -122,7 +123,8 @@ def select_coreset(
         budgets = class_budgets(counts, budget).tolist()
         parts = shards.map(select_classes, scorer, settings, budgets, seed)
     else:
-        parts = [_from_views(shards.map(view_shard, scorer), settings, budget, seed)]
+        views = shards.map(view_shard, scorer)
+        parts = [_from_views(views, settings, budget, seed)]
     # a coreset of free size stands for all samples by its weights only
     return _joined(parts, weighted=settings.weighted or method.sizes_itself)
 
@@ -131,7 +133,13 @@ def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list
     """Select from each class of a shard by itself: one forward pass, then the method on the class's HeadView."""
     method = coreset[settings.method]
     memory = memory_bound(settings.memory)
-    choose = partial(select_class, method=method, seed=seed, options=settings.options, memory=memory)
+    choose = partial(
+        select_class,
+        method=method,
+        seed=seed,
+        options=settings.options,
+        memory=memory,
+    )
     cost = Cost("select")
     members = []
     scores = []
@@ -142,11 +150,16 @@ def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list
             members.append(part.members)
             scores.append(part.samples.norms())
             picks.append(picked)
-    return Selection(Coreset.concat(picks), torch.cat(members), torch.cat(scores), cost)
+    return Selection(
+        coreset=Coreset.concat(picks),
+        indices=torch.cat(members),
+        scores=torch.cat(scores),
+        cost=cost,
+    )
 
 
 def _viewed(shard: Shard, scorer: Scorer, cost: Cost, *, with_valid: bool) -> Iterator[ClassSamples[HeadView]]:
-    """Yield a shard's classes, each after a forward pass of its own, so that one view at a time is held."""
+    """Yield a shard's classes, each after a forward pass of its own, so that its views are never all in memory."""
     y = shard.data.train.y
     for label in y[shard.indices].unique().tolist():
         members = shard.indices[y[shard.indices] == label]
@@ -218,13 +231,15 @@ def _from_views(shards: Sequence[ShardView], settings: Select, budget: int, seed
 def _joined(parts: Sequence[Selection], *, weighted: bool) -> Selection:
     """Join selections from disjoint samples, in the order of their positions."""
     picked = Coreset.concat([part.coreset for part in parts])
-    by_position = picked.indices.argsort()
-    chosen = picked.indices[by_position]
-    indices, order = torch.cat([part.indices for part in parts]).sort()
+    ascending = picked.indices.argsort()
+    chosen = picked.indices[ascending]
+    weights = picked.weights[ascending]
+    indices = torch.cat([part.indices for part in parts])
+    order = indices.argsort()
     scores = [part.scores for part in parts if part.scores is not None]
     return Selection(
-        Coreset(chosen, picked.weights[by_position]) if weighted else Coreset.uniform(chosen),
-        indices,
-        torch.cat(scores)[order] if scores else None,
-        Cost.joined("select", [part.cost for part in parts]),
+        coreset=Coreset(chosen, weights) if weighted else Coreset.uniform(chosen),
+        indices=indices[order],
+        scores=torch.cat(scores)[order] if scores else None,
+        cost=Cost.joined("select", [part.cost for part in parts]),
     )

@@ -53,7 +53,8 @@ class Methods(Registry):
     """The coreset methods. A user's own function may be decorated as well; otherwise its signature tells."""
 
     def __init__(self) -> None:
-        super().__init__("coreset method", __name__, given=("rng", "valid", "memory", "progress"))
+        supplied = ("rng", "valid", "memory", "progress")
+        super().__init__("coreset method", __name__, given=supplied)
         self._declared: dict[Callable[..., Any], Declared] = {}
 
     def __call__(
@@ -73,9 +74,16 @@ class Methods(Registry):
         return cast(Method, super().__getitem__(name))
 
     def _entry(self, name: str, function: Callable[..., Any], source: str) -> Method:
-        plain = super()._entry(name, function, source)
+        checked = super()._entry(name, function, source)
         declared = self._declared.get(function) or _told_by_signature(function)
-        return Method(plain.name, plain.function, plain.source, plain.given, declared.sees, declared.sizes_itself)
+        return Method(
+            name=checked.name,
+            function=checked.function,
+            source=checked.source,
+            given=checked.given,
+            sees=declared.sees,
+            sizes_itself=declared.sizes_itself,
+        )
 
 
 coreset = Methods()
@@ -86,9 +94,11 @@ def _told_by_signature(function: Callable[..., Any]) -> Declared:
     from raypkg.coresets.record import Record
 
     names = _positional(function)
-    annotation = typing.get_type_hints(function).get(names[0]) if names else None
-    takes_record = annotation is Record or Record in typing.get_args(annotation)
-    return Declared(sees="record" if takes_record else "gradients", sizes_itself=len(names) == 1)
+    hints = typing.get_type_hints(function)
+    samples = hints.get(names[0]) if names else None
+    allowed = (samples, *typing.get_args(samples))  # the annotation, and its parts where it is a union
+    sees: Sees = "record" if Record in allowed else "gradients"
+    return Declared(sees, sizes_itself=len(names) == 1)
 
 
 def _positional(function: Callable[..., Any]) -> list[str]:

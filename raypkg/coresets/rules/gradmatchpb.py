@@ -6,12 +6,13 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from raypkg.coresets.atoms import BatchAtoms
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.solvers import matching_pursuit
 from raypkg.data.coreset import Coreset
 
 from . import coreset
-from .gradmatch import BatchAtoms, Target, mean_gradient
+from .gradmatch import Target, mean_gradient
 
 
 @coreset("gradmatchpb", source="arXiv:2103.00123")
