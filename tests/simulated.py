@@ -27,4 +27,4 @@ def of_class(label: int, n: int, num_classes: int, width: int) -> HeadView:
 def of_all(n: int, num_classes: int, width: int) -> HeadView:
     """n samples, class after class, as many of each."""
     views = [of_class(label, n // num_classes, num_classes, width) for label in range(num_classes)]
-    return HeadView(*(torch.cat([getattr(view, part) for view in views]) for part in ("logits", "features", "y")))
+    return HeadView.concat(views)

@@ -85,7 +85,7 @@ def test_kcenter_equals_its_slow_twin(seed):
 def test_gradmatch_picks_the_same_however_far_it_looks_ahead(monkeypatch, ahead):
     view = reference.problem(120, width=64).view
     picked = coreset["gradmatch"](view, 40, options={"lam": 0.01})
-    monkeypatch.setattr("raypkg.coresets.rules.gradmatch.AHEAD", ahead)  # rows are dropped for others many times
+    monkeypatch.setattr("raypkg.coresets.atoms.AHEAD", ahead)  # rows are dropped for others many times
     again = coreset["gradmatch"](view, 40, options={"lam": 0.01})
     assert again.indices.equal(picked.indices)
     torch.testing.assert_close(again.weights, picked.weights)

@@ -49,7 +49,7 @@ def weights(model):
 
 def test_each_selection_is_by_the_model_of_that_epoch():
     model = network()
-    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "gradmatch", 0.2, every=2, epochs=4)
+    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "gradmatch", 0.2, every_epochs=2, epochs=4)
     for epoch in range(4):
         if epoch % 2 == 0:
             view = head_view(Tapped(model), [data()[:]])
@@ -71,7 +71,9 @@ def test_a_batch_carries_its_own_samples_and_weights():
 
 def test_warm_epochs_and_random_online():
     model = network()
-    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "random", 0.1, every=1, warm=1, epochs=4)
+    loader = CoresetLoader(
+        DataLoader(data(), batch_size=16), model, "random", 0.1, every_epochs=1, warm_epochs=1, epochs=4
+    )
     assert train(loader, model, 1) == [N]
     picks = []
     for _ in range(3):
@@ -82,7 +84,7 @@ def test_warm_epochs_and_random_online():
 
 def test_infobatch_prunes_by_the_losses_that_it_is_given():
     model = network()
-    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "infobatch", 1.0, every=1, epochs=8)
+    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "infobatch", 1.0, every_epochs=1, epochs=8)
     seen = train(loader, model, 8)
     assert seen[0] == N and all(n < N for n in seen[1:7]) and seen[7] == N
 
@@ -98,7 +100,7 @@ def test_the_model_is_left_as_it_is():
 def test_stopped_and_resumed_equals_never_stopped():
     def start():
         model = network()
-        loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "infobatch", 1.0, every=1, epochs=9)
+        loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "infobatch", 1.0, every_epochs=1, epochs=9)
         return loader, model
 
     straight, model = start()
@@ -147,8 +149,14 @@ def loaded(data, **options):
     [
         (loaded(data()), "grand", 2, {}, "fraction = 2: input should be less than or equal to 1"),
         (loaded(data()), "grant", 0.1, {}, "did you mean 'grand'"),
-        (loaded(data()), "grand", 0.1, {"every": -1}, "every = -1: .* greater than or equal to 0"),
-        (loaded(data()), "grand", 0.1, {"warm": 9}, "select.warm = 9 of 9 epochs: nothing would be selected"),
+        (loaded(data()), "grand", 0.1, {"every_epochs": -1}, "every_epochs = -1: .* greater than or equal to 0"),
+        (
+            loaded(data()),
+            "grand",
+            0.1,
+            {"warm_epochs": 9},
+            "select.warm_epochs = 9 of 9 epochs: nothing would be selected",
+        ),
         (loaded(data()), "infobatch", 1.0, {}, "infobatch keeps as many samples as it sees fit"),
         (loaded(data()), "grand", 1.0, {}, "grand with select.fraction = 1 would keep every sample"),
         (loaded(data()), "grand", 0.1, {"options": {"eta": 1}}, "unknown grand option 'eta'"),
@@ -161,6 +169,14 @@ def loaded(data, **options):
 def test_what_cannot_work_is_refused(loader, method, fraction, options, message):
     with pytest.raises(UserError, match=message):
         CoresetLoader(loader, network(), method, fraction, epochs=9, **options)
+
+
+@pytest.mark.parametrize(("former", "now"), [("every", "every_epochs"), ("warm", "warm_epochs")])
+def test_a_renamed_argument_is_told_its_new_name(former, now):
+    with pytest.raises(UserError, match=f"CoresetLoader's {former} is now called {now}"):
+        CoresetLoader(loaded(data()), network(), "grand", 0.1, epochs=4, **{former: 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sede'"):
+        CoresetLoader(loaded(data()), network(), "grand", 0.1, epochs=4, sede=1)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +210,7 @@ def test_a_model_must_end_in_its_head(module):
 
 def test_records_must_fit():
     model = network()
-    loader = CoresetLoader(loaded(data()), model, "infobatch", 1.0, every=1, epochs=4)
+    loader = CoresetLoader(loaded(data()), model, "infobatch", 1.0, every_epochs=1, epochs=4)
     x, y, _ = next(iter(loader))
     with pytest.raises(UserError, match=r"losses \[\] of a batch of 15: use reduction='none'"):
         loader.record(F.cross_entropy(model(x), y))
@@ -211,7 +227,7 @@ def test_records_must_fit():
 
 def test_an_epoch_keeps_its_weights_when_another_begins():
     model = network()
-    loader = CoresetLoader(loaded(data()), model, "gradmatch", 0.5, every=1, epochs=4)
+    loader = CoresetLoader(loaded(data()), model, "gradmatch", 0.5, every_epochs=1, epochs=4)
     first = iter(loader)
     next(first)
     held, weights = loader.coreset, {}

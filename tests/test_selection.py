@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -6,7 +8,8 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import budget_of, class_budgets, select, select_class
 from raypkg.coresets.gradients import HeadView
-from raypkg.coresets.rules import coreset, needs_gradients
+from raypkg.coresets.record import Record
+from raypkg.coresets.rules import coreset
 from raypkg.data.coreset import Coreset
 
 
@@ -77,7 +80,7 @@ def test_coresets_concatenate_in_order():
     assert len(Coreset.concat([])) == 0
 
 
-@pytest.mark.parametrize("name", [name for name, entry in coreset.entries.items() if needs_gradients(entry)])
+@pytest.mark.parametrize("name", [name for name, entry in coreset.entries.items() if entry.sees == "gradients"])
 def test_classes_are_picked_alike_in_one_view_or_in_several(name):
     view, valid = reference.problem(80).view, reference.problem(30).view
     together = select(view, 20, name, seed=4, valid=valid)
@@ -144,6 +147,59 @@ def test_a_method_of_the_users_own_that_fails_is_named():
         select(view, 5, "test_selection:failing", seed=0)
     with pytest.raises(UserError, match=r"'test_selection:misshapen' takes .*: it must be \(samples, budget, \*, …\)"):
         select(view, 5, "test_selection:misshapen", seed=0)
+
+
+OWN = """
+from raypkg.coresets.record import Record
+from raypkg.coresets.rules import coreset
+from raypkg.data.coreset import Coreset
+
+def by_views(view, budget):
+    return Coreset.uniform(view.norms().argsort()[:budget])
+
+def by_losses(record: Record, budget):
+    return Coreset.uniform(record.losses.argsort()[:budget])
+
+def half(view):
+    return Coreset.uniform(view.norms().argsort()[: len(view) // 2])
+
+@coreset("declared", sees="record", sizes_itself=True)
+def declared(seen):
+    return Coreset.uniform(seen.losses.argsort()[: len(seen) // 2])
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Methods of the user's own, in a module that no registry scans."""
+    (tmp_path / "own_methods.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("own_methods", None)
+    coreset._entries.pop("declared", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "sees", "sizes_itself"),
+    [
+        ("by_views", "gradients", False),
+        ("by_losses", "record", False),
+        ("half", "gradients", True),
+        ("declared", "record", True),
+    ],
+)
+def test_a_method_of_the_users_own_is_described_by_its_signature_or_its_decorator(own, name, sees, sizes_itself):
+    method = coreset[f"own_methods:{name}"]
+    assert (method.sees, method.sizes_itself, method.source) == (sees, sizes_itself, "user code")
+    view = reference.problem(40).view
+    samples = view if sees == "gradients" else Record(view.y, view.norms().float())
+    picked = select(samples, 40 if sizes_itself else 20, f"own_methods:{name}", seed=0, balanced=False)
+    assert picked.indices.equal(view.norms().argsort()[:20])
+
+
+def test_what_a_decorator_says_must_fit_the_function():
+    with pytest.raises(UserError, match=r"'late' takes \('view', 'budget'\): it must be \(samples, \*, …\)"):
+        coreset("late", sizes_itself=True)(lambda view, budget: None)
 
 
 def test_unknown_method_and_unknown_option():

@@ -3,21 +3,24 @@
 A class's picks depend only on its own samples, the seed and its label, so they are the same wherever the class sits.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from raypkg.core.errors import UserError
-from raypkg.core.registry import USER_CODE, Entry
+from raypkg.core.registry import USER_CODE
 from raypkg.core.seeds import generator
 from raypkg.data.coreset import Coreset
 
 from .gradients import HeadView
 from .record import Record
-from .rules import coreset, needs_gradients, sizes_itself
+from .rules import Method, coreset
 
 GIBIBYTE = 2**30
+S = TypeVar("S", bound=HeadView | Record)
 
 
 def budget_of(fraction: float, n: int) -> int:
@@ -53,10 +56,13 @@ def class_budgets(counts: Tensor, budget: int) -> Tensor:
     >>> class_budgets(torch.tensor([50, 30, 20, 0, 1]), 10)
     tensor([4, 3, 2, 0, 1])
     """
-    _check_budget(budget, int(counts.sum()))
-    shares = budget * counts // counts.sum()
-    remainders = budget * counts % counts.sum()
-    shares[remainders.sort(descending=True, stable=True).indices[: budget - int(shares.sum())]] += 1
+    n = int(counts.sum())
+    _check_budget(budget, n)
+    shares = budget * counts // n
+    remainders = budget * counts % n
+    left = budget - int(shares.sum())
+    largest_first = remainders.sort(descending=True, stable=True).indices
+    shares[largest_first[:left]] += 1
     if budget >= counts.count_nonzero():
         for empty in ((counts > 0) & (shares == 0)).nonzero():
             shares[shares.argmax()] -= 1
@@ -64,10 +70,51 @@ def class_budgets(counts: Tensor, budget: int) -> Tensor:
     return shares
 
 
+@dataclass(frozen=True)
+class ClassSamples(Generic[S]):
+    """The samples of one class, as a method is to see them.
+
+    Attributes:
+        label: of the class.
+        members: positions of its samples, int64 [n].
+        samples: what the method sees of them.
+        valid: its validation samples, if it has any.
+    """
+
+    label: int
+    members: Tensor
+    samples: S
+    valid: HeadView | None
+
+
+def select_each(
+    classes: Iterable[ClassSamples[S]],
+    budgets: Sequence[int],
+    choose: Callable[..., Coreset],
+) -> Iterator[tuple[ClassSamples[S], Coreset]]:
+    """Select from one class after the other, each by itself.
+
+    Args:
+        classes: asked for one at a time, so that those computed when their turn comes are never all in memory.
+        budgets: by label; nothing is selected from a class whose budget is 0.
+        choose: ``select_class`` with everything that is the same for all classes.
+
+    Yields:
+        Each class with its picks, which are among its ``members``.
+    """
+    for part in classes:
+        budget = budgets[part.label]
+        if not budget:
+            yield part, Coreset.concat([])
+            continue
+        picked = choose(part.samples, budget, label=part.label, valid=part.valid)
+        yield part, picked.at(part.members)
+
+
 def select_class(
     samples: HeadView | Record,
     budget: int,
-    entry: Entry,
+    method: Method,
     *,
     seed: int,
     label: int | str,
@@ -81,7 +128,7 @@ def select_class(
     Args:
         samples: those of the class and no others.
         budget: 1 … n; all n for a method that sizes its coreset itself.
-        entry: a coreset method.
+        method: the rule.
         seed: of the whole selection.
         label: names the class.
         options: the method's own.
@@ -90,25 +137,31 @@ def select_class(
         progress: share of the training that is done, for the methods that act on it.
 
     Returns:
-        Exactly ``budget`` positions in the samples, or at most so many where the method sizes its coreset itself.
+        Exactly ``budget`` positions in the samples, or at most that many where the method sizes its coreset itself.
 
     Raises:
         UserError: budget out of range, bad options, or the method broke its contract.
     """
-    _check_budget(budget, len(samples))
-    free = sizes_itself(entry)
-    if free and budget < len(samples):
-        raise UserError(f"{entry.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
-    given = {"rng": generator(seed, "select", label), "valid": valid, "memory": memory, "progress": progress}
+    n = len(samples)
+    _check_budget(budget, n)
+    if method.sizes_itself and budget < n:
+        raise UserError(f"{method.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
+    arguments = (samples,) if method.sizes_itself else (samples, budget)
+    supplied = {
+        "rng": generator(seed, "select", label),
+        "valid": valid,
+        "memory": memory,
+        "progress": progress,
+    }
     try:
-        picked = entry(samples, *([] if free else [budget]), options=options, **given)
+        picked = method(*arguments, options=options, **supplied)
     except Exception as error:
-        if isinstance(error, UserError) or entry.source != USER_CODE:
+        if isinstance(error, UserError) or method.source != USER_CODE:
             raise
-        raise UserError(f"coreset method {entry.name!r} raised {type(error).__name__}: {error}") from error
-    fits = isinstance(picked, Coreset) and (1 <= len(picked) <= budget if free else len(picked) == budget)
-    if not fits or picked.indices.max() >= len(samples):
-        raise UserError(f"coreset method {entry.name!r} must return a Coreset of {budget} out of {len(samples)}")
+        kind = type(error).__name__
+        raise UserError(f"coreset method {method.name!r} raised {kind}: {error}") from error
+    if not _keeps_contract(picked, budget, n, method):
+        raise UserError(f"coreset method {method.name!r} must return a Coreset of {budget} out of {n}")
     return picked
 
 
@@ -141,26 +194,49 @@ def select(
     Raises:
         UserError: unknown method, bad options, budget out of range, or a method that needs gradients got none.
     """
-    entry = coreset[name]
-    if needs_gradients(entry) and not isinstance(samples, HeadView):
+    method = coreset[name]
+    if method.sees == "gradients" and not isinstance(samples, HeadView):
         raise UserError(f"{name} selects by gradients: it needs a HeadView, not a {type(samples).__name__}")
-    same: dict[str, Any] = {"seed": seed, "options": options or {}, "memory": memory, "progress": progress}
-    if sizes_itself(entry) or not balanced:
-        return select_class(samples, budget, entry, label="all", valid=valid, **same)
+    choose = partial(
+        select_class,
+        method=method,
+        seed=seed,
+        options=options or {},
+        memory=memory,
+        progress=progress,
+    )
+    if method.sizes_itself or not balanced:
+        return choose(samples, budget, label="all", valid=valid)
     budgets = class_budgets(samples.y.bincount(), budget)
-    parts = []
-    for label in budgets.nonzero()[:, 0].tolist():
-        members, share = (samples.y == label).nonzero()[:, 0], int(budgets[label])
-        of_class = _of_class(valid, label)
-        part = select_class(samples[members], share, entry, label=label, valid=of_class, **same)
-        parts.append(part.at(members))
-    return Coreset.concat(parts)
+    labels = budgets.nonzero()[:, 0]
+    classes = _cut(samples, valid, labels.tolist())
+    picks = [picked for _, picked in select_each(classes, budgets.tolist(), choose)]
+    return Coreset.concat(picks)
+
+
+def _cut(
+    samples: HeadView | Record, valid: HeadView | None, labels: list[int]
+) -> Iterator[ClassSamples[HeadView | Record]]:
+    """Yield the classes of these labels."""
+    for label in labels:
+        members = (samples.y == label).nonzero()[:, 0]
+        yield ClassSamples(label, members, samples[members], _of_class(valid, label))
 
 
 def _of_class(valid: HeadView | None, label: int) -> HeadView | None:
-    if valid is None or not (valid.y == label).any():
+    if valid is None:
         return None
-    return valid[valid.y == label]
+    members = valid.y == label
+    return valid[members] if members.any() else None
+
+
+def _keeps_contract(picked: object, budget: int, n: int, method: Method) -> bool:
+    if not isinstance(picked, Coreset):
+        return False
+    least = 1 if method.sizes_itself else budget
+    if not least <= len(picked) <= budget:
+        return False
+    return int(picked.indices.max()) < n
 
 
 def _check_budget(budget: int, n: int) -> None:

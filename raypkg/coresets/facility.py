@@ -18,8 +18,9 @@ from raypkg.core.errors import UserError
 
 from .gradients import HeadView
 
-PRODUCT = 128  # rows that one matrix product computes; always as many, because another shape may round otherwise
+PRODUCT = 128  # rows that one matrix product computes; always that many, because another shape may round otherwise
 REFRESH = 16  # gains brought up to date at once where all rows are kept: a step rarely needs more
+TIED = 8  # gains this many units in the last place apart are equal: they are sums in an order that may change
 
 
 def facility_location(view: HeadView, k: int, *, memory: int) -> Tensor:
@@ -44,10 +45,17 @@ def facility_location(view: HeadView, k: int, *, memory: int) -> Tensor:
     """
     _check(view, k)
     rows = _Rows(view, memory)
-    totals = [total for block in rows.blocks() for total in block.sum(dim=1).tolist()]  # Σ_i ‖g_i − g_j‖ for each j
-    medoids = [totals.index(min(totals))]
-    nearest = rows(torch.tensor(medoids))[0]  # distance of each sample to its medoid [n]
-    bounds = [_Bound(-torch.inf, total, j) for j, total in enumerate(totals) if j != medoids[0]]
+    totals: list[float] = []  # Σ_i ‖g_i − g_j‖ of each j
+    for block in rows.blocks():
+        totals += block.sum(dim=1).tolist()
+
+    # without a medoid every sample is infinitely far from one, so the first is the one of least total distance
+    first = totals.index(min(totals))
+    medoids = [first]
+    nearest = rows(torch.tensor([first]))[0]  # distance of each sample to its medoid [n]
+
+    # nothing is known of the other gains: an infinite bound makes each be computed before it can win
+    bounds = [_Bound(-torch.inf, total, j) for j, total in enumerate(totals) if j != first]
     heapify(bounds)
     while len(medoids) < k:
         medoid, row = _largest_gain(rows, nearest, bounds)
@@ -75,11 +83,13 @@ def stochastic_facility_location(view: HeadView, k: int, *, sample: int, rng: to
     _check(view, k)
     if sample < 1:
         raise UserError(f"{sample} candidates a step: must be 1 or more")
-    rows, left = _Rows(view, memory), torch.arange(len(view))
+    rows = _Rows(view, memory)
+    left = torch.arange(len(view))
     nearest = torch.full_like(view.logits[:, 0], torch.inf)  # distance of each sample to its medoid [n]
     medoids = []
     for _ in range(k):
-        candidates = left[torch.randperm(len(left), generator=rng)[:sample]].sort().values
+        drawn = torch.randperm(len(left), generator=rng)[:sample]
+        candidates = left[drawn].sort().values  # of equal candidates the first one wins
         medoid, nearest = _smallest_sum(rows, nearest, candidates)
         medoids.append(medoid)
         left = left[left != medoid]
@@ -89,26 +99,42 @@ def stochastic_facility_location(view: HeadView, k: int, *, sample: int, rng: to
 def cluster_shares(view: HeadView, medoids: Tensor) -> Tensor:
     """Count the samples nearest to each medoid; one that is, up to rounding, as near to m medoids counts 1/m for each.
 
+    Rounding is judged by squared distances ‖a‖² − 2<a, b> + ‖b‖², whose errors are of the size of their terms, not of
+    the distance: a medoid counts as nearest if its square may be as low as the least one may be high.
+
     Returns:
         The counts, float64 [k], with sum n.
     """
-    centres, shares = view[medoids], torch.zeros(len(medoids), dtype=torch.float64)
+    centres = view[medoids]
+    centre_squares = centres.norms().square()  # [k]
+    shares = torch.zeros(len(medoids), dtype=torch.float64)
     for block in _blocks(0, len(view)):
         members = view[block]
-        least = members.distances(centres).square()  # that the squares can be [b, k]
-        squares = members.norms().square()[:, None] + centres.norms().square()
-        most = least + 2 * view.rounding * squares
-        nearest = (least <= most.min(dim=1, keepdim=True).values).double()
-        shares += (nearest / nearest.sum(dim=1, keepdim=True)).sum(dim=0)
+        member_squares = members.norms().square()  # [b]
+        least = members.distances(centres).square()  # that the squared distances can be [b, k]
+        terms = member_squares[:, None] + centre_squares  # what rounds [b, k]
+        most = least + 2 * view.rounding * terms
+        limit = most.min(dim=1, keepdim=True).values  # [b, 1]
+        nearest = (least <= limit).double()  # 1 for each medoid that may be the nearest [b, k]
+        ties = nearest.sum(dim=1, keepdim=True)
+        shares += (nearest / ties).sum(dim=0)
     return shares
 
 
 class _Bound(NamedTuple):
-    """The most that one more medoid may gain; a heap has the largest gain first."""
+    """The most that one more medoid may gain, negative because a heap has its smallest entry first.
+
+    The order of the fields is the order of choice: the gain, then the total, then the position.
+    """
 
     negative: float  # −gain
     total: float  # Σ_i ‖g_i − g_j‖
     sample: int  # j
+
+    @property
+    def preference(self) -> tuple[float, int]:
+        """What decides between equal gains."""
+        return self.total, self.sample
 
 
 class _Rows:
@@ -121,11 +147,14 @@ class _Rows:
     def __init__(self, view: HeadView, memory: int):
         if memory < 0:
             raise UserError(f"memory {memory} bytes: must be 0 or more")
-        room = memory // (len(view) * view.logits.element_size())
-        self.batch = REFRESH if room >= len(view) else PRODUCT
-        self._view, self._kept = view, view.logits.new_empty(min(room, len(view)), len(view))
-        for samples in _blocks(0, len(self._kept)):
-            self._kept[samples[0] : samples[-1] + 1] = self._computed(samples)
+        n = len(view)
+        row_bytes = n * view.logits.element_size()
+        room = min(memory // row_bytes, n)
+        self.batch = REFRESH if room == n else PRODUCT
+        self._view = view
+        self._kept = view.logits.new_empty(room, n)
+        for samples in _blocks(0, room):
+            self._kept[samples] = self._computed(samples)
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Return the distances of at most PRODUCT samples to all, [b, n]."""
@@ -133,7 +162,8 @@ class _Rows:
         if kept.all():
             return self._kept[samples]
         rows = self._kept.new_empty(len(samples), len(self._view))
-        rows[kept], rows[~kept] = self._kept[samples[kept]], self._computed(samples[~kept])
+        rows[kept] = self._kept[samples[kept]]
+        rows[~kept] = self._computed(samples[~kept])
         return rows
 
     def blocks(self) -> Iterator[Tensor]:
@@ -143,26 +173,40 @@ class _Rows:
             yield self._computed(samples)
 
     def _computed(self, samples: Tensor) -> Tensor:
-        padded = torch.cat([samples, samples[:1].expand(PRODUCT - len(samples))])
-        return self._view[padded].distances(self._view)[: len(samples)]
+        # filled up with the first one to the one shape of all products: a distance is then the same number each time
+        missing = PRODUCT - len(samples)
+        padded = torch.cat([samples, samples[:1].expand(missing)])
+        distances = self._view[padded].distances(self._view)
+        return distances[: len(samples)]
 
 
 def _largest_gain(rows: _Rows, nearest: Tensor, bounds: list[_Bound]) -> tuple[int, Tensor]:
-    """Take the sample of the largest gain off the heap of bounds; return it and its row."""
-    slack = 1 - 8 * torch.finfo(nearest.dtype).eps
+    """Take the sample of the largest gain off the heap of bounds; return it and its row.
+
+    Old gains are brought up to date from the largest on, until none that is left can beat what has been found.
+    """
+    rounding = torch.finfo(nearest.dtype).eps
+    slack = 1 - TIED * rounding
     fresh: list[_Bound] = []
     tied: dict[_Bound, Tensor] = {}  # candidates of the largest gain, and their rows
-    limit = torch.inf
+    limit = torch.inf  # −gain up to which a candidate ties
     while bounds and bounds[0].negative < limit:
-        stale = [heappop(bounds) for _ in range(min(rows.batch, len(bounds)))]
-        distances = rows(torch.tensor([old.sample for old in stale]))  # [b, n]
+        count = min(rows.batch, len(bounds))
+        stale = [heappop(bounds) for _ in range(count)]
+        samples = torch.tensor([bound.sample for bound in stale])
+        distances = rows(samples)  # [b, n]
         gains = (nearest - distances).clamp_(min=0).sum(dim=1)  # [b]
-        new = [_Bound(-gain, old.total, old.sample) for gain, old in zip(gains.tolist(), stale, strict=True)]
-        fresh += new
-        limit = min(limit, min(new).negative * slack)
+        current = []
+        for bound, gain in zip(stale, gains.tolist(), strict=True):
+            current.append(_Bound(-gain, bound.total, bound.sample))
+        fresh += current
+        largest = min(current)
+        limit = min(limit, largest.negative * slack)  # an equal gain may have come out this much smaller
         tied = {bound: row for bound, row in tied.items() if bound.negative <= limit}
-        tied |= {bound: distances[i] for i, bound in enumerate(new) if bound.negative <= limit}
-    best = min(tied, key=lambda bound: bound[1:])
+        for i, bound in enumerate(current):
+            if bound.negative <= limit:
+                tied[bound] = distances[i]
+    best = min(tied, key=lambda bound: bound.preference)
     for bound in fresh:
         if bound != best:
             heappush(bounds, bound)
@@ -171,19 +215,24 @@ def _largest_gain(rows: _Rows, nearest: Tensor, bounds: list[_Bound]) -> tuple[i
 
 def _smallest_sum(rows: _Rows, nearest: Tensor, candidates: Tensor) -> tuple[int, Tensor]:
     """Return the candidate that leaves the smallest Σ_i min_{s∈S} ‖g_i − g_s‖, and what it leaves of each i."""
-    medoid, least, left = -1, torch.inf, nearest
+    medoid = -1
+    least = torch.inf
+    left = nearest
     for block in candidates.split(PRODUCT):
         distances = rows(block).minimum(nearest)  # [b, n]
         sums = distances.sum(dim=1)  # [b]
         best = int(sums.argmin())
         if sums[best] < least:
-            medoid, least, left = int(block[best]), float(sums[best]), distances[best]
+            medoid = int(block[best])
+            least = float(sums[best])
+            left = distances[best]
     return medoid, left
 
 
 def _blocks(start: int, end: int) -> Iterator[Tensor]:
     for first in range(start, end, PRODUCT):
-        yield torch.arange(first, min(first + PRODUCT, end))
+        last = min(first + PRODUCT, end)
+        yield torch.arange(first, last)
 
 
 def _check(view: HeadView, k: int) -> None:

@@ -7,7 +7,7 @@ For a linear head with logits z = W h + b, the gradient of sample i with respect
 so n·(C + D) numbers stand for n·C·(D + 1), and every quantity below has a closed form in the two factors.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,46 +38,83 @@ class HeadView:
 
     def __post_init__(self):
         _check_shapes(self.logits, self.features, self.y)
-        _check_samples("label out of range", (self.y >= 0) & (self.y < self.logits.shape[1]))
+        in_range = (self.y >= 0) & (self.y < self.num_classes)
+        _check_samples("label out of range", in_range)
         _check_samples("NaN or infinite logits", self.logits.isfinite().all(dim=1))
         _check_samples("NaN or infinite features", self.features.isfinite().all(dim=1))
-        _check_samples("features whose squares overflow", self.features.square().sum(dim=1).isfinite())
+        squares = self.features.square().sum(dim=1)
+        _check_samples("features whose squares overflow", squares.isfinite())
 
     def __len__(self) -> int:
         return len(self.y)
 
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.logits.shape[1]
+
+    @property
+    def width(self) -> int:
+        """D, which may be 0: the gradients are then those of the logits."""
+        return self.features.shape[1]
+
     def __getitem__(self, indices: Tensor | slice) -> "HeadView":
-        return HeadView(self.logits[indices], self.features[indices], self.y[indices])
+        return HeadView(
+            logits=self.logits[indices],
+            features=self.features[indices],
+            y=self.y[indices],
+        )
+
+    @classmethod
+    def concat(cls, views: Sequence["HeadView"]) -> "HeadView":
+        """Join views of disjoint samples, in the given order."""
+        return cls(
+            logits=torch.cat([view.logits for view in views]),
+            features=torch.cat([view.features for view in views]),
+            y=torch.cat([view.y for view in views]),
+        )
 
     def double(self) -> "HeadView":
         """Return the view in float64."""
-        return HeadView(self.logits.double(), self.features.double(), self.y)
+        return HeadView(
+            logits=self.logits.double(),
+            features=self.features.double(),
+            y=self.y,
+        )
 
     @cached_property
     def residual(self) -> Tensor:
         """The gradient with respect to the logits, p − e_y [n, C]."""
+        own = self.y[:, None]
         p = self.logits.softmax(dim=1)  # [n, C]
-        p.scatter_(1, self.y[:, None], 0.0)
-        return p.scatter_(1, self.y[:, None], -p.sum(dim=1, keepdim=True))  # −Σ_{c≠y} p_c keeps digits p_y − 1 loses
+        p.scatter_(1, own, 0.0)
+        others = p.sum(dim=1, keepdim=True)  # Σ_{c≠y} p_c has digits that 1 − p_y loses where p_y is near 1
+        return p.scatter_(1, own, -others)
 
     def norms(self) -> Tensor:
         """‖g_i‖ = ‖p_i − e_i‖ · sqrt(‖h_i‖² + 1), [n]."""
-        return self.residual.norm(dim=1) * (self.features.square().sum(dim=1) + 1).sqrt()
+        squares = self.features.square().sum(dim=1)  # ‖h‖²
+        factor = (squares + 1).sqrt()  # ‖[h; 1]‖
+        return self.residual.norm(dim=1) * factor
 
     @property
     def rounding(self) -> float:
         """The error of <g_i, g_j>, relative to ‖g_i‖·‖g_j‖: it grows with the root of the number of terms, C + D."""
-        terms = self.logits.shape[1] + self.features.shape[1]
-        return torch.finfo(self.logits.dtype).eps * (2 + terms**0.5)
+        terms = self.num_classes + self.width
+        unit = torch.finfo(self.logits.dtype).eps
+        return unit * (2 + terms**0.5)
 
     @cached_property
     def _lowered_squares(self) -> Tensor:
-        return self.norms().square() * (1 - self.rounding)
+        squares = self.norms().square()
+        return squares * (1 - self.rounding)
 
     def inner(self, other: "HeadView | None" = None) -> Tensor:
         """<g_i, g_j> = <p_i − e_i, p_j − e_j> · (<h_i, h_j> + 1), with all of ``other`` (default: itself) [n, m]."""
         other = self if other is None else other
-        return (self.features @ other.features.T).add_(1).mul_(self.residual @ other.residual.T)
+        products = self.features @ other.features.T  # <h_i, h_j> [n, m]
+        of_residuals = self.residual @ other.residual.T
+        return products.add_(1).mul_(of_residuals)
 
     def distances(self, other: "HeadView | None" = None) -> Tensor:
         """‖g_i − g_j‖ from norms and inner products, [n, m].
@@ -87,7 +124,8 @@ class HeadView:
         """
         other = self if other is None else other
         squares = self._lowered_squares[:, None] + other._lowered_squares  # [n, m]
-        return squares.sub_(self.inner(other), alpha=2).clamp_(min=0).sqrt_()
+        squares.sub_(self.inner(other), alpha=2)
+        return squares.clamp_(min=0).sqrt_()
 
     def project(self, matrix: Tensor) -> Tensor:
         """<g_i, M> = (p_i − e_i)ᵀ M [h_i; 1] for M of shape [C, D+1], [n]."""
@@ -95,8 +133,12 @@ class HeadView:
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
         """Σ w_i g_i, with w = 1 by default [C, D+1]."""
-        residual = self.residual if weights is None else self.residual * weights[:, None].to(self.residual)
-        return torch.cat([residual.T @ self.features, residual.sum(dim=0)[:, None]], dim=1)
+        residual = self.residual
+        if weights is not None:
+            residual = residual * weights[:, None].to(residual)
+        of_weight = residual.T @ self.features  # with respect to W [C, D]
+        of_bias = residual.sum(dim=0)  # and to b [C]
+        return torch.cat([of_weight, of_bias[:, None]], dim=1)
 
     def mean(self, weights: Tensor | None = None) -> Tensor:
         """The gradient Σ w_i g_i / n of the weighted objective [C, D+1]: not divided by Σ w_i.
@@ -110,13 +152,18 @@ class HeadView:
 
     def moved(self, step: Tensor) -> "HeadView":
         """Return the view after the head's [W, b] moved by ``step`` [C, D+1]: the logits change, the features stay."""
-        return HeadView(self.logits + self._head(step), self.features, self.y)
+        logits = self.logits + self._head(step)
+        return HeadView(logits, self.features, self.y)
 
     def _head(self, matrix: Tensor) -> Tensor:
-        expected = (self.logits.shape[1], self.features.shape[1] + 1)
+        """M [h_i; 1] of every sample [n, C]."""
+        expected = (self.num_classes, self.width + 1)
         if matrix.shape != expected:
             raise UserError(f"head matrix is {list(matrix.shape)}, this view needs {list(expected)}")
-        return (matrix[:, :-1] @ self.features.T + matrix[:, -1:]).T  # [n, C], in the faster order
+        weight = matrix[:, :-1]
+        bias = matrix[:, -1:]
+        by_class = weight @ self.features.T + bias  # [C, n]: faster in this order
+        return by_class.T
 
 
 def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> HeadView:
@@ -133,23 +180,27 @@ def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Hea
         UserError: there is no batch, or an output is NaN or infinite.
     """
     with evaluating(model), torch.no_grad():  # not inference_mode: what a model caches must still train
-        seen = [_forward(model, x, y) for x, y in batches]
-    if not seen:
+        outputs = [_forward(model, x, y) for x, y in batches]
+    if not outputs:
         raise UserError("no batches to compute logits and features of")
-    logits, features, y = (torch.cat(part) for part in zip(*seen, strict=True))
-    return HeadView(logits, features, y)
+    logits, features, labels = zip(*outputs, strict=True)
+    return HeadView(torch.cat(logits), torch.cat(features), torch.cat(labels))
 
 
 def _forward(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     features = model.features(x)  # [b, D]
     logits = model.head(features)  # [b, C]
-    return logits.float().cpu(), features.float().cpu(), y.cpu()
+    return (
+        logits.float().cpu(),
+        features.float().cpu(),
+        y.cpu(),
+    )
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the block, and each of its modules back into its own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]  # each one: frozen parts may already be in eval
+    """Put a model into evaluation mode inside the block; restore the mode of each of its modules afterwards."""
+    modes = [(module, module.training) for module in model.modules()]  # a frozen part may be in evaluation already
     model.eval()
     try:
         yield
@@ -159,14 +210,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _check_shapes(logits: Tensor, features: Tensor, y: Tensor) -> None:
-    shapes = f"logits {list(logits.shape)}, features {list(features.shape)}, y {list(y.shape)}"
-    if (logits.dim(), features.dim(), y.dim()) != (2, 2, 1) or not len(logits) == len(features) == len(y):
+    dimensions = (logits.dim(), features.dim(), y.dim())
+    if dimensions != (2, 2, 1) or not len(logits) == len(features) == len(y):
+        shapes = f"logits {list(logits.shape)}, features {list(features.shape)}, y {list(y.shape)}"
         raise UserError(f"{shapes}: expected [n, C], [n, D], [n]")
-    dtypes = f"logits {logits.dtype}, features {features.dtype}, y {y.dtype}"
-    if logits.dtype not in (torch.float32, torch.float64) or features.dtype != logits.dtype or y.dtype != torch.int64:
+    real = logits.dtype in (torch.float32, torch.float64)
+    if not real or features.dtype != logits.dtype or y.dtype != torch.int64:
+        dtypes = f"logits {logits.dtype}, features {features.dtype}, y {y.dtype}"
         raise UserError(f"{dtypes}: expected float32 or float64 twice, and int64")
 
 
 def _check_samples(what: str, good: Tensor) -> None:
-    if not good.all():
-        raise UserError(f"sample {(~good).nonzero()[0].item()}: {what} ({(~good).sum()} of {len(good)} samples)")
+    if good.all():
+        return
+    bad = (~good).nonzero()[:, 0]
+    first = bad[0].item()
+    raise UserError(f"sample {first}: {what} ({len(bad)} of {len(good)} samples)")

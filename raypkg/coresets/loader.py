@@ -1,14 +1,15 @@
 """Coresets in a loop of the user's own: a loader that selects, and selects anew, by itself."""
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from raypkg.core.config import validate
+from raypkg.core.config import current_name, validate
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect
@@ -19,9 +20,10 @@ from .budgets import budget_of, select
 from .gradients import HeadView, head_view
 from .record import Record
 from .reselection import check_schedule
-from .rules import coreset, needs_gradients, sizes_itself
+from .rules import coreset
 
 KEPT = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+LEAST_SCORED = 256  # samples of one forward pass: small batches of the loader would make scoring slow
 
 
 class CoresetLoader:
@@ -29,7 +31,7 @@ class CoresetLoader:
 
     Minimise mean(w · loss). Each pass over the loader is an epoch: every sample of the coreset once, in an order drawn
     from the seed, in ⌈k / batch_size⌉ batches as even as possible. Selection sees the samples as the data set returns
-    them, random augmentation included; ``scored`` gives it others.
+    them, random augmentation included; with ``scored`` it sees those instead.
 
     Args:
         loader: over all of a data set that returns pairs (x, y) by index, y an integer; its batch size, collation and
@@ -38,12 +40,13 @@ class CoresetLoader:
         method: one of `effray methods`, or ``package.module:function``.
         fraction: share of the samples in a coreset; 1 for a method that sizes it itself, such as infobatch.
         epochs: of the whole training.
-        every: epochs between selections; 0 = only the first.
-        warm: first epochs, on all samples.
+        every_epochs: epochs between selections; 0 = only the first.
+        warm_epochs: first epochs, on all samples.
         balanced: class by class, in proportion to the classes.
         seed: of the picks and the order.
         scored: the same samples as the loader's, without augmentation.
         options: the method's own.
+        former: names that arguments once had; the error tells those they have now.
 
     Raises:
         UserError: unknown method or option, a value out of range, a loader that leaves samples out or cannot be
@@ -58,40 +61,58 @@ class CoresetLoader:
         fraction: float,
         *,
         epochs: int,
-        every: int = 0,
-        warm: int = 0,
+        every_epochs: int = 0,
+        warm_epochs: int = 0,
         balanced: bool = True,
         seed: int = 0,
         scored: Dataset[Any] | None = None,
         options: Mapping[str, Any] | None = None,
+        **former: Never,
     ):
-        given = {"method": method, "fraction": fraction, "every": every, "warm": warm, "balanced": balanced}
-        self.settings: Reselect = validate(Reselect, {**given, "options": dict(options or {})})
+        _check_former(former)
+        chosen = {
+            "method": method,
+            "fraction": fraction,
+            "every_epochs": every_epochs,
+            "warm_epochs": warm_epochs,
+            "balanced": balanced,
+            "options": dict(options or {}),
+        }
+        self.settings: Reselect = validate(Reselect, chosen)
         check_schedule(self.settings, epochs)
-        _check(loader)
-        self.loader, self.scored = loader, loader.dataset if scored is None else scored
-        self.epochs, self.seed, self.n, self.entry = epochs, seed, len(self.loader.dataset), coreset[method]  # type: ignore[arg-type]
-        self.model = Tapped(model) if needs_gradients(self.entry) else None
-        self.coreset, self.epoch = Coreset.uniform(torch.arange(self.n)), 0
+        _check_loader(loader)
+        self.loader = loader
+        self.scored = loader.dataset if scored is None else scored
+        self.method = coreset[method]
+        self.model = Tapped(model) if self.method.sees == "gradients" else None
+        self.epochs = epochs
+        self.seed = seed
+        self.n = len(loader.dataset)  # type: ignore[arg-type]  # _check_loader: it is indexed
+        self.epoch = 0
+        self.coreset = Coreset.uniform(torch.arange(self.n))
         self.losses = torch.full((self.n,), torch.inf)
-        self._latest = torch.empty(0, dtype=torch.int64)
+        self._latest = torch.empty(0, dtype=torch.int64)  # samples of the batch that was yielded last
 
     def __len__(self) -> int:
         """Return the number of batches of the current coreset; a selection that is due may change it."""
-        return -(-len(self.coreset) // (self.loader.batch_size or 1))
+        batch_size = self.loader.batch_size or 1
+        return math.ceil(len(self.coreset) / batch_size)
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """Select if it is due, then yield an epoch's batches."""
         if self.settings.due(self.epoch):
-            self.coreset = self._selected()
+            self.coreset = self._select()
         self.epoch += 1
-        chosen = self.coreset
-        order = torch.randperm(len(chosen), generator=generator(self.seed, "shuffle", self.epoch))
+        in_use = self.coreset  # of this pass, whatever another one selects meanwhile
+        rng = generator(self.seed, "shuffle", self.epoch)
+        order = torch.randperm(len(in_use), generator=rng)
         batches = order.tensor_split(len(self))
-        loaded = self._load(self.loader.dataset, [chosen.indices[batch] for batch in batches])
+        positions = [in_use.indices[batch] for batch in batches]
+        loaded = self._load(self.loader.dataset, positions)
         for batch, (x, y) in zip(batches, loaded, strict=True):
-            self._latest = chosen.indices[batch]
-            yield x, y, chosen.weights[batch].to(y.device)
+            self._latest = in_use.indices[batch]
+            weights = in_use.weights[batch]
+            yield x, y, weights.to(y.device)
 
     def record(self, losses: Tensor) -> None:
         """Keep the losses [b], without weights, of the batch that was yielded last: infobatch prunes by them.
@@ -100,26 +121,33 @@ class CoresetLoader:
             UserError: not one loss for each sample of the batch.
         """
         if losses.shape != self._latest.shape:
-            raise UserError(f"losses {list(losses.shape)} of a batch of {len(self._latest)}: use reduction='none'")
+            shape = list(losses.shape)
+            raise UserError(f"losses {shape} of a batch of {len(self._latest)}: use reduction='none'")
         self.losses[self._latest] = losses.detach().float().cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next epochs depend on, for a checkpoint between epochs."""
-        parts = {"indices": self.coreset.indices, "weights": self.coreset.weights}
-        return {**parts, "epoch": self.epoch, "losses": self.losses.clone()}
+        return {
+            "indices": self.coreset.indices,
+            "weights": self.coreset.weights,
+            "epoch": self.epoch,
+            "losses": self.losses.clone(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             UserError: it is of a data set of another size.
         """
-        if len(state["losses"]) != self.n:
-            raise UserError(f"the checkpoint is of {len(state['losses'])} samples, this data set has {self.n}")
+        size = len(state["losses"])
+        if size != self.n:
+            raise UserError(f"the checkpoint is of {size} samples, this data set has {self.n}")
         self.coreset = Coreset(state["indices"], state["weights"])
-        self.epoch, self.losses = state["epoch"], state["losses"].clone()
+        self.epoch = state["epoch"]
+        self.losses = state["losses"].clone()
 
-    def _selected(self) -> Coreset:
+    def _select(self) -> Coreset:
         settings = self.settings
         return select(
             self._view(self.model) if self.model else self._record(),
@@ -133,38 +161,55 @@ class CoresetLoader:
 
     def _view(self, model: Tapped) -> HeadView:
         device = next(model.parameters()).device
-        view = head_view(model, ((x.to(device), y.to(device)) for x, y in self._all()))
+        batches = ((x.to(device), y.to(device)) for x, y in self._in_order())
+        view = head_view(model, batches)
         if len(view) != self.n:
             raise UserError(f"scored has {len(view)} samples, the loader's data set {self.n}")
         return view
 
     def _record(self) -> Record:
-        if sizes_itself(self.entry):
-            if self.epoch > self.settings.warm_epochs and not self.losses.isfinite().any():
-                raise UserError(f"{self.settings.method} needs the losses of each batch: call record(losses)")
-            return Record(torch.zeros(self.n, dtype=torch.int64), self.losses)  # it sees all classes at once
-        return Record(self._y, self.losses)
+        if not self.method.sizes_itself:
+            return Record(self._y, self.losses)
+        trained = self.epoch > self.settings.warm_epochs
+        if trained and not self.losses.isfinite().any():
+            raise UserError(f"{self.settings.method} needs the losses of each batch: call record(losses)")
+        no_labels = torch.zeros(self.n, dtype=torch.int64)  # it sees all classes at once: no pass over the data
+        return Record(no_labels, self.losses)
 
     @cached_property
     def _y(self) -> Tensor:
-        return torch.cat([y for _, y in self._all()])
+        return torch.cat([y for _, y in self._in_order()])
 
-    def _all(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the scored samples in order."""
-        parts = torch.arange(len(self.scored)).split(max(256, self.loader.batch_size or 1))  # type: ignore[arg-type]
-        return self._load(self.scored, list(parts))
+        positions = torch.arange(len(self.scored))  # type: ignore[arg-type]  # it is indexed, like the loader's
+        batch_size = max(LEAST_SCORED, self.loader.batch_size or 1)
+        return self._load(self.scored, list(positions.split(batch_size)))
 
-    def _load(self, data: Dataset[Any], order: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _load(self, data: Dataset[Any], batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         kept: dict[str, Any] = {name: getattr(self.loader, name) for name in KEPT}
-        batches = [batch.tolist() for batch in order]
-        for batch in DataLoader(data, batch_sampler=batches, collate_fn=self.loader.collate_fn, **kept):
+        positions = [batch.tolist() for batch in batches]
+        loader = DataLoader(data, batch_sampler=positions, collate_fn=self.loader.collate_fn, **kept)
+        for batch in loader:
             yield _pair(batch)
 
 
-def _check(loader: Any) -> None:
+def _check_former(names: Mapping[str, object]) -> None:
+    """Refuse arguments that are not there: one that has been renamed by its new name, any other as Python does."""
+    if not names:
+        return
+    name = next(iter(names))
+    now = current_name(Reselect, name)
+    if now is None:
+        raise TypeError(f"CoresetLoader got an unexpected keyword argument {name!r}")
+    raise UserError(f"CoresetLoader's {name} is now called {now}")
+
+
+def _check_loader(loader: object) -> None:
     if not isinstance(loader, DataLoader) or not loader.batch_size:
         raise UserError(f"CoresetLoader takes a DataLoader with a batch_size, not {type(loader).__name__}")
-    if loader.drop_last or type(loader.sampler) not in (RandomSampler, SequentialSampler):
+    whole = type(loader.sampler) in (RandomSampler, SequentialSampler)
+    if loader.drop_last or not whole:
         sampler = type(loader.sampler).__name__
         raise UserError(
             f"a DataLoader with {sampler} and drop_last={loader.drop_last}: it must give every sample once;"
@@ -176,7 +221,15 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise UserError(f"the data set must return pairs (x, y); a batch is a {type(batch).__name__}")
     x, y = batch
-    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
-        shown = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+    if not _are_labels(y):
+        shown = type(y).__name__
+        if isinstance(y, Tensor):
+            shown = f"{y.dtype} {list(y.shape)}"
         raise UserError(f"labels must be integers from 0 up, [b]; a batch has {shown}")
     return x, y.long()
+
+
+def _are_labels(y: object) -> bool:
+    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
+        return False
+    return len(y) == 0 or int(y.min()) >= 0

@@ -1,4 +1,4 @@
-"""What training has seen of its samples anyway: no forward pass is needed to select by it."""
+"""What training keeps of its samples anyway: selecting by it needs no forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,10 +28,15 @@ class Record:
     forgotten: Tensor | None = None
 
     def __post_init__(self):
-        for name in ("losses", "forgotten"):
-            values = getattr(self, name)
-            if values is not None and (values.shape != self.y.shape or values.isnan().any()):
-                raise UserError(f"record of {len(self.y)} samples: {name} {list(values.shape)} must be [n] without NaN")
+        self._check("losses", self.losses)
+        if self.forgotten is not None:
+            self._check("forgotten", self.forgotten)
+
+    def _check(self, name: str, values: Tensor) -> None:
+        if values.shape == self.y.shape and not values.isnan().any():
+            return
+        shape = list(values.shape)
+        raise UserError(f"record of {len(self.y)} samples: {name} {shape} must be [n] without NaN")
 
     @classmethod
     def empty(cls, y: Tensor) -> "Record":
@@ -41,9 +46,14 @@ class Record:
     @classmethod
     def joined(cls, records: Sequence["Record"]) -> "Record":
         """Join the records, with hits, of trainings that saw disjoint samples of the same n."""
-        parts = [(record.losses, record.forgotten) for record in records]
-        losses, forgotten = (torch.stack(part).amin(dim=0) for part in zip(*parts, strict=True))
-        return cls(records[0].y, losses, forgotten)
+        # a training that did not see a sample has +inf there, so the least is what the one that saw it recorded
+        losses = [record.losses for record in records]
+        forgotten = [record.forgotten for record in records if record.forgotten is not None]
+        return cls(
+            y=records[0].y,
+            losses=torch.stack(losses).amin(dim=0),
+            forgotten=torch.stack(forgotten).amin(dim=0),
+        )
 
     def __len__(self) -> int:
         return len(self.y)

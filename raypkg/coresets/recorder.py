@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Hook, Run, Seen
 
 from .record import Record
 
@@ -23,38 +23,58 @@ class Recorder(Hook):
     def __init__(self, y: Tensor):
         self.y = y
         self.losses = torch.full(y.shape, torch.inf)
-        self.right = torch.zeros(len(y), dtype=torch.bool)  # the latest time
-        self.learned = torch.zeros(len(y), dtype=torch.bool)  # at any time
-        self.forgotten = torch.zeros(len(y))
-        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.right = torch.zeros(len(y), dtype=torch.bool)  # classified rightly, the latest time
+        self.learned = torch.zeros(len(y), dtype=torch.bool)  # and at any time
+        self.forgotten = torch.zeros(len(y))  # times
+        self._steps: list[Seen] = []
 
     @property
     def record(self) -> Record:
         """The record up to the last complete epoch."""
-        return Record(self.y, self.losses, self.forgotten.where(self.learned, torch.inf))
+        forgotten = self.forgotten.where(self.learned, torch.inf)
+        return Record(self.y, self.losses, forgotten)
 
     def on_step(self, run: Run) -> None:
         """Keep the step's tensors where they are: no transfer, no wait."""
-        self._steps.append((run.seen.indices, run.seen.losses, run.seen.right))
+        self._steps.append(run.seen)
 
     def on_epoch_end(self, run: Run) -> None:
         """Take in an epoch: of a sample seen several times, the mean loss, and whether it was right every time."""
-        indices, losses, right = (torch.cat(part).cpu() for part in zip(*self._steps, strict=True))
+        own = self._sums()
         self._steps.clear()
-        epoch = torch.zeros(3, len(self.y))  # times seen, Σ loss, times right
-        epoch.index_add_(1, indices, torch.stack([torch.ones_like(losses), losses, right.to(losses)]).float())
-        times, losses, right = run.worker.sum(epoch)
-        run.cost.sent += epoch.nbytes * (run.worker.world > 1)
-        seen, losses, right = times > 0, losses / times.clamp(min=1), right == times
+        times, total_loss, times_right = run.worker.sum(own)
+        if run.worker.world > 1:
+            run.cost.sent += own.nbytes
+        seen = times > 0
+        losses = total_loss / times.clamp(min=1)
+        right = times_right == times
         self.forgotten += seen & self.right & ~right
-        self.losses, self.right = losses.where(seen, self.losses), right.where(seen, self.right)
         self.learned |= seen & right
+        self.losses = losses.where(seen, self.losses)
+        self.right = right.where(seen, self.right)
+
+    def _sums(self) -> Tensor:
+        """Return how often this worker saw each sample in the epoch, Σ loss, and how often it was right, [3, n]."""
+        indices = torch.cat([step.indices for step in self._steps])
+        losses = torch.cat([step.losses for step in self._steps])
+        right = torch.cat([step.right for step in self._steps])
+        ones = torch.ones_like(losses)
+        rows = torch.stack([ones, losses, right.to(losses)])  # [3, steps · b]
+        sums = torch.zeros(3, len(self.y))
+        return sums.index_add_(1, indices.cpu(), rows.float().cpu())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the record's parts."""
-        return {name: getattr(self, name) for name in ("losses", "right", "learned", "forgotten")}
+        """Return the parts of the record."""
+        return {
+            "losses": self.losses,
+            "right": self.right,
+            "learned": self.learned,
+            "forgotten": self.forgotten,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the parts back."""
-        for name, value in state.items():
-            setattr(self, name, value.clone())
+        """Restore the parts of the record."""
+        self.losses = state["losses"].clone()
+        self.right = state["right"].clone()
+        self.learned = state["learned"].clone()
+        self.forgotten = state["forgotten"].clone()

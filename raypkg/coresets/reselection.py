@@ -16,7 +16,7 @@ from raypkg.engine.run import Hook, Results, Run, Selected
 from raypkg.engine.shards import Shards
 
 from .recorder import Recorder
-from .rules import coreset, needs_gradients, sizes_itself
+from .rules import coreset
 from .sharded import LiveModel, select_coreset
 
 
@@ -27,30 +27,31 @@ def check_schedule(settings: Reselect, epochs: int) -> None:
         UserError: unknown method, bad options, a selection that would never come, a fraction for a method that sizes
             its coreset itself, or none for another that computes gradients.
     """
-    if not settings.warm_epochs < epochs:
+    if settings.warm_epochs >= epochs:
         raise UserError(f"select.warm_epochs = {settings.warm_epochs} of {epochs} epochs: nothing would be selected")
     left = epochs - settings.warm_epochs
     if settings.every_epochs > left:
         raise UserError(f"select.every_epochs = {settings.every_epochs}: only {left} epochs follow the warm ones")
-    entry = coreset[settings.method]
-    entry.options(settings.options)
-    if sizes_itself(entry) and (settings.fraction < 1 or settings.every_epochs != 1):
+    method = coreset[settings.method]
+    method.options(settings.options)
+    anew_from_all = settings.fraction == 1 and settings.every_epochs == 1
+    if method.sizes_itself and not anew_from_all:
         raise UserError(
             f"{settings.method} keeps as many samples as it sees fit, anew at every epoch: it needs select.fraction = 1"
             f" and select.every_epochs = 1, not {settings.fraction:g} and {settings.every_epochs}"
         )
-    if needs_gradients(entry) and settings.fraction == 1:
+    if method.sees == "gradients" and settings.fraction == 1:
         raise UserError(f"{settings.method} with select.fraction = 1 would keep every sample: give a smaller one")
 
 
 def check_selects_once(select: Select) -> None:
     """Refuse, before any work, a method that acts only during training."""
-    if sizes_itself(coreset[select.method]):
+    if coreset[select.method].sizes_itself:
         raise UserError(f"{select.method} acts at every epoch of a training: see `effray train --help`")
 
 
 class Reselection(Hook):
-    """Trains on all samples for ``warm`` epochs, then selects, and again every ``every`` epochs.
+    """Trains on all samples for ``warm_epochs``, then selects a coreset, and a new one after every ``every_epochs``.
 
     Each selection uses the model and the record of that moment, on all workers together.
 
@@ -63,9 +64,18 @@ class Reselection(Hook):
     """
 
     def __init__(
-        self, settings: Reselect, shards: Shards, recorder: Recorder, indices: Tensor, first: Coreset | None = None
+        self,
+        settings: Reselect,
+        shards: Shards,
+        recorder: Recorder,
+        indices: Tensor,
+        first: Coreset | None = None,
     ):
-        self.settings, self.shards, self.recorder, self.indices, self.first = settings, shards, recorder, indices, first
+        self.settings = settings
+        self.shards = shards
+        self.recorder = recorder
+        self.indices = indices
+        self.first = first
         self.scores: Tensor | None = None  # gradient norms of the indices at the latest selection [n]
 
     def on_epoch(self, run: Run) -> None:
@@ -80,7 +90,7 @@ class Reselection(Hook):
     def _select(self, run: Run) -> Coreset:
         with run.bill("select") as cost, torch.no_grad():
             run.worker.share(run.model.buffers())
-            found = select_coreset(
+            selection = select_coreset(
                 self.shards,
                 LiveModel(run.model, run.settings.precision),
                 self.settings,
@@ -90,16 +100,17 @@ class Reselection(Hook):
                 progress=run.epoch / run.settings.epochs,
             )
         if run.worker.rank == 0:
-            cost.forward += found.cost.forward
-        self.scores = found.scores
-        return found.coreset
+            cost.forward += selection.cost.forward
+        self.scores = selection.scores
+        return selection.coreset
 
     def results(self, run: Run) -> Results:
         """Return the coreset in use and what the latest selection saw, where training selected one by itself."""
         if self.first is not None and not self.settings.every_epochs:
             return Results()
         origin = {"epochs": run.settings.epochs, **self.settings.model_dump()}
-        return Results(selected=Selected(run.coreset, origin, self.indices, self.scores))
+        selected = Selected(run.coreset, origin, self.indices, self.scores)
+        return Results(selected=selected)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores; the coreset is the run's own."""

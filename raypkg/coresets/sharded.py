@@ -3,10 +3,10 @@
 Forward passes go class by class, so a class meets the same batches, hence the same picks, wherever it is held.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from raypkg.engine.shards import Shard, Shards
 from raypkg.engine.worker import memory_bound
 from raypkg.models import build_model
 
-from .budgets import budget_of, class_budgets, select, select_class
+from .budgets import ClassSamples, budget_of, class_budgets, select, select_class, select_each
 from .gradients import HeadView, head_view
 from .record import Record
-from .rules import coreset, needs_gradients, sizes_itself
+from .rules import coreset
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class LiveModel:
 
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
         """Return the HeadView of the indices in one forward pass."""
+        split = shard.data.train
         with autocast(self.precision, shard.device):
-            batches = plain_batches(shard.data.train, indices, shard.device, dtype=dtype_of(self.model))
+            batches = plain_batches(split, indices, shard.device, dtype=dtype_of(self.model))
             return head_view(self.model, batches)
 
 
@@ -77,10 +78,10 @@ class SentModel:
 
     @cached_property
     def _built(self) -> nn.Module:
-        model = build_model(
-            self.settings.name, self.shape, self.num_classes, seed=0, options=self.settings.options
-        )  # every weight is then overwritten
-        model.load_state_dict({name: torch.tensor(value) for name, value in self.parameters.items()})
+        chosen = self.settings
+        model = build_model(chosen.name, self.shape, self.num_classes, seed=0, options=chosen.options)
+        state = {name: torch.tensor(value) for name, value in self.parameters.items()}
+        model.load_state_dict(state)  # every weight: the seed above does not matter
         return model
 
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
@@ -113,51 +114,81 @@ def select_coreset(
     Raises:
         UserError: unknown method, bad options, or gradients that are not finite.
     """
-    entry, budget = coreset[settings.method], budget_of(settings.fraction, len(indices))
-    if not needs_gradients(entry):
+    method = coreset[settings.method]
+    budget = budget_of(settings.fraction, len(indices))
+    if method.sees == "record":
         parts = [_from_record(record, indices, settings, budget, seed, progress)]
-    elif settings.balanced and not sizes_itself(entry):
-        budgets = class_budgets(torch.bincount(record.y[indices]), budget).tolist()
+    elif settings.balanced and not method.sizes_itself:
+        counts = record.y[indices].bincount()
+        budgets = class_budgets(counts, budget).tolist()
         parts = shards.map(select_classes, scorer, settings, budgets, seed)
     else:
-        parts = [_from_views(shards.map(view_shard, scorer), settings, budget, seed)]
-    picked = _sorted(Coreset.concat([part.coreset for part in parts]))
-    weighted = settings.weighted or sizes_itself(entry)  # a coreset of free size is unbiased by its weights only
-    indices, order = torch.cat([part.indices for part in parts]).sort()
-    scores = [part.scores for part in parts if part.scores is not None]
-    return Selection(
-        picked if weighted else Coreset.uniform(picked.indices),
-        indices,
-        torch.cat(scores)[order] if scores else None,
-        Cost.joined("select", [part.cost for part in parts]),
-    )
+        views = shards.map(view_shard, scorer)
+        parts = [_from_views(views, settings, budget, seed)]
+    # a coreset of free size stands for all samples by its weights only
+    return _joined(parts, weighted=settings.weighted or method.sizes_itself)
 
 
 def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list[int], seed: int) -> Selection:
     """Select from each class of a shard by itself: one forward pass, then the method on the class's HeadView."""
-    y, entry, cost = shard.data.train.y, coreset[settings.method], Cost("select")
-    picks, scores, seen, memory = [], [], [], memory_bound(settings.memory)
+    method = coreset[settings.method]
+    memory = memory_bound(settings.memory)
+    choose = partial(
+        select_class,
+        method=method,
+        seed=seed,
+        options=settings.options,
+        memory=memory,
+    )
+    cost = Cost("select")
+    members = []
+    scores = []
+    picks = []
     with cost:
-        for label in y[shard.indices].unique().tolist():
-            members, held_out = shard.indices[y[shard.indices] == label], shard.valid[y[shard.valid] == label]
-            view = scorer.view(shard, members)
-            valid = scorer.view(shard, held_out) if "valid" in entry.declares and len(held_out) else None
-            cost.forward += len(members) + (len(held_out) if valid else 0)
-            seen.append(members)
-            scores.append(view.norms())
-            if budgets[label]:
-                given: dict[str, Any] = {"options": settings.options, "valid": valid, "memory": memory}
-                picks.append(select_class(view, budgets[label], entry, seed=seed, label=label, **given).at(members))
-    return Selection(Coreset.concat(picks), torch.cat(seen), torch.cat(scores), cost)
+        classes = _viewed(shard, scorer, cost, with_valid="valid" in method.declares)
+        for part, picked in select_each(classes, budgets, choose):
+            members.append(part.members)
+            scores.append(part.samples.norms())
+            picks.append(picked)
+    return Selection(
+        coreset=Coreset.concat(picks),
+        indices=torch.cat(members),
+        scores=torch.cat(scores),
+        cost=cost,
+    )
 
 
-def view_shard(shard: Shard, scorer: Scorer) -> tuple[Tensor, HeadView, HeadView | None, Cost]:
-    """Return a shard's indices, HeadView, validation HeadView and bill, for selection over all classes at once."""
+def _viewed(shard: Shard, scorer: Scorer, cost: Cost, *, with_valid: bool) -> Iterator[ClassSamples[HeadView]]:
+    """Yield a shard's classes, each after a forward pass of its own, so that its views are never all in memory."""
+    y = shard.data.train.y
+    for label in y[shard.indices].unique().tolist():
+        members = shard.indices[y[shard.indices] == label]
+        held_out = shard.valid[y[shard.valid] == label]
+        view = scorer.view(shard, members)
+        cost.forward += len(members)
+        valid = None
+        if with_valid and len(held_out):
+            valid = scorer.view(shard, held_out)
+            cost.forward += len(held_out)
+        yield ClassSamples(label, members, view, valid)
+
+
+class ShardView(NamedTuple):
+    """What a model makes of a shard, for a selection over all classes at once."""
+
+    indices: Tensor
+    view: HeadView
+    valid: HeadView | None
+    cost: Cost
+
+
+def view_shard(shard: Shard, scorer: Scorer) -> ShardView:
+    """Return a shard's indices, HeadView, validation HeadView and bill."""
     with Cost("select") as cost:
         view = scorer.view(shard, shard.indices)
         valid = scorer.view(shard, shard.valid) if len(shard.valid) else None
     cost.forward += len(shard.indices) + len(shard.valid)
-    return shard.indices, view, valid, cost
+    return ShardView(shard.indices, view, valid, cost)
 
 
 def _from_record(
@@ -176,12 +207,13 @@ def _from_record(
     return Selection(picked.at(indices), indices, None, cost)
 
 
-def _from_views(parts: list[Any], settings: Select, budget: int, seed: int) -> Selection:
-    indices = torch.cat([part[0] for part in parts])
+def _from_views(shards: Sequence[ShardView], settings: Select, budget: int, seed: int) -> Selection:
+    indices = torch.cat([shard.indices for shard in shards])
     order = indices.argsort()  # the same order, hence the same picks, for any number of shards
-    view = _joined([part[1] for part in parts])[order]
-    valid = [part[2] for part in parts if part[2] is not None]
-    cost = Cost.joined("select", [part[3] for part in parts])
+    indices = indices[order]
+    view = HeadView.concat([shard.view for shard in shards])[order]
+    held_out = [shard.valid for shard in shards if shard.valid is not None]
+    cost = Cost.joined("select", [shard.cost for shard in shards])
     with cost:
         picked = select_class(
             view,
@@ -190,16 +222,24 @@ def _from_views(parts: list[Any], settings: Select, budget: int, seed: int) -> S
             seed=seed,
             label="all",
             options=settings.options,
-            valid=_joined(valid) if valid else None,
+            valid=HeadView.concat(held_out) if held_out else None,
             memory=memory_bound(settings.memory),
         )
-    return Selection(picked.at(indices[order]), indices[order], view.norms(), cost)
+    return Selection(picked.at(indices), indices, view.norms(), cost)
 
 
-def _joined(views: list[HeadView]) -> HeadView:
-    return HeadView(*(torch.cat([getattr(view, name) for view in views]) for name in ("logits", "features", "y")))
-
-
-def _sorted(picked: Coreset) -> Coreset:
-    order = picked.indices.argsort()
-    return Coreset(picked.indices[order], picked.weights[order])
+def _joined(parts: Sequence[Selection], *, weighted: bool) -> Selection:
+    """Join selections from disjoint samples, in the order of their positions."""
+    picked = Coreset.concat([part.coreset for part in parts])
+    ascending = picked.indices.argsort()
+    chosen = picked.indices[ascending]
+    weights = picked.weights[ascending]
+    indices = torch.cat([part.indices for part in parts])
+    order = indices.argsort()
+    scores = [part.scores for part in parts if part.scores is not None]
+    return Selection(
+        coreset=Coreset(chosen, weights) if weighted else Coreset.uniform(chosen),
+        indices=indices[order],
+        scores=torch.cat(scores)[order] if scores else None,
+        cost=Cost.joined("select", [part.cost for part in parts]),
+    )

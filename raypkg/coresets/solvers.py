@@ -4,6 +4,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 GROWTH = 64  # rows by which the room for a factor grows
 DEPENDENT = 1e-12  # a pivot below this share of its diagonal is rounding: the atom lies in the span of the chosen ones
@@ -15,7 +16,8 @@ def largest(scores: Tensor, k: int) -> Tensor:
     >>> largest(torch.tensor([1.0, 3.0, 3.0, 2.0]), 3)
     tensor([1, 2, 3])
     """
-    return scores.sort(descending=True, stable=True).indices[:k]
+    order = scores.sort(descending=True, stable=True).indices
+    return order[:k]
 
 
 class Cholesky:
@@ -26,24 +28,28 @@ class Cholesky:
     """
 
     def __init__(self, like: Tensor):
-        self._store = like.new_zeros(0, 0)  # L and an identity below it: solved as it lies, where a slice is copied
+        # L in the upper left corner, an identity below it: the system that is solved is the whole store, which is
+        # contiguous, where a slice [m, m] of it would be copied at every step. The identity rows meet zeros.
+        self._store = like.new_zeros(0, 0)
         self._size = 0
 
     @property
     def lower(self) -> Tensor:
         """L, of shape [m, m]."""
-        return self._store[: self._size, : self._size]
+        m = self._size
+        return self._store[:m, :m]
 
     def append(self, row: Tensor, diagonal: Tensor) -> bool:
         """Border the matrix with ``row`` [m] and ``diagonal``; return False, unchanged, if it would turn singular."""
         m = self._size
-        new = self._forward(row)  # L l = row
-        pivot = diagonal - new @ new
+        bordering = self._forward(row)  # l with L l = row [m]
+        pivot = diagonal - bordering @ bordering
         if pivot <= DEPENDENT * diagonal:
             return False
         if m == len(self._store):
-            self._store = torch.block_diag(self._store, torch.eye(GROWTH).to(row))
-        self._store[m, :m], self._store[m, m] = new, pivot.sqrt()
+            self._enlarge(row)
+        self._store[m, :m] = bordering
+        self._store[m, m] = pivot.sqrt()
         self._size = m + 1
         return True
 
@@ -54,30 +60,49 @@ class Cholesky:
 
             column j of the new factor = sqrt(s_j / s_{j−1}) T_j + p_j / sqrt(s_j s_{j−1}) Σ_{l>j} p_l T_l .
         """
-        m, lower = self._size, self.lower
-        left, t, tail = lower[i + 1 :, :i].clone(), lower[i + 1 :, i], lower[i + 1 :, i + 1 :]
-        p = torch.linalg.solve_triangular(tail, t[:, None], upper=False)[:, 0]  # [m−i−1]
-        s = 1 + p.square().cumsum(0)
-        before = s - p.square()  # s_{j−1}
-        scaled = tail * p
-        after = scaled.sum(dim=1, keepdim=True) - scaled.cumsum(dim=1)  # Σ_{l>j} p_l T_l
-        updated = tail * (s / before).sqrt() + after * (p / (s * before).sqrt())
-        lower[i : m - 1, :i], lower[i : m - 1, i : m - 1] = left, updated.tril()
-        self._store[m - 1, :m] = 0
-        self._store[m - 1, m - 1] = 1
-        self._size = m - 1
+        last = self._size - 1
+        lower = self.lower
+        below = lower[i + 1 :]
+        left = below[:, :i].clone()  # moves up by one row: a copy, because both places overlap
+        t = below[:, i]
+        block = below[:, i + 1 :]  # T
+
+        p = solve_triangular(block, t[:, None], upper=False)[:, 0]  # [m−i−1]
+        squares = p.square()
+        s = 1 + squares.cumsum(0)
+        before = s - squares  # s_{j−1}
+        scaled = block * p  # column l is p_l T_l
+        total = scaled.sum(dim=1, keepdim=True)
+        after = total - scaled.cumsum(dim=1)  # column j is Σ_{l>j} p_l T_l
+        stretch = (s / before).sqrt()
+        mixing = p / (s * before).sqrt()
+        updated = block * stretch + after * mixing
+
+        lower[i:last, :i] = left
+        lower[i:last, i:last] = updated.tril()  # above the diagonal stands rounding
+        self._store[last, :last] = 0  # the row that became free is the identity's again
+        self._store[last, last] = 1
+        self._size = last
 
     def solve(self, right: Tensor) -> Tensor:
         """Return x [m] with L Lᵀ x = right."""
-        padded = self._padded(self._forward(right))
-        return torch.linalg.solve_triangular(self._store.T, padded, upper=True)[: self._size, 0]
+        middle = self._forward(right)  # Lᵀ x
+        solution = solve_triangular(self._store.T, self._padded(middle), upper=True)
+        return solution[: self._size, 0]
 
     def _forward(self, right: Tensor) -> Tensor:
         """Return x [m] with L x = right."""
-        return torch.linalg.solve_triangular(self._store, self._padded(right), upper=False)[: self._size, 0]
+        solution = solve_triangular(self._store, self._padded(right), upper=False)
+        return solution[: self._size, 0]
 
     def _padded(self, right: Tensor) -> Tensor:
-        return torch.cat([right, right.new_zeros(len(self._store) - self._size)])[:, None]
+        room = len(self._store) - self._size
+        column = torch.cat([right, right.new_zeros(room)])
+        return column[:, None]
+
+    def _enlarge(self, like: Tensor) -> None:
+        identity = torch.eye(GROWTH).to(like)
+        self._store = torch.block_diag(self._store, identity)
 
 
 class Atoms(Protocol):
@@ -115,28 +140,39 @@ def matching_pursuit(atoms: Atoms, energy: Tensor, k: int, *, lam: float, eps: f
     Returns:
         The atoms, int64 [m] with m ≤ k in the order of their choice, and their weights v > 0, float64 [m].
     """
-    factor, free = Cholesky(energy), torch.ones(len(atoms), dtype=torch.bool)
-    chosen, weights, target = torch.empty(0, dtype=torch.int64), energy.new_empty(0), energy.new_empty(0)
-    error, last = energy, energy + torch.inf  # E of this step and of the one before
+    factor = Cholesky(energy)
+    free = torch.ones(len(atoms), dtype=torch.bool)  # whether an atom may still be chosen [n]
+    chosen = torch.empty(0, dtype=torch.int64)  # S [m]
+    weights = energy.new_empty(0)  # v [m]
+    target = energy.new_empty(0)  # <g_i, t> of each i ∈ S [m]
+    error = energy  # E of this step; with v = 0, ‖t‖²
+    last = energy + torch.inf  # E of the step before
     correlation = atoms.correlation(weights)  # [n]
-    floor = eps * correlation.max().clamp(min=0)
-    while len(chosen) < k and eps * energy < error < last:
-        best, j = correlation.where(free, -torch.inf).max(dim=0)
+    first = correlation.max()
+    floor = eps * first.clamp(min=0)
+    enough = eps * energy
+    while len(chosen) < k and enough < error < last:
+        eligible = correlation.where(free, -torch.inf)
+        best, j = eligible.max(dim=0)
         if best <= floor:
             break
         free[j] = False
         inner, aim = atoms.append(int(j))
-        if not factor.append(inner[:-1], inner[-1] + lam):
-            atoms.keep(torch.arange(len(chosen)))
+        diagonal = inner[-1] + lam
+        if not factor.append(inner[:-1], diagonal):
+            atoms.keep(torch.arange(len(chosen)))  # it adds nothing to S: passed over for good
             continue
-        chosen, target = torch.cat([chosen, j[None]]), torch.cat([target, aim[None]])
+        chosen = torch.cat([chosen, j[None]])
+        target = torch.cat([target, aim[None]])
         kept, weights = _solve_nonnegative(factor, target, weights)
         if len(kept) < len(chosen):
             atoms.keep(kept)
-            free[chosen] = True
-            chosen, target = chosen[kept], target[kept]
+            free[chosen] = True  # what was dropped may come again
+            chosen = chosen[kept]
+            target = target[kept]
             free[chosen] = False
-        error, last = energy - target @ weights, error
+        last = error
+        error = energy - target @ weights  # E at the minimum over S, where (G Gᵀ + λI) v = G t
         correlation = atoms.correlation(weights)
     return chosen, weights
 
@@ -147,12 +183,16 @@ def _solve_nonnegative(factor: Cholesky, right: Tensor, weights: Tensor) -> tupl
     weights = torch.cat([weights, weights.new_zeros(1)])
     solution = factor.solve(right)
     while not (solution > 0).all():
-        share = (weights / (weights - solution)).nan_to_num(0.0)  # of the way until each reaches zero; 0/0 is there
+        # how far each weight may go towards the solution until it is zero; one that begins there, 0/0, may not go
+        share = weights / (weights - solution)
+        share = share.nan_to_num(0.0)
         share = share.where(solution <= 0, torch.inf)
         first = int(share.argmin())
-        weights = weights + share[first] * (solution - weights)
+        step = solution - weights
+        weights = weights + share[first] * step
         factor.remove(first)
         rest = torch.arange(len(kept)) != first
-        kept, weights = kept[rest], weights[rest]
+        kept = kept[rest]
+        weights = weights[rest]
         solution = factor.solve(right[kept])
     return kept, solution

@@ -3,7 +3,7 @@
     python tests/benchmarks/accuracy.py --dataset parquet:path/to/cifar10
 
 trains each method at each fraction from each seed, several runs at a time, one thread each; a run that is finished is
-not run again. Methods that look at gradients select anew every ``--every`` epochs by the model of that moment.
+not run again. Methods that look at gradients select anew every ``--every-epochs`` by the model of that moment.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from launched import finished
 WEIGHTED = ("gradmatch", "gradmatchpb", "craig")  # methods whose weights are half of what they choose
 METHODS = {
     "random": "--select.method random",
-    "random-online": "--select.method random --select.every 1",
+    "random-online": "--select.method random --select.every_epochs 1",
     **{
-        name: f"--select.method {name} --select.every EVERY --select.weighted {str(name in WEIGHTED).lower()}"
+        name: f"--select.method {name} --select.every_epochs EVERY --select.weighted {str(name in WEIGHTED).lower()}"
         for name in (
             "el2n",
             "grand",
@@ -36,7 +36,7 @@ METHODS = {
         )
     },
 }
-ALL_SAMPLES = {"infobatch": "--select.method infobatch --select.every 1", "all samples": ""}  # of no fraction
+ALL_SAMPLES = {"infobatch": "--select.method infobatch --select.every_epochs 1", "all samples": ""}  # of no fraction
 
 
 def main() -> None:
@@ -44,14 +44,14 @@ def main() -> None:
     given = arguments()
     chosen = {name: METHODS[name] for name in given.methods if name in METHODS}
     runs = [
-        (name, fraction, seed, f"{options.replace('EVERY', str(given.every))} --select.fraction {fraction}")
+        (name, fraction, seed, f"{options.replace('EVERY', str(given.every_epochs))} --select.fraction {fraction}")
         for seed in given.seeds
         for fraction in given.fractions
         for name, options in chosen.items()
     ] + [(name, 1.0, seed, ALL_SAMPLES[name]) for seed in given.seeds for name in given.methods if name in ALL_SAMPLES]
     with ThreadPoolExecutor(given.jobs) as pool:
-        found = list(pool.map(lambda run: summary(given, *run), runs))
-    results = {run[:3]: result for run, result in zip(runs, found, strict=True) if result}
+        summaries = list(pool.map(lambda run: summary(given, *run), runs))
+    results = {run[:3]: result for run, result in zip(runs, summaries, strict=True) if result}
     print(f"\n{given.model}, {given.epochs} epochs, {len(given.seeds)} seeds: test accuracy in %, mean ± std\n")
     header = ["method", *(f"{fraction:.0%}" for fraction in given.fractions)]
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
@@ -68,7 +68,7 @@ def summary(given: argparse.Namespace, name: str, fraction: float, seed: int, op
     """Return the manifest of one run of the table."""
     fixed = f"--dataset {given.dataset} --model {given.model} --seed {seed} --train.epochs {given.epochs}"
     run = f"{name}-{fraction:g}-{seed}".replace(" ", "-")
-    return finished(given.root, "train", run, f"{fixed} --train.evaluate_every 0 {options}")
+    return finished(given.root, "train", run, f"{fixed} --train.evaluate_every_epochs 0 {options}")
 
 
 def share_of_work(result: dict) -> float:
@@ -90,7 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--every", type=int, default=4, help="epochs between selections by gradients")
+    parser.add_argument("--every-epochs", type=int, default=4, help="epochs between selections by gradients")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.05, 0.1, 0.3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *ALL_SAMPLES], choices=[*METHODS, *ALL_SAMPLES])

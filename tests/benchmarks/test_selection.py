@@ -16,7 +16,7 @@ import materialised
 import measured
 import simulated
 from raypkg.coresets.budgets import budget_of, select, select_class
-from raypkg.coresets.rules import coreset, needs_gradients, sizes_itself
+from raypkg.coresets.rules import coreset
 
 pytestmark = pytest.mark.bench
 N, CLASSES, WIDTH, FRACTION, LAM = 50_000, 10, 512, 0.1, 0.5
@@ -28,7 +28,7 @@ def test_methods_against_their_straightforward_form(n=N):
     print(f"\nn = {n:,}, C = {CLASSES}, D = {WIDTH}, fraction {FRACTION}, class by class; ours, theirs, theirs / ours")
     print(f"  {'':<12}{'seconds':^28}{'peak extra MiB':^28}{'objective on class 0':^28}")
     for name in coreset.entries:
-        if needs_gradients(coreset[name]) and not sizes_itself(coreset[name]):
+        if coreset[name].sees == "gradients" and not coreset[name].sizes_itself:
             sides = [measured.in_fresh_process(__file__, side, name, n) for side in ("ours", "theirs")]
             cells = "".join(cell(*(side.get(what) for side in sides)) for what in ("seconds", "MiB", "objective"))
             print(f"  {name:<12}{cells}  {sides[1].get('note', '')}")

@@ -10,9 +10,9 @@ from raypkg.cli import main
 
 PLAIN = ["--model", "mlp", "--train.precision", "float32", "--train.batch_size", "32", "--train.epochs", "4"]
 CHOICES = {
-    "gradmatch": ["--select.fraction", "0.2", "--select.every", "2", "--select.warm", "1"],
-    "random": ["--select.fraction", "0.2", "--select.every", "1"],
-    "infobatch": ["--select.every", "1"],
+    "gradmatch": ["--select.fraction", "0.2", "--select.every_epochs", "2", "--select.warm_epochs", "1"],
+    "random": ["--select.fraction", "0.2", "--select.every_epochs", "1"],
+    "infobatch": ["--select.every_epochs", "1"],
 }
 
 

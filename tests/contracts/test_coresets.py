@@ -13,13 +13,13 @@ from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import select, select_class
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.record import Record
-from raypkg.coresets.rules import coreset, needs_gradients, sizes_itself
+from raypkg.coresets.rules import coreset
 
 N = 60
 ONLY_WITH = {"craig": {"greedy": "stochastic"}}  # options under which a method draws that does not draw by default
 
 
-@pytest.fixture(params=[name for name, entry in coreset.entries.items() if not sizes_itself(entry)])
+@pytest.fixture(params=[name for name, entry in coreset.entries.items() if not entry.sizes_itself])
 def entry(request):
     return coreset[request.param]
 
@@ -31,7 +31,7 @@ def view(entry):
 
 def seen_by(entry, view):
     """The view itself, or what training would have recorded of its samples."""
-    if needs_gradients(entry) or entry.name == "random":
+    if entry.sees == "gradients" or entry.name == "random":
         return view
     losses = F.cross_entropy(view.logits, view.y, reduction="none")
     return Record(view.y, losses.float(), (3 * losses).floor().float())
@@ -141,10 +141,10 @@ def test_a_method_names_itself(entry):
     assert entry.help.endswith(".")
 
 
-@pytest.mark.parametrize("entry", [entry for entry in coreset.entries.values() if sizes_itself(entry)])
+@pytest.mark.parametrize("entry", [entry for entry in coreset.entries.values() if entry.sizes_itself])
 def test_a_method_that_sizes_itself_takes_no_budget(entry):
     view = reference.problem(N).view
-    samples = view if needs_gradients(entry) else seen_by(entry, view)
+    samples = view if entry.sees == "gradients" else seen_by(entry, view)
     first, again, other = (select(samples, N, entry.name, seed=seed) for seed in (0, 0, 1))
     assert first.indices.equal(again.indices) and not first.indices.equal(other.indices)
     assert 1 <= len(first) <= N and first.indices.max() < N

@@ -1,35 +1,106 @@
 """Coreset selection methods, one file each: ``select(samples, budget, *, rng, …) → Coreset``.
 
-The first parameter's annotation says what a method looks at: a ``HeadView`` costs a forward pass over all samples, a
-``Record`` is there anyway. A method without a budget says itself how many samples to keep.
+The decorator says what a method looks at, and whether it chooses the size of its coreset itself:
+
+    @coreset("infobatch", source="arXiv:2303.04947", sees="record", sizes_itself=True)
+    def select(record: Record, *, rng: torch.Generator, …) -> Coreset:
 """
 
 import inspect
 import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
 
 from raypkg.core.errors import UserError
-from raypkg.core.registry import Entry, Registry
+from raypkg.core.registry import Entry, F, Registry
 
-coreset = Registry("coreset method", "raypkg.coresets.rules", given=("rng", "valid", "memory", "progress"))
-
-
-def needs_gradients(entry: Entry) -> bool:
-    """Say whether a method needs a ``HeadView``, hence a forward pass."""
-    from raypkg.coresets.record import Record
-
-    first = next(iter(inspect.signature(entry.function).parameters), "")
-    seen = typing.get_type_hints(entry.function).get(first)
-    return Record not in (seen, *typing.get_args(seen))
+Sees = Literal["gradients", "record"]
 
 
-def sizes_itself(entry: Entry) -> bool:
-    """Say whether a method keeps as many samples as it sees fit.
+@dataclass(frozen=True)
+class Method(Entry):
+    """A coreset method.
+
+    Attributes:
+        sees: what it is called with: "gradients", a ``HeadView``, which costs a forward pass over all samples, or
+            "record", a ``Record``, which training keeps anyway.
+        sizes_itself: whether it keeps as many samples as it sees fit: ``select(samples, *, …)``, without a budget.
 
     Raises:
-        UserError: it takes neither (samples, budget) nor (samples).
+        UserError: the function's parameters are others.
     """
-    parameters = inspect.signature(entry.function).parameters.values()
-    places = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    if len(places) not in (1, 2):
-        raise UserError(f"coreset method {entry.name!r} takes {tuple(places)}: it must be (samples, budget, *, …)")
-    return len(places) == 1
+
+    sees: Sees = "gradients"
+    sizes_itself: bool = False
+
+    def __post_init__(self) -> None:
+        names = _positional(self.function)
+        if len(names) == (1 if self.sizes_itself else 2):
+            return
+        expected = "(samples, *, …)" if self.sizes_itself else "(samples, budget, *, …)"
+        raise UserError(f"coreset method {self.name!r} takes {tuple(names)}: it must be {expected}")
+
+
+class Declared(NamedTuple):
+    """What a decorator says of a method; see ``Method``."""
+
+    sees: Sees
+    sizes_itself: bool
+
+
+class Methods(Registry):
+    """The coreset methods. A user's own function may be decorated as well; otherwise its signature tells."""
+
+    def __init__(self) -> None:
+        supplied = ("rng", "valid", "memory", "progress")
+        super().__init__("coreset method", __name__, given=supplied)
+        self._declared: dict[Callable[..., Any], Declared] = {}
+
+    def __call__(
+        self, name: str, *, source: str = "", sees: Sees = "gradients", sizes_itself: bool = False
+    ) -> Callable[[F], F]:
+        """Register the decorated function; its signature is checked at once."""
+        register = super().__call__(name, source=source)
+
+        def declare(function: F) -> F:
+            self._declared[function] = Declared(sees, sizes_itself)
+            return register(function)
+
+        return declare
+
+    def __getitem__(self, name: str) -> Method:
+        """Find a method by name, or import the user's own ``package.module:function``."""
+        return cast(Method, super().__getitem__(name))
+
+    def _entry(self, name: str, function: Callable[..., Any], source: str) -> Method:
+        checked = super()._entry(name, function, source)
+        declared = self._declared.get(function) or _told_by_signature(function)
+        return Method(
+            name=checked.name,
+            function=checked.function,
+            source=checked.source,
+            given=checked.given,
+            sees=declared.sees,
+            sizes_itself=declared.sizes_itself,
+        )
+
+
+coreset = Methods()
+
+
+def _told_by_signature(function: Callable[..., Any]) -> Declared:
+    """Describe a function that was not decorated: by the annotation of its samples, and whether it takes a budget."""
+    from raypkg.coresets.record import Record
+
+    names = _positional(function)
+    hints = typing.get_type_hints(function)
+    samples = hints.get(names[0]) if names else None
+    allowed = (samples, *typing.get_args(samples))  # the annotation, and its parts where it is a union
+    sees: Sees = "record" if Record in allowed else "gradients"
+    return Declared(sees, sizes_itself=len(names) == 1)
+
+
+def _positional(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]

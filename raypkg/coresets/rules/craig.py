@@ -45,7 +45,7 @@ def select(
     if greedy == "lazy":
         medoids = facility_location(view, budget, memory=memory)
     else:
-        sample = math.ceil(len(view) / budget * math.log(1 / epsilon))
+        sample = math.ceil(len(view) / budget * math.log(1 / epsilon))  # candidates a step
         medoids = stochastic_facility_location(view, budget, sample=sample, rng=rng, memory=memory)
-    weights = cluster_shares(view, medoids) * budget / len(view)
+    weights = cluster_shares(view, medoids) * budget / len(view)  # γ · k/n
     return Coreset(medoids, weights.float())

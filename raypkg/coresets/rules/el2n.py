@@ -14,4 +14,5 @@ def select(view: HeadView, budget: int) -> Coreset:
     Differs from the paper: the scores come from the one model of the view; the paper averages them over short runs
     from several seeds.
     """
-    return Coreset.uniform(largest(view.residual.norm(dim=1), budget))
+    errors = view.residual.norm(dim=1)
+    return Coreset.uniform(largest(errors, budget))

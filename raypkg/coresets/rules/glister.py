@@ -38,8 +38,11 @@ def select(
     """
     valid = view if valid is None else valid
     chosen = torch.empty(0, dtype=torch.int64)
-    for part in torch.arange(budget).tensor_split(min(rounds, budget)):
-        gradient = valid.moved(-eta * view[chosen].sum()).mean()  # ∇L_val(θ_S) [C, D+1]
-        gain = view.project(gradient).index_fill(0, chosen, -torch.inf)  # [n]
-        chosen = torch.cat([chosen, largest(gain, len(part))])
+    for share in torch.arange(budget).tensor_split(min(rounds, budget)):
+        step = -eta * view[chosen].sum()  # θ_S − θ [C, D+1]
+        gradient = valid.moved(step).mean()  # ∇L_val(θ_S) [C, D+1]
+        gain = view.project(gradient)  # [n]
+        gain = gain.index_fill(0, chosen, -torch.inf)
+        best = largest(gain, len(share))
+        chosen = torch.cat([chosen, best])
     return Coreset.uniform(chosen)

@@ -1,17 +1,18 @@
 """GradMatch over mini-batches: whole random batches are chosen and weighted, which is many times faster."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 
+from raypkg.coresets.atoms import BatchAtoms
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.solvers import matching_pursuit
 from raypkg.data.coreset import Coreset
 
 from . import coreset
-from .gradmatch import BatchAtoms, mean_gradient
+from .gradmatch import Target, mean_gradient
 
 
 @coreset("gradmatchpb", source="arXiv:2103.00123")
@@ -24,7 +25,7 @@ def select(
     batch_size: Annotated[int, Field(ge=1)] = 32,
     lam: Annotated[float, Field(ge=0)] = 0.5,
     eps: Annotated[float, Field(gt=0)] = 1e-10,
-    target: Literal["train", "valid"] = "train",
+    target: Target = "train",
 ) -> Coreset:
     """Match the mean gradient by the mean gradients ḡ_B of batches, drawn once at random, instead of samples.
 
@@ -50,18 +51,26 @@ def select(
 
     Differs from the paper: as in ``gradmatch``; the batches are those of one class if the selection goes by class.
     """
-    mean, drawn = mean_gradient(view, valid, target), torch.randperm(len(view), generator=rng)
-    batches = drawn.split(batch_size)
-    batch = torch.empty_like(drawn).index_put((drawn,), torch.arange(len(view)) // batch_size)  # of each sample [n]
+    mean = mean_gradient(view, valid, target)
+    n = len(view)
+    order = torch.randperm(n, generator=rng)
+    batches = order.split(batch_size)
+    batch = torch.empty_like(order)  # which batch each sample is in [n]
+    batch[order] = torch.arange(n) // batch_size
+
     wanted = math.ceil(budget / batch_size)
     whole = BatchAtoms(view, batch, mean, wanted * batch_size)
-    order = whole.ranked(matching_pursuit(whole, whole.energy, wanted, lam=lam, eps=eps)[0])
-    indices = torch.cat([batches[b] for b in order])[:budget]
+    best, _ = matching_pursuit(whole, whole.energy, wanted, lam=lam, eps=eps)
+    ranked = torch.cat([batches[b] for b in whole.ranked(best)])
+    indices = ranked[:budget]
 
-    place = batch[indices].unique(return_inverse=True)[1]  # which of the chosen batches each pick is in [k]
+    _, place = batch[indices].unique(return_inverse=True)  # which of the chosen batches each pick is in [k]
     cut = BatchAtoms(view[indices], place, mean, budget)
     chosen, v = matching_pursuit(cut, cut.energy, len(cut), lam=lam, eps=eps)
     if not len(chosen):
         return Coreset.uniform(indices)
-    shares = v.new_zeros(len(cut)).index_put((chosen,), v) / place.bincount()  # v_B / |B|
-    return Coreset(indices, (budget * shares[place]).float())
+    totals = v.new_zeros(len(cut))  # v_B, 0 where B was not chosen again
+    totals[chosen] = v
+    shares = totals / place.bincount()  # v_B / |B|
+    weights = budget * shares[place]
+    return Coreset(indices, weights.float())

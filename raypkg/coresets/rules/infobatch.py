@@ -1,4 +1,4 @@
-"""InfoBatch: skip half of the well-learned samples at every epoch, and count the other half twice."""
+"""InfoBatch: skip half of the well-learned samples at every epoch and count the other half twice."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from raypkg.data.coreset import Coreset
 from . import coreset
 
 
-@coreset("infobatch", source="arXiv:2303.04947")
+@coreset("infobatch", source="arXiv:2303.04947", sees="record", sizes_itself=True)
 def select(
     record: Record,
     *,
@@ -32,11 +32,13 @@ def select(
         ratio: r.
         until: the progress δ from which all samples are kept, so that training ends on the unpruned data.
     """
-    everything = Coreset.uniform(torch.arange(len(record)))
+    everyone = torch.arange(len(record))
     known = record.losses.isfinite()
     if progress >= until or not known.any():
-        return everything
-    learned = record.losses < record.losses[known].double().mean()  # [n]
-    kept = ~learned | (torch.rand(len(record), generator=rng) >= ratio)
+        return Coreset.uniform(everyone)
+    mean = record.losses[known].double().mean()
+    learned = record.losses < mean  # [n]
+    lucky = torch.rand(len(record), generator=rng) >= ratio
+    kept = ~learned | lucky
     weights = torch.where(learned, 1 / (1 - ratio), 1.0)
-    return Coreset(everything.indices[kept], weights[kept])
+    return Coreset(everyone[kept], weights[kept])

@@ -22,15 +22,19 @@ def select(view: HeadView, budget: int) -> Coreset:
     choice or sets outliers aside.
     """
     h = view.features  # [n, D]
-    chosen = [int(_distances(h, h.mean(dim=0)).argmin())]
-    nearest = _distances(h, h[chosen[0]])  # to a chosen sample [n]
+    from_mean = _distances(h, h.mean(dim=0))
+    latest = int(from_mean.argmin())
+    chosen = [latest]
+    nearest = _distances(h, h[latest])  # min_{j∈S} ‖h_i − h_j‖ [n]
     while len(chosen) < budget:
-        nearest[chosen[-1]] = -torch.inf
-        chosen.append(int(nearest.argmax()))
-        nearest = nearest.minimum(_distances(h, h[chosen[-1]]))
+        nearest[latest] = -torch.inf  # never again, even where all that are left are its equals
+        latest = int(nearest.argmax())
+        chosen.append(latest)
+        nearest = nearest.minimum(_distances(h, h[latest]))
     return Coreset.uniform(torch.tensor(chosen))
 
 
 def _distances(h: Tensor, centre: Tensor) -> Tensor:
     """‖h_i − centre‖ from differences, which are 0 for equal rows, [n]."""
-    return torch.cdist(h, centre[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+    distances = torch.cdist(h, centre[None], compute_mode="donot_use_mm_for_euclid_dist")  # [n, 1]
+    return distances[:, 0]

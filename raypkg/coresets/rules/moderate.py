@@ -25,5 +25,6 @@ def select(view: HeadView, budget: int) -> Coreset:
 
 
 def _deviation(h: Tensor) -> Tensor:
-    distances = (h - h.mean(dim=0)).norm(dim=1)  # [n]
+    centre = h.mean(dim=0)
+    distances = (h - centre).norm(dim=1)  # d [n]
     return (distances - distances.median()).abs()

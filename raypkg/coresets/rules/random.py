@@ -9,7 +9,8 @@ from raypkg.data.coreset import Coreset
 from . import coreset
 
 
-@coreset("random")
+@coreset("random", sees="record")
 def select(samples: HeadView | Record, budget: int, *, rng: torch.Generator) -> Coreset:
-    """Draw samples uniformly, without replacement; far stronger anew at every epoch (``select.every_epochs = 1``)."""
-    return Coreset.uniform(torch.randperm(len(samples), generator=rng)[:budget])
+    """Draw samples uniformly without replacement, once or, stronger, at every epoch (``select.every_epochs = 1``)."""
+    order = torch.randperm(len(samples), generator=rng)
+    return Coreset.uniform(order[:budget])

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
+from torch.special import entr
 
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.solvers import largest
@@ -11,9 +11,11 @@ from raypkg.data.coreset import Coreset
 
 from . import coreset
 
+Measure = Literal["margin", "entropy", "confidence"]
+
 
 @coreset("uncertainty", source="arXiv:1906.11829")
-def select(view: HeadView, budget: int, *, measure: Literal["margin", "entropy", "confidence"] = "margin") -> Coreset:
+def select(view: HeadView, budget: int, *, measure: Measure = "margin") -> Coreset:
     """Keep the samples with the most uncertain predictions, whatever their labels.
 
     With the probabilities in descending order, p_1 ≥ p_2 ≥ …, the largest
@@ -27,14 +29,20 @@ def select(view: HeadView, budget: int, *, measure: Literal["margin", "entropy",
 
     Differs from the paper: it is the model of the view that selects, no smaller proxy of it.
     """
-    p = view.logits.softmax(dim=1).sort(dim=1, descending=True).values  # [n, C]
-    return Coreset.uniform(largest(_uncertainty(p, measure), budget))
+    p = view.logits.softmax(dim=1)
+    p = p.sort(dim=1, descending=True).values  # [n, C]
+    scores = _uncertainty(p, measure)
+    return Coreset.uniform(largest(scores, budget))
 
 
-def _uncertainty(p: Tensor, measure: str) -> Tensor:
-    doubt = p[:, 1:].sum(dim=1)  # 1 − p_1, with the digits that a p_1 near 1 has lost
-    if measure == "margin":
-        return doubt + p[:, 1:2].sum(dim=1)  # of one class, all are equally sure
+def _uncertainty(p: Tensor, measure: Measure) -> Tensor:
+    others = p[:, 1:]  # p_2, p_3, …; empty if there is one class, of which all samples are equally sure
+    doubt = others.sum(dim=1)  # 1 − p_1, with the digits that a p_1 near 1 has lost
     if measure == "confidence":
         return doubt
-    return torch.special.entr(p[:, 1:]).sum(dim=1) - (1 - doubt) * (-doubt).log1p()
+    if measure == "margin":
+        second = others[:, :1].sum(dim=1)
+        return doubt + second
+    entropy_of_others = entr(others).sum(dim=1)
+    log_first = (-doubt).log1p()  # ln p_1
+    return entropy_of_others - (1 - doubt) * log_first
