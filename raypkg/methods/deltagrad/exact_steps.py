@@ -3,11 +3,15 @@
 from typing import Protocol
 
 
-class When(Protocol):
-    """Decides step by step; steps before anything has changed are not counted."""
+class ExactSteps(Protocol):
+    """Decides step by step; steps before the first changed batch are not counted."""
+
+    @property
+    def estimate(self) -> float | None:
+        """The estimated distance from the retrained weights so far; None where nothing estimates it."""
 
     def due(self, rate: float, share: float, distance: float) -> bool:
-        """Say whether the coming step is to be exact.
+        """Return whether the coming step is to be exact.
 
         Args:
             rate: η of the step.
@@ -16,35 +20,38 @@ class When(Protocol):
         """
 
     def took(self, rate: float, share: float, distance: float, error: float | None, exact: bool) -> None:
-        """Take notice of a step; ``error`` is ‖predicted − true gradient‖ where an exact step had a prediction."""
+        """Count a step; ``error`` is ‖predicted − true gradient‖ where an exact step had a prediction."""
 
 
 class Periodic:
     """Exact for the first j0 steps and then at every T0-th (DeltaGrad, arXiv:2006.14755).
 
-    >>> when, pattern = Periodic(period=3, burn_in=2), ""
+    >>> exact_steps = Periodic(period=3, burn_in=2)
+    >>> pattern = ""
     >>> for _ in range(9):
-    ...     exact = when.due(0.1, 1.0, 1.0)
-    ...     when.took(0.1, 1.0, 1.0, None, exact)
+    ...     exact = exact_steps.due(0.1, 1.0, 1.0)
+    ...     exact_steps.took(0.1, 1.0, 1.0, None, exact)
     ...     pattern += "x" if exact else "."
     >>> pattern
     'xx..x..x.'
     """
 
-    estimate = None  # it knows nothing of the distance
+    estimate = None  # a period knows nothing of the distance
 
     def __init__(self, period: int, burn_in: int):
-        self._period, self._burn_in = period, burn_in
-        self._age = self._since = 0
+        self._period = period
+        self._burn_in = burn_in
+        self._steps = 0
+        self._since_exact = 0
 
     def due(self, rate: float, share: float, distance: float) -> bool:
-        """Say whether the step is one of the first, or the T0-th since the last exact one."""
-        return self._age < self._burn_in or self._since + 1 >= self._period
+        """Return whether the step is one of the first, or the T0-th since the last exact one."""
+        return self._steps < self._burn_in or self._since_exact + 1 >= self._period
 
     def took(self, rate: float, share: float, distance: float, error: float | None, exact: bool) -> None:
         """Count the step."""
-        self._age += 1
-        self._since = 0 if exact else self._since + 1
+        self._steps += 1
+        self._since_exact = 0 if exact else self._since_exact + 1
 
 
 class Tolerant:
@@ -65,11 +72,14 @@ class Tolerant:
     """
 
     def __init__(self, tolerance: float, horizon: float, decay: float):
-        self._tolerance, self._horizon, self._decay = tolerance, horizon, decay
-        self._growth: float | None = None  # ρ
+        self._tolerance = tolerance
+        self._horizon = horizon
+        self._decay = decay
+        self._growth: float | None = None  # ρ; None until an exact step has measured it
         self._settled = 0.0  # E up to the last exact step
-        self._open = 0.0  # Σ η·share·k·‖v‖ since then
-        self._since, self._spent = 0, 0.0
+        self._open = 0.0  # Σ η·share·k·‖v‖ since then: times ρ it is the rest of E
+        self._since_exact = 0  # k
+        self._rates = 0.0  # Ση so far
 
     @property
     def estimate(self) -> float:
@@ -77,24 +87,30 @@ class Tolerant:
         return self._settled + (self._growth or 0.0) * self._open
 
     def due(self, rate: float, share: float, distance: float) -> bool:
-        """Say whether an approximate step would take E beyond what is allowed by now."""
+        """Return whether an approximate step would take E beyond what is allowed by now."""
         if self._growth is None:
             return True
-        coming = self._growth * rate * share * (self._since + 1) * distance
-        return self.estimate + coming > self._tolerance * (self._spent + rate) / self._horizon
+        coming = self._growth * rate * share * (self._since_exact + 1) * distance
+        allowed = self._tolerance * (self._rates + rate) / self._horizon
+        return self.estimate + coming > allowed
 
     def took(self, rate: float, share: float, distance: float, error: float | None, exact: bool) -> None:
         """Add the step to the estimate; an exact one settles it with the ρ that it measured."""
         if exact:
             if error is not None:
-                measured = error / ((self._since + 1) * distance)
-                self._settled += measured * self._open
-                self._growth = max(measured, (self._growth or 0.0) / 2)
-                self._open = 0.0
-            self._since = 0
+                self._settle(error / ((self._since_exact + 1) * distance))
+            self._since_exact = 0
         else:
-            self._since += 1
-            self._open += rate * share * self._since * distance
+            self._since_exact += 1
+            self._open += rate * share * self._since_exact * distance
+        # The L2 penalty pulls both trainings towards 0, hence towards each other.
         self._settled *= 1 - rate * self._decay
         self._open *= 1 - rate * self._decay
-        self._spent += rate
+        self._rates += rate
+
+    def _settle(self, measured: float) -> None:
+        """Charge the approximate steps since the last exact one with the ρ that has now been measured."""
+        self._settled += measured * self._open
+        self._open = 0.0
+        # One lucky measurement does not open the way to a long run of approximate steps.
+        self._growth = max(measured, (self._growth or 0.0) / 2)
