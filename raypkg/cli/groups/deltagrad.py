@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from raypkg.core.errors import UserError
 from raypkg.methods.deltagrad.settings import ReplaySettings, RequestSettings
 from raypkg.runs import ROOT
 
-from ..options import ROOT_HELP, SettingsCommand, metavar, overrides, setting_options
+from ..options import ROOT_HELP, ExampleHelp, SettingsCommand, metavar, overrides, setting_options
 
 if TYPE_CHECKING:
     from raypkg.methods.deltagrad.recorded_run import RecordedRun
@@ -30,19 +30,22 @@ REPLAY = [  # the run's settings where they are left out, so no default is shown
     for name, field in ReplaySettings.model_fields.items()
 ]
 CLUSTER = [option for option in setting_options(RequestSettings) if (option.name or "").startswith("cluster__")]
+Decorator = Callable[[Callable[..., None]], click.Command]
 
 
-@click.command(
-    cls=SettingsCommand,
-    schema=RequestSettings,
-    params=[
-        RUN,
-        click.Option(["--ids"], metavar="IDS", help="3,14,15, or a file: one a line, or parquet with an id or index"),
-        click.Option(["--where"], metavar="CONDITION", help="such as 'age > 60 and label = yes', on a table's columns"),
-        PLACE,
-        *REPLAY,
-        *CLUSTER,
-    ],
+def computing(*parameters: click.Parameter) -> Decorator:
+    """Make a command on a run that computes gradients."""
+    return click.command(cls=SettingsCommand, schema=RequestSettings, params=[RUN, *parameters, PLACE, *CLUSTER])
+
+
+def replaying(*parameters: click.Parameter) -> Decorator:
+    """Make a command on a run that replays its training."""
+    return computing(*parameters, *REPLAY)
+
+
+@replaying(
+    click.Option(["--ids"], metavar="IDS", help="3,14,15, or a file: one a line, or parquet with a column id or index"),
+    click.Option(["--where"], metavar="CONDITION", help="such as 'age > 60 and label = yes', on a table's columns"),
 )
 def delete(run: str, root: str, ids: str | None, where: str | None, **values: Any) -> None:
     """Make the model as if some samples had not been in its training.
@@ -60,19 +63,9 @@ def delete(run: str, root: str, ids: str | None, where: str | None, **values: An
     _answer_one(run, root, request, values)
 
 
-@click.command(
-    cls=SettingsCommand,
-    schema=RequestSettings,
-    params=[
-        RUN,
-        click.Option(["--ids"], metavar="IDS", help="deleted samples to put back where they were; a list or a file"),
-        click.Option(
-            ["--data"], metavar="NAME", help="new samples: a data set like the run's; its train split is added"
-        ),
-        PLACE,
-        *REPLAY,
-        *CLUSTER,
-    ],
+@replaying(
+    click.Option(["--ids"], metavar="IDS", help="deleted samples to put back where they were; a list or a file"),
+    click.Option(["--data"], metavar="NAME", help="new samples: a data set like the run's; its train split is added"),
 )
 def add(run: str, root: str, ids: str | None, data: str | None, **values: Any) -> None:
     """Make the model as if further samples had been in its training.
@@ -90,19 +83,9 @@ def add(run: str, root: str, ids: str | None, data: str | None, **values: Any) -
     _answer_one(run, root, request, values)
 
 
-@click.command(
-    cls=SettingsCommand,
-    schema=RequestSettings,
-    params=[
-        RUN,
-        click.Argument(["queue"], type=Path),
-        click.Option(
-            ["--together"], type=click.IntRange(1), default=1, show_default=True, help="requests in one replay"
-        ),
-        PLACE,
-        *REPLAY,
-        *CLUSTER,
-    ],
+@replaying(
+    click.Argument(["queue"], type=Path),
+    click.Option(["--together"], type=click.IntRange(1), default=1, show_default=True, help="requests in one replay"),
 )
 def stream(run: str, queue: Path, root: str, together: int, **values: Any) -> None:
     """Answer a queue of requests in order, each once, however often this is stopped and started again.
@@ -124,7 +107,7 @@ def stream(run: str, queue: Path, root: str, together: int, **values: Any) -> No
             _answer(recorded, group, settings)
 
 
-@click.command(cls=SettingsCommand, schema=RequestSettings, params=[RUN, PLACE, *CLUSTER])
+@computing()
 def verify(run: str, root: str, **values: Any) -> None:
     """Train again with the samples that are in use and tell how far the model is from that.
 
@@ -143,7 +126,7 @@ def verify(run: str, root: str, **values: Any) -> None:
         terminal().print(verdict_table(verdict))
 
 
-@click.command(cls=SettingsCommand, schema=RequestSettings, params=[RUN, PLACE])
+@click.command(cls=ExampleHelp, params=[RUN, PLACE])
 def log(run: str, root: str) -> None:
     """Show what was deleted and added, when and by which request, and check that nothing of it was changed.
 

@@ -39,13 +39,15 @@ class Curvature:
         if not curvature > 0:
             return False
         self._pairs.append((s, y))
-        self._sigma = max((curvature / (s @ s)).item(), LEAST)
+        newest = curvature / (s @ s)
+        self._sigma = max(newest.item(), LEAST)
         self._factorise()
         return True
 
     def product(self, v: Tensor) -> Tensor:
         """Return B v [p]; at least one pair must have been kept."""
-        return self._sigma * v - self._left @ (self._right @ v)
+        correction = self._left @ (self._right @ v)
+        return self._sigma * v - correction
 
     def _factorise(self) -> None:
         """Compute the factors of B that stay the same for every v until the next pair."""
@@ -54,8 +56,10 @@ class Curvature:
         products = steps @ changes.T  # SᵀY [m, m]
         lower = products.tril(-1)  # L
         diagonal = products.diagonal().diag()  # D
+        squares = self._sigma * (steps @ steps.T)  # σSᵀS
         upper_half = torch.cat([-diagonal, lower.T], 1)
-        lower_half = torch.cat([lower, self._sigma * (steps @ steps.T)], 1)
+        lower_half = torch.cat([lower, squares], 1)
         middle = torch.cat([upper_half, lower_half])  # M [2m, 2m]
-        self._right = torch.cat([changes, self._sigma * steps])  # [Y σS]ᵀ [2m, p]
-        self._left = torch.linalg.solve(middle, self._right).T  # [Y σS] M⁻¹ [p, 2m], as M is symmetric
+        right = torch.cat([changes, self._sigma * steps])  # [Y σS]ᵀ [2m, p]
+        self._right = right
+        self._left = torch.linalg.solve(middle, right).T  # [Y σS] M⁻¹ [p, 2m], as M is symmetric

@@ -1,6 +1,20 @@
 """Which steps of a replay are exact: at a fixed period, or as often as a tolerance on the distance asks for."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Drift(NamedTuple):
+    """How far a replay is from its record before a step.
+
+    Attributes:
+        rate: η of the step.
+        share: samples of the recorded batch over those of the new one.
+        distance: ‖v‖, of the weights from the recorded ones.
+    """
+
+    rate: float
+    share: float
+    distance: float
 
 
 class ExactSteps(Protocol):
@@ -10,16 +24,10 @@ class ExactSteps(Protocol):
     def estimate(self) -> float | None:
         """The estimated distance from the retrained weights so far; None where nothing estimates it."""
 
-    def due(self, rate: float, share: float, distance: float) -> bool:
-        """Return whether the coming step is to be exact.
+    def due(self, drift: Drift) -> bool:
+        """Return whether the coming step is to be exact."""
 
-        Args:
-            rate: η of the step.
-            share: samples of the recorded batch over those of the new one.
-            distance: ‖v‖ from the record.
-        """
-
-    def took(self, rate: float, share: float, distance: float, error: float | None, exact: bool) -> None:
+    def took(self, drift: Drift, exact: bool, error: float | None) -> None:
         """Count a step; ``error`` is ‖predicted − true gradient‖ where an exact step had a prediction."""
 
 
@@ -29,8 +37,8 @@ class Periodic:
     >>> exact_steps = Periodic(period=3, burn_in=2)
     >>> pattern = ""
     >>> for _ in range(9):
-    ...     exact = exact_steps.due(0.1, 1.0, 1.0)
-    ...     exact_steps.took(0.1, 1.0, 1.0, None, exact)
+    ...     exact = exact_steps.due(Drift(rate=0.1, share=1.0, distance=1.0))
+    ...     exact_steps.took(Drift(rate=0.1, share=1.0, distance=1.0), exact, error=None)
     ...     pattern += "x" if exact else "."
     >>> pattern
     'xx..x..x.'
@@ -44,11 +52,13 @@ class Periodic:
         self._steps = 0
         self._since_exact = 0
 
-    def due(self, rate: float, share: float, distance: float) -> bool:
+    def due(self, drift: Drift) -> bool:
         """Return whether the step is one of the first, or the T0-th since the last exact one."""
-        return self._steps < self._burn_in or self._since_exact + 1 >= self._period
+        is_first = self._steps < self._burn_in
+        is_periodic = self._since_exact + 1 >= self._period
+        return is_first or is_periodic
 
-    def took(self, rate: float, share: float, distance: float, error: float | None, exact: bool) -> None:
+    def took(self, drift: Drift, exact: bool, error: float | None) -> None:
         """Count the step."""
         self._steps += 1
         self._since_exact = 0 if exact else self._since_exact + 1
@@ -86,26 +96,31 @@ class Tolerant:
         """E, the estimated distance from the retrained weights so far."""
         return self._settled + (self._growth or 0.0) * self._open
 
-    def due(self, rate: float, share: float, distance: float) -> bool:
+    def due(self, drift: Drift) -> bool:
         """Return whether an approximate step would take E beyond what is allowed by now."""
         if self._growth is None:
             return True
-        coming = self._growth * rate * share * (self._since_exact + 1) * distance
+        rate, share, distance = drift
+        steps = self._since_exact + 1  # k
+        coming = self._growth * rate * share * steps * distance
         allowed = self._tolerance * (self._rates + rate) / self._horizon
         return self.estimate + coming > allowed
 
-    def took(self, rate: float, share: float, distance: float, error: float | None, exact: bool) -> None:
+    def took(self, drift: Drift, exact: bool, error: float | None) -> None:
         """Add the step to the estimate; an exact one settles it with the ρ that it measured."""
+        rate, share, distance = drift
         if exact:
             if error is not None:
-                self._settle(error / ((self._since_exact + 1) * distance))
+                steps = self._since_exact + 1
+                self._settle(error / (steps * distance))
             self._since_exact = 0
         else:
             self._since_exact += 1
             self._open += rate * share * self._since_exact * distance
         # The L2 penalty pulls both trainings towards 0, hence towards each other.
-        self._settled *= 1 - rate * self._decay
-        self._open *= 1 - rate * self._decay
+        shrinkage = 1 - rate * self._decay
+        self._settled *= shrinkage
+        self._open *= shrinkage
         self._rates += rate
 
     def _settle(self, measured: float) -> None:

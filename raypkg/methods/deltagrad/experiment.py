@@ -26,9 +26,11 @@ def run(settings: DeltaGradSettings, *, report: Report) -> None:
     settings.check(len(samples.kept))
     storage = report.folder.storage
     layout = Layout.of(new_model(settings, samples.data), settings.history.dtype)
-    steps = settings.train.epochs * -(-len(samples.kept) // settings.train.batch_size)
+    per_epoch = -(-len(samples.kept) // settings.train.batch_size)
+    steps = settings.train.epochs * per_epoch
     check_room(history_folder(storage, 0), layout, steps)
     report.say(f"history: {layout.describe(steps)}")
-    record = train_on_cluster(Job(settings, settings.train, storage, hooks=("deltagrad",)), report)
+    job = Job(settings, settings.train, storage, hooks=("deltagrad",))
+    record = train_on_cluster(job, report)
     begin_log(storage, settings, samples, record["history"])
     finish(report, settings, samples, epochs=settings.train.epochs)

@@ -14,10 +14,11 @@ from raypkg.data.split import Split
 from raypkg.phases.samples import Samples
 from raypkg.runs.storage import Storage
 
-from .ledger import digest
+from .ledger import digest, stored_digest
 from .settings import DeltaGradSettings
 
 ROWS = "rows.parquet"
+FACTS = ("mean", "std", "shape", "classes")  # kept beside the digests
 BLOCK = 1 << 14  # rows read at once
 FREE = {"cluster", "track", "replay"}  # settings that may change after training
 
@@ -30,10 +31,11 @@ def settings_digest(settings: DeltaGradSettings) -> str:
 
 def write_fingerprints(storage: Storage, split: Split) -> str:
     """Write the digests of a training split's rows, and its standardisation; return the digest of the file."""
-    facts = {"mean": split.mean, "std": split.std, "shape": split.shape, "classes": split.classes}
+    facts = {name: getattr(split, name) for name in FACTS}
+    metadata = {"effray": json.dumps(facts)}
     table = pa.table({"digest": row_digests(split)})
-    storage.write_table(ROWS, table.replace_schema_metadata({"effray": json.dumps(facts)}))
-    return digest(storage.read(ROWS) or b"")
+    storage.write_table(ROWS, table.replace_schema_metadata(metadata))
+    return stored_digest(storage, ROWS)
 
 
 def standardised_as_trained(storage: Storage, samples: Samples) -> Samples:
@@ -62,8 +64,10 @@ def check_rows(storage: Storage, split: Split, active: Tensor, expected: str) ->
     Raises:
         UserError: the first such row, or the digests themselves are not those of the log.
     """
-    table = storage.read_table(ROWS)
-    if table is None or digest(storage.read(ROWS) or b"") != expected:
+    table = None
+    if stored_digest(storage, ROWS) == expected:
+        table = storage.read_table(ROWS)
+    if table is None:
         raise UserError(f"{storage.root}/{ROWS} is missing or corrupt: it is not what the log names")
     changed = row_digests(split) != table["digest"].to_numpy()
     in_use = active[: len(split)].numpy()  # samples that were added later have no row in the data set
@@ -80,8 +84,9 @@ def row_digests(split: Split) -> np.ndarray:
     """
     digests = []
     for words in _words(split):
+        width = words.shape[1]
         rng = np.random.default_rng(0)  # the same factors for every block
-        factors = rng.integers(2**63, size=words.shape[1], dtype=np.uint64) * 2 + 1
+        factors = rng.integers(2**63, size=width, dtype=np.uint64) * 2 + 1
         digests.append(words @ factors)
     return np.concatenate(digests)
 
@@ -90,13 +95,15 @@ def _words(split: Split) -> Iterator[np.ndarray]:
     """Yield rows and labels as 64-bit words, uint64 [b, ⌈bytes/8⌉ + 1], block by block."""
     y = split.y.numpy()
     for start in range(0, len(split), BLOCK):
-        rows = np.arange(start, min(start + BLOCK, len(split)))
+        end = min(start + BLOCK, len(split))
+        rows = np.arange(start, end)
         x = np.ascontiguousarray(split.take(rows))
         content = x.reshape(len(rows), -1).view(np.uint8)  # [b, bytes]
         missing = -content.shape[1] % 8  # bytes to a whole word
-        padded = np.pad(content, ((0, 0), (0, missing)))
+        padding = np.zeros((len(rows), missing), np.uint8)
+        words = np.concatenate([content, padding], axis=1).view(np.uint64)
         labels = y[rows, None].astype(np.uint64)
-        yield np.concatenate([padded.view(np.uint64), labels], axis=1)
+        yield np.concatenate([words, labels], axis=1)
 
 
 def _check_same(what: str, was: object, now: object) -> None:

@@ -57,7 +57,8 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module, dtype: str) -> "Layout":
         """Return the layout of a model's history."""
-        return cls(sum(parameter.numel() for parameter in model.parameters()), dtype)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return cls(parameters, dtype)
 
     def message(self, rate: float, w: Tensor, gradient: Tensor) -> pa.Buffer:
         """Return a step as an Arrow message."""
@@ -82,16 +83,19 @@ class Layout:
 
     def describe(self, steps: int) -> str:
         """Return the size of a history in words."""
-        factors = f"{steps:,} steps × {self.parameters:,} parameters × 2 × {self.dtype.itemsize} bytes"
+        bytes_each = self.dtype.itemsize
+        factors = f"{steps:,} steps × {self.parameters:,} parameters × 2 × {bytes_each} bytes"
         return f"{readable(self.size(steps))} ({factors})"
 
     def _column(self, vector: Tensor, name: str) -> pa.Array:
-        flat = pa.array(np.ascontiguousarray(vector.numpy(), self.dtype))
-        return pa.FixedSizeListArray.from_arrays(flat, type=self.schema.field(name).type)
+        values = np.ascontiguousarray(vector.numpy(), self.dtype)
+        kind = self.schema.field(name).type
+        return pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind)
 
 
 def _vector(column: pa.Array) -> Tensor:
-    return torch.from_numpy(column.flatten().to_numpy().astype(np.float64))  # a copy: the mapped file is read-only
+    values = column.flatten().to_numpy()
+    return torch.from_numpy(values.astype(np.float64))  # a copy: the mapped file is read-only
 
 
 def history_folder(storage: Storage, number: int) -> Path:
@@ -146,14 +150,15 @@ class HistoryWriter:
     """
 
     def __init__(self, folder: Path, layout: Layout):
-        self.path = folder / RECORDS
         self.layout = layout
         self.digests: list[bytes] = []
+        self._folder = folder
+        self._name = repr(str(folder / RECORDS))
         self._waiting: deque[Future[Any]] = deque()
         self._thread = ThreadPoolExecutor(1, "history")
         folder.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-        self._file = self.path.open("r+b")
+        (folder / RECORDS).touch()
+        self._file = (folder / RECORDS).open("r+b")
 
     def __enter__(self) -> "HistoryWriter":
         return self
@@ -170,7 +175,7 @@ class HistoryWriter:
         self.flush()
         end = self.layout.start(len(digests)) if digests else 0
         if os.fstat(self._file.fileno()).st_size < end:
-            raise UserError(f"{str(self.path)!r} is shorter than its {len(digests)} steps")
+            raise UserError(f"{self._name} is shorter than its {len(digests)} steps")
         with self._full_disk_in_one_line():
             self._file.truncate(end)
             self._file.seek(end)
@@ -186,7 +191,8 @@ class HistoryWriter:
         """
         while len(self._waiting) >= MOST_WAITING:
             self._wait_for_one()
-        self._waiting.append(self._thread.submit(self._write, rate, w, gradient))
+        written = self._thread.submit(self._write, rate, w, gradient)
+        self._waiting.append(written)
 
     def flush(self) -> None:
         """Wait until everything is written."""
@@ -199,17 +205,16 @@ class HistoryWriter:
         self.append(0.0, w, torch.zeros_like(w))
         self.flush()
         content = b"".join(self.digests)
-        digests = self.path.with_name(DIGESTS)
-        unfinished = self.path.with_name(f"{DIGESTS}.part")
+        unfinished = self._folder / f"{DIGESTS}.part"
         with self._full_disk_in_one_line():
             os.fsync(self._file.fileno())
             unfinished.write_bytes(content)
-            unfinished.replace(digests)
+            unfinished.replace(self._folder / DIGESTS)
         self.close()
-        return blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
+        return _digest(content).hex()
 
     def close(self) -> None:
-        """Close the file; records that still wait are not written."""
+        """Close the file; records that still wait are dropped."""
         self._thread.shutdown(cancel_futures=True)
         with suppress(OSError):  # of buffered bytes for which the disk is full, which was reported
             self._file.close()
@@ -228,7 +233,7 @@ class HistoryWriter:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write {str(self.path)!r}: {error.strerror}") from None
+            raise UserError(f"cannot write {self._name}: {error.strerror}") from None
 
 
 class History(Sequence[RecordedStep]):
@@ -244,20 +249,22 @@ class History(Sequence[RecordedStep]):
     """
 
     def __init__(self, folder: Path, layout: Layout, digest: str):
-        self.path = folder / RECORDS
         self.layout = layout
+        self._name = repr(str(folder / RECORDS))
         try:
             self._digests = (folder / DIGESTS).read_bytes()
-            self._content = pa.memory_map(str(self.path)).read_buffer()
+            self._content = pa.memory_map(str(folder / RECORDS)).read_buffer()
         except OSError as error:
-            raise UserError(f"the history {str(folder)!r} cannot be read: {error.strerror or error}") from None
-        if blake2b(self._digests, digest_size=DIGEST_BYTES).hexdigest() != digest:
+            reason = error.strerror or error
+            raise UserError(f"the history {str(folder)!r} cannot be read: {reason}") from None
+        if _digest(self._digests).hex() != digest:
             raise UserError(f"{str(folder / DIGESTS)!r} is corrupt: it is not the one that the log names")
         records = len(self._digests) // DIGEST_BYTES
         if self._content.size != layout.start(records):
-            raise UserError(f"{str(self.path)!r} has {self._content.size} bytes, not those of {records} records")
-        if self._content.slice(0, len(layout.header)).to_pybytes() != layout.header:
-            raise UserError(f"the head of {str(self.path)!r} is corrupt, or of another model")
+            raise UserError(f"{self._name} has {self._content.size} bytes, not those of {records} records")
+        header = self._content.slice(0, len(layout.header))
+        if header.to_pybytes() != layout.header:
+            raise UserError(f"the head of {self._name} is corrupt, or of another model")
         self._steps = records - 1
 
     def __len__(self) -> int:
@@ -289,11 +296,11 @@ class History(Sequence[RecordedStep]):
 
     def _read(self, record: int) -> RecordedStep:
         message = self._content.slice(self.layout.start(record), self.layout.record_bytes)
-        expected = self._digests[record * DIGEST_BYTES : (record + 1) * DIGEST_BYTES]
-        if _digest(message) != expected:
-            raise UserError(f"step {record} of {str(self.path)!r} is corrupt: its digest is another")
+        start = record * DIGEST_BYTES
+        if _digest(message) != self._digests[start : start + DIGEST_BYTES]:
+            raise UserError(f"step {record} of {self._name} is corrupt: its digest is another")
         return self.layout.step(message)
 
 
-def _digest(message: pa.Buffer) -> bytes:
-    return blake2b(message, digest_size=DIGEST_BYTES).digest()
+def _digest(content: pa.Buffer | bytes) -> bytes:
+    return blake2b(content, digest_size=DIGEST_BYTES).digest()

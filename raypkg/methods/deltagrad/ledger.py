@@ -73,6 +73,11 @@ def digest(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
+def stored_digest(storage: Storage, name: str) -> str:
+    """Return the digest of a file of a run; that of no content when there is no such file."""
+    return digest(storage.read(name) or b"")
+
+
 def digest_of_file(path: Path) -> str:
     """Return the digest of a file's content, which may be larger than memory; empty when there is no such file."""
     if not path.is_file():

@@ -41,7 +41,8 @@ class Membership:
         for number, group in enumerate(self.added):
             rng = generator(self.seed, "added", number, epoch)
             places = torch.randint(len(batches), (len(group),), generator=rng)  # [group], a batch for each sample
-            batches = [torch.cat([batch, group[places == place]]) for place, batch in enumerate(batches)]
+            for place, batch in enumerate(batches):
+                batches[place] = torch.cat([batch, group[places == place]])
         return batches
 
     def _endless(self) -> Iterator[Tensor]:

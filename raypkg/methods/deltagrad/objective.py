@@ -67,7 +67,10 @@ class Objective:
         total = torch.zeros_like(w)
         if not len(indices):  # most approximate steps have no samples that came
             return total
-        gradient = _closed_form(split, w) if self.linear else _autograd(_built(self), split, w)
+        if self.linear:
+            gradient = _closed_form(split, w)
+        else:
+            gradient = _autograd(_built(self), split, w)
         for block in indices.split(BLOCK):
             x, y = split.batch(block)
             total += gradient(x, y)
@@ -81,7 +84,8 @@ class Objective:
         with torch.inference_mode():
             for block in indices.split(BLOCK):
                 x, _ = split.batch(block)
-                logits.append(model(normalize(x, split.mean, split.std, w.dtype)))
+                inputs = normalize(x, split.mean, split.std, w.dtype)
+                logits.append(model(inputs))
         return torch.cat(logits)
 
 
@@ -118,19 +122,23 @@ def logistic_gradient(w: Tensor, x: Tensor, y: Tensor, shift: Tensor, scale: Ten
     >>> logistic_gradient(w, torch.tensor([[4, 8]], dtype=torch.uint8), y, torch.zeros(2), torch.ones(2)).tolist()
     [-2.0, -4.0, 2.0, 4.0, -0.5, 0.5]
     """
-    classes = len(w) // (x.shape[1] + 1)
+    width = x.shape[1]
+    classes = len(w) // (width + 1)
     weight = w[:-classes].view(classes, -1)  # W [C, D]
     bias = w[-classes:]  # b [C]
     # zWᵀ + b = x (W·scale)ᵀ + (b − (W·scale) shift)
     folded = weight * scale  # [C, D]
     folded_bias = bias - folded @ shift.to(w.dtype)  # [C]
     samples = x.to(w.dtype)  # [n, D]
-    delta = torch.addmm(folded_bias, samples, folded.T).softmax(1)  # [n, C]
-    delta[torch.arange(len(y), device=y.device), y] -= 1
-    total = delta.sum(0)  # Σδ [C]
+    logits = torch.addmm(folded_bias, samples, folded.T)  # [n, C]
+    delta = logits.softmax(1)
+    rows = torch.arange(len(y), device=y.device)
+    delta[rows, y] -= 1
+    of_bias = delta.sum(0)  # Σδ [C]
     # δᵀz = (δᵀx − Σδ shiftᵀ) · scale
-    of_weight = (delta.T @ samples - total[:, None] * shift) * scale  # [C, D]
-    return torch.cat([of_weight.flatten(), total])
+    centred = delta.T @ samples - of_bias[:, None] * shift  # [C, D]
+    of_weight = centred * scale
+    return torch.cat([of_weight.flatten(), of_bias])
 
 
 Gradient = Callable[[Tensor, Tensor], Tensor]  # (x, y) → Σ ∇loss_i(w) [p]
@@ -153,7 +161,8 @@ def _autograd(model: nn.Module, split: Split, w: Tensor) -> Gradient:
     parameters = list(model.parameters())
 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
-        logits = model(normalize(x, split.mean, split.std, w.dtype))
+        inputs = normalize(x, split.mean, split.std, w.dtype)
+        logits = model(inputs)
         loss = F.cross_entropy(logits, y, reduction="sum")
         return to_vector(torch.autograd.grad(loss, parameters))
 

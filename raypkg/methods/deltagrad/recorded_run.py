@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
@@ -24,7 +24,7 @@ from raypkg.runs.storage import Storage
 from .fingerprints import check_rows, settings_digest, standardised_as_trained, write_fingerprints
 from .history import History, Layout, history_folder
 from .ledger import FILE as LOG
-from .ledger import Entry, Ledger, digest, digest_of_file
+from .ledger import Entry, Ledger, digest_of_file, stored_digest
 from .membership import Membership
 from .objective import Objective, assign, to_vector
 from .settings import DeltaGradSettings
@@ -66,7 +66,7 @@ def begin_log(storage: Storage, settings: DeltaGradSettings, samples: Samples, h
             "samples": len(samples.kept),
             "settings": settings_digest(settings),
             "rows": write_fingerprints(storage, samples.data.train),
-            "model": digest(storage.read(MODEL) or b""),
+            "model": stored_digest(storage, MODEL),
             "history": history,
         }
     )
@@ -166,26 +166,27 @@ class RecordedRun:
     @property
     def layout(self) -> Layout:
         """How the history lies in its file."""
-        return Layout.of(new_model(self.settings, self.samples.data), self.settings.history.dtype)
+        return Layout.of(self._new_model(), self.settings.history.dtype)
 
     def history(self) -> History:
         """Open the record of the training as the last entry left it."""
-        return History(history_folder(self.storage, self.last["number"]), self.layout, self.last["history"])
+        folder = history_folder(self.storage, self.last["number"])
+        return History(folder, self.layout, self.last["history"])
 
     def weights(self) -> Tensor:
         """Return the current weights, float64 [p], in the order of ``model.parameters()``."""
         saved = load_model(self.storage, MODEL)
-        model = new_model(self.settings, self.samples.data)
-        return to_vector(saved[name].double() for name, _ in model.named_parameters())
+        names = [name for name, _ in self._new_model().named_parameters()]
+        return to_vector(saved[name].double() for name in names)
 
     # What an entry refers to is written before the entry
 
     def write_model(self, number: int, w: Tensor) -> str:
         """Write the weights that an entry is going to refer to as a model file; return its digest."""
-        model = new_model(self.settings, self.samples.data).double()
+        model = self._new_model().double()
         assign(model, w)
         save_model(self.storage, _model_file(number), model.state_dict())
-        return digest(self.storage.read(_model_file(number)) or b"")
+        return stored_digest(self.storage, _model_file(number))
 
     def write_change(self, number: int, change: Change) -> dict[str, str]:
         """Write the change that an entry is going to refer to; return the digests that it names.
@@ -193,10 +194,11 @@ class RecordedRun:
         Raises:
             UserError: the disk is full.
         """
+        name = _change_file(number)
         ids = torch.cat([change.gone, change.came]).numpy()
         in_use = np.arange(len(ids)) >= len(change.gone)
-        self.storage.write_table(_change_file(number), pa.table({"id": ids, "in_use": in_use}))
-        digests = {"changes": digest(self.storage.read(_change_file(number)) or b"")}
+        self.storage.write_table(name, pa.table({"id": ids, "in_use": in_use}))
+        digests = {"changes": stored_digest(self.storage, name)}
         if change.new:
             _write_rows(self._rows_file(number), change.new)
             digests["rows"] = digest_of_file(self._rows_file(number))
@@ -205,13 +207,15 @@ class RecordedRun:
     def _apply(self, entry: Entry) -> None:
         """Let what an entry says hold: the samples that it added, and who is in use after it."""
         name = _change_file(entry["number"])
-        content = self.storage.read(name)
-        table = self.storage.read_table(name)
-        if content is None or table is None or digest(content) != entry["changes"]:
+        table = None
+        if stored_digest(self.storage, name) == entry["changes"]:
+            table = self.storage.read_table(name)
+        if table is None:
             raise UserError(f"{self.storage.root}/{name} is missing or corrupt: it is not what the log names")
         if entry["new"]:
             self._groups.append(self._added_rows(entry))
-            self.active = torch.cat([self.active, torch.ones(entry["new"], dtype=torch.bool)])
+            in_use = torch.ones(entry["new"], dtype=torch.bool)
+            self.active = torch.cat([self.active, in_use])
         ids = torch.tensor(table["id"].to_numpy())
         self.active[ids] = torch.tensor(table["in_use"].to_numpy())
 
@@ -223,7 +227,7 @@ class RecordedRun:
 
     def _check_files(self) -> None:
         known = [entry["model"] for entry in self.ledger.entries[-2:]]  # the last may not have been settled
-        if digest(self.storage.read(MODEL) or b"") not in known:
+        if stored_digest(self.storage, MODEL) not in known:
             raise UserError(f"{self.storage.root}/{MODEL} is not the model of the log's last entry: one was changed")
         if settings_digest(self.settings) != self.ledger.entries[0]["settings"]:
             raise UserError(f"{self.storage.root}/config.toml is not that of the recorded training")
@@ -232,15 +236,17 @@ class RecordedRun:
     def _settle(self) -> None:
         """Do what the writer of the last entry may have died before: put its model in place, drop older histories."""
         current = history_folder(self.storage, self.last["number"])
-        if digest(self.storage.read(MODEL) or b"") != self.last["model"]:
-            model = self.storage.read(_model_file(self.last["number"])) or b""
-            if digest(model) != self.last["model"]:
-                file = str(current / MODEL)
-                raise UserError(f"{file!r} is missing or corrupt: it is not the model that the log names")
-            self.storage.write(MODEL, model)
+        if stored_digest(self.storage, MODEL) != self.last["model"]:
+            name = _model_file(self.last["number"])
+            if stored_digest(self.storage, name) != self.last["model"]:
+                raise UserError(f"{self.storage.root}/{name} is missing or corrupt: it is not what the log names")
+            self.storage.write(MODEL, self.storage.read(name) or b"")
         for name in self.storage.list("versions"):
             if name != current.name:
                 self.storage.delete_folder(f"versions/{name}")
+
+    def _new_model(self) -> nn.Module:
+        return new_model(self.settings, self.samples.data)
 
     def _rows_file(self, number: int) -> Path:
         run = history_folder(self.storage, number).parents[1]
@@ -270,6 +276,7 @@ def _write_rows(path: Path, split: Split) -> None:
 def _blocks(split: Split) -> Iterator[Block]:
     y = split.y.numpy()
     for start in range(0, len(split), ROWS_AT_ONCE):
-        indices = np.arange(start, min(start + ROWS_AT_ONCE, len(split)))
+        end = min(start + ROWS_AT_ONCE, len(split))
+        indices = np.arange(start, end)
         x = split.take(indices)
         yield Block(x, y[indices], sample=x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .curvature import Curvature
-from .exact_steps import ExactSteps
+from .exact_steps import Drift, ExactSteps
 
 
 class ChangedStep(NamedTuple):
@@ -133,10 +133,10 @@ def _mean_gradient(
         sum_kept = step.old_size * step.gradient - sum_gone
         return (sum_kept + sum_came) / step.new_size, False
 
-    share = step.old_size / step.new_size
+    drift = Drift(step.rate, step.old_size / step.new_size, distance)
     predicted = _predicted(step, v, curvature, decay, convex)
     error = None
-    exact = predicted is None or exact_steps.due(step.rate, share, distance)
+    exact = predicted is None or exact_steps.due(drift)
     if exact:
         sum_kept = gradient(w, step.kept)
         # A batch that was empty has no recorded gradient to learn from; 1 only avoids 0/0.
@@ -148,7 +148,7 @@ def _mean_gradient(
     else:
         assert predicted is not None
         sum_kept = step.old_size * predicted - sum_gone
-    exact_steps.took(step.rate, share, distance, error, exact)
+    exact_steps.took(drift, exact, error)
     return (sum_kept + sum_came) / step.new_size, exact
 
 

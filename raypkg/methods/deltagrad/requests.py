@@ -42,7 +42,8 @@ class Request(NamedTuple):
     def logged(self) -> dict[str, str]:
         """What the log says of the request: its id, and a digest of what it asks for."""
         value = self.value.tolist() if isinstance(self.value, Tensor) else self.value
-        return {"id": self.id, "digest": digest(json.dumps([self.kind, value]).encode())}
+        content = json.dumps([self.kind, value])
+        return {"id": self.id, "digest": digest(content.encode())}
 
 
 def read_ids(text: str) -> Tensor:
@@ -74,10 +75,12 @@ def read_queue(file: Path) -> list[Request]:
     requests = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            requests.append(_request(line, f"line {number} of {str(file)!r}"))
+            where = f"line {number} of {str(file)!r}"
+            requests.append(_request(line, where))
     counts = Counter(request.id for request in requests)
-    if repeated := next((key for key, count in counts.items() if count > 1), None):
-        raise UserError(f"the queue {str(file)!r} has the id {repeated!r} {counts[repeated]} times")
+    if repeated := next((key for key in counts if counts[key] > 1), None):
+        times = counts[repeated]
+        raise UserError(f"the queue {str(file)!r} has the id {repeated!r} {times} times")
     return requests
 
 
@@ -115,7 +118,9 @@ def change_of(run: RecordedRun, requests: Iterable[Request]) -> Change:
         try:
             draft.take(request)
         except UserError as error:
-            raise UserError(f"request {request.id!r}: {error}" if request.id else str(error)) from None
+            if not request.id:  # of the command line
+                raise
+            raise UserError(f"request {request.id!r}: {error}") from None
     return draft.change()
 
 
@@ -142,8 +147,8 @@ class _Draft:
 
     def change(self) -> Change:
         return Change(
-            gone=(self._before & ~self._active).nonzero()[:, 0],
-            came=(self._active & ~self._before).nonzero()[:, 0],
+            gone=_positions(self._before & ~self._active),
+            came=_positions(self._active & ~self._before),
             new=joined(*self._added) if self._added else None,
             requests=tuple(request.logged for request in self._requests),
         )
@@ -157,18 +162,14 @@ class _Draft:
 
     def _restored(self, value: Any) -> Tensor:
         ids = self._known_ids("restore", value)
-        in_use = ids[self._active[ids]]
-        if len(in_use):
-            raise UserError(f"restore: id {int(in_use[0])} is in use already")
+        _refuse("restore", ids[self._active[ids]], "is in use already")
         return ids
 
     def _deleted(self, request: Request) -> Tensor:
         if request.kind == "delete_where":
             return self._matching(request.value)
         ids = self._known_ids("delete", request.value)
-        deleted = ids[~self._active[ids]]
-        if len(deleted):
-            raise UserError(f"delete: id {int(deleted[0])} is deleted already")
+        _refuse("delete", ids[~self._active[ids]], "is deleted already")
         return ids
 
     def _matching(self, condition: str) -> Tensor:
@@ -181,17 +182,16 @@ class _Draft:
     def _known_ids(self, kind: str, value: Any) -> Tensor:
         """Return ids, of which none is unknown, repeated or held out."""
         ids = torch.as_tensor(value, dtype=torch.int64)
-        size = len(self._active)
-        outside = ids[(ids < 0) | (ids >= size)]
-        if len(outside):
-            raise UserError(f"{kind}: id {int(outside[0])} is unknown, allowed are 0 … {size - 1}")
+        last = len(self._active) - 1
+        outside = (ids < 0) | (ids > last)
+        _refuse(kind, ids[outside], f"is unknown, allowed are 0 … {last}")
         values, counts = ids.unique(return_counts=True)
-        if counts.max() > 1:
-            raise UserError(f"{kind}: id {int(values[counts.argmax()])} is given {int(counts.max())} times")
+        most = int(counts.max())
+        if most > 1:
+            _refuse(kind, values[counts == most], f"is given {most} times")
         valid = self._run.samples.valid
-        held_out = valid[torch.isin(valid, ids)]
-        if len(held_out):
-            raise UserError(f"{kind}: id {int(held_out[0])} is held out for validation and was never trained on")
+        held_out = torch.isin(valid, ids)
+        _refuse(kind, valid[held_out], "is held out for validation and was never trained on")
         return ids
 
     def _check_left(self, kind: str) -> None:
@@ -199,7 +199,8 @@ class _Draft:
         if not self._active.any():
             raise UserError(f"{kind}: this would delete every sample")
         left = self._per_class(self._active)
-        emptied = ((left == 0) & (self._per_class(self._before) > 0)).nonzero()[:, 0]
+        had = self._per_class(self._before)
+        emptied = _positions((left == 0) & (had > 0))
         if len(emptied):
             name = self._split.classes[int(emptied[0])]
             raise UserError(f"{kind}: this would delete the whole class {name!r}, leave one of its samples")
@@ -208,12 +209,22 @@ class _Draft:
         return torch.bincount(self._split.y[mask], minlength=self._split.num_classes)  # [C]
 
 
+def _refuse(kind: str, ids: Tensor, reason: str) -> None:
+    if len(ids):
+        raise UserError(f"{kind}: id {int(ids[0])} {reason}")
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return mask.nonzero()[:, 0]
+
+
 def _new_samples(run: RecordedRun, name: str) -> Split:
     """Read new samples with the options by which the run's own were read."""
     source = dataset[name]
     place = argument(name)
     trained = run.settings.dataset
-    options = dict(trained.options) if dataset[trained.name].name == source.name else {}
+    is_same_source = dataset[trained.name].name == source.name
+    options = dict(trained.options) if is_same_source else {}
     if "test" in source.schema.model_fields and Path(place).is_file():
         options["test"] = 0  # all rows of a single file are new samples
     if "columns" in source.schema.model_fields:  # sparse rows are as wide as the data set, whatever they hold

@@ -61,7 +61,8 @@ def sharded_gradient(objective: Objective, split: Split, test: Split, cluster: C
     nobody = torch.arange(0)
 
     def ranges(count: int) -> list[Shard]:
-        return [Shard(data, indices, nobody) for indices in torch.arange(len(split)).tensor_split(count)]
+        everyone = torch.arange(len(split))
+        return [Shard(data, indices, nobody) for indices in everyone.tensor_split(count)]
 
     with hold(ranges, cluster) as shards:
         yield ShardedGradient(objective, split, shards)
