@@ -83,9 +83,8 @@ class Layout:
 
     def describe(self, steps: int) -> str:
         """Return the size of a history in words."""
-        bytes_each = self.dtype.itemsize
-        factors = f"{steps:,} steps × {self.parameters:,} parameters × 2 × {bytes_each} bytes"
-        return f"{readable(self.size(steps))} ({factors})"
+        size = readable(self.size(steps))
+        return f"{size} ({steps:,} steps × {self.parameters:,} parameters × 2 × {self.dtype.itemsize} bytes)"
 
     def _column(self, vector: Tensor, name: str) -> pa.Array:
         values = np.ascontiguousarray(vector.numpy(), self.dtype)
@@ -189,16 +188,14 @@ class HistoryWriter:
         Raises:
             UserError: an earlier record could not be written.
         """
-        while len(self._waiting) >= MOST_WAITING:
-            self._wait_for_one()
+        self._wait(MOST_WAITING - 1)
         written = self._thread.submit(self._write, rate, w, gradient)
         self._waiting.append(written)
 
     def flush(self) -> None:
         """Wait until everything is written."""
         self._waiting.append(self._thread.submit(self._file.flush))
-        while self._waiting:
-            self._wait_for_one()
+        self._wait(0)
 
     def seal(self, w: Tensor) -> str:
         """Add the final weights, write everything to the disk and return the history's digest."""
@@ -224,9 +221,11 @@ class HistoryWriter:
         self._file.write(message)
         self.digests.append(_digest(message))
 
-    def _wait_for_one(self) -> None:
+    def _wait(self, most: int) -> None:
+        """Wait until at most so many records are not yet written."""
         with self._full_disk_in_one_line():
-            self._waiting.popleft().result()
+            while len(self._waiting) > most:
+                self._waiting.popleft().result()
 
     @contextmanager
     def _full_disk_in_one_line(self) -> Iterator[None]:
