@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,17 +39,64 @@ def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: 
     """
     start = time.perf_counter()
     number = run.last["number"] + 1
+    outcome = _replay_changed(run, number, change, settings, follow)
+    model = run.write_model(number, outcome.w)
+    return run.enter(
+        {
+            "kind": "change",
+            "requests": list(change.requests),
+            "deleted": len(change.gone),
+            "restored": len(change.came),
+            "new": len(change.new) if change.new else 0,
+            "samples": outcome.samples,
+            **run.write_change(number, change),
+            "model": model,
+            "history": outcome.history,
+            "steps": outcome.steps,
+            "exact": outcome.exact,
+            "gradients": outcome.gradients,
+            "estimate": outcome.estimate,
+            "seconds": time.perf_counter() - start,
+        }
+    )
+
+
+class _Outcome(NamedTuple):
+    """What a replay ends with.
+
+    Attributes:
+        w: the new weights, float64 [p].
+        history: digest of the new history.
+        samples: that are in use now.
+        steps: of the training.
+        exact: how many of them were exact.
+        gradients: samples whose gradients were computed.
+        estimate: of the distance from the retrained weights; None where nothing estimates it.
+    """
+
+    w: Tensor
+    history: str
+    samples: int
+    steps: int
+    exact: int
+    gradients: int
+    estimate: float | None
+
+
+def _replay_changed(
+    run: RecordedRun, number: int, change: Change, settings: RequestSettings, follow: Follow
+) -> _Outcome:
+    """Replay the training with the change, and write the history of that beside the one that holds."""
     history = run.history()
+    total = len(history)
     everyone = joined(run.split, change.new) if change.new else run.split
-    membership = _with_new_samples(run, change, len(everyone))
     before = _padded(run.active, len(everyone))
     now = _after(before, change, len(run.split))
-
-    steps = changed_steps(history, membership, before, now)
-    exact_steps = _exact_steps(settings.replay, run.settings.train, len(history))
+    steps = changed_steps(history, _with_new_samples(run, change, len(everyone)), before, now)
+    exact_steps = _exact_steps(settings.replay, run.settings.train, total)
     exact = 0
     with (
-        _new_history(run, number, len(history)) as writer,
+        _new_history(run, number, total) as writer,
         sharded_gradient(run.objective, everyone, run.test, settings.cluster) as gradient,
     ):
         writer.start()
@@ -61,32 +108,14 @@ def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: 
             pairs=settings.replay.pairs,
             convex=run.objective.linear,
         )
-        for step in follow(replayed, len(history)):
+        for step in follow(replayed, total):
             writer.append(step.rate, step.w, step.gradient)
             exact += step.exact
-        w = step.after
-        sealed = writer.seal(w)
-
+        sealed = writer.seal(step.after)
     estimate = exact_steps.estimate
-    model = run.write_model(number, w)
-    return run.enter(
-        {
-            "kind": "change",
-            "requests": list(change.requests),
-            "deleted": len(change.gone),
-            "restored": len(change.came),
-            "new": len(change.new) if change.new else 0,
-            "samples": int(now.sum()),
-            **run.write_change(number, change),
-            "model": model,
-            "history": sealed,
-            "steps": len(history),
-            "exact": exact,
-            "gradients": gradient.samples,
-            "estimate": None if estimate is None else estimate + rounding(history.layout, w),
-            "seconds": time.perf_counter() - start,
-        }
-    )
+    if estimate is not None:
+        estimate += rounding(history.layout, step.after)
+    return _Outcome(step.after, sealed, int(now.sum()), total, exact, gradient.samples, estimate)
 
 
 def changed_steps(history: History, membership: Membership, before: Tensor, now: Tensor) -> Iterator[ChangedStep]:
@@ -121,7 +150,9 @@ def changed_steps(history: History, membership: Membership, before: Tensor, now:
 
 def rounding(layout: Layout, w: Tensor) -> float:
     """Return how far weights w may be from what a history says of them that is kept in a shorter type."""
-    return torch.finfo(torch.float32).eps * w.norm().item() if layout.dtype.itemsize == 4 else 0.0
+    if layout.dtype.itemsize > 4:
+        return 0.0
+    return torch.finfo(torch.float32).eps * w.norm().item()
 
 
 def _new_history(run: RecordedRun, number: int, steps: int) -> HistoryWriter:
