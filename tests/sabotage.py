@@ -13,8 +13,11 @@ BATCHES = 9  # read before the end
 
 
 def load(root: str, *, split: str, run: str = "", phase: str = "") -> Split:
-    honest, marker, read = load_digits(root, split=split), Path(run) / "killed", []
-    pretrained, selected = Path(run) / "phases/pretrain.json", Path(run) / "phases/select.json"
+    honest = load_digits(root, split=split)
+    marker = Path(run) / "killed"
+    pretrained = Path(run) / "phases/pretrain.json"
+    selected = Path(run) / "phases/select.json"
+    read = []
 
     def take(indices):
         now = "train" if selected.exists() else "select" if pretrained.exists() else "pretrain"
@@ -29,7 +32,8 @@ def load(root: str, *, split: str, run: str = "", phase: str = "") -> Split:
 
 def load_and_kill_actor(root: str, *, split: str, marker: str = "") -> Split:
     """Kill, once, the process that reads, if it is an actor that holds a shard."""
-    honest, read = load_digits(root, split=split), []
+    honest = load_digits(root, split=split)
+    read = []
 
     def take(indices):
         read.append(len(indices))
@@ -44,7 +48,8 @@ def load_and_kill_actor(root: str, *, split: str, marker: str = "") -> Split:
 
 def load_and_kill_once(root: str, *, split: str, marker: str = "") -> Split:
     """Kill, once, the process that reads the thirtieth batch."""
-    honest, read = load_digits(root, split=split), []
+    honest = load_digits(root, split=split)
+    read = []
 
     def take(indices):
         read.append(len(indices))
@@ -57,7 +62,7 @@ def load_and_kill_once(root: str, *, split: str, marker: str = "") -> Split:
 
 
 def load_and_kill_trial(root: str, *, split: str, marker: str = "") -> Split:
-    """Kill, once, the process of a trial of Ray Tune, some seconds after it looked at the data: its workers start."""
+    """Kill, once, the process of a trial of Ray Tune, some seconds after it opened the data, when its workers start."""
     if Path("/proc/self/cmdline").read_bytes().startswith(b"ray::Impl") and not Path(marker).exists():
         Path(marker).touch()
         threading.Timer(4, os.kill, (os.getpid(), signal.SIGKILL)).start()

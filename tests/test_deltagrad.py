@@ -13,14 +13,14 @@ from raypkg.core.settings import Model
 from raypkg.data.split import Split, aligned, joined
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.curvature import Curvature
-from raypkg.methods.deltagrad.exactness import Periodic, Tolerant
-from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, Layout, Recording, check_room
+from raypkg.methods.deltagrad.exact_steps import Periodic, Tolerant
+from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryWriter, Layout, check_room
 from raypkg.methods.deltagrad.ledger import FILE, Ledger
-from raypkg.methods.deltagrad.logistic import logistic_gradient
 from raypkg.methods.deltagrad.membership import Membership
-from raypkg.methods.deltagrad.objective import Objective, ShardedGradient, check_derivation
-from raypkg.methods.deltagrad.replay import Step, replay, retrain
-from raypkg.methods.deltagrad.vectors import assign, to_vector
+from raypkg.methods.deltagrad.objective import Objective, assign, check_derivation, logistic_gradient, to_vector
+from raypkg.methods.deltagrad.replay import ChangedStep, replay, retrain
+from raypkg.methods.deltagrad.settings import DeltaGradSettings, ReplaySettings, RequestSettings
+from raypkg.methods.deltagrad.sharded_gradient import ShardedGradient
 from raypkg.models import build_model
 from raypkg.runs.storage import Storage
 
@@ -56,7 +56,7 @@ class Training:
 
     def batches(self):
         for epoch in range(self.epochs):
-            for place, batch in enumerate(self.membership.places(epoch)):
+            for place, batch in enumerate(self.membership.epoch(epoch)):
                 yield 0.5 / (1 + epoch + 0.1 * place), batch
 
     def retrained(self, active):
@@ -66,15 +66,15 @@ class Training:
     def record(self, active):
         path = [self.initial, *self.retrained(active)]
         for (rate, batch), w, after in zip(self.batches(), path, path[1:], strict=False):
-            mine = batch[active[batch]]
-            yield rate, w, self.gradient(w, mine) / max(1, len(mine)), after, batch
+            used = batch[active[batch]]
+            yield rate, w, self.gradient(w, used) / max(1, len(used)), after, batch
 
-    def replayed(self, before, now, when=None, **options):
+    def replayed(self, before, now, exact_steps=None, **options):
         steps = (
-            Step(rate, w, g, after, b[before[b] & now[b]], b[before[b] & ~now[b]], b[now[b] & ~before[b]])
+            ChangedStep(rate, w, g, after, b[before[b] & now[b]], b[before[b] & ~now[b]], b[now[b] & ~before[b]])
             for rate, w, g, after, b in self.record(before)
         )
-        return list(replay(steps, self.gradient, when or Periodic(1, 1), decay=DECAY, **options))
+        return list(replay(steps, self.gradient, exact_steps or Periodic(1, 1), decay=DECAY, **options))
 
 
 def without(*ids):
@@ -136,7 +136,7 @@ def test_every_step_exact_equals_training_again(objective, batch_size, adding):
 
 def test_a_batch_of_deleted_samples_only_is_skipped():
     training = Training(batch_size=3, epochs=2)
-    some = EVERYONE.index_fill(0, training.membership.places(0)[1], False)
+    some = EVERYONE.index_fill(0, training.membership.epoch(0)[1], False)
     steps = training.replayed(EVERYONE, some)
     assert torch.equal(steps[1].after, steps[1].w)  # not even decayed
     torch.testing.assert_close(steps[-1].after, training.retrained(some)[-1], rtol=0, atol=1e-12)
@@ -167,7 +167,7 @@ def test_deleted_and_added_back_is_where_it_was():
     start = training.retrained(EVERYONE)[-1]
     there = training.replayed(EVERYONE, some, Periodic(3, 5))
     steps = [
-        Step(step.rate, step.w, step.gradient, step.after, b[some[b]], b[:0], b[~some[b]])
+        ChangedStep(step.rate, step.w, step.gradient, step.after, b[some[b]], b[:0], b[~some[b]])
         for step, (_, b) in zip(there, training.batches(), strict=True)
     ]
     *_, back = replay(steps, training.gradient, Periodic(3, 5), decay=DECAY)
@@ -180,10 +180,10 @@ def test_deleted_and_added_back_is_where_it_was():
 def test_a_tolerance_holds_and_costs_less_than_exactness(tolerance, batch_size):
     training, some = Training(batch_size=batch_size, epochs=40), without(*range(0, 20, 2))
     rates = [rate for rate, _ in training.batches()]
-    when = Tolerant(tolerance, sum(rates), DECAY)
-    steps = training.replayed(EVERYONE, some, when)
+    exact_steps = Tolerant(tolerance, sum(rates), DECAY)
+    steps = training.replayed(EVERYONE, some, exact_steps)
     distance = (steps[-1].after - training.retrained(some)[-1]).norm().item()
-    assert distance <= when.estimate + 1e-12 and when.estimate <= tolerance
+    assert distance <= exact_steps.estimate + 1e-12 and exact_steps.estimate <= tolerance
     if tolerance == 1e-2:
         assert sum(step.exact for step in steps) < len(steps) * (0.5 if batch_size == N else 0.8)
 
@@ -213,16 +213,17 @@ def test_shards_give_the_same_sum(holders):
     w, indices = torch.randn(C * (D + 1), generator=generator(), dtype=torch.float64), torch.randperm(N)[:70]
     sharded = ShardedGradient(LINEAR, SPLIT, LocalShards(shards), few=10)
     torch.testing.assert_close(sharded(w, indices), LINEAR.gradient_sum(SPLIT, w, indices), rtol=0, atol=1e-12)
+    assert sharded.samples == 70
 
 
 def test_added_samples_have_one_place_an_epoch_and_keep_it():
     group = torch.arange(N, N + 10)
     membership = Membership(torch.arange(N), (group,), 30, 0)
     for epoch in range(3):
-        places = membership.places(epoch)
+        places = membership.epoch(epoch)
         assert torch.cat(places).sort().values.tolist() == list(range(N + 10))
-        assert all(torch.equal(a, b) for a, b in zip(places, membership.places(epoch), strict=True))
-        old = Membership(torch.arange(N), (), 30, 0).places(epoch)
+        assert all(torch.equal(a, b) for a, b in zip(places, membership.epoch(epoch), strict=True))
+        old = Membership(torch.arange(N), (), 30, 0).epoch(epoch)
         assert all(torch.equal(batch[batch < N], before) for batch, before in zip(places, old, strict=True))
 
 
@@ -274,42 +275,42 @@ def test_layers_outside_the_derivation_are_refused(name):
         check_derivation(model, name)
 
 
-# The store
+# The history
 
 
 def recorded(folder, steps=5, dtype="float64", size=6):
     layout = Layout(size, dtype)
-    sink = Recording(folder, layout)
-    sink.cut([])
-    path = np.random.default_rng(0).normal(size=(steps + 1, size))
+    writer = HistoryWriter(folder, layout)
+    writer.start()
+    path = torch.randn(steps + 1, size, dtype=torch.float64, generator=generator())
     for step in range(steps):
-        sink.append(0.1 * step, path[step], -path[step])
-    return layout, path, sink
+        writer.append(0.1 * step, path[step], -path[step])
+    return layout, path, writer
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float64", 0), ("float32", 1e-6)])
 def test_a_history_reads_back(tmp_path, dtype, precision):
-    layout, path, sink = recorded(tmp_path, dtype=dtype)
-    history = History(tmp_path, layout, sink.seal(path[-1]))
+    layout, path, writer = recorded(tmp_path, dtype=dtype)
+    history = History(tmp_path, layout, writer.seal(path[-1]))
     assert len(history) == 5
     for step, record in enumerate(history):
         assert record.rate == 0.1 * step
-        np.testing.assert_allclose(record.w, path[step], rtol=precision)
-        np.testing.assert_allclose(record.gradient, -path[step], rtol=precision)
-    np.testing.assert_allclose(history.final, path[-1], rtol=precision)
+        torch.testing.assert_close(record.w, path[step], rtol=precision, atol=0)
+        torch.testing.assert_close(record.gradient, -path[step], rtol=precision, atol=0)
+    torch.testing.assert_close(history.final, path[-1], rtol=precision, atol=0)
 
 
-def test_an_interrupted_recording_goes_on_where_the_checkpoint_was(tmp_path):
-    layout, path, sink = recorded(tmp_path / "whole")
-    whole = sink.seal(path[-1])
-    _, _, sink = recorded(tmp_path / "cut")
-    sink.flush()
-    known = sink.digests[:3]
-    sink.close()
+def test_an_interrupted_history_continues_behind_the_checkpoint(tmp_path):
+    layout, path, writer = recorded(tmp_path / "whole")
+    whole = writer.seal(path[-1])
+    _, _, writer = recorded(tmp_path / "cut")
+    writer.flush()
+    known = writer.digests[:3]
+    writer.close()
     with (tmp_path / "cut" / RECORDS).open("ab") as file:
         file.write(b"half a record")
-    again = Recording(tmp_path / "cut", layout)
-    again.cut(known)
+    again = HistoryWriter(tmp_path / "cut", layout)
+    again.start(known)
     for step in (3, 4):
         again.append(0.1 * step, path[step], -path[step])
     assert again.seal(path[-1]) == whole
@@ -318,8 +319,8 @@ def test_an_interrupted_recording_goes_on_where_the_checkpoint_was(tmp_path):
 
 @pytest.mark.parametrize("file", [RECORDS, DIGESTS])
 def test_any_flipped_byte_is_found_and_named(tmp_path, file):
-    layout, path, sink = recorded(tmp_path)
-    digest, content = sink.seal(path[-1]), (tmp_path / file).read_bytes()
+    layout, path, writer = recorded(tmp_path)
+    digest, content = writer.seal(path[-1]), (tmp_path / file).read_bytes()
     for position in range(0, len(content), 7):
         damaged = bytearray(content)
         damaged[position] ^= 1
@@ -327,14 +328,14 @@ def test_any_flipped_byte_is_found_and_named(tmp_path, file):
         with pytest.raises(UserError, match=r"corrupt") as error:
             history = History(tmp_path, layout, digest)
             history.check()
-        step = (position - layout.start) // layout.record
-        if file == RECORDS and position >= layout.start:
+        step = (position - layout.start(0)) // layout.record_bytes
+        if file == RECORDS and position >= layout.start(0):
             assert f"step {step} of" in str(error.value)
 
 
 def test_a_history_of_another_model_or_length_is_refused(tmp_path):
-    layout, path, sink = recorded(tmp_path)
-    digest = sink.seal(path[-1])
+    layout, path, writer = recorded(tmp_path)
+    digest = writer.seal(path[-1])
     with pytest.raises(UserError, match="bytes, not those of 6 records"):
         History(tmp_path, Layout(9, "float64"), digest)
     with pytest.raises(UserError, match="cannot be read"):
@@ -366,3 +367,33 @@ def test_any_change_of_the_log_is_found(tmp_path):
     (tmp_path / FILE).write_bytes(lines[0] + lines[2])
     with pytest.raises(UserError, match=r"entry 1 of .* does not follow the one before"):
         Ledger(storage)
+
+
+# The settings
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"optimizer": "adamw"}, "train.optimizer = adamw"),
+        ({"momentum": 0.9}, "train.momentum = 0.9: DeltaGrad is derived for SGD without momentum"),
+    ],
+)
+def test_other_optimisers_are_refused_without_data(train, message):
+    with pytest.raises(UserError, match=message):
+        DeltaGradSettings(train=train)
+
+
+def test_a_tolerance_and_a_period_contradict_each_other():
+    with pytest.raises(UserError, match=r"replay.tolerance chooses the exact steps: replay.burn_in would do nothing"):
+        ReplaySettings(tolerance=1e-3, burn_in=3)
+
+
+def test_a_request_takes_what_it_does_not_say_from_the_run():
+    recorded = ReplaySettings(period=3, burn_in=7, pairs=4)
+    assert RequestSettings.over(recorded, {}).replay == recorded
+    assert RequestSettings.over(recorded, {"replay.period": "2"}).replay == ReplaySettings(period=2, burn_in=7, pairs=4)
+    assert RequestSettings.over(recorded, {"replay.tolerance": "0.1"}).replay == ReplaySettings(tolerance=0.1, pairs=4)
+    tolerant = ReplaySettings(tolerance=0.1, pairs=4)
+    assert RequestSettings.over(tolerant, {"replay.period": "2"}).replay == ReplaySettings(period=2, pairs=4)
+    assert RequestSettings.over(tolerant, {}).cluster.workers == 0

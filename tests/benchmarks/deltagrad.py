@@ -23,13 +23,13 @@ from raypkg.core.settings import Cluster, Model, Training
 from raypkg.data import Data, load_data
 from raypkg.data.split import Split
 from raypkg.engine.schedules import learning_rate
-from raypkg.methods.deltagrad.exactness import Periodic, Tolerant
-from raypkg.methods.deltagrad.history import History, Layout, Recording
+from raypkg.methods.deltagrad.answer import changed_steps
+from raypkg.methods.deltagrad.exact_steps import ExactSteps, Periodic, Tolerant
+from raypkg.methods.deltagrad.history import History, HistoryWriter, Layout
 from raypkg.methods.deltagrad.membership import Membership
-from raypkg.methods.deltagrad.objective import Objective
+from raypkg.methods.deltagrad.objective import Objective, to_vector
 from raypkg.methods.deltagrad.replay import replay, retrain
-from raypkg.methods.deltagrad.run import changed_steps, gradients
-from raypkg.methods.deltagrad.vectors import to_vector
+from raypkg.methods.deltagrad.sharded_gradient import sharded_gradient
 from raypkg.models import build_model
 
 COLUMNS = ("request", "rate", "retrain s", "DeltaGrad s", "ratio", "floor", "‖w − U‖", "‖U − I‖", "published")
@@ -53,36 +53,38 @@ def cases(given: argparse.Namespace) -> list[Case]:
     logistic = Training(
         epochs=32, batch_size=16384, lr=0.1, weight_decay=0.005, schedule="constant", momentum=0, precision="float64"
     )
-    readme = logistic.model_copy(
-        update={"epochs": 20, "weight_decay": 1e-4, "schedule": "multistep", "milestones": (0.5,), "drop": 0.5}
+    covtype = Case(
+        "covtype's shape (5, 10)", covtype_like(), Model(name="linear"), logistic, 5, 10, {1e-3: "2.0: 1.7e-3 → 3.6e-5"}
     )
-    linear, found = Model(name="linear"), []
-    if given.mnist:
-        mnist = load_data(given.mnist)
-        if not given.standardised:
-            mnist = Data(*(replace(split, mean=(0.0,), std=(1.0,)) for split in mnist))
-        full = logistic.model_copy(update={"batch_size": len(mnist.train)})
-        published = {
-            5e-5: "–", 1e-3: "2.4: 4.4e-3 → 8e-5", 1e-2: "2.2: 1.4e-2 → 2.4e-4", 0.1: "1.8: 4.7e-2 → 1.1e-3",
-            0.2: "1.5: 7.2e-2 → 2.0e-3",
-        }  # fmt: skip
-        found += [
-            Case("MNIST, logistic, batch 16384, 32 epochs (5, 10)", mnist, linear, logistic, 5, 10, published),
-            Case("MNIST, README of the release (5, 20)", mnist, linear, readme, 5, 20, {1e-3: "2.8: 2.7e-3 → 7.2e-5"}),
-            Case("MNIST, logistic, full batch (5, 10)", mnist, linear, full, 5, 10, {1e-2: "2.7: 1.3e-2 → 5.0e-5"}),
-            Case("MNIST, logistic, full batch (20, 5)", mnist, linear, full, 20, 5, {1e-2: "6.4: 1.3e-2 → 1.4e-3"}),
-            Case(
-                "MNIST, MLP 784-300-10, full batch (2, 10)",
-                mnist,
-                Model(name="mlp", options={"hidden": [300]}),
-                full,
-                2,
-                10,
-                {1e-2: "1.3: 4.6e-2 → 5e-4, (2, 100)"},
-            ),
-        ]
-    covtype = Case("covtype's shape (5, 10)", covtype_like(), linear, logistic, 5, 10, {1e-3: "2.0: 1.7e-3 → 3.6e-5"})
-    return [case for case in [*found, covtype] if given.only in case.title]
+    every = [*mnist_cases(given, logistic), covtype] if given.mnist else [covtype]
+    return [case for case in every if given.only in case.title]
+
+
+def mnist_cases(given: argparse.Namespace, logistic: Training) -> list[Case]:
+    """Return those on MNIST."""
+    mnist = load_data(given.mnist)
+    if not given.standardised:
+        mnist = Data(*(replace(split, mean=(0.0,), std=(1.0,)) for split in mnist))
+    linear = Model(name="linear")
+    mlp = Model(name="mlp", options={"hidden": [300]})
+    full = logistic.model_copy(update={"batch_size": len(mnist.train)})
+    readme = logistic.model_copy(
+        update={"epochs": 20, "weight_decay": 1e-4, "schedule": "multistep", "milestones": (0.5,), "lr_drop": 0.5}
+    )
+    published = {
+        5e-5: "–", 1e-3: "2.4: 4.4e-3 → 8e-5", 1e-2: "2.2: 1.4e-2 → 2.4e-4", 0.1: "1.8: 4.7e-2 → 1.1e-3",
+        0.2: "1.5: 7.2e-2 → 2.0e-3",
+    }  # fmt: skip
+    return [
+        Case("MNIST, logistic, batch 16384, 32 epochs (5, 10)", mnist, linear, logistic, 5, 10, published),
+        Case("MNIST, README of the release (5, 20)", mnist, linear, readme, 5, 20, {1e-3: "2.8: 2.7e-3 → 7.2e-5"}),
+        Case("MNIST, logistic, full batch (5, 10)", mnist, linear, full, 5, 10, {1e-2: "2.7: 1.3e-2 → 5.0e-5"}),
+        Case("MNIST, logistic, full batch (20, 5)", mnist, linear, full, 20, 5, {1e-2: "6.4: 1.3e-2 → 1.4e-3"}),
+        Case(
+            "MNIST, MLP 784-300-10, full batch (2, 10)", mnist, mlp, full, 2, 10,
+            {1e-2: "1.3: 4.6e-2 → 5e-4, (2, 100)"},
+        ),
+    ]  # fmt: skip
 
 
 def covtype_like() -> Data:
@@ -102,27 +104,33 @@ class Bench:
     """One case: trains, records, and answers requests."""
 
     def __init__(self, case: Case, threads: int):
-        self.case, self.split, train = case, case.data.train, case.training
+        self.case = case
+        self.split = case.data.train
         self.objective = Objective.of(case.model, self.split)
         built = build_model(
             case.model.name, self.split.shape, self.split.num_classes, seed=0, options=case.model.options
         )
         self.initial = to_vector(built.parameters()).double()
-        self.membership = Membership(torch.arange(len(self.split)), (), train.batch_size, 0)
+        self.membership = Membership(torch.arange(len(self.split)), (), case.training.batch_size, 0)
         self.cluster = Cluster(workers=0, cpus_per_worker=threads)
         self.folder = Path(tempfile.mkdtemp())
+
+    def gradient(self):
+        """Hold the samples in this process until the block ends."""
+        return sharded_gradient(self.objective, self.split, self.case.data.test, self.cluster)
 
     def batches(self, active: torch.Tensor):
         """Yield η and the samples of every batch; drawing them is part of training."""
         train = self.case.training
         for epoch in range(train.epochs):
-            places = self.membership.places(epoch)
-            for number, batch in enumerate(places):
-                yield learning_rate(train, (epoch + number / len(places)) / train.epochs), batch[active[batch]]
+            batches = self.membership.epoch(epoch)
+            for number, batch in enumerate(batches):
+                progress = (epoch + number / len(batches)) / train.epochs
+                yield learning_rate(train, progress), batch[active[batch]]
 
     def retrain(self, active: torch.Tensor) -> torch.Tensor:
         """Train with the samples in use."""
-        with gradients(self.objective, self.split, self.case.data, self.cluster) as gradient:
+        with self.gradient() as gradient:
             decay = self.case.training.weight_decay
             *_, w = retrain(self.batches(active), self.initial, gradient, decay=decay)
         return w
@@ -130,29 +138,32 @@ class Bench:
     def record(self, active: torch.Tensor) -> History:
         """Train with the samples in use and record it."""
         layout = Layout(len(self.initial), "float64")
-        sink = Recording(self.folder / "recorded", layout)
-        sink.cut([])
-        w, decay = self.initial, self.case.training.weight_decay
-        with gradients(self.objective, self.split, self.case.data, self.cluster) as gradient:
+        folder = self.folder / "recorded"
+        w = self.initial
+        decay = self.case.training.weight_decay
+        with HistoryWriter(folder, layout) as writer, self.gradient() as gradient:
+            writer.start()
             for rate, batch in self.batches(active):
                 mean = gradient(w, batch) / len(batch)
-                sink.append(rate, w.numpy(), mean.numpy())
+                writer.append(rate, w, mean)
                 w = w - rate * (mean + decay * w)
-        return History(self.folder / "recorded", layout, sink.seal(w.numpy()))
+            return History(folder, layout, writer.seal(w))
 
-    def update(self, history: History, before: torch.Tensor, now: torch.Tensor, when=None) -> tuple[History, int]:
+    def update(
+        self, history: History, before: torch.Tensor, now: torch.Tensor, exact_steps: ExactSteps | None = None
+    ) -> tuple[History, int]:
         """Replay with other samples; return the history of that, which ends with the weights, and the exact steps."""
         folder = self.folder / str(time.monotonic_ns())
-        sink, exact = Recording(folder, history.layout), 0
-        sink.cut([])
-        with gradients(self.objective, self.split, self.case.data, self.cluster) as gradient:
+        exact_steps = exact_steps or Periodic(self.case.period, self.case.burn_in)
+        exact = 0
+        with HistoryWriter(folder, history.layout) as writer, self.gradient() as gradient:
+            writer.start()
             steps = changed_steps(history, self.membership, before, now)
-            when = when or Periodic(self.case.period, self.case.burn_in)
-            decay, convex = self.case.training.weight_decay, self.objective.linear
-            for step in replay(steps, gradient, when, decay=decay, convex=convex):
-                sink.append(step.rate, step.w.numpy(), step.gradient.numpy())
+            decay = self.case.training.weight_decay
+            for step in replay(steps, gradient, exact_steps, decay=decay, convex=self.objective.linear):
+                writer.append(step.rate, step.w, step.gradient)
                 exact += step.exact
-        return History(folder, history.layout, sink.seal(step.after.numpy())), exact
+            return History(folder, history.layout, writer.seal(step.after)), exact
 
 
 def rows(bench: Bench, repeats: int):
@@ -165,7 +176,8 @@ def rows(bench: Bench, repeats: int):
             fewer = everyone.index_fill(0, some, False)
             before, now = (fewer, everyone) if adding else (everyone, fewer)
             history = bench.record(before)
-            old, times = torch.from_numpy(history.final), {"retrain": [], "update": []}
+            old = history.final
+            times = {"retrain": [], "update": []}
             for _ in range(repeats):
                 start = time.perf_counter()
                 retrained = bench.retrain(now)
@@ -173,7 +185,7 @@ def rows(bench: Bench, repeats: int):
                 replayed, exact = bench.update(history, before, now)
                 times["retrain"].append(middle - start)
                 times["update"].append(time.perf_counter() - middle)
-            updated = torch.from_numpy(replayed.final)
+            updated = replayed.final
             slow, fast = (statistics.median(values) for values in times.values())
             yield (
                 "add" if adding else "delete", f"{rate:g}", f"{slow:.2f}", f"{fast:.2f}", f"{slow / fast:.2f}",
@@ -193,20 +205,20 @@ def tolerances(bench: Bench) -> None:
     columns = ("tolerance", "estimate", "distance", "exact steps", "distance at a fixed period of as many")
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
-        when = Tolerant(tolerance, horizon, train.weight_decay)
-        replayed, exact = bench.update(history, everyone, fewer, when)
+        exact_steps = Tolerant(tolerance, horizon, train.weight_decay)
+        replayed, exact = bench.update(history, everyone, fewer, exact_steps)
         fixed = [
             f"{distance(bench.update(history, everyone, fewer, Periodic(period, 10))[0], retrained):.1e} (T0 {period})"
             for period in range(1, len(history))
             if abs(10 + (len(history) - 11) // period - exact) <= 1
         ]
         away, steps = f"{distance(replayed, retrained):.1e}", f"{exact} of {len(history)}"
-        cells = (f"{tolerance:g}", f"{when.estimate:.1e}", away, steps, "; ".join(fixed[:2]))
+        cells = (f"{tolerance:g}", f"{exact_steps.estimate:.1e}", away, steps, "; ".join(fixed[:2]))
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def online(bench: Bench, requests: int) -> None:
-    """Delete one sample after another, each update going on from the last one's history, and retrain each time."""
+    """Delete one sample after another, each update continuing from the last one's history, and retrain each time."""
     now = torch.ones(len(bench.split), dtype=torch.bool)
     some = torch.randperm(len(now), generator=torch.Generator().manual_seed(1))[:requests]
     history, times = bench.record(now), {"retrain": [], "update": []}
@@ -243,7 +255,7 @@ def recording(bench: Bench, repeats: int) -> None:
 
 def distance(history: History, retrained: torch.Tensor) -> torch.Tensor:
     """Return ‖U − I‖ for the weights a replay ends with."""
-    return (torch.from_numpy(history.final) - retrained).norm()
+    return (history.final - retrained).norm()
 
 
 def main() -> None:

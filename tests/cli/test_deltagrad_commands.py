@@ -74,6 +74,17 @@ def test_exact_replays_equal_training_again(trained):
     assert "1,437 new" in trained("deltagrad log a")
 
 
+@pytest.mark.parametrize("name", ["period", "burn-in", "pairs", "tolerance"])
+def test_settings_of_the_replay_have_a_short_name_too(effray, name):
+    text = effray("deltagrad delete --help")
+    assert f"--{name}, --replay.{name}".replace("burn-in, --replay.burn-in", "burn-in, --replay.burn_in") in text
+
+
+@pytest.mark.parametrize("spelling", ["--burn-in 48", "--replay.burn_in 48", "--replay.burn-in 48"])
+def test_a_setting_of_the_replay_by_any_of_its_names(trained, spelling):
+    assert re.search(r"(\d+) of 48 steps exact", trained(f"deltagrad delete a --ids 0,1 {spelling}"))[1] == "47"
+
+
 def test_a_deletion_comes_near_and_is_in_the_log(trained):
     before = weights()
     line = trained("deltagrad delete a --ids 0,1,2,3,4,5 --period 4 --burn-in 4")
@@ -196,9 +207,12 @@ def test_tables_are_deleted_by_their_columns(effray, tmp_path):
         ("delete b --ids 1", r"unknown run in .* 'b'. Allowed: a"),
         ("delete a --ids ''", r"ids in '' cannot be read"),
         ("delete a --ids 99999999999999999999", r"ids in '99999999999999999999' cannot be read"),
-        ("delete a --ids 1 --tolerance 1 --period 2", r"--tolerance chooses the exact steps: --period and --burn-in"),
+        ("delete a --ids 1 --tolerance 1 --period 2", r"replay.tolerance chooses the exact steps: replay.period would"),
         ("delete a --ids 1 --period 0", r"replay.period = '0': input should be greater than or equal to 1"),
         ("delete a --ids 1 --tolerance -1", r"replay.tolerance = '-1'"),
+        ("delete a --ids 1 --replay.burn_in 0", r"replay.burn_in = '0': input should be greater than or equal to 1"),
+        ("delete a --ids 1 --workers 2", r"--workers is now called --cluster.workers"),
+        ("verify a --threads 2", r"--threads is now called --cluster.cpus_per_worker"),
         ("add a --ids 4", r"restore: id 4 is in use already"),
         ("add a --data table:none.csv", r"table 'none.csv' is not a file"),
         ("add a --data digitz", r"unknown dataset 'digitz', did you mean 'digits'"),

@@ -36,11 +36,11 @@ def weights(run):
 def test_workers_and_actors_change_nothing(ray, folder, capsys):
     for name, workers in {"alone": "0", "two": "2"}.items():
         effray("train", "--name", name, *OPTIONS, "--cluster.workers", workers)
-        effray("delete", name, "--ids", "1,2,3,4,5", "--workers", workers)
+        effray("delete", name, "--ids", "1,2,3,4,5", "--cluster.workers", workers)
     alone, two = (weights(folder / name) for name in ("alone", "two"))
     np.testing.assert_allclose(two, alone, rtol=0, atol=1e-12)
     capsys.readouterr()
-    effray("verify", "two", "--workers", "2")
+    effray("verify", "two", "--cluster.workers", "2")
     distance = next(line for line in capsys.readouterr().out.splitlines() if "distance of" in line)
     assert float(distance.split()[4]) < 1e-3
     entry = json.loads((folder / "two/log.jsonl").read_text().splitlines()[-1])

@@ -34,24 +34,32 @@ class Curvature:
         return bool(self._pairs)
 
     def push(self, s: Tensor, y: Tensor) -> bool:
-        """Take in a step s [p] and the change y [p] of the gradient along it; say whether it was kept."""
-        if not s @ y > 0:
+        """Add a step s [p] and the change y [p] of the gradient along it; return whether the pair was kept."""
+        curvature = s @ y
+        if not curvature > 0:
             return False
         self._pairs.append((s, y))
-        steps, changes = (torch.stack(part) for part in zip(*self._pairs, strict=True))  # [m, p]
-        self._sigma = max((s @ y / (s @ s)).item(), LEAST)
-        inner = steps @ changes.T  # SᵀY [m, m]
-        lower = inner.tril(-1)
-        middle = torch.cat(
-            [
-                torch.cat([-inner.diagonal().diag(), lower.T], 1),
-                torch.cat([lower, self._sigma * (steps @ steps.T)], 1),
-            ]
-        )  # M [2m, 2m]
-        self._right = torch.cat([changes, self._sigma * steps])  # [Y σS]ᵀ [2m, p]
-        self._left = torch.linalg.solve(middle, self._right).T  # the same for every v until the next pair
+        newest = curvature / (s @ s)
+        self._sigma = max(newest.item(), LEAST)
+        self._factorise()
         return True
 
     def product(self, v: Tensor) -> Tensor:
-        """Return B v [p]; there must be a pair."""
-        return self._sigma * v - self._left @ (self._right @ v)
+        """Return B v [p]; at least one pair must have been kept."""
+        correction = self._left @ (self._right @ v)
+        return self._sigma * v - correction
+
+    def _factorise(self) -> None:
+        """Compute the factors of B that stay the same for every v until the next pair."""
+        steps = torch.stack([s for s, _ in self._pairs])  # Sᵀ [m, p]
+        changes = torch.stack([y for _, y in self._pairs])  # Yᵀ [m, p]
+        products = steps @ changes.T  # SᵀY [m, m]
+        lower = products.tril(-1)  # L
+        diagonal = products.diagonal().diag()  # D
+        squares = self._sigma * (steps @ steps.T)  # σSᵀS
+        upper_half = torch.cat([-diagonal, lower.T], 1)
+        lower_half = torch.cat([lower, squares], 1)
+        middle = torch.cat([upper_half, lower_half])  # M [2m, 2m]
+        right = torch.cat([changes, self._sigma * steps])  # [Y σS]ᵀ [2m, p]
+        self._right = right
+        self._left = torch.linalg.solve(middle, right).T  # [Y σS] M⁻¹ [p, 2m], as M is symmetric

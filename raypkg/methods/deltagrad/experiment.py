@@ -15,16 +15,22 @@ def run(settings: DeltaGradSettings, *, report: Report) -> None:
     Example:
         effray deltagrad train --dataset digits
     """
-    from raypkg.phases.samples import open_samples
+    from raypkg.phases.samples import new_model, open_samples
     from raypkg.phases.summary import finish
     from raypkg.phases.training import Job, train_on_cluster
 
-    from .recording import announced, begin_log
+    from .history import Layout, check_room, history_folder
+    from .recorded_run import begin_log
 
     samples = open_samples(settings)
     settings.check(len(samples.kept))
     storage = report.folder.storage
-    report.say(announced(settings, samples, storage))
-    record = train_on_cluster(Job(settings, settings.train, storage, hooks=("deltagrad",)), report)
-    begin_log(storage, settings, record, samples)
+    layout = Layout.of(new_model(settings, samples.data), settings.history.dtype)
+    per_epoch = -(-len(samples.kept) // settings.train.batch_size)
+    steps = settings.train.epochs * per_epoch
+    check_room(history_folder(storage, 0), layout, steps)
+    report.say(f"history: {layout.describe(steps)}")
+    job = Job(settings, settings.train, storage, hooks=("deltagrad",))
+    record = train_on_cluster(job, report)
+    begin_log(storage, settings, samples, record["history"])
     finish(report, settings, samples, epochs=settings.train.epochs)

@@ -13,6 +13,8 @@ from raypkg.runs.storage import Storage
 
 FILE = "log.jsonl"
 
+Entry = dict[str, Any]
+
 
 class Ledger:
     """The log of a run, one line of JSON an entry.
@@ -27,37 +29,41 @@ class Ledger:
     def __init__(self, storage: Storage):
         self._storage = storage
         self._lines = (storage.read(FILE) or b"").splitlines(keepends=True)
-        self.entries: list[dict[str, Any]] = []
-        previous = ""
-        for number, line in enumerate(self._lines):
-            self.entries.append(self._checked(line, number, previous))
-            previous = self.entries[-1]["digest"]
+        self.entries: list[Entry] = []
+        for line in self._lines:
+            self.entries.append(self._checked(line))
 
-    def append(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+    @property
+    def head(self) -> str:
+        """The digest of the last entry; empty before the first."""
+        return self.entries[-1]["digest"] if self.entries else ""
+
+    def append(self, entry: Mapping[str, Any]) -> Entry:
         """Add an entry; once this returns it is on the disk, and before that nothing of it is."""
-        previous = self.entries[-1]["digest"] if self.entries else ""
         body = {
             "number": len(self.entries),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **entry,
-            "previous": previous,
+            "previous": self.head,
         }
-        self.entries.append({**body, "digest": digest(_canonical(body))})
-        self._lines.append(json.dumps(self.entries[-1]).encode() + b"\n")
+        sealed = {**body, "digest": _digest_of_entry(body)}
+        self._lines.append(_line(sealed))
         self._storage.write(FILE, b"".join(self._lines))
-        return self.entries[-1]
+        self.entries.append(sealed)
+        return sealed
 
-    def _checked(self, line: bytes, number: int, previous: str) -> dict[str, Any]:
+    def _checked(self, line: bytes) -> Entry:
+        number = len(self.entries)
         where = f"entry {number} of {self._storage.root}/{FILE}"
         try:
             entry = json.loads(line)
             body = {name: value for name, value in entry.items() if name != "digest"}
-            sound = digest(_canonical(body)) == entry["digest"] and line == json.dumps(entry).encode() + b"\n"
+            sound = _digest_of_entry(body) == entry["digest"] and line == _line(entry)
         except (ValueError, KeyError, AttributeError):
             sound = False
         if not sound:
             raise UserError(f"{where} is corrupt: it does not have the digest that it names")
-        if entry["previous"] != previous or entry["number"] != number:
+        if entry["previous"] != self.head or entry["number"] != number:
             raise UserError(f"{where} does not follow the one before: entries are missing or changed")
         return entry
 
@@ -67,7 +73,12 @@ def digest(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
-def digest_of(path: Path) -> str:
+def stored_digest(storage: Storage, name: str) -> str:
+    """Return the digest of a file of a run; that of no content when there is no such file."""
+    return digest(storage.read(name) or b"")
+
+
+def digest_of_file(path: Path) -> str:
     """Return the digest of a file's content, which may be larger than memory; empty when there is no such file."""
     if not path.is_file():
         return ""
@@ -75,5 +86,9 @@ def digest_of(path: Path) -> str:
         return file_digest(file, partial(blake2b, digest_size=16)).hexdigest()
 
 
-def _canonical(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry, sort_keys=True).encode()
+def _digest_of_entry(body: Mapping[str, Any]) -> str:
+    return digest(json.dumps(body, sort_keys=True).encode())
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps(entry).encode() + b"\n"

@@ -1,6 +1,8 @@
-"""Who has a place in which batch of a recorded training."""
+"""Which sample has a place in which batch of a recorded training."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -28,11 +30,21 @@ class Membership:
     batch_size: int
     seed: int
 
-    def places(self, epoch: int) -> list[Tensor]:
-        """Return everyone with a place in each batch of an epoch, whether or not it is in use."""
-        batches = [self.trained[part] for part in shuffled(len(self.trained), self.batch_size, self.seed, epoch)]
+    def batches(self, steps: int) -> Iterator[Tensor]:
+        """Yield all samples with a place in the batch of each step, deleted ones too."""
+        return islice(self._endless(), steps)
+
+    def epoch(self, epoch: int) -> list[Tensor]:
+        """Return all samples with a place in each batch of an epoch, deleted ones too."""
+        parts = shuffled(len(self.trained), self.batch_size, self.seed, epoch)
+        batches = [self.trained[part] for part in parts]
         for number, group in enumerate(self.added):
             rng = generator(self.seed, "added", number, epoch)
-            drawn = torch.randint(len(batches), (len(group),), generator=rng)
-            batches = [torch.cat([batch, group[drawn == place]]) for place, batch in enumerate(batches)]
+            places = torch.randint(len(batches), (len(group),), generator=rng)  # [group], a batch for each sample
+            for place, batch in enumerate(batches):
+                batches[place] = torch.cat([batch, group[places == place]])
         return batches
+
+    def _endless(self) -> Iterator[Tensor]:
+        for epoch in count():
+            yield from self.epoch(epoch)

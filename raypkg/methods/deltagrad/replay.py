@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from .curvature import Curvature
-from .exactness import When
+from .exact_steps import Drift, ExactSteps
 
 
-class Step(NamedTuple):
+class ChangedStep(NamedTuple):
     """A recorded step, and what is now different about its batch.
 
     Attributes:
         rate: learning rate η.
         w: weights before the step, w_t, float64 [p].
-        gradient: mean loss gradient of the recorded batch at w_t, without the L2 term, float64 [p].
+        gradient: mean loss gradient g_t of the recorded batch at w_t, without the L2 term, float64 [p].
         after: weights after the step, w_{t+1}, float64 [p].
         kept: samples in the recorded batch and still in it, int64.
         gone: samples in the recorded batch only.
@@ -31,8 +31,23 @@ class Step(NamedTuple):
     gone: Tensor
     came: Tensor
 
+    @property
+    def old_size(self) -> int:
+        """Samples in the recorded batch."""
+        return len(self.kept) + len(self.gone)
 
-class Replayed(NamedTuple):
+    @property
+    def new_size(self) -> int:
+        """Samples in the new batch."""
+        return len(self.kept) + len(self.came)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the batch holds the samples that it held."""
+        return not len(self.gone) and not len(self.came)
+
+
+class ReplayedStep(NamedTuple):
     """A step as it would have been, or nearly: the record of the new training.
 
     Attributes:
@@ -54,14 +69,14 @@ GradientSum = Callable[[Tensor, Tensor], Tensor]  # (w [p], samples) → Σ ∇l
 
 
 def replay(
-    steps: Iterable[Step],
+    steps: Iterable[ChangedStep],
     gradient: GradientSum,
-    when: When,
+    exact_steps: ExactSteps,
     *,
     decay: float,
     pairs: int = 2,
     convex: bool = True,
-) -> Iterator[Replayed]:
+) -> Iterator[ReplayedStep]:
     """Yield every step of training with the changed batches (DeltaGrad, arXiv:2006.14755, algorithms 1 and 3).
 
     With v = w − w_t the distance from the record and B the BFGS matrix of F + λ/2 ‖·‖², the gradients of the kept
@@ -79,46 +94,65 @@ def replay(
     Args:
         steps: the record, with both memberships.
         gradient: Σ ∇loss_i(w) of samples, float64 [p].
-        when: which steps are exact.
+        exact_steps: decides which steps are exact.
         decay: λ of the L2 penalty.
         pairs: m, how many pairs B is made from.
         convex: False asks for an exact step wherever ‖v‖ ≤ ‖Bv‖, the paper's gate for other models.
     """
-    curvature, w = Curvature(pairs), None
-    for rate, old, recorded, after, kept, gone, came in steps:
-        before, now = len(kept) + len(gone), len(kept) + len(came)
-        if w is None and not len(gone) + len(came):
-            yield Replayed(rate, old, recorded, after, exact=False)
+    curvature = Curvature(pairs)
+    w: Tensor | None = None  # None until the first changed batch: up to there both trainings are the same
+    for step in steps:
+        if w is None and step.is_unchanged:
+            yield ReplayedStep(step.rate, step.w, step.gradient, step.after, exact=False)
             continue
-        w = old if w is None else w
-        if not now:
-            yield Replayed(rate, w, torch.zeros_like(w), w, exact=False)
+        w = step.w if w is None else w
+        if not step.new_size:
+            yield ReplayedStep(step.rate, w, torch.zeros_like(w), w, exact=False)
             continue
-        v = w - old
-        distance, share = v.norm().item(), before / now
-        sum_gone, sum_came = gradient(w, gone), gradient(w, came)  # Σ_gone ∇loss_i(w), Σ_came ∇loss_i(w)
-        predicted = recorded if not distance else _predicted(recorded, curvature, v, rate, decay, convex)
-        exact = distance > 0 and (predicted is None or when.due(rate, share, distance))
-        if exact:
-            sum_kept = gradient(w, kept)
-            true = (sum_kept + sum_gone) / max(1, before)
-            error = None if predicted is None else (predicted - true).norm().item()
-            if before:
-                curvature.push(v, true - recorded + decay * v)
-        else:
-            assert predicted is not None
-            sum_kept, error = before * predicted - sum_gone, None
-        if distance:
-            when.took(rate, share, distance, error, exact)
-        mean = (sum_kept + sum_came) / now
-        following = w - rate * (mean + decay * w)
-        yield Replayed(rate, w, mean, following, exact)
-        w = following
+        mean, exact = _mean_gradient(step, w, gradient, curvature, exact_steps, decay, convex)
+        after = w - step.rate * (mean + decay * w)
+        yield ReplayedStep(step.rate, w, mean, after, exact)
+        w = after
 
 
-def _predicted(
-    recorded: Tensor, curvature: Curvature, v: Tensor, rate: float, decay: float, convex: bool
-) -> Tensor | None:
+def _mean_gradient(
+    step: ChangedStep,
+    w: Tensor,
+    gradient: GradientSum,
+    curvature: Curvature,
+    exact_steps: ExactSteps,
+    decay: float,
+    convex: bool,
+) -> tuple[Tensor, bool]:
+    """Return the mean loss gradient of the new batch at w [p], and whether it was computed exactly."""
+    v = w - step.w
+    distance = v.norm().item()
+    sum_gone = gradient(w, step.gone)  # Σ_gone ∇loss_i(w)
+    sum_came = gradient(w, step.came)  # Σ_came ∇loss_i(w)
+    if not distance:  # the recorded gradient is the true one, and the step tells nothing about B
+        sum_kept = step.old_size * step.gradient - sum_gone
+        return (sum_kept + sum_came) / step.new_size, False
+
+    drift = Drift(step.rate, step.old_size / step.new_size, distance)
+    predicted = _predicted(step, v, curvature, decay, convex)
+    error = None
+    exact = predicted is None or exact_steps.due(drift)
+    if exact:
+        sum_kept = gradient(w, step.kept)
+        # A batch that was empty has no recorded gradient to learn from; 1 only avoids 0/0.
+        true = (sum_kept + sum_gone) / max(1, step.old_size)
+        if predicted is not None:
+            error = (predicted - true).norm().item()
+        if step.old_size:
+            curvature.push(v, true - step.gradient + decay * v)
+    else:
+        assert predicted is not None
+        sum_kept = step.old_size * predicted - sum_gone
+    exact_steps.took(drift, exact, error)
+    return (sum_kept + sum_came) / step.new_size, exact
+
+
+def _predicted(step: ChangedStep, v: Tensor, curvature: Curvature, decay: float, convex: bool) -> Tensor | None:
     """Return g_t + Bv − λv, the gradient of the recorded batch at w_t + v, or None where B cannot be trusted.
 
     A convex training whose rate is stable has η‖Hv‖² ≤ 2vᵀHv, so that ‖v − ηHv‖ ≤ ‖v‖. A matrix B without it is no
@@ -126,9 +160,12 @@ def _predicted(
     """
     if not curvature:
         return None
-    bent = curvature.product(v)
-    trusted = rate * (bent @ bent) <= 2 * (v @ bent) if convex else v.norm() > bent.norm()
-    return recorded + bent - decay * v if trusted else None
+    product = curvature.product(v)  # Bv
+    if convex:
+        trusted = step.rate * (product @ product) <= 2 * (v @ product)
+    else:
+        trusted = v.norm() > product.norm()
+    return step.gradient + product - decay * v if trusted else None
 
 
 def retrain(
@@ -144,5 +181,6 @@ def retrain(
     """
     for rate, batch in steps:
         if len(batch):
-            w = w - rate * (gradient(w, batch) / len(batch) + decay * w)
+            mean = gradient(w, batch) / len(batch)
+            w = w - rate * (mean + decay * w)
         yield w

@@ -1,9 +1,9 @@
-"""From what a user asks for to a change of the books: ids, conditions, new data, and queues of those."""
+"""From what a user asks for to a change of a recorded run: ids, conditions, new data, and queues of those."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +19,14 @@ from raypkg.data.sources import dataset
 from raypkg.data.split import Split, aligned, joined
 from raypkg.data.where import matching
 
-from .books import Books, Change
 from .ledger import digest
+from .recorded_run import Change, RecordedRun
 
 KINDS = ("delete", "delete_where", "restore", "add")
 
 
 class Request(NamedTuple):
-    """One line of a queue.
+    """What one line of a queue asks for.
 
     Attributes:
         kind: delete or restore (ids), delete_where (a condition) or add (a data set's name).
@@ -39,36 +39,27 @@ class Request(NamedTuple):
     id: str = ""
 
     @property
-    def asked(self) -> dict[str, str]:
+    def logged(self) -> dict[str, str]:
         """What the log says of the request: its id, and a digest of what it asks for."""
         value = self.value.tolist() if isinstance(self.value, Tensor) else self.value
-        return {"id": self.id, "digest": digest(json.dumps([self.kind, value]).encode())}
+        content = json.dumps([self.kind, value])
+        return {"id": self.id, "digest": digest(content.encode())}
 
 
-def read_ids(given: str) -> Tensor:
+def read_ids(text: str) -> Tensor:
     """Return ids given as ``3,14,15`` or in a file: one a line, or the column ``id`` or ``index`` of a parquet file.
 
     Raises:
         UserError: unreadable, no such column, no integers, or none at all.
     """
-    file = Path(given)
     try:
-        if re.fullmatch(r"\d+(,\d+)*", given):
-            values = given.split(",")
-        elif file.suffix == ".parquet":
-            table = pq.read_table(file)
-            name = next((name for name in ("id", "index") if name in table.column_names), None)
-            if name is None:
-                raise unknown(f"id column of {str(file)!r}", "id", table.column_names)
-            values = table[name].to_pylist()
-        else:
-            values = file.read_text().split()
-        ids = np.array([_integer(value) for value in values], np.int64)
+        ids = [_integer(value) for value in _id_values(text)]
+        array = np.array(ids, np.int64)
     except (OSError, pa.ArrowException, UnicodeDecodeError, ValueError, OverflowError) as error:
-        raise UserError(f"ids in {given!r} cannot be read: {error}") from None
-    if not len(ids):
-        raise UserError(f"{str(file)!r} holds no ids")
-    return torch.from_numpy(ids)
+        raise UserError(f"ids in {text!r} cannot be read: {error}") from None
+    if not len(array):
+        raise UserError(f"{text!r} holds no ids")
+    return torch.from_numpy(array)
 
 
 def read_queue(file: Path) -> list[Request]:
@@ -81,122 +72,178 @@ def read_queue(file: Path) -> list[Request]:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the queue {str(file)!r} cannot be read: {error}") from None
-    requests = [_request(line, number, file) for number, line in enumerate(lines, 1) if line.strip()]
-    for key, count in Counter(request.id for request in requests).items():
-        if count > 1:
-            raise UserError(f"the queue {str(file)!r} has the id {key!r} {count} times")
+    requests = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"line {number} of {str(file)!r}"
+            requests.append(_request(line, where))
+    counts = Counter(request.id for request in requests)
+    if repeated := next((key for key in counts if counts[key] > 1), None):
+        times = counts[repeated]
+        raise UserError(f"the queue {str(file)!r} has the id {repeated!r} {times} times")
     return requests
 
 
-def change_of(books: Books, requests: Iterable[Request]) -> Change:
+def unanswered(run: RecordedRun, requests: Iterable[Request]) -> list[Request]:
+    """Return the requests of a queue that the log does not have yet.
+
+    Raises:
+        UserError: one has the id of another that was answered.
+    """
+    waiting = []
+    answered = run.answered
+    for request in requests:
+        if request.id not in answered:
+            waiting.append(request)
+        elif answered[request.id] != request.logged["digest"]:
+            raise UserError(f"the id {request.id!r} belongs to another request, which was answered: give a new one")
+    return waiting
+
+
+def grouped(requests: list[Request], size: int) -> Iterator[list[Request]]:
+    """Yield requests in order, so many at a time."""
+    for start in range(0, len(requests), size):
+        yield requests[start : start + size]
+
+
+def change_of(run: RecordedRun, requests: Iterable[Request]) -> Change:
     """Return the change that several requests amount to, each checked against what those before it leave.
 
     Raises:
         UserError: ids that are unknown, repeated or not in use (or in use, to restore), a deletion of everything or of
             a whole class, or new samples that do not fit.
     """
-    split, before, active, groups, asked = books.split, books.active, books.active.clone(), list[Split](), []
+    draft = _Draft(run)
     for request in requests:
-        asked.append(request.asked)
         try:
-            if request.kind == "add":
-                groups.append(_new_samples(books, request.value))
-                split = joined(books.split, *groups)
-                before, active = (torch.cat([mask, torch.ones(len(groups[-1])).bool()]) for mask in (before, active))
-                continue
-            ids = _selected(books, split, active, request)
-            active[ids] = request.kind == "restore"
-            if request.kind != "restore":
-                _check_left(split, before, active, request)
+            draft.take(request)
         except UserError as error:
-            raise UserError(f"request {request.id!r}: {error}" if request.id else str(error)) from None
-    gone, came = (before & ~active).nonzero()[:, 0], (active & ~before).nonzero()[:, 0]
-    return Change(gone, came, joined(*groups) if groups else None, tuple(asked))
+            if not request.id:  # of the command line
+                raise
+            raise UserError(f"request {request.id!r}: {error}") from None
+    return draft.change()
 
 
-def unanswered(books: Books, requests: Iterable[Request]) -> list[Request]:
-    """Return the requests of a queue that the log does not have yet.
+class _Draft:
+    """A change in the making: what the requests so far leave of a run."""
 
-    Raises:
-        UserError: one has the id of another that was answered.
-    """
-    waiting, answered = [], books.answered
-    for request in requests:
-        if request.id not in answered:
-            waiting.append(request)
-        elif answered[request.id] != request.asked["digest"]:
-            raise UserError(f"the id {request.id!r} belongs to another request, which was answered: give a new one")
-    return waiting
+    def __init__(self, run: RecordedRun):
+        self._run = run
+        self._split = run.split
+        self._added: list[Split] = []
+        self._requests: list[Request] = []
+        self._before = run.active  # new samples count as in use before, so that they are no change by themselves
+        self._active = run.active.clone()
 
+    def take(self, request: Request) -> None:
+        if request.kind == "add":
+            self._add(_new_samples(self._run, request.value))
+        elif request.kind == "restore":
+            self._active[self._restored(request.value)] = True
+        else:
+            self._active[self._deleted(request)] = False
+            self._check_left(request.kind)
+        self._requests.append(request)
 
-def batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
-    """Yield requests in order, so many at a time."""
-    for start in range(0, len(requests), size):
-        yield requests[start : start + size]
+    def change(self) -> Change:
+        return Change(
+            gone=_positions(self._before & ~self._active),
+            came=_positions(self._active & ~self._before),
+            new=joined(*self._added) if self._added else None,
+            requests=tuple(request.logged for request in self._requests),
+        )
 
+    def _add(self, samples: Split) -> None:
+        self._added.append(samples)
+        self._split = joined(self._run.split, *self._added)
+        in_use = torch.ones(len(samples), dtype=torch.bool)
+        self._before = torch.cat([self._before, in_use])
+        self._active = torch.cat([self._active, in_use])
 
-def _selected(books: Books, split: Split, active: Tensor, request: Request) -> Tensor:
-    if request.kind == "delete_where":
-        found = torch.from_numpy(matching(split, request.value))
-        ids = found[active[found]]
-        if not len(ids):
-            raise UserError(f"no sample in use meets {request.value!r}")
+    def _restored(self, value: Any) -> Tensor:
+        ids = self._known_ids("restore", value)
+        _refuse("restore", ids[self._active[ids]], "is in use already")
         return ids
-    ids = torch.as_tensor(request.value, dtype=torch.int64)
-    unknown_ids = ids[(ids < 0) | (ids >= len(active))]
-    if len(unknown_ids):
-        raise UserError(f"{request.kind}: id {int(unknown_ids[0])} is unknown, allowed are 0 … {len(active) - 1}")
-    values, counts = ids.unique(return_counts=True)
-    if counts.max() > 1:
-        raise UserError(f"{request.kind}: id {int(values[counts.argmax()])} is given {int(counts.max())} times")
-    held_out = books.found.valid[torch.isin(books.found.valid, ids)]
-    if len(held_out):
-        raise UserError(f"{request.kind}: id {int(held_out[0])} is held out for validation and was never trained on")
-    wrong = ids[active[ids] == (request.kind == "restore")]
-    if len(wrong):
-        state = "in use already" if request.kind == "restore" else "deleted already"
-        raise UserError(f"{request.kind}: id {int(wrong[0])} is {state}")
-    return ids
+
+    def _deleted(self, request: Request) -> Tensor:
+        if request.kind == "delete_where":
+            return self._matching(request.value)
+        ids = self._known_ids("delete", request.value)
+        _refuse("delete", ids[~self._active[ids]], "is deleted already")
+        return ids
+
+    def _matching(self, condition: str) -> Tensor:
+        matches = torch.from_numpy(matching(self._split, condition))
+        ids = matches[self._active[matches]]
+        if not len(ids):
+            raise UserError(f"no sample in use meets {condition!r}")
+        return ids
+
+    def _known_ids(self, kind: str, value: Any) -> Tensor:
+        """Return ids, of which none is unknown, repeated or held out."""
+        ids = torch.as_tensor(value, dtype=torch.int64)
+        last = len(self._active) - 1
+        outside = (ids < 0) | (ids > last)
+        _refuse(kind, ids[outside], f"is unknown, allowed are 0 … {last}")
+        values, counts = ids.unique(return_counts=True)
+        most = int(counts.max())
+        if most > 1:
+            _refuse(kind, values[counts == most], f"is given {most} times")
+        valid = self._run.samples.valid
+        held_out = torch.isin(valid, ids)
+        _refuse(kind, valid[held_out], "is held out for validation and was never trained on")
+        return ids
+
+    def _check_left(self, kind: str) -> None:
+        """Refuse a deletion that leaves nothing, or nothing of a class."""
+        if not self._active.any():
+            raise UserError(f"{kind}: this would delete every sample")
+        left = self._per_class(self._active)
+        had = self._per_class(self._before)
+        emptied = _positions((left == 0) & (had > 0))
+        if len(emptied):
+            name = self._split.classes[int(emptied[0])]
+            raise UserError(f"{kind}: this would delete the whole class {name!r}, leave one of its samples")
+
+    def _per_class(self, mask: Tensor) -> Tensor:
+        return torch.bincount(self._split.y[mask], minlength=self._split.num_classes)  # [C]
 
 
-def _check_left(split: Split, before: Tensor, active: Tensor, request: Request) -> None:
-    if not active.any():
-        raise UserError(f"{request.kind}: this would delete every sample")
-    left, were = (torch.bincount(split.y[mask], minlength=split.num_classes) for mask in (active, before))
-    emptied = ((left == 0) & (were > 0)).nonzero()[:, 0]
-    if len(emptied):
-        name = split.classes[int(emptied[0])]
-        raise UserError(f"{request.kind}: this would delete the whole class {name!r}, leave one of its samples")
+def _refuse(kind: str, ids: Tensor, reason: str) -> None:
+    if len(ids):
+        raise UserError(f"{kind}: id {int(ids[0])} {reason}")
 
 
-def _new_samples(books: Books, name: str) -> Split:
-    entry, trained = dataset[name], books.settings.dataset
-    options = dict(trained.options) if dataset[trained.name].name == entry.name else {}
-    if "test" in entry.schema.model_fields and Path(argument(name)).is_file():
-        options["test"] = 0
-    if "columns" in entry.schema.model_fields:  # sparse rows are as wide as the data set, whatever they hold
-        options["columns"] = books.split.shape[0]
-    return aligned(entry(argument(name), options=options, split="train", cache=None), books.found.data.train)
+def _positions(mask: Tensor) -> Tensor:
+    return mask.nonzero()[:, 0]
 
 
-def _request(line: str, number: int, file: Path) -> Request:
-    where = f"line {number} of {str(file)!r}"
-    try:
-        content: Mapping[str, Any] = json.loads(line, object_pairs_hook=_once)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    kinds = [name for name in content if name != "id"] if isinstance(content, dict) else []
-    if len(kinds) != 1 or not content.get("id"):
-        raise UserError(f"{where} must be an object with one of {', '.join(KINDS)}, and an id of its own")
-    if kinds[0] not in KINDS:
-        raise unknown(f"request in {where}", kinds[0], KINDS)
-    kind, value = kinds[0], content[kinds[0]]
-    if kind in ("delete", "restore"):
-        if not (isinstance(value, list) and value and all(type(item) is int and abs(item) < 2**63 for item in value)):
-            raise UserError(f"{where}: {kind} takes a list of ids, not {value!r}")
-    elif not isinstance(value, str):
-        raise UserError(f"{where}: {kind} takes a text, not {value!r}")
-    return Request(kind, value, str(content["id"]))
+def _new_samples(run: RecordedRun, name: str) -> Split:
+    """Read new samples with the options by which the run's own were read."""
+    source = dataset[name]
+    place = argument(name)
+    trained = run.settings.dataset
+    is_same_source = dataset[trained.name].name == source.name
+    options = dict(trained.options) if is_same_source else {}
+    if "test" in source.schema.model_fields and Path(place).is_file():
+        options["test"] = 0  # all rows of a single file are new samples
+    if "columns" in source.schema.model_fields:  # sparse rows are as wide as the data set, whatever they hold
+        options["columns"] = run.split.shape[0]
+    split = source(place, options=options, split="train", cache=None)
+    return aligned(split, run.samples.data.train)
+
+
+def _id_values(text: str) -> list[Any]:
+    if re.fullmatch(r"\d+(,\d+)*", text):
+        return text.split(",")
+    file = Path(text)
+    if file.suffix != ".parquet":
+        return file.read_text().split()
+    table = pq.read_table(file)
+    column = next((name for name in ("id", "index") if name in table.column_names), None)
+    if column is None:
+        raise unknown(f"id column of {text!r}", "id", table.column_names)
+    return table[column].to_pylist()
 
 
 def _integer(value: Any) -> int:
@@ -205,7 +252,34 @@ def _integer(value: Any) -> int:
     return int(value)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _request(line: str, where: str) -> Request:
+    """Return the request of a line; ``where`` names the line in errors."""
+    try:
+        content = json.loads(line, object_pairs_hook=_without_repetition)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    kinds = [name for name in content if name != "id"] if isinstance(content, dict) else []
+    if len(kinds) != 1 or not content.get("id"):
+        raise UserError(f"{where} must be an object with one of {', '.join(KINDS)}, and an id of its own")
+    (kind,) = kinds
+    value = content[kind]
+    if kind not in KINDS:
+        raise unknown(f"request in {where}", kind, KINDS)
+    if kind in ("delete", "restore"):
+        if not _is_ids(value):
+            raise UserError(f"{where}: {kind} takes a list of ids, not {value!r}")
+    elif not isinstance(value, str):
+        raise UserError(f"{where}: {kind} takes a text, not {value!r}")
+    return Request(kind, value, str(content["id"]))
+
+
+def _is_ids(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(item) is int and abs(item) < 2**63 for item in value)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a name occurs twice")

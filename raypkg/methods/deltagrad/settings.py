@@ -1,11 +1,13 @@
-"""Settings of DeltaGrad."""
+"""Settings of DeltaGrad: of the training that is recorded, and of the replays that answer requests."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from raypkg.core.config import Settings
-from raypkg.core.settings import Dataset, Experiment, Model, Train
+from raypkg.core.config import Settings, load_settings
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Cluster, Dataset, Experiment, Model, Train
 
 
 class PlainDataset(Dataset):
@@ -36,6 +38,15 @@ class PlainTrain(Train):
         Literal["auto", "float32", "bfloat16", "float64"], Field(description="of training; replays are in float64")
     ] = "float64"
 
+    @model_validator(mode="after")
+    def _plain_sgd(self) -> Self:
+        if self.optimizer != "sgd" or self.momentum:
+            raise UserError(
+                f"train.optimizer = {self.optimizer}, train.momentum = {self.momentum:g}: DeltaGrad is derived for SGD"
+                " without momentum"
+            )
+        return self
+
 
 class HistorySettings(Settings):
     """What is kept of training."""
@@ -56,6 +67,14 @@ class ReplaySettings(Settings):
         Field(gt=0, description="distance from the retrained weights to stay below, by estimate, instead of T0 and j0"),
     ] = None
 
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        defaults = type(self).model_fields
+        periodic = [name for name in ("period", "burn_in") if getattr(self, name) != defaults[name].default]
+        if self.tolerance is not None and periodic:
+            raise UserError(f"replay.tolerance chooses the exact steps: replay.{periodic[0]} would do nothing")
+        return self
+
 
 class DeltaGradSettings(Experiment):
     """Settings of `effray deltagrad train`."""
@@ -70,8 +89,40 @@ class DeltaGradSettings(Experiment):
         """Refuse a training that cannot be replayed.
 
         Raises:
-            UserError: what is wrong.
+            UserError: samples are augmented, or the model has dropout or batch norm.
         """
-        from .recording import check_derived
+        from .hook import check_replayable
 
-        check_derived(self)
+        check_replayable(self)
+
+
+class Holders(Cluster):
+    """Where the gradients of a replay are computed."""
+
+    workers: Annotated[
+        int | None,
+        Field(ge=0, description="Ray actors that hold the data and compute gradients; 0 = this process"),
+    ] = 0
+
+
+class RequestSettings(Settings):
+    """How a request to a recorded run is answered; what is left out of ``replay`` is as the run says."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"workers": "cluster.workers", "threads": "cluster.cpus_per_worker"}
+
+    replay: ReplaySettings = ReplaySettings()
+    cluster: Holders = Holders()
+
+    @classmethod
+    def over(cls, recorded: ReplaySettings, values: Mapping[str, Any]) -> Self:
+        """Return a request's settings, those of the run where ``values``, by dotted names, say nothing else.
+
+        Raises:
+            UserError: wrong values, or a period beside a tolerance.
+        """
+        replay = recorded.model_dump()
+        if "replay.tolerance" in values:  # one way of choosing the exact steps takes the place of the other
+            del replay["period"], replay["burn_in"]
+        elif "replay.period" in values or "replay.burn_in" in values:
+            del replay["tolerance"]
+        return load_settings(cls, {"replay": replay}, values)

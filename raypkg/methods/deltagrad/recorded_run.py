@@ -1,0 +1,282 @@
+"""A recorded run and what became of it: which samples its model has been trained on, as the log says."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from raypkg.core.config import load_settings
+from raypkg.core.errors import UserError
+from raypkg.data.split import Split, joined
+from raypkg.data.store.arrow import Block, Header, Store, write
+from raypkg.phases.samples import Samples, forget_samples, new_model, open_samples
+from raypkg.phases.training import MODEL
+from raypkg.runs.checkpoints import load_model, save_model
+from raypkg.runs.folder import RunFolder
+from raypkg.runs.storage import Storage
+
+from .fingerprints import check_rows, settings_digest, standardised_as_trained, write_fingerprints
+from .history import History, Layout, history_folder
+from .ledger import FILE as LOG
+from .ledger import Entry, Ledger, digest_of_file, stored_digest
+from .membership import Membership
+from .objective import Objective, assign, to_vector
+from .settings import DeltaGradSettings
+
+ROWS_AT_ONCE = 4096  # of added samples that are copied
+
+
+class Change(NamedTuple):
+    """What is to be different about the training samples.
+
+    Attributes:
+        gone: ids that are in use and shall not be, int64.
+        came: ids that are not in use and shall be, int64.
+        new: samples that were never there; they get the next ids.
+        requests: id and digest of the requests that ask for it; those of the command line have no id.
+    """
+
+    gone: Tensor
+    came: Tensor
+    new: Split | None
+    requests: tuple[dict[str, str], ...]
+
+
+def begin_log(storage: Storage, settings: DeltaGradSettings, samples: Samples, history: str) -> None:
+    """Write the first entry of a run's log, unless it is there.
+
+    Args:
+        storage: the run's folder.
+        settings: of the run.
+        samples: that it was trained on.
+        history: its digest.
+    """
+    ledger = Ledger(storage)
+    if ledger.entries:
+        return
+    ledger.append(
+        {
+            "kind": "train",
+            "samples": len(samples.kept),
+            "settings": settings_digest(settings),
+            "rows": write_fingerprints(storage, samples.data.train),
+            "model": stored_digest(storage, MODEL),
+            "history": history,
+        }
+    )
+
+
+@contextmanager
+def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
+    """Open a recorded run for one process alone.
+
+    Raises:
+        UserError: another process has it open, or what ``RecordedRun`` raises.
+    """
+    if folder.storage.read(LOG) is None:
+        raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
+    with folder.storage.alone(f"run {folder.name!r}"):
+        forget_samples()  # the data set may have changed since this process opened it
+        yield RecordedRun(folder)
+
+
+class RecordedRun:
+    """A recorded run with everything that was deleted from and added to it since.
+
+    An id is a position in the training split; samples that were added are numbered on from its end, in the order of
+    their requests. What the log's last entry says is what holds: anything beyond it on the disk never happened.
+
+    Args:
+        folder: of a run of `effray deltagrad train`.
+
+    Attributes:
+        active: whether a sample is in use, bool [ids].
+
+    Raises:
+        UserError: the run has no history, its log is damaged, or model or data set are not those of the log.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.storage = folder.storage
+        self.ledger = Ledger(folder.storage)
+        self.settings = load_settings(DeltaGradSettings, folder.config)
+        self.samples = standardised_as_trained(self.storage, open_samples(self.settings))
+        self._check_files()
+        train = self.samples.data.train
+        self._groups = [train]  # the training split, and each group of samples that was added
+        self.active = torch.zeros(len(train), dtype=torch.bool)
+        self.active[self.samples.kept] = True
+        first, *changes = self.ledger.entries
+        for entry in changes:
+            self._apply(entry)
+        check_rows(self.storage, train, self.active, first["rows"])
+
+    # Who is in the training
+
+    @property
+    def split(self) -> Split:
+        """All samples that ever were in the training split, by id."""
+        return joined(*self._groups)
+
+    @property
+    def test(self) -> Split:
+        """The test samples."""
+        return self.samples.data.test
+
+    @property
+    def membership(self) -> Membership:
+        """Which sample has a place in which batch."""
+        ends = list(accumulate(len(group) for group in self._groups))
+        added = tuple(torch.arange(start, end) for start, end in pairwise(ends))
+        return Membership(self.samples.kept, added, self.settings.train.batch_size, self.settings.seed)
+
+    # The log
+
+    @property
+    def last(self) -> Entry:
+        """The last entry of the log."""
+        return self.ledger.entries[-1]
+
+    @property
+    def answered(self) -> dict[str, str]:
+        """The requests of queues that were answered, by their ids, with the digests of what they asked for."""
+        requests = (request for entry in self.ledger.entries for request in entry.get("requests", ()))
+        return {request["id"]: request["digest"] for request in requests if request["id"]}
+
+    def enter(self, entry: Mapping[str, Any]) -> Entry:
+        """Write an entry whose files are all there, make it hold, and return it."""
+        written = self.ledger.append(entry)
+        self._apply(written)
+        self._settle()
+        return written
+
+    # The model and its history
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of the run's model."""
+        return Objective.of(self.settings.model, self.samples.data.train)
+
+    @property
+    def layout(self) -> Layout:
+        """How the history lies in its file."""
+        return Layout.of(self._new_model(), self.settings.history.dtype)
+
+    def history(self) -> History:
+        """Open the record of the training as the last entry left it."""
+        folder = history_folder(self.storage, self.last["number"])
+        return History(folder, self.layout, self.last["history"])
+
+    def weights(self) -> Tensor:
+        """Return the current weights, float64 [p], in the order of ``model.parameters()``."""
+        saved = load_model(self.storage, MODEL)
+        names = [name for name, _ in self._new_model().named_parameters()]
+        return to_vector(saved[name].double() for name in names)
+
+    # What an entry refers to is written before the entry
+
+    def write_model(self, number: int, w: Tensor) -> str:
+        """Write the weights that an entry is going to refer to as a model file; return its digest."""
+        model = self._new_model().double()
+        assign(model, w)
+        save_model(self.storage, _model_file(number), model.state_dict())
+        return stored_digest(self.storage, _model_file(number))
+
+    def write_change(self, number: int, change: Change) -> dict[str, str]:
+        """Write the change that an entry is going to refer to; return the digests that it names.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        name = _change_file(number)
+        ids = torch.cat([change.gone, change.came]).numpy()
+        in_use = np.arange(len(ids)) >= len(change.gone)
+        self.storage.write_table(name, pa.table({"id": ids, "in_use": in_use}))
+        digests = {"changes": stored_digest(self.storage, name)}
+        if change.new:
+            _write_rows(self._rows_file(number), change.new)
+            digests["rows"] = digest_of_file(self._rows_file(number))
+        return digests
+
+    def _apply(self, entry: Entry) -> None:
+        """Let what an entry says hold: the samples that it added, and who is in use after it."""
+        name = _change_file(entry["number"])
+        table = None
+        if stored_digest(self.storage, name) == entry["changes"]:
+            table = self.storage.read_table(name)
+        if table is None:
+            raise UserError(f"{self.storage.root}/{name} is missing or corrupt: it is not what the log names")
+        if entry["new"]:
+            self._groups.append(self._added_rows(entry))
+            in_use = torch.ones(entry["new"], dtype=torch.bool)
+            self.active = torch.cat([self.active, in_use])
+        ids = torch.tensor(table["id"].to_numpy())
+        self.active[ids] = torch.tensor(table["in_use"].to_numpy())
+
+    def _added_rows(self, entry: Entry) -> Split:
+        file = self._rows_file(entry["number"])
+        if digest_of_file(file) != entry["rows"]:
+            raise UserError(f"{str(file)!r} is missing or corrupt: it is not what the log names")
+        return Store(file).as_split()
+
+    def _check_files(self) -> None:
+        known = [entry["model"] for entry in self.ledger.entries[-2:]]  # the last may not have been settled
+        if stored_digest(self.storage, MODEL) not in known:
+            raise UserError(f"{self.storage.root}/{MODEL} is not the model of the log's last entry: one was changed")
+        if settings_digest(self.settings) != self.ledger.entries[0]["settings"]:
+            raise UserError(f"{self.storage.root}/config.toml is not that of the recorded training")
+        self._settle()
+
+    def _settle(self) -> None:
+        """Do what the writer of the last entry may have died before: put its model in place, drop older histories."""
+        current = history_folder(self.storage, self.last["number"])
+        if stored_digest(self.storage, MODEL) != self.last["model"]:
+            name = _model_file(self.last["number"])
+            if stored_digest(self.storage, name) != self.last["model"]:
+                raise UserError(f"{self.storage.root}/{name} is missing or corrupt: it is not what the log names")
+            self.storage.write(MODEL, self.storage.read(name) or b"")
+        for name in self.storage.list("versions"):
+            if name != current.name:
+                self.storage.delete_folder(f"versions/{name}")
+
+    def _new_model(self) -> nn.Module:
+        return new_model(self.settings, self.samples.data)
+
+    def _rows_file(self, number: int) -> Path:
+        run = history_folder(self.storage, number).parents[1]
+        return run / "added" / f"{number:05d}.arrow"
+
+
+def _model_file(number: int) -> str:
+    return f"versions/{number:05d}/{MODEL}"
+
+
+def _change_file(number: int) -> str:
+    return f"requests/{number:05d}.parquet"
+
+
+def _write_rows(path: Path, split: Split) -> None:
+    unfinished = path.with_suffix(".part")
+    header = Header("pixels" if len(split.shape) == 3 else "rows", split.shape, split.classes)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write(unfinished, header, _blocks(split))
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+
+def _blocks(split: Split) -> Iterator[Block]:
+    y = split.y.numpy()
+    for start in range(0, len(split), ROWS_AT_ONCE):
+        end = min(start + ROWS_AT_ONCE, len(split))
+        indices = np.arange(start, end)
+        x = split.take(indices)
+        yield Block(x, y[indices], sample=x)
