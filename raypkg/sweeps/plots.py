@@ -1,16 +1,20 @@
 """The pictures of a sweep: what each setting does, all trials at once, and what accuracy costs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, VERMILLION, page, short
 
+if TYPE_CHECKING:
+    from raypkg.runs.plots import Axes
+
 Results = Sequence[Mapping[str, Any]]
 COLUMNS = 3  # panels side by side
+WIDE = 8  # largest over smallest value, above which an axis is logarithmic
 
 
 def against_settings(results: Results, names: Sequence[str], metric: str, path: str | Path) -> None:
@@ -22,24 +26,23 @@ def against_settings(results: Results, names: Sequence[str], metric: str, path: 
         metric: its column.
         path: the PNG to write.
     """
-    shown = [row for row in results if row.get(metric) is not None]
-    done = [row["state"] == "done" for row in shown]
-    values = np.array([row[metric] for row in shown], dtype=float)
+    rows = _measured(results, metric)
+    values = [row[metric] for row in rows]
+    colours = [BLUE if row["state"] == "done" else "none" for row in rows]
+    across = max(1, min(COLUMNS, len(names)))
+    down = max(1, math.ceil(len(names) / across))
     with page(path) as figure:
-        columns = max(1, min(COLUMNS, len(names)))
-        panels = list(
-            figure.subplots(max(1, math.ceil(len(names) / columns)), columns, squeeze=False, sharey=True).flat
-        )
+        grid = figure.subplots(down, across, squeeze=False, sharey=True)
+        panels = list(grid.flat)
         for axes, name in zip(panels, names, strict=False):
-            where, ticks = _places([row.get(name) for row in shown])
-            colours = [BLUE if finished else "none" for finished in done]
-            axes.scatter(where, values, s=40, facecolors=colours, edgecolors=BLUE)
+            positions, ticks = _positions(row.get(name) for row in rows)
+            axes.scatter(positions, values, s=40, facecolors=colours, edgecolors=BLUE)
             axes.set(title=name, xlabel="")
-            _mark(axes, where, ticks)
+            _label_axis(axes, positions, ticks)
         for axes in panels[len(names) :]:
             axes.axis("off")
         figure.supylabel(metric, color=GREY)
-        figure.suptitle(f"{metric} of {len(shown)} trials (hollow: not done)", x=0.02, ha="left")
+        figure.suptitle(f"{metric} of {len(rows)} trials (hollow: not done)", x=0.02, ha="left")
 
 
 def parallel(results: Results, names: Sequence[str], metric: str, mode: str, path: str | Path) -> None:
@@ -52,25 +55,22 @@ def parallel(results: Results, names: Sequence[str], metric: str, mode: str, pat
         mode: max or min.
         path: the PNG to write.
     """
-    shown = [row for row in results if row.get(metric) is not None]
+    rows = _measured(results, metric)
+    best = _best_quarter([row[metric] for row in rows], mode)
+    columns = [*names, metric]
     with page(path) as figure:
         axes = figure.subplots()
-        axes.set_xticks(range(len(names) + 1), [*names, metric], rotation=20, ha="right")
+        axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
         axes.set_yticks([])
         axes.grid(axis="y", visible=False)
-        heights = []
-        for column, name in enumerate([*names, metric]):
-            where, ticks = _places([row.get(name) for row in shown])
-            heights.append(_unit(np.log10(where) if _logarithmic(where) and not ticks else where))
-            for height, value in dict(zip(heights[-1].tolist(), [row.get(name) for row in shown], strict=True)).items():
-                if ticks or height in (0.0, 1.0):
-                    axes.annotate(_label(value), (column, height), (4, 2), color=GREY, size=8, **NOTE)
-        order = np.argsort([row[metric] * (-1 if mode == "max" else 1) for row in shown])
-        best = set(order[: max(1, len(order) // 4)].tolist())
-        for trial in range(len(shown)):
-            colour, width = (VERMILLION, 2.2) if trial in best else (BLUE, 1)
-            axes.plot([h[trial] for h in heights], color=colour, linewidth=width, alpha=0.9 if trial in best else 0.4)
-        axes.set_title(f"{len(best)} best of {len(shown)} trials by {metric}, and the others")
+        heights = [_draw_column(axes, place, [row.get(name) for row in rows]) for place, name in enumerate(columns)]
+        for trial in range(len(rows)):
+            line = [column[trial] for column in heights]
+            if trial in best:
+                axes.plot(line, color=VERMILLION, linewidth=2.2, alpha=0.9)
+            else:
+                axes.plot(line, color=BLUE, linewidth=1, alpha=0.4)
+        axes.set_title(f"{len(best)} best of {len(rows)} trials by {metric}, and the others")
 
 
 def learning_curves(
@@ -84,18 +84,21 @@ def learning_curves(
         best: the trial that stands out, if one is done.
         path: the PNG to write.
     """
-    drawn = {name: np.array(points, dtype=float) for name, points in curves.items() if points}
-    longest = max((points[-1, 0] for points in drawn.values()), default=0)
+    lines = {name: np.array(points, dtype=float) for name, points in curves.items() if points}  # [epochs, 2]
+    longest = max((line[-1, 0] for line in lines.values()), default=0)
+    complete = sum(line[-1, 0] == longest for line in lines.values())
     with page(path) as figure:
         axes = figure.subplots()
-        for name, points in drawn.items():
-            chosen = name == best
-            axes.plot(*points.T, color=VERMILLION if chosen else BLUE, alpha=1 if chosen else 0.5, zorder=2 + chosen)
-            axes.plot(*points[-1], color=VERMILLION if chosen else BLUE, marker="o", markersize=4, zorder=2 + chosen)
-        if best in drawn:
-            axes.annotate(best, drawn[best][-1], (-4, 8), ha="right", color=VERMILLION, weight="bold", **NOTE)
-        whole = sum(points[-1, 0] == longest for points in drawn.values())
-        axes.set(title=f"{whole} of {len(drawn)} trials reached epoch {longest:.0f}", xlabel="epoch", ylabel=metric)
+        for name, line in lines.items():
+            stands_out = name == best
+            colour = VERMILLION if stands_out else BLUE
+            layer = 3 if stands_out else 2
+            axes.plot(*line.T, color=colour, alpha=1 if stands_out else 0.5, zorder=layer)
+            axes.plot(*line[-1], color=colour, marker="o", markersize=4, zorder=layer)
+        if best in lines:
+            axes.annotate(best, lines[best][-1], (-4, 8), ha="right", color=VERMILLION, weight="bold", **NOTE)
+        title = f"{complete} of {len(lines)} trials reached epoch {longest:.0f}"
+        axes.set(title=title, xlabel="epoch", ylabel=metric)
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
@@ -108,53 +111,91 @@ def pareto(results: Results, front: Sequence[int], metric: str, path: str | Path
         metric: its column.
         path: the PNG to write.
     """
-    done = {
+    points = {
         row["trial"]: (row["backward"], row[metric])
-        for row in results
-        if row["state"] == "done" and not row.get("proxy") and None not in (row.get(metric), row.get("backward"))
+        for row in _measured(results, metric)
+        if row["state"] == "done" and not row.get("proxy") and row.get("backward") is not None
     }
     with page(path) as figure:
         axes = figure.subplots()
-        if done:
-            axes.plot(*np.array(list(done.values()), dtype=float).T, "o", color=BLUE)
+        if points:
+            everyone = np.array(list(points.values()), dtype=float)  # [trials, 2]
+            axes.plot(*everyone.T, "o", color=BLUE)
         if front:
-            line = np.array([done[trial] for trial in front], dtype=float)
+            line = np.array([points[trial] for trial in front], dtype=float)  # [front, 2]
             axes.step(*line.T, where="post", color=ORANGE)
             axes.plot(*line.T, "o", color=VERMILLION, markersize=8, zorder=3)
             for trial, point in zip(front, line, strict=True):
                 axes.annotate(str(trial), point, (6, 6), color=VERMILLION, weight="bold", **NOTE)
-        axes.set(title=f"{len(front)} of {len(done)} trials are on the Pareto front", ylabel=metric)
+        axes.set(title=f"{len(front)} of {len(points)} trials are on the Pareto front", ylabel=metric)
         axes.set_xlabel("samples back-propagated")
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
         axes.margins(0.1)
 
 
-def _places(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
-    """Return where values lie on an axis: numbers where they are, choices between others one after another."""
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+def _measured(results: Results, metric: str) -> Results:
+    return [row for row in results if row.get(metric) is not None]
+
+
+def _best_quarter(values: Sequence[float], mode: str) -> set[int]:
+    """Return the places of the best values, at least one."""
+    signed = -np.array(values) if mode == "max" else np.array(values)
+    order = np.argsort(signed)
+    quarter = order[: max(1, len(order) // 4)]
+    return set(quarter.tolist())
+
+
+def _positions(values: Iterable[Any]) -> tuple[np.ndarray, list[str]]:
+    """Return where values lie on an axis and the names of its ticks: numbers where they are, without names; choices
+    between others one after another.
+    """
+    values = list(values)
+    if all(_is_number(value) for value in values):
         return np.array(values, dtype=float), []
     names = sorted({str(value) for value in values})
-    return np.array([names.index(str(value)) for value in values], dtype=float), names
+    places = [names.index(str(value)) for value in values]
+    return np.array(places, dtype=float), names
 
 
-def _logarithmic(where: np.ndarray) -> bool:
-    return len(where) > 0 and where.min() > 0 and where.max() / where.min() > 8
+def _draw_column(axes: "Axes", place: int, values: Sequence[Any]) -> np.ndarray:
+    """Label one of the parallel axes, and return the height of each value on it, in [0, 1]."""
+    positions, ticks = _positions(values)
+    logarithmic = not ticks and _logarithmic(positions)
+    heights = _stretched(np.log10(positions) if logarithmic else positions)
+    labels = dict(zip(heights.tolist(), values, strict=True))  # one for each height
+    for height, value in labels.items():
+        if ticks or height in (0.0, 1.0):  # of a range, the ends
+            axes.annotate(_label(value), (place, height), (4, 2), color=GREY, size=8, **NOTE)
+    return heights
 
 
-def _mark(axes: Any, where: np.ndarray, ticks: list[str]) -> None:
+def _label_axis(axes: "Axes", positions: np.ndarray, ticks: list[str]) -> None:
     axes.margins(0.1)
     if ticks:
         axes.set_xticks(range(len(ticks)), ticks)
-    elif _logarithmic(where):
+    elif _logarithmic(positions):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter("")
 
 
-def _unit(where: np.ndarray) -> np.ndarray:
-    low, high = (where.min(), where.max()) if len(where) else (0, 0)
-    return (where - low) / (high - low) if high > low else np.full(len(where), 0.5)
+def _logarithmic(positions: np.ndarray) -> bool:
+    if not len(positions) or positions.min() <= 0:
+        return False
+    return positions.max() / positions.min() > WIDE
+
+
+def _stretched(positions: np.ndarray) -> np.ndarray:
+    """Return positions from 0 to 1; where all are the same, in the middle."""
+    if not len(positions) or positions.max() == positions.min():
+        return np.full(len(positions), 0.5)
+    low = positions.min()
+    return (positions - low) / (positions.max() - low)
 
 
 def _label(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return f"{value:.3g}" if _is_number(value) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
