@@ -1,5 +1,6 @@
 """The figures of a trial: what its run folder holds at one moment, read once."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from raypkg.runs.folder import RunFolder
@@ -52,13 +53,17 @@ class TrialRun:
         """Return the last value of every metric, and how many epochs of the main training there are."""
         last: dict[str, Any] = {"epochs": self.epochs}
         for row in self.rows:
-            last |= {name: row[name] for name in METRICS if row.get(name) is not None}
+            last |= _metrics_in(row)
         if self.summary:
-            last |= {name: self.summary[name] for name in METRICS if name in self.summary}
+            last |= _metrics_in(self.summary)
             last["backward"] = sum(phase["backward"] for phase in self.summary["phases"])
         elif "backward" in last:
             last["backward"] += self._paid_before
         return last
+
+
+def _metrics_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in METRICS if values.get(name) is not None}
 
 
 def _backward_of_phases(folder: RunFolder) -> int:

@@ -1,7 +1,7 @@
 """The pictures of a sweep: what each setting does, all trials at once, and what accuracy costs."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,17 @@ from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, VERMILLION, page, short
 if TYPE_CHECKING:
     from raypkg.runs.plots import Axes
 
-Results = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]  # of a trial
+Results = Sequence[Row]
+Curve = Sequence[tuple[int, float]]  # epoch and metric
+Png = str | Path
 COLUMNS = 3  # panels side by side
+SMALL: dict[str, Any] = {"color": GREY, "size": 8, **NOTE}
+EMPHASIS: dict[str, Any] = {"color": VERMILLION, "weight": "bold", **NOTE}
 WIDE = 8  # largest over smallest value, above which an axis is logarithmic
 
 
-def against_settings(results: Results, names: Sequence[str], metric: str, path: str | Path) -> None:
+def against_settings(results: Results, names: Sequence[str], metric: str, path: Png) -> None:
     """Draw the metric against each setting, a point for each trial; those that are not done are hollow.
 
     Args:
@@ -35,17 +40,24 @@ def against_settings(results: Results, names: Sequence[str], metric: str, path: 
         grid = figure.subplots(down, across, squeeze=False, sharey=True)
         panels = list(grid.flat)
         for axes, name in zip(panels, names, strict=False):
-            positions, ticks = _positions(row.get(name) for row in rows)
+            positions, ticks = _positions([row.get(name) for row in rows])
             axes.scatter(positions, values, s=40, facecolors=colours, edgecolors=BLUE)
-            axes.set(title=name, xlabel="")
+            axes.set_title(name)
             _label_axis(axes, positions, ticks)
         for axes in panels[len(names) :]:
             axes.axis("off")
         figure.supylabel(metric, color=GREY)
-        figure.suptitle(f"{metric} of {len(rows)} trials (hollow: not done)", x=0.02, ha="left")
+        title = f"{metric} of {len(rows)} trials (hollow: not done)"
+        figure.suptitle(title, x=0.02, ha="left")
 
 
-def parallel(results: Results, names: Sequence[str], metric: str, mode: str, path: str | Path) -> None:
+def parallel(
+    results: Results,
+    names: Sequence[str],
+    metric: str,
+    mode: str,
+    path: Png,
+) -> None:
     """Draw every trial as a line through its settings to its metric; the best quarter stands out.
 
     Args:
@@ -63,18 +75,24 @@ def parallel(results: Results, names: Sequence[str], metric: str, mode: str, pat
         axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
         axes.set_yticks([])
         axes.grid(axis="y", visible=False)
-        heights = [_draw_column(axes, place, [row.get(name) for row in rows]) for place, name in enumerate(columns)]
-        for trial in range(len(rows)):
-            line = [column[trial] for column in heights]
+        heights = []
+        for place, name in enumerate(columns):
+            values = [row.get(name) for row in rows]
+            heights.append(_draw_column(axes, place, values))
+        for trial, line in enumerate(zip(*heights, strict=True)):
             if trial in best:
                 axes.plot(line, color=VERMILLION, linewidth=2.2, alpha=0.9)
             else:
                 axes.plot(line, color=BLUE, linewidth=1, alpha=0.4)
-        axes.set_title(f"{len(best)} best of {len(rows)} trials by {metric}, and the others")
+        title = f"{len(best)} best of {len(rows)} trials by {metric}, and the others"
+        axes.set_title(title)
 
 
 def learning_curves(
-    curves: Mapping[str, Sequence[tuple[int, float]]], metric: str, best: str | None, path: str | Path
+    curves: Mapping[str, Curve],
+    metric: str,
+    best: str | None,
+    path: Png,
 ) -> None:
     """Draw the metric of every trial against epochs; the best one stands out.
 
@@ -84,25 +102,24 @@ def learning_curves(
         best: the trial that stands out, if one is done.
         path: the PNG to write.
     """
-    lines = {name: np.array(points, dtype=float) for name, points in curves.items() if points}  # [epochs, 2]
-    longest = max((line[-1, 0] for line in lines.values()), default=0)
-    complete = sum(line[-1, 0] == longest for line in lines.values())
+    measured = {name: curve for name, curve in curves.items() if curve}
+    lines = {name: np.array(curve, dtype=float) for name, curve in measured.items()}  # [epochs, 2] each
+    ends = [line[-1] for line in lines.values()]
+    longest = max((epoch for epoch, _ in ends), default=0)
+    complete = sum(epoch == longest for epoch, _ in ends)
     with page(path) as figure:
         axes = figure.subplots()
         for name, line in lines.items():
-            stands_out = name == best
-            colour = VERMILLION if stands_out else BLUE
-            layer = 3 if stands_out else 2
-            axes.plot(*line.T, color=colour, alpha=1 if stands_out else 0.5, zorder=layer)
-            axes.plot(*line[-1], color=colour, marker="o", markersize=4, zorder=layer)
+            _draw_curve(axes, line, stands_out=name == best)
         if best in lines:
-            axes.annotate(best, lines[best][-1], (-4, 8), ha="right", color=VERMILLION, weight="bold", **NOTE)
+            end = lines[best][-1]
+            axes.annotate(best, end, (-4, 8), ha="right", **EMPHASIS)
         title = f"{complete} of {len(lines)} trials reached epoch {longest:.0f}"
         axes.set(title=title, xlabel="epoch", ylabel=metric)
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
-def pareto(results: Results, front: Sequence[int], metric: str, path: str | Path) -> None:
+def pareto(results: Results, front: Sequence[int], metric: str, path: Png) -> None:
     """Draw the metric against the samples back-propagated, and the trials that no other beats in both.
 
     Args:
@@ -111,23 +128,19 @@ def pareto(results: Results, front: Sequence[int], metric: str, path: str | Path
         metric: its column.
         path: the PNG to write.
     """
-    points = {
-        row["trial"]: (row["backward"], row[metric])
-        for row in _measured(results, metric)
-        if row["state"] == "done" and not row.get("proxy") and row.get("backward") is not None
-    }
+    rows = [row for row in _measured(results, metric) if _is_comparable(row)]
+    points = {row["trial"]: (row["backward"], row[metric]) for row in rows}
     with page(path) as figure:
         axes = figure.subplots()
-        if points:
-            everyone = np.array(list(points.values()), dtype=float)  # [trials, 2]
-            axes.plot(*everyone.T, "o", color=BLUE)
+        axes.scatter([row["backward"] for row in rows], [row[metric] for row in rows], color=BLUE)
         if front:
-            line = np.array([points[trial] for trial in front], dtype=float)  # [front, 2]
-            axes.step(*line.T, where="post", color=ORANGE)
-            axes.plot(*line.T, "o", color=VERMILLION, markersize=8, zorder=3)
-            for trial, point in zip(front, line, strict=True):
-                axes.annotate(str(trial), point, (6, 6), color=VERMILLION, weight="bold", **NOTE)
-        axes.set(title=f"{len(front)} of {len(points)} trials are on the Pareto front", ylabel=metric)
+            costs, values = zip(*(points[trial] for trial in front), strict=True)
+            axes.step(costs, values, where="post", color=ORANGE)
+            axes.plot(costs, values, "o", color=VERMILLION, markersize=8, zorder=3)
+        for trial in front:
+            axes.annotate(str(trial), points[trial], (6, 6), **EMPHASIS)
+        axes.set_title(f"{len(front)} of {len(points)} trials are on the Pareto front")
+        axes.set_ylabel(metric)
         axes.set_xlabel("samples back-propagated")
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
         axes.margins(0.1)
@@ -137,19 +150,34 @@ def _measured(results: Results, metric: str) -> Results:
     return [row for row in results if row.get(metric) is not None]
 
 
+def _is_comparable(row: Row) -> bool:
+    """Say whether a trial's cost is that of a whole training on all samples."""
+    if row["state"] != "done" or row.get("proxy"):
+        return False
+    return row.get("backward") is not None
+
+
 def _best_quarter(values: Sequence[float], mode: str) -> set[int]:
     """Return the places of the best values, at least one."""
-    signed = -np.array(values) if mode == "max" else np.array(values)
-    order = np.argsort(signed)
-    quarter = order[: max(1, len(order) // 4)]
-    return set(quarter.tolist())
+    order = np.argsort(values)
+    if mode == "max":
+        order = np.argsort(-np.array(values))
+    count = max(1, len(order) // 4)
+    return set(order[:count].tolist())
 
 
-def _positions(values: Iterable[Any]) -> tuple[np.ndarray, list[str]]:
-    """Return where values lie on an axis and the names of its ticks: numbers where they are, without names; choices
-    between others one after another.
-    """
-    values = list(values)
+def _draw_curve(axes: "Axes", line: np.ndarray, stands_out: bool) -> None:
+    """Draw a learning curve, [epochs, 2], with a dot at its end."""
+    colour = VERMILLION if stands_out else BLUE
+    alpha = 1 if stands_out else 0.5
+    layer = 3 if stands_out else 2
+    epochs, values = line.T
+    axes.plot(epochs, values, color=colour, alpha=alpha, zorder=layer)
+    axes.plot(epochs[-1], values[-1], "o", color=colour, markersize=4, zorder=layer)
+
+
+def _positions(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
+    """Return where values lie on an axis: numbers where they are, others one after another, with their names."""
     if all(_is_number(value) for value in values):
         return np.array(values, dtype=float), []
     names = sorted({str(value) for value in values})
@@ -160,12 +188,13 @@ def _positions(values: Iterable[Any]) -> tuple[np.ndarray, list[str]]:
 def _draw_column(axes: "Axes", place: int, values: Sequence[Any]) -> np.ndarray:
     """Label one of the parallel axes, and return the height of each value on it, in [0, 1]."""
     positions, ticks = _positions(values)
-    logarithmic = not ticks and _logarithmic(positions)
-    heights = _stretched(np.log10(positions) if logarithmic else positions)
+    if not ticks and _logarithmic(positions):
+        positions = np.log10(positions)
+    heights = _stretched(positions)
     labels = dict(zip(heights.tolist(), values, strict=True))  # one for each height
     for height, value in labels.items():
         if ticks or height in (0.0, 1.0):  # of a range, the ends
-            axes.annotate(_label(value), (place, height), (4, 2), color=GREY, size=8, **NOTE)
+            axes.annotate(_label(value), (place, height), (4, 2), **SMALL)
     return heights
 
 
@@ -190,7 +219,8 @@ def _stretched(positions: np.ndarray) -> np.ndarray:
     if not len(positions) or positions.max() == positions.min():
         return np.full(len(positions), 0.5)
     low = positions.min()
-    return (positions - low) / (positions.max() - low)
+    high = positions.max()
+    return (positions - low) / (high - low)
 
 
 def _label(value: Any) -> str:

@@ -80,13 +80,13 @@ def enlist(sweep: SweepFolder) -> bool:
     """Add the best trials on the coreset as trials on all samples, once all on the coreset have ended."""
     samples = sweep.order["samples"]
     enlisted = len(sweep.trials) > samples
-    if not sweep.order["proxy"] or enlisted or sweep.further():
+    if not sweep.on_proxy or enlisted or sweep.further():
         return False
     results = sweep.results()
     if any(row["state"] == UNFINISHED for row in results):
         return False
-    metric = sweep.order["metric"]
-    order = ranked(results, metric, sweep.order["mode"])
+    metric = sweep.metric
+    order = ranked(results, metric, sweep.mode)
     best = [row for row in order if row.get(metric) is not None][:FINALISTS]
     for number, row in enumerate(best, samples):
         values = dict(sweep.trials[row["trial"]]["settings"])

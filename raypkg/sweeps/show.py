@@ -34,19 +34,18 @@ def conclude(sweep: SweepFolder) -> None:
     """Write what there is so far: the table of all trials, the settings of the best, and the pictures."""
     standing = standing_of(sweep)
     results = standing.results
-    metric = sweep.order["metric"]
-    mode = sweep.order["mode"]
+    metric = sweep.metric
     sweep.conclude(results, standing.best)
     if standing.proxy:
         sweep.storage.write_json("proxy.json", standing.proxy)
 
     names = _varied(sweep)
-    curves = {row["run"]: standing.runs[row["trial"]].curve(metric) for row in results}
+    curves = {sweep.run_name(number): run.curve(metric) for number, run in standing.runs.items()}
     best = standing.best["run"] if standing.best else None
     alike = [row for row in results if row.get("proxy")] or results  # trained on the same samples
     storage = sweep.storage
     save_plot(storage, "settings", lambda path: plots.against_settings(alike, names, metric, path))
-    save_plot(storage, "parallel", lambda path: plots.parallel(alike, names, metric, mode, path))
+    save_plot(storage, "parallel", lambda path: plots.parallel(alike, names, metric, sweep.mode, path))
     save_plot(storage, "curves", lambda path: plots.learning_curves(curves, metric, best, path))
     save_plot(storage, "pareto", lambda path: plots.pareto(results, standing.front, metric, path))
 
@@ -57,13 +56,15 @@ def _best_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
     if best is None:
         return
     number = best["trial"]
-    metric = sweep.order["metric"]
+    metric = sweep.metric
     yield f"best: {best['run']}, {metric} {best[metric]:.4g}"
     summary = standing.runs[number].summary or {}
     yield findings(summary)[0]
-    concluded = sweep.best == sweep.lasting(number)  # the file is of the last time that the sweep ended
-    file = f"{sweep.storage.root}/{BEST}" if concluded else f"{sweep.run_storage(number).root}/config.toml"
-    yield f"its settings: effray {sweep.order['experiment']} --config {file}"
+    if sweep.best == sweep.lasting(number):
+        file = f"{sweep.storage.root}/{BEST}"
+    else:  # that file is of the last time that the sweep ended
+        file = f"{sweep.run_storage(number).root}/config.toml"
+    yield f"its settings: effray {sweep.experiment} --config {file}"
 
 
 def _proxy_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
@@ -71,11 +72,12 @@ def _proxy_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
     judged = standing.proxy
     if judged is None:
         return
-    share = judged["backward"] / judged["backward_without"]
+    backward = judged["backward"]
+    share = backward / judged["backward_without"]
+    samples = sweep.order["samples"]
     yield (
         f"proxy: Kendall τ {judged['kendall']:.2f} over the {judged['trials']} trials on all samples;"
-        f" {judged['backward']:,} samples backward, {share:.0%} of {sweep.order['samples']} trials on all samples to"
-        " the end"
+        f" {backward:,} samples backward, {share:.0%} of {samples} trials on all samples to the end"
     )
 
 
@@ -89,7 +91,7 @@ def _print_whole(table: Table) -> None:
 
 
 def _table(sweep: SweepFolder, standing: Standing) -> Table:
-    metric = sweep.order["metric"]
+    metric = sweep.metric
     names = _varied(sweep)
     title = f"{sweep.name}: * = on the Pareto front of {metric} against samples backward"
     table = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
@@ -101,13 +103,16 @@ def _table(sweep: SweepFolder, standing: Standing) -> Table:
         part, _, rest = name.rpartition(".")
         table.add_column(f"{part}\n{rest}", justify="right")
     for row in standing.ranked:
-        table.add_row(*_cells(row, metric, names, marked=row["trial"] in standing.front))
+        on_front = row["trial"] in standing.front
+        table.add_row(*_cells(row, metric, names, on_front))
     return table
 
 
-def _cells(row: Row, metric: str, names: list[str], marked: bool) -> Iterator[str]:
-    yield f"*{row['trial']}" if marked else str(row["trial"])
-    yield f"{row['state']} (proxy)" if row.get("proxy") else row["state"]
+def _cells(row: Row, metric: str, names: list[str], on_front: bool) -> Iterator[str]:
+    number = str(row["trial"])
+    state = row["state"]
+    yield f"*{number}" if on_front else number
+    yield f"{state} (proxy)" if row.get("proxy") else state
     yield str(row["epochs"])
     yield _number(row.get(metric))
     yield _count(row.get("backward"))
@@ -119,7 +124,9 @@ def _cells(row: Row, metric: str, names: list[str], marked: bool) -> Iterator[st
 def _varied(sweep: SweepFolder) -> list[str]:
     """Return the names of the settings in which trials differ."""
     fixed = sweep.order.get("fixed") or {}
-    names = dict.fromkeys(name for trial in sweep.trials for name in trial["settings"] or ())
+    names: dict[str, None] = {}  # in the order of the space
+    for trial in sweep.trials:
+        names |= dict.fromkeys(trial["settings"] or ())
     return [name for name in names if name not in fixed]
 
 

@@ -1,7 +1,7 @@
 """Tune spaces: found by name or path, and checked against the settings before anything starts."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 
 SUFFIX = ".py"
+REQUIRED = ("space", "METRIC", "MODE")
 ACTORS = "crest.actors"  # the room for them is that of all trials
 
 
@@ -64,7 +65,8 @@ def open_space(name: str) -> Space:
     try:
         return read_space(file.read_text(), str(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the space {str(file)!r}: {getattr(error, 'strerror', error)}") from None
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"cannot read the space {str(file)!r}: {reason}") from None
 
 
 def read_space(text: str, origin: str) -> Space:
@@ -81,7 +83,7 @@ def read_space(text: str, origin: str) -> Space:
     content: dict[str, Any] = {"__name__": "space", "__file__": origin}
     try:
         exec(compile(text, origin, "exec"), content)
-        if missing := next((name for name in ("space", "METRIC", "MODE") if name not in content), None):
+        if missing := next((name for name in REQUIRED if name not in content), None):
             raise UserError(f"space {origin!r} defines no {missing}")
         domains = dict(content["space"]())
         space = Space(text, domains, content["METRIC"], content["MODE"])
@@ -100,10 +102,11 @@ def without(space: Space, given: Iterable[str]) -> Space:
         UserError: nothing is left.
     """
     fixed = {name.removesuffix(".name") for name in given}
-    domains = {name: domain for name, domain in space.domains.items() if name.removesuffix(".name") not in fixed}
-    if space.domains and not domains:
+    left = [name for name in space.domains if name.removesuffix(".name") not in fixed]
+    if space.domains and not left:
         raise UserError(f"nothing is left to vary: {', '.join(space.domains)} are given")
-    return Space(space.text, domains, space.metric, space.mode)
+    domains = {name: space.domains[name] for name in left}
+    return replace(space, domains=domains)
 
 
 def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
@@ -129,7 +132,8 @@ def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
                 check({**first, name: value})
             except UserError as error:
                 raise UserError(f"space: {error}") from None
-    if len(constants(space.domains)) == len(space.domains):
+    fixed = constants(space.domains)
+    if len(fixed) == len(space.domains):
         raise UserError(f"space: there is nothing to vary, only {space.domains}")
 
 

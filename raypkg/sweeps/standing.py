@@ -40,14 +40,18 @@ class Standing:
 
 def standing_of(sweep: SweepFolder) -> Standing:
     """Read the run folder of each trial once, and judge what is there."""
-    metric = sweep.order["metric"]
-    mode = sweep.order["mode"]
     runs = sweep.runs()
     results = sweep.results(runs)
-    order = ranked(results, metric, mode)
-    done = (row for row in order if row["state"] == DONE and not row.get("proxy"))
-    best = next((row for row in done if row.get(metric) is not None), None)
-    return Standing(runs, results, order, front(results, metric, mode), best, judge_proxy(sweep, results))
+    order = ranked(results, sweep.metric, sweep.mode)
+    whole = (row for row in order if _is_whole(row))
+    return Standing(
+        runs=runs,
+        results=results,
+        ranked=order,
+        front=front(results, sweep.metric, sweep.mode),
+        best=next((row for row in whole if row.get(sweep.metric) is not None), None),
+        proxy=judge_proxy(sweep, results),
+    )
 
 
 def ranked(results: Iterable[Row], metric: str, mode: str) -> list[Row]:
@@ -72,19 +76,16 @@ def front(results: Iterable[Row], metric: str, mode: str, cost: str = "backward"
     [0, 1]
     """
     sign = 1 if mode == "max" else -1
-    whole = [row for row in results if row["state"] == DONE and not row.get("proxy")]
-    points = [
-        (row[cost], sign * row[metric], row["trial"])
-        for row in whole
-        if row.get(metric) is not None and row.get(cost) is not None
-    ]
-    points.sort(key=lambda point: (point[0], -point[1]))
+    rows = [row for row in results if _is_whole(row)]
+    rows = [row for row in rows if row.get(metric) is not None and row.get(cost) is not None]
+    rows.sort(key=lambda row: (row[cost], -sign * row[metric]))
     trials = []
     best = float("-inf")
-    for _, value, trial in points:
-        if value > best:
+    for row in rows:
+        value = sign * row[metric]
+        if value > best:  # than all that cost less
             best = value
-            trials.append(trial)
+            trials.append(row["trial"])
     return trials
 
 
@@ -94,24 +95,34 @@ def judge_proxy(sweep: SweepFolder, results: Sequence[Row]) -> dict[str, Any] | 
     ``backward`` is what the sweep cost with the coreset's own run, ``backward_without`` what as many trials on all
     samples would have cost at the mean of those that were.
     """
-    if not sweep.order.get("proxy"):
+    if not sweep.on_proxy:
         return None
-    metric = sweep.order["metric"]
+    metric = sweep.metric
     varied = sweep.order["varied"]
-    on_proxy = {_point(row, varied): row for row in results if row.get("proxy") and row.get(metric) is not None}
-    whole = [row for row in results if not row.get("proxy") and row["state"] == DONE]
-    twice = [row for row in whole if _point(row, varied) in on_proxy]
-    if len(twice) < 2:
+    on_proxy = [row for row in results if row.get("proxy") and row.get(metric) is not None]
+    predictions = {_point(row, varied): row[metric] for row in on_proxy}
+    whole = [row for row in results if _is_whole(row)]
+    predicted = []
+    reached = []
+    for row in whole:
+        point = _point(row, varied)
+        if point in predictions:
+            predicted.append(predictions[point])
+            reached.append(row[metric])
+    if len(reached) < 2:
         return None
-    predicted = np.array([on_proxy[_point(row, varied)][metric] for row in twice])
-    reached = np.array([row[metric] for row in twice])
     mean = np.mean([row["backward"] for row in whole])
     return {
-        "trials": len(twice),
-        "kendall": kendall(predicted, reached),
+        "trials": len(reached),
+        "kendall": kendall(np.array(predicted), np.array(reached)),
         "backward": _selection_cost(sweep) + sum(row.get("backward", 0) for row in results),
         "backward_without": round(sweep.order["samples"] * mean),
     }
+
+
+def _is_whole(row: Row) -> bool:
+    """Say whether a trial is done, and on all samples."""
+    return row["state"] == DONE and not row.get("proxy")
 
 
 def _point(row: Row, varied: Iterable[str]) -> tuple[str, ...]:

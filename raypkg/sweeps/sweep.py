@@ -40,7 +40,12 @@ CHANGEABLE = ("concurrent", "time_budget")  # of a sweep that is resumed
 
 
 def start_sweep(
-    entry: Entry, order: Order, config: Path | None, values: Mapping[str, Any], name: str | None, root: str
+    entry: Entry,
+    order: Order,
+    config: Path | None,
+    values: Mapping[str, Any],
+    name: str | None,
+    root: str,
 ) -> None:
     """Check everything, then run a new sweep; a mistake leaves no folder behind and starts no Ray.
 
@@ -92,7 +97,8 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
     Raises:
         UserError: no such sweep of this experiment, or what would change its results.
     """
-    changes = {option: value for option, value in asdict(order).items() if option != "experiment" and value is not None}
+    changes = {option: value for option, value in asdict(order).items() if value is not None}
+    del changes["experiment"]
     options = [f"--{option.replace('_', '-')}" for option in changes if option not in CHANGEABLE]
     settled = [setting for setting in values if setting.partition(".")[0] not in APART]
     if refused := next(iter(options + settled), None):
@@ -101,8 +107,8 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
             " cluster.* and track.*"
         )
     folder = find_sweep(root, name)
-    if folder.order["experiment"] != entry.name:
-        raise UserError(f"sweep {name!r} is of {folder.order['experiment']}, not of {entry.name}")
+    if folder.experiment != entry.name:
+        raise UserError(f"sweep {name!r} is of {folder.experiment}, not of {entry.name}")
     if folder.order.get("scheduler") == "none":
         raise UserError(f"{folder.storage.root}/{RECORD}: scheduler none is now called {ALL_TO_THE_END}")
     settings = load_settings(training_settings_of(entry), folder.config, values)
@@ -161,7 +167,7 @@ class Sweep:
     def _run_trials(self) -> bool:
         """Run the trials, on the proxy first where there is one; return whether the user interrupted."""
         sweep = self.folder
-        if sweep.order["proxy"]:
+        if sweep.on_proxy:
             proxy.select_proxy(sweep, self.settings, self.size.workers, self.console)
         finals = sweep.finals()  # of a sweep that is resumed
         waiting = [trial for trial in sweep.waiting() if trial[0] not in finals]
@@ -210,24 +216,25 @@ class Sweep:
         order = self.folder.order
         searcher = None
         if further and order["search"] == "optuna":
-            metric = order["metric"]
-            rows = self.folder.results()
-            done = [(row, row[metric]) for row in rows if row["state"] == DONE and row.get(metric) is not None]
+            metric = self.folder.metric
+            rows = [row for row in self.folder.results() if row["state"] == DONE]
+            done = [(row, row[metric]) for row in rows if row.get(metric) is not None]
             seed = derive(self.settings.seed, "sweep", further[0])
-            searcher = optuna(self.space.domains, metric, order["mode"], seed, done)
+            searcher = optuna(self.space.domains, metric, self.folder.mode, seed, done)
         fixed = constants(self.space.domains) | order["fixed"]
         return Proposals(waiting, searcher, further, fixed)
 
     def _announce(self, count: int, final: bool) -> None:
-        trials = f"trials of {self.folder.order['experiment']}"
+        trials = f"trials of {self.folder.experiment}"
         if final:
             trials += " on all samples"
         workers = self.size.workers
         how = f"{workers} workers each, by Ray Train" if workers else "one process each"
-        self.console.print(f"{self.folder.name}: {count} {trials}, {how}, {self.size.at_once} at once")
+        at_once = self.size.at_once
+        self.console.print(f"{self.folder.name}: {count} {trials}, {how}, {at_once} at once")
 
     def _again(self) -> str:
-        command = f"effray tune {self.folder.order['experiment']} --resume {self.folder.name}"
+        command = f"effray tune {self.folder.experiment} --resume {self.folder.name}"
         return command if self.root == ROOT else f"{command} --root {self.root}"
 
 
@@ -246,10 +253,10 @@ class Progress:
         """Keep and print how it ended."""
         sweep = self._sweep
         state = sweep.ended(number, error)
-        metric = sweep.order["metric"]
-        reached = TrialRun(sweep.run(number)).figures().get(metric)
-        result = "" if reached is None else f"{metric} {reached:.4g}"
-        self._console.print(f"{sweep.run_name(number)} {state}: {error or result}", soft_wrap=True)
+        run = TrialRun(sweep.run(number))
+        reached = run.figures().get(sweep.metric)
+        result = error or ("" if reached is None else f"{sweep.metric} {reached:.4g}")
+        self._console.print(f"{sweep.run_name(number)} {state}: {result}", soft_wrap=True)
 
 
 def _checked_trials(order: Order, settings: Experiment, space: Space) -> list[Values]:

@@ -22,6 +22,7 @@ from .figures import TrialRun
 
 FOLDER = "tune"  # among those of the experiments
 BEST = "best.toml"
+CONFIG = "config.toml"
 RECORD = "sweep.json"
 DONE = "done"
 STOPPED = "stopped"
@@ -54,6 +55,26 @@ class SweepFolder:
         return self.storage.root.rpartition("/")[2]
 
     @property
+    def experiment(self) -> str:
+        """The name of the experiment whose runs the trials are."""
+        return self.order["experiment"]
+
+    @property
+    def metric(self) -> str:
+        """The metric by which trials are compared."""
+        return self.order["metric"]
+
+    @property
+    def mode(self) -> str:
+        """Whether the metric is to be large or small: max or min."""
+        return self.order["mode"]
+
+    @property
+    def on_proxy(self) -> bool:
+        """Whether the first trials train on a coreset of the sweep's own."""
+        return bool(self.order.get("proxy"))
+
+    @property
     def root(self) -> str:
         """The root of all runs."""
         return self.storage.root.rsplit("/", 2)[0]
@@ -61,7 +82,7 @@ class SweepFolder:
     @property
     def config(self) -> dict[str, Any]:
         """The settings that all trials share, not yet validated."""
-        return _settings_in(self.storage)
+        return _toml(self.storage, CONFIG)
 
     @property
     def space(self) -> str:
@@ -71,8 +92,7 @@ class SweepFolder:
     @property
     def best(self) -> dict[str, Any] | None:
         """The settings in ``best.toml``."""
-        text = self.storage.read(BEST)
-        return parse_toml(text.decode(), f"{self.storage.root}/{BEST}") if text else None
+        return _toml(self.storage, BEST) or None
 
     def run_name(self, number: int) -> str:
         """Return the name of a trial's run."""
@@ -80,7 +100,7 @@ class SweepFolder:
 
     def run_storage(self, number: int) -> Storage:
         """Return where a trial's run is, or will be."""
-        return Storage(self.root) / self.order["experiment"] / self.run_name(number)
+        return Storage(self.root) / self.experiment / self.run_name(number)
 
     def run(self, number: int) -> RunFolder:
         """Open the folder of a trial's run, which may not exist yet."""
@@ -92,7 +112,7 @@ class SweepFolder:
 
     def lasting(self, number: int) -> dict[str, Any]:
         """Return the settings of a trial that alter its result."""
-        settings = _settings_in(self.run_storage(number))
+        settings = _toml(self.run_storage(number), CONFIG)
         return {name: part for name, part in settings.items() if name not in APART}
 
     def started(self, number: int, values: Mapping[str, Any]) -> None:
@@ -117,7 +137,7 @@ class SweepFolder:
     def change(self, order: Mapping[str, Any], settings: Settings) -> None:
         """Keep what is asked for otherwise from now on."""
         self.order |= order
-        self.storage.write("config.toml", to_toml(settings).encode())
+        self.storage.write(CONFIG, to_toml(settings).encode())
         self._write()
 
     def state(self, number: int) -> str:
@@ -126,17 +146,18 @@ class SweepFolder:
 
     def waiting(self) -> list[tuple[int, dict[str, Any]]]:
         """Return number and settings of the trials that are to be run: new, unfinished or failed ones."""
-        waiting = [number for number in self._known() if self.state(number) in (UNFINISHED, FAILED)]
-        return [(number, self.trials[number]["settings"]) for number in waiting]
+        known = [(number, self.trials[number]["settings"]) for number in self._known()]
+        return [trial for trial in known if self.state(trial[0]) in (UNFINISHED, FAILED)]
 
     def further(self) -> list[int]:
         """Return the numbers of the trials whose settings nobody has thought of yet."""
-        gaps = [number for number, trial in enumerate(self.trials) if not trial["settings"]]
-        return [*gaps, *range(len(self.trials), self.order["samples"])]
+        known = set(self._known())
+        count = max(len(self.trials), self.order["samples"])
+        return [number for number in range(count) if number not in known]
 
     def finals(self) -> set[int]:
         """Return the numbers of the trials on all samples that follow those on the sweep's coreset."""
-        if not self.order.get("proxy"):
+        if not self.on_proxy:
             return set()
         return set(range(self.order["samples"], len(self.trials)))
 
@@ -155,7 +176,8 @@ class SweepFolder:
         table = pa.table({name: _column(results, name) for name in names})
         self.storage.write_table("results.parquet", table)
         if best:
-            self.storage.write(BEST, tomli_w.dumps(self.lasting(best["trial"])).encode())
+            settings = self.lasting(best["trial"])
+            self.storage.write(BEST, tomli_w.dumps(settings).encode())
 
     def _known(self) -> list[int]:
         """Return the numbers of the trials whose settings are known."""
@@ -170,8 +192,12 @@ class SweepFolder:
 
     def _result(self, number: int, run: TrialRun) -> dict[str, Any]:
         trial = self.trials[number]
-        row = {"trial": number, "run": self.run_name(number), "state": self._state(number, run.summary is not None)}
-        if self.order.get("proxy"):
+        row: dict[str, Any] = {
+            "trial": number,
+            "run": self.run_name(number),
+            "state": self._state(number, run.summary is not None),
+        }
+        if self.on_proxy:
             row["proxy"] = number not in self.finals()
         row["error"] = trial["error"]
         return row | run.figures() | trial["settings"]
@@ -181,7 +207,12 @@ class SweepFolder:
 
 
 def create_sweep(
-    root: str, name: str, order: Mapping[str, Any], settings: Settings, space: str, trials: Iterable[Mapping[str, Any]]
+    root: str,
+    name: str,
+    order: Mapping[str, Any],
+    settings: Settings,
+    space: str,
+    trials: Iterable[Mapping[str, Any]],
 ) -> SweepFolder:
     """Make a new sweep folder.
 
@@ -211,7 +242,7 @@ def create_sweep(
     storage = sweeps / name
     record = {"order": dict(order), "trials": [_new_trial(values) for values in trials]}
     try:
-        storage.write("config.toml", to_toml(settings).encode())
+        storage.write(CONFIG, to_toml(settings).encode())
         storage.write("space.py", space.encode())
         storage.write_json(RECORD, record)  # the last: now it is a sweep
     except BaseException:
@@ -238,11 +269,14 @@ def is_sweep(storage: Storage) -> bool:
 
 
 def _new_trial(values: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {"settings": None if values is None else dict(values), "ended": None, "error": None}
+    settings = None if values is None else dict(values)
+    return {"settings": settings, "ended": None, "error": None}
 
 
-def _settings_in(storage: Storage) -> dict[str, Any]:
-    return parse_toml((storage.read("config.toml") or b"").decode(), f"{storage.root}/config.toml")
+def _toml(storage: Storage, name: str) -> dict[str, Any]:
+    """Return what a TOML file holds; nothing, if it does not exist."""
+    content = storage.read(name) or b""
+    return parse_toml(content.decode(), f"{storage.root}/{name}")
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Array:
@@ -250,4 +284,5 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # values of several types, or beyond 64 bits
-        return pa.array([None if value is None else str(value) for value in values])
+        texts = [None if value is None else str(value) for value in values]
+        return pa.array(texts)

@@ -7,7 +7,6 @@ from rich.console import Console
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Experiment
 from raypkg.experiments import carry_out, experiment, training_settings_of, with_absolute_path
 from raypkg.runs import folder as run_folder
 from raypkg.runs.folder import RunFolder
@@ -52,16 +51,19 @@ def run_trial(number: int, values: dict[str, Any], tell: Tell, *, root: str, wor
 
 def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: Tell) -> None:
     """Carry out the run of a trial, whose rows are told of as they come."""
-    entry = experiment[sweep.order["experiment"]]
+    entry = experiment[sweep.experiment]
     schema = training_settings_of(entry)
-    settings: Experiment = with_absolute_path(load_settings(schema, sweep.config, values))
+    settings = with_absolute_path(load_settings(schema, sweep.config, values))
     if "config.toml" not in run.storage.list():
         run = run_folder.create(sweep.root, entry.name, run.name, settings)
-    metric = sweep.order["metric"]
+    metric = sweep.metric
+    last = settings.epochs
 
     def listen(row: Mapping[str, Any]) -> None:
         # The last epoch is told of when the run is complete: a trial stopped there would have been for nothing.
-        if row.get("main") and row["epoch"] < settings.epochs and row.get(metric) is not None:
+        if not row.get("main") or row["epoch"] >= last:
+            return
+        if row.get(metric) is not None:
             run.flush()  # before Tune may stop the trial, whose figures the driver then reads
             tell({"epoch": row["epoch"], metric: row[metric]})
 
@@ -69,15 +71,22 @@ def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: 
 
 
 def _last_row(sweep: SweepFolder, number: int) -> Row:
-    metric = sweep.order["metric"]
-    figures = TrialRun(sweep.run(number)).figures()
+    metric = sweep.metric
+    run = TrialRun(sweep.run(number))
+    figures = run.figures()
     if metric not in figures:
-        raise UserError(f"metric {metric} was not measured in its {figures['epochs']} epochs: see {EVALUATE}")
-    return {"epoch": figures["epochs"], metric: figures[metric]}
+        raise UserError(f"metric {metric} was not measured in its {run.epochs} epochs: see {EVALUATE}")
+    return {"epoch": run.epochs, metric: figures[metric]}
 
 
 def _failure(sweep: SweepFolder, number: int, error: Exception) -> Row:
-    worst = -WORST if sweep.order["mode"] == "max" else WORST
-    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    epochs = TrialRun(sweep.run(number)).epochs
-    return {"epoch": max(1, epochs), sweep.order["metric"]: worst, "error": message.replace("\n", " ")}
+    worst = -WORST if sweep.mode == "max" else WORST
+    message = str(error)
+    if not isinstance(error, UserError):
+        message = f"{type(error).__name__}: {message}"
+    run = TrialRun(sweep.run(number))
+    return {
+        "epoch": max(1, run.epochs),
+        sweep.metric: worst,
+        "error": message.replace("\n", " "),
+    }
