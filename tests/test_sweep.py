@@ -1,9 +1,13 @@
 """A sweep's folder and results: every trial once, the best first, the front, and settings that can be run again."""
 
+import contextlib
+import threading
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from raypkg.cluster.trial_process import Paced
 from raypkg.core.config import load_settings, read_toml
 from raypkg.core.errors import UserError
 from raypkg.experiments.train import TrainSettings
@@ -106,6 +110,57 @@ def test_a_trial_that_fails_tells_the_worst(tmp_path, values, message):
 
 def broken(shape, num_classes):
     raise RuntimeError("no such luck")
+
+
+def test_a_stopped_trial_closes_its_files_where_it_reports():
+    closed = []
+
+    def trial(tell):
+        try:
+            tell({"epoch": 1})
+        finally:
+            closed.append(True)
+        return {"epoch": 2}
+
+    paced = Paced(trial)
+    assert paced.advance() == {"epoch": 1} and not paced.ended
+    assert not closed  # it waits
+    assert paced.stop(10) and closed
+
+
+def test_a_trial_around_ray_train_closes_its_files_in_the_thread_that_reports():
+    closed = []
+    over = threading.Event()
+
+    def trial(tell):
+        def report():
+            with contextlib.suppress(SystemExit):
+                tell({"epoch": 1})
+            closed.append(True)
+
+        reporter = threading.Thread(target=report)
+        reporter.start()
+        over.wait(10)  # for workers, which nobody tells
+
+    paced = Paced(trial)
+    paced.advance()
+    assert not paced.stop(10) and closed
+    over.set()
+
+
+def test_a_trial_that_was_not_begun_is_stopped_at_once():
+    assert Paced(lambda tell: pytest.fail("it began")).stop(10)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(ValueError("a bug"), "a bug"), (SystemExit(0), r"ended itself by SystemExit\(0\)")]
+)
+def test_what_a_trial_raises_is_raised_to_whom_asks_for_its_rows(error, message):
+    def trial(tell):
+        raise error
+
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        Paced(trial).advance()
 
 
 def test_a_stopped_trial_has_paid_for_its_earlier_phases_too(sweep):

@@ -115,9 +115,9 @@ class Paced:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        self._await_turn()
         last: Row | Exception
         try:
+            self._await_turn()
             last = self._function(self._tell)
         except Exception as error:
             last = error
