@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from raypkg.core.config import load_settings
-from raypkg.core.settings import Dataset
+from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data.coreset import Coreset
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.phases.coreset_files import origin, save_coreset
-from raypkg.phases.samples import samples
+from raypkg.phases.samples import open_samples
 from raypkg.runs.compare import kendall
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.storage import Storage
-from raypkg.sweeps.proxy import FINALISTS, ONLY, enlist, selection
-from raypkg.sweeps.sweep_folder import create_sweep, front, judge_proxy, ranked
+from raypkg.sweeps.proxy import FINALISTS, enlist, selection
+from raypkg.sweeps.standing import ONLY, front, judge_proxy, ranked
+from raypkg.sweeps.sweep_folder import create_sweep
 
 TAUS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
 
@@ -25,15 +26,15 @@ TAUS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
 def sweep(tmp_path):
     fixed = {ONLY: f"{tmp_path}/train/s-proxy/coreset.parquet"}
     order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 6, "proxy": 0.1}
-    trials = [{"select.tau": tau} | fixed for tau in TAUS]
-    order |= {"varied": ["select.tau"], "fixed": fixed}
+    trials = [{"crest.tau": tau} | fixed for tau in TAUS]
+    order |= {"varied": ["crest.tau"], "fixed": fixed}
     sweep = create_sweep(str(tmp_path), "s", order, CrestSettings(), "", trials)
     finish(create_run(str(tmp_path), "train", "s-proxy", CrestSettings()), 0.5, 1000)
     return sweep
 
 
 def finish(run, accuracy, backward):
-    run.log({"phase": "train", "epoch": 1, "loss": 1.0, "accuracy": accuracy, "backward": backward})
+    run.log({"phase": "train", "main": True, "epoch": 1, "loss": 1.0, "accuracy": accuracy, "backward": backward})
     run.finish({"phases": [{"phase": "train", "backward": backward}], "seconds": 1.0})
 
 
@@ -50,21 +51,21 @@ def test_the_best_are_run_on_all_samples_once_all_have_ended(sweep):
     sweep.ended(5, "the loss became nan")
     assert enlist(sweep) and not enlist(sweep)
     finals = [trial["settings"] for trial in sweep.trials[6:]]
-    assert finals == [{"select.tau": tau} for tau in (0.02, 0.04, 0.05, 0.03)] and len(finals) == FINALISTS
+    assert finals == [{"crest.tau": tau} for tau in (0.02, 0.04, 0.05, 0.03)] and len(finals) == FINALISTS
     assert [row["proxy"] for row in sweep.results()] == [True] * 6 + [False] * FINALISTS
 
 
 def test_a_proxy_is_judged_by_the_trials_on_all_samples(sweep):
     for number, accuracy in enumerate([0.1, 0.6, 0.3, 0.5, 0.4, 0.2]):
         end(sweep, number, accuracy, 10)
-    assert judge_proxy(sweep) is None
+    assert judge_proxy(sweep, sweep.results()) is None
     enlist(sweep)
     for number, accuracy in enumerate([0.9, 0.7, 0.8, 0.6], 6):
         end(sweep, number, accuracy, 100)
-    found = judge_proxy(sweep)
-    assert found["trials"] == 4 and found["kendall"] == pytest.approx(2 / 3)
-    assert (found["backward"], found["backward_without"]) == (1000 + 6 * 10 + 4 * 100, 600)
     results = sweep.results()
+    judged = judge_proxy(sweep, results)
+    assert judged["trials"] == 4 and judged["kendall"] == pytest.approx(2 / 3)
+    assert (judged["backward"], judged["backward_without"]) == (1000 + 6 * 10 + 4 * 100, 600)
     assert [row["trial"] for row in ranked(results, "accuracy", "max")][:5] == [6, 8, 7, 9, 1]
     assert front(results, "accuracy", "max") == [6]
 
@@ -81,10 +82,10 @@ def test_kendall_counts_pairs():
 
 
 def test_a_data_set_can_be_narrowed_to_a_coreset_with_the_same_held_out_samples(tmp_path):
-    whole = samples(Dataset(), 0)
+    whole = open_samples(RunSettings())
     picked = whole.kept[torch.tensor([9, 3, 50])]
     save_coreset(Storage(str(tmp_path)), Coreset.uniform(picked), whole.data.train, origin(CrestSettings()))
-    narrowed = samples(Dataset(only=f"{tmp_path}/coreset.parquet"), 0)
+    narrowed = open_samples(RunSettings(dataset=Dataset(only=f"{tmp_path}/coreset.parquet")))
     assert narrowed.kept.tolist() == sorted(picked.tolist())
     assert torch.equal(narrowed.valid, whole.valid)
 

@@ -1,18 +1,26 @@
 """A sweep's folder and results: every trial once, the best first, the front, and settings that can be run again."""
 
+import contextlib
+import threading
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from raypkg.cluster.trial_process import Paced
 from raypkg.core.config import load_settings, read_toml
 from raypkg.core.errors import UserError
 from raypkg.experiments.train import TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.runs.folder import create as create_run
+from raypkg.runs.show import terminal
+from raypkg.runs.storage import Storage
 from raypkg.sweeps import plots as sweep_plots
-from raypkg.sweeps.show import conclude
-from raypkg.sweeps.sweep import run_trial
-from raypkg.sweeps.sweep_folder import create_sweep, curve, find_sweep, front, is_sweep, measured, ranked
+from raypkg.sweeps.figures import TrialRun
+from raypkg.sweeps.show import conclude, show_sweep
+from raypkg.sweeps.standing import front, ranked
+from raypkg.sweeps.sweep_folder import create_sweep, find_sweep, is_sweep
+from raypkg.sweeps.trial import run_trial
 
 ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 4}
 TAUS = [0.01, 0.02, 0.03, 0.04]
@@ -22,13 +30,26 @@ def trial(number, accuracy, backward, state="done"):
     return {"trial": number, "state": state, "accuracy": accuracy, "backward": backward}
 
 
+def measured(run):
+    return TrialRun(run).figures()
+
+
 def finish(sweep, number, accuracies, *, backward=None):
     """Make a trial's run, done if ``backward`` is given."""
-    values = {"select.tau": TAUS[number], "cluster.workers": 0, "train.lr": 0.3}
+    values = {"crest.tau": TAUS[number], "cluster.workers": 0, "train.lr": 0.3}
     settings = load_settings(CrestSettings, None, values)
     run = create_run(sweep.storage.root.rsplit("/", 2)[0], "crest", sweep.run_name(number), settings)
     for epoch, accuracy in enumerate(accuracies, 1):
-        run.log({"phase": "train", "epoch": epoch, "loss": 1 / epoch, "accuracy": accuracy, "backward": 10 * epoch})
+        run.log(
+            {
+                "phase": "train",
+                "main": True,
+                "epoch": epoch,
+                "loss": 1 / epoch,
+                "accuracy": accuracy,
+                "backward": 10 * epoch,
+            }
+        )
     run.flush()
     if backward:
         phases = [{"phase": "train", "backward": backward}, {"phase": "select", "backward": 1}]
@@ -38,12 +59,12 @@ def finish(sweep, number, accuracies, *, backward=None):
 
 @pytest.fixture
 def sweep(tmp_path):
-    sweep = create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [{"select.tau": tau} for tau in TAUS])
+    sweep = create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [{"crest.tau": tau} for tau in TAUS])
     finish(sweep, 0, [0.5, 0.8], backward=100)
     finish(sweep, 1, [0.6, 0.9], backward=200)
     finish(sweep, 2, [0.3])
     for number in range(3):
-        sweep.started(number, {"select.tau": TAUS[number]})
+        sweep.started(number, {"crest.tau": TAUS[number]})
     sweep.ended(0, None)
     sweep.ended(2, None)
     return sweep
@@ -51,19 +72,19 @@ def sweep(tmp_path):
 
 def test_a_trial_is_what_its_run_folder_says(sweep):
     assert [sweep.state(number) for number in range(4)] == ["done", "done", "stopped", "unfinished"]
-    assert sweep.waiting() == [(3, {"select.tau": 0.04})]
+    assert sweep.waiting() == [(3, {"crest.tau": 0.04})]
     assert not sweep.further()
 
 
 def told(tmp_path, **values):
     """Return what a trial tells whoever compares it."""
-    short = {"model": "linear", "train.epochs": 3, "train.evaluate_every": 1}
+    short = {"model": "linear", "train.epochs": 3, "train.evaluate_every_epochs": 1}
     settings = load_settings(TrainSettings, None, short)
     order = {"experiment": "train", "metric": "accuracy", "mode": "max", "samples": 1}
     sweep = create_sweep(str(tmp_path), "t", order, settings, "", [values])
     rows = []
-    run_trial(0, values, rows.append, root=sweep.storage.root, workers=0)
-    return rows, sweep
+    last = run_trial(0, values, rows.append, root=sweep.storage.root, workers=0)
+    return [*rows, last], sweep
 
 
 def test_a_trial_tells_of_its_last_epoch_when_it_is_complete(tmp_path):
@@ -71,8 +92,8 @@ def test_a_trial_tells_of_its_last_epoch_when_it_is_complete(tmp_path):
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert rows[-1]["accuracy"] == measured(sweep.run(0))["accuracy"]
     again = []
-    run_trial(0, {}, again.append, root=sweep.storage.root, workers=0)
-    assert again == rows[-1:]
+    assert run_trial(0, {}, again.append, root=sweep.storage.root, workers=0) == rows[-1]
+    assert not again
 
 
 @pytest.mark.parametrize(
@@ -91,6 +112,57 @@ def broken(shape, num_classes):
     raise RuntimeError("no such luck")
 
 
+def test_a_stopped_trial_closes_its_files_where_it_reports():
+    closed = []
+
+    def trial(tell):
+        try:
+            tell({"epoch": 1})
+        finally:
+            closed.append(True)
+        return {"epoch": 2}
+
+    paced = Paced(trial)
+    assert paced.advance() == {"epoch": 1} and not paced.ended
+    assert not closed  # it waits
+    assert paced.stop(10) and closed
+
+
+def test_a_trial_around_ray_train_closes_its_files_in_the_thread_that_reports():
+    closed = []
+    over = threading.Event()
+
+    def trial(tell):
+        def report():
+            with contextlib.suppress(SystemExit):
+                tell({"epoch": 1})
+            closed.append(True)
+
+        reporter = threading.Thread(target=report)
+        reporter.start()
+        over.wait(10)  # for workers, which nobody tells
+
+    paced = Paced(trial)
+    paced.advance()
+    assert not paced.stop(10) and closed
+    over.set()
+
+
+def test_a_trial_that_was_not_begun_is_stopped_at_once():
+    assert Paced(lambda tell: pytest.fail("it began")).stop(10)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(ValueError("a bug"), "a bug"), (SystemExit(0), r"ended itself by SystemExit\(0\)")]
+)
+def test_what_a_trial_raises_is_raised_to_whom_asks_for_its_rows(error, message):
+    def trial(tell):
+        raise error
+
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        Paced(trial).advance()
+
+
 def test_a_stopped_trial_has_paid_for_its_earlier_phases_too(sweep):
     assert measured(sweep.run(2))["backward"] == 10
     sweep.run(2).finish_phase("pretrain", {"costs": [{"backward": 500}]})
@@ -104,7 +176,7 @@ def test_a_failed_trial_is_to_be_run_again(sweep):
 
 def test_the_trials_that_a_searcher_will_think_of_are_further_ones(tmp_path):
     sweep = create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [])
-    sweep.started(1, {"select.tau": 0.5})
+    sweep.started(1, {"crest.tau": 0.5})
     assert sweep.further() == [0, 2, 3]
     assert [row["trial"] for row in sweep.results()] == [1]
     assert find_sweep(str(tmp_path), "s").trials == sweep.trials
@@ -115,13 +187,13 @@ def test_figures_are_the_last_of_the_main_training(sweep):
     run.log({"phase": "pretrain", "model": 0, "epoch": 7, "accuracy": 0.1})
     expected = {"epochs": 2, "accuracy": 0.8, "loss": 0.5, "backward": 101, "seconds": 2.5}
     assert measured(run) == expected | {"test_accuracy": 0.5, "test_loss": 0.1}
-    assert curve(run, "accuracy") == [(1, 0.5), (2, 0.8)]
+    assert TrialRun(run).curve("accuracy") == [(1, 0.5), (2, 0.8)]
 
 
 def test_the_table_has_every_trial_once_and_the_best_settings_run_again(sweep):
     conclude(sweep)
     table = pq.read_table(sweep.storage.local / "results.parquet").to_pylist()
-    assert [(row["trial"], row["state"], row["accuracy"], row["select.tau"]) for row in table] == [
+    assert [(row["trial"], row["state"], row["accuracy"], row["crest.tau"]) for row in table] == [
         (0, "done", 0.8, 0.01),
         (1, "done", 0.9, 0.02),
         (2, "stopped", 0.3, 0.03),
@@ -130,14 +202,25 @@ def test_the_table_has_every_trial_once_and_the_best_settings_run_again(sweep):
     best = read_toml(sweep.storage.local / "best.toml")
     assert "cluster" not in best and "track" not in best
     assert load_settings(CrestSettings, best) == load_settings(
-        CrestSettings, None, {"select.tau": 0.02, "train.lr": 0.3}
+        CrestSettings, None, {"crest.tau": 0.02, "train.lr": 0.3}
     )
     assert sorted(sweep.storage.list("plots")) == ["curves.png", "parallel.png", "pareto.png", "settings.png"]
 
 
+@pytest.mark.parametrize("write", [conclude, lambda sweep: show_sweep(sweep, terminal())])
+def test_the_metrics_of_a_trial_are_read_once(sweep, monkeypatch, write):
+    read = []
+    whole = Storage.read_table
+    monkeypatch.setattr(
+        Storage, "read_table", lambda storage, name: (read.append(storage.root), whole(storage, name))[1]
+    )
+    write(sweep)
+    assert [root.rpartition("/")[2] for root in read] == ["s-000", "s-001", "s-002", "s-003"]
+
+
 def test_values_of_several_types_make_a_column(sweep):
-    sweep.started(0, {"select.tau": 0.01, "train.precision": "auto"})
-    sweep.started(1, {"select.tau": 0.02, "train.precision": 3})
+    sweep.started(0, {"crest.tau": 0.01, "train.precision": "auto"})
+    sweep.started(1, {"crest.tau": 0.02, "train.precision": 3})
     conclude(sweep)
     assert pq.read_table(sweep.storage.local / "results.parquet")["train.precision"].to_pylist()[:2] == ["auto", "3"]
 
@@ -189,7 +272,7 @@ def test_a_sweep_and_a_run_of_one_name_could_not_be_told_apart(tmp_path):
 
 def test_a_sweep_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [{"select.tau": object()}])
+        create_sweep(str(tmp_path), "s", ORDER, CrestSettings(), "", [{"crest.tau": object()}])
     assert not (tmp_path / "tune/s").exists()
 
 
@@ -209,8 +292,8 @@ def test_a_value_beyond_64_bits_is_in_the_table_as_text(sweep):
 
 def test_how_a_sweep_goes_on_may_change(sweep, tmp_path):
     sweep.change({"concurrent": 3}, load_settings(CrestSettings, sweep.config, {"cluster.workers": 2}))
-    found = find_sweep(str(tmp_path), "s")
-    assert found.order == ORDER | {"concurrent": 3} and found.config["cluster"]["workers"] == 2
+    changed = find_sweep(str(tmp_path), "s")
+    assert changed.order == ORDER | {"concurrent": 3} and changed.config["cluster"]["workers"] == 2
 
 
 def test_an_unknown_sweep_is_refused_with_the_nearest(sweep, tmp_path):
@@ -221,8 +304,8 @@ def test_an_unknown_sweep_is_refused_with_the_nearest(sweep, tmp_path):
 
 @pytest.mark.parametrize("rows", [[], [trial(0, None, None, "failed")], [trial(0, 0.5, 10)]], ids=["0", "failed", "1"])
 def test_few_trials_are_drawn_as_well(tmp_path, rows):
-    rows = [row | {"select.tau": 0.1, "train.optimizer": "sgd"} for row in rows]
-    names = ["select.tau", "train.optimizer"] if rows else []
+    rows = [row | {"crest.tau": 0.1, "train.optimizer": "sgd"} for row in rows]
+    names = ["crest.tau", "train.optimizer"] if rows else []
     sweep_plots.against_settings(rows, names, "accuracy", tmp_path / "settings.png")
     sweep_plots.parallel(rows, names, "accuracy", "max", tmp_path / "parallel.png")
     sweep_plots.learning_curves({"a": [], "b": [(1, 0.5)]} if rows else {}, "accuracy", None, tmp_path / "curves.png")

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raypkg.cluster.trials import draw_settings
-from raypkg.core.config import load_settings
+from raypkg.cluster.drawing import draw_settings
+from raypkg.core.config import load_settings, parse_toml, to_toml
 from raypkg.core.settings import Experiment
 from raypkg.experiments import check_names, experiment, settings_of
+from raypkg.methods.sparse.settings import SparseSettings
+from raypkg.sweeps.figures import METRICS
 from raypkg.sweeps.spaces import check_space, find_space, read_space
-from raypkg.sweeps.sweep_folder import METRICS
+from raypkg.sweeps.trial_settings import varied
 
 N = 45_000  # training samples
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
@@ -28,6 +30,23 @@ def test_a_space_is_allowed_and_draws_valid_settings(file):
         trial.check(N)
 
 
+def test_optional_parts_can_be_switched_off_by_a_choice(tmp_path):
+    text = """
+from ray import tune
+METRIC, MODE = "accuracy", "max"
+def space():
+    return {"growth": tune.choice(["random", False]), "agent": tune.choice([True, False])}
+"""
+    space = read_space(text, "mine.py")
+    base = load_settings(SparseSettings, {}, {"density": 0.1, "agent.memory": 0.5})
+    check_space(space, lambda values: check_names(varied(base, values)))
+    trials = [varied(base, draw_settings(space.domains, np.random.default_rng(seed))) for seed in range(20)]
+    assert {trial.growth and trial.growth.name for trial in trials} == {"random", None}
+    assert {trial.agent is None for trial in trials} == {True, False}
+    for trial in trials:
+        assert load_settings(SparseSettings, parse_toml(to_toml(trial), "config.toml")) == trial
+
+
 def test_every_experiment_that_trains_has_a_space():
     training = {name for name, entry in experiment.entries.items() if issubclass(settings_of(entry), Experiment)}
     assert training <= {file.stem for file in SPACES}
@@ -35,7 +54,8 @@ def test_every_experiment_that_trains_has_a_space():
 
 def test_a_space_of_the_working_folder_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_space("crest").resolve() == SPACES[0].resolve()
+    (shipped,) = (file for file in SPACES if file.stem == "crest")
+    assert find_space("crest").read_text() == shipped.read_text()  # in this clone, or in the installed package
     (tmp_path / "tune_spaces").mkdir()
     (tmp_path / "tune_spaces" / "crest.py").touch()
     assert find_space("crest") == Path("tune_spaces/crest.py")

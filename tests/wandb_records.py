@@ -15,8 +15,11 @@ WHOLE, LAST = 1, 4
 
 def records(path: Path) -> list[Record]:
     """Return all records of a file that was closed."""
-    content, at, pieces, found = path.read_bytes(), HEADER, b"", []
+    content = path.read_bytes()
     assert content.startswith(b":W&B")
+    read = []
+    pieces = b""
+    at = HEADER
     while at < len(content):
         if BLOCK - at % BLOCK < PIECE.size:
             at += BLOCK - at % BLOCK  # the rest of a block is padding
@@ -26,6 +29,6 @@ def records(path: Path) -> list[Record]:
         pieces += content[at : at + length]
         at += length
         if kind in (WHOLE, LAST):
-            found.append(Record.FromString(pieces))
+            read.append(Record.FromString(pieces))
             pieces = b""
-    return found
+    return read

@@ -1,6 +1,7 @@
 """The command ``effray tune``: a subcommand for every experiment that trains."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from raypkg.runs import ROOT
 
 from .options import ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting_options
 
-SCHEDULERS = ("asha", "hyperband", "median", "none")
+SCHEDULERS = ("asha", "hyperband", "median", "fifo")
+RENAMED = {"none": "fifo"}  # schedulers
 SEARCHES = ("random", "grid", "optuna")
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 EXAMPLE = """
 
 The trials of a sweep are runs like any other. Options given here hold for all of them, and so does what a file sets
-(--config) where the space does not vary it.
+(--config) where the space does not vary it. Schedulers stop the worst trials early; fifo runs all of them to their end.
 
 Example:
     effray tune {name} --samples 8 --dataset digits
@@ -41,19 +43,29 @@ class Duration(click.ParamType):
 
 
 class Choice(click.ParamType):
-    """One of a few names."""
+    """One of a few names.
+
+    Args:
+        kind: what is chosen, for errors.
+        allowed: the names.
+        renamed: old names, each with its new one.
+    """
 
     name = "choice"
 
-    def __init__(self, kind: str, allowed: tuple[str, ...]):
-        self.kind, self.allowed = kind, allowed
+    def __init__(self, kind: str, allowed: tuple[str, ...], renamed: Mapping[str, str] | None = None):
+        self.kind = kind
+        self.allowed = allowed
+        self.renamed = renamed or {}
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         """Return the names."""
         return "|".join(self.allowed)
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
-        """Refuse others, naming the nearest."""
+        """Refuse others, naming the new one or the nearest."""
+        if now := self.renamed.get(value):
+            raise UserError(f"{self.kind} {value} is now called {now}")
         if value not in self.allowed:
             raise unknown(self.kind, value, self.allowed)
         return value
@@ -98,8 +110,8 @@ def _command(entry: Entry) -> click.Command:
         from raypkg.sweeps.sweep import resume_sweep, start_sweep
 
         asked = {option: given.pop(option) for option in Order.options()}
-        values = overrides(schema, given, pairs)
         order = Order(entry.name, **asked)
+        values = overrides(schema, given, pairs)
         if resume is None:
             start_sweep(entry, order, config, values, name, root)
         elif config is not None or name is not None:
@@ -112,26 +124,33 @@ def _command(entry: Entry) -> click.Command:
         schema=schema,
         callback=callback,
         help=f"Sweep settings of: {entry.help}{EXAMPLE.format(name=entry.name)}",
-        params=[
-            click.Option(["--space"], metavar="FILE|NAME", help=f"what to vary; left out = {entry.name}"),
-            click.Option(["--samples"], type=int, help="trials; left out = 8, and of a grid all"),
-            click.Option(["--metric"], help="what is compared; left out = the space's"),
-            click.Option(["--mode"], type=Choice("mode", ("max", "min")), help="of the metric; left out = its own"),
-            click.Option(
-                ["--scheduler"], type=Choice("scheduler", SCHEDULERS), help="what stops trials early; left out = asha"
-            ),
-            click.Option(
-                ["--search"], type=Choice("search", SEARCHES), help="how settings are drawn; left out = random"
-            ),
-            click.Option(["--concurrent"], type=int, help="trials at once; left out = as many as fit"),
-            click.Option(["--time-budget"], type=Duration(), metavar="TIME", help="such as 90s, 10m or 2h"),
-            click.Option(["--proxy"], type=float, metavar="SHARE", help="tune on a coreset, the best on all samples"),
-            click.Option(["--proxy-method"], metavar="NAME", help="that selects it; left out = gradmatch"),
-            click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options win over it"),
-            click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
-            click.Option(["--name"], help="of the sweep; made up from experiment and time when left out"),
-            click.Option(["--resume"], metavar="NAME", help="go on with a stopped sweep"),
-            click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP),
-            *setting_options(schema),
-        ],
+        params=[*_sweep_options(entry.name), *_run_options(), *setting_options(schema)],
     )
+
+
+def _sweep_options(experiment: str) -> list[click.Option]:
+    mode = Choice("mode", ("max", "min"))
+    scheduler = Choice("scheduler", SCHEDULERS, RENAMED)
+    search = Choice("search", SEARCHES)
+    return [
+        click.Option(["--space"], metavar="FILE|NAME", help=f"what to vary (default: {experiment})"),
+        click.Option(["--samples"], type=int, help="trials (default: 8; of a grid, all)"),
+        click.Option(["--metric"], help="by which trials are compared (default: the space's)"),
+        click.Option(["--mode"], type=mode, help="whether the metric is to be large or small (default: its own)"),
+        click.Option(["--scheduler"], type=scheduler, help="what stops trials early; fifo = nothing (default: asha)"),
+        click.Option(["--search"], type=search, help="how settings are drawn (default: random)"),
+        click.Option(["--concurrent"], type=int, help="trials at once (default: as many as fit)"),
+        click.Option(["--time-budget"], type=Duration(), metavar="TIME", help="such as 90s, 10m or 2h"),
+        click.Option(["--proxy"], type=float, metavar="SHARE", help="tune on a coreset, the best on all samples"),
+        click.Option(["--proxy-method"], metavar="NAME", help="that selects the coreset (default: gradmatch)"),
+    ]
+
+
+def _run_options() -> list[click.Option]:
+    return [
+        click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options win over it"),
+        click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
+        click.Option(["--name"], help="of the sweep; made up from experiment and time when left out"),
+        click.Option(["--resume"], metavar="NAME", help="continue a stopped sweep"),
+        click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP),
+    ]

@@ -1,1 +1,1 @@
-"""Everything that knows of Ray: sessions, Ray Train launches, shard actors."""
+"""Everything that knows of Ray: the session, launches on Ray Train, shards on actors, trials on Ray Tune."""

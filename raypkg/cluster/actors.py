@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,9 +13,8 @@ from raypkg.core.settings import Cluster
 from raypkg.engine.shards import LocalShards, Pending, Shard, Shards
 from raypkg.engine.worker import threads
 
-if TYPE_CHECKING:
-    from .session import Plan
-
+from .capacity import Plan, plan
+from .session import connect
 
 PATIENCE = 20  # seconds to wait for CPUs
 
@@ -29,7 +28,7 @@ class RayShards:
         max_failures: how often an actor may die.
     """
 
-    def __init__(self, shards: Sequence[Shard], size: "Plan", max_failures: int):
+    def __init__(self, shards: Sequence[Shard], size: Plan, max_failures: int):
         import ray
 
         actor = ray.remote(Holder).options(
@@ -56,23 +55,9 @@ class RayShards:
         import ray
 
         shared = [ray.put(value) for value in broadcast]
-        held = zip(self._actors, self._shards, strict=True)
-        calls = [actor.apply.remote(function, shard, *shared) for actor, shard in held]
-        return lambda: self._results(calls)
-
-    @staticmethod
-    def _results(calls: list[Any]) -> list[Any]:
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
-
-        try:
-            return ray.get(calls)
-        except RayActorError as error:
-            raise UserError(f"a shard's actor died too often (cluster.max_failures): {error}") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
+        pairs = zip(self._actors, self._shards, strict=True)
+        calls = [actor.apply.remote(function, shard, *shared) for actor, shard in pairs]
+        return lambda: _results(calls)
 
     def close(self) -> None:
         """End the actors and free what they hold."""
@@ -94,42 +79,64 @@ class Holder:
         import ray
 
         if self._opened is None:
-            self._opened = replace(shard, device=torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
+            device = "cuda" if ray.get_gpu_ids() else "cpu"
+            self._opened = replace(shard, device=torch.device(device))
         return function(self._opened, *broadcast)
 
 
+def _results(calls: list[Any]) -> list[Any]:
+    """Wait for the results of calls to actors; what a function refuses reaches the caller as the function raised it."""
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        return ray.get(calls)
+    except RayActorError as error:
+        raise UserError(f"a shard's actor died too often (cluster.max_failures): {error}") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+
+
 @contextmanager
-def actors(shards: Sequence[Shard], cluster: Cluster, mine: bool) -> Iterator[Shards | None]:
+def actors(shards: Sequence[Shard], cluster: Cluster, reaches: bool) -> Iterator[Shards | None]:
     """Hold shards on actors of one CPU each until the block ends, from within a training worker.
 
     Args:
         shards: one for each actor.
         cluster: how often an actor may die.
-        mine: whether this worker is the one that reaches them; the others get None.
+        reaches: whether this worker is the one that reaches them; the others get None.
 
     Raises:
         UserError: the cluster has no room left beside the training workers.
     """
-    if not mine:
+    if not reaches:
         yield None
         return
-    import ray
-
-    from .session import Plan
-
-    free, until = 0, time.monotonic() + PATIENCE
-    while free < len(shards) and time.monotonic() < until:  # those of an earlier attempt may still be going
-        free = int(ray.available_resources().get("CPU", 0))
-        time.sleep(0.5 if free < len(shards) else 0)
+    free = _await_cpus(len(shards))
     if free < len(shards):
         raise UserError(
-            f"select.actors = {len(shards)}, but the training workers leave {free} CPUs: lower one or the other"
+            f"crest.actors = {len(shards)}, but the training workers leave {free} CPUs: lower one or the other"
         )
-    held = RayShards(shards, Plan(len(shards), 1, 0), cluster.max_failures)
+    size = Plan(len(shards), cpus=1, gpus=0)
+    remote = RayShards(shards, size, cluster.max_failures)
     try:
-        yield held
+        yield remote
     finally:
-        held.close()
+        remote.close()
+
+
+def _await_cpus(count: int) -> int:
+    """Return the free CPUs, once there are so many or after a while: an earlier attempt may still be ending."""
+    import ray
+
+    until = time.monotonic() + PATIENCE
+    while True:
+        free = int(ray.available_resources().get("CPU", 0))
+        if free >= count or time.monotonic() > until:
+            return free
+        time.sleep(0.5)
 
 
 @contextmanager
@@ -144,12 +151,10 @@ def hold(split: Callable[[int], Sequence[Shard]], cluster: Cluster) -> Iterator[
         with threads(cluster.cpus_per_worker):
             yield LocalShards(split(1))
         return
-    from .session import connect, plan
-
     connect(cluster)
     size = plan(cluster)
-    shards = RayShards(split(size.workers), size, cluster.max_failures)
+    remote = RayShards(split(size.workers), size, cluster.max_failures)
     try:
-        yield shards
+        yield remote
     finally:
-        shards.close()
+        remote.close()

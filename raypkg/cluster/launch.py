@@ -11,7 +11,9 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 from raypkg.engine.worker import Row, Worker, threads
 
+from .capacity import Plan, plan
 from .mailbox import first_error, open_mailbox
+from .session import connect
 
 PATIENCE = 7 * 24 * 3600  # seconds: LiPT's workers wait for each other's models; Ray notices the dead
 
@@ -26,7 +28,7 @@ def launch(
 ) -> Any:
     """Return rank 0's value of ``function(worker, *arguments)``, run on all workers at once.
 
-    A lost worker restarts the whole group: the function must go on from its own checkpoints. With
+    A lost worker restarts the whole group: the function must resume from its own checkpoints. With
     ``cluster.workers = 0`` the function runs in this process and Ray is not started.
 
     Args:
@@ -43,42 +45,46 @@ def launch(
     if cluster.workers == 0:
         with threads(cluster.cpus_per_worker):
             return function(Worker(report=report), *arguments)
-    from .session import connect, plan
-
     connect(cluster)
-    return _fit(function, arguments, plan(cluster, most), cluster.max_failures, report, folder)
+    size = plan(cluster, most)
+    with open_mailbox(report) as mailbox:
+        config = {"function": function, "arguments": arguments, "mailbox": mailbox, "threads": size.cpus}
+        return _fit(config, size, cluster.max_failures, folder)
 
 
-def _fit(function: Any, arguments: Any, plan: Any, failures: int, report: Callable[[Row], None], folder: str) -> Any:
+def _fit(config: dict[str, Any], size: Plan, failures: int, folder: str) -> Any:
+    """Run ``_worker_loop`` on a group of workers, and turn what went wrong there into one line."""
     from ray.exceptions import RayActorError
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    with open_mailbox(report) as mailbox:
-        trainer = TorchTrainer(
-            _worker_loop,
-            train_loop_config={"function": function, "arguments": arguments, "mailbox": mailbox, "threads": plan.cpus},
-            scaling_config=ScalingConfig(
-                num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
-            ),
-            torch_config=TorchConfig(backend="nccl" if plan.gpus >= 1 else "gloo", timeout_s=PATIENCE),
-            run_config=RunConfig(
-                name=uuid.uuid4().hex[:8],
-                storage_path=folder,
-                failure_config=FailureConfig(max_failures=failures),
-                logging_config=LoggingConfig(log_level="CRITICAL"),
-            ),
-        )
-        failure: Exception | None = None
-        try:
-            value = trainer.fit().return_value
-        except (TrainingFailedError, RayActorError) as error:
-            failure = error
-        if message := first_error(mailbox):
-            raise UserError(message)
-        if failure:
-            raise UserError(f"the workers were lost more than {failures} times: {_cause(failure)}") from failure
-        return value
+    backend = "nccl" if size.gpus >= 1 else "gloo"  # NCCL refuses two workers on one GPU
+    trainer = TorchTrainer(
+        _worker_loop,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=size.workers, use_gpu=size.gpus > 0, resources_per_worker=size.resources
+        ),
+        torch_config=TorchConfig(backend=backend, timeout_s=PATIENCE),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex[:8],
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=failures),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+        ),
+    )
+    failure: Exception | None = None
+    value = None
+    try:
+        value = trainer.fit().return_value
+    except (TrainingFailedError, RayActorError) as error:
+        failure = error
+    # What the user did wrong ends the workers as well, and says more than their end.
+    if message := first_error(config["mailbox"]):
+        raise UserError(message)
+    if failure:
+        raise UserError(f"the workers were lost more than {failures} times: {_cause(failure)}") from failure
+    return value
 
 
 def _worker_loop(config: dict[str, Any]) -> Any:
@@ -87,13 +93,16 @@ def _worker_loop(config: dict[str, Any]) -> Any:
     import ray.train
     from ray.train.torch import get_device
 
-    mailbox, context = config["mailbox"], ray.train.get_context()
+    mailbox = config["mailbox"]
     if ray.get(mailbox.error.remote()):
         return None
     torch.set_num_threads(config["threads"])
-    worker = Worker(
-        context.get_world_rank(), context.get_world_size(), get_device(), lambda row: mailbox.put.remote(dict(row))
-    )
+    context = ray.train.get_context()
+
+    def report(row: Row) -> None:
+        mailbox.put.remote(dict(row))
+
+    worker = Worker(context.get_world_rank(), context.get_world_size(), get_device(), report)
     try:
         return config["function"](worker, *config["arguments"])
     except UserError as error:
@@ -102,6 +111,8 @@ def _worker_loop(config: dict[str, Any]) -> Any:
 
 
 def _cause(error: Exception) -> str:
-    failures = getattr(error, "worker_failures", None) or {0: error}
+    """Return the last line of what the first worker that failed said."""
     logging.getLogger(__name__).debug("workers failed", exc_info=error)
-    return str(next(iter(failures.values()))).strip().splitlines()[-1]
+    by_rank = getattr(error, "worker_failures", None)
+    failures = list(by_rank.values()) if by_rank else [error]
+    return str(failures[0]).strip().splitlines()[-1]

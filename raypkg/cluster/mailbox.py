@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-POLL = 0.25  # seconds between looks
+POLL = 0.25  # seconds between deliveries
 
 
 class Mailbox:
-    """An actor's state: rows on their way, and the first user error among them. Imports no torch, so it starts fast."""
+    """An actor: rows on their way to the driver, and the first user error. Imports no torch, so it starts fast."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
@@ -21,7 +21,8 @@ class Mailbox:
 
     def drain(self) -> list[dict[str, Any]]:
         """Hand over all rows since the last call."""
-        rows, self._rows = self._rows, []
+        rows = self._rows
+        self._rows = []
         return rows
 
     def fail(self, message: str) -> None:
@@ -37,20 +38,21 @@ class Mailbox:
 def open_mailbox(report: Callable[[Mapping[str, Any]], None]) -> Iterator[Any]:
     """Start a mailbox actor; a thread passes its rows to ``report`` until the block ends, the last ones included.
 
-    It lives on the driver's own node: with any other it could be lost, and with it a run whose driver goes on.
+    It lives on the driver's own node: another could be lost, and with it a run whose driver is still there.
     """
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+    node = ray.get_runtime_context().get_node_id()
+    on_this_node = NodeAffinitySchedulingStrategy(node, soft=False)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=on_this_node)(Mailbox).remote()
     done = threading.Event()
 
     def deliver() -> None:
         last = False
         while not last:
-            last = done.wait(POLL)
+            last = done.wait(POLL)  # rows that came until then are still delivered
             try:
                 rows = ray.get(mailbox.drain.remote())
             except RayError:  # the cluster is gone: whoever waits for the workers will say so

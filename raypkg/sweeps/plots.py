@@ -3,17 +3,26 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, VERMILLION, page, short
 
-Results = Sequence[Mapping[str, Any]]
+if TYPE_CHECKING:
+    from raypkg.runs.plots import Axes
+
+Row = Mapping[str, Any]  # of a trial
+Results = Sequence[Row]
+Curve = Sequence[tuple[int, float]]  # epoch and metric
+Png = str | Path
 COLUMNS = 3  # panels side by side
+SMALL: dict[str, Any] = {"color": GREY, "size": 8, **NOTE}
+EMPHASIS: dict[str, Any] = {"color": VERMILLION, "weight": "bold", **NOTE}
+WIDE = 8  # largest over smallest value, above which an axis is logarithmic
 
 
-def against_settings(results: Results, names: Sequence[str], metric: str, path: str | Path) -> None:
+def against_settings(results: Results, names: Sequence[str], metric: str, path: Png) -> None:
     """Draw the metric against each setting, a point for each trial; those that are not done are hollow.
 
     Args:
@@ -22,27 +31,33 @@ def against_settings(results: Results, names: Sequence[str], metric: str, path: 
         metric: its column.
         path: the PNG to write.
     """
-    shown = [row for row in results if row.get(metric) is not None]
-    done = [row["state"] == "done" for row in shown]
-    values = np.array([row[metric] for row in shown], dtype=float)
+    rows = _measured(results, metric)
+    values = [row[metric] for row in rows]
+    colours = [BLUE if row["state"] == "done" else "none" for row in rows]
+    across = max(1, min(COLUMNS, len(names)))
+    down = max(1, math.ceil(len(names) / across))
     with page(path) as figure:
-        columns = max(1, min(COLUMNS, len(names)))
-        panels = list(
-            figure.subplots(max(1, math.ceil(len(names) / columns)), columns, squeeze=False, sharey=True).flat
-        )
+        grid = figure.subplots(down, across, squeeze=False, sharey=True)
+        panels = list(grid.flat)
         for axes, name in zip(panels, names, strict=False):
-            where, ticks = _places([row.get(name) for row in shown])
-            colours = [BLUE if finished else "none" for finished in done]
-            axes.scatter(where, values, s=40, facecolors=colours, edgecolors=BLUE)
-            axes.set(title=name, xlabel="")
-            _mark(axes, where, ticks)
+            positions, ticks = _positions([row.get(name) for row in rows])
+            axes.scatter(positions, values, s=40, facecolors=colours, edgecolors=BLUE)
+            axes.set_title(name)
+            _label_axis(axes, positions, ticks)
         for axes in panels[len(names) :]:
             axes.axis("off")
         figure.supylabel(metric, color=GREY)
-        figure.suptitle(f"{metric} of {len(shown)} trials (hollow: not done)", x=0.02, ha="left")
+        title = f"{metric} of {len(rows)} trials (hollow: not done)"
+        figure.suptitle(title, x=0.02, ha="left")
 
 
-def parallel(results: Results, names: Sequence[str], metric: str, mode: str, path: str | Path) -> None:
+def parallel(
+    results: Results,
+    names: Sequence[str],
+    metric: str,
+    mode: str,
+    path: Png,
+) -> None:
     """Draw every trial as a line through its settings to its metric; the best quarter stands out.
 
     Args:
@@ -52,29 +67,32 @@ def parallel(results: Results, names: Sequence[str], metric: str, mode: str, pat
         mode: max or min.
         path: the PNG to write.
     """
-    shown = [row for row in results if row.get(metric) is not None]
+    rows = _measured(results, metric)
+    best = _best_quarter([row[metric] for row in rows], mode)
+    columns = [*names, metric]
     with page(path) as figure:
         axes = figure.subplots()
-        axes.set_xticks(range(len(names) + 1), [*names, metric], rotation=20, ha="right")
+        axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
         axes.set_yticks([])
         axes.grid(axis="y", visible=False)
         heights = []
-        for column, name in enumerate([*names, metric]):
-            where, ticks = _places([row.get(name) for row in shown])
-            heights.append(_unit(np.log10(where) if _logarithmic(where) and not ticks else where))
-            for height, value in dict(zip(heights[-1].tolist(), [row.get(name) for row in shown], strict=True)).items():
-                if ticks or height in (0.0, 1.0):
-                    axes.annotate(_label(value), (column, height), (4, 2), color=GREY, size=8, **NOTE)
-        order = np.argsort([row[metric] * (-1 if mode == "max" else 1) for row in shown])
-        best = set(order[: max(1, len(order) // 4)].tolist())
-        for trial in range(len(shown)):
-            colour, width = (VERMILLION, 2.2) if trial in best else (BLUE, 1)
-            axes.plot([h[trial] for h in heights], color=colour, linewidth=width, alpha=0.9 if trial in best else 0.4)
-        axes.set_title(f"{len(best)} best of {len(shown)} trials by {metric}, and the others")
+        for place, name in enumerate(columns):
+            values = [row.get(name) for row in rows]
+            heights.append(_draw_column(axes, place, values))
+        for trial, line in enumerate(zip(*heights, strict=True)):
+            if trial in best:
+                axes.plot(line, color=VERMILLION, linewidth=2.2, alpha=0.9)
+            else:
+                axes.plot(line, color=BLUE, linewidth=1, alpha=0.4)
+        title = f"{len(best)} best of {len(rows)} trials by {metric}, and the others"
+        axes.set_title(title)
 
 
 def learning_curves(
-    curves: Mapping[str, Sequence[tuple[int, float]]], metric: str, best: str | None, path: str | Path
+    curves: Mapping[str, Curve],
+    metric: str,
+    best: str | None,
+    path: Png,
 ) -> None:
     """Draw the metric of every trial against epochs; the best one stands out.
 
@@ -84,22 +102,24 @@ def learning_curves(
         best: the trial that stands out, if one is done.
         path: the PNG to write.
     """
-    drawn = {name: np.array(points, dtype=float) for name, points in curves.items() if points}
-    longest = max((points[-1, 0] for points in drawn.values()), default=0)
+    measured = {name: curve for name, curve in curves.items() if curve}
+    lines = {name: np.array(curve, dtype=float) for name, curve in measured.items()}  # [epochs, 2] each
+    ends = [line[-1] for line in lines.values()]
+    longest = max((epoch for epoch, _ in ends), default=0)
+    complete = sum(epoch == longest for epoch, _ in ends)
     with page(path) as figure:
         axes = figure.subplots()
-        for name, points in drawn.items():
-            chosen = name == best
-            axes.plot(*points.T, color=VERMILLION if chosen else BLUE, alpha=1 if chosen else 0.5, zorder=2 + chosen)
-            axes.plot(*points[-1], color=VERMILLION if chosen else BLUE, marker="o", markersize=4, zorder=2 + chosen)
-        if best in drawn:
-            axes.annotate(best, drawn[best][-1], (-4, 8), ha="right", color=VERMILLION, weight="bold", **NOTE)
-        whole = sum(points[-1, 0] == longest for points in drawn.values())
-        axes.set(title=f"{whole} of {len(drawn)} trials reached epoch {longest:.0f}", xlabel="epoch", ylabel=metric)
+        for name, line in lines.items():
+            _draw_curve(axes, line, stands_out=name == best)
+        if best in lines:
+            end = lines[best][-1]
+            axes.annotate(best, end, (-4, 8), ha="right", **EMPHASIS)
+        title = f"{complete} of {len(lines)} trials reached epoch {longest:.0f}"
+        axes.set(title=title, xlabel="epoch", ylabel=metric)
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
-def pareto(results: Results, front: Sequence[int], metric: str, path: str | Path) -> None:
+def pareto(results: Results, front: Sequence[int], metric: str, path: Png) -> None:
     """Draw the metric against the samples back-propagated, and the trials that no other beats in both.
 
     Args:
@@ -108,53 +128,104 @@ def pareto(results: Results, front: Sequence[int], metric: str, path: str | Path
         metric: its column.
         path: the PNG to write.
     """
-    done = {
-        row["trial"]: (row["backward"], row[metric])
-        for row in results
-        if row["state"] == "done" and not row.get("proxy") and None not in (row.get(metric), row.get("backward"))
-    }
+    rows = [row for row in _measured(results, metric) if _is_comparable(row)]
+    points = {row["trial"]: (row["backward"], row[metric]) for row in rows}
     with page(path) as figure:
         axes = figure.subplots()
-        if done:
-            axes.plot(*np.array(list(done.values()), dtype=float).T, "o", color=BLUE)
+        axes.scatter([row["backward"] for row in rows], [row[metric] for row in rows], color=BLUE)
         if front:
-            line = np.array([done[trial] for trial in front], dtype=float)
-            axes.step(*line.T, where="post", color=ORANGE)
-            axes.plot(*line.T, "o", color=VERMILLION, markersize=8, zorder=3)
-            for trial, point in zip(front, line, strict=True):
-                axes.annotate(str(trial), point, (6, 6), color=VERMILLION, weight="bold", **NOTE)
-        axes.set(title=f"{len(front)} of {len(done)} trials are on the Pareto front", ylabel=metric)
+            costs, values = zip(*(points[trial] for trial in front), strict=True)
+            axes.step(costs, values, where="post", color=ORANGE)
+            axes.plot(costs, values, "o", color=VERMILLION, markersize=8, zorder=3)
+        for trial in front:
+            axes.annotate(str(trial), points[trial], (6, 6), **EMPHASIS)
+        axes.set_title(f"{len(front)} of {len(points)} trials are on the Pareto front")
+        axes.set_ylabel(metric)
         axes.set_xlabel("samples back-propagated")
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
         axes.margins(0.1)
 
 
-def _places(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
-    """Return where values lie on an axis: numbers where they are, choices between others one after another."""
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+def _measured(results: Results, metric: str) -> Results:
+    return [row for row in results if row.get(metric) is not None]
+
+
+def _is_comparable(row: Row) -> bool:
+    """Say whether a trial's cost is that of a whole training on all samples."""
+    if row["state"] != "done" or row.get("proxy"):
+        return False
+    return row.get("backward") is not None
+
+
+def _best_quarter(values: Sequence[float], mode: str) -> set[int]:
+    """Return the places of the best values, at least one."""
+    order = np.argsort(values)
+    if mode == "max":
+        order = np.argsort(-np.array(values))
+    count = max(1, len(order) // 4)
+    return set(order[:count].tolist())
+
+
+def _draw_curve(axes: "Axes", line: np.ndarray, stands_out: bool) -> None:
+    """Draw a learning curve, [epochs, 2], with a dot at its end."""
+    colour = VERMILLION if stands_out else BLUE
+    alpha = 1 if stands_out else 0.5
+    layer = 3 if stands_out else 2
+    epochs, values = line.T
+    axes.plot(epochs, values, color=colour, alpha=alpha, zorder=layer)
+    axes.plot(epochs[-1], values[-1], "o", color=colour, markersize=4, zorder=layer)
+
+
+def _positions(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
+    """Return where values lie on an axis: numbers where they are, others one after another, with their names."""
+    if all(_is_number(value) for value in values):
         return np.array(values, dtype=float), []
     names = sorted({str(value) for value in values})
-    return np.array([names.index(str(value)) for value in values], dtype=float), names
+    places = [names.index(str(value)) for value in values]
+    return np.array(places, dtype=float), names
 
 
-def _logarithmic(where: np.ndarray) -> bool:
-    return len(where) > 0 and where.min() > 0 and where.max() / where.min() > 8
+def _draw_column(axes: "Axes", place: int, values: Sequence[Any]) -> np.ndarray:
+    """Label one of the parallel axes, and return the height of each value on it, in [0, 1]."""
+    positions, ticks = _positions(values)
+    if not ticks and _logarithmic(positions):
+        positions = np.log10(positions)
+    heights = _stretched(positions)
+    labels = dict(zip(heights.tolist(), values, strict=True))  # one for each height
+    for height, value in labels.items():
+        if ticks or height in (0.0, 1.0):  # of a range, the ends
+            axes.annotate(_label(value), (place, height), (4, 2), **SMALL)
+    return heights
 
 
-def _mark(axes: Any, where: np.ndarray, ticks: list[str]) -> None:
+def _label_axis(axes: "Axes", positions: np.ndarray, ticks: list[str]) -> None:
     axes.margins(0.1)
     if ticks:
         axes.set_xticks(range(len(ticks)), ticks)
-    elif _logarithmic(where):
+    elif _logarithmic(positions):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter("")
 
 
-def _unit(where: np.ndarray) -> np.ndarray:
-    low, high = (where.min(), where.max()) if len(where) else (0, 0)
-    return (where - low) / (high - low) if high > low else np.full(len(where), 0.5)
+def _logarithmic(positions: np.ndarray) -> bool:
+    if not len(positions) or positions.min() <= 0:
+        return False
+    return positions.max() / positions.min() > WIDE
+
+
+def _stretched(positions: np.ndarray) -> np.ndarray:
+    """Return positions from 0 to 1; where all are the same, in the middle."""
+    if not len(positions) or positions.max() == positions.min():
+        return np.full(len(positions), 0.5)
+    low = positions.min()
+    high = positions.max()
+    return (positions - low) / (high - low)
 
 
 def _label(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return f"{value:.3g}" if _is_number(value) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,20 +1,21 @@
 """Tuning on a coreset: the trials train on a share of the samples, the best of them again on all."""
 
-from typing import Any
+from rich.console import Console
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Train
+from raypkg.core.settings import Experiment, Train
 from raypkg.experiments import carry_out, check_names, experiment
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
 
-from .order import Order, samples_of
+from .order import Order
 from .spaces import Space
-from .sweep_folder import UNFINISHED, SweepFolder, ranked
+from .standing import ONLY, ranked
+from .sweep_folder import UNFINISHED, SweepFolder
+from .trial_settings import samples_of
 
-ONLY = "dataset.only"
 WARM = 5  # epochs on all samples of the model whose gradients select
 FINALISTS = 4  # fewer cannot tell much of the order
 
@@ -26,13 +27,20 @@ def coreset_of(root: str, name: str) -> str:
         UserError: there is a run of that name.
     """
     runs = Storage(root) / "train"
-    if f"{name}-proxy" in runs.list():
-        raise UserError(f"run {name}-proxy exists in {runs.root}, as the proxy's would be called: give another --name")
-    return f"{(runs / f'{name}-proxy').root}/coreset.parquet"
+    run = _run_name(name)
+    if run in runs.list():
+        raise UserError(f"run {run} exists in {runs.root}, as the proxy's would be called: give another --name")
+    return f"{(runs / run).root}/coreset.parquet"
 
 
-def selection(settings: Any, fraction: float, method: str, workers: int) -> TrainSettings:
+def selection(settings: Experiment, fraction: float, method: str, workers: int) -> TrainSettings:
     """Return the settings of the run that makes the coreset, with the model that is tuned.
+
+    Args:
+        settings: that all trials share.
+        fraction: of the samples, to select.
+        method: that selects.
+        workers: of the run.
 
     Raises:
         UserError: unknown method, or a fraction outside (0, 1].
@@ -55,31 +63,39 @@ def selection(settings: Any, fraction: float, method: str, workers: int) -> Trai
     return chosen
 
 
-def select_proxy(sweep: SweepFolder, settings: Any, workers: int, console: Any) -> None:
+def select_proxy(sweep: SweepFolder, settings: Experiment, workers: int, console: Console) -> None:
     """Make the coreset of a sweep, unless it is there."""
-    name = f"{sweep.name}-proxy"
+    name = _run_name(sweep.name)
     chosen = selection(settings, sweep.order["proxy"], sweep.order["proxy_method"], workers)
     runs = Storage(sweep.root) / "train"
-    run = RunFolder(runs / name) if name in runs.list() else create(sweep.root, "train", name, chosen)
+    if name in runs.list():
+        run = RunFolder(runs / name)
+    else:
+        run = create(sweep.root, "train", name, chosen)
     if not run.summary:
         carry_out(experiment["train"], chosen, run, console)
 
 
 def enlist(sweep: SweepFolder) -> bool:
     """Add the best trials on the coreset as trials on all samples, once all on the coreset have ended."""
-    samples, results = sweep.order["samples"], sweep.results()
-    ended = not sweep.further() and all(row["state"] != UNFINISHED for row in results)
-    if not sweep.order["proxy"] or not ended or len(sweep.trials) > samples:
+    samples = sweep.order["samples"]
+    enlisted = len(sweep.trials) > samples
+    if not sweep.on_proxy or enlisted or sweep.further():
         return False
-    metric = sweep.order["metric"]
-    best = [row for row in ranked(results, metric, sweep.order["mode"]) if row.get(metric) is not None]
-    for number, row in enumerate(best[:FINALISTS], samples):
-        values = sweep.trials[row["trial"]]["settings"]
-        sweep.started(number, {name: value for name, value in values.items() if name != ONLY})
+    results = sweep.results()
+    if any(row["state"] == UNFINISHED for row in results):
+        return False
+    metric = sweep.metric
+    order = ranked(results, metric, sweep.mode)
+    best = [row for row in order if row.get(metric) is not None][:FINALISTS]
+    for number, row in enumerate(best, samples):
+        values = dict(sweep.trials[row["trial"]]["settings"])
+        del values[ONLY]
+        sweep.started(number, values)
     return bool(best)
 
 
-def check_proxy(order: Order, settings: Any, space: Space) -> None:
+def check_proxy(order: Order, settings: Experiment, space: Space) -> None:
     """Refuse a proxy that would do nothing or cannot be made.
 
     Raises:
@@ -94,10 +110,15 @@ def check_proxy(order: Order, settings: Any, space: Space) -> None:
         raise UserError(f"--proxy {order.proxy:g}: a share of the samples, above 0 and below 1")
     if settings.dataset.only is not None:
         raise UserError(f"--proxy chooses the samples, so dataset.only = {settings.dataset.only} cannot be given")
-    if getattr(settings, "coreset", None) is not None:
-        raise UserError(f"--proxy chooses the samples, so --coreset {settings.coreset} cannot be given")
-    for name in space.domains:
-        if name == "seed" or name.partition(".")[0] == "dataset":
-            raise UserError(f"--proxy: its coreset is of one data set and seed, so {name} cannot be varied")
+    coreset = getattr(settings, "coreset", None)
+    if coreset is not None:
+        raise UserError(f"--proxy chooses the samples, so --coreset {coreset} cannot be given")
+    if name := next((name for name in space.domains if name.partition(".")[0] in ("seed", "dataset")), None):
+        raise UserError(f"--proxy: its coreset is of one data set and seed, so {name} cannot be varied")
     assert order.proxy_method is not None
-    selection(settings, order.proxy, order.proxy_method, 0).check(samples_of(settings))
+    chosen = selection(settings, order.proxy, order.proxy_method, workers=0)
+    chosen.check(samples_of(settings))
+
+
+def _run_name(sweep: str) -> str:
+    return f"{sweep}-proxy"

@@ -1,6 +1,6 @@
 """A sweep as a table on the terminal, with the best trial and the Pareto front, and its pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from rich.box import SIMPLE
@@ -11,95 +11,131 @@ from rich.table import Table
 from raypkg.runs.plots import save_plot
 from raypkg.runs.show import findings, terminal
 
-from . import plots as plots
-from .sweep_folder import BEST, DONE, SweepFolder, curve, front, judge_proxy, ranked
+from . import plots
+from .standing import Row, Standing, standing_of
+from .sweep_folder import BEST, SweepFolder
 
 WIDEST = 1000  # columns
-Row = Mapping[str, Any]
-Rows = Sequence[Row]
 
 
 def show_sweep(sweep: SweepFolder, console: Console) -> None:
     """Print the trials, the best of them and how to run it again."""
-    results, order, pareto, best = _judged(sweep)
-    table = _table(sweep, order, pareto)
-    wide = terminal()
-    wide.width = max(wide.width, Measurement.get(wide, wide.options.update(max_width=WIDEST), table).maximum)
-    wide.print(table)  # with many settings the terminal wraps its lines, and no figure is cut off
-    for row in results:
+    standing = standing_of(sweep)
+    _print_whole(_table(sweep, standing))
+    for row in standing.results:
         if row["error"]:
             console.print(f"{row['run']} failed: {row['error']}", soft_wrap=True)
-    if best:
-        metric, run = sweep.order["metric"], sweep.run(best["trial"])
-        concluded = sweep.best == sweep.lasting(best["trial"])  # the file is of the last time that the sweep ended
-        at = f"{sweep.storage.root}/{BEST}" if concluded else f"{run.storage.root}/config.toml"
-        console.print(f"best: {best['run']}, {metric} {best[metric]:.4g}")
-        console.print(findings(run.summary or {})[0], soft_wrap=True)
-        console.print(f"its settings: effray {sweep.order['experiment']} --config {at}", soft_wrap=True)
-    if found := judge_proxy(sweep):
-        console.print(
-            f"proxy: Kendall τ {found['kendall']:.2f} over the {found['trials']} trials on all samples;"
-            f" {found['backward']:,} samples backward, {found['backward'] / found['backward_without']:.0%} of"
-            f" {sweep.order['samples']} trials on all samples to the end",
-            soft_wrap=True,
-        )
+    for line in (*_best_lines(sweep, standing), *_proxy_lines(sweep, standing)):
+        console.print(line, soft_wrap=True)
     console.print(sweep.storage.root, style="dim", soft_wrap=True)
 
 
 def conclude(sweep: SweepFolder) -> None:
     """Write what there is so far: the table of all trials, the settings of the best, and the pictures."""
-    results, _, pareto, best = _judged(sweep)
-    sweep.conclude(results, best)
-    metric, mode, names = sweep.order["metric"], sweep.order["mode"], _names(sweep)
-    curves = {row["run"]: curve(sweep.run(row["trial"]), metric) for row in results}
-    chosen = best["run"] if best else None
-    if found := judge_proxy(sweep):
-        sweep.storage.write_json("proxy.json", found)
+    standing = standing_of(sweep)
+    results = standing.results
+    metric = sweep.metric
+    sweep.conclude(results, standing.best)
+    if standing.proxy:
+        sweep.storage.write_json("proxy.json", standing.proxy)
+
+    names = _varied(sweep)
+    curves = {sweep.run_name(number): run.curve(metric) for number, run in standing.runs.items()}
+    best = standing.best["run"] if standing.best else None
     alike = [row for row in results if row.get("proxy")] or results  # trained on the same samples
-    save_plot(sweep.storage, "settings", lambda path: plots.against_settings(alike, names, metric, path))
-    save_plot(sweep.storage, "parallel", lambda path: plots.parallel(alike, names, metric, mode, path))
-    save_plot(sweep.storage, "curves", lambda path: plots.learning_curves(curves, metric, chosen, path))
-    save_plot(sweep.storage, "pareto", lambda path: plots.pareto(results, pareto, metric, path))
+    storage = sweep.storage
+    save_plot(storage, "settings", lambda path: plots.against_settings(alike, names, metric, path))
+    save_plot(storage, "parallel", lambda path: plots.parallel(alike, names, metric, sweep.mode, path))
+    save_plot(storage, "curves", lambda path: plots.learning_curves(curves, metric, best, path))
+    save_plot(storage, "pareto", lambda path: plots.pareto(results, standing.front, metric, path))
 
 
-def _judged(sweep: SweepFolder) -> tuple[list[dict[str, Any]], Rows, list[int], Row | None]:
-    """Return the results, the same in order, the Pareto front and the best done trial."""
-    metric, mode, results = sweep.order["metric"], sweep.order["mode"], sweep.results()
-    order = ranked(results, metric, mode)
-    done = (row for row in order if row["state"] == DONE and not row.get("proxy"))
-    best = next((row for row in done if row.get(metric) is not None), None)
-    return results, order, front(results, metric, mode), best
+def _best_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
+    """Yield what the best trial is, what it reached, and where its settings are."""
+    best = standing.best
+    if best is None:
+        return
+    number = best["trial"]
+    metric = sweep.metric
+    yield f"best: {best['run']}, {metric} {best[metric]:.4g}"
+    summary = standing.runs[number].summary or {}
+    yield findings(summary)[0]
+    if sweep.best == sweep.lasting(number):
+        file = f"{sweep.storage.root}/{BEST}"
+    else:  # that file is of the last time that the sweep ended
+        file = f"{sweep.run_storage(number).root}/config.toml"
+    yield f"its settings: effray {sweep.experiment} --config {file}"
 
 
-def _table(sweep: SweepFolder, results: Rows, pareto: Sequence[int]) -> Table:
-    metric, names = sweep.order["metric"], _names(sweep)
+def _proxy_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
+    """Yield how well the coreset ranked the trials, and what it saved."""
+    judged = standing.proxy
+    if judged is None:
+        return
+    backward = judged["backward"]
+    share = backward / judged["backward_without"]
+    samples = sweep.order["samples"]
+    yield (
+        f"proxy: Kendall τ {judged['kendall']:.2f} over the {judged['trials']} trials on all samples;"
+        f" {backward:,} samples backward, {share:.0%} of {samples} trials on all samples to the end"
+    )
+
+
+def _print_whole(table: Table) -> None:
+    """Print a table of any width: with many settings the terminal wraps its lines, and no figure is cut off."""
+    console = terminal()
+    options = console.options.update(max_width=WIDEST)
+    needed = Measurement.get(console, options, table).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
+
+
+def _table(sweep: SweepFolder, standing: Standing) -> Table:
+    metric = sweep.metric
+    names = _varied(sweep)
     title = f"{sweep.name}: * = on the Pareto front of {metric} against samples backward"
     table = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
-    table.add_column("\ntrial", justify="right")
+    table.add_column("\ntrial", justify="right")  # headings have two lines
     table.add_column("\nstate")
     for heading in ("\nepochs", f"\n{metric}", "samples\nbackward", "\nseconds"):
         table.add_column(heading, justify="right")
     for name in names:
         part, _, rest = name.rpartition(".")
         table.add_column(f"{part}\n{rest}", justify="right")
-    for row in results:
-        mark = "*" if row["trial"] in pareto else ""
-        figures = [_number(row.get(metric)), _count(row.get("backward")), _number(row.get("seconds"))]
-        settings = [_number(row.get(name)) for name in names]
-        state = f"{row['state']} (proxy)" if row.get("proxy") else row["state"]
-        table.add_row(f"{mark}{row['trial']}", state, str(row["epochs"]), *figures, *settings)
+    for row in standing.ranked:
+        on_front = row["trial"] in standing.front
+        table.add_row(*_cells(row, metric, names, on_front))
     return table
 
 
-def _names(sweep: SweepFolder) -> list[str]:
-    names = dict.fromkeys(name for trial in sweep.trials for name in trial["settings"] or ())
-    return [name for name in names if name not in (sweep.order.get("fixed") or {})]
+def _cells(row: Row, metric: str, names: list[str], on_front: bool) -> Iterator[str]:
+    number = str(row["trial"])
+    state = row["state"]
+    yield f"*{number}" if on_front else number
+    yield f"{state} (proxy)" if row.get("proxy") else state
+    yield str(row["epochs"])
+    yield _number(row.get(metric))
+    yield _count(row.get("backward"))
+    yield _number(row.get("seconds"))
+    for name in names:
+        yield _number(row.get(name))
+
+
+def _varied(sweep: SweepFolder) -> list[str]:
+    """Return the names of the settings in which trials differ."""
+    fixed = sweep.order.get("fixed") or {}
+    names: dict[str, None] = {}  # in the order of the space
+    for trial in sweep.trials:
+        names |= dict.fromkeys(trial["settings"] or ())
+    return [name for name in names if name not in fixed]
 
 
 def _number(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)
 
 
 def _count(value: int | None) -> str:

@@ -1,17 +1,19 @@
-"""Tune spaces: found by name or path, and held against the settings before anything starts."""
+"""Tune spaces: found by name or path, and checked against the settings before anything starts."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import raypkg
+from raypkg.cluster.session import prepare
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 
 SUFFIX = ".py"
+REQUIRED = ("space", "METRIC", "MODE")
 ACTORS = "crest.actors"  # the room for them is that of all trials
 
 
@@ -42,12 +44,15 @@ def find_space(name: str) -> Path:
         if not Path(name).is_file():
             raise UserError(f"there is no space file {name!r}")
         return Path(name)
-    installed = Path(raypkg.__file__).parent
-    folders = [Path("tune_spaces"), installed / "tune_spaces", installed.parent / "tune_spaces"]
-    found = {file.stem: file for folder in reversed(folders) for file in folder.glob(f"*{SUFFIX}")}
-    if name not in found:
-        raise unknown("space", name, found)
-    return found[name]
+    package = Path(raypkg.__file__).parent
+    spaces: dict[str, Path] = {}
+    # Later ones win: of a clone, of an installed package, of the working folder.
+    for parent in (package.parent, package, Path()):
+        for file in parent.glob(f"tune_spaces/*{SUFFIX}"):
+            spaces[file.stem] = file
+    if name not in spaces:
+        raise unknown("space", name, spaces)
+    return spaces[name]
 
 
 def open_space(name: str) -> Space:
@@ -60,7 +65,8 @@ def open_space(name: str) -> Space:
     try:
         return read_space(file.read_text(), str(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the space {str(file)!r}: {getattr(error, 'strerror', error)}") from None
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"cannot read the space {str(file)!r}: {reason}") from None
 
 
 def read_space(text: str, origin: str) -> Space:
@@ -73,12 +79,14 @@ def read_space(text: str, origin: str) -> Space:
     Raises:
         UserError: it raises, or lacks ``space()``, ``METRIC`` or ``MODE``, or nothing can be drawn from it.
     """
+    prepare()  # a space imports Ray Tune
     content: dict[str, Any] = {"__name__": "space", "__file__": origin}
     try:
         exec(compile(text, origin, "exec"), content)
-        if missing := [name for name in ("space", "METRIC", "MODE") if name not in content]:
-            raise UserError(f"space {origin!r} defines no {missing[0]}")
-        space = Space(text, dict(content["space"]()), content["METRIC"], content["MODE"])
+        if missing := next((name for name in REQUIRED if name not in content), None):
+            raise UserError(f"space {origin!r} defines no {missing}")
+        domains = dict(content["space"]())
+        space = Space(text, domains, content["METRIC"], content["MODE"])
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # it is the user's code
@@ -87,18 +95,18 @@ def read_space(text: str, origin: str) -> Space:
     return space
 
 
-def _check_drawable(space: Space, origin: str) -> None:
-    from raypkg.cluster.trials import candidates, draw_settings
+def without(space: Space, given: Iterable[str]) -> Space:
+    """Return the space without the settings that the user gave; ``model`` and ``model.name`` are the same.
 
-    for name in (*space.domains, space.metric, space.mode):
-        if not isinstance(name, str):
-            raise UserError(f"space {origin!r}: {name!r} is not a name")
-    for name, domain in space.domains.items():
-        try:
-            draw_settings({name: domain}, np.random.default_rng(0))
-            candidates(domain)
-        except Exception as error:  # Ray's own, and of a function that is the user's
-            raise UserError(f"space {origin!r}: nothing can be drawn for {name}: {error}") from None
+    Raises:
+        UserError: nothing is left.
+    """
+    fixed = {name.removesuffix(".name") for name in given}
+    left = [name for name in space.domains if name.removesuffix(".name") not in fixed]
+    if space.domains and not left:
+        raise UserError(f"nothing is left to vary: {', '.join(space.domains)} are given")
+    domains = {name: space.domains[name] for name in left}
+    return replace(space, domains=domains)
 
 
 def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
@@ -111,17 +119,33 @@ def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
     Raises:
         UserError: what is wrong, as for any setting.
     """
-    from raypkg.cluster.trials import candidates, constants
+    from raypkg.cluster.drawing import candidates, constants
 
-    allowed = {name: candidates(domain) for name, domain in space.domains.items()}
-    first = {name: values[0] for name, values in allowed.items() if values}
-    for name, values in allowed.items():
-        if name.partition(".")[0] in APART or name == ACTORS:
+    choices = {name: candidates(domain) for name, domain in space.domains.items()}
+    first = {name: values[0] for name, values in choices.items() if values}
+    for name, values in choices.items():
+        part = name.partition(".")[0]
+        if part in APART or name == ACTORS:
             raise UserError(f"space: {name} does not alter the result and cannot be varied; give it as an option")
         for value in values:
             try:
                 check({**first, name: value})
             except UserError as error:
                 raise UserError(f"space: {error}") from None
-    if space.domains.keys() == constants(space.domains).keys():
+    fixed = constants(space.domains)
+    if len(fixed) == len(space.domains):
         raise UserError(f"space: there is nothing to vary, only {space.domains}")
+
+
+def _check_drawable(space: Space, origin: str) -> None:
+    from raypkg.cluster.drawing import candidates, draw_settings
+
+    for name in (*space.domains, space.metric, space.mode):
+        if not isinstance(name, str):
+            raise UserError(f"space {origin!r}: {name!r} is not a name")
+    for name, domain in space.domains.items():
+        try:
+            draw_settings({name: domain}, np.random.default_rng(0))
+            candidates(domain)
+        except Exception as error:  # Ray's own, and of a function that is the user's
+            raise UserError(f"space {origin!r}: nothing can be drawn for {name}: {error}") from None

@@ -1,13 +1,15 @@
 """A sweep: settings and a space → numbered trials on Ray Tune → the table, the plots, the best settings."""
 
+from __future__ import annotations
+
 import math
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -15,63 +17,71 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
-from raypkg.core.settings import APART
-from raypkg.experiments import carry_out, check_names, experiment, settings_of, training_settings_of, with_absolute_path
+from raypkg.core.settings import APART, Experiment
+from raypkg.experiments import check_names, training_settings_of, with_absolute_path
 from raypkg.runs import ROOT
-from raypkg.runs import folder as run_folder
 from raypkg.runs.show import terminal
-from raypkg.runs.storage import Storage
 
 from . import proxy
-from .order import EVALUATE, Order, base_of, check_trial, filled, longest_of, trials_of, varied, without
+from .figures import TrialRun
+from .order import ALL_TO_THE_END, Order, base_of, filled
 from .show import conclude, show_sweep
-from .spaces import Space, check_space, open_space, read_space
-from .sweep_folder import DONE, SweepFolder, create_sweep, find_sweep, measured
+from .spaces import Space, check_space, open_space, read_space, without
+from .standing import ONLY
+from .sweep_folder import DONE, RECORD, SweepFolder, create_sweep, find_sweep
+from .trial import run_trial
+from .trial_settings import Values, check_trial, longest_of, trials_of, varied
 
-CHANGEABLE = ("concurrent", "time_budget")  # of a sweep that goes on
-WORST = 1e30  # of which schedulers can take means
+if TYPE_CHECKING:  # they import Ray, which a mistake in the settings need not wait for
+    from raypkg.cluster.capacity import TrialSize
+    from raypkg.cluster.proposals import Proposals
+
+CHANGEABLE = ("concurrent", "time_budget")  # of a sweep that is resumed
 
 
 def start_sweep(
-    entry: Entry, order: Order, config: Path | None, values: Mapping[str, Any], name: str | None, root: str
+    entry: Entry,
+    order: Order,
+    config: Path | None,
+    values: Mapping[str, Any],
+    name: str | None,
+    root: str,
 ) -> None:
     """Check everything, then run a new sweep; a mistake leaves no folder behind and starts no Ray.
+
+    Args:
+        entry: the experiment.
+        order: what was asked for.
+        config: a file of settings, or None.
+        values: further settings, which win over it.
+        name: of the sweep; made up when None.
+        root: of all runs.
 
     Raises:
         UserError: bad settings, a bad space, or an order that cannot be carried out.
     """
-    schema = settings_of(entry)
+    schema = training_settings_of(entry)
     settings = with_absolute_path(load_settings(schema, base_of(schema, config), values))
     check_names(settings)
-    space = without(open_space(entry.name if order.space is None else order.space), values)
+    whole = open_space(entry.name if order.space is None else order.space)
+    space = without(whole, values)
     order = filled(order, space)
     proxy.check_proxy(order, settings, space)
-
-    def check(values: Mapping[str, Any]) -> None:
-        if order.search == "optuna":  # it has yet to think of trials: each value is tried as one, by itself
-            check_trial(order, settings, values)
-        else:
-            check_names(varied(settings, values))
-
-    check_space(space, check)
-    trials = trials_of(order, space, settings)
-    for number, trial in enumerate(trials):
-        try:
-            check_trial(order, settings, trial)
-        except UserError as error:
-            raise UserError(f"trial {number}: {error}") from None
+    trials = _checked_trials(order, settings, space)
     order = replace(order, samples=len(trials) or order.samples)
-    name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}" if name is None else name
-    only = {proxy.ONLY: proxy.coreset_of(root, name)} if order.proxy else {}
-    asked = asdict(order) | {"varied": [*space.domains], "fixed": only}
-    sweep = create_sweep(root, name, asked, settings, space.text, [trial | only for trial in trials])
+
+    if name is None:
+        name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}"
+    only = {ONLY: proxy.coreset_of(root, name)} if order.proxy else {}
+    record = asdict(order) | {"varied": [*space.domains], "fixed": only}
+    folder = create_sweep(root, name, record, settings, space.text, [trial | only for trial in trials])
     try:
-        size = _size(settings, order.concurrent)
-    except BaseException:
-        sweep.storage.delete_folder("")
+        sweep = Sweep(folder, settings, space, root)
+    except BaseException:  # no cluster, or one too small
+        folder.storage.delete_folder("")
         raise
-    with sweep.storage.alone(f"sweep {name!r}"):
-        _run(entry, sweep, settings, space, size, root)
+    with folder.storage.alone(f"sweep {name!r}"):
+        sweep.run()
 
 
 def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any], root: str) -> None:
@@ -87,172 +97,194 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
     Raises:
         UserError: no such sweep of this experiment, or what would change its results.
     """
-    asked = {option: value for option, value in asdict(order).items() if option != "experiment" and value is not None}
-    kept = [f"--{option.replace('_', '-')}" for option in asked if option not in CHANGEABLE]
-    for option in [*kept, *(setting for setting in values if setting.partition(".")[0] not in APART)]:
+    changes = {option: value for option, value in asdict(order).items() if value is not None}
+    del changes["experiment"]
+    options = [f"--{option.replace('_', '-')}" for option in changes if option not in CHANGEABLE]
+    settled = [setting for setting in values if setting.partition(".")[0] not in APART]
+    if refused := next(iter(options + settled), None):
         raise UserError(
-            f"--resume {name} keeps what was asked for: {option} cannot change, only --concurrent, --time-budget,"
+            f"--resume {name} keeps what was asked for: {refused} cannot change, only --concurrent, --time-budget,"
             " cluster.* and track.*"
         )
-    sweep = find_sweep(root, name)
-    if sweep.order["experiment"] != entry.name:
-        raise UserError(f"sweep {name!r} is of {sweep.order['experiment']}, not of {entry.name}")
-    settings = load_settings(settings_of(entry), sweep.config, values)
-    whole = read_space(sweep.space, f"{sweep.storage.root}/space.py")
-    space = without(whole, whole.domains.keys() - sweep.order["varied"])
-    with sweep.storage.alone(f"sweep {name!r}"):
-        sweep.change(asked, settings)
-        if not _left(sweep) and not proxy.enlist(sweep):
-            conclude(sweep)
-            show_sweep(sweep, terminal())
-            return
-        _run(entry, sweep, settings, space, _size(settings, sweep.order["concurrent"]), root)
+    folder = find_sweep(root, name)
+    if folder.experiment != entry.name:
+        raise UserError(f"sweep {name!r} is of {folder.experiment}, not of {entry.name}")
+    if folder.order.get("scheduler") == "none":
+        raise UserError(f"{folder.storage.root}/{RECORD}: scheduler none is now called {ALL_TO_THE_END}")
+    settings = load_settings(training_settings_of(entry), folder.config, values)
+    whole = read_space(folder.space, f"{folder.storage.root}/space.py")
+    space = without(whole, whole.domains.keys() - folder.order["varied"])
+    with folder.storage.alone(f"sweep {name!r}"):
+        folder.change(changes, settings)
+        if _left(folder) or proxy.enlist(folder):
+            Sweep(folder, settings, space, root).run()
+        else:
+            conclude(folder)
+            show_sweep(folder, terminal())
 
 
-def _size(settings: Any, concurrent: int | None) -> Any:
-    """Join or start the cluster, and see how many trials it has room for."""
-    from raypkg.cluster.session import connect
-    from raypkg.cluster.trials import size_of
-
-    connect(settings.cluster)
-    return size_of(settings.cluster, settings.actors, concurrent)
-
-
-def run_trial(
-    number: int, values: dict[str, Any], tell: Callable[[dict[str, Any]], None], *, root: str, workers: int
-) -> None:
-    """Run one trial in its run folder, or go on with it there; what is done is only reported.
-
-    A trial that fails is told of with the worst value there is: schedulers compare it with others.
+class Sweep:
+    """A sweep that is being run.
 
     Args:
-        number: of the trial.
-        values: what it sets.
-        tell: takes the epoch and the metric, and an error if there was one.
-        root: of the sweep's folder.
-        workers: of the trial; 0 = this process.
+        folder: of the sweep.
+        settings: that all trials share.
+        space: that they are drawn from.
+        root: of all runs, as the user gave it.
     """
-    sweep = SweepFolder(Storage(root))
-    entry, metric, run = experiment[sweep.order["experiment"]], sweep.order["metric"], sweep.run(number)
-    from raypkg.engine.worker import forget_peak_memory
 
-    forget_peak_memory()  # of the trial before, whose process this is
-    try:
-        if not run.summary:
-            settings = with_absolute_path(
-                load_settings(training_settings_of(entry), sweep.config, values | {"cluster.workers": workers})
-            )
-            if "config.toml" not in run.storage.list():
-                run = run_folder.create(sweep.root, entry.name, run.name, settings)
+    def __init__(self, folder: SweepFolder, settings: Experiment, space: Space, root: str):
+        self.folder = folder
+        self.settings = settings
+        self.space = space
+        self.root = root
+        self.size = _size(settings, folder.order["concurrent"])
+        self.console = terminal()
+        self.deadline = time.monotonic() + (folder.order["time_budget"] or math.inf)
 
-            def listen(row: Mapping[str, Any]) -> None:
-                # The last epoch is told of when the run is complete: a trial stopped there would have been for nothing.
-                if row.get("main") and row["epoch"] < settings.epochs and row.get(metric) is not None:
-                    run.flush()  # before Tune may stop the trial, of which the driver then reads
-                    tell({"epoch": row["epoch"], metric: row[metric]})
+    def run(self) -> None:
+        """Run what is left, then write and show what came of it.
 
-            carry_out(entry, settings, run, Console(quiet=True), group=sweep.name, listen=listen)
-        found = measured(run)
-        if metric not in found:
-            raise UserError(f"metric {metric} was not measured in its {found['epochs']} epochs: see {EVALUATE}")
-        tell({"epoch": found["epochs"], metric: found[metric]})
-    except Exception as error:  # a process that is lost starts again; what a run raises, it would raise again
-        worst = -WORST if sweep.order["mode"] == "max" else WORST
-        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        tell({"epoch": max(1, measured(run)["epochs"]), metric: worst, "error": what.replace("\n", " ")})
+        Raises:
+            UserError: the user interrupted.
+        """
+        try:
+            interrupted = self._run_trials()
+        except (KeyboardInterrupt, SystemExit):  # the latter from Ray Train, around the proxy's selection
+            interrupted = True
+        finally:
+            conclude(self.folder)
+        show_sweep(self.folder, self.console)
+        left = _left(self.folder)
+        if interrupted:
+            raise UserError(f"interrupted, {left} trials left; resume with: {self._again()}")
+        if left:
+            message = f"{left} of {len(self.folder.trials)} trials are not done; resume with: {self._again()}"
+            self.console.print(message, soft_wrap=True)
+        if self.settings.track.name == "wandb" and (line := _sync(self.folder)):
+            self.console.print(line, soft_wrap=True)
+
+    def _run_trials(self) -> bool:
+        """Run the trials, on the proxy first where there is one; return whether the user interrupted."""
+        sweep = self.folder
+        if sweep.on_proxy:
+            proxy.select_proxy(sweep, self.settings, self.size.workers, self.console)
+        finals = sweep.finals()  # of a sweep that is resumed
+        waiting = [trial for trial in sweep.waiting() if trial[0] not in finals]
+        if self._attempt(waiting, sweep.further()):
+            return True
+        proxy.enlist(sweep)
+        finals = sweep.finals()
+        waiting = [trial for trial in sweep.waiting() if trial[0] in finals]
+        return self._attempt(waiting, [])
+
+    def _attempt(self, waiting: Sequence[tuple[int, Values]], further: Sequence[int]) -> bool:
+        """Run trials whose settings are known, and further ones; return whether the user interrupted."""
+        from raypkg.cluster.trials import Rules, run_trials
+
+        sweep = self.folder
+        order = sweep.order
+        seconds = self.deadline - time.monotonic()
+        if not (waiting or further) or seconds <= 0:
+            return False
+        final = not further and {number for number, _ in waiting} <= sweep.finals()
+        self._announce(len(waiting) + len(further), final)
+        rules = Rules(
+            metric=order["metric"],
+            mode=order["mode"],
+            scheduler=ALL_TO_THE_END if final else order["scheduler"],
+            longest=longest_of(self.settings, self.space, [values for _, values in waiting]),
+            seconds=seconds if math.isfinite(seconds) else None,
+            failures=self.settings.cluster.max_failures,
+        )
+        interrupted = run_trials(
+            partial(run_trial, root=sweep.storage.root, workers=self.size.workers),
+            self._proposals(waiting, further),
+            Progress(sweep, self.console),
+            self.size,
+            rules,
+            folder=f"{sweep.storage.root}/ray",
+        )
+        sweep.storage.delete_folder("ray")
+        return interrupted
+
+    def _proposals(self, waiting: Sequence[tuple[int, Values]], further: Sequence[int]) -> Proposals:
+        """Return what hands out these trials; Optuna, told of those that are done, thinks of the further ones."""
+        from raypkg.cluster.drawing import constants
+        from raypkg.cluster.proposals import Proposals, optuna
+
+        order = self.folder.order
+        searcher = None
+        if further and order["search"] == "optuna":
+            metric = self.folder.metric
+            rows = [row for row in self.folder.results() if row["state"] == DONE]
+            done = [(row, row[metric]) for row in rows if row.get(metric) is not None]
+            seed = derive(self.settings.seed, "sweep", further[0])
+            searcher = optuna(self.space.domains, metric, self.folder.mode, seed, done)
+        fixed = constants(self.space.domains) | order["fixed"]
+        return Proposals(waiting, searcher, further, fixed)
+
+    def _announce(self, count: int, final: bool) -> None:
+        trials = f"trials of {self.folder.experiment}"
+        if final:
+            trials += " on all samples"
+        workers = self.size.workers
+        how = f"{workers} workers each, by Ray Train" if workers else "one process each"
+        at_once = self.size.at_once
+        self.console.print(f"{self.folder.name}: {count} {trials}, {how}, {at_once} at once")
+
+    def _again(self) -> str:
+        command = f"effray tune {self.folder.experiment} --resume {self.folder.name}"
+        return command if self.root == ROOT else f"{command} --root {self.root}"
 
 
 class Progress:
     """Keeps and prints how the trials of a sweep end."""
 
     def __init__(self, sweep: SweepFolder, console: Console):
-        self._sweep, self._console = sweep, console
+        self._sweep = sweep
+        self._console = console
 
-    def started(self, number: int, values: dict[str, Any]) -> None:
+    def started(self, number: int, values: Values) -> None:
         """Keep a trial's settings."""
         self._sweep.started(number, values)
 
     def ended(self, number: int, error: str | None) -> None:
         """Keep and print how it ended."""
-        sweep, metric = self._sweep, self._sweep.order["metric"]
-        sweep.ended(number, error)
-        value = measured(sweep.run(number)).get(metric)
-        what = error or ("" if value is None else f"{metric} {value:.4g}")
-        self._console.print(f"{sweep.run_name(number)} {sweep.state(number)}: {what}", soft_wrap=True)
+        sweep = self._sweep
+        state = sweep.ended(number, error)
+        run = TrialRun(sweep.run(number))
+        reached = run.figures().get(sweep.metric)
+        result = error or ("" if reached is None else f"{sweep.metric} {reached:.4g}")
+        self._console.print(f"{sweep.run_name(number)} {state}: {result}", soft_wrap=True)
 
 
-def _run(entry: Entry, sweep: SweepFolder, settings: Any, space: Space, size: Any, root: str) -> None:
-    console = terminal()
-    deadline = time.monotonic() + (sweep.order["time_budget"] or math.inf)
-    try:
-        if sweep.order["proxy"]:
-            proxy.select_proxy(sweep, settings, size.workers, console)
-        finals = sweep.finals()  # of a sweep that goes on
-        waiting = [trial for trial in sweep.waiting() if trial[0] not in finals]
-        interrupted = _attempt(sweep, settings, space, size, waiting, sweep.further(), deadline, console)
-        if not interrupted:
-            proxy.enlist(sweep)
-            waiting = [trial for trial in sweep.waiting() if trial[0] in sweep.finals()]
-            interrupted = _attempt(sweep, settings, space, size, waiting, [], deadline, console)
-    except (KeyboardInterrupt, SystemExit):  # the latter from Ray Train, around the proxy's selection
-        interrupted = True
-    finally:
-        conclude(sweep)
-    show_sweep(sweep, console)
-    again = f"effray tune {entry.name} --resume {sweep.name}" + (f" --root {root}" if root != ROOT else "")
-    if interrupted:
-        raise UserError(f"interrupted, {_left(sweep)} trials left; go on with: {again}")
-    if left := _left(sweep):
-        console.print(f"{left} of {len(sweep.trials)} trials are not done; go on with: {again}", soft_wrap=True)
-    if settings.track.name == "wandb" and (line := _sync(sweep)):
-        console.print(line, soft_wrap=True)
+def _checked_trials(order: Order, settings: Experiment, space: Space) -> list[Values]:
+    """Draw the trials that are known beforehand, and refuse a space or a trial that a single run would refuse."""
+
+    def check(values: Values) -> None:
+        if order.search == "optuna":  # it has yet to think of trials: each value is tried as one, by itself
+            check_trial(order, settings, values)
+        else:
+            check_names(varied(settings, values))
+
+    check_space(space, check)
+    trials = trials_of(order, space, settings)
+    for number, trial in enumerate(trials):
+        try:
+            check_trial(order, settings, trial)
+        except UserError as error:
+            raise UserError(f"trial {number}: {error}") from None
+    return trials
 
 
-def _attempt(
-    sweep: SweepFolder,
-    settings: Any,
-    space: Space,
-    size: Any,
-    waiting: Sequence[tuple[int, dict[str, Any]]],
-    further: Sequence[int],
-    deadline: float,
-    console: Console,
-) -> bool:
-    """Run trials whose settings are known, and further ones; return whether the user interrupted."""
-    from raypkg.cluster.trials import Proposals, Rules, constants, optuna, run_trials
+def _size(settings: Experiment, concurrent: int | None) -> TrialSize:
+    """Join or start the cluster, and choose how a trial runs there and how many do at once."""
+    from raypkg.cluster.capacity import trial_size
+    from raypkg.cluster.session import connect
 
-    order, left = sweep.order, deadline - time.monotonic()
-    if not (waiting or further) or left <= 0:
-        return False
-    searcher = None
-    if further and order["search"] == "optuna":
-        done = [row for row in sweep.results() if row["state"] == DONE and row.get(order["metric"]) is not None]
-        told = [(row, row[order["metric"]]) for row in done]
-        searcher = optuna(
-            space.domains, order["metric"], order["mode"], derive(settings.seed, "sweep", further[0]), told
-        )
-    finals = not further and {number for number, _ in waiting} <= sweep.finals()
-    how = f"{size.workers} workers each, by Ray Train" if size.workers else "one process each"
-    what = f"trials of {order['experiment']}{' on all samples' if finals else ''}"
-    console.print(f"{sweep.name}: {len(waiting) + len(further)} {what}, {how}, {size.at_once} at once")
-    rules = Rules(
-        metric=order["metric"],
-        mode=order["mode"],
-        scheduler="none" if finals else order["scheduler"],
-        longest=longest_of(settings, space, [values for _, values in waiting]),
-        seconds=left if math.isfinite(left) else None,
-        failures=settings.cluster.max_failures,
-    )
-    interrupted = run_trials(
-        partial(run_trial, root=sweep.storage.root, workers=size.workers),
-        Proposals(waiting, searcher, further, constants(space.domains) | order["fixed"]),
-        Progress(sweep, console),
-        size,
-        rules,
-        folder=f"{sweep.storage.root}/ray",
-    )
-    sweep.storage.delete_folder("ray")
-    return interrupted
+    connect(settings.cluster)
+    return trial_size(settings.cluster, settings.actors, concurrent)
 
 
 def _left(sweep: SweepFolder) -> int:
@@ -261,7 +293,7 @@ def _left(sweep: SweepFolder) -> int:
 
 def _sync(sweep: SweepFolder) -> str:
     """Return how to send the runs that W&B kept offline, if there are any."""
-    runs = sweep.run(0).storage.local
+    runs = sweep.run_storage(0).local
     pattern = f"{sweep.name}-*/wandb/offline-run-*"
     if runs is None or not any(runs.parent.glob(pattern)):
         return ""

@@ -7,42 +7,28 @@ Its trials are run folders beside those of the experiment, ``<root>/<experiment>
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import tomli_w
 
 from raypkg.core.config import Settings, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
-from raypkg.runs.compare import kendall
 from raypkg.runs.folder import RunFolder, check_name
 from raypkg.runs.storage import Storage
 
+from .figures import TrialRun
+
 FOLDER = "tune"  # among those of the experiments
-BEST, RECORD = "best.toml", "sweep.json"
-DONE, STOPPED, FAILED, UNFINISHED = "done", "stopped", "failed", "unfinished"
-
-
-class Metric(NamedTuple):
-    """A figure of a run: which way it is better, whether every epoch has it or the end alone, and of what it is."""
-
-    mode: str
-    each_epoch: bool
-    held_out: bool = False
-
-
-METRICS = {
-    "accuracy": Metric("max", True, held_out=True),
-    "valid_loss": Metric("min", True, held_out=True),
-    "train_accuracy": Metric("max", True),
-    "loss": Metric("min", True),
-    "test_accuracy": Metric("max", False),
-    "test_loss": Metric("min", False),
-    "seconds": Metric("min", False),
-    "backward": Metric("min", False),  # samples back-propagated, over all phases
-}
+BEST = "best.toml"
+CONFIG = "config.toml"
+RECORD = "sweep.json"
+DONE = "done"
+STOPPED = "stopped"
+FAILED = "failed"
+UNFINISHED = "unfinished"
+Row = Mapping[str, Any]
 
 
 class SweepFolder:
@@ -69,6 +55,26 @@ class SweepFolder:
         return self.storage.root.rpartition("/")[2]
 
     @property
+    def experiment(self) -> str:
+        """The name of the experiment whose runs the trials are."""
+        return self.order["experiment"]
+
+    @property
+    def metric(self) -> str:
+        """The metric by which trials are compared."""
+        return self.order["metric"]
+
+    @property
+    def mode(self) -> str:
+        """Whether the metric is to be large or small: max or min."""
+        return self.order["mode"]
+
+    @property
+    def on_proxy(self) -> bool:
+        """Whether the first trials train on a coreset of the sweep's own."""
+        return bool(self.order.get("proxy"))
+
+    @property
     def root(self) -> str:
         """The root of all runs."""
         return self.storage.root.rsplit("/", 2)[0]
@@ -76,96 +82,137 @@ class SweepFolder:
     @property
     def config(self) -> dict[str, Any]:
         """The settings that all trials share, not yet validated."""
-        return parse_toml((self.storage.read("config.toml") or b"").decode(), f"{self.storage.root}/config.toml")
+        return _toml(self.storage, CONFIG)
 
     @property
     def space(self) -> str:
         """The text of the space's file."""
         return (self.storage.read("space.py") or b"").decode()
 
-    def run(self, number: int) -> RunFolder:
-        """Return the folder of a trial's run, which may not exist yet."""
-        return RunFolder(Storage(self.root) / self.order["experiment"] / self.run_name(number))
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The settings in ``best.toml``."""
+        return _toml(self.storage, BEST) or None
 
     def run_name(self, number: int) -> str:
         """Return the name of a trial's run."""
         return f"{self.name}-{number:03d}"
 
+    def run_storage(self, number: int) -> Storage:
+        """Return where a trial's run is, or will be."""
+        return Storage(self.root) / self.experiment / self.run_name(number)
+
+    def run(self, number: int) -> RunFolder:
+        """Open the folder of a trial's run, which may not exist yet."""
+        return RunFolder(self.run_storage(number))
+
+    def runs(self) -> dict[int, TrialRun]:
+        """Read the run of every trial whose settings are known."""
+        return {number: TrialRun(self.run(number)) for number in self._known()}
+
+    def lasting(self, number: int) -> dict[str, Any]:
+        """Return the settings of a trial that alter its result."""
+        settings = _toml(self.run_storage(number), CONFIG)
+        return {name: part for name, part in settings.items() if name not in APART}
+
     def started(self, number: int, values: Mapping[str, Any]) -> None:
         """Keep a trial's settings; a searcher thinks of them only now."""
-        self.trials += [{"settings": None, "ended": None, "error": None} for _ in range(len(self.trials), number + 1)]
-        self.trials[number] = {"settings": dict(values), "ended": None, "error": None}
+        while len(self.trials) <= number:
+            self.trials.append(_new_trial(None))
+        self.trials[number] = _new_trial(values)
         self._write()
 
-    def ended(self, number: int, error: str | None) -> None:
-        """Keep how a trial ended."""
-        state = FAILED if error else DONE if self.run(number).summary else STOPPED
+    def ended(self, number: int, error: str | None) -> str:
+        """Keep how a trial ended, and return the state that it is in."""
+        if error:
+            state = FAILED
+        elif self._is_done(number):
+            state = DONE
+        else:
+            state = STOPPED
         self.trials[number] |= {"ended": state, "error": error}
         self._write()
+        return state
 
     def change(self, order: Mapping[str, Any], settings: Settings) -> None:
         """Keep what is asked for otherwise from now on."""
         self.order |= order
-        self.storage.write("config.toml", to_toml(settings).encode())
+        self.storage.write(CONFIG, to_toml(settings).encode())
         self._write()
+
+    def state(self, number: int) -> str:
+        """Return how far a trial is."""
+        return self._state(number, self._is_done(number))
 
     def waiting(self) -> list[tuple[int, dict[str, Any]]]:
         """Return number and settings of the trials that are to be run: new, unfinished or failed ones."""
-        known = [(number, trial["settings"]) for number, trial in enumerate(self.trials) if trial["settings"]]
-        return [(number, settings) for number, settings in known if self.state(number) in (UNFINISHED, FAILED)]
+        known = [(number, self.trials[number]["settings"]) for number in self._known()]
+        return [trial for trial in known if self.state(trial[0]) in (UNFINISHED, FAILED)]
 
     def further(self) -> list[int]:
         """Return the numbers of the trials whose settings nobody has thought of yet."""
-        gaps = [number for number, trial in enumerate(self.trials) if not trial["settings"]]
-        return [*gaps, *range(len(self.trials), self.order["samples"])]
+        known = set(self._known())
+        count = max(len(self.trials), self.order["samples"])
+        return [number for number in range(count) if number not in known]
 
     def finals(self) -> set[int]:
         """Return the numbers of the trials on all samples that follow those on the sweep's coreset."""
-        return set(range(self.order["samples"], len(self.trials))) if self.order.get("proxy") else set()
+        if not self.on_proxy:
+            return set()
+        return set(range(self.order["samples"], len(self.trials)))
 
-    def state(self, number: int) -> str:
-        """Return how far a trial is; its run folder knows best."""
-        return DONE if self.run(number).summary else self.trials[number]["ended"] or UNFINISHED
+    def results(self, runs: Mapping[int, TrialRun] | None = None) -> list[dict[str, Any]]:
+        """Return a row for each trial: its number, run, state and figures, and what it sets.
 
-    def results(self) -> list[dict[str, Any]]:
-        """Return a row for each trial: its number, run, state and figures, and what it sets."""
-        return [
-            {
-                "trial": number,
-                "run": self.run_name(number),
-                "state": self.state(number),
-                **({"proxy": number not in self.finals()} if self.order.get("proxy") else {}),
-                "error": trial["error"],
-                **measured(self.run(number)),
-                **trial["settings"],
-            }
-            for number, trial in enumerate(self.trials)
-            if trial["settings"]
-        ]
+        Args:
+            runs: of all trials, where the caller has read them.
+        """
+        runs = self.runs() if runs is None else runs
+        return [self._result(number, run) for number, run in runs.items()]
 
-    def conclude(self, results: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None) -> None:
+    def conclude(self, results: Sequence[Row], best: Row | None) -> None:
         """Write the table of all trials and the settings of the best one."""
-        names = list(dict.fromkeys(name for row in results for name in row))
-        self.storage.write_table("results.parquet", pa.table({name: _column(results, name) for name in names}))
+        names = dict.fromkeys(name for row in results for name in row)
+        table = pa.table({name: _column(results, name) for name in names})
+        self.storage.write_table("results.parquet", table)
         if best:
-            self.storage.write(BEST, tomli_w.dumps(self.lasting(best["trial"])).encode())
+            settings = self.lasting(best["trial"])
+            self.storage.write(BEST, tomli_w.dumps(settings).encode())
 
-    def lasting(self, number: int) -> dict[str, Any]:
-        """Return the settings of a trial that alter its result."""
-        return {name: part for name, part in self.run(number).config.items() if name not in APART}
+    def _known(self) -> list[int]:
+        """Return the numbers of the trials whose settings are known."""
+        return [number for number, trial in enumerate(self.trials) if trial["settings"]]
 
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The settings in ``best.toml``."""
-        text = self.storage.read(BEST)
-        return parse_toml(text.decode(), f"{self.storage.root}/{BEST}") if text else None
+    def _is_done(self, number: int) -> bool:
+        return self.run_storage(number).read("summary.json") is not None
+
+    def _state(self, number: int, done: bool) -> str:
+        """Return a trial's state: its run folder knows better than the record, which a killed sweep leaves behind."""
+        return DONE if done else self.trials[number]["ended"] or UNFINISHED
+
+    def _result(self, number: int, run: TrialRun) -> dict[str, Any]:
+        trial = self.trials[number]
+        row: dict[str, Any] = {
+            "trial": number,
+            "run": self.run_name(number),
+            "state": self._state(number, run.summary is not None),
+        }
+        if self.on_proxy:
+            row["proxy"] = number not in self.finals()
+        row["error"] = trial["error"]
+        return row | run.figures() | trial["settings"]
 
     def _write(self) -> None:
         self.storage.write_json(RECORD, {"order": self.order, "trials": self.trials})
 
 
 def create_sweep(
-    root: str, name: str, order: Mapping[str, Any], settings: Settings, space: str, trials: Iterable[Mapping[str, Any]]
+    root: str,
+    name: str,
+    order: Mapping[str, Any],
+    settings: Settings,
+    space: str,
+    trials: Iterable[Mapping[str, Any]],
 ) -> SweepFolder:
     """Make a new sweep folder.
 
@@ -181,19 +228,23 @@ def create_sweep(
         UserError: a sweep of that name exists, or a run that is named as it or a trial, or the name cannot be one.
     """
     check_name(name)
-    sweeps, runs = Storage(root) / FOLDER, Storage(root) / order["experiment"]
+    sweeps = Storage(root) / FOLDER
+    runs = Storage(root) / order["experiment"]
     if name in sweeps.list():
-        raise UserError(f"sweep {name!r} exists in {sweeps.root}: give another --name, or go on with --resume {name}")
-    if taken := [run for run in runs.list() if re.fullmatch(rf"{re.escape(name)}(-\d+)?", run)]:
         raise UserError(
-            f"run {taken[0]!r} exists in {runs.root}, as the sweep or a trial would be called: give another --name"
+            f"sweep {name!r} exists in {sweeps.root}: give another --name, or continue with --resume {name}"
+        )
+    same_names = re.compile(rf"{re.escape(name)}(-\d+)?")
+    if taken := next((run for run in runs.list() if same_names.fullmatch(run)), None):
+        raise UserError(
+            f"run {taken!r} exists in {runs.root}, as the sweep or a trial would be called: give another --name"
         )
     storage = sweeps / name
-    known = [{"settings": dict(values), "ended": None, "error": None} for values in trials]
+    record = {"order": dict(order), "trials": [_new_trial(values) for values in trials]}
     try:
-        storage.write("config.toml", to_toml(settings).encode())
+        storage.write(CONFIG, to_toml(settings).encode())
         storage.write("space.py", space.encode())
-        storage.write_json(RECORD, {"order": dict(order), "trials": known})  # the last: now it is a sweep
+        storage.write_json(RECORD, record)  # the last: now it is a sweep
     except BaseException:
         storage.delete_folder("")
         raise
@@ -217,90 +268,15 @@ def is_sweep(storage: Storage) -> bool:
     return RECORD in storage.list()
 
 
-def curve(folder: RunFolder, metric: str) -> list[tuple[int, float]]:
-    """Return epoch and metric of the main training, where it was measured."""
-    return [(row["epoch"], row[metric]) for row in _rows(folder) if row.get(metric) is not None]
+def _new_trial(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    settings = None if values is None else dict(values)
+    return {"settings": settings, "ended": None, "error": None}
 
 
-def measured(folder: RunFolder) -> dict[str, Any]:
-    """Return a run's figures: the last of every metric, and how many epochs of the main training there are."""
-    last: dict[str, Any] = {"epochs": max((row["epoch"] for row in _rows(folder)), default=0)}
-    for row in _rows(folder):
-        last |= {name: row[name] for name in METRICS if row.get(name) is not None}
-    if summary := folder.summary:
-        last |= {name: summary[name] for name in METRICS if name in summary}
-        last["backward"] = sum(phase["backward"] for phase in summary["phases"])
-    elif "backward" in last:  # of the main training so far; what came before it is paid as well
-        records = [folder.phase(name.removesuffix(".json")) or {} for name in folder.storage.list("phases")]
-        last["backward"] += sum(cost["backward"] for record in records for cost in record.get("costs", ()))
-    return last
-
-
-def ranked(results: Iterable[Mapping[str, Any]], metric: str, mode: str) -> list[Mapping[str, Any]]:
-    """Return the trials, the best and of equal ones the cheapest first: done, then stopped, then on a proxy."""
-
-    def key(row: Mapping[str, Any]) -> tuple[int, float, int]:
-        if row.get(metric) is None:
-            return 4, 0.0, 0
-        return (
-            (row["state"] != DONE) + 2 * row.get("proxy", False),
-            row[metric] * (-1 if mode == "max" else 1),
-            row.get("backward", 0),
-        )
-
-    return sorted(results, key=key)
-
-
-def front(results: Iterable[Mapping[str, Any]], metric: str, mode: str, cost: str = "backward") -> list[int]:
-    """Return the numbers of the done trials that no other beats in both metric and cost, the cheapest first.
-
-    >>> rows = [{"trial": n, "state": "done", "accuracy": a, "backward": b} for n, (a, b) in
-    ...         enumerate([(0.8, 100), (0.9, 200), (0.7, 150), (0.9, 300)])]
-    >>> front(rows, "accuracy", "max")
-    [0, 1]
-    """
-    sign = 1 if mode == "max" else -1
-    whole = [row for row in results if row["state"] == DONE and not row.get("proxy")]
-    done = [row for row in whole if None not in (row.get(metric), row.get(cost))]
-    found: list[int] = []
-    best = float("-inf")
-    for row in sorted(done, key=lambda row: (row[cost], -sign * row[metric])):
-        if sign * row[metric] > best:
-            best = sign * row[metric]
-            found.append(row["trial"])
-    return found
-
-
-def judge_proxy(sweep: SweepFolder) -> dict[str, Any] | None:
-    """Return how well the coreset ranked the trials that were done on all samples too, and what it cost.
-
-    ``backward`` is what the sweep cost with the coreset's own run, ``backward_without`` what as many trials on all
-    samples would have cost at the mean of those that were.
-    """
-    if not sweep.order.get("proxy"):
-        return None
-    metric, results = sweep.order["metric"], sweep.results()
-    on_proxy = {_key(row, sweep): row for row in results if row.get("proxy") and row.get(metric) is not None}
-    whole = [row for row in results if not row.get("proxy") and row["state"] == DONE]
-    pairs = [(on_proxy[_key(row, sweep)][metric], row[metric]) for row in whole if _key(row, sweep) in on_proxy]
-    if len(pairs) < 2:
-        return None
-    path = next(iter(sweep.order["fixed"].values()))
-    select = measured(RunFolder(Storage(path.rpartition("/")[0])))["backward"]
-    return {
-        "trials": len(pairs),
-        "kendall": kendall(*np.array(pairs).T),
-        "backward": select + sum(row.get("backward", 0) for row in results),
-        "backward_without": round(sweep.order["samples"] * np.mean([row["backward"] for row in whole])),
-    }
-
-
-def _key(row: Mapping[str, Any], sweep: SweepFolder) -> tuple[Any, ...]:
-    return tuple(str(row.get(name)) for name in sweep.order["varied"])
-
-
-def _rows(folder: RunFolder) -> list[dict[str, Any]]:
-    return [row for row in folder.rows if row.get("main")]
+def _toml(storage: Storage, name: str) -> dict[str, Any]:
+    """Return what a TOML file holds; nothing, if it does not exist."""
+    content = storage.read(name) or b""
+    return parse_toml(content.decode(), f"{storage.root}/{name}")
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Array:
@@ -308,4 +284,5 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # values of several types, or beyond 64 bits
-        return pa.array([None if value is None else str(value) for value in values])
+        texts = [None if value is None else str(value) for value in values]
+        return pa.array(texts)

@@ -47,38 +47,38 @@ def wrong(refusal, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("'select.tao': tune.uniform(0.1, 1)", "unknown setting 'select.tao', did you mean 'select.tau'?"),
-        ("'selct.tau': 0.1", "unknown setting 'selct', did you mean 'select'?"),
-        ("'select.tau': tune.uniform(-1, 1)", "select.tau = -1: input should be greater than 0"),
-        ("'select.tau': tune.uniform(0, 1)", "select.tau = 0: input should be greater than 0"),
+        ("'crest.tao': tune.uniform(0.1, 1)", "unknown setting 'crest.tao', did you mean 'crest.tau'?"),
+        ("'crset.tau': 0.1", "unknown setting 'crset', did you mean 'crest'?"),
+        ("'crest.tau': tune.uniform(-1, 1)", "crest.tau = -1: input should be greater than 0"),
+        ("'crest.tau': tune.uniform(0, 1)", "crest.tau = 0: input should be greater than 0"),
         ("'budget': tune.uniform(0.5, 2)", "budget = 2: input should be less than or equal to 1"),
-        ("'select.b': tune.randint(0, 3)", "select.b = 0: input should be greater than or equal to 1"),
-        ("'select.b': tune.choice([1, 2, 2.5])", "select.b = 2.5: input should be a valid integer"),
+        ("'crest.b': tune.randint(0, 3)", "crest.b = 0: input should be greater than or equal to 1"),
+        ("'crest.b': tune.choice([1, 2, 2.5])", "crest.b = 2.5: input should be a valid integer"),
         ("'train.optimizer': tune.choice(['sgd', 'adam'])", "train.optimizer 'adam', did you mean 'adamw'?"),
         ("'train.optimizer': tune.grid_search(['sdg'])", "train.optimizer 'sdg', did you mean 'sgd'?"),
         ("'model.name': tune.choice(['resnet8', 'resnt20'])", "unknown model 'resnt20', did you mean 'resnet20'?"),
         ("'cluster.workers': tune.choice([0, 2])", "cluster.workers does not alter the result and cannot be varied"),
         ("'cluster': {'workers': 2}", "cluster does not alter the result and cannot be varied"),
-        ("'select.actors': tune.choice([0, 2])", "select.actors does not alter the result and cannot be varied"),
+        ("'crest.actors': tune.choice([0, 2])", "crest.actors does not alter the result and cannot be varied"),
         ("", "space: there is nothing to vary, only {}"),
-        ("'select.tau': 0.1", "space: there is nothing to vary, only {'select.tau': 0.1}"),
-        ("'select.b': tune.choice([])", "nothing can be drawn for select.b: a cannot be empty"),
-        ("'select.b': tune.grid_search([])", "nothing can be drawn for select.b"),
-        ("'select.b': {'grid_search': 5}", "nothing can be drawn for select.b"),
-        ("'select.b': tune.randint(5, 5)", "nothing can be drawn for select.b: low >= high"),
-        ("'select.tau': tune.uniform(2, 1)", "nothing can be drawn for select.tau"),
-        ("'select.tau': tune.sample_from(lambda spec: spec.config.x)", "nothing can be drawn for select.tau"),
+        ("'crest.tau': 0.1", "space: there is nothing to vary, only {'crest.tau': 0.1}"),
+        ("'crest.b': tune.choice([])", "nothing can be drawn for crest.b: a cannot be empty"),
+        ("'crest.b': tune.grid_search([])", "nothing can be drawn for crest.b"),
+        ("'crest.b': {'grid_search': 5}", "nothing can be drawn for crest.b"),
+        ("'crest.b': tune.randint(5, 5)", "nothing can be drawn for crest.b: low >= high"),
+        ("'crest.tau': tune.uniform(2, 1)", "nothing can be drawn for crest.tau"),
+        ("'crest.tau': tune.sample_from(lambda spec: spec.config.x)", "nothing can be drawn for crest.tau"),
         ("1: tune.choice([1])", "space 'mine.py': 1 is not a name"),
         (
-            "'train.evaluate_every': tune.grid_search([0])",
-            "trial 0: metric accuracy would never be measured: train.evaluate_every = 0",
+            "'train.evaluate_every_epochs': tune.grid_search([0])",
+            "trial 0: metric accuracy would never be measured: train.evaluate_every_epochs = 0",
         ),
         ("'dataset.validation': tune.grid_search([0])", "trial 0: metric accuracy is measured on held-out samples"),
         ("'dataset.only': tune.grid_search(['/nope.parquet'])", "trial 0: there is no coreset file /nope.parquet"),
         ("'dataset.name': tune.grid_search(['parquet:/nope'])", "trial 0: "),
-        ("'select.tau': 1 / 0", "space 'mine.py' raises ZeroDivisionError: division by zero"),
-        ("'select.tau': tune.unifrom(0, 1)", "space 'mine.py' raises AttributeError"),
-        ("'select.tau': {}['x']", "space 'mine.py' raises KeyError: 'x'"),
+        ("'crest.tau': 1 / 0", "space 'mine.py' raises ZeroDivisionError: division by zero"),
+        ("'crest.tau': tune.unifrom(0, 1)", "space 'mine.py' raises AttributeError"),
+        ("'crest.tau': {}['x']", "space 'mine.py' raises KeyError: 'x'"),
     ],
 )
 def test_a_space_is_held_against_the_settings(wrong, space, content, message):
@@ -88,7 +88,7 @@ def test_a_space_is_held_against_the_settings(wrong, space, content, message):
 
 @pytest.mark.parametrize("metric", [3, None, ["accuracy"]])
 def test_what_a_space_aims_for_is_a_name(wrong, space, metric):
-    space("'select.b': tune.choice([1, 2])", metric=metric)
+    space("'crest.b': tune.choice([1, 2])", metric=metric)
     assert f"space 'mine.py': {metric} is not a name" in wrong("crest --space mine.py")
 
 
@@ -115,7 +115,7 @@ def test_what_is_given_is_not_varied(wrong, space, given):
     [
         ("def space(:", "space 'mine.py' raises SyntaxError"),
         ("METRIC, MODE = 'accuracy', 'max'", "space 'mine.py' defines no space"),
-        ("def space(): return {'select.tau': 1}", "space 'mine.py' defines no METRIC"),
+        ("def space(): return {'crest.tau': 1}", "space 'mine.py' defines no METRIC"),
         ("raise SystemError('no')", "space 'mine.py' raises SystemError: no"),
         ("import sys; sys.exit(0)", "space 'mine.py' raises SystemExit: 0"),
         ("\udcff", "cannot read the space 'mine.py'"),
@@ -143,14 +143,15 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --dataset.validation 0", "metric accuracy is measured on held-out samples: dataset.validation = 0"),
         ("crest --mode most", "unknown mode 'most'"),
         ("crest --scheduler ahsa", "unknown scheduler 'ahsa', did you mean 'asha'?"),
+        ("crest --scheduler none", "scheduler none is now called fifo"),
         ("crest --search gird", "unknown search 'gird', did you mean 'grid'?"),
-        ("crest --search grid", "--search grid: select.tau is drawn from a continuous range"),
+        ("crest --search grid", "--search grid: crest.tau is drawn from a continuous range"),
         ("crest --proxy 1.5", "--proxy 1.5: a share of the samples, above 0 and below 1"),
         ("crest --proxy-method craig", "--proxy-method craig needs --proxy"),
         ("crest --proxy 0.1 --proxy-method crag", "unknown coreset method 'crag', did you mean 'craig'?"),
         ("crest --proxy 0.1 --dataset.only a.parquet", "--proxy chooses the samples, so dataset.only"),
         ("crest --model resnt8", "unknown model 'resnt8'"),
-        ("crest --select.tau -1", "select.tau = '-1'"),
+        ("crest --crest.tau -1", "crest.tau = '-1'"),
         ("crest --resume none", "unknown sweep in"),
         ("crest --resume=", "unknown sweep in"),
         ("crest --space=", "unknown space ''"),
@@ -177,11 +178,17 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("deltagrad --dataset.augment crop", "trial 0: dataset.augment = crop: DeltaGrad replays exact"),
         ("crest --resume none --train.lr 3", "--resume none keeps what was asked for: train.lr cannot change"),
         ("crest --train.epochs 15", "budget = 0.1 of 15 epochs is 1.5 epochs: it must be whole"),
-        ("crest --selection random", "selection = random: select.* belongs to crest and would do nothing"),
+        ("crest --selection random", "selection = random: crest.* belongs to crest and would do nothing"),
         ("crest --space crest_cost", "fewer than the 128 of train.batch_size"),
         ("crest --proxy 0.05", "train.batch_size = 128: there are only 65 samples to choose from"),
-        ("train --train.evaluate_every 0", "metric accuracy would never be measured: train.evaluate_every = 0"),
-        ("train --train.epochs 4 --train.evaluate_every 5", "would never be measured: train.evaluate_every = 5 of 4"),
+        (
+            "train --train.evaluate_every_epochs 0",
+            "metric accuracy would never be measured: train.evaluate_every_epochs = 0",
+        ),
+        (
+            "train --train.epochs 4 --train.evaluate_every_epochs 5",
+            "would never be measured: train.evaluate_every_epochs = 5 of 4",
+        ),
         ("train --train.lr 0.1 --train.batch_size 9 --train.weight_decay 0", "nothing is left to vary"),
     ],
 )
@@ -190,12 +197,12 @@ def test_a_wrong_order_is_one_line(wrong, arguments, message):
 
 
 def test_a_missing_searcher_names_its_extra(wrong, monkeypatch):
-    monkeypatch.setattr("raypkg.cluster.trials.find_spec", lambda name: None)
+    monkeypatch.setattr("raypkg.cluster.proposals.find_spec", lambda name: None)
     assert "--search optuna needs Optuna: pip install 'effray[optuna]'" in wrong("crest --search optuna")
 
 
 def test_a_grid_has_its_own_number_of_trials(wrong, space):
-    space("'select.b': tune.choice([1, 2])")
+    space("'crest.b': tune.choice([1, 2])")
     assert "--samples 3: a grid has as many trials" in wrong("crest --space mine.py --search grid --samples 3")
 
 
@@ -207,14 +214,14 @@ def test_a_grid_too_large_is_refused(wrong, space):
 
 
 def test_the_mode_of_a_space_is_checked(wrong, space):
-    space("'select.b': tune.choice([1, 2])", mode="most")
+    space("'crest.b': tune.choice([1, 2])", mode="most")
     assert "unknown mode 'most'" in wrong("crest --space mine.py")
 
 
 def test_draws_follow_from_the_seed_and_grids_have_every_combination():
     from ray import tune
 
-    from raypkg.cluster.trials import candidates, draw_settings, grid
+    from raypkg.cluster.drawing import candidates, draw_settings, grid
 
     space = {"a": tune.choice([1, 2]), "b": tune.randint(0, 3), "c": tune.grid_search(["x"]), "d": 7}
     assert len(list(grid(space))) == 6 and {"a": 2, "b": 1, "c": "x", "d": 7} in list(grid(space))
@@ -233,24 +240,34 @@ def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
     from raypkg.methods.crest.settings import CrestSettings
     from raypkg.sweeps.sweep_folder import create_sweep
 
-    order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "varied": ["select.b"]}
-    text = SPACE.format(metric="accuracy", mode="max", space="'select.b': tune.choice([1, 2])")
-    sweep = create_sweep(str(tmp_path / "runs"), "s", order, CrestSettings(), text, [{"select.b": 1}])
+    order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "varied": ["crest.b"]}
+    text = SPACE.format(metric="accuracy", mode="max", space="'crest.b': tune.choice([1, 2])")
+    sweep = create_sweep(str(tmp_path / "runs"), "s", order, CrestSettings(), text, [{"crest.b": 1}])
     with sweep.storage.alone("it"):
         assert "sweep 's' is being worked on by another process" in refusal("tune crest --resume s --concurrent 1")
     assert "concurrent" not in SweepFolder(sweep.storage).order
+
+
+def test_a_sweep_with_an_old_name_is_told_the_new_one(refusal, tmp_path):
+    from raypkg.methods.crest.settings import CrestSettings
+    from raypkg.sweeps.sweep_folder import create_sweep
+
+    order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "scheduler": "none"}
+    create_sweep(str(tmp_path / "runs"), "s", order, CrestSettings(), "", [{"crest.b": 1}])
+    assert "sweep.json: scheduler none is now called fifo" in refusal("tune crest --resume s")
 
 
 def test_no_trial_is_drawn_twice():
     from ray import tune
 
     from raypkg.methods.crest.settings import CrestSettings
-    from raypkg.sweeps.order import Order, trials_of
+    from raypkg.sweeps.order import Order
     from raypkg.sweeps.spaces import Space
+    from raypkg.sweeps.trial_settings import trials_of
 
-    space = Space("", {"select.b": tune.choice([1, 2, 3]), "train.lr": 0.1}, "accuracy", "max")
+    space = Space("", {"crest.b": tune.choice([1, 2, 3]), "train.lr": 0.1}, "accuracy", "max")
     trials = trials_of(Order("crest", samples=8, search="random"), space, CrestSettings())
-    assert sorted(trial["select.b"] for trial in trials) == [1, 2, 3]
+    assert sorted(trial["crest.b"] for trial in trials) == [1, 2, 3]
 
 
 def test_numbers_of_numpy_are_plain():
@@ -258,7 +275,7 @@ def test_numbers_of_numpy_are_plain():
 
     from ray import tune
 
-    from raypkg.cluster.trials import candidates, constants, draw_settings, grid
+    from raypkg.cluster.drawing import candidates, constants, draw_settings, grid
 
     space = {"a": tune.grid_search(list(np.arange(2))), "b": np.float64(0.5), "c": tune.choice([np.int64(3)])}
     for plain in (
@@ -275,8 +292,8 @@ def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):
 
     from raypkg.methods.crest.settings import CrestSettings
     from raypkg.methods.sparse.settings import SparseSettings
-    from raypkg.sweeps.order import longest_of
     from raypkg.sweeps.spaces import Space
+    from raypkg.sweeps.trial_settings import longest_of
 
     settings = SparseSettings(density=0.1)
     domains = {"multiplier": tune.choice([1, 3]), "train.epochs": tune.randint(5, 11), "train.lr": 0.1}
@@ -288,14 +305,14 @@ def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):
 def test_the_help_lists_the_experiments_that_train(effray):
     text = effray("tune --help")
     assert all(name in text for name in ("crest", "deltagrad", "lipt", "train")) and "Select a coreset" not in text
-    assert "--select.tau" in effray("tune crest --help")
+    assert "--crest.tau" in effray("tune crest --help")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("optuna"), reason="an extra")
 def test_optuna_is_told_of_what_is_done():
     from ray import tune
 
-    from raypkg.cluster.trials import Proposals, optuna
+    from raypkg.cluster.proposals import Proposals, optuna
 
     space = {"train.lr": tune.loguniform(0.01, 1), "train.epochs": 3}
     searcher = optuna(space, "accuracy", "max", 0, [({"train.lr": 0.1, "train.epochs": 3}, 0.9)])

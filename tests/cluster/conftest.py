@@ -15,9 +15,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def ray():
-    from raypkg.cluster import session
+    from raypkg.cluster.session import prepare
+
+    prepare()
+    import ray
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # workers import the tests' data set
-    session.ray.init(address="local", num_cpus=3, log_to_driver=False, logging_level="ERROR")
-    yield session.ray
-    session.ray.shutdown()
+    ray.init(address="local", num_cpus=3, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()

@@ -52,9 +52,9 @@ def grid(tmp_path, *rates):
     return ["--root", tmp_path, "--name", "s", "--space", tmp_path / "grid.py", "--search", "grid", *TINY]
 
 
-def check_wandb(found, row):
+def check_wandb(written, row):
     """Assert that a trial's W&B run was closed, and has its name, group, settings, epochs and, when done, summary."""
-    kinds = {kind: [getattr(r, kind) for r in found if r.WhichOneof("record_type") == kind] for kind in KINDS}
+    kinds = {kind: [getattr(r, kind) for r in written if r.WhichOneof("record_type") == kind] for kind in KINDS}
     ((run,), (ended,)) = kinds["run"], kinds["exit"]
     assert (run.display_name, run.run_group, ended.exit_code) == (row["run"], "s", 0)
     settings = {item.key: json.loads(item.value_json) for item in run.config.update}
@@ -91,13 +91,13 @@ def test_a_sweep_of_single_processes(ray, tmp_path, space, capsys):
     assert again["test_accuracy"] == best["test_accuracy"]  # the trial was the same run
 
 
-@pytest.mark.parametrize("scheduler", ["hyperband", "median", "none"])
+@pytest.mark.parametrize("scheduler", ["hyperband", "median", "fifo"])
 def test_every_scheduler_ends_every_trial(ray, tmp_path, space, scheduler):
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "5", "--scheduler", scheduler, *TINY]
     run("tune", "train", *options)
     states = [row["state"] for row in results(tmp_path)]
     assert len(states) == 5 and "done" in states and set(states) <= {"done", "stopped"}
-    if scheduler == "none":
+    if scheduler == "fifo":
         assert set(states) == {"done"}
 
 
@@ -113,7 +113,7 @@ def test_a_stopped_trial_of_several_workers_closes_its_files(ray, tmp_path):
 def test_lipt_with_as_many_workers_a_trial_as_there_are_cpus(ray, tmp_path):
     """Whoever else keeps a CPU to itself hangs the sweep."""
     small = ["--pretrain.models", "4", "--pretrain.epochs", "2", "--pretrain.batch_size", "32"]
-    options = ["--root", tmp_path, "--name", "s", "--samples", "2", "--cluster.workers", "3", "--scheduler", "none"]
+    options = ["--root", tmp_path, "--name", "s", "--samples", "2", "--cluster.workers", "3", "--scheduler", "fifo"]
     (tmp_path / "space.py").write_text(SPACE.replace("train.lr", "pretrain.lr"))
     run("tune", "lipt", *options, *TINY, *small, "--space", tmp_path / "space.py")
     assert [row["state"] for row in results(tmp_path)] == ["done", "done"]
@@ -128,7 +128,7 @@ def test_requests_that_cannot_be_met_are_refused(ray, tmp_path, space, capsys):
     assert "4 workers of 1 CPU and 0 GPU do not fit the cluster" in capsys.readouterr().err
     run(*options, "--cluster.workers", "2", "--concurrent", "2", code=2)
     assert "--concurrent 2: the cluster has room for 1 trials of 2 processes" in capsys.readouterr().err
-    run("tune", "crest", "--root", tmp_path, "--cluster.workers", "2", "--select.actors", "2", code=2)
+    run("tune", "crest", "--root", tmp_path, "--cluster.workers", "2", "--crest.actors", "2", code=2)
     assert "a trial of 2 workers and 2 actors does not fit" in capsys.readouterr().err
     assert not list(tmp_path.glob("t*/*"))
 
@@ -139,7 +139,7 @@ def test_what_a_trial_does_wrong_is_its_result_alone(ray, tmp_path, scheduler, c
     rows = results(tmp_path)
     assert rows[1]["state"] == "failed" and "the loss became" in rows[1]["error"]
     assert {rows[0]["state"], rows[2]["state"]} <= {"done", "stopped"}
-    assert "go on with: effray tune train --resume s" in capsys.readouterr().out
+    assert "resume with: effray tune train --resume s" in capsys.readouterr().out
 
 
 def test_a_proxy_chooses_who_trains_on_all_samples(ray, tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_a_proxy_chooses_who_trains_on_all_samples(ray, tmp_path, capsys):
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_killed_trial_goes_on_from_its_last_epoch(ray, tmp_path, space, workers):
     source = ["--dataset", "sabotage:load_and_kill_once", "--set", f"dataset.options.marker={tmp_path}/killed"]
-    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "2", "--scheduler", "none", *TINY]
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "2", "--scheduler", "fifo", *TINY]
     run("tune", "train", *options, *source, "--cluster.workers", workers)
     assert (tmp_path / "killed").exists()  # somebody did die
     rows = results(tmp_path)
@@ -164,7 +164,7 @@ def test_a_killed_trial_goes_on_from_its_last_epoch(ray, tmp_path, space, worker
 
 def test_a_trial_that_dies_while_its_workers_start_leaves_their_cpus_free(ray, tmp_path, space):
     source = ["--dataset", "sabotage:load_and_kill_trial", "--set", f"dataset.options.marker={tmp_path}/killed"]
-    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "1", "--scheduler", "none", *TINY]
+    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "1", "--scheduler", "fifo", *TINY]
     run("tune", "train", *options, *source, "--cluster.workers", "3")
     assert (tmp_path / "killed").exists()
     assert [row["state"] for row in results(tmp_path)] == ["done"]
@@ -172,7 +172,7 @@ def test_a_trial_that_dies_while_its_workers_start_leaves_their_cpus_free(ray, t
 
 def test_a_killed_driver_is_gone_on_with_and_no_done_trial_runs_twice(ray, tmp_path, space):
     command = [sys.executable, "-c", "from raypkg.cli import main; main()", "tune", "train", "--root", tmp_path]
-    options = ["--name", "s", "--space", space, "--samples", "5", "--scheduler", "none", "--cluster.address", "local"]
+    options = ["--name", "s", "--space", space, "--samples", "5", "--scheduler", "fifo", "--cluster.address", "local"]
     with subprocess.Popen([*command, *options, *TINY, "--train.epochs", "30"], stdout=subprocess.DEVNULL) as driver:
         wait_for(lambda: len(list(tmp_path.glob("train/*/summary.json"))) >= 2, driver)
         os.kill(driver.pid, signal.SIGKILL)
@@ -191,7 +191,7 @@ def test_a_killed_driver_is_gone_on_with_and_no_done_trial_runs_twice(ray, tmp_p
 
 def test_an_interrupt_ends_in_order_and_says_how_to_go_on(tmp_path, space):
     command = [sys.executable, "-c", "from raypkg.cli import main; main()", "tune", "train", "--root", tmp_path]
-    options = ["--name", "s", "--space", space, "--samples", "4", "--scheduler", "none", "--cluster.address", "local"]
+    options = ["--name", "s", "--space", space, "--samples", "4", "--scheduler", "fifo", "--cluster.address", "local"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [*command, *options, *TINY, "--train.epochs", "40"], stdout=pipe, stderr=pipe, text=True
@@ -202,14 +202,14 @@ def test_an_interrupt_ends_in_order_and_says_how_to_go_on(tmp_path, space):
     assert driver.returncode == 2
     assert "best: s-00" in out
     assert error.splitlines()[-1].startswith("effray: interrupted, ")
-    assert f"go on with: effray tune train --resume s --root {tmp_path}" in error
+    assert f"resume with: effray tune train --resume s --root {tmp_path}" in error
     assert len(results(tmp_path)) == 4
 
 
 def test_a_time_budget_leaves_the_rest_to_be_gone_on_with(ray, tmp_path, space, capsys):
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "40", "--time-budget", "12s", *TINY]
-    run("tune", "train", *options, "--scheduler", "none")
-    assert "of 40 trials are not done; go on with" in capsys.readouterr().out
+    run("tune", "train", *options, "--scheduler", "fifo")
+    assert "of 40 trials are not done; resume with" in capsys.readouterr().out
     assert {"unfinished"} <= {row["state"] for row in results(tmp_path)}
 
 

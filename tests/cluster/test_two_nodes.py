@@ -10,27 +10,29 @@ import torch
 from safetensors.torch import load_file
 
 from raypkg.cli import main
-from raypkg.cluster import session
 from raypkg.cluster.mailbox import open_mailbox
+from raypkg.cluster.session import prepare
 
 pytestmark = pytest.mark.slow
 PLAIN = ["--model", "mlp", "--train.precision", "float32", "--train.batch_size", "64", "--cluster.workers", "2"]
 LIPT = [*PLAIN, "--train.epochs", "40", "--pretrain.models", "4", "--pretrain.epochs", "3"]
-CREST = [*PLAIN, "--train.epochs", "40", "--budget", "0.5", "--select.subset", "0.1", "--select.tau", "0.1"]
+CREST = [*PLAIN, "--train.epochs", "40", "--budget", "0.5", "--crest.subset", "0.1", "--crest.tau", "0.1"]
 
 
 @pytest.fixture
 def nodes():
     """A cluster of three nodes of one CPU each, so that two workers are on two of them and can do without the third."""
+    prepare()
+    import ray
     from ray.cluster_utils import Cluster
 
-    session.ray.shutdown()  # of other modules' cluster
+    ray.shutdown()  # of other modules' cluster
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
     others = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
-    session.ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster, others
-    session.ray.shutdown()
+    ray.shutdown()
     cluster.shutdown()
 
 
@@ -48,7 +50,9 @@ def losing_a_node(nodes, ready, *arguments):
     def take():
         while not ready():
             time.sleep(0.05)
-        free = session.ray._private.state.available_resources_per_node()
+        import ray
+
+        free = ray._private.state.available_resources_per_node()
         busy = [node for node in others if free.get(node.node_id, {}).get("CPU", 0) < 1]
         cluster.remove_node((busy or others)[0], allow_graceful=False)
         lost.append(bool(busy))
@@ -67,7 +71,9 @@ def same(a, b):
 
 
 def test_the_mailbox_is_where_the_driver_is(nodes):
-    ray, actors = session.ray, session.ray._private.state.actors
+    import ray
+
+    actors = ray._private.state.actors
     home = ray.get_runtime_context().get_node_id()
     for _ in range(6):  # placed freely, a third of them would be
         with open_mailbox(lambda row: None) as mailbox:
@@ -95,7 +101,7 @@ def test_a_sweep_goes_on_without_a_node(nodes, tmp_path):
     losing_a_node(
         nodes,
         lambda: any(runs.glob("s-*/checkpoints/train/*")),
-        *("tune", "crest", "--root", tmp_path, "--name", "s", "--samples", "6", "--scheduler", "none"),
+        *("tune", "crest", "--root", tmp_path, "--name", "s", "--samples", "6", "--scheduler", "fifo"),
     )
     rows = pq.read_table(tmp_path / "tune/s/results.parquet").to_pylist()
     assert [(row["trial"], row["state"]) for row in rows] == [(number, "done") for number in range(6)]

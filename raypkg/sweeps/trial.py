@@ -1,0 +1,92 @@
+"""One trial of a sweep, in the process that Ray Tune gives it: a run like any other, which tells of its epochs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+
+from raypkg.core.config import load_settings
+from raypkg.core.errors import UserError
+from raypkg.experiments import carry_out, experiment, training_settings_of, with_absolute_path
+from raypkg.runs import folder as run_folder
+from raypkg.runs.folder import RunFolder
+from raypkg.runs.storage import Storage
+
+from .figures import TrialRun
+from .order import EVALUATE
+from .sweep_folder import SweepFolder
+
+WORST = 1e30  # of which schedulers can take means
+Row = dict[str, Any]
+Tell = Callable[[Row], None]
+
+
+def run_trial(number: int, values: dict[str, Any], tell: Tell, *, root: str, workers: int) -> Row:
+    """Run one trial in its run folder, or resume it there; what is done is only reported.
+
+    A trial that fails reports the worst value there is: schedulers compare it with others.
+
+    Args:
+        number: of the trial.
+        values: what it sets.
+        tell: takes the epoch and the metric while it trains.
+        root: of the sweep's folder.
+        workers: of the trial; 0 = this process.
+
+    Returns:
+        Epoch and metric of its end, and an error if there was one.
+    """
+    from raypkg.engine.worker import forget_peak_memory
+
+    forget_peak_memory()  # of the trial before, whose process this is
+    sweep = SweepFolder(Storage(root))
+    try:
+        run = sweep.run(number)
+        if not run.summary:
+            _train(sweep, run, values | {"cluster.workers": workers}, tell)
+        return _last_row(sweep, number)
+    except Exception as error:  # a process that is lost starts again; what a run raises, it would raise again
+        return _failure(sweep, number, error)
+
+
+def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: Tell) -> None:
+    """Carry out the run of a trial, whose rows are told of as they come."""
+    entry = experiment[sweep.experiment]
+    schema = training_settings_of(entry)
+    settings = with_absolute_path(load_settings(schema, sweep.config, values))
+    if "config.toml" not in run.storage.list():
+        run = run_folder.create(sweep.root, entry.name, run.name, settings)
+    metric = sweep.metric
+    last = settings.epochs
+
+    def listen(row: Mapping[str, Any]) -> None:
+        # The last epoch is told of when the run is complete: a trial stopped there would have been for nothing.
+        if not row.get("main") or row["epoch"] >= last:
+            return
+        if row.get(metric) is not None:
+            run.flush()  # before Tune may stop the trial, whose figures the driver then reads
+            tell({"epoch": row["epoch"], metric: row[metric]})
+
+    carry_out(entry, settings, run, Console(quiet=True), group=sweep.name, listen=listen)
+
+
+def _last_row(sweep: SweepFolder, number: int) -> Row:
+    metric = sweep.metric
+    run = TrialRun(sweep.run(number))
+    figures = run.figures()
+    if metric not in figures:
+        raise UserError(f"metric {metric} was not measured in its {run.epochs} epochs: see {EVALUATE}")
+    return {"epoch": run.epochs, metric: figures[metric]}
+
+
+def _failure(sweep: SweepFolder, number: int, error: Exception) -> Row:
+    worst = -WORST if sweep.mode == "max" else WORST
+    message = str(error)
+    if not isinstance(error, UserError):
+        message = f"{type(error).__name__}: {message}"
+    run = TrialRun(sweep.run(number))
+    return {
+        "epoch": max(1, run.epochs),
+        sweep.metric: worst,
+        "error": message.replace("\n", " "),
+    }
