@@ -4,7 +4,7 @@ from PIL import Image
 
 import samples
 from raypkg.core.errors import UserError
-from raypkg.data.store.decode import decode, decode_all, header
+from raypkg.data.store.decode import decode, decode_all, read_header
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
@@ -29,7 +29,7 @@ def test_grey_as_colour_and_colour_as_grey():
 def test_sixteen_bits_keep_their_upper_byte(tmp_path):
     Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
-    assert header(data, str, 0).grey and decode(data, (1, 1, 4))[0, :, 0].tolist() == [0, 0, 1, 255]
+    assert read_header(data, str, 0).grey and decode(data, (1, 1, 4))[0, :, 0].tolist() == [0, 0, 1, 255]
 
 
 def test_another_size_is_cropped_at_its_centre():
@@ -45,11 +45,11 @@ def test_damaged_images_are_named(kind):
     with pytest.raises(UserError, match="image 2 does not decode"):
         decode_all([data, data, data[: len(data) // 2]], (3, 32, 32), "image {}".format)
     with pytest.raises(UserError, match="row 3 does not decode: it is damaged or no image"):
-        header(b"no image", "row {}".format, 3)
+        read_header(b"no image", "row {}".format, 3)
 
 
 def test_a_header():
-    assert header(samples.encode(samples.pixels(1)[0]), str, 0) == (6, 5, False)
+    assert read_header(samples.encode(samples.pixels(1)[0]), str, 0) == (6, 5, False)
 
 
 def test_no_images():

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,19 +37,23 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: Pat
     entry = dataset[name]
     if "split" not in inspect.signature(entry.function).parameters:
         raise UserError(f"dataset {name!r}: its function must take a keyword split, which is 'train' or 'test'")
-    root = argument(name) if entry.name in dataset.entries else ""
-    train, test = (entry(root, options=options, split=split, cache=cache) for split in ("train", "test"))
-    _belong_together(name, train, test)
+    root = argument(name) if entry.name in dataset.entries else ""  # the user's own function has no such part
+    load = partial(entry, root, options=options, cache=cache)
+    train = _checked(name, load(split="train"))
+    test = _checked(name, load(split="test"))
+    for what in ("shape", "classes"):
+        a = getattr(train, what)
+        b = getattr(test, what)
+        if a != b:
+            raise UserError(f"dataset {name!r}: the splits differ in {what}: train has {a}, test has {b}")
+    # Both are normalised alike, by what training may know.
     return Data(train, replace(test, mean=train.mean, std=train.std))
 
 
-def _belong_together(name: str, train: Any, test: Any) -> None:
+def _checked(name: str, split: Any) -> "Split":
+    """Refuse what the user's function returned if it is no split."""
     from .split import Split
 
-    for split in (train, test):
-        if not isinstance(split, Split):
-            raise UserError(f"dataset {name!r} returned a {type(split).__name__}, not a raypkg.data.split.Split")
-    for what in ("shape", "classes"):
-        a, b = getattr(train, what), getattr(test, what)
-        if a != b:
-            raise UserError(f"dataset {name!r}: the splits differ in {what}: train has {a}, test has {b}")
+    if not isinstance(split, Split):
+        raise UserError(f"dataset {name!r} returned a {type(split).__name__}, not a raypkg.data.split.Split")
+    return split

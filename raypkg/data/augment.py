@@ -36,10 +36,11 @@ def compose(names: Sequence[str]) -> Augmentation:
     Raises:
         UserError: an unknown name; or, when applied, samples that are rows of a table and not images.
     """
-    for name in names:
-        if name not in AUGMENTATIONS:
-            raise unknown("augmentation", name, AUGMENTATIONS)
+    strange = next((name for name in names if name not in AUGMENTATIONS), None)
+    if strange is not None:
+        raise unknown("augmentation", strange, AUGMENTATIONS)
     steps = [AUGMENTATIONS[name] for name in names]
+    draws = [step.draws for step in steps]
 
     def change(x: Tensor, u: Tensor) -> Tensor:
         if steps and x.dim() != 4:
@@ -47,37 +48,48 @@ def compose(names: Sequence[str]) -> Augmentation:
                 f"samples of shape {list(x.shape[1:])} are no images: leave out {', '.join(names)}"
                 " (dataset.augment, pretrain.randaugment)"
             )
-        for step, part in zip(steps, u.split([step.draws for step in steps], dim=1), strict=True):
-            x = step(x, part)
+        # Each step takes the columns of u that follow those of the step before it.
+        for step, uniforms in zip(steps, u.split(draws, dim=1), strict=True):
+            x = step(x, uniforms)
         return x
 
-    return Augmentation(sum(step.draws for step in steps), change)
+    return Augmentation(sum(draws), change)
 
 
 def crop(x: Tensor, u: Tensor) -> Tensor:
-    """Cut each image out of itself with a black border of side // 8, at an offset drawn for it."""
+    """Shift each image within a black border of side // 8 and cut its size out again, at an offset drawn for it."""
     b, c, height, width = x.shape
     border = max(1, width // 8)
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, border, border, border, border)).contiguous()  # [b, H', W', C]
-    image, line = padded.stride(0) // c, padded.stride(1) // c  # in pixels
+    pixels = x.permute(0, 2, 3, 1)  # [b, H, W, C], as they lie in memory
+    padded = F.pad(pixels, (0, 0, border, border, border, border)).contiguous()  # [b, H', W', C]
+    image = padded.stride(0) // c  # pixels from one image to the next
+    line = padded.stride(1) // c  # pixels from one line to the next
     top, left = (u * (2 * border + 1)).long().unbind(1)  # [b]
     corner = torch.arange(b, device=x.device) * image + top * line + left  # [b]
-    start = corner[:, None] + torch.arange(height, device=x.device) * line  # [b, H]
-    # All stretches of W pixels, one from each pixel on, overlap in memory: a line of the cut is copied as one of them.
-    stretches = padded.as_strided((max(b * image - width + 1, 0), width * c), (c, 1))
-    return stretches.index_select(0, start.view(-1)).view(b, height, width, c).permute(0, 3, 1, 2)
+    lines = torch.arange(height, device=x.device) * line  # [H]
+    start = corner[:, None] + lines  # [b, H], the pixel where each line of the result begins
+    # A view with a row for every pixel: the W pixels from there on. The rows overlap in memory, which costs nothing;
+    # picking one row copies one line of the result, so the whole crop is a single index_select.
+    every_start = max(b * image - width + 1, 0)
+    stretches = padded.as_strided((every_start, width * c), (c, 1))
+    cut = stretches.index_select(0, start.view(-1))  # [b·H, W·C]
+    return cut.view(b, height, width, c).permute(0, 3, 1, 2)
 
 
 def flip(x: Tensor, u: Tensor) -> Tensor:
     """Mirror each image left to right with probability ½."""
     pixels = x.permute(0, 2, 3, 1)  # [b, H, W, C]
-    both = torch.cat([pixels, pixels.flip(2)])  # copying whole images beats touching single pixels of some
-    return both.index_select(0, torch.arange(len(x), device=x.device) + len(x) * (u[:, 0] < 0.5)).permute(0, 3, 1, 2)
+    # Mirroring all and copying whole images is faster than touching single pixels of some.
+    both = torch.cat([pixels, pixels.flip(2)])  # [2·b, H, W, C]
+    mirrored = u[:, 0] < 0.5
+    chosen = torch.arange(len(x), device=x.device) + len(x) * mirrored
+    return both.index_select(0, chosen).permute(0, 3, 1, 2)
 
 
 def randaugment(x: Tensor, u: Tensor, magnitude: float = 5 / 30) -> Tensor:
     """Apply one operation, drawn for each image, at magnitude m = 5 of 30 (RandAugment n = 1, arXiv:1909.13719)."""
-    kind, sign = (u[:, 0] * len(OPERATIONS)).long(), torch.where(u[:, 1] < 0.5, -1.0, 1.0)
+    kind = (u[:, 0] * len(OPERATIONS)).long()  # [b]
+    sign = torch.where(u[:, 1] < 0.5, -1.0, 1.0)  # [b]
     out = x.clone(memory_format=torch.channels_last)
     for number, operation in enumerate(OPERATIONS):
         drawn = (kind == number).nonzero()[:, 0]
@@ -93,6 +105,11 @@ AUGMENTATIONS = {
 }
 
 
+def default_augment(shape: Sequence[int]) -> tuple[str, ...]:
+    """Return the names that suit images [C, H, W]; grey ones may be digits or letters, which have no mirror image."""
+    return ("crop",) if shape[0] == 1 else ("crop", "flip")
+
+
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
     """Return float samples of mean 0 and deviation 1: (x/255 − mean)/std of images, (x − mean)/std of rows.
 
@@ -102,11 +119,14 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: tor
         std: likewise.
         dtype: in which to compute.
     """
-    shift, scale = torch.tensor(mean, device=x.device, dtype=dtype), 1 / torch.tensor(std, device=x.device, dtype=dtype)
+    shift = torch.tensor(mean, device=x.device, dtype=dtype)
+    scale = 1 / torch.tensor(std, device=x.device, dtype=dtype)
     if x.dim() == 2:
         return (x - shift) * scale
     b, c, height, width = x.shape
-    # A row of pixels at a time: channels alone are too short for vector instructions.
+    # One line of pixels is one row of a matrix: channels alone are too short for vector instructions.
     lines = x.permute(0, 2, 3, 1).reshape(b * height, width * c).to(dtype)
-    lines = torch.addcmul(-(shift * scale).repeat(width), lines, (scale / 255).repeat(width))
+    factor = (scale / 255).repeat(width)  # [W·C]
+    offset = -(shift * scale).repeat(width)
+    lines = torch.addcmul(offset, lines, factor)
     return lines.view(b, height, width, c).permute(0, 3, 1, 2)

@@ -33,9 +33,10 @@ class Coreset:
         if len(self.indices) != len(self.weights):
             raise UserError(f"coreset has {len(self.indices)} indices and {len(self.weights)} weights, not as many")
         _check_each("index", self.indices, self.indices >= 0, "0 or more")
-        _check_each("weight", self.weights, self.weights.isfinite() & (self.weights >= 0), "finite and 0 or more")
-        values, times = self.indices.unique(return_counts=True)
-        _check_each("index", values, times == 1, "given once")
+        usable = self.weights.isfinite() & (self.weights >= 0)
+        _check_each("weight", self.weights, usable, "finite and 0 or more")
+        distinct, times = self.indices.unique(return_counts=True)
+        _check_each("index", distinct, times == 1, "given once")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -50,7 +51,9 @@ class Coreset:
         """Join coresets of disjoint samples, such as one per class, in the given order."""
         if not parts:
             return cls.uniform(torch.empty(0, dtype=torch.int64))
-        return cls(torch.cat([part.indices for part in parts]), torch.cat([part.weights for part in parts]))
+        indices = torch.cat([part.indices for part in parts])
+        weights = torch.cat([part.weights for part in parts])
+        return cls(indices, weights)
 
     def at(self, positions: Tensor) -> "Coreset":
         """Map picks within a part of the data to the whole: local index i becomes ``positions[i]``.
@@ -68,4 +71,5 @@ def _check_vector(what: str, vector: Tensor, dtype: torch.dtype) -> None:
 
 def _check_each(what: str, values: Tensor, good: Tensor, allowed: str) -> None:
     if not good.all():
-        raise UserError(f"coreset {what} {values[~good][0].item()}: must be {allowed}")
+        first = values[~good][0].item()
+        raise UserError(f"coreset {what} {first}: must be {allowed}")

@@ -5,24 +5,26 @@ from rich.table import Table
 
 from . import Data
 
+NAMED = 10  # classes that are listed by name
+CHANNELS = 4  # images have at most so many
+
 
 def describe(name: str, data: Data) -> Table:
     """Return sizes, shape, classes and the default augmentation of a data set."""
-    table = Table(title=name, title_justify="left", show_header=False)
     train = data.train
-    counts = torch.bincount(train.y, minlength=train.num_classes)
-    names = ", ".join(train.classes[:10]) + (", …" if train.num_classes > 10 else "")
-    rows = {
-        "samples": f"{len(train):,} train, {len(data.test):,} test",
-        "shape": " × ".join(map(str, train.shape)),
-        "classes": f"{train.num_classes}: {names}",
-        "samples a class": f"{int(counts.min()):,} to {int(counts.max()):,}",
-        "augmentation": ", ".join(train.augment) or "none",
-    }
-    if len(train.mean) <= 4:
-        rows["mean, std"] = f"{_numbers(train.mean)}, {_numbers(train.std)}"
-    for key, value in rows.items():
-        table.add_row(key, value)
+    counts = torch.bincount(train.y, minlength=train.num_classes)  # [C]
+    names = train.classes[:NAMED]
+    if train.num_classes > NAMED:
+        names = (*names, "…")
+
+    table = Table(title=name, title_justify="left", show_header=False)
+    table.add_row("samples", f"{len(train):,} train, {len(data.test):,} test")
+    table.add_row("shape", " × ".join(map(str, train.shape)))
+    table.add_row("classes", f"{train.num_classes}: {', '.join(names)}")
+    table.add_row("samples a class", f"{counts.min():,} to {counts.max():,}")
+    table.add_row("augmentation", ", ".join(train.augment) or "none")
+    if len(train.mean) <= CHANNELS:  # a table's columns would fill the screen
+        table.add_row("mean, std", f"{_numbers(train.mean)}, {_numbers(train.std)}")
     return table
 
 

@@ -20,20 +20,26 @@ class Moments:
 
     def __init__(self) -> None:
         self._n = 0
-        self._mean: np.ndarray = np.zeros(1)
-        self._m2: np.ndarray = np.zeros(1)
+        self._mean: np.ndarray = np.zeros(1)  # [C] after the first block
+        self._m2: np.ndarray = np.zeros(1)  # sum of squared distances from the mean
 
     def update(self, block: np.ndarray) -> None:
         """Merge a block [..., C]; uint8 counts in units of 1/255."""
+        unit = 255.0 if block.dtype == np.uint8 else 1.0
         rows = block.reshape(-1, block.shape[-1])  # [m, C]
         for start in range(0, len(rows), self.rows_at_once):
-            self._merge(rows[start : start + self.rows_at_once].astype(np.float64) / _unit(block))
+            chunk = rows[start : start + self.rows_at_once]
+            self._merge(chunk.astype(np.float64) / unit)
 
     def _merge(self, rows: np.ndarray) -> None:
-        n, mean = len(rows), rows.mean(0)
-        rows -= mean
-        total, delta = self._n + n, mean - self._mean
-        self._m2 = self._m2 + np.einsum("nc,nc->c", rows, rows) + delta**2 * (self._n * n / total)
+        n = len(rows)
+        mean = rows.mean(0)
+        rows -= mean  # in place: update() made this copy
+        m2 = np.einsum("nc,nc->c", rows, rows)
+        total = self._n + n
+        delta = mean - self._mean
+        # The blocks' own spreads do not see how far their means lie apart: the last term does.
+        self._m2 = self._m2 + m2 + delta**2 * (self._n * n / total)
         self._mean = self._mean + delta * (n / total)
         self._n = total
 
@@ -47,7 +53,3 @@ class Moments:
         """The standard deviation per channel; 1 for a constant channel, so that dividing by it is harmless."""
         std = np.sqrt(self._m2 / self._n)
         return tuple(np.where(std > 0, std, 1.0).tolist())
-
-
-def _unit(block: np.ndarray) -> float:
-    return 255.0 if block.dtype == np.uint8 else 1.0

@@ -14,6 +14,8 @@ from torch import Tensor
 
 Operation = Callable[[Tensor, float, Tensor], Tensor]
 
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey
+
 
 def identity(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Change nothing."""
@@ -22,25 +24,34 @@ def identity(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
 
 def autocontrast(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Stretch each channel to the whole range."""
-    low, high = x.amin((2, 3), keepdim=True).float(), x.amax((2, 3), keepdim=True).float()
-    stretched = _bytes((x - low) * (255 / (high - low).clamp_min(1)))
+    low = x.amin((2, 3), keepdim=True).float()  # [b, C, 1, 1]
+    high = x.amax((2, 3), keepdim=True).float()
+    spread = (high - low).clamp_min(1)
+    stretched = _to_uint8((x - low) * (255 / spread))
+    # A channel of a single value has no range to stretch.
     return torch.where(high > low, stretched, x)
 
 
 def equalize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Level each channel's histogram: v → ⌊(#{pixels < v} + s/2) / s⌋ with s = #{pixels < brightest} / 255."""
-    flat = x.reshape(*x.shape[:2], -1).long()  # [b, C, H·W]
-    counts = torch.zeros(*x.shape[:2], 256, dtype=torch.long, device=x.device)
-    counts.scatter_add_(2, flat, torch.ones_like(flat))
-    below = counts.cumsum(2) - counts  # [b, C, 256]
-    step = below.gather(2, flat.amax(2, keepdim=True)) // 255
-    table = torch.where(step > 0, (below + step // 2) // step.clamp_min(1), torch.arange(256, device=x.device))
-    return table.clamp_max(255).gather(2, flat).view(x.shape).to(torch.uint8)
+    b, c = x.shape[:2]
+    pixels = x.reshape(b, c, -1).long()  # [b, C, H·W]
+    counts = torch.zeros(b, c, 256, dtype=torch.long, device=x.device)
+    counts.scatter_add_(2, pixels, torch.ones_like(pixels))
+    below = counts.cumsum(2) - counts  # [b, C, 256], pixels darker than each value
+    brightest = pixels.amax(2, keepdim=True)
+    step = below.gather(2, brightest) // 255  # [b, C, 1]
+    levelled = (below + step // 2) // step.clamp_min(1)
+    # Too few pixels below the brightest make a step of 0: the channel stays as it is.
+    unchanged = torch.arange(256, device=x.device)
+    table = torch.where(step > 0, levelled, unchanged).clamp_max(255)
+    return table.gather(2, pixels).view(x.shape).to(torch.uint8)
 
 
 def solarize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Invert what is brighter than a threshold."""
-    return torch.where(x >= 255 * (1 - magnitude), 255 - x, x)
+    threshold = 255 * (1 - magnitude)
+    return torch.where(x >= threshold, 255 - x, x)
 
 
 def posterize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
@@ -51,12 +62,14 @@ def posterize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
 
 def brightness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Blend with black."""
-    return _blend(x, torch.zeros(1, device=x.device), magnitude, sign)
+    black = torch.zeros(1, device=x.device)
+    return _blend(x, black, magnitude, sign)
 
 
 def contrast(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Blend with the mean grey of the image."""
-    return _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), magnitude, sign)
+    mean = _grey(x).mean((1, 2, 3), keepdim=True)  # [b, 1, 1, 1]
+    return _blend(x, mean, magnitude, sign)
 
 
 def color(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
@@ -65,10 +78,12 @@ def color(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
 
 
 def sharpness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
-    """Blend with the image smoothed by a 3×3 kernel, borders apart."""
+    """Blend with the image smoothed by a 3×3 kernel; the pixels of the border stay as they are."""
+    channels = x.shape[1]
     kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device) / 13
+    each = kernel.expand(channels, 1, 3, 3)
     smooth = x.float()
-    inner = F.conv2d(smooth, kernel.expand(x.shape[1], 1, 3, 3), groups=x.shape[1])
+    inner = F.conv2d(smooth, each, groups=channels)  # [b, C, H−2, W−2]
     smooth[:, :, 1:-1, 1:-1] = inner
     return _blend(x, smooth, magnitude, sign)
 
@@ -76,31 +91,41 @@ def sharpness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
 def rotate(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Turn about the centre."""
     angle = math.radians(30 * magnitude) * sign
-    return _warp(x, _matrix(angle.cos(), -angle.sin(), angle.sin(), angle.cos()))
+    origin = _unmoved(sign)
+    origin[:, 0, 0] = angle.cos()
+    origin[:, 0, 1] = -angle.sin()
+    origin[:, 1, 0] = angle.sin()
+    origin[:, 1, 1] = angle.cos()
+    return _warp(x, origin)
 
 
 def shear_x(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Shift rows in proportion to their height."""
-    one, zero = torch.ones_like(sign), torch.zeros_like(sign)
-    return _warp(x, _matrix(one, 0.3 * magnitude * sign, zero, one))
+    origin = _unmoved(sign)
+    origin[:, 0, 1] = 0.3 * magnitude * sign
+    return _warp(x, origin)
 
 
 def shear_y(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Shift columns in proportion to their width."""
-    one, zero = torch.ones_like(sign), torch.zeros_like(sign)
-    return _warp(x, _matrix(one, zero, 0.3 * magnitude * sign, one))
+    origin = _unmoved(sign)
+    origin[:, 1, 0] = 0.3 * magnitude * sign
+    return _warp(x, origin)
 
 
 def translate_x(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Shift sideways."""
-    one, zero = torch.ones_like(sign), torch.zeros_like(sign)
-    return _warp(x, _matrix(one, zero, zero, one, right=_pixels(magnitude, x.shape[3]) / x.shape[3] * 2 * sign))
+    origin = _unmoved(sign)
+    # What moves to the right comes from the left.
+    origin[:, 0, 2] = -_shift(magnitude, x.shape[3]) * sign
+    return _warp(x, origin)
 
 
 def translate_y(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Shift up or down."""
-    one, zero = torch.ones_like(sign), torch.zeros_like(sign)
-    return _warp(x, _matrix(one, zero, zero, one, down=_pixels(magnitude, x.shape[2]) / x.shape[2] * 2 * sign))
+    origin = _unmoved(sign)
+    origin[:, 1, 2] = -_shift(magnitude, x.shape[2]) * sign
+    return _warp(x, origin)
 
 
 OPERATIONS: tuple[Operation, ...] = (
@@ -111,35 +136,42 @@ OPERATIONS: tuple[Operation, ...] = (
 
 def _blend(x: Tensor, other: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Return other + f·(x − other) with f = 1 ± 0.9·magnitude."""
-    factor = (1 + 0.9 * magnitude * sign)[:, None, None, None]
-    return _bytes(other + factor * (x - other))
+    factor = 1 + 0.9 * magnitude * sign  # [b]
+    factor = factor.view(-1, 1, 1, 1)
+    return _to_uint8(other + factor * (x - other))
 
 
 def _grey(x: Tensor) -> Tensor:
     """Return luma, rounded down as image libraries do, [b, 1, H, W]."""
     if x.shape[1] != 3:
         return x.float().mean(1, keepdim=True)
-    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device)[:, None, None]
-    return (x * weights).sum(1, keepdim=True).floor()
+    weights = torch.tensor(LUMA, device=x.device).view(3, 1, 1)
+    luma = (x * weights).sum(1, keepdim=True)
+    return luma.floor()
 
 
-def _bytes(x: Tensor) -> Tensor:
+def _to_uint8(x: Tensor) -> Tensor:
     return x.clamp(0, 255).to(torch.uint8)
 
 
-def _pixels(magnitude: float, side: int) -> int:
-    return int(150 / 331 * side * magnitude)
+def _unmoved(sign: Tensor) -> Tensor:
+    """Return for each image the map that leaves every pixel where it is, [b, 2, 3].
+
+    A map's two lines tell for a pixel at (x, y) which x and which y it came from, in units of half a side from the
+    centre: three coefficients each, of x, of y and of 1.
+    """
+    identity_map = torch.eye(2, 3, dtype=sign.dtype, device=sign.device)
+    return identity_map.repeat(len(sign), 1, 1)
 
 
-def _matrix(
-    xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor, right: Tensor | float = 0.0, down: Tensor | float = 0.0
-) -> Tensor:
-    """Return the maps from where a pixel is to where it came from, in units of half a side, [b, 2, 3]."""
-    right, down = (torch.as_tensor(value, dtype=xx.dtype, device=xx.device).expand_as(xx) for value in (right, down))
-    return torch.stack([torch.stack([xx, xy, -right], 1), torch.stack([yx, yy, -down], 1)], 1)
+def _shift(magnitude: float, side: int) -> float:
+    """Return a translation by whole pixels in units of half a side."""
+    pixels = int(150 / 331 * side * magnitude)
+    return pixels / side * 2
 
 
-def _warp(x: Tensor, matrix: Tensor) -> Tensor:
-    """Move pixels by affine maps, to the nearest pixel; black comes in from outside."""
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)
+def _warp(x: Tensor, origin: Tensor) -> Tensor:
+    """Fetch each pixel from the pixel nearest to its origin; black comes in from outside."""
+    grid = F.affine_grid(origin, list(x.shape), align_corners=False)  # [b, H, W, 2]
+    moved = F.grid_sample(x.float(), grid, mode="nearest", align_corners=False)
+    return moved.to(torch.uint8)

@@ -22,11 +22,13 @@ def hold_out(y: Tensor, fraction: float, generator: torch.Generator) -> tuple[Te
     (2, 2)
     """
     order = torch.randperm(len(y), generator=generator)
-    members = [order[y[order] == label] for label in y.unique()]
-    sizes = [min(round(fraction * len(member)), len(member) - 1) for member in members]
-    held = torch.cat([member[:size] for member, size in zip(members, sizes, strict=True)])
-    kept = torch.cat([member[size:] for member, size in zip(members, sizes, strict=True)])
-    return kept.sort().values, held.sort().values
+    kept = []
+    held = []
+    for members in _by_class(order, y):
+        size = min(round(fraction * len(members)), len(members) - 1)
+        held.append(members[:size])
+        kept.append(members[size:])
+    return torch.cat(kept).sort().values, torch.cat(held).sort().values
 
 
 def stratified_shards(
@@ -47,24 +49,40 @@ def stratified_shards(
     Raises:
         UserError: fewer samples than shards · size, or a shard would hold no sample of some class.
     """
-    indices = torch.arange(len(y)) if indices is None else indices
-    if shards * size > len(indices) or size < 1:
-        raise UserError(f"{shards} disjoint shards of {size} samples each cannot be had from {len(indices)} samples")
-    order = indices[torch.randperm(len(indices), generator=generator)]
-    labels, counts = y[order].unique(return_counts=True)
+    if indices is None:
+        indices = torch.arange(len(y))
+    n = len(indices)
+    if shards * size > n or size < 1:
+        raise UserError(f"{shards} disjoint shards of {size} samples each cannot be had from {n} samples")
+    order = indices[torch.randperm(n, generator=generator)]
+    labels, counts = y[order].unique(return_counts=True)  # [C]
     shares = _apportion(counts, shards * size)
     if shares.min() < shards:
-        label, count = int(labels[shares.argmin()]), int(counts[shares.argmin()])
+        rarest = shares.argmin()
         raise UserError(
-            f"a shard of {size} samples holds none of class {label} ({count} samples): use fewer or larger shards"
+            f"a shard of {size} samples holds none of class {labels[rarest]} ({counts[rarest]} samples):"
+            " use fewer or larger shards"
         )
-    chosen = [order[y[order] == label][:share] for label, share in zip(labels, shares.tolist(), strict=True)]
-    return [hand.sort().values for hand in torch.cat(chosen).view(size, shards).unbind(1)]
+    dealt = []
+    for members, share in zip(_by_class(order, y), shares.tolist(), strict=True):
+        dealt.append(members[:share])
+    # Neighbours go to different shards, so a class, which lies in one run, reaches every shard to within one sample.
+    hands = torch.cat(dealt).view(size, shards)
+    return [hand.sort().values for hand in hands.unbind(1)]
+
+
+def _by_class(order: Tensor, y: Tensor) -> list[Tensor]:
+    """Return the positions of each class that occurs, in the order given, classes ascending."""
+    labels = y[order]
+    return [order[labels == label] for label in labels.unique()]
 
 
 def _apportion(counts: Tensor, total: int) -> Tensor:
     """Divide ``total`` in proportion to the counts: rounded down, and one more for the largest remainders."""
-    exact, n = counts * total, int(counts.sum())
+    n = int(counts.sum())
+    exact = counts * total  # n times the exact shares, so that all stays in integers
     shares = exact // n
-    shares[(exact % n).argsort(descending=True, stable=True)[: total - int(shares.sum())]] += 1
+    left = total - int(shares.sum())
+    largest_first = (exact % n).argsort(descending=True, stable=True)
+    shares[largest_first[:left]] += 1
     return shares

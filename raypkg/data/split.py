@@ -59,12 +59,21 @@ class Split:
         _check_samples(x, y)
         names = tuple(classes) if classes is not None else _numbered(y)
         check_labels(y.numpy(force=True), len(names), "sample {}".format)
-        rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1)  # [n, D] or [n, H, W, C]
-        array = np.ascontiguousarray(rows.numpy(force=True), dtype=np.uint8 if x.ndim == 4 else np.float32)
+        if x.ndim == 4:
+            array = _as_array(x.permute(0, 2, 3, 1), np.uint8)  # [n, H, W, C]
+        else:
+            array = _as_array(x, np.float32)  # [n, D]
         moments = Moments()
         moments.update(array)
-        shape, take = tuple(x.shape[1:]), partial(np.take, array, axis=0)
-        return cls(take, y.long().cpu(), names, shape, moments.mean, moments.std, tuple(augment))
+        return cls(
+            take=partial(np.take, array, axis=0),
+            y=y.long().cpu(),
+            classes=names,
+            shape=tuple(x.shape[1:]),
+            mean=moments.mean,
+            std=moments.std,
+            augment=tuple(augment),
+        )
 
     def __len__(self) -> int:
         return len(self.y)
@@ -82,7 +91,9 @@ class Split:
         """
         rows = self._checked(indices)
         x = torch.from_numpy(self.take(rows))  # [b, H, W, C] or [b, D]
-        return (x.permute(0, 3, 1, 2) if x.ndim == 4 else x), self.y[torch.from_numpy(rows)]
+        if x.ndim == 4:
+            x = x.permute(0, 3, 1, 2)
+        return x, self.y[torch.from_numpy(rows)]
 
     def _checked(self, indices: Any) -> np.ndarray:
         rows = np.asarray(indices).reshape(-1)
@@ -90,33 +101,42 @@ class Split:
             raise IndexError(f"indices must be integers, not {rows.dtype}")
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"indices {rows.min()} … {rows.max()} do not lie in [0, {len(self)})")
-        return rows.astype(np.int64)  # a copy: what came may be read-only
+        return rows.astype(np.int64)  # a copy: the caller's array may be read-only, which torch does not accept
 
 
 def check_labels(y: np.ndarray, num_classes: int, name: Callable[[int], str]) -> None:
     """Refuse a label outside [0, C); ``name(i)`` tells the user which sample it is."""
     wrong = np.flatnonzero((y < 0) | (y >= num_classes))
     if wrong.size:
-        i = int(wrong[0])
-        raise UserError(f"{name(i)} has label {y[i]}, allowed is 0 … {num_classes - 1}")
+        first = int(wrong[0])
+        raise UserError(f"{name(first)} has label {y[first]}, allowed is 0 … {num_classes - 1}")
+
+
+def _as_array(x: Tensor, dtype: type) -> np.ndarray:
+    return np.ascontiguousarray(x.numpy(force=True), dtype=dtype)
 
 
 def _check_samples(x: Tensor, y: Tensor) -> None:
-    images, rows = x.ndim == 4 and x.dtype == torch.uint8, x.ndim == 2 and x.is_floating_point()
+    images = x.ndim == 4 and x.dtype == torch.uint8
+    rows = x.ndim == 2 and x.is_floating_point()
     if not (images or rows):
         raise UserError(f"x is {x.dtype} {list(x.shape)}, needed is uint8 [n, C, H, W] or float [n, D]")
-    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool or len(y) != len(x):
+    integers = not y.is_floating_point() and y.dtype != torch.bool
+    if not integers or y.shape != x.shape[:1]:
         raise UserError(f"y is {y.dtype} {list(y.shape)}, needed is int64 [{len(x)}]")
     if not x.numel():
         raise UserError(f"x is empty: {list(x.shape)}")
     if rows and not x.isfinite().all():
-        raise UserError(f"row {int((~x.isfinite()).any(1).nonzero()[0])} of x holds NaN or infinity")
+        broken = (~x.isfinite()).any(1).nonzero()
+        raise UserError(f"row {int(broken[0])} of x holds NaN or infinity")
 
 
 def _numbered(y: Tensor) -> tuple[str, ...]:
+    """Name the classes by their numbers, which must be 0 … C−1."""
     present = y.unique().tolist()
-    if present != list(range(len(present))):
-        missing = next(c for c in range(len(present)) if c not in present)
+    expected = range(len(present))
+    if present != list(expected):
+        missing = next(c for c in expected if c not in present)
         raise UserError(f"labels run from {present[0]} to {present[-1]} but none is {missing}; needed are 0 … C−1")
     return tuple(map(str, present))
 
@@ -131,23 +151,30 @@ def aligned(split: Split, like: Split) -> Split:
         raise UserError(f"the new samples have shape {list(split.shape)}, the data set has {list(like.shape)}")
     if split.columns != like.columns:
         raise UserError(f"the new columns are {', '.join(split.columns)}; the data set's {', '.join(like.columns)}")
-    if strange := [name for name in split.classes if name not in like.classes]:
-        raise unknown("class of the new samples", strange[0], like.classes)
-    y = torch.tensor([like.classes.index(name) for name in split.classes])[split.y]
-    return replace(like, take=split.take, y=y)
+    strange = next((name for name in split.classes if name not in like.classes), None)
+    if strange is not None:
+        raise unknown("class of the new samples", strange, like.classes)
+    numbers = torch.tensor([like.classes.index(name) for name in split.classes])  # [classes of split]
+    return replace(like, take=split.take, y=numbers[split.y])
 
 
 def joined(*splits: Split) -> Split:
     """Return aligned splits as one, their samples one after another."""
-    take = partial(_take_joined, [split.take for split in splits], [0, *accumulate(map(len, splits))])
-    return replace(splits[0], take=take, y=torch.cat([split.y for split in splits]))
+    takes = [split.take for split in splits]
+    starts = [0, *accumulate(map(len, splits))]  # where each split begins, and the end
+    y = torch.cat([split.y for split in splits])
+    return replace(splits[0], take=partial(_take_joined, takes, starts), y=y)
 
 
 def _take_joined(takes: Sequence[Take], starts: Sequence[int], indices: np.ndarray) -> np.ndarray:
     if not len(indices) or indices.max() < starts[1]:
         return takes[0](indices)
-    part = np.searchsorted(starts, indices, side="right") - 1
-    gathered = np.concatenate([takes[k](indices[part == k] - starts[k]) for k in np.unique(part)])
-    out = np.empty_like(gathered)
-    out[np.argsort(part, kind="stable")] = gathered
+    owner = np.searchsorted(starts, indices, side="right") - 1  # [b], the split of each sample
+    gathered = []
+    for k in np.unique(owner):
+        local = indices[owner == k] - starts[k]
+        gathered.append(takes[k](local))
+    grouped = np.concatenate(gathered)  # split after split
+    out = np.empty_like(grouped)
+    out[np.argsort(owner, kind="stable")] = grouped  # back to the order asked for
     return out

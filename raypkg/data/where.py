@@ -36,28 +36,38 @@ def matching(split: Split, condition: str) -> np.ndarray:
     """
     kept = np.ones(len(split), bool)
     for clause in re.split(r"(?i)\s+and\s+", condition):
-        found = CLAUSE.fullmatch(clause)
-        if not found:
-            raise UserError(
-                f"condition {clause!r} is not of the form NAME OPERATOR VALUE, such as label = {split.classes[0]}"
-            )
-        kept &= _met(split, *found.groups())
+        parsed = CLAUSE.fullmatch(clause)
+        if not parsed:
+            example = f"label = {split.classes[0]}"
+            raise UserError(f"condition {clause!r} is not of the form NAME OPERATOR VALUE, such as {example}")
+        name, comparison, value = parsed.groups()
+        if name == "label" and name not in split.columns:
+            kept &= _by_label(split, comparison, value)
+        else:
+            kept &= _by_column(split, name, comparison, value)
     return np.flatnonzero(kept)
 
 
-def _met(split: Split, name: str, comparison: str, value: str) -> np.ndarray:
-    if name == "label" and name not in split.columns:
-        if comparison not in ("=", "!="):
-            raise UserError(f"condition label {comparison} {value}: labels compare with = and != only")
-        if value not in split.classes:
-            raise unknown("class", value, split.classes)
-        return OPERATORS[comparison](split.y.numpy(), split.classes.index(value))
+def _by_label(split: Split, comparison: str, value: str) -> np.ndarray:
+    if comparison not in ("=", "!="):
+        raise UserError(f"condition label {comparison} {value}: labels compare with = and != only")
+    if value not in split.classes:
+        raise unknown("class", value, split.classes)
+    number = split.classes.index(value)
+    return OPERATORS[comparison](split.y.numpy(), number)
+
+
+def _by_column(split: Split, name: str, comparison: str, value: str) -> np.ndarray:
     if name not in split.columns:
         raise unknown("name in a condition", name, ("label", *split.columns))
     try:
-        number = float(value)
+        number = np.float32(float(value))  # as the column is stored, so that = finds what the file says
     except ValueError:
         raise UserError(f"condition {name} {comparison} {value}: {value!r} is no number") from None
     column = split.columns.index(name)
-    blocks = np.split(np.arange(len(split)), range(BLOCK, len(split), BLOCK))
-    return OPERATORS[comparison](np.concatenate([split.take(rows)[:, column] for rows in blocks]), np.float32(number))
+    met = []
+    for start in range(0, len(split), BLOCK):
+        rows = np.arange(start, min(start + BLOCK, len(split)))
+        values = split.take(rows)[:, column]
+        met.append(OPERATORS[comparison](values, number))
+    return np.concatenate(met)

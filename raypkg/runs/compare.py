@@ -1,8 +1,7 @@
 """Two runs' selections side by side: do they rank and pick the same samples?"""
 
-from typing import Any
-
 import numpy as np
+import pyarrow as pa
 
 from raypkg.core.errors import UserError
 
@@ -13,24 +12,20 @@ def compare(run: RunFolder, other: RunFolder) -> str:
     """Return overlap of the coresets and, where both runs computed scores, their rank correlation, in one line.
 
     Raises:
-        UserError: a run is not finished, or they chose from different samples.
+        UserError: a run is not finished, has no coreset, or they chose from different samples.
     """
-    n, others_n = _samples(run), _samples(other)
-    scores, others = _table(run, "scores"), _table(other, "scores")
-    correlation = ""
-    if scores and others:
-        if not scores["index"].equals(others["index"]):
-            raise UserError(
-                f"{run.name} and {other.name} scored different samples: same data set, seed and validation?"
-            )
-        rho = spearman(scores["score"].to_numpy(), others["score"].to_numpy())
-        correlation = f"rank correlation of the scores {rho:.3f}; "
-    elif n != others_n:
+    n = _samples(run)
+    others_n = _samples(other)
+    correlation = _correlation(run, other)
+    if correlation is None and n != others_n:
         raise UserError(f"{run.name} chose from {n} samples and {other.name} from {others_n}: same data set?")
-    picked, others_picked = (_table(r, "coreset")["index"].to_numpy() for r in (run, other))
-    common, chance = len(np.intersect1d(picked, others_picked)), len(others_picked) / n
+    picked = _picked(run)
+    others_picked = _picked(other)
+    common = len(np.intersect1d(picked, others_picked))
+    chance = len(others_picked) / n  # the share that picks at random would have in common
+    rho = "" if correlation is None else f"rank correlation of the scores {correlation:.3f}; "
     return (
-        f"{run.name} against {other.name}: {correlation}{common:,} of {len(picked):,} picks in common"
+        f"{run.name} against {other.name}: {rho}{common:,} of {len(picked):,} picks in common"
         f" ({common / len(picked):.1%}; by chance {chance:.1%})"
     )
 
@@ -41,7 +36,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     >>> round(spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 30.0, 20.0])), 3)
     0.5
     """
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+    correlation = np.corrcoef(_ranks(a), _ranks(b))  # [2, 2]
+    return float(correlation[0, 1])
 
 
 def kendall(a: np.ndarray, b: np.ndarray) -> float:
@@ -50,15 +46,24 @@ def kendall(a: np.ndarray, b: np.ndarray) -> float:
     >>> round(kendall(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])), 3)
     0.667
     """
-    first, second = (np.sign(np.subtract.outer(values, values)) for values in (a, b))  # [n, n]
+    first = _orders(a)
+    second = _orders(b)
     untied = np.sqrt(np.abs(first).sum() * np.abs(second).sum())
-    return float((first * second).sum() / untied) if untied else float("nan")
+    if not untied:
+        return float("nan")
+    return float((first * second).sum() / untied)
+
+
+def _orders(values: np.ndarray) -> np.ndarray:
+    """Return the order of every pair: 1, −1, or 0 for a tie, [n, n]."""
+    return np.sign(np.subtract.outer(values, values))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     _, position, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[position]
+    last = np.cumsum(count)  # the highest rank among equal values
+    mean = last - (count - 1) / 2
+    return mean[position]
 
 
 def _samples(run: RunFolder) -> int:
@@ -67,5 +72,23 @@ def _samples(run: RunFolder) -> int:
     return run.summary["samples"]
 
 
-def _table(run: RunFolder, name: str) -> Any:
+def _correlation(run: RunFolder, other: RunFolder) -> float | None:
+    """Return the rank correlation of the two runs' scores, or None where one computed none."""
+    scores = _table(run, "scores")
+    others = _table(other, "scores")
+    if not scores or not others:
+        return None
+    if not scores["index"].equals(others["index"]):
+        raise UserError(f"{run.name} and {other.name} scored different samples: same data set, seed and validation?")
+    return spearman(scores["score"].to_numpy(), others["score"].to_numpy())
+
+
+def _picked(run: RunFolder) -> np.ndarray:
+    coreset = _table(run, "coreset")
+    if coreset is None:
+        raise UserError(f"{run.name} saved no coreset: there is no coreset.parquet to compare")
+    return coreset["index"].to_numpy()
+
+
+def _table(run: RunFolder, name: str) -> pa.Table | None:
     return run.storage.read_table(f"{name}.parquet")

@@ -26,7 +26,9 @@ class Storage:
     """
 
     def __init__(self, root: str):
-        self.root = root if "://" in root else str(Path(root).expanduser().absolute())
+        if "://" not in root:
+            root = str(Path(root).expanduser().absolute())  # a worker may run in another folder
+        self.root = root
         try:
             self._fs, self._path = fs.FileSystem.from_uri(self.root)
         except (pa.ArrowInvalid, OSError) as error:
@@ -45,13 +47,13 @@ class Storage:
 
     @contextmanager
     def alone(self, what: str) -> Iterator[None]:
-        """Keep a folder from other processes that ask so till this one is done, where its file system has locks.
+        """Hold the folder's lock, where its file system has locks; it keeps out other processes that ask for it.
 
         Args:
-            what: it is, for the error.
+            what: the name of what is locked, for the error.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process holds the lock.
         """
         if self.local is None:
             yield
@@ -59,7 +61,7 @@ class Storage:
         folder = os.open(self.local, os.O_RDONLY)
         try:
             try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when the process ends, however it ends
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
             except BlockingIOError:
                 raise UserError(f"{what} is being worked on by another process: wait for it, or stop it") from None
             except OSError:
@@ -74,7 +76,7 @@ class Storage:
         Raises:
             UserError: the disk is full or the folder cannot be written; nothing half-written is left.
         """
-        path = f"{self._path}/{name}"
+        path = self._full(name)
         temporary = f"{path}.{os.getpid()}{PART}"
         try:
             self._fs.create_dir(os.path.dirname(path), recursive=True)
@@ -82,7 +84,7 @@ class Storage:
                 stream.write(content)
             self._fs.move(temporary, path)
         except OSError as error:
-            if self._fs.get_file_info(temporary).type == fs.FileType.File:
+            if self._is(temporary, fs.FileType.File):
                 self._fs.delete_file(temporary)
             reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
             raise UserError(f"cannot write {path!r}: {reason}") from None
@@ -94,33 +96,35 @@ class Storage:
             UserError: it cannot be read, for instance because it is a folder.
         """
         try:
-            with self._fs.open_input_stream(f"{self._path}/{name}") as stream:
+            with self._fs.open_input_stream(self._full(name)) as stream:
                 return stream.read()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise UserError(f"cannot read {self._path}/{name}: {error}") from None
+            raise UserError(f"cannot read {self._full(name)}: {error}") from None
 
     def list(self, name: str = "") -> list[str]:
         """Return the names in a folder, sorted; an empty list when there is none. Unfinished files are left out."""
-        folder = f"{self._path}/{name}".rstrip("/")
-        if self._fs.get_file_info(folder).type != fs.FileType.Directory:
+        folder = self._full(name).rstrip("/")
+        if not self._is(folder, fs.FileType.Directory):
             return []
-        names = (info.base_name for info in self._fs.get_file_info(fs.FileSelector(folder)))
-        return sorted(name for name in names if not name.endswith(PART))
+        entries = self._fs.get_file_info(fs.FileSelector(folder))
+        return sorted(entry.base_name for entry in entries if not entry.base_name.endswith(PART))
 
     def delete(self, name: str) -> None:
         """Delete a file."""
-        self._fs.delete_file(f"{self._path}/{name}")
+        self._fs.delete_file(self._full(name))
 
     def delete_folder(self, name: str) -> None:
         """Delete a folder with all it holds, if it exists."""
-        if self._fs.get_file_info(f"{self._path}/{name}").type == fs.FileType.Directory:
-            self._fs.delete_dir(f"{self._path}/{name}")
+        folder = self._full(name)
+        if self._is(folder, fs.FileType.Directory):
+            self._fs.delete_dir(folder)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as JSON."""
-        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
+        text = json.dumps(value, indent=2) + "\n"
+        self.write(name, text.encode())
 
     def read_json(self, name: str) -> Any | None:
         """Return a JSON file's value, or None when it does not exist.
@@ -129,8 +133,10 @@ class Storage:
             UserError: the file is not JSON.
         """
         content = self.read(name)
+        if content is None:
+            return None
         try:
-            return None if content is None else json.loads(content)
+            return json.loads(content)
         except ValueError as error:
             raise UserError(f"{self.root}/{name} is corrupt: {error}") from None
 
@@ -147,10 +153,16 @@ class Storage:
             UserError: the file is not parquet.
         """
         try:
-            # Nothing of Python's in it: Arrow's threads may drop a table's source after the interpreter has ended.
-            with self._fs.open_input_file(f"{self._path}/{name}") as file:
+            # Arrow's own file, not Python's: its threads may drop a table's source after the interpreter has ended.
+            with self._fs.open_input_file(self._full(name)) as file:
                 return pq.read_table(file)
         except FileNotFoundError:
             return None
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.root}/{name} is corrupt: {error}") from None
+
+    def _full(self, name: str) -> str:
+        return f"{self._path}/{name}"
+
+    def _is(self, path: str, kind: fs.FileType) -> bool:
+        return self._fs.get_file_info(path).type == kind

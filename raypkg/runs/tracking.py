@@ -50,7 +50,8 @@ class Wandb:
     def __init__(self, settings: RunSettings, folder: RunFolder, group: str):
         import wandb
 
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        default = "online" if _has_key() else "offline"
+        mode: Any = os.environ.get("WANDB_MODE") or default
         self._folder = folder
         self._run = wandb.init(
             project=settings.track.project,
@@ -64,25 +65,39 @@ class Wandb:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log the row's numbers under its phase (and model)."""
-        prefix = row["phase"] if row.get("model") is None else f"{row['phase']}/model_{row['model']}"
-        self._run.log({f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, float | int)})
+        prefix = row["phase"]
+        if row.get("model") is not None:
+            prefix += f"/model_{row['model']}"
+        numbers = {name: value for name, value in row.items() if isinstance(value, float | int)}
+        self._run.log({f"{prefix}/{name}": value for name, value in numbers.items()})
 
     def finish(self, summary: Mapping[str, Any]) -> str:
         """Log the manifest, the plots and the coreset, and close."""
-        import wandb
-
         self._run.summary.update(dict(summary))
-        if local := self._folder.storage.local:
-            plots = sorted(local.glob("plots/*.png"))
-            self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots})
-            if (coreset := local / "coreset.parquet").exists():
-                artifact = wandb.Artifact(f"coreset-{self._folder.name}", type="coreset")
-                artifact.add_file(str(coreset))
-                self._run.log_artifact(artifact)
+        local = self._folder.storage.local
+        if local:  # W&B uploads files by their path
+            self._log_plots(local)
+            self._log_coreset(local / "coreset.parquet")
         directory = Path(self._run.dir).parent
         self._run.finish()
-        offline = directory.name.startswith("offline-")
-        return f"W&B run is offline; send it with: wandb sync {directory}" if offline else ""
+        if directory.name.startswith("offline-"):
+            return f"W&B run is offline; send it with: wandb sync {directory}"
+        return ""
+
+    def _log_plots(self, local: Path) -> None:
+        import wandb
+
+        plots = sorted(local.glob("plots/*.png"))
+        self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots})
+
+    def _log_coreset(self, file: Path) -> None:
+        import wandb
+
+        if not file.exists():
+            return
+        artifact = wandb.Artifact(f"coreset-{self._folder.name}", type="coreset")
+        artifact.add_file(str(file))
+        self._run.log_artifact(artifact)
 
     def abandon(self) -> None:
         """Close as failed, so that nothing is written any more."""
@@ -90,15 +105,16 @@ class Wandb:
 
 
 class Listened:
-    """Another tracker, to whose rows someone else listens.
+    """A tracker that passes its rows on to a listener, such as the sweep that a run is a trial of.
 
     Args:
         tracker: gets everything first.
-        listen: gets the rows; where it ends the run by ``SystemExit``, the tracker closes in order.
+        listen: gets the rows; where it ends the run by ``SystemExit``, the tracker is closed as after a finished run.
     """
 
     def __init__(self, tracker: Tracker, listen: Callable[[Mapping[str, Any]], None]):
-        self._tracker, self._listen = tracker, listen
+        self._tracker = tracker
+        self._listen = listen
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Pass a row to both."""
@@ -107,7 +123,7 @@ class Listened:
             self._listen(row)
         except SystemExit:
             self._tracker.finish({})
-            self._tracker = Nowhere()
+            self._tracker = Nowhere()  # whoever cleans up after the exit must not close it again
             raise
 
     def finish(self, summary: Mapping[str, Any]) -> str:
@@ -124,9 +140,10 @@ TRACKERS = {"wandb": Wandb}
 
 def tracker(settings: RunSettings, folder: RunFolder, group: str) -> Tracker:
     """Return the tracker that the settings name."""
-    if settings.track.name is None:
+    name = settings.track.name
+    if name is None:
         return Nowhere()
-    return TRACKERS[settings.track.name](settings, folder, group)
+    return TRACKERS[name](settings, folder, group)
 
 
 def _has_key() -> bool:

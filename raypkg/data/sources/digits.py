@@ -24,10 +24,16 @@ def load(root: str, *, split: str) -> Split:
     """
     if root:
         raise UserError(f"dataset 'digits' ships with the package and takes no path, got {root!r}")
-    with as_file(files("raypkg.data.sources") / "digits.parquet") as path:  # Arrow's threads may outlive a Python file
+    # By its path: Arrow's threads may outlive a file that Python has opened.
+    with as_file(files("raypkg.data.sources") / "digits.parquet") as path:
         table = pq.read_table(path)
-    rows = table["test"].to_numpy() == (split == "test")
-    levels = np.frombuffer(b"".join(table["x"].to_pylist()), np.uint8).reshape(-1, 1, 8, 8)[rows]  # 0 … 16
-    pixels = (levels.astype(np.uint16) * 255 + 8) // 16  # to the nearest of 0 … 255
-    x, y = torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(table["y"].to_numpy()[rows]).long()
-    return Split.from_tensors(x, y, augment=("crop",))
+    rows = table["test"].to_numpy() == (split == "test")  # [n]
+    images = b"".join(table["x"].to_pylist())
+    levels = np.frombuffer(images, np.uint8).reshape(-1, 1, 8, 8)  # 0 … 16
+    pixels = (levels[rows].astype(np.uint16) * 255 + 8) // 16  # to the nearest of 0 … 255
+    y = table["y"].to_numpy()[rows]
+    return Split.from_tensors(
+        torch.from_numpy(pixels.astype(np.uint8)),
+        torch.from_numpy(y).long(),
+        augment=("crop",),
+    )

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from raypkg.core.errors import UserError
 from raypkg.data.split import Split
-from raypkg.data.store.cache import cache_folder, fingerprint
+from raypkg.data.store.cache import fingerprint, store_path
 from raypkg.data.store.images import Examples, ImageSource
 
 from . import dataset
@@ -18,6 +18,8 @@ from . import dataset
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 FOLDERS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 READ_AT_ONCE = 256
+
+Labelled = list[tuple[Path, int]]  # image files with the numbers of their classes
 
 
 @dataset("folder")
@@ -31,48 +33,62 @@ def load(root: str, *, split: str, cache: Path | None, size: Annotated[int, Fiel
             several sizes while ``size`` is 0.
     """
     folders = {name: _folder(Path(root), name) for name in FOLDERS}
-    classes = tuple(sorted(_classes(folders["train"])))
-    files = {name: _files(folders[name], classes) for name in FOLDERS}
-    key = fingerprint((file for found in files.values() for file, _ in found), root=root, size=size)
-    stem = f"{cache_folder(cache)}/{Path(root).resolve().name}"
-    source = ImageSource(
-        lambda name: Path(f"{stem}-{name}-{key}.arrow"), lambda name: _examples(files[name], classes), size
-    )
-    return source.split(split)
+    classes = tuple(sorted(_class_folders(folders["train"])))
+    files = {name: _labelled(folder, classes) for name, folder in folders.items()}
+    paths = [file for file, _ in files["train"] + files["test"]]
+    key = fingerprint(paths, root=root, size=size)
+
+    def examples(name: str) -> Examples:
+        return _examples(files[name], classes)
+
+    path = partial(store_path, cache, Path(root).resolve().name, key)
+    return ImageSource(path, examples, size).split(split)
 
 
 def _folder(root: Path, split: str) -> Path:
-    found = [root / name for name in FOLDERS[split] if (root / name).is_dir()]
-    if not found:
-        raise UserError(f"folder {str(root)!r} has no {split} split: none of the folders {', '.join(FOLDERS[split])}")
-    return found[0]
+    names = FOLDERS[split]
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise UserError(f"folder {str(root)!r} has no {split} split: none of the folders {', '.join(names)}")
+    return folder
 
 
-def _classes(folder: Path) -> dict[str, Path]:
-    found = {path.name: path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    if not found:
+def _class_folders(folder: Path) -> dict[str, Path]:
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    classes = {path.name: path for path in visible if path.is_dir()}
+    if not classes:
         raise UserError(f"folder {str(folder)!r} holds no class folders")
-    return found
+    return classes
 
 
-def _files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
+def _labelled(folder: Path, classes: tuple[str, ...]) -> Labelled:
     """List the image files of a split with their labels, class by class."""
-    found = []
-    for name, path in sorted(_classes(folder).items()):
+    files = []
+    for name, path in sorted(_class_folders(folder).items()):
         if name not in classes:
             raise UserError(f"class {name!r} of {str(folder)!r} is not among the {len(classes)} classes of train")
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        if not files:
-            raise UserError(f"class folder {str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
-        found += [(file, classes.index(name)) for file in files]
-    return found
+        label = classes.index(name)
+        files += [(file, label) for file in _images(path)]
+    return files
 
 
-def _examples(files: list[tuple[Path, int]], classes: tuple[str, ...]) -> Examples:
-    return Examples(len(files), classes, partial(_batches, files), lambda i: str(files[i][0]))
+def _images(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"class folder {str(folder)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
+    return files
 
 
-def _batches(files: list[tuple[Path, int]]) -> Iterator[tuple[list[bytes], np.ndarray]]:
+def _examples(files: Labelled, classes: tuple[str, ...]) -> Examples:
+    def name(i: int) -> str:
+        return str(files[i][0])
+
+    return Examples(len(files), classes, partial(_batches, files), name)
+
+
+def _batches(files: Labelled) -> Iterator[tuple[list[bytes], np.ndarray]]:
     for start in range(0, len(files), READ_AT_ONCE):
-        some = files[start : start + READ_AT_ONCE]
-        yield [file.read_bytes() for file, _ in some], np.array([label for _, label in some], np.int64)
+        batch = files[start : start + READ_AT_ONCE]
+        images = [file.read_bytes() for file, _ in batch]
+        labels = [label for _, label in batch]
+        yield images, np.array(labels, np.int64)

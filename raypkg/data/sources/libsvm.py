@@ -1,7 +1,7 @@
 """Sparse rows in libsvm's text form, as RCV1 is handed on: ``label column:value column:value …``."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from raypkg.core.errors import UserError, unknown
+from raypkg.core.errors import UserError
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
-from raypkg.data.store.cache import cache_folder, cached, fingerprint
-from raypkg.data.store.rows import held_out, row_files
+from raypkg.data.store.cache import cached, fingerprint, store_path
+from raypkg.data.store.rows import class_numbers, row_files, split_rows
 
 from . import dataset
 
 SUFFIXES = (".libsvm", ".svm", ".txt", ".bz2", ".gz")
-ENTRY = np.dtype([("column", "<i4"), ("value", "<f4")])  # of a stored row, columns from 0
+ENTRY = np.dtype([("column", "<i4"), ("value", "<f4")])  # of a stored row; columns count from 0
 BLOCK = 1 << 14  # rows on their way into the store
 
 
@@ -47,48 +47,81 @@ def load(
     Raises:
         UserError: missing files, lines in another form, values that are not finite, a column above ``columns``.
     """
-    path, files = Path(root), row_files(root, SUFFIXES)
+    files = row_files(root, SUFFIXES)
     key = fingerprint(files.values(), columns=columns, test=test)
-    target = cache_folder(cache) / f"{path.resolve().name.partition('.')[0]}-{split}-{key}.arrow"
+    target = store_path(cache, Path(root).resolve().name.partition(".")[0], key, split)
 
     def build(unfinished: Path) -> None:
-        found = {file: read(file) for file in set(files.values())}
-        train, chosen = found[files["train"]], found[files[split]]
-        largest = max(int(entries["column"].max(initial=-1)) for _, rows in found.values() for entries in rows) + 1
-        if columns is not None and largest > columns:
-            raise UserError(f"option columns = {columns}, but {str(path)!r} has column {largest}")
-        classes = tuple(sorted(set(train[0]), key=float))
-        rows = held_out(len(chosen[0]), test, split, path) if path.is_file() else np.arange(len(chosen[0]))
-        write(unfinished, Header("encoded", (columns or largest,), classes), _blocks(*chosen, rows, classes))
+        # Both files decide on the width, so both are read whichever split is built.
+        tables = {file: read(file) for file in set(files.values())}
+        width = max(table.width for table in tables.values())
+        if columns is not None and width > columns:
+            raise UserError(f"option columns = {columns}, but {root!r} has column {width}")
+        classes = tables[files["train"]].classes
+        table = tables[files[split]]
+        rows = split_rows(files, split, len(table.rows), test)
+        header = Header("encoded", (columns or width,), classes)
+        write(unfinished, header, table.blocks(rows, classes))
 
     store = cached(target, build)
-    wide = store.header.shape[0]
-    return replace(store.as_split(partial(_dense, store)), mean=(0.0,) * wide, std=(1.0,) * wide)
+    width = store.header.shape[0]
+    rows = store.as_split(partial(_dense, store))
+    return replace(rows, mean=(0.0,) * width, std=(1.0,) * width)  # not standardised: zeros stay zeros
 
 
-def read(file: Path) -> tuple[list[str], list[np.ndarray]]:
-    """Return the labels and the sparse rows of a file, each row an array of ``ENTRY``.
+@dataclass(frozen=True)
+class SparseTable:
+    """One file's rows: the label of each, in one spelling, and its entries, an array of ``ENTRY``."""
+
+    labels: list[str]
+    rows: list[np.ndarray]
+
+    @property
+    def width(self) -> int:
+        """The largest column that occurs, counted from 1."""
+        last = max(row["column"].max(initial=-1) for row in self.rows)
+        return int(last) + 1
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels that occur, by their value."""
+        return tuple(sorted(set(self.labels), key=float))
+
+    def blocks(self, chosen: np.ndarray, classes: tuple[str, ...]) -> Iterator[Block]:
+        """Yield the chosen rows in blocks, labels as numbers of their classes."""
+        y = class_numbers(self.labels, classes)
+        unused = np.zeros((1, 1))  # in place of a sample for the statistics
+        for chunk in np.split(chosen, range(BLOCK, len(chosen), BLOCK)):
+            yield Block([self.rows[i].tobytes() for i in chunk], y[chunk], unused)
+
+
+def read(file: Path) -> SparseTable:
+    """Return the rows of a file.
 
     Raises:
         UserError: it cannot be read, has no rows, or a line is in another form.
     """
-    labels, rows = [], []
+    labels = []
+    rows = []
     try:
         with pa.input_stream(str(file), compression="detect") as stream:
             for number, line in enumerate(_lines(stream), 1):
-                label, *entries = line.partition("#")[0].split() or [""]
-                if label:
-                    labels.append(_label(label, f"line {number} of {str(file)!r}"))
-                    rows.append(_row(entries, f"line {number} of {str(file)!r}"))
+                words = line.partition("#")[0].split()
+                if not words:
+                    continue  # an empty line, or nothing but a remark
+                where = f"line {number} of {str(file)!r}"
+                labels.append(_label(words[0], where))
+                rows.append(_row(words[1:], where))
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"table {str(file)!r} cannot be read: {error}") from None
     if not rows:
         raise UserError(f"table {str(file)!r} has no rows")
-    return labels, rows
+    return SparseTable(labels, rows)
 
 
 def _lines(stream: pa.NativeFile) -> Iterator[str]:
-    rest = b""
+    """Decode a stream that may be compressed, which Arrow reads in blocks only, line by line."""
+    rest = b""  # the beginning of a line whose end is in the next block
     while block := stream.read(1 << 20):
         *lines, rest = (rest + block).split(b"\n")
         yield from (line.decode() for line in lines)
@@ -99,38 +132,35 @@ def _label(label: str, where: str) -> str:
     """Return a label in one spelling: ``+1``, ``1`` and ``1.0`` are the same class."""
     try:
         value = float(label)
-        return str(int(value)) if value == int(value) else str(value)
-    except (ValueError, OverflowError):
+        whole = int(value)
+    except (ValueError, OverflowError):  # not a number, NaN, infinity
         raise UserError(f"{where} begins with {label!r}, needed is a number, the label") from None
+    return str(whole) if value == whole else str(value)
 
 
 def _row(entries: list[str], where: str) -> np.ndarray:
     try:
-        pairs = [(int(column) - 1, float(value)) for column, value in (entry.split(":") for entry in entries)]
+        pairs = []
+        for entry in entries:
+            column, value = entry.split(":")
+            pairs.append((int(column) - 1, float(value)))
         row = np.array(pairs, ENTRY)
     except (ValueError, OverflowError):
         raise UserError(f"{where} has an entry that is not column:value") from None
-    if len(row) and (row["column"][0] < 0 or (np.diff(row["column"]) <= 0).any()):
+    columns = row["column"]
+    if len(columns) and (columns[0] < 0 or (np.diff(columns) <= 0).any()):
         raise UserError(f"{where}: columns must begin at 1 and rise")
     if not np.isfinite(row["value"]).all():
         raise UserError(f"{where} holds NaN or infinity")
     return row
 
 
-def _blocks(labels: list[str], rows: list[np.ndarray], chosen: np.ndarray, classes: tuple[str, ...]) -> Iterator[Block]:
-    place = {name: number for number, name in enumerate(classes)}
-    if strange := set(labels) - place.keys():
-        raise unknown("class of the test rows", min(strange), classes)
-    for part in np.split(chosen, range(BLOCK, len(chosen), BLOCK)):
-        y = np.array([place[labels[i]] for i in part])
-        yield Block([rows[i].tobytes() for i in part], y, np.zeros((1, 1)))  # rows are not standardised
-
-
 def _dense(store: Store, indices: np.ndarray) -> np.ndarray:
     """Gather rows as float32 [b, D]."""
     rows = [store.encoded(int(i)) for i in indices]
     entries = np.frombuffer(b"".join(rows), ENTRY)
-    place = np.repeat(np.arange(len(rows)), [row.size // ENTRY.itemsize for row in rows])
+    sizes = [row.size // ENTRY.itemsize for row in rows]
+    row_of = np.repeat(np.arange(len(rows)), sizes)  # the row of each entry
     x = np.zeros((len(rows), *store.header.shape), np.float32)
-    x[place, entries["column"]] = entries["value"]
+    x[row_of, entries["column"]] = entries["value"]
     return x

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from pydantic import Field
 
 from raypkg.core.errors import UserError, unknown
 from raypkg.data.split import Split
-from raypkg.data.store.cache import cache_folder, fingerprint
+from raypkg.data.store.cache import fingerprint, store_path
 from raypkg.data.store.images import Examples, ImageSource
 
 from . import dataset
@@ -27,7 +27,14 @@ READ_AT_ONCE = 256
 
 
 @dataset("parquet")
-def load(root: str, *, split: str, cache: Path | None, label: str = "", size: Annotated[int, Field(ge=0)] = 0) -> Split:
+def load(
+    root: str,
+    *,
+    split: str,
+    cache: Path | None,
+    label: str = "",
+    size: Annotated[int, Field(ge=0)] = 0,
+) -> Split:
     """Parquet files named train*, test* or valid* in PATH: a column of encoded images and a column of labels.
 
     The image column is found by its type, a binary or a struct with ``bytes``; class names are those of the hub's
@@ -38,14 +45,14 @@ def load(root: str, *, split: str, cache: Path | None, label: str = "", size: An
     """
     files = {name: _files(Path(root), name) for name in PREFIXES}
     key = fingerprint(files["train"] + files["test"], label=label, size=size)
-    stem = f"{cache_folder(cache)}/{Path(root).resolve().stem}"
 
     def examples(name: str) -> Examples:
         train = ImageTable(files["train"], label)
         table = ImageTable(files[name], label)
         return Examples(len(table), train.classes, table.batches, table.name)
 
-    return ImageSource(lambda name: Path(f"{stem}-{name}-{key}.arrow"), examples, size).split(split)
+    path = partial(store_path, cache, Path(root).resolve().stem, key)
+    return ImageSource(path, examples, size).split(split)
 
 
 @dataclass(frozen=True)
@@ -62,44 +69,47 @@ class ImageTable:
     @cached_property
     def _schema(self) -> pa.Schema:
         """The schema of the first file, which the others must share."""
-        first, *others = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
-        for file, schema in zip(self.files[1:], others, strict=True):
-            if not schema.equals(first):
+        schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
+        for file, schema in zip(self.files, schemas, strict=True):
+            if not schema.equals(schemas[0]):
                 raise UserError(f"the columns of {str(file)!r} differ from those of {str(self.files[0])!r}")
-        return first
+        return schemas[0]
 
     @cached_property
     def _image(self) -> str:
         columns = [field.name for field in self._schema if _holds_bytes(field.type)]
-        found = [name for name in columns if name in IMAGES] or columns
-        if len(found) != 1:
-            what = "several image columns" if found else "no image column (binary, or a struct with bytes)"
+        usual = [name for name in columns if name in IMAGES]
+        candidates = usual or columns
+        if len(candidates) != 1:
+            what = "several image columns" if candidates else "no image column (binary, or a struct with bytes)"
             raise UserError(f"{str(self.files[0])!r} has {what} among {', '.join(self._schema.names)}")
-        return found[0]
+        return candidates[0]
 
     @cached_property
     def _label(self) -> str:
-        found = [name for name in ([self.chosen_label] if self.chosen_label else LABELS) if name in self._schema.names]
-        if not found:
-            raise unknown(f"label column of {str(self.files[0])!r}", self.chosen_label or LABELS[0], self._schema.names)
-        kind = self._schema.field(found[0]).type
+        file = str(self.files[0])
+        wanted = (self.chosen_label,) if self.chosen_label else LABELS
+        label = next((name for name in wanted if name in self._schema.names), None)
+        if label is None:
+            raise unknown(f"label column of {file!r}", wanted[0], self._schema.names)
+        kind = self._schema.field(label).type
         if not pa.types.is_integer(kind):
-            raise UserError(f"label column {found[0]!r} of {str(self.files[0])!r} is {kind}, needed are integers")
-        return found[0]
+            raise UserError(f"label column {label!r} of {file!r} is {kind}, needed are integers")
+        return label
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """The class names of the schema metadata, else the label numbers, which must then have no gaps."""
-        features = (
-            json.loads((self._schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        )
-        names = features.get(self._label, {}).get("names")
+        names = _features(self._schema).get(self._label, {}).get("names")
         if names:
             return tuple(names)
-        seen = pc.unique(pq.ParquetDataset(self.files).read([self._label])[self._label]).drop_null().to_pylist()
-        if sorted(seen) != list(range(len(seen))):
-            raise UserError(f"labels of {str(self.files[0])!r} are {min(seen)} … {max(seen)} with gaps or not from 0")
-        return tuple(map(str, sorted(seen)))
+        labels = pq.ParquetDataset(self.files).read([self._label])[self._label]
+        numbers = sorted(pc.unique(labels).drop_null().to_pylist())
+        if numbers != list(range(len(numbers))):
+            raise UserError(
+                f"labels of {str(self.files[0])!r} are {numbers[0]} … {numbers[-1]} with gaps or not from 0"
+            )
+        return tuple(map(str, numbers))
 
     def __len__(self) -> int:
         return sum(metadata.num_rows for metadata in self._metadata)
@@ -115,18 +125,24 @@ class ImageTable:
     def batches(self) -> Iterator[tuple[list[bytes], np.ndarray]]:
         """Stream encoded images and labels int64, a bounded number of rows at a time."""
         start = 0
+        for batch in self._record_batches():
+            images = batch.column(self._image)
+            if pa.types.is_struct(images.type):
+                images = pc.struct_field(images, "bytes")
+            labels = batch.column(self._label)
+            self._refuse_nulls(images, "image", start)
+            self._refuse_nulls(labels, "label", start)
+            yield images.to_pylist(), labels.cast(pa.int64()).to_numpy()
+            start += len(batch)
+
+    def _record_batches(self) -> Iterator[pa.RecordBatch]:
         for file in self.files:
-            for batch in pq.ParquetFile(file).iter_batches(READ_AT_ONCE, columns=[self._image, self._label]):
-                images, labels = batch.column(self._image), batch.column(self._label)
-                images = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
-                self._refuse_nulls(images, "image", start)
-                self._refuse_nulls(labels, "label", start)
-                yield images.to_pylist(), labels.cast(pa.int64()).to_numpy()
-                start += len(batch)
+            yield from pq.ParquetFile(file).iter_batches(READ_AT_ONCE, columns=[self._image, self._label])
 
     def _refuse_nulls(self, column: pa.Array, what: str, start: int) -> None:
         if column.null_count:
-            raise UserError(f"{self.name(start + pc.index(column.is_null(), True).as_py())} has no {what}")
+            first = pc.index(column.is_null(), True).as_py()
+            raise UserError(f"{self.name(start + first)} has no {what}")
 
 
 def _files(root: Path, split: str) -> list[Path]:
@@ -135,13 +151,12 @@ def _files(root: Path, split: str) -> list[Path]:
         raise UserError(f"parquet path {str(root)!r} does not exist")
     files = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
     for prefix in PREFIXES[split]:
-        found = [file for file in files if file.name.startswith(prefix)]
-        if found:
-            return found
-    names = ", ".join(sorted({file.name for file in files})[:3]) or "no parquet file"
-    raise UserError(
-        f"{str(root)!r} has no {split} split: no file named {'* or '.join(PREFIXES[split])}*, found {names}"
-    )
+        named = [file for file in files if file.name.startswith(prefix)]
+        if named:
+            return named
+    names = sorted({file.name for file in files})
+    some = ", ".join(names[:3]) or "no parquet file"
+    raise UserError(f"{str(root)!r} has no {split} split: no file named {'* or '.join(PREFIXES[split])}*, found {some}")
 
 
 def _metadata(file: Path) -> pq.FileMetaData:
@@ -149,6 +164,13 @@ def _metadata(file: Path) -> pq.FileMetaData:
         return pq.read_metadata(file)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{str(file)!r} is no readable parquet file: {error}") from None
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """Return what the hub's metadata, if there is any, says of each column."""
+    metadata = schema.metadata or {}
+    hub = json.loads(metadata.get(b"huggingface", b"{}"))
+    return hub.get("info", {}).get("features", {})
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

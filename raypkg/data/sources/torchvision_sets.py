@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from raypkg.core.errors import UserError
+from raypkg.data.augment import default_augment
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, write
-from raypkg.data.store.cache import cache_folder, cached, fingerprint
+from raypkg.data.store.cache import cache_folder, cached, fingerprint, store_path
 
 from . import dataset
 
@@ -44,17 +45,22 @@ def fashionmnist(root: str, *, split: str, cache: Path | None) -> Split:
 def _split(kind: str, root: str, split: str, cache: Path | None) -> Split:
     """Open the store of a split; the original files lie in ``root``, or are fetched there or into the cache."""
     folder = Path(root) if root else cache_folder(cache) / "torchvision"
-    path = cache_folder(cache) / f"{kind.lower()}-{split}-{fingerprint([], root=str(folder.resolve()))}.arrow"
+    # The files are not part of the key: they never change, and may be gone once the store is built.
+    key = fingerprint([], root=str(folder.resolve()))
+    path = store_path(cache, kind.lower(), key, split)
     return cached(path, partial(_build, kind, folder, split)).as_split()
 
 
 def _build(kind: str, folder: Path, split: str, target: Path) -> None:
     source = _fetched(kind, folder, split)
-    pixels, y = np.asarray(source.data), np.asarray(source.targets, np.int64)
-    pixels = pixels[..., None] if pixels.ndim == 3 else pixels  # [n, H, W, C]
-    shape = (pixels.shape[3], *pixels.shape[1:3])
-    augment = ("crop", "flip") if shape[0] == 3 else ("crop",)
-    write(target, Header("pixels", shape, tuple(source.classes), augment), _blocks(pixels, y))
+    y = np.asarray(source.targets, np.int64)
+    pixels = np.asarray(source.data)
+    if pixels.ndim == 3:  # grey
+        pixels = pixels[..., None]
+    _, height, width, channels = pixels.shape
+    shape = (channels, height, width)
+    header = Header("pixels", shape, tuple(source.classes), default_augment(shape))
+    write(target, header, _blocks(pixels, y))
 
 
 def _fetched(kind: str, folder: Path, split: str) -> Any:
@@ -62,7 +68,8 @@ def _fetched(kind: str, folder: Path, split: str) -> Any:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return getattr(datasets, kind)(folder, train=split == "train", download=True)
+        dataset_class = getattr(datasets, kind)
+        return dataset_class(folder, train=split == "train", download=True)
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"cannot fetch {kind} into {str(folder)!r} ({error}): place its files there,"
@@ -72,5 +79,5 @@ def _fetched(kind: str, folder: Path, split: str) -> Any:
 
 def _blocks(pixels: np.ndarray, y: np.ndarray) -> Iterator[Block]:
     for start in range(0, len(y), BLOCK):
-        x = pixels[start : start + BLOCK]
-        yield Block(x, y[start : start + BLOCK], x)
+        block = slice(start, start + BLOCK)
+        yield Block(pixels[block], y[block], sample=pixels[block])

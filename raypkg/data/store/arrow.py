@@ -38,17 +38,30 @@ class Header:
     def schema(self) -> pa.Schema:
         """The Arrow schema of the two columns, with this header as its metadata."""
         size = int(np.prod(self.shape))
-        x = {"pixels": pa.binary(size), "encoded": pa.large_binary(), "rows": pa.list_(pa.float32(), size)}[self.kind]
-        return pa.schema({"x": x, "y": pa.int64()}, {"effray": json.dumps({"format": FORMAT, **asdict(self)})})
+        types = {
+            "pixels": pa.binary(size),
+            "encoded": pa.large_binary(),
+            "rows": pa.list_(pa.float32(), size),
+        }
+        fields = {"format": FORMAT, **asdict(self)}
+        return pa.schema(
+            {"x": types[self.kind], "y": pa.int64()},
+            metadata={"effray": json.dumps(fields)},
+        )
 
     @classmethod
     def of(cls, schema: pa.Schema) -> "Header":
         """Read the header back from a schema."""
-        fields = json.loads((schema.metadata or {}).get(b"effray", b"{}"))
-        if fields.pop("format", None) != FORMAT:
+        metadata = schema.metadata or {}
+        fields = json.loads(metadata.get(b"effray", b"{}"))
+        if fields.get("format") != FORMAT:
             raise pa.ArrowInvalid(f"not a store of format {FORMAT}")
         return cls(
-            fields["kind"], *(tuple(fields.get(name, ())) for name in ("shape", "classes", "augment", "columns"))
+            kind=fields["kind"],
+            shape=tuple(fields["shape"]),
+            classes=tuple(fields["classes"]),
+            augment=tuple(fields.get("augment", ())),
+            columns=tuple(fields.get("columns", ())),
         )
 
 
@@ -63,22 +76,32 @@ class Block(NamedTuple):
 def write(path: Path, header: Header, blocks: Iterable[Block]) -> None:
     """Stream blocks into a store file, one record batch of at most ``BATCH_BYTES`` at a time."""
     moments = Moments()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, header.schema) as writer:
-        for batch in _record_batches(header.schema, blocks, moments):
+    schema = header.schema
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in _record_batches(schema, blocks, moments):
             writer.write_batch(batch)
+        # The file's own metadata had to be written first, but each batch has some: the last batch is empty but for it.
+        last = pa.RecordBatch.from_pylist([], schema)
         statistics = {"mean": json.dumps(moments.mean), "std": json.dumps(moments.std)}
-        writer.write_batch(pa.RecordBatch.from_pylist([], header.schema), custom_metadata=statistics)
+        writer.write_batch(last, custom_metadata=statistics)
 
 
 def _record_batches(schema: pa.Schema, blocks: Iterable[Block], moments: Moments) -> Iterator[pa.RecordBatch]:
+    """Join blocks to record batches as large as allowed, and update the moments on the way."""
+    kind = schema.field("x").type
     pending: list[pa.RecordBatch] = []
+    size = 0  # bytes of the pending batches
     for block in blocks:
         moments.update(block.sample)
-        batch = pa.record_batch([_column(block.x, schema.field("x").type), pa.array(block.y, pa.int64())], schema)
-        if pending and sum(b.nbytes for b in pending) + batch.nbytes > BATCH_BYTES:
+        x = _column(block.x, kind)
+        y = pa.array(block.y, pa.int64())
+        batch = pa.record_batch([x, y], schema)
+        if pending and size + batch.nbytes > BATCH_BYTES:
             yield pa.concat_batches(pending)
             pending = []
+            size = 0
         pending.append(batch)
+        size += batch.nbytes
     yield pa.concat_batches(pending)
 
 
@@ -86,8 +109,11 @@ def _column(x: np.ndarray | list[bytes], kind: pa.DataType) -> pa.Array:
     if isinstance(x, list):
         return pa.array(x, kind)
     if pa.types.is_fixed_size_list(kind):
-        return pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), type=kind)
-    return pa.FixedSizeBinaryArray.from_buffers(kind, len(x), [None, pa.py_buffer(np.ascontiguousarray(x))])
+        values = pa.array(x.reshape(-1))
+        return pa.FixedSizeListArray.from_arrays(values, type=kind)
+    pixels = pa.py_buffer(np.ascontiguousarray(x))
+    valid = None  # no bitmap: no value is missing
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(x), [valid, pixels])
 
 
 class Store:
@@ -102,14 +128,20 @@ class Store:
         self.path = path
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             self.header = Header.of(reader.schema)
-            *batches, (_, moments) = map(reader.get_batch_with_custom_metadata, range(reader.num_record_batches))
-        if moments is None:
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches - 1)]
+            last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
+        statistics = last.custom_metadata
+        if statistics is None:
             raise pa.ArrowInvalid("its statistics are missing")
-        self._mean, self._std = (tuple(json.loads(moments[key])) for key in ("mean", "std"))
-        self._columns = [batch.column("x") for batch, _ in batches]
-        self._starts = [0, *accumulate(map(len, self._columns))]
-        self._views = [] if self.header.kind == "encoded" else [self._view(column) for column in self._columns]
-        self.y = torch.from_numpy(np.concatenate([batch.column("y").to_numpy() for batch, _ in batches]))  # [n]
+        self._mean = tuple(json.loads(statistics["mean"]))
+        self._std = tuple(json.loads(statistics["std"]))
+        self._columns = [batch.column("x") for batch in batches]
+        self._starts = [0, *accumulate(map(len, self._columns))]  # where each record batch begins, and the end
+        self._views = []  # the mapped file as one array per record batch
+        if self.header.kind != "encoded":
+            self._views = [self._view(column) for column in self._columns]
+        labels = [batch.column("y").to_numpy() for batch in batches]
+        self.y = torch.from_numpy(np.concatenate(labels))  # [n]
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
         return Store, (self.path,)
@@ -118,30 +150,48 @@ class Store:
         return self._starts[-1]
 
     def _view(self, column: pa.Array) -> np.ndarray:
-        shape = self.header.shape
-        stored = (*shape[1:], shape[0]) if self.header.kind == "pixels" else shape  # images lie as [H, W, C]
-        dtype = np.uint8 if self.header.kind == "pixels" else np.float32
-        flat = np.frombuffer(column.buffers()[-1], dtype, count=len(column) * int(np.prod(shape)))
-        return flat.reshape(len(column), *stored)
+        """Return a column as an array over the mapped file itself, without a copy."""
+        values = column.buffers()[-1]  # the others hold which values are missing
+        if self.header.kind == "rows":
+            return _over(values, np.float32, (len(column), *self.header.shape))
+        channels, height, width = self.header.shape
+        # Stored as [H, W, C]: a batch of them is then an image tensor in channels_last memory.
+        return _over(values, np.uint8, (len(column), height, width, channels))
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Gather pixels [b, H, W, C] or rows [b, D], with one fancy index for each record batch that is touched."""
+        first = self._views[0]
         if len(self._views) == 1:
-            return self._views[0].take(indices, axis=0)
-        out = np.empty((len(indices), *self._views[0].shape[1:]), self._views[0].dtype)
-        batch_of = np.searchsorted(self._starts, indices, side="right") - 1
-        for batch in np.unique(batch_of):
-            here = batch_of == batch
-            out[here] = self._views[batch][indices[here] - self._starts[batch]]
+            return first.take(indices, axis=0)
+        out = np.empty((len(indices), *first.shape[1:]), first.dtype)
+        owner = np.searchsorted(self._starts, indices, side="right") - 1  # [b], the record batch of each sample
+        for batch in np.unique(owner):
+            here = owner == batch
+            local = indices[here] - self._starts[batch]
+            out[here] = self._views[batch][local]
         return out
 
     def encoded(self, index: int) -> pa.Buffer:
         """Return the bytes of one encoded image, without a copy."""
         batch = bisect_right(self._starts, index) - 1
-        return self._columns[batch][index - self._starts[batch]].as_buffer()
+        local = index - self._starts[batch]
+        return self._columns[batch][local].as_buffer()
 
     def as_split(self, take: Take | None = None) -> Split:
         """Return the split over this store; ``take`` replaces the plain gather where images must be decoded."""
-        header = self.header
-        known = (header.classes, header.shape, self._mean, self._std, header.augment, header.columns)
-        return Split(take or self.take, self.y, *known)
+        return Split(
+            take=take or self.take,
+            y=self.y,
+            classes=self.header.classes,
+            shape=self.header.shape,
+            mean=self._mean,
+            std=self._std,
+            augment=self.header.augment,
+            columns=self.header.columns,
+        )
+
+
+def _over(values: pa.Buffer, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    # The buffer may be longer than its values: Arrow pads it.
+    flat: np.ndarray = np.frombuffer(values, dtype, count=int(np.prod(shape)))
+    return flat.reshape(shape)

@@ -36,14 +36,29 @@ def cached(path: Path, build: Callable[[Path], None]) -> Store:
 
 def cache_folder(cache: Path | None = None) -> Path:
     """Return the given folder, else ``$EFFRAY_CACHE``, else ``effray`` in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effray"
-    return Path(cache or os.environ.get("EFFRAY_CACHE") or user)
+    if cache:
+        return cache
+    if chosen := os.environ.get("EFFRAY_CACHE"):
+        return Path(chosen)
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user) / "effray"
+
+
+def store_path(cache: Path | None, name: str, key: str, split: str) -> Path:
+    """Return the file of a split's store: the source's name is for people, its fingerprint tells sources apart."""
+    return cache_folder(cache) / f"{name}-{split}-{key}.arrow"
 
 
 def fingerprint(files: Iterable[Path], **options: object) -> str:
     """Return a short name of the source: files with their sizes and times, options and the store's format."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return blake2b(repr((FORMAT, stats, sorted(options.items()))).encode(), digest_size=8).hexdigest()
+    states = [_state(file) for file in files]
+    identity = repr((FORMAT, states, sorted(options.items())))
+    return blake2b(identity.encode(), digest_size=8).hexdigest()
+
+
+def _state(file: Path) -> tuple[str, int, int]:
+    stat = file.stat()
+    return str(file.resolve()), stat.st_size, stat.st_mtime_ns
 
 
 def _opened(path: Path, report: bool = False) -> Store | None:

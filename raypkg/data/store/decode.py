@@ -28,7 +28,7 @@ class ImageHeader(NamedTuple):
     grey: bool
 
 
-def header(data: bytes, name: Name, i: int) -> ImageHeader:
+def read_header(data: bytes, name: Name, i: int) -> ImageHeader:
     """Read the header of the i-th encoded image; ``name(i)`` tells the user which one that is."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -42,21 +42,28 @@ def decode(data: bytes, shape: Shape) -> np.ndarray:
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
     with Image.open(io.BytesIO(data)) as image:
-        image.draft(mode, (width, height))  # a far larger JPEG is decoded at a half, quarter or eighth of its size
-        pixels = ImageOps.fit(_eight_bits(image).convert(mode), (width, height), Image.Resampling.BILINEAR)
+        # A JPEG that is far larger is decoded at a half, quarter or eighth of its size, which is much faster.
+        image.draft(mode, (width, height))
+        converted = _eight_bits(image).convert(mode)
+        pixels = ImageOps.fit(converted, (width, height), Image.Resampling.BILINEAR)
         return np.asarray(pixels).reshape(height, width, channels)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Keep the upper byte of 16-bit grey, which Pillow's own conversion clips to white."""
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode in SIXTEEN_BITS else image
+    if image.mode not in SIXTEEN_BITS:
+        return image
+    upper = np.asarray(image) >> 8
+    return Image.fromarray(upper.astype(np.uint8))
 
 
 def decode_all(images: Sequence[bytes], shape: Shape, name: Name) -> np.ndarray:
     """Decode images to uint8 [b, H, W, C]; ``name(i)`` tells the user which one did not decode."""
-    out = np.empty((len(images), *shape[1:], shape[0]), np.uint8)
+    channels, height, width = shape
+    out = np.empty((len(images), height, width, channels), np.uint8)
 
-    def fill(start: int, stop: int) -> None:  # a run of images each: handing out single ones would cost as much again
+    # A thread gets a run of images: to hand out single ones would cost as much as to decode small ones.
+    def fill(start: int, stop: int) -> None:
         for i in range(start, stop):
             try:
                 out[i] = decode(images[i], shape)
@@ -65,7 +72,8 @@ def decode_all(images: Sequence[bytes], shape: Shape, name: Name) -> np.ndarray:
 
     threads = torch.get_num_threads()
     bounds = np.linspace(0, len(images), threads + 1).astype(int).tolist()
-    list(_threads(threads).map(fill, bounds[:-1], bounds[1:]))  # the list raises what a thread raised
+    finished = _threads(threads).map(fill, bounds[:-1], bounds[1:])
+    list(finished)  # waits, and raises what a thread raised
     return out
 
 

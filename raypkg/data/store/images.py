@@ -7,18 +7,18 @@ and decoded on every read.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from raypkg.core.errors import UserError
+from raypkg.data.augment import default_augment
 from raypkg.data.split import Split, check_labels
 
 from .arrow import Block, Header, Store, write
 from .cache import cached
-from .decode import Name, Shape, decode_all, header
+from .decode import ImageHeader, Name, Shape, decode_all, read_header
 
 DECODED_BYTES = 2 << 30
 SAMPLED = 4096  # about so many images of an encoded store give its statistics
@@ -51,24 +51,29 @@ class ImageSource:
     def split(self, name: str) -> Split:
         """Return a split over its store, which is built if it is missing."""
         store = cached(self.path(name), partial(self._build, name))
-        return store.as_split(_Decoded(store) if store.header.kind == "encoded" else None)
+        take = _Decoded(store) if store.header.kind == "encoded" else None
+        return store.as_split(take)
 
     def _build(self, name: str, target: Path) -> None:
         examples = self.examples(name)
         if not examples.length:
             raise UserError(f"the {name} split holds no images")
-        shape, classes = survey(examples, self.size), examples.classes
+        shape = survey(examples, self.size)
+        classes = examples.classes
         if name != "train":  # the train split decides on channels and class names
             train = self.split("train")
             if shape[1:] != train.shape[1:]:
-                raise UserError(
-                    f"{name} images are {_sides(shape)}, train images {_sides(train.shape)}: set option size"
-                )
-            shape, classes = train.shape, train.classes
-        fits = examples.length * int(np.prod(shape)) <= DECODED_BYTES
-        kind: Literal["pixels", "encoded"] = "pixels" if fits else "encoded"
-        augment = ("crop",) if shape[0] == 1 else ("crop", "flip")
-        write(target, Header(kind, shape, classes, augment), _blocks(examples, kind, shape, len(classes)))
+                sides = _sides(shape[1:])
+                raise UserError(f"{name} images are {sides}, train images {_sides(train.shape[1:])}: set option size")
+            shape = train.shape
+            classes = train.classes
+        header = Header(_kind(examples.length, shape), shape, classes, default_augment(shape))
+        write(target, header, _blocks(examples, header))
+
+
+def _kind(length: int, shape: Shape) -> Literal["pixels", "encoded"]:
+    decoded = length * int(np.prod(shape))  # bytes
+    return "pixels" if decoded <= DECODED_BYTES else "encoded"
 
 
 def survey(examples: Examples, size: int) -> Shape:
@@ -77,31 +82,40 @@ def survey(examples: Examples, size: int) -> Shape:
     Raises:
         UserError: images of several sizes while ``size`` is 0, or something that is no image.
     """
-    position, channels, first = count(), 1, None
-    for images, _ in examples.batches():
-        for data, i in zip(images, position, strict=False):
-            seen = header(data, examples.name, i)
-            channels = channels if seen.grey else 3
-            shape = (channels, size, size) if size else (channels, seen.height, seen.width)
-            first = first or shape
-            if shape[1:] != first[1:]:
-                raise UserError(
-                    f"images of several sizes, such as {_sides(first)} and {_sides(shape)}: set option size"
-                )
+    channels = 1
+    first: Shape = ()  # height and width of the first image
+    for image in _headers(examples):
+        if not image.grey:
+            channels = 3
+        own = (size, size) if size else (image.height, image.width)
+        first = first or own
+        if own != first:
+            raise UserError(f"images of several sizes, such as {_sides(first)} and {_sides(own)}: set option size")
     assert first, "there is at least one image"
-    return channels, *first[1:]
+    return channels, *first
 
 
-def _blocks(examples: Examples, kind: str, shape: Shape, num_classes: int) -> Iterator[Block]:
-    start, stride = 0, 1 + examples.length // SAMPLED
+def _headers(examples: Examples) -> Iterator[ImageHeader]:
+    i = 0
+    for images, _ in examples.batches():
+        for data in images:
+            yield read_header(data, examples.name, i)
+            i += 1
+
+
+def _blocks(examples: Examples, header: Header) -> Iterator[Block]:
+    start = 0
+    stride = 1 + examples.length // SAMPLED  # one in so many gives an encoded store's statistics
     for images, y in examples.batches():
         name = _shifted(examples.name, start)
-        check_labels(y, num_classes, name)
-        if kind == "pixels":
-            x = decode_all(images, shape, name)
-            yield Block(x, y, x)
+        check_labels(y, len(header.classes), name)
+        if header.kind == "pixels":
+            x = decode_all(images, header.shape, name)
+            yield Block(x, y, sample=x)
         else:
-            yield Block(images, y, decode_all(images[::stride], shape, _shifted(examples.name, start, stride)))
+            name = _shifted(examples.name, start, stride)
+            sample = decode_all(images[::stride], header.shape, name)
+            yield Block(images, y, sample)
         start += len(images)
 
 
@@ -116,9 +130,12 @@ class _Decoded:
     store: Store
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
+        def name(i: int) -> str:
+            return f"image {indices[i]} of {self.store.path}"
+
         images = [self.store.encoded(i) for i in indices.tolist()]
-        return decode_all(images, self.store.header.shape, lambda i: f"image {indices[i]} of {self.store.path}")
+        return decode_all(images, self.store.header.shape, name)
 
 
-def _sides(shape: Shape) -> str:
-    return "×".join(map(str, shape[1:]))
+def _sides(sides: Shape) -> str:
+    return "×".join(map(str, sides))

@@ -1,12 +1,15 @@
-"""Rows of numbers on the disk: one file, of which a share is held for the test, or a folder with a file for each."""
+"""Rows of numbers on disk: one file, a share of which is the test split, or a folder with a file for each split."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, unknown
 from raypkg.core.seeds import generator
+
+SPLITS = ("train", "test")
 
 
 def row_files(root: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -16,34 +19,52 @@ def row_files(root: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
         UserError: no file with one of the suffixes, or several for a split.
     """
     path = Path(root)
-    files = (
-        {name: _only(path, name, suffixes) for name in ("train", "test")}
-        if path.is_dir()
-        else {"train": path, "test": path}
-    )
+    if path.is_dir():
+        files = {split: _only(path, split, suffixes) for split in SPLITS}
+    else:
+        files = dict.fromkeys(SPLITS, path)
     for file in files.values():
         if not file.is_file() or not file.name.endswith(suffixes):
             raise UserError(f"table {str(file)!r} is not a file with one of the endings {', '.join(suffixes)}")
     return files
 
 
-def held_out(n: int, test: float, split: str, path: Path) -> np.ndarray:
-    """Return the rows of one split of a single file, int64, a draw that depends on nothing but its length.
+def split_rows(files: Mapping[str, Path], split: str, n: int, test: float) -> np.ndarray:
+    """Return which of the n rows of its file make a split, int64 ascending.
+
+    All of them where each split has its own file. Of a single file, the share ``test`` is the test split: a draw that
+    depends on nothing but the number of rows, so that every process and every later run finds the same split.
 
     Raises:
         UserError: there would be none.
     """
+    if files["train"] != files["test"]:
+        return np.arange(n)
     order = torch.randperm(n, generator=generator(0, "test split"))
     held = round(test * n)
-    rows = np.sort((order[:held] if split == "test" else order[held:]).numpy())
+    rows = order[:held] if split == "test" else order[held:]
     if not len(rows):
-        raise UserError(f"option test = {test:g} leaves no {split} samples of the {n} in {str(path)!r}")
-    return rows
+        raise UserError(f"option test = {test:g} leaves no {split} samples of the {n} in {str(files[split])!r}")
+    return np.sort(rows.numpy())
+
+
+def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Return the labels as numbers of their classes, int64.
+
+    Raises:
+        UserError: a label that is none of the classes, which are those of the train rows.
+    """
+    number = {name: c for c, name in enumerate(classes)}
+    strange = set(labels) - number.keys()
+    if strange:
+        raise unknown("class of the test rows", min(strange), classes)
+    return np.array([number[label] for label in labels], np.int64)
 
 
 def _only(folder: Path, split: str, suffixes: tuple[str, ...]) -> Path:
-    found = [folder / f"{split}{suffix}" for suffix in suffixes if (folder / f"{split}{suffix}").is_file()]
-    if len(found) != 1:
-        names = f"{', '.join(f'{split}{suffix}' for suffix in suffixes[:-1])} and {split}{suffixes[-1]}"
-        raise UserError(f"folder {str(folder)!r} needs one of {names}, it has {len(found)}")
-    return found[0]
+    names = [f"{split}{suffix}" for suffix in suffixes]
+    files = [folder / name for name in names if (folder / name).is_file()]
+    if len(files) != 1:
+        allowed = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise UserError(f"folder {str(folder)!r} needs one of {allowed}, it has {len(files)}")
+    return files[0]
