@@ -21,7 +21,7 @@ from raypkg.methods.crest.minibatch import minibatch_coreset
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.phases.samples import new_model, open_samples
 from raypkg.phases.training import MODEL
-from raypkg.runs.checkpoints import load_model
+from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import find
 
 N, R, M, ROUNDS = 4000, 500, 128, 16
@@ -37,7 +37,7 @@ def main() -> None:
     settings = load_settings(CrestSettings, run.config)
     samples = open_samples(settings)
     model = new_model(settings, samples.data)
-    model.load_state_dict(load_model(run.storage, MODEL))
+    model.load_state_dict(load_tensors(run.storage, MODEL))
     rng = torch.Generator().manual_seed(0)
     order = torch.randperm(len(samples.kept), generator=rng)
     indices = samples.kept[order[:N]]

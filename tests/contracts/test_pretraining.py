@@ -20,7 +20,7 @@ from raypkg.methods.sparse.masks import random_masks, shapes_of
 from raypkg.methods.sparse.rules import initial as sparsity
 from raypkg.phases.coreset_files import load_record
 from raypkg.phases.samples import new_model, open_samples
-from raypkg.runs.checkpoints import load_model, save_model
+from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.report import Report
 from raypkg.runs.tracking import Nowhere
@@ -31,7 +31,7 @@ MODELS = 3
 def own_pretraining(settings, report, *, samples):
     """A user's own: any weights will do, as long as they are in the run folder."""
     model = new_model(settings, samples.data)
-    save_model(report.folder.storage, RESULT, {name: w + 1 for name, w in model.state_dict().items()})
+    save_tensors(report.folder.storage, RESULT, {name: w + 1 for name, w in model.state_dict().items()})
 
 
 def own_sparsity(model, density):
@@ -77,7 +77,7 @@ def repeat(folder, settings):
 
 
 def weights(folder):
-    return load_model(folder.storage, RESULT)
+    return load_tensors(folder.storage, RESULT)
 
 
 def same(a, b):

@@ -17,7 +17,7 @@ from raypkg.data.split import Split, joined
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.phases.samples import Samples, forget_samples, new_model, open_samples
 from raypkg.phases.training import MODEL
-from raypkg.runs.checkpoints import load_model, save_model
+from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 
@@ -175,7 +175,7 @@ class RecordedRun:
 
     def weights(self) -> Tensor:
         """Return the current weights, float64 [p], in the order of ``model.parameters()``."""
-        saved = load_model(self.storage, MODEL)
+        saved = load_tensors(self.storage, MODEL)
         names = [name for name, _ in self._new_model().named_parameters()]
         return to_vector(saved[name].double() for name in names)
 
@@ -185,7 +185,7 @@ class RecordedRun:
         """Write the weights that an entry is going to refer to as a model file; return its digest."""
         model = self._new_model().double()
         assign(model, w)
-        save_model(self.storage, _model_file(number), model.state_dict())
+        save_tensors(self.storage, _model_file(number), model.state_dict())
         return stored_digest(self.storage, _model_file(number))
 
     def write_change(self, number: int, change: Change) -> dict[str, str]:

@@ -15,7 +15,7 @@ from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.worker import threads
 from raypkg.phases.samples import new_model, open_samples
 from raypkg.phases.training import MODEL
-from raypkg.runs.checkpoints import load_model, save_model
+from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder
 
 from .active_linear import of_active
@@ -66,7 +66,7 @@ def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
         raise UserError(f"run {folder.name!r} is not finished: nothing to export yet")
     data = open_samples(settings).data
     model = new_model(settings, data).eval()
-    state = load_model(storage, MODEL)
+    state = load_tensors(storage, MODEL)
     try:
         model.load_state_dict(state)
     except RuntimeError:
@@ -76,7 +76,7 @@ def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
     names = set(prunable(model))
     if all(state[name].all() for name in names):
         raise UserError(f"run {folder.name!r} is dense: no weight is zero, so there is nothing to leave out")
-    save_model(storage, EXPORTED, compressed(state, names))
+    save_tensors(storage, EXPORTED, compressed(state, names))
     x = _test_batch(model, data)
     sparse_model = exchange_linear(copy.deepcopy(model), of_active)
     (dense_seconds, seconds), difference = _timed([model, sparse_model], x)

@@ -5,7 +5,7 @@ from typing import Any
 from raypkg.engine.costs import Cost
 from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.phases.samples import Samples, new_model
-from raypkg.runs.checkpoints import save_model
+from raypkg.runs.checkpoints import save_tensors
 from raypkg.runs.report import Report
 
 from . import RESULT, pretraining
@@ -18,7 +18,7 @@ def keep_initial(settings: LiptSettings, report: Report, *, samples: Samples) ->
     def work() -> dict[str, Any]:
         with Cost("pretrain") as cost:
             model = new_model(settings, samples.data)
-            save_model(report.folder.storage, RESULT, model.state_dict())
+            save_tensors(report.folder.storage, RESULT, model.state_dict())
         return {"costs": [cost.record()], "workers": 1}
 
     report.phase("pretrain", work, epochs=0)

@@ -29,7 +29,7 @@ from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.phases.coreset_files import save_record
 from raypkg.phases.samples import Samples, open_samples
 from raypkg.phases.training import measure_held_out
-from raypkg.runs.checkpoints import save_model
+from raypkg.runs.checkpoints import save_tensors
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
@@ -78,7 +78,7 @@ def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) ->
         model.load_state_dict(merged, strict=False)
         if worker.rank == 0:  # the others' model is not used
             merging.forward += estimate_statistics(context, model)
-            save_model(storage, RESULT, model.state_dict())
+            save_tensors(storage, RESULT, model.state_dict())
     keep_record(context, [each.record for each in trained])
     evaluating = Cost("evaluate")
     held_out = {}
