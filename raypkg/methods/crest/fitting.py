@@ -22,7 +22,12 @@ Derivative = Callable[[Tensor, Sequence[Tensor]], Tensor]  # of a scalar loss wi
 
 
 def fitted_moments(
-    run: Run, moments: MovingMoments, coresets: Sequence[Coreset], options: CrestOptions, *, update: int
+    run: Run,
+    moments: MovingMoments,
+    coresets: Sequence[Coreset],
+    options: CrestOptions,
+    *,
+    update: int,
 ) -> tuple[MovingMoments, float]:
     """Return the moments with gradient and curvature of the mean of w · loss over the coresets, and that mean.
 
@@ -35,16 +40,18 @@ def fitted_moments(
     """
     indices = torch.cat([coreset.indices for coreset in coresets])
     weights = torch.cat([coreset.weights for coreset in coresets])
-    covered = covered_parameters(run.model, options)
-    gradient, loss = _weighted_derivative(run, covered, gradient_of, indices, weights)
+    parameters = covered_parameters(run.model, options)
+    gradient, loss = _weighted_derivative(run, parameters, gradient_of, indices, weights)
     diagonal = None
     if options.order == 2:
         # The double backward pass is the most expensive part of CREST, so it sees only a few of the samples.
         rng = generator(run.seed, "crest curvature", update)
         order = torch.randperm(len(indices), generator=rng)
         few = order[: options.curvature or len(indices)]
+        indices = indices[few]
+        weights = weights[few]
         estimate = partial(_curvature, seed=run.seed, update=update)
-        diagonal, _ = _weighted_derivative(run, covered, estimate, indices[few], weights[few])
+        diagonal, _ = _weighted_derivative(run, parameters, estimate, indices, weights)
     return moments.updated(gradient, diagonal), loss
 
 
@@ -62,24 +69,31 @@ def _curvature(loss: Tensor, parameters: Sequence[Tensor], *, seed: int, update:
 
 
 def _weighted_derivative(
-    run: Run, parameters: Sequence[Tensor], derivative: Derivative, indices: Tensor, weights: Tensor
+    run: Run,
+    parameters: Sequence[Tensor],
+    derivative: Derivative,
+    indices: Tensor,
+    weights: Tensor,
 ) -> tuple[Tensor, float]:
     """Return a linear derivative of the mean of w · loss over the indices [p], and that mean, over all workers."""
     device = run.worker.device
     size = run.settings.batch_size
     own_indices = slice_of(indices, run.worker)
-    own_weights = slice_of(weights.to(device), run.worker)
+    own_weights = slice_of(weights, run.worker).to(device)
     entries = sum(parameter.numel() for parameter in parameters)
     total = torch.zeros(1 + entries, device=device)  # the loss, then its derivative: one all-reduce for both
-    batches = plain_batches(run.split, own_indices, device, size, dtype_of(run.model))
+    dtype = dtype_of(run.model)
+    batches = plain_batches(run.split, own_indices, device, size, dtype)
+    batch_weights = own_weights.split(size)
     with evaluating(run.model):  # dropout and batch norm would make the model noisy, and be moved by it
-        for (x, y), w in zip(batches, own_weights.split(size), strict=True):
+        for (x, y), w in zip(batches, batch_weights, strict=True):
             with autocast(run.settings.precision, x.device):
                 logits = run.model(x)
             losses = F.cross_entropy(logits.float(), y, reduction="none")  # [b]
             loss = losses @ w.float() / len(indices)  # over all, so that the batches' and workers' parts add up
+            slope = derivative(loss, parameters)
             value = loss.detach()[None]
-            total += torch.cat([value, derivative(loss, parameters)])
+            total += torch.cat([value, slope])
     cost = run.bill("model")
     cost.forward += len(own_indices)
     cost.backward += len(own_indices)
@@ -87,4 +101,5 @@ def _weighted_derivative(
     total = run.worker.sum(total)
     if not total.isfinite().all():
         raise UserError(f"step {run.step}: the derivatives of CREST's model are not finite: lower the learning rate")
-    return total[1:], float(total[0])
+    loss_in_all = float(total[0])
+    return total[1:], loss_in_all

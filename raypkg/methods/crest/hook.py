@@ -75,7 +75,12 @@ class Crest(Hook):
         self.subset_size = options.subset_size(len(indices), size)
         self.state = CrestState.initial(indices, order=options.order, smoothing=options.smoothing)
         self.server = PoolServer(
-            shards, scorer, size=size, subset_size=self.subset_size, memory=options.memory, on_choice=self._note_choice
+            shards,
+            scorer,
+            size=size,
+            subset_size=self.subset_size,
+            memory=options.memory,
+            on_choice=self._note_choice,
         )
         self.actors = ExitStack()  # ends those that choose, if there are any
 
@@ -99,8 +104,9 @@ class Crest(Hook):
             steps = range(run.step, min(next_check, end))
             draws = self.pool.draw(steps, run.seed)
             drawn = self.server.coresets(run, self.pool, draws)
+            coresets = [chosen.coreset for chosen in drawn]
             self._choose_ahead(run, steps)
-            yield from self._trained(run, augment, steps, [chosen.coreset for chosen in drawn])
+            yield from self._trained(run, augment, steps, coresets)
             region.age += len(steps)
             if region.age < region.interval:
                 continue
@@ -117,7 +123,7 @@ class Crest(Hook):
             self.state.counts[coreset.indices] += 1
 
     def _renew(self, run: Run) -> None:
-        """Replace the expired pool and begin a new region; with overlap, one interval after the next pool is begun."""
+        """Replace the expired pool and begin a new region; with overlap, after one interval more on the old pool."""
         state = self.state
         if self.options.overlap and state.pool and not state.coming:
             state.coming = self._new_pool(run)
@@ -155,7 +161,13 @@ class Crest(Hook):
         with run.cost.apart(run.bill("model")):
             run.worker.share(run.model.buffers())
             coresets = [chosen.coreset for chosen in fitted_on]
-            moments, loss_now = fitted_moments(run, region.moments, coresets, self.options, update=pool.update)
+            moments, loss_now = fitted_moments(
+                run,
+                region.moments,
+                coresets,
+                self.options,
+                update=pool.update,
+            )
         loss = _mean_loss(drawn)
         if chosen_earlier:  # the weights have moved since the pool's losses were computed: add what that changed
             loss += loss_now - _mean_loss(fitted_on)
@@ -173,7 +185,8 @@ class Crest(Hook):
         end = self.steps * run.settings.epochs
         following = range(start, min(start + region.interval, end))
         pool = self.state.coming or self.pool
-        self.server.begin(run, pool, pool.draw(following, run.seed))
+        draws = pool.draw(following, run.seed)
+        self.server.begin(run, pool, draws)
 
     def _check(self, run: Run) -> None:
         """Hold the local model against the loss of a fresh random subset; let it expire; exclude what is learned."""
@@ -240,7 +253,8 @@ class Crest(Hook):
 
     def on_epoch_end(self, run: Run) -> None:
         """Join the picks: one tensor is saved faster than thousands."""
-        self.state.picked = [torch.cat(self.state.picked, dim=1)]
+        joined = torch.cat(self.state.picked, dim=1)
+        self.state.picked = [joined]
 
     def results(self, run: Run) -> Results:
         """Return the checks and choices, their pictures, and the samples that were trained on as a coreset."""

@@ -40,13 +40,14 @@ def choose_minibatch(subset: Tensor, logits: Tensor, y: Tensor, size: int, *, me
     """
     picked = minibatch_coreset(logits, y, size, memory=memory)
     losses = F.cross_entropy(logits, y, reduction="none")  # [r]
-    loss = float(picked.weights @ losses[picked.indices]) / len(picked)
+    medoid_losses = losses[picked.indices]  # [m]
+    loss = float(picked.weights @ medoid_losses) / len(picked)
     gradients = logit_gradients(logits, y).residual  # [r, C]
     weighted_sum = picked.weights @ gradients[picked.indices]  # [C]
     of_coreset = weighted_sum / len(picked)
     of_random_batch = gradients[:size].mean(dim=0)  # V is in random order, so its first m samples are a random batch
-    means = torch.stack([of_coreset, of_random_batch])  # [2, C]
-    errors = means - gradients.mean(dim=0)
+    of_subset = gradients.mean(dim=0)
+    errors = torch.stack([of_coreset, of_random_batch]) - of_subset  # [2, C]
     return Chosen(picked.at(subset), loss, losses, errors)
 
 

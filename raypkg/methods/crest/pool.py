@@ -116,7 +116,8 @@ class PoolServer:
             self._collect(run, pool)
             if missing := self._missing(run, pool, wanted):
                 task = self._task(run, pool, missing)
-                self._keep(run, pool, missing, self.shards.map(choose, *task))
+                choices = self.shards.map(choose, *task)
+                self._keep(run, pool, missing, choices)
         return [pool.chosen[p] for p in wanted]
 
     def begin(self, run: Run, pool: Pool, wanted: Iterable[int]) -> None:
@@ -132,7 +133,8 @@ class PoolServer:
         """Return the losses of a random subset with the present weights, [r]."""
         with run.cost.apart(run.bill("check")):
             run.worker.share(run.model.buffers())
-            slices = self.shards.map(subset_losses, self.scorer(run.model), subset)
+            scorer = self.scorer(run.model)
+            slices = self.shards.map(subset_losses, scorer, subset)
         if run.worker.rank == 0:
             run.bill("check").forward += len(subset)
         return torch.cat(slices)
@@ -147,7 +149,8 @@ class PoolServer:
         pool.awaited = {}
         if not background:  # it ended with the process from whose checkpoint training resumed
             task = self._task(run, pool, awaited)
-            self._keep(run, pool, awaited, self.shards.map(choose, *task))
+            choices = self.shards.map(choose, *task)
+            self._keep(run, pool, awaited, choices)
             return
         choices = background()
         self._keep(run, pool, awaited, choices)
@@ -157,8 +160,11 @@ class PoolServer:
 
     def _missing(self, run: Run, pool: Pool, wanted: Iterable[int]) -> dict[int, Tensor]:
         """Return the random subsets of those coresets that are not computed yet."""
-        missing = [p for p in dict.fromkeys(wanted) if p not in pool.chosen]
-        return {p: pool.subset(p, self.subset_size, run.seed) for p in missing}
+        subsets = {}
+        for p in wanted:
+            if p not in pool.chosen and p not in subsets:
+                subsets[p] = pool.subset(p, self.subset_size, run.seed)
+        return subsets
 
     def _task(self, run: Run, pool: Pool, subsets: Mapping[int, Tensor]) -> tuple[Any, ...]:
         """Return the arguments of ``choose``: a copy of the model, with the weights of the pool's moment."""
