@@ -300,9 +300,9 @@ def crest(model, x: Tensor, y: Tensor, settings, training, seed: int, size: int,
         predicted = base + float(slope @ moved) + 0.5 * float(moved @ (bend * moved))
         errors.append(abs(predicted - float(losses.mean())) / float(losses.mean()))
         expired = errors[-1] > settings.tau
-        if step // settings.drop_every > drops:
-            drops = step // settings.drop_every
-            stay = [i for i in active if not recorded[i] or max(recorded[i]) > settings.alpha]
+        if step // settings.exclude_every_steps > drops:
+            drops = step // settings.exclude_every_steps
+            stay = [i for i in active if not recorded[i] or max(recorded[i]) > settings.exclude_below]
             active = stay if len(stay) >= 2 * r else active
             recorded = {i: [] for i in range(n)}
         if expired:

@@ -16,7 +16,7 @@ MATHEMATICS = {"core", "data", "models", "coresets"}  # all that a method's pure
 REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # files and folders that reach further
 REACH_TOO = {
     "sparse": {"masked"},
-    "crest": {"choosing", "pool"},
+    "crest": {"choosing", "fitting", "pool"},
     "deltagrad": {
         "membership", "history", "ledger", "fingerprints",
         "recorded_run", "requests", "sharded_gradient", "answer", "verify",
