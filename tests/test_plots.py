@@ -23,7 +23,7 @@ def cost(phase, seconds=1.0, forward=10, backward=10):
 
 def two_phases():
     models = [row("pretrain", m, e, loss=2 / e + 0.1 * m) for m in range(3) for e in range(1, 5)]
-    return models + [row(epoch=e, loss=1 / e, accuracy=0.9 - 0.5 / e) for e in range(1, 21)]
+    return models + [row(epoch=e, main=True, loss=1 / e, accuracy=0.9 - 0.5 / e) for e in range(1, 21)]
 
 
 def check(step, **changes):

@@ -41,11 +41,11 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: Pat
     load = partial(entry, root, options=options, cache=cache)
     train = _checked(name, load(split="train"))
     test = _checked(name, load(split="test"))
-    for what in ("shape", "classes"):
-        a = getattr(train, what)
-        b = getattr(test, what)
-        if a != b:
-            raise UserError(f"dataset {name!r}: the splits differ in {what}: train has {a}, test has {b}")
+    differing = [what for what in ("shape", "classes") if getattr(train, what) != getattr(test, what)]
+    if differing:
+        a = getattr(train, differing[0])
+        b = getattr(test, differing[0])
+        raise UserError(f"dataset {name!r}: the splits differ in {differing[0]}: train has {a}, test has {b}")
     # Both are normalised alike, by what training may know.
     return Data(train, replace(test, mean=train.mean, std=train.std))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 Operation = Callable[[Tensor, float, Tensor], Tensor]
 
+SMOOTHING = [[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]]
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey
 
 
@@ -80,10 +81,10 @@ def color(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
 def sharpness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Blend with the image smoothed by a 3×3 kernel; the pixels of the border stay as they are."""
     channels = x.shape[1]
-    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device) / 13
-    each = kernel.expand(channels, 1, 3, 3)
+    weights = torch.tensor(SMOOTHING, device=x.device)
+    kernel = weights / weights.sum()
     smooth = x.float()
-    inner = F.conv2d(smooth, each, groups=channels)  # [b, C, H−2, W−2]
+    inner = F.conv2d(smooth, kernel.expand(channels, 1, 3, 3), groups=channels)  # [b, C, H−2, W−2]
     smooth[:, :, 1:-1, 1:-1] = inner
     return _blend(x, smooth, magnitude, sign)
 
@@ -91,40 +92,47 @@ def sharpness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
 def rotate(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Turn about the centre."""
     angle = math.radians(30 * magnitude) * sign
+    cos = angle.cos()
+    sin = angle.sin()
     origin = _unmoved(sign)
-    origin[:, 0, 0] = angle.cos()
-    origin[:, 0, 1] = -angle.sin()
-    origin[:, 1, 0] = angle.sin()
-    origin[:, 1, 1] = angle.cos()
+    origin[:, 0, 0] = cos
+    origin[:, 0, 1] = -sin
+    origin[:, 1, 0] = sin
+    origin[:, 1, 1] = cos
     return _warp(x, origin)
 
 
 def shear_x(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Shift rows in proportion to their height."""
+    slope = 0.3 * magnitude * sign
     origin = _unmoved(sign)
-    origin[:, 0, 1] = 0.3 * magnitude * sign
+    origin[:, 0, 1] = slope
     return _warp(x, origin)
 
 
 def shear_y(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Shift columns in proportion to their width."""
+    slope = 0.3 * magnitude * sign
     origin = _unmoved(sign)
-    origin[:, 1, 0] = 0.3 * magnitude * sign
+    origin[:, 1, 0] = slope
     return _warp(x, origin)
 
 
 def translate_x(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Shift sideways."""
+    width = x.shape[3]
+    shift = _shift(magnitude, width) * sign
     origin = _unmoved(sign)
-    # What moves to the right comes from the left.
-    origin[:, 0, 2] = -_shift(magnitude, x.shape[3]) * sign
+    origin[:, 0, 2] = -shift  # what moves to the right comes from the left
     return _warp(x, origin)
 
 
 def translate_y(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Shift up or down."""
+    height = x.shape[2]
+    shift = _shift(magnitude, height) * sign
     origin = _unmoved(sign)
-    origin[:, 1, 2] = -_shift(magnitude, x.shape[2]) * sign
+    origin[:, 1, 2] = -shift
     return _warp(x, origin)
 
 
@@ -160,8 +168,8 @@ def _unmoved(sign: Tensor) -> Tensor:
     A map's two lines tell for a pixel at (x, y) which x and which y it came from, in units of half a side from the
     centre: three coefficients each, of x, of y and of 1.
     """
-    identity_map = torch.eye(2, 3, dtype=sign.dtype, device=sign.device)
-    return identity_map.repeat(len(sign), 1, 1)
+    same = torch.eye(2, 3, dtype=sign.dtype, device=sign.device)
+    return same.repeat(len(sign), 1, 1)
 
 
 def _shift(magnitude: float, side: int) -> float:

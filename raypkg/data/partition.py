@@ -63,9 +63,8 @@ def stratified_shards(
             f"a shard of {size} samples holds none of class {labels[rarest]} ({counts[rarest]} samples):"
             " use fewer or larger shards"
         )
-    dealt = []
-    for members, share in zip(_by_class(order, y), shares.tolist(), strict=True):
-        dealt.append(members[:share])
+    classes = _by_class(order, y)
+    dealt = [members[:share] for members, share in zip(classes, shares.tolist(), strict=True)]
     # Neighbours go to different shards, so a class, which lies in one run, reaches every shard to within one sample.
     hands = torch.cat(dealt).view(size, shards)
     return [hand.sort().values for hand in hands.unbind(1)]

@@ -66,7 +66,12 @@ def costs(phases: Rows, path: str | Path) -> None:
         samples.xaxis.set_major_formatter(lambda value, _: short(value))
 
 
-def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[str], path: str | Path) -> None:
+def composition(
+    picked: Sequence[int],
+    total: Sequence[int],
+    classes: Sequence[str],
+    path: str | Path,
+) -> None:
     """Draw the share of each class that was picked; of more than 200 classes, the 100 lowest and the 100 highest.
 
     Args:
@@ -245,7 +250,12 @@ def _label(axes: "Axes", ends: list[_End]) -> None:
         )
 
 
-def _bars(axes: "Axes", names: Sequence[str], parts: Mapping[str, np.ndarray], labels: list[str]) -> None:
+def _bars(
+    axes: "Axes",
+    names: Sequence[str],
+    parts: Mapping[str, np.ndarray],
+    labels: Sequence[str],
+) -> None:
     """Draw stacked horizontal bars, the first on top, each with its label at the end."""
     rows = np.arange(len(names))
     end = np.zeros(len(names))  # of the bars so far

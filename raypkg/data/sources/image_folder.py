@@ -23,7 +23,13 @@ Labelled = list[tuple[Path, int]]  # image files with the numbers of their class
 
 
 @dataset("folder")
-def load(root: str, *, split: str, cache: Path | None, size: Annotated[int, Field(ge=0)] = 0) -> Split:
+def load(
+    root: str,
+    *,
+    split: str,
+    cache: Path | None,
+    size: Annotated[int, Field(ge=0)] = 0,
+) -> Split:
     """Image files in one folder a class: PATH/train/<class>/… and PATH/test (val, valid, validation)/<class>/….
 
     A class may keep its files in folders of its own. Class numbers follow the sorted names of train's folders.
@@ -49,7 +55,8 @@ def _folder(root: Path, split: str) -> Path:
     names = FOLDERS[split]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
-        raise UserError(f"folder {str(root)!r} has no {split} split: none of the folders {', '.join(names)}")
+        tried = ", ".join(names)
+        raise UserError(f"folder {str(root)!r} has no {split} split: none of the folders {tried}")
     return folder
 
 
@@ -75,7 +82,8 @@ def _labelled(folder: Path, classes: tuple[str, ...]) -> Labelled:
 def _images(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"class folder {str(folder)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
+        suffixes = ", ".join(sorted(SUFFIXES))
+        raise UserError(f"class folder {str(folder)!r} holds no images ({suffixes})")
     return files
 
 

@@ -70,10 +70,11 @@ class ImageTable:
     def _schema(self) -> pa.Schema:
         """The schema of the first file, which the others must share."""
         schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
-        for file, schema in zip(self.files, schemas, strict=True):
-            if not schema.equals(schemas[0]):
-                raise UserError(f"the columns of {str(file)!r} differ from those of {str(self.files[0])!r}")
-        return schemas[0]
+        first = schemas[0]
+        differing = [file for file, schema in zip(self.files, schemas, strict=True) if not schema.equals(first)]
+        if differing:
+            raise UserError(f"the columns of {str(differing[0])!r} differ from those of {str(self.files[0])!r}")
+        return first
 
     @cached_property
     def _image(self) -> str:

@@ -23,9 +23,10 @@ def row_files(root: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
         files = {split: _only(path, split, suffixes) for split in SPLITS}
     else:
         files = dict.fromkeys(SPLITS, path)
-    for file in files.values():
-        if not file.is_file() or not file.name.endswith(suffixes):
-            raise UserError(f"table {str(file)!r} is not a file with one of the endings {', '.join(suffixes)}")
+    wrong = [file for file in files.values() if not file.is_file() or not file.name.endswith(suffixes)]
+    if wrong:
+        endings = ", ".join(suffixes)
+        raise UserError(f"table {str(wrong[0])!r} is not a file with one of the endings {endings}")
     return files
 
 
@@ -65,6 +66,6 @@ def _only(folder: Path, split: str, suffixes: tuple[str, ...]) -> Path:
     names = [f"{split}{suffix}" for suffix in suffixes]
     files = [folder / name for name in names if (folder / name).is_file()]
     if len(files) != 1:
-        allowed = f"{', '.join(names[:-1])} and {names[-1]}"
-        raise UserError(f"folder {str(folder)!r} needs one of {allowed}, it has {len(files)}")
+        first = ", ".join(names[:-1])
+        raise UserError(f"folder {str(folder)!r} needs one of {first} and {names[-1]}, it has {len(files)}")
     return files[0]
