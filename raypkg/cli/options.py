@@ -66,7 +66,7 @@ class SettingsCommand(ExampleHelp):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(context):
             record = parameter.get_help_record(context)
-            if record:
+            if record and isinstance(parameter, click.Option):  # an argument stands in the usage line
                 part, dot, _ = (parameter.name or "").partition("__")
                 sections.setdefault(part if dot else "run", []).append(record)
         for part in sorted(sections, key=APART.__contains__):  # where it runs comes last

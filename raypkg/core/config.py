@@ -57,7 +57,9 @@ def load_settings(
         UserError: unreadable or malformed file, unknown key, wrong type, value out of range.
     """
     values = read_toml(base) if isinstance(base, Path) else dict(base or {})
-    for name, value in (overrides or {}).items():
+    overrides = overrides or {}
+    _check_switches(overrides)
+    for name, value in overrides.items():
         _place(values, name.split("."), value)
     return validate(schema, values)
 
@@ -166,6 +168,15 @@ def _switched(field: FieldInfo | None, value: Any) -> Any:
     if _is_off(name):
         return None
     return {} if _is_on(value) and part_of(field) else value
+
+
+def _check_switches(overrides: Mapping[str, Any]) -> None:
+    """Refuse settings within a part that is switched off beside them."""
+    for name, value in overrides.items():
+        part = name.removesuffix(".name")
+        inner = [other for other in overrides if other.startswith(f"{part}.") and other != name]
+        if inner and _is_off(value):
+            raise UserError(f"{part} = false: {inner[0]} would do nothing")
 
 
 def _is_on(value: Any) -> bool:

@@ -163,7 +163,6 @@ def test_nonsense_is_one_line(refusal, arguments, message):
     assert re.search(message, refusal(f"sparse {arguments}"))
 
 
-@pytest.mark.xfail(reason="settings of a part that is switched off are not refused yet", strict=True)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
