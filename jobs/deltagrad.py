@@ -1,4 +1,4 @@
-"""`effray deltagrad` as a script, for: ray job submit --working-dir . -- python jobs/deltagrad.py train --cluster.workers 2."""
+"""`effray deltagrad` as a script, for: ray job submit --working-dir . -- python jobs/deltagrad.py train --dataset digits."""
 
 import sys
 
