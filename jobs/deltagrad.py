@@ -1,4 +1,4 @@
-"""`effray deltagrad` as a script, for: ray job submit --working-dir . -- python jobs/deltagrad.py train --dataset digits."""
+"""`effray deltagrad` as a script, for: ray job submit --working-dir . -- python jobs/deltagrad.py train --seed 1."""
 
 import sys
 

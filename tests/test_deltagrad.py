@@ -10,11 +10,12 @@ import torch
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
-from raypkg.data.split import Split, aligned, joined
+from raypkg.data.split import Split
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.curvature import Curvature
 from raypkg.methods.deltagrad.exact_steps import Periodic, Tolerant
 from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryWriter, Layout, check_room
+from raypkg.methods.deltagrad.joined import aligned, joined
 from raypkg.methods.deltagrad.ledger import FILE, Ledger
 from raypkg.methods.deltagrad.membership import Membership
 from raypkg.methods.deltagrad.objective import Objective, assign, check_derivation, logistic_gradient, to_vector

@@ -1,16 +1,15 @@
 """The Split: labelled samples of one shape, reached by index and in no other way."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raypkg.core.errors import UserError, unknown
+from raypkg.core.errors import UserError
 
 from .moments import Moments
 
@@ -139,42 +138,3 @@ def _numbered(y: Tensor) -> tuple[str, ...]:
         missing = next(c for c in expected if c not in present)
         raise UserError(f"labels run from {present[0]} to {present[-1]} but none is {missing}; needed are 0 … C−1")
     return tuple(map(str, present))
-
-
-def aligned(split: Split, like: Split) -> Split:
-    """Return a split with the classes and statistics of another, whose samples it is to join.
-
-    Raises:
-        UserError: samples of another shape, other columns, or of a class that the other does not know.
-    """
-    if split.shape != like.shape:
-        raise UserError(f"the new samples have shape {list(split.shape)}, the data set has {list(like.shape)}")
-    if split.columns != like.columns:
-        raise UserError(f"the new columns are {', '.join(split.columns)}; the data set's {', '.join(like.columns)}")
-    strange = next((name for name in split.classes if name not in like.classes), None)
-    if strange is not None:
-        raise unknown("class of the new samples", strange, like.classes)
-    numbers = torch.tensor([like.classes.index(name) for name in split.classes])  # [classes of split]
-    return replace(like, take=split.take, y=numbers[split.y])
-
-
-def joined(*splits: Split) -> Split:
-    """Return aligned splits as one, their samples one after another."""
-    takes = [split.take for split in splits]
-    starts = [0, *accumulate(map(len, splits))]  # where each split begins, and the end
-    y = torch.cat([split.y for split in splits])
-    return replace(splits[0], take=partial(_take_joined, takes, starts), y=y)
-
-
-def _take_joined(takes: Sequence[Take], starts: Sequence[int], indices: np.ndarray) -> np.ndarray:
-    if not len(indices) or indices.max() < starts[1]:
-        return takes[0](indices)
-    owner = np.searchsorted(starts, indices, side="right") - 1  # [b], the split of each sample
-    gathered = []
-    for k in np.unique(owner):
-        local = indices[owner == k] - starts[k]
-        gathered.append(takes[k](local))
-    grouped = np.concatenate(gathered)  # split after split
-    out = np.empty_like(grouped)
-    out[np.argsort(owner, kind="stable")] = grouped  # back to the order asked for
-    return out

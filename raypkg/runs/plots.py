@@ -21,7 +21,6 @@ Rows = Sequence[dict[str, Any]]
 Labels = Sequence[tuple[str, float]]  # (class name, score) of each image
 NAMED = 200  # classes whose names fit on one picture
 COLUMN = 40  # classes in one column of bars
-TINY = 1e-9  # stands for 0 on a logarithmic axis
 
 
 def curves(rows: Rows, path: str | Path) -> None:

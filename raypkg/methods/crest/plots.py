@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, TINY, VERMILLION, Rows, column, line_ends, page, short
+from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, VERMILLION, Rows, column, line_ends, page, short
 
 if TYPE_CHECKING:
     from raypkg.runs.plots import Axes
+
+TINY = 1e-9  # of what may be 0, on a logarithmic axis
 
 
 def regions(checks: Rows, tau: float, path: str | Path) -> None:

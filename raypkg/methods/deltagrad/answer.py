@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from raypkg.core.settings import Training
-from raypkg.data.split import joined
 from raypkg.engine.schedules import learning_rate
 
 from .exact_steps import ExactSteps, Periodic, Tolerant
 from .history import History, HistoryWriter, Layout, check_room, history_folder
+from .joined import joined
 from .ledger import Entry
 from .membership import Membership
 from .recorded_run import Change, RecordedRun

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
-from raypkg.data.split import Split, joined
+from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.phases.samples import Samples, forget_samples, new_model, open_samples
 from raypkg.phases.training import MODEL
@@ -23,6 +23,7 @@ from raypkg.runs.storage import Storage
 
 from .fingerprints import check_rows, settings_digest, standardised_as_trained, write_fingerprints
 from .history import History, Layout, history_folder
+from .joined import joined
 from .ledger import FILE as LOG
 from .ledger import Entry, Ledger, digest_of_file, stored_digest
 from .membership import Membership

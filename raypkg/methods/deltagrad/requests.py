@@ -16,9 +16,10 @@ from torch import Tensor
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.registry import argument
 from raypkg.data.sources import dataset
-from raypkg.data.split import Split, aligned, joined
-from raypkg.data.where import matching
+from raypkg.data.split import Split
 
+from .conditions import matching
+from .joined import aligned, joined
 from .ledger import digest
 from .recorded_run import Change, RecordedRun
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from raypkg.core.errors import UserError, unknown
 
-from .split import Split
+from raypkg.data.split import Split
 
 OPERATORS = {
     "<=": operator.le,
