@@ -62,11 +62,11 @@ def test_each_selection_is_by_the_model_of_that_epoch():
 def test_a_batch_carries_its_own_samples_and_weights():
     model, everything = network(), data()
     loader = CoresetLoader(DataLoader(everything, batch_size=16), model, "gradmatch", 0.5, epochs=1)
-    found = {tuple(row.tolist()): weight for x, _, w in loader for row, weight in zip(x, w.tolist(), strict=True)}
+    weight_of = {tuple(row.tolist()): weight for x, _, w in loader for row, weight in zip(x, w.tolist(), strict=True)}
     picked = loader.coreset
-    assert len(loader) == 4 and len(found) == 60
+    assert len(loader) == 4 and len(weight_of) == 60
     for index, weight in zip(picked.indices.tolist(), picked.weights.tolist(), strict=True):
-        assert found[tuple(everything[index][0].tolist())] == weight
+        assert weight_of[tuple(everything[index][0].tolist())] == weight
 
 
 def test_warm_epochs_and_random_online():

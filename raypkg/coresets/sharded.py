@@ -140,11 +140,10 @@ def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list
         options=settings.options,
         memory=memory,
     )
-    cost = Cost("select")
     members = []
     scores = []
     picks = []
-    with cost:
+    with Cost("select") as cost:
         classes = _viewed(shard, scorer, cost, with_valid="valid" in method.declares)
         for part, picked in select_each(classes, budgets, choose):
             members.append(part.members)
