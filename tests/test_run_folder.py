@@ -21,6 +21,9 @@ def storage(tmp_path):
     return Storage(str(tmp_path))
 
 
+MANIFEST = {"phases": [], "coreset": 2, "seconds": 1.0, "elapsed": 1.0, "full_training_backward": 8}
+
+
 def test_writes_are_whole_and_listed(storage):
     storage.write("a/b.txt", b"hello")
     assert storage.read("a/b.txt") == b"hello"
@@ -149,7 +152,7 @@ def test_compare_counts_common_picks(tmp_path):
         storage = Storage(str(tmp_path)) / name
         storage.write_table("scores.parquet", pa.table({"index": [0, 1, 2, 3], "score": [1.0, 2.0, 3.0, 4.0]}))
         storage.write_table("coreset.parquet", pa.table({"index": picks, "weight": [1.0, 1.0]}))
-        storage.write_json("summary.json", {"samples": 4})
+        storage.write_json("summary.json", MANIFEST | {"samples": 4})
         folders.append(RunFolder(storage))
     line = compare(*folders)
     assert "rank correlation of the scores 1.000; 1 of 2 picks in common (50.0%; by chance 50.0%)" in line
@@ -162,7 +165,7 @@ def test_compare_without_scores(tmp_path):
     for name, samples in (("a", 4), ("b", 4), ("c", 5)):
         storage = Storage(str(tmp_path)) / name
         storage.write_table("coreset.parquet", pa.table({"index": [0, 1], "weight": [1.0, 1.0]}))
-        storage.write_json("summary.json", {"samples": samples})
+        storage.write_json("summary.json", MANIFEST | {"samples": samples})
         folders.append(RunFolder(storage))
     assert compare(*folders[:2]) == "a against b: 2 of 2 picks in common (100.0%; by chance 50.0%)"
     with pytest.raises(UserError, match="a chose from 4 samples and c from 5: same data set"):

@@ -11,7 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out, check_names, with_absolute_path
-from raypkg.runs.folder import RunFolder, create, find
+from raypkg.runs.folder import RunFolder, create, discard, find
 from raypkg.runs.show import show_run, terminal
 
 
@@ -30,7 +30,7 @@ def execute(
         _run(entry, settings, folder)
     except BaseException:
         if not folder.started:
-            folder.storage.delete_folder("")
+            discard(folder.storage)
         raise
 
 

@@ -1,14 +1,26 @@
 """Errors that a user can mend: one line that says what, the value, what is allowed and the nearest match."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]+@")  # user and password, or key and secret, of a URI
 
 
 class UserError(Exception):
     """A mistake in what the user gave; the CLI prints its one line and exits with code 2."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(redacted(" ".join(message.split())))
+
+
+def redacted(text: str) -> str:
+    """Return a text without the credentials of its URIs.
+
+    >>> redacted("cannot use s3://KEY:SECRET@bucket/runs")
+    'cannot use s3://***@bucket/runs'
+    """
+    return CREDENTIALS.sub("***@", text)
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:

@@ -61,6 +61,7 @@ def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision:
     if "model" not in stored or MODEL not in other.storage.list():
         raise UserError(f"run {other.name} has no {MODEL}: it trained no model, or is not finished")
     _check_origin(settings, other)
+    other.check(MODEL)
     return TrainedModel(load_settings(Model, stored["model"]), other.storage, MODEL, precision)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
+from raypkg.data import Data
 from raypkg.data.augment import normalize
 from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, to_device
@@ -60,22 +61,28 @@ def load_model(run: str, root: str = ROOT) -> TrainedClassifier:
     raypkg.core.errors.UserError: unknown run in runs 'runs/lipt/none'. Allowed: none
     """
     folder = locate(root, run)
+    common = {name: part for name, part in folder.config.items() if name in Experiment.model_fields}
+    settings = load_settings(Experiment, common)
+    data = open_samples(settings).data
+    model = restored_model(folder, settings, data)
+    return TrainedClassifier(model, data.train).eval()
+
+
+def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Classifier:
+    """Return the model of a finished run with its weights, in their precision.
+
+    Raises:
+        UserError: the run is not finished or trained no model, its file was changed, or its model's code has changed.
+    """
     if not folder.summary or MODEL not in folder.storage.list():
         raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model, or is not finished")
-    settings = load_settings(Experiment, trained_part(folder))
-    data = open_samples(settings).data
-    model = new_model(settings, data)
+    folder.check(MODEL)
     state = load_tensors(folder.storage, MODEL)
+    model = new_model(settings, data)
     try:
         model.load_state_dict(state)
     except RuntimeError:
         raise UserError(
             f"{folder.storage.root}/{MODEL} does not fit model {settings.model.name!r}: its code changed"
         ) from None
-    model.to(state[next(iter(dict(model.named_parameters())))].dtype)
-    return TrainedClassifier(model, data.train).eval()
-
-
-def trained_part(folder: RunFolder) -> dict[str, object]:
-    """Return the stored settings that say what was trained: those that every experiment has."""
-    return {name: part for name, part in folder.config.items() if name in Experiment.model_fields}
+    return model.to(state["head.weight"].dtype)

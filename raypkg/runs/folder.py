@@ -3,16 +3,14 @@
     <root>/<experiment>/<name>/  config.toml  environment.json  metrics.parquet  phases/*.json  coreset.parquet
                                  model.safetensors  checkpoints/  plots/*.png  summary.json
 
-``summary.json`` is written last: where it exists, the run is done.
+``summary.json`` is written last: where it exists, the run is done. It and the records of phases hold a digest of every
+file that the run left, by which a reader tells one that has been lost, cut short or changed.
 """
 
-import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
-from importlib import metadata
+from itertools import count
 from typing import Any
 
 import pyarrow as pa
@@ -20,10 +18,17 @@ import pyarrow as pa
 from raypkg.core.config import Settings, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
 
+from .environment import environment
 from .storage import PART, Storage
 
 LONGEST = 100  # characters of a name
-PACKAGES = ("effray", "torch", "torchvision", "ray", "pyarrow", "numpy")
+NAME = re.compile(r"(?![-.])[\w.+=,@\[\]-]+")  # letters and digits of any script, and few signs: none of a shell or URI
+RESULTS = (".safetensors", ".parquet")  # endings of the files whose digests are kept
+GROWING = "metrics.parquet"  # written to until the end
+NEEDED = {
+    "summary.json": ("phases", "samples", "coreset", "seconds", "elapsed", "full_training_backward"),
+    "phases": ("costs", "elapsed"),
+}
 
 
 class RunFolder:
@@ -37,14 +42,14 @@ class RunFolder:
         self.storage = storage
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}  # by phase, model and epoch
         self._saved = time.monotonic()
-        if table := storage.read_table("metrics.parquet"):
+        if table := storage.read_table(GROWING):
             for row in table.to_pylist():
                 self._keep(row)
 
     @property
     def name(self) -> str:
         """The run's name: the last part of its path."""
-        return self.storage.root.rpartition("/")[2]
+        return self.storage.name
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -53,17 +58,28 @@ class RunFolder:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The manifest of a finished run, or None."""
-        return self.storage.read_json("summary.json")
+        """The manifest of a finished run, or None.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return self._record("summary.json", NEEDED["summary.json"])
 
     @property
     def config(self) -> dict[str, Any]:
         """The stored settings, not yet validated.
 
         Raises:
-            UserError: they are no TOML.
+            UserError: they are missing, empty or no TOML: a run is never resumed with others.
         """
-        return parse_toml((self.storage.read("config.toml") or b"").decode(), f"{self.storage.root}/config.toml")
+        where = f"{self.storage.root}/config.toml"
+        content = self.storage.read("config.toml")
+        if not (content and content.strip()):
+            raise UserError(f"{where!r} is missing or empty: what the run was asked for is lost, so start a new one")
+        try:
+            return parse_toml(content.decode(), where)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where!r} is not valid TOML: {error}") from None
 
     @property
     def started(self) -> bool:
@@ -86,53 +102,136 @@ class RunFolder:
         if self._rows:
             names = dict.fromkeys(name for row in self.rows for name in row)  # in the order in which they first occur
             columns = {name: [row.get(name) for row in self.rows] for name in names}
-            self.storage.write_table("metrics.parquet", pa.table(columns))
+            self.storage.write_table(GROWING, pa.table(columns))
         self._saved = time.monotonic()
 
     def phase(self, name: str) -> dict[str, Any] | None:
-        """Return what a finished phase left, or None."""
-        return self.storage.read_json(f"phases/{name}.json")
+        """Return what a finished phase left, or None.
+
+        Raises:
+            UserError: its record is damaged, or a file that it left is not what it was.
+        """
+        record = self._record(f"phases/{name}.json", NEEDED["phases"])
+        for file, digest in (record or {}).get("files", {}).items():
+            if file not in self._later_files(name):
+                self._check(file, digest, f"phase {name!r}")
+        return record
 
     def finish_phase(self, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep a phase's bill and results; a resumed run skips the phase."""
+        """Keep a phase's bill and results, with digests of its files; a resumed run skips the phase."""
         self.flush()
-        self.storage.write_json(f"phases/{name}.json", dict(record))
-        return dict(record)
+        known = self._known_files()
+        files = {file: digest for file, digest in self._digests().items() if known.get(file) != digest}
+        whole = {**record, "files": files, "number": len(self.storage.list("phases"))}
+        self.storage.write_json(f"phases/{name}.json", whole)
+        return whole
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the manifest: the run is done."""
+        """Write the manifest, with digests of all files: the run is done."""
         self.flush()
-        self.storage.write_json("summary.json", dict(summary))
+        self.storage.write_json("summary.json", {**summary, "files": self._digests()})
+
+    def check(self, file: str) -> None:
+        """Refuse a file of a finished run that is not what the run left.
+
+        Raises:
+            UserError: it is missing or has been changed.
+        """
+        files = (self.summary or {}).get("files", {})
+        if file in files:
+            self._check(file, files[file], f"run {self.name!r}")
+
+    def note_change(self, file: str) -> None:
+        """Keep the digest of a file that was changed on purpose after the run."""
+        summary = self.summary or {}
+        files = summary.get("files", {})
+        digest = self.storage.digest(file)
+        if files and files.get(file) != digest:
+            self.storage.write_json("summary.json", {**summary, "files": {**files, file: digest}})
+
+    def _check(self, file: str, digest: str, whose: str) -> None:
+        here = self.storage.digest(file)
+        if here != digest:
+            what = "is missing" if here is None else "has been changed or cut short"
+            raise UserError(f"{self.storage.root}/{file} {what}: it is not the one that {whose} left")
+
+    def _digests(self) -> dict[str, str | None]:
+        names = [name for name in self.storage.list() if name.endswith(RESULTS) and name != GROWING]
+        return {name: self.storage.digest(name) for name in names}
+
+    def _phases(self) -> list[dict[str, Any]]:
+        """Return the records of the finished phases in their order."""
+        records = [self.storage.read_json(f"phases/{file}") or {} for file in self.storage.list("phases")]
+        return sorted(records, key=lambda record: record.get("number", 0))
+
+    def _known_files(self) -> dict[str, str]:
+        known: dict[str, str] = {}
+        for record in self._phases():
+            known |= record.get("files", {})
+        return known
+
+    def _later_files(self, phase: str) -> set[str]:
+        """Return the files that phases after this one have written anew."""
+        number = (self.storage.read_json(f"phases/{phase}.json") or {}).get("number", 0)
+        return {file for record in self._phases() if record.get("number", 0) > number for file in record["files"]}
+
+    def _record(self, file: str, needed: tuple[str, ...]) -> dict[str, Any] | None:
+        """Return a file of JSON that must have some names, or None where there is none."""
+        record = self.storage.read_json(file)
+        if record is None:
+            return None
+        if not isinstance(record, dict) or not record.keys() >= set(needed):
+            raise UserError(f"{self.storage.root}/{file} is corrupt: it must have {', '.join(needed)}")
+        return record
 
 
 def create(root: str, experiment: str, name: str | None, settings: Settings) -> RunFolder:
-    """Make a new run folder and write its settings and environment before the first step.
+    """Make a new run folder, which no other process can make too, and write its settings and environment.
 
     Raises:
-        UserError: a run of that name exists, or the name cannot be one.
+        UserError: a run of that name exists, the name cannot be one, or the disk is full: nothing is left behind.
     """
-    if name is not None:
-        check_name(name)
     runs = Storage(root) / experiment
-    taken = runs.list()
-    if name in taken:
-        raise UserError(f"run {name!r} exists in {runs.root}: give another --name, or resume it with --resume {name}")
-    storage = runs / (name or _free_name(settings, taken))
-    storage.write("config.toml", to_toml(settings).encode())
-    storage.write_json("environment.json", environment())
+    if name is None:
+        storage = _claimed_freely(runs, settings)
+    else:
+        check_name(name)
+        storage = runs / name
+        if not storage.claim():
+            raise UserError(
+                f"run {name!r} exists in {runs.root}: give another --name, or resume it with --resume {name}"
+            )
+    try:
+        storage.write("config.toml", to_toml(settings).encode())
+        storage.write_json("environment.json", environment())
+        storage.settle()
+    except BaseException:
+        discard(storage)
+        raise
     return RunFolder(storage)
 
 
+def discard(storage: Storage) -> None:
+    """Delete a run folder that this process made, and the folder around it where that is empty."""
+    storage.delete_folder("")
+    storage.parent.delete_if_empty()
+
+
 def check_name(name: str) -> None:
-    """Refuse a name that no folder, or no shell, takes as it is.
+    """Refuse a name that no folder, shell or URI takes as it is.
 
     Raises:
-        UserError: it is empty or long, begins with a dot, or has blanks, slashes or signs of the shell.
+        UserError: it is empty or long, or has characters that a name cannot have.
+
+    >>> check_name("lr=0.1,seed=2")
+    >>> check_name("a%2F..")
+    Traceback (most recent call last):
+    raypkg.core.errors.UserError: --name 'a%2F..': 1 to 100 letters, digits or . _ + = , @ [ ] -, no dot or dash at ...
     """
-    if not 0 < len(name) <= LONGEST or re.search(r"""^\.|[\s/\\$`"'*?;&|<>]""", name) or name.endswith(PART):
+    if len(name) > LONGEST or not NAME.fullmatch(name) or name.endswith(PART):
         raise UserError(
-            f"--name {name[:40]!r}: 1 to {LONGEST} characters, no blank, slash, quote or sign of the shell, no dot at"
-            f" the start, no {PART} at the end"
+            f"--name {name[:40]!r}: 1 to {LONGEST} letters, digits or . _ + = , @ [ ] -, no dot or dash at the start,"
+            f" no {PART} at the end"
         )
 
 
@@ -155,10 +254,15 @@ def locate(root: str, run: str) -> RunFolder:
         UserError: no such run, the nearest one named, or several.
     """
     runs = Storage(root)
-    for storage in (Storage(run), runs / run):
+    candidates = [Storage(run)]
+    if all(NAME.fullmatch(part) for part in run.split("/")):  # a name, or experiment/name
+        candidates.append(runs / run)
+        kinds = [kind for kind in runs.list() if _is_run(runs / kind / run)]
+    else:
+        kinds = []
+    for storage in candidates:
         if _is_run(storage):
             return RunFolder(storage)
-    kinds = [kind for kind in runs.list() if _is_run(runs / kind / run)]
     if len(kinds) > 1:
         raise UserError(f"there is a run {run!r} of {' and of '.join(kinds)}: give {kinds[0]}/{run}, or another")
     if kinds:
@@ -172,48 +276,18 @@ def _is_run(storage: Storage) -> bool:
     return "config.toml" in storage.list()
 
 
-def environment() -> dict[str, Any]:
-    """Return what a reader needs to judge a run's figures: versions, commit, hardware."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "packages": versions,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _free_name(settings: Settings, taken: list[str]) -> str:
+def _claimed_freely(runs: Storage, settings: Settings) -> Storage:
+    """Claim a folder named after data, model and time, with a number where another process was faster."""
     values = settings.model_dump()
     chosen = [values[part]["name"] for part in ("dataset", "model") if part in values]
     kinds = [name.partition(":")[0] for name in chosen]  # without the path or the function
     stem = "-".join([*kinds, time.strftime("%m%d-%H%M%S")])
-    return stem if stem not in taken else f"{stem}-{len(taken)}"
+    for number in count(1):
+        storage = runs / (stem if number == 1 else f"{stem}-{number}")
+        if storage.claim():
+            return storage
+    raise AssertionError
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["phase"], row.get("model"), row.get("epoch")
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -4,8 +4,10 @@ import errno
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pyarrow import fs
 from raypkg.core.errors import UserError
 
 PART = ".part"  # ends the name of a file that is being written
+CLAIMS = "claims"  # of those who are about to make the same folder of an object store
 
 
 class Storage:
@@ -25,20 +28,39 @@ class Storage:
         root: a local path, or a URI such as ``s3://bucket/runs``. Picklable: workers open their own.
     """
 
-    def __init__(self, root: str):
+    def __init__(self, root: str, *names: str):
         if "://" not in root:
             root = str(Path(root).expanduser().absolute())  # a worker may run in another folder
-        self.root = root
+        self._base = root
+        self._names = names
         try:
-            self._fs, self._path = fs.FileSystem.from_uri(self.root)
+            self._fs, path = fs.FileSystem.from_uri(root)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"cannot use {root!r} as a folder for runs: {error}") from None
+        self._path = "/".join([path.rstrip("/"), *names])  # names are never read as part of a URI
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Storage, (self.root,)
+        return Storage, (self._base, *self._names)
 
     def __truediv__(self, name: str) -> "Storage":
-        return Storage(f"{self.root}/{name}")
+        return Storage(self._base, *self._names, name)
+
+    @property
+    def root(self) -> str:
+        """The folder as it was given, with the names below it."""
+        return "/".join([self._base.rstrip("/"), *self._names])
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self._path.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Storage":
+        """The folder around this one."""
+        if self._names:
+            return Storage(self._base, *self._names[:-1])
+        return Storage(self._base.rstrip("/").rpartition("/")[0])
 
     @property
     def local(self) -> Path | None:
@@ -69,6 +91,49 @@ class Storage:
             yield
         finally:
             os.close(folder)
+
+    def claim(self) -> bool:
+        """Make the folder, and say whether this process is the one that made it.
+
+        A local folder is made by one system call. Object stores have none that only one caller can win: there each
+        caller leaves a claim, and who finds another's beside its own gives way.
+        """
+        if self.local:
+            return self._claim_locally(self.local)
+        if self.list():
+            return False
+        mine = uuid.uuid4().hex
+        self.write(f"{CLAIMS}/{mine}", b"")
+        if self.list() == [CLAIMS] and self.list(CLAIMS) == [mine]:
+            return True
+        self.delete(f"{CLAIMS}/{mine}")
+        return False
+
+    def settle(self) -> None:
+        """Drop the claim, once what is in the folder keeps others away."""
+        if not self.local:
+            self.delete_folder(CLAIMS)
+
+    def delete_if_empty(self) -> None:
+        """Delete a local folder in which nothing is."""
+        if self.local:
+            with suppress(OSError):
+                self.local.rmdir()
+
+    def digest(self, name: str) -> str | None:
+        """Return the digest of a file's content, 16 bytes of BLAKE2b as hexadecimal, or None when it does not exist."""
+        content = self.read(name)
+        return None if content is None else blake2b(content, digest_size=16).hexdigest()
+
+    def _claim_locally(self, folder: Path) -> bool:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise UserError(f"cannot write '{folder}/': {error.strerror or error}") from None
+        return True
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file under a temporary name, then rename it.

@@ -130,7 +130,7 @@ def own_code(tmp_path, monkeypatch):
         ("lipt --model torchvision:resnet18", "the models of torchvision take 3 channels"),
         ("lipt --model resnet8:3", "'resnet8' takes nothing after a colon"),
         ("lipt --dataset digits:here", "'digits' ships with the package and takes no path"),
-        ("lipt --name a/b", "--name 'a/b': 1 to 100 characters, no blank, slash, quote or sign of the shell, no dot"),
+        ("lipt --name a/b", "--name 'a/b': 1 to 100 letters, digits or . _ . = , @ . . -, no dot or dash at the start"),
         ("lipt --name ..", "--name '..': 1 to 100"),
         ("lipt --name a.part", "--name 'a.part': 1 to 100 .* no .part at the end"),
         (f"lipt --name {'a' * 300}", r"--name 'a{40}': 1 to 100"),

@@ -6,7 +6,6 @@ import re
 import numpy as np
 
 from raypkg.core.errors import UserError, unknown
-
 from raypkg.data.split import Split
 
 OPERATORS = {

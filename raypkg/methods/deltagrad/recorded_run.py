@@ -104,6 +104,7 @@ class RecordedRun:
     """
 
     def __init__(self, folder: RunFolder):
+        self._folder = folder
         self.storage = folder.storage
         self.ledger = Ledger(folder.storage)
         self.settings = load_settings(DeltaGradSettings, folder.config)
@@ -242,6 +243,7 @@ class RecordedRun:
             if stored_digest(self.storage, name) != self.last["model"]:
                 raise UserError(f"{self.storage.root}/{name} is missing or corrupt: it is not what the log names")
             self.storage.write(MODEL, self.storage.read(name) or b"")
+        self._folder.note_change(MODEL)
         for name in self.storage.list("versions"):
             if name != current.name:
                 self.storage.delete_folder(f"versions/{name}")

@@ -13,9 +13,10 @@ from raypkg.core.settings import Experiment
 from raypkg.data import Data
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.worker import threads
-from raypkg.phases.samples import new_model, open_samples
+from raypkg.phases.samples import open_samples
+from raypkg.phases.trained import restored_model
 from raypkg.phases.training import MODEL
-from raypkg.runs.checkpoints import load_tensors, save_tensors
+from raypkg.runs.checkpoints import save_tensors
 from raypkg.runs.folder import RunFolder
 
 from .active_linear import of_active
@@ -62,17 +63,9 @@ def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
         UserError: the run is not finished, its model's code has changed since, or no weight is zero.
     """
     storage = folder.storage
-    if not folder.summary:
-        raise UserError(f"run {folder.name!r} is not finished: nothing to export yet")
     data = open_samples(settings).data
-    model = new_model(settings, data).eval()
-    state = load_tensors(storage, MODEL)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError:
-        raise UserError(
-            f"{storage.root}/{MODEL} does not fit model {settings.model.name!r}: its code changed"
-        ) from None
+    model = restored_model(folder, settings, data).eval()
+    state = model.state_dict()
     names = set(prunable(model))
     if all(state[name].all() for name in names):
         raise UserError(f"run {folder.name!r} is dense: no weight is zero, so there is nothing to leave out")

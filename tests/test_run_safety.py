@@ -1,0 +1,174 @@
+"""A run's folder is its own: names that are harmless anywhere, one maker, and files that are what the run left."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Experiment
+from raypkg.runs.environment import environment
+from raypkg.runs.folder import RunFolder, check_name, create, discard
+from raypkg.runs.storage import Storage
+
+BAD_NAMES = [
+    "#x",
+    "%2e%2e",
+    "a%2F..%2F..%2Fevil",
+    "?a",
+    "-x",
+    ".x",
+    "..",
+    "a/b",
+    "a b",
+    "a\n",
+    "",
+    "x\u202ey",
+    "\udcff",
+]
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES, "a:b", "a\\b", "$(x)", "x" * 101, "x.part"])
+def test_a_name_that_could_be_read_as_more_than_a_name_is_refused(name, tmp_path):
+    (tmp_path / "train" / "other").mkdir(parents=True)
+    for root in (str(tmp_path), f"file://{tmp_path}"):
+        with pytest.raises(UserError, match=r"1 to 100 letters, digits or"):
+            create(root, "train", name, Experiment())
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["train", "train/other"]
+
+
+@pytest.mark.parametrize("name", ["one", "größe", "[red]", "lr=0.1,seed=2", "a+b@c_d-e.f", "日本"])
+def test_other_names_are_folders_of_that_name(name, tmp_path):
+    for root in (str(tmp_path / "a"), f"file://{tmp_path}/b"):
+        folder = create(root, "train", name, Experiment())
+        assert folder.name == name
+    assert (tmp_path / "a" / "train" / name).is_dir() and (tmp_path / "b" / "train" / name).is_dir()
+    check_name(name)
+
+
+def test_names_below_a_uri_are_never_read_as_part_of_it(tmp_path):
+    storage = Storage(f"file://{tmp_path}") / "a#b" / "c%2Fd"
+    storage.write("x", b"1")
+    assert (tmp_path / "a#b" / "c%2Fd" / "x").read_bytes() == b"1"
+
+
+def _create(root, number):
+    return create(root, "train", None, Experiment(seed=number)).name
+
+
+def test_runs_begun_in_the_same_second_have_folders_of_their_own(tmp_path):
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        names = pool.starmap(_create, [(str(tmp_path), number) for number in range(12)])
+    assert len(set(names)) == 12
+    seeds = {RunFolder(Storage(str(tmp_path)) / "train" / name).config["seed"] for name in names}
+    assert seeds == set(range(12))
+
+
+def test_the_loser_of_a_name_deletes_nothing(tmp_path):
+    create(str(tmp_path), "train", "one", Experiment())
+    with pytest.raises(UserError, match="run 'one' exists in"):
+        create(str(tmp_path), "train", "one", Experiment(seed=1))
+    assert RunFolder(Storage(str(tmp_path)) / "train" / "one").config["seed"] == 0
+
+
+def test_a_folder_that_cannot_be_finished_is_not_left(tmp_path, monkeypatch):
+    def full(storage, name, content):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(Storage, "write", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        create(str(tmp_path), "train", "one", Experiment())
+    assert not list(tmp_path.iterdir())
+
+
+class Remote(Storage):
+    """An object store: a local folder that pretends not to be one."""
+
+    local = None
+
+
+def test_of_several_makers_on_an_object_store_none_is_a_second(tmp_path):
+    first, second = Remote(str(tmp_path), "one"), Remote(str(tmp_path), "one")
+    assert first.claim() and not second.claim()
+    first.write("config.toml", b"seed = 1")
+    first.settle()
+    assert first.list() == ["config.toml"] and not second.claim()
+
+
+def test_two_claims_at_once_both_give_way(tmp_path):
+    mine = Remote(str(tmp_path), "one")
+    original = mine.write
+
+    def write(name, content):
+        original(name, content)
+        original("claims/other", b"")  # who was as fast
+
+    mine.write = write
+    assert not mine.claim() and mine.list("claims") == ["other"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = create(str(tmp_path), "train", "one", Experiment())
+    folder.storage.write("model.safetensors", b"weights")
+    folder.finish_phase("train", {"costs": [], "elapsed": 1.0})
+    return folder
+
+
+@pytest.mark.parametrize("content", [None, b"", b"  \n", b"\xff\xfe", b"seed ="])
+def test_settings_that_are_lost_are_not_replaced_by_defaults(run, content):
+    file = run.storage.local / "config.toml"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=r"config.toml' is (missing or empty|not valid TOML)"):
+        _ = run.config
+
+
+@pytest.mark.parametrize("content", [None, b"weight", b"Weights", b""])
+def test_a_finished_phase_whose_file_is_not_what_it_left_is_not_done(run, content):
+    assert run.phase("train")["files"].keys() == {"model.safetensors"}
+    file = run.storage.local / "model.safetensors"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model.safetensors (is missing|has been changed).* that phase 'train' left"):
+        run.phase("train")
+
+
+def test_a_file_that_a_later_phase_wrote_anew_is_that_phases(run):
+    run.storage.write("model.safetensors", b"better weights")
+    run.finish_phase("more", {"costs": [], "elapsed": 1.0})
+    assert run.phase("train") and run.phase("more")
+    run.storage.write("model.safetensors", b"weights")
+    with pytest.raises(UserError, match="that phase 'more' left"):
+        run.phase("more")
+
+
+def test_a_finished_run_knows_its_files(run):
+    run.finish({"phases": [], "samples": 1, "coreset": None, "seconds": 0, "elapsed": 0, "full_training_backward": 0})
+    run.check("model.safetensors")
+    run.check("something else")
+    run.storage.write("model.safetensors", b"other weights")
+    with pytest.raises(UserError, match="has been changed or cut short: it is not the one that run 'one' left"):
+        run.check("model.safetensors")
+    run.note_change("model.safetensors")
+    run.check("model.safetensors")
+
+
+@pytest.mark.parametrize("file", ["summary.json", "phases/train.json"])
+@pytest.mark.parametrize("value", [{}, [1, 2], 3, {"phases": []}])
+def test_a_record_without_what_it_needs_is_corrupt(run, file, value):
+    (run.storage.local / file).write_text(json.dumps(value))
+    with pytest.raises(UserError, match=f"{file} is corrupt: it must have"):
+        _ = run.summary if file == "summary.json" else run.phase("train")
+
+
+def test_a_folder_is_discarded_with_the_empty_one_around_it(tmp_path):
+    discard(create(str(tmp_path), "train", "one", Experiment()).storage)
+    assert not list(tmp_path.iterdir())
+    create(str(tmp_path), "train", "one", Experiment())
+    discard(create(str(tmp_path), "train", "two", Experiment()).storage)
+    assert [path.name for path in (tmp_path / "train").iterdir()] == ["one"]
+
+
+def test_credentials_are_neither_printed_nor_kept(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["effray", "train", "--root", "s3://KEY:SECRET@bucket/runs"])
+    assert environment()["command"][-1] == "s3://***@bucket/runs"
+    assert "SECRET" not in str(UserError("cannot use 's3://KEY:SECRET@bucket/runs' as a folder"))
