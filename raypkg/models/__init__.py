@@ -34,7 +34,8 @@ def build_model(
 
     from .classifier import checked
 
-    entry, shape = model[name], tuple(shape)
+    entry = model[name]
+    shape = tuple(shape)
     _check_arguments(entry, name, shape, num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "init"))  # torch.manual_seed would seed the GPUs as well

@@ -17,7 +17,8 @@ class Classifier(nn.Module):
 
     def __init__(self, features: nn.Module, head: nn.Linear):
         super().__init__()
-        self.features, self.head = features, head
+        self.features = features
+        self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [b, C]."""
@@ -41,10 +42,10 @@ def as_classifier(module: nn.Module) -> Classifier:
 
 
 def _last_linear(module: nn.Module) -> tuple[str, nn.Linear]:
-    linear = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    if not linear:
-        raise UserError(f"{type(module).__name__} has no nn.Linear to serve as the head; the last layer must be one")
-    return linear[-1]
+    for path, layer in reversed(list(module.named_modules())):
+        if isinstance(layer, nn.Linear):
+            return path, layer
+    raise UserError(f"{type(module).__name__} has no nn.Linear to serve as the head; the last layer must be one")
 
 
 class Tapped(nn.Module):
@@ -56,7 +57,9 @@ class Tapped(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module, self.head = module, _last_linear(module)[1]
+        _, head = _last_linear(module)
+        self.module = module
+        self.head = head
 
     def features(self, x: Tensor) -> Tensor:
         """Return what reaches the head [b, D]."""
@@ -66,13 +69,17 @@ class Tapped(nn.Module):
             logits = self.module(x)
         finally:
             tap.remove()
-        if len(seen) != 1 or seen[0].dim() != 2 or not _same(self.head(seen[0]), logits):
+        used_once = len(seen) == 1 and seen[0].dim() == 2
+        if not used_once or not _same(self.head(seen[0]), logits):
             raise UserError(f"{type(self.module).__name__} must end in its last nn.Linear, used once, on inputs [b, D]")
         return seen[0]
 
 
-def _same(a: Tensor, b: object) -> bool:
-    return isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a, b.to(a), equal_nan=True)
+def _same(logits: Tensor, output: object) -> bool:
+    """Say whether a module put out what its head gives."""
+    if not isinstance(output, Tensor) or output.shape != logits.shape:
+        return False
+    return torch.allclose(logits, output.to(logits), equal_nan=True)
 
 
 def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> Classifier:
@@ -83,23 +90,29 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"model {name!r} returned a {type(module).__name__}, not an nn.Module")
-    names: dict[nn.Parameter, str] = {}
-    for path, parameter in module.named_parameters(remove_duplicate=False):
-        if parameter in names:
-            raise UserError(
-                f"model {name!r}: {names[parameter]} and {path} are one parameter, which is stored and masked by name:"
-                " give each layer its own"
-            )
-        names[parameter] = path
+    _check_unshared(module, name)
     module.eval()  # the probe must not move batch-norm statistics
     x = torch.randn(2, *shape, generator=generator(0, "probe"))  # [2, *shape]
     logits = _probe(module, name, x, (2, num_classes))
-    if not isinstance(module, Classifier):
-        module = as_classifier(module)
-        _probe(module.features, f"{name}, up to its last nn.Linear", x, (2, module.head.in_features))
-        if not torch.allclose(_probe(module, name, x, (2, num_classes)), logits):
-            raise UserError(f"model {name!r}: its last nn.Linear is not its last operation, so it cannot be the head")
-    return module.train()
+    if isinstance(module, Classifier):
+        return module.train()
+    split = as_classifier(module)
+    _probe(split.features, f"{name}, up to its last nn.Linear", x, (2, split.head.in_features))
+    again = _probe(split, name, x, (2, num_classes))
+    if not torch.allclose(again, logits):
+        raise UserError(f"model {name!r}: its last nn.Linear is not its last operation, so it cannot be the head")
+    return split.train()
+
+
+def _check_unshared(module: nn.Module, name: str) -> None:
+    paths: dict[nn.Parameter, str] = {}
+    for path, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter in paths:
+            raise UserError(
+                f"model {name!r}: {paths[parameter]} and {path} are one parameter, which is stored and masked by name:"
+                " give each layer its own"
+            )
+        paths[parameter] = path
 
 
 @torch.no_grad()
@@ -110,27 +123,6 @@ def _probe(module: nn.Module, name: str, x: Tensor, expected: tuple[int, int]) -
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"model {name!r} cannot take inputs of shape {tuple(x.shape[1:])}: {reason}") from error
     if not isinstance(out, Tensor) or out.shape != expected:
-        found = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise UserError(f"model {name!r} maps inputs {tuple(x.shape)} to {found}, not to {expected}")
+        returned = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise UserError(f"model {name!r} maps inputs {tuple(x.shape)} to {returned}, not to {expected}")
     return out
-
-
-def image_shape(shape: tuple[int, ...], least: int) -> tuple[int, int, int]:
-    """Return (C, H, W), or refuse rows of a table and images with a side below ``least`` pixels.
-
-    >>> image_shape((3, 32, 32), least=4)
-    (3, 32, 32)
-    """
-    if len(shape) != 3:
-        raise UserError(f"input shape {shape}: this model takes images (C, H, W); for rows use 'mlp' or 'linear'")
-    channels, height, width = shape
-    if min(height, width) < least:
-        raise UserError(f"input shape {shape}: images for this model need at least {least} × {least} pixels")
-    return channels, height, width
-
-
-def kaiming(module: nn.Module) -> None:
-    """Draw every convolution's weights from N(0, 2 / fan_out) (He et al., arXiv:1502.01852, equation 14)."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

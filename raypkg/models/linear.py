@@ -6,9 +6,11 @@ from torch import nn
 
 from . import model
 from .classifier import Classifier
+from .layers import Shape
 
 
 @model("linear")
-def linear(shape: tuple[int, ...], num_classes: int) -> Classifier:
+def linear(shape: Shape, num_classes: int) -> Classifier:
     """Logistic regression on flattened inputs, convex in its weights."""
-    return Classifier(nn.Flatten(), nn.Linear(math.prod(shape), num_classes))
+    head = nn.Linear(math.prod(shape), num_classes)
+    return Classifier(nn.Flatten(), head)

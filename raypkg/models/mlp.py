@@ -8,20 +8,24 @@ from torch import nn
 
 from . import model
 from .classifier import Classifier
+from .layers import Shape
 
 
 @model("mlp", source="doi:10.1109/5.726791")
-def mlp(shape: tuple[int, ...], num_classes: int, *, hidden: tuple[PositiveInt, ...] = (300, 100)) -> Classifier:
+def mlp(shape: Shape, num_classes: int, *, hidden: tuple[PositiveInt, ...] = (300, 100)) -> Classifier:
     """Multi-layer perceptron with ReLU, for rows and small images."""
     sizes = [math.prod(shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return Classifier(nn.Sequential(*layers), nn.Linear(sizes[-1], num_classes))
+        layers.append(nn.Linear(before, after))
+        layers.append(nn.ReLU())
+    features = nn.Sequential(*layers)  # [b, …] → [b, the last hidden size]
+    head = nn.Linear(sizes[-1], num_classes)
+    return Classifier(features, head)
 
 
 @model("lenet300-100", source="doi:10.1109/5.726791")
-def lenet300_100(shape: tuple[int, ...], num_classes: int) -> Classifier:
+def lenet300_100(shape: Shape, num_classes: int) -> Classifier:
     """LeNet-300-100, hidden layers of 300 and 100 units, 0.27 M parameters on 28 × 28 pixels.
 
     Differs from the paper: ReLU for tanh.

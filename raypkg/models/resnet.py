@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import model
-from .classifier import Classifier, image_shape, kaiming
+from .classifier import Classifier
+from .layers import Shape, conv, image_shape, kaiming, pooled
 
 HE = "arXiv:1512.03385"
-Shape = tuple[int, ...]
 Connection = Callable[[int, int, int], nn.Module]  # (channels in, width, stride) → module
 Norm = Literal["batch", "group"]
 GROUPS = 8
+EXPANSION = 4  # times its width come out of a bottleneck
 
 
 class Residual(nn.Module):
@@ -23,7 +24,8 @@ class Residual(nn.Module):
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module):
         super().__init__()
-        self.branch, self.shortcut = branch, shortcut
+        self.branch = branch
+        self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [b, C_in, H, W] to [b, C_out, ⌈H / stride⌉, ⌈W / stride⌉]."""
@@ -35,7 +37,8 @@ class Padded(nn.Module):
 
     def __init__(self, channels: int, out: int, stride: int):
         super().__init__()
-        self.new, self.stride = out - channels, stride
+        self.new = out - channels
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [b, C_in, H, W] to [b, C_out, ⌈H / stride⌉, ⌈W / stride⌉], in the memory format of x."""
@@ -48,14 +51,11 @@ def projected(channels: int, out: int, stride: int) -> nn.Module:
     return nn.Sequential(*conv(channels, out, 1, stride))
 
 
-def conv(channels: int, out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    """Return a convolution that keeps the size at stride 1, and its batch norm."""
-    return [nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(out)]
-
-
 def basic(channels: int, width: int, stride: int) -> nn.Module:
     """Return two 3 × 3 convolutions."""
-    return nn.Sequential(*conv(channels, width, 3, stride), nn.ReLU(), *conv(width, width, 3))
+    first = conv(channels, width, 3, stride)
+    second = conv(width, width, 3)
+    return nn.Sequential(*first, nn.ReLU(), *second)
 
 
 def bottleneck(channels: int, width: int, stride: int) -> nn.Module:
@@ -64,33 +64,42 @@ def bottleneck(channels: int, width: int, stride: int) -> nn.Module:
     Differs from the paper: the stride sits on the 3 × 3, as in the networks whose accuracies are quoted today.
     """
     middle = conv(width, width, 3, stride)
-    return nn.Sequential(*conv(channels, width, 1), nn.ReLU(), *middle, nn.ReLU(), *conv(width, 4 * width, 1))
+    before = conv(channels, width, 1)
+    after = conv(width, EXPANSION * width, 1)
+    return nn.Sequential(*before, nn.ReLU(), *middle, nn.ReLU(), *after)
 
 
-def stages(width: int, blocks: list[int], branch: Connection, shortcut: Connection, expansion: int = 1) -> nn.Module:
-    """Return stages of blocks; from one to the next the size halves and the width doubles."""
-    layers, channels = [], width
+def stages(
+    width: int, blocks: list[int], branch: Connection, shortcut: Connection, expansion: int = 1
+) -> tuple[nn.Module, int]:
+    """Return stages of blocks, and the channels that come out; between stages the size halves, the width doubles."""
+    channels = width
+    layers = []
     for stage, count in enumerate(blocks):
-        inner, out = width * 2**stage, expansion * width * 2**stage
+        inner = width * 2**stage
+        out = expansion * inner
         for block in range(count):
             stride = 2 if stage > 0 and block == 0 else 1
-            fits = (channels, stride) == (out, 1)
-            skip = nn.Identity() if fits else shortcut(channels, out, stride)
+            same_shape = channels == out and stride == 1
+            skip = nn.Identity() if same_shape else shortcut(channels, out, stride)
             layers.append(Residual(branch(channels, inner, stride), skip))
             channels = out
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers), channels
 
 
-def small(shape: Shape, num_classes: int, depth: int, width: int, norm: Norm) -> Classifier:
+def small(shape: Shape, num_classes: int, *, depth: int, width: int, norm: Norm) -> Classifier:
     """Section 4.2: 6n + 2 layers in three stages of n blocks with w, 2w, 4w channels and option-A shortcuts."""
     channels, _, _ = image_shape(shape, least=4)
+    blocks = (depth - 2) // 6
     stem = [*conv(channels, width, 3), nn.ReLU()]
-    return pooled([*stem, stages(width, [(depth - 2) // 6] * 3, basic, Padded)], 4 * width, num_classes, norm)
+    body, out = stages(width, [blocks] * 3, basic, Padded)
+    return classifier([*stem, body], out, num_classes, norm)
 
 
 def large(
     shape: Shape,
     num_classes: int,
+    *,
     blocks: list[int],
     width: int,
     norm: Norm,
@@ -105,18 +114,19 @@ def large(
     if min(sides) < 96:
         stem = [*conv(channels, width, 3), nn.ReLU()]
     else:
-        stem = [*conv(channels, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
-    body = stages(width, blocks, branch, projected, expansion)
-    return pooled([*stem, body], 8 * width * expansion, num_classes, norm)
+        stem = [*conv(channels, width, 7, stride=2), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
+    body, out = stages(width, blocks, branch, projected, expansion)
+    return classifier([*stem, body], out, num_classes, norm)
 
 
-def pooled(layers: list[nn.Module], width: int, num_classes: int, norm: Norm) -> Classifier:
-    """Return layers, global average pooling and head, with He's initial weights."""
-    features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # [b, D, H, W] → [b, D]
+def classifier(layers: list[nn.Module], out: int, num_classes: int, norm: Norm) -> Classifier:
+    """Return layers of so many channels, pooled, with a head and He's initial weights."""
+    features = pooled(layers)  # [b, out]
     kaiming(features)
     if norm == "group":
         group(features)
-    return Classifier(features, nn.Linear(width, num_classes))
+    head = nn.Linear(out, num_classes)
+    return Classifier(features, head)
 
 
 def group(module: nn.Module) -> None:
@@ -126,7 +136,8 @@ def group(module: nn.Module) -> None:
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(math.gcd(GROUPS, child.num_features), child.num_features))
+            groups = math.gcd(GROUPS, child.num_features)  # groups are of one size
+            setattr(module, name, nn.GroupNorm(groups, child.num_features))
         else:
             group(child)
 
@@ -134,40 +145,42 @@ def group(module: nn.Module) -> None:
 @model("resnet8", source=HE)
 def resnet8(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-8 for small images, 0.08 M parameters."""
-    return small(shape, num_classes, 8, width, norm)
+    return small(shape, num_classes, depth=8, width=width, norm=norm)
 
 
 @model("resnet20", source=HE)
 def resnet20(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-20 for small images, 0.27 M parameters."""
-    return small(shape, num_classes, 20, width, norm)
+    return small(shape, num_classes, depth=20, width=width, norm=norm)
 
 
 @model("resnet32", source=HE)
 def resnet32(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-32 for small images, 0.46 M parameters."""
-    return small(shape, num_classes, 32, width, norm)
+    return small(shape, num_classes, depth=32, width=width, norm=norm)
 
 
 @model("resnet56", source=HE)
 def resnet56(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-56 for small images, 0.85 M parameters."""
-    return small(shape, num_classes, 56, width, norm)
+    return small(shape, num_classes, depth=56, width=width, norm=norm)
 
 
 @model("resnet18", source=HE)
 def resnet18(shape: Shape, num_classes: int, *, width: PositiveInt = 64, norm: Norm = "batch") -> Classifier:
     """ResNet-18, 11.2 M parameters."""
-    return large(shape, num_classes, [2, 2, 2, 2], width, norm)
+    return large(shape, num_classes, blocks=[2, 2, 2, 2], width=width, norm=norm)
 
 
 @model("resnet34", source=HE)
 def resnet34(shape: Shape, num_classes: int, *, width: PositiveInt = 64, norm: Norm = "batch") -> Classifier:
     """ResNet-34, 21.3 M parameters."""
-    return large(shape, num_classes, [3, 4, 6, 3], width, norm)
+    return large(shape, num_classes, blocks=[3, 4, 6, 3], width=width, norm=norm)
 
 
 @model("resnet50", source=HE)
 def resnet50(shape: Shape, num_classes: int, *, width: PositiveInt = 64, norm: Norm = "batch") -> Classifier:
     """ResNet-50, 25.6 M parameters with 1,000 classes."""
-    return large(shape, num_classes, [3, 4, 6, 3], width, norm, bottleneck, expansion=4)
+    return large(
+        shape, num_classes, blocks=[3, 4, 6, 3], width=width, norm=norm, branch=bottleneck, expansion=EXPANSION
+    )

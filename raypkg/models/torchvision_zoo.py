@@ -7,7 +7,7 @@ from torch import nn
 from raypkg.core.errors import UserError, unknown
 
 from . import model
-from .classifier import image_shape
+from .layers import Shape, image_shape
 
 # With their auxiliary classifiers these two return more than logits while training.
 PLAIN: dict[str, dict[str, Any]] = {
@@ -17,13 +17,15 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 
 @model("torchvision", source="https://docs.pytorch.org/vision/stable/models.html")
-def torchvision(shape: tuple[int, ...], num_classes: int, *, variant: str = "") -> nn.Module:
+def torchvision(shape: Shape, num_classes: int, *, variant: str = "") -> nn.Module:
     """Network of torchvision by its name, such as torchvision:resnet18, with random weights."""
     from torchvision import models
 
     names = models.list_models(module=models)
     if variant not in names:
         raise unknown("torchvision model", variant, names)
-    if image_shape(shape, least=1)[0] != 3:
+    channels, _, _ = image_shape(shape, least=1)
+    if channels != 3:
         raise UserError(f"input shape {shape}: the models of torchvision take 3 channels")
-    return models.get_model(variant, weights=None, num_classes=num_classes, **PLAIN.get(variant, {}))
+    options = PLAIN.get(variant, {})
+    return models.get_model(variant, weights=None, num_classes=num_classes, **options)

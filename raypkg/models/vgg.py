@@ -3,46 +3,48 @@
 from torch import nn
 
 from . import model
-from .alexnet import SNIP, dense, fitting
-from .classifier import Classifier, image_shape, kaiming
-from .resnet import conv
-from .wideresnet import Probability
+from .alexnet import SNIP
+from .classifier import Classifier
+from .layers import Probability, Shape, conv, fitting, hidden_layer, image_shape, kaiming, pooled
 
-Shape = tuple[int, ...]
-STAGES = [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)]  # (channels, convolutions), each ends in a max-pool
+STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (channels, convolutions), each ends in a max-pool
+UNITS = 512  # of a hidden layer
 
 
-def vgg(shape: Shape, num_classes: int, third: int, hidden: int, dropout: float) -> Classifier:
+def vgg(shape: Shape, num_classes: int, *, third: int, hidden: int, dropout: float) -> Classifier:
     """Stages of 3 × 3 convolutions, whose third has its own kernel size, and hidden layers of 512 units.
 
     Differs from the paper: no biases before batch norms, max-pools dropped where images under 17 pixels run out of
     them, and the pixels that larger images leave are averaged; they are not halved by the first convolution.
     """
     before, *sides = image_shape(shape, least=4)
+    strides = fitting(min(sides), [2] * len(STAGES))
     layers: list[nn.Module] = []
-    for (out, count), stride in zip(STAGES, fitting(min(sides), [2] * 5), strict=True):
-        for layer in range(count):
-            layers += [*conv(before, out, third if layer == 2 else 3), nn.ReLU()]
+    for (out, count), stride in zip(STAGES, strides, strict=True):
+        for number in range(count):
+            kernel = third if number == 2 else 3
+            layers += conv(before, out, kernel)
+            layers.append(nn.ReLU())
             before = out
         layers.append(nn.MaxPool2d(stride, ceil_mode=True))
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]  # [b, C, H, W] → [b, 512]
+    features = pooled(layers)  # [b, 512]
     for _ in range(hidden):
-        layers += dense(512, 512, dropout)
-    features = nn.Sequential(*layers)
+        features.extend(hidden_layer(UNITS, UNITS, dropout))
     kaiming(features)
-    return Classifier(features, nn.Linear(512, num_classes))
+    head = nn.Linear(UNITS, num_classes)
+    return Classifier(features, head)
 
 
 @model("vgg-c", source=SNIP)
 def vgg_c(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
     """VGG-C, 16 layers with 1 × 1 convolutions ending stages 3 to 5, 10.5 M parameters."""
-    return vgg(shape, num_classes, 1, 2, dropout)
+    return vgg(shape, num_classes, third=1, hidden=2, dropout=dropout)
 
 
 @model("vgg-d", source=SNIP)
 def vgg_d(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
     """VGG-D, 16 layers with 3 × 3 convolutions throughout, 15.2 M parameters."""
-    return vgg(shape, num_classes, 3, 2, dropout)
+    return vgg(shape, num_classes, third=3, hidden=2, dropout=dropout)
 
 
 @model("vgg-like", source=SNIP)
@@ -52,4 +54,4 @@ def vgg_like(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> C
     Differs from Zagoruyko's: no dropout between convolutions, and after the hidden layer only on request, where he
     takes 0.5; the paper has none at all.
     """
-    return vgg(shape, num_classes, 3, 1, dropout)
+    return vgg(shape, num_classes, third=3, hidden=1, dropout=dropout)

@@ -1,0 +1,71 @@
+"""What models of several families are built of."""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from raypkg.core.errors import UserError
+
+Shape = tuple[int, ...]  # of one sample, (C, H, W) or (D,)
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+def image_shape(shape: Shape, least: int) -> tuple[int, int, int]:
+    """Return (C, H, W), or refuse rows of a table and images with a side below ``least`` pixels.
+
+    >>> image_shape((3, 32, 32), least=4)
+    (3, 32, 32)
+    """
+    if len(shape) != 3:
+        raise UserError(f"input shape {shape}: this model takes images (C, H, W); for rows use 'mlp' or 'linear'")
+    channels, height, width = shape
+    if min(height, width) < least:
+        raise UserError(f"input shape {shape}: images for this model need at least {least} × {least} pixels")
+    return channels, height, width
+
+
+def conv(channels: int, out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    """Return a convolution that keeps the size at stride 1, and its batch norm, which has the bias."""
+    convolution = nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(out)]
+
+
+def hidden_layer(units: int, out: int, dropout: float) -> list[nn.Module]:
+    """Return a fully connected layer: its norm takes the place of the bias and, by default, of dropout."""
+    return [
+        nn.Linear(units, out, bias=False),
+        nn.BatchNorm1d(out),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+    ]
+
+
+def fitting(side: int, strides: list[int]) -> list[int]:
+    """Return the strides, 1 for each that would leave a single pixel before the last one does.
+
+    >>> fitting(32, [2, 2, 2, 2, 2]), fitting(8, [2, 2, 2, 2, 2])
+    ([2, 2, 2, 2, 2], [2, 2, 1, 1, 2])
+    """
+    *early, last = strides
+    fit = []
+    for stride in early:
+        fits = stride if side > stride else 1
+        side = -(-side // fits)  # ⌈side / stride⌉
+        fit.append(fits)
+    return [*fit, last]
+
+
+def pooled(layers: list[nn.Module]) -> nn.Sequential:
+    """Return layers on images, and the mean of what each channel of the last one gives.
+
+    Maps [b, C, H, W] to [b, D] for D channels of the last layer.
+    """
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def kaiming(module: nn.Module) -> None:
+    """Draw every convolution's weights from N(0, 2 / fan_out) (He et al., arXiv:1502.01852, equation 14)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
