@@ -156,8 +156,11 @@ def _free_workers() -> None:
     from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
     from ray.util.state import list_placement_groups
 
-    job = ray.get_runtime_context().get_job_id()
-    for group in list_placement_groups(filters=[("creator_job_id", "=", job)], detail=True):
+    context = ray.get_runtime_context()
+    of_this_job = ("creator_job_id", "=", context.get_job_id())
+    # Without its address, Ray looks for a cluster, and fails where several run on one machine.
+    groups = list_placement_groups(address=context.gcs_address, filters=[of_this_job], detail=True)
+    for group in groups:
         for_workers = any("CPU" in bundle["unit_resources"] for bundle in group.bundles)
         if for_workers and group.state != "REMOVED":
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
