@@ -20,6 +20,7 @@ from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import check_names, training_settings_of, with_absolute_path
 from raypkg.runs import ROOT
+from raypkg.runs.folder import discard
 from raypkg.runs.show import terminal
 
 from . import proxy
@@ -78,7 +79,7 @@ def start_sweep(
     try:
         sweep = Sweep(folder, settings, space, root)
     except BaseException:  # no cluster, or one too small
-        folder.storage.delete_folder("")
+        discard(folder.storage)
         raise
     with folder.storage.alone(f"sweep {name!r}"):
         sweep.run()

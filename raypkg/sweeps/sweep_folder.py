@@ -15,7 +15,7 @@ import tomli_w
 from raypkg.core.config import Settings, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
-from raypkg.runs.folder import RunFolder, check_name
+from raypkg.runs.folder import RunFolder, check_name, discard
 from raypkg.runs.storage import Storage
 
 from .figures import TrialRun
@@ -52,7 +52,7 @@ class SweepFolder:
     @property
     def name(self) -> str:
         """The sweep's name: the last part of its path."""
-        return self.storage.root.rpartition("/")[2]
+        return self.storage.name
 
     @property
     def experiment(self) -> str:
@@ -230,23 +230,24 @@ def create_sweep(
     check_name(name)
     sweeps = Storage(root) / FOLDER
     runs = Storage(root) / order["experiment"]
-    if name in sweeps.list():
-        raise UserError(
-            f"sweep {name!r} exists in {sweeps.root}: give another --name, or continue with --resume {name}"
-        )
     same_names = re.compile(rf"{re.escape(name)}(-\d+)?")
     if taken := next((run for run in runs.list() if same_names.fullmatch(run)), None):
         raise UserError(
             f"run {taken!r} exists in {runs.root}, as the sweep or a trial would be called: give another --name"
         )
     storage = sweeps / name
+    if not storage.claim():
+        raise UserError(
+            f"sweep {name!r} exists in {sweeps.root}: give another --name, or continue with --resume {name}"
+        )
     record = {"order": dict(order), "trials": [_new_trial(values) for values in trials]}
     try:
         storage.write(CONFIG, to_toml(settings).encode())
         storage.write("space.py", space.encode())
         storage.write_json(RECORD, record)  # the last: now it is a sweep
+        storage.settle()
     except BaseException:
-        storage.delete_folder("")
+        discard(storage)
         raise
     return SweepFolder(storage)
 

@@ -68,7 +68,7 @@ def own_code(tmp_path, monkeypatch):
         ("lipt --model torchvision:resnt18", "unknown torchvision model 'resnt18', did you mean 'resnet18'"),
         ("lipt --select.method gradmtch", "unknown coreset method 'gradmtch', did you mean 'gradmatch'"),
         ("lipt --dataset.augment crop,flop", "unknown augmentation 'flop', did you mean 'flip'"),
-        ("lipt --pretrain.merge men", "unknown pretrain.merge 'men', did you mean 'mean'"),
+        ("lipt --pretrain.merge men", "unknown merge 'men', did you mean 'mean'"),
         ("lipt --track wanb", "unknown track.name 'wanb', did you mean 'wandb'"),
         ("lipt --set selct.method=random", "unknown setting 'selct', did you mean 'select'"),
         ("lipt --set select.metod=random", "unknown setting 'select.metod', did you mean 'select.method'"),

@@ -172,7 +172,7 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --proxy 0.5 --proxy-method infobatch", "infobatch"),
         (
             "deltagrad --train.momentum 0.9",
-            "trial 0: train.optimizer = sgd, train.momentum = 0.9: DeltaGrad is derived",
+            "train.optimizer = sgd, train.momentum = 0.9: DeltaGrad is derived",
         ),
         ("deltagrad --model resnet8", "trial 0: "),
         ("deltagrad --dataset.augment crop", "trial 0: dataset.augment = crop: DeltaGrad replays exact"),
