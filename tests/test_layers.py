@@ -19,7 +19,7 @@ REACH_TOO = {
     "crest": {"choosing", "fitting", "pool"},
     "deltagrad": {
         "membership", "history", "ledger", "fingerprints",
-        "recorded_run", "requests", "sharded_gradient", "answer", "verify",
+        "recorded_run", "replayable", "requests", "sharded_gradient", "answer", "verify",
     },
 }  # fmt: skip
 ROOMS = {("lipt", "sparse"), ("sparse", "crest"), ("sparse", "agent")}  # which method may import which

@@ -1,4 +1,4 @@
-"""Training that is recorded: what it may not have, and the hook that writes every step's weights and gradient."""
+"""The hook that writes every step's weights and gradient."""
 
 from __future__ import annotations
 
@@ -10,27 +10,12 @@ import torch
 from raypkg.core.errors import UserError
 from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import Worker
-from raypkg.phases.samples import Samples, augmentations, new_model, open_samples
+from raypkg.phases.samples import Samples, new_model
 from raypkg.phases.training import Job
 
 from .history import HistoryWriter, Layout, history_folder
-from .objective import check_derivation, to_vector
+from .objective import to_vector
 from .settings import DeltaGradSettings
-
-
-def check_replayable(settings: DeltaGradSettings) -> None:
-    """Refuse data and models that DeltaGrad's derivation does not cover.
-
-    Raises:
-        UserError: augmentation, dropout, or batch norm.
-    """
-    data = open_samples(settings).data
-    augment = augmentations(settings.dataset, data)
-    if augment:
-        raise UserError(
-            f"dataset.augment = {','.join(augment)}: DeltaGrad replays exact gradients, so samples cannot be augmented"
-        )
-    check_derivation(new_model(settings, data), settings.model.name)
 
 
 class Historian(Hook):

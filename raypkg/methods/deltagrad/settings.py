@@ -91,7 +91,7 @@ class DeltaGradSettings(Experiment):
         Raises:
             UserError: samples are augmented, or the model has dropout or batch norm.
         """
-        from .hook import check_replayable
+        from .replayable import check_replayable
 
         check_replayable(self)
 

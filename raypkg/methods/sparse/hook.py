@@ -22,7 +22,7 @@ from . import plots
 from .flops import footprint
 from .masked import Active, Masked
 from .masks import Masks, active_counts, allot, check_density, density_of, enlarged, prunable, shapes_of
-from .rules import checked_scores, checked_share, drop, growth, initial, momentum_rules, redistribution
+from .rules import checked_scores, checked_share, drop, growth, initial, redistribution, uses_momentum
 from .settings import PRUNED_BY, SparseSettings, Sparsity
 from .topology import drop_fraction, dropped, gradual_density, grown, surplus, zero_changed
 
@@ -51,7 +51,9 @@ class Topology(Hook):
         self.settings = settings
         self.density = settings.density
         self.every = settings.interval(steps)
-        self.tracks_momentum = bool(momentum_rules(settings))
+        self.tracks_momentum = uses_momentum(growth, settings.growth) or uses_momentum(
+            redistribution, settings.redistribution
+        )
         self.masks: Masks = {}  # changed in place: later hooks hold the same tensors
         self.explored: Masks = {}  # weights that ever were active
         self.momentum: dict[str, Tensor] = {}  # of the dense gradient, where a rule asks for it

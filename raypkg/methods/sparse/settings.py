@@ -178,11 +178,18 @@ class SparseSettings(Sparsity, Experiment):
             self.crest.check(n, self.epochs, self.train, self.cluster)
 
     def _check_rules(self) -> None:
-        from .rules import check_rules, momentum_rules  # they import torch
+        from .rules import drop, growth, initial, redistribution, uses_momentum  # they import torch
 
-        check_rules(self)
-        if self.compute == "sparse" and (needy := momentum_rules(self)):
-            raise UserError(f"compute = sparse has no dense gradient at every step, which {needy[0]} needs")
+        initial[self.sparse_init.name].options(self.sparse_init.options)
+        drop[self.drop.name].options(self.drop.options)
+        for registry, setting in ((growth, "growth"), (redistribution, "redistribution")):
+            rule = getattr(self, setting)
+            if rule:
+                registry[rule.name].options(rule.options)
+            if self.compute == "sparse" and uses_momentum(registry, rule):
+                raise UserError(
+                    f"compute = sparse has no dense gradient at every step, which {setting} = {rule.name} needs"
+                )
 
     def _check_interval(self, steps: int) -> None:
         every = self.interval(steps)

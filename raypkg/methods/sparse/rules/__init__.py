@@ -15,7 +15,6 @@ from torch import Tensor
 from raypkg.core.config import Named
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Registry
-from raypkg.methods.sparse.settings import Sparsity
 
 _PACKAGE = "raypkg.methods.sparse.rules"
 initial = Registry("sparse initialisation", _PACKAGE, given=("rng", "batch"))
@@ -26,34 +25,9 @@ redistribution = Registry("redistribution", _PACKAGE, given=("momentum",))
 _DIVERGED = "where the weights are not finite, lower the learning rate"
 
 
-def check_rules(settings: Sparsity) -> None:
-    """Refuse unknown rules and wrong options.
-
-    Raises:
-        UserError: what is wrong.
-    """
-    chosen: tuple[tuple[Registry, Named | None], ...] = (
-        (initial, settings.sparse_init),
-        (drop, settings.drop),
-        (growth, settings.growth),
-        (redistribution, settings.redistribution),
-    )
-    for registry, rule in chosen:
-        if rule:
-            registry[rule.name].options(rule.options)
-
-
-def momentum_rules(settings: Sparsity) -> list[str]:
-    """Return those settings, as ``name = value``, whose rules need the dense gradient of every step."""
-    chosen: dict[str, tuple[Registry, Named | None]] = {
-        "growth": (growth, settings.growth),
-        "redistribution": (redistribution, settings.redistribution),
-    }
-    names = []
-    for setting, (registry, rule) in chosen.items():
-        if rule and "momentum" in registry[rule.name].declares:
-            names.append(f"{setting} = {rule.name}")
-    return names
+def uses_momentum(registry: Registry, rule: Named | None) -> bool:
+    """Say whether a chosen rule, if there is one, needs the dense gradient of every step."""
+    return rule is not None and "momentum" in registry[rule.name].declares
 
 
 def checked_scores(rule: str, scores: object, weights: Tensor, layer: str) -> Tensor:

@@ -1,0 +1,22 @@
+"""Which trainings can be replayed."""
+
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Experiment
+from raypkg.phases.samples import augmentations, new_model, open_samples
+
+from .objective import check_derivation
+
+
+def check_replayable(settings: Experiment) -> None:
+    """Refuse data and models that DeltaGrad's derivation does not cover.
+
+    Raises:
+        UserError: augmentation, dropout, or batch norm.
+    """
+    data = open_samples(settings).data
+    augment = augmentations(settings.dataset, data)
+    if augment:
+        raise UserError(
+            f"dataset.augment = {','.join(augment)}: DeltaGrad replays exact gradients, so samples cannot be augmented"
+        )
+    check_derivation(new_model(settings, data), settings.model.name)
