@@ -2,9 +2,13 @@
 
 import json
 import multiprocessing
+import sys
+from pathlib import Path
 
 import pytest
 
+import raypkg
+from raypkg.cli import main
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.runs.environment import environment
@@ -172,3 +176,69 @@ def test_credentials_are_neither_printed_nor_kept(monkeypatch):
     monkeypatch.setattr("sys.argv", ["effray", "train", "--root", "s3://KEY:SECRET@bucket/runs"])
     assert environment()["command"][-1] == "s3://***@bucket/runs"
     assert "SECRET" not in str(UserError("cannot use 's3://KEY:SECRET@bucket/runs' as a folder"))
+
+
+DRAWN = """
+import torch
+from raypkg import Split
+
+def load(root, *, split):
+    return Split.from_tensors(torch.randn(60, 4), torch.arange(60) % 3)
+
+def seeded(root, *, split):
+    draws = torch.Generator().manual_seed(len(split))
+    return Split.from_tensors(torch.randn(60, 4, generator=draws), torch.arange(60) % 3)
+"""
+
+
+@pytest.fixture
+def effray(tmp_path, monkeypatch, capsys):
+    """Return a function that runs a command in a folder of its own, and gives back its exit code and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "drawn_code.py").write_text(DRAWN)
+
+    def effray(line):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([*line.split(), "--cluster.workers", "0"])
+        return ended.value.code or 0, capsys.readouterr().err
+
+    yield effray
+    sys.modules.pop("drawn_code", None)
+
+
+@pytest.mark.parametrize(("function", "code"), [("seeded", 0), ("load", 2)])
+def test_samples_that_are_others_at_a_rerun_are_refused(effray, function, code):
+    options = "--model linear --train.epochs 1"
+    assert effray(f"train --name one --dataset drawn_code:{function} {options}") == (0, "")
+    ended, message = effray("train --name two --config runs/train/one/config.toml")
+    assert ended == code
+    if code:
+        assert "gives other samples than those the run began with" in message and message.count("\n") == 1
+
+
+def test_a_resumed_run_refuses_other_samples_and_lost_settings(effray, monkeypatch):
+    def finish(folder, summary):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", finish)
+        effray("train --name one --dataset drawn_code:load --model linear --train.epochs 1")
+    code, message = effray("train --resume one")
+    assert code == 2 and "gives other samples than those the run began with" in message
+    Path("runs/train/one/config.toml").write_text("")
+    code, message = effray("train --resume one")
+    assert code == 2 and "config.toml' is missing or empty" in message
+
+
+def test_a_model_that_was_changed_neither_selects_nor_is_exported_nor_loaded(effray):
+    effray("train --name one --model mlp --train.epochs 1")
+    file = Path("runs/train/one/model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    code, message = effray("select --model-from one --method grand")
+    assert code == 2 and "model.safetensors has been changed or cut short" in message
+    with pytest.raises(UserError, match=r"model.safetensors has been changed or cut short"):
+        raypkg.load_model("runs/train/one")

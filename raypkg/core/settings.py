@@ -25,6 +25,9 @@ class Dataset(Named):
     only: Annotated[
         str | None, Field(description="a coreset.parquet: train on its samples alone, without their weights")
     ] = None
+    digest: Annotated[
+        str | None, Field(description="of the samples, as a run stores it: other samples are refused")
+    ] = None
 
 
 class Model(Named):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from raypkg.core.config import to_toml
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry, Registry
 from raypkg.core.settings import Experiment, RunSettings, Select
@@ -85,6 +86,20 @@ def _check_trained(settings: Experiment) -> None:
         hook[named.name].options(named.options)
 
 
+def _with_digest(settings: R, folder: RunFolder) -> R:
+    """Open the data set; note in the stored settings which samples it gave, or refuse others than are noted there."""
+    from raypkg.phases.samples import data_digest, open_samples
+
+    samples = open_samples(settings)
+    if settings.dataset.digest is not None:
+        return settings
+    digest = data_digest(samples.data)
+    dataset = settings.dataset.model_copy(update={"digest": digest})
+    settings = settings.model_copy(update={"dataset": dataset})
+    folder.storage.write("config.toml", to_toml(settings).encode())
+    return settings
+
+
 def carry_out(
     entry: Entry,
     settings: RunSettings,
@@ -110,6 +125,7 @@ def carry_out(
 
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
     forget_samples()
+    settings = _with_digest(settings, folder)
     following = tracker(settings, folder, group or entry.name)
     if listen:
         following = Listened(following, listen)

@@ -1,10 +1,13 @@
 """Which samples a run trains on and which it holds out: the same in every process."""
 
 from functools import lru_cache
+from hashlib import blake2b
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment, RunSettings
 from raypkg.data import Data, load_data
@@ -15,6 +18,8 @@ from raypkg.models.classifier import Classifier
 from raypkg.runs.storage import Storage
 
 from .coreset_files import load_coreset, origin, save_coreset
+
+ROWS = 16  # of a split, that its digest sees
 
 
 class Samples(NamedTuple):
@@ -37,8 +42,41 @@ class Samples(NamedTuple):
 
 
 def open_samples(settings: RunSettings) -> Samples:
-    """Open a run's data set, once a process, and hold out its validation share, stratified, by the seed."""
-    return _opened(settings.dataset.model_dump_json(), settings.seed)
+    """Open a run's data set, once a process, and hold out its validation share, stratified, by the seed.
+
+    Raises:
+        UserError: the settings have a digest, and it is of other samples.
+    """
+    expected = settings.dataset.digest
+    samples = open_any_samples(settings)
+    if expected is not None and data_digest(samples.data) != expected:
+        raise UserError(
+            f"dataset {settings.dataset.name!r} gives other samples than those the run began with: its files have"
+            " changed, or its function draws without a seed"
+        )
+    return samples
+
+
+def open_any_samples(settings: RunSettings) -> Samples:
+    """Open a run's data set, whatever has become of its rows since."""
+    dataset = settings.dataset.model_copy(update={"digest": None})
+    return _opened(dataset.model_dump_json(), settings.seed)
+
+
+def data_digest(data: Data) -> str:
+    """Return a digest of a data set's sizes and classes, and of a few rows of each split.
+
+    It tells changes that happen, such as draws without a seed or a file that was replaced, not such as are made to
+    deceive.
+    """
+    digest = blake2b(digest_size=16)
+    for split in data:
+        digest.update(repr((len(split), split.shape, split.classes)).encode())
+        rows = torch.linspace(0, len(split) - 1, ROWS).long()
+        x, y = split.batch(rows)
+        digest.update(x.contiguous().numpy().tobytes())
+        digest.update(y.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def forget_samples() -> None:

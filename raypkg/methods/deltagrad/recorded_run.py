@@ -15,7 +15,7 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
-from raypkg.phases.samples import Samples, forget_samples, new_model, open_samples
+from raypkg.phases.samples import Samples, forget_samples, new_model, open_any_samples
 from raypkg.phases.training import MODEL
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder
@@ -108,7 +108,8 @@ class RecordedRun:
         self.storage = folder.storage
         self.ledger = Ledger(folder.storage)
         self.settings = load_settings(DeltaGradSettings, folder.config)
-        self.samples = standardised_as_trained(self.storage, open_samples(self.settings))
+        samples = open_any_samples(self.settings)  # deleted rows may have been blanked; `check_rows` tells of others
+        self.samples = standardised_as_trained(self.storage, samples)
         self._check_files()
         train = self.samples.data.train
         self._groups = [train]  # the training split, and each group of samples that was added
