@@ -48,6 +48,11 @@ def test_it_trains_what_a_processor_trains():
         assert torch.allclose(ours[name], weight, rtol=0, atol=1e-8), name
 
 
+def test_the_bill_has_the_memory_of_the_gpu():
+    (bill, *_) = trained(CUDA, "float32", epochs=1).bills()
+    assert 0 < bill.device_memory == torch.cuda.max_memory_allocated()
+
+
 def test_bfloat16_is_used_where_it_is_computed():
     model = build_model("resnet8", (3, 16, 16), C, seed=0).to(CUDA)
     with autocast("auto", CUDA):

@@ -106,7 +106,7 @@ def with_companions(command: click.Command) -> click.Command:
 @click.option("--root", default=ROOT, show_default=True, help=ROOT_HELP)
 @click.option("--against", metavar="RUN", help="another run whose scores and coreset to compare with")
 def show(run: str, root: str, against: str | None) -> None:
-    """Show a finished or running run: what it cost, what came of it, where its plots are; or the trials of a sweep.
+    """Show a finished or running run: costs, results, where its plots are; or the trials of a sweep.
 
     RUN is a name, or a path to a run folder.
 
@@ -168,11 +168,25 @@ def methods() -> None:
     from raypkg.coresets.rules import coreset
     from raypkg.data.sources import dataset
     from raypkg.engine.run import hook
+    from raypkg.methods.lipt.merges import merge
+    from raypkg.methods.lipt.pretrain import pretraining
     from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
     from raypkg.models import model
     from raypkg.runs.show import terminal
 
-    for registry in (experiment, coreset, model, dataset, hook, initial, drop, growth, redistribution):
+    for registry in (
+        experiment,
+        coreset,
+        model,
+        dataset,
+        hook,
+        pretraining,
+        merge,
+        initial,
+        drop,
+        growth,
+        redistribution,
+    ):
         columns = [Column(name, overflow="fold") for name in ("name", "what it is", "options", "source")]
         table = Table(*columns, title=registry.kind, title_justify="left")
         for entry in registry.entries.values():

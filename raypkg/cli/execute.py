@@ -1,4 +1,4 @@
-"""Running an experiment: settings → run folder → phases → what came of it."""
+"""Running an experiment: settings → run folder → phases → results."""
 
 from collections.abc import Mapping
 from pathlib import Path

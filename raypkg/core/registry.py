@@ -22,6 +22,7 @@ from .config import Settings, validate
 from .errors import UserError, unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
+BUNDLE = "options"  # a parameter of this name takes all options as one settings object
 USER_CODE = "user code"  # the source of an entry that is not ours
 
 
@@ -46,7 +47,10 @@ class Entry:
 
     @cached_property
     def schema(self) -> type[Settings]:
-        """The options a user may set: the keyword-only parameters that the caller does not supply."""
+        """The options a user may set: the keyword-only parameters that the caller does not supply.
+
+        A parameter ``options`` whose type is a settings class stands for all of them.
+        """
         function = self.function.__init__ if inspect.isclass(self.function) else self.function
         hints = typing.get_type_hints(function, include_extras=True)
         fields: dict[str, Any] = {}
@@ -57,6 +61,8 @@ class Entry:
                 where = inspect.getsourcefile(self.function)
                 raise UserError(f"{self.name}: option {name!r} needs a type and a default (in {where})")
             fields[name] = (hints[name], parameter.default)
+        if self._bundled(hints):
+            return hints[BUNDLE]
         return create_model(self.name, __base__=Settings, **fields)
 
     @property
@@ -67,7 +73,12 @@ class Entry:
     def options(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the user's options, checked and converted by the schema."""
         checked = validate(self.schema, values, prefix=f"{self.name} option ")
-        return dict(checked)
+        return {BUNDLE: checked} if self._bundled({BUNDLE: self.schema}) else dict(checked)
+
+    def _bundled(self, hints: Mapping[str, Any]) -> bool:
+        kind = hints.get(BUNDLE)
+        takes = BUNDLE in inspect.signature(self.function).parameters
+        return takes and isinstance(kind, type) and issubclass(kind, Settings)
 
     def __call__(self, *arguments: Any, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
         """Call the function with the user's options and those supplied keywords that it declares."""

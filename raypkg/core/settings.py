@@ -8,6 +8,11 @@ from pydantic import Field
 from .config import Named, Settings
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Schedule = Annotated[
+    Literal["cosine", "multistep", "constant"], Field(description="shape of the learning rate over training")
+]
+Precision = Literal["auto", "float32", "bfloat16", "float64"]
+CacheGiB = Annotated[float | None, Field(ge=0, description="GiB for caching (default: a quarter of a worker's memory)")]
 Count = Annotated[int, Field(ge=1)]
 APART = ("cluster", "track")  # parts that say where a run happens and who hears of it, and do not alter its result
 
@@ -50,22 +55,28 @@ class Training(Settings):
     momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD; beta1 of AdamW")] = 0.9
     nesterov: Annotated[bool, Field(description="Nesterov's form of momentum (SGD)")] = True
     weight_decay: Annotated[float, Field(ge=0, description="L2 penalty (SGD) or decoupled decay (AdamW)")] = 5e-4
-    schedule: Annotated[
-        Literal["cosine", "multistep", "constant"], Field(description="shape of the learning rate over training")
-    ] = "cosine"
+    schedule: Schedule = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly rising rate")] = 0.0
     milestones: Annotated[
         tuple[Share, ...], Field(description="shares of training at which multistep drops the rate")
     ] = (0.5, 0.75)
     lr_drop: Annotated[float, Field(gt=0, le=1, description="factor of the rate at each milestone")] = 0.1
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16", "float64"],
+        Precision,
         Field(description="of matrix products; auto = bfloat16 where the processor computes in it"),
     ] = "auto"
     evaluate_every_epochs: Annotated[
         int, Field(ge=0, description="epochs between evaluations on the held-out samples; 0 = none")
     ] = 5
     compile: Annotated[bool, Field(description="compile the model (minutes at first, faster steps)")] = False
+
+    def steps_per_epoch(self, n: int) -> int:
+        """Return the steps of an epoch on n samples.
+
+        >>> Training(batch_size=128).steps_per_epoch(1000)
+        8
+        """
+        return -(-n // self.batch_size)
 
 
 class Train(Training):
@@ -81,9 +92,7 @@ class Select(Settings):
     fraction: Annotated[Share, Field(description="share of the training samples to keep")] = 0.1
     balanced: Annotated[bool, Field(description="class by class, in proportion to the classes")] = True
     weighted: Annotated[bool, Field(description="train with the method's sample weights")] = False
-    memory: Annotated[
-        float | None, Field(ge=0, description="GiB for caching (default: a quarter of a worker's memory)")
-    ] = None
+    memory: CacheGiB = None
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
 
 

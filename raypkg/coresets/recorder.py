@@ -20,6 +20,8 @@ class Recorder(Hook):
         y: labels of the whole training split, int64 [n].
     """
 
+    order = 0
+
     def __init__(self, y: Tensor):
         self.y = y
         self.losses = torch.full(y.shape, torch.inf)

@@ -20,18 +20,25 @@ from .rules import coreset
 from .sharded import LiveModel, select_coreset
 
 
-def check_schedule(settings: Reselect, epochs: int) -> None:
+def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> None:
     """Refuse, before any work, what the method cannot do in a training of so many epochs.
+
+    Args:
+        settings: which method, and when.
+        epochs: of the training.
+        given: whether there is a coreset to begin with.
 
     Raises:
         UserError: unknown method, bad options, a selection that would never come, a fraction for a method that sizes
-            its coreset itself, or none for another that computes gradients.
+            its coreset itself, or none for another.
     """
     if settings.warm_epochs >= epochs:
         raise UserError(f"select.warm_epochs = {settings.warm_epochs} of {epochs} epochs: nothing would be selected")
     left = epochs - settings.warm_epochs
     if settings.every_epochs > left:
         raise UserError(f"select.every_epochs = {settings.every_epochs}: only {left} epochs follow the warm ones")
+    if given and not settings.every_epochs:
+        return
     method = coreset[settings.method]
     method.options(settings.options)
     anew_from_all = settings.fraction == 1 and settings.every_epochs == 1
@@ -40,7 +47,7 @@ def check_schedule(settings: Reselect, epochs: int) -> None:
             f"{settings.method} keeps as many samples as it sees fit, anew at every epoch: it needs select.fraction = 1"
             f" and select.every_epochs = 1, not {settings.fraction:g} and {settings.every_epochs}"
         )
-    if method.sees == "gradients" and settings.fraction == 1:
+    if not method.sizes_itself and settings.fraction == 1:
         raise UserError(f"{settings.method} with select.fraction = 1 would keep every sample: give a smaller one")
 
 
@@ -62,6 +69,8 @@ class Reselection(Hook):
         indices: the samples to select from, int64 [n].
         first: the coreset to begin with; None = select it as well.
     """
+
+    order = 0
 
     def __init__(
         self,

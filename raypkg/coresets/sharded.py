@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from raypkg.core.settings import Model, Select
 from raypkg.data.coreset import Coreset
+from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast
@@ -75,6 +76,12 @@ class SentModel:
     num_classes: int
     parameters: Mapping[str, np.ndarray]
     precision: str
+
+    @classmethod
+    def of(cls, settings: Model, split: Split, state: Mapping[str, Tensor], precision: str) -> "SentModel":
+        """Return a model for the samples of a split, by its settings and its state."""
+        parameters = {name: value.cpu().numpy() for name, value in state.items()}
+        return cls(settings, split.shape, split.num_classes, parameters, precision)
 
     @cached_property
     def _built(self) -> nn.Module:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .worker import Worker, peak_memory
+from .worker import Worker, peak_device_memory, peak_memory
 
 
 @dataclass
@@ -19,6 +19,7 @@ class Cost:
         seconds: on the critical path, which is the slowest worker's.
         total_seconds: summed over the workers.
         memory: peak resident bytes of one worker.
+        device_memory: peak bytes that PyTorch held on one worker's GPU; 0 without one.
         sent: bytes each worker handed to collectives.
     """
 
@@ -28,6 +29,7 @@ class Cost:
     seconds: float = 0.0
     total_seconds: float = 0.0
     memory: int = 0
+    device_memory: int = 0
     sent: int = 0
 
     def __enter__(self) -> "Cost":
@@ -39,6 +41,7 @@ class Cost:
         self.seconds += elapsed
         self.total_seconds += elapsed
         self.memory = max(self.memory, peak_memory())
+        self.device_memory = max(self.device_memory, peak_device_memory())
 
     @contextmanager
     def apart(self, part: "Cost") -> Iterator[None]:
@@ -58,6 +61,7 @@ class Cost:
             seconds=self.seconds + other.seconds,
             total_seconds=self.total_seconds + other.total_seconds,
             memory=max(self.memory, other.memory),
+            device_memory=max(self.device_memory, other.device_memory),
             sent=self.sent + other.sent,
         )
 
@@ -76,6 +80,7 @@ class Cost:
             seconds=max(c.seconds for c in costs),
             total_seconds=sum(c.total_seconds for c in costs),
             memory=max(c.memory for c in costs),
+            device_memory=max(c.device_memory for c in costs),
             sent=max(c.sent for c in costs),
         )
 

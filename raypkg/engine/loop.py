@@ -86,7 +86,7 @@ def fit(
 
 
 def _report_again(run: Run) -> None:
-    """Report the epochs of a checkpoint once more: who died may have had their rows, and not yet written them."""
+    """Report the epochs of a checkpoint again: the process may have died before it wrote their rows."""
     if run.worker.rank == 0:
         for row in run.rows:
             run.worker.report(row)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from raypkg.core.config import validate
+from raypkg.core.errors import UserError
 from raypkg.core.registry import Registry
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
@@ -152,6 +153,9 @@ class Run:
 
     def bills(self) -> list[Cost]:
         """Return what each part of the run cost so far, over all workers (a collective) and all attempts."""
+        names = self.worker.gather(list(self._bills))
+        if any(others != names[0] for others in names):  # gathering bills one by one would wait for ever
+            raise UserError(f"a hook opened a bill on some workers only: they have {names}")
         bills = []
         for name, mine in self._bills.items():
             earlier = self._earlier.get(name, Cost(name))
@@ -225,7 +229,9 @@ class Hook:
     """Does nothing at any point of the loop; a method overrides what it needs. Its state travels with checkpoints.
 
     Attributes:
-        supplies_batches: whether ``batches`` replaces the shuffled coreset.
+        order: hooks act in ascending order, equal ones as they are listed. What reads the raw gradient comes first (0),
+            what corrects it next (10), then a user's own (50), and at last what keeps pruned weights at zero (100).
+        supplies_batches: whether ``batches`` replaces the shuffled coreset; at most one hook of a run does.
 
     >>> from raypkg.engine.loop import fit
     >>> class Clip(Hook):
@@ -236,7 +242,11 @@ class Hook:
     1
     """
 
-    supplies_batches = False
+    order: ClassVar[int] = 50
+    supplies_batches: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        cls.supplies_batches = cls.batches is not Hook.batches
 
     def on_start(self, run: Run) -> None:
         """Before training, and before a checkpoint is restored: may change the first weights."""
@@ -262,7 +272,7 @@ class Hook:
         return Results()
 
     def close(self) -> None:
-        """Give back files and processes, however training ended."""
+        """Release files and processes, however training ended."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values that ``load_state_dict`` restores."""

@@ -82,6 +82,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def peak_device_memory() -> int:
+    """Return the most bytes that PyTorch has held on this process's GPU; 0 where it uses none."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+
+
 def forget_peak_memory() -> None:
     """Begin to measure the largest resident memory anew, where the system can."""
     with suppress(OSError):  # Linux only

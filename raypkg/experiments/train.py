@@ -1,4 +1,4 @@
-"""Plain training on all samples, on a given coreset, or on one selected along the way: the honest baselines."""
+"""Plain training on all samples, on a given coreset, or on one selected along the way."""
 
 from typing import Annotated
 
@@ -43,8 +43,7 @@ class TrainSettings(Experiment):
             raise UserError(
                 "--coreset is given and select.every_epochs is 0: select.* but select.warm_epochs would do nothing"
             )
-        if self.coreset is None or select.every_epochs or select.warm_epochs:
-            check_schedule(select, self.epochs)
+        check_schedule(select, self.epochs, given=self.coreset is not None)
 
 
 @experiment("train")

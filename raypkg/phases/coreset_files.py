@@ -162,23 +162,40 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
     return Record(y, losses, forgotten)
 
 
-def save_scores(storage: Storage, split: Split, indices: Tensor, scores: Tensor | None) -> Tensor | None:
-    """Write the gradient norms, if there are any, of all samples that could have been picked; return them by position.
+def keep_selected(
+    storage: Storage,
+    split: Split,
+    coreset: Coreset,
+    provenance: Mapping[str, Any],
+    indices: Tensor,
+    scores: Tensor | None,
+    file: str,
+) -> None:
+    """Write a coreset with, where there are any, the gradient norms of all samples that could have been picked.
 
     Args:
         storage: the run folder.
-        split: what the indices are positions in.
-        indices: int64 [k].
-        scores: float32 [k].
-
-    Returns:
-        The scores by position, 0 elsewhere, [n]; None where there are none.
+        split: what positions are in.
+        coreset: positions in ``split``.
+        provenance: how it was made.
+        indices: the samples that took part, int64 [n].
+        scores: theirs, float32 [n]; None where there are none.
+        file: of the coreset.
     """
-    if scores is None:
-        return None
-    table = pa.table({"index": indices.numpy(), "score": scores.numpy()})
-    storage.write_table(SCORES, table)
-    return torch.zeros(len(split)).index_put((indices,), scores)
+    by_position = None
+    if scores is not None:
+        storage.write_table(scores_of(file), pa.table({"index": indices.numpy(), "score": scores.numpy()}))
+        by_position = torch.zeros(len(split)).index_put((indices,), scores)
+    save_coreset(storage, coreset, split, provenance, by_position, file)
+
+
+def scores_of(file: str) -> str:
+    """Return the name of the file with the scores that a coreset was picked by.
+
+    >>> scores_of("coreset.parquet"), scores_of("second.parquet")
+    ('scores.parquet', 'second_scores.parquet')
+    """
+    return SCORES if file == FILE else f"{file.removesuffix('.parquet')}_{SCORES}"
 
 
 def record_of(model: str) -> str:

@@ -15,7 +15,7 @@ from raypkg.runs.folder import RunFolder, locate
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import FILE, load_coreset, load_record, origin, save_coreset, save_scores
+from .coreset_files import FILE, keep_selected, load_coreset, load_record, origin
 from .samples import Samples
 from .training import MODEL
 
@@ -37,9 +37,7 @@ class TrainedModel(NamedTuple):
 
     def scorer(self, split: Split) -> SentModel:
         """Return the model in a form that travels to whoever holds the data."""
-        state = load_tensors(self.storage, self.file)
-        parameters = {name: value.numpy() for name, value in state.items()}
-        return SentModel(self.architecture, split.shape, split.num_classes, parameters, self.precision)
+        return SentModel.of(self.architecture, split, load_tensors(self.storage, self.file), self.precision)
 
 
 def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision: str) -> TrainedModel:
@@ -107,8 +105,8 @@ def select_on_cluster(
         with hold(shards_for, settings.cluster) as shards:
             picked = select_coreset(shards, model.scorer(split), select, record, samples.kept, seed=settings.seed)
         chosen = select.model_dump(include={*Select.model_fields, "model_from"})
-        scores = save_scores(storage, split, picked.indices, picked.scores)
-        save_coreset(storage, picked.coreset, split, {**origin(settings), **chosen}, scores, file)
+        provenance = {**origin(settings), **chosen}
+        keep_selected(storage, split, picked.coreset, provenance, picked.indices, picked.scores, file)
         return {"costs": [picked.cost.record()], "size": len(picked.coreset)}
 
     report.phase(phase, work, epochs=0)

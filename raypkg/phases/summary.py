@@ -19,8 +19,14 @@ from raypkg.runs.storage import Storage
 from .coreset_files import FILE, SCORES, load_coreset, read_coreset
 from .samples import Samples
 
-MAIN = "train"  # the phase whose figures are the run's own
-LEFT_OUT = {"costs", "elapsed", "findings"}  # of a phase's record: they stand in the manifest by themselves
+LEFT_OUT = {
+    "costs",
+    "elapsed",
+    "files",
+    "findings",
+    "main",
+    "number",
+}  # of a phase's record
 Records = Mapping[str, Mapping[str, Any]]  # what each phase left
 SHOWN = 16  # images in each of the two galleries
 
@@ -120,7 +126,7 @@ def _figures(records: Records) -> dict[str, Any]:
     """Return what the phases found: the main one's figures by their names, others' with the phase before them."""
     figures: dict[str, Any] = {}
     for phase, record in records.items():
-        prefix = "" if phase == MAIN else f"{phase}_"
+        prefix = "" if record.get("main") else f"{phase}_"
         for name in record.keys() - LEFT_OUT:
             figures[f"{prefix}{name}"] = record[name]
     return dict(sorted(figures.items()))

@@ -1,10 +1,10 @@
 """Training one model by DDP on Ray Train workers, on a coreset that may be selected anew, resumable at every epoch."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from raypkg.cluster.launch import launch
@@ -17,15 +17,16 @@ from raypkg.coresets.reselection import Reselection, check_schedule
 from raypkg.data.coreset import Coreset
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
-from raypkg.engine.run import Hook, Run, Selected, hook
+from raypkg.engine.run import Hook, Run, hook
 from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.engine.worker import Worker
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
+from raypkg.runs.folder import GROWING
 from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import origin, save_coreset, save_record, save_scores
+from .coreset_files import FILE, SCORES, keep_selected, origin, record_of, save_record
 from .samples import Samples, augmentations, new_model, open_samples
 
 MODEL = "model.safetensors"
@@ -37,20 +38,20 @@ class Job:
 
     Attributes:
         phase: names the rows of metrics, the bill and the checkpoints.
-        hooks: of the method, by their registered names; those of the settings come before them.
+        hooks: of the method, by their registered names, with their options.
         coreset: to begin with; None = selected by the first model, or all samples where nothing selects.
         select: when and how to select; None = never.
         result: file of the run folder for the last weights; the record of training goes beside it.
         initial: file of the run folder with the first weights; None = drawn from the seed.
         last: the epoch to stop after; None = the last of the schedule.
-        main: whether this is the run's main training.
+        main: whether this is the run's main training, in which the hooks of the settings take part as well.
     """
 
     experiment: Experiment
     training: Training
     storage: Storage
     phase: str = "train"
-    hooks: tuple[str, ...] = ()
+    hooks: tuple[Named, ...] = ()
     coreset: Coreset | None = None
     select: Reselect | None = None
     result: str = MODEL
@@ -62,6 +63,10 @@ class Job:
     def selects(self) -> bool:
         """Whether training selects by itself."""
         return self.select is not None and (self.coreset is None or self.select.every_epochs > 0)
+
+    def samples_used(self, samples: Samples) -> int:
+        """Return how many samples training begins with."""
+        return len(samples.kept) if self.coreset is None else len(self.coreset)
 
     def smallest_batch(self, samples: Samples) -> int:
         """Return the size of the smallest batch: no more workers than that have work."""
@@ -75,8 +80,8 @@ class Job:
 
 def train_on_cluster(job: Job, report: Report) -> dict[str, Any]:
     """Train the job's model on the cluster, unless the run folder says it is done; return the phase's record."""
-    if job.select and (job.selects or job.select.warm_epochs):
-        check_schedule(job.select, job.training.epochs)
+    if job.select:
+        check_schedule(job.select, job.training.epochs, given=job.coreset is not None)
     samples = open_samples(job.experiment)
 
     def work() -> dict[str, Any]:
@@ -95,31 +100,40 @@ def train_on_cluster(job: Job, report: Report) -> dict[str, Any]:
 def train_model(worker: Worker, job: Job) -> dict[str, Any]:
     """Train on all workers with the job's hooks, and evaluate at the end; return the bills, figures and findings."""
     samples = open_samples(job.experiment)
-    hooks = _hooks(worker, job, samples)
-    try:
+    with ExitStack() as closing:
+        hooks = _hooks(worker, job, samples, closing)
         run = _run(worker, job, samples, hooks)
         _fit(run, job, samples)
         return _concluded(run, job, samples)
-    finally:
-        for each in hooks:
-            each.close()
 
 
-def _hooks(worker: Worker, job: Job, samples: Samples) -> list[Hook]:
-    """Return the recorder, what selects, the user's hooks and the method's, in this order."""
+def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> list[Hook]:
+    """Return the recorder, what selects, and the hooks of method and user, in the order in which they act."""
     train = samples.data.train
     recorder = Recorder(train.y)
     hooks: list[Hook] = [recorder]
     if job.select:
         shards = class_shards(samples.data, train.y, samples.kept, samples.valid, worker.world, worker.device)
         hooks.append(Reselection(job.select, WorkerShards(shards, worker), recorder, samples.kept, job.coreset))
-    for named in (*job.experiment.hooks, *(Named(name=name) for name in job.hooks)):
-        made = hook[named.name](options=named.options, job=job, worker=worker, samples=samples)
-        hooks += made if isinstance(made, Sequence) else [made]
-    for each in hooks:
-        if not isinstance(each, Hook):
-            raise UserError(f"hooks: a {type(each).__name__} is no hook, which is a subclass of raypkg.Hook")
-    return hooks
+    named = [*job.hooks, *job.experiment.hooks] if job.main else job.hooks
+    for each in named:
+        made = hook[each.name](options=each.options, job=job, worker=worker, samples=samples)
+        for one in made if isinstance(made, Sequence) else [made]:
+            if not isinstance(one, Hook):
+                raise UserError(f"hook {each.name!r} is a {type(one).__name__}, not a subclass of raypkg.Hook")
+            closing.callback(one.close)
+            hooks.append(one)
+    _check_suppliers(hooks, job)
+    return sorted(hooks, key=lambda one: one.order)
+
+
+def _check_suppliers(hooks: Sequence[Hook], job: Job) -> None:
+    """Refuse hooks that choose the batches beside others that do, or beside a coreset, which would do nothing."""
+    suppliers = [type(one).__name__ for one in hooks if one.supplies_batches]
+    if len(suppliers) > 1:
+        raise UserError(f"hooks {' and '.join(suppliers)} both choose the batches: leave one of them out")
+    if suppliers and (job.select or job.coreset is not None):
+        raise UserError(f"hook {suppliers[0]} chooses the batches: a coreset or a selection would do nothing")
 
 
 def _run(worker: Worker, job: Job, samples: Samples, hooks: Sequence[Hook]) -> Run:
@@ -155,41 +169,56 @@ def _fit(run: Run, job: Job, samples: Samples) -> None:
 
 def _concluded(run: Run, job: Job, samples: Samples) -> dict[str, Any]:
     """Evaluate on the test samples, keep what training left, and return the phase's record."""
-    data = samples.data
-    everything = torch.arange(len(data.test))
-    precision = job.training.precision
-    test = evaluate(run.model, data.test, everything, run.worker, run.bill("evaluate"), precision=precision)
-    facts: dict[str, Any] = {}
-    findings: list[str] = []
-    if run.worker.rank == 0:
-        save_tensors(job.storage, job.result, run.model.state_dict())
-        for each in run.hooks:
-            if isinstance(each, Recorder):
-                save_record(job.storage, job.result, each.record)
-            left = each.results(run)
-            for name, table in left.tables.items():
-                job.storage.write_table(f"{name}.parquet", table)
-            for name, draw in left.plots.items():
-                save_plot(job.storage, name, draw)
-            if left.selected:
-                _save_selected(left.selected, job, samples)
-            facts |= left.facts
-            findings += left.findings
-    return {
+    test = evaluate(
+        run.model, samples.data.test, None, run.worker, run.bill("evaluate"), precision=job.training.precision
+    )
+    kept = _keep(run, job, samples) if run.worker.rank == 0 else {}
+    record = {
         "costs": [bill.record() for bill in run.bills()],
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
         "workers": run.worker.world,
-        "findings": findings,
-        **facts,
+        "main": job.main,
     }
+    if clash := record.keys() & kept.keys():
+        raise UserError(f"hooks: {min(clash)!r} is a fact of the run's own, which no hook may leave")
+    return record | kept
 
 
-def _save_selected(selected: Selected, job: Job, samples: Samples) -> None:
-    split = samples.data.train
-    facts = {**origin(job.experiment), **selected.origin}
-    scores = save_scores(job.storage, split, selected.indices, selected.scores)
-    save_coreset(job.storage, selected.coreset, split, facts, scores)
+def _keep(run: Run, job: Job, samples: Samples) -> dict[str, Any]:
+    """Write the model, the record of training and what the hooks left; return their facts and findings."""
+    save_tensors(job.storage, job.result, run.model.state_dict())
+    facts: dict[str, Any] = {}
+    findings: list[str] = []
+    for each in run.hooks:
+        if isinstance(each, Recorder):
+            save_record(job.storage, job.result, each.record)
+        left = each.results(run)
+        for name, table in left.tables.items():
+            job.storage.write_table(_file_of(name, job), table)
+        for name, draw in left.plots.items():
+            save_plot(job.storage, name, draw)
+        if left.selected:
+            chosen = left.selected
+            provenance = {**origin(job.experiment), **chosen.origin}
+            keep_selected(
+                job.storage, samples.data.train, chosen.coreset, provenance, chosen.indices, chosen.scores, FILE
+            )
+        facts |= left.facts
+        findings += left.findings
+    return {**facts, "findings": findings}
+
+
+def _file_of(table: str, job: Job) -> str:
+    """Return the file of a hook's table; of a training that only prepares, the phase's name stands before it.
+
+    Raises:
+        UserError: it is a file of the run's own.
+    """
+    file = f"{table}.parquet" if job.main else f"{job.phase}_{table}.parquet"
+    if file in (FILE, SCORES, GROWING, record_of(job.result)):
+        raise UserError(f"hooks: {file} is a file of the run's own, which no hook may leave")
+    return file
 
 
 def synchronised(model: nn.Module, settings: Training, worker: Worker) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A run as tables on the terminal: what it cost, phase by phase, and what came of it."""
+"""A run as tables on the terminal: its costs, phase by phase, and its results."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -39,10 +39,10 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
 
 def _results(summary: Mapping[str, Any]) -> Iterator[str]:
     chosen = _chosen(summary)
-    full = summary["full_training_backward"]
-    if not full:
+    if "test_accuracy" not in summary:
         yield f"selected {chosen}: coreset.parquet; train on it with `effray train --coreset`"
         return
+    full = summary["full_training_backward"]
     backward = sum(phase["backward"] for phase in summary["phases"])
     yield f"test accuracy {summary['test_accuracy']:.2%} (loss {summary['test_loss']:.3f}), trained on {chosen}"
     yield f"samples backward {backward:,}: {backward / full:.1%} of as many epochs on all samples ({full:,})"
@@ -75,10 +75,16 @@ def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
     memory = max(phase["memory"] for phase in phases)
     table.add_column("MB\nsent", justify="right", footer=_megabytes(sent))
     table.add_column("peak\nMiB", justify="right", footer=_mebibytes(memory))
+    device_memory = max(phase.get("device_memory", 0) for phase in phases)
+    if device_memory:
+        table.add_column("GPU\nMiB", justify="right", footer=_mebibytes(device_memory))
     for phase in phases:
         name, _, part = phase["phase"].partition(": ")
         figures = [form.format(phase[key]) for _, key, form in COLUMNS]
-        table.add_row(f"  {part}" if part else name, *figures, _megabytes(phase["sent"]), _mebibytes(phase["memory"]))
+        figures += [_megabytes(phase["sent"]), _mebibytes(phase["memory"])]
+        if device_memory:
+            figures.append(_mebibytes(phase["device_memory"]))
+        table.add_row(f"  {part}" if part else name, *figures)
     return table
 
 

@@ -1,14 +1,14 @@
 """Every registered hook trains, resumes as if it had never stopped, and gives two workers one result."""
 
-import dataclasses
-
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from gloo import on_workers
-from raypkg.core.config import load_settings
+from raypkg.core.config import Named, load_settings
+from raypkg.core.errors import UserError
+from raypkg.data.coreset import Coreset
 from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of
@@ -18,18 +18,18 @@ from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.storage import Storage
 
 COMMON = {"model": "mlp", "train.epochs": 4, "train.batch_size": 128, "train.precision": "float64", "seed": 1}
-USED_BY = {  # the experiment that a hook belongs to, and settings that let it act within a few epochs
-    "agent": ("train", {}),
-    "crest": ("crest", {"budget": 1.0, "crest.h": 3, "crest.subset": 0.2}),
-    "deltagrad": ("deltagrad", {}),
-    "sparse": ("sparse", {"density": 0.2, "growth": "gradient", "update_every_steps": 5}),
+OPTIONS = {  # with which a hook acts within a few epochs
+    "crest": {"h": 3, "subset": 0.2},
+    "sparse": {"density": 0.2, "growth": "gradient", "update_every_steps": 5},
 }
+EXPERIMENTS = {"deltagrad": "deltagrad"}  # of hooks that belong to one
 
 
 def job_of(name, folder, **changes):
-    kind, settings = USED_BY.get(name, ("train", {}))
-    chosen = load_settings(settings_of(experiment[kind]), {}, COMMON | settings)
-    return Job(chosen, chosen.train, Storage(str(folder)), hooks=(name,), **changes)
+    kind = EXPERIMENTS.get(name, "train")
+    chosen = load_settings(settings_of(experiment[kind]), {}, COMMON)
+    named = Named(name=name, options=OPTIONS.get(name, {}))
+    return Job(chosen, chosen.train, Storage(str(folder)), hooks=(named,), **changes)
 
 
 def content(folder):
@@ -51,7 +51,9 @@ def test_it_trains_and_leaves_results(name, tmp_path):
     weights, _ = content(tmp_path)
     assert all(weight.isfinite().all() for weight in weights.values())
 
-    made = hook[name](job=job_of(name, tmp_path / "other"), worker=Worker(), samples=open_samples(job.experiment))
+    other = job_of(name, tmp_path / "other")
+    options = OPTIONS.get(name, {})
+    made = hook[name](options=options, job=other, worker=Worker(), samples=open_samples(job.experiment))
     for each in made if isinstance(made, list) else [made]:
         assert isinstance(each, Hook)
         each.close()
@@ -61,9 +63,8 @@ def test_it_trains_and_leaves_results(name, tmp_path):
 def test_resumed_equals_never_stopped(name, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train_model(Worker(), job_of(name, straight))
-    interrupted = job_of(name, stopped, last=2)
     with pytest.raises(KeyboardInterrupt):
-        train_model(Worker(report=_interrupt_after(2)), dataclasses.replace(interrupted, last=None))
+        train_model(Worker(report=_interrupt_after(2)), job_of(name, stopped))
     train_model(Worker(), job_of(name, stopped))
 
     (weights, tables), (others, other_tables) = content(straight), content(stopped)
@@ -116,6 +117,77 @@ class Tally(Hook):
 
     def load_state_dict(self, state):
         self.count = state["count"]
+
+
+class Replacing(Tally):
+    """Leaves what is the run's own."""
+
+    def results(self, run: Run) -> Results:
+        return (
+            Results(facts={"test_accuracy": 1.0}) if self.count else Results(tables={"coreset": pa.table({"a": [1]})})
+        )
+
+
+def named_of(monkeypatch, **hooks):
+    for name, function in hooks.items():
+        monkeypatch.setitem(hook.entries, name, hook._entry(name, function, ""))
+    return [{"name": name} for name in hooks]
+
+
+def train_with(named, folder, **changes):
+    chosen = load_settings(settings_of(experiment["train"]), {"hooks": named}, COMMON | {"train.epochs": 1})
+    return train_model(Worker(), Job(chosen, chosen.train, Storage(str(folder)), **changes))
+
+
+def test_what_is_the_runs_own_stays(tmp_path, monkeypatch):
+    named = named_of(monkeypatch, replacing=Replacing)
+    with pytest.raises(UserError, match="'test_accuracy' is a fact of the run's own"):
+        train_with(named, tmp_path)
+
+    class Tables(Replacing):
+        def on_step(self, run):
+            pass
+
+    with pytest.raises(UserError, match=r"coreset\.parquet is a file of the run's own"):
+        train_with(named_of(monkeypatch, tables=Tables), tmp_path / "other")
+
+
+def test_hooks_that_contradict_each_other_are_refused(tmp_path):
+    with pytest.raises(UserError, match="hooks Crest and Crest both choose the batches"):
+        train_with([{"name": "crest"}, {"name": "crest"}], tmp_path)
+    some = Coreset.uniform(torch.arange(300))
+    with pytest.raises(UserError, match="hook Crest chooses the batches: a coreset or a selection would do nothing"):
+        train_with([{"name": "crest"}], tmp_path, coreset=some)
+
+
+def test_a_training_that_only_prepares_has_no_hooks_of_the_user(tmp_path, monkeypatch):
+    record = train_with(named_of(monkeypatch, tally=Tally), tmp_path, main=False, phase="pretrain")
+    assert "counted" not in record
+
+
+def test_hooks_act_in_their_order(tmp_path, monkeypatch):
+    seen = []
+
+    class Noted(Hook):
+        def on_gradients(self, run):
+            seen.append(type(self).order)
+
+    class First(Noted):
+        order = 0
+
+    class Last(Noted):
+        order = 100
+
+    train_with(named_of(monkeypatch, last=Last, mine=Noted, first=First), tmp_path)
+    assert seen[:6] == [0, 50, 100] * 2
+
+
+def test_what_is_no_hook_is_refused(tmp_path, monkeypatch):
+    def nothing():
+        return 3
+
+    with pytest.raises(UserError, match=r"hook 'nothing' is a int, not a subclass of raypkg\.Hook"):
+        train_with(named_of(monkeypatch, nothing=nothing), tmp_path)
 
 
 def test_what_a_hook_of_the_user_leaves_is_kept(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast, losses_of
 from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import memory_bound
+from raypkg.phases.samples import Samples
 from raypkg.phases.training import Job
 
 from . import plots
@@ -30,6 +31,8 @@ PROBED = 8  # samples
 COLUMNS = ("step", "c", "cosine")  # c, and how alike the gradients of model and snapshot are
 FULL_GRADIENT = "full gradient"  # the bill of g̃
 CORRECTION = "correction"  # the bill of ∇ℓ_B(θ̃)
+
+DEFAULTS = AgentOptions()
 
 
 class Correction(Hook):
@@ -53,6 +56,8 @@ class Correction(Hook):
     Args:
         settings: γ, α, and how often.
     """
+
+    order = 10
 
     def __init__(self, settings: AgentOptions):
         self.settings = settings
@@ -300,6 +305,7 @@ def _finding(corrections: pa.Table) -> str:
 
 
 @hook("agent", source="arXiv:2301.03573")
-def agent(*, job: Job) -> Correction:
+def agent(*, job: Job, samples: Samples, options: AgentOptions = DEFAULTS) -> Correction:
     """Correct gradients by those of a snapshot of the model, with an adaptive weight (AGENT)."""
-    return Correction(getattr(job.experiment, "agent", None) or AgentOptions())
+    options.check(job.samples_used(samples), job.training)
+    return Correction(options)

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Count
+from raypkg.core.settings import CacheGiB, Count, Training
 
 FEWEST = 3  # corrected steps between snapshots: two differences of losses, whose covariance is c
 
@@ -28,22 +28,21 @@ class AgentOptions(Settings):
     snapshot_every_steps: Annotated[
         int, Field(ge=0, description="steps between snapshots; 0 = one an epoch, as published")
     ] = 0
-    memory: Annotated[
-        float | None, Field(ge=0, description="GiB for caching gradients (default: a quarter of a worker's memory)")
-    ] = None
+    memory: CacheGiB = None
 
-    def check(self, n: int, batch: int, per_epoch: int, steps: int) -> None:
+    def check(self, n: int, training: Training) -> None:
         """Refuse a correction that would correct nothing.
 
         Args:
             n: training samples.
-            batch: samples a step.
-            per_epoch: steps of an epoch.
-            steps: of the whole training.
+            training: of which it corrects the gradients.
 
         Raises:
             UserError: what is wrong.
         """
+        batch = training.batch_size
+        per_epoch = training.steps_per_epoch(n)
+        steps = training.epochs * per_epoch
         if self.samples and not batch <= self.samples < n:
             raise UserError(
                 f"agent.samples = {self.samples}: at least a batch, train.batch_size = {batch}, and fewer than all {n},"

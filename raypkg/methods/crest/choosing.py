@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from raypkg.cluster.actors import actors
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Model
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.sharded import LiveModel, Scorer, SentModel
+from raypkg.data.split import Split
 from raypkg.engine.costs import Cost
 from raypkg.engine.shards import FirstWorkerShards, Shard, Shards, WorkerShards
 from raypkg.engine.worker import Worker
@@ -42,16 +42,13 @@ def choosing(worker: Worker, job: Job, samples: Samples, options: CrestOptions) 
         Shard(job.experiment.dataset, samples.kept, samples.valid, rank=rank, world=options.actors)
         for rank in range(options.actors)
     ]
-    split = samples.data.train
-    to_scorer = partial(_sent, job.experiment.model, split.shape, split.num_classes, precision)
+    to_scorer = partial(_sent, job, samples.data.train)
     with actors(shards, job.experiment.cluster, worker.rank == 0) as held:
         yield FirstWorkerShards(held, worker), to_scorer
 
 
-def _sent(settings: Model, shape: tuple[int, ...], num_classes: int, precision: str, model: nn.Module) -> SentModel:
-    state = model.state_dict()
-    parameters = {name: value.cpu().numpy() for name, value in state.items()}
-    return SentModel(settings, shape, num_classes, parameters, precision)
+def _sent(job: Job, split: Split, model: nn.Module) -> SentModel:
+    return SentModel.of(job.experiment.model, split, model.state_dict(), job.training.precision)
 
 
 def choose(

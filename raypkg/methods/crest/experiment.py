@@ -1,5 +1,6 @@
 """CREST: trains on mini-batch coresets within a budget, beside the baselines at the same budget."""
 
+from raypkg.core.config import Named
 from raypkg.experiments import experiment
 from raypkg.runs.report import Report
 
@@ -22,12 +23,12 @@ def run(settings: CrestSettings, *, report: Report) -> None:
     samples = open_samples(settings)
     settings.check(len(samples.kept))
     storage = report.folder.storage
-    compressed = settings.train.model_copy(update={"epochs": settings.within})
     match settings.selection:
         case "crest":
-            job = Job(settings, compressed, storage, hooks=("crest",))
+            crest = Named(name="crest", options=settings.crest.model_dump())
+            job = Job(settings, settings.compressed, storage, hooks=(crest,))
         case "random":
-            job = Job(settings, compressed, storage)
+            job = Job(settings, settings.compressed, storage)
         case "cut":
             job = Job(settings, settings.train, storage, last=settings.within)
         case _:

@@ -34,6 +34,8 @@ from .region import check_interval
 from .settings import CrestOptions
 from .state import CrestState
 
+DEFAULTS = CrestOptions()
+
 
 class Crest(Hook):
     """Trains on mini-batch coresets (CREST, arXiv:2306.01244).
@@ -66,7 +68,7 @@ class Crest(Hook):
         UserError: a random subset would be smaller than a batch, or n smaller than a batch.
     """
 
-    supplies_batches = True
+    order = 0
 
     def __init__(self, options: CrestOptions, shards: Shards, scorer: ToScorer, indices: Tensor, size: int):
         self.options = options
@@ -322,9 +324,9 @@ def _agreed(run: Run, value: float) -> float:
 
 
 @hook("crest", source="arXiv:2306.01244")
-def crest(*, job: Job, worker: Worker, samples: Samples) -> Crest:
+def crest(*, job: Job, worker: Worker, samples: Samples, options: CrestOptions = DEFAULTS) -> Crest:
     """Train on mini-batch coresets, chosen anew when a local model of the loss expires."""
-    options = getattr(job.experiment, "crest", None) or CrestOptions()
+    options.check(job.samples_used(samples), job.training, job.experiment.cluster)
     with ExitStack() as actors:  # ended here where the hook cannot be made, otherwise by the hook
         shards, scorer = actors.enter_context(choosing(worker, job, samples, options))
         made = Crest(options, shards, scorer, samples.kept, job.training.batch_size)

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Cluster, Count, Experiment, Reselect, Share, Train, Training
+from raypkg.core.settings import CacheGiB, Cluster, Count, Experiment, Reselect, Schedule, Share, Train, Training
 
 SMALLEST_SHARE = 0.01  # r/n where none is set, if that is at least two batches
 
@@ -46,9 +46,7 @@ class CrestOptions(Settings):
     actors: Annotated[
         int, Field(ge=0, description="Ray actors of one CPU each that select; 0 = the training workers do")
     ] = 0
-    memory: Annotated[
-        float | None, Field(ge=0, description="GiB for caching (default: a quarter of a worker's memory)")
-    ] = None
+    memory: CacheGiB = None
 
     def subset_size(self, n: int, batch: int) -> int:
         """Return r, the samples of a random subset of n.
@@ -72,21 +70,19 @@ class CrestOptions(Settings):
             )
         return size
 
-    def check(self, n: int, epochs: int, training: Training, cluster: Cluster) -> None:
+    def check(self, n: int, training: Training, cluster: Cluster) -> None:
         """Refuse a batch, subset or warm-up that the data or the budget cannot hold.
 
         Args:
             n: training samples.
-            epochs: of the budget.
-            training: batches and warm-up.
+            training: within the budget.
             cluster: beside whose workers the actors must fit.
 
         Raises:
             UserError: what is wrong.
         """
         self.subset_size(n, training.batch_size)
-        steps_per_epoch = -(-n // training.batch_size)
-        steps = epochs * steps_per_epoch
+        steps = training.epochs * training.steps_per_epoch(n)
         if 0 < training.warmup * steps < 1:
             raise UserError(f"train.warmup = {training.warmup:g} of the budget's {steps} steps is less than one step")
         if self.actors and not cluster.workers:
@@ -97,9 +93,7 @@ class CrestTrain(Train):
     """The full training, of which the budget is a share."""
 
     epochs: Annotated[int, Field(ge=1, description="of full training; the budget is a share of them")] = 40
-    schedule: Annotated[
-        Literal["cosine", "multistep", "constant"], Field(description="shape of the learning rate, over the budget")
-    ] = "multistep"
+    schedule: Schedule = "multistep"
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly rising rate")] = 0.1
     milestones: Annotated[
         tuple[Share, ...], Field(description="shares of training at which multistep drops the rate")
@@ -134,6 +128,11 @@ class CrestSettings(Experiment):
     def within(self) -> int:
         """Epochs that the budget pays for."""
         return round(self.budget * self.train.epochs)
+
+    @property
+    def compressed(self) -> Training:
+        """The full training's schedule within the budget."""
+        return self.train.model_copy(update={"epochs": self.within})
 
     @property
     def epochs(self) -> int:
@@ -190,4 +189,4 @@ class CrestSettings(Experiment):
             UserError: what is wrong.
         """
         if self.selection in ("crest", "random"):
-            self.crest.check(n, self.within, self.train, self.cluster)
+            self.crest.check(n, self.compressed, self.cluster)

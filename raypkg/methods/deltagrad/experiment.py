@@ -1,5 +1,6 @@
 """DeltaGrad: training whose every step is recorded, so that samples can be deleted and added without training again."""
 
+from raypkg.core.config import Named
 from raypkg.experiments import experiment
 from raypkg.runs.report import Report
 
@@ -30,7 +31,7 @@ def run(settings: DeltaGradSettings, *, report: Report) -> None:
     steps = settings.train.epochs * per_epoch
     check_room(history_folder(storage, 0), layout, steps)
     report.say(f"history: {layout.describe(steps)}")
-    job = Job(settings, settings.train, storage, hooks=("deltagrad",))
+    job = Job(settings, settings.train, storage, hooks=(Named(name="deltagrad"),))
     record = train_on_cluster(job, report)
     begin_log(storage, settings, samples, record["history"])
     finish(report, settings, samples, epochs=settings.train.epochs)

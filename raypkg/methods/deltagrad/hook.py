@@ -25,6 +25,8 @@ class Historian(Hook):
         writer: where they go; None on workers other than the first, whose gradients are the same.
     """
 
+    order = 100
+
     def __init__(self, writer: HistoryWriter | None):
         self.writer = writer
 

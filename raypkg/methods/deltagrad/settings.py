@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Settings, load_settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Cluster, Dataset, Experiment, Model, Train
+from raypkg.core.settings import Cluster, Dataset, Experiment, Model, Precision, Schedule, Train
 
 
 class PlainDataset(Dataset):
@@ -31,12 +31,8 @@ class PlainTrain(Train):
     batch_size: Annotated[int, Field(ge=1, description="samples a step; large batches keep the history small")] = 16384
     momentum: Annotated[float, Field(ge=0, lt=1, description="0: the derivation covers no other")] = 0.0
     weight_decay: Annotated[float, Field(ge=0, description="λ of the L2 penalty λ/2 ‖w‖²")] = 0.005
-    schedule: Annotated[
-        Literal["cosine", "multistep", "constant"], Field(description="shape of the learning rate over training")
-    ] = "constant"
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16", "float64"], Field(description="of training; replays are in float64")
-    ] = "float64"
+    schedule: Schedule = "constant"
+    precision: Annotated[Precision, Field(description="of training; replays are in float64")] = "float64"
 
     @model_validator(mode="after")
     def _plain_sgd(self) -> Self:
@@ -84,6 +80,12 @@ class DeltaGradSettings(Experiment):
     train: PlainTrain = PlainTrain()
     history: HistorySettings = HistorySettings()
     replay: ReplaySettings = ReplaySettings()
+
+    @model_validator(mode="after")
+    def _replayed_as_recorded(self) -> Self:
+        if self.hooks:
+            raise UserError(f"hooks = {self.hooks[0].name}: DeltaGrad replays plain SGD, in which no hook takes part")
+        return self
 
     def check(self, n: int) -> None:
         """Refuse a training that cannot be replayed.

@@ -75,8 +75,7 @@ class LiptSettings(Experiment):
 
         self._check_names()
         check_selects_once(self.select)
-        if self.select.every_epochs or self.select.warm_epochs:
-            check_schedule(self.select, self.epochs)
+        check_schedule(self.select, self.epochs, given=True)
 
     def _check_names(self) -> None:
         from raypkg.methods.sparse.rules import initial

@@ -27,7 +27,6 @@ def run(settings: SparseSettings, *, report: Report) -> None:
     if settings.coreset is not None:
         coreset = given_coreset(settings, settings.coreset, samples, storage, FILE)
     settings.check(len(samples.kept) if coreset is None else len(coreset))
-    training = settings.train.model_copy(update={"epochs": settings.epochs})
-    hooks = ("crest", "sparse") if settings.crest else ("sparse",)
-    train_on_cluster(Job(settings, training, storage, hooks=hooks, coreset=coreset), report)
+    job = Job(settings, settings.extended, storage, hooks=settings.hooks_used, coreset=coreset)
+    train_on_cluster(job, report)
     finish(report, settings, samples, epochs=settings.epochs)

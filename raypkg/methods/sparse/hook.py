@@ -14,7 +14,6 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.run import Hook, Results, Run, hook
-from raypkg.methods.agent.hook import Correction
 from raypkg.phases.samples import Samples, new_model
 from raypkg.phases.training import Job
 
@@ -23,10 +22,12 @@ from .flops import footprint
 from .masked import Active, Masked
 from .masks import Masks, active_counts, allot, check_density, density_of, enlarged, prunable, shapes_of
 from .rules import checked_scores, checked_share, drop, growth, initial, redistribution, uses_momentum
-from .settings import PRUNED_BY, SparseSettings, Sparsity
+from .settings import PRUNED_BY, Sparsity
 from .topology import drop_fraction, dropped, gradual_density, grown, surplus, zero_changed
 
 FIRST_MASKS = "first masks"  # their bill
+
+DENSE = Sparsity()
 
 
 class Topology(Hook):
@@ -45,6 +46,8 @@ class Topology(Hook):
         settings: density, rules and schedule.
         steps: of the whole training.
     """
+
+    order = 0
 
     def __init__(self, settings: Sparsity, steps: int):
         assert settings.density is not None  # without one there is nothing to change
@@ -284,26 +287,14 @@ def _gradient(weight: Tensor) -> Tensor:
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
-@hook("sparse", source="arXiv:2301.03573")
-def sparse(*, job: Job, samples: Samples) -> list[Hook]:
-    """Train under masks that change, with AGENT's correction where it is chosen."""
-    settings = job.experiment
-    if not isinstance(settings, SparseSettings):
-        raise UserError("hook sparse takes its settings from `effray sparse`: use that command")
-    topology = None
-    if settings.density is not None:
-        size = len(samples.kept) if job.coreset is None else len(job.coreset)
-        steps_per_epoch = -(-size // job.training.batch_size)
-        topology = Topology(settings, job.training.epochs * steps_per_epoch)
-    # The order matters: growth is by the raw gradient, and what AGENT adds to pruned weights is zeroed after it.
-    hooks: list[Hook] = []
-    if topology:
-        hooks.append(topology)
-    if settings.agent:
-        hooks.append(Correction(settings.agent))
-    if topology and settings.compute == "sparse":
-        hooks.append(Active(topology.masks, topology.due))
-    elif topology:
-        hooks.append(Masked(topology.masks))
-    hooks.append(FootprintReport(new_model(settings, samples.data), topology))
-    return hooks
+@hook("sparse", source="arXiv:1707.04780, arXiv:1911.11134")
+def sparse(*, job: Job, samples: Samples, options: Sparsity = DENSE) -> list[Hook]:
+    """Train under masks that change (SET, RigL, ITOP), and report what the model takes."""
+    model = new_model(job.experiment, samples.data)
+    if options.density is None:
+        return [FootprintReport(model, None)]
+    steps = job.training.epochs * job.training.steps_per_epoch(job.samples_used(samples))
+    topology = Topology(options, steps)
+    active = options.compute == "sparse"
+    held = Active(topology.masks, topology.due) if active else Masked(topology.masks)
+    return [topology, held, FootprintReport(model, topology)]

@@ -20,6 +20,8 @@ class Masked(Hook):
         masks: True where a weight is kept, by the parameter's name; an earlier hook may change them in place.
     """
 
+    order = 100
+
     def __init__(self, masks: Mapping[str, Tensor]):
         self.masks = masks
 

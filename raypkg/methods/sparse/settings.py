@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Named, Settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Count, Experiment, Share, Train
+from raypkg.core.settings import Count, Experiment, Schedule, Share, Train, Training
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.crest.settings import CrestOptions
 
@@ -65,6 +65,10 @@ class Sparsity(Settings):
         float, Field(gt=0, lt=1, description="f0: share of a layer's active weights to drop at the first change")
     ] = 0.5
     decay: Annotated[Literal["cosine", "linear"], Field(description="how that share falls to 0")] = "cosine"
+    compute: Annotated[
+        Literal["masked", "sparse"],
+        Field(description="sparse = linear layers multiply only the weights that exist; masked = all of them"),
+    ] = "masked"
 
     @property
     def is_gradual(self) -> bool:
@@ -79,9 +83,7 @@ class Sparsity(Settings):
 class SparseTrain(Train):
     """Training of the sparse model."""
 
-    schedule: Annotated[
-        Literal["cosine", "multistep", "constant"], Field(description="shape of the learning rate over training")
-    ] = "multistep"
+    schedule: Schedule = "multistep"
 
 
 class SparseSettings(Sparsity, Experiment):
@@ -94,10 +96,6 @@ class SparseSettings(Sparsity, Experiment):
         "update_every": "update_every_steps",
     }
 
-    compute: Annotated[
-        Literal["masked", "sparse"],
-        Field(description="sparse = linear layers multiply only the weights that exist; masked = all of them"),
-    ] = "masked"
     multiplier: Annotated[Count, Field(description="multiplies train.epochs (extended training, ITOP)")] = 1
     agent: Annotated[AgentOptions | None, Field(description="correct gradients by a snapshot of the model (AGENT)")] = (
         None
@@ -114,6 +112,18 @@ class SparseSettings(Sparsity, Experiment):
         return self.train.epochs * self.multiplier
 
     @property
+    def extended(self) -> Training:
+        """The extended training."""
+        return self.train.model_copy(update={"epochs": self.epochs})
+
+    @property
+    def hooks_used(self) -> tuple[Named, ...]:
+        """The hooks of the methods that are combined, with their options."""
+        sparsity = {name: getattr(self, name) for name in Sparsity.model_fields}
+        parts = {"crest": self.crest, "sparse": Sparsity(**sparsity), "agent": self.agent}
+        return tuple(Named(name=name, options=part.model_dump()) for name, part in parts.items() if part)
+
+    @property
     def actors(self) -> int:
         """Ray actors that select for CREST."""
         return self.crest.actors if self.crest else 0
@@ -128,7 +138,7 @@ class SparseSettings(Sparsity, Experiment):
                 f"sparse_init = dense with growth = {self.growth.name} would stay dense: give --growth false"
             )
         if self.density is None:
-            self._refuse("density is left out", *Sparsity.model_fields, "compute")
+            self._refuse("density is left out", *Sparsity.model_fields)
         if not grows:
             self._refuse("growth = false", "death_rate", "decay", "redistribution")
         if not grows and not from_dense:
@@ -167,15 +177,14 @@ class SparseSettings(Sparsity, Experiment):
         Raises:
             UserError: what is wrong.
         """
-        per_epoch = -(-n // self.train.batch_size)
-        steps = self.epochs * per_epoch
+        steps = self.extended.epochs * self.extended.steps_per_epoch(n)
         if self.density is not None:
             self._check_rules()
             self._check_interval(steps)
         if self.agent:
-            self.agent.check(n, self.train.batch_size, per_epoch, steps)
+            self.agent.check(n, self.extended)
         if self.crest:
-            self.crest.check(n, self.epochs, self.train, self.cluster)
+            self.crest.check(n, self.extended, self.cluster)
 
     def _check_rules(self) -> None:
         from .rules import drop, growth, initial, redistribution, uses_momentum  # they import torch
