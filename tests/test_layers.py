@@ -16,7 +16,7 @@ MATHEMATICS = {"core", "data", "models", "coresets"}  # all that a method's pure
 REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # files and folders that reach further
 REACH_TOO = {
     "sparse": {"masked"},
-    "crest": {"choosing", "fitting", "pool"},
+    "crest": {"choosing", "fitting", "pool", "state"},
     "deltagrad": {
         "membership", "history", "ledger", "fingerprints",
         "recorded_run", "replayable", "requests", "sharded_gradient", "answer", "verify",
@@ -65,8 +65,11 @@ def test_a_method_is_one_room(file):
     _, room, *parts = place(file)
     others = {(room, name[1]) for name in reached(file) if name[0] == "methods"} - {(room, room)}
     assert others <= ROOMS
-    if not set(parts) & (REACH | REACH_TOO.get(room, set())):
+    reaching = REACH | REACH_TOO.get(room, set())
+    if not set(parts) & reaching:
         assert {name[0] for name in reached(file)} - {"methods"} <= MATHEMATICS
+    if not set(parts) & (reaching | {"settings"}):  # settings may ask them, within their functions
+        assert not {name for name in reached(file) if name[:2] == ("methods", room) and name[2] in reaching}
 
 
 @pytest.mark.parametrize(

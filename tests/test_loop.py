@@ -36,9 +36,7 @@ def model():
 
 
 def run(coreset=None, settings=PLAIN, hooks=(), network=None, seed=0):
-    data = split()
-    coreset = coreset or Coreset.uniform(torch.arange(len(data)))
-    return Run(network or model(), data, coreset, settings, seed, "train", Worker(), (), Cost("train"), hooks)
+    return Run.simple(network or model(), split(), settings, hooks=hooks, coreset=coreset, seed=seed)
 
 
 def weights(trained):

@@ -9,12 +9,9 @@ from raypkg.coresets.budgets import select_class
 from raypkg.coresets.gradients import HeadView, head_view
 from raypkg.coresets.rules import coreset
 from raypkg.data import load_data
-from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import plain_batches
-from raypkg.engine.costs import Cost
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker
 from raypkg.models import build_model
 
 LABEL, BUDGET, LAM = 3, 24, 0.5
@@ -24,10 +21,9 @@ LABEL, BUDGET, LAM = 3, 24, 0.5
 def problem():
     """What an MLP trained on the digits for two epochs makes of one class, in float64."""
     split = load_data("digits").train
-    everything = Coreset.uniform(torch.arange(len(split)))
     model = build_model("mlp", split.shape, split.num_classes, seed=0)
     training = Training(epochs=2, precision="float32")
-    fit(Run(model, split, everything, training, 0, "train", Worker(), (), Cost("train")))
+    fit(Run.simple(model, split, training, augment=()))
     members = (split.y == LABEL).nonzero()[:, 0]
     view = head_view(model, plain_batches(split, members, torch.device("cpu")))
     head = torch.cat([model.head.weight, model.head.bias[:, None]], dim=1).detach().double()

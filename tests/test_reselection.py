@@ -53,9 +53,7 @@ def run(first=None, holders=1, **select_settings):
     shards = LocalShards(class_shards(Data(data, data), data.y, indices, none, holders))
     chosen = Reselection(Reselect(**{"fraction": 0.2, **select_settings}), shards, recorder, indices, first)
     model = build_model("mlp", (5,), 3, seed=0)
-    everything = Coreset.uniform(indices)
-    hooks = [recorder, chosen, diary]
-    return Run(model, data, everything, PLAIN, 0, "train", Worker(), (), Cost("train"), hooks)
+    return Run.simple(model, data, PLAIN, hooks=[recorder, chosen, diary])
 
 
 def coresets(trained):

@@ -19,8 +19,8 @@ class Cost:
         seconds: on the critical path, which is the slowest worker's.
         total_seconds: summed over the workers.
         memory: peak resident bytes of one worker.
-        device_memory: peak bytes that PyTorch held on one worker's GPU; 0 without one.
         sent: bytes each worker handed to collectives.
+        device_memory: peak bytes that PyTorch held on one worker's GPU; 0 without one.
     """
 
     phase: str
@@ -29,8 +29,8 @@ class Cost:
     seconds: float = 0.0
     total_seconds: float = 0.0
     memory: int = 0
-    device_memory: int = 0
     sent: int = 0
+    device_memory: int = 0
 
     def __enter__(self) -> "Cost":
         self._start = time.perf_counter()

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from raypkg.core.settings import Cluster, Training
-from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast, fit
 from raypkg.engine.optimizer import optimizer
 from raypkg.engine.run import Run
@@ -32,13 +30,11 @@ def pixels(n):
 def looped(worker, split, rounds, batch_size=128):
     """Seconds per epoch of the product's loop, augmentation and all."""
     model = build_model("resnet20", (3, 32, 32), 10, seed=0)
-    everything = Coreset.uniform(torch.arange(len(split)))
     seconds = []
     for number in range(rounds):
-        cost = Cost("train")
         settings = SETTINGS.model_copy(update={"batch_size": batch_size})
-        fit(Run(model, split, everything, settings, number, "train", worker, split.augment, cost))
-        seconds.append(cost.seconds)
+        run = fit(Run.simple(model, split, settings, seed=number, worker=worker))
+        seconds.append(run.cost.seconds)
     return seconds
 
 
