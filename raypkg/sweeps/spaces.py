@@ -44,15 +44,25 @@ def find_space(name: str) -> Path:
         if not Path(name).is_file():
             raise UserError(f"there is no space file {name!r}")
         return Path(name)
+    spaces = _spaces()
+    if name not in spaces:
+        raise unknown("space", name, spaces)
+    return spaces[name]
+
+
+def _spaces() -> dict[str, Path]:
     package = Path(raypkg.__file__).parent
     spaces: dict[str, Path] = {}
     # Later ones win: of a clone, of an installed package, of the working folder.
     for parent in (package.parent, package, Path()):
         for file in parent.glob(f"tune_spaces/*{SUFFIX}"):
             spaces[file.stem] = file
-    if name not in spaces:
-        raise unknown("space", name, spaces)
-    return spaces[name]
+    return spaces
+
+
+def space_of(experiment: str) -> Space:
+    """Return the space of an experiment's name, or, where it has none of its own, that of plain training."""
+    return open_space(experiment if experiment in _spaces() else "train")
 
 
 def open_space(name: str) -> Space:

@@ -27,7 +27,7 @@ from . import proxy
 from .figures import TrialRun
 from .order import ALL_TO_THE_END, Order, base_of, filled
 from .show import conclude, show_sweep
-from .spaces import Space, check_space, open_space, read_space, without
+from .spaces import Space, check_space, open_space, read_space, space_of, without
 from .standing import ONLY
 from .sweep_folder import DONE, RECORD, SweepFolder, create_sweep, find_sweep
 from .trial import run_trial
@@ -64,7 +64,7 @@ def start_sweep(
     schema = training_settings_of(entry)
     settings = with_absolute_path(load_settings(schema, base_of(schema, config), values))
     check_names(settings)
-    whole = open_space(entry.name if order.space is None else order.space)
+    whole = space_of(entry.name) if order.space is None else open_space(order.space)
     space = without(whole, values)
     order = filled(order, space)
     proxy.check_proxy(order, settings, space)
