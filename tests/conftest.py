@@ -18,3 +18,17 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data in {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def ray():
+    """One Ray for all, with the dashboard, which Ray Train needs to give CPUs back."""
+    from raypkg.cluster.session import prepare
+
+    prepare()
+    import ray
+
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # workers import the tests' data set
+    ray.init(address="local", num_cpus=3, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()

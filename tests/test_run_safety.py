@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import raypkg
 from raypkg.cli import main
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Experiment
+from raypkg.core.settings import Experiment, Training
 from raypkg.runs.environment import environment
 from raypkg.runs.folder import RunFolder, check_name, create, discard
 from raypkg.runs.storage import Storage
@@ -242,3 +243,33 @@ def test_a_model_that_was_changed_neither_selects_nor_is_exported_nor_loaded(eff
     assert code == 2 and "model.safetensors has been changed or cut short" in message
     with pytest.raises(UserError, match=r"model.safetensors has been changed or cut short"):
         raypkg.load_model("runs/train/one")
+
+
+def test_a_trained_model_predicts_samples_as_they_are_stored(effray):
+    effray("train --name one --model mlp --train.epochs 3")
+    model = raypkg.load_model(Path("runs/train/one"))
+    test = raypkg.load_data("digits").test
+    x, y = test.batch(range(len(test)))
+    right = (model.predict(x) == y).double().mean().item()
+    measured = raypkg.evaluate(model, test, precision="float32")
+    assert right == pytest.approx(measured["accuracy"])
+    assert right > 0.5
+    for wrong in (x / 255, x[0], x.numpy(), x[:, :, :4]):
+        with pytest.raises(UserError, match="predict takes uint8"):
+            model.predict(wrong)
+
+
+def test_the_front_door_tells_what_it_takes():
+    digits = raypkg.load_data("digits")
+    model = raypkg.build_model("linear", digits.train.shape, 10, seed=0)
+    with pytest.raises(UserError, match="a Data is no Split"):
+        raypkg.evaluate(model, digits)
+    with pytest.raises(UserError, match="a Data is no Split"):
+        raypkg.Run.simple(model, digits)
+    with pytest.raises(UserError, match="settings are given, so epochs would do nothing"):
+        raypkg.Run.simple(model, digits.train, Training(), epochs=2)
+    with pytest.raises(UserError, match=r"Linear is not of the form head\(features\(x\)\)"):
+        raypkg.head_view(torch.nn.Linear(4, 2), [])
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'; it has Coreset"):
+        _ = raypkg.nothing
+    assert set(raypkg.__all__) <= set(dir(raypkg)) and all(hasattr(raypkg, name) for name in dir(raypkg))

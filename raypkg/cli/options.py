@@ -9,7 +9,7 @@ from typing import Any
 import click
 from pydantic.fields import FieldInfo
 
-from raypkg.core.config import Settings, alternatives, current_name, leaves, part_of
+from raypkg.core.config import Settings, alternatives, current_name, is_list, leaves, part_of
 from raypkg.core.errors import UserError
 from raypkg.core.settings import APART
 
@@ -88,18 +88,24 @@ def setting_options(schema: type[Settings]) -> Iterable[click.Option]:
             [*short, f"--{name}", name.replace(".", "__")],
             metavar=metavar(field),
             help=f"{field.description or ''}{_default(field)}",
+            multiple=is_list(field),
             **switch,
         )
 
 
 def overrides(schema: type[Settings], given: Mapping[str, Any], pairs: Iterable[str]) -> dict[str, Any]:
     """Return the dotted settings that the user gave, as options and as ``--set`` pairs, lists split at commas."""
-    texts = {name.replace("__", "."): text for name, text in given.items() if text is not None}
+    texts = {}
+    for name, text in given.items():
+        if isinstance(text, tuple):  # an option that may be repeated
+            text = ",".join(text) or None
+        if text is not None:
+            texts[name.replace("__", ".")] = text
     texts |= dict(_split(pairs))
     fields = dict(leaves(schema))
     values = {}
     for name, text in texts.items():
-        values[name] = _parse(fields[name], text) if name in fields else _value(text)
+        values[name] = _parse(text) if name in fields else _value(text)
     return values
 
 
@@ -116,9 +122,8 @@ def _split(pairs: Iterable[str]) -> Iterable[tuple[str, str]]:
         yield name.strip(), text.strip()
 
 
-def _parse(field: FieldInfo, text: str) -> Any:
-    if _is_list(field) and not text.startswith("["):
-        return [item for item in text.split(",") if item]
+def _parse(text: str) -> Any:
+    """Read a list or a table; any other text the settings bring into the form of their field."""
     return _value(text) if text.startswith(("[", "{")) else text
 
 
@@ -134,7 +139,7 @@ def metavar(field: FieldInfo) -> str:
     """Return what an option takes, for its help."""
     if part_of(field):
         return "[true|false]"
-    if _is_list(field):
+    if is_list(field):
         return "LIST"
     kind = alternatives(field)[0]
     if typing.get_origin(kind) is typing.Literal:
@@ -144,12 +149,8 @@ def metavar(field: FieldInfo) -> str:
     return kind.__name__.upper()
 
 
-def _is_list(field: FieldInfo) -> bool:
-    return any(typing.get_origin(kind) is tuple for kind in alternatives(field))
-
-
 def _default(field: FieldInfo) -> str:
-    if field.default is None:
+    if field.default is None or field.is_required():
         return ""
     if isinstance(field.default, tuple):
         return f"  [{','.join(map(str, field.default))}]" if field.default else ""

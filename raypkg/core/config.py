@@ -30,7 +30,7 @@ class Settings(BaseModel):
     def _switch(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        return {name: _switched(cls.model_fields.get(name), value) for name, value in values.items()}
+        return {name: _switched(name, cls.model_fields.get(name), value) for name, value in values.items()}
 
 
 class Named(Settings):
@@ -58,7 +58,7 @@ def load_settings(
     """
     values = read_toml(base) if isinstance(base, Path) else dict(base or {})
     overrides = overrides or {}
-    _check_switches(overrides)
+    check_switches(overrides)
     for name, value in overrides.items():
         _place(values, name.split("."), value)
     return validate(schema, values)
@@ -99,6 +99,11 @@ def part_of(field: FieldInfo) -> type[Settings] | None:
         if isinstance(kind, type) and issubclass(kind, Settings):
             return kind
     return None
+
+
+def is_list(field: FieldInfo) -> bool:
+    """Say whether a setting is a list."""
+    return any(typing.get_origin(kind) is tuple for kind in alternatives(field))
 
 
 def may_be_none(field: FieldInfo) -> bool:
@@ -160,17 +165,27 @@ def alternatives(field: FieldInfo) -> tuple[Any, ...]:
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
 
 
-def _switched(field: FieldInfo | None, value: Any) -> Any:
-    """Return None for what is switched off, an empty part for what is switched on, and any other value as it is."""
-    if field is None or not may_be_none(field) or bool in alternatives(field):
+def _switched(name: str, field: FieldInfo | None, value: Any) -> Any:
+    """Return a value in the form of its field.
+
+    What is switched off becomes None, what is switched on an empty part, and a text for a list its items.
+    """
+    if field is None:
         return value
-    name = value.get("name") if isinstance(value, Mapping) else value
-    if _is_off(name):
+    optional = may_be_none(field) and bool not in alternatives(field)
+    chosen = value.get("name") if isinstance(value, Mapping) else value
+    if optional and _is_off(chosen):
         return None
-    return {} if _is_on(value) and part_of(field) else value
+    if optional and chosen == "none":
+        raise UserError(f"{name} = none is now called false")
+    if optional and _is_on(value) and part_of(field):
+        return {}
+    if is_list(field) and isinstance(value, str):
+        return [item for item in value.split(",") if item]
+    return value
 
 
-def _check_switches(overrides: Mapping[str, Any]) -> None:
+def check_switches(overrides: Mapping[str, Any]) -> None:
     """Refuse settings within a part that is switched off beside them."""
     for name, value in overrides.items():
         part = name.removesuffix(".name")
@@ -244,8 +259,16 @@ def _literals(field: FieldInfo) -> list[str]:
 
 def _fields_at(schema: type[BaseModel], path: list[str]) -> Mapping[str, FieldInfo]:
     for step in path:
-        schema = part_of(schema.model_fields[step]) or schema
+        if not step.isdigit():  # the place in a list
+            field = schema.model_fields[step]
+            schema = part_of(field) or _part_of_list(field) or schema
     return schema.model_fields
+
+
+def _part_of_list(field: FieldInfo) -> type[Settings] | None:
+    """Return the settings class of a list's items, if they have one."""
+    items = [item for kind in alternatives(field) for item in typing.get_args(kind)]
+    return next((item for item in items if isinstance(item, type) and issubclass(item, Settings)), None)
 
 
 def _field_at(schema: type[BaseModel], path: list[str]) -> FieldInfo | None:

@@ -66,6 +66,14 @@ class Entry:
         return create_model(self.name, __base__=Settings, **fields)
 
     @property
+    def needs(self) -> list[str]:
+        """Those of the function's parameters that neither the caller supplies nor an option fills in."""
+        parameters = inspect.signature(self.function).parameters.values()
+        named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        places = [parameter for parameter in parameters if parameter.kind in named]
+        return [parameter.name for parameter in places if parameter.default is parameter.empty]
+
+    @property
     def declares(self) -> set[str]:
         """Those of the keywords that callers supply which the function takes."""
         return set(self.given) & set(inspect.signature(self.function).parameters)

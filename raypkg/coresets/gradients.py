@@ -177,8 +177,10 @@ def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Hea
         Logits and features in float32, on the CPU, in the order of the batches.
 
     Raises:
-        UserError: there is no batch, or an output is NaN or infinite.
+        UserError: the model has no ``features`` and ``head``, there is no batch, or an output is NaN or infinite.
     """
+    if not (hasattr(model, "features") and hasattr(model, "head")):
+        raise UserError(f"{type(model).__name__} is not of the form head(features(x)), as build_model's are")
     with evaluating(model), torch.no_grad():  # not inference_mode: what a model caches must still train
         outputs = [_forward(model, x, y) for x, y in batches]
     if not outputs:

@@ -211,6 +211,8 @@ def evaluate(
     >>> evaluate(model, split)["accuracy"]
     1.0
     """
+    if not isinstance(split, Split):
+        raise UserError(f"a {type(split).__name__} is no Split, such as load_data(…).test")
     indices = torch.arange(len(split)) if indices is None else indices
     worker = worker or Worker()
     cost = cost or Cost("evaluate")

@@ -99,7 +99,7 @@ class Run:
         Args:
             model: ``head(features(x))``, trained in place.
             split: the samples.
-            settings: of the training; None = the defaults, with what is given by name.
+            settings: of the training; None = the defaults, with what is given by name instead.
             hooks: act in this order.
             coreset: to train on; None = all samples.
             seed: names every draw.
@@ -108,7 +108,7 @@ class Run:
             **training: settings by their names, such as ``epochs=10, lr=0.1``.
 
         Raises:
-            UserError: an unknown setting, or a value that it does not allow.
+            UserError: an unknown setting, a value that it does not allow, settings in both ways, or no Split.
 
         >>> from raypkg.data.split import Split
         >>> from raypkg.engine.loop import fit
@@ -117,6 +117,10 @@ class Run:
         >>> fit(run).step
         4
         """
+        if settings is not None and training:
+            raise UserError(f"settings are given, so {min(training)} would do nothing: change it in them")
+        if not isinstance(split, Split):
+            raise UserError(f"a {type(split).__name__} is no Split, such as load_data(…).train")
         return cls(
             model=model,
             split=split,

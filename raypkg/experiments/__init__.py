@@ -83,7 +83,10 @@ def _check_trained(settings: Experiment) -> None:
 
     model[settings.model.name].options(settings.model.options)
     for named in settings.hooks:
-        hook[named.name].options(named.options)
+        entry = hook[named.name]
+        entry.options(named.options)
+        if entry.needs:
+            raise UserError(f"hook {named.name!r} needs {entry.needs[0]!r}, which nobody gives: it takes keywords only")
 
 
 def _with_digest(settings: R, folder: RunFolder) -> R:

@@ -56,10 +56,11 @@ def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision:
         raise UserError("select needs a model: give --model-from RUN")
     other = locate(folder.storage.root.rsplit("/", 2)[0], run)
     stored = other.config
+    if other.summary:
+        other.check(MODEL)
     if "model" not in stored or MODEL not in other.storage.list():
         raise UserError(f"run {other.name} has no {MODEL}: it trained no model, or is not finished")
     _check_origin(settings, other)
-    other.check(MODEL)
     return TrainedModel(load_settings(Model, stored["model"]), other.storage, MODEL, precision)
 
 

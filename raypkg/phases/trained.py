@@ -1,5 +1,7 @@
 """The model of a finished run, ready to predict."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ class TrainedClassifier(Classifier):
     def __init__(self, model: Classifier, split: Split):
         super().__init__(model.features, model.head)
         self.classes = split.classes
+        self.shape = split.shape
         self.mean = split.mean
         self.std = split.std
 
@@ -37,16 +40,27 @@ class TrainedClassifier(Classifier):
     def predict(self, x: Tensor) -> Tensor:
         """Return the labels of samples as they are stored, int64 [b]; ``classes`` has their names.
 
+        Computes in the weights' precision, so a label can differ from one that was counted in bfloat16.
+
         Args:
             x: uint8 [b, C, H, W] or float [b, D], as ``Split.batch`` gives them.
+
+        Raises:
+            UserError: another shape, or images that are not bytes: they would be scaled wrongly.
         """
+        images = len(self.shape) == 3
+        fits = isinstance(x, Tensor) and x.shape[1:] == self.shape and (x.dtype == torch.uint8) == images
+        if not fits:
+            given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            kind = "uint8" if images else "float"
+            raise UserError(f"predict takes {kind} {['b', *self.shape]} as they are stored, not {given}")
         weight = self.head.weight
         samples = normalize(to_device(x, weight.device), self.mean, self.std, dtype_of(self))
         logits: Tensor = self(samples)
         return logits.argmax(1)
 
 
-def load_model(run: str, root: str = ROOT) -> TrainedClassifier:
+def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
     """Return the trained model of a run, in evaluation mode.
 
     Args:
@@ -60,7 +74,7 @@ def load_model(run: str, root: str = ROOT) -> TrainedClassifier:
     Traceback (most recent call last):
     raypkg.core.errors.UserError: unknown run in runs 'runs/lipt/none'. Allowed: none
     """
-    folder = locate(root, run)
+    folder = locate(root, str(run))
     common = {name: part for name, part in folder.config.items() if name in Experiment.model_fields}
     settings = load_settings(Experiment, common)
     data = open_samples(settings).data
@@ -74,9 +88,10 @@ def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Class
     Raises:
         UserError: the run is not finished or trained no model, its file was changed, or its model's code has changed.
     """
+    if folder.summary:
+        folder.check(MODEL)
     if not folder.summary or MODEL not in folder.storage.list():
         raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model, or is not finished")
-    folder.check(MODEL)
     state = load_tensors(folder.storage, MODEL)
     model = new_model(settings, data)
     try:

@@ -1,5 +1,6 @@
 """Training one model by DDP on Ray Train workers, on a coreset that may be selected anew, resumable at every epoch."""
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from raypkg.coresets.reselection import Reselection, check_schedule
 from raypkg.data.coreset import Coreset
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
-from raypkg.engine.run import Hook, Run, hook
+from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.engine.worker import Worker
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
@@ -115,12 +116,15 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
     if job.select:
         shards = class_shards(samples.data, train.y, samples.kept, samples.valid, worker.world, worker.device)
         hooks.append(Reselection(job.select, WorkerShards(shards, worker), recorder, samples.kept, job.coreset))
-    named = [*job.hooks, *job.experiment.hooks] if job.main else job.hooks
+    named = [*job.hooks, *job.experiment.hooks] if job.main else list(job.hooks)
+    names = [each.name for each in named]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"hook {repeated!r} is named twice, or is the method's own already")
     for each in named:
         made = hook[each.name](options=each.options, job=job, worker=worker, samples=samples)
         for one in made if isinstance(made, Sequence) else [made]:
             if not isinstance(one, Hook):
-                raise UserError(f"hook {each.name!r} is a {type(one).__name__}, not a subclass of raypkg.Hook")
+                raise UserError(f"hook {each.name!r} gave an object of type {type(one).__name__}, not a raypkg.Hook")
             closing.callback(one.close)
             hooks.append(one)
     _check_suppliers(hooks, job)
@@ -193,7 +197,7 @@ def _keep(run: Run, job: Job, samples: Samples) -> dict[str, Any]:
     for each in run.hooks:
         if isinstance(each, Recorder):
             save_record(job.storage, job.result, each.record)
-        left = each.results(run)
+        left = _checked_results(each, run)
         for name, table in left.tables.items():
             job.storage.write_table(_file_of(name, job), table)
         for name, draw in left.plots.items():
@@ -207,6 +211,23 @@ def _keep(run: Run, job: Job, samples: Samples) -> dict[str, Any]:
         facts |= left.facts
         findings += left.findings
     return {**facts, "findings": findings}
+
+
+def _checked_results(hook: Hook, run: Run) -> Results:
+    """Return what a hook leaves.
+
+    Raises:
+        UserError: it is no Results, or has facts that JSON cannot hold.
+    """
+    left = hook.results(run)
+    kind = type(hook).__name__
+    if not isinstance(left, Results):
+        raise UserError(f"hook {kind}: results() returned a {type(left).__name__}, not raypkg.engine.run.Results")
+    try:
+        json.dumps(left.facts)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"hook {kind}: its facts must be plain values: {error}") from None
+    return left
 
 
 def _file_of(table: str, job: Job) -> str:

@@ -27,7 +27,9 @@ class StoredCheckpoints:
     """
 
     def __init__(self, storage: Storage, keep: int = 2):
-        self.storage, self.keep = storage, keep
+        self.storage = storage
+        self.keep = keep
+        self._proved = False
 
     def load(self) -> dict[str, Any] | None:
         """Return the newest readable state, or None."""
@@ -39,9 +41,21 @@ class StoredCheckpoints:
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
         """Write a state, then delete those beyond the newest ``keep``."""
-        save_state(self.storage, f"epoch_{epoch:05d}.pt", state)
+        name = f"epoch_{epoch:05d}.pt"
+        save_state(self.storage, name, state)
+        if not self._proved:
+            self._prove(name)
         for name in self.storage.list()[: -self.keep]:
             self.storage.delete(name)
+
+    def _prove(self, name: str) -> None:
+        """Read the first checkpoint back: one that cannot be read would be found too late."""
+        if load_state(self.storage, name) is None:
+            raise UserError(
+                "a hook's state_dict() holds something that is neither a tensor nor a plain value, so no checkpoint"
+                " could be restored: convert it, as with float(x)"
+            )
+        self._proved = True
 
 
 def save_state(storage: Storage, name: str, state: dict[str, Any]) -> None:

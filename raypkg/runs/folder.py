@@ -273,7 +273,7 @@ def locate(root: str, run: str) -> RunFolder:
 
 
 def _is_run(storage: Storage) -> bool:
-    return "config.toml" in storage.list()
+    return bool({"config.toml", "summary.json"} & set(storage.list()))  # one that lost its settings says so
 
 
 def _claimed_freely(runs: Storage, settings: Settings) -> Storage:

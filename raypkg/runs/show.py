@@ -72,10 +72,10 @@ def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
         total = sum(phase[key] for phase in phases)
         table.add_column(heading, justify="right", footer=form.format(total))
     sent = sum(phase["sent"] for phase in phases)
-    memory = max(phase["memory"] for phase in phases)
+    memory = max((phase["memory"] for phase in phases), default=0)
     table.add_column("MB\nsent", justify="right", footer=_megabytes(sent))
     table.add_column("peak\nMiB", justify="right", footer=_mebibytes(memory))
-    device_memory = max(phase.get("device_memory", 0) for phase in phases)
+    device_memory = max((phase.get("device_memory", 0) for phase in phases), default=0)
     if device_memory:
         table.add_column("GPU\nMiB", justify="right", footer=_mebibytes(device_memory))
     for phase in phases:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from raypkg.core.config import load_settings
+from raypkg.core.config import check_switches, load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
@@ -66,6 +66,7 @@ def start_sweep(
     check_names(settings)
     whole = space_of(entry.name) if order.space is None else open_space(order.space)
     space = without(whole, values)
+    check_switches({**dict.fromkeys(space.domains), **values})  # what is off stays off, whatever a trial draws
     order = filled(order, space)
     proxy.check_proxy(order, settings, space)
     trials = _checked_trials(order, settings, space)

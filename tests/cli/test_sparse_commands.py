@@ -116,7 +116,7 @@ def test_extended_training_is_longer(effray):
         ("--correction agent", r"--correction is now called --agent"),
         ("--select.tau 0.5", r"--select.tau is now called --crest.tau"),
         ("--density 0.1 --update-every 7", r"--update.every is now called --update.every.steps"),
-        ("--density 0.1 --growth none", r"unknown growth rule 'none'"),
+        ("--density 0.1 --growth none", r"growth = none is now called false"),
         ("--agent --train.batch_size 2000", r"of the 1 steps between snapshots, c is estimated from 1"),
         ("--density 0.1 --sparse-init dense", r"sparse_init = dense with growth = random would stay dense"),
         (

@@ -153,7 +153,7 @@ def test_what_is_the_runs_own_stays(tmp_path, monkeypatch):
 
 
 def test_hooks_that_contradict_each_other_are_refused(tmp_path):
-    with pytest.raises(UserError, match="hooks Crest and Crest both choose the batches"):
+    with pytest.raises(UserError, match="hook 'crest' is named twice"):
         train_with([{"name": "crest"}, {"name": "crest"}], tmp_path)
     some = Coreset.uniform(torch.arange(300))
     with pytest.raises(UserError, match="hook Crest chooses the batches: a coreset or a selection would do nothing"):
@@ -163,6 +163,34 @@ def test_hooks_that_contradict_each_other_are_refused(tmp_path):
 def test_a_training_that_only_prepares_has_no_hooks_of_the_user(tmp_path, monkeypatch):
     record = train_with(named_of(monkeypatch, tally=Tally), tmp_path, main=False, phase="pretrain")
     assert "counted" not in record
+
+
+class Unreadable(Tally):
+    def state_dict(self):
+        return {"count": np.float64(1.0)}
+
+
+class Careless(Tally):
+    def results(self, run: Run):
+        return {"count": 1}
+
+
+class Heavy(Tally):
+    def results(self, run: Run):
+        return Results(facts={"count": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (Unreadable, "holds something that is neither a tensor nor a plain value"),
+        (Careless, r"hook Careless: results\(\) returned a dict, not raypkg\.engine\.run\.Results"),
+        (Heavy, "hook Heavy: its facts must be plain values"),
+    ],
+)
+def test_what_a_hook_must_not_leave_is_told(tmp_path, monkeypatch, made, message):
+    with pytest.raises(UserError, match=message):
+        train_with(named_of(monkeypatch, made=made), tmp_path)
 
 
 def test_hooks_act_in_their_order(tmp_path, monkeypatch):
@@ -186,7 +214,7 @@ def test_what_is_no_hook_is_refused(tmp_path, monkeypatch):
     def nothing():
         return 3
 
-    with pytest.raises(UserError, match=r"hook 'nothing' is a int, not a subclass of raypkg\.Hook"):
+    with pytest.raises(UserError, match=r"hook 'nothing' gave an object of type int, not a raypkg\.Hook"):
         train_with(named_of(monkeypatch, nothing=nothing), tmp_path)
 
 

@@ -13,7 +13,7 @@ from raypkg.core.settings import Cluster, Dataset, Experiment, Model, Precision,
 class PlainDataset(Dataset):
     """What to train on, as it is."""
 
-    augment: Annotated[tuple[str, ...] | None, Field(description="none: gradients are replayed")] = ()
+    augment: Annotated[tuple[str, ...] | None, Field(description="left empty: gradients are replayed")] = ()
 
 
 class LinearModel(Model):
