@@ -193,6 +193,11 @@ def select(
 
     Raises:
         UserError: unknown method, bad options, budget out of range, or a method that needs gradients got none.
+
+    >>> import torch
+    >>> view = HeadView(torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]), torch.ones(3, 1), torch.zeros(3).long())
+    >>> select(view, 1, "grand", seed=0).indices  # the sample that the model gets wrong
+    tensor([1])
     """
     method = coreset[name]
     if method.sees == "gradients" and not isinstance(samples, HeadView):

@@ -30,6 +30,11 @@ class HeadView:
 
     Raises:
         UserError: shapes or dtypes do not fit, a label is out of range, a number is NaN or infinite.
+
+    >>> HeadView(torch.zeros(3, 2), torch.ones(3, 4), torch.tensor([0, 1, 1])).residual
+    tensor([[-0.5000,  0.5000],
+            [ 0.5000, -0.5000],
+            [ 0.5000, -0.5000]])
     """
 
     logits: Tensor
@@ -178,6 +183,11 @@ def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Hea
 
     Raises:
         UserError: the model has no ``features`` and ``head``, there is no batch, or an output is NaN or infinite.
+
+    >>> from raypkg.models import build_model
+    >>> view = head_view(build_model("mlp", (4,), 3, seed=0), [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))])
+    >>> list(view.logits.shape), list(view.features.shape)
+    ([5, 3], [5, 100])
     """
     if not (hasattr(model, "features") and hasattr(model, "head")):
         raise UserError(f"{type(model).__name__} is not of the form head(features(x)), as build_model's are")

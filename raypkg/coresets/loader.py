@@ -51,6 +51,12 @@ class CoresetLoader:
     Raises:
         UserError: unknown method or option, a value out of range, a loader that leaves samples out or cannot be
             indexed, a model without a linear head.
+
+    >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    >>> samples = torch.utils.data.TensorDataset(x, torch.arange(100) % 2)
+    >>> loader = CoresetLoader(DataLoader(samples, batch_size=10), nn.Linear(4, 2), "grand", 0.2, epochs=1)
+    >>> [(list(x.shape), float(w.sum())) for x, y, w in loader]
+    [([10, 4], 10.0), ([10, 4], 10.0)]
     """
 
     def __init__(

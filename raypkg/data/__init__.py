@@ -33,6 +33,10 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: Pat
 
     Raises:
         UserError: unknown name or option, unreadable data, or splits that do not belong together.
+
+    >>> digits = load_data("digits")
+    >>> digits.train.shape, digits.train.num_classes, len(digits.test)
+    ((1, 8, 8), 10, 360)
     """
     entry = dataset[name]
     if "split" not in inspect.signature(entry.function).parameters:
