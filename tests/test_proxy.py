@@ -35,7 +35,9 @@ def sweep(tmp_path):
 
 def finish(run, accuracy, backward):
     run.log({"phase": "train", "main": True, "epoch": 1, "loss": 1.0, "accuracy": accuracy, "backward": backward})
-    run.finish({"phases": [{"phase": "train", "backward": backward}], "seconds": 1.0})
+    phases = [{"phase": "train", "backward": backward}]
+    bill = {"seconds": 1.0, "elapsed": 1.0, "full_training_backward": backward}
+    run.finish({"phases": phases, "samples": 2, "coreset": None} | bill)
 
 
 def end(sweep, number, accuracy, backward):

@@ -165,7 +165,7 @@ def test_what_a_trial_raises_is_raised_to_whom_asks_for_its_rows(error, message)
 
 def test_a_stopped_trial_has_paid_for_its_earlier_phases_too(sweep):
     assert measured(sweep.run(2))["backward"] == 10
-    sweep.run(2).finish_phase("pretrain", {"costs": [{"backward": 500}]})
+    sweep.run(2).finish_phase("pretrain", {"costs": [{"backward": 500}], "elapsed": 1.0})
     assert measured(sweep.run(2))["backward"] == 510
 
 
@@ -252,7 +252,7 @@ def test_a_stopped_trial_is_not_on_the_front():
 
 @pytest.mark.parametrize("name", ["", "a/b", ".."])
 def test_a_name_that_is_a_path_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="1 to 100 characters"):
+    with pytest.raises(UserError, match="1 to 100 letters"):
         create_sweep(str(tmp_path), name, ORDER, CrestSettings(), "", [])
 
 

@@ -88,10 +88,11 @@ def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Class
     Raises:
         UserError: the run is not finished or trained no model, its file was changed, or its model's code has changed.
     """
-    if folder.summary:
-        folder.check(MODEL)
-    if not folder.summary or MODEL not in folder.storage.list():
-        raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model, or is not finished")
+    if not folder.summary:
+        raise UserError(f"run {folder.name!r} is not finished: it has no model yet")
+    folder.check(MODEL)
+    if MODEL not in folder.storage.list():
+        raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model")
     state = load_tensors(folder.storage, MODEL)
     model = new_model(settings, data)
     try:

@@ -173,7 +173,9 @@ class RunFolder:
     def _later_files(self, phase: str) -> set[str]:
         """Return the files that phases after this one have written anew."""
         number = (self.storage.read_json(f"phases/{phase}.json") or {}).get("number", 0)
-        return {file for record in self._phases() if record.get("number", 0) > number for file in record["files"]}
+        return {
+            file for record in self._phases() if record.get("number", 0) > number for file in record.get("files", {})
+        }
 
     def _record(self, file: str, needed: tuple[str, ...]) -> dict[str, Any] | None:
         """Return a file of JSON that must have some names, or None where there is none."""

@@ -126,7 +126,7 @@ def scores(everyone: np.ndarray, picked: np.ndarray, path: str | Path) -> None:
         )
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: short(value))
-        axes.legend()
+        axes.legend(loc="upper right")
 
 
 def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels, path: str | Path) -> None:

@@ -230,11 +230,6 @@ def create_sweep(
     check_name(name)
     sweeps = Storage(root) / FOLDER
     runs = Storage(root) / order["experiment"]
-    same_names = re.compile(rf"{re.escape(name)}(-\d+)?")
-    if taken := next((run for run in runs.list() if same_names.fullmatch(run)), None):
-        raise UserError(
-            f"run {taken!r} exists in {runs.root}, as the sweep or a trial would be called: give another --name"
-        )
     storage = sweeps / name
     if not storage.claim():
         raise UserError(
@@ -242,6 +237,7 @@ def create_sweep(
         )
     record = {"order": dict(order), "trials": [_new_trial(values) for values in trials]}
     try:
+        _check_free(runs, name)
         storage.write(CONFIG, to_toml(settings).encode())
         storage.write("space.py", space.encode())
         storage.write_json(RECORD, record)  # the last: now it is a sweep
@@ -250,6 +246,14 @@ def create_sweep(
         discard(storage)
         raise
     return SweepFolder(storage)
+
+
+def _check_free(runs: Storage, name: str) -> None:
+    same_names = re.compile(rf"{re.escape(name)}(-\d+)?")
+    if taken := next((run for run in runs.list() if same_names.fullmatch(run)), None):
+        raise UserError(
+            f"run {taken!r} exists in {runs.root}, as the sweep or a trial would be called: give another --name"
+        )
 
 
 def find_sweep(root: str, name: str) -> SweepFolder:

@@ -45,7 +45,7 @@ def test_a_model_is_exported_without_its_zeros(effray, refusal):
     assert all(value.equal(back[name]) for name, value in state.items()) and len(back) == len(state)
     assert (RUN / "model.csr.safetensors").stat().st_size < 0.5 * (RUN / "model.safetensors").stat().st_size
     (RUN / "summary.json").unlink()
-    assert "run 'a' is not finished: nothing to export yet" in refusal("export a")
+    assert "run 'a' is not finished: it has no model yet" in refusal("export a")
 
 
 def test_a_dense_model_has_nothing_to_leave_out(effray, refusal):

@@ -51,7 +51,7 @@ def _draw_densities(axes: Axes, changes: Rows, layers: list[str]) -> None:
     names = [cut(name.removesuffix(".weight"), 30) for name in layers]
     axes.set_yticks(lines, names, fontsize=7)
     axes.invert_yaxis()
-    axes.legend(frameon=False)
+    axes.legend(loc="center right", frameon=False)  # where layers are sparse
 
 
 def _draw_explored(axes: Axes, changes: Rows, layers: int) -> None:
