@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+CPUS = 3  # of the tests' Ray
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("EFFRAY_CACHE", tempfile.mkdtemp(prefix="effray-test-cache-"))
 os.environ.setdefault("COLUMNS", "120")
@@ -20,15 +22,19 @@ def real_data() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def ray():
-    """One Ray for all, with the dashboard, which Ray Train needs to give CPUs back."""
+    """One Ray for all, with the dashboard, which Ray Train needs to give CPUs back.
+
+    A test that needs a cluster of its own shuts this one down; the next test that asks for it gets it again.
+    """
     from raypkg.cluster.session import prepare
 
     prepare()
     import ray
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # workers import the tests' data set
-    ray.init(address="local", num_cpus=3, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
+    if not (ray.is_initialized() and ray.cluster_resources().get("CPU") == CPUS):
+        ray.shutdown()
+        ray.init(address="local", num_cpus=CPUS, log_to_driver=False, logging_level="ERROR")
+    return ray
