@@ -1,0 +1,9 @@
+"""Every test here attacks: by bad input, full disks and other processes, or (marker `chaos`) by killing."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/attacks" in str(item.path) and not item.get_closest_marker("chaos"):
+            item.add_marker(pytest.mark.attack)
