@@ -10,7 +10,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     import click
 
-    from raypkg.core.errors import UserError
+    from raypkg.core.errors import ClusterLost, UserError
 
     from .commands import effray
 
@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = 0
         sys.stdout.flush()
         sys.exit(code)
+    except ClusterLost as error:
+        print(f"effray: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # Ray's own end would wait for the cluster, and exit with another code
     except UserError as error:
         _fail(str(error), 2)
     except click.ClickException as error:

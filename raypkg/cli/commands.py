@@ -12,7 +12,7 @@ from raypkg.core.registry import Entry
 from raypkg.experiments import experiment
 from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting_options
+from .options import ROOT_HELP, TRUST, ExampleHelp, SettingsCommand, overrides, setting_options
 from .tune import tune
 
 
@@ -86,6 +86,7 @@ def experiment_command(entry: Entry) -> click.Command:
             click.Option(["--name"], help="of the run; made up from data, model and time when left out"),
             click.Option(["--resume"], metavar="NAME", help="resume a stopped run"),
             click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP),
+            TRUST,
             *setting_options(schema),
         ],
     )
@@ -132,7 +133,7 @@ def show(run: str, root: str, against: str | None) -> None:
         terminal().print(comparison)
 
 
-@effray.command(cls=ExampleHelp)
+@effray.command(cls=ExampleHelp, params=[TRUST])
 @click.argument("run")
 @click.option("--root", default=ROOT, show_default=True, help=ROOT_HELP)
 @click.option("--format", "form", type=click.Choice(["csr"]), default="csr", show_default=True, help="how to write it")
@@ -148,12 +149,14 @@ def export(run: str, root: str, form: str) -> None:
     from raypkg.experiments import training_settings_of
     from raypkg.methods.sparse.export import export_sparse as write
     from raypkg.methods.sparse.show import savings
+    from raypkg.phases.trust import stored_settings
     from raypkg.runs.folder import locate
     from raypkg.runs.show import terminal
 
     folder = locate(root, run)
     kind = experiment[Path(folder.storage.root).parent.name]
-    terminal().print(savings(write(folder, load_settings(training_settings_of(kind), folder.config))))
+    settings = load_settings(training_settings_of(kind), stored_settings(folder))
+    terminal().print(savings(write(folder, settings)))
 
 
 @effray.command(cls=ExampleHelp)

@@ -11,6 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out, check_names, with_absolute_path
+from raypkg.phases.trust import stored_settings
 from raypkg.runs.folder import RunFolder, create, discard, find
 from raypkg.runs.show import show_run, terminal
 
@@ -47,7 +48,7 @@ def resume_run(
     if changed:
         raise UserError(f"--resume {name} keeps the settings: {changed[0]} cannot change, only cluster.* and track.*")
     folder = find(root, entry.name, name)
-    settings = load_settings(schema, folder.config, values)
+    settings = load_settings(schema, stored_settings(folder), values)
     if folder.summary:
         show_run(folder, terminal())
     else:

@@ -16,6 +16,23 @@ from raypkg.core.settings import APART
 ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
 
 
+def trusting(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Let stored runs bring their code along, where the user says so."""
+    if value:
+        from raypkg.phases.trust import trust_all
+
+        trust_all()
+
+
+TRUST = click.Option(
+    ["--trust"],
+    is_flag=True,
+    expose_value=False,
+    callback=trusting,
+    help="run the code that a stored run names, also where its files are not your own",
+)
+
+
 class ExampleHelp(click.Command):
     """Help that ends with the docstring's example, as written."""
 

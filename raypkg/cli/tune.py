@@ -13,7 +13,7 @@ from raypkg.core.settings import Experiment
 from raypkg.experiments import experiment, settings_of
 from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, ExampleHelp, SettingsCommand, overrides, setting_options
+from .options import ROOT_HELP, TRUST, ExampleHelp, SettingsCommand, overrides, setting_options
 
 SCHEDULERS = ("asha", "hyperband", "median", "fifo")
 RENAMED = {"none": "fifo"}  # schedulers
@@ -93,7 +93,8 @@ class Tune(ExampleHelp, click.Group):
 def tune() -> None:
     """Sweep an experiment's settings with Ray Tune: many runs, the worst stopped early, one table.
 
-    What is varied is in tune_spaces/NAME.py, here or in the package; --space names another file.
+    What is varied is in tune_spaces/NAME.py, in the working folder or else in the package; --space names another file.
+    A space is Python code, and so is the space.py of a stored sweep, which --resume runs.
 
     Example:
         effray tune crest
@@ -153,4 +154,5 @@ def _run_options() -> list[click.Option]:
         click.Option(["--name"], help="of the sweep; made up from experiment and time when left out"),
         click.Option(["--resume"], metavar="NAME", help="continue a stopped sweep"),
         click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP),
+        TRUST,
     ]

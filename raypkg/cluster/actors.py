@@ -14,7 +14,7 @@ from raypkg.engine.shards import LocalShards, Pending, Shard, Shards
 from raypkg.engine.worker import threads
 
 from .capacity import Plan, plan
-from .session import connect
+from .session import connect, watched
 
 PATIENCE = 20  # seconds to wait for CPUs
 
@@ -90,7 +90,8 @@ def _results(calls: list[Any]) -> list[Any]:
     from ray.exceptions import RayActorError, RayTaskError
 
     try:
-        return ray.get(calls)
+        with watched():
+            return ray.get(calls)
     except RayActorError as error:
         raise UserError(f"a shard's actor died too often (cluster.max_failures): {error}") from error
     except RayTaskError as error:
@@ -153,8 +154,9 @@ def hold(split: Callable[[int], Sequence[Shard]], cluster: Cluster) -> Iterator[
         return
     connect(cluster)
     size = plan(cluster)
-    remote = RayShards(split(size.workers), size, cluster.max_failures)
-    try:
-        yield remote
-    finally:
-        remote.close()
+    with watched():
+        remote = RayShards(split(size.workers), size, cluster.max_failures)
+        try:
+            yield remote
+        finally:
+            remote.close()

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import Interruption, UserError
 from raypkg.core.settings import Cluster
 from raypkg.engine.worker import Row, Worker, threads
 
 from .capacity import Plan, plan
 from .mailbox import first_error, open_mailbox
-from .session import connect
+from .session import connect, watched
 
 PATIENCE = 7 * 24 * 3600  # seconds: LiPT's workers wait for each other's models; Ray notices the dead
 
@@ -47,7 +47,7 @@ def launch(
             return function(Worker(report=report), *arguments)
     connect(cluster)
     size = plan(cluster, most)
-    with open_mailbox(report) as mailbox:
+    with watched(), open_mailbox(report) as mailbox:
         config = {"function": function, "arguments": arguments, "mailbox": mailbox, "threads": size.cpus}
         return _fit(config, size, cluster.max_failures, folder)
 
@@ -76,14 +76,15 @@ def _fit(config: dict[str, Any], size: Plan, failures: int, folder: str) -> Any:
     failure: Exception | None = None
     value = None
     try:
-        value = trainer.fit().return_value
+        with watched():
+            value = trainer.fit().return_value
     except (TrainingFailedError, RayActorError) as error:
         failure = error
     # What the user did wrong ends the workers as well, and says more than their end.
     if message := first_error(config["mailbox"]):
         raise UserError(message)
     if failure:
-        raise UserError(f"the workers were lost more than {failures} times: {_cause(failure)}") from failure
+        raise Interruption(f"the workers were lost more than {failures} times: {_cause(failure)}") from failure
     return value
 
 

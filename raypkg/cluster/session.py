@@ -1,9 +1,16 @@
 """Ray's environment, and the connection to a cluster."""
 
+import logging
 import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import ClusterLost, UserError
 from raypkg.core.settings import Cluster
+
+log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the default of 2 s delays the end of every phase by as much
@@ -13,6 +20,11 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders have it all
 }
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on 127.0.0.1 alone, as it does on those systems
+ANSWER = 5  # seconds within which a cluster must answer
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, and empty settings
+SETTINGS = 4  # the type of the frame with which every HTTP/2 server answers
+WITHOUT = "--cluster.workers 0 trains in this process, without Ray"
 
 
 def prepare() -> None:
@@ -24,18 +36,138 @@ def prepare() -> None:
 def connect(settings: Cluster) -> None:
     """Join the cluster at the address, in RAY_ADDRESS or from ``ray start``; otherwise start one on this machine.
 
-    A cluster that another effray process started for itself is left alone: it ends with that process.
+    A cluster that is started listens on the loopback interface alone and asks for Ray's token, unless RAY_AUTH_MODE
+    says otherwise. One that another effray process started for itself is left alone: it ends with that process.
 
     Raises:
-        UserError: an address was given and nothing answers there.
+        UserError: an address was given and no cluster answers there, or Ray cannot start.
     """
     prepare()
     import ray
 
     if ray.is_initialized():
         return
+    address = _address(settings)
+    if address is None:
+        _start()
+    else:
+        _join(address)
+    _warn_of_open_doors()
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Tell in one line that the cluster was lost, whichever of Ray's many errors that leads to.
+
+    Raises:
+        ClusterLost: something was raised, and this node's raylet is dead.
+    """
     try:
-        ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError):
-        where = settings.address or os.environ.get("RAY_ADDRESS")
-        raise UserError(f"no Ray cluster answers at cluster.address = {where!r}") from None
+        yield
+    except Exception as error:
+        if _is_lost():
+            raise ClusterLost("the Ray cluster was lost: its raylet on this machine died") from error
+        raise
+
+
+def _is_lost() -> bool:
+    from ray._private.worker import _global_node
+
+    if _global_node is None:  # no cluster was joined
+        return False
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(_global_node.raylet_socket_name) != 0
+
+
+def _address(settings: Cluster) -> str | None:
+    """Return host and port of the cluster to join, or None to start one."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    asked = settings.address or os.environ.get("RAY_ADDRESS")
+    if asked and asked.startswith("ray://"):
+        raise UserError(f"cluster.address = {asked!r} is Ray Client's, which cannot train: give the head's HOST:6379")
+    try:
+        address = canonicalize_bootstrap_address(asked)
+        if address:
+            _check_answers(address)
+    except (OSError, ValueError) as error:
+        if not asked:  # a cluster of `ray start` that has died without `ray stop`
+            log.warning("the Ray cluster that was started at %s no longer answers: starting another", address)
+            return None
+        raise UserError(f"no Ray cluster answers at cluster.address = {asked!r} ({error}); {WITHOUT}") from None
+    return address
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address at which nothing speaks gRPC: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nothing answers, or something else.
+    """
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), ANSWER) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return  # it answers to nobody without a certificate
+        connection.sendall(PREFACE)
+        head = connection.recv(9)  # of a frame: length, type, flags and stream
+    if len(head) < 4 or head[3] != SETTINGS:
+        raise OSError("something else listens there; a head's port is 6379 unless `ray start` was given another")
+
+
+def _start() -> None:
+    """Start a cluster on this machine that only this machine can reach."""
+    import ray
+    from ray._private import ray_constants
+
+    os.environ[LOOPBACK] = "0"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # where training workers listen to each other
+    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray may have been imported before the variable was set
+    try:
+        with _silenced():
+            ray.init(address="local", log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # whatever keeps one of its processes from starting
+        raise UserError(f"Ray cannot start on this machine: {_first_line(error)}; {WITHOUT}") from error
+
+
+def _loopback() -> str:
+    """Return the name of the loopback interface: lo, on macOS lo0."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        with _silenced():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # another version, a wrong token, or a node without a raylet
+        raise UserError(f"cannot join the Ray cluster at {address}: {_first_line(error)}; {WITHOUT}") from error
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Discard what is printed as errors, by Ray's own threads too, while what matters is raised."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _warn_of_open_doors() -> None:
+    """Say so when the cluster takes code from whoever reaches it."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":  # Ray sets it where it finds a token, or makes one
+        log.warning(
+            "this Ray cluster asks for no token: whoever reaches its ports runs code as you; RAY_AUTH_MODE=token"
+            " protects it"
+        )

@@ -15,6 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler
 from .capacity import TrialSize
 from .drawing import Values
 from .proposals import Proposals
+from .session import watched
 from .trial_process import Trial, TrialProcess
 
 ETA = 3  # of three trials that come so far, one continues
@@ -101,7 +102,8 @@ def run_trials(
         ),
     )
     try:
-        tuner.fit()
+        with watched():
+            tuner.fit()
     except KeyboardInterrupt:  # the second one
         return True
     in_time = rules.seconds is None or time.monotonic() - start < rules.seconds

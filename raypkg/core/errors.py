@@ -14,6 +14,14 @@ class UserError(Exception):
         super().__init__(redacted(" ".join(message.split())))
 
 
+class Interruption(UserError):
+    """A run was ended before its time by something that is no mistake; what it has done so far can be resumed."""
+
+
+class ClusterLost(Interruption):
+    """The Ray cluster is gone, so nothing that Ray would do at the end of the process can succeed."""
+
+
 def redacted(text: str) -> str:
     """Return a text without the credentials of its URIs.
 

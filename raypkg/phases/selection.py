@@ -18,6 +18,7 @@ from raypkg.runs.storage import Storage
 from .coreset_files import FILE, keep_selected, load_coreset, load_record, origin
 from .samples import Samples
 from .training import MODEL
+from .trust import stored_settings
 
 
 class TrainedModel(NamedTuple):
@@ -55,7 +56,7 @@ def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision:
     if not run:
         raise UserError("select needs a model: give --model-from RUN")
     other = locate(folder.storage.root.rsplit("/", 2)[0], run)
-    stored = other.config
+    stored = stored_settings(other)
     if other.summary:
         other.check(MODEL)
     if "model" not in stored or MODEL not in other.storage.list():

@@ -19,6 +19,7 @@ from raypkg.runs.folder import RunFolder, locate
 
 from .samples import new_model, open_samples
 from .training import MODEL
+from .trust import stored_settings
 
 
 class TrainedClassifier(Classifier):
@@ -75,7 +76,7 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
     raypkg.core.errors.UserError: unknown run in runs 'runs/lipt/none'. Allowed: none
     """
     folder = locate(root, str(run))
-    common = {name: part for name, part in folder.config.items() if name in Experiment.model_fields}
+    common = {name: part for name, part in stored_settings(folder).items() if name in Experiment.model_fields}
     settings = load_settings(Experiment, common)
     data = open_samples(settings).data
     model = restored_model(folder, settings, data)

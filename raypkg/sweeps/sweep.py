@@ -19,6 +19,7 @@ from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import check_names, training_settings_of, with_absolute_path
+from raypkg.phases.trust import check_code, check_file_of_code
 from raypkg.runs import ROOT
 from raypkg.runs.folder import discard
 from raypkg.runs.show import terminal
@@ -29,7 +30,7 @@ from .order import ALL_TO_THE_END, Order, base_of, filled
 from .show import conclude, show_sweep
 from .spaces import Space, check_space, open_space, read_space, space_of, without
 from .standing import ONLY
-from .sweep_folder import DONE, RECORD, SweepFolder, create_sweep, find_sweep
+from .sweep_folder import DONE, RECORD, SPACE, SweepFolder, create_sweep, find_sweep
 from .trial import run_trial
 from .trial_settings import Values, check_trial, longest_of, trials_of, varied
 
@@ -113,8 +114,10 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
         raise UserError(f"sweep {name!r} is of {folder.experiment}, not of {entry.name}")
     if folder.order.get("scheduler") == "none":
         raise UserError(f"{folder.storage.root}/{RECORD}: scheduler none is now called {ALL_TO_THE_END}")
+    check_code(folder.storage, folder.config)
+    check_file_of_code(folder.storage, SPACE)
     settings = load_settings(training_settings_of(entry), folder.config, values)
-    whole = read_space(folder.space, f"{folder.storage.root}/space.py")
+    whole = read_space(folder.space, f"{folder.storage.root}/{SPACE}")
     space = without(whole, whole.domains.keys() - folder.order["varied"])
     with folder.storage.alone(f"sweep {name!r}"):
         folder.change(changes, settings)

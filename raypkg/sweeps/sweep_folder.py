@@ -24,6 +24,7 @@ FOLDER = "tune"  # among those of the experiments
 BEST = "best.toml"
 CONFIG = "config.toml"
 RECORD = "sweep.json"
+SPACE = "space.py"
 DONE = "done"
 STOPPED = "stopped"
 FAILED = "failed"
@@ -87,7 +88,7 @@ class SweepFolder:
     @property
     def space(self) -> str:
         """The text of the space's file."""
-        return (self.storage.read("space.py") or b"").decode()
+        return (self.storage.read(SPACE) or b"").decode()
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -239,7 +240,7 @@ def create_sweep(
     try:
         _check_free(runs, name)
         storage.write(CONFIG, to_toml(settings).encode())
-        storage.write("space.py", space.encode())
+        storage.write(SPACE, space.encode())
         storage.write_json(RECORD, record)  # the last: now it is a sweep
         storage.settle()
     except BaseException:

@@ -13,7 +13,7 @@ from raypkg.core.errors import UserError
 from raypkg.methods.deltagrad.settings import ReplaySettings, RequestSettings
 from raypkg.runs import ROOT
 
-from ..options import ROOT_HELP, ExampleHelp, SettingsCommand, metavar, overrides, setting_options
+from ..options import ROOT_HELP, TRUST, ExampleHelp, SettingsCommand, metavar, overrides, setting_options
 
 if TYPE_CHECKING:
     from raypkg.methods.deltagrad.recorded_run import RecordedRun
@@ -35,7 +35,7 @@ Decorator = Callable[[Callable[..., None]], click.Command]
 
 def computing(*parameters: click.Parameter) -> Decorator:
     """Make a command on a run that computes gradients."""
-    return click.command(cls=SettingsCommand, schema=RequestSettings, params=[RUN, *parameters, PLACE, *CLUSTER])
+    return click.command(cls=SettingsCommand, schema=RequestSettings, params=[RUN, *parameters, PLACE, TRUST, *CLUSTER])
 
 
 def replaying(*parameters: click.Parameter) -> Decorator:
@@ -126,7 +126,7 @@ def verify(run: str, root: str, **values: Any) -> None:
         terminal().print(verdict_table(verdict))
 
 
-@click.command(cls=ExampleHelp, params=[RUN, PLACE])
+@click.command(cls=ExampleHelp, params=[RUN, PLACE, TRUST])
 def log(run: str, root: str) -> None:
     """Show what was deleted and added, when and by which request, and check that nothing of it was changed.
 

@@ -17,6 +17,7 @@ from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.phases.samples import Samples, forget_samples, new_model, open_any_samples
 from raypkg.phases.training import MODEL
+from raypkg.phases.trust import stored_settings
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
@@ -107,7 +108,7 @@ class RecordedRun:
         self._folder = folder
         self.storage = folder.storage
         self.ledger = Ledger(folder.storage)
-        self.settings = load_settings(DeltaGradSettings, folder.config)
+        self.settings = load_settings(DeltaGradSettings, stored_settings(folder))
         samples = open_any_samples(self.settings)  # deleted rows may have been blanked; `check_rows` tells of others
         self.samples = standardised_as_trained(self.storage, samples)
         self._check_files()
