@@ -1,0 +1,124 @@
+"""Ray is reached within seconds or refused in one line, and never on an interface that others reach."""
+
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from raypkg.cluster import session
+from raypkg.core.errors import ClusterLost, UserError
+from raypkg.core.settings import Cluster
+
+GRPC = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # the empty settings with which an HTTP/2 server begins
+HTTP = b"HTTP/1.1 400 Bad Request\r\n\r\n"
+
+
+@contextmanager
+def listening(answer: bytes | None):
+    """Listen, and answer each connection; None = never."""
+    server = socket.create_server(("127.0.0.1", 0))
+    kept = []
+
+    def serve():
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            kept.append(connection)
+            if answer is not None:
+                connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        for connection in kept:
+            connection.close()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(session, "ANSWER", 0.2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_a_head_answers(quick):
+    with listening(GRPC) as address:
+        session._check_answers(address)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"), [(HTTP, "something else listens there"), (b"", "timed out"), (None, "timed out")]
+)
+def test_what_is_no_head_is_told_from_one(quick, answer, reason):
+    with listening(answer) as address, pytest.raises(OSError, match=reason):
+        session._check_answers(address)
+
+
+def test_a_head_with_certificates_is_not_asked(quick, monkeypatch):
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    with listening(None) as address:
+        session._check_answers(address)
+
+
+@pytest.mark.parametrize("asked", ["127.0.0.1:1", "nowhere", "no.such.host.invalid:6379", "[::1]:1", "localhost:port"])
+@pytest.mark.parametrize("place", ["setting", "environment"])
+def test_an_address_at_which_no_cluster_answers_is_refused_in_one_line(quick, monkeypatch, asked, place):
+    begin = time.monotonic()
+    if place == "environment":
+        monkeypatch.setenv("RAY_ADDRESS", asked)
+    settings = Cluster(address=asked if place == "setting" else None)
+    with pytest.raises(UserError) as refusal:
+        session.connect(settings)
+    message = str(refusal.value)
+    assert f"no Ray cluster answers at cluster.address = {asked!r}" in message
+    assert "--cluster.workers 0 trains in this process, without Ray" in message
+    assert time.monotonic() - begin < 20
+
+
+def test_ray_client_is_refused(quick):
+    with pytest.raises(UserError, match="'ray://head:10001' is Ray Client's, which cannot train"):
+        session.connect(Cluster(address="ray://head:10001"))
+
+
+def test_a_cluster_that_died_without_ray_stop_is_replaced(quick, monkeypatch, caplog):
+    from ray._private import services
+
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda address: "127.0.0.1:1")
+    assert session._address(Cluster()) is None
+    assert "the Ray cluster that was started at 127.0.0.1:1 no longer answers: starting another" in caplog.text
+
+
+def test_a_ray_that_cannot_start_is_one_line(quick, monkeypatch, tmp_path, capfd):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"Ray cannot start on this machine: .*; --cluster.workers 0 trains in this"):
+        session.connect(Cluster(address="local"))
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_is_the_clusters_only_while_its_raylet_is_dead(monkeypatch):
+    def broken():
+        with session.watched():
+            raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        broken()
+    monkeypatch.setattr(session, "_is_lost", lambda: True)
+    with pytest.raises(ClusterLost, match="its raylet on this machine died"):
+        broken()
+
+
+@pytest.mark.parametrize(("mode", "warned"), [("token", False), ("Token", False), ("disabled", True), (None, True)])
+def test_a_cluster_without_a_token_is_warned_of(monkeypatch, caplog, mode, warned):
+    if mode is None:
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    else:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    session._warn_of_open_doors()
+    assert ("this Ray cluster asks for no token" in caplog.text) == warned

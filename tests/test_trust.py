@@ -1,0 +1,136 @@
+"""A stored run of somebody else brings no code along, unless the user trusts it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from raypkg.cli import main
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Experiment
+from raypkg.phases import trust
+from raypkg.runs.folder import RunFolder, create
+from raypkg.runs.storage import Storage
+
+CODE = """
+from pathlib import Path
+
+Path("imported").touch()
+
+def net(shape, num_classes):
+    raise AssertionError
+"""
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """Return a function that stores a run with a model, and what loads its settings."""
+    monkeypatch.delenv(trust.TRUST, raising=False)
+
+    def stored(name):
+        return create(str(tmp_path / "runs"), "train", "one", Experiment(model={"name": name}))
+
+    return stored
+
+
+@pytest.fixture
+def of_somebody_else(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+
+
+NAMES_CODE = ["my_code:net", "package.module:Net", "größe:netz"]
+NAMES_NONE = ["resnet8", "torchvision:resnet18", "a b:c", "8:00"]
+
+
+@pytest.mark.parametrize("name", NAMES_CODE)
+def test_code_of_somebody_else_is_refused(stored, of_somebody_else, name):
+    with pytest.raises(UserError, match=f"config.toml is not your own and names code, '{name}': --trust lets it run"):
+        trust.stored_settings(stored(name))
+
+
+@pytest.mark.parametrize("name", NAMES_NONE)
+def test_settings_without_code_are_anybodys(stored, of_somebody_else, name):
+    assert trust.stored_settings(stored(name))["model"]["name"] == name
+
+
+@pytest.mark.parametrize("name", NAMES_CODE)
+def test_code_of_ones_own_and_trusted_code_is_accepted(stored, monkeypatch, name):
+    folder = stored(name)
+    assert trust.stored_settings(folder)["model"]["name"] == name
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    monkeypatch.setenv(trust.TRUST, "1")
+    assert trust.stored_settings(folder)["model"]["name"] == name
+
+
+def test_code_is_found_wherever_it_is_named(stored, of_somebody_else, tmp_path):
+    text = 'seed = 1\n[[hooks]]\nname = "ema"\n[hooks.options]\ninner = ["my_code:ema"]\n'
+    storage = stored("resnet8").storage
+    storage.write("config.toml", text.encode())
+    with pytest.raises(UserError, match="names code, 'my_code:ema'"):
+        trust.stored_settings(RunFolder(storage))
+
+
+class Remote(Storage):
+    """An object store: a local folder that pretends not to be one."""
+
+    local = None
+
+
+def test_an_object_store_has_no_owners(stored, tmp_path):
+    stored("my_code:net")
+    remote = Remote(str(tmp_path / "runs"), "train", "one")
+    with pytest.raises(UserError, match="is not your own and names code"):
+        trust.stored_settings(RunFolder(remote))
+    with pytest.raises(UserError, match=r"space.py is not your own and would be run as code: --trust lets it"):
+        trust.check_file_of_code(remote, "space.py")
+
+
+COMMANDS = [
+    "train --resume one",
+    "export one",
+    "select --model-from one --method grand",
+    "deltagrad delete one --ids 1",
+    "deltagrad log one",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_imports_it(stored, of_somebody_else, monkeypatch, capsys, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "foreign_code.py").write_text(CODE)
+    folder = stored("foreign_code:net")
+    folder.storage.write("log.jsonl", b"")
+    local = [] if command in ("export one", "deltagrad log one") else ["--cluster.workers", "0"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), *local])
+    assert ended.value.code == 2
+    assert "is not your own and names code, 'foreign_code:net'" in capsys.readouterr().err
+    assert not Path("imported").exists()
+
+
+def test_trusting_is_an_option(stored, of_somebody_else, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv(trust.TRUST, "")  # so that it is put back afterwards
+    (tmp_path / "trusted_code.py").write_text(CODE)
+    stored("trusted_code:net")
+    with pytest.raises(AssertionError):
+        main(["train", "--resume", "one", "--trust", "--cluster.workers", "0"])
+    assert Path("imported").exists()
+
+
+def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, capsys, tmp_path):
+    from dataclasses import asdict
+
+    from raypkg.sweeps.order import Order
+    from raypkg.sweeps.sweep_folder import create_sweep
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(trust.TRUST, raising=False)
+    record = asdict(Order("train", **dict.fromkeys(Order.options()))) | {"varied": [], "fixed": {}}
+    create_sweep("runs", "one", record, Experiment(), CODE, [])
+    with pytest.raises(SystemExit):
+        main(["tune", "train", "--resume", "one"])
+    assert "space.py is not your own and would be run as code" in capsys.readouterr().err
+    assert not Path("imported").exists()
