@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,8 @@ from raypkg.runs import ROOT
 from ..options import ROOT_HELP, TRUST, ExampleHelp, SettingsCommand, metavar, overrides, setting_options
 
 if TYPE_CHECKING:
+    from raypkg.methods.deltagrad.queues import Request
     from raypkg.methods.deltagrad.recorded_run import RecordedRun
-    from raypkg.methods.deltagrad.requests import Request
 
 RUN = click.Argument(["run"])
 PLACE = click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP)
@@ -55,7 +56,8 @@ def delete(run: str, root: str, ids: str | None, where: str | None, **values: An
     Example:
         effray deltagrad train --name one && effray deltagrad delete one --ids 0,1,2
     """
-    from raypkg.methods.deltagrad.requests import Request, read_ids
+    from raypkg.methods.deltagrad.ids import read_ids
+    from raypkg.methods.deltagrad.queues import Request
 
     if (ids is None) == (where is None):
         raise UserError("give one of --ids and --where")
@@ -75,7 +77,8 @@ def add(run: str, root: str, ids: str | None, data: str | None, **values: Any) -
     Example:
         effray deltagrad train --name two && effray deltagrad add two --data digits
     """
-    from raypkg.methods.deltagrad.requests import Request, read_ids
+    from raypkg.methods.deltagrad.ids import read_ids
+    from raypkg.methods.deltagrad.queues import Request
 
     if (ids is None) == (data is None):
         raise UserError("give one of --ids and --data")
@@ -91,15 +94,16 @@ def stream(run: str, queue: Path, root: str, together: int, **values: Any) -> No
     """Answer a queue of requests in order, each once, however often this is stopped and started again.
 
     QUEUE holds a JSON object a line: {"delete": [3, 7], "id": "ticket 12"}, or delete_where, restore, add. A request is
-    known by its id and answered once.
+    known by its id, a text or an integer, and answered once.
 
     Example:
         effray deltagrad train --name five && echo '{"delete": [3], "id": "a"}' > q && effray deltagrad stream five q
     """
-    from raypkg.methods.deltagrad.requests import grouped, read_queue, unanswered
+    from raypkg.methods.deltagrad.queues import read_queue
+    from raypkg.methods.deltagrad.requests import grouped, unanswered
 
     requests = read_queue(queue)
-    with _opened(run, root) as recorded:
+    with _opened(run, root, "the same command answers the rest") as recorded:
         settings = _request_settings(recorded, values)
         waiting = unanswered(recorded, requests)
         click.echo(f"{len(waiting)} of {len(requests)} requests to answer")
@@ -148,12 +152,19 @@ COMMANDS = [delete, add, stream, verify, log]
 
 
 @contextmanager
-def _opened(run: str, root: str) -> Iterator[RecordedRun]:
+def _opened(run: str, root: str, rest: str = "the run is as it was") -> Iterator[RecordedRun]:
+    """Open a run; Ctrl-C and SIGTERM end in one line, with ``rest``: what there is to do then."""
     from raypkg.methods.deltagrad.recorded_run import open_recorded
     from raypkg.runs.folder import locate
 
-    with open_recorded(locate(root, run)) as recorded:
-        yield recorded
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with open_recorded(locate(root, run)) as recorded:
+            yield recorded
+    except (KeyboardInterrupt, SystemExit):  # the latter from Ray, which handles SIGTERM itself
+        raise UserError(f"interrupted; {rest}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _request_settings(run: RecordedRun, values: dict[str, Any]) -> RequestSettings:
@@ -161,8 +172,15 @@ def _request_settings(run: RecordedRun, values: dict[str, Any]) -> RequestSettin
 
 
 def _answer_one(run: str, root: str, request: Request, values: dict[str, Any]) -> None:
-    with _opened(run, root) as recorded:
-        _answer(recorded, [request], _request_settings(recorded, values))
+    with _opened(run, root, "the run is as it was, and the same command begins anew") as recorded:
+        settings = _request_settings(recorded, values)
+        known = recorded.stored_entries
+        try:
+            _answer(recorded, [request], settings)
+        except (KeyboardInterrupt, SystemExit):
+            if recorded.stored_entries > known:
+                raise UserError("interrupted, but the request is answered") from None
+            raise
 
 
 def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSettings) -> None:

@@ -3,12 +3,14 @@
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
 from raypkg.engine.schedules import learning_rate
 
@@ -28,15 +30,27 @@ Follow = Callable[[Iterable[Any], int], Iterable[Any]]  # shows the progress of 
 def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: Follow) -> Entry:
     """Replay the training with changed samples and enter what came of it; return the log's entry.
 
-    Everything is written beside what holds, and holds once the log has its entry: a process that dies before has
-    changed nothing, what one that dies after has left undone is done by the next that opens the run.
+    Everything is written beside what holds, and holds once the log has its entry: what fails before has changed nothing
+    and leaves nothing, what a process that dies after has left undone is done by the next that opens the run.
 
     Args:
         run: the recorded run.
         change: what is to be different.
         settings: which steps are exact, and where gradients are computed.
         follow: shows progress.
+
+    Raises:
+        UserError: the disk is full or cannot be written, the record is corrupt, or the replay diverges.
     """
+    try:
+        return _answer(run, change, settings, follow)
+    except BaseException:  # an interruption too
+        with suppress(UserError):  # the next that opens the run tries again
+            run.clean_up()
+        raise
+
+
+def _answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: Follow) -> Entry:
     start = time.perf_counter()
     number = run.last["number"] + 1
     outcome = _replay_changed(run, number, change, settings, follow)
@@ -111,6 +125,7 @@ def _replay_changed(
         for step in follow(replayed, total):
             writer.append(step.rate, step.w, step.gradient)
             exact += step.exact
+        _check_finite(step.after)
         sealed = writer.seal(step.after)
     estimate = exact_steps.estimate
     if estimate is not None:
@@ -160,6 +175,11 @@ def _new_history(run: RecordedRun, number: int, steps: int) -> HistoryWriter:
     check_room(folder, run.layout, steps)
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that died
     return HistoryWriter(folder, run.layout)
+
+
+def _check_finite(w: Tensor) -> None:
+    if not w.isfinite().all():
+        raise UserError("the replay diverges: take more exact steps, by a smaller --period or a larger --burn-in")
 
 
 def _with_new_samples(run: RecordedRun, change: Change, size: int) -> Membership:

@@ -2,6 +2,7 @@
 
 import operator
 import re
+from reprlib import repr as shortened
 
 import numpy as np
 
@@ -16,8 +17,10 @@ OPERATORS = {
     "<": operator.lt,
     ">": operator.gt,
 }
-CLAUSE = re.compile(r"\s*(.+?)\s*(<=|>=|!=|=|<|>)\s*(.+?)\s*")
+AND = re.compile(r"(?<!\s)\s+and\s+", re.IGNORECASE)  # without what is looked behind for, spaces cost their square
+COMPARISON = re.compile("|".join(OPERATORS))
 BLOCK = 1 << 16  # rows read at once
+LONGEST = 100  # signs of a name that an error shows
 
 
 def matching(split: Split, condition: str) -> np.ndarray:
@@ -34,12 +37,8 @@ def matching(split: Split, condition: str) -> np.ndarray:
     array([1, 2])
     """
     kept = np.ones(len(split), bool)
-    for clause in re.split(r"(?i)\s+and\s+", condition):
-        parsed = CLAUSE.fullmatch(clause)
-        if not parsed:
-            example = f"label = {split.classes[0]}"
-            raise UserError(f"condition {clause!r} is not of the form NAME OPERATOR VALUE, such as {example}")
-        name, comparison, value = parsed.groups()
+    for clause in AND.split(condition):
+        name, comparison, value = _parsed(clause, split)
         if name == "label" and name not in split.columns:
             kept &= _by_label(split, comparison, value)
         else:
@@ -47,22 +46,31 @@ def matching(split: Split, condition: str) -> np.ndarray:
     return np.flatnonzero(kept)
 
 
+def _parsed(clause: str, split: Split) -> tuple[str, str, str]:
+    """Return name, operator and value of a clause; the first operator in it counts."""
+    comparison = COMPARISON.search(clause)
+    if comparison:
+        name = clause[: comparison.start()].strip()
+        value = clause[comparison.end() :].strip()
+        if name and value:
+            return name, comparison[0], value
+    example = f"label = {split.classes[0]}"
+    raise UserError(f"condition {shortened(clause)} is not of the form NAME OPERATOR VALUE, such as {example}")
+
+
 def _by_label(split: Split, comparison: str, value: str) -> np.ndarray:
     if comparison not in ("=", "!="):
-        raise UserError(f"condition label {comparison} {value}: labels compare with = and != only")
+        raise UserError(f"condition label {comparison} {shortened(value)}: labels compare with = and != only")
     if value not in split.classes:
-        raise unknown("class", value, split.classes)
+        raise unknown("class", value[:LONGEST], split.classes)
     number = split.classes.index(value)
     return OPERATORS[comparison](split.y.numpy(), number)
 
 
 def _by_column(split: Split, name: str, comparison: str, value: str) -> np.ndarray:
     if name not in split.columns:
-        raise unknown("name in a condition", name, ("label", *split.columns))
-    try:
-        number = np.float32(float(value))  # as the column is stored, so that = finds what the file says
-    except ValueError:
-        raise UserError(f"condition {name} {comparison} {value}: {value!r} is no number") from None
+        raise unknown("name in a condition", name[:LONGEST], ("label", *split.columns))
+    number = _number(value, f"condition {name} {comparison} {shortened(value)}")
     column = split.columns.index(name)
     met = []
     for start in range(0, len(split), BLOCK):
@@ -70,3 +78,15 @@ def _by_column(split: Split, name: str, comparison: str, value: str) -> np.ndarr
         values = split.take(rows)[:, column]
         met.append(OPERATORS[comparison](values, number))
     return np.concatenate(met)
+
+
+def _number(value: str, where: str) -> np.float32:
+    """Return a value in the type in which columns are stored, so that = finds what the file says."""
+    try:
+        number = float(value)
+    except ValueError:
+        raise UserError(f"{where}: this is no number") from None
+    largest = float(np.finfo(np.float32).max)
+    if not abs(number) <= largest:  # nan too
+        raise UserError(f"{where}: numbers are finite and at most {largest:.3g}, as columns hold them")
+    return np.float32(number)

@@ -38,18 +38,29 @@ def write_fingerprints(storage: Storage, split: Split) -> str:
     return stored_digest(storage, ROWS)
 
 
-def standardised_as_trained(storage: Storage, samples: Samples) -> Samples:
+def read_fingerprints(storage: Storage, expected: str) -> pa.Table:
+    """Return the digests of the rows, with the standardisation as metadata.
+
+    Raises:
+        UserError: the file is missing, or its digest is not the expected one of the log.
+    """
+    table = None
+    if stored_digest(storage, ROWS) == expected:
+        table = storage.read_table(ROWS)
+    if table is None:
+        raise UserError(f"{storage.root}/{ROWS} is missing or corrupt: it is not what the log names")
+    return table
+
+
+def standardised_as_trained(fingerprints: pa.Table, samples: Samples) -> Samples:
     """Return the samples standardised as they were for the recorded training, whatever has become of deleted rows.
 
     Raises:
         UserError: the data set has another length, shape or other classes.
     """
-    table = storage.read_table(ROWS)
-    if table is None:
-        raise UserError(f"{storage.root}/{ROWS} is missing: it tells what the recorded training was made of")
     split = samples.data.train
-    facts = json.loads(table.schema.metadata[b"effray"])
-    _check_same("samples", len(table), len(split))
+    facts = json.loads(fingerprints.schema.metadata[b"effray"])
+    _check_same("samples", len(fingerprints), len(split))
     _check_same("shape", facts["shape"], list(split.shape))
     _check_same("classes", facts["classes"], list(split.classes))
     mean = tuple(facts["mean"])
@@ -58,18 +69,13 @@ def standardised_as_trained(storage: Storage, samples: Samples) -> Samples:
     return samples._replace(data=standardised)
 
 
-def check_rows(storage: Storage, split: Split, active: Tensor, expected: str) -> None:
+def check_rows(fingerprints: pa.Table, split: Split, active: Tensor) -> None:
     """Refuse a data set in which a row that is in use has changed; deleted ones may have been blanked.
 
     Raises:
-        UserError: the first such row, or the digests themselves are not those of the log.
+        UserError: the first such row.
     """
-    table = None
-    if stored_digest(storage, ROWS) == expected:
-        table = storage.read_table(ROWS)
-    if table is None:
-        raise UserError(f"{storage.root}/{ROWS} is missing or corrupt: it is not what the log names")
-    changed = row_digests(split) != table["digest"].to_numpy()
+    changed = row_digests(split) != fingerprints["digest"].to_numpy()
     in_use = active[: len(split)].numpy()  # samples that were added later have no row in the data set
     changed_in_use = changed & in_use
     if changed_in_use.any():

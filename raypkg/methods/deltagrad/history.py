@@ -146,6 +146,9 @@ class HistoryWriter:
 
     Attributes:
         digests: of the records that are written.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, layout: Layout):
@@ -155,9 +158,10 @@ class HistoryWriter:
         self._name = repr(str(folder / RECORDS))
         self._waiting: deque[Future[Any]] = deque()
         self._thread = ThreadPoolExecutor(1, "history")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORDS).touch()
-        self._file = (folder / RECORDS).open("r+b")
+        with self._disk_error_in_one_line():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RECORDS).touch()
+            self._file = (folder / RECORDS).open("r+b")
 
     def __enter__(self) -> "HistoryWriter":
         return self
@@ -175,7 +179,7 @@ class HistoryWriter:
         end = self.layout.start(len(digests)) if digests else 0
         if os.fstat(self._file.fileno()).st_size < end:
             raise UserError(f"{self._name} is shorter than its {len(digests)} steps")
-        with self._full_disk_in_one_line():
+        with self._disk_error_in_one_line():
             self._file.truncate(end)
             self._file.seek(end)
             if not digests:
@@ -203,7 +207,7 @@ class HistoryWriter:
         self.flush()
         content = b"".join(self.digests)
         unfinished = self._folder / f"{DIGESTS}.part"
-        with self._full_disk_in_one_line():
+        with self._disk_error_in_one_line():
             os.fsync(self._file.fileno())
             unfinished.write_bytes(content)
             unfinished.replace(self._folder / DIGESTS)
@@ -223,12 +227,12 @@ class HistoryWriter:
 
     def _wait(self, most: int) -> None:
         """Wait until at most so many records are not yet written."""
-        with self._full_disk_in_one_line():
+        with self._disk_error_in_one_line():
             while len(self._waiting) > most:
                 self._waiting.popleft().result()
 
     @contextmanager
-    def _full_disk_in_one_line(self) -> Iterator[None]:
+    def _disk_error_in_one_line(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -254,8 +258,9 @@ class History(Sequence[RecordedStep]):
             self._digests = (folder / DIGESTS).read_bytes()
             self._content = pa.memory_map(str(folder / RECORDS)).read_buffer()
         except OSError as error:
+            file = error.filename or str(folder / RECORDS)  # Arrow's errors do not have it
             reason = error.strerror or error
-            raise UserError(f"the history {str(folder)!r} cannot be read: {reason}") from None
+            raise UserError(f"the history {file!r} cannot be read: {reason}") from None
         if _digest(self._digests).hex() != digest:
             raise UserError(f"{str(folder / DIGESTS)!r} is corrupt: it is not the one that the log names")
         records = len(self._digests) // DIGEST_BYTES

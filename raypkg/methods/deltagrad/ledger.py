@@ -47,8 +47,9 @@ class Ledger:
             "previous": self.head,
         }
         sealed = {**body, "digest": _digest_of_entry(body)}
-        self._lines.append(_line(sealed))
-        self._storage.write(FILE, b"".join(self._lines))
+        lines = [*self._lines, _line(sealed)]
+        self._storage.write(FILE, b"".join(lines))
+        self._lines = lines
         self.entries.append(sealed)
         return sealed
 
@@ -59,11 +60,11 @@ class Ledger:
             entry = json.loads(line)
             body = {name: value for name, value in entry.items() if name != "digest"}
             sound = _digest_of_entry(body) == entry["digest"] and line == _line(entry)
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, RecursionError):
             sound = False
         if not sound:
             raise UserError(f"{where} is corrupt: it does not have the digest that it names")
-        if entry["previous"] != self.head or entry["number"] != number:
+        if entry.get("previous") != self.head or entry.get("number") != number:
             raise UserError(f"{where} does not follow the one before: entries are missing or changed")
         return entry
 
@@ -79,11 +80,12 @@ def stored_digest(storage: Storage, name: str) -> str:
 
 
 def digest_of_file(path: Path) -> str:
-    """Return the digest of a file's content, which may be larger than memory; empty when there is no such file."""
-    if not path.is_file():
+    """Return the digest of a file's content, which may be larger than memory; empty where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, partial(blake2b, digest_size=16)).hexdigest()
+    except OSError:
         return ""
-    with path.open("rb") as file:
-        return file_digest(file, partial(blake2b, digest_size=16)).hexdigest()
 
 
 def _digest_of_entry(body: Mapping[str, Any]) -> str:

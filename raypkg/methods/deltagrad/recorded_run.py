@@ -20,13 +20,20 @@ from raypkg.phases.training import MODEL
 from raypkg.phases.trust import stored_settings
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder
-from raypkg.runs.storage import Storage
+from raypkg.runs.storage import PART, Storage
 
-from .fingerprints import check_rows, settings_digest, standardised_as_trained, write_fingerprints
+from .fingerprints import (
+    check_rows,
+    read_fingerprints,
+    settings_digest,
+    standardised_as_trained,
+    write_fingerprints,
+)
 from .history import History, Layout, history_folder
 from .joined import joined
 from .ledger import FILE as LOG
 from .ledger import Entry, Ledger, digest_of_file, stored_digest
+from .leftovers import drop_leftovers
 from .membership import Membership
 from .objective import Objective, assign, to_vector
 from .settings import DeltaGradSettings
@@ -79,10 +86,9 @@ def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
     """Open a recorded run for one process alone.
 
     Raises:
-        UserError: another process has it open, or what ``RecordedRun`` raises.
+        UserError: it was not recorded to its end, another process has it open, or what ``RecordedRun`` raises.
     """
-    if folder.storage.read(LOG) is None:
-        raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
+    _check_recorded(folder)
     with folder.storage.alone(f"run {folder.name!r}"):
         forget_samples()  # the data set may have changed since this process opened it
         yield RecordedRun(folder)
@@ -108,18 +114,22 @@ class RecordedRun:
         self._folder = folder
         self.storage = folder.storage
         self.ledger = Ledger(folder.storage)
-        self.settings = load_settings(DeltaGradSettings, stored_settings(folder))
+        first, *changes = self.ledger.entries
+        if not changes:
+            _check_finished(folder)
+        self.settings = _trained_settings(folder, first["settings"])
+        fingerprints = read_fingerprints(self.storage, first["rows"])
         samples = open_any_samples(self.settings)  # deleted rows may have been blanked; `check_rows` tells of others
-        self.samples = standardised_as_trained(self.storage, samples)
-        self._check_files()
+        self.samples = standardised_as_trained(fingerprints, samples)
+        self._check_model()
+        self._settle()
         train = self.samples.data.train
         self._groups = [train]  # the training split, and each group of samples that was added
         self.active = torch.zeros(len(train), dtype=torch.bool)
         self.active[self.samples.kept] = True
-        first, *changes = self.ledger.entries
         for entry in changes:
             self._apply(entry)
-        check_rows(self.storage, train, self.active, first["rows"])
+        check_rows(fingerprints, train, self.active)
 
     # Who is in the training
 
@@ -154,11 +164,33 @@ class RecordedRun:
         return {request["id"]: request["digest"] for request in requests if request["id"]}
 
     def enter(self, entry: Mapping[str, Any]) -> Entry:
-        """Write an entry whose files are all there, make it hold, and return it."""
+        """Write an entry whose files are all there, make it hold, and return it.
+
+        Raises:
+            UserError: the disk is full; the error tells whether the entry holds all the same.
+        """
         written = self.ledger.append(entry)
         self._apply(written)
-        self._settle()
+        try:
+            self._settle()
+        except UserError as error:
+            rest = "the request holds all the same, and the next command on the run does the rest"
+            raise UserError(f"{error}; {rest}") from None
         return written
+
+    @property
+    def stored_entries(self) -> int:
+        """How many entries the log has on the disk: an interruption may have come before ``enter`` returned."""
+        return len(Ledger(self.storage).entries)
+
+    def clean_up(self) -> None:
+        """Delete what the log does not have: of requests that failed or died, and histories that were replaced.
+
+        Raises:
+            UserError: it cannot be deleted.
+        """
+        last = self.stored_entries - 1
+        drop_leftovers(_local(self.storage), last, PART)
 
     # The model and its history
 
@@ -229,33 +261,60 @@ class RecordedRun:
             raise UserError(f"{str(file)!r} is missing or corrupt: it is not what the log names")
         return Store(file).as_split()
 
-    def _check_files(self) -> None:
+    def _check_model(self) -> None:
         known = [entry["model"] for entry in self.ledger.entries[-2:]]  # the last may not have been settled
         if stored_digest(self.storage, MODEL) not in known:
             raise UserError(f"{self.storage.root}/{MODEL} is not the model of the log's last entry: one was changed")
-        if settings_digest(self.settings) != self.ledger.entries[0]["settings"]:
-            raise UserError(f"{self.storage.root}/config.toml is not that of the recorded training")
-        self._settle()
 
     def _settle(self) -> None:
         """Do what the writer of the last entry may have died before: put its model in place, drop older histories."""
-        current = history_folder(self.storage, self.last["number"])
         if stored_digest(self.storage, MODEL) != self.last["model"]:
             name = _model_file(self.last["number"])
             if stored_digest(self.storage, name) != self.last["model"]:
                 raise UserError(f"{self.storage.root}/{name} is missing or corrupt: it is not what the log names")
             self.storage.write(MODEL, self.storage.read(name) or b"")
         self._folder.note_change(MODEL)
-        for name in self.storage.list("versions"):
-            if name != current.name:
-                self.storage.delete_folder(f"versions/{name}")
+        self.clean_up()
 
     def _new_model(self) -> nn.Module:
         return new_model(self.settings, self.samples.data)
 
     def _rows_file(self, number: int) -> Path:
-        run = history_folder(self.storage, number).parents[1]
-        return run / "added" / f"{number:05d}.arrow"
+        return _local(self.storage) / "added" / f"{number:05d}.arrow"
+
+
+def _check_recorded(folder: RunFolder) -> None:
+    """Refuse a run without a history, or without its log."""
+    log = folder.storage.read(LOG)
+    if log is None and not folder.storage.list("versions"):
+        raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
+    if log is None:
+        _check_finished(folder)
+    if not log:
+        raise UserError(f"{folder.storage.root}/{LOG} is missing or empty: what was done to the run is lost")
+
+
+def _check_finished(folder: RunFolder) -> None:
+    if folder.summary is None:
+        missing = f"{folder.storage.root}/summary.json is missing: the run is not finished"
+        raise UserError(f"{missing}, `effray deltagrad train --resume {folder.name}` goes on with it")
+
+
+def _trained_settings(folder: RunFolder, expected: str) -> DeltaGradSettings:
+    """Return a run's settings, if they have the digest that the log names."""
+    where = f"{folder.storage.root}/config.toml"
+    values = stored_settings(folder)
+    try:
+        settings = load_settings(DeltaGradSettings, values)
+    except UserError as error:
+        raise UserError(f"{where} is damaged: {error}") from None
+    if settings_digest(settings) != expected:
+        raise UserError(f"{where} is not that of the recorded training: it or {LOG} was changed")
+    return settings
+
+
+def _local(storage: Storage) -> Path:
+    return history_folder(storage, 0).parents[1]
 
 
 def _model_file(number: int) -> str:

@@ -1,19 +1,13 @@
-"""From what a user asks for to a change of a recorded run: ids, conditions, new data, and queues of those."""
+"""From what a user asks for to a change of a recorded run."""
 
 import json
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from raypkg.core.errors import UserError, unknown
+from raypkg.core.errors import UserError
 from raypkg.core.registry import argument
 from raypkg.data.sources import dataset
 from raypkg.data.split import Split
@@ -21,68 +15,8 @@ from raypkg.data.split import Split
 from .conditions import matching
 from .joined import aligned, joined
 from .ledger import digest
+from .queues import Request
 from .recorded_run import Change, RecordedRun
-
-KINDS = ("delete", "delete_where", "restore", "add")
-
-
-class Request(NamedTuple):
-    """What one line of a queue asks for.
-
-    Attributes:
-        kind: delete or restore (ids), delete_where (a condition) or add (a data set's name).
-        value: what of.
-        id: by which a queue's request is known, which is answered once; empty on the command line.
-    """
-
-    kind: str
-    value: Any
-    id: str = ""
-
-    @property
-    def logged(self) -> dict[str, str]:
-        """What the log says of the request: its id, and a digest of what it asks for."""
-        value = self.value.tolist() if isinstance(self.value, Tensor) else self.value
-        content = json.dumps([self.kind, value])
-        return {"id": self.id, "digest": digest(content.encode())}
-
-
-def read_ids(text: str) -> Tensor:
-    """Return ids given as ``3,14,15`` or in a file: one a line, or the column ``id`` or ``index`` of a parquet file.
-
-    Raises:
-        UserError: unreadable, no such column, no integers, or none at all.
-    """
-    try:
-        ids = [_integer(value) for value in _id_values(text)]
-        array = np.array(ids, np.int64)
-    except (OSError, pa.ArrowException, UnicodeDecodeError, ValueError, OverflowError) as error:
-        raise UserError(f"ids in {text!r} cannot be read: {error}") from None
-    if not len(array):
-        raise UserError(f"{text!r} holds no ids")
-    return torch.from_numpy(array)
-
-
-def read_queue(file: Path) -> list[Request]:
-    """Return the requests of a queue: lines of JSON such as {"delete": [3, 7], "id": "ticket 12"}.
-
-    Raises:
-        UserError: unreadable, a line that is no request, or the same id twice.
-    """
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the queue {str(file)!r} cannot be read: {error}") from None
-    requests = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"line {number} of {str(file)!r}"
-            requests.append(_request(line, where))
-    counts = Counter(request.id for request in requests)
-    if repeated := next((key for key in counts if counts[key] > 1), None):
-        times = counts[repeated]
-        raise UserError(f"the queue {str(file)!r} has the id {repeated!r} {times} times")
-    return requests
 
 
 def unanswered(run: RecordedRun, requests: Iterable[Request]) -> list[Request]:
@@ -96,7 +30,7 @@ def unanswered(run: RecordedRun, requests: Iterable[Request]) -> list[Request]:
     for request in requests:
         if request.id not in answered:
             waiting.append(request)
-        elif answered[request.id] != request.logged["digest"]:
+        elif answered[request.id] != _logged(request)["digest"]:
             raise UserError(f"the id {request.id!r} belongs to another request, which was answered: give a new one")
     return waiting
 
@@ -151,7 +85,7 @@ class _Draft:
             gone=_positions(self._before & ~self._active),
             came=_positions(self._active & ~self._before),
             new=joined(*self._added) if self._added else None,
-            requests=tuple(request.logged for request in self._requests),
+            requests=tuple(_logged(request) for request in self._requests),
         )
 
     def _add(self, samples: Split) -> None:
@@ -161,7 +95,7 @@ class _Draft:
         self._before = torch.cat([self._before, in_use])
         self._active = torch.cat([self._active, in_use])
 
-    def _restored(self, value: Any) -> Tensor:
+    def _restored(self, value: Sequence[int]) -> Tensor:
         ids = self._known_ids("restore", value)
         _refuse("restore", ids[self._active[ids]], "is in use already")
         return ids
@@ -180,12 +114,11 @@ class _Draft:
             raise UserError(f"no sample in use meets {condition!r}")
         return ids
 
-    def _known_ids(self, kind: str, value: Any) -> Tensor:
+    def _known_ids(self, kind: str, value: Sequence[int]) -> Tensor:
         """Return ids, of which none is unknown, repeated or held out."""
-        ids = torch.as_tensor(value, dtype=torch.int64)
+        ids = torch.tensor(value, dtype=torch.int64)
         last = len(self._active) - 1
-        outside = (ids < 0) | (ids > last)
-        _refuse(kind, ids[outside], f"is unknown, allowed are 0 … {last}")
+        _refuse(kind, ids[ids > last], f"is unknown, allowed are 0 … {last}")
         values, counts = ids.unique(return_counts=True)
         most = int(counts.max())
         if most > 1:
@@ -215,6 +148,12 @@ def _refuse(kind: str, ids: Tensor, reason: str) -> None:
         raise UserError(f"{kind}: id {int(ids[0])} {reason}")
 
 
+def _logged(request: Request) -> dict[str, str]:
+    """Return what the log says of a request: its id, and a digest of what it asks for."""
+    content = json.dumps([request.kind, request.value])
+    return {"id": request.id, "digest": digest(content.encode())}
+
+
 def _positions(mask: Tensor) -> Tensor:
     return mask.nonzero()[:, 0]
 
@@ -232,56 +171,3 @@ def _new_samples(run: RecordedRun, name: str) -> Split:
         options["columns"] = run.split.shape[0]
     split = source(place, options=options, split="train", cache=None)
     return aligned(split, run.samples.data.train)
-
-
-def _id_values(text: str) -> list[Any]:
-    if re.fullmatch(r"\d+(,\d+)*", text):
-        return text.split(",")
-    file = Path(text)
-    if file.suffix != ".parquet":
-        return file.read_text().split()
-    table = pq.read_table(file)
-    column = next((name for name in ("id", "index") if name in table.column_names), None)
-    if column is None:
-        raise unknown(f"id column of {text!r}", "id", table.column_names)
-    return table[column].to_pylist()
-
-
-def _integer(value: Any) -> int:
-    if type(value) not in (int, str):
-        raise ValueError(f"{value!r} is no integer")
-    return int(value)
-
-
-def _request(line: str, where: str) -> Request:
-    """Return the request of a line; ``where`` names the line in errors."""
-    try:
-        content = json.loads(line, object_pairs_hook=_without_repetition)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    kinds = [name for name in content if name != "id"] if isinstance(content, dict) else []
-    if len(kinds) != 1 or not content.get("id"):
-        raise UserError(f"{where} must be an object with one of {', '.join(KINDS)}, and an id of its own")
-    (kind,) = kinds
-    value = content[kind]
-    if kind not in KINDS:
-        raise unknown(f"request in {where}", kind, KINDS)
-    if kind in ("delete", "restore"):
-        if not _is_ids(value):
-            raise UserError(f"{where}: {kind} takes a list of ids, not {value!r}")
-    elif not isinstance(value, str):
-        raise UserError(f"{where}: {kind} takes a text, not {value!r}")
-    return Request(kind, value, str(content["id"]))
-
-
-def _is_ids(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
-        return False
-    return all(type(item) is int and abs(item) < 2**63 for item in value)
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return content

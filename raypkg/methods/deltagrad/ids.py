@@ -1,0 +1,72 @@
+"""Ids of samples as a user gives them: ``3,14,15``, a file of them, or a list in JSON."""
+
+import os
+import re
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raypkg.core.errors import UserError, unknown
+
+LIST = re.compile(r"\d+(,\d+)*")
+DIGITS = re.compile(r"\d{1,19}")  # as many as the largest id has
+COLUMNS = ("id", "index")  # of a parquet file
+ALLOWED = "ids are whole numbers from 0 to 2⁶³ − 1"
+LONGEST = 200  # signs of a list that an error shows
+
+
+def is_id(value: Any) -> bool:
+    """Say whether a value is an integer that can be a position; True is none."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def read_ids(text: str) -> list[int]:
+    """Return ids given as ``3,14,15`` or in a file: one a line, or the column ``id`` or ``index`` of a parquet file.
+
+    Raises:
+        UserError: neither a list nor a file, unreadable, no such column, something else than ids, or none at all.
+
+    >>> read_ids("3,14,15")
+    [3, 14, 15]
+    """
+    if LIST.fullmatch(text) or not os.path.exists(text):
+        where = f"ids {text[:LONGEST]!r} (no such file)"
+        values: list[Any] = text.split(",")
+    else:
+        where = f"ids in {text!r}"
+        values = _in_file(Path(text))
+    if not values:
+        raise UserError(f"{text!r} holds no ids")
+    return [_id(value, where) for value in values]
+
+
+def _in_file(file: Path) -> list[Any]:
+    try:
+        if file.suffix == ".parquet" and file.is_file():
+            return _in_parquet(file)
+        return file.read_text("utf-8-sig").split()
+    except OSError as error:
+        raise UserError(f"ids in {str(file)!r} cannot be read: {error.strerror or error}") from None
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"ids in {str(file)!r} cannot be read: {error}") from None
+
+
+def _in_parquet(file: Path) -> list[Any]:
+    names = pq.read_schema(file).names
+    column = next((name for name in COLUMNS if name in names), None)
+    if column is None:
+        raise unknown(f"id column of {str(file)!r}", "id", names)
+    if names.count(column) > 1:
+        raise UserError(f"{str(file)!r} has {names.count(column)} columns {column!r}: which one holds the ids?")
+    table = pq.read_table(file, columns=[column], partitioning=None)
+    return table[column].to_pylist()
+
+
+def _id(value: Any, where: str) -> int:
+    number = int(value) if isinstance(value, str) and DIGITS.fullmatch(value) else value
+    if not is_id(number):
+        raise UserError(f"{where}: {shortened(value)} is no id; {ALLOWED}: 3,14,15, or a file of them, one a line")
+    return number
