@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
+
+from raypkg.methods.deltagrad.replay import replay
+from raypkg.runs.storage import Storage
 
 RUN = Path("runs/deltagrad/a")
 SHORT = "deltagrad train --name a --train.epochs 12 --train.batch_size 400"
@@ -198,15 +202,28 @@ def test_tables_are_deleted_by_their_columns(effray, tmp_path):
     [
         ("delete a --ids 99999", r"delete: id 99999 is unknown, allowed are 0 … 1436"),
         ("delete a --ids 4,4", r"delete: id 4 is given 2 times"),
-        ("delete a --ids nowhere.txt", r"ids in 'nowhere.txt' cannot be read: .*No such file"),
+        (
+            "delete a --ids nowhere.txt",
+            r"ids 'nowhere.txt' \(no such file\): 'nowhere.txt' is no id; ids are whole numb",
+        ),
+        ("delete a --ids -1", r"ids '-1' \(no such file\): '-1' is no id; ids are whole numbers from 0 to"),
+        ("delete a --ids 1.5", r"ids '1.5' \(no such file\): '1.5' is no id; .*: 3,14,15, or a file of them"),
+        ("delete a --ids 3,", r"ids '3,' \(no such file\): '' is no id"),
+        ("add a --ids 1,-2", r"ids '1,-2' \(no such file\): '-2' is no id"),
         ("delete a", r"give one of --ids and --where"),
         ("delete a --where 'label = 3'", r"delete_where: this would delete the whole class '3', leave one"),
         ("delete a --where 'label = cat'", r"unknown class 'cat'"),
         ("delete a --where 'size > 3'", r"unknown name in a condition 'size'. Allowed: label"),
         ("delete a --where 'label'", r"condition 'label' is not of the form NAME OPERATOR VALUE"),
         ("delete b --ids 1", r"unknown run in .* 'b'. Allowed: a"),
-        ("delete a --ids ''", r"ids in '' cannot be read"),
-        ("delete a --ids 99999999999999999999", r"ids in '99999999999999999999' cannot be read"),
+        ("delete a --ids ''", r"ids '' \(no such file\): '' is no id"),
+        ("delete a --ids .", r"ids in '.' cannot be read: Is a directory"),
+        ("delete a --ids 99999999999999999999", r"'99999999999999999999' is no id"),
+        ("delete a --ids 9223372036854775808", r"'9223372036854775808' is no id"),
+        ("delete a --ids 9223372036854775807", r"delete: id 9223372036854775807 is unknown, allowed are 0 … 1436"),
+        ("delete a --where ''", r"condition '' is not of the form NAME OPERATOR VALUE"),
+        ("stream a .", r"the queue '.' cannot be read: Is a directory"),
+        ("stream a /dev/null", r"the queue '/dev/null' holds no requests"),
         ("delete a --ids 1 --tolerance 1 --period 2", r"replay.tolerance chooses the exact steps: replay.period would"),
         ("delete a --ids 1 --period 0", r"replay.period = '0': input should be greater than or equal to 1"),
         ("delete a --ids 1 --tolerance -1", r"replay.tolerance = '-1'"),
@@ -237,6 +254,13 @@ def test_nonsense_is_one_line_and_changes_nothing(trained, refusal, arguments, m
         ('{"delete": [99999999999999999999], "id": 1}', "delete takes a list of ids"),
         ("[]", "must be an object with one of delete, delete_where, restore, add"),
         ('{"delete": [9], "id": "x"}', "has the id 'x' 2 times"),
+        (
+            '{"delete": [9], "id": {"a": 1}}',
+            "the id must be a text of printable characters or an integer, not {'a': 1}",
+        ),
+        ('{"delete": [9], "id": false}', "the id must be a text of printable characters or an integer, not False"),
+        ('{"delete": [-9], "id": 1}', "delete takes a list of ids, not [-9]; ids are whole numbers from 0 to"),
+        ('{"delete": ' + 5000 * "[" + 5000 * "]" + ', "id": 1}', "its brackets are nested too deeply"),
     ],
 )
 def test_a_bad_line_stops_a_queue_before_anything_is_done(trained, refusal, line, message):
@@ -280,9 +304,11 @@ def test_damaged_added_rows_are_found_and_named(trained, refusal):
 @pytest.mark.parametrize("arguments", ["delete a --ids 1,2", "add a --data digits"])
 def test_a_full_disk_changes_nothing(trained, refusal, arguments):
     before = weights()
+    there = sorted(RUN.rglob("*"))
     with files_of_at_most(20_000):
         assert "cannot write" in refusal(f"deltagrad {arguments}")
     assert np.array_equal(weights(), before) and len(entries()) == 1
+    assert sorted(RUN.rglob("*")) == there
     trained(f"deltagrad {arguments} {EXACT}")
     assert distance(trained("deltagrad verify a")) < 1e-12
 
@@ -292,6 +318,97 @@ def test_a_disk_that_fills_while_recording_is_one_line(effray, refusal):
         assert "cannot write" in refusal(f"{SHORT} --cluster.workers 0", leaves=1)
     effray("deltagrad train --resume a")
     assert "are as they were written" in effray("deltagrad log a")
+
+
+def test_a_replay_that_diverges_changes_nothing(trained, refusal, monkeypatch):
+    def diverging(*arguments, **options):
+        for step in replay(*arguments, **options):
+            yield step._replace(after=step.after / 0)
+
+    before = sorted(RUN.rglob("*"))
+    monkeypatch.setattr("raypkg.methods.deltagrad.answer.replay", diverging)
+    assert "the replay diverges: take more exact steps" in refusal("deltagrad delete a --ids 1")
+    assert len(entries()) == 1 and sorted(RUN.rglob("*")) == before
+
+
+def test_new_samples_of_a_function_that_gives_none(trained, refusal, tmp_path, monkeypatch):
+    Path("my_rows.py").write_text("def load(root, *, split):\n    assert root == ''\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refusal("deltagrad add a --data my_rows:load")
+    assert "dataset 'my_rows:load' returned a NoneType, not a raypkg.data.split.Split" in message
+
+
+# The run
+
+
+@pytest.mark.parametrize("command", ["delete a --ids 1", "add a --ids 1", "stream a queue.jsonl", "verify a", "log a"])
+def test_a_run_that_another_process_works_on_is_refused(trained, refusal, command):
+    Path("queue.jsonl").write_text('{"delete": [4], "id": "x"}')
+    with Storage(str(RUN)).alone("it"):
+        assert "run 'a' is being worked on by another process: wait for it" in refusal(f"deltagrad {command}")
+    assert len(entries()) == 1
+
+
+@pytest.mark.parametrize("copy", ["runs/deltagrad/b", "elsewhere/a"])
+def test_a_copied_run_goes_on_as_its_own(trained, copy):
+    trained("deltagrad delete a --ids 0,1")
+    shutil.copytree(RUN, copy)
+    for run in ("a", copy):
+        trained(f"deltagrad add {run} --ids 1")
+    for file in ("model.safetensors", "versions/00002/history.arrow", "summary.json"):
+        assert (Path(copy) / file).read_bytes() == (RUN / file).read_bytes()
+    assert "3 entries and 48 steps of the history are as they were written" in trained(f"deltagrad log {copy}")
+
+
+def test_a_clock_that_jumps_back_is_only_seen_in_the_log(trained, monkeypatch):
+    monkeypatch.setattr("raypkg.methods.deltagrad.ledger.time.strftime", lambda form: "1970-01-01T00:00:00+0000")
+    trained("deltagrad delete a --ids 0,1")
+    assert "1970-01-01 00:00" in " ".join(trained("deltagrad log a").split())
+    assert [entry["number"] for entry in entries()] == [0, 1]
+
+
+def test_an_id_that_looks_like_mark_up_is_shown_as_it_is(trained):
+    Path("queue.jsonl").write_text('{"delete": [4], "id": "[/x] [red]"}')
+    trained("deltagrad stream a queue.jsonl")
+    assert "[/x] [red]" in trained("deltagrad log a")
+
+
+def test_an_unfinished_run_says_how_to_finish_it(effray, refusal, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    for moment in ("begin_log", "finish"):
+        with monkeypatch.context() as patch:
+            place = "raypkg.methods.deltagrad.recorded_run.begin_log"
+            patch.setattr(place if moment == "begin_log" else "raypkg.phases.summary.finish", stop)
+            refusal(f"{SHORT.replace(' a ', f' {moment} ')} --cluster.workers 0", leaves=1)
+        message = refusal(f"deltagrad delete {moment} --ids 1")
+        assert (
+            f"summary.json is missing: the run is not finished, `effray deltagrad train --resume {moment}`" in message
+        )
+        effray(f"deltagrad train --resume {moment}")
+        effray(f"deltagrad delete {moment} --ids 1")
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_lost_log_is_named(trained, refusal, content):
+    (RUN / "log.jsonl").unlink()
+    if content is not None:
+        (RUN / "log.jsonl").write_bytes(content)
+    assert "log.jsonl is missing or empty: what was done to the run is lost" in refusal("deltagrad log a")
+
+
+def test_what_killed_requests_left_is_gone_after_the_next_opening(trained):
+    trained("deltagrad delete a --ids 0,1")
+    before = sorted(RUN.rglob("*"))
+    (RUN / "versions/00002").mkdir()
+    (RUN / "added").mkdir()
+    left = ["versions/00002/history.arrow", "requests/00002.parquet", "requests/00002.parquet.17.part",
+            "added/00002.part", "added/00002.arrow", "log.jsonl.17.part"]  # fmt: skip
+    for name in left:
+        (RUN / name).touch()
+    trained("deltagrad log a")
+    assert sorted(RUN.rglob("*")) == before
 
 
 def test_other_runs_have_no_history(effray, refusal):

@@ -123,9 +123,9 @@ def _replay_changed(
             convex=run.objective.linear,
         )
         for step in follow(replayed, total):
+            _check_finite(step.after)
             writer.append(step.rate, step.w, step.gradient)
             exact += step.exact
-        _check_finite(step.after)
         sealed = writer.seal(step.after)
     estimate = exact_steps.estimate
     if estimate is not None:
@@ -179,7 +179,10 @@ def _new_history(run: RecordedRun, number: int, steps: int) -> HistoryWriter:
 
 def _check_finite(w: Tensor) -> None:
     if not w.isfinite().all():
-        raise UserError("the replay diverges: take more exact steps, by a smaller --period or a larger --burn-in")
+        raise UserError(
+            "the replay diverges: take more exact steps, by a smaller --period or a larger --burn-in, unless training"
+            " with these samples diverges itself"
+        )
 
 
 def _with_new_samples(run: RecordedRun, change: Change, size: int) -> Membership:

@@ -333,7 +333,6 @@ def _write_rows(path: Path, split: Split) -> None:
         write(unfinished, header, _blocks(split))
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
 

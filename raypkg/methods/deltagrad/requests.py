@@ -161,7 +161,7 @@ def _positions(mask: Tensor) -> Tensor:
 def _new_samples(run: RecordedRun, name: str) -> Split:
     """Read new samples with the options by which the run's own were read."""
     source = dataset[name]
-    place = argument(name)
+    place = argument(name) if source.name in dataset.entries else ""  # the user's own function has no such part
     trained = run.settings.dataset
     is_same_source = dataset[trained.name].name == source.name
     options = dict(trained.options) if is_same_source else {}
@@ -170,4 +170,6 @@ def _new_samples(run: RecordedRun, name: str) -> Split:
     if "columns" in source.schema.model_fields:  # sparse rows are as wide as the data set, whatever they hold
         options["columns"] = run.split.shape[0]
     split = source(place, options=options, split="train", cache=None)
+    if not isinstance(split, Split):
+        raise UserError(f"dataset {name!r} returned a {type(split).__name__}, not a raypkg.data.split.Split")
     return aligned(split, run.samples.data.train)
