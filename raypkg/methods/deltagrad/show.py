@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from .ledger import Entry
@@ -42,7 +41,7 @@ def log_table(entries: Sequence[Entry]) -> Table:
             str(entry["number"]),
             entry["time"][:16].replace("T", " "),
             _what(entry),
-            Text(_requests(entry)),  # an id may hold brackets, which are no mark-up
+            _requests(entry),
             f"{entry['samples']:,}",
             f"{entry['exact']}/{entry['steps']}" if is_replay else "",
             f"{entry['seconds']:.2f}" if is_replay else "",
