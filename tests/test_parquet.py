@@ -170,7 +170,7 @@ def test_no_parquet_at_all(tmp_path, load):
         load()
     for split in ("train", "test"):
         (tmp_path / "set" / f"{split}.parquet").write_text("text")
-    with pytest.raises(UserError, match=r"train.parquet' is no readable parquet file"):
+    with pytest.raises(UserError, match=r"train.parquet' cannot be read"):
         load()
 
 

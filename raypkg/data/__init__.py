@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raypkg.core.errors import UserError
-from raypkg.core.registry import argument
+from raypkg.core.registry import USER_CODE, Entry, argument
 
 from .sources import dataset
 
@@ -42,9 +42,9 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: Pat
     if "split" not in inspect.signature(entry.function).parameters:
         raise UserError(f"dataset {name!r}: its function must take a keyword split, which is 'train' or 'test'")
     root = argument(name) if entry.name in dataset.entries else ""  # the user's own function has no such part
-    load = partial(entry, root, options=options, cache=cache)
-    train = _checked(name, load(split="train"))
-    test = _checked(name, load(split="test"))
+    load = partial(_load, entry, name, root, options=options, cache=cache)
+    train = load(split="train")
+    test = load(split="test")
     differing = [what for what in ("shape", "classes") if getattr(train, what) != getattr(test, what)]
     if differing:
         a = getattr(train, differing[0])
@@ -54,10 +54,21 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: Pat
     return Data(train, replace(test, mean=train.mean, std=train.std))
 
 
-def _checked(name: str, split: Any) -> "Split":
-    """Refuse what the user's function returned if it is no split."""
+def _load(entry: Entry, name: str, root: str, **keywords: Any) -> "Split":
+    """Call a source; what a user's own function raises keeps its traceback, but it may not end the program."""
     from .split import Split
 
+    own = entry.source == USER_CODE
+    try:
+        split = entry(root, **keywords)
+    except SystemExit as error:
+        if not own:
+            raise
+        raise UserError(f"dataset {name!r}: its function called sys.exit({error.code!r})") from error
+    except OSError as error:
+        if own:
+            raise
+        raise UserError(f"dataset {name!r} cannot be read: {error}") from None
     if not isinstance(split, Split):
         raise UserError(f"dataset {name!r} returned a {type(split).__name__}, not a raypkg.data.split.Split")
     return split

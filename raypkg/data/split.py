@@ -1,6 +1,7 @@
 """The Split: labelled samples of one shape, reached by index and in no other way."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,33 +43,40 @@ class Split:
 
     @classmethod
     def from_tensors(
-        cls, x: Tensor, y: Tensor, classes: Sequence[str] | None = None, augment: Sequence[str] = ()
+        cls,
+        x: Tensor | np.ndarray,
+        y: Tensor | np.ndarray,
+        classes: Sequence[str] | None = None,
+        augment: Sequence[str] = (),
     ) -> "Split":
         """Build a split from images uint8 [n, C, H, W] or rows float [n, D], and labels int [n].
 
-        Without ``classes`` the labels must be 0 … C−1, each present; names are then the numbers.
+        They are tensors or NumPy arrays; integers and floats may have any width. Without ``classes`` the labels must be
+        0 … C−1, each present; names are then the numbers.
 
         >>> split = Split.from_tensors(torch.tensor([[0.5, 1.0], [1.5, 1.0]]), torch.tensor([0, 1]))
         >>> split.shape, split.classes, split.mean, split.std
         ((2,), ('0', '1'), (1.0, 1.0), (0.5, 1.0))
 
         Raises:
-            UserError: another shape or dtype, no samples, NaN or infinity, labels out of range or with gaps.
+            UserError: another type, shape or dtype, no samples, values that float32 cannot hold, labels out of range or
+                with gaps, or two classes of one name.
         """
-        _check_samples(x, y)
-        names = tuple(classes) if classes is not None else _numbered(y)
-        check_labels(y.numpy(force=True), len(names), "sample {}".format)
-        if x.ndim == 4:
-            array = _as_array(x.permute(0, 2, 3, 1), np.uint8)  # [n, H, W, C]
-        else:
-            array = _as_array(x, np.float32)  # [n, D]
+        samples = _as_array(x, "x")
+        labels = _as_array(y, "y")
+        _check_samples(samples, labels)
+        names = tuple(map(str, classes)) if classes is not None else _numbered(labels)
+        if (twice := repeated(names)) is not None:
+            raise UserError(f"two of the {len(names)} classes are called {twice!r}")
+        check_labels(labels, len(names), "sample {}".format)
+        stored = _stored(samples)
         moments = Moments()
-        moments.update(array)
+        moments.update(stored)
         return cls(
-            take=partial(np.take, array, axis=0),
-            y=y.long().cpu(),
+            take=partial(np.take, stored, axis=0),
+            y=torch.from_numpy(labels.astype(np.int64)),  # a copy: the array may be read-only
             classes=names,
-            shape=tuple(x.shape[1:]),
+            shape=samples.shape[1:],
             mean=moments.mean,
             std=moments.std,
             augment=tuple(augment),
@@ -111,28 +119,57 @@ def check_labels(y: np.ndarray, num_classes: int, name: Callable[[int], str]) ->
         raise UserError(f"{name(first)} has label {y[first]}, allowed is 0 … {num_classes - 1}")
 
 
-def _as_array(x: Tensor, dtype: type) -> np.ndarray:
-    return np.ascontiguousarray(x.numpy(force=True), dtype=dtype)
+def repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that stands twice, or None.
+
+    >>> repeated(["cat", "dog", "dog"]), repeated(["cat", "dog"])
+    ('dog', None)
+    """
+    counts = Counter(names)
+    return next((name for name, times in counts.items() if times > 1), None)
 
 
-def _check_samples(x: Tensor, y: Tensor) -> None:
-    images = x.ndim == 4 and x.dtype == torch.uint8
-    rows = x.ndim == 2 and x.is_floating_point()
+def _as_array(values: Any, name: str) -> np.ndarray:
+    """Return a tensor or an array as an array, without a copy where that is possible."""
+    if isinstance(values, np.ndarray):
+        return np.asarray(values)  # of a subclass, its values
+    if not isinstance(values, Tensor):
+        raise UserError(f"{name} is a {type(values).__name__}, needed is a tensor or a NumPy array")
+    if values.layout != torch.strided:
+        raise UserError(f"{name} is a tensor of layout {values.layout}, needed is a dense one")
+    if values.dtype == torch.bfloat16:  # which NumPy does not know
+        values = values.float()
+    return values.numpy(force=True)
+
+
+def _check_samples(x: np.ndarray, y: np.ndarray) -> None:
+    images = x.ndim == 4 and x.dtype == np.uint8
+    rows = x.ndim == 2 and x.dtype.kind == "f"
     if not (images or rows):
         raise UserError(f"x is {x.dtype} {list(x.shape)}, needed is uint8 [n, C, H, W] or float [n, D]")
-    integers = not y.is_floating_point() and y.dtype != torch.bool
+    integers = y.dtype.kind in "iu"
     if not integers or y.shape != x.shape[:1]:
-        raise UserError(f"y is {y.dtype} {list(y.shape)}, needed is int64 [{len(x)}]")
-    if not x.numel():
+        raise UserError(f"y is {y.dtype} {list(y.shape)}, needed are integers [{len(x)}]")
+    if not x.size:
         raise UserError(f"x is empty: {list(x.shape)}")
-    if rows and not x.isfinite().all():
-        broken = (~x.isfinite()).any(1).nonzero()
-        raise UserError(f"row {int(broken[0])} of x holds NaN or infinity")
 
 
-def _numbered(y: Tensor) -> tuple[str, ...]:
+def _stored(x: np.ndarray) -> np.ndarray:
+    """Return samples as they are kept: images uint8 [n, H, W, C], rows float32 [n, D]."""
+    if x.ndim == 4:
+        return np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused
+        rows = np.ascontiguousarray(x, dtype=np.float32)
+    finite = np.isfinite(rows).all(1)
+    if not finite.all():
+        broken = int(finite.argmin())
+        raise UserError(f"row {broken} of x holds NaN or infinity, or a number beyond float32")
+    return rows
+
+
+def _numbered(y: np.ndarray) -> tuple[str, ...]:
     """Name the classes by their numbers, which must be 0 … C−1."""
-    present = y.unique().tolist()
+    present = np.unique(y).tolist()
     expected = range(len(present))
     if present != list(expected):
         missing = next(c for c in expected if c not in present)

@@ -3,15 +3,13 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field
 
 from raypkg.core.errors import UserError
 from raypkg.data.split import Split
 from raypkg.data.store.cache import fingerprint, store_path
-from raypkg.data.store.images import Examples, ImageSource
+from raypkg.data.store.images import Examples, ImageSource, Side
 
 from . import dataset
 
@@ -28,15 +26,15 @@ def load(
     *,
     split: str,
     cache: Path | None,
-    size: Annotated[int, Field(ge=0)] = 0,
+    size: Side = 0,
 ) -> Split:
     """Image files in one folder a class: PATH/train/<class>/… and PATH/test (val, valid, validation)/<class>/….
 
     A class may keep its files in folders of its own. Class numbers follow the sorted names of train's folders.
 
     Raises:
-        UserError: a missing or empty folder, a class of test unknown to train, files that are no images, or images of
-            several sizes while ``size`` is 0.
+        UserError: a missing or empty folder, a class of test unknown to train, links to nowhere, files that cannot be
+            read or are no images, or images of several sizes while ``size`` is 0.
     """
     folders = {name: _folder(Path(root), name) for name in FOLDERS}
     classes = tuple(sorted(_class_folders(folders["train"])))
@@ -65,7 +63,16 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     classes = {path.name: path for path in visible if path.is_dir()}
     if not classes:
         raise UserError(f"folder {str(folder)!r} holds no class folders")
+    for name in classes:
+        _check_text(name, folder)
     return classes
+
+
+def _check_text(name: str, folder: Path) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of another encoding, which Python keeps as surrogates
+        raise UserError(f"folder {str(folder)!r} has the class {name!r}, whose name is not UTF-8") from None
 
 
 def _labelled(folder: Path, classes: tuple[str, ...]) -> Labelled:
@@ -80,7 +87,13 @@ def _labelled(folder: Path, classes: tuple[str, ...]) -> Labelled:
 
 
 def _images(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    named = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    files = []
+    for path in sorted(named):
+        if path.is_file():
+            files.append(path)
+        elif not path.is_dir():  # what a folder of such a name holds is listed by itself
+            raise UserError(f"image {str(path)!r} is no file: a link that leads nowhere, or a device")
     if not files:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise UserError(f"class folder {str(folder)!r} holds no images ({suffixes})")
@@ -97,6 +110,13 @@ def _examples(files: Labelled, classes: tuple[str, ...]) -> Examples:
 def _batches(files: Labelled) -> Iterator[tuple[list[bytes], np.ndarray]]:
     for start in range(0, len(files), READ_AT_ONCE):
         batch = files[start : start + READ_AT_ONCE]
-        images = [file.read_bytes() for file, _ in batch]
+        images = [_content(file) for file, _ in batch]
         labels = [label for _, label in batch]
         yield images, np.array(labels, np.int64)
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"image {str(file)!r} cannot be read: {error.strerror}") from None

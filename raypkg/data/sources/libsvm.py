@@ -11,15 +11,18 @@ import pyarrow as pa
 from pydantic import Field
 
 from raypkg.core.errors import UserError
+from raypkg.data.memory import check_samples
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.data.store.cache import cached, fingerprint, store_path
-from raypkg.data.store.rows import class_numbers, row_files, split_rows
+from raypkg.data.store.rows import class_numbers, reading, row_files, split_rows
 
 from . import dataset
 
 SUFFIXES = (".libsvm", ".svm", ".txt", ".bz2", ".gz")
 ENTRY = np.dtype([("column", "<i4"), ("value", "<f4")])  # of a stored row; columns count from 0
+MOST_COLUMNS = 2**31 - 1  # that an entry can name
+DENSE = np.dtype(np.float32)
 BLOCK = 1 << 14  # rows on their way into the store
 
 
@@ -29,7 +32,7 @@ def load(
     *,
     split: str,
     cache: Path | None,
-    columns: Annotated[int, Field(ge=1)] | None = None,
+    columns: Annotated[int, Field(ge=1, le=MOST_COLUMNS)] | None = None,
     test: Annotated[float, Field(ge=0, lt=1)] = 0.2,
 ) -> Split:
     """Sparse rows in libsvm's form, columns from 1: one file (.bz2 and .gz are unpacked), or a folder with two.
@@ -45,7 +48,8 @@ def load(
         test: share of a single file.
 
     Raises:
-        UserError: missing files, lines in another form, values that are not finite, a column above ``columns``.
+        UserError: missing files, lines in another form, values that are not finite, a column above ``columns``, or more
+            columns than fit this machine's memory when rows become dense.
     """
     files = row_files(root, SUFFIXES)
     key = fingerprint(files.values(), columns=columns, test=test)
@@ -65,6 +69,7 @@ def load(
 
     store = cached(target, build)
     width = store.header.shape[0]
+    _check_width(root, width, len(store))
     rows = store.as_split(partial(_dense, store))
     return replace(rows, mean=(0.0,) * width, std=(1.0,) * width)  # not standardised: zeros stay zeros
 
@@ -103,17 +108,17 @@ def read(file: Path) -> SparseTable:
     """
     labels = []
     rows = []
-    try:
-        with pa.input_stream(str(file), compression="detect") as stream:
-            for number, line in enumerate(_lines(stream), 1):
-                words = line.partition("#")[0].split()
-                if not words:
-                    continue  # an empty line, or nothing but a remark
-                where = f"line {number} of {str(file)!r}"
-                labels.append(_label(words[0], where))
-                rows.append(_row(words[1:], where))
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"table {str(file)!r} cannot be read: {error}") from None
+    with reading(file), pa.input_stream(str(file), compression="detect") as stream:
+        for number, line in enumerate(_lines(stream), 1):
+            text = line.partition("#")[0]
+            words = text.split()
+            if not words:
+                continue  # an empty line, or nothing but a remark
+            where = f"line {number} of {str(file)!r}"
+            if "_" in text or not text.isascii():  # Python would take 1_0 and ١٠ for numbers
+                raise UserError(f"{where} is not made of numbers in ASCII")
+            labels.append(_label(words[0], where))
+            rows.append(_row(words[1:], where))
     if not rows:
         raise UserError(f"table {str(file)!r} has no rows")
     return SparseTable(labels, rows)
@@ -144,15 +149,21 @@ def _row(entries: list[str], where: str) -> np.ndarray:
         for entry in entries:
             column, value = entry.split(":")
             pairs.append((int(column) - 1, float(value)))
-        row = np.array(pairs, ENTRY)
+        with np.errstate(over="ignore"):  # becomes infinity, which is refused below
+            row = np.array(pairs, ENTRY)
     except (ValueError, OverflowError):
         raise UserError(f"{where} has an entry that is not column:value") from None
     columns = row["column"]
     if len(columns) and (columns[0] < 0 or (np.diff(columns) <= 0).any()):
         raise UserError(f"{where}: columns must begin at 1 and rise")
     if not np.isfinite(row["value"]).all():
-        raise UserError(f"{where} holds NaN or infinity")
+        raise UserError(f"{where} holds NaN or infinity, or a number beyond float32")
     return row
+
+
+def _check_width(root: str, width: int, rows: int) -> None:
+    what = f"table {root!r}: dense rows of {width:,} columns"
+    check_samples(what, rows, width * DENSE.itemsize, "number the columns that occur from 1")
 
 
 def _dense(store: Store, indices: np.ndarray) -> np.ndarray:
@@ -161,6 +172,6 @@ def _dense(store: Store, indices: np.ndarray) -> np.ndarray:
     entries = np.frombuffer(b"".join(rows), ENTRY)
     sizes = [row.size // ENTRY.itemsize for row in rows]
     row_of = np.repeat(np.arange(len(rows)), sizes)  # the row of each entry
-    x = np.zeros((len(rows), *store.header.shape), np.float32)
+    x = np.zeros((len(rows), *store.header.shape), DENSE)
     x[row_of, entries["column"]] = entries["value"]
     return x

@@ -1,22 +1,22 @@
 """Parquet files of encoded images, in the layout in which data sets are published on the hub."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import BaseModel, ValidationError
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.data.split import Split
+from raypkg.data.split import Split, repeated
 from raypkg.data.store.cache import fingerprint, store_path
-from raypkg.data.store.images import Examples, ImageSource
+from raypkg.data.store.images import Examples, ImageSource, Side
+from raypkg.data.store.rows import check_distinct, reading
 
 from . import dataset
 
@@ -26,6 +26,24 @@ PREFIXES = {"train": ("train",), "test": ("test", "valid")}  # `valid` stands in
 READ_AT_ONCE = 256
 
 
+class Feature(BaseModel):
+    """What the hub's metadata says of a column; names are given for one of labels."""
+
+    names: list[str] | None = None
+
+
+class Info(BaseModel):
+    """The part of the hub's metadata that describes the columns."""
+
+    features: dict[str, Any] = {}
+
+
+class HubMetadata(BaseModel):
+    """The JSON under the key ``huggingface`` of a schema's metadata, as far as it is used."""
+
+    info: Info = Info()
+
+
 @dataset("parquet")
 def load(
     root: str,
@@ -33,7 +51,7 @@ def load(
     split: str,
     cache: Path | None,
     label: str = "",
-    size: Annotated[int, Field(ge=0)] = 0,
+    size: Side = 0,
 ) -> Split:
     """Parquet files named train*, test* or valid* in PATH: a column of encoded images and a column of labels.
 
@@ -49,6 +67,7 @@ def load(
     def examples(name: str) -> Examples:
         train = ImageTable(files["train"], label)
         table = ImageTable(files[name], label)
+        table.check_names(train)
         return Examples(len(table), train.classes, table.batches, table.name)
 
     path = partial(store_path, cache, Path(root).resolve().stem, key)
@@ -69,8 +88,9 @@ class ImageTable:
     @cached_property
     def _schema(self) -> pa.Schema:
         """The schema of the first file, which the others must share."""
-        schemas = [metadata.schema.to_arrow_schema() for metadata in self._metadata]
+        schemas = [_schema(file) for file in self.files]
         first = schemas[0]
+        check_distinct(first.names, self.files[0])
         differing = [file for file, schema in zip(self.files, schemas, strict=True) if not schema.equals(first)]
         if differing:
             raise UserError(f"the columns of {str(differing[0])!r} differ from those of {str(self.files[0])!r}")
@@ -101,16 +121,34 @@ class ImageTable:
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """The class names of the schema metadata, else the label numbers, which must then have no gaps."""
-        names = _features(self._schema).get(self._label, {}).get("names")
-        if names:
-            return tuple(names)
-        labels = pq.ParquetDataset(self.files).read([self._label])[self._label]
-        numbers = sorted(pc.unique(labels).drop_null().to_pylist())
+        if self.names:
+            return self.names
+        numbers = sorted(self._numbers())
         if numbers != list(range(len(numbers))):
             raise UserError(
                 f"labels of {str(self.files[0])!r} are {numbers[0]} … {numbers[-1]} with gaps or not from 0"
             )
         return tuple(map(str, numbers))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The class names of the first file's schema metadata; none where it has none."""
+        return _class_names(self._schema, self._label, self.files[0])
+
+    def check_names(self, train: "ImageTable") -> None:
+        """Refuse class names other than those of the train split: a label would be of another class."""
+        if self.names and train.names and self.names != train.names:
+            theirs = ", ".join(train.names)
+            raise UserError(f"the class names of {str(self.files[0])!r} are {', '.join(self.names)}, not {theirs}")
+
+    def _numbers(self) -> set[int]:
+        """Return the labels that occur."""
+        numbers: set[int] = set()
+        for file in self.files:
+            with reading(file):
+                labels = pq.ParquetFile(file).read([self._label])[self._label]
+            numbers.update(pc.unique(labels).drop_null().to_pylist())
+        return numbers
 
     def __len__(self) -> int:
         return sum(metadata.num_rows for metadata in self._metadata)
@@ -124,7 +162,7 @@ class ImageTable:
         raise IndexError(i)
 
     def batches(self) -> Iterator[tuple[list[bytes], np.ndarray]]:
-        """Stream encoded images and labels int64, a bounded number of rows at a time."""
+        """Stream encoded images and labels, integers of any kind, a bounded number of rows at a time."""
         start = 0
         for batch in self._record_batches():
             images = batch.column(self._image)
@@ -133,12 +171,13 @@ class ImageTable:
             labels = batch.column(self._label)
             self._refuse_nulls(images, "image", start)
             self._refuse_nulls(labels, "label", start)
-            yield images.to_pylist(), labels.cast(pa.int64()).to_numpy()
+            yield images.to_pylist(), labels.to_numpy()
             start += len(batch)
 
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
         for file in self.files:
-            yield from pq.ParquetFile(file).iter_batches(READ_AT_ONCE, columns=[self._image, self._label])
+            with reading(file):
+                yield from pq.ParquetFile(file).iter_batches(READ_AT_ONCE, columns=[self._image, self._label])
 
     def _refuse_nulls(self, column: pa.Array, what: str, start: int) -> None:
         if column.null_count:
@@ -161,20 +200,37 @@ def _files(root: Path, split: str) -> list[Path]:
 
 
 def _metadata(file: Path) -> pq.FileMetaData:
-    try:
+    with reading(file):
         return pq.read_metadata(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{str(file)!r} is no readable parquet file: {error}") from None
 
 
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """Return what the hub's metadata, if there is any, says of each column."""
+def _schema(file: Path) -> pa.Schema:
+    with reading(file):
+        return pq.read_schema(file)
+
+
+def _class_names(schema: pa.Schema, label: str, file: Path) -> tuple[str, ...]:
+    """Return what the hub's metadata, if there is any, calls the values of the label column."""
     metadata = schema.metadata or {}
-    hub = json.loads(metadata.get(b"huggingface", b"{}"))
-    return hub.get("info", {}).get("features", {})
+    where = f"the schema metadata 'huggingface' of {str(file)!r}"
+    try:
+        hub = HubMetadata.model_validate_json(metadata.get(b"huggingface", b"{}"))
+        feature = Feature.model_validate(hub.info.features.get(label, {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where} does not list the classes of {label!r}: {path} {first['msg']}") from None
+    names = feature.names or []
+    if (twice := repeated(names)) is not None:
+        raise UserError(f"{where} has two classes {twice!r} of {label!r}")
+    return tuple(names)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
+        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

@@ -1,5 +1,6 @@
 """Tables: parquet or CSV files with numeric columns and a label."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +16,14 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, write
 from raypkg.data.store.cache import cached, fingerprint, store_path
-from raypkg.data.store.rows import class_numbers, row_files, split_rows
+from raypkg.data.store.rows import check_distinct, class_numbers, reading, row_files, split_rows
 
 from . import dataset
 
 SUFFIXES = (".parquet", ".csv")
 BLOCK = 1 << 16  # rows converted at once
+NAN = {"NaN", "-NaN", "nan", "-nan"}  # a number that is refused as such, where Arrow would see no value
+CONVERT = pcsv.ConvertOptions(null_values=[text for text in pcsv.ConvertOptions().null_values if text not in NAN])
 
 
 @dataset("table")
@@ -64,22 +67,27 @@ class RowTable:
         label: name of the column of labels.
 
     Raises:
-        UserError: unreadable, without rows or columns, a missing value, or a column that is no number.
+        UserError: unreadable, without rows or columns, columns of one name, a missing value, labels that are no names
+            of classes, or a column that is no number.
     """
 
     def __init__(self, file: Path, label: str):
         self.file = file
         self.label = label
-        try:
-            self._table = pq.read_table(file) if file.suffix == ".parquet" else pcsv.read_csv(file)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"table {str(file)!r} cannot be read: {error}") from None
-        if label not in self._table.column_names:
-            raise unknown(f"label column of {str(file)!r}", label, self._table.column_names)
+        with reading(file):
+            self._table = pq.read_table(file) if file.suffix == ".parquet" else pcsv.read_csv(file, None, None, CONVERT)
+            names = self._table.column_names  # which are decoded only here
+        check_distinct(names, file)
+        if label not in names:
+            raise unknown(f"label column of {str(file)!r}", label, names)
         if not self._table.num_rows or not self.columns:
-            raise UserError(f"table {str(file)!r} has {self._table.num_rows} rows and {len(self.columns)} columns")
-        for name in self._table.column_names:
-            self._check(name, self._table[name])
+            raise UserError(
+                f"table {str(file)!r} has {self._table.num_rows} rows and {len(self.columns)} columns besides"
+                f" {label!r}, needed is one of each at least"
+            )
+        self._check_label(self._table[label])
+        for name in self.columns:
+            self._check_column(name, self._table[name])
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -92,35 +100,52 @@ class RowTable:
     @property
     def classes(self) -> tuple[str, ...]:
         """The sorted values of the label column."""
-        values = pc.unique(self._table[self.label]).sort()
-        return tuple(map(str, values.to_pylist()))
+        values = pc.unique(self._table[self.label]).to_pylist()
+        return tuple(map(str, sorted(values)))
 
     def blocks(self, rows: np.ndarray, classes: tuple[str, ...]) -> Iterator[Block]:
         """Yield rows in blocks, labels as numbers of their classes."""
         for chunk in np.split(rows, range(BLOCK, len(rows), BLOCK)):
             block = self._table.take(chunk)
-            columns = [block[name].to_numpy().astype(np.float32) for name in self.columns]
+            with np.errstate(over="ignore"):  # becomes infinity, which is refused below
+                columns = [block[name].to_numpy().astype(np.float32) for name in self.columns]
             x = np.stack(columns, axis=1)  # [m, D]
             self._check_finite(x, chunk)
             labels = [str(value) for value in block[self.label].to_pylist()]
             yield Block(x, class_numbers(labels, classes), sample=x)
 
-    def _check(self, name: str, column: pa.ChunkedArray) -> None:
-        if column.null_count:
-            row = pc.index(column.is_null(), True).as_py()
-            raise UserError(f"column {name!r} of {str(self.file)!r} has no value in row {row}")
-        if name == self.label:
-            return
+    def _check_label(self, labels: pa.ChunkedArray) -> None:
+        self._refuse_missing(self.label, labels.is_null())
+        kind = labels.type
+        if pa.types.is_nested(kind) or pa.types.is_binary(kind):
+            raise UserError(
+                f"label column {self.label!r} of {str(self.file)!r} is {kind}, needed are numbers or texts in UTF-8"
+            )
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            self._refuse_missing(self.label, pc.equal(labels, ""))
+        if pa.types.is_floating(kind):
+            row = pc.index(pc.is_finite(labels), False).as_py()
+            if row >= 0:
+                self._refuse(self.label, row)
+
+    def _check_column(self, name: str, column: pa.ChunkedArray) -> None:
+        self._refuse_missing(name, column.is_null())
         integers = pa.types.is_integer(column.type)
         if not integers and not pa.types.is_floating(column.type):
             raise UserError(f"column {name!r} of {str(self.file)!r} is {column.type}, needed are numbers")
         if integers and column.type.bit_width > 16:
             self._check_exact(name, column.to_numpy())
 
+    def _refuse_missing(self, name: str, missing: pa.ChunkedArray) -> None:
+        row = pc.index(missing, True).as_py()
+        if row >= 0:
+            raise UserError(f"column {name!r} of {str(self.file)!r} has no value in {self._where(row)}")
+
     def _check_exact(self, name: str, values: np.ndarray) -> None:
         """Refuse integers that float32 rounds: different values, such as two identifiers, would become one."""
-        stored = values.astype(np.float32)
-        rounded = values[stored.astype(np.float64) != values.astype(np.float64)]
+        lowest = values & -values  # the lowest bit that is set
+        odd = values // np.where(values == 0, 1, lowest)  # what its 24 bits must hold
+        rounded = values[np.abs(odd) > 1 << 24]
         if len(rounded):
             raise UserError(
                 f"column {name!r} of {str(self.file)!r} holds {rounded[0]}, which float32 rounds: leave it"
@@ -131,5 +156,24 @@ class RowTable:
         broken = np.argwhere(~np.isfinite(x))
         if len(broken):
             row, column = broken[0]
-            name = self.columns[column]
-            raise UserError(f"column {name!r} of {str(self.file)!r} holds NaN or infinity in row {rows[row]}")
+            self._refuse(self.columns[column], int(rows[row]))
+
+    def _refuse(self, name: str, row: int) -> None:
+        value = self._table[name][row].as_py()
+        shown = "NaN" if math.isnan(value) else value
+        raise UserError(
+            f"column {name!r} of {str(self.file)!r} holds {shown} in {self._where(row)}, needed are finite numbers"
+            " that float32 can hold"
+        )
+
+    def _where(self, row: int) -> str:
+        """Tell the user where a row stands: a line of a CSV file as editors count, a row of parquet from 0."""
+        return f"row {row}" if self.file.suffix == ".parquet" else f"line {_line(self.file, row)}"
+
+
+def _line(file: Path, row: int) -> int:
+    """Return the line, from 1, on which a row of a CSV file stands; Arrow skips empty lines."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        filled = [number for number, line in enumerate(lines, 1) if line != "\n"]
+    _header, *numbers = filled
+    return numbers[row]

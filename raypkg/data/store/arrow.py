@@ -6,6 +6,7 @@ The statistics are known only at the end: they travel as the metadata of an empt
 """
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -37,17 +38,20 @@ class Header:
     @property
     def schema(self) -> pa.Schema:
         """The Arrow schema of the two columns, with this header as its metadata."""
-        size = int(np.prod(self.shape))
-        types = {
-            "pixels": pa.binary(size),
-            "encoded": pa.large_binary(),
-            "rows": pa.list_(pa.float32(), size),
-        }
         fields = {"format": FORMAT, **asdict(self)}
         return pa.schema(
-            {"x": types[self.kind], "y": pa.int64()},
+            {"x": self._type, "y": pa.int64()},
             metadata={"effray": json.dumps(fields)},
         )
+
+    @property
+    def _type(self) -> pa.DataType:
+        size = math.prod(self.shape)
+        if self.kind == "pixels":
+            return pa.binary(size)
+        if self.kind == "rows":
+            return pa.list_(pa.float32(), size)
+        return pa.large_binary()
 
     @classmethod
     def of(cls, schema: pa.Schema) -> "Header":

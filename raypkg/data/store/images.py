@@ -4,24 +4,30 @@ A set that fits ``DECODED_BYTES`` when decoded is decoded once, into a store of 
 and decoded on every read.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 from raypkg.core.errors import UserError
 from raypkg.data.augment import default_augment
+from raypkg.data.memory import check_samples
 from raypkg.data.split import Split, check_labels
 
 from .arrow import Block, Header, Store, write
 from .cache import cached
 from .decode import ImageHeader, Name, Shape, decode_all, read_header
 
-DECODED_BYTES = 2 << 30
+DECODED_BYTES = (2 << 30) - 1  # the most that Arrow allows one sample as well
 SAMPLED = 4096  # about so many images of an encoded store give its statistics
+SET_SIZE = "set option size, such as --set dataset.options.size=224 (--set size=224 for effray data)"
+
+Side = Annotated[int, Field(ge=0, le=1 << 16)]  # of an image, in pixels; 0 = its own
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,14 @@ class ImageSource:
         if not examples.length:
             raise UserError(f"the {name} split holds no images")
         shape = survey(examples, self.size)
+        pixels = math.prod(shape)  # bytes
+        check_samples(f"images of {_sides(shape[1:])}", examples.length, pixels, SET_SIZE)
         classes = examples.classes
         if name != "train":  # the train split decides on channels and class names
             train = self.split("train")
             if shape[1:] != train.shape[1:]:
                 sides = _sides(shape[1:])
-                raise UserError(f"{name} images are {sides}, train images {_sides(train.shape[1:])}: set option size")
+                raise UserError(f"{name} images are {sides}, train images {_sides(train.shape[1:])}: {SET_SIZE}")
             shape = train.shape
             classes = train.classes
         header = Header(_kind(examples.length, shape), shape, classes, default_augment(shape))
@@ -72,7 +80,7 @@ class ImageSource:
 
 
 def _kind(length: int, shape: Shape) -> Literal["pixels", "encoded"]:
-    decoded = length * int(np.prod(shape))  # bytes
+    decoded = length * math.prod(shape)  # bytes
     return "pixels" if decoded <= DECODED_BYTES else "encoded"
 
 
@@ -90,7 +98,7 @@ def survey(examples: Examples, size: int) -> Shape:
         own = (size, size) if size else (image.height, image.width)
         first = first or own
         if own != first:
-            raise UserError(f"images of several sizes, such as {_sides(first)} and {_sides(own)}: set option size")
+            raise UserError(f"images of several sizes, such as {_sides(first)} and {_sides(own)}: {SET_SIZE}")
     assert first, "there is at least one image"
     return channels, *first
 
@@ -111,11 +119,11 @@ def _blocks(examples: Examples, header: Header) -> Iterator[Block]:
         check_labels(y, len(header.classes), name)
         if header.kind == "pixels":
             x = decode_all(images, header.shape, name)
-            yield Block(x, y, sample=x)
+            yield Block(x, y.astype(np.int64), sample=x)
         else:
             name = _shifted(examples.name, start, stride)
             sample = decode_all(images[::stride], header.shape, name)
-            yield Block(images, y, sample)
+            yield Block(images, y.astype(np.int64), sample)
         start += len(images)
 
 

@@ -1,13 +1,16 @@
 """Rows of numbers on disk: one file, a share of which is the test split, or a folder with a file for each split."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.seeds import generator
+from raypkg.data.split import repeated
 
 SPLITS = ("train", "test")
 
@@ -47,6 +50,25 @@ def split_rows(files: Mapping[str, Path], split: str, n: int, test: float) -> np
     if not len(rows):
         raise UserError(f"option test = {test:g} leaves no {split} samples of the {n} in {str(files[split])!r}")
     return np.sort(rows.numpy())
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Say of a file what Arrow finds wrong with it.
+
+    Raises:
+        UserError: it cannot be read: damaged, not of its kind, not UTF-8, not ours to read.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"table {str(file)!r} cannot be read: {error}") from None
+
+
+def check_distinct(columns: Sequence[str], file: Path) -> None:
+    """Refuse columns of one name: nobody could say which is meant."""
+    if (twice := repeated(columns)) is not None:
+        raise UserError(f"table {str(file)!r} has two columns {twice!r} among {', '.join(columns)}")
 
 
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:

@@ -1,0 +1,46 @@
+"""Whether something fits this machine's memory, asked before it is allocated."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from raypkg.core.errors import UserError
+
+SAMPLES_AT_ONCE = 256  # that are decoded, or made dense, together
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine has, or that its control group allows."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no control group, or no limit in it
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        total = min(total, limit)
+    return total
+
+
+def check_memory(what: str, needed: int, advice: str) -> None:
+    """Refuse what this machine could not hold if nothing else were in its memory.
+
+    The bound is all of the memory, not what is free at the moment: what is refused today is refused tomorrow.
+
+    Args:
+        what: takes the memory.
+        needed: bytes.
+        advice: what to do about it.
+
+    Raises:
+        UserError: how much it takes, and how much there is.
+    """
+    available = machine_memory()
+    if needed > available:
+        raise UserError(f"{what}: takes {_gib(needed)} of memory, this machine has {_gib(available)}; {advice}")
+
+
+def check_samples(what: str, count: int, size: int, advice: str) -> None:
+    """Refuse samples of so many bytes each that a batch of them does not fit this machine's memory."""
+    batch = min(count, SAMPLES_AT_ONCE)
+    check_memory(f"{what}, {batch} at once", batch * size, advice)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
