@@ -58,15 +58,12 @@ def _load(entry: Entry, name: str, root: str, **keywords: Any) -> "Split":
     """Call a source; what a user's own function raises keeps its traceback, but it may not end the program."""
     from .split import Split
 
-    own = entry.source == USER_CODE
     try:
         split = entry(root, **keywords)
     except SystemExit as error:
-        if not own:
-            raise
-        raise UserError(f"dataset {name!r}: its function called sys.exit({error.code!r})") from error
+        raise UserError(f"dataset {name!r}: its code called sys.exit({error.code!r})") from error
     except OSError as error:
-        if own:
+        if entry.source == USER_CODE:
             raise
         raise UserError(f"dataset {name!r} cannot be read: {error}") from None
     if not isinstance(split, Split):

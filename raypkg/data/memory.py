@@ -33,11 +33,11 @@ def check_memory(what: str, needed: int, advice: str) -> None:
     """
     available = machine_memory()
     if needed > available:
-        raise UserError(f"{what}: takes {_gib(needed)} of memory, this machine has {_gib(available)}; {advice}")
+        raise UserError(f"{what}: needed is {_gib(needed)} of memory, this machine has {_gib(available)}; {advice}")
 
 
-def check_samples(what: str, count: int, size: int, advice: str) -> None:
-    """Refuse samples of so many bytes each that a batch of them does not fit this machine's memory."""
+def check_samples(what: str, size: int, advice: str, count: int = SAMPLES_AT_ONCE) -> None:
+    """Refuse samples of so many bytes each that a batch of them, or all, if they are fewer, does not fit the memory."""
     batch = min(count, SAMPLES_AT_ONCE)
     check_memory(f"{what}, {batch} at once", batch * size, advice)
 

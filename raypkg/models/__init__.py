@@ -1,12 +1,14 @@
 """Model families, one file each; every model is ``head(features(x))`` with a linear head."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry, Registry, argument
 from raypkg.core.seeds import derive
+from raypkg.data.memory import check_memory
 
 if TYPE_CHECKING:
     from .classifier import Classifier
@@ -28,7 +30,8 @@ def build_model(
         options: the model's own options, checked against its signature.
 
     Raises:
-        UserError: unknown name or option, a shape that the model cannot take, or a module without a linear head.
+        UserError: unknown name or option, a shape that the model cannot take, more parameters than fit this machine's
+            memory, a module without a linear head, or one that trains nothing.
 
     >>> build_model("linear", (1, 8, 8), 10, seed=0).head
     Linear(in_features=64, out_features=10, bias=True)
@@ -40,10 +43,27 @@ def build_model(
     entry = model[name]
     shape = tuple(shape)
     _check_arguments(entry, name, shape, num_classes)
+    build = partial(entry, shape, num_classes, variant=argument(name), options=options)
+    if name in model.entries:  # sizes of torchvision's models are fixed, the user's own code is called once
+        _check_size(build, name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "init"))  # torch.manual_seed would seed the GPUs as well
-        module = entry(shape, num_classes, variant=argument(name), options=options)
-        return checked(module, name, shape, num_classes)
+        try:
+            return checked(build(), name, shape, num_classes)
+        except SystemExit as error:
+            raise UserError(f"model {name!r}: its code called sys.exit({error.code!r})") from error
+
+
+def _check_size(build: Callable[[], "Classifier"], name: str) -> None:
+    """Refuse a model that this machine cannot train, by its parameters on a device that allocates nothing."""
+    import torch
+
+    with torch.device("meta"):
+        module = build()
+    count = sum(parameter.numel() for parameter in module.parameters())
+    size = sum(parameter.nbytes for parameter in module.parameters())
+    what = f"model {name!r} of {count:,} parameters, with gradients and momentum"
+    check_memory(what, 3 * size, "choose a smaller one")
 
 
 def _check_arguments(entry: Entry, name: str, shape: tuple[int, ...], num_classes: int) -> None:

@@ -86,11 +86,15 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
     """Return the module as a ``Classifier`` that was seen to map [b, *shape] to [b, D] to [b, C].
 
     Raises:
-        UserError: not a module, no linear head, not able to take the shape, other shapes out, or shared parameters.
+        UserError: not a module, no linear head, not able to take the shape, other shapes out, shared parameters, or
+            none to train.
     """
     if not isinstance(module, nn.Module):
-        raise UserError(f"model {name!r} returned a {type(module).__name__}, not an nn.Module")
+        returned = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise UserError(f"model {name!r} returned {returned}, not an nn.Module")
     _check_unshared(module, name)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UserError(f"model {name!r} has no parameter to train: it has none at all, or all of them are frozen")
     module.eval()  # the probe must not move batch-norm statistics
     x = torch.randn(2, *shape, generator=generator(0, "probe"))  # [2, *shape]
     logits = _probe(module, name, x, (2, num_classes))
@@ -125,4 +129,6 @@ def _probe(module: nn.Module, name: str, x: Tensor, expected: tuple[int, int]) -
     if not isinstance(out, Tensor) or out.shape != expected:
         returned = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise UserError(f"model {name!r} maps inputs {tuple(x.shape)} to {returned}, not to {expected}")
+    if not out.isfinite().all():
+        raise UserError(f"model {name!r} maps random inputs to NaN or infinity")
     return out

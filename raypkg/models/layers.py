@@ -8,6 +8,7 @@ from torch import nn
 from raypkg.core.errors import UserError
 
 Shape = tuple[int, ...]  # of one sample, (C, H, W) or (D,)
+Width = Annotated[int, Field(ge=1, le=1 << 20)]  # of a layer; wider ones would overflow the sizes of tensors
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 

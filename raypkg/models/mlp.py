@@ -2,17 +2,20 @@
 
 import math
 from itertools import pairwise
+from typing import Annotated
 
-from pydantic import PositiveInt
+from pydantic import Field
 from torch import nn
 
 from . import model
 from .classifier import Classifier
-from .layers import Shape
+from .layers import Shape, Width
+
+Hidden = Annotated[tuple[Width, ...], Field(max_length=1000)]
 
 
 @model("mlp", source="doi:10.1109/5.726791")
-def mlp(shape: Shape, num_classes: int, *, hidden: tuple[PositiveInt, ...] = (300, 100)) -> Classifier:
+def mlp(shape: Shape, num_classes: int, *, hidden: Hidden = (300, 100)) -> Classifier:
     """Multi-layer perceptron with ReLU, for rows and small images."""
     sizes = [math.prod(shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]

@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import model
 from .classifier import Classifier
-from .layers import Shape, conv, image_shape, kaiming, pooled
+from .layers import Shape, Width, conv, image_shape, kaiming, pooled
 
 HE = "arXiv:1512.03385"
 Connection = Callable[[int, int, int], nn.Module]  # (channels in, width, stride) → module
@@ -143,43 +142,43 @@ def group(module: nn.Module) -> None:
 
 
 @model("resnet8", source=HE)
-def resnet8(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
+def resnet8(shape: Shape, num_classes: int, *, width: Width = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-8 for small images, 0.08 M parameters."""
     return small(shape, num_classes, depth=8, width=width, norm=norm)
 
 
 @model("resnet20", source=HE)
-def resnet20(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
+def resnet20(shape: Shape, num_classes: int, *, width: Width = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-20 for small images, 0.27 M parameters."""
     return small(shape, num_classes, depth=20, width=width, norm=norm)
 
 
 @model("resnet32", source=HE)
-def resnet32(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
+def resnet32(shape: Shape, num_classes: int, *, width: Width = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-32 for small images, 0.46 M parameters."""
     return small(shape, num_classes, depth=32, width=width, norm=norm)
 
 
 @model("resnet56", source=HE)
-def resnet56(shape: Shape, num_classes: int, *, width: PositiveInt = 16, norm: Norm = "batch") -> Classifier:
+def resnet56(shape: Shape, num_classes: int, *, width: Width = 16, norm: Norm = "batch") -> Classifier:
     """ResNet-56 for small images, 0.85 M parameters."""
     return small(shape, num_classes, depth=56, width=width, norm=norm)
 
 
 @model("resnet18", source=HE)
-def resnet18(shape: Shape, num_classes: int, *, width: PositiveInt = 64, norm: Norm = "batch") -> Classifier:
+def resnet18(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = "batch") -> Classifier:
     """ResNet-18, 11.2 M parameters."""
     return large(shape, num_classes, blocks=[2, 2, 2, 2], width=width, norm=norm)
 
 
 @model("resnet34", source=HE)
-def resnet34(shape: Shape, num_classes: int, *, width: PositiveInt = 64, norm: Norm = "batch") -> Classifier:
+def resnet34(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = "batch") -> Classifier:
     """ResNet-34, 21.3 M parameters."""
     return large(shape, num_classes, blocks=[3, 4, 6, 3], width=width, norm=norm)
 
 
 @model("resnet50", source=HE)
-def resnet50(shape: Shape, num_classes: int, *, width: PositiveInt = 64, norm: Norm = "batch") -> Classifier:
+def resnet50(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = "batch") -> Classifier:
     """ResNet-50, 25.6 M parameters with 1,000 classes."""
     return large(
         shape, num_classes, blocks=[3, 4, 6, 3], width=width, norm=norm, branch=bottleneck, expansion=EXPANSION

@@ -21,8 +21,9 @@ from . import dataset
 
 SUFFIXES = (".libsvm", ".svm", ".txt", ".bz2", ".gz")
 ENTRY = np.dtype([("column", "<i4"), ("value", "<f4")])  # of a stored row; columns count from 0
-MOST_COLUMNS = 2**31 - 1  # that an entry can name
+MOST_COLUMNS = 2**31  # that an entry can name
 DENSE = np.dtype(np.float32)
+SHOWN = 40  # characters of what is no label
 BLOCK = 1 << 14  # rows on their way into the store
 
 
@@ -69,7 +70,7 @@ def load(
 
     store = cached(target, build)
     width = store.header.shape[0]
-    _check_width(root, width, len(store))
+    _check_width(root, width)
     rows = store.as_split(partial(_dense, store))
     return replace(rows, mean=(0.0,) * width, std=(1.0,) * width)  # not standardised: zeros stay zeros
 
@@ -139,7 +140,7 @@ def _label(label: str, where: str) -> str:
         value = float(label)
         whole = int(value)
     except (ValueError, OverflowError):  # not a number, NaN, infinity
-        raise UserError(f"{where} begins with {label!r}, needed is a number, the label") from None
+        raise UserError(f"{where} begins with {label[:SHOWN]!r}, needed is a number, the label") from None
     return str(whole) if value == whole else str(value)
 
 
@@ -161,9 +162,9 @@ def _row(entries: list[str], where: str) -> np.ndarray:
     return row
 
 
-def _check_width(root: str, width: int, rows: int) -> None:
-    what = f"table {root!r}: dense rows of {width:,} columns"
-    check_samples(what, rows, width * DENSE.itemsize, "number the columns that occur from 1")
+def _check_width(root: str, width: int) -> None:
+    what = f"dense rows of {width:,} columns in {root!r}"
+    check_samples(what, width * DENSE.itemsize, "number the columns that occur from 1")
 
 
 def _dense(store: Store, indices: np.ndarray) -> np.ndarray:

@@ -74,10 +74,8 @@ class RowTable:
     def __init__(self, file: Path, label: str):
         self.file = file
         self.label = label
-        with reading(file):
-            self._table = pq.read_table(file) if file.suffix == ".parquet" else pcsv.read_csv(file, None, None, CONVERT)
-            names = self._table.column_names  # which are decoded only here
-        check_distinct(names, file)
+        self._table = _read(file)
+        names = self._table.column_names
         if label not in names:
             raise unknown(f"label column of {str(file)!r}", label, names)
         if not self._table.num_rows or not self.columns:
@@ -115,31 +113,30 @@ class RowTable:
             yield Block(x, class_numbers(labels, classes), sample=x)
 
     def _check_label(self, labels: pa.ChunkedArray) -> None:
-        self._refuse_missing(self.label, labels.is_null())
+        self._refuse_where(labels.is_null(), self.label, "has no value")
         kind = labels.type
         if pa.types.is_nested(kind) or pa.types.is_binary(kind):
             raise UserError(
                 f"label column {self.label!r} of {str(self.file)!r} is {kind}, needed are numbers or texts in UTF-8"
             )
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            self._refuse_missing(self.label, pc.equal(labels, ""))
+            self._refuse_where(pc.equal(labels, ""), self.label, "has no value")
+            self._refuse_where(pc.match_substring(labels, "\n"), self.label, "holds a line break")  # an open quote
         if pa.types.is_floating(kind):
-            row = pc.index(pc.is_finite(labels), False).as_py()
-            if row >= 0:
-                self._refuse(self.label, row)
+            self._refuse_where(pc.invert(pc.is_finite(labels)), self.label, "holds NaN or infinity")
 
     def _check_column(self, name: str, column: pa.ChunkedArray) -> None:
-        self._refuse_missing(name, column.is_null())
+        self._refuse_where(column.is_null(), name, "has no value")
         integers = pa.types.is_integer(column.type)
         if not integers and not pa.types.is_floating(column.type):
             raise UserError(f"column {name!r} of {str(self.file)!r} is {column.type}, needed are numbers")
         if integers and column.type.bit_width > 16:
             self._check_exact(name, column.to_numpy())
 
-    def _refuse_missing(self, name: str, missing: pa.ChunkedArray) -> None:
-        row = pc.index(missing, True).as_py()
+    def _refuse_where(self, wrong: pa.ChunkedArray, name: str, problem: str) -> None:
+        row = pc.index(wrong, True).as_py()
         if row >= 0:
-            raise UserError(f"column {name!r} of {str(self.file)!r} has no value in {self._where(row)}")
+            raise UserError(f"column {name!r} of {str(self.file)!r} {problem} in {self._place(row)}")
 
     def _check_exact(self, name: str, values: np.ndarray) -> None:
         """Refuse integers that float32 rounds: different values, such as two identifiers, would become one."""
@@ -155,20 +152,34 @@ class RowTable:
     def _check_finite(self, x: np.ndarray, rows: np.ndarray) -> None:
         broken = np.argwhere(~np.isfinite(x))
         if len(broken):
-            row, column = broken[0]
-            self._refuse(self.columns[column], int(rows[row]))
+            first, column = broken[0]
+            row = int(rows[first])
+            name = self.columns[column]
+            value = self._table[name][row].as_py()
+            shown = "NaN" if math.isnan(value) else value
+            raise UserError(
+                f"column {name!r} of {str(self.file)!r} holds {shown} in {self._place(row)}, needed are finite numbers"
+                " that float32 can hold"
+            )
 
-    def _refuse(self, name: str, row: int) -> None:
-        value = self._table[name][row].as_py()
-        shown = "NaN" if math.isnan(value) else value
-        raise UserError(
-            f"column {name!r} of {str(self.file)!r} holds {shown} in {self._where(row)}, needed are finite numbers"
-            " that float32 can hold"
-        )
-
-    def _where(self, row: int) -> str:
+    def _place(self, row: int) -> str:
         """Tell the user where a row stands: a line of a CSV file as editors count, a row of parquet from 0."""
         return f"row {row}" if self.file.suffix == ".parquet" else f"line {_line(self.file, row)}"
+
+
+def _read(file: Path) -> pa.Table:
+    with reading(file):
+        if file.suffix == ".parquet":
+            table = pq.ParquetFile(file).read()
+        else:
+            table = pcsv.read_csv(file, convert_options=CONVERT)
+        check_distinct(table.column_names, file)
+        return table.cast(pa.schema(map(_plain, table.schema)))
+
+
+def _plain(column: pa.Field) -> pa.Field:
+    """Return a column of views of texts as one of texts, of which Arrow can take rows."""
+    return column.with_type(pa.string()) if pa.types.is_string_view(column.type) else column
 
 
 def _line(file: Path, row: int) -> int:

@@ -66,7 +66,7 @@ class ImageSource:
             raise UserError(f"the {name} split holds no images")
         shape = survey(examples, self.size)
         pixels = math.prod(shape)  # bytes
-        check_samples(f"images of {_sides(shape[1:])}", examples.length, pixels, SET_SIZE)
+        check_samples(f"images of {_sides(shape[1:])}", pixels, SET_SIZE, examples.length)
         classes = examples.classes
         if name != "train":  # the train split decides on channels and class names
             train = self.split("train")
