@@ -54,3 +54,18 @@ def test_a_header():
 
 def test_no_images():
     assert decode_all([], (3, 6, 5), str).shape == (0, 6, 5, 3)
+
+
+def test_an_image_of_too_many_pixels(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14)
+    with pytest.raises(UserError, match=r"row 3 is too large to decode: Image size \(30 pixels\) exceeds limit"):
+        read_header(samples.encode(samples.pixels(1)[0]), "row {}".format, 3)
+
+
+def test_what_a_codec_raises_at_a_damaged_image(monkeypatch):
+    def broken(image, mode):
+        raise RuntimeError("failed to decode image")  # as the AVIF decoder does
+
+    monkeypatch.setattr(Image.Image, "convert", broken)
+    with pytest.raises(UserError, match="image 0 does not decode"):
+        decode_all([samples.encode(samples.pixels(1)[0])], (3, 6, 5), "image {}".format)

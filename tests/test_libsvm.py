@@ -65,6 +65,11 @@ def test_the_width_can_be_given(load):
         ("1 2:2 2:3\n", r"line 1 .*: columns must begin at 1 and rise"),
         ("1 3000000000:1\n", r"line 1 .* has an entry that is not column:value"),
         ("1 1:inf\n", r"line 1 .* holds NaN or infinity"),
+        ("1 1:1\n0 1:1e300\n", r"line 2 .* holds NaN or infinity, or a number beyond float32"),
+        ("1 1_0:1\n", r"line 1 .* is not made of numbers in ASCII"),
+        ("1 ١:1\n", r"line 1 .* is not made of numbers in ASCII"),
+        ("7" * 5000 + " 1:1\n", r"line 1 .* begins with '7{40}', needed is a number"),
+        ("1 2147483649:1\n", r"line 1 .* has an entry that is not column:value"),
         ("\n# nothing\n", r"has no rows"),
         (b"\xff\xfe\x00", r"cannot be read"),
     ],
@@ -89,3 +94,15 @@ def test_a_class_that_train_does_not_know(tmp_path):
 def test_a_damaged_archive(load):
     with pytest.raises(UserError, match=r"cannot be read"):
         load(bz2.compress(TEXT.encode())[:-8], "rows.bz2")
+
+
+@pytest.mark.parametrize("column", [100_000_000, 2**31])
+def test_a_width_beyond_the_memory(load, monkeypatch, column):
+    monkeypatch.setattr("raypkg.data.memory.machine_memory", lambda: 24 << 30)
+    with pytest.raises(UserError, match=rf"dense rows of {column:,} columns in .*rows.libsvm', 256 at once: needed is"):
+        load(f"1 1:1\n0 {column}:1\n", test=0.5)
+
+
+def test_a_width_beyond_what_an_entry_can_name(load):
+    with pytest.raises(UserError, match=r"libsvm option columns = 1000000000000: .* less than or equal to 2147483648"):
+        load(columns=10**12)

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -140,6 +142,9 @@ def table(**columns):
     return pa.table({name: pa.array(*column) for name, column in columns.items()})
 
 
+twice = pa.Table.from_arrays([pa.array([b"a"]), pa.array([0]), pa.array([0])], ["image", "label", "label"])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -147,6 +152,10 @@ def table(**columns):
         (table(a=([b"a"],), b=([b"b"],), label=([0],)), "several image columns among a, b, label"),
         (table(image=([b"a"],), label=(["cat"],)), "label column 'label' of .* is string, needed are integers"),
         (table(image=([b"a"],), label=([None], pa.int64())), "row 0 of .* has no label"),
+        (table(image=([b"a"],), label=([[1]],)), r"label column 'label' of .* is list<.*>, needed are integers"),
+        (table(image=([b"a"],), label=([{"a": 1}],)), r"label column 'label' of .* is struct<.*>, needed are integers"),
+        (table(image=([{"bytes": {"bytes": b"a"}}],), label=([0],)), "no image column"),
+        (twice, "train.parquet' has two columns 'label' among image, label, label"),
     ],
 )
 def test_tables_of_another_kind(tmp_path, load, content, message):
@@ -171,6 +180,101 @@ def test_no_parquet_at_all(tmp_path, load):
     for split in ("train", "test"):
         (tmp_path / "set" / f"{split}.parquet").write_text("text")
     with pytest.raises(UserError, match=r"train.parquet' cannot be read"):
+        load()
+
+
+def write_with(tmp_path, metadata, labels=LABELS, kind=None):
+    """Write both splits with the hub's metadata as given, or with none."""
+    schema = pa.schema(
+        {"image": pa.binary(), "label": kind or pa.int64()},
+        None if metadata is None else {"huggingface": metadata},
+    )
+    columns = [pa.array(IMAGES, pa.binary()), pa.array(labels, schema.field("label").type)]
+    (tmp_path / "set").mkdir(exist_ok=True)
+    for split in ("train", "test"):
+        pq.write_table(pa.table(columns, schema), tmp_path / "set" / f"{split}.parquet")
+
+
+def features(label):
+    return json.dumps({"info": {"features": {"label": label}}})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ("no JSON", "Invalid JSON"),
+        (b"\xff\xfe", "Invalid JSON"),
+        ("[" * 100_000, "Invalid JSON: recursion limit exceeded"),
+        ("[1]", "Input should be an object"),
+        ("3", "Input should be an object"),
+        ("null", "Input should be an object"),
+        ('{"info": []}', "info Input should be an object"),
+        ('{"info": null}', "info Input should be an object"),
+        ('{"info": {"features": []}}', "info.features Input should be an object"),
+        (features(3), "Input should be a valid dictionary"),
+        (features({"names": "cat"}), "names Input should be a valid list"),
+        (features({"names": [1, 2, 3]}), "names.0 Input should be a valid string"),
+        (features({"names": {"0": "cat"}}), "names Input should be a valid list"),
+    ],
+)
+def test_metadata_of_another_form(tmp_path, load, metadata, problem):
+    write_with(tmp_path, metadata)
+    where = r"the schema metadata 'huggingface' of .*train\.parquet' does not list the classes of 'label': "
+    with pytest.raises(UserError, match=where + problem):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat", "dog"], "row 2 of .*train.parquet' has label 2, allowed is 0 … 1"),
+        (["cat", "dog", "cat"], r"metadata 'huggingface' of .*train.parquet' has two classes 'cat' of 'label'"),
+    ],
+)
+def test_class_names_that_do_not_fit(tmp_path, load, names, message):
+    write_with(tmp_path, features({"names": names}))
+    with pytest.raises(UserError, match=message):
+        load()
+
+
+@pytest.mark.parametrize("metadata", ["{}", '{"info": {"features": {}}}', features({"names": None}), features({})])
+def test_metadata_without_names(tmp_path, load, metadata):
+    write_with(tmp_path, metadata)
+    assert load().train.classes == ("0", "1", "2")
+
+
+def test_splits_that_name_their_classes_differently(tmp_path, load):
+    write(tmp_path, splits=["train"])
+    write(tmp_path, splits=["test"], classes=samples.CLASSES[::-1])
+    with pytest.raises(UserError, match=r"class names of .*test-.* are owl, dog, cat, not cat, dog, owl"):
+        load()
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.int16(), pa.uint64()])
+def test_labels_of_any_integers(tmp_path, load, kind):
+    write_with(tmp_path, None, kind=kind)
+    np.testing.assert_array_equal(everything(load().train)[1], LABELS)
+
+
+@pytest.mark.parametrize("metadata", [None, features({"names": samples.CLASSES})])
+def test_labels_beyond_int64(tmp_path, load, metadata):
+    write_with(tmp_path, metadata, [2**64 - 1] * len(LABELS), pa.uint64())
+    with pytest.raises(UserError, match=r"labels? .*18446744073709551615"):
+        load()
+
+
+def test_a_size_beyond_the_memory(tmp_path, load, monkeypatch):
+    write(tmp_path)
+    with pytest.raises(UserError, match=r"parquet option size = 1000000000000: .* less than or equal to 65536"):
+        load(size=10**12)
+    monkeypatch.setattr("raypkg.data.memory.machine_memory", lambda: 2 << 30)
+    with pytest.raises(UserError, match=r"images of 20000×20000, 9 at once: needed is 10.1 GiB .* has 2.0 GiB; set"):
+        load(size=20_000)
+
+
+def test_how_a_size_is_given(tmp_path, load):
+    write(tmp_path, [*IMAGES[:8], samples.encode(samples.pixels(1, 8, 8)[0])])
+    with pytest.raises(UserError, match=r"--set dataset.options.size=224 \(--set size=224 for effray data\)"):
         load()
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,16 @@ def test_rows_by_hand():
         (ROWS[:0], Y[:0], r"x is empty: \[0, 2\]"),
         (torch.tensor([[0.0, 1], [torch.nan, 0]]), Y, "row 1 of x holds NaN or infinity"),
         (torch.tensor([[torch.inf, 1], [0, 0]]), Y, "row 0 of x holds NaN or infinity"),
+        (ROWS.double() * 1e300, Y, "row 0 of x holds NaN or infinity, or a number beyond float32"),
+        (ROWS.tolist(), Y, "x is a list, needed is a tensor or a NumPy array"),
+        (ROWS, Y.tolist(), "y is a list, needed is a tensor or a NumPy array"),
+        (ROWS.to_sparse(), Y, r"x is a tensor of layout torch.sparse_coo, needed is a dense one"),
+        (ROWS.numpy().astype(object), Y, r"x is object \[2, 2\], needed is uint8"),
+        (ROWS.numpy().astype(str), Y, r"x is <U32 \[2, 2\], needed is uint8"),
+        (ROWS.numpy(), np.array(["a", "b"]), r"y is <U1 \[2\], needed are integers"),
+        (ROWS.numpy(), np.array([0, 1], object), r"y is object \[2\], needed are integers"),
+        (ROWS.numpy(), np.array([False, True]), r"y is bool \[2\], needed are integers"),
+        (ROWS.numpy(), np.array([0, 2**64 - 1], np.uint64), "labels run from 0 to 18446744073709551615 but none is 1"),
         (ROWS, torch.tensor([0, 2]), "labels run from 0 to 2 but none is 1"),
         (ROWS, torch.tensor([-1, 0]), "labels run from -1 to 0 but none is 1"),
     ],
@@ -48,3 +59,43 @@ def test_what_is_refused(x, y, message):
 def test_labels_outside_the_named_classes(label):
     with pytest.raises(UserError, match=rf"sample 1 has label {label}, allowed is 0 … 1"):
         Split.from_tensors(ROWS, torch.tensor([0, label]), classes=("a", "b"))
+
+
+def test_two_classes_of_one_name():
+    with pytest.raises(UserError, match="two of the 3 classes are called 'a'"):
+        Split.from_tensors(ROWS, Y, classes=("a", "b", "a"))
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64, ">i8"])
+def test_labels_of_any_integers(dtype):
+    split = Split.from_tensors(ROWS, read_only(np.array([1, 0], dtype)))
+    assert split.y.equal(torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4"])
+def test_rows_of_any_floats(dtype):
+    split = Split.from_tensors(read_only(ROWS.numpy().astype(dtype)), Y)
+    assert split.batch([1, 0])[0].equal(ROWS.flip(0))
+
+
+def test_rows_of_bfloat16():
+    assert Split.from_tensors(ROWS.bfloat16(), Y).batch([0, 1])[0].equal(ROWS)
+
+
+@pytest.mark.parametrize("x", [IMAGES, ROWS], ids=["images", "rows"])
+def test_arrays_give_what_tensors_give(x):
+    expected = Split.from_tensors(x, Y)
+    split = Split.from_tensors(read_only(x.numpy().copy()), read_only(Y.numpy().copy()))
+    for a, b in zip(split.batch([1, 0]), expected.batch([1, 0]), strict=True):
+        assert a.equal(b) and a.stride() == b.stride()
+    assert (split.shape, split.mean, split.std, split.classes) == (
+        expected.shape,
+        expected.mean,
+        expected.std,
+        expected.classes,
+    )

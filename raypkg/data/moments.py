@@ -2,6 +2,8 @@
 
 import numpy as np
 
+SMALLEST = float(np.finfo(np.float32).tiny)  # deviation whose inverse float32 holds; those below count as none
+
 
 class Moments:
     """Running mean and population standard deviation over all axes but the last.
@@ -52,4 +54,4 @@ class Moments:
     def std(self) -> tuple[float, ...]:
         """The standard deviation per channel; 1 for a constant channel, so that dividing by it is harmless."""
         std = np.sqrt(self._m2 / self._n)
-        return tuple(np.where(std > 0, std, 1.0).tolist())
+        return tuple(np.where(std > SMALLEST, std, 1.0).tolist())

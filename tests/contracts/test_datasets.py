@@ -1,6 +1,7 @@
 """What every data source keeps, over the whole registry; one that needs files is given small ones."""
 
 import pickle
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,6 +166,23 @@ def of_another_kind(root, *, split):
     return [split]
 
 
+def nothing(root, *, split):
+    """Forgets to return."""
+
+
+def with_an_exit(root, *, split):
+    sys.exit("no data")
+
+
+def with_a_missing_file(root, *, split):
+    return open("/nowhere/rows.csv")
+
+
+def of_two_class_lists(root, *, split):
+    names = ("a", "b") if split == "train" else ("b", "a")
+    return Split.from_tensors(torch.ones(2, 1), torch.tensor([0, 1]), classes=names)
+
+
 def of_two_widths(root, *, split):
     return rows(root, split=split, width=1 if split == "train" else 2)
 
@@ -181,12 +199,26 @@ def test_the_users_own_function(monkeypatch):
     [
         ("without_split", "must take a keyword split"),
         ("of_another_kind", "returned a list, not a"),
+        ("nothing", "returned a NoneType, not a"),
+        ("with_an_exit", r"with_an_exit': its code called sys.exit\('no data'\)"),
+        ("of_two_class_lists", r"differ in classes: train has \('a', 'b'\), test has \('b', 'a'\)"),
         ("of_two_widths", r"differ in shape: train has \(1,\), test has \(2,\)"),
     ],
 )
 def test_what_the_users_function_must_keep(function, message):
     with pytest.raises(UserError, match=message):
         load_data(f"{__name__}:{function}")
+
+
+def test_an_error_of_the_users_function_is_not_ours_to_explain():
+    with pytest.raises(FileNotFoundError):
+        load_data(f"{__name__}:with_a_missing_file")
+
+
+@pytest.mark.parametrize("source", ["table", "libsvm", "folder", "parquet"])
+def test_a_path_that_the_system_refuses(source):
+    with pytest.raises(UserError, match=rf"dataset '{source}:x+' cannot be read: .*File name too long"):
+        load_data(f"{source}:{'x' * 300}")
 
 
 @pytest.mark.parametrize(

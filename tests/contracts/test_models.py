@@ -48,6 +48,32 @@ def not_a_module(shape, num_classes):
     return 3
 
 
+def a_class(shape, num_classes):
+    return nn.Linear
+
+
+def nothing(shape, num_classes):
+    """Forgets to return."""
+
+
+def with_an_exit(shape, num_classes):
+    sys.exit(3)
+
+
+def without_parameters(shape, num_classes):
+    return nn.Flatten()
+
+
+def frozen(shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes)).requires_grad_(False)
+
+
+def broken(shape, num_classes):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
+    nn.init.constant_(network[1].bias, torch.nan)
+    return network
+
+
 def tied(shape, num_classes):
     hidden = nn.Linear(192, 192)
     return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), hidden, nn.Linear(192, num_classes))
@@ -258,10 +284,36 @@ def test_torchvision_networks_return_logits_while_training(variant):
         (own(three_classes), {}, r"maps inputs \(2, 3, 8, 8\) to \(2, 3\), not to \(2, 5\)"),
         (own(no_arguments), {}, r"must be callable as function\(shape, num_classes\)"),
         (own(not_a_module), {}, "returned a int, not an nn.Module"),
+        (own(a_class), {}, "returned the class Linear, not an nn.Module"),
+        (own(nothing), {}, "returned a NoneType, not an nn.Module"),
+        (own(with_an_exit), {}, r"with_an_exit': its code called sys.exit\(3\)"),
+        (own(without_parameters), {}, "has no parameter to train"),
+        (own(frozen), {}, "has no parameter to train: it has none at all, or all of them are frozen"),
+        (own(broken), {}, "maps random inputs to NaN or infinity"),
+        ("resnet20", {"width": 10_000_000}, "resnet20 option width = 10000000: .* less than or equal to 1048576"),
+        ("mlp", {"hidden": [10**12]}, "mlp option hidden.0 = 1000000000000: .* less than or equal to 1048576"),
+        ("mlp", {"hidden": [1] * 1001}, "tuple should have at most 1000 items"),
+        (
+            "resnet56",
+            {"width": 100_000},
+            r"model 'resnet56' of 33,\d{3},.* parameters, with gradients and momentum: needed",
+        ),
+        (
+            "mlp",
+            {"hidden": [10**6, 10**6]},
+            r"'mlp' of 1,000,199,000,005 parameters, .* needed is 11,178.1 GiB of memory",
+        ),
+        ("mlp", {"shape": (100_000_000,)}, "'mlp' of 30,000,030,905 parameters"),
+        (
+            "linear",
+            {"shape": (2**31,)},
+            r"'linear' of 10,737,418,245 parameters, .* has 24.0 GiB; choose a smaller one",
+        ),
         (own(tied), {}, r"tied': 1.weight and 3.weight are one parameter, which is stored and masked by name"),
     ],
 )
-def test_errors_are_one_line(name, arguments, match):
+def test_errors_are_one_line(name, arguments, match, monkeypatch):
+    monkeypatch.setattr("raypkg.data.memory.machine_memory", lambda: 24 << 30)
     with pytest.raises(UserError, match=match) as error:
         build(name, **arguments)
     assert "\n" not in str(error.value)

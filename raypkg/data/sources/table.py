@@ -171,6 +171,7 @@ def _read(file: Path) -> pa.Table:
     with reading(file):
         if file.suffix == ".parquet":
             table = pq.ParquetFile(file).read()
+            table.validate(full=True)  # texts are UTF-8
         else:
             table = pcsv.read_csv(file, convert_options=CONVERT)
         check_distinct(table.column_names, file)

@@ -1,0 +1,245 @@
+"""Data files that are damaged or ambiguous: one line that names the file and the place, and no store is left."""
+
+import os
+from datetime import date
+from decimal import Decimal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import samples
+from raypkg.cli import main
+from raypkg.core.errors import UserError
+from raypkg.data import load_data
+from raypkg.data.describe import describe
+from raypkg.data.moments import Moments
+
+ROWS = "".join(f"{i},{i % 2}\n" for i in range(9))
+GOOD = f"a,label\n{ROWS}"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Where stores lie, of which none may be left by data that was refused."""
+    return tmp_path / "cache"
+
+
+def stores(cache):
+    return [file for file in cache.glob("*") if file.suffix != ".lock"]
+
+
+@pytest.fixture
+def load_csv(tmp_path, cache):
+    def load(text, **options):
+        file = tmp_path / "rows.csv"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_data(f"table:{file}", options, cache=cache)
+
+    return load
+
+
+@pytest.fixture
+def load_rows(tmp_path, cache):
+    def load(table, **options):
+        file = tmp_path / "rows.parquet"
+        pq.write_table(table, file)
+        return load_data(f"table:{file}", options, cache=cache)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "rows.csv' cannot be read: Empty CSV file"),
+        ("a,label\n", "rows.csv' has 0 rows and 1 columns besides 'label'"),
+        ("label\n1\n", "rows.csv' has 1 rows and 0 columns besides 'label', needed is one of each"),
+        ("a\n1\n", "unknown label column of .*rows.csv' 'label'. Allowed: a"),
+        ("1,0\n2,1\n", "unknown label column of .*rows.csv' 'label'. Allowed: 0, 1"),
+        (GOOD.replace(",", ";"), "unknown label column .* did you mean 'a;label'"),
+        ("a,a,label\n1,2,0\n", "rows.csv' has two columns 'a' among a, a, label"),
+        ("a,label,label\n1,0,0\n", "rows.csv' has two columns 'label' among a, label, label"),
+        (GOOD + "1\n", "rows.csv' cannot be read: CSV parse error: Expected 2 columns, got 1"),
+        (GOOD.encode("utf-16"), "rows.csv' cannot be read"),
+        (b"a\xff,label\n1,0\n", "rows.csv' cannot be read: 'utf-8' codec can't decode byte 0xff"),
+        (b"a,label\n1,\xff\n", "label column 'label' of .*rows.csv' is binary, needed are numbers or texts in UTF-8"),
+        (b"a,label\n\xff,1\n", "column 'a' of .*rows.csv' is binary, needed are numbers"),
+        ("a,label\n1\x00,0\n", "column 'a' of .*rows.csv' is string, needed are numbers"),
+        ('a,label\n1,"x\n2,0\n', "column 'label' of .*rows.csv' holds a line break in line 2"),
+        ('a,label\n1,cat\n2,""\n', "column 'label' of .*rows.csv' has no value in line 3"),
+    ],
+)
+def test_what_is_no_table(load_csv, cache, text, message):
+    with pytest.raises(UserError, match=message):
+        load_csv(text)
+    assert not stores(cache)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("NaN", "holds NaN in line 13, needed are finite numbers"),
+        ("-nan", "holds NaN in line 13"),
+        ("", "has no value in line 13"),
+        ("NA", "has no value in line 13"),
+        ("inf", "holds inf in line 13"),
+        ("1e300", r"holds 1e\+300 in line 13, needed are finite numbers that float32 can hold"),
+        ("-1e400", "holds -inf in line 13"),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_value_is_found_by_its_line(load_csv, value, problem, end):
+    text = f"a,label\n\n\n{ROWS}{value},1\n"  # the header, two empty lines and nine rows come before it
+    with pytest.raises(UserError, match=f"column 'a' of .*rows.csv' {problem}"):
+        load_csv(text.replace("\n", end))
+
+
+@pytest.mark.parametrize("label", ["NaN", "inf", "-inf"])
+def test_labels_are_finite(load_csv, label):
+    with pytest.raises(UserError, match=r"column 'label' of .*rows.csv' holds NaN or infinity in line 11"):
+        load_csv(f"{GOOD}1,{label}\n")
+
+
+def test_texts_that_read_like_nothing_are_classes(load_csv):
+    data = load_csv("a,label\n1,NA\n2,cat\n3,nan\n4,null\n5,NA\n", test=0.5)
+    assert data.train.classes == ("NA", "cat", "nan", "null")
+
+
+def column(values, kind=None):
+    return pa.table({"a": pa.array(values, kind), "label": [0, 1] * (len(values) // 2)})
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (column([1.0, np.nan]), "column 'a' of .*rows.parquet' holds NaN in row 1"),
+        (column([1.0, None]), "column 'a' of .*rows.parquet' has no value in row 1"),
+        (column([1e300, 1.0]), r"holds 1e\+300 in row 0"),
+        (column([1, 2**24 + 1]), "column 'a' of .*rows.parquet' holds 16777217, which float32 rounds"),
+        (column([1, 2**63 - 1]), "holds 9223372036854775807, which float32 rounds"),
+        (column([1, 2**64 - 1], pa.uint64()), "holds 18446744073709551615, which float32 rounds"),
+        (column([1, -(2**63) + 1]), "holds -9223372036854775807, which float32 rounds"),
+        (column([[1], [2]]), r"column 'a' of .* is list<.*>, needed are numbers"),
+        (pa.table({"label": [0, 1]}), "has 2 rows and 0 columns besides 'label'"),
+        (pa.table({}), "unknown label column of .* 'label'. Allowed: none"),
+        (pa.Table.from_arrays([pa.array([1.0])] * 3, ["a", "a", "label"]), "has two columns 'a' among a, a, label"),
+    ],
+)
+def test_columns_that_are_no_rows_of_numbers(load_rows, cache, table, message):
+    with pytest.raises(UserError, match=message):
+        load_rows(table)
+    assert not stores(cache)
+
+
+def test_integers_that_float32_holds(load_rows):
+    exact = [0, -1, 2**24, -(2**24), 2**62, -(2**63), 3 * 2**40, 2**24 - 1]
+    data = load_rows(column(exact), test=0.5)
+    x = torch.cat([split.batch(range(len(split)))[0] for split in data])
+    assert sorted(x.flatten().tolist()) == sorted(map(float, exact))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (pa.array([2**64 - 1, 0], pa.uint64()), ("0", "18446744073709551615")),
+        (pa.array(["b", "a"]).dictionary_encode(), ("a", "b")),
+        (pa.array(["b", "a"], pa.string_view()), ("a", "b")),
+        (pa.array([2.0, 1.5], pa.float16()), ("1.5", "2.0")),
+        ([Decimal("10"), Decimal("9")], ("9", "10")),
+        ([date(2026, 1, 2), date(2025, 1, 2)], ("2025-01-02", "2026-01-02")),
+        ([True, False], ("False", "True")),
+    ],
+)
+def test_labels_of_any_kind(load_rows, labels, classes):
+    labels = pa.concat_arrays([pa.array(labels)] * 4)
+    data = load_rows(pa.table({"a": np.arange(8.0), "label": labels}), test=0.5)
+    assert data.train.classes == classes
+
+
+@pytest.mark.parametrize("labels", [[[1], [2]], [{"a": 1}, {"a": 2}], [b"a", b"b"]])
+def test_labels_that_are_no_names(load_rows, labels):
+    with pytest.raises(UserError, match=r"label column 'label' of .* is .*, needed are numbers or texts in UTF-8"):
+        load_rows(pa.table({"a": [1.0, 2.0], "label": labels}))
+
+
+def test_a_column_that_hardly_varies_is_not_divided_by_its_deviation():
+    moments = Moments()
+    moments.update(np.array([[0.0, 1.0], [1e-44, 3.0]], np.float32))
+    assert moments.std == (1.0, 1.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ("train", "test"):
+        samples.write_folder(tmp_path / "set" / split, samples.pixels(6), np.arange(6) % 3)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def load_folder(folder, cache):
+    return lambda **options: load_data(f"folder:{folder}", options, cache=cache)
+
+
+def dangling(file):
+    file.symlink_to("nowhere.png")
+
+
+def loop(file):
+    file.symlink_to(file.name)
+
+
+@pytest.mark.parametrize("make", [dangling, loop, os.mkfifo])
+def test_what_is_named_like_an_image_and_is_no_file(folder, load_folder, cache, make):
+    make(folder / "train" / "cat" / "new.png")
+    with pytest.raises(UserError, match=r"image '.*train/cat/new.png' is no file: a link that leads nowhere"):
+        load_folder()
+    assert not stores(cache)
+
+
+def test_a_folder_named_like_an_image_is_a_folder(folder, load_folder):
+    inner = folder / "train" / "cat" / "more.png"
+    inner.mkdir()
+    (inner / "a.png").write_bytes(samples.encode(samples.pixels(1)[0]))
+    assert len(load_folder().train) == 7
+
+
+def test_links_between_folders_are_no_endless_way(folder, load_folder):
+    (folder / "train" / "cat" / "up").symlink_to(folder)
+    assert len(load_folder().train) == 6
+
+
+def test_an_image_that_may_not_be_read(folder, load_folder, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied")  # the tests may run as root, who may read everything
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refused)
+    with pytest.raises(UserError, match=r"image '.*train/cat/000.png' cannot be read: Permission denied"):
+        load_folder()
+
+
+def test_a_class_whose_name_is_not_utf8(folder, load_folder):
+    name = os.fsencode(folder / "train") + b"/\xff"
+    os.rename(folder / "train" / "cat", name)
+    with pytest.raises(UserError, match=r"has the class '\\udcff', whose name is not UTF-8"):
+        load_folder()
+
+
+def test_names_are_shown_as_they_are(folder, load_folder):
+    for split in ("train", "test"):
+        (folder / split / "cat").rename(folder / split / "[red]")
+        (folder / split / "dog").rename(folder / split / "[")
+    table = describe("folder:[bold]", load_folder())
+    assert table.title == r"folder:\[bold]"
+    assert "owl" in list(table.columns[1].cells)[2] and r"\[red]" in list(table.columns[1].cells)[2]
+
+
+@pytest.mark.parametrize("source", ["folder", "table"])
+def test_the_command_line_says_it_in_one_line(folder, source, capsys):
+    (folder / "train" / "cat" / "new.png").symlink_to("nowhere")
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", f"{source}:{folder}"])
+    error = capsys.readouterr().err
+    assert error.startswith("effray: ") and error.count("\n") == 1 and str(folder) in error
