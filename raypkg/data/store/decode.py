@@ -14,7 +14,8 @@ from raypkg.core.errors import UserError
 
 SIXTEEN_BITS = {"I", "I;16", "I;16B"}
 GREY = {"1", "L", "LA", *SIXTEEN_BITS}  # Pillow's modes without colour
-DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError)  # what Pillow raises on bad files
+TOO_LARGE = Image.DecompressionBombError
+DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, TOO_LARGE)  # what Pillow raises on bad files
 
 Name = Callable[[int], str]
 Shape = tuple[int, ...]
@@ -33,7 +34,7 @@ def read_header(data: bytes, name: Name, i: int) -> ImageHeader:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return ImageHeader(image.height, image.width, image.mode in GREY)
-    except Image.DecompressionBombError as error:
+    except TOO_LARGE as error:
         raise UserError(f"{name(i)} is too large to decode: {error}") from None
     except DAMAGED:
         raise UserError(f"{name(i)} does not decode: it is damaged or no image") from None
