@@ -2,15 +2,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import Field
 
-from raypkg.core.config import Named, Settings, leaves, load_settings, to_toml
-from raypkg.core.errors import UserError
+from raypkg.cli.options import overrides as overrides_of
+from raypkg.core.config import Named, Settings, leaves, load_settings, parse_toml, to_toml
+from raypkg.core.errors import UserError, unknown
 
 
 class Optim(Settings):
     lr: Annotated[float, Field(gt=0)] = 0.1
     rule: Literal["sgd", "adamw"] = "sgd"
+    fast: bool = False
+    shares: tuple[float, ...] = ()
 
 
 class Model(Named):
@@ -23,19 +28,22 @@ class Example(Settings):
     model: Model = Model()
 
 
+EVERY = ["seed", "optim.lr", "optim.rule", "optim.fast", "optim.shares", "model.name", "model.options"]
+
+
 def test_overrides_win_over_the_file(tmp_path):
     file = tmp_path / "a.toml"
     file.write_text('seed = 1\nmodel = "resnet8"\n[optim]\nlr = 0.5\nrule = "adamw"\n')
-    settings = load_settings(Example, file, {"optim.lr": "0.25", "model.options.width": 3})
-    assert (settings.seed, settings.optim.lr, settings.optim.rule) == (1, 0.25, "adamw")
-    assert (settings.model.name, settings.model.options) == ("resnet8", {"width": 3})
+    built = load_settings(Example, file, {"optim.lr": "0.25", "model.options.width": 3})
+    assert (built.seed, built.optim.lr, built.optim.rule) == (1, 0.25, "adamw")
+    assert (built.model.name, built.model.options) == ("resnet8", {"width": 3})
 
 
 def test_toml_round_trip(tmp_path):
-    settings = load_settings(Example, None, {"optim.lr": 0.3, "model": "linear", "model.options.a": [1, 2]})
+    built = load_settings(Example, None, {"optim.lr": 0.3, "model": "linear", "model.options.a": [1, 2]})
     file = tmp_path / "a.toml"
-    file.write_text(to_toml(settings))
-    assert load_settings(Example, file) == settings
+    file.write_text(to_toml(built))
+    assert load_settings(Example, file) == built
 
 
 def test_settings_are_frozen():
@@ -44,14 +52,14 @@ def test_settings_are_frozen():
 
 
 def test_leaves_are_dotted():
-    assert [name for name, _ in leaves(Example)] == ["seed", "optim.lr", "optim.rule", "model.name", "model.options"]
+    assert [name for name, _ in leaves(Example)] == EVERY
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"sed": 1}, "unknown setting 'sed', did you mean 'seed'"),
-        ({"optim.lrr": 1}, r"unknown setting 'optim.lrr', did you mean 'optim.lr'\? Allowed: optim.lr, optim.rule"),
+        ({"optim.lrr": 1}, r"unknown setting 'optim.lrr', did you mean 'optim.lr'\? Allowed: optim.fast, optim.lr, "),
         ({"optim.rule": "sdg"}, "unknown optim.rule 'sdg', did you mean 'sgd'"),
         ({"optim.lr": 0}, "optim.lr = 0: input should be greater than 0"),
         ({"optim.lr": "x"}, "optim.lr = 'x': input should be a valid number"),
@@ -59,12 +67,31 @@ def test_leaves_are_dotted():
         ({"seed": 1.5}, "seed = 1.5: input should be a valid integer"),
         ({"optim": 3}, "optim = 3"),
         ({"seed.deep": 3}, "seed = "),
+        ({"seed": True}, "seed = True: input should be a number, neither true nor false"),
+        ({"optim.lr": False}, "optim.lr = False: input should be a number, neither true nor false"),
+        ({"optim.shares": (0.5, True)}, "optim.shares = .*neither true nor false"),
+        ({"optim.fast": 1}, "optim.fast = 1: input should be true or false, not a number"),
+        ({"seed": 2**63}, "seed = 9223372036854775808: input should be an integer of at most 64 bits"),
+        ({"optim.rule": "x" * 5000}, "unknown optim.rule 'x+…x+'. Allowed: adamw, sgd"),
+        ({"seed": [1, 2] * 5000}, r"seed = \[1, 2, 1, 2, 1, 2, ...\]: input should be a valid integer"),
+        ({"a." * 5000 + "b": 1}, "unknown setting '.*': no setting has 5001 parts"),
     ],
 )
 def test_one_line_errors(overrides, message):
     with pytest.raises(UserError, match=message) as caught:
         load_settings(Example, None, overrides)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", [1, "1", 1.0, "1.0"])
+def test_an_integer_may_be_written_as_a_whole_number(value):
+    assert load_settings(Example, None, {"seed": value}).seed == 1
+
+
+@pytest.mark.parametrize("option", [None, object(), "a\udcff", 2**63, [[1, None]]])
+def test_what_toml_cannot_hold_is_refused_when_it_is_stored(option):
+    with pytest.raises(UserError, match=r"(cannot be stored|a setting has an integer of more than 64 bits)"):
+        to_toml(Example(model=Model(options={"a": option})))
 
 
 def test_unreadable_files(tmp_path):
@@ -74,3 +101,64 @@ def test_unreadable_files(tmp_path):
     bad.write_text("seed = = 1")
     with pytest.raises(UserError, match=r"bad.toml' is not valid TOML"):
         load_settings(Example, Path(bad))
+
+
+def test_long_errors_stay_readable_and_keep_no_secret():
+    message = str(UserError(f"cannot use s3://KEY:{'s' * 300}@bucket/{'x' * 5000}/end"))
+    assert message.startswith("cannot use s3://***@bucket/xxx") and message.endswith("xxx/end") and len(message) < 300
+    message = str(unknown("run", "y" * 5000, [f"run{number:04}" for number in range(5000)]))
+    assert message.endswith("run0059, and 4940 more") and len(message) < 900
+
+
+# Any text and any settings: one line that says what is wrong, or settings that are read back.
+
+SMALL = settings(derandomize=True, deadline=None, max_examples=150)
+NAMES = st.sampled_from([*EVERY, "optim", "model", "model.options.a", "model.options.a.b", "sed", "", ".", "seed.x"])
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["false", "true", "sgd"])
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
+)
+
+
+def assert_right(build) -> None:
+    """Build settings that are read back equal, or be refused in one line."""
+    try:
+        built = build()
+        stored = to_toml(built).encode()
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+        return
+    assert load_settings(Example, parse_toml(stored, "back")) == built
+
+
+@SMALL
+@given(st.dictionaries(NAMES | st.text(), VALUES, max_size=4))
+def test_any_overrides(overrides):
+    assert_right(lambda: load_settings(Example, None, overrides))
+
+
+@SMALL
+@given(st.text() | st.builds("{} = {}".format, NAMES, st.text() | VALUES), st.dictionaries(NAMES, SCALARS, max_size=2))
+def test_any_file(text, overrides):
+    assert_right(lambda: load_settings(Example, parse_toml(text, "file"), overrides))
+
+
+@SMALL
+@given(st.lists(st.text() | st.builds("{}={}".format, NAMES | st.text(), st.text() | VALUES), max_size=4))
+def test_any_pairs(pairs):
+    assert_right(lambda: load_settings(Example, None, overrides_of(Example, {}, pairs)))
+
+
+STORED = to_toml(Example(seed=3, model=Model(name="wide", options={"width": 3, "rates": [0.1, 0.2]}))).encode()
+
+
+@SMALL
+@given(st.data())
+def test_any_damage_of_stored_settings(data):
+    content = bytearray(STORED)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(1, 4))] = data.draw(st.binary(max_size=4))
+    assert_right(lambda: load_settings(Example, parse_toml(bytes(content), "config.toml")))

@@ -1,7 +1,6 @@
 """Settings as command-line options: one option per leaf, grouped by part, named as everywhere else."""
 
 import inspect
-import tomllib
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import click
 from pydantic.fields import FieldInfo
 
-from raypkg.core.config import Settings, alternatives, current_name, is_list, leaves, part_of
-from raypkg.core.errors import UserError
+from raypkg.core.config import Settings, alternatives, current_name, is_list, leaves, parse_toml, part_of
+from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import APART
 
 ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
@@ -35,6 +34,13 @@ TRUST = click.Option(
 
 class ExampleHelp(click.Command):
     """Help that ends with the docstring's example, as written."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Parse the command line, of which nothing could be stored or printed if it were not text."""
+        for argument in arguments:
+            if not argument.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in argument):
+                raise UserError(f"argument {argument!r} is not UTF-8 text")
+        return super().parse_args(context, arguments)
 
     def get_short_help_str(self, limit: int = 45) -> str:
         """Return the whole first line for the list of commands, which wraps it."""
@@ -115,7 +121,7 @@ def overrides(schema: type[Settings], given: Mapping[str, Any], pairs: Iterable[
     texts = {}
     for name, text in given.items():
         if isinstance(text, tuple):  # an option that may be repeated
-            text = ",".join(text) or None
+            text = ",".join(text) if text else None
         if text is not None:
             texts[name.replace("__", ".")] = text
     texts |= dict(_split(pairs))
@@ -135,7 +141,7 @@ def _split(pairs: Iterable[str]) -> Iterable[tuple[str, str]]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not (name and equals):
-            raise UserError(f"--set {pair!r} is not of the form KEY=VALUE")
+            raise UserError(f"--set {shown(pair)} is not of the form KEY=VALUE")
         yield name.strip(), text.strip()
 
 
@@ -145,11 +151,12 @@ def _parse(text: str) -> Any:
 
 
 def _value(text: str) -> Any:
-    """Read a TOML value; what is none is a string."""
+    """Read one TOML value; what is none is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        values = parse_toml(f"value = {text}", text)
+    except UserError:
         return text
+    return values["value"] if len(values) == 1 else text  # no line after it sets something else
 
 
 def metavar(field: FieldInfo) -> str:

@@ -7,20 +7,27 @@ be left out is switched off by ``false``; an optional part is switched on, with 
 
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
-from .errors import UserError, unknown
+from .errors import UserError, shown, unknown
+
+DEEPEST = 32  # parts of a name, and values within values: far more than any setting has, far fewer than Python follows
+LARGEST = 2**63 - 1  # the largest integer of TOML, of parquet and of PyTorch
 
 
 class Settings(BaseModel):
-    """Base of every settings class: frozen, no unknown keys, finite numbers, defaults checked as well."""
+    """Base of every settings class: frozen, no unknown keys, finite numbers, defaults checked as well.
+
+    An integer may be written 1.0, as searchers of tune spaces do; a switch is never a number, nor a number a switch.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
     renamed: ClassVar[Mapping[str, str]] = {}  # names that settings once had → those they have now
@@ -31,6 +38,26 @@ class Settings(BaseModel):
         if not isinstance(values, Mapping):
             return values
         return {name: _switched(name, cls.model_fields.get(name), value) for name, value in values.items()}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_not_confused(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for a number, and a number for them: Python takes the one for the other."""
+        kinds = set(_kinds(cls.model_fields[info.field_name or ""].annotation))
+        numbers = kinds & {int, float}
+        items = value if isinstance(value, list | tuple) else [value]
+        if numbers and bool not in kinds and any(isinstance(item, bool) for item in items):
+            raise PydanticCustomError("number", "input should be a number, neither true nor false")
+        if bool in kinds and not numbers and isinstance(value, int | float) and not isinstance(value, bool):
+            raise PydanticCustomError("switch", "input should be true or false, not a number")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_not_too_large(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise PydanticCustomError("size", "input should be an integer of at most 64 bits")
+        return value
 
 
 class Named(Settings):
@@ -60,7 +87,10 @@ def load_settings(
     overrides = overrides or {}
     check_switches(overrides)
     for name, value in overrides.items():
-        _place(values, name.split("."), value)
+        path = name.split(".")
+        if len(path) > DEEPEST:
+            raise UserError(f"unknown setting {name!r}: no setting has {len(path)} parts")
+        _place(values, path, value)
     return validate(schema, values)
 
 
@@ -135,8 +165,19 @@ def current_name(schema: type[Settings], name: str) -> str | None:
 
 
 def to_toml(settings: Settings) -> str:
-    """Return the settings as TOML that ``load_settings`` reads back to an equal object."""
-    return tomli_w.dumps(_plain(settings))
+    """Return the settings as TOML that ``load_settings`` reads back to an equal object.
+
+    Raises:
+        UserError: open options hold what TOML cannot: None, objects, broken Unicode, integers of more than 64 bits.
+    """
+    try:
+        plain = _plain(settings)
+        _check_size(plain, "a setting")
+        text = tomli_w.dumps(plain)
+        text.encode()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the settings cannot be stored: {error}") from None
+    return text
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -146,23 +187,64 @@ def read_toml(file: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is not TOML.
     """
     try:
-        return parse_toml(file.read_text(), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the settings file {str(file)!r}: {getattr(error, 'strerror', error)}") from None
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the settings file {str(file)!r}: {error.strerror}") from None
+    return parse_toml(content, str(file))
 
 
-def parse_toml(text: str, origin: str) -> dict[str, Any]:
-    """Read TOML; ``origin`` names it in the error."""
+def parse_toml(text: str | bytes, origin: str) -> dict[str, Any]:
+    """Read TOML.
+
+    Args:
+        text: or its bytes in UTF-8.
+        origin: names it in the error.
+
+    Raises:
+        UserError: it is no TOML, or has values too large or too deep for anything that could be set.
+    """
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(text.decode() if isinstance(text, bytes) else text)
+    except ValueError as error:  # of TOML, of UTF-8, or of an integer of thousands of digits
         raise UserError(f"{origin!r} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{origin!r} is not valid TOML: its brackets are nested too deeply") from None
+    _check_size(values, repr(origin))
+    return values
 
 
 def alternatives(field: FieldInfo) -> tuple[Any, ...]:
     """Return the types that a field allows: those of a union, or its one."""
     kind = field.annotation
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the plain types that an annotation allows, those of a list's items among them."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        yield from _kinds(typing.get_args(annotation)[0])
+    elif typing.get_origin(annotation) in (typing.Union, UnionType, tuple):
+        for inner in typing.get_args(annotation):
+            yield from _kinds(inner)
+    else:
+        yield annotation
+
+
+def _check_size(values: Any, origin: str) -> None:
+    """Refuse values within values without end, and integers that TOML does not have."""
+    level = [values]
+    for _ in range(DEEPEST):
+        if any(isinstance(value, int) and abs(value) > LARGEST for value in level):
+            raise UserError(f"{origin} has an integer of more than 64 bits")
+        level = [inner for value in level for inner in _values_in(value)]
+    if level:
+        raise UserError(f"{origin} has values nested more than {DEEPEST} deep")
+
+
+def _values_in(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _switched(name: str, field: FieldInfo | None, value: Any) -> Any:
@@ -229,7 +311,7 @@ def _place(values: dict[str, Any], path: list[str], value: Any) -> None:
         elif isinstance(inner, dict):
             part = dict(inner)
         else:
-            raise UserError(f"{key} = {inner!r} is given, so {'.'.join(path)} cannot be")
+            raise UserError(f"{key} = {shown(inner)} is given, so {'.'.join(path)} cannot be")
         values[key] = part
         values = part
     values[last] = value
@@ -248,7 +330,7 @@ def _explain(schema: type[Settings], error: Mapping[str, Any], prefix: str) -> U
     if error["type"] == "literal_error" and isinstance(error["input"], str) and field:
         return unknown(where, error["input"], _literals(field))
     reason = error["msg"][0].lower() + error["msg"][1:]
-    return UserError(f"{where} = {error['input']!r}: {reason}" if where else reason)
+    return UserError(f"{where} = {shown(error['input'])}: {reason}" if where else reason)
 
 
 def _literals(field: FieldInfo) -> list[str]:

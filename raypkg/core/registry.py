@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import create_model
+from pydantic.errors import PydanticUserError
 
 from .config import Settings, validate
-from .errors import UserError, unknown
+from .errors import UserError, ending_told, unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
 BUNDLE = "options"  # a parameter of this name takes all options as one settings object
@@ -51,19 +52,32 @@ class Entry:
 
         A parameter ``options`` whose type is a settings class stands for all of them.
         """
-        function = self.function.__init__ if inspect.isclass(self.function) else self.function
-        hints = typing.get_type_hints(function, include_extras=True)
+        hints, parameters = self._signature()
         fields: dict[str, Any] = {}
-        for name, parameter in inspect.signature(self.function).parameters.items():
+        for name, parameter in parameters.items():
             if parameter.kind is not parameter.KEYWORD_ONLY or name in self.given:
                 continue
             if name not in hints or parameter.default is parameter.empty:
-                where = inspect.getsourcefile(self.function)
+                module = self.function.__module__
+                where = getattr(sys.modules.get(module), "__file__", module)  # a built-in one has no file
                 raise UserError(f"{self.name}: option {name!r} needs a type and a default (in {where})")
             fields[name] = (hints[name], parameter.default)
         if self._bundled(hints):
             return hints[BUNDLE]
-        return create_model(self.name, __base__=Settings, **fields)
+        try:
+            return create_model(self.name, __base__=Settings, **fields)
+        except PydanticUserError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{self.name}: its options {', '.join(fields)} cannot be settings: {reason}") from None
+
+    def _signature(self) -> tuple[dict[str, Any], Mapping[str, inspect.Parameter]]:
+        """Return the function's annotations and its parameters."""
+        function = self.function.__init__ if inspect.isclass(self.function) else self.function
+        try:
+            hints = typing.get_type_hints(function, include_extras=True)
+            return hints, inspect.signature(self.function).parameters
+        except (TypeError, ValueError, NameError) as error:  # not written in Python, or annotated with unknown names
+            raise UserError(f"{self.name}: its signature cannot be read: {error}") from None
 
     @property
     def needs(self) -> list[str]:
@@ -92,7 +106,10 @@ class Entry:
         """Call the function with the user's options and those supplied keywords that it declares."""
         supplied = {name: value for name, value in given.items() if name in self.declares}
         chosen = self.options(options or {})
-        return self.function(*arguments, **supplied, **chosen)
+        if self.source != USER_CODE:
+            return self.function(*arguments, **supplied, **chosen)
+        with ending_told(repr(self.name)):
+            return self.function(*arguments, **supplied, **chosen)
 
 
 class Registry:
@@ -148,17 +165,23 @@ class Registry:
         raise unknown(self.kind, name, self.entries)
 
     def _imported(self, name: str) -> Callable[..., Any]:
-        module, _, attribute = name.partition(":")
+        path, _, attribute = name.partition(":")
+        if not all(part.isidentifier() for part in path.split(".")):
+            raise unknown(f"{self.kind} or module", name, self.entries)
         if os.getcwd() not in sys.path:  # a console script does not see the working folder by itself
             sys.path.append(os.getcwd())
         try:
-            function = getattr(importlib.import_module(module), attribute)
+            with ending_told(f"importing {name!r}"):
+                module = importlib.import_module(path)
         except ModuleNotFoundError as error:
-            if error.name and module.startswith(error.name):
+            if error.name and path.startswith(error.name):
                 raise unknown(f"{self.kind} or module", name, self.entries) from None
             raise UserError(f"{self.kind} {name!r}: its module needs {error.name!r}, which is not installed") from error
-        except (AttributeError, ValueError):
-            raise UserError(f"{self.kind} {name!r}: module {module!r} has no {attribute!r}") from None
+        except SyntaxError as error:
+            raise UserError(f"{self.kind} {name!r}: its module is not valid Python: {error}") from None
+        if not hasattr(module, attribute):
+            raise UserError(f"{self.kind} {name!r}: module {path!r} has no {attribute!r}")
+        function = getattr(module, attribute)
         if not callable(function):
             raise UserError(f"{self.kind} {name!r} is a {type(function).__name__}, not a function")
         return function

@@ -14,6 +14,8 @@ Schedule = Annotated[
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
 CacheGiB = Annotated[float | None, Field(ge=0, description="GiB for caching (default: a quarter of a worker's memory)")]
 Count = Annotated[int, Field(ge=1)]
+Epochs = Annotated[int, Field(ge=1, le=1_000_000)]  # each is a row of metrics, in memory and in every checkpoint
+Threads = Annotated[int, Field(ge=1, le=1024)]  # more than any machine has processors; OpenMP dies of 100,000
 APART = ("cluster", "track")  # parts that say where a run happens and who hears of it, and do not alter its result
 
 
@@ -48,7 +50,7 @@ class Training(Settings):
 
     renamed: ClassVar[Mapping[str, str]] = {"drop": "lr_drop", "evaluate_every": "evaluate_every_epochs"}
 
-    epochs: Annotated[Count, Field(description="passes over the samples in use")] = 40
+    epochs: Annotated[Epochs, Field(description="passes over the samples in use")] = 40
     batch_size: Annotated[Count, Field(description="samples a step, over all workers")] = 128
     optimizer: Annotated[Literal["sgd", "adamw"], Field(description="update rule")] = "sgd"
     lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.1
@@ -125,7 +127,7 @@ class Cluster(Settings):
         int | None,
         Field(ge=0, description="Ray workers; 0 = this process, on its CPU, without Ray; left out = up to 8"),
     ] = None
-    cpus_per_worker: Annotated[Count, Field(description="threads of each worker")] = 1
+    cpus_per_worker: Annotated[Threads, Field(description="threads of each worker")] = 1
     gpus_per_worker: Annotated[
         float | None, Field(ge=0, description="GPUs of each worker; left out = 1 where the cluster has any")
     ] = None

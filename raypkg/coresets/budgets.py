@@ -192,7 +192,7 @@ def select(
         progress: share of the training that is done, for the methods that act on it.
 
     Raises:
-        UserError: unknown method, bad options, budget out of range, or a method that needs gradients got none.
+        UserError: unknown method, bad options, budget out of range, or samples that the method cannot select by.
 
     >>> import torch
     >>> view = HeadView(torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]), torch.ones(3, 1), torch.zeros(3).long())
@@ -202,6 +202,9 @@ def select(
     method = coreset[name]
     if method.sees == "gradients" and not isinstance(samples, HeadView):
         raise UserError(f"{name} selects by gradients: it needs a HeadView, not a {type(samples).__name__}")
+    if method.sees == "record" and method.takes and not isinstance(samples, method.takes):
+        kind = type(samples).__name__
+        raise UserError(f"{name} selects by what a training recorded: it needs a Record, not a {kind}")
     choose = partial(
         select_class,
         method=method,

@@ -3,11 +3,17 @@
 import torch
 from torch import nn
 
+from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
 
 
 def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """Build the optimiser of the settings, with fused multi-tensor updates."""
+    """Build the optimiser of the settings, with fused multi-tensor updates.
+
+    Raises:
+        UserError: the model has nothing to train.
+    """
+    check_trainable(model)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(
             model.parameters(),
@@ -24,3 +30,13 @@ def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
         weight_decay=settings.weight_decay,
         fused=True,
     )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model that has nothing to train.
+
+    Raises:
+        UserError: all its parameters are frozen.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("all parameters of the model are frozen (requires_grad = False): there is nothing to train")

@@ -135,11 +135,16 @@ class Run:
         )
 
     def batches(self) -> Epoch:
-        """Return the batches of the coming epoch: a hook's, or the shuffled coreset."""
+        """Return the batches of the coming epoch: a hook's, or the shuffled coreset.
+
+        Raises:
+            UserError: a hook gave something else, or a coreset that cannot be trained on.
+        """
         for supplier in self.hooks:
             epoch = supplier.batches(self)
             if epoch is not None:
-                return epoch
+                return _checked_epoch(epoch, supplier)
+        self._check_coreset()
         shuffled = Batches(
             self.split,
             self.coreset,
@@ -150,6 +155,16 @@ class Run:
             dtype=dtype_of(self.model),
         )
         return Epoch(len(shuffled), shuffled.epoch(self.epoch))
+
+    def _check_coreset(self) -> None:
+        """Refuse what a hook or a method put in the place of the coreset and cannot be trained on."""
+        coreset = self.coreset
+        if not isinstance(coreset, Coreset):
+            raise UserError(f"a hook set run.coreset to a {type(coreset).__name__}: it must be a raypkg.Coreset")
+        last = int(coreset.indices.max()) if len(coreset) else 0
+        if last >= len(self.split):
+            raise UserError(f"the coreset has index {last}, these samples end at {len(self.split) - 1}")
+        check_weights(coreset, "the coreset")
 
     def bill(self, name: str) -> Cost:
         """Return this worker's bill for a part of the run that is not training itself; every worker opens the same."""
@@ -171,7 +186,7 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "hooks": [hook.state_dict() for hook in self.hooks],
+            "hooks": [_checked_state(hook) for hook in self.hooks],
             "coreset": {"indices": self.coreset.indices, "weights": self.coreset.weights},
             "epoch": self.epoch,
             "step": self.step,
@@ -284,3 +299,33 @@ class Hook:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a checkpoint's state."""
+
+
+def check_weights(coreset: Coreset, what: str) -> None:
+    """Refuse a coreset by which nothing would be trained.
+
+    Args:
+        coreset: to train on.
+        what: names it in the error.
+
+    Raises:
+        UserError: all its weights are 0.
+    """
+    if len(coreset) and not coreset.weights.any():
+        raise UserError(f"all {len(coreset)} weights of {what} are 0: nothing would be trained")
+
+
+def _checked_epoch(epoch: object, hook: Hook) -> Epoch:
+    kind = type(hook).__name__
+    if not isinstance(epoch, Epoch):
+        raise UserError(f"hook {kind}: batches() returned a {type(epoch).__name__}, not raypkg.engine.batches.Epoch")
+    if epoch.steps < 1:
+        raise UserError(f"hook {kind}: batches() returned an epoch of {epoch.steps} steps: at least 1")
+    return epoch
+
+
+def _checked_state(hook: Hook) -> dict[str, Any]:
+    state = hook.state_dict()
+    if not isinstance(state, dict):
+        raise UserError(f"hook {type(hook).__name__}: state_dict() returned a {type(state).__name__}, not a dict")
+    return state

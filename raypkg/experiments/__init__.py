@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raypkg.core.config import to_toml
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, ending_told
 from raypkg.core.registry import Entry, Registry
 from raypkg.core.settings import Experiment, RunSettings, Select
 
@@ -132,6 +132,6 @@ def carry_out(
     following = tracker(settings, folder, group or entry.name)
     if listen:
         following = Listened(following, listen)
-    with Report(folder, following, console) as report:
+    with Report(folder, following, console) as report, ending_told("the model, the data or a hook"):
         entry(settings, report=report)
     return following.finish(folder.summary or {})

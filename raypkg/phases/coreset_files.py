@@ -14,6 +14,7 @@ from raypkg.core.settings import RunSettings
 from raypkg.coresets.record import Record
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
+from raypkg.engine.run import check_weights
 from raypkg.runs.storage import Storage
 
 FILE = "coreset.parquet"
@@ -80,7 +81,8 @@ def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Cor
         dataset: its name.
 
     Raises:
-        UserError: no such file, not a coreset, empty, made for another data set, or with held-out samples.
+        UserError: no such file, not a coreset, empty, without a weight above 0, made for another data set, or with
+            held-out samples.
     """
     table = read_coreset(path)
     facts = _facts(table)
@@ -94,7 +96,9 @@ def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Cor
     indices = torch.tensor(positions, dtype=torch.int64)
     _check_positions(indices, path, split, held_out)
     weights = _column(table, "weight", path, _is_number)
-    return Coreset(indices, torch.tensor(weights, dtype=torch.float32))
+    coreset = Coreset(indices, torch.tensor(weights, dtype=torch.float32))
+    check_weights(coreset, path)
+    return coreset
 
 
 def _check_positions(indices: Tensor, path: str, split: Split, held_out: Tensor) -> None:

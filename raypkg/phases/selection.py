@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 from raypkg.cluster.actors import hold
-from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model, RunSettings, Select
 from raypkg.coresets.sharded import SentModel, select_coreset
@@ -17,8 +16,8 @@ from raypkg.runs.storage import Storage
 
 from .coreset_files import FILE, keep_selected, load_coreset, load_record, origin
 from .samples import Samples
+from .trained import check_has_model, settings_of_trained
 from .training import MODEL
-from .trust import stored_settings
 
 
 class TrainedModel(NamedTuple):
@@ -51,27 +50,19 @@ def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision:
         precision: of the forward passes.
 
     Raises:
-        UserError: no such run, it trained no model, or its training samples were others than those of this run.
+        UserError: no such run, it is not finished or trained no model, or its training samples were others than those
+            of this run.
     """
     if not run:
         raise UserError("select needs a model: give --model-from RUN")
     other = locate(folder.storage.root.rsplit("/", 2)[0], run)
-    stored = stored_settings(other)
-    if other.summary:
-        other.check(MODEL)
-    if "model" not in stored or MODEL not in other.storage.list():
-        raise UserError(f"run {other.name} has no {MODEL}: it trained no model, or is not finished")
-    _check_origin(settings, other)
-    return TrainedModel(load_settings(Model, stored["model"]), other.storage, MODEL, precision)
-
-
-def _check_origin(settings: RunSettings, other: RunFolder) -> None:
-    """Refuse a run that trained on other samples."""
-    stored: dict[str, Any] = {name: other.config[name] for name in ("seed", "dataset") if name in other.config}
-    theirs = origin(load_settings(RunSettings, stored))
+    check_has_model(other)
+    stored = settings_of_trained(other)
+    theirs = origin(stored)
     for name, here in origin(settings).items():
         if theirs[name] != here:
             raise UserError(f"run {other.name} has {name} {theirs[name]}, here it is {here}: give the same")
+    return TrainedModel(stored.model, other.storage, MODEL, precision)
 
 
 def select_on_cluster(

@@ -76,11 +76,34 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
     raypkg.core.errors.UserError: unknown run in runs 'runs/lipt/none'. Allowed: none
     """
     folder = locate(root, str(run))
-    common = {name: part for name, part in stored_settings(folder).items() if name in Experiment.model_fields}
-    settings = load_settings(Experiment, common)
+    check_has_model(folder)
+    settings = settings_of_trained(folder)
     data = open_samples(settings).data
     model = restored_model(folder, settings, data)
     return TrainedClassifier(model, data.train).eval()
+
+
+def check_has_model(folder: RunFolder) -> None:
+    """Refuse a run that has no model to use: only a finished one is known to be what its training ended with.
+
+    Raises:
+        UserError: the run is not finished or trained no model, or its file was changed.
+    """
+    if not folder.summary:
+        raise UserError(f"run {folder.name!r} is not finished: it has no model yet")
+    folder.check(MODEL)
+    if MODEL not in folder.storage.list():
+        raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model")
+
+
+def settings_of_trained(folder: RunFolder) -> Experiment:
+    """Return those settings of a run that every run with a model has.
+
+    Raises:
+        UserError: they are damaged, or name code of somebody else.
+    """
+    common = {name: part for name, part in stored_settings(folder).items() if name in Experiment.model_fields}
+    return load_settings(Experiment, common)
 
 
 def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Classifier:
@@ -89,11 +112,7 @@ def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Class
     Raises:
         UserError: the run is not finished or trained no model, its file was changed, or its model's code has changed.
     """
-    if not folder.summary:
-        raise UserError(f"run {folder.name!r} is not finished: it has no model yet")
-    folder.check(MODEL)
-    if MODEL not in folder.storage.list():
-        raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model")
+    check_has_model(folder)
     state = load_tensors(folder.storage, MODEL)
     model = new_model(settings, data)
     try:

@@ -1,16 +1,17 @@
 """Training one model by DDP on Ray Train workers, on a coreset that may be selected anew, resumable at every epoch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from torch import nn
 
 from raypkg.cluster.launch import launch
 from raypkg.core.config import Named
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import Experiment, Reselect, Train, Training
 from raypkg.coresets.budgets import budget_of
 from raypkg.coresets.recorder import Recorder
@@ -18,17 +19,18 @@ from raypkg.coresets.reselection import Reselection, check_schedule
 from raypkg.data.coreset import Coreset
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
-from raypkg.engine.run import Hook, Results, Run, hook
+from raypkg.engine.run import Hook, Results, Run, Selected, hook
 from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.engine.worker import Worker
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
-from raypkg.runs.folder import GROWING
+from raypkg.runs.folder import GROWING, NAME, NEEDED
 from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
 from .coreset_files import FILE, SCORES, keep_selected, origin, record_of, save_record
 from .samples import Samples, augmentations, new_model, open_samples
+from .summary import LEFT_OUT
 
 MODEL = "model.safetensors"
 
@@ -125,6 +127,8 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
         for one in made if isinstance(made, Sequence) else [made]:
             if not isinstance(one, Hook):
                 raise UserError(f"hook {each.name!r} gave an object of type {type(one).__name__}, not a raypkg.Hook")
+            if not isinstance(one.order, int | float):
+                raise UserError(f"hook {each.name!r} has order {shown(one.order)}: it must be a number")
             closing.callback(one.close)
             hooks.append(one)
     _check_suppliers(hooks, job)
@@ -184,7 +188,7 @@ def _concluded(run: Run, job: Job, samples: Samples) -> dict[str, Any]:
         "workers": run.worker.world,
         "main": job.main,
     }
-    if clash := record.keys() & kept.keys():
+    if clash := kept.keys() & (record.keys() | set(NEEDED["summary.json"]) | LEFT_OUT - {"findings"}):
         raise UserError(f"hooks: {min(clash)!r} is a fact of the run's own, which no hook may leave")
     return record | kept
 
@@ -223,11 +227,29 @@ def _checked_results(hook: Hook, run: Run) -> Results:
     kind = type(hook).__name__
     if not isinstance(left, Results):
         raise UserError(f"hook {kind}: results() returned a {type(left).__name__}, not raypkg.engine.run.Results")
+    if wrong := _wrong_part(left):
+        raise UserError(f"hook {kind}: results() has {wrong} of another kind than raypkg.engine.run.Results says")
+    for name in (*left.tables, *left.plots):
+        if not NAME.fullmatch(name):
+            raise UserError(f"hook {kind}: {shown(name)} cannot be the name of a file: letters, digits and . _ - only")
     try:
         json.dumps(left.facts)
     except (TypeError, ValueError) as error:
         raise UserError(f"hook {kind}: its facts must be plain values: {error}") from None
     return left
+
+
+def _wrong_part(left: Results) -> str | None:
+    """Return the first part of a hook's results that is not of its kind."""
+    facts, findings, tables, plots, selected = left
+    fits = {
+        "facts": isinstance(facts, Mapping),
+        "findings": isinstance(findings, list | tuple) and all(isinstance(line, str) for line in findings),
+        "tables": isinstance(tables, Mapping) and all(isinstance(table, pa.Table) for table in tables.values()),
+        "plots": isinstance(plots, Mapping) and all(callable(draw) for draw in plots.values()),
+        "selected": selected is None or isinstance(selected, Selected),
+    }
+    return next((part for part, good in fits.items() if not good), None)
 
 
 def _file_of(table: str, job: Job) -> str:

@@ -6,6 +6,7 @@ without Ray all resume from them, and a rename makes each of them atomic.
 
 import io
 import logging
+import pickle
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from raypkg.core.errors import UserError
 from .storage import Storage
 
 log = logging.getLogger(__name__)
+
+
+NOT_PLAIN = (
+    "a hook's state_dict() holds something that is neither a tensor nor a plain value, so no checkpoint could be"
+    " restored: convert it, as with float(x)"
+)
 
 
 class StoredCheckpoints:
@@ -33,7 +40,7 @@ class StoredCheckpoints:
 
     def load(self) -> dict[str, Any] | None:
         """Return the newest readable state, or None."""
-        for name in reversed(self.storage.list()):
+        for name in reversed(self._names()):
             state = load_state(self.storage, name)
             if state is not None:
                 return state
@@ -45,23 +52,31 @@ class StoredCheckpoints:
         save_state(self.storage, name, state)
         if not self._proved:
             self._prove(name)
-        for name in self.storage.list()[: -self.keep]:
+        for name in self._names()[: -self.keep]:
             self.storage.delete(name)
+
+    def _names(self) -> list[str]:
+        """Return the files in the order of their epochs: those from 100,000 on have more digits than names pad to."""
+        return sorted(self.storage.list(), key=lambda name: (len(name), name))
 
     def _prove(self, name: str) -> None:
         """Read the first checkpoint back: one that cannot be read would be found too late."""
         if load_state(self.storage, name) is None:
-            raise UserError(
-                "a hook's state_dict() holds something that is neither a tensor nor a plain value, so no checkpoint"
-                " could be restored: convert it, as with float(x)"
-            )
+            raise UserError(NOT_PLAIN)
         self._proved = True
 
 
 def save_state(storage: Storage, name: str, state: dict[str, Any]) -> None:
-    """Write tensors and plain values as one file."""
+    """Write tensors and plain values as one file.
+
+    Raises:
+        UserError: there are other values among them, which cannot be stored at all.
+    """
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    try:
+        torch.save(state, buffer)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        raise UserError(NOT_PLAIN) from None
     storage.write(name, buffer.getvalue())
 
 

@@ -41,6 +41,11 @@ class Method(Entry):
         expected = "(samples, *, …)" if self.sizes_itself else "(samples, budget, *, …)"
         raise UserError(f"coreset method {self.name!r} takes {tuple(names)}: it must be {expected}")
 
+    @property
+    def takes(self) -> tuple[type, ...]:
+        """The classes that its samples are annotated with, each if it is a union; none where it does not say."""
+        return tuple(kind for kind in _kinds_of_samples(self.function) if isinstance(kind, type))
+
 
 class Declared(NamedTuple):
     """What a decorator says of a method; see ``Method``."""
@@ -93,12 +98,15 @@ def _told_by_signature(function: Callable[..., Any]) -> Declared:
     """Describe a function that was not decorated: by the annotation of its samples, and whether it takes a budget."""
     from raypkg.coresets.record import Record
 
+    sees: Sees = "record" if Record in _kinds_of_samples(function) else "gradients"
+    return Declared(sees, sizes_itself=len(_positional(function)) == 1)
+
+
+def _kinds_of_samples(function: Callable[..., Any]) -> tuple[Any, ...]:
+    """Return the annotation of a function's samples, or its parts where it is a union."""
     names = _positional(function)
-    hints = typing.get_type_hints(function)
-    samples = hints.get(names[0]) if names else None
-    allowed = (samples, *typing.get_args(samples))  # the annotation, and its parts where it is a union
-    sees: Sees = "record" if Record in allowed else "gradients"
-    return Declared(sees, sizes_itself=len(names) == 1)
+    annotation = typing.get_type_hints(function).get(names[0]) if names else None
+    return typing.get_args(annotation) or (annotation,)
 
 
 def _positional(function: Callable[..., Any]) -> list[str]:

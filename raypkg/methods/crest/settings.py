@@ -7,7 +7,18 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import CacheGiB, Cluster, Count, Experiment, Reselect, Schedule, Share, Train, Training
+from raypkg.core.settings import (
+    CacheGiB,
+    Cluster,
+    Count,
+    Epochs,
+    Experiment,
+    Reselect,
+    Schedule,
+    Share,
+    Train,
+    Training,
+)
 
 SMALLEST_SHARE = 0.01  # r/n where none is set, if that is at least two batches
 
@@ -92,7 +103,7 @@ class CrestOptions(Settings):
 class CrestTrain(Train):
     """The full training, of which the budget is a share."""
 
-    epochs: Annotated[int, Field(ge=1, description="of full training; the budget is a share of them")] = 40
+    epochs: Annotated[Epochs, Field(description="of full training; the budget is a share of them")] = 40
     schedule: Schedule = "multistep"
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly rising rate")] = 0.1
     milestones: Annotated[

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Count, Experiment, Reselect, Share, Train, Training
+from raypkg.core.settings import Count, Epochs, Experiment, Reselect, Share, Train, Training
 
 
 class Pretrain(Training):
@@ -27,7 +27,7 @@ class Pretrain(Training):
         "masked_mean"
     )
     randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) as well, on images (lipt)")] = True
-    epochs: Annotated[Count, Field(description="passes of each model over its shard")] = 5
+    epochs: Annotated[Epochs, Field(description="passes of each model over its shard")] = 5
     batch_size: Annotated[Count, Field(description="samples a step")] = 128
     evaluate_every_epochs: Annotated[
         int, Field(ge=0, description="epochs between evaluations on the held-out samples (dense)")
