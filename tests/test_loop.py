@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,14 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.batches import Batches, ahead, plain_batches
+from raypkg.engine.batches import Batches, Epoch, ahead, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Hook, Results, Run
 from raypkg.engine.schedules import learning_rate
 from raypkg.engine.worker import Worker
 from raypkg.methods.sparse.masked import Masked
+from raypkg.phases.training import _checked_results
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 
@@ -176,6 +178,78 @@ def test_a_hook_may_replace_the_coreset():
             run.coreset = Coreset.uniform(torch.arange(32))
 
     assert fit(run(hooks=[Halve()])).cost.backward == 4 * 32
+
+
+class Gives(Hook):
+    """Gives one thing, wherever a hook can give any."""
+
+    def __init__(self, batches=None, state=None, coreset=None):
+        self.given = batches
+        self.state = {} if state is None else state
+        self.coreset = coreset
+
+    def on_epoch(self, run):
+        run.coreset = run.coreset if self.coreset is None else self.coreset
+
+    def batches(self, run):
+        return self.given
+
+    def state_dict(self):
+        return self.state
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (Gives(batches=3), "hook Gives: batches\\(\\) returned a int, not raypkg.engine.batches.Epoch"),
+        (Gives(batches=Epoch(0, iter(()))), "hook Gives: batches\\(\\) returned an epoch of 0 steps: at least 1"),
+        (Gives(coreset=[1, 2]), "a hook set run.coreset to a list: it must be a raypkg.Coreset"),
+        (Gives(coreset=Coreset.uniform(torch.tensor([64]))), "the coreset has index 64, these samples end at 63"),
+        (Gives(coreset=Coreset(torch.arange(3), torch.zeros(3))), "all 3 weights of the coreset are 0: nothing would"),
+        (Gives(state=[1]), "hook Gives: state_dict\\(\\) returned a list, not a dict"),
+        (Gives(state={"a": lambda: 1}), "a hook's state_dict\\(\\) holds something that is neither a tensor nor"),
+        (Gives(state={"a": object}), "a hook's state_dict\\(\\) holds something that is neither a tensor nor"),
+    ],
+)
+def test_what_a_hook_gives_is_checked(tmp_path, hook, message):
+    with pytest.raises(UserError, match=message):
+        fit(run(hooks=[hook]), checkpoints=StoredCheckpoints(Storage(str(tmp_path))))
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"facts": 3},
+        {"facts": {"a": object()}},
+        {"findings": "one"},
+        {"findings": [3]},
+        {"tables": {"a": 3}},
+        {"tables": {"../a": pa.table({"x": [1]})}},
+        {"plots": {"a": 3}},
+        {"plots": {"a/b": print}},
+        {"selected": 3},
+    ],
+)
+def test_what_a_hook_leaves_is_checked(left):
+    class Leaves(Hook):
+        def results(self, run):
+            return Results(**left)
+
+    with pytest.raises(UserError, match=r"hook Leaves: .*(of another kind|plain values|cannot be the name of a file)"):
+        _checked_results(Leaves(), run())
+
+
+def test_a_frozen_model_is_refused_before_training():
+    with pytest.raises(UserError, match="all parameters of the model are frozen"):
+        run(network=model().requires_grad_(False))
+
+
+def test_the_newest_checkpoint_is_that_of_the_largest_epoch(tmp_path):
+    checkpoints = StoredCheckpoints(Storage(str(tmp_path)))
+    for epoch in (99_998, 99_999, 100_000):  # names are padded to five digits
+        checkpoints.save(epoch, {"epoch": epoch})
+    assert checkpoints.load() == {"epoch": 100_000}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_100000.pt", "epoch_99999.pt"]
 
 
 @pytest.mark.parametrize("world", [2, 3])

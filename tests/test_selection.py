@@ -210,6 +210,15 @@ def test_unknown_method_and_unknown_option():
         select(view, 5, "gradmatch", seed=0, options={"lamda": 1})
 
 
+@pytest.mark.parametrize("name", ["forgetting", "infobatch"])
+def test_a_method_that_looks_at_a_record_is_not_given_a_view(name):
+    view = reference.problem(40).view
+    message = f"{name} selects by what a training recorded: it needs a Record, not a HeadView"
+    with pytest.raises(UserError, match=message):
+        select(view, 40, name, seed=0)
+    assert len(select(view, 40, "random", seed=0)) == 40  # which takes both
+
+
 def test_el2n_and_grand_keep_the_largest_norms():
     p = reference.problem(30)
     errors = (p.view.logits.softmax(dim=1) - torch.eye(4, dtype=torch.float64)[p.y]).norm(dim=1)

@@ -63,10 +63,11 @@ def _absolute(path: str) -> str:
 
 
 def check_names(settings: RunSettings) -> None:
-    """Refuse unknown names of data sets, models, methods, hooks and augmentations, and wrong options of theirs."""
+    """Refuse unknown names of data sets, models, methods, hooks, augmentations and projects, and wrong options."""
     from raypkg.coresets.rules import coreset
     from raypkg.data.augment import compose
     from raypkg.data.sources import dataset
+    from raypkg.runs.tracking import check_tracker
 
     dataset[settings.dataset.name].options(settings.dataset.options)
     compose(settings.dataset.augment or ())
@@ -75,6 +76,7 @@ def check_names(settings: RunSettings) -> None:
     select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
     if isinstance(select, Select):
         coreset[select.method].options(select.options)
+    check_tracker(settings)
 
 
 def _check_trained(settings: Experiment) -> None:

@@ -2,13 +2,22 @@
 
 import netrc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from raypkg.core.settings import RunSettings
+from pydantic import ValidationError
+
+from raypkg.core.errors import UserError, shown
+from raypkg.core.settings import RunSettings, Track
 
 from .folder import RunFolder
+
+if TYPE_CHECKING:
+    import wandb
+
+PATIENCE = 10  # seconds for the first answer of the W&B server, unless WANDB_INIT_TIMEOUT says otherwise
 
 
 class Tracker(Protocol):
@@ -45,23 +54,24 @@ class Wandb:
         settings: become the run's config.
         folder: gives the run its name; its plots and coreset are logged at the end.
         group: the experiment's name, or the sweep's.
+
+    Raises:
+        UserError: W&B refuses the settings or the key, or its server does not answer.
     """
 
     def __init__(self, settings: RunSettings, folder: RunFolder, group: str):
+        chosen = wandb_settings(settings.track)
         import wandb
 
-        default = "online" if _has_key() else "offline"
-        mode: Any = os.environ.get("WANDB_MODE") or default
         self._folder = folder
-        self._run = wandb.init(
-            project=settings.track.project,
-            group=group,
-            name=folder.name,
-            config=settings.model_dump(mode="json"),
-            dir=folder.storage.local,
-            mode=mode,
-            settings=wandb.Settings(silent=True),
-        )
+        with _told_by_wandb():
+            self._run = wandb.init(
+                group=group,
+                name=folder.name,
+                config=settings.model_dump(mode="json"),
+                dir=folder.storage.local,
+                settings=chosen,
+            )
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log the row's numbers under its phase (and model)."""
@@ -135,7 +145,54 @@ class Listened:
         self._tracker.abandon()
 
 
+def wandb_settings(track: Track) -> "wandb.Settings":
+    """Return what W&B is told of a run's tracking and of WANDB_MODE.
+
+    Raises:
+        UserError: W&B does not allow the project or the mode.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")  # its login speaks before it is told of any settings
+    import wandb
+
+    if not track.project:
+        raise UserError("track.project is empty: give the name of a W&B project")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    patience: Any = os.environ.get("WANDB_INIT_TIMEOUT") or PATIENCE
+    with _told_by_wandb():
+        return wandb.Settings(project=track.project, mode=mode, silent=True, init_timeout=patience)
+
+
+@contextmanager
+def _told_by_wandb() -> Iterator[None]:
+    """Pass on in one line why W&B refuses."""
+    import wandb
+
+    try:
+        yield
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = f"WANDB_{wrong['loc'][-1]}".upper()
+        raise UserError(f"W&B: {name} = {shown(wrong['input'])}: {wrong['msg']}") from None
+    except (wandb.errors.Error, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        connects = isinstance(error, wandb.errors.CommError)
+        hint = "; see `wandb login`, or go without a server by WANDB_MODE=offline" if connects else ""
+        raise UserError(f"W&B: {reason}{hint}") from None
+
+
 TRACKERS = {"wandb": Wandb}
+CHECKS = {"wandb": wandb_settings}
+
+
+def check_tracker(settings: RunSettings) -> None:
+    """Refuse, before there is a run, what the tracker would not take.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    track = settings.track
+    if track.name is not None:
+        CHECKS[track.name](track)
 
 
 def tracker(settings: RunSettings, folder: RunFolder, group: str) -> Tracker:

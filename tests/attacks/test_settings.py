@@ -250,3 +250,53 @@ def test_the_largest_seed_and_threads_are_allowed(tmp_path, monkeypatch):
         main([*QUICK, "--seed", str(2**63 - 1), "--name", "one"])
     assert not ended.value.code
     assert f"seed = {2**63 - 1}" in (tmp_path / "runs/train/one/config.toml").read_text()
+
+
+TRACKED = (*QUICK, "--track", "wandb")
+
+
+@pytest.fixture
+def wandb_here(tmp_path, monkeypatch):
+    """W&B without an account, whose server is a port of this machine where nobody listens."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch.setenv
+
+
+@pytest.mark.parametrize(
+    ("project", "message"),
+    [
+        ("a/b", "W&B: Invalid project name 'a/b': cannot contain characters"),
+        ("a b#", "W&B: Invalid project name 'a b#': cannot contain characters"),
+        ("p" * 150, "W&B: Invalid project name 'p+': exceeded 128 characters"),
+        ("", "track.project is empty: give the name of a W&B project"),
+    ],
+)
+def test_projects_that_wandb_does_not_take(refused, wandb_here, project, message):
+    assert re.search(message, refused(*TRACKED, "--track.project", project))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WANDB_MODE", "nonsense", "W&B: WANDB_MODE = 'nonsense': Input should be 'online', 'offline'"),
+        ("WANDB_MODE", "online", "W&B: No API key configured. Use `wandb login`"),
+        ("WANDB_API_KEY", "short", "W&B: WANDB_API_KEY invalid: API key must have 40.* WANDB_MODE=offline"),
+        ("WANDB_API_KEY", "0123456789" * 4, "W&B: .*connection refused; see `wandb login`, or go without a server by"),
+        ("WANDB_INIT_TIMEOUT", "soon", "W&B: WANDB_INIT_TIMEOUT = 'soon': Input should be a valid number"),
+    ],
+)
+def test_an_environment_that_wandb_does_not_take(refused, wandb_here, name, value, message):
+    wandb_here(name, value)
+    assert re.search(message, refused(*TRACKED))
+
+
+def test_what_wandb_would_refuse_is_refused_before_there_is_a_folder(refused, wandb_here, monkeypatch):
+    def make(*arguments):
+        raise AssertionError("a folder is made")
+
+    monkeypatch.setattr("raypkg.cli.execute.create", make)
+    assert "Invalid project name" in refused(*TRACKED, "--track.project", "a/b")

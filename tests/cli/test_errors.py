@@ -309,6 +309,7 @@ def test_a_damaged_cache_is_built_again(call, effray, tmp_path, monkeypatch, cap
         ({"index": [1.5], "weight": [1.0]}, "column index is double, which it cannot be"),
         ({"index": [1, None], "weight": [1.0, 1.0]}, "column index is int64 with 1 nulls, which it cannot be"),
         ({"index": [1], "weight": ["1"]}, "column weight is string, which it cannot be"),
+        ({"index": [1, 2], "weight": [0.0, 0.0]}, "all 2 weights of mine.parquet are 0: nothing would be trained"),
         ({"index": pa.array([], pa.int64()), "weight": pa.array([], pa.float32())}, "holds no sample"),
     ],
 )
