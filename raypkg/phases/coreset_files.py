@@ -1,10 +1,9 @@
 """Coresets and scores as parquet, with where they come from in the file's metadata."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from raypkg.coresets.record import Record
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.run import check_weights
+from raypkg.runs.columns import column_of, is_number
 from raypkg.runs.storage import Storage
 
 FILE = "coreset.parquet"
@@ -92,10 +92,10 @@ def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Cor
         raise UserError(f"{path} was made for {facts['dataset']}, this data set is {dataset}")
     if not len(table):
         raise UserError(f"{path} holds no sample")
-    positions = _column(table, "index", path, pa.types.is_integer)
+    positions = column_of(table, "index", path, pa.types.is_integer)
     indices = torch.tensor(positions, dtype=torch.int64)
     _check_positions(indices, path, split, held_out)
-    weights = _column(table, "weight", path, _is_number)
+    weights = column_of(table, "weight", path, is_number)
     coreset = Coreset(indices, torch.tensor(weights, dtype=torch.float32))
     check_weights(coreset, path)
     return coreset
@@ -111,10 +111,6 @@ def _check_positions(indices: Tensor, path: str, split: Split, held_out: Tensor)
             f"{leaked} of the {len(indices)} samples in {path} are held out here: give its --seed and"
             " --dataset.validation"
         )
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
 def read_coreset(path: str) -> pa.Table:
@@ -158,11 +154,11 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
     table = storage.read_table(record_of(model))
     if table is None:
         return Record.empty(y)
-    if len(table) != len(y):
-        raise UserError(f"{storage.root} was trained on {len(table)} samples, this data set has {len(y)}")
     path = f"{storage.root}/{record_of(model)}"
-    losses = torch.tensor(_column(table, "loss", path, pa.types.is_floating))
-    forgotten = torch.tensor(_column(table, "forgotten", path, pa.types.is_floating))
+    if len(table) != len(y):
+        raise UserError(f"{path} is of a training on {len(table)} samples, this data set has {len(y)}")
+    losses = torch.tensor(column_of(table, "loss", path, pa.types.is_floating))
+    forgotten = torch.tensor(column_of(table, "forgotten", path, pa.types.is_floating))
     return Record(y, losses, forgotten)
 
 
@@ -218,15 +214,3 @@ def _facts(table: pa.Table) -> dict[str, Any]:
     except ValueError:  # written by someone else
         return {}
     return facts if isinstance(facts, dict) else {}
-
-
-def _column(table: pa.Table, name: str, path: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray:
-    """Return a column of numbers, or refuse what is missing, of another type or null."""
-    if name not in table.column_names:
-        raise UserError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
-    column = table[name]
-    nulls = column.null_count
-    if not fits(column.type) or nulls:
-        kind = f"{column.type} with {nulls} nulls" if nulls else column.type
-        raise UserError(f"{path}: column {name} is {kind}, which it cannot be")
-    return column.to_numpy()

@@ -14,7 +14,7 @@ from raypkg.runs.folder import RunFolder, locate
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import FILE, keep_selected, load_coreset, load_record, origin
+from .coreset_files import FILE, keep_selected, load_coreset, load_record, origin, record_of
 from .samples import Samples
 from .trained import check_has_model, settings_of_trained
 from .training import MODEL
@@ -57,6 +57,7 @@ def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision:
         raise UserError("select needs a model: give --model-from RUN")
     other = locate(folder.storage.root.rsplit("/", 2)[0], run)
     check_has_model(other)
+    other.check(record_of(MODEL))
     stored = settings_of_trained(other)
     theirs = origin(stored)
     for name, here in origin(settings).items():

@@ -1,18 +1,24 @@
 """Two runs' selections side by side: do they rank and pick the same samples?"""
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 
 from raypkg.core.errors import UserError
 
+from .columns import column_of, is_number
 from .folder import RunFolder
+
+CORESET = "coreset.parquet"
+SCORES = "scores.parquet"
 
 
 def compare(run: RunFolder, other: RunFolder) -> str:
     """Return overlap of the coresets and, where both runs computed scores, their rank correlation, in one line.
 
     Raises:
-        UserError: a run is not finished, has no coreset, or they chose from different samples.
+        UserError: a run is not finished, has no coreset or a damaged one, or they chose from different samples.
     """
     n = _samples(run)
     others_n = _samples(other)
@@ -68,27 +74,36 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def _samples(run: RunFolder) -> int:
     if run.summary is None:
-        raise UserError(f"{run.name} is not finished: there is no coreset.parquet to compare")
+        raise UserError(f"{run.name} is not finished: there is no {CORESET} to compare")
     return run.summary["samples"]
 
 
 def _correlation(run: RunFolder, other: RunFolder) -> float | None:
     """Return the rank correlation of the two runs' scores, or None where one computed none."""
-    scores = _table(run, "scores")
-    others = _table(other, "scores")
-    if not scores or not others:
+    if not (_has(run, SCORES) and _has(other, SCORES)):
         return None
-    if not scores["index"].equals(others["index"]):
+    if not np.array_equal(_indices(run, SCORES), _indices(other, SCORES)):
         raise UserError(f"{run.name} and {other.name} scored different samples: same data set, seed and validation?")
-    return spearman(scores["score"].to_numpy(), others["score"].to_numpy())
+    return spearman(_column(run, SCORES, "score", is_number), _column(other, SCORES, "score", is_number))
 
 
 def _picked(run: RunFolder) -> np.ndarray:
-    coreset = _table(run, "coreset")
-    if coreset is None:
-        raise UserError(f"{run.name} saved no coreset: there is no coreset.parquet to compare")
-    return coreset["index"].to_numpy()
+    if not _has(run, CORESET):
+        raise UserError(f"{run.name} saved no coreset: there is no {CORESET} to compare")
+    picked = _indices(run, CORESET)
+    if not len(picked):
+        raise UserError(f"{run.storage.root}/{CORESET} holds no sample")
+    return picked
 
 
-def _table(run: RunFolder, name: str) -> pa.Table | None:
-    return run.storage.read_table(f"{name}.parquet")
+def _has(run: RunFolder, file: str) -> bool:
+    run.check(file)  # one that is lost says so
+    return file in run.storage.list()
+
+
+def _indices(run: RunFolder, file: str) -> np.ndarray:
+    return _column(run, file, "index", pa.types.is_integer)
+
+
+def _column(run: RunFolder, file: str, name: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray:
+    return column_of(run.storage.read_table(file), name, f"{run.storage.root}/{file}", fits)

@@ -13,6 +13,7 @@ import pytest
 import samples
 from raypkg.core.errors import UserError
 from raypkg.runs.checkpoints import load_tensors
+from raypkg.runs.columns import metric_rows
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 
@@ -357,6 +358,69 @@ def test_a_damaged_run_folder(refusal, effray, name):
     effray("train --name one --model linear --train.epochs 1")
     Path("runs/train/one", name).write_text("{")
     assert re.search(f"runs/train/one/{name}'? is (corrupt|not valid TOML): ", refusal("train --resume one"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"a": [1]}, "mine.parquet has no column phase: it has a"),
+        ({"phase": ["train"]}, "mine.parquet has no column epoch: it has phase"),
+        ({"phase": [1], "epoch": [1]}, "mine.parquet: column phase is int64, which it cannot be"),
+        ({"phase": ["train"], "epoch": ["x"]}, "column epoch is string, which it cannot be"),
+        ({"phase": ["train", None], "epoch": [1, 2]}, "column phase is string with 1 nulls, which it cannot be"),
+        ({"phase": ["train"], "epoch": [1], "loss": ["x"]}, "column loss is string, which it cannot be"),
+        ({"phase": ["train"], "epoch": [1], "loss": [[1.0]]}, r"column loss is list<.*, which it cannot be"),
+    ],
+)
+def test_a_table_that_has_no_metrics(columns, message):
+    with pytest.raises(UserError, match=message):
+        metric_rows(pa.table(columns), "mine.parquet")
+
+
+def test_metrics_may_have_figures_that_were_not_measured():
+    table = pa.table({"phase": ["train"], "main": [True], "model": pa.nulls(1), "epoch": [1], "loss": [None]})
+    assert metric_rows(table, "mine.parquet") == table.to_pylist()
+
+
+@pytest.fixture
+def two_runs(effray):
+    options = "--model linear --train.epochs 2 --select.fraction 0.2 --select.method grand --select.warm_epochs 1"
+    for name in ("one", "two"):
+        effray(f"train --name {name} {options}")
+
+
+@pytest.mark.parametrize("file", ["coreset.parquet", "scores.parquet"])
+@pytest.mark.parametrize("columns", [None, {"a": [1]}, {"index": ["x"], "weight": [1.0]}, {"index": pa.nulls(0)}])
+def test_runs_whose_files_were_damaged_are_not_compared(refusal, two_runs, file, columns):
+    path = Path("runs/train/two", file)
+    summary = Path("runs/train/two/summary.json")
+    if columns is None:
+        path.unlink()
+    else:
+        pq.write_table(pa.table(columns), path)
+    assert f"runs/train/two/{file} " in refusal("show one --against two")
+    if columns is not None:  # a run of a version that kept no digests
+        facts = json.loads(summary.read_text())
+        summary.write_text(json.dumps({**facts, "files": {}}))
+        assert f"runs/train/two/{file}" in refusal("show one --against two")
+
+
+def test_runs_without_a_coreset_or_an_end_are_not_compared(refusal, effray):
+    effray("train --name one --model linear --train.epochs 1 --select.fraction 0.5")
+    effray("train --name two --model linear --train.epochs 1")
+    assert "two saved no coreset: there is no coreset.parquet to compare" in refusal("show one --against two")
+    Path("runs/train/two/summary.json").unlink()
+    assert "two is not finished: there is no coreset.parquet to compare" in refusal("show one --against two")
+    assert "run 'two' is not finished: it has no model yet" in refusal("select --model-from two --method grand")
+
+
+@pytest.mark.parametrize("damage", [None, b"junk"])
+def test_a_record_of_training_that_was_damaged_selects_nothing(refusal, effray, damage):
+    effray("train --name one --model linear --train.epochs 1")
+    record = Path("runs/train/one/model_record.parquet")
+    record.unlink() if damage is None else record.write_bytes(damage)
+    message = refusal("select --model-from one --method forgetting")
+    assert re.search(r"runs/train/one/model_record.parquet (is missing|has been changed)", message)
 
 
 def test_damaged_weights(tmp_path):
