@@ -1,6 +1,7 @@
 """A sweep's folder and results: every trial once, the best first, the front, and settings that can be run again."""
 
 import contextlib
+import json
 import threading
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from raypkg.cluster.trial_process import Paced
 from raypkg.core.config import load_settings, read_toml
 from raypkg.core.errors import UserError
+from raypkg.experiments import experiment
 from raypkg.experiments.train import TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.runs.folder import create as create_run
@@ -17,8 +19,11 @@ from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
 from raypkg.sweeps import plots as sweep_plots
 from raypkg.sweeps.figures import TrialRun
+from raypkg.sweeps.order import Order, filled
 from raypkg.sweeps.show import conclude, show_sweep
+from raypkg.sweeps.spaces import Space
 from raypkg.sweeps.standing import front, ranked
+from raypkg.sweeps.sweep import resume_sweep
 from raypkg.sweeps.sweep_folder import create_sweep, find_sweep, is_sweep
 from raypkg.sweeps.trial import run_trial
 
@@ -276,13 +281,63 @@ def test_a_sweep_that_cannot_be_written_leaves_nothing(tmp_path):
     assert not (tmp_path / "tune/s").exists()
 
 
-@pytest.mark.parametrize("record", [None, "{}", '{"order": {}, "trials": []}', '{"order": {"experiment": "crest"}}'])
+WHOLE = json.dumps({"order": ORDER, "trials": []})
+NOT_RECORDS = [
+    "[]",
+    "3",
+    "null",
+    '{"order": 3, "trials": []}',
+    WHOLE.replace('"crest"', "3"),
+    WHOLE.replace("4", '"four"'),
+    WHOLE.replace('"trials": []', '"trials": {}'),
+    WHOLE.replace('"trials": []', '"trials": [3]'),
+    WHOLE.replace('"trials": []', '"trials": [{}]'),
+    WHOLE.replace('"trials": []', '"trials": [{"settings": 3, "ended": null, "error": null}]'),
+]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, "{}", '{"order": {}, "trials": []}', '{"order": {"experiment": "crest"}}', *NOT_RECORDS],
+)
 def test_half_a_sweep_is_said_to_be_one(sweep, tmp_path, record):
     sweep.storage.delete("sweep.json")
     if record:
         sweep.storage.write("sweep.json", record.encode())
-    with pytest.raises(UserError, match="holds no whole sweep: delete the folder and start the sweep again"):
+    with pytest.raises(UserError, match=r"holds no whole sweep: its sweep.json is missing or damaged, so delete"):
         find_sweep(str(tmp_path), "s")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.toml", None, "config.toml is missing or empty: what was asked for is lost"),
+        ("config.toml", b" ", "config.toml is missing or empty: what was asked for is lost"),
+        ("config.toml", b"\xff", "config.toml' is not valid TOML: 'utf-8' codec"),
+        ("config.toml", b"seed =", "config.toml' is not valid TOML: Invalid value"),
+        ("config.toml", b"seed = " + b"[" * 5000, "config.toml' is not valid TOML: its brackets are nested"),
+        ("space.py", None, "space.py is missing or empty: what was asked for is lost"),
+        ("space.py", b"\xff", "space.py is corrupt: 'utf-8' codec"),
+        ("sweep.json", b"{", "sweep.json is corrupt: "),
+        ("sweep.json", b"[]", "holds no whole sweep: its sweep.json is missing or damaged"),
+    ],
+)
+def test_a_sweep_whose_files_were_damaged_does_not_go_on(sweep, tmp_path, file, content, message):
+    sweep.storage.write("space.py", b"def space(): return {}")
+    sweep.storage.delete(file)
+    if content is not None:
+        sweep.storage.write(file, content)
+    entry = experiment["crest"]
+    with pytest.raises(UserError, match=message) as refused:
+        resume_sweep(entry, Order("crest"), "s", {}, str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["samples", "concurrent"])
+@pytest.mark.parametrize("count", [-1, 0, 10_001, 99_999_999_999, 10**40])
+def test_how_many_trials_there_can_be(option, count):
+    with pytest.raises(UserError, match=rf"--{option} {str(count)[:5]}.*: at least 1 and at most 10,000"):
+        filled(Order("train", **{option: count}), Space("", {}, "accuracy", "max"))
 
 
 def test_a_value_beyond_64_bits_is_in_the_table_as_text(sweep):

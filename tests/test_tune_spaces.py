@@ -4,14 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ray import tune
 
 from raypkg.cluster.drawing import draw_settings
 from raypkg.core.config import load_settings, parse_toml, to_toml
+from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.experiments import check_names, experiment, settings_of
 from raypkg.methods.sparse.settings import SparseSettings
 from raypkg.sweeps.figures import METRICS
-from raypkg.sweeps.spaces import check_space, find_space, open_space, read_space, space_of
+from raypkg.sweeps.spaces import Space, check_space, find_space, open_space, read_space, space_of
 from raypkg.sweeps.trial_settings import varied
 
 N = 45_000  # training samples
@@ -62,3 +64,34 @@ def test_a_space_of_the_working_folder_wins(tmp_path, monkeypatch):
     (tmp_path / "tune_spaces").mkdir()
     (tmp_path / "tune_spaces" / "crest.py").touch()
     assert find_space("crest") == Path("tune_spaces/crest.py")
+
+
+def test_a_space_of_too_many_values_is_refused_before_they_are_tried():
+    def check(values):
+        raise AssertionError("a value is tried")
+
+    space = Space("", {"seed": tune.choice(list(range(10_001)))}, "accuracy", "max")
+    with pytest.raises(UserError, match="space: seed has 10,001 values, of which 10,000 can be tried"):
+        check_space(space, check)
+
+
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [
+        ("tune.sample_from(lambda spec: sys.exit(3))", "nothing can be drawn for seed: 3"),
+        ("tune.sample_from(lambda spec: 1 / 0)", "nothing can be drawn for seed: division by zero"),
+        ("tune.choice([])", "nothing can be drawn for seed: "),
+        ("tune.randint(5, 5)", "nothing can be drawn for seed: "),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(domain, message):
+    text = (
+        f"import sys\nfrom ray import tune\nMETRIC, MODE = 'accuracy', 'max'\ndef space(): return {{'seed': {domain}}}"
+    )
+    with pytest.raises(UserError, match=f"space 'mine.py': {message}"):
+        read_space(text, "mine.py")
+
+
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(UserError, match=r"cannot read the space 'x+….*File name too long"):
+        open_space("x" * 5000 + ".py")

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from raypkg.core.config import Settings, leaves, read_toml
-from raypkg.core.errors import UserError, unknown
+from raypkg.core.errors import UserError, shown, unknown
 
 from .figures import METRICS
-from .spaces import Space
+from .spaces import MOST, Space
 
 SAMPLES = 8  # trials
 ALL_TO_THE_END = "fifo"  # the scheduler that stops none
@@ -57,8 +57,8 @@ def filled(order: Order, space: Space) -> Order:
             f" give --scheduler {ALL_TO_THE_END}, or --metric accuracy"
         )
     for option, count in (("samples", order.samples), ("concurrent", order.concurrent)):
-        if count is not None and count < 1:
-            raise UserError(f"--{option} {count}: at least 1")
+        if count is not None and not 1 <= count <= MOST:
+            raise UserError(f"--{option} {shown(count)}: at least 1 and at most {MOST:,}")
     if search == "grid" and order.samples is not None:
         raise UserError(f"--samples {order.samples}: a grid has as many trials as combinations")
     samples = SAMPLES if order.samples is None else order.samples

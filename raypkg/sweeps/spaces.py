@@ -14,6 +14,7 @@ from raypkg.core.settings import APART
 
 SUFFIX = ".py"
 REQUIRED = ("space", "METRIC", "MODE")
+MOST = 10_000  # trials of a sweep, as of a grid, and values of a setting: each is checked beforehand
 ACTORS = "crest.actors"  # the room for them is that of all trials
 
 
@@ -38,11 +39,9 @@ def find_space(name: str) -> Path:
     """Return the file of a space: a path, or a name in ``tune_spaces`` of the working folder or of this package.
 
     Raises:
-        UserError: there is none, the nearest one named.
+        UserError: there is none of that name, the nearest one named.
     """
     if name.endswith(SUFFIX):
-        if not Path(name).is_file():
-            raise UserError(f"there is no space file {name!r}")
         return Path(name)
     spaces = _spaces()
     if name not in spaces:
@@ -74,6 +73,8 @@ def open_space(name: str) -> Space:
     file = find_space(name)
     try:
         return read_space(file.read_text(), str(file))
+    except FileNotFoundError:
+        raise UserError(f"there is no space file {name!r}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", error)
         raise UserError(f"cannot read the space {str(file)!r}: {reason}") from None
@@ -137,6 +138,8 @@ def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
         part = name.partition(".")[0]
         if part in APART or name == ACTORS:
             raise UserError(f"space: {name} does not alter the result and cannot be varied; give it as an option")
+        if len(values) > MOST:
+            raise UserError(f"space: {name} has {len(values):,} values, of which {MOST:,} can be tried")
         for value in values:
             try:
                 check({**first, name: value})
@@ -157,5 +160,5 @@ def _check_drawable(space: Space, origin: str) -> None:
         try:
             draw_settings({name: domain}, np.random.default_rng(0))
             candidates(domain)
-        except Exception as error:  # Ray's own, and of a function that is the user's
+        except (Exception, SystemExit) as error:  # Ray's own, and of a function that is the user's
             raise UserError(f"space {origin!r}: nothing can be drawn for {name}: {error}") from None

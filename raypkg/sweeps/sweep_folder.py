@@ -25,6 +25,7 @@ BEST = "best.toml"
 CONFIG = "config.toml"
 RECORD = "sweep.json"
 SPACE = "space.py"
+ORDERED = {"experiment": str, "metric": str, "mode": str, "samples": int}  # what every order has
 DONE = "done"
 STOPPED = "stopped"
 FAILED = "failed"
@@ -45,8 +46,11 @@ class SweepFolder:
     def __init__(self, storage: Storage):
         self.storage = storage
         record = storage.read_json(RECORD) or {}
-        if "trials" not in record or "experiment" not in record.get("order", {}):
-            raise UserError(f"{storage.root} holds no whole sweep: delete the folder and start the sweep again")
+        if not _is_record(record):
+            raise UserError(
+                f"{storage.root} holds no whole sweep: its {RECORD} is missing or damaged, so delete the folder and"
+                " start the sweep again"
+            )
         self.order: dict[str, Any] = record["order"]
         self.trials: list[dict[str, Any]] = record["trials"]
 
@@ -82,13 +86,24 @@ class SweepFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings that all trials share, not yet validated."""
-        return _toml(self.storage, CONFIG)
+        """The settings that all trials share, not yet validated.
+
+        Raises:
+            UserError: they are missing or damaged: a sweep never goes on with others.
+        """
+        return parse_toml(self._kept(CONFIG), f"{self.storage.root}/{CONFIG}")
 
     @property
     def space(self) -> str:
-        """The text of the space's file."""
-        return (self.storage.read(SPACE) or b"").decode()
+        """The text of the space's file.
+
+        Raises:
+            UserError: it is missing, or no text.
+        """
+        try:
+            return self._kept(SPACE).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.storage.root}/{SPACE} is corrupt: {error}") from None
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -179,6 +194,13 @@ class SweepFolder:
         if best:
             settings = self.lasting(best["trial"])
             self.storage.write(BEST, tomli_w.dumps(settings).encode())
+
+    def _kept(self, file: str) -> bytes:
+        """Return a file that a sweep must have."""
+        content = self.storage.read(file)
+        if not (content and content.strip()):
+            raise UserError(f"{self.storage.root}/{file} is missing or empty: what was asked for is lost")
+        return content
 
     def _known(self) -> list[int]:
         """Return the numbers of the trials whose settings are known."""
@@ -274,6 +296,24 @@ def is_sweep(storage: Storage) -> bool:
     return RECORD in storage.list()
 
 
+def _is_record(record: Any) -> bool:
+    """Say whether a value can be the record of a sweep."""
+    if not isinstance(record, dict):
+        return False
+    order = record.get("order")
+    trials = record.get("trials")
+    if not (isinstance(order, dict) and isinstance(trials, list)):
+        return False
+    ordered = all(isinstance(order.get(name), kind) for name, kind in ORDERED.items())
+    return ordered and all(map(_is_trial, trials))
+
+
+def _is_trial(trial: Any) -> bool:
+    if not isinstance(trial, dict) or not trial.keys() >= {"settings", "ended", "error"}:
+        return False
+    return trial["settings"] is None or isinstance(trial["settings"], dict)
+
+
 def _new_trial(values: Mapping[str, Any] | None) -> dict[str, Any]:
     settings = None if values is None else dict(values)
     return {"settings": settings, "ended": None, "error": None}
@@ -281,8 +321,7 @@ def _new_trial(values: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _toml(storage: Storage, name: str) -> dict[str, Any]:
     """Return what a TOML file holds; nothing, if it does not exist."""
-    content = storage.read(name) or b""
-    return parse_toml(content.decode(), f"{storage.root}/{name}")
+    return parse_toml(storage.read(name) or b"", f"{storage.root}/{name}")
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Array:
