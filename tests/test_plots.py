@@ -1,8 +1,10 @@
 """Each plot is one PNG of its path, whatever the data: none, one point, NaN, many classes."""
 
+import ast
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,3 +103,15 @@ def test_needs_neither_pyplot_nor_torch(tmp_path):
         "assert not {'matplotlib.pyplot', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_legend_has_its_place():
+    """Left to itself, matplotlib tries all places, and warns when there are many points to avoid."""
+    package = Path(plots.__file__).parents[1]
+    trees = [ast.parse(file.read_text()) for file in package.rglob("*.py")]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    legends = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "legend"]
+    assert legends
+    for call in legends:
+        places = [ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "loc"]
+        assert places and places[0] not in ("best", 0), ast.unparse(call)

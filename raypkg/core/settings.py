@@ -14,7 +14,8 @@ Schedule = Annotated[
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
 CacheGiB = Annotated[float | None, Field(ge=0, description="GiB for caching (default: a quarter of a worker's memory)")]
 Count = Annotated[int, Field(ge=1)]
-Epochs = Annotated[int, Field(ge=1, le=1_000_000)]  # each is a row of metrics, in memory and in every checkpoint
+MOST_EPOCHS = 1_000_000  # each is a row of metrics, in memory and in every checkpoint
+Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
 Threads = Annotated[int, Field(ge=1, le=1024)]  # more than any machine has processors; OpenMP dies of 100,000
 APART = ("cluster", "track")  # parts that say where a run happens and who hears of it, and do not alter its result
 

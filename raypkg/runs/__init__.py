@@ -2,4 +2,4 @@
 
 import os
 
-ROOT = os.environ.get("EFFRAY_RUNS", "runs")  # a folder or URI, unless --root names another
+ROOT = os.environ.get("EFFRAY_RUNS") or "runs"  # a folder or URI, unless --root names another

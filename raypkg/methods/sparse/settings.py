@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Named, Settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Count, Experiment, Schedule, Share, Train, Training
+from raypkg.core.settings import MOST_EPOCHS, Count, Experiment, Schedule, Share, Train, Training
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.crest.settings import CrestOptions
 
@@ -131,6 +131,10 @@ class SparseSettings(Sparsity, Experiment):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse settings of what is not chosen, and choices that do not go together."""
+        if self.epochs > MOST_EPOCHS:
+            raise UserError(
+                f"multiplier = {self.multiplier} of {self.train.epochs} epochs: at most {MOST_EPOCHS:,} in all"
+            )
         grows = self.growth is not None
         from_dense = self.sparse_init.name == "dense"
         if from_dense and self.growth:
