@@ -2,14 +2,20 @@
 
 import errno
 import fcntl
+import os
+import pickle
+import time
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+import disk
+from forked import Process
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
+from raypkg.runs.address import folder_and_name
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
 from raypkg.runs.compare import compare, spearman
 from raypkg.runs.folder import RunFolder, create, find, locate
@@ -33,32 +39,87 @@ def test_writes_are_whole_and_listed(storage):
     assert storage.list() == []
 
 
-def test_a_full_disk_leaves_nothing_half_written(storage, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", disk.ALL)
+def test_a_full_disk_leaves_nothing_half_written(storage, tmp_path, kind):
     storage.write("a.txt", b"old")
 
-    class Full:
-        def __enter__(self):
-            return self
+    def write():
+        disk.Disk(tmp_path, disk.full, 1, [kind]).install()
+        with pytest.raises(UserError, match=r"cannot write .*a.txt.*: the disk is full"):
+            storage.write("new/a.txt" if kind == "mkdir" else "a.txt", b"new")
 
-        def __exit__(self, *_):
-            pass
+    ended = Process(write, tmp_path).end()
+    assert ended.code == 0, ended
+    assert storage.list() == [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    assert storage.read("a.txt") in (b"old", b"new")  # new where only the folder could not be synced
 
-        def write(self, content):
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-    class Disk:
-        def __getattr__(self, name):
-            return getattr(real, name)
+def test_an_interrupted_write_leaves_nothing_half_written(storage, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
 
-        def open_output_stream(self, path):
-            open(path, "wb").close()
-            return Full()
-
-    real, storage._fs = storage._fs, Disk()
-    with pytest.raises(UserError, match=r"cannot write .*a.txt.*: the disk is full"):
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         storage.write("a.txt", b"new")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
-    assert storage.read("a.txt") == b"old"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_deleted_is_not_made_again_by_a_write(storage, tmp_path):
+    folder = (storage / "run").kept
+    with pytest.raises(UserError, match=r"cannot write '.*run/phases/a': its folder has been deleted"):
+        pickle.loads(pickle.dumps(folder / "phases")).write("a", b"")
+    storage.write("run/a", b"")
+    (folder / "phases").write("a", b"")
+    assert folder.list("phases") == ["a"]
+
+
+def test_what_the_dead_left_of_files_is_deleted_when_a_run_is_finished(storage, tmp_path):
+    storage.write("plots/a.png", b"")
+    (tmp_path / "a.json.1.part").touch()
+    (tmp_path / "plots" / "b.png.2.part").touch()
+    storage.write("checkpoints/train/epoch_00001.pt", b"")
+    RunFolder(storage).finish(MANIFEST)
+    found = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert found == ["a.png", "summary.json"]
+
+
+def test_the_clock_may_jump_and_metrics_are_still_written(storage, monkeypatch):
+    folder = RunFolder(storage)
+    for hours, epoch in ((-9, 1), (9, 2), (-99, 3)):
+        now = time.monotonic() + 3600 * hours
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        folder.log({"phase": "train", "epoch": epoch})
+        assert len(RunFolder(storage).rows) == epoch
+
+
+@pytest.mark.parametrize(
+    ("address", "folder", "name"),
+    [
+        ("one.parquet", ".", "one.parquet"),
+        ("/one.parquet", "/", "one.parquet"),
+        ("a?b/c#d/one", "a?b/c#d", "one"),
+        ("s3://b/runs/one?e=http://h:1&scheme=http", "s3://b/runs?e=http://h:1&scheme=http", "one"),
+        ("s3://b?e=http://h:1#/runs/one", "s3://b?e=http://h:1#/runs", "one"),
+        ("file:///a/%5Bx%5D", "file:///a", "[x]"),
+    ],
+)
+def test_the_folder_and_the_name_of_a_file(address, folder, name):
+    assert folder_and_name(address) == (folder, name)
+
+
+def test_names_are_joined_to_uris_with_a_query_and_without(tmp_path):
+    for base in (f"file://{tmp_path}", f"file://{tmp_path}?a=b/c&d=e", str(tmp_path)):
+        run = Storage(base) / "train" / "[größe]=1"
+        run.write("a/b", b"1")
+        for same in (Storage(run.root), Storage(run.uri), Storage(f"{run.root}/a").parent, run.parent / run.name):
+            assert same.read("a/b") == b"1" and same.name == "[größe]=1" and same.parent.name == "train"
+    assert (tmp_path / "train" / "[größe]=1" / "a" / "b").exists()
+
+
+@pytest.mark.parametrize("root", ["file:///tmp#/../x", "\udcff", "~nobody-of-that-name/x", "s3://b/a b"])
+def test_what_is_no_folder_is_refused_in_one_line(root):
+    with pytest.raises(UserError, match="cannot use"):
+        Storage(root)
 
 
 def test_a_folder_is_one_process_s_at_a_time(storage):

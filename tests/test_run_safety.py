@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import raypkg
 from raypkg.cli import main
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Experiment, Training
+from raypkg.core.settings import Dataset, Experiment, Training
 from raypkg.runs.environment import environment
 from raypkg.runs.folder import RunFolder, check_name, create, discard
 from raypkg.runs.storage import Storage
@@ -76,6 +77,42 @@ def test_the_loser_of_a_name_deletes_nothing(tmp_path):
     assert RunFolder(Storage(str(tmp_path)) / "train" / "one").config["seed"] == 0
 
 
+def test_the_name_of_a_run_without_settings_can_be_had_again(tmp_path):
+    (tmp_path / "train" / "one").mkdir(parents=True)
+    with pytest.raises(UserError, match="has no settings yet; if nobody is starting it, delete the folder"):
+        create(str(tmp_path), "train", "one", Experiment())
+
+
+def test_settings_with_credentials_are_not_kept(tmp_path):
+    dataset = Dataset(only="s3://KEY:SECRET@bucket/coreset.parquet")
+    with pytest.raises(UserError, match="credentials in its URI") as told:
+        create(str(tmp_path), "train", "one", Experiment(dataset=dataset))
+    assert "SECRET" not in str(told.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [None, "one"])
+def test_a_root_that_is_a_file_is_told_at_once(tmp_path, name):
+    (tmp_path / "train").touch()
+    for root in (tmp_path, tmp_path / "train"):
+        with pytest.raises(UserError, match=r"cannot make '.*/train.*': (File exists|Not a directory)"):
+            create(str(root), "train", name, Experiment())
+
+
+def test_a_folder_that_is_deleted_while_a_run_is_made_below_it_is_made_again(tmp_path, monkeypatch):
+    storage = Storage(str(tmp_path)) / "train" / "one"
+    make = os.mkdir
+    made = []
+
+    def mkdir(path, *others):
+        made.append(path)
+        if made.count(path) == 1 and Path(path).name == "one":
+            storage.parent.delete_if_empty()  # as a process does whose run came to nothing
+        make(path, *others)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert storage.claim() and (tmp_path / "train" / "one").is_dir()
+
+
 def test_a_folder_that_cannot_be_finished_is_not_left(tmp_path, monkeypatch):
     def full(storage, name, content):
         raise UserError("the disk is full")
@@ -90,6 +127,10 @@ class Remote(Storage):
     """An object store: a local folder that pretends not to be one."""
 
     local = None
+
+    def _upload(self, path, temporary, content):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)  # which object stores do not need
+        super()._upload(path, temporary, content)
 
 
 def test_of_several_makers_on_an_object_store_none_is_a_second(tmp_path):

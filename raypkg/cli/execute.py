@@ -1,7 +1,12 @@
 """Running an experiment: settings → run folder → phases → results."""
 
-from collections.abc import Mapping
+import shlex
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from click import get_current_context
@@ -12,8 +17,11 @@ from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out, check_names, with_absolute_path
 from raypkg.phases.trust import stored_settings
+from raypkg.runs import ROOT
 from raypkg.runs.folder import RunFolder, create, discard, find
 from raypkg.runs.show import show_run, terminal
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # what asks for an orderly end: a machine that is taken away, a lost terminal
 
 
 def execute(
@@ -26,13 +34,15 @@ def execute(
     """
     settings = with_absolute_path(load_settings(schema, config, values))
     check_names(settings)
-    folder = create(root, entry.name, name, settings)
-    try:
-        _run(entry, settings, folder)
-    except BaseException:
-        if not folder.started:
-            discard(folder.storage)
-        raise
+    with orderly_end():
+        folder = create(root, entry.name, name, settings)
+        with folder.storage.alone(f"run {folder.name!r}"):  # nobody else's work is discarded
+            try:
+                _run(entry, settings, folder, root)
+            except BaseException:
+                if not folder.started:
+                    discard(folder.storage)
+                raise
 
 
 def resume_run(
@@ -51,8 +61,10 @@ def resume_run(
     settings = load_settings(schema, stored_settings(folder), values)
     if folder.summary:
         show_run(folder, terminal())
-    else:
-        _run(entry, settings, folder)
+        return
+    with orderly_end(), folder.storage.alone(f"run {name!r}"):
+        latest = RunFolder(folder.storage)  # as whoever had the lock left it
+        _run(entry, settings, latest, root)
 
 
 def subject(settings: RunSettings) -> str:
@@ -60,16 +72,40 @@ def subject(settings: RunSettings) -> str:
     return settings.model.name if isinstance(settings, Experiment) else getattr(settings, "method", "")
 
 
-def _run(entry: Entry, settings: RunSettings, folder: RunFolder) -> None:
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does; those that are ignored, as under nohup, stay so."""
+    if threading.current_thread() is not threading.main_thread():  # there alone may handlers be set
+        yield
+        return
+    ours = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # asked again, the end that is under way goes on
+    raise KeyboardInterrupt
+
+
+def _run(entry: Entry, settings: RunSettings, folder: RunFolder, root: str) -> None:
     console = terminal()
     console.print(f"{entry.name} {folder.name}: {subject(settings)} on {settings.dataset.name}")
     try:
-        with folder.storage.alone(f"run {folder.name!r}"):
-            line = carry_out(entry, settings, folder, console)
+        line = carry_out(entry, settings, folder, console)
     except (KeyboardInterrupt, SystemExit):
-        command = f"{get_current_context().command_path} --resume {folder.name}"
-        hint = f"; resume with: {command}" if folder.started else ""
+        hint = f"; resume with: {_resume_command(folder.name, root)}" if folder.started else ""
         raise UserError(f"interrupted{hint}") from None
     show_run(folder, console)
     if line:
         console.print(line, soft_wrap=True)
+
+
+def _resume_command(name: str, root: str) -> str:
+    command = f"{get_current_context().command_path} --resume {name}"
+    return command if root == ROOT else f"{command} --root {shlex.quote(root)}"

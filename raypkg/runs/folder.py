@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from raypkg.core.config import Settings, parse_toml, to_toml
-from raypkg.core.errors import UserError, unknown
+from raypkg.core.errors import UserError, redacted, unknown
 
 from .environment import environment
 from .storage import PART, Storage
@@ -24,6 +24,7 @@ from .storage import PART, Storage
 LONGEST = 100  # characters of a name
 NAME = re.compile(r"(?![-.])[\w.+=,@\[\]-]+")  # letters and digits of any script, and few signs: none of a shell or URI
 RESULTS = (".safetensors", ".parquet")  # endings of the files whose digests are kept
+UNFINISHED = ("checkpoints", "ray")  # folders that a run needs until all its phases are done
 GROWING = "metrics.parquet"  # written to until the end
 NEEDED = {
     "summary.json": ("phases", "samples", "coreset", "seconds", "elapsed", "full_training_backward"),
@@ -39,9 +40,10 @@ class RunFolder:
     """
 
     def __init__(self, storage: Storage):
-        self.storage = storage
+        self.storage = storage.kept  # a run that was deleted while it is going does not come back as a part of itself
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}  # by phase, model and epoch
         self._saved = time.monotonic()
+        self._unsaved = False  # whether there are rows that the file does not have
         if table := storage.read_table(GROWING):
             for row in table.to_pylist():
                 self._keep(row)
@@ -90,19 +92,22 @@ class RunFolder:
         """Add a row of metrics, in the place of one for the same phase, model and epoch; say whether it is new."""
         before = self._rows.get(_key(row))
         self._keep(row)
-        if time.monotonic() - self._saved > 1.0:
+        is_new = self._rows[_key(row)] != before
+        self._unsaved |= is_new
+        if abs(time.monotonic() - self._saved) > 1.0:  # whichever way the clock was set
             self.flush()
-        return self._rows[_key(row)] != before
+        return is_new
 
     def _keep(self, row: Mapping[str, Any]) -> None:
         self._rows[_key(row)] = {name: value for name, value in row.items() if value is not None}
 
     def flush(self) -> None:
         """Write the metrics out."""
-        if self._rows:
+        if self._unsaved:
             names = dict.fromkeys(name for row in self.rows for name in row)  # in the order in which they first occur
             columns = {name: [row.get(name) for row in self.rows] for name in names}
             self.storage.write_table(GROWING, pa.table(columns))
+            self._unsaved = False
         self._saved = time.monotonic()
 
     def phase(self, name: str) -> dict[str, Any] | None:
@@ -127,8 +132,11 @@ class RunFolder:
         return whole
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the manifest, with digests of all files: the run is done."""
+        """Drop what only an unfinished run needs, and write the manifest, with all files' digests: the run is done."""
         self.flush()
+        for leftover in UNFINISHED:
+            self.storage.delete_folder(leftover)
+        self.storage.delete_unfinished()
         self.storage.write_json("summary.json", {**summary, "files": self._digests()})
 
     def check(self, file: str) -> None:
@@ -191,8 +199,15 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
     """Make a new run folder, which no other process can make too, and write its settings and environment.
 
     Raises:
-        UserError: a run of that name exists, the name cannot be one, or the disk is full: nothing is left behind.
+        UserError: a run of that name exists, the name cannot be one, the settings have credentials in them, or the
+            disk is full: nothing is left behind.
     """
+    content = to_toml(settings)
+    if redacted(content) != content:
+        raise UserError(
+            "a setting has credentials in its URI, which the run folder would keep: leave them to the environment, such"
+            " as AWS_ACCESS_KEY_ID"
+        )
     runs = Storage(root) / experiment
     if name is None:
         storage = _claimed_freely(runs, settings)
@@ -200,17 +215,23 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
         check_name(name)
         storage = runs / name
         if not storage.claim():
-            raise UserError(
-                f"run {name!r} exists in {runs.root}: give another --name, or resume it with --resume {name}"
-            )
+            raise _taken(runs, name)
     try:
-        storage.write("config.toml", to_toml(settings).encode())
         storage.write_json("environment.json", environment())
+        storage.write("config.toml", content.encode())  # the last: with it, the run can be resumed
         storage.settle()
     except BaseException:
         discard(storage)
         raise
     return RunFolder(storage)
+
+
+def _taken(runs: Storage, name: str) -> UserError:
+    if "config.toml" in (runs / name).list():
+        way_out = f"give another --name, or resume it with --resume {name}"
+    else:  # who made it died, or is about to write them
+        way_out = "it has no settings yet; if nobody is starting it, delete the folder"
+    return UserError(f"run {name!r} exists in {runs.root}: {way_out}")
 
 
 def discard(storage: Storage) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,38 +18,65 @@ from pyarrow import fs
 
 from raypkg.core.errors import UserError
 
+from .address import address_of, folder_and_name, folder_around, opened, parted, uri_of
+
 PART = ".part"  # ends the name of a file that is being written
 CLAIMS = "claims"  # of those who are about to make the same folder of an object store
+ATTEMPTS = 3  # at making a folder, while others tidy up around it
 
 
 class Storage:
     """Reads and writes whole files under one root; a file is there entirely or not at all.
 
     Args:
-        root: a local path, or a URI such as ``s3://bucket/runs``. Picklable: workers open their own.
+        root: a local path, or a URI such as ``s3://bucket/runs``, or what ``root`` of another gave. Picklable: workers
+            open their own.
+        names: of folders below it, which are never read as part of a URI.
+        kept: so many of the names must be there already: what was deleted is not made again by a write.
+
+    Raises:
+        UserError: it is no folder that can be had.
     """
 
-    def __init__(self, root: str, *names: str):
-        if "://" not in root:
-            root = str(Path(root).expanduser().absolute())  # a worker may run in another folder
-        self._base = root
-        self._names = names
-        try:
-            self._fs, path = fs.FileSystem.from_uri(root)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"cannot use {root!r} as a folder for runs: {error}") from None
-        self._path = "/".join([path.rstrip("/"), *names])  # names are never read as part of a URI
+    def __init__(self, root: str, *names: str, kept: int = 0):
+        self._base, below = parted(root)
+        self._names = (*below, *names)
+        self._kept = kept
+        self._fs, path = opened(self._base)
+        self._path = "/".join([path, *self._names])
+        self._kept_path = "/".join([path, *self._names[:kept]])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Storage, (self._base, *self._names)
+        return _again, (self._base, self._names, self._kept)
 
     def __truediv__(self, name: str) -> "Storage":
-        return Storage(self._base, *self._names, name)
+        return Storage(self._base, *self._names, *name.split("/"), kept=self._kept)
+
+    @classmethod
+    def around(cls, file: str) -> tuple["Storage", str]:
+        """Return the folder around a file, which is given as a path or URI, and the file's name.
+
+        Raises:
+            UserError: it is no name of a file.
+
+        >>> folder, name = Storage.around("file:///data/one/coreset.parquet")
+        >>> folder.name, name
+        ('one', 'coreset.parquet')
+        """
+        folder, name = folder_and_name(file)
+        if not name:
+            raise UserError(f"{file!r} is no file")
+        return cls(folder), name
 
     @property
     def root(self) -> str:
-        """The folder as it was given, with the names below it."""
-        return "/".join([self._base.rstrip("/"), *self._names])
+        """The folder as it was given, with the names below it; further names may be joined to the text."""
+        return address_of(self._base, self._names)
+
+    @property
+    def uri(self) -> str:
+        """The folder as other libraries take it: a URI's query is at the end."""
+        return uri_of(self._base, self._names)
 
     @property
     def name(self) -> str:
@@ -60,12 +88,19 @@ class Storage:
         """The folder around this one."""
         if self._names:
             return Storage(self._base, *self._names[:-1])
-        return Storage(self._base.rstrip("/").rpartition("/")[0])
+        return Storage(folder_around(self._base))
+
+    @property
+    def kept(self) -> "Storage":
+        """This folder as one that is there: when it is deleted, no write makes it again."""
+        return Storage(self._base, *self._names, kept=len(self._names))
 
     @property
     def local(self) -> Path | None:
         """The folder as a local path, or None when it is remote."""
         return Path(self._path) if isinstance(self._fs, fs.LocalFileSystem) else None
+
+    # Who may write here
 
     @contextmanager
     def alone(self, what: str) -> Iterator[None]:
@@ -75,12 +110,13 @@ class Storage:
             what: the name of what is locked, for the error.
 
         Raises:
-            UserError: another process holds the lock.
+            UserError: another process holds the lock, or has deleted the folder.
         """
         if self.local is None:
             yield
             return
-        folder = os.open(self.local, os.O_RDONLY)
+        with _told("open", self._path):
+            folder = os.open(self.local, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
@@ -97,10 +133,13 @@ class Storage:
 
         A local folder is made by one system call. Object stores have none that only one caller can win: there each
         caller leaves a claim, and who finds another's beside its own gives way.
+
+        Raises:
+            UserError: it cannot be made.
         """
         if self.local:
-            return self._claim_locally(self.local)
-        if self.list():
+            return self._claim_locally()
+        if self.list() not in ([], [CLAIMS]) or self.list(CLAIMS):
             return False
         mine = uuid.uuid4().hex
         self.write(f"{CLAIMS}/{mine}", b"")
@@ -109,50 +148,64 @@ class Storage:
         self.delete(f"{CLAIMS}/{mine}")
         return False
 
+    def _claim_locally(self) -> bool:
+        with _told("make", self._path):
+            for _ in range(ATTEMPTS):
+                os.makedirs(os.path.dirname(self._path), exist_ok=True)
+                try:
+                    os.mkdir(self._path)
+                    return True
+                except FileNotFoundError:  # another process found the folder around it empty, and deleted it
+                    continue
+                except FileExistsError:
+                    return False
+            raise FileNotFoundError(errno.ENOENT, "others keep deleting the folder around it")
+
     def settle(self) -> None:
         """Drop the claim, once what is in the folder keeps others away."""
         if not self.local:
             self.delete_folder(CLAIMS)
 
-    def delete_if_empty(self) -> None:
-        """Delete a local folder in which nothing is."""
-        if self.local:
-            with suppress(OSError):
-                self.local.rmdir()
-
-    def digest(self, name: str) -> str | None:
-        """Return the digest of a file's content, 16 bytes of BLAKE2b as hexadecimal, or None when it does not exist."""
-        content = self.read(name)
-        return None if content is None else blake2b(content, digest_size=16).hexdigest()
-
-    def _claim_locally(self, folder: Path) -> bool:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise UserError(f"cannot write '{folder}/': {error.strerror or error}") from None
-        return True
+    # Whole files
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file under a temporary name, then rename it.
 
+        On a local disk the content is synced before the rename and the folder after it, so that a loss of power takes
+        away neither, nor leaves an empty file of that name. This costs 0.3 ms a file, and 0.6 ms a megabyte, on a disk
+        that writes 1.5 GB/s: nothing beside an epoch.
+
         Raises:
-            UserError: the disk is full or the folder cannot be written; nothing half-written is left.
+            UserError: the disk is full, the folder cannot be written or was deleted; nothing half-written is left.
         """
         path = self._full(name)
         temporary = f"{path}.{os.getpid()}{PART}"
-        try:
-            self._fs.create_dir(os.path.dirname(path), recursive=True)
-            with self._fs.open_output_stream(temporary) as stream:
-                stream.write(content)
-            self._fs.move(temporary, path)
-        except OSError as error:
-            if self._is(temporary, fs.FileType.File):
-                self._fs.delete_file(temporary)
-            reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-            raise UserError(f"cannot write {path!r}: {reason}") from None
+        with _told("write", path):
+            if not self.local:
+                self._upload(path, temporary, content)
+                return
+            self._make_room(os.path.dirname(path))
+            try:
+                _write_through(temporary, content)
+                os.replace(temporary, path)
+            except BaseException:  # Ctrl-C as well
+                with suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            _sync_folder(os.path.dirname(path))
+
+    def _make_room(self, folder: str) -> None:
+        """Make the folder of a file, but none that was deleted."""
+        if self._kept and not os.path.isdir(self._kept_path):
+            raise FileNotFoundError(errno.ENOENT, "its folder has been deleted")
+        if not os.path.isdir(folder):
+            os.makedirs(folder, exist_ok=True)
+
+    def _upload(self, path: str, temporary: str, content: bytes) -> None:
+        """Write a file of an object store, where folders need not be made."""
+        with self._fs.open_output_stream(temporary) as stream:
+            stream.write(content)
+        self._fs.move(temporary, path)
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content, or None when it does not exist.
@@ -160,31 +213,63 @@ class Storage:
         Raises:
             UserError: it cannot be read, for instance because it is a folder.
         """
-        try:
-            with self._fs.open_input_stream(self._full(name)) as stream:
-                return stream.read()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UserError(f"cannot read {self._full(name)}: {error}") from None
+        content = self._read(name)
+        return None if content is None else content.to_pybytes()
+
+    def _read(self, name: str) -> pa.Buffer | None:
+        path = self._full(name)
+        with _told("read", path):
+            try:
+                with self._fs.open_input_stream(path) as stream:
+                    return stream.read_buffer()
+            except FileNotFoundError:
+                return None
+
+    def digest(self, name: str) -> str | None:
+        """Return the digest of a file's content, 16 bytes of BLAKE2b as hexadecimal, or None when it does not exist."""
+        content = self._read(name)
+        return None if content is None else blake2b(content, digest_size=16).hexdigest()
+
+    # Folders
 
     def list(self, name: str = "") -> list[str]:
-        """Return the names in a folder, sorted; an empty list when there is none. Unfinished files are left out."""
+        """Return the names in a folder, sorted; an empty list when there is none.
+
+        Unfinished files are left out, and names that are no text: effray gives none.
+        """
         folder = self._full(name).rstrip("/")
-        if not self._is(folder, fs.FileType.Directory):
-            return []
-        entries = self._fs.get_file_info(fs.FileSelector(folder))
-        return sorted(entry.base_name for entry in entries if not entry.base_name.endswith(PART))
+        with _told("list", folder):
+            names = _names_in(folder) if self.local else [entry.base_name for entry in _entries(self._fs, folder)]
+        return sorted(name for name in names if name.isprintable() and not name.endswith(PART))
 
     def delete(self, name: str) -> None:
         """Delete a file."""
-        self._fs.delete_file(self._full(name))
+        with _told("delete", self._full(name)):
+            self._fs.delete_file(self._full(name))
 
     def delete_folder(self, name: str) -> None:
         """Delete a folder with all it holds, if it exists."""
-        folder = self._full(name)
-        if self._is(folder, fs.FileType.Directory):
-            self._fs.delete_dir(folder)
+        folder = self._full(name).rstrip("/")
+        with _told("delete", folder), suppress(FileNotFoundError):
+            if self.local:
+                shutil.rmtree(folder)
+            elif _entries(self._fs, folder):
+                self._fs.delete_dir(folder)
+
+    def delete_if_empty(self) -> None:
+        """Delete a local folder in which nothing is."""
+        if self.local:
+            with suppress(OSError):
+                self.local.rmdir()
+
+    def delete_unfinished(self) -> None:
+        """Delete what processes that died have left of files, here and below."""
+        with _told("delete files in", self._path):
+            for entry in _entries(self._fs, self._path, recursive=True):
+                if entry.base_name.endswith(PART):
+                    self._fs.delete_file(entry.path)
+
+    # What files hold
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as JSON."""
@@ -217,17 +302,61 @@ class Storage:
         Raises:
             UserError: the file is not parquet.
         """
-        try:
-            # Arrow's own file, not Python's: its threads may drop a table's source after the interpreter has ended.
-            with self._fs.open_input_file(self._full(name)) as file:
-                return pq.read_table(file)
-        except FileNotFoundError:
+        # Read as a whole, as another process may replace it. Arrow's own buffer, not Python's: its threads may drop a
+        # table's source after the interpreter has ended.
+        content = self._read(name)
+        if content is None:
             return None
+        try:
+            return pq.read_table(pa.BufferReader(content))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.root}/{name} is corrupt: {error}") from None
 
     def _full(self, name: str) -> str:
         return f"{self._path}/{name}"
 
-    def _is(self, path: str, kind: fs.FileType) -> bool:
-        return self._fs.get_file_info(path).type == kind
+
+def _again(base: str, names: tuple[str, ...], kept: int) -> Storage:
+    return Storage(base, *names, kept=kept)
+
+
+def _entries(system: fs.FileSystem, folder: str, recursive: bool = False) -> list[fs.FileInfo]:
+    selector = fs.FileSelector(folder, allow_not_found=True, recursive=recursive)
+    return system.get_file_info(selector)
+
+
+def _names_in(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _write_through(path: str, content: bytes) -> None:
+    """Write a file, and return when it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: str) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot, as some of networks
+            raise
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _told(what: str, path: str) -> Iterator[None]:
+    """Turn an error of the file system into one line."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        reason = "the disk is full" if full else error.strerror or error
+        raise UserError(f"cannot {what} {path!r}: {reason}") from None

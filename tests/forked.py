@@ -1,0 +1,120 @@
+"""Commands in processes of their own that have everything imported already: a fork takes milliseconds, not seconds."""
+
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+DEATH = 86  # exit code of a process that died on purpose
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def line(self) -> str:
+        """The one line that a refused command says."""
+        assert self.code == 2, self
+        assert self.err.startswith("effray: ") and self.err.count("\n") == 1 and self.err.endswith("\n"), self.err
+        assert "Traceback" not in self.out
+        return self.err
+
+
+class Process:
+    """A forked process that runs a function in a folder.
+
+    Args:
+        function: whose return value, if any, is the exit code.
+        folder: to work in.
+    """
+
+    def __init__(self, function: Callable[[], object], folder: Path):
+        self._files = [folder.parent / f"{folder.name}-{os.getpid()}-{id(self)}.{name}" for name in ("out", "err")]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the threads that this process may have
+            self.pid = os.fork()
+        if not self.pid:
+            os._exit(self._run(function, folder))
+
+    def _run(self, function: Callable[[], object], folder: Path) -> int:
+        code: object = 1
+        try:
+            for descriptor, file in enumerate(self._files, 1):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            sys.stdin = open(os.devnull)
+            sys.stdout = open(1, "w", closefd=False)
+            sys.stderr = open(2, "w", closefd=False)
+            os.chdir(folder)
+            code = function()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        return int(code or 0)
+
+    @property
+    def said(self) -> str:
+        """What it has written to its standard output so far."""
+        return self._files[0].read_text() if self._files[0].exists() else ""
+
+    def end(self) -> Ended:
+        """Wait for its end."""
+        _, status = os.waitpid(self.pid, 0)
+        out, err = (file.read_text() for file in self._files)
+        for file in self._files:
+            file.unlink()
+        return Ended(os.waitstatus_to_exitcode(status), out, err)
+
+
+def warm_up() -> None:
+    """Import what commands import, so that every process begins with it."""
+    import matplotlib.figure
+    import pyarrow.dataset
+    import torch._dynamo
+
+    import raypkg.cli.execute
+    import raypkg.phases.selection
+    from raypkg.core.registry import Registry
+    from raypkg.coresets.rules import coreset
+    from raypkg.data.sources import dataset
+    from raypkg.engine.run import hook
+    from raypkg.experiments import experiment
+    from raypkg.models import model
+
+    imported: list[object] = [matplotlib.figure, pyarrow.dataset, torch._dynamo, raypkg.cli.execute]
+    registries: list[Registry] = [coreset, dataset, hook, experiment, model]
+    assert all([*imported, *(registry.entries for registry in registries)])
+
+
+def start(line: str, folder: Path, before: Callable[[], object] = lambda: None) -> Process:
+    """Start a command as typed.
+
+    Args:
+        line: of the command, without the program's name.
+        folder: to work in.
+        before: called in the process first.
+    """
+    from raypkg.cli import main
+
+    warm_up()
+
+    def run() -> None:
+        before()
+        main(shlex.split(line))
+
+    return Process(run, folder)
+
+
+def effray(line: str, folder: Path, before: Callable[[], object] = lambda: None) -> Ended:
+    """Run a command as typed to its end."""
+    return start(line, folder, before).end()
