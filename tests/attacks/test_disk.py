@@ -3,14 +3,13 @@
 import os
 import shutil
 from collections.abc import Callable
-from itertools import count, cycle
+from itertools import cycle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
-from disk import ALL, STEPS, Disk, death, full
+from disk import ALL, STEPS, Disk, death, full, quick
 from forked import DEATH, Ended, effray
 from run_files import check_whole, files
 
@@ -62,20 +61,6 @@ def place(request, tmp_path):
     if kind == "select":
         assert effray(f"{LINES['train']} --name base --root {template}", folder, quick).code == 0
     return Place(folder, template, LINES[kind], folder / "runs" / kind / "one")
-
-
-def quick() -> None:
-    """Spare the pictures' time, and write the metrics after each epoch, as slower trainings do."""
-    from matplotlib.figure import Figure
-
-    from raypkg.runs import folder, plots
-
-    os.fsync = lambda descriptor: None
-    for name in ("curves", "costs", "composition", "scores", "images"):
-        setattr(plots, name, lambda *data: Path(data[-1]).write_bytes(b"picture"))
-    hours = count(step=3600)
-    Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"picture")
-    folder.time = SimpleNamespace(monotonic=lambda: next(hours), strftime=folder.time.strftime)
 
 
 def on(disk: Disk) -> Callable[[], None]:

@@ -1,0 +1,226 @@
+"""Other processes, people and machines: two at one run, roots that cannot be written, orders to end."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from disk import Disk, quick, read_only
+from forked import Process, effray, start
+from run_files import check_whole, files
+
+SMALL = "--model linear --train.epochs 2 --train.batch_size 512 --cluster.workers 0"
+SLOW = f"{SMALL.replace('epochs 2', 'epochs 40')} --dataset slow_digits:load"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A working folder, beside which a process keeps what it says."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def when(process: Process, text: str) -> None:
+    """Wait until a process has said something."""
+    end = time.monotonic() + 60
+    while text not in process.said:
+        assert time.monotonic() < end, (text, process.said)
+        time.sleep(0.01)
+
+
+# Roots
+
+
+def test_a_root_that_cannot_be_written(folder):
+    effray(f"train {SMALL} --name base", folder, quick)
+    disk = Disk(folder, read_only, 1)
+
+    def before() -> None:
+        quick()
+        disk.install()
+
+    for line in (f"train {SMALL} --name one", "select --model-from base --name one --cluster.workers 0"):
+        assert "Read-only file system" in effray(line, folder, before).line
+        assert sorted(path.name for path in (folder / "runs").rglob("one")) == []
+    for line in ("show base", "train --resume base"):
+        assert effray(line, folder, before).code == 0
+
+
+@pytest.mark.parametrize("command", [f"train {SMALL}", f"train {SMALL} --name one", "train --resume one", "show one"])
+@pytest.mark.parametrize("root", ["file", "file/below", "gone/../runs", "\udcff", "dangling", "/proc/none", "a\tb"])
+def test_a_root_that_is_none(folder, root, command):
+    (folder / "file").touch()
+    (folder / "dangling").symlink_to(folder / "nowhere" / "at" / "all")
+    line = f"{command} --root '{root}'"
+    if root == "a\tb" and command.startswith(f"train {SMALL}"):
+        assert effray(line, folder, quick).code == 0
+    else:
+        assert effray(line, folder, quick).line
+
+
+def test_a_root_that_is_a_link(folder):
+    (folder / "disk").mkdir()
+    (folder / "runs").symlink_to(folder / "disk")
+    assert effray(f"train {SMALL} --name one", folder, quick).code == 0
+    assert (folder / "disk" / "train" / "one" / "summary.json").exists()
+    assert effray("select --model-from one --name two --cluster.workers 0", folder, quick).code == 0
+
+
+def test_files_of_others_among_the_runs(folder):
+    assert effray(f"train {SMALL} --name one", folder, quick).code == 0
+    (folder / "runs" / "notes.txt").touch()
+    (folder / "runs" / "train" / "notes.txt").touch()
+    (folder / "runs" / "train" / os.fsdecode(b"\xff")).mkdir()
+    os.mkfifo(folder / "runs" / "train" / "one" / "pipe")
+    assert effray("show one", folder).code == 0
+    assert "Allowed: one" in effray("show none", folder).line
+
+
+@pytest.mark.parametrize("what", ["runs/train/one", "runs"])
+def test_a_run_folder_that_is_deleted_while_it_runs(folder, what):
+    run = start(f"train {SLOW} --name one", folder)
+    when(run, "train 4/40")
+    shutil.move(folder / what, folder / "elsewhere")
+    shutil.rmtree(folder / "elsewhere")
+    assert "its folder has been deleted" in run.end().line
+    assert not (folder / what).exists()
+
+
+# Two processes
+
+
+def test_two_that_resume_one_run(folder):
+    run = start(f"train {SLOW} --name one", folder)
+    when(run, "train 4/40")
+    os.kill(run.pid, signal.SIGKILL)
+    run.end()
+    first = start("train --resume one", folder)
+    when(first, "train 8/40")
+    assert "run 'one' is being worked on by another process" in effray("train --resume one", folder).line
+    assert first.end().code == 0
+    assert effray(f"train {SLOW} --name two", folder).code == 0
+    one, two = (files(folder / "runs" / "train" / name) for name in ("one", "two"))
+    assert [name for name in one if one[name] != two[name]] == ["plots/costs.png"]
+
+
+def test_a_new_run_that_another_process_resumes_at_once_is_left_to_it(folder):
+    def before() -> None:
+        from raypkg.cli import execute
+
+        create = execute.create
+
+        def create_slowly(*arguments):
+            made = create(*arguments)
+            print("made", flush=True)
+            time.sleep(1)
+            return made
+
+        execute.create = create_slowly
+
+    slow = start(f"train {SLOW} --name one", folder, before)
+    when(slow, "made")
+    fast = start("train --resume one", folder)
+    when(fast, "train one")
+    assert "being worked on by another process" in slow.end().line
+    assert fast.end().code == 0 and "test accuracy" in effray("show one", folder).out
+
+
+def test_two_that_begin_a_run_of_one_name(folder):
+    runs = [start(f"train {SMALL} --seed {seed} --name one", folder, quick) for seed in (1, 2, 3)]
+    ended = [run.end() for run in runs]
+    assert sorted(each.code for each in ended) == [0, 2, 2]
+    assert all("run 'one' exists" in each.line for each in ended if each.code)
+    winner = [each.code for each in ended].index(0) + 1
+    assert f"seed = {winner}\n" in (folder / "runs" / "train" / "one" / "config.toml").read_text()
+
+
+def test_six_that_leave_the_name_to_effray(folder):
+    runs = [start(f"train {SMALL} --seed {seed}", folder, quick) for seed in range(6)]
+    ended = [run.end() for run in runs]
+    assert [each.code for each in ended] == [0] * 6, ended
+    made = [*(folder / "runs" / "train").iterdir()]
+    assert len(made) == 6
+    assert len({(run / "config.toml").read_text().partition("\n")[0] for run in made}) == 6
+
+
+@pytest.mark.parametrize("kind", ["train", "deltagrad train", "lipt"])
+def test_who_looks_on_while_it_runs(folder, kind):
+    settings = "--pretrain.models 2 --pretrain.epochs 20" if kind == "lipt" else ""
+    run = start(f"{kind} {SMALL.replace('epochs 2', 'epochs 60')} {settings} --name one", folder, quick)
+    looks = 0
+    while not (folder / "runs" / kind.split()[0] / "one" / "summary.json").exists():
+        for line in ("show one", "show one --against one", "export one", "select --model-from one --cluster.workers 0"):
+            seen = effray(line, folder, quick)
+            assert seen.code == 0 or seen.line
+            looks += 1
+        assert os.waitpid(run.pid, os.WNOHANG) == (0, 0) or (folder / "runs").exists()
+        if looks > 400:
+            break
+    assert looks > 4
+
+
+# The clock
+
+
+@pytest.mark.parametrize("jump", [-86400, 86400])
+def test_a_clock_that_jumps(folder, jump):
+    def before() -> None:
+        now, monotonic = time.time, time.monotonic
+        turns = iter(range(10**9))
+        time.time = lambda: now() + jump * (next(turns) % 2)
+        time.monotonic = lambda: monotonic() + jump * (next(turns) % 2)
+
+    for name in ("a", "b"):
+        ended = effray(f"train {SMALL}", folder, before)
+        assert ended.code == 0, (name, ended)
+    made = [*(folder / "runs" / "train").iterdir()]
+    assert len(made) == 2
+    for run in made:
+        assert "-" not in (run / "summary.json").read_text().partition('"elapsed": ')[2][:2]
+
+
+# Orders to end
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_order_to_end_says_how_to_go_on(folder, number):
+    run = start(f"train {SLOW} --name one --root some", folder)
+    when(run, "train 4/40")
+    os.kill(run.pid, number)
+    assert run.end().line == "effray: interrupted; resume with: effray train --resume one --root some\n"
+    check_whole(folder / "some")
+    assert effray("train --resume one --root some", folder).code == 0
+    assert effray(f"train {SLOW} --name one", folder).code == 0
+    one, two = (files(folder / root / "train" / "one") for root in ("some", "runs"))
+    assert [name for name in one if one[name] != two[name]] == ["plots/costs.png"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_order_to_end_before_any_result_leaves_no_folder(folder, number):
+    run = start(f"train {SLOW} --name one", folder)
+    when(run, "train one")
+    os.kill(run.pid, number)
+    assert run.end().line == "effray: interrupted\n"
+    assert not [*folder.rglob("one")]
+
+
+def test_an_order_that_is_ignored_stays_so(folder):
+    def before() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+
+    run = start(f"train {SLOW} --name one", folder, before)
+    when(run, "train 4/40")
+    os.kill(run.pid, signal.SIGHUP)
+    assert run.end().code == 0
+
+
+def test_an_order_that_is_repeated_does_not_cut_the_end_short(folder):
+    run = start(f"train {SLOW} --name one", folder)
+    when(run, "train 4/40")
+    for _ in range(50):
+        os.kill(run.pid, signal.SIGTERM)
+        time.sleep(0.001)
+    assert "resume with: effray train --resume one" in run.end().line
+    check_whole(folder / "runs")

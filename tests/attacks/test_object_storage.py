@@ -1,0 +1,193 @@
+"""Run folders and coresets on S3, here a server of this machine's own: everything that a local disk can."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from disk import death, quick
+from forked import DEATH, Process, effray, start
+from run_files import files
+
+SMALL = "--model linear --train.epochs 2 --train.batch_size 512 --cluster.workers 0"
+LIPT = f"lipt {SMALL} --pretrain.models 2 --pretrain.epochs 1 --pretrain.batch_size 512"
+BUCKET = "bucket"
+
+
+@pytest.fixture(scope="module")
+def port():
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it names every request
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "KEY")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+        server.start()
+        _, port = server.get_host_and_port()
+        yield port
+        server.stop()
+
+
+@pytest.fixture
+def root(port):
+    """An empty bucket, and a root in it."""
+    server = f"http://127.0.0.1:{port}"
+    for method, address in (("POST", f"{server}/moto-api/reset"), ("PUT", f"{server}/{BUCKET}")):
+        urllib.request.urlopen(urllib.request.Request(address, method=method)).close()
+    return f"s3://{BUCKET}/runs?{query(port)}"
+
+
+def query(port: int) -> str:
+    return f"endpoint_override=http://127.0.0.1:{port}&scheme=http"
+
+
+def done(line: str, folder: Path, before=lambda: None) -> str:
+    """Run a command that succeeds, and return what it printed."""
+    ended = effray(line, folder, before)
+    assert (ended.code, ended.err) == (0, ""), ended
+    return ended.out
+
+
+def copied(root: str, run: str, folder: Path) -> Path:
+    """Copy a run to a local folder."""
+
+    def copy() -> None:
+        from pyarrow import fs
+
+        from raypkg.runs.storage import Storage
+
+        remote = Storage(f"{root}#/{run}")
+        fs.copy_files(remote._path, str(folder / run), source_filesystem=remote._fs)
+
+    assert Process(copy, folder).end().code == 0
+    return folder / run
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The files of the same run on a local disk."""
+    folder = tmp_path_factory.mktemp("local")
+    done(f"{LIPT} --name one", folder, quick)
+    return files(folder / "runs" / "lipt" / "one")
+
+
+@pytest.mark.parametrize("uploads", [None, 4, 9, 14])
+def test_a_run_there_equals_one_on_a_disk_wherever_it_is_killed(root, tmp_path, expected, uploads):
+    def die() -> None:
+        from raypkg.runs.storage import Storage
+
+        upload = Storage._upload
+        left = iter(range(uploads))
+
+        def counted(*arguments):
+            if next(left, None) is None:
+                death()
+            upload(*arguments)
+
+        quick()
+        Storage._upload = counted
+
+    if uploads is None:
+        done(f"{LIPT} --name one --root '{root}'", tmp_path, quick)
+    else:
+        assert effray(f"{LIPT} --name one --root '{root}'", tmp_path, die).code == DEATH
+        assert "one: not finished" in done(f"show one --root '{root}'", tmp_path)
+        done(f"lipt --resume one --root '{root}'", tmp_path, quick)
+    found = files(copied(root, "lipt/one", tmp_path))
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
+def test_what_is_done_with_runs_there(root, port, tmp_path):
+    at = f"--root '{root}'"
+    done(f"{LIPT} --name one {at}", tmp_path)
+    assert "test accuracy" in done(f"show one {at}", tmp_path)
+    assert "test accuracy" in done(f"show lipt/one {at}", tmp_path)
+    assert "test accuracy" in done(f"show '{root}#/lipt/one'", tmp_path)
+    assert "test accuracy" in done(f"show 's3://{BUCKET}/runs/lipt/one?{query(port)}'", tmp_path)
+    done(f"select --model-from one --method grand --name two --cluster.workers 0 {at}", tmp_path)
+    assert "picks in common" in done(f"show one --against two {at}", tmp_path)
+    for coreset in (
+        f"{root}#/select/two/coreset.parquet",
+        f"s3://{BUCKET}/runs/select/two/coreset.parquet?{query(port)}",
+    ):
+        assert "of 1,295 samples (10.0%)" in done(f"train {SMALL} --coreset '{coreset}' {at}", tmp_path)
+    done(f"sparse {SMALL.replace('linear', 'mlp')} --name thin {at}", tmp_path)
+    assert "model.csr.safetensors" in done(f"export thin {at}", tmp_path)
+
+    def predict() -> None:
+        import raypkg
+
+        assert raypkg.load_model("one", root).classes
+        assert raypkg.load_model(f"{root}#/lipt/one").classes
+
+    ended = Process(predict, tmp_path).end()
+    assert ended.code == 0, ended
+
+
+def test_a_history_needs_a_local_disk(root, tmp_path):
+    ended = effray(f"deltagrad train {SMALL} --root '{root}'", tmp_path)
+    assert "a history is memory-mapped, so the run must be in a local folder" in ended.line
+    assert "Allowed: none" in effray(f"show one --root '{root}'", tmp_path).line
+
+
+def test_no_name_leaves_the_root(root, tmp_path):
+    for name in ("..", "../x", "#x", "%2e%2e", "a/b"):
+        assert "--name" in effray(f"train {SMALL} --name '{name}' --root '{root}'", tmp_path).line
+    assert "cannot be .." in effray(f"show '{root}#/../x'", tmp_path).line
+    assert "Allowed: none" in effray(f"show .. --root '{root}'", tmp_path).line
+
+
+def test_of_two_that_want_a_name_none_is_a_second(root, tmp_path):
+    runs = [start(f"train {SMALL} --seed {seed} --name one --root '{root}'", tmp_path) for seed in (1, 2)]
+    ended = [run.end() for run in runs]
+    assert all(each.code == 0 or "run 'one' exists" in each.line for each in ended)
+    assert sum(each.code == 0 for each in ended) <= 1
+    again = effray(f"train {SMALL} --name one --root '{root}'", tmp_path)
+    assert (again.code == 0) == all(each.code == 2 for each in ended), again
+
+
+@pytest.mark.parametrize("what", ["no bucket", "no server", "a server that says nothing", "no region", "wrong URI"])
+def test_what_is_not_there_is_told_within_20_seconds(port, tmp_path, what):
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts, and never answers
+    roots = {
+        "no bucket": f"s3://nobody/runs?{query(port)}",
+        "no server": f"s3://{BUCKET}/runs?{query(1)}",
+        "a server that says nothing": f"s3://{BUCKET}/runs?{query(silent.getsockname()[1])}",
+        "no region": f"s3://{BUCKET}/runs?region=nowhere-1&endpoint_override=http://127.0.0.1:1&scheme=http",
+        "wrong URI": f"s3://{BUCKET}/runs?nonsense=1",
+    }
+    commands = [f"train {SMALL} --name one", f"train {SMALL}", "show one"]
+    for command in commands[:1] if "nothing" in what else commands:
+        begun = time.monotonic()
+        ended = effray(f"{command} --root '{roots[what]}'", tmp_path)
+        assert ended.line and time.monotonic() - begun < 20, (command, ended)
+    silent.close()
+
+
+def test_credentials_are_neither_printed_nor_kept(root, port, tmp_path):
+    secret = f"s3://KEY:S%2FCRET@{BUCKET}/runs?{query(port)}"
+    ended = effray(f"train {SMALL} --name one --root '{secret}'", tmp_path)
+    assert ended.code == 0, ended
+    said = [effray(f"{command} --root '{secret}'", tmp_path) for command in (f"train {SMALL} --name one", "show two")]
+    assert all("CRET" not in each.line for each in said)
+    run = copied(root, "train/one", tmp_path)
+    for file in run.rglob("*"):
+        assert not file.is_file() or b"CRET" not in file.read_bytes()
+    given = effray(f"train {SMALL} --coreset 's3://KEY:S%2FCRET@{BUCKET}/x?{query(port)}' --root '{root}'", tmp_path)
+    assert "credentials in its URI" in given.line and "CRET" not in given.line
+
+
+def test_a_process_ends_without_a_word_of_the_connection(root, tmp_path):
+    done(f"train {SMALL} --name one --root '{root}'", tmp_path)
+    command = [sys.executable, "-m", "raypkg", "show", "one", "--root", root]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    assert (ended.returncode, ended.stderr) == (0, "")
