@@ -54,6 +54,7 @@ class Disk:
         act: what happens instead of the chosen operation.
         at: its number, from 1; 0 = none.
         kinds: the operations that count.
+        onwards: whether everything after it happens so, too.
         log: file that gets a line for each; it can be read when the process has ended.
     """
 
@@ -63,6 +64,7 @@ class Disk:
         act: Callable[[], None] = full,
         at: int = 0,
         kinds: Collection[str] = ALL,
+        onwards: bool = False,
         log: Path | None = None,
     ):
         self._count = 0
@@ -70,6 +72,7 @@ class Disk:
         self._act = act
         self._at = at
         self._kinds = kinds
+        self._onwards = onwards
         self._log = None if log is None else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def step(self, kind: str, path: Any) -> None:
@@ -80,7 +83,7 @@ class Disk:
         self._count += 1
         if self._log is not None:
             os.write(self._log, f"{kind} {os.path.relpath(path, self._folder)}\n".encode())
-        if self._count == self._at:
+        if self._count == self._at or (self._onwards and self._count > self._at):
             self._act()
 
     def install(self) -> "Disk":

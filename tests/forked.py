@@ -67,6 +67,11 @@ class Process:
         """What it has written to its standard output so far."""
         return self._files[0].read_text() if self._files[0].exists() else ""
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
     def end(self) -> Ended:
         """Wait for its end."""
         _, status = os.waitpid(self.pid, 0)

@@ -119,10 +119,10 @@ def read_coreset(path: str) -> pa.Table:
     Raises:
         UserError: no such file, or not a coreset.
     """
-    folder, _, name = path.rpartition("/")
+    folder, name = Storage.around(path)
     if not name:
         raise UserError(f"{path!r} is no coreset file")
-    table = Storage(folder or ".").read_table(name)
+    table = folder.read_table(name)
     if table is None:
         raise UserError(f"there is no coreset file {path}")
     names = table.column_names

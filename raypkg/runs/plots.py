@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from raypkg.core.errors import UserError
+
 from .storage import Storage
 from .style import BLUE, GREY, NOTE, ORANGE, STYLE, VERMILLION, cut, duration, short
 
@@ -146,11 +148,20 @@ def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels,
 
 
 def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None:
-    """Draw a plot into a run folder, wherever that is."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.png"
-        plot(path)
-        storage.write(f"plots/{name}.png", path.read_bytes())
+    """Draw a plot into a run folder, wherever that is.
+
+    Raises:
+        UserError: the disk of the run, or that of temporary files, is full or cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.png"
+            plot(path)
+            picture = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot draw {name!r} among the temporary files, see TMPDIR: {reason}") from None
+    storage.write(f"plots/{name}.png", picture)
 
 
 @contextmanager

@@ -54,18 +54,13 @@ class Storage:
 
     @classmethod
     def around(cls, file: str) -> tuple["Storage", str]:
-        """Return the folder around a file, which is given as a path or URI, and the file's name.
-
-        Raises:
-            UserError: it is no name of a file.
+        """Return the folder around a file, which is given as a path or URI, and the file's name, if it has one.
 
         >>> folder, name = Storage.around("file:///data/one/coreset.parquet")
         >>> folder.name, name
         ('one', 'coreset.parquet')
         """
         folder, name = folder_and_name(file)
-        if not name:
-            raise UserError(f"{file!r} is no file")
         return cls(folder), name
 
     @property

@@ -2,13 +2,17 @@
 
 import os
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
+import samples
 from disk import ALL, STEPS, Disk, death, full, quick
 from forked import DEATH, Ended, effray
 from run_files import check_whole, files
@@ -126,3 +130,72 @@ def test_a_death_before_any_step(place):
             assert "it has no settings yet" in place.start(quick).line
             shutil.rmtree(place.run)
         end_equal(place, expected, where)
+
+
+def test_the_disk_of_temporary_files_is_full(tmp_path):
+    temporary = tmp_path / "temporary"
+    work = tmp_path / "work"
+    temporary.mkdir()
+    work.mkdir()
+
+    def before() -> None:
+        tempfile.tempdir = str(temporary)
+        Disk(temporary, full, 1, ["write"], onwards=True).install()
+
+    line = f"{LINES['train']} --name one"
+    assert "cannot draw 'curves' among the temporary files, see TMPDIR: No space" in effray(line, work, before).line
+    assert not [*temporary.iterdir()]
+    check_whole(work)
+    assert effray("train --resume one", work).code == 0
+
+
+@pytest.mark.parametrize("act", [full, death])
+def test_the_disk_of_the_data_cache_is_full_or_its_user_dies(tmp_path, act):
+    for split in ("train", "test"):
+        samples.write_folder(tmp_path / "images" / split, samples.pixels(6), np.array([0, 0, 1, 1, 2, 2]))
+    cache = tmp_path / "cache"
+    line = f"data folder:{tmp_path / 'images'}"
+
+    def describe(disk: Disk) -> Ended:
+        def before() -> None:
+            os.environ["EFFRAY_CACHE"] = str(cache)
+            disk.install()
+
+        return effray(line, tmp_path, before)
+
+    log = tmp_path / "operations"
+    kinds = ("open", "write", "close", "rename")
+    expected = describe(Disk(cache, kinds=kinds, log=log))
+    assert expected.code == 0, expected
+    for number, operation in enumerate(log.read_text().splitlines(), 1):
+        shutil.rmtree(cache)
+        ended = describe(Disk(cache, act, number, kinds))
+        if act is full:
+            assert "cannot build the data cache" in ended.line, operation
+            assert not [*cache.glob("*.tmp")], operation
+        else:
+            assert ended.code == DEATH, operation
+        assert describe(Disk(cache)) == expected, operation
+
+
+def test_a_small_disk_that_is_made_larger(tmp_path):
+    """A true one, where the machine lets us mount it."""
+    small = tmp_path / "runs"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24k", "small", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        line = f"{LINES['train']} --name one"
+        assert "the disk is full" in effray(line, tmp_path, quick).line
+        check_whole(small)
+        subprocess.run(["mount", "-o", "remount,ro,size=24k", small], check=True)
+        again = effray("train --resume one", tmp_path, quick)
+        assert "Read-only file system" in again.line or "unknown train run" in again.line
+        subprocess.run(["mount", "-o", "remount,rw,size=64m", small], check=True)
+        again = effray("train --resume one" if (small / "train" / "one").exists() else line, tmp_path, quick)
+        assert again.code == 0, again
+        assert effray(f"{LINES['train']} --name one --root other", tmp_path, quick).code == 0
+        assert files(small / "train" / "one") == files(tmp_path / "other" / "train" / "one")
+    finally:
+        subprocess.run(["umount", small], check=True)

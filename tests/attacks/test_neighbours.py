@@ -35,7 +35,7 @@ def when(process: Process, text: str) -> None:
 
 def test_a_root_that_cannot_be_written(folder):
     effray(f"train {SMALL} --name base", folder, quick)
-    disk = Disk(folder, read_only, 1)
+    disk = Disk(folder, read_only, 1, onwards=True)
 
     def before() -> None:
         quick()
@@ -49,7 +49,7 @@ def test_a_root_that_cannot_be_written(folder):
 
 
 @pytest.mark.parametrize("command", [f"train {SMALL}", f"train {SMALL} --name one", "train --resume one", "show one"])
-@pytest.mark.parametrize("root", ["file", "file/below", "gone/../runs", "\udcff", "dangling", "/proc/none", "a\tb"])
+@pytest.mark.parametrize("root", ["file", "file/below", "\udcff", "dangling", "/proc/none", "a\tb"])
 def test_a_root_that_is_none(folder, root, command):
     (folder / "file").touch()
     (folder / "dangling").symlink_to(folder / "nowhere" / "at" / "all")
@@ -150,15 +150,12 @@ def test_who_looks_on_while_it_runs(folder, kind):
     settings = "--pretrain.models 2 --pretrain.epochs 20" if kind == "lipt" else ""
     run = start(f"{kind} {SMALL.replace('epochs 2', 'epochs 60')} {settings} --name one", folder, quick)
     looks = 0
-    while not (folder / "runs" / kind.split()[0] / "one" / "summary.json").exists():
+    while run.running:
         for line in ("show one", "show one --against one", "export one", "select --model-from one --cluster.workers 0"):
             seen = effray(line, folder, quick)
             assert seen.code == 0 or seen.line
             looks += 1
-        assert os.waitpid(run.pid, os.WNOHANG) == (0, 0) or (folder / "runs").exists()
-        if looks > 400:
-            break
-    assert looks > 4
+    assert run.end().code == 0 and looks > 4
 
 
 # The clock
