@@ -94,7 +94,7 @@ def test_settings_with_credentials_are_not_kept(tmp_path):
 def test_a_root_that_is_a_file_is_told_at_once(tmp_path, name):
     (tmp_path / "train").touch()
     for root in (tmp_path, tmp_path / "train"):
-        with pytest.raises(UserError, match=r"cannot make '.*/train.*': (File exists|Not a directory)"):
+        with pytest.raises(UserError, match=r"cannot write '.*/train.*': (File exists|Not a directory)"):
             create(str(root), "train", name, Experiment())
 
 

@@ -144,7 +144,7 @@ class Storage:
         return False
 
     def _claim_locally(self) -> bool:
-        with _told("make", self._path):
+        with _told("write", f"{self._path}/"):
             for _ in range(ATTEMPTS):
                 os.makedirs(os.path.dirname(self._path), exist_ok=True)
                 try:

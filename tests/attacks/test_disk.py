@@ -100,7 +100,7 @@ def chosen(operations: list[str]) -> list[int]:
     kind = next(turns)
     for number, operation in enumerate(operations, 1):
         if operation.startswith(("mkdir", "open")) and "/versions" in operation:
-            continue  # TODO: the folder of a history is not made in one line yet
+            continue  # of these the history itself does not tell in one line yet
         if EVERY or operation.startswith(f"{kind} "):
             numbers.append(number)
             kind = next(turns)
