@@ -12,7 +12,7 @@ from typing import Any
 from click import get_current_context
 
 from raypkg.core.config import load_settings
-from raypkg.core.errors import UserError
+from raypkg.core.errors import Interruption, UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out, check_names, with_absolute_path
@@ -99,13 +99,18 @@ def _run(entry: Entry, settings: RunSettings, folder: RunFolder, root: str) -> N
     try:
         line = carry_out(entry, settings, folder, console)
     except (KeyboardInterrupt, SystemExit):
-        hint = f"; resume with: {_resume_command(folder.name, root)}" if folder.started else ""
-        raise UserError(f"interrupted{hint}") from None
+        raise Interruption(f"interrupted{_hint(folder, root)}") from None
+    except Interruption as error:
+        raise type(error)(f"{error}{_hint(folder, root)}") from error
     show_run(folder, console)
     if line:
         console.print(line, soft_wrap=True)
 
 
-def _resume_command(name: str, root: str) -> str:
-    command = f"{get_current_context().command_path} --resume {name}"
-    return command if root == ROOT else f"{command} --root {shlex.quote(root)}"
+def _hint(folder: RunFolder, root: str) -> str:
+    """Return how to resume a run that has any result yet."""
+    if not folder.started:
+        return ""
+    command = f"{get_current_context().command_path} --resume {folder.name}"
+    place = "" if root == ROOT else f" --root {shlex.quote(root)}"
+    return f"; resume with: {command}{place}"
