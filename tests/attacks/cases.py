@@ -1,0 +1,113 @@
+"""What a case of bad input is: a command as typed, what is wrong about it, and what the one line must say."""
+
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = "{}"  # in a command, the wrong text
+GAP = "…"  # in what the line must say, anything
+TRAINS = ("lipt", "train", "crest", "sparse", "select")  # commands that would start Ray
+Make = Callable[[Path, Any], None]
+
+
+class Case(NamedTuple):
+    """One bad input.
+
+    Attributes:
+        on: what is attacked.
+        wrong: what is wrong about it.
+        words: of the command line, after ``effray``.
+        says: what the line must say, in this order, with gaps.
+        prepare: makes the bad input in the working folder.
+        leaves: patterns of what may be new in the working folder afterwards.
+        environment: variables that are set.
+    """
+
+    on: str
+    wrong: str
+    words: tuple[str, ...]
+    says: str
+    prepare: Callable[[Path], None]
+    leaves: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """What pytest calls the case."""
+        wrong = re.sub(r"\s+", " ", self.wrong)
+        shown = wrong.encode("unicode_escape").decode()
+        return f"{self.on}: {shown[:60]}"
+
+
+class Cases(list[Case]):
+    """The ways in which one thing is wrong."""
+
+
+def cases(
+    on: str,
+    command: str,
+    wrong: Mapping[Any, Any],
+    *,
+    into: str = "",
+    make: Make | None = None,
+    leaves: tuple[str, ...] = (),
+    variable: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> "Cases":
+    """Return the cases in which one thing is wrong in many ways.
+
+    Args:
+        on: what is attacked.
+        command: as typed, without ``effray``; ``{}`` stands for the wrong text.
+        wrong: each wrong text, with what the line must say; or words for it, with a pair of the thing and that.
+        into: a file that the wrong text is written to.
+        make: makes the wrong thing in the working folder.
+        leaves: patterns of what may be new in the working folder afterwards.
+        variable: of the environment, that is set to the wrong text.
+        environment: further variables.
+    """
+    found = Cases()
+    for key, answer in wrong.items():
+        thing, says = answer if isinstance(answer, tuple) else (key, answer)
+        typed = command.replace(HERE, shlex.quote(thing)) if isinstance(thing, str) else command
+        words = shlex.split(thing if command == HERE else typed)
+        found.append(
+            Case(
+                on=on,
+                wrong=str(key),
+                words=(*words, *_without_ray(words)),
+                says=says,
+                prepare=_preparation(thing, into, make),
+                leaves=leaves,
+                environment={**(environment or {}), **({variable: thing} if variable else {})},
+            )
+        )
+    return found
+
+
+def _without_ray(words: list[str]) -> list[str]:
+    trains = words[:1] and words[0] in TRAINS or words[:2] == ["deltagrad", "train"]
+    return ["--cluster.workers", "0"] if trains and "--cluster.workers" not in words else []
+
+
+def _preparation(thing: Any, into: str, make: Make | None) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        if into:
+            content = thing if isinstance(thing, bytes) else thing.encode()
+            (folder / into).write_bytes(content)
+        if make:
+            make(folder, thing)
+
+    return prepare
+
+
+def is_said(says: str, line: str) -> bool:
+    """Say whether a line says all parts of a text with gaps, in their order.
+
+    >>> is_said("unknown … did you mean", "unknown model 'a', did you mean 'b'?")
+    True
+    """
+    parts = [re.escape(part.strip()) for part in says.split(GAP)]
+    return re.search(".*".join(parts), line) is not None
