@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from attacks import inputs_command_line, inputs_data
+from attacks import inputs_code, inputs_command_line, inputs_data, inputs_runs
 from attacks.cases import Case, Cases, is_said
 from attacks.forks import Forks, forks
 from attacks.worlds import make_world
 
-TABLES = (inputs_command_line, inputs_data)
+TABLES = (inputs_command_line, inputs_data, inputs_runs, inputs_code)
 CASES = [case for table in TABLES for group in vars(table).values() if isinstance(group, Cases) for case in group]
 FINE = ("cache", "cache/*.lock", "cache/*.arrow")  # a data set that was read before what is wrong was found
 

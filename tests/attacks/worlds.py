@@ -16,6 +16,7 @@ RUNS = (
     f"lipt --name l --model linear --pretrain.models 2 --pretrain.epochs 1 {QUICK}",
     f"sparse --name sp --model mlp --density 0.2 {QUICK}",
     f"deltagrad train --name dg {QUICK}",
+    f"deltagrad train --name table --dataset table:rows.csv {QUICK}",
     "crest --name cr --model linear --train.epochs 4 --budget 0.5 --cluster.workers 0",
     "select --name sel --model-from t --fraction 0.2 --cluster.workers 0",
 )
@@ -31,21 +32,23 @@ REST = ("concurrent", "time_budget", "proxy", "proxy_method", "space")
 
 def make_world(folder: Path, run: Forks) -> None:
     """Make the runs, by the commands that make them, and the data."""
+    _make_data(folder)
     for command in RUNS:
         result = run(command.split(), folder, limit=120)
         assert (result.code, result.err) == (0, ""), result
     for plots in folder.glob("runs/*/*/plots"):
         shutil.rmtree(plots)
-    _make_stopped_run(folder / "runs" / "train")
+    _make_unfinished_runs(folder / "runs")
     _make_sweep(folder)
-    _make_data(folder)
 
 
-def _make_stopped_run(runs: Path) -> None:
-    shutil.copytree(runs / "t", runs / "stopped")
-    (runs / "stopped" / "summary.json").unlink()
-    shutil.rmtree(runs / "stopped" / "phases")
-    (runs / "stopped" / "model.safetensors").unlink()
+def _make_unfinished_runs(runs: Path) -> None:
+    """Make one run that was stopped in its first epoch, and one between its last phase and its end."""
+    shutil.copytree(runs / "train" / "t", runs / "train" / "stopped")
+    shutil.copytree(runs / "lipt" / "l", runs / "lipt" / "halfway")
+    shutil.rmtree(runs / "train" / "stopped" / "phases")
+    for name in ("train/stopped/summary.json", "train/stopped/model.safetensors", "lipt/halfway/summary.json"):
+        (runs / name).unlink()
 
 
 def _make_sweep(folder: Path) -> None:
