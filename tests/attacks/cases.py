@@ -23,6 +23,7 @@ class Case(NamedTuple):
         prepare: makes the bad input in the working folder.
         leaves: patterns of what may be new in the working folder afterwards.
         environment: variables that are set.
+        fresh: whether a variable is read at import, so that the process must be a new one.
     """
 
     on: str
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     prepare: Callable[[Path], None]
     leaves: tuple[str, ...]
     environment: Mapping[str, str]
+    fresh: bool
 
     @property
     def name(self) -> str:
@@ -55,6 +57,7 @@ def cases(
     leaves: tuple[str, ...] = (),
     variable: str = "",
     environment: Mapping[str, str] | None = None,
+    fresh: bool = False,
 ) -> "Cases":
     """Return the cases in which one thing is wrong in many ways.
 
@@ -67,6 +70,7 @@ def cases(
         leaves: patterns of what may be new in the working folder afterwards.
         variable: of the environment, that is set to the wrong text.
         environment: further variables.
+        fresh: whether the process must be a new one.
     """
     found = Cases()
     for key, answer in wrong.items():
@@ -82,13 +86,14 @@ def cases(
                 prepare=_preparation(thing, into, make),
                 leaves=leaves,
                 environment={**(environment or {}), **({variable: thing} if variable else {})},
+                fresh=fresh,
             )
         )
     return found
 
 
 def _without_ray(words: list[str]) -> list[str]:
-    trains = words[:1] and words[0] in TRAINS or words[:2] == ["deltagrad", "train"]
+    trains = (words[:1] and words[0] in TRAINS) or words[:2] == ["deltagrad", "train"]
     return ["--cluster.workers", "0"] if trains and "--cluster.workers" not in words else []
 
 

@@ -2,8 +2,22 @@
 
 import pytest
 
+HERE = "tests/attacks/"
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "tests/attacks" in str(item.path) and not item.get_closest_marker("chaos"):
+        if HERE in str(item.path) and not item.get_closest_marker("chaos"):
             item.add_marker(pytest.mark.attack)
+
+
+def pytest_terminal_summary(terminalreporter):
+    survived, fallen = (
+        sum(
+            report.when == "call" and report.nodeid.startswith(HERE)
+            for report in terminalreporter.stats.get(outcome, ())
+        )
+        for outcome in ("passed", "failed")
+    )
+    if survived or fallen:
+        terminalreporter.write_line(f"attacks: {survived + fallen} tried, {survived} survived")

@@ -63,12 +63,20 @@ def forks(folder: Path, environment: Mapping[str, str]) -> Iterator[Forks]:
         server.stdin.close()
 
 
+def run_fresh(arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Result:
+    """Run ``effray ARGUMENTS`` in a new process, which imports everything anew."""
+    command = [sys.executable, "-m", "raypkg", *arguments]
+    variables = {**os.environ, **environment}
+    ended = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=LIMIT)
+    return Result(ended.returncode, ended.stdout, ended.stderr)
+
+
 def _import_everything() -> None:
     """Import what commands import: ``methods`` looks at every registry."""
     from raypkg.cluster.session import prepare
 
     prepare()
-    import ray.tune
+    import ray.tune  # noqa: F401
     import wandb  # noqa: F401
 
     import raypkg.cli.execute

@@ -370,3 +370,22 @@ CACHES = cases(
     make=lambda folder, _: (folder / "loop").symlink_to("loop"),
     variable="EFFRAY_CACHE",
 )
+
+RAY_ADDRESS = cases(
+    "RAY_ADDRESS",
+    "train --model linear --cluster.workers 1",
+    {"127.0.0.1:1": "127.0.0.1:1 … --cluster.workers 0"},
+    variable="RAY_ADDRESS",
+)
+
+EFFRAY_RUNS = cases(
+    "EFFRAY_RUNS",
+    "show t",
+    {
+        "nowhere": "unknown run in nowhere 't'. Allowed: none",
+        "ftp://x": "cannot use 'ftp://x' as a folder for runs",
+        "file://": "cannot use 'file://' as a folder for runs",
+    },
+    variable="EFFRAY_RUNS",
+    fresh=True,
+)

@@ -83,7 +83,10 @@ NAMES_TO_RESUME = cases(
 RUNS_TO_SHOW = cases(
     "the run to show",
     "show {}",
-    dict.fromkeys(["", " ", ".", "/", "..", "nope", "t/", "train", "train/", "x/t", "#", "%74", "*", "rows.csv", "a\nb"], "unknown run in runs"),
+    dict.fromkeys(
+        ["", " ", ".", "/", "..", "nope", "t/", "train", "train/", "x/t", "#", "%74", "*", "rows.csv", "a\nb"],
+        "unknown run in runs",
+    ),
 )
 
 RUNS_TO_COMPARE = cases(
@@ -136,7 +139,7 @@ ROOTS_TO_READ = cases(
         "file:///nowhere": "unknown run in file:///nowhere 't'",
         "file://": URI,
         "s3://": URI,
-                "s3://KEY:SECRET@bucket?endpoint_override=127.0.0.1:1&scheme=http": "cannot … s3://***@bucket",
+        "s3://KEY:SECRET@bucket?endpoint_override=127.0.0.1:1&scheme=http": "cannot … s3://***@bucket",
     },
 )
 
@@ -307,5 +310,90 @@ VALUES = cases(
         "deltagrad delete dg --ids 3 --pairs x": "replay.pairs = 'x'",
         "deltagrad delete dg --ids 3 --cluster.workers -1": "cluster.workers = '-1'",
         "deltagrad verify dg --cluster.cpus_per_worker 0": "cluster.cpus_per_worker = '0'",
+    },
+)
+
+CONFIG_FILES = cases(
+    "a settings file",
+    "train --config mine.toml --train.epochs 1 --model linear",
+    {
+        "seed": "'mine.toml' is not valid TOML",
+        "seed =": "'mine.toml' is not valid TOML",
+        "seed = 1\nseed = 2": "'mine.toml' is not valid TOML",
+        "= 3": "'mine.toml' is not valid TOML",
+        "[train": "'mine.toml' is not valid TOML",
+        "[train]\n[train]": "'mine.toml' is not valid TOML",
+        "{}": "'mine.toml' is not valid TOML",
+        '{"seed": 1}': "'mine.toml' is not valid TOML",
+        "seed: 1": "'mine.toml' is not valid TOML",
+        "seed = 01": "'mine.toml' is not valid TOML",
+        "x = " + "[" * 5000: "mine.toml",
+        "x = " + "{a = " * 5000: "mine.toml",
+        "seed = " + "9" * 5000: "mine.toml",
+        "seed = true": "seed = True",
+        "seed = '1x'": "seed = '1x'",
+        "seed = 1.5": "seed = 1.5",
+        "seed = []": "seed = []",
+        "seed = {}": "seed = {}",
+        "seed = 2020-01-01": "seed = ",
+        "seed = inf": "seed = inf",
+        "[seed]\nx = 1": "seed",
+        "''=3": "unknown setting ''",
+        "'seed ' = 3": "unknown setting 'seed ', did you mean 'seed'",
+        "Seed = 3": "unknown setting 'Seed', did you mean 'seed'",
+        "train.lr = nan": "train.lr = nan",
+        "train.lr = -inf": "train.lr = -inf",
+        "train.lr = true": "train.lr = True",
+        "train.epochs = 1\n[train]\nlr = 1": "'mine.toml' is not valid TOML",
+        "[train]\nmilestones = [[0.5]]": "train.milestones.0 = [0.5]",
+        "[train]\nmilestones = [nan]": "train.milestones.0 = nan",
+        "[train]\nmilestones = 0.5": "train.milestones = 0.5",
+        "[train]\nnesterov = 'maybe'": "train.nesterov = 'maybe'",
+        "[train]\nnesterov = 2": "train.nesterov = 2",
+        "model = []": "model = []",
+        "model = {options = {}, nam = 'mlp'}": "unknown setting 'model.nam', did you mean 'model.name'",
+        "model.options = [1]": "model.options = [1]",
+        "dataset.augment = [1]": "dataset.augment.0 = 1",
+        "dataset = {name = 3}": "dataset.name = 3",
+        "hooks = 3": "hooks = 3",
+        "hooks = [[]]": "hooks.0 = []",
+        "[[hooks]]": "hooks.0.name",
+        "[[hooks]]\nname = 'agent'\nnorm = 3": "unknown setting 'hooks.0.norm'",
+        "[cluster]\nworker = 3": "unknown setting 'cluster.worker', did you mean 'cluster.workers'",
+        "[select]\nevery = 3": "select.every is now called select.every_epochs",
+        "[pretrain]\nmodels = 3": "unknown setting 'pretrain'",
+        "no text": (b"\xff\xfe\x00", "cannot read the settings file 'mine.toml'"),
+        "UTF-16": ("seed = 1".encode("utf-16"), "cannot read the settings file 'mine.toml'"),
+        "zero bytes": (b"\0" * 10, "'mine.toml' is not valid TOML"),
+        "a mark of the order of bytes": ("\ufeffseed = x", "mine.toml"),
+        "carriage returns": ("seed = 1\rseed = 2", "mine.toml"),
+    },
+    into="mine.toml",
+)
+
+CONFIGS = cases(
+    "the settings file",
+    "train --config {}",
+    {
+        "nowhere.toml": "cannot read the settings file 'nowhere.toml'",
+        "": "cannot read the settings file",
+        ".": "cannot read the settings file '.'",
+        "runs": "cannot read the settings file 'runs'",
+        "rows.csv": "'rows.csv' is not valid TOML",
+        "few.parquet": "cannot read the settings file 'few.parquet'",
+        "runs/lipt/l/config.toml": "unknown setting",
+        "x" * 300: "cannot read the settings file",
+    },
+)
+
+RESUMED_OTHERWISE = cases(
+    "resuming with other settings",
+    "train --resume stopped --set={}",
+    {
+        "seed=1": "--resume stopped keeps the settings: seed cannot change",
+        "train.epochs=99": "--resume stopped keeps the settings: train.epochs cannot change",
+        "nope=1": "--resume stopped keeps the settings: nope cannot change",
+        "cluster.nope=1": "unknown setting 'cluster.nope'",
+        "track.name=nope": "unknown track.name 'nope'",
     },
 )

@@ -1,6 +1,5 @@
 """Bad input in run folders: each file missing, empty, cut short, changed or another's; and requests to DeltaGrad."""
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,8 +65,12 @@ RESUMED = cases(
         **each("train/stopped/config.toml", SETTINGS),
         **each("train/stopped/config.toml", ["seed = -1", "seed = true"], "seed"),
         **each("train/stopped/config.toml", ["train = 3", "model = 3"], "= 3"),
-        **each("train/stopped/config.toml", ["sed = 1", "lipt/l/config.toml", "tune/sweep/config.toml"], "unknown setting"),
-        **each("train/stopped/metrics.parquet", ["empty", "cut", "text", "only magic", "a folder", "lipt/l/scores.parquet"]),
+        **each(
+            "train/stopped/config.toml", ["sed = 1", "lipt/l/config.toml", "tune/sweep/config.toml"], "unknown setting"
+        ),
+        **each(
+            "train/stopped/metrics.parquet", ["empty", "cut", "text", "only magic", "a folder", "lipt/l/scores.parquet"]
+        ),
     },
     make=damage,
 )
@@ -118,7 +121,9 @@ EXPORTED = cases(
     "exporting a run",
     "export sp",
     {
-        **each("sparse/sp/model.safetensors", ["gone", "empty", "cut", "one bit flipped", "longer", "text", "a folder"]),
+        **each(
+            "sparse/sp/model.safetensors", ["gone", "empty", "cut", "one bit flipped", "longer", "text", "a folder"]
+        ),
         **each("sparse/sp/model.safetensors", ["train/t/model.safetensors"]),
         **each("sparse/sp/config.toml", [how for how in SETTINGS if how != "cut at a line"]),
         **each("sparse/sp/config.toml", ["cut at a line", "train/t/config.toml"], "sp/model.safetensors does not fit"),
@@ -147,7 +152,9 @@ SELECTING = cases(
     "selecting with a run",
     "select --model-from t --method grand",
     {
-        **each("train/t/model.safetensors", ["gone", "empty", "cut", "one bit flipped", "text", "lipt/l/model.safetensors"]),
+        **each(
+            "train/t/model.safetensors", ["gone", "empty", "cut", "one bit flipped", "text", "lipt/l/model.safetensors"]
+        ),
         **each("train/t/model_record.parquet", ["empty", "cut", "text"]),
         **each("train/t/model_record.parquet", ["lipt/l/coreset.parquet"], "130 samples, this data set has 1437"),
         **each("train/t/config.toml", [how for how in SETTINGS if how != "cut at a line"]),
@@ -166,7 +173,9 @@ RECORDED = {
     **each("deltagrad/dg/config.toml", SETTINGS),
     **each("deltagrad/dg/config.toml", ["seed = 3"]),
     **each("deltagrad/dg/config.toml", ["train/t/config.toml"], "DeltaGrad is derived for SGD without momentum"),
-    **each("deltagrad/dg/versions/00000/history.arrow", ["gone", "empty", "cut", "one bit flipped", "longer"], "history"),
+    **each(
+        "deltagrad/dg/versions/00000/history.arrow", ["gone", "empty", "cut", "one bit flipped", "longer"], "history"
+    ),
     **each("deltagrad/dg/versions/00000/history.digests", ["gone", "empty", "cut", "one bit flipped"], "history"),
     **each("deltagrad/dg/versions", ["gone"], "history"),
 }
