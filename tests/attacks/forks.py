@@ -77,6 +77,7 @@ def _import_everything() -> None:
 
     prepare()
     import ray.tune  # noqa: F401
+    import torchvision.datasets  # noqa: F401
     import wandb  # noqa: F401
 
     import raypkg.cli.execute
