@@ -1,0 +1,261 @@
+"""SIGKILL at random moments: whoever dies, the resumed run ends in the files of one that nobody touched.
+
+    pytest -m chaos                       # a dozen kills
+    EFFRAY_KILLS=100 pytest -m chaos      # as many as that
+
+Files are compared byte for byte, on two workers too: the same workers add in the same order. Times and host facts are
+left out.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from forked import Ended, Process, start
+from processes import Watch, kill
+from run_files import check_whole, files
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+KILLS = int(os.environ.get("EFFRAY_KILLS", "12"))
+SEED = int(os.environ.get("EFFRAY_CHAOS_SEED", "0"))
+TIMED = ("costs.png", "environment.json", "results.parquet")  # they hold times, those of a sweep beside its figures
+ATTEMPTS = 8  # to resume a run, at most
+WATCHES: list[Watch] = []  # of all processes that were attacked
+
+SMALL = "--model mlp --seed 3 --train.precision float32"
+LINES = {
+    "train": f"train {SMALL} --train.epochs 12 --select.method gradmatch --select.fraction 0.2 --select.every_epochs 3",
+    "lipt": f"lipt {SMALL} --train.epochs 12 --pretrain.models 3 --pretrain.epochs 3",
+    "crest": f"crest {SMALL} --train.epochs 12 --budget 0.5",
+    "sparse": f"sparse {SMALL} --train.epochs 12 --density 0.1 --growth gradient --agent",
+    "deltagrad": f"deltagrad train {SMALL} --train.epochs 6 --train.batch_size 200",
+    "select": "select --seed 3 --model-from base --method craig",
+    "stream": "deltagrad stream base queue",
+    "tune": f"tune train {SMALL} --train.epochs 6 --samples 2 --concurrent 1 --scheduler fifo",
+}
+BASES = {"select": f"train {SMALL} --train.epochs 2", "stream": LINES["deltagrad"]}
+QUEUE = '{"delete": [3, 14], "id": "a"}\n{"delete": [15, 9], "id": "b"}\n{"restore": [14], "id": "c"}\n'
+TRAINING = ("driver", "RayTrainWorker", "TrainController", "Mailbox", "raylet")
+HOLDING = ("driver", "Holder", "raylet")
+VICTIMS = {kind: TRAINING for kind in LINES} | {
+    "lipt": (*TRAINING, "Holder"),
+    "select": HOLDING,
+    "stream": HOLDING,
+    "tune": ("driver", "TrialProcess", "raylet"),
+}
+
+
+class Chain(NamedTuple):
+    """A run and the kills that befall it.
+
+    Attributes:
+        kind: of the run.
+        workers: of Ray; 0 = without it.
+        kills: who dies at which share of the time that it would have lived.
+    """
+
+    kind: str
+    workers: int
+    kills: tuple[tuple[str, float], ...]
+
+    def __str__(self) -> str:
+        return "-".join([self.kind, str(self.workers), *(victim for victim, _ in self.kills)])
+
+
+def chains(kills: int, seed: int) -> list[Chain]:
+    """Draw runs, every kind with and without Ray before any comes again, with up to three kills each."""
+    draws = random.Random(seed)
+    drawn = []
+    waiting: list[tuple[str, int]] = []
+    while kills > 0:
+        if not waiting:
+            waiting = [(kind, workers) for kind in LINES for workers in (0, 2) if (kind, workers) != ("tune", 0)]
+            draws.shuffle(waiting)
+        kind, workers = waiting.pop()
+        victims = VICTIMS[kind] if workers else ("driver",)
+        count = min(kills, draws.randint(1, 3))
+        drawn.append(Chain(kind, workers, tuple((draws.choice(victims), draws.random()) for _ in range(count))))
+        kills -= count
+    return drawn
+
+
+class Undisturbed(NamedTuple):
+    """A run that nobody touched.
+
+    Attributes:
+        files: what it left.
+        lives: by title, when a process of that title was first seen, and how long they were, in seconds.
+    """
+
+    files: dict[str, object]
+    lives: dict[str, tuple[float, float]]
+
+
+class Command:
+    """A command in a process of its own, which starts as a user's does.
+
+    Args:
+        line: as typed.
+        folder: to work in.
+    """
+
+    def __init__(self, line: str, folder: Path):
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+        self._files = [folder.parent / "out", folder.parent / "err"]
+        words = [sys.executable, "-m", "raypkg", *line.split()]
+        with self._files[0].open("w") as out, self._files[1].open("w") as err:
+            self._process = subprocess.Popen(words, cwd=folder, env=environment, stdout=out, stderr=err)
+        self.pid = self._process.pid
+
+    def is_going(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self) -> Ended:
+        code = self._process.wait()
+        out, err = (file.read_text(errors="replace") for file in self._files)
+        return Ended(code, out, err)
+
+
+class Fork:
+    """A command in a fork of this process, which has everything imported."""
+
+    def __init__(self, line: str, folder: Path):
+        self._process: Process = start(line, folder)
+        self.pid = self._process.pid
+        self._ended: Ended | None = None
+
+    def is_going(self) -> bool:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+
+    def end(self) -> Ended:
+        return self._process.end()
+
+
+def command(line: str, workers: int, folder: Path) -> Command | Fork:
+    whole = f"{line} --cluster.workers {workers}"
+    return Command(whole, folder) if workers else Fork(whole, folder)
+
+
+def begun(kind: str, workers: int) -> str:
+    """Return a command as it is first given."""
+    return LINES[kind] if kind == "stream" else f"{LINES[kind]} --name one"
+
+
+def resumed(kind: str, folder: Path) -> str:
+    """Return the command that goes on: it has no settings but the run's name."""
+    if kind == "stream":
+        return LINES[kind]
+    words = LINES[kind].split(" --")[0]
+    where = folder / "runs" / words.split()[0] / "one"
+    return f"{words} --resume one" if where.exists() else begun(kind, 0)
+
+
+def left(kind: str, folder: Path) -> dict[str, object]:
+    """Return the files that a run and, of a sweep, its trials have left."""
+    kinds = {"stream": ["deltagrad/base"], "tune": ["tune/one", "train/one-001", "train/one-002"]}
+    content: dict[str, object] = {}
+    for name in kinds.get(kind, [f"{kind}/one"]):
+        content |= {f"{name}/{file}": value for file, value in files(folder / "runs" / name).items()}
+    return {name: value for name, value in content.items() if not name.endswith(TIMED)}
+
+
+@cache
+def prepared(kind: str, home: Path) -> Path:
+    """Return a folder with the run that a kind of run needs, and nothing else."""
+    folder = home / f"base-{kind}"
+    folder.mkdir()
+    (folder / "queue").write_text(QUEUE)
+    if kind in BASES:
+        assert Fork(f"{BASES[kind]} --name base --cluster.workers 0", folder).end().code == 0
+    return folder
+
+
+@cache
+def undisturbed(kind: str, workers: int, home: Path) -> Undisturbed:
+    """Return what a run leaves that nobody touches, and who lived when."""
+    folder = home / f"undisturbed-{kind}-{workers}" / "work"
+    shutil.copytree(prepared(kind, home), folder)
+    begin = time.monotonic()
+    process = command(begun(kind, workers), workers, folder)
+    with Watch(process.pid) as watch:
+        ended = process.end()
+    assert ended.code == 0, ended
+    lives = {title: (times[0], times[-1] - times[0]) for title, times in watch.times.items()}
+    lives["driver"] = (0.0, time.monotonic() - begin)
+    return Undisturbed(left(kind, folder), lives)
+
+
+def strike(process: Command | Fork, watch: Watch, victim: str, share: float, life: tuple[float, float]) -> bool:
+    """Kill a victim once it has lived a share of its life; say whether there was one."""
+    pid = process.pid if victim == "driver" else None
+    while pid is None and process.is_going():
+        pid = watch.find(victim)
+        time.sleep(0.02)
+    time.sleep(share * life[1])
+    if pid is None or not process.is_going():
+        return False
+    kill(watch.find(victim) or pid)
+    return True
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("chaos")
+
+
+@pytest.mark.parametrize("chain", chains(KILLS, SEED), ids=str)
+def test_whoever_dies_a_resumed_run_ends_as_one_that_nobody_touched(chain, home, tmp_path, record_property):
+    expected = undisturbed(chain.kind, chain.workers, home)
+    folder = tmp_path / "work"
+    shutil.copytree(prepared(chain.kind, home), folder)
+    killed = []
+    line = begun(chain.kind, chain.workers)
+    for victim, share in chain.kills:
+        ended, struck = attempt(line, chain, folder, victim, share, expected)
+        killed += [victim] * struck
+        if ended.code == 0:
+            break
+        line = resumed(chain.kind, folder)
+    for _ in range(ATTEMPTS):
+        if ended.code == 0:
+            break
+        process = command(line, chain.workers, folder)
+        with Watch(process.pid) as watch:
+            ended = process.end()
+        assert watch.left() == []
+        line = resumed(chain.kind, folder)
+    assert ended.code == 0, ended
+    check_whole(folder / "runs")
+    assert differing(left(chain.kind, folder), expected.files) == []
+    record_property("killed", len(killed))
+
+
+def test_nobody_outlives_an_attack():
+    assert [title for watch in WATCHES for title in watch.left()] == []
+
+
+def attempt(
+    line: str, chain: Chain, folder: Path, victim: str, share: float, expected: Undisturbed
+) -> tuple[Ended, bool]:
+    """Run a command and kill somebody; return its end, and whether somebody was there to kill."""
+    process = command(line, chain.workers, folder)
+    with Watch(process.pid) as watch:
+        struck = strike(process, watch, victim, share, expected.lives.get(victim, (0, 0)))
+        ended = process.end()
+    WATCHES.append(watch)
+    if ended.code > 0:  # not the one that was killed: it has something to say
+        assert ended.line
+    return ended, struck
+
+
+def differing(here: dict[str, object], there: dict[str, object]) -> list[str]:
+    names = here.keys() | there.keys()
+    return sorted(name for name in names if here.get(name) != there.get(name))
