@@ -174,7 +174,7 @@ def test_a_row_after_a_restart_replaces_the_old_one(storage):
 def test_runs_are_created_once_and_found_by_name(tmp_path):
     root = str(tmp_path)
     folder = create(root, "lipt", "one", Experiment())
-    assert folder.storage.read("config.toml").startswith(b"seed = 0")
+    assert b"\nseed = 0\n" in folder.storage.read("config.toml")
     assert "torch" in folder.storage.read_json("environment.json")["packages"]
     with pytest.raises(UserError, match=r"run 'one' exists in .*: give another --name, or resume it with --resume one"):
         create(root, "lipt", "one", Experiment())

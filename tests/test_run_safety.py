@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -167,6 +168,30 @@ def test_settings_that_are_lost_are_not_replaced_by_defaults(run, content):
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(UserError, match=r"config.toml' is (missing or empty|not valid TOML)"):
         _ = run.config
+
+
+def test_settings_that_were_cut_at_the_end_of_a_line_are_told_from_whole_ones(run):
+    file = run.storage.local / "config.toml"
+    lines = file.read_bytes().splitlines(keepends=True)
+    for end in range(1, len(lines)):
+        file.write_bytes(b"".join(lines[:end]))
+        with pytest.raises(UserError, match=r"config.toml' has been changed or cut short"):
+            _ = run.config
+    file.write_bytes(b"".join(lines[1:]))  # without the digest, as a hand would write it
+    assert run.config["seed"] == 0
+
+
+@pytest.mark.parametrize("content", ["null", "[" * 100_000, "{"])
+def test_a_record_that_holds_nothing_is_not_taken_for_a_missing_one(run, content):
+    (run.storage.local / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=r"summary.json is corrupt"):
+        _ = run.summary
+
+
+def test_metrics_of_something_else_are_refused(run):
+    run.storage.write_table("metrics.parquet", pa.table({"a": [1]}))
+    with pytest.raises(UserError, match=r"metrics.parquet has no column phase: it has a"):
+        RunFolder(run.storage)
 
 
 @pytest.mark.parametrize("content", [None, b"weight", b"Weights", b""])

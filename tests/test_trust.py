@@ -8,8 +8,9 @@ import pytest
 from raypkg.cli import main
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
+from raypkg.methods.deltagrad.ledger import Ledger
 from raypkg.phases import trust
-from raypkg.runs.folder import RunFolder, create
+from raypkg.runs.folder import NEEDED, RunFolder, create
 from raypkg.runs.storage import Storage
 
 CODE = """
@@ -77,10 +78,10 @@ class Remote(Storage):
 
 
 def test_an_object_store_has_no_owners(stored, tmp_path):
-    stored("my_code:net")
+    config = stored("my_code:net").config
     remote = Remote(str(tmp_path / "runs"), "train", "one")
     with pytest.raises(UserError, match="is not your own and names code"):
-        trust.stored_settings(RunFolder(remote))
+        trust.check_code(remote, config)
     with pytest.raises(UserError, match=r"space.py is not your own and would be run as code: --trust lets it"):
         trust.check_file_of_code(remote, "space.py")
 
@@ -100,7 +101,9 @@ def test_no_command_imports_it(stored, of_somebody_else, monkeypatch, capsys, tm
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "foreign_code.py").write_text(CODE)
     folder = stored("foreign_code:net")
-    folder.storage.write("log.jsonl", b"")
+    Ledger(folder.storage).append({"settings": "", "rows": ""})
+    folder.storage.write("model.safetensors", b"")
+    folder.finish(dict.fromkeys(NEEDED["summary.json"]))
     local = [] if command in ("export one", "deltagrad log one") else ["--cluster.workers", "0"]
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), *local])
@@ -128,7 +131,8 @@ def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(trust.TRUST, raising=False)
-    record = asdict(Order("train", **dict.fromkeys(Order.options()))) | {"varied": [], "fixed": {}}
+    asked = dict.fromkeys(Order.options()) | {"metric": "accuracy", "mode": "max", "samples": 1}
+    record = asdict(Order("train", **asked)) | {"varied": [], "fixed": {}}
     create_sweep("runs", "one", record, Experiment(), CODE, [])
     with pytest.raises(SystemExit):
         main(["tune", "train", "--resume", "one"])

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error), 2)
     except click.ClickException as error:
-        _fail(" ".join(error.format_message().split()), error.exit_code)
+        _fail(str(UserError(error.format_message())), error.exit_code)
     except click.Abort:
         _fail("interrupted", 130)
     except BrokenPipeError:  # whoever reads has read enough, as `head` does

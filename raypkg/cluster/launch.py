@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from raypkg.core.errors import Interruption, UserError
+from raypkg.core.errors import Interruption, UserError, ending_told
 from raypkg.core.settings import Cluster
 from raypkg.engine.worker import Row, Worker, threads
 
@@ -105,7 +105,8 @@ def _worker_loop(config: dict[str, Any]) -> Any:
 
     worker = Worker(context.get_world_rank(), context.get_world_size(), get_device(), report)
     try:
-        return config["function"](worker, *config["arguments"])
+        with ending_told("the model, the data or a hook"):
+            return config["function"](worker, *config["arguments"])
     except UserError as error:
         ray.get(mailbox.fail.remote(str(error)))
         raise

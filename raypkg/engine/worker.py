@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raypkg.data.memory import machine_memory
+
 Row = Mapping[str, Any]  # one line of metrics: phase, epoch, loss, …
 
 
@@ -95,12 +97,8 @@ def forget_peak_memory() -> None:
 
 def worker_memory() -> int:
     """Return this worker's share of the machine's memory, in bytes: by its threads among the processors."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no control group, or no limit in it
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        total = min(total, limit)
     mine = torch.get_num_threads()
-    return total * mine // max(mine, os.cpu_count() or 1)
+    return machine_memory() * mine // max(mine, os.cpu_count() or 1)
 
 
 def memory_bound(memory: float | None) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raypkg.core.config import to_toml
 from raypkg.core.errors import UserError, ending_told
 from raypkg.core.registry import Entry, Registry
 from raypkg.core.settings import Experiment, RunSettings, Select
@@ -101,7 +100,7 @@ def _with_digest(settings: R, folder: RunFolder) -> R:
     digest = data_digest(samples.data)
     dataset = settings.dataset.model_copy(update={"digest": digest})
     settings = settings.model_copy(update={"dataset": dataset})
-    folder.storage.write("config.toml", to_toml(settings).encode())
+    folder.keep_settings(settings)
     return settings
 
 

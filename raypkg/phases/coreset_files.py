@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -93,18 +94,23 @@ def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Cor
     if not len(table):
         raise UserError(f"{path} holds no sample")
     positions = column_of(table, "index", path, pa.types.is_integer)
+    _check_end(positions, path, split)
     indices = torch.tensor(positions, dtype=torch.int64)
-    _check_positions(indices, path, split, held_out)
+    _check_positions(indices, path, held_out)
     weights = column_of(table, "weight", path, is_number)
     coreset = Coreset(indices, torch.tensor(weights, dtype=torch.float32))
     check_weights(coreset, path)
     return coreset
 
 
-def _check_positions(indices: Tensor, path: str, split: Split, held_out: Tensor) -> None:
-    last = int(indices.max())
+def _check_end(positions: np.ndarray, path: str, split: Split) -> None:
+    """Refuse positions beyond the data set, of whatever integer type they are."""
+    last = int(positions.max())
     if last >= len(split):
         raise UserError(f"{path} has index {last}, this data set ends at {len(split) - 1}")
+
+
+def _check_positions(indices: Tensor, path: str, held_out: Tensor) -> None:
     leaked = int(torch.isin(indices, held_out).sum())
     if leaked:
         raise UserError(

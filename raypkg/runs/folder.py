@@ -15,16 +15,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from raypkg.core.config import Settings, parse_toml, to_toml
+from raypkg.core.config import Settings
 from raypkg.core.errors import UserError, redacted, unknown
 
+from .columns import metric_rows
 from .environment import environment
+from .sealed import seal, unseal
 from .storage import PART, Storage
 
 LONGEST = 100  # characters of a name
 NAME = re.compile(r"(?![-.])[\w.+=,@\[\]-]+")  # letters and digits of any script, and few signs: none of a shell or URI
 RESULTS = (".safetensors", ".parquet")  # endings of the files whose digests are kept
 UNFINISHED = ("checkpoints", "ray")  # folders that a run needs until all its phases are done
+CONFIG = "config.toml"
 GROWING = "metrics.parquet"  # written to until the end
 NEEDED = {
     "summary.json": ("phases", "samples", "coreset", "seconds", "elapsed", "full_training_backward"),
@@ -45,7 +48,7 @@ class RunFolder:
         self._saved = time.monotonic()
         self._unsaved = False  # whether there are rows that the file does not have
         if table := storage.read_table(GROWING):
-            for row in table.to_pylist():
+            for row in metric_rows(table, f"{storage.root}/{GROWING}"):
                 self._keep(row)
 
     @property
@@ -72,16 +75,13 @@ class RunFolder:
         """The stored settings, not yet validated.
 
         Raises:
-            UserError: they are missing, empty or no TOML: a run is never resumed with others.
+            UserError: they are missing, damaged or no TOML: a run is never resumed with others.
         """
-        where = f"{self.storage.root}/config.toml"
-        content = self.storage.read("config.toml")
-        if not (content and content.strip()):
-            raise UserError(f"{where!r} is missing or empty: what the run was asked for is lost, so start a new one")
-        try:
-            return parse_toml(content.decode(), where)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where!r} is not valid TOML: {error}") from None
+        return unseal(self.storage.read(CONFIG), f"{self.storage.root}/{CONFIG}")
+
+    def keep_settings(self, settings: Settings) -> None:
+        """Store the settings in the place of those that are there."""
+        self.storage.write(CONFIG, seal(settings))
 
     @property
     def started(self) -> bool:
@@ -202,8 +202,9 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
         UserError: a run of that name exists, the name cannot be one, the settings have credentials in them, or the
             disk is full: nothing is left behind.
     """
-    content = to_toml(settings)
-    if redacted(content) != content:
+    content = seal(settings)
+    text = content.decode()
+    if redacted(text) != text:
         raise UserError(
             "a setting has credentials in its URI, which the run folder would keep: leave them to the environment, such"
             " as AWS_ACCESS_KEY_ID"
@@ -218,7 +219,7 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
             raise _taken(runs, name)
     try:
         storage.write_json("environment.json", environment())
-        storage.write("config.toml", content.encode())  # the last: with it, the run can be resumed
+        storage.write(CONFIG, content)  # the last: with it, the run can be resumed
         storage.settle()
     except BaseException:
         discard(storage)
@@ -227,7 +228,7 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
 
 
 def _taken(runs: Storage, name: str) -> UserError:
-    if "config.toml" in (runs / name).list():
+    if CONFIG in (runs / name).list():
         way_out = f"give another --name, or resume it with --resume {name}"
     else:  # who made it died, or is about to write them
         way_out = "it has no settings yet; if nobody is starting it, delete the folder"
@@ -270,8 +271,13 @@ def find(root: str, experiment: str, name: str) -> RunFolder:
     return RunFolder(runs / name)
 
 
-def locate(root: str, run: str) -> RunFolder:
+def locate(root: str, run: str, having: str | None = None) -> RunFolder:
     """Open a run by its path, or by its name in whichever experiment has it.
+
+    Args:
+        root: of all runs.
+        run: its path or name.
+        having: only runs that have this file are named where there is no such run.
 
     Raises:
         UserError: no such run, the nearest one named, or several.
@@ -291,12 +297,15 @@ def locate(root: str, run: str) -> RunFolder:
     if kinds:
         return RunFolder(runs / kinds[0] / run)
     everyone = [(kind, name) for kind in runs.list() for name in (runs / kind).list()]
-    names = {name for kind, name in everyone if _is_run(runs / kind / name)}
+    names = {name for kind, name in everyone if _is_run(runs / kind / name, having)}
     raise unknown(f"run in {root}", run, sorted(names))
 
 
-def _is_run(storage: Storage) -> bool:
-    return bool({"config.toml", "summary.json"} & set(storage.list()))  # one that lost its settings says so
+def _is_run(storage: Storage, having: str | None = None) -> bool:
+    files = set(storage.list())
+    if having is not None and having not in files:
+        return False
+    return bool({CONFIG, "summary.json"} & files)  # one that lost its settings says so
 
 
 def _claimed_freely(runs: Storage, settings: Settings) -> Storage:

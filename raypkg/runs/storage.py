@@ -39,6 +39,8 @@ class Storage:
     """
 
     def __init__(self, root: str, *names: str, kept: int = 0):
+        if not root:
+            raise UserError("the name of a folder for runs is empty: --root takes a path or a URI")
         self._base, below = parted(root)
         self._names = (*below, *names)
         self._kept = kept
@@ -275,15 +277,18 @@ class Storage:
         """Return a JSON file's value, or None when it does not exist.
 
         Raises:
-            UserError: the file is not JSON.
+            UserError: the file is not JSON, or holds null.
         """
         content = self.read(name)
         if content is None:
             return None
         try:
-            return json.loads(content)
-        except ValueError as error:
+            value = json.loads(content)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.root}/{name} is corrupt: {error}") from None
+        if value is None:  # it would read as if there were no file
+            raise UserError(f"{self.root}/{name} is corrupt: it holds null")
+        return value
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write an Arrow table as parquet."""

@@ -12,10 +12,11 @@ from typing import Any
 import pyarrow as pa
 import tomli_w
 
-from raypkg.core.config import Settings, parse_toml, to_toml
+from raypkg.core.config import Settings, parse_toml
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 from raypkg.runs.folder import RunFolder, check_name, discard
+from raypkg.runs.sealed import seal, unseal
 from raypkg.runs.storage import Storage
 
 from .figures import TrialRun
@@ -91,7 +92,7 @@ class SweepFolder:
         Raises:
             UserError: they are missing or damaged: a sweep never goes on with others.
         """
-        return parse_toml(self._kept(CONFIG), f"{self.storage.root}/{CONFIG}")
+        return unseal(self.storage.read(CONFIG), f"{self.storage.root}/{CONFIG}")
 
     @property
     def space(self) -> str:
@@ -153,7 +154,7 @@ class SweepFolder:
     def change(self, order: Mapping[str, Any], settings: Settings) -> None:
         """Keep what is asked for otherwise from now on."""
         self.order |= order
-        self.storage.write(CONFIG, to_toml(settings).encode())
+        self.storage.write(CONFIG, seal(settings))
         self._write()
 
     def state(self, number: int) -> str:
@@ -261,7 +262,7 @@ def create_sweep(
     record = {"order": dict(order), "trials": [_new_trial(values) for values in trials]}
     try:
         _check_free(runs, name)
-        storage.write(CONFIG, to_toml(settings).encode())
+        storage.write(CONFIG, seal(settings))
         storage.write(SPACE, space.encode())
         storage.write_json(RECORD, record)  # the last: now it is a sweep
         storage.settle()

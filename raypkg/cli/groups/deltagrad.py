@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,14 +156,14 @@ def _opened(run: str, root: str, rest: str = "the run is as it was") -> Iterator
     from raypkg.methods.deltagrad.recorded_run import open_recorded
     from raypkg.runs.folder import locate
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with open_recorded(locate(root, run)) as recorded:
-            yield recorded
-    except (KeyboardInterrupt, SystemExit):  # the latter from Ray, which handles SIGTERM itself
-        raise UserError(f"interrupted; {rest}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    from ..execute import orderly_end
+
+    with orderly_end():
+        try:
+            with open_recorded(locate(root, run)) as recorded:
+                yield recorded
+        except (KeyboardInterrupt, SystemExit):  # the latter from Ray, which handles SIGTERM itself
+            raise UserError(f"interrupted; {rest}") from None
 
 
 def _request_settings(run: RecordedRun, values: dict[str, Any]) -> RequestSettings:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Settings, load_settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Cluster, Dataset, Experiment, Model, Precision, Schedule, Train
+from raypkg.core.settings import Cluster, Dataset, Epochs, Experiment, Model, Precision, Schedule, Train
 
 
 class PlainDataset(Dataset):
@@ -27,7 +27,7 @@ class LinearModel(Model):
 class PlainTrain(Train):
     """The training that is recorded: SGD without momentum, in double precision."""
 
-    epochs: Annotated[int, Field(ge=1, description="passes over the samples")] = 32
+    epochs: Annotated[Epochs, Field(description="passes over the samples")] = 32
     batch_size: Annotated[int, Field(ge=1, description="samples a step; large batches keep the history small")] = 16384
     momentum: Annotated[float, Field(ge=0, lt=1, description="0: the derivation covers no other")] = 0.0
     weight_decay: Annotated[float, Field(ge=0, description="λ of the L2 penalty λ/2 ‖w‖²")] = 0.005

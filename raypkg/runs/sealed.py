@@ -1,0 +1,43 @@
+"""Settings as a file that tells by its first line whether the rest of it is whole.
+
+A TOML file that was cut short is often valid: whatever is missing would silently be the default.
+"""
+
+import re
+from hashlib import blake2b
+from typing import Any
+
+from raypkg.core.config import Settings, parse_toml, to_toml
+from raypkg.core.errors import UserError
+
+SEAL = "# The settings of a run; the digest of what follows is "
+SEALED = re.compile(re.escape(SEAL).encode() + rb"([0-9a-f]{32})\n")
+
+
+def seal(settings: Settings) -> bytes:
+    """Return settings as TOML below a line with their digest, 16 bytes of BLAKE2b as hexadecimal."""
+    content = to_toml(settings).encode()
+    return f"{SEAL}{_digest(content)}\n".encode() + content
+
+
+def unseal(content: bytes | None, where: str) -> dict[str, Any]:
+    """Return the settings in a file that ``seal`` made; one without its first line is taken as it is.
+
+    Args:
+        content: of the file; None = it does not exist.
+        where: names it in errors.
+
+    Raises:
+        UserError: it is missing, empty, no TOML, or not what was written.
+    """
+    if not (content and content.strip()):
+        raise UserError(f"{where!r} is missing or empty: what was asked for is lost, so start anew")
+    if seal := SEALED.match(content):
+        rest = content[seal.end() :]
+        if _digest(rest) != seal[1].decode():
+            raise UserError(f"{where!r} has been changed or cut short: --config takes other settings to a new run")
+    return parse_toml(content, where)
+
+
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=16).hexdigest()
