@@ -1,5 +1,6 @@
 """Commands in processes of their own that have everything imported already: a fork takes milliseconds, not seconds."""
 
+import gc
 import os
 import shlex
 import sys
@@ -39,6 +40,7 @@ class Process:
         self._files = [folder.parent / f"{folder.name}-{os.getpid()}-{id(self)}.{name}" for name in ("out", "err")]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of the threads that this process may have
+            gc.freeze()  # else the child's collections copy what it shares with us, page by page
             self.pid = os.fork()
         if not self.pid:
             os._exit(self._run(function, folder))
