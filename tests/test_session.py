@@ -31,12 +31,14 @@ def listening(answer: bytes | None):
             if answer is not None:
                 connection.sendall(answer)
 
-    threading.Thread(target=serve, daemon=True).start()
+    thread = threading.Thread(target=serve)
+    thread.start()
     try:
         yield f"127.0.0.1:{server.getsockname()[1]}"
     finally:
         server.shutdown(socket.SHUT_RDWR)
         server.close()
+        thread.join()
         for connection in kept:
             connection.close()
 

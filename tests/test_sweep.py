@@ -306,7 +306,7 @@ def test_half_a_sweep_is_said_to_be_one(sweep, tmp_path, record):
         sweep.storage.write("sweep.json", record.encode())
     with pytest.raises(
         UserError,
-        match=r"holds no whole sweep: its sweep.json is missing or damaged, so delete|sweep.json is corrupt: it holds null",
+        match=r"its sweep.json is missing or damaged, so delete|sweep.json is corrupt: it holds null",
     ):
         find_sweep(str(tmp_path), "s")
 

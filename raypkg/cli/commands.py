@@ -154,7 +154,7 @@ def export(run: str, root: str, form: str) -> None:
     from raypkg.runs.show import terminal
 
     folder = locate(root, run)
-    kind = experiment[Path(folder.storage.root).parent.name]
+    kind = experiment[folder.storage.parent.name]
     settings = load_settings(training_settings_of(kind), stored_settings(folder))
     terminal().print(savings(write(folder, settings)))
 

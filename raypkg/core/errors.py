@@ -13,7 +13,10 @@ SHOWN = Repr()
 SHOWN.maxstring = 100
 SHOWN.maxother = 100
 SHOWN.maxlong = 50
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]+@")  # user and password, or key and secret, of a URI
+# User and password, or key and secret, of a URI.
+CREDENTIALS = re.compile(
+    r"(?<=://)(?:[^/@\s'\"]*:[^@\s'\"]*|[^/@\s'\"]+)@"
+)  # user and password, or key and secret, of a URI
 
 
 class UserError(Exception):

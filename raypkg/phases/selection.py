@@ -55,7 +55,7 @@ def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision:
     """
     if not run:
         raise UserError("select needs a model: give --model-from RUN")
-    other = locate(folder.storage.root.rsplit("/", 2)[0], run, having=MODEL)
+    other = locate(folder.storage.parent.parent.root, run, having=MODEL)
     check_has_model(other)
     other.check(record_of(MODEL))
     stored = settings_of_trained(other)

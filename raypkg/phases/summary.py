@@ -59,8 +59,6 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
     if coreset is not None:
         draw_coreset(folder.storage, samples, coreset)
     folder.finish(summary)
-    for leftover in ("checkpoints", "ray"):
-        folder.storage.delete_folder(leftover)
     return summary
 
 

@@ -93,7 +93,7 @@ def train_on_cluster(job: Job, report: Report) -> dict[str, Any]:
             job,
             cluster=job.experiment.cluster,
             report=report,
-            folder=f"{job.storage.root}/ray",
+            folder=(job.storage / "ray").uri,
             most=job.smallest_batch(samples),
         )
 

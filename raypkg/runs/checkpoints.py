@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, redacted
 
 from .storage import Storage
 
@@ -88,7 +88,7 @@ def load_state(storage: Storage, name: str) -> dict[str, Any] | None:
     try:
         return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises many kinds on a damaged file
-        log.warning("checkpoint %s/%s is unreadable and skipped: %s", storage.root, name, error)
+        log.warning("checkpoint %s/%s is unreadable and skipped: %s", redacted(storage.root), name, error)
         return None
 
 

@@ -7,6 +7,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from raypkg.core.errors import redacted
+
 from .folder import RunFolder
 
 
@@ -24,7 +26,7 @@ def show_run(folder: RunFolder, console: Console) -> None:
     console.print(_costs(folder.name, summary["phases"]))
     for line in findings(summary):
         console.print(line)
-    console.print(folder.storage.root, style="dim", soft_wrap=True)
+    console.print(redacted(folder.storage.root), style="dim", soft_wrap=True)
 
 
 def findings(summary: Mapping[str, Any]) -> list[str]:

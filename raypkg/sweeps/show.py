@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from raypkg.core.errors import redacted
 from raypkg.runs.plots import save_plot
 from raypkg.runs.show import findings, terminal
 
@@ -27,7 +28,7 @@ def show_sweep(sweep: SweepFolder, console: Console) -> None:
             console.print(f"{row['run']} failed: {row['error']}", soft_wrap=True)
     for line in (*_best_lines(sweep, standing), *_proxy_lines(sweep, standing)):
         console.print(line, soft_wrap=True)
-    console.print(sweep.storage.root, style="dim", soft_wrap=True)
+    console.print(redacted(sweep.storage.root), style="dim", soft_wrap=True)
 
 
 def conclude(sweep: SweepFolder) -> None:

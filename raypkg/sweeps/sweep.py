@@ -208,7 +208,7 @@ class Sweep:
             Progress(sweep, self.console),
             self.size,
             rules,
-            folder=f"{sweep.storage.root}/ray",
+            folder=(sweep.storage / "ray").uri,
         )
         sweep.storage.delete_folder("ray")
         return interrupted

@@ -83,7 +83,7 @@ class SweepFolder:
     @property
     def root(self) -> str:
         """The root of all runs."""
-        return self.storage.root.rsplit("/", 2)[0]
+        return self.storage.parent.parent.root
 
     @property
     def config(self) -> dict[str, Any]:

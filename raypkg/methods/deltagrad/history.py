@@ -206,11 +206,9 @@ class HistoryWriter:
         self.append(0.0, w, torch.zeros_like(w))
         self.flush()
         content = b"".join(self.digests)
-        unfinished = self._folder / f"{DIGESTS}.part"
         with self._disk_error_in_one_line():
             os.fsync(self._file.fileno())
-            unfinished.write_bytes(content)
-            unfinished.replace(self._folder / DIGESTS)
+        Storage(str(self._folder)).write(DIGESTS, content)
         self.close()
         return _digest(content).hex()
 

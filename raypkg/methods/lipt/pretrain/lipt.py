@@ -57,7 +57,7 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples) -
             storage,
             cluster=settings.cluster,
             report=report,
-            folder=f"{storage.root}/ray",
+            folder=(storage / "ray").uri,
             most=pretrain.models,  # a further worker would have no model to train
         )
 
