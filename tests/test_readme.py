@@ -59,7 +59,8 @@ def test_the_manifest_has_the_fields_of_a_rayjob():
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and job["metadata"]["name"]
     assert set(job["spec"]) == {"entrypoint", "shutdownAfterJobFinishes", "rayClusterSpec"}
     cluster = job["spec"]["rayClusterSpec"]
-    assert set(cluster) == {"rayVersion", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert set(cluster) == {"rayVersion", "authOptions", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     assert set(groups[0]) == {"rayStartParams", "template"}
     assert set(groups[1]) == {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"}

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from raypkg.core.errors import ClusterLost, UserError
 from raypkg.core.settings import Cluster
@@ -122,11 +123,15 @@ def _start() -> None:
     os.environ[LOOPBACK] = "0"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # where training workers listen to each other
     ray_constants.ENABLE_RAY_CLUSTER = False  # Ray may have been imported before the variable was set
+    token = Path.home() / ".ray" / "auth_token"
+    is_first = not token.exists()
     try:
         with _silenced():
             ray.init(address="local", log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # whatever keeps one of its processes from starting
         raise UserError(f"Ray cannot start on this machine: {_first_line(error)}; {WITHOUT}") from error
+    if is_first and token.exists():
+        token.chmod(0o600)  # Ray leaves it readable for every user of the machine
 
 
 def _loopback() -> str:
