@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from raypkg.core.errors import Interruption
+
 POLL = 0.25  # seconds between deliveries
 
 
@@ -55,7 +57,7 @@ def open_mailbox(report: Callable[[Mapping[str, Any]], None]) -> Iterator[Any]:
             last = done.wait(POLL)  # rows that came until then are still delivered
             try:
                 rows = ray.get(mailbox.drain.remote())
-            except RayError:  # the cluster is gone: whoever waits for the workers will say so
+            except RayError:  # it or the cluster is gone: whoever waits for the workers will say so
                 return
             for row in rows:
                 report(row)
@@ -71,11 +73,15 @@ def open_mailbox(report: Callable[[Mapping[str, Any]], None]) -> Iterator[Any]:
 
 
 def first_error(mailbox: Any) -> str | None:
-    """Return the first user error among the workers, or None when there was none or the cluster is gone."""
+    """Return the first user error among the workers, or None when there was none.
+
+    Raises:
+        Interruption: the mailbox has died, and rows of metrics with it, which the checkpoints still have.
+    """
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import RayActorError
 
     try:
         return ray.get(mailbox.error.remote())
-    except RayError:
-        return None
+    except RayActorError:
+        raise Interruption("the process that passes metrics on from the workers was lost") from None

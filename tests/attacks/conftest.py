@@ -21,3 +21,12 @@ def pytest_terminal_summary(terminalreporter):
     )
     if survived or fallen:
         terminalreporter.write_line(f"attacks: {survived + fallen} tried, {survived} survived")
+    kills = sum(
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "killed" and report.when == "call"
+    )
+    if kills:
+        terminalreporter.write_line(f"kills: {kills}")

@@ -235,10 +235,10 @@ def test_whoever_dies_a_resumed_run_ends_as_one_that_nobody_touched(chain, home,
             ended = process.end()
         assert watch.left() == []
         line = resumed(chain.kind, folder)
+    record_property("killed", len(killed))
     assert ended.code == 0, ended
     check_whole(folder / "runs")
     assert differing(left(chain.kind, folder), expected.files) == []
-    record_property("killed", len(killed))
 
 
 def test_nobody_outlives_an_attack():
