@@ -13,11 +13,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from raypkg.core.errors import ClusterLost, UserError
 
     from .commands import effray
+    from .ending import orderly_end
 
     logging.basicConfig(format="effray: %(message)s")
     try:
         try:
-            code = effray.main(arguments, prog_name="effray", standalone_mode=False)
+            with orderly_end():
+                code = effray.main(arguments, prog_name="effray", standalone_mode=False)
         except click.exceptions.NoArgsIsHelpError as error:  # a group without its command
             print(error.ctx.get_help())
             code = 0

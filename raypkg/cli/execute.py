@@ -1,12 +1,8 @@
 """Running an experiment: settings → run folder → phases → results."""
 
 import shlex
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from click import get_current_context
@@ -21,8 +17,6 @@ from raypkg.runs import ROOT
 from raypkg.runs.folder import RunFolder, create, discard, find
 from raypkg.runs.show import show_run, terminal
 
-ENDING = (signal.SIGTERM, signal.SIGHUP)  # what asks for an orderly end: a machine that is taken away, a lost terminal
-
 
 def execute(
     entry: Entry, schema: type[RunSettings], config: Path | None, values: Mapping[str, Any], name: str | None, root: str
@@ -34,15 +28,14 @@ def execute(
     """
     settings = with_absolute_path(load_settings(schema, config, values))
     check_names(settings)
-    with orderly_end():
-        folder = create(root, entry.name, name, settings)
-        with folder.storage.alone(f"run {folder.name!r}"):  # nobody else's work is discarded
-            try:
-                _run(entry, settings, folder, root)
-            except BaseException:
-                if not folder.started:
-                    discard(folder.storage)
-                raise
+    folder = create(root, entry.name, name, settings)
+    with folder.storage.alone(f"run {folder.name!r}"):  # nobody else's work is discarded
+        try:
+            _run(entry, settings, folder, root)
+        except BaseException:
+            if not folder.started:
+                discard(folder.storage)
+            raise
 
 
 def resume_run(
@@ -62,7 +55,7 @@ def resume_run(
     if folder.summary:
         show_run(folder, terminal())
         return
-    with orderly_end(), folder.storage.alone(f"run {name!r}"):
+    with folder.storage.alone(f"run {name!r}"):
         latest = RunFolder(folder.storage)  # as whoever had the lock left it
         _run(entry, settings, latest, root)
 
@@ -70,27 +63,6 @@ def resume_run(
 def subject(settings: RunSettings) -> str:
     """Return what a run is about: the model that it trains, or the method that selects."""
     return settings.model.name if isinstance(settings, Experiment) else getattr(settings, "method", "")
-
-
-@contextmanager
-def orderly_end() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does; those that are ignored, as under nohup, stay so."""
-    if threading.current_thread() is not threading.main_thread():  # there alone may handlers be set
-        yield
-        return
-    ours = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, _interrupt)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # asked again, the end that is under way goes on
-    raise KeyboardInterrupt
 
 
 def _run(entry: Entry, settings: RunSettings, folder: RunFolder, root: str) -> None:

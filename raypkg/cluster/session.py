@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,7 +153,12 @@ def _join(address: str) -> None:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Discard what is printed as errors, by Ray's own threads too, while what matters is raised."""
+    """Discard what is printed as errors, by Ray's own threads too, while what matters is raised.
+
+    Handlers of signals are put back: Ray's own would dump its stack at SIGTERM and abort.
+    """
+    in_main = threading.current_thread() is threading.main_thread()  # there alone may handlers be set
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     sys.stderr.flush()
     terminal = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -162,6 +169,8 @@ def _silenced() -> Iterator[None]:
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
+        for number, handler in handlers.items() if in_main else ():
+            signal.signal(number, handler)
 
 
 def _first_line(error: Exception) -> str:

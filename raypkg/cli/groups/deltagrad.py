@@ -156,14 +156,11 @@ def _opened(run: str, root: str, rest: str = "the run is as it was") -> Iterator
     from raypkg.methods.deltagrad.recorded_run import open_recorded
     from raypkg.runs.folder import locate
 
-    from ..execute import orderly_end
-
-    with orderly_end():
-        try:
-            with open_recorded(locate(root, run)) as recorded:
-                yield recorded
-        except (KeyboardInterrupt, SystemExit):  # the latter from Ray, which handles SIGTERM itself
-            raise UserError(f"interrupted; {rest}") from None
+    try:
+        with open_recorded(locate(root, run)) as recorded:
+            yield recorded
+    except (KeyboardInterrupt, SystemExit):
+        raise UserError(f"interrupted; {rest}") from None
 
 
 def _request_settings(run: RecordedRun, values: dict[str, Any]) -> RequestSettings:
