@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from raypkg.core.errors import Interruption
+from raypkg.core.errors import ClusterLost, Interruption
 
 POLL = 0.25  # seconds between deliveries
 
@@ -66,10 +66,21 @@ def open_mailbox(report: Callable[[Mapping[str, Any]], None]) -> Iterator[Any]:
     thread.start()
     try:
         yield mailbox
-    finally:
-        done.set()
-        thread.join()
-        ray.kill(mailbox)
+    except ClusterLost:  # nothing answers any more, so there is nothing to wait for
+        raise
+    except BaseException:
+        _close(mailbox, done, thread)
+        raise
+    _close(mailbox, done, thread)
+
+
+def _close(mailbox: Any, done: threading.Event, thread: threading.Thread) -> None:
+    """Deliver the last rows and end the mailbox."""
+    import ray
+
+    done.set()
+    thread.join()
+    ray.kill(mailbox)
 
 
 def first_error(mailbox: Any) -> str | None:
