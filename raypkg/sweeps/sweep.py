@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raypkg.core.config import check_switches, load_settings
-from raypkg.core.errors import UserError
+from raypkg.core.errors import Interruption, UserError
 from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
@@ -157,12 +157,14 @@ class Sweep:
             interrupted = self._run_trials()
         except (KeyboardInterrupt, SystemExit):  # the latter from Ray Train, around the proxy's selection
             interrupted = True
+        except Interruption as error:
+            raise type(error)(f"{error}; resume with: {self._again()}") from error
         finally:
             conclude(self.folder)
         show_sweep(self.folder, self.console)
         left = _left(self.folder)
         if interrupted:
-            raise UserError(f"interrupted, {left} trials left; resume with: {self._again()}")
+            raise Interruption(f"interrupted, {left} trials left; resume with: {self._again()}")
         if left:
             message = f"{left} of {len(self.folder.trials)} trials are not done; resume with: {self._again()}"
             self.console.print(message, soft_wrap=True)
