@@ -231,3 +231,13 @@ def test_compare_without_scores(tmp_path):
     assert compare(*folders[:2]) == "a against b: 2 of 2 picks in common (100.0%; by chance 50.0%)"
     with pytest.raises(UserError, match="a chose from 4 samples and c from 5: same data set"):
         compare(folders[0], folders[2])
+
+
+def test_rows_are_in_the_order_of_models_and_epochs_whoever_was_first(tmp_path):
+    folder = create(str(tmp_path), "lipt", "one", Experiment())
+    arrived = [("b", 1, 2), ("b", 0, 1), ("b", 1, 1), ("b", 0, 2), ("a", None, 2), ("a", None, 1)]
+    for phase, model, epoch in arrived:
+        folder.log({"phase": phase, "model": model, "epoch": epoch, "loss": 1.0})
+    folder.flush()
+    kept = [(row["phase"], row.get("model"), row["epoch"]) for row in RunFolder(folder.storage).rows]
+    assert kept == [("b", 0, 1), ("b", 0, 2), ("b", 1, 1), ("b", 1, 2), ("a", None, 1), ("a", None, 2)]

@@ -29,6 +29,7 @@ RESULTS = (".safetensors", ".parquet")  # endings of the files whose digests are
 UNFINISHED = ("checkpoints", "ray")  # folders that a run needs until all its phases are done
 CONFIG = "config.toml"
 GROWING = "metrics.parquet"  # written to until the end
+Key = tuple[str, int | None, int | None]  # phase, model and epoch of a row
 NEEDED = {
     "summary.json": ("phases", "samples", "coreset", "seconds", "elapsed", "full_training_backward"),
     "phases": ("costs", "elapsed"),
@@ -44,7 +45,7 @@ class RunFolder:
 
     def __init__(self, storage: Storage):
         self.storage = storage.kept  # a run that was deleted while it is going does not come back as a part of itself
-        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}  # by phase, model and epoch
+        self._rows: dict[Key, dict[str, Any]] = {}  # by phase, model and epoch
         self._saved = time.monotonic()
         self._unsaved = False  # whether there are rows that the file does not have
         if table := storage.read_table(GROWING):
@@ -58,8 +59,14 @@ class RunFolder:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics so far, a row for each phase, model and epoch."""
-        return list(self._rows.values())
+        """The metrics so far, a row for each phase, model and epoch; within a phase in that order, whoever was first."""
+        phases = list(dict.fromkeys(phase for phase, _, _ in self._rows))
+
+        def place(key: Key) -> tuple[int, int, int]:
+            phase, model, epoch = key
+            return phases.index(phase), -1 if model is None else model, -1 if epoch is None else epoch
+
+        return [self._rows[key] for key in sorted(self._rows, key=place)]
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -104,8 +111,9 @@ class RunFolder:
     def flush(self) -> None:
         """Write the metrics out."""
         if self._unsaved:
-            names = dict.fromkeys(name for row in self.rows for name in row)  # in the order in which they first occur
-            columns = {name: [row.get(name) for row in self.rows] for name in names}
+            rows = self.rows
+            names = dict.fromkeys(name for row in rows for name in row)  # in the order in which they first occur
+            columns = {name: [row.get(name) for row in rows] for name in names}
             self.storage.write_table(GROWING, pa.table(columns))
             self._unsaved = False
         self._saved = time.monotonic()
@@ -321,5 +329,5 @@ def _claimed_freely(runs: Storage, settings: Settings) -> Storage:
     raise AssertionError
 
 
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+def _key(row: Mapping[str, Any]) -> Key:
     return row["phase"], row.get("model"), row.get("epoch")
