@@ -1,4 +1,4 @@
-"""Shared set-up: a cache of its own, quiet Ray, single-threaded torch, and where the real data is."""
+"""Shared set-up: a cache of its own, quiet Ray, single-threaded torch, pictures, and where the real data is."""
 
 import os
 import tempfile
@@ -20,6 +20,26 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data in {path}")
     return path
+
+
+@pytest.fixture(scope="module")
+def blank_pictures():
+    """Let the runs of a file compose their pictures, but not render them, which takes most of a short run's time."""
+    from matplotlib.figure import Figure
+
+    def blank(figure, path, **options):
+        Path(path).write_bytes(b"a blank picture")
+
+    original = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", blank)
+        yield original
+
+
+@pytest.fixture
+def rendered_pictures(blank_pictures, monkeypatch):
+    """Render the pictures of one test in a file of blank ones."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", blank_pictures)
 
 
 @pytest.fixture

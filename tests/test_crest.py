@@ -1,5 +1,6 @@
 """CREST: its formulas against dense ones, and the hook against the paper's loop."""
 
+import functools
 import itertools
 from dataclasses import fields
 
@@ -147,6 +148,12 @@ def run(settings, training=PLAIN, holders=1, name="mlp", hooks=()):
     return Run.simple(model, data, training, hooks=[Recorder(data.y), crest, *hooks], augment=())
 
 
+@functools.cache
+def trained_with(holders=1, **settings):
+    """Return a whole training, the same to all tests: they only look at it."""
+    return fit(run(CrestOptions(**settings), holders=holders))
+
+
 def state_of(trained):
     return trained.hooks[1].state
 
@@ -191,14 +198,17 @@ def test_costs_are_those_of_steps_subsets_checks_and_models():
 
 @pytest.mark.parametrize("holders", [2, 3])
 def test_the_number_of_holders_does_not_matter(holders):
-    settings = CrestOptions(tau=0.05, h=2, subset=0.3)
-    one, many = fit(run(settings)), fit(run(settings, holders=holders))
+    settings = {"tau": 0.05, "h": 2, "subset": 0.3}
+    one, many = trained_with(**settings), trained_with(holders=holders, **settings)
     assert same_weights(one, many, 1e-5)
     assert rhos(one) == pytest.approx(rhos(many), abs=1e-4)
 
 
 class Killed(Exception):
     pass
+
+
+STOPPED = {"tau": 0.1, "h": 4, "subset": 0.3, "exclude_every_steps": 7, "exclude_below": 0.4}
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -209,8 +219,9 @@ def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, over
             raise Killed
         return {}
 
-    settings = CrestOptions(tau=0.1, h=4, subset=0.3, exclude_every_steps=7, exclude_below=0.4, overlap=overlap)
-    straight, places = fit(run(settings)), StoredCheckpoints(Storage(str(tmp_path)))
+    settings = CrestOptions(**STOPPED, overlap=overlap)
+    straight = trained_with(**STOPPED, overlap=overlap)
+    places = StoredCheckpoints(Storage(str(tmp_path)))
     with pytest.raises(Killed):
         fit(run(settings), checkpoints=places, measure=die)
     stopped = run(settings)
@@ -225,13 +236,13 @@ def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, over
 
 
 def test_some_stop_falls_inside_a_region():
-    trained = fit(run(CrestOptions(tau=0.1, h=4, subset=0.3, exclude_every_steps=7, exclude_below=0.4)))
+    trained = trained_with(**STOPPED, overlap=False)
     checks = {row["step"] for row in state_of(trained).history}
     assert not {15, 30, 45} <= checks
 
 
 def test_some_stop_falls_into_a_choice_in_the_background(tmp_path):
-    settings = CrestOptions(tau=0.1, h=4, subset=0.3, exclude_every_steps=7, exclude_below=0.4, overlap=True)
+    settings = CrestOptions(**STOPPED, overlap=True)
     places = StoredCheckpoints(Storage(str(tmp_path)), keep=4)
     trained = fit(run(settings), checkpoints=places)
     saved = [torch.load(file, weights_only=True)["hooks"][1] for file in sorted(tmp_path.iterdir())[:-1]]
@@ -291,7 +302,7 @@ def test_the_local_model_begins_at_the_loss_of_its_own_weights(monkeypatch, over
 )
 def test_every_switch_switches(change):
     base = {"tau": 0.1, "h": 3, "subset": 0.3, "exclude_every_steps": 5, "exclude_below": 0.5}
-    trained, other = fit(run(CrestOptions(**base))), fit(run(CrestOptions(**{**base, **change})))
+    trained, other = trained_with(**base), trained_with(**base | change)
     assert rhos(trained) != rhos(other)
     if change == {"parameters": "head"}:
         assert len(state_of(other).region.anchor) == sum(p.numel() for p in other.model.head.parameters())

@@ -1,11 +1,16 @@
 """The command line as a user has it, called in this process from an empty working folder, without Ray."""
 
 import shlex
+import shutil
+from contextlib import chdir
+from functools import cache
 from typing import NamedTuple
 
 import pytest
 
 from raypkg.cli import main
+
+WITH_WORKERS = ("lipt", "train", "crest", "sparse", "select")
 
 
 class Result(NamedTuple):
@@ -14,19 +19,25 @@ class Result(NamedTuple):
     err: str
 
 
+def arguments_of(line: str) -> list[str]:
+    """Return the arguments of a command as typed after ``effray``, without workers."""
+    words = shlex.split(line)
+    has_workers = words[:1] in [[name] for name in WITH_WORKERS] or words[:2] == ["deltagrad", "train"]
+    if has_workers and "--help" not in words:
+        words += ["--cluster.workers", "0"]
+    return words
+
+
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, monkeypatch, capsys, blank_pictures):
     """Return a function that takes a command as typed, and gives back its exit code and output."""
     monkeypatch.chdir(tmp_path)
 
     def call(line: str) -> Result:
-        words = shlex.split(line)
-        trains = words[1] in ("lipt", "train", "crest", "sparse") or words[1:3] == ["deltagrad", "train"]
-        if trains and "--help" not in words:
-            words += ["--cluster.workers", "0"]
+        arguments = arguments_of(line.removeprefix("effray "))
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main(words[1:])
+            main(arguments)
         return Result(ended.value.code or 0, *capsys.readouterr())
 
     return call
@@ -42,6 +53,34 @@ def effray(call):
         return result.out
 
     return effray
+
+
+@pytest.fixture(scope="module")
+def carried_out(tmp_path_factory, blank_pictures):
+    """Return a function that gives the folder in which a command was carried out, once for all tests of a file."""
+
+    @cache
+    def carried_out(arguments: str):
+        folder = tmp_path_factory.mktemp("carried-out")
+        with chdir(folder), pytest.raises(SystemExit) as ended:
+            main(arguments_of(arguments))
+        assert not ended.value.code
+        return folder
+
+    return carried_out
+
+
+@pytest.fixture
+def after(call, carried_out, tmp_path):
+    """Return a function that puts into the working folder what a command leaves there, for tests that begin after it.
+
+    Each test has a copy of its own.
+    """
+
+    def after(arguments: str) -> None:
+        shutil.copytree(carried_out(arguments) / "runs", tmp_path / "runs", dirs_exist_ok=True)
+
+    return after
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_no_job_hides_a_module_of_python():
     assert not {job.stem for job in JOBS.glob("*.py")} & sys.stdlib_module_names
 
 
-def test_lipt_leaves_a_whole_run_folder(effray):
+def test_lipt_leaves_a_whole_run_folder(effray, rendered_pictures):
     text = effray(f"lipt --name one {SHORT}")
     files = {str(path.relative_to("runs/lipt/one")) for path in Path("runs/lipt/one").rglob("*") if path.is_file()}
     assert files == {
@@ -223,8 +223,8 @@ def test_lipt_variants(effray, options):
     assert set(picked["weight"].to_pylist()) == {1.0}
 
 
-def test_the_method_s_weights_are_used_when_asked_for(effray):
-    effray(f"lipt --name one {SHORT} --select.weighted true")
+def test_the_method_s_weights_are_used_when_asked_for(after):
+    after(f"lipt --name one {SHORT} --select.weighted true")
     weights = coreset("lipt/one")["weight"].to_numpy()
     assert len(set(weights)) > 10 and weights.min() >= 0
 
@@ -257,8 +257,8 @@ def test_the_stored_config_reruns_the_run(effray, command):
     assert results(f"{kind}/one") == results(f"{kind}/two")
 
 
-def test_train_on_a_coreset_repeats_the_main_training(effray):
-    effray(f"lipt --name one {SHORT} --select.weighted true")
+def test_train_on_a_coreset_repeats_the_main_training(effray, after):
+    after(f"lipt --name one {SHORT} --select.weighted true")
     effray("train --name two --model linear --train.epochs 2 --coreset runs/lipt/one/coreset.parquet")
     assert content("lipt/one", "model.safetensors") == content("train/two", "model.safetensors")
     assert summary("train/two")["coreset"] == 130
@@ -360,8 +360,8 @@ def test_infobatch_prunes_at_every_epoch(effray):
 
 
 @pytest.mark.parametrize("method", ["craig", "forgetting", "random"])
-def test_select_with_the_model_of_another_run(effray, method):
-    effray("train --name one --model mlp --train.epochs 2")
+def test_select_with_the_model_of_another_run(effray, after, method):
+    after("train --name one --model mlp --train.epochs 2")
     text = effray(f"select --name two --model-from one --method {method} --fraction 0.1")
     assert text.splitlines()[0] == f"select two: {method} on digits"
     assert "selected 130 of 1,295 samples (10.0%)" in text
@@ -377,7 +377,7 @@ LIPT = f"lipt {SHORT} --train.epochs 3 --train.evaluate_every_epochs 1 --pretrai
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 6])  # 2 models of 2 epochs, then 3 epochs
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(effray, refusal, monkeypatch, rows):
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(effray, refusal, after, monkeypatch, rows):
     def log(folder, row):
         original(folder, row)
         if len(folder.rows) == rows:
@@ -390,7 +390,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(effray, refusal, monk
     assert message == "effray: interrupted; resume with: effray lipt --resume one\n"
     assert "one: not finished" in effray("show one")
     effray("lipt --resume one")
-    effray(f"{LIPT} --name two")
+    after(f"{LIPT} --name two")
     assert results("lipt/one") == results("lipt/two")
     work = [[(p["phase"], p["backward"]) for p in summary(f"lipt/{run}")["phases"]] for run in ("one", "two")]
     assert work[0] == work[1]
@@ -418,9 +418,9 @@ def test_a_finished_run_is_only_shown(effray):
     assert results("train/one") == before
 
 
-def test_show_against_another_run(effray):
-    for name, seed in (("one", 0), ("two", 0)):
-        effray(f"lipt --name {name} {SHORT} --seed {seed}")
+def test_show_against_another_run(effray, after):
+    after(f"lipt --name one {SHORT}")
+    effray(f"lipt --name two {SHORT} --seed 0")
     effray(f"lipt --name three {SHORT} --select.method random")
     same = effray("show one --against two").splitlines()[-1]
     assert same == (
@@ -429,8 +429,8 @@ def test_show_against_another_run(effray):
     assert re.search(r"one against three: \d+ of 130 picks in common", effray("show one --against three"))
 
 
-def test_the_costs_fit_80_columns_whatever_they_are(effray, monkeypatch):
-    effray(f"lipt --name one {SHORT}")
+def test_the_costs_fit_80_columns_whatever_they_are(effray, after, monkeypatch):
+    after(f"lipt --name one {SHORT}")
     figures = summary("lipt/one")
     for phase in figures["phases"]:
         phase |= {"seconds": 9999.9, "total_seconds": 79999.9, "forward": 19_999_999, "backward": 19_999_999}

@@ -28,9 +28,9 @@ EXACT = "--period 1"
 
 
 @pytest.fixture
-def trained(effray):
+def trained(effray, after):
     """Return a function that gives the lines of an effray command, once there is a run ``a`` of 48 steps."""
-    effray(SHORT)
+    after(SHORT)
     return effray
 
 
@@ -167,6 +167,9 @@ def test_deleted_rows_may_be_blanked_and_others_not(effray, refusal):
 def test_other_settings_are_found(trained, refusal):
     config = RUN / "config.toml"
     config.write_text(config.read_text().replace("weight_decay = 0.005", "weight_decay = 0.5"))
+    assert "config.toml' has been changed or cut short" in refusal("deltagrad verify a")
+    _, _, without_digest = config.read_text().partition("\n")
+    config.write_text(without_digest)
     assert "config.toml is not that of the recorded training" in refusal("deltagrad verify a")
 
 

@@ -21,7 +21,7 @@ def summary():
     return json.loads((RUN / "summary.json").read_text())
 
 
-def test_a_run_says_what_is_sparse(effray):
+def test_a_run_says_what_is_sparse(effray, rendered_pictures):
     out = effray(f"{SHORT} --growth gradient --agent")
     figures = summary()
     weights = {name: w for name, w in load_file(RUN / "model.safetensors").items() if w.ndim > 1}
@@ -36,8 +36,8 @@ def test_a_run_says_what_is_sparse(effray):
     assert {phase["phase"] for phase in figures["phases"]} >= {"train: correction", "train: full gradient"}
 
 
-def test_a_model_is_exported_without_its_zeros(effray, refusal):
-    effray(SHORT)
+def test_a_model_is_exported_without_its_zeros(effray, refusal, after):
+    after(SHORT)
     out = effray("export a --format csr")
     assert "largest difference of logits" in out
     state = load_file(RUN / "model.safetensors")
@@ -54,16 +54,16 @@ def test_a_dense_model_has_nothing_to_leave_out(effray, refusal):
     assert not (RUN / "model.csr.safetensors").exists()
 
 
-def test_a_name_that_two_runs_have_needs_its_experiment(effray, refusal):
-    effray(SHORT)
+def test_a_name_that_two_runs_have_needs_its_experiment(effray, refusal, after):
+    after(SHORT)
     effray("train --name a --model linear --train.epochs 1")
     assert "there is a run 'a' of sparse and of train: give sparse/a, or another" in refusal("export a")
     assert "run 'a' is dense" in refusal("export train/a")
     assert "unknown run in runs 'b'. Allowed: a\n" in refusal("export b")
 
 
-def test_a_run_that_is_under_way_is_not_resumed(effray, refusal):
-    effray(SHORT)
+def test_a_run_that_is_under_way_is_not_resumed(refusal, after):
+    after(SHORT)
     (RUN / "summary.json").unlink()
     with Storage(str(RUN)).alone("it"):
         assert "run 'a' is being worked on by another process" in refusal("sparse --resume a")

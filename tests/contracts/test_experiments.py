@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import chdir
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,26 +22,24 @@ TINY = {  # options that keep a run short; an experiment that is not here has to
 GROUPS = {"deltagrad": "deltagrad train"}
 
 
-@pytest.fixture
-def effray(tmp_path, monkeypatch):
-    """Return a function that runs a command in this process, in a folder of its own; it must end as is said."""
-    monkeypatch.chdir(tmp_path)
-
-    def effray(line, code=0):
-        with pytest.raises(SystemExit) as ended:
-            main([*shlex.split(line), "--cluster.workers", "0"])
-        assert (ended.value.code or 0) == code
-
-    return effray
+def effray(line, code=0):
+    """Run a command in this process; it must end as is said."""
+    with pytest.raises(SystemExit) as ended:
+        main([*shlex.split(line), "--cluster.workers", "0"])
+    assert (ended.value.code or 0) == code
 
 
-@pytest.fixture(params=list(experiment.entries))
-def command(request, effray):
-    """Return an experiment with its command and options, after what it needs."""
+@pytest.fixture(scope="module", params=list(experiment.entries))
+def command(request, tmp_path_factory, blank_pictures):
+    """Return an experiment with its command and options, in a working folder that holds its finished run ``one``."""
     name = request.param
-    if name == "select":
-        effray("train --name trained --model linear --train.epochs 1")
-    return name, f"{GROUPS.get(name, name)}", TINY.get(name, "--model linear --train.epochs 2")
+    call = GROUPS.get(name, name)
+    options = TINY.get(name, "--model linear --train.epochs 2")
+    with chdir(tmp_path_factory.mktemp(name)):
+        if name == "select":
+            effray("train --name trained --model linear --train.epochs 1")
+        effray(f"{call} --name one {options}")
+        yield name, call, options
 
 
 def left(name, run):
@@ -54,20 +53,18 @@ def left(name, run):
     return {file.name: file.read_bytes() for file in files}, tables, figures, bills
 
 
-def test_it_reruns_from_its_stored_settings(command, effray):
-    name, call, options = command
-    effray(f"{call} --name one {options}")
-    effray(f"{call} --name two --config runs/{name}/one/config.toml")
-    assert left(name, "one") == left(name, "two")
+def test_it_reruns_from_its_stored_settings(command):
+    name, call, _ = command
+    effray(f"{call} --name again --config runs/{name}/one/config.toml")
+    assert left(name, "one") == left(name, "again")
 
 
-def test_resumed_equals_never_stopped(command, effray, monkeypatch):
+def test_resumed_equals_never_stopped(command, monkeypatch):
     name, call, options = command
 
     def finish(folder, summary):
         raise KeyboardInterrupt
 
-    effray(f"{call} --name one {options}")
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "finish", finish)
         effray(f"{call} --name two {options}", code=2)

@@ -22,6 +22,7 @@ OPTIONS = {  # with which a hook acts within a few epochs
     "crest": {"h": 3, "subset": 0.2},
     "sparse": {"density": 0.2, "growth": "gradient", "update_every_steps": 5},
 }
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 EXPERIMENTS = {"deltagrad": "deltagrad"}  # of hooks that belong to one
 
 
@@ -39,35 +40,39 @@ def content(folder):
     return load_tensors(storage, "model.safetensors"), tables
 
 
-@pytest.fixture(params=list(hook.entries))
+@pytest.fixture(scope="module", params=list(hook.entries))
 def name(request):
     return request.param
 
 
-def test_it_trains_and_leaves_results(name, tmp_path):
-    job = job_of(name, tmp_path)
-    record = train_model(Worker(), job)
+@pytest.fixture(scope="module")
+def straight(name, tmp_path_factory, blank_pictures):
+    """Return the folder and the record of a training that was never stopped, for tests that only look at it."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, train_model(Worker(), job_of(name, folder))
+
+
+def test_it_trains_and_leaves_results(name, straight, tmp_path):
+    folder, record = straight
     assert np.isfinite(record["test_loss"]) and all(isinstance(line, str) for line in record["findings"])
-    weights, _ = content(tmp_path)
+    weights, _ = content(folder)
     assert all(weight.isfinite().all() for weight in weights.values())
 
-    other = job_of(name, tmp_path / "other")
+    other = job_of(name, tmp_path)
     options = OPTIONS.get(name, {})
-    made = hook[name](options=options, job=other, worker=Worker(), samples=open_samples(job.experiment))
+    made = hook[name](options=options, job=other, worker=Worker(), samples=open_samples(other.experiment))
     for each in made if isinstance(made, list) else [made]:
         assert isinstance(each, Hook)
         each.close()
         each.close()  # may be called twice
 
 
-def test_resumed_equals_never_stopped(name, tmp_path):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    train_model(Worker(), job_of(name, straight))
+def test_resumed_equals_never_stopped(name, straight, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        train_model(Worker(report=_interrupt_after(2)), job_of(name, stopped))
-    train_model(Worker(), job_of(name, stopped))
+        train_model(Worker(report=_interrupt_after(2)), job_of(name, tmp_path))
+    train_model(Worker(), job_of(name, tmp_path))
 
-    (weights, tables), (others, other_tables) = content(straight), content(stopped)
+    (weights, tables), (others, other_tables) = content(straight[0]), content(tmp_path)
     assert all(torch.equal(weight, others[key]) for key, weight in weights.items())
     assert {key: table.to_pylist() for key, table in tables.items()}.keys() == other_tables.keys()
     for key, table in tables.items():
@@ -83,10 +88,9 @@ def _interrupt_after(epochs):
 
 
 @pytest.mark.slow
-def test_two_workers_end_where_one_does(name, tmp_path):
-    train_model(Worker(), job_of(name, tmp_path / "one"))
-    on_workers(2, train_model, job_of(name, tmp_path / "two"))
-    (weights, _), (others, _) = content(tmp_path / "one"), content(tmp_path / "two")
+def test_two_workers_end_where_one_does(name, straight, tmp_path):
+    on_workers(2, train_model, job_of(name, tmp_path))
+    (weights, _), (others, _) = content(straight[0]), content(tmp_path)
     for key, weight in weights.items():
         assert torch.allclose(weight, others[key], rtol=0, atol=1e-8), key
 
