@@ -71,6 +71,7 @@ def test_the_width_can_be_given(load):
         ("7" * 5000 + " 1:1\n", r"line 1 .* begins with '7{40}', needed is a number"),
         ("1 2147483649:1\n", r"line 1 .* has an entry that is not column:value"),
         ("\n# nothing\n", r"has no rows"),
+        ("1\n0\n1\n0\n1\n0\n", r"no row of '.*rows.libsvm' has an entry column:value"),
         (b"\xff\xfe\x00", r"cannot be read"),
     ],
 )

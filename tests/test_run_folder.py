@@ -116,7 +116,9 @@ def test_names_are_joined_to_uris_with_a_query_and_without(tmp_path):
     assert (tmp_path / "train" / "[größe]=1" / "a" / "b").exists()
 
 
-@pytest.mark.parametrize("root", ["file:///tmp#/../x", "\udcff", "~nobody-of-that-name/x", "s3://b/a b"])
+@pytest.mark.parametrize(
+    "root", ["file:///tmp#/../x", "\udcff", "~nobody-of-that-name/x", "s3://b/a b", "s3://", "a\0"]
+)
 def test_what_is_no_folder_is_refused_in_one_line(root):
     with pytest.raises(UserError, match="cannot use"):
         Storage(root)

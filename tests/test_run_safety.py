@@ -212,6 +212,13 @@ def test_a_file_that_a_later_phase_wrote_anew_is_that_phases(run):
         run.phase("more")
 
 
+@pytest.mark.parametrize("value", [[1, 2], {}, 3])
+def test_the_record_of_another_phase_that_is_none_is_named(run, value):
+    run.storage.write_json("phases/other.json", value)
+    with pytest.raises(UserError, match=r"phases/other.json is corrupt: it must have costs, elapsed"):
+        run.phase("train")
+
+
 def test_a_finished_run_knows_its_files(run):
     run.finish({"phases": [], "samples": 1, "coreset": None, "seconds": 0, "elapsed": 0, "full_training_backward": 0})
     run.check("model.safetensors")

@@ -314,8 +314,8 @@ def test_half_a_sweep_is_said_to_be_one(sweep, tmp_path, record):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.toml", None, "config.toml is missing or empty: what was asked for is lost"),
-        ("config.toml", b" ", "config.toml is missing or empty: what was asked for is lost"),
+        ("config.toml", None, "config.toml' is missing or empty: what was asked for is lost"),
+        ("config.toml", b" ", "config.toml' is missing or empty: what was asked for is lost"),
         ("config.toml", b"\xff", "config.toml' is not valid TOML: 'utf-8' codec"),
         ("config.toml", b"seed =", "config.toml' is not valid TOML: Invalid value"),
         ("config.toml", b"seed = " + b"[" * 5000, "config.toml' is not valid TOML: its brackets are nested"),
@@ -341,6 +341,14 @@ def test_a_sweep_whose_files_were_damaged_does_not_go_on(sweep, tmp_path, file, 
 def test_how_many_trials_there_can_be(option, count):
     with pytest.raises(UserError, match=rf"--{option} {str(count)[:5]}.*: at least 1 and at most 10,000"):
         filled(Order("train", **{option: count}), Space("", {}, "accuracy", "max"))
+
+
+@pytest.mark.parametrize("count", [-1, 0])
+def test_a_sweep_that_would_run_no_trial_at_once_is_not_resumed_and_stays_as_it_was(sweep, tmp_path, count):
+    before = sweep.storage.read("sweep.json")
+    with pytest.raises(UserError, match=f"--concurrent {count}: at least 1"):
+        resume_sweep(experiment["crest"], Order("crest", concurrent=count), "s", {}, str(tmp_path))
+    assert sweep.storage.read("sweep.json") == before
 
 
 def test_a_value_beyond_64_bits_is_in_the_table_as_text(sweep):

@@ -122,12 +122,14 @@ def show(run: str, root: str, against: str | None) -> None:
     from raypkg.sweeps.sweep_folder import SweepFolder, is_sweep
 
     folder = locate(root, run)
-    if is_sweep(folder.storage):
-        if against:
-            raise UserError(f"--against: {run} is a sweep, and only runs are compared")
+    other = None if against is None else locate(root, against)
+    sweeps = [each.name for each in (folder, other) if each and is_sweep(each.storage)]
+    if sweeps and other:
+        raise UserError(f"--against: {sweeps[0]} is a sweep, and only runs are compared")
+    if sweeps:
         show_sweep(SweepFolder(folder.storage), terminal())
         return
-    comparison = compare(folder, locate(root, against)) if against else None
+    comparison = compare(folder, other) if other else None
     print_run(folder, terminal())
     if comparison:
         terminal().print(comparison)
@@ -152,8 +154,11 @@ def export(run: str, root: str, form: str) -> None:
     from raypkg.phases.trust import stored_settings
     from raypkg.runs.folder import locate
     from raypkg.runs.show import terminal
+    from raypkg.sweeps.sweep_folder import is_sweep
 
     folder = locate(root, run)
+    if is_sweep(folder.storage):
+        raise UserError(f"{folder.name} is a sweep, and only runs are exported: give one of its trials")
     kind = experiment[folder.storage.parent.name]
     settings = load_settings(training_settings_of(kind), stored_settings(folder))
     terminal().print(savings(write(folder, settings)))

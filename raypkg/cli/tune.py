@@ -36,7 +36,7 @@ class Duration(click.ParamType):
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
         """Return seconds."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", str(value))
         if not match or float(match[1]) <= 0:
             raise UserError(f"--time-budget {value!r}: give seconds, or a number with s, m or h, such as 90s or 2h")
         return float(match[1]) * UNITS[match[2]]

@@ -140,7 +140,7 @@ class Track(Settings):
     """Where metrics go besides the run folder."""
 
     name: Annotated[Literal["wandb"] | None, Field(description="wandb logs offline when there is no key")] = None
-    project: Annotated[str, Field(description="W&B project")] = "effray"
+    project: Annotated[str, Field(min_length=1, description="W&B project")] = "effray"
 
 
 class RunSettings(Settings):

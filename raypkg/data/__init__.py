@@ -39,8 +39,7 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: Pat
     ((1, 8, 8), 10, 360)
     """
     entry = dataset[name]
-    if "split" not in inspect.signature(entry.function).parameters:
-        raise UserError(f"dataset {name!r}: its function must take a keyword split, which is 'train' or 'test'")
+    _check_signature(entry, name)
     root = argument(name) if entry.name in dataset.entries else ""  # the user's own function has no such part
     load = partial(_load, entry, name, root, options=options, cache=cache)
     train = load(split="train")
@@ -54,14 +53,22 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: Pat
     return Data(train, replace(test, mean=train.mean, std=train.std))
 
 
+def _check_signature(entry: Entry, name: str) -> None:
+    signature = inspect.signature(entry.function)
+    if "split" not in signature.parameters:
+        raise UserError(f"dataset {name!r}: its function must take a keyword split, which is 'train' or 'test'")
+    try:
+        signature.bind("", **dict.fromkeys(entry.declares))
+    except TypeError:
+        raise UserError(f"dataset {name!r} must be callable as function(root, split=…), not {signature}") from None
+
+
 def _load(entry: Entry, name: str, root: str, **keywords: Any) -> "Split":
-    """Call a source; what a user's own function raises keeps its traceback, but it may not end the program."""
+    """Call a source; what a user's own function raises keeps its traceback."""
     from .split import Split
 
     try:
         split = entry(root, **keywords)
-    except SystemExit as error:
-        raise UserError(f"dataset {name!r}: its code called sys.exit({error.code!r})") from error
     except OSError as error:
         if entry.source == USER_CODE:
             raise

@@ -48,10 +48,7 @@ def build_model(
         _check_size(build, name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "init"))  # torch.manual_seed would seed the GPUs as well
-        try:
-            return checked(build(), name, shape, num_classes)
-        except SystemExit as error:
-            raise UserError(f"model {name!r}: its code called sys.exit({error.code!r})") from error
+        return checked(build(), name, shape, num_classes)
 
 
 def _check_size(build: Callable[[], "Classifier"], name: str) -> None:

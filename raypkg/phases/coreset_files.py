@@ -86,11 +86,7 @@ def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Cor
             held-out samples.
     """
     table = read_coreset(path)
-    facts = _facts(table)
-    if facts.get("samples", len(split)) != len(split):
-        raise UserError(f"{path} was made for {facts['samples']} samples, this data set has {len(split)}")
-    if last_part(facts.get("dataset", dataset)) != last_part(dataset):
-        raise UserError(f"{path} was made for {facts['dataset']}, this data set is {dataset}")
+    _check_made_for(_facts(table), path, split, dataset)
     if not len(table):
         raise UserError(f"{path} holds no sample")
     positions = column_of(table, "index", path, pa.types.is_integer)
@@ -126,7 +122,7 @@ def read_coreset(path: str) -> pa.Table:
         UserError: no such file, or not a coreset.
     """
     folder, name = Storage.around(path)
-    if not name:
+    if not name or folder.list(name):
         raise UserError(f"{path!r} is no coreset file")
     table = folder.read_table(name)
     if table is None:
@@ -220,3 +216,13 @@ def _facts(table: pa.Table) -> dict[str, Any]:
     except ValueError:  # written by someone else
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def _check_made_for(facts: Mapping[str, Any], path: str, split: Split, dataset: str) -> None:
+    """Refuse the coreset of another data set; one by someone else does not say what it was made for."""
+    samples = facts.get("samples", len(split))
+    if samples != len(split):
+        raise UserError(f"{path} was made for {samples} samples, this data set has {len(split)}")
+    origin = str(facts.get("dataset", dataset))
+    if last_part(origin) != last_part(dataset):
+        raise UserError(f"{path} was made for {origin}, this data set is {dataset}")

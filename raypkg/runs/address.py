@@ -101,6 +101,8 @@ def opened(base: str) -> tuple[fs.FileSystem, str]:
         system, path = fs.FileSystem.from_uri(base)
     except (pa.ArrowException, UnicodeEncodeError, OSError) as error:
         raise UserError(f"cannot use {base!r} as a folder for runs: {error}") from None
+    if not path:
+        raise UserError(f"cannot use {base!r} as a folder for runs: it names neither bucket nor folder")
     if system.type_name == "s3":
         system = _impatient(system)
     return system, path.rstrip("/")
@@ -126,6 +128,8 @@ def _without_query(base: str) -> tuple[str, str]:
 
 
 def _absolute(path: str) -> str:
+    if "\0" in path:
+        raise UserError(f"cannot use {path!r} as a folder: no path holds a NUL")
     try:
         path.encode()
         return str(Path(path).expanduser().absolute())

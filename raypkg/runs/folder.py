@@ -177,7 +177,8 @@ class RunFolder:
 
     def _phases(self) -> list[dict[str, Any]]:
         """Return the records of the finished phases in their order."""
-        records = [self.storage.read_json(f"phases/{file}") or {} for file in self.storage.list("phases")]
+        files = self.storage.list("phases")
+        records = [self._record(f"phases/{file}", NEEDED["phases"]) or {} for file in files]
         return sorted(records, key=lambda record: record.get("number", 0))
 
     def _known_files(self) -> dict[str, str]:
@@ -291,7 +292,7 @@ def locate(root: str, run: str, having: str | None = None) -> RunFolder:
         UserError: no such run, the nearest one named, or several.
     """
     runs = Storage(root)
-    candidates = [Storage(run)]
+    candidates = [Storage(run)] if run else []
     if all(NAME.fullmatch(part) for part in run.split("/")):  # a name, or experiment/name
         candidates.append(runs / run)
         kinds = [kind for kind in runs.list() if _is_run(runs / kind / run)]

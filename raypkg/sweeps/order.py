@@ -56,9 +56,7 @@ def filled(order: Order, space: Space) -> Order:
             f"metric {metric} is known only at the end of a trial, so --scheduler {scheduler} could not act on it:"
             f" give --scheduler {ALL_TO_THE_END}, or --metric accuracy"
         )
-    for option, count in (("samples", order.samples), ("concurrent", order.concurrent)):
-        if count is not None and not 1 <= count <= MOST:
-            raise UserError(f"--{option} {shown(count)}: at least 1 and at most {MOST:,}")
+    check_counts(order)
     if search == "grid" and order.samples is not None:
         raise UserError(f"--samples {order.samples}: a grid has as many trials as combinations")
     samples = SAMPLES if order.samples is None else order.samples
@@ -74,6 +72,13 @@ def filled(order: Order, space: Space) -> Order:
         search=search,
         proxy_method=proxy_method,
     )
+
+
+def check_counts(order: Order) -> None:
+    """Refuse too few or too many trials, in all or at once."""
+    for option, count in (("samples", order.samples), ("concurrent", order.concurrent)):
+        if count is not None and not 1 <= count <= MOST:
+            raise UserError(f"--{option} {shown(count)}: at least 1 and at most {MOST:,}")
 
 
 def base_of(schema: type[Settings], config: Path | None) -> dict[str, Any]:

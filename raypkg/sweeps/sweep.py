@@ -26,7 +26,7 @@ from raypkg.runs.show import terminal
 
 from . import proxy
 from .figures import TrialRun
-from .order import ALL_TO_THE_END, Order, base_of, filled
+from .order import ALL_TO_THE_END, Order, base_of, check_counts, filled
 from .show import conclude, show_sweep
 from .spaces import Space, check_space, open_space, read_space, space_of, without
 from .standing import ONLY
@@ -109,6 +109,7 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
             f"--resume {name} keeps what was asked for: {refused} cannot change, only --concurrent, --time-budget,"
             " cluster.* and track.*"
         )
+    check_counts(order)
     folder = find_sweep(root, name)
     if folder.experiment != entry.name:
         raise UserError(f"sweep {name!r} is of {folder.experiment}, not of {entry.name}")

@@ -78,7 +78,6 @@ MODEL_NAMES = cases(
         "antigravitation:fly": "unknown model or module",
         "missing:build": "module needs 'nowhere', which is not installed",
         "quits:build": "quits",
-        "loops:build": "loops",
         "rows.csv:build": "rows.csv",
     },
     make=lambda folder, _: write_modules(folder),
@@ -89,7 +88,6 @@ def write_modules(folder):
     (folder / "my.py").write_text(MODELS)
     (folder / "missing.py").write_text("import nowhere")
     (folder / "quits.py").write_text("import sys; sys.exit(0)")
-    (folder / "loops.py").write_text("import loops; loops.build")
 
 
 MODEL_OPTIONS = cases(
@@ -112,8 +110,8 @@ LOADERS = {
     "sys.exit": ("import sys; sys.exit(0)", "mine:load"),
     "SystemExit": ("raise SystemExit", "mine:load"),
     "no samples": ("return Split.from_tensors(x[:0], y[:0])", "x is empty"),
-    "labels of another length": ("return Split.from_tensors(x, y[:5])", "y is torch.int64 [5], needed is int64 [40]"),
-    "labels that are floats": ("return Split.from_tensors(x, y.float())", "y is torch.float32"),
+    "labels of another length": ("return Split.from_tensors(x, y[:5])", "y is int64 [5], needed are integers [40]"),
+    "labels that are floats": ("return Split.from_tensors(x, y.float())", "y is float32 [40], needed are integers"),
     "labels with gaps": ("return Split.from_tensors(x, y * 2)", "none is 1"),
     "negative labels": ("return Split.from_tensors(x, y - 1)", "labels run from -1"),
     "one class": ("return Split.from_tensors(x, y * 0)", "class"),
@@ -353,7 +351,7 @@ TRACKING = cases(
 PROJECTS = cases(
     "the project of W&B",
     "train --model linear --train.epochs 1 --track wandb --track.project {}",
-    dict.fromkeys(["a/b", "a:b", "a#b", "a?b", "a%b", "\\", "x" * 200], "track.project"),
+    dict.fromkeys(["a/b", "a:b", "a#b", "a?b", "a%b", "\\", "x" * 200], "Invalid project name"),
     environment={"WANDB_MODE": "offline"},
 )
 

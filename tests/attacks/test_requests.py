@@ -96,7 +96,7 @@ def test_any_damage_of_a_parquet_file_of_ids(tmp_path_factory, position, flipped
 
 
 @pytest.mark.parametrize(
-    "text", ["-1", "1.5", "3,", "", ",", "1,,2", "1 2", "0x3", "1e3", "nan", "²", "a\nb", *OUTSIDE]
+    "text", ["-1", "1.5", "3,", "", ",", "1,,2", "1 2", "0x3", "1e3", "nan", "²", "٣", "3,٣", "a\nb", *OUTSIDE]
 )
 def test_what_is_no_id_is_shown_with_what_is_allowed(text):
     line = refusal(read_ids, text)

@@ -12,10 +12,12 @@ import pytest
 
 import samples
 from raypkg.core.errors import UserError
+from raypkg.experiments.train import TrainSettings
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.columns import metric_rows
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
+from raypkg.sweeps.sweep_folder import create_sweep
 
 QUICK = "--model linear --pretrain.models 2 --pretrain.epochs 1 --train.epochs 1"
 CODE = """
@@ -71,6 +73,7 @@ def own_code(tmp_path, monkeypatch):
         ("lipt --dataset.augment crop,flop", "unknown augmentation 'flop', did you mean 'flip'"),
         ("lipt --pretrain.merge men", "unknown merge 'men', did you mean 'mean'"),
         ("lipt --track wanb", "unknown track.name 'wanb', did you mean 'wandb'"),
+        ("lipt --track.project=", "track.project = '': string should have at least 1 character"),
         ("lipt --set selct.method=random", "unknown setting 'selct', did you mean 'select'"),
         ("lipt --set select.metod=random", "unknown setting 'select.metod', did you mean 'select.method'"),
         ("lipt --set select.options.lamb=1", "unknown gradmatch option 'lamb', did you mean 'lam'"),
@@ -327,6 +330,22 @@ def test_a_coreset_of_another_data_set(refusal, effray, tmp_path):
     assert "was made for 1437 samples, this data set has 9" in message
 
 
+@pytest.mark.parametrize("dataset", [3, None, ["digits"]])
+def test_a_coreset_of_a_data_set_that_has_no_name(refusal, tmp_path, dataset):
+    table = pa.table({"index": [1], "weight": [1.0]})
+    facts = json.dumps({"dataset": dataset})
+    pq.write_table(table.replace_schema_metadata({"effray": facts}), tmp_path / "mine.parquet")
+    message = refusal("train --model linear --coreset mine.parquet")
+    assert f"was made for {dataset}, this data set is digits" in message
+
+
+@pytest.mark.parametrize("option", ["--coreset .", "--coreset runs", "--dataset.only=", "--dataset.only ."])
+def test_a_folder_is_no_coreset(refusal, tmp_path, option):
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    (tmp_path / "runs" / "note").touch()
+    assert "is no coreset file" in refusal(f"train --model linear {option}")
+
+
 def test_a_coreset_of_as_many_other_samples(refusal, effray):
     effray("train --name one --model linear --train.epochs 1 --select.fraction 0.1")
     table = pq.read_table("runs/train/one/coreset.parquet")
@@ -412,6 +431,16 @@ def test_runs_without_a_coreset_or_an_end_are_not_compared(refusal, effray):
     Path("runs/train/two/summary.json").unlink()
     assert "two is not finished: there is no coreset.parquet to compare" in refusal("show one --against two")
     assert "run 'two' is not finished: it has no model yet" in refusal("select --model-from two --method grand")
+
+
+def test_a_run_to_compare_with_that_is_no_run_is_refused(refusal, effray, tmp_path):
+    effray("train --name one --model linear --train.epochs 1")
+    order = {"experiment": "train", "metric": "accuracy", "mode": "max", "samples": 1}
+    create_sweep(str(tmp_path / "runs"), "several", order, TrainSettings(), "", [])
+    assert "several is a sweep, and only runs are compared" in refusal("show one --against several")
+    assert "several is a sweep, and only runs are compared" in refusal("show several --against one")
+    assert "unknown run in runs ''. Allowed: one" in refusal("show one --against=")
+    assert "several is a sweep, and only runs are exported: give one of its trials" in refusal("export several")
 
 
 @pytest.mark.parametrize("damage", [None, b"junk"])

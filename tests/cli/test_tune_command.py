@@ -139,6 +139,7 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --samples 99999999999", "--samples 99999999999: at least 1 and at most 10,000"),
         ("crest --time-budget 0", "--time-budget '0': give seconds"),
         ("crest --time-budget soon", "--time-budget 'soon': give seconds"),
+        ("crest --time-budget ٣", "--time-budget '٣': give seconds"),
         ("crest --metric acuracy", "unknown metric 'acuracy', did you mean 'accuracy'?"),
         ("crest --metric test_accuracy", "known only at the end of a trial, so --scheduler asha could not act on it"),
         ("crest --dataset.validation 0", "metric accuracy is measured on held-out samples: dataset.validation = 0"),

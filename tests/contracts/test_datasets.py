@@ -153,6 +153,19 @@ def test_a_download_that_fails(tmp_path, monkeypatch):
         load_data("mnist", cache=tmp_path)
 
 
+@pytest.mark.parametrize("folder", [".", "mine", "mine/below"])
+def test_a_download_that_fails_leaves_no_folder_that_it_made(tmp_path, monkeypatch, folder):
+    def fetched(folder, **options):
+        (folder / "MNIST" / "raw").mkdir(parents=True)
+        raise RuntimeError("no network")
+
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr("torchvision.datasets.MNIST", fetched)
+    with pytest.raises(UserError, match="cannot fetch MNIST"):
+        load_data(f"mnist:{tmp_path / folder}", cache=tmp_path / "cache")
+    assert {path.name for path in tmp_path.rglob("*") if "cache" not in str(path.relative_to(tmp_path))} == {"mine"}
+
+
 def rows(root, *, split, width: int = 2):
     """The user's own data set."""
     return Split.from_tensors(torch.ones(4, width) * torch.arange(4)[:, None], torch.tensor([0, 1, 0, 1]))
@@ -160,6 +173,14 @@ def rows(root, *, split, width: int = 2):
 
 def without_split(root):
     return rows(root, split="train")
+
+
+def without_root(*, split):
+    return rows("", split=split)
+
+
+def with_two_roots(root, other, *, split):
+    return rows(root, split=split)
 
 
 def of_another_kind(root, *, split):
@@ -198,9 +219,11 @@ def test_the_users_own_function(monkeypatch):
     ("function", "message"),
     [
         ("without_split", "must take a keyword split"),
+        ("without_root", r"must be callable as function\(root, split=…\), not \(\*, split\)"),
+        ("with_two_roots", r"must be callable as function\(root, split=…\), not \(root, other, \*, split\)"),
         ("of_another_kind", "returned a list, not a"),
         ("nothing", "returned a NoneType, not a"),
-        ("with_an_exit", r"with_an_exit': its code called sys.exit\('no data'\)"),
+        ("with_an_exit", r"with_an_exit' ended the process by SystemExit\('no data'\), in .*test_datasets"),
         ("of_two_class_lists", r"differ in classes: train has \('a', 'b'\), test has \('b', 'a'\)"),
         ("of_two_widths", r"differ in shape: train has \(1,\), test has \(2,\)"),
     ],
@@ -217,7 +240,7 @@ def test_an_error_of_the_users_function_is_not_ours_to_explain():
 
 @pytest.mark.parametrize("source", ["table", "libsvm", "folder", "parquet"])
 def test_a_path_that_the_system_refuses(source):
-    with pytest.raises(UserError, match=rf"dataset '{source}:x+' cannot be read: .*File name too long"):
+    with pytest.raises(UserError, match=rf"dataset '{source}:x+…x+' cannot be read: .*File name too long"):
         load_data(f"{source}:{'x' * 300}")
 
 

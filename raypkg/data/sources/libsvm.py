@@ -60,6 +60,8 @@ def load(
         # Both files decide on the width, so both are read whichever split is built.
         tables = {file: read(file) for file in set(files.values())}
         width = max(table.width for table in tables.values())
+        if not width:
+            raise UserError(f"no row of {root!r} has an entry column:value, so there is nothing to learn from")
         if columns is not None and width > columns:
             raise UserError(f"option columns = {columns}, but {root!r} has column {width}")
         classes = tables[files["train"]].classes

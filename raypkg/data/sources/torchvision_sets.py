@@ -1,6 +1,7 @@
 """The small classics as torchvision fetches them: CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,16 @@ def _build(kind: str, folder: Path, split: str, target: Path) -> None:
 def _fetched(kind: str, folder: Path, split: str) -> Any:
     from torchvision import datasets
 
+    raw = folder / kind / "raw"  # torchvision makes it before it downloads
+    new = [path for path in (raw, *raw.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         dataset_class = getattr(datasets, kind)
         return dataset_class(folder, train=split == "train", download=True)
     except (RuntimeError, OSError) as error:
+        for path in new:
+            with suppress(OSError):  # it was not made, or files were fetched into it
+                path.rmdir()
         raise UserError(
             f"cannot fetch {kind} into {str(folder)!r} ({error}): place its files there,"
             " or use parquet:PATH or folder:PATH"

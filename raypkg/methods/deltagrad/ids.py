@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from raypkg.core.errors import UserError, unknown
 
-LIST = re.compile(r"\d+(,\d+)*")
-DIGITS = re.compile(r"\d{1,19}")  # as many as the largest id has
+LIST = re.compile(r"[0-9]+(,[0-9]+)*")  # \d would take the digits of every script
+DIGITS = re.compile(r"[0-9]{1,19}")  # as many as the largest id has
 COLUMNS = ("id", "index")  # of a parquet file
 ALLOWED = "ids are whole numbers from 0 to 2⁶³ − 1"
 LONGEST = 200  # signs of a list that an error shows
