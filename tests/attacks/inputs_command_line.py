@@ -290,7 +290,7 @@ VALUES = cases(
         "sparse --density 0.1 --redistribution x": "unknown redistribution 'x'",
         "sparse --agent.gamma 2": "agent.gamma",
         "select --method random": "model-from",
-        "select --model-from nope --method grand": "unknown run in … 'nope' … Allowed: cr, dg, halfway, l, sp, t, table",
+        "select --model-from nope --method grand": "unknown run in … 'nope' … Allowed: cr, dg, halfway, l, sp, t",
         "select --model-from sel --method grand": "run 'sel' has no model.safetensors: it trained no model",
         "select --model-from stopped --method grand": "stopped",
         "select --model-from sweep --method grand": "sweep",

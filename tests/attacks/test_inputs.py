@@ -3,8 +3,15 @@
 The cases are tables in ``inputs_*.py``: what is attacked, a command, and what is wrong with what the line must say.
 """
 
+import logging
+import os
+import resource
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from hashlib import blake2b
 from pathlib import Path
@@ -12,38 +19,50 @@ from pathlib import Path
 import pytest
 
 from attacks import inputs_code, inputs_command_line, inputs_data, inputs_runs
-from attacks.cases import Cases, is_said
-from attacks.forks import Forks, forks, run_fresh
+from attacks.cases import Case, Cases, is_said
 from attacks.worlds import make_world
+from forked import Ended, effray
 
 TABLES = (inputs_command_line, inputs_data, inputs_runs, inputs_code)
 CASES = [case for table in TABLES for group in vars(table).values() if isinstance(group, Cases) for case in group]
 READ = ("cache", "cache/*.lock", "cache/*.arrow")  # data sets that are read before what is wrong is found
 NOWHERE = "127.0.0.1:1"
+LIMIT = 20  # seconds that a refusal may take
+MEMORY = 2 << 30  # bytes that a command may add to what is imported
 
 Contents = Mapping[str, str]
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory) -> Iterator[Forks]:
-    folder = tmp_path_factory.mktemp("forks")
-    environment = {
-        "MPLCONFIGDIR": str(folder),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "RAY_ADDRESS": NOWHERE,  # whatever is not refused starts no Ray
-    }
-    with forks(folder, environment) as run:
-        yield run
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Import what some commands need, which would take each of them seconds."""
+    from raypkg.cluster.session import prepare
+
+    prepare()
+    import ray.tune  # noqa: F401
+    import torchvision.datasets  # noqa: F401
+    import wandb  # noqa: F401
+
+    import raypkg.methods.deltagrad.verify
+    import raypkg.methods.sparse.export
+    import raypkg.runs.compare
+    import raypkg.runs.plots
+    import raypkg.sweeps.sweep  # noqa: F401
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory, run) -> Path:
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    make_world(folder, run)
+    make_world(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def original(world) -> Contents:
+    return contents(world)
+
+
+@pytest.fixture(scope="module")
 def place(tmp_path_factory, world) -> Path:
     folder = tmp_path_factory.mktemp("place") / "w"
     shutil.copytree(world, folder, symlinks=True)
@@ -51,24 +70,53 @@ def place(tmp_path_factory, world) -> Path:
 
 
 @pytest.fixture
-def folder(place, world) -> Iterator[Path]:
+def folder(place, world, original) -> Iterator[Path]:
     """The folder of a user who has worked for a while, as it was."""
     yield place
-    restore(place, world)
+    restore(place, world, original)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
-def test_one_line_and_nothing_else(case, run, folder):
+def test_one_line_and_nothing_else(case, folder):
     case.prepare(folder)
     before = contents(folder)
-    environment = {"EFFRAY_CACHE": f"{folder}/cache", "HOME": str(folder), **case.environment}
-    result = (run_fresh if case.fresh else run)(case.words, folder, environment)
-    assert result.err.startswith("effray: ") and result.err.count("\n") == 1 and result.err.endswith("\n"), result.err
-    assert is_said(case.says, result.err), f"{case.says!r} is not said: {result.err}"
-    assert result.code == 2
-    assert "Traceback" not in result.out
+    line = ended(case, folder).line
+    assert is_said(case.says, line), f"{case.says!r} is not said: {line}"
     changed = differing(before, contents(folder))
     assert [name for name in changed if not is_allowed(name, case.leaves)] == []
+
+
+def ended(case: Case, folder: Path) -> Ended:
+    """Run the command of a case: in a fork, or in a new process that imports everything anew."""
+    environment = {
+        "EFFRAY_CACHE": f"{folder}/cache",
+        "HOME": str(folder),
+        "MPLCONFIGDIR": f"{folder.parent}/matplotlib",
+        "RAY_ADDRESS": NOWHERE,  # whatever is not refused starts no Ray
+        **case.environment,
+    }
+    if not case.fresh:
+        return effray(shlex.join(case.words), folder, begin(environment))
+    command = [sys.executable, "-B", "-m", "raypkg", *case.words]
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=LIMIT)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def begin(environment: Mapping[str, str]) -> Callable[[], None]:
+    """Return what makes a fork a process that a user has started, with a limit of time and one of memory."""
+
+    def beginning() -> None:
+        os.setsid()
+        os.environ.update(environment)
+        sys.dont_write_bytecode = True
+        logging.getLogger().handlers.clear()  # pytest's, which would keep what belongs on the terminal
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        signal.alarm(LIMIT)
+
+    return beginning
 
 
 def contents(folder: Path) -> Contents:
@@ -92,9 +140,8 @@ def is_allowed(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in (*READ, *patterns))
 
 
-def restore(folder: Path, original: Path) -> None:
-    """Make a folder what the original is."""
-    whole = contents(original)
+def restore(folder: Path, world: Path, whole: Contents) -> None:
+    """Make a folder what the world is, whose contents are given."""
     names = differing(whole, contents(folder))
     for name in reversed(names):  # what is in a folder before the folder
         path = folder / name
@@ -106,4 +153,4 @@ def restore(folder: Path, original: Path) -> None:
         if whole.get(name) == "folder":
             (folder / name).mkdir()
         elif name in whole:
-            shutil.copy2(original / name, folder / name)
+            shutil.copy2(world / name, folder / name)

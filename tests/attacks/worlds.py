@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import samples
-from attacks.forks import Forks
+from forked import effray
 
 QUICK = "--train.epochs 1 --cluster.workers 0"
 RUNS = (
@@ -30,12 +30,12 @@ ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 
 REST = ("concurrent", "time_budget", "proxy", "proxy_method", "space")
 
 
-def make_world(folder: Path, run: Forks) -> None:
+def make_world(folder: Path) -> None:
     """Make the runs, by the commands that make them, and the data."""
     _make_data(folder)
     for command in RUNS:
-        result = run(command.split(), folder, limit=120)
-        assert (result.code, result.err) == (0, ""), result
+        ended = effray(command, folder)
+        assert (ended.code, ended.err) == (0, ""), ended
     for plots in folder.glob("runs/*/*/plots"):
         shutil.rmtree(plots)
     _make_unfinished_runs(folder / "runs")
