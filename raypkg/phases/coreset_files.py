@@ -122,7 +122,7 @@ def read_coreset(path: str) -> pa.Table:
         UserError: no such file, or not a coreset.
     """
     folder, name = Storage.around(path)
-    if not name or folder.list(name):
+    if not name or "\0" in name or folder.list(name):
         raise UserError(f"{path!r} is no coreset file")
     table = folder.read_table(name)
     if table is None:

@@ -45,9 +45,8 @@ NAMES = cases(
     "train --name={} --model linear --train.epochs 1",
     dict.fromkeys(
         [
-            *("", " ", ".", "..", "...", "-", "-x", "--name", ".hidden", "a/b", "/", "a\\b", "a b", "a\nb", "a\tb"),
-            *("a\x00b"[:1] + "\x1b[31m", "#x", "%2e%2e", "a%2F..", "?a=1", "a:b", "~", "*", "$HOME", "`id`", "a;b"),
-            *("x.part", "a" * 101, "\u202egnp", "a\u200bb", "\ufeffa", "a\u2028b", "👍", "'", '"', "<a>", "a|b", "a&b"),
+            *("", "..", "-x", ".hidden", "a/b", "a\\b", "a b", "a\nb", "a\x1b[31m", "#x", "%2e%2e", "?a=1", "a:b"),
+            *("~", "*", "$HOME", "`id`", "a;b", "x.part", "a" * 101, "\u202egnp", "a\u200bb", "\ufeffa", "👍", "'"),
         ],
         f"--name … {NAME}",
     ),
@@ -362,6 +361,7 @@ CONFIG_FILES = cases(
         "[cluster]\nworker = 3": "unknown setting 'cluster.worker', did you mean 'cluster.workers'",
         "[select]\nevery = 3": "select.every is now called select.every_epochs",
         "[pretrain]\nmodels = 3": "unknown setting 'pretrain'",
+        'coreset = "a\\u0000"': "no coreset file",
         "no text": (b"\xff\xfe\x00", "'mine.toml' is not valid TOML … 0xff in position 0"),
         "UTF-16": ("seed = 1".encode("utf-16"), "'mine.toml' is not valid TOML … 0xff in position 0"),
         "zero bytes": (b"\0" * 10, "'mine.toml' is not valid TOML"),
