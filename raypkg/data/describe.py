@@ -1,7 +1,6 @@
 """A data set as a table."""
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 from . import Data
@@ -20,10 +19,10 @@ def describe(name: str, data: Data) -> Table:
     if train.num_classes > NAMED:
         names = (*names, "…")
 
-    table = Table(title=escape(name), title_justify="left", show_header=False)
+    table = Table(title=name, title_justify="left", show_header=False)
     table.add_row("samples", f"{len(train):,} train, {len(data.test):,} test")
     table.add_row("shape", shape)
-    table.add_row("classes", f"{train.num_classes}: {escape(', '.join(names))}")
+    table.add_row("classes", f"{train.num_classes}: {', '.join(names)}")
     table.add_row("samples a class", f"{counts.min():,} to {counts.max():,}")
     table.add_row("augmentation", augment)
     if len(train.mean) <= CHANNELS:  # a table's columns would fill the screen

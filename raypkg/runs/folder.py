@@ -59,7 +59,7 @@ class RunFolder:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics so far, a row for each phase, model and epoch; within a phase in that order, whoever was first."""
+        """The metrics so far: a row for each phase, model and epoch, in that order, whichever worker was first."""
         phases = list(dict.fromkeys(phase for phase, _, _ in self._rows))
 
         def place(key: Key) -> tuple[int, int, int]:
