@@ -91,8 +91,19 @@ class Disk:
         self._wrap(os, "mkdir", "mkdir")
         self._wrap(os, "replace", "rename")
         self._wrap(os, "rename", "rename")
-        self._wrap(shutil, "rmtree", "delete")
+        self._wrap(os, "unlink", "delete")
+        self._wrap(os, "rmdir", "delete")
+        rmtree = shutil.rmtree
         delete = Storage.delete
+
+        def counted_rmtree(path: Any, ignore_errors: bool = False, **options: Any) -> None:
+            try:
+                self.step("delete", path)
+            except OSError:
+                if not ignore_errors:
+                    raise
+            else:
+                rmtree(path, ignore_errors, **options)
 
         def counted_fsync(descriptor: int) -> None:
             self.step(
@@ -104,6 +115,7 @@ class Disk:
             delete(storage, name)
 
         os.fsync = counted_fsync
+        shutil.rmtree = counted_rmtree
         Storage.delete = counted_delete
         builtins.open = io.open = self._open(io.open)
         pa.OSFile = lambda path, mode: pa.PythonFile(open(path, mode))

@@ -3,13 +3,12 @@
 Whatever happens, the log has each request once, and model, history and all else are those of the undisturbed run.
 """
 
-import errno
 import io
 import json
 import os
 import shutil
 import signal
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +17,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import fs
 
+from disk import Disk, death, full, read_only
+from forked import DEATH, Ended
+from forked import effray as forked
 from raypkg.cli import main
-from raypkg.methods.deltagrad.history import HistoryWriter
 from raypkg.runs.storage import Storage
 
 RUN = Path("runs/deltagrad/a")
@@ -35,17 +35,11 @@ LINES = {
 }
 EVERY_LINE = pytest.mark.parametrize("line", LINES.values(), ids=LINES)
 PASSING = {"time", "seconds", "digest", "previous"}  # facts of an entry that no two answers share
-KILLED = 9
+WRITES = ("mkdir", "open", "write", "sync", "rename")
+CHANGES = (*WRITES, "delete")
+STEPS = ("mkdir", "write", "rename", "delete")  # after which the disk holds something else
 EVERY = os.environ.get("EFFRAY_EVERY_OPERATION")  # of a stream as well, and not one of four
 FEWEST = 20  # operations of a request, lest nothing be attacked
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 def effray(line):
@@ -55,127 +49,10 @@ def effray(line):
     return Ended(ended.value.code or 0, out.getvalue(), err.getvalue())
 
 
-def refused(ended):
-    """Return the one line by which a command refuses."""
-    assert ended.code == 2
-    assert ended.err.startswith("effray: ") and ended.err.count("\n") == 1 and ended.err.endswith("\n")
-    return ended.err
-
-
-def forked(line, *, errors="errors.txt"):
-    """Return how a command ends in a process of its own."""
-    child = os.fork()
-    if not child:
-        code = 1
-        with suppress(BaseException):
-            ended = effray(line)
-            Path(errors).write_text(ended.err)
-            code = ended.code
-        os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-# The disk
-
-
-class Disk:
-    """Counts what is done to the disk; ``act`` may let it fail, with the number and kind of the operation."""
-
-    def __init__(self):
-        self.heal()
-
-    def heal(self):
-        self.count = 0
-        self.act = lambda number, kind: None
-
-    def __call__(self, kind):
-        self.count += 1
-        self.act(self.count, kind)
-
-    def fail(self, start, kinds, code):
-        """Let all operations of some kinds fail, from one on."""
-        self.heal()
-
-        def act(number, kind):
-            if number >= start and kind in kinds:
-                raise OSError(code, os.strerror(code))
-
-        self.act = act
-
-    def once(self, when, happens):
-        """Let something happen before one operation."""
-        self.heal()
-        self.act = lambda number, kind: happens() if number == when else None
-
-
-class Stream:
-    """A file that is being written, in two halves."""
-
-    def __init__(self, stream, disk):
-        self._stream = stream
-        self._disk = disk
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._stream.close()
-
-    def write(self, content):
-        half = len(content) // 2
-        self._stream.write(content[:half])
-        self._disk("write")
-        self._stream.write(content[half:])
-
-
-class Watched(fs.LocalFileSystem):
-    """The local files, all operations told to a disk."""
-
-    def create_dir(self, path, **options):
-        self.disk("write")
-        super().create_dir(path, **options)
-
-    def open_output_stream(self, path, **options):
-        self.disk("write")
-        return Stream(super().open_output_stream(path, **options), self.disk)
-
-    def move(self, source, target):
-        self.disk("write")
-        super().move(source, target)
-        self.disk("after")
-
-
-@pytest.fixture
-def disk(monkeypatch):
-    disk = Disk()
-    watched = Watched()
-    watched.disk = disk
-
-    def storage(self, *arguments):
-        original(self, *arguments)
-        self._fs = watched
-
-    original = Storage.__init__
-    monkeypatch.setattr(Storage, "__init__", storage)
-    for owner, name, kind in [
-        (os, "mkdir", "write"),
-        (os, "replace", "write"),
-        (os, "fsync", "write"),
-        (os, "unlink", "delete"),
-        (os, "rmdir", "delete"),
-        (HistoryWriter, "_write", "write"),
-    ]:
-        monkeypatch.setattr(owner, name, told(getattr(owner, name), disk, kind))
-    return disk
-
-
-def told(function, disk, kind):
-    def operation(*arguments, **options):
-        disk(kind)
-        return function(*arguments, **options)
-
-    return operation
+def attacked(line, act, at, kinds=CHANGES, onwards=False):
+    """Return how a command ends, in a process of its own, if something happens in place of an operation on the run."""
+    disk = Disk(RUN.absolute(), act, at, kinds, onwards)
+    return forked(f"deltagrad {line}", Path.cwd(), disk.install)
 
 
 def moments(line):
@@ -251,23 +128,21 @@ def place(template, tmp_path, monkeypatch):
 
 
 @EVERY_LINE
-def test_killed_at_any_write_a_request_is_answered_once(place, disk, line):
+def test_killed_at_any_write_a_request_is_answered_once(place, line):
     expected = place.undisturbed(line)
     for number in moments(line):
         place.renew()
-        disk.once(number, lambda: os._exit(KILLED))
-        code = forked(line)
-        disk.heal()
-        if code == 0:
+        ended = attacked(line, death, number, STEPS)
+        if ended.code == 0:
             break
-        assert code == KILLED
+        assert ended.code == DEATH
         place.finish(line)
         assert place.state == expected, number
     assert number > FEWEST
 
 
 @EVERY_LINE
-def test_interrupted_at_any_write_a_request_leaves_nothing_of_itself(place, disk, line):
+def test_interrupted_at_any_write_a_request_leaves_nothing_of_itself(place, line):
     def interrupt():
         raise KeyboardInterrupt
 
@@ -275,11 +150,10 @@ def test_interrupted_at_any_write_a_request_leaves_nothing_of_itself(place, disk
     before = place.state
     for number in moments(line):
         place.renew()
-        disk.once(number, interrupt)
-        ended = effray(line)
-        if disk.count < number:
+        ended = attacked(line, interrupt, number, STEPS)
+        if ended.code == 0:
             break
-        message = refused(ended)
+        message = ended.line
         answered = len(place.entries) > 1
         if line.startswith("stream"):
             assert message == "effray: interrupted; the same command answers the rest\n"
@@ -294,14 +168,14 @@ def test_interrupted_at_any_write_a_request_leaves_nothing_of_itself(place, disk
 
 
 @EVERY_LINE
-def test_terminated_a_request_ends_as_if_interrupted(place, disk, line):
+def test_terminated_a_request_ends_as_if_interrupted(place, line):
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+
     expected = place.undisturbed(line)
     for number in range(1, FEWEST, 4):
         place.renew()
-        disk.once(number, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert forked(line) == 2
-        assert Path("errors.txt").read_text().startswith("effray: interrupted")
-        disk.heal()
+        assert attacked(line, terminate, number).line.startswith("effray: interrupted")
         place.finish(line)
         assert place.state == expected, number
 
@@ -310,21 +184,20 @@ def test_terminated_a_request_ends_as_if_interrupted(place, disk, line):
 
 
 @EVERY_LINE
-def test_a_disk_that_is_full_from_any_write_on(place, disk, line):
+def test_a_disk_that_is_full_from_any_write_on(place, line):
     expected = place.undisturbed(line)
     before = place.state
     for number in moments(line):
         place.renew()
-        disk.fail(number, {"write"}, errno.ENOSPC)
-        ended = effray(line)
+        ended = attacked(line, full, number, WRITES, onwards=True)
         if ended.code == 0:
             break
-        message = refused(ended)
+        message = ended.line
         assert "cannot write" in message and ("No space left" in message or "the disk is full" in message)
         entries = len(place.entries)
         assert entries > 1 or place.state == before, number
-        assert ("the request holds all the same" in message) == (is_unsettled()), message
-        disk.heal()
+        holds = "the request holds all the same" in message
+        assert is_unsettled() <= holds <= (entries > 1), message
         place.finish(line)
         assert place.state == expected, number
     assert number > FEWEST
@@ -340,34 +213,30 @@ def is_unsettled():
 
 
 @EVERY_LINE
-def test_a_disk_that_breaks_at_any_write_or_deletion(place, disk, line):
+def test_a_disk_that_breaks_at_any_write_or_deletion(place, line):
     expected = place.undisturbed(line)
     for number in moments(line):
         place.renew()
-        disk.fail(number, {"write", "delete"}, errno.EROFS)
-        ended = effray(line)
+        ended = attacked(line, read_only, number, onwards=True)
         if ended.code == 0:
             break
-        refused(ended)
-        disk.heal()
+        assert ended.line
         place.finish(line)
         assert place.state == expected, number
     assert number > FEWEST
 
 
 @pytest.mark.parametrize("line", ["log a", "verify a"])
-def test_a_read_only_run_can_be_looked_at(place, disk, line):
+def test_a_read_only_run_can_be_looked_at(place, line):
     assert effray(LINES["delete"]).code == 0
     before = place.state
-    disk.fail(1, {"write", "delete"}, errno.EROFS)
-    assert effray(line).code == 0
+    assert attacked(line, read_only, 1, onwards=True).code == 0
     assert place.state == before
 
 
-def test_leftovers_on_a_read_only_disk_are_named(place, disk):
+def test_leftovers_on_a_read_only_disk_are_named(place):
     (RUN / "versions/00007").mkdir()
-    disk.fail(1, {"write", "delete"}, errno.EROFS)
-    message = refused(effray("log a"))
+    message = attacked("log a", read_only, 1, onwards=True).line
     assert "versions/00007', which no longer belongs to the run: Read-only file system" in message
 
 
@@ -429,4 +298,4 @@ def test_a_damaged_file_is_named_or_the_result_is_right(answered, name, damage):
     sound = effray(f"log a --root {damaged}")
     damage.befall(damaged / "deltagrad/a" / name, damaged / "deltagrad/other" / name)
     ended = effray(f"log a --root {damaged}")
-    assert ended == sound or Path(name).name in refused(ended)
+    assert ended == sound or Path(name).name in ended.line

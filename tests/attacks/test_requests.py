@@ -100,7 +100,7 @@ def test_any_damage_of_a_parquet_file_of_ids(tmp_path_factory, position, flipped
 )
 def test_what_is_no_id_is_shown_with_what_is_allowed(text):
     line = refusal(read_ids, text)
-    assert line.startswith(f"ids {text[:200]!r} (no such file): '")
+    assert line.startswith(f"ids {text[:100]!r} (no such file): '")
     assert "is no id; ids are whole numbers from 0 to 2⁶³ − 1: 3,14,15, or a file of them" in line
 
 

@@ -15,7 +15,7 @@ LIST = re.compile(r"[0-9]+(,[0-9]+)*")  # \d would take the digits of every scri
 DIGITS = re.compile(r"[0-9]{1,19}")  # as many as the largest id has
 COLUMNS = ("id", "index")  # of a parquet file
 ALLOWED = "ids are whole numbers from 0 to 2⁶³ − 1"
-LONGEST = 200  # signs of a list that an error shows
+LONGEST = 100  # signs of a list that an error shows
 
 
 def is_id(value: Any) -> bool:

@@ -169,11 +169,14 @@ class RecordedRun:
         Raises:
             UserError: the disk is full; the error tells whether the entry holds all the same.
         """
-        written = self.ledger.append(entry)
-        self._apply(written)
+        before = len(self.ledger.entries)
         try:
+            written = self.ledger.append(entry)
+            self._apply(written)
             self._settle()
         except UserError as error:
+            if self.stored_entries == before:
+                raise
             rest = "the request holds all the same, and the next command on the run does the rest"
             raise UserError(f"{error}; {rest}") from None
         return written
