@@ -217,7 +217,7 @@ def test_a_disk_that_breaks_at_any_write_or_deletion(place, line):
     expected = place.undisturbed(line)
     for number in moments(line):
         place.renew()
-        ended = attacked(line, read_only, number, onwards=True)
+        ended = attacked(line, read_only, number, STEPS, onwards=True)
         if ended.code == 0:
             break
         assert ended.line
