@@ -243,3 +243,27 @@ def test_rows_are_in_the_order_of_models_and_epochs_whoever_was_first(tmp_path):
     folder.flush()
     kept = [(row["phase"], row.get("model"), row["epoch"]) for row in RunFolder(folder.storage).rows]
     assert kept == [("b", 0, 1), ("b", 0, 2), ("b", 1, 1), ("b", 1, 2), ("a", None, 1), ("a", None, 2)]
+
+
+def test_a_run_does_not_write_into_a_later_one_of_its_name(tmp_path):
+    first = create(str(tmp_path), "train", "one", Experiment())
+    with first.storage.alone("run"):  # its folder is open, so that no other gets its number
+        (tmp_path / "train" / "one").rename(tmp_path / "gone")
+        create(str(tmp_path), "train", "one", Experiment(seed=1))
+        for storage in (first.storage, pickle.loads(pickle.dumps(first.storage)) / "phases"):
+            with pytest.raises(UserError, match="its folder has been deleted"):
+                storage.write("a", b"")
+    assert not (tmp_path / "train" / "one" / "a").exists()
+
+
+def test_what_a_link_leads_to_is_not_the_runs(tmp_path):
+    folder = create(str(tmp_path), "train", "one", Experiment())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "movie.mkv.1.part").touch()
+    for name in ("checkpoints", "notes"):
+        (folder.storage.local / name).symlink_to(elsewhere)
+    (folder.storage.local / "mine.part").touch()
+    folder.finish({})
+    assert [path.name for path in elsewhere.iterdir()] == ["movie.mkv.1.part"]
+    assert not (folder.storage.local / "checkpoints").exists() and (folder.storage.local / "mine.part").exists()

@@ -12,7 +12,7 @@ import torch
 
 import raypkg
 from raypkg.cli import main
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, redacted
 from raypkg.core.settings import Dataset, Experiment, Training
 from raypkg.runs.environment import environment
 from raypkg.runs.folder import RunFolder, check_name, create, discard
@@ -252,6 +252,20 @@ def test_credentials_are_neither_printed_nor_kept(monkeypatch):
     assert "SECRET" not in str(UserError("cannot use 's3://KEY:SECRET@bucket/runs' as a folder"))
 
 
+@pytest.mark.parametrize("secret", ["SECRET", "SE'CRET", "SE/CRET", "SE@CRET", 'SE"CRET', "SE:CRET"])
+@pytest.mark.parametrize("slashes", ["://", ":/"])
+def test_secrets_of_any_characters_are_redacted(secret, slashes):
+    assert (
+        redacted(f"cannot use s3{slashes}KEY:{secret}@bucket/runs here")
+        == f"cannot use s3{slashes}***@bucket/runs here"
+    )
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/run@v2", "/data/a@b/c", "parquet:/data/a@b", "http://127.0.0.1:8265/x"])
+def test_other_addresses_are_shown_as_they_are(text):
+    assert redacted(text) == text
+
+
 DRAWN = """
 import torch
 from raypkg import Split
@@ -290,6 +304,25 @@ def test_samples_that_are_others_at_a_rerun_are_refused(effray, function, code):
     assert ended == code
     if code:
         assert "gives other samples than those the run began with" in message and message.count("\n") == 1
+
+
+def test_a_finished_run_that_lost_a_file_is_not_shown_as_whole(effray):
+    assert effray("train --name one --model linear --train.epochs 1") == (0, "")
+    assert effray("train --resume one") == (0, "")
+    Path("runs/train/one/model.safetensors").unlink()
+    code, message = effray("train --resume one")
+    assert code == 2 and "model.safetensors is missing: it is not the one that run 'one' left" in message
+
+
+def test_other_samples_chosen_by_a_file_are_refused(effray):
+    options = "--model linear --train.epochs 1"
+    for name, share in (("few", 0.1), ("more", 0.3)):
+        effray(f"train --name {name} {options} --select.fraction {share}")
+    Path("only.parquet").write_bytes(Path("runs/train/few/coreset.parquet").read_bytes())
+    assert effray(f"train --name one {options} --dataset.only only.parquet") == (0, "")
+    Path("only.parquet").write_bytes(Path("runs/train/more/coreset.parquet").read_bytes())
+    code, message = effray("train --name two --config runs/train/one/config.toml")
+    assert code == 2 and "gives other samples than those the run began with" in message
 
 
 def test_a_resumed_run_refuses_other_samples_and_lost_settings(effray, monkeypatch):

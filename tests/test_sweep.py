@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from raypkg.cli import main
 from raypkg.cluster.trial_process import Paced
 from raypkg.core.config import load_settings, read_toml
 from raypkg.core.errors import UserError
@@ -390,3 +391,19 @@ def test_plots_take_choices_ranges_and_stopped_trials(tmp_path):
     sweep_plots.parallel(rows, names, "accuracy", "min", tmp_path / "parallel.png")
     sweep_plots.pareto(rows, front(rows, "accuracy", "max"), "accuracy", tmp_path / "pareto.png")
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_a_run_of_a_trials_name_that_is_none_of_the_sweeps_stays_as_it_is(sweep):
+    settings = load_settings(CrestSettings, None, {"seed": 77})
+    other = create_run(sweep.root, "crest", sweep.run_name(3), settings)
+    before = other.storage.read("config.toml")
+    row = run_trial(3, {"crest.tau": TAUS[3]}, lambda row: None, root=sweep.storage.root, workers=0)
+    assert "has other settings than the trial of that name: rename it, or delete it" in row["error"]
+    assert other.storage.read("config.toml") == before
+
+
+@pytest.mark.parametrize("more", [[], ["--resume", "s"]])
+def test_credentials_do_not_reach_ray_tune(capsys, more):
+    with pytest.raises(SystemExit):
+        main(["tune", "train", *more, "--root", "s3://KEY:SECRET@bucket/runs"])
+    assert "--root has credentials in it, which Ray Tune would keep" in capsys.readouterr().err

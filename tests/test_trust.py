@@ -39,13 +39,15 @@ def of_somebody_else(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
 
 
-NAMES_CODE = ["my_code:net", "package.module:Net", "größe:netz"]
+NAMES_CODE = ["my_code:net", "package.module:Net", "größe:netz", "my_code:", "my_code:1", "my_code:a b", "digits:x"]
 NAMES_NONE = ["resnet8", "torchvision:resnet18", "a b:c", "8:00"]
 
 
 @pytest.mark.parametrize("name", NAMES_CODE)
 def test_code_of_somebody_else_is_refused(stored, of_somebody_else, name):
-    with pytest.raises(UserError, match=f"config.toml is not your own and names code, '{name}': --trust lets it run"):
+    with pytest.raises(
+        UserError, match=f"config.toml is not your own alone and names code, '{name}': --trust lets it run"
+    ):
         trust.stored_settings(stored(name))
 
 
@@ -71,6 +73,39 @@ def test_code_is_found_wherever_it_is_named(stored, of_somebody_else, tmp_path):
         trust.stored_settings(RunFolder(storage))
 
 
+def test_names_of_one_registry_are_code_to_another(stored, of_somebody_else):
+    storage = stored("resnet8").storage
+    storage.write("config.toml", b'[[hooks]]\nname = "torchvision:x"\n')
+    with pytest.raises(UserError, match="names code, 'torchvision:x'"):
+        trust.stored_settings(RunFolder(storage))
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o602])
+@pytest.mark.parametrize("what", ["config.toml", "."])
+def test_what_everybody_can_write_is_not_ones_own_alone(stored, mode, what):
+    folder = stored("my_code:net")
+    path = folder.storage.local / what
+    path.chmod(mode | path.stat().st_mode)
+    with pytest.raises(UserError, match="is not your own alone and names code"):
+        trust.stored_settings(folder)
+
+
+def test_a_link_is_its_makers_and_not_that_of_what_it_leads_to(stored, monkeypatch, tmp_path):
+    folder = stored("my_code:net")
+    file = folder.storage.local / "config.toml"
+    file.rename(tmp_path / "mine.toml")
+    file.symlink_to(tmp_path / "mine.toml")
+    lstat = Path.lstat
+
+    def of_the_link(path):
+        status = lstat(path)
+        return os.stat_result((*status[:4], os.getuid() + 1, *status[5:])) if os.path.islink(path) else status
+
+    monkeypatch.setattr(Path, "lstat", of_the_link)
+    with pytest.raises(UserError, match="is not your own alone and names code"):
+        trust.stored_settings(folder)
+
+
 class Remote(Storage):
     """An object store: a local folder that pretends not to be one."""
 
@@ -80,9 +115,9 @@ class Remote(Storage):
 def test_an_object_store_has_no_owners(stored, tmp_path):
     config = stored("my_code:net").config
     remote = Remote(str(tmp_path / "runs"), "train", "one")
-    with pytest.raises(UserError, match="is not your own and names code"):
+    with pytest.raises(UserError, match="is not your own alone and names code"):
         trust.check_code(remote, config)
-    with pytest.raises(UserError, match=r"space.py is not your own and would be run as code: --trust lets it"):
+    with pytest.raises(UserError, match=r"space.py is not your own alone and would be run as code: --trust lets it"):
         trust.check_file_of_code(remote, "space.py")
 
 
@@ -108,7 +143,7 @@ def test_no_command_imports_it(stored, of_somebody_else, monkeypatch, capsys, tm
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), *local])
     assert ended.value.code == 2
-    assert "is not your own and names code, 'foreign_code:net'" in capsys.readouterr().err
+    assert "is not your own alone and names code, 'foreign_code:net'" in capsys.readouterr().err
     assert not Path("imported").exists()
 
 
@@ -136,5 +171,5 @@ def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, 
     create_sweep("runs", "one", record, Experiment(), CODE, [])
     with pytest.raises(SystemExit):
         main(["tune", "train", "--resume", "one"])
-    assert "space.py is not your own and would be run as code" in capsys.readouterr().err
+    assert "space.py is not your own alone and would be run as code" in capsys.readouterr().err
     assert not Path("imported").exists()

@@ -12,7 +12,7 @@ from raypkg.core.registry import Entry
 from raypkg.experiments import experiment
 from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, TRUST, ExampleHelp, SettingsCommand, overrides, setting_options
+from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp, SettingsCommand, overrides, setting_options
 from .tune import tune
 
 
@@ -85,7 +85,7 @@ def experiment_command(entry: Entry) -> click.Command:
             click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
             click.Option(["--name"], help="of the run; made up from data, model and time when left out"),
             click.Option(["--resume"], metavar="NAME", help="resume a stopped run"),
-            click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP),
+            click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP),
             TRUST,
             *setting_options(schema),
         ],
@@ -104,7 +104,7 @@ def with_companions(command: click.Command) -> click.Command:
 
 @effray.command(cls=ExampleHelp)
 @click.argument("run")
-@click.option("--root", default=ROOT, show_default=True, help=ROOT_HELP)
+@click.option("--root", default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
 @click.option("--against", metavar="RUN", help="another run whose scores and coreset to compare with")
 def show(run: str, root: str, against: str | None) -> None:
     """Show a finished or running run: costs, results, where its plots are; or the trials of a sweep.
@@ -137,7 +137,7 @@ def show(run: str, root: str, against: str | None) -> None:
 
 @effray.command(cls=ExampleHelp, params=[TRUST])
 @click.argument("run")
-@click.option("--root", default=ROOT, show_default=True, help=ROOT_HELP)
+@click.option("--root", default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
 @click.option("--format", "form", type=click.Choice(["csr"]), default="csr", show_default=True, help="how to write it")
 def export(run: str, root: str, form: str) -> None:
     """Write a finished run's model without the weights that do not exist, and measure what that saves.

@@ -53,6 +53,7 @@ def resume_run(
     folder = find(root, entry.name, name)
     settings = load_settings(schema, stored_settings(folder), values)
     if folder.summary:
+        folder.check_all()
         show_run(folder, terminal())
         return
     with folder.storage.alone(f"run {name!r}"):

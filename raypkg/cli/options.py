@@ -9,9 +9,11 @@ import click
 from pydantic.fields import FieldInfo
 
 from raypkg.core.config import Settings, alternatives, current_name, is_list, leaves, parse_toml, part_of
-from raypkg.core.errors import UserError, shown
+from raypkg.core.errors import UserError, redacted, shown
 from raypkg.core.settings import APART
+from raypkg.runs import ROOT
 
+SHOWN_ROOT = redacted(ROOT)
 ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
 
 

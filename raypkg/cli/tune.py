@@ -13,7 +13,7 @@ from raypkg.core.settings import Experiment
 from raypkg.experiments import experiment, settings_of
 from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, TRUST, ExampleHelp, SettingsCommand, overrides, setting_options
+from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp, SettingsCommand, overrides, setting_options
 
 SCHEDULERS = ("asha", "hyperband", "median", "fifo")
 RENAMED = {"none": "fifo"}  # schedulers
@@ -153,6 +153,6 @@ def _run_options() -> list[click.Option]:
         click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
         click.Option(["--name"], help="of the sweep; made up from experiment and time when left out"),
         click.Option(["--resume"], metavar="NAME", help="continue a stopped sweep"),
-        click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP),
+        click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP),
         TRUST,
     ]

@@ -13,10 +13,8 @@ SHOWN = Repr()
 SHOWN.maxstring = 100
 SHOWN.maxother = 100
 SHOWN.maxlong = 50
-# User and password, or key and secret, of a URI.
-CREDENTIALS = re.compile(
-    r"(?<=://)(?:[^/@\s'\"]*:[^@\s'\"]*|[^/@\s'\"]+)@"
-)  # user and password, or key and secret, of a URI
+# User and password, or key and secret, of a URI, also of one whose second slash a path has lost.
+CREDENTIALS = re.compile(r"(:/)(/(?:[^\s@/:]*:\S*|[^\s@/]+)|[^\s@/:]+:\S*)@")
 
 
 class UserError(Exception):
@@ -41,7 +39,7 @@ def redacted(text: str) -> str:
     >>> redacted("cannot use s3://KEY:SECRET@bucket/runs")
     'cannot use s3://***@bucket/runs'
     """
-    return CREDENTIALS.sub("***@", text)
+    return CREDENTIALS.sub(lambda found: f"{found[1]}{'/' * found[2].startswith('/')}***@", text)
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:

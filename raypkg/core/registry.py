@@ -166,7 +166,7 @@ class Registry:
 
     def _imported(self, name: str) -> Callable[..., Any]:
         path, _, attribute = name.partition(":")
-        if not all(part.isidentifier() for part in path.split(".")):
+        if not all(part.isidentifier() for part in [*path.split("."), attribute]):
             raise unknown(f"{self.kind} or module", name, self.entries)
         if os.getcwd() not in sys.path:  # a console script does not see the working folder by itself
             sys.path.append(os.getcwd())

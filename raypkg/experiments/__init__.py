@@ -92,13 +92,12 @@ def _check_trained(settings: Experiment) -> None:
 
 def _with_digest(settings: R, folder: RunFolder) -> R:
     """Open the data set; note in the stored settings which samples it gave, or refuse others than are noted there."""
-    from raypkg.phases.samples import data_digest, open_samples
+    from raypkg.phases.samples import open_samples
 
     samples = open_samples(settings)
     if settings.dataset.digest is not None:
         return settings
-    digest = data_digest(samples.data)
-    dataset = settings.dataset.model_copy(update={"digest": digest})
+    dataset = settings.dataset.model_copy(update={"digest": samples.digest()})
     settings = settings.model_copy(update={"dataset": dataset})
     folder.keep_settings(settings)
     return settings

@@ -36,6 +36,21 @@ class Samples(NamedTuple):
     kept: Tensor
     valid: Tensor
 
+    def digest(self) -> str:
+        """Return a digest of sizes and classes, of a few rows of each split, and of who is trained on.
+
+        It tells changes that happen, such as draws without a seed or a file that was replaced, not such as are made to
+        deceive.
+        """
+        digest = blake2b(self.kept.numpy().tobytes(), digest_size=16)
+        for split in self.data:
+            digest.update(repr((len(split), split.shape, split.classes)).encode())
+            rows = torch.linspace(0, len(split) - 1, ROWS).long()
+            x, y = split.batch(rows)
+            digest.update(x.contiguous().numpy().tobytes())
+            digest.update(y.numpy().tobytes())
+        return digest.hexdigest()
+
     @property
     def everyone(self) -> Coreset:
         """All training samples, unweighted."""
@@ -50,7 +65,7 @@ def open_samples(settings: RunSettings) -> Samples:
     """
     expected = settings.dataset.digest
     samples = open_any_samples(settings)
-    if expected is not None and data_digest(samples.data) != expected:
+    if expected is not None and samples.digest() != expected:
         raise UserError(
             f"dataset {settings.dataset.name!r} gives other samples than those the run began with: its files have"
             " changed, or its function draws without a seed"
@@ -62,22 +77,6 @@ def open_any_samples(settings: RunSettings) -> Samples:
     """Open a run's data set, whatever has become of its rows since."""
     dataset = settings.dataset.model_copy(update={"digest": None})
     return _opened(dataset.model_dump_json(), settings.seed)
-
-
-def data_digest(data: Data) -> str:
-    """Return a digest of a data set's sizes and classes, and of a few rows of each split.
-
-    It tells changes that happen, such as draws without a seed or a file that was replaced, not such as are made to
-    deceive.
-    """
-    digest = blake2b(digest_size=16)
-    for split in data:
-        digest.update(repr((len(split), split.shape, split.classes)).encode())
-        rows = torch.linspace(0, len(split) - 1, ROWS).long()
-        x, y = split.batch(rows)
-        digest.update(x.contiguous().numpy().tobytes())
-        digest.update(y.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def forget_samples() -> None:

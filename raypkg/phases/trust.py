@@ -1,15 +1,16 @@
 """Whose code a stored run may bring along.
 
 Settings can name code (``my_code:net``), and a sweep's folder holds a file of it, so whoever can write a run folder
-decides what runs when it is resumed. In a folder of the user's own that is nobody else: the files' owner could run
-anything as this user anyway. A folder of another owner, or in an object store, which has no owners, runs none unless
-``--trust`` or EFFRAY_TRUST=1 is given. An archive that the user unpacked is the user's own: its ``config.toml`` is to
-be read first.
+decides what runs when it is resumed. In a folder of the user's own, which not everybody can write, that is nobody else,
+or somebody who could run anything as this user anyway. A folder of another owner, or in an object store, which has no
+owners, runs none unless ``--trust`` or EFFRAY_TRUST=1 is given. An archive that the user unpacked is the user's own:
+its ``config.toml`` is to be read first.
 """
 
 import os
-import re
+import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from raypkg.core.errors import UserError
@@ -20,7 +21,6 @@ from raypkg.runs.storage import Storage
 
 TRUST = "EFFRAY_TRUST"
 CONFIG = "config.toml"
-CODE = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # module:function
 
 
 def trust_all() -> None:
@@ -39,20 +39,21 @@ def stored_settings(folder: RunFolder) -> dict[str, Any]:
     return values
 
 
-def check_code(storage: Storage, values: Any) -> None:
+def check_code(storage: Storage, values: Any, file: str = CONFIG) -> None:
     """Refuse stored settings that name code, unless they are the user's own or trusted.
 
     Args:
-        storage: the folder of ``config.toml``.
-        values: what that holds.
+        storage: the folder of the file.
+        values: what it holds, nested or by dotted names.
+        file: that holds them.
 
     Raises:
         UserError: which code it names, and how to allow it.
     """
-    if _is_trusted(storage, CONFIG):
+    if _is_trusted(storage, file):
         return
-    if name := next((text for text in _texts(values) if _names_code(text)), None):
-        raise UserError(f"{storage.root}/{CONFIG} is not your own and names code, {name!r}: --trust lets it run")
+    if name := next((text for place, text in _texts(values) if _names_code(place, text)), None):
+        raise UserError(f"{storage.root}/{file} is not your own alone and names code, {name!r}: --trust lets it run")
 
 
 def check_file_of_code(storage: Storage, file: str) -> None:
@@ -62,7 +63,7 @@ def check_file_of_code(storage: Storage, file: str) -> None:
         UserError: how to allow it.
     """
     if not _is_trusted(storage, file):
-        raise UserError(f"{storage.root}/{file} is not your own and would be run as code: --trust lets it")
+        raise UserError(f"{storage.root}/{file} is not your own alone and would be run as code: --trust lets it")
 
 
 def _is_trusted(storage: Storage, file: str) -> bool:
@@ -70,23 +71,36 @@ def _is_trusted(storage: Storage, file: str) -> bool:
         return True
     if storage.local is None:
         return False
-    path = storage.local / file
-    return not path.exists() or path.stat().st_uid == os.geteuid()  # what is missing brings nothing along
+    folder = storage.local.resolve()
+    return _is_own(folder) and _is_own(folder / file)
 
 
-def _names_code(text: str) -> bool:
-    head = text.partition(":")[0]
-    ours = head in dataset.entries or head in model.entries  # as in torchvision:resnet18
-    return not ours and CODE.fullmatch(text) is not None
+def _is_own(path: Path) -> bool:
+    """Say whether nobody else can have written a file, or put it into its folder; a link is not followed."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:  # what is missing brings nothing along
+        return True
+    writable_by_all = status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode)
+    return status.st_uid == os.geteuid() and not writable_by_all
 
 
-def _texts(values: Any) -> Iterator[str]:
-    """Yield every text in nested settings."""
+def _names_code(place: str, text: str) -> bool:
+    """Say whether a text imports a module: none of a registry's own names, such as torchvision:resnet18, does."""
+    head, colon, _ = text.partition(":")
+    registry = {"dataset": dataset, "model": model}.get(place.removesuffix(".name"))
+    if not colon or (registry and head in registry.entries):
+        return False
+    return all(part.isidentifier() for part in head.split("."))
+
+
+def _texts(values: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text in nested settings with its dotted name."""
     if isinstance(values, str):
-        yield values
+        yield place, values
     elif isinstance(values, dict):
-        for value in values.values():
-            yield from _texts(value)
+        for name, value in values.items():
+            yield from _texts(value, f"{place}.{name}" if place else name)
     elif isinstance(values, list):
         for value in values:
-            yield from _texts(value)
+            yield from _texts(value, place)

@@ -125,8 +125,9 @@ class RunFolder:
             UserError: its record is damaged, or a file that it left is not what it was.
         """
         record = self._record(f"phases/{name}.json", NEEDED["phases"])
+        latest = self._known_files()
         for file, digest in (record or {}).get("files", {}).items():
-            if file not in self._later_files(name):
+            if latest[file] == digest:  # otherwise a later phase has written it anew
                 self._check(file, digest, f"phase {name!r}")
         return record
 
@@ -157,6 +158,15 @@ class RunFolder:
         if file in files:
             self._check(file, files[file], f"run {self.name!r}")
 
+    def check_all(self) -> None:
+        """Refuse a finished run of which any file is not what the run left.
+
+        Raises:
+            UserError: which file is missing or has been changed.
+        """
+        for file in (self.summary or {}).get("files", {}):
+            self.check(file)
+
     def note_change(self, file: str) -> None:
         """Keep the digest of a file that was changed on purpose after the run."""
         summary = self.summary or {}
@@ -182,17 +192,11 @@ class RunFolder:
         return sorted(records, key=lambda record: record.get("number", 0))
 
     def _known_files(self) -> dict[str, str]:
+        """Return the digest of every file that a finished phase has left, as the last of them left it."""
         known: dict[str, str] = {}
         for record in self._phases():
             known |= record.get("files", {})
         return known
-
-    def _later_files(self, phase: str) -> set[str]:
-        """Return the files that phases after this one have written anew."""
-        number = (self.storage.read_json(f"phases/{phase}.json") or {}).get("number", 0)
-        return {
-            file for record in self._phases() if record.get("number", 0) > number for file in record.get("files", {})
-        }
 
     def _record(self, file: str, needed: tuple[str, ...]) -> dict[str, Any] | None:
         """Return a file of JSON that must have some names, or None where there is none."""

@@ -4,10 +4,12 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from raypkg.core.errors import UserError
 
 from .address import address_of, folder_and_name, folder_around, opened, parted, uri_of
 
+UNFINISHED = re.compile(r"\.\d+\.part$")  # what a write begins, with the number of its process
 PART = ".part"  # ends the name of a file that is being written
 CLAIMS = "claims"  # of those who are about to make the same folder of an object store
 ATTEMPTS = 3  # at making a folder, while others tidy up around it
@@ -33,26 +36,29 @@ class Storage:
             open their own.
         names: of folders below it, which are never read as part of a URI.
         kept: so many of the names must be there already: what was deleted is not made again by a write.
+        inode: of the folder that they name, where its file system has such: another of the same name is another's.
 
     Raises:
         UserError: it is no folder that can be had.
     """
 
-    def __init__(self, root: str, *names: str, kept: int = 0):
+    def __init__(self, root: str, *names: str, kept: int = 0, inode: int | None = None):
         if not root:
             raise UserError("the name of a folder for runs is empty: --root takes a path or a URI")
         self._base, below = parted(root)
         self._names = (*below, *names)
         self._kept = kept
+        self._inode = inode
         self._fs, path = opened(self._base)
         self._path = "/".join([path, *self._names])
         self._kept_path = "/".join([path, *self._names[:kept]])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self._base, self._names, self._kept)
+        again = partial(Storage, kept=self._kept, inode=self._inode)
+        return again, (self._base, *self._names)
 
     def __truediv__(self, name: str) -> "Storage":
-        return Storage(self._base, *self._names, *name.split("/"), kept=self._kept)
+        return Storage(self._base, *self._names, *name.split("/"), kept=self._kept, inode=self._inode)
 
     @classmethod
     def around(cls, file: str) -> tuple["Storage", str]:
@@ -90,7 +96,8 @@ class Storage:
     @property
     def kept(self) -> "Storage":
         """This folder as one that is there: when it is deleted, no write makes it again."""
-        return Storage(self._base, *self._names, kept=len(self._names))
+        inode = _inode(self._path) if self.local else None
+        return Storage(self._base, *self._names, kept=len(self._names), inode=inode)
 
     @property
     def local(self) -> Path | None:
@@ -193,7 +200,7 @@ class Storage:
 
     def _make_room(self, folder: str) -> None:
         """Make the folder of a file, but none that was deleted."""
-        if self._kept and not os.path.isdir(self._kept_path):
+        if self._kept and (not os.path.isdir(self._kept_path) or self._inode not in (None, _inode(self._kept_path))):
             raise FileNotFoundError(errno.ENOENT, "its folder has been deleted")
         if not os.path.isdir(folder):
             os.makedirs(folder, exist_ok=True)
@@ -248,7 +255,9 @@ class Storage:
         """Delete a folder with all it holds, if it exists."""
         folder = self._full(name).rstrip("/")
         with _told("delete", folder), suppress(FileNotFoundError):
-            if self.local:
+            if os.path.islink(folder):
+                os.unlink(folder)  # what it leads to is not the run's
+            elif self.local:
                 shutil.rmtree(folder)
             elif _entries(self._fs, folder):
                 self._fs.delete_dir(folder)
@@ -260,11 +269,18 @@ class Storage:
                 self.local.rmdir()
 
     def delete_unfinished(self) -> None:
-        """Delete what processes that died have left of files, here and below."""
+        """Delete what processes that died have left of files, here and below; links are not followed."""
         with _told("delete files in", self._path):
-            for entry in _entries(self._fs, self._path, recursive=True):
-                if entry.base_name.endswith(PART):
-                    self._fs.delete_file(entry.path)
+            for path in self._files_below():
+                if UNFINISHED.search(path):
+                    self._fs.delete_file(path)
+
+    def _files_below(self) -> Iterator[str]:
+        if not self.local:
+            yield from [entry.path for entry in _entries(self._fs, self._path, recursive=True)]
+            return
+        for folder, _, names in os.walk(self._path):
+            yield from [f"{folder}/{name}" for name in names]
 
     # What files hold
 
@@ -316,8 +332,11 @@ class Storage:
         return f"{self._path}/{name}"
 
 
-def _again(base: str, names: tuple[str, ...], kept: int) -> Storage:
-    return Storage(base, *names, kept=kept)
+def _inode(folder: str) -> int | None:
+    """Return what tells a folder from a later one of its name, or None where there is none."""
+    with suppress(OSError):
+        return os.stat(folder).st_ino
+    return None
 
 
 def _entries(system: fs.FileSystem, folder: str, recursive: bool = False) -> list[fs.FileInfo]:

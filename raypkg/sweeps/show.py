@@ -1,5 +1,6 @@
 """A sweep as a table on the terminal, with the best trial and the Pareto front, and its pictures."""
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,7 +66,7 @@ def _best_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
         file = f"{sweep.storage.root}/{BEST}"
     else:  # that file is of the last time that the sweep ended
         file = f"{sweep.run_storage(number).root}/config.toml"
-    yield f"its settings: effray {sweep.experiment} --config {file}"
+    yield f"its settings: effray {sweep.experiment} --config {shlex.quote(redacted(file))}"
 
 
 def _proxy_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raypkg.core.config import check_switches, load_settings
-from raypkg.core.errors import Interruption, UserError
+from raypkg.core.errors import Interruption, UserError, redacted
 from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
@@ -62,6 +62,7 @@ def start_sweep(
     Raises:
         UserError: bad settings, a bad space, or an order that cannot be carried out.
     """
+    _check_root(root)
     schema = training_settings_of(entry)
     settings = with_absolute_path(load_settings(schema, base_of(schema, config), values))
     check_names(settings)
@@ -110,12 +111,15 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
             " cluster.* and track.*"
         )
     check_counts(order)
+    _check_root(root)
     folder = find_sweep(root, name)
     if folder.experiment != entry.name:
         raise UserError(f"sweep {name!r} is of {folder.experiment}, not of {entry.name}")
     if folder.order.get("scheduler") == "none":
         raise UserError(f"{folder.storage.root}/{RECORD}: scheduler none is now called {ALL_TO_THE_END}")
     check_code(folder.storage, folder.config)
+    for trial in folder.trials:
+        check_code(folder.storage, trial["settings"], RECORD)
     check_file_of_code(folder.storage, SPACE)
     settings = load_settings(training_settings_of(entry), folder.config, values)
     whole = read_space(folder.space, f"{folder.storage.root}/{SPACE}")
@@ -127,6 +131,14 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
         else:
             conclude(folder)
             show_sweep(folder, terminal())
+
+
+def _check_root(root: str) -> None:
+    if redacted(root) != root:
+        raise UserError(
+            "--root has credentials in it, which Ray Tune would keep in its own files: leave them to the environment,"
+            " such as AWS_ACCESS_KEY_ID"
+        )
 
 
 class Sweep:
@@ -243,7 +255,7 @@ class Sweep:
 
     def _again(self) -> str:
         command = f"effray tune {self.folder.experiment} --resume {self.folder.name}"
-        return command if self.root == ROOT else f"{command} --root {self.root}"
+        return command if self.root == ROOT else f"{command} --root {shlex.quote(self.root)}"
 
 
 class Progress:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
+from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import carry_out, experiment, training_settings_of, with_absolute_path
 from raypkg.runs import folder as run_folder
 from raypkg.runs.folder import RunFolder
@@ -56,6 +57,8 @@ def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: 
     settings = with_absolute_path(load_settings(schema, sweep.config, values))
     if "config.toml" not in run.storage.list():
         run = run_folder.create(sweep.root, entry.name, run.name, settings)
+    else:
+        _check_is_its_run(run, load_settings(schema, run.config), settings)
     metric = sweep.metric
     last = settings.epochs
 
@@ -68,6 +71,14 @@ def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: 
             tell({"epoch": row["epoch"], metric: row[metric]})
 
     carry_out(entry, settings, run, Console(quiet=True), group=sweep.name, listen=listen)
+
+
+def _check_is_its_run(run: RunFolder, stored: Experiment, settings: Experiment) -> None:
+    """Refuse a run that has the trial's name and was not begun by it."""
+    theirs = stored.model_copy(update={"dataset": stored.dataset.model_copy(update={"digest": None})})
+    excluded = set(APART)
+    if theirs.model_dump(exclude=excluded) != settings.model_dump(exclude=excluded):
+        raise UserError(f"run {run.name!r} has other settings than the trial of that name: rename it, or delete it")
 
 
 def _last_row(sweep: SweepFolder, number: int) -> Row:

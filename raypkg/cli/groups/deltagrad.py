@@ -13,14 +13,14 @@ from raypkg.core.errors import UserError
 from raypkg.methods.deltagrad.settings import ReplaySettings, RequestSettings
 from raypkg.runs import ROOT
 
-from ..options import ROOT_HELP, TRUST, ExampleHelp, SettingsCommand, metavar, overrides, setting_options
+from ..options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp, SettingsCommand, metavar, overrides, setting_options
 
 if TYPE_CHECKING:
     from raypkg.methods.deltagrad.queues import Request
     from raypkg.methods.deltagrad.recorded_run import RecordedRun
 
 RUN = click.Argument(["run"])
-PLACE = click.Option(["--root"], default=ROOT, show_default=True, help=ROOT_HELP)
+PLACE = click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
 REPLAY = [  # the run's settings where they are left out, so no default is shown
     click.Option(
         [f"--{name.replace('_', '-')}", f"--replay.{name}", f"replay__{name}"],
