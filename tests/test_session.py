@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from raypkg.cluster import session
+from raypkg.cluster import loss, session
 from raypkg.core.errors import ClusterLost, UserError
 from raypkg.core.settings import Cluster
 
@@ -106,12 +106,12 @@ def test_a_ray_that_cannot_start_is_one_line(quick, monkeypatch, tmp_path, capfd
 
 def test_an_error_is_the_clusters_only_while_its_raylet_is_dead(monkeypatch):
     def broken():
-        with session.watched():
+        with loss.watched():
             raise RuntimeError("a mistake")
 
     with pytest.raises(RuntimeError, match="a mistake"):
         broken()
-    monkeypatch.setattr(session, "_is_lost", lambda: True)
+    monkeypatch.setattr(loss, "_is_lost", lambda: True)
     with pytest.raises(ClusterLost, match="its raylet on this machine died"):
         broken()
 

@@ -14,7 +14,8 @@ from raypkg.engine.shards import LocalShards, Pending, Shard, Shards
 from raypkg.engine.worker import threads
 
 from .capacity import Plan, plan
-from .session import connect, watched
+from .loss import watched
+from .session import connect
 
 PATIENCE = 20  # seconds to wait for CPUs
 

@@ -12,8 +12,9 @@ from raypkg.core.settings import Cluster
 from raypkg.engine.worker import Row, Worker, threads
 
 from .capacity import Plan, plan
+from .loss import watched
 from .mailbox import first_error, open_mailbox
-from .session import connect, watched
+from .session import connect
 
 PATIENCE = 7 * 24 * 3600  # seconds: LiPT's workers wait for each other's models; Ray notices the dead
 
@@ -76,7 +77,7 @@ def _fit(config: dict[str, Any], size: Plan, failures: int, folder: str) -> Any:
     failure: Exception | None = None
     value = None
     try:
-        with watched():
+        with watched():  # within the mailbox's block as well, which must not wait for what is lost
             value = trainer.fit().return_value
     except (TrainingFailedError, RayActorError) as error:
         failure = error

@@ -14,8 +14,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler
 
 from .capacity import TrialSize
 from .drawing import Values
+from .loss import watched
 from .proposals import Proposals
-from .session import watched
 from .trial_process import Trial, TrialProcess
 
 ETA = 3  # of three trials that come so far, one continues

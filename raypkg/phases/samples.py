@@ -13,7 +13,6 @@ from raypkg.core.settings import Dataset, Experiment, RunSettings
 from raypkg.data import Data, load_data
 from raypkg.data.coreset import Coreset
 from raypkg.data.partition import hold_out
-from raypkg.engine.optimizer import check_trainable
 from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
 from raypkg.runs.storage import Storage
@@ -104,13 +103,11 @@ def new_model(settings: Experiment, data: Data) -> Classifier:
     """Build the experiment's model with weights drawn from its seed.
 
     Raises:
-        UserError: it does not fit the data, or has nothing to train.
+        UserError: it does not fit the data.
     """
     chosen = settings.model
     train = data.train
-    model = build_model(chosen.name, train.shape, train.num_classes, seed=settings.seed, options=chosen.options)
-    check_trainable(model)
-    return model
+    return build_model(chosen.name, train.shape, train.num_classes, seed=settings.seed, options=chosen.options)
 
 
 def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: Storage, file: str) -> Coreset:

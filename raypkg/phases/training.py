@@ -188,7 +188,9 @@ def _concluded(run: Run, job: Job, samples: Samples) -> dict[str, Any]:
         "workers": run.worker.world,
         "main": job.main,
     }
-    if clash := kept.keys() & (record.keys() | set(NEEDED["summary.json"]) | LEFT_OUT - {"findings"}):
+    of_the_manifest = {*NEEDED["summary.json"], *LEFT_OUT} - {"findings"}  # those are the hooks' own
+    taken = record.keys() | of_the_manifest
+    if clash := kept.keys() & taken:
         raise UserError(f"hooks: {min(clash)!r} is a fact of the run's own, which no hook may leave")
     return record | kept
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-from forked import Ended, Process, start
+from forked import Ended, Process, effray, start
 from processes import Watch, kill
 from run_files import check_whole, files
 
@@ -116,7 +116,8 @@ class Command:
             self._process = subprocess.Popen(words, cwd=folder, env=environment, stdout=out, stderr=err)
         self.pid = self._process.pid
 
-    def is_going(self) -> bool:
+    @property
+    def running(self) -> bool:
         return self._process.poll() is None
 
     def end(self) -> Ended:
@@ -125,27 +126,12 @@ class Command:
         return Ended(code, out, err)
 
 
-class Fork:
-    """A command in a fork of this process, which has everything imported."""
-
-    def __init__(self, line: str, folder: Path):
-        self._process: Process = start(line, folder)
-        self.pid = self._process.pid
-        self._ended: Ended | None = None
-
-    def is_going(self) -> bool:
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-
-    def end(self) -> Ended:
-        return self._process.end()
-
-
-def command(line: str, workers: int, folder: Path) -> Command | Fork:
+def command(line: str, workers: int, folder: Path) -> Command | Process:
     whole = f"{line} --cluster.workers {workers}"
-    return Command(whole, folder) if workers else Fork(whole, folder)
+    return Command(whole, folder) if workers else start(whole, folder)
 
 
-def begun(kind: str, workers: int) -> str:
+def begun(kind: str) -> str:
     """Return a command as it is first given."""
     return LINES[kind] if kind == "stream" else f"{LINES[kind]} --name one"
 
@@ -158,7 +144,7 @@ def resumed(kind: str, folder: Path) -> str:
     where = folder / "runs" / words.split()[0] / "one"
     if not (where / "config.toml").exists():  # killed before it had settings: as the line says, it is deleted
         shutil.rmtree(where, ignore_errors=True)
-        return begun(kind, 0)
+        return begun(kind)
     return f"{words} --resume one"
 
 
@@ -178,7 +164,7 @@ def prepared(kind: str, home: Path) -> Path:
     folder.mkdir()
     (folder / "queue").write_text(QUEUE)
     if kind in BASES:
-        assert Fork(f"{BASES[kind]} --name base --cluster.workers 0", folder).end().code == 0
+        assert effray(f"{BASES[kind]} --name base --cluster.workers 0", folder).code == 0
     return folder
 
 
@@ -188,7 +174,7 @@ def undisturbed(kind: str, workers: int, home: Path) -> Undisturbed:
     folder = home / f"undisturbed-{kind}-{workers}" / "work"
     shutil.copytree(prepared(kind, home), folder)
     begin = time.monotonic()
-    process = command(begun(kind, workers), workers, folder)
+    process = command(begun(kind), workers, folder)
     with Watch(process.pid) as watch:
         ended = process.end()
     assert ended.code == 0, ended
@@ -197,14 +183,14 @@ def undisturbed(kind: str, workers: int, home: Path) -> Undisturbed:
     return Undisturbed(left(kind, folder), lives)
 
 
-def strike(process: Command | Fork, watch: Watch, victim: str, share: float, life: tuple[float, float]) -> bool:
+def strike(process: Command | Process, watch: Watch, victim: str, share: float, life: tuple[float, float]) -> bool:
     """Kill a victim once it has lived a share of its life; say whether there was one."""
     pid = process.pid if victim == "driver" else None
-    while pid is None and process.is_going():
+    while pid is None and process.running:
         pid = watch.find(victim)
         time.sleep(0.02)
     time.sleep(share * life[1])
-    if pid is None or not process.is_going():
+    if pid is None or not process.running:
         return False
     kill(watch.find(victim) or pid)
     return True
@@ -219,27 +205,40 @@ def home(tmp_path_factory):
 def test_whoever_dies_a_resumed_run_ends_as_one_that_nobody_touched(chain, home, tmp_path, record_property):
     expected = undisturbed(chain.kind, chain.workers, home)
     folder = tmp_path / "work"
-    shutil.copytree(prepared(chain.kind, home), folder)
-    killed = []
-    line = begun(chain.kind, chain.workers)
+    line = fresh(chain, home, folder)
     for victim, share in chain.kills:
-        ended, struck = attempt(line, chain, folder, victim, share, expected)
-        killed += [victim] * struck
-        if ended.code == 0:
-            break
+        ended = struck = None
+        while not struck:  # a run that was done before its time is checked, and begun again to be killed earlier
+            if ended:
+                line = fresh(chain, home, folder)
+            ended, struck = attempt(line, chain, folder, victim, share, expected)
+            assert struck or ended.code == 0, ended
+            if ended.code == 0:
+                check_equal(chain, folder, expected)
+            share /= 2
         line = resumed(chain.kind, folder)
     for _ in range(ATTEMPTS):
         if ended.code == 0:
             break
-        process = command(line, chain.workers, folder)
-        with Watch(process.pid) as watch:
-            ended = process.end()
-        assert watch.left() == []
+        ended = command(line, chain.workers, folder).end()
         line = resumed(chain.kind, folder)
-    record_property("killed", len(killed))
     assert ended.code == 0, ended
+    check_equal(chain, folder, expected)
+    record_property("killed", len(chain.kills))
+
+
+def fresh(chain: Chain, home: Path, folder: Path) -> str:
+    """Make the folder anew, with nothing but what the run needs, and return the command that begins it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(prepared(chain.kind, home), folder)
+    return begun(chain.kind)
+
+
+def check_equal(chain: Chain, folder: Path, expected: Undisturbed) -> None:
     check_whole(folder / "runs")
-    assert differing(left(chain.kind, folder), expected.files) == []
+    here = left(chain.kind, folder)
+    names = here.keys() | expected.files.keys()
+    assert sorted(name for name in names if here.get(name) != expected.files.get(name)) == []
 
 
 def test_nobody_outlives_an_attack():
@@ -258,8 +257,3 @@ def attempt(
     if ended.code > 0 and ended != SPEECHLESS:  # not the one that was killed: it has something to say
         assert ended.line
     return ended, struck
-
-
-def differing(here: dict[str, object], there: dict[str, object]) -> list[str]:
-    names = here.keys() | there.keys()
-    return sorted(name for name in names if here.get(name) != there.get(name))
