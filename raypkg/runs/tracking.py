@@ -154,8 +154,6 @@ def wandb_settings(track: Track) -> "wandb.Settings":
     os.environ.setdefault("WANDB_SILENT", "true")  # its login speaks before it is told of any settings
     import wandb
 
-    if not track.project:
-        raise UserError("track.project is empty: give the name of a W&B project")
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     patience: Any = os.environ.get("WANDB_INIT_TIMEOUT") or PATIENCE
     with _told_by_wandb():

@@ -291,7 +291,7 @@ def wandb_here(tmp_path, monkeypatch):
         ("a/b", "W&B: Invalid project name 'a/b': cannot contain characters"),
         ("a b#", "W&B: Invalid project name 'a b#': cannot contain characters"),
         ("p" * 150, "W&B: Invalid project name 'p+': exceeded 128 characters"),
-        ("", "track.project is empty: give the name of a W&B project"),
+        ("", "track.project = '': string should have at least 1 character"),
     ],
 )
 def test_projects_that_wandb_does_not_take(refused, wandb_here, project, message):
