@@ -38,7 +38,7 @@ PASSING = {"time", "seconds", "digest", "previous"}  # facts of an entry that no
 WRITES = ("mkdir", "open", "write", "sync", "rename")
 CHANGES = (*WRITES, "delete")
 STEPS = ("mkdir", "write", "rename", "delete")  # after which the disk holds something else
-EVERY = os.environ.get("EFFRAY_EVERY_OPERATION")  # of a stream as well, and not one of four
+EVERY = os.environ.get("EFFRAY_EVERY_OPERATION")  # and not one of four, of a stream one of nine
 FEWEST = 20  # operations of a request, lest nothing be attacked
 
 
@@ -57,7 +57,7 @@ def attacked(line, act, at, kinds=CHANGES, onwards=False):
 
 def moments(line):
     """Return the operations at which a command is attacked, without end."""
-    return count(1, 4 if line.startswith("stream") and not EVERY else 1)
+    return count(1, 1 if EVERY else 9 if line.startswith("stream") else 4)
 
 
 # The run
