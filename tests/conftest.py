@@ -42,11 +42,11 @@ def rendered_pictures(blank_pictures, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", blank_pictures)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray():
     """One Ray for all, with the dashboard, which Ray Train needs to give CPUs back.
 
-    A test that needs a cluster of its own shuts this one down; the next test that asks for it gets it again.
+    Tests that need a cluster of their own shut this one down; the next module that asks for it gets it again.
     """
     from raypkg.cluster.session import prepare
 

@@ -232,8 +232,8 @@ def test_names_are_shown_as_they_are(folder, load_folder):
         (folder / split / "cat").rename(folder / split / "[red]")
         (folder / split / "dog").rename(folder / split / "[")
     table = describe("folder:[bold]", load_folder())
-    assert table.title == r"folder:\[bold]"
-    assert "owl" in list(table.columns[1].cells)[2] and r"\[red]" in list(table.columns[1].cells)[2]
+    assert table.title == "folder:[bold]"
+    assert "owl" in list(table.columns[1].cells)[2] and "[red]" in list(table.columns[1].cells)[2]
 
 
 @pytest.mark.parametrize("source", ["folder", "table"])
