@@ -13,7 +13,7 @@ from raypkg.core.errors import UserError, redacted, shown
 from raypkg.core.settings import APART
 from raypkg.runs import ROOT
 
-SHOWN_ROOT = redacted(ROOT)
+SHOWN_ROOT: bool | str = True if redacted(ROOT) == ROOT else redacted(ROOT)  # the default, without a secret in it
 ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
 
 

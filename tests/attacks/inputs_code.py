@@ -40,7 +40,7 @@ MODEL_NAMES = cases(
     "train --model={} --train.epochs 1",
     {
         "my:nope": "module 'my' has no 'nope'",
-        "my:": "module 'my' has no ''",
+        "my:": "unknown model or module 'my:'",
         "my:number": "'my:number' is a int, not a function",
         "my:text": "'my:text' is a str, not a function",
         "my:nothing": "'my:nothing'",
@@ -184,7 +184,7 @@ HOOKS = cases(
     "train --model linear --train.epochs 1 --hooks={}",
     {
         "mine": "unknown hook 'mine'",
-        "mine:": "module 'mine' has no ''",
+        "mine:": "unknown hook or module 'mine:'",
         "mine:Nope": "module 'mine' has no 'Nope'",
         "mine:gives_none": "gave an object of type NoneType, not a raypkg.Hook",
         "mine:gives_three": "gave an object of type int, not a raypkg.Hook",
