@@ -314,6 +314,12 @@ def test_a_finished_run_that_lost_a_file_is_not_shown_as_whole(effray):
     assert code == 2 and "model.safetensors is missing: it is not the one that run 'one' left" in message
 
 
+def test_stored_settings_are_run_again_with_another_seed_and_share_held_out(effray):
+    assert effray("train --name one --model linear --train.epochs 1") == (0, "")
+    for name, option in (("two", "--seed 1"), ("three", "--dataset.validation 0.3")):
+        assert effray(f"train --name {name} --config runs/train/one/config.toml {option}") == (0, "")
+
+
 def test_other_samples_chosen_by_a_file_are_refused(effray):
     options = "--model linear --train.epochs 1"
     for name, share in (("few", 0.1), ("more", 0.3)):

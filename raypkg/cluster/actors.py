@@ -91,8 +91,7 @@ def _results(calls: list[Any]) -> list[Any]:
     from ray.exceptions import RayActorError, RayTaskError
 
     try:
-        with watched():
-            return ray.get(calls)
+        return ray.get(calls)
     except RayActorError as error:
         raise UserError(f"a shard's actor died too often (cluster.max_failures): {error}") from error
     except RayTaskError as error:

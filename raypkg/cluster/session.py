@@ -65,6 +65,7 @@ def _address(settings: Cluster) -> str | None:
     asked = settings.address or os.environ.get("RAY_ADDRESS")
     if asked and asked.startswith("ray://"):
         raise UserError(f"cluster.address = {asked!r} is Ray Client's, which cannot train: give the head's HOST:6379")
+    address = asked
     try:
         address = canonicalize_bootstrap_address(asked)
         if address:
@@ -133,7 +134,6 @@ def _silenced() -> Iterator[None]:
 
     Handlers of signals are put back: Ray's own would dump its stack at SIGTERM and abort.
     """
-    in_main = threading.current_thread() is threading.main_thread()  # there alone may handlers be set
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     sys.stderr.flush()
     terminal = os.dup(2)
@@ -145,8 +145,9 @@ def _silenced() -> Iterator[None]:
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
-        for number, handler in handlers.items() if in_main else ():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():  # there alone may handlers be set
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _first_line(error: Exception) -> str:

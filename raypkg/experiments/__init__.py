@@ -97,7 +97,7 @@ def _with_digest(settings: R, folder: RunFolder) -> R:
     samples = open_samples(settings)
     if settings.dataset.digest is not None:
         return settings
-    dataset = settings.dataset.model_copy(update={"digest": samples.digest()})
+    dataset = settings.dataset.model_copy(update={"digest": samples.digest(settings.dataset)})
     settings = settings.model_copy(update={"dataset": dataset})
     folder.keep_settings(settings)
     return settings

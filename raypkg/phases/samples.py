@@ -35,13 +35,15 @@ class Samples(NamedTuple):
     kept: Tensor
     valid: Tensor
 
-    def digest(self) -> str:
-        """Return a digest of sizes and classes, of a few rows of each split, and of who is trained on.
+    def digest(self, dataset: Dataset) -> str:
+        """Return a digest of sizes and classes, of a few rows of each split, and of what ``dataset.only`` chose.
 
         It tells changes that happen, such as draws without a seed or a file that was replaced, not such as are made to
-        deceive.
+        deceive. What is held out is left out: settings may be run again with another seed.
         """
-        digest = blake2b(self.kept.numpy().tobytes(), digest_size=16)
+        digest = blake2b(digest_size=16)
+        if dataset.only is not None:
+            digest.update(self.kept.numpy().tobytes())
         for split in self.data:
             digest.update(repr((len(split), split.shape, split.classes)).encode())
             rows = torch.linspace(0, len(split) - 1, ROWS).long()
@@ -64,7 +66,7 @@ def open_samples(settings: RunSettings) -> Samples:
     """
     expected = settings.dataset.digest
     samples = open_any_samples(settings)
-    if expected is not None and samples.digest() != expected:
+    if expected is not None and samples.digest(settings.dataset) != expected:
         raise UserError(
             f"dataset {settings.dataset.name!r} gives other samples than those the run began with: its files have"
             " changed, or its function draws without a seed"

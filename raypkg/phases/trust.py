@@ -17,10 +17,10 @@ from raypkg.core.errors import UserError
 from raypkg.data.sources import dataset
 from raypkg.models import model
 from raypkg.runs.folder import RunFolder
+from raypkg.runs.sealed import CONFIG
 from raypkg.runs.storage import Storage
 
 TRUST = "EFFRAY_TRUST"
-CONFIG = "config.toml"
 
 
 def trust_all() -> None:

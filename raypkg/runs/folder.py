@@ -15,19 +15,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from raypkg.core.config import Settings
+from raypkg.core.config import Settings, to_toml
 from raypkg.core.errors import UserError, redacted, unknown
 
 from .columns import metric_rows
 from .environment import environment
-from .sealed import seal, unseal
+from .sealed import CONFIG, read_settings, write_settings
 from .storage import PART, Storage
 
 LONGEST = 100  # characters of a name
 NAME = re.compile(r"(?![-.])[\w.+=,@\[\]-]+")  # letters and digits of any script, and few signs: none of a shell or URI
 RESULTS = (".safetensors", ".parquet")  # endings of the files whose digests are kept
 UNFINISHED = ("checkpoints", "ray")  # folders that a run needs until all its phases are done
-CONFIG = "config.toml"
 GROWING = "metrics.parquet"  # written to until the end
 Key = tuple[str, int | None, int | None]  # phase, model and epoch of a row
 NEEDED = {
@@ -84,11 +83,11 @@ class RunFolder:
         Raises:
             UserError: they are missing, damaged or no TOML: a run is never resumed with others.
         """
-        return unseal(self.storage.read(CONFIG), f"{self.storage.root}/{CONFIG}")
+        return read_settings(self.storage)
 
     def keep_settings(self, settings: Settings) -> None:
         """Store the settings in the place of those that are there."""
-        self.storage.write(CONFIG, seal(settings))
+        write_settings(self.storage, settings)
 
     @property
     def started(self) -> bool:
@@ -215,8 +214,7 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
         UserError: a run of that name exists, the name cannot be one, the settings have credentials in them, or the
             disk is full: nothing is left behind.
     """
-    content = seal(settings)
-    text = content.decode()
+    text = to_toml(settings)
     if redacted(text) != text:
         raise UserError(
             "a setting has credentials in its URI, which the run folder would keep: leave them to the environment, such"
@@ -232,7 +230,7 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
             raise _taken(runs, name)
     try:
         storage.write_json("environment.json", environment())
-        storage.write(CONFIG, content)  # the last: with it, the run can be resumed
+        write_settings(storage, settings)  # the last: with it, the run can be resumed
         storage.settle()
     except BaseException:
         discard(storage)

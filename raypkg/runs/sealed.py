@@ -10,26 +10,28 @@ from typing import Any
 from raypkg.core.config import Settings, parse_toml, to_toml
 from raypkg.core.errors import UserError
 
+from .storage import Storage
+
+CONFIG = "config.toml"
 SEAL = "# The settings of a run; the digest of what follows is "
 SEALED = re.compile(re.escape(SEAL).encode() + rb"([0-9a-f]{32})\n")
 
 
-def seal(settings: Settings) -> bytes:
-    """Return settings as TOML below a line with their digest, 16 bytes of BLAKE2b as hexadecimal."""
+def write_settings(storage: Storage, settings: Settings) -> None:
+    """Store settings as TOML below a line with their digest, 16 bytes of BLAKE2b as hexadecimal."""
     content = to_toml(settings).encode()
-    return f"{SEAL}{_digest(content)}\n".encode() + content
+    seal = f"{SEAL}{_digest(content)}\n".encode()
+    storage.write(CONFIG, seal + content)
 
 
-def unseal(content: bytes | None, where: str) -> dict[str, Any]:
-    """Return the settings in a file that ``seal`` made; one without its first line is taken as it is.
-
-    Args:
-        content: of the file; None = it does not exist.
-        where: names it in errors.
+def read_settings(storage: Storage) -> dict[str, Any]:
+    """Return the settings in a folder, not yet validated; a file without the first line is taken as it is.
 
     Raises:
-        UserError: it is missing, empty, no TOML, or not what was written.
+        UserError: they are missing, empty, no TOML, or not what was written.
     """
+    where = f"{storage.root}/{CONFIG}"
+    content = storage.read(CONFIG)
     if not (content and content.strip()):
         raise UserError(f"{where!r} is missing or empty: what was asked for is lost, so start anew")
     if seal := SEALED.match(content):

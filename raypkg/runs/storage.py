@@ -22,10 +22,10 @@ from raypkg.core.errors import UserError
 
 from .address import address_of, folder_and_name, folder_around, opened, parted, uri_of
 
-UNFINISHED = re.compile(r"\.\d+\.part$")  # what a write begins, with the number of its process
+LEFT_BEHIND = re.compile(r"\.\d+\.part$")  # what a write begins, with the number of its process
 PART = ".part"  # ends the name of a file that is being written
 CLAIMS = "claims"  # of those who are about to make the same folder of an object store
-ATTEMPTS = 3  # at making a folder, while others tidy up around it
+TRIES = 3  # at making a folder, while others tidy up around it
 
 
 class Storage:
@@ -154,7 +154,7 @@ class Storage:
 
     def _claim_locally(self) -> bool:
         with _told("write", f"{self._path}/"):
-            for _ in range(ATTEMPTS):
+            for _ in range(TRIES):
                 os.makedirs(os.path.dirname(self._path), exist_ok=True)
                 try:
                     os.mkdir(self._path)
@@ -272,7 +272,7 @@ class Storage:
         """Delete what processes that died have left of files, here and below; links are not followed."""
         with _told("delete files in", self._path):
             for path in self._files_below():
-                if UNFINISHED.search(path):
+                if LEFT_BEHIND.search(path):
                     self._fs.delete_file(path)
 
     def _files_below(self) -> Iterator[str]:

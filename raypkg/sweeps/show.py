@@ -11,6 +11,7 @@ from rich.table import Table
 
 from raypkg.core.errors import redacted
 from raypkg.runs.plots import save_plot
+from raypkg.runs.sealed import CONFIG
 from raypkg.runs.show import findings, terminal
 
 from . import plots
@@ -65,7 +66,7 @@ def _best_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
     if sweep.best == sweep.lasting(number):
         file = f"{sweep.storage.root}/{BEST}"
     else:  # that file is of the last time that the sweep ended
-        file = f"{sweep.run_storage(number).root}/config.toml"
+        file = f"{sweep.run_storage(number).root}/{CONFIG}"
     yield f"its settings: effray {sweep.experiment} --config {shlex.quote(redacted(file))}"
 
 

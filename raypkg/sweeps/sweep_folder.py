@@ -16,14 +16,13 @@ from raypkg.core.config import Settings, parse_toml
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 from raypkg.runs.folder import RunFolder, check_name, discard
-from raypkg.runs.sealed import seal, unseal
+from raypkg.runs.sealed import read_settings, write_settings
 from raypkg.runs.storage import Storage
 
 from .figures import TrialRun
 
 FOLDER = "tune"  # among those of the experiments
 BEST = "best.toml"
-CONFIG = "config.toml"
 RECORD = "sweep.json"
 SPACE = "space.py"
 ORDERED = {"experiment": str, "metric": str, "mode": str, "samples": int}  # what every order has
@@ -92,7 +91,7 @@ class SweepFolder:
         Raises:
             UserError: they are missing or damaged: a sweep never goes on with others.
         """
-        return unseal(self.storage.read(CONFIG), f"{self.storage.root}/{CONFIG}")
+        return read_settings(self.storage)
 
     @property
     def space(self) -> str:
@@ -109,7 +108,8 @@ class SweepFolder:
     @property
     def best(self) -> dict[str, Any] | None:
         """The settings in ``best.toml``."""
-        return _toml(self.storage, BEST) or None
+        content = self.storage.read(BEST) or b""
+        return parse_toml(content, f"{self.storage.root}/{BEST}") or None
 
     def run_name(self, number: int) -> str:
         """Return the name of a trial's run."""
@@ -129,7 +129,7 @@ class SweepFolder:
 
     def lasting(self, number: int) -> dict[str, Any]:
         """Return the settings of a trial that alter its result."""
-        settings = _toml(self.run_storage(number), CONFIG)
+        settings = read_settings(self.run_storage(number))
         return {name: part for name, part in settings.items() if name not in APART}
 
     def started(self, number: int, values: Mapping[str, Any]) -> None:
@@ -154,7 +154,7 @@ class SweepFolder:
     def change(self, order: Mapping[str, Any], settings: Settings) -> None:
         """Keep what is asked for otherwise from now on."""
         self.order |= order
-        self.storage.write(CONFIG, seal(settings))
+        write_settings(self.storage, settings)
         self._write()
 
     def state(self, number: int) -> str:
@@ -262,7 +262,7 @@ def create_sweep(
     record = {"order": dict(order), "trials": [_new_trial(values) for values in trials]}
     try:
         _check_free(runs, name)
-        storage.write(CONFIG, seal(settings))
+        write_settings(storage, settings)
         storage.write(SPACE, space.encode())
         storage.write_json(RECORD, record)  # the last: now it is a sweep
         storage.settle()
@@ -318,11 +318,6 @@ def _is_trial(trial: Any) -> bool:
 def _new_trial(values: Mapping[str, Any] | None) -> dict[str, Any]:
     settings = None if values is None else dict(values)
     return {"settings": settings, "ended": None, "error": None}
-
-
-def _toml(storage: Storage, name: str) -> dict[str, Any]:
-    """Return what a TOML file holds; nothing, if it does not exist."""
-    return parse_toml(storage.read(name) or b"", f"{storage.root}/{name}")
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Array:

@@ -11,6 +11,7 @@ from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import carry_out, experiment, training_settings_of, with_absolute_path
 from raypkg.runs import folder as run_folder
 from raypkg.runs.folder import RunFolder
+from raypkg.runs.sealed import CONFIG
 from raypkg.runs.storage import Storage
 
 from .figures import TrialRun
@@ -55,7 +56,7 @@ def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: 
     entry = experiment[sweep.experiment]
     schema = training_settings_of(entry)
     settings = with_absolute_path(load_settings(schema, sweep.config, values))
-    if "config.toml" not in run.storage.list():
+    if CONFIG not in run.storage.list():
         run = run_folder.create(sweep.root, entry.name, run.name, settings)
     else:
         _check_is_its_run(run, load_settings(schema, run.config), settings)

@@ -20,6 +20,7 @@ from raypkg.phases.training import MODEL
 from raypkg.phases.trust import stored_settings
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder
+from raypkg.runs.sealed import CONFIG
 from raypkg.runs.storage import PART, Storage
 
 from .fingerprints import (
@@ -305,7 +306,7 @@ def _check_finished(folder: RunFolder) -> None:
 
 def _trained_settings(folder: RunFolder, expected: str) -> DeltaGradSettings:
     """Return a run's settings, if they have the digest that the log names."""
-    where = f"{folder.storage.root}/config.toml"
+    where = f"{folder.storage.root}/{CONFIG}"
     values = stored_settings(folder)
     try:
         settings = load_settings(DeltaGradSettings, values)
