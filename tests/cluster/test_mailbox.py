@@ -17,8 +17,13 @@ def test_rows_and_errors_arrive(ray):
 
 
 def test_a_mailbox_that_died_interrupts_the_run(ray):
+    from ray.exceptions import RayActorError
+
     with open_mailbox(lambda row: None) as mailbox:
         assert first_error(mailbox) is None
         ray.kill(mailbox)
+        with pytest.raises(RayActorError):  # the order to die may take its time
+            while True:
+                ray.get(mailbox.error.remote())
         with pytest.raises(Interruption, match="the process that passes metrics on from the workers was lost"):
             first_error(mailbox)
