@@ -132,7 +132,7 @@ class Cluster(Settings):
     gpus_per_worker: Annotated[
         float | None, Field(ge=0, description="GPUs of each worker; left out = 1 where the cluster has any")
     ] = None
-    max_failures: Annotated[int, Field(ge=0, description="how often a phase restarts after a lost worker")] = 3
+    max_failures: Annotated[int, Field(ge=0, description="how often the workers restart after one is lost")] = 3
     address: Annotated[str | None, Field(description="of a running Ray cluster; left out = found or started")] = None
 
 

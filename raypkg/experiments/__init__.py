@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
 
     from raypkg.runs.folder import RunFolder
 
-experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report",))
+experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report", "workers"))
 R = TypeVar("R", bound=RunSettings)
 
 
@@ -122,6 +122,7 @@ def carry_out(
         group: of runs that the tracker keeps together; the experiment's name when left out.
         listen: hears every row of metrics as well, and may end the run there by ``SystemExit``.
     """
+    from raypkg.cluster.workers import Workers
     from raypkg.phases.samples import forget_samples
     from raypkg.runs.report import Report
     from raypkg.runs.tracking import Listened, tracker
@@ -132,6 +133,10 @@ def carry_out(
     following = tracker(settings, folder, group or entry.name)
     if listen:
         following = Listened(following, listen)
-    with Report(folder, following, console) as report, ending_told("the model, the data or a hook"):
-        entry(settings, report=report)
+    with (
+        Report(folder, following, console) as report,
+        Workers(settings.cluster, report, (folder.storage / "ray").uri) as workers,
+        ending_told("the model, the data or a hook"),
+    ):
+        entry(settings, report=report, workers=workers)
     return following.finish(folder.summary or {})

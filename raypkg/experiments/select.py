@@ -30,11 +30,11 @@ def run(settings: SelectSettings, *, report: Report) -> None:
     """
     from raypkg.coresets.reselection import check_selects_once
     from raypkg.phases.samples import open_samples
-    from raypkg.phases.selection import select_on_cluster, trained_model
+    from raypkg.phases.selection import select_on_actors, trained_model
     from raypkg.phases.summary import finish
 
     check_selects_once(settings)
     samples = open_samples(settings)
     model = trained_model(settings, report.folder, settings.model_from, settings.precision)
-    select_on_cluster(settings, settings, model, samples, report)
+    select_on_actors(settings, settings, model, samples, report)
     finish(report, settings, samples)

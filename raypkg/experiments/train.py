@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from raypkg.cluster.workers import Workers
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment, Reselect, Share, Train
 from raypkg.runs.report import Report
@@ -47,7 +48,7 @@ class TrainSettings(Experiment):
 
 
 @experiment("train")
-def run(settings: TrainSettings, *, report: Report) -> None:
+def run(settings: TrainSettings, *, report: Report, workers: Workers) -> None:
     """Train a model on all samples, on a coreset of another run, or on one selected before or during training.
 
     Example:
@@ -66,5 +67,5 @@ def run(settings: TrainSettings, *, report: Report) -> None:
         replaced = settings.select is not None and settings.select.every_epochs > 0
         coreset = given_coreset(settings, settings.coreset, samples, storage, GIVEN if replaced else FILE)
     job = Job(settings, settings.train, storage, coreset=coreset, select=settings.select)
-    train_on_cluster(job, report)
+    train_on_cluster(job, report, workers)
     finish(report, settings, samples, epochs=settings.train.epochs)

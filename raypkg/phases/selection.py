@@ -1,21 +1,24 @@
-"""Selecting a coreset with a trained model's gradients, on the actors that hold the data."""
+"""Selecting a coreset with a trained model's gradients, where the data is: on a run's workers, or on actors."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from raypkg.cluster.actors import hold
+from raypkg.cluster.workers import Workers
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model, RunSettings, Select
-from raypkg.coresets.sharded import SentModel, select_coreset
+from raypkg.coresets.sharded import Selection, SentModel, select_coreset
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.shards import Shard, class_shards
+from raypkg.engine.shards import Shard, Shards, WorkerShards, class_shards
+from raypkg.engine.worker import Worker
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import RunFolder, locate
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
 from .coreset_files import FILE, keep_selected, load_coreset, load_record, origin, record_of
-from .samples import Samples
+from .samples import Samples, open_samples
 from .trained import check_has_model, settings_of_trained
 from .training import MODEL
 
@@ -66,17 +69,10 @@ def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision:
     return TrainedModel(stored.model, other.storage, MODEL, precision)
 
 
-def select_on_cluster(
-    settings: RunSettings,
-    select: Select,
-    model: TrainedModel,
-    samples: Samples,
-    report: Report,
-    *,
-    phase: str = "select",
-    file: str = FILE,
+def select_on_actors(
+    settings: RunSettings, select: Select, model: TrainedModel, samples: Samples, report: Report
 ) -> Coreset:
-    """Select a coreset and keep it in the run folder, unless it is there already.
+    """Select a coreset on actors that hold the data, and keep it in the run folder, unless it is there already.
 
     Args:
         settings: data set, cluster and seed.
@@ -84,10 +80,7 @@ def select_on_cluster(
         model: whose gradients select.
         samples: to select from.
         report: progress and run folder.
-        phase: names the selection, of which a run may have several.
-        file: of the coreset, in the run folder.
     """
-    storage = report.folder.storage
     split = samples.data.train
 
     def shards_for(holders: int) -> list[Shard]:
@@ -95,13 +88,64 @@ def select_on_cluster(
         return class_shards(source, split.y, samples.kept, samples.valid, holders)
 
     def work() -> dict[str, Any]:
-        record = load_record(model.storage, model.file, split.y)
         with hold(shards_for, settings.cluster) as shards:
-            picked = select_coreset(shards, model.scorer(split), select, record, samples.kept, seed=settings.seed)
-        chosen = select.model_dump(include={*Select.model_fields, "model_from"})
-        provenance = {**origin(settings), **chosen}
-        keep_selected(storage, split, picked.coreset, provenance, picked.indices, picked.scores, file)
-        return {"costs": [picked.cost.record()], "size": len(picked.coreset)}
+            picked = _select(shards, settings, select, model, samples)
+        return _keep(picked, report.folder.storage, settings, select, samples)
 
-    report.phase(phase, work, epochs=0)
-    return load_coreset(f"{storage.root}/{file}", split, samples.valid, settings.dataset.name)
+    return _selected(work, settings, samples, report)
+
+
+def select_on_workers(
+    settings: RunSettings, select: Select, model: TrainedModel, samples: Samples, report: Report, workers: Workers
+) -> Coreset:
+    """Select a coreset on the run's workers, and keep it in the run folder, unless it is there already.
+
+    Args:
+        settings: data set and seed.
+        select: method and fraction.
+        model: whose gradients select.
+        samples: to select from.
+        report: progress and run folder.
+        workers: each of which holds some classes.
+    """
+
+    def work() -> dict[str, Any]:
+        return workers.run(select_together, settings, select, model, report.folder.storage)
+
+    return _selected(work, settings, samples, report)
+
+
+def select_together(
+    worker: Worker, settings: RunSettings, select: Select, model: TrainedModel, storage: Storage
+) -> dict[str, Any]:
+    """Select on all workers; return the phase's record."""
+    samples = open_samples(settings)
+    y = samples.data.train.y
+    shards = class_shards(samples.data, y, samples.kept, samples.valid, worker.world, worker.device)
+    picked = _select(WorkerShards(shards, worker), settings, select, model, samples)
+    if worker.rank > 0:
+        return {}
+    return _keep(picked, storage, settings, select, samples)
+
+
+def _select(shards: Shards, settings: RunSettings, select: Select, model: TrainedModel, samples: Samples) -> Selection:
+    split = samples.data.train
+    record = load_record(model.storage, model.file, split.y)
+    return select_coreset(shards, model.scorer(split), select, record, samples.kept, seed=settings.seed)
+
+
+def _keep(
+    picked: Selection, storage: Storage, settings: RunSettings, select: Select, samples: Samples
+) -> dict[str, Any]:
+    """Keep a selection in the run folder; return the phase's record."""
+    chosen = select.model_dump(include={*Select.model_fields, "model_from"})
+    provenance = {**origin(settings), **chosen}
+    keep_selected(storage, samples.data.train, picked.coreset, provenance, picked.indices, picked.scores, FILE)
+    return {"costs": [picked.cost.record()], "size": len(picked.coreset)}
+
+
+def _selected(work: Callable[[], dict[str, Any]], settings: RunSettings, samples: Samples, report: Report) -> Coreset:
+    """Do the phase's work, unless an earlier attempt did; return the coreset that it left."""
+    report.phase("select", work, epochs=0)
+    path = f"{report.folder.storage.root}/{FILE}"
+    return load_coreset(path, samples.data.train, samples.valid, settings.dataset.name)

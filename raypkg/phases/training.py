@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from torch import nn
 
-from raypkg.cluster.launch import launch
+from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import Experiment, Reselect, Train, Training
@@ -81,21 +81,14 @@ class Job:
         return min(sizes)
 
 
-def train_on_cluster(job: Job, report: Report) -> dict[str, Any]:
-    """Train the job's model on the cluster, unless the run folder says it is done; return the phase's record."""
+def train_on_cluster(job: Job, report: Report, workers: Workers) -> dict[str, Any]:
+    """Train the job's model on the workers, unless the run folder says it is done; return the phase's record."""
     if job.select:
         check_schedule(job.select, job.training.epochs, given=job.coreset is not None)
-    samples = open_samples(job.experiment)
+    workers.limit(job.smallest_batch(open_samples(job.experiment)))
 
     def work() -> dict[str, Any]:
-        return launch(
-            train_model,
-            job,
-            cluster=job.experiment.cluster,
-            report=report,
-            folder=(job.storage / "ray").uri,
-            most=job.smallest_batch(samples),
-        )
+        return workers.run(train_model, job)
 
     return report.phase(job.phase, work, epochs=job.last or job.training.epochs)
 

@@ -47,7 +47,6 @@ QUEUE = '{"delete": [3, 14], "id": "a"}\n{"delete": [15, 9], "id": "b"}\n{"resto
 TRAINING = ("driver", "RayTrainWorker", "TrainController", "Mailbox", "raylet")
 HOLDING = ("driver", "Holder", "raylet")
 VICTIMS = {kind: TRAINING for kind in LINES} | {
-    "lipt": (*TRAINING, "Holder"),
     "select": HOLDING,
     "stream": HOLDING,
     "tune": ("driver", "TrialProcess", "raylet"),

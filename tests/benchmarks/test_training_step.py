@@ -87,10 +87,11 @@ def in_turn(worker, rounds):
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_two_workers_against_one(tmp_path, monkeypatch):
-    from raypkg.cluster.launch import launch
+    from raypkg.cluster.workers import Workers
 
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
-    rates = launch(in_turn, ROUNDS + 1, cluster=Cluster(workers=2), report=lambda row: None, folder=str(tmp_path))
+    with Workers(Cluster(workers=2), lambda row: None, str(tmp_path)) as workers:
+        rates = workers.run(in_turn, ROUNDS + 1)
     print(f"\nresnet20, batch 128, one thread a worker, medians of {ROUNDS} rounds taken in turn")
     for name, found in rates.items():
         ratio = statistics.median(b / a for a, b in zip(rates["1 worker"][1:], found[1:], strict=True))

@@ -79,10 +79,10 @@ def test_the_mailbox_is_where_the_driver_is(nodes):
     actors = ray._private.state.actors
     home = ray.get_runtime_context().get_node_id()
     for _ in range(6):  # placed freely, a third of them would be
-        with open_mailbox(lambda row: None) as mailbox:
-            assert ray.get(mailbox.error.remote()) is None
-            (node,) = (actor["Address"]["NodeID"] for key, actor in actors().items() if key == mailbox._actor_id.hex())
-            assert node == home
+        mailbox = open_mailbox()
+        assert ray.get(mailbox.next.remote()) == 0
+        (node,) = (actor["Address"]["NodeID"] for key, actor in actors().items() if key == mailbox._actor_id.hex())
+        assert node == home
 
 
 @pytest.mark.parametrize(("experiment", "options"), [("lipt", LIPT), ("crest", CREST)])

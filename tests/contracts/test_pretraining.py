@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from raypkg.cluster.workers import Workers
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
@@ -72,8 +73,8 @@ def carry_out(root, **pretrain):
 def repeat(folder, settings):
     samples = open_samples(settings)
     settings.check(len(samples.kept))
-    with Report(folder, Nowhere(), Console(quiet=True)) as report:
-        pretraining[settings.pretrain.method](settings, report, samples=samples)
+    with Report(folder, Nowhere(), Console(quiet=True)) as report, Workers(settings.cluster, report, "") as workers:
+        pretraining[settings.pretrain.method](settings, report, samples=samples, workers=workers)
 
 
 def weights(folder):

@@ -1,5 +1,6 @@
 """CREST: trains on mini-batch coresets within a budget, beside the baselines at the same budget."""
 
+from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.experiments import experiment
 from raypkg.runs.report import Report
@@ -8,7 +9,7 @@ from .settings import CrestSettings
 
 
 @experiment("crest", source="arXiv:2306.01244")
-def run(settings: CrestSettings, *, report: Report) -> None:
+def run(settings: CrestSettings, *, report: Report, workers: Workers) -> None:
     """Train on mini-batch coresets, chosen anew when a local model of the loss expires, within a budget.
 
     The learning rate runs through its whole schedule within the budget. Baselines at the same budget: --selection.
@@ -33,5 +34,5 @@ def run(settings: CrestSettings, *, report: Report) -> None:
             job = Job(settings, settings.train, storage, last=settings.within)
         case _:
             job = Job(settings, settings.train, storage, select=settings.reselection)
-    train_on_cluster(job, report)
+    train_on_cluster(job, report, workers)
     finish(report, settings, samples, epochs=settings.train.epochs)

@@ -1,5 +1,6 @@
 """DeltaGrad: training whose every step is recorded, so that samples can be deleted and added without training again."""
 
+from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.experiments import experiment
 from raypkg.runs.report import Report
@@ -8,7 +9,7 @@ from .settings import DeltaGradSettings
 
 
 @experiment("deltagrad", source="arXiv:2006.14755")
-def run(settings: DeltaGradSettings, *, report: Report) -> None:
+def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> None:
     """Train and record every step; `delete` and `add` then update the model in a fraction of the time of retraining.
 
     The history takes 2 · steps · parameters numbers: made for convex heads, small networks and large batches.
@@ -32,6 +33,6 @@ def run(settings: DeltaGradSettings, *, report: Report) -> None:
     check_room(history_folder(storage, 0), layout, steps)
     report.say(f"history: {layout.describe(steps)}")
     job = Job(settings, settings.train, storage, hooks=(Named(name="deltagrad"),))
-    record = train_on_cluster(job, report)
+    record = train_on_cluster(job, report, workers)
     begin_log(storage, settings, samples, record["history"])
     finish(report, settings, samples, epochs=settings.train.epochs)

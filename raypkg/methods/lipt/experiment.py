@@ -1,5 +1,6 @@
 """LiPT: cheap parallel pre-training selects the coreset that the main model is trained on."""
 
+from raypkg.cluster.workers import Workers
 from raypkg.experiments import experiment
 from raypkg.runs.report import Report
 
@@ -7,14 +8,14 @@ from .settings import LiptSettings
 
 
 @experiment("lipt", source="PMLR 202:29130, reconstructed")
-def run(settings: LiptSettings, *, report: Report) -> None:
+def run(settings: LiptSettings, *, report: Report, workers: Workers) -> None:
     """Pre-train sparse models in parallel, merge them, select a coreset by the merged gradients, train on it.
 
     Example:
         effray lipt --dataset digits --model resnet8 --select.method gradmatch --select.fraction 0.2
     """
     from raypkg.phases.samples import open_samples
-    from raypkg.phases.selection import TrainedModel, select_on_cluster
+    from raypkg.phases.selection import TrainedModel, select_on_workers
     from raypkg.phases.summary import finish
     from raypkg.phases.training import Job, train_on_cluster
 
@@ -22,12 +23,13 @@ def run(settings: LiptSettings, *, report: Report) -> None:
 
     samples = open_samples(settings)
     settings.check(len(samples.kept))
+    workers.limit(settings.smallest_batch(len(samples.kept)))
     pretrain = pretraining[settings.pretrain.method]
-    pretrain(settings, report, samples=samples)
+    pretrain(settings, report, samples=samples, workers=workers)
 
     storage = report.folder.storage
     pretrained = TrainedModel(settings.model, storage, RESULT, settings.pretrain.precision)
-    coreset = select_on_cluster(settings, settings.select, pretrained, samples, report)
+    coreset = select_on_workers(settings, settings.select, pretrained, samples, report, workers)
 
     merged = settings.train.init == "merged"
     job = Job(
@@ -38,5 +40,5 @@ def run(settings: LiptSettings, *, report: Report) -> None:
         select=settings.select,
         initial=RESULT if merged else None,
     )
-    train_on_cluster(job, report)
+    train_on_cluster(job, report, workers)
     finish(report, settings, samples, epochs=settings.train.epochs)

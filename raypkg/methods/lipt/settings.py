@@ -77,6 +77,13 @@ class LiptSettings(Experiment):
         check_selects_once(self.select)
         check_schedule(self.select, self.epochs, given=True)
 
+    def smallest_batch(self, n: int) -> int:
+        """Return the size of the smallest batch of either training, on n samples."""
+        from raypkg.coresets.budgets import budget_of
+
+        budget = budget_of(self.select.fraction, n)
+        return min(self.pretrain.batch_size, self.train.batch_size, budget)
+
     def _check_names(self) -> None:
         from raypkg.methods.sparse.rules import initial
 

@@ -1,5 +1,6 @@
 """Sparse training: SET, RigL and ITOP, static masks, gradual pruning, with or without AGENT's gradient correction."""
 
+from raypkg.cluster.workers import Workers
 from raypkg.experiments import experiment
 from raypkg.runs.report import Report
 
@@ -7,7 +8,7 @@ from .settings import SparseSettings
 
 
 @experiment("sparse", source="arXiv:2301.03573")
-def run(settings: SparseSettings, *, report: Report) -> None:
+def run(settings: SparseSettings, *, report: Report, workers: Workers) -> None:
     """Train a model in which few weights exist at a time, and which of them do changes as training proceeds.
 
     Masks are applied to dense arithmetic, which saves nothing: linear layers compute with what exists by --compute
@@ -28,5 +29,5 @@ def run(settings: SparseSettings, *, report: Report) -> None:
         coreset = given_coreset(settings, settings.coreset, samples, storage, FILE)
     settings.check(len(samples.kept) if coreset is None else len(coreset))
     job = Job(settings, settings.extended, storage, hooks=settings.hooks_used, coreset=coreset)
-    train_on_cluster(job, report)
+    train_on_cluster(job, report, workers)
     finish(report, settings, samples, epochs=settings.epochs)

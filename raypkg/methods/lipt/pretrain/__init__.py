@@ -1,6 +1,6 @@
 """Pre-trainings, one file for each name: where the model comes from whose gradients select.
 
-    @pretraining(name)    pretrain(settings, report, *, samples) → None
+    @pretraining(name)    pretrain(settings, report, *, samples, workers) → None
 
 A pre-training carries out the report's phase "pretrain" and leaves the model's weights in the run folder as
 ``RESULT``; a record of what training saw of each sample, which some coreset methods need, lies beside it.
@@ -8,5 +8,5 @@ A pre-training carries out the report's phase "pretrain" and leaves the model's 
 
 from raypkg.core.registry import Registry
 
-pretraining = Registry("pre-training", "raypkg.methods.lipt.pretrain", given=("samples",))
+pretraining = Registry("pre-training", "raypkg.methods.lipt.pretrain", given=("samples", "workers"))
 RESULT = "pretrained.safetensors"

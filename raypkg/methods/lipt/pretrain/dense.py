@@ -1,5 +1,6 @@
 """The usual pre-training, for comparison."""
 
+from raypkg.cluster.workers import Workers
 from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.phases.training import Job, train_on_cluster
 from raypkg.runs.report import Report
@@ -8,8 +9,8 @@ from . import RESULT, pretraining
 
 
 @pretraining("dense")
-def pretrain_dense(settings: LiptSettings, report: Report) -> None:
+def pretrain_dense(settings: LiptSettings, report: Report, *, workers: Workers) -> None:
     """Train one dense model on all samples by DDP."""
     storage = report.folder.storage
     job = Job(settings, settings.pretrain, storage, phase="pretrain", result=RESULT, main=False)
-    train_on_cluster(job, report)
+    train_on_cluster(job, report, workers)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raypkg.cluster.launch import launch
+from raypkg.cluster.workers import Workers
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.record import Record
@@ -39,7 +39,7 @@ from .merging import estimate_statistics, merged_parameters
 
 
 @pretraining("lipt", source="PMLR 202:29130, reconstructed")
-def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples) -> None:
+def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, workers: Workers) -> None:
     """Train sparse models on disjoint shards without communication, then merge them once.
 
     Raises:
@@ -51,15 +51,7 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples) -
     storage = report.folder.storage
 
     def work() -> dict[str, Any]:
-        return launch(
-            pretrain_models,
-            settings,
-            storage,
-            cluster=settings.cluster,
-            report=report,
-            folder=(storage / "ray").uri,
-            most=pretrain.models,  # a further worker would have no model to train
-        )
+        return workers.run(pretrain_models, settings, storage)
 
     report.phase("pretrain", work, epochs=pretrain.models * pretrain.epochs)
 

@@ -1,0 +1,174 @@
+"""The workers of a run: one group on Ray Train for all its phases, or this process. No torch at import."""
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Protocol
+
+from raypkg.core.errors import ClusterLost, Interruption
+from raypkg.core.settings import Cluster
+
+from .capacity import Plan, plan
+from .loss import watched
+from .mailbox import Delivery, open_mailbox
+from .session import connect
+
+Listener = Callable[[Mapping[str, Any]], None]  # of rows of metrics
+CLOSING = 20  # seconds for workers to end after an error
+
+
+class Trainer(Protocol):
+    """Runs a group of workers."""
+
+    def fit(self) -> Any:
+        """Return when all of them have returned."""
+
+
+class Workers:
+    """Run functions on all workers at once, one after another; workers start at the first and stay until the end.
+
+    A lost worker restarts the whole group, which goes on with the function that had not returned: each must resume
+    from its own checkpoints. With ``cluster.workers = 0`` functions run in this process, and Ray is not started.
+
+    Args:
+        cluster: number and size of workers.
+        report: receives, in this process, every row that a worker reports.
+        folder: where Ray Train keeps its own files, reachable from every node.
+    """
+
+    def __init__(self, cluster: Cluster, report: Listener, folder: str):
+        self._cluster = cluster
+        self._report = report
+        self._folder = folder
+        self._most: int | None = None
+        self._group: Group | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._group:
+            self._group.close(error)
+
+    def limit(self, most: int) -> None:
+        """Start no more workers than there is work for, where the settings leave their number open."""
+        self._most = min(most, self._most or most)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return rank 0's value of ``function(worker, *arguments)``.
+
+        Args:
+            function: importable by the workers; returns plain Python values.
+            arguments: picklable; the same for every worker.
+
+        Raises:
+            UserError: raised by the function, or the cluster is too small, or workers died too often.
+        """
+        if self._cluster.workers == 0:
+            from raypkg.engine.worker import Worker, threads
+
+            with threads(self._cluster.cpus_per_worker):
+                return function(Worker(report=self._report), *arguments)
+        if self._group is None:
+            connect(self._cluster)
+            size = plan(self._cluster, self._most)
+            self._group = Group(size, self._cluster.max_failures, self._report, self._folder)
+        return self._group.run(function, *arguments)
+
+
+class Group:
+    """Workers on Ray Train, which carry out what the mailbox brings them; a thread waits for their end.
+
+    Args:
+        size: how many, and of which size.
+        failures: how often they may be lost.
+        report: receives the rows of all workers.
+        folder: for Ray Train's own files.
+    """
+
+    def __init__(self, size: Plan, failures: int, report: Listener, folder: str):
+        self._failures = failures
+        self._outcomes: SimpleQueue[Any] = SimpleQueue()  # an answer for every task, or an error to raise
+        self._mailbox = open_mailbox()
+        self._delivery = Delivery(self._mailbox, report, self._outcomes)
+        self._trainer = _trainer(self._mailbox, size, failures, folder)
+        self._thread = threading.Thread(target=self._fit, name="workers", daemon=True)
+        self._thread.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return rank 0's value of ``function(worker, *arguments)``."""
+        import ray
+
+        task = ray.put((function, arguments))
+        self._mailbox.assign.remote([task])
+        with watched():
+            outcome = self._outcomes.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+        return outcome
+
+    def close(self, error: BaseException | None) -> None:
+        """End the workers, which are busy if there was an error: with the driver they end in any case."""
+        import ray
+
+        if isinstance(error, ClusterLost):
+            return  # nothing answers any more
+        self._mailbox.end.remote()
+        if error is None:
+            self._thread.join()
+            self._delivery.join()
+        elif isinstance(error, Exception):
+            self._thread.join(CLOSING)
+        ray.kill(self._mailbox)
+
+    def _fit(self) -> None:
+        from ray.exceptions import RayActorError
+        from ray.train import TrainingFailedError
+
+        try:
+            self._trainer.fit()
+        except (TrainingFailedError, RayActorError) as error:
+            lost = Interruption(f"the workers were lost more than {self._failures} times: {_cause(error)}")
+            lost.__cause__ = error
+            self._outcomes.put(lost)
+        except Exception as error:  # the driver's own thread raises it
+            self._outcomes.put(error)
+
+
+def _trainer(mailbox: Any, size: Plan, failures: int, folder: str) -> "Trainer":
+    """Return Ray Train's trainer of a group that works for a mailbox."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from .worker_loop import SharedDevices, work
+
+    config = {
+        "mailbox": mailbox,
+        "threads": size.cpus,
+        "backend": "nccl" if size.gpus >= 1 else "gloo",  # NCCL refuses two workers on one GPU
+    }
+    return DataParallelTrainer(
+        work,
+        train_loop_config=config,
+        backend_config=SharedDevices(),
+        scaling_config=ScalingConfig(
+            num_workers=size.workers, use_gpu=size.gpus > 0, resources_per_worker=size.resources
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex[:8],
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=failures),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+        ),
+    )
+
+
+def _cause(error: Exception) -> str:
+    """Return the last line of what the first worker that failed said."""
+    logging.getLogger(__name__).debug("workers failed", exc_info=error)
+    by_rank = getattr(error, "worker_failures", None)
+    failures = list(by_rank.values()) if by_rank else [error]
+    return str(failures[0]).strip().splitlines()[-1]
