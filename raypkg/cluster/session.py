@@ -36,11 +36,16 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
 
 
-def connect(settings: Cluster) -> None:
+def connect(settings: Cluster, *, dashboard: bool = False) -> None:
     """Join the cluster at the address, in RAY_ADDRESS or from ``ray start``; otherwise start one on this machine.
 
     A cluster that is started listens on the loopback interface alone and asks for Ray's token, unless RAY_AUTH_MODE
     says otherwise. One that another effray process started for itself is left alone: it ends with that process.
+
+    Args:
+        settings: where a cluster may be.
+        dashboard: whether one that is started has Ray's dashboard, ten processes, which Ray Train within Ray Tune asks
+            whether a trial that was stopped still holds its CPUs.
 
     Raises:
         UserError: an address was given and no cluster answers there, or Ray cannot start.
@@ -52,10 +57,17 @@ def connect(settings: Cluster) -> None:
         return
     address = _address(settings)
     if address is None:
-        _start()
+        _start(dashboard)
     else:
         _join(address)
     _warn_of_open_doors()
+
+
+def has_dashboard() -> bool:
+    """Say whether the cluster that was joined has Ray's dashboard, which answers what state its actors are in."""
+    from ray._private.worker import get_dashboard_url
+
+    return bool(get_dashboard_url())
 
 
 def _address(settings: Cluster) -> str | None:
@@ -94,7 +106,7 @@ def _check_answers(address: str) -> None:
         raise OSError("something else listens there; a head's port is 6379 unless `ray start` was given another")
 
 
-def _start() -> None:
+def _start(dashboard: bool) -> None:
     """Start a cluster on this machine that only this machine can reach."""
     import ray
     from ray._private import ray_constants
@@ -106,7 +118,7 @@ def _start() -> None:
     is_first = not token.exists()
     try:
         with _silenced():
-            ray.init(address="local", log_to_driver=False, logging_level="ERROR")
+            ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # whatever keeps one of its processes from starting
         raise UserError(f"Ray cannot start on this machine: {_first_line(error)}; {WITHOUT}") from error
     if is_first and token.exists():

@@ -2,11 +2,10 @@
 
 import logging
 import threading
-import uuid
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from raypkg.core.errors import ClusterLost, Interruption
 from raypkg.core.settings import Cluster
@@ -18,13 +17,6 @@ from .session import connect
 
 Listener = Callable[[Mapping[str, Any]], None]  # of rows of metrics
 CLOSING = 20  # seconds for workers to end after an error
-
-
-class Trainer(Protocol):
-    """Runs a group of workers."""
-
-    def fit(self) -> Any:
-        """Return when all of them have returned."""
 
 
 class Workers:
@@ -94,7 +86,8 @@ class Group:
         self._outcomes: SimpleQueue[Any] = SimpleQueue()  # an answer for every task, or an error to raise
         self._mailbox = open_mailbox()
         self._delivery = Delivery(self._mailbox, report, self._outcomes)
-        self._trainer = _trainer(self._mailbox, size, failures, folder)
+        self._size = size
+        self._folder = folder
         self._thread = threading.Thread(target=self._fit, name="workers", daemon=True)
         self._thread.start()
 
@@ -128,42 +121,16 @@ class Group:
         from ray.exceptions import RayActorError
         from ray.train import TrainingFailedError
 
+        from .trainer import trainer
+
         try:
-            self._trainer.fit()
+            trainer(self._mailbox, self._size, self._failures, self._folder).fit()
         except (TrainingFailedError, RayActorError) as error:
             lost = Interruption(f"the workers were lost more than {self._failures} times: {_cause(error)}")
             lost.__cause__ = error
             self._outcomes.put(lost)
         except Exception as error:  # the driver's own thread raises it
             self._outcomes.put(error)
-
-
-def _trainer(mailbox: Any, size: Plan, failures: int, folder: str) -> "Trainer":
-    """Return Ray Train's trainer of a group that works for a mailbox."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    from .worker_loop import SharedDevices, work
-
-    config = {
-        "mailbox": mailbox,
-        "threads": size.cpus,
-        "backend": "nccl" if size.gpus >= 1 else "gloo",  # NCCL refuses two workers on one GPU
-    }
-    return DataParallelTrainer(
-        work,
-        train_loop_config=config,
-        backend_config=SharedDevices(),
-        scaling_config=ScalingConfig(
-            num_workers=size.workers, use_gpu=size.gpus > 0, resources_per_worker=size.resources
-        ),
-        run_config=RunConfig(
-            name=uuid.uuid4().hex[:8],
-            storage_path=folder,
-            failure_config=FailureConfig(max_failures=failures),
-            logging_config=LoggingConfig(log_level="CRITICAL"),
-        ),
-    )
 
 
 def _cause(error: Exception) -> str:

@@ -300,10 +300,13 @@ def _checked_trials(order: Order, settings: Experiment, space: Space) -> list[Va
 
 def _size(settings: Experiment, concurrent: int | None) -> TrialSize:
     """Join or start the cluster, and choose how a trial runs there and how many do at once."""
+    import torch
+
     from raypkg.cluster.capacity import trial_size
     from raypkg.cluster.session import connect
 
-    connect(settings.cluster)
+    processes = (settings.cluster.workers or 1) + settings.actors
+    connect(settings.cluster, dashboard=processes > 1 or torch.cuda.is_available())
     return trial_size(settings.cluster, settings.actors, concurrent)
 
 
