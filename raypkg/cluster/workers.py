@@ -16,7 +16,6 @@ from .mailbox import Delivery, open_mailbox
 from .session import connect
 
 Listener = Callable[[Mapping[str, Any]], None]  # of rows of metrics
-CLOSING = 20  # seconds for workers to end after an error
 
 
 class Workers:
@@ -104,7 +103,7 @@ class Group:
         return outcome
 
     def close(self, error: BaseException | None) -> None:
-        """End the workers, which are busy if there was an error: with the driver they end in any case."""
+        """End the workers; after an error they may be busy, and end with this process if not before."""
         import ray
 
         if isinstance(error, ClusterLost):
@@ -113,9 +112,7 @@ class Group:
         if error is None:
             self._thread.join()
             self._delivery.join()
-        elif isinstance(error, Exception):
-            self._thread.join(CLOSING)
-        ray.kill(self._mailbox)
+            ray.kill(self._mailbox)
 
     def _fit(self) -> None:
         from ray.exceptions import RayActorError
