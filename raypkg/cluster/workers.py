@@ -41,8 +41,13 @@ class Workers:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._group:
-            self._group.close(error)
+        if self._group is None or isinstance(error, ClusterLost):  # nothing answers any more
+            return
+        if error:
+            self._group.abandon()
+            return
+        with watched():
+            self._group.close()
 
     def limit(self, most: int) -> None:
         """Start no more workers than there is work for, where the settings leave their number open."""
@@ -63,11 +68,12 @@ class Workers:
 
             with threads(self._cluster.cpus_per_worker):
                 return function(Worker(report=self._report), *arguments)
-        if self._group is None:
-            connect(self._cluster)
-            size = plan(self._cluster, self._most)
-            self._group = Group(size, self._cluster.max_failures, self._report, self._folder)
-        return self._group.run(function, *arguments)
+        connect(self._cluster)
+        with watched():
+            if self._group is None:
+                size = plan(self._cluster, self._most)
+                self._group = Group(size, self._cluster.max_failures, self._report, self._folder)
+            return self._group.run(function, *arguments)
 
 
 class Group:
@@ -96,23 +102,23 @@ class Group:
 
         task = ray.put((function, arguments))
         self._mailbox.assign.remote([task])
-        with watched():
-            outcome = self._outcomes.get()
-            if isinstance(outcome, Exception):
-                raise outcome
+        outcome = self._outcomes.get()
+        if isinstance(outcome, Exception):
+            raise outcome
         return outcome
 
-    def close(self, error: BaseException | None) -> None:
-        """End the workers; after an error they may be busy, and end with this process if not before."""
+    def close(self) -> None:
+        """End the workers and wait for that."""
         import ray
 
-        if isinstance(error, ClusterLost):
-            return  # nothing answers any more
+        self.abandon()
+        self._thread.join()
+        self._delivery.join()
+        ray.kill(self._mailbox)
+
+    def abandon(self) -> None:
+        """Have no more tasks for the workers, which may be busy; they end with this process if not before."""
         self._mailbox.end.remote()
-        if error is None:
-            self._thread.join()
-            self._delivery.join()
-            ray.kill(self._mailbox)
 
     def _fit(self) -> None:
         from ray.exceptions import RayActorError
