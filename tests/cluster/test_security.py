@@ -30,7 +30,7 @@ def lipt(tmp_path):
         process.kill()
 
 
-def test_only_this_machine_reaches_it_and_only_with_the_token(lipt, tmp_path):
+def test_it_starts_what_it_needs_and_only_this_machine_reaches_it_by_the_token(lipt, tmp_path):
     process, watch = lipt
     seen = {}
     refused = None
@@ -53,6 +53,10 @@ def test_only_this_machine_reaches_it_and_only_with_the_token(lipt, tmp_path):
     for one, places in seen.items():
         hosts.setdefault(watch.titles[one], set()).update(place.rpartition(":")[0] for place in places)
     assert {"gcs_server", "raylet", "RayTrainWorker"} <= hosts.keys()
+    titles = list(watch.titles.values())
+    assert titles.count("RayTrainWorker") == 2  # for all phases
+    assert not {"DatasetManager", "PlacementGroupCleaner", "Holder"} & {*titles}
+    assert not any(title.startswith("ray-dashboard") for title in titles)
     assert {title: places for title, places in hosts.items() if places - {"127.0.0.1"}} == {}
     assert refused is not None
     _, words = refused.communicate(timeout=120)
