@@ -47,6 +47,49 @@ def test_an_addition_is_one_file(package):
     assert kind["two"](2, rng="not declared, not passed") == 2
 
 
+def test_a_name_imports_its_own_module_only_and_an_unknown_one_none(package):
+    from registry_example import kind
+
+    (package / "broken.py").write_text("from . import kind\n@kind('two')\ndef g(x): ...\nraise RuntimeError\n")
+    with pytest.raises(UserError, match=r"unknown kind 'onne', did you mean 'one'\? Allowed: one, two"):
+        kind["onne"]
+    assert "one" in kind and "two" in kind and "three" not in kind
+    kind.check("two")
+    assert "registry_example.one" not in sys.modules
+    assert kind["one"].help == "Multiply."
+    assert "registry_example.broken" not in sys.modules
+    with pytest.raises(RuntimeError):
+        kind["two"]
+
+
+def test_a_name_stands_in_one_module_only(package):
+    from registry_example import kind
+
+    (package / "same.py").write_text(ONE)
+    with pytest.raises(UserError, match=r"kind 'one' is registered twice, in registry_example\.one and .*\.same"):
+        kind["won"]
+
+
+def test_code_that_takes_a_name_of_the_package_is_told(package):
+    from registry_example import kind
+
+    kind("one")(len_of)
+    with pytest.raises(UserError, match=r"'one' is registered twice, in .*test_registry and registry_example\.one"):
+        kind["one"]
+
+
+def test_what_is_registered_along_the_way_is_found(package):
+    from registry_example import kind
+
+    kind("mine")(len_of)
+    assert kind["mine"].function is len_of
+    assert kind.names == list(kind.entries) == ["mine", "one"]
+
+
+def len_of(x):
+    return len(x)
+
+
 def test_unknown_name_and_option(package):
     from registry_example import kind
 

@@ -252,7 +252,7 @@ def test_divergence_is_said_where_it_shows_first():
 )
 def test_what_a_rule_of_the_users_returns_is_looked_at(monkeypatch, kind, rule, message):
     registry = {"drop": drop, "growth": growth, "redistribution": redistribution, "sparse_init": initial}[kind]
-    monkeypatch.setitem(registry.entries, "mine", registry._entry("mine", rule, ""))
+    monkeypatch.setitem(registry._entries, "mine", registry._entry("mine", rule, ""))
     with pytest.raises(UserError, match=message):
         fit(run(*sparse(**{kind: "mine"})))
 

@@ -1,25 +1,25 @@
 """Name → function, found by scanning a folder: an addition is one file and no edit elsewhere.
 
-The keyword-only part of a registered function's signature is its schema: names, types, ranges
-(``Annotated[float, Field(gt=0)]``) and defaults. Its docstring's first line is the help text.
+Names are read from the source of the decorators, so a wrong one is told before anything heavy is imported; looking a
+name up imports its module. The keyword-only part of a registered function's signature is its schema: names, types,
+ranges (``Annotated[float, Field(gt=0)]``) and defaults. Its docstring's first line is the help text.
 """
 
 import importlib
 import inspect
 import os
-import pkgutil
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from pydantic import create_model
 from pydantic.errors import PydanticUserError
 
 from .config import Settings, validate
+from .decorators import decorators_in
 from .errors import UserError, ending_told, unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -117,26 +117,26 @@ class Registry:
 
     Args:
         kind: what the entries are, for error messages ("model").
-        packages: whose modules are imported at the first look-up: ``raypkg.models``, or the modules of one name in
-            several packages, ``raypkg.methods.*.experiment``.
+        packages: whose modules have them: ``raypkg.models``, or the modules of one name in several packages,
+            ``raypkg.methods.*.experiment``.
         given: keywords that callers supply and users cannot set ("rng").
+        decorator: the registry as its decorators call it, where that is not its kind.
     """
 
-    def __init__(self, kind: str, *packages: str, given: tuple[str, ...] = ()):
+    def __init__(self, kind: str, *packages: str, given: tuple[str, ...] = (), decorator: str = ""):
         self.kind = kind
         self.packages = packages
         self.given = given
-        self._entries: dict[str, Entry] = {}
+        self.decorator = decorator or kind
+        self._entries: dict[str, Entry] = {}  # of the modules that are imported
 
     def __call__(self, name: str, *, source: str = "") -> Callable[[F], F]:
         """Register the decorated function; its signature is checked at once."""
 
         def register(function: F) -> F:
             taken = self._entries.get(name)
-            here = function.__module__
-            if taken and taken.function.__module__ != here:  # the same one: a module that is imported anew
-                there = taken.function.__module__
-                raise UserError(f"{self.kind} {name!r} is registered twice, in {there} and {here}")
+            if taken:
+                self._check_once(name, taken.function.__module__, function.__module__)
             self._entries[name] = self._entry(name, function, source)
             return function
 
@@ -147,27 +147,57 @@ class Registry:
         entry.schema  # noqa: B018 - a bad signature fails at registration, not at first use
         return entry
 
+    def _check_once(self, name: str, there: str, here: str) -> None:
+        if there != here:  # the same one: a module that is imported anew
+            raise UserError(f"{self.kind} {name!r} is registered twice, in {there} and {here}")
+
     @cached_property
-    def entries(self) -> Mapping[str, Entry]:
-        """All entries by name, after importing every module of the packages."""
+    def modules(self) -> Mapping[str, str]:
+        """The module of every name in the packages, by their source: nothing is imported."""
+        modules: dict[str, str] = {}
         for package in self.packages:
-            for module in _modules(package):
-                importlib.import_module(module)
-        return dict(sorted(self._entries.items()))
+            for decorator, name, module in decorators_in(package):
+                if decorator == self.decorator:
+                    self._check_once(name, modules.setdefault(name, module), module)
+        return modules
+
+    @property
+    def names(self) -> list[str]:
+        """All names, also of entries that other modules than those of the packages have registered."""
+        return sorted({*self.modules, *self._entries})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries or name in self.modules
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """All entries by name, after importing the modules that have them."""
+        return {name: self[name] for name in self.names}
+
+    def check(self, name: str) -> None:
+        """Refuse an unknown name, importing nothing; whether the user's own code exists is not looked at.
+
+        Raises:
+            UserError: which names there are.
+        """
+        head, colon, _ = name.partition(":")
+        if head not in self and not colon:
+            raise unknown(self.kind, name, self.names)
 
     def __getitem__(self, name: str) -> Entry:
         """Find an entry by name, or import the user's own ``package.module:function``."""
+        self.check(name)
         head, _, _ = name.partition(":")
-        if head in self.entries:
-            return self.entries[head]
-        if ":" in name:
-            return self._entry(name, self._imported(name), USER_CODE)
-        raise unknown(self.kind, name, self.entries)
+        if head in self.modules:
+            importlib.import_module(self.modules[head])
+        if head in self._entries:
+            return self._entries[head]
+        return self._entry(name, self._imported(name), USER_CODE)
 
     def _imported(self, name: str) -> Callable[..., Any]:
         path, _, attribute = name.partition(":")
         if not all(part.isidentifier() for part in [*path.split("."), attribute]):
-            raise unknown(f"{self.kind} or module", name, self.entries)
+            raise unknown(f"{self.kind} or module", name, self.names)
         if os.getcwd() not in sys.path:  # a console script does not see the working folder by itself
             sys.path.append(os.getcwd())
         try:
@@ -175,7 +205,7 @@ class Registry:
                 module = importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name and path.startswith(error.name):
-                raise unknown(f"{self.kind} or module", name, self.entries) from None
+                raise unknown(f"{self.kind} or module", name, self.names) from None
             raise UserError(f"{self.kind} {name!r}: its module needs {error.name!r}, which is not installed") from error
         except SyntaxError as error:
             raise UserError(f"{self.kind} {name!r}: its module is not valid Python: {error}") from None
@@ -187,17 +217,20 @@ class Registry:
         return function
 
 
-def _modules(package: str) -> Iterator[str]:
-    """Yield the modules of a package, or those of one name in each of its folders."""
-    parent, star, name = package.partition(".*.")
-    places = importlib.import_module(parent).__path__
-    if not star:
-        for module in pkgutil.iter_modules(places):
-            yield f"{parent}.{module.name}"
-        return
-    files = [file for place in places for file in Path(place).glob(f"*/{name}.py")]
-    for file in sorted(files):
-        yield f"{parent}.{file.parent.name}.{name}"
+class Lookup(NamedTuple):
+    """A name that settings have for an entry of a registry, with its options."""
+
+    registry: Registry
+    name: str
+    options: Mapping[str, Any] = {}
+
+
+@runtime_checkable
+class HasLookups(Protocol):
+    """Settings that name entries of further registries than all experiments do."""
+
+    def lookups(self) -> list[Lookup]:
+        """Return what is to be looked up."""
 
 
 def argument(name: str) -> str:

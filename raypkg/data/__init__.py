@@ -40,7 +40,7 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: Pat
     """
     entry = dataset[name]
     _check_signature(entry, name)
-    root = argument(name) if entry.name in dataset.entries else ""  # the user's own function has no such part
+    root = argument(name) if entry.name in dataset else ""  # the user's own function has no such part
     load = partial(_load, entry, name, root, options=options, cache=cache)
     train = load(split="train")
     test = load(split="test")

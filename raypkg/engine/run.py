@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from raypkg.core.config import validate
 from raypkg.core.errors import UserError
-from raypkg.core.registry import Registry
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 
+from . import hook as hook
 from .batches import Batch, Batches, Epoch, dtype_of
 from .costs import Cost
 from .optimizer import optimizer
@@ -24,8 +24,6 @@ from .worker import Worker
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-hook = Registry("hook", "raypkg.methods.*.hook", given=("job", "worker", "samples"))
 
 
 class Seen(NamedTuple):

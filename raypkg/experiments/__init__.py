@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raypkg.core.errors import UserError, ending_told
-from raypkg.core.registry import Entry, Registry
+from raypkg.core.registry import Entry, HasLookups, Lookup, Registry
 from raypkg.core.settings import Experiment, RunSettings, Select
+from raypkg.coresets.rules import coreset
+from raypkg.data.sources import dataset
+from raypkg.engine import hook
+from raypkg.models import model
 
 if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
     from rich.console import Console
@@ -43,12 +47,10 @@ def with_absolute_path(settings: R) -> R:
 
     URIs stay as they are.
     """
-    from raypkg.data.sources import dataset
-
     chosen = settings.dataset
     changes: dict[str, str] = {}
     source, _, path = chosen.name.partition(":")
-    if path and source in dataset.entries:
+    if path and source in dataset:
         changes["name"] = f"{source}:{_absolute(path)}"
     if chosen.only is not None and "://" not in chosen.only:
         changes["only"] = _absolute(chosen.only)
@@ -62,32 +64,47 @@ def _absolute(path: str) -> str:
 
 
 def check_names(settings: RunSettings) -> None:
-    """Refuse unknown names of data sets, models, methods, hooks, augmentations and projects, and wrong options."""
-    from raypkg.coresets.rules import coreset
-    from raypkg.data.augment import compose
-    from raypkg.data.sources import dataset
+    """Refuse unknown names of data sets, models, methods, hooks, rules, augmentations and projects, and wrong options.
+
+    All names come before the first option, which imports what it belongs to, and PyTorch with it.
+    """
     from raypkg.runs.tracking import check_tracker
 
-    dataset[settings.dataset.name].options(settings.dataset.options)
-    compose(settings.dataset.augment or ())
-    if isinstance(settings, Experiment):
-        _check_trained(settings)
-    select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
-    if isinstance(select, Select):
-        coreset[select.method].options(select.options)
+    lookups = _lookups(settings)
+    for each in lookups:
+        each.registry.check(each.name)
+    for each in lookups:
+        each.registry[each.name].options(each.options)
+    _check_hooks(settings)
+    _check_augmentations(settings)
     check_tracker(settings)
 
 
-def _check_trained(settings: Experiment) -> None:
-    from raypkg.engine.run import hook
-    from raypkg.models import model
+def _lookups(settings: RunSettings) -> list[Lookup]:
+    """Return all that the settings choose by its name."""
+    lookups = [Lookup(dataset, settings.dataset.name, settings.dataset.options)]
+    if isinstance(settings, Experiment):
+        lookups.append(Lookup(model, settings.model.name, settings.model.options))
+        lookups += [Lookup(hook, named.name, named.options) for named in settings.hooks]
+    select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
+    if isinstance(select, Select):
+        lookups.append(Lookup(coreset, select.method, select.options))
+    if isinstance(settings, HasLookups):
+        lookups += settings.lookups()
+    return lookups
 
-    model[settings.model.name].options(settings.model.options)
-    for named in settings.hooks:
-        entry = hook[named.name]
-        entry.options(named.options)
-        if entry.needs:
-            raise UserError(f"hook {named.name!r} needs {entry.needs[0]!r}, which nobody gives: it takes keywords only")
+
+def _check_hooks(settings: RunSettings) -> None:
+    for named in getattr(settings, "hooks", ()):
+        needs = hook[named.name].needs
+        if needs:
+            raise UserError(f"hook {named.name!r} needs {needs[0]!r}, which nobody gives: it takes keywords only")
+
+
+def _check_augmentations(settings: RunSettings) -> None:
+    from raypkg.data.augment import compose
+
+    compose(settings.dataset.augment or ())
 
 
 def _with_digest(settings: R, folder: RunFolder) -> R:

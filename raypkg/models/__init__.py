@@ -44,7 +44,7 @@ def build_model(
     shape = tuple(shape)
     _check_arguments(entry, name, shape, num_classes)
     build = partial(entry, shape, num_classes, variant=argument(name), options=options)
-    if name in model.entries:  # sizes of torchvision's models are fixed, the user's own code is called once
+    if name in model:  # sizes of torchvision's models are fixed, the user's own code is called once
         _check_size(build, name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "init"))  # torch.manual_seed would seed the GPUs as well

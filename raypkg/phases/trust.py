@@ -89,7 +89,7 @@ def _names_code(place: str, text: str) -> bool:
     """Say whether a text imports a module: none of a registry's own names, such as torchvision:resnet18, does."""
     head, colon, _ = text.partition(":")
     registry = {"dataset": dataset, "model": model}.get(place.removesuffix(".name"))
-    if not colon or (registry and head in registry.entries):
+    if not colon or (registry and head in registry):
         return False
     return all(part.isidentifier() for part in head.split("."))
 

@@ -134,7 +134,7 @@ class Replacing(Tally):
 
 def named_of(monkeypatch, **hooks):
     for name, function in hooks.items():
-        monkeypatch.setitem(hook.entries, name, hook._entry(name, function, ""))
+        monkeypatch.setitem(hook._entries, name, hook._entry(name, function, ""))
     return [{"name": name} for name in hooks]
 
 
@@ -223,7 +223,7 @@ def test_what_is_no_hook_is_refused(tmp_path, monkeypatch):
 
 
 def test_what_a_hook_of_the_user_leaves_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setitem(hook.entries, "tally", hook._entry("tally", Tally, ""))
+    monkeypatch.setitem(hook._entries, "tally", hook._entry("tally", Tally, ""))
     named = [{"name": "tally", "options": {"start": 5}}]
     chosen = load_settings(settings_of(experiment["train"]), {"hooks": named}, COMMON)
     record = train_model(Worker(), Job(chosen, chosen.train, Storage(str(tmp_path))))

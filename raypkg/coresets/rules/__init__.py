@@ -59,7 +59,7 @@ class Methods(Registry):
 
     def __init__(self) -> None:
         supplied = ("rng", "valid", "memory", "progress")
-        super().__init__("coreset method", __name__, given=supplied)
+        super().__init__("coreset method", __name__, given=supplied, decorator="coreset")
         self._declared: dict[Callable[..., Any], Declared] = {}
 
     def __call__(

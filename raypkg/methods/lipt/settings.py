@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from raypkg.core.errors import UserError
+from raypkg.core.registry import Lookup
 from raypkg.core.settings import Count, Epochs, Experiment, Reselect, Share, Train, Training
 
 
@@ -65,15 +66,26 @@ class LiptSettings(Experiment):
     select: Reselect = Reselect()
     train: LiptTrain = LiptTrain()
 
+    def lookups(self) -> list[Lookup]:
+        """Return what pre-training chooses by its name."""
+        from raypkg.methods.sparse.rules import initial
+
+        from .merges import merge
+        from .pretrain import pretraining
+
+        lookups = [Lookup(pretraining, self.pretrain.method), Lookup(merge, self.pretrain.merge)]
+        if self.pretrain.sparsity is not None:
+            lookups.append(Lookup(initial, self.pretrain.sparsity))
+        return lookups
+
     def check(self, n: int) -> None:
-        """Refuse unknown names, methods that act during training only, and selections that never come.
+        """Refuse methods that act during training only, and selections that never come.
 
         Raises:
             UserError: what is wrong.
         """
         from raypkg.coresets.reselection import check_schedule, check_selects_once
 
-        self._check_names()
         check_selects_once(self.select)
         check_schedule(self.select, self.epochs, given=True)
 
@@ -83,14 +95,3 @@ class LiptSettings(Experiment):
 
         budget = budget_of(self.select.fraction, n)
         return min(self.pretrain.batch_size, self.train.batch_size, budget)
-
-    def _check_names(self) -> None:
-        from raypkg.methods.sparse.rules import initial
-
-        from .merges import merge
-        from .pretrain import pretraining
-
-        pretraining[self.pretrain.method].options({})
-        merge[self.pretrain.merge].options({})
-        if self.pretrain.sparsity is not None:
-            initial[self.pretrain.sparsity].options({})

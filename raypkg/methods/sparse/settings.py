@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Named, Settings
 from raypkg.core.errors import UserError
+from raypkg.core.registry import Lookup
 from raypkg.core.settings import MOST_EPOCHS, Count, Experiment, Schedule, Share, Train, Training
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.crest.settings import CrestOptions
@@ -175,31 +176,42 @@ class SparseSettings(Sparsity, Experiment):
             other = "agent" if self.agent else "crest"
             raise UserError(f"compute = sparse does not go with {other}, which differentiates other weights, or twice")
 
+    def lookups(self) -> list[Lookup]:
+        """Return the rules that the masks follow."""
+        from .rules import drop, growth, initial, redistribution
+
+        if self.density is None:
+            return []
+        rules = [
+            (initial, self.sparse_init),
+            (drop, self.drop),
+            (growth, self.growth),
+            (redistribution, self.redistribution),
+        ]
+        return [Lookup(registry, rule.name, rule.options) for registry, rule in rules if rule]
+
     def check(self, n: int) -> None:
-        """Refuse unknown rules, and intervals that training on n samples does not reach.
+        """Refuse rules that do not go together, and intervals that training on n samples does not reach.
 
         Raises:
             UserError: what is wrong.
         """
         steps = self.extended.epochs * self.extended.steps_per_epoch(n)
         if self.density is not None:
-            self._check_rules()
             self._check_interval(steps)
+            if self.compute == "sparse":
+                self._check_momentum()
         if self.agent:
             self.agent.check(n, self.extended)
         if self.crest:
             self.crest.check(n, self.extended, self.cluster)
 
-    def _check_rules(self) -> None:
-        from .rules import drop, growth, initial, redistribution, uses_momentum  # they import torch
+    def _check_momentum(self) -> None:
+        from .rules import growth, redistribution, uses_momentum
 
-        initial[self.sparse_init.name].options(self.sparse_init.options)
-        drop[self.drop.name].options(self.drop.options)
         for registry, setting in ((growth, "growth"), (redistribution, "redistribution")):
             rule = getattr(self, setting)
-            if rule:
-                registry[rule.name].options(rule.options)
-            if self.compute == "sparse" and uses_momentum(registry, rule):
+            if uses_momentum(registry, rule):
                 raise UserError(
                     f"compute = sparse has no dense gradient at every step, which {setting} = {rule.name} needs"
                 )

@@ -8,5 +8,7 @@ A pre-training carries out the report's phase "pretrain" and leaves the model's 
 
 from raypkg.core.registry import Registry
 
-pretraining = Registry("pre-training", "raypkg.methods.lipt.pretrain", given=("samples", "workers"))
+pretraining = Registry(
+    "pre-training", "raypkg.methods.lipt.pretrain", given=("samples", "workers"), decorator="pretraining"
+)
 RESULT = "pretrained.safetensors"

@@ -8,18 +8,22 @@
 A rule leaves out the keywords that it does not need, and they are not computed.
 """
 
-import math
+from __future__ import annotations
 
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
 
 from raypkg.core.config import Named
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Registry
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _PACKAGE = "raypkg.methods.sparse.rules"
-initial = Registry("sparse initialisation", _PACKAGE, given=("rng", "batch"))
-drop = Registry("drop rule", _PACKAGE)
-growth = Registry("growth rule", _PACKAGE, given=("gradient", "momentum", "rng"))
+initial = Registry("sparse initialisation", _PACKAGE, given=("rng", "batch"), decorator="initial")
+drop = Registry("drop rule", _PACKAGE, decorator="drop")
+growth = Registry("growth rule", _PACKAGE, given=("gradient", "momentum", "rng"), decorator="growth")
 redistribution = Registry("redistribution", _PACKAGE, given=("momentum",))
 
 _DIVERGED = "where the weights are not finite, lower the learning rate"
@@ -42,6 +46,8 @@ def checked_scores(rule: str, scores: object, weights: Tensor, layer: str) -> Te
     Raises:
         UserError: it is not a number for each weight; ∞ is one.
     """
+    from torch import Tensor
+
     if not isinstance(scores, Tensor) or scores.shape != weights.shape:
         returned = list(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
         raise UserError(f"{rule} returned {returned} for {list(weights.shape)} of {layer}")
