@@ -1,10 +1,37 @@
-"""The optimiser of the settings."""
+"""The optimiser of the settings, without the compiler.
+
+The first call of what PyTorch keeps its compiler out of imports that compiler, which takes as long as PyTorch itself.
+Here models are compiled and optimisers never are, so their methods are called without those wrappers.
+"""
+
+from inspect import unwrap
 
 import torch
 from torch import nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
+
+
+class Eager(torch.optim.Optimizer):
+    """An optimiser that no compiler looks at."""
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class SGD(Eager, torch.optim.SGD):
+    """Stochastic gradient descent."""
+
+    step = torch.no_grad()(unwrap(torch.optim.SGD.step))
+
+
+class AdamW(Eager, torch.optim.AdamW):
+    """Adam with decoupled weight decay."""
+
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
 
 def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
@@ -15,14 +42,14 @@ def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
     """
     check_trainable(model)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(
+        return AdamW(
             model.parameters(),
             settings.lr,
             betas=(settings.momentum, 0.999),
             weight_decay=settings.weight_decay,
             fused=True,
         )
-    return torch.optim.SGD(
+    return SGD(
         model.parameters(),
         settings.lr,
         momentum=settings.momentum,

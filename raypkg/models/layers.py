@@ -66,7 +66,11 @@ def pooled(layers: list[nn.Module]) -> nn.Sequential:
 
 
 def kaiming(module: nn.Module) -> None:
-    """Draw every convolution's weights from N(0, 2 / fan_out) (He et al., arXiv:1502.01852, equation 14)."""
+    """Draw every convolution's weights from N(0, 2 / fan_out) (He et al., arXiv:1502.01852, equation 14).
+
+    Weights on the meta device, which a model has while its size is checked, stay as they are: they hold no numbers,
+    and PyTorch would import its compiler to draw them.
+    """
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -23,6 +23,8 @@ Rows = Sequence[dict[str, Any]]
 Labels = Sequence[tuple[str, float]]  # (class name, score) of each image
 NAMED = 200  # classes whose names fit on one picture
 COLUMN = 40  # classes in one column of bars
+TILE = 1.5  # height of an image of side 1 with its title
+WIDE = 3.5  # a gallery's width over its height
 
 
 def curves(rows: Rows, path: str | Path) -> None:
@@ -294,14 +296,27 @@ def _extremes(share: np.ndarray) -> np.ndarray:
 
 
 def _gallery(figure: "SubFigure", kind: str, pixels: np.ndarray, labels: Labels) -> None:
-    """Draw the images in up to three rows, the first filled to eight at least."""
+    """Draw the images in up to three rows, the first filled to eight at least, in one frame: many take long to draw."""
     figure.suptitle(f"{kind} {len(pixels)} of the coreset, with their scores", x=0.02, ha="left")
     columns = max(8, math.ceil(len(pixels) / 3))
     columns = max(1, min(len(pixels), columns))
     rows = max(1, math.ceil(len(pixels) / columns))
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, image, (name, score) in zip(grid.flat, pixels, labels, strict=False):  # the last row may stay short
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(f"{cut(name, 14)}\n{score:.3g}", loc="center", fontsize=8, pad=3)
+    pitch = WIDE * rows * TILE / columns  # so that the columns fill the gallery
+    axes = figure.subplots()
+    for place, (image, (name, score)) in enumerate(zip(pixels, labels, strict=True)):
+        row, column = divmod(place, columns)
+        middle = (column * pitch, row * TILE)
+        _tile(axes, image, middle, f"{cut(name, 14)}\n{score:.3g}")
+    axes.set_axis_off()
+    axes.set_xlim(-pitch / 2, (columns - 0.5) * pitch)
+    axes.set_ylim((rows - 1) * TILE + 0.5, 0.5 - TILE)  # the first row on top, its titles above
+
+
+def _tile(axes: "Axes", image: np.ndarray, middle: tuple[float, float], title: str) -> None:
+    """Draw an image, its larger side 1, and its title above."""
+    height, width = np.divide(image.shape[:2], max(image.shape[:2]))
+    x, y = middle
+    top = y - height / 2
+    extent = (x - width / 2, x + width / 2, top + height, top)
+    axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.annotate(title, (x, top), (0, 3), ha="center", size=8, textcoords="offset points", in_layout=False)
