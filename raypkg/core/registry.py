@@ -64,6 +64,8 @@ class Entry:
             fields[name] = (hints[name], parameter.default)
         if self._bundled(hints):
             return hints[BUNDLE]
+        if not fields:
+            return Settings
         try:
             return create_model(self.name, __base__=Settings, **fields)
         except PydanticUserError as error:

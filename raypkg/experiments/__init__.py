@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raypkg.core.errors import UserError, ending_told
+from raypkg.core.imports import heavy_imports
 from raypkg.core.registry import Entry, HasLookups, Lookup, Registry
 from raypkg.core.settings import Experiment, RunSettings, Select
 from raypkg.coresets.rules import coreset
@@ -73,8 +74,9 @@ def check_names(settings: RunSettings) -> None:
     lookups = _lookups(settings)
     for each in lookups:
         each.registry.check(each.name)
-    for each in lookups:
-        each.registry[each.name].options(each.options)
+    with heavy_imports():
+        for each in lookups:
+            each.registry[each.name].options(each.options)
     _check_hooks(settings)
     _check_augmentations(settings)
     check_tracker(settings)
@@ -139,10 +141,11 @@ def carry_out(
         group: of runs that the tracker keeps together; the experiment's name when left out.
         listen: hears every row of metrics as well, and may end the run there by ``SystemExit``.
     """
-    from raypkg.cluster.workers import Workers
-    from raypkg.phases.samples import forget_samples
-    from raypkg.runs.report import Report
-    from raypkg.runs.tracking import Listened, tracker
+    with heavy_imports():
+        from raypkg.cluster.workers import Workers
+        from raypkg.phases.samples import forget_samples
+        from raypkg.runs.report import Report
+        from raypkg.runs.tracking import Listened, tracker
 
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
     forget_samples()
