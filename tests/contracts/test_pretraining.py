@@ -12,6 +12,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
+from raypkg.experiments import check_names
 from raypkg.methods.lipt.densities import redrawn
 from raypkg.methods.lipt.merges import merge
 from raypkg.methods.lipt.pretrain import RESULT, pretraining
@@ -249,7 +250,7 @@ def test_false_switches_sparsity_off():
 )
 def test_an_unknown_name_is_refused_before_any_work(name, value, message):
     with pytest.raises(UserError, match=message):
-        lipt_settings(**{name: value}).check(1000)
+        check_names(lipt_settings(**{name: value}))
 
 
 @pytest.mark.parametrize(
