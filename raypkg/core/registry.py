@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import create_model
 from pydantic.errors import PydanticUserError
@@ -225,14 +225,6 @@ class Lookup(NamedTuple):
     registry: Registry
     name: str
     options: Mapping[str, Any] = {}
-
-
-@runtime_checkable
-class HasLookups(Protocol):
-    """Settings that name entries of further registries than all experiments do."""
-
-    def lookups(self) -> list[Lookup]:
-        """Return what is to be looked up."""
 
 
 def argument(name: str) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from .config import Named, Settings
+from .registry import Lookup
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Schedule = Annotated[
@@ -150,6 +151,10 @@ class RunSettings(Settings):
     dataset: Dataset = Dataset()
     cluster: Cluster = Cluster()
     track: Track = Track()
+
+    def lookups(self) -> list[Lookup]:
+        """Return the names, of entries of registries, that a method's own settings have."""
+        return []
 
 
 class Experiment(RunSettings):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raypkg.core.errors import UserError, ending_told
 from raypkg.core.imports import heavy_imports
-from raypkg.core.registry import Entry, HasLookups, Lookup, Registry
+from raypkg.core.registry import Entry, Lookup, Registry
 from raypkg.core.settings import Experiment, RunSettings, Select
 from raypkg.coresets.rules import coreset
 from raypkg.data.sources import dataset
@@ -91,9 +91,7 @@ def _lookups(settings: RunSettings) -> list[Lookup]:
     select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
     if isinstance(select, Select):
         lookups.append(Lookup(coreset, select.method, select.options))
-    if isinstance(settings, HasLookups):
-        lookups += settings.lookups()
-    return lookups
+    return lookups + settings.lookups()
 
 
 def _check_hooks(settings: RunSettings) -> None:
