@@ -1,5 +1,12 @@
 """Collectives: of a worker alone the identity, of two real processes what their names say."""
 
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 from gloo import collectives, on_workers
@@ -20,3 +27,12 @@ def test_a_worker_alone_is_its_own_group():
     assert worker.sum(tensor) is tensor and worker.gather("a") == ["a"]
     model = torch.nn.Linear(1, 1)
     assert worker.distribute(model) is model
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory as they see fit")
+def test_memory_that_a_batch_frees_stays_for_the_next():
+    script = Path(__file__).parent / "freed_memory.py"
+    printed = subprocess.run([sys.executable, script], check=True, capture_output=True).stdout
+    left = json.loads(printed)  # of 128 MiB
+    assert left["before"] < 16
+    assert left["after"] > 112

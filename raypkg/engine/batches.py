@@ -14,7 +14,7 @@ from raypkg.data.augment import Augmentation, compose, normalize
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 
-from .worker import Worker
+from .worker import Worker, keep_freed_memory
 
 T = TypeVar("T")
 J = TypeVar("J")
@@ -163,6 +163,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def ahead(load: Callable[[J], T], jobs: Iterable[J], depth: int = 2) -> Iterator[T]:
     """Yield ``load(job)`` in order while a thread works on the next ``depth`` jobs."""
+    keep_freed_memory()  # the next batch takes as much
     with ThreadPoolExecutor(1, "batches") as pool:
         pending: deque[Future[T]] = deque()
         for job in jobs:
