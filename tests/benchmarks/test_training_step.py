@@ -1,13 +1,17 @@
-"""What the loop adds to a bare PyTorch step, and what a second worker gains. Run with: pytest -m bench -s."""
+"""The pace of training: against a bare step, a plain loop, and of two workers. Run with: pytest -m bench -s."""
 
+import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import plain_loop
 from raypkg.core.settings import Cluster, Training
 from raypkg.data.split import Split
 from raypkg.engine.loop import autocast, fit
@@ -19,6 +23,7 @@ from raypkg.models import build_model
 pytestmark = pytest.mark.bench
 SETTINGS = Training(epochs=1, batch_size=128, lr=0.01)
 STEPS, ROUNDS = 24, 11
+PROCESSES = 5
 
 
 def pixels(n):
@@ -67,6 +72,40 @@ def test_step_against_a_bare_loop():
     for name, column in (("bare loop", 0), ("effray loop, crop and flip", 1)):
         print(f"  {name:<28}{128 * STEPS / statistics.median(pair[column] for pair in pairs):8.0f} images/s")
     print(f"  ratio of seconds per image  {ratio:8.3f}")
+
+
+def plain_seconds():
+    """Seconds of a plain PyTorch loop in a process of its own."""
+    done = subprocess.run([sys.executable, plain_loop.__file__], check=True, capture_output=True)
+    return json.loads(done.stdout)
+
+
+def command_seconds(root):
+    """Seconds in which the command trains as much, in a process of its own."""
+    paths = [os.path.dirname(plain_loop.__file__), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = (
+        f"train --root {root} --name timed --dataset plain_loop:load --dataset.validation 0 --hooks plain_loop:Timer"
+        f" --model resnet20 --train.epochs 1 --train.batch_size {plain_loop.BATCH} --cluster.workers 0"
+    )
+    subprocess.run([sys.executable, "-m", "raypkg", *command.split()], env=environment, check=True, capture_output=True)
+    summary = json.loads((root / "train" / "timed" / "summary.json").read_text())
+    return summary["timed"]
+
+
+@pytest.mark.timeout(600)
+def test_command_against_a_plain_loop(tmp_path):
+    pairs = [(plain_seconds(), command_seconds(tmp_path / str(number))) for number in range(PROCESSES)]
+    images = plain_loop.IMAGES["train"]
+    print(f"\nresnet20, batch {plain_loop.BATCH}, crop and flip, 1 thread, medians of {PROCESSES} runs each in turn")
+    for kind in ("wall", "processor"):  # on a shared machine the second says more
+        plain = statistics.median(images / theirs[kind] for theirs, ours in pairs)
+        command = statistics.median(images / ours[kind] for theirs, ours in pairs)
+        ratios = [theirs[kind] / ours[kind] for theirs, ours in pairs]
+        print(f"  images per second of the {kind}")
+        print(f"    {'plain PyTorch loop':<20}{plain:8.0f}")
+        print(f"    {'effray train':<20}{command:8.0f}")
+        print(f"    {'ratio':<20}{statistics.median(ratios):8.3f}   ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 def in_turn(worker, rounds):
