@@ -1,4 +1,4 @@
-"""Prints how much memory stays with this process after it was freed, in MiB, before and after a stream of batches."""
+"""Prints by how many MiB this process has grown when it has freed 128 MiB, at several moments."""
 
 import json
 from pathlib import Path
@@ -6,17 +6,16 @@ from pathlib import Path
 import torch
 
 from raypkg.engine.batches import ahead
+from raypkg.engine.worker import forget_peak_memory
 
 MEBIBYTE = 2**20
 BLOCKS = 8
 SIZE = 16  # MiB of a block
 
 
-def left():
-    before = resident()
+def use():
     blocks = [torch.ones(SIZE * MEBIBYTE, dtype=torch.uint8) for _ in range(BLOCKS)]
     del blocks
-    return resident() - before
 
 
 def resident():
@@ -26,6 +25,13 @@ def resident():
 
 
 if __name__ == "__main__":
-    before = left()
+    use()
+    start = resident()
+    use()
+    of_itself = resident() - start
     list(ahead(abs, [0]))
-    print(json.dumps({"before": before, "after": left()}))
+    use()
+    after_a_batch = resident() - start
+    forget_peak_memory()
+    forgotten = resident() - start
+    print(json.dumps({"of itself": of_itself, "after a batch": after_a_batch, "forgotten": forgotten}))

@@ -92,9 +92,9 @@ def keep_freed_memory() -> None:
 
     Of itself glibc returns a batch's activations to the system and then gets them anew for the next batch, page by
     page: 5 to 20 percent of the time of training and evaluation. The price is that memory, once used for batches,
-    stays with the process to its end.
+    stays with the process until ``forget_peak_memory``.
     """
-    with suppress(AttributeError):  # other C libraries have no mallopt
+    with suppress(AttributeError):  # other C libraries have no such function
         adjust = ctypes.CDLL(None).mallopt
         adjust(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)  # larger blocks are always returned
         adjust(M_TRIM_THRESHOLD, NEVER)
@@ -111,7 +111,9 @@ def peak_device_memory() -> int:
 
 
 def forget_peak_memory() -> None:
-    """Begin to measure the largest resident memory anew, where the system can."""
+    """Begin to measure the largest resident memory anew, without what is kept though freed, where the system can."""
+    with suppress(AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):  # Linux only
         Path("/proc/self/clear_refs").write_text("5")
 
