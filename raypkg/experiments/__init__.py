@@ -77,7 +77,8 @@ def check_names(settings: RunSettings) -> None:
     with heavy_imports():
         for each in lookups:
             each.registry[each.name].options(each.options)
-    _check_hooks(settings)
+    if isinstance(settings, Experiment):
+        _check_hooks(settings)
     _check_augmentations(settings)
     check_tracker(settings)
 
@@ -94,8 +95,8 @@ def _lookups(settings: RunSettings) -> list[Lookup]:
     return lookups + settings.lookups()
 
 
-def _check_hooks(settings: RunSettings) -> None:
-    for named in getattr(settings, "hooks", ()):
+def _check_hooks(settings: Experiment) -> None:
+    for named in settings.hooks:
         needs = hook[named.name].needs
         if needs:
             raise UserError(f"hook {named.name!r} needs {needs[0]!r}, which nobody gives: it takes keywords only")
