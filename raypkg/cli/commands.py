@@ -13,6 +13,7 @@ from raypkg.experiments import experiment
 from raypkg.runs import ROOT
 
 from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp, SettingsCommand, overrides, setting_options
+from .runs import list_runs, remove_runs
 from .tune import tune
 
 
@@ -55,6 +56,8 @@ def effray() -> None:
     """
 
 
+effray.add_command(list_runs)
+effray.add_command(remove_runs)
 effray.add_command(tune)
 
 
@@ -107,9 +110,10 @@ def with_companions(command: click.Command) -> click.Command:
 @click.option("--root", default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
 @click.option("--against", metavar="RUN", help="another run whose scores and coreset to compare with")
 def show(run: str, root: str, against: str | None) -> None:
-    """Show a finished or running run: costs, results, where its plots are; or the trials of a sweep.
+    """Show a finished run: costs, results, where its plots are; or the trials of a sweep.
 
-    RUN is a name, or a path to a run folder.
+    Of a run that is going or was stopped it shows how far each phase is, and the command that resumes it. RUN is a
+    name, or a path to a run folder.
 
     Example:
         effray lipt --name first && effray show first
@@ -118,8 +122,10 @@ def show(run: str, root: str, against: str | None) -> None:
     from raypkg.runs.folder import locate
     from raypkg.runs.show import show_run as print_run
     from raypkg.runs.show import terminal
-    from raypkg.sweeps.show import show_sweep
+    from raypkg.sweeps.show import show_resumption, show_sweep
     from raypkg.sweeps.sweep_folder import SweepFolder, is_sweep
+
+    from .unfinished import show_how_far
 
     folder = locate(root, run)
     other = None if against is None else locate(root, against)
@@ -127,9 +133,14 @@ def show(run: str, root: str, against: str | None) -> None:
     if sweeps and other:
         raise UserError(f"--against: {sweeps[0]} is a sweep, and only runs are compared")
     if sweeps:
-        show_sweep(SweepFolder(folder.storage), terminal())
+        sweep = SweepFolder(folder.storage)
+        show_sweep(sweep, terminal())
+        show_resumption(sweep, root, terminal())
         return
     comparison = compare(folder, other) if other else None
+    if folder.summary is None:
+        show_how_far(folder, root)
+        return
     print_run(folder, terminal())
     if comparison:
         terminal().print(comparison)

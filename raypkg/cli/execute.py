@@ -1,11 +1,8 @@
 """Running an experiment: settings → run folder → phases → results."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from click import get_current_context
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import Interruption, UserError
@@ -13,9 +10,10 @@ from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out, check_names, with_absolute_path
 from raypkg.phases.trust import stored_settings
-from raypkg.runs import ROOT
 from raypkg.runs.folder import RunFolder, create, discard, find
 from raypkg.runs.show import show_run, terminal
+
+from .unfinished import resume_command
 
 
 def execute(
@@ -84,6 +82,4 @@ def _hint(folder: RunFolder, root: str) -> str:
     """Return how to resume a run that has any result yet."""
     if not folder.started:
         return ""
-    command = f"{get_current_context().command_path} --resume {folder.name}"
-    place = "" if root == ROOT else f" --root {shlex.quote(root)}"
-    return f"; resume with: {command}{place}"
+    return f"; resume with: {resume_command(folder, root)}"

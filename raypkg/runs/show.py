@@ -1,15 +1,26 @@
-"""A run as tables on the terminal: its costs, phase by phase, and its results."""
+"""A run as tables on the terminal: its costs, phase by phase, and its results; or how far it is."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from raypkg.core.errors import redacted
 
+from .activity import DONE, GOING, STOPPED, UNFINISHED, ago, written
 from .folder import RunFolder
+from .stages import Reached, Stage, reached
+from .storage import Storage
+
+WIDEST = 1000  # columns
+STATES = {
+    GOING: "a process is working on it",
+    STOPPED: "nobody is working on it",
+    UNFINISHED: "and whether anybody is working on it cannot be told here: there are no locks",
+}
 
 
 def terminal() -> Console:
@@ -17,12 +28,18 @@ def terminal() -> Console:
     return Console(markup=False, emoji=False, highlight=False)
 
 
+def print_whole(table: Table) -> None:
+    """Print a table of any width: a terminal wraps lines that are longer, and no figure is cut off."""
+    console = terminal()
+    options = console.options.update(max_width=WIDEST)
+    needed = Measurement.get(console, options, table).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
+
+
 def show_run(folder: RunFolder, console: Console) -> None:
-    """Print a finished run's costs and results, or how far a running one is."""
-    summary = folder.summary
-    if summary is None:
-        _show_progress(folder, console)
-        return
+    """Print a finished run's costs and results."""
+    summary = folder.summary or {}
     console.print(_costs(folder.name, summary["phases"]))
     for line in findings(summary):
         console.print(line)
@@ -98,12 +115,58 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.0f}"
 
 
-def _show_progress(folder: RunFolder, console: Console) -> None:
-    console.print(f"{folder.name}: not finished")
-    table = Table("phase", "epochs", "loss", "accuracy")
-    for phase in dict.fromkeys(row["phase"] for row in folder.rows):
-        rows = [row for row in folder.rows if row["phase"] == phase]
-        measured = [row["accuracy"] for row in rows if "accuracy" in row]
-        accuracy = f"{measured[-1]:.1%}" if measured else "–"
-        table.add_row(phase, str(len(rows)), f"{rows[-1]['loss']:.3f}", accuracy)
-    console.print(table)
+def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resume: str, console: Console) -> None:
+    """Print how far a run is that is not done: each phase, when its newest file was written, and how to go on.
+
+    Args:
+        folder: of the run.
+        stages: what its phases are to do, as far as is known.
+        state: it is in.
+        resume: the command that resumes it, or why nothing does.
+        console: where to print.
+    """
+    console.print(f"{folder.name}: not finished, {STATES[state]}", soft_wrap=True)
+    console.print(_progress(reached(folder, stages), state))
+    for line in last_signs(folder.storage):
+        console.print(line, soft_wrap=True)
+    if state != GOING:
+        console.print(f"resume with: {resume}", soft_wrap=True)
+    console.print(redacted(folder.storage.root), style="dim", soft_wrap=True)
+
+
+def last_signs(storage: Storage) -> Iterator[str]:
+    """Yield which file of a folder is the newest, and how long ago it was written."""
+    times = written(storage.root, below=True)
+    if times:
+        newest = max(times, key=times.__getitem__)
+        yield f"last written {ago(times[newest])} ago: {newest}"
+
+
+def _progress(phases: Sequence[Reached], state: str) -> Table:
+    """Return a row for each phase: its state, and how much of what it is to do it has done."""
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
+    for name in ("phase", "state"):
+        table.add_column(name)
+    for name in ("models", "epochs", "loss", "accuracy"):
+        table.add_column(name, justify="right")
+    present = next((phase for phase in phases if not phase.done), None)
+    for phase in phases:
+        stage = phase.stage
+        standing = state if phase is present else "to come"
+        measured = [row["accuracy"] for row in phase.rows if "accuracy" in row]
+        table.add_row(
+            stage.phase,
+            DONE if phase.done else standing,
+            f"{phase.models_done} of {stage.models}" if stage.models > 1 else "–",
+            _of(len(phase.rows), stage.rows),
+            f"{phase.rows[-1]['loss']:.3f}" if phase.rows else "–",
+            f"{measured[-1]:.1%}" if measured else "–",
+        )
+    return table
+
+
+def _of(count: int, total: int) -> str:
+    """Return so many of a total that may not be known."""
+    if total:
+        return f"{count:,} of {total:,}"
+    return f"{count:,}" if count else "–"

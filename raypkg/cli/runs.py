@@ -1,0 +1,89 @@
+"""The commands on runs as a whole: ``list`` and ``rm``."""
+
+import sys
+
+import click
+
+from raypkg.core.errors import UserError, redacted, unknown
+from raypkg.experiments import experiment
+from raypkg.runs import ROOT
+
+from .options import ROOT_HELP, SHOWN_ROOT, ExampleHelp
+
+PLACE = click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
+
+
+@click.command("list", cls=ExampleHelp, params=[PLACE])
+@click.argument("kind", metavar="[EXPERIMENT]", required=False)
+@click.option("-n", "--last", type=click.IntRange(1), metavar="N", help="the newest N only")
+def list_runs(kind: str | None, root: str, last: int | None) -> None:
+    """List runs, the newest first: state, data, model, accuracy, cost and age.
+
+    The trials of a sweep are one line, with the accuracy of the best and the cost of all that are done. EXPERIMENT
+    lists the runs and sweeps of one experiment; tune = all sweeps.
+
+    Example:
+        effray list --last 20
+    """
+    from raypkg.runs.listing import runs_of, table_of
+    from raypkg.runs.show import print_whole, terminal
+    from raypkg.sweeps.folding import folded
+    from raypkg.sweeps.sweep_folder import FOLDER
+
+    kinds = [*experiment.entries]
+    if kind and kind not in (*kinds, FOLDER):
+        raise unknown("experiment", kind, [*kinds, FOLDER])
+    lines = folded(root, runs_of(root, kinds))
+    if kind:
+        lines = [line for line in lines if kind in (line.experiment, line.method.partition(" ")[0])]
+    lines.sort(key=lambda line: line.time, reverse=True)
+    if lines:
+        print_whole(table_of(lines[:last]))
+    else:
+        of_kind = f" of {kind}" if kind else ""
+        terminal().print(f"no runs{of_kind} in {redacted(root)}", soft_wrap=True)
+
+
+@click.command("rm", cls=ExampleHelp, params=[PLACE])
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--trials", is_flag=True, help="with a sweep its trials too; without it they stay, as runs of their own")
+@click.option("--yes", is_flag=True, help="do not ask")
+def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> None:
+    """Delete runs or sweeps, with all that they have stored.
+
+    RUN is a name below --root, or a path to a run folder. All are checked before the first is deleted: one that a
+    process is working on is refused, and so is a trial by itself, which its sweep would run again, unless --trials
+    is given.
+
+    Example:
+        effray train --name useless && effray rm useless --yes
+    """
+    from raypkg.runs.removal import doomed, held, remove
+    from raypkg.runs.show import terminal
+    from raypkg.sweeps.belonging import with_sweeps
+
+    named = [doomed(root, run) for run in runs]
+    folders, locked = with_sweeps(named, trials)
+    with held(locked):
+        pass
+    if not (yes or _agreed([folder.root for folder in folders])):
+        terminal().print("nothing is deleted")
+        return
+    with held(locked):
+        for folder in folders:
+            remove(folder)
+            terminal().print(f"deleted {redacted(folder.root)}", soft_wrap=True)
+
+
+def _agreed(folders: list[str]) -> bool:
+    """Ask whether folders are to be deleted.
+
+    Raises:
+        UserError: there is nobody to ask.
+    """
+    count = f"{len(folders)} folder" + "s" * (len(folders) > 1)
+    if not sys.stdin.isatty():
+        raise UserError(f"there is no terminal to ask on whether to delete {count}: --yes deletes without asking")
+    for folder in folders:
+        click.echo(redacted(folder))
+    return click.confirm(f"delete {count}?")

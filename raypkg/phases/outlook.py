@@ -1,0 +1,68 @@
+"""What a run is going to do, phase by phase, as its settings alone tell: before it begins, or after it was stopped.
+
+An experiment that does more than one training says so in its room: ``@outlook(name)`` on ``stages(settings)`` in
+``show.py``. Nothing here imports torch before a size is asked for.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from raypkg.core.registry import Registry
+from raypkg.core.settings import Experiment, RunSettings, Select
+from raypkg.runs.stages import Stage
+
+outlook = Registry("outlook", "raypkg.methods.*.show")
+
+
+def stages_of(experiment: str, settings: RunSettings) -> list[Stage]:
+    """Return what the phases of a run are to do, in their order.
+
+    Args:
+        experiment: its name.
+        settings: of the run.
+    """
+    entry = outlook.entries.get(experiment)
+    if entry is not None:
+        return entry(settings)
+    if isinstance(settings, Experiment):
+        return [main_stage(settings)]
+    return [Stage("select")]
+
+
+def main_stage(settings: Experiment, share: float | None = None) -> Stage:
+    """Return the main training: on a coreset where settings give or select one, otherwise on all samples.
+
+    Args:
+        settings: of the run.
+        share: of the samples in use, where it is not that of ``select``.
+    """
+    select = getattr(settings, "select", None)
+    given = getattr(settings, "coreset", None)
+    size: Callable[[int], int] = int
+    if given is not None and not getattr(select, "every_epochs", 0):
+        size = partial(_size_given, settings, given)
+    elif share is not None:
+        size = partial(_size_selected, share)
+    elif isinstance(select, Select):
+        size = partial(_size_selected, select.fraction)
+    return Stage(
+        "train",
+        settings.epochs,
+        batch_size=settings.train.batch_size,  # type: ignore[attr-defined]  # declared where the experiment is
+        size=size,
+        whole=min(settings.epochs, getattr(select, "warm_epochs", 0)),
+    )
+
+
+def _size_selected(share: float, n: int) -> int:
+    from raypkg.coresets.budgets import budget_of
+
+    return budget_of(share, n)
+
+
+def _size_given(settings: Experiment, path: str, n: int) -> int:
+    from .coreset_files import load_coreset
+    from .samples import open_samples
+
+    samples = open_samples(settings)
+    return len(load_coreset(path, samples.data.train, samples.valid, settings.dataset.name))

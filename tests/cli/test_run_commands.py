@@ -1,0 +1,481 @@
+"""`effray list`, `effray rm`, and `effray show` of what is not done: what they print, and what they leave alone."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from raypkg.core.config import load_settings
+from raypkg.experiments.train import TrainSettings
+from raypkg.methods.crest.settings import CrestSettings
+from raypkg.methods.deltagrad.settings import DeltaGradSettings
+from raypkg.methods.lipt.settings import LiptSettings
+from raypkg.runs.folder import create
+from raypkg.runs.storage import Storage
+from raypkg.sweeps.show import conclude
+from raypkg.sweeps.sweep_folder import create_sweep
+
+SUMMARY = {
+    "phases": [
+        {"phase": "train", "backward": 1000, "seconds": 1.5},
+        {"phase": "train: select", "backward": 234, "seconds": 0},
+    ],
+    "test_accuracy": 0.875,
+    "test_loss": 0.5,
+    "samples": 100,
+    "coreset": None,
+    "seconds": 1.5,
+    "elapsed": 2.0,
+    "full_training_backward": 1000,
+}
+ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 3}
+
+
+def begun(kind="train", name="one", settings=None, *, done=False, root="runs", time=None, **values):
+    """Make a run's folder, without any training."""
+    settings = load_settings(settings or TrainSettings, None, {"model": "linear", **values})
+    folder = create(root, kind, name, settings)
+    if done:
+        folder.finish(SUMMARY)
+    if time is not None:
+        for file in Path(root, kind, name).iterdir():
+            os.utime(file, (time, time))
+    return folder
+
+
+def row(phase, epoch, model=None, **figures):
+    return {"phase": phase, "main": phase == "train", "model": model, "epoch": epoch, "loss": 1 / epoch, **figures}
+
+
+def listed(text):
+    """Return the lines of a list, each as its words."""
+    return [line.split() for line in text.splitlines()[2:]]
+
+
+def example(effray, command):
+    """Return the commands of the example that a help text ends with."""
+    return [line.strip() for line in effray(f"{command} --help").rpartition("Example:\n")[2].split("&&")]
+
+
+@pytest.mark.parametrize("command", ["list", "rm"])
+def test_help_fits_and_its_example_runs_as_printed(call, effray, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, effray(f"{command} --help").rpartition("Example:")[0].splitlines())) <= 80
+    for line in example(effray, command):
+        assert line.startswith("effray ") and call(line).code == 0
+
+
+# show
+
+
+@pytest.fixture
+def stopped(call):
+    """A run of LiPT that was stopped in its main training."""
+    settings = {"pretrain.models": 3, "pretrain.epochs": 2, "train.epochs": 40}
+    folder = begun("lipt", "one", LiptSettings, **settings)
+    for model in range(3):
+        for epoch in (1, 2):
+            folder.log(row("pretrain", epoch, model))
+    for phase in ("pretrain", "select"):
+        folder.finish_phase(phase, {"costs": [], "elapsed": 1.0})
+    for epoch in range(1, 13):
+        folder.log(row("train", epoch, accuracy=0.8))
+    folder.flush()
+    return folder
+
+
+def phases(text):
+    return {words[0]: words[1:] for words in listed(text) if words[0] in ("pretrain", "select", "train")}
+
+
+def test_show_of_a_stopped_run_tells_how_far_each_phase_is_and_how_to_resume_it(effray, stopped):
+    text = effray("show one")
+    assert text.startswith("one: not finished, nobody is working on it\n")
+    assert phases(text) == {
+        "pretrain": "done 3 of 3 6 of 6 0.500 –".split(),
+        "select": "done – – – –".split(),
+        "train": "stopped – 12 of 40 0.083 80.0%".split(),
+    }
+    assert "\nresume with: effray lipt --resume one\n" in text
+    assert "last written 0 s ago: metrics.parquet" in text
+
+
+def test_show_counts_the_models_whose_last_epoch_has_come(effray):
+    folder = begun("lipt", "one", LiptSettings, **{"pretrain.models": 3, "pretrain.epochs": 2})
+    for model, epoch in ((0, 1), (1, 1), (0, 2)):
+        folder.log(row("pretrain", epoch, model))
+    folder.flush()
+    text = effray("show one")
+    assert phases(text)["pretrain"] == "stopped 1 of 3 3 of 6 1.000 –".split()
+    assert phases(text)["select"][:2] == phases(text)["train"][:2] == ["to", "come"]
+
+
+def test_show_of_a_run_that_is_going_says_so_and_does_not_resume_it(effray, stopped):
+    with stopped.storage.alone("it"):
+        text = effray("show one")
+    assert text.startswith("one: not finished, a process is working on it\n")
+    assert phases(text)["train"][0] == "going" and "resume" not in text
+    assert "nobody" in effray("show one")
+
+
+def test_whoever_looks_on_together_keeps_nobody_out(effray, stopped):
+    import fcntl
+
+    folder = os.open(stopped.storage.local, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_SH)  # as another `show` holds it for a moment
+    assert "nobody" in effray("show one")
+    os.close(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "schema", "place", "command"),
+    [
+        ("crest", CrestSettings, "", "effray crest --resume one"),
+        ("deltagrad", DeltaGradSettings, "", "effray deltagrad train --resume one"),
+        ("train", TrainSettings, "--root 'my runs'", "effray train --resume one --root 'my runs'"),
+    ],
+)
+def test_the_command_that_resumes_is_that_of_the_experiment(call, effray, kind, schema, place, command):
+    begun(kind, "one", schema, root="my runs" if place else "runs")
+    assert f"resume with: {command}\n" in effray(f"show one {place}")
+
+
+def test_the_command_that_resumes_a_run_given_by_its_path_names_its_root(call, effray, tmp_path):
+    begun(root="elsewhere")
+    assert f"resume with: effray train --resume one --root {tmp_path}/elsewhere\n" in effray("show elsewhere/train/one")
+
+
+def test_show_imports_none_of_the_code_that_a_stopped_run_names(call, effray, tmp_path):
+    (tmp_path / "bomb.py").write_text("raise SystemExit('imported')")
+    begun(**{"model": "bomb:net", "dataset": "bomb:rows", "train.epochs": 7})
+    assert "0 of 7" in effray("show one")
+
+
+def test_show_of_a_stopped_run_with_damaged_settings_says_why_nothing_resumes_it(effray, stopped):
+    Path("runs/lipt/one/config.toml").write_text("")
+    text = effray("show one")
+    assert "resume with: nothing: " in text and "config.toml' is missing or empty" in text
+    assert phases(text)["train"] == "stopped – 12 0.083 80.0%".split()
+
+
+def test_show_of_a_trial_resumes_its_sweep(effray, sweep):
+    text = effray("show s-002")
+    assert "resume with: effray tune crest --resume s\n" in text
+    with Storage("runs/tune/s").alone("it"):
+        assert "a process is working on it" in effray("show s-002")
+
+
+def test_show_of_a_stopped_sweep_resumes_it(effray, sweep):
+    text = effray("show s")
+    assert "s: 1 trials are left, nobody is working on it" in text
+    assert text.endswith("resume with: effray tune crest --resume s\n")
+    with Storage("runs/tune/s").alone("it"):
+        text = effray("show s")
+    assert "a process is working on it" in text and "resume" not in text
+
+
+# list
+
+
+@pytest.fixture
+def sweep(call):
+    """A sweep of three trials, of which two are done."""
+    trials = [{"crest.tau": tau} for tau in (0.1, 0.2, 0.3)]
+    sweep = create_sweep("runs", "s", ORDER, CrestSettings(), "", trials)
+    for number, accuracy in enumerate((0.5, 0.7, 0.9)):
+        folder = begun("crest", sweep.run_name(number), CrestSettings)
+        sweep.started(number, trials[number])
+        folder.log(row("train", 1, accuracy=accuracy))
+        folder.flush()
+        if number < 2:
+            folder.finish({**SUMMARY, "test_accuracy": accuracy})
+            sweep.ended(number, None)
+    return sweep
+
+
+def test_list_is_the_newest_first_with_what_each_run_is_reached_and_cost(call, effray):
+    begun(name="old", done=True, time=1e9, **{"select.fraction": 0.5})
+    begun("lipt", "new", LiptSettings)
+    begun(name="middle", done=True, time=1.5e9, dataset="parquet:/data/cifar10")
+    new, middle, old = listed(effray("list"))
+    assert new == "new stopped digits linear lipt gradmatch – – – 0 s".split()
+    assert middle[:9] == "middle done cifar10 linear train 87.50% 1,234 1.5".split() + middle[8:9]
+    assert old[:8] == "old done digits linear train random 87.50% 1,234".split() and old[-1] == "d"
+
+
+def test_list_tells_what_is_going(effray, stopped):
+    with stopped.storage.alone("it"):
+        assert listed(effray("list"))[0][:2] == ["one", "going"]
+    assert listed(effray("list"))[0][:2] == ["one", "stopped"]
+
+
+def test_list_can_be_of_one_experiment_and_of_the_newest(call, effray):
+    for number in range(5):
+        begun(name=f"run-{number}", time=1e9 + number)
+    begun("lipt", "other", LiptSettings)
+    assert [words[0] for words in listed(effray("list train -n 2"))] == ["run-4", "run-3"]
+    assert [words[0] for words in listed(effray("list lipt"))] == ["other"]
+    assert "no runs of crest in runs" in effray("list crest")
+
+
+def test_list_folds_the_trials_of_a_sweep(effray, sweep):
+    begun("crest", "alone", CrestSettings, time=1e9)
+    for state, title in (("stopped", ""), ("stopped", ", best s-001")):
+        text = effray("list")
+        fold, alone = text.splitlines()[2:]
+        assert fold.startswith(f"s: 2 of 3 trials done{title}  ") and f" {state} " in fold
+        assert " tune crest " in fold and " 2,468 " in fold and " 3.0 " in fold
+        assert alone.startswith("alone ")
+        conclude(sweep)
+    assert " 70.00% " in fold
+    assert listed(effray("list tune")) == [fold.split()]
+    with sweep.storage.alone("it"):
+        assert " going " in effray("list tune")
+
+
+@pytest.mark.parametrize("place", ["runs", "nowhere", "file"])
+def test_list_of_nothing_is_a_line(call, effray, place):
+    Path("runs").mkdir()
+    Path("file").write_text("")
+    assert effray(f"list --root {place}") == f"no runs in {place}\n"
+
+
+def test_list_leaves_out_what_is_no_run(call, effray):
+    begun()
+    for foreign in ("train/empty", "train/mine/deep", "photos/config.toml", "train/one/plots"):
+        Path("runs", foreign).mkdir(parents=True)
+    Path("runs/train/README").write_text("")
+    Path("runs/photos/2024").mkdir()
+    Path("runs/photos/2024/config.toml").write_text("")
+    Path("runs/train/link").symlink_to("/nowhere")
+    assert [words[0] for words in listed(effray("list"))] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.toml", None),
+        ("config.toml", "junk"),
+        ("config.toml", ""),
+        ("summary.json", "{"),
+        ("summary.json", "null"),
+        ("summary.json", "[1]"),
+        ("summary.json", "{}"),
+        ("summary.json", '{"phases": [{"backward": "x"}], "seconds": 1}'),
+        ("summary.json", '{"phases": [], "seconds": []}'),
+    ],
+)
+def test_list_tells_which_file_of_a_run_is_damaged(call, effray, file, content):
+    begun(done=True)
+    path = Path("runs/train/one", file)
+    path.unlink() if content is None else path.write_text(content)
+    assert listed(effray("list"))[0][:3] == ["one", "bad", file]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"order": {}, "trials": []}'])
+def test_list_tells_a_sweep_whose_record_is_damaged_and_still_lists_its_trials(effray, sweep, content):
+    Path("runs/tune/s/sweep.json").write_text(content)
+    names = {words[0]: words[1:3] for words in listed(effray("list"))}
+    assert names == {"s": ["bad", "sweep.json"], "s-000": ["done", "digits"], "s-001": ["done", "digits"]} | {
+        "s-002": ["stopped", "digits"]
+    }
+
+
+def test_list_prints_no_letter_that_steers_a_terminal(call, effray):
+    begun()
+    Path("runs/train/one/config.toml").write_text('model = {name = "a\\u001b[31mb"}')
+    assert "\x1b" not in effray("list")
+
+
+def test_list_of_a_thousand_runs_is_whole_and_imports_no_torch(call, effray):
+    begun(done=True, name="0000")
+    for number in range(1, 1000):
+        shutil.copytree("runs/train/0000", f"runs/train/{number:04d}")
+    lines = listed(effray("list"))
+    assert {words[0] for words in lines} == {f"{number:04d}" for number in range(1000)}
+    code = (
+        "import sys; from raypkg.cli import main\n"
+        "try: main(['list', '-n', '1'])\n"
+        "except SystemExit: assert not {'torch', 'ray', 'wandb', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 3, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("list lpt", "unknown experiment 'lpt', did you mean 'lipt'?"),
+        ("list -n 0", "0 is not in the range x>=1"),
+        ("list --root ''", "the name of a folder for runs is empty"),
+        ("list --root xx://bucket", "cannot use 'xx://bucket' as a folder for runs"),
+        ("rm", "Missing argument 'RUN...'"),
+        ("rm nothing --yes", "unknown run in {}/runs 'nothing'. Allowed: none"),
+    ],
+)
+def test_what_is_refused(refusal, tmp_path, arguments, message):
+    assert message.format(tmp_path) in refusal(arguments)
+
+
+# rm
+
+
+def everything(folder="."):
+    return sorted(str(path) for path in Path(folder).rglob("*"))
+
+
+def test_rm_deletes_a_run_and_leaves_others(call, effray, tmp_path):
+    begun(name="one", done=True)
+    begun(name="two")
+    before = everything("runs/train/two")
+    assert effray("rm one --yes") == f"deleted {tmp_path}/runs/train/one\n"
+    assert os.listdir("runs/train") == ["two"] and everything("runs/train/two") == before
+    effray("rm train/two --yes")
+    assert os.listdir("runs") == []
+
+
+def test_rm_takes_the_path_of_a_run(call, effray):
+    begun(root="elsewhere")
+    effray("rm elsewhere/train/one/ --yes")
+    assert os.listdir("elsewhere") == []
+
+
+def test_rm_takes_a_name_for_one_below_the_root_whatever_is_in_the_working_folder(call, effray):
+    begun()
+    begun(root=".", kind="x")
+    shutil.move("x/one", "one")
+    effray("rm one --yes")
+    assert Path("one/config.toml").exists() and not Path("runs/train").exists()
+
+
+def test_rm_without_a_terminal_asks_nobody_and_deletes_nothing(refusal, call):
+    begun()
+    assert "there is no terminal to ask on whether to delete 1 folder: --yes" in refusal("rm one")
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_rm_asks_on_a_terminal(call, monkeypatch, answer):
+    begun()
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr(click, "confirm", lambda question: question == "delete 1 folder?" and answer)
+    assert call("effray rm one").code == 0
+    assert Path("runs/train/one").exists() is not answer
+
+
+def test_rm_checks_all_runs_before_it_deletes_the_first(call, refusal):
+    begun(name="one")
+    going = begun(name="two")
+    assert "unknown run" in refusal("rm one three --yes")
+    with going.storage.alone("it"):
+        assert "train/two is being worked on by another process" in refusal("rm one two --yes")
+    assert "deletes none that it has not made" in refusal(f"rm one {Path('runs').absolute()} --yes")
+
+
+def test_rm_of_a_run_named_twice_deletes_it_once(call, effray):
+    begun()
+    assert effray("rm one train/one runs/train/one --yes").count("deleted") == 1
+
+
+def test_rm_of_a_name_of_several_runs_asks_which(call, refusal, effray):
+    begun()
+    begun("crest", "one", CrestSettings)
+    assert "there is a run 'one' of crest and of train: give crest/one" in refusal("rm one --yes")
+    effray("rm crest/one --yes")
+    assert os.listdir("runs") == ["train"]
+
+
+@pytest.mark.parametrize("file", ["config.toml", "metrics.parquet", "summary.json"])
+def test_rm_deletes_a_damaged_run(call, effray, file):
+    begun()
+    Path("runs/train/one", file).write_text("junk")
+    effray("rm one --yes")
+    assert not Path("runs/train").exists()
+
+
+def test_rm_deletes_no_folder_that_only_looks_like_a_run(call, refusal):
+    Path("site/blog").mkdir(parents=True)
+    Path("site/blog/config.toml").write_text("title = 'mine'")
+    assert "site/blog' is no folder of a run or sweep" in refusal("rm site/blog --yes")
+    assert "site/blog' is no folder of a run or sweep" in refusal("rm blog --root . --yes")
+    assert Path("site/blog/config.toml").exists()
+
+
+@pytest.mark.parametrize("name", [".", "..", "one/..", "../runs/train/one/.", "a%2F..", "#x", "?a", "*", ""])
+def test_rm_reads_no_name_as_more_than_a_name(call, name):
+    begun()
+    before = everything("runs")
+    result = call(f"effray rm '{name}' --yes")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert everything("runs") == before
+
+
+def test_rm_follows_no_link(call, effray):
+    begun(name="one")
+    Path("kept").mkdir()
+    Path("kept/file").write_text("")
+    Path("runs/train/one/link").symlink_to(Path("kept").absolute())
+    begun(name="two", root="other")
+    Path("runs/train/two").symlink_to(Path("other/train/two").absolute())
+    before = everything("other")
+    effray("rm one two --yes")
+    assert everything("kept") == ["kept/file"] and everything("other") == before
+    assert not Path("runs/train").exists()
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_deletion_that_was_cut_short_leaves_nothing_that_looks_like_a_run_and_can_be_finished(
+    call, effray, refusal, monkeypatch, moment
+):
+    begun(done=True)
+    begun(name="two")
+    original, calls = Storage.delete_folder, []
+
+    def delete_folder(storage, name):
+        calls.append(name)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        original(storage, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete_folder", delete_folder)
+        call("effray rm one --yes")
+    whole = Path("runs/train/one").exists()
+    assert whole is (moment == 1)  # before it was renamed
+    assert [words[0] for words in listed(effray("list"))].count("one") == whole
+    assert not [path for path in Path("runs").rglob("summary.json") if path.parent.name != "one"]
+    effray("rm one --yes")
+    assert os.listdir("runs/train") == ["two"]
+
+
+def test_rm_of_a_sweep_leaves_its_trials_unless_they_are_meant_too(effray, sweep, tmp_path):
+    shutil.copytree("runs", "copy")
+    effray("rm s --yes")
+    assert os.listdir("runs") == ["crest"] and len(os.listdir("runs/crest")) == 3
+    begun("crest", "s-003", CrestSettings, root="copy")  # no trial of it
+    effray("rm s --trials --yes --root copy")
+    assert everything("copy")[:2] == ["copy/crest", "copy/crest/s-003"] and len(os.listdir("copy")) == 1
+
+
+def test_rm_of_a_trial_is_refused_unless_trials_are_meant(effray, refusal, sweep):
+    assert "s-001 is a trial of sweep 's', which would run it again: --trials" in refusal("rm s-001 --yes")
+    with sweep.storage.alone("it"):
+        assert "tune/s is being worked on" in refusal("rm s-001 --trials --yes")
+    effray("rm s-001 --trials --yes")
+    assert sorted(os.listdir("runs/crest")) == ["s-000", "s-002"] and Path("runs/tune/s").exists()
+
+
+def test_rm_deletes_a_sweep_whose_record_is_damaged(effray, sweep):
+    Path("runs/tune/s/sweep.json").write_text("{")
+    effray("rm s --trials --yes")
+    assert os.listdir("runs") == ["crest"] and len(os.listdir("runs/crest")) == 3
+
+
+def test_a_run_that_was_deleted_can_be_made_again(call, effray):
+    begun(done=True)
+    effray("rm one --yes")
+    begun()
+    assert listed(effray("list"))[0][:2] == ["one", "stopped"]
