@@ -68,12 +68,23 @@ def experiment_command(entry: Entry) -> click.Command:
     schema = settings_of(entry)
 
     def callback(
-        config: Path | None, pairs: tuple[str, ...], name: str | None, resume: str | None, root: str, **given: Any
+        config: Path | None,
+        pairs: tuple[str, ...],
+        name: str | None,
+        resume: str | None,
+        root: str,
+        dry: bool,
+        **given: Any,
     ) -> None:
+        from .dry_run import dry_run
         from .execute import execute, resume_run
 
         values = overrides(schema, given, pairs)
-        if resume is not None:
+        if resume is not None and dry:
+            raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
+        if dry:
+            dry_run(entry, schema, config, values, name, root)
+        elif resume is not None:
             resume_run(entry, schema, resume, values, root, refused={"--config": config, "--name": name})
         else:
             execute(entry, schema, config, values, name, root)
@@ -89,6 +100,7 @@ def experiment_command(entry: Entry) -> click.Command:
             click.Option(["--name"], help="of the run; made up from data, model and time when left out"),
             click.Option(["--resume"], metavar="NAME", help="resume a stopped run"),
             click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP),
+            click.Option(["--dry-run", "dry"], is_flag=True, help="print the settings and the plan, and start nothing"),
             TRUST,
             *setting_options(schema),
         ],

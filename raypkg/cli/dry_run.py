@@ -1,0 +1,184 @@
+"""``--dry-run``: the settings of a run and its plan, as TOML that is a file of settings too; nothing is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raypkg.core.config import load_settings, to_toml
+from raypkg.core.errors import UserError, redacted
+from raypkg.core.registry import Entry
+from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Training
+from raypkg.experiments import check_names, with_absolute_path
+from raypkg.experiments.select import SelectSettings
+from raypkg.runs.folder import RunFolder, create
+from raypkg.runs.stages import Stage
+from raypkg.runs.storage import Storage
+
+if TYPE_CHECKING:  # it imports torch, which a mistake in the settings need not wait for
+    from raypkg.phases.samples import Samples
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
+COLUMNS = "{:<9} {:>6} {:>7} {:>7} {:>12} {:>10} {:>14}"
+FILES = {  # that the phases leave
+    "pretrain": ("pretrained.safetensors", "pretrained_record.parquet"),
+    "select": ("coreset.parquet", "scores.parquet"),
+    "train": ("model.safetensors", "model_record.parquet"),
+}
+ALWAYS = ("config.toml", "environment.json", "metrics.parquet", "phases/", "plots/", "summary.json")
+
+
+def dry_run(
+    entry: Entry, schema: type[RunSettings], config: Path | None, values: Mapping[str, Any], name: str | None, root: str
+) -> None:
+    """Print the settings that a run would have, and what it would do.
+
+    Raises:
+        UserError: what a run would refuse before its first phase.
+    """
+    from raypkg.phases.outlook import stages_of
+    from raypkg.phases.samples import forget_samples, open_samples
+
+    settings = with_absolute_path(load_settings(schema, config, values))
+    check_names(settings)
+    _check_folder(entry, settings, name, root)
+    forget_samples()
+    samples = open_samples(settings)
+    stages = stages_of(entry.name, settings)
+    place = Storage(root) / entry.name / (name or "NAME")
+    _check_settings(settings, samples, stages, place)
+    click.echo(to_toml(settings))
+    for line in _plan(settings, samples, stages):
+        click.echo(f"# {line}")
+    click.echo(f"# folder: {redacted(place.root)}{'' if name else ', NAME made up from data, model and time'}")
+    click.echo(f"# files: {' '.join(_files(stages))} and what the method adds; checkpoints/ until it is done")
+
+
+def _check_folder(entry: Entry, settings: RunSettings, name: str | None, root: str) -> None:
+    """Refuse what making the run's folder would refuse: it is made, and deleted, elsewhere."""
+    with TemporaryDirectory() as elsewhere:
+        create(elsewhere, entry.name, name, settings)
+    runs = Storage(root) / entry.name
+    if name in runs.list():
+        raise UserError(f"run {name!r} exists in {runs.root}: give another --name")
+
+
+def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> None:
+    """Refuse what an experiment refuses once it knows the samples."""
+    from raypkg.coresets.reselection import check_selects_once
+    from raypkg.phases.selection import trained_model
+
+    n = len(samples.kept)
+    if isinstance(settings, SelectSettings):
+        check_selects_once(settings)
+        trained_model(settings, RunFolder(storage), settings.model_from, settings.precision)
+    elif isinstance(settings, Experiment):
+        given = getattr(settings, "coreset", None)
+        settings.check(n if given is None else stages[-1].size(n))
+
+
+def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage]) -> Iterator[str]:
+    """Yield the lines of the plan."""
+    n = len(samples.kept)
+    train, test = samples.data
+    shape = " × ".join(map(str, train.shape))
+    yield (
+        f"data: {len(train):,} samples, of which {n:,} to train on and {len(samples.valid):,} held out, and"
+        f" {len(test):,} to test on; {train.num_classes} classes, shape {shape}"
+    )
+    select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
+    if isinstance(select, Select):
+        yield _selection(select, n)
+    if isinstance(settings, Experiment):
+        yield from _training(settings, samples, stages)
+    yield f"workers: {_workers(settings.cluster)}"
+
+
+def _selection(select: Select, n: int) -> str:
+    """Return what selects, and how many samples."""
+    from raypkg.coresets.budgets import budget_of
+    from raypkg.coresets.rules import coreset
+
+    if coreset[select.method].sizes_itself:
+        return f"selection: {select.method}, of {n:,} samples as many as it sees fit: what follows is the most"
+    return f"selection: {select.method}, {budget_of(select.fraction, n):,} of {n:,} samples"
+
+
+def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> Iterator[str]:
+    """Yield what is trained, how long, and what that takes."""
+    from raypkg.phases.footprint import footprint
+    from raypkg.phases.samples import new_model
+
+    n = len(samples.kept)
+    model = new_model(settings, samples.data)
+    count = sum(each.numel() for each in model.parameters())
+    yield f"model: {settings.model.name}, {count:,} parameters"
+    yield COLUMNS.format("phase", "models", "epochs", "batch", "samples", "steps", "backward")
+    for stage in stages:
+        yield _row(stage, n)
+    backward = sum(stage.backward(n) for stage in stages)
+    training: Training = settings.train  # type: ignore[attr-defined]  # declared where the experiment is
+    full = max(training.epochs, settings.epochs) * n
+    yield f"samples backward in the epochs of all phases: {backward:,}, {backward / full:.1%} of as many on all samples"
+    batch = min(training.batch_size, stages[-1].size(n))
+    needed = footprint(model, (batch, *samples.data.train.shape), training)
+    parts = [
+        f"parameters {_size(needed.weights)}",
+        f"gradients {_size(needed.gradients)}",
+        f"optimiser {_size(needed.state)}",
+    ]
+    if needed.activations is not None:
+        parts.append(f"activations of a batch {_size(needed.activations)}")
+    yield f"memory of training: {_size(needed.all)} = {' + '.join(parts)}"
+
+
+def _row(stage: Stage, n: int) -> str:
+    """Return a phase as a row; one without epochs has a name alone."""
+    if not stage.rows:
+        return stage.phase
+    an_epoch = f"{stage.size(n):,}"
+    if stage.whole:
+        an_epoch = f"{n:,}/{an_epoch}"
+    return COLUMNS.format(
+        stage.phase,
+        stage.models,
+        f"{stage.epochs:,}",
+        f"{stage.batch_size:,}",
+        an_epoch,
+        f"{stage.steps(n):,}",
+        f"{stage.backward(n):,}",
+    )
+
+
+def _workers(cluster: Cluster) -> str:
+    """Return on what it would run, as far as the settings tell: nobody asks a cluster."""
+    threads = f"{cluster.cpus_per_worker} thread" + "s" * (cluster.cpus_per_worker > 1)
+    if cluster.workers == 0:
+        return f"none, this process with {threads}"
+    count = (
+        "as many as the cluster has and the batches allow, at most 8" if cluster.workers is None else cluster.workers
+    )
+    gpus = "a GPU where there are any" if cluster.gpus_per_worker is None else f"{cluster.gpus_per_worker:g} GPUs"
+    return f"{count}; {threads} and {gpus} each"
+
+
+def _files(stages: Sequence[Stage]) -> list[str]:
+    """Return the names of what a run leaves, whatever its method adds."""
+    return [*ALWAYS, *(file for stage in stages for file in FILES.get(stage.phase, ()))]
+
+
+def _size(count: float) -> str:
+    """Return a number of bytes for people.
+
+    >>> _size(1_234_567)
+    '1.2 MB'
+    """
+    unit = 0
+    while count >= 1000 and unit < len(UNITS) - 1:
+        count /= 1000
+        unit += 1
+    return f"{count:.1f} {UNITS[unit]}" if unit else f"{count:.0f} B"

@@ -1,0 +1,79 @@
+"""What a step of training takes of a worker's memory, told without taking it."""
+
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from raypkg.core.settings import Training
+
+COPIES = {"sgd": 1, "adamw": 2}  # numbers that the optimiser keeps for each parameter; SGD only with momentum
+
+
+class Footprint(NamedTuple):
+    """Bytes that a step of training takes.
+
+    Attributes:
+        weights: of the parameters.
+        gradients: of those that are trained.
+        state: of the optimiser.
+        activations: kept for the backward pass of one batch, the batch included; None where that cannot be told.
+    """
+
+    weights: int
+    gradients: int
+    state: int
+    activations: int | None
+
+    @property
+    def all(self) -> int:
+        """Their sum, as far as it is known."""
+        return self.weights + self.gradients + self.state + (self.activations or 0)
+
+
+def footprint(model: nn.Module, batch: tuple[int, ...], training: Training) -> Footprint:
+    """Return what training a model takes.
+
+    Args:
+        model: to train.
+        batch: shape of a batch, as one worker has it.
+        training: its optimiser and precision.
+    """
+    dtype = torch.float64 if training.precision == "float64" else torch.float32
+    parameters = list(model.parameters())
+    trained = sum(each.numel() for each in parameters if each.requires_grad) * dtype.itemsize
+    copies = COPIES[training.optimizer]
+    if training.optimizer == "sgd" and not training.momentum:
+        copies = 0
+    return Footprint(
+        weights=sum(each.numel() for each in parameters) * dtype.itemsize,
+        gradients=trained,
+        state=copies * trained,
+        activations=_kept_for_backward(model, batch, dtype),
+    )
+
+
+def _kept_for_backward(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    """Return the bytes that a forward pass keeps, by one on a device that computes and allocates nothing."""
+    twin = deepcopy(model).to("meta", dtype).train()
+    x = torch.empty(shape, device="meta", dtype=dtype)
+    own = {_storage_of(each) for each in [*twin.parameters(), *twin.buffers()]}
+    kept = {_storage_of(x): x.untyped_storage()}  # by which each is counted once
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage_of(tensor) not in own:
+            kept[_storage_of(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            twin(x)
+    except Exception:  # the user's own model may look at values, and here are none
+        return None
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _storage_of(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from that of others, which is at no address here."""
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,195 @@
+"""`--dry-run`: what is printed is what a run then does, and nothing is started, kept or left behind."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+SHORT = "--model mlp --train.epochs 4"
+
+
+def plan(text):
+    """Return the lines of a plan by the first word of each."""
+    lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
+    return {line.split()[0].rstrip(":"): line for line in lines}
+
+
+def numbers(line):
+    return [int(word.replace(",", "")) for word in line.split()[1:]]
+
+
+def backward(run):
+    phases = json.loads(Path("runs", run, "summary.json").read_text())["phases"]
+    return {phase["phase"]: phase["backward"] for phase in phases}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"train {SHORT}",
+        f"train {SHORT} --select.fraction 0.1 --select.warm_epochs 2",
+        f"train {SHORT} --select.method gradmatch --select.fraction 0.25 --select.every_epochs 2",
+        "crest --model mlp --train.epochs 20 --budget 0.2 --train.batch_size 64",
+        "crest --model mlp --train.epochs 10 --budget 0.2 --selection random",
+        "crest --model mlp --train.epochs 10 --budget 0.2 --selection cut",
+        "crest --model mlp --train.epochs 10 --budget 0.2 --selection craig",
+        f"sparse {SHORT} --density 0.2 --multiplier 2",
+        "deltagrad train --train.epochs 4",
+    ],
+)
+def test_the_plan_is_what_the_run_then_does(effray, command):
+    told = plan(effray(f"{command} --name one --dry-run"))
+    models, epochs, *_, planned = numbers(told["train"].replace("/", " "))
+    effray(f"{command} --name one")
+    (run,) = Path("runs").glob("*/one")
+    done = backward(f"{run.parent.name}/one")
+    assert models == 1
+    assert planned == done["train"]
+    assert epochs == len(set(_epochs(run)))
+
+
+def _epochs(run):
+    import pyarrow.parquet as pq
+
+    return pq.read_table(run / "metrics.parquet")["epoch"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("options", "row"),
+    [
+        ("--pretrain.sparsity false", "pretrain 3 2 64 431 42 2,586"),
+        ("--pretrain.sparsity false --pretrain.shard_fraction 0.2", "pretrain 3 2 64 259 30 1,554"),
+        ("--pretrain.method dense", "pretrain 1 2 64 1,295 42 2,590"),
+        ("--pretrain.method initial", "pretrain"),
+    ],
+)
+def test_the_plan_of_lipt_has_its_pretraining(effray, options, row):
+    command = f"lipt {SHORT} --name one --pretrain.models 3 --pretrain.epochs 2 --pretrain.batch_size 64 {options}"
+    told = plan(effray(f"{command} --dry-run"))
+    assert told["pretrain"].split() == row.split()
+    assert told["select"] == "select" and told["selection"] == "selection: gradmatch, 130 of 1,295 samples"
+    effray(command)
+    assert backward("lipt/one")["pretrain"] == (numbers(told["pretrain"]) or [0])[-1]
+    together = re.search(r"all phases: ([\d,]+), ([\d.]+)%", told["samples"])
+    planned = (numbers(told["pretrain"]) or [0])[-1] + 4 * 130
+    assert together[1] == f"{planned:,}" and float(together[2]) == pytest.approx(100 * planned / (4 * 1295), abs=0.05)
+
+
+def test_on_a_given_coreset_its_size_is_planned(effray):
+    effray("train --name one --model linear --train.epochs 1 --select.fraction 0.1")
+    for kind in ("train", "sparse"):
+        told = plan(effray(f"{kind} {SHORT} --coreset runs/train/one/coreset.parquet --dry-run"))
+        assert told["train"].split() == "train 1 4 128 130 8 520".split()
+
+
+def test_what_is_printed_is_a_file_of_settings_for_the_same_run(effray):
+    text = effray(f"lipt {SHORT} --seed 3 --dry-run")
+    Path("mine.toml").write_text(text)
+    assert tomllib.loads(text)["train"]["epochs"] == 4
+    assert effray("lipt --config mine.toml --dry-run") == text
+
+
+def test_the_plan_tells_data_model_workers_and_place(effray, tmp_path):
+    told = plan(effray("train --model linear --name one --dry-run"))
+    assert told["data"] == (
+        "data: 1,437 samples, of which 1,295 to train on and 142 held out, and 360 to test on; 10 classes, shape"
+        " 1 × 8 × 8"
+    )
+    assert told["model"] == "model: linear, 650 parameters"
+    assert told["memory"].startswith("memory of training: 40.6 kB = parameters 2.6 kB + gradients 2.6 kB + optimiser")
+    assert told["workers"] == "workers: none, this process with 1 thread"
+    assert told["folder"] == f"folder: {tmp_path}/runs/train/one"
+    assert "model.safetensors" in told["files"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "copies"),
+    [("--train.momentum 0", 0), ("", 1), ("--train.optimizer adamw", 2)],
+)
+@pytest.mark.parametrize(("precision", "size"), [("float32", 4), ("float64", 8)])
+def test_the_memory_is_that_of_the_optimiser_and_the_precision(effray, optimizer, copies, precision, size):
+    told = plan(effray(f"train --model linear {optimizer} --train.precision {precision} --dry-run"))
+    parameters, state = (re.search(rf"{part} ([\d.]+ k?B)", told["memory"])[1] for part in ("parameters", "optimiser"))
+    assert parameters == f"{650 * size / 1000:.1f} kB"
+    assert state == (f"{650 * size * copies / 1000:.1f} kB" if copies else "0 B")
+
+
+def test_a_method_that_sizes_its_coreset_itself_has_a_plan_of_the_most(effray):
+    told = plan(effray(f"train {SHORT} --select.method infobatch --select.every_epochs 1 --dry-run"))
+    assert "infobatch, of 1,295 samples as many as it sees fit: what follows is the most" in told["selection"]
+
+
+def test_a_selection_by_another_run_is_planned(effray):
+    effray("train --name one --model linear --train.epochs 1")
+    told = plan(effray("select --model-from one --method craig --fraction 0.2 --name two --dry-run"))
+    assert told["selection"] == "selection: craig, 259 of 1,295 samples"
+    assert "coreset.parquet" in told["files"] and not Path("runs/select").exists()
+
+
+@pytest.mark.parametrize("command", ["lipt", "train", "crest", "sparse --density 0.1", "deltagrad train"])
+def test_nothing_is_left_behind(effray, tmp_path, command):
+    effray(f"{command} --model linear --dry-run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_of_ray_or_wandb_is_imported(tmp_path):
+    code = (
+        "import sys; from raypkg.cli import main\n"
+        f"try: main('lipt --track wandb --dry-run --root {tmp_path}/runs'.split())\n"
+        "except SystemExit as done: assert not done.code and 'ray' not in sys.modules, done.code"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "as many as the cluster has" in done.stdout and not list(tmp_path.iterdir())
+
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        if x.sum() > 1e9:  # looks at values
+            raise ValueError
+        return super().forward(x)
+
+def net(shape, num_classes):
+    return Net(nn.Flatten(), nn.Linear(64, num_classes))
+"""
+
+
+def test_a_model_that_looks_at_values_has_a_plan_without_its_activations(effray, tmp_path, monkeypatch):
+    (tmp_path / "peeking.py").write_text(MODEL)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    told = plan(effray("train --model peeking:net --dry-run"))
+    assert told["model"] == "model: peeking:net, 650 parameters" and "activations" not in told["memory"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("lipt --resume one", "--dry-run is of a new run: what run one is to do, `effray show one` tells"),
+        ("train --model resnt20", "unknown model 'resnt20', did you mean 'resnet20'"),
+        ("train --dataset folder:nowhere", "nowhere"),
+        ("train --name a/b", "--name 'a/b': 1 to 100 letters"),
+        ("train --root ''", "the name of a folder for runs is empty"),
+        ("train --dataset.only s3://KEY:SECRET@bucket/x", "credentials in its URI"),
+        ("train --coreset nowhere.parquet", "there is no coreset file nowhere.parquet"),
+        ("crest --train.batch_size 2000", "train.batch_size = 2000: there are only 1295 samples to choose from"),
+        ("lipt --pretrain.shard_fraction 0.5", "pretrain.shard_fraction = 0.5 for 10 disjoint shards"),
+        ("train --select.method random", "random with select.fraction = 1 would keep every sample"),
+        ("select --model-from none", "unknown run in"),
+        ("deltagrad train --model resnet8", "batch norm"),
+    ],
+)
+def test_a_mistake_is_told_as_by_the_run(refusal, arguments, message):
+    assert message in refusal(f"{arguments} --dry-run")
+
+
+def test_a_name_that_is_taken_is_refused(effray, refusal):
+    effray("train --name one --model linear --train.epochs 1")
+    assert "run 'one' exists in" in refusal("train --name one --dry-run")
