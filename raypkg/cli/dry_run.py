@@ -110,7 +110,7 @@ def _selection(select: Select, n: int) -> str:
 
 def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> Iterator[str]:
     """Yield what is trained, how long, and what that takes."""
-    from raypkg.phases.footprint import footprint
+    from raypkg.phases.footprint import step_memory
     from raypkg.phases.samples import new_model
 
     n = len(samples.kept)
@@ -125,7 +125,7 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
     full = max(training.epochs, settings.epochs) * n
     yield f"samples backward in the epochs of all phases: {backward:,}, {backward / full:.1%} of as many on all samples"
     batch = min(training.batch_size, stages[-1].size(n))
-    needed = footprint(model, (batch, *samples.data.train.shape), training)
+    needed = step_memory(model, (batch, *samples.data.train.shape), training)
     parts = [
         f"parameters {_size(needed.weights)}",
         f"gradients {_size(needed.gradients)}",

@@ -11,7 +11,7 @@ from raypkg.core.settings import Training
 COPIES = {"sgd": 1, "adamw": 2}  # numbers that the optimiser keeps for each parameter; SGD only with momentum
 
 
-class Footprint(NamedTuple):
+class StepMemory(NamedTuple):
     """Bytes that a step of training takes.
 
     Attributes:
@@ -32,7 +32,7 @@ class Footprint(NamedTuple):
         return self.weights + self.gradients + self.state + (self.activations or 0)
 
 
-def footprint(model: nn.Module, batch: tuple[int, ...], training: Training) -> Footprint:
+def step_memory(model: nn.Module, batch: tuple[int, ...], training: Training) -> StepMemory:
     """Return what training a model takes.
 
     Args:
@@ -46,7 +46,7 @@ def footprint(model: nn.Module, batch: tuple[int, ...], training: Training) -> F
     copies = COPIES[training.optimizer]
     if training.optimizer == "sgd" and not training.momentum:
         copies = 0
-    return Footprint(
+    return StepMemory(
         weights=sum(each.numel() for each in parameters) * dtype.itemsize,
         gradients=trained,
         state=copies * trained,
