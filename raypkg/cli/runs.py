@@ -25,8 +25,7 @@ def list_runs(kind: str | None, root: str, last: int | None) -> None:
     Example:
         effray list --last 20
     """
-    from raypkg.runs.listing import runs_of, table_of
-    from raypkg.runs.show import print_whole, terminal
+    from raypkg.runs.listing import in_columns, runs_of
     from raypkg.sweeps.folding import folded
     from raypkg.sweeps.sweep_folder import FOLDER
 
@@ -37,11 +36,9 @@ def list_runs(kind: str | None, root: str, last: int | None) -> None:
     if kind:
         lines = [line for line in lines if kind in (line.experiment, line.method.partition(" ")[0])]
     lines.sort(key=lambda line: line.time, reverse=True)
-    if lines:
-        print_whole(table_of(lines[:last]))
-    else:
-        of_kind = f" of {kind}" if kind else ""
-        terminal().print(f"no runs{of_kind} in {redacted(root)}", soft_wrap=True)
+    of_kind = f" of {kind}" if kind else ""
+    texts = in_columns(lines[:last]) if lines else [f"no runs{of_kind} in {redacted(root)}"]
+    click.echo("\n".join(texts))
 
 
 @click.command("rm", cls=ExampleHelp, params=[PLACE])
@@ -59,7 +56,6 @@ def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> No
         effray train --name useless && effray rm useless --yes
     """
     from raypkg.runs.removal import doomed, held, remove
-    from raypkg.runs.show import terminal
     from raypkg.sweeps.belonging import with_sweeps
 
     named = [doomed(root, run) for run in runs]
@@ -67,12 +63,12 @@ def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> No
     with held(locked):
         pass
     if not (yes or _agreed([folder.root for folder in folders])):
-        terminal().print("nothing is deleted")
+        click.echo("nothing is deleted")
         return
     with held(locked):
         for folder in folders:
             remove(folder)
-            terminal().print(f"deleted {redacted(folder.root)}", soft_wrap=True)
+            click.echo(f"deleted {redacted(folder.root)}")
 
 
 def _agreed(folders: list[str]) -> bool:

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from rich.box import SIMPLE
-from rich.table import Table
+from rich.cells import cell_len
 
 from raypkg.core.errors import UserError
 
@@ -18,6 +17,8 @@ MARKS = {CONFIG, SUMMARY, "environment.json", "metrics.parquet"}  # files of whi
 AT_ONCE = 16  # runs that are read at a time: an object store takes long to answer, and answers many
 COLUMNS = ("run", "state", "data", "model", "method")
 FIGURES = ("accuracy", "backward", "seconds", "age")
+ALIGNED = ("left",) * len(COLUMNS) + ("right",) * len(FIGURES)
+GAP = "   "
 
 
 class Listed(NamedTuple):
@@ -106,26 +107,33 @@ def named(config: Mapping[str, Any], part: str) -> str:
     return _printable(str(name).rpartition("/")[2]) if name else "–"
 
 
-def table_of(lines: Sequence[Listed]) -> Table:
-    """Return lines as a table."""
-    table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
-    for heading in COLUMNS:
-        table.add_column(heading)
-    for heading in FIGURES:
-        table.add_column(heading, justify="right")
-    for line in lines:
-        table.add_row(
-            line.name,
-            line.state,
-            line.data,
-            line.model,
-            line.method,
-            "–" if line.accuracy is None else f"{line.accuracy:.2%}",
-            "–" if line.backward is None else f"{line.backward:,}",
-            "–" if line.seconds is None else f"{line.seconds:,.1f}",
-            ago(line.time),
-        )
-    return table
+def in_columns(lines: Sequence[Listed]) -> list[str]:
+    """Return lines as text in columns below a heading; a table of `rich` takes a second for a thousand."""
+    rows = [[*COLUMNS, *FIGURES], *map(_cells, lines)]
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    texts = [GAP.join(map(_padded, row, widths, ALIGNED)).rstrip() for row in rows]
+    rule = "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
+    return [texts[0], rule, *texts[1:]]
+
+
+def _cells(line: Listed) -> list[str]:
+    return [
+        line.name,
+        line.state,
+        line.data,
+        line.model,
+        line.method,
+        "–" if line.accuracy is None else f"{line.accuracy:.2%}",
+        "–" if line.backward is None else f"{line.backward:,}",
+        "–" if line.seconds is None else f"{line.seconds:,.1f}",
+        ago(line.time),
+    ]
+
+
+def _padded(text: str, width: int, aligned: str) -> str:
+    """Return a text filled up to a width, in which some letters take two places."""
+    space = " " * (width - cell_len(text))
+    return f"{text}{space}" if aligned == "left" else f"{space}{text}"
 
 
 def _config(storage: Storage) -> tuple[dict[str, Any], str]:

@@ -5,7 +5,6 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from raypkg.core.errors import redacted
@@ -15,7 +14,6 @@ from .folder import RunFolder
 from .stages import Reached, Stage, reached
 from .storage import Storage
 
-WIDEST = 1000  # columns
 STATES = {
     GOING: "a process is working on it",
     STOPPED: "nobody is working on it",
@@ -26,15 +24,6 @@ STATES = {
 def terminal() -> Console:
     """Return the console of this process, which prints names and paths as they are: no markup, no emoji."""
     return Console(markup=False, emoji=False, highlight=False)
-
-
-def print_whole(table: Table) -> None:
-    """Print a table of any width: a terminal wraps lines that are longer, and no figure is cut off."""
-    console = terminal()
-    options = console.options.update(max_width=WIDEST)
-    needed = Measurement.get(console, options, table).maximum
-    console.width = max(console.width, needed)
-    console.print(table)
 
 
 def show_run(folder: RunFolder, console: Console) -> None:

@@ -6,23 +6,26 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from raypkg.core.errors import redacted
 from raypkg.runs.activity import GOING, resuming, state_of
 from raypkg.runs.plots import save_plot
 from raypkg.runs.sealed import CONFIG
-from raypkg.runs.show import STATES, findings, print_whole
+from raypkg.runs.show import STATES, findings, terminal
 
 from . import plots
 from .standing import Row, Standing, standing_of
 from .sweep_folder import BEST, SweepFolder
 
+WIDEST = 1000  # columns
+
 
 def show_sweep(sweep: SweepFolder, console: Console) -> None:
     """Print the trials, the best of them and how to run it again."""
     standing = standing_of(sweep)
-    print_whole(_table(sweep, standing))
+    _print_whole(_table(sweep, standing))
     for row in standing.results:
         if row["error"]:
             console.print(f"{row['run']} failed: {row['error']}", soft_wrap=True)
@@ -103,6 +106,15 @@ def _proxy_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
         f"proxy: Kendall τ {judged['kendall']:.2f} over the {judged['trials']} trials on all samples;"
         f" {backward:,} samples backward, {share:.0%} of {samples} trials on all samples to the end"
     )
+
+
+def _print_whole(table: Table) -> None:
+    """Print a table of any width: with many settings the terminal wraps its lines, and no figure is cut off."""
+    console = terminal()
+    options = console.options.update(max_width=WIDEST)
+    needed = Measurement.get(console, options, table).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def _table(sweep: SweepFolder, standing: Standing) -> Table:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from rich.cells import cell_len
 
 from raypkg.core.config import load_settings
 from raypkg.experiments.train import TrainSettings
@@ -290,6 +291,14 @@ def test_list_prints_no_letter_that_steers_a_terminal(call, effray):
     begun()
     Path("runs/train/one/config.toml").write_text('model = {name = "a\\u001b[31mb"}')
     assert "\x1b" not in effray("list")
+
+
+def test_the_columns_of_the_list_stand_below_each_other_whatever_the_letters(call, effray):
+    for name in ("日本", "größe", "one"):
+        begun(name=name)
+    heading, _, *lines = effray("list").splitlines()
+    assert {cell_len(line.partition("stopped")[0]) for line in lines} == {heading.index("state")}
+    assert len({cell_len(line) for line in (heading, *lines)}) == 1
 
 
 def test_list_of_a_thousand_runs_is_whole_and_imports_no_torch(call, effray):
