@@ -76,14 +76,13 @@ def experiment_command(entry: Entry) -> click.Command:
         dry: bool,
         **given: Any,
     ) -> None:
-        from .dry_run import dry_run
         from .execute import execute, resume_run
 
         values = overrides(schema, given, pairs)
-        if resume is not None and dry:
-            raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
         if dry:
-            dry_run(entry, schema, config, values, name, root)
+            from .dry_run import dry_run
+
+            dry_run(entry, schema, config, values, name, root, resume)
         elif resume is not None:
             resume_run(entry, schema, resume, values, root, refused={"--config": config, "--name": name})
         else:

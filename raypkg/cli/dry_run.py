@@ -24,25 +24,28 @@ if TYPE_CHECKING:  # it imports torch, which a mistake in the settings need not 
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 COLUMNS = "{:<9} {:>6} {:>7} {:>7} {:>12} {:>10} {:>14}"
-FILES = {  # that the phases leave
-    "pretrain": ("pretrained.safetensors", "pretrained_record.parquet"),
-    "select": ("coreset.parquet", "scores.parquet"),
-    "train": ("model.safetensors", "model_record.parquet"),
-}
 ALWAYS = ("config.toml", "environment.json", "metrics.parquet", "phases/", "plots/", "summary.json")
 
 
 def dry_run(
-    entry: Entry, schema: type[RunSettings], config: Path | None, values: Mapping[str, Any], name: str | None, root: str
+    entry: Entry,
+    schema: type[RunSettings],
+    config: Path | None,
+    values: Mapping[str, Any],
+    name: str | None,
+    root: str,
+    resume: str | None,
 ) -> None:
     """Print the settings that a run would have, and what it would do.
 
     Raises:
-        UserError: what a run would refuse before its first phase.
+        UserError: what a run would refuse before its first phase; or one is to be resumed, which has its settings.
     """
     from raypkg.phases.outlook import stages_of
     from raypkg.phases.samples import forget_samples, open_samples
 
+    if resume is not None:
+        raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
     settings = with_absolute_path(load_settings(schema, config, values))
     check_names(settings)
     _check_folder(entry, settings, name, root)
@@ -55,7 +58,8 @@ def dry_run(
     for line in _plan(settings, samples, stages):
         click.echo(f"# {line}")
     click.echo(f"# folder: {redacted(place.root)}{'' if name else ', NAME made up from data, model and time'}")
-    click.echo(f"# files: {' '.join(_files(stages))} and what the method adds; checkpoints/ until it is done")
+    files = dict.fromkeys([*ALWAYS, *(file for stage in stages for file in stage.files)])
+    click.echo(f"# files: {' '.join(files)} and what the method adds; checkpoints/ until it is done")
 
 
 def _check_folder(entry: Entry, settings: RunSettings, name: str | None, root: str) -> None:
@@ -164,11 +168,6 @@ def _workers(cluster: Cluster) -> str:
     )
     gpus = "a GPU where there are any" if cluster.gpus_per_worker is None else f"{cluster.gpus_per_worker:g} GPUs"
     return f"{count}; {threads} and {gpus} each"
-
-
-def _files(stages: Sequence[Stage]) -> list[str]:
-    """Return the names of what a run leaves, whatever its method adds."""
-    return [*ALWAYS, *(file for stage in stages for file in FILES.get(stage.phase, ()))]
 
 
 def _size(count: float) -> str:

@@ -10,7 +10,6 @@ from raypkg.runs.activity import resuming, state_of
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.show import show_unfinished, terminal
 from raypkg.runs.stages import Stage
-from raypkg.runs.storage import Storage
 from raypkg.sweeps.belonging import sweep_around
 
 
@@ -44,12 +43,9 @@ def resume_command(folder: RunFolder, root: str) -> str:
         UserError: there is a sweep that it may be of, whose record is damaged.
     """
     storage = folder.storage
-    runs = storage.parent.parent.root
-    if runs != Storage(root).root:  # the run was given by its path
-        root = runs
     if sweep := sweep_around(storage):
-        return resuming(f"effray tune {sweep.experiment}", sweep.name, root)
-    return resuming(_command(storage.parent.name), folder.name, root)
+        return resuming(f"effray tune {sweep.experiment}", sweep.storage, root)
+    return resuming(_command(storage.parent.name), storage, root)
 
 
 def _command(name: str) -> str:

@@ -11,6 +11,7 @@ from raypkg.core.registry import Registry
 from raypkg.core.settings import Experiment, RunSettings, Select
 from raypkg.runs.stages import Stage
 
+CORESET = "coreset.parquet"
 outlook = Registry("outlook", "raypkg.methods.*.show")
 
 
@@ -26,7 +27,12 @@ def stages_of(experiment: str, settings: RunSettings) -> list[Stage]:
         return entry(settings)
     if isinstance(settings, Experiment):
         return [main_stage(settings)]
-    return [Stage("select")]
+    return [selection_stage()]
+
+
+def selection_stage() -> Stage:
+    """Return a selection by a model that is trained already."""
+    return Stage("select", files=(CORESET,))
 
 
 def main_stage(settings: Experiment, share: float | None = None) -> Stage:
@@ -39,6 +45,7 @@ def main_stage(settings: Experiment, share: float | None = None) -> Stage:
     select = getattr(settings, "select", None)
     given = getattr(settings, "coreset", None)
     size: Callable[[int], int] = int
+    selects = select is not None or given is not None or share is not None
     if given is not None and not getattr(select, "every_epochs", 0):
         size = partial(_size_given, settings, given)
     elif share is not None:
@@ -51,6 +58,7 @@ def main_stage(settings: Experiment, share: float | None = None) -> Stage:
         batch_size=settings.train.batch_size,  # type: ignore[attr-defined]  # declared where the experiment is
         size=size,
         whole=min(settings.epochs, getattr(select, "warm_epochs", 0)),
+        files=("model.safetensors", "model_record.parquet", *[CORESET] * selects),
     )
 
 

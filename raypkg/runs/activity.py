@@ -79,16 +79,19 @@ def ago(moment: float) -> str:
     return f"{seconds} s"
 
 
-def resuming(command: str, name: str, root: str) -> str:
+def resuming(command: str, storage: Storage, root: str) -> str:
     """Return the command that resumes a run or sweep.
 
     Args:
         command: that began it, without options.
-        name: of the run or sweep.
-        root: of all runs, as the user gave it.
+        storage: the folder of the run or sweep, which is below the folder of its kind.
+        root: of all runs, as the user gave it; it is told only where it is not the default.
 
-    >>> resuming("effray lipt", "one", "/data/my runs")
+    >>> resuming("effray lipt", Storage("/data/my runs/lipt/one"), "/data/my runs")
     "effray lipt --resume one --root '/data/my runs'"
     """
-    again = f"{command} --resume {shlex.quote(name)}"
+    again = f"{command} --resume {shlex.quote(storage.name)}"
+    around = storage.parent.parent.root
+    if around != Storage(root).root:  # it was given by its path
+        root = around
     return again if root == ROOT else f"{again} --root {shlex.quote(redacted(root))}"

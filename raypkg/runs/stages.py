@@ -16,6 +16,7 @@ class Stage(NamedTuple):
         batch_size: samples of a step.
         size: gives the samples in an epoch of one model, for so many training samples.
         whole: first epochs, which are on all samples.
+        files: that it leaves in the run folder, whatever methods and hooks add.
     """
 
     phase: str
@@ -24,6 +25,7 @@ class Stage(NamedTuple):
     batch_size: int = 1
     size: Callable[[int], int] = int
     whole: int = 0
+    files: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:

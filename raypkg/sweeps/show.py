@@ -48,7 +48,7 @@ def show_resumption(sweep: SweepFolder, root: str, console: Console) -> None:
     state = state_of(sweep.storage)
     console.print(f"{sweep.name}: {left} trials are left, {STATES[state]}", soft_wrap=True)
     if state != GOING:
-        command = resuming(f"effray tune {sweep.experiment}", sweep.name, root)
+        command = resuming(f"effray tune {sweep.experiment}", sweep.storage, root)
         console.print(f"resume with: {command}", soft_wrap=True)
 
 

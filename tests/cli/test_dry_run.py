@@ -27,6 +27,12 @@ def backward(run):
     return {phase["phase"]: phase["backward"] for phase in phases}
 
 
+def absent(told, run):
+    """Return the files of a plan that a run has not left."""
+    planned = told["files"].removeprefix("files: ").partition(" and ")[0].split()
+    return [file for file in planned if not (run / file).exists()]
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -50,6 +56,7 @@ def test_the_plan_is_what_the_run_then_does(effray, command):
     assert models == 1
     assert planned == done["train"]
     assert epochs == len(set(_epochs(run)))
+    assert absent(told, run) == []
 
 
 def _epochs(run):
@@ -73,6 +80,7 @@ def test_the_plan_of_lipt_has_its_pretraining(effray, options, row):
     assert told["pretrain"].split() == row.split()
     assert told["select"] == "select" and told["selection"] == "selection: gradmatch, 130 of 1,295 samples"
     effray(command)
+    assert absent(told, Path("runs/lipt/one")) == []
     assert backward("lipt/one")["pretrain"] == (numbers(told["pretrain"]) or [0])[-1]
     together = re.search(r"all phases: ([\d,]+), ([\d.]+)%", told["samples"])
     planned = (numbers(told["pretrain"]) or [0])[-1] + 4 * 130
@@ -127,7 +135,7 @@ def test_a_selection_by_another_run_is_planned(effray):
     effray("train --name one --model linear --train.epochs 1")
     told = plan(effray("select --model-from one --method craig --fraction 0.2 --name two --dry-run"))
     assert told["selection"] == "selection: craig, 259 of 1,295 samples"
-    assert "coreset.parquet" in told["files"] and not Path("runs/select").exists()
+    assert "coreset.parquet" in told["files"].split() and not Path("runs/select").exists()
 
 
 @pytest.mark.parametrize("command", ["lipt", "train", "crest", "sparse --density 0.1", "deltagrad train"])

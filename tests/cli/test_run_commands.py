@@ -180,6 +180,12 @@ def test_show_of_a_stopped_sweep_resumes_it(effray, sweep):
     assert "a process is working on it" in text and "resume" not in text
 
 
+def test_the_command_that_resumes_a_sweep_given_by_its_path_names_its_root(effray, sweep, tmp_path):
+    shutil.move("runs", "elsewhere")
+    text = effray("show elsewhere/tune/s")
+    assert text.endswith(f"resume with: effray tune crest --resume s --root {tmp_path}/elsewhere\n")
+
+
 # list
 
 

@@ -1,22 +1,24 @@
 """What a run of LiPT is going to do, for those who look on."""
 
-from raypkg.phases.outlook import main_stage, outlook
+from raypkg.phases.outlook import main_stage, outlook, selection_stage
 from raypkg.runs.stages import Stage
 
+from .pretrain import RESULT
 from .settings import LiptSettings, Pretrain
 
 
 @outlook("lipt")
 def lipt_stages(settings: LiptSettings) -> list[Stage]:
     """Return pre-training, selection and the main training."""
-    return [_pretraining(settings.pretrain), Stage("select"), main_stage(settings)]
+    return [_pretraining(settings.pretrain), selection_stage(), main_stage(settings)]
 
 
 def _pretraining(settings: Pretrain) -> Stage:
     """Return the pre-training; one of the user's own is taken to be like the dense one."""
     if settings.method == "initial":
-        return Stage("pretrain")
-    stage = Stage("pretrain", settings.epochs, batch_size=settings.batch_size)
+        return Stage("pretrain", files=(RESULT,))
+    files = (RESULT, "pretrained_record.parquet")
+    stage = Stage("pretrain", settings.epochs, batch_size=settings.batch_size, files=files)
     if settings.method == "lipt":
         return stage._replace(models=settings.models, size=settings.shard_size)
     return stage
