@@ -7,7 +7,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from raypkg.core.errors import redacted
+from raypkg.core.errors import UserError, redacted
 
 from .activity import DONE, GOING, STOPPED, UNFINISHED, ago, written
 from .folder import RunFolder
@@ -125,7 +125,10 @@ def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resu
 
 def last_signs(storage: Storage) -> Iterator[str]:
     """Yield which file of a folder is the newest, and how long ago it was written."""
-    times = written(storage.root, below=True)
+    try:
+        times = written(storage.root, below=True)
+    except UserError:  # a run that is going deletes folders as well, also while they are listed
+        return
     if times:
         newest = max(times, key=times.__getitem__)
         yield f"last written {ago(times[newest])} ago: {newest}"
@@ -142,13 +145,14 @@ def _progress(phases: Sequence[Reached], state: str) -> Table:
     for phase in phases:
         stage = phase.stage
         standing = state if phase is present else "to come"
+        losses = [row["loss"] for row in phase.rows if "loss" in row]
         measured = [row["accuracy"] for row in phase.rows if "accuracy" in row]
         table.add_row(
             stage.phase,
             DONE if phase.done else standing,
             f"{phase.models_done} of {stage.models}" if stage.models > 1 else "–",
             _of(len(phase.rows), stage.rows),
-            f"{phase.rows[-1]['loss']:.3f}" if phase.rows else "–",
+            f"{losses[-1]:.3f}" if losses else "–",
             f"{measured[-1]:.1%}" if measured else "–",
         )
     return table

@@ -74,6 +74,13 @@ def test_help_fits_and_its_example_runs_as_printed(call, effray, monkeypatch, co
 # show
 
 
+class Vanishing:
+    """A file system whose folders others delete."""
+
+    def get_file_info(self, selector):
+        raise FileNotFoundError(2, "No such file or directory", "runs/lipt/one/checkpoints")
+
+
 @pytest.fixture
 def stopped(call):
     """A run of LiPT that was stopped in its main training."""
@@ -162,6 +169,19 @@ def test_show_of_a_stopped_run_with_damaged_settings_says_why_nothing_resumes_it
     text = effray("show one")
     assert "resume with: nothing: " in text and "config.toml' is missing or empty" in text
     assert phases(text)["train"] == "stopped – 12 0.083 80.0%".split()
+
+
+def test_show_of_a_run_whose_folders_go_while_it_looks_on(effray, stopped, monkeypatch):
+    monkeypatch.setattr("raypkg.runs.activity.opened", lambda base: (Vanishing(), base))
+    text = effray("show one")
+    assert "12 of 40" in text and "last written" not in text and "resume with: effray lipt --resume one\n" in text
+
+
+def test_show_of_rows_without_a_loss(effray):
+    folder = begun()
+    folder.log({"phase": "train", "main": True, "epoch": 1})
+    folder.flush()
+    assert phases(effray("show one"))["train"] == "stopped – 1 of 40 – –".split()
 
 
 def test_show_of_a_trial_resumes_its_sweep(effray, sweep):
