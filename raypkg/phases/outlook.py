@@ -62,6 +62,12 @@ def main_stage(settings: Experiment, share: float | None = None) -> Stage:
     )
 
 
+def in_whole_batches(stage: Stage) -> Stage:
+    """Return a training whose batches are chosen one by one, each as large as a batch can be."""
+    batch = stage.batch_size
+    return stage._replace(size=lambda n: -(-n // batch) * batch)
+
+
 def _size_selected(share: float, n: int) -> int:
     from raypkg.coresets.budgets import budget_of
 

@@ -1,9 +1,6 @@
 """What a run of CREST or one of its baselines is going to do, for those who look on."""
 
-from functools import partial
-
-from raypkg.core.settings import Training
-from raypkg.phases.outlook import main_stage, outlook
+from raypkg.phases.outlook import in_whole_batches, main_stage, outlook
 from raypkg.runs.stages import Stage
 
 from .settings import CrestSettings
@@ -15,11 +12,4 @@ def crest_stages(settings: CrestSettings) -> list[Stage]:
     if not settings.by_batches:
         return [main_stage(settings, settings.budget)]
     stage = main_stage(settings)
-    if settings.selection == "crest":
-        return [stage._replace(size=partial(_in_whole_batches, settings.train))]
-    return [stage]
-
-
-def _in_whole_batches(training: Training, n: int) -> int:
-    """Return the samples in an epoch's mini-batch coresets, each of which is as large as a batch."""
-    return training.steps_per_epoch(n) * training.batch_size
+    return [in_whole_batches(stage) if settings.selection == "crest" else stage]
