@@ -99,7 +99,8 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage]) -> I
         yield _selection(select, n)
     if isinstance(settings, Experiment):
         yield from _training(settings, samples, stages)
-    yield f"workers: {_workers(settings.cluster)}"
+    actors = settings.actors if isinstance(settings, Experiment) else 0
+    yield f"workers: {_workers(settings.cluster)}{f'; {actors} actors beside them' if actors else ''}"
 
 
 def _selection(select: Select, n: int) -> str:

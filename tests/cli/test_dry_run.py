@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from raypkg.cli import main
+
 SHORT = "--model mlp --train.epochs 4"
 
 
@@ -112,6 +114,23 @@ def test_the_plan_tells_data_model_workers_and_place(effray, tmp_path):
     assert told["workers"] == "workers: none, this process with 1 thread"
     assert told["folder"] == f"folder: {tmp_path}/runs/train/one"
     assert "model.safetensors" in told["files"]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            "--cluster.workers 3 --crest.actors 2",
+            "3; 1 thread and a GPU where there are any each; 2 actors beside them",
+        ),
+        ("--cluster.workers 1 --cluster.gpus_per_worker 2 --cluster.cpus_per_worker 4", "1; 4 threads and 2 GPUs each"),
+    ],
+)
+def test_the_plan_has_workers_as_the_settings_say(call, capsys, options, line):
+    with pytest.raises(SystemExit) as ended:
+        main(["crest", *options.split(), "--dry-run"])
+    assert not ended.value.code
+    assert plan(capsys.readouterr().out)["workers"] == f"workers: {line}"
 
 
 @pytest.mark.parametrize(
