@@ -100,7 +100,7 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage]) -> I
     if isinstance(settings, Experiment):
         yield from _training(settings, samples, stages)
     actors = settings.actors if isinstance(settings, Experiment) else 0
-    yield f"workers: {_workers(settings.cluster)}{f'; {actors} actors beside them' if actors else ''}"
+    yield f"workers: {_workers(settings.cluster)}{f'; {actors} actors' if actors else ''}"
 
 
 def _selection(select: Select, n: int) -> str:
