@@ -1,9 +1,11 @@
 """A run's folder is its own: names that are harmless anywhere, one maker, and files that are what the run left."""
 
+import fcntl
 import json
 import multiprocessing
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +16,7 @@ import raypkg
 from raypkg.cli import main
 from raypkg.core.errors import UserError, redacted
 from raypkg.core.settings import Dataset, Experiment, Training
+from raypkg.runs.activity import GOING, state_of
 from raypkg.runs.environment import environment
 from raypkg.runs.folder import RunFolder, check_name, create, discard
 from raypkg.runs.storage import Storage
@@ -385,3 +388,11 @@ def test_the_front_door_tells_what_it_takes():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'; it has Coreset"):
         _ = raypkg.nothing
     assert set(raypkg.__all__) <= set(dir(raypkg)) and all(hasattr(raypkg, name) for name in dir(raypkg))
+
+
+def test_work_begins_while_somebody_looks_whether_anybody_works_there(tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_SH)
+    threading.Timer(0.1, os.close, (folder,)).start()
+    with Storage(str(tmp_path)).alone("run 'one'"):
+        assert state_of(Storage(str(tmp_path))) == GOING

@@ -27,12 +27,12 @@ class Effray(ExampleHelp, click.Group):
 
     def list_commands(self, context: click.Context) -> list[str]:
         """Experiments first, then the rest."""
-        return [*experiment.entries, *super().list_commands(context)]
+        return [*experiment.names, *super().list_commands(context)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Make the command of an experiment when it is asked for."""
-        if name in experiment.entries:
-            return with_companions(experiment_command(experiment.entries[name]))
+        if name in experiment:
+            return with_companions(experiment_command(experiment[name]))
         return super().get_command(context, name)
 
     def resolve_command(self, context: click.Context, arguments: list[str]) -> tuple[Any, Any, list[str]]:

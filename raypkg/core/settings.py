@@ -72,7 +72,9 @@ class Training(Settings):
     evaluate_every_epochs: Annotated[
         int, Field(ge=0, description="epochs between evaluations on the held-out samples; 0 = none")
     ] = 5
-    compile: Annotated[bool, Field(description="compile the model (minutes at first, faster steps)")] = False
+    compile: Annotated[
+        bool, Field(description="compile the model (a minute or more at first; gains little on a processor)")
+    ] = False
 
     def steps_per_epoch(self, n: int) -> int:
         """Return the steps of an epoch on n samples.

@@ -23,8 +23,7 @@ UNITS = ((86400, "d"), (3600, "h"), (60, "min"))  # seconds, from the largest on
 def state_of(storage: Storage) -> str:
     """Return the state of a run or sweep that is not done.
 
-    The lock is shared with others who ask, and held no longer than that: who starts work at that very moment is refused
-    as by anybody else who works there.
+    The lock is shared with others who ask, and held for a moment, which who starts work there waits for.
     """
     if storage.local is None:
         return UNFINISHED

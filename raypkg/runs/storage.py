@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from .address import address_of, folder_and_name, folder_around, opened, parted,
 LEFT_BEHIND = re.compile(r"\.\d+\.part$")  # what a write begins, with the number of its process
 PART = ".part"  # ends the name of a file that is being written
 CLAIMS = "claims"  # of those who are about to make the same folder of an object store
+GLANCE = 0.5  # seconds that a lock may be held by somebody who only asks whether it is
 TRIES = 3  # at making a folder, while others tidy up around it
 
 
@@ -122,12 +124,8 @@ class Storage:
         with _told("open", self._path):
             folder = os.open(self.local, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
-            except BlockingIOError:
-                raise UserError(f"{what} is being worked on by another process: wait for it, or stop it") from None
-            except OSError:
-                pass  # a file system without locks, as some clusters have
+            if not _locked(folder):
+                raise UserError(f"{what} is being worked on by another process: wait for it, or stop it")
             yield
         finally:
             os.close(folder)
@@ -379,3 +377,18 @@ def _told(what: str, path: str) -> Iterator[None]:
         full = error.errno == errno.ENOSPC
         reason = "the disk is full" if full else error.strerror or error
         raise UserError(f"cannot {what} {path!r}: {reason}") from None
+
+
+def _locked(folder: int) -> bool:
+    """Lock an open folder until the process ends, however it ends; say whether nobody else holds the lock."""
+    until = time.monotonic() + GLANCE
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+        except OSError:  # a file system without locks, as some clusters have
+            return True
+        time.sleep(GLANCE / 10)

@@ -20,14 +20,14 @@ from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import check_names, training_settings_of, with_absolute_path
 from raypkg.phases.trust import check_code, check_file_of_code
-from raypkg.runs import ROOT
+from raypkg.runs.activity import resuming
 from raypkg.runs.folder import discard
 from raypkg.runs.show import terminal
 
 from . import proxy
 from .figures import TrialRun
 from .order import ALL_TO_THE_END, Order, base_of, check_counts, filled
-from .show import conclude, show_sweep
+from .show import conclude, show_sweep, trials_left
 from .spaces import Space, check_space, open_space, read_space, space_of, without
 from .standing import ONLY
 from .sweep_folder import DONE, RECORD, SPACE, SweepFolder, create_sweep, find_sweep
@@ -126,7 +126,7 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
     space = without(whole, whole.domains.keys() - folder.order["varied"])
     with folder.storage.alone(f"sweep {name!r}"):
         folder.change(changes, settings)
-        if _left(folder) or proxy.enlist(folder):
+        if trials_left(folder) or proxy.enlist(folder):
             Sweep(folder, settings, space, root).run()
         else:
             conclude(folder)
@@ -175,7 +175,7 @@ class Sweep:
         finally:
             conclude(self.folder)
         show_sweep(self.folder, self.console)
-        left = _left(self.folder)
+        left = trials_left(self.folder)
         if interrupted:
             raise Interruption(f"interrupted, {left} trials left; resume with: {self._again()}")
         if left:
@@ -254,8 +254,7 @@ class Sweep:
         self.console.print(f"{self.folder.name}: {count} {trials}, {how}, {at_once} at once")
 
     def _again(self) -> str:
-        command = f"effray tune {self.folder.experiment} --resume {self.folder.name}"
-        return command if self.root == ROOT else f"{command} --root {shlex.quote(self.root)}"
+        return resuming(f"effray tune {self.folder.experiment}", self.folder.storage, self.root)
 
 
 class Progress:
@@ -308,10 +307,6 @@ def _size(settings: Experiment, concurrent: int | None) -> TrialSize:
     processes = (settings.cluster.workers or 1) + settings.actors
     connect(settings.cluster, dashboard=processes > 1 or torch.cuda.is_available())
     return trial_size(settings.cluster, settings.actors, concurrent)
-
-
-def _left(sweep: SweepFolder) -> int:
-    return len(sweep.waiting()) + len(sweep.further())
 
 
 def _sync(sweep: SweepFolder) -> str:

@@ -46,6 +46,7 @@ def absent(told, run):
         "crest --model mlp --train.epochs 10 --budget 0.2 --selection cut",
         "crest --model mlp --train.epochs 10 --budget 0.2 --selection craig",
         f"sparse {SHORT} --density 0.2 --multiplier 2",
+        f"sparse {SHORT} --crest",
         "deltagrad train --train.epochs 4",
     ],
 )

@@ -161,7 +161,7 @@ def _positions(mask: Tensor) -> Tensor:
 def _new_samples(run: RecordedRun, name: str) -> Split:
     """Read new samples with the options by which the run's own were read."""
     source = dataset[name]
-    place = argument(name) if source.name in dataset.entries else ""  # the user's own function has no such part
+    place = argument(name) if source.name in dataset else ""  # the user's own function has no such part
     trained = run.settings.dataset
     is_same_source = dataset[trained.name].name == source.name
     options = dict(trained.options) if is_same_source else {}

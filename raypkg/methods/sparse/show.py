@@ -1,4 +1,4 @@
-"""What an export saves, as a table on the terminal."""
+"""What a sparse run is going to do, and what an export saves, as a table on the terminal."""
 
 from __future__ import annotations
 
@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE
 from rich.table import Table
 
+from raypkg.phases.outlook import in_whole_batches, main_stage, outlook
+from raypkg.runs.stages import Stage
+
+from .settings import SparseSettings
+
 if TYPE_CHECKING:
     from .export import Exported
+
+
+@outlook("sparse")
+def sparse_stages(settings: SparseSettings) -> list[Stage]:
+    """Return the extended training, on mini-batch coresets where CREST chooses the batches."""
+    stage = main_stage(settings)
+    return [in_whole_batches(stage) if settings.crest else stage]
 
 
 def savings(exported: Exported) -> Table:

@@ -53,7 +53,7 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, w
     def work() -> dict[str, Any]:
         return workers.run(pretrain_models, settings, storage)
 
-    report.phase("pretrain", work, epochs=pretrain.models * pretrain.epochs)
+    report.phase("pretrain", work, epochs=pretrain.models * pretrain.epochs, models=pretrain.models)
 
 
 def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) -> dict[str, Any]:
