@@ -28,6 +28,7 @@ LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on 127.0.0.1 
 ANSWER = 5  # seconds within which a cluster must answer
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, and empty settings
 SETTINGS = 4  # the type of the frame with which every HTTP/2 server answers
+_owns = False  # whether this process has started the cluster
 WITHOUT = "--cluster.workers 0 trains in this process, without Ray"
 
 
@@ -64,11 +65,19 @@ def connect(settings: Cluster, *, dashboard: bool = False) -> None:
     _warn_of_open_doors()
 
 
-def has_dashboard() -> bool:
-    """Say whether the cluster that was joined has Ray's dashboard, which answers what state its actors are in."""
-    from ray._private.worker import get_dashboard_url
+def disconnect() -> None:
+    """End the cluster, if it is one that this process has started."""
+    global _owns
+    if _owns:
+        import ray
 
-    return bool(get_dashboard_url())
+        ray.shutdown()
+        _owns = False
+
+
+def owns() -> bool:
+    """Say whether this process has started the cluster."""
+    return _owns
 
 
 def _address(settings: Cluster) -> str | None:
@@ -122,6 +131,8 @@ def _start(dashboard: bool) -> None:
             ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # whatever keeps one of its processes from starting
         raise UserError(f"Ray cannot start on this machine: {_first_line(error)}; {WITHOUT}") from error
+    global _owns
+    _owns = True
     if is_first and token.exists():
         token.chmod(0o600)  # Ray leaves it readable for every user of the machine
 

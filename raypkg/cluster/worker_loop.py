@@ -1,7 +1,6 @@
 """What runs on every worker of a Ray Train group: it meets the others and carries out tasks until there are no more.
 
-The group's controller imports this file as well, and need not wait for PyTorch, so no torch at import. For the same
-reason the workers meet by themselves, not by Ray's TorchConfig.
+Workers meet by themselves: with Ray's TorchConfig, the group's controller would import PyTorch before it starts them.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ray.train.backend import Backend, BackendConfig
-
 from raypkg.core.errors import UserError, ending_told
 
 if TYPE_CHECKING:
@@ -19,19 +16,6 @@ if TYPE_CHECKING:
 
 
 PATIENCE = timedelta(days=7)  # LiPT's workers wait for each other's models; Ray notices the dead
-
-
-class SharedDevices(BackendConfig):
-    """Lets a worker see the GPUs of the others on its node, so that they exchange gradients directly."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """Return the class that Ray asks."""
-        return _SharedDevices
-
-
-class _SharedDevices(Backend):
-    share_cuda_visible_devices = True
 
 
 def work(config: dict[str, Any]) -> None:

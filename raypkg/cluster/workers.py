@@ -3,6 +3,8 @@
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import import_module
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
@@ -13,8 +15,9 @@ from raypkg.core.settings import Cluster
 from .capacity import Plan, plan
 from .loss import watched
 from .mailbox import Delivery, open_mailbox
-from .session import connect
+from .session import connect, disconnect
 
+TRAINER = f"{__package__}.trainer"
 Listener = Callable[[Mapping[str, Any]], None]  # of rows of metrics
 
 
@@ -36,18 +39,18 @@ class Workers:
         self._folder = folder
         self._most: int | None = None
         self._group: Group | None = None
+        self._ending: threading.Thread | None = None
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._group is None or isinstance(error, ClusterLost):  # nothing answers any more
-            return
-        if error:
+        if error is None:
+            self.release()
+        elif self._group and not isinstance(error, ClusterLost):  # otherwise nothing answers any more
             self._group.abandon()
-            return
-        with watched():
-            self._group.close()
+        if self._ending:
+            self._ending.join()
 
     def limit(self, most: int) -> None:
         """Start no more workers than there is work for, where the settings leave their number open."""
@@ -68,12 +71,30 @@ class Workers:
 
             with threads(self._cluster.cpus_per_worker):
                 return function(Worker(report=self._report), *arguments)
-        connect(self._cluster)
+        if self._ending:  # of an earlier group
+            self._ending.join()
+        if self._group is None:
+            threading.Thread(target=import_module, args=(TRAINER,), daemon=True).start()  # while Ray starts
+            connect(self._cluster)
         with watched():
             if self._group is None:
                 size = plan(self._cluster, self._most)
                 self._group = Group(size, self._cluster.max_failures, self._report, self._folder)
             return self._group.run(function, *arguments)
+
+    def release(self) -> None:
+        """End the workers, and a cluster that was started for them, while this process does what needs none."""
+        if self._group:
+            self._ending = threading.Thread(target=self._end, args=(self._group,), name="ending", daemon=True)
+            self._ending.start()
+            self._group = None
+
+    def _end(self, group: "Group") -> None:
+        from ray.exceptions import RayError
+
+        with suppress(RayError):  # every answer is here: it does not matter how the workers end
+            group.close()
+        disconnect()
 
 
 class Group:
@@ -124,9 +145,8 @@ class Group:
         from ray.exceptions import RayActorError
         from ray.train import TrainingFailedError
 
-        from .trainer import trainer
-
         try:
+            trainer = import_module(TRAINER).trainer
             trainer(self._mailbox, self._size, self._failures, self._folder).fit()
         except (TrainingFailedError, RayActorError) as error:
             lost = Interruption(f"the workers were lost more than {self._failures} times: {_cause(error)}")

@@ -90,7 +90,10 @@ def train_on_cluster(job: Job, report: Report, workers: Workers) -> dict[str, An
     def work() -> dict[str, Any]:
         return workers.run(train_model, job)
 
-    return report.phase(job.phase, work, epochs=job.last or job.training.epochs)
+    record = report.phase(job.phase, work, epochs=job.last or job.training.epochs)
+    if job.main:  # a run's last work for them
+        workers.release()
+    return record
 
 
 def train_model(worker: Worker, job: Job) -> dict[str, Any]:
