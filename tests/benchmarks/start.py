@@ -101,7 +101,7 @@ def median(starts: list[Start]) -> Start:
 
 def shown(value: float) -> str:
     """Return a cell of the table."""
-    return f"{'–':>8}" if value != value else f"{value:8.1f}"
+    return f"{'–':>8}" if value != value else f"{value:8.2f}"
 
 
 def arguments() -> argparse.Namespace:
