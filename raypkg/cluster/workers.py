@@ -148,10 +148,11 @@ class Group:
         try:
             trainer = import_module(TRAINER).trainer
             trainer(self._mailbox, self._size, self._failures, self._folder).fit()
-        except (TrainingFailedError, RayActorError) as error:
-            lost = Interruption(f"the workers were lost more than {self._failures} times: {_cause(error)}")
-            lost.__cause__ = error
-            self._outcomes.put(lost)
+        except TrainingFailedError as error:
+            lost = f"the workers were lost more than {self._failures} times: {_cause(error)}"
+            self._outcomes.put(Interruption(lost))
+        except RayActorError:
+            self._outcomes.put(Interruption("Ray Train's controller of the workers was lost"))
         except Exception as error:  # the driver's own thread raises it
             self._outcomes.put(error)
 
