@@ -13,6 +13,7 @@ from raypkg.core.config import load_settings, to_toml
 from raypkg.core.errors import UserError, redacted
 from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Training
+from raypkg.data.memory import readable
 from raypkg.experiments import check_names, with_absolute_path
 from raypkg.experiments.select import SelectSettings
 from raypkg.runs.folder import RunFolder, create
@@ -22,7 +23,6 @@ from raypkg.runs.storage import Storage
 if TYPE_CHECKING:  # it imports torch, which a mistake in the settings need not wait for
     from raypkg.phases.samples import Samples
 
-UNITS = ("B", "kB", "MB", "GB", "TB")
 COLUMNS = "{:<9} {:>6} {:>7} {:>7} {:>12} {:>10} {:>14}"
 ALWAYS = ("config.toml", "environment.json", "metrics.parquet", "phases/", "plots/", "summary.json")
 
@@ -132,13 +132,13 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
     batch = min(training.batch_size, stages[-1].size(n))
     needed = step_memory(model, (batch, *samples.data.train.shape), training)
     parts = [
-        f"parameters {_size(needed.weights)}",
-        f"gradients {_size(needed.gradients)}",
-        f"optimiser {_size(needed.state)}",
+        f"parameters {readable(needed.weights)}",
+        f"gradients {readable(needed.gradients)}",
+        f"optimiser {readable(needed.state)}",
     ]
     if needed.activations is not None:
-        parts.append(f"activations of a batch {_size(needed.activations)}")
-    yield f"memory of training: {_size(needed.all)} = {' + '.join(parts)}"
+        parts.append(f"activations of a batch {readable(needed.activations)}")
+    yield f"memory of training: {readable(needed.all)} = {' + '.join(parts)}"
 
 
 def _row(stage: Stage, n: int) -> str:
@@ -169,16 +169,3 @@ def _workers(cluster: Cluster) -> str:
     )
     gpus = "a GPU where there are any" if cluster.gpus_per_worker is None else f"{cluster.gpus_per_worker:g} GPUs"
     return f"{count}; {threads} and {gpus} each"
-
-
-def _size(count: float) -> str:
-    """Return a number of bytes for people.
-
-    >>> _size(1_234_567)
-    '1.2 MB'
-    """
-    unit = 0
-    while count >= 1000 and unit < len(UNITS) - 1:
-        count /= 1000
-        unit += 1
-    return f"{count:.1f} {UNITS[unit]}" if unit else f"{count:.0f} B"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from raypkg.core.errors import UserError
 
+UNITS = ("B", "kB", "MB", "GB", "TB")
 SAMPLES_AT_ONCE = 256  # that are decoded, or made dense, together
 
 
@@ -44,3 +45,16 @@ def check_samples(what: str, size: int, advice: str, count: int = SAMPLES_AT_ONC
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
+
+
+def readable(size: float) -> str:
+    """Return a number of bytes for people.
+
+    >>> readable(7.1e12)
+    '7.1 TB'
+    """
+    unit = 0
+    while size >= 1000 and unit < len(UNITS) - 1:
+        size /= 1000
+        unit += 1
+    return f"{size:.3g} {UNITS[unit]}"

@@ -1,15 +1,14 @@
 """Run folders and coresets on S3, here a server of this machine's own: everything that a local disk can."""
 
-import logging
 import os
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from bucket import BUCKET, query
 
 from disk import death, quick
 from forked import DEATH, Process, effray, start
@@ -17,36 +16,6 @@ from run_files import files
 
 SMALL = "--model linear --train.epochs 2 --train.batch_size 512 --cluster.workers 0"
 LIPT = f"lipt {SMALL} --pretrain.models 2 --pretrain.epochs 1 --pretrain.batch_size 512"
-BUCKET = "bucket"
-
-
-@pytest.fixture(scope="module")
-def port():
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it names every request
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "KEY")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        server.start()
-        _, port = server.get_host_and_port()
-        yield port
-        server.stop()
-
-
-@pytest.fixture
-def root(port):
-    """An empty bucket, and a root in it."""
-    server = f"http://127.0.0.1:{port}"
-    for method, address in (("POST", f"{server}/moto-api/reset"), ("PUT", f"{server}/{BUCKET}")):
-        urllib.request.urlopen(urllib.request.Request(address, method=method)).close()
-    return f"s3://{BUCKET}/runs?{query(port)}"
-
-
-def query(port: int) -> str:
-    return f"endpoint_override=http://127.0.0.1:{port}&scheme=http"
 
 
 def done(line: str, folder: Path) -> str:

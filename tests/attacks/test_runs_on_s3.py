@@ -1,8 +1,5 @@
 """`effray list`, `rm` and `show` of runs in an object store, here a server of this machine's own."""
 
-import logging
-import urllib.request
-
 import pytest
 
 from raypkg.cli import main
@@ -21,29 +18,6 @@ SUMMARY = {
     "elapsed": 2.0,
     "full_training_backward": 7,
 }
-
-
-@pytest.fixture(scope="module")
-def address():
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it names every request
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "KEY")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        server.start()
-        _, port = server.get_host_and_port()
-        yield f"http://127.0.0.1:{port}"
-        server.stop()
-
-
-@pytest.fixture
-def root(address):
-    for method, place in (("POST", "moto-api/reset"), ("PUT", "bucket")):
-        urllib.request.urlopen(urllib.request.Request(f"{address}/{place}", method=method)).close()
-    return f"s3://bucket/runs?endpoint_override={address}&scheme=http"
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
+from raypkg.data.memory import readable
 from raypkg.runs.storage import Storage
 
 RECORDS = "history.arrow"
 DIGESTS = "history.digests"
 DIGEST_BYTES = 16
 MOST_WAITING = 8  # records that may wait to be written
-UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class RecordedStep(NamedTuple):
@@ -122,19 +122,6 @@ def check_room(folder: Path, layout: Layout, steps: int) -> None:
             f"the history takes {layout.describe(steps)}, but {str(folder)!r} has {readable(free)} left:"
             " use fewer epochs, larger batches, a smaller model or history.dtype = float32"
         )
-
-
-def readable(size: float) -> str:
-    """Return a number of bytes for people.
-
-    >>> readable(7.1e12)
-    '7.1 TB'
-    """
-    unit = 0
-    while size >= 1000 and unit < len(UNITS) - 1:
-        size /= 1000
-        unit += 1
-    return f"{size:.3g} {UNITS[unit]}"
 
 
 class HistoryWriter:
