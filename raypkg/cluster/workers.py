@@ -90,9 +90,7 @@ class Workers:
             self._group = None
 
     def _end(self, group: "Group") -> None:
-        from ray.exceptions import RayError
-
-        with suppress(RayError):  # every answer is here: it does not matter how the workers end
+        with suppress(Exception):  # every answer is here: it does not matter how the workers end
             group.close()
         disconnect()
 
