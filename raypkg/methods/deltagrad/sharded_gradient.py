@@ -51,12 +51,16 @@ class ShardedGradient:
 def sharded_gradient(objective: Objective, split: Split, test: Split, cluster: Cluster) -> Iterator[ShardedGradient]:
     """Hold a split's samples, in contiguous ranges, in this process or on actors, until the block ends.
 
+    Of a split of few samples no actor would ever be asked, and none is started.
+
     Args:
         objective: the loss.
         split: the samples.
         test: the data set's test split, which a shard comes with.
         cluster: where they are held.
     """
+    if len(split) <= FEW:
+        cluster = cluster.model_copy(update={"workers": 0})
     data = Data(split, test)
     nobody = torch.arange(0)
 
