@@ -40,5 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"effray: {message}", file=sys.stderr)
+    from raypkg.cluster import session
+
+    print(f"effray: {message}", file=sys.stderr, flush=True)
+    if session.abandoned:
+        sys.stdout.flush()
+        os._exit(code)  # Ray's own end would find the waiting thread, and exit with another code; the cluster follows
     sys.exit(code)

@@ -12,10 +12,11 @@ from typing import Any
 from raypkg.core.errors import ClusterLost, Interruption
 from raypkg.core.settings import Cluster
 
+from . import session
 from .capacity import Plan, plan
 from .loss import watched
 from .mailbox import Delivery, open_mailbox
-from .session import connect, disconnect
+from .session import connect, disconnect, owns
 
 TRAINER = f"{__package__}.trainer"
 Listener = Callable[[Mapping[str, Any]], None]  # of rows of metrics
@@ -138,6 +139,8 @@ class Group:
     def abandon(self) -> None:
         """Have no more tasks for the workers, which may be busy; they end with this process if not before."""
         self._mailbox.end.remote()
+        if owns():
+            session.abandoned = True
 
     def _fit(self) -> None:
         from ray.exceptions import RayActorError
