@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    from raypkg.cluster import session
+    from raypkg.cluster.workers import are_abandoned
 
     print(f"effray: {message}", file=sys.stderr, flush=True)
-    if session.abandoned:
+    if are_abandoned():
         sys.stdout.flush()
         os._exit(code)  # Ray's own end would find the waiting thread, and exit with another code; the cluster follows
     sys.exit(code)

@@ -29,7 +29,6 @@ ANSWER = 5  # seconds within which a cluster must answer
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, and empty settings
 SETTINGS = 4  # the type of the frame with which every HTTP/2 server answers
 _owns = False  # whether this process has started the cluster
-abandoned = False  # whether a thread of this process waits for workers of its own cluster, of which nothing is wanted
 WITHOUT = "--cluster.workers 0 trains in this process, without Ray"
 
 

@@ -12,12 +12,12 @@ from typing import Any
 from raypkg.core.errors import ClusterLost, Interruption
 from raypkg.core.settings import Cluster
 
-from . import session
 from .capacity import Plan, plan
 from .loss import watched
 from .mailbox import Delivery, open_mailbox
 from .session import connect, disconnect, owns
 
+WAITING = "workers"  # the name of a thread that waits for the end of a group
 TRAINER = f"{__package__}.trainer"
 Listener = Callable[[Mapping[str, Any]], None]  # of rows of metrics
 
@@ -96,6 +96,11 @@ class Workers:
         disconnect()
 
 
+def are_abandoned() -> bool:
+    """Say whether a thread still waits for workers on a cluster of this process's own, of which nothing is wanted."""
+    return owns() and any(thread.name == WAITING for thread in threading.enumerate())
+
+
 class Group:
     """Workers on Ray Train, which carry out what the mailbox brings them; a thread waits for their end.
 
@@ -113,7 +118,7 @@ class Group:
         self._delivery = Delivery(self._mailbox, report, self._outcomes)
         self._size = size
         self._folder = folder
-        self._thread = threading.Thread(target=self._fit, name="workers", daemon=True)
+        self._thread = threading.Thread(target=self._fit, name=WAITING, daemon=True)
         self._thread.start()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -139,8 +144,6 @@ class Group:
     def abandon(self) -> None:
         """Have no more tasks for the workers, which may be busy; they end with this process if not before."""
         self._mailbox.end.remote()
-        if owns():
-            session.abandoned = True
 
     def _fit(self) -> None:
         from ray.exceptions import RayActorError
