@@ -29,7 +29,7 @@ def list_runs(kind: str | None, root: str, last: int | None) -> None:
     from raypkg.sweeps.folding import folded
     from raypkg.sweeps.sweep_folder import FOLDER
 
-    kinds = [*experiment.entries]
+    kinds = experiment.names
     if kind and kind not in (*kinds, FOLDER):
         raise unknown("experiment", kind, [*kinds, FOLDER])
     lines = folded(root, runs_of(root, kinds))

@@ -64,7 +64,7 @@ def _stages(folder: RunFolder) -> list[Stage]:
     """
     name = folder.storage.parent.name
     values = folder.config
-    if name not in experiment.entries:
+    if name not in experiment:
         raise UserError(f"there is no experiment {name!r}, whose run it would be by the folder that it is in")
     settings = load_settings(settings_of(experiment[name]), values)
     return stages_of(name, settings)

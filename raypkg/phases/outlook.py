@@ -22,9 +22,8 @@ def stages_of(experiment: str, settings: RunSettings) -> list[Stage]:
         experiment: its name.
         settings: of the run.
     """
-    entry = outlook.entries.get(experiment)
-    if entry is not None:
-        return entry(settings)
+    if experiment in outlook:
+        return outlook[experiment](settings)
     if isinstance(settings, Experiment):
         return [main_stage(settings)]
     return [selection_stage()]
