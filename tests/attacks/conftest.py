@@ -4,6 +4,7 @@ import logging
 import urllib.request
 
 import pytest
+
 from bucket import BUCKET, query
 
 HERE = "tests/attacks/"

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from bucket import BUCKET, query
 
+from bucket import BUCKET, query
 from disk import death, quick
 from forked import DEATH, Process, effray, start
 from run_files import files
