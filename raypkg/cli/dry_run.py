@@ -75,6 +75,7 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
     """Refuse what an experiment refuses once it knows the samples."""
     from raypkg.coresets.reselection import check_selects_once
     from raypkg.phases.selection import trained_model
+    from raypkg.phases.trained import first_weights
 
     n = len(samples.kept)
     if isinstance(settings, SelectSettings):
@@ -83,6 +84,7 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
     elif isinstance(settings, Experiment):
         given = getattr(settings, "coreset", None)
         settings.check(n if given is None else stages[-1].size(n))
+        first_weights(settings, storage.parent.parent.root)
 
 
 def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage]) -> Iterator[str]:
@@ -129,7 +131,7 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
     training: Training = settings.train  # type: ignore[attr-defined]  # declared where the experiment is
     full = max(training.epochs, settings.epochs) * n
     yield f"samples backward in the epochs of all phases: {backward:,}, {backward / full:.1%} of as many on all samples"
-    batch = min(training.batch_size, stages[-1].size(n))
+    batch = min(training.at_once, stages[-1].size(n))
     needed = step_memory(model, (batch, *samples.data.train.shape), training)
     parts = [
         f"parameters {readable(needed.weights)}",

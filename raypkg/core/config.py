@@ -29,7 +29,9 @@ class Settings(BaseModel):
     An integer may be written 1.0, as searchers of tune spaces do; a switch is never a number, nor a number a switch.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, serialize_by_alias=True
+    )
     renamed: ClassVar[Mapping[str, str]] = {}  # names that settings once had → those they have now
 
     @model_validator(mode="before")
@@ -37,7 +39,8 @@ class Settings(BaseModel):
     def _switch(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        return {name: _switched(name, cls.model_fields.get(name), value) for name, value in values.items()}
+        fields = fields_of(cls)
+        return {name: _switched(name, fields.get(name), value) for name, value in values.items()}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -102,6 +105,14 @@ def validate(schema: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
         raise _explain(schema, error.errors()[0], prefix) from None
 
 
+def fields_of(schema: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a settings class by the names that users give them.
+
+    A word that Python keeps for itself is the alias of a field: ``train.from`` is ``from_`` in the class.
+    """
+    return {field.alias or name: field for name, field in schema.model_fields.items()}
+
+
 def leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield every setting as (dotted name, field), in the order of the class: leaves, and optional parts as such.
 
@@ -113,7 +124,7 @@ def leaves(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
     >>> [name for name, _ in leaves(Example)]
     ['seed', 'optim', 'optim.lr']
     """
-    for name, field in schema.model_fields.items():
+    for name, field in fields_of(schema).items():
         part = part_of(field)
         if part is None:
             yield f"{prefix}{name}", field
@@ -158,7 +169,7 @@ def current_name(schema: type[Settings], name: str) -> str | None:
     for step in name.split("."):
         now = part.renamed.get(step, step) if part else step
         path.append(now)
-        field = part.model_fields.get(now) if part else None
+        field = fields_of(part).get(now) if part else None
         part = part_of(field) if field else None
     current = ".".join(path)
     return None if current == name else current
@@ -288,8 +299,8 @@ def _plain(settings: Settings) -> dict[str, Any]:
     """Return what TOML can hold: nothing for None, but ``false`` where that is not the default."""
     plain: dict[str, Any] = {}
     dumped = settings.model_dump(mode="json")
-    for name, field in type(settings).model_fields.items():
-        value = getattr(settings, name)
+    values = [value for _, value in settings]  # in the order of the fields
+    for (name, field), value in zip(fields_of(type(settings)).items(), values, strict=True):
         if isinstance(value, Settings):
             plain[name] = _plain(value)
         elif value is not None:
@@ -342,9 +353,9 @@ def _literals(field: FieldInfo) -> list[str]:
 def _fields_at(schema: type[BaseModel], path: list[str]) -> Mapping[str, FieldInfo]:
     for step in path:
         if not step.isdigit():  # the place in a list
-            field = schema.model_fields[step]
+            field = fields_of(schema)[step]
             schema = part_of(field) or _part_of_list(field) or schema
-    return schema.model_fields
+    return fields_of(schema)
 
 
 def _part_of_list(field: FieldInfo) -> type[Settings] | None:

@@ -1,16 +1,17 @@
 """The parts that experiments are set from; one class per part, one field per option, `--help` text beside it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .config import Named, Settings
+from .errors import UserError
 from .registry import Lookup
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Schedule = Annotated[
-    Literal["cosine", "multistep", "constant"], Field(description="shape of the learning rate over training")
+    Literal["cosine", "linear", "multistep", "constant"], Field(description="shape of the learning rate over training")
 ]
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
 CacheGiB = Annotated[float | None, Field(ge=0, description="GiB for caching (default: a quarter of a worker's memory)")]
@@ -54,11 +55,25 @@ class Training(Settings):
 
     epochs: Annotated[Epochs, Field(description="passes over the samples in use")] = 40
     batch_size: Annotated[Count, Field(description="samples a step, over all workers")] = 128
+    micro_batch: Annotated[
+        Count | None,
+        Field(description="samples of a step that go through the model at once on a worker (default: all)"),
+    ] = None
     optimizer: Annotated[Literal["sgd", "adamw"], Field(description="update rule")] = "sgd"
     lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD; beta1 of AdamW")] = 0.9
     nesterov: Annotated[bool, Field(description="Nesterov's form of momentum (SGD)")] = True
     weight_decay: Annotated[float, Field(ge=0, description="L2 penalty (SGD) or decoupled decay (AdamW)")] = 5e-4
+    decay: Annotated[
+        Literal["all", "matrices"],
+        Field(description="what decays; matrices = no norms and biases, which have 1 dimension"),
+    ] = "all"
+    clip: Annotated[
+        float | None, Field(gt=0, description="largest global norm of a step's gradients (default: any)")
+    ] = None
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=1, description="share of the target spread over all classes, in what is trained only")
+    ] = 0.0
     schedule: Schedule = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly rising rate")] = 0.0
     milestones: Annotated[
@@ -84,10 +99,22 @@ class Training(Settings):
         """
         return -(-n // self.batch_size)
 
+    @property
+    def at_once(self) -> int:
+        """Samples that go through the model at once."""
+        return min(self.batch_size, self.micro_batch or self.batch_size)
+
 
 class Train(Training):
     """Training of the main model."""
 
+    from_: Annotated[
+        str | None,
+        Field(alias="from", description="first weights: a finished run's model, or FILE.safetensors (default: drawn)"),
+    ] = None
+    keep: Annotated[
+        Literal["last", "best"], Field(description="epoch whose model is kept; best = of the best held-out accuracy")
+    ] = "last"
     sync_bn: Annotated[bool, Field(description="batch statistics over all workers (GPU only)")] = False
 
 
@@ -177,6 +204,21 @@ class Experiment(RunSettings):
     def actors(self) -> int:
         """Ray actors of one CPU each that a run starts beside its workers."""
         return 0
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Self:
+        """Refuse to keep the best epoch where no epoch is measured."""
+        train = getattr(self, "train", None)
+        if not isinstance(train, Train) or train.keep == "last":
+            return self
+        if not self.dataset.validation:
+            raise UserError("train.keep = best is by held-out samples: dataset.validation = 0 holds out none")
+        every = train.evaluate_every_epochs
+        if not 0 < every <= self.epochs:
+            raise UserError(
+                f"train.keep = best: train.evaluate_every_epochs = {every} of {self.epochs} epochs evaluates none"
+            )
+        return self
 
     def check(self, n: int) -> None:
         """Refuse, before any work, what n training samples do not allow, and settings that would do nothing.

@@ -29,6 +29,20 @@ class Batch(NamedTuple):
     indices: Tensor  # [b], positions in the split
     total: int
 
+    def parts(self, most: int | None) -> "list[Batch]":
+        """Return the slice in parts of at most so many samples, as even as possible; ``total`` stays the step's.
+
+        >>> batch = Batch(*torch.arange(20).view(4, 5), total=5)
+        >>> [part.y.tolist() for part in batch.parts(2)]
+        [[5, 6], [7, 8], [9]]
+        """
+        if most is None or most >= len(self.y):
+            return [self]
+        count = -(-len(self.y) // most)
+        x, y, weights, indices = (tensor.tensor_split(count) for tensor in self[:4])
+        parts = zip(x, y, weights, indices, strict=True)
+        return [Batch(*part, total=self.total) for part in parts]
+
 
 class Epoch(NamedTuple):
     """The batches of one epoch, and how many they are."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import seeded
@@ -50,6 +51,10 @@ def fit(
     measure: Callable[[nn.Module, int], dict[str, float]] | None = None,
 ) -> Run:
     """Train to the run's last epoch, continuing from the newest checkpoint if there is one.
+
+    A step's samples may go through the model in parts (``micro_batch``), whose gradients add up to those of the whole
+    batch; only batch norm sees the parts, and layers that draw, such as dropout, draw otherwise. What is recorded and
+    measured is plain cross-entropy; ``label_smoothing`` changes what the gradients are of.
 
     Args:
         run: what to train; its model holds the result.
@@ -120,12 +125,15 @@ def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
     steps, batches = run.batches()
     model.train()
     totals = torch.zeros(3, dtype=torch.float64, device=run.worker.device)  # Σ w·loss, correct, samples
+    norms = []
     for number, batch in enumerate(batches):
         run.progress = (run.epoch + number / steps) / run.settings.epochs
         rate = learning_rate(run.settings, run.progress)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        totals += _train_step(run, model, batch, run.worker.world)
+        totals += _train_step(run, model, batch)
+        if run.settings.clip:
+            norms.append(run.norm)
     loss, correct, samples = run.worker.sum(totals).tolist()
     if not math.isfinite(loss):
         kept = f"; the checkpoint of epoch {run.epoch} stays" if run.epoch else ""
@@ -133,22 +141,29 @@ def _train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
             f"the loss became {loss} in epoch {run.epoch + 1} of phase {run.phase!r}"
             f" (lr {run.settings.lr}): lower the learning rate{kept}"
         )
-    return {"loss": loss / samples, "train_accuracy": correct / samples, "lr": rate}
+    return {"loss": loss / samples, "train_accuracy": correct / samples, "lr": rate, **_clipping(run, norms)}
 
 
-def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
+def _clipping(run: Run, norms: Sequence[Tensor]) -> dict[str, float]:
+    """Return the mean norm of the gradients before they were clipped, and the share of steps in which they were."""
+    if not run.settings.clip:
+        return {}
+    found = torch.stack(tuple(norms)).double()
+    clipped = found > run.settings.clip
+    return {"gradient_norm": found.mean().item(), "clipped": clipped.double().mean().item()}
+
+
+def _train_step(run: Run, model: nn.Module, batch: Batch) -> Tensor:
     """Take one step of the optimiser; return Σ w·loss, hits and samples of this worker's part, float64 [3]."""
-    with autocast(run.settings.precision, batch.x.device):
-        logits = model(batch.x)
-    losses = losses_of(logits, batch.y)
-    objective = losses @ batch.weights  # Σ w·loss
-    hits = logits.detach().argmax(1) == batch.y
+    parts = batch.parts(run.settings.micro_batch)
+    passed = [_pass(run, model, part, last=part is parts[-1]) for part in parts]
+    weighted, losses, hits = _joined(passed)
     run.batch = batch
-    run.seen = Seen(batch.indices, losses.detach(), hits)
-    # DDP averages over workers, so each one's share of Σ w·loss / total is scaled up by their number.
-    (objective * (world / batch.total)).backward()
+    run.seen = Seen(batch.indices, losses, hits)
     for hook in run.hooks:
         hook.on_gradients(run)
+    if run.settings.clip:
+        run.norm = clip_grad_norm_(run.model.parameters(), run.settings.clip)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
@@ -156,7 +171,44 @@ def _train_step(run: Run, model: nn.Module, batch: Batch, world: int) -> Tensor:
     for hook in run.hooks:
         hook.on_step(run)
     count = torch.tensor(len(batch.y), device=losses.device)
-    return torch.stack([objective.detach().double(), hits.sum().double(), count.double()])
+    return torch.stack([weighted.double(), hits.sum().double(), count.double()])
+
+
+class Passed(NamedTuple):
+    """What the model gave for samples of a step: Σ w·loss, the losses and the hits [b], without their graph."""
+
+    weighted: Tensor
+    losses: Tensor
+    hits: Tensor
+
+
+def _pass(run: Run, model: nn.Module, part: Batch, *, last: bool) -> Passed:
+    """Add the gradient of Σ w·loss / total over a part of the step's samples; workers share it after the last part."""
+    smoothing = run.settings.label_smoothing
+    with _gradients_of_its_own(run, model, last):
+        with autocast(run.settings.precision, part.x.device):
+            logits = model(part.x)
+        losses = losses_of(logits, part.y)
+        weighted = losses @ part.weights  # Σ w·loss
+        objective = losses_of(logits, part.y, smoothing) @ part.weights if smoothing else weighted
+        # DDP averages over workers, so each one's share of Σ w·loss / total is scaled up by their number.
+        (objective * (run.worker.world / part.total)).backward()
+    hits = logits.detach().argmax(1) == part.y
+    return Passed(weighted.detach(), losses.detach(), hits)
+
+
+def _gradients_of_its_own(run: Run, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Return the context in which a worker adds up its gradients without the others; after the last part they wait."""
+    if last or run.worker.world == 1:
+        return nullcontext()
+    return model.no_sync()  # type: ignore[operator]  # of DDP
+
+
+def _joined(passed: Sequence[Passed]) -> Passed:
+    if len(passed) == 1:
+        return passed[0]
+    weighted, losses, hits = zip(*passed, strict=True)
+    return Passed(torch.stack(weighted).sum(), torch.cat(losses), torch.cat(hits))
 
 
 def _bill_step(run: Run, samples: int) -> None:
@@ -166,9 +218,16 @@ def _bill_step(run: Run, samples: int) -> None:
         run.cost.sent += sum(parameter.numel() * parameter.element_size() for parameter in run.model.parameters())
 
 
-def losses_of(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the samples' cross-entropy, computed in at least 32 bits, [b]."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="none")
+def losses_of(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Return the samples' cross-entropy, computed in at least 32 bits, [b].
+
+    Args:
+        logits: [b, C].
+        y: labels [b].
+        smoothing: share of each target that is spread over all classes.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, y, reduction="none", label_smoothing=smoothing)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

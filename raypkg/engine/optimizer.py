@@ -5,6 +5,7 @@ Here models are compiled and optimisers never are, so their methods are called w
 """
 
 from inspect import unwrap
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,22 +42,33 @@ def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
         UserError: the model has nothing to train.
     """
     check_trainable(model)
+    groups = _groups(model, settings)
     if settings.optimizer == "adamw":
         return AdamW(
-            model.parameters(),
+            groups,
             settings.lr,
             betas=(settings.momentum, 0.999),
             weight_decay=settings.weight_decay,
             fused=True,
         )
     return SGD(
-        model.parameters(),
+        groups,
         settings.lr,
         momentum=settings.momentum,
         nesterov=settings.nesterov and settings.momentum > 0,
         weight_decay=settings.weight_decay,
         fused=True,
     )
+
+
+def _groups(model: nn.Module, settings: Training) -> list[dict[str, Any]]:
+    """Return the parameters in one group, or those that decay and, in a second one, those that do not."""
+    parameters = list(model.parameters())
+    if settings.decay == "all":
+        return [{"params": parameters}]
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() < 2]
+    return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -47,7 +47,8 @@ class Run:
         progress: share of the schedule that is done.
         rows: of metrics, one for each epoch so far.
         batch: of the present step.
-        seen: by the present step.
+        seen: by the present step; its losses are plain cross-entropy, whatever is trained.
+        norm: of all gradients of the present step before they are clipped, where ``clip`` is set.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Run:
     optimizer: torch.optim.Optimizer = field(init=False)
     batch: Batch = field(init=False)
     seen: Seen = field(init=False)
+    norm: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         dtype = torch.float64 if self.settings.precision == "float64" else torch.float32
@@ -276,7 +278,7 @@ class Hook:
         return None
 
     def on_gradients(self, run: Run) -> None:
-        """After the backward pass of ``run.batch``; may edit ``.grad`` in place."""
+        """After the backward pass of ``run.batch``, before gradients are clipped; may edit ``.grad`` in place."""
 
     def on_step(self, run: Run) -> None:
         """After the optimiser's step."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from raypkg.core.errors import UserError, ending_told
 from raypkg.core.imports import heavy_imports
 from raypkg.core.registry import Entry, Lookup, Registry
-from raypkg.core.settings import Experiment, RunSettings, Select
+from raypkg.core.settings import Experiment, RunSettings, Select, Train
 from raypkg.coresets.rules import coreset
 from raypkg.data.sources import dataset
 from raypkg.engine import hook
@@ -44,10 +44,14 @@ def training_settings_of(entry: Entry) -> type[Experiment]:
 
 
 def with_absolute_path(settings: R) -> R:
-    """Make the paths in ``parquet:PATH`` and ``dataset.only`` absolute: workers and repeated runs are in other folders.
+    """Make the paths of data and of first weights absolute: workers and repeated runs are in other folders.
 
-    URIs stay as they are.
+    URIs stay as they are, and so do the names of runs.
     """
+    train = getattr(settings, "train", None)
+    if isinstance(train, Train) and train.from_ is not None and Path(train.from_).exists():
+        train = train.model_copy(update={"from_": _absolute(train.from_)})
+        settings = settings.model_copy(update={"train": train})
     chosen = settings.dataset
     changes: dict[str, str] = {}
     source, _, path = chosen.name.partition(":")
@@ -143,12 +147,14 @@ def carry_out(
     with heavy_imports():
         from raypkg.cluster.workers import Workers
         from raypkg.phases.samples import forget_samples
+        from raypkg.phases.trained import keep_first_weights
         from raypkg.runs.report import Report
         from raypkg.runs.tracking import Listened, tracker
 
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
     forget_samples()
     settings = _with_digest(settings, folder)
+    keep_first_weights(settings, folder)
     following = tracker(settings, folder, group or entry.name)
     if listen:
         following = Listened(following, listen)

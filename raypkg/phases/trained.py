@@ -7,19 +7,23 @@ from torch import Tensor
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Experiment
+from raypkg.core.settings import Experiment, RunSettings, Train
 from raypkg.data import Data
 from raypkg.data.augment import normalize
 from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, to_device
 from raypkg.models.classifier import Classifier
 from raypkg.runs import ROOT
-from raypkg.runs.checkpoints import load_tensors
+from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder, locate
+from raypkg.runs.storage import Storage
 
+from .first_weights import FIRST, fitted
 from .samples import new_model, open_samples
 from .training import MODEL
 from .trust import stored_settings
+
+WEIGHTS = ".safetensors"
 
 
 class TrainedClassifier(Classifier):
@@ -94,6 +98,50 @@ def check_has_model(folder: RunFolder) -> None:
     folder.check(MODEL)
     if MODEL not in folder.storage.list():
         raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model")
+
+
+def keep_first_weights(settings: RunSettings, folder: RunFolder) -> None:
+    """Copy the weights that training is to begin with into the run folder, unless an earlier attempt did.
+
+    Raises:
+        UserError: there are none, or they do not fit the model.
+    """
+    if folder.storage.read(FIRST) is not None:
+        return
+    if tensors := first_weights(settings, folder.storage.parent.parent.root):
+        save_tensors(folder.storage, FIRST, tensors)
+
+
+def first_weights(settings: RunSettings, root: str) -> dict[str, Tensor]:
+    """Return the weights that training is to begin with, none where they are drawn from the seed.
+
+    Args:
+        settings: of the run.
+        root: of all runs, among which a name is looked for.
+
+    Raises:
+        UserError: there is no such file or run, the run has no model or its file was changed, or nothing in it fits.
+    """
+    train = getattr(settings, "train", None)
+    if not (isinstance(settings, Experiment) and isinstance(train, Train) and train.from_ is not None):
+        return {}
+    storage, file = _located(train.from_, root)
+    tensors = load_tensors(storage, file)
+    model = new_model(settings, open_samples(settings).data)
+    fitted(model, tensors, train.from_)
+    return tensors
+
+
+def _located(source: str, root: str) -> tuple[Storage, str]:
+    """Return the folder and the name of a file of weights, which is given itself or by the run that it is of."""
+    storage, file = Storage.around(source)
+    if not file.endswith(WEIGHTS):
+        run = locate(root, source, having=MODEL)
+        check_has_model(run)
+        return run.storage, MODEL
+    if file not in storage.list():
+        raise UserError(f"train.from: there is no file {source}")
+    return storage, file
 
 
 def settings_of_trained(folder: RunFolder) -> Experiment:

@@ -1,12 +1,13 @@
 """Training one model by DDP on Ray Train workers, on a coreset that may be selected anew, resumable at every epoch."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import torch
 from torch import nn
 
 from raypkg.cluster.workers import Workers
@@ -17,6 +18,7 @@ from raypkg.coresets.budgets import budget_of
 from raypkg.coresets.recorder import Recorder
 from raypkg.coresets.reselection import Reselection, check_schedule
 from raypkg.data.coreset import Coreset
+from raypkg.engine.batches import dtype_of
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Hook, Results, Run, Selected, hook
@@ -28,7 +30,9 @@ from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
+from .best import BestEpoch
 from .coreset_files import FILE, SCORES, keep_selected, origin, record_of, save_record
+from .first_weights import FIRST, FirstWeights
 from .samples import Samples, augmentations, new_model, open_samples
 from .summary import LEFT_OUT
 
@@ -44,7 +48,7 @@ class Job:
         hooks: of the method, by their registered names, with their options.
         coreset: to begin with; None = selected by the first model, or all samples where nothing selects.
         select: when and how to select; None = never.
-        result: file of the run folder for the last weights; the record of training goes beside it.
+        result: file of the run folder for the weights that are kept; the record of training goes beside it.
         initial: file of the run folder with the first weights; None = drawn from the seed.
         last: the epoch to stop after; None = the last of the schedule.
         main: whether this is the run's main training, in which the hooks of the settings take part as well.
@@ -110,7 +114,7 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
     """Return the recorder, what selects, and the hooks of method and user, in the order in which they act."""
     train = samples.data.train
     recorder = Recorder(train.y)
-    hooks: list[Hook] = [recorder]
+    hooks: list[Hook] = [recorder, *_of_main_training(job, samples)]
     if job.select:
         shards = class_shards(samples.data, train.y, samples.kept, samples.valid, worker.world, worker.device)
         hooks.append(Reselection(job.select, WorkerShards(shards, worker), recorder, samples.kept, job.coreset))
@@ -129,6 +133,23 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
             hooks.append(one)
     _check_suppliers(hooks, job)
     return sorted(hooks, key=lambda one: one.order)
+
+
+def _of_main_training(job: Job, samples: Samples) -> Iterator[Hook]:
+    """Yield what begins with the weights of another training, and what keeps the best epoch, where that is asked for.
+
+    Raises:
+        UserError: there are no samples to tell the best epoch by.
+    """
+    settings = job.training
+    if not (job.main and isinstance(settings, Train)):
+        return
+    if settings.from_ is not None:
+        yield FirstWeights(load_tensors(job.storage, FIRST), settings.from_)
+    if settings.keep == "best":
+        if not len(samples.valid):
+            raise UserError("train.keep = best is by held-out samples, and there are none: raise dataset.validation")
+        yield BestEpoch()
 
 
 def _check_suppliers(hooks: Sequence[Hook], job: Job) -> None:
@@ -162,21 +183,24 @@ def _run(worker: Worker, job: Job, samples: Samples, hooks: Sequence[Hook]) -> R
 
 def _fit(run: Run, job: Job, samples: Samples) -> None:
     every = job.training.evaluate_every_epochs
+    best = _best_epoch(run)
 
     def measure(model: nn.Module, epoch: int) -> dict[str, float]:
         if not every or epoch % every:
             return {}
-        return measure_held_out(model, samples, run.worker, job.training, run.bill("evaluate"))
+        measured = measure_held_out(model, samples, run.worker, job.training, run.bill("evaluate"))
+        if best:
+            best.take(model, epoch, measured["accuracy"])
+        return measured
 
     fit(run, checkpoints=StoredCheckpoints(job.storage / "checkpoints" / job.phase), measure=measure)
 
 
 def _concluded(run: Run, job: Job, samples: Samples) -> dict[str, Any]:
     """Evaluate on the test samples, keep what training left, and return the phase's record."""
-    test = evaluate(
-        run.model, samples.data.test, None, run.worker, run.bill("evaluate"), precision=job.training.precision
-    )
-    kept = _keep(run, job, samples) if run.worker.rank == 0 else {}
+    model = _kept_model(run, job, samples)
+    test = evaluate(model, samples.data.test, None, run.worker, run.bill("evaluate"), precision=job.training.precision)
+    kept = _keep(run, model, job, samples) if run.worker.rank == 0 else {}
     record = {
         "costs": [bill.record() for bill in run.bills()],
         "test_loss": test["loss"],
@@ -191,9 +215,24 @@ def _concluded(run: Run, job: Job, samples: Samples) -> dict[str, Any]:
     return record | kept
 
 
-def _keep(run: Run, job: Job, samples: Samples) -> dict[str, Any]:
+def _best_epoch(run: Run) -> BestEpoch | None:
+    return next((each for each in run.hooks if isinstance(each, BestEpoch)), None)
+
+
+def _kept_model(run: Run, job: Job, samples: Samples) -> nn.Module:
+    """Return the model that training ends with: the last epoch's, or that of the best one."""
+    best = _best_epoch(run)
+    if best is None:
+        return run.model
+    # A new one: hooks may have changed how the last epoch's model computes, such as with which weights.
+    model = new_model(job.experiment, samples.data)
+    model.load_state_dict(best.weights)
+    return model.to(run.worker.device, dtype_of(run.model)).to(memory_format=torch.channels_last)
+
+
+def _keep(run: Run, model: nn.Module, job: Job, samples: Samples) -> dict[str, Any]:
     """Write the model, the record of training and what the hooks left; return their facts and findings."""
-    save_tensors(job.storage, job.result, run.model.state_dict())
+    save_tensors(job.storage, job.result, model.state_dict())
     facts: dict[str, Any] = {}
     findings: list[str] = []
     for each in run.hooks:

@@ -77,7 +77,7 @@ def _weighted_derivative(
 ) -> tuple[Tensor, float]:
     """Return a linear derivative of the mean of w · loss over the indices [p], and that mean, over all workers."""
     device = run.worker.device
-    size = run.settings.batch_size
+    size = run.settings.at_once
     own_indices = slice_of(indices, run.worker)
     own_weights = slice_of(weights, run.worker).to(device)
     entries = sum(parameter.numel() for parameter in parameters)

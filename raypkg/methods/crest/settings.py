@@ -81,8 +81,23 @@ class CrestOptions(Settings):
             )
         return size
 
-    def check(self, n: int, training: Training, cluster: Cluster) -> None:
+    def check_length(self, n: int, training: Training) -> None:
         """Refuse a batch, subset or warm-up that the data or the budget cannot hold.
+
+        Args:
+            n: training samples.
+            training: within the budget.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        self.subset_size(n, training.batch_size)
+        steps = training.epochs * training.steps_per_epoch(n)
+        if 0 < training.warmup * steps < 1:
+            raise UserError(f"train.warmup = {training.warmup:g} of the budget's {steps} steps is less than one step")
+
+    def check(self, n: int, training: Training, cluster: Cluster) -> None:
+        """Refuse what the data, the budget or the cluster cannot hold, and another loss than CREST models.
 
         Args:
             n: training samples.
@@ -92,10 +107,12 @@ class CrestOptions(Settings):
         Raises:
             UserError: what is wrong.
         """
-        self.subset_size(n, training.batch_size)
-        steps = training.epochs * training.steps_per_epoch(n)
-        if 0 < training.warmup * steps < 1:
-            raise UserError(f"train.warmup = {training.warmup:g} of the budget's {steps} steps is less than one step")
+        self.check_length(n, training)
+        if training.label_smoothing:
+            raise UserError(
+                f"train.label_smoothing = {training.label_smoothing:g}: CREST chooses by gradients of plain"
+                " cross-entropy and models that loss, so its coresets would not be of what is trained"
+            )
         if self.actors and not cluster.workers:
             raise UserError(f"crest.actors = {self.actors}: give cluster.workers too, 1 or more, so that both fit")
 
@@ -199,5 +216,7 @@ class CrestSettings(Experiment):
         Raises:
             UserError: what is wrong.
         """
-        if self.selection in ("crest", "random"):
+        if self.selection == "crest":
             self.crest.check(n, self.compressed, self.cluster)
+        elif self.selection == "random":
+            self.crest.check_length(n, self.compressed)

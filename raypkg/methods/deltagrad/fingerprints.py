@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +16,14 @@ from raypkg.phases.samples import Samples
 from raypkg.runs.storage import Storage
 
 from .ledger import digest, stored_digest
-from .settings import DeltaGradSettings
+from .settings import REPLAYED, DeltaGradSettings
 
 ROWS = "rows.parquet"
 FACTS = ("mean", "std", "shape", "classes")  # kept beside the digests
 BLOCK = 1 << 14  # rows read at once
-FREE = {"cluster", "track", "replay"}  # settings that may change after training
+ALIKE = {*REPLAYED, "from_", "micro_batch"}  # of training: they have one value, or no part in what was recorded
+# Settings that may change after training.
+FREE: dict[str, Any] = {"cluster": True, "track": True, "replay": True, "train": ALIKE}
 
 
 def settings_digest(settings: DeltaGradSettings) -> str:

@@ -9,6 +9,10 @@ from raypkg.core.config import Settings, load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster, Dataset, Epochs, Experiment, Model, Precision, Schedule, Train
 
+# Settings of training that replays know one value of. The others change nothing that the recorded steps follow from:
+# first weights are the first of the history, and a batch in parts is the same batch.
+REPLAYED = {"decay": "all", "clip": None, "label_smoothing": 0.0, "keep": "last"}
+
 
 class PlainDataset(Dataset):
     """What to train on, as it is."""
@@ -41,6 +45,12 @@ class PlainTrain(Train):
                 f"train.optimizer = {self.optimizer}, train.momentum = {self.momentum:g}: DeltaGrad is derived for SGD"
                 " without momentum"
             )
+        for name, replayed in REPLAYED.items():
+            value = getattr(self, name)
+            if value != replayed:
+                raise UserError(
+                    f"train.{name} = {value}: DeltaGrad replays w ← w − η (g + λw), g of the plain loss, to its end"
+                )
         return self
 
 

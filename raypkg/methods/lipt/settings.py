@@ -1,8 +1,8 @@
 """Settings of LiPT."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Lookup
@@ -52,11 +52,17 @@ class Pretrain(Training):
 
 
 class LiptTrain(Train):
-    """Training of the main model on the coreset."""
+    """Training of the main model on the coreset; ``from`` is of its weights, pre-training draws its own."""
 
     init: Annotated[
         Literal["scratch", "merged"], Field(description="first weights: drawn anew, or the pre-trained model's")
     ] = "scratch"
+
+    @model_validator(mode="after")
+    def _begun_once(self) -> Self:
+        if self.init == "merged" and self.from_ is not None:
+            raise UserError(f"train.init = merged begins with the pre-trained model: train.from = {self.from_} cannot")
+        return self
 
 
 class LiptSettings(Experiment):
