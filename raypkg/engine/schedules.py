@@ -10,8 +10,8 @@ def cosine(t: float, settings: Training) -> float:
     return 0.5 * (1 + math.cos(math.pi * t))
 
 
-def linear(t: float, settings: Training) -> float:
-    """Fall from 1 at the end of the warm-up to 0: (1 − t)/(1 − warmup)."""
+def descent(t: float, settings: Training) -> float:
+    """Fall in a line, from 1 at the end of the warm-up to 0: (1 − t)/(1 − warmup)."""
     return min(1.0, (1 - t) / (1 - settings.warmup))
 
 
@@ -25,7 +25,7 @@ def constant(t: float, settings: Training) -> float:
     return 1.0
 
 
-SHAPES = {shape.__name__: shape for shape in (cosine, linear, multistep, constant)}
+SHAPES = {"cosine": cosine, "linear": descent, "multistep": multistep, "constant": constant}
 
 
 def learning_rate(settings: Training, t: float) -> float:

@@ -226,8 +226,9 @@ def _kept_model(run: Run, job: Job, samples: Samples) -> nn.Module:
         return run.model
     # A new one: hooks may have changed how the last epoch's model computes, such as with which weights.
     model = new_model(job.experiment, samples.data)
+    model.to(run.worker.device, dtype_of(run.model)).to(memory_format=torch.channels_last)
     model.load_state_dict(best.weights)
-    return model.to(run.worker.device, dtype_of(run.model)).to(memory_format=torch.channels_last)
+    return model
 
 
 def _keep(run: Run, model: nn.Module, job: Job, samples: Samples) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from raypkg.core.config import load_settings
+from raypkg.core.config import fields_of, load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment, Train
 from raypkg.experiments import carry_out, check_names, experiment
@@ -46,7 +46,7 @@ def selection(settings: Experiment, fraction: float, method: str, workers: int) 
         UserError: unknown method, or a fraction outside (0, 1].
     """
     parts = settings.model_dump(mode="json", include={"seed", "dataset", "model", "cluster", "train"})
-    parts["train"] = {name: value for name, value in parts["train"].items() if name in Train.model_fields}
+    parts["train"] = {name: value for name, value in parts["train"].items() if name in fields_of(Train)}
     chosen = load_settings(
         TrainSettings,
         parts,
@@ -56,6 +56,7 @@ def selection(settings: Experiment, fraction: float, method: str, workers: int) 
             "select.warm_epochs": WARM,
             "train.epochs": WARM + 1,
             "train.evaluate_every_epochs": 0,
+            "train.keep": "last",
             "cluster.workers": workers,
         },
     )

@@ -26,9 +26,9 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 EXPERIMENTS = {"deltagrad": "deltagrad"}  # of hooks that belong to one
 
 
-def job_of(name, folder, **changes):
+def job_of(name, folder, settings=None, **changes):
     kind = EXPERIMENTS.get(name, "train")
-    chosen = load_settings(settings_of(experiment[kind]), {}, COMMON)
+    chosen = load_settings(settings_of(experiment[kind]), {}, COMMON | (settings or {}))
     named = Named(name=name, options=OPTIONS.get(name, {}))
     return Job(chosen, chosen.train, Storage(str(folder)), hooks=(named,), **changes)
 
@@ -77,6 +77,14 @@ def test_resumed_equals_never_stopped(name, straight, tmp_path):
     assert {key: table.to_pylist() for key, table in tables.items()}.keys() == other_tables.keys()
     for key, table in tables.items():
         assert str(table.to_pylist()) == str(other_tables[key].to_pylist())  # NaN is equal to NaN here
+
+
+def test_batches_in_parts_end_where_whole_ones_do(name, straight, tmp_path):
+    train_model(Worker(), job_of(name, tmp_path, {"train.micro_batch": 50}))
+    (weights, tables), (others, other_tables) = content(straight[0]), content(tmp_path)
+    assert tables.keys() == other_tables.keys()
+    for key, weight in weights.items():
+        assert torch.allclose(weight, others[key], rtol=0, atol=1e-10), key
 
 
 def _interrupt_after(epochs):

@@ -1,0 +1,190 @@
+"""Training with first weights of another run, the best epoch, and settings of the step, as a user types it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from raypkg.runs.folder import RunFolder
+
+FIRST = "train --name first --model mlp --train.epochs 2 --seed 5"
+STILL = "--model mlp --train.epochs 1 --train.lr 1e-12 --train.evaluate_every_epochs 0"  # the weights hardly move
+
+
+def left(run, file="model.safetensors"):
+    return load_file(f"runs/{run}/{file}")
+
+
+def findings(run):
+    return json.loads(Path(f"runs/{run}/summary.json").read_text())["findings"]
+
+
+def near(one, other, names=None):
+    return all(torch.allclose(one[name].to(other[name]), other[name], atol=1e-6) for name in names or one)
+
+
+@pytest.mark.parametrize("source", ["first", "train/first", "runs/train/first", "runs/train/first/model.safetensors"])
+def test_training_begins_with_the_weights_of_a_run_or_file(effray, after, source):
+    after(FIRST)
+    told = effray(f"train --name second {STILL} --train.from {source}")
+    assert near(left("train/second"), left("train/first"))
+    assert "first weights: 6 tensors from" in told
+    effray(f"train --name drawn {STILL}")
+    assert not near(left("train/drawn"), left("train/first"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"crest {STILL} --selection random --budget 1 --train.warmup 0",
+        f"sparse {STILL}",
+        f"lipt {STILL} --pretrain.method initial --select.fraction 0.5",
+        "deltagrad train --model mlp --train.epochs 1 --train.lr 1e-12",
+    ],
+)
+def test_every_experiment_may_begin_with_them(effray, after, command):
+    after(FIRST)
+    effray(f"{command} --name second --train.from first")
+    kind, _ = command.split(maxsplit=1)
+    assert near(left(f"{kind}/second"), left("train/first"))
+    assert "first weights: 6 tensors from first" in findings(f"{kind}/second")
+
+
+def test_first_masks_are_drawn_by_them(effray, after):
+    after(FIRST)
+    effray(f"sparse {STILL} --name second --density 0.5 --growth false --sparse_init snip --train.from first")
+    weights = left("sparse/second")
+    whole = left("train/first")
+    for name, weight in weights.items():
+        exists = weight != 0
+        assert torch.allclose(weight[exists], whole[name][exists], atol=1e-6), name
+
+
+def test_a_head_for_other_classes_is_drawn_anew_and_said_so(effray, after):
+    after(FIRST)
+    tensors = left("train/first")
+    tensors |= {"head.weight": torch.ones(3, tensors["head.weight"].shape[1]), "head.bias": torch.ones(3)}
+    save_file(tensors, "other.safetensors")
+    told = effray(f"train --name second {STILL} --train.from other.safetensors")
+    assert "drawn anew: head.weight, head.bias" in " ".join(told.split())
+    weights = left("train/second")
+    assert near(weights, left("train/first"), [name for name in weights if not name.startswith("head.")])
+    effray(f"train --name drawn {STILL}")
+    assert near(weights, left("train/drawn"), ["head.weight", "head.bias"])
+
+
+def test_the_weights_are_the_runs_own_from_its_start(call, effray, after, monkeypatch):
+    after(FIRST)
+    line = "train --model mlp --train.epochs 2 --train.from first --train.keep best --train.evaluate_every_epochs 1"
+    effray(f"{line} --name straight")
+
+    def finish_phase(folder, name, record):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish_phase", finish_phase)
+        assert call(f"{line} --name stopped").code == 2
+    shutil.rmtree("runs/train/first")
+    shutil.rmtree("runs/train/stopped/checkpoints/train")  # as if it had been stopped before its first epoch ended
+    effray("train --resume stopped")
+    assert near(left("train/stopped"), left("train/straight"))
+    assert findings("train/stopped") == findings("train/straight")
+    assert not Path("runs/train/straight/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("frist", "unknown run in"),
+        ("nowhere/some.safetensors", "train.from: there is no file nowhere/some.safetensors"),
+        ("damaged.safetensors", "damaged.safetensors is corrupt"),
+        ("narrow.safetensors", "features.1.weight is [3, 64] there and"),
+        ("other.safetensors", "no tensor fits this model: there it has encoder.weight, here features.1.weight,"),
+        ("changed", "model.safetensors has been changed or cut short: it is not the one that run 'changed' left"),
+        ("going", "run 'going' is not finished: it has no model yet"),
+        ("chosen", "run 'chosen' has no model.safetensors: it trained no model"),
+    ],
+)
+@pytest.mark.parametrize("dry", ["", "--dry-run"])
+def test_what_cannot_be_begun_with_is_one_line(effray, refusal, after, source, message, dry):
+    after(FIRST)
+    Path("damaged.safetensors").write_bytes(b"none")
+    save_file({"encoder.weight": torch.ones(2)}, "other.safetensors")
+    save_file({"features.1.weight": torch.ones(3, 64)}, "narrow.safetensors")
+    if source == "chosen":
+        effray("select --model-from first --method random --fraction 0.5 --seed 5 --name chosen")
+    if source == "changed":
+        shutil.copytree("runs/train/first", "runs/train/changed")
+        Path("runs/train/changed/model.safetensors").write_bytes(b"changed")
+    if source == "going":
+        shutil.copytree("runs/train/first", "runs/train/going")
+        Path("runs/train/going/summary.json").unlink()
+    before = sorted(Path("runs").rglob("*"))
+    assert message in refusal(f"train --model mlp --train.epochs 1 --train.from {source} {dry}")
+    assert sorted(Path("runs").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "lipt --train.init merged --train.from x",
+            "train.init = merged begins with the pre-trained model: train.from = x cannot",
+        ),
+        ("deltagrad train --train.clip 1", "train.clip = 1.0: DeltaGrad replays"),
+        ("deltagrad train --train.decay matrices", "train.decay = matrices: DeltaGrad replays"),
+        ("deltagrad train --train.label_smoothing 0.1", "train.label_smoothing = 0.1: DeltaGrad replays"),
+        ("deltagrad train --train.keep best", "train.keep = best: DeltaGrad replays"),
+        ("crest --model mlp --train.label_smoothing 0.1", "train.label_smoothing = 0.1: CREST chooses by gradients of"),
+        ("sparse --model mlp --crest --train.label_smoothing 0.1", "train.label_smoothing = 0.1: CREST chooses"),
+        ("train --train.keep best --dataset.validation 0", "train.keep = best is by held-out samples"),
+        ("crest --train.keep best --train.epochs 20", "train.evaluate_every_epochs = 5 of 2 epochs evaluates none"),
+        ("train --train.micro_batch 0", "train.micro_batch = '0': input should be greater than or equal to 1"),
+        ("train --train.clip 0", "train.clip = '0': input should be greater than 0"),
+        ("train --train.label_smoothing 1", "train.label_smoothing = '1': input should be less than 1"),
+        ("train --train.decay norms", "unknown train.decay 'norms'"),
+        ("train --train.schedule liner", "unknown train.schedule 'liner', did you mean 'linear'?"),
+        ("train --train.keep first", "unknown train.keep 'first'"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(refusal, line, message):
+    assert message in refusal(f"{line} --dry-run")
+    assert message in refusal(line)
+
+
+def test_random_batches_within_a_budget_may_have_smoothed_labels(effray):
+    effray("crest --model mlp --train.epochs 4 --budget 0.5 --selection random --train.label_smoothing 0.1")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --model mlp --train.epochs 2 --train.label_smoothing 0.1",
+        "crest --model mlp --train.epochs 4 --budget 0.5 --train.optimizer adamw --train.lr 1e-3",
+        "sparse --model mlp --train.epochs 2 --density 0.2 --growth gradient --agent --train.label_smoothing 0.1",
+        "lipt --model mlp --train.epochs 2 --pretrain.models 2 --pretrain.epochs 1 --pretrain.clip 1"
+        " --pretrain.micro_batch 40 --pretrain.schedule linear --pretrain.decay matrices",
+    ],
+)
+def test_they_all_go_together(effray, command):
+    told = effray(
+        f"{command} --name one --train.decay matrices --train.schedule linear --train.warmup 0.1 --train.clip 1"
+        " --train.micro_batch 40 --train.keep best --train.evaluate_every_epochs 1"
+    )
+    assert "the model is that of epoch" in told
+    (run,) = Path("runs").glob("*/one")
+    assert json.loads((run / "summary.json").read_text())["kept_epoch"] in (1, 2)
+
+
+def test_the_plan_has_the_memory_of_what_goes_through_at_once(effray):
+    def activations(options):
+        (line,) = [
+            line for line in effray(f"train --model mlp {options} --dry-run").splitlines() if "memory of" in line
+        ]
+        return line.rpartition("activations of a batch ")[2]
+
+    assert activations("--train.micro_batch 16") == activations("--train.batch_size 16")
+    assert activations("--train.micro_batch 16") != activations("")

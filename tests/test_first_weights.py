@@ -1,0 +1,89 @@
+"""First weights of another training: what is taken, what is drawn anew, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from raypkg.core.config import load_settings, parse_toml, to_toml
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Train
+from raypkg.experiments import experiment, settings_of, with_absolute_path
+from raypkg.models.classifier import Classifier
+from raypkg.phases.first_weights import fitted
+
+
+def model(inputs=4, width=5, classes=3):
+    return Classifier(nn.Sequential(nn.Linear(inputs, width), nn.Linear(width, width)), nn.Linear(width, classes))
+
+
+def test_all_is_taken_of_a_model_alike():
+    fit = fitted(model(), model().state_dict(), "one")
+    assert [*fit.taken] == [*model().state_dict()] and not fit.anew and not fit.unused
+
+
+def test_a_head_for_other_classes_is_drawn_anew():
+    fit = fitted(model(classes=3), model(classes=10).state_dict(), "one")
+    assert fit.anew == ["head.weight", "head.bias"] and len(fit.taken) == 4
+
+
+def test_what_only_one_of_the_models_has_is_told():
+    tensors = model().state_dict() | {"teacher.weight": torch.ones(1)}
+    del tensors["features.1.bias"]
+    fit = fitted(model(), tensors, "one")
+    assert fit.anew == ["features.1.bias"] and fit.unused == ["teacher.weight"]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (model(width=6), r"train.from = one: features.0.weight is \[6, 4\] there and \[5, 4\] in this model"),
+        (model(inputs=9), r"train.from = one: features.0.weight is \[5, 9\] there and \[5, 4\] in this model"),
+        (
+            nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)),
+            "no tensor fits this model: there it has 0.weight, 0.bias, 1.weight and 1 more, here features.0.weight,"
+            " features.0.bias, features.1.weight and 3 more",
+        ),
+        (Classifier(nn.Flatten(), nn.Linear(5, 3)), "no tensor fits this model: there it has head.weight, head.bias"),
+        (Classifier(nn.Flatten(), nn.Linear(9, 3)), "no tensor fits this model: there it has head.weight, head.bias"),
+        (nn.Flatten(), "no tensor fits this model: there it has none, here"),
+    ],
+)
+def test_another_model_is_refused(other, message):
+    with pytest.raises(UserError, match=message):
+        fitted(model(), other.state_dict(), "one")
+
+
+def test_a_head_alone_fits_where_the_model_is_no_more():
+    linear = Classifier(nn.Flatten(), nn.Linear(5, 3))
+    assert len(fitted(linear, linear.state_dict(), "one").taken) == 2
+    with pytest.raises(UserError, match="no tensor fits this model"):
+        fitted(linear, Classifier(nn.Flatten(), nn.Linear(5, 9)).state_dict(), "one")
+
+
+# The setting, whose name is a word of Python's
+
+
+def test_the_setting_is_named_from_wherever_a_user_meets_it(tmp_path):
+    schema = settings_of(experiment["train"])
+    chosen = load_settings(schema, {"train": {"from": "one"}})
+    assert chosen.train.from_ == "one"
+    assert load_settings(schema, parse_toml(to_toml(chosen), "stored")) == chosen
+    assert chosen.model_dump()["train"]["from"] == "one"
+    assert load_settings(schema, {}, {"train.from": "false"}).train.from_ is None
+    with pytest.raises(UserError, match=r"unknown setting 'train.from_', did you mean 'train.from'\?"):
+        load_settings(schema, {}, {"train.from_": "one"})
+    with pytest.raises(UserError, match=r"train.from = 3: input should be a valid string"):
+        load_settings(schema, {}, {"train.from": 3})
+
+
+def test_a_path_that_exists_becomes_absolute_and_a_name_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.safetensors").touch()
+    schema = settings_of(experiment["crest"])
+
+    def stored(source):
+        return with_absolute_path(load_settings(schema, {}, {"train.from": source})).train.from_
+
+    assert stored("some.safetensors") == str(tmp_path / "some.safetensors")
+    assert stored("one") == "one"
+    assert Train().from_ is None
