@@ -10,6 +10,8 @@ from raypkg.core.settings import Train
 from raypkg.experiments import experiment, settings_of, with_absolute_path
 from raypkg.models.classifier import Classifier
 from raypkg.phases.first_weights import fitted
+from raypkg.sweeps.proxy import selection
+from raypkg.sweeps.trial_settings import varied
 
 
 def model(inputs=4, width=5, classes=3):
@@ -63,17 +65,24 @@ def test_a_head_alone_fits_where_the_model_is_no_more():
 # The setting, whose name is a word of Python's
 
 
-def test_the_setting_is_named_from_wherever_a_user_meets_it(tmp_path):
+def test_the_setting_is_named_from_wherever_a_user_meets_it():
     schema = settings_of(experiment["train"])
     chosen = load_settings(schema, {"train": {"from": "one"}})
     assert chosen.train.from_ == "one"
     assert load_settings(schema, parse_toml(to_toml(chosen), "stored")) == chosen
     assert chosen.model_dump()["train"]["from"] == "one"
+    assert varied(chosen, {"train.lr": 0.2}).train.from_ == "one"  # a trial of a sweep
     assert load_settings(schema, {}, {"train.from": "false"}).train.from_ is None
     with pytest.raises(UserError, match=r"unknown setting 'train.from_', did you mean 'train.from'\?"):
         load_settings(schema, {}, {"train.from_": "one"})
     with pytest.raises(UserError, match=r"train.from = 3: input should be a valid string"):
         load_settings(schema, {}, {"train.from": 3})
+
+
+def test_the_run_that_selects_for_a_sweep_begins_with_them_too():
+    values = {"train.from": "one", "train.keep": "best", "train.clip": 1.0}
+    chosen = selection(load_settings(settings_of(experiment["sparse"]), {}, values), 0.1, "gradmatch", 0)
+    assert (chosen.train.from_, chosen.train.clip, chosen.train.keep) == ("one", 1.0, "last")
 
 
 def test_a_path_that_exists_becomes_absolute_and_a_name_stays(tmp_path, monkeypatch):

@@ -18,13 +18,15 @@ WITHOUT_COMPILER = """
 import sys
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from raypkg.core.settings import Training
 from raypkg.engine.optimizer import optimizer
 
 model = nn.Linear(3, 2)
 for name in ("sgd", "adamw"):
-    chosen = optimizer(model, Training(optimizer=name))
+    chosen = optimizer(model, Training(optimizer=name, decay="matrices"))
     model(torch.ones(1, 3)).sum().backward()
+    clip_grad_norm_(model.parameters(), 1.0)
     chosen.step()
     chosen.zero_grad()
     chosen.load_state_dict(chosen.state_dict())

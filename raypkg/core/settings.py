@@ -66,7 +66,7 @@ class Training(Settings):
     weight_decay: Annotated[float, Field(ge=0, description="L2 penalty (SGD) or decoupled decay (AdamW)")] = 5e-4
     decay: Annotated[
         Literal["all", "matrices"],
-        Field(description="what decays; matrices = no norms and biases, which have 1 dimension"),
+        Field(description="what decays; matrices = parameters of two or more dimensions: no norms, no biases"),
     ] = "all"
     clip: Annotated[
         float | None, Field(gt=0, description="largest global norm of a step's gradients (default: any)")
@@ -101,7 +101,7 @@ class Training(Settings):
 
     @property
     def at_once(self) -> int:
-        """Samples that go through the model at once."""
+        """Most samples that go through the model at once on a worker."""
         return min(self.batch_size, self.micro_batch or self.batch_size)
 
 

@@ -183,9 +183,9 @@ class Passed(NamedTuple):
 
 
 def _pass(run: Run, model: nn.Module, part: Batch, *, last: bool) -> Passed:
-    """Add the gradient of Σ w·loss / total over a part of the step's samples; workers share it after the last part."""
+    """Add the gradient of Σ w·loss / total over a part of the step's samples; after the last, workers share theirs."""
     smoothing = run.settings.label_smoothing
-    with _gradients_of_its_own(run, model, last):
+    with nullcontext() if last else _apart(run, model):
         with autocast(run.settings.precision, part.x.device):
             logits = model(part.x)
         losses = losses_of(logits, part.y)
@@ -197,9 +197,9 @@ def _pass(run: Run, model: nn.Module, part: Batch, *, last: bool) -> Passed:
     return Passed(weighted.detach(), losses.detach(), hits)
 
 
-def _gradients_of_its_own(run: Run, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Return the context in which a worker adds up its gradients without the others; after the last part they wait."""
-    if last or run.worker.world == 1:
+def _apart(run: Run, model: nn.Module) -> AbstractContextManager[Any]:
+    """Return the context in which gradients add up on each worker by itself."""
+    if run.worker.world == 1:
         return nullcontext()
     return model.no_sync()  # type: ignore[operator]  # of DDP
 

@@ -106,7 +106,8 @@ def keep_first_weights(settings: RunSettings, folder: RunFolder) -> None:
     Raises:
         UserError: there are none, or they do not fit the model.
     """
-    if folder.storage.read(FIRST) is not None:
+    place, _, file = FIRST.rpartition("/")
+    if folder.started or file in folder.storage.list(place):
         return
     if tensors := first_weights(settings, folder.storage.parent.parent.root):
         save_tensors(folder.storage, FIRST, tensors)
