@@ -88,11 +88,15 @@ def test_the_run_that_selects_for_a_sweep_begins_with_them_too():
 def test_a_path_that_exists_becomes_absolute_and_a_name_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some.safetensors").touch()
+    (tmp_path / "one").mkdir()  # no run
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "summary.json").touch()
     schema = settings_of(experiment["crest"])
 
     def stored(source):
         return with_absolute_path(load_settings(schema, {}, {"train.from": source})).train.from_
 
     assert stored("some.safetensors") == str(tmp_path / "some.safetensors")
+    assert stored("done") == str(tmp_path / "done")
     assert stored("one") == "one"
     assert Train().from_ is None

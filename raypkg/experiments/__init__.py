@@ -49,7 +49,7 @@ def with_absolute_path(settings: R) -> R:
     URIs stay as they are, and so do the names of runs.
     """
     train = getattr(settings, "train", None)
-    if isinstance(train, Train) and train.from_ is not None and Path(train.from_).exists():
+    if isinstance(train, Train) and train.from_ is not None and _has_weights(Path(train.from_)):
         train = train.model_copy(update={"from_": _absolute(train.from_)})
         settings = settings.model_copy(update={"train": train})
     chosen = settings.dataset
@@ -62,6 +62,11 @@ def with_absolute_path(settings: R) -> R:
     if not changes:
         return settings
     return settings.model_copy(update={"dataset": chosen.model_copy(update=changes)})
+
+
+def _has_weights(path: Path) -> bool:
+    """Say whether a path is a file or a finished run's folder; otherwise it may be the name of a run."""
+    return path.is_file() or (path / "summary.json").is_file()
 
 
 def _absolute(path: str) -> str:
