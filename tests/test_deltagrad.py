@@ -14,6 +14,7 @@ from raypkg.data.split import Split
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.curvature import Curvature
 from raypkg.methods.deltagrad.exact_steps import Periodic, Tolerant
+from raypkg.methods.deltagrad.fingerprints import settings_digest
 from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryWriter, Layout, check_room
 from raypkg.methods.deltagrad.joined import aligned, joined
 from raypkg.methods.deltagrad.ledger import FILE, Ledger
@@ -398,3 +399,11 @@ def test_a_request_takes_what_it_does_not_say_from_the_run():
     tolerant = ReplaySettings(tolerance=0.1, pairs=4)
     assert RequestSettings.over(tolerant, {"replay.period": "2"}).replay == ReplaySettings(period=2, pairs=4)
     assert RequestSettings.over(tolerant, {}).cluster.workers == 0
+
+
+def test_settings_that_no_recorded_step_follows_from_leave_the_digest_of_a_run_as_it_is():
+    def digest_of(**train):
+        return settings_digest(DeltaGradSettings(train=train))
+
+    assert digest_of(**{"from": "one"}) == digest_of(micro_batch=3) == digest_of()
+    assert digest_of(weight_decay=0.1) != digest_of()
