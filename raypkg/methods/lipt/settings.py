@@ -52,10 +52,11 @@ class Pretrain(Training):
 
 
 class LiptTrain(Train):
-    """Training of the main model on the coreset; ``from`` is of its weights, pre-training draws its own."""
+    """Training of the main model on the coreset; pre-training draws its first weights itself."""
 
     init: Annotated[
-        Literal["scratch", "merged"], Field(description="first weights: drawn anew, or the pre-trained model's")
+        Literal["scratch", "merged"],
+        Field(description="first weights: drawn anew (or those of train.from), or the pre-trained model's"),
     ] = "scratch"
 
     @model_validator(mode="after")
