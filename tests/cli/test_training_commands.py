@@ -56,12 +56,14 @@ def test_every_experiment_may_begin_with_them(effray, after, command):
 
 def test_first_masks_are_drawn_by_them(effray, after):
     after(FIRST)
-    effray(f"sparse {STILL} --name second --density 0.5 --growth false --sparse_init snip --train.from first")
+    thin = f"sparse {STILL} --density 0.5 --growth false --sparse_init snip"
+    effray(f"{thin} --name second --train.from first")
+    effray(f"{thin} --name drawn")
     weights = left("sparse/second")
-    whole = left("train/first")
     for name, weight in weights.items():
         exists = weight != 0
-        assert torch.allclose(weight[exists], whole[name][exists], atol=1e-6), name
+        assert torch.allclose(weight[exists], left("train/first")[name][exists], atol=1e-6), name
+    assert not torch.equal(weights["head.weight"] != 0, left("sparse/drawn")["head.weight"] != 0)
 
 
 def test_a_head_for_other_classes_is_drawn_anew_and_said_so(effray, after):
