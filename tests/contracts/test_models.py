@@ -3,9 +3,11 @@
 import copy
 import subprocess
 import sys
+from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -266,6 +268,28 @@ def test_with_group_norm_no_sample_depends_on_another(width):
     torch.testing.assert_close(network(x)[:2], network(x[:2]), rtol=1e-4, atol=1e-5)
     plain = dict(build("resnet8", width=width).named_parameters())
     assert all(torch.equal(p, plain[name]) for name, p in network.named_parameters())
+
+
+def test_trained_weights_of_torchvision_come_with_a_new_head(monkeypatch):
+    trained = torchvision.models.resnet18(num_classes=1000).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: trained)
+    name = "torchvision:resnet18"
+    first, other = (build(name, seed=seed, shape=(3, 32, 32), weights="DEFAULT") for seed in (0, 1))
+    assert torch.equal(first.features.conv1.weight, trained["conv1.weight"])
+    assert first.head.out_features == CLASSES and not torch.equal(first.head.weight, other.head.weight)
+    with pytest.raises(UserError, match=r"unknown weights of torchvision:resnet18 'DEFALT', did you mean 'DEFAULT'"):
+        build(name, shape=(3, 32, 32), weights="DEFALT")
+
+
+def test_weights_that_cannot_be_downloaded_are_told_in_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    with pytest.raises(
+        UserError, match=r"weights DEFAULT of torchvision:resnet18 cannot be had from https://.*no route"
+    ):
+        build("torchvision:resnet18", shape=(3, 32, 32), weights="DEFAULT")
 
 
 def test_a_bare_linear_layer_is_its_own_head():
