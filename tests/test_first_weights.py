@@ -7,7 +7,7 @@ from torch import nn
 from raypkg.core.config import load_settings, parse_toml, to_toml
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Train
-from raypkg.experiments import experiment, settings_of, with_absolute_path
+from raypkg.experiments import experiment, settings_of, with_absolute_paths
 from raypkg.models.classifier import Classifier
 from raypkg.phases.first_weights import fitted
 from raypkg.sweeps.proxy import selection
@@ -94,7 +94,7 @@ def test_a_path_that_exists_becomes_absolute_and_a_name_stays(tmp_path, monkeypa
     schema = settings_of(experiment["crest"])
 
     def stored(source):
-        return with_absolute_path(load_settings(schema, {}, {"train.from": source})).train.from_
+        return with_absolute_paths(load_settings(schema, {}, {"train.from": source})).train.from_
 
     assert stored("some.safetensors") == str(tmp_path / "some.safetensors")
     assert stored("done") == str(tmp_path / "done")
