@@ -91,6 +91,17 @@ class Train(Training):
     sync_bn: Annotated[bool, Field(description="batch statistics over all workers (GPU only)")] = False
 
 
+class Target(Named):
+    """Which samples a selection is for."""
+
+    name: Annotated[
+        str,
+        Field(
+            description="train, valid (held out) or a data set such as table:few.csv; left out = train (glister: valid)"
+        ),
+    ]
+
+
 class Select(Settings):
     """Selection of the coreset."""
 
@@ -99,6 +110,7 @@ class Select(Settings):
     balanced: Annotated[bool, Field(description="class by class, in proportion to the classes")] = True
     weighted: Annotated[bool, Field(description="train with the method's sample weights")] = False
     memory: CacheGiB = None
+    target: Target | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
 
 
