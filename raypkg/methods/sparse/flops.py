@@ -1,9 +1,10 @@
 """What a model takes: its parameters, and the floating-point operations of a forward pass, layer by layer."""
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +28,23 @@ class Footprint(NamedTuple):
     active_flops: int
 
 
-def footprint(model: nn.Module, shape: tuple[int, ...], masks: Mapping[str, Tensor]) -> Footprint:
+def footprint(
+    model: nn.Module, shape: tuple[int, ...], masks: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> Footprint:
     """Return what a model takes under masks.
 
     Args:
         model: left as it was.
         shape: of one sample.
         masks: which weights exist; all of a parameter that they do not name.
+        dtype: of samples, as the model takes them.
 
     >>> footprint(nn.Linear(5, 2), (5,), {"weight": torch.eye(2, 5) > 0})
     Footprint(parameters=12, active_parameters=4, flops=20, active_flops=4)
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     pruned = sum(int((~mask).sum()) for mask in masks.values())
-    flops = forward_flops(model, shape)
+    flops = forward_flops(model, shape, dtype)
     return Footprint(
         parameters=parameters,
         active_parameters=parameters - pruned,
@@ -49,16 +53,16 @@ def footprint(model: nn.Module, shape: tuple[int, ...], masks: Mapping[str, Tens
     )
 
 
-def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
-    """Return 2 operations for each use of a weight of linear and convolutional layers, by the weight's name.
+def forward_flops(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, int]:
+    """Return 2 operations for each use of a weight of linear, convolutional and attention layers, by the weight's name.
 
-    Biases, norms and activations are left out, as is usual, and layers that are not called, such as those that
-    attention uses by their weights. Training takes 3 times as much: the gradient of the weights and that of the inputs
-    cost a forward pass each.
+    Biases, norms and activations are left out, as is usual, and the products of attention that have no weights.
+    Training takes 3 times as much: the gradient of the weights and that of the inputs cost a forward pass each.
 
     Args:
         model: left as it was.
         shape: of one sample.
+        dtype: of samples, as the model takes them.
 
     >>> forward_flops(nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)), (5,))
     {'0.weight': 30, '2.weight': 12}
@@ -69,7 +73,9 @@ def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
         if isinstance(layer, LAYERS):
             weight_name = f"{name}.weight".lstrip(".")
             layer.register_forward_hook(partial(_count, counts, weight_name))
-    sample = torch.zeros(1, *shape)
+        elif isinstance(layer, nn.MultiheadAttention):
+            layer.register_forward_hook(partial(_count_attention, counts, name), with_kwargs=True)
+    sample = torch.zeros(1, *shape, dtype=dtype)
     with torch.inference_mode():
         replica(sample)
     return counts
@@ -88,5 +94,29 @@ def active_flops(flops: Mapping[str, int], masks: Mapping[str, Tensor]) -> int:
 def _count(counts: dict[str, int], name: str, layer: nn.Module, _: object, output: Tensor) -> None:
     weight = layer.get_parameter("weight")  # [out, …]
     uses = output.numel() // weight.shape[0]  # each weight is used at every place of the output, 1 sample
+    _add(counts, name, 2 * weight.numel() * uses)
+
+
+def _count_attention(
+    counts: dict[str, int],
+    name: str,
+    layer: nn.MultiheadAttention,
+    inputs: Sequence[Any],
+    keywords: Mapping[str, Any],
+    _: object,
+) -> None:
+    """Count the projections, which attention uses by their weights: their layers are not called."""
+    given = inspect.signature(layer.forward).bind(*inputs, **keywords).arguments
+    operations = {}  # of each projection, to width E
+    for kind in ("query", "key", "value"):
+        operations[f"{kind[0]}_proj_weight"] = 2 * layer.embed_dim * given[kind].numel()
+    if layer.in_proj_weight is not None:
+        operations = {"in_proj_weight": sum(operations.values())}
+    operations["out_proj.weight"] = 2 * layer.embed_dim * given["query"].numel()
+    for weight, count in operations.items():
+        _add(counts, f"{name}.{weight}".lstrip("."), count)
+
+
+def _add(counts: dict[str, int], name: str, operations: int) -> None:
     earlier = counts.get(name, 0)  # a layer may be called more than once
-    counts[name] = earlier + 2 * weight.numel() * uses
+    counts[name] = earlier + operations
