@@ -255,6 +255,13 @@ def test_those_with_a_target_declare_it(name):
     assert coreset[name].has_target
 
 
+@pytest.mark.parametrize("name", ["train", "valid"])
+def test_only_a_data_set_has_options(name):
+    settings = Reselect(method="craig", target={"name": name, "options": {"label": "kind"}})
+    with pytest.raises(UserError, match=f"select.target = {name} takes no options: label would do nothing"):
+        check_schedule(settings, 4)
+
+
 def aimed(view: HeadView, budget: int, *, target: HeadView | None = None):
     """A user's method that picks those most like the target."""
     return coreset["gradmatch"](view, budget, target=target)

@@ -18,6 +18,8 @@ Count = Annotated[int, Field(ge=1)]
 MOST_EPOCHS = 1_000_000  # each is a row of metrics, in memory and in every checkpoint
 Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
 Threads = Annotated[int, Field(ge=1, le=1024)]  # more than any machine has processors; OpenMP dies of 100,000
+TRAIN = "train"  # targets of a selection besides data sets: the training samples
+VALID = "valid"  # and those held out
 APART = ("cluster", "track")  # parts that say where a run happens and who hears of it, and do not alter its result
 
 
@@ -100,6 +102,11 @@ class Target(Named):
             description="train, valid (held out) or a data set such as table:few.csv; left out = train (glister: valid)"
         ),
     ]
+
+    @property
+    def is_data_set(self) -> bool:
+        """Whether it is a data set of its own, not samples of the run's."""
+        return self.name not in (TRAIN, VALID)
 
 
 class Select(Settings):

@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Select
+from raypkg.core.settings import TRAIN, VALID, Select
 from raypkg.data import Data, load_data
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard
 
 from .rules import Method, coreset
-
-TRAIN = "train"
-VALID = "valid"
 
 
 @dataclass(frozen=True)
@@ -111,19 +108,19 @@ def target_of(settings: Select) -> TargetSamples | None:
 
 
 def check_target(settings: Select) -> None:
-    """Refuse a target of a method that selects for none.
+    """Refuse a target of a method that selects for none, and options of one that has none.
 
     Raises:
-        UserError: which methods do.
+        UserError: what would do nothing.
     """
     chosen = settings.target
-    method = coreset[settings.method]
-    if chosen is None or chosen.name == TRAIN:
+    if chosen is None:
         return
-    if not method.has_target:
+    if chosen.options and not chosen.is_data_set:
+        raise UserError(f"select.target = {chosen.name} takes no options: {min(chosen.options)} would do nothing")
+    method = coreset[settings.method]
+    if chosen.name != TRAIN and not method.has_target:
         raise idle_target(method, f"select.target = {chosen.name}")
-    if chosen.name == VALID and chosen.options:
-        raise UserError(f"select.target = valid takes no options: {min(chosen.options)} would do nothing")
 
 
 def idle_target(method: Method, given: str) -> UserError:
