@@ -1,6 +1,7 @@
 """AGENT's correction against closed forms, and the loop written out."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -281,3 +282,15 @@ def test_draws_that_cannot_be_repeated_are_refused():
         fit(run(Correction(AgentOptions()), model=Numpy(D, C)))
     with pytest.raises(UserError, match=r"does not go with train\.compile = true"):
         fit(run(Correction(AgentOptions()), model=dropping(), compile=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@DRAWING
+def test_on_a_gpu_too_dropout_leaves_exactly_the_full_gradient(build):
+    after, hook = Gradients(50), corrected()
+    trained = run(hook, after, model=build(), precision="float64", epochs=1)
+    device = torch.device("cuda")
+    fit(dataclasses.replace(trained, worker=Worker(device=device)))
+    full = torch.cat([gradient.flatten() for gradient in hook.full])
+    torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-12)

@@ -149,9 +149,10 @@ def test_training_keeps_the_counts_and_the_zeros(build, growth):
     assert topology.explored_share > 0.31
 
 
+@both
 @pytest.mark.parametrize("name", ["erk", "uniform", "snip", "grasp"])
-def test_every_rule_gives_a_transformer_its_first_masks(name):
-    model = Transformer()
+def test_every_rule_gives_a_transformer_its_first_masks(name, build):
+    model = build()
     rule = initial[name]
     given = {"rng": rng(), "batch": batch()}
     masks = rule(model, 0.3, **given)

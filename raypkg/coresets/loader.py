@@ -179,7 +179,7 @@ class CoresetLoader:
             settings.method,
             seed=derive(self.seed, "selection", self.epoch),
             options=settings.options,
-            target=self._view(self.model, self.target) if self.model and self.target else None,
+            target=self._target_view(),
             balanced=settings.balanced,
             progress=self.epoch / self.epochs,
         )
@@ -189,6 +189,11 @@ class CoresetLoader:
         if len(view) != self.n:
             raise UserError(f"scored has {len(view)} samples, the loader's data set {self.n}")
         return view
+
+    def _target_view(self) -> HeadView | None:
+        if self.model is None or self.target is None:
+            return None
+        return self._view(self.model, self.target)
 
     def _view(self, model: TappedByForm, data: Dataset[Any]) -> HeadView:
         device = next(model.parameters()).device
