@@ -22,6 +22,7 @@ from raypkg.methods.sparse.masks import active_counts, density_of, erk, prunable
 from raypkg.methods.sparse.rules import initial
 from raypkg.methods.sparse.saliency import grasp, snip
 from raypkg.methods.sparse.settings import Sparsity
+from raypkg.models import build_model
 from sparse_training import PLAIN, STEPS, C, D, rng, split
 from transformer_rows import PLACES, WIDTH, Transformer
 
@@ -197,8 +198,9 @@ def test_operations_of_attention_are_counted():
 
 
 def test_operations_of_tokens_are_counted():
-    model = nn.Sequential(nn.Embedding(5, 8), nn.Flatten(), nn.Linear(8 * 6, 3))
-    assert forward_flops(model, (6,), torch.int64) == {"2.weight": 2 * 48 * 3}
+    model = build_model("transformer", (6, 20), 3, seed=0)
+    flops = forward_flops(model, (6, 20))
+    assert flops.keys() == prunable(model).keys() and all(flops.values())
 
 
 def test_attention_whose_projections_stand_apart_is_counted():
@@ -208,9 +210,10 @@ def test_attention_whose_projections_stand_apart_is_counted():
             self.attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True)
 
         def forward(self, x):
+            x = x[:, 0]
             return self.attention(query=x, key=x[..., :4], value=x[..., :6])[0]
 
-    flops = forward_flops(Crossed(), (5, 8))
+    flops = forward_flops(Crossed(), (1, 5, 8))
     assert flops == {
         "attention.q_proj_weight": 2 * 8 * 8 * 5,
         "attention.k_proj_weight": 2 * 8 * 4 * 5,

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from raypkg.data.kinds import kind_of
+
 from .masks import LAYERS, active_counts
 
 
@@ -28,23 +30,20 @@ class Footprint(NamedTuple):
     active_flops: int
 
 
-def footprint(
-    model: nn.Module, shape: tuple[int, ...], masks: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> Footprint:
+def footprint(model: nn.Module, shape: tuple[int, ...], masks: Mapping[str, Tensor]) -> Footprint:
     """Return what a model takes under masks.
 
     Args:
         model: left as it was.
         shape: of one sample.
         masks: which weights exist; all of a parameter that they do not name.
-        dtype: of samples, as the model takes them.
 
     >>> footprint(nn.Linear(5, 2), (5,), {"weight": torch.eye(2, 5) > 0})
     Footprint(parameters=12, active_parameters=4, flops=20, active_flops=4)
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     pruned = sum(int((~mask).sum()) for mask in masks.values())
-    flops = forward_flops(model, shape, dtype)
+    flops = forward_flops(model, shape)
     return Footprint(
         parameters=parameters,
         active_parameters=parameters - pruned,
@@ -53,7 +52,7 @@ def footprint(
     )
 
 
-def forward_flops(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, int]:
+def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     """Return 2 operations for each use of a weight of linear, convolutional and attention layers, by the weight's name.
 
     Biases, norms and activations are left out, as is usual, and the products of attention that have no weights.
@@ -62,7 +61,6 @@ def forward_flops(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype =
     Args:
         model: left as it was.
         shape: of one sample.
-        dtype: of samples, as the model takes them.
 
     >>> forward_flops(nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)), (5,))
     {'0.weight': 30, '2.weight': 12}
@@ -75,7 +73,7 @@ def forward_flops(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype =
             layer.register_forward_hook(partial(_count, counts, weight_name))
         elif isinstance(layer, nn.MultiheadAttention):
             layer.register_forward_hook(partial(_count_attention, counts, name), with_kwargs=True)
-    sample = torch.zeros(1, *shape, dtype=dtype)
+    sample = kind_of(shape).example(1, shape)
     with torch.inference_mode():
         replica(sample)
     return counts

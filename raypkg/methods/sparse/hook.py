@@ -260,8 +260,7 @@ class FootprintReport(Hook):
     def results(self, run: Run) -> Results:
         """Return parameters and operations, all and active ones."""
         masks = self.topology.masks if self.topology else {}
-        x, _ = next(plain_batches(run.split, torch.tensor([0]), torch.device("cpu")))
-        takes = footprint(self.model, run.split.shape, masks, x.dtype)
+        takes = footprint(self.model, run.split.shape, masks)
         finding = f"{takes.parameters:,} parameters; a forward pass of one sample takes {takes.flops:,} operations"
         if masks:
             finding = (
