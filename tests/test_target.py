@@ -17,7 +17,7 @@ from raypkg.coresets.reselection import check_schedule
 from raypkg.coresets.rules import coreset
 from raypkg.coresets.sharded import LiveModel, select_coreset
 from raypkg.coresets.target import target_of
-from raypkg.data import Data
+from raypkg.data import Data, load_data
 from raypkg.data.split import Split
 from raypkg.engine.batches import plain_batches
 from raypkg.engine.shards import LocalShards, class_shards
@@ -238,6 +238,22 @@ def test_samples_of_another_kind_are_no_target(tmp_path):
         select(view, 2, "craig", seed=0, target=other)
     with pytest.raises(UserError, match="the target has no samples"):
         select(view, 2, "craig", seed=0, target=view[:0], balanced=False)
+
+
+def test_texts_of_a_target_are_cut_into_the_tokens_of_those_of_training(tmp_path):
+    pytest.importorskip("tokenizers")
+    names = []
+    for folder, words in (("all", "red green blue"), ("few", "red violet")):
+        (tmp_path / folder).mkdir()
+        lines = [f"{word} {i},{'yes' if i % 2 else 'no'}" for i in range(20) for word in words.split()]
+        for split in ("train", "test"):
+            (tmp_path / folder / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+        names.append(f"text:{tmp_path / folder}")
+    split = load_data(names[0]).train
+    with pytest.raises(
+        UserError, match="its texts must be cut as those of training are: give option tokenizer for both"
+    ):
+        target_of(Select(target=names[1])).check(split)
 
 
 @pytest.mark.parametrize("name", [name for name in coreset.names if name not in WITH_TARGET])

@@ -15,6 +15,7 @@ from torch import Tensor
 from raypkg.core.errors import UserError
 from raypkg.core.settings import TRAIN, VALID, Select
 from raypkg.data import Data, load_data
+from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard
 
@@ -54,8 +55,10 @@ class TargetSamples:
         """Return the data set with the classes and the normalisation of the samples to select from.
 
         Raises:
-            UserError: it has another shape, other columns, or a class that is unknown there.
+            UserError: it has another shape, other columns, other tokens, or a class that is unknown there.
         """
+        if train.kind is TEXTS and not self.options.get("tokenizer"):  # it would train one on texts of its own
+            raise UserError(f"{self}: its texts must be cut as those of training are: give option tokenizer for both")
         split = self._opened
         if split.shape != train.shape:
             raise UserError(f"{self} has samples of shape {split.shape}, those of training have {train.shape}")
