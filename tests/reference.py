@@ -83,9 +83,12 @@ def matching_pursuit(atoms: Tensor, target: Tensor, k: int, lam: float) -> dict[
     return weights
 
 
-def matching_batches(gradients: Tensor, batches: list[Tensor], budget: int, lam: float) -> dict[int, float]:
+def matching_batches(
+    gradients: Tensor, batches: list[Tensor], budget: int, lam: float, target: Tensor | None = None
+) -> dict[int, float]:
     """GradMatch over batches of materialised gradients [n, p]: sample → weight in mean(w · loss)."""
-    target, means = gradients.mean(dim=0), torch.stack([gradients[batch].mean(dim=0) for batch in batches])
+    target = gradients.mean(dim=0) if target is None else target
+    means = torch.stack([gradients[batch].mean(dim=0) for batch in batches])
     first = list(matching_pursuit(means, target, -(-budget // len(batches[0])), lam))
     rest = sorted(set(range(len(batches))) - set(first), key=lambda b: -float(means[b] @ target))
     cut, left = [], budget
@@ -190,7 +193,7 @@ def pairwise(rows: Tensor) -> Tensor:
 
 
 def greedy_medoids(distances: Tensor, k: int, *, slack: float = 1e-12) -> list[int]:
-    """Facility location by trying every sample at every step; of equal gains the most central sample's."""
+    """Facility location by trying every row of [n, m] at every step; of equal gains the most central one's."""
     totals = distances.sum(dim=1).tolist()
     medoids = [min(range(len(totals)), key=totals.__getitem__)]
     while len(medoids) < k:
@@ -199,6 +202,12 @@ def greedy_medoids(distances: Tensor, k: int, *, slack: float = 1e-12) -> list[i
         top = max(gains.values())
         medoids.append(min((totals[j], j) for j, gain in gains.items() if gain >= top * (1 - slack))[1])
     return medoids
+
+
+def clusters(distances: Tensor, medoids: list[int]) -> list[int]:
+    """How many columns of [n, m] are nearest to each medoid."""
+    nearest = [min(medoids, key=lambda j, i=i: float(distances[j, i])) for i in range(distances.shape[1])]
+    return [nearest.count(j) for j in medoids]
 
 
 def left_over(distances: Tensor, medoids: list[int]) -> float:

@@ -1,6 +1,7 @@
 """AGENT's correction against closed forms, and the loop written out."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import reference
+from gloo import on_workers
 from raypkg.core.errors import UserError
 from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batches
@@ -18,6 +20,8 @@ from raypkg.engine.worker import Worker
 from raypkg.methods.agent.control_variate import coefficient, cosine_similarity, smoothed
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
+from raypkg.runs.checkpoints import StoredCheckpoints
+from raypkg.runs.storage import Storage
 from sparse_training import PLAIN, STEPS, C, D, N, network, rng, run, sparse, split
 
 
@@ -152,11 +156,141 @@ class Attentive(nn.Module):
         return self.head(x + self.attention(x[None], x[None], x[None])[0][0])
 
 
-@pytest.mark.parametrize(
-    "model",
-    [nn.Sequential(nn.Linear(D, 8), nn.Dropout(0.5), nn.Linear(8, C)), Attentive()],
-    ids=["dropout", "attention"],
-)
-def test_a_model_that_draws_is_no_control_variate(model):
-    with pytest.raises(UserError, match="agent: the model gives one batch two outputs"):
-        fit(run(Correction(AgentOptions()), model=model))
+def dropping():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, C))
+
+
+def attentive():
+    torch.manual_seed(0)
+    return Attentive()
+
+
+DRAWING = pytest.mark.parametrize("build", [dropping, attentive])
+
+
+def corrected(**options):
+    """A correction at full weight from the first step on."""
+    hook = Correction(AgentOptions(**{"gamma": 1.0, "alpha": 0.0, **options}))
+    hook.c = 1.0
+    return hook
+
+
+class Gradients(Hook):
+    """Keeps the gradient of every step, after the hooks before it."""
+
+    def __init__(self, order):
+        self.order = order
+        self.seen = []
+
+    def on_gradients(self, run):
+        self.seen.append(torch.cat([parameter.grad.flatten() for parameter in run.model.parameters()]))
+
+
+@DRAWING
+def test_with_dropout_too_nothing_changes_without_a_weight(build):
+    plain = fit(run(model=build()))
+    with_it = fit(run(Correction(AgentOptions(alpha=0.0)), model=build()))
+    for name, value in plain.model.state_dict().items():
+        assert value.equal(with_it.model.state_dict()[name]), name
+
+
+@DRAWING
+def test_at_the_snapshot_dropout_leaves_exactly_the_full_gradient(build):
+    """θ = θ̃ and the same masks: the two gradients are one, and γc = 1 leaves g̃."""
+    raw, after, hook = Gradients(0), Gradients(50), corrected()
+    fit(run(raw, hook, after, model=build(), precision="float64", epochs=1))
+    full = torch.cat([gradient.flatten() for gradient in hook.full])
+    assert not raw.seen[0].allclose(full)
+    torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-14)
+    assert hook.history[0][2] == pytest.approx(1.0, abs=1e-14)  # the cosine
+
+
+@DRAWING
+def test_every_step_the_snapshot_draws_what_the_model_drew(build):
+    """Weights that hardly move: all corrected gradients stay close to g̃, which those of other draws would not."""
+    raw, after, hook = Gradients(0), Gradients(50), corrected()
+    fit(run(raw, hook, after, model=build(), lr=1e-5, epochs=2))
+    spread = torch.stack(raw.seen).var(dim=0).sum()
+    within_epoch = torch.stack(after.seen[6:]).var(dim=0).sum()
+    assert within_epoch < 1e-4 * spread
+
+
+def test_the_full_gradient_has_dropout_of_its_own():
+    one, other = corrected(), corrected()
+    fit(run(one, model=dropping(), lr=1e-9, epochs=1, batch_size=96))
+    fit(run(other, model=dropping(), lr=1e-9, epochs=2, batch_size=96))  # of its second epoch
+    assert one.full and other.full
+    assert not any(a.allclose(b, rtol=1e-3) for a, b in zip(one.full, other.full, strict=True))
+
+
+@DRAWING
+def test_dropout_stopped_and_resumed_equals_never_stopped(build, tmp_path):
+    def start(last):
+        trained = run(Correction(AgentOptions(gamma=0.5, alpha=0.5)), model=build())
+        trained.last = last
+        return trained
+
+    straight = fit(start(None))
+    kept = StoredCheckpoints(Storage(str(tmp_path)) / "kept")
+    fit(start(2), checkpoints=kept)
+    resumed = fit(start(None), checkpoints=kept)
+    assert resumed.epoch == 5 and straight.hooks[0].c == resumed.hooks[0].c != 0
+    assert all(a.equal(b) for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_with_dropout_no_gradient_is_kept():
+    hook = corrected()
+    trained = fit(run(hook, model=dropping()))
+    assert not hook.kept
+    assert trained.bill("correction").backward == trained.bill("full gradient").backward == 5 * N
+
+
+def test_when_all_is_done_nothing_watches_the_model():
+    hook = corrected()
+    trained = fit(run(hook, model=dropping()))
+    assert trained.model._forward_pre_hooks
+    hook.close()
+    assert not trained.model._forward_pre_hooks
+
+
+def cosines_on(worker):
+    """Return the cosines of a training with dropout on this worker."""
+    hook = corrected()
+    trained = run(hook, model=dropping(), epochs=2)
+    trained.worker = worker
+    fit(trained)
+    return [row[2] for row in hook.history], [parameter.tolist() for parameter in trained.model.parameters()]
+
+
+def test_each_worker_repeats_its_own_draws():
+    (first, weights), (second, same) = on_workers(2, cosines_on)
+    assert first == second and weights == same
+    assert [first[0], first[6]] == pytest.approx([1.0, 1.0], abs=1e-5)  # right after a snapshot
+    assert min(first) < 0.9999
+
+
+class Numpy(nn.Linear):
+    """Draws from a generator that nobody sets back."""
+
+    def forward(self, x):
+        return super().forward(x) * float(np.random.rand())
+
+
+def test_draws_that_cannot_be_repeated_are_refused():
+    with pytest.raises(UserError, match="agent: the model gives one batch two outputs with torch's generators set"):
+        fit(run(Correction(AgentOptions()), model=Numpy(D, C)))
+    with pytest.raises(UserError, match=r"does not go with train\.compile = true"):
+        fit(run(Correction(AgentOptions()), model=dropping(), compile=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@DRAWING
+def test_on_a_gpu_too_dropout_leaves_exactly_the_full_gradient(build):
+    after, hook = Gradients(50), corrected()
+    trained = run(hook, after, model=build(), precision="float64", epochs=1)
+    device = torch.device("cuda")
+    fit(dataclasses.replace(trained, worker=Worker(device=device)))
+    full = torch.cat([gradient.flatten() for gradient in hook.full])
+    torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-12)

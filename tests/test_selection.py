@@ -83,13 +83,13 @@ def test_coresets_concatenate_in_order():
 @pytest.mark.parametrize("name", [name for name, entry in coreset.entries.items() if entry.sees == "gradients"])
 def test_classes_are_picked_alike_in_one_view_or_in_several(name):
     view, valid = reference.problem(80).view, reference.problem(30).view
-    together = select(view, 20, name, seed=4, valid=valid)
+    together = select(view, 20, name, seed=4, target=valid)
     apart = []
     for label, share in enumerate(class_budgets(view.y.bincount(), 20).tolist()):
         members = (view.y == label).nonzero()[:, 0]
         holder = HeadView(view.logits[members], view.features[members], view.y[members])
         same = valid[valid.y == label]
-        part = select_class(holder, share, coreset[name], seed=4, label=label, options={}, valid=same)
+        part = select_class(holder, share, coreset[name], seed=4, label=label, options={}, target=same)
         apart.append(part.at(members))
     apart = Coreset.concat(apart)
     assert together.indices.equal(apart.indices) and together.weights.equal(apart.weights)
@@ -112,7 +112,7 @@ def test_a_class_without_validation_samples_is_its_own_validation():
     members = (train.y == 1).nonzero()[:, 0]
     share = int(class_budgets(train.y.bincount(), 12)[1])
     expected = coreset["glister"](train.view[members], share)
-    picked = select(train.view, 12, "glister", seed=0, valid=without).indices
+    picked = select(train.view, 12, "glister", seed=0, target=without).indices
     assert picked[train.y[picked] == 1].equal(members[expected.indices])
 
 
@@ -232,12 +232,12 @@ def test_el2n_and_grand_keep_the_largest_norms():
 def test_gradmatch_equals_its_slow_twin(num_classes, width, seed):
     train, valid = (reference.problem(n, num_classes, width, seed=seed) for n in (40, 15))
     atoms = reference.per_sample_gradients(train).flatten(1)
-    for name, target in [
-        ("train", atoms.mean(dim=0)),
-        ("valid", reference.per_sample_gradients(valid).mean(0).flatten()),
+    for target, mean in [
+        (None, atoms.mean(dim=0)),
+        (valid.view, reference.per_sample_gradients(valid).mean(0).flatten()),
     ]:
-        picked = coreset["gradmatch"](train.view, 8, valid=valid.view, options={"target": name})
-        slow = reference.matching_pursuit(atoms, target, 8, lam=0.5)
+        picked = coreset["gradmatch"](train.view, 8, target=target)
+        slow = reference.matching_pursuit(atoms, mean, 8, lam=0.5)
         assert dict(zip(picked.indices.tolist(), picked.weights.tolist(), strict=True)) == pytest.approx(
             {i: 8 * v for i, v in slow.items()}, rel=1e-5
         )
@@ -262,11 +262,6 @@ def test_gradmatch_fills_the_budget_at_weight_zero():
     picked = coreset["gradmatch"](view, 5, options={"lam": 0.0})  # one sample matches the mean exactly
     assert picked.indices.tolist() == [0, 1, 2, 3, 4]
     assert picked.weights.tolist() == pytest.approx([5, 0, 0, 0, 0])
-
-
-def test_gradmatch_towards_validation_data_needs_some():
-    with pytest.raises(UserError, match="target = 'valid': there are no validation samples"):
-        coreset["gradmatch"](reference.problem(10).view, 2, options={"target": "valid"})
 
 
 def weights_of(picked):

@@ -19,6 +19,8 @@ Count = Annotated[int, Field(ge=1)]
 MOST_EPOCHS = 1_000_000  # each is a row of metrics, in memory and in every checkpoint
 Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
 Threads = Annotated[int, Field(ge=1, le=1024)]  # more than any machine has processors; OpenMP dies of 100,000
+TRAIN = "train"  # targets of a selection besides data sets: the training samples
+VALID = "valid"  # and those held out
 APART = ("cluster", "track")  # parts that say where a run happens and who hears of it, and do not alter its result
 
 
@@ -118,6 +120,22 @@ class Train(Training):
     sync_bn: Annotated[bool, Field(description="batch statistics over all workers (GPU only)")] = False
 
 
+class Target(Named):
+    """Which samples a selection is for."""
+
+    name: Annotated[
+        str,
+        Field(
+            description="train, valid (held out) or a data set such as table:few.csv; left out = train (glister: valid)"
+        ),
+    ]
+
+    @property
+    def is_data_set(self) -> bool:
+        """Whether it is a data set of its own, not samples of the run's."""
+        return self.name not in (TRAIN, VALID)
+
+
 class Select(Settings):
     """Selection of the coreset."""
 
@@ -126,6 +144,7 @@ class Select(Settings):
     balanced: Annotated[bool, Field(description="class by class, in proportion to the classes")] = True
     weighted: Annotated[bool, Field(description="train with the method's sample weights")] = False
     memory: CacheGiB = None
+    target: Target | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
 
 

@@ -78,13 +78,13 @@ class ClassSamples(Generic[S]):
         label: of the class.
         members: positions of its samples, int64 [n].
         samples: what the method sees of them.
-        valid: its validation samples, if it has any.
+        target: the samples of the class to select for, if they are others.
     """
 
     label: int
     members: Tensor
     samples: S
-    valid: HeadView | None
+    target: HeadView | None
 
 
 def select_each(
@@ -107,7 +107,7 @@ def select_each(
         if not budget:
             yield part, Coreset.concat([])
             continue
-        picked = choose(part.samples, budget, label=part.label, valid=part.valid)
+        picked = choose(part.samples, budget, label=part.label, target=part.target)
         yield part, picked.at(part.members)
 
 
@@ -119,7 +119,7 @@ def select_class(
     seed: int,
     label: int | str,
     options: Mapping[str, Any],
-    valid: HeadView | None = None,
+    target: HeadView | None = None,
     memory: int = GIBIBYTE,
     progress: float = 0.0,
 ) -> Coreset:
@@ -132,7 +132,7 @@ def select_class(
         seed: of the whole selection.
         label: names the class.
         options: the method's own.
-        valid: validation samples, for the methods that use them.
+        target: the samples to select for, for the methods that have a target; None = those selected from.
         memory: bytes that a method may use to save time; the picks do not depend on it.
         progress: share of the training that is done, for the methods that act on it.
 
@@ -140,16 +140,18 @@ def select_class(
         Exactly ``budget`` positions in the samples, or at most that many where the method sizes its coreset itself.
 
     Raises:
-        UserError: budget out of range, bad options, or the method broke its contract.
+        UserError: budget out of range, bad options, a target seen by another model, or the method broke its contract.
     """
     n = len(samples)
     _check_budget(budget, n)
+    _check_target(target, samples)
     if method.sizes_itself and budget < n:
         raise UserError(f"{method.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
     arguments = (samples,) if method.sizes_itself else (samples, budget)
     supplied = {
         "rng": generator(seed, "select", label),
-        "valid": valid,
+        "target": target,
+        "valid": target,
         "memory": memory,
         "progress": progress,
     }
@@ -172,7 +174,7 @@ def select(
     *,
     seed: int,
     options: Mapping[str, Any] | None = None,
-    valid: HeadView | None = None,
+    target: HeadView | None = None,
     balanced: bool = True,
     memory: int = GIBIBYTE,
     progress: float = 0.0,
@@ -185,7 +187,8 @@ def select(
         name: of a coreset method, or ``package.module:function``.
         seed: names the generators.
         options: the method's own.
-        valid: validation samples; a class sees those of its label, if it has any.
+        target: the samples to select for, seen by the same model, for the methods that have a target; a class sees
+            those of its label, and where there are none, its own. None = the samples selected from.
         balanced: class by class in proportion to the counts; otherwise all samples at once, as does a method that
             sizes its coreset itself.
         memory: bytes that a method may use to save time; the picks do not depend on it.
@@ -214,28 +217,28 @@ def select(
         progress=progress,
     )
     if method.sizes_itself or not balanced:
-        return choose(samples, budget, label="all", valid=valid)
+        return choose(samples, budget, label="all", target=target)
     budgets = class_budgets(samples.y.bincount(), budget)
     labels = budgets.nonzero()[:, 0]
-    classes = _cut(samples, valid, labels.tolist())
+    classes = _cut(samples, target, labels.tolist())
     picks = [picked for _, picked in select_each(classes, budgets.tolist(), choose)]
     return Coreset.concat(picks)
 
 
 def _cut(
-    samples: HeadView | Record, valid: HeadView | None, labels: list[int]
+    samples: HeadView | Record, target: HeadView | None, labels: list[int]
 ) -> Iterator[ClassSamples[HeadView | Record]]:
     """Yield the classes of these labels."""
     for label in labels:
         members = (samples.y == label).nonzero()[:, 0]
-        yield ClassSamples(label, members, samples[members], _of_class(valid, label))
+        yield ClassSamples(label, members, samples[members], _of_class(target, label))
 
 
-def _of_class(valid: HeadView | None, label: int) -> HeadView | None:
-    if valid is None:
+def _of_class(target: HeadView | None, label: int) -> HeadView | None:
+    if target is None:
         return None
-    members = valid.y == label
-    return valid[members] if members.any() else None
+    members = target.y == label
+    return target[members] if members.any() else None
 
 
 def _keeps_contract(picked: object, budget: int, n: int, method: Method) -> bool:
@@ -245,6 +248,17 @@ def _keeps_contract(picked: object, budget: int, n: int, method: Method) -> bool
     if not least <= len(picked) <= budget:
         return False
     return int(picked.indices.max()) < n
+
+
+def _check_target(target: HeadView | None, samples: HeadView | Record) -> None:
+    if target is None or not isinstance(samples, HeadView):
+        return
+    if not len(target):
+        raise UserError("the target has no samples")
+    theirs = (target.num_classes, target.width)
+    ours = (samples.num_classes, samples.width)
+    if theirs != ours:
+        raise UserError(f"the target has classes and features {theirs}, the samples {ours}: they need one model")
 
 
 def _check_budget(budget: int, n: int) -> None:

@@ -2,6 +2,8 @@
 
     S = argmin Σ_i min_{j∈S} ‖g_i − g_j‖,  |S| = k
 
+i runs over the samples to cover, by default those that the medoids j are chosen from.
+
 Greedy choice gains Σ_i max(0, min_{s∈S} ‖g_i − g_s‖ − ‖g_i − g_j‖) by one more medoid j. The gain of a sample never
 grows as S grows (the objective is submodular), so an old gain bounds the present one from above. Logit gradients alone
 are the gradients of a view without features, [n, 0].
@@ -23,19 +25,21 @@ REFRESH = 16  # gains brought up to date at once where all rows are kept: a step
 TIED = 8  # gains this many units in the last place apart are equal: they are sums in an order that may change
 
 
-def facility_location(view: HeadView, k: int, *, memory: int) -> Tensor:
+def facility_location(view: HeadView, k: int, *, memory: int, covered: HeadView | None = None) -> Tensor:
     """Choose medoids by lazy greedy: the largest gain each time.
 
     Two samples far from all others gain the same, whichever is taken: gains that are equal up to rounding go to the
     sample with the least Σ_i ‖g_i − g_j‖, and then by position.
 
     Takes n²(C + D) multiplications if all n² distances fit in ``memory``; if none do, twice as many, and 128·n(C + D)
-    more for about every further medoid. Peak memory is ``memory`` and about ten blocks of 128·n numbers.
+    more for about every further medoid. Peak memory is ``memory`` and about ten blocks of 128·n numbers. With m other
+    samples to cover, n·m and 128·m take the place of n² and 128·n.
 
     Args:
         view: n samples.
         k: 1 … n.
         memory: bytes for the distances that are kept; the medoids do not depend on it.
+        covered: the samples to be close to; None = the view.
 
     Returns:
         The medoids in the order of their choice, int64 [k].
@@ -44,7 +48,7 @@ def facility_location(view: HeadView, k: int, *, memory: int) -> Tensor:
         UserError: k or memory out of range.
     """
     _check(view, k)
-    rows = _Rows(view, memory)
+    rows = _Rows(view, view if covered is None else covered, memory)
     totals: list[float] = []  # Σ_i ‖g_i − g_j‖ of each j
     for block in rows.blocks():
         totals += block.sum(dim=1).tolist()
@@ -64,7 +68,15 @@ def facility_location(view: HeadView, k: int, *, memory: int) -> Tensor:
     return torch.tensor(medoids)
 
 
-def stochastic_facility_location(view: HeadView, k: int, *, sample: int, rng: torch.Generator, memory: int) -> Tensor:
+def stochastic_facility_location(
+    view: HeadView,
+    k: int,
+    *,
+    sample: int,
+    rng: torch.Generator,
+    memory: int,
+    covered: HeadView | None = None,
+) -> Tensor:
     """Choose medoids by stochastic greedy: each time the best of ``sample`` random candidates (arXiv:1409.7938).
 
     Args:
@@ -73,6 +85,7 @@ def stochastic_facility_location(view: HeadView, k: int, *, sample: int, rng: to
         sample: candidates a step, at least 1; ⌈n/k · ln(1/ε)⌉ are within 1 − 1/e − ε of the optimum in expectation.
         rng: draws the candidates.
         memory: as in ``facility_location``.
+        covered: as in ``facility_location``.
 
     Returns:
         The medoids in the order of their choice, int64 [k].
@@ -83,9 +96,10 @@ def stochastic_facility_location(view: HeadView, k: int, *, sample: int, rng: to
     _check(view, k)
     if sample < 1:
         raise UserError(f"{sample} candidates a step: must be 1 or more")
-    rows = _Rows(view, memory)
+    covered = view if covered is None else covered
+    rows = _Rows(view, covered, memory)
     left = torch.arange(len(view))
-    nearest = torch.full_like(view.logits[:, 0], torch.inf)  # distance of each sample to its medoid [n]
+    nearest = torch.full_like(covered.logits[:, 0], torch.inf)  # distance of each sample to its medoid [n]
     medoids = []
     for _ in range(k):
         drawn = torch.randperm(len(left), generator=rng)[:sample]
@@ -96,20 +110,28 @@ def stochastic_facility_location(view: HeadView, k: int, *, sample: int, rng: to
     return torch.tensor(medoids)
 
 
-def cluster_shares(view: HeadView, medoids: Tensor) -> Tensor:
-    """Count the samples nearest to each medoid; one that is, up to rounding, as near to m medoids counts 1/m for each.
+def cluster_shares(view: HeadView, medoids: Tensor, *, covered: HeadView | None = None) -> Tensor:
+    """Count the covered samples nearest to each medoid.
+
+    One that is, up to rounding, as near to m medoids counts 1/m for each.
 
     Rounding is judged by squared distances ‖a‖² − 2<a, b> + ‖b‖², whose errors are of the size of their terms, not of
     the distance: a medoid counts as nearest if its square may be as low as the least one may be high.
 
+    Args:
+        view: what the medoids were chosen from.
+        medoids: int64 [k].
+        covered: n samples; None = the view.
+
     Returns:
         The counts, float64 [k], with sum n.
     """
+    covered = view if covered is None else covered
     centres = view[medoids]
     centre_squares = centres.norms().square()  # [k]
     shares = torch.zeros(len(medoids), dtype=torch.float64)
-    for block in _blocks(0, len(view)):
-        members = view[block]
+    for block in _blocks(0, len(covered)):
+        members = covered[block]
         member_squares = members.norms().square()  # [b]
         least = members.distances(centres).square()  # that the squared distances can be [b, k]
         terms = member_squares[:, None] + centre_squares  # what rounds [b, k]
@@ -138,30 +160,34 @@ class _Bound(NamedTuple):
 
 
 class _Rows:
-    """Rows of the distances ‖g_i − g_j‖ [n, n]: as many as fit in ``memory`` bytes are kept, from the first on.
+    """Rows of the distances ‖g_i − g_j‖ [n, m], one for each j: as many as fit in ``memory`` bytes are kept.
+
+    They are kept from the first on.
 
     Attributes:
         batch: how many to ask for at once; where some are missing, a whole product of them costs no more than one.
     """
 
-    def __init__(self, view: HeadView, memory: int):
+    def __init__(self, view: HeadView, covered: HeadView, memory: int):
         if memory < 0:
             raise UserError(f"memory {memory} bytes: must be 0 or more")
         n = len(view)
-        row_bytes = n * view.logits.element_size()
+        m = len(covered)
+        row_bytes = m * view.logits.element_size()
         room = min(memory // row_bytes, n)
         self.batch = REFRESH if room == n else PRODUCT
         self._view = view
-        self._kept = view.logits.new_empty(room, n)
+        self._covered = covered
+        self._kept = view.logits.new_empty(room, m)
         for samples in _blocks(0, room):
             self._kept[samples] = self._computed(samples)
 
     def __call__(self, samples: Tensor) -> Tensor:
-        """Return the distances of at most PRODUCT samples to all, [b, n]."""
+        """Return the distances of at most PRODUCT samples to all that are covered, [b, m]."""
         kept = samples < len(self._kept)
         if kept.all():
             return self._kept[samples]
-        rows = self._kept.new_empty(len(samples), len(self._view))
+        rows = self._kept.new_empty(len(samples), len(self._covered))
         rows[kept] = self._kept[samples[kept]]
         rows[~kept] = self._computed(samples[~kept])
         return rows
@@ -176,7 +202,7 @@ class _Rows:
         # filled up with the first one to the one shape of all products: a distance is then the same number each time
         missing = PRODUCT - len(samples)
         padded = torch.cat([samples, samples[:1].expand(missing)])
-        distances = self._view[padded].distances(self._view)
+        distances = self._view[padded].distances(self._covered)
         return distances[: len(samples)]
 
 

@@ -14,13 +14,14 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect
 from raypkg.data.coreset import Coreset
-from raypkg.models.classifier import Tapped
 
+from .batch_forms import TappedByForm, inputs_and_labels, on_device, weighted
 from .budgets import budget_of, select
 from .gradients import HeadView, head_view
 from .record import Record
 from .reselection import check_schedule
 from .rules import coreset
+from .target import idle_target
 
 KEPT = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
 LEAST_SCORED = 256  # samples of one forward pass: small batches of the loader would make scoring slow
@@ -33,9 +34,13 @@ class CoresetLoader:
     from the seed, in ⌈k / batch_size⌉ batches as even as possible. Selection sees the samples as the data set returns
     them, random augmentation included; with ``scored`` it sees those instead.
 
+    It takes the place of a ``DataLoader`` in one process: in Hugging Face's ``Trainer`` and in Lightning as well, as
+    coresets/README.md shows. They ask for the length of an epoch once, so all epochs should have that of the first.
+
     Args:
         loader: over all of a data set that returns pairs (x, y) by index, y an integer; its batch size, collation and
-            workers are kept.
+            workers are kept. A batch may also be a mapping with "labels", which is yielded with "weights" and, for
+            ``record``, "indices"; the model takes the others by keywords.
         model: ends in an ``nn.Linear``; its parameters of the moment select, in evaluation mode.
         method: one of `effray methods`, or ``package.module:function``.
         fraction: share of the samples in a coreset; 1 for a method that sizes it itself, such as infobatch.
@@ -45,12 +50,14 @@ class CoresetLoader:
         balanced: class by class, in proportion to the classes.
         seed: of the picks and the order.
         scored: the same samples as the loader's, without augmentation.
+        target: samples to select for, of the same form, such as a few clean ones; None = the loader's own. A class of
+            which it has none is its own target.
         options: the method's own.
         former: names that arguments once had; the error tells those they have now.
 
     Raises:
         UserError: unknown method or option, a value out of range, a loader that leaves samples out or cannot be
-            indexed, a model without a linear head.
+            indexed, a target of a method that has none, a model without a linear head.
 
     >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     >>> samples = torch.utils.data.TensorDataset(x, torch.arange(100) % 2)
@@ -72,6 +79,7 @@ class CoresetLoader:
         balanced: bool = True,
         seed: int = 0,
         scored: Dataset[Any] | None = None,
+        target: Dataset[Any] | None = None,
         options: Mapping[str, Any] | None = None,
         **former: Never,
     ):
@@ -90,7 +98,10 @@ class CoresetLoader:
         self.loader = loader
         self.scored = loader.dataset if scored is None else scored
         self.method = coreset[method]
-        self.model = Tapped(model) if self.method.sees == "gradients" else None
+        if target is not None and not self.method.has_target:
+            raise idle_target(self.method, "target")
+        self.target = target
+        self.model = TappedByForm(model) if self.method.sees == "gradients" else None
         self.epochs = epochs
         self.seed = seed
         self.n = len(loader.dataset)  # type: ignore[arg-type]  # _check_loader: it is indexed
@@ -100,11 +111,13 @@ class CoresetLoader:
         self._latest = torch.empty(0, dtype=torch.int64)  # samples of the batch that was yielded last
 
     def __len__(self) -> int:
-        """Return the number of batches of the current coreset; a selection that is due may change it."""
-        batch_size = self.loader.batch_size or 1
-        return math.ceil(len(self.coreset) / batch_size)
+        """Return the number of batches of the coming pass: at most so many where a method sizes its coreset itself."""
+        size = len(self.coreset)
+        if self.settings.due(self.epoch):
+            size = budget_of(self.settings.fraction, self.n)
+        return self._batches_of(size)
 
-    def __iter__(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         """Select if it is due, then yield an epoch's batches."""
         if self.settings.due(self.epoch):
             self.coreset = self._select()
@@ -112,24 +125,29 @@ class CoresetLoader:
         in_use = self.coreset  # of this pass, whatever another one selects meanwhile
         rng = generator(self.seed, "shuffle", self.epoch)
         order = torch.randperm(len(in_use), generator=rng)
-        batches = order.tensor_split(len(self))
+        batches = order.tensor_split(self._batches_of(len(in_use)))
         positions = [in_use.indices[batch] for batch in batches]
         loaded = self._load(self.loader.dataset, positions)
         for batch, (x, y) in zip(batches, loaded, strict=True):
             self._latest = in_use.indices[batch]
-            weights = in_use.weights[batch]
-            yield x, y, weights.to(y.device)
+            yield weighted(x, y, in_use.weights[batch], self._latest)
 
-    def record(self, losses: Tensor) -> None:
-        """Keep the losses [b], without weights, of the batch that was yielded last: infobatch prunes by them.
+    def record(self, losses: Tensor, indices: Tensor | None = None) -> None:
+        """Keep the losses of a batch, without weights: infobatch prunes by them.
+
+        Args:
+            losses: [b].
+            indices: of the batch, as it was yielded with them; None = the batch that was yielded last, which is another
+                one where batches are fetched ahead.
 
         Raises:
             UserError: not one loss for each sample of the batch.
         """
-        if losses.shape != self._latest.shape:
+        indices = self._latest if indices is None else indices.cpu()
+        if losses.shape != indices.shape:
             shape = list(losses.shape)
-            raise UserError(f"losses {shape} of a batch of {len(self._latest)}: use reduction='none'")
-        self.losses[self._latest] = losses.detach().float().cpu()
+            raise UserError(f"losses {shape} of a batch of {len(indices)}: use reduction='none'")
+        self.losses[indices] = losses.detach().float().cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next epochs depend on, for a checkpoint between epochs."""
@@ -156,22 +174,31 @@ class CoresetLoader:
     def _select(self) -> Coreset:
         settings = self.settings
         return select(
-            self._view(self.model) if self.model else self._record(),
+            self._samples_view(self.model) if self.model else self._record(),
             budget_of(settings.fraction, self.n),
             settings.method,
             seed=derive(self.seed, "selection", self.epoch),
             options=settings.options,
+            target=self._target_view(),
             balanced=settings.balanced,
             progress=self.epoch / self.epochs,
         )
 
-    def _view(self, model: Tapped) -> HeadView:
-        device = next(model.parameters()).device
-        batches = ((x.to(device), y.to(device)) for x, y in self._in_order())
-        view = head_view(model, batches)
+    def _samples_view(self, model: TappedByForm) -> HeadView:
+        view = self._view(model, self.scored)
         if len(view) != self.n:
             raise UserError(f"scored has {len(view)} samples, the loader's data set {self.n}")
         return view
+
+    def _target_view(self) -> HeadView | None:
+        if self.model is None or self.target is None:
+            return None
+        return self._view(self.model, self.target)
+
+    def _view(self, model: TappedByForm, data: Dataset[Any]) -> HeadView:
+        device = next(model.parameters()).device
+        batches = ((on_device(x, device), y.to(device)) for x, y in self._in_order(data))
+        return head_view(model, batches)
 
     def _record(self) -> Record:
         if not self.method.sizes_itself:
@@ -184,20 +211,23 @@ class CoresetLoader:
 
     @cached_property
     def _y(self) -> Tensor:
-        return torch.cat([y for _, y in self._in_order()])
+        return torch.cat([y for _, y in self._in_order(self.scored)])
 
-    def _in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the scored samples in order."""
-        positions = torch.arange(len(self.scored))  # type: ignore[arg-type]  # it is indexed, like the loader's
+    def _in_order(self, data: Dataset[Any]) -> Iterator[tuple[Any, Tensor]]:
+        """Yield the samples of a data set in order."""
+        positions = torch.arange(len(data))  # type: ignore[arg-type]  # it is indexed, like the loader's
         batch_size = max(LEAST_SCORED, self.loader.batch_size or 1)
-        return self._load(self.scored, list(positions.split(batch_size)))
+        return self._load(data, list(positions.split(batch_size)))
 
-    def _load(self, data: Dataset[Any], batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches_of(self, size: int) -> int:
+        return math.ceil(size / (self.loader.batch_size or 1))
+
+    def _load(self, data: Dataset[Any], batches: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
         kept: dict[str, Any] = {name: getattr(self.loader, name) for name in KEPT}
         positions = [batch.tolist() for batch in batches]
         loader = DataLoader(data, batch_sampler=positions, collate_fn=self.loader.collate_fn, **kept)
         for batch in loader:
-            yield _pair(batch)
+            yield inputs_and_labels(batch)
 
 
 def _check_former(names: Mapping[str, object]) -> None:
@@ -221,21 +251,3 @@ def _check_loader(loader: object) -> None:
             f"a DataLoader with {sampler} and drop_last={loader.drop_last}: it must give every sample once;"
             " for a part of the data set, use a Subset"
         )
-
-
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise UserError(f"the data set must return pairs (x, y); a batch is a {type(batch).__name__}")
-    x, y = batch
-    if not _are_labels(y):
-        shown = type(y).__name__
-        if isinstance(y, Tensor):
-            shown = f"{y.dtype} {list(y.shape)}"
-        raise UserError(f"labels must be integers from 0 up, [b]; a batch has {shown}")
-    return x, y.long()
-
-
-def _are_labels(y: object) -> bool:
-    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
-        return False
-    return len(y) == 0 or int(y.min()) >= 0

@@ -18,6 +18,7 @@ from raypkg.engine.shards import Shards
 from .recorder import Recorder
 from .rules import coreset
 from .sharded import LiveModel, select_coreset
+from .target import check_target, target_of
 
 
 def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> None:
@@ -29,8 +30,8 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> N
         given: whether there is a coreset to begin with.
 
     Raises:
-        UserError: unknown method, bad options, a selection that would never come, a fraction for a method that sizes
-            its coreset itself, or none for another.
+        UserError: unknown method, bad options, a selection that would never come, a target of a method that has none,
+            a fraction for a method that sizes its coreset itself, or none for another.
     """
     if settings.warm_epochs >= epochs:
         raise UserError(f"select.warm_epochs = {settings.warm_epochs} of {epochs} epochs: nothing would be selected")
@@ -41,6 +42,7 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> N
         return
     method = coreset[settings.method]
     method.options(settings.options)
+    check_target(settings)
     anew_from_all = settings.fraction == 1 and settings.every_epochs == 1
     if method.sizes_itself and not anew_from_all:
         raise UserError(
@@ -52,7 +54,8 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> N
 
 
 def check_selects_once(select: Select) -> None:
-    """Refuse, before any work, a method that acts only during training."""
+    """Refuse, before any work, a method that acts only during training, and a target of one that has none."""
+    check_target(select)
     if coreset[select.method].sizes_itself:
         raise UserError(f"{select.method} acts at every epoch of a training: see `effray train --help`")
 
@@ -87,6 +90,17 @@ class Reselection(Hook):
         self.first = first
         self.scores: Tensor | None = None  # gradient norms of the indices at the latest selection [n]
 
+    @property
+    def selects(self) -> bool:
+        """Whether training selects by itself."""
+        return self.first is None or self.settings.every_epochs > 0
+
+    def on_start(self, run: Run) -> None:
+        """Refuse a target that does not suit the samples."""
+        target = target_of(self.settings)
+        if self.selects and target:
+            target.check(run.split)
+
     def on_epoch(self, run: Run) -> None:
         """Select where it is due."""
         if run.epoch < self.settings.warm_epochs:
@@ -115,7 +129,7 @@ class Reselection(Hook):
 
     def results(self, run: Run) -> Results:
         """Return the coreset in use and what the latest selection saw, where training selected one by itself."""
-        if self.first is not None and not self.settings.every_epochs:
+        if not self.selects:
             return Results()
         origin = {"epochs": run.settings.epochs, **self.settings.model_dump()}
         selected = Selected(run.coreset, origin, self.indices, self.scores)

@@ -26,6 +26,7 @@ from .budgets import ClassSamples, budget_of, class_budgets, select, select_clas
 from .gradients import HeadView, head_view
 from .record import Record
 from .rules import coreset
+from .target import TargetSamples, target_of
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,14 @@ def select_coreset(
     Args:
         shards: hold the indices, whole classes each.
         scorer: the model to take gradients of.
-        settings: method, fraction, balance, weights and the method's options.
+        settings: method, fraction, balance, weights, target and the method's options.
         record: labels of the training split, and what training has seen of it.
         indices: the samples to select from, int64 [n].
         seed: names every draw.
         progress: share of the training that is done.
 
     Raises:
-        UserError: unknown method, bad options, or gradients that are not finite.
+        UserError: unknown method, bad options, gradients that are not finite, or a class without target samples.
     """
     method = coreset[settings.method]
     budget = budget_of(settings.fraction, len(indices))
@@ -130,7 +131,7 @@ def select_coreset(
         budgets = class_budgets(counts, budget).tolist()
         parts = shards.map(select_classes, scorer, settings, budgets, seed)
     else:
-        views = shards.map(view_shard, scorer)
+        views = shards.map(view_shard, scorer, target_of(settings))
         parts = [_from_views(views, settings, budget, seed)]
     # a coreset of free size stands for all samples by its weights only
     return _joined(parts, weighted=settings.weighted or method.sizes_itself)
@@ -151,7 +152,7 @@ def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list
     scores = []
     picks = []
     with Cost("select") as cost:
-        classes = _viewed(shard, scorer, cost, with_valid="valid" in method.declares)
+        classes = _viewed(shard, scorer, cost, target_of(settings))
         for part, picked in select_each(classes, budgets, choose):
             members.append(part.members)
             scores.append(part.samples.norms())
@@ -164,19 +165,32 @@ def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list
     )
 
 
-def _viewed(shard: Shard, scorer: Scorer, cost: Cost, *, with_valid: bool) -> Iterator[ClassSamples[HeadView]]:
+def _viewed(shard: Shard, scorer: Scorer, cost: Cost, target: TargetSamples | None) -> Iterator[ClassSamples[HeadView]]:
     """Yield a shard's classes, each after a forward pass of its own, so that its views are never all in memory."""
-    y = shard.data.train.y
-    for label in y[shard.indices].unique().tolist():
-        members = shard.indices[y[shard.indices] == label]
-        held_out = shard.valid[y[shard.valid] == label]
+    of_target = target.reached_by(shard) if target else None
+    for label in shard.data.train.y[shard.indices].unique().tolist():
+        members = _of_class(shard, label)
         view = scorer.view(shard, members)
         cost.forward += len(members)
-        valid = None
-        if with_valid and len(held_out):
-            valid = scorer.view(shard, held_out)
-            cost.forward += len(held_out)
-        yield ClassSamples(label, members, view, valid)
+        aimed_at = None
+        if target and of_target:
+            same = _of_class(of_target, label)
+            if target.required and not len(same):
+                raise target.missing(shard.data.train.classes[label])
+            aimed_at = _view_of_some(of_target, same, scorer, cost)
+        yield ClassSamples(label, members, view, aimed_at)
+
+
+def _of_class(shard: Shard, label: int) -> Tensor:
+    return shard.indices[shard.data.train.y[shard.indices] == label]
+
+
+def _view_of_some(shard: Shard, indices: Tensor, scorer: Scorer, cost: Cost) -> HeadView | None:
+    """Return the HeadView of the indices, if there are any."""
+    if not len(indices):
+        return None
+    cost.forward += len(indices)
+    return scorer.view(shard, indices)
 
 
 class ShardView(NamedTuple):
@@ -184,17 +198,20 @@ class ShardView(NamedTuple):
 
     indices: Tensor
     view: HeadView
-    valid: HeadView | None
+    target: HeadView | None
     cost: Cost
 
 
-def view_shard(shard: Shard, scorer: Scorer) -> ShardView:
-    """Return a shard's indices, HeadView, validation HeadView and bill."""
+def view_shard(shard: Shard, scorer: Scorer, target: TargetSamples | None) -> ShardView:
+    """Return a shard's indices, HeadView, the HeadView of its share of the target, and its bill."""
     with Cost("select") as cost:
         view = scorer.view(shard, shard.indices)
-        valid = scorer.view(shard, shard.valid) if len(shard.valid) else None
-    cost.forward += len(shard.indices) + len(shard.valid)
-    return ShardView(shard.indices, view, valid, cost)
+        cost.forward += len(shard.indices)
+        aimed_at = None
+        if target:
+            share = target.share_of(shard)
+            aimed_at = _view_of_some(share, share.indices, scorer, cost)
+    return ShardView(shard.indices, view, aimed_at, cost)
 
 
 def _from_record(
@@ -218,7 +235,10 @@ def _from_views(shards: Sequence[ShardView], settings: Select, budget: int, seed
     order = indices.argsort()  # the same order, hence the same picks, for any number of shards
     indices = indices[order]
     view = HeadView.concat([shard.view for shard in shards])[order]
-    held_out = [shard.valid for shard in shards if shard.valid is not None]
+    aimed_at = [shard.target for shard in shards if shard.target is not None]
+    target = target_of(settings)
+    if target and target.required and not aimed_at:
+        raise target.missing()
     cost = Cost.joined("select", [shard.cost for shard in shards])
     with cost:
         picked = select_class(
@@ -228,7 +248,7 @@ def _from_views(shards: Sequence[ShardView], settings: Select, budget: int, seed
             seed=seed,
             label="all",
             options=settings.options,
-            valid=HeadView.concat(held_out) if held_out else None,
+            target=HeadView.concat(aimed_at) if aimed_at else None,
             memory=memory_bound(settings.memory),
         )
     return Selection(picked.at(indices), indices, view.norms(), cost)

@@ -8,6 +8,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model, RunSettings, Select
 from raypkg.coresets.sharded import Selection, SentModel, select_coreset
+from raypkg.coresets.target import target_of
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard, Shards, WorkerShards, class_shards
@@ -69,6 +70,17 @@ def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision:
     return TrainedModel(stored.model, other.storage, MODEL, precision)
 
 
+def check_target_samples(select: Select, samples: Samples) -> None:
+    """Refuse, before any work, a target that is not there or does not suit the training samples.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    target = target_of(select)
+    if target:
+        target.check(samples.data.train, samples.valid)
+
+
 def select_on_actors(
     settings: RunSettings, select: Select, model: TrainedModel, samples: Samples, report: Report
 ) -> Coreset:
@@ -81,6 +93,7 @@ def select_on_actors(
         samples: to select from.
         report: progress and run folder.
     """
+    check_target_samples(select, samples)
     split = samples.data.train
 
     def shards_for(holders: int) -> list[Shard]:
@@ -108,6 +121,7 @@ def select_on_workers(
         report: progress and run folder.
         workers: each of which holds some classes.
     """
+    check_target_samples(select, samples)
 
     def work() -> dict[str, Any]:
         return workers.run(select_together, settings, select, model, report.folder.storage)

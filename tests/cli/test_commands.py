@@ -285,6 +285,11 @@ def test_train_on_a_fraction(effray):
         (
             "--select.method gradmatch --select.fraction 0.1 --select.every_epochs 2 --select.weighted true",
             3 * 130,
+            2 * 1295,
+        ),
+        (
+            "--select.method gradmatch --select.fraction 0.1 --select.every_epochs 2 --select.target valid",
+            3 * 130,
             2 * 1437,
         ),  # and held-out samples
     ],

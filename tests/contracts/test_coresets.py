@@ -46,14 +46,14 @@ def valid():
     return reference.problem(25, dtype=torch.float32).view
 
 
-def pick(entry, view, budget, *, seed=0, valid=None, options=None):
-    return select_class(view, budget, entry, seed=seed, label=0, options=options or {}, valid=valid)
+def pick(entry, view, budget, *, seed=0, target=None, options=None):
+    return select_class(view, budget, entry, seed=seed, label=0, options=options or {}, target=target)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 17, N - 1, N])
 @pytest.mark.parametrize("balanced", [True, False])
 def test_picks_fill_the_budget_exactly(entry, view, valid, budget, balanced):
-    picked = select(view, budget, entry.name, seed=0, valid=valid, balanced=balanced)
+    picked = select(view, budget, entry.name, seed=0, target=valid, balanced=balanced)
     assert picked.indices.unique().numel() == budget
     assert 0 <= picked.indices.min() and picked.indices.max() < N
     assert picked.weights.isfinite().all() and (picked.weights >= 0).all() and picked.weights.max() > 0
@@ -72,25 +72,25 @@ def test_budget_out_of_range(entry, view, budget):
 
 
 def test_same_seed_same_result(entry, view, valid):
-    first, second = (pick(entry, view, 17, seed=3, valid=valid) for _ in range(2))
+    first, second = (pick(entry, view, 17, seed=3, target=valid) for _ in range(2))
     assert first.indices.equal(second.indices) and first.weights.equal(second.weights)
 
 
 def test_global_generator_is_untouched(entry, view, valid):
     before = torch.random.get_rng_state()
-    pick(entry, view, 17, valid=valid)
+    pick(entry, view, 17, target=valid)
     assert torch.random.get_rng_state().equal(before)
 
 
 def test_inputs_are_untouched(entry, view, valid):
     parts = [getattr(samples, field.name) for samples in (view, valid) for field in dataclasses.fields(samples)]
     before = [part.clone() for part in parts]
-    pick(entry, view, 17, valid=valid)
+    pick(entry, view, 17, target=valid)
     assert all(part.equal(old) for part, old in zip(parts, before, strict=True))
 
 
 def test_precision_does_not_change_the_picks(entry, view, valid):
-    single, double = pick(entry, view, 17, valid=valid), pick(entry, in_double(view), 17, valid=valid.double())
+    single, double = pick(entry, view, 17, target=valid), pick(entry, in_double(view), 17, target=valid.double())
     assert single.indices.equal(double.indices)
     torch.testing.assert_close(single.weights, double.weights)
 
@@ -99,7 +99,7 @@ def test_order_of_the_data_does_not_matter(entry, view, valid):
     if draws(entry):
         pytest.skip("draws by position")
     order = torch.randperm(N, generator=generator(0, "order"))
-    straight, shuffled = pick(entry, view, 17, valid=valid), pick(entry, view[order], 17, valid=valid).at(order)
+    straight, shuffled = pick(entry, view, 17, target=valid), pick(entry, view[order], 17, target=valid).at(order)
     torch.testing.assert_close(dense(shuffled), dense(straight))
 
 
@@ -118,7 +118,7 @@ def test_an_option_that_draws_takes_its_draws_from_the_seed(name, options):
 
 def test_memory_does_not_change_the_picks(entry, view, valid):
     least, most = (
-        select_class(view, 17, entry, seed=0, label=0, options={}, valid=valid, memory=memory) for memory in (0, 2**30)
+        select_class(view, 17, entry, seed=0, label=0, options={}, target=valid, memory=memory) for memory in (0, 2**30)
     )
     assert least.indices.equal(most.indices) and least.weights.equal(most.weights)
 

@@ -4,11 +4,14 @@ The decorator says what a method looks at, and whether it chooses the size of it
 
     @coreset("infobatch", source="arXiv:2303.04947", sees="record", sizes_itself=True)
     def select(record: Record, *, rng: torch.Generator, …) -> Coreset:
+
+A method that matches or covers the gradients of some samples declares them as a keyword ``target``, None for those that
+it selects from. One that declares ``valid`` is given the same, but by default the held-out samples.
 """
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -42,6 +45,21 @@ class Method(Entry):
         raise UserError(f"coreset method {self.name!r} takes {tuple(names)}: it must be {expected}")
 
     @property
+    def has_target(self) -> bool:
+        """Whether it selects for a target."""
+        return bool(self.declares & {"target", "valid"})
+
+    def options(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the user's options, checked and converted by the schema.
+
+        Raises:
+            UserError: an unknown option, or a value that it does not allow.
+        """
+        if "target" in values:  # an option of gradmatch, before it was a setting of all such methods
+            raise UserError(f"{self.name} option target is now called select.target")
+        return super().options(values)
+
+    @property
     def takes(self) -> tuple[type, ...]:
         """The classes that its samples are annotated with, each if it is a union; none where it does not say."""
         return tuple(kind for kind in _kinds_of_samples(self.function) if isinstance(kind, type))
@@ -58,7 +76,7 @@ class Methods(Registry):
     """The coreset methods. A user's own function may be decorated as well; otherwise its signature tells."""
 
     def __init__(self) -> None:
-        supplied = ("rng", "valid", "memory", "progress")
+        supplied = ("rng", "target", "valid", "memory", "progress")
         super().__init__("coreset method", __name__, given=supplied, decorator="coreset")
         self._declared: dict[Callable[..., Any], Declared] = {}
 

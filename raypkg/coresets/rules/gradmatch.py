@@ -1,12 +1,11 @@
 """GradMatch: a weighted subset whose gradient is the gradient of all samples."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypkg.core.errors import UserError
 from raypkg.coresets.atoms import BatchAtoms, SampleAtoms
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.solvers import matching_pursuit
@@ -14,7 +13,6 @@ from raypkg.data.coreset import Coreset
 
 from . import coreset
 
-Target = Literal["train", "valid"]
 BLOCK = 4096  # samples that are in float64 at a time
 
 
@@ -23,10 +21,9 @@ def select(
     view: HeadView,
     budget: int,
     *,
-    valid: HeadView | None = None,
+    target: HeadView | None = None,
     lam: Annotated[float, Field(ge=0)] = 0.5,
     eps: Annotated[float, Field(gt=0)] = 1e-10,
-    target: Target = "train",
 ) -> Coreset:
     """Match the mean gradient by orthogonal matching pursuit with non-negative weights.
 
@@ -39,17 +36,13 @@ def select(
     Args:
         view: the samples; the chosen gradients are matched in float64.
         budget: k.
-        valid: samples whose mean gradient is ḡ if ``target`` is "valid".
+        target: the samples whose mean gradient is ḡ; the view itself if None.
         lam: λ, the penalty on the weights.
         eps: stop when the error is at most this share of ‖ḡ‖².
-        target: whose mean gradient to match.
-
-    Raises:
-        UserError: the target is "valid" and there are no validation samples.
 
     Differs from the paper: ε is relative to ‖ḡ‖², and an atom whose weight would turn negative gives its place back.
     """
-    mean = mean_gradient(view, valid, target)
+    mean = mean_gradient(view if target is None else target)
     few = budget <= view.num_classes + view.width  # inner products then take no more room than the view
     kind = SampleAtoms if few else BatchAtoms
     each_by_itself = torch.arange(len(view))
@@ -63,11 +56,8 @@ def select(
     return Coreset(indices, weights)
 
 
-def mean_gradient(view: HeadView, valid: HeadView | None, target: Target) -> Tensor:
+def mean_gradient(samples: HeadView) -> Tensor:
     """Return the gradient to match, summed in float64 [C, D+1]."""
-    samples = view if target == "train" else valid
-    if samples is None or not len(samples):
-        raise UserError("option target = 'valid': there are no validation samples")
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(samples), BLOCK):
         block = samples[start : start + BLOCK].double()

@@ -12,7 +12,7 @@ from raypkg.coresets.solvers import matching_pursuit
 from raypkg.data.coreset import Coreset
 
 from . import coreset
-from .gradmatch import Target, mean_gradient
+from .gradmatch import mean_gradient
 
 
 @coreset("gradmatchpb", source="arXiv:2103.00123")
@@ -21,11 +21,10 @@ def select(
     budget: int,
     *,
     rng: torch.Generator,
-    valid: HeadView | None = None,
+    target: HeadView | None = None,
     batch_size: Annotated[int, Field(ge=1)] = 32,
     lam: Annotated[float, Field(ge=0)] = 0.5,
     eps: Annotated[float, Field(gt=0)] = 1e-10,
-    target: Target = "train",
 ) -> Coreset:
     """Match the mean gradient by the mean gradients ḡ_B of batches, drawn once at random, instead of samples.
 
@@ -40,18 +39,14 @@ def select(
         view: the samples.
         budget: k.
         rng: draws the batches.
-        valid: samples whose mean gradient is ḡ if ``target`` is "valid".
+        target: the samples whose mean gradient is ḡ; the view itself if None.
         batch_size: samples in a batch; the last one has what is left over.
         lam: λ, the penalty on the weights.
         eps: stop when the error is at most this share of ‖ḡ‖².
-        target: whose mean gradient to match.
-
-    Raises:
-        UserError: the target is "valid" and there are no validation samples.
 
     Differs from the paper: as in ``gradmatch``; the batches are those of one class if the selection goes by class.
     """
-    mean = mean_gradient(view, valid, target)
+    mean = mean_gradient(view if target is None else target)
     n = len(view)
     order = torch.randperm(n, generator=rng)
     batches = order.split(batch_size)

@@ -25,6 +25,7 @@ from raypkg.phases.training import Job
 
 from . import plots
 from .control_variate import coefficient, correct, cosine_similarity, smoothed
+from .repeated_draws import RepeatedDraws, states_of
 from .settings import AgentOptions
 
 PROBED = 8  # samples
@@ -48,10 +49,16 @@ class Correction(Hook):
 
     Differs from the paper: ĉ is taken from the batch losses of the steps since the last snapshot, which are there
     anyway, while θ moves; from their differences from step to step, in which that drift cancels. g̃ is over the very
-    batches, augmented, that the coming epoch consists of, unless another hook supplies those.
+    batches, augmented, that the coming epoch consists of, unless another hook supplies those. Where the model draws at
+    random, as dropout does, the snapshot draws on each batch what the model drew there, m:
 
-    The gradients that g̃ is the mean of are then those that the steps need. Where those of an epoch's corrected steps
-    fit into ``settings.memory`` (4 bytes · parameters · steps) they are kept: a sample costs two gradients, not three.
+        every step:     ∇ℓ_B(θ; m) − γc·(∇ℓ_B(θ̃; m) − g̃)
+
+    and g̃ is taken with draws of its own: an unbiased estimate of the snapshot's mean gradient over all draws.
+
+    The gradients that g̃ is the mean of are those that the steps need, but for such draws. Where those of an epoch's
+    corrected steps fit into ``settings.memory`` (4 bytes · parameters · steps) they are kept: a sample costs two
+    gradients, not three.
 
     Args:
         settings: γ, α, and how often.
@@ -63,6 +70,7 @@ class Correction(Hook):
         self.settings = settings
         self.c = 0.0
         self.snapshot: nn.Module = nn.Identity()
+        self.draws: RepeatedDraws | None = None  # of a model that draws at random
         self.full: list[Tensor] = []  # g̃, one tensor a parameter; empty while c = 0
         self.kept: dict[int, tuple[Tensor, list[Tensor]]] = {}  # ℓ_B(θ̃) and its gradient, of each step to correct
         self.losses: list[Tensor] = []  # (ℓ_B(θ), ℓ_B(θ̃)) of every corrected step since the snapshot, [2]
@@ -73,14 +81,17 @@ class Correction(Hook):
         """Make room for the snapshot.
 
         Raises:
-            UserError: the model draws at random, as dropout does: the snapshot would draw otherwise.
+            UserError: the model draws at random in a way that its snapshot cannot repeat.
         """
         self.snapshot = deepcopy(run.model)
-        if _draws(self.snapshot, run):
+        if not _draws(self.snapshot, run):
+            return
+        if run.settings.compile:
             raise UserError(
-                "agent: the model gives one batch two outputs, as dropout does, and would differ from its"
-                " snapshot by noise"
+                "agent with a model that draws at random, as dropout does, does not go with train.compile = true: a"
+                " compiled model draws by itself"
             )
+        self.draws = RepeatedDraws(run.model, run.worker.device)
 
     def on_epoch(self, run: Run) -> None:
         """Take the epoch's snapshot, unless snapshots are taken by steps."""
@@ -95,13 +106,18 @@ class Correction(Hook):
             with run.cost.apart(run.bill(FULL_GRADIENT)):
                 self._refresh(run)
         if run.step % self.settings.every_steps == 0:
-            # A model whose outputs depend on draws is refused; any other draws leave the global generator as it was.
+            # What the snapshot draws leaves the global generators as they were.
             with run.cost.apart(run.bill(CORRECTION)), seeded(run.seed, "correction", run.step, run.worker.rank):
                 self._correct(run)
 
     def on_epoch_end(self, run: Run) -> None:
         """Sum the losses over the workers: a checkpoint is the first worker's."""
         self._sum_losses(run)
+
+    def close(self) -> None:
+        """Stop watching the model."""
+        if self.draws:
+            self.draws.close()
 
     def results(self, run: Run) -> Results:
         """Return c and the cosine of every corrected step, with their picture."""
@@ -200,10 +216,11 @@ class Correction(Hook):
     def _steps_to_keep(self, run: Run, steps: range, gradient: list[Tensor]) -> list[int]:
         """Return the coming epoch's steps whose gradients at the snapshot are kept: those corrected, or none.
 
-        They can be kept only where the steps will see the same batches, and all of them lie before the next snapshot.
+        They can be kept only where the steps will see the same batches, with the same draws, and all of them lie before
+        the next snapshot.
         """
         supplied = any(hook.supplies_batches for hook in run.hooks)
-        if supplied or self.settings.snapshot_every_steps:
+        if supplied or self.draws or self.settings.snapshot_every_steps:
             return []
         corrected = [step for step in steps if step % self.settings.every_steps == 0]
         size = len(corrected) * sum(tensor.nbytes for tensor in gradient)
@@ -224,6 +241,8 @@ class Correction(Hook):
         if self.kept:
             snapshot_loss, snapshot_gradient = self.kept[run.step]
         else:
+            if self.draws:
+                self.draws.repeat(batch.x)
             with torch.set_grad_enabled(bool(damped)):  # while c = 0, only the loss is needed
                 snapshot_loss, snapshot_gradient = self._gradient(run, batch)
             bill.forward += len(batch.y)
@@ -257,19 +276,31 @@ class Correction(Hook):
 
 @torch.no_grad()
 def _draws(model: nn.Module, run: Run) -> bool:
-    """Say whether a model's outputs for one batch depend on random draws; its running statistics move.
+    """Say whether a model draws from torch's generators in a pass over a batch; its running statistics move.
 
     Trying it out finds what no list of layers would: attention's own dropout, and a user's model that draws.
+
+    Raises:
+        UserError: it draws from others, which cannot be set back.
     """
     indices = run.coreset.indices[:PROBED]
     x, _ = next(plain_batches(run.split, indices, run.worker.device, len(indices), dtype_of(model)))
     model.train()
     outputs = []
-    for draw in range(2):
-        with seeded(run.seed, "probe", draw):
+    moved = False
+    for _ in range(2):
+        with seeded(run.seed, "probe"):
+            before = states_of(run.worker.device)
             outputs.append(model(x))
+            after = states_of(run.worker.device)
+        moved = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
     first, second = outputs
-    return not torch.allclose(first, second, equal_nan=True)
+    if not torch.allclose(first, second, equal_nan=True):
+        raise UserError(
+            "agent: the model gives one batch two outputs with torch's generators set back: its draws are of another"
+            " kind, and it would differ from its snapshot by noise"
+        )
+    return moved
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

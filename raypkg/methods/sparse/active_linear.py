@@ -95,6 +95,7 @@ class ActiveLinear(nn.Linear):
         self.bias = layer.bias
         self.pattern: Pattern | None = None
         self.whole_gradient = False  # of all weights, in the coming backward pass: for growth by gradient
+        self.register_forward_pre_hook(_go_through_forward)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map […, in] to […, out]."""
@@ -106,6 +107,10 @@ class ActiveLinear(nn.Linear):
             if self.bias is not None:
                 y = y + self.bias
             return y.view(*x.shape[:-1], -1)
+
+
+def _go_through_forward(layer: nn.Module, inputs: object) -> None:
+    """Do nothing: where a layer has a hook, ``nn.TransformerEncoderLayer`` calls it, and otherwise only its weights."""
 
 
 def of_active(layer: nn.Linear) -> ActiveLinear:

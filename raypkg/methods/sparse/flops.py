@@ -1,9 +1,10 @@
 """What a model takes: its parameters, and the floating-point operations of a forward pass, layer by layer."""
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +53,10 @@ def footprint(model: nn.Module, shape: tuple[int, ...], masks: Mapping[str, Tens
 
 
 def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
-    """Return 2 operations for each use of a weight of linear and convolutional layers, by the weight's name.
+    """Return 2 operations for each use of a weight of linear, convolutional and attention layers, by the weight's name.
 
-    Biases, norms and activations are left out, as is usual, and layers that are not called, such as those that
-    attention uses by their weights. Training takes 3 times as much: the gradient of the weights and that of the inputs
-    cost a forward pass each.
+    Biases, norms and activations are left out, as is usual, and the products of attention that have no weights.
+    Training takes 3 times as much: the gradient of the weights and that of the inputs cost a forward pass each.
 
     Args:
         model: left as it was.
@@ -71,6 +71,8 @@ def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
         if isinstance(layer, LAYERS):
             weight_name = f"{name}.weight".lstrip(".")
             layer.register_forward_hook(partial(_count, counts, weight_name))
+        elif isinstance(layer, nn.MultiheadAttention):
+            layer.register_forward_hook(partial(_count_attention, counts, name), with_kwargs=True)
     sample = kind_of(shape).example(1, shape)
     with torch.inference_mode():
         replica(sample)
@@ -90,5 +92,29 @@ def active_flops(flops: Mapping[str, int], masks: Mapping[str, Tensor]) -> int:
 def _count(counts: dict[str, int], name: str, layer: nn.Module, _: object, output: Tensor) -> None:
     weight = layer.get_parameter("weight")  # [out, …]
     uses = output.numel() // weight.shape[0]  # each weight is used at every place of the output, 1 sample
+    _add(counts, name, 2 * weight.numel() * uses)
+
+
+def _count_attention(
+    counts: dict[str, int],
+    name: str,
+    layer: nn.MultiheadAttention,
+    inputs: Sequence[Any],
+    keywords: Mapping[str, Any],
+    _: object,
+) -> None:
+    """Count the projections, which attention uses by their weights: their layers are not called."""
+    given = inspect.signature(layer.forward).bind(*inputs, **keywords).arguments
+    operations = {}  # of each projection, to width E
+    for kind in ("query", "key", "value"):
+        operations[f"{kind[0]}_proj_weight"] = 2 * layer.embed_dim * given[kind].numel()
+    if layer.in_proj_weight is not None:
+        operations = {"in_proj_weight": sum(operations.values())}
+    operations["out_proj.weight"] = 2 * layer.embed_dim * given["query"].numel()
+    for weight, count in operations.items():
+        _add(counts, f"{name}.{weight}".lstrip("."), count)
+
+
+def _add(counts: dict[str, int], name: str, operations: int) -> None:
     earlier = counts.get(name, 0)  # a layer may be called more than once
-    counts[name] = earlier + 2 * weight.numel() * uses
+    counts[name] = earlier + operations

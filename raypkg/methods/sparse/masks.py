@@ -1,6 +1,7 @@
 """Masks: which weights exist. Densities per layer first, then masks with exact counts.
 
-Masks name only the weights of linear and convolutional layers; biases and norms are always dense.
+Masks name only the weights of linear and convolutional layers and of attention's projections; embeddings, biases and
+norms are always dense.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,19 +17,30 @@ Shapes = Mapping[str, torch.Size]
 Shares = Mapping[str, float]
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention itself
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that masks apply to: the trained weights of linear and convolutional layers."""
+    """Return the parameters that masks apply to: the trained weights of linear and convolutional layers.
+
+    The projections of ``nn.MultiheadAttention`` are linear, too: three in one parameter [3E, E], or each its own.
+    """
     names = set()
     for name, layer in model.named_modules():
-        if isinstance(layer, LAYERS):
-            names.add(f"{name}.weight".lstrip("."))  # a model that is itself such a layer has no name
+        for weight in _weights_of(layer):
+            names.add(f"{name}.{weight}".lstrip("."))  # a model that is itself such a layer has no name
     weights = {}
     for name, parameter in model.named_parameters():
         if name in names and parameter.requires_grad:
             weights[name] = parameter
     return weights
+
+
+def _weights_of(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of a layer's own weights that masks apply to."""
+    if isinstance(layer, LAYERS):
+        return ("weight",)
+    return PROJECTIONS if isinstance(layer, nn.MultiheadAttention) else ()
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .masks import prunable
 
@@ -40,7 +41,8 @@ def grasp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """
     weights = prunable(model)
     parameters = list(weights.values())
-    with _training(model):
+    # attention as plain products: PyTorch cannot differentiate its fused forms twice
+    with _training(model), sdpa_kernel(SDPBackend.MATH):
         loss = F.cross_entropy(model(x), y)
         gradients = _gradients(loss, parameters, create_graph=True)
         # H never exists: the gradient of gᵀ·(g as a constant) is Hg.

@@ -1,0 +1,140 @@
+"""What a selection is for: the samples it selects from, those held out, or the training split of another data set.
+
+Projected gradients of adapters, as LESS (arXiv:2402.04333) takes them, are not computed: a target is seen by the last
+layer, like everything else here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raypkg.core.errors import UserError
+from raypkg.core.settings import TRAIN, VALID, Select
+from raypkg.data import Data, load_data
+from raypkg.data.kinds import TEXTS
+from raypkg.data.split import Split
+from raypkg.engine.shards import Shard
+
+from .rules import Method, coreset
+
+
+@dataclass(frozen=True)
+class TargetSamples:
+    """Samples to select for that are not those to select from; opened on first use, so cheap to send.
+
+    Attributes:
+        name: "valid", or of a data set.
+        options: of the data set.
+        required: whether they were asked for; otherwise a class without any is its own target.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    required: bool
+
+    def reached_by(self, shard: Shard) -> Shard:
+        """Return the samples that a holder reaches: the held-out ones of its classes, or a whole data set."""
+        nothing = shard.indices[:0]
+        if self.name == VALID:
+            return Shard(shard.data, shard.valid, nothing, shard.device)
+        split = self.split_like(shard.data.train)
+        return Shard(Data(split, split), torch.arange(len(split)), nothing, shard.device)
+
+    def share_of(self, shard: Shard) -> Shard:
+        """Return a holder's share of the samples: all shares together are all of them, each once."""
+        reached = self.reached_by(shard)
+        if self.name == VALID:
+            return reached
+        return replace(reached, indices=reached.indices.tensor_split(shard.world)[shard.rank])
+
+    def split_like(self, train: Split) -> Split:
+        """Return the data set with the classes and the normalisation of the samples to select from.
+
+        Raises:
+            UserError: it has another shape, other columns, other tokens, or a class that is unknown there.
+        """
+        if train.kind is TEXTS and not self.options.get("tokenizer"):  # it would train one on texts of its own
+            raise UserError(f"{self}: its texts must be cut as those of training are: give option tokenizer for both")
+        split = self._opened
+        if split.shape != train.shape:
+            raise UserError(f"{self} has samples of shape {split.shape}, those of training have {train.shape}")
+        named = split.columns and train.columns
+        if named and split.columns != train.columns:
+            raise UserError(f"{self} has other columns than the training samples, or in another order")
+        number = _numbers(split.classes, train.classes, str(self))
+        return replace(split, y=number[split.y], classes=train.classes, mean=train.mean, std=train.std)
+
+    def check(self, train: Split, held_out: Tensor | None = None) -> None:
+        """Refuse, before any work, samples that are not there or do not suit the training samples.
+
+        Args:
+            train: the split of the training samples.
+            held_out: positions in it, where they are known.
+
+        Raises:
+            UserError: what is wrong.
+        """
+        if self.name != VALID:
+            self.split_like(train)
+        elif self.required and held_out is not None and not len(held_out):
+            raise self.missing()
+
+    def missing(self, label: str | None = None) -> UserError:
+        """Return the error that there are no such samples, at all or of a class."""
+        if label is None:
+            return UserError(f"{self}: no samples are held out, as dataset.validation = 0 says")
+        if self.name == VALID:
+            return UserError(f"{self}: no sample of class {label!r} is held out, see dataset.validation")
+        return UserError(f"{self} has no sample of class {label!r}: add some, or give select.balanced = false")
+
+    def __str__(self) -> str:
+        return f"select.target = {self.name}"
+
+    @cached_property
+    def _opened(self) -> Split:
+        return load_data(self.name, self.options).train
+
+
+def target_of(settings: Select) -> TargetSamples | None:
+    """Return the samples that a selection is for; None where they are those to select from."""
+    chosen = settings.target
+    if chosen is None:
+        by_default = "valid" in coreset[settings.method].declares
+        return TargetSamples(VALID, {}, required=False) if by_default else None
+    if chosen.name == TRAIN:
+        return None
+    return TargetSamples(chosen.name, chosen.options, required=True)
+
+
+def check_target(settings: Select) -> None:
+    """Refuse a target of a method that selects for none, and options of one that has none.
+
+    Raises:
+        UserError: what would do nothing.
+    """
+    chosen = settings.target
+    if chosen is None:
+        return
+    if chosen.options and not chosen.is_data_set:
+        raise UserError(f"select.target = {chosen.name} takes no options: {min(chosen.options)} would do nothing")
+    method = coreset[settings.method]
+    if chosen.name != TRAIN and not method.has_target:
+        raise idle_target(method, f"select.target = {chosen.name}")
+
+
+def idle_target(method: Method, given: str) -> UserError:
+    """Return the error that a target, as it was given, would do nothing."""
+    able = [name for name, entry in coreset.entries.items() if isinstance(entry, Method) and entry.has_target]
+    return UserError(f"{method.name} selects for no target: {given} would do nothing; {', '.join(able)} select for one")
+
+
+def _numbers(theirs: Sequence[str], ours: Sequence[str], whose: str) -> Tensor:
+    """Return what number each of their classes has among ours, int64."""
+    unknown = [name for name in theirs if name not in ours]
+    if unknown:
+        raise UserError(f"{whose} has class {unknown[0]!r}, which the training samples have not")
+    return torch.tensor([ours.index(name) for name in theirs])
