@@ -164,8 +164,9 @@ class RowTable:
         self._refuse_where(ids.is_null(), self._id, "has no value")
         if not pa.types.is_integer(ids.type):
             raise UserError(f"id column {self._id!r} of {str(self.file)!r} is {ids.type}, needed are integers")
-        self._refuse_where(pc.less(ids, 0), self._id, "holds a number below 0")
-        self._refuse_where(pc.greater(ids, LARGEST_ID), self._id, "holds a number beyond 2⁶³ − 1")
+        values = ids.to_numpy()
+        wrong = (values < 0) | (values > LARGEST_ID)
+        self._refuse_where(pa.chunked_array([wrong]), self._id, "holds a number that is not from 0 to 2⁶³ − 1")
 
     def _check_column(self, name: str, column: pa.ChunkedArray) -> None:
         self._refuse_where(column.is_null(), name, "has no value")
