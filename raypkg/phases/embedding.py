@@ -260,7 +260,7 @@ def _followed(parts: Sequence[Part], report: Report) -> Iterator[None]:
             there = set(storage.list(PARTS))
             for number, part in enumerate(parts, 1):
                 if part.file in there - reported:
-                    report({"phase": PHASE, "epoch": number, "forward": len(part)})
+                    report({"phase": PHASE, "epoch": number, "rows": len(part)})
             reported |= there
 
     with ThreadPoolExecutor(1, "progress") as pool:
