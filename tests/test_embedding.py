@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,25 @@ def test_a_resumed_run_computes_the_parts_that_are_missing_or_damaged_and_no_oth
     assert computed[:2] == ["train-00001.parquet", "train-00003.parquet"]
     assert len(computed) == 10 - 4
     assert (tmp_path / "runs/embed/one/train.parquet").read_bytes() == (embedded / "train.parquet").read_bytes()
+
+
+def with_files_of_at_most(size):
+    """Let writing fail beyond so many bytes, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("size", [30_000, 150_000])  # fewer bytes than a part has, and than the joined parts
+def test_a_disk_that_gets_full_is_a_line_and_the_run_goes_on_once_there_is_room(embedded, tmp_path, size):
+    line = effray(EMBED, tmp_path, lambda: with_files_of_at_most(size)).line
+    assert "cannot write" in line
+    run = tmp_path / "runs/embed/one"
+    if size > 100_000:
+        check_whole(tmp_path / "runs")
+        assert effray("embed --resume one --cluster.workers 0", tmp_path).code == 0
+        assert (run / "train.parquet").read_bytes() == (embedded / "train.parquet").read_bytes()
+    else:
+        assert not run.exists()
 
 
 def test_a_feature_that_is_no_number_is_told_with_its_sample(tmp_path):
