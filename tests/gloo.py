@@ -40,6 +40,7 @@ def collectives(worker):
     return {
         "sum": worker.sum(torch.tensor([1.0, rank])).tolist(),
         "gather": worker.gather({"rank": worker.rank}),
+        "first": worker.first({"rank": worker.rank}),
         "share": shared.tolist(),
         "gradient": model.weight.grad.item(),
     }

@@ -7,7 +7,8 @@ from torchvision.transforms.v2 import functional as transforms
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data import operations
-from raypkg.data.augment import AUGMENTATIONS, compose, normalize
+from raypkg.data.augment import AUGMENTATIONS, compose
+from raypkg.data.kinds import IMAGES, ROWS
 
 M = 5 / 30
 
@@ -145,17 +146,18 @@ def test_operations_keep_signs_apart():
         assert not both[0].equal(both[1]) and both[1:].equal(operation(x[1:], M, signs[1:]))
 
 
-def test_normalize_by_hand():
+def test_models_are_given_normalised_numbers():
     x = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
-    assert normalize(x, (0.0, 0.1, 0.5), (1.0, 0.1, 0.25)).flatten().tolist() == pytest.approx([0, 1, 2], abs=1e-6)
+    pixels = IMAGES.inputs(x, (0.0, 0.1, 0.5), (1.0, 0.1, 0.25), torch.float32)
+    assert pixels.flatten().tolist() == pytest.approx([0, 1, 2], abs=1e-6)
     rows = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    assert normalize(rows, (2.0, 4.0), (1.0, 2.0)).tolist() == [[-1, -1], [1, 1]]
+    assert ROWS.inputs(rows, (2.0, 4.0), (1.0, 2.0), torch.float32).tolist() == [[-1, -1], [1, 1]]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_normalize_is_its_plain_form(shape):
+def test_normalised_images_are_their_plain_form(shape):
     x, mean, std = images(7, *shape), torch.rand(shape[0]), torch.rand(shape[0]) + 0.1
     plain = (x / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-    got = normalize(x, mean.tolist(), std.tolist())
+    got = IMAGES.inputs(x, mean.tolist(), std.tolist(), torch.float32)
     assert got.dtype == torch.float32 and got.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got, plain)

@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import math
 from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import reference
 from raypkg.core.errors import UserError
@@ -16,6 +18,7 @@ from raypkg.core.settings import Training
 from raypkg.coresets.recorder import Recorder
 from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
+from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
@@ -319,6 +322,43 @@ def test_it_combines_with_sparse_training_and_adamw():
     fit(trained)
     assert not weight[~mask].any() and weight[mask].any()
     assert trained.hooks[0].record.losses.isfinite().any()
+
+
+def texts():
+    x = TEXTS.example(N, (9, 40))
+    classes = ("a", "b", "c")
+    y = torch.arange(N) % 3
+    return Split(take=lambda rows: x[rows].numpy(), y=y, classes=classes, shape=(9, 40), mean=(), std=())
+
+
+def test_it_trains_a_transformer_on_texts_with_the_curvature_of_attention():
+    data, indices, none = texts(), torch.arange(N), torch.empty(0, dtype=torch.int64)
+    shards = LocalShards([Shard(Data(data, data), indices, none)])
+    crest = Crest(CrestOptions(), shards, lambda model: LiveModel(model, "float32"), indices, SIZE)
+    model = build_model("transformer", data.shape, 3, seed=0, options={"width": 16, "dropout": 0.0})
+    trained = fit(Run.simple(model, data, PLAIN, hooks=[Recorder(data.y), crest], augment=()))
+    assert state_of(trained).updates > 1
+    assert all(math.isfinite(rho) for rho in rhos(trained))
+
+
+class Fused(nn.Module):
+    """Attention by a kernel that has no second derivative, whatever is asked for outside."""
+
+    def forward(self, x):
+        heads = x.unflatten(1, (1, 1, -1))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(heads, heads, heads).flatten(1)
+
+
+def test_a_model_without_a_second_derivative_is_told_how_to_go_on():
+    def trained(order):
+        crest = run(CrestOptions(order=order))
+        crest.model.features.append(Fused())
+        return fit(crest)
+
+    with pytest.raises(UserError, match=r"CREST's curvature cannot be had: .* give --crest.order 1"):
+        trained(order=2)
+    assert state_of(trained(order=1)).updates
 
 
 def test_batch_norm_statistics_are_those_of_training_alone():

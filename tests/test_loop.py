@@ -1,5 +1,6 @@
 """The loop against plain PyTorch, and what it promises about weights, order, resuming and bad luck."""
 
+import shutil
 from dataclasses import replace
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gloo import on_workers
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
@@ -117,6 +119,25 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     assert same(weights(straight), weights(resumed))
     assert straight.step == resumed.step == resumed.hooks[0].steps
     assert straight.bills()[0].backward == resumed.bills()[0].backward == 4 * 64
+
+
+def trained_on(worker, folders, last=None):
+    """Train on workers of which each sees the checkpoints of its own folder; return epoch, steps and weights."""
+    places = StoredCheckpoints(Storage(folders[worker.rank]), keep=4)
+    here = Run.simple(model(), split(), PLAIN, worker=worker)
+    here.last = last
+    fit(here, checkpoints=places)
+    return here.epoch, here.step, [w.tolist() for w in here.model.parameters()]
+
+
+def test_workers_go_on_from_one_checkpoint_though_they_see_several(tmp_path):
+    straight = on_workers(2, trained_on, [str(tmp_path / "straight")] * 2)
+    both = [str(tmp_path / "first"), str(tmp_path / "second")]
+    on_workers(2, trained_on, [both[0]] * 2, 2)
+    # What a worker of a lost attempt would write while those of the next one look.
+    shutil.copytree(both[0], both[1])
+    shutil.copy(tmp_path / "straight" / "epoch_00003.pt", both[1])
+    assert on_workers(2, trained_on, both) == straight
 
 
 def test_rows_that_were_lost_with_a_process_come_again_with_its_checkpoint(tmp_path):

@@ -14,7 +14,7 @@ from raypkg.core.errors import UserError, redacted
 from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Training
 from raypkg.data.memory import readable
-from raypkg.experiments import check_names, with_absolute_path
+from raypkg.experiments import check_names, with_absolute_paths, with_tokenizer
 from raypkg.experiments.select import SelectSettings
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.stages import Stage
@@ -46,8 +46,9 @@ def dry_run(
 
     if resume is not None:
         raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
-    settings = with_absolute_path(load_settings(schema, config, values))
+    settings = with_absolute_paths(load_settings(schema, config, values))
     check_names(settings)
+    settings = with_tokenizer(settings)
     _check_folder(entry, settings, name, root)
     forget_samples()
     samples = open_samples(settings)
@@ -89,10 +90,9 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage]) -> I
     """Yield the lines of the plan."""
     n = len(samples.kept)
     train, test = samples.data
-    shape = " × ".join(map(str, train.shape))
     yield (
         f"data: {len(train):,} samples, of which {n:,} to train on and {len(samples.valid):,} held out, and"
-        f" {len(test):,} to test on; {train.num_classes} classes, shape {shape}"
+        f" {len(test):,} to test on; {train.num_classes} classes, shape {train.kind.words(train.shape)}"
     )
     select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
     if isinstance(select, Select):
@@ -130,7 +130,7 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
     full = max(training.epochs, settings.epochs) * n
     yield f"samples backward in the epochs of all phases: {backward:,}, {backward / full:.1%} of as many on all samples"
     batch = min(training.batch_size, stages[-1].size(n))
-    needed = step_memory(model, (batch, *samples.data.train.shape), training)
+    needed = step_memory(model, samples.data.train, batch, training)
     parts = [
         f"parameters {readable(needed.weights)}",
         f"gradients {readable(needed.gradients)}",

@@ -8,7 +8,7 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import Interruption, UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
-from raypkg.experiments import carry_out, check_names, with_absolute_path
+from raypkg.experiments import carry_out, check_names, with_absolute_paths, with_tokenizer
 from raypkg.phases.trust import stored_settings
 from raypkg.runs.folder import RunFolder, create, discard, find
 from raypkg.runs.show import show_run, terminal
@@ -24,8 +24,9 @@ def execute(
     Raises:
         UserError: bad settings, or what the experiment raises.
     """
-    settings = with_absolute_path(load_settings(schema, config, values))
+    settings = with_absolute_paths(load_settings(schema, config, values))
     check_names(settings)
+    settings = with_tokenizer(settings)
     folder = create(root, entry.name, name, settings)
     with folder.storage.alone(f"run {folder.name!r}"):  # nobody else's work is discarded
         try:

@@ -24,9 +24,9 @@ APART = ("cluster", "track")  # parts that say where a run happens and who hears
 class Dataset(Named):
     """What to train on."""
 
-    name: Annotated[str, Field(description="digits, cifar10, parquet:PATH, folder:PATH or package.module:function")] = (
-        "digits"
-    )
+    name: Annotated[
+        str, Field(description="digits, cifar10, parquet:PATH, text:PATH, table:PATH or package.module:function")
+    ] = "digits"
     validation: Annotated[float, Field(ge=0, lt=1, description="share of the training set held out, by seed")] = 0.1
     augment: Annotated[
         tuple[str, ...] | None, Field(description="crop, flip, randaugment; the data set's own when left out")
@@ -42,9 +42,9 @@ class Dataset(Named):
 class Model(Named):
     """What to train."""
 
-    name: Annotated[str, Field(description="resnet20, wrn-16-8, torchvision:NAME or package.module:function")] = (
-        "resnet8"
-    )
+    name: Annotated[
+        str, Field(description="resnet20, transformer, torchvision:NAME, transformers:NAME or package.module:function")
+    ] = "resnet8"
 
 
 class Training(Settings):

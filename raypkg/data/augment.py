@@ -108,25 +108,3 @@ AUGMENTATIONS = {
 def default_augment(shape: Sequence[int]) -> tuple[str, ...]:
     """Return the names that suit images [C, H, W]; grey ones may be digits or letters, which have no mirror image."""
     return ("crop",) if shape[0] == 1 else ("crop", "flip")
-
-
-def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return float samples of mean 0 and deviation 1: (x/255 − mean)/std of images, (x − mean)/std of rows.
-
-    Args:
-        x: uint8 [b, C, H, W] in channels_last memory, or float32 [b, D].
-        mean: per channel or column.
-        std: likewise.
-        dtype: in which to compute.
-    """
-    shift = torch.tensor(mean, device=x.device, dtype=dtype)
-    scale = 1 / torch.tensor(std, device=x.device, dtype=dtype)
-    if x.dim() == 2:
-        return (x - shift) * scale
-    b, c, height, width = x.shape
-    # One line of pixels is one row of a matrix: channels alone are too short for vector instructions.
-    lines = x.permute(0, 2, 3, 1).reshape(b * height, width * c).to(dtype)
-    factor = (scale / 255).repeat(width)  # [W·C]
-    offset = -(shift * scale).repeat(width)
-    lines = torch.addcmul(offset, lines, factor)
-    return lines.view(b, height, width, c).permute(0, 3, 1, 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError
 
+from .kinds import Kind, kind_of
 from .moments import Moments
 
 Take = Callable[[np.ndarray], np.ndarray]
@@ -22,11 +23,11 @@ class Split:
     """One split of a data set; a subset of it is an index array, never a copy.
 
     Attributes:
-        take: indices int64 [b] → a fresh array, uint8 [b, H, W, C] or float32 [b, D].
+        take: indices int64 [b] → a fresh array: uint8 [b, H, W, C], float32 [b, D] or int64 [b, 2, l].
         y: the labels, int64 [n].
         classes: the class names; label c is ``classes[c]``.
-        shape: (C, H, W) of an image, (D,) of a row.
-        mean: of the train split, per channel (images, in units of 1/255) or per column (rows).
+        shape: (C, H, W) of an image, (D,) of a row, (L, V) of a text of at most L tokens out of V.
+        mean: of the train split, per channel (images, in units of 1/255) or per column (rows); of texts nothing.
         std: likewise the standard deviation.
         augment: names of the augmentations that suit the data.
         columns: names of a table's columns.
@@ -92,17 +93,24 @@ class Split:
         """The number of classes, C."""
         return len(self.classes)
 
+    @property
+    def kind(self) -> Kind:
+        """What the samples are."""
+        return kind_of(self.shape)
+
     def batch(self, indices: Any) -> tuple[Tensor, Tensor]:
-        """Gather samples: x uint8 [b, C, H, W] in channels_last memory or float32 [b, D], and y int64 [b].
+        """Gather samples: x as their kind is stored, such as uint8 [b, C, H, W] of images, and y int64 [b].
 
         Raises:
             IndexError: an index that is no integer in [0, n).
         """
         rows = self._checked(indices)
-        x = torch.from_numpy(self.take(rows))  # [b, H, W, C] or [b, D]
-        if x.ndim == 4:
-            x = x.permute(0, 3, 1, 2)
+        x = self.kind.tensor(self.take(rows))
         return x, self.y[torch.from_numpy(rows)]
+
+    def inputs(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return what a model that computes in ``dtype`` is given of stored samples x: numbers are normalised."""
+        return self.kind.inputs(x, self.mean, self.std, dtype)
 
     def _checked(self, indices: Any) -> np.ndarray:
         rows = np.asarray(indices).reshape(-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.data.augment import Augmentation, compose, normalize
+from raypkg.data.augment import Augmentation, compose
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 
@@ -23,7 +23,7 @@ J = TypeVar("J")
 class Batch(NamedTuple):
     """This worker's slice of one step's samples; ``total`` counts the step's samples over all workers."""
 
-    x: Tensor  # [b, C, H, W] or [b, D], float
+    x: Tensor  # what the model is given: float [b, C, H, W] or [b, D], or int64 [b, 2, l]
     y: Tensor  # [b]
     weights: Tensor  # [b]
     indices: Tensor  # [b], positions in the split
@@ -117,7 +117,7 @@ def training_batch(
     pixels, y = split.batch(indices)
     numbers = slice_of(draws, worker)
     augmented = augment(to_device(pixels, device), to_device(numbers, device))
-    x = normalize(augmented, split.mean, split.std, dtype)
+    x = split.inputs(augmented, dtype)
     weights = to_device(slice_of(samples.weights, worker), device)
     return Batch(x, to_device(y, device), weights.to(dtype), indices, len(samples))
 
@@ -138,7 +138,7 @@ def plain_batches(
 
     def load(part: Tensor) -> tuple[Tensor, Tensor]:
         pixels, y = split.batch(part)
-        x = normalize(to_device(pixels, device), split.mean, split.std, dtype)
+        x = split.inputs(to_device(pixels, device), dtype)
         return x, to_device(y, device)
 
     return ahead(load, indices.split(size))

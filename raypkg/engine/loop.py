@@ -69,7 +69,8 @@ def fit(
     with seeded(run.seed, "start"):
         for hook in run.hooks:
             hook.on_start(run)
-    if state := checkpoints.load():
+    # One reads for all: workers of an attempt that was lost may write another checkpoint while others read.
+    if state := run.worker.first(checkpoints.load() if run.worker.rank == 0 else None):
         run.load_state_dict(state)
         _report_again(run)
     model = _prepared(run)

@@ -109,7 +109,7 @@ class FirstWorkerShards:
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Begin a ``map`` from rank 0."""
         pending = self._shards.start(function, *broadcast) if self._shards else list
-        return lambda: self.worker.gather(pending())[0]
+        return lambda: self.worker.first(pending())
 
 
 def class_shards(

@@ -61,6 +61,14 @@ class Worker:
         dist.all_gather_object(values, value)
         return values
 
+    def first(self, value: Any) -> Any:
+        """Return rank 0's picklable value on every worker."""
+        if self.world == 1:
+            return value
+        values = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
+
     def distribute(self, model: nn.Module) -> nn.Module:
         """Wrap a model so that its gradients are averaged over the workers (DDP)."""
         if self.world == 1:

@@ -15,7 +15,7 @@ from raypkg.core.settings import Experiment, RunSettings, Select
 from raypkg.coresets.rules import coreset
 from raypkg.data.sources import dataset
 from raypkg.engine import hook
-from raypkg.models import model
+from raypkg.models import model, tokenizer_of
 
 if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
     from rich.console import Console
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
 
 experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report", "workers"))
 R = TypeVar("R", bound=RunSettings)
+TOKENIZER = "tokenizer"  # the option of a source of texts
 
 
 def settings_of(entry: Entry) -> type[RunSettings]:
@@ -43,25 +44,37 @@ def training_settings_of(entry: Entry) -> type[Experiment]:
     return schema
 
 
-def with_absolute_path(settings: R) -> R:
-    """Make the paths in ``parquet:PATH`` and ``dataset.only`` absolute: workers and repeated runs are in other folders.
+def with_absolute_paths(settings: R) -> R:
+    """Make the paths among the names absolute: workers and repeated runs are in other folders.
 
-    URIs stay as they are.
+    They are those in ``parquet:PATH`` and ``transformers:./FOLDER``, of a tokenizer, and ``dataset.only``. URIs stay as
+    they are, and so do names on the hub: of those only what is a folder here is a path.
     """
     chosen = settings.dataset
-    changes: dict[str, str] = {}
+    changes: dict[str, Any] = {}
     source, _, path = chosen.name.partition(":")
     if path and source in dataset:
         changes["name"] = f"{source}:{_absolute(path)}"
     if chosen.only is not None and "://" not in chosen.only:
         changes["only"] = _absolute(chosen.only)
-    if not changes:
-        return settings
-    return settings.model_copy(update={"dataset": chosen.model_copy(update=changes)})
+    if isinstance(own := chosen.options.get(TOKENIZER), str):
+        changes["options"] = {**chosen.options, TOKENIZER: _absolute_folder(own)}
+    parts: dict[str, Any] = {"dataset": chosen.model_copy(update=changes)}
+    if isinstance(settings, Experiment):
+        family, colon, variant = settings.model.name.partition(":")
+        name = f"{family}{colon}{_absolute_folder(variant)}"
+        parts["model"] = settings.model.model_copy(update={"name": name})
+    return settings.model_copy(update=parts)
 
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
+
+
+def _absolute_folder(name: str) -> str:
+    """Return the path of a folder as an absolute one, and any other name as it is."""
+    folder = "/" in name and Path(name).expanduser().is_dir()
+    return _absolute(name) if folder else name
 
 
 def check_names(settings: RunSettings) -> None:
@@ -81,6 +94,18 @@ def check_names(settings: RunSettings) -> None:
         _check_hooks(settings)
     _check_augmentations(settings)
     check_tracker(settings)
+
+
+def with_tokenizer(settings: R) -> R:
+    """Have texts cut into the tokens of the model that is given them, where checked settings name no tokenizer."""
+    chosen = settings.dataset
+    if not isinstance(settings, Experiment) or TOKENIZER in chosen.options:
+        return settings
+    own = tokenizer_of(settings.model.name)
+    if not own or TOKENIZER not in dataset[chosen.name].schema.model_fields:
+        return settings
+    options = {**chosen.options, TOKENIZER: own}
+    return settings.model_copy(update={"dataset": chosen.model_copy(update={"options": options})})
 
 
 def _lookups(settings: RunSettings) -> list[Lookup]:

@@ -24,7 +24,7 @@ def build_model(
     Args:
         name: a registered name, ``torchvision:resnet18``, or the user's own ``package.module:function``, called as
             ``function(shape, num_classes, **options)`` and returning any ``nn.Module`` that ends in an ``nn.Linear``.
-        shape: of one sample, (C, H, W) or (D,).
+        shape: of one sample, (C, H, W), (D,) or (L, V): see ``raypkg.data.kinds``.
         num_classes: C, at least 2.
         seed: of the initial weights; the global generator is left as it was.
         options: the model's own options, checked against its signature.
@@ -51,6 +51,16 @@ def build_model(
         return checked(build(), name, shape, num_classes)
 
 
+def tokenizer_of(name: str) -> str:
+    """Return the tokenizer whose tokens a model must be given, by name or folder; "" where any will do.
+
+    >>> tokenizer_of("transformers:roberta-base"), tokenizer_of("transformer")
+    ('roberta-base', '')
+    """
+    own = getattr(model[name].function, "has_tokenizer", False)
+    return argument(name) if own else ""
+
+
 def _check_size(build: Callable[[], "Classifier"], name: str) -> None:
     """Refuse a model that this machine cannot train, by its parameters on a device that allocates nothing."""
     import torch
@@ -67,7 +77,7 @@ def _check_arguments(entry: Entry, name: str, shape: tuple[int, ...], num_classe
     if num_classes < 2:
         raise UserError(f"num_classes = {num_classes}: a classifier needs at least 2")
     if not shape or min(shape) < 1:
-        raise UserError(f"input shape {shape}: one or more positive sizes are needed, (C, H, W) or (D,)")
+        raise UserError(f"input shape {shape}: positive sizes are needed, (C, H, W), (D,) or (L, V)")
     signature = inspect.signature(entry.function)
     if entry.name != name and "variant" not in signature.parameters:
         raise UserError(f"model {name!r}: {entry.name!r} takes nothing after a colon")

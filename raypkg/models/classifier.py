@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.core.seeds import generator
+from raypkg.data.kinds import kind_of
 
 
 class Classifier(nn.Module):
@@ -96,7 +96,7 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UserError(f"model {name!r} has no parameter to train: it has none at all, or all of them are frozen")
     module.eval()  # the probe must not move batch-norm statistics
-    x = torch.randn(2, *shape, generator=generator(0, "probe"))  # [2, *shape]
+    x = kind_of(shape).example(2, shape)
     logits = _probe(module, name, x, (2, num_classes))
     if isinstance(module, Classifier):
         return module.train()

@@ -1,13 +1,16 @@
 """What models of several families are built of."""
 
+import math
 from typing import Annotated
 
 from pydantic import Field
 from torch import nn
 
 from raypkg.core.errors import UserError
+from raypkg.data.kinds import IMAGES, TEXTS, kind_of
 
-Shape = tuple[int, ...]  # of one sample, (C, H, W) or (D,)
+INSTEAD = "for rows use 'mlp' or 'linear', for texts 'transformer' or transformers:NAME"
+Shape = tuple[int, ...]  # of one sample, (C, H, W), (D,) or (L, V)
 Width = Annotated[int, Field(ge=1, le=1 << 20)]  # of a layer; wider ones would overflow the sizes of tensors
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -18,12 +21,35 @@ def image_shape(shape: Shape, least: int) -> tuple[int, int, int]:
     >>> image_shape((3, 32, 32), least=4)
     (3, 32, 32)
     """
-    if len(shape) != 3:
-        raise UserError(f"input shape {shape}: this model takes images (C, H, W); for rows use 'mlp' or 'linear'")
+    if kind_of(shape) is not IMAGES:
+        raise UserError(f"input shape {shape}: this model takes images (C, H, W); {INSTEAD}")
     channels, height, width = shape
     if min(height, width) < least:
         raise UserError(f"input shape {shape}: images for this model need at least {least} × {least} pixels")
     return channels, height, width
+
+
+def text_shape(shape: Shape) -> tuple[int, int]:
+    """Return (L, V), or refuse images and rows.
+
+    >>> text_shape((64, 8192))
+    (64, 8192)
+    """
+    if kind_of(shape) is not TEXTS:
+        raise UserError(f"input shape {shape}: this model takes texts (L, V); for images or rows use 'mlp'")
+    length, vocabulary = shape
+    return length, vocabulary
+
+
+def flat_size(shape: Shape) -> int:
+    """Return how many numbers a sample is, or refuse texts, which are none.
+
+    >>> flat_size((3, 32, 32))
+    3072
+    """
+    if kind_of(shape) is TEXTS:
+        raise UserError(f"input shape {shape}: this model takes images and rows; {INSTEAD}")
+    return math.prod(shape)
 
 
 def conv(channels: int, out: int, kernel: int, stride: int = 1) -> list[nn.Module]:

@@ -1,6 +1,5 @@
 """Multi-layer perceptron on flattened inputs; by default the LeNet-300-100 of LeCun et al. (1998)."""
 
-import math
 from itertools import pairwise
 from typing import Annotated
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from . import model
 from .classifier import Classifier
-from .layers import Shape, Width
+from .layers import Shape, Width, flat_size
 
 Hidden = Annotated[tuple[Width, ...], Field(max_length=1000)]
 
@@ -17,7 +16,7 @@ Hidden = Annotated[tuple[Width, ...], Field(max_length=1000)]
 @model("mlp", source="doi:10.1109/5.726791")
 def mlp(shape: Shape, num_classes: int, *, hidden: Hidden = (300, 100)) -> Classifier:
     """Multi-layer perceptron with ReLU, for rows and small images."""
-    sizes = [math.prod(shape), *hidden]
+    sizes = [flat_size(shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise(sizes):
         layers.append(nn.Linear(before, after))

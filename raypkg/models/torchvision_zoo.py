@@ -1,4 +1,4 @@
-"""Every classification network of torchvision that ends in a linear layer, as ``torchvision:NAME``, untrained."""
+"""Every classification network of torchvision that ends in a linear layer, as ``torchvision:NAME``."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import nn
 from raypkg.core.errors import UserError, unknown
 
 from . import model
+from .classifier import as_classifier
 from .layers import Shape, image_shape
 
 # With their auxiliary classifiers these two return more than logits while training.
@@ -17,8 +18,19 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 
 @model("torchvision", source="https://docs.pytorch.org/vision/stable/models.html")
-def torchvision(shape: Shape, num_classes: int, *, variant: str = "") -> nn.Module:
-    """Network of torchvision by its name, such as torchvision:resnet18, with random weights."""
+def torchvision(shape: Shape, num_classes: int, *, variant: str = "", weights: str = "") -> nn.Module:
+    """Network of torchvision by its name, such as torchvision:resnet18; weights=DEFAULT begins with trained ones.
+
+    Args:
+        shape: (3, H, W).
+        num_classes: C.
+        variant: name of the network.
+        weights: of torchvision by their name, such as DEFAULT or IMAGENET1K_V1, with a head of C classes drawn anew;
+            left out = all drawn. They are downloaded once, into torch's own cache.
+
+    Raises:
+        UserError: unknown network or weights, or weights that cannot be downloaded.
+    """
     from torchvision import models
 
     names = models.list_models(module=models)
@@ -28,4 +40,28 @@ def torchvision(shape: Shape, num_classes: int, *, variant: str = "") -> nn.Modu
     if channels != 3:
         raise UserError(f"input shape {shape}: the models of torchvision take 3 channels")
     options = PLAIN.get(variant, {})
+    if weights:
+        return _trained(variant, num_classes, weights)
     return models.get_model(variant, weights=None, num_classes=num_classes, **options)
+
+
+def _trained(variant: str, num_classes: int, weights: str) -> nn.Module:
+    """Return a network with trained weights and a new head."""
+    from torchvision import models
+
+    known = models.get_model_weights(variant)
+    names = ["DEFAULT", *(each.name for each in known)]
+    if weights not in names:
+        raise unknown(f"weights of torchvision:{variant}", weights, names)
+    chosen = known[weights]
+    try:
+        network = models.get_model(variant, weights=chosen)
+    except (OSError, RuntimeError) as error:  # no network, or a download that was cut
+        raise UserError(
+            f"weights {weights} of torchvision:{variant} cannot be had from {chosen.url}: {error}"
+        ) from None
+    if hasattr(network, "aux_logits"):  # trained beside the logits, and not used
+        network.aux_logits = False
+    split = as_classifier(network)
+    split.head = nn.Linear(split.head.in_features, num_classes)
+    return split

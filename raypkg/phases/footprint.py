@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from raypkg.core.settings import Training
+from raypkg.data.split import Split
 
 COPIES = {"sgd": 1, "adamw": 2}  # numbers that the optimiser keeps for each parameter; SGD only with momentum
 
@@ -32,12 +33,13 @@ class StepMemory(NamedTuple):
         return self.weights + self.gradients + self.state + (self.activations or 0)
 
 
-def step_memory(model: nn.Module, batch: tuple[int, ...], training: Training) -> StepMemory:
+def step_memory(model: nn.Module, split: Split, batch: int, training: Training) -> StepMemory:
     """Return what training a model takes.
 
     Args:
         model: to train.
-        batch: shape of a batch, as one worker has it.
+        split: the samples.
+        batch: how many of them a step has on one worker.
         training: its optimiser and precision.
     """
     dtype = torch.float64 if training.precision == "float64" else torch.float32
@@ -50,14 +52,13 @@ def step_memory(model: nn.Module, batch: tuple[int, ...], training: Training) ->
         weights=sum(each.numel() for each in parameters) * dtype.itemsize,
         gradients=trained,
         state=copies * trained,
-        activations=_kept_for_backward(model, batch, dtype),
+        activations=_kept_for_backward(model, split.kind.unallocated(batch, split.shape, dtype), dtype),
     )
 
 
-def _kept_for_backward(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+def _kept_for_backward(model: nn.Module, x: Tensor, dtype: torch.dtype) -> int | None:
     """Return the bytes that a forward pass keeps, by one on a device that computes and allocates nothing."""
     twin = deepcopy(model).to("meta", dtype).train()
-    x = torch.empty(shape, device="meta", dtype=dtype)
     own = {_storage_of(each) for each in [*twin.parameters(), *twin.buffers()]}
     kept = {_storage_of(x): x.untyped_storage()}  # by which each is counted once
 

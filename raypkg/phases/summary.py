@@ -10,6 +10,7 @@ import torch
 
 from raypkg.core.settings import RunSettings
 from raypkg.data.coreset import Coreset
+from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split
 from raypkg.runs import plots
 from raypkg.runs.plots import save_plot
@@ -82,7 +83,7 @@ def draw_coreset(storage: Storage, samples: Samples, coreset: Coreset) -> None:
     all_scores = everyone["score"].to_numpy()
     scores = table["score"].to_numpy()
     save_plot(storage, "scores", lambda path: plots.scores(all_scores, scores, path))
-    if len(split.shape) == 3:
+    if split.kind is IMAGES:
         order = torch.tensor(scores).argsort()
         easiest = table.take(order[:SHOWN].numpy())
         hardest = table.take(order[-SHOWN:].flip(0).numpy())

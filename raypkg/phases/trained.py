@@ -9,7 +9,7 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.data import Data
-from raypkg.data.augment import normalize
+from raypkg.data.kinds import kind_of
 from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, to_device
 from raypkg.models.classifier import Classifier
@@ -44,20 +44,17 @@ class TrainedClassifier(Classifier):
         Computes in the weights' precision, so a label can differ from one that was counted in bfloat16.
 
         Args:
-            x: uint8 [b, C, H, W] or float [b, D], as ``Split.batch`` gives them.
+            x: uint8 [b, C, H, W], float [b, D] or int64 [b, 2, l], as ``Split.batch`` gives them.
 
         Raises:
             UserError: another shape, or images that are not bytes: they would be scaled wrongly.
         """
-        images = len(self.shape) == 3
-        fits = isinstance(x, Tensor) and x.shape[1:] == self.shape and (x.dtype == torch.uint8) == images
-        if not fits:
+        kind = kind_of(self.shape)
+        if not isinstance(x, Tensor) or not kind.fits(x, self.shape):
             given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            kind = "uint8" if images else "float"
-            raise UserError(f"predict takes {kind} {['b', *self.shape]} as they are stored, not {given}")
-        weight = self.head.weight
-        samples = normalize(to_device(x, weight.device), self.mean, self.std, dtype_of(self))
-        logits: Tensor = self(samples)
+            raise UserError(f"predict takes {kind.form} as they are stored, of samples {self.shape}, not {given}")
+        stored = to_device(x, self.head.weight.device)
+        logits: Tensor = self(kind.inputs(stored, self.mean, self.std, dtype_of(self)))
         return logits.argmax(1)
 
 

@@ -1,6 +1,8 @@
 """CREST and its baselines at one budget against full training, as the paper's table has it.
 
     python tests/benchmarks/crest_accuracy.py --dataset parquet:path/to/cifar10
+    python tests/benchmarks/crest_accuracy.py --dataset text:path/to/trec --model transformer --batch 32 \\
+        --settings="--train.optimizer adamw --train.lr 1e-3 --train.weight_decay 0.01 --train.warmup 0.1 --crest.h 4"
 
 trains each from each seed, several runs at a time, one thread each; a run that is finished is not run again. Relative
 error is |accuracy − full accuracy| / full accuracy; speed-up is the full training's seconds over the run's, both on the
@@ -33,7 +35,6 @@ ROWS = {
     "gradmatch": "--selection gradmatch",
     "glister": "--selection glister",
 }
-BATCH = 128  # the default
 COLUMNS = ("accuracy %", "relative error %", "speed-up", "steps", "pools", "backward %")
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     print("| | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
     for name in chosen.rows:
         rows = [
-            figures(results[name, seed], results.get(("full training", seed)))
+            figures(results[name, seed], results.get(("full training", seed)), chosen.batch)
             for seed in chosen.seeds
             if (name, seed) in results
         ]
@@ -58,16 +59,19 @@ def main() -> None:
 def summary(chosen: argparse.Namespace, name: str, seed: int) -> dict | None:
     """Return the manifest of one run of the table."""
     options = f"--dataset {chosen.dataset} --model {chosen.model} --seed {seed} --train.epochs {chosen.epochs}"
+    options += f" --train.batch_size {chosen.batch} {chosen.settings}"
     budget = "" if "--budget" in ROWS[name] else f"--budget {chosen.budget}"
-    run = f"{name}-{seed}".replace(" ", "-").replace(",", "").replace("'", "")
+    run = (
+        f"{name}-{budget or 'all'}-{seed}".replace("--budget ", "").replace(" ", "-").replace(",", "").replace("'", "")
+    )
     return finished(chosen.root, "crest", run, f"{options} --train.evaluate_every_epochs 0 {budget} {ROWS[name]}")
 
 
-def figures(result: dict, full: dict | None) -> list[float | None]:
+def figures(result: dict, full: dict | None, batch: int) -> list[float | None]:
     """Return the columns of one run; ``full`` is full training from the same seed."""
     accuracy = result["test_accuracy"]
     backward = {phase["phase"]: phase["backward"] for phase in result["phases"]}
-    steps = round(backward["train"] / BATCH)
+    steps = round(backward["train"] / batch)
     error = faster = None
     if full:
         error = 100 * abs(accuracy - full["test_accuracy"]) / full["test_accuracy"]
@@ -103,6 +107,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--epochs", type=int, default=20, help="of full training")
     parser.add_argument("--budget", type=float, default=0.1)
+    parser.add_argument("--batch", type=int, default=128, help="samples a step")
+    parser.add_argument("--settings", default="", help="of every run, as on the command line")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=[*ROWS])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")

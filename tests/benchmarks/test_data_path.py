@@ -10,7 +10,7 @@ import torch
 
 import samples
 from raypkg.core.seeds import generator
-from raypkg.data.augment import compose, normalize
+from raypkg.data.augment import compose
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.data.store.decode import decode_all
 
@@ -63,14 +63,14 @@ def test_pixels_to_batches(tmp_path, names):
         return step(batch, u[:, : step.draws])
 
     def whole():
-        return normalize(augment(split.batch(next(orders))[0], u), split.mean, split.std)
+        return split.inputs(augment(split.batch(next(orders))[0], u))
 
     print_table(
         f"32×32, batches of {BATCH}, {' + '.join(names)}, one thread",
         {
             "gather": rate(lambda: split.batch(next(orders)), BATCH),
             **{name: rate(partial(augmented, compose([name])), BATCH) for name in names},
-            "float and normalise": rate(lambda: normalize(batch, split.mean, split.std), BATCH),
+            "float and normalise": rate(lambda: split.inputs(batch), BATCH),
             "all of it": rate(whole, BATCH),
         },
     )

@@ -13,6 +13,7 @@ import torch
 import samples
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
+from raypkg.data.kinds import IMAGES, ROWS, TEXTS
 from raypkg.data.sources import dataset
 from raypkg.data.split import Split
 
@@ -60,10 +61,20 @@ def from_libsvm(folder, monkeypatch):
     return f"libsvm:{folder}"
 
 
+def from_text(folder, monkeypatch):
+    pytest.importorskip("tokenizers")
+    folder.mkdir()
+    texts = ["where is cat", "who ran on", "a dog sat"] * (len(LABELS) // 3)  # of one length
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"text": texts, "label": LABELS}), folder / f"{split}-0.parquet")
+    return f"text:{folder}"
+
+
 AS_THEY_ARE = {"libsvm"}  # sources that are not standardised
 PREPARE = {
     "table": from_table,
     "libsvm": from_libsvm,
+    "text": from_text,
     "digits": lambda folder, monkeypatch: "digits",
     "parquet": from_parquet,
     "folder": from_folder,
@@ -87,6 +98,9 @@ def test_both_splits_have_one_shape_and_the_statistics_of_train(data, request):
     if request.node.callspec.params["data"] in AS_THEY_ARE:
         assert (set(data.train.mean), set(data.train.std)) == ({0.0}, {1.0})
         return
+    if data.train.kind is TEXTS:
+        assert data.train.mean == data.train.std == ()
+        return
     values = x.permute(0, 2, 3, 1).flatten(0, 2) / 255 if x.ndim == 4 else x  # [m, channels or columns]
     assert data.train.mean == pytest.approx(values.mean(0).tolist())
     assert data.train.std == pytest.approx(values.std(0, correction=0).tolist())
@@ -95,10 +109,9 @@ def test_both_splits_have_one_shape_and_the_statistics_of_train(data, request):
 def test_a_batch_gathers_what_was_asked_for(data):
     for split in data:
         everything, labels = split.batch(torch.arange(len(split)))
-        images = len(split.shape) == 3
-        assert everything.dtype == (torch.uint8 if images else torch.float32)
-        assert everything.shape == (len(split), *split.shape)
-        assert not images or everything.is_contiguous(memory_format=torch.channels_last)
+        assert len(everything) == len(split) and split.kind.fits(everything, split.shape)
+        assert split.kind is not ROWS or everything.dtype == torch.float32
+        assert split.kind is not IMAGES or everything.is_contiguous(memory_format=torch.channels_last)
         assert labels.equal(split.y) and labels.dtype == torch.int64
         assert labels.unique().tolist() == list(range(split.num_classes))
         x, y = split.batch(torch.tensor([3, 0, 3]))
@@ -113,7 +126,7 @@ def test_a_batch_is_the_callers_own(data):
 
 def test_an_empty_batch(data):
     x, y = data.train.batch([])
-    assert x.shape == (0, *data.train.shape) and y.shape == (0,)
+    assert len(x) == 0 and data.train.kind.fits(x, data.train.shape) and y.shape == (0,)
 
 
 @pytest.mark.parametrize("indices", [[-1], [0, 10**6], [0.5], [True]])

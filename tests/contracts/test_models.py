@@ -3,19 +3,24 @@
 import copy
 import subprocess
 import sys
+from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
 from raypkg.core.errors import UserError
+from raypkg.data.kinds import TEXTS
 from raypkg.models import build_model, model
 from raypkg.models.classifier import Classifier, as_classifier
 from raypkg.models.resnet import Padded
 
 SHAPE, CLASSES = (3, 8, 8), 5
+TEXT = (12, 50)  # at most 12 tokens out of 50
 ROWS_TOO = {"mlp", "lenet300-100", "linear"}
+TEXTS_ONLY = {"transformer"}
 
 
 def own_network(shape, num_classes, *, width: int = 8):
@@ -83,15 +88,20 @@ def own(function):
     return f"{__name__}:{function.__name__}"
 
 
-NAMES = [*sorted(set(model.entries) - {"torchvision"}), "torchvision:resnet18", own(own_network)]
+LIBRARIES = {"torchvision", "transformers"}  # which need a name after a colon
+NAMES = [*sorted(set(model.entries) - LIBRARIES), "torchvision:resnet18", own(own_network)]
 
 
-def build(name, seed=0, shape=SHAPE, classes=CLASSES, **options):
+def build(name, seed=0, shape=None, classes=CLASSES, **options):
+    if shape is None:
+        shape = TEXT if name in TEXTS_ONLY else SHAPE
     return build_model(name, shape, classes, seed=seed, options=options)
 
 
-def images(count=4, seed=1):
-    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+def samples(name, count=4):
+    if name in TEXTS_ONLY:
+        return TEXTS.example(count, TEXT)
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
 def size(module):
@@ -104,7 +114,8 @@ def built(request):
 
 
 def test_is_head_of_features(built):
-    net, x = built[1].eval(), images()
+    name, net = built[0], built[1].eval()
+    x = samples(name)
     with torch.no_grad():
         features = net.features(x)
         assert features.shape == (4, net.head.in_features) and net.head.out_features == CLASSES
@@ -124,10 +135,12 @@ def test_weights_are_a_function_of_the_seed_alone(built):
 
 
 def test_channels_last_changes_nothing_but_the_layout(built):
-    net, x = copy.deepcopy(built[1]).eval(), images()
+    name, net = built[0], copy.deepcopy(built[1]).eval()
+    x = samples(name)
+    laid_out = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     with torch.no_grad():
         expected = net(x)
-        laid_out = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+        laid_out = net.to(memory_format=torch.channels_last)(laid_out)
     torch.testing.assert_close(laid_out, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -136,7 +149,7 @@ def test_state_dict_round_trip(built):
     other = build(name, seed=7)
     other.load_state_dict(net.state_dict())
     with torch.no_grad():
-        assert torch.equal(other.eval()(images()), net.eval()(images()))
+        assert torch.equal(other.eval()(samples(name)), net.eval()(samples(name)))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -149,7 +162,7 @@ def test_gradients_are_finite_and_reach_every_weight(built, bf16):
     net.train()
     net.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logits = net(images())
+        logits = net(samples(name))
     F.cross_entropy(logits.float(), torch.tensor([0, 1, 2, 3])).backward()
     for key, weight in net.named_parameters():
         assert weight.grad is not None and weight.grad.isfinite().all(), key
@@ -158,6 +171,12 @@ def test_gradients_are_finite_and_reach_every_weight(built, bf16):
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {own(own_network)}))
 def test_rows_and_small_images(name):
+    if name in TEXTS_ONLY:
+        with pytest.raises(UserError, match=r"input shape \(6,\): this model takes texts \(L, V\)"):
+            build(name, shape=(6,))
+        return
+    with pytest.raises(UserError, match=r"input shape \(12, 50\): this model takes images.*for texts 'transformer'"):
+        build(name, shape=TEXT)
     if name in ROWS_TOO:
         assert build(name, shape=(6,))(torch.ones(2, 6)).shape == (2, CLASSES)
         return
@@ -251,6 +270,28 @@ def test_with_group_norm_no_sample_depends_on_another(width):
     assert all(torch.equal(p, plain[name]) for name, p in network.named_parameters())
 
 
+def test_trained_weights_of_torchvision_come_with_a_new_head(monkeypatch):
+    trained = torchvision.models.resnet18(num_classes=1000).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: trained)
+    name = "torchvision:resnet18"
+    first, other = (build(name, seed=seed, shape=(3, 32, 32), weights="DEFAULT") for seed in (0, 1))
+    assert torch.equal(first.features.conv1.weight, trained["conv1.weight"])
+    assert first.head.out_features == CLASSES and not torch.equal(first.head.weight, other.head.weight)
+    with pytest.raises(UserError, match=r"unknown weights of torchvision:resnet18 'DEFALT', did you mean 'DEFAULT'"):
+        build(name, shape=(3, 32, 32), weights="DEFALT")
+
+
+def test_weights_that_cannot_be_downloaded_are_told_in_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    with pytest.raises(
+        UserError, match=r"weights DEFAULT of torchvision:resnet18 cannot be had from https://.*no route"
+    ):
+        build("torchvision:resnet18", shape=(3, 32, 32), weights="DEFAULT")
+
+
 def test_a_bare_linear_layer_is_its_own_head():
     head = nn.Linear(4, 3)
     net = as_classifier(head)
@@ -269,8 +310,8 @@ def test_torchvision_networks_return_logits_while_training(variant):
         ("resnt20", {}, "unknown model 'resnt20', did you mean 'resnet20'"),
         ("resnet20:18", {}, "'resnet20' takes nothing after a colon"),
         ("resnet20", {"classes": 1}, "num_classes = 1: a classifier needs at least 2"),
-        ("mlp", {"shape": ()}, r"input shape \(\): one or more positive sizes"),
-        ("mlp", {"shape": (3, 0, 8)}, r"input shape \(3, 0, 8\): one or more positive sizes"),
+        ("mlp", {"shape": ()}, r"input shape \(\): positive sizes"),
+        ("mlp", {"shape": (3, 0, 8)}, r"input shape \(3, 0, 8\): positive sizes"),
         ("resnet20", {"width": 0}, "resnet20 option width = 0"),
         ("wrn-28-2", {"dropout": 1.0}, "wrn-28-2 option dropout = 1.0"),
         ("torchvision", {}, "unknown torchvision model ''"),

@@ -4,44 +4,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ValidationError
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.data.split import Split, repeated
+from raypkg.data.split import Split
 from raypkg.data.store.cache import fingerprint, store_path
+from raypkg.data.store.hub import LABELS, PREFIXES, class_names, split_files
 from raypkg.data.store.images import Examples, ImageSource, Side
 from raypkg.data.store.rows import check_distinct, reading
 
 from . import dataset
 
-LABELS = ("label", "fine_label", "labels", "coarse_label")
 IMAGES = ("image", "img")
-PREFIXES = {"train": ("train",), "test": ("test", "valid")}  # `valid` stands in where there is no `test`
 READ_AT_ONCE = 256
-
-
-class Feature(BaseModel):
-    """What the hub's metadata says of a column; names are given for one of labels."""
-
-    names: list[str] | None = None
-
-
-class Info(BaseModel):
-    """The part of the hub's metadata that describes the columns."""
-
-    features: dict[str, Any] = {}
-
-
-class HubMetadata(BaseModel):
-    """The JSON under the key ``huggingface`` of a schema's metadata, as far as it is used."""
-
-    info: Info = Info()
 
 
 @dataset("parquet")
@@ -61,7 +40,7 @@ def load(
     Raises:
         UserError: missing, unreadable or wrong files, columns, labels or images; several sizes while ``size`` is 0.
     """
-    files = {name: _files(Path(root), name) for name in PREFIXES}
+    files = {name: split_files(Path(root), name, "parquet", [".parquet"]) for name in PREFIXES}
     key = fingerprint(files["train"] + files["test"], label=label, size=size)
 
     def examples(name: str) -> Examples:
@@ -133,7 +112,7 @@ class ImageTable:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The class names of the first file's schema metadata; none where it has none."""
-        return _class_names(self._schema, self._label, self.files[0])
+        return class_names(self._schema, self._label, self.files[0])
 
     def check_names(self, train: "ImageTable") -> None:
         """Refuse class names other than those of the train split: a label would be of another class."""
@@ -185,20 +164,6 @@ class ImageTable:
             raise UserError(f"{self.name(start + first)} has no {what}")
 
 
-def _files(root: Path, split: str) -> list[Path]:
-    """List the files of a split, known by the prefix of their name."""
-    if not root.exists():
-        raise UserError(f"parquet path {str(root)!r} does not exist")
-    files = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
-    for prefix in PREFIXES[split]:
-        named = [file for file in files if file.name.startswith(prefix)]
-        if named:
-            return named
-    names = sorted({file.name for file in files})
-    some = ", ".join(names[:3]) or "no parquet file"
-    raise UserError(f"{str(root)!r} has no {split} split: no file named {'* or '.join(PREFIXES[split])}*, found {some}")
-
-
 def _metadata(file: Path) -> pq.FileMetaData:
     with reading(file):
         return pq.read_metadata(file)
@@ -207,23 +172,6 @@ def _metadata(file: Path) -> pq.FileMetaData:
 def _schema(file: Path) -> pa.Schema:
     with reading(file):
         return pq.read_schema(file)
-
-
-def _class_names(schema: pa.Schema, label: str, file: Path) -> tuple[str, ...]:
-    """Return what the hub's metadata, if there is any, calls the values of the label column."""
-    metadata = schema.metadata or {}
-    where = f"the schema metadata 'huggingface' of {str(file)!r}"
-    try:
-        hub = HubMetadata.model_validate_json(metadata.get(b"huggingface", b"{}"))
-        feature = Feature.model_validate(hub.info.features.get(label, {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where} does not list the classes of {label!r}: {path} {first['msg']}") from None
-    names = feature.names or []
-    if (twice := repeated(names)) is not None:
-        raise UserError(f"{where} has two classes {twice!r} of {label!r}")
-    return tuple(names)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
@@ -17,6 +18,8 @@ from raypkg.engine.run import Run
 
 from .quadratic import MovingMoments, gradient_of, hessian_diagonal
 from .settings import CrestOptions
+
+NO_SECOND = "derivative for"  # what PyTorch says where there is no second derivative
 
 Derivative = Callable[[Tensor, Sequence[Tensor]], Tensor]  # of a scalar loss with respect to parameters [p]
 
@@ -51,7 +54,8 @@ def fitted_moments(
         indices = indices[few]
         weights = weights[few]
         estimate = partial(_curvature, seed=run.seed, update=update)
-        diagonal, _ = _weighted_derivative(run, parameters, estimate, indices, weights)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+            diagonal, _ = _weighted_derivative(run, parameters, estimate, indices, weights)
     return moments.updated(gradient, diagonal), loss
 
 
@@ -65,7 +69,13 @@ def covered_parameters(model: nn.Module, options: CrestOptions) -> list[Tensor]:
 
 def _curvature(loss: Tensor, parameters: Sequence[Tensor], *, seed: int, update: int) -> Tensor:
     # Every batch draws the same signs z: z ⊙ Hz is linear in H, so the batches' sum is the estimate of their sum.
-    return hessian_diagonal(loss, parameters, generator(seed, "crest signs", update))
+    rng = generator(seed, "crest signs", update)
+    try:
+        return hessian_diagonal(loss, parameters, rng)
+    except RuntimeError as error:
+        if NO_SECOND not in str(error):
+            raise
+        raise UserError(f"CREST's curvature cannot be had: {error}; give --crest.order 1") from None
 
 
 def _weighted_derivative(

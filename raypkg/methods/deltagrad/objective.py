@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
-from raypkg.data.augment import normalize
 from raypkg.data.split import Split
 from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
@@ -84,7 +83,7 @@ class Objective:
         with torch.inference_mode():
             for block in indices.split(BLOCK):
                 x, _ = split.batch(block)
-                inputs = normalize(x, split.mean, split.std, w.dtype)
+                inputs = split.inputs(x, w.dtype)
                 logits.append(model(inputs))
         return torch.cat(logits)
 
@@ -161,7 +160,7 @@ def _autograd(model: nn.Module, split: Split, w: Tensor) -> Gradient:
     parameters = list(model.parameters())
 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
-        inputs = normalize(x, split.mean, split.std, w.dtype)
+        inputs = split.inputs(x, w.dtype)
         logits = model(inputs)
         loss = F.cross_entropy(logits, y, reduction="sum")
         return to_vector(torch.autograd.grad(loss, parameters))

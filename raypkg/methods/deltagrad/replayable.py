@@ -2,6 +2,7 @@
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
+from raypkg.data.kinds import TEXTS
 from raypkg.phases.samples import augmentations, new_model, open_samples
 
 from .objective import check_derivation
@@ -11,9 +12,14 @@ def check_replayable(settings: Experiment) -> None:
     """Refuse data and models that DeltaGrad's derivation does not cover.
 
     Raises:
-        UserError: augmentation, dropout, or batch norm.
+        UserError: texts, augmentation, dropout, or batch norm.
     """
     data = open_samples(settings).data
+    if data.train.kind is TEXTS:
+        raise UserError(
+            f"dataset {settings.dataset.name!r} holds texts: DeltaGrad takes images and rows, such as the features that"
+            " `effray embed` makes of texts"
+        )
     augment = augmentations(settings.dataset, data)
     if augment:
         raise UserError(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from raypkg.data.kinds import kind_of
+
 from .masks import LAYERS, active_counts
 
 
@@ -69,7 +71,7 @@ def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
         if isinstance(layer, LAYERS):
             weight_name = f"{name}.weight".lstrip(".")
             layer.register_forward_hook(partial(_count, counts, weight_name))
-    sample = torch.zeros(1, *shape)
+    sample = kind_of(shape).example(1, shape)
     with torch.inference_mode():
         replica(sample)
     return counts

@@ -11,6 +11,7 @@ from raypkg.core.seeds import derive, generator, seeded
 from raypkg.coresets.record import Record
 from raypkg.coresets.recorder import Recorder
 from raypkg.data.coreset import Coreset
+from raypkg.data.kinds import IMAGES
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast, fit
@@ -67,7 +68,7 @@ def train_member(context: Context, number: int, shard: Tensor) -> Trained:
     data = context.samples.data
     seed = derive(context.settings.seed, "lipt", number)
     augment = augmentations(context.settings.dataset, data)
-    if settings.randaugment and len(data.train.shape) == 3:
+    if settings.randaugment and data.train.kind is IMAGES:
         augment.append("randaugment")
     cost = Cost("pretrain")
     with cost:  # the model and its masks are on the bill of its training

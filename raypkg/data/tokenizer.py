@@ -1,0 +1,114 @@
+"""Texts → tokens: the tokenizer of a model, or one that is trained on the texts themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raypkg.core.errors import UserError
+from raypkg.core.extras import extra
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+STORED = np.dtype(np.int32)  # of tokens and segments
+BEGIN = "[CLS]"
+END = "[SEP]"
+SPECIAL = ["[PAD]", BEGIN, END]
+RARE = 2  # a piece of a word that occurs less often is none
+WHAT = "the data source 'text'"
+
+Text = str | tuple[str, str]  # one, or a pair
+
+
+def trained(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Train byte-pair encoding (arXiv:1508.07909) on the bytes of lower-case texts; it is a function of them alone.
+
+    A text becomes [CLS] … [SEP], a pair [CLS] … [SEP] … [SEP] with the second of them in segment 1.
+
+    Args:
+        texts: to train on.
+        vocabulary: the most tokens that it may have, 256 bytes and the special ones among them.
+    """
+    tokenizers = extra("tokenizers", "text", WHAT)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = byte_level()
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    # Not WordPiece: its trainer numbers the alphabet in another order each time, and breaks ties by these numbers.
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=RARE,
+        special_tokens=SPECIAL,
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    marks = [(name, tokenizer.token_to_id(name)) for name in (BEGIN, END)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{BEGIN} $A {END}",
+        pair=f"{BEGIN} $A {END} $B:1 {END}:1",
+        special_tokens=marks,
+    )
+    return tokenizer
+
+
+def tokenizer_at(name: str) -> Tokenizer:
+    """Return the tokenizer of a model, by its name on the hub or of its folder.
+
+    Raises:
+        UserError: there is none, or none that has the form of the package tokenizers ("fast").
+    """
+    transformers = extra("transformers", "text", WHAT)
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever the files make it raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"option tokenizer = {name!r}: no tokenizer can be read there: {reason}") from None
+    tokenizer = getattr(found, "backend_tokenizer", None)
+    if tokenizer is None:
+        raise UserError(f"option tokenizer = {name!r}: a {type(found).__name__} has no fast form (tokenizer.json)")
+    return tokenizer
+
+
+def files_of(name: str) -> list[Path]:
+    """Return the files of a folder that decide on its tokenizer; of a name on the hub, none."""
+    folder = Path(name)
+    return sorted(path for path in folder.glob("*") if path.suffix in (".json", ".txt", ".model")) if name else []
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[Text], length: int) -> tuple[list[np.ndarray], int]:
+    """Return the tokens of each text with their segments, int32 [l, 2], and how many texts had to be cut.
+
+    The longer one of a pair is cut first. The library uses all processors, unless ``TOKENIZERS_PARALLELISM=false``.
+
+    Args:
+        tokenizer: of the model.
+        texts: single ones or pairs.
+        length: the most tokens that are kept of a text or pair, with those that mark beginning and end.
+    """
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    encodings = tokenizer.encode_batch(list(texts))
+    tokens = [np.array([each.ids, each.type_ids], STORED).T for each in encodings]
+    cut = sum(bool(each.overflowing) for each in encodings)
+    return tokens, cut
+
+
+def padded(tokens: Sequence[np.ndarray], padding: int) -> np.ndarray:
+    """Return texts of several lengths as one array, int64 [b, 2, l] with l that of the longest.
+
+    >>> padded([np.array([[7, 0]], STORED), np.array([[8, 0], [9, 1]], STORED)], -1).tolist()
+    [[[7, -1], [0, -1]], [[8, 9], [0, 1]]]
+    """
+    if not tokens:
+        return np.empty((0, 2, 0), np.int64)
+    lengths = np.array([len(each) for each in tokens])
+    out = np.full((len(tokens), lengths.max(), 2), padding, np.int64)
+    there = np.arange(out.shape[1]) < lengths[:, None]  # [b, l]
+    out[there] = np.concatenate(tokens)
+    return np.ascontiguousarray(out.transpose(0, 2, 1))

@@ -1,0 +1,234 @@
+"""Models of Hugging Face: logits of the package itself, heads, first weights, padding, and damaged checkpoints."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from raypkg.core.errors import UserError
+from raypkg.data.kinds import IMAGES, TEXTS
+from raypkg.models import build_model, tokenizer_of
+
+transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+TEXT, CLASSES = (20, 60), 3
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+CONFIGS = {
+    "bert": (transformers.BertConfig, {"vocab_size": 60, "max_position_embeddings": 24, **SMALL}),
+    "roberta": (
+        transformers.RobertaConfig,
+        {"vocab_size": 60, "max_position_embeddings": 24, "type_vocab_size": 1, **SMALL},
+    ),
+    "distilbert": (
+        transformers.DistilBertConfig,
+        {"vocab_size": 60, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 24},
+    ),
+    "vit": (transformers.ViTConfig, {"image_size": 8, "patch_size": 4, **SMALL}),
+    "dinov2": (
+        transformers.Dinov2Config,
+        {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+    ),
+}
+OF_IMAGES = {"vit", "dinov2"}
+
+
+def shape_of(kind):
+    return (3, 8, 8) if kind in OF_IMAGES else TEXT
+
+
+def family(kind):
+    if kind in OF_IMAGES:
+        return transformers.AutoModelForImageClassification
+    return transformers.AutoModelForSequenceClassification
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return the folder of a random checkpoint of three classes, as the package itself writes it."""
+
+    def folder(kind):
+        place = tmp_path_factory.getbasetemp() / f"checkpoint-{kind}"
+        if not place.exists():
+            schema, values = CONFIGS[kind]
+            torch.manual_seed(0)
+            family(kind).from_config(schema(**values, num_labels=CLASSES)).save_pretrained(place)
+        return place
+
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def build(place, shape=TEXT, classes=CLASSES, seed=0, **options):
+    return build_model(f"transformers:{place}", shape, classes, seed=seed, options=options)
+
+
+def plain_logits(network, x):
+    """Return the logits as the package's own users ask for them."""
+    if x.dim() == 4:
+        return network(pixel_values=x).logits
+    there = x[:, 0] >= 0
+    inputs = {"input_ids": x[:, 0].where(there, network.config.pad_token_id), "attention_mask": there.long()}
+    if getattr(network.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = x[:, 1].clamp_min(0)
+    return network(**inputs).logits
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_logits_are_those_of_the_package_and_of_head_and_features(saved, kind):
+    shape = shape_of(kind)
+    model = build(saved(kind), shape).eval()
+    network = family(kind).from_pretrained(saved(kind)).eval()
+    x = (IMAGES if kind in OF_IMAGES else TEXTS).example(6, shape)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain_logits(network, x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(model.head(model.features(x)), model(x))
+    assert model.head.out_features == CLASSES
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_what_a_text_is_padded_to_changes_nothing(saved, kind):
+    model = build(saved(kind)).eval()
+    x = TEXTS.example(4, TEXT)
+    x[:, :, 8:] = -1
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model(x[:, :, :8]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(x)[1:2], model(x[1:2, :, :8]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_built_in_transformer_does_not_see_padding_either():
+    model = build_model("transformer", TEXT, CLASSES, seed=0).eval()
+    x = TEXTS.example(4, TEXT)
+    x[:, :, 8:] = -1
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model(x[:, :, :8]), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(model(x), model(x.roll(1, 2).where(x >= 0, -1)))  # but where tokens stand, it does
+
+
+def test_a_head_of_other_classes_is_drawn_by_the_seed_and_the_body_is_kept(saved):
+    model, again, other = (build(saved("bert"), classes=5, seed=seed) for seed in (0, 0, 1))
+    assert model.head.out_features == 5
+    assert torch.equal(model.head.weight, again.head.weight)
+    assert not torch.equal(model.head.weight, other.head.weight)
+    stored = load_file(saved("bert") / "model.safetensors")
+    body = {name: value for name, value in model.state_dict().items() if not name.startswith("head")}
+    assert len(body) == len(stored) - 2
+    for name, value in body.items():
+        assert torch.equal(value, stored[name.removeprefix("features.network.")]), name
+
+
+def test_without_its_weights_all_of_a_checkpoint_is_drawn(saved):
+    model, other = build(saved("bert"), weights=False), build(saved("bert"), weights=False, seed=1)
+    stored = load_file(saved("bert") / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    drawn = model.get_parameter("features.network.bert.embeddings.word_embeddings.weight")
+    assert not torch.equal(drawn, stored) and drawn.shape == stored.shape
+    assert not torch.equal(drawn, other.get_parameter("features.network.bert.embeddings.word_embeddings.weight"))
+
+
+def test_dropout_is_set_in_all_its_places(saved):
+    layers = [layer for layer in build(saved("roberta"), dropout=0.0).modules() if isinstance(layer, torch.nn.Dropout)]
+    assert layers and all(layer.p == 0 for layer in layers)
+    assert any(layer.p == 0.1 for layer in build(saved("roberta")).modules() if isinstance(layer, torch.nn.Dropout))
+
+
+def test_only_models_of_the_hub_bring_a_tokenizer():
+    assert tokenizer_of("transformers:some/folder") == "some/folder"
+    assert tokenizer_of("transformer") == tokenizer_of("torchvision:resnet18") == ""
+
+
+def test_the_global_generator_is_left_as_it_was(saved):
+    before = torch.get_rng_state()
+    build(saved("bert"), classes=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def halved(place):
+    file = place / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def of_a_pickle(place):
+    torch.save(load_file(place / "model.safetensors"), place / "pytorch_model.bin")
+    (place / "model.safetensors").unlink()
+
+
+def without_a_layer(place):
+    tensors = load_file(place / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "layer.1" not in name}
+    save_file(kept, place / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_weights(place):
+    (place / "model.safetensors").unlink()
+
+
+def without_a_shard(place):
+    (place / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"classifier.bias": "model-00001-of-00002.safetensors"}}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def of_broken_json(place):
+    (place / "config.json").write_text("{")
+
+
+def with_another_tokenizer(place):
+    from raypkg.data.tokenizer import trained
+
+    trained(["a b c"], 300).save(str(place / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (halved, "cannot be read: .*"),
+        (of_a_pickle, "cannot be read: .*no file named model.safetensors"),
+        (without_a_layer, r"lacks 16 of the network's tensors, such as bert.encoder.layer.1.*: it is incomplete"),
+        (without_weights, "cannot be read: .*no file named model.safetensors"),
+        (without_a_shard, "cannot be read: .*model-00001-of-00002"),
+        (of_broken_json, "cannot be read: .*JSON"),
+        (with_another_tokenizer, r"knows 259 tokens, the data set's tokenizer has 60: give --set .*tokenizer="),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_in_one_line(saved, tmp_path, damage, match):
+    place = tmp_path / "checkpoint"
+    shutil.copytree(saved("bert"), place)
+    damage(place)
+    with pytest.raises(UserError, match=match) as error:
+        build(place)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "match"),
+    [
+        ("bert", (20, 61), "knows 60 tokens, the data set's tokenizer has 61: give --set dataset.options.tokenizer="),
+        ("bert", (25, 60), "takes 24 tokens at most, a text of the data set has up to 25: give .*length=24"),
+        ("roberta", (23, 60), "takes 22 tokens at most"),  # the padding's position is not one of a token
+        ("bert", (3, 8, 8), "cannot be read: Unrecognized configuration class"),
+        ("vit", TEXT, "is a vit, which takes no texts"),
+        ("vit", (3, 9, 9), "cannot take inputs of shape"),
+    ],
+)
+def test_what_does_not_fit_a_checkpoint_is_told_in_one_line(saved, kind, shape, match):
+    with pytest.raises(UserError, match=match):
+        build(saved(kind), shape)
+
+
+@pytest.mark.parametrize("name", ["transformers:", "transformers:/nowhere", "transformers:no-such-model"])
+def test_a_checkpoint_that_is_not_there_is_told(name):
+    with pytest.raises(UserError, match=r"needs a name|cannot be read"):
+        build_model(name, TEXT, CLASSES, seed=0)
+
+
+def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"needs the package 'transformers': pip install 'effray\[text\]'"):
+        build(saved("bert"))

@@ -1,0 +1,227 @@
+"""Texts: columns and labels in every form, tokens as the package's own, batches, splits, and what is refused."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from raypkg.core.errors import UserError
+from raypkg.data import load_data
+from raypkg.data.kinds import TEXTS
+from raypkg.data.tokenizer import padded, trained
+
+pytest.importorskip("tokenizers")
+WORDS = "the a cat dog sat ran on under mat house red blue big small who where".split()
+NAMES = ("animal", "place", "colour")
+
+
+def sentences(count, seed=0):
+    draws = np.random.default_rng(seed)
+    return [" ".join(draws.choice(WORDS, draws.integers(2, 12))) for _ in range(count)]
+
+
+TRAIN, TEST = sentences(30), sentences(9, seed=1)
+LABELS = {"train": np.arange(30) % 3, "test": np.arange(9) % 3}
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda **options: load_data(f"text:{tmp_path / 'set'}", options, cache=tmp_path / "cache")
+
+
+@pytest.fixture
+def write(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+
+    def put(split, columns, suffix=".parquet", names=()):
+        table = pa.table(columns)
+        file = folder / f"{split}-00000-of-00001{suffix}"
+        if suffix == ".parquet":
+            feature = {"info": {"features": {"label": {"names": list(names)}}}} if names else {}
+            pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(feature)}), file)
+        elif suffix in (".csv", ".tsv"):
+            mark = "," if suffix == ".csv" else "\t"
+            rows = zip(*table.to_pydict().values(), strict=True)
+            lines = [mark.join(table.column_names), *(mark.join(map(str, row)) for row in rows)]
+            file.write_text("\n".join(lines) + "\n")
+        else:
+            file.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        return file
+
+    return put
+
+
+@pytest.fixture
+def written(write):
+    def put(**more):
+        for split, texts in (("train", TRAIN), ("test", TEST)):
+            write(split, {"text": texts, "label": LABELS[split]}, **more)
+
+    return put
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv", ".jsonl"])
+def test_every_form_gives_the_same_samples(written, load, suffix):
+    written(suffix=suffix)
+    data = load(length=16)
+    x, y = data.train.batch(range(30))
+    tokenizer = trained(TRAIN, 8192)
+    assert data.train.kind is TEXTS and data.train.shape == (16, tokenizer.get_vocab_size())
+    assert y.tolist() == LABELS["train"].tolist() and data.train.classes == ("0", "1", "2")
+    for row, text in zip(x, TRAIN, strict=True):
+        assert row[0][row[0] >= 0].tolist() == tokenizer.encode(text).ids
+    assert len(data.test) == 9
+
+
+def test_a_batch_is_as_long_as_its_longest_text_and_padded_in_both_rows(written, load):
+    written()
+    split = load().train
+    lengths = [int((split.batch([i])[0][0, 0] >= 0).sum()) for i in range(30)]
+    x, _ = split.batch([3, 7, 1])
+    assert x.dtype == torch.int64 and x.shape == (3, 2, max(lengths[i] for i in (3, 7, 1)))
+    assert [(row[0] >= 0).sum().item() for row in x] == [lengths[i] for i in (3, 7, 1)]
+    assert torch.equal(x[:, 0] < 0, x[:, 1] < 0)
+    assert split.batch([])[0].shape == (0, 2, 0)
+
+
+def test_padded_equals_its_plain_form():
+    tokens = [np.stack([np.arange(n), np.zeros(n)], 1).astype(np.int32) for n in (3, 1, 5)]
+    plain = np.full((3, 2, 5), -1)
+    for i, each in enumerate(tokens):
+        for position, entry in enumerate(each):
+            plain[i, :, position] = entry
+    np.testing.assert_array_equal(padded(tokens, -1), plain)
+
+
+def test_of_a_pair_the_second_text_is_in_segment_one(write, load):
+    for split, texts in (("train", TRAIN), ("test", TEST)):
+        write(split, {"premise": texts, "hypothesis": texts[::-1], "label": LABELS[split]})
+    x, _ = load().train.batch([0])
+    tokenizer = trained([text for pair in zip(TRAIN, TRAIN[::-1], strict=True) for text in pair], 8192)
+    expected = tokenizer.encode(TRAIN[0], TRAIN[-1])
+    assert x[0].tolist() == [expected.ids, expected.type_ids]
+    assert {0, 1} == set(expected.type_ids)
+
+
+def test_the_tokenizer_is_a_function_of_the_train_texts(tmp_path):
+    first, again, other = trained(TRAIN, 8192), trained(iter(TRAIN), 8192), trained(TEST, 8192)
+    assert first.to_str() == again.to_str() != other.to_str()
+    assert first.decode(first.encode("the BIG cat").ids).strip() == "the big cat"
+    assert trained(TRAIN, 300).get_vocab_size() == 300
+
+
+def test_longer_texts_are_cut_and_that_is_said(written, load, caplog):
+    written()
+    split = load(length=6).train
+    whole = load().train
+    longer = [i for i in range(30) if (whole.batch([i])[0][0, 0] >= 0).sum() > 6]
+    assert f"{len(longer)} of 30 train texts are cut at 6 tokens" in caplog.text
+    x, _ = split.batch(longer)
+    assert x.shape[2] == 6 and (x >= 0).all()
+    end = trained(TRAIN, 8192).token_to_id("[SEP]")
+    assert (x[:, 0, -1] == end).all()  # what marks the end stays
+
+
+def test_labels_may_be_texts_and_have_names(write, load):
+    for split, texts in (("train", TRAIN), ("test", TEST)):
+        write(split, {"sentence": texts, "label": [NAMES[c] for c in LABELS[split]]})
+    data = load()
+    assert data.train.classes == tuple(sorted(NAMES))
+    assert [data.test.classes[c] for c in data.test.y] == [NAMES[c] for c in LABELS["test"]]
+
+
+def test_names_of_the_hub_are_those_of_the_classes(written, load):
+    written(names=NAMES)
+    assert load().test.classes == NAMES
+
+
+def test_one_file_is_split_by_its_length_alone(write, tmp_path):
+    file = write("everything", {"text": TRAIN, "label": LABELS["train"]}, suffix=".csv")
+    data = load_data(f"text:{file}", {"test": 0.2}, cache=tmp_path / "cache")
+    assert (len(data.train), len(data.test)) == (24, 6)
+    assert data.train.shape == data.test.shape
+
+
+def test_rows_without_a_label_are_left_out_when_asked_for(write, load):
+    labels = LABELS["train"].copy()
+    labels[4] = -1
+    write("train", {"text": TRAIN, "label": labels}, names=NAMES)
+    write("test", {"text": TEST, "label": LABELS["test"]}, names=NAMES)
+    with pytest.raises(UserError, match=r"sample 4 \(from 0\) of .* has no label.*unlabelled=true"):
+        load()
+    assert len(load(unlabelled=True).train) == 29
+
+
+BLANK = [*TRAIN[:5], "  ", *TRAIN[6:]]
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "match"),
+    [
+        ({"text": BLANK, "label": LABELS["train"]}, {}, r"sample 5 \(from 0\) of .*train.* has no text in 'text'"),
+        ({"text": [None, *TRAIN[1:]], "label": LABELS["train"]}, {}, r"sample 0 .* has no text in 'text'"),
+        ({"words": TRAIN, "label": LABELS["train"]}, {}, r"none of the usual columns of texts among words, label: set"),
+        ({"text": TRAIN, "kind": LABELS["train"]}, {}, r"unknown label column of .* 'label'.*Allowed: kind, text"),
+        (
+            {"text": TRAIN, "label": LABELS["train"]},
+            {"columns": ["txt"]},
+            r"text column of .* 'txt', did you mean 'text'",
+        ),
+        (
+            {"text": TRAIN, "label": LABELS["train"] / 2},
+            {},
+            r"label column 'label' of .* is double, needed are integers",
+        ),
+        (
+            {"text": list(range(30)), "label": LABELS["train"]},
+            {},
+            r"text column 'text' of .* is int64, needed are texts",
+        ),
+        ({"text": TRAIN[:0], "label": LABELS["train"][:0]}, {}, r"holds no samples"),
+        (
+            {"text": TRAIN, "label": LABELS["train"]},
+            {"tokenizer": "./nowhere"},
+            r"tokenizer = './nowhere': no tokenizer",
+        ),
+        ({"text": TRAIN, "label": LABELS["train"]}, {"length": 3}, r"text option length = 3"),
+        ({"text": TRAIN, "label": LABELS["train"], "more": TRAIN}, {}, r"differ|the columns"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(write, load, train, options, match, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write("train", train)
+    if "more" in train:
+        write("train-2", {"text": TRAIN, "label": LABELS["train"]})
+    write("test", {"text": TEST, "label": LABELS["test"]})
+    with pytest.raises(UserError, match=match) as error:
+        load(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_of_the_test_texts_alone_is_refused(write, load):
+    write("train", {"text": TRAIN, "label": [NAMES[c % 2] for c in LABELS["train"]]})
+    write("test", {"text": TEST, "label": [NAMES[c] for c in LABELS["test"]]})
+    with pytest.raises(UserError, match="unknown class of the test rows 'colour'"):
+        load()
+
+
+def test_damaged_and_missing_files_are_told(tmp_path, write, load):
+    with pytest.raises(UserError, match="has no train split: no file named train"):
+        load()
+    file = write("train", {"text": TRAIN, "label": LABELS["train"]})
+    write("test", {"text": TEST, "label": LABELS["test"]})
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match="cannot be read"):
+        load()
+    with pytest.raises(UserError, match="text path '/nowhere' does not exist"):
+        load_data("text:/nowhere", cache=tmp_path)
+
+
+def test_the_example_of_texts_is_one_and_the_rest_are_none():
+    x = TEXTS.example(5, (12, 50))
+    assert TEXTS.fits(x, (12, 50)) and x.shape == (5, 2, 12) and (x[1:, 0, -1] == -1).all()
+    assert not TEXTS.fits(x, (12, 20)) and not TEXTS.fits(x, (11, 50)) and not TEXTS.fits(x.float(), (12, 50))
