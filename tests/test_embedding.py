@@ -18,7 +18,7 @@ from forked import effray
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data import load_data
-from raypkg.data.augment import compose, normalize
+from raypkg.data.augment import compose
 from raypkg.data.partition import hold_out
 from raypkg.data.sources.digits import load as load_digits
 from raypkg.data.sources.table import RowTable
@@ -67,7 +67,7 @@ def embedded(tmp_path_factory, blank_pictures):
 
 @torch.inference_mode()
 def features_by_hand(model, split, pixels):
-    x = normalize(pixels, split.mean, split.std)
+    x = split.inputs(pixels)
     return model.eval().features(x.contiguous(memory_format=torch.channels_last))
 
 
