@@ -31,6 +31,7 @@ class Split:
         std: likewise the standard deviation.
         augment: names of the augmentations that suit the data.
         columns: names of a table's columns.
+        ids: which samples of other data the samples stand for, int64 [n]; None where their positions say it.
     """
 
     take: Take
@@ -41,6 +42,7 @@ class Split:
     std: tuple[float, ...]
     augment: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    ids: Tensor | None = None
 
     @classmethod
     def from_tensors(

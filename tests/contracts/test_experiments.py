@@ -15,6 +15,7 @@ from raypkg.runs.folder import RunFolder
 TINY = {  # options that keep a run short; an experiment that is not here has to run with nothing but this
     "crest": "--model mlp --train.epochs 4 --budget 0.5",
     "deltagrad": "--train.epochs 3",
+    "embed": "--model mlp",
     "lipt": "--model linear --train.epochs 2 --pretrain.models 2 --pretrain.epochs 1",
     "select": "--model-from trained --method grand",
     "sparse": "--model mlp --train.epochs 2 --density 0.2 --agent",

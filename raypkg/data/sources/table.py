@@ -17,11 +17,14 @@ from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, write
 from raypkg.data.store.cache import cached, fingerprint, store_path
 from raypkg.data.store.rows import check_distinct, class_numbers, reading, row_files, split_rows
+from raypkg.data.store.vectors import Notes, VectorColumns
 
 from . import dataset
 
 SUFFIXES = (".parquet", ".csv")
 BLOCK = 1 << 16  # rows converted at once
+LARGEST_ID = 2**63 - 1
+BLOCK_BYTES = 64 << 20  # of vectors that are converted at once
 NAN = {"NaN", "-NaN", "nan", "-nan"}  # a number that is refused as such, where Arrow would see no value
 CONVERT = pcsv.ConvertOptions(null_values=[text for text in pcsv.ConvertOptions().null_values if text not in NAN])
 
@@ -33,27 +36,30 @@ def load(
     split: str,
     cache: Path | None,
     label: str = "label",
+    id: str = "",
     test: Annotated[float, Field(ge=0, lt=1)] = 0.2,
 ) -> Split:
     """Parquet or CSV of numeric columns and a column of labels: PATH/train.csv and PATH/test.csv, or one file.
 
     Of one file, the share ``test`` is the test split, drawn by its length alone. Labels are numbers or texts; their
-    sorted values are the classes. Columns become float32.
+    sorted values are the classes. Columns become float32; in parquet one may hold lists of floats of a fixed size. The
+    column ``id``, where it is named here or by the file itself, as those of `effray embed` do, is no part of a sample:
+    it says which samples of other data the rows stand for.
 
     Raises:
         UserError: missing or unreadable files, columns that are no numbers, missing values, classes unknown to train.
     """
     files = row_files(root, SUFFIXES)
-    key = fingerprint(files.values(), label=label, test=test)
+    key = fingerprint(files.values(), label=label, id=id, test=test)
     target = store_path(cache, Path(root).resolve().stem, key, split)
 
     def build(unfinished: Path) -> None:
-        train = RowTable(files["train"], label)
-        table = train if split == "train" else RowTable(files[split], label)
+        train = RowTable(files["train"], label, id)
+        table = train if split == "train" else RowTable(files[split], label, id)
         if table.columns != train.columns:
             raise UserError(f"the columns of {str(files[split])!r} are not those of {str(files['train'])!r}")
         rows = split_rows(files, split, len(table), test)
-        header = Header("rows", (len(train.columns),), train.classes, columns=train.columns)
+        header = Header("rows", (len(train.columns),), train.classes, columns=train.columns, has_ids=table.has_ids)
         write(unfinished, header, table.blocks(rows, train.classes))
 
     return cached(target, build).as_split()
@@ -65,26 +71,36 @@ class RowTable:
     Args:
         file: parquet or CSV.
         label: name of the column of labels.
+        id: name of the column of ids; empty = the one that the file itself names, if it does.
 
     Raises:
         UserError: unreadable, without rows or columns, columns of one name, a missing value, labels that are no names
-            of classes, or a column that is no number.
+            of classes, ids that are no integers, or a column that is no number.
     """
 
-    def __init__(self, file: Path, label: str):
+    def __init__(self, file: Path, label: str, id: str = ""):
         self.file = file
         self.label = label
-        self._table = _read(file)
+        self._vectors = VectorColumns(file) if file.suffix == ".parquet" else None
+        self._notes = self._vectors.notes if self._vectors else Notes()
+        self._id = id or self._notes.id
+        self._widths = self._vectors.widths if self._vectors else {}
+        self._table = _read(file, self._vectors)
         names = self._table.column_names
         if label not in names:
             raise unknown(f"label column of {str(file)!r}", label, names)
+        if self._id and self._id not in names:
+            raise unknown(f"id column of {str(file)!r}", self._id, names)
+        self._numbers = [name for name in names if name not in (label, self._id)]
         if not self._table.num_rows or not self.columns:
             raise UserError(
                 f"table {str(file)!r} has {self._table.num_rows} rows and {len(self.columns)} columns besides"
                 f" {label!r}, needed is one of each at least"
             )
         self._check_label(self._table[label])
-        for name in self.columns:
+        if self._id:
+            self._check_ids(self._table[self._id])
+        for name in self._numbers:
             self._check_column(name, self._table[name])
 
     def __len__(self) -> int:
@@ -92,25 +108,44 @@ class RowTable:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of all columns but the label's."""
-        return tuple(name for name in self._table.column_names if name != self.label)
+        """The names of the columns of numbers, then of each number of the columns of vectors."""
+        parts = [f"{name}[{number}]" for name, width in self._widths.items() for number in range(width)]
+        return (*self._numbers, *parts)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The sorted values of the label column."""
+        """The classes that the file itself names, else the sorted values of the label column."""
+        if self._notes.classes:
+            return self._notes.classes
         values = pc.unique(self._table[self.label]).to_pylist()
         return tuple(map(str, sorted(values)))
 
+    @property
+    def has_ids(self) -> bool:
+        """Whether a column says which samples the rows stand for."""
+        return bool(self._id)
+
     def blocks(self, rows: np.ndarray, classes: tuple[str, ...]) -> Iterator[Block]:
-        """Yield rows in blocks, labels as numbers of their classes."""
-        for chunk in np.split(rows, range(BLOCK, len(rows), BLOCK)):
+        """Yield ascending rows in blocks, labels as numbers of their classes."""
+        size = BLOCK
+        if self._widths:
+            size = max(1, min(BLOCK, BLOCK_BYTES // (4 * sum(self._widths.values()))))
+        for chunk in np.split(rows, range(size, len(rows), size)):
             block = self._table.take(chunk)
-            with np.errstate(over="ignore"):  # becomes infinity, which is refused below
-                columns = [block[name].to_numpy().astype(np.float32) for name in self.columns]
-            x = np.stack(columns, axis=1)  # [m, D]
+            x = self._features(block, chunk)
             self._check_finite(x, chunk)
             labels = [str(value) for value in block[self.label].to_pylist()]
-            yield Block(x, class_numbers(labels, classes), sample=x)
+            ids = block[self._id].to_numpy().astype(np.int64) if self._id else None
+            yield Block(x, class_numbers(labels, classes), sample=x, ids=ids)
+
+    def _features(self, block: pa.Table, rows: np.ndarray) -> np.ndarray:
+        """Return what a block's columns hold, float32 [m, D]."""
+        with np.errstate(over="ignore"):  # becomes infinity, which is refused
+            parts = [block[name].to_numpy().astype(np.float32)[:, None] for name in self._numbers]
+            if self._vectors and self._widths:
+                vectors = self._vectors.take(rows)
+                parts += [vectors[name].astype(np.float32, copy=False) for name in self._widths]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def _check_label(self, labels: pa.ChunkedArray) -> None:
         self._refuse_where(labels.is_null(), self.label, "has no value")
@@ -124,6 +159,14 @@ class RowTable:
             self._refuse_where(pc.match_substring(labels, "\n"), self.label, "holds a line break")  # an open quote
         if pa.types.is_floating(kind):
             self._refuse_where(pc.invert(pc.is_finite(labels)), self.label, "holds NaN or infinity")
+
+    def _check_ids(self, ids: pa.ChunkedArray) -> None:
+        self._refuse_where(ids.is_null(), self._id, "has no value")
+        if not pa.types.is_integer(ids.type):
+            raise UserError(f"id column {self._id!r} of {str(self.file)!r} is {ids.type}, needed are integers")
+        values = ids.to_numpy()
+        wrong = (values < 0) | (values > LARGEST_ID)
+        self._refuse_where(pa.chunked_array([wrong]), self._id, "holds a number that is not from 0 to 2⁶³ − 1")
 
     def _check_column(self, name: str, column: pa.ChunkedArray) -> None:
         self._refuse_where(column.is_null(), name, "has no value")
@@ -155,7 +198,7 @@ class RowTable:
             first, column = broken[0]
             row = int(rows[first])
             name = self.columns[column]
-            value = self._table[name][row].as_py()
+            value = self._table[name][row].as_py() if name in self._numbers else x[first, column]
             shown = "NaN" if math.isnan(value) else value
             raise UserError(
                 f"column {name!r} of {str(self.file)!r} holds {shown} in {self._place(row)}, needed are finite numbers"
@@ -167,10 +210,11 @@ class RowTable:
         return f"row {row}" if self.file.suffix == ".parquet" else f"line {_line(self.file, row)}"
 
 
-def _read(file: Path) -> pa.Table:
+def _read(file: Path, vectors: VectorColumns | None) -> pa.Table:
+    """Return a file's table, without its columns of vectors."""
     with reading(file):
-        if file.suffix == ".parquet":
-            table = pq.ParquetFile(file).read()
+        if vectors:
+            table = pq.ParquetFile(file).read(vectors.others)
             table.validate(full=True)  # texts are UTF-8
         else:
             table = pcsv.read_csv(file, convert_options=CONVERT)

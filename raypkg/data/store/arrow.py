@@ -1,8 +1,9 @@
 """The store: samples in a memory-mapped Arrow IPC file, shared by every process of a machine.
 
 Column ``x`` holds pixels (fixed-size binary, H·W·C bytes), encoded images (large binary) or float32 rows (fixed-size
-list); column ``y`` the labels. Record batches are bounded, so a set may be larger than memory on its way in and out.
-The statistics are known only at the end: they travel as the metadata of an empty last record batch.
+list); column ``y`` the labels; column ``id``, where the header says so, the ids. Record batches are bounded, so a set
+may be larger than memory on its way in and out. The statistics are known only at the end: they travel as the metadata
+of an empty last record batch.
 """
 
 import json
@@ -34,13 +35,17 @@ class Header:
     classes: tuple[str, ...]
     augment: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    has_ids: bool = False
 
     @property
     def schema(self) -> pa.Schema:
-        """The Arrow schema of the two columns, with this header as its metadata."""
+        """The Arrow schema of the columns, with this header as its metadata."""
         fields = {"format": FORMAT, **asdict(self)}
+        columns = {"x": self._type, "y": pa.int64()}
+        if self.has_ids:
+            columns["id"] = pa.int64()
         return pa.schema(
-            {"x": self._type, "y": pa.int64()},
+            columns,
             metadata={"effray": json.dumps(fields)},
         )
 
@@ -66,6 +71,7 @@ class Header:
             classes=tuple(fields["classes"]),
             augment=tuple(fields.get("augment", ())),
             columns=tuple(fields.get("columns", ())),
+            has_ids=fields.get("has_ids", False),
         )
 
 
@@ -75,6 +81,7 @@ class Block(NamedTuple):
     x: np.ndarray | list[bytes]  # uint8 [m, H, W, C], float32 [m, D], or encoded images
     y: np.ndarray  # int64 [m]
     sample: np.ndarray  # what the statistics are taken from: x itself, or some of the images, decoded
+    ids: np.ndarray | None = None  # int64 [m], where the header says that there are any
 
 
 def write(path: Path, header: Header, blocks: Iterable[Block]) -> None:
@@ -99,7 +106,8 @@ def _record_batches(schema: pa.Schema, blocks: Iterable[Block], moments: Moments
         moments.update(block.sample)
         x = _column(block.x, kind)
         y = pa.array(block.y, pa.int64())
-        batch = pa.record_batch([x, y], schema)
+        ids = [] if block.ids is None else [pa.array(block.ids, pa.int64())]
+        batch = pa.record_batch([x, y, *ids], schema)
         if pending and size + batch.nbytes > BATCH_BYTES:
             yield pa.concat_batches(pending)
             pending = []
@@ -144,8 +152,8 @@ class Store:
         self._views = []  # the mapped file as one array per record batch
         if self.header.kind != "encoded":
             self._views = [self._view(column) for column in self._columns]
-        labels = [batch.column("y").to_numpy() for batch in batches]
-        self.y = torch.from_numpy(np.concatenate(labels))  # [n]
+        self.y = _gathered(batches, "y")  # [n]
+        self.ids = _gathered(batches, "id") if self.header.has_ids else None  # [n]
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
         return Store, (self.path,)
@@ -192,7 +200,14 @@ class Store:
             std=self._std,
             augment=self.header.augment,
             columns=self.header.columns,
+            ids=self.ids,
         )
+
+
+def _gathered(batches: Iterable[pa.RecordBatch], name: str) -> torch.Tensor:
+    """Return a column of integers over all record batches."""
+    parts = [batch.column(name).to_numpy() for batch in batches]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _over(values: pa.Buffer, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,21 +1,72 @@
-"""Ids of samples as a user gives them: ``3,14,15``, a file of them, or a list in JSON."""
+"""Ids of samples as a user gives them, ``3,14,15``, a file of them, or a list in JSON, and what they stand for."""
 
 import os
 import re
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from raypkg.core.errors import UserError, unknown
+from raypkg.data.split import Split
 
 LIST = re.compile(r"[0-9]+(,[0-9]+)*")  # \d would take the digits of every script
 DIGITS = re.compile(r"[0-9]{1,19}")  # as many as the largest id has
 COLUMNS = ("id", "index")  # of a parquet file
 ALLOWED = "ids are whole numbers from 0 to 2⁶³ − 1"
 LONGEST = 100  # signs of a list that an error shows
+
+
+class Found(NamedTuple):
+    """Where the samples of some ids are.
+
+    Attributes:
+        positions: in the split, int64 [m]; an id has as many as samples stand for it.
+        owner: which of the ids each belongs to, int64 [m].
+        counts: positions of each id, int64 [ids]; 0 of one that is unknown.
+    """
+
+    positions: Tensor
+    owner: Tensor
+    counts: Tensor
+
+    def among(self, mask: Tensor) -> Tensor:
+        """Return how many of the positions of each id a mask [n] has, int64 [ids]."""
+        chosen = self.owner[mask[self.positions]]
+        return torch.bincount(chosen, minlength=len(self.counts))
+
+
+def find_ids(split: Split, ids: Tensor) -> Found:
+    """Return where the samples of ids are: those of other data where a split says so, else positions in it.
+
+    >>> split = Split.from_tensors(torch.eye(3), torch.tensor([0, 1, 1]))
+    >>> find_ids(split, torch.tensor([2, 7])).counts
+    tensor([1, 0])
+    """
+    known = torch.arange(len(split)) if split.ids is None else split.ids
+    ascending, order = known.sort(stable=True)
+    first = torch.searchsorted(ascending, ids)
+    end = torch.searchsorted(ascending, ids, right=True)
+    counts = end - first
+    owner = torch.arange(len(ids)).repeat_interleave(counts)
+    before = counts.cumsum(0) - counts  # positions of the ids before each
+    place = torch.arange(len(owner)) - before[owner]  # of a position among those of its id
+    return Found(order[first[owner] + place], owner, counts)
+
+
+def id_range(split: Split) -> str:
+    """Tell the user which ids a split has.
+
+    >>> id_range(Split.from_tensors(torch.eye(3), torch.tensor([0, 1, 1])))
+    '0 … 2'
+    """
+    if split.ids is None:
+        return f"0 … {len(split) - 1}"
+    return f"those of the data's column of ids, {int(split.ids.min())} … {int(split.ids.max())}"
 
 
 def is_id(value: Any) -> bool:

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from raypkg.core.errors import UserError, unknown
 from raypkg.data.split import Split, Take
@@ -26,15 +27,28 @@ def aligned(split: Split, like: Split) -> Split:
     if strange is not None:
         raise unknown("class of the new samples", strange, like.classes)
     numbers = torch.tensor([like.classes.index(name) for name in split.classes])  # [classes of split]
-    return replace(like, take=split.take, y=numbers[split.y])
+    return replace(like, take=split.take, y=numbers[split.y], ids=None)  # they get the next ids
 
 
 def joined(*splits: Split) -> Split:
-    """Return aligned splits as one, their samples one after another."""
+    """Return aligned splits as one, their samples one after another.
+
+    Where the first has ids, those of the others are numbered on from the largest of them.
+    """
     takes = [split.take for split in splits]
     starts = [0, *accumulate(map(len, splits))]  # where each split begins, and the end
     y = torch.cat([split.y for split in splits])
-    return replace(splits[0], take=partial(_take_joined, takes, starts), y=y)
+    ids = _numbered_on(splits[0].ids, len(y))
+    return replace(splits[0], take=partial(_take_joined, takes, starts), y=y, ids=ids)
+
+
+def _numbered_on(ids: Tensor | None, count: int) -> Tensor | None:
+    """Return so many ids, the first of them as given."""
+    if ids is None:
+        return None
+    begin = int(ids.max()) + 1
+    further = torch.arange(begin, begin + count - len(ids))
+    return torch.cat([ids, further])
 
 
 def _take_joined(takes: Sequence[Take], starts: Sequence[int], indices: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from raypkg.data.sources import dataset
 from raypkg.data.split import Split
 
 from .conditions import matching
+from .ids import find_ids, id_range
 from .joined import aligned, joined
 from .ledger import digest
 from .queues import Request
@@ -96,16 +97,12 @@ class _Draft:
         self._active = torch.cat([self._active, in_use])
 
     def _restored(self, value: Sequence[int]) -> Tensor:
-        ids = self._known_ids("restore", value)
-        _refuse("restore", ids[self._active[ids]], "is in use already")
-        return ids
+        return self._changing("restore", value, ~self._active, "is in use already")
 
     def _deleted(self, request: Request) -> Tensor:
         if request.kind == "delete_where":
             return self._matching(request.value)
-        ids = self._known_ids("delete", request.value)
-        _refuse("delete", ids[~self._active[ids]], "is deleted already")
-        return ids
+        return self._changing("delete", request.value, self._active, "is deleted already")
 
     def _matching(self, condition: str) -> Tensor:
         matches = torch.from_numpy(matching(self._split, condition))
@@ -114,19 +111,31 @@ class _Draft:
             raise UserError(f"no sample in use meets {condition!r}")
         return ids
 
-    def _known_ids(self, kind: str, value: Sequence[int]) -> Tensor:
-        """Return ids, of which none is unknown, repeated or held out."""
+    def _changing(self, kind: str, value: Sequence[int], changeable: Tensor, otherwise: str) -> Tensor:
+        """Return those positions of ids that a request changes.
+
+        Args:
+            kind: of the request.
+            value: the ids; of the samples that stand for one, at least one must be changeable.
+            changeable: which samples it can be asked for, bool [n].
+            otherwise: what is wrong with an id that has none of them.
+
+        Raises:
+            UserError: an id is unknown, repeated or held out, or cannot be changed.
+        """
         ids = torch.tensor(value, dtype=torch.int64)
-        last = len(self._active) - 1
-        _refuse(kind, ids[ids > last], f"is unknown, allowed are 0 … {last}")
+        found = find_ids(self._split, ids)
+        _refuse(kind, ids[found.counts == 0], f"is unknown, allowed are {id_range(self._split)}")
         values, counts = ids.unique(return_counts=True)
         most = int(counts.max())
         if most > 1:
             _refuse(kind, values[counts == most], f"is given {most} times")
-        valid = self._run.samples.valid
-        held_out = torch.isin(valid, ids)
-        _refuse(kind, valid[held_out], "is held out for validation and was never trained on")
-        return ids
+        trained = torch.ones(len(self._split), dtype=torch.bool)
+        trained[self._run.samples.valid] = False
+        _refuse(kind, ids[found.among(trained) == 0], "is held out for validation and was never trained on")
+        changing = changeable & trained
+        _refuse(kind, ids[found.among(changing) == 0], otherwise)
+        return found.positions[changing[found.positions]]
 
     def _check_left(self, kind: str) -> None:
         """Refuse a deletion that leaves nothing, or nothing of a class."""

@@ -1,0 +1,111 @@
+"""Features of a frozen model, computed once, as a data set that every other experiment takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raypkg.core.errors import UserError
+from raypkg.core.registry import Lookup
+from raypkg.core.settings import Count, Model, RunSettings
+from raypkg.models import model
+from raypkg.runs.report import Report
+
+from . import experiment
+
+if TYPE_CHECKING:  # they import torch, which `--help` need not wait for
+    from raypkg.data import Data
+    from raypkg.phases.embedding import Embedding
+    from raypkg.runs.folder import RunFolder
+
+
+class FrozenModel(Model):
+    """Whose features to compute."""
+
+    name: Annotated[
+        str, Field(description="a model as it is built: torchvision:NAME, package.module:function or another")
+    ] = ""
+
+
+class EmbedSettings(RunSettings):
+    """Settings of `effray embed`."""
+
+    model: FrozenModel = FrozenModel()
+    model_from: Annotated[str, Field(description="run whose model it is: a name under --root, or a path")] = ""
+    draws: Annotated[int, Field(ge=0, description="rows of each training sample, augmented anew; 0 = one as it is")] = 0
+    rows_per_part: Annotated[Count, Field(description="rows that a run which is stopped may have to compute again")] = (
+        4096
+    )
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"], Field(description="of the forward pass; auto = what the processor has")
+    ] = "auto"
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if bool(self.model.name) == bool(self.model_from):
+            raise UserError("embed needs a model: give one of --model NAME and --model-from RUN")
+        if self.model_from and self.model.options:
+            raise UserError("model.options would do nothing: the model of --model-from is as its run has it")
+        return self
+
+    @model_validator(mode="after")
+    def _every_sample(self) -> Self:
+        if self.dataset.only is not None:
+            raise UserError("dataset.only: embed takes every sample; choose among the rows where you train on them")
+        if self.dataset.augment and not self.draws:
+            raise UserError("dataset.augment would do nothing: give --draws, the number of rows of each sample")
+        return self
+
+    def lookups(self) -> list[Lookup]:
+        """Return the model, where it is chosen by name."""
+        return [Lookup(model, self.model.name, self.model.options)] if self.model.name else []
+
+
+@experiment("embed")
+def run(settings: EmbedSettings, *, report: Report) -> None:
+    """Compute the features of all samples by a frozen model, once: `table:RUN_FOLDER` is then a data set of rows.
+
+    Its rows have the labels and the ids of the samples. The same seed holds out the same samples as of the data itself.
+
+    Example:
+        effray embed --model resnet8 --name rows && effray train --dataset table:runs/embed/rows --model linear
+    """
+    from raypkg.phases.embedding import embed, finish_embedding
+    from raypkg.phases.samples import open_samples
+
+    data = open_samples(settings).data
+    embed(planned(settings, data, report.folder), data, settings.dataset, settings.cluster, report)
+    finish_embedding(report, len(data.train))
+
+
+def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding:
+    """Return what a run is to compute, with the model whose features they are.
+
+    Args:
+        settings: of the run.
+        data: the samples.
+        folder: of the run, among whose neighbours that of the model is looked for by name.
+
+    Raises:
+        UserError: no such model or run, one that does not fit the samples, or draws of no augmentation.
+    """
+    from raypkg.phases.backbone import named_backbone, trained_backbone
+    from raypkg.phases.embedding import Embedding
+    from raypkg.phases.samples import augmentations
+
+    augment = augmentations(settings.dataset, data)
+    if settings.draws and not augment:
+        raise UserError(f"draws = {settings.draws}: {settings.dataset.name} has no augmentation, so all would be equal")
+    if settings.model_from:
+        backbone = trained_backbone(folder, settings.model_from, data, settings.precision)
+    else:
+        backbone = named_backbone(settings.model, data, settings.precision, settings.seed)
+    return Embedding.of(
+        backbone,
+        data,
+        draws=settings.draws,
+        rows_per_part=settings.rows_per_part,
+        augment=augment,
+        seed=settings.seed,
+    )

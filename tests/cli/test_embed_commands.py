@@ -1,0 +1,211 @@
+"""`effray embed` as a user types it, what other commands make of its rows, and what it refuses."""
+
+import json
+from pathlib import Path
+from textwrap import dedent
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from raypkg.core.settings import Dataset, RunSettings
+from raypkg.methods.deltagrad.recorded_run import open_recorded
+from raypkg.phases.samples import open_samples
+from raypkg.runs.folder import locate
+
+HERE = "--cluster.workers 0"
+EMBED = f"embed --name one --model mlp --rows-per-part 400 {HERE}"
+DRAWN = f"embed --name drawn --model resnet8 --draws 2 --rows-per-part 800 {HERE}"
+ROWS = "table:runs/embed/one"
+SHORT = "--train.epochs 2 --train.batch_size 400"
+
+
+def rows_of(run):
+    return pq.read_table(f"runs/embed/{run}/train.parquet")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"train --dataset {ROWS} --model linear --train.epochs 1",
+        f"crest --dataset {ROWS} --model mlp --train.epochs 4 --budget 0.5",
+        f"sparse --dataset {ROWS} --model mlp --train.epochs 1 --density 0.2",
+        f"lipt --dataset {ROWS} --model linear --train.epochs 1 --pretrain.models 2 --pretrain.epochs 1",
+        f"train --dataset {ROWS} --model linear --train.epochs 1 --select.method gradmatch --select.fraction 0.2",
+        f"embed --dataset {ROWS} --model mlp {HERE}",
+    ],
+)
+def test_every_command_takes_the_rows(effray, after, command):
+    after(EMBED)
+    assert "1,4" in effray(command) or "1,2" in effray(command)
+
+
+def test_the_options_are_one_model_and_what_it_needs(refusal):
+    assert "give one of --model NAME and --model-from RUN" in refusal(f"embed {HERE}")
+    assert "give one of --model NAME and --model-from RUN" in refusal(f"embed --model mlp --model-from a {HERE}")
+    assert "model.options would do nothing" in refusal(f"embed --model-from a --set model.options.width=3 {HERE}")
+    assert "unknown model 'resnt8', did you mean 'resnet8'" in refusal(f"embed --model resnt8 {HERE}")
+    assert "unknown run" in refusal(f"embed --model-from nobody {HERE}")
+    assert "dataset.only: embed takes every sample" in refusal(f"embed --model mlp --dataset.only c.parquet {HERE}")
+    assert "dataset.augment would do nothing" in refusal(f"embed --model mlp --dataset.augment crop {HERE}")
+    assert "draws = '-1'" in refusal(f"embed --model mlp --draws -1 {HERE}")
+    assert "rows_per_part = '0'" in refusal(f"embed --model mlp --rows-per-part 0 {HERE}")
+
+
+def test_draws_of_nothing_are_refused(refusal, after):
+    after(EMBED)
+    line = refusal(f"embed --dataset {ROWS} --model mlp --draws 2 {HERE}")
+    assert "draws = 2: table:" in line and "has no augmentation" in line
+
+
+def test_a_model_of_other_samples_is_refused(effray, refusal, after):
+    after(EMBED)
+    effray(f"train --name of_rows --dataset {ROWS} --model linear --train.epochs 1")
+    line = refusal(f"embed --model-from of_rows {HERE}")
+    assert "the model of run 'of_rows' takes samples of shape [100], those here have [1, 8, 8]" in line
+
+
+def test_a_model_without_a_linear_head_is_refused(refusal, tmp_path, monkeypatch):
+    code = """
+        from torch import nn
+
+
+        def build(shape, num_classes):
+            return nn.Sequential(nn.Conv2d(1, num_classes, 8), nn.Flatten())
+    """
+    (tmp_path / "headless.py").write_text(dedent(code))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "has no nn.Linear to serve as the head" in refusal(f"embed --model headless:build {HERE}")
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_computed(refusal, monkeypatch):
+    monkeypatch.setattr("raypkg.phases.embedding.shutil.disk_usage", lambda folder: type("", (), {"free": 1000}))
+    line = refusal(EMBED)
+    assert "1,437 training rows and 360 test rows of 100 features, about 748 kB, and as much again" in line
+    assert "has 1 kB left" in line
+
+
+# DeltaGrad in the ids of the data
+
+
+def renumbered(run):
+    """Let the training rows stand in another order: an id is no position any more."""
+    file = Path(f"runs/embed/{run}/train.parquet")
+    table = pq.read_table(file)
+    schema = table.schema
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
+    pq.write_table(table.take(order.numpy()).cast(schema), file)
+
+
+def deleted():
+    """Return the ids and the positions of the samples that run ``a`` no longer uses."""
+    with open_recorded(locate("runs", "a")) as recorded:
+        held = torch.zeros(len(recorded.split), dtype=torch.bool)
+        held[recorded.samples.valid] = True
+        gone = (~recorded.active & ~held).nonzero()[:, 0]
+        return recorded.split.ids[gone].tolist(), gone.tolist()
+
+
+def trained_ids(count):
+    samples = open_samples(RunSettings(dataset=Dataset(name=f"table:{Path('runs/embed/one').absolute()}")))
+    return samples.data.train.ids[samples.kept[:count]].tolist(), samples.kept[:count].tolist()
+
+
+@pytest.fixture
+def recorded(effray, after):
+    """Make a recorded run ``a`` on rows whose ids are not their positions."""
+    after(EMBED)
+    renumbered("one")
+    effray(f"deltagrad train --name a --dataset {ROWS} {SHORT}")
+
+
+def test_deltagrad_deletes_and_restores_by_the_ids_of_the_data(effray, recorded):
+    ids, positions = trained_ids(3)
+    assert ids != positions
+    effray(f"deltagrad delete a --ids {','.join(map(str, ids))}")
+    assert deleted() == (ids, positions)
+    effray(f"deltagrad add a --ids {ids[1]}")
+    assert deleted()[0] == [ids[0], ids[2]]
+    effray("deltagrad verify a")
+
+
+def test_deltagrad_tells_which_ids_there_are(refusal, recorded):
+    line = refusal("deltagrad delete a --ids 99999")
+    assert "delete: id 99999 is unknown, allowed are those of the data's column of ids, 0 … 1436" in line
+
+
+def test_samples_that_are_added_are_numbered_on_from_the_largest_id(effray, recorded):
+    effray("deltagrad add a --data table:runs/embed/one/test.parquet")
+    effray("deltagrad delete a --ids 1437,1438")
+    assert deleted()[0] == [1437, 1438]
+
+
+def test_an_id_stands_for_all_draws_of_its_sample(effray, after):
+    after(DRAWN)
+    effray(f"deltagrad train --name a --dataset table:runs/embed/drawn --dataset.validation 0 {SHORT}")
+    out = effray("deltagrad delete a --ids 5,9")
+    assert "4 deleted" in out
+    assert sorted(deleted()[0]) == [5, 5, 9, 9]
+    assert deleted()[1] == [5, 9, 1437 + 5, 1437 + 9]
+
+
+def test_an_id_part_of_whose_draws_are_deleted_can_be_deleted_and_restored_whole(effray, refusal, after):
+    after(DRAWN)
+    effray(f"deltagrad train --name a --dataset table:runs/embed/drawn --dataset.validation 0 {SHORT}")
+    table = rows_of("drawn")
+    features = np.stack(table["features"].to_numpy())
+    first, second = features[[5, 1437 + 5]]
+    column = int(abs(first - second).argmax())
+    middle = (first[column] + second[column]) / 2
+    sign = "<" if first[column] < second[column] else ">"
+    label = table["label"][5]
+    effray(f"deltagrad delete a --where 'features[{column}] {sign} {middle} and label = {label}'")
+    assert deleted()[0].count(5) == 1
+    effray("deltagrad delete a --ids 5")
+    assert deleted()[0].count(5) == 2
+    assert "id 5 is deleted already" in refusal("deltagrad delete a --ids 5")
+    effray("deltagrad add a --ids 5")
+    assert deleted()[0].count(5) == 0
+
+
+# Ids and vectors of tables that users bring
+
+
+def write(file, **columns):
+    pq.write_table(pa.table({"a": [0.5, 1.5, 2.5], "label": [0, 1, 0], **columns}), file)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, "unknown id column of"),
+        ({"key": ["x", "y", "z"]}, "id column 'key' of … is string, needed are integers"),
+        ({"key": [1.0, 2.0, 3.0]}, "id column 'key' of … is double, needed are integers"),
+        ({"key": [1, None, 3]}, "column 'key' of … has no value in row 1"),
+        ({"key": [1, -2, 3]}, "column 'key' of … holds a number that is not from 0 to 2⁶³ − 1 in row 1"),
+        ({"key": pa.array([1, 2**64 - 1, 3], pa.uint64())}, "not from 0 to 2⁶³ − 1 in row 1"),
+        ({"key": [1, 2, 3], "v": pa.array([[1], [2], [3]], pa.list_(pa.int8(), 1))}, "needed are numbers, or lists of"),
+        ({"key": [1, 2, 3], "v": pa.array([[1], None, [3]], pa.list_(pa.float32(), 1))}, "has no value somewhere"),
+        (
+            {"key": [1, 2, 3], "v": pa.array([[1], [float("nan")], [3]], pa.list_(pa.float32(), 1))},
+            "holds NaN in row 1",
+        ),
+    ],
+)
+def test_ids_are_integers_and_vectors_are_floats(refusal, columns, message):
+    write("mine.parquet", **columns)
+    line = refusal("train --dataset table:mine.parquet --set dataset.options.id=key --model linear")
+    for part in message.split(" … "):
+        assert part in line
+
+
+def test_the_command_shows_its_figures_and_is_in_the_list(effray, after):
+    after(EMBED)
+    out = effray("show one")
+    assert "1,437 training and 360 test rows of 100 features" in out
+    summary = json.loads(Path("runs/embed/one/summary.json").read_text())
+    assert (summary["rows"], summary["test_rows"], summary["width"]) == (1437, 360, 100)
+    assert not Path("runs/embed/one/parts").exists()
+    assert "one" in effray("list")

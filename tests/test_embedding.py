@@ -1,0 +1,291 @@
+"""`effray embed`: features are those of the model, rows are the samples, and a run that died ends as if it had not."""
+
+import os
+import random
+import resource
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+
+from forked import effray
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+from raypkg.data import load_data
+from raypkg.data.augment import compose
+from raypkg.data.partition import hold_out
+from raypkg.data.sources.digits import load as load_digits
+from raypkg.data.sources.table import RowTable
+from raypkg.models import build_model
+from raypkg.phases import embedded_parts, embedding
+from raypkg.phases.trained import load_model
+from run_files import check_whole, files
+
+PLAIN = "--precision float32 --cluster.workers 0 --rows-per-part 200"
+EMBED = f"embed --name one --model resnet8 {PLAIN}"
+BROKEN = 1003
+
+
+class Broken(nn.Module):
+    """Has no feature of a black image."""
+
+    def forward(self, x):
+        rows = x.flatten(1)
+        return rows / (rows != rows.min(1, keepdim=True).values).any(1, keepdim=True)
+
+
+def broken(shape, num_classes):
+    return nn.Sequential(Broken(), nn.Linear(64, num_classes))
+
+
+def with_a_black_digit(root: str, *, split: str):
+    honest = load_digits(root, split=split)
+
+    def take(indices):
+        x = honest.take(indices)
+        x[indices == BROKEN] = 0
+        return x
+
+    return replace(honest, take=take)
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory, blank_pictures):
+    """Return the run folder of an embedding of the digits by a model as it is built."""
+    folder = tmp_path_factory.mktemp("embedded") / "work"
+    folder.mkdir()
+    ended = effray(EMBED, folder)
+    assert ended.code == 0, ended
+    return folder / "runs/embed/one"
+
+
+@torch.inference_mode()
+def features_by_hand(model, split, pixels):
+    x = split.inputs(pixels)
+    return model.eval().features(x.contiguous(memory_format=torch.channels_last))
+
+
+def rows_of(file):
+    table = pq.read_table(file)
+    return table, np.stack(table["features"].to_numpy())
+
+
+def test_features_are_those_of_the_model_for_every_sample_of_both_splits(embedded):
+    data = load_data("digits")
+    model = build_model("resnet8", data.train.shape, 10, seed=0)
+    for split, name in zip(data, ("train", "test"), strict=True):
+        table, features = rows_of(embedded / f"{name}.parquet")
+        pixels, y = split.batch(torch.arange(len(split)))
+        expected = features_by_hand(model, data.train, pixels).numpy()
+        assert table["id"].to_pylist() == list(range(len(split)))
+        assert table["label"].to_pylist() == [data.train.classes[label] for label in y]
+        np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_run_folder_is_a_data_set_of_rows_with_the_ids_classes_and_held_out_samples_of_the_data(embedded):
+    rows = load_data(f"table:{embedded}")
+    data = load_data("digits")
+    _, features = rows_of(embedded / "train.parquet")
+    x, y = rows.train.batch(torch.arange(len(rows.train)))
+    assert x.numpy().tobytes() == features.tobytes()
+    assert y.equal(data.train.y) and rows.train.classes == data.train.classes
+    assert rows.train.ids.equal(torch.arange(len(data.train))) and rows.test.ids.equal(torch.arange(len(data.test)))
+    of_rows, of_data = (hold_out(split.y, 0.1, generator(0, "hold out")) for split in (rows.train, data.train))
+    assert of_rows[0].equal(of_data[0]) and of_rows[1].equal(of_data[1])
+
+
+def test_the_features_of_a_trained_model_are_its_own(tmp_path):
+    assert effray("train --name base --model resnet8 --train.epochs 1 --cluster.workers 0", tmp_path).code == 0
+    ended = effray(f"embed --name one --model-from base {PLAIN}", tmp_path)
+    assert ended.code == 0, ended
+    model = load_model(str(tmp_path / "runs/train/base"))
+    data = load_data("digits")
+    _, features = rows_of(tmp_path / "runs/embed/one/test.parquet")
+    pixels, _ = data.test.batch(torch.arange(len(data.test)))
+    expected = features_by_hand(model, data.train, pixels).numpy()
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_draw_is_a_row_of_every_training_sample_augmented_anew_and_the_test_samples_have_one(tmp_path):
+    ended = effray(f"embed --name one --model resnet8 --draws 3 --seed 4 {PLAIN}", tmp_path)
+    assert ended.code == 0, ended
+    data = load_data("digits")
+    n = len(data.train)
+    table, features = rows_of(tmp_path / "runs/embed/one/train.parquet")
+    test = pq.read_table(tmp_path / "runs/embed/one/test.parquet")
+    assert table["id"].to_pylist() == list(range(n)) * 3
+    assert len(test) == len(data.test)
+
+    augment = compose(("crop",))
+    model = build_model("resnet8", data.train.shape, 10, seed=4)
+    pixels, _ = data.train.batch(torch.arange(n))
+    for draw in range(3):
+        uniforms = torch.rand(n, augment.draws, generator=generator(4, "embed", draw))
+        expected = features_by_hand(model, data.train, augment(pixels, uniforms)).numpy()
+        np.testing.assert_allclose(features[draw * n : (draw + 1) * n], expected, rtol=1e-4, atol=1e-5)
+
+
+def killed_after(count):
+    """Let the process be killed once it has written so many parts."""
+    written = []
+    honest = embedded_parts.write_part
+
+    def write(*arguments):
+        if len(written) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(honest(*arguments))
+
+    embedding.write_part = write
+
+
+def killed_between_tables():
+    honest = embedded_parts.join_parts
+
+    def join(storage, parts, name, *arguments):
+        if name == "test.parquet":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(storage, parts, name, *arguments)
+
+    embedding.join_parts = join
+
+
+def killed_before_parts_are_deleted():
+    from raypkg.runs.storage import Storage
+
+    honest = Storage.delete_folder
+
+    def delete(storage, name):
+        if name == embedded_parts.PARTS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        honest(storage, name)
+
+    Storage.delete_folder = delete
+
+
+DEATHS = [
+    lambda: killed_after(0),
+    lambda: killed_after(1),
+    lambda: killed_after(5),
+    lambda: killed_after(8),
+    killed_between_tables,
+    killed_before_parts_are_deleted,
+]
+
+
+@pytest.mark.parametrize("death", range(len(DEATHS)))
+def test_killed_at_any_moment_and_resumed_it_leaves_what_an_undisturbed_run_leaves(embedded, tmp_path, death):
+    ended = effray(EMBED, tmp_path, DEATHS[death])
+    assert ended.code == -signal.SIGKILL, ended
+    ended = effray("embed --resume one --cluster.workers 0", tmp_path)
+    assert ended.code == 0, ended
+    check_whole(tmp_path / "runs")
+    here, there = files(tmp_path / "runs/embed/one"), files(embedded)
+    assert here.keys() == there.keys()
+    timed = ("plots/costs.png",)
+    assert [name for name in here if name not in timed and here[name] != there[name]] == []
+
+
+def noted(path):
+    """Let a process note each part that it computes in a file."""
+    honest = embedded_parts.write_part
+
+    def write(storage, part, *arguments):
+        with Path(path).open("a") as file:
+            file.write(f"{part.file}\n")
+        return honest(storage, part, *arguments)
+
+    embedding.write_part = write
+
+
+def test_a_resumed_run_computes_the_parts_that_are_missing_or_damaged_and_no_others(embedded, tmp_path):
+    assert effray(EMBED, tmp_path, lambda: killed_after(6)).code == -signal.SIGKILL
+    parts = tmp_path / "runs/embed/one/parts"
+    assert len([*parts.iterdir()]) == 6
+    content = bytearray((parts / "train-00001.parquet").read_bytes())
+    content[len(content) // 2] ^= 1
+    (parts / "train-00001.parquet").write_bytes(content)
+    (parts / "train-00003.parquet").write_bytes(content[:100])
+    notes = tmp_path / "notes"
+    assert effray("embed --resume one --cluster.workers 0", tmp_path, lambda: noted(notes)).code == 0
+    computed = notes.read_text().split()
+    assert computed[:2] == ["train-00001.parquet", "train-00003.parquet"]
+    assert len(computed) == 10 - 4
+    assert (tmp_path / "runs/embed/one/train.parquet").read_bytes() == (embedded / "train.parquet").read_bytes()
+
+
+def with_files_of_at_most(size):
+    """Let writing fail beyond so many bytes, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("size", [30_000, 150_000])  # fewer bytes than a part has, and than the joined parts
+def test_a_disk_that_gets_full_is_a_line_and_the_run_goes_on_once_there_is_room(embedded, tmp_path, size):
+    line = effray(EMBED, tmp_path, lambda: with_files_of_at_most(size)).line
+    assert "cannot write" in line
+    run = tmp_path / "runs/embed/one"
+    if size > 100_000:
+        check_whole(tmp_path / "runs")
+        assert effray("embed --resume one --cluster.workers 0", tmp_path).code == 0
+        assert (run / "train.parquet").read_bytes() == (embedded / "train.parquet").read_bytes()
+    else:
+        assert not run.exists()
+
+
+def test_a_feature_that_is_no_number_is_told_with_its_sample(tmp_path):
+    line = effray(
+        f"embed --name one --dataset {__name__}:with_a_black_digit --model {__name__}:broken {PLAIN}", tmp_path
+    ).line
+    assert f"train sample {BROKEN}: its features hold NaN or infinity" in line
+
+
+def test_the_bill_has_every_sample_once_whoever_computed_it(embedded, tmp_path):
+    assert effray(EMBED, tmp_path, lambda: killed_after(6)).code == -signal.SIGKILL
+    assert effray("embed --resume one --cluster.workers 0", tmp_path).code == 0
+    bills = [files(run)["summary.json"]["phases"] for run in (embedded, tmp_path / "runs/embed/one")]
+    assert bills[0] == bills[1]
+    assert bills[0][0]["forward"] == 1437 + 360
+
+
+def test_a_table_may_hold_vectors_beside_numbers_in_one_file_of_both_splits(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(50, 3))
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), 3)
+    table = pa.table({"v": column, "a": np.arange(50.0), "label": np.arange(50) % 2, "key": np.arange(50) * 10})
+    pq.write_table(table, tmp_path / "mine.parquet", row_group_size=7)
+    train, test = load_data(f"table:{tmp_path / 'mine.parquet'}", {"id": "key"})
+    assert train.columns == ("a", "v[0]", "v[1]", "v[2]")
+    for split in (train, test):
+        x, _ = split.batch(torch.arange(len(split)))
+        rows = split.ids.numpy() // 10
+        np.testing.assert_array_equal(x[:, 0].numpy(), rows)
+        np.testing.assert_array_equal(x[:, 1:].numpy(), vectors[rows].astype(np.float32))
+
+
+def test_a_damaged_file_of_features_is_read_or_refused_in_one_line(embedded, tmp_path):
+    file = tmp_path / "rows.parquet"
+    whole = pq.read_table(embedded / "test.parquet").slice(0, 40)
+    pq.write_table(whole, file, row_group_size=16, compression="none")
+    content = file.read_bytes()
+    draws = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[draws.randrange(len(content))] = draws.randrange(256)
+        cut = draws.randrange(len(content))
+        del damaged[cut : cut + draws.randrange(2)]
+        file.write_bytes(damaged)
+        try:
+            table = RowTable(file, "label")
+            blocks = [*table.blocks(np.arange(len(table)), table.classes)]
+            assert all(np.isfinite(block.x).all() for block in blocks)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 100
