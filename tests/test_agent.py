@@ -294,3 +294,16 @@ def test_on_a_gpu_too_dropout_leaves_exactly_the_full_gradient(build):
     fit(dataclasses.replace(trained, worker=Worker(device=device)))
     full = torch.cat([gradient.flatten() for gradient in hook.full])
     torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-12)
+
+
+@DRAWING
+@pytest.mark.parametrize(
+    "settings", [{"micro_batch": 5}, {"label_smoothing": 0.2}, {"micro_batch": 5, "label_smoothing": 0.2}]
+)
+def test_the_snapshot_takes_the_parts_and_the_objective_of_the_model(build, settings):
+    """θ = θ̃: the two gradients are one, and γc = 1 leaves g̃."""
+    after, hook = Gradients(50), corrected()
+    fit(run(hook, after, model=build(), precision="float64", epochs=1, **settings))
+    full = torch.cat([gradient.flatten() for gradient in hook.full])
+    torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-14)
+    assert hook.history[0][2] == pytest.approx(1.0, abs=1e-14)  # the cosine

@@ -7,7 +7,8 @@ from torch import nn
 from raypkg.core.config import load_settings, parse_toml, to_toml
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Train
-from raypkg.experiments import experiment, settings_of, with_absolute_paths
+from raypkg.experiments import experiment, settings_of
+from raypkg.experiments.names import with_absolute_paths
 from raypkg.models.classifier import Classifier
 from raypkg.phases.first_weights import fitted
 from raypkg.sweeps.proxy import selection

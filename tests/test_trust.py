@@ -173,3 +173,12 @@ def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, 
         main(["tune", "train", "--resume", "one"])
     assert "space.py is not your own alone and would be run as code" in capsys.readouterr().err
     assert not Path("imported").exists()
+
+
+def test_a_target_is_named_as_a_data_set_is(stored, of_somebody_else):
+    storage = stored("resnet8").storage
+    storage.write("config.toml", b'seed = 1\n[select.target]\nname = "table:few"\n')
+    assert trust.stored_settings(RunFolder(storage))["select"]["target"] == {"name": "table:few"}
+    storage.write("config.toml", b'seed = 1\n[select.target]\nname = "my_code:few"\n')
+    with pytest.raises(UserError, match="names code, 'my_code:few'"):
+        trust.stored_settings(RunFolder(storage))

@@ -14,7 +14,7 @@ from raypkg.core.errors import UserError, redacted
 from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Training
 from raypkg.data.memory import readable
-from raypkg.experiments import check_names, with_absolute_paths, with_tokenizer
+from raypkg.experiments.names import check_names, with_absolute_paths, with_tokenizer
 from raypkg.experiments.select import SelectSettings
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.stages import Stage

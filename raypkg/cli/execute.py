@@ -8,7 +8,8 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import Interruption, UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
-from raypkg.experiments import carry_out, check_names, with_absolute_paths, with_tokenizer
+from raypkg.experiments import carry_out
+from raypkg.experiments.names import check_names, with_absolute_paths, with_tokenizer
 from raypkg.phases.trust import stored_settings
 from raypkg.runs.folder import RunFolder, create, discard, find
 from raypkg.runs.show import show_run, terminal

@@ -5,17 +5,12 @@ from __future__ import annotations
 import typing
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raypkg.core.errors import UserError, ending_told
 from raypkg.core.imports import heavy_imports
-from raypkg.core.registry import Entry, Lookup, Registry
-from raypkg.core.settings import Experiment, RunSettings, Select, Train
-from raypkg.coresets.rules import coreset
-from raypkg.data.sources import dataset
-from raypkg.engine import hook
-from raypkg.models import model, tokenizer_of
+from raypkg.core.registry import Entry, Registry
+from raypkg.core.settings import Experiment, RunSettings
 
 if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
     from rich.console import Console
@@ -24,7 +19,6 @@ if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
 
 experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report", "workers"))
 R = TypeVar("R", bound=RunSettings)
-TOKENIZER = "tokenizer"  # the option of a source of texts
 
 
 def settings_of(entry: Entry) -> type[RunSettings]:
@@ -42,103 +36,6 @@ def training_settings_of(entry: Entry) -> type[Experiment]:
     if not issubclass(schema, Experiment):
         raise UserError(f"{entry.name} trains no model")
     return schema
-
-
-def with_absolute_paths(settings: R) -> R:
-    """Make the paths among the names absolute: workers and repeated runs are in other folders.
-
-    They are those in ``parquet:PATH`` and ``transformers:./FOLDER``, of a tokenizer, ``dataset.only`` and of first
-    weights. URIs stay as they are, and so do names on the hub and of runs: of those only what is here is a path.
-    """
-    chosen = settings.dataset
-    changes: dict[str, Any] = {}
-    source, _, path = chosen.name.partition(":")
-    if path and source in dataset:
-        changes["name"] = f"{source}:{_absolute(path)}"
-    if chosen.only is not None and "://" not in chosen.only:
-        changes["only"] = _absolute(chosen.only)
-    if isinstance(own := chosen.options.get(TOKENIZER), str):
-        changes["options"] = {**chosen.options, TOKENIZER: _absolute_folder(own)}
-    parts: dict[str, Any] = {"dataset": chosen.model_copy(update=changes)}
-    if isinstance(settings, Experiment):
-        family, colon, variant = settings.model.name.partition(":")
-        name = f"{family}{colon}{_absolute_folder(variant)}"
-        parts["model"] = settings.model.model_copy(update={"name": name})
-    train = getattr(settings, "train", None)
-    if isinstance(train, Train) and train.from_ is not None and _has_weights(Path(train.from_)):
-        parts["train"] = train.model_copy(update={"from_": _absolute(train.from_)})
-    return settings.model_copy(update=parts)
-
-
-def _has_weights(path: Path) -> bool:
-    """Say whether a path is a file or a finished run's folder; otherwise it may be the name of a run."""
-    return path.is_file() or (path / "summary.json").is_file()
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
-def _absolute_folder(name: str) -> str:
-    """Return the path of a folder as an absolute one, and any other name as it is."""
-    folder = "/" in name and Path(name).expanduser().is_dir()
-    return _absolute(name) if folder else name
-
-
-def check_names(settings: RunSettings) -> None:
-    """Refuse unknown names of data sets, models, methods, hooks, rules, augmentations and projects, and wrong options.
-
-    All names come before the first option, which imports what it belongs to, and PyTorch with it.
-    """
-    from raypkg.runs.tracking import check_tracker
-
-    lookups = _lookups(settings)
-    for each in lookups:
-        each.registry.check(each.name)
-    with heavy_imports():
-        for each in lookups:
-            each.registry[each.name].options(each.options)
-    if isinstance(settings, Experiment):
-        _check_hooks(settings)
-    _check_augmentations(settings)
-    check_tracker(settings)
-
-
-def with_tokenizer(settings: R) -> R:
-    """Have texts cut into the tokens of the model that is given them, where checked settings name no tokenizer."""
-    chosen = settings.dataset
-    if not isinstance(settings, Experiment) or TOKENIZER in chosen.options:
-        return settings
-    own = tokenizer_of(settings.model.name)
-    if not own or TOKENIZER not in dataset[chosen.name].schema.model_fields:
-        return settings
-    options = {**chosen.options, TOKENIZER: own}
-    return settings.model_copy(update={"dataset": chosen.model_copy(update={"options": options})})
-
-
-def _lookups(settings: RunSettings) -> list[Lookup]:
-    """Return all that the settings choose by its name."""
-    lookups = [Lookup(dataset, settings.dataset.name, settings.dataset.options)]
-    if isinstance(settings, Experiment):
-        lookups.append(Lookup(model, settings.model.name, settings.model.options))
-        lookups += [Lookup(hook, named.name, named.options) for named in settings.hooks]
-    select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
-    if isinstance(select, Select):
-        lookups.append(Lookup(coreset, select.method, select.options))
-    return lookups + settings.lookups()
-
-
-def _check_hooks(settings: Experiment) -> None:
-    for named in settings.hooks:
-        needs = hook[named.name].needs
-        if needs:
-            raise UserError(f"hook {named.name!r} needs {needs[0]!r}, which nobody gives: it takes keywords only")
-
-
-def _check_augmentations(settings: RunSettings) -> None:
-    from raypkg.data.augment import compose
-
-    compose(settings.dataset.augment or ())
 
 
 def _with_digest(settings: R, folder: RunFolder) -> R:

@@ -5,7 +5,8 @@ from rich.console import Console
 from raypkg.core.config import fields_of, load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment, Train
-from raypkg.experiments import carry_out, check_names, experiment
+from raypkg.experiments import carry_out, experiment
+from raypkg.experiments.names import check_names
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage

@@ -18,7 +18,8 @@ from raypkg.core.errors import Interruption, UserError, redacted
 from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
-from raypkg.experiments import check_names, training_settings_of, with_absolute_paths, with_tokenizer
+from raypkg.experiments import training_settings_of
+from raypkg.experiments.names import check_names, with_absolute_paths, with_tokenizer
 from raypkg.phases.trust import check_code, check_file_of_code
 from raypkg.runs.activity import resuming
 from raypkg.runs.folder import discard

@@ -8,7 +8,8 @@ from rich.console import Console
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import APART, Experiment
-from raypkg.experiments import carry_out, experiment, training_settings_of, with_absolute_paths
+from raypkg.experiments import carry_out, experiment, training_settings_of
+from raypkg.experiments.names import with_absolute_paths
 from raypkg.runs import folder as run_folder
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.sealed import CONFIG

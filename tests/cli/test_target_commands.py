@@ -1,6 +1,7 @@
 """A selection for a target, as a user types it."""
 
 import csv
+import tomllib
 
 import pyarrow.parquet as pq
 import pytest
@@ -71,6 +72,29 @@ def test_lipt_and_reselection_take_a_target(effray, tables):
         " --select.every-epochs 2 --select.target.name table:few"
     )
     assert of_second("train/two") > 0.9
+
+
+def test_the_path_of_a_target_is_stored_as_an_absolute_one(effray, tables, tmp_path):
+    effray(TRAIN + " --select.method craig --select.fraction 0.5 --select.target table:few")
+    config = tomllib.loads((tmp_path / "runs/train/first/config.toml").read_text())
+    assert config["select"]["target"]["name"] == f"table:{tmp_path}/few"
+    effray("select --name one --model-from first --dataset table:all --fraction 0.2 --target table:few")
+    config = tomllib.loads((tmp_path / "runs/select/one/config.toml").read_text())
+    assert config["target"]["name"] == f"table:{tmp_path}/few"
+
+
+def test_a_target_is_looked_up_before_anything_else(refusal, tables):
+    line = refusal("lipt --dataset table:all --model mlp --select.target tabel:few")
+    assert "unknown dataset" in line and "'table'" in line
+    line = refusal(
+        "lipt --dataset table:all --model mlp --select.target.name table:few --set select.target.options.labl=a"
+    )
+    assert "unknown table option 'labl', did you mean 'label'" in line
+
+
+def test_lipt_refuses_a_target_before_it_trains(refusal, tables, monkeypatch):
+    monkeypatch.setattr("raypkg.methods.lipt.pretrain.lipt.train_member", None)
+    assert "has samples of shape" in refusal("lipt --dataset table:all --model mlp --select.target digits")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.experiments import check_names
+from raypkg.experiments.names import check_names
 from raypkg.methods.lipt.densities import redrawn
 from raypkg.methods.lipt.merges import merge
 from raypkg.methods.lipt.pretrain import RESULT, pretraining

@@ -259,19 +259,34 @@ class Correction(Hook):
         self.history.append((run.step, self.c, cosine))
 
     def _gradient(self, run: Run, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Return this worker's share of ℓ_B(θ̃), and of its gradient where gradients are enabled."""
-        with autocast(run.settings.precision, batch.x.device):
-            logits = self.snapshot(batch.x)
-        loss = losses_of(logits, batch.y) @ batch.weights / batch.total
+        """Return this worker's share of ℓ_B(θ̃), and of its gradient where gradients are enabled.
+
+        The batch goes through the snapshot in the parts in which it goes through the model.
+        """
+        losses = []
+        total: list[Tensor] = []
+        for part in batch.parts(run.settings.micro_batch):
+            loss, gradient = self._gradient_of_part(run, part)
+            losses.append(loss)
+            total = list(torch._foreach_add(total, gradient)) if total else gradient
+        return torch.stack(losses).sum(), total
+
+    def _gradient_of_part(self, run: Run, part: Batch) -> tuple[Tensor, list[Tensor]]:
+        with autocast(run.settings.precision, part.x.device):
+            logits = self.snapshot(part.x)
+        loss = losses_of(logits, part.y) @ part.weights / part.total
         if not loss.requires_grad:
             return loss, []
+        objective = loss  # c is of plain losses, the gradient of what is trained
+        if smoothing := run.settings.label_smoothing:
+            objective = losses_of(logits, part.y, smoothing) @ part.weights / part.total
         gradient = torch.autograd.grad(
-            loss,
+            objective,
             _trained(self.snapshot),
             allow_unused=True,  # layers that the forward pass does not use
             materialize_grads=True,
         )
-        return loss, list(gradient)
+        return loss.detach(), list(gradient)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ class RepeatedDraws:
         Raises:
             UserError: its latest pass was over something else.
         """
-        if x is not self._x:
+        if not self._is_of(x):
             raise UserError("agent: the model draws at random, as dropout does, and its pass was not over this batch")
         set_states(self._states, self.device)
 
@@ -38,9 +38,13 @@ class RepeatedDraws:
         """Stop watching the model."""
         self._handle.remove()
 
+    def _is_of(self, x: Tensor) -> bool:
+        """Say whether samples are of the batch that was noted, which goes through the model whole or in parts."""
+        return self._x is not None and x.untyped_storage().data_ptr() == self._x.untyped_storage().data_ptr()
+
     def _note(self, model: nn.Module, inputs: tuple[Tensor]) -> None:
         (x,) = inputs
-        if not model.training or x is self._x:  # the step's pass is the first over its batch; others may look again
+        if not model.training or self._is_of(x):  # the step's first pass is what is repeated; others may look again
             return
         self._x = x
         self._states = states_of(self.device)

@@ -15,7 +15,7 @@ def run(settings: LiptSettings, *, report: Report, workers: Workers) -> None:
         effray lipt --dataset digits --model resnet8 --select.method gradmatch --select.fraction 0.2
     """
     from raypkg.phases.samples import open_samples
-    from raypkg.phases.selection import TrainedModel, select_on_workers
+    from raypkg.phases.selection import TrainedModel, check_target_samples, select_on_workers
     from raypkg.phases.summary import finish
     from raypkg.phases.training import Job, train_on_cluster
 
@@ -23,6 +23,7 @@ def run(settings: LiptSettings, *, report: Report, workers: Workers) -> None:
 
     samples = open_samples(settings)
     settings.check(len(samples.kept))
+    check_target_samples(settings.select, samples)
     workers.limit(settings.smallest_batch(len(samples.kept)))
     pretrain = pretraining[settings.pretrain.method]
     pretrain(settings, report, samples=samples, workers=workers)
