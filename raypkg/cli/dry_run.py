@@ -14,6 +14,7 @@ from raypkg.core.errors import UserError, redacted
 from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Training
 from raypkg.data.memory import readable
+from raypkg.experiments.embed import EmbedSettings, planned
 from raypkg.experiments.names import check_names, with_absolute_paths, with_tokenizer
 from raypkg.experiments.select import SelectSettings
 from raypkg.runs.folder import RunFolder, create
@@ -55,8 +56,9 @@ def dry_run(
     stages = stages_of(entry.name, settings)
     place = Storage(root) / entry.name / (name or "NAME")
     _check_settings(settings, samples, stages, place)
+    lines = [*_plan(settings, samples, stages, place)]
     click.echo(to_toml(settings))
-    for line in _plan(settings, samples, stages):
+    for line in lines:
         click.echo(f"# {line}")
     click.echo(f"# folder: {redacted(place.root)}{'' if name else ', NAME made up from data, model and time'}")
     files = dict.fromkeys([*ALWAYS, *(file for stage in stages for file in stage.files)])
@@ -88,7 +90,7 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
         first_weights(settings, storage.parent.parent.root)
 
 
-def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage]) -> Iterator[str]:
+def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> Iterator[str]:
     """Yield the lines of the plan."""
     n = len(samples.kept)
     train, test = samples.data
@@ -99,10 +101,21 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage]) -> I
     select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
     if isinstance(select, Select):
         yield _selection(select, n)
+    if isinstance(settings, EmbedSettings):
+        yield _embedding(settings, samples, storage)
     if isinstance(settings, Experiment):
         yield from _training(settings, samples, stages)
     actors = settings.actors if isinstance(settings, Experiment) else 0
     yield f"workers: {_workers(settings.cluster)}{f'; {actors} actors' if actors else ''}"
+
+
+def _embedding(settings: EmbedSettings, samples: Samples, storage: Storage) -> str:
+    """Return what is computed, if the disk has room for it."""
+    from raypkg.phases.embedding import check_disk
+
+    embedding = planned(settings, samples.data, RunFolder(storage))
+    check_disk(embedding, storage)
+    return f"rows: {embedding.describe()} on disk, in {len(embedding.all_parts)} parts"
 
 
 def _selection(select: Select, n: int) -> str:

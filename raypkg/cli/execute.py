@@ -9,6 +9,7 @@ from raypkg.core.errors import Interruption, UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out
+from raypkg.experiments.embed import EmbedSettings
 from raypkg.experiments.names import check_names, with_absolute_paths, with_tokenizer
 from raypkg.phases.trust import stored_settings
 from raypkg.runs.folder import RunFolder, create, discard, find
@@ -62,7 +63,9 @@ def resume_run(
 
 
 def subject(settings: RunSettings) -> str:
-    """Return what a run is about: the model that it trains, or the method that selects."""
+    """Return what a run is about: the model that it trains or takes features of, or the method that selects."""
+    if isinstance(settings, EmbedSettings):
+        return settings.model.name or f"the model of {settings.model_from}"
     return settings.model.name if isinstance(settings, Experiment) else getattr(settings, "method", "")
 
 

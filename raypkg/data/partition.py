@@ -6,13 +6,17 @@ from torch import Tensor
 from raypkg.core.errors import UserError
 
 
-def hold_out(y: Tensor, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def hold_out(
+    y: Tensor, fraction: float, generator: torch.Generator, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Split positions into those to train on and a held-out share of each class.
 
     Args:
         y: labels, int64 [n].
         fraction: in [0, 1); rounded for each class, which keeps at least one sample to train on.
         generator: draws which.
+        ids: of the samples of other data that the rows stand for, int64 [n]: all rows of one go the same way, and so do
+            the samples themselves where they are held out by the same generator.
 
     Returns:
         Two ascending int64 tensors, disjoint, together 0 … n−1.
@@ -21,6 +25,8 @@ def hold_out(y: Tensor, fraction: float, generator: torch.Generator) -> tuple[Te
     >>> len(kept), len(held)
     (2, 2)
     """
+    if ids is not None:
+        return _hold_out_by_id(y, fraction, generator, ids)
     order = torch.randperm(len(y), generator=generator)
     kept = []
     held = []
@@ -29,6 +35,15 @@ def hold_out(y: Tensor, fraction: float, generator: torch.Generator) -> tuple[Te
         held.append(members[:size])
         kept.append(members[size:])
     return torch.cat(kept).sort().values, torch.cat(held).sort().values
+
+
+def _hold_out_by_id(y: Tensor, fraction: float, generator: torch.Generator, ids: Tensor) -> tuple[Tensor, Tensor]:
+    samples, sample_of_row = ids.unique(return_inverse=True)
+    labels = torch.empty(len(samples), dtype=torch.int64)
+    labels[sample_of_row] = y
+    _, held = hold_out(labels, fraction, generator)
+    is_held = torch.isin(sample_of_row, held)
+    return (~is_held).nonzero()[:, 0], is_held.nonzero()[:, 0]
 
 
 def stratified_shards(

@@ -49,7 +49,7 @@ def save_coreset(
     scores: Tensor | None = None,
     file: str = FILE,
 ) -> None:
-    """Write index, weight, class and (where there is one) score of every picked sample.
+    """Write index, weight, class and (where there are such) id and score of every picked sample.
 
     Args:
         storage: the run folder.
@@ -65,6 +65,8 @@ def save_coreset(
         "weight": coreset.weights.numpy(),
         "class": [split.classes[label] for label in labels],
     }
+    if split.ids is not None:
+        columns["id"] = split.ids[coreset.indices].numpy()
     if scores is not None:
         columns["score"] = scores[coreset.indices].numpy()
     facts = json.dumps({"samples": len(split), **provenance})
@@ -186,7 +188,10 @@ def keep_selected(
     """
     by_position = None
     if scores is not None:
-        storage.write_table(scores_of(file), pa.table({"index": indices.numpy(), "score": scores.numpy()}))
+        columns = {"index": indices.numpy(), "score": scores.numpy()}
+        if split.ids is not None:
+            columns["id"] = split.ids[indices].numpy()
+        storage.write_table(scores_of(file), pa.table(columns))
         by_position = torch.zeros(len(split)).index_put((indices,), scores)
     save_coreset(storage, coreset, split, provenance, by_position, file)
 

@@ -12,6 +12,7 @@ from raypkg.core.settings import Experiment, RunSettings, Select
 from raypkg.runs.stages import Stage
 
 CORESET = "coreset.parquet"
+EMBEDDED = ("train.parquet", "test.parquet")
 outlook = Registry("outlook", "raypkg.methods.*.show")
 
 
@@ -27,6 +28,12 @@ def stages_of(experiment: str, settings: RunSettings) -> list[Stage]:
     if isinstance(settings, Experiment):
         return [main_stage(settings)]
     return [selection_stage()]
+
+
+@outlook("embed")
+def embedding_stages(settings: RunSettings) -> list[Stage]:
+    """Return the one phase of an embedding, whose rows of metrics are parts: how many is up to the data."""
+    return [Stage("embed", files=EMBEDDED)]
 
 
 def selection_stage() -> Stage:

@@ -89,7 +89,7 @@ def forget_samples() -> None:
 def _opened(dataset: str, seed: int) -> Samples:
     chosen = Dataset.model_validate_json(dataset)
     data = load_data(chosen.name, chosen.options)
-    kept, valid = hold_out(data.train.y, chosen.validation, generator(seed, "hold out"))
+    kept, valid = hold_out(data.train.y, chosen.validation, generator(seed, "hold out"), data.train.ids)
     if chosen.only is not None:
         given = load_coreset(chosen.only, data.train, valid, chosen.name)
         kept = given.indices.sort().values

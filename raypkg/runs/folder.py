@@ -323,7 +323,7 @@ def _claimed_freely(runs: Storage, settings: Settings) -> Storage:
     """Claim a folder named after data, model and time, with a number where another process was faster."""
     values = settings.model_dump()
     chosen = [values[part]["name"] for part in ("dataset", "model") if part in values]
-    kinds = [name.partition(":")[0] for name in chosen]  # without the path or the function
+    kinds = [name.partition(":")[0] for name in chosen if name]  # without the path or the function
     stem = "-".join([*kinds, time.strftime("%m%d-%H%M%S")])
     for number in count(1):
         storage = runs / (stem if number == 1 else f"{stem}-{number}")

@@ -48,7 +48,8 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
 def _results(summary: Mapping[str, Any]) -> Iterator[str]:
     chosen = _chosen(summary)
     if "test_accuracy" not in summary:
-        yield f"selected {chosen}: coreset.parquet; train on it with `effray train --coreset`"
+        if summary["coreset"] is not None:
+            yield f"selected {chosen}: coreset.parquet; train on it with `effray train --coreset`"
         return
     full = summary["full_training_backward"]
     backward = sum(phase["backward"] for phase in summary["phases"])

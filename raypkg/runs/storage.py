@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +229,13 @@ class Storage:
 
     def digest(self, name: str) -> str | None:
         """Return the digest of a file's content, 16 bytes of BLAKE2b as hexadecimal, or None when it does not exist."""
-        content = self._read(name)
-        return None if content is None else blake2b(content, digest_size=16).hexdigest()
+        path = self._full(name)
+        with _told("read", path):
+            try:
+                with self._fs.open_input_stream(path) as stream:
+                    return file_digest(stream, partial(blake2b, digest_size=16)).hexdigest()
+            except FileNotFoundError:
+                return None
 
     # Folders
 

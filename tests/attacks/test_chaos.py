@@ -39,15 +39,21 @@ LINES = {
     "sparse": f"sparse {SMALL} --train.epochs 12 --density 0.1 --growth gradient --agent",
     "deltagrad": f"deltagrad train {SMALL} --train.epochs 6 --train.batch_size 200",
     "select": "select --seed 3 --model-from base --method craig",
+    "embed": "embed --seed 3 --model-from base --draws 2 --precision float32 --rows-per-part 50",
     "stream": "deltagrad stream base queue",
     "tune": f"tune train {SMALL} --train.epochs 6 --samples 2 --concurrent 1 --scheduler fifo",
 }
-BASES = {"select": f"train {SMALL} --train.epochs 2", "stream": LINES["deltagrad"]}
+BASES = {
+    "select": f"train {SMALL} --train.epochs 2",
+    "embed": f"train {SMALL} --train.epochs 2",
+    "stream": LINES["deltagrad"],
+}
 QUEUE = '{"delete": [3, 14], "id": "a"}\n{"delete": [15, 9], "id": "b"}\n{"restore": [14], "id": "c"}\n'
 TRAINING = ("driver", "RayTrainWorker", "TrainController", "Mailbox", "raylet")
 HOLDING = ("driver", "Holder", "raylet")
 VICTIMS = {kind: TRAINING for kind in LINES} | {
     "select": HOLDING,
+    "embed": HOLDING,
     "tune": ("driver", "TrialProcess", "raylet"),
 }
 

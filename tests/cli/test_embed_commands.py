@@ -209,3 +209,79 @@ def test_the_command_shows_its_figures_and_is_in_the_list(effray, after):
     assert (summary["rows"], summary["test_rows"], summary["width"]) == (1437, 360, 100)
     assert not Path("runs/embed/one/parts").exists()
     assert "one" in effray("list")
+
+
+# What the plan, the list and the files say
+
+
+@pytest.mark.parametrize("options", ["", "--draws 3"])
+def test_the_plan_tells_rows_width_and_bytes_as_they_will_be(effray, options):
+    command = f"embed --name one --model resnet8 {options} {HERE}"
+    out = effray(f"{command} --dry-run")
+    (told,) = [line for line in out.splitlines() if line.startswith("# rows: ")]
+    assert "runs" not in {path.name for path in Path().iterdir()}
+    effray(command)
+    folder = Path("runs/embed/one")
+    train, test = (pq.read_table(folder / f"{split}.parquet") for split in ("train", "test"))
+    assert told.startswith(f"# rows: {len(train):,} training rows and {len(test):,} test rows of 64 features, about ")
+    size = sum((folder / f"{split}.parquet").stat().st_size for split in ("train", "test"))
+    number, unit = told.partition("about ")[2].split()[:2]
+    assert float(number) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(size, rel=0.05)
+    files = out.partition("# files: ")[2].split(" and ")[0].split()
+    assert [file for file in files if not (folder / file).exists()] == []
+
+
+def test_the_plan_refuses_what_the_disk_cannot_hold(refusal, monkeypatch):
+    monkeypatch.setattr("raypkg.phases.embedding.shutil.disk_usage", lambda folder: type("", (), {"free": 1000}))
+    assert "has 1 kB left" in refusal(f"{EMBED} --dry-run")
+
+
+def test_what_is_shown_speaks_of_no_coreset(effray, after):
+    after(EMBED)
+    out = effray("show one")
+    assert "coreset" not in out
+
+
+def test_a_run_is_named_after_its_model_while_it_goes(effray, after):
+    after("train --name base --model mlp --train.epochs 1")
+    out = effray(f"embed --model-from base {HERE}")
+    assert ": the model of base on digits" in out
+    assert ": mlp on digits" in effray(EMBED)
+    (made_up,) = (path.name for path in Path("runs/embed").iterdir() if path.name != "one")
+    assert made_up.startswith("digits-") and "--" not in made_up
+
+
+def test_all_draws_of_a_sample_are_held_out_together_and_are_those_that_the_data_holds_out(effray, after):
+    after(DRAWN)
+    settings = RunSettings(dataset=Dataset(name=f"table:{Path('runs/embed/drawn').absolute()}"))
+    rows = open_samples(settings)
+    data = open_samples(RunSettings())
+    ids = rows.data.train.ids
+    assert ids[rows.valid].sort().values.tolist() == sorted([*data.valid.tolist()] * 2)
+    assert ids[rows.kept].sort().values.tolist() == sorted([*data.kept.tolist()] * 2)
+
+
+def test_a_coreset_of_rows_says_which_samples_they_stand_for(effray, recorded):
+    effray(f"train --name base --dataset {ROWS} --model linear --train.epochs 1")
+    effray("select --name picked --model-from base --dataset table:runs/embed/one --method craig --fraction 0.01")
+    ids = open_samples(RunSettings(dataset=Dataset(name=f"table:{Path('runs/embed/one').absolute()}"))).data.train.ids
+    for file in ("coreset.parquet", "scores.parquet"):
+        table = pq.read_table(f"runs/select/picked/{file}")
+        assert table["id"].to_pylist() == ids[table["index"].to_pylist()].tolist()
+    picked = pq.read_table("runs/select/picked/coreset.parquet")
+    effray("deltagrad delete a --ids runs/select/picked/coreset.parquet")
+    assert sorted(deleted()[0]) == sorted(picked["id"].to_pylist())
+
+
+def test_rows_that_change_their_ids_after_the_training_are_refused(refusal, recorded):
+    table = rows_of("one")
+    others = pa.array(table["id"].to_pylist()[::-1])
+    pq.write_table(table.set_column(0, table.schema.field("id"), others), "runs/embed/one/train.parquet")
+    assert "is not what it was in the recorded training" in refusal("deltagrad delete a --ids 3")
+
+
+def test_new_samples_are_told_with_their_ids(effray, after):
+    after(DRAWN)
+    effray(f"deltagrad train --name a --dataset table:runs/embed/drawn {SHORT}")
+    out = effray("deltagrad add a --data table:runs/embed/drawn/test.parquet")
+    assert "(ids 1437 … 1796)" in out

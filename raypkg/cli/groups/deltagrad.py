@@ -50,7 +50,8 @@ def replaying(*parameters: click.Parameter) -> Decorator:
 def delete(run: str, root: str, ids: str | None, where: str | None, **values: Any) -> None:
     """Make the model as if some samples had not been in its training.
 
-    RUN is a run of `effray deltagrad train`. Ids are positions in the training split, from 0 on.
+    RUN is a run of `effray deltagrad train`. Ids are positions in the training split, from 0 on; those of a table
+    that says which samples its rows stand for, as one of `effray embed`, are the ids of these.
 
     Example:
         effray deltagrad train --name one && effray deltagrad delete one --ids 0,1,2
@@ -181,11 +182,15 @@ def _answer_one(run: str, root: str, request: Request, values: dict[str, Any]) -
 
 def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSettings) -> None:
     from raypkg.methods.deltagrad.answer import answer
+    from raypkg.methods.deltagrad.ids import id_at
     from raypkg.methods.deltagrad.requests import change_of
 
     first_new = len(run.split)
     entry = answer(run, change_of(run, requests), settings, _follow)
-    ids = f" (ids {first_new} … {len(run.split) - 1})" if entry["new"] else ""
+    ids = ""
+    if entry["new"]:
+        first, last = (id_at(run.split, position) for position in (first_new, len(run.split) - 1))
+        ids = f" (ids {first} … {last})"
     estimate = "" if entry["estimate"] is None else f", by estimate {entry['estimate']:.1e} from retraining"
     click.echo(
         f"{entry['number']}: {entry['deleted']} deleted, {entry['restored']} put back, {entry['new']} new{ids};"

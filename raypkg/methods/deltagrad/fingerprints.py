@@ -87,9 +87,10 @@ def check_rows(fingerprints: pa.Table, split: Split, active: Tensor) -> None:
 
 
 def row_digests(split: Split) -> np.ndarray:
-    """Return a number for each sample and its label, uint64 [n]: Σ_j r_j·x_j mod 2⁶⁴ with random odd r, x as words.
+    """Return a number for each sample, uint64 [n]: Σ_j r_j·x_j mod 2⁶⁴ with random odd r, x as words.
 
-    It tells changes that happen, not such as are made to deceive.
+    Its label and its id, if it has one, are among the words. It tells changes that happen, not such as are made to
+    deceive.
     """
     digests = []
     for words in _words(split):
@@ -101,7 +102,7 @@ def row_digests(split: Split) -> np.ndarray:
 
 
 def _words(split: Split) -> Iterator[np.ndarray]:
-    """Yield rows and labels as 64-bit words, uint64 [b, ⌈bytes/8⌉ + 1], block by block."""
+    """Yield rows, labels and ids, if there are any, as 64-bit words, uint64 [b, ⌈bytes/8⌉ + 1 or 2], block by block."""
     y = split.y.numpy()
     for start in range(0, len(split), BLOCK):
         end = min(start + BLOCK, len(split))
@@ -111,8 +112,10 @@ def _words(split: Split) -> Iterator[np.ndarray]:
         missing = -content.shape[1] % 8  # bytes to a whole word
         padding = np.zeros((len(rows), missing), np.uint8)
         words = np.concatenate([content, padding], axis=1).view(np.uint64)
-        labels = y[rows, None].astype(np.uint64)
-        yield np.concatenate([words, labels], axis=1)
+        named = [words, y[rows, None].astype(np.uint64)]
+        if split.ids is not None:
+            named.append(split.ids.numpy()[rows, None].astype(np.uint64))
+        yield np.concatenate(named, axis=1)
 
 
 def _check_same(what: str, was: object, now: object) -> None:

@@ -58,6 +58,11 @@ def find_ids(split: Split, ids: Tensor) -> Found:
     return Found(order[first[owner] + place], owner, counts)
 
 
+def id_at(split: Split, position: int) -> int:
+    """Return the id of the sample at a position."""
+    return position if split.ids is None else int(split.ids[position])
+
+
 def id_range(split: Split) -> str:
     """Tell the user which ids a split has.
 

@@ -98,8 +98,9 @@ def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
 class RecordedRun:
     """A recorded run with everything that was deleted from and added to it since.
 
-    An id is a position in the training split; samples that were added are numbered on from its end, in the order of
-    their requests. What the log's last entry says is what holds: anything beyond it on the disk never happened.
+    Inside, an id is a position in the training split; samples that were added are numbered on from its end, in the
+    order of their requests. Where the split has ids of its own, users give those and are told those. What the log's
+    last entry says is what holds: anything beyond it on the disk never happened.
 
     Args:
         folder: of a run of `effray deltagrad train`.

@@ -158,6 +158,10 @@ class SparseSettings(Sparsity, Experiment):
             raise UserError("crest chooses from all samples: --coreset would do nothing")
         if self.compute == "sparse":
             self._check_compute()
+        if self.is_gradual and self.train.keep == "best":
+            raise UserError(
+                "train.keep = best may be an epoch before gradual pruning reached its density: give --train.keep last"
+            )
         return self
 
     def _refuse(self, reason: str, *names: str) -> None:
