@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -227,8 +228,7 @@ def test_a_checkpoint_that_is_not_there_is_told(name):
 
 
 def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch):
-    import sys
-
+    place = saved("bert")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"needs the package 'transformers': pip install 'effray\[text\]'"):
-        build(saved("bert"))
+        build(place)
