@@ -1,6 +1,7 @@
 """Texts: columns and labels in every form, tokens as the package's own, batches, splits, and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,10 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from gloo import on_workers
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.kinds import TEXTS
 from raypkg.data.tokenizer import padded, trained
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
+from raypkg.engine.worker import Worker
+from raypkg.models import build_model
+from raypkg.runs.checkpoints import StoredCheckpoints
+from raypkg.runs.storage import Storage
 
 pytest.importorskip("tokenizers")
 WORDS = "the a cat dog sat ran on under mat house red blue big small who where".split()
@@ -225,3 +233,33 @@ def test_the_example_of_texts_is_one_and_the_rest_are_none():
     x = TEXTS.example(5, (12, 50))
     assert TEXTS.fits(x, (12, 50)) and x.shape == (5, 2, 12) and (x[1:, 0, -1] == -1).all()
     assert not TEXTS.fits(x, (12, 20)) and not TEXTS.fits(x, (11, 50)) and not TEXTS.fits(x.float(), (12, 50))
+
+
+def trained_on(worker, folder, root, last):
+    """Train on texts, until an epoch; return the epoch and the weights."""
+    train = load_data(f"text:{folder}/set", cache=Path(folder) / "cache").train
+    model = build_model("transformer", train.shape, 3, seed=0, options={"width": 16, "dropout": 0.0})
+    run = Run.simple(
+        model, train, epochs=4, batch_size=8, optimizer="adamw", lr=1e-3, precision="float64", worker=worker
+    )
+    run.last = last
+    fit(run, checkpoints=StoredCheckpoints(Storage(f"{folder}/{root}")))
+    return run.epoch, [weight.detach().numpy() for weight in run.model.parameters()]
+
+
+def test_stopped_and_resumed_equals_never_stopped(written, tmp_path):
+    written()
+    _, straight = trained_on(Worker(), tmp_path, "straight", None)
+    assert trained_on(Worker(), tmp_path, "stopped", 2)[0] == 2
+    epoch, resumed = trained_on(Worker(), tmp_path, "stopped", None)
+    assert epoch == 4
+    for a, b in zip(straight, resumed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_two_workers_train_as_one_though_each_pads_its_own_texts(written, tmp_path):
+    written()
+    _, alone = trained_on(Worker(), tmp_path, "alone", None)
+    for _, weights in on_workers(2, trained_on, tmp_path, "both", None):
+        for a, b in zip(alone, weights, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)

@@ -1,0 +1,112 @@
+"""Texts on the command line: tokens of the model, the stored settings of the paper, and what does not take texts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import raypkg
+from raypkg.core.errors import UserError
+from raypkg.data.kinds import TEXTS
+
+pytest.importorskip("tokenizers")
+SNLI = Path(raypkg.__file__).parent / "methods/crest/snli.toml"
+WORDS = "a the cat dog bird sat ran flew under over mat house tree".split()
+SMALL = "--model transformer --set model.options.width=16 --train.epochs 2 --train.optimizer adamw --train.lr 1e-3"
+
+
+def lines(count, seed):
+    draws = np.random.default_rng(seed)
+    for i in range(count):
+        premise, hypothesis = (" ".join(draws.choice(WORDS, 6)) for _ in range(2))
+        yield f"{premise},{hypothesis},{('yes', 'no', 'perhaps')[i % 3]}"
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for split, count in (("train", 90), ("test", 12)):
+        text = "\n".join(["premise,hypothesis,label", *lines(count, seed=count)])
+        (folder / f"{split}.csv").write_text(text + "\n")
+    return f"text:{folder}"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Return a folder as Hugging Face writes it: a random network and a tokenizer of its own."""
+    transformers = pytest.importorskip("transformers")
+    from raypkg.data.tokenizer import trained
+
+    tokenizer = trained(WORDS * 3, 300)
+    folder = tmp_path / "checkpoint"
+    config = transformers.BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]")
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def test_a_trained_model_predicts_texts(effray, pairs):
+    text = effray(f"train --name one --dataset {pairs} {SMALL}")
+    assert "test accuracy" in text
+    model = raypkg.load_model("runs/train/one")
+    split = raypkg.load_data(pairs).test
+    x, y = split.batch(range(len(split)))
+    labels = model.predict(x)
+    assert labels.shape == y.shape and model.classes == ("no", "perhaps", "yes")
+    with pytest.raises(UserError, match=r"predict takes int64 \[b, 2, l\] as they are stored"):
+        model.predict(x.float())
+
+
+def test_texts_are_cut_into_the_tokens_of_the_model(effray, pairs, checkpoint, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    effray(f"train --name one --dataset {pairs} --model transformers:./checkpoint --set dataset.options.length=24 "
+           "--train.epochs 1 --train.decay matrices --train.clip 1 --train.schedule linear")  # fmt: skip
+    stored = Path("runs/train/one/config.toml").read_text()
+    assert f'tokenizer = "{checkpoint}"' in stored and f'name = "transformers:{checkpoint}"' in stored
+    split = raypkg.load_data(pairs, {"tokenizer": str(checkpoint), "length": 24}).train
+    assert split.shape == (24, 300) and TEXTS.fits(split.batch([0])[0], split.shape)
+
+
+def test_a_text_beyond_the_models_positions_is_refused_with_the_option(call, pairs, checkpoint, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = call(f"effray train --dataset {pairs} --model transformers:./checkpoint")
+    assert result.code == 2 and "give --set dataset.options.length=32" in result.err
+    assert not list(Path("runs").glob("*/*"))
+
+
+def test_the_papers_settings_for_snli_are_settings(effray, pairs):
+    text = effray(f"crest --config {SNLI} --dataset {pairs} {SMALL} --budget 0.5 --crest.subset 0.5 --dry-run")
+    assert "tau = 0.05" in text and 'decay = "matrices"' in text and "unlabelled = true" in text
+    assert "shape up to 128 tokens out of" in text
+
+
+def test_every_method_that_takes_texts_takes_them(effray, pairs):
+    effray(f"lipt --dataset {pairs} {SMALL} --pretrain.models 2 --pretrain.epochs 1 --select.fraction 0.3")
+    effray(f"crest --dataset {pairs} {SMALL} --budget 0.5 --train.batch_size 8")
+    effray(f"sparse --dataset {pairs} {SMALL} --density 0.3 --growth gradient --agent --train.batch_size 8")
+    effray(f"train --dataset {pairs} {SMALL} --select.method craig --select.fraction 0.3 --select.warm-epochs 1")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("train --model resnet8", "takes images"),
+        ("train --model mlp", "takes images and rows"),
+        ("deltagrad train --model transformer --set model.options.dropout=0.0", "holds texts: DeltaGrad takes images"),
+        (f"train {SMALL} --dataset.augment crop", "no images"),
+    ],
+)
+def test_what_takes_no_texts_says_so(call, pairs, line, told):
+    result = call(f"effray {line} --dataset {pairs}")
+    assert result.code == 2 and told in result.err and result.err.count("\n") == 1
