@@ -119,6 +119,14 @@ class Train(Training):
     ] = "last"
     sync_bn: Annotated[bool, Field(description="batch statistics over all workers (GPU only)")] = False
 
+    @model_validator(mode="after")
+    def _in_step(self) -> Self:
+        if self.sync_bn and self.micro_batch is not None:
+            raise UserError(
+                "train.sync_bn = true does not go with train.micro_batch: workers may have unequally many parts"
+            )
+        return self
+
 
 class Target(Named):
     """Which samples a selection is for."""

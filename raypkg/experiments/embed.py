@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Lookup
-from raypkg.core.settings import Count, Model, RunSettings
+from raypkg.core.settings import Count, Dataset, Model, RunSettings
 from raypkg.models import model
 from raypkg.runs.report import Report
 
@@ -28,18 +28,23 @@ class FrozenModel(Model):
     ] = ""
 
 
+class WholeDataset(Dataset):
+    """What to embed: every sample."""
+
+    validation: Annotated[float, Field(ge=0, le=0, description="0: rows are held out where they are trained on")] = 0.0
+
+
 class EmbedSettings(RunSettings):
     """Settings of `effray embed`."""
 
+    dataset: WholeDataset = WholeDataset()
     model: FrozenModel = FrozenModel()
     model_from: Annotated[str, Field(description="run whose model it is: a name under --root, or a path")] = ""
     draws: Annotated[int, Field(ge=0, description="rows of each training sample, augmented anew; 0 = one as it is")] = 0
     rows_per_part: Annotated[Count, Field(description="rows that a run which is stopped may have to compute again")] = (
         4096
     )
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], Field(description="of the forward pass; auto = what the processor has")
-    ] = "auto"
+    precision: Annotated[Literal["float32", "bfloat16"], Field(description="of the forward pass")] = "float32"
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:
@@ -98,7 +103,7 @@ def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding
     if settings.draws and not augment:
         raise UserError(f"draws = {settings.draws}: {settings.dataset.name} has no augmentation, so all would be equal")
     if settings.model_from:
-        backbone = trained_backbone(folder, settings.model_from, data, settings.precision)
+        backbone = trained_backbone(folder, settings.model_from, settings.dataset, data, settings.precision)
     else:
         backbone = named_backbone(settings.model, data, settings.precision, settings.seed)
     return Embedding.of(

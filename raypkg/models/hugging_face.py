@@ -142,7 +142,7 @@ def _unreadable(variant: str, error: Exception) -> UserError:
 
 def _set_dropout(config: PretrainedConfig, dropout: float) -> None:
     for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float):
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, name, dropout)
 
 

@@ -60,8 +60,9 @@ def _trained(variant: str, num_classes: int, weights: str) -> nn.Module:
         raise UserError(
             f"weights {weights} of torchvision:{variant} cannot be had from {chosen.url}: {error}"
         ) from None
-    if hasattr(network, "aux_logits"):  # trained beside the logits, and not used
+    if hasattr(network, "AuxLogits"):  # of inception_v3: as long as it is there, it is computed while training
         network.aux_logits = False
+        network.AuxLogits = None
     split = as_classifier(network)
     split.head = nn.Linear(split.head.in_features, num_classes)
     return split

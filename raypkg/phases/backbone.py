@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Model
+from raypkg.core.settings import Dataset, Model
 from raypkg.coresets.gradients import evaluating
 from raypkg.data import Data
 from raypkg.data.augment import Augmentation
@@ -20,7 +20,7 @@ from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
 from raypkg.runs.folder import RunFolder, locate
 
-from .samples import open_samples
+from .samples import check_same_tokens, open_samples
 from .trained import check_has_model, restored_model, settings_of_trained
 from .training import MODEL
 
@@ -107,18 +107,19 @@ def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Back
     return Backbone.of(model, train, precision)
 
 
-def trained_backbone(folder: RunFolder, run: str, data: Data, precision: str) -> Backbone:
+def trained_backbone(folder: RunFolder, run: str, dataset: Dataset, data: Data, precision: str) -> Backbone:
     """Return the features of the model that another run trained, for samples normalised as that run's were.
 
     Args:
         folder: of this run, among whose neighbours the other is looked for by name.
         run: its name or path.
-        data: to embed.
+        dataset: to embed.
+        data: its samples.
         precision: of the forward passes.
 
     Raises:
         UserError: no such run, it is not finished or trained no model, its data cannot be had, or its samples have
-            another shape.
+            another shape or are cut into other tokens.
     """
     other = locate(folder.storage.parent.parent.root, run, having=MODEL)
     check_has_model(other)
@@ -127,5 +128,6 @@ def trained_backbone(folder: RunFolder, run: str, data: Data, precision: str) ->
     if theirs.train.shape != data.train.shape:
         shapes = f"{list(theirs.train.shape)}, those here have {list(data.train.shape)}"
         raise UserError(f"the model of run {other.name!r} takes samples of shape {shapes}")
+    check_same_tokens(dataset, settings.dataset, data, other.name)
     model = restored_model(other, settings, theirs)
     return Backbone.of(model, theirs.train, precision)

@@ -12,6 +12,7 @@ from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment, RunSettings
 from raypkg.data import Data, load_data
 from raypkg.data.coreset import Coreset
+from raypkg.data.kinds import TEXTS
 from raypkg.data.partition import hold_out
 from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
@@ -50,6 +51,8 @@ class Samples(NamedTuple):
             x, y = split.batch(rows)
             digest.update(x.contiguous().numpy().tobytes())
             digest.update(y.numpy().tobytes())
+            if split.ids is not None:  # they decide what is held out
+                digest.update(split.ids.numpy().tobytes())
         return digest.hexdigest()
 
     @property
@@ -94,6 +97,28 @@ def _opened(dataset: str, seed: int) -> Samples:
         given = load_coreset(chosen.only, data.train, valid, chosen.name)
         kept = given.indices.sort().values
     return Samples(data, kept, valid)
+
+
+def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> None:
+    """Refuse texts whose tokens are not those that a model was trained on: the same numbers would be other words.
+
+    Args:
+        here: the data set that the model is to be given.
+        there: that it was trained on.
+        data: the first of them.
+        run: that trained it.
+
+    Raises:
+        UserError: each learned a tokenizer from texts of its own, or they name different ones.
+    """
+    if data.train.kind is not TEXTS or (here.name, here.options) == (there.name, there.options):
+        return
+    own = here.options.get("tokenizer")
+    if not own or own != there.options.get("tokenizer"):
+        raise UserError(
+            f"the texts of {here.name!r} are not cut into the tokens of run {run!r}, which trained on {there.name!r}:"
+            " both need one dataset.options.tokenizer"
+        )
 
 
 def augmentations(dataset: Dataset, data: Data) -> list[str]:

@@ -19,7 +19,7 @@ from raypkg.runs.folder import RunFolder, locate
 from raypkg.runs.storage import Storage
 
 from .first_weights import FIRST, fitted
-from .samples import new_model, open_samples
+from .samples import check_same_tokens, new_model, open_samples
 from .training import MODEL
 from .trust import stored_settings
 
@@ -123,23 +123,33 @@ def first_weights(settings: RunSettings, root: str) -> dict[str, Tensor]:
     train = getattr(settings, "train", None)
     if not (isinstance(settings, Experiment) and isinstance(train, Train) and train.from_ is not None):
         return {}
-    storage, file = _located(train.from_, root)
+    data = open_samples(settings).data
+    storage, file = Storage.around(train.from_)
+    if not file.endswith(WEIGHTS):
+        run = locate(root, train.from_, having=MODEL)
+        check_has_model(run)
+        _check_suits(run, settings, data)
+        storage, file = run.storage, MODEL
+    elif file not in storage.list():
+        raise UserError(f"train.from: there is no file {train.from_}")
     tensors = load_tensors(storage, file)
-    model = new_model(settings, open_samples(settings).data)
+    model = new_model(settings, data)
     fitted(model, tensors, train.from_)
     return tensors
 
 
-def _located(source: str, root: str) -> tuple[Storage, str]:
-    """Return the folder and the name of a file of weights, which is given itself or by the run that it is of."""
-    storage, file = Storage.around(source)
-    if not file.endswith(WEIGHTS):
-        run = locate(root, source, having=MODEL)
-        check_has_model(run)
-        return run.storage, MODEL
-    if file not in storage.list():
-        raise UserError(f"train.from: there is no file {source}")
-    return storage, file
+def _check_suits(run: RunFolder, settings: Experiment, data: Data) -> None:
+    """Refuse a run that trained on what is held out here, or on texts of other tokens."""
+    theirs = settings_of_trained(run)
+    check_same_tokens(settings.dataset, theirs.dataset, data, run.name)
+    here, there = settings.dataset, theirs.dataset
+    same_data = (here.name, here.options) == (there.name, there.options)
+    held_out_there = (theirs.seed, there.validation)
+    if same_data and here.validation and held_out_there != (settings.seed, here.validation):
+        raise UserError(
+            f"train.from = {run.name}: it trained on samples that are held out here: its seed is {theirs.seed} and its"
+            f" dataset.validation {there.validation:g}, here they are {settings.seed} and {here.validation:g}"
+        )
 
 
 def settings_of_trained(folder: RunFolder) -> Experiment:

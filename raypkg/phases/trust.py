@@ -87,10 +87,10 @@ def _is_own(path: Path) -> bool:
 
 def _names_code(place: str, text: str) -> bool:
     """Say whether a text imports a module: none of a registry's own names, such as torchvision:resnet18, does."""
-    head, colon, _ = text.partition(":")
+    head, colon, rest = text.partition(":")
     part = place.removesuffix(".name").rpartition(".")[2]
     registry = {"dataset": dataset, "model": model, "target": dataset}.get(part)
-    if not colon or (registry and head in registry):
+    if not colon or rest.startswith("//") or (registry and head in registry):  # the second is a URI
         return False
     return all(part.isidentifier() for part in head.split("."))
 

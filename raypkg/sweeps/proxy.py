@@ -6,7 +6,7 @@ from raypkg.core.config import fields_of, load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment, Train
 from raypkg.experiments import carry_out, experiment
-from raypkg.experiments.names import check_names
+from raypkg.experiments.names import check_names, with_tokenizer
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
@@ -62,7 +62,7 @@ def selection(settings: Experiment, fraction: float, method: str, workers: int) 
         },
     )
     check_names(chosen)
-    return chosen
+    return with_tokenizer(chosen)
 
 
 def select_proxy(sweep: SweepFolder, settings: Experiment, workers: int, console: Console) -> None:

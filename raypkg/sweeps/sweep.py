@@ -19,7 +19,7 @@ from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import training_settings_of
-from raypkg.experiments.names import check_names, with_absolute_paths, with_tokenizer
+from raypkg.experiments.names import check_names, with_absolute_paths
 from raypkg.phases.trust import check_code, check_file_of_code
 from raypkg.runs.activity import resuming
 from raypkg.runs.folder import discard
@@ -67,7 +67,6 @@ def start_sweep(
     schema = training_settings_of(entry)
     settings = with_absolute_paths(load_settings(schema, base_of(schema, config), values))
     check_names(settings)
-    settings = with_tokenizer(settings)
     whole = space_of(entry.name) if order.space is None else open_space(order.space)
     space = without(whole, values)
     check_switches({**dict.fromkeys(space.domains), **values})  # what is off stays off, whatever a trial draws

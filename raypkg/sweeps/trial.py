@@ -9,7 +9,7 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import carry_out, experiment, training_settings_of
-from raypkg.experiments.names import with_absolute_paths
+from raypkg.experiments.names import with_absolute_paths, with_tokenizer
 from raypkg.runs import folder as run_folder
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.sealed import CONFIG
@@ -56,7 +56,7 @@ def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: 
     """Carry out the run of a trial, whose rows are told of as they come."""
     entry = experiment[sweep.experiment]
     schema = training_settings_of(entry)
-    settings = with_absolute_paths(load_settings(schema, sweep.config, values))
+    settings = with_tokenizer(with_absolute_paths(load_settings(schema, sweep.config, values)))
     if CONFIG not in run.storage.list():
         run = run_folder.create(sweep.root, entry.name, run.name, settings)
     else:

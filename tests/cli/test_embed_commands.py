@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from raypkg.core.settings import Dataset, RunSettings
+from raypkg.data import load_data
 from raypkg.methods.deltagrad.recorded_run import open_recorded
 from raypkg.phases.samples import open_samples
 from raypkg.runs.folder import locate
@@ -151,7 +152,7 @@ def test_an_id_stands_for_all_draws_of_its_sample(effray, after):
     assert deleted()[1] == [5, 9, 1437 + 5, 1437 + 9]
 
 
-def test_an_id_part_of_whose_draws_are_deleted_can_be_deleted_and_restored_whole(effray, refusal, after):
+def test_a_condition_that_one_draw_meets_deletes_all_draws_of_its_sample(effray, refusal, after):
     after(DRAWN)
     effray(f"deltagrad train --name a --dataset table:runs/embed/drawn --dataset.validation 0 {SHORT}")
     table = rows_of("drawn")
@@ -162,9 +163,8 @@ def test_an_id_part_of_whose_draws_are_deleted_can_be_deleted_and_restored_whole
     sign = "<" if first[column] < second[column] else ">"
     label = table["label"][5]
     effray(f"deltagrad delete a --where 'features[{column}] {sign} {middle} and label = {label}'")
-    assert deleted()[0].count(5) == 1
-    effray("deltagrad delete a --ids 5")
-    assert deleted()[0].count(5) == 2
+    gone, _ = deleted()
+    assert set(map(gone.count, gone)) == {2} and 5 in gone
     assert "id 5 is deleted already" in refusal("deltagrad delete a --ids 5")
     effray("deltagrad add a --ids 5")
     assert deleted()[0].count(5) == 0
@@ -285,3 +285,15 @@ def test_new_samples_are_told_with_their_ids(effray, after):
     effray(f"deltagrad train --name a --dataset table:runs/embed/drawn {SHORT}")
     out = effray("deltagrad add a --data table:runs/embed/drawn/test.parquet")
     assert "(ids 1437 … 1796)" in out
+
+
+def test_of_one_file_all_draws_of_a_sample_are_in_one_split(effray, after):
+    after(DRAWN)
+    data = load_data("table:runs/embed/drawn/train.parquet", cache=Path("cache"))
+    train, test = (set(split.ids.tolist()) for split in data)
+    assert not train & test
+    assert len(data.test) == 2 * len(test) == 2 * round(0.2 * 1437)
+
+
+def test_rows_to_embed_are_held_out_where_they_are_trained_on(refusal):
+    assert "dataset.validation" in refusal(f"{EMBED} --dataset.validation 0.2")

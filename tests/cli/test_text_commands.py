@@ -1,5 +1,6 @@
 """Texts on the command line: tokens of the model, the stored settings of the paper, and what does not take texts."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +113,11 @@ def test_every_method_that_takes_texts_takes_them(effray, pairs):
 def test_what_takes_no_texts_says_so(call, pairs, line, told):
     result = call(f"effray {line} --dataset {pairs}")
     assert result.code == 2 and told in result.err and result.err.count("\n") == 1
+
+
+def test_a_model_is_not_given_the_tokens_of_other_texts(effray, call, pairs, tmp_path):
+    shutil.copytree(tmp_path / "pairs", tmp_path / "others")
+    effray(f"train --name one --dataset {pairs} {SMALL}")
+    for line in (f"train {SMALL} --train.from one", "embed --model-from one --cluster.workers 0"):
+        result = call(f"effray {line} --dataset text:{tmp_path}/others")
+        assert result.code == 2 and "are not cut into the tokens of run 'one'" in result.err

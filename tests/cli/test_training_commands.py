@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 
-FIRST = "train --name first --model mlp --train.epochs 2 --seed 5"
+FIRST = "train --name first --model mlp --train.epochs 2"
 STILL = "--model mlp --train.epochs 1 --train.lr 1e-12 --train.evaluate_every_epochs 0"  # the weights hardly move
 
 
@@ -206,3 +206,14 @@ def test_the_plan_has_the_memory_of_what_goes_through_at_once(effray):
 
     assert activations("--train.micro_batch 16") == activations("--train.batch_size 16")
     assert activations("--train.micro_batch 16") != activations("")
+
+
+def test_weights_that_saw_what_is_held_out_here_are_refused(effray, refusal):
+    effray("train --name first --model mlp --train.epochs 1")
+    line = refusal("train --model mlp --train.epochs 1 --seed 1 --train.from first")
+    assert "train.from = first: it trained on samples that are held out here: its seed is 0" in line
+    effray("train --model mlp --train.epochs 1 --seed 1 --train.from first --dataset.validation 0")
+
+
+def test_shared_batch_statistics_do_not_go_with_parts_of_a_batch(refusal):
+    assert "train.sync_bn = true does not go with" in refusal("train --train.sync_bn true --train.micro_batch 8")

@@ -281,6 +281,13 @@ def test_trained_weights_of_torchvision_come_with_a_new_head(monkeypatch):
         build(name, shape=(3, 32, 32), weights="DEFALT")
 
 
+def test_trained_auxiliary_classifiers_are_left_out(monkeypatch):
+    trained = torchvision.models.inception_v3(num_classes=1000, init_weights=False).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: trained)
+    network = build("torchvision:inception_v3", shape=(3, 80, 80), weights="DEFAULT")
+    assert network.training and not any("AuxLogits" in name for name, _ in network.named_parameters())
+
+
 def test_weights_that_cannot_be_downloaded_are_told_in_one_line(monkeypatch):
     def fail(*_, **__):
         raise URLError("no route to host")

@@ -58,7 +58,7 @@ def load(
         table = train if split == "train" else RowTable(files[split], label, id)
         if table.columns != train.columns:
             raise UserError(f"the columns of {str(files[split])!r} are not those of {str(files['train'])!r}")
-        rows = split_rows(files, split, len(table), test)
+        rows = split_rows(files, split, len(table), test, table.ids)
         header = Header("rows", (len(train.columns),), train.classes, columns=train.columns, has_ids=table.has_ids)
         write(unfinished, header, table.blocks(rows, train.classes))
 
@@ -121,6 +121,11 @@ class RowTable:
         return tuple(map(str, sorted(values)))
 
     @property
+    def ids(self) -> np.ndarray | None:
+        """Which samples of other data the rows stand for, [n]; None where no column says it."""
+        return self._table[self._id].to_numpy() if self.has_ids else None
+
+    @property
     def has_ids(self) -> bool:
         """Whether a column says which samples the rows stand for."""
         return bool(self._id)
@@ -135,7 +140,7 @@ class RowTable:
             x = self._features(block, chunk)
             self._check_finite(x, chunk)
             labels = [str(value) for value in block[self.label].to_pylist()]
-            ids = block[self._id].to_numpy().astype(np.int64) if self._id else None
+            ids = block[self._id].to_numpy().astype(np.int64) if self.has_ids else None
             yield Block(x, class_numbers(labels, classes), sample=x, ids=ids)
 
     def _features(self, block: pa.Table, rows: np.ndarray) -> np.ndarray:

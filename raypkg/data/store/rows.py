@@ -33,23 +33,27 @@ def row_files(root: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return files
 
 
-def split_rows(files: Mapping[str, Path], split: str, n: int, test: float) -> np.ndarray:
+def split_rows(files: Mapping[str, Path], split: str, n: int, test: float, ids: np.ndarray | None = None) -> np.ndarray:
     """Return which of the n rows of its file make a split, int64 ascending.
 
     All of them where each split has its own file. Of a single file, the share ``test`` is the test split: a draw that
-    depends on nothing but the number of rows, so that every process and every later run finds the same split.
+    depends on nothing but the number of rows, so that every process and every later run finds the same split. Rows of
+    one id stay together: they are one sample.
 
     Raises:
         UserError: there would be none.
     """
     if files["train"] != files["test"]:
         return np.arange(n)
-    order = torch.randperm(n, generator=generator(0, "test split"))
-    held = round(test * n)
-    rows = order[:held] if split == "test" else order[held:]
+    sample = np.arange(n) if ids is None else np.unique(ids, return_inverse=True)[1]  # that each row stands for, [n]
+    count = int(sample.max()) + 1
+    order = torch.randperm(count, generator=generator(0, "test split")).numpy()
+    held = round(test * count)
+    drawn = order[:held] if split == "test" else order[held:]
+    rows = np.flatnonzero(np.isin(sample, drawn))
     if not len(rows):
         raise UserError(f"option test = {test:g} leaves no {split} samples of the {n} in {str(files[split])!r}")
-    return np.sort(rows.numpy())
+    return rows
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
+from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split
 from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
@@ -148,7 +149,7 @@ def _closed_form(split: Split, w: Tensor) -> Gradient:
     std = torch.tensor(split.std, dtype=torch.float64)
     shift = mean
     scale = 1 / std
-    if len(split.shape) == 3:  # stored as bytes, with one mean for each channel of [0, 1]
+    if split.kind is IMAGES:  # stored as bytes, with one mean for each channel of [0, 1]
         _, height, width = split.shape
         shift = (mean * 255).repeat_interleave(height * width)  # [D]
         scale = (scale / 255).repeat_interleave(height * width)  # [D]

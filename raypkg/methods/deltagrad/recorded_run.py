@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
+from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.phases.samples import Samples, forget_samples, new_model, open_any_samples
@@ -332,7 +333,7 @@ def _change_file(number: int) -> str:
 
 def _write_rows(path: Path, split: Split) -> None:
     unfinished = path.with_suffix(".part")
-    header = Header("pixels" if len(split.shape) == 3 else "rows", split.shape, split.classes)
+    header = Header("pixels" if split.kind is IMAGES else "rows", split.shape, split.classes)
     try:
         path.parent.mkdir(exist_ok=True)
         write(unfinished, header, _blocks(split))

@@ -106,10 +106,13 @@ class _Draft:
 
     def _matching(self, condition: str) -> Tensor:
         matches = torch.from_numpy(matching(self._split, condition))
-        ids = matches[self._active[matches]]
-        if not len(ids):
+        rows = matches[self._active[matches]]
+        if not len(rows):
             raise UserError(f"no sample in use meets {condition!r}")
-        return ids
+        if self._split.ids is None:
+            return rows
+        samples = self._split.ids[rows]  # all rows of a sample go with the one that meets the condition
+        return _positions(torch.isin(self._split.ids, samples) & self._active)
 
     def _changing(self, kind: str, value: Sequence[int], changeable: Tensor, otherwise: str) -> Tensor:
         """Return those positions of ids that a request changes.
