@@ -1,9 +1,7 @@
 """The files of features: parts of bounded size, whole or not there, and the tables that they are joined to."""
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +14,6 @@ from raypkg.core.errors import UserError
 from raypkg.data.split import Split
 from raypkg.data.store.vectors import FEATURES, LABEL, features_schema
 from raypkg.engine.costs import Cost
-from raypkg.runs.address import opened
-from raypkg.runs.storage import PART as UNFINISHED
 from raypkg.runs.storage import Storage
 
 PARTS = "parts"  # folder of those that are not joined yet
@@ -137,7 +133,7 @@ def join_parts(storage: Storage, parts: Iterable[Part], name: str, width: int, c
     """
     made = []
     schema = features_schema(width, classes)
-    with _new_file(storage, name) as sink, pq.ParquetWriter(sink, schema, **FORM) as writer:
+    with storage.new_file(name) as sink, pq.ParquetWriter(sink, schema, **FORM) as writer:
         for part in parts:
             found = read_part(storage, part)
             if found is None:
@@ -145,32 +141,3 @@ def join_parts(storage: Storage, parts: Iterable[Part], name: str, width: int, c
             writer.write_table(found[0])
             made.append(found[1])
     return made
-
-
-@contextmanager
-def _new_file(storage: Storage, name: str) -> Iterator[pa.NativeFile]:
-    """Open a file to write that appears at the end of the block, whole, or not at all."""
-    system, folder = opened(storage.uri)
-    path = f"{folder}/{name}"
-    unfinished = f"{path}.{os.getpid()}{UNFINISHED}"
-    try:
-        with system.open_output_stream(unfinished) as sink:
-            yield sink
-        if storage.local:
-            _sync(unfinished)
-        system.move(unfinished, path)
-    except BaseException as error:
-        with suppress(OSError):
-            system.delete_file(unfinished)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path!r}: {error.strerror or error}") from None
-        raise
-
-
-def _sync(path: str) -> None:
-    """Return when a file is on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -194,7 +194,32 @@ class Storage:
                 with suppress(OSError):
                     os.unlink(temporary)
                 raise
-            _sync_folder(os.path.dirname(path))
+            _sync(os.path.dirname(path))
+
+    @contextmanager
+    def new_file(self, name: str) -> Iterator[pa.NativeFile]:
+        """Open a file to write piece by piece; it appears at the end of the block, whole and synced, or not at all.
+
+        Raises:
+            UserError: the disk is full, the folder cannot be written or was deleted; nothing half-written is left.
+        """
+        path = self._full(name)
+        temporary = f"{path}.{os.getpid()}{PART}"
+        with _told("write", path):
+            if self.local:
+                self._make_room(os.path.dirname(path))
+            try:
+                with self._fs.open_output_stream(temporary) as sink:
+                    yield sink
+                if self.local:
+                    _sync(temporary)
+                self._fs.move(temporary, path)
+            except BaseException:  # Ctrl-C as well
+                with suppress(OSError):
+                    self._fs.delete_file(temporary)
+                raise
+            if self.local:
+                _sync(os.path.dirname(path))
 
     def _make_room(self, folder: str) -> None:
         """Make the folder of a file, but none that was deleted."""
@@ -362,15 +387,16 @@ def _write_through(path: str, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: str) -> None:
-    folder = os.open(path, os.O_RDONLY)
+def _sync(path: str) -> None:
+    """Return when a file, or which files a folder has, is on the disk."""
+    opened_path = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened_path)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot, as some of networks
             raise
     finally:
-        os.close(folder)
+        os.close(opened_path)
 
 
 @contextmanager
