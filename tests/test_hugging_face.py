@@ -221,6 +221,13 @@ def test_what_does_not_fit_a_checkpoint_is_told_in_one_line(saved, kind, shape, 
         build(saved(kind), shape)
 
 
+def test_a_model_of_any_number_of_positions_takes_a_text_of_any_length(tmp_path):
+    config = transformers.XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=32)
+    config.save_pretrained(tmp_path)
+    model = build(tmp_path, weights=False)
+    assert model(TEXTS.example(3, TEXT)).shape == (3, CLASSES)
+
+
 @pytest.mark.parametrize("name", ["transformers:", "transformers:/nowhere", "transformers:no-such-model"])
 def test_a_checkpoint_that_is_not_there_is_told(name):
     with pytest.raises(UserError, match=r"needs a name|cannot be read"):

@@ -164,6 +164,17 @@ def test_rows_without_a_label_are_left_out_when_asked_for(write, load):
     assert len(load(unlabelled=True).train) == 29
 
 
+@pytest.mark.parametrize("labels", [LABELS["train"].tolist(), [NAMES[c] for c in LABELS["train"]]])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_a_label_that_is_null_is_none(write, load, labels, suffix):
+    write("train", {"text": TRAIN, "label": [*labels[:4], None, *labels[5:]]}, suffix=suffix)
+    write("test", {"text": TEST, "label": labels[:9]}, suffix=suffix)
+    with pytest.raises(UserError, match=r"sample 4 \(from 0\) of .* has no label.*unlabelled=true"):
+        load()
+    data = load(unlabelled=True)
+    assert len(data.train) == 29 and data.train.num_classes == 3
+
+
 BLANK = [*TRAIN[:5], "  ", *TRAIN[6:]]
 
 
@@ -178,6 +189,17 @@ BLANK = [*TRAIN[:5], "  ", *TRAIN[6:]]
             {"text": TRAIN, "label": LABELS["train"]},
             {"columns": ["txt"]},
             r"text column of .* 'txt', did you mean 'text'",
+        ),
+        (
+            {"text": TRAIN, "label": LABELS["train"]},
+            {"columns": ["text", "text"]},
+            r"columns = \['text', 'text'\]: the two of a pair must differ",
+        ),
+        ({"text": TRAIN, "label": LABELS["train"]}, {"columns": [""]}, r"text column of .* ''.*Allowed: text"),
+        (
+            {"text": TRAIN, "label": [NAMES[c] for c in LABELS["train"]]},
+            {"columns": ["text", "label"]},
+            r"text column of .* 'label'.*Allowed: text",
         ),
         (
             {"text": TRAIN, "label": LABELS["train"] / 2},
@@ -208,6 +230,14 @@ def test_what_is_wrong_is_told_in_one_line(write, load, train, options, match, m
     with pytest.raises(UserError, match=match) as error:
         load(**options)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_tokenizer_beside_it_is_told(written, load, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.BertConfig(vocab_size=300).save_pretrained(tmp_path / "bare")
+    written()
+    with pytest.raises(UserError, match=r"bare': no tokenizer is there, or one of special tokens alone"):
+        load(tokenizer=str(tmp_path / "bare"))
 
 
 def test_a_class_of_the_test_texts_alone_is_refused(write, load):

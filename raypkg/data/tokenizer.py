@@ -72,6 +72,8 @@ def tokenizer_at(name: str) -> Tokenizer:
     tokenizer = getattr(found, "backend_tokenizer", None)
     if tokenizer is None:
         raise UserError(f"option tokenizer = {name!r}: a {type(found).__name__} has no fast form (tokenizer.json)")
+    if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):  # what is made where no file is
+        raise UserError(f"option tokenizer = {name!r}: no tokenizer is there, or one of special tokens alone")
     return tokenizer
 
 

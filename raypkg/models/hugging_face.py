@@ -158,7 +158,9 @@ def _check_texts(config: PretrainedConfig, variant: str, shape: Shape) -> None:
             f"model 'transformers:{variant}' knows {own or known:,} tokens, the data set's tokenizer has"
             f" {vocabulary:,}: give --set dataset.options.tokenizer={variant}"
         )
-    positions = getattr(config, "max_position_embeddings", length)
+    positions = getattr(config, "max_position_embeddings", -1)
+    if positions < 0:  # as many as there are, such as XLNet's
+        return
     if config.model_type in SHIFTED:
         positions -= config.pad_token_id + 1
     if length > positions:

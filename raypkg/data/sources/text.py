@@ -36,7 +36,7 @@ PAIRS = (
     ("text_a", "text_b"),
 )
 SINGLE = ("text", "sentence", "content", "review", "question")
-UNLABELLED = ("", "-", "-1")  # what data sets write where annotators did not agree
+UNLABELLED = (None, "", "-", "-1")  # what data sets write where annotators did not agree
 BLOCK = 1 << 12  # texts tokenised at once
 
 
@@ -156,8 +156,12 @@ class TextTable:
         """The columns of texts, one or two."""
         names = self._table.column_names
         if self.chosen_columns:
-            if strange := next((name for name in self.chosen_columns if name not in names), None):
-                raise unknown(f"text column of {self._name!r}", strange, names)
+            others = [name for name in names if name != self.label]
+            strange = [name for name in self.chosen_columns if name not in others]
+            if strange:
+                raise unknown(f"text column of {self._name!r}", strange[0], others)
+            if len(set(self.chosen_columns)) < len(self.chosen_columns):
+                raise UserError(f"option columns = {list(self.chosen_columns)}: the two of a pair must differ")
             return self.chosen_columns
         usual = (*PAIRS, *((name,) for name in SINGLE))
         found = next((columns for columns in usual if set(columns) <= set(names)), None)
@@ -310,7 +314,7 @@ def _missing(labels: pa.ChunkedArray) -> pa.ChunkedArray:
     """Say which labels are none."""
     if pa.types.is_nested(labels.type) or pa.types.is_binary(labels.type):
         return labels.is_null()
-    return pc.fill_null(pc.is_in(labels.cast(pa.large_string()), pa.array(UNLABELLED, pa.large_string())), True)
+    return pc.is_in(labels.cast(pa.large_string()), pa.array(UNLABELLED, pa.large_string()))
 
 
 def _gathered(store: Store, indices: np.ndarray) -> np.ndarray:
