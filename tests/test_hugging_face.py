@@ -102,6 +102,21 @@ def test_what_a_text_is_padded_to_changes_nothing(saved, kind):
         torch.testing.assert_close(model(x)[1:2], model(x[1:2, :, :8]), rtol=1e-5, atol=1e-5)
 
 
+def test_a_decoder_without_a_padding_token_gets_that_of_the_end(tmp_path):
+    config = transformers.GPT2Config(
+        vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=24, bos_token_id=58, eos_token_id=59
+    )
+    torch.manual_seed(0)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    model = build(tmp_path).eval()
+    x = TEXTS.example(4, TEXT)
+    x[x == 59] = 0
+    x[:, :, 8:] = -1
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model(x[:, :, :8]), rtol=1e-5, atol=1e-5)
+        assert torch.equal(model.head(model.features(x)), model(x))
+
+
 def test_the_built_in_transformer_does_not_see_padding_either():
     model = build_model("transformer", TEXT, CLASSES, seed=0).eval()
     x = TEXTS.example(4, TEXT)

@@ -77,7 +77,7 @@ def _check_folder(entry: Entry, settings: RunSettings, name: str | None, root: s
 def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> None:
     """Refuse what an experiment refuses once it knows the samples."""
     from raypkg.coresets.reselection import check_selects_once
-    from raypkg.phases.selection import trained_model
+    from raypkg.phases.selection import check_target_samples, trained_model
     from raypkg.phases.trained import first_weights
 
     n = len(samples.kept)
@@ -88,6 +88,9 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
         given = getattr(settings, "coreset", None)
         settings.check(n if given is None else stages[-1].size(n))
         first_weights(settings, storage.parent.parent.root)
+    select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
+    if isinstance(select, Select):
+        check_target_samples(select, samples)
 
 
 def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> Iterator[str]:

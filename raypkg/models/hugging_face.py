@@ -56,12 +56,15 @@ def hugging_face(
     """
     if not variant:
         raise UserError("model 'transformers' needs a name on the hub or a folder: transformers:NAME")
-    config = _config(variant)
+    with _quiet():
+        config = _config(variant)
     config.num_labels = num_classes
     if dropout is not None:
         _set_dropout(config, dropout)
     texts = kind_of(shape) is TEXTS
     if texts:
+        if config.pad_token_id is None:  # as of GPT-2: what marks the end stands behind it as well
+            config.pad_token_id = _first(config.eos_token_id)
         _check_texts(config, variant, shape)
     with _quiet():
         network = _loaded(variant, config, texts) if weights else _drawn(variant, config, texts)
@@ -106,6 +109,11 @@ class OfImages(nn.Module):
         """Return the logits."""
         logits: Tensor = self.network(pixel_values=x).logits
         return logits
+
+
+def _first(tokens: int | list[int] | None) -> int | None:
+    """Return the token, or the first of several."""
+    return tokens[0] if isinstance(tokens, list) else tokens
 
 
 def _transformers() -> Any:

@@ -50,14 +50,16 @@ def correct(gradients: list[Tensor], snapshot: list[Tensor], full: list[Tensor],
 
 def cosine_similarity(a: list[Tensor], b: list[Tensor]) -> float:
     """Return the cosine of the angle between two lists of tensors, 0 where one is zero."""
-    products = []
-    for x, y in zip(a, b, strict=True):
-        products.append(x.flatten().dot(y.flatten()))
-    product = torch.stack(products).sum()
-    cosine = product / (_length(a) * _length(b))
+    lengths = (_inner(a, a) * _inner(b, b)).sqrt()
+    cosine = _inner(a, b) / lengths
     return cosine.nan_to_num(0.0).item()
 
 
-def _length(tensors: list[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(tensors)
-    return torch.stack(norms).norm()
+def _inner(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Return Σ⟨a, b⟩ over all tensors, float64.
+
+    Not by BLAS: its product depends on where tensors lie in memory, and DDP moves gradients after its first step.
+    """
+    products = torch._foreach_mul(a, b)
+    sums = [product.sum(dtype=torch.float64) for product in products]
+    return torch.stack(sums).sum()
