@@ -63,9 +63,9 @@ def hugging_face(
         _set_dropout(config, dropout)
     texts = kind_of(shape) is TEXTS
     if texts:
+        _check_texts(config, variant, shape)
         if config.pad_token_id is None:  # as of GPT-2: what marks the end stands behind it as well
             config.pad_token_id = _first(config.eos_token_id)
-        _check_texts(config, variant, shape)
     with _quiet():
         network = _loaded(variant, config, texts) if weights else _drawn(variant, config, texts)
     return OfTexts(network) if texts else OfImages(network)
