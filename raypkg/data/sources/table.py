@@ -91,7 +91,8 @@ class RowTable:
             raise unknown(f"label column of {str(file)!r}", label, names)
         if self._id and self._id not in names:
             raise unknown(f"id column of {str(file)!r}", self._id, names)
-        self._numbers = [name for name in names if name not in (label, self._id)]
+        others = [label, self._id] if self._id else [label]  # a column may have no name, too
+        self._numbers = [name for name in names if name not in others]
         if not self._table.num_rows or not self.columns:
             raise UserError(
                 f"table {str(file)!r} has {self._table.num_rows} rows and {len(self.columns)} columns besides"
