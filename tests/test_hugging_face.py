@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from raypkg.core.errors import UserError
+from raypkg.core.extras import tell_download
 from raypkg.data.kinds import IMAGES, TEXTS
 from raypkg.models import build_model, tokenizer_of
 
@@ -247,6 +248,16 @@ def test_a_model_of_any_number_of_positions_takes_a_text_of_any_length(tmp_path)
 def test_a_checkpoint_that_is_not_there_is_told(name):
     with pytest.raises(UserError, match=r"needs a name|cannot be read"):
         build_model(name, TEXT, CLASSES, seed=0)
+
+
+def test_a_download_is_said_before_it_begins(saved, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    tell_download("no-such/model", "config.json", "the model")
+    assert "the model of no-such/model is not in the cache and is downloaded from https://" in caplog.text
+    caplog.clear()
+    tell_download(str(saved("bert")), "config.json", "the model")
+    tell_download("no name: /of the/hub", "config.json", "the model")
+    assert not caplog.text
 
 
 def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch):

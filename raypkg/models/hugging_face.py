@@ -1,12 +1,11 @@
 """Classifiers of Hugging Face's transformers, as ``transformers:NAME``: by their name on the hub, or of a folder.
 
-A checkpoint that is not in the hub's cache is downloaded, which the hub's progress bars show; ``HF_HUB_OFFLINE=1``
-forbids it. Nothing of a checkpoint is run: remote code is refused, and so are weights in pickles.
+A checkpoint that is not in the hub's cache is downloaded, which is said; ``HF_HUB_OFFLINE=1`` forbids it. Nothing of a
+checkpoint is run: remote code is refused, and so are weights in pickles.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.core.extras import extra
+from raypkg.core.extras import extra, tell_download
 from raypkg.data.kinds import TEXTS, kind_of
 
 from . import model
@@ -25,7 +24,7 @@ from .layers import Shape
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-log = logging.getLogger(__name__)
+WHAT = "a model of Hugging Face"
 NEW = "pooler"  # a layer before the head that checkpoints of pre-training may lack, as they lack the head
 SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # whose positions count from that of the padding token
 
@@ -56,6 +55,7 @@ def hugging_face(
     """
     if not variant:
         raise UserError("model 'transformers' needs a name on the hub or a folder: transformers:NAME")
+    tell_download(variant, "config.json", WHAT)
     with _quiet():
         config = _config(variant)
     config.num_labels = num_classes
@@ -117,7 +117,7 @@ def _first(tokens: int | list[int] | None) -> int | None:
 
 
 def _transformers() -> Any:
-    return extra("transformers", "text", "a model of Hugging Face")
+    return extra("transformers", "text", WHAT)
 
 
 @contextmanager
@@ -188,7 +188,7 @@ def _tokenizer_size(variant: str) -> int | None:
     )
     if file is None:
         return None
-    return extra("tokenizers", "text", "a model of Hugging Face").Tokenizer.from_file(file).get_vocab_size()
+    return extra("tokenizers", "text", WHAT).Tokenizer.from_file(file).get_vocab_size()
 
 
 def _class(texts: bool) -> Any:

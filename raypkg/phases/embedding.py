@@ -1,7 +1,7 @@
 """Features of all samples, computed where the data is, part by part, and joined to a table for each split.
 
 A run that was stopped computes the parts that are missing. Which samples share a part, and a batch within it, does not
-depend on who computes them, so neither do their features.
+depend on who computes them, so neither do their features, on machines of one kind: processors, or GPUs, of one model.
 """
 
 import shutil

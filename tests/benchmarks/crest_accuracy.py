@@ -11,6 +11,7 @@ critical path and of the same seed. Give --jobs 1 on a machine whose cores distu
 
 import argparse
 import os
+import re
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -62,9 +63,8 @@ def summary(chosen: argparse.Namespace, name: str, seed: int) -> dict | None:
     options = f"--dataset {chosen.dataset} --model {chosen.model} --seed {seed} --train.epochs {chosen.epochs}"
     options += f" --train.batch_size {chosen.batch} {chosen.settings}"
     budget = "" if "--budget" in ROWS[name] else f"--budget {chosen.budget}"
-    run = (
-        f"{name}-{budget or 'all'}-{seed}".replace("--budget ", "").replace(" ", "-").replace(",", "").replace("'", "")
-    )
+    share = chosen.budget if budget else "all"
+    run = re.sub(r"\W+", "-", f"{name} {share} {seed}")
     return finished(chosen.root, "crest", run, f"{options} --train.evaluate_every_epochs 0 {budget} {ROWS[name]}")
 
 

@@ -1,12 +1,10 @@
 """Selection on Ray: the same picks on any number of workers, before and during training."""
 
 import json
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
-from raypkg.cli import main
+from coreset_runs import picks, run
 
 PLAIN = ["--model", "mlp", "--train.precision", "float32", "--train.batch_size", "32", "--train.epochs", "4"]
 CHOICES = {
@@ -14,16 +12,6 @@ CHOICES = {
     "random": ["--select.fraction", "0.2", "--select.every_epochs", "1"],
     "infobatch": ["--select.every_epochs", "1"],
 }
-
-
-def run(*arguments: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    assert ended.value.code in (0, None)
-
-
-def picks(folder: Path) -> list[int]:
-    return pq.read_table(folder / "coreset.parquet")["index"].to_pylist()
 
 
 @pytest.mark.parametrize("method", CHOICES)

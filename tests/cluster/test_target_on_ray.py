@@ -1,27 +1,15 @@
 """A selection for another data set's samples on Ray: the same picks on any number of actors or workers."""
 
 import csv
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raypkg.cli import main
+from coreset_runs import picks, run
 from raypkg.core.seeds import generator
 
 PLAIN = ["--model", "mlp", "--train.precision", "float32", "--train.batch_size", "32"]
 C, D = 3, 6
-
-
-def run(*arguments: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    assert ended.value.code in (0, None)
-
-
-def picks(folder: Path) -> list[int]:
-    return pq.read_table(folder / "coreset.parquet")["index"].to_pylist()
 
 
 @pytest.fixture

@@ -211,12 +211,14 @@ class TextTable:
 
     def check_like(self, train: "TextTable") -> None:
         """Refuse other columns or class names than those of the train split."""
-        for what in ("columns", "label", "_names"):
-            ours = getattr(self, what)
-            theirs = getattr(train, what)
+        pairs = {
+            "text columns": (self.columns, train.columns),
+            "label column": (self.label, train.label),
+            "class names": (self._names, train._names),
+        }
+        for what, (ours, theirs) in pairs.items():
             if ours != theirs:
-                name = what.strip("_")
-                raise UserError(f"the {name} of {self._name!r} differ from those of {train._name!r}: {ours}, {theirs}")
+                raise UserError(f"the {what} of {self._name!r}, {ours}, are not those of {train._name!r}, {theirs}")
 
     def texts(self, rows: np.ndarray) -> list[Text]:
         """Return the texts of rows, or the pairs.
