@@ -218,7 +218,11 @@ BLANK = [*TRAIN[:5], "  ", *TRAIN[6:]]
             r"tokenizer = './nowhere': no tokenizer",
         ),
         ({"text": TRAIN, "label": LABELS["train"]}, {"length": 3}, r"text option length = 3"),
-        ({"text": TRAIN, "label": LABELS["train"], "more": TRAIN}, {}, r"the columns of .*train-2.* differ from those of .*train-00000"),
+        (
+            {"text": TRAIN, "label": LABELS["train"], "more": TRAIN},
+            {},
+            r"the columns of .*train-2.* differ from those of .*train-00000",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(write, load, train, options, match, monkeypatch):
