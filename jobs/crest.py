@@ -2,7 +2,7 @@
 
 import sys
 
-from raypkg.cli import main
+from raypkg.cli import script
 
 if __name__ == "__main__":
-    main(["crest", *sys.argv[1:]])
+    script(["crest", *sys.argv[1:]])

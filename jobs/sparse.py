@@ -2,7 +2,7 @@
 
 import sys
 
-from raypkg.cli import main
+from raypkg.cli import script
 
 if __name__ == "__main__":
-    main(["sparse", *sys.argv[1:]])
+    script(["sparse", *sys.argv[1:]])

@@ -34,8 +34,10 @@ RUNS = {
     "lipt": "lipt --seed 3 --train.epochs 2 --pretrain.models 3 --pretrain.epochs 1",
     "greedy": f"lipt {TINY} --pretrain.models 3 --pretrain.epochs 1 --pretrain.merge greedy --pretrain.sparsity erk",
     "dense": f"lipt {TINY} --pretrain.method dense --pretrain.epochs 2 --train.init merged",
-    "crest": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25",
-    "overlapped": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 --crest.overlap true --crest.h 4",
+    "anew": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25",
+    "crest": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 --crest.tau 0.05 --crest.subset 0.2196",
+    "overlapped": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 --crest.tau 0.05 --crest.subset 0.2196"
+    " --crest.overlap true --crest.h 4",
     "random": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 --selection random",
     "glister": "crest --model mlp --seed 3 --train.epochs 4 --budget 0.5 --selection glister",
     "rigl": f"sparse {TINY} --density 0.1 --growth gradient --agent true --agent.memory 0",

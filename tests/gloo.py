@@ -1,7 +1,9 @@
 """Workers as real processes that reach each other by gloo, without Ray."""
 
+import atexit
 import multiprocessing
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,8 +16,15 @@ def on_workers(world, function, *arguments):
     """Return what ``function(worker, *arguments)`` returns on each of so many workers, in the order of ranks."""
     with tempfile.TemporaryDirectory() as folder:
         places = [(rank, world, Path(folder, "store"), function, arguments) for rank in range(world)]
-        with multiprocessing.get_context("spawn").Pool(world) as pool:
-            return pool.map(_worker, places, chunksize=1)
+        return _processes(world).map(_worker, places, chunksize=1)
+
+
+@cache
+def _processes(world):
+    """Start processes that stay for the next test: most of a short one's time is their import of PyTorch."""
+    pool = multiprocessing.get_context("spawn").Pool(world)
+    atexit.register(pool.terminate)
+    return pool
 
 
 def _worker(place):

@@ -124,6 +124,64 @@ def glister(train: Problem, valid: Problem, budget: int, *, eta: float, rounds: 
     return chosen
 
 
+def loss_after(p: Problem, step: Tensor) -> float:
+    """The mean loss with the head moved by a step [C, D+1]."""
+    return float(F.cross_entropy(logits(p.head + step, p.features), p.y))
+
+
+def safe_rate(valid: Problem, step: Tensor) -> float:
+    """The rate η of θ − η·step: that of the curvature's bound, doubled while half of what the slope promises comes.
+
+    No second derivative along a = step [h; 1] exceeds the variance of the two extremes of a, each with probability ½.
+    """
+    slope = float((gradient(valid.head, valid.features, valid.y) * step).sum())
+    change = logits(step, valid.features)
+    bound = float(torch.stack([torch.stack([a.max(), a.min()]).var(correction=0) for a in change]).mean())
+    start, eta = loss_after(valid, torch.zeros_like(step)), slope / bound
+    assert loss_after(valid, -eta * step) <= start - eta * slope / 2 + 1e-12
+    while loss_after(valid, -2 * eta * step) <= start - eta * slope:
+        eta *= 2
+    return eta
+
+
+def topk_by_validation(train: Problem, valid: Problem, budget: int) -> list[int]:
+    """GLISTER as DeepCore computes it: the largest <∇L_val, g_i>, never refreshed."""
+    aim = gradient(valid.head, valid.features, valid.y)
+    gains = (per_sample_gradients(train) * aim).sum(dim=(1, 2))
+    return gains.topk(budget).indices.tolist()
+
+
+def plain_pursuit(atoms: Tensor, target: Tensor, k: int) -> float:
+    """Squared error of matching pursuit as CORDS does it: k steps, least squares without negative weights, no penalty.
+
+    An atom whose weight becomes 0 keeps its place.
+    """
+    chosen: list[int] = []
+    weights = atoms.new_zeros(0)
+    for _ in range(k):
+        correlation = atoms @ (target - weights @ atoms[chosen])
+        correlation[chosen] = -torch.inf
+        best = int(correlation.argmax())
+        if correlation[best] <= 0:
+            break
+        chosen.append(best)
+        weights = nonnegative_least_squares(atoms[chosen], target)
+    return float((weights @ atoms[chosen] - target).square().sum())
+
+
+def nonnegative_least_squares(atoms: Tensor, target: Tensor) -> Tensor:
+    """argmin ‖Σ v_i a_i − t‖² over v ≥ 0, by coordinate descent until nothing moves."""
+    gram, aim = atoms @ atoms.T, atoms @ target
+    v = torch.zeros_like(aim)
+    for _ in range(2000):
+        before = v.clone()
+        for i in range(len(v)):
+            v[i] = ((aim[i] - gram[i] @ v + gram[i, i] * v[i]) / gram[i, i]).clamp(min=0)
+        if (v - before).abs().max() <= 1e-12 * v.max():
+            break
+    return v
+
+
 def snip(model, x, y, density):
     """Share of each layer's weights among the network's most salient, by sorting |g · w| of single weights."""
     model = copy.deepcopy(model).train()
@@ -280,7 +338,7 @@ def crest(model, x: Tensor, y: Tensor, settings, training, seed: int, size: int,
 
             anchor = vector(parameters)
             gradients.append(vector(torch.autograd.grad(loss_of_pool(), parameters)))
-            rng = generator(seed, "crest signs", updates)
+            rng = generator(seed, "crest signs", updates, 0)
             signs = vector([torch.randint(2, p.shape, generator=rng) * 2.0 - 1 for p in parameters])
             squares.append((signs * (dense_hessian(loss_of_pool, parameters) @ signs)).square())
             weigh = [sum(b ** (len(v) - 1 - s) * (1 - b) * q for s, q in enumerate(v)) / (1 - b ** len(v))
@@ -315,8 +373,24 @@ def crest(model, x: Tensor, y: Tensor, settings, training, seed: int, size: int,
             active = stay if len(stay) >= 2 * r else active
             recorded = {i: [] for i in range(n)}
         if expired:
-            interval = max(1, round(settings.h * first / float(bend.norm())))
+            interval = math.ceil(settings.h * first / float(bend.norm()))
     return errors
+
+
+def crest_each_step(model, x: Tensor, y: Tensor, training, seed: int, size: int, r: int) -> None:
+    """CREST without a local model: every step draws a random subset and trains on its medoids, momentum by hand."""
+    n = len(y)
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    for step in range(training.epochs * math.ceil(n / size)):
+        subset = torch.randperm(n, generator=generator(seed, "crest subset", step + 1, 0))[:r]
+        with torch.no_grad():
+            medoids, shares = minibatch(model(x[subset]), y[subset], size)
+        weights = torch.tensor(shares) * size / r
+        chosen = subset[medoids]
+        loss = F.cross_entropy(model(x[chosen]), y[chosen], reduction="none") @ weights / size
+        for p, v, g in zip(model.parameters(), velocity, torch.autograd.grad(loss, [*model.parameters()]), strict=True):
+            v.mul_(training.momentum).add_(g + training.weight_decay * p.detach())
+            p.data.sub_(training.lr * v)
 
 
 def bfgs(pairs):
@@ -342,3 +416,29 @@ def gradient_sum(model, split, w, indices):
         grads = torch.autograd.grad(loss, list(model.parameters()))
         total += torch.cat([g.flatten() for g in grads])
     return total
+
+
+def message_passing(
+    view: HeadView, k: int, *, neighbours: int, forward: float, reverse: float, relative: bool
+) -> list[int]:
+    """D2 pruning, one sample and one message at a time."""
+    squares = pairwise(view.features).square()
+    n = len(view)
+    nearest = [
+        sorted((j for j in range(n) if j != i), key=lambda j, i=i: float(squares[i, j]))[:neighbours] for i in range(n)
+    ]
+    unit = sum(float(squares[i, j]) for i in range(n) for j in nearest[i]) / (n * neighbours) if relative else 1.0
+    errors = (view.logits.softmax(dim=1) - F.one_hot(view.y, view.num_classes)).norm(dim=1).tolist()
+    scores = {
+        i: errors[i] + sum(math.exp(-forward * float(squares[i, j]) / unit) * errors[j] for j in nearest[i])
+        for i in range(n)
+    }
+    chosen: list[int] = []
+    while len(chosen) < k:
+        best = max(scores, key=scores.__getitem__)
+        score = scores.pop(best)
+        chosen.append(best)
+        for j in nearest[best]:
+            if j in scores:
+                scores[j] -= math.exp(-reverse * float(squares[best, j]) / unit) * score
+    return chosen

@@ -17,12 +17,14 @@ from raypkg.engine.batches import Batches
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Hook
 from raypkg.engine.worker import Worker
-from raypkg.methods.agent.control_variate import coefficient, cosine_similarity, smoothed
+from raypkg.methods.agent.control_variate import coefficient, smoothed, spread, variance_left
+from raypkg.methods.agent.forms import Measured
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
+from raypkg.methods.agent.switch import PAIRS, Switch, looked_at
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
-from sparse_training import PLAIN, STEPS, C, D, N, network, rng, run, sparse, split
+from sparse_training import PLAIN, STEPS, C, D, N, batch, network, rng, run, sparse, split
 
 
 def test_c_is_the_ratio_of_covariance_and_variance():
@@ -40,21 +42,71 @@ def test_drift_does_not_pass_for_covariance():
     assert abs(coefficient(current, snapshot) - 0.7) > 0.2
 
 
-def test_the_cosine_does_not_depend_on_where_gradients_lie_in_memory():
+def two_gradients(steps, drift=0.0, seed=0):
+    """Return a walk of the model's gradient, and that of its snapshot, of two layers: correlated noise, and a drift."""
+    noise, own = torch.randn(2, steps, 50, generator=rng(seed), dtype=torch.float64)
+    current = 0.6 * noise + 0.3 * own + drift * torch.linspace(0, 1, steps)[:, None]
+    return current, 2 * noise
+
+
+def moments_of(current, snapshot):
+    steps = range(1, len(current))
+    layers = [(walk[:, :30], walk[:, 30:]) for walk in (current, snapshot)]
+    pairs = [[[layer[i - offset] for layer in walk] for offset in (0, 1) for walk in layers] for i in steps]
+    return torch.stack([spread(*pair) for pair in pairs])
+
+
+def test_moments_are_those_of_the_noise_whatever_the_mean_does():
+    """Var = 50·(0.36 + 0.09), Cov = 50·1.2, Var at the snapshot = 50·4, over the layers of 30 and 20."""
+    for drift in (0.0, 30.0):
+        variance, covariance, at_snapshot = moments_of(*two_gradients(4000, drift)).mean(0)
+        assert variance.tolist() == pytest.approx([30 * 0.45, 20 * 0.45], rel=0.05)
+        assert covariance.tolist() == pytest.approx([30 * 1.2, 20 * 1.2], rel=0.05)
+        assert at_snapshot.tolist() == pytest.approx([30 * 4, 20 * 4], rel=0.05)
+
+
+def test_what_is_left_is_the_variance_of_the_corrected_gradient():
+    current, snapshot = two_gradients(2000)
+    moments = moments_of(current, snapshot).sum(0)
+    for weight in (0.0, 0.1, 0.3, 1.0):
+        after, before = variance_left(moments, torch.full((2,), weight, dtype=torch.float64))
+        corrected = current - weight * snapshot
+        assert (after / before).item() == pytest.approx(
+            (corrected.var(0).sum() / current.var(0).sum()).item(), rel=0.05
+        )
+
+
+def test_the_least_is_left_at_the_measured_weight():
+    moments = moments_of(*two_gradients(200)).sum(0)
+    form = Measured(1.0, alpha=1.0)
+    form.observe(moments)
+    best = form.weights(2)
+    least, before = variance_left(moments, best)
+    for change in (-0.05, 0.05):
+        assert least < variance_left(moments, best + change)[0]
+    variance, covariance, at_snapshot = moments
+    assert (least / before).item() == pytest.approx(
+        1 - (covariance**2 / at_snapshot).sum().item() / variance.sum().item()
+    )
+
+
+def test_the_measured_weight_begins_at_one_and_follows_the_latest_steps():
+    form = Measured(0.5, alpha=0.25)
+    assert form.weights(2).tolist() == [0.5, 0.5] and form.c == 1
+    form.observe(torch.tensor([[9.0, 9.0], [1.0, 0.0], [2.0, 0.0]]))
+    assert form.weights(2).tolist() == [0.5 * 1.75 / 2, 0.0]  # of 2 → 1; a layer without variance is left alone
+    form.restart(0.5)
+    assert form.c == 1
+
+
+def test_moments_do_not_depend_on_where_gradients_lie_in_memory():
     draws = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 1001, generator=draws)
+    a, b, zero = torch.randn(3, 1001, generator=draws)
     found = set()
     for offset in range(16):  # DDP moves gradients between its buckets
         moved = torch.empty(1040)[offset : offset + 1001].copy_(a)
-        found.add(cosine_similarity([moved], [b]))
+        found.add(spread([moved], [b], [zero], [zero])[1].item())
     assert len(found) == 1
-
-
-def test_cosine():
-    a = [torch.tensor([3.0, 0.0]), torch.tensor([0.0])]
-    b = [torch.tensor([0.0, 4.0]), torch.tensor([0.0])]
-    zero = [torch.zeros(2), torch.zeros(1)]
-    assert [cosine_similarity(a, other) for other in (a, b, zero)] == [1.0, 0.0, 0.0]
 
 
 def test_c_comes_from_the_losses_of_model_and_snapshot():
@@ -63,9 +115,9 @@ def test_c_comes_from_the_losses_of_model_and_snapshot():
     class Losses(Hook):
         def on_gradients(self, run):
             x, y = run.batch.x, run.batch.y
-            losses.append([F.cross_entropy(model(x), y).item() for model in (run.model, hook.snapshot)])
+            losses.append([F.cross_entropy(model(x), y).item() for model in (run.model, hook.snapshot.model)])
 
-    hook = Correction(AgentOptions(gamma=0.5))
+    hook = Correction(AgentOptions(form="published", gamma=0.5))
     fit(run(Losses(), hook, settings=PLAIN.model_copy(update={"epochs": 2})))
     model, snapshot = np.array(losses[:6]).T  # of the first epoch, [6] each
     expected = 0.3 * np.cov(np.diff(model), np.diff(snapshot))[0, 1] / np.var(np.diff(snapshot), ddof=1)
@@ -75,7 +127,7 @@ def test_c_comes_from_the_losses_of_model_and_snapshot():
 def test_without_a_weight_nothing_changes_bit_for_bit():
     model = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, C))
     plain = fit(run(*sparse(), model=copy.deepcopy(model)))
-    idle = Correction(AgentOptions(alpha=0.0))
+    idle = Correction(AgentOptions(form="published", alpha=0.0))
     with_it = fit(run(*sparse(correction=[idle]), model=copy.deepcopy(model)))
     for name, value in plain.model.state_dict().items():
         assert value.equal(with_it.model.state_dict()[name]), name
@@ -85,8 +137,7 @@ def test_without_a_weight_nothing_changes_bit_for_bit():
 @pytest.mark.parametrize("damped", [0.3, 1.0])
 def test_it_equals_the_loop_written_out(damped):
     settings = PLAIN.model_copy(update={"precision": "float64", "momentum": 0.0, "nesterov": False})
-    hook, model = Correction(AgentOptions(gamma=damped, alpha=0.0)), network().double()
-    hook.c = 1.0
+    hook, model = corrected(gamma=damped), network().double()
     twin = copy.deepcopy(model)
 
     def batches(epoch):
@@ -101,6 +152,15 @@ def test_it_equals_the_loop_written_out(damped):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_the_full_gradient_is_of_the_objective_where_batches_differ_in_size():
+    hook, model = corrected(), network().double()
+    x, y = batch(N)
+    expected = torch.autograd.grad(F.cross_entropy(model(x.double()), y), list(model.parameters()))
+    fit(run(hook, model=model, precision="float64", batch_size=14, epochs=1))  # of 13 and 14 samples
+    for ours, theirs in zip(hook.snapshot.full, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
 def test_near_the_snapshot_svrg_has_less_variance():
     """γc = 1: right after a snapshot every corrected gradient is the full one."""
     gradients = {}
@@ -113,16 +173,15 @@ def test_near_the_snapshot_svrg_has_less_variance():
             gradient = torch.cat([p.grad.flatten() for p in run.model.parameters()])
             gradients.setdefault(self.name, []).append(gradient.clone())
 
-    hook = Correction(AgentOptions(gamma=1.0, alpha=0.0))
-    hook.c = 1.0
+    hook = corrected()
     slow = PLAIN.model_copy(update={"epochs": 1, "lr": 1e-4})
     fit(run(Variance("raw"), hook, Variance("corrected"), settings=slow))
-    raw, corrected = (torch.stack(gradients[name]).var(0).sum() for name in ("raw", "corrected"))
-    assert corrected < 1e-3 * raw
+    raw, left = (torch.stack(gradients[name]).var(0).sum() for name in ("raw", "corrected"))
+    assert left < 1e-3 * raw
 
 
 def test_gradients_are_counted_where_they_are_computed():
-    hook = Correction(AgentOptions(gamma=0.5, samples=32, every_steps=2))
+    hook = Correction(AgentOptions(form="published", gamma=0.5, samples=32, every_steps=2))
     trained = fit(run(hook))
     steps = trained.bill("correction")
     assert (steps.forward, steps.backward) == (N // 2 * 5, N // 2 * 4)  # none in the first epoch, while c = 0
@@ -132,15 +191,16 @@ def test_gradients_are_counted_where_they_are_computed():
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_kept_gradients_are_those_that_would_be_computed_again(every):
-    kept = Correction(AgentOptions(gamma=0.5, every_steps=every))
-    again = Correction(AgentOptions(gamma=0.5, every_steps=every, memory=0))
+    kept = Correction(AgentOptions(always=True, every_steps=every))
+    again = Correction(AgentOptions(always=True, every_steps=every, memory=0))
     one = fit(run(*sparse(correction=[kept])))
     other = fit(run(*sparse(correction=[again])))
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
-    np.testing.assert_array_equal(kept.history, again.history)
-    assert list(kept.kept) == list(range(STEPS - STEPS // 5, STEPS, every)) and not again.kept
-    assert one.bill("correction").backward == 0 and one.bill("full gradient").backward == 4 * N
-    assert other.bill("correction").backward == 4 * N // every
+    np.testing.assert_array_equal(np.array(kept.history)[:, :4], np.array(again.history)[:, :4])
+    assert list(kept.snapshot.kept) == list(range(STEPS - STEPS // 5, STEPS, every)) and not again.snapshot.kept
+    assert one.bill("correction").backward == 0 and one.bill("full gradient").backward == 5 * N
+    assert other.bill("correction").backward == 5 * N // every
+    assert 1 / kept.line == pytest.approx(2) and 1 / again.line == pytest.approx(2 + 1 / every)
 
 
 def test_batches_that_another_hook_supplies_keep_no_gradients():
@@ -150,9 +210,9 @@ def test_batches_that_another_hook_supplies_keep_no_gradients():
         def batches(self, run):
             return None
 
-    hook = Correction(AgentOptions(gamma=0.5))
+    hook = corrected()
     fit(run(hook, Supplier()))
-    assert hook.full and not hook.kept
+    assert hook.snapshot.full and not hook.snapshot.kept
 
 
 class Attentive(nn.Module):
@@ -180,10 +240,8 @@ DRAWING = pytest.mark.parametrize("build", [dropping, attentive])
 
 
 def corrected(**options):
-    """A correction at full weight from the first step on."""
-    hook = Correction(AgentOptions(**{"gamma": 1.0, "alpha": 0.0, **options}))
-    hook.c = 1.0
-    return hook
+    """A correction at full weight from the first step on: SVRG."""
+    return Correction(AgentOptions(always=True, alpha=0.0, **options))
 
 
 class Gradients(Hook):
@@ -200,7 +258,7 @@ class Gradients(Hook):
 @DRAWING
 def test_with_dropout_too_nothing_changes_without_a_weight(build):
     plain = fit(run(model=build()))
-    with_it = fit(run(Correction(AgentOptions(alpha=0.0)), model=build()))
+    with_it = fit(run(Correction(AgentOptions(form="published", alpha=0.0)), model=build()))
     for name, value in plain.model.state_dict().items():
         assert value.equal(with_it.model.state_dict()[name]), name
 
@@ -210,10 +268,9 @@ def test_at_the_snapshot_dropout_leaves_exactly_the_full_gradient(build):
     """θ = θ̃ and the same masks: the two gradients are one, and γc = 1 leaves g̃."""
     raw, after, hook = Gradients(0), Gradients(50), corrected()
     fit(run(raw, hook, after, model=build(), precision="float64", epochs=1))
-    full = torch.cat([gradient.flatten() for gradient in hook.full])
+    full = torch.cat([gradient.flatten() for gradient in hook.snapshot.full])
     assert not raw.seen[0].allclose(full)
     torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-14)
-    assert hook.history[0][2] == pytest.approx(1.0, abs=1e-14)  # the cosine
 
 
 @DRAWING
@@ -230,14 +287,14 @@ def test_the_full_gradient_has_dropout_of_its_own():
     one, other = corrected(), corrected()
     fit(run(one, model=dropping(), lr=1e-9, epochs=1, batch_size=96))
     fit(run(other, model=dropping(), lr=1e-9, epochs=2, batch_size=96))  # of its second epoch
-    assert one.full and other.full
-    assert not any(a.allclose(b, rtol=1e-3) for a, b in zip(one.full, other.full, strict=True))
+    assert one.snapshot.full and other.snapshot.full
+    assert not any(a.allclose(b, rtol=1e-3) for a, b in zip(one.snapshot.full, other.snapshot.full, strict=True))
 
 
 @DRAWING
 def test_dropout_stopped_and_resumed_equals_never_stopped(build, tmp_path):
     def start(last):
-        trained = run(Correction(AgentOptions(gamma=0.5, alpha=0.5)), model=build())
+        trained = run(Correction(AgentOptions(form="published", gamma=0.5, alpha=0.5)), model=build())
         trained.last = last
         return trained
 
@@ -252,7 +309,7 @@ def test_dropout_stopped_and_resumed_equals_never_stopped(build, tmp_path):
 def test_with_dropout_no_gradient_is_kept():
     hook = corrected()
     trained = fit(run(hook, model=dropping()))
-    assert not hook.kept
+    assert not hook.snapshot.kept
     assert trained.bill("correction").backward == trained.bill("full gradient").backward == 5 * N
 
 
@@ -264,20 +321,20 @@ def test_when_all_is_done_nothing_watches_the_model():
     assert not trained.model._forward_pre_hooks
 
 
-def cosines_on(worker):
-    """Return the cosines of a training with dropout on this worker."""
+def left_on(worker):
+    """Return what was left, step by step, of a training with dropout on this worker."""
     hook = corrected()
-    trained = run(hook, model=dropping(), epochs=2)
+    trained = run(hook, model=dropping(), epochs=2, lr=1e-5)
     trained.worker = worker
     fit(trained)
-    return [row[2] for row in hook.history], [parameter.tolist() for parameter in trained.model.parameters()]
+    return [row[3] for row in hook.history], [parameter.tolist() for parameter in trained.model.parameters()]
 
 
 def test_each_worker_repeats_its_own_draws():
-    (first, weights), (second, same) = on_workers(2, cosines_on)
-    assert first == second and weights == same
-    assert [first[0], first[6]] == pytest.approx([1.0, 1.0], abs=1e-5)  # right after a snapshot
-    assert min(first) < 0.9999
+    (first, weights), (second, same) = on_workers(2, left_on)
+    np.testing.assert_array_equal(first, second)
+    assert weights == same
+    assert np.nanmax(first) < 1e-3  # weights hardly move: with other draws much would be left
 
 
 class Numpy(nn.Linear):
@@ -302,7 +359,7 @@ def test_on_a_gpu_too_dropout_leaves_exactly_the_full_gradient(build):
     trained = run(hook, after, model=build(), precision="float64", epochs=1)
     device = torch.device("cuda")
     fit(dataclasses.replace(trained, worker=Worker(device=device)))
-    full = torch.cat([gradient.flatten() for gradient in hook.full])
+    full = torch.cat([gradient.flatten() for gradient in hook.snapshot.full])
     torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-12)
 
 
@@ -314,6 +371,160 @@ def test_the_snapshot_takes_the_parts_and_the_objective_of_the_model(build, sett
     """θ = θ̃: the two gradients are one, and γc = 1 leaves g̃."""
     after, hook = Gradients(50), corrected()
     fit(run(hook, after, model=build(), precision="float64", epochs=1, **settings))
-    full = torch.cat([gradient.flatten() for gradient in hook.full])
+    full = torch.cat([gradient.flatten() for gradient in hook.snapshot.full])
     torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-14)
-    assert hook.history[0][2] == pytest.approx(1.0, abs=1e-14)  # the cosine
+
+
+class Rates(Hook):
+    """Sets the learning rate of each epoch."""
+
+    def __init__(self, *rates):
+        self.rates = rates
+
+    def on_gradients(self, run):
+        for group in run.optimizer.param_groups:
+            group["lr"] = self.rates[run.epoch]
+
+
+def corrected_by_epoch(hook):
+    """Return the epochs in which steps were corrected, and those in which some were looked at."""
+    per_epoch = STEPS // 5
+    epochs = [{int(row[0]) // per_epoch for row in hook.history if row[1] == flag} for flag in (1, 0)]
+    return [sorted(each) for each in epochs]
+
+
+def test_a_correction_that_pays_comes_on_after_one_look():
+    hook = Correction(AgentOptions())
+    trained = fit(run(hook, lr=1e-3))
+    assert corrected_by_epoch(hook) == [[1, 2, 3, 4], [0]]
+    assert trained.bill("full gradient").backward == 4 * N
+    results = hook.results(trained)
+    assert results.facts["variance_left"] < results.facts["variance_line"] == 0.5
+    assert results.facts["corrected_steps"] == 24
+
+
+def test_a_correction_that_does_not_pay_changes_nothing_bit_for_bit(tmp_path):
+    """Weights that move far within an epoch: it only looks, in the first epoch and in the fifth."""
+    model = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, C))
+    plain = fit(run(model=copy.deepcopy(model), lr=3.0))
+    hook = Correction(AgentOptions(look_every_epochs=3))
+    with_it = fit(run(hook, model=copy.deepcopy(model), lr=3.0))
+    for name, value in plain.model.state_dict().items():
+        assert value.equal(with_it.model.state_dict()[name]), name
+    assert corrected_by_epoch(hook) == [[], [0, 4]]
+    assert with_it.bill("correction").backward == 2 * 2 * 16  # a pair of batches a look
+    assert not with_it.bill("full gradient").backward
+    results = hook.results(with_it)
+    (finding,) = results.findings
+    assert "AGENT corrected no step, which would have left" in finding and "3 times as large" in finding
+    results.plots["correction"](tmp_path / "correction.png")
+    assert (tmp_path / "correction.png").stat().st_size > 1000
+
+
+def test_it_comes_on_when_the_rate_has_fallen_and_goes_off_above_the_line():
+    hook = Correction(AgentOptions(look_every_epochs=100))
+    rates = Rates(3.0, 3.0, 1e-3, 1e-3, 3.0)
+    fit(run(rates, hook, lr=3.0))
+    assert corrected_by_epoch(hook) == [[4], [0, 3]]  # seen at the next snapshot, where the look begins
+    hook = Correction(AgentOptions())
+    fit(run(Rates(1e-3, 3.0, 3.0, 3.0, 3.0), hook, lr=1e-3))
+    assert corrected_by_epoch(hook) == [[1], [0]]
+
+
+@pytest.mark.parametrize("form", ["published", "linear"])
+def test_other_forms_never_switch_off(form):
+    hook = Correction(AgentOptions(form=form))
+    trained = fit(run(hook, lr=3.0))
+    first = 1 if form == "published" else 0  # c is not known before
+    assert corrected_by_epoch(hook)[0] == list(range(first, 5))
+    assert hook.results(trained).facts["variance_left"] > 0.5
+
+
+def test_the_linear_form_falls_to_nothing():
+    hook = Correction(AgentOptions(form="linear", gamma=0.5))
+    fit(run(hook))
+    weights = sorted({(int(row[0]) // 6, row[2]) for row in hook.history})
+    assert [weight for _, weight in weights] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"always": True},
+        {"form": "linear"},
+        {"form": "published"},
+        {"snapshot_every_steps": 4},
+        {"look_every_epochs": 1, "every_steps": 2},
+    ],
+)
+@pytest.mark.parametrize("rate", [0.05, 3.0])
+def test_stopped_and_resumed_equals_never_stopped(tmp_path, options, last, rate):
+    def start(stop):
+        trained = run(Correction(AgentOptions(**options)), lr=rate, schedule="cosine", momentum=0.5)
+        trained.last = stop
+        return trained
+
+    straight = fit(start(None))
+    kept = StoredCheckpoints(Storage(str(tmp_path)) / "kept")
+    fit(start(last), checkpoints=kept)
+    resumed = fit(start(None), checkpoints=kept)
+    assert all(a.equal(b) for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
+    np.testing.assert_array_equal(straight.hooks[0].history, resumed.hooks[0].history)
+    assert str(straight.hooks[0].results(straight).facts) == str(resumed.hooks[0].results(resumed).facts)
+
+
+def test_switched_by_the_line():
+    switch = Switch(always=False, every=4)
+    switch.begin(rate=0.1, epoch=0)
+    assert (switch.on, switch.looks) == (False, True)
+    switch.judge(0.6, 0.5, rate=0.1, epoch=1)
+    looks = []
+    for epoch in range(1, 6):
+        switch.begin(rate=0.1, epoch=epoch)
+        looks.append(switch.looks)
+    assert looks == [False, False, False, False, True]
+    switch.begin(rate=0.05, epoch=2)
+    assert switch.looks
+    switch.judge(0.4, 0.5, rate=0.05, epoch=3)
+    switch.begin(rate=0.05, epoch=3)
+    assert (switch.on, switch.looks) == (True, False)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 11, 47, 400])
+def test_looks_are_pairs_within_the_epoch_and_few(steps):
+    steps_seen = sorted(looked_at(steps))
+    assert steps_seen[0] >= 0 and steps_seen[-1] < steps
+    assert all(b - a == 1 for a, b in zip(steps_seen[::2], steps_seen[1::2], strict=True))
+    assert len(steps_seen) <= min(2 * PAIRS, max(2, steps // 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "linear", "alpha": 0.5}, r"agent\.form = linear follows the time: agent\.alpha would do nothing"),
+        ({"form": "published", "always": True}, r"agent\.form = published never switches off: agent\.always would do"),
+        ({"always": True, "look_every_epochs": 2}, r"always = true never switches off: agent\.look_every_epochs would"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        AgentOptions(**options)
+
+
+def moments_on(worker):
+    """Return the table of a training on this worker."""
+    hook = Correction(AgentOptions())
+    trained = run(hook, precision="float64", lr=0.05)
+    trained.worker = worker
+    fit(trained)
+    return hook.history, [parameter.tolist() for parameter in trained.model.parameters()]
+
+
+def test_two_workers_measure_and_correct_as_one_does():
+    alone = moments_on(Worker())
+    for history, weights in on_workers(2, moments_on):
+        np.testing.assert_allclose(history, alone[0], rtol=1e-8)
+        for mine, expected in zip(weights, alone[1], strict=True):
+            np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-10)

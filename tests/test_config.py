@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from raypkg.cli.options import overrides as overrides_of
+from raypkg.cli.setting_options import overrides as overrides_of
 from raypkg.core.config import Named, Settings, leaves, load_settings, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
 

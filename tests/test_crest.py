@@ -21,10 +21,12 @@ from raypkg.data import Data
 from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Run
+from raypkg.engine.run import Hook, Run
 from raypkg.engine.shards import LocalShards, Shard
-from raypkg.methods.crest.active import remaining
+from raypkg.methods.crest.active import ActiveSamples
+from raypkg.methods.crest.fitting import trains_as_it_evaluates
 from raypkg.methods.crest.hook import Crest
+from raypkg.methods.crest.look import Look
 from raypkg.methods.crest.minibatch import minibatch_coreset
 from raypkg.methods.crest.quadratic import MovingMoments, flat, gradient_of, hessian_diagonal, predicted, relative_error
 from raypkg.methods.crest.region import check_interval
@@ -36,6 +38,16 @@ from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 
 N, SIZE = 120, 8
+ONE_LOW_LOSS = {"exclude_after": 1, "keep_active": 0.0}  # excludes within a few epochs
+PUBLISHED = {
+    "checked_on": "fresh",
+    "smoothing": "pool",
+    "model_batches": 0,
+    "settle": 0.0,
+    "exclude_after": 0,
+    "keep_active": 0.0,
+    "look": False,
+}
 PLAIN = Training(epochs=4, batch_size=SIZE, lr=0.05, precision="float32", schedule="constant", nesterov=False)
 
 
@@ -126,14 +138,32 @@ def test_rho_by_hand():
 
 
 def test_interval_by_hand():
-    assert [check_interval(h, *norms) for h, *norms in ((2, 3.0, 1.5), (0.1, 1.0, 1.0), (3, 0.0, 1.0))] == [4, 1, 3]
+    norms = ((2, 3.0, 1.5), (0.1, 1.0, 1.0), (3, 0.0, 1.0), (1, 4.0, 3.0))
+    assert [check_interval(*each) for each in norms] == [4, 1, 3, 2]
 
 
-def test_only_samples_seen_with_small_losses_alone_are_dropped():
-    active = torch.tensor([True, True, False, True])
-    highest = torch.tensor([0.05, 0.5, 0.01, -torch.inf])
-    assert remaining(active, highest, 0.1, least=1).tolist() == [False, True, False, True]
-    assert remaining(active, highest, 0.1, least=3).equal(active)  # too few would be left
+def active_after(*losses, alpha=0.1, every=2, **exclusion):
+    """Return which of the samples stay active when each step records a loss of each of them, None = of none."""
+    samples = ActiveSamples.all_of(torch.arange(len(losses[0])))
+    for step, row in enumerate(losses, start=1):
+        seen = torch.tensor([i for i, loss in enumerate(row) if loss is not None], dtype=torch.int64)
+        samples.record(seen, torch.tensor([loss for loss in row if loss is not None]), alpha)
+        samples.exclude(step, every=every, **{"after": 0, "least": 1} | exclusion)
+    return samples.active.int().tolist()
+
+
+def test_with_the_papers_rule_one_low_loss_drops_a_sample_and_a_high_one_before_it_does_not_let_it():
+    rows = [[0.05, 0.5, None], [0.05, 0.05, None]]
+    assert active_after(*rows) == [0, 1, 1]
+    assert active_after(*rows, least=3) == [1, 1, 1]  # too few would be left
+    assert active_after(*rows, alpha=0.0) == [1, 1, 1]
+    assert active_after([0.5, 0.05], [0.05, 0.5], [0.05, None]) == [1, 1]  # T2 has not passed again
+    assert active_after([0.5, 0.05], [0.05, 0.5], [0.05, None], [None, None]) == [0, 1]
+
+
+def test_with_a_window_a_sample_is_dropped_after_so_many_low_losses_in_a_row():
+    rows = [[0.05, 0.05, 0.05, 0.0], [None, 0.5, 0.05, 0.5], [0.05, 0.05, 0.5, 0.05], [0.05, 0.05, 0.05, 0.05]]
+    assert active_after(*rows, after=3) == [0, 1, 1, 1]
 
 
 def split():
@@ -171,7 +201,7 @@ def same_weights(a, b, tolerance=0.0):
 
 def test_the_hook_follows_the_papers_loop():
     settings = CrestOptions(
-        tau=0.1, h=3, b=2, subset=0.3, exclude_every_steps=5, exclude_below=0.4, model_batches=0, curvature=0
+        **PUBLISHED, tau=0.12, h=3, b=2, subset=0.3, exclude_every_steps=5, exclude_below=0.4, curvature=0
     )
     trained, data = fit(run(settings, name="linear")), split()
     twin = build_model("linear", (5,), 3, seed=0)
@@ -186,7 +216,7 @@ def test_the_hook_follows_the_papers_loop():
 
 
 def test_costs_are_those_of_steps_subsets_checks_and_models():
-    trained = fit(run(CrestOptions(tau=0.05, h=2, subset=0.3, curvature=4)))
+    trained = fit(run(CrestOptions(tau=0.05, h=2, subset=0.3, curvature=4, look=False)))
     bills = {bill.phase: bill for bill in trained.bills()}
     state = state_of(trained)
     steps = PLAIN.epochs * 15
@@ -195,8 +225,41 @@ def test_costs_are_those_of_steps_subsets_checks_and_models():
     choices = state.picked[0].shape[1] / SIZE
     assert bills["select"].forward == choices * 36
     assert choices <= steps + state.updates  # nothing is chosen that is not drawn, but for the model
-    assert bills["model"].backward == state.updates * (SIZE + 4)
+    assert bills["model"].backward == state.updates * 4  # the gradient is that of a step of training
     assert int(state.counts.sum()) == steps * SIZE
+
+
+EACH_STEP = {"tau": 0.0, "subset": 0.3, "exclude_below": 0.0, "look": False}
+
+
+def test_without_a_local_model_every_step_trains_on_medoids_that_its_weights_choose():
+    trained, data = trained_with(**EACH_STEP), split()
+    twin = build_model("mlp", (5,), 3, seed=0)
+    x, y = data.batch(torch.arange(N))
+    x = (x - torch.tensor(data.mean)) / torch.tensor(data.std)
+    reference.crest_each_step(twin, x, y, PLAIN, 0, SIZE, 36)
+    torch.testing.assert_close(flat(trained.model.parameters()), flat(twin.parameters()), rtol=1e-3, atol=1e-4)
+    bills = {bill.phase: bill for bill in trained.bills()}
+    steps = PLAIN.epochs * 15
+    assert (bills["train"].backward, bills["select"].forward) == (steps * SIZE, steps * 36)
+    assert not {"check", "model"} & {phase for phase, bill in bills.items() if bill.forward}
+    assert state_of(trained).updates == steps and rows_of(trained, "step") == [20, 40, 60]
+
+
+def test_without_a_local_model_samples_are_excluded_by_the_losses_of_choices():
+    trained = trained_with(**EACH_STEP | {"exclude_below": 0.5, "exclude_every_steps": 7}, **ONE_LOW_LOSS)
+    active = rows_of(trained, "active")
+    assert active[0] == N and active[-1] < N
+
+
+def rows_of(trained, key):
+    return [row[key] for row in state_of(trained).history]
+
+
+@pytest.mark.parametrize(("name", "value"), [("h", 2.0), ("b", 1), ("overlap", True), ("order", 1)])
+def test_without_a_local_model_its_options_are_refused(name, value):
+    with pytest.raises(UserError, match=rf"crest.tau = 0, without a local model: crest.{name} = {value} would do noth"):
+        CrestOptions(tau=0, **{name: value})
 
 
 @pytest.mark.parametrize("holders", [2, 3])
@@ -207,23 +270,31 @@ def test_the_number_of_holders_does_not_matter(holders):
     assert rhos(one) == pytest.approx(rhos(many), abs=1e-4)
 
 
+@pytest.mark.parametrize("holders", [2, 3])
+def test_without_a_local_model_the_number_of_holders_does_not_matter_either(holders):
+    one, many = trained_with(**EACH_STEP), trained_with(holders=holders, **EACH_STEP)
+    assert same_weights(one, many, 1e-5)
+    assert state_of(one).counts.equal(state_of(many).counts)
+
+
 class Killed(Exception):
     pass
 
 
-STOPPED = {"tau": 0.1, "h": 4, "subset": 0.3, "exclude_every_steps": 7, "exclude_below": 0.4}
+STOPPED = {"tau": 0.1, "h": 4, "subset": 0.3, "exclude_every_steps": 7, "exclude_below": 0.4, **ONE_LOW_LOSS}
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("extra", [{"overlap": False}, {"overlap": True}, EACH_STEP], ids=["in line", "ahead", "τ 0"])
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, overlap, epoch):
+def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, extra, epoch):
     def die(model, now):
         if now == epoch + 1:
             raise Killed
         return {}
 
-    settings = CrestOptions(**STOPPED, overlap=overlap)
-    straight = trained_with(**STOPPED, overlap=overlap)
+    options = extra if "tau" in extra else STOPPED | extra
+    settings = CrestOptions(**options)
+    straight = trained_with(**options)
     places = StoredCheckpoints(Storage(str(tmp_path)))
     with pytest.raises(Killed):
         fit(run(settings), checkpoints=places, measure=die)
@@ -232,7 +303,7 @@ def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, over
     assert stopped.step == 15 * epoch
     resumed = fit(run(settings), checkpoints=places)
     assert same_weights(straight, resumed)
-    assert rhos(straight) == rhos(resumed)
+    assert state_of(straight).history == state_of(resumed).history
     assert state_of(straight).counts.equal(state_of(resumed).counts)
     assert all(a.equal(b) for a, b in zip(state_of(straight).picked, state_of(resumed).picked, strict=True))
     assert sum(bill.backward for bill in straight.bills()) == sum(bill.backward for bill in resumed.bills())
@@ -259,14 +330,16 @@ def test_a_state_is_saved_and_restored_by_its_fields():
     saved = state.saved()
     assert set(saved) == {field.name for field in fields(state)}
     restored = CrestState.restored(saved)
-    restored.samples.highest.fill_(0.0)
-    torch.testing.assert_close(saved["samples"]["highest"], state.samples.highest, rtol=0, atol=0)  # not shared
+    restored.samples.low.fill_(99)
+    torch.testing.assert_close(saved["samples"]["low"], state.samples.low, rtol=0, atol=0)  # not shared
     torch.testing.assert_close(restored.saved()["pool"], saved["pool"], rtol=0, atol=0)
     torch.testing.assert_close(restored.saved()["region"]["moments"]["second"], state.region.moments.second)
 
 
 def test_overlap_trains_an_interval_more_on_an_expired_pool():
-    in_line, overlapped = (fit(run(CrestOptions(tau=1e-9, subset=0.3, overlap=overlap))) for overlap in (False, True))
+    in_line, overlapped = (
+        fit(run(CrestOptions(tau=1e-9, h=0.1, subset=0.3, overlap=overlap))) for overlap in (False, True)
+    )
     steps = [[row["step"] for row in state_of(trained).history] for trained in (in_line, overlapped)]
     assert steps[0] == list(range(1, 61))
     assert steps[1] == list(range(1, 61, 2))
@@ -296,7 +369,12 @@ def test_the_local_model_begins_at_the_loss_of_its_own_weights(monkeypatch, over
     "change",
     [
         {"order": 1},
-        {"smoothing": False},
+        {"smoothing": "none"},
+        {"smoothing": "pool", "model_batches": 3},
+        {"checked_on": "fresh"},
+        {"settle": 0.0},
+        {"exclude_after": 5},
+        {"keep_active": 0.9},
         {"exclude_below": 0.0},
         {"parameters": "head"},
         {"model_batches": 0},
@@ -304,7 +382,7 @@ def test_the_local_model_begins_at_the_loss_of_its_own_weights(monkeypatch, over
     ],
 )
 def test_every_switch_switches(change):
-    base = {"tau": 0.1, "h": 3, "subset": 0.3, "exclude_every_steps": 5, "exclude_below": 0.5}
+    base = {"tau": 0.05, "h": 3, "subset": 0.3, "exclude_every_steps": 5, "exclude_below": 0.5, **ONE_LOW_LOSS}
     trained, other = trained_with(**base), trained_with(**base | change)
     assert rhos(trained) != rhos(other)
     if change == {"parameters": "head"}:
@@ -315,7 +393,7 @@ def test_every_switch_switches(change):
 
 def test_it_combines_with_sparse_training_and_adamw():
     adamw = PLAIN.model_copy(update={"optimizer": "adamw", "lr": 0.01})
-    trained = run(CrestOptions(subset=0.3), adamw)
+    trained = run(CrestOptions(tau=0.05, subset=0.3), adamw)
     name, weight = next((n, p) for n, p in trained.model.named_parameters() if p.dim() > 1)
     mask = torch.arange(weight.numel()).reshape(weight.shape) % 3 == 0
     trained.hooks = [*trained.hooks, Masked({name: mask})]
@@ -334,7 +412,8 @@ def texts():
 def test_it_trains_a_transformer_on_texts_with_the_curvature_of_attention():
     data, indices, none = texts(), torch.arange(N), torch.empty(0, dtype=torch.int64)
     shards = LocalShards([Shard(Data(data, data), indices, none)])
-    crest = Crest(CrestOptions(), shards, lambda model: LiveModel(model, "float32"), indices, SIZE)
+    options = CrestOptions(tau=0.05)
+    crest = Crest(options, shards, lambda model: LiveModel(model, "float32"), indices, SIZE)
     model = build_model("transformer", data.shape, 3, seed=0, options={"width": 16, "dropout": 0.0})
     trained = fit(Run.simple(model, data, PLAIN, hooks=[Recorder(data.y), crest], augment=()))
     assert state_of(trained).updates > 1
@@ -352,7 +431,7 @@ class Fused(nn.Module):
 
 def test_a_model_without_a_second_derivative_is_told_how_to_go_on():
     def trained(order):
-        crest = run(CrestOptions(order=order))
+        crest = run(CrestOptions(tau=0.05, order=order))
         crest.model.features.append(Fused())
         return fit(crest)
 
@@ -363,7 +442,7 @@ def test_a_model_without_a_second_derivative_is_told_how_to_go_on():
 
 def test_batch_norm_statistics_are_those_of_training_alone():
     """Checks and models look in evaluation mode and leave no trace."""
-    trained = run(CrestOptions(subset=0.3))
+    trained = run(CrestOptions(tau=0.05, subset=0.3))
     trained.model.features = nn.Sequential(trained.model.features, nn.BatchNorm1d(trained.model.head.in_features))
     fit(trained)
     assert int(trained.model.features[1].num_batches_tracked) == 60
@@ -371,13 +450,13 @@ def test_batch_norm_statistics_are_those_of_training_alone():
 
 
 def test_when_everything_is_learned_nothing_more_is_dropped():
-    trained = fit(run(CrestOptions(subset=0.3, exclude_below=1e9, exclude_every_steps=1)))
+    trained = fit(run(CrestOptions(tau=0.05, subset=0.3, exclude_below=1e9, exclude_every_steps=1, **ONE_LOW_LOSS)))
     assert 2 * 36 <= int(state_of(trained).samples.active.sum()) < N
 
 
 @pytest.mark.parametrize(
     ("settings", "n", "batch", "size"),
-    [({}, 50_000, 128, 500), ({}, 1000, 32, 64), ({}, 40, 32, 40), ({"subset": 0.5}, 1000, 32, 500)],
+    [({}, 50_000, 128, 512), ({}, 100, 32, 100), ({}, 40, 32, 40), ({"subset": 0.5}, 1000, 32, 500)],
 )
 def test_subset_sizes(settings, n, batch, size):
     assert CrestOptions(**settings).subset_size(n, batch) == size
@@ -394,9 +473,207 @@ def test_subsets_that_cannot_be(settings, n, message):
 
 def test_a_loss_that_is_not_finite_is_one_line():
     with pytest.raises(UserError, match=r"NaN or infinite.*: lower the learning rate"):
-        fit(run(CrestOptions(subset=0.3), PLAIN.model_copy(update={"lr": 1e30})))
+        fit(run(CrestOptions(tau=0.05, subset=0.3), PLAIN.model_copy(update={"lr": 1e30})))
 
 
 def test_random_subsets_and_draws_do_not_depend_on_what_was_computed_before():
-    pools = [fit(run(CrestOptions(subset=0.3, h=h))) for h in (1, 1)]
+    pools = [fit(run(CrestOptions(tau=0.05, subset=0.3, h=h))) for h in (1, 1)]
     assert all(a.equal(b) for a, b in itertools.zip_longest(*(state_of(trained).picked for trained in pools)))
+
+
+def images():
+    pixels = torch.randint(256, (N, 3, 8, 8), generator=generator(0, "pixels"), dtype=torch.uint8)
+    return Split.from_tensors(pixels, torch.arange(N) % 3)
+
+
+class Kept(Hook):
+    """Keeps what each step trained on."""
+
+    def __init__(self):
+        self.batches_seen = []
+
+    def on_gradients(self, run):
+        self.batches_seen.append(run.batch)
+
+
+def trained_on_images(**settings):
+    data, indices, none = images(), torch.arange(N), torch.empty(0, dtype=torch.int64)
+    shards = LocalShards([Shard(Data(data, data), indices, none)])
+    options = CrestOptions(tau=1e-9, subset=0.3, **settings)
+    crest, kept = Crest(options, shards, lambda model: LiveModel(model, "float32"), indices, SIZE), Kept()
+    seen = []
+    note = crest.server.on_choice
+    crest.server.on_choice = lambda pool, subset, chosen: (seen.append((subset, chosen)), note(pool, subset, chosen))
+    model = build_model("mlp", data.shape, 3, seed=0)
+    run = Run.simple(model, data, PLAIN, hooks=[Recorder(data.y), crest, kept], augment=("crop", "flip"))
+    return fit(run), data, kept.batches_seen, seen
+
+
+def test_training_sees_the_very_images_among_which_it_selected():
+    run, data, batches, seen = trained_on_images(b=1)
+    (subset, chosen), batch = seen[0], batches[0]
+    pixels, y = chosen.samples.split(data, run.augment).batch(torch.arange(SIZE))
+    plain, _ = data.batch(chosen.coreset.indices)
+    inputs = {i: x for i, x in zip(chosen.coreset.indices.tolist(), data.inputs(pixels), strict=True)}
+    assert all(x.equal(inputs[i]) for i, x in zip(batch.indices.tolist(), batch.x, strict=True))
+    assert not pixels.equal(plain) and y.equal(data.y[chosen.coreset.indices])
+    model = build_model("mlp", data.shape, 3, seed=0)
+    logits = model(data.inputs(subset.split(data, run.augment).batch(torch.arange(len(subset)))[0])).detach()
+    losses = F.cross_entropy(logits, data.y[subset.indices], reduction="none")
+    torch.testing.assert_close(chosen.losses, losses, rtol=1e-4, atol=1e-5)
+
+
+def test_selection_among_unaugmented_images_draws_nothing_and_training_still_augments():
+    _, data, batches, seen = trained_on_images(b=1, augmented=False)
+    assert all(subset.draws.shape == (36, 0) for subset, _ in seen)
+    plain, _ = data.batch(batches[0].indices)
+    assert not batches[0].x.equal(data.inputs(plain))
+
+
+def test_a_check_on_the_pool_is_free_of_sampling_noise():
+    """Where the weights hardly move, the loss of the same samples does not either."""
+    still = PLAIN.model_copy(update={"lr": 1e-9})
+    of_pool, fresh = (
+        rhos(fit(run(CrestOptions(subset=0.3, tau=0.5, checked_on=kind), still))) for kind in ("pool", "fresh")
+    )
+    assert max(of_pool) < 1e-5
+    assert max(fresh) > 1e-2
+
+
+def test_averages_are_updated_by_each_coreset_or_once_a_pool():
+    common = {"tau": 1e-9, "subset": 0.3, "model_batches": 3}
+    updates = {}
+    for smoothing in ("coreset", "pool", "none"):
+        state = state_of(trained_with(**common, smoothing=smoothing))
+        updates[smoothing] = state.region.moments.updates / state.updates
+    assert updates == {"coreset": 3, "pool": 1, "none": 1}
+
+
+def test_the_first_curvature_is_taken_where_training_has_settled():
+    steps = []
+    fit_model = Crest._fit
+
+    def watched(hook, run, *arguments, **named):
+        fit_model(hook, run, *arguments, **named)
+        if hook.state.region.first_curvature:
+            steps.append(run.step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Crest, "_fit", watched)
+        fit(run(CrestOptions(tau=1e-9, h=0.1, subset=0.3, settle=0.2)))
+        fit(run(CrestOptions(tau=1e-9, h=0.1, subset=0.3, settle=0.0)))
+    first, again = steps.index(0), steps[0]
+    assert first and again == 12  # a fifth of 60 steps
+
+
+@pytest.mark.parametrize("parameters", ["all", "head"])
+def test_the_gradient_of_a_regions_first_step_is_that_of_its_local_model(monkeypatch, parameters):
+    settings = {"tau": 0.05, "h": 2, "subset": 0.3, "curvature": 4, "look": False, "parameters": parameters}
+    taken = trained_with(**settings)
+    monkeypatch.setattr("raypkg.methods.crest.hook.trains_as_it_evaluates", lambda model: False)
+    computed = fit(run(CrestOptions(**settings)))
+    assert rhos(taken) == pytest.approx(rhos(computed), abs=1e-4)
+    assert same_weights(taken, computed)
+    saved = [{bill.phase: bill.backward for bill in each.bills()}["model"] for each in (computed, taken)]
+    assert saved[0] - saved[1] == state_of(taken).updates * SIZE
+
+
+@pytest.mark.parametrize(
+    ("module", "alike"),
+    [
+        (nn.Linear(2, 2), True),
+        (nn.GroupNorm(1, 2), True),
+        (nn.BatchNorm1d(2), False),
+        (nn.BatchNorm1d(2).eval(), True),
+        (nn.Dropout(0.1), False),
+        (nn.Dropout(0.0), True),
+        (nn.GRU(2, 2, dropout=0.1, num_layers=2), False),
+    ],
+)
+def test_which_models_train_as_they_evaluate(module, alike):
+    assert trains_as_it_evaluates(nn.ModuleList([nn.Linear(1, 1), module])) is alike
+
+
+def test_a_look_changes_nothing_and_is_billed():
+    plain, looked = (trained_with(tau=1e-9, h=0.1, subset=0.3, look=look) for look in (False, True))
+    assert same_weights(plain, looked) and rhos(plain) == rhos(looked)
+    looks = state_of(looked).looks
+    assert [row["step"] for row in looks] == [0, 3] and not state_of(plain).looks
+    bills = {bill.phase: bill for bill in looked.bills()}
+    backward = 2 * (30 * 2 * SIZE + 6 * 36)
+    assert bills["look"].backward == backward == sum(row["backward"] for row in looks)
+    assert bills["look"].forward == backward + 2 * 30 * 36 == sum(row["backward"] + row["forward"] for row in looks)
+
+
+def test_a_look_measures_what_gradients_of_batches_miss():
+    """Against ∇L over all samples, and the same kinds of batches drawn anew."""
+    data, many = split(), 400
+    trained = trained_with(subset=0.3, look=True)
+    look = state_of(trained).looks[0]
+    model = build_model("mlp", (5,), 3, seed=0)
+    parameters = list(model.parameters())
+    x, y = data.batch(torch.arange(N))
+    x = (x - torch.tensor(data.mean)) / torch.tensor(data.std)
+
+    def gradient(rows, weights=None):
+        losses = F.cross_entropy(model(x[rows]), y[rows], reduction="none")
+        return gradient_of(losses.mean() if weights is None else losses @ weights / len(rows), parameters)
+
+    whole, missed = gradient(torch.arange(N)), {"random": [], "coreset": [], "whole": []}
+    for number in range(many):
+        rows = torch.randperm(N, generator=generator(number))[:36]
+        with torch.no_grad():
+            picked = minibatch_coreset(model(x[rows]), y[rows], SIZE)
+        tries = {"random": (rows[:SIZE],), "coreset": (rows[picked.indices], picked.weights), "whole": (rows,)}
+        for kind, batch in tries.items():
+            missed[kind].append(float((gradient(*batch) - whole).square().sum()))
+    for kind, values in missed.items():
+        assert look[kind] == pytest.approx(sum(values) / many, rel=0.5), kind
+    assert look["gain"] == pytest.approx(look["random"] / look["coreset"])
+    assert look["cost"] == pytest.approx(1 + 36 / (3 * SIZE))
+
+
+def looked(random, coreset, whole, size=32, subset=320):
+    return Look(0, size, subset, 45_000, random, coreset, whole, forward=0, backward=3840)
+
+
+@pytest.mark.parametrize(
+    ("missed", "pays", "best", "words"),
+    [
+        (
+            (1.0, 0.11, 0.1),
+            True,
+            554,
+            "32 samples out of 320 are worth 291 random ones (all 320: 320) and cost as much as 139",
+        ),
+        ((1.0, 0.2, 0.1), True, 175, "and cost as much as 139: it pays (measured on 3,840 samples)"),
+        ((1.0, 0.26, 0.1), False, 139, "random batches of 139 do better; --crest.subset 0.0031 would pay"),
+        ((1.0, 0.9, 0.1), False, None, "random batches of 139 do better, and no --crest.subset would change that"),
+    ],
+)
+def test_what_a_look_advises(missed, pays, best, words):
+    look = looked(*missed)
+    assert (look.pays, look.best_subset) == (pays, best)
+    assert words in look.sentence()
+
+
+def test_the_best_subset_has_the_largest_worth_over_cost():
+    lost = 0.04  # κ
+    best = looked(1.0, 0.1 + lost, 0.1).best_subset
+    net = {r: 1 / (32 / r + lost) / (1 + r / 96) for r in range(33, 3200)}
+    assert best == pytest.approx(max(net, key=net.get), abs=1)
+
+
+def test_batch_norm_is_warned_of_unless_it_is_frozen(caplog):
+    class Frozen(nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    for norm, lines in ((nn.BatchNorm1d, 1), (Frozen, 0)):
+        caplog.clear()
+        trained = run(CrestOptions(tau=0.05, subset=0.3, look=False))
+        trained.model.features = nn.Sequential(trained.model.features, norm(trained.model.head.in_features))
+        fit(trained)
+        found = [line for line in (r.message for r in caplog.records) if "batch norm" in line]
+        assert len(found) == lines
+        assert sum("batch norm" in line for line in trained.hooks[1].results(trained).findings) == lines

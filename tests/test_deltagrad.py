@@ -10,13 +10,14 @@ import torch
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
+from raypkg.data.aligned import aligned
 from raypkg.data.split import Split
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.curvature import Curvature
 from raypkg.methods.deltagrad.exact_steps import Periodic, Tolerant
 from raypkg.methods.deltagrad.fingerprints import settings_digest
 from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryWriter, Layout, check_room
-from raypkg.methods.deltagrad.joined import aligned, joined
+from raypkg.methods.deltagrad.joined import joined
 from raypkg.methods.deltagrad.ledger import FILE, Ledger
 from raypkg.methods.deltagrad.membership import Membership
 from raypkg.methods.deltagrad.objective import Objective, assign, check_derivation, logistic_gradient, to_vector
@@ -230,7 +231,7 @@ def test_added_samples_have_one_place_an_epoch_and_keep_it():
 
 
 def test_joined_splits_are_reached_by_one_index():
-    both, other = joined(SPLIT, aligned(rows(7, seed=3), SPLIT)), rows(7, seed=3)
+    both, other = joined(SPLIT, aligned(rows(7, seed=3), SPLIT, "new")), rows(7, seed=3)
     x, y = both.batch(torch.tensor([N + 2, 0, N + 6, 5]))
     assert torch.equal(
         x, torch.cat([other.batch([2])[0], SPLIT.batch([0])[0], other.batch([6])[0], SPLIT.batch([5])[0]])
@@ -240,10 +241,10 @@ def test_joined_splits_are_reached_by_one_index():
 
 
 def test_samples_of_another_width_or_class_do_not_join():
-    with pytest.raises(UserError, match=r"the new samples have shape \[2\], the data set has \[5\]"):
-        aligned(Split.from_tensors(torch.randn(6, 2), torch.arange(6) % 3), SPLIT)
-    with pytest.raises(UserError, match="unknown class of the new samples 'x'"):
-        aligned(Split.from_tensors(torch.randn(4, D), torch.arange(4) % 2, classes=("0", "x")), SPLIT)
+    with pytest.raises(UserError, match=r"new: samples of shape \(2,\), those of training have \(5,\)"):
+        aligned(Split.from_tensors(torch.randn(6, 2), torch.arange(6) % 3), SPLIT, "new")
+    with pytest.raises(UserError, match="unknown class of new 'x'"):
+        aligned(Split.from_tensors(torch.randn(4, D), torch.arange(4) % 2, classes=("0", "x")), SPLIT, "new")
 
 
 def test_frozen_parameters_are_refused():
@@ -255,8 +256,8 @@ def test_frozen_parameters_are_refused():
 
 
 def test_columns_of_another_order_do_not_join():
-    with pytest.raises(UserError, match="the new columns are b, a; the data set's a, b"):
-        aligned(replace(SPLIT, columns=("b", "a")), replace(SPLIT, columns=("a", "b")))
+    with pytest.raises(UserError, match="new: columns b, a, those of training are a, b"):
+        aligned(replace(SPLIT, columns=("b", "a")), replace(SPLIT, columns=("a", "b")), "new")
 
 
 def test_weights_go_in_and_out_of_a_model():

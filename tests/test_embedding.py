@@ -25,6 +25,7 @@ from raypkg.data.sources.table import RowTable
 from raypkg.models import build_model
 from raypkg.phases import embedded_parts, embedding
 from raypkg.phases.trained import load_model
+from raypkg.runs.storage import Storage
 from run_files import check_whole, files
 
 PLAIN = "--precision float32 --cluster.workers 0 --rows-per-part 200"
@@ -236,6 +237,23 @@ def test_a_disk_that_gets_full_is_a_line_and_the_run_goes_on_once_there_is_room(
         assert (run / "train.parquet").read_bytes() == (embedded / "train.parquet").read_bytes()
     else:
         assert not run.exists()
+
+
+def test_a_folder_that_cannot_be_listed_for_a_while_does_not_end_the_run(embedded, tmp_path, monkeypatch):
+    honest = Storage.list
+
+    def throttled(storage, *folders):
+        if folders != (embedded_parts.PARTS,):
+            return honest(storage, *folders)
+        (tmp_path / "refused").touch()
+        raise OSError("slow down")
+
+    monkeypatch.setattr(Storage, "list", throttled)
+    monkeypatch.setattr(embedding, "GLANCE", 0.01)
+    ended = effray(EMBED, tmp_path)
+    assert ended.code == 0, ended
+    assert (tmp_path / "refused").exists()
+    assert files(tmp_path / "runs/embed/one") == files(embedded)
 
 
 def test_a_feature_that_is_no_number_is_told_with_its_sample(tmp_path):

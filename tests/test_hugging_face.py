@@ -9,8 +9,14 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.core.extras import tell_download
+from raypkg.core.settings import Model
+from raypkg.data import Data
+from raypkg.data.augment import compose
 from raypkg.data.kinds import IMAGES, TEXTS
+from raypkg.data.split import Split
 from raypkg.models import build_model, tokenizer_of
+from raypkg.models.classifier import checked
+from raypkg.phases.backbone import named_backbone
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -221,6 +227,63 @@ def test_a_damaged_checkpoint_is_told_in_one_line(saved, tmp_path, damage, match
     assert "\n" not in str(error.value)
 
 
+def with_pixels(saved, place, **stated):
+    """Copy a checkpoint of images, and say beside it how the values of pixels were normalised."""
+    shutil.copytree(saved("vit"), place)
+    (place / "preprocessor_config.json").write_text(json.dumps(stated))
+    return place
+
+
+def test_a_frozen_checkpoint_sees_images_normalised_as_those_that_it_was_trained_with(saved, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (4, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    split = Split.from_tensors(pixels, torch.tensor([0, 1, 2, 0]))
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    place = with_pixels(saved, tmp_path / "vit", do_normalize=True, image_mean=mean, image_std=std)
+    backbone = named_backbone(Model(name=f"transformers:{place}"), Data(split, split), "float32", seed=0)
+    assert (backbone.mean, backbone.std) == (mean, std)
+
+    each = torch.arange(4)
+    found = backbone.embed(split, each, compose(()), torch.zeros(4, 0), torch.device("cpu"))
+    by_hand = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    expected = build(place, (3, 8, 8)).eval().features(by_hand)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_where_nothing_is_known_of_its_pixels_a_checkpoint_sees_images_by_their_own_statistics(
+    saved, tmp_path, normalised
+):
+    place = saved("vit")
+    if not normalised:
+        place = with_pixels(saved, tmp_path / "vit", do_normalize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    assert build(place, (3, 8, 8)).trained_with is None
+    assert build(place, (3, 8, 8), weights=False).trained_with is None
+
+
+@pytest.mark.parametrize(
+    ("stated", "match"),
+    [
+        ({"image_mean": 0.5, "image_std": [0.5] * 3}, "cannot be read: .*image_mean"),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5, 0, 0.5]}, "cannot be read: .*image_std"),
+        ({"image_mean": [0.5] * 2, "image_std": [0.5] * 2}, "must be the means and the stds of 3 channels"),
+    ],
+)
+def test_pixels_that_no_image_has_are_told_in_one_line(saved, tmp_path, stated, match):
+    place = with_pixels(saved, tmp_path / "vit", **stated)
+    with pytest.raises(UserError, match=match) as error:
+        build(place, (3, 8, 8))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stated", [0.5, ((0.5,) * 3, (0.5,)), ((0.5,) * 3, (0.0,) * 3), "imagenet"])
+def test_a_module_that_says_nonsense_of_its_inputs_is_told(stated):
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    module.trained_with = stated
+    with pytest.raises(UserError, match="must be the means and the stds of 3 channels"):
+        checked(module, "mine", (3, 8, 8), 3)
+
+
 @pytest.mark.parametrize(
     ("kind", "shape", "match"),
     [
@@ -245,7 +308,8 @@ def test_a_model_of_any_number_of_positions_takes_a_text_of_any_length(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["transformers:", "transformers:/nowhere", "transformers:no-such-model"])
-def test_a_checkpoint_that_is_not_there_is_told(name):
+def test_a_checkpoint_that_is_not_there_is_told(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"needs a name|cannot be read"):
         build_model(name, TEXT, CLASSES, seed=0)
 

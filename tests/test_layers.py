@@ -15,8 +15,9 @@ APART = {"runs": {"core"}, "engine": {"core", "data", "models"}}  # floors that 
 MATHEMATICS = {"core", "data", "models", "coresets"}  # all that a method's pure files import
 REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # files and folders that reach further
 REACH_TOO = {
+    "agent": {"snapshot"},
     "sparse": {"masked"},
-    "crest": {"choosing", "fitting", "pool", "state"},
+    "crest": {"choosing", "fitting", "pool", "results", "state", "variance"},
     "deltagrad": {
         "membership", "history", "ledger", "fingerprints",
         "recorded_run", "replayable", "requests", "sharded_gradient", "answer", "verify",

@@ -12,6 +12,7 @@ from raypkg.core.seeds import derive
 from raypkg.coresets.budgets import select
 from raypkg.coresets.gradients import head_view
 from raypkg.coresets.loader import CoresetLoader
+from raypkg.coresets.record import Record, margins_of
 from raypkg.models.classifier import Tapped, as_classifier
 
 N = 120
@@ -45,6 +46,32 @@ def train(loader, model, epochs):
 
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_ccs_selects_by_the_margins_of_the_losses_that_it_is_given():
+    model = network()
+    chosen = {"warm_epochs": 3, "epochs": 5}
+    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "ccs", 0.2, **chosen)
+    total = torch.zeros(N)
+    for _ in range(3):
+        for x, y, _ in loader:
+            losses = F.cross_entropy(model(x), y, reduction="none").detach()
+            loader.record(losses)
+            total[loader._latest] += margins_of(losses)
+    _, y = data()[:]
+    twin = select(Record(y, total, margins=total / 3), 24, "ccs", seed=derive(0, "selection", 3))
+    again = CoresetLoader(DataLoader(data(), batch_size=16), model, "ccs", 0.2, **chosen)
+    again.load_state_dict(loader.state_dict())
+    for each in (loader, again):
+        next(iter(each))
+        assert each.coreset.indices.equal(twin.indices)
+
+
+def test_ccs_is_not_given_margins_by_a_loop_that_records_none():
+    loader = CoresetLoader(DataLoader(data(), batch_size=16), network(), "ccs", 0.2, warm_epochs=1, epochs=2)
+    list(loader)
+    with pytest.raises(UserError, match="ccs needs the margins"):
+        list(loader)
 
 
 def test_each_selection_is_by_the_model_of_that_epoch():

@@ -121,6 +121,22 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     assert straight.bills()[0].backward == resumed.bills()[0].backward == 4 * 64
 
 
+def test_a_run_that_stopped_in_between_goes_on_in_the_same_process():
+    class Doubled(Hook):
+        def on_start(self, run):
+            for parameter in run.model.parameters():
+                parameter.data.mul_(2)
+
+    straight = fit(run(hooks=[Doubled()]))
+    twice = run(hooks=[Doubled()])
+    twice.last = 2
+    fit(twice)
+    twice.last = 4
+    fit(twice)
+    assert same(weights(twice), weights(straight))
+    assert (twice.rows, twice.step) == (straight.rows, straight.step)
+
+
 def trained_on(worker, folders, last=None):
     """Train on workers of which each sees the checkpoints of its own folder; return epoch, steps and weights."""
     places = StoredCheckpoints(Storage(folders[worker.rank]), keep=4)

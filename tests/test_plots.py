@@ -64,6 +64,7 @@ def counts(classes):
         (plots.scores, [np.random.default_rng(0).gamma(1, 1, 900), np.random.default_rng(1).gamma(3, 1, 90)]),
         (plots.scores, [np.ones(3), np.ones(1)]),
         (crest_plots.regions, [[check(step) for step in range(1, 50)], 0.05]),
+        (crest_plots.choices, [[check(step) for step in range(20, 100, 20)]]),
         (crest_plots.regions, [[check(1, rho=0.0, coreset_error=0.0, random_error=0.0)], 0.05]),
         (crest_plots.minibatches, [np.linspace(0, 2, 70), np.arange(300) % 7]),
         (crest_plots.minibatches, [np.array([NAN, 1.0, NAN]), np.zeros(4)]),

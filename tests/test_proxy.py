@@ -12,7 +12,7 @@ from raypkg.data.coreset import Coreset
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.phases.coreset_files import origin, save_coreset
 from raypkg.phases.samples import open_samples
-from raypkg.runs.compare import kendall
+from raypkg.runs.agreement import kendall
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.storage import Storage
 from raypkg.sweeps.proxy import FINALISTS, enlist, selection

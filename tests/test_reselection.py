@@ -167,14 +167,6 @@ class FakeRun:
         self.seen, self.worker, self.cost = seen, worker, Cost("train")
 
 
-def test_records_of_disjoint_samples_join():
-    y, inf = torch.zeros(3, dtype=torch.int64), torch.inf
-    one = Record(y, torch.tensor([0.5, inf, inf]), torch.tensor([2.0, inf, inf]))
-    two = Record(y, torch.tensor([inf, 0.1, inf]), torch.tensor([inf, inf, inf]))
-    joined = Record.joined([one, two])
-    assert joined.losses.tolist() == [0.5, pytest.approx(0.1), inf] and joined.forgotten.tolist() == [2, inf, inf]
-
-
 def test_a_sample_not_seen_in_an_epoch_keeps_its_record():
     recorder, worker = Recorder(torch.zeros(3, dtype=torch.int64)), Worker()
     for seen, right in [([0, 1], [1, 1]), ([1], [0]), ([0, 1], [0, 1])]:

@@ -16,8 +16,8 @@ from forked import Process
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.runs.address import folder_and_name
+from raypkg.runs.agreement import compare, spearman
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
-from raypkg.runs.compare import compare, spearman
 from raypkg.runs.folder import RunFolder, create, find, locate
 from raypkg.runs.storage import Storage
 

@@ -10,7 +10,10 @@ from raypkg.coresets.budgets import budget_of, class_budgets, select, select_cla
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.record import Record
 from raypkg.coresets.rules import coreset
+from raypkg.coresets.rules.glister import safe_rate
 from raypkg.data.coreset import Coreset
+
+BY_CLASS = [name for name, entry in coreset.entries.items() if entry.sees == "gradients" and entry.by_class]
 
 
 def ints(*values):
@@ -80,7 +83,7 @@ def test_coresets_concatenate_in_order():
     assert len(Coreset.concat([])) == 0
 
 
-@pytest.mark.parametrize("name", [name for name, entry in coreset.entries.items() if entry.sees == "gradients"])
+@pytest.mark.parametrize("name", BY_CLASS)
 def test_classes_are_picked_alike_in_one_view_or_in_several(name):
     view, valid = reference.problem(80).view, reference.problem(30).view
     together = select(view, 20, name, seed=4, target=valid)
@@ -152,6 +155,7 @@ def test_a_method_of_the_users_own_that_fails_is_named():
 OWN = """
 from raypkg.coresets.record import Record
 from raypkg.coresets.rules import coreset
+from raypkg.coresets.rules.glister import safe_rate
 from raypkg.data.coreset import Coreset
 
 def by_views(view, budget):
@@ -224,7 +228,7 @@ def test_el2n_and_grand_keep_the_largest_norms():
     errors = (p.view.logits.softmax(dim=1) - torch.eye(4, dtype=torch.float64)[p.y]).norm(dim=1)
     norms = reference.per_sample_gradients(p).flatten(1).norm(dim=1)
     assert coreset["el2n"](p.view, 6).indices.equal(errors.topk(6).indices)
-    assert coreset["grand"](p.view, 6).indices.equal(norms.topk(6).indices)
+    assert coreset["grand"](p.view, 6, rng=generator(0)).indices.equal(norms.topk(6).indices)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -236,16 +240,45 @@ def test_gradmatch_equals_its_slow_twin(num_classes, width, seed):
         (None, atoms.mean(dim=0)),
         (valid.view, reference.per_sample_gradients(valid).mean(0).flatten()),
     ]:
-        picked = coreset["gradmatch"](train.view, 8, target=target)
-        slow = reference.matching_pursuit(atoms, mean, 8, lam=0.5)
-        assert dict(zip(picked.indices.tolist(), picked.weights.tolist(), strict=True)) == pytest.approx(
-            {i: 8 * v for i, v in slow.items()}, rel=1e-5
-        )
+        for options, lam in (({}, 0.5 * float(mean @ mean)), ({"relative": False}, 0.5)):
+            options = {**options, "normalise": False}
+            picked = coreset["gradmatch"](train.view, 8, target=target, options=options)
+            slow = reference.matching_pursuit(atoms, mean, 8, lam=lam)
+            assert weights_of(picked) == pytest.approx({i: 8 * v for i, v in slow.items()}, rel=1e-5)
+
+
+def late(factor):
+    """40 samples of class 0 whose errors 1 − p_0 are a factor times 0.2 to 0.5: a later moment of training."""
+    wrong = factor * torch.linspace(0.2, 0.5, 40, dtype=torch.float64)
+    logits = torch.stack([(1 - wrong).log(), wrong.log()], dim=1)
+    features = torch.randn(40, 3, generator=generator(0, "late"), dtype=torch.float64)
+    return HeadView(logits, features, torch.zeros(40, dtype=torch.int64))
+
+
+def test_gradmatch_weights_do_not_vanish_with_the_gradients():
+    early, end = late(1.0), late(1e-4)
+    matching = {"normalise": False}
+    weights = [coreset["gradmatch"](view, 8, options=matching).weights for view in (early, end)]
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-4)
+    for view in (early, end):
+        picked = coreset["gradmatch"](view, 8, options=matching)
+        error = view[picked.indices].mean(picked.weights) - view.mean()
+        assert error.norm() < 0.1 * view.mean().norm()
+    published = coreset["gradmatch"](end, 8, options={**matching, "relative": False})
+    assert published.weights.max() < 1e-3
+
+
+def test_gradmatch_weights_of_mean_one():
+    view = reference.problem(60).view
+    plain, normalised = (coreset["gradmatch"](view, 12, options={"normalise": on}) for on in (False, True))
+    assert normalised.indices.equal(plain.indices)
+    assert float(normalised.weights.mean()) == pytest.approx(1)
+    torch.testing.assert_close(normalised.weights, plain.weights / plain.weights.mean())
 
 
 def test_gradmatch_weights_match_the_mean_gradient():
     view = reference.problem(200).view
-    picked = coreset["gradmatch"](view, 60, options={"lam": 1e-6})
+    picked = coreset["gradmatch"](view, 60, options={"lam": 1e-6, "normalise": False})
     matched = view[picked.indices].mean(picked.weights)
     assert (matched - view.mean()).norm() < 1e-3 * view.mean().norm()
     assert (view[picked.indices].mean() - view.mean()).norm() > 0.1 * view.mean().norm()
@@ -253,8 +286,9 @@ def test_gradmatch_weights_match_the_mean_gradient():
 
 def test_gradmatch_of_equal_gradients_weighs_each_by_the_penalty():
     view = HeadView(torch.zeros(10, 2), torch.ones(10, 1), ints(*[0] * 10))  # ‖g‖² = ½ · 2
-    picked = coreset["gradmatch"](view, 5)
-    assert picked.weights.tolist() == pytest.approx([1 / (1 + 0.5 / 5)] * 5)
+    matched = coreset["gradmatch"](view, 5, options={"normalise": False})
+    assert matched.weights.tolist() == pytest.approx([1 / (1 + 0.5 / 5)] * 5)
+    assert coreset["gradmatch"](view, 5).weights.tolist() == pytest.approx([1] * 5)
 
 
 def test_gradmatch_fills_the_budget_at_weight_zero():
@@ -275,7 +309,10 @@ def test_gradmatchpb_equals_its_slow_twin(num_classes, width, seed, batch_size, 
     train = reference.problem(40, num_classes, width, seed=seed)
     batches = torch.randperm(40, generator=generator(seed, "test")).split(batch_size)
     picked = coreset["gradmatchpb"](
-        train.view, budget, rng=generator(seed, "test"), options={"batch_size": batch_size, "lam": 0.1}
+        train.view,
+        budget,
+        rng=generator(seed, "test"),
+        options={"batch_size": batch_size, "lam": 0.1, "relative": False},
     )
     slow = reference.matching_batches(reference.per_sample_gradients(train).flatten(1), batches, budget, lam=0.1)
     assert weights_of(picked) == pytest.approx(slow, rel=1e-5)
@@ -294,7 +331,8 @@ def test_gradmatchpb_weights_match_the_mean_gradient(budget):
 def test_gradmatchpb_with_batches_of_one_is_gradmatch(num_classes, width):
     view = reference.problem(50, num_classes, width).view
     single = coreset["gradmatchpb"](view, 12, rng=generator(0, "test"), options={"batch_size": 1})
-    assert weights_of(single) == pytest.approx(weights_of(coreset["gradmatch"](view, 12)), rel=1e-5)
+    unpenalised = coreset["gradmatch"](view, 12, options={"lam": 0.0, "normalise": False})
+    assert weights_of(single) == pytest.approx(weights_of(unpenalised), rel=1e-5)
 
 
 def test_gradmatchpb_members_of_a_batch_share_its_weight():
@@ -305,9 +343,36 @@ def test_gradmatchpb_members_of_a_batch_share_its_weight():
     assert sorted(picked.weights.tolist()) == pytest.approx(sorted([10 / 3.3 / 4] * 8 + [10 / 3.3 / 2] * 2))
 
 
+@pytest.mark.parametrize("budget, batch_size", [(20, 5), (35, 5), (48, 8)])
+@pytest.mark.parametrize("seed", range(5))
+def test_gradmatchpb_matches_at_least_as_well_as_plain_pursuit_over_mixed_batches(seed, budget, batch_size):
+    train = reference.problem(120, seed=seed)
+    gradients = reference.per_sample_gradients(train).flatten(1)
+    target = gradients.mean(dim=0)
+    batches = torch.randperm(120, generator=generator(seed, "select", "all")).split(batch_size)
+    means = torch.stack([gradients[batch].mean(dim=0) for batch in batches])
+    plain = reference.plain_pursuit(means, target, budget // batch_size)
+
+    picked = select(train.view, budget, "gradmatchpb", seed=seed, options={"batch_size": batch_size})
+    matched = picked.weights.double() @ gradients[picked.indices] / budget
+    assert float((matched - target).square().sum()) <= plain * (1 + 1e-4) + 1e-9 * float(target @ target)
+
+
+def test_batches_of_gradmatchpb_mix_the_classes_whatever_the_balance():
+    view = reference.problem(120).view
+    options = {"batch_size": 30}
+    by_default, at_once = (
+        select(view, 30, "gradmatchpb", seed=0, options=options, balanced=balanced) for balanced in (True, False)
+    )
+    assert by_default.indices.equal(at_once.indices) and by_default.weights.equal(at_once.weights)
+    batch = torch.randperm(120, generator=generator(0, "select", "all")).split(30)
+    assert set(by_default.indices.tolist()) in [set(part.tolist()) for part in batch]
+    assert not coreset["gradmatchpb"].by_class and not coreset["infobatch"].by_class and coreset["gradmatch"].by_class
+
+
 @pytest.mark.parametrize("rounds", [1, 3, 20])
 @pytest.mark.parametrize("seed", range(3))
-def test_glister_equals_its_slow_twin(seed, rounds):
+def test_glister_as_published_equals_its_slow_twin(seed, rounds):
     train, valid = reference.problem(40, seed=seed), reference.problem(15, seed=seed)
     options = {"eta": 0.3, "rounds": rounds}
     picked = coreset["glister"](train.view, 10, valid=valid.view, options=options).indices
@@ -317,7 +382,71 @@ def test_glister_equals_its_slow_twin(seed, rounds):
     )
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("size", [0.1, 1.0, 30.0])  # of the features: gradients of norm 1 to 100
+def test_glister_steps_lower_at_least_as_far_as_those_of_a_choice_that_is_never_refreshed(seed, size):
+    train, valid = (larger(reference.problem(n, seed=seed), size) for n in (60, 40))
+    gradients = reference.per_sample_gradients(train)
+    static = reference.topk_by_validation(train, valid, 12)
+    eta = reference.safe_rate(valid, gradients[static].sum(dim=0))
+    never = reference.loss_after(valid, -eta * gradients[static].sum(dim=0))
+    assert never < reference.loss_after(valid, torch.zeros_like(valid.head))
+    for rounds in (1, 3, 10, 40):
+        picked = coreset["glister"](train.view, 12, valid=valid.view, options={"rounds": rounds}).indices
+        assert reference.loss_after(valid, -eta * gradients[picked].sum(dim=0)) <= never + 1e-12
+
+
+def larger(p, size):
+    """The same samples and logits with features of another size."""
+    head = p.head.clone()
+    head[:, :-1] /= size
+    return reference.Problem(head, p.features * size, p.y)
+
+
+def test_refreshed_choices_of_glister_lead_further_on_most_problems():
+    further = 0
+    for seed in range(10):
+        train, valid = reference.problem(60, seed=seed), reference.problem(40, seed=seed)
+        gradients = reference.per_sample_gradients(train)
+        static = gradients[reference.topk_by_validation(train, valid, 12)].sum(dim=0)
+        picked = gradients[coreset["glister"](train.view, 12, valid=valid.view).indices].sum(dim=0)
+        eta = reference.safe_rate(valid, static)
+        further += reference.loss_after(valid, -eta * picked) < reference.loss_after(valid, -eta * static) - 1e-6
+    assert further >= 7
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_rate_of_glister_equals_its_slow_twin(seed):
+    train, valid = reference.problem(40, seed=seed), reference.problem(15, seed=seed)
+    static = reference.topk_by_validation(train, valid, 10)
+    step = reference.per_sample_gradients(train)[static].sum(dim=0)
+    slope = (reference.gradient(valid.head, valid.features, valid.y) * step).sum()
+    assert safe_rate(valid.view, step, slope) == pytest.approx(reference.safe_rate(valid, step))
+
+
 def test_glister_refreshes():
     view = reference.problem(40).view
-    static, refreshed = (coreset["glister"](view, 10, options={"eta": 0.3, "rounds": r}).indices for r in (1, 10))
+    static, refreshed = (coreset["glister"](view, 10, options={"rounds": r}).indices for r in (1, 10))
     assert static.sort().values.tolist() != refreshed.sort().values.tolist()
+
+
+def test_glister_returns_the_static_choice_where_no_step_helps():
+    view = HeadView(torch.tensor([[2.0, -2.0]] * 6), torch.ones(6, 1), ints(*[0] * 6))
+    opposed = HeadView(torch.tensor([[2.0, -2.0]] * 3), torch.ones(3, 1), ints(*[1] * 3))
+    assert coreset["glister"](view, 2, valid=opposed).indices.tolist() == [0, 1]
+
+
+def test_grand_draws_in_proportion_to_the_norms_and_its_weights_are_unbiased():
+    view = reference.problem(30).view
+    norms, draws, budget = view.norms(), 4000, 6
+    times, total = torch.zeros(30), torch.zeros(30)
+    for draw in range(draws):
+        picked = coreset["grand"](view, budget, rng=generator(0, draw), options={"pick": "drawn"})
+        times[picked.indices] += 1
+        total[picked.indices] += picked.weights
+    expected = budget * norms / norms.sum()
+    assert expected.max() < 1  # none is certain here
+    torch.testing.assert_close(times / draws, expected.float(), rtol=0, atol=5 * (0.25 / draws) ** 0.5)
+    spread = (1 / expected - 1).sqrt() / draws**0.5  # of an estimate whose mean is 1
+    mean = total / draws * 30 / budget
+    assert ((mean - 1).abs() < 5 * spread).all()

@@ -3,7 +3,7 @@ import torch
 
 import reference
 from raypkg.core.seeds import generator
-from raypkg.coresets.solvers import Cholesky, largest, matching_pursuit
+from raypkg.coresets.solvers import Cholesky, draw_in_proportion, largest, matching_pursuit
 
 
 def random(*shape, seed=0):
@@ -39,6 +39,29 @@ def pursue(atoms, target, k, *, lam=0.0, eps=1e-10):
 
 def test_equal_scores_go_by_position():
     assert largest(torch.ones(1000), 5).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+def test_a_draw_in_proportion_has_its_probabilities(k):
+    scores, draws = torch.tensor([8.0, 1.0, 0.0, 2.0, 1.0, 4.0, 0.5]), 3000
+    times = torch.zeros(7, dtype=torch.float64)
+    probabilities = torch.zeros(7, dtype=torch.float64)
+    for seed in range(draws):
+        chosen, probability = draw_in_proportion(scores, k, generator(0, "draw", seed))
+        assert chosen.unique().numel() == k
+        times[chosen] += 1
+        probabilities[chosen] = probability
+    assert float(probabilities.sum()) == pytest.approx(k)
+    assert ((times / draws - probabilities).abs() < 5 * (0.25 / draws) ** 0.5).all()
+    below = (probabilities < 1) & (scores > 0)
+    rates = probabilities[below] / scores[below]
+    assert not len(rates) or rates.max() == pytest.approx(rates.min())  # in proportion where none is certain
+
+
+def test_a_draw_takes_all_scores_above_zero_before_any_other():
+    chosen, probability = draw_in_proportion(torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0]), 3, generator(0))
+    assert {1, 3} < set(chosen.tolist())
+    assert sorted(probability.tolist()) == pytest.approx([1 / 3, 1, 1])
 
 
 def test_cholesky_grows_and_shrinks_to_the_factor_of_what_is_left(monkeypatch):

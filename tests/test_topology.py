@@ -202,7 +202,7 @@ def test_the_explored_share_is_that_of_the_union():
 @pytest.mark.parametrize("agent", [{}, {"snapshot_every_steps": 4}])
 def test_stopped_and_resumed_equals_never_stopped(tmp_path, settings, every, agent):
     def training():
-        correction = Correction(AgentOptions(gamma=0.5, **agent))
+        correction = Correction(AgentOptions(always=True, gamma=0.5, **agent))
         hooks = sparse(correction=[correction], update_every_steps=every, **settings)
         return run(*hooks), hooks[0], correction
 

@@ -1,4 +1,4 @@
-"""What to vary in LiPT: how many models, how long, how sparse, and which method selects."""
+"""What to vary in LiPT: how many models, how long, in which batches, how joined, and which method selects."""
 
 from typing import Any
 
@@ -12,7 +12,9 @@ def space() -> dict[str, Any]:
     return {
         "pretrain.models": tune.choice([4, 10, 20]),
         "pretrain.epochs": tune.choice([2, 5, 10]),
-        "pretrain.density": tune.uniform(0.2, 1.0),
+        "pretrain.batch_size": tune.choice([16, 32, 64, 128]),
+        "pretrain.joint_epochs": tune.choice([0, 1, 2]),
+        "pretrain.outer_momentum": tune.choice([0.0, 0.3, 0.5]),
         "pretrain.lr": tune.loguniform(0.01, 0.3),
         "select.method": tune.choice(["grand", "gradmatch", "glister"]),
     }

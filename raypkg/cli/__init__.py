@@ -6,6 +6,18 @@ import sys
 from collections.abc import Sequence
 
 
+def script(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line as a process of its own, of which nothing is left when the command has ended."""
+    from .ending import SwiftEnd
+
+    end = SwiftEnd()
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        end.code = int(ended.code or 0)
+        raise
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     import click

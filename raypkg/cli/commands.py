@@ -1,18 +1,15 @@
-"""All commands. One per experiment, made from its settings; heavy imports stay inside."""
+"""All commands; heavy imports stay inside, pydantic among them: a list of commands needs none."""
 
-import importlib
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import click
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.core.registry import Entry
 from raypkg.experiments import experiment
 from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp, SettingsCommand, overrides, setting_options
+from .comparing import compare_tables, report_page
+from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
 from .runs import list_runs, remove_runs
 from .tune import tune
 
@@ -29,9 +26,18 @@ class Effray(ExampleHelp, click.Group):
         """Experiments first, then the rest."""
         return [*experiment.names, *super().list_commands(context)]
 
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a line on each command; for that, no experiment is imported."""
+        lines = dict(experiment.lines)
+        lines |= {name: self.commands[name].get_short_help_str() for name in super().list_commands(context)}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, lines[name]) for name in self.list_commands(context)])
+
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Make the command of an experiment when it is asked for."""
         if name in experiment:
+            from .experiment_commands import experiment_command, with_companions
+
             return with_companions(experiment_command(experiment[name]))
         return super().get_command(context, name)
 
@@ -40,10 +46,6 @@ class Effray(ExampleHelp, click.Group):
         if arguments[0] not in self.list_commands(context):
             raise unknown("command", arguments[0], self.list_commands(context))
         return super().resolve_command(context, arguments)
-
-
-class Family(ExampleHelp, click.Group):
-    """An experiment's commands."""
 
 
 @click.group(cls=Effray, context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": with_dashes})
@@ -59,61 +61,8 @@ def effray() -> None:
 effray.add_command(list_runs)
 effray.add_command(remove_runs)
 effray.add_command(tune)
-
-
-def experiment_command(entry: Entry) -> click.Command:
-    """Make a command from an experiment: its settings are its options, its docstring is its help."""
-    from raypkg.experiments import settings_of
-
-    schema = settings_of(entry)
-
-    def callback(
-        config: Path | None,
-        pairs: tuple[str, ...],
-        name: str | None,
-        resume: str | None,
-        root: str,
-        dry: bool,
-        **given: Any,
-    ) -> None:
-        from .execute import execute, resume_run
-
-        values = overrides(schema, given, pairs)
-        if dry:
-            from .dry_run import dry_run
-
-            dry_run(entry, schema, config, values, name, root, resume)
-        elif resume is not None:
-            resume_run(entry, schema, resume, values, root, refused={"--config": config, "--name": name})
-        else:
-            execute(entry, schema, config, values, name, root)
-
-    return SettingsCommand(
-        entry.name,
-        schema=schema,
-        callback=callback,
-        help=entry.text,
-        params=[
-            click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options win over it"),
-            click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
-            click.Option(["--name"], help="of the run; made up from data, model and time when left out"),
-            click.Option(["--resume"], metavar="NAME", help="resume a stopped run"),
-            click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP),
-            click.Option(["--dry-run", "dry"], is_flag=True, help="print the settings and the plan, and start nothing"),
-            TRUST,
-            *setting_options(schema),
-        ],
-    )
-
-
-def with_companions(command: click.Command) -> click.Command:
-    """Return an experiment's command, or a group of it, named train, and those of its name in ``groups``."""
-    name = f"{__package__}.groups.{command.name}"
-    if not importlib.util.find_spec(name):
-        return command
-    companions = importlib.import_module(name).COMMANDS
-    command.name, group = "train", command.name
-    return Family(group, [command, *companions], help=command.help)
+effray.add_command(compare_tables)
+effray.add_command(report_page)
 
 
 @effray.command(cls=ExampleHelp)
@@ -129,10 +78,11 @@ def show(run: str, root: str, against: str | None) -> None:
     Example:
         effray lipt --name first && effray show first
     """
-    from raypkg.runs.compare import compare
+    from raypkg.runs.agreement import compare
     from raypkg.runs.folder import locate
     from raypkg.runs.show import show_run as print_run
     from raypkg.runs.show import terminal
+    from raypkg.sweeps.comparison_show import show_comparison
     from raypkg.sweeps.show import show_resumption, show_sweep
     from raypkg.sweeps.sweep_folder import SweepFolder, is_sweep
 
@@ -145,7 +95,8 @@ def show(run: str, root: str, against: str | None) -> None:
         raise UserError(f"--against: {sweeps[0]} is a sweep, and only runs are compared")
     if sweeps:
         sweep = SweepFolder(folder.storage)
-        show_sweep(sweep, terminal())
+        print_sweep = show_comparison if sweep.table else show_sweep
+        print_sweep(sweep, terminal())
         show_resumption(sweep, root, terminal())
         return
     comparison = compare(folder, other) if other else None
@@ -240,6 +191,6 @@ def data(name: str, pairs: tuple[str, ...]) -> None:
     from raypkg.data.describe import describe
     from raypkg.runs.show import terminal
 
-    from .options import parsed_pairs
+    from .setting_options import parsed_pairs
 
     terminal().print(describe(name, load_data(name, parsed_pairs(pairs))))

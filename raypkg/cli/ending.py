@@ -1,6 +1,9 @@
-"""How a command ends that is asked to: as by Ctrl-C, in order and with a word on how to go on."""
+"""How a command ends: asked to, as by Ctrl-C, in order and with a word on how to go on; by itself, at once."""
 
+import atexit
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,3 +32,25 @@ def orderly_end() -> Iterator[None]:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # asked again, the end that is under way goes on
     raise KeyboardInterrupt
+
+
+class SwiftEnd:
+    """Ends the process without taking it apart, once its code is known and everybody else's last act is done.
+
+    Python would free every object of PyTorch's and Ray's, one to two seconds for nothing. Callbacks at exit run last
+    in, first out: whoever makes this first, before Ray is imported, comes after all others.
+
+    Attributes:
+        code: to exit with; None until the command has ended as it should, and Python ends the process itself.
+    """
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        if self.code is None:
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self.code)

@@ -1,19 +1,22 @@
 """The command ``effray tune``: a subcommand for every experiment that trains."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.core.registry import Entry
-from raypkg.core.settings import Experiment
 from raypkg.experiments import experiment, settings_of
 from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp, SettingsCommand, overrides, setting_options
+from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
+
+if TYPE_CHECKING:
+    from raypkg.core.entry import Entry
 
 SCHEDULERS = ("asha", "hyperband", "median", "fifo")
 RENAMED = {"none": "fifo"}  # schedulers
@@ -76,6 +79,8 @@ class Tune(ExampleHelp, click.Group):
 
     def list_commands(self, context: click.Context) -> list[str]:
         """Return the names of those experiments."""
+        from raypkg.core.settings import Experiment
+
         return [name for name, entry in experiment.entries.items() if issubclass(settings_of(entry), Experiment)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
@@ -102,6 +107,8 @@ def tune() -> None:
 
 
 def _command(entry: Entry) -> click.Command:
+    from .setting_options import SettingsCommand, overrides, setting_options
+
     schema = settings_of(entry)
 
     def callback(

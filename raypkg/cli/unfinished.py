@@ -44,7 +44,7 @@ def resume_command(folder: RunFolder, root: str) -> str:
     """
     storage = folder.storage
     if sweep := sweep_around(storage):
-        return resuming(f"effray tune {sweep.experiment}", sweep.storage, root)
+        return resuming(sweep.command, sweep.storage, root)
     return resuming(_command(storage.parent.name), storage, root)
 
 

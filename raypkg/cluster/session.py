@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from raypkg.core.errors import UserError
@@ -127,7 +127,7 @@ def _start(dashboard: bool) -> None:
     token = Path.home() / ".ray" / "auth_token"
     is_first = not token.exists()
     try:
-        with _silenced():
+        with _silenced(), nullcontext() if dashboard else _without_dashboard():
             ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # whatever keeps one of its processes from starting
         raise UserError(f"Ray cannot start on this machine: {_first_line(error)}; {WITHOUT}") from error
@@ -150,6 +150,22 @@ def _join(address: str) -> None:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # another version, a wrong token, or a node without a raylet
         raise UserError(f"cannot join the Ray cluster at {address}: {_first_line(error)}; {WITHOUT}") from error
+
+
+@contextmanager
+def _without_dashboard() -> Iterator[None]:
+    """Keep Ray from starting its dashboard's process, and from waiting for it, which it does when told to have none.
+
+    It is answered as Ray answers itself where that process cannot start: no address, no process.
+    """
+    from ray._private import services
+
+    start = services.start_api_server
+    services.start_api_server = lambda *_, **__: ("", None)
+    try:
+        yield
+    finally:
+        services.start_api_server = start
 
 
 @contextmanager

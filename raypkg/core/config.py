@@ -304,7 +304,8 @@ def _plain(settings: Settings) -> dict[str, Any]:
         if isinstance(value, Settings):
             plain[name] = _plain(value)
         elif value is not None:
-            plain[name] = dumped[name]
+            if name in dumped:  # a class may leave out what is switched off
+                plain[name] = dumped[name]
         elif field.get_default(call_default_factory=True) is not None:
             plain[name] = False
     return plain

@@ -15,11 +15,13 @@ class Decorator(NamedTuple):
         kind: what it is called, "model".
         name: its first argument, which must be written out.
         module: where it stands.
+        line: the first of the docstring below it.
     """
 
     kind: str
     name: str
     module: str
+    line: str
 
 
 def decorators_in(package: str) -> Iterator[Decorator]:
@@ -29,8 +31,8 @@ def decorators_in(package: str) -> Iterator[Decorator]:
         package: ``raypkg.models``, or the modules of one name in several packages, ``raypkg.methods.*.experiment``.
     """
     for module, file in _modules(package):
-        for kind, name in _decorators_of(file.read_bytes()):
-            yield Decorator(kind, name, module)
+        for kind, name, line in _decorators_of(file.read_bytes()):
+            yield Decorator(kind, name, module, line)
 
 
 def _modules(package: str) -> Iterator[tuple[str, Path]]:
@@ -44,12 +46,15 @@ def _modules(package: str) -> Iterator[tuple[str, Path]]:
 
 
 @cache  # several registries share a package
-def _decorators_of(source: bytes) -> list[tuple[str, str]]:
-    """Return kind and name of every decorator in a module that has one."""
+def _decorators_of(source: bytes) -> list[tuple[str, str, str]]:
+    """Return kind, name and first line of help of every decorator in a module that has one."""
     found = []
     for statement in ast.parse(source).body:
-        for decorator in getattr(statement, "decorator_list", ()):
+        if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            continue
+        for decorator in statement.decorator_list:
             match decorator:
                 case ast.Call(func=ast.Name(id=kind), args=[ast.Constant(value=str(name)), *_]):
-                    found.append((kind, name))
+                    line = (ast.get_docstring(statement) or "").partition("\n")[0]
+                    found.append((kind, name, line))
     return found

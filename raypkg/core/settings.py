@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from .config import Named, Settings
 from .errors import UserError
@@ -21,6 +21,7 @@ Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
 Threads = Annotated[int, Field(ge=1, le=1024)]  # more than any machine has processors; OpenMP dies of 100,000
 TRAIN = "train"  # targets of a selection besides data sets: the training samples
 VALID = "valid"  # and those held out
+REGIMES = ("noise", "imbalance", "repeat", "seed")  # of a data set
 APART = ("cluster", "track")  # parts that say where a run happens and who hears of it, and do not alter its result
 
 
@@ -37,9 +38,39 @@ class Dataset(Named):
     only: Annotated[
         str | None, Field(description="a coreset.parquet: train on its samples alone, without their weights")
     ] = None
+    noise: Annotated[
+        float,
+        Field(ge=0, lt=1, description="share of the labels, but for the test set's, replaced by another class"),
+    ] = 0.0
+    imbalance: Annotated[
+        Share,
+        Field(description="long tail: class sizes fall geometrically to this share of the largest"),
+    ] = 1.0
+    repeat: Annotated[int, Field(ge=1, le=1000, description="times that each training sample stands in the data")] = 1
+    seed: Annotated[
+        int | None, Field(ge=0, description="of the draws of noise and imbalance; left out = the run's")
+    ] = None
     digest: Annotated[
         str | None, Field(description="of the samples, as a run stores it: other samples are refused")
     ] = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether training samples or labels are drawn by a seed."""
+        return self.noise > 0 or self.imbalance < 1
+
+    @model_validator(mode="after")
+    def _seed_draws(self) -> Self:
+        if self.seed is not None and not self.is_drawn:
+            raise UserError(f"dataset.seed = {self.seed}: there is no dataset.noise or dataset.imbalance to draw")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out regimes that are off: digests of settings stay those of runs from before there were any."""
+        fields = type(self).model_fields
+        values: dict[str, Any] = serialize(self)
+        return {name: value for name, value in values.items() if name not in REGIMES or value != fields[name].default}
 
 
 class Model(Named):

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from raypkg.core.entry import USER_CODE
 from raypkg.core.errors import UserError
-from raypkg.core.registry import USER_CODE
 from raypkg.core.seeds import generator
 from raypkg.data.coreset import Coreset
 
@@ -190,7 +190,7 @@ def select(
         target: the samples to select for, seen by the same model, for the methods that have a target; a class sees
             those of its label, and where there are none, its own. None = the samples selected from.
         balanced: class by class in proportion to the counts; otherwise all samples at once, as does a method that
-            sizes its coreset itself.
+            cannot go by class.
         memory: bytes that a method may use to save time; the picks do not depend on it.
         progress: share of the training that is done, for the methods that act on it.
 
@@ -216,7 +216,7 @@ def select(
         memory=memory,
         progress=progress,
     )
-    if method.sizes_itself or not balanced:
+    if not (balanced and method.by_class):
         return choose(samples, budget, label="all", target=target)
     budgets = class_budgets(samples.y.bincount(), budget)
     labels = budgets.nonzero()[:, 0]

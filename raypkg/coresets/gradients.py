@@ -64,11 +64,14 @@ class HeadView:
         return self.features.shape[1]
 
     def __getitem__(self, indices: Tensor | slice) -> "HeadView":
-        return HeadView(
-            logits=self.logits[indices],
-            features=self.features[indices],
-            y=self.y[indices],
-        )
+        return self._of_checked(self.logits[indices], self.features[indices], self.y[indices])
+
+    @classmethod
+    def _of_checked(cls, logits: Tensor, features: Tensor, y: Tensor) -> "HeadView":
+        """Return a view of parts that have been checked already: another check would read all features again."""
+        view = cls.__new__(cls)
+        view.__dict__.update(logits=logits, features=features, y=y)
+        return view
 
     @classmethod
     def concat(cls, views: Sequence["HeadView"]) -> "HeadView":
@@ -134,7 +137,7 @@ class HeadView:
 
     def project(self, matrix: Tensor) -> Tensor:
         """<g_i, M> = (p_i − e_i)ᵀ M [h_i; 1] for M of shape [C, D+1], [n]."""
-        return (self.residual * self._head(matrix)).sum(dim=1)
+        return (self.residual * self.through(matrix)).sum(dim=1)
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
         """Σ w_i g_i, with w = 1 by default [C, D+1]."""
@@ -157,10 +160,11 @@ class HeadView:
 
     def moved(self, step: Tensor) -> "HeadView":
         """Return the view after the head's [W, b] moved by ``step`` [C, D+1]: the logits change, the features stay."""
-        logits = self.logits + self._head(step)
-        return HeadView(logits, self.features, self.y)
+        logits = self.logits + self.through(step)
+        _check_samples("NaN or infinite logits", logits.isfinite().all(dim=1))
+        return self._of_checked(logits, self.features, self.y)
 
-    def _head(self, matrix: Tensor) -> Tensor:
+    def through(self, matrix: Tensor) -> Tensor:
         """M [h_i; 1] of every sample [n, C]."""
         expected = (self.num_classes, self.width + 1)
         if matrix.shape != expected:

@@ -18,7 +18,7 @@ from raypkg.data.coreset import Coreset
 from .batch_forms import TappedByForm, inputs_and_labels, on_device, weighted
 from .budgets import budget_of, select
 from .gradients import HeadView, head_view
-from .record import Record
+from .record import Record, margins_of
 from .reselection import check_schedule
 from .rules import coreset
 from .target import idle_target
@@ -108,6 +108,8 @@ class CoresetLoader:
         self.epoch = 0
         self.coreset = Coreset.uniform(torch.arange(self.n))
         self.losses = torch.full((self.n,), torch.inf)
+        self.times = torch.zeros(self.n)  # that a loss was recorded
+        self.total_margin = torch.zeros(self.n)
         self._latest = torch.empty(0, dtype=torch.int64)  # samples of the batch that was yielded last
 
     def __len__(self) -> int:
@@ -133,7 +135,7 @@ class CoresetLoader:
             yield weighted(x, y, in_use.weights[batch], self._latest)
 
     def record(self, losses: Tensor, indices: Tensor | None = None) -> None:
-        """Keep the losses of a batch, without weights: infobatch prunes by them.
+        """Keep the losses of a batch, without weights: infobatch prunes by them, ccs by the margins they tell.
 
         Args:
             losses: [b].
@@ -147,7 +149,10 @@ class CoresetLoader:
         if losses.shape != indices.shape:
             shape = list(losses.shape)
             raise UserError(f"losses {shape} of a batch of {len(indices)}: use reduction='none'")
-        self.losses[indices] = losses.detach().float().cpu()
+        kept = losses.detach().float().cpu()
+        self.losses[indices] = kept
+        self.times[indices] += 1
+        self.total_margin[indices] += margins_of(kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next epochs depend on, for a checkpoint between epochs."""
@@ -156,6 +161,8 @@ class CoresetLoader:
             "weights": self.coreset.weights,
             "epoch": self.epoch,
             "losses": self.losses.clone(),
+            "times": self.times.clone(),
+            "total_margin": self.total_margin.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -170,6 +177,8 @@ class CoresetLoader:
         self.coreset = Coreset(state["indices"], state["weights"])
         self.epoch = state["epoch"]
         self.losses = state["losses"].clone()
+        self.times = state["times"].clone()
+        self.total_margin = state["total_margin"].clone()
 
     def _select(self) -> Coreset:
         settings = self.settings
@@ -202,7 +211,8 @@ class CoresetLoader:
 
     def _record(self) -> Record:
         if not self.method.sizes_itself:
-            return Record(self._y, self.losses)
+            mean = self.total_margin / self.times.clamp(min=1)
+            return Record(self._y, self.losses, margins=mean.where(self.times > 0, torch.inf))
         trained = self.epoch > self.settings.warm_epochs
         if trained and not self.losses.isfinite().any():
             raise UserError(f"{self.settings.method} needs the losses of each batch: call record(losses)")

@@ -126,7 +126,7 @@ def select_coreset(
     budget = budget_of(settings.fraction, len(indices))
     if method.sees == "record":
         parts = [_from_record(record, indices, settings, budget, seed, progress)]
-    elif settings.balanced and not method.sizes_itself:
+    elif settings.balanced and method.by_class:
         counts = record.y[indices].bincount()
         budgets = class_budgets(counts, budget).tolist()
         parts = shards.map(select_classes, scorer, settings, budgets, seed)

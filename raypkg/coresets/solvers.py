@@ -1,4 +1,4 @@
-"""Selection as optimisation: the k largest scores, and orthogonal matching pursuit with non-negative weights."""
+"""Selection by scores, the largest or a draw, and by optimisation: matching pursuit with non-negative weights."""
 
 from typing import Protocol
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 GROWTH = 64  # rows by which the room for a factor grows
+CERTAIN = 1e-9  # a probability this near to 1 is 1
 DEPENDENT = 1e-12  # a pivot below this share of its diagonal is rounding: the atom lies in the span of the chosen ones
 
 
@@ -18,6 +19,59 @@ def largest(scores: Tensor, k: int) -> Tensor:
     """
     order = scores.sort(descending=True, stable=True).indices
     return order[:k]
+
+
+def draw_in_proportion(scores: Tensor, k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw k positions without replacement, each with a probability in proportion to its score, but at most 1.
+
+        π_i = min(1, c · s_i),  Σ π_i = k
+
+    Systematic sampling: the π_i stand end to end in a random order, and every whole number past a random start picks
+    one. Where fewer than k scores are above 0, all of those are drawn, and as many of the others as are missing, with
+    equal probabilities.
+
+    Args:
+        scores: s ≥ 0, finite [n].
+        k: 1 … n.
+        rng: draws.
+
+    Returns:
+        The positions, ascending, int64 [k], and their π, float64 [k].
+
+    >>> draw_in_proportion(torch.tensor([0.0, 9.0, 1.0]), 2, torch.Generator().manual_seed(0))[0]
+    tensor([1, 2])
+    """
+    probabilities = _probabilities(scores.double(), k)
+    order = torch.randperm(len(scores), generator=rng)
+    shuffled = probabilities[order]
+    always = order[shuffled == 1]
+    rest = order[(shuffled > 0) & (shuffled < 1)]
+    missing = k - len(always)
+    ends = probabilities[rest].cumsum(0)  # of the intervals that stand end to end
+    start = torch.rand((), generator=rng, dtype=torch.float64)
+    marks = start + torch.arange(missing)
+    hit = torch.searchsorted(ends, marks, right=True).clamp(max=len(rest) - 1)
+    chosen = torch.cat([always, rest[hit]]).sort().values
+    return chosen, probabilities[chosen]
+
+
+def _probabilities(scores: Tensor, k: int) -> Tensor:
+    """Return π [n]: in proportion to the scores as far as none exceeds 1."""
+    positive = scores > 0
+    if positive.sum() < k:
+        others = ~positive
+        missing = k - positive.sum()
+        return torch.where(positive, 1.0, missing.double() / others.sum())
+    probabilities = torch.zeros_like(scores)
+    open_ = positive  # whose share is below 1 as far as is known
+    while True:
+        left = k - (positive & ~open_).sum()
+        share = scores * (left / scores[open_].sum())
+        probabilities = torch.where(open_, share, positive.double())
+        full = open_ & (probabilities >= 1 - CERTAIN)
+        if not full.any():
+            return probabilities
+        open_ = open_ & ~full
 
 
 class Cholesky:

@@ -4,7 +4,7 @@ Projected gradients of adapters, as LESS (arXiv:2402.04333) takes them, are not 
 layer, like everything else here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from raypkg.core.errors import UserError
 from raypkg.core.settings import TRAIN, VALID, Select
 from raypkg.data import Data, load_data
+from raypkg.data.aligned import aligned
 from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard
@@ -59,14 +60,7 @@ class TargetSamples:
         """
         if train.kind is TEXTS and not self.options.get("tokenizer"):  # it would train one on texts of its own
             raise UserError(f"{self}: its texts must be cut as those of training are: give option tokenizer for both")
-        split = self._opened
-        if split.shape != train.shape:
-            raise UserError(f"{self} has samples of shape {split.shape}, those of training have {train.shape}")
-        named = split.columns and train.columns
-        if named and split.columns != train.columns:
-            raise UserError(f"{self} has other columns than the training samples, or in another order")
-        number = _numbers(split.classes, train.classes, str(self))
-        return replace(split, y=number[split.y], classes=train.classes, mean=train.mean, std=train.std)
+        return aligned(self._opened, train, str(self))
 
     def check(self, train: Split, held_out: Tensor | None = None) -> None:
         """Refuse, before any work, samples that are not there or do not suit the training samples.
@@ -130,11 +124,3 @@ def idle_target(method: Method, given: str) -> UserError:
     """Return the error that a target, as it was given, would do nothing."""
     able = [name for name, entry in coreset.entries.items() if isinstance(entry, Method) and entry.has_target]
     return UserError(f"{method.name} selects for no target: {given} would do nothing; {', '.join(able)} select for one")
-
-
-def _numbers(theirs: Sequence[str], ours: Sequence[str], whose: str) -> Tensor:
-    """Return what number each of their classes has among ours, int64."""
-    unknown = [name for name in theirs if name not in ours]
-    if unknown:
-        raise UserError(f"{whose} has class {unknown[0]!r}, which the training samples have not")
-    return torch.tensor([ours.index(name) for name in theirs])

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from raypkg.core.entry import USER_CODE, Entry
 from raypkg.core.errors import UserError
-from raypkg.core.registry import USER_CODE, Entry, argument
+from raypkg.core.registry import argument
 
 from .sources import dataset
 

@@ -32,6 +32,7 @@ class Split:
         augment: names of the augmentations that suit the data.
         columns: names of a table's columns.
         ids: which samples of other data the samples stand for, int64 [n]; None where their positions say it.
+        truth: true labels beside wrong ones in ``y``, for measuring only, int64 [n]; None where there are no others.
     """
 
     take: Take
@@ -43,6 +44,7 @@ class Split:
     augment: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     ids: Tensor | None = None
+    truth: Tensor | None = None
 
     @classmethod
     def from_tensors(

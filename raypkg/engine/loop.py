@@ -52,6 +52,8 @@ def fit(
 ) -> Run:
     """Train to the run's last epoch, continuing from the newest checkpoint if there is one.
 
+    A run that has trained in this process already goes on as it is.
+
     A step's samples may go through the model in parts (``micro_batch``), whose gradients add up to those of the whole
     batch; only batch norm sees the parts, and layers that draw, such as dropout, draw otherwise. What is recorded and
     measured is plain cross-entropy; ``label_smoothing`` changes what the gradients are of.
@@ -71,13 +73,8 @@ def fit(
     (2, 4)
     """
     checkpoints = checkpoints or Forgetful()
-    with seeded(run.seed, "start"):
-        for hook in run.hooks:
-            hook.on_start(run)
-    # One reads for all: workers of an attempt that was lost may write another checkpoint while others read.
-    if state := run.worker.first(checkpoints.load() if run.worker.rank == 0 else None):
-        run.load_state_dict(state)
-        _report_again(run)
+    if not run.epoch:
+        _begin(run, checkpoints)
     model = _prepared(run)
     while run.epoch < (run.last or run.settings.epochs):
         row = _run_epoch(run, model)
@@ -89,6 +86,17 @@ def fit(
             checkpoints.save(run.epoch, run.state_dict(bills))
             run.worker.report(run.rows[-1])
     return run
+
+
+def _begin(run: Run, checkpoints: Checkpoints) -> None:
+    """Start the hooks, and restore the newest checkpoint."""
+    with seeded(run.seed, "start"):
+        for hook in run.hooks:
+            hook.on_start(run)
+    # One reads for all: workers of an attempt that was lost may write another checkpoint while others read.
+    if state := run.worker.first(checkpoints.load() if run.worker.rank == 0 else None):
+        run.load_state_dict(state)
+        _report_again(run)
 
 
 def _report_again(run: Run) -> None:

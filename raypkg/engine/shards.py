@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from raypkg.core.settings import Dataset
-from raypkg.data import Data, load_data
+from raypkg.data import Data
+from raypkg.data.regimes import open_data
 
 from .worker import Worker
 
@@ -38,7 +39,7 @@ class Shard:
     def data(self) -> Data:
         """The data set, memory-mapped."""
         if isinstance(self.source, Dataset):
-            return load_data(self.source.name, self.source.options)
+            return open_data(self.source)
         return self.source
 
 

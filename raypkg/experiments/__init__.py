@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raypkg.core.errors import UserError, ending_told
 from raypkg.core.imports import heavy_imports
-from raypkg.core.registry import Entry, Registry
-from raypkg.core.settings import Experiment, RunSettings
+from raypkg.core.registry import Registry
 
-if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
+if TYPE_CHECKING:  # they import pydantic and pyarrow, which `--help` need not wait for
     from rich.console import Console
 
+    from raypkg.core.entry import Entry
+    from raypkg.core.settings import Experiment, RunSettings
     from raypkg.runs.folder import RunFolder
 
 experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report", "workers"))
-R = TypeVar("R", bound=RunSettings)
+R = TypeVar("R", bound="RunSettings")
 
 
 def settings_of(entry: Entry) -> type[RunSettings]:
@@ -32,6 +33,8 @@ def training_settings_of(entry: Entry) -> type[Experiment]:
     Raises:
         UserError: it does not.
     """
+    from raypkg.core.settings import Experiment
+
     schema = settings_of(entry)
     if not issubclass(schema, Experiment):
         raise UserError(f"{entry.name} trains no model")
@@ -45,7 +48,10 @@ def _with_digest(settings: R, folder: RunFolder) -> R:
     samples = open_samples(settings)
     if settings.dataset.digest is not None:
         return settings
-    dataset = settings.dataset.model_copy(update={"digest": samples.digest(settings.dataset)})
+    noted: dict[str, Any] = {"digest": samples.digest(settings.dataset)}
+    if settings.dataset.is_drawn:  # whoever opens the data set by its settings alone draws the same
+        noted["seed"] = settings.seed if settings.dataset.seed is None else settings.dataset.seed
+    dataset = settings.dataset.model_copy(update=noted)
     settings = settings.model_copy(update={"dataset": dataset})
     folder.keep_settings(settings)
     return settings

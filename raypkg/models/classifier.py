@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from raypkg.core.errors import UserError
 from raypkg.data.kinds import kind_of
 
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]  # of each channel
+
 
 class Classifier(nn.Module):
     """A linear head on features, so that last-layer gradients are (p − e_y) ⊗ [h; 1].
@@ -13,12 +15,17 @@ class Classifier(nn.Module):
     Args:
         features: x [b, …] → h [b, D].
         head: h [b, D] → logits [b, C].
+
+    Attributes:
+        trained_with: mean and std, per channel, of the inputs that its first weights were trained with; None where
+            they were drawn.
     """
 
     def __init__(self, features: nn.Module, head: nn.Linear):
         super().__init__()
         self.features = features
         self.head = head
+        self.trained_with: MeanStd | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits [b, C]."""
@@ -28,6 +35,8 @@ class Classifier(nn.Module):
 def as_classifier(module: nn.Module) -> Classifier:
     """Split a module at its last ``nn.Linear``, which becomes the head; an ``nn.Identity`` takes its place.
 
+    What the module says that it was ``trained_with`` is kept.
+
     Raises:
         UserError: the module has no linear layer.
 
@@ -35,10 +44,14 @@ def as_classifier(module: nn.Module) -> Classifier:
     Linear(in_features=8, out_features=3, bias=True)
     """
     path, head = _last_linear(module)
+    features = module
     if module is head:
-        return Classifier(nn.Identity(), head)
-    module.set_submodule(path, nn.Identity())
-    return Classifier(module, head)
+        features = nn.Identity()
+    else:
+        module.set_submodule(path, nn.Identity())
+    split = Classifier(features, head)
+    split.trained_with = getattr(module, "trained_with", None)
+    return split
 
 
 def _last_linear(module: nn.Module) -> tuple[str, nn.Linear]:
@@ -87,12 +100,13 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
 
     Raises:
         UserError: not a module, no linear head, not able to take the shape, other shapes out, shared parameters, or
-            none to train.
+            none to train; or inputs that it was ``trained_with`` that are not these.
     """
     if not isinstance(module, nn.Module):
         returned = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
         raise UserError(f"model {name!r} returned {returned}, not an nn.Module")
     _check_unshared(module, name)
+    _check_trained_with(module, name, shape)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UserError(f"model {name!r} has no parameter to train: it has none at all, or all of them are frozen")
     module.eval()  # the probe must not move batch-norm statistics
@@ -117,6 +131,22 @@ def _check_unshared(module: nn.Module, name: str) -> None:
                 " give each layer its own"
             )
         paths[parameter] = path
+
+
+def _check_trained_with(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    stated = getattr(module, "trained_with", None)
+    if stated is None:
+        return
+    try:
+        moments = torch.tensor(stated, dtype=torch.float64)  # [2, channels]
+    except (TypeError, ValueError):  # of other lengths, or no numbers
+        moments = torch.empty(0)
+    mean_std = moments.shape == (2, shape[0])
+    if not (mean_std and moments.isfinite().all() and moments[1].gt(0).all()):
+        raise UserError(
+            f"model {name!r}: trained_with = {stated} must be the means and the stds of {shape[0]} channels, all finite"
+            " and the latter above 0"
+        )
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
@@ -19,6 +20,7 @@ from raypkg.core.extras import extra, tell_download
 from raypkg.data.kinds import TEXTS, kind_of
 
 from . import model
+from .classifier import MeanStd
 from .layers import Shape
 
 if TYPE_CHECKING:
@@ -68,10 +70,20 @@ def hugging_face(
             config.pad_token_id = _first(config.eos_token_id)
     with _quiet():
         network = _loaded(variant, config, texts) if weights else _drawn(variant, config, texts)
-    return OfTexts(network) if texts else OfImages(network)
+    if texts:
+        return OfTexts(network)
+    return OfImages(network, _pixels(variant) if weights else None)
 
 
 hugging_face.has_tokenizer = True  # type: ignore[attr-defined]  # see ``raypkg.models.tokenizer_of``
+
+
+class ImageProcessor(BaseModel):
+    """What a checkpoint's preprocessor_config.json says of the values of pixels, as far as it is used."""
+
+    do_normalize: bool = True
+    image_mean: tuple[float, ...]
+    image_std: tuple[Annotated[float, Field(gt=0)], ...]
 
 
 class OfTexts(nn.Module):
@@ -101,9 +113,10 @@ class OfTexts(nn.Module):
 class OfImages(nn.Module):
     """A classifier of images that is given float [b, C, H, W] and returns its logits [b, C]."""
 
-    def __init__(self, network: PreTrainedModel):
+    def __init__(self, network: PreTrainedModel, trained_with: MeanStd | None):
         super().__init__()
         self.network = network
+        self.trained_with = trained_with
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
@@ -180,15 +193,33 @@ def _check_texts(config: PretrainedConfig, variant: str, shape: Shape) -> None:
 
 def _tokenizer_size(variant: str) -> int | None:
     """Return how many tokens the tokenizer beside a checkpoint has; None where it has none."""
-    file = _transformers().utils.cached_file(
-        variant,
-        "tokenizer.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    file = _beside(variant, "tokenizer.json")
     if file is None:
         return None
     return extra("tokenizers", "text", WHAT).Tokenizer.from_file(file).get_vocab_size()
+
+
+def _pixels(variant: str) -> MeanStd | None:
+    """Return mean and std of the images that a checkpoint was trained with; None where none are stored beside it."""
+    file = _beside(variant, "preprocessor_config.json")
+    if file is None:
+        return None
+    try:
+        stored = ImageProcessor.model_validate_json(Path(file).read_bytes())
+    except ValidationError as error:
+        raise _unreadable(variant, error) from None
+    return (stored.image_mean, stored.image_std) if stored.do_normalize else None
+
+
+def _beside(variant: str, name: str) -> str | None:
+    """Return the path of a file beside a checkpoint; None where it has none."""
+    path: str | None = _transformers().utils.cached_file(
+        variant,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path
 
 
 def _class(texts: bool) -> Any:

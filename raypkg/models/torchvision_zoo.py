@@ -63,6 +63,8 @@ def _trained(variant: str, num_classes: int, weights: str) -> nn.Module:
     if hasattr(network, "AuxLogits"):  # of inception_v3: as long as it is there, it is computed while training
         network.aux_logits = False
         network.AuxLogits = None
+    pixels = chosen.transforms()
     split = as_classifier(network)
+    split.trained_with = (tuple(pixels.mean), tuple(pixels.std))
     split.head = nn.Linear(split.head.in_features, num_classes)
     return split

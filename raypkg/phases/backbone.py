@@ -91,7 +91,9 @@ class Backbone:
 
 
 def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Backbone:
-    """Return the features of a model as it is built, for samples normalised by their own statistics.
+    """Return the features of a model as it is built, for samples normalised as it was trained with, if it says so.
+
+    Otherwise samples are normalised by their own statistics.
 
     Args:
         chosen: its name and options.
@@ -104,6 +106,9 @@ def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Back
     """
     train = data.train
     model = build_model(chosen.name, train.shape, train.num_classes, seed=seed, options=chosen.options)
+    if model.trained_with is not None:
+        mean, std = model.trained_with
+        train = replace(train, mean=mean, std=std)
     return Backbone.of(model, train, precision)
 
 

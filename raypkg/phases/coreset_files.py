@@ -137,10 +137,11 @@ def read_coreset(path: str) -> pa.Table:
 
 def save_record(storage: Storage, model: str, record: Record) -> None:
     """Write what training saw of each sample beside the model of that file name."""
-    forgotten = record.forgotten
-    if forgotten is None:  # hits were not recorded
-        forgotten = torch.full_like(record.losses, torch.inf)
-    table = pa.table({"loss": record.losses.numpy(), "forgotten": forgotten.numpy()})
+    never = torch.full_like(record.losses, torch.inf)  # where hits, or margins, were not recorded
+    forgotten = never if record.forgotten is None else record.forgotten
+    margins = never if record.margins is None else record.margins
+    columns = {"loss": record.losses, "forgotten": forgotten, "margin": margins}
+    table = pa.table({name: values.numpy() for name, values in columns.items()})
     storage.write_table(record_of(model), table)
 
 
@@ -163,7 +164,10 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
         raise UserError(f"{path} is of a training on {len(table)} samples, this data set has {len(y)}")
     losses = torch.tensor(column_of(table, "loss", path, pa.types.is_floating))
     forgotten = torch.tensor(column_of(table, "forgotten", path, pa.types.is_floating))
-    return Record(y, losses, forgotten)
+    margins = None
+    if "margin" in table.column_names:  # runs of earlier versions have none
+        margins = torch.tensor(column_of(table, "margin", path, pa.types.is_floating))
+    return Record(y, losses, forgotten, margins)
 
 
 def keep_selected(

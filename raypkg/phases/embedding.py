@@ -6,9 +6,9 @@ depend on who computes them, so neither do their features, on machines of one ki
 
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,17 +251,19 @@ def _followed(parts: Sequence[Part], report: Report) -> Iterator[None]:
     """Report each part as a row of metrics once it is there, whoever writes it, until the block ends."""
     storage = report.folder.storage
     done = threading.Event()
+    reported: set[str] = set()
+
+    def tell(there: Iterable[str]) -> None:
+        fresh = set(there) - reported
+        for number, part in enumerate(parts, 1):
+            if part.file in fresh:
+                report({"phase": PHASE, "epoch": number, "rows": len(part)})
+        reported.update(fresh)
 
     def follow() -> None:
-        reported: set[str] = set()
-        ended = False
-        while not ended:
-            ended = done.wait(GLANCE)
-            there = set(storage.list(PARTS))
-            for number, part in enumerate(parts, 1):
-                if part.file in there - reported:
-                    report({"phase": PHASE, "epoch": number, "rows": len(part)})
-            reported |= there
+        while not done.wait(GLANCE):
+            with suppress(OSError):  # of a distant storage: the next look finds as much
+                tell(storage.list(PARTS))
 
     with ThreadPoolExecutor(1, "progress") as pool:
         following = pool.submit(follow)
@@ -270,3 +272,4 @@ def _followed(parts: Sequence[Part], report: Report) -> Iterator[None]:
         finally:
             done.set()
     following.result()
+    tell(part.file for part in parts)  # all of them: the block has ended

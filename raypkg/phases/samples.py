@@ -10,10 +10,11 @@ from torch import Tensor
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment, RunSettings
-from raypkg.data import Data, load_data
+from raypkg.data import Data
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import TEXTS
 from raypkg.data.partition import hold_out
+from raypkg.data.regimes import open_data
 from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
 from raypkg.runs.storage import Storage
@@ -53,6 +54,8 @@ class Samples(NamedTuple):
             digest.update(y.numpy().tobytes())
             if split.ids is not None:  # they decide what is held out
                 digest.update(split.ids.numpy().tobytes())
+            if split.truth is not None:  # labels were drawn: all of them tell whether they still are the same
+                digest.update(split.y.numpy().tobytes())
         return digest.hexdigest()
 
     @property
@@ -91,7 +94,7 @@ def forget_samples() -> None:
 @lru_cache(maxsize=2)
 def _opened(dataset: str, seed: int) -> Samples:
     chosen = Dataset.model_validate_json(dataset)
-    data = load_data(chosen.name, chosen.options)
+    data = open_data(chosen, seed)
     kept, valid = hold_out(data.train.y, chosen.validation, generator(seed, "hold out"), data.train.ids)
     if chosen.only is not None:
         given = load_coreset(chosen.only, data.train, valid, chosen.name)

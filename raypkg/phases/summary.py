@@ -1,6 +1,6 @@
 """The end of a run: its figures as a manifest, its plots as pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from raypkg.core.settings import RunSettings
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
+from raypkg.data.regimes import wrong_share
 from raypkg.data.split import Split
 from raypkg.runs import plots
 from raypkg.runs.plots import save_plot
@@ -45,15 +46,20 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
     records = report.records
     coreset = _coreset_of(folder.storage, settings, samples)
     costs = _costs(records)
+    wrong = _wrong_labels(samples, coreset)
     summary = {
         **_figures(records),
+        **wrong,
         "samples": len(samples.kept),
         "coreset": None if coreset is None else len(coreset),
         "phases": costs,
         "seconds": sum(cost["seconds"] for cost in costs),
         "elapsed": sum(record["elapsed"] for record in records.values()),
         "full_training_backward": epochs * len(samples.kept),
-        "findings": [line for record in records.values() for line in record.get("findings", ())],
+        "findings": [
+            *(line for record in records.values() for line in record.get("findings", ())),
+            *_told_wrong(wrong),
+        ],
     }
     folder.flush()
     draw_plots(folder.storage, folder.rows, costs)
@@ -108,6 +114,24 @@ def _coreset_of(storage: Storage, settings: RunSettings, samples: Samples) -> Co
     if FILE not in storage.list():
         return None
     return load_coreset(f"{storage.root}/{FILE}", samples.data.train, samples.valid, settings.dataset.name)
+
+
+def _wrong_labels(samples: Samples, coreset: Coreset | None) -> dict[str, float]:
+    """Return which share of the training samples, and of the coreset, has a wrong label, where that is known."""
+    split = samples.data.train
+    shares = {"wrong_labels": wrong_share(split, samples.kept)}
+    if coreset is not None:
+        shares["coreset_wrong_labels"] = wrong_share(split, coreset.indices)
+    return {name: share for name, share in shares.items() if share is not None}
+
+
+def _told_wrong(shares: Mapping[str, float]) -> Iterator[str]:
+    """Yield how many wrong labels a selection picked, beside how many there are."""
+    if "coreset_wrong_labels" in shares:
+        yield (
+            f"wrong labels: {shares['coreset_wrong_labels']:.1%} of the coreset,"
+            f" {shares['wrong_labels']:.1%} of all samples"
+        )
 
 
 def _costs(records: Records) -> list[dict[str, Any]]:

@@ -65,11 +65,20 @@ def _chosen(summary: Mapping[str, Any]) -> str:
     return f"{coreset:,} of {samples:,} samples ({coreset / samples:.1%})"
 
 
+def _time(seconds: float) -> str:
+    return f"{seconds:,.1f}"
+
+
+def _count(samples: int) -> str:
+    """Return a count in at most ten characters."""
+    return f"{samples:,}" if samples < 10**8 else f"{samples / 1e6:,.0f} M"
+
+
 COLUMNS = (  # two lines of heading, so that the table fits 80 columns
-    ("\nseconds", "seconds", "{:,.1f}"),
-    ("worker-\nseconds", "total_seconds", "{:,.1f}"),
-    ("samples\nforward", "forward", "{:,}"),
-    ("samples\nbackward", "backward", "{:,}"),
+    ("\nseconds", "seconds", _time),
+    ("worker-\nseconds", "total_seconds", _time),
+    ("samples\nforward", "forward", _count),
+    ("samples\nbackward", "backward", _count),
 )
 
 
@@ -79,7 +88,7 @@ def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("\nphase", footer="all")
     for heading, key, form in COLUMNS:
         total = sum(phase[key] for phase in phases)
-        table.add_column(heading, justify="right", footer=form.format(total))
+        table.add_column(heading, justify="right", footer=form(total))
     sent = sum(phase["sent"] for phase in phases)
     memory = max((phase["memory"] for phase in phases), default=0)
     table.add_column("MB\nsent", justify="right", footer=_megabytes(sent))
@@ -89,7 +98,7 @@ def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column("GPU\nMiB", justify="right", footer=_mebibytes(device_memory))
     for phase in phases:
         name, _, part = phase["phase"].partition(": ")
-        figures = [form.format(phase[key]) for _, key, form in COLUMNS]
+        figures = [form(phase[key]) for _, key, form in COLUMNS]
         figures += [_megabytes(phase["sent"]), _mebibytes(phase["memory"])]
         if device_memory:
             figures.append(_mebibytes(phase["device_memory"]))

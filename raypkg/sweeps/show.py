@@ -25,7 +25,7 @@ WIDEST = 1000  # columns
 def show_sweep(sweep: SweepFolder, console: Console) -> None:
     """Print the trials, the best of them and how to run it again."""
     standing = standing_of(sweep)
-    _print_whole(_table(sweep, standing))
+    print_whole(_table(sweep, standing))
     for row in standing.results:
         if row["error"]:
             console.print(f"{row['run']} failed: {row['error']}", soft_wrap=True)
@@ -48,7 +48,7 @@ def show_resumption(sweep: SweepFolder, root: str, console: Console) -> None:
     state = state_of(sweep.storage)
     console.print(f"{sweep.name}: {left} trials are left, {STATES[state]}", soft_wrap=True)
     if state != GOING:
-        command = resuming(f"effray tune {sweep.experiment}", sweep.storage, root)
+        command = resuming(sweep.command, sweep.storage, root)
         console.print(f"resume with: {command}", soft_wrap=True)
 
 
@@ -108,7 +108,7 @@ def _proxy_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
     )
 
 
-def _print_whole(table: Table) -> None:
+def print_whole(table: Table) -> None:
     """Print a table of any width: with many settings the terminal wraps its lines, and no figure is cut off."""
     console = terminal()
     options = console.options.update(max_width=WIDEST)

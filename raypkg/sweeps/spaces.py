@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-import raypkg
 from raypkg.cluster.session import prepare
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 
-SUFFIX = ".py"
+from .shipped import SPACES, SUFFIX, shipped_files
+
 REQUIRED = ("space", "METRIC", "MODE")
 MOST = 10_000  # trials of a sweep, as of a grid, and values of a setting: each is checked beforehand
 ACTORS = "crest.actors"  # the room for them is that of all trials
@@ -43,25 +43,15 @@ def find_space(name: str) -> Path:
     """
     if name.endswith(SUFFIX):
         return Path(name)
-    spaces = _spaces()
+    spaces = shipped_files(SPACES)
     if name not in spaces:
         raise unknown("space", name, spaces)
     return spaces[name]
 
 
-def _spaces() -> dict[str, Path]:
-    package = Path(raypkg.__file__).parent
-    spaces: dict[str, Path] = {}
-    # Later ones win: of a clone, of an installed package, of the working folder.
-    for parent in (package.parent, package, Path()):
-        for file in parent.glob(f"tune_spaces/*{SUFFIX}"):
-            spaces[file.stem] = file
-    return spaces
-
-
 def space_of(experiment: str) -> Space:
     """Return the space of an experiment's name, or, where it has none of its own, that of plain training."""
-    return open_space(experiment if experiment in _spaces() else "train")
+    return open_space(experiment if experiment in shipped_files(SPACES) else "train")
 
 
 def open_space(name: str) -> Space:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from raypkg.runs.compare import kendall
+from raypkg.runs.agreement import kendall
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 

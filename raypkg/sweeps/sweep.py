@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raypkg.core.config import check_switches, load_settings
+from raypkg.core.entry import Entry
 from raypkg.core.errors import Interruption, UserError, redacted
-from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import training_settings_of
@@ -63,7 +63,7 @@ def start_sweep(
     Raises:
         UserError: bad settings, a bad space, or an order that cannot be carried out.
     """
-    _check_root(root)
+    check_root(root)
     schema = training_settings_of(entry)
     settings = with_absolute_paths(load_settings(schema, base_of(schema, config), values))
     check_names(settings)
@@ -112,10 +112,12 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
             " cluster.* and track.*"
         )
     check_counts(order)
-    _check_root(root)
+    check_root(root)
     folder = find_sweep(root, name)
     if folder.experiment != entry.name:
         raise UserError(f"sweep {name!r} is of {folder.experiment}, not of {entry.name}")
+    if folder.table:
+        raise UserError(f"{name!r} is a comparison: continue it with {folder.command} --resume {name}")
     if folder.order.get("scheduler") == "none":
         raise UserError(f"{folder.storage.root}/{RECORD}: scheduler none is now called {ALL_TO_THE_END}")
     check_code(folder.storage, folder.config)
@@ -134,7 +136,12 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
             show_sweep(folder, terminal())
 
 
-def _check_root(root: str) -> None:
+def check_root(root: str) -> None:
+    """Refuse credentials in the root of all runs.
+
+    Raises:
+        UserError: it has some.
+    """
     if redacted(root) != root:
         raise UserError(
             "--root has credentials in it, which Ray Tune would keep in its own files: leave them to the environment,"
@@ -157,7 +164,7 @@ class Sweep:
         self.settings = settings
         self.space = space
         self.root = root
-        self.size = _size(settings, folder.order["concurrent"])
+        self.size = size_of_trials(settings, folder.order["concurrent"])
         self.console = terminal()
         self.deadline = time.monotonic() + (folder.order["time_budget"] or math.inf)
 
@@ -259,11 +266,18 @@ class Sweep:
 
 
 class Progress:
-    """Keeps and prints how the trials of a sweep end."""
+    """Keeps and prints how the trials of a sweep end.
 
-    def __init__(self, sweep: SweepFolder, console: Console):
+    Args:
+        sweep: the folder.
+        console: where to print.
+        titles: of trials by number, after their names.
+    """
+
+    def __init__(self, sweep: SweepFolder, console: Console, titles: Mapping[int, str] | None = None):
         self._sweep = sweep
         self._console = console
+        self._titles = titles or {}
 
     def started(self, number: int, values: Values) -> None:
         """Keep a trial's settings."""
@@ -276,7 +290,8 @@ class Progress:
         run = TrialRun(sweep.run(number))
         reached = run.figures().get(sweep.metric)
         result = error or ("" if reached is None else f"{sweep.metric} {reached:.4g}")
-        self._console.print(f"{sweep.run_name(number)} {state}: {result}", soft_wrap=True)
+        title = f" ({self._titles[number]})" if number in self._titles else ""
+        self._console.print(f"{sweep.run_name(number)}{title} {state}: {result}", soft_wrap=True)
 
 
 def _checked_trials(order: Order, settings: Experiment, space: Space) -> list[Values]:
@@ -298,7 +313,7 @@ def _checked_trials(order: Order, settings: Experiment, space: Space) -> list[Va
     return trials
 
 
-def _size(settings: Experiment, concurrent: int | None) -> TrialSize:
+def size_of_trials(settings: Experiment, concurrent: int | None) -> TrialSize:
     """Join or start the cluster, and choose how a trial runs there and how many do at once."""
     import torch
 

@@ -2,6 +2,8 @@
 
     <root>/tune/<name>/  config.toml  space.py  sweep.json  results.parquet  best.toml  plots/*.png
 
+A comparison is a sweep whose trials come from a table, which is kept in its order; it has no space.
+
 Its trials are run folders beside those of the experiment, ``<root>/<experiment>/<name>-<number>``.
 """
 
@@ -25,7 +27,9 @@ FOLDER = "tune"  # among those of the experiments
 BEST = "best.toml"
 RECORD = "sweep.json"
 SPACE = "space.py"
+AFTER = "after.json"  # in the run folder of a trial: figures of what was done with the finished run
 ORDERED = {"experiment": str, "metric": str, "mode": str, "samples": int}  # what every order has
+COMPARED = ("asked", "scale")  # what every order of a comparison has besides
 DONE = "done"
 STOPPED = "stopped"
 FAILED = "failed"
@@ -73,6 +77,16 @@ class SweepFolder:
     def mode(self) -> str:
         """Whether the metric is to be large or small: max or min."""
         return self.order["mode"]
+
+    @property
+    def table(self) -> dict[str, Any] | None:
+        """The table of a comparison, as plain values; None of a sweep over a space."""
+        return self.order.get("table")
+
+    @property
+    def command(self) -> str:
+        """The command that began it, without options."""
+        return f"effray compare {self.order['asked']}" if self.table else f"effray tune {self.experiment}"
 
     @property
     def on_proxy(self) -> bool:
@@ -136,7 +150,7 @@ class SweepFolder:
         """Keep a trial's settings; a searcher thinks of them only now."""
         while len(self.trials) <= number:
             self.trials.append(_new_trial(None))
-        self.trials[number] = _new_trial(values)
+        self.trials[number] = _new_trial(values, self.trials[number].get("after"))
         self._write()
 
     def ended(self, number: int, error: str | None) -> str:
@@ -150,6 +164,12 @@ class SweepFolder:
         self.trials[number] |= {"ended": state, "error": error}
         self._write()
         return state
+
+    def extend(self, trials: Iterable[tuple[Mapping[str, Any], str | None]]) -> None:
+        """Add trials, each with what follows its run, if anything does."""
+        self.trials += [_new_trial(values, after) for values, after in trials]
+        self.order["samples"] = len(self.trials)
+        self._write()
 
     def change(self, order: Mapping[str, Any], settings: Settings) -> None:
         """Keep what is asked for otherwise from now on."""
@@ -208,7 +228,10 @@ class SweepFolder:
         return [number for number, trial in enumerate(self.trials) if trial["settings"]]
 
     def _is_done(self, number: int) -> bool:
-        return self.run_storage(number).read("summary.json") is not None
+        storage = self.run_storage(number)
+        if storage.read("summary.json") is None:
+            return False
+        return not self.trials[number].get("after") or storage.read(AFTER) is not None
 
     def _state(self, number: int, done: bool) -> str:
         """Return a trial's state: its run folder knows better than the record, which a killed sweep leaves behind."""
@@ -235,7 +258,7 @@ def create_sweep(
     name: str,
     order: Mapping[str, Any],
     settings: Settings,
-    space: str,
+    space: str | None,
     trials: Iterable[Mapping[str, Any]],
 ) -> SweepFolder:
     """Make a new sweep folder.
@@ -245,7 +268,7 @@ def create_sweep(
         name: of the sweep.
         order: what was asked for, as plain values; with ``experiment``.
         settings: that all trials share.
-        space: text of the space's file.
+        space: text of the space's file; None where the trials come from no space.
         trials: settings of the trials that are known beforehand.
 
     Raises:
@@ -263,7 +286,8 @@ def create_sweep(
     try:
         _check_free(runs, name)
         write_settings(storage, settings)
-        storage.write(SPACE, space.encode())
+        if space is not None:
+            storage.write(SPACE, space.encode())
         storage.write_json(RECORD, record)  # the last: now it is a sweep
         storage.settle()
     except BaseException:
@@ -306,6 +330,9 @@ def _is_record(record: Any) -> bool:
     if not (isinstance(order, dict) and isinstance(trials, list)):
         return False
     ordered = all(isinstance(order.get(name), kind) for name, kind in ORDERED.items())
+    table = order.get("table")
+    if table is not None:
+        ordered = ordered and isinstance(table, dict) and all(isinstance(order.get(name), str) for name in COMPARED)
     return ordered and all(map(_is_trial, trials))
 
 
@@ -315,9 +342,10 @@ def _is_trial(trial: Any) -> bool:
     return trial["settings"] is None or isinstance(trial["settings"], dict)
 
 
-def _new_trial(values: Mapping[str, Any] | None) -> dict[str, Any]:
+def _new_trial(values: Mapping[str, Any] | None, after: str | None = None) -> dict[str, Any]:
     settings = None if values is None else dict(values)
-    return {"settings": settings, "ended": None, "error": None}
+    trial: dict[str, Any] = {"settings": settings, "ended": None, "error": None}
+    return trial | {"after": after} if after else trial
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pa.Array:

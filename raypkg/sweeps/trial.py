@@ -1,6 +1,7 @@
 """One trial of a sweep, in the process that Ray Tune gives it: a run like any other, which tells of its epochs."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from raypkg.runs.storage import Storage
 
 from .figures import TrialRun
 from .order import EVALUATE
-from .sweep_folder import SweepFolder
+from .sweep_folder import AFTER, SweepFolder
 
 WORST = 1e30  # of which schedulers can take means
 Row = dict[str, Any]
@@ -47,6 +48,8 @@ def run_trial(number: int, values: dict[str, Any], tell: Tell, *, root: str, wor
         run = sweep.run(number)
         if not run.summary:
             _train(sweep, run, values | {"cluster.workers": workers}, tell)
+        if after := sweep.trials[number].get("after"):
+            _follow_up(sweep.run(number), after)
         return _last_row(sweep, number)
     except Exception as error:  # a process that is lost starts again; what a run raises, it would raise again
         return _failure(sweep, number, error)
@@ -75,9 +78,33 @@ def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: 
     carry_out(entry, settings, run, Console(quiet=True), group=sweep.name, listen=listen)
 
 
+def _follow_up(run: RunFolder, after: str) -> None:
+    """Call what is to follow a finished run, once, and keep the figures that it returns."""
+    if run.storage.read(AFTER) is None:
+        figures = imported_function(after)(run)
+        run.storage.write_json(AFTER, figures)
+
+
+def imported_function(name: str) -> Callable[..., Any]:
+    """Return a function by its name, ``package.module:function``.
+
+    Raises:
+        UserError: there is none.
+    """
+    module, colon, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function) if colon else None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"after {name!r} cannot be imported: {error}") from None
+    if not callable(found):
+        raise UserError(f"after {name!r}: a function is needed, written package.module:function")
+    return found
+
+
 def _check_is_its_run(run: RunFolder, stored: Experiment, settings: Experiment) -> None:
     """Refuse a run that has the trial's name and was not begun by it."""
-    theirs = stored.model_copy(update={"dataset": stored.dataset.model_copy(update={"digest": None})})
+    as_asked = {"digest": None, "seed": settings.dataset.seed}  # the run has noted what came of them
+    theirs = stored.model_copy(update={"dataset": stored.dataset.model_copy(update=as_asked)})
     excluded = set(APART)
     if theirs.model_dump(exclude=excluded) != settings.model_dump(exclude=excluded):
         raise UserError(f"run {run.name!r} has other settings than the trial of that name: rename it, or delete it")

@@ -1,6 +1,6 @@
 """What each trial sets: drawn from the space, joined with what all trials share, and checked as a single run is."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from operator import itemgetter
@@ -64,16 +64,20 @@ def varied(base: E, values: Mapping[str, Any]) -> E:
     return load_settings(type(base), base.model_dump(mode="json"), values)
 
 
-def longest_of(settings: Experiment, space: Space, known: Iterable[Mapping[str, Any]]) -> int:
+def longest_of(settings: Experiment, space: Space, known: Sequence[Mapping[str, Any]]) -> int:
     """Return the epochs of the longest trial, of those that are known and those that the space allows."""
-    from raypkg.cluster.drawing import candidates
+    import numpy as np
+
+    from raypkg.cluster.drawing import candidates, draw_settings
 
     def epochs(values: Mapping[str, Any]) -> int:
         return varied(settings, values).epochs
 
-    longest = {}  # of each setting, the value that alone makes the longest trial
+    # A value alone may be refused without others that go with it, such as crest.h without crest.tau.
+    drawn = draw_settings(space.domains, np.random.default_rng(settings.seed))
+    longest = {**drawn, **(known[0] if known else {})}  # a known trial has been checked
     for name, domain in space.domains.items():
-        lengths = [(epochs({name: value}), value) for value in candidates(domain)]
+        lengths = [(epochs({**longest, name: value}), value) for value in candidates(domain)]
         if lengths:
             longest[name] = max(lengths, key=itemgetter(0))[1]
     return max(epochs(values) for values in (longest, *known))

@@ -45,7 +45,7 @@ def imported():
 
     import raypkg.methods.deltagrad.verify
     import raypkg.methods.sparse.export
-    import raypkg.runs.compare
+    import raypkg.runs.agreement
     import raypkg.runs.plots
     import raypkg.sweeps.sweep  # noqa: F401
 

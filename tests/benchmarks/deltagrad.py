@@ -80,6 +80,7 @@ def mnist_cases(given: argparse.Namespace, logistic: Training) -> list[Case]:
         Case("MNIST, README of the release (5, 20)", mnist, linear, readme, 5, 20, {1e-3: "2.8: 2.7e-3 → 7.2e-5"}),
         Case("MNIST, logistic, full batch (5, 10)", mnist, linear, full, 5, 10, {1e-2: "2.7: 1.3e-2 → 5.0e-5"}),
         Case("MNIST, logistic, full batch (20, 5)", mnist, linear, full, 20, 5, {1e-2: "6.4: 1.3e-2 → 1.4e-3"}),
+        Case("MNIST, logistic, full batch (20, 3)", mnist, linear, full, 20, 3, {1e-2: "–"}),
         Case(
             "MNIST, MLP 784-300-10, full batch (2, 10)", mnist, mlp, full, 2, 10,
             {1e-2: "1.3: 4.6e-2 → 5e-4, (2, 100)"},
@@ -150,7 +151,12 @@ class Bench:
             return History(folder, layout, writer.seal(w))
 
     def update(
-        self, history: History, before: torch.Tensor, now: torch.Tensor, exact_steps: ExactSteps | None = None
+        self,
+        history: History,
+        before: torch.Tensor,
+        now: torch.Tensor,
+        exact_steps: ExactSteps | None = None,
+        pairs: int = 2,
     ) -> tuple[History, int]:
         """Replay with other samples; return the history of that, which ends with the weights, and the exact steps."""
         folder = self.folder / str(time.monotonic_ns())
@@ -160,7 +166,8 @@ class Bench:
             writer.start()
             steps = changed_steps(history, self.membership, before, now)
             decay = self.case.training.weight_decay
-            for step in replay(steps, gradient, exact_steps, decay=decay, convex=self.objective.linear):
+            convex = self.objective.linear
+            for step in replay(steps, gradient, exact_steps, decay=decay, pairs=pairs, convex=convex):
                 writer.append(step.rate, step.w, step.gradient)
                 exact += step.exact
             return History(folder, history.layout, writer.seal(step.after)), exact
@@ -239,6 +246,32 @@ def online(bench: Bench, requests: int) -> None:
             )
 
 
+def draws(bench: Bench, count: int) -> None:
+    """Repeat deletions of other samples in other batch orders: how far distances spread, for 2 and 8 pairs."""
+    everyone = torch.ones(len(bench.split), dtype=torch.bool)
+    print("\n| rate | pairs | draws | ‖w − U‖ | ‖U − I‖ |\n|---|---|---|---|---|")
+    for rate in (1e-3, 1e-2):
+        moved = []
+        missed = {2: [], 8: []}
+        for seed in range(count):
+            bench.membership = replace(bench.membership, seed=seed)
+            some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed))
+            fewer = everyone.index_fill(0, some[: round(rate * len(everyone))], False)
+            history = bench.record(everyone)
+            retrained = bench.retrain(fewer)
+            moved.append(distance(history, retrained).item())
+            for pairs, distances in missed.items():
+                replayed, _ = bench.update(history, everyone, fewer, pairs=pairs)
+                distances.append(distance(replayed, retrained).item())
+        for pairs, distances in missed.items():
+            print(f"| {rate:g} | {pairs} | {count} | {spread(moved)} | {spread(distances)} |", flush=True)
+
+
+def spread(values: list[float]) -> str:
+    """Return mean and standard deviation."""
+    return f"{statistics.mean(values):.2e} ± {statistics.stdev(values):.1e}"
+
+
 def recording(bench: Bench, repeats: int) -> None:
     """Compare training that is recorded with training that is not."""
     everyone, times = torch.ones(len(bench.split), dtype=torch.bool), {"plain": [], "recorded": []}
@@ -265,6 +298,9 @@ def main() -> None:
     for case in cases(given):
         print(f"\n{case.title}\n\n| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
         bench = Bench(case, given.threads)
+        if given.draws:
+            draws(bench, given.draws)
+            continue
         for row in rows(bench, given.repeats):
             print("| " + " | ".join(row) + " |", flush=True)
         recording(bench, given.repeats)
@@ -283,6 +319,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--standardised", action="store_true", help="pixels of mean 0 and deviation 1")
     parser.add_argument("--tolerance", action="store_true", help="compare tolerances with fixed periods, too")
+    parser.add_argument("--draws", type=int, default=0, metavar="N", help="only distances, over N batch orders")
     parser.add_argument("--online", type=int, default=0, metavar="N", help="also delete N samples one after another")
     return parser.parse_args()
 

@@ -25,13 +25,15 @@ from raypkg.models import build_model
 pytestmark = [pytest.mark.bench, pytest.mark.data]
 DATA = Path(os.environ.get("EFFRAY_DATA", Path(__file__).parents[3] / "shared/data"))
 BATCH, STEPS, ROUNDS = 128, 40, 7
+PAPER = {"tau": 0.05, "subset": 0.01}
 SETTINGS = {
     "plain SGD": None,
-    "the paper's (h 1, b 5)": {},
-    "h 10, b 1": {"h": 10, "b": 1},
-    "h 10, b 1, r 256": {"h": 10, "b": 1, "subset": 256 / 50_000},
-    "the paper's, overlapped": {"overlap": True},
-    "h 10, b 1, r 256, overlapped": {"h": 10, "b": 1, "subset": 256 / 50_000, "overlap": True},
+    "chosen at every step": {},
+    "… r 256": {"subset": 256 / 50_000},
+    "the paper's (h 1, b 5)": PAPER,
+    "h 10, b 1": {**PAPER, "h": 10, "b": 1},
+    "h 10, b 1, r 256": {**PAPER, "h": 10, "b": 1, "subset": 256 / 50_000},
+    "the paper's, overlapped": {**PAPER, "overlap": True},
 }
 PARTS = ("train", "select", "model", "check")
 

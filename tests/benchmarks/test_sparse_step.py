@@ -29,9 +29,7 @@ TRAINING = Training(epochs=1, batch_size=128, schedule="constant", lr=0.01)
 
 def correction(**settings):
     """A correction that corrects from the first step on."""
-    hook = Correction(AgentOptions(alpha=0.0, **settings))
-    hook.c = 1.0
-    return hook
+    return Correction(AgentOptions(always=True, **settings))
 
 
 def sparse():

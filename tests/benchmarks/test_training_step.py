@@ -128,7 +128,8 @@ def in_turn(worker, rounds):
 def test_two_workers_against_one(tmp_path, monkeypatch):
     from raypkg.cluster.workers import Workers
 
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    paths = [os.path.dirname(__file__), os.path.dirname(plain_loop.__file__)]  # what workers import
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     with Workers(Cluster(workers=2), lambda row: None, str(tmp_path)) as workers:
         rates = workers.run(in_turn, ROUNDS + 1)
     print(f"\nresnet20, batch 128, one thread a worker, medians of {ROUNDS} rounds taken in turn")

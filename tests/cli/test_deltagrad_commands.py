@@ -180,6 +180,14 @@ def test_new_samples_are_read_with_the_options_of_the_run(effray):
     assert "2 new (ids 80 … 81)" in effray("deltagrad add a --data libsvm:more.svm")
 
 
+def test_new_samples_without_names_do_not_join_named_columns(effray, refusal):
+    rows = "".join(f"{i % 5},{i % 7},{i % 2}\n" for i in range(60))
+    Path("rows.csv").write_text(f"a,b,label\n{rows}")
+    Path("more.svm").write_text("1 1:2\n0 2:1\n")
+    effray("deltagrad train --name a --dataset table:rows.csv --train.epochs 2")
+    assert "columns of the new samples have no names" in refusal("deltagrad add a --data libsvm:more.svm")
+
+
 def test_a_tolerance_is_kept(trained):
     assert "by estimate" in trained("deltagrad delete a --ids 0,1,2 --tolerance 0.001")
     assert distance(trained("deltagrad verify a")) <= entries()[-1]["estimate"] <= 1e-3

@@ -78,7 +78,8 @@ def _epochs(run):
     ],
 )
 def test_the_plan_of_lipt_has_its_pretraining(effray, options, row):
-    command = f"lipt {SHORT} --name one --pretrain.models 3 --pretrain.epochs 2 --pretrain.batch_size 64 {options}"
+    command = f"lipt {SHORT} --name one --pretrain.models 3 --pretrain.epochs 2 --pretrain.batch_size 64"
+    command += f" {options}"
     told = plan(effray(f"{command} --dry-run"))
     assert told["pretrain"].split() == row.split()
     assert told["select"] == "select" and told["selection"] == "selection: gradmatch, 130 of 1,295 samples"

@@ -85,8 +85,8 @@ def own_code(tmp_path, monkeypatch):
         ("crest --budget 0", "budget = '0': input should be greater than 0"),
         ("crest --budget 2", "budget = '2': input should be less than or equal to 1"),
         ("crest --budget 0.01", "budget = 0.01 of 40 epochs is 0.4 epochs: it must be whole, such as --budget 0.025"),
-        ("crest --crest.tau 0", "crest.tau = '0': input should be greater than 0"),
-        ("crest --crest.tau -1", "crest.tau = '-1': input should be greater than 0"),
+        ("crest --crest.tau 0 --crest.h 2", "crest.tau = 0, without a local model: crest.h = 2.0 would do nothing"),
+        ("crest --crest.tau -1", "crest.tau = '-1': input should be greater than or equal to 0"),
         (
             "crest --crest.subset 0.01",
             "crest.subset = 0.01 of 1295 samples is 13, fewer than the 128 of train.batch_size",

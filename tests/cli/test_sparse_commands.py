@@ -30,7 +30,7 @@ def test_a_run_says_what_is_sparse(effray, rendered_pictures):
     assert figures["density"] == round(0.1 * total) / total < figures["explored"] < 1
     assert f"{figures['active_parameters']:,} of {figures['parameters']:,} parameters exist" in out.replace("\n", " ")
     assert {"topology.png", "correction.png"} <= set(os.listdir(RUN / "plots"))
-    assert pq.read_table(RUN / "correction.parquet").column_names == ["step", "c", "cosine"]
+    assert pq.read_table(RUN / "correction.parquet").column_names == ["step", "corrected", "c", "left", "line"]
     changes = pq.read_table(RUN / "topology.parquet").to_pylist()
     assert len({row["step"] for row in changes}) == 1 + 77 // 7
     assert {phase["phase"] for phase in figures["phases"]} >= {"train: correction", "train: full gradient"}
@@ -155,7 +155,7 @@ def test_extended_training_is_longer(effray):
         ("--density 0.1 --compute sparse --agent", r"compute = sparse does not go with agent"),
         ("--agent --train.epochs 1", r"agent would correct nothing"),
         ("--agent --agent.every_steps 5", r"of the 11 steps between snapshots, c is estimated from 2"),
-        ("--agent --agent.alpha 0", r"with agent.alpha = 0 \(above 0\)"),
+        ("--agent --agent.form published --agent.alpha 0", r"with agent.alpha = 0 \(above 0\)"),
         ("--density 0.1 --death-rate 1", r"death_rate = '1'"),
     ],
 )

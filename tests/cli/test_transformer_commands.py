@@ -25,8 +25,8 @@ def test_sparse_training_with_agent_and_export(effray, tmp_path):
 
 def test_lipt_merges_masked_transformers(effray, tmp_path):
     effray(
-        f"lipt --name one {MINE} --pretrain.models 2 --pretrain.epochs 1 --pretrain.density 0.5 --train.epochs 2"
-        " --select.fraction 0.3"
+        f"lipt --name one {MINE} --pretrain.models 2 --pretrain.epochs 1"
+        " --pretrain.sparsity snip --pretrain.density 0.5 --train.epochs 2 --select.fraction 0.3"
     )
     merged = load_file(tmp_path / "runs/lipt/one/pretrained.safetensors")
     first = build_model("transformer_rows:build", (D,), C, seed=0).state_dict()

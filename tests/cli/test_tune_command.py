@@ -49,11 +49,11 @@ def wrong(refusal, tmp_path, monkeypatch):
     [
         ("'crest.tao': tune.uniform(0.1, 1)", "unknown setting 'crest.tao', did you mean 'crest.tau'?"),
         ("'crset.tau': 0.1", "unknown setting 'crset', did you mean 'crest'?"),
-        ("'crest.tau': tune.uniform(-1, 1)", "crest.tau = -1: input should be greater than 0"),
-        ("'crest.tau': tune.uniform(0, 1)", "crest.tau = 0: input should be greater than 0"),
+        ("'crest.tau': tune.uniform(-1, 1)", "crest.tau = -1: input should be greater than or equal to 0"),
+        ("'crest.h': tune.uniform(0, 1)", "crest.h = 0: input should be greater than 0"),
         ("'budget': tune.uniform(0.5, 2)", "budget = 2: input should be less than or equal to 1"),
         ("'crest.b': tune.randint(0, 3)", "crest.b = 0: input should be greater than or equal to 1"),
-        ("'crest.b': tune.choice([1, 2, 2.5])", "crest.b = 2.5: input should be a valid integer"),
+        ("'crest.tau': 0.1, 'crest.b': tune.choice([1, 2, 2.5])", "crest.b = 2.5: input should be a valid integer"),
         ("'train.optimizer': tune.choice(['sgd', 'adam'])", "train.optimizer 'adam', did you mean 'adamw'?"),
         ("'train.optimizer': tune.grid_search(['sdg'])", "train.optimizer 'sdg', did you mean 'sgd'?"),
         ("'model.name': tune.choice(['resnet8', 'resnt20'])", "unknown model 'resnt20', did you mean 'resnet20'?"),
@@ -302,6 +302,8 @@ def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):
     assert longest_of(settings, Space("", domains, "accuracy", "max"), []) == 30
     assert longest_of(settings, Space("", {"train.lr": 0.1}, "accuracy", "max"), [{"train.epochs": 70}]) == 70
     assert longest_of(CrestSettings(), Space("", {"train.lr": 0.1}, "accuracy", "max"), []) == 4
+    together = {"crest.tau": tune.uniform(0.01, 0.1), "crest.h": tune.choice([1.0, 3.0])}  # h alone would do nothing
+    assert longest_of(CrestSettings(), Space("", together, "accuracy", "max"), []) == 4
 
 
 def test_the_help_lists_the_experiments_that_train(effray):

@@ -9,13 +9,14 @@ from raypkg.cli import main
 
 PLAIN = [
     "--model", "mlp", "--train.precision", "float32", "--train.batch_size", "64", "--train.epochs", "10",
-    "--budget", "0.3", "--crest.subset", "0.1", "--crest.tau", "0.1", "--crest.h", "3",
+    "--budget", "0.3", "--crest.subset", "0.1",
 ]  # fmt: skip
+MODEL = ("--crest.tau", "0.1", "--crest.h", "3")
 
 
-def run(root, name, *options):
+def run(root, name, *options, model=MODEL):
     with pytest.raises(SystemExit) as ended:
-        main(["crest", "--root", str(root), "--name", name, *PLAIN, *options])
+        main(["crest", "--root", str(root), "--name", name, *PLAIN, *model, *options])
     assert ended.value.code in (0, None)
     return root / "crest" / name
 
@@ -50,6 +51,19 @@ def test_two_workers_choose_and_train_as_one(ray, alone, tmp_path, overlap):
 def test_actors_choose_as_the_workers_do(ray, alone, tmp_path, overlap):
     actors = run(tmp_path, "actors", "--cluster.workers", "1", "--crest.actors", "2", "--crest.overlap", overlap)
     same(alone[overlap], actors, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("options", [("--cluster.workers", "2"), ("--cluster.workers", "1", "--crest.actors", "2")])
+def test_every_step_chooses_alike_whoever_trains_and_whoever_chooses(ray, tmp_path, options):
+    alone = run(tmp_path, "alone", "--cluster.workers", "0", model=())
+    others = run(tmp_path, "others", *options, model=())
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (alone, others))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-4)
+    # Of two medoids that gain alike, either may come first: a step's samples are the same.
+    by_step = [("update", "ascending"), ("index", "ascending")]
+    picks = [pq.read_table(folder / "minibatches.parquet").sort_by(by_step) for folder in (alone, others)]
+    assert picks[0].equals(picks[1])
 
 
 def test_a_killed_actor_changes_nothing(ray, alone, tmp_path):

@@ -12,11 +12,14 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import select, select_class
 from raypkg.coresets.gradients import HeadView
-from raypkg.coresets.record import Record
+from raypkg.coresets.record import Record, margins_of
 from raypkg.coresets.rules import coreset
 
 N = 60
-ONLY_WITH = {"craig": {"greedy": "stochastic"}}  # options under which a method draws that does not draw by default
+ONLY_WITH = {
+    "craig": {"greedy": "stochastic"},
+    "grand": {"pick": "drawn"},
+}  # options under which a method draws that does not draw by default
 
 
 @pytest.fixture(params=[name for name, entry in coreset.entries.items() if not entry.sizes_itself])
@@ -34,7 +37,7 @@ def seen_by(entry, view):
     if entry.sees == "gradients" or entry.name == "random":
         return view
     losses = F.cross_entropy(view.logits, view.y, reduction="none")
-    return Record(view.y, losses.float(), (3 * losses).floor().float())
+    return Record(view.y, losses.float(), (3 * losses).floor().float(), margins_of(losses))
 
 
 def in_double(samples):

@@ -19,7 +19,7 @@ from raypkg.runs.storage import Storage
 
 COMMON = {"model": "mlp", "train.epochs": 4, "train.batch_size": 128, "train.precision": "float64", "seed": 1}
 OPTIONS = {  # with which a hook acts within a few epochs
-    "crest": {"h": 3, "subset": 0.2},
+    "crest": {"tau": 0.05, "h": 3, "subset": 0.2},
     "sparse": {"density": 0.2, "growth": "gradient", "update_every_steps": 5},
 }
 pytestmark = pytest.mark.usefixtures("blank_pictures")

@@ -277,6 +277,7 @@ def test_trained_weights_of_torchvision_come_with_a_new_head(monkeypatch):
     first, other = (build(name, seed=seed, shape=(3, 32, 32), weights="DEFAULT") for seed in (0, 1))
     assert torch.equal(first.features.conv1.weight, trained["conv1.weight"])
     assert first.head.out_features == CLASSES and not torch.equal(first.head.weight, other.head.weight)
+    assert first.trained_with == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with pytest.raises(UserError, match=r"unknown weights of torchvision:resnet18 'DEFALT', did you mean 'DEFAULT'"):
         build(name, shape=(3, 32, 32), weights="DEFALT")
 

@@ -12,16 +12,18 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
 from raypkg.experiments.names import check_names
 from raypkg.methods.lipt.densities import redrawn
 from raypkg.methods.lipt.merges import merge
-from raypkg.methods.lipt.pretrain import RESULT, pretraining
+from raypkg.methods.lipt.pretrain import MERGED_FILE, RESULT, pretraining
 from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.methods.lipt.soup import Member, alone
 from raypkg.methods.sparse.masks import random_masks, shapes_of
 from raypkg.methods.sparse.rules import initial as sparsity
 from raypkg.phases.coreset_files import load_record
-from raypkg.phases.samples import new_model, open_samples
+from raypkg.phases.samples import augmentations, new_model, open_samples
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.report import Report
@@ -58,7 +60,7 @@ def own(function):
 
 
 def lipt_settings(**pretrain):
-    short = {"models": MODELS, "epochs": 1, "evaluate_every_epochs": 1, "precision": "float32"}
+    short = {"models": MODELS, "epochs": 1, "joint_epochs": 0, "evaluate_every_epochs": 1, "precision": "float32"}
     chosen = {"model": "mlp", "cluster.workers": 0, **{f"pretrain.{name}": value for name, value in short.items()}}
     return load_settings(LiptSettings, overrides=chosen | {f"pretrain.{name}": v for name, v in pretrain.items()})
 
@@ -230,8 +232,43 @@ def test_lipt_merges_by_each(merging, tmp_path):
     name = merging.name if merging.name in merge.entries else own(own_merge)
     folder = carry_out(tmp_path, merge=name)
     record = folder.phase("pretrain")
-    assert record["models"] == MODELS
+    assert record["models"] == MODELS and record["merges"] == 1
     assert all(cost["sent"] == 0 for cost in record["costs"])  # there is but one worker
+
+
+def test_joint_epochs_train_the_merged_model_on_all_samples(tmp_path):
+    """A slow twin: plain training from what was merged."""
+    folder = carry_out(tmp_path, joint_epochs=2)
+    settings = load_settings(LiptSettings, folder.config)
+    samples = open_samples(settings)
+    model = new_model(settings, samples.data)
+    model.load_state_dict(load_tensors(folder.storage, MERGED_FILE))
+    joint = settings.pretrain.model_copy(update={"epochs": 2, "batch_size": MODELS * settings.pretrain.batch_size})
+    augment = augmentations(settings.dataset, samples.data)
+    twin = Run.simple(model, samples.data.train, joint, coreset=samples.everyone, augment=augment)
+    assert same(fit(twin).model.state_dict(), weights(folder))
+    assert folder.phase("joint")["costs"][0]["backward"] == 2 * len(samples.kept)
+
+
+def test_joint_epochs_continue_the_record_of_the_models(tmp_path):
+    """Of the samples that the models forgot, each is forgotten at least as often afterwards."""
+    shard_alone = {"epochs": 4, "lr": 0.5, "batch_size": 16}
+    y = open_samples(lipt_settings()).data.train.y
+    before = load_record(carry_out(tmp_path / "merged", **shard_alone).storage, RESULT, y)
+    after = load_record(carry_out(tmp_path / "joint", joint_epochs=1, **shard_alone).storage, RESULT, y)
+    known = before.forgotten.isfinite()
+    assert (before.forgotten[known] > 0).any()
+    assert (after.forgotten[known] >= before.forgotten[known]).all()
+    assert not torch.equal(after.losses, before.losses)
+
+
+def test_a_joint_training_that_was_stopped_begins_with_the_merged_model_again(tmp_path):
+    folder = carry_out(tmp_path, joint_epochs=1)
+    expected = weights(folder)
+    folder.storage.delete("phases/joint.json")
+    folder.storage.delete_folder("checkpoints/joint")
+    repeat(RunFolder(folder.storage), load_settings(LiptSettings, folder.config))
+    assert same(weights(folder), expected)
 
 
 def test_false_switches_sparsity_off():

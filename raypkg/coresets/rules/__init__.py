@@ -5,6 +5,8 @@ The decorator says what a method looks at, and whether it chooses the size of it
     @coreset("infobatch", source="arXiv:2303.04947", sees="record", sizes_itself=True)
     def select(record: Record, *, rng: torch.Generator, …) -> Coreset:
 
+With ``by_class=False`` it always sees the samples of all classes at once, as one that sizes its coreset itself does.
+
 A method that matches or covers the gradients of some samples declares them as a keyword ``target``, None for those that
 it selects from. One that declares ``valid`` is given the same, but by default the held-out samples.
 """
@@ -15,8 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
+from raypkg.core.entry import Entry
 from raypkg.core.errors import UserError
-from raypkg.core.registry import Entry, F, Registry
+from raypkg.core.registry import F, Registry
 
 Sees = Literal["gradients", "record"]
 
@@ -29,6 +32,7 @@ class Method(Entry):
         sees: what it is called with: "gradients", a ``HeadView``, which costs a forward pass over all samples, or
             "record", a ``Record``, which training keeps anyway.
         sizes_itself: whether it keeps as many samples as it sees fit: ``select(samples, *, …)``, without a budget.
+        by_class: whether it can select from each class by itself.
 
     Raises:
         UserError: the function's parameters are others.
@@ -36,6 +40,7 @@ class Method(Entry):
 
     sees: Sees = "gradients"
     sizes_itself: bool = False
+    by_class: bool = True
 
     def __post_init__(self) -> None:
         names = _positional(self.function)
@@ -70,6 +75,7 @@ class Declared(NamedTuple):
 
     sees: Sees
     sizes_itself: bool
+    by_class: bool
 
 
 class Methods(Registry):
@@ -81,13 +87,19 @@ class Methods(Registry):
         self._declared: dict[Callable[..., Any], Declared] = {}
 
     def __call__(
-        self, name: str, *, source: str = "", sees: Sees = "gradients", sizes_itself: bool = False
+        self,
+        name: str,
+        *,
+        source: str = "",
+        sees: Sees = "gradients",
+        sizes_itself: bool = False,
+        by_class: bool = True,
     ) -> Callable[[F], F]:
         """Register the decorated function; its signature is checked at once."""
         register = super().__call__(name, source=source)
 
         def declare(function: F) -> F:
-            self._declared[function] = Declared(sees, sizes_itself)
+            self._declared[function] = Declared(sees, sizes_itself, by_class)
             return register(function)
 
         return declare
@@ -106,6 +118,7 @@ class Methods(Registry):
             given=checked.given,
             sees=declared.sees,
             sizes_itself=declared.sizes_itself,
+            by_class=declared.by_class and not declared.sizes_itself,
         )
 
 
@@ -117,7 +130,7 @@ def _told_by_signature(function: Callable[..., Any]) -> Declared:
     from raypkg.coresets.record import Record
 
     sees: Sees = "record" if Record in _kinds_of_samples(function) else "gradients"
-    return Declared(sees, sizes_itself=len(_positional(function)) == 1)
+    return Declared(sees, sizes_itself=len(_positional(function)) == 1, by_class=True)
 
 
 def _kinds_of_samples(function: Callable[..., Any]) -> tuple[Any, ...]:

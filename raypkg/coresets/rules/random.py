@@ -1,4 +1,4 @@
-"""Random: the honest baseline."""
+"""Random: the honest baselines, a draw that is kept and one that is redrawn."""
 
 import torch
 
@@ -11,6 +11,9 @@ from . import coreset
 
 @coreset("random", sees="record")
 def select(samples: HeadView | Record, budget: int, *, rng: torch.Generator) -> Coreset:
-    """Draw samples uniformly without replacement, once or, stronger, at every epoch (``select.every_epochs = 1``)."""
+    """Draw samples uniformly without replacement, fixed or, stronger, redrawn (``select.every_epochs = 1``).
+
+    A gain over the fixed draw is not one over the redrawn draw, which sees more different samples at the same cost.
+    """
     order = torch.randperm(len(samples), generator=rng)
     return Coreset.uniform(order[:budget])

@@ -8,26 +8,27 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class ActiveSamples:
-    """Which samples are active, and what was recorded of them since samples were last excluded.
+    """Which samples are active, and what their recorded losses say of them.
 
     Attributes:
         active: bool [n].
-        highest: the highest loss recorded since the last exclusion, −∞ where there is none [n].
+        low: how many of the latest losses in a row were at most α, int32 [n].
+        high: whether one was above α since samples were last excluded, bool [n].
         exclusions: how many times T2 steps have passed.
     """
 
     active: Tensor
-    highest: Tensor
+    low: Tensor
+    high: Tensor
     exclusions: int = 0
 
     @classmethod
     def all_of(cls, indices: Tensor) -> "ActiveSamples":
         """Return the samples at these positions of the training split, all active."""
         n = int(indices.max()) + 1
-        nothing_active = torch.zeros(n, dtype=torch.bool)
-        active = nothing_active.index_fill(0, indices, True)
-        highest = torch.full((n,), -torch.inf)
-        return cls(active, highest)
+        nothing = torch.zeros(n, dtype=torch.bool)
+        active = nothing.index_fill(0, indices, True)
+        return cls(active, low=torch.zeros(n, dtype=torch.int32), high=nothing)
 
     @property
     def candidates(self) -> Tensor:
@@ -38,45 +39,34 @@ class ActiveSamples:
         """Draw a random subset of the active samples."""
         return random_subset(self.candidates, count, rng)
 
-    def record(self, indices: Tensor, losses: Tensor) -> None:
-        """Take note of losses, which were computed for a choice or a check anyway."""
-        earlier = self.highest[indices]
-        self.highest[indices] = earlier.maximum(losses)
+    def record(self, indices: Tensor, losses: Tensor, alpha: float) -> None:
+        """Take note of losses, which were computed for a choice or a check anyway; α = 0 takes none for low."""
+        is_low = (losses <= alpha) & (alpha > 0)
+        one_more = self.low[indices] + 1
+        self.low[indices] = one_more.where(is_low, 0)
+        self.high[indices] |= ~is_low
 
-    def exclude(self, step: int, every: int, alpha: float, least: int) -> None:
+    def exclude(self, step: int, *, every: int, after: int, least: int) -> None:
         """Exclude what is learned, if T2 steps have passed since the last time.
 
         Args:
             step: of training.
             every: T2.
-            alpha: α; 0 = exclude none.
+            after: losses in a row, each at most α, by which a sample is learned; 0 = all since the last exclusion, at
+                least one.
             least: if fewer would stay active, none is excluded.
         """
         due = step // every
         if due <= self.exclusions:
             return
         self.exclusions = due
-        if alpha > 0:
-            self.active = remaining(self.active, self.highest, alpha, least)
-        self.highest.fill_(-torch.inf)
-
-
-def remaining(active: Tensor, highest: Tensor, alpha: float, least: int) -> Tensor:
-    """Return which samples stay active: all but those whose recorded losses were all at most α.
-
-    Args:
-        active: bool [n].
-        highest: the highest loss recorded since the last exclusion, −∞ where there is none: those stay [n].
-        alpha: α.
-        least: if fewer would stay, none is excluded.
-
-    >>> import torch
-    >>> remaining(torch.ones(4, dtype=bool), torch.tensor([0.05, 0.2, -torch.inf, 0.1]), 0.1, least=1)
-    tensor([False,  True,  True, False])
-    """
-    learned = (highest <= alpha) & highest.isfinite()
-    stay = active & ~learned
-    return stay if int(stay.sum()) >= least else active
+        learned = self.low >= after if after else (self.low > 0) & ~self.high
+        stay = self.active & ~learned
+        if int(stay.sum()) >= least:
+            self.active = stay
+        self.high.zero_()
+        if not after:  # the paper's: losses count from one exclusion to the next
+            self.low.zero_()
 
 
 def random_subset(candidates: Tensor, count: int, rng: torch.Generator) -> Tensor:

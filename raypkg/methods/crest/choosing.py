@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from raypkg.cluster.actors import actors
 from raypkg.core.errors import UserError
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.sharded import LiveModel, Scorer, SentModel
+from raypkg.data import Data
 from raypkg.data.split import Split
 from raypkg.engine.costs import Cost
 from raypkg.engine.shards import FirstWorkerShards, Shard, Shards, WorkerShards
@@ -21,6 +23,7 @@ from raypkg.phases.training import Job
 
 from .minibatch import Chosen, choose_minibatch
 from .settings import CrestOptions
+from .subset import Subset
 
 ToScorer = Callable[[nn.Module], Scorer]  # brings a model into the form that shards take
 
@@ -52,7 +55,7 @@ def _sent(job: Job, split: Split, model: nn.Module) -> SentModel:
 
 
 def choose(
-    shard: Shard, scorer: Scorer, subsets: Sequence[Tensor], size: int, memory: int
+    shard: Shard, scorer: Scorer, subsets: Sequence[Subset], augment: Sequence[str], size: int, memory: int
 ) -> tuple[list[Chosen], Cost]:
     """Choose the mini-batch coreset of every ``world``-th random subset, in one forward pass over all of them."""
     own = subsets[shard.rank :: shard.world]
@@ -60,7 +63,7 @@ def choose(
     if not own:
         return [], cost
     with cost:
-        view = _view(shard, scorer, torch.cat(list(own)))
+        view = _view(shard, scorer, Subset.concat(own), augment)
         cost.forward += len(view)
         sizes = [len(subset) for subset in own]
         logits = view.logits.split(sizes)
@@ -72,17 +75,19 @@ def choose(
     return chosen, cost
 
 
-def subset_losses(shard: Shard, scorer: Scorer, indices: Tensor) -> Tensor:
-    """Return the losses of this holder's slice of the indices."""
-    own = indices.tensor_split(shard.world)[shard.rank]
-    if not len(own):
+def subset_losses(shard: Shard, scorer: Scorer, subset: Subset, augment: Sequence[str]) -> Tensor:
+    """Return the losses of this holder's slice of a subset."""
+    positions = torch.arange(len(subset)).tensor_split(shard.world)[shard.rank]
+    if not len(positions):
         return torch.empty(0)
-    view = _view(shard, scorer, own)
+    view = _view(shard, scorer, subset[positions], augment)
     return F.cross_entropy(view.logits, view.y, reduction="none")
 
 
-def _view(shard: Shard, scorer: Scorer, indices: Tensor) -> HeadView:
+def _view(shard: Shard, scorer: Scorer, subset: Subset, augment: Sequence[str]) -> HeadView:
+    split = subset.split(shard.data.train, augment)
+    alone = replace(shard, source=Data(split, shard.data.test))
     try:
-        return scorer.view(shard, indices)
+        return scorer.view(alone, torch.arange(len(subset)))
     except UserError as error:
         raise UserError(f"CREST cannot continue with this model ({error}): lower the learning rate") from None

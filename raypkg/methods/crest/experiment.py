@@ -10,7 +10,7 @@ from .settings import CrestSettings
 
 @experiment("crest", source="arXiv:2306.01244")
 def run(settings: CrestSettings, *, report: Report, workers: Workers) -> None:
-    """Train on mini-batch coresets, chosen anew when a local model of the loss expires, within a budget.
+    """Train on mini-batch coresets, chosen at every step or when a local model of the loss expires, within a budget.
 
     The learning rate runs through its whole schedule within the budget. Baselines at the same budget: --selection.
 

@@ -2,56 +2,62 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from itertools import chain, islice
+from math import ceil
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from raypkg.core.seeds import generator
-from raypkg.coresets.recorder import Recorder
 from raypkg.data.augment import Augmentation, compose
 from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, training_batch
-from raypkg.engine.run import Hook, Results, Run, Selected, hook
+from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.shards import Shards
 from raypkg.engine.worker import Worker
 from raypkg.phases.samples import Samples
 from raypkg.phases.training import Job
 
-from . import plots
 from .choosing import ToScorer, choosing
-from .fitting import covered_parameters, fitted_moments
+from .fitting import covered_parameters, fitted_moments, trains_as_it_evaluates
 from .minibatch import Chosen
 from .pool import Pool, PoolServer
 from .quadratic import flat, relative_error
 from .region import check_interval
+from .results import results_of
 from .settings import CrestOptions
 from .state import CrestState
+from .subset import Subset
+from .variance import DRAWS, look_at, warning_of
 
 DEFAULTS = CrestOptions()
+log = logging.getLogger(__name__)
 
 
 class Crest(Hook):
     """Trains on mini-batch coresets (CREST, arXiv:2306.01244).
 
         while steps are left:
-            if ρ > τ:  T1 = h·‖H̄_0‖ / ‖H̄_l‖,  a new pool of P = b·T1 coresets with the weights w_l, a new model F
+            if ρ > τ:  T1 = ⌈h·‖H̄_0‖ / ‖H̄_l‖⌉,  a new pool of P = b·T1 coresets with the weights w_l, a new model F
             train T1 steps on coresets drawn from the pool
-            ρ = |F(w − w_l) − L^r(w)| / L^r(w),  L^r on a fresh random subset
+            ρ = |F(w − w_l) − L^r(w)| / L^r(w),  F and L^r on one random subset of the pool
 
-    Losses of the model are those in evaluation mode, of samples without augmentation. A coreset of the pool is computed
-    when it is drawn, with the weights w_l, so that in line none is chosen that is never trained on.
+    With τ = 0 no model is trusted, so none is fitted: every step trains on a coreset that its own weights chose.
+
+    Losses of the model are those in evaluation mode. A coreset of the pool is computed when it is drawn, with the
+    weights w_l, so that in line none is chosen that is never trained on.
 
     Differs from the paper: ḡ is estimated from ``model_batches`` coresets of the pool (0 = all, as there), H̄ from
-    ``curvature`` of their samples (0 = all), L(w_l) from the coresets that are drawn first; samples are excluded at the
-    first check after T2 steps, and none if fewer than 2r would be left. With ``overlap``, an expired pool is used for
-    T1 steps more while the next is chosen, with the weights at the check.
+    ``curvature`` of their samples (0 = all); samples are excluded at the first check after T2 steps, and none if fewer
+    than 2r would be left. With ``overlap``, an expired pool is used for T1 steps more while the next is chosen, with
+    the weights at the check. Differs from its text and follows the released code, each by a setting: ``checked_on``,
+    ``smoothing``, ``augmented``, ``settle``, ``exclude_after`` and ``keep_active`` (see the card).
 
     A coreset's gradient is near that of its random subset only where samples do not depend on each other: with batch
     norm, which takes its statistics from the medoids without their weights, most of the gain is lost (see the card,
@@ -75,15 +81,17 @@ class Crest(Hook):
         self.indices = indices
         self.steps = -(-len(indices) // size)  # of an epoch: as many as all samples would make
         self.subset_size = options.subset_size(len(indices), size)
-        self.state = CrestState.initial(indices, order=options.order, smoothing=options.smoothing)
+        self.state = CrestState.initial(indices, order=options.order, smoothed=options.smoothing != "none")
         self.server = PoolServer(
             shards,
             scorer,
             size=size,
             subset_size=self.subset_size,
+            augmented=options.augmented,
             memory=options.memory,
             on_choice=self._note_choice,
         )
+        self.awaits_gradient = False  # whether the local model is to be fitted at the first step of its region
         self.actors = ExitStack()  # ends those that choose, if there are any
 
     def on_epoch(self, run: Run) -> None:
@@ -95,20 +103,40 @@ class Crest(Hook):
         return Epoch(self.steps, self._train(run))
 
     def _train(self, run: Run) -> Iterator[Batch]:
-        """Yield an epoch's mini-batch coresets; between two of them, do what the paper's loop has due."""
-        region = self.state.region
+        """Yield an epoch's mini-batch coresets; between two of them, do what is due."""
         augment = compose(run.augment)
-        end = run.step + self.steps  # an epoch may end, and be checkpointed, inside an interval
+        end = run.step + self.steps
+        loop = self._chosen_each_step if self.options.tau == 0 else self._chosen_by_region
+        yield from loop(run, augment, end)
+
+    def _chosen_each_step(self, run: Run, augment: Augmentation, end: int) -> Iterator[Batch]:
+        """Yield a coreset for every step, chosen with the weights that it moves."""
+        while run.step < end:
+            self._look(run)
+            self.state.pool = Pool(self.state.updates + 1, 1, self.state.samples.candidates, weights=None)
+            run.worker.share(run.model.buffers())
+            drawn = self.server.coresets(run, self.pool, [0])
+            yield from self._trained(run, augment, range(run.step, run.step + 1), drawn)
+            if run.step % self.options.exclude_every_steps == 0:
+                self._log(run)
+                self._exclude(run)
+
+    def _chosen_by_region(self, run: Run, augment: Augmentation, end: int) -> Iterator[Batch]:
+        """Yield coresets of pools, renewed where the local model of the loss has expired: the paper's loop.
+
+        An epoch may end, and be checkpointed, inside an interval between two checks.
+        """
+        region = self.state.region
         while run.step < end:
             if region.age == 0 and region.expired:
+                self._look(run)
                 self._renew(run)
             next_check = run.step + region.interval - region.age
             steps = range(run.step, min(next_check, end))
             draws = self.pool.draw(steps, run.seed)
             drawn = self.server.coresets(run, self.pool, draws)
-            coresets = [chosen.coreset for chosen in drawn]
             self._choose_ahead(run, steps)
-            yield from self._trained(run, augment, steps, coresets)
+            yield from self._trained(run, augment, steps, drawn)
             region.age += len(steps)
             if region.age < region.interval:
                 continue
@@ -116,13 +144,51 @@ class Crest(Hook):
             if not region.expired:  # with overlap, an expired pool has been trained on for one interval more
                 self._check(run)
 
-    def _trained(self, run: Run, augment: Augmentation, steps: range, coresets: Sequence[Coreset]) -> Iterator[Batch]:
+    def _trained(self, run: Run, augment: Augmentation, steps: range, drawn: Sequence[Chosen]) -> Iterator[Batch]:
         """Yield the coresets of the steps as batches, loaded ahead, and count which samples were trained on."""
-        load = partial(_load, run, augment)
-        batches = ahead(load, zip(steps, coresets, strict=True))
-        for batch, coreset in zip(batches, coresets, strict=True):
+        load = partial(self._load, run, augment)
+        batches = ahead(load, zip(steps, drawn, strict=True))
+        for batch, chosen in zip(batches, drawn, strict=True):
             yield batch
-            self.state.counts[coreset.indices] += 1
+            self.state.counts[chosen.coreset.indices] += 1
+
+    def _load(self, run: Run, augment: Augmentation, job: tuple[int, Chosen]) -> Batch:
+        """Load this worker's slice of the coreset of one step."""
+        step, chosen = job
+        coreset = chosen.coreset
+        rng = generator(run.seed, "crest batch", step)
+        order = torch.randperm(len(coreset), generator=rng)  # medoids come central first: workers get slices alike
+        shuffled = Coreset(coreset.indices[order], coreset.weights[order])
+        if self.options.augmented:
+            draws = chosen.draws[order]
+        else:
+            draws = torch.rand(len(order), augment.draws, generator=rng)
+        return training_batch(run.split, shuffled, augment, draws, run.worker, dtype_of(run.model))
+
+    def _look(self, run: Run) -> None:
+        """Say what coresets are worth and cost: at the start, and again where training has settled."""
+        if run.step == 0:
+            self._say(run, *warning_of(run.model))
+        looks = self.state.looks
+        due = not looks or (len(looks) == 1 and self._settled(run) and run.step > looks[0]["step"])
+        if not (self.options.look and due):
+            return
+        with run.cost.apart(run.bill("look")):
+            subsets = [self._fresh_subset(run, "crest look", number) for number in range(DRAWS)]
+            chosen = self.server.trial(run, subsets)
+            look = look_at(run, subsets, chosen, len(self.indices))
+        looks.append(look.row())
+        self.state.said.append(look.sentence())
+        self._say(run, look.sentence())
+
+    def _say(self, run: Run, *lines: str) -> None:
+        if run.worker.rank == 0:
+            for line in lines:
+                log.warning(line)
+
+    def _settled(self, run: Run) -> bool:
+        """Whether the share of training has passed after which ‖H̄_0‖ is taken."""
+        return run.step >= self.options.settle * self.steps * run.settings.epochs
 
     def _renew(self, run: Run) -> None:
         """Replace the expired pool and begin a new region; with overlap, after one interval more on the old pool."""
@@ -159,22 +225,53 @@ class Crest(Hook):
         members = islice(chain(first, others), self.options.model_batches or None)
         drawn = self.server.coresets(run, pool, first)
         fitted_on = self.server.coresets(run, pool, members)
-        anchor = self._parameters(run)
+        region.begin(self._parameters(run), loss=_mean_loss(drawn))
+        if len(fitted_on) == 1 and not chosen_earlier and self._training_computes_it(run):
+            self.awaits_gradient = True
+        else:
+            self._fit(run, fitted_on, chosen_earlier)
+
+    def _training_computes_it(self, run: Run) -> bool:
+        """Whether the gradient of a region's first step is that of its local model."""
+        same_images = self.options.augmented or not run.augment
+        return same_images and trains_as_it_evaluates(run.model)
+
+    def on_gradients(self, run: Run) -> None:
+        """Fit a new region's local model by the gradient of its first step: the weights are w_l still."""
+        if not self.awaits_gradient:
+            return
+        self.awaits_gradient = False
+        parameters = covered_parameters(run.model, self.options)
+        gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+        (first,) = self.pool.draw(range(run.step, run.step + 1), run.seed)
+        self._fit(run, [self.pool.chosen[first]], known=gradient)
+
+    def _fit(
+        self,
+        run: Run,
+        coresets: Sequence[Chosen],
+        chosen_earlier: bool = False,
+        known: Tensor | None = None,
+    ) -> None:
+        """Give the local model its gradient and curvature."""
+        region = self.state.region
         with run.cost.apart(run.bill("model")):
             run.worker.share(run.model.buffers())
-            coresets = [chosen.coreset for chosen in fitted_on]
             moments, loss_now = fitted_moments(
                 run,
                 region.moments,
                 coresets,
                 self.options,
-                update=pool.update,
+                update=self.pool.update,
+                augment=self.server.augment(run),
+                known=known,
             )
-        loss = _mean_loss(drawn)
-        if chosen_earlier:  # the weights have moved since the pool's losses were computed: add what that changed
-            loss += loss_now - _mean_loss(fitted_on)
-        region.begin(anchor, loss, moments)
-        region.first_curvature = region.first_curvature or _agreed(run, region.curvature)
+        drift = 0.0
+        if chosen_earlier:  # the weights have moved since the pool's losses were computed
+            drift = loss_now - _mean_loss(coresets)
+        region.fitted(moments, drift)
+        if self._settled(run) and not region.first_curvature:
+            region.first_curvature = _agreed(run, region.curvature)
 
     def _choose_ahead(self, run: Run, steps: range) -> None:
         """With overlap, begin to choose what will probably be trained on after these steps."""
@@ -191,33 +288,63 @@ class Crest(Hook):
         self.server.begin(run, pool, draws)
 
     def _check(self, run: Run) -> None:
-        """Hold the local model against the loss of a fresh random subset; let it expire; exclude what is learned."""
+        """Hold the local model against the loss of a random subset; let it expire; exclude what is learned."""
         options = self.options
         region = self.state.region
         samples = self.state.samples
-        rng = generator(run.seed, "crest check", run.step)
-        subset = samples.draw(self.subset_size, rng)
+        subset, loss_before = self._subset_to_check(run)
         losses = self.server.losses(run, subset)
-        samples.record(subset, losses)
+        samples.record(subset.indices, losses, options.exclude_below)
         loss = float(losses.mean())  # L^r(w)
-        prediction = region.prediction(self._parameters(run))
+        prediction = region.prediction(self._parameters(run), loss_before)
         error = _agreed(run, relative_error(prediction, loss))  # ρ
         region.expired = error > options.tau
         self._log(run, rho=error, loss=loss, model=prediction)
-        samples.exclude(
-            run.step,
-            every=options.exclude_every_steps,
-            alpha=options.exclude_below,
-            least=2 * self.subset_size,  # so that random subsets stay random
-        )
+        self._exclude(run)
         if region.expired:
             steps_left = self.steps * run.settings.epochs - run.step
             curvature = _agreed(run, region.curvature)
             interval = check_interval(options.h, region.first_curvature, curvature)
             region.interval = max(1, min(interval, steps_left))
 
+    def _exclude(self, run: Run) -> None:
+        """Exclude what is learned, where that is due."""
+        self.state.samples.exclude(
+            run.step,
+            every=self.options.exclude_every_steps,
+            after=self.options.exclude_after,
+            least=self._least_active,
+        )
+
+    def _subset_to_check(self, run: Run) -> tuple[Subset, float]:
+        """Return a random subset and its loss at w_l, which for a fresh one is taken to be that of the coresets."""
+        region = self.state.region
+        if self.options.checked_on == "fresh":
+            return self._fresh_subset(run, "crest check"), region.loss
+        rng = generator(run.seed, "crest check", run.step)
+        known = sorted(self.pool.chosen)
+        drawn = int(torch.randint(len(known), (), generator=rng))
+        p = known[drawn]
+        loss_when_chosen = float(self.pool.chosen[p].losses.mean())
+        return self.server.subset(run, self.pool, p), loss_when_chosen + region.drift
+
+    def _fresh_subset(self, run: Run, purpose: str, *number: int) -> Subset:
+        """Draw a random subset of the active samples at this step."""
+        rng = generator(run.seed, purpose, run.step, *number)
+        indices = self.state.samples.draw(self.subset_size, rng)
+        return Subset.drawn(indices, self.server.augment(run), rng)
+
+    @property
+    def _least_active(self) -> int:
+        """How many samples always stay active."""
+        kept = ceil(self.options.keep_active * len(self.indices))
+        return max(kept, 2 * self.subset_size)  # so that random subsets stay random
+
     def _log(self, run: Run, **measured: float) -> None:
-        """Add a row to the table of checks, as things are before samples are excluded and T1 changes."""
+        """Add a row to the table of checks, as things are before samples are excluded and T1 changes.
+
+        Without a local model there is nothing to measure, and a row for every exclusion.
+        """
         pool = self.pool
         rms, bias = pool.gradient_errors()
         self.state.history.append(
@@ -236,9 +363,9 @@ class Crest(Hook):
             }
         )
 
-    def _note_choice(self, pool: Pool, subset: Tensor, chosen: Chosen) -> None:
+    def _note_choice(self, pool: Pool, subset: Subset, chosen: Chosen) -> None:
         """Keep what a choice tells: losses of its random subset, and which samples were picked."""
-        self.state.samples.record(subset, chosen.losses)
+        self.state.samples.record(subset.indices, chosen.losses, self.options.exclude_below)
         indices = chosen.coreset.indices
         update = torch.full_like(indices, pool.update)
         rows = torch.stack([update, indices]).int()
@@ -260,35 +387,7 @@ class Crest(Hook):
 
     def results(self, run: Run) -> Results:
         """Return the checks and choices, their pictures, and the samples that were trained on as a coreset."""
-        state = self.state
-        (picked,) = [rows.numpy() for rows in state.picked]  # [2, ·], joined at the end of the last epoch
-        steps = state.counts[self.indices].numpy()
-        recorder = next(hook for hook in run.hooks if isinstance(hook, Recorder))
-        forgotten = recorder.record.forgotten
-        assert forgotten is not None  # a recorder counts it
-        difficulty = plots.difficulty_of_picks(picked, forgotten.numpy())
-        return Results(
-            facts={"pools": state.updates},
-            findings=[f"CREST chose {state.updates} pools of mini-batch coresets: see plots/regions.png"],
-            tables={
-                "crest": pa.Table.from_pylist(state.history),
-                "minibatches": pa.table({"update": picked[0], "index": picked[1]}),
-                "steps": pa.table({"index": self.indices.numpy(), "steps": steps}),
-            },
-            plots={
-                "regions": partial(plots.regions, state.history, self.options.tau),
-                "minibatches": partial(plots.minibatches, difficulty, steps),
-            },
-            selected=self._selected(),
-        )
-
-    def _selected(self) -> Selected:
-        """Return the samples that were trained on, weighted by how often."""
-        used = self.state.counts.nonzero()[:, 0]
-        times = self.state.counts[used]
-        coreset = Coreset(used, times / times.float().mean())
-        origin = {"method": "crest", **self.options.model_dump()}
-        return Selected(coreset, origin, self.indices)
+        return results_of(self.state, self.options, self.indices, run)
 
     def close(self) -> None:
         """End the actors."""
@@ -301,17 +400,6 @@ class Crest(Hook):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the saved state, which may lie inside a region."""
         self.state = CrestState.restored(state)
-
-
-def _load(run: Run, augment: Augmentation, job: tuple[int, Coreset]) -> Batch:
-    """Load this worker's slice of the coreset of one step."""
-    step, coreset = job
-    rng = generator(run.seed, "crest batch", step)
-    order = torch.randperm(len(coreset), generator=rng)  # medoids come central first: workers get slices alike
-    shuffled = Coreset(coreset.indices[order], coreset.weights[order])
-    draws = torch.rand(len(order), augment.draws, generator=rng)
-    dtype = dtype_of(run.model)
-    return training_batch(run.split, shuffled, augment, draws, run.worker, dtype)
 
 
 def _mean_loss(coresets: Sequence[Chosen]) -> float:

@@ -10,6 +10,8 @@ from raypkg.coresets.facility import cluster_shares, facility_location
 from raypkg.coresets.gradients import HeadView
 from raypkg.data.coreset import Coreset
 
+from .subset import Subset
+
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
@@ -17,22 +19,29 @@ class Chosen:
 
     Attributes:
         coreset: positions in the training split, with weights.
+        draws: uniform numbers that augment its samples [m, d].
         loss: Σ γ_j loss_j / r of its medoids.
         losses: of all samples of the random subset [r].
         errors: by how much its mean logit gradient, and that of m random samples, miss the subset's [2, C].
     """
 
     coreset: Coreset
+    draws: Tensor
     loss: float
     losses: Tensor
     errors: Tensor
 
+    @property
+    def samples(self) -> Subset:
+        """The coreset's samples, as they are trained on."""
+        return Subset(self.coreset.indices, self.draws)
 
-def choose_minibatch(subset: Tensor, logits: Tensor, y: Tensor, size: int, *, memory: int = 2**30) -> Chosen:
+
+def choose_minibatch(subset: Subset, logits: Tensor, y: Tensor, size: int, *, memory: int = 2**30) -> Chosen:
     """Choose the mini-batch coreset of a random subset, and measure how well it stands for the subset.
 
     Args:
-        subset: positions of V in the training split, in random order, int64 [r].
+        subset: V, in random order.
         logits: of V, float [r, C].
         y: labels of V, int64 [r].
         size: m.
@@ -48,7 +57,8 @@ def choose_minibatch(subset: Tensor, logits: Tensor, y: Tensor, size: int, *, me
     of_random_batch = gradients[:size].mean(dim=0)  # V is in random order, so its first m samples are a random batch
     of_subset = gradients.mean(dim=0)
     errors = torch.stack([of_coreset, of_random_batch]) - of_subset  # [2, C]
-    return Chosen(picked.at(subset), loss, losses, errors)
+    medoids = subset[picked.indices]
+    return Chosen(Coreset(medoids.indices, picked.weights), medoids.draws, loss, losses, errors)
 
 
 def minibatch_coreset(logits: Tensor, y: Tensor, size: int, *, memory: int = 2**30) -> Coreset:

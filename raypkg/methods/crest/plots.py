@@ -35,6 +35,20 @@ def regions(checks: Rows, tau: float, path: str | Path) -> None:
             axes.margins(y=0.2)
 
 
+def choices(rows: Rows, path: str | Path) -> None:
+    """Draw what was excluded, and what a coreset misses, where every step chooses anew.
+
+    Args:
+        rows: dicts with ``step``, ``active`` (samples), and root mean squares ``coreset_error`` and ``random_error``.
+        path: the PNG to write.
+    """
+    with page(path) as figure:
+        samples, misses = figure.subplots(1, 2)
+        _draw_active(samples, rows)
+        _draw_misses(misses, rows)
+        misses.set_yscale("log")
+
+
 def _draw_error(axes: "Axes", checks: Rows, tau: float) -> None:
     step = column(checks, "step")
     rho = column(checks, "rho").clip(min=TINY)  # on a logarithmic axis

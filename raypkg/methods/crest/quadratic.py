@@ -71,10 +71,10 @@ class MovingMoments:
     betas: tuple[float, float] = (BETA1, BETA2)
 
     @classmethod
-    def none_yet(cls, order: int, smoothing: bool) -> "MovingMoments":
+    def none_yet(cls, order: int, *, smoothed: bool) -> "MovingMoments":
         """Return the moments before the first update: zeros, which take any shape."""
         zero = torch.zeros(())
-        betas = (BETA1, BETA2) if smoothing else (0.0, 0.0)
+        betas = (BETA1, BETA2) if smoothed else (0.0, 0.0)
         return cls(zero, zero if order == 2 else None, betas=betas)
 
     def updated(self, gradient: Tensor, diagonal: Tensor | None) -> "MovingMoments":

@@ -20,7 +20,11 @@ from raypkg.core.settings import (
     Training,
 )
 
-SMALLEST_SHARE = 0.01  # r/n where none is set, if that is at least two batches
+BATCHES = 4  # in a random subset where its share is not set
+PAPER_TAU = 0.05
+OF_THE_MODEL = (  # options that say how the local model is fitted and checked, and how long it is trusted
+    "h", "b", "checked_on", "order", "smoothing", "model_batches", "curvature", "parameters", "overlap",
+)  # fmt: skip
 
 
 class CrestOptions(Settings):
@@ -28,25 +32,51 @@ class CrestOptions(Settings):
 
     renamed: ClassVar[Mapping[str, str]] = {"drop_every": "exclude_every_steps", "alpha": "exclude_below"}
 
-    tau: Annotated[float, Field(gt=0, description="τ: error of the local model at which it has expired")] = 0.05
+    tau: Annotated[
+        float,
+        Field(ge=0, description="τ: error at which the local model expires (0.05); 0 = none, each step chooses anew"),
+    ] = 0.0
     h: Annotated[float, Field(gt=0, description="multiplies ‖H̄_0‖/‖H̄_t‖ to give the steps between checks")] = 1.0
     b: Annotated[Count, Field(description="mini-batch coresets of a pool for each step between checks")] = 5
     subset: Annotated[
         Share | None,
-        Field(description="r/n: share of the samples in a random subset; 0.01, or two batches, when left out"),
+        Field(description="r/n: share of the samples in a random subset; four batches when left out"),
     ] = None
+    checked_on: Annotated[
+        Literal["pool", "fresh"],
+        Field(description="L^r of a check: on a subset of the pool, whose loss at w_l is known, or on a fresh one"),
+    ] = "pool"
+    augmented: Annotated[
+        bool, Field(description="select among the images as they are trained on, not among unaugmented ones")
+    ] = True
     exclude_every_steps: Annotated[Count, Field(description="T2: steps between exclusions of learned samples")] = 20
     exclude_below: Annotated[
         float, Field(ge=0, description="α: losses up to which a sample is learned; 0 = exclude none")
     ] = 0.1
+    exclude_after: Annotated[
+        int, Field(ge=0, description="losses in a row up to α by which a sample is learned; 0 = all within T2 steps")
+    ] = 5
+    keep_active: Annotated[
+        float, Field(ge=0, le=1, description="share of the samples that always stay active, learned or not")
+    ] = 0.8
     order: Annotated[int, Field(ge=1, le=2, description="of the local model: 2 = with curvature, 1 = without")] = 2
-    smoothing: Annotated[bool, Field(description="smooth gradient and curvature over updates")] = True
+    smoothing: Annotated[
+        Literal["coreset", "pool", "none"],
+        Field(description="of gradient and curvature: averages that every coreset of the model or every pool updates"),
+    ] = "coreset"
+    settle: Annotated[
+        float, Field(ge=0, lt=1, description="share of training after which ‖H̄_0‖ is taken; 0 = at the first weights")
+    ] = 0.05
     model_batches: Annotated[
         int, Field(ge=0, description="mini-batch coresets that the local model is fitted to; 0 = the whole pool")
     ] = 1
     curvature: Annotated[
-        int, Field(ge=0, description="of their samples, how many are used for curvature, the costliest part; 0 = all")
-    ] = 32
+        int | None,
+        Field(ge=0, description="of their samples, how many give the curvature: a quarter of a batch; 0 = all"),
+    ] = None
+    look: Annotated[
+        bool, Field(description="measure at the start, and after settle, what coresets are worth and cost, and say so")
+    ] = True
     parameters: Annotated[
         Literal["all", "head"],
         Field(description="that the local model covers; head = the last layer only, for large networks"),
@@ -59,6 +89,19 @@ class CrestOptions(Settings):
     ] = 0
     memory: CacheGiB = None
 
+    @model_validator(mode="after")
+    def _no_model_without_trust(self) -> Self:
+        """Refuse options of the local model where there is none."""
+        fields = type(self).model_fields
+        idle = [name for name in OF_THE_MODEL if getattr(self, name) != fields[name].default]
+        if self.tau == 0 and idle:
+            value = getattr(self, idle[0])
+            raise UserError(
+                f"crest.tau = 0, without a local model: crest.{idle[0]} = {value} would do nothing; the paper's τ is"
+                f" {PAPER_TAU}"
+            )
+        return self
+
     def subset_size(self, n: int, batch: int) -> int:
         """Return r, the samples of a random subset of n.
 
@@ -66,20 +109,22 @@ class CrestOptions(Settings):
             UserError: a batch does not fit the samples, or not the subset.
 
         >>> CrestOptions().subset_size(45_000, 128), CrestOptions(subset=0.02).subset_size(45_000, 128)
-        (450, 900)
+        (512, 900)
         """
         if batch > n:
             raise UserError(f"train.batch_size = {batch}: there are only {n} samples to choose from")
         if self.subset is None:
-            # Of fewer than two batches, medoids would be little else than the subset itself.
-            size = max(round(SMALLEST_SHARE * n), 2 * batch)
-            return min(n, size)
+            return min(n, BATCHES * batch)
         size = max(1, round(self.subset * n))
         if size < batch:
             raise UserError(
                 f"crest.subset = {self.subset:g} of {n} samples is {size}, fewer than the {batch} of train.batch_size"
             )
         return size
+
+    def curvature_samples(self, batch: int) -> int:
+        """Return how many samples of a coreset give its curvature; 0 = all."""
+        return max(1, batch // 4) if self.curvature is None else self.curvature
 
     def check_length(self, n: int, training: Training) -> None:
         """Refuse a batch, subset or warm-up that the data or the budget cannot hold.
@@ -142,7 +187,7 @@ class CrestSettings(Experiment):
         Share, Field(description="share of full training's steps; CREST's model of the loss is extra")
     ] = 0.1
     every_epochs: Annotated[
-        int | None, Field(ge=1, description="epochs between selections (craig, gradmatch, glister); a tenth of all")
+        int | None, Field(ge=1, description="epochs between selections (craig, gradmatch, glister); 1 when left out")
     ] = None
     crest: CrestOptions = CrestOptions()
     train: CrestTrain = CrestTrain()
@@ -175,8 +220,12 @@ class CrestSettings(Experiment):
     @property
     def reselection(self) -> Reselect:
         """How a baseline selects a coreset of the budget's size."""
-        every = self.every_epochs or max(1, self.train.epochs // 10)
-        return Reselect(method=self.selection, fraction=self.budget, weighted=True, every_epochs=every)
+        return Reselect(
+            method=self.selection,
+            fraction=self.budget,
+            weighted=True,
+            every_epochs=self.every_epochs or 1,
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -28,6 +28,8 @@ class CrestState:
         coming: the next pool, chosen while training continues on the expired one.
         picked: (update, sample) of every choice, each int32 [2, ·].
         history: a row for every check.
+        looks: a row for every look at what coresets are worth.
+        said: what the looks found, in words.
     """
 
     samples: ActiveSamples
@@ -37,13 +39,15 @@ class CrestState:
     coming: Pool | None = None
     picked: list[Tensor] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
+    looks: list[dict[str, float]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
 
     @classmethod
-    def initial(cls, indices: Tensor, *, order: int, smoothing: bool) -> CrestState:
+    def initial(cls, indices: Tensor, *, order: int, smoothed: bool) -> CrestState:
         """Return the state before the first step: all of these samples active, and no model that is trusted."""
         samples = ActiveSamples.all_of(indices)
         counts = torch.zeros(len(samples.active), dtype=torch.int32)
-        return cls(samples, Region.none_yet(order, smoothing), counts)
+        return cls(samples, Region.none_yet(order, smoothed=smoothed), counts)
 
     @property
     def updates(self) -> int:

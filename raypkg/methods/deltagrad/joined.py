@@ -1,4 +1,4 @@
-"""Samples that join a data set: brought into its form, and numbered on from its end."""
+"""Samples that join a data set, numbered on from its end."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,25 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypkg.core.errors import UserError, unknown
 from raypkg.data.split import Split, Take
-
-
-def aligned(split: Split, like: Split) -> Split:
-    """Return a split with the classes and statistics of another, whose samples it is to join.
-
-    Raises:
-        UserError: samples of another shape, other columns, or of a class that the other does not know.
-    """
-    if split.shape != like.shape:
-        raise UserError(f"the new samples have shape {list(split.shape)}, the data set has {list(like.shape)}")
-    if split.columns != like.columns:
-        raise UserError(f"the new columns are {', '.join(split.columns)}; the data set's {', '.join(like.columns)}")
-    strange = next((name for name in split.classes if name not in like.classes), None)
-    if strange is not None:
-        raise unknown("class of the new samples", strange, like.classes)
-    numbers = torch.tensor([like.classes.index(name) for name in split.classes])  # [classes of split]
-    return replace(like, take=split.take, y=numbers[split.y], ids=None)  # they get the next ids
 
 
 def joined(*splits: Split) -> Split:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError
 from raypkg.core.registry import argument
+from raypkg.data.aligned import aligned
 from raypkg.data.sources import dataset
 from raypkg.data.split import Split
 
 from .conditions import matching
 from .ids import find_ids, id_range
-from .joined import aligned, joined
+from .joined import joined
 from .ledger import digest
 from .queues import Request
 from .recorded_run import Change, RecordedRun
@@ -184,4 +185,9 @@ def _new_samples(run: RecordedRun, name: str) -> Split:
     split = source(place, options=options, split="train", cache=None)
     if not isinstance(split, Split):
         raise UserError(f"dataset {name!r} returned a {type(split).__name__}, not a raypkg.data.split.Split")
-    return aligned(split, run.samples.data.train)
+    train = run.samples.data.train
+    in_form = aligned(split, train, "the new samples")
+    if bool(split.columns) != bool(train.columns):
+        unnamed = "the data set" if split.columns else "the new samples"
+        raise UserError(f"columns of {unnamed} have no names: nothing says that both have the same order")
+    return in_form

@@ -1,1 +1,1 @@
-"""LiPT (PMLR 202:29130), reconstructed: sparse models trained on disjoint shards and merged once."""
+"""LiPT (PMLR 202:29130), reconstructed: models trained on disjoint shards, and merged."""

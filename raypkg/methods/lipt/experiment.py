@@ -9,7 +9,7 @@ from .settings import LiptSettings
 
 @experiment("lipt", source="PMLR 202:29130, reconstructed")
 def run(settings: LiptSettings, *, report: Report, workers: Workers) -> None:
-    """Pre-train sparse models in parallel, merge them, select a coreset by the merged gradients, train on it.
+    """Pre-train models on shards in parallel, merge them, select a coreset by the merged gradients, train on it.
 
     Example:
         effray lipt --dataset digits --model resnet8 --select.method gradmatch --select.fraction 0.2

@@ -6,34 +6,85 @@ from pydantic import Field, model_validator
 
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Lookup
-from raypkg.core.settings import Count, Epochs, Experiment, Reselect, Share, Train, Training
+from raypkg.core.settings import MOST_EPOCHS, Count, Epochs, Experiment, Reselect, Share, Train, Training
 
 
 class Pretrain(Training):
     """Pre-training of the model whose gradients select the coreset."""
 
     method: Annotated[
-        str, Field(description="lipt = merged sparse models, dense = one model on all samples, initial = no training")
+        str,
+        Field(description="lipt = models of shards, merged, dense = one model on all samples, initial = no training"),
     ] = "lipt"
-    models: Annotated[Count, Field(description="sparse models to merge (lipt)")] = 10
+    models: Annotated[Count, Field(description="models to merge (lipt)")] = 10
     shard_fraction: Annotated[
         Share | None, Field(description="share of the samples in each model's shard (lipt); 1/models when left out")
     ] = None
     sparsity: Annotated[
         str | None,
         Field(description="where layer-wise densities come from (lipt): snip, erk, uniform, grasp; false = dense"),
-    ] = "snip"
+    ] = None
     density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.9
     merge: Annotated[str, Field(description="how the models become one (lipt): masked_mean, mean, greedy")] = (
         "masked_mean"
     )
+    rounds: Annotated[
+        Count | None,
+        Field(description="merges, evenly over the epochs (lipt); 1 = once at the end, left out = after every epoch"),
+    ] = None
+    outer_momentum: Annotated[
+        float, Field(ge=0, lt=1, description="Nesterov momentum from merge to merge (lipt); 0 = none")
+    ] = 0.0
+    joint_epochs: Annotated[
+        int, Field(ge=0, le=MOST_EPOCHS, description="epochs on all samples by all workers after the last merge (lipt)")
+    ] = 0
     randaugment: Annotated[bool, Field(description="RandAugment(n=1, m=5) as well, on images (lipt)")] = True
     epochs: Annotated[Epochs, Field(description="passes of each model over its shard")] = 5
-    batch_size: Annotated[Count, Field(description="samples a step")] = 128
+    batch_size: Annotated[Count, Field(description="samples a step, of each model")] = 32
     evaluate_every_epochs: Annotated[
         int, Field(ge=0, description="epochs between evaluations on the held-out samples (dense)")
     ] = 5
-    lr: Annotated[float, Field(gt=0, description="peak learning rate; models that move far do not merge well")] = 0.02
+    lr: Annotated[
+        float, Field(gt=0, description="peak learning rate; models that move far between merges do not merge well")
+    ] = 0.1
+
+    @model_validator(mode="after")
+    def _merged_between_epochs(self) -> Self:
+        if self.rounds is not None and self.rounds > self.epochs:
+            raise UserError(
+                f"pretrain.rounds = {self.rounds}: models are merged after whole epochs, and there are {self.epochs}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _density_of_masks(self) -> Self:
+        if self.sparsity is None and self.density != type(self).model_fields["density"].default:
+            raise UserError(
+                f"pretrain.density = {self.density:g} would do nothing without masks: give pretrain.sparsity as well"
+            )
+        return self
+
+    @property
+    def merge_epochs(self) -> list[int]:
+        """The epochs after which the models are merged, ascending; the last one is the end.
+
+        >>> Pretrain(epochs=5, rounds=2).merge_epochs
+        [2, 5]
+        """
+        rounds = self.rounds or self.epochs
+        return [self.epochs * number // rounds for number in range(1, rounds + 1)]
+
+    @property
+    def joint(self) -> Self:
+        """Training of the merged model by all workers, at each step on as many samples as all models had in theirs."""
+        epochs = self.joint_epochs
+        return self.model_copy(
+            update={
+                "epochs": epochs,
+                "evaluate_every_epochs": epochs,
+                "batch_size": self.batch_size * self.models,
+            }
+        )
 
     def shard_size(self, n: int) -> int:
         """Return how many of n samples each model's shard has.
@@ -49,6 +100,15 @@ class Pretrain(Training):
                 f" 1/{self.models} = {most:.4g}"
             )
         return int(n * fraction + 1e-9)
+
+    def critical_samples(self, n: int) -> int:
+        """Return the samples that one of as many workers as models back-propagates, of n, joint epochs included.
+
+        >>> Pretrain(models=10, epochs=5, joint_epochs=1).critical_samples(45_000)
+        27000
+        """
+        together = -(-n // self.models)
+        return self.epochs * self.shard_size(n) + self.joint_epochs * together
 
 
 class LiptTrain(Train):

@@ -12,3 +12,4 @@ pretraining = Registry(
     "pre-training", "raypkg.methods.lipt.pretrain", given=("samples", "workers"), decorator="pretraining"
 )
 RESULT = "pretrained.safetensors"
+MERGED_FILE = "checkpoints/merged.safetensors"  # of an unfinished run, where joint epochs follow the merge

@@ -1,46 +1,52 @@
-"""LiPT, reconstructed: sparse models train on disjoint shards without communication, and are merged once.
+"""LiPT, reconstructed: models train on disjoint shards without communication, and are merged.
 
     split the samples into k disjoint, class-stratified shards
     for model i of k, in parallel:
         mask_i = random mask with layer-wise densities from the saliency of the initial weights w0 on shard i
-        w_i    = w0 ⊙ mask_i trained on shard i
-    w = Σ_i mask_i ⊙ w_i / Σ_i mask_i; w0 where no mask has a weight
+    w = w0
+    in each of R rounds, 1/R of the epochs:
+        for model i of k, in parallel:
+            w_i = w ⊙ mask_i trained on shard i
+        w' = Σ_i mask_i ⊙ w_i / Σ_i mask_i; w where no mask has a weight
+        w  = w', or a step of momentum ahead of it
+    batch-norm statistics of w are estimated by forward passes
+    some epochs of plain distributed training on all samples, where they are asked for
 
-Batch-norm statistics of w are then estimated by forward passes. The paper prints no pseudo-code that we know of: this
-follows its abstract and the released settings.
+The paper prints no pseudo-code that we know of: R = 1, without outer momentum and joint epochs, follows its abstract
+and the released settings. More rounds are ours: local SGD.
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from raypkg.cluster.workers import Workers
+from raypkg.core.config import Named
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.coresets.record import Record
 from raypkg.data.partition import stratified_shards
 from raypkg.engine.costs import Cost
 from raypkg.engine.worker import Worker
 from raypkg.methods.lipt.merges import merge
 from raypkg.methods.lipt.settings import LiptSettings
-from raypkg.phases.coreset_files import save_record
 from raypkg.phases.samples import Samples, open_samples
-from raypkg.phases.training import measure_held_out
+from raypkg.phases.training import Job, measure_held_out, train_on_cluster
 from raypkg.runs.checkpoints import save_tensors
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from . import RESULT, pretraining
-from .member import Context, parameters_of, train_member
-from .merging import estimate_statistics, merged_parameters
+from . import MERGED_FILE, RESULT, pretraining
+from .member import Context, Trained, prepared, train_member
+from .merging import estimate_statistics
+from .rounds import Merged, keep_round, merge_round, restored
+from .seen import CONTINUED, keep_seen
 
 
 @pretraining("lipt", source="PMLR 202:29130, reconstructed")
 def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, workers: Workers) -> None:
-    """Train sparse models on disjoint shards without communication, then merge them once.
+    """Train models on disjoint shards without communication, and merge them, once or once a round.
 
     Raises:
         UserError: the merge needs held-out samples, of which there are none.
@@ -54,29 +60,56 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, w
         return workers.run(pretrain_models, settings, storage)
 
     report.phase("pretrain", work, epochs=pretrain.models * pretrain.epochs, models=pretrain.models)
+    if pretrain.joint_epochs:
+        job = Job(
+            settings,
+            pretrain.joint,
+            storage,
+            phase="joint",
+            hooks=(Named(name=CONTINUED),),
+            initial=MERGED_FILE,
+            result=RESULT,
+            main=False,
+        )
+        train_on_cluster(job, report, workers)
 
 
 def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) -> dict[str, Any]:
-    """Train models r, r + W, … on worker r of W, merge those of all workers, and save the merged model."""
+    """Train models r, r + W, … on worker r of W, merge those of all workers round by round, and save the last merge."""
     context = Context(settings, storage, open_samples(settings), worker)
     shards = disjoint_shards(context)  # every worker draws the same
     numbers = range(worker.rank, settings.pretrain.models, worker.world)
-    trained = [train_member(context, number, shards[number]) for number in numbers]
-    worker.sum(torch.zeros(1, device=worker.device))  # wait here, so that the merge's seconds are its own
-    with Cost("merge") as merging:
-        model = context.model()
-        members = [each.member for each in trained]
-        merged = merged_parameters(context, parameters_of(model), members, merging)
-        model.load_state_dict(merged, strict=False)
+    trainees = [prepared(context, number, shards[number]) for number in numbers]
+    merged = restored(context)
+    trained: list[Trained] = []
+    for last in settings.pretrain.merge_epochs:
+        if last <= merged.epoch:
+            continue  # done before a restart
+        stage = merged.until(last)
+        trained = [train_member(trainee, stage) for trainee in trainees]
+        merged = merge_round(context, stage, merged, trained)
+        if last < settings.pretrain.epochs:
+            keep_round(context, merged)
+    return concluded(context, merged, trained)
+
+
+def concluded(context: Context, merged: Merged, trained: Sequence[Trained]) -> dict[str, Any]:
+    """Save the merged model and what all models saw of their samples; return the phase's record."""
+    worker = context.worker
+    pretrain = context.settings.pretrain
+    model = context.model()
+    model.load_state_dict(merged.parameters, strict=False)
+    with Cost("merge") as statistics:
         if worker.rank == 0:  # the others' model is not used
-            merging.forward += estimate_statistics(context, model)
-            save_tensors(storage, RESULT, model.state_dict())
-    keep_record(context, [each.record for each in trained])
+            statistics.forward += estimate_statistics(context, model)
+            save_tensors(context.storage, MERGED_FILE if pretrain.joint_epochs else RESULT, model.state_dict())
+    merged = replace(merged, merging=merged.merging.then(statistics.gathered(worker)))
+    keep_seen(context, disjoint_shards(context), trained)
     evaluating = Cost("evaluate")
     held_out = {}
     if worker.rank == 0:
-        held_out = measure_held_out(model, context.samples, context.alone, settings.pretrain, evaluating)
-    return {**held_out, **figures(worker, [each.cost for each in trained], merging, evaluating)}
+        held_out = measure_held_out(model, context.samples, context.alone, pretrain, evaluating)
+    return {**held_out, **figures(context, merged, [each.cost for each in trained], evaluating)}
 
 
 def disjoint_shards(context: Context) -> list[Tensor]:
@@ -92,32 +125,28 @@ def disjoint_shards(context: Context) -> list[Tensor]:
     return stratified_shards(samples.data.train.y, pretrain.models, size, rng, indices=samples.kept)
 
 
-def keep_record(context: Context, records: Sequence[Record]) -> None:
-    """Save what the models of all workers saw of their samples."""
-    everyone = chain.from_iterable(context.worker.gather(records))
-    record = Record.joined(list(everyone))
-    if context.worker.rank == 0:
-        save_record(context.storage, RESULT, record)
-
-
-def figures(worker: Worker, costs: Sequence[Cost], merging: Cost, evaluating: Cost) -> dict[str, Any]:
+def figures(context: Context, merged: Merged, costs: Sequence[Cost], evaluating: Cost) -> dict[str, Any]:
     """Return the bills over all workers, and how long one worker per model would take."""
+    worker = context.worker
     training = Cost("pretrain")
     for cost in costs:
         training = training.then(cost)
-    seconds = list(chain.from_iterable(worker.gather([cost.seconds for cost in costs])))
-    slowest = max(seconds)  # the critical path, with as many workers as models
-    merge_seconds = max(worker.gather(merging.seconds))
+    merging = merged.merging
+    models = len(merged.trained)
+    merges = len(context.settings.pretrain.merge_epochs)
+    rounds = f" in each of {merges} rounds" if merges > 1 else ""
     finding = (
-        f"LiPT (reconstructed) with one worker per model pre-trains in {slowest + merge_seconds:.1f} s (slowest of"
-        f" {len(seconds)} models {slowest:.1f} s + merge {merge_seconds:.1f} s)"
+        f"LiPT (reconstructed) with one worker per model pre-trains in {merged.slowest + merging.seconds:.1f} s"
+        f" (slowest of {models} models{rounds} {merged.slowest:.1f} s + merge {merging.seconds:.1f} s)"
     )
-    bills = [training.then(merging), evaluating]
+    n = len(context.samples.kept)
     return {
-        "costs": [bill.gathered(worker).record() for bill in bills],
-        "models": len(seconds),
-        "slowest_model_seconds": slowest,
-        "merge_seconds": merge_seconds,
+        "costs": [training.gathered(worker).then(merging).record(), evaluating.gathered(worker).record()],
+        "models": models,
+        "merges": merges,
+        "slowest_model_seconds": merged.slowest,  # the critical path, with as many workers as models
+        "critical_samples": context.settings.pretrain.critical_samples(n),
+        "merge_seconds": merging.seconds,
         "workers": worker.world,
         "findings": [finding],
     }

@@ -22,11 +22,11 @@ def compare(run: RunFolder, other: RunFolder) -> str:
     """
     n = _samples(run)
     others_n = _samples(other)
-    correlation = _correlation(run, other)
+    correlation = rank_correlation(run, other)
     if correlation is None and n != others_n:
         raise UserError(f"{run.name} chose from {n} samples and {other.name} from {others_n}: same data set?")
-    picked = _picked(run)
-    others_picked = _picked(other)
+    picked = picks_of(run)
+    others_picked = picks_of(other)
     common = len(np.intersect1d(picked, others_picked))
     chance = len(others_picked) / n  # the share that picks at random would have in common
     rho = "" if correlation is None else f"rank correlation of the scores {correlation:.3f}; "
@@ -42,7 +42,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     >>> round(spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 30.0, 20.0])), 3)
     0.5
     """
-    correlation = np.corrcoef(_ranks(a), _ranks(b))  # [2, 2]
+    correlation = np.corrcoef(ranks(a), ranks(b))  # [2, 2]
     return float(correlation[0, 1])
 
 
@@ -65,7 +65,8 @@ def _orders(values: np.ndarray) -> np.ndarray:
     return np.sign(np.subtract.outer(values, values))
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return the rank of each value from 1 on; tied ones share their mean rank."""
     _, position, count = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(count)  # the highest rank among equal values
     mean = last - (count - 1) / 2
@@ -78,8 +79,12 @@ def _samples(run: RunFolder) -> int:
     return run.summary["samples"]
 
 
-def _correlation(run: RunFolder, other: RunFolder) -> float | None:
-    """Return the rank correlation of the two runs' scores, or None where one computed none."""
+def rank_correlation(run: RunFolder, other: RunFolder) -> float | None:
+    """Return the rank correlation of the two runs' scores, or None where one computed none.
+
+    Raises:
+        UserError: they scored different samples, or a file is damaged.
+    """
     if not (_has(run, SCORES) and _has(other, SCORES)):
         return None
     if not np.array_equal(_indices(run, SCORES), _indices(other, SCORES)):
@@ -87,7 +92,12 @@ def _correlation(run: RunFolder, other: RunFolder) -> float | None:
     return spearman(_column(run, SCORES, "score", is_number), _column(other, SCORES, "score", is_number))
 
 
-def _picked(run: RunFolder) -> np.ndarray:
+def picks_of(run: RunFolder) -> np.ndarray:
+    """Return the positions in a run's coreset, int [k].
+
+    Raises:
+        UserError: it has none, or a damaged one.
+    """
     if not _has(run, CORESET):
         raise UserError(f"{run.name} saved no coreset: there is no {CORESET} to compare")
     picked = _indices(run, CORESET)

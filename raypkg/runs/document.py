@@ -1,0 +1,110 @@
+"""A self-contained HTML page: text, tables and pictures in one file, nothing fetched, every name escaped."""
+
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #202124; background: #fff; max-width: 72rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin-top: 2.5rem; overflow-wrap: anywhere; }
+p { max-width: 46rem; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid #e8eaed; }
+th { color: #5f6368; font-weight: 600; white-space: pre-line; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+tr.emphasis td { font-weight: 600; }
+figure { margin: 1.5rem 0; overflow-x: auto; }
+img { max-width: 100%; min-width: min(44rem, 175%); height: auto; }
+.note { color: #5f6368; font-size: .85rem; }
+""".strip()
+
+
+class Grid(NamedTuple):
+    """A table of texts, for the terminal, for Markdown and for HTML.
+
+    Attributes:
+        title: above it.
+        headings: of the columns; a line break in one is kept where there is room.
+        rows: of as many texts.
+        emphasised: places of the rows that stand out.
+        note: below it.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    emphasised: frozenset[int] = frozenset()
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Return it as Markdown.
+
+        >>> print(Grid("", ["row", "seconds"], [["x", "1"]]).markdown())
+        | row | seconds |
+        |---|---:|
+        | x | 1 |
+        """
+        lines = [f"### {_one_line(self.title)}", ""] if self.title else []
+        lines.append(_markdown_row(self.headings))
+        lines.append("|" + "|".join(["---", *["---:"] * (len(self.headings) - 1)]) + "|")
+        for place, row in enumerate(self.rows):
+            first = f"**{row[0]}**" if place in self.emphasised else row[0]
+            lines.append(_markdown_row([first, *row[1:]]))
+        if self.note:
+            lines += ["", _one_line(self.note)]
+        return "\n".join(lines)
+
+    def html(self) -> str:
+        """Return it as a part of a page."""
+        head = "".join(f"<th>{escape(heading)}</th>" for heading in self.headings)
+        body = []
+        for place, row in enumerate(self.rows):
+            kind = ' class="emphasis"' if place in self.emphasised else ""
+            cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+            body.append(f"<tr{kind}>{cells}</tr>")
+        rows = "\n".join(body)
+        parts = [f"<h2>{escape(self.title)}</h2>"] if self.title else []
+        parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>')
+        if self.note:
+            parts.append(f'<p class="note">{escape(self.note)}</p>')
+        return "\n".join(parts)
+
+
+def paragraph(text: str) -> str:
+    """Return a line of text as a part of a page."""
+    return f"<p>{escape(text)}</p>"
+
+
+def picture(png: bytes, what: str) -> str:
+    """Return a picture as a part of a page, which holds all of it."""
+    data = b64encode(png).decode()
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(what)}"></figure>'
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """Return a whole page.
+
+    Args:
+        title: of it.
+        parts: in their order, already HTML.
+    """
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n"
+        f"<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

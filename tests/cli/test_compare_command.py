@@ -1,0 +1,267 @@
+"""`effray compare` and `effray report` as a user types them, without Ray: what is run, what is not, what is written."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from raypkg.core.errors import UserError
+from raypkg.runs.folder import RunFolder
+from raypkg.runs.storage import Storage
+from raypkg.sweeps import trial as trials
+from raypkg.sweeps.outcomes import Outcomes
+from raypkg.sweeps.sweep_folder import SweepFolder, find_sweep
+from raypkg.sweeps.tables import Table
+from raypkg.sweeps.trial import run_trial
+
+TABLE = """
+from raypkg.sweeps.tables import Table
+
+def table(scale):
+    return Table(
+        title="Shares of <digits>",
+        experiment="train",
+        baseline="all",
+        shared={"model": "linear", "train.epochs": 2 if scale == "small" else 3},
+        rows={
+            "all": {},
+            "<b>half</b>": {"select.method": "random", "select.fraction": 0.5},
+            "tenth": {"select.method": "random", "select.fraction": 0.1},
+        },
+        seeds=(0, 1),
+        goals={"accuracy": [0.2]},
+        columns={"kept": "coreset"},
+        paper={"published": {"all": "99.9"}},
+    )
+"""
+ALONE = "--cluster.workers 0"
+MINE = f"compare mine.py {ALONE} --name m"
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Write a table into the working folder, and return a function that changes it."""
+    file = tmp_path / "mine.py"
+    file.write_text(TABLE)
+
+    def change(before, after):
+        assert before in TABLE
+        file.write_text(TABLE.replace(before, after))
+
+    return change
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Return the numbers of the trials that are trained, as they come."""
+    numbers = []
+    original = trials._train
+
+    def train(sweep, run, *rest):
+        numbers.append(int(run.name.rpartition("-")[2]))
+        return original(sweep, run, *rest)
+
+    monkeypatch.setattr(trials, "_train", train)
+    return numbers
+
+
+def outcomes(name="m"):
+    sweep = find_sweep("runs", name)
+    return Outcomes(sweep, Table.of(sweep.table))
+
+
+def test_what_is_finished_is_never_run_again(effray, mine, started):
+    told = effray(f"{MINE} --rows tenth --seeds 0")
+    assert started == [0, 1]  # the baseline is added
+    assert "2 trials of train to run, 0 done" in told and "<b>half</b>" not in told
+    effray(f"{MINE} --rows tenth --seeds 0")
+    assert started == [0, 1]
+    told = effray(MINE)
+    assert started == [0, 1, 2, 3, 4, 5]
+    assert "4 trials of train to run, 2 done" in told
+
+
+def test_a_killed_comparison_runs_only_what_is_missing(call, effray, mine, started, monkeypatch):
+    finish = RunFolder.finish
+
+    def die(run, summary):
+        if run.name == "m-001":
+            raise KeyboardInterrupt
+        finish(run, summary)
+
+    monkeypatch.setattr(RunFolder, "finish", die)
+    ended = call(MINE)
+    assert ended.code == 2
+    assert "interrupted, 5 trials left; resume with: effray compare mine.py --resume m" in ended.err
+    assert started == [0, 1]
+    monkeypatch.setattr(RunFolder, "finish", finish)
+    effray("compare mine.py --resume m")
+    assert started == [0, 1, 1, 2, 3, 4, 5]
+    effray(f"{MINE}")
+    assert len(started) == 7
+
+
+def test_stopped_and_continued_equals_never_stopped(effray, mine):
+    effray(f"{MINE} --rows tenth")
+    effray(MINE)
+    effray(f"compare mine.py {ALONE} --name straight")
+    for case in zip(outcomes("m").cases, outcomes("straight").cases, strict=True):
+        one, other = ({line.row: (line.value, line.difference) for line in each.lines} for each in case)
+        assert one == other
+
+
+def test_calls_with_other_rows_and_seeds_add_up_and_are_resumed_as_they_were(effray, mine, started):
+    effray(f"{MINE} --rows tenth --seeds 0")
+    effray(f"{MINE} --rows all --seeds 1")
+    effray("compare mine.py --resume m")
+    assert started == [0, 1, 2]
+    (case,) = outcomes().cases
+    assert {line.row: line.seeds for line in case.lines} == {"all": (0, 1), "tenth": (0,)}
+
+
+def test_differences_are_those_of_the_runs(effray, mine):
+    effray(f"{MINE} --rows tenth")
+    (case,) = outcomes().cases
+    baseline, line = case.lines
+    reached = [json.loads(Path(f"runs/train/m-{n:03}/summary.json").read_text())["test_accuracy"] for n in range(4)]
+    by_row = {"all": [reached[0], reached[2]], "tenth": [reached[1], reached[3]]}
+    assert baseline.value.mean == pytest.approx(sum(by_row["all"]) / 2)
+    differences = [b - a for a, b in zip(by_row["all"], by_row["tenth"], strict=True)]
+    assert line.difference.mean == pytest.approx(sum(differences) / 2)
+    assert line.difference.half == pytest.approx(12.7062 * abs(differences[0] - differences[1]) / 2, rel=1e-4)
+    assert baseline.difference is None
+
+
+def test_costs_leave_evaluation_out_and_goals_say_what_they_took(effray, mine):
+    effray(f"{MINE} --seeds 0")
+    (case,) = outcomes().cases
+    everyone, half, tenth = case.lines
+    summary = json.loads(Path("runs/train/m-000/summary.json").read_text())
+    train = next(phase for phase in summary["phases"] if phase["phase"] == "train")
+    assert everyone.costs["backward"].mean == train["backward"] == 2 * 1295
+    assert everyone.costs["forward"].mean == train["forward"]
+    assert everyone.costs["work"].mean == (train["forward"] + 2 * train["backward"]) / 3
+    assert half.costs["backward"].mean < everyone.costs["backward"].mean
+    goal = everyone.goals["accuracy", 0.2]
+    assert (goal.seeds, goal.of) == (1, 1) and goal.backward.mean == 1295  # after the first of two epochs
+    assert tenth.columns["kept"].mean == 130
+    assert everyone.columns["kept"] is None
+    assert tenth.on_front  # nothing is cheaper
+
+
+def test_what_is_written_says_the_same_and_fetches_nothing(effray, mine, tmp_path):
+    told = effray(f"{MINE} --seeds 0")
+    folder = tmp_path / "runs/tune/m"
+    page = (folder / "report.html").read_text()
+    markdown = (folder / "table.md").read_text()
+    assert "&lt;b&gt;half&lt;/b&gt;" in page and "<b>half</b>" not in page
+    assert "Shares of &lt;digits&gt;" in page
+    assert "http" not in page and "<script" not in page and page.count("data:image/png;base64,") == 2
+    assert "| **all** |" in markdown and "99.9" in markdown and "published" in told
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    assert [(row["row"], row["seed"], row["state"]) for row in rows] == [
+        ("all", 0, "done"),
+        ("<b>half</b>", 0, "done"),
+        ("tenth", 0, "done"),
+    ]
+    assert rows[0]["test_accuracy"] and rows[0]["backward"] == 2590
+
+
+def test_it_is_shown_listed_and_removed_as_a_sweep_is(effray, mine, tmp_path):
+    effray(f"{MINE} --seeds 0")
+    assert "against" in effray("show m") and "tenth" in effray("show m")
+    assert "m: 3 of 3 trials done" in effray("list")
+    effray("rm m --trials --yes")
+    assert not list(tmp_path.glob("runs/*/m*"))
+
+
+def test_the_name_is_made_of_table_data_and_scale(effray, mine, tmp_path):
+    effray(f"compare mine.py {ALONE} --rows tenth --seeds 3 --scale paper")
+    sweep = SweepFolder(Storage(str(tmp_path / "runs/tune/mine-digits-paper")))
+    assert sweep.config["train"]["epochs"] == 3
+    assert [trial["settings"]["seed"] for trial in sweep.trials] == [3, 3]
+
+
+def test_a_failed_trial_is_told_and_tried_again(effray, mine, monkeypatch):
+    def broken(*_):
+        raise UserError("the disk is full")
+
+    original = trials._train
+    monkeypatch.setattr(trials, "_train", broken)
+    told = effray(f"{MINE} --rows tenth --seeds 0")
+    assert "m-000 failed: the disk is full" in told
+    assert "2 of 2 trials are not done; resume with: effray compare mine.py --resume m" in told
+    monkeypatch.setattr(trials, "_train", original)
+    assert " failed: " not in effray(f"{MINE} --rows tenth --seeds 0")
+
+
+def test_what_follows_a_run_is_done_once_and_is_a_column(effray, mine, tmp_path, monkeypatch):
+    (tmp_path / "following.py").write_text(
+        "calls = []\n\ndef size(run):\n    calls.append(run.name)\n    return {'letters': len(run.name)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine('columns={"kept": "coreset"}', 'columns={"letters": "letters"}, after={"tenth": "following:size"}')
+    effray(f"{MINE} --rows tenth --seeds 0")
+    (case,) = outcomes().cases
+    assert [line.columns["letters"] and line.columns["letters"].mean for line in case.lines] == [None, 5.0]
+    sweep = find_sweep("runs", "m")
+    run_trial(1, sweep.trials[1]["settings"], lambda row: None, root=sweep.storage.root, workers=0)
+    assert importlib.import_module("following").calls == ["m-001"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("compare crset", "unknown table 'crset', did you mean 'crest'?"),
+        ("compare nothing.py", "there is no table file 'nothing.py'"),
+        ("compare mine.py --rows tnth", "unknown row 'tnth', did you mean 'tenth'?"),
+        ("compare mine.py --cases noisy", "unknown case 'noisy'. Allowed: all"),
+        ("compare mine.py --seeds 0,x", "--seeds '0,x': integers, such as 0,1,2 or 0-9"),
+        ("compare mine.py --seeds 1,1", "--seeds = [1, 1]: distinct integers of 0 or more"),
+        ("compare mine.py --scale large", "unknown scale 'large'. Allowed: paper, small"),
+        ("compare mine.py --goal accuracy", "--goal 'accuracy' is not of the form METRIC=VALUE"),
+        ("compare mine.py --goal acc=0.5", "'acc' is no metric"),
+        ("compare mine.py --train.lr x", "train.lr = 'x': input should be a valid number"),
+        ("compare mine.py --select.fraction 0.3", "select.fraction is what the rows or cases of the table differ in"),
+        ("compare mine.py --seed 3", "seed is what the rows or cases of the table differ in"),
+        ("compare mine.py --concurrent 0", "--concurrent 0: at least 1"),
+        ("compare mine.py --resume m", "unknown sweep in"),
+        ("compare mine.py --resume m --rows tenth", "--resume m keeps what was asked for: --rows cannot change"),
+        ("compare mine.py --dataset digts", "unknown dataset 'digts', did you mean 'digits'?"),
+        ("report nothing", "unknown run in runs 'nothing'"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_anything_runs(refusal, mine, started, arguments, message):
+    workers = f" {ALONE}" if arguments.startswith("compare") else ""
+    assert message in refusal(f"{arguments}{workers}")
+    assert not started
+
+
+def test_one_name_is_not_two_comparisons(effray, refusal, mine):
+    effray(f"{MINE} --rows tenth --seeds 0")
+    told = refusal(f"{MINE} --rows tenth --seeds 0 --train.epochs 5")
+    assert "comparison 'm' was begun with train.epochs = 2, now it is 5: give another --name" in told
+    assert "is a comparison: continue it with effray compare mine.py --resume m" in refusal("tune train --resume m")
+    assert "keeps the settings: train.epochs cannot change" in refusal("compare mine.py --resume m --train.epochs 5")
+
+
+def test_a_run_is_reported_on_one_page(effray, refusal, tmp_path):
+    effray("train --name one --model linear --train.epochs 1")
+    path = effray("report one").strip()
+    page = Path(path).read_text()
+    assert path.endswith("runs/train/one/report.html")
+    assert "http" not in page and page.count("data:image/png;base64,") == 2
+    assert "train.batch_size" in page and "test accuracy" in page
+    (tmp_path / "runs/train/one/summary.json").unlink()
+    assert "run 'one' is not finished" in refusal("report one")
+
+
+def test_a_comparison_is_reported_again_as_it_stands(effray, mine, tmp_path):
+    effray(f"{MINE} --rows tenth --seeds 0")
+    page = tmp_path / "runs/tune/m/report.html"
+    before = page.read_text()
+    page.unlink()
+    assert effray("report m").strip() == str(page)
+    assert page.read_text() == before

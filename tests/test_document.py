@@ -1,0 +1,69 @@
+"""A page is one file: nothing is fetched, whatever it is told, and no name becomes markup."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from raypkg.runs.document import Grid, document, paragraph, picture
+
+EVIL = "<script src='https://evil.example/x.js'></script>\"|&"
+
+
+class Reader(HTMLParser):
+    """Collects tags with their attributes, and the text between them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def page():
+    grid = Grid(EVIL, ["row", EVIL], [[EVIL, "1"], ["b", "2"]], frozenset({1}), EVIL)
+    return document(EVIL, [paragraph(EVIL), grid.html(), picture(b"\x89PNG", EVIL)])
+
+
+def fetched(text):
+    """Return everything that a browser would load or follow."""
+    links = [value for _, attributes in Reader(text).tags for name, value in attributes.items() if name in LOADING]
+    return [link for link in links if not link.startswith("data:")] + re.findall(r"url\(|@import", text)
+
+
+LOADING = ("src", "href", "srcset", "data", "action", "poster")
+
+
+def test_nothing_is_fetched():
+    assert fetched(page()) == []
+
+
+def test_names_are_text():
+    read = Reader(page())
+    assert "script" not in {tag for tag, _ in read.tags}
+    assert read.text.count(EVIL) == 7  # title twice, paragraph, the grid's title, a heading, a cell and the note
+    assert dict(read.tags[[tag for tag, _ in read.tags].index("img")][1])["alt"] == EVIL
+
+
+def test_the_page_fits_a_narrow_window():
+    text = page()
+    assert 'name="viewport"' in text
+    assert re.search(r"\.scroll \{ overflow-x: auto", text) and '<div class="scroll"><table>' in text
+    assert re.search(r"img \{ max-width: 100%", text)
+
+
+def test_rows_that_stand_out_are_marked():
+    grid = Grid("", ["row", "n"], [["a", "1"], ["b", "2"]], frozenset({1}))
+    assert grid.html().count('class="emphasis"') == 1
+    assert grid.markdown().splitlines()[-1] == "| **b** | 2 |"
+
+
+@pytest.mark.parametrize(("cell", "shown"), [("a|b", r"a\|b"), ("two\nlines", "two lines")])
+def test_cells_stay_cells_in_markdown(cell, shown):
+    assert Grid("", ["row", cell], [["x", cell]]).markdown().splitlines()[0] == f"| row | {shown} |"

@@ -1,0 +1,157 @@
+"""Wrong labels, long tails and near-duplicates: drawn by seed on any data set, kept apart from what is true."""
+
+import pickle
+
+import pytest
+import torch
+
+from raypkg.core.config import load_settings, parse_toml, to_toml
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+from raypkg.core.settings import Dataset, RunSettings
+from raypkg.data import load_data
+from raypkg.data.regimes import long_tail, open_data, taken, with_wrong_labels, wrong_share
+from raypkg.data.split import Split
+from raypkg.engine.shards import Shard
+from raypkg.phases.samples import open_any_samples, open_samples
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def split_of(y, classes=None):
+    x = torch.arange(float(len(y)))[:, None]
+    return Split.from_tensors(x, torch.tensor(y), classes)
+
+
+def settings_of(run_seed=0, **dataset):
+    return RunSettings(seed=run_seed, dataset=Dataset(**dataset))
+
+
+def test_exactly_the_share_of_labels_is_wrong_and_each_is_of_another_class():
+    split = split_of([0, 1, 2, 3] * 500)
+    noisy = with_wrong_labels(split, 0.4, rng())
+    wrong = noisy.y != split.y
+    assert int(wrong.sum()) == 800
+    assert torch.equal(noisy.truth, split.y)
+    assert wrong_share(noisy, torch.arange(2000)) == pytest.approx(0.4)
+    shifts = ((noisy.y - split.y) % 4)[wrong].bincount(minlength=4)  # uniform over the three other classes
+    assert shifts[0] == 0 and shifts[1:].min() > 230
+
+
+def test_one_class_has_no_other():
+    with pytest.raises(UserError, match=r"dataset\.noise = 0\.5: the data set has one class"):
+        with_wrong_labels(split_of([0, 0, 0]), 0.5, rng())
+
+
+def test_class_sizes_fall_geometrically_to_the_share_of_the_largest():
+    y = torch.arange(5).repeat_interleave(1000)
+    sizes = y[long_tail(y, 0.01, rng())].bincount()
+    assert sizes.tolist() == [1000, 316, 100, 32, 10]
+
+
+def test_a_class_that_is_rarer_already_stays_whole_and_none_is_lost():
+    y = torch.tensor([0] * 100 + [1] * 3 + [2] * 50)
+    assert y[long_tail(y, 0.001, rng())].bincount().tolist() == [100, 3, 1]
+
+
+def test_repeated_samples_are_the_same_rows_and_say_of_which_sample_they_are():
+    data = open_data(Dataset(repeat=3))
+    plain = load_data("digits")
+    assert len(data.train) == 3 * len(plain.train)
+    assert data.train.ids.tolist()[:4] == [0, 0, 0, 1]
+    x, y = data.train.batch([3, 4, 5])
+    expected, label = plain.train.batch([1, 1, 1])
+    assert torch.equal(x, expected) and torch.equal(y, label)
+
+
+def test_the_test_split_is_as_it_was():
+    changed = open_data(Dataset(noise=0.3, imbalance=0.1, repeat=2, seed=0))
+    plain = load_data("digits")
+    assert torch.equal(changed.test.y, plain.test.y)
+    assert torch.equal(changed.test.batch(range(9))[0], plain.test.batch(range(9))[0])
+    assert changed.test.truth is None and changed.test.ids is None
+
+
+def test_all_together_copies_share_a_label_and_the_tail_is_that_of_true_labels():
+    data = open_data(Dataset(noise=0.3, imbalance=0.1, repeat=2, seed=4))
+    train = data.train
+    assert torch.equal(train.y[::2], train.y[1::2])
+    assert torch.equal(train.truth, load_data("digits").train.y[train.ids])
+    sizes = train.truth[::2].bincount()
+    assert sizes[0] > 9 * sizes[9]
+    assert wrong_share(train, torch.arange(len(train))) == pytest.approx(0.3, abs=0.01)
+
+
+def test_copies_of_a_sample_are_held_out_together():
+    samples = open_samples(settings_of(repeat=5))
+    train = samples.data.train
+    assert not set(train.ids[samples.kept].tolist()) & set(train.ids[samples.valid].tolist())
+
+
+def test_held_out_labels_are_as_noisy_as_those_of_training():
+    samples = open_samples(settings_of(noise=0.4, validation=0.5))
+    assert wrong_share(samples.data.train, samples.valid) == pytest.approx(0.4, abs=0.05)
+
+
+def test_draws_follow_from_the_seed_of_the_run_or_their_own():
+    first = open_samples(settings_of(0, noise=0.4)).data.train.y
+    again = open_samples(settings_of(0, noise=0.4)).data.train.y
+    other = open_samples(settings_of(1, noise=0.4)).data.train.y
+    own = open_samples(settings_of(1, noise=0.4, seed=0)).data.train.y
+    assert torch.equal(first, again) and torch.equal(first, own)
+    assert not torch.equal(first, other)
+
+
+def test_draws_leave_the_global_generator_alone():
+    before = torch.get_rng_state()
+    open_data(Dataset(noise=0.4, imbalance=0.5, seed=0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_whoever_opens_the_data_by_its_settings_alone_has_the_same_labels():
+    stored = Dataset(noise=0.4, imbalance=0.5, repeat=2, seed=7)
+    samples = open_samples(RunSettings(seed=3, dataset=stored))
+    shard = pickle.loads(pickle.dumps(Shard(stored, samples.kept, samples.valid)))
+    assert torch.equal(shard.data.train.y, samples.data.train.y)
+    with pytest.raises(UserError, match="drawn by a seed: give"):
+        Shard(Dataset(noise=0.4), samples.kept, samples.valid).data.train  # noqa: B018
+
+
+def test_the_digest_tells_other_labels():
+    samples = open_any_samples(settings_of(0, noise=0.4))
+    other = open_any_samples(settings_of(1, noise=0.4))
+    assert samples.digest(Dataset()) != other.digest(Dataset())
+    noted = samples.digest(Dataset())
+    with pytest.raises(UserError, match="gives other samples than those the run began with"):
+        open_samples(settings_of(1, noise=0.4, digest=noted))
+
+
+def test_settings_without_a_regime_are_stored_as_before_there_were_any():
+    assert Dataset().model_dump(exclude_none=True) == {"name": "digits", "options": {}, "validation": 0.1}
+    chosen = load_settings(RunSettings, {}, {"dataset.noise": 0.4, "dataset.imbalance": 0.5, "dataset.repeat": 5})
+    assert load_settings(RunSettings, parse_toml(to_toml(chosen), "config.toml")) == chosen
+    assert chosen.dataset.noise == 0.4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset.noise": 1.0}, "dataset.noise = 1.0: input should be less than 1"),
+        ({"dataset.imbalance": 0.0}, "dataset.imbalance = 0.0: input should be greater than 0"),
+        ({"dataset.repeat": 0}, "dataset.repeat = 0: input should be greater than or equal to 1"),
+        ({"dataset.seed": 3}, "dataset.seed = 3: there is no dataset.noise or dataset.imbalance to draw"),
+    ],
+)
+def test_settings_that_cannot_be_or_would_do_nothing_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        load_settings(RunSettings, {}, values)
+
+
+def test_a_split_of_split_keeps_truth_and_ids():
+    noisy = with_wrong_labels(split_of([0, 1] * 10), 0.5, generator(0, "noise"))
+    part = taken(taken(noisy, torch.tensor([5, 6, 7])), torch.tensor([2, 0]))
+    assert part.ids.tolist() == [7, 5]
+    assert part.truth.tolist() == noisy.truth[[7, 5]].tolist()
+    assert part.batch([0])[0].item() == 7.0

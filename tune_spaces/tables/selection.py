@@ -1,0 +1,76 @@
+"""What to train on: every selection method against random subsets, at several shares, on clean and on harder data."""
+
+from raypkg.coresets.rules import coreset
+from raypkg.sweeps.tables import Table
+
+WEIGHTED = ("craig", "gradmatch", "gradmatchpb")  # their weights are half of what they choose
+RESELECTED = ("craig", "glister", "gradmatch")  # published with a new selection every few epochs
+OTHERS = ("infobatch", "random")  # no static selection, and the baselines
+FRACTIONS = {"1 %": 0.01, "5 %": 0.05, "10 %": 0.1, "30 %": 0.3}
+REGIMES = {
+    "clean": {},
+    "40 % wrong labels": {"dataset.noise": 0.4},
+    "long tail": {"dataset.imbalance": 0.01},
+    "duplicates": {"dataset.repeat": 5},
+}
+PUBLISHED = {  # test accuracy, %, CIFAR-10, ResNet-18, 300 epochs, selection every 20: arXiv:2103.00123
+    "random; fixed": (71.2, 80.8, 87.6),
+    "glister; reselected": (85.5, 91.9, 93.6),
+    "craig; reselected": (82.7, 87.5, 92.5),
+    "gradmatch; reselected": (86.7, 90.9, 91.7),
+    "all samples": (95.09, 95.09, 95.09),
+}
+
+
+def table(scale: str) -> Table:
+    """Return the table at a scale."""
+    short, long = (10, 40) if scale == "small" else (40, 300)
+    pretrain = 5 if scale == "small" else 20
+    return Table(
+        title="Selection of what to train on against random subsets, fixed and redrawn every epoch",
+        experiment="lipt",
+        baseline="random; fixed",
+        shared={
+            "pretrain.method": "dense",
+            "pretrain.epochs": pretrain,
+            "pretrain.lr": 0.1,
+            "pretrain.evaluate_every_epochs": 0,
+            "train.evaluate_every_epochs": short,
+        },
+        rows=_rows(reselect_every=max(1, short // 5)),
+        cases={
+            f"{regime}; {share}; {epochs} epochs": {
+                **changes,
+                "select.fraction": fraction,
+                "train.epochs": epochs,
+            }
+            for regime, changes in REGIMES.items()
+            for share, fraction in FRACTIONS.items()
+            for epochs in (short, long)
+        },
+        columns={"wrong labels\namong the picks": "coreset_wrong_labels"},
+        paper={
+            f"{share} of CIFAR-10": {row: figures[place] for row, figures in PUBLISHED.items()}
+            for place, share in enumerate(("5 %", "10 %", "30 %"))
+        },
+    )
+
+
+def _rows(reselect_every: int) -> dict[str, dict[str, object]]:
+    """Return the baselines, then every static selection, then those that select anew by the model in training."""
+    untrained = {"pretrain.method": "initial", "select.method": "random"}
+    rows: dict[str, dict[str, object]] = {
+        "random; fixed": untrained,
+        "random; redrawn": {**untrained, "select.every_epochs": 1},
+    }
+    for name in coreset.names:
+        if name not in OTHERS:
+            rows[name] = _selected(name)
+    for name in RESELECTED:
+        rows[f"{name}; reselected"] = {**_selected(name), "select.every_epochs": reselect_every}
+    rows["all samples"] = {**untrained, "select.fraction": 1.0}
+    return rows
+
+
+def _selected(name: str) -> dict[str, object]:
+    return {"select.method": name, "select.weighted": name in WEIGHTED}

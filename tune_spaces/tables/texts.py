@@ -1,0 +1,49 @@
+"""CREST on texts: a transformer without batch norm, at a tenth and a quarter of its full training."""
+
+from raypkg.sweeps.tables import Table
+
+SMALL = {
+    "model.name": "transformer",
+    "train.epochs": 20,
+    "train.batch_size": 32,
+    "train.optimizer": "adamw",
+    "train.lr": 1e-3,
+    "train.weight_decay": 0.01,
+    "train.warmup": 0.1,
+    "train.evaluate_every_epochs": 0,
+    "crest.tau": 0.05,
+    "crest.h": 4.0,
+}
+PAPER = {  # for --model transformers:roberta-base; lengths of trainings and schedules are not printed there
+    **SMALL,
+    "train.lr": 1e-5,
+    "train.decay": "matrices",
+    "crest.subset": 0.005,
+}
+
+
+def table(scale: str) -> Table:
+    """Return the table at a scale."""
+    shared = dict(SMALL if scale == "small" else PAPER)
+    crest = {name: shared.pop(name) for name in [*shared] if name.startswith("crest.")}
+    random = {"selection": "random"}
+    return Table(
+        title="CREST on texts against random batches, at a tenth and a quarter of full training",
+        experiment="crest",
+        baseline="random batches",
+        shared=shared,
+        rows={
+            "random batches": random,
+            "cut short": {"selection": "cut"},
+            "crest": {},
+            "crest; h 4": crest,
+            "crest; h 4; no exclusion": {**crest, "crest.exclude_below": 0.0},
+            "full training": {**random, "budget": 1.0},
+        },
+        cases={"10 %": {"budget": 0.1}, "25 %": {"budget": 0.25}},
+        columns={"pools": "pools"},
+        paper={
+            "relative error, %, SNLI with RoBERTa, 10 %": {"random batches": 1.2, "cut short": 1.2, "crest; h 4": 0.8},
+            "full accuracy, %, SNLI with RoBERTa": {"full training": 92.9},
+        },
+    )
