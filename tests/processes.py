@@ -81,11 +81,14 @@ def descendants(pid: int) -> list[Seen]:
 
 
 def title_of(pid: int) -> str:
-    """Return ``RayTrainWorker`` for an actor of that class, else the name of the program."""
+    """Return ``RayTrainWorker`` for an actor of that class, else the name of the script or the program."""
     with suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         actor = words[0].removeprefix("ray::").partition(".")[0]
-        return actor if words[0].startswith("ray::") else os.path.basename(words[0])
+        if words[0].startswith("ray::"):
+            return actor
+        script = next((word for word in words if word.endswith(".py")), words[0])
+        return os.path.basename(script)
     return ""
 
 

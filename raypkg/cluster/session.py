@@ -6,9 +6,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
@@ -47,7 +48,7 @@ def connect(settings: Cluster, *, dashboard: bool = False) -> None:
     Args:
         settings: where a cluster may be.
         dashboard: whether one that is started has Ray's dashboard, ten processes, which Ray Train within Ray Tune asks
-            whether a trial that was stopped still holds its CPUs.
+            whether a trial that was stopped still holds its CPUs. Without it, Ray's core is all that is started.
 
     Raises:
         UserError: an address was given and no cluster answers there, or Ray cannot start.
@@ -127,7 +128,7 @@ def _start(dashboard: bool) -> None:
     token = Path.home() / ".ray" / "auth_token"
     is_first = not token.exists()
     try:
-        with _silenced(), nullcontext() if dashboard else _without_dashboard():
+        with _silenced(), nullcontext() if dashboard else _core():
             ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # whatever keeps one of its processes from starting
         raise UserError(f"Ray cannot start on this machine: {_first_line(error)}; {WITHOUT}") from error
@@ -153,19 +154,29 @@ def _join(address: str) -> None:
 
 
 @contextmanager
-def _without_dashboard() -> Iterator[None]:
-    """Keep Ray from starting its dashboard's process, and from waiting for it, which it does when told to have none.
+def _core() -> Iterator[None]:
+    """Have Ray start what runs tasks, its GCS and raylet, and nothing that serves a person who looks at the cluster.
 
-    It is answered as Ray answers itself where that process cannot start: no address, no process.
+    Ray starts the process of its dashboard, and waits for it, when told to have none; its agents import the dashboard's
+    packages wherever they are installed, and the raylet waits for that as well.
     """
-    from ray._private import services
+    from ray._private import services, utils
+    from ray._private.node import Node
 
-    start = services.start_api_server
-    services.start_api_server = lambda *_, **__: ("", None)
+    unwanted: list[tuple[Any, str, Callable[..., Any]]] = [
+        (services, "start_api_server", lambda *_, **__: ("", None)),  # the dashboard: no address, no process
+        (utils, "get_dashboard_dependency_error", lambda: ImportError("nobody asked for a dashboard")),
+        (Node, "start_log_monitor", lambda _: None),  # copies what workers print to the driver
+        (Node, "start_monitor", lambda _: None),  # the autoscaler: this machine is all there is
+    ]
+    kept = [getattr(place, name) for place, name, _ in unwanted]
+    for place, name, nothing in unwanted:
+        setattr(place, name, nothing)
     try:
         yield
     finally:
-        services.start_api_server = start
+        for (place, name, _), start in zip(unwanted, kept, strict=True):
+            setattr(place, name, start)
 
 
 @contextmanager
