@@ -52,7 +52,7 @@ AFTERWARDS = (  # requests to the recorded run, answered in order
     "deltagrad add recorded --ids 14",
 )
 ON_RAY = ("full", "reselected", "selected", "lipt", "crest", "rigl", "recorded")
-TIMES = {"seconds", "total_seconds", "elapsed", "memory", "device_memory", "time"}  # differ from run to run
+TIMES = {"seconds", "total_seconds", "waited", "elapsed", "memory", "device_memory", "time"}  # differ from run to run
 SUMMARY = ("test_loss", "test_accuracy", "coreset", "full_training_backward")
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 HOST = {
     "elapsed",
+    "waited",
     "memory",
     "device_memory",
     "time",

@@ -1,6 +1,7 @@
 """The loop against plain PyTorch, and what it promises about weights, order, resuming and bad luck."""
 
 import shutil
+import time
 from dataclasses import replace
 
 import pyarrow as pa
@@ -352,3 +353,19 @@ def test_costs_add_up():
     assert (joined.forward, joined.seconds, joined.total_seconds, joined.memory) == (30, 3.0, 4.0, 100)
     assert (chained.forward, chained.seconds, chained.sent) == (30, 4.0, 14)
     assert replace(one).record()["backward"] == 5
+
+
+def test_waiting_for_batches_is_on_the_bill_of_the_block_that_waits():
+    def load(job):
+        time.sleep(0.05)
+        return job
+
+    with Cost("train") as train:
+        for _ in ahead(load, range(4)):
+            pass
+        with train.apart(Cost("evaluate")), Cost("within") as within:
+            list(ahead(load, [1]))
+    assert 0.2 <= train.waited <= train.seconds and 0.05 <= within.waited <= within.seconds
+    both = Cost.joined("train", [train, replace(train, waited=0.0)])
+    assert both.waited == train.waited and train.then(within).waited == train.waited + within.waited
+    list(ahead(abs, [1]))  # on no bill

@@ -14,6 +14,7 @@ from raypkg.data.augment import Augmentation, compose
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 
+from .costs import waiting
 from .worker import Worker, keep_freed_memory
 
 T = TypeVar("T")
@@ -176,13 +177,18 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def ahead(load: Callable[[J], T], jobs: Iterable[J], depth: int = 2) -> Iterator[T]:
-    """Yield ``load(job)`` in order while a thread works on the next ``depth`` jobs."""
+    """Yield ``load(job)`` in order while a thread works on the next ``depth`` jobs; waiting for it is billed."""
     keep_freed_memory()  # the next batch takes as much
     with ThreadPoolExecutor(1, "batches") as pool:
         pending: deque[Future[T]] = deque()
         for job in jobs:
             pending.append(pool.submit(load, job))
             if len(pending) > depth:
-                yield pending.popleft().result()
+                yield _awaited(pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield _awaited(pending.popleft())
+
+
+def _awaited(future: Future[T]) -> T:
+    with waiting():
+        return future.result()

@@ -1,5 +1,6 @@
 """What a phase costs: samples forward and backward, seconds, memory and bytes sent, never seconds alone."""
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ class Cost:
         memory: peak resident bytes of one worker.
         sent: bytes each worker handed to collectives.
         device_memory: peak bytes that PyTorch held on one worker's GPU; 0 without one.
+        waited: of the seconds, those in which the worker that waited longest had no batch to compute with.
     """
 
     phase: str
@@ -31,13 +33,16 @@ class Cost:
     memory: int = 0
     sent: int = 0
     device_memory: int = 0
+    waited: float = 0.0
 
     def __enter__(self) -> "Cost":
         self._start = time.perf_counter()
+        _running.bills.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         elapsed = time.perf_counter() - self._start
+        _running.bills.pop()
         self.seconds += elapsed
         self.total_seconds += elapsed
         self.memory = max(self.memory, peak_memory())
@@ -60,6 +65,7 @@ class Cost:
             backward=self.backward + other.backward,
             seconds=self.seconds + other.seconds,
             total_seconds=self.total_seconds + other.total_seconds,
+            waited=self.waited + other.waited,
             memory=max(self.memory, other.memory),
             device_memory=max(self.device_memory, other.device_memory),
             sent=self.sent + other.sent,
@@ -79,6 +85,7 @@ class Cost:
             backward=sum(c.backward for c in costs),
             seconds=max(c.seconds for c in costs),
             total_seconds=sum(c.total_seconds for c in costs),
+            waited=max(c.waited for c in costs),
             memory=max(c.memory for c in costs),
             device_memory=max(c.device_memory for c in costs),
             sent=max(c.sent for c in costs),
@@ -87,3 +94,28 @@ class Cost:
     def record(self) -> dict[str, Any]:
         """Return the bill as plain numbers for the run folder."""
         return asdict(self)
+
+
+class _Running(threading.local):
+    """The bills whose blocks a thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.bills: list[Cost] = []
+
+
+_running = _Running()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Put the seconds of a block, in which a batch is waited for, on the bill whose block it lies in, if any.
+
+    >>> with Cost("train") as cost, waiting():
+    ...     time.sleep(0.01)
+    >>> 0 < cost.waited < cost.seconds
+    True
+    """
+    start = time.perf_counter()
+    yield
+    if _running.bills:
+        _running.bills[-1].waited += time.perf_counter() - start

@@ -31,6 +31,12 @@ class Classifier(nn.Module):
         """Return the logits [b, C]."""
         return self.head(self.features(x))
 
+    def prepare(self, x: Tensor) -> None:
+        """Set what depends on normalised training inputs x [n, …] and is not trained: here, nothing.
+
+        Called once on a new model, before its first step.
+        """
+
 
 def as_classifier(module: nn.Module) -> Classifier:
     """Split a module at its last ``nn.Linear``, which becomes the head; an ``nn.Identity`` takes its place.

@@ -1,7 +1,7 @@
 """What models of several families are built of."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import nn
@@ -13,6 +13,8 @@ INSTEAD = "for rows use 'mlp' or 'linear', for texts 'transformer' or transforme
 Shape = tuple[int, ...]  # of one sample, (C, H, W), (D,) or (L, V)
 Width = Annotated[int, Field(ge=1, le=1 << 20)]  # of a layer; wider ones would overflow the sizes of tensors
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Norm = Literal["batch", "group"]
+GROUPS = 8  # of group norm, where the channels allow it
 
 
 def image_shape(shape: Shape, least: int) -> tuple[int, int, int]:

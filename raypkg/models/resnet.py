@@ -2,19 +2,16 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import model
 from .classifier import Classifier
-from .layers import Shape, Width, conv, image_shape, kaiming, pooled
+from .layers import GROUPS, Norm, Shape, Width, conv, image_shape, kaiming, pooled
 
 HE = "arXiv:1512.03385"
 Connection = Callable[[int, int, int], nn.Module]  # (channels in, width, stride) → module
-Norm = Literal["batch", "group"]
-GROUPS = 8
 EXPANSION = 4  # times its width come out of a bottleneck
 
 

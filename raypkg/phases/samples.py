@@ -22,6 +22,7 @@ from raypkg.runs.storage import Storage
 from .coreset_files import load_coreset, origin, save_coreset
 
 ROWS = 16  # of a split, that its digest sees
+LOOK = 512  # training samples that a new model may look at, labels apart
 
 
 class Samples(NamedTuple):
@@ -130,14 +131,19 @@ def augmentations(dataset: Dataset, data: Data) -> list[str]:
 
 
 def new_model(settings: Experiment, data: Data) -> Classifier:
-    """Build the experiment's model with weights drawn from its seed.
+    """Build the experiment's model with weights drawn from its seed, prepared by a few hundred training inputs.
 
     Raises:
         UserError: it does not fit the data.
     """
     chosen = settings.model
     train = data.train
-    return build_model(chosen.name, train.shape, train.num_classes, seed=settings.seed, options=chosen.options)
+    model = build_model(chosen.name, train.shape, train.num_classes, seed=settings.seed, options=chosen.options)
+    if type(model).prepare is not Classifier.prepare:
+        rows = torch.linspace(0, len(train) - 1, LOOK).long().unique()
+        x, _ = train.batch(rows)
+        model.prepare(train.inputs(x))
+    return model
 
 
 def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: Storage, file: str) -> Coreset:

@@ -38,9 +38,11 @@ def show_run(folder: RunFolder, console: Console) -> None:
 def findings(summary: Mapping[str, Any]) -> list[str]:
     """Return a finished run's results in plain lines: what every run has, then what its methods found."""
     lines = [*_results(summary)]
+    waited = sum(phase.get("waited", 0) for phase in summary["phases"])  # runs of earlier versions have none
     lines.append(
-        f"{summary['seconds']:.1f} s of work on the critical path; {summary['elapsed']:.1f} s with starting workers,"
-        " importing and storing (of a resumed run: each phase's last attempt)"
+        f"{summary['seconds']:.1f} s of work on the critical path, {waited:.1f} s of them without a batch to work on;"
+        f" {summary['elapsed']:.1f} s with starting workers, importing and storing (of a resumed run: each phase's last"
+        " attempt)"
     )
     return lines + summary.get("findings", [])
 

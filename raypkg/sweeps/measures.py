@@ -35,7 +35,7 @@ def bill(summary: Mapping[str, Any], phase: str | None = None) -> dict[str, floa
     """
     parts = [part for part in summary["phases"] if _is_of(part["phase"], phase)]
     total: dict[str, float] = {}
-    for name in ("forward", "backward", "seconds", "total_seconds", *MAXIMA):
+    for name in ("forward", "backward", "seconds", "total_seconds", "waited", *MAXIMA):
         values = [part.get(name, 0) for part in parts]
         total[name] = max(values, default=0) if name in MAXIMA else sum(values)
     return total | {"work": (total["forward"] + 2 * total["backward"]) / 3}
