@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+import raypkg
 from raypkg.experiments import experiment
 from raypkg.runs.folder import RunFolder
 
@@ -492,3 +493,12 @@ def test_wandb_offline(tmp_path, monkeypatch, options, code):
     else:
         (run,) = Path("runs/train/one/wandb").glob("offline-run-*")
         assert f"wandb sync {run.absolute()}" in done.stdout
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_fast_recipe_is_a_file_of_settings(effray, norm):
+    recipe = Path(raypkg.__file__).parent / "models/airbench.toml"
+    small = f"--set model.options.width=8 --set model.options.norm={norm} --train.epochs 2 --cluster.workers 0"
+    effray(f"train --config {recipe} --name fast {small}")
+    stored = tomllib.loads(Path("runs/train/fast/config.toml").read_text())
+    assert stored["train"]["momentum"] == 0.85 and stored["model"]["options"] == {"width": 8, "norm": norm}
