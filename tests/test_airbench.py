@@ -5,7 +5,7 @@ from torch import nn
 from raypkg.core.settings import Experiment
 from raypkg.data import load_data
 from raypkg.models import build_model
-from raypkg.models.airbench import RATE, RIDGE, Shifted, Whitened, identity
+from raypkg.models.airbench import RATE, RIDGE, Shifted, Whitened, dirac
 from raypkg.phases.samples import new_model
 
 
@@ -46,7 +46,7 @@ def test_biases_learn_as_if_their_rate_were_so_many_times_the_others(norm):
 
 
 def test_convolutions_hand_their_inputs_on_at_first():
-    convolution = identity(3, 8)
+    convolution = dirac(3, 8)
     x = torch.randn(2, 3, 6, 6)
     assert torch.equal(convolution(x)[:, :3], x) and not torch.equal(convolution(x)[:, 3:6], x)
 

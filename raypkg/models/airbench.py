@@ -71,17 +71,17 @@ class Shifted(nn.Module):
 def stage(channels: int, out: int, pool: int, norm: Norm) -> list[nn.Module]:
     """Return two 3 × 3 convolutions, the first of which ends in a max-pool."""
     return [
-        identity(channels, out),
+        dirac(channels, out),
         nn.MaxPool2d(pool),
         Shifted(out, norm),
         nn.GELU(),
-        identity(out, out),
+        dirac(out, out),
         Shifted(out, norm),
         nn.GELU(),
     ]
 
 
-def identity(channels: int, out: int) -> nn.Conv2d:
+def dirac(channels: int, out: int) -> nn.Conv2d:
     """Return a 3 × 3 convolution that hands on its inputs in its first channels (Section 3.3)."""
     convolution = nn.Conv2d(channels, out, 3, padding=1, bias=False)
     if not convolution.weight.is_meta:

@@ -72,9 +72,9 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
     Raises:
         UserError: no such run, it trained no model or is not finished, or its model's code has changed.
 
-    >>> load_model("runs/lipt/none")
+    >>> load_model("none", root="no/runs/yet")
     Traceback (most recent call last):
-    raypkg.core.errors.UserError: unknown run in runs 'runs/lipt/none'. Allowed: none
+    raypkg.core.errors.UserError: unknown run in no/runs/yet 'none'. Allowed: none
     """
     folder = locate(root, str(run))
     check_has_model(folder)
