@@ -111,6 +111,7 @@ ROWS = {
     "random 53": Row(batch=53),  # the work of 32 out of 64
     "random 64": Row(batch=64),
     "random 75": Row(batch=75),  # of 32 out of 128
+    "random 75, twice the rate": Row(batch=75, rate=2.0),
     "random 96": Row(batch=96),
     "random 128": Row(batch=128),
     "random 320": Row(batch=320),
