@@ -1,4 +1,4 @@
-"""Airbench (Jordan 2024): whitened patches and six convolutions, which learn CIFAR-10 in ten epochs."""
+"""Airbench (Jordan 2024): whitened patches and six convolutions, for trainings of few epochs."""
 
 import math
 
@@ -109,7 +109,7 @@ class Airbench(Classifier):
 
 @model("airbench", source=JORDAN)
 def airbench(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = "batch") -> Classifier:
-    """Airbench, six convolutions on whitened patches with w, 4w, 4w channels, 2.0 M parameters: CIFAR-10 in 10 epochs.
+    """Airbench, six convolutions on whitened patches with w, 4w, 4w channels, 2.0 M parameters.
 
     Differs from the paper: the biases' rate is 64 times the others' by their parametrisation, so for SGD alone; the
     whitening's bias learns in all epochs; the head has a bias; no average over weights, no augmented test images.
