@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.data import load_data
+from raypkg.methods.deltagrad.objective import check_derivation
 from raypkg.models import build_model
 from raypkg.models.airbench import RATE, RIDGE, Shifted, Whitened, dirac
 from raypkg.phases.samples import new_model
@@ -72,3 +74,10 @@ def test_a_new_model_has_looked_at_the_training_images():
     expected.fit(data.train.inputs(x))
     assert torch.equal(filters, expected.filters)
     assert torch.equal(first.head.weight, untouched.head.weight)  # what is drawn stays as it was
+
+
+def test_deltagrad_refuses_what_is_fitted_to_its_samples():
+    net = build_model("airbench", (3, 16, 16), 4, seed=0, options={"norm": "group", "width": 8})
+    with pytest.raises(UserError, match=r"'airbench' is fitted to the training inputs.*a deleted sample would stay"):
+        check_derivation(net, "airbench")
+    check_derivation(build_model("lenet5", (3, 32, 32), 4, seed=0), "lenet5")

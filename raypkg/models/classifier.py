@@ -37,6 +37,11 @@ class Classifier(nn.Module):
         Called once on a new model, before its first step.
         """
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether ``prepare`` sets anything, so that the model depends on inputs by more than its training."""
+        return type(self).prepare is not Classifier.prepare
+
 
 def as_classifier(module: nn.Module) -> Classifier:
     """Split a module at its last ``nn.Linear``, which becomes the head; an ``nn.Identity`` takes its place.

@@ -139,7 +139,7 @@ def new_model(settings: Experiment, data: Data) -> Classifier:
     chosen = settings.model
     train = data.train
     model = build_model(chosen.name, train.shape, train.num_classes, seed=settings.seed, options=chosen.options)
-    if type(model).prepare is not Classifier.prepare:
+    if model.is_prepared:
         rows = torch.linspace(0, len(train) - 1, LOOK).long().unique()
         x, _ = train.batch(rows)
         model.prepare(train.inputs(x))

@@ -90,11 +90,15 @@ class Objective:
 
 
 def check_derivation(model: nn.Module, name: str) -> None:
-    """Refuse layers by which a sample's gradient depends on chance or on the other samples.
+    """Refuse models by which a sample's gradient depends on chance or on the other samples.
 
     Raises:
-        UserError: the model has dropout or batch norm, or parameters that are not trained.
+        UserError: the model has dropout or batch norm, parameters that are not trained, or a layer fitted to the data.
     """
+    if isinstance(model, Classifier) and model.is_prepared:
+        raise UserError(
+            f"model {name!r} is fitted to the training inputs before it is trained: a deleted sample would stay in that"
+        )
     frozen = (name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     if parameter := next(frozen, None):
         raise UserError(f"model {name!r} does not train its {parameter!r}: DeltaGrad's history is of all parameters")
