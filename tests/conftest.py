@@ -1,10 +1,14 @@
 """Shared set-up: a cache of its own, quiet Ray, single-threaded torch, pictures, and where the real data is."""
 
+import logging
 import os
 import tempfile
+import urllib.request
 from pathlib import Path
 
 import pytest
+
+from bucket import BUCKET, query
 
 CPUS = 3  # of the tests' Ray
 
@@ -58,3 +62,28 @@ def ray():
         ray.shutdown()
         ray.init(address="local", num_cpus=CPUS, log_to_driver=False, logging_level="ERROR")
     return ray
+
+
+@pytest.fixture(scope="module")
+def port():
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it names every request
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "KEY")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+        server.start()
+        _, port = server.get_host_and_port()
+        yield port
+        server.stop()
+
+
+@pytest.fixture
+def bucket(port):
+    """An empty bucket: a function from the name of what is in it to its URI."""
+    server = f"http://127.0.0.1:{port}"
+    for method, address in (("POST", f"{server}/moto-api/reset"), ("PUT", f"{server}/{BUCKET}")):
+        urllib.request.urlopen(urllib.request.Request(address, method=method)).close()
+    return lambda name: f"s3://{BUCKET}/{name}?{query(port)}"

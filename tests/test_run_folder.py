@@ -13,9 +13,9 @@ import torch
 
 import disk
 from forked import Process
+from raypkg.core.address import folder_and_name
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
-from raypkg.runs.address import folder_and_name
 from raypkg.runs.agreement import compare, spearman
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder, create, find, locate
@@ -149,7 +149,7 @@ def test_a_uri_is_a_root_too(tmp_path):
     storage = Storage(f"file://{tmp_path}/runs")
     storage.write_json("x.json", {"a": 1})
     assert storage.read_json("x.json") == {"a": 1}
-    with pytest.raises(UserError, match="cannot use 'nonsense://x' as a folder for runs"):
+    with pytest.raises(UserError, match="cannot use 'nonsense://x' as a folder"):
         Storage("nonsense://x")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from raypkg.core.address import is_uri
 from raypkg.core.config import Named
 from raypkg.core.errors import UserError
 from raypkg.core.imports import heavy_imports
@@ -26,7 +27,7 @@ def with_absolute_paths(settings: R) -> R:
     weights. URIs stay as they are, and so do names on the hub and of runs: of those only what is here is a path.
     """
     chosen = _absolute_data_set(settings.dataset)
-    if chosen.only is not None and "://" not in chosen.only:
+    if chosen.only is not None and not is_uri(chosen.only):
         chosen = chosen.model_copy(update={"only": _absolute(chosen.only)})
     parts: dict[str, Any] = {"dataset": chosen}
     if named := _model_of(settings):
@@ -42,7 +43,7 @@ def with_absolute_paths(settings: R) -> R:
 def _absolute_data_set(chosen: N) -> N:
     changes: dict[str, Any] = {}
     source, _, path = chosen.name.partition(":")
-    if path and source in dataset:
+    if path and source in dataset and not is_uri(path):
         changes["name"] = f"{source}:{_absolute(path)}"
     if isinstance(own := chosen.options.get(TOKENIZER), str):
         changes["options"] = {**chosen.options, TOKENIZER: _absolute_folder(own)}

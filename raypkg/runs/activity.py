@@ -7,10 +7,10 @@ import time
 
 from pyarrow import fs
 
+from raypkg.core.address import opened, parted
 from raypkg.core.errors import UserError, redacted
 
 from . import ROOT
-from .address import opened, parted
 from .storage import Storage
 
 DONE = "done"

@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from raypkg.core.address import address_of, folder_and_name, folder_around, opened, parted, uri_of
 from raypkg.core.errors import UserError
-
-from .address import address_of, folder_and_name, folder_around, opened, parted, uri_of
 
 LEFT_BEHIND = re.compile(r"\.\d+\.part$")  # what a write begins, with the number of its process
 PART = ".part"  # ends the name of a file that is being written

@@ -381,8 +381,8 @@ EFFRAY_RUNS = cases(
     "show t",
     {
         "nowhere": "unknown run in nowhere 't'. Allowed: none",
-        "ftp://x": "cannot use 'ftp://x' as a folder for runs",
-        "file://": "cannot use 'file://' as a folder for runs",
+        "ftp://x": "cannot use 'ftp://x' as a folder",
+        "file://": "cannot use 'file://' as a folder",
     },
     variable="EFFRAY_RUNS",
     fresh=True,

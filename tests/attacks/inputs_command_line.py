@@ -3,7 +3,7 @@
 from attacks.cases import cases
 
 NAME = "1 to 100 letters, digits or"
-URI = "cannot use … as a folder for runs"
+URI = "cannot use … as a folder"
 QUICK = "--model linear --train.epochs 1"
 
 COMMANDS = cases(

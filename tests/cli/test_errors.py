@@ -150,7 +150,7 @@ def own_code(tmp_path, monkeypatch):
         ("lipt --resume one", "unknown lipt run in .* 'one'. Allowed: none"),
         ("show one", "unknown run in runs 'one'. Allowed: none"),
         ("lipt --config none.toml", "cannot read the settings file 'none.toml': No such file"),
-        ("train --root nowhere://x", "cannot use 'nowhere://x' as a folder for runs"),
+        ("train --root nowhere://x", "cannot use 'nowhere://x' as a folder"),
         ("train --root /proc/x", "cannot write '/proc/x/train/"),
         ("train --coreset none.parquet", "there is no coreset file none.parquet"),
         ("data digts", "unknown dataset 'digts', did you mean 'digits'"),

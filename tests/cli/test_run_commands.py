@@ -348,7 +348,7 @@ def test_list_of_a_thousand_runs_is_whole_and_imports_no_torch(call, effray):
         ("list lpt", "unknown experiment 'lpt', did you mean 'lipt'?"),
         ("list -n 0", "0 is not in the range x>=1"),
         ("list --root ''", "the name of a folder for runs is empty"),
-        ("list --root xx://bucket", "cannot use 'xx://bucket' as a folder for runs"),
+        ("list --root xx://bucket", "cannot use 'xx://bucket' as a folder"),
         ("rm", "Missing argument 'RUN...'"),
         ("rm nothing --yes", "unknown run in {}/runs 'nothing'. Allowed: none"),
     ],

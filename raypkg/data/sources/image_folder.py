@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from raypkg.core.errors import UserError
+from raypkg.data.files import Place, files_below, open_input, place_of
 from raypkg.data.split import Split
 from raypkg.data.store.cache import fingerprint, store_path
+from raypkg.data.store.fetching import fetched
 from raypkg.data.store.images import Examples, ImageSource, Side
 
 from . import dataset
@@ -17,7 +20,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 FOLDERS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 READ_AT_ONCE = 256
 
-Labelled = list[tuple[Path, int]]  # image files with the numbers of their classes
+Labelled = list[tuple[Place, int]]  # image files with the numbers of their classes
 
 
 @dataset("folder")
@@ -36,20 +39,21 @@ def load(
         UserError: a missing or empty folder, a class of test unknown to train, links to nowhere, files that cannot be
             read or are no images, or images of several sizes while ``size`` is 0.
     """
-    folders = {name: _folder(Path(root), name) for name in FOLDERS}
+    place = place_of(root)
+    folders = {name: _folder(place, name) for name in FOLDERS}
     classes = tuple(sorted(_class_folders(folders["train"])))
-    files = {name: _labelled(folder, classes) for name, folder in folders.items()}
-    paths = [file for file, _ in files["train"] + files["test"]]
-    key = fingerprint(paths, root=root, size=size)
+    labelled = {name: _labelled(folder, classes) for name, folder in folders.items()}
+    files = {name: [file for file, _ in pairs] for name, pairs in labelled.items()}
+    key = fingerprint(files["train"] + files["test"], root=root, size=size)
 
     def examples(name: str) -> Examples:
-        return _examples(files[name], classes)
+        return _examples(labelled[name], classes)
 
-    path = partial(store_path, cache, Path(root).resolve().name, key)
-    return ImageSource(path, examples, size).split(split)
+    path = partial(store_path, cache, place.resolve().name, key)
+    return ImageSource(path, examples, size, files).split(split)
 
 
-def _folder(root: Path, split: str) -> Path:
+def _folder(root: Place, split: str) -> Place:
     names = FOLDERS[split]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
@@ -58,7 +62,7 @@ def _folder(root: Path, split: str) -> Path:
     return folder
 
 
-def _class_folders(folder: Path) -> dict[str, Path]:
+def _class_folders(folder: Place) -> dict[str, Place]:
     visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
     classes = {path.name: path for path in visible if path.is_dir()}
     if not classes:
@@ -68,14 +72,14 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     return classes
 
 
-def _check_text(name: str, folder: Path) -> None:
+def _check_text(name: str, folder: Place) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:  # bytes of another encoding, which Python keeps as surrogates
         raise UserError(f"folder {str(folder)!r} has the class {name!r}, whose name is not UTF-8") from None
 
 
-def _labelled(folder: Path, classes: tuple[str, ...]) -> Labelled:
+def _labelled(folder: Place, classes: tuple[str, ...]) -> Labelled:
     """List the image files of a split with their labels, class by class."""
     files = []
     for name, path in sorted(_class_folders(folder).items()):
@@ -86,10 +90,10 @@ def _labelled(folder: Path, classes: tuple[str, ...]) -> Labelled:
     return files
 
 
-def _images(folder: Path) -> list[Path]:
-    named = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+def _images(folder: Place) -> list[Place]:
+    named = [path for path in files_below(folder) if path.suffix.lower() in SUFFIXES]
     files = []
-    for path in sorted(named):
+    for path in named:
         if path.is_file():
             files.append(path)
         elif not path.is_dir():  # what a folder of such a name holds is listed by itself
@@ -108,15 +112,16 @@ def _examples(files: Labelled, classes: tuple[str, ...]) -> Examples:
 
 
 def _batches(files: Labelled) -> Iterator[tuple[list[bytes], np.ndarray]]:
+    contents = fetched(_content, (file for file, _ in files))
     for start in range(0, len(files), READ_AT_ONCE):
-        batch = files[start : start + READ_AT_ONCE]
-        images = [_content(file) for file, _ in batch]
-        labels = [label for _, label in batch]
+        labels = [label for _, label in files[start : start + READ_AT_ONCE]]
+        images = list(islice(contents, len(labels)))
         yield images, np.array(labels, np.int64)
 
 
-def _content(file: Path) -> bytes:
+def _content(file: Place) -> bytes:
     try:
-        return file.read_bytes()
+        with open_input(file) as stream:
+            return stream.read()
     except OSError as error:
-        raise UserError(f"image {str(file)!r} cannot be read: {error.strerror}") from None
+        raise UserError(f"image {str(file)!r} cannot be read: {error.strerror or error}") from None

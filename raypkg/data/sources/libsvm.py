@@ -11,6 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from raypkg.core.errors import UserError
+from raypkg.data.files import Place, open_input, place_of
 from raypkg.data.memory import check_samples
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
@@ -19,7 +20,8 @@ from raypkg.data.store.rows import class_numbers, reading, row_files, split_rows
 
 from . import dataset
 
-SUFFIXES = (".libsvm", ".svm", ".txt", ".bz2", ".gz")
+PACKED = {".bz2": "bz2", ".gz": "gzip"}
+SUFFIXES = (".libsvm", ".svm", ".txt", *PACKED)
 ENTRY = np.dtype([("column", "<i4"), ("value", "<f4")])  # of a stored row; columns count from 0
 MOST_COLUMNS = 2**31  # that an entry can name
 DENSE = np.dtype(np.float32)
@@ -54,7 +56,7 @@ def load(
     """
     files = row_files(root, SUFFIXES)
     key = fingerprint(files.values(), columns=columns, test=test)
-    target = store_path(cache, Path(root).resolve().name.partition(".")[0], key, split)
+    target = store_path(cache, place_of(root).resolve().name.partition(".")[0], key, split)
 
     def build(unfinished: Path) -> None:
         # Both files decide on the width, so both are read whichever split is built.
@@ -70,7 +72,7 @@ def load(
         header = Header("encoded", (columns or width,), classes)
         write(unfinished, header, table.blocks(rows, classes))
 
-    store = cached(target, build)
+    store = cached(target, build, set(files.values()))
     width = store.header.shape[0]
     _check_width(root, width)
     rows = store.as_split(partial(_dense, store))
@@ -103,7 +105,7 @@ class SparseTable:
             yield Block([self.rows[i].tobytes() for i in chunk], y[chunk], unused)
 
 
-def read(file: Path) -> SparseTable:
+def read(file: Place) -> SparseTable:
     """Return the rows of a file.
 
     Raises:
@@ -111,7 +113,7 @@ def read(file: Path) -> SparseTable:
     """
     labels = []
     rows = []
-    with reading(file), pa.input_stream(str(file), compression="detect") as stream:
+    with reading(file), pa.input_stream(open_input(file), compression=PACKED.get(file.suffix)) as stream:
         for number, line in enumerate(_lines(stream), 1):
             text = line.partition("#")[0]
             words = text.split()

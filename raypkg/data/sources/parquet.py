@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raypkg.core.errors import UserError, unknown
+from raypkg.data.files import Place, open_input, place_of
 from raypkg.data.split import Split
 from raypkg.data.store.cache import fingerprint, store_path
+from raypkg.data.store.fetching import READERS, fetched
 from raypkg.data.store.hub import LABELS, PREFIXES, class_names, split_files
 from raypkg.data.store.images import Examples, ImageSource, Side
 from raypkg.data.store.rows import check_distinct, reading
@@ -21,6 +24,7 @@ from . import dataset
 
 IMAGES = ("image", "img")
 READ_AT_ONCE = 256
+READ_AHEAD = 256 << 20  # bytes of row groups that are fetched at once
 
 
 @dataset("parquet")
@@ -40,7 +44,8 @@ def load(
     Raises:
         UserError: missing, unreadable or wrong files, columns, labels or images; several sizes while ``size`` is 0.
     """
-    files = {name: split_files(Path(root), name, "parquet", [".parquet"]) for name in PREFIXES}
+    place = place_of(root)
+    files = {name: split_files(place, name, "parquet", [".parquet"]) for name in PREFIXES}
     key = fingerprint(files["train"] + files["test"], label=label, size=size)
 
     def examples(name: str) -> Examples:
@@ -49,25 +54,25 @@ def load(
         table.check_names(train)
         return Examples(len(table), train.classes, table.batches, table.name)
 
-    path = partial(store_path, cache, Path(root).resolve().stem, key)
-    return ImageSource(path, examples, size).split(split)
+    path = partial(store_path, cache, place.resolve().stem, key)
+    return ImageSource(path, examples, size, files).split(split)
 
 
 @dataclass(frozen=True)
 class ImageTable:
     """The files of one split, read as one table of images and labels."""
 
-    files: list[Path]
+    files: list[Place]
     chosen_label: str
 
     @cached_property
     def _metadata(self) -> list[pq.FileMetaData]:
-        return [_metadata(file) for file in self.files]
+        return list(fetched(_metadata, self.files))
 
     @cached_property
     def _schema(self) -> pa.Schema:
         """The schema of the first file, which the others must share."""
-        schemas = [_schema(file) for file in self.files]
+        schemas = [_schema(file, metadata) for file, metadata in zip(self.files, self._metadata, strict=True)]
         first = schemas[0]
         check_distinct(first.names, self.files[0])
         differing = [file for file, schema in zip(self.files, schemas, strict=True) if not schema.equals(first)]
@@ -125,7 +130,7 @@ class ImageTable:
         numbers: set[int] = set()
         for file in self.files:
             with reading(file):
-                labels = pq.ParquetFile(file).read([self._label])[self._label]
+                labels = pq.ParquetFile(open_input(file)).read([self._label])[self._label]
             numbers.update(pc.unique(labels).drop_null().to_pylist())
         return numbers
 
@@ -154,9 +159,20 @@ class ImageTable:
             start += len(batch)
 
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
-        for file in self.files:
-            with reading(file):
-                yield from pq.ParquetFile(file).iter_batches(READ_AT_ONCE, columns=[self._image, self._label])
+        groups = [
+            RowGroup(file, metadata, number)
+            for file, metadata in zip(self.files, self._metadata, strict=True)
+            for number in range(metadata.num_row_groups)
+        ]
+        columns = [self._image, self._label]
+        largest = max((group.size for group in groups), default=1)
+        at_once = READ_AHEAD // max(1, largest)
+        if at_once:
+            for batches in fetched(lambda group: list(group.batches(columns)), groups, min(at_once, READERS)):
+                yield from batches
+        else:  # a group is too much to be held
+            for group in groups:
+                yield from group.batches(columns)
 
     def _refuse_nulls(self, column: pa.Array, what: str, start: int) -> None:
         if column.null_count:
@@ -164,14 +180,34 @@ class ImageTable:
             raise UserError(f"{self.name(start + first)} has no {what}")
 
 
-def _metadata(file: Path) -> pq.FileMetaData:
-    with reading(file):
-        return pq.read_metadata(file)
+class RowGroup(NamedTuple):
+    """What is read of a parquet file at once."""
+
+    file: Place
+    metadata: pq.FileMetaData
+    number: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of all columns, unpacked."""
+        size: int = self.metadata.row_group(self.number).total_byte_size
+        return size
+
+    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of the group, a bounded number at a time."""
+        with reading(self.file):
+            file = pq.ParquetFile(open_input(self.file), metadata=self.metadata)
+            yield from file.iter_batches(READ_AT_ONCE, [self.number], columns)
 
 
-def _schema(file: Path) -> pa.Schema:
+def _metadata(file: Place) -> pq.FileMetaData:
     with reading(file):
-        return pq.read_schema(file)
+        return pq.read_metadata(open_input(file))
+
+
+def _schema(file: Place, metadata: pq.FileMetaData) -> pa.Schema:
+    with reading(file):
+        return metadata.schema.to_arrow_schema()
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from raypkg.core.errors import UserError, unknown
+from raypkg.data.files import Place, open_input, place_of
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, write
 from raypkg.data.store.cache import cached, fingerprint, store_path
@@ -51,7 +53,7 @@ def load(
     """
     files = row_files(root, SUFFIXES)
     key = fingerprint(files.values(), label=label, id=id, test=test)
-    target = store_path(cache, Path(root).resolve().stem, key, split)
+    target = store_path(cache, place_of(root).resolve().stem, key, split)
 
     def build(unfinished: Path) -> None:
         train = RowTable(files["train"], label, id)
@@ -62,7 +64,7 @@ def load(
         header = Header("rows", (len(train.columns),), train.classes, columns=train.columns, has_ids=table.has_ids)
         write(unfinished, header, table.blocks(rows, train.classes))
 
-    return cached(target, build).as_split()
+    return cached(target, build, set(files.values())).as_split()
 
 
 class RowTable:
@@ -78,7 +80,7 @@ class RowTable:
             of classes, ids that are no integers, or a column that is no number.
     """
 
-    def __init__(self, file: Path, label: str, id: str = ""):
+    def __init__(self, file: Place, label: str, id: str = ""):
         self.file = file
         self.label = label
         self._vectors = VectorColumns(file) if file.suffix == ".parquet" else None
@@ -216,14 +218,14 @@ class RowTable:
         return f"row {row}" if self.file.suffix == ".parquet" else f"line {_line(self.file, row)}"
 
 
-def _read(file: Path, vectors: VectorColumns | None) -> pa.Table:
+def _read(file: Place, vectors: VectorColumns | None) -> pa.Table:
     """Return a file's table, without its columns of vectors."""
     with reading(file):
         if vectors:
-            table = pq.ParquetFile(file).read(vectors.others)
+            table = pq.ParquetFile(open_input(file)).read(vectors.others)
             table.validate(full=True)  # texts are UTF-8
         else:
-            table = pcsv.read_csv(file, convert_options=CONVERT)
+            table = pcsv.read_csv(open_input(file), convert_options=CONVERT)
         check_distinct(table.column_names, file)
         return table.cast(pa.schema(map(_plain, table.schema)))
 
@@ -233,9 +235,9 @@ def _plain(column: pa.Field) -> pa.Field:
     return column.with_type(pa.string()) if pa.types.is_string_view(column.type) else column
 
 
-def _line(file: Path, row: int) -> int:
+def _line(file: Place, row: int) -> int:
     """Return the line, from 1, on which a row of a CSV file stands; Arrow skips empty lines."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with TextIOWrapper(open_input(file), encoding="utf-8", errors="replace") as lines:
         filled = [number for number, line in enumerate(lines, 1) if line != "\n"]
     _header, *numbers = filled
     return numbers[row]

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from raypkg.core.errors import UserError
+from raypkg.data.files import Place, place_of
 from raypkg.data.kinds import PADDING
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
@@ -59,7 +60,8 @@ def load(
     Raises:
         UserError: missing, unreadable or wrong files, columns or labels; empty texts; a tokenizer that cannot be read.
     """
-    files = _files(Path(root))
+    place = place_of(root)
+    files = _files(place)
     own = files_of(tokenizer)
     options = {
         "tokenizer": tokenizer,
@@ -70,8 +72,9 @@ def load(
         "test": test,
         "unlabelled": unlabelled,
     }
-    key = fingerprint([*files["train"], *files["test"], *own], **options)
-    target = store_path(cache, Path(root).resolve().stem, key, split)
+    read = [*files["train"], *files["test"], *own]
+    key = fingerprint(read, **options)
+    target = store_path(cache, place.resolve().stem, key, split)
 
     def build(unfinished: Path) -> None:
         tables = {name: TextTable(files[name], columns, label, unlabelled) for name in PREFIXES}
@@ -98,12 +101,12 @@ def load(
                 "%s: %d of %d %s texts are cut at %d tokens (option length)", root, cut, len(rows), split, length
             )
 
-    store = cached(target, build)
+    store = cached(target, build, read)
     texts = store.as_split(partial(_gathered, store))
     return replace(texts, mean=(), std=())
 
 
-def _files(root: Path) -> dict[str, list[Path]]:
+def _files(root: Place) -> dict[str, list[Place]]:
     """Return the files of each split; a single file is that of both."""
     if root.is_file():
         if root.suffix not in SUFFIXES:
@@ -112,7 +115,7 @@ def _files(root: Path) -> dict[str, list[Path]]:
     return {split: split_files(root, split, "text", SUFFIXES) for split in PREFIXES}
 
 
-def _rows(files: dict[str, list[Path]], split: str, table: TextTable, test: float) -> np.ndarray:
+def _rows(files: dict[str, list[Place]], split: str, table: TextTable, test: float) -> np.ndarray:
     if not len(table):
         raise UserError(f"{str(table.files[0])!r} holds no samples")
     first = {name: each[0] for name, each in files.items()}

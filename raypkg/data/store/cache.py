@@ -3,7 +3,8 @@
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -11,17 +12,24 @@ from pathlib import Path
 import pyarrow as pa
 
 from raypkg.core.errors import UserError
+from raypkg.data.files import Place, identity_of, relisted
 
 from .arrow import FORMAT, Store
 
 log = logging.getLogger(__name__)
+TOLD = 1 << 30  # bytes from which on an import is told of
 
 
-def cached(path: Path, build: Callable[[Path], None]) -> Store:
+def cached(path: Path, build: Callable[[Path], None], files: Collection[Place] = ()) -> Store:
     """Open the store at ``path``; if it is missing or damaged, one process builds it and the others wait.
 
+    Args:
+        path: of the store.
+        build: writes it to the path that it is given.
+        files: that it reads, which must be the same afterwards.
+
     Raises:
-        UserError: the cache cannot be written (the disk is full, …) or its source cannot be read.
+        UserError: the cache cannot be written (the disk is full, …); its source cannot be read or has changed.
     """
     store = _opened(path)  # without the lock: a finished cache may lie on a read-only disk
     if store:
@@ -29,7 +37,7 @@ def cached(path: Path, build: Callable[[Path], None]) -> Store:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            return _opened(path, report=True) or _built(path, build)
+            return _opened(path, report=True) or _built(path, build, files)
     except OSError as error:
         raise UserError(f"cannot build the data cache {str(path)!r}: {error}") from error
 
@@ -49,16 +57,11 @@ def store_path(cache: Path | None, name: str, key: str, split: str) -> Path:
     return cache_folder(cache) / f"{name}-{split}-{key}.arrow"
 
 
-def fingerprint(files: Iterable[Path], **options: object) -> str:
+def fingerprint(files: Iterable[Place], **options: object) -> str:
     """Return a short name of the source: files with their sizes and times, options and the store's format."""
-    states = [_state(file) for file in files]
+    states = [tuple(identity_of(file)) for file in files]
     identity = repr((FORMAT, states, sorted(options.items())))
     return blake2b(identity.encode(), digest_size=8).hexdigest()
-
-
-def _state(file: Path) -> tuple[str, int, int]:
-    stat = file.stat()
-    return str(file.resolve()), stat.st_size, stat.st_mtime_ns
 
 
 def _opened(path: Path, report: bool = False) -> Store | None:
@@ -72,10 +75,30 @@ def _opened(path: Path, report: bool = False) -> Store | None:
         return None
 
 
-def _built(path: Path, build: Callable[[Path], None]) -> Store:
+def check_room(path: Path, size: int) -> None:
+    """Refuse to write more bytes than the disk of a store has room for; tell of an import that takes long.
+
+    Raises:
+        UserError: the disk is too small.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise UserError(
+            f"the data cache {str(path.parent)!r} has {free / 1e9:.1f} GB of room, this data set takes"
+            f" {size / 1e9:.1f} GB: name a folder on a larger disk in EFFRAY_CACHE"
+        )
+    if size >= TOLD:
+        log.warning("importing %.1f GB into %s, once for this machine", size / 1e9, path.parent)
+
+
+def _built(path: Path, build: Callable[[Path], None], files: Collection[Place]) -> Store:
     unfinished = path.with_suffix(".tmp")  # one name is enough: the lock is held
+    before = [identity_of(file) for file in files]
     try:
         build(unfinished)
+        for file, state in zip(relisted(files), before, strict=True):
+            if identity_of(file) != state:
+                raise UserError(f"{str(file)!r} changed while it was imported: run the command again")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

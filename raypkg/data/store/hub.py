@@ -1,13 +1,13 @@
 """The layout in which data sets are published on the hub: names of files, and class names in a schema's metadata."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from raypkg.core.errors import UserError
+from raypkg.data.files import Place, files_below
 from raypkg.data.split import repeated
 
 LABELS = ("label", "fine_label", "labels", "coarse_label")
@@ -32,7 +32,7 @@ class HubMetadata(BaseModel):
     info: Info = Info()
 
 
-def split_files(root: Path, split: str, kind: str, suffixes: Sequence[str]) -> list[Path]:
+def split_files(root: Place, split: str, kind: str, suffixes: Sequence[str]) -> list[Place]:
     """List the files of a split, known by the prefix of their name.
 
     Args:
@@ -46,7 +46,7 @@ def split_files(root: Path, split: str, kind: str, suffixes: Sequence[str]) -> l
     """
     if not root.exists():
         raise UserError(f"{kind} path {str(root)!r} does not exist")
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.suffix in suffixes)
+    files = [root] if root.is_file() else [path for path in files_below(root) if path.suffix in suffixes]
     for prefix in PREFIXES[split]:
         named = [file for file in files if file.name.startswith(prefix)]
         if named:
@@ -56,7 +56,7 @@ def split_files(root: Path, split: str, kind: str, suffixes: Sequence[str]) -> l
     raise UserError(f"{str(root)!r} has no {split} split: no file named {'* or '.join(PREFIXES[split])}*, found {some}")
 
 
-def class_names(schema: pa.Schema, label: str, file: Path) -> tuple[str, ...]:
+def class_names(schema: pa.Schema, label: str, file: Place) -> tuple[str, ...]:
     """Return what the hub's metadata, if there is any, calls the values of the label column."""
     metadata = schema.metadata or {}
     where = f"the schema metadata 'huggingface' of {str(file)!r}"

@@ -5,7 +5,7 @@ and decoded on every read.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,12 @@ from pydantic import Field
 
 from raypkg.core.errors import UserError
 from raypkg.data.augment import default_augment
+from raypkg.data.files import Place, identity_of
 from raypkg.data.memory import check_samples
 from raypkg.data.split import Split, check_labels
 
 from .arrow import Block, Header, Store, write
-from .cache import cached
+from .cache import cached, check_room
 from .decode import ImageHeader, Name, Shape, decode_all, read_header
 
 DECODED_BYTES = (2 << 30) - 1  # the most that Arrow allows one sample as well
@@ -48,15 +49,17 @@ class ImageSource:
         path: the store of each split, "train" or "test".
         examples: the images of each split; called only when its store is built.
         size: side of the images, resized on their shorter side and centre cropped; 0 keeps their own single size.
+        files: of each split.
     """
 
     path: Callable[[str], Path]
     examples: Callable[[str], Examples]
     size: int
+    files: Mapping[str, Sequence[Place]]
 
     def split(self, name: str) -> Split:
         """Return a split over its store, which is built if it is missing."""
-        store = cached(self.path(name), partial(self._build, name))
+        store = cached(self.path(name), partial(self._build, name), self.files[name])
         take = _Decoded(store) if store.header.kind == "encoded" else None
         return store.as_split(take)
 
@@ -76,6 +79,8 @@ class ImageSource:
             shape = train.shape
             classes = train.classes
         header = Header(_kind(examples.length, shape), shape, classes, default_augment(shape))
+        encoded = sum(identity_of(file).size for file in self.files[name])
+        check_room(target, encoded if header.kind == "encoded" else examples.length * pixels)
         write(target, header, _blocks(examples, header))
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,18 +9,19 @@ import torch
 
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.seeds import generator
+from raypkg.data.files import Place, place_of
 from raypkg.data.split import repeated
 
 SPLITS = ("train", "test")
 
 
-def row_files(root: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def row_files(root: str, suffixes: tuple[str, ...]) -> dict[str, Place]:
     """Return the file of each split; a single file is that of both.
 
     Raises:
         UserError: no file with one of the suffixes, or several for a split.
     """
-    path = Path(root)
+    path = place_of(root)
     if path.is_dir():
         files = {split: _only(path, split, suffixes) for split in SPLITS}
     else:
@@ -33,7 +33,9 @@ def row_files(root: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return files
 
 
-def split_rows(files: Mapping[str, Path], split: str, n: int, test: float, ids: np.ndarray | None = None) -> np.ndarray:
+def split_rows(
+    files: Mapping[str, Place], split: str, n: int, test: float, ids: np.ndarray | None = None
+) -> np.ndarray:
     """Return which of the n rows of its file make a split, int64 ascending.
 
     All of them where each split has its own file. Of a single file, the share ``test`` is the test split: a draw that
@@ -57,7 +59,7 @@ def split_rows(files: Mapping[str, Path], split: str, n: int, test: float, ids: 
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[None]:
+def reading(file: Place) -> Iterator[None]:
     """Say of a file what Arrow finds wrong with it.
 
     Raises:
@@ -69,7 +71,7 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"table {str(file)!r} cannot be read: {error}") from None
 
 
-def check_distinct(columns: Sequence[str], file: Path) -> None:
+def check_distinct(columns: Sequence[str], file: Place) -> None:
     """Refuse columns of one name: nobody could say which is meant."""
     if (twice := repeated(columns)) is not None:
         raise UserError(f"table {str(file)!r} has two columns {twice!r} among {', '.join(columns)}")
@@ -88,7 +90,7 @@ def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     return np.array([number[label] for label in labels], np.int64)
 
 
-def _only(folder: Path, split: str, suffixes: tuple[str, ...]) -> Path:
+def _only(folder: Place, split: str, suffixes: tuple[str, ...]) -> Place:
     names = [f"{split}{suffix}" for suffix in suffixes]
     files = [folder / name for name in names if (folder / name).is_file()]
     if len(files) != 1:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pyarrow.json as pjson
 import pyarrow.parquet as pq
 
 from raypkg.core.errors import UserError, unknown
+from raypkg.data.files import Place, open_input
 from raypkg.data.split import check_labels
 from raypkg.data.tokenizer import Text
 
@@ -43,7 +43,7 @@ class TextTable:
         unlabelled: whether rows without a label are left out.
     """
 
-    files: list[Path]
+    files: list[Place]
     chosen_columns: tuple[str, ...]
     chosen_label: str
     unlabelled: bool
@@ -175,30 +175,31 @@ class TextTable:
         return f"sample {row}{kept} (from 0) of {self._name!r}{several}"
 
 
-def _read(file: Path, label: str) -> pa.Table:
+def _read(file: Place, label: str) -> pa.Table:
     with reading(file):
         match file.suffix:
             case ".parquet":
-                table = pq.ParquetFile(file).read()
+                table = pq.ParquetFile(open_input(file)).read()
                 table.validate(full=True)  # texts are UTF-8
             case ".csv" | ".tsv":
                 table = _read_lines(file, label)
             case _:
-                table = pjson.read_json(file)
+                table = pjson.read_json(open_input(file))
         check_distinct(table.column_names, file)
         return table.cast(pa.schema([_plain(field) for field in table.schema], metadata=table.schema.metadata))
 
 
-def _read_lines(file: Path, label: str) -> pa.Table:
+def _read_lines(file: Place, label: str) -> pa.Table:
     delimiter = "\t" if file.suffix == ".tsv" else ","
     parsing = pcsv.ParseOptions(delimiter=delimiter, quote_char=False if delimiter == "\t" else '"')
     if delimiter == ",":
         parsing.newlines_in_values = True
-    names = pcsv.open_csv(file, parse_options=parsing).schema.names
+    names = pcsv.open_csv(open_input(file), parse_options=parsing).schema.names
     # A text such as "NA" or "12" is one: only the columns that may hold labels are read by their values.
     labels = {label} if label else set(LABELS)
     texts = {name: pa.large_string() for name in names if name not in labels}
-    return pcsv.read_csv(file, parse_options=parsing, convert_options=pcsv.ConvertOptions(column_types=texts))
+    convert = pcsv.ConvertOptions(column_types=texts)
+    return pcsv.read_csv(open_input(file), parse_options=parsing, convert_options=convert)
 
 
 def _plain(column: pa.Field) -> pa.Field:

@@ -6,7 +6,6 @@ classes are, in their order: where it does, nobody need name them.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypkg.core.errors import UserError
+from raypkg.data.files import Place, open_input
 
 from .rows import check_distinct, reading
 
@@ -77,10 +77,10 @@ class VectorColumns:
         UserError: unreadable, columns of one name, or vectors of something else than floats.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Place):
         self._place = file
         with reading(file):
-            self._file = pq.ParquetFile(file)
+            self._file = pq.ParquetFile(open_input(file))
             schema = self._file.schema_arrow
             groups = range(self._file.num_row_groups)
             sizes = [self._file.metadata.row_group(group).num_rows for group in groups]

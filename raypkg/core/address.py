@@ -100,9 +100,9 @@ def opened(base: str) -> tuple[fs.FileSystem, str]:
     try:
         system, path = fs.FileSystem.from_uri(base)
     except (pa.ArrowException, UnicodeEncodeError, OSError) as error:
-        raise UserError(f"cannot use {base!r} as a folder for runs: {error}") from None
+        raise UserError(f"cannot use {base!r} as a folder: {error}") from None
     if not path:
-        raise UserError(f"cannot use {base!r} as a folder for runs: it names neither bucket nor folder")
+        raise UserError(f"cannot use {base!r} as a folder: it names neither bucket nor folder")
     if system.type_name == "s3":
         system = _impatient(system)
     return system, path.rstrip("/")

@@ -1,0 +1,171 @@
+"""Data sources behind a URI: an object store's files are read as those of a folder are."""
+
+import http.server
+import shutil
+import threading
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pyarrow import fs
+
+import samples
+from contracts.test_datasets import PREPARE
+from raypkg.core.address import opened
+from raypkg.core.errors import UserError
+from raypkg.data import load_data
+from raypkg.data.files import files_below, place_of
+from raypkg.data.store.cache import cached
+
+WITH_FILES = ("table", "libsvm", "text", "parquet", "folder")
+
+
+def upload(folder, uri):
+    """Copy a folder into the bucket."""
+    system, path = opened(uri)
+    fs.copy_files(str(folder), path, destination_filesystem=system)
+
+
+def same(a, b):
+    everything = torch.arange(len(a))
+    assert (a.classes, a.shape, a.mean, a.std, a.columns) == (b.classes, b.shape, b.mean, b.std, b.columns)
+    for ours, theirs in zip(a.batch(everything), b.batch(everything), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("source", WITH_FILES)
+def test_a_source_in_a_bucket_is_the_local_one(source, bucket, tmp_path, monkeypatch):
+    folder = tmp_path / "local"
+    name = PREPARE[source](folder, monkeypatch)
+    local = load_data(name, cache=tmp_path / "cache")
+    upload(folder, bucket("data"))
+    remote = load_data(f"{source}:{bucket('data')}", cache=tmp_path / "cache")
+    same(local.train, remote.train)
+    same(local.test, remote.test)
+
+
+def test_a_single_file_in_a_bucket(bucket, tmp_path):
+    folder = tmp_path / "local"
+    folder.mkdir()
+    table = pa.table({"x": torch.randn(20).numpy(), "label": [0, 1] * 10})
+    pq.write_table(table, folder / "rows.parquet")
+    upload(folder, bucket("data"))
+    local = load_data(f"table:{folder}/rows.parquet", cache=tmp_path / "cache")
+    remote = load_data(f"table:{bucket('data/rows.parquet')}", cache=tmp_path / "cache")
+    same(local.train, remote.train)
+    same(local.test, remote.test)
+
+
+def test_a_file_uri_is_a_path(tmp_path, monkeypatch):
+    name = PREPARE["parquet"](tmp_path / "local", monkeypatch)
+    local = load_data(name, cache=tmp_path / "cache")
+    same(local.train, load_data(f"parquet:file://{tmp_path}/local", cache=tmp_path / "cache").train)
+
+
+def test_an_object_that_changed_is_imported_again(bucket, tmp_path, monkeypatch):
+    folder = tmp_path / "local"
+    PREPARE["parquet"](folder, monkeypatch)
+    upload(folder, bucket("data"))
+    name = f"parquet:{bucket('data')}"
+    before = load_data(name, cache=tmp_path / "cache").train
+    images = [samples.encode(image) for image in samples.pixels(6)]
+    samples.write_parquet(folder / "train-0.parquet", images, [0, 1, 2, 0, 1, 2])
+    upload(folder, bucket("data"))
+    assert (len(before), len(load_data(name, cache=tmp_path / "cache").train)) == (12, 6)
+
+
+def test_names_below_a_uri(bucket, tmp_path):
+    for name in ("train/cat/1.png", "train/cat/more/2.png", "train/dog/3.png", "test.csv"):
+        path = tmp_path / "local" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    upload(tmp_path / "local", bucket("data"))
+    place = place_of(bucket("data"))
+    assert [each.name for each in place.iterdir()] == ["test.csv", "train"]
+    train = place / "train"
+    assert (train.is_dir(), train.is_file(), (place / "nothing").exists()) == (True, False, False)
+    assert [each.name for each in files_below(train)] == ["1.png", "2.png", "3.png"]
+    (first, *_) = files_below(train)
+    assert (first.stem, first.suffix) == ("1", ".png")
+    assert first.open_input().read() == b"train/cat/1.png"
+    assert str(place_of(str(first))) == str(first)
+
+
+@pytest.mark.parametrize("source", WITH_FILES)
+def test_nothing_there_is_one_line(source, bucket, tmp_path):
+    if source == "text":
+        pytest.importorskip("tokenizers")
+    with pytest.raises(UserError) as told:
+        load_data(f"{source}:{bucket('nothing/here')}", cache=tmp_path)
+    assert "nothing/here" in str(told.value)
+    assert "\n" not in str(told.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_bucket_is_told(bucket, tmp_path):
+    uri = bucket("data").replace("//bucket", "//nobodys")
+    with pytest.raises(UserError, match=r"cannot be listed.*NO_SUCH_BUCKET"):
+        load_data(f"parquet:{uri}", cache=tmp_path)
+
+
+@pytest.fixture
+def refusing():
+    """The URI of a server that denies every request."""
+
+    class Refusal(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *words):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"s3://bucket/data?endpoint_override=http://127.0.0.1:{server.server_port}&scheme=http"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_denied_bucket_is_told(refusing, port, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be listed.*ACCESS_DENIED"):
+        load_data(f"parquet:{refusing}", cache=tmp_path)
+
+
+def test_a_key_in_a_uri_is_not_shown(refusing, port, tmp_path):
+    secret = refusing.replace("//bucket", "//KEY:SECRET@bucket")
+    with pytest.raises(UserError) as told:
+        load_data(f"parquet:{secret}", cache=tmp_path)
+    assert "SECRET" not in str(told.value)
+
+
+@pytest.mark.parametrize("where", ["bucket", "folder"])
+def test_a_file_that_changes_while_it_is_imported_is_told(where, bucket, tmp_path, monkeypatch):
+    folder = tmp_path / "local"
+    PREPARE["parquet"](folder, monkeypatch)
+    upload(folder, bucket("data"))
+    place = place_of(bucket("data") if where == "bucket" else str(folder))
+
+    def build(path):
+        changed = folder / "train-0.parquet"
+        samples.write_parquet(changed, [samples.encode(image) for image in samples.pixels(6)], [0, 1, 2, 0, 1, 2])
+        upload(folder, bucket("data"))
+        path.write_bytes(b"what was there before, and what came after")
+
+    store = tmp_path / "cache" / "set-train.arrow"
+    with pytest.raises(UserError, match=r"-0\.parquet.* changed while it was imported"):
+        cached(store, build, files_below(place))
+    assert not store.exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
+    name = PREPARE["folder"](tmp_path / "local", monkeypatch)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(UserError, match=r"has 0\.0 GB of room, this data set takes .* name a folder on a larger disk"):
+        load_data(name, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.arrow"))
