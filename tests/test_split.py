@@ -1,9 +1,15 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
 from raypkg.core.errors import UserError
+from raypkg.data import Data
 from raypkg.data.split import Split
+from raypkg.data.store.arrow import Block, Header, write
+from raypkg.data.store.cache import cached
+from raypkg.engine.shards import Shard
 
 IMAGES = torch.arange(2 * 3 * 2 * 2, dtype=torch.uint8).view(2, 3, 2, 2)
 ROWS = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
@@ -99,3 +105,21 @@ def test_arrays_give_what_tensors_give(x):
         expected.std,
         expected.classes,
     )
+
+
+def test_a_portable_shard_needs_no_file(tmp_path):
+    x = torch.arange(12.0).view(6, 2)
+    header = Header("rows", (2,), ("a", "b"))
+
+    def build(path):
+        write(path, header, [Block(x.numpy(), np.arange(6) % 2, sample=x.numpy())])
+
+    split = cached(tmp_path / "rows.arrow", build).as_split()
+    shard = Shard(Data(split, split), torch.tensor([4, 1]), torch.tensor([3]))
+    sent = pickle.dumps(shard.portable())
+    (tmp_path / "rows.arrow").unlink()
+    arrived = pickle.loads(sent)
+    for indices in (arrived.indices, arrived.valid, torch.tensor([3, 4, 1, 4])):
+        assert torch.equal(arrived.data.train.batch(indices)[0], x[indices])
+    with pytest.raises(FileNotFoundError):
+        pickle.loads(pickle.dumps(shard))

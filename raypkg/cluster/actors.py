@@ -24,7 +24,7 @@ class RayShards:
     """One actor per shard; a killed actor is restarted and repeats its call, with the shard that the driver keeps.
 
     Args:
-        shards: what the actors hold: paths and indices, from which the data is mapped on first use.
+        shards: what the actors hold: names and indices, from which the data is mapped on first use, or values.
         size: what an actor asks Ray for.
         max_failures: how often an actor may die.
     """
@@ -40,7 +40,7 @@ class RayShards:
             scheduling_strategy="DEFAULT",  # a trial of Ray Tune would keep them in its own resources
         )
         # Not a constructor argument: a restarted actor may find those gone from the object store.
-        self._shards = [ray.put(shard) for shard in shards]
+        self._shards = [ray.put(shard.portable()) for shard in shards]
         self._actors = [actor.remote(size.cpus) for _ in shards]
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:

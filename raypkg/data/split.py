@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -121,6 +121,28 @@ class Split:
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"indices {rows.min()} … {rows.max()} do not lie in [0, {len(self)})")
         return rows.astype(np.int64)  # a copy: the caller's array may be read-only, which torch does not accept
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Gathers those samples whose values are in memory."""
+
+    indices: np.ndarray  # int64 [m], ascending
+    values: np.ndarray  # [m, …]
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        return self.values[np.searchsorted(self.indices, indices)]
+
+
+def with_values(split: Split, indices: Tensor) -> Split:
+    """Return a split that has the values of some samples with it, and needs no file; it gives no others.
+
+    >>> split = with_values(Split.from_tensors(torch.eye(3), torch.arange(3)), torch.tensor([2, 0]))
+    >>> split.batch([2])[0].tolist()
+    [[0.0, 0.0, 1.0]]
+    """
+    held = indices.sort().values.numpy()
+    return replace(split, take=_Held(held, split.take(held)))
 
 
 def check_labels(y: np.ndarray, num_classes: int, name: Callable[[int], str]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from raypkg.core.settings import Dataset
 from raypkg.data import Data
 from raypkg.data.regimes import open_data
+from raypkg.data.split import with_values
 
 from .worker import Worker
 
@@ -41,6 +42,15 @@ class Shard:
         if isinstance(self.source, Dataset):
             return open_data(self.source)
         return self.source
+
+    def portable(self) -> "Shard":
+        """Return the shard as any machine can open it: with the values of an open data set, whose files are here."""
+        if isinstance(self.source, Dataset):
+            return self
+        train, test = self.source
+        own = torch.cat([self.indices, self.valid])
+        data = Data(with_values(train, own), with_values(test, torch.arange(0)))
+        return replace(self, source=data)
 
 
 Pending = Callable[[], list[Any]]  # waits for them

@@ -1,0 +1,177 @@
+"""Data and runs in an object store, nodes that share no folder: the same results as on one machine, after deaths too.
+
+Simulated nodes are processes of one machine, each with a cache folder of its own.
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pyarrow import fs
+from safetensors.numpy import load
+
+import samples
+from raypkg.cluster.session import prepare
+from raypkg.core.address import opened
+from raypkg.data import load_data
+from raypkg.runs.storage import Storage
+
+pytestmark = pytest.mark.slow
+PLAIN = "--model mlp --train.precision float32 --train.batch_size 64 --train.epochs 12"
+LIPT = f"lipt {PLAIN} --pretrain.models 4 --pretrain.epochs 3 --name run"
+CREST = f"crest {PLAIN} --budget 0.5 --crest.subset 0.1 --name run"
+TOLERANCE = 1e-4  # of weights: other workers add in another order
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """Digits as files of encoded images."""
+    folder = tmp_path / "digits"
+    data = load_data("digits")
+    for split, part in {"train": data.train, "test": data.test}.items():
+        x, y = part.batch(torch.arange(len(part)))
+        images = [samples.encode(image) for image in x.permute(0, 2, 3, 1).numpy()]
+        for number, chosen in enumerate(np.array_split(np.arange(len(y)), 3)):
+            file = folder / f"{split}-{number}.parquet"
+            samples.write_parquet(file, [images[i] for i in chosen], y[chosen].numpy(), classes=part.classes)
+    return folder
+
+
+@pytest.fixture
+def bucket_of_digits(digits, bucket):
+    """The same files in a bucket."""
+    system, path = opened(bucket("digits"))
+    fs.copy_files(str(digits), path, destination_filesystem=system)
+    return bucket("digits")
+
+
+@pytest.fixture
+def nodes(port, tmp_path):
+    """Two nodes of one CPU each, and a function that adds another: nodes know a cache folder of their own alone."""
+    prepare()
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()  # of other modules' cluster
+    caches = (tmp_path / f"node-{number}" for number in range(9))
+
+    def own():
+        return {"num_cpus": 1, "env_vars": {"EFFRAY_CACHE": str(next(caches))}}
+
+    cluster = Cluster(initialize_head=True, head_node_args={**own(), "include_dashboard": True})
+    cluster.add_node(**own())
+    cluster.wait_for_nodes()
+    yield cluster, lambda: cluster.add_node(**own())
+    cluster.shutdown()
+
+
+class Machine:
+    """Where commands are typed: a folder and a cache of its own.
+
+    Args:
+        folder: to work in.
+        address: of a Ray cluster; None = commands use none.
+    """
+
+    def __init__(self, folder, address=None):
+        folder.mkdir()
+        self.folder = folder
+        self.environment = {**os.environ, "EFFRAY_CACHE": str(folder / "cache")}
+        if address:
+            self.environment["RAY_ADDRESS"] = address
+        self.workers = "2" if address else "0"
+
+    def start(self, line):
+        words = [sys.executable, "-m", "raypkg", *line.split(), "--cluster.workers", self.workers]
+        return subprocess.Popen(
+            words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def run(self, line):
+        process = self.start(line)
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed
+
+
+def await_checkpoints(storage, count, process):
+    """Return once a run's training has left so many checkpoints, or has kept only a later one."""
+    while process.poll() is None:
+        names = storage.list("checkpoints/train")
+        if len(names) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(process.communicate()[0])
+
+
+def same(here, there):
+    """Compare model and coreset of two runs, wherever they lie."""
+    ours, theirs = (load(storage.read("model.safetensors")) for storage in (here, there))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=0, atol=TOLERANCE)
+    coresets = [storage.read("coreset.parquet") for storage in (here, there)]
+    tables = [None if content is None else pq.read_table(pa.BufferReader(content)) for content in coresets]
+    assert (tables[0] is None) == (tables[1] is None)
+    if tables[0] is not None:
+        assert tables[0].select(["index", "weight"]).equals(tables[1].select(["index", "weight"]))
+
+
+@pytest.mark.parametrize("line", [LIPT, CREST], ids=["lipt", "crest"])
+def test_a_run_in_a_bucket_survives_its_driver_and_a_node(line, digits, bucket_of_digits, nodes, bucket, tmp_path):
+    cluster, another = nodes
+    kind = line.split()[0]
+    at_home = Machine(tmp_path / "home")
+    at_home.run(f"{line} --dataset parquet:{digits} --root {tmp_path}/runs")
+
+    outside = Machine(tmp_path / "outside", cluster.address)
+    store = Storage(bucket("runs"))
+    run = store / kind / "run"
+    process = outside.start(f"{line} --dataset parquet:{bucket_of_digits} --root {store.root}")
+    await_checkpoints(run, 1, process)
+    process.kill()
+    process.communicate()
+
+    process = outside.start(f"{kind} --resume run --root {store.root}")
+    await_checkpoints(run, 1, process)
+    lost = next(node for node in cluster.worker_nodes)
+    cluster.remove_node(lost, allow_graceful=False)
+    another()
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    same(Storage(f"{tmp_path}/runs/{kind}/run"), run)
+
+
+def test_a_selection_on_two_nodes(digits, bucket_of_digits, nodes, bucket, tmp_path):
+    cluster, _ = nodes
+    at_home = Machine(tmp_path / "home")
+    here = Storage(str(tmp_path / "runs"))
+    outside = Machine(tmp_path / "outside", cluster.address)
+    there = Storage(bucket("runs"))
+    train = "train --name full --model mlp --train.epochs 2 --train.precision float32"
+    select = "select --name picks --model-from full --method craig --fraction 0.2"
+    for machine, data, root in ((at_home, digits, here.root), (outside, bucket_of_digits, there.root)):
+        machine.run(f"{train} --dataset parquet:{data} --root {root}")
+        machine.run(f"{select} --dataset parquet:{data} --root {root}")
+    picks = [pq.read_table(pa.BufferReader((root / "select/picks").read("coreset.parquet"))) for root in (here, there)]
+    assert set(picks[0]["index"].to_pylist()) == set(picks[1]["index"].to_pylist())
+    for number in (0, 1):  # each node has read the data for itself
+        assert list((tmp_path / f"node-{number}").glob("digits-train-*.arrow"))
+
+
+def test_deltagrad_on_two_nodes(digits, bucket_of_digits, nodes, tmp_path):
+    """Its record is mapped into memory, so the run is where the command is typed; data and actors are elsewhere."""
+    cluster, _ = nodes
+    at_home = Machine(tmp_path / "home")
+    outside = Machine(tmp_path / "outside", cluster.address)
+    for machine, data in ((at_home, digits), (outside, bucket_of_digits)):
+        machine.run(
+            f"deltagrad train --name people --dataset parquet:{data} --dataset.repeat 2 --train.epochs 20 --train.batch_size 2500"
+        )
+        machine.run("deltagrad delete people --ids 1,2,3,4,5")
+    same(*(Storage(f"{machine.folder}/runs/deltagrad/people") for machine in (at_home, outside)))
