@@ -169,9 +169,8 @@ def test_deltagrad_on_two_nodes(digits, bucket_of_digits, nodes, tmp_path):
     cluster, _ = nodes
     at_home = Machine(tmp_path / "home")
     outside = Machine(tmp_path / "outside", cluster.address)
+    train = "deltagrad train --name people --dataset.repeat 2 --train.epochs 20 --train.batch_size 2500"
     for machine, data in ((at_home, digits), (outside, bucket_of_digits)):
-        machine.run(
-            f"deltagrad train --name people --dataset parquet:{data} --dataset.repeat 2 --train.epochs 20 --train.batch_size 2500"
-        )
+        machine.run(f"{train} --dataset parquet:{data}")
         machine.run("deltagrad delete people --ids 1,2,3,4,5")
     same(*(Storage(f"{machine.folder}/runs/deltagrad/people") for machine in (at_home, outside)))

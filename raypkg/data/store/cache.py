@@ -75,7 +75,7 @@ def _opened(path: Path, report: bool = False) -> Store | None:
         return None
 
 
-def check_disk(path: Path, size: int) -> None:
+def check_fits(path: Path, size: int) -> None:
     """Refuse to write more bytes than the disk of a store has room for; tell of an import that takes long.
 
     Raises:

@@ -21,7 +21,7 @@ from raypkg.data.memory import check_samples
 from raypkg.data.split import Split, check_labels
 
 from .arrow import Block, Header, Store, write
-from .cache import cached, check_disk
+from .cache import cached, check_fits
 from .decode import ImageHeader, Name, Shape, decode_all, read_header
 
 DECODED_BYTES = (2 << 30) - 1  # the most that Arrow allows one sample as well
@@ -80,7 +80,7 @@ class ImageSource:
             classes = train.classes
         header = Header(_kind(examples.length, shape), shape, classes, default_augment(shape))
         encoded = sum(identity_of(file).size for file in self.files[name])
-        check_disk(target, encoded if header.kind == "encoded" else examples.length * pixels)
+        check_fits(target, encoded if header.kind == "encoded" else examples.length * pixels)
         write(target, header, _blocks(examples, header))
 
 
