@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from raypkg.core.address import folder_and_name
 from raypkg.core.errors import UserError
 from raypkg.core.settings import RunSettings
 from raypkg.coresets.record import Record
@@ -35,10 +36,10 @@ def origin(experiment: RunSettings) -> dict[str, Any]:
 def last_part(name: str) -> str:
     """Return a data set's name without the folder that it is in: data may be moved.
 
-    >>> last_part("parquet:/data/cifar10"), last_part("digits")
-    ('cifar10', 'digits')
+    >>> last_part("parquet:/data/cifar10"), last_part("table:s3://bucket/rows.csv?region=x"), last_part("digits")
+    ('cifar10', 'rows.csv', 'digits')
     """
-    return name.rpartition("/")[2]
+    return folder_and_name(name)[1]
 
 
 def save_coreset(

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raypkg.core.address import folder_and_name
 from raypkg.core.config import load_settings
 from raypkg.core.entry import Entry
 from raypkg.core.errors import Interruption, UserError, shown
@@ -169,10 +170,10 @@ def check_comparison(table: Table, settings: Experiment) -> None:
 def _short_name(dataset: str) -> str:
     """Return what a data set is called in names of folders.
 
-    >>> _short_name("parquet:/data/cifar10"), _short_name("my_code:load")
-    ('cifar10', 'load')
+    >>> _short_name("parquet:/data/cifar10"), _short_name("my_code:load"), _short_name("table:s3://bucket/x.csv?a=/b")
+    ('cifar10', 'load', 'x.csv')
     """
-    last = re.split(r"[:/]", dataset)[-1]
+    last = folder_and_name(dataset)[1].rpartition(":")[2]
     return re.sub(r"[^\w.+-]", "-", last).lstrip(".-") or "data"
 
 
