@@ -1,9 +1,11 @@
 """Data sources behind a URI: an object store's files are read as those of a folder are."""
 
+import http.client
 import http.server
 import shutil
 import threading
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -107,6 +109,74 @@ def test_a_missing_bucket_is_told(bucket, tmp_path):
     uri = bucket("data").replace("//bucket", "//nobodys")
     with pytest.raises(UserError, match=r"cannot be listed.*NO_SUCH_BUCKET"):
         load_data(f"parquet:{uri}", cache=tmp_path)
+
+
+class Between(http.server.BaseHTTPRequestHandler):
+    """Hands requests on to the store, counts the bytes of the answers, and fails every n-th request first."""
+
+    def do_GET(self):
+        server = self.server
+        server.requests += 1
+        if server.failing and server.requests % server.failing == 0:
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        store = http.client.HTTPConnection("127.0.0.1", server.store)
+        store.request(self.command, self.path, headers=dict(self.headers))
+        answer = store.getresponse()
+        body = answer.read()
+        server.bytes += len(body)
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("server", "date", "connection", "transfer-encoding"):
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+        store.close()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def between(port):
+    """A server between the client and the store."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Between)
+    server.store, server.requests, server.bytes, server.failing = port, 0, 0, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def through(server, uri, port):
+    return uri.replace(f":{port}", f":{server.server_port}")
+
+
+def test_a_request_that_fails_is_repeated(between, port, bucket, tmp_path, monkeypatch):
+    name = PREPARE["folder"](tmp_path / "local", monkeypatch)
+    upload(tmp_path / "local", bucket("data"))
+    between.failing = 5
+    remote = load_data(f"folder:{through(between, bucket('data'), port)}", cache=tmp_path / "cache")
+    assert between.requests > 2 * between.failing
+    same(load_data(name, cache=tmp_path / "cache").train, remote.train)
+
+
+def test_only_what_is_needed_is_fetched(between, port, bucket, tmp_path):
+    folder = tmp_path / "local"
+    folder.mkdir()
+    images = [samples.encode(image) for image in samples.pixels(60)]
+    ballast = pa.array([np.random.default_rng(i).bytes(100_000) for i in range(60)], pa.binary())
+    for split in ("train", "test"):
+        table = pa.table({"image": images, "label": [0, 1, 2] * 20, "ballast": ballast})
+        pq.write_table(table, folder / f"{split}.parquet", row_group_size=20)
+    upload(folder, bucket("data"))
+    load_data(f"parquet:{through(between, bucket('data'), port)}", cache=tmp_path / "cache")
+    stored = sum(file.stat().st_size for file in folder.iterdir())
+    assert between.bytes < stored / 10
 
 
 @pytest.fixture
