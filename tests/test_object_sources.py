@@ -156,6 +156,7 @@ def through(server, uri, port):
     return uri.replace(f":{port}", f":{server.server_port}")
 
 
+@pytest.mark.slow
 def test_a_request_that_fails_is_repeated(between, port, bucket, tmp_path, monkeypatch):
     name = PREPARE["folder"](tmp_path / "local", monkeypatch)
     upload(tmp_path / "local", bucket("data"))

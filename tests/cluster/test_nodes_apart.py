@@ -67,7 +67,7 @@ def nodes(port, tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args={**own(), "include_dashboard": True})
     cluster.add_node(**own())
     cluster.wait_for_nodes()
-    yield cluster, lambda: cluster.add_node(**own())
+    yield cluster, lambda **others: cluster.add_node(**{**own(), **others})
     cluster.shutdown()
 
 
@@ -145,6 +145,20 @@ def test_a_run_in_a_bucket_survives_its_driver_and_a_node(line, digits, bucket_o
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     same(Storage(f"{tmp_path}/runs/{kind}/run"), run)
+
+
+@pytest.mark.parametrize("line", [LIPT, CREST], ids=["lipt", "crest"])
+def test_a_node_that_cannot_import_is_told_in_one_line(line, bucket_of_digits, nodes, bucket, tmp_path):
+    cluster, another = nodes
+    cluster.remove_node(cluster.worker_nodes.copy().pop())
+    (tmp_path / "full").write_text("where no folder can be made")
+    another(env_vars={"EFFRAY_CACHE": str(tmp_path / "full" / "cache")})
+    outside = Machine(tmp_path / "outside", cluster.address)
+    process = outside.start(f"{line} --dataset parquet:{bucket_of_digits} --root {bucket('runs')}")
+    printed, _ = process.communicate()
+    assert process.returncode == 2, printed
+    told = [line for line in printed.splitlines() if "cannot build the data cache" in line]
+    assert len(told) == 1 and "Traceback" not in printed, printed
 
 
 def test_a_selection_on_two_nodes(digits, bucket_of_digits, nodes, bucket, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
+from platform import node
 
 import pyarrow as pa
 
@@ -39,7 +40,7 @@ def cached(path: Path, build: Callable[[Path], None], files: Collection[Place] =
         with _locked(path.with_suffix(".lock")):
             return _opened(path, report=True) or _built(path, build, files)
     except OSError as error:
-        raise UserError(f"cannot build the data cache {str(path)!r}: {error}") from error
+        raise UserError(f"cannot build the data cache {str(path)!r} on {node()}: {error}") from error
 
 
 def cache_folder(cache: Path | None = None) -> Path:
@@ -84,7 +85,7 @@ def check_fits(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise UserError(
-            f"the data cache {str(path.parent)!r} has {free / 1e9:.1f} GB of room, this data set takes"
+            f"the data cache {str(path.parent)!r} on {node()} has {free / 1e9:.1f} GB of room, this data set takes"
             f" {size / 1e9:.1f} GB: name a folder on a larger disk in EFFRAY_CACHE"
         )
     if size >= TOLD:
