@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import model
 from .classifier import Classifier
-from .layers import GROUPS, Norm, Shape, Width, conv, image_shape, kaiming, pooled
+from .layers import GROUPS, Shape, Width, conv, image_shape, kaiming, pooled
 
 HE = "arXiv:1512.03385"
 Connection = Callable[[int, int, int], nn.Module]  # (channels in, width, stride) → module
+Norm = Literal["batch", "group", "frozen"]
 EXPANSION = 4  # times its width come out of a bottleneck
 
 
@@ -119,23 +122,72 @@ def classifier(layers: list[nn.Module], out: int, num_classes: int, norm: Norm) 
     """Return layers of so many channels, pooled, with a head and He's initial weights."""
     features = pooled(layers)  # [b, out]
     kaiming(features)
-    if norm == "group":
-        group(features)
     head = nn.Linear(out, num_classes)
-    return Classifier(features, head)
+    if norm == "batch":
+        return Classifier(features, head)
+    if norm == "group":
+        replace_norms(features, group)
+        return Classifier(features, head)
+    replace_norms(features, FrozenNorm)
+    return Frozen(features, head)
 
 
-def group(module: nn.Module) -> None:
-    """Put group norm (arXiv:1803.08494) in the place of batch norm: a sample's output depends on no other sample.
+def replace_norms(module: nn.Module, norm: Callable[[int], nn.Module]) -> None:
+    """Put norms in which a sample's output depends on no other sample of its batch in the place of batch norm."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, norm(child.num_features))
+        else:
+            replace_norms(child, norm)
+
+
+def group(channels: int) -> nn.Module:
+    """Return group norm (arXiv:1803.08494).
 
     Differs from the paper: 8 groups instead of 32, as small networks have few channels.
     """
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            groups = math.gcd(GROUPS, child.num_features)  # groups are of one size
-            setattr(module, name, nn.GroupNorm(groups, child.num_features))
-        else:
-            group(child)
+    groups = math.gcd(GROUPS, channels)  # groups are of one size
+    return nn.GroupNorm(groups, channels)
+
+
+class FrozenNorm(nn.Module):
+    """γ (x − μ) / √(σ² + ε) + β for each channel, with the mean μ and the variance σ² of the first inputs, for good.
+
+    Batch norm (arXiv:1502.03167) with frozen statistics; until ``fitting`` was on, μ = 0 and σ² = 1.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+        self.fitting = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, C, H, W] to the same shape; while ``fitting``, take the statistics from x."""
+        if self.fitting:
+            variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+            self.mean.copy_(mean)
+            self.variance.copy_(variance)
+        return F.batch_norm(x, self.mean, self.variance, self.weight, self.bias)
+
+
+class Frozen(Classifier):
+    """A classifier whose norms have the statistics of training inputs at its first weights."""
+
+    @torch.no_grad()
+    def prepare(self, x: Tensor) -> None:
+        """Take the statistics of each norm from inputs [n, C, H, W], which earlier norms have normalised."""
+        norms = [module for module in self.modules() if isinstance(module, FrozenNorm)]
+        for norm in norms:
+            norm.fitting = True
+        self.features(x)
+        for norm in norms:
+            norm.fitting = False
 
 
 @model("resnet8", source=HE)

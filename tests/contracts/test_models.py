@@ -263,13 +263,25 @@ def test_options_reach_the_network():
         assert {layer.p for layer in build(name, dropout=0.3).modules() if isinstance(layer, nn.Dropout)} == {0.3}
 
 
+@pytest.mark.parametrize("norm", ["group", "frozen"])
 @pytest.mark.parametrize("width", [16, 6])
-def test_with_group_norm_no_sample_depends_on_another(width):
-    network = build("resnet8", norm="group", width=width).train()
+def test_with_other_norms_no_sample_depends_on_another(width, norm):
+    network = build("resnet8", norm=norm, width=width).train()
     x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    network.prepare(x[2:])
     torch.testing.assert_close(network(x)[:2], network(x[:2]), rtol=1e-4, atol=1e-5)
     plain = dict(build("resnet8", width=width).named_parameters())
     assert all(torch.equal(p, plain[name]) for name, p in network.named_parameters())
+
+
+def test_frozen_statistics_are_those_of_the_first_inputs():
+    frozen, batch = (build("resnet8", norm=norm).train() for norm in ("frozen", "batch"))
+    x = 3 + torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    frozen.prepare(x)
+    torch.testing.assert_close(frozen(x), batch(x), rtol=1e-4, atol=1e-5)
+    before = {name: buffer.clone() for name, buffer in frozen.named_buffers()}
+    frozen(1 + x).sum().backward()
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in frozen.named_buffers())
 
 
 def test_trained_weights_of_torchvision_come_with_a_new_head(monkeypatch):

@@ -70,11 +70,12 @@ def table(scale: str) -> Table:
 
 
 def _models(scale: str) -> dict[str, dict[str, object]]:
-    """Return models without norm, with group norm and with batch norm."""
+    """Return models without norm, with norms of each sample by itself, and with batch norm."""
     network = "resnet8" if scale == "small" else "resnet20"
     return {
         "mlp; no norm": {"model.name": "mlp"},
         "lenet5; no norm": {"model.name": "lenet5"},
         f"{network}; group norm": {"model.name": network, "model.options.norm": "group"},
+        f"{network}; frozen statistics": {"model.name": network, "model.options.norm": "frozen"},
         f"{network}; batch norm": {"model.name": network},
     }

@@ -131,5 +131,5 @@ def warning_of(model: nn.Module) -> list[str]:
         return []
     return [
         "CREST loses most of its gain to batch norm, whose statistics of medoids are not those of the data: use group"
-        " norm (--set model.options.norm=group for the built-in resnets) or batch norm with frozen statistics"
+        " norm or frozen statistics (for the built-in resnets --set model.options.norm=group, or =frozen)"
     ]
