@@ -82,7 +82,7 @@ def test_a_trial_in_one_process_has_no_gpu_and_one_cpu(cluster):
 
 def test_what_does_not_fit_is_refused(cluster):
     cluster(SMALL)
-    with pytest.raises(UserError, match="5 workers of 4 CPU and 1 GPU do not fit the cluster, .* room for 4"):
+    with pytest.raises(UserError, match=r"5 workers of 4 CPU and 1 GPU do not fit the cluster, .* room for 4"):
         plan(Cluster(workers=5))
     with pytest.raises(UserError, match="17 workers of 1 CPU and 0 GPU do not fit"):
         plan(Cluster(workers=17, gpus_per_worker=0))
