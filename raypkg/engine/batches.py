@@ -103,8 +103,7 @@ class Batches:
 
     def _load(self, job: tuple[Tensor, Tensor]) -> Batch:
         positions, draws = job
-        samples = Coreset(self.coreset.indices[positions], self.coreset.weights[positions])
-        return training_batch(self.split, samples, self.augment, draws, self.worker, self.dtype)
+        return training_batch(self.split, self.coreset.part(positions), self.augment, draws, self.worker, self.dtype)
 
 
 def shuffled(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
