@@ -8,6 +8,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image, ImageOps
 
@@ -85,7 +86,9 @@ def decode(data: bytes, shape: Shape) -> np.ndarray:
     """
     channels, height, width = shape
     mode = "L" if channels == 1 else "RGB"
-    with Image.open(io.BytesIO(data)) as image:
+    # Arrow reads a mapped file without Python's lock: who trains meanwhile does not wait for the disk.
+    content = pa.BufferReader(data).read()
+    with Image.open(io.BytesIO(content)) as image:
         image.draft(mode, (width, height))
         pixels = _eight_bits(image)
         if pixels.mode != mode:
