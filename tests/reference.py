@@ -1,11 +1,17 @@
-"""Slow twins: the same quantities from gradients that are materialised, one sample at a time, by autograd."""
+"""Slow twins: the same quantities from gradients that are materialised, one sample at a time, by autograd.
+
+And images that Pillow reads without shortcuts.
+"""
 
 import copy
+import io
 import math
 from dataclasses import dataclass
 from itertools import chain, combinations
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -442,3 +448,16 @@ def message_passing(
             if j in scores:
                 scores[j] -= math.exp(-reverse * float(squares[best, j]) / unit) * score
     return chosen
+
+
+def image_header(data: bytes) -> tuple[int, int, bool]:
+    """Height, width, and whether it is grey, as Pillow says."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.height, image.width, image.mode == "L"
+
+
+def decoded_in_full(data: bytes, side: int) -> np.ndarray:
+    """All pixels, then the resize: uint8 [side, side, 3]."""
+    with Image.open(io.BytesIO(data)) as image:
+        whole = image.convert("RGB")
+    return np.asarray(ImageOps.fit(whole, (side, side), Image.Resampling.BILINEAR))

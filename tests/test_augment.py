@@ -154,6 +154,16 @@ def test_models_are_given_normalised_numbers():
     assert ROWS.inputs(rows, (2.0, 4.0), (1.0, 2.0), torch.float32).tolist() == [[-1, -1], [1, 1]]
 
 
+def test_what_inference_normalised_first_training_can_use():
+    rows = torch.tensor([[1.0, 2.0]])
+    mean, std = (2.0, 4.5), (1.0, 0.25)  # of no other test: they are kept
+    with torch.inference_mode():
+        ROWS.inputs(rows, mean, std, torch.float32)
+    given = rows.clone().requires_grad_()
+    ROWS.inputs(given, mean, std, torch.float32).sum().backward()
+    assert given.grad.tolist() == [[1, 4]] and rows.tolist() == [[1, 2]]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_normalised_images_are_their_plain_form(shape):
     x, mean, std = images(7, *shape), torch.rand(shape[0]), torch.rand(shape[0]) + 0.1

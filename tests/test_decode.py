@@ -1,10 +1,37 @@
+import io
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 import samples
 from raypkg.core.errors import UserError
+from raypkg.data.store import decode as decoding
 from raypkg.data.store.decode import decode, decode_all, read_header
+from raypkg.engine.worker import threads
+from reference import decoded_in_full, image_header
+
+EXIF = Image.Exif()
+EXIF[274] = 6  # turned on its side, which nobody here heeds
+EXIF[270] = "a long description " * 200
+JPEGS = [
+    {},
+    {"progressive": True},
+    {"optimize": True, "quality": 20},
+    {"subsampling": 0, "quality": 100},
+    {"exif": EXIF.tobytes()},
+    {"icc_profile": b"profile" * 12_000},  # of two segments
+    {"comment": b"\xff\xc0 is no frame here"},
+    {"restart_marker_rows": 1},
+]
+
+
+def photograph(height, width, channels=3, seed=0, detail=8):
+    """Return an image of things so many pixels wide, with some grain."""
+    coarse = samples.pixels(1, height // detail + 1, width // detail + 1, seed=seed)[0]
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    grain = np.random.default_rng(seed).normal(0, 5, smooth.shape)
+    return (smooth + grain).clip(0, 255).astype(np.uint8)[..., :channels]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
@@ -18,6 +45,57 @@ def test_lossless_formats_come_back_as_they_were(kind, channels):
 def test_jpeg_is_near():
     image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
     assert np.abs(decode(samples.encode(image, "JPEG", quality=95), (3, 16, 16)).astype(int) - image).max() <= 3
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
+def test_a_jpeg_decoded_at_a_part_of_its_size_is_near_the_whole(divisor):
+    side = 64
+    image = photograph(side * divisor + 7, side * divisor + 90, detail=8 * divisor)
+    data = samples.encode(image, "JPEG", quality=90)
+    whole = decoded_in_full(data, side).astype(int)
+    error = np.abs(decode(data, (3, side, side)) - whole)
+    assert error.mean() <= 5  # of 255; moved by a pixel it is 10
+    assert error.any() == (divisor > 1)  # not the same where it is a part
+
+
+def test_a_jpeg_a_little_too_large_is_decoded_in_full():
+    data = samples.encode(photograph(127, 200), "JPEG", quality=90)
+    np.testing.assert_array_equal(decode(data, (3, 64, 64)), decoded_in_full(data, 64))
+
+
+@pytest.mark.parametrize("options", JPEGS, ids=lambda options: next(iter(options), "plain"))
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sides", [(1, 1), (7, 130), (64, 64)])
+def test_the_header_of_a_jpeg_is_what_pillow_reads(monkeypatch, options, channels, sides):
+    data = samples.encode(photograph(*sides, channels), "JPEG", **options)
+    expected = image_header(data)
+    monkeypatch.setattr(Image, "open", None)  # it is read without
+    assert read_header(data, str, 0) == expected
+
+
+def test_what_is_unusual_in_a_jpeg_is_left_to_pillow(monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(photograph(16, 24)).convert("CMYK").save(file, "JPEG")
+    assert decoding._jpeg_header(file.getvalue()) is None
+    assert read_header(file.getvalue(), str, 0) == (16, 24, False)
+    data = samples.encode(photograph(16, 24), "JPEG")
+    start_of_pixels = data.index(b"\xff\xda")
+    for end in range(start_of_pixels):
+        assert decoding._jpeg_header(data[:end]) is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14)
+    with pytest.raises(UserError, match="row 3 is too large to decode"):
+        read_header(data, "row {}".format, 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_threads_change_nothing(count):
+    images = [samples.encode(photograph(20 + i, 30, seed=i), "JPEG") for i in range(23)]
+    one_by_one = np.stack([decode(data, (3, 16, 16)) for data in images])
+    with threads(count):
+        np.testing.assert_array_equal(decode_all(images, (3, 16, 16), str), one_by_one)
+        images[5] = images[20] = b"no image"
+        with pytest.raises(UserError, match="image 5 does not decode"):  # the first
+            decode_all(images, (3, 16, 16), "image {}".format)
 
 
 def test_grey_as_colour_and_colour_as_grey():
@@ -63,9 +141,9 @@ def test_an_image_of_too_many_pixels(monkeypatch):
 
 
 def test_what_a_codec_raises_at_a_damaged_image(monkeypatch):
-    def broken(image, mode):
+    def broken(image):
         raise RuntimeError("failed to decode image")  # as the AVIF decoder does
 
-    monkeypatch.setattr(Image.Image, "convert", broken)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", broken)
     with pytest.raises(UserError, match="image 0 does not decode"):
         decode_all([samples.encode(samples.pixels(1)[0])], (3, 6, 5), "image {}".format)

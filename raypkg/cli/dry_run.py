@@ -108,8 +108,8 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
         yield _embedding(settings, samples, storage)
     if isinstance(settings, Experiment):
         yield from _training(settings, samples, stages)
-    actors = settings.actors if isinstance(settings, Experiment) else 0
-    yield f"workers: {_workers(settings.cluster)}{f'; {actors} actors' if actors else ''}"
+    beside = f"; {settings.actors} actors" if settings.actors else ""
+    yield f"workers: {_workers(settings.cluster)}{beside}"
 
 
 def _embedding(settings: EmbedSettings, samples: Samples, storage: Storage) -> str:
@@ -179,11 +179,14 @@ def _row(stage: Stage, n: int) -> str:
 
 def _workers(cluster: Cluster) -> str:
     """Return on what it would run, as far as the settings tell: nobody asks a cluster."""
-    threads = f"{cluster.cpus_per_worker} thread" + "s" * (cluster.cpus_per_worker > 1)
+    cpus = cluster.cpus_without_gpu
+    threads = f"{cpus} thread" + "s" * (cpus > 1)
     if cluster.workers == 0:
         return f"none, this process with {threads}"
     count = (
         "as many as the cluster has and the batches allow, at most 8" if cluster.workers is None else cluster.workers
     )
     gpus = "a GPU where there are any" if cluster.gpus_per_worker is None else f"{cluster.gpus_per_worker:g} GPUs"
+    if cluster.cpus_per_worker is None and cluster.gpus_per_worker != 0:
+        threads = "1 thread (with a GPU, a share of its node's CPUs)"
     return f"{count}; {threads} and {gpus} each"

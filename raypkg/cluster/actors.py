@@ -149,7 +149,7 @@ def hold(split: Callable[[int], Sequence[Shard]], cluster: Cluster) -> Iterator[
         cluster: how many holders, and their size.
     """
     if cluster.workers == 0:
-        with threads(cluster.cpus_per_worker):
+        with threads(cluster.cpus_without_gpu):
             yield LocalShards(split(1))
         return
     connect(cluster)

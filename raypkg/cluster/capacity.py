@@ -46,24 +46,32 @@ class TrialSize:
         return self.plan.workers if self.nested else 0
 
 
-def plan(settings: Cluster, most: int | None = None) -> Plan:
+def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
     """Fill in the number and size of workers from what the cluster has.
 
+    A GPU trains on more samples a second than a CPU decodes: workers with GPUs divide all CPUs of a node among them,
+    and leave those that the run's actors take.
+
     Args:
-        settings: ``workers`` and ``gpus_per_worker`` may be left open.
+        settings: ``workers``, ``cpus_per_worker`` and ``gpus_per_worker`` may be left open.
         most: as many workers as there is work for.
+        actors: of one CPU each that the run starts beside its workers.
 
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than asked for; Ray itself would wait for ever.
     """
     nodes = _nodes()
     all_gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    cpus = settings.cpus_per_worker
     gpus = settings.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if all_gpus else 0.0
+    bound = min(MOST_WORKERS, most or MOST_WORKERS)
+    cpus = settings.cpus_without_gpu
+    if gpus and settings.cpus_per_worker is None:
+        likely = settings.workers or max(1, min(room(cpus, gpus), bound))
+        cpus = _share_of_node(nodes, gpus, actors / likely)
     fit = room(cpus, gpus)
-    workers = settings.workers or max(1, min(fit, MOST_WORKERS, most or MOST_WORKERS))
+    workers = settings.workers or max(1, min(fit, bound))
     if workers > fit:
         raise UserError(
             f"{workers} workers of {cpus} CPU and {gpus:g} GPU do not fit the cluster, which has {processors():g} CPU"
@@ -86,9 +94,10 @@ def trial_size(cluster: Cluster, actors: int, concurrent: int | None) -> TrialSi
     Raises:
         UserError: one trial does not fit, or not so many.
     """
-    workers = plan(cluster.model_copy(update={"workers": cluster.workers or 1}))
     if cluster.workers == 0:
-        workers = Plan(1, workers.cpus, 0)
+        workers = plan(cluster.model_copy(update={"workers": 1, "gpus_per_worker": 0}))
+    else:
+        workers = plan(cluster.model_copy(update={"workers": cluster.workers or 1}), actors=actors)
     slots = room(workers.cpus, workers.gpus)
     cpus = workers.workers * workers.cpus + actors  # of one trial
     fit = min(slots // workers.workers, int(processors() // cpus))
@@ -119,6 +128,19 @@ def _nodes() -> list[Mapping[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _share_of_node(nodes: list[Mapping[str, float]], gpus: float, beside: float) -> int:
+    """Return the CPUs of a worker with so many GPUs: its share of its node's, where nodes differ of the poorest.
+
+    Args:
+        nodes: of the cluster.
+        gpus: of each worker.
+        beside: CPUs that the run's actors take for each worker.
+    """
+    with_gpus = [node for node in nodes if node.get("GPU", 0.0) >= gpus]
+    shares = [node.get("CPU", 0.0) / (node["GPU"] // gpus) for node in with_gpus]
+    return max(1, int(min(shares, default=1.0) - beside))
 
 
 def _room_on(node: Mapping[str, float], cpus: int, gpus: float) -> int:

@@ -32,12 +32,14 @@ class Workers:
         cluster: number and size of workers.
         report: receives, in this process, every row that a worker reports.
         folder: where Ray Train keeps its own files, reachable from every node.
+        actors: of one CPU each that are started beside the workers.
     """
 
-    def __init__(self, cluster: Cluster, report: Listener, folder: str):
+    def __init__(self, cluster: Cluster, report: Listener, folder: str, actors: int = 0):
         self._cluster = cluster
         self._report = report
         self._folder = folder
+        self._actors = actors
         self._most: int | None = None
         self._group: Group | None = None
         self._ending: threading.Thread | None = None
@@ -70,7 +72,7 @@ class Workers:
         if self._cluster.workers == 0:
             from raypkg.engine.worker import Worker, threads
 
-            with threads(self._cluster.cpus_per_worker):
+            with threads(self._cluster.cpus_without_gpu):
                 return function(Worker(report=self._report), *arguments)
         if self._ending:  # of an earlier group
             self._ending.join()
@@ -79,7 +81,7 @@ class Workers:
             connect(self._cluster)
         with watched():
             if self._group is None:
-                size = plan(self._cluster, self._most)
+                size = plan(self._cluster, self._most, self._actors)
                 self._group = Group(size, self._cluster.max_failures, self._report, self._folder)
             return self._group.run(function, *arguments)
 

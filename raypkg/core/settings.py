@@ -216,12 +216,20 @@ class Cluster(Settings):
         int | None,
         Field(ge=0, description="Ray workers; 0 = this process, on its CPU, without Ray; left out = up to 8"),
     ] = None
-    cpus_per_worker: Annotated[Threads, Field(description="threads of each worker")] = 1
+    cpus_per_worker: Annotated[
+        Threads | None,
+        Field(description="CPUs of each worker; left out = 1, with GPUs a node's CPUs divided among its GPUs"),
+    ] = None
     gpus_per_worker: Annotated[
         float | None, Field(ge=0, description="GPUs of each worker; left out = 1 where the cluster has any")
     ] = None
     max_failures: Annotated[int, Field(ge=0, description="how often the workers restart after one is lost")] = 3
     address: Annotated[str | None, Field(description="of a running Ray cluster; left out = found or started")] = None
+
+    @property
+    def cpus_without_gpu(self) -> int:
+        """CPUs of a worker that has no GPU."""
+        return self.cpus_per_worker or 1
 
 
 class Track(Settings):
@@ -238,6 +246,11 @@ class RunSettings(Settings):
     dataset: Dataset = Dataset()
     cluster: Cluster = Cluster()
     track: Track = Track()
+
+    @property
+    def actors(self) -> int:
+        """Ray actors of one CPU each that a run starts beside its workers."""
+        return 0
 
     def lookups(self) -> list[Lookup]:
         """Return the names, of entries of registries, that a method's own settings have."""
@@ -257,11 +270,6 @@ class Experiment(RunSettings):
         """Epochs that the main training runs for."""
         epochs: int = self.train.epochs  # type: ignore[attr-defined]  # declared where the experiment is
         return epochs
-
-    @property
-    def actors(self) -> int:
-        """Ray actors of one CPU each that a run starts beside its workers."""
-        return 0
 
     @model_validator(mode="after")
     def _best_is_known(self) -> Self:

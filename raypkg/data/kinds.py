@@ -5,6 +5,7 @@ sequence of at most L tokens out of V: as mathematics a matrix of zeros and ones
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -53,7 +54,7 @@ class Images:
 
     def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Return (x/255 − mean)/std per channel, float [b, C, H, W]."""
-        shift, scale = _moments(mean, std, x.device, dtype)
+        shift, scale = _moments(tuple(mean), tuple(std), x.device, dtype)
         b, c, height, width = x.shape
         # One line of pixels is one row of a matrix: channels alone are too short for vector instructions.
         lines = x.permute(0, 2, 3, 1).reshape(b * height, width * c).to(dtype)
@@ -90,8 +91,8 @@ class Rows:
 
     def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Return (x − mean)/std per column, float [b, D]."""
-        shift, scale = _moments(mean, std, x.device, dtype)
-        return (x - shift) * scale
+        shift, scale = _moments(tuple(mean), tuple(std), x.device, dtype)
+        return (x - shift).mul_(scale)
 
     def fits(self, x: Tensor, shape: Shape) -> bool:
         """Say whether these are numbers of that width."""
@@ -178,10 +179,12 @@ def _normal(count: int, shape: Shape) -> Tensor:
     return torch.randn(count, *shape, generator=generator(0, "probe"))
 
 
+@lru_cache(8)
 def _moments(
-    mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and 1/std as tensors."""
-    shift = torch.tensor(mean, device=device, dtype=dtype)
-    deviation = torch.tensor(std, device=device, dtype=dtype)
-    return shift, 1 / deviation
+    """Return mean and 1/std as tensors, kept: to copy them to a GPU waits for all that it has been given to do."""
+    with torch.inference_mode(False):  # whoever asks first, all may compute with them
+        shift = torch.tensor(mean, device=device, dtype=dtype)
+        deviation = torch.tensor(std, device=device, dtype=dtype)
+        return shift, 1 / deviation

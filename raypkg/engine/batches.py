@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,6 +20,9 @@ from .worker import Worker, keep_freed_memory
 
 T = TypeVar("T")
 J = TypeVar("J")
+
+MOST_AHEAD = 8  # batches that wait for their steps: enough to even out that some take longer to load than others
+AHEAD_BYTES = 256 * 2**20  # of memory that they may take, or else one of them
 
 
 class Batch(NamedTuple):
@@ -99,8 +103,7 @@ class Batches:
 
     def _load(self, job: tuple[Tensor, Tensor]) -> Batch:
         positions, draws = job
-        samples = Coreset(self.coreset.indices[positions], self.coreset.weights[positions])
-        return training_batch(self.split, samples, self.augment, draws, self.worker, self.dtype)
+        return training_batch(self.split, self.coreset.part(positions), self.augment, draws, self.worker, self.dtype)
 
 
 def shuffled(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
@@ -176,17 +179,35 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def ahead(load: Callable[[J], T], jobs: Iterable[J], depth: int = 2) -> Iterator[T]:
-    """Yield ``load(job)`` in order while a thread works on the next ``depth`` jobs; waiting for it is billed."""
+def ahead(load: Callable[[J], T], jobs: Iterable[J]) -> Iterator[T]:
+    """Yield ``load(job)`` in order while a thread works on the jobs that follow; waiting for it is billed.
+
+    At most ``MOST_AHEAD`` results wait, of no more than ``AHEAD_BYTES`` if they are as large as the last one; one may
+    always wait.
+    """
     keep_freed_memory()  # the next batch takes as much
-    with ThreadPoolExecutor(1, "batches") as pool:
-        pending: deque[Future[T]] = deque()
-        for job in jobs:
-            pending.append(pool.submit(load, job))
-            if len(pending) > depth:
-                yield _awaited(pending.popleft())
-        while pending:
-            yield _awaited(pending.popleft())
+    coming = iter(jobs)
+    pending: deque[Future[T]] = deque()
+    depth = 1
+    pool = ThreadPoolExecutor(1, "batches")
+    try:
+        while True:
+            missing = 1 + depth - len(pending)  # one to yield, the others to wait
+            pending.extend(pool.submit(load, job) for job in islice(coming, max(0, missing)))
+            if not pending:
+                return
+            value = _awaited(pending.popleft())
+            depth = max(1, min(MOST_AHEAD, AHEAD_BYTES // max(1, _bytes(value))))
+            yield value
+    finally:
+        pool.shutdown(cancel_futures=True)  # where nobody wants the others
+
+
+def _bytes(value: object) -> int:
+    """Return the memory of the tensors in a batch."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_bytes, value)) if isinstance(value, tuple) else 0
 
 
 def _awaited(future: Future[T]) -> T:

@@ -92,7 +92,7 @@ def carry_out(
         following = Listened(following, listen)
     with (
         Report(folder, following, console) as report,
-        Workers(settings.cluster, report, (folder.storage / "ray").uri) as workers,
+        Workers(settings.cluster, report, (folder.storage / "ray").uri, settings.actors) as workers,
         ending_told("the model, the data or a hook"),
     ):
         entry(settings, report=report, workers=workers)

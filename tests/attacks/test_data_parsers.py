@@ -20,7 +20,7 @@ from raypkg.data.sources.parquet import ImageTable
 from raypkg.data.sources.table import RowTable
 from raypkg.data.split import Split
 from raypkg.data.store.decode import decode_all
-from raypkg.data.store.images import Examples, survey
+from raypkg.data.store.images import Examples, surveyed
 from raypkg.phases.coreset_files import load_coreset, save_coreset
 from raypkg.runs.storage import Storage
 
@@ -165,8 +165,7 @@ def read_images(file):
     examples = Examples(len(table), table.classes, table.batches, table.name)
     if not examples.length:
         return
-    shape = survey(examples, size=4)
-    for images, y in examples.batches():
+    for _, images, y, shape in surveyed(examples, size=4):
         assert decode_all(images, shape, examples.name).shape == (len(y), 4, 4, shape[0])
 
 

@@ -123,7 +123,7 @@ def test_the_plan_tells_data_model_workers_and_place(effray, tmp_path):
     [
         (
             "--cluster.workers 3 --crest.actors 2",
-            "3; 1 thread and a GPU where there are any each; 2 actors",
+            "3; 1 thread (with a GPU, a share of its node's CPUs) and a GPU where there are any each; 2 actors",
         ),
         ("--cluster.workers 1 --cluster.gpus_per_worker 2 --cluster.cpus_per_worker 4", "1; 4 threads and 2 GPUs each"),
     ],

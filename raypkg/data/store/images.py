@@ -5,11 +5,12 @@ and decoded on every read.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -22,13 +23,17 @@ from raypkg.data.split import Split, check_labels
 
 from .arrow import Block, Header, Store, write
 from .cache import cached, check_fits
-from .decode import ImageHeader, Name, Shape, decode_all, read_header
+from .decode import Name, Shape, decode_all, read_header
 
 DECODED_BYTES = (2 << 30) - 1  # the most that Arrow allows one sample as well
+GREY = 1  # channels
+COLOUR = 3
 SAMPLED = 4096  # about so many images of an encoded store give its statistics
 SET_SIZE = "set option size, such as --set dataset.options.size=224 (--set size=224 for effray data)"
 
 Side = Annotated[int, Field(ge=0, le=1 << 16)]  # of an image, in pixels; 0 = its own
+
+Encoded = tuple[list[bytes], np.ndarray]  # images and their labels
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Examples:
 
     length: int
     classes: tuple[str, ...]
-    batches: Callable[[], Iterator[tuple[list[bytes], np.ndarray]]]
+    batches: Callable[[], Iterator[Encoded]]
     name: Name
 
 
@@ -64,24 +69,78 @@ class ImageSource:
         return store.as_split(take)
 
     def _build(self, name: str, target: Path) -> None:
+        """Build a store in one pass over its source, or two where a colour image comes after grey ones alone."""
         examples = self.examples(name)
         if not examples.length:
             raise UserError(f"the {name} split holds no images")
-        shape = survey(examples, self.size)
-        pixels = math.prod(shape)  # bytes
-        check_samples(f"images of {_sides(shape[1:])}", pixels, SET_SIZE, examples.length)
-        classes = examples.classes
-        if name != "train":  # the train split decides on channels and class names
-            train = self.split("train")
-            if shape[1:] != train.shape[1:]:
-                sides = _sides(shape[1:])
+        encoded = sum(identity_of(file).size for file in self.files[name])  # bytes
+        write_to = partial(_write, target, examples, encoded)
+        parts = surveyed(examples, self.size)
+        first = next(parts)
+        parts = chain([first], parts)
+        if name != "train":
+            train = self.split("train")  # it decides on channels and class names
+            if first.shape[1:] != train.shape[1:]:
+                sides = _sides(first.shape[1:])
                 raise UserError(f"{name} images are {sides}, train images {_sides(train.shape[1:])}: {SET_SIZE}")
-            shape = train.shape
-            classes = train.classes
-        header = Header(_kind(examples.length, shape), shape, classes, default_augment(shape))
-        encoded = sum(identity_of(file).size for file in self.files[name])
-        check_fits(target, encoded if header.kind == "encoded" else examples.length * pixels)
-        write(target, header, _blocks(examples, header))
+            write_to(parts, train.shape, train.classes)
+            return
+        try:
+            write_to(_with_channels(parts, first.shape[0]), first.shape, examples.classes)
+        except ColourAfterGrey:
+            colour = (COLOUR, *first.shape[1:])
+            write_to(surveyed(examples, self.size), colour, examples.classes)
+
+
+class Part(NamedTuple):
+    """Encoded images on their way into a store."""
+
+    start: int  # how many came before
+    images: list[bytes]
+    y: np.ndarray  # [m]
+    shape: Shape  # (C, H, W), with one channel if all of these images are grey
+
+
+class ColourAfterGrey(Exception):
+    """An image has colour, and those that came before it had none."""
+
+
+def surveyed(examples: Examples, size: int) -> Iterator[Part]:
+    """Stream the images of a split and read every header.
+
+    Raises:
+        UserError: images of several sizes while ``size`` is 0, or something that is no image.
+    """
+    start = 0
+    sides: Shape = ()  # height and width of the first image
+    for images, y in examples.batches():
+        headers = [read_header(data, examples.name, start + i) for i, data in enumerate(images)]
+        for header in headers:
+            own = (size, size) if size else (header.height, header.width)
+            sides = sides or own
+            if own != sides:
+                raise UserError(f"images of several sizes, such as {_sides(sides)} and {_sides(own)}: {SET_SIZE}")
+        if headers:
+            channels = GREY if all(header.grey for header in headers) else COLOUR
+            yield Part(start, images, y, (channels, *sides))
+        start += len(images)
+
+
+def _with_channels(parts: Iterable[Part], channels: int) -> Iterator[Part]:
+    for part in parts:
+        if part.shape[0] > channels:
+            raise ColourAfterGrey
+        yield part
+
+
+def _write(
+    target: Path, examples: Examples, encoded: int, parts: Iterable[Part], shape: Shape, classes: tuple[str, ...]
+) -> None:
+    pixels = math.prod(shape)  # bytes
+    check_samples(f"images of {_sides(shape[1:])}", pixels, SET_SIZE, examples.length)
+    header = Header(_kind(examples.length, shape), shape, classes, default_augment(shape))
+    check_fits(target, encoded if header.kind == "encoded" else examples.length * pixels)
+    write(target, header, _blocks(examples, parts, header))
 
 
 def _kind(length: int, shape: Shape) -> Literal["pixels", "encoded"]:
@@ -89,37 +148,9 @@ def _kind(length: int, shape: Shape) -> Literal["pixels", "encoded"]:
     return "pixels" if decoded <= DECODED_BYTES else "encoded"
 
 
-def survey(examples: Examples, size: int) -> Shape:
-    """Read every header and return the shape (C, H, W): one channel if every image is grey, else three.
-
-    Raises:
-        UserError: images of several sizes while ``size`` is 0, or something that is no image.
-    """
-    channels = 1
-    first: Shape = ()  # height and width of the first image
-    for image in _headers(examples):
-        if not image.grey:
-            channels = 3
-        own = (size, size) if size else (image.height, image.width)
-        first = first or own
-        if own != first:
-            raise UserError(f"images of several sizes, such as {_sides(first)} and {_sides(own)}: {SET_SIZE}")
-    assert first, "there is at least one image"
-    return channels, *first
-
-
-def _headers(examples: Examples) -> Iterator[ImageHeader]:
-    i = 0
-    for images, _ in examples.batches():
-        for data in images:
-            yield read_header(data, examples.name, i)
-            i += 1
-
-
-def _blocks(examples: Examples, header: Header) -> Iterator[Block]:
-    start = 0
+def _blocks(examples: Examples, parts: Iterable[Part], header: Header) -> Iterator[Block]:
     stride = 1 + examples.length // SAMPLED  # one in so many gives an encoded store's statistics
-    for images, y in examples.batches():
+    for start, images, y, _ in parts:
         name = _shifted(examples.name, start)
         check_labels(y, len(header.classes), name)
         if header.kind == "pixels":
@@ -129,7 +160,6 @@ def _blocks(examples: Examples, header: Header) -> Iterator[Block]:
             name = _shifted(examples.name, start, stride)
             sample = decode_all(images[::stride], header.shape, name)
             yield Block(images, y.astype(np.int64), sample)
-        start += len(images)
 
 
 def _shifted(name: Name, start: int, stride: int = 1) -> Name:
