@@ -92,7 +92,7 @@ class ImageSource:
             write_to(surveyed(examples, self.size), colour, examples.classes)
 
 
-class Part(NamedTuple):
+class Portion(NamedTuple):
     """Encoded images on their way into a store."""
 
     start: int  # how many came before
@@ -105,7 +105,7 @@ class ColourAfterGrey(Exception):
     """An image has colour, and those that came before it had none."""
 
 
-def surveyed(examples: Examples, size: int) -> Iterator[Part]:
+def surveyed(examples: Examples, size: int) -> Iterator[Portion]:
     """Stream the images of a split and read every header.
 
     Raises:
@@ -122,11 +122,11 @@ def surveyed(examples: Examples, size: int) -> Iterator[Part]:
                 raise UserError(f"images of several sizes, such as {_sides(sides)} and {_sides(own)}: {SET_SIZE}")
         if headers:
             channels = GREY if all(header.grey for header in headers) else COLOUR
-            yield Part(start, images, y, (channels, *sides))
+            yield Portion(start, images, y, (channels, *sides))
         start += len(images)
 
 
-def _with_channels(parts: Iterable[Part], channels: int) -> Iterator[Part]:
+def _with_channels(parts: Iterable[Portion], channels: int) -> Iterator[Portion]:
     for part in parts:
         if part.shape[0] > channels:
             raise ColourAfterGrey
@@ -134,7 +134,7 @@ def _with_channels(parts: Iterable[Part], channels: int) -> Iterator[Part]:
 
 
 def _write(
-    target: Path, examples: Examples, encoded: int, parts: Iterable[Part], shape: Shape, classes: tuple[str, ...]
+    target: Path, examples: Examples, encoded: int, parts: Iterable[Portion], shape: Shape, classes: tuple[str, ...]
 ) -> None:
     pixels = math.prod(shape)  # bytes
     check_samples(f"images of {_sides(shape[1:])}", pixels, SET_SIZE, examples.length)
@@ -148,7 +148,7 @@ def _kind(length: int, shape: Shape) -> Literal["pixels", "encoded"]:
     return "pixels" if decoded <= DECODED_BYTES else "encoded"
 
 
-def _blocks(examples: Examples, parts: Iterable[Part], header: Header) -> Iterator[Block]:
+def _blocks(examples: Examples, parts: Iterable[Portion], header: Header) -> Iterator[Block]:
     stride = 1 + examples.length // SAMPLED  # one in so many gives an encoded store's statistics
     for start, images, y, _ in parts:
         name = _shifted(examples.name, start)
