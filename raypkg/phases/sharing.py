@@ -6,7 +6,7 @@ copied too: it says what the phase costs, not what it cost this time, and the re
 
 from collections.abc import Callable, Iterable, Sequence
 
-from raypkg.core.config import flat
+from raypkg.core.config import dotted
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.stages import Stage
 
@@ -34,5 +34,5 @@ def take_over(folder: RunFolder, stages: Sequence[Stage], donors: Donors) -> Non
 
 def _taken(folder: RunFolder, phases: Sequence[str], last: Stage, donor: RunFolder) -> bool:
     """Take over phases, if the donor has the same settings for the last of them; say whether it had them whole."""
-    ours, theirs = (last.settings_in(flat(run.config)) for run in (folder, donor))
+    ours, theirs = (last.settings_in(dotted(run.config)) for run in (folder, donor))
     return ours == theirs and folder.take_over(phases, donor)

@@ -57,10 +57,10 @@ def short(count: float) -> str:
     return f"{rounded / step:.3g} {unit}".rstrip()
 
 
-def figure(value: Any) -> str:
+def in_full(value: Any) -> str:
     """Write a figure: a count with separators, any other number with four digits, a text as it is.
 
-    >>> figure(30_176), figure(0.98765), figure("done"), figure(None)
+    >>> in_full(30_176), in_full(0.98765), in_full("done"), in_full(None)
     ('30,176', '0.9877', 'done', '–')
     """
     if value is None:

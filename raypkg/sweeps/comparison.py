@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raypkg.core.config import flat, load_settings
+from raypkg.core.config import dotted, load_settings
 from raypkg.core.entry import Entry
 from raypkg.core.errors import Interruption, UserError, shown
 from raypkg.core.settings import APART, Experiment
@@ -199,9 +199,9 @@ def _check_same(folder: SweepFolder, asked: Asked, settings: Experiment) -> None
     if folder.table is None or folder.order["asked"] != asked.table or folder.experiment != asked.content.experiment:
         raise UserError(f"{name!r} in {folder.root}/{FOLDER} is not a comparison of {asked.table}: give another --name")
     excluded = set(APART)
-    here = flat(settings.model_dump(mode="json", exclude=excluded))
+    here = dotted(settings.model_dump(mode="json", exclude=excluded))
     stored = load_settings(type(settings), folder.config)
-    there = flat(stored.model_dump(mode="json", exclude=excluded))
+    there = dotted(stored.model_dump(mode="json", exclude=excluded))
     if differing := next((key for key in {**there, **here} if there.get(key) != here.get(key)), None):
         raise UserError(
             f"comparison {name!r} was begun with {differing} = {shown(there.get(differing))}, now it is"

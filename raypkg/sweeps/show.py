@@ -14,7 +14,7 @@ from raypkg.runs.activity import GOING, resuming, state_of
 from raypkg.runs.plots import save_plot
 from raypkg.runs.sealed import CONFIG
 from raypkg.runs.show import STATES, findings, terminal
-from raypkg.runs.style import figure
+from raypkg.runs.style import in_full
 
 from . import plots
 from .standing import Row, Standing, standing_of
@@ -85,7 +85,7 @@ def _best_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
         return
     number = best["trial"]
     metric = sweep.metric
-    yield f"best: {best['run']}, {metric} {figure(best[metric])}"
+    yield f"best: {best['run']}, {metric} {in_full(best[metric])}"
     summary = standing.runs[number].summary or {}
     yield findings(summary)[0]
     if sweep.best == sweep.lasting(number):
@@ -142,7 +142,7 @@ def _cells(row: Row, metric: str, names: list[str], on_front: bool) -> Iterator[
     yield f"*{number}" if on_front else number
     yield f"{state} (proxy)" if row.get("proxy") else state
     for column in ("epochs", metric, "backward", "seconds"):
-        yield figure(row.get(column))
+        yield in_full(row.get(column))
     for name in names:
         yield _number(row.get(name))
 
