@@ -176,6 +176,12 @@ def test_what_nobody_said_what_it_depends_on_is_never_taken_over(effray, compare
     assert [taken(f"m-{number:03}") for number in range(4)] == [{}] * 4
 
 
+def test_what_other_workers_computed_is_not_shared(effray, compare):
+    effray(f"{compare} --name m --cases short --rows el2n --seeds 0")
+    effray(f"{compare} --name m --cases short --rows el2n,craig --seeds 0 --cluster.cpus_per_worker 2")
+    assert taken("m-001") == {}
+
+
 def test_data_that_changed_between_trials_is_not_shared(effray, compare, tmp_path, monkeypatch):
     rows = "\n".join(f"{n % 7},{n % 5},{'ab'[n % 2]}" for n in range(200))
     Path("rows.csv").write_text(f"x,z,label\n{rows}\n")

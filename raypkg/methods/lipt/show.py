@@ -10,7 +10,7 @@ from .settings import LiptSettings, Pretrain
 
 LEFT = (RESULT, "pretrained_record.parquet")
 OURS = ("lipt", "dense", "initial")  # one of the user's own may look at any setting
-FOR_PRETRAINING = ("seed", "dataset", "model", "pretrain")
+FOR_PRETRAINING = ("seed", "dataset", "model", "pretrain", "cluster")  # batch norm sees each worker's part
 FOR_SELECTION = tuple(f"select.{name}" for name in fields_of(Select))  # not when the main training selects anew
 
 
