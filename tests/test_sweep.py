@@ -21,6 +21,7 @@ from raypkg.runs.storage import Storage
 from raypkg.sweeps import plots as sweep_plots
 from raypkg.sweeps.figures import TrialRun
 from raypkg.sweeps.order import Order, filled
+from raypkg.sweeps.pages import sweep_page
 from raypkg.sweeps.show import conclude, show_sweep
 from raypkg.sweeps.spaces import Space
 from raypkg.sweeps.standing import front, ranked
@@ -222,6 +223,33 @@ def test_the_metrics_of_a_trial_are_read_once(sweep, monkeypatch, write):
     )
     write(sweep)
     assert [root.rpartition("/")[2] for root in read] == ["s-000", "s-001", "s-002", "s-003"]
+
+
+def test_counts_have_separators_and_settings_are_as_they_are_typed(tmp_path, capsys):
+    order = ORDER | {"metric": "backward", "mode": "min"}
+    sweep = create_sweep(str(tmp_path), "s", order, CrestSettings(), "", [{"train.batch_size": 1024}])
+    finish(sweep, 0, [0.5], backward=30_175)
+    show_sweep(sweep, terminal())
+    shown = capsys.readouterr().out
+    assert "best: s-000, backward 30,176" in shown
+    for text in (shown, sweep_page(sweep)):
+        assert text.count("30,176") >= 2 and "30176" not in text
+        assert "1024" in text and "1,024" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "title"),
+    [
+        ([trial(0, 0.5, 10)], "1 of 1 trial is on the Pareto front"),
+        ([trial(0, 0.5, 10), trial(1, 0.4, 20)], "1 of 2 trials is on the Pareto front"),
+        ([trial(0, 0.5, 10), trial(1, 0.6, 20)], "2 of 2 trials are on the Pareto front"),
+    ],
+)
+def test_the_front_is_counted_in_grammar(tmp_path, monkeypatch, rows, title):
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, title: titles.append(title))
+    sweep_plots.pareto(rows, front(rows, "accuracy", "max"), "accuracy", tmp_path / "pareto.png")
+    assert titles == [title]
 
 
 def test_values_of_several_types_make_a_column(sweep):

@@ -175,6 +175,18 @@ def current_name(schema: type[Settings], name: str) -> str | None:
     return None if current == name else current
 
 
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names.
+
+    >>> dotted({"seed": 0, "select": {"method": "craig", "target": {"name": "valid"}}})
+    {'seed': 0, 'select.method': 'craig', 'select.target.name': 'valid'}
+    """
+    by_name: dict[str, Any] = {}
+    for name, value in values.items():
+        by_name |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return by_name
+
+
 def to_toml(settings: Settings) -> str:
     """Return the settings as TOML that ``load_settings`` reads back to an equal object.
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # they import pydantic and pyarrow, which `--help` need not w
 
     from raypkg.core.entry import Entry
     from raypkg.core.settings import Experiment, RunSettings
+    from raypkg.phases.sharing import Donors
     from raypkg.runs.folder import RunFolder
 
 experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report", "workers"))
@@ -65,6 +66,7 @@ def carry_out(
     *,
     group: str = "",
     listen: Callable[[Mapping[str, Any]], None] | None = None,
+    donors: Donors | None = None,
 ) -> str:
     """Run an experiment in its folder, or resume it there; return what its tracker has to say at the end.
 
@@ -75,10 +77,13 @@ def carry_out(
         console: where progress is shown.
         group: of runs that the tracker keeps together; the experiment's name when left out.
         listen: hears every row of metrics as well, and may end the run there by ``SystemExit``.
+        donors: gives finished runs whose first phases may be taken over.
     """
     with heavy_imports():
         from raypkg.cluster.workers import Workers
+        from raypkg.phases.outlook import stages_of
         from raypkg.phases.samples import forget_samples
+        from raypkg.phases.sharing import take_over
         from raypkg.phases.trained import keep_first_weights
         from raypkg.runs.report import Report
         from raypkg.runs.tracking import Listened, tracker
@@ -87,6 +92,8 @@ def carry_out(
     forget_samples()
     settings = _with_digest(settings, folder)
     keep_first_weights(settings, folder)
+    if donors:
+        take_over(folder, stages_of(entry.name, settings), donors)
     following = tracker(settings, folder, group or entry.name)
     if listen:
         following = Listened(following, listen)

@@ -26,6 +26,7 @@ LEFT_OUT = {
     "elapsed",
     "files",
     "findings",
+    "from",
     "main",
     "number",
 }  # of a phase's record
@@ -47,9 +48,11 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
     coreset = _coreset_of(folder.storage, settings, samples)
     costs = _costs(records)
     wrong = _wrong_labels(samples, coreset)
+    taken = {phase: record["from"] for phase, record in records.items() if "from" in record}
     summary = {
         **_figures(records),
         **wrong,
+        **({"taken_over": taken} if taken else {}),
         "samples": len(samples.kept),
         "coreset": None if coreset is None else len(coreset),
         "phases": costs,
@@ -59,6 +62,7 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
         "findings": [
             *(line for record in records.values() for line in record.get("findings", ())),
             *_told_wrong(wrong),
+            *_told_taken(taken),
         ],
     }
     folder.flush()
@@ -132,6 +136,13 @@ def _told_wrong(shares: Mapping[str, float]) -> Iterator[str]:
             f"wrong labels: {shares['coreset_wrong_labels']:.1%} of the coreset,"
             f" {shares['wrong_labels']:.1%} of all samples"
         )
+
+
+def _told_taken(taken: Mapping[str, str]) -> Iterator[str]:
+    """Yield which phases were taken over from another run."""
+    for run in dict.fromkeys(taken.values()):
+        phases = " and ".join(phase for phase, donor in taken.items() if donor == run)
+        yield f"{phases}: taken over from {run}, whose samples and seconds are counted here too"
 
 
 def _costs(records: Records) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ file that the run left, by which a reader tells one that has been lost, cut shor
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -138,6 +138,39 @@ class RunFolder:
         whole = {**record, "files": files, "number": len(self.storage.list("phases"))}
         self.storage.write_json(f"phases/{name}.json", whole)
         return whole
+
+    def take_over(self, phases: Sequence[str], donor: "RunFolder") -> bool:
+        """Copy finished phases of another run; say whether it still had all that they left.
+
+        Files and rows come before the records, and the last phase's record before those of phases that are of no use
+        without it: a run that is stopped in the midst has a phase whole, or does it again.
+
+        Args:
+            phases: the next ones of this run, in their order.
+            donor: whose settings for these phases and those before are the same.
+        """
+        records: dict[str, dict[str, Any]] = {}
+        files: dict[str, str] = {}  # as the last of the phases left them
+        for name in phases:
+            record = donor._record(f"phases/{name}.json", NEEDED["phases"])
+            if record is None:
+                return False
+            records[name] = record
+            files |= record.get("files", {})
+        if any(donor.storage.digest(file) != digest for file, digest in files.items()):
+            return False
+        for file in files:
+            content = donor.storage.read(file)
+            if content is None:  # deleted at this moment
+                return False
+            self.storage.write(file, content)
+        for row in donor.rows:
+            if row["phase"] in records:
+                self.log(row)
+        self.flush()
+        for name, record in reversed(records.items()):
+            self.storage.write_json(f"phases/{name}.json", {"from": donor.name, **record})
+        return True
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Drop what only an unfinished run needs, and write the manifest, with all files' digests: the run is done."""

@@ -1,6 +1,6 @@
 """What the phases of a run are to do, and how far of it a run folder says they are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .folder import RunFolder
@@ -17,6 +17,8 @@ class Stage(NamedTuple):
         size: gives the samples in an epoch of one model, for so many training samples.
         whole: first epochs, which are on all samples.
         files: that it leaves in the run folder, whatever methods and hooks add.
+        depends_on: names of all settings, or parts of them, that it and the phases before it depend on, such as
+            ("seed", "select.method"): a run with the same may take them over; () = not known, or not to be had alone.
     """
 
     phase: str
@@ -26,6 +28,7 @@ class Stage(NamedTuple):
     size: Callable[[int], int] = int
     whole: int = 0
     files: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -49,6 +52,16 @@ class Stage(NamedTuple):
         2300
         """
         return self.models * (self.whole * n + (self.epochs - self.whole) * self.size(n))
+
+    def settings_in(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of some settings, by dotted names, that the phase depends on.
+
+        >>> stage = Stage("select", depends_on=("dataset", "select.method"))
+        >>> stage.settings_in({"dataset.noise": 0.4, "select.method": "craig", "select.every_epochs": 5})
+        {'dataset.noise': 0.4, 'select.method': 'craig'}
+        """
+        parts = tuple(f"{part}." for part in self.depends_on)
+        return {name: value for name, value in values.items() if f"{name}.".startswith(parts)}
 
 
 class Reached(NamedTuple):

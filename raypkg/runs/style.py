@@ -57,6 +57,19 @@ def short(count: float) -> str:
     return f"{rounded / step:.3g} {unit}".rstrip()
 
 
+def in_full(value: Any) -> str:
+    """Write a figure: a count with separators, any other number with four digits, a text as it is.
+
+    >>> in_full(30_176), in_full(0.98765), in_full("done"), in_full(None)
+    ('30,176', '0.9877', 'done', '–')
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def duration(seconds: float) -> str:
     """Write seconds as people say them.
 

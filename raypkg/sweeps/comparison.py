@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from raypkg.core.address import folder_and_name
-from raypkg.core.config import load_settings
+from raypkg.core.config import dotted, load_settings
 from raypkg.core.entry import Entry
 from raypkg.core.errors import Interruption, UserError, shown
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import experiment, training_settings_of
 from raypkg.experiments.names import check_names, with_absolute_paths
+from raypkg.phases.outlook import stages_of
 from raypkg.phases.trust import check_code
 from raypkg.runs.activity import resuming
 from raypkg.runs.folder import discard
 from raypkg.runs.show import terminal
+from raypkg.runs.stages import Stage
 from raypkg.runs.storage import Storage
 
 from .comparison_show import conclude_comparison, show_comparison
@@ -197,22 +200,14 @@ def _check_same(folder: SweepFolder, asked: Asked, settings: Experiment) -> None
     if folder.table is None or folder.order["asked"] != asked.table or folder.experiment != asked.content.experiment:
         raise UserError(f"{name!r} in {folder.root}/{FOLDER} is not a comparison of {asked.table}: give another --name")
     excluded = set(APART)
-    here = _flat(settings.model_dump(mode="json", exclude=excluded))
+    here = dotted(settings.model_dump(mode="json", exclude=excluded))
     stored = load_settings(type(settings), folder.config)
-    there = _flat(stored.model_dump(mode="json", exclude=excluded))
+    there = dotted(stored.model_dump(mode="json", exclude=excluded))
     if differing := next((key for key in {**there, **here} if there.get(key) != here.get(key)), None):
         raise UserError(
             f"comparison {name!r} was begun with {differing} = {shown(there.get(differing))}, now it is"
             f" {shown(here.get(differing))}: give another --name"
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _enlist(folder: SweepFolder, table: Table) -> None:
@@ -315,9 +310,10 @@ class _Comparison:
             failures=self.settings.cluster.max_failures,
         )
         storage = self.folder.storage
+        stages = stages_of(self.folder.experiment, self.settings)
         interrupted = run_trials(
             partial(run_trial, root=storage.root, workers=size.workers),
-            Proposals(missing),
+            Proposals(_donors_first(missing, stages)),
             progress,
             size,
             rules,
@@ -325,6 +321,22 @@ class _Comparison:
         )
         storage.delete_folder("ray")
         return interrupted
+
+
+def _donors_first(
+    missing: Sequence[tuple[int, dict[str, Any]]], stages: Sequence[Stage]
+) -> list[tuple[int, dict[str, Any]]]:
+    """Put, within each seed, one trial of those that share a first phase before the others, which then take it over."""
+    shared = next((stage for stage in stages if stage.depends_on), None)
+    if shared is None:
+        return list(missing)
+    first: dict[str, int] = {}  # trial of each group
+    for number, values in missing:
+        group = json.dumps(shared.settings_in(values), sort_keys=True)
+        first.setdefault(group, number)
+    donors = set(first.values())
+    seeds = list(dict.fromkeys(values["seed"] for _, values in missing))
+    return sorted(missing, key=lambda trial: (seeds.index(trial[1]["seed"]), trial[0] not in donors))
 
 
 def _run_here(folder: SweepFolder, missing: Sequence[tuple[int, dict[str, Any]]], progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
@@ -45,7 +46,8 @@ def show_comparison(sweep: SweepFolder, console: Console, table: Table | None = 
     outcomes = Outcomes(sweep, table or with_trials(sweep))
     for grid in grids(outcomes):
         print_whole(_rich(grid))
-    console.print(LEGEND, style="dim", soft_wrap=True)
+    for line in (LEGEND, *_shared(outcomes)):
+        console.print(line, style="dim", soft_wrap=True)
     for record in outcomes.records():
         if record["error"]:
             console.print(f"{record['run']} failed: {record['error']}", soft_wrap=True)
@@ -60,7 +62,7 @@ def conclude_comparison(sweep: SweepFolder) -> None:
     sweep.conclude(records, None)
     parts = [f"# {outcomes.table.title}", f"Seeds {', '.join(map(str, outcomes.table.seeds))}; {LEGEND}."]
     parts += [grid.markdown() for grid in grids(outcomes)]
-    parts += [_made_by(sweep)]
+    parts += [*_shared(outcomes), _made_by(sweep)]
     sweep.storage.write(MARKDOWN, ("\n\n".join(parts) + "\n").encode())
     draw_cases(outcomes)
     sweep.storage.write(PAGE, comparison_page(outcomes).encode())
@@ -91,7 +93,7 @@ def comparison_page(outcomes: Outcomes) -> str:
                 parts.append(picture(png, f"{what}, {grid.title}"))
     if paper:
         parts.append(paper.html())
-    parts.append(paragraph(_made_by(sweep)))
+    parts += [paragraph(line) for line in (*_shared(outcomes), _made_by(sweep))]
     return document(f"{sweep.name}: {sweep.order['asked']}, {sweep.order['scale']} scale", parts)
 
 
@@ -197,6 +199,18 @@ def _plain(value: Estimate | None) -> str:
         spread = f"{value.std:.2g}"
     varies = value.std > 0  # neither from one seed nor settled by the settings
     return f"{mean} ± {spread}" if varies else mean
+
+
+def _shared(outcomes: Outcomes) -> Iterator[str]:
+    """Yield how many trials took over what others had computed, where any did."""
+    summaries = outcomes.summaries
+    takers = Counter(phase for summary in summaries for phase in summary.get("taken_over", ()))
+    if takers:
+        phases = " and ".join(f"{phase} of {count:,}" for phase, count in takers.items())
+        yield (
+            f"{phases} of {len(summaries):,} trials are taken over from another one with the same settings, data and"
+            " seed; their cost is counted in each."
+        )
 
 
 def _made_by(sweep: SweepFolder) -> str:

@@ -115,6 +115,13 @@ class Outcomes:
                 **{name: self._figure(name, case, row, seed) for name in table.columns.values()},
             }
 
+    @cached_property
+    def summaries(self) -> list[dict[str, Any]]:
+        """The manifest of every finished run, each once, whichever rows it stands for."""
+        trials = {run_identity(self.table, *trial) for trial in trials_of_table(self.table)}
+        runs = [self._run(number) for trial, number in self.numbers.items() if trial in trials]
+        return [run.summary for run in runs if run.summary]
+
     def _lines(self, case: str) -> list[Line]:
         baseline = self._values(case, self.table.baseline)
         return [self._line(case, row, baseline) for row in self.table.rows]

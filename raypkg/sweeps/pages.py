@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from raypkg.core.config import dotted
 from raypkg.core.errors import UserError
 from raypkg.runs.document import Grid, document, paragraph, picture
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.show import findings
 from raypkg.runs.storage import Storage
-from raypkg.runs.style import duration
+from raypkg.runs.style import duration, in_full
 
 from .comparison_show import PAGE, conclude_comparison
 from .standing import standing_of
@@ -59,9 +60,10 @@ def sweep_page(sweep: SweepFolder) -> str:
     headings = ["trial", "state", "epochs", sweep.metric, "samples\nbackward", "seconds", *names]
     rows = []
     for row in standing.ranked:
-        figures = (row.get(name) for name in ("state", "epochs", sweep.metric, "backward", "seconds", *names))
+        figures = (row.get(name) for name in ("state", "epochs", sweep.metric, "backward", "seconds"))
+        settings = (row.get(name) for name in names)
         mark = "*" if row["trial"] in standing.front else ""
-        rows.append([f"{mark}{row['trial']}", *map(_shown, figures)])
+        rows.append([f"{mark}{row['trial']}", *map(in_full, figures), *map(_shown, settings)])
     note = f"* = on the Pareto front of {sweep.metric} against samples backward"
     parts = [paragraph(f"best: {standing.best['run']}")] if standing.best else []
     parts.append(Grid("Trials", headings, rows, note=note).html())
@@ -81,16 +83,7 @@ def _costs_grid(summary: Mapping[str, Any]) -> Grid:
 
 
 def _settings_grid(config: Mapping[str, Any], title: str = "Settings") -> Grid:
-    return Grid(title, ["setting", "value"], [[name, _shown(value)] for name, value in _leaves(config)])
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested settings by dotted names."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return Grid(title, ["setting", "value"], [[name, _shown(value)] for name, value in dotted(config).items()])
 
 
 def _pictures(storage: Storage) -> Iterator[str]:

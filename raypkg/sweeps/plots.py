@@ -139,7 +139,9 @@ def pareto(results: Results, front: Sequence[int], metric: str, path: Png) -> No
             axes.plot(costs, values, "o", color=VERMILLION, markersize=8, zorder=3)
         for trial in front:
             axes.annotate(str(trial), points[trial], (6, 6), **EMPHASIS)
-        axes.set_title(f"{len(front)} of {len(points)} trials are on the Pareto front")
+        trials = "trial" if len(points) == 1 else "trials"
+        are = "is" if len(front) == 1 else "are"
+        axes.set_title(f"{len(front)} of {len(points)} {trials} {are} on the Pareto front")
         axes.set_ylabel(metric)
         axes.set_xlabel("samples back-propagated")
         axes.xaxis.set_major_formatter(lambda value, _: short(value))

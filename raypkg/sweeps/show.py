@@ -14,6 +14,7 @@ from raypkg.runs.activity import GOING, resuming, state_of
 from raypkg.runs.plots import save_plot
 from raypkg.runs.sealed import CONFIG
 from raypkg.runs.show import STATES, findings, terminal
+from raypkg.runs.style import in_full
 
 from . import plots
 from .standing import Row, Standing, standing_of
@@ -84,7 +85,7 @@ def _best_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
         return
     number = best["trial"]
     metric = sweep.metric
-    yield f"best: {best['run']}, {metric} {best[metric]:.4g}"
+    yield f"best: {best['run']}, {metric} {in_full(best[metric])}"
     summary = standing.runs[number].summary or {}
     yield findings(summary)[0]
     if sweep.best == sweep.lasting(number):
@@ -140,10 +141,8 @@ def _cells(row: Row, metric: str, names: list[str], on_front: bool) -> Iterator[
     state = row["state"]
     yield f"*{number}" if on_front else number
     yield f"{state} (proxy)" if row.get("proxy") else state
-    yield str(row["epochs"])
-    yield _number(row.get(metric))
-    yield _count(row.get("backward"))
-    yield _number(row.get("seconds"))
+    for column in ("epochs", metric, "backward", "seconds"):
+        yield in_full(row.get(column))
     for name in names:
         yield _number(row.get(name))
 
@@ -163,7 +162,3 @@ def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value)
-
-
-def _count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"

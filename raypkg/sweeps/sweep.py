@@ -24,6 +24,7 @@ from raypkg.phases.trust import check_code, check_file_of_code
 from raypkg.runs.activity import resuming
 from raypkg.runs.folder import discard
 from raypkg.runs.show import terminal
+from raypkg.runs.style import in_full
 
 from . import proxy
 from .figures import TrialRun
@@ -289,7 +290,7 @@ class Progress:
         state = sweep.ended(number, error)
         run = TrialRun(sweep.run(number))
         reached = run.figures().get(sweep.metric)
-        result = error or ("" if reached is None else f"{sweep.metric} {reached:.4g}")
+        result = error or ("" if reached is None else f"{sweep.metric} {in_full(reached)}")
         title = f" ({self._titles[number]})" if number in self._titles else ""
         self._console.print(f"{sweep.run_name(number)}{title} {state}: {result}", soft_wrap=True)
 

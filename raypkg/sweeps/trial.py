@@ -1,6 +1,6 @@
 """One trial of a sweep, in the process that Ray Tune gives it: a run like any other, which tells of its epochs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -11,9 +11,11 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import carry_out, experiment, training_settings_of
 from raypkg.experiments.names import with_absolute_paths, with_tokenizer
+from raypkg.phases.sharing import Donors
 from raypkg.runs import folder as run_folder
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.sealed import CONFIG
+from raypkg.runs.stages import Stage
 from raypkg.runs.storage import Storage
 
 from .figures import TrialRun
@@ -47,7 +49,7 @@ def run_trial(number: int, values: dict[str, Any], tell: Tell, *, root: str, wor
     try:
         run = sweep.run(number)
         if not run.summary:
-            _train(sweep, run, values | {"cluster.workers": workers}, tell)
+            _train(sweep, run, values | {"cluster.workers": workers}, tell, _donors(sweep, number))
         if after := sweep.trials[number].get("after"):
             _follow_up(sweep.run(number), after)
         return _last_row(sweep, number)
@@ -55,7 +57,22 @@ def run_trial(number: int, values: dict[str, Any], tell: Tell, *, root: str, wor
         return _failure(sweep, number, error)
 
 
-def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: Tell) -> None:
+def _donors(sweep: SweepFolder, number: int) -> Donors | None:
+    """Return what gives the finished trials of a comparison that set the same for a phase; None in other sweeps."""
+    trials = sweep.trials
+
+    def alike(stage: Stage) -> Iterator[RunFolder]:
+        ours = stage.settings_in(trials[number]["settings"])
+        for other, trial in enumerate(trials):
+            if other != number and stage.settings_in(trial["settings"]) == ours:
+                run = sweep.run(other)
+                if run.summary:
+                    yield run
+
+    return alike if sweep.table else None
+
+
+def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: Tell, donors: Donors | None) -> None:
     """Carry out the run of a trial, whose rows are told of as they come."""
     entry = experiment[sweep.experiment]
     schema = training_settings_of(entry)
@@ -75,7 +92,7 @@ def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: 
             run.flush()  # before Tune may stop the trial, whose figures the driver then reads
             tell({"epoch": row["epoch"], metric: row[metric]})
 
-    carry_out(entry, settings, run, Console(quiet=True), group=sweep.name, listen=listen)
+    carry_out(entry, settings, run, Console(quiet=True), group=sweep.name, listen=listen, donors=donors)
 
 
 def _follow_up(run: RunFolder, after: str) -> None:

@@ -102,6 +102,11 @@ def test_what_is_done_with_runs_there(root, port, tmp_path):
     assert ended.code == 0, ended
 
 
+def test_trials_there_take_over_first_phases(root, tmp_path):
+    chosen = f"{SMALL} --rows none --cases gradmatch,el2n --seeds 0 --name c --root '{root}'"
+    assert "pretrain of 2 of 4 trials are taken over" in done(f"compare lipt {chosen}", tmp_path)
+
+
 def test_a_history_needs_a_local_disk(root, tmp_path):
     ended = effray(f"deltagrad train {SMALL} --root '{root}'", tmp_path)
     assert "a history is memory-mapped, so the run must be in a local folder" in ended.line

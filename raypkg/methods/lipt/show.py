@@ -1,5 +1,7 @@
 """What a run of LiPT is going to do, for those who look on."""
 
+from raypkg.core.config import fields_of
+from raypkg.core.settings import Select
 from raypkg.phases.outlook import main_stage, outlook, selection_stage
 from raypkg.runs.stages import Stage
 
@@ -7,6 +9,9 @@ from .pretrain import RESULT
 from .settings import LiptSettings, Pretrain
 
 LEFT = (RESULT, "pretrained_record.parquet")
+OURS = ("lipt", "dense", "initial")  # one of the user's own may look at any setting
+FOR_PRETRAINING = ("seed", "dataset", "model", "pretrain", "cluster")  # batch norm sees each worker's part
+FOR_SELECTION = tuple(f"select.{name}" for name in fields_of(Select))  # not when the main training selects anew
 
 
 @outlook("lipt")
@@ -19,7 +24,11 @@ def lipt_stages(settings: LiptSettings) -> list[Stage]:
             stages[0]._replace(files=()),
             Stage("joint", pretrain.joint_epochs, batch_size=pretrain.joint.batch_size, files=LEFT),
         ]
-    return [*stages, selection_stage(), main_stage(settings)]
+    selection = selection_stage()
+    if pretrain.method in OURS:
+        stages[-1] = stages[-1]._replace(depends_on=FOR_PRETRAINING)
+        selection = selection._replace(depends_on=FOR_PRETRAINING + FOR_SELECTION)
+    return [*stages, selection, main_stage(settings)]
 
 
 def _pretraining(settings: Pretrain) -> Stage:

@@ -1,0 +1,205 @@
+"""Trials of a comparison take over the first phases of others: the same results, an honest bill, whoever is killed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from raypkg.runs.folder import RunFolder
+from raypkg.runs.storage import Storage
+from raypkg.sweeps import trial as trials
+from raypkg.sweeps.comparison import _donors_first
+from raypkg.sweeps.sweep_folder import find_sweep
+from run_files import files
+
+TABLE = """
+from raypkg.sweeps.tables import Table
+
+def table(scale):
+    return Table(
+        title="Selections",
+        experiment="lipt",
+        baseline="el2n",
+        shared={"model": "linear", "pretrain.epochs": 2, "pretrain.method": "dense", "train.batch_size": 256},
+        rows={
+            "el2n": {"select.method": "el2n"},
+            "craig": {"select.method": "craig"},
+            "craig; anew": {"select.method": "craig", "select.every_epochs": 1},
+            "merged": {"select.method": "el2n", "train.init": "merged"},
+        },
+        cases={
+            "short": {"train.epochs": 1},
+            "long": {"train.epochs": 3},
+            "noisy": {"train.epochs": 1, "dataset.noise": 0.4},
+            "faster": {"train.epochs": 1, "pretrain.lr": 0.01},
+        },
+        seeds=(0, 1),
+    )
+"""
+TAKEN = {"from", "taken_over"}
+
+
+@pytest.fixture(scope="module")
+def compare(tmp_path_factory):
+    """Return the command that compares the rows of the table."""
+    file = tmp_path_factory.mktemp("tables") / "mine.py"
+    file.write_text(TABLE)
+    return f"compare {file} --cluster.workers 0"
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Return the phases that are computed and not taken over, as run and phase."""
+    done = []
+    finish = RunFolder.finish_phase
+
+    def noted(run, name, record):
+        done.append((run.name, name))
+        return finish(run, name, record)
+
+    monkeypatch.setattr(RunFolder, "finish_phase", noted)
+    return done
+
+
+def taken(run):
+    return json.loads(Path(f"runs/lipt/{run}/summary.json").read_text()).get("taken_over", {})
+
+
+def without_origin(value):
+    """Return a run's files without the words on what was taken over."""
+    if isinstance(value, dict):
+        return {name: without_origin(part) for name, part in value.items() if name not in TAKEN}
+    if isinstance(value, list):
+        return [without_origin(part) for part in value if "taken over from" not in str(part)]
+    return value
+
+
+def trials_of(name, *places):
+    """Return the files of runs of a comparison, without those with times and with names of other runs."""
+    runs = [files(Path(f"runs/lipt/{name}-{number:03}")) for number in places]
+    return [{file: without_origin(content) for file, content in run.items() if "costs" not in file} for run in runs]
+
+
+def test_a_trial_that_takes_over_equals_one_that_computes(effray, compare, monkeypatch):
+    asked = "--cases short,long --seeds 0"
+    effray(f"{compare} --name m {asked}")
+    monkeypatch.setattr(trials, "_donors", lambda *_: None)
+    effray(f"{compare} --name n {asked}")
+    assert [taken(f"n-{number:03}") for number in range(8)] == [{}] * 8
+    assert sum(bool(taken(f"m-{number:03}")) for number in range(8)) == 7
+    assert trials_of("m", *range(8)) == trials_of("n", *range(8))
+
+
+def test_each_phase_is_computed_once_for_each_of_its_settings_and_seeds(effray, compare, computed):
+    effray(f"{compare} --name m --rows el2n,craig --cases short,noisy,faster")
+    phases = [phase for _, phase in computed]
+    assert phases.count("pretrain") == 3 * 2  # of three cases, from two seeds
+    assert phases.count("select") == phases.count("train") == 2 * 3 * 2
+    donors = [taken(f"m-{number:03}").get("pretrain") for number in range(12)]
+    assert donors[::2] == [None] * 6 and donors[1::2] == [f"m-{number:03}" for number in range(0, 12, 2)]
+
+
+def test_a_coreset_that_training_replaced_is_not_taken_over(effray, compare):
+    effray(f"{compare} --name m --rows 'craig; anew,craig' --cases short,long --seeds 0")
+    given = [taken(f"m-{number:03}") for number in range(6)]
+    assert given[2] == {"pretrain": "m-000", "select": "m-001"}  # anew, after craig
+    assert given[4] == given[5] == {"pretrain": "m-000", "select": "m-001"}
+
+
+def test_what_is_taken_over_is_told_and_counted(effray, compare):
+    told = effray(f"{compare} --name m --cases short --seeds 0")
+    line = "pretrain of 3 and select of 2 of 4 trials are taken over from another one"
+    assert line in told and line in effray("show m")
+    assert line in Path("runs/tune/m/table.md").read_text() and line in Path("runs/tune/m/report.html").read_text()
+    assert "pretrain: taken over from m-000, whose samples and seconds are counted here too" in effray("show m-001")
+    costs = [json.loads(Path(f"runs/lipt/m-00{n}/summary.json").read_text())["phases"] for n in range(2)]
+    assert costs[0][0]["phase"] == "pretrain" and costs[0][0] == costs[1][0]
+    assert costs[0][0]["backward"] == 2 * 1295
+
+
+def test_the_run_that_gave_may_be_deleted(effray, compare):
+    effray(f"{compare} --name m --cases short --rows craig --seeds 0")
+    shutil.rmtree("runs/lipt/m-000")
+    RunFolder(Storage("runs/lipt/m-001")).check_all()
+    effray("show m-001")
+    effray(f"{compare} --name m --cases short --rows merged --seeds 0")
+    assert taken("m-002") == {"pretrain": "m-000"}  # which m-001 had taken over
+
+
+def test_a_run_whose_files_were_changed_gives_nothing(effray, compare, computed):
+    effray(f"{compare} --name m --cases short --rows el2n --seeds 0")
+    Path("runs/lipt/m-000/pretrained_record.parquet").write_bytes(b"changed")
+    effray(f"{compare} --name m --cases short --rows craig --seeds 0")
+    assert taken("m-001") == {}
+    assert ("m-001", "pretrain") in computed
+
+
+@pytest.mark.parametrize("donor_is_there", [True, False])
+@pytest.mark.parametrize("last", ["coreset.parquet", "metrics.parquet", "phases/select.json", "phases/pretrain.json"])
+def test_a_killed_take_over_is_resumed(call, effray, after, compare, monkeypatch, last, donor_is_there):
+    asked = "--cases short --rows el2n,merged --seeds 0"
+    after(f"{compare} --name straight {asked}")
+    after(f"{compare} --name m --cases short --rows el2n --seeds 0")
+    write = Storage.write
+
+    def killed(storage, name, content):
+        if name == last:
+            raise KeyboardInterrupt
+        write(storage, name, content)
+
+    monkeypatch.setattr(Storage, "write", killed)
+    assert call(f"{compare} --name m {asked}").code == 2
+    monkeypatch.setattr(Storage, "write", write)
+    assert not Path("runs/lipt/m-001", last).exists()
+    if not donor_is_there:
+        monkeypatch.setattr(trials, "_donors", lambda *_: None)
+    effray(f"{compare} --name m {asked}")
+    assert trials_of("m", 1) == trials_of("straight", 1)
+    assert taken("m-001") or not donor_is_there
+
+
+def test_joint_epochs_are_taken_over_with_what_they_go_on_from(effray, compare, computed):
+    joint = "--pretrain.method lipt --pretrain.models 2 --pretrain.joint_epochs 1 --pretrain.batch_size 64"
+    effray(f"{compare} --name m --cases short --rows craig --seeds 0 {joint}")
+    assert taken("m-001") == {"pretrain": "m-000", "joint": "m-000"}
+    assert [phase for run, phase in computed if run == "m-001"] == ["select", "train"]
+
+
+def test_what_nobody_said_what_it_depends_on_is_never_taken_over(effray, compare, tmp_path, monkeypatch):
+    (tmp_path / "mine_too.py").write_text(
+        "from raypkg.methods.lipt.pretrain.dense import pretrain_dense\n\n"
+        "def pretrain(settings, report, *, workers):\n    pretrain_dense(settings, report, workers=workers)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    effray(f"{compare} --name m --cases short --seeds 0 --pretrain.method mine_too:pretrain")
+    assert [taken(f"m-{number:03}") for number in range(4)] == [{}] * 4
+
+
+def test_what_other_workers_computed_is_not_shared(effray, compare):
+    effray(f"{compare} --name m --cases short --rows el2n --seeds 0")
+    effray(f"{compare} --name m --cases short --rows el2n,craig --seeds 0 --cluster.cpus_per_worker 2")
+    assert taken("m-001") == {}
+
+
+def test_data_that_changed_between_trials_is_not_shared(effray, compare, tmp_path, monkeypatch):
+    rows = "\n".join(f"{n % 7},{n % 5},{'ab'[n % 2]}" for n in range(200))
+    Path("rows.csv").write_text(f"x,z,label\n{rows}\n")
+    data = "--dataset table:rows.csv"
+    effray(f"{compare} --name m --cases short --rows el2n --seeds 0 {data}")
+    Path("rows.csv").write_text(f"x,z,label\n{rows.replace('3', '9')}\n")
+    effray(f"{compare} --name m --cases short --rows el2n,craig --seeds 0 {data}")
+    assert taken("m-001") == {}
+
+
+def test_on_ray_a_trial_that_others_take_over_goes_first(effray, compare):
+    from raypkg.core.config import load_settings
+    from raypkg.methods.lipt.settings import LiptSettings
+    from raypkg.phases.outlook import stages_of
+
+    effray(f"{compare} --name m --cases short,faster --rows el2n,craig")
+    sweep = find_sweep("runs", "m")
+    missing = [(number, trial["settings"]) for number, trial in enumerate(sweep.trials)]
+    stages = stages_of("lipt", load_settings(LiptSettings, sweep.config))
+    assert [number for number, _ in _donors_first(missing, stages)] == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert _donors_first(missing, stages[-1:]) == missing
