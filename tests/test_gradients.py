@@ -80,6 +80,26 @@ def test_moved_head_has_the_gradient_of_the_moved_head(some, close):
     close(some.view.moved(step).mean(), reference.gradient(some.head + step, some.features, some.y))
 
 
+def test_a_shift_of_the_logits_is_a_move_of_the_head(some, close):
+    step = reference.problem(1, seed=5, dtype=some.head.dtype).head
+    change = reference.logits(step, some.features)
+    close(some.view.shifted(change, -0.3).mean(), reference.gradient(some.head - 0.3 * step, some.features, some.y))
+
+
+@pytest.mark.parametrize("count", [0, 1, 20])  # one by inner products, twenty by the sum spelt out
+def test_a_step_along_samples_moves_the_logits_by_their_summed_gradients(some, others, close, count):
+    summed = reference.per_sample_gradients(others)[:count].sum(dim=0)
+    close(some.view.along(others.view[:count]), reference.logits(summed, some.features))
+
+
+@pytest.mark.parametrize("indices", [slice(3, 9), torch.tensor([4, 0, 4])], ids=["slice", "tensor"])
+def test_a_part_of_a_view_has_what_was_computed_of_all_of_it(some, indices):
+    used, fresh = some.view, some.view
+    used.distances()
+    assert used[indices].distances(used).equal(fresh[indices].distances(used))
+    assert used[indices].residual.equal(fresh[indices].residual)
+
+
 def test_residual_by_hand():
     view = HeadView(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0]]), torch.tensor([1]))
     assert view.residual.tolist() == [[0.5, -0.5]]

@@ -10,7 +10,8 @@ from raypkg.coresets.budgets import budget_of, class_budgets, select, select_cla
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.record import Record
 from raypkg.coresets.rules import coreset
-from raypkg.coresets.rules.glister import safe_rate
+from raypkg.coresets.rules.glister import safe_rate, steepest
+from raypkg.coresets.solvers import largest
 from raypkg.data.coreset import Coreset
 
 BY_CLASS = [name for name, entry in coreset.entries.items() if entry.sees == "gradients" and entry.by_class]
@@ -372,9 +373,10 @@ def test_batches_of_gradmatchpb_mix_the_classes_whatever_the_balance():
 
 @pytest.mark.parametrize("rounds", [1, 3, 20])
 @pytest.mark.parametrize("seed", range(3))
-def test_glister_as_published_equals_its_slow_twin(seed, rounds):
-    train, valid = reference.problem(40, seed=seed), reference.problem(15, seed=seed)
-    options = {"eta": 0.3, "rounds": rounds}
+@pytest.mark.parametrize("num_classes, width", [(4, 6), (60, 60)])  # gains from ∇L_val, or some by inner products
+def test_glister_as_published_equals_its_slow_twin(num_classes, width, seed, rounds):
+    train, valid = (reference.problem(n, num_classes, width, seed=seed) for n in (40, 15))
+    options = {"eta": 0.3 * 6 / width, "rounds": rounds}
     picked = coreset["glister"](train.view, 10, valid=valid.view, options=options).indices
     assert picked.tolist() == reference.glister(train, valid, 10, **options)
     assert coreset["glister"](train.view, 10, options=options).indices.tolist() == reference.glister(
@@ -421,7 +423,38 @@ def test_the_rate_of_glister_equals_its_slow_twin(seed):
     static = reference.topk_by_validation(train, valid, 10)
     step = reference.per_sample_gradients(train)[static].sum(dim=0)
     slope = (reference.gradient(valid.head, valid.features, valid.y) * step).sum()
-    assert safe_rate(valid.view, step, slope) == pytest.approx(reference.safe_rate(valid, step))
+    assert safe_rate(valid.view, valid.view.through(step), slope) == pytest.approx(reference.safe_rate(valid, step))
+
+
+def alike(n, seed, sign=1.0):
+    """One class, features around a mean, errors of many sizes: what most of the gains are is told by their bounds."""
+    rng = generator(seed, "alike")
+    features = 1 + 0.2 * torch.randn(n, 50, generator=rng, dtype=torch.float64)
+    logits = torch.randn(n, 50, generator=rng, dtype=torch.float64)
+    logits[:, 0] += 6 * torch.rand(n, generator=rng)
+    return HeadView(logits, sign * features, torch.zeros(n, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("k", [1, 5, 24])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_steepest_samples_are_found_from_few_gains(monkeypatch, seed, k):
+    view, valid, left = alike(300, seed), alike(80, seed + 9), torch.arange(0, 300, 2)
+    asked = []
+    inner = HeadView.inner
+    monkeypatch.setattr(HeadView, "inner", lambda a, b: asked.append(len(a)) or inner(a, b))
+    best, gains = steepest(view, left, valid, k)
+    every = view.project(valid.mean())[left]
+    assert best.equal(left[largest(every, k)])
+    torch.testing.assert_close(gains, every.sort(descending=True).values[:k])
+    assert 0 < sum(asked) <= 25
+
+
+@pytest.mark.parametrize("k", [1, 5, 24])
+def test_the_steepest_samples_are_found_where_bounds_tell_nothing(k):
+    view, valid, left = alike(300, 0), alike(80, 1, sign=-1.0), torch.arange(300)
+    best, gains = steepest(view, left, valid, k)
+    assert gains.max() < 0
+    assert best.equal(largest(view.project(valid.mean()), k))
 
 
 def test_glister_refreshes():

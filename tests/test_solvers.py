@@ -3,7 +3,7 @@ import torch
 
 import reference
 from raypkg.core.seeds import generator
-from raypkg.coresets.solvers import Cholesky, draw_in_proportion, largest, matching_pursuit
+from raypkg.coresets.solvers import AT_ONCE, Cholesky, draw_in_proportion, largest, largest_bounded, matching_pursuit
 
 
 def random(*shape, seed=0):
@@ -39,6 +39,19 @@ def pursue(atoms, target, k, *, lam=0.0, eps=1e-10):
 
 def test_equal_scores_go_by_position():
     assert largest(torch.ones(1000), 5).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 200])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_largest_by_bounds_are_the_largest(seed, k):
+    values = random(200, seed=seed).round(decimals=1)  # many are equal
+    bounds = values + random(200, seed=seed + 100).abs()
+    asked = []
+    best, found = largest_bounded(bounds, lambda some: asked.append(len(some)) or values[some], k, at_most=200)
+    assert best.equal(largest(values, k)) and found.equal(values[best])
+    assert sum(asked) <= max(k, (bounds >= found[-1]).sum()) + max(k, AT_ONCE)
+    assert largest_bounded(bounds, lambda some: values[some], k, at_most=sum(asked)) is not None
+    assert largest_bounded(bounds, lambda some: values[some], k, at_most=sum(asked) - 1) is None
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 7])

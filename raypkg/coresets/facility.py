@@ -31,9 +31,9 @@ def facility_location(view: HeadView, k: int, *, memory: int, covered: HeadView 
     Two samples far from all others gain the same, whichever is taken: gains that are equal up to rounding go to the
     sample with the least Σ_i ‖g_i − g_j‖, and then by position.
 
-    Takes n²(C + D) multiplications if all n² distances fit in ``memory``; if none do, twice as many, and 128·n(C + D)
-    more for about every further medoid. Peak memory is ``memory`` and about ten blocks of 128·n numbers. With m other
-    samples to cover, n·m and 128·m take the place of n² and 128·n.
+    Takes n²(C + D)/2 multiplications if all n² distances fit in ``memory``; if none do, four times as many, and
+    128·n(C + D) more for about every further medoid. Peak memory is ``memory`` and about ten blocks of 128·n numbers.
+    With m other samples to cover, n·m and 128·m take the place of n²/2 and 128·n.
 
     Args:
         view: n samples.
@@ -180,7 +180,13 @@ class _Rows:
         self._covered = covered
         self._kept = view.logits.new_empty(room, m)
         for samples in _blocks(0, room):
-            self._kept[samples] = self._computed(samples)
+            first = int(samples[0])
+            end = first + len(samples)
+            start = 0
+            if covered is view:  # the distances to those before are in their rows
+                start = first
+                self._kept[first:end, :start] = self._kept[:start, first:end].T
+            self._kept[first:end, start:] = self._computed(samples, start)
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Return the distances of at most PRODUCT samples to all that are covered, [b, m]."""
@@ -198,11 +204,13 @@ class _Rows:
         for samples in _blocks(len(self._kept), len(self._view)):
             yield self._computed(samples)
 
-    def _computed(self, samples: Tensor) -> Tensor:
+    def _computed(self, samples: Tensor, start: int = 0) -> Tensor:
+        """Return the distances to all that are covered from ``start`` on."""
         # filled up with the first one to the one shape of all products: a distance is then the same number each time
         missing = PRODUCT - len(samples)
         padded = torch.cat([samples, samples[:1].expand(missing)])
-        distances = self._view[padded].distances(self._covered)
+        covered = self._covered[start:] if start else self._covered  # which keeps what is computed of all of it
+        distances = self._view[padded].distances(covered)
         return distances[: len(samples)]
 
 

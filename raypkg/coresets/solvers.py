@@ -1,11 +1,13 @@
 """Selection by scores, the largest or a draw, and by optimisation: matching pursuit with non-negative weights."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+AT_ONCE = 16  # values computed together, or more: a product of fewer rows takes nearly as long
 GROWTH = 64  # rows by which the room for a factor grows
 CERTAIN = 1e-9  # a probability this near to 1 is 1
 DEPENDENT = 1e-12  # a pivot below this share of its diagonal is rounding: the atom lies in the span of the chosen ones
@@ -19,6 +21,40 @@ def largest(scores: Tensor, k: int) -> Tensor:
     """
     order = scores.sort(descending=True, stable=True).indices
     return order[:k]
+
+
+def largest_bounded(
+    bounds: Tensor, values: Callable[[Tensor], Tensor], k: int, *, at_most: int
+) -> tuple[Tensor, Tensor] | None:
+    """Return the positions of the k largest values, in the order of ``largest``, and the values, computing few others.
+
+    Values are computed from the largest bound on, until k of them exceed every bound that is left.
+
+    Args:
+        bounds: no value exceeds its own [n].
+        values: the values of positions, int64 [b].
+        k: 1 … n.
+        at_most: how many values to compute; return None if they do not suffice.
+
+    >>> x = torch.tensor([1.0, 3.0, 3.0, 2.0])
+    >>> largest_bounded(x + 1.5, lambda some: x[some], 2, at_most=4)
+    (tensor([1, 2]), tensor([3., 3.]))
+    """
+    falling = bounds.sort(descending=True)
+    known = bounds.new_empty(0)
+    least = -torch.inf  # the k-th largest value so far
+    while rivals := int((falling.values[len(known) :] >= least).sum()):
+        start = len(known)
+        end = start + min(rivals, max(k, AT_ONCE))
+        if end > at_most:
+            return None
+        some = falling.indices[start:end]
+        known = torch.cat([known, values(some)])
+        least = float(known.topk(k).values[-1])
+    seen, order = falling.indices[: len(known)].sort()
+    known = known[order]
+    best = largest(known, k)
+    return seen[best], known[best]
 
 
 def draw_in_proportion(scores: Tensor, k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:

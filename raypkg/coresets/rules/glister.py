@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from raypkg.coresets.gradients import HeadView
-from raypkg.coresets.solvers import largest
+from raypkg.coresets.solvers import AT_ONCE, largest, largest_bounded
 from raypkg.data.coreset import Coreset
 
 from . import coreset
@@ -43,56 +43,95 @@ def select(
     which the sum of hundreds of gradients leads far beyond the minimum.
     """
     valid = view if valid is None else valid
-    gain = view.project(valid.mean())  # <∇L_val(θ), g_i> [n]
+    everyone = torch.arange(len(view))
+    static, gains = steepest(view, everyone, valid, budget)
     if eta is not None:
-        return Coreset.uniform(_refreshed(view, valid, gain, budget, eta, rounds))
-    static = largest(gain, budget)
-    step = view[static].sum()
-    slope = gain[static].double().sum()  # <∇L_val(θ), Σ g_i>
+        picked, _ = _refreshed(view, valid, static, eta, rounds)
+        return Coreset.uniform(picked)
+    change = valid.along(view[static])  # of the validation logits, Σ g_i [h; 1] [m, C]
+    slope = gains.double().sum()  # <∇L_val(θ), Σ g_i>
     if slope <= 0:  # no step along them lowers the loss
         return Coreset.uniform(static)
-    eta = safe_rate(valid, step, slope)
-    picked = _refreshed(view, valid, gain, budget, eta, rounds)
-    losses = [_loss(valid.moved(-eta * total)) for total in (view[picked].sum(), step)]
-    return Coreset.uniform(picked if losses[0] <= losses[1] else static)
+    eta = safe_rate(valid, change, slope)
+    picked, refreshed_change = _refreshed(view, valid, static, eta, rounds)
+    better = _loss(valid, refreshed_change, -eta) <= _loss(valid, change, -eta)
+    return Coreset.uniform(picked if better else static)
 
 
-def safe_rate(valid: HeadView, step: Tensor, slope: Tensor) -> float:
-    """Return an η at which the mean loss falls by at least η/2 · slope in θ − η·step, half of what the slope promises.
+def steepest(view: HeadView, left: Tensor, valid: HeadView, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k samples of the largest gains <∇L_val, g_i>, and the gains, descending.
 
-    The loss's second derivative in η is the mean variance of a = step [h; 1] under the model's probabilities. That is
-    at most M = mean (max_c a_c − min_c a_c)² / 4 wherever the head is moved to, so η = slope / M falls by as much. η is
+    All n gains from ∇L_val take (m + n)·C·D multiplications. One by itself, the mean of <g_i, g_j> over the m validation
+    samples, takes m(C + D), and with many classes few have to be computed, by the bound on all others.
+
+    Args:
+        view: n samples.
+        left: the positions to choose from, ascending.
+        valid: the m samples of L_val.
+        k: 1 … len(left).
+    """
+    few = view.num_classes * view.width // (view.num_classes + view.width)  # gains that cost no more than ∇L_val
+    if few >= max(k, AT_ONCE):
+        bounds = _most(view, valid)[left]
+        best = largest_bounded(bounds, lambda block: view[left[block]].inner(valid).mean(dim=1), k, at_most=few)
+        if best:
+            positions, gains = best
+            return left[positions], gains
+    gains = view.project(valid.mean())[left]
+    positions = largest(gains, k)
+    return left[positions], gains[positions]
+
+
+def _most(view: HeadView, valid: HeadView) -> Tensor:
+    """Return a bound on each gain, in n·D and m·D steps [n].
+
+    <∇L_val, g_i> = mean_j <p_i − e_i, p_j − e_j> (<h_i, h_j> + 1) ≤ ‖p_i − e_i‖ Σ_d |[h_i; 1]_d| t_d
+
+    with t = mean_j ‖p_j − e_j‖ |[h_j; 1]|. Where features are not negative, and errors alike, it is close.
+    """
+    errors = valid.residual.norm(dim=1) / len(valid)  # ‖p_j − e_j‖ / m [m]
+    t = errors @ valid.features.abs()  # of the features [D]
+    reach = view.features.abs() @ t + errors.sum()  # Σ_d |[h_i; 1]_d| t_d [n]
+    return view.residual.norm(dim=1) * reach * (1 + view.rounding)
+
+
+def safe_rate(valid: HeadView, change: Tensor, slope: Tensor) -> float:
+    """Return an η at which the mean loss falls by at least η/2 · slope in θ − η·M, half of what the slope promises.
+
+    The loss's second derivative in η is the mean variance of a = M [h; 1] under the model's probabilities. That is at
+    most V = mean (max_c a_c − min_c a_c)² / 4 wherever the head is moved to, so η = slope / V falls by as much. η is
     doubled from there while it still does.
 
     Args:
         valid: the samples of the loss.
-        step: any [C, D+1].
-        slope: <∇L, step>, above 0.
+        change: a, for any M [m, C].
+        slope: <∇L, M>, above 0.
     """
-    change = valid.through(step).double()  # a [m, C]
     spread = change.amax(dim=1) - change.amin(dim=1)
-    bound = spread.square().mean() / 4  # M
-    logits = valid.logits.double()
-    start = cross_entropy(logits, valid.y)
+    bound = spread.double().square().mean() / 4  # V
+    start = _loss(valid, change, 0.0)
     eta = float(slope / bound)
-    while cross_entropy(logits - 2 * eta * change, valid.y) <= start - eta * slope:
+    while _loss(valid, change, -2 * eta) <= start - eta * slope:
         eta *= 2
     return eta
 
 
-def _refreshed(view: HeadView, valid: HeadView, gain: Tensor, budget: int, eta: float, rounds: int) -> Tensor:
-    """Return the picks, given their gains at θ."""
-    chosen = torch.empty(0, dtype=torch.int64)
-    total = view[chosen].sum()  # Σ_{i∈S} g_i [C, D+1]
-    for share in torch.arange(budget).tensor_split(min(rounds, budget)):
-        if len(chosen):
-            gradient = valid.moved(-eta * total).mean()  # ∇L_val(θ_S) [C, D+1]
-            gain = view.project(gradient).index_fill(0, chosen, -torch.inf)
-        best = largest(gain, len(share))
+def _refreshed(view: HeadView, valid: HeadView, static: Tensor, eta: float, rounds: int) -> tuple[Tensor, Tensor]:
+    """Return the picks, the first of which are those at θ, and how they change the validation logits at η = 1."""
+    parts = static.tensor_split(min(rounds, len(static)))
+    chosen = parts[0]
+    change = valid.along(view[chosen])
+    left = torch.ones(len(view), dtype=torch.bool)
+    for part in parts[1:]:
+        left[chosen] = False
+        best, _ = steepest(view, left.nonzero()[:, 0], valid.shifted(change, -eta), len(part))
         chosen = torch.cat([chosen, best])
-        total = total + view[best].sum()
-    return chosen
+        change = change + valid.along(view[best])
+    return chosen, change
 
 
-def _loss(valid: HeadView) -> Tensor:
-    return cross_entropy(valid.logits.double(), valid.y)
+def _loss(valid: HeadView, change: Tensor, rate: float) -> Tensor:
+    """The mean loss with the logits moved by ``rate`` times ``change`` [m, C], summed in float64."""
+    logits = torch.add(valid.logits, change, alpha=rate)
+    losses = cross_entropy(logits, valid.y, reduction="none")
+    return losses.double().mean()
