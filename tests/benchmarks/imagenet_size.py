@@ -56,7 +56,8 @@ def run_of(chosen: argparse.Namespace, folder: Path, method: str, name: str) -> 
         "root": chosen.folder / "runs",
         "dataset": f"parquet:{folder}",
         "dataset.validation": 0,
-        "model": chosen.model,
+        "model": "mlp",
+        "model.options.hidden": "[64]",
         "pretrain.method": "initial",
         "select.method": method,
         "select.fraction": 0.01,
@@ -116,7 +117,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--images", type=int, default=1_280_000)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--model", default="mlp")
     return parser.parse_args()
 
 
