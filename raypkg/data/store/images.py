@@ -26,8 +26,6 @@ from .cache import cached
 from .decode import Name, Shape, decode_all, read_header
 
 DECODED_BYTES = (2 << 30) - 1  # the most that Arrow allows one sample as well
-GREY = 1  # channels
-COLOUR = 3
 SAMPLED = 4096  # about so many images of an encoded store give its statistics
 SET_SIZE = "set option size, such as --set dataset.options.size=224 (--set size=224 for effray data)"
 
@@ -84,11 +82,11 @@ class ImageSource:
         try:
             _write(target, examples, _with_channels(parts, first.shape[0]), first.shape, examples.classes)
         except ColourAfterGrey:
-            colour = (COLOUR, *first.shape[1:])
+            colour = (3, *first.shape[1:])
             _write(target, examples, surveyed(examples, self.size), colour, examples.classes)
 
 
-class Part(NamedTuple):
+class Surveyed(NamedTuple):
     """Encoded images on their way into a store."""
 
     start: int  # how many came before
@@ -101,7 +99,7 @@ class ColourAfterGrey(Exception):
     """An image has colour, and those that came before it had none."""
 
 
-def surveyed(examples: Examples, size: int) -> Iterator[Part]:
+def surveyed(examples: Examples, size: int) -> Iterator[Surveyed]:
     """Stream the images of a split and read every header.
 
     Raises:
@@ -117,8 +115,8 @@ def surveyed(examples: Examples, size: int) -> Iterator[Part]:
             if own != sides:
                 raise UserError(f"images of several sizes, such as {_sides(sides)} and {_sides(own)}: {SET_SIZE}")
         if headers:
-            channels = GREY if all(header.grey for header in headers) else COLOUR
-            yield Part(start, images, y, (channels, *sides))
+            channels = 1 if all(header.grey for header in headers) else 3
+            yield Surveyed(start, images, y, (channels, *sides))
         start += len(images)
 
 
@@ -131,14 +129,14 @@ def _read_ahead(batches: Iterator[Encoded]) -> Iterator[Encoded]:
             yield batch
 
 
-def _with_channels(parts: Iterable[Part], channels: int) -> Iterator[Part]:
+def _with_channels(parts: Iterable[Surveyed], channels: int) -> Iterator[Surveyed]:
     for part in parts:
         if part.shape[0] > channels:
             raise ColourAfterGrey
         yield part
 
 
-def _write(target: Path, examples: Examples, parts: Iterable[Part], shape: Shape, classes: tuple[str, ...]) -> None:
+def _write(target: Path, examples: Examples, parts: Iterable[Surveyed], shape: Shape, classes: tuple[str, ...]) -> None:
     pixels = math.prod(shape)  # bytes
     check_samples(f"images of {_sides(shape[1:])}", pixels, SET_SIZE, examples.length)
     header = Header(_kind(examples.length, shape), shape, classes, default_augment(shape))
@@ -150,7 +148,7 @@ def _kind(length: int, shape: Shape) -> Literal["pixels", "encoded"]:
     return "pixels" if decoded <= DECODED_BYTES else "encoded"
 
 
-def _blocks(examples: Examples, parts: Iterable[Part], header: Header) -> Iterator[Block]:
+def _blocks(examples: Examples, parts: Iterable[Surveyed], header: Header) -> Iterator[Block]:
     stride = 1 + examples.length // SAMPLED  # one in so many gives an encoded store's statistics
     for start, images, y, _ in parts:
         name = _shifted(examples.name, start)
