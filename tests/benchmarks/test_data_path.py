@@ -106,11 +106,11 @@ def test_jpeg_to_pixels(sides, to, count):
 
 
 def pixel_store(folder):
-    return stored(folder / "pixels", Header("pixels", (3, 32, 32), TEN, ("crop", "flip")), samples.pixels(6400, 32, 32))
+    return stored(folder / "pixels", Header("pixels", (3, 32, 32), TEN, ("crop", "flip")), samples.pixels(2560, 32, 32))
 
 
 def jpeg_store(folder):
-    files = photographs(128, *PHOTOGRAPH)
+    files = photographs(64, *PHOTOGRAPH)
 
     def batches():
         yield files, np.arange(len(files)) % 10
@@ -121,7 +121,7 @@ def jpeg_store(folder):
 
 def row_store(folder):
     return stored(
-        folder / "rows", Header("rows", (64,), TEN), np.random.default_rng(0).random((100_000, 64), np.float32)
+        folder / "rows", Header("rows", (64,), TEN), np.random.default_rng(0).random((40_000, 64), np.float32)
     )
 
 

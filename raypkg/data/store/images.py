@@ -26,8 +26,6 @@ from .cache import cached, check_fits
 from .decode import Name, Shape, decode_all, read_header
 
 DECODED_BYTES = (2 << 30) - 1  # the most that Arrow allows one sample as well
-GREY = 1  # channels
-COLOUR = 3
 SAMPLED = 4096  # about so many images of an encoded store give its statistics
 SET_SIZE = "set option size, such as --set dataset.options.size=224 (--set size=224 for effray data)"
 
@@ -88,11 +86,11 @@ class ImageSource:
         try:
             write_to(_with_channels(parts, first.shape[0]), first.shape, examples.classes)
         except ColourAfterGrey:
-            colour = (COLOUR, *first.shape[1:])
+            colour = (3, *first.shape[1:])
             write_to(surveyed(examples, self.size), colour, examples.classes)
 
 
-class Portion(NamedTuple):
+class Surveyed(NamedTuple):
     """Encoded images on their way into a store."""
 
     start: int  # how many came before
@@ -105,7 +103,7 @@ class ColourAfterGrey(Exception):
     """An image has colour, and those that came before it had none."""
 
 
-def surveyed(examples: Examples, size: int) -> Iterator[Portion]:
+def surveyed(examples: Examples, size: int) -> Iterator[Surveyed]:
     """Stream the images of a split and read every header.
 
     Raises:
@@ -121,12 +119,12 @@ def surveyed(examples: Examples, size: int) -> Iterator[Portion]:
             if own != sides:
                 raise UserError(f"images of several sizes, such as {_sides(sides)} and {_sides(own)}: {SET_SIZE}")
         if headers:
-            channels = GREY if all(header.grey for header in headers) else COLOUR
-            yield Portion(start, images, y, (channels, *sides))
+            channels = 1 if all(header.grey for header in headers) else 3
+            yield Surveyed(start, images, y, (channels, *sides))
         start += len(images)
 
 
-def _with_channels(parts: Iterable[Portion], channels: int) -> Iterator[Portion]:
+def _with_channels(parts: Iterable[Surveyed], channels: int) -> Iterator[Surveyed]:
     for part in parts:
         if part.shape[0] > channels:
             raise ColourAfterGrey
@@ -134,7 +132,7 @@ def _with_channels(parts: Iterable[Portion], channels: int) -> Iterator[Portion]
 
 
 def _write(
-    target: Path, examples: Examples, encoded: int, parts: Iterable[Portion], shape: Shape, classes: tuple[str, ...]
+    target: Path, examples: Examples, encoded: int, parts: Iterable[Surveyed], shape: Shape, classes: tuple[str, ...]
 ) -> None:
     pixels = math.prod(shape)  # bytes
     check_samples(f"images of {_sides(shape[1:])}", pixels, SET_SIZE, examples.length)
@@ -148,7 +146,7 @@ def _kind(length: int, shape: Shape) -> Literal["pixels", "encoded"]:
     return "pixels" if decoded <= DECODED_BYTES else "encoded"
 
 
-def _blocks(examples: Examples, parts: Iterable[Portion], header: Header) -> Iterator[Block]:
+def _blocks(examples: Examples, parts: Iterable[Surveyed], header: Header) -> Iterator[Block]:
     stride = 1 + examples.length // SAMPLED  # one in so many gives an encoded store's statistics
     for start, images, y, _ in parts:
         name = _shifted(examples.name, start)
