@@ -57,7 +57,7 @@ def run_of(chosen: argparse.Namespace, folder: Path, method: str, name: str) -> 
         "dataset": f"parquet:{folder}",
         "dataset.validation": 0,
         "model": "mlp",
-        "model.options.hidden": "[64]",
+        "set": "model.options.hidden=[64]",
         "pretrain.method": "initial",
         "select.method": method,
         "select.fraction": 0.01,
