@@ -148,21 +148,20 @@ def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list
         options=settings.options,
         memory=memory,
     )
-    members = []
-    scores = []
+    # Whole before the first class: what is kept of each would lie between the views of two, where a third has no room.
+    members = torch.empty_like(shard.indices)
+    scores = torch.empty(len(shard.indices))
     picks = []
+    done = 0
     with Cost("select") as cost:
         classes = _viewed(shard, scorer, cost, target_of(settings))
         for part, picked in select_each(classes, budgets, choose):
-            members.append(part.members)
-            scores.append(part.samples.norms())
+            end = done + len(part.members)
+            members[done:end] = part.members
+            scores[done:end] = part.samples.norms()
             picks.append(picked)
-    return Selection(
-        coreset=Coreset.concat(picks),
-        indices=torch.cat(members),
-        scores=torch.cat(scores),
-        cost=cost,
-    )
+            done = end
+    return Selection(coreset=Coreset.concat(picks), indices=members, scores=scores, cost=cost)
 
 
 def _viewed(shard: Shard, scorer: Scorer, cost: Cost, target: TargetSamples | None) -> Iterator[ClassSamples[HeadView]]:
