@@ -173,9 +173,10 @@ def taylor_greedy(
 
 
 def plain_pursuit(atoms: Tensor, target: Tensor, k: int) -> float:
-    """Squared error of the textbook form of matching pursuit, as CORDS computes it: k steps, least squares without negative weights, no penalty.
+    """Squared error of the textbook form of matching pursuit, as CORDS computes it.
 
-    An atom whose weight becomes 0 keeps its place.
+    k steps of least squares without negative weights and without a penalty; an atom whose weight becomes 0 keeps its
+    place.
     """
     chosen: list[int] = []
     weights = atoms.new_zeros(0)

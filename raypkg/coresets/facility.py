@@ -58,7 +58,7 @@ def facility_location(view: HeadView, k: int, *, memory: int, covered: HeadView 
     medoids = [first]
     nearest = rows(torch.tensor([first]))[0]  # distance of each sample to its medoid [n]
 
-    bounds = []
+    bounds: list[_Bound] = []
     for block in rows.blocks():
         for gain in _gains(nearest, block).tolist():
             j = len(bounds)

@@ -15,6 +15,7 @@ from . import coreset
 
 WORTH = 0.01  # a loss that falls further by no more than this share falls as far
 
+
 @coreset("glister", source="arXiv:2012.10630")
 def select(
     view: HeadView,
@@ -74,8 +75,8 @@ def select(
 def steepest(view: HeadView, left: Tensor, valid: HeadView, k: int) -> tuple[Tensor, Tensor]:
     """Return the k samples of the largest gains <∇L_val, g_i>, and the gains, descending.
 
-    All n gains from ∇L_val take (m + n)·C·D multiplications. One by itself, the mean of <g_i, g_j> over the m validation
-    samples, takes m(C + D), and with many classes few have to be computed, by the bound on all others.
+    All n gains from ∇L_val take (m + n)·C·D multiplications. One by itself, the mean of <g_i, g_j> over the m
+    validation samples, takes m(C + D), and with many classes few have to be computed, by the bound on all others.
 
     Args:
         view: n samples.
