@@ -135,6 +135,11 @@ def loss_after(p: Problem, step: Tensor) -> float:
     return float(F.cross_entropy(logits(p.head + step, p.features), p.y))
 
 
+def lowest_loss(p: Problem, step: Tensor) -> float:
+    """The lowest mean loss along θ − η·step, over 16 rates η a decade."""
+    return min(loss_after(p, -(10 ** (i / 16)) * step) for i in range(-96, 33))
+
+
 def safe_rate(valid: Problem, step: Tensor) -> float:
     """The rate η of θ − η·step: that of the curvature's bound, doubled while half of what the slope promises comes.
 
@@ -151,16 +156,33 @@ def safe_rate(valid: Problem, step: Tensor) -> float:
 
 
 def topk_by_validation(train: Problem, valid: Problem, budget: int) -> list[int]:
-    """GLISTER as DeepCore computes it: the largest <∇L_val, g_i>, never refreshed."""
+    """The textbook form of GLISTER as DeepCore computes it: the largest <∇L_val, g_i>, never refreshed."""
     aim = gradient(valid.head, valid.features, valid.y)
     gains = (per_sample_gradients(train) * aim).sum(dim=(1, 2))
     return gains.topk(budget).indices.tolist()
 
 
-def plain_pursuit(atoms: Tensor, target: Tensor, k: int) -> float:
-    """Squared error of matching pursuit as CORDS does it: k steps, least squares without negative weights, no penalty.
+def taylor_greedy(
+    gradients: Tensor, head: Tensor, valid: Problem, budget: int, *, eta: float = 0.01, rounds: int = 15
+) -> list[int]:
+    """The textbook form of GLISTER as CORDS computes it: η is the learning rate, the step a sum, refreshed r times.
 
-    An atom whose weight becomes 0 keeps its place.
+    ``gradients`` are those of the samples to choose from, spelt out [n, C, D+1].
+    """
+    chosen: list[int] = []
+    for part in torch.arange(budget).tensor_split(min(rounds, budget)):
+        moved = head - eta * gradients[chosen].sum(dim=0)
+        gain = (gradients * gradient(moved, valid.features, valid.y)).sum(dim=(1, 2))
+        gain[chosen] = -torch.inf
+        chosen += gain.topk(len(part)).indices.tolist()
+    return chosen
+
+
+def plain_pursuit(atoms: Tensor, target: Tensor, k: int) -> float:
+    """Squared error of the textbook form of matching pursuit, as CORDS computes it.
+
+    k steps of least squares without negative weights and without a penalty; an atom whose weight becomes 0 keeps its
+    place.
     """
     chosen: list[int] = []
     weights = atoms.new_zeros(0)

@@ -83,7 +83,7 @@ def test_moved_head_has_the_gradient_of_the_moved_head(some, close):
 def test_a_shift_of_the_logits_is_a_move_of_the_head(some, close):
     step = reference.problem(1, seed=5, dtype=some.head.dtype).head
     change = reference.logits(step, some.features)
-    close(some.view.shifted(change, -0.3).mean(), reference.gradient(some.head - 0.3 * step, some.features, some.y))
+    close(some.view.shifted(change).mean(), reference.gradient(some.head + step, some.features, some.y))
 
 
 @pytest.mark.parametrize("count", [0, 1, 20])  # one by inner products, twenty by the sum spelt out

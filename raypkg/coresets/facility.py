@@ -58,8 +58,12 @@ def facility_location(view: HeadView, k: int, *, memory: int, covered: HeadView 
     medoids = [first]
     nearest = rows(torch.tensor([first]))[0]  # distance of each sample to its medoid [n]
 
-    # nothing is known of the other gains: an infinite bound makes each be computed before it can win
-    bounds = [_Bound(-torch.inf, total, j) for j, total in enumerate(totals) if j != first]
+    bounds: list[_Bound] = []
+    for block in rows.blocks():
+        for gain in _gains(nearest, block).tolist():
+            j = len(bounds)
+            bounds.append(_Bound(-gain, totals[j], j))
+    del bounds[first]
     heapify(bounds)
     while len(medoids) < k:
         medoid, row = _largest_gain(rows, nearest, bounds)
@@ -229,9 +233,8 @@ def _largest_gain(rows: _Rows, nearest: Tensor, bounds: list[_Bound]) -> tuple[i
         stale = [heappop(bounds) for _ in range(count)]
         samples = torch.tensor([bound.sample for bound in stale])
         distances = rows(samples)  # [b, n]
-        gains = (nearest - distances).clamp_(min=0).sum(dim=1)  # [b]
         current = []
-        for bound, gain in zip(stale, gains.tolist(), strict=True):
+        for bound, gain in zip(stale, _gains(nearest, distances).tolist(), strict=True):
             current.append(_Bound(-gain, bound.total, bound.sample))
         fresh += current
         largest = min(current)
@@ -245,6 +248,11 @@ def _largest_gain(rows: _Rows, nearest: Tensor, bounds: list[_Bound]) -> tuple[i
         if bound != best:
             heappush(bounds, bound)
     return best.sample, tied[best]
+
+
+def _gains(nearest: Tensor, distances: Tensor) -> Tensor:
+    """Return what each row of the distances [b, m] would take off Σ_i of the nearest ones, [b]."""
+    return (nearest - distances).clamp_(min=0).sum(dim=1)
 
 
 def _smallest_sum(rows: _Rows, nearest: Tensor, candidates: Tensor) -> tuple[int, Tensor]:

@@ -165,9 +165,9 @@ class HeadView:
         """Return the view after the head's [W, b] moved by ``step`` [C, D+1]: the logits change, the features stay."""
         return self.shifted(self.through(step))
 
-    def shifted(self, change: Tensor, rate: float = 1.0) -> "HeadView":
-        """Return the view with ``rate`` times ``change`` [n, C] added to the logits."""
-        logits = torch.add(self.logits, change, alpha=rate)
+    def shifted(self, change: Tensor) -> "HeadView":
+        """Return the view with ``change`` [n, C] added to the logits."""
+        logits = self.logits + change
         _check_samples("NaN or infinite logits", _all_finite(logits))
         return self._of_checked(logits, self.features, self.y)
 

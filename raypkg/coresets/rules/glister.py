@@ -13,6 +13,8 @@ from raypkg.data.coreset import Coreset
 
 from . import coreset
 
+WORTH = 0.01  # a loss that falls further by no more than this share falls as far
+
 
 @coreset("glister", source="arXiv:2012.10630")
 def select(
@@ -21,41 +23,53 @@ def select(
     *,
     valid: HeadView | None = None,
     eta: Annotated[float | None, Field(gt=0)] = None,
-    rounds: Annotated[int, Field(ge=1)] = 6,
+    rounds: Annotated[int, Field(ge=1)] = 8,
+    doublings: Annotated[int, Field(ge=0)] = 4,
 ) -> Coreset:
     """Add the samples with the largest <∇L_val(θ_S), g_i>, refreshing ∇L_val along the way.
 
         θ_S = θ − η Σ_{i∈S} g_i
 
     Moving the head moves the validation logits linearly, so ∇L_val(θ_S) is exact without a forward pass, and so is the
-    curvature of L_val along a step. It gives an η with which the step of the whole budget does not overshoot. Where the
-    refreshed choice then leaves a larger L_val(θ_S) than the one that is never refreshed, which is rare, that one is
-    returned.
+    curvature of L_val along a step. It gives an η with which a step of the whole budget does not overshoot. A greedy
+    choice at twice that η may lead further, because it turns on its way: η is doubled for as long as the loss along
+    the chosen step then falls further, and the refreshes with it, so that the way between two of them stays as long.
 
     Args:
         view: the samples; their own gradients stay those at θ.
         budget: how many to choose.
         valid: the samples of L_val; the view itself if None.
-        eta: η, and no comparison with the choice that is never refreshed, as published; None = from the curvature.
-        rounds: refreshes, at the start of equal parts of the budget; from the budget on, one before every choice.
+        eta: η, which is not doubled then, as published; None = from the curvature.
+        rounds: refreshes at the first η, at the start of equal parts of the budget; from the budget on, one before
+            every choice.
+        doublings: of η, at most.
 
     Differs from the paper: θ_S moves the last layer only; η is derived, where the paper takes the learning rate, at
     which the sum of hundreds of gradients leads far beyond the minimum.
     """
     valid = view if valid is None else valid
     everyone = torch.arange(len(view))
-    static, gains = steepest(view, everyone, valid, budget)
+    best, gains = steepest(view, everyone, valid, budget)  # the choice that is never refreshed
     if eta is not None:
-        picked, _ = _refreshed(view, valid, static, eta, rounds)
+        picked, _ = _refreshed(view, valid, best, eta, rounds)
         return Coreset.uniform(picked)
-    change = valid.along(view[static])  # of the validation logits, Σ g_i [h; 1] [m, C]
+    change = valid.along(view[best])  # of the validation logits, Σ g_i [h; 1] [m, C]
     slope = gains.double().sum()  # <∇L_val(θ), Σ g_i>
     if slope <= 0:  # no step along them lowers the loss
-        return Coreset.uniform(static)
+        return Coreset.uniform(best)
     eta = safe_rate(valid, change, slope)
-    picked, refreshed_change = _refreshed(view, valid, static, eta, rounds)
-    better = _loss(valid, refreshed_change, -eta) <= _loss(valid, change, -eta)
-    return Coreset.uniform(picked if better else static)
+    static = best
+    drop = _largest_drop(valid, change, eta)
+    for _ in range(doublings + 1):
+        picked, change = _refreshed(view, valid, static, eta, rounds)
+        reached = _largest_drop(valid, change, eta)
+        if reached < (1 + WORTH) * drop:
+            break
+        best = picked
+        drop = reached
+        eta *= 2
+        rounds *= 2
+    return Coreset.uniform(best)
 
 
 def steepest(view: HeadView, left: Tensor, valid: HeadView, k: int) -> tuple[Tensor, Tensor]:
@@ -109,9 +123,9 @@ def safe_rate(valid: HeadView, change: Tensor, slope: Tensor) -> float:
     """
     spread = change.amax(dim=1) - change.amin(dim=1)
     bound = spread.double().square().mean() / 4  # V
-    start = _loss(valid, change, 0.0)
+    start = _loss(valid.logits, valid.y)
     eta = float(slope / bound)
-    while _loss(valid, change, -2 * eta) <= start - eta * slope:
+    while _loss(valid.logits - 2 * eta * change, valid.y) <= start - eta * slope:
         eta *= 2
     return eta
 
@@ -124,14 +138,26 @@ def _refreshed(view: HeadView, valid: HeadView, static: Tensor, eta: float, roun
     left = torch.ones(len(view), dtype=torch.bool)
     for part in parts[1:]:
         left[chosen] = False
-        best, _ = steepest(view, left.nonzero()[:, 0], valid.shifted(change, -eta), len(part))
+        moved = valid.shifted(-eta * change)
+        best, _ = steepest(view, left.nonzero()[:, 0], moved, len(part))
         chosen = torch.cat([chosen, best])
         change = change + valid.along(view[best])
     return chosen, change
 
 
-def _loss(valid: HeadView, change: Tensor, rate: float) -> Tensor:
-    """The mean loss with the logits moved by ``rate`` times ``change`` [m, C], summed in float64."""
-    logits = torch.add(valid.logits, change, alpha=rate)
-    losses = cross_entropy(logits, valid.y, reduction="none")
+def _largest_drop(valid: HeadView, change: Tensor, eta: float) -> Tensor:
+    """Return by how much the loss falls at η, 2η, 4η, …, as far as it falls, or until next to nothing of it is left."""
+    start = _loss(valid.logits, valid.y)
+    lowest = start
+    loss = _loss(valid.logits - eta * change, valid.y)
+    while WORTH * start < loss < lowest:
+        lowest = loss
+        eta *= 2
+        loss = _loss(valid.logits - eta * change, valid.y)
+    return start - lowest.minimum(loss)
+
+
+def _loss(logits: Tensor, y: Tensor) -> Tensor:
+    """The mean loss, summed in float64."""
+    losses = cross_entropy(logits, y, reduction="none")
     return losses.double().mean()
