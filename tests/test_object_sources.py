@@ -2,6 +2,7 @@
 
 import http.client
 import http.server
+import os
 import shutil
 import threading
 
@@ -16,9 +17,11 @@ import samples
 from contracts.test_datasets import PREPARE
 from raypkg.core.address import opened
 from raypkg.core.errors import UserError
+from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data import load_data
 from raypkg.data.files import files_below, place_of
 from raypkg.data.store.cache import cached
+from raypkg.phases.samples import open_any_samples
 
 WITH_FILES = ("table", "libsvm", "text", "parquet", "folder")
 
@@ -240,3 +243,27 @@ def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"has 0\.0 GB of room, this data set takes .* name a folder on a larger disk"):
         load_data(name, cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.arrow"))
+
+
+def test_an_import_that_was_killed_begins_anew(tmp_path, monkeypatch):
+    name = PREPARE["parquet"](tmp_path / "local", monkeypatch)
+    whole = load_data(name, cache=tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    for store in (tmp_path / "whole").glob("*.arrow"):
+        half = store.read_bytes()[: store.stat().st_size // 2]
+        (tmp_path / "killed" / store.name).with_suffix(".tmp").write_bytes(half)
+    again = load_data(name, cache=tmp_path / "killed")
+    same(whole.train, again.train)
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+def test_a_copy_elsewhere_by_another_clock_is_the_same_data(tmp_path, monkeypatch):
+    name = PREPARE["parquet"](tmp_path / "here", monkeypatch)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    for file in (tmp_path / "there").iterdir():
+        os.utime(file, (0, 0))
+    digests = [
+        open_any_samples(RunSettings(dataset={"name": each})).digest(Dataset(name=each))
+        for each in (name, f"parquet:{tmp_path}/there")
+    ]
+    assert digests[0] == digests[1]

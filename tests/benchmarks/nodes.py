@@ -14,8 +14,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from imagenet_size import make
-
 NODES = (1, 2, 4, 8)
 MODEL = "--model mlp --train.precision float32 --train.epochs 1 --train.lr 0.01 --dataset.validation 0"
 COMMANDS = {
@@ -29,6 +27,8 @@ MIB = 1 << 20
 
 def main() -> None:
     """Run every experiment on every cluster, and print a table."""
+    from imagenet_size import make  # of the same folder, which is on the path of a script alone
+
     chosen = arguments()
     data = chosen.folder / f"images-{chosen.images}"
     make(data, chosen.images, chosen.classes)

@@ -453,7 +453,7 @@ def test_methods_lists_everything(effray):
     text = effray("methods")
     for name in ("lipt", "train", "gradmatch", "glister", "el2n", "grand", "random", "resnet20", "wrn-16-8", "parquet"):
         assert re.search(rf"^│ {name} +│", text, re.MULTILINE)
-    assert "arXiv:2103.00123" in text and "rounds=6" in text and "…" not in text.replace("/…", "")
+    assert "arXiv:2103.00123" in text and "rounds=8" in text and "…" not in text.replace("/…", "")
 
 
 def test_data_describes(effray):

@@ -161,6 +161,15 @@ def test_a_node_that_cannot_import_is_told_in_one_line(line, bucket_of_digits, n
     assert len(told) == 1 and "Traceback" not in printed, printed
 
 
+def killed_when(ready, process):
+    """Kill a command once something is there."""
+    while not ready():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+
+
 def test_a_selection_on_two_nodes(digits, bucket_of_digits, nodes, bucket, tmp_path):
     cluster, _ = nodes
     at_home = Machine(tmp_path / "home")
@@ -171,7 +180,11 @@ def test_a_selection_on_two_nodes(digits, bucket_of_digits, nodes, bucket, tmp_p
     select = "select --name picks --model-from full --method craig --fraction 0.2"
     for machine, data, root in ((at_home, digits, here.root), (outside, bucket_of_digits, there.root)):
         machine.run(f"{train} --dataset parquet:{data} --root {root}")
-        machine.run(f"{select} --dataset parquet:{data} --root {root}")
+    at_home.run(f"{select} --dataset parquet:{digits} --root {here.root}")
+    run = there / "select/picks"
+    process = outside.start(f"{select} --dataset parquet:{bucket_of_digits} --root {there.root}")
+    killed_when(lambda: "config.toml" in run.list(), process)
+    outside.run(f"select --resume picks --root {there.root}")
     picks = [pq.read_table(pa.BufferReader((root / "select/picks").read("coreset.parquet"))) for root in (here, there)]
     assert set(picks[0]["index"].to_pylist()) == set(picks[1]["index"].to_pylist())
     for number in (0, 1):  # each node has read the data for itself
@@ -184,7 +197,14 @@ def test_deltagrad_on_two_nodes(digits, bucket_of_digits, nodes, tmp_path):
     at_home = Machine(tmp_path / "home")
     outside = Machine(tmp_path / "outside", cluster.address)
     train = "deltagrad train --name people --dataset.repeat 2 --train.epochs 20 --train.batch_size 2500"
-    for machine, data in ((at_home, digits), (outside, bucket_of_digits)):
-        machine.run(f"{train} --dataset parquet:{data}")
-        machine.run("deltagrad delete people --ids 1,2,3,4,5")
+    delete = "deltagrad delete people --ids 1,2,3,4,5"
+    at_home.run(f"{train} --dataset parquet:{digits}")
+    at_home.run(delete)
+    run = outside.folder / "runs/deltagrad/people"
+    process = outside.start(f"{train} --dataset parquet:{bucket_of_digits}")
+    killed_when(lambda: (run / "metrics.parquet").exists() or list(run.glob("versions/*/*")), process)
+    outside.run("deltagrad train --resume people")
+    process = outside.start(delete)
+    killed_when(lambda: (run / "versions/00001").exists() or list(run.glob("versions/*.part")), process)
+    outside.run(delete)
     same(*(Storage(f"{machine.folder}/runs/deltagrad/people") for machine in (at_home, outside)))
