@@ -118,7 +118,7 @@ class Disk:
         shutil.rmtree = counted_rmtree
         Storage.delete = counted_delete
         builtins.open = io.open = self._open(io.open)
-        pa.OSFile = lambda path, mode: pa.PythonFile(open(path, mode))
+        pa.OSFile = lambda path, mode="rb": pa.PythonFile(open(path, mode))
         return self
 
     def _wrap(self, module: Any, name: str, kind: str) -> None:
