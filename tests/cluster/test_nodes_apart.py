@@ -22,7 +22,11 @@ from raypkg.core.address import opened
 from raypkg.data import load_data
 from raypkg.runs.storage import Storage
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # A group of another module may still wait for the cluster that is shut down here.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 PLAIN = "--model mlp --train.precision float32 --train.batch_size 64 --train.epochs 12"
 LIPT = f"lipt {PLAIN} --pretrain.models 4 --pretrain.epochs 3 --name run"
 CREST = f"crest {PLAIN} --budget 0.5 --crest.subset 0.1 --name run"
