@@ -79,9 +79,6 @@ class Remote:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Remote) and str(self) == str(other)
 
-    def __lt__(self, other: "Remote") -> bool:
-        return self.names < other.names
-
     def __hash__(self) -> int:
         return hash(str(self))
 
@@ -147,7 +144,7 @@ def place_of(root: str) -> Place:
 def files_below(folder: Place) -> list[Place]:
     """Return the files below a folder, sorted; of a local one folders too, and links that lead nowhere."""
     if isinstance(folder, Path):
-        return sorted(folder.rglob("*"))
+        return [*sorted(folder.rglob("*"))]
     return list(_files_below(folder))
 
 

@@ -54,9 +54,10 @@ def load(
         UserError: missing files, lines in another form, values that are not finite, a column above ``columns``, or more
             columns than fit this machine's memory when rows become dense.
     """
-    files = row_files(root, SUFFIXES)
+    place = place_of(root)
+    files = row_files(place, SUFFIXES)
     key = fingerprint(files.values(), columns=columns, test=test)
-    target = store_path(cache, place_of(root).resolve().name.partition(".")[0], key, split)
+    target = store_path(cache, place.resolve().name.partition(".")[0], key, split)
 
     def build(unfinished: Path) -> None:
         # Both files decide on the width, so both are read whichever split is built.

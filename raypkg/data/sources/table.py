@@ -51,9 +51,10 @@ def load(
     Raises:
         UserError: missing or unreadable files, columns that are no numbers, missing values, classes unknown to train.
     """
-    files = row_files(root, SUFFIXES)
+    place = place_of(root)
+    files = row_files(place, SUFFIXES)
     key = fingerprint(files.values(), label=label, id=id, test=test)
-    target = store_path(cache, place_of(root).resolve().stem, key, split)
+    target = store_path(cache, place.resolve().stem, key, split)
 
     def build(unfinished: Path) -> None:
         train = RowTable(files["train"], label, id)

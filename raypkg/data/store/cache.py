@@ -60,7 +60,7 @@ def store_path(cache: Path | None, name: str, key: str, split: str) -> Path:
 
 def fingerprint(files: Iterable[Place], **options: object) -> str:
     """Return a short name of the source: files with their sizes and times, options and the store's format."""
-    states = [tuple(identity_of(file)) for file in files]
+    states = [tuple(identity_of(file)) for file in files]  # plain: stores made before are still found
     identity = repr((FORMAT, states, sorted(options.items())))
     return blake2b(identity.encode(), digest_size=8).hexdigest()
 

@@ -9,19 +9,18 @@ import torch
 
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.seeds import generator
-from raypkg.data.files import Place, place_of
+from raypkg.data.files import Place
 from raypkg.data.split import repeated
 
 SPLITS = ("train", "test")
 
 
-def row_files(root: str, suffixes: tuple[str, ...]) -> dict[str, Place]:
+def row_files(path: Place, suffixes: tuple[str, ...]) -> dict[str, Place]:
     """Return the file of each split; a single file is that of both.
 
     Raises:
         UserError: no file with one of the suffixes, or several for a split.
     """
-    path = place_of(root)
     if path.is_dir():
         files = {split: _only(path, split, suffixes) for split in SPLITS}
     else:
