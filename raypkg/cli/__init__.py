@@ -57,5 +57,5 @@ def _fail(message: str, code: int) -> None:
     print(f"effray: {message}", file=sys.stderr, flush=True)
     if are_abandoned():
         sys.stdout.flush()
-        os._exit(code)  # Ray's own end would find the waiting thread, and exit with another code; the cluster follows
+        os._exit(code)  # Ray's own end may meet the waiting thread and exit with another code; workers follow
     sys.exit(code)

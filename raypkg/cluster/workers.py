@@ -15,7 +15,7 @@ from raypkg.core.settings import Cluster
 from .capacity import Plan, plan
 from .loss import watched
 from .mailbox import Delivery, open_mailbox
-from .session import connect, disconnect, owns
+from .session import connect, disconnect
 
 WAITING = "workers"  # the name of a thread that waits for the end of a group
 TRAINER = f"{__package__}.trainer"
@@ -99,8 +99,8 @@ class Workers:
 
 
 def are_abandoned() -> bool:
-    """Say whether a thread still waits for workers on a cluster of this process's own, of which nothing is wanted."""
-    return owns() and any(thread.name == WAITING for thread in threading.enumerate())
+    """Say whether a thread still waits for workers, of which nothing is wanted."""
+    return any(thread.name == WAITING for thread in threading.enumerate())
 
 
 class Group:
