@@ -22,6 +22,8 @@ Threads = Annotated[int, Field(ge=1, le=1024)]  # more than any machine has proc
 TRAIN = "train"  # targets of a selection besides data sets: the training samples
 VALID = "valid"  # and those held out
 REGIMES = ("noise", "imbalance", "repeat", "seed")  # of a data set
+STREAMING = ("streamed", "window")  # of one that no machine holds
+WINDOW = 64  # blocks
 APART = ("cluster", "track")  # parts that say where a run happens and who hears of it, and do not alter its result
 
 
@@ -50,6 +52,12 @@ class Dataset(Named):
     seed: Annotated[
         int | None, Field(ge=0, description="of the draws of noise and imbalance; left out = the run's")
     ] = None
+    streamed: Annotated[
+        str | None, Field(description="folder or URI where stores are read by blocks, never copied to a machine whole")
+    ] = None
+    window: Annotated[
+        int, Field(ge=1, description="blocks of a streamed set, of 8 MiB, from which batches draw at any time")
+    ] = WINDOW
     digest: Annotated[
         str | None, Field(description="of the samples, as a run stores it: other samples are refused")
     ] = None
@@ -65,12 +73,21 @@ class Dataset(Named):
             raise UserError(f"dataset.seed = {self.seed}: there is no dataset.noise or dataset.imbalance to draw")
         return self
 
+    @model_validator(mode="after")
+    def _stream_in_a_window(self) -> Self:
+        if self.streamed is None and self.window != WINDOW:
+            raise UserError(f"dataset.window = {self.window}: there is no dataset.streamed whose blocks it would be of")
+        return self
+
     @model_serializer(mode="wrap")
     def _without_what_is_off(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out regimes that are off: digests of settings stay those of runs from before there were any."""
+        """Leave out what is off: digests of settings stay those of runs from before it was there."""
         fields = type(self).model_fields
         values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if name not in REGIMES or value != fields[name].default}
+        may_be_off = {*REGIMES, *STREAMING}
+        return {
+            name: value for name, value in values.items() if name not in may_be_off or value != fields[name].default
+        }
 
 
 class Model(Named):

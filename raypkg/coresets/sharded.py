@@ -62,7 +62,7 @@ class LiveModel:
 
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
         """Return the HeadView of the indices in one forward pass."""
-        split = shard.data.train
+        split = shard.train
         with autocast(self.precision, shard.device):
             batches = plain_batches(split, indices, shard.device, dtype=dtype_of(self.model))
             return head_view(self.model, batches)

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raypkg.core.entry import USER_CODE, Entry
@@ -15,6 +14,7 @@ from .sources import dataset
 
 if TYPE_CHECKING:
     from .split import Split
+    from .store.cache import Cache
 
 
 class Data(NamedTuple):
@@ -24,13 +24,14 @@ class Data(NamedTuple):
     test: "Split"
 
 
-def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: Path | None = None) -> Data:
+def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: "Cache" = None) -> Data:
     """Load a data set by name: ``digits``, ``cifar10``, ``parquet:PATH``, ``folder:PATH`` or ``module:function``.
 
     Args:
         name: a registered source, with what it needs after the colon, or the user's own function.
         options: the source's own options.
-        cache: folder of the memory-mapped stores; default ``$EFFRAY_CACHE``, then the user's cache folder.
+        cache: folder of the memory-mapped stores, by default ``$EFFRAY_CACHE``, then the user's cache folder; or where
+            stores are read by blocks.
 
     Raises:
         UserError: unknown name or option, unreadable data, or splits that do not belong together.

@@ -11,7 +11,10 @@ from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset
 
 from . import Data, load_data
-from .split import Split, Take
+from .blocks import Take
+from .split import Split
+from .store.cache import cache_folder
+from .store.streamed import Stream
 
 LARGEST = 2**31  # samples, after repetition
 
@@ -30,7 +33,9 @@ def open_data(chosen: Dataset, seed: int | None = None) -> Data:
     Raises:
         UserError: the data set cannot be read, has one class and is to have wrong labels, or nobody gives a seed.
     """
-    data = load_data(chosen.name, chosen.options)
+    data = load_data(chosen.name, chosen.options, cache=_stream(chosen))
+    if chosen.streamed and data.train.blocks is None:
+        raise UserError(f"dataset.streamed: the samples of {chosen.name!r} are in memory: leave it out")
     train = data.train
     seed = seed if chosen.seed is None else chosen.seed
     if seed is None:
@@ -44,6 +49,11 @@ def open_data(chosen: Dataset, seed: int | None = None) -> Data:
     if chosen.repeat > 1:
         train = taken(train, repeated_positions(len(train), chosen.repeat))
     return data._replace(train=train)
+
+
+def _stream(chosen: Dataset) -> Stream | None:
+    """Return where stores are read by blocks, if the settings ask for that."""
+    return Stream(chosen.streamed, chosen.window, cache_folder()) if chosen.streamed else None
 
 
 def long_tail(y: Tensor, share: float, rng: torch.Generator) -> Tensor:
@@ -120,6 +130,7 @@ def taken(split: Split, positions: Tensor) -> Split:
         y=split.y[positions],
         ids=positions if split.ids is None else split.ids[positions],
         truth=None if split.truth is None else split.truth[positions],
+        blocks=None if split.blocks is None else split.blocks.at(positions),
     )
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError
 
+from .blocks import Blocks, Take
 from .kinds import Kind, kind_of
 from .moments import Moments
 
-Take = Callable[[np.ndarray], np.ndarray]
+LOOKED_AT = 4  # blocks of a split that is read by blocks, for a look at some of its samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class Split:
         columns: names of a table's columns.
         ids: which samples of other data the samples stand for, int64 [n]; None where their positions say it.
         truth: true labels beside wrong ones in ``y``, for measuring only, int64 [n]; None where there are no others.
+        blocks: where the samples lie if they are read by blocks; None where each is at hand.
     """
 
     take: Take
@@ -45,6 +47,7 @@ class Split:
     columns: tuple[str, ...] = ()
     ids: Tensor | None = None
     truth: Tensor | None = None
+    blocks: Blocks | None = None
 
     @classmethod
     def from_tensors(
@@ -114,6 +117,15 @@ class Split:
         """Return what a model that computes in ``dtype`` is given of stored samples x: numbers are normalised."""
         return self.kind.inputs(x, self.mean, self.std, dtype)
 
+    def spread(self, count: int) -> Tensor:
+        """Return ascending positions of so many samples, spread over the split, or over a few of its blocks."""
+        positions = torch.arange(len(self))
+        if self.blocks is not None:
+            present = self.blocks.of.unique()
+            looked_at = present[_spread(len(present), LOOKED_AT)]
+            positions = positions[torch.isin(self.blocks.of, looked_at)]
+        return positions[_spread(len(positions), count)]
+
     def _checked(self, indices: Any) -> np.ndarray:
         rows = np.asarray(indices).reshape(-1)
         if rows.size and rows.dtype.kind not in "iu":
@@ -125,13 +137,17 @@ class Split:
 
 @dataclass(frozen=True)
 class _Held:
-    """Gathers those samples whose values are in memory."""
+    """Gathers those samples that are held, and no others."""
 
     indices: np.ndarray  # int64 [m], ascending
-    values: np.ndarray  # [m, …]
+    take: Take  # of their places among them
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        return self.values[np.searchsorted(self.indices, indices)]
+        places = np.searchsorted(self.indices, indices)
+        places = np.minimum(places, len(self.indices) - 1)
+        if (self.indices[places] != indices).any():
+            raise IndexError("some of these samples are not held here")
+        return self.take(places)
 
 
 def with_values(split: Split, indices: Tensor) -> Split:
@@ -142,7 +158,20 @@ def with_values(split: Split, indices: Tensor) -> Split:
     [[0.0, 0.0, 1.0]]
     """
     held = indices.sort().values.numpy()
-    return replace(split, take=_Held(held, split.take(held)))
+    values = split.take(held)
+    return replace(split, take=_Held(held, partial(np.take, values, axis=0)), blocks=None)
+
+
+def at_hand(split: Split, indices: Tensor) -> Split:
+    """Return the split with some samples on this machine: a copy if it is read by blocks, which gives no others.
+
+    Raises:
+        UserError: the disk is too small for them.
+    """
+    if split.blocks is None:
+        return split
+    held = indices.unique().numpy()
+    return replace(split, take=_Held(held, split.blocks.copied(held)), blocks=None)
 
 
 def check_labels(y: np.ndarray, num_classes: int, name: Callable[[int], str]) -> None:
@@ -151,6 +180,11 @@ def check_labels(y: np.ndarray, num_classes: int, name: Callable[[int], str]) ->
     if wrong.size:
         first = int(wrong[0])
         raise UserError(f"{name(first)} has label {y[first]}, allowed is 0 … {num_classes - 1}")
+
+
+def _spread(n: int, count: int) -> Tensor:
+    """Return ``count`` of the positions 0 … n−1, evenly spaced; some twice where n is less."""
+    return torch.linspace(0, n - 1, count).long()
 
 
 def repeated(names: Iterable[str]) -> str | None:

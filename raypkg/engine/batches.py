@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data.augment import Augmentation, compose
+from raypkg.data.blocks import shuffled_by_blocks
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 
@@ -60,7 +61,8 @@ class Batches:
     """Shuffled, augmented, normalised batches of a coreset, prepared ahead in a thread.
 
     An epoch visits every sample once, in ⌈n / batch_size⌉ batches as even as possible, so that no batch is tiny.
-    Order and augmentation are drawn for the whole batch from (seed, epoch) and sliced by rank.
+    Order and augmentation are drawn for the whole batch from (seed, epoch) and sliced by rank. Samples that are read
+    by blocks are shuffled within a window of these.
     """
 
     def __init__(
@@ -93,13 +95,21 @@ class Batches:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield this worker's slice of every batch of an epoch."""
-        return ahead(self._load, self._jobs(epoch))
+        return ahead(self._load, self._jobs(epoch), loaders_of(self.split))
 
     def _jobs(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield positions in the coreset and uniform numbers for augmentation, of every whole batch."""
         rng = generator(self.seed, "augment", epoch)
-        for positions in shuffled(len(self.coreset), self.batch_size, self.seed, epoch):
+        for positions in self._order(epoch):
             yield positions, torch.rand(len(positions), self.augment.draws, generator=rng)
+
+    def _order(self, epoch: int) -> tuple[Tensor, ...]:
+        """Return which positions in the coreset are in each batch."""
+        blocks = self.split.blocks
+        if blocks is None:
+            return shuffled(len(self.coreset), self.batch_size, self.seed, epoch)
+        of = blocks.of[self.coreset.indices]
+        return shuffled_by_blocks(of, blocks.window, self.batch_size, self.seed, epoch)
 
     def _load(self, job: tuple[Tensor, Tensor]) -> Batch:
         positions, draws = job
@@ -159,7 +169,12 @@ def plain_batches(
         x = split.inputs(to_device(pixels, device), dtype)
         return x, to_device(y, device)
 
-    return ahead(load, indices.split(size))
+    return ahead(load, indices.split(size), loaders_of(split))
+
+
+def loaders_of(split: Split) -> int:
+    """Return how many threads load batches: blocks that are elsewhere are waited for, which one thread would add up."""
+    return 1 if split.blocks is None else MOST_AHEAD
 
 
 def slice_of(tensor: Tensor, worker: Worker) -> Tensor:
@@ -179,8 +194,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def ahead(load: Callable[[J], T], jobs: Iterable[J]) -> Iterator[T]:
-    """Yield ``load(job)`` in order while a thread works on the jobs that follow; waiting for it is billed.
+def ahead(load: Callable[[J], T], jobs: Iterable[J], threads: int = 1) -> Iterator[T]:
+    """Yield ``load(job)`` in order while threads work on the jobs that follow; waiting for them is billed.
 
     At most ``MOST_AHEAD`` results wait, of no more than ``AHEAD_BYTES`` if they are as large as the last one; one may
     always wait.
@@ -189,7 +204,7 @@ def ahead(load: Callable[[J], T], jobs: Iterable[J]) -> Iterator[T]:
     coming = iter(jobs)
     pending: deque[Future[T]] = deque()
     depth = 1
-    pool = ThreadPoolExecutor(1, "batches")
+    pool = ThreadPoolExecutor(threads, "batches")
     try:
         while True:
             missing = 1 + depth - len(pending)  # one to yield, the others to wait

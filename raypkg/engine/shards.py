@@ -12,7 +12,7 @@ from torch import Tensor
 from raypkg.core.settings import Dataset
 from raypkg.data import Data
 from raypkg.data.regimes import open_data
-from raypkg.data.split import with_values
+from raypkg.data.split import Split, at_hand, with_values
 
 from .worker import Worker
 
@@ -42,6 +42,12 @@ class Shard:
         if isinstance(self.source, Dataset):
             return open_data(self.source)
         return self.source
+
+    @cached_property
+    def train(self) -> Split:
+        """The training split; of one that is read by blocks the shard's samples, copied to this machine."""
+        own = torch.cat([self.indices, self.valid])
+        return at_hand(self.data.train, own)
 
     def portable(self) -> "Shard":
         """Return the shard as any machine can open it: with the values of an open data set, whose files are here."""

@@ -23,12 +23,15 @@ TOKENIZER = "tokenizer"  # the option of a source of texts
 def with_absolute_paths(settings: R) -> R:
     """Make the paths among the names absolute: workers and repeated runs are in other folders.
 
-    They are those in ``parquet:PATH`` and ``transformers:./FOLDER``, of a tokenizer, ``dataset.only`` and of first
-    weights. URIs stay as they are, and so do names on the hub and of runs: of those only what is here is a path.
+    They are those in ``parquet:PATH`` and ``transformers:./FOLDER``, of a tokenizer, ``dataset.only``,
+    ``dataset.streamed`` and of first weights. URIs stay as they are, and so do names on the hub and of runs: of those
+    only what is here is a path.
     """
     chosen = _absolute_data_set(settings.dataset)
-    if chosen.only is not None and not is_uri(chosen.only):
-        chosen = chosen.model_copy(update={"only": _absolute(chosen.only)})
+    for name in ("only", "streamed"):
+        path = getattr(chosen, name)
+        if path is not None and not is_uri(path):
+            chosen = chosen.model_copy(update={name: _absolute(path)})
     parts: dict[str, Any] = {"dataset": chosen}
     if named := _model_of(settings):
         family, colon, variant = named.name.partition(":")

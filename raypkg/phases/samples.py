@@ -4,7 +4,6 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from raypkg.core.errors import UserError
@@ -49,8 +48,7 @@ class Samples(NamedTuple):
             digest.update(self.kept.numpy().tobytes())
         for split in self.data:
             digest.update(repr((len(split), split.shape, split.classes)).encode())
-            rows = torch.linspace(0, len(split) - 1, ROWS).long()
-            x, y = split.batch(rows)
+            x, y = split.batch(split.spread(ROWS))
             digest.update(x.contiguous().numpy().tobytes())
             digest.update(y.numpy().tobytes())
             if split.ids is not None:  # they decide what is held out
@@ -58,6 +56,11 @@ class Samples(NamedTuple):
             if split.truth is not None:  # labels were drawn: all of them tell whether they still are the same
                 digest.update(split.y.numpy().tobytes())
         return digest.hexdigest()
+
+    def check_at_hand(self, reader: str) -> None:
+        """Refuse samples that are read by blocks, for what needs any of them at any time."""
+        if self.data.train.blocks is not None:
+            raise UserError(f"dataset.streamed: {reader} draws from all samples at any time: leave it out")
 
     @property
     def everyone(self) -> Coreset:
@@ -140,8 +143,7 @@ def new_model(settings: Experiment, data: Data) -> Classifier:
     train = data.train
     model = build_model(chosen.name, train.shape, train.num_classes, seed=settings.seed, options=chosen.options)
     if model.is_prepared:
-        rows = torch.linspace(0, len(train) - 1, LOOK).long().unique()
-        x, _ = train.batch(rows)
+        x, _ = train.batch(train.spread(LOOK).unique())
         model.prepare(train.inputs(x))
     return model
 

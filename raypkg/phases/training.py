@@ -18,6 +18,7 @@ from raypkg.coresets.budgets import budget_of
 from raypkg.coresets.recorder import Recorder
 from raypkg.coresets.reselection import Reselection, check_schedule
 from raypkg.data.coreset import Coreset
+from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
@@ -165,9 +166,12 @@ def _run(worker: Worker, job: Job, samples: Samples, hooks: Sequence[Hook]) -> R
     model = new_model(job.experiment, samples.data)
     if job.initial:
         model.load_state_dict(load_tensors(job.storage, job.initial))
+    split = samples.data.train
+    if job.coreset is not None and not job.selects:  # the same samples all the time
+        split = at_hand(split, job.coreset.indices)
     return Run(
         model=synchronised(model, job.training, worker),
-        split=samples.data.train,
+        split=split,
         coreset=samples.everyone if job.coreset is None else job.coreset,
         settings=job.training,
         seed=job.experiment.seed,

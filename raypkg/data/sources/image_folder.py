@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
 from raypkg.core.errors import UserError
 from raypkg.data.files import Place, files_below, open_input, place_of
 from raypkg.data.split import Split
-from raypkg.data.store.cache import fingerprint, store_path
+from raypkg.data.store.cache import Cache, fingerprint, store_path
 from raypkg.data.store.fetching import fetched
 from raypkg.data.store.images import Examples, ImageSource, Side
 
@@ -28,7 +27,7 @@ def load(
     root: str,
     *,
     split: str,
-    cache: Path | None,
+    cache: Cache,
     size: Side = 0,
 ) -> Split:
     """Image files in one folder a class: PATH/train/<class>/… and PATH/test (val, valid, validation)/<class>/….

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -14,9 +12,9 @@ from raypkg.core.errors import UserError
 from raypkg.data.files import Place, open_input, place_of
 from raypkg.data.memory import check_samples
 from raypkg.data.split import Split
-from raypkg.data.store.arrow import Block, Header, Store, write
-from raypkg.data.store.cache import cached, fingerprint, store_path
+from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
 from raypkg.data.store.rows import class_numbers, reading, row_files, split_rows
+from raypkg.data.store.stored import Block, Header, Stored
 
 from . import dataset
 
@@ -34,7 +32,7 @@ def load(
     root: str,
     *,
     split: str,
-    cache: Path | None,
+    cache: Cache,
     columns: Annotated[int, Field(ge=1, le=MOST_COLUMNS)] | None = None,
     test: Annotated[float, Field(ge=0, lt=1)] = 0.2,
 ) -> Split:
@@ -59,7 +57,7 @@ def load(
     key = fingerprint(files.values(), columns=columns, test=test)
     target = store_path(cache, place.resolve().name.partition(".")[0], key, split)
 
-    def build(unfinished: Path) -> None:
+    def build(unfinished: Target) -> None:
         # Both files decide on the width, so both are read whichever split is built.
         tables = {file: read(file) for file in set(files.values())}
         width = max(table.width for table in tables.values())
@@ -71,12 +69,12 @@ def load(
         table = tables[files[split]]
         rows = split_rows(files, split, len(table.rows), test)
         header = Header("encoded", (columns or width,), classes)
-        write(unfinished, header, table.blocks(rows, classes))
+        write_store(unfinished, header, table.blocks(rows, classes))
 
     store = cached(target, build, set(files.values()))
     width = store.header.shape[0]
     _check_width(root, width)
-    rows = store.as_split(partial(_dense, store))
+    rows = store.as_split(_Dense)
     return replace(rows, mean=(0.0,) * width, std=(1.0,) * width)  # not standardised: zeros stay zeros
 
 
@@ -172,12 +170,17 @@ def _check_width(root: str, width: int) -> None:
     check_samples(what, width * DENSE.itemsize, "number the columns that occur from 1")
 
 
-def _dense(store: Store, indices: np.ndarray) -> np.ndarray:
-    """Gather rows as float32 [b, D]."""
-    rows = [store.encoded(int(i)) for i in indices]
-    entries = np.frombuffer(b"".join(rows), ENTRY)
-    sizes = [row.size // ENTRY.itemsize for row in rows]
-    row_of = np.repeat(np.arange(len(rows)), sizes)  # the row of each entry
-    x = np.zeros((len(rows), *store.header.shape), DENSE)
-    x[row_of, entries["column"]] = entries["value"]
-    return x
+@dataclass(frozen=True)
+class _Dense:
+    """Gathers rows as float32 [b, D]."""
+
+    store: Stored
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        rows = self.store.encoded(indices)
+        entries = np.frombuffer(b"".join(rows), ENTRY)
+        sizes = [row.size // ENTRY.itemsize for row in rows]
+        row_of = np.repeat(np.arange(len(rows)), sizes)  # the row of each entry
+        x = np.zeros((len(rows), *self.store.header.shape), DENSE)
+        x[row_of, entries["column"]] = entries["value"]
+        return x

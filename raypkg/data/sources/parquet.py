@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from raypkg.core.errors import UserError, unknown
 from raypkg.data.files import Place, open_input, place_of
 from raypkg.data.split import Split
-from raypkg.data.store.cache import fingerprint, store_path
+from raypkg.data.store.cache import Cache, fingerprint, store_path
 from raypkg.data.store.fetching import READERS, fetched
 from raypkg.data.store.hub import LABELS, PREFIXES, class_names, split_files
 from raypkg.data.store.images import Examples, ImageSource, Side
@@ -32,7 +31,7 @@ def load(
     root: str,
     *,
     split: str,
-    cache: Path | None,
+    cache: Cache,
     label: str = "",
     size: Side = 0,
 ) -> Split:

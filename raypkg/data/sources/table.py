@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from io import TextIOWrapper
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -16,9 +15,9 @@ from pydantic import Field
 from raypkg.core.errors import UserError, unknown
 from raypkg.data.files import Place, open_input, place_of
 from raypkg.data.split import Split
-from raypkg.data.store.arrow import Block, Header, write
-from raypkg.data.store.cache import cached, fingerprint, store_path
+from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
 from raypkg.data.store.rows import check_distinct, class_numbers, reading, row_files, split_rows
+from raypkg.data.store.stored import Block, Header
 from raypkg.data.store.vectors import Notes, VectorColumns
 
 from . import dataset
@@ -36,7 +35,7 @@ def load(
     root: str,
     *,
     split: str,
-    cache: Path | None,
+    cache: Cache,
     label: str = "label",
     id: str = "",
     test: Annotated[float, Field(ge=0, lt=1)] = 0.2,
@@ -56,14 +55,14 @@ def load(
     key = fingerprint(files.values(), label=label, id=id, test=test)
     target = store_path(cache, place.resolve().stem, key, split)
 
-    def build(unfinished: Path) -> None:
+    def build(unfinished: Target) -> None:
         train = RowTable(files["train"], label, id)
         table = train if split == "train" else RowTable(files[split], label, id)
         if table.columns != train.columns:
             raise UserError(f"the columns of {str(files[split])!r} are not those of {str(files['train'])!r}")
         rows = split_rows(files, split, len(table), test, table.ids)
         header = Header("rows", (len(train.columns),), train.classes, columns=train.columns, has_ids=table.has_ids)
-        write(unfinished, header, table.blocks(rows, train.classes))
+        write_store(unfinished, header, table.blocks(rows, train.classes))
 
     return cached(target, build, set(files.values())).as_split()
 

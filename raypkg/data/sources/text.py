@@ -2,9 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -14,10 +12,10 @@ from raypkg.core.errors import UserError
 from raypkg.data.files import Place, place_of
 from raypkg.data.kinds import PADDING
 from raypkg.data.split import Split
-from raypkg.data.store.arrow import Block, Header, Store, write
-from raypkg.data.store.cache import cached, fingerprint, store_path
+from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
 from raypkg.data.store.hub import PREFIXES, split_files
 from raypkg.data.store.rows import split_rows
+from raypkg.data.store.stored import Block, Header, Stored
 from raypkg.data.store.texts import BLOCK, SUFFIXES, TextTable
 from raypkg.data.tokenizer import STORED, encode, files_of, padded, tokenizer_at, trained
 
@@ -31,7 +29,7 @@ def load(
     root: str,
     *,
     split: str,
-    cache: Path | None,
+    cache: Cache,
     tokenizer: str = "",
     vocabulary: Annotated[int, Field(ge=300, le=1 << 20)] = 8192,
     length: Annotated[int, Field(ge=4, le=1 << 16)] = 128,
@@ -76,7 +74,7 @@ def load(
     key = fingerprint(read, **options)
     target = store_path(cache, place.resolve().stem, key, split)
 
-    def build(unfinished: Path) -> None:
+    def build(unfinished: Target) -> None:
         tables = {name: TextTable(files[name], columns, label, unlabelled) for name in PREFIXES}
         train = tables["train"]
         table = tables[split]
@@ -95,14 +93,14 @@ def load(
                 unused = np.zeros((1, 1))  # in place of a sample for the statistics
                 yield Block([each.tobytes() for each in encoded], table.y(chunk, train), unused)
 
-        write(unfinished, header, blocks())
+        write_store(unfinished, header, blocks())
         if cut:
             log.warning(
                 "%s: %d of %d %s texts are cut at %d tokens (option length)", root, cut, len(rows), split, length
             )
 
     store = cached(target, build, read)
-    texts = store.as_split(partial(_gathered, store))
+    texts = store.as_split(_Tokens)
     return replace(texts, mean=(), std=())
 
 
@@ -122,8 +120,12 @@ def _rows(files: dict[str, list[Place]], split: str, table: TextTable, test: flo
     return split_rows(first, split, len(table), test)
 
 
-def _gathered(store: Store, indices: np.ndarray) -> np.ndarray:
-    """Gather texts as int64 [b, 2, l], padded to the longest of them."""
-    rows = [store.encoded(int(i)) for i in indices]
-    tokens = [np.frombuffer(row, STORED).reshape(-1, 2) for row in rows]
-    return padded(tokens, PADDING)
+@dataclass(frozen=True)
+class _Tokens:
+    """Gathers texts as int64 [b, 2, l], padded to the longest of them."""
+
+    store: Stored
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        tokens = [np.frombuffer(row, STORED).reshape(-1, 2) for row in self.store.encoded(indices)]
+        return padded(tokens, PADDING)

@@ -11,8 +11,8 @@ import numpy as np
 from raypkg.core.errors import UserError
 from raypkg.data.augment import default_augment
 from raypkg.data.split import Split
-from raypkg.data.store.arrow import Block, Header, write
-from raypkg.data.store.cache import cache_folder, cached, fingerprint, store_path
+from raypkg.data.store.cache import Cache, Target, cache_folder, cached, fingerprint, store_path, write_store
+from raypkg.data.store.stored import Block, Header
 
 from . import dataset
 
@@ -20,30 +20,30 @@ BLOCK = 4096
 
 
 @dataset("cifar10", source="Krizhevsky 2009")
-def cifar10(root: str, *, split: str, cache: Path | None) -> Split:
+def cifar10(root: str, *, split: str, cache: Cache) -> Split:
     """CIFAR-10: 50,000 and 10,000 colour images 32×32 of 10 classes."""
     return _split("CIFAR10", root, split, cache)
 
 
 @dataset("cifar100", source="Krizhevsky 2009")
-def cifar100(root: str, *, split: str, cache: Path | None) -> Split:
+def cifar100(root: str, *, split: str, cache: Cache) -> Split:
     """CIFAR-100: 50,000 and 10,000 colour images 32×32 of 100 classes."""
     return _split("CIFAR100", root, split, cache)
 
 
 @dataset("mnist", source="LeCun et al. 1998")
-def mnist(root: str, *, split: str, cache: Path | None) -> Split:
+def mnist(root: str, *, split: str, cache: Cache) -> Split:
     """MNIST: 60,000 and 10,000 grey images 28×28 of handwritten digits."""
     return _split("MNIST", root, split, cache)
 
 
 @dataset("fashionmnist", source="arXiv:1708.07747")
-def fashionmnist(root: str, *, split: str, cache: Path | None) -> Split:
+def fashionmnist(root: str, *, split: str, cache: Cache) -> Split:
     """Fashion-MNIST: 60,000 and 10,000 grey images 28×28 of clothes."""
     return _split("FashionMNIST", root, split, cache)
 
 
-def _split(kind: str, root: str, split: str, cache: Path | None) -> Split:
+def _split(kind: str, root: str, split: str, cache: Cache) -> Split:
     """Open the store of a split; the original files lie in ``root``, or are fetched there or into the cache."""
     folder = Path(root) if root else cache_folder(cache) / "torchvision"
     # The files are not part of the key: they never change, and may be gone once the store is built.
@@ -52,7 +52,7 @@ def _split(kind: str, root: str, split: str, cache: Path | None) -> Split:
     return cached(path, partial(_build, kind, folder, split)).as_split()
 
 
-def _build(kind: str, folder: Path, split: str, target: Path) -> None:
+def _build(kind: str, folder: Path, split: str, target: Target) -> None:
     source = _fetched(kind, folder, split)
     y = np.asarray(source.targets, np.int64)
     pixels = np.asarray(source.data)
@@ -61,7 +61,7 @@ def _build(kind: str, folder: Path, split: str, target: Path) -> None:
     _, height, width, channels = pixels.shape
     shape = (channels, height, width)
     header = Header("pixels", shape, tuple(source.classes), default_augment(shape))
-    write(target, header, _blocks(pixels, y))
+    write_store(target, header, _blocks(pixels, y))
 
 
 def _fetched(kind: str, folder: Path, split: str) -> Any:

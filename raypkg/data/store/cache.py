@@ -15,23 +15,35 @@ import pyarrow as pa
 from raypkg.core.errors import UserError
 from raypkg.data.files import Place, identity_of, relisted
 
-from .arrow import FORMAT, Store
+from . import arrow
+from .arrow import Store
+from .stored import FORMAT, Block, Header, Stored
+from .streamed import Stream, Streamed, write_streamed
+
+Cache = Path | Stream | None  # where stores lie: in a folder of this machine, by default the user's, or elsewhere
+Target = Path | Stream  # one store
 
 log = logging.getLogger(__name__)
 TOLD = 1 << 30  # bytes from which on an import is told of
 
 
-def cached(path: Path, build: Callable[[Path], None], files: Collection[Place] = ()) -> Store:
-    """Open the store at ``path``; if it is missing or damaged, one process builds it and the others wait.
+def cached(target: Target, build: Callable[[Target], None], files: Collection[Place] = ()) -> Stored:
+    """Open a store; if it is missing or damaged, it is built.
+
+    Of the processes of a machine one builds a file of this machine, while the others wait. A store that is read by
+    blocks appears whole, whoever builds it.
 
     Args:
-        path: of the store.
-        build: writes it to the path that it is given.
+        target: the store.
+        build: writes it to the target that it is given.
         files: that it reads, which must be the same afterwards.
 
     Raises:
         UserError: the cache cannot be written (the disk is full, …); its source cannot be read or has changed.
     """
+    if isinstance(target, Stream):
+        return _streamed(target, build, files)
+    path = target
     store = _opened(path)  # without the lock: a finished cache may lie on a read-only disk
     if store:
         return store
@@ -43,9 +55,28 @@ def cached(path: Path, build: Callable[[Path], None], files: Collection[Place] =
         raise UserError(f"cannot build the data cache {str(path)!r} on {node()}: {error}") from error
 
 
-def cache_folder(cache: Path | None = None) -> Path:
+def write_store(target: Target, header: Header, blocks: Iterable[Block], size: int = 0) -> None:
+    """Write a store.
+
+    Args:
+        target: the file, or a store that is read by blocks.
+        header: what the samples are.
+        blocks: the samples.
+        size: the bytes that they will take, as far as that is known.
+
+    Raises:
+        UserError: this machine's disk is too small.
+    """
+    if isinstance(target, Stream):
+        write_streamed(target, header, blocks)
+    else:
+        check_fits(target, size)
+        arrow.write(target, header, blocks)
+
+
+def cache_folder(cache: Cache = None) -> Path:
     """Return the given folder, else ``$EFFRAY_CACHE``, else ``effray`` in the user's cache folder."""
-    if cache:
+    if isinstance(cache, Path):
         return cache
     if chosen := os.environ.get("EFFRAY_CACHE"):
         return Path(chosen)
@@ -53,9 +84,12 @@ def cache_folder(cache: Path | None = None) -> Path:
     return Path(user) / "effray"
 
 
-def store_path(cache: Path | None, name: str, key: str, split: str) -> Path:
-    """Return the file of a split's store: the source's name is for people, its fingerprint tells sources apart."""
-    return cache_folder(cache) / f"{name}-{split}-{key}.arrow"
+def store_path(cache: Cache, name: str, key: str, split: str) -> Target:
+    """Return where a split's store lies: the source's name is for people, its fingerprint tells sources apart."""
+    store = f"{name}-{split}-{key}"
+    if isinstance(cache, Stream):
+        return cache._replace(name=store)
+    return cache_folder(cache) / f"{store}.arrow"
 
 
 def fingerprint(files: Iterable[Place], **options: object) -> str:
@@ -92,18 +126,43 @@ def check_fits(path: Path, size: int) -> None:
         log.warning("importing %.1f GB into %s, once for this machine", size / 1e9, path.parent)
 
 
-def _built(path: Path, build: Callable[[Path], None], files: Collection[Place]) -> Store:
+def _built(path: Path, build: Callable[[Target], None], files: Collection[Place]) -> Store:
     unfinished = path.with_suffix(".tmp")  # one name is enough: the lock is held
-    before = [identity_of(file) for file in files]
     try:
-        build(unfinished)
-        for file, state in zip(relisted(files), before, strict=True):
-            if identity_of(file) != state:
-                raise UserError(f"{str(file)!r} changed while it was imported: run the command again")
+        with _unchanged(files):
+            build(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
     return Store(path)
+
+
+@contextmanager
+def _unchanged(files: Collection[Place]) -> Iterator[None]:
+    """Refuse files that change while they are read."""
+    before = [identity_of(file) for file in files]
+    yield
+    for file, state in zip(relisted(files), before, strict=True):
+        if identity_of(file) != state:
+            raise UserError(f"{str(file)!r} changed while it was imported: run the command again")
+
+
+def _streamed(stream: Stream, build: Callable[[Target], None], files: Collection[Place]) -> Streamed:
+    """Open a store that is read by blocks, which is built if it is missing or damaged."""
+    try:
+        return Streamed(stream)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        log.warning("the store %s is damaged and is built again: %s", stream, error)
+    except OSError as error:
+        raise UserError(f"the store {str(stream)!r} cannot be read: {error}") from None
+    try:
+        with _unchanged(files):
+            build(stream)
+        return Streamed(stream)
+    except OSError as error:
+        raise UserError(f"cannot build the store {str(stream)!r}: {error}") from None
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -21,9 +20,9 @@ from raypkg.data.files import Place, identity_of
 from raypkg.data.memory import check_samples
 from raypkg.data.split import Split, check_labels
 
-from .arrow import Block, Header, Store, write
-from .cache import cached, check_fits
+from .cache import Target, cached, write_store
 from .decode import Name, Shape, decode_all, read_header
+from .stored import Block, Header, Stored
 
 DECODED_BYTES = (2 << 30) - 1  # the most that Arrow allows one sample as well
 SAMPLED = 4096  # about so many images of an encoded store give its statistics
@@ -55,7 +54,7 @@ class ImageSource:
         files: of each split.
     """
 
-    path: Callable[[str], Path]
+    path: Callable[[str], Target]
     examples: Callable[[str], Examples]
     size: int
     files: Mapping[str, Sequence[Place]]
@@ -63,10 +62,9 @@ class ImageSource:
     def split(self, name: str) -> Split:
         """Return a split over its store, which is built if it is missing."""
         store = cached(self.path(name), partial(self._build, name), self.files[name])
-        take = _Decoded(store) if store.header.kind == "encoded" else None
-        return store.as_split(take)
+        return store.as_split(_Decoded if store.header.kind == "encoded" else None)
 
-    def _build(self, name: str, target: Path) -> None:
+    def _build(self, name: str, target: Target) -> None:
         """Build a store in one pass over its source, or two where a colour image comes after grey ones alone."""
         examples = self.examples(name)
         if not examples.length:
@@ -132,13 +130,13 @@ def _with_channels(parts: Iterable[Surveyed], channels: int) -> Iterator[Surveye
 
 
 def _write(
-    target: Path, examples: Examples, encoded: int, parts: Iterable[Surveyed], shape: Shape, classes: tuple[str, ...]
+    target: Target, examples: Examples, encoded: int, parts: Iterable[Surveyed], shape: Shape, classes: tuple[str, ...]
 ) -> None:
     pixels = math.prod(shape)  # bytes
     check_samples(f"images of {_sides(shape[1:])}", pixels, SET_SIZE, examples.length)
     header = Header(_kind(examples.length, shape), shape, classes, default_augment(shape))
-    check_fits(target, encoded if header.kind == "encoded" else examples.length * pixels)
-    write(target, header, _blocks(examples, parts, header))
+    size = encoded if header.kind == "encoded" else examples.length * pixels
+    write_store(target, header, _blocks(examples, parts, header), size)
 
 
 def _kind(length: int, shape: Shape) -> Literal["pixels", "encoded"]:
@@ -168,14 +166,13 @@ def _shifted(name: Name, start: int, stride: int = 1) -> Name:
 class _Decoded:
     """Gather by decoding; it pickles with its store, as a path."""
 
-    store: Store
+    store: Stored
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         def name(i: int) -> str:
-            return f"image {indices[i]} of {self.store.path}"
+            return f"image {indices[i]} of {self.store.name}"
 
-        images = [self.store.encoded(i) for i in indices.tolist()]
-        return decode_all(images, self.store.header.shape, name)
+        return decode_all(self.store.encoded(indices), self.store.header.shape, name)
 
 
 def _sides(sides: Shape) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from raypkg.cluster.workers import Workers
@@ -27,6 +28,7 @@ from raypkg.core.config import Named
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data.partition import stratified_shards
+from raypkg.data.split import at_hand
 from raypkg.engine.costs import Cost
 from raypkg.engine.worker import Worker
 from raypkg.methods.lipt.merges import merge
@@ -79,7 +81,9 @@ def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) ->
     context = Context(settings, storage, open_samples(settings), worker)
     shards = disjoint_shards(context)  # every worker draws the same
     numbers = range(worker.rank, settings.pretrain.models, worker.world)
-    trainees = [prepared(context, number, shards[number]) for number in numbers]
+    own = torch.cat([shards[0][:0], *(shards[number] for number in numbers)])  # none where workers outnumber models
+    split = at_hand(context.samples.data.train, own)
+    trainees = [prepared(context, number, shards[number], split) for number in numbers]
     merged = restored(context)
     trained: list[Trained] = []
     for last in settings.pretrain.merge_epochs:

@@ -12,6 +12,7 @@ from raypkg.core.seeds import derive, generator, seeded
 from raypkg.coresets.recorder import Recorder
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
+from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast, fit
@@ -122,10 +123,16 @@ class Trainee(NamedTuple):
     recorder: Recorder
 
 
-def prepared(context: Context, number: int, shard: Tensor) -> Trainee:
+def prepared(context: Context, number: int, shard: Tensor, split: Split) -> Trainee:
     """Return model ``number`` ready to be trained, its masks drawn.
 
     Which worker trains it makes no difference to it.
+
+    Args:
+        context: of all models.
+        number: of this one.
+        shard: positions in the training split, int64.
+        split: the training split, the shard's samples at hand.
     """
     settings = context.settings.pretrain
     data = context.samples.data
@@ -135,13 +142,13 @@ def prepared(context: Context, number: int, shard: Tensor) -> Trainee:
     seed = derive(context.settings.seed, "lipt", number)
     cost = Cost("pretrain")
     with cost:  # the masks are on the bill of its training
-        masks = draw_masks(context, shard, seed, cost)
+        masks = draw_masks(context, shard, split, seed, cost)
         model = context.model()
     beginning = Beginning(masks)
     recorder = Recorder(data.train.y)
     run = Run(
         model=model,
-        split=data.train,
+        split=split,
         coreset=Coreset.uniform(shard),
         settings=settings,
         seed=seed,
@@ -193,7 +200,7 @@ def name_of(number: int | None) -> str:
     return f"model_{number:03d}"
 
 
-def draw_masks(context: Context, shard: Tensor, seed: int, cost: Cost) -> Masks:
+def draw_masks(context: Context, shard: Tensor, split: Split, seed: int, cost: Cost) -> Masks:
     """Draw a model's random masks, with the layer-wise densities that its shard suggests; none for a dense model.
 
     Raises:
@@ -206,7 +213,7 @@ def draw_masks(context: Context, shard: Tensor, seed: int, cost: Cost) -> Masks:
     rule = sparsity[settings.sparsity]
     batch = None
     if "batch" in rule.declares:
-        batch = draw_batch(context, model, shard, seed)
+        batch = draw_batch(context, model, shard, split, seed)
         cost.forward += len(batch[1])
         cost.backward += len(batch[1])
     rng = generator(seed, "densities")
@@ -220,11 +227,10 @@ def draw_masks(context: Context, shard: Tensor, seed: int, cost: Cost) -> Masks:
     return redrawn(chosen, generator(seed, "mask"))
 
 
-def draw_batch(context: Context, model: nn.Module, shard: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def draw_batch(context: Context, model: nn.Module, shard: Tensor, split: Split, seed: int) -> tuple[Tensor, Tensor]:
     """Return one random batch of a model's shard, not augmented."""
     order = torch.randperm(len(shard), generator=generator(seed, "snip"))
     indices = shard[order[: context.settings.pretrain.batch_size]]
-    split = context.samples.data.train
     return next(plain_batches(split, indices, context.worker.device, len(indices), dtype_of(model)))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator, seeded
+from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast
@@ -74,7 +75,8 @@ def estimate_statistics(context: Context, model: nn.Module) -> int:
     order = torch.randperm(len(samples.kept), generator=generator(seed, "statistics"))
     indices = samples.kept[order[:STATISTICS_SAMPLES]]
     batch_size = min(256, len(indices))
-    batches = plain_batches(samples.data.train, indices, device, batch_size, dtype_of(model))
+    split = at_hand(samples.data.train, indices)
+    batches = plain_batches(split, indices, device, batch_size, dtype_of(model))
     precision = context.settings.pretrain.precision
     with autocast(precision, device), seeded(seed, "statistics dropout"):
         return reestimate(model, (x for x, _ in batches))

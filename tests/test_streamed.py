@@ -1,0 +1,266 @@
+"""Samples that are read by blocks from where they lie: the same values, an order that needs few blocks, copies."""
+
+import logging
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import samples
+from contracts.test_datasets import PREPARE
+from raypkg.core.address import opened
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Dataset
+from raypkg.data import load_data
+from raypkg.data.blocks import shuffled_by_blocks
+from raypkg.data.coreset import Coreset
+from raypkg.data.regimes import open_data
+from raypkg.data.split import at_hand
+from raypkg.data.store import images, streamed
+from raypkg.data.store.streamed import Stream
+from raypkg.data.store.window import Window
+from raypkg.engine.batches import Batches, plain_batches
+from raypkg.engine.worker import Worker
+from test_object_sources import WITH_FILES, same
+
+N = 120
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1000)
+
+
+@pytest.fixture(params=["pixels", "encoded"])
+def source(request, tmp_path, monkeypatch):
+    """120 images in order of their classes."""
+    if request.param == "encoded":
+        monkeypatch.setattr(images, "DECODED_BYTES", 0)
+    for split, seed in {"train": 0, "test": 1}.items():
+        encoded = [samples.encode(image) for image in samples.pixels(N, seed=seed)]
+        samples.write_parquet(tmp_path / "data" / f"{split}-0.parquet", encoded, np.arange(N) * 3 // N)
+    return f"parquet:{tmp_path}/data"
+
+
+@pytest.fixture
+def stream(tmp_path):
+    return Stream(str(tmp_path / "stores"), 4, tmp_path / "cache")
+
+
+@pytest.fixture
+def split(source, stream):
+    """The training split, in a dozen blocks or more."""
+    return load_data(source, cache=stream).train
+
+
+@pytest.mark.parametrize("name", [*WITH_FILES, "mnist"])
+def test_a_streamed_set_has_the_values_of_a_local_one(name, stream, tmp_path, monkeypatch):
+    source = PREPARE[name](tmp_path / "data", monkeypatch)
+    local = load_data(source, cache=tmp_path / "local")
+    remote = load_data(source, cache=stream)
+    same(local.train, remote.train)
+    same(local.test, remote.test)
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_a_bucket_holds_it_and_no_machine_does(source, bucket, tmp_path):
+    address = bucket("stores")
+    remote = load_data(source, cache=Stream(address, 4, tmp_path / "cache")).train
+    same(load_data(source, cache=tmp_path / "local").train, remote)
+    same(replace(remote, take=pickle.loads(pickle.dumps(remote.take))), remote)
+    system, path = opened(address)
+    names = [entry.base_name for entry in system.get_file_info(streamed.fs.FileSelector(path))]
+    assert sorted(name.rpartition(".")[2] for name in names) == ["blocks", "blocks", "index", "index"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_samples_larger_than_a_block_are_not_divided(source, stream, monkeypatch):
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1)
+    split = load_data(source, cache=stream).train
+    assert split.blocks.of.tolist() == list(range(N))
+
+
+@pytest.mark.parametrize("regime", [{"noise": 0.3}, {"imbalance": 0.2}, {"repeat": 3}])
+def test_regimes(source, tmp_path, monkeypatch, regime):
+    monkeypatch.setenv("EFFRAY_CACHE", str(tmp_path / "cache"))
+    local = open_data(Dataset(name=source, **regime), seed=1).train
+    remote = open_data(Dataset(name=source, streamed=str(tmp_path / "stores"), **regime), seed=1).train
+    same(local, remote)
+    assert len(remote.blocks.of) == len(local)
+    some = torch.arange(0, len(local), 7)
+    assert torch.equal(at_hand(remote, some).batch(some)[0], local.batch(some)[0])
+
+
+# The order of training
+
+
+def test_each_sample_once_an_epoch_in_even_batches():
+    of = torch.arange(1000) // 37
+    batches = shuffled_by_blocks(of, 5, 64, seed=3, epoch=2)
+    assert torch.cat(batches).sort().values.tolist() == list(range(1000))
+    assert {len(batch) for batch in batches} == {62, 63}
+    again = shuffled_by_blocks(of, 5, 64, seed=3, epoch=2)
+    other = shuffled_by_blocks(of, 5, 64, seed=3, epoch=3)
+    assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
+    assert not torch.equal(torch.cat(batches), torch.cat(other))
+
+
+def test_a_batch_draws_from_the_blocks_of_the_window():
+    window = 6
+    of = torch.arange(40 * 50) // 50
+    batches = shuffled_by_blocks(of, window, 20, seed=0, epoch=0)
+    drawn_from = [of[batch].unique().tolist() for batch in batches]
+    assert max(map(len, drawn_from)) <= window + 1  # one that leaves while another comes
+    assert sum(map(len, drawn_from)) / len(drawn_from) > 0.8 * window
+    steps = [torch.tensor([block in drawn for drawn in drawn_from]).nonzero()[:, 0] for block in range(40)]
+    lives = [int((step.roll(-1) - step).remainder(len(batches)).sort().values[-2:][0]) for step in steps]
+    assert max(lives) < len(batches) / 4  # but for its end and its beginning, nowhere far from itself
+
+
+def test_a_window_of_all_blocks_shuffles_everything():
+    of = torch.arange(600) // 100
+    order = torch.cat(shuffled_by_blocks(of, 99, 1, seed=0, epoch=0))
+    places = order.argsort().view(6, 100).double().mean(1)  # of each block's samples
+    assert (places - 299.5).abs().max() < 4 * 600 / 12**0.5 / 10  # four standard errors
+
+
+def test_a_worker_reads_few_blocks():
+    of = torch.arange(64 * 100) // 100
+    batches = shuffled_by_blocks(of, 32, 128, seed=0, epoch=0)
+    read = [set() for _ in range(4)]
+    for batch in batches:
+        for rank, part in enumerate(batch.tensor_split(4)):
+            read[rank] |= set(of[part].tolist())
+    assert sum(map(len, read)) < 2.5 * 64  # 4 * 64 without the order within the batch
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(split):
+    def epoch(worker):
+        batches = Batches(split, Coreset.uniform(torch.arange(N)), 20, seed=0, augment=["flip"], worker=worker)
+        return list(batches.epoch(1))
+
+    alone = epoch(Worker())
+    shared = [epoch(Worker(rank=rank, world=3)) for rank in range(3)]
+    for whole, *parts in zip(alone, *shared, strict=True):
+        assert torch.equal(whole.x, torch.cat([part.x for part in parts]))
+        assert torch.equal(whole.indices, torch.cat([part.indices for part in parts]))
+    assert torch.cat([batch.indices for batch in alone]).sort().values.tolist() == list(range(N))
+
+
+def test_an_epoch_fetches_each_block_about_once(split, monkeypatch):
+    fetched = []
+    store = getattr(split.take, "store", None) or split.take.__self__
+    read = store._window._load
+    monkeypatch.setattr(store._window, "_load", lambda number: fetched.append(number) or read(number))
+    monkeypatch.setattr(store._window, "_most", 6)
+    batches = Batches(split, Coreset.uniform(torch.arange(N)), 4, seed=0, augment=[], worker=Worker())
+    assert len(list(batches.epoch(1))) == 30
+    count = int(split.blocks.of.max()) + 1
+    assert count <= len(fetched) <= 2 * count
+
+
+def test_evaluation_reads_in_order(source, split, tmp_path):
+    local = load_data(source, cache=tmp_path / "local").train
+    indices = torch.arange(0, N, 2)
+    theirs = plain_batches(split, indices, torch.device("cpu"), 7)
+    for (x, y), (a, b) in zip(plain_batches(local, indices, torch.device("cpu"), 7), theirs, strict=True):
+        assert torch.equal(x, a) and torch.equal(y, b)
+
+
+# Copies
+
+
+def test_copies_are_the_same_and_leave_no_file(source, split, stream, tmp_path):
+    local = load_data(source, cache=tmp_path / "local").train
+    some = torch.tensor([7, 3, 99, 50])
+    here = at_hand(split, some)
+    assert here.blocks is None and len(here) == N
+    assert torch.equal(here.batch(some)[0], local.batch(some)[0])
+    assert not list(stream.cache.iterdir())
+    with pytest.raises(IndexError, match="not held here"):
+        here.batch([4])
+    assert at_hand(local, some) is local
+
+
+def test_a_disk_without_room_for_a_copy_is_told(split, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(streamed, "write_batches", full)
+    with pytest.raises(UserError, match=r"cannot copy 2 samples to .*No space left"):
+        at_hand(split, torch.tensor([1, 2]))
+
+
+def test_a_look_at_some_samples_reads_few_blocks(split):
+    looked_at = split.spread(16)
+    assert len(looked_at) == 16 and len(split.blocks.of[looked_at].unique()) <= 4
+
+
+# What goes wrong
+
+
+def test_an_import_that_ends_early_leaves_no_store(source, stream, monkeypatch):
+    def lost(*_):
+        raise OSError("connection reset")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed, "_write_index", lost)
+        with pytest.raises(UserError, match=r"cannot build the store .*connection reset"):
+            load_data(source, cache=stream)
+    assert len(load_data(source, cache=stream).train) == N
+
+
+@pytest.mark.parametrize("ending", ["index", "blocks"])
+def test_a_damaged_store_is_built_again_and_said(source, stream, caplog, tmp_path, ending):
+    load_data(source, cache=stream)
+    for file in (tmp_path / "stores").glob(f"*.{ending}"):
+        file.write_bytes(file.read_bytes()[:-9])
+    with caplog.at_level(logging.WARNING):
+        again = load_data(source, cache=stream)
+    assert "is damaged and is built again" in caplog.text
+    same(load_data(source, cache=tmp_path / "local").train, again.train)
+
+
+def test_a_damaged_block_is_told(split, tmp_path):
+    for file in (tmp_path / "stores").glob("*.blocks"):
+        file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(UserError, match=r"block 0 of .*cannot be read"):
+        split.batch([0])
+
+
+def test_a_source_that_changes_meanwhile_is_refused(source, stream, tmp_path, monkeypatch):
+    write = streamed.write_streamed
+
+    def slow(*arguments):
+        write(*arguments)
+        with next((tmp_path / "data").glob("train*")).open("ab") as file:
+            file.write(b"more")
+
+    monkeypatch.setattr("raypkg.data.store.cache.write_streamed", slow)
+    with pytest.raises(UserError, match="changed while it was imported"):
+        load_data(source, cache=stream)
+
+
+def test_a_bucket_that_is_not_there_is_told(source, bucket, tmp_path):
+    address = bucket("stores").replace("//bucket", "//nobodys")
+    with pytest.raises(UserError, match=r"store .*nobodys.*") as told:
+        load_data(source, cache=Stream(address, 4, tmp_path / "cache"))
+    assert "\n" not in str(told.value)
+
+
+def test_a_block_that_could_not_be_had_is_asked_for_again():
+    answers = iter([UserError("busy"), pa.record_batch({"x": [1]})])
+
+    def load(number):
+        answer = next(answers)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    window = Window(load, most=2)
+    with pytest.raises(UserError, match="busy"):
+        window([3])
+    assert window([3])[0].num_rows == 1
