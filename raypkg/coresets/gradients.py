@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 
-SHORT = 16  # rows of fewer logits: their exponentials are computed one at a time, those of a class many at once
+SHORT = 16  # rows of fewer logits: their exponentials are computed one at a time; class by class, many at once
 KEPT = {"residual", "_squares", "_norms", "_lowered_squares"}  # of a view, row by row, once they are computed
 
 
@@ -116,8 +116,7 @@ class HeadView:
     @cached_property
     def _norms(self) -> Tensor:
         factor = (self._squares + 1).sqrt()  # ‖[h; 1]‖
-        rows = self.residual.contiguous()  # several times as fast as where they are class by class
-        return rows.norm(dim=1) * factor
+        return self.residual.norm(dim=1) * factor
 
     @property
     def rounding(self) -> float:
@@ -134,9 +133,13 @@ class HeadView:
     def inner(self, other: "HeadView | None" = None) -> Tensor:
         """<g_i, g_j> = <p_i − e_i, p_j − e_j> · (<h_i, h_j> + 1), with all of ``other`` (default: itself) [n, m]."""
         other = self if other is None else other
-        products = self.features @ other.features.T  # <h_i, h_j> [n, m]
-        of_residuals = self.residual @ other.residual.T
-        return products.add_(1).mul_(of_residuals)
+        of_features, of_residuals = self._factors(other)
+        return of_features.mul_(of_residuals)
+
+    def _factors(self, other: "HeadView") -> tuple[Tensor, Tensor]:
+        """<h_i, h_j> + 1 and <p_i − e_i, p_j − e_j> [n, m]."""
+        products = self.features @ other.features.T
+        return products.add_(1), self.residual @ other.residual.T
 
     def distances(self, other: "HeadView | None" = None) -> Tensor:
         """‖g_i − g_j‖ from norms and inner products, [n, m].
@@ -146,7 +149,7 @@ class HeadView:
         """
         other = self if other is None else other
         squares = self._lowered_squares[:, None] + other._lowered_squares  # [n, m]
-        squares.sub_(self.inner(other), alpha=2)
+        squares.addcmul_(*self._factors(other), value=-2)
         return squares.clamp_(min=0).sqrt_()
 
     def project(self, matrix: Tensor) -> Tensor:
@@ -177,7 +180,10 @@ class HeadView:
         return self.shifted(self.through(step))
 
     def arranged(self) -> "HeadView":
-        """Return the view with its logits, if rows of them are short, in memory class by class, as ``through`` is."""
+        """Return the view with logits of few classes class by class in memory, for sums over its samples.
+
+        What is computed of a sample may then round otherwise where the sample stands elsewhere.
+        """
         if self.num_classes >= SHORT:
             return self
         logits = self.logits.T.contiguous().T
@@ -208,10 +214,9 @@ class HeadView:
 
 
 def over_classes(function: Callable[[Tensor, int], Tensor], logits: Tensor) -> Tensor:
-    """Return function(logits, dim=1), as softmax, of logits [n, C]; of few classes, ten times as fast."""
-    if logits.shape[1] < SHORT:
-        return function(logits.T, 0).T
-    return function(logits, 1)
+    """Return function(logits, dim=1), as softmax, of logits [n, C], in the order in which they are in memory."""
+    by_class = logits.T.is_contiguous() and not logits.is_contiguous()
+    return function(logits.T, 0).T if by_class else function(logits, 1)
 
 
 def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> HeadView:
