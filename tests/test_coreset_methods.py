@@ -8,6 +8,7 @@ import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import class_budgets, select
+from raypkg.coresets.distances import Distances
 from raypkg.coresets.facility import cluster_shares, facility_location
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.rules import coreset
@@ -31,8 +32,10 @@ def with_probabilities(*p):
 def test_craig_weighs_medoids_by_their_clusters():
     view = reference.problem(60).view
     picked = craig(view, 15)
-    assert picked.indices.equal(facility_location(view, 15, memory=0))
-    torch.testing.assert_close(picked.weights, (cluster_shares(view, picked.indices) * 15 / 60).float())
+    assert picked.indices.equal(facility_location(Distances(view, memory=0), 15))
+    torch.testing.assert_close(
+        picked.weights, (cluster_shares(Distances(view, memory=0), picked.indices) * 15 / 60).float()
+    )
     assert picked.weights.mean() == pytest.approx(1)
 
 

@@ -7,6 +7,7 @@ import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets import facility
+from raypkg.coresets.distances import Distances
 from raypkg.coresets.facility import cluster_shares, facility_location, stochastic_facility_location
 from raypkg.coresets.gradients import HeadView
 
@@ -44,7 +45,7 @@ def repeated(view, times=3):
 @pytest.mark.parametrize("seed", range(12))
 def test_lazy_greedy_picks_as_plain_greedy_on_materialised_gradients(seed, dtype):
     problem = reference.problem(50, seed=seed, dtype=dtype)
-    picked = facility_location(problem.view, 20, memory=PLENTY)
+    picked = facility_location(Distances(problem.view, memory=PLENTY), 20)
     double = reference.Problem(problem.head.double(), problem.features.double(), problem.y)
     slack = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
     assert picked.tolist() == reference.greedy_medoids(gradient_distances(double), 20, slack=slack)
@@ -53,7 +54,7 @@ def test_lazy_greedy_picks_as_plain_greedy_on_materialised_gradients(seed, dtype
 @pytest.mark.parametrize("seed", range(6))
 def test_lazy_greedy_picks_as_plain_greedy_among_crowds(seed):
     view = crowded(400, dtype=torch.float64, seed=seed)
-    picked = facility_location(view, 60, memory=PLENTY)
+    picked = facility_location(Distances(view, memory=PLENTY), 60)
     assert picked.tolist() == reference.greedy_medoids(view.distances(), 60)
 
 
@@ -61,7 +62,10 @@ def test_lazy_greedy_picks_as_plain_greedy_among_crowds(seed):
 def test_single_precision_is_as_good_among_crowds(seed):
     view = crowded(400, seed=seed)
     exact = view.double().distances()
-    picked, best = facility_location(view, 60, memory=PLENTY), facility_location(view.double(), 60, memory=PLENTY)
+    picked, best = (
+        facility_location(Distances(view, memory=PLENTY), 60),
+        facility_location(Distances(view.double(), memory=PLENTY), 60),
+    )
     assert reference.left_over(exact, picked.tolist()) <= 1.01 * reference.left_over(exact, best.tolist())
 
 
@@ -72,7 +76,7 @@ def test_greedy_is_within_its_bound_of_the_optimum(seed, k):
     distances = gradient_distances(problem)
     far = 8 * distances.max()  # what is left over without any medoid, at a phantom as far as the farthest
     most = max(far - reference.left_over(distances, list(subset)) for subset in combinations(range(8), k))
-    picked = facility_location(problem.view, k, memory=PLENTY).tolist()
+    picked = facility_location(Distances(problem.view, memory=PLENTY), k).tolist()
     assert far - reference.left_over(distances, picked) >= (1 - 1 / torch.e) * most
     assert k > 1 or far - reference.left_over(distances, picked) == pytest.approx(most)
 
@@ -83,17 +87,22 @@ def test_greedy_is_within_its_bound_of_the_optimum(seed, k):
 def test_memory_does_not_change_the_medoids(view):
     row = len(view) * view.logits.element_size()
     bounds = (0, row - 1, 7 * row, len(view) * row // 2, len(view) * row - 1, len(view) * row)
-    lazy = [facility_location(view, 90, memory=memory) for memory in bounds]
-    drawn = [stochastic_facility_location(view, 90, sample=9, rng=generator(0), memory=memory) for memory in bounds]
+    lazy = [facility_location(Distances(view, memory=memory), 90) for memory in bounds]
+    drawn = [
+        stochastic_facility_location(Distances(view, memory=memory), 90, sample=9, rng=generator(0))
+        for memory in bounds
+    ]
+    shares = [cluster_shares(Distances(view, memory=memory), lazy[0]) for memory in bounds]
     assert all(medoids.equal(lazy[0]) for medoids in lazy)
     assert all(medoids.equal(drawn[0]) for medoids in drawn)
+    assert all(counts.equal(shares[0]) for counts in shares)
 
 
 def test_memory_is_bounded(monkeypatch):
     view, asked = crowded(600), []
     distances = HeadView.distances
     monkeypatch.setattr(HeadView, "distances", lambda a, b: asked.append((len(a), len(b))) or distances(a, b))
-    facility_location(view, 5, memory=0)
+    facility_location(Distances(view, memory=0), 5)
     assert set(asked) == {(facility.PRODUCT, 600)}
 
 
@@ -101,47 +110,61 @@ def test_rows_that_are_kept_are_computed_once(monkeypatch):
     view, asked = crowded(600), []
     distances = HeadView.distances
     monkeypatch.setattr(HeadView, "distances", lambda a, b: asked.append(len(a)) or distances(a, b))
-    facility_location(view, 100, memory=600 * 600 * 4)
+    facility_location(Distances(view, memory=600 * 600 * 4), 100)
     assert sum(asked) < 600 + facility.PRODUCT
 
 
 def test_gains_are_evaluated_lazily(monkeypatch):
     view, asked = crowded(1000), []
-    rows = facility._Rows.__call__
-    monkeypatch.setattr(
-        facility._Rows, "__call__", lambda self, samples: asked.append(len(samples)) or rows(self, samples)
-    )
-    facility_location(view, 100, memory=PLENTY)
+    rows = Distances.__call__
+    monkeypatch.setattr(Distances, "__call__", lambda self, samples: asked.append(len(samples)) or rows(self, samples))
+    facility_location(Distances(view, memory=PLENTY), 100)
     assert sum(asked) < 5 * len(view)  # plain greedy: 95 times
+
+
+def test_products_are_few_where_no_rows_are_kept(monkeypatch):
+    view, asked = crowded(600), []
+    distances = HeadView.distances
+    monkeypatch.setattr(HeadView, "distances", lambda a, b: asked.append(len(a)) or distances(a, b))
+    facility_location(Distances(view, memory=0), 100)
+    assert len(asked) < 2 * 5 + 50  # all of them twice, and one for every other medoid
+
+
+@pytest.mark.parametrize("memory", [0, PLENTY])
+def test_more_samples_tie_than_are_in_front(memory):
+    view = line(*[0.0] * 200, *[9.0] * 200, 1.0, 5.0)
+    assert facility_location(Distances(view, memory=memory), 4).tolist() == [401, 0, 200, 400]  # at 5, 0, 9 and 1
 
 
 def test_medoids_on_a_line_by_hand():
     view = line(0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 40.0)
-    assert facility_location(view, 3, memory=PLENTY).tolist() == [3, 6, 4]  # 10 and 11 gain 14 each, 10 is more central
-    assert cluster_shares(view, torch.tensor([3, 6, 4])).tolist() == [4, 1, 2]
+    distances = Distances(view, memory=PLENTY)
+    assert facility_location(distances, 3).tolist() == [3, 6, 4]  # 10 and 11 gain 14 each, 10 is more central
+    assert cluster_shares(distances, torch.tensor([3, 6, 4])).tolist() == [4, 1, 2]
 
 
 def test_a_sample_between_two_medoids_counts_half_for_each():
-    view = line(0.0, 1.0, 2.0, 3.0)
-    assert cluster_shares(view, torch.tensor([0, 2])).tolist() == [1.5, 2.5]
-    assert cluster_shares(view, torch.tensor([3, 1])).tolist() == [1.5, 2.5]
+    distances = Distances(line(0.0, 1.0, 2.0, 3.0), memory=PLENTY)
+    assert cluster_shares(distances, torch.tensor([0, 2])).tolist() == [1.5, 2.5]
+    assert cluster_shares(distances, torch.tensor([3, 1])).tolist() == [1.5, 2.5]
 
 
 def test_two_samples_apart_gain_the_same_and_the_central_one_is_chosen():
     view = line(0.0, 0.1, 0.2, 9.0, 8.0)
-    assert facility_location(view, 2, memory=PLENTY).tolist() == [2, 4]
+    assert facility_location(Distances(view, memory=PLENTY), 2).tolist() == [2, 4]
     order = torch.tensor([4, 3, 2, 1, 0])
-    assert order[facility_location(view[order], 2, memory=PLENTY)].tolist() == [2, 4]
+    assert order[facility_location(Distances(view[order], memory=PLENTY), 2)].tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_repeated_samples_are_chosen_last_and_share_their_clusters(dtype):
     once = reference.problem(20, dtype=dtype).view
     view = repeated(once)
-    picked = facility_location(view, 60, memory=PLENTY)
+    distances = Distances(view, memory=PLENTY)
+    picked = facility_location(distances, 60)
     assert sorted(picked[:20].tolist()) == list(range(20))  # of equal gains the first sample
-    assert cluster_shares(view, picked).tolist() == pytest.approx([1] * 60)
-    assert cluster_shares(view, picked[:20]).tolist() == [3] * 20
+    assert cluster_shares(distances, picked).tolist() == pytest.approx([1] * 60)
+    assert cluster_shares(distances, picked[:20]).tolist() == [3] * 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -149,29 +172,31 @@ def test_gradients_of_zero(dtype):
     view = HeadView(
         torch.zeros(200, 1, dtype=dtype), torch.ones(200, 3, dtype=dtype), torch.zeros(200, dtype=torch.int64)
     )
-    picked = facility_location(view, 150, memory=PLENTY)
+    distances = Distances(view, memory=PLENTY)
+    picked = facility_location(distances, 150)
     assert picked.tolist() == list(range(150))
-    assert cluster_shares(view, picked).tolist() == pytest.approx([200 / 150] * 150)
+    assert cluster_shares(distances, picked).tolist() == pytest.approx([200 / 150] * 150)
 
 
 def test_all_samples_as_medoids():
     view = reference.problem(40).view
-    assert sorted(facility_location(view, 40, memory=PLENTY).tolist()) == list(range(40))
-    drawn = stochastic_facility_location(view, 40, sample=3, rng=generator(0), memory=PLENTY)
+    assert sorted(facility_location(Distances(view, memory=PLENTY), 40).tolist()) == list(range(40))
+    drawn = stochastic_facility_location(Distances(view, memory=PLENTY), 40, sample=3, rng=generator(0))
     assert sorted(drawn.tolist()) == list(range(40))
-    assert cluster_shares(view, drawn).tolist() == [1] * 40
+    assert cluster_shares(Distances(view, memory=PLENTY), drawn).tolist() == [1] * 40
 
 
 def test_a_view_without_features_is_judged_by_its_logit_gradients():
     view = HeadView(reference.problem(60).view.logits, torch.empty(60, 0, dtype=torch.float64), reference.problem(60).y)
     expected = reference.greedy_medoids(reference.pairwise(view.residual), 20)
-    assert facility_location(view, 20, memory=PLENTY).tolist() == expected
+    assert facility_location(Distances(view, memory=PLENTY), 20).tolist() == expected
 
 
 def test_stochastic_greedy_repeats_by_seed():
     view = crowded(300)
     first, again, other = (
-        stochastic_facility_location(view, 30, sample=20, rng=generator(seed), memory=PLENTY) for seed in (0, 0, 1)
+        stochastic_facility_location(Distances(view, memory=PLENTY), 30, sample=20, rng=generator(seed))
+        for seed in (0, 0, 1)
     )
     assert first.equal(again) and not first.equal(other)
 
@@ -179,14 +204,14 @@ def test_stochastic_greedy_repeats_by_seed():
 @pytest.mark.parametrize("seed", range(3))
 def test_stochastic_greedy_comes_close_to_the_lazy_one(seed):
     view = reference.problem(300, seed=seed).view
-    distances, lazy = view.distances(), facility_location(view, 30, memory=PLENTY)
-    drawn = stochastic_facility_location(view, 30, sample=46, rng=generator(seed), memory=PLENTY)  # ε = 0.01
+    distances, lazy = view.distances(), facility_location(Distances(view, memory=PLENTY), 30)
+    drawn = stochastic_facility_location(Distances(view, memory=PLENTY), 30, sample=46, rng=generator(seed))  # ε = 0.01
     assert reference.left_over(distances, drawn.tolist()) < 1.05 * reference.left_over(distances, lazy.tolist())
 
 
 def test_stochastic_greedy_that_draws_everyone_is_plain_greedy():
     view = reference.problem(150).view  # more than one product
-    drawn = stochastic_facility_location(view, 9, sample=150, rng=generator(0), memory=0)
+    drawn = stochastic_facility_location(Distances(view, memory=0), 9, sample=150, rng=generator(0))
     assert drawn.tolist() == reference.greedy_medoids(view.distances(), 9)
 
 
@@ -194,8 +219,8 @@ def test_stochastic_greedy_that_draws_everyone_is_plain_greedy():
 def test_number_of_medoids_out_of_range(k):
     view = reference.problem(40).view
     for choose in (
-        lambda: facility_location(view, k, memory=0),
-        lambda: stochastic_facility_location(view, k, sample=4, rng=generator(0), memory=0),
+        lambda: facility_location(Distances(view, memory=0), k),
+        lambda: stochastic_facility_location(Distances(view, memory=0), k, sample=4, rng=generator(0)),
     ):
         with pytest.raises(UserError, match=f"{k} medoids: must be from 1 to the number of samples, 40"):
             choose()
@@ -204,6 +229,6 @@ def test_number_of_medoids_out_of_range(k):
 def test_memory_and_sample_out_of_range():
     view = reference.problem(40).view
     with pytest.raises(UserError, match="memory -1 bytes: must be 0 or more"):
-        facility_location(view, 4, memory=-1)
+        facility_location(Distances(view, memory=-1), 4)
     with pytest.raises(UserError, match="0 candidates a step: must be 1 or more"):
-        stochastic_facility_location(view, 4, sample=0, rng=generator(0), memory=0)
+        stochastic_facility_location(Distances(view, memory=0), 4, sample=0, rng=generator(0))

@@ -465,6 +465,24 @@ def test_the_steepest_samples_are_found_where_bounds_tell_nothing(k):
     assert best.equal(largest(view.project(valid.mean()), k))
 
 
+@pytest.mark.parametrize("k", [1, 5, 12])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_steepest_samples_are_among_those_of_large_gradients(monkeypatch, seed, k):
+    train, valid = (reference.problem(n, 3, 4, seed=seed).view for n in (400, 60))
+    sizes = torch.linspace(0, 14, 400, dtype=torch.float64)
+    own = torch.nn.functional.one_hot(train.y, 3)
+    view = HeadView(train.logits + sizes[:, None] * own, train.features, train.y)  # errors of many sizes
+    left = torch.arange(0, 400, 2)
+    asked = []
+    project = HeadView.project
+    monkeypatch.setattr(HeadView, "project", lambda a, b: asked.append(len(a)) or project(a, b))
+    best, gains = steepest(view, left, valid, k)
+    assert 0 < sum(asked) <= 50
+    every = view.project(valid.mean())[left]
+    assert best.equal(left[largest(every, k)])
+    torch.testing.assert_close(gains, every.sort(descending=True).values[:k])
+
+
 def test_glister_refreshes():
     view = reference.problem(40).view
     static, refreshed = (coreset["glister"](view, 10, options={"rounds": r}).indices for r in (1, 10))

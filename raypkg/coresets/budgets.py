@@ -231,7 +231,14 @@ def _cut(
     """Yield the classes of these labels."""
     for label in labels:
         members = (samples.y == label).nonzero()[:, 0]
-        yield ClassSamples(label, members, samples[members], _of_class(target, label))
+        yield ClassSamples(label, members, samples[_in_a_row(members)], _of_class(target, label))
+
+
+def _in_a_row(members: Tensor) -> Tensor | slice:
+    """Return ascending positions as a slice if none is left out: what is there need not be copied then."""
+    first = int(members[0])
+    end = int(members[-1]) + 1
+    return slice(first, end) if end - first == len(members) else members
 
 
 def _of_class(target: HeadView | None, label: int) -> HeadView | None:

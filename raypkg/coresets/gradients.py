@@ -7,7 +7,7 @@ For a linear head with logits z = W h + b, the gradient of sample i with respect
 so n·(C + D) numbers stand for n·C·(D + 1), and every quantity below has a closed form in the two factors.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
+
+SHORT = 16  # rows of fewer logits: their exponentials are computed one at a time; class by class, many at once
+KEPT = {"residual", "_squares", "_norms", "_lowered_squares"}  # of a view, row by row, once they are computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +50,7 @@ class HeadView:
         _check_samples("label out of range", in_range)
         _check_samples("NaN or infinite logits", _all_finite(self.logits))
         _check_samples("NaN or infinite features", _all_finite(self.features))
-        squares = self.features.square().sum(dim=1)
-        _check_samples("features whose squares overflow", squares.isfinite())
+        _check_samples("features whose squares overflow", self._squares.isfinite())
 
     def __len__(self) -> int:
         return len(self.y)
@@ -65,7 +67,7 @@ class HeadView:
 
     def __getitem__(self, indices: Tensor | slice) -> "HeadView":
         part = self._of_checked(self.logits[indices], self.features[indices], self.y[indices])
-        computed = self.__dict__.keys() & {"residual", "_lowered_squares"}  # which need not be computed again
+        computed = self.__dict__.keys() & KEPT  # which need not be computed again
         part.__dict__.update({name: self.__dict__[name][indices] for name in computed})
         return part
 
@@ -94,18 +96,26 @@ class HeadView:
         )
 
     @cached_property
+    def _squares(self) -> Tensor:
+        """‖h_i‖² [n]."""
+        return self.features.square().sum(dim=1)
+
+    @cached_property
     def residual(self) -> Tensor:
         """The gradient with respect to the logits, p − e_y [n, C]."""
         own = self.y[:, None]
-        p = self.logits.softmax(dim=1)  # [n, C]
+        p = over_classes(torch.softmax, self.logits)  # [n, C]
         p.scatter_(1, own, 0.0)
         others = p.sum(dim=1, keepdim=True)  # Σ_{c≠y} p_c has digits that 1 − p_y loses where p_y is near 1
         return p.scatter_(1, own, -others)
 
     def norms(self) -> Tensor:
         """‖g_i‖ = ‖p_i − e_i‖ · sqrt(‖h_i‖² + 1), [n]."""
-        squares = self.features.square().sum(dim=1)  # ‖h‖²
-        factor = (squares + 1).sqrt()  # ‖[h; 1]‖
+        return self._norms
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        factor = (self._squares + 1).sqrt()  # ‖[h; 1]‖
         return self.residual.norm(dim=1) * factor
 
     @property
@@ -123,9 +133,13 @@ class HeadView:
     def inner(self, other: "HeadView | None" = None) -> Tensor:
         """<g_i, g_j> = <p_i − e_i, p_j − e_j> · (<h_i, h_j> + 1), with all of ``other`` (default: itself) [n, m]."""
         other = self if other is None else other
-        products = self.features @ other.features.T  # <h_i, h_j> [n, m]
-        of_residuals = self.residual @ other.residual.T
-        return products.add_(1).mul_(of_residuals)
+        of_features, of_residuals = self._factors(other)
+        return of_features.mul_(of_residuals)
+
+    def _factors(self, other: "HeadView") -> tuple[Tensor, Tensor]:
+        """<h_i, h_j> + 1 and <p_i − e_i, p_j − e_j> [n, m]."""
+        products = self.features @ other.features.T
+        return products.add_(1), self.residual @ other.residual.T
 
     def distances(self, other: "HeadView | None" = None) -> Tensor:
         """‖g_i − g_j‖ from norms and inner products, [n, m].
@@ -135,7 +149,7 @@ class HeadView:
         """
         other = self if other is None else other
         squares = self._lowered_squares[:, None] + other._lowered_squares  # [n, m]
-        squares.sub_(self.inner(other), alpha=2)
+        squares.addcmul_(*self._factors(other), value=-2)
         return squares.clamp_(min=0).sqrt_()
 
     def project(self, matrix: Tensor) -> Tensor:
@@ -165,6 +179,16 @@ class HeadView:
         """Return the view after the head's [W, b] moved by ``step`` [C, D+1]: the logits change, the features stay."""
         return self.shifted(self.through(step))
 
+    def arranged(self) -> "HeadView":
+        """Return the view with logits of few classes class by class in memory, for sums over its samples.
+
+        What is computed of a sample may then round otherwise where the sample stands elsewhere.
+        """
+        if self.num_classes >= SHORT:
+            return self
+        logits = self.logits.T.contiguous().T
+        return self._of_checked(logits, self.features, self.y)
+
     def shifted(self, change: Tensor) -> "HeadView":
         """Return the view with ``change`` [n, C] added to the logits."""
         logits = self.logits + change
@@ -178,8 +202,8 @@ class HeadView:
             raise UserError(f"head matrix is {list(matrix.shape)}, this view needs {list(expected)}")
         weight = matrix[:, :-1]
         bias = matrix[:, -1:]
-        by_class = weight @ self.features.T + bias  # [C, n]: faster in this order
-        return by_class.T
+        by_class = weight @ self.features.T  # [C, n]: faster in this order
+        return by_class.add_(bias).T
 
     def along(self, samples: "HeadView") -> Tensor:
         """M [h_i; 1] with M = Σ_j g_j over other samples [n, C]; of few of them, without spelling M out."""
@@ -187,6 +211,12 @@ class HeadView:
             return self.through(samples.sum())
         products = self.features @ samples.features.T  # <h_i, h_j> [n, m]
         return products.add_(1) @ samples.residual
+
+
+def over_classes(function: Callable[[Tensor, int], Tensor], logits: Tensor) -> Tensor:
+    """Return function(logits, dim=1), as softmax, of logits [n, C], in the order in which they are in memory."""
+    by_class = logits.T.is_contiguous() and not logits.is_contiguous()
+    return function(logits.T, 0).T if by_class else function(logits, 1)
 
 
 def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> HeadView:

@@ -56,7 +56,7 @@ class Record:
     def __len__(self) -> int:
         return len(self.y)
 
-    def __getitem__(self, indices: Tensor) -> "Record":
+    def __getitem__(self, indices: Tensor | slice) -> "Record":
         forgotten = None if self.forgotten is None else self.forgotten[indices]
         margins = None if self.margins is None else self.margins[indices]
         return Record(self.y[indices], self.losses[indices], forgotten, margins)

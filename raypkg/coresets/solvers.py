@@ -45,7 +45,7 @@ def largest_bounded(
     least = -torch.inf  # the k-th largest value so far
     while rivals := int((falling.values[len(known) :] >= least).sum()):
         start = len(known)
-        end = start + min(rivals, max(k, AT_ONCE))
+        end = start + min(rivals, max(k, start, AT_ONCE))
         if end > at_most:
             return None
         some = falling.indices[start:end]

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from raypkg.coresets.distances import Distances
 from raypkg.coresets.facility import cluster_shares, facility_location, stochastic_facility_location
 from raypkg.coresets.gradients import HeadView
 from raypkg.data.coreset import Coreset
@@ -45,11 +46,11 @@ def select(
     Differs from the paper: the gradients are those of the last layer; a sample equally far from several medoids counts
     in equal parts for each; the weights are divided by their mean n/k.
     """
-    covered = view if target is None else target
+    distances = Distances(view, target, memory=memory)
     if greedy == "lazy":
-        medoids = facility_location(view, budget, covered=covered, memory=memory)
+        medoids = facility_location(distances, budget)
     else:
         sample = math.ceil(len(view) / budget * math.log(1 / epsilon))  # candidates a step
-        medoids = stochastic_facility_location(view, budget, covered=covered, sample=sample, rng=rng, memory=memory)
-    weights = cluster_shares(view, medoids, covered=covered) * budget / len(covered)  # γ · k/n
+        medoids = stochastic_facility_location(distances, budget, sample=sample, rng=rng)
+    weights = cluster_shares(distances, medoids) * budget / len(distances.covered)  # γ · k/n
     return Coreset(medoids, weights.float())

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raypkg.coresets.distances import Distances
 from raypkg.coresets.facility import cluster_shares, facility_location
 from raypkg.coresets.gradients import HeadView
 from raypkg.data.coreset import Coreset
@@ -84,8 +85,9 @@ def minibatch_coreset(logits: Tensor, y: Tensor, size: int, *, memory: int = 2**
     if size >= len(y):
         return Coreset.uniform(torch.arange(len(y)))
     view = logit_gradients(logits, y)
-    medoids = facility_location(view, size, memory=memory)
-    shares = cluster_shares(view, medoids)  # γ_j
+    distances = Distances(view, memory=memory)
+    medoids = facility_location(distances, size)
+    shares = cluster_shares(distances, medoids)  # γ_j
     weights = shares * size / len(y)  # their mean is 1, as in every coreset
     return Coreset(medoids, weights.float())
 
