@@ -5,6 +5,7 @@ import tomllib
 import pyarrow.parquet as pq
 import pytest
 
+import samples
 from raypkg.core.config import load_settings
 from raypkg.experiments.train import TrainSettings
 from raypkg.phases.samples import open_samples
@@ -27,8 +28,7 @@ def test_what_was_done_to_the_labels_is_in_the_run(effray, after, tmp_path):
 def test_the_precision_of_a_selection_is_measured_against_the_true_labels(after, tmp_path):
     after(PICKS)
     run = find("runs", "train", "picks")
-    samples = open_samples(load_settings(TrainSettings, run.config))
-    split = samples.data.train
+    split = open_samples(load_settings(TrainSettings, run.config)).data.train
     picked = pq.read_table(tmp_path / "runs/train/picks/coreset.parquet")["index"].to_pylist()
     wrong = float((split.y[picked] != split.truth[picked]).double().mean())
     assert run.summary["coreset_wrong_labels"] == pytest.approx(wrong)
@@ -59,3 +59,31 @@ def test_a_stored_config_with_another_seed_keeps_the_labels_that_it_was_drawn_wi
 
 def test_options_that_would_do_nothing_are_refused(refusal):
     assert "dataset.seed = 1: there is no dataset.noise" in refusal("train --dataset.seed 1")
+    assert "dataset.window = 9: there is no dataset.streamed" in refusal("train --dataset.window 9")
+
+
+def test_samples_in_memory_are_not_streamed(call):
+    told = call("train --model linear --dataset.streamed stores")
+    assert told.code == 2 and "the samples of 'digits' are in memory" in told.err
+
+
+@pytest.mark.parametrize("command", ["crest", "deltagrad train"])
+def test_methods_that_draw_from_all_samples_refuse_streamed_ones(command, call, tmp_path):
+    images = [samples.encode(image) for image in samples.pixels(300)]
+    for split in ("train", "test"):
+        samples.write_parquet(tmp_path / "data" / f"{split}.parquet", images, [0, 1, 2] * 100)
+    told = call(f"{command} --model linear --dataset parquet:data --dataset.streamed stores")
+    assert told.code == 2 and "draws from all samples at any time" in told.err
+
+
+def test_lipt_of_streamed_samples_is_that_of_local_ones(effray, tmp_path):
+    images = [samples.encode(image) for image in samples.pixels(300)]
+    for split in ("train", "test"):
+        samples.write_parquet(tmp_path / "data" / f"{split}.parquet", images, [0, 1, 2] * 100)
+    line = "lipt --model linear --dataset parquet:data --pretrain.models 3 --pretrain.epochs 2 --train.epochs 2"
+    effray(f"{line} --select.fraction 0.3 --name local")
+    effray(f"{line} --select.fraction 0.3 --name streamed --dataset.streamed stores")
+    local, streamed = (find("runs", "lipt", name) for name in ("local", "streamed"))
+    assert local.storage.read("model.safetensors") == streamed.storage.read("model.safetensors")
+    picks = [pq.read_table(tmp_path / f"runs/lipt/{name}/coreset.parquet")["index"] for name in ("local", "streamed")]
+    assert picks[0].equals(picks[1])
