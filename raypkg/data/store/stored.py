@@ -145,11 +145,20 @@ class Stored(ABC):
     def view(self, column: pa.Array) -> np.ndarray:
         """Return a column of pixels or rows as an array over its own memory, without a copy."""
         values = column.buffers()[-1]  # the others hold which values are missing
+        return _over(values, self.dtype, (len(column), *self.sample_shape))
+
+    @property
+    def dtype(self) -> type:
+        """Of pixels or rows."""
+        return np.float32 if self.header.kind == "rows" else np.uint8
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of pixels [H, W, C], a batch of which is an image tensor in channels_last memory, or of a row [D]."""
         if self.header.kind == "rows":
-            return _over(values, np.float32, (len(column), *self.header.shape))
+            return self.header.shape
         channels, height, width = self.header.shape
-        # Stored as [H, W, C]: a batch of them is then an image tensor in channels_last memory.
-        return _over(values, np.uint8, (len(column), height, width, channels))
+        return height, width, channels
 
 
 Decoder = Callable[[Stored], Take]

@@ -130,13 +130,10 @@ class Streamed(Stored):
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Gather pixels [b, H, W, C] or rows [b, D]."""
-        out: np.ndarray | None = None
+        out: np.ndarray = np.empty((len(indices), *self.sample_shape), self.dtype)
         for here, local, column in self._columns(indices):
-            values = self.view(column)
-            if out is None:
-                out = np.empty((len(indices), *values.shape[1:]), values.dtype)
-            out[here] = values[local]
-        return self.view(self._window([0])[0].column("x"))[:0] if out is None else out
+            out[here] = self.view(column)[local]
+        return out
 
     def encoded(self, indices: np.ndarray) -> list[pa.Buffer]:
         """Return the bytes of encoded samples; each holds its block in memory."""
