@@ -15,14 +15,20 @@ def script(arguments: Sequence[str] | None = None) -> None:
         main(arguments)
     except SystemExit as ended:
         end.code = int(ended.code or 0)
+        if end.code and _waits_in_vain(ended):
+            end.now()  # Ray's own end would wait for the cluster, or meet the waiting thread and change the code
         raise
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one line and exit code 2."""
+    """Run the command line within this process, which goes on; a user's mistake is one line and exit code 2.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
     import click
 
-    from raypkg.core.errors import ClusterLost, UserError
+    from raypkg.core.errors import UserError
 
     from .commands import effray
     from .ending import orderly_end
@@ -37,9 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = 0
         sys.stdout.flush()
         sys.exit(code)
-    except ClusterLost as error:
-        print(f"effray: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # Ray's own end would wait for the cluster, and exit with another code
     except UserError as error:
         _fail(str(error), 2)
     except click.ClickException as error:
@@ -51,11 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _fail(message: str, code: int) -> None:
+def _waits_in_vain(ended: SystemExit) -> bool:
     from raypkg.cluster.workers import are_abandoned
+    from raypkg.core.errors import ClusterLost
 
+    return isinstance(ended.__context__, ClusterLost) or are_abandoned()
+
+
+def _fail(message: str, code: int) -> None:
     print(f"effray: {message}", file=sys.stderr, flush=True)
-    if are_abandoned():
-        sys.stdout.flush()
-        os._exit(code)  # Ray's own end may meet the waiting thread and exit with another code; workers follow
     sys.exit(code)

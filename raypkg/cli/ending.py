@@ -46,9 +46,10 @@ class SwiftEnd:
 
     def __init__(self) -> None:
         self.code: int | None = None
-        atexit.register(self._end)
+        atexit.register(self.now)
 
-    def _end(self) -> None:
+    def now(self) -> None:
+        """End the process; what nobody has written by now is not written."""
         if self.code is None:
             return
         sys.stdout.flush()

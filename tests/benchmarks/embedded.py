@@ -181,7 +181,7 @@ def finished(root: str, experiment: str, name: str, options: str) -> dict | None
     if not manifest.exists():
         started = (manifest.parent / "config.toml").exists()
         arguments = ["--resume", name] if started else ["--name", name, "--cluster.workers", "0", *options.split()]
-        command = [sys.executable, "-c", "from raypkg.cli import main; main()", *words, "--root", root, *arguments]
+        command = [sys.executable, "-c", "from raypkg.cli import script; script()", *words, "--root", root, *arguments]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         print(f"{name}: {done.stderr.strip().splitlines()[-1] if done.returncode else 'done'}", flush=True)
     return json.loads(manifest.read_text()) if manifest.exists() else None

@@ -48,7 +48,7 @@ def test_with_and_without_ray_the_figures_are_the_same(ray, compared):
 
 
 def test_what_a_killed_driver_had_finished_is_not_run_again(compared, tmp_path):
-    command = [sys.executable, "-c", "from raypkg.cli import main; main()", "compare", str(tmp_path / "mine.py")]
+    command = [sys.executable, "-c", "from raypkg.cli import script; script()", "compare", str(tmp_path / "mine.py")]
     driver = subprocess.Popen(
         [*command, "--root", str(tmp_path), "--name", "k"], start_new_session=True, stdout=subprocess.DEVNULL
     )

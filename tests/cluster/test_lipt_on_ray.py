@@ -78,7 +78,7 @@ def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, phase, workers):
 
 
 def test_a_killed_driver_resumes_from_the_last_epoch(undisturbed, tmp_path):
-    command = [sys.executable, "-c", "from raypkg.cli import main; main()", "lipt", "--root", str(tmp_path)]
+    command = [sys.executable, "-c", "from raypkg.cli import script; script()", "lipt", "--root", str(tmp_path)]
     options = [*TINY, "--name", "one", "--cluster.workers", "1", "--cluster.address", "local"]
     with subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
         checkpoints = tmp_path / "lipt/one/checkpoints/train"

@@ -171,7 +171,7 @@ def test_a_trial_that_dies_while_its_workers_start_leaves_their_cpus_free(ray, t
 
 
 def test_a_killed_driver_is_gone_on_with_and_no_done_trial_runs_twice(ray, tmp_path, space):
-    command = [sys.executable, "-c", "from raypkg.cli import main; main()", "tune", "train", "--root", tmp_path]
+    command = [sys.executable, "-c", "from raypkg.cli import script; script()", "tune", "train", "--root", tmp_path]
     options = ["--name", "s", "--space", space, "--samples", "5", "--scheduler", "fifo", "--cluster.address", "local"]
     with subprocess.Popen([*command, *options, *TINY, "--train.epochs", "30"], stdout=subprocess.DEVNULL) as driver:
         wait_for(lambda: len(list(tmp_path.glob("train/*/summary.json"))) >= 2, driver)
@@ -190,7 +190,7 @@ def test_a_killed_driver_is_gone_on_with_and_no_done_trial_runs_twice(ray, tmp_p
 
 
 def test_an_interrupt_ends_in_order_and_says_how_to_go_on(tmp_path, space):
-    command = [sys.executable, "-c", "from raypkg.cli import main; main()", "tune", "train", "--root", tmp_path]
+    command = [sys.executable, "-c", "from raypkg.cli import script; script()", "tune", "train", "--root", tmp_path]
     options = ["--name", "s", "--space", space, "--samples", "4", "--scheduler", "fifo", "--cluster.address", "local"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
