@@ -30,6 +30,7 @@ pytestmark = [
 PLAIN = "--model mlp --train.precision float32 --train.batch_size 64 --train.epochs 12"
 LIPT = f"lipt {PLAIN} --pretrain.models 4 --pretrain.epochs 3 --name run"
 CREST = f"crest {PLAIN} --budget 0.5 --crest.subset 0.1 --name run"
+TRAIN = f"train {PLAIN} --name run --set dataset.options.size=128"  # 24 MB of pixels: three blocks
 TOLERANCE = 1e-4  # of weights: other workers add in another order
 
 
@@ -126,8 +127,12 @@ def same(here, there):
         assert tables[0].select(["index", "weight"]).equals(tables[1].select(["index", "weight"]))
 
 
-@pytest.mark.parametrize("line", [LIPT, CREST], ids=["lipt", "crest"])
-def test_a_run_in_a_bucket_survives_its_driver_and_a_node(line, digits, bucket_of_digits, nodes, bucket, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "streamed"), [(LIPT, False), (LIPT, True), (CREST, False)], ids=["lipt", "lipt by blocks", "crest"]
+)
+def test_a_run_in_a_bucket_survives_its_driver_and_a_node(
+    line, streamed, digits, bucket_of_digits, nodes, bucket, tmp_path
+):
     cluster, another = nodes
     kind = line.split()[0]
     at_home = Machine(tmp_path / "home")
@@ -136,7 +141,8 @@ def test_a_run_in_a_bucket_survives_its_driver_and_a_node(line, digits, bucket_o
     outside = Machine(tmp_path / "outside", cluster.address)
     store = Storage(bucket("runs"))
     run = store / kind / "run"
-    process = outside.start(f"{line} --dataset parquet:{bucket_of_digits} --root {store.root}")
+    by_blocks = f"--dataset.streamed {bucket('stores')}" if streamed else ""
+    process = outside.start(f"{line} --dataset parquet:{bucket_of_digits} --root {store.root} {by_blocks}")
     await_checkpoints(run, 1, process)
     process.kill()
     process.communicate()
@@ -149,6 +155,27 @@ def test_a_run_in_a_bucket_survives_its_driver_and_a_node(line, digits, bucket_o
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     same(Storage(f"{tmp_path}/runs/{kind}/run"), run)
+
+
+def test_a_set_that_no_node_holds(digits, bucket_of_digits, nodes, bucket, tmp_path):
+    cluster, _ = nodes
+    blocks = "--dataset.window 2 --dataset.streamed"
+    at_home = Machine(tmp_path / "home")
+    at_home.run(f"{TRAIN} --dataset parquet:{digits} {blocks} {tmp_path}/stores --root {tmp_path}/runs")
+
+    outside = Machine(tmp_path / "outside", cluster.address)
+    store = Storage(bucket("runs"))
+    run = store / "train/run"
+    process = outside.start(
+        f"{TRAIN} --dataset parquet:{bucket_of_digits} {blocks} {bucket('stores')} --root {store.root}"
+    )
+    await_checkpoints(run, 1, process)
+    process.kill()
+    process.communicate()
+    outside.run(f"train --resume run --root {store.root}")
+    same(Storage(f"{tmp_path}/runs/train/run"), run)
+    for number in (0, 1):
+        assert not list((tmp_path / f"node-{number}").glob("*.arrow"))
 
 
 @pytest.mark.parametrize("line", [LIPT, CREST], ids=["lipt", "crest"])
