@@ -13,7 +13,7 @@ import samples
 from contracts.test_datasets import PREPARE
 from raypkg.core.address import opened
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Dataset
+from raypkg.core.settings import Dataset, Training
 from raypkg.data import load_data
 from raypkg.data.blocks import shuffled_by_blocks
 from raypkg.data.coreset import Coreset
@@ -23,7 +23,10 @@ from raypkg.data.store import images, streamed
 from raypkg.data.store.streamed import Stream
 from raypkg.data.store.window import Window
 from raypkg.engine.batches import Batches, plain_batches
+from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
+from raypkg.models import build_model
+from raypkg.phases.samples import Samples
 from test_object_sources import WITH_FILES, same
 
 N = 120
@@ -197,11 +200,36 @@ def test_a_disk_without_room_for_a_copy_is_told(split, monkeypatch):
 
 
 def test_a_look_at_some_samples_reads_few_blocks(split):
-    looked_at = split.spread(16)
+    looked_at = split.spread(16, blocks=4)
     assert len(looked_at) == 16 and len(split.blocks.of[looked_at].unique()) <= 4
 
 
+def test_no_samples_need_no_copy(split):
+    """A worker may have no model of LiPT's to train."""
+    nothing = torch.arange(0)
+    assert len(at_hand(split, nothing).batch(nothing)[1]) == 0
+
+
+def test_the_digest_does_not_depend_on_where_samples_lie(source, stream, tmp_path):
+    everything = torch.arange(N)
+
+    def digest(cache):
+        return Samples(load_data(source, cache=cache), everything, everything[:0]).digest(Dataset())
+
+    assert digest(tmp_path / "local") == digest(stream)
+
+
 # What goes wrong
+
+
+def test_a_hook_cannot_choose_samples_that_were_not_copied(split):
+    given = Coreset.uniform(torch.arange(10))
+    model = build_model("linear", split.shape, 3, seed=0)
+    run = Run.simple(model, at_hand(split, given.indices), Training(batch_size=5), coreset=given)
+    assert next(run.batches().batches).total == 5
+    run.coreset = Coreset.uniform(torch.arange(5, 15))
+    with pytest.raises(UserError, match="samples that are not in the given coreset"):
+        run.batches()
 
 
 def test_an_import_that_ends_early_leaves_no_store(source, stream, monkeypatch):

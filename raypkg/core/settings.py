@@ -67,6 +67,11 @@ class Dataset(Named):
         """Whether training samples or labels are drawn by a seed."""
         return self.noise > 0 or self.imbalance < 1
 
+    def check_at_hand(self, reader: str) -> None:
+        """Refuse samples that are read by blocks, for what needs any of them at any time."""
+        if self.streamed is not None:
+            raise UserError(f"dataset.streamed: {reader} draws from all samples at any time: leave it out")
+
     @model_validator(mode="after")
     def _seed_draws(self) -> Self:
         if self.seed is not None and not self.is_drawn:

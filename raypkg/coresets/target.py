@@ -41,7 +41,8 @@ class TargetSamples:
         """Return the samples that a holder reaches: the held-out ones of its classes, or a whole data set."""
         nothing = shard.indices[:0]
         if self.name == VALID:
-            return Shard(shard.data, shard.valid, nothing, shard.device)
+            here = Data(shard.train, shard.data.test)  # the holder's own samples, which it has at hand
+            return Shard(here, shard.valid, nothing, shard.device)
         split = self.split_like(shard.data.train)
         return Shard(Data(split, split), torch.arange(len(split)), nothing, shard.device)
 

@@ -16,8 +16,6 @@ from .blocks import Blocks, Take
 from .kinds import Kind, kind_of
 from .moments import Moments
 
-LOOKED_AT = 4  # blocks of a split that is read by blocks, for a look at some of its samples
-
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -35,6 +33,7 @@ class Split:
         ids: which samples of other data the samples stand for, int64 [n]; None where their positions say it.
         truth: true labels beside wrong ones in ``y``, for measuring only, int64 [n]; None where there are no others.
         blocks: where the samples lie if they are read by blocks; None where each is at hand.
+        held: the only positions whose samples it gives, int64 [m], ascending; None where it gives all.
     """
 
     take: Take
@@ -48,6 +47,7 @@ class Split:
     ids: Tensor | None = None
     truth: Tensor | None = None
     blocks: Blocks | None = None
+    held: Tensor | None = None
 
     @classmethod
     def from_tensors(
@@ -117,12 +117,12 @@ class Split:
         """Return what a model that computes in ``dtype`` is given of stored samples x: numbers are normalised."""
         return self.kind.inputs(x, self.mean, self.std, dtype)
 
-    def spread(self, count: int) -> Tensor:
-        """Return ascending positions of so many samples, spread over the split, or over a few of its blocks."""
+    def spread(self, count: int, blocks: int | None = None) -> Tensor:
+        """Return ascending positions of so many samples, spread over the split, or over so many of its blocks."""
         positions = torch.arange(len(self))
-        if self.blocks is not None:
+        if blocks is not None and self.blocks is not None:
             present = self.blocks.of.unique()
-            looked_at = present[_spread(len(present), LOOKED_AT)]
+            looked_at = present[_spread(len(present), blocks)]
             positions = positions[torch.isin(self.blocks.of, looked_at)]
         return positions[_spread(len(positions), count)]
 
@@ -157,9 +157,10 @@ def with_values(split: Split, indices: Tensor) -> Split:
     >>> split.batch([2])[0].tolist()
     [[0.0, 0.0, 1.0]]
     """
-    held = indices.sort().values.numpy()
-    values = split.take(held)
-    return replace(split, take=_Held(held, partial(np.take, values, axis=0)), blocks=None)
+    held = indices.sort().values
+    values = split.take(held.numpy())
+    take = _Held(held.numpy(), partial(np.take, values, axis=0))
+    return replace(split, take=take, blocks=None, held=held)
 
 
 def at_hand(split: Split, indices: Tensor) -> Split:
@@ -168,10 +169,11 @@ def at_hand(split: Split, indices: Tensor) -> Split:
     Raises:
         UserError: the disk is too small for them.
     """
-    if split.blocks is None:
+    if split.blocks is None or not len(indices):
         return split
-    held = indices.unique().numpy()
-    return replace(split, take=_Held(held, split.blocks.copied(held)), blocks=None)
+    held = indices.unique()
+    take = _Held(held.numpy(), split.blocks.copied(held.numpy()))
+    return replace(split, take=take, blocks=None, held=held)
 
 
 def check_labels(y: np.ndarray, num_classes: int, name: Callable[[int], str]) -> None:

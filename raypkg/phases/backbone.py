@@ -13,7 +13,7 @@ from raypkg.data import Data
 from raypkg.data.augment import Augmentation
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.batches import ahead, training_batch
+from raypkg.engine.batches import ahead, loaders_of, training_batch
 from raypkg.engine.loop import autocast
 from raypkg.engine.worker import Worker
 from raypkg.models import build_model
@@ -87,7 +87,8 @@ class Backbone:
 
         parts = torch.arange(len(indices)).split(BATCH[device.type])
         with evaluating(self.features), torch.inference_mode(), autocast(self.precision, device):
-            return torch.cat([self.features(x).float().cpu() for x in ahead(load, parts)])
+            loaded = ahead(load, parts, loaders_of(split))
+            return torch.cat([self.features(x).float().cpu() for x in loaded])
 
 
 def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Backbone:

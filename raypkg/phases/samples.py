@@ -20,8 +20,9 @@ from raypkg.runs.storage import Storage
 
 from .coreset_files import load_coreset, origin, save_coreset
 
-ROWS = 16  # of a split, that its digest sees
+ROWS = 16  # of a split, that its digest sees; the same however the samples are stored
 LOOK = 512  # training samples that a new model may look at, labels apart
+LOOKED_AT = 4  # blocks that they are in, where samples are read by blocks
 
 
 class Samples(NamedTuple):
@@ -56,11 +57,6 @@ class Samples(NamedTuple):
             if split.truth is not None:  # labels were drawn: all of them tell whether they still are the same
                 digest.update(split.y.numpy().tobytes())
         return digest.hexdigest()
-
-    def check_at_hand(self, reader: str) -> None:
-        """Refuse samples that are read by blocks, for what needs any of them at any time."""
-        if self.data.train.blocks is not None:
-            raise UserError(f"dataset.streamed: {reader} draws from all samples at any time: leave it out")
 
     @property
     def everyone(self) -> Coreset:
@@ -143,7 +139,7 @@ def new_model(settings: Experiment, data: Data) -> Classifier:
     train = data.train
     model = build_model(chosen.name, train.shape, train.num_classes, seed=settings.seed, options=chosen.options)
     if model.is_prepared:
-        x, _ = train.batch(train.spread(LOOK).unique())
+        x, _ = train.batch(train.spread(LOOK, blocks=LOOKED_AT).unique())
         model.prepare(train.inputs(x))
     return model
 

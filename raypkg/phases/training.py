@@ -167,8 +167,11 @@ def _run(worker: Worker, job: Job, samples: Samples, hooks: Sequence[Hook]) -> R
     if job.initial:
         model.load_state_dict(load_tensors(job.storage, job.initial))
     split = samples.data.train
-    if job.coreset is not None and not job.selects:  # the same samples all the time
-        split = at_hand(split, job.coreset.indices)
+    if not job.selects:  # the same samples all the time
+        if job.coreset is not None:
+            split = at_hand(split, job.coreset.indices)
+        elif job.experiment.dataset.only is not None:
+            split = at_hand(split, samples.kept)
     return Run(
         model=synchronised(model, job.training, worker),
         split=split,

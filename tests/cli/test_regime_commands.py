@@ -72,8 +72,9 @@ def test_methods_that_draw_from_all_samples_refuse_streamed_ones(command, call, 
     images = [samples.encode(image) for image in samples.pixels(300)]
     for split in ("train", "test"):
         samples.write_parquet(tmp_path / "data" / f"{split}.parquet", images, [0, 1, 2] * 100)
-    told = call(f"{command} --model linear --dataset parquet:data --dataset.streamed stores")
-    assert told.code == 2 and "draws from all samples at any time" in told.err
+    for line in (command, f"{command} --dry-run"):
+        told = call(f"{line} --model linear --dataset parquet:data --dataset.streamed stores")
+        assert told.code == 2 and "draws from all samples at any time" in told.err
 
 
 def test_lipt_of_streamed_samples_is_that_of_local_ones(effray, tmp_path):

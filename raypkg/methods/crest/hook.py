@@ -414,8 +414,7 @@ def _agreed(run: Run, value: float) -> float:
 @hook("crest", source="arXiv:2306.01244")
 def crest(*, job: Job, worker: Worker, samples: Samples, options: CrestOptions = DEFAULTS) -> Crest:
     """Train on mini-batch coresets, chosen anew when a local model of the loss expires."""
-    options.check(job.samples_used(samples), job.training, job.experiment.cluster)
-    samples.check_at_hand("CREST")
+    options.check(job.samples_used(samples), job.training, job.experiment)
     with ExitStack() as actors:  # ended here where the hook cannot be made, otherwise by the hook
         shards, scorer = actors.enter_context(choosing(worker, job, samples, options))
         made = Crest(options, shards, scorer, samples.kept, job.training.batch_size)

@@ -9,7 +9,6 @@ from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import (
     CacheGiB,
-    Cluster,
     Count,
     Epochs,
     Experiment,
@@ -141,13 +140,13 @@ class CrestOptions(Settings):
         if 0 < training.warmup * steps < 1:
             raise UserError(f"train.warmup = {training.warmup:g} of the budget's {steps} steps is less than one step")
 
-    def check(self, n: int, training: Training, cluster: Cluster) -> None:
+    def check(self, n: int, training: Training, experiment: Experiment) -> None:
         """Refuse what the data, the budget or the cluster cannot hold, and another loss than CREST models.
 
         Args:
             n: training samples.
             training: within the budget.
-            cluster: beside whose workers the actors must fit.
+            experiment: that it is a part of: its data, and the cluster, beside whose workers the actors must fit.
 
         Raises:
             UserError: what is wrong.
@@ -158,7 +157,8 @@ class CrestOptions(Settings):
                 f"train.label_smoothing = {training.label_smoothing:g}: CREST chooses by gradients of plain"
                 " cross-entropy and models that loss, so its coresets would not be of what is trained"
             )
-        if self.actors and not cluster.workers:
+        experiment.dataset.check_at_hand("CREST")
+        if self.actors and not experiment.cluster.workers:
             raise UserError(f"crest.actors = {self.actors}: give cluster.workers too, 1 or more, so that both fit")
 
 
@@ -266,6 +266,6 @@ class CrestSettings(Experiment):
             UserError: what is wrong.
         """
         if self.selection == "crest":
-            self.crest.check(n, self.compressed, self.cluster)
+            self.crest.check(n, self.compressed, self)
         elif self.selection == "random":
             self.crest.check_length(n, self.compressed)

@@ -26,7 +26,6 @@ def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> Non
 
     samples = open_samples(settings)
     settings.check(len(samples.kept))
-    samples.check_at_hand("DeltaGrad")
     storage = report.folder.storage
     layout = Layout.of(new_model(settings, samples.data), settings.history.dtype)
     per_epoch = -(-len(samples.kept) // settings.train.batch_size)

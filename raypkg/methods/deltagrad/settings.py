@@ -101,10 +101,11 @@ class DeltaGradSettings(Experiment):
         """Refuse a training that cannot be replayed.
 
         Raises:
-            UserError: samples are augmented, or the model has dropout or batch norm.
+            UserError: samples are augmented or read by blocks, or the model has dropout or batch norm.
         """
         from .replayable import check_replayable
 
+        self.dataset.check_at_hand("DeltaGrad")
         check_replayable(self)
 
 

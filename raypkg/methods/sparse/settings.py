@@ -208,7 +208,7 @@ class SparseSettings(Sparsity, Experiment):
         if self.agent:
             self.agent.check(n, self.extended)
         if self.crest:
-            self.crest.check(n, self.extended, self.cluster)
+            self.crest.check(n, self.extended, self)
 
     def _check_momentum(self) -> None:
         from .rules import growth, redistribution, uses_momentum

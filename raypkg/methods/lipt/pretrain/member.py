@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from raypkg.core.seeds import derive, generator, seeded
 from raypkg.coresets.recorder import Recorder
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
-from raypkg.data.split import Split
+from raypkg.data.split import Split, at_hand
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast, fit
@@ -28,6 +29,8 @@ from raypkg.phases.samples import Samples, augmentations, new_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 
+STATISTICS_SAMPLES = 2048  # enough for the batch-norm statistics of a merged model
+
 
 @dataclass(frozen=True)
 class Context:
@@ -37,6 +40,14 @@ class Context:
     storage: Storage
     samples: Samples
     worker: Worker
+
+    @cached_property
+    def statistics_samples(self) -> tuple[Split, Tensor]:
+        """A random part of the training samples, at hand, and their positions: for batch-norm statistics."""
+        kept = self.samples.kept
+        order = torch.randperm(len(kept), generator=generator(self.settings.seed, "statistics"))
+        indices = kept[order[:STATISTICS_SAMPLES]]
+        return at_hand(self.samples.data.train, indices), indices
 
     @property
     def alone(self) -> Worker:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.core.seeds import generator, seeded
-from raypkg.data.split import at_hand
+from raypkg.core.seeds import seeded
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast
@@ -17,8 +16,6 @@ from raypkg.methods.lipt.soup import Member, State
 from raypkg.phases.training import measure_held_out
 
 from .member import Context
-
-STATISTICS_SAMPLES = 2048  # enough for the batch-norm statistics of a merged model
 
 
 def merged_parameters(context: Context, initial: State, members: Sequence[Member], cost: Cost) -> State:
@@ -69,13 +66,10 @@ def merged_parameters(context: Context, initial: State, members: Sequence[Member
 
 def estimate_statistics(context: Context, model: nn.Module) -> int:
     """Estimate batch-norm statistics anew on a random part of the training samples; return how many it has."""
-    samples = context.samples
     seed = context.settings.seed
     device = context.worker.device
-    order = torch.randperm(len(samples.kept), generator=generator(seed, "statistics"))
-    indices = samples.kept[order[:STATISTICS_SAMPLES]]
+    split, indices = context.statistics_samples
     batch_size = min(256, len(indices))
-    split = at_hand(samples.data.train, indices)
     batches = plain_batches(split, indices, device, batch_size, dtype_of(model))
     precision = context.settings.pretrain.precision
     with autocast(precision, device), seeded(seed, "statistics dropout"):
