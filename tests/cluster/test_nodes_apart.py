@@ -30,7 +30,7 @@ pytestmark = [
 PLAIN = "--model mlp --train.precision float32 --train.batch_size 64 --train.epochs 12"
 LIPT = f"lipt {PLAIN} --pretrain.models 4 --pretrain.epochs 3 --name run"
 CREST = f"crest {PLAIN} --budget 0.5 --crest.subset 0.1 --name run"
-TRAIN = f"train {PLAIN} --name run --set dataset.options.size=128"  # 24 MB of pixels: three blocks
+TRAIN = f"train {PLAIN} --train.lr 0.001 --name run --set dataset.options.size=128"  # 24 MB of pixels: three blocks
 TOLERANCE = 1e-4  # of weights: other workers add in another order
 
 
