@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -155,7 +156,9 @@ def undisturbed(tmp_path):
 
     def load(source):
         elsewhere = Stream(str(tmp_path / "undisturbed"), 4, tmp_path / "copies")
-        return load_data(source, cache=elsewhere).train, contents(elsewhere)
+        split = load_data(source, cache=elsewhere).train
+        assert set(endings(elsewhere)) == {"blocks", "index"}
+        return split, contents(elsewhere)
 
     return load
 
@@ -370,6 +373,31 @@ def test_a_reader_is_not_disturbed_by_a_writer_who_is_late(source, local, undist
     assert len(written) < sum(len(split.blocks.of.unique()) for split in late.result())  # it did not go on to the end
 
 
+def test_parts_that_are_there_are_not_written_over(local, tmp_path, undisturbed, monkeypatch, kind):
+    source = pictures(tmp_path / "data")
+    whole, files = undisturbed(source)
+    reached, event = threading.Event(), threading.Event()
+    write = importing.write_note
+
+    def waiting_between_parts(*arguments):
+        write(*arguments)
+        if threading.current_thread().name.startswith("waiting"):
+            reached.set()
+            assert event.wait(60)
+
+    monkeypatch.setattr(importing, "write_note", waiting_between_parts)
+    with ThreadPoolExecutor(1, "waiting") as pool:
+        late = pool.submit(load_data, source, cache=local)
+        assert reached.wait(60)
+        load_data(source, cache=local)
+        before = inodes(local)
+        event.set()
+        same(whole, late.result().train)
+    after = inodes(local)
+    replaced = {name.rpartition("/")[2] for name in before if before[name] != after[name]}
+    assert replaced == {"index"} and contents(local) == files
+
+
 def inodes(stream):
     _, root = opened(stream.address)
     return {name: os.stat(root + name).st_ino for name in contents(stream)}
@@ -447,6 +475,13 @@ def test_a_part_that_is_missing(source, local, tmp_path, undisturbed, caplog):
     assert contents(local) == files
 
 
+def test_one_whose_files_somebody_deletes_is_told(local, tmp_path, monkeypatch):
+    source = pictures(tmp_path / "data")
+    monkeypatch.setattr(importing, "tidy", lambda stream: [path.unlink() for path in parts_in(tmp_path)])
+    with pytest.raises(UserError, match=r"cannot build the store .*have just been deleted"):
+        load_data(source, cache=local)
+
+
 @pytest.mark.parametrize("how", ["short", "missing", "without its note", "its note damaged"])
 def test_an_import_goes_on_from_the_parts_that_are_whole(local, tmp_path, undisturbed, allowing, caplog, how):
     source = pictures(tmp_path / "data")
@@ -477,3 +512,56 @@ def test_a_part_must_end_with_a_block_of_the_source():
     assert list(importing.beginning_at(3, ["abc", "de", "f"], len)) == ["de", "f"]
     with pytest.raises(UserError, match="ended within a block"):
         list(importing.beginning_at(4, ["abc", "de", "f"], len))
+
+
+def test_an_image_of_another_size_is_found_behind_what_is_kept(local, tmp_path, monkeypatch, kind, caplog):
+    monkeypatch.setattr(importing, "PART_BYTES", 1)
+    source = pictures(tmp_path / "data")
+    others = [samples.encode(image) for image in samples.pixels(FILE, 8, 8)]
+    samples.write_parquet(tmp_path / "data" / "train-100.parquet", others, LABELS[100:])
+    for _ in range(2):
+        with pytest.raises(UserError, match="several sizes, such as 6×5 and 8×8"):
+            load_data(source, cache=local)
+    assert begun_at(caplog) == [100]
+
+
+def test_parts_that_another_wrote_since_the_first_image_was_looked_at(
+    local, tmp_path, undisturbed, allowing, monkeypatch, kind
+):
+    source = pictures(tmp_path / "data")
+    _, files = undisturbed(source)
+    allowing(8, kill)
+    with pytest.raises(Killed):
+        load_data(source, cache=local)
+    allowing(10**6, never)
+    monkeypatch.setattr(images, "begun_header", lambda target: None)
+    load_data(source, cache=local)
+    assert contents(local) == files
+
+
+@pytest.mark.parametrize("theirs", [1000, 2500, 3500, 4500])
+def test_parts_of_two_versions_are_not_mixed(local, tmp_path, undisturbed, allowing, monkeypatch, kind, theirs):
+    source = pictures(tmp_path / "data")
+    whole, _ = undisturbed(source)
+    other = local._replace(address=f"{tmp_path}/theirs")
+    for stream, size in ((local, 2000), (other, theirs)):
+        monkeypatch.setattr(importing, "PART_BYTES", size)
+        allowing(11, kill)
+        with pytest.raises(Killed):
+            load_data(source, cache=stream)
+    shutil.copytree(other.address, local.address, dirs_exist_ok=True)
+    allowing(10**6, never)
+    again = load_data(source, cache=local).train
+    assert len(again) == N
+    same(whole, again)
+
+
+def test_an_index_that_ends_anywhere_is_built_again(local, tmp_path):
+    source = from_table(tmp_path / "data")
+    load_data(source, cache=local)
+    (index,) = (tmp_path / "stores").glob("*-train-*/index")
+    whole = index.read_bytes()
+    for end in range(0, len(whole), len(whole) // 20):
+        index.write_bytes(whole[:end])
+        load_data(source, cache=local)
+        assert index.read_bytes() == whole

@@ -188,19 +188,19 @@ def _streamed(stream: Stream, build: Callable[[Target], None], files: Collection
     store = _opened_stream(stream)
     if store:
         return store
+    failure: OSError | str = "its files have just been deleted"
     try:
         with published(stream) as unfinished, _unchanged(files):
             build(unfinished)
-        return Streamed(stream)
     except SourceChanged:
         tidy(stream)  # its parts may be of either state
         raise
-    except OSError as error:
-        # Another process that has finished it deletes what we were writing.
-        store = _opened_stream(stream)
-        if store:
-            return store
-        raise UserError(f"cannot build the store {str(stream)!r}: {error}") from None
+    except OSError as error:  # perhaps another process has finished it, and deleted what this one was writing
+        failure = error
+    store = _opened_stream(stream)
+    if not store:
+        raise UserError(f"cannot build the store {str(stream)!r}: {failure}")
+    return store
 
 
 def _opened_stream(stream: Stream) -> Streamed | None:

@@ -86,7 +86,8 @@ class ImageSource:
             write_to(partial(_with_channels, images, found[0]), found, examples.classes)
         except ColourAfterGrey:
             colour = (3, *found[1:])
-            write_to(partial(surveyed, examples, self.size), colour, examples.classes)
+            again = partial(surveyed, examples, self.size, sides=found[1:])
+            write_to(again, colour, examples.classes)
 
     def _opened(self, examples: Examples, target: Target) -> tuple[Shape, "Images"]:
         """Return the shape of the first images, as an import that was killed found it or as they are, and all."""
