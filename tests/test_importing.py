@@ -565,3 +565,24 @@ def test_an_index_that_ends_anywhere_is_built_again(local, tmp_path):
         index.write_bytes(whole[:end])
         load_data(source, cache=local)
         assert index.read_bytes() == whole
+
+
+def test_an_index_whose_damage_arrow_takes_for_a_broken_disk_is_built_again(local, tmp_path):
+    source = from_table(tmp_path / "data")
+    load_data(source, cache=local)
+    (index,) = (tmp_path / "stores").glob("*-train-*/index")
+    whole = index.read_bytes()
+    damaged = (whole[:i] + b"\xff" * 8 + whole[i + 8 :] for i in range(len(whole)))
+    index.write_bytes(next(content for content in damaged if is_broken_disk(content)))
+    load_data(source, cache=local)
+    assert index.read_bytes() == whole
+
+
+def is_broken_disk(content):
+    try:
+        pa.ipc.open_file(content).read_all()
+    except OSError:
+        return True
+    except pa.ArrowException:
+        pass
+    return False
