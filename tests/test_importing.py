@@ -23,7 +23,7 @@ from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.sources import image_folder, libsvm, parquet, table, text, torchvision_sets
 from raypkg.data.store import decode, images, importing
-from raypkg.data.store.parts import Stream
+from raypkg.data.store.parts import Stream, appearing
 from test_object_sources import same
 
 N = 120
@@ -320,7 +320,7 @@ def test_colour_that_was_found_is_not_looked_for_again(local, tmp_path, monkeypa
 @everywhere
 def test_two_at_once(source, stream, undisturbed, monkeypatch):
     whole, files = undisturbed(source)
-    in_step = threading.Barrier(2, timeout=60)
+    in_step = threading.Barrier(2, timeout=15)
     write = importing.write_note
 
     def together(*arguments):
@@ -331,6 +331,8 @@ def test_two_at_once(source, stream, undisturbed, monkeypatch):
         patch.setattr(importing, "write_note", together)
         with ThreadPoolExecutor(2) as pool:
             loaded = [pool.submit(load_data, source, cache=stream) for _ in range(2)]
+            failed = [each.exception() for each in loaded]
+            assert failed == [None, None]
             for each in loaded:
                 same(whole, each.result().train)
     assert contents(stream) == files
@@ -373,15 +375,17 @@ def test_a_reader_is_not_disturbed_by_a_writer_who_is_late(source, local, undist
     assert len(written) < sum(len(split.blocks.of.unique()) for split in late.result())  # it did not go on to the end
 
 
-def test_parts_that_are_there_are_not_written_over(local, tmp_path, undisturbed, monkeypatch, kind):
+def test_a_writer_who_is_late_stops_at_the_next_part(local, tmp_path, undisturbed, monkeypatch, kind):
     source = pictures(tmp_path / "data")
     whole, files = undisturbed(source)
     reached, event = threading.Event(), threading.Event()
+    noted = []
     write = importing.write_note
 
     def waiting_between_parts(*arguments):
         write(*arguments)
         if threading.current_thread().name.startswith("waiting"):
+            noted.append(arguments)
             reached.set()
             assert event.wait(60)
 
@@ -393,9 +397,20 @@ def test_parts_that_are_there_are_not_written_over(local, tmp_path, undisturbed,
         before = inodes(local)
         event.set()
         same(whole, late.result().train)
-    after = inodes(local)
-    replaced = {name.rpartition("/")[2] for name in before if before[name] != after[name]}
-    assert replaced == {"index"} and contents(local) == files
+    assert len(noted) == 1
+    assert inodes(local) == before and contents(local) == files
+
+
+def test_a_part_that_is_there_is_not_written_over(local, tmp_path):
+    stream = local._replace(name="a")
+    (tmp_path / "stores" / "a").mkdir(parents=True)
+    numbers = []
+    for content in (b"123", b"123", b"1234"):
+        with appearing(stream, lambda: "part", same=True) as sink:
+            sink.write(content)
+        numbers.append(inodes(local))
+        assert contents(local) == {"/a/part": content}
+    assert numbers[0] == numbers[1] != numbers[2]
 
 
 def inodes(stream):
@@ -403,11 +418,11 @@ def inodes(stream):
     return {name: os.stat(root + name).st_ino for name in contents(stream)}
 
 
-def test_a_writer_who_is_late_comes_to_the_end_in_a_bucket(bucket, tmp_path, undisturbed, waiting):
+def test_a_writer_who_is_late_stops_in_a_bucket(bucket, tmp_path, undisturbed, waiting):
     source = pictures(tmp_path / "data")
     whole, files = undisturbed(source)
     stream = Stream(bucket("stores"), 4, tmp_path / "copies")
-    reached, event, _ = waiting
+    reached, event, written = waiting
     with ThreadPoolExecutor(1, "waiting") as pool:
         late = pool.submit(load_data, source, cache=stream)
         assert reached.wait(60)
@@ -416,6 +431,7 @@ def test_a_writer_who_is_late_comes_to_the_end_in_a_bucket(bucket, tmp_path, und
         same(whole, late.result().train)
     same(whole, split)
     assert contents(stream) == files
+    assert len(written) < len(split.blocks.of.unique())
 
 
 # What goes wrong
@@ -477,7 +493,14 @@ def test_a_part_that_is_missing(source, local, tmp_path, undisturbed, caplog):
 
 def test_one_whose_files_somebody_deletes_is_told(local, tmp_path, monkeypatch):
     source = pictures(tmp_path / "data")
-    monkeypatch.setattr(importing, "tidy", lambda stream: [path.unlink() for path in parts_in(tmp_path)])
+    write = importing.write_columns
+
+    def deleted(*arguments):
+        write(*arguments)
+        for path in parts_in(tmp_path):
+            path.unlink()
+
+    monkeypatch.setattr(importing, "write_columns", deleted)
     with pytest.raises(UserError, match=r"cannot build the store .*have just been deleted"):
         load_data(source, cache=local)
 

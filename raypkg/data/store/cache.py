@@ -195,11 +195,12 @@ def _streamed(stream: Stream, build: Callable[[Target], None], files: Collection
     except SourceChanged:
         tidy(stream)  # its parts may be of either state
         raise
-    except OSError as error:  # perhaps another process has finished it, and deleted what this one was writing
+    except OSError as error:  # perhaps only because another process has finished it
         failure = error
     store = _opened_stream(stream)
     if not store:
         raise UserError(f"cannot build the store {str(stream)!r}: {failure}")
+    tidy(stream)  # what it needs no more, and what others that died or came late have left
     return store
 
 

@@ -28,7 +28,6 @@ from .parts import (
     appearing,
     read_note,
     sizes_in,
-    tidy,
     write_columns,
     write_note,
 )
@@ -52,10 +51,11 @@ def write_streamed(stream: Stream, header: Header, blocks: From) -> None:
         blocks: gives them from one on, which is the first of a block.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: nothing can be written there, or another process has meanwhile written all of it.
     """
     system, folder = stream.folder()
     system.create_dir(folder)
+    was_there = INDEX in sizes_in(stream)  # a damaged one
     header = Header.of(header.schema)  # as it is read back, to be compared
     notes = _kept(stream, header)
     start = sum(len(note.columns) for note in notes)
@@ -64,6 +64,8 @@ def write_streamed(stream: Stream, header: Header, blocks: From) -> None:
     moments = Moments.restored(notes[-1].moments) if notes else Moments()
     ahead = iter(blocks(start))
     for first in ahead:
+        if not was_there and INDEX in sizes_in(stream):
+            raise FileExistsError("another process has written it")
         before = notes[-1].part.name if notes else ""
         part, columns = _write_part(stream, len(notes), header, _run(chain([first], ahead)), moments)
         notes.append(Note(part, before, header, columns, moments.state))
@@ -97,7 +99,6 @@ def published(stream: Stream) -> Iterator[Stream]:
         with suppress(OSError):
             system.delete_file(f"{folder}/{unfinished.index_file}")
         raise
-    tidy(stream)
 
 
 def beginning_at(start: int, runs: Iterable[T], length: Callable[[T], int]) -> Iterator[T]:

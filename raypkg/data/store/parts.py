@@ -162,7 +162,11 @@ def named_parts(index: pa.Table) -> list[StoredPart]:
 def sizes_in(stream: Stream) -> dict[str, int]:
     """Return the bytes of each file in the folder of a store: one request for every thousand."""
     system, folder = stream.folder()
-    entries = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    try:
+        # Not with allow_not_found: a folder that is made at that moment is an error to it.
+        entries = system.get_file_info(fs.FileSelector(folder))
+    except FileNotFoundError:
+        return {}
     return {entry.base_name: entry.size for entry in entries if entry.type == fs.FileType.File}
 
 
