@@ -20,9 +20,9 @@ class Source:
         self.encoded = encoded
         self.passes = 0
 
-    def batches(self):
+    def batches(self, first):
         self.passes += 1
-        for start in range(0, len(self.encoded), 4):
+        for start in range(first, len(self.encoded), 4):
             part = self.encoded[start : start + 4]
             yield part, np.zeros(len(part), np.int64)
 
@@ -75,7 +75,7 @@ def test_headers_are_numbered_through(tmp_path):
 
 
 def test_what_a_source_raises_reaches_the_caller(tmp_path):
-    def batches():
+    def batches(start):
         yield COLOURS, np.zeros(N, np.int64)
         raise UserError("the disk is gone")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from pyarrow import fs
 
 import samples
 from contracts.test_datasets import PREPARE
@@ -19,8 +20,8 @@ from raypkg.data.blocks import shuffled_by_blocks
 from raypkg.data.coreset import Coreset
 from raypkg.data.regimes import open_data
 from raypkg.data.split import at_hand
-from raypkg.data.store import images, streamed
-from raypkg.data.store.streamed import Stream
+from raypkg.data.store import images, importing, streamed
+from raypkg.data.store.parts import Stream
 from raypkg.data.store.window import Window
 from raypkg.engine.batches import Batches, plain_batches
 from raypkg.engine.run import Run
@@ -34,7 +35,7 @@ N = 120
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(importing, "BLOCK_BYTES", 1000)
 
 
 @pytest.fixture(params=["pixels", "encoded"])
@@ -75,13 +76,14 @@ def test_a_bucket_holds_it_and_no_machine_does(source, bucket, tmp_path):
     same(load_data(source, cache=tmp_path / "local").train, remote)
     same(replace(remote, take=pickle.loads(pickle.dumps(remote.take))), remote)
     system, path = opened(address)
-    names = [entry.base_name for entry in system.get_file_info(streamed.fs.FileSelector(path))]
+    entries = system.get_file_info(fs.FileSelector(path, recursive=True))
+    names = [entry.base_name for entry in entries if entry.type == fs.FileType.File]
     assert sorted(name.rpartition(".")[2] for name in names) == ["blocks", "blocks", "index", "index"]
     assert not (tmp_path / "cache").exists()
 
 
 def test_samples_larger_than_a_block_are_not_divided(source, stream, monkeypatch):
-    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(importing, "BLOCK_BYTES", 1)
     split = load_data(source, cache=stream).train
     assert split.blocks.of.tolist() == list(range(N))
 
@@ -237,16 +239,16 @@ def test_an_import_that_ends_early_leaves_no_store(source, stream, monkeypatch):
         raise OSError("connection reset")
 
     with monkeypatch.context() as patch:
-        patch.setattr(streamed, "_write_index", lost)
+        patch.setattr(importing, "write_columns", lost)
         with pytest.raises(UserError, match=r"cannot build the store .*connection reset"):
             load_data(source, cache=stream)
     assert len(load_data(source, cache=stream).train) == N
 
 
-@pytest.mark.parametrize("ending", ["index", "blocks"])
+@pytest.mark.parametrize("ending", ["index", ".blocks"])
 def test_a_damaged_store_is_built_again_and_said(source, stream, caplog, tmp_path, ending):
     load_data(source, cache=stream)
-    for file in (tmp_path / "stores").glob(f"*.{ending}"):
+    for file in (tmp_path / "stores").glob(f"*/*{ending}"):
         file.write_bytes(file.read_bytes()[:-9])
     with caplog.at_level(logging.WARNING):
         again = load_data(source, cache=stream)
@@ -255,14 +257,14 @@ def test_a_damaged_store_is_built_again_and_said(source, stream, caplog, tmp_pat
 
 
 def test_a_damaged_block_is_told(split, tmp_path):
-    for file in (tmp_path / "stores").glob("*.blocks"):
+    for file in (tmp_path / "stores").glob("*/*.blocks"):
         file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(UserError, match=r"block 0 of .*cannot be read"):
         split.batch([0])
 
 
 def test_a_source_that_changes_meanwhile_is_refused(source, stream, tmp_path, monkeypatch):
-    write = streamed.write_streamed
+    write = importing.write_streamed
 
     def slow(*arguments):
         write(*arguments)

@@ -1,5 +1,7 @@
 """Mean and standard deviation per channel of data that passes by in blocks."""
 
+from typing import Any
+
 import numpy as np
 
 SMALLEST = float(np.finfo(np.float32).tiny)  # deviation whose inverse float32 holds; those below count as none
@@ -44,6 +46,20 @@ class Moments:
         self._m2 = self._m2 + m2 + delta**2 * (self._n * n / total)
         self._mean = self._mean + delta * (n / total)
         self._n = total
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> "Moments":
+        """Return moments of that state, bit for bit, also when it went through JSON."""
+        moments = cls()
+        moments._n = state["n"]
+        moments._mean = np.array(state["mean"])
+        moments._m2 = np.array(state["m2"])
+        return moments
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that they hold, as JSON can keep it."""
+        return {"n": self._n, "mean": self._mean.tolist(), "m2": self._m2.tolist()}
 
     @property
     def mean(self) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from . import Data, load_data
 from .blocks import Take
 from .split import Split
 from .store.cache import cache_folder
-from .store.streamed import Stream
+from .store.parts import Stream
 
 LARGEST = 2**31  # samples, after repetition
 

@@ -112,7 +112,7 @@ def pixel_store(folder):
 def jpeg_store(folder):
     files = photographs(64, *PHOTOGRAPH)
 
-    def batches():
+    def batches(start):
         yield files, np.arange(len(files)) % 10
 
     examples = Examples(len(files), TEN, batches, str)

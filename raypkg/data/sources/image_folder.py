@@ -110,10 +110,11 @@ def _examples(files: Labelled, classes: tuple[str, ...]) -> Examples:
     return Examples(len(files), classes, partial(_batches, files), name)
 
 
-def _batches(files: Labelled) -> Iterator[tuple[list[bytes], np.ndarray]]:
-    contents = fetched(_content, (file for file, _ in files))
-    for start in range(0, len(files), READ_AT_ONCE):
-        labels = [label for _, label in files[start : start + READ_AT_ONCE]]
+def _batches(files: Labelled, start: int) -> Iterator[tuple[list[bytes], np.ndarray]]:
+    """Stream encoded images and labels from an image on, which is the first of a batch."""
+    contents = fetched(_content, (file for file, _ in files[start:]))
+    for first in range(start, len(files), READ_AT_ONCE):
+        labels = [label for _, label in files[first : first + READ_AT_ONCE]]
         images = list(islice(contents, len(labels)))
         yield images, np.array(labels, np.int64)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from raypkg.data.store.cache import Cache, fingerprint, store_path
 from raypkg.data.store.fetching import READERS, fetched
 from raypkg.data.store.hub import LABELS, PREFIXES, class_names, split_files
 from raypkg.data.store.images import Examples, ImageSource, Side
+from raypkg.data.store.importing import beginning_at
 from raypkg.data.store.rows import check_distinct, reading
 
 from . import dataset
@@ -144,10 +146,13 @@ class ImageTable:
             i -= metadata.num_rows
         raise IndexError(i)
 
-    def batches(self) -> Iterator[tuple[list[bytes], np.ndarray]]:
-        """Stream encoded images and labels, integers of any kind, a bounded number of rows at a time."""
-        start = 0
-        for batch in self._record_batches():
+    def batches(self, start: int = 0) -> Iterator[tuple[list[bytes], np.ndarray]]:
+        """Stream encoded images and labels, integers of any kind, a bounded number of rows at a time.
+
+        Args:
+            start: the row to begin at, the first of a batch; row groups before it are not read.
+        """
+        for batch in self._record_batches(start):
             images = batch.column(self._image)
             if pa.types.is_struct(images.type):
                 images = pc.struct_field(images, "bytes")
@@ -157,12 +162,18 @@ class ImageTable:
             yield images.to_pylist(), labels.to_numpy()
             start += len(batch)
 
-    def _record_batches(self) -> Iterator[pa.RecordBatch]:
+    def _record_batches(self, start: int) -> Iterator[pa.RecordBatch]:
         groups = [
             RowGroup(file, metadata, number)
             for file, metadata in zip(self.files, self._metadata, strict=True)
             for number in range(metadata.num_row_groups)
         ]
+        ends = accumulate(group.rows for group in groups)
+        kept = [group for group, end in zip(groups, ends, strict=True) if end > start]
+        skipped = len(self) - sum(group.rows for group in kept)
+        return beginning_at(start - skipped, self._read(kept), len)
+
+    def _read(self, groups: list["RowGroup"]) -> Iterator[pa.RecordBatch]:
         columns = [self._image, self._label]
         largest = max((group.size for group in groups), default=1)
         at_once = READ_AHEAD // max(1, largest)
@@ -185,6 +196,12 @@ class RowGroup(NamedTuple):
     file: Place
     metadata: pq.FileMetaData
     number: int
+
+    @property
+    def rows(self) -> int:
+        """Samples in the group."""
+        count: int = self.metadata.row_group(self.number).num_rows
+        return count
 
     @property
     def size(self) -> int:

@@ -5,20 +5,20 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from platform import node
 
-import pyarrow as pa
-
 from raypkg.core.errors import UserError
-from raypkg.data.files import Place, identity_of, relisted
+from raypkg.data.files import Identity, Place, identity_of, relisted
 
 from . import arrow
 from .arrow import Store
+from .importing import From, beginning_at, begun, published, write_streamed
+from .parts import DAMAGE, Stream, tidy
 from .stored import FORMAT, Block, Header, Stored
-from .streamed import Stream, Streamed, write_streamed
+from .streamed import Streamed
 
 Cache = Path | Stream | None  # where stores lie: in a folder of this machine, by default the user's, or elsewhere
 Target = Path | Stream  # one store
@@ -27,11 +27,15 @@ log = logging.getLogger(__name__)
 TOLD = 1 << 30  # bytes from which on an import is told of
 
 
+class SourceChanged(UserError):
+    """A file changed while it was imported."""
+
+
 def cached(target: Target, build: Callable[[Target], None], files: Collection[Place] = ()) -> Stored:
     """Open a store; if it is missing or damaged, it is built.
 
     Of the processes of a machine one builds a file of this machine, while the others wait. A store that is read by
-    blocks appears whole, whoever builds it.
+    blocks is built by each that finds none, from what there is of it: all write the same.
 
     Args:
         target: the store.
@@ -56,12 +60,21 @@ def cached(target: Target, build: Callable[[Target], None], files: Collection[Pl
 
 
 def write_store(target: Target, header: Header, blocks: Iterable[Block], size: int = 0) -> None:
-    """Write a store.
+    """Write a store of samples that are read from their beginning; see :func:`write_store_from`."""
+
+    def rest(start: int) -> Iterator[Block]:
+        return beginning_at(start, blocks, lambda block: len(block.y))
+
+    write_store_from(target, header, rest, size)
+
+
+def write_store_from(target: Target, header: Header, blocks: From, size: int = 0) -> None:
+    """Write a store, of which a part may be there.
 
     Args:
         target: the file, or a store that is read by blocks.
         header: what the samples are.
-        blocks: the samples.
+        blocks: gives the samples from one on.
         size: the bytes that they will take, as far as that is known.
 
     Raises:
@@ -71,7 +84,12 @@ def write_store(target: Target, header: Header, blocks: Iterable[Block], size: i
         write_streamed(target, header, blocks)
     else:
         check_fits(target, size)
-        arrow.write(target, header, blocks)
+        arrow.write(target, header, blocks(0))
+
+
+def begun_header(target: Target) -> Header | None:
+    """Return what an import that was killed has taken the samples for; None where it left nothing to go on from."""
+    return begun(target) if isinstance(target, Stream) else None
 
 
 def cache_folder(cache: Cache = None) -> Path:
@@ -104,7 +122,7 @@ def _opened(path: Path, report: bool = False) -> Store | None:
         return Store(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (OSError, *DAMAGE) as error:
         if report:
             log.warning("the data cache %s is damaged and is built again: %s", path, error)
         return None
@@ -141,28 +159,61 @@ def _built(path: Path, build: Callable[[Target], None], files: Collection[Place]
 def _unchanged(files: Collection[Place]) -> Iterator[None]:
     """Refuse files that change while they are read."""
     before = [identity_of(file) for file in files]
-    yield
-    for file, state in zip(relisted(files), before, strict=True):
-        if identity_of(file) != state:
-            raise UserError(f"{str(file)!r} changed while it was imported: run the command again")
+    try:
+        yield
+    except Exception as error:  # which may be but a consequence
+        file = None
+        with suppress(OSError, UserError):
+            file = _changed(files, before)
+        if file:
+            raise _refusal(file) from error
+        raise
+    file = _changed(files, before)
+    if file:
+        raise _refusal(file)
+
+
+def _changed(files: Collection[Place], before: Iterable[Identity]) -> Place | None:
+    """Return a file that is not as it was."""
+    pairs = zip(relisted(files), before, strict=True)
+    return next((file for file, state in pairs if identity_of(file) != state), None)
+
+
+def _refusal(file: Place) -> SourceChanged:
+    return SourceChanged(f"{str(file)!r} changed while it was imported: run the command again")
 
 
 def _streamed(stream: Stream, build: Callable[[Target], None], files: Collection[Place]) -> Streamed:
     """Open a store that is read by blocks, which is built if it is missing or damaged."""
+    store = _opened_stream(stream)
+    if store:
+        return store
+    failure: OSError | str = "its files have just been deleted"
+    try:
+        with published(stream) as unfinished, _unchanged(files):
+            build(unfinished)
+    except SourceChanged:
+        tidy(stream)  # its parts may be of either state
+        raise
+    except OSError as error:  # perhaps only because another process has finished it
+        failure = error
+    store = _opened_stream(stream)
+    if not store:
+        raise UserError(f"cannot build the store {str(stream)!r}: {failure}")
+    tidy(stream)  # what it needs no more, and what others that died or came late have left
+    return store
+
+
+def _opened_stream(stream: Stream) -> Streamed | None:
     try:
         return Streamed(stream)
     except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        return None
+    except DAMAGE as error:
         log.warning("the store %s is damaged and is built again: %s", stream, error)
+        return None
     except OSError as error:
         raise UserError(f"the store {str(stream)!r} cannot be read: {error}") from None
-    try:
-        with _unchanged(files):
-            build(stream)
-        return Streamed(stream)
-    except OSError as error:
-        raise UserError(f"cannot build the store {str(stream)!r}: {error}") from None
 
 
 @contextmanager

@@ -5,7 +5,7 @@ and decoded on every read.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -20,7 +20,7 @@ from raypkg.data.files import Place, identity_of
 from raypkg.data.memory import check_samples
 from raypkg.data.split import Split, check_labels
 
-from .cache import Target, cached, write_store
+from .cache import Target, begun_header, cached, write_store_from
 from .decode import Name, Shape, decode_all, read_header
 from .stored import Block, Header, Stored
 
@@ -35,11 +35,14 @@ Encoded = tuple[list[bytes], np.ndarray]  # images and their labels
 
 @dataclass(frozen=True)
 class Examples:
-    """The encoded images of one split in a stream of batches; ``name(i)`` tells the user where the i-th came from."""
+    """The encoded images of one split in a stream of batches; ``name(i)`` tells the user where the i-th came from.
+
+    ``batches(start)`` begins at an image that is the first of a batch.
+    """
 
     length: int
     classes: tuple[str, ...]
-    batches: Callable[[], Iterator[Encoded]]
+    batches: Callable[[int], Iterator[Encoded]]
     name: Name
 
 
@@ -71,21 +74,35 @@ class ImageSource:
             raise UserError(f"the {name} split holds no images")
         encoded = sum(identity_of(file).size for file in self.files[name])  # bytes
         write_to = partial(_write, target, examples, encoded)
-        parts = surveyed(examples, self.size)
-        first = next(parts)
-        parts = chain([first], parts)
+        found, images = self._opened(examples, target)
         if name != "train":
             train = self.split("train")  # it decides on channels and class names
-            if first.shape[1:] != train.shape[1:]:
-                sides = _sides(first.shape[1:])
+            if found[1:] != train.shape[1:]:
+                sides = _sides(found[1:])
                 raise UserError(f"{name} images are {sides}, train images {_sides(train.shape[1:])}: {SET_SIZE}")
-            write_to(parts, train.shape, train.classes)
+            write_to(images, train.shape, train.classes)
             return
         try:
-            write_to(_with_channels(parts, first.shape[0]), first.shape, examples.classes)
+            write_to(partial(_with_channels, images, found[0]), found, examples.classes)
         except ColourAfterGrey:
-            colour = (3, *first.shape[1:])
-            write_to(surveyed(examples, self.size), colour, examples.classes)
+            colour = (3, *found[1:])
+            again = partial(surveyed, examples, self.size, sides=found[1:])
+            write_to(again, colour, examples.classes)
+
+    def _opened(self, examples: Examples, target: Target) -> tuple[Shape, "Images"]:
+        """Return the shape of the first images, as an import that was killed found it or as they are, and all."""
+        begun = begun_header(target)
+        if begun:
+            return begun.shape, partial(surveyed, examples, self.size, sides=begun.shape[1:])
+        rest = surveyed(examples, self.size)
+        first = next(rest)
+
+        def images(start: int) -> Iterator[Surveyed]:
+            if start:  # another process has just written the first
+                return surveyed(examples, self.size, start, first.shape[1:])
+            return chain([first], rest)
+
+        return first.shape, images
 
 
 class Surveyed(NamedTuple):
@@ -97,19 +114,26 @@ class Surveyed(NamedTuple):
     shape: Shape  # (C, H, W), with one channel if all of these images are grey
 
 
+Images = Callable[[int], Iterator[Surveyed]]  # from one on
+
+
 class ColourAfterGrey(Exception):
     """An image has colour, and those that came before it had none."""
 
 
-def surveyed(examples: Examples, size: int) -> Iterator[Surveyed]:
+def surveyed(examples: Examples, size: int, start: int = 0, sides: Shape = ()) -> Iterator[Surveyed]:
     """Stream the images of a split and read every header.
+
+    Args:
+        examples: of the split.
+        size: side to which they are to be resized; 0 = they keep their own.
+        start: the image to begin at, which is the first of a batch.
+        sides: height and width of those before it.
 
     Raises:
         UserError: images of several sizes while ``size`` is 0, or something that is no image.
     """
-    start = 0
-    sides: Shape = ()  # height and width of the first image
-    for images, y in examples.batches():
+    for images, y in examples.batches(start):
         headers = [read_header(data, examples.name, start + i) for i, data in enumerate(images)]
         for header in headers:
             own = (size, size) if size else (header.height, header.width)
@@ -122,21 +146,21 @@ def surveyed(examples: Examples, size: int) -> Iterator[Surveyed]:
         start += len(images)
 
 
-def _with_channels(parts: Iterable[Surveyed], channels: int) -> Iterator[Surveyed]:
-    for part in parts:
+def _with_channels(images: Images, channels: int, start: int) -> Iterator[Surveyed]:
+    for part in images(start):
         if part.shape[0] > channels:
             raise ColourAfterGrey
         yield part
 
 
 def _write(
-    target: Target, examples: Examples, encoded: int, parts: Iterable[Surveyed], shape: Shape, classes: tuple[str, ...]
+    target: Target, examples: Examples, encoded: int, images: Images, shape: Shape, classes: tuple[str, ...]
 ) -> None:
     pixels = math.prod(shape)  # bytes
     check_samples(f"images of {_sides(shape[1:])}", pixels, SET_SIZE, examples.length)
     header = Header(_kind(examples.length, shape), shape, classes, default_augment(shape))
     size = encoded if header.kind == "encoded" else examples.length * pixels
-    write_store(target, header, _blocks(examples, parts, header), size)
+    write_store_from(target, header, partial(_blocks, examples, images, header), size)
 
 
 def _kind(length: int, shape: Shape) -> Literal["pixels", "encoded"]:
@@ -144,9 +168,9 @@ def _kind(length: int, shape: Shape) -> Literal["pixels", "encoded"]:
     return "pixels" if decoded <= DECODED_BYTES else "encoded"
 
 
-def _blocks(examples: Examples, parts: Iterable[Surveyed], header: Header) -> Iterator[Block]:
+def _blocks(examples: Examples, source: Images, header: Header, first: int) -> Iterator[Block]:
     stride = 1 + examples.length // SAMPLED  # one in so many gives an encoded store's statistics
-    for start, images, y, _ in parts:
+    for start, images, y, _ in source(first):
         name = _shifted(examples.name, start)
         check_labels(y, len(header.classes), name)
         if header.kind == "pixels":

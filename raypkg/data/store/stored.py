@@ -74,6 +74,11 @@ class Block(NamedTuple):
     sample: np.ndarray  # what the statistics are taken from: x itself, or some of the images, decoded
     ids: np.ndarray | None = None  # int64 [m], where the header says that there are any
 
+    @property
+    def bytes(self) -> int:
+        """The size of x."""
+        return sum(map(len, self.x)) if isinstance(self.x, list) else self.x.nbytes
+
 
 class Statistics(Protocol):
     """Mean and standard deviation of a store's samples."""

@@ -1,103 +1,29 @@
-"""A store that is read by blocks from where it lies, such as a bucket: no machine ever holds more than a window of it.
+"""A store that is read by blocks from where it lies, such as a bucket: no machine holds more than a window of it."""
 
-NAME.blocks     record batches of the columns of a store, one behind the other, each an IPC message of its own
-NAME.index      written last: labels and ids, the header, the statistics, and where each block begins
-"""
-
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pyarrow import fs
 
-from raypkg.core.address import address_of, opened, parted
 from raypkg.core.errors import UserError
 from raypkg.data.blocks import Blocks
-from raypkg.data.moments import Moments
 from raypkg.data.split import Split
 
-from .arrow import Store, record_batches, write_batches
+from .arrow import Store, write_batches
 from .fetching import READERS, fetched
-from .stored import Block, Decoder, Header, Stored, in_json, statistics_in
+from .parts import StoredPart, Stream, named_parts, read_columns, sizes_in
+from .stored import Decoder, Header, Stored, statistics_in
 from .window import Window
 
-BLOCK_BYTES = 8 << 20  # a request to an object store takes as long as to send some megabytes
 SPARE = 16  # blocks beyond the window, for batches that are loaded ahead
-
-
-class Stream(NamedTuple):
-    """Where stores are read by blocks.
-
-    Attributes:
-        address: the folder or URI of all of them.
-        window: blocks from which the batches of training draw at any time.
-        cache: folder of this machine, for copies of a part.
-        name: of one store.
-    """
-
-    address: str
-    window: int
-    cache: Path
-    name: str = ""
-
-    def __str__(self) -> str:
-        return address_of(self.address, [self.name])
-
-    def file(self, ending: str) -> tuple[fs.FileSystem, str]:
-        """Return one of the store's two files, as its file system and its path there."""
-        base, below = parted(self.address)
-        system, path = opened(base)
-        return system, "/".join([path, *below, self.name + ending])
-
-
-def write_streamed(stream: Stream, header: Header, blocks: Iterable[Block]) -> None:
-    """Write a store in one pass over its samples, holding a block at a time.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
-    moments = Moments()
-    schema = header.schema
-    batches = _bounded(record_batches(schema, blocks, moments, BLOCK_BYTES))
-    system, path = stream.file(".blocks")
-    system.create_dir(path.rpartition("/")[0])
-    starts = [0]  # bytes
-    columns = []
-    with system.open_output_stream(path) as sink:
-        for batch in batches:
-            message = batch.serialize()
-            sink.write(message)
-            starts.append(starts[-1] + message.size)
-            columns.append(batch.drop_columns(["x"]))
-    index = pa.Table.from_batches(columns)
-    places = {"starts": json.dumps(starts), "sizes": json.dumps([len(batch) for batch in columns])}
-    noted = {**(schema.metadata or {}), **in_json(moments), **places}
-    _write_index(stream, index.replace_schema_metadata(noted).combine_chunks())
-
-
-def _bounded(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Cut record batches that are larger than a block; a sample is never divided."""
-    for batch in batches:
-        parts = -(-batch.nbytes // BLOCK_BYTES)
-        rows = max(1, len(batch) // max(1, parts))
-        for start in range(0, len(batch), rows):
-            yield batch.slice(start, rows)
-
-
-def _write_index(stream: Stream, index: pa.Table) -> None:
-    """Write a store's index, which appears whole or not at all, and makes the store one."""
-    system, path = stream.file(".index")
-    unfinished = f"{path}.tmp"
-    with system.open_output_stream(unfinished) as sink, pa.ipc.new_file(sink, index.schema) as writer:
-        writer.write_table(index)
-    system.move(unfinished, path)
+OPEN = 256  # files that a process keeps open
 
 
 class Streamed(Stored):
@@ -111,18 +37,17 @@ class Streamed(Stored):
     def __init__(self, stream: Stream):
         self.stream = stream
         self.name = str(stream)
-        system, path = stream.file(".index")
-        with system.open_input_file(path) as file:
-            index = pa.ipc.open_file(pa.py_buffer(file.read())).read_all()
-        noted = index.schema.metadata
+        index = read_columns(stream, stream.index_file)
         self.header = Header.of(index.schema)
-        self.mean, self.std = statistics_in({key.decode(): value for key, value in noted.items()})
+        self.mean, self.std = statistics_in({key.decode(): value for key, value in index.schema.metadata.items()})
         self.y = _integers(index, "y")
         self.ids = _integers(index, "id") if self.header.has_ids else None
-        self._bytes = json.loads(noted[b"starts"])  # where each block begins in the file, and the end
-        sizes = json.loads(noted[b"sizes"])
+        parts = named_parts(index)
+        _check_whole(stream, parts)
+        self._places = [place for part in parts for place in _places_in(part)]  # of each block
+        sizes = [size for part in parts for size in part.sizes]
         self._starts = np.array([0, *accumulate(sizes)])  # the first sample of each block, and the end
-        self._file = _opened(stream, self._bytes[-1])
+        self._open = lru_cache(OPEN)(partial(_open, stream))
         self._window = Window(self._read, stream.window + SPARE)
 
     def __reduce__(self) -> tuple[type["Streamed"], tuple[Stream]]:
@@ -170,21 +95,21 @@ class Streamed(Stored):
 
     def _parts(self, indices: np.ndarray) -> Iterator[pa.RecordBatch]:
         """Read every block that has some of the samples, once, and yield these."""
-        blocks, places = self._places(indices)
+        blocks, places = self._blocks_of(indices)
         batches = fetched(self._read, blocks.tolist())
         for block, batch in zip(blocks, batches, strict=True):
             here = places == block
             local = indices[here] - self._starts[block]
             yield batch.take(pa.array(local))
 
-    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _blocks_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the blocks that have the samples, ascending, and the block of each sample."""
         block = np.searchsorted(self._starts, indices, side="right") - 1
         return np.unique(block), block
 
     def _columns(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, pa.Array]]:
         """Yield, of each block that has some of the samples: which of them, their rows in it, and its column."""
-        blocks, places = self._places(indices)
+        blocks, places = self._blocks_of(indices)
         for start in range(0, len(blocks), READERS):  # so many at once, however many there are
             some = blocks[start : start + READERS]
             for block, batch in zip(some, self._window(some.tolist()), strict=True):
@@ -197,21 +122,33 @@ class Streamed(Stored):
         Raises:
             UserError: it cannot be had, or is damaged.
         """
-        start, end = self._bytes[block : block + 2]
+        file, start, size = self._places[block]
         try:
-            message = self._file.read_at(end - start, start)
+            message = self._open(file).read_at(size, start)
             return pa.ipc.read_record_batch(pa.py_buffer(message), self.header.schema)
         except (OSError, EOFError, pa.ArrowException) as error:
             raise UserError(f"block {block} of {self.name!r} cannot be read: {error}") from None
 
 
-def _opened(stream: Stream, size: int) -> pa.NativeFile:
-    """Open the blocks of a store, which are so many bytes."""
-    system, path = stream.file(".blocks")
-    found = system.get_file_info(path)
-    if found.size != size:
-        raise pa.ArrowInvalid(f"its blocks are {found.size} bytes, and should be {size}")
-    return system.open_input_file(path)
+def _check_whole(stream: Stream, parts: list[StoredPart]) -> None:
+    """Refuse a store whose parts are not those that its index names."""
+    sizes = sizes_in(stream)
+    for part in parts:
+        if part.file not in sizes:
+            raise pa.ArrowInvalid(f"its file {part.file} is missing")
+        if sizes[part.file] != part.bytes:
+            raise pa.ArrowInvalid(f"its file {part.file} is {sizes[part.file]} bytes, and should be {part.bytes}")
+
+
+def _places_in(part: StoredPart) -> Iterator[tuple[str, int, int]]:
+    """Yield the file, the first byte and the bytes of each block of a part."""
+    for start, end in pairwise(part.starts):
+        yield part.file, start, end - start
+
+
+def _open(stream: Stream, file: str) -> pa.NativeFile:
+    system, folder = stream.folder()
+    return system.open_input_file(f"{folder}/{file}")
 
 
 def _integers(index: pa.Table, name: str) -> torch.Tensor:
