@@ -1,7 +1,10 @@
 """Samples that are read by blocks from where they lie: the same values, an order that needs few blocks, copies."""
 
+import gc
 import logging
 import pickle
+import shutil
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -18,11 +21,11 @@ from raypkg.core.settings import Dataset, Training
 from raypkg.data import load_data
 from raypkg.data.blocks import shuffled_by_blocks
 from raypkg.data.coreset import Coreset
-from raypkg.data.regimes import open_data
+from raypkg.data.regimes import open_data, taken
 from raypkg.data.split import at_hand
 from raypkg.data.store import images, importing, streamed
+from raypkg.data.store.held import HeldBlocks
 from raypkg.data.store.parts import Stream
-from raypkg.data.store.window import Window
 from raypkg.engine.batches import Batches, plain_batches
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
@@ -67,7 +70,7 @@ def test_a_streamed_set_has_the_values_of_a_local_one(name, stream, tmp_path, mo
     remote = load_data(source, cache=stream)
     same(local.train, remote.train)
     same(local.test, remote.test)
-    assert not list(tmp_path.glob("cache/*"))
+    assert not list(tmp_path.glob("cache/*.arrow"))
 
 
 def test_a_bucket_holds_it_and_no_machine_does(source, bucket, tmp_path):
@@ -157,16 +160,32 @@ def test_batches_do_not_depend_on_the_number_of_workers(split):
     assert torch.cat([batch.indices for batch in alone]).sort().values.tolist() == list(range(N))
 
 
-def test_an_epoch_fetches_each_block_about_once(split, monkeypatch):
+def store_of(split):
+    """The open store that a split reads."""
+    return getattr(split.take, "store", None) or split.take.__self__
+
+
+def test_an_epoch_fetches_each_block_once_as_far_as_it_can(source, stream, monkeypatch):
+    monkeypatch.setattr(importing, "BLOCK_BYTES", 1)  # a block for each image
+    stream = stream._replace(window=60)
+    once = load_data(source, cache=stream).train
+    split = taken(once, torch.arange(N).repeat(3))
     fetched = []
-    store = getattr(split.take, "store", None) or split.take.__self__
-    read = store._window._load
-    monkeypatch.setattr(store._window, "_load", lambda number: fetched.append(number) or read(number))
-    monkeypatch.setattr(store._window, "_most", 6)
-    batches = Batches(split, Coreset.uniform(torch.arange(N)), 4, seed=0, augment=[], worker=Worker())
-    assert len(list(batches.epoch(1))) == 30
-    count = int(split.blocks.of.max()) + 1
-    assert count <= len(fetched) <= 2 * count
+    held = store_of(once)._blocks
+    read = held._load
+    monkeypatch.setattr(held, "_load", lambda number: fetched.append(number) or read(number))
+    batches = Batches(split, Coreset.uniform(torch.arange(3 * N)), 4, seed=0, augment=[], worker=Worker())
+    assert len(list(batches.epoch(1))) == 90
+    assert len(set(fetched)) == N
+    assert len(fetched) <= N + stream.window  # the window that begins an epoch ends it too
+
+
+def test_a_worker_holds_its_share_of_the_window(split):
+    held = []
+    blocks = replace(split.blocks, of=torch.arange(1000), window=64, hold=held.append)
+    for world in (1, 4):
+        blocks.hold_for(torch.arange(1000), batch_size=10, ahead=9, world=world)
+    assert held == [64 + 90 + 16, 16 + 90 + 16]
 
 
 def test_evaluation_reads_in_order(source, split, tmp_path):
@@ -199,6 +218,51 @@ def test_a_disk_without_room_for_a_copy_is_told(split, monkeypatch):
     monkeypatch.setattr(streamed, "write_batches", full)
     with pytest.raises(UserError, match=r"cannot copy 2 samples to .*No space left"):
         at_hand(split, torch.tensor([1, 2]))
+
+
+def test_a_disk_that_is_too_small_for_a_copy_is_told_before(split, monkeypatch):
+    def nearly_full(_):
+        return shutil._ntuple_diskusage(1000, 999, 1)
+
+    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+    with pytest.raises(UserError, match=r"has 0.0 GB of room, a copy of 2 samples takes .* EFFRAY_CACHE"):
+        at_hand(split, torch.tensor([1, 2]))
+
+
+def test_a_killed_copy_leaves_no_file(split, stream, monkeypatch):
+    """Its file never has a name, so whatever ends the process, the disk is given back."""
+    write = streamed.write_batches
+
+    def looked_at(*arguments):
+        assert not list(stream.cache.iterdir())
+        write(*arguments)
+
+    monkeypatch.setattr(streamed, "write_batches", looked_at)
+    at_hand(split, torch.tensor([1, 2]))
+
+
+def test_a_copy_of_many_blocks_is_one_record_batch(split):
+    some = torch.arange(0, N, 3)
+    copy = store_of(split).copied(some.numpy())
+    assert len(copy._columns) == 1 and len(copy) == len(some)
+
+
+def test_a_window_beyond_the_memory_is_refused(split, monkeypatch):
+    monkeypatch.setattr("raypkg.data.memory.machine_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"dataset.window = 4, \d+ blocks at once: needed is .* lower it"):
+        Batches(split, Coreset.uniform(torch.arange(N)), 20, seed=0, augment=[], worker=Worker())
+
+
+def test_what_a_split_held_goes_with_it(source, stream):
+    split = load_data(source, cache=stream).train
+    split.batch([1])
+    held = weakref.ref(store_of(split)._blocks)
+    gc.disable()  # blocks are large: they are not to wait for it
+    try:
+        del split
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_a_look_at_some_samples_reads_few_blocks(split):
@@ -292,7 +356,7 @@ def test_a_block_that_could_not_be_had_is_asked_for_again():
             raise answer
         return answer
 
-    window = Window(load, most=2)
+    held = HeldBlocks(load, most=2)
     with pytest.raises(UserError, match="busy"):
-        window([3])
-    assert window([3])[0].num_rows == 1
+        held([3])
+    assert held([3])[0].num_rows == 1

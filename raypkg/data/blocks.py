@@ -1,5 +1,6 @@
 """Samples that are read by blocks: where they lie, an order in which few blocks are needed at a time, and copies."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from raypkg.core.seeds import generator
 
 Take = Callable[[np.ndarray], np.ndarray]
+SPARE = 16  # blocks that are held beyond those that are needed: they come and go in no strict order
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,30 @@ class Blocks:
         of: the block of each sample, int64 [n].
         window: blocks from which the batches of training draw at any time.
         copied: copies samples, int64 [m] ascending, to this machine, and takes 0 … m−1 of them.
+        hold: has so many blocks held in memory.
     """
 
     of: Tensor
     window: int
     copied: Callable[[np.ndarray], Take]
+    hold: Callable[[int], None]
+
+    def hold_for(self, positions: Tensor, batch_size: int, ahead: int, world: int) -> None:
+        """Have as many blocks held as one worker's batches need, so that none is fetched twice while it is needed.
+
+        Args:
+            positions: samples of an epoch, int64 [n].
+            batch_size: of all workers.
+            ahead: batches that are loaded at once.
+            world: workers, each of which needs its share of the window.
+
+        Raises:
+            UserError: they do not fit the memory.
+        """
+        blocks = len(self.of[positions].unique())
+        new = math.ceil(batch_size * blocks / len(positions))  # blocks by which a batch moves the window on
+        share = math.ceil(self.window / world)
+        self.hold(share + ahead * new + SPARE)
 
     def at(self, positions: Tensor) -> "Blocks":
         """Return the blocks of the samples at some positions."""

@@ -1,8 +1,10 @@
-"""Whether something fits this machine's memory, asked before it is allocated."""
+"""Whether something fits this machine's memory or disk, asked before it is allocated or written."""
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
+from platform import node
 
 from raypkg.core.errors import UserError
 
@@ -41,6 +43,20 @@ def check_samples(what: str, size: int, advice: str, count: int = SAMPLES_AT_ONC
     """Refuse samples of so many bytes each that a batch of them, or all, if they are fewer, does not fit the memory."""
     batch = min(count, SAMPLES_AT_ONCE)
     check_memory(f"{what}, {batch} at once", batch * size, advice)
+
+
+def check_disk(folder: Path, size: int, what: str) -> None:
+    """Refuse to write more bytes than a cache folder's disk has room for.
+
+    Raises:
+        UserError: how much it takes, and how much room there is.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"the data cache {str(folder)!r} on {node()} has {free / 1e9:.1f} GB of room, {what} takes"
+            f" {size / 1e9:.1f} GB: name a folder on a larger disk in EFFRAY_CACHE"
+        )
 
 
 def _gib(size: int) -> str:

@@ -89,6 +89,8 @@ class Batches:
         self.augment = compose(augment)
         self.worker = worker
         self.dtype = dtype
+        if split.blocks is not None:
+            split.blocks.hold_for(coreset.indices, batch_size, 1 + MOST_AHEAD, worker.world)
 
     def __len__(self) -> int:
         return -(-len(self.coreset) // self.batch_size)

@@ -41,16 +41,24 @@ def write_batches(path: Path, header: Header, batches: Iterable[pa.RecordBatch],
 
 
 def record_batches(schema: pa.Schema, blocks: Iterable[Block], moments: Moments, most: int) -> Iterator[pa.RecordBatch]:
-    """Join blocks to record batches of at most so many bytes, if no block has more, and update the moments."""
+    """Return blocks as record batches of at most so many bytes, if no block has more, and update the moments."""
     kind = schema.field("x").type
-    pending: list[pa.RecordBatch] = []
-    size = 0  # bytes of the pending batches
-    for block in blocks:
+
+    def batch_of(block: Block) -> pa.RecordBatch:
         moments.update(block.sample)
         x = _column(block.x, kind)
         y = pa.array(block.y, pa.int64())
         ids = [] if block.ids is None else [pa.array(block.ids, pa.int64())]
-        batch = pa.record_batch([x, y, *ids], schema)
+        return pa.record_batch([x, y, *ids], schema)
+
+    return joined(map(batch_of, blocks), most)
+
+
+def joined(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[pa.RecordBatch]:
+    """Join record batches, one or more, to such of at most so many bytes, if none has more."""
+    pending: list[pa.RecordBatch] = []
+    size = 0  # bytes of the pending batches
+    for batch in batches:
         if pending and size + batch.nbytes > most:
             yield pa.concat_batches(pending)
             pending = []

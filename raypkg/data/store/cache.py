@@ -3,7 +3,6 @@
 import fcntl
 import logging
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
@@ -12,6 +11,7 @@ from platform import node
 
 from raypkg.core.errors import UserError
 from raypkg.data.files import Identity, Place, identity_of, relisted
+from raypkg.data.memory import check_disk
 
 from . import arrow
 from .arrow import Store
@@ -83,7 +83,10 @@ def write_store_from(target: Target, header: Header, blocks: From, size: int = 0
     if isinstance(target, Stream):
         write_streamed(target, header, blocks)
     else:
-        check_fits(target, size)
+        folder = target.parent
+        check_disk(folder, size, "this data set")
+        if size >= TOLD:
+            log.warning("importing %.1f GB into %s, once for this machine", size / 1e9, folder)
         arrow.write(target, header, blocks(0))
 
 
@@ -94,6 +97,8 @@ def begun_header(target: Target) -> Header | None:
 
 def cache_folder(cache: Cache = None) -> Path:
     """Return the given folder, else ``$EFFRAY_CACHE``, else ``effray`` in the user's cache folder."""
+    if isinstance(cache, Stream):
+        return cache.cache
     if isinstance(cache, Path):
         return cache
     if chosen := os.environ.get("EFFRAY_CACHE"):
@@ -126,22 +131,6 @@ def _opened(path: Path, report: bool = False) -> Store | None:
         if report:
             log.warning("the data cache %s is damaged and is built again: %s", path, error)
         return None
-
-
-def check_fits(path: Path, size: int) -> None:
-    """Refuse to write more bytes than the disk of a store has room for; tell of an import that takes long.
-
-    Raises:
-        UserError: the disk is too small.
-    """
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise UserError(
-            f"the data cache {str(path.parent)!r} on {node()} has {free / 1e9:.1f} GB of room, this data set takes"
-            f" {size / 1e9:.1f} GB: name a folder on a larger disk in EFFRAY_CACHE"
-        )
-    if size >= TOLD:
-        log.warning("importing %.1f GB into %s, once for this machine", size / 1e9, path.parent)
 
 
 def _built(path: Path, build: Callable[[Target], None], files: Collection[Place]) -> Store:

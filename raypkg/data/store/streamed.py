@@ -5,24 +5,24 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from raypkg.core.errors import UserError
-from raypkg.data.blocks import Blocks
+from raypkg.data.blocks import Blocks, Take
+from raypkg.data.memory import check_disk, check_memory
 from raypkg.data.split import Split
 
-from .arrow import Store, write_batches
+from .arrow import BATCH_BYTES, Store, joined, write_batches
 from .fetching import READERS, fetched
+from .held import HeldBlocks
 from .parts import StoredPart, Stream, named_parts, read_columns, sizes_in
 from .stored import Decoder, Header, Stored, statistics_in
-from .window import Window
 
-SPARE = 16  # blocks beyond the window, for batches that are loaded ahead
 OPEN = 256  # files that a process keeps open
 
 
@@ -44,11 +44,10 @@ class Streamed(Stored):
         self.ids = _integers(index, "id") if self.header.has_ids else None
         parts = named_parts(index)
         _check_whole(stream, parts)
-        self._places = [place for part in parts for place in _places_in(part)]  # of each block
         sizes = [size for part in parts for size in part.sizes]
         self._starts = np.array([0, *accumulate(sizes)])  # the first sample of each block, and the end
-        self._open = lru_cache(OPEN)(partial(_open, stream))
-        self._window = Window(self._read, stream.window + SPARE)
+        self._read = BlockReader(stream, self.header, parts)
+        self._blocks = HeldBlocks(self._read, 2 * READERS)  # enough to read in order
 
     def __reduce__(self) -> tuple[type["Streamed"], tuple[Stream]]:
         return Streamed, (self.stream,)
@@ -73,10 +72,21 @@ class Streamed(Stored):
         split = super().as_split(decoder)
         of = np.repeat(np.arange(len(self._starts) - 1), np.diff(self._starts))
 
-        def copied(indices: np.ndarray) -> Any:
+        def copied(indices: np.ndarray) -> Take:
             return self.copied(indices).as_split(decoder).take
 
-        return replace(split, blocks=Blocks(torch.from_numpy(of), self.stream.window, copied))
+        return replace(split, blocks=Blocks(torch.from_numpy(of), self.stream.window, copied, self.hold))
+
+    def hold(self, count: int) -> None:
+        """Hold at least so many blocks in memory from now on, or all.
+
+        Raises:
+            UserError: this machine's memory is too small for them.
+        """
+        count = min(count, len(self._read.places))
+        largest = max(place.size for place in self._read.places)
+        check_memory(f"dataset.window = {self.stream.window}, {count} blocks at once", count * largest, "lower it")
+        self._blocks.hold(count)
 
     def copied(self, indices: np.ndarray) -> Store:
         """Copy samples, int64 [m] ascending, into a store of this machine, which is gone when nobody uses it.
@@ -84,50 +94,76 @@ class Streamed(Stored):
         Raises:
             UserError: its disk is too small, or a block cannot be read.
         """
-        self.stream.cache.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=self.stream.cache, prefix="part-", suffix=".tmp") as file:
-            path = Path(file.name)
-            try:
-                write_batches(path, self.header, self._parts(indices), self)
-            except OSError as error:
-                raise UserError(f"cannot copy {len(indices):,} samples to {str(path.parent)!r}: {error}") from None
-            return Store(path)  # mapped: the disk is given back when the last view of it is gone
+        cache = self.stream.cache
+        cache.mkdir(parents=True, exist_ok=True)
+        bounds = np.searchsorted(indices, self._starts)  # where the samples of each block begin, and the end
+        check_disk(cache, self._size(bounds), f"a copy of {len(indices):,} samples")
+        try:
+            with TemporaryFile(dir=cache) as file:  # without a name: it goes with the process, even if that is killed
+                path = Path(f"/dev/fd/{file.fileno()}")
+                batches = joined(self._rows(indices, bounds), BATCH_BYTES)
+                write_batches(path, self.header, batches, self)
+                return Store(path)  # mapped: the disk is given back when the last view of it is gone
+        except OSError as error:
+            raise UserError(f"cannot copy {len(indices):,} samples to {str(cache)!r}: {error}") from None
 
-    def _parts(self, indices: np.ndarray) -> Iterator[pa.RecordBatch]:
+    def _size(self, bounds: np.ndarray) -> int:
+        """Return about how many bytes some samples take, from how many of each block they are."""
+        sizes = np.array([place.size for place in self._read.places])
+        shares = np.diff(bounds) / np.diff(self._starts)
+        return int(sizes @ shares)
+
+    def _rows(self, indices: np.ndarray, bounds: np.ndarray) -> Iterator[pa.RecordBatch]:
         """Read every block that has some of the samples, once, and yield these."""
-        blocks, places = self._blocks_of(indices)
-        batches = fetched(self._read, blocks.tolist())
-        for block, batch in zip(blocks, batches, strict=True):
-            here = places == block
-            local = indices[here] - self._starts[block]
-            yield batch.take(pa.array(local))
-
-    def _blocks_of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the blocks that have the samples, ascending, and the block of each sample."""
-        block = np.searchsorted(self._starts, indices, side="right") - 1
-        return np.unique(block), block
+        blocks = np.flatnonzero(np.diff(bounds))
+        for block, batch in zip(blocks, fetched(self._read, blocks.tolist()), strict=True):
+            here = indices[bounds[block] : bounds[block + 1]]
+            yield batch.take(pa.array(here - self._starts[block]))
 
     def _columns(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, pa.Array]]:
         """Yield, of each block that has some of the samples: which of them, their rows in it, and its column."""
-        blocks, places = self._blocks_of(indices)
+        owner = np.searchsorted(self._starts, indices, side="right") - 1  # [b], the block of each sample
+        blocks = np.unique(owner)
         for start in range(0, len(blocks), READERS):  # so many at once, however many there are
             some = blocks[start : start + READERS]
-            for block, batch in zip(some, self._window(some.tolist()), strict=True):
-                here = np.flatnonzero(places == block)
+            for block, batch in zip(some, self._blocks(some.tolist()), strict=True):
+                here = np.flatnonzero(owner == block)
                 yield here, indices[here] - self._starts[block], batch.column("x")
 
-    def _read(self, block: int) -> pa.RecordBatch:
+
+class BlockReader:
+    """Reads the blocks of a store, by their number.
+
+    Attributes:
+        places: of each block.
+    """
+
+    def __init__(self, stream: Stream, header: Header, parts: list[StoredPart]):
+        self.places = [place for part in parts for place in _places_in(part)]
+        self._name = str(stream)
+        self._schema = header.schema
+        self._open = lru_cache(OPEN)(partial(_open, stream))
+
+    def __call__(self, block: int) -> pa.RecordBatch:
         """Fetch a block.
 
         Raises:
             UserError: it cannot be had, or is damaged.
         """
-        file, start, size = self._places[block]
+        place = self.places[block]
         try:
-            message = self._open(file).read_at(size, start)
-            return pa.ipc.read_record_batch(pa.py_buffer(message), self.header.schema)
+            message = self._open(place.file).read_at(place.size, place.start)
+            return pa.ipc.read_record_batch(pa.py_buffer(message), self._schema)
         except (OSError, EOFError, pa.ArrowException) as error:
-            raise UserError(f"block {block} of {self.name!r} cannot be read: {error}") from None
+            raise UserError(f"block {block} of {self._name!r} cannot be read: {error}") from None
+
+
+class BlockPlace(NamedTuple):
+    """Where a block lies: a file of the store, the first byte in it and the number of bytes."""
+
+    file: str
+    start: int
+    size: int
 
 
 def _check_whole(stream: Stream, parts: list[StoredPart]) -> None:
@@ -140,10 +176,10 @@ def _check_whole(stream: Stream, parts: list[StoredPart]) -> None:
             raise pa.ArrowInvalid(f"its file {part.file} is {sizes[part.file]} bytes, and should be {part.bytes}")
 
 
-def _places_in(part: StoredPart) -> Iterator[tuple[str, int, int]]:
-    """Yield the file, the first byte and the bytes of each block of a part."""
+def _places_in(part: StoredPart) -> Iterator[BlockPlace]:
+    """Yield where each block of a part lies."""
     for start, end in pairwise(part.starts):
-        yield part.file, start, end - start
+        yield BlockPlace(part.file, start, end - start)
 
 
 def _open(stream: Stream, file: str) -> pa.NativeFile:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from .fetching import READERS
 
 
-class Window:
+class HeldBlocks:
     """The blocks that were used last.
 
     Args:
@@ -24,6 +24,10 @@ class Window:
         self._held: OrderedDict[int, Future[pa.RecordBatch]] = OrderedDict()
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(READERS, "blocks")
+
+    def hold(self, most: int) -> None:
+        """Hold at least so many blocks from now on."""
+        self._most = max(self._most, most)
 
     def __call__(self, numbers: Sequence[int]) -> list[pa.RecordBatch]:
         """Return some blocks; those that are not held are fetched at once.
