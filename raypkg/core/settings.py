@@ -53,7 +53,8 @@ class Dataset(Named):
         int | None, Field(ge=0, description="of the draws of noise and imbalance; left out = the run's")
     ] = None
     streamed: Annotated[
-        str | None, Field(description="folder or URI of stores that are read by blocks instead of imported by each machine")
+        str | None,
+        Field(description="folder or URI of stores read by blocks instead of imported by each machine"),
     ] = None
     window: Annotated[
         int, Field(ge=1, description="blocks of a streamed set, of 8 MiB, from which batches draw at any time")
