@@ -45,7 +45,7 @@ def check_samples(what: str, size: int, advice: str, count: int = SAMPLES_AT_ONC
     check_memory(f"{what}, {batch} at once", batch * size, advice)
 
 
-def check_disk(folder: Path, size: int, what: str) -> None:
+def check_cache_room(folder: Path, size: int, what: str) -> None:
     """Refuse to write more bytes than a cache folder's disk has room for.
 
     Raises:

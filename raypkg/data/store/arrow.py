@@ -51,10 +51,10 @@ def record_batches(schema: pa.Schema, blocks: Iterable[Block], moments: Moments,
         ids = [] if block.ids is None else [pa.array(block.ids, pa.int64())]
         return pa.record_batch([x, y, *ids], schema)
 
-    return joined(map(batch_of, blocks), most)
+    return merged_batches(map(batch_of, blocks), most)
 
 
-def joined(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[pa.RecordBatch]:
+def merged_batches(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[pa.RecordBatch]:
     """Join record batches, one or more, to such of at most so many bytes, if none has more."""
     pending: list[pa.RecordBatch] = []
     size = 0  # bytes of the pending batches

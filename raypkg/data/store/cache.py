@@ -11,7 +11,7 @@ from platform import node
 
 from raypkg.core.errors import UserError
 from raypkg.data.files import Identity, Place, identity_of, relisted
-from raypkg.data.memory import check_disk
+from raypkg.data.memory import check_cache_room
 
 from . import arrow
 from .arrow import Store
@@ -84,7 +84,7 @@ def write_store_from(target: Target, header: Header, blocks: From, size: int = 0
         write_streamed(target, header, blocks)
     else:
         folder = target.parent
-        check_disk(folder, size, "this data set")
+        check_cache_room(folder, size, "this data set")
         if size >= TOLD:
             log.warning("importing %.1f GB into %s, once for this machine", size / 1e9, folder)
         arrow.write(target, header, blocks(0))

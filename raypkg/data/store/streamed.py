@@ -14,10 +14,10 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.data.blocks import Blocks, Take
-from raypkg.data.memory import check_disk, check_memory
+from raypkg.data.memory import check_cache_room, check_memory
 from raypkg.data.split import Split
 
-from .arrow import BATCH_BYTES, Store, joined, write_batches
+from .arrow import BATCH_BYTES, Store, merged_batches, write_batches
 from .fetching import READERS, fetched
 from .held import HeldBlocks
 from .parts import StoredPart, Stream, named_parts, read_columns, sizes_in
@@ -97,11 +97,11 @@ class Streamed(Stored):
         cache = self.stream.cache
         cache.mkdir(parents=True, exist_ok=True)
         bounds = np.searchsorted(indices, self._starts)  # where the samples of each block begin, and the end
-        check_disk(cache, self._size(bounds), f"a copy of {len(indices):,} samples")
+        check_cache_room(cache, self._size(bounds), f"a copy of {len(indices):,} samples")
         try:
             with TemporaryFile(dir=cache) as file:  # without a name: it goes with the process, even if that is killed
                 path = Path(f"/dev/fd/{file.fileno()}")
-                batches = joined(self._rows(indices, bounds), BATCH_BYTES)
+                batches = merged_batches(self._rows(indices, bounds), BATCH_BYTES)
                 write_batches(path, self.header, batches, self)
                 return Store(path)  # mapped: the disk is given back when the last view of it is gone
         except OSError as error:
