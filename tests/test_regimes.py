@@ -10,7 +10,8 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data import load_data
-from raypkg.data.regimes import long_tail, open_data, taken, with_wrong_labels, wrong_share
+from raypkg.data.opening import open_data
+from raypkg.data.regimes import long_tail, taken, with_wrong_labels, wrong_share
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard
 from raypkg.phases.samples import open_any_samples, open_samples

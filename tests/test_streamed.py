@@ -21,7 +21,8 @@ from raypkg.core.settings import Dataset, Training
 from raypkg.data import load_data
 from raypkg.data.blocks import shuffled_by_blocks
 from raypkg.data.coreset import Coreset
-from raypkg.data.regimes import open_data, taken
+from raypkg.data.opening import open_data
+from raypkg.data.regimes import taken
 from raypkg.data.split import at_hand
 from raypkg.data.store import images, importing, streamed
 from raypkg.data.store.held import HeldBlocks

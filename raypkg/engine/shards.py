@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raypkg.core.settings import Dataset
 from raypkg.data import Data
-from raypkg.data.regimes import open_data
+from raypkg.data.opening import open_data
 from raypkg.data.split import Split, at_hand, with_values
 
 from .worker import Worker

@@ -12,8 +12,8 @@ from raypkg.core.settings import Dataset, Experiment, RunSettings
 from raypkg.data import Data
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import TEXTS
+from raypkg.data.opening import open_data
 from raypkg.data.partition import hold_out
-from raypkg.data.regimes import open_data
 from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
 from raypkg.runs.storage import Storage
