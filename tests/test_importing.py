@@ -23,7 +23,7 @@ from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.sources import image_folder, libsvm, parquet, table, text, torchvision_sets
 from raypkg.data.store import decode, images, importing
-from raypkg.data.store.parts import Stream, appearing
+from raypkg.data.store.parts import DIGEST, Stream, appearing
 from test_object_sources import same
 
 N = 120
@@ -401,16 +401,15 @@ def test_a_writer_who_is_late_stops_at_the_next_part(local, tmp_path, undisturbe
     assert inodes(local) == before and contents(local) == files
 
 
-def test_a_part_that_is_there_is_not_written_over(local, tmp_path):
+def test_a_file_that_is_there_stays(local, tmp_path):
     stream = local._replace(name="a")
     (tmp_path / "stores" / "a").mkdir(parents=True)
-    numbers = []
-    for content in (b"123", b"123", b"1234"):
-        with appearing(stream, lambda: "part", same=True) as sink:
+    for content, is_there, kept in ((b"123", False, b"123"), (b"456", True, b"123"), (b"789", False, b"789")):
+        before = inodes(local)
+        with appearing(stream, lambda: "part", lambda there=is_there: there) as sink:
             sink.write(content)
-        numbers.append(inodes(local))
-        assert contents(local) == {"/a/part": content}
-    assert numbers[0] == numbers[1] != numbers[2]
+        assert contents(local) == {"/a/part": kept}
+        assert (inodes(local) == before) == is_there
 
 
 def inodes(stream):
@@ -526,7 +525,7 @@ def test_an_import_goes_on_from_the_parts_that_are_whole(local, tmp_path, undist
             note.write_bytes(note.read_bytes()[:-20])
     load_data(source, cache=local)
     index = next(content for name, content in files.items() if "-train-" in name and name.endswith("index"))
-    parts = json.loads(pa.ipc.open_file(index).schema.metadata[b"parts"])
+    parts = json.loads(pa.ipc.open_file(index[:-DIGEST]).schema.metadata[b"parts"])
     assert begun_at(caplog) == [sum(parts[0]["sizes"])]
     assert contents(local) == files
 
@@ -590,22 +589,25 @@ def test_an_index_that_ends_anywhere_is_built_again(local, tmp_path):
         assert index.read_bytes() == whole
 
 
-def test_an_index_whose_damage_arrow_takes_for_a_broken_disk_is_built_again(local, tmp_path):
+def test_a_damaged_index_is_built_again(local, tmp_path, caplog):
     source = from_table(tmp_path / "data")
     load_data(source, cache=local)
     (index,) = (tmp_path / "stores").glob("*-train-*/index")
     whole = index.read_bytes()
-    damaged = (whole[:i] + b"\xff" * 8 + whole[i + 8 :] for i in range(len(whole)))
-    index.write_bytes(next(content for content in damaged if is_broken_disk(content)))
+    for place in range(0, len(whole), 97):
+        caplog.clear()
+        index.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        load_data(source, cache=local)
+        assert index.read_bytes() == whole
+        assert "is damaged and is built again: its file index is damaged" in caplog.text
+
+
+def test_a_store_that_is_built_again_keeps_no_damaged_part(local, tmp_path, undisturbed):
+    source = pictures(tmp_path / "data")
+    _, files = undisturbed(source)
     load_data(source, cache=local)
-    assert index.read_bytes() == whole
-
-
-def is_broken_disk(content):
-    try:
-        pa.ipc.open_file(content).read_all()
-    except OSError:
-        return True
-    except pa.ArrowException:
-        pass
-    return False
+    part = parts_in(tmp_path)[1]
+    part.write_bytes(bytes(part.stat().st_size))
+    (part.parent / "index").unlink()
+    load_data(source, cache=local)
+    assert contents(local) == files

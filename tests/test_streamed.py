@@ -321,11 +321,22 @@ def test_a_damaged_store_is_built_again_and_said(source, stream, caplog, tmp_pat
     same(load_data(source, cache=tmp_path / "local").train, again.train)
 
 
-def test_a_damaged_block_is_told(split, tmp_path):
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_a_damaged_block_is_told(split, tmp_path, place):
+    """Of a flipped bit among pixels nothing else would tell; among offsets Arrow would read anywhere in memory."""
     for file in (tmp_path / "stores").glob("*/*.blocks"):
-        file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(UserError, match=r"block 0 of .*cannot be read"):
-        split.batch([0])
+        content = bytearray(file.read_bytes())
+        content[round(place * (len(content) - 1))] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"block \d+ of .* is damaged: delete that folder, and it is built again"):
+        split.batch(torch.arange(N))
+
+
+def test_a_cache_that_cannot_be_made_is_told(split, stream, tmp_path):
+    stream.cache.parent.mkdir(exist_ok=True)
+    stream.cache.write_text("a file where the folder of copies would be")
+    with pytest.raises(UserError, match=r"cannot copy 2 samples to "):
+        at_hand(split, torch.tensor([1, 2]))
 
 
 def test_a_source_that_changes_meanwhile_is_refused(source, stream, tmp_path, monkeypatch):

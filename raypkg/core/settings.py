@@ -54,7 +54,7 @@ class Dataset(Named):
     ] = None
     streamed: Annotated[
         str | None,
-        Field(description="folder or URI of stores read by blocks instead of imported by each machine"),
+        Field(min_length=1, description="folder or URI of stores read by blocks instead of imported by each machine"),
     ] = None
     window: Annotated[
         int, Field(ge=1, description="blocks of a streamed set, of 8 MiB, from which batches draw at any time")

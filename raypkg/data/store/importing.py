@@ -7,7 +7,6 @@ the source alone, whoever writes it and however often the import was killed.
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from hashlib import blake2b
 from itertools import accumulate, chain
 from typing import TypeVar
 from uuid import uuid4
@@ -19,13 +18,14 @@ from raypkg.data.moments import Moments
 
 from .arrow import record_batches
 from .parts import (
-    BLOCKS,
     INDEX,
     NOTE,
     Note,
     StoredPart,
     Stream,
     appearing,
+    digest_of,
+    is_whole,
     read_note,
     sizes_in,
     write_columns,
@@ -151,23 +151,27 @@ def _write_part(
 ) -> tuple[StoredPart, pa.Table]:
     """Write a part; return it with the other columns of its samples."""
     schema = header.schema
-    digest = blake2b(digest_size=8)
+    digests: list[str] = []
     lengths: list[int] = []  # of the messages, bytes
     columns: list[pa.RecordBatch] = []
 
-    def name() -> str:
-        return _numbered(number) + digest.hexdigest()
+    def part() -> StoredPart:
+        name = _numbered(number) + digest_of("".join(digests).encode())
+        starts = tuple(accumulate(lengths, initial=0))
+        sizes = tuple(map(len, columns))
+        return StoredPart(name, starts, sizes, tuple(digests))
 
-    with appearing(stream, lambda: name() + BLOCKS, same=True) as sink:
+    def is_there() -> bool:
+        return is_whole(stream, part())
+
+    with appearing(stream, lambda: part().file, is_there) as sink:
         for batch in _bounded(record_batches(schema, blocks, moments, BLOCK_BYTES)):
             message = batch.serialize()
             sink.write(message)
-            digest.update(message)
+            digests.append(digest_of(message))
             lengths.append(message.size)
             columns.append(batch.drop_columns(["x"]))
-    starts = tuple(accumulate(lengths, initial=0))
-    part = StoredPart(name(), starts, tuple(map(len, columns)))
-    return part, pa.Table.from_batches(columns)
+    return part(), pa.Table.from_batches(columns)
 
 
 def _numbered(number: int) -> str:

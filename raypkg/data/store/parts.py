@@ -10,6 +10,8 @@ A file appears whole, under a name that says what is in it: whoever else writes 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -24,6 +26,7 @@ from .stored import Header
 BLOCKS = ".blocks"
 NOTE = ".part"
 INDEX = "index"
+DIGEST = 16  # characters
 DAMAGE = (ValueError, KeyError, TypeError, pa.ArrowException)  # what reading a damaged file raises
 
 
@@ -61,11 +64,13 @@ class StoredPart(NamedTuple):
         name: of the file, without its ending.
         starts: bytes at which the blocks begin, and the end.
         sizes: samples of each block.
+        digests: of the bytes of each block.
     """
 
     name: str
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
+    digests: tuple[str, ...]
 
     @property
     def file(self) -> str:
@@ -80,7 +85,7 @@ class StoredPart(NamedTuple):
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "StoredPart":
         """Read a part back from JSON."""
-        return cls(fields["name"], tuple(fields["starts"]), tuple(fields["sizes"]))
+        return cls(fields["name"], tuple(fields["starts"]), tuple(fields["sizes"]), tuple(fields["digests"]))
 
 
 class Note(NamedTuple):
@@ -125,8 +130,13 @@ def write_columns(stream: Stream, name: str, columns: pa.Table, facts: dict[str,
     """Write labels and ids to a file, beside the metadata that they have some facts as JSON."""
     noted = {key: json.dumps(value) for key, value in facts.items()}
     table = columns.replace_schema_metadata({**columns.schema.metadata, **noted}).combine_chunks()
-    with appearing(stream, lambda: name) as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_file(content, table.schema) as writer:
         writer.write_table(table)
+    body = content.getvalue()
+    with appearing(stream, lambda: name) as sink:
+        sink.write(body)
+        sink.write(digest_of(body).encode())
 
 
 def read_columns(stream: Stream, name: str) -> pa.Table:
@@ -138,11 +148,16 @@ def read_columns(stream: Stream, name: str) -> pa.Table:
     """
     system, folder = stream.folder()
     with system.open_input_file(f"{folder}/{name}") as file:
-        content = file.read()
-    try:
-        return pa.ipc.open_file(pa.py_buffer(content)).read_all()
-    except OSError as error:  # Arrow's word for some damages, too
-        raise pa.ArrowInvalid(str(error)) from None
+        content = memoryview(file.read())
+    body = content[:-DIGEST]
+    if digest_of(body).encode() != content[-DIGEST:]:
+        raise pa.ArrowInvalid(f"its file {name} is damaged")
+    return pa.ipc.open_file(pa.py_buffer(body)).read_all()
+
+
+def digest_of(content: Any) -> str:
+    """Return a digest of some bytes, by which damage is known."""
+    return blake2b(content, digest_size=DIGEST // 2).hexdigest()
 
 
 def fact_of(columns: pa.Table, name: str) -> Any:
@@ -170,8 +185,23 @@ def sizes_in(stream: Stream) -> dict[str, int]:
     return {entry.base_name: entry.size for entry in entries if entry.type == fs.FileType.File}
 
 
+def is_whole(stream: Stream, part: StoredPart) -> bool:
+    """Say whether a part is in its file, each byte as it was."""
+    system, folder = stream.folder()
+    try:
+        with system.open_input_file(f"{folder}/{part.file}") as file:
+            blocks = zip(pairwise(part.starts), part.digests, strict=True)
+            return file.size() == part.bytes and all(
+                digest_of(file.read_at(end - start, start)) == digest for (start, end), digest in blocks
+            )
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
-def appearing(stream: Stream, name: Callable[[], str], same: bool = False) -> Iterator[pa.NativeFile]:
+def appearing(
+    stream: Stream, name: Callable[[], str], is_there: Callable[[], bool] = lambda: False
+) -> Iterator[pa.NativeFile]:
     """Open a file to write, which has its name at the end of the block, and is deleted if an error ends it.
 
     Until then it has a name that no other writer uses. On object stores too: pyarrow makes an object even of what was
@@ -180,19 +210,17 @@ def appearing(stream: Stream, name: Callable[[], str], same: bool = False) -> It
     Args:
         stream: the store.
         name: is asked when everything is written.
-        same: whether a file of that name and size has the same bytes. It then stays: somebody may be reading it.
+        is_there: likewise, whether the file is there already. It then stays: somebody may be reading it.
     """
     system, folder = stream.folder()
     unfinished = f"{folder}/{uuid4().hex}.tmp"
     try:
         with system.open_output_stream(unfinished) as sink:
             yield sink
-            size = sink.tell()
-        path = f"{folder}/{name()}"
-        if same and system.get_file_info(path).size == size:
+        if is_there():
             system.delete_file(unfinished)
         else:
-            system.move(unfinished, path)
+            system.move(unfinished, f"{folder}/{name()}")
     except BaseException:  # Ctrl-C as well
         with suppress(OSError):
             system.delete_file(unfinished)
@@ -206,8 +234,12 @@ def tidy(stream: Stream) -> None:
     process finds a store.
     """
     with suppress(OSError):
-        for name in sizes_in(stream).keys() - _used(stream):
+        used = _used(stream)
+        for name in sizes_in(stream).keys() - used:
             _delete(stream, name)
+        if not used and not sizes_in(stream):
+            system, folder = stream.folder()
+            system.delete_dir(folder)
 
 
 def _used(stream: Stream) -> set[str]:

@@ -20,7 +20,7 @@ from raypkg.data.split import Split
 from .arrow import BATCH_BYTES, Store, merged_batches, write_batches
 from .fetching import READERS, fetched
 from .held import HeldBlocks
-from .parts import StoredPart, Stream, named_parts, read_columns, sizes_in
+from .parts import StoredPart, Stream, digest_of, named_parts, read_columns, sizes_in
 from .stored import Decoder, Header, Stored, statistics_in
 
 OPEN = 256  # files that a process keeps open
@@ -95,10 +95,10 @@ class Streamed(Stored):
             UserError: its disk is too small, or a block cannot be read.
         """
         cache = self.stream.cache
-        cache.mkdir(parents=True, exist_ok=True)
         bounds = np.searchsorted(indices, self._starts)  # where the samples of each block begin, and the end
-        check_cache_room(cache, self._size(bounds), f"a copy of {len(indices):,} samples")
         try:
+            cache.mkdir(parents=True, exist_ok=True)
+            check_cache_room(cache, self._size(bounds), f"a copy of {len(indices):,} samples")
             with TemporaryFile(dir=cache) as file:  # without a name: it goes with the process, even if that is killed
                 path = Path(f"/dev/fd/{file.fileno()}")
                 batches = merged_batches(self._rows(indices, bounds), BATCH_BYTES)
@@ -153,17 +153,20 @@ class BlockReader:
         place = self.places[block]
         try:
             message = self._open(place.file).read_at(place.size, place.start)
-            return pa.ipc.read_record_batch(pa.py_buffer(message), self._schema)
-        except (OSError, EOFError, pa.ArrowException) as error:
+        except OSError as error:
             raise UserError(f"block {block} of {self._name!r} cannot be read: {error}") from None
+        if digest_of(message) != place.digest:
+            raise UserError(f"block {block} of {self._name!r} is damaged: delete that folder, and it is built again")
+        return pa.ipc.read_record_batch(pa.py_buffer(message), self._schema)
 
 
 class BlockPlace(NamedTuple):
-    """Where a block lies: a file of the store, the first byte in it and the number of bytes."""
+    """Where a block lies: a file of the store, the first byte in it and the number of bytes; and their digest."""
 
     file: str
     start: int
     size: int
+    digest: str
 
 
 def _check_whole(stream: Stream, parts: list[StoredPart]) -> None:
@@ -178,8 +181,8 @@ def _check_whole(stream: Stream, parts: list[StoredPart]) -> None:
 
 def _places_in(part: StoredPart) -> Iterator[BlockPlace]:
     """Yield where each block of a part lies."""
-    for start, end in pairwise(part.starts):
-        yield BlockPlace(part.file, start, end - start)
+    for (start, end), digest in zip(pairwise(part.starts), part.digests, strict=True):
+        yield BlockPlace(part.file, start, end - start, digest)
 
 
 def _open(stream: Stream, file: str) -> pa.NativeFile:
