@@ -17,12 +17,13 @@ from raypkg.data.blocks import Blocks, Take
 from raypkg.data.memory import check_cache_room, check_memory
 from raypkg.data.split import Split
 
-from .arrow import BATCH_BYTES, Store, merged_batches, write_batches
+from .arrow import Store, merged_batches, write_batches
 from .fetching import READERS, fetched
 from .held import HeldBlocks
 from .parts import StoredPart, Stream, digest_of, named_parts, read_columns, sizes_in
 from .stored import Decoder, Header, Stored, statistics_in
 
+COPIED_BYTES = 64 << 20  # of a copy's record batches
 OPEN = 256  # files that a process keeps open
 
 
@@ -101,8 +102,9 @@ class Streamed(Stored):
             check_cache_room(cache, self._size(bounds), f"a copy of {len(indices):,} samples")
             with TemporaryFile(dir=cache) as file:  # without a name: it goes with the process, even if that is killed
                 path = Path(f"/dev/fd/{file.fileno()}")
-                batches = merged_batches(self._rows(indices, bounds), BATCH_BYTES)
+                batches = merged_batches(self._rows(indices, bounds), COPIED_BYTES)
                 write_batches(path, self.header, batches, self)
+                pa.default_memory_pool().release_unused()  # the memory through which it all went
                 return Store(path)  # mapped: the disk is given back when the last view of it is gone
         except OSError as error:
             raise UserError(f"cannot copy {len(indices):,} samples to {str(cache)!r}: {error}") from None
