@@ -73,6 +73,7 @@ def write_streamed(stream: Stream, header: Header, blocks: From) -> None:
     facts = {"mean": moments.mean, "std": moments.std, "parts": [note.part._asdict() for note in notes]}
     columns = pa.concat_tables([note.columns.replace_schema_metadata(header.schema.metadata) for note in notes])
     write_columns(stream, stream.index_file, columns, facts)
+    pa.default_memory_pool().release_unused()  # the memory through which it all went
 
 
 def begun(stream: Stream) -> Header | None:
