@@ -27,4 +27,6 @@ def fetched(load: Callable[[J], T], jobs: Iterable[J], readers: int = READERS) -
         while pending:
             yield pending.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)  # those that nobody waits for any more, after an error
+        # Nobody wants the others any more. Not waited for: what is left half-read may be ended by Python's collector,
+        # which runs in any thread, even in one that is just being started and cannot wait for another.
+        pool.shutdown(wait=False, cancel_futures=True)
