@@ -217,7 +217,8 @@ def ahead(load: Callable[[J], T], jobs: Iterable[J], threads: int = 1) -> Iterat
             depth = max(1, min(MOST_AHEAD, AHEAD_BYTES // max(1, _bytes(value))))
             yield value
     finally:
-        pool.shutdown(cancel_futures=True)  # where nobody wants the others
+        # Nobody wants the others. Not waited for: Python's collector may be what ends this, in any thread.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _bytes(value: object) -> int:
