@@ -167,15 +167,14 @@ def _run(worker: Worker, job: Job, samples: Samples, hooks: Sequence[Hook]) -> R
     if job.initial:
         model.load_state_dict(load_tensors(job.storage, job.initial))
     split = samples.data.train
-    if not job.selects:  # the same samples all the time
-        if job.coreset is not None:
-            split = at_hand(split, job.coreset.indices)
-        elif job.experiment.dataset.only is not None:
-            split = at_hand(split, samples.kept)
+    coreset = samples.everyone if job.coreset is None else job.coreset
+    is_part = job.coreset is not None or job.experiment.dataset.only is not None
+    if is_part and not job.selects:  # the same part all the time
+        split = at_hand(split, coreset.indices)
     return Run(
         model=synchronised(model, job.training, worker),
         split=split,
-        coreset=samples.everyone if job.coreset is None else job.coreset,
+        coreset=coreset,
         settings=job.training,
         seed=job.experiment.seed,
         phase=job.phase,
