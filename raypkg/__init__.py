@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .engine.loop import fit as fit
     from .engine.run import Hook as Hook
     from .engine.run import Run as Run
+    from .experiments.trained import load_model as load_model
     from .models import build_model as build_model
-    from .phases.trained import load_model as load_model
 
 __version__ = "0.2.0"
 _PLACES = {
@@ -43,7 +43,7 @@ _PLACES = {
     "fit": "engine.loop",
     "head_view": "coresets.gradients",
     "load_data": "data",
-    "load_model": "phases.trained",
+    "load_model": "experiments.trained",
     "select": "coresets.budgets",
 }
 __all__ = sorted(_PLACES)

@@ -4,7 +4,9 @@
     python tests/fixed_seed.py NEW --against OUT     # after: runs everything again and compares
 
 Runs in the calling process are compared bit for bit; those of two Ray workers, whose sums are added in another order,
-by the largest difference relative to the largest value of a result. ``--only`` names a part of them.
+by the largest difference relative to the largest value of a result. ``--only`` names a part of them. The exit code is
+1 if a result is missing or new, if one of the calling process differs in a bit, or if one of two workers differs by
+more than ``--tolerance``.
 """
 
 import argparse
@@ -95,15 +97,15 @@ def columns(table: pa.Table) -> dict[str, np.ndarray]:
     return {name: table[name].to_numpy() for name in numbers if name not in TIMES}
 
 
-def compare(new: dict[str, np.ndarray], old: dict[str, np.ndarray]) -> str:
-    """Say in one line how far two results are from each other."""
+def compare(new: dict[str, np.ndarray], old: dict[str, np.ndarray], tolerance: float) -> tuple[bool, str]:
+    """Return whether two results are equal within a relative tolerance, and one line on how far apart they are."""
     worst, where = 0.0, ""
     for name in new.keys() & old.keys():
         a, b = np.asarray(new[name], np.float64), np.asarray(old[name], np.float64)
         if a.shape != b.shape:
-            return f"DIFFERENT: {name} has shape {a.shape}, was {b.shape}"
+            return False, f"DIFFERENT: {name} has shape {a.shape}, was {b.shape}"
         if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-            return f"DIFFERENT: other values of {name} are finite"
+            return False, f"DIFFERENT: other values of {name} are finite"
         if not np.array_equal(a, b, equal_nan=True):
             a, b = np.nan_to_num(a), np.nan_to_num(b)
             difference = float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12))
@@ -112,7 +114,8 @@ def compare(new: dict[str, np.ndarray], old: dict[str, np.ndarray]) -> str:
     missing, further = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
     line = f"differs by {worst:.1e} in {where}" if where else f"equal, {len(new.keys() & old.keys())} results"
     line += f"; missing: {', '.join(missing)}" if missing else ""
-    return line + (f"; new: {', '.join(further)}" if further else "")
+    line += f"; new: {', '.join(further)}" if further else ""
+    return not missing and not further and worst <= tolerance, line
 
 
 def main() -> None:
@@ -121,9 +124,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--only", nargs="+", default=list(RUNS))
+    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="relative, with two workers")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    all_equal = True
     for workers in given.workers:
         with tempfile.TemporaryDirectory() as root:
             for name, line in RUNS.items():
@@ -137,9 +142,15 @@ def main() -> None:
                 found = results(Path(root, experiment, name))
                 kept = f"{name}-{workers}.npz"
                 np.savez(given.out / kept, **found)
-                if given.against:
+                if given.against and not (given.against / kept).exists():
+                    all_equal = False
+                    print(f"{name}, {workers} workers: MISSING from {given.against}", flush=True)
+                elif given.against:
                     with np.load(given.against / kept) as old:
-                        print(f"{name}, {workers} workers: {compare(found, dict(old))}", flush=True)
+                        is_equal, line = compare(found, dict(old), given.tolerance if workers else 0.0)
+                    all_equal &= is_equal
+                    print(f"{name}, {workers} workers: {line}", flush=True)
+    sys.exit(0 if all_equal else 1)
 
 
 if __name__ == "__main__":

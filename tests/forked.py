@@ -90,7 +90,7 @@ def warm_up() -> None:
     import torch._dynamo
 
     import raypkg.cli.execute
-    import raypkg.phases.selection
+    import raypkg.experiments.selection
     from raypkg.core.registry import Registry
     from raypkg.coresets.rules import coreset
     from raypkg.data.sources import dataset

@@ -5,10 +5,10 @@ from torch import nn
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.data import load_data
+from raypkg.experiments.samples import new_model
 from raypkg.methods.deltagrad.objective import check_derivation
 from raypkg.models import build_model
 from raypkg.models.airbench import RATE, RIDGE, Shifted, Whitened, dirac
-from raypkg.phases.samples import new_model
 
 
 def images(n=40, side=9):

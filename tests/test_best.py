@@ -8,10 +8,9 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.engine.loop import evaluate
 from raypkg.engine.worker import Worker
-from raypkg.experiments import experiment, settings_of
-from raypkg.phases import training
-from raypkg.phases.samples import new_model, open_samples
-from raypkg.phases.training import Job, train_model
+from raypkg.experiments import experiment, settings_of, training
+from raypkg.experiments.samples import new_model, open_samples
+from raypkg.experiments.training import Job, train_model
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors
 from raypkg.runs.storage import Storage
 

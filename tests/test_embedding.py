@@ -22,9 +22,9 @@ from raypkg.data.augment import compose
 from raypkg.data.partition import hold_out
 from raypkg.data.sources.digits import load as load_digits
 from raypkg.data.sources.table import RowTable
+from raypkg.experiments import embedded_parts, embedding
+from raypkg.experiments.trained import load_model
 from raypkg.models import build_model
-from raypkg.phases import embedded_parts, embedding
-from raypkg.phases.trained import load_model
 from raypkg.runs.storage import Storage
 from run_files import check_whole, files
 

@@ -8,11 +8,11 @@ from raypkg.core.config import load_settings, parse_toml, to_toml
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Train
 from raypkg.experiments import experiment, settings_of
+from raypkg.experiments.first_weights import fitted
 from raypkg.experiments.names import with_absolute_paths
 from raypkg.models.classifier import Classifier
-from raypkg.phases.first_weights import fitted
-from raypkg.sweeps.proxy import selection
-from raypkg.sweeps.trial_settings import varied
+from raypkg.studies.proxy import selection
+from raypkg.studies.trial_settings import varied
 
 
 def model(inputs=4, width=5, classes=3):

@@ -16,8 +16,8 @@ from raypkg.engine.batches import MOST_AHEAD, dtype_of, plain_batches, to_device
 from raypkg.engine.loop import autocast, computes_bfloat16, evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
+from raypkg.experiments.training import synchronised
 from raypkg.models import build_model
-from raypkg.phases.training import synchronised
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two GPUs")

@@ -14,9 +14,9 @@ from raypkg.data import Data
 from raypkg.data.augment import compose
 from raypkg.data.kinds import IMAGES, TEXTS
 from raypkg.data.split import Split
+from raypkg.experiments.backbone import named_backbone
 from raypkg.models import build_model, tokenizer_of
 from raypkg.models.classifier import checked
-from raypkg.phases.backbone import named_backbone
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402

@@ -21,7 +21,7 @@ from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data import load_data
 from raypkg.data.files import files_below, place_of
 from raypkg.data.store.cache import cached
-from raypkg.phases.samples import open_any_samples
+from raypkg.experiments.samples import open_any_samples
 
 WITH_FILES = ("table", "libsvm", "text", "parquet", "folder")
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from raypkg.sweeps.paired import Difference, estimated, paired_difference, t_probability, t_quantile
+from raypkg.studies.paired import Difference, estimated, paired_difference, t_probability, t_quantile
 
 PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 9: 2.262, 10: 2.228, 29: 2.045, 100: 1.984}
 

@@ -9,15 +9,15 @@ import torch
 from raypkg.core.config import load_settings
 from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data.coreset import Coreset
+from raypkg.experiments.coreset_files import origin, save_coreset
+from raypkg.experiments.samples import open_samples
 from raypkg.methods.crest.settings import CrestSettings
-from raypkg.phases.coreset_files import origin, save_coreset
-from raypkg.phases.samples import open_samples
 from raypkg.runs.agreement import kendall
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.storage import Storage
-from raypkg.sweeps.proxy import FINALISTS, enlist, selection
-from raypkg.sweeps.standing import ONLY, front, judge_proxy, ranked
-from raypkg.sweeps.sweep_folder import create_sweep
+from raypkg.studies.proxy import FINALISTS, enlist, selection
+from raypkg.studies.standing import ONLY, front, judge_proxy, ranked
+from raypkg.studies.sweep_folder import create_sweep
 
 TAUS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
 

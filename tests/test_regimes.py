@@ -14,7 +14,7 @@ from raypkg.data.opening import open_data
 from raypkg.data.regimes import long_tail, taken, with_wrong_labels, wrong_share
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard
-from raypkg.phases.samples import open_any_samples, open_samples
+from raypkg.experiments.samples import open_any_samples, open_samples
 
 
 def rng(seed=0):

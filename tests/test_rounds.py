@@ -12,13 +12,13 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
+from raypkg.experiments.coreset_files import load_record
+from raypkg.experiments.samples import new_model, open_samples
 from raypkg.methods.lipt.outer import outer_step
 from raypkg.methods.lipt.pretrain import RESULT
 from raypkg.methods.lipt.pretrain.lipt import disjoint_shards, pretrain_models
 from raypkg.methods.lipt.pretrain.member import Context
 from raypkg.methods.lipt.settings import LiptSettings, Pretrain
-from raypkg.phases.coreset_files import load_record
-from raypkg.phases.samples import new_model, open_samples
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors
 from raypkg.runs.storage import Storage
 

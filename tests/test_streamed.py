@@ -30,8 +30,8 @@ from raypkg.data.store.parts import Stream
 from raypkg.engine.batches import Batches, plain_batches
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
+from raypkg.experiments.samples import Samples
 from raypkg.models import build_model
-from raypkg.phases.samples import Samples
 from test_object_sources import WITH_FILES, same
 
 N = 120

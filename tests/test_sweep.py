@@ -18,16 +18,16 @@ from raypkg.methods.crest.settings import CrestSettings
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
-from raypkg.sweeps import plots as sweep_plots
-from raypkg.sweeps.figures import TrialRun
-from raypkg.sweeps.order import Order, filled
-from raypkg.sweeps.pages import sweep_page
-from raypkg.sweeps.show import conclude, show_sweep
-from raypkg.sweeps.spaces import Space
-from raypkg.sweeps.standing import front, ranked
-from raypkg.sweeps.sweep import resume_sweep
-from raypkg.sweeps.sweep_folder import create_sweep, find_sweep, is_sweep
-from raypkg.sweeps.trial import run_trial
+from raypkg.studies import plots as sweep_plots
+from raypkg.studies.figures import TrialRun
+from raypkg.studies.order import Order, filled
+from raypkg.studies.pages import sweep_page
+from raypkg.studies.show import conclude, show_sweep
+from raypkg.studies.spaces import Space
+from raypkg.studies.standing import front, ranked
+from raypkg.studies.sweep import resume_sweep
+from raypkg.studies.sweep_folder import create_sweep, find_sweep, is_sweep
+from raypkg.studies.trial import run_trial
 
 ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 4}
 TAUS = [0.01, 0.02, 0.03, 0.04]

@@ -8,8 +8,8 @@ import pytest
 from raypkg.cli import main
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
+from raypkg.experiments import trust
 from raypkg.methods.deltagrad.ledger import Ledger
-from raypkg.phases import trust
 from raypkg.runs.folder import NEEDED, RunFolder, create
 from raypkg.runs.storage import Storage
 
@@ -161,8 +161,8 @@ def test_trusting_is_an_option(stored, of_somebody_else, monkeypatch, tmp_path):
 def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, capsys, tmp_path):
     from dataclasses import asdict
 
-    from raypkg.sweeps.order import Order
-    from raypkg.sweeps.sweep_folder import create_sweep
+    from raypkg.studies.order import Order
+    from raypkg.studies.sweep_folder import create_sweep
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(trust.TRUST, raising=False)

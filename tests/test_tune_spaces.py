@@ -13,9 +13,9 @@ from raypkg.core.settings import Experiment
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.names import check_names
 from raypkg.methods.sparse.settings import SparseSettings
-from raypkg.sweeps.figures import METRICS
-from raypkg.sweeps.spaces import Space, check_space, find_space, open_space, read_space, space_of
-from raypkg.sweeps.trial_settings import varied
+from raypkg.studies.figures import METRICS
+from raypkg.studies.spaces import Space, check_space, find_space, open_space, read_space, space_of
+from raypkg.studies.trial_settings import varied
 
 N = 45_000  # training samples
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))

@@ -82,9 +82,9 @@ def show(run: str, root: str, against: str | None) -> None:
     from raypkg.runs.folder import locate
     from raypkg.runs.show import show_run as print_run
     from raypkg.runs.show import terminal
-    from raypkg.sweeps.comparison_show import show_comparison
-    from raypkg.sweeps.show import show_resumption, show_sweep
-    from raypkg.sweeps.sweep_folder import SweepFolder, is_sweep
+    from raypkg.studies.comparison_show import show_comparison
+    from raypkg.studies.show import show_resumption, show_sweep
+    from raypkg.studies.sweep_folder import SweepFolder, is_sweep
 
     from .unfinished import show_how_far
 
@@ -122,12 +122,12 @@ def export(run: str, root: str, form: str) -> None:
     """
     from raypkg.core.config import load_settings
     from raypkg.experiments import training_settings_of
+    from raypkg.experiments.trust import stored_settings
     from raypkg.methods.sparse.export import export_sparse as write
     from raypkg.methods.sparse.show import savings
-    from raypkg.phases.trust import stored_settings
     from raypkg.runs.folder import locate
     from raypkg.runs.show import terminal
-    from raypkg.sweeps.sweep_folder import is_sweep
+    from raypkg.studies.sweep_folder import is_sweep
 
     folder = locate(root, run)
     if is_sweep(folder.storage):

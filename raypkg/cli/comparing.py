@@ -11,8 +11,8 @@ import click
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, settings_of
 from raypkg.runs import ROOT
-from raypkg.sweeps.shipped import SUFFIX, TABLES, shipped_files
-from raypkg.sweeps.tables import SCALES, Table, check_seeds, narrowed, open_table
+from raypkg.studies.shipped import SUFFIX, TABLES, shipped_files
+from raypkg.studies.tables import SCALES, Table, check_seeds, narrowed, open_table
 
 from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
 from .tune import Choice
@@ -83,7 +83,7 @@ def _command(name: str, table: Table) -> click.Command:
         concurrent: int | None,
         **given: Any,
     ) -> None:
-        from raypkg.sweeps.comparison import Asked, compare_rows, resume_comparison
+        from raypkg.studies.comparison import Asked, compare_rows, resume_comparison
 
         values = overrides(schema, given, pairs)
         if resume is not None:
@@ -194,6 +194,6 @@ def report_page(name: str, root: str) -> None:
     """
     from raypkg.core.errors import redacted
     from raypkg.runs.folder import locate
-    from raypkg.sweeps.pages import write_page
+    from raypkg.studies.pages import write_page
 
     click.echo(redacted(write_page(locate(root, name))))

@@ -22,7 +22,7 @@ from raypkg.runs.stages import Stage
 from raypkg.runs.storage import Storage
 
 if TYPE_CHECKING:  # it imports torch, which a mistake in the settings need not wait for
-    from raypkg.phases.samples import Samples
+    from raypkg.experiments.samples import Samples
 
 COLUMNS = "{:<9} {:>6} {:>7} {:>7} {:>12} {:>10} {:>14}"
 ALWAYS = ("config.toml", "environment.json", "metrics.parquet", "phases/", "plots/", "summary.json")
@@ -42,8 +42,8 @@ def dry_run(
     Raises:
         UserError: what a run would refuse before its first phase; or one is to be resumed, which has its settings.
     """
-    from raypkg.phases.outlook import stages_of
-    from raypkg.phases.samples import forget_samples, open_samples
+    from raypkg.experiments.outlook import stages_of
+    from raypkg.experiments.samples import forget_samples, open_samples
 
     if resume is not None:
         raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
@@ -77,8 +77,8 @@ def _check_folder(entry: Entry, settings: RunSettings, name: str | None, root: s
 def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> None:
     """Refuse what an experiment refuses once it knows the samples."""
     from raypkg.coresets.reselection import check_selects_once
-    from raypkg.phases.selection import check_target_samples, trained_model
-    from raypkg.phases.trained import first_weights
+    from raypkg.experiments.selection import check_target_samples, trained_model
+    from raypkg.experiments.trained import first_weights
 
     n = len(samples.kept)
     if isinstance(settings, SelectSettings):
@@ -114,7 +114,7 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
 
 def _embedding(settings: EmbedSettings, samples: Samples, storage: Storage) -> str:
     """Return what is computed, if the disk has room for it."""
-    from raypkg.phases.embedding import check_disk
+    from raypkg.experiments.embedding import check_disk
 
     embedding = planned(settings, samples.data, RunFolder(storage))
     check_disk(embedding, storage)
@@ -133,8 +133,8 @@ def _selection(select: Select, n: int) -> str:
 
 def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> Iterator[str]:
     """Yield what is trained, how long, and what that takes."""
-    from raypkg.phases.footprint import step_memory
-    from raypkg.phases.samples import new_model
+    from raypkg.experiments.footprint import step_memory
+    from raypkg.experiments.samples import new_model
 
     n = len(samples.kept)
     model = new_model(settings, samples.data)

@@ -11,7 +11,7 @@ from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out
 from raypkg.experiments.embed import EmbedSettings
 from raypkg.experiments.names import check_names, with_absolute_paths, with_tokenizer
-from raypkg.phases.trust import stored_settings
+from raypkg.experiments.trust import stored_settings
 from raypkg.runs.folder import RunFolder, create, discard, find
 from raypkg.runs.show import show_run, terminal
 

@@ -114,8 +114,8 @@ def _command(entry: Entry) -> click.Command:
     def callback(
         config: Path | None, pairs: tuple[str, ...], name: str | None, resume: str | None, root: str, **given: Any
     ) -> None:
-        from raypkg.sweeps.order import Order
-        from raypkg.sweeps.sweep import resume_sweep, start_sweep
+        from raypkg.studies.order import Order
+        from raypkg.studies.sweep import resume_sweep, start_sweep
 
         asked = {option: given.pop(option) for option in Order.options()}
         order = Order(entry.name, **asked)

@@ -5,12 +5,12 @@ from click import Group, get_current_context
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.experiments import experiment, settings_of
-from raypkg.phases.outlook import stages_of
+from raypkg.experiments.outlook import stages_of
 from raypkg.runs.activity import resuming, state_of
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.show import show_unfinished, terminal
 from raypkg.runs.stages import Stage
-from raypkg.sweeps.belonging import sweep_around
+from raypkg.studies.belonging import sweep_around
 
 
 def show_how_far(folder: RunFolder, root: str) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # they import pydantic and pyarrow, which `--help` need not w
 
     from raypkg.core.entry import Entry
     from raypkg.core.settings import Experiment, RunSettings
-    from raypkg.phases.sharing import Donors
+    from raypkg.experiments.sharing import Donors
     from raypkg.runs.folder import RunFolder
 
 experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report", "workers"))
@@ -44,7 +44,7 @@ def training_settings_of(entry: Entry) -> type[Experiment]:
 
 def _with_digest(settings: R, folder: RunFolder) -> R:
     """Open the data set; note in the stored settings which samples it gave, or refuse others than are noted there."""
-    from raypkg.phases.samples import open_samples
+    from raypkg.experiments.samples import open_samples
 
     samples = open_samples(settings)
     if settings.dataset.digest is not None:
@@ -81,10 +81,10 @@ def carry_out(
     """
     with heavy_imports():
         from raypkg.cluster.workers import Workers
-        from raypkg.phases.outlook import stages_of
-        from raypkg.phases.samples import forget_samples
-        from raypkg.phases.sharing import take_over
-        from raypkg.phases.trained import keep_first_weights
+        from raypkg.experiments.outlook import stages_of
+        from raypkg.experiments.samples import forget_samples
+        from raypkg.experiments.sharing import take_over
+        from raypkg.experiments.trained import keep_first_weights
         from raypkg.runs.report import Report
         from raypkg.runs.tracking import Listened, tracker
 

@@ -16,7 +16,7 @@ from . import experiment
 
 if TYPE_CHECKING:  # they import torch, which `--help` need not wait for
     from raypkg.data import Data
-    from raypkg.phases.embedding import Embedding
+    from raypkg.experiments.embedding import Embedding
     from raypkg.runs.folder import RunFolder
 
 
@@ -76,8 +76,8 @@ def run(settings: EmbedSettings, *, report: Report) -> None:
     Example:
         effray embed --model resnet8 --name rows && effray train --dataset table:runs/embed/rows --model linear
     """
-    from raypkg.phases.embedding import embed, finish_embedding
-    from raypkg.phases.samples import open_samples
+    from raypkg.experiments.embedding import embed, finish_embedding
+    from raypkg.experiments.samples import open_samples
 
     data = open_samples(settings).data
     embed(planned(settings, data, report.folder), data, settings.dataset, settings.cluster, report)
@@ -95,9 +95,9 @@ def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding
     Raises:
         UserError: no such model or run, one that does not fit the samples, or draws of no augmentation.
     """
-    from raypkg.phases.backbone import named_backbone, trained_backbone
-    from raypkg.phases.embedding import Embedding
-    from raypkg.phases.samples import augmentations
+    from raypkg.experiments.backbone import named_backbone, trained_backbone
+    from raypkg.experiments.embedding import Embedding
+    from raypkg.experiments.samples import augmentations
 
     augment = augmentations(settings.dataset, data)
     if settings.draws and not augment:

@@ -29,9 +29,9 @@ def run(settings: SelectSettings, *, report: Report) -> None:
         effray train --name first --train.epochs 5 && effray select --model-from first --method craig --fraction 0.2
     """
     from raypkg.coresets.reselection import check_selects_once
-    from raypkg.phases.samples import open_samples
-    from raypkg.phases.selection import select_on_actors, trained_model
-    from raypkg.phases.summary import finish
+    from raypkg.experiments.samples import open_samples
+    from raypkg.experiments.selection import select_on_actors, trained_model
+    from raypkg.experiments.summary import finish
 
     check_selects_once(settings)
     samples = open_samples(settings)

@@ -54,10 +54,10 @@ def run(settings: TrainSettings, *, report: Report, workers: Workers) -> None:
     Example:
         effray train --dataset digits --model resnet8 --select.fraction 0.5 --train.epochs 10
     """
-    from raypkg.phases.coreset_files import FILE, GIVEN
-    from raypkg.phases.samples import given_coreset, open_samples
-    from raypkg.phases.summary import finish
-    from raypkg.phases.training import Job, train_on_cluster
+    from raypkg.experiments.coreset_files import FILE, GIVEN
+    from raypkg.experiments.samples import given_coreset, open_samples
+    from raypkg.experiments.summary import finish
+    from raypkg.experiments.training import Job, train_on_cluster
 
     samples = open_samples(settings)
     settings.check(len(samples.kept))

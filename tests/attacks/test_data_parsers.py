@@ -21,7 +21,7 @@ from raypkg.data.sources.table import RowTable
 from raypkg.data.split import Split
 from raypkg.data.store.decode import decode_all
 from raypkg.data.store.images import Examples, surveyed
-from raypkg.phases.coreset_files import load_coreset, save_coreset
+from raypkg.experiments.coreset_files import load_coreset, save_coreset
 from raypkg.runs.storage import Storage
 
 fuzzed = settings(

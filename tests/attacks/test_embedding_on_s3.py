@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from forked import effray
-from raypkg.phases import embedded_parts
+from raypkg.experiments import embedded_parts
 from raypkg.runs.storage import Storage
 from test_embedding import EMBED, killed_after
 

@@ -53,7 +53,7 @@ def _make_unfinished_runs(runs: Path) -> None:
 
 def _make_sweep(folder: Path) -> None:
     from raypkg.methods.crest.settings import CrestSettings
-    from raypkg.sweeps.sweep_folder import create_sweep
+    from raypkg.studies.sweep_folder import create_sweep
 
     order = {**ORDER, **dict.fromkeys(REST), "scheduler": "fifo", "search": "random", "fixed": {}}
     create_sweep(str(folder / "runs"), "sweep", order, CrestSettings(), SPACE, [{"crest.b": 1}])

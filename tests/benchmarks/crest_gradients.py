@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from raypkg.core.config import load_settings
 from raypkg.engine.batches import plain_batches
+from raypkg.experiments.samples import new_model, open_samples
+from raypkg.experiments.training import MODEL
 from raypkg.methods.crest.minibatch import minibatch_coreset
 from raypkg.methods.crest.settings import CrestSettings
-from raypkg.phases.samples import new_model, open_samples
-from raypkg.phases.training import MODEL
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import find
 

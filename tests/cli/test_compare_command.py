@@ -10,14 +10,14 @@ import pytest
 from raypkg.core.errors import UserError
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
-from raypkg.sweeps import trial as trials
-from raypkg.sweeps.outcomes import Outcomes
-from raypkg.sweeps.sweep_folder import SweepFolder, find_sweep
-from raypkg.sweeps.tables import Table
-from raypkg.sweeps.trial import run_trial
+from raypkg.studies import trial as trials
+from raypkg.studies.outcomes import Outcomes
+from raypkg.studies.sweep_folder import SweepFolder, find_sweep
+from raypkg.studies.tables import Table
+from raypkg.studies.trial import run_trial
 
 TABLE = """
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 def table(scale):
     return Table(

@@ -391,7 +391,7 @@ def test_an_unfinished_run_says_how_to_finish_it(effray, refusal, monkeypatch):
     for moment in ("begin_log", "finish"):
         with monkeypatch.context() as patch:
             place = "raypkg.methods.deltagrad.recorded_run.begin_log"
-            patch.setattr(place if moment == "begin_log" else "raypkg.phases.summary.finish", stop)
+            patch.setattr(place if moment == "begin_log" else "raypkg.experiments.summary.finish", stop)
             refusal(f"{SHORT.replace(' a ', f' {moment} ')} --cluster.workers 0", leaves=1)
         message = refusal(f"deltagrad delete {moment} --ids 1")
         assert (

@@ -12,8 +12,8 @@ import torch
 
 from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data import load_data
+from raypkg.experiments.samples import open_samples
 from raypkg.methods.deltagrad.recorded_run import open_recorded
-from raypkg.phases.samples import open_samples
 from raypkg.runs.folder import locate
 
 HERE = "--cluster.workers 0"
@@ -82,7 +82,7 @@ def test_a_model_without_a_linear_head_is_refused(refusal, tmp_path, monkeypatch
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_computed(refusal, monkeypatch):
-    monkeypatch.setattr("raypkg.phases.embedding.shutil.disk_usage", lambda folder: type("", (), {"free": 1000}))
+    monkeypatch.setattr("raypkg.experiments.embedding.shutil.disk_usage", lambda folder: type("", (), {"free": 1000}))
     line = refusal(EMBED)
     assert "1,437 training rows and 360 test rows of 100 features, about 748 kB, and as much again" in line
     assert "has 1 kB left" in line
@@ -232,7 +232,7 @@ def test_the_plan_tells_rows_width_and_bytes_as_they_will_be(effray, options):
 
 
 def test_the_plan_refuses_what_the_disk_cannot_hold(refusal, monkeypatch):
-    monkeypatch.setattr("raypkg.phases.embedding.shutil.disk_usage", lambda folder: type("", (), {"free": 1000}))
+    monkeypatch.setattr("raypkg.experiments.embedding.shutil.disk_usage", lambda folder: type("", (), {"free": 1000}))
     assert "has 1 kB left" in refusal(f"{EMBED} --dry-run")
 
 

@@ -17,7 +17,7 @@ from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.columns import metric_rows
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
-from raypkg.sweeps.sweep_folder import create_sweep
+from raypkg.studies.sweep_folder import create_sweep
 
 QUICK = "--model linear --pretrain.models 2 --pretrain.epochs 1 --train.epochs 1"
 CODE = """

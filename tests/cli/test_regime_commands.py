@@ -7,8 +7,8 @@ import pytest
 
 import samples
 from raypkg.core.config import load_settings
+from raypkg.experiments.samples import open_samples
 from raypkg.experiments.train import TrainSettings
-from raypkg.phases.samples import open_samples
 from raypkg.runs.folder import RunFolder, find
 
 NOISY = "train --model linear --train.epochs 2 --seed 3 --dataset.noise 0.4 --dataset.imbalance 0.2 --dataset.repeat 2"

@@ -18,8 +18,8 @@ from raypkg.methods.deltagrad.settings import DeltaGradSettings
 from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.runs.folder import create
 from raypkg.runs.storage import Storage
-from raypkg.sweeps.show import conclude
-from raypkg.sweeps.sweep_folder import create_sweep
+from raypkg.studies.show import conclude
+from raypkg.studies.sweep_folder import create_sweep
 
 SUMMARY = {
     "phases": [

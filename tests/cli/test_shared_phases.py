@@ -8,13 +8,13 @@ import pytest
 
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
-from raypkg.sweeps import trial as trials
-from raypkg.sweeps.comparison import _donors_first
-from raypkg.sweeps.sweep_folder import find_sweep
+from raypkg.studies import trial as trials
+from raypkg.studies.comparison import _donors_first
+from raypkg.studies.sweep_folder import find_sweep
 from run_files import files
 
 TABLE = """
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 def table(scale):
     return Table(
@@ -194,8 +194,8 @@ def test_data_that_changed_between_trials_is_not_shared(effray, compare, tmp_pat
 
 def test_on_ray_a_trial_that_others_take_over_goes_first(effray, compare):
     from raypkg.core.config import load_settings
+    from raypkg.experiments.outlook import stages_of
     from raypkg.methods.lipt.settings import LiptSettings
-    from raypkg.phases.outlook import stages_of
 
     effray(f"{compare} --name m --cases short,faster --rows el2n,craig")
     sweep = find_sweep("runs", "m")

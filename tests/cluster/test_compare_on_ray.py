@@ -13,7 +13,7 @@ from raypkg.cli import main
 
 pytestmark = pytest.mark.ray
 TABLE = """
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 def table(scale):
     return Table(

@@ -12,8 +12,8 @@ from raypkg.data.coreset import Coreset
 from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of
-from raypkg.phases.samples import open_samples
-from raypkg.phases.training import Job, train_model
+from raypkg.experiments.samples import open_samples
+from raypkg.experiments.training import Job, train_model
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.storage import Storage
 

@@ -14,7 +14,9 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
+from raypkg.experiments.coreset_files import load_record
 from raypkg.experiments.names import check_names
+from raypkg.experiments.samples import augmentations, new_model, open_samples
 from raypkg.methods.lipt.densities import redrawn
 from raypkg.methods.lipt.merges import merge
 from raypkg.methods.lipt.pretrain import MERGED_FILE, RESULT, pretraining
@@ -22,8 +24,6 @@ from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.methods.lipt.soup import Member, alone
 from raypkg.methods.sparse.masks import random_masks, shapes_of
 from raypkg.methods.sparse.rules import initial as sparsity
-from raypkg.phases.coreset_files import load_record
-from raypkg.phases.samples import augmentations, new_model, open_samples
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.report import Report

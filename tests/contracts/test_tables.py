@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from raypkg.core.errors import UserError
-from raypkg.sweeps.comparison import base_settings, check_comparison
-from raypkg.sweeps.outcomes import run_identity, trials_of_table
-from raypkg.sweeps.tables import SCALES, Table, narrowed, open_table, read_table_file
+from raypkg.studies.comparison import base_settings, check_comparison
+from raypkg.studies.outcomes import run_identity, trials_of_table
+from raypkg.studies.tables import SCALES, Table, narrowed, open_table, read_table_file
 
 FILES = sorted((Path(__file__).parents[2] / "tune_spaces" / "tables").glob("*.py"))
 FEWER = {"texts": {"train.batch_size": 4}}  # samples a step: half a per cent of the digits is less than its own
 SHIPPED = {"selection", "margins", "lipt", "crest", "agent", "sparse", "deltagrad", "infobatch", "texts"}
 MINE = """
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 def table(scale):
     mine = dict(title="t", experiment="train", baseline="a", rows={{"a": {{}}, "b": {{}}}})
     return Table(**dict(mine, {changes}))
@@ -63,7 +63,7 @@ def test_one_in_the_working_folder_wins(tmp_path, monkeypatch):
     [
         ("x = 1", "defines no function table"),
         ("1 / 0", "raises ZeroDivisionError: division by zero"),
-        ("def table(scale): return 5", "returned 5, not a raypkg.sweeps.tables.Table"),
+        ("def table(scale): return 5", "returned 5, not a raypkg.studies.tables.Table"),
         ("def table(scale): raise SystemExit(3)", "raises SystemExit: 3"),
         (MINE.format(changes="baseline='c'"), "the baseline: unknown row 'c'"),
         (MINE.format(changes="rows={}"), "has no row or no case"),

@@ -1,6 +1,6 @@
 """AGENT's gradient correction against SGD at several rates, on a convex model and on deep ones."""
 
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 CONSTANT = {"train.schedule": "constant", "train.momentum": 0.0, "train.nesterov": False}
 

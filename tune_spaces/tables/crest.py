@@ -1,6 +1,6 @@
 """CREST against random batches: at equal samples backward, at equal work, at twice the rate, with and without norms."""
 
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 SMALL = {
     "train.epochs": 20,

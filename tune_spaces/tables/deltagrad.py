@@ -1,9 +1,9 @@
 """DeltaGrad against training again: seconds and distance after a deletion, or after requests one after another."""
 
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
-ONE = "raypkg.sweeps.deletions:delete_some"
-ONLINE = "raypkg.sweeps.deletions:delete_one_after_another"
+ONE = "raypkg.studies.deletions:delete_some"
+ONLINE = "raypkg.studies.deletions:delete_one_after_another"
 
 
 def table(scale: str) -> Table:

@@ -1,6 +1,6 @@
 """InfoBatch against all samples, against as many random ones, and against fewer epochs of the same cost."""
 
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 KEPT = 0.7  # share of the samples that InfoBatch back-propagates, about
 

@@ -1,6 +1,6 @@
 """LiPT's pre-training against none and against dense pre-training: what they select, and what that costs."""
 
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 DENSE = (1, 2, 5, 10)  # epochs
 BASELINE = f"dense {DENSE[-1]}"

@@ -3,7 +3,7 @@
 Margins need no pass over the samples: each model notes those of its own shard while it trains.
 """
 
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 DENSE = (1, 2, 5, 10)  # epochs
 

@@ -1,7 +1,7 @@
 """What to train on: every selection method against random subsets, at several shares, on clean and on harder data."""
 
 from raypkg.coresets.rules import coreset
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 WEIGHTED = ("craig", "gradmatch", "gradmatchpb")  # their weights are half of what they choose
 RESELECTED = ("craig", "glister", "gradmatch")  # published with a new selection every few epochs

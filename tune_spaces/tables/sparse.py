@@ -1,6 +1,6 @@
 """Sparse training by fixed masks, SET and RigL, each with and without AGENT, beside the dense model."""
 
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 RULES = {"static": {"growth": False}, "SET": {"growth": "random"}, "RigL": {"growth": "gradient"}}
 

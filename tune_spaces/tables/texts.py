@@ -1,6 +1,6 @@
 """CREST on texts: a transformer without batch norm, at a tenth and a quarter of its full training."""
 
-from raypkg.sweeps.tables import Table
+from raypkg.studies.tables import Table
 
 SMALL = {
     "model.name": "transformer",

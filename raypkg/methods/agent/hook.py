@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from raypkg.engine.run import Hook, Results, Run, hook
-from raypkg.phases.samples import Samples
-from raypkg.phases.training import Job
+from raypkg.experiments.samples import Samples
+from raypkg.experiments.training import Job
 
 from . import plots
 from .control_variate import correct, spread, variance_left

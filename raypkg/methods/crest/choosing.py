@@ -18,8 +18,8 @@ from raypkg.data.split import Split
 from raypkg.engine.costs import Cost
 from raypkg.engine.shards import FirstWorkerShards, Shard, Shards, WorkerShards
 from raypkg.engine.worker import Worker
-from raypkg.phases.samples import Samples
-from raypkg.phases.training import Job
+from raypkg.experiments.samples import Samples
+from raypkg.experiments.training import Job
 
 from .minibatch import Chosen, choose_minibatch
 from .settings import CrestOptions

@@ -17,9 +17,9 @@ def run(settings: CrestSettings, *, report: Report, workers: Workers) -> None:
     Example:
         effray crest --dataset digits --budget 0.25
     """
-    from raypkg.phases.samples import open_samples
-    from raypkg.phases.summary import finish
-    from raypkg.phases.training import Job, train_on_cluster
+    from raypkg.experiments.samples import open_samples
+    from raypkg.experiments.summary import finish
+    from raypkg.experiments.training import Job, train_on_cluster
 
     samples = open_samples(settings)
     settings.check(len(samples.kept))

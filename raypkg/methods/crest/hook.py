@@ -21,8 +21,8 @@ from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, training_batch
 from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.shards import Shards
 from raypkg.engine.worker import Worker
-from raypkg.phases.samples import Samples
-from raypkg.phases.training import Job
+from raypkg.experiments.samples import Samples
+from raypkg.experiments.training import Job
 
 from .choosing import ToScorer, choosing
 from .fitting import covered_parameters, fitted_moments, trains_as_it_evaluates

@@ -1,6 +1,6 @@
 """What a run of CREST or one of its baselines is going to do, for those who look on."""
 
-from raypkg.phases.outlook import in_whole_batches, main_stage, outlook
+from raypkg.experiments.outlook import in_whole_batches, main_stage, outlook
 from raypkg.runs.stages import Stage
 
 from .settings import CrestSettings

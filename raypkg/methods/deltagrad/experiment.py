@@ -17,9 +17,9 @@ def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> Non
     Example:
         effray deltagrad train --dataset digits
     """
-    from raypkg.phases.samples import new_model, open_samples
-    from raypkg.phases.summary import finish
-    from raypkg.phases.training import Job, train_on_cluster
+    from raypkg.experiments.samples import new_model, open_samples
+    from raypkg.experiments.summary import finish
+    from raypkg.experiments.training import Job, train_on_cluster
 
     from .history import Layout, check_room, history_folder
     from .recorded_run import begin_log

@@ -12,7 +12,7 @@ from torch import Tensor
 from raypkg.core.errors import UserError
 from raypkg.data import Data
 from raypkg.data.split import Split
-from raypkg.phases.samples import Samples
+from raypkg.experiments.samples import Samples
 from raypkg.runs.storage import Storage
 
 from .ledger import digest, stored_digest

@@ -10,8 +10,8 @@ import torch
 from raypkg.core.errors import UserError
 from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.engine.worker import Worker
-from raypkg.phases.samples import Samples, new_model
-from raypkg.phases.training import Job
+from raypkg.experiments.samples import Samples, new_model
+from raypkg.experiments.training import Job
 
 from .history import HistoryWriter, Layout, history_folder
 from .objective import to_vector

@@ -3,7 +3,7 @@
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.data.kinds import TEXTS
-from raypkg.phases.samples import augmentations, new_model, open_samples
+from raypkg.experiments.samples import augmentations, new_model, open_samples
 
 from .objective import check_derivation
 

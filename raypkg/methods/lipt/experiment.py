@@ -14,10 +14,10 @@ def run(settings: LiptSettings, *, report: Report, workers: Workers) -> None:
     Example:
         effray lipt --dataset digits --model resnet8 --select.method gradmatch --select.fraction 0.2
     """
-    from raypkg.phases.samples import open_samples
-    from raypkg.phases.selection import TrainedModel, check_target_samples, select_on_workers
-    from raypkg.phases.summary import finish
-    from raypkg.phases.training import Job, train_on_cluster
+    from raypkg.experiments.samples import open_samples
+    from raypkg.experiments.selection import TrainedModel, check_target_samples, select_on_workers
+    from raypkg.experiments.summary import finish
+    from raypkg.experiments.training import Job, train_on_cluster
 
     from .pretrain import RESULT, pretraining
 

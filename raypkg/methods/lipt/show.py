@@ -2,7 +2,7 @@
 
 from raypkg.core.config import fields_of
 from raypkg.core.settings import Select
-from raypkg.phases.outlook import main_stage, outlook, selection_stage
+from raypkg.experiments.outlook import main_stage, outlook, selection_stage
 from raypkg.runs.stages import Stage
 
 from .pretrain import RESULT

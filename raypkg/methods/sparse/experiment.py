@@ -17,10 +17,10 @@ def run(settings: SparseSettings, *, report: Report, workers: Workers) -> None:
     Example:
         effray sparse --dataset digits --model mlp --density 0.1 --growth gradient --agent
     """
-    from raypkg.phases.coreset_files import FILE
-    from raypkg.phases.samples import given_coreset, open_samples
-    from raypkg.phases.summary import finish
-    from raypkg.phases.training import Job, train_on_cluster
+    from raypkg.experiments.coreset_files import FILE
+    from raypkg.experiments.samples import given_coreset, open_samples
+    from raypkg.experiments.summary import finish
+    from raypkg.experiments.training import Job, train_on_cluster
 
     samples = open_samples(settings)
     storage = report.folder.storage

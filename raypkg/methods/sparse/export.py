@@ -13,9 +13,9 @@ from raypkg.core.settings import Experiment
 from raypkg.data import Data
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.worker import threads
-from raypkg.phases.samples import open_samples
-from raypkg.phases.trained import restored_model
-from raypkg.phases.training import MODEL
+from raypkg.experiments.samples import open_samples
+from raypkg.experiments.trained import restored_model
+from raypkg.experiments.training import MODEL
 from raypkg.runs.checkpoints import save_tensors
 from raypkg.runs.folder import RunFolder
 

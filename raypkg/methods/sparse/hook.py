@@ -14,8 +14,8 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.run import Hook, Results, Run, hook
-from raypkg.phases.samples import Samples, new_model
-from raypkg.phases.training import Job
+from raypkg.experiments.samples import Samples, new_model
+from raypkg.experiments.training import Job
 
 from . import plots
 from .flops import footprint

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE
 from rich.table import Table
 
-from raypkg.phases.outlook import in_whole_batches, main_stage, outlook
+from raypkg.experiments.outlook import in_whole_batches, main_stage, outlook
 from raypkg.runs.stages import Stage
 
 from .settings import SparseSettings

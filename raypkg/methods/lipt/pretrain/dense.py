@@ -1,8 +1,8 @@
 """The usual pre-training, for comparison."""
 
 from raypkg.cluster.workers import Workers
+from raypkg.experiments.training import Job, train_on_cluster
 from raypkg.methods.lipt.settings import LiptSettings
-from raypkg.phases.training import Job, train_on_cluster
 from raypkg.runs.report import Report
 
 from . import RESULT, pretraining

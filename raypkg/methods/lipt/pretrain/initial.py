@@ -3,8 +3,8 @@
 from typing import Any
 
 from raypkg.engine.costs import Cost
+from raypkg.experiments.samples import Samples, new_model
 from raypkg.methods.lipt.settings import LiptSettings
-from raypkg.phases.samples import Samples, new_model
 from raypkg.runs.checkpoints import save_tensors
 from raypkg.runs.report import Report
 

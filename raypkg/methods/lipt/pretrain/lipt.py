@@ -31,10 +31,10 @@ from raypkg.data.partition import stratified_shards
 from raypkg.data.split import at_hand
 from raypkg.engine.costs import Cost
 from raypkg.engine.worker import Worker
+from raypkg.experiments.samples import Samples, open_samples
+from raypkg.experiments.training import Job, measure_held_out, train_on_cluster
 from raypkg.methods.lipt.merges import merge
 from raypkg.methods.lipt.settings import LiptSettings
-from raypkg.phases.samples import Samples, open_samples
-from raypkg.phases.training import Job, measure_held_out, train_on_cluster
 from raypkg.runs.checkpoints import save_tensors
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage

@@ -19,13 +19,13 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast, fit
 from raypkg.engine.run import Hook, Run
 from raypkg.engine.worker import Worker
+from raypkg.experiments.samples import Samples, augmentations, new_model
 from raypkg.methods.lipt.densities import redrawn
 from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.methods.lipt.soup import Member, State
 from raypkg.methods.sparse.masked import Masked
 from raypkg.methods.sparse.masks import Masks, shapes_of
 from raypkg.methods.sparse.rules import initial as sparsity
-from raypkg.phases.samples import Samples, augmentations, new_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 

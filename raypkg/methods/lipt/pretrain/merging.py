@@ -10,10 +10,10 @@ from raypkg.core.seeds import seeded
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast
+from raypkg.experiments.training import measure_held_out
 from raypkg.methods.lipt.batchnorm import reestimate
 from raypkg.methods.lipt.merges import merge
 from raypkg.methods.lipt.soup import Member, State
-from raypkg.phases.training import measure_held_out
 
 from .member import Context
 

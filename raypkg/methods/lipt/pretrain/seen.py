@@ -10,8 +10,8 @@ from torch import Tensor
 from raypkg.core.errors import UserError
 from raypkg.coresets.recorder import Recorder
 from raypkg.engine.run import Hook, Run
-from raypkg.phases.coreset_files import save_record
-from raypkg.phases.training import Job
+from raypkg.experiments.coreset_files import save_record
+from raypkg.experiments.training import Job
 from raypkg.runs.checkpoints import load_state, save_state
 
 from . import RESULT

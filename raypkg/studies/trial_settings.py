@@ -106,8 +106,8 @@ def samples_of(trial: Experiment) -> int:
 
 @lru_cache
 def _count(dataset: str, seed: int, coreset: str | None) -> int:
-    from raypkg.phases.coreset_files import load_coreset
-    from raypkg.phases.samples import open_samples
+    from raypkg.experiments.coreset_files import load_coreset
+    from raypkg.experiments.samples import open_samples
 
     settings = RunSettings(seed=seed, dataset=Dataset.model_validate_json(dataset))
     samples = open_samples(settings)

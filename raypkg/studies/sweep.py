@@ -20,7 +20,7 @@ from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import training_settings_of
 from raypkg.experiments.names import check_names, with_absolute_paths
-from raypkg.phases.trust import check_code, check_file_of_code
+from raypkg.experiments.trust import check_code, check_file_of_code
 from raypkg.runs.activity import resuming
 from raypkg.runs.folder import discard
 from raypkg.runs.show import terminal

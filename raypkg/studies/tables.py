@@ -131,7 +131,9 @@ def read_table_file(text: str, origin: str, scale: str) -> Table:
     except (Exception, SystemExit) as error:  # it is the user's code
         raise UserError(f"table {origin!r} raises {type(error).__name__}: {error}") from None
     if not isinstance(table, Table):
-        raise UserError(f"table {origin!r}: table({scale!r}) returned {shown(table)}, not a raypkg.sweeps.tables.Table")
+        raise UserError(
+            f"table {origin!r}: table({scale!r}) returned {shown(table)}, not a raypkg.studies.tables.Table"
+        )
     _check(table, f"table {origin!r}")
     return table
 

@@ -88,7 +88,7 @@ def _overlap(run: RunFolder, baseline: RunFolder | None) -> float | None:
 
 def _noise_auc(run: RunFolder, _: RunFolder | None) -> float | None:
     """Return how well the scores tell wrong labels: the chance that a wrong one scores higher than a right one."""
-    from raypkg.phases.samples import open_samples
+    from raypkg.experiments.samples import open_samples
 
     table = run.storage.read_table(SCORES)
     if table is None:
