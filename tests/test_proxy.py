@@ -85,11 +85,11 @@ def test_kendall_counts_pairs():
 
 def test_a_data_set_can_be_narrowed_to_a_coreset_with_the_same_held_out_samples(tmp_path):
     whole = open_samples(RunSettings())
-    picked = whole.kept[torch.tensor([9, 3, 50])]
+    picked = whole.train_indices[torch.tensor([9, 3, 50])]
     save_coreset(Storage(str(tmp_path)), Coreset.uniform(picked), whole.data.train, origin(CrestSettings()))
     narrowed = open_samples(RunSettings(dataset=Dataset(only=f"{tmp_path}/coreset.parquet")))
-    assert narrowed.kept.tolist() == sorted(picked.tolist())
-    assert torch.equal(narrowed.valid, whole.valid)
+    assert narrowed.train_indices.tolist() == sorted(picked.tolist())
+    assert torch.equal(narrowed.held_out, whole.held_out)
 
 
 def test_the_coreset_is_selected_with_the_model_that_is_tuned():

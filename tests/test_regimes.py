@@ -88,12 +88,12 @@ def test_all_together_copies_share_a_label_and_the_tail_is_that_of_true_labels()
 def test_copies_of_a_sample_are_held_out_together():
     samples = open_samples(settings_of(repeat=5))
     train = samples.data.train
-    assert not set(train.ids[samples.kept].tolist()) & set(train.ids[samples.valid].tolist())
+    assert not set(train.ids[samples.train_indices].tolist()) & set(train.ids[samples.held_out].tolist())
 
 
 def test_held_out_labels_are_as_noisy_as_those_of_training():
     samples = open_samples(settings_of(noise=0.4, validation=0.5))
-    assert wrong_share(samples.data.train, samples.valid) == pytest.approx(0.4, abs=0.05)
+    assert wrong_share(samples.data.train, samples.held_out) == pytest.approx(0.4, abs=0.05)
 
 
 def test_draws_follow_from_the_seed_of_the_run_or_their_own():
@@ -114,10 +114,10 @@ def test_draws_leave_the_global_generator_alone():
 def test_whoever_opens_the_data_by_its_settings_alone_has_the_same_labels():
     stored = Dataset(noise=0.4, imbalance=0.5, repeat=2, seed=7)
     samples = open_samples(RunSettings(seed=3, dataset=stored))
-    shard = pickle.loads(pickle.dumps(Shard(stored, samples.kept, samples.valid)))
+    shard = pickle.loads(pickle.dumps(Shard(stored, samples.train_indices, samples.held_out)))
     assert torch.equal(shard.data.train.y, samples.data.train.y)
     with pytest.raises(UserError, match="drawn by a seed: give"):
-        Shard(Dataset(noise=0.4), samples.kept, samples.valid).data.train  # noqa: B018
+        Shard(Dataset(noise=0.4), samples.train_indices, samples.held_out).data.train  # noqa: B018
 
 
 def test_the_digest_tells_other_labels():

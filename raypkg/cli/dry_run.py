@@ -80,7 +80,7 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
     from raypkg.experiments.selection import check_target_samples, trained_model
     from raypkg.experiments.trained import first_weights
 
-    n = len(samples.kept)
+    n = len(samples.train_indices)
     if isinstance(settings, SelectSettings):
         check_selects_once(settings)
         trained_model(settings, RunFolder(storage), settings.model_from, settings.precision)
@@ -95,10 +95,10 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
 
 def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> Iterator[str]:
     """Yield the lines of the plan."""
-    n = len(samples.kept)
+    n = len(samples.train_indices)
     train, test = samples.data
     yield (
-        f"data: {len(train):,} samples, of which {n:,} to train on and {len(samples.valid):,} held out, and"
+        f"data: {len(train):,} samples, of which {n:,} to train on and {len(samples.held_out):,} held out, and"
         f" {len(test):,} to test on; {train.num_classes} classes, shape {train.kind.words(train.shape)}"
     )
     select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
@@ -136,7 +136,7 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
     from raypkg.experiments.footprint import step_memory
     from raypkg.experiments.samples import new_model
 
-    n = len(samples.kept)
+    n = len(samples.train_indices)
     model = new_model(settings, samples.data)
     count = sum(each.numel() for each in model.parameters())
     yield f"model: {settings.model.name}, {count:,} parameters"

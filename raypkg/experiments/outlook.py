@@ -85,4 +85,4 @@ def _size_given(settings: Experiment, path: str, n: int) -> int:
     from .samples import open_samples
 
     samples = open_samples(settings)
-    return len(load_coreset(path, samples.data.train, samples.valid, settings.dataset.name))
+    return len(load_coreset(path, samples.data.train, samples.held_out, settings.dataset.name))

@@ -26,17 +26,11 @@ LOOKED_AT = 4  # blocks that they are in, where samples are read by blocks
 
 
 class Samples(NamedTuple):
-    """A data set with its training positions and the held-out ones, both in the training split.
-
-    Attributes:
-        data: the whole data set.
-        kept: positions to train on, int64 [n], ascending.
-        valid: positions held out, int64 [v], ascending.
-    """
+    """A data set with the training indices and the held-out ones, both positions in the training split."""
 
     data: Data
-    kept: Tensor
-    valid: Tensor
+    train_indices: Tensor  # int64 [n], ascending
+    held_out: Tensor  # int64 [v], ascending
 
     def digest(self, dataset: Dataset) -> str:
         """Return a digest of sizes and classes, of a few rows of each split, and of what ``dataset.only`` chose.
@@ -46,7 +40,7 @@ class Samples(NamedTuple):
         """
         digest = blake2b(digest_size=16)
         if dataset.only is not None:
-            digest.update(self.kept.numpy().tobytes())
+            digest.update(self.train_indices.numpy().tobytes())
         for split in self.data:
             digest.update(repr((len(split), split.shape, split.classes)).encode())
             x, y = split.batch(split.spread(ROWS))
@@ -61,7 +55,7 @@ class Samples(NamedTuple):
     @property
     def everyone(self) -> Coreset:
         """All training samples, unweighted."""
-        return Coreset.uniform(self.kept)
+        return Coreset.uniform(self.train_indices)
 
 
 def open_samples(settings: RunSettings) -> Samples:
@@ -95,11 +89,11 @@ def forget_samples() -> None:
 def _opened(dataset: str, seed: int) -> Samples:
     chosen = Dataset.model_validate_json(dataset)
     data = open_data(chosen, seed)
-    kept, valid = hold_out(data.train.y, chosen.validation, generator(seed, "hold out"), data.train.ids)
+    train_indices, held_out = hold_out(data.train.y, chosen.validation, generator(seed, "hold out"), data.train.ids)
     if chosen.only is not None:
-        given = load_coreset(chosen.only, data.train, valid, chosen.name)
-        kept = given.indices.sort().values
-    return Samples(data, kept, valid)
+        given = load_coreset(chosen.only, data.train, held_out, chosen.name)
+        train_indices = given.indices.sort().values
+    return Samples(data, train_indices, held_out)
 
 
 def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> None:
@@ -156,7 +150,7 @@ def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: S
     """
     split = samples.data.train
     if file in storage.list():
-        return load_coreset(f"{storage.root}/{file}", split, samples.valid, settings.dataset.name)
-    coreset = load_coreset(path, split, samples.valid, settings.dataset.name)
+        return load_coreset(f"{storage.root}/{file}", split, samples.held_out, settings.dataset.name)
+    coreset = load_coreset(path, split, samples.held_out, settings.dataset.name)
     save_coreset(storage, coreset, split, {**origin(settings), "source": path}, file=file)
     return coreset

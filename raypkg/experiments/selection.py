@@ -78,7 +78,7 @@ def check_target_samples(select: Select, samples: Samples) -> None:
     """
     target = target_of(select)
     if target:
-        target.check(samples.data.train, samples.valid)
+        target.check(samples.data.train, samples.held_out)
 
 
 def select_on_actors(
@@ -98,7 +98,7 @@ def select_on_actors(
 
     def shards_for(holders: int) -> list[Shard]:
         source = settings.dataset if settings.cluster.workers != 0 else samples.data  # this process has it open
-        return class_shards(source, split.y, samples.kept, samples.valid, holders)
+        return class_shards(source, split.y, samples.train_indices, samples.held_out, holders)
 
     def work() -> dict[str, Any]:
         with hold(shards_for, settings.cluster) as shards:
@@ -135,7 +135,7 @@ def select_together(
     """Select on all workers; return the phase's record."""
     samples = open_samples(settings)
     y = samples.data.train.y
-    shards = class_shards(samples.data, y, samples.kept, samples.valid, worker.world, worker.device)
+    shards = class_shards(samples.data, y, samples.train_indices, samples.held_out, worker.world, worker.device)
     picked = _select(WorkerShards(shards, worker), settings, select, model, samples)
     if worker.rank > 0:
         return {}
@@ -145,7 +145,7 @@ def select_together(
 def _select(shards: Shards, settings: RunSettings, select: Select, model: TrainedModel, samples: Samples) -> Selection:
     split = samples.data.train
     record = load_record(model.storage, model.file, split.y)
-    return select_coreset(shards, model.scorer(split), select, record, samples.kept, seed=settings.seed)
+    return select_coreset(shards, model.scorer(split), select, record, samples.train_indices, seed=settings.seed)
 
 
 def _keep(
@@ -162,4 +162,4 @@ def _selected(work: Callable[[], dict[str, Any]], settings: RunSettings, samples
     """Do the phase's work, unless an earlier attempt did; return the coreset that it left."""
     report.phase("select", work, epochs=0)
     path = f"{report.folder.storage.root}/{FILE}"
-    return load_coreset(path, samples.data.train, samples.valid, settings.dataset.name)
+    return load_coreset(path, samples.data.train, samples.held_out, settings.dataset.name)

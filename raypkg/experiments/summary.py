@@ -53,12 +53,12 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
         **_figures(records),
         **wrong,
         **({"taken_over": taken} if taken else {}),
-        "samples": len(samples.kept),
+        "samples": len(samples.train_indices),
         "coreset": None if coreset is None else len(coreset),
         "phases": costs,
         "seconds": sum(cost["seconds"] for cost in costs),
         "elapsed": sum(record["elapsed"] for record in records.values()),
-        "full_training_backward": epochs * len(samples.kept),
+        "full_training_backward": epochs * len(samples.train_indices),
         "findings": [
             *(line for record in records.values() for line in record.get("findings", ())),
             *_told_wrong(wrong),
@@ -84,7 +84,7 @@ def draw_coreset(storage: Storage, samples: Samples, coreset: Coreset) -> None:
     """Draw a coreset's classes and, where there are scores, which were picked, with the extreme images."""
     split = samples.data.train
     picked = torch.bincount(split.y[coreset.indices], minlength=split.num_classes).tolist()
-    total = torch.bincount(split.y[samples.kept], minlength=split.num_classes).tolist()
+    total = torch.bincount(split.y[samples.train_indices], minlength=split.num_classes).tolist()
     save_plot(storage, "composition", lambda path: plots.composition(picked, total, split.classes, path))
     table = read_coreset(f"{storage.root}/{FILE}")
     everyone = storage.read_table(SCORES)
@@ -117,13 +117,13 @@ def _coreset_of(storage: Storage, settings: RunSettings, samples: Samples) -> Co
     """Return the run's coreset, or None where it trained on all samples."""
     if FILE not in storage.list():
         return None
-    return load_coreset(f"{storage.root}/{FILE}", samples.data.train, samples.valid, settings.dataset.name)
+    return load_coreset(f"{storage.root}/{FILE}", samples.data.train, samples.held_out, settings.dataset.name)
 
 
 def _wrong_labels(samples: Samples, coreset: Coreset | None) -> dict[str, float]:
     """Return which share of the training samples, and of the coreset, has a wrong label, where that is known."""
     split = samples.data.train
-    shares = {"wrong_labels": wrong_share(split, samples.kept)}
+    shares = {"wrong_labels": wrong_share(split, samples.train_indices)}
     if coreset is not None:
         shares["coreset_wrong_labels"] = wrong_share(split, coreset.indices)
     return {name: share for name, share in shares.items() if share is not None}

@@ -60,7 +60,7 @@ def run(settings: TrainSettings, *, report: Report, workers: Workers) -> None:
     from raypkg.experiments.training import Job, train_on_cluster
 
     samples = open_samples(settings)
-    settings.check(len(samples.kept))
+    settings.check(len(samples.train_indices))
     storage = report.folder.storage
     coreset = None
     if settings.coreset is not None:

@@ -74,7 +74,7 @@ class Job:
 
     def samples_used(self, samples: Samples) -> int:
         """Return how many samples training begins with."""
-        return len(samples.kept) if self.coreset is None else len(self.coreset)
+        return len(samples.train_indices) if self.coreset is None else len(self.coreset)
 
     def smallest_batch(self, samples: Samples) -> int:
         """Return the size of the smallest batch: no more workers than that have work."""
@@ -82,7 +82,7 @@ class Job:
         if self.coreset is not None:
             sizes.append(len(self.coreset))
         if self.selects and self.select:
-            sizes.append(budget_of(self.select.fraction, len(samples.kept)))
+            sizes.append(budget_of(self.select.fraction, len(samples.train_indices)))
         return min(sizes)
 
 
@@ -117,8 +117,12 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
     recorder = Recorder(train.y)
     hooks: list[Hook] = [recorder, *_of_main_training(job, samples)]
     if job.select:
-        shards = class_shards(samples.data, train.y, samples.kept, samples.valid, worker.world, worker.device)
-        hooks.append(Reselection(job.select, WorkerShards(shards, worker), recorder, samples.kept, job.coreset))
+        shards = class_shards(
+            samples.data, train.y, samples.train_indices, samples.held_out, worker.world, worker.device
+        )
+        hooks.append(
+            Reselection(job.select, WorkerShards(shards, worker), recorder, samples.train_indices, job.coreset)
+        )
     named = [*job.hooks, *job.experiment.hooks] if job.main else list(job.hooks)
     names = [each.name for each in named]
     if repeated := next((name for name in names if names.count(name) > 1), None):
@@ -148,7 +152,7 @@ def _of_main_training(job: Job, samples: Samples) -> Iterator[Hook]:
     if settings.from_ is not None:
         yield FirstWeights(load_tensors(job.storage, FIRST), settings.from_)
     if settings.keep == "best":
-        if not len(samples.valid):
+        if not len(samples.held_out):
             raise UserError("train.keep = best is by held-out samples, and there are none: raise dataset.validation")
         yield BestEpoch()
 
@@ -325,8 +329,8 @@ def measure_held_out(
     model: nn.Module, samples: Samples, worker: Worker, settings: Training, cost: Cost
 ) -> dict[str, float]:
     """Return loss and accuracy on the held-out samples, or nothing where none are held out."""
-    if not len(samples.valid):
+    if not len(samples.held_out):
         return {}
     split = samples.data.train
-    result = evaluate(model, split, samples.valid, worker, cost, precision=settings.precision)
+    result = evaluate(model, split, samples.held_out, worker, cost, precision=settings.precision)
     return {"valid_loss": result["loss"], "accuracy": result["accuracy"]}

@@ -21,7 +21,7 @@ REQUESTS = 10  # of one sample each
 def delete_some(folder: RunFolder) -> dict[str, float]:
     """Delete a thousandth of the samples, drawn by the run's seed, in one request."""
     with open_recorded(folder) as run:
-        kept = len(run.samples.kept)
+        kept = len(run.samples.train_indices)
         return _measured(run, [_drawn(run, max(1, round(SHARE * kept)))])
 
 
@@ -33,7 +33,7 @@ def delete_one_after_another(folder: RunFolder) -> dict[str, float]:
 
 def _drawn(run: RecordedRun, count: int) -> list[int]:
     """Return the positions of distinct training samples."""
-    kept = run.samples.kept
+    kept = run.samples.train_indices
     order = torch.randperm(len(kept), generator=generator(run.settings.seed, "deletions"))
     return kept[order[:count]].tolist()
 

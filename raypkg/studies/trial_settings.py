@@ -112,8 +112,8 @@ def _count(dataset: str, seed: int, coreset: str | None) -> int:
     settings = RunSettings(seed=seed, dataset=Dataset.model_validate_json(dataset))
     samples = open_samples(settings)
     if coreset is None:
-        return len(samples.kept)
-    return len(load_coreset(coreset, samples.data.train, samples.valid, settings.dataset.name))
+        return len(samples.train_indices)
+    return len(load_coreset(coreset, samples.data.train, samples.held_out, settings.dataset.name))
 
 
 def _check_measured(order: Order, trial: Experiment) -> None:

@@ -39,8 +39,8 @@ def main() -> None:
     model = new_model(settings, samples.data)
     model.load_state_dict(load_tensors(run.storage, MODEL))
     rng = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(samples.kept), generator=rng)
-    indices = samples.kept[order[:N]]
+    order = torch.randperm(len(samples.train_indices), generator=rng)
+    indices = samples.train_indices[order[:N]]
     batches = list(plain_batches(samples.data.train, indices, torch.device("cpu"), R))
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
     whole = {mode: gradient(model.train(mode), x, y, torch.ones(N)) for mode in (False, True)}

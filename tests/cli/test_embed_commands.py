@@ -104,14 +104,14 @@ def deleted():
     """Return the ids and the positions of the samples that run ``a`` no longer uses."""
     with open_recorded(locate("runs", "a")) as recorded:
         held = torch.zeros(len(recorded.split), dtype=torch.bool)
-        held[recorded.samples.valid] = True
+        held[recorded.samples.held_out] = True
         gone = (~recorded.active & ~held).nonzero()[:, 0]
         return recorded.split.ids[gone].tolist(), gone.tolist()
 
 
 def trained_ids(count):
     samples = open_samples(RunSettings(dataset=Dataset(name=f"table:{Path('runs/embed/one').absolute()}")))
-    return samples.data.train.ids[samples.kept[:count]].tolist(), samples.kept[:count].tolist()
+    return samples.data.train.ids[samples.train_indices[:count]].tolist(), samples.train_indices[:count].tolist()
 
 
 @pytest.fixture
@@ -257,8 +257,8 @@ def test_all_draws_of_a_sample_are_held_out_together_and_are_those_that_the_data
     rows = open_samples(settings)
     data = open_samples(RunSettings())
     ids = rows.data.train.ids
-    assert ids[rows.valid].sort().values.tolist() == sorted([*data.valid.tolist()] * 2)
-    assert ids[rows.kept].sort().values.tolist() == sorted([*data.kept.tolist()] * 2)
+    assert ids[rows.held_out].sort().values.tolist() == sorted([*data.held_out.tolist()] * 2)
+    assert ids[rows.train_indices].sort().values.tolist() == sorted([*data.train_indices.tolist()] * 2)
 
 
 def test_a_coreset_of_rows_says_which_samples_they_stand_for(effray, recorded):

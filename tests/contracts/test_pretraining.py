@@ -75,7 +75,7 @@ def carry_out(root, **pretrain):
 
 def repeat(folder, settings):
     samples = open_samples(settings)
-    settings.check(len(samples.kept))
+    settings.check(len(samples.train_indices))
     with Report(folder, Nowhere(), Console(quiet=True)) as report, Workers(settings.cluster, report, "") as workers:
         pretraining[settings.pretrain.method](settings, report, samples=samples, workers=workers)
 
@@ -247,7 +247,7 @@ def test_joint_epochs_train_the_merged_model_on_all_samples(tmp_path):
     augment = augmentations(settings.dataset, samples.data)
     twin = Run.simple(model, samples.data.train, joint, coreset=samples.everyone, augment=augment)
     assert same(fit(twin).model.state_dict(), weights(folder))
-    assert folder.phase("joint")["costs"][0]["backward"] == 2 * len(samples.kept)
+    assert folder.phase("joint")["costs"][0]["backward"] == 2 * len(samples.train_indices)
 
 
 def test_joint_epochs_continue_the_record_of_the_models(tmp_path):

@@ -35,14 +35,14 @@ def choosing(worker: Worker, job: Job, samples: Samples, options: CrestOptions) 
     if not options.actors:
         # Every worker holds all samples, so that they can share the subsets of a pool by rank.
         shards = [
-            Shard(samples.data, samples.kept, samples.valid, worker.device, rank, worker.world)
+            Shard(samples.data, samples.train_indices, samples.held_out, worker.device, rank, worker.world)
             for rank in range(worker.world)
         ]
         yield WorkerShards(shards, worker), partial(LiveModel, precision=precision)
         return
     # Actors open the data set themselves: its settings travel, not its samples.
     shards = [
-        Shard(job.experiment.dataset, samples.kept, samples.valid, rank=rank, world=options.actors)
+        Shard(job.experiment.dataset, samples.train_indices, samples.held_out, rank=rank, world=options.actors)
         for rank in range(options.actors)
     ]
     to_scorer = partial(_sent, job, samples.data.train)

@@ -22,7 +22,7 @@ def run(settings: CrestSettings, *, report: Report, workers: Workers) -> None:
     from raypkg.experiments.training import Job, train_on_cluster
 
     samples = open_samples(settings)
-    settings.check(len(samples.kept))
+    settings.check(len(samples.train_indices))
     storage = report.folder.storage
     match settings.selection:
         case "crest":

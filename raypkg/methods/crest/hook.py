@@ -417,6 +417,6 @@ def crest(*, job: Job, worker: Worker, samples: Samples, options: CrestOptions =
     options.check(job.samples_used(samples), job.training, job.experiment)
     with ExitStack() as actors:  # ended here where the hook cannot be made, otherwise by the hook
         shards, scorer = actors.enter_context(choosing(worker, job, samples, options))
-        made = Crest(options, shards, scorer, samples.kept, job.training.batch_size)
+        made = Crest(options, shards, scorer, samples.train_indices, job.training.batch_size)
         made.actors = actors.pop_all()
     return made

@@ -25,10 +25,10 @@ def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> Non
     from .recorded_run import begin_log
 
     samples = open_samples(settings)
-    settings.check(len(samples.kept))
+    settings.check(len(samples.train_indices))
     storage = report.folder.storage
     layout = Layout.of(new_model(settings, samples.data), settings.history.dtype)
-    per_epoch = -(-len(samples.kept) // settings.train.batch_size)
+    per_epoch = -(-len(samples.train_indices) // settings.train.batch_size)
     steps = settings.train.epochs * per_epoch
     check_room(history_folder(storage, 0), layout, steps)
     report.say(f"history: {layout.describe(steps)}")

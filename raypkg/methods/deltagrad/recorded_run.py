@@ -74,7 +74,7 @@ def begin_log(storage: Storage, settings: DeltaGradSettings, samples: Samples, h
     ledger.append(
         {
             "kind": "train",
-            "samples": len(samples.kept),
+            "samples": len(samples.train_indices),
             "settings": settings_digest(settings),
             "rows": write_fingerprints(storage, samples.data.train),
             "model": stored_digest(storage, MODEL),
@@ -129,7 +129,7 @@ class RecordedRun:
         train = self.samples.data.train
         self._groups = [train]  # the training split, and each group of samples that was added
         self.active = torch.zeros(len(train), dtype=torch.bool)
-        self.active[self.samples.kept] = True
+        self.active[self.samples.train_indices] = True
         for entry in changes:
             self._apply(entry)
         check_rows(fingerprints, train, self.active)
@@ -151,7 +151,7 @@ class RecordedRun:
         """Which sample has a place in which batch."""
         ends = list(accumulate(len(group) for group in self._groups))
         added = tuple(torch.arange(start, end) for start, end in pairwise(ends))
-        return Membership(self.samples.kept, added, self.settings.train.batch_size, self.settings.seed)
+        return Membership(self.samples.train_indices, added, self.settings.train.batch_size, self.settings.seed)
 
     # The log
 

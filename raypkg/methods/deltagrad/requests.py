@@ -135,7 +135,7 @@ class _Draft:
         if most > 1:
             _refuse(kind, values[counts == most], f"is given {most} times")
         trained = torch.ones(len(self._split), dtype=torch.bool)
-        trained[self._run.samples.valid] = False
+        trained[self._run.samples.held_out] = False
         _refuse(kind, ids[found.among(trained) == 0], "is held out for validation and was never trained on")
         changing = changeable & trained
         _refuse(kind, ids[found.among(changing) == 0], otherwise)

@@ -22,9 +22,9 @@ def run(settings: LiptSettings, *, report: Report, workers: Workers) -> None:
     from .pretrain import RESULT, pretraining
 
     samples = open_samples(settings)
-    settings.check(len(samples.kept))
+    settings.check(len(samples.train_indices))
     check_target_samples(settings.select, samples)
-    workers.limit(settings.smallest_batch(len(samples.kept)))
+    workers.limit(settings.smallest_batch(len(samples.train_indices)))
     pretrain = pretraining[settings.pretrain.method]
     pretrain(settings, report, samples=samples, workers=workers)
 

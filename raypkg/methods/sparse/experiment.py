@@ -27,7 +27,7 @@ def run(settings: SparseSettings, *, report: Report, workers: Workers) -> None:
     coreset = None
     if settings.coreset is not None:
         coreset = given_coreset(settings, settings.coreset, samples, storage, FILE)
-    settings.check(len(samples.kept) if coreset is None else len(coreset))
+    settings.check(len(samples.train_indices) if coreset is None else len(coreset))
     job = Job(settings, settings.extended, storage, hooks=settings.hooks_used, coreset=coreset)
     train_on_cluster(job, report, workers)
     finish(report, settings, samples, epochs=settings.epochs)

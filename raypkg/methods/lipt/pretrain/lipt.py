@@ -54,7 +54,7 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, w
         UserError: the merge needs held-out samples, of which there are none.
     """
     pretrain = settings.pretrain
-    if "score" in merge[pretrain.merge].declares and not len(samples.valid):
+    if "score" in merge[pretrain.merge].declares and not len(samples.held_out):
         raise UserError(f"pretrain.merge = {pretrain.merge!r} needs held-out samples: set dataset.validation above 0")
     storage = report.folder.storage
 
@@ -124,9 +124,9 @@ def disjoint_shards(context: Context) -> list[Tensor]:
     """
     samples = context.samples
     pretrain = context.settings.pretrain
-    size = pretrain.shard_size(len(samples.kept))
+    size = pretrain.shard_size(len(samples.train_indices))
     rng = generator(context.settings.seed, "shards")
-    return stratified_shards(samples.data.train.y, pretrain.models, size, rng, indices=samples.kept)
+    return stratified_shards(samples.data.train.y, pretrain.models, size, rng, indices=samples.train_indices)
 
 
 def figures(context: Context, merged: Merged, costs: Sequence[Cost], evaluating: Cost) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def figures(context: Context, merged: Merged, costs: Sequence[Cost], evaluating:
         f"LiPT (reconstructed) with one worker per model pre-trains in {merged.slowest + merging.seconds:.1f} s"
         f" (slowest of {models} models{rounds} {merged.slowest:.1f} s + merge {merging.seconds:.1f} s)"
     )
-    n = len(context.samples.kept)
+    n = len(context.samples.train_indices)
     return {
         "costs": [training.gathered(worker).then(merging).record(), evaluating.gathered(worker).record()],
         "models": models,

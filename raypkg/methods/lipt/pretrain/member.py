@@ -44,9 +44,9 @@ class Context:
     @cached_property
     def statistics_samples(self) -> tuple[Split, Tensor]:
         """A random part of the training samples, at hand, and their positions: for batch-norm statistics."""
-        kept = self.samples.kept
-        order = torch.randperm(len(kept), generator=generator(self.settings.seed, "statistics"))
-        indices = kept[order[:STATISTICS_SAMPLES]]
+        candidates = self.samples.train_indices
+        order = torch.randperm(len(candidates), generator=generator(self.settings.seed, "statistics"))
+        indices = candidates[order[:STATISTICS_SAMPLES]]
         return at_hand(self.samples.data.train, indices), indices
 
     @property
