@@ -78,6 +78,18 @@ def test_code_that_takes_a_name_of_the_package_is_told(package):
         kind["one"]
 
 
+def test_one_module_may_be_a_registry_with_several_entries(tmp_path, monkeypatch):
+    start = "from raypkg.core.registry import Registry\n\nkind = Registry('kind', 'registry_module')\n"
+    functions = [f"@kind('{name}')\ndef {name}(x):\n    return x\n" for name in ("first", "second")]
+    (tmp_path / "registry_module.py").write_text(start + "\n".join(functions))
+    monkeypatch.syspath_prepend(tmp_path)
+    from registry_module import kind
+
+    assert kind.modules == {"first": "registry_module", "second": "registry_module"}
+    assert kind["second"](3) == 3
+    monkeypatch.delitem(sys.modules, "registry_module")
+
+
 def test_what_is_registered_along_the_way_is_found(package):
     from registry_example import kind
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raypkg.core.config import load_settings, to_toml
-from raypkg.core.entry import Entry
 from raypkg.core.errors import UserError, redacted
+from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Training
 from raypkg.data.memory import readable
 from raypkg.experiments.embed import EmbedSettings, planned

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from raypkg.core.config import load_settings
-from raypkg.core.entry import Entry
 from raypkg.core.errors import Interruption, UserError
+from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out
 from raypkg.experiments.embed import EmbedSettings

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from raypkg.core.entry import Entry
+from raypkg.core.registry import Entry
 from raypkg.experiments import settings_of
 from raypkg.runs import ROOT
 

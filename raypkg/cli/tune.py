@@ -16,7 +16,7 @@ from raypkg.runs import ROOT
 from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
 
 if TYPE_CHECKING:
-    from raypkg.core.entry import Entry
+    from raypkg.core.registry import Entry
 
 SCHEDULERS = ("asha", "hyperband", "median", "fifo")
 RENAMED = {"none": "fifo"}  # schedulers

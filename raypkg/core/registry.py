@@ -1,120 +1,221 @@
-"""Name → function, found by scanning a folder: an addition is one file and no edit elsewhere.
+"""Registries of functions by name. An addition is one decorated function and no edit elsewhere.
 
-Names are read from the source of the decorators, so a wrong one is told before anything heavy is imported; looking a
-name up imports its module.
+The names are read from the source of the decorators, without importing the modules. A mistyped name is therefore an
+error in 0.4 s instead of 3 s, and `effray --help` takes 0.1 s instead of 0.4 s. Only the module of an entry in use is
+imported.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from .decorators import Decorator, decorators_in
 from .errors import UserError, ending_told, unknown
 
-if TYPE_CHECKING:  # it imports pydantic, which a list of names need not wait for
-    from .entry import Entry
+if TYPE_CHECKING:  # it imports pydantic, which a list of names does not need
+    from .config import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
+BUNDLE = "options"  # a parameter of this name takes all options as one settings object
+USER_CODE = "user code"  # source of an entry that is not ours
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered function. The keyword-only part of its signature is the schema of its options.
+
+    Types, ranges (``Annotated[float, Field(gt=0)]``) and defaults come from there; the docstring is the help text.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    source: str  # citation
+    given: tuple[str, ...]  # keywords that callers supply and users cannot set
+
+    @property
+    def help(self) -> str:
+        """The first line of the function's docstring."""
+        return self.text.partition("\n")[0]
+
+    @property
+    def text(self) -> str:
+        """The function's docstring."""
+        return inspect.getdoc(self.function) or ""
+
+    @cached_property
+    def schema(self) -> type[Settings]:
+        """Settings class of the options: the keyword-only parameters that callers do not supply.
+
+        A parameter ``options`` whose type is a settings class stands for all of them.
+        """
+        from pydantic import create_model
+        from pydantic.errors import PydanticUserError
+
+        from .config import Settings
+
+        function = self.function.__init__ if inspect.isclass(self.function) else self.function
+        try:
+            hints = typing.get_type_hints(function, include_extras=True)
+            parameters = inspect.signature(self.function).parameters
+        except (TypeError, ValueError, NameError) as error:  # not written in Python, or annotated with unknown names
+            raise UserError(f"{self.name}: its signature cannot be read: {error}") from None
+        fields: dict[str, Any] = {}
+        for name, parameter in parameters.items():
+            if parameter.kind is not parameter.KEYWORD_ONLY or name in self.given:
+                continue
+            if name not in hints or parameter.default is parameter.empty:
+                module = self.function.__module__
+                where = getattr(sys.modules.get(module), "__file__", module)
+                raise UserError(f"{self.name}: option {name!r} needs a type and a default (in {where})")
+            fields[name] = (hints[name], parameter.default)
+        bundle = hints.get(BUNDLE)
+        if BUNDLE in parameters and isinstance(bundle, type) and issubclass(bundle, Settings):
+            return bundle
+        if not fields:
+            return Settings
+        try:
+            return create_model(self.name, __base__=Settings, **fields)
+        except PydanticUserError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{self.name}: its options {', '.join(fields)} cannot be settings: {reason}") from None
+
+    @property
+    def needs(self) -> list[str]:
+        """Positional parameters without a default, which neither callers nor options fill."""
+        parameters = inspect.signature(self.function).parameters.values()
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return [each.name for each in parameters if each.kind in positional and each.default is each.empty]
+
+    @property
+    def declares(self) -> set[str]:
+        """Keywords supplied by callers that the function takes."""
+        return set(self.given) & set(inspect.signature(self.function).parameters)
+
+    def options(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments for a user's options, validated and converted by the schema."""
+        from .config import validate
+
+        checked = validate(self.schema, values, prefix=f"{self.name} option ")
+        return {BUNDLE: checked} if BUNDLE in inspect.signature(self.function).parameters else dict(checked)
+
+    def __call__(self, *arguments: Any, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
+        """Call the function with a user's options and the supplied keywords that it declares."""
+        supplied = {name: value for name, value in given.items() if name in self.declares}
+        chosen = self.options(options or {})
+        if self.source != USER_CODE:
+            return self.function(*arguments, **supplied, **chosen)
+        with ending_told(repr(self.name)):
+            return self.function(*arguments, **supplied, **chosen)
+
+
+class Decorated(NamedTuple):
+    """A function in the source under a decorator with a name, such as ``@model("resnet20")``."""
+
+    decorator: str
+    name: str
+    help: str  # first line of the docstring
+    module: str
 
 
 class Registry:
-    """The functions of one kind; ``@kind(name, source=…)`` adds one, ``kind[name]`` finds it.
+    """Functions of one kind. ``@kind(name, source=…)`` adds one, ``kind[name]`` finds it.
 
     Args:
-        kind: what the entries are, for error messages ("model").
-        packages: whose modules have them: ``raypkg.models``, or the modules of one name in several packages,
-            ``raypkg.methods.*.experiment``.
+        kind: name of the kind in error messages, "model".
+        places: modules or packages that contain entries. ``raypkg.models`` is a module, or all modules of a package;
+            ``raypkg.methods.*.hook`` are the modules of one name in several packages.
         given: keywords that callers supply and users cannot set ("rng").
-        decorator: the registry as its decorators call it, where that is not its kind.
+        decorator: name of the registry in the source, where it differs from its kind.
     """
 
-    def __init__(self, kind: str, *packages: str, given: tuple[str, ...] = (), decorator: str = ""):
+    def __init__(self, kind: str, *places: str, given: tuple[str, ...] = (), decorator: str = ""):
         self.kind = kind
-        self.packages = packages
+        self.places = places
         self.given = given
         self.decorator = decorator or kind
-        self._entries: dict[str, Entry] = {}  # of the modules that are imported
+        self._entries: dict[str, Entry] = {}  # of imported modules
 
     def __call__(self, name: str, *, source: str = "") -> Callable[[F], F]:
-        """Register the decorated function; its signature is checked at once."""
+        """Register the decorated function; its signature is validated at once."""
 
         def register(function: F) -> F:
-            taken = self._entries.get(name)
-            if taken:
-                self._check_once(name, taken.function.__module__, function.__module__)
+            if taken := self._entries.get(name):
+                self._check_unique(name, taken.function.__module__, function.__module__)
             self._entries[name] = self._entry(name, function, source)
             return function
 
         return register
 
     def _entry(self, name: str, function: Callable[..., Any], source: str) -> Entry:
-        from .entry import Entry
-
         entry = Entry(name, function, source, self.given)
         entry.schema  # noqa: B018 - a bad signature fails at registration, not at first use
         return entry
 
-    def _check_once(self, name: str, there: str, here: str) -> None:
-        if there != here:  # the same one: a module that is imported anew
+    def _check_unique(self, name: str, there: str, here: str) -> None:
+        if there != here:  # the same module registers again when it is reloaded
             raise UserError(f"{self.kind} {name!r} is registered twice, in {there} and {here}")
 
     @cached_property
+    def _written(self) -> Mapping[str, Decorated]:
+        """The entries in the source by name; nothing is imported."""
+        written: dict[str, Decorated] = {}
+        for place in self.places:
+            for found in _decorated_in(place):
+                if found.decorator == self.decorator:
+                    first = written.setdefault(found.name, found)
+                    self._check_unique(found.name, first.module, found.module)
+        return written
+
+    @property
     def modules(self) -> Mapping[str, str]:
-        """The module of every name in the packages, by their source: nothing is imported."""
+        """The module of every entry in the source; nothing is imported."""
         return {name: found.module for name, found in self._written.items()}
 
     @property
     def lines(self) -> Mapping[str, str]:
-        """The first line of help of every name, of those in the packages by their source: nothing is imported."""
-        others = {name: entry.help for name, entry in self._entries.items() if name not in self.modules}
-        return others | {name: found.line for name, found in self._written.items()}
-
-    @cached_property
-    def _written(self) -> Mapping[str, Decorator]:
-        written: dict[str, Decorator] = {}
-        for package in self.packages:
-            for found in decorators_in(package):
-                if found.kind == self.decorator:
-                    first = written.setdefault(found.name, found)
-                    self._check_once(found.name, first.module, found.module)
-        return written
+        """The line of help of every entry; nothing is imported."""
+        registered = {name: entry.help for name, entry in self._entries.items()}
+        return registered | {name: found.help for name, found in self._written.items()}
 
     @property
     def names(self) -> list[str]:
-        """All names, also of entries that other modules than those of the packages have registered."""
-        return sorted({*self.modules, *self._entries})
+        """All names, those included that other modules have registered."""
+        return sorted({*self._written, *self._entries})
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries or name in self.modules
+        return name in self._entries or name in self._written
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """All entries by name, after importing the modules that have them."""
+        """All entries by name; their modules are imported."""
         return {name: self[name] for name in self.names}
 
     def check(self, name: str) -> None:
-        """Refuse an unknown name, importing nothing; whether the user's own code exists is not looked at.
+        """Refuse an unknown name; nothing is imported, so ``package.module:function`` passes unchecked.
 
         Raises:
-            UserError: which names there are.
+            UserError: unknown name; the nearest one and all names are given.
         """
         head, colon, _ = name.partition(":")
         if head not in self and not colon:
             raise unknown(self.kind, name, self.names)
 
     def __getitem__(self, name: str) -> Entry:
-        """Find an entry by name, or import the user's own ``package.module:function``."""
-        from .entry import USER_CODE
-
+        """Find an entry by name, or import a user's ``package.module:function``."""
         self.check(name)
         head, _, _ = name.partition(":")
-        if head in self.modules:
-            importlib.import_module(self.modules[head])
+        if found := self._written.get(head):
+            importlib.import_module(found.module)
         if head in self._entries:
             return self._entries[head]
         return self._entry(name, self._imported(name), USER_CODE)
@@ -123,7 +224,7 @@ class Registry:
         path, _, attribute = name.partition(":")
         if not all(part.isidentifier() for part in [*path.split("."), attribute]):
             raise unknown(f"{self.kind} or module", name, self.names)
-        if os.getcwd() not in sys.path:  # a console script does not see the working folder by itself
+        if os.getcwd() not in sys.path:  # a console script does not see the working directory
             sys.path.append(os.getcwd())
         try:
             with ending_told(f"importing {name!r}"):
@@ -143,7 +244,7 @@ class Registry:
 
 
 class Lookup(NamedTuple):
-    """A name that settings have for an entry of a registry, with its options."""
+    """A name in settings that stands for an entry of a registry, with its options."""
 
     registry: Registry
     name: str
@@ -151,9 +252,35 @@ class Lookup(NamedTuple):
 
 
 def argument(name: str) -> str:
-    """Return what follows the colon of a name like ``parquet:PATH``, or an empty string.
+    """Return the part after the colon of a name such as ``parquet:PATH``, or an empty string.
 
     >>> argument("parquet:/data/cifar10"), argument("digits")
     ('/data/cifar10', '')
     """
     return name.partition(":")[2]
+
+
+def _decorated_in(place: str) -> Iterator[Decorated]:
+    """Yield all top-level functions and classes of a place under a decorator with a name."""
+    for module, file in _files_of(place):
+        for statement in ast.parse(file.read_bytes()).body:
+            if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                continue
+            for decorator in statement.decorator_list:
+                match decorator:
+                    case ast.Call(func=ast.Name(id=kind), args=[ast.Constant(value=str(name)), *_]):
+                        help_text = (ast.get_docstring(statement) or "").partition("\n")[0]
+                        yield Decorated(kind, name, help_text, module)
+
+
+def _files_of(place: str) -> Iterator[tuple[str, Path]]:
+    parent, _, name = place.partition(".*.")
+    spec = importlib.util.find_spec(parent)
+    if spec is None:
+        return
+    if spec.submodule_search_locations is None:  # a module
+        yield parent, Path(str(spec.origin))
+        return
+    for folder in spec.submodule_search_locations:
+        for file in sorted(Path(folder).glob(f"*/{name}.py" if name else "[!_]*.py")):
+            yield ".".join([parent, *file.relative_to(folder).with_suffix("").parts]), file

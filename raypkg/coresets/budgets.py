@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from raypkg.core.entry import USER_CODE
 from raypkg.core.errors import UserError
+from raypkg.core.registry import USER_CODE
 from raypkg.core.seeds import generator
 from raypkg.data.coreset import Coreset
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raypkg.core.entry import USER_CODE, Entry
 from raypkg.core.errors import UserError
-from raypkg.core.registry import argument
+from raypkg.core.registry import USER_CODE, Entry, argument
 
 from .sources import dataset
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raypkg.core.errors import UserError, ending_told
 from raypkg.core.imports import heavy_imports
-from raypkg.core.registry import Registry
+from raypkg.core.registry import Entry, Registry
 
 if TYPE_CHECKING:  # they import pydantic and pyarrow, which `--help` need not wait for
     from rich.console import Console
 
-    from raypkg.core.entry import Entry
     from raypkg.core.settings import Experiment, RunSettings
     from raypkg.experiments.sharing import Donors
     from raypkg.runs.folder import RunFolder

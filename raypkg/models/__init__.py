@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from raypkg.core.entry import Entry
 from raypkg.core.errors import UserError
-from raypkg.core.registry import Registry, argument
+from raypkg.core.registry import Entry, Registry, argument
 from raypkg.core.seeds import derive
 from raypkg.data.memory import check_memory
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from raypkg.core.address import folder_and_name
 from raypkg.core.config import dotted, load_settings
-from raypkg.core.entry import Entry
 from raypkg.core.errors import Interruption, UserError, shown
+from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import experiment, training_settings_of
 from raypkg.experiments.names import check_names, with_absolute_paths

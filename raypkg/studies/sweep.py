@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raypkg.core.config import check_switches, load_settings
-from raypkg.core.entry import Entry
 from raypkg.core.errors import Interruption, UserError, redacted
+from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import training_settings_of

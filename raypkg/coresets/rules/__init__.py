@@ -17,9 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
-from raypkg.core.entry import Entry
 from raypkg.core.errors import UserError
-from raypkg.core.registry import F, Registry
+from raypkg.core.registry import Entry, F, Registry
 
 Sees = Literal["gradients", "record"]
 
