@@ -63,8 +63,8 @@ def experiment_command(entry: Entry) -> click.Command:
 
 
 def with_companions(command: click.Command) -> click.Command:
-    """Return an experiment's command, or a group of it, named train, and those of its name in ``groups``."""
-    name = f"{__package__}.groups.{command.name}"
+    """Return an experiment's command, or a group of it, named train, and the ``COMMANDS`` of the module of its name."""
+    name = f"{__package__}.{command.name}"
     if not importlib.util.find_spec(name):
         return command
     companions = importlib.import_module(name).COMMANDS

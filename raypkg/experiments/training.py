@@ -26,7 +26,7 @@ from raypkg.engine.run import Hook, Results, Run, Selected, hook
 from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.engine.worker import Worker
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
-from raypkg.runs.folder import GROWING, NAME, NEEDED
+from raypkg.runs.folder import GROWING, MODEL, NAME, NEEDED
 from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
@@ -36,8 +36,6 @@ from .coreset_files import FILE, SCORES, keep_selected, origin, record_of, save_
 from .first_weights import FIRST, FirstWeights
 from .samples import Samples, augmentations, new_model, open_samples
 from .summary import LEFT_OUT
-
-MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ LONGEST = 100  # characters of a name
 NAME = re.compile(r"(?![-.])[\w.+=,@\[\]-]+")  # letters and digits of any script, and few signs: none of a shell or URI
 RESULTS = (".safetensors", ".parquet")  # endings of the files whose digests are kept
 UNFINISHED = ("checkpoints", "ray")  # folders that a run needs until all its phases are done
+MODEL = "model.safetensors"  # the trained model
 GROWING = "metrics.parquet"  # written to until the end
 Key = tuple[str, int | None, int | None]  # phase, model and epoch of a row
 NEEDED = {

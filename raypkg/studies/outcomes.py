@@ -15,7 +15,7 @@ from .measures import bill, figure
 from .paired import Difference, Estimate, estimated, paired_difference
 from .standing import front
 from .sweep_folder import DONE, SweepFolder
-from .tables import Table
+from .tables import Table, renamed
 
 COSTS = ("forward", "backward", "work", "seconds", "memory")
 CURVE = "accuracy"  # what curves and goals are about, unless a goal names another metric
@@ -221,7 +221,7 @@ def numbers_of(sweep: SweepFolder) -> dict[str, int]:
 
 
 def _identity_of(values: Mapping[str, Any], after: str | None) -> str:
-    return json.dumps([dict(values), after], sort_keys=True)
+    return json.dumps([dict(values), after and renamed(after)], sort_keys=True)
 
 
 def goals_of(table: Table) -> list[tuple[str, float]]:

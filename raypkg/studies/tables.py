@@ -81,6 +81,11 @@ class Table:
         return table
 
 
+def renamed(after: str) -> str:
+    """Return a function's current name; stored comparisons may have an earlier one."""
+    return after.replace("raypkg.studies.deletions:", "raypkg.methods.deltagrad.experiment:")
+
+
 def open_table(name: str, scale: str = SCALES[0]) -> Table:
     """Find a table and read it at a scale.
 

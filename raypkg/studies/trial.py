@@ -21,6 +21,7 @@ from raypkg.runs.storage import Storage
 from .figures import TrialRun
 from .order import EVALUATE
 from .sweep_folder import AFTER, SweepFolder
+from .tables import renamed
 
 WORST = 1e30  # of which schedulers can take means
 Row = dict[str, Any]
@@ -108,7 +109,7 @@ def imported_function(name: str) -> Callable[..., Any]:
     Raises:
         UserError: there is none.
     """
-    module, colon, function = name.partition(":")
+    module, colon, function = renamed(name).partition(":")
     try:
         found = getattr(import_module(module), function) if colon else None
     except (ImportError, AttributeError, ValueError) as error:

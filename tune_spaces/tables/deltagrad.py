@@ -2,8 +2,8 @@
 
 from raypkg.studies.tables import Table
 
-ONE = "raypkg.studies.deletions:delete_some"
-ONLINE = "raypkg.studies.deletions:delete_one_after_another"
+ONE = "raypkg.methods.deltagrad.experiment:delete_some"
+ONLINE = "raypkg.methods.deltagrad.experiment:delete_one_after_another"
 
 
 def table(scale: str) -> Table:

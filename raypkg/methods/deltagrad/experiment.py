@@ -1,11 +1,17 @@
 """DeltaGrad: training whose every step is recorded, so that samples can be deleted and added without training again."""
 
+from collections.abc import Callable
+
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.experiments import experiment
+from raypkg.runs.folder import RunFolder
 from raypkg.runs.report import Report
 
-from .settings import DeltaGradSettings
+from .settings import DeltaGradSettings, RequestSettings
+
+SHARE = 1e-3  # of the samples, deleted by `delete_some`
+SINGLE = 10  # samples that `delete_one_after_another` deletes
 
 
 @experiment("deltagrad", source="arXiv:2006.14755")
@@ -36,3 +42,60 @@ def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> Non
     record = train_on_cluster(job, report, workers)
     begin_log(storage, settings, samples, record["history"])
     finish(report, settings, samples, epochs=settings.train.epochs)
+
+
+# Follow-ups of a run in a table of `effray compare`
+
+
+def delete_some(folder: RunFolder) -> dict[str, float]:
+    """Delete a thousandth of the samples, drawn by the run's seed, in one request."""
+    return _measured(folder, lambda count: [max(1, round(SHARE * count))])
+
+
+def delete_one_after_another(folder: RunFolder) -> dict[str, float]:
+    """Delete ten samples, drawn by the run's seed, in ten requests, each answered from the last one's record."""
+    return _measured(folder, lambda count: [1] * SINGLE)
+
+
+def _measured(folder: RunFolder, sizes_of: Callable[[int], list[int]]) -> dict[str, float]:
+    """Answer requests of the given sizes, except those that an earlier attempt answered, then retrain and compare.
+
+    Returns:
+        ``answer_seconds`` of all requests and ``retraining_seconds`` of one retraining; their ``ratio``, for one
+        retraining per request; ``distance`` to the retrained weights; ``relative_distance``, divided by their norm;
+        ``exact_share`` of the steps.
+    """
+    import torch
+
+    from raypkg.core.seeds import generator
+
+    from .answer import answer
+    from .ids import id_at
+    from .queues import Request
+    from .recorded_run import open_recorded
+    from .requests import change_of
+    from .verify import compare_with_retraining
+
+    with open_recorded(folder) as run:
+        settings = RequestSettings.over(run.settings.replay, {})
+        training = run.samples.train_indices
+        order = torch.randperm(len(training), generator=generator(run.settings.seed, "deletions"))
+        sizes = sizes_of(len(training))
+        for chosen in order[: sum(sizes)].split(sizes):
+            positions = training[chosen].tolist()
+            if run.active[positions].all():
+                ids = [id_at(run.split, position) for position in positions]
+                change = change_of(run, [Request("delete", ids)])
+                answer(run, change, settings, lambda steps, total: steps)
+        verdict = compare_with_retraining(run, settings.cluster, lambda steps, total: steps)
+        answers = [entry for entry in run.ledger.entries if entry["kind"] == "change"]
+
+    seconds = sum(entry["seconds"] for entry in answers)
+    return {
+        "answer_seconds": seconds,
+        "retraining_seconds": verdict.seconds,
+        "ratio": len(answers) * verdict.seconds / seconds,
+        "distance": verdict.distance,
+        "relative_distance": verdict.distance / verdict.norm,
+        "exact_share": sum(entry["exact"] for entry in answers) / sum(entry["steps"] for entry in answers),
+    }

@@ -17,10 +17,9 @@ from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.experiments.samples import Samples, forget_samples, new_model, open_any_samples
-from raypkg.experiments.training import MODEL
 from raypkg.experiments.trust import stored_settings
 from raypkg.runs.checkpoints import load_tensors, save_tensors
-from raypkg.runs.folder import RunFolder
+from raypkg.runs.folder import MODEL, RunFolder
 from raypkg.runs.sealed import CONFIG
 from raypkg.runs.storage import PART, Storage
 

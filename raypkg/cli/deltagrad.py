@@ -13,8 +13,8 @@ from raypkg.core.errors import UserError
 from raypkg.methods.deltagrad.settings import ReplaySettings, RequestSettings
 from raypkg.runs import ROOT
 
-from ..options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
-from ..setting_options import SettingsCommand, metavar, overrides, setting_options
+from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
+from .setting_options import SettingsCommand, metavar, overrides, setting_options
 
 if TYPE_CHECKING:
     from raypkg.methods.deltagrad.queues import Request

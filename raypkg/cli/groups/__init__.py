@@ -1,1 +1,0 @@
-"""Further commands of an experiment, in a file of its name: ``COMMANDS`` joins ``train`` in a group."""
