@@ -11,7 +11,6 @@ from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.first_weights import fitted
 from raypkg.experiments.names import with_absolute_paths
 from raypkg.models.classifier import Classifier
-from raypkg.studies.proxy import selection
 from raypkg.studies.trial_settings import varied
 
 
@@ -78,12 +77,6 @@ def test_the_setting_is_named_from_wherever_a_user_meets_it():
         load_settings(schema, {}, {"train.from_": "one"})
     with pytest.raises(UserError, match=r"train.from = 3: input should be a valid string"):
         load_settings(schema, {}, {"train.from": 3})
-
-
-def test_the_run_that_selects_for_a_sweep_begins_with_them_too():
-    values = {"train.from": "one", "train.keep": "best", "train.clip": 1.0}
-    chosen = selection(load_settings(settings_of(experiment["sparse"]), {}, values), 0.1, "gradmatch", 0)
-    assert (chosen.train.from_, chosen.train.clip, chosen.train.keep) == ("one", 1.0, "last")
 
 
 def test_a_path_that_exists_becomes_absolute_and_a_name_stays(tmp_path, monkeypatch):

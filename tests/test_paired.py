@@ -1,44 +1,10 @@
-"""Means, differences and Student's t against printed tables, a density integrated by brute force, and hand sums."""
+"""Means over seeds and paired differences with Student's interval, against hand sums."""
 
 import math
 
-import numpy as np
 import pytest
 
-from raypkg.studies.paired import Difference, estimated, paired_difference, t_probability, t_quantile
-
-PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 9: 2.262, 10: 2.228, 29: 2.045, 100: 1.984}
-
-
-def by_integration(t, freedom):
-    """P(|T| ≤ t): the density, integrated by Simpson's rule."""
-    x = np.linspace(0, t, 20_001)
-    log_factor = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
-    density = np.exp(log_factor) * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-    weights = np.ones_like(x)
-    weights[1:-1:2] = 4
-    weights[2:-1:2] = 2
-    return 2 * float((weights * density).sum() * (x[1] - x[0]) / 3)
-
-
-@pytest.mark.parametrize(("freedom", "expected"), PRINTED.items())
-def test_quantiles_are_those_of_printed_tables(freedom, expected):
-    assert t_quantile(freedom) == pytest.approx(expected, abs=5e-4)
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 8, 9, 30, 31])
-@pytest.mark.parametrize("t", [0.3, 1.0, 2.5, 6.0])
-def test_the_closed_form_is_the_integral_of_the_density(freedom, t):
-    assert t_probability(t, freedom) == pytest.approx(by_integration(t, freedom), abs=1e-9)
-
-
-def test_one_and_two_degrees_of_freedom_have_elementary_forms():
-    assert t_probability(1.0, 1) == pytest.approx(0.5)  # Cauchy's quartiles are ±1
-    assert t_probability(1.0, 2) == pytest.approx(1 / math.sqrt(3))
-
-
-def test_many_degrees_of_freedom_are_the_normal_distribution():
-    assert t_quantile(100_000) == pytest.approx(1.95996, abs=1e-4)
+from raypkg.studies.paired import Difference, estimated, paired_difference
 
 
 def test_a_difference_is_taken_seed_by_seed():

@@ -10,11 +10,14 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data import load_data
+from raypkg.data.coreset import Coreset
 from raypkg.data.opening import open_data
 from raypkg.data.regimes import long_tail, taken, with_wrong_labels, wrong_share
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard
+from raypkg.experiments.coreset_files import origin, save_coreset
 from raypkg.experiments.samples import open_any_samples, open_samples
+from raypkg.runs.storage import Storage
 
 
 def rng(seed=0):
@@ -156,3 +159,12 @@ def test_a_split_of_split_keeps_truth_and_ids():
     assert part.ids.tolist() == [7, 5]
     assert part.truth.tolist() == noisy.truth[[7, 5]].tolist()
     assert part.batch([0])[0].item() == 7.0
+
+
+def test_a_coreset_narrows_a_data_set_and_its_held_out_samples_stay(tmp_path):
+    whole = open_samples(RunSettings())
+    picked = whole.train_indices[torch.tensor([9, 3, 50])]
+    save_coreset(Storage(str(tmp_path)), Coreset.uniform(picked), whole.data.train, origin(RunSettings()))
+    narrowed = open_samples(settings_of(only=f"{tmp_path}/coreset.parquet"))
+    assert narrowed.train_indices.tolist() == sorted(picked.tolist())
+    assert torch.equal(narrowed.held_out, whole.held_out)

@@ -6,7 +6,6 @@ import os
 import pickle
 import time
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -16,7 +15,7 @@ from forked import Process
 from raypkg.core.address import folder_and_name
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
-from raypkg.runs.agreement import compare, spearman
+from raypkg.runs.agreement import compare
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder, create, find, locate
 from raypkg.runs.storage import Storage
@@ -201,12 +200,6 @@ def test_models_travel_as_safetensors(storage):
     assert all(torch.equal(value, state[name]) for name, value in load_tensors(storage, "m.safetensors").items())
     with pytest.raises(UserError, match=r"has no none.safetensors: the phase that makes it is not finished"):
         load_tensors(storage, "none.safetensors")
-
-
-def test_spearman_with_ties():
-    assert spearman(np.array([1.0, 2.0, 2.0, 3.0]), np.array([1.0, 2.0, 2.0, 3.0])) == pytest.approx(1.0)
-    assert spearman(np.arange(5.0), -np.arange(5.0)) == pytest.approx(-1.0)
-    assert spearman(np.array([1.0, 2, 2, 4]), np.array([1.0, 3, 2, 4])) == pytest.approx(0.9486833)
 
 
 def test_compare_counts_common_picks(tmp_path):

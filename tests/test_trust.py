@@ -167,7 +167,7 @@ def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(trust.TRUST, raising=False)
     asked = dict.fromkeys(Order.options()) | {"metric": "accuracy", "mode": "max", "samples": 1}
-    record = asdict(Order("train", **asked)) | {"varied": [], "fixed": {}}
+    record = asdict(Order("train", **asked)) | {"varied": []}
     create_sweep("runs", "one", record, Experiment(), CODE, [])
     with pytest.raises(SystemExit):
         main(["tune", "train", "--resume", "one"])

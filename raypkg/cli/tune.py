@@ -149,8 +149,6 @@ def _sweep_options(experiment: str) -> list[click.Option]:
         click.Option(["--search"], type=search, help="how settings are drawn (default: random)"),
         click.Option(["--concurrent"], type=int, help="trials at once (default: as many as fit)"),
         click.Option(["--time-budget"], type=Duration(), metavar="TIME", help="such as 90s, 10m or 2h"),
-        click.Option(["--proxy"], type=float, metavar="SHARE", help="tune on a coreset, the best on all samples"),
-        click.Option(["--proxy-method"], metavar="NAME", help="that selects the coreset (default: gradmatch)"),
     ]
 
 

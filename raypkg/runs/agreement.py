@@ -36,43 +36,6 @@ def compare(run: RunFolder, other: RunFolder) -> str:
     )
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Spearman's rank correlation: Pearson's of the ranks, tied values sharing their mean rank.
-
-    >>> round(spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 30.0, 20.0])), 3)
-    0.5
-    """
-    correlation = np.corrcoef(ranks(a), ranks(b))  # [2, 2]
-    return float(correlation[0, 1])
-
-
-def kendall(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Kendall's τ-b: pairs in the same order less those in the other, over those that are not tied in each.
-
-    >>> round(kendall(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])), 3)
-    0.667
-    """
-    first = _orders(a)
-    second = _orders(b)
-    untied = np.sqrt(np.abs(first).sum() * np.abs(second).sum())
-    if not untied:
-        return float("nan")
-    return float((first * second).sum() / untied)
-
-
-def _orders(values: np.ndarray) -> np.ndarray:
-    """Return the order of every pair: 1, −1, or 0 for a tie, [n, n]."""
-    return np.sign(np.subtract.outer(values, values))
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Return the rank of each value from 1 on; tied ones share their mean rank."""
-    _, position, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)  # the highest rank among equal values
-    mean = last - (count - 1) / 2
-    return mean[position]
-
-
 def _samples(run: RunFolder) -> int:
     if run.summary is None:
         raise UserError(f"{run.name} is not finished: there is no {CORESET} to compare")
@@ -80,7 +43,7 @@ def _samples(run: RunFolder) -> int:
 
 
 def rank_correlation(run: RunFolder, other: RunFolder) -> float | None:
-    """Return the rank correlation of the two runs' scores, or None where one computed none.
+    """Return Spearman's rank correlation of two runs' scores, or None if one computed none.
 
     Raises:
         UserError: they scored different samples, or a file is damaged.
@@ -89,7 +52,10 @@ def rank_correlation(run: RunFolder, other: RunFolder) -> float | None:
         return None
     if not np.array_equal(_indices(run, SCORES), _indices(other, SCORES)):
         raise UserError(f"{run.name} and {other.name} scored different samples: same data set, seed and validation?")
-    return spearman(_column(run, SCORES, "score", is_number), _column(other, SCORES, "score", is_number))
+    from scipy.stats import spearmanr
+
+    scores, others = (_column(each, SCORES, "score", is_number) for each in (run, other))
+    return float(spearmanr(scores, others).statistic)
 
 
 def picks_of(run: RunFolder) -> np.ndarray:

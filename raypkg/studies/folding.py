@@ -57,10 +57,10 @@ def _line(sweep: SweepFolder, trials: Mapping[str, Listed], time: float) -> List
 
 
 def _best(sweep: SweepFolder) -> str:
-    """Return the name of the best trial on all samples, as the sweep found when it last ended."""
+    """Return the name of the best trial, as the sweep found when it last ended."""
     table = sweep.storage.read_table("results.parquet")
     rows = [] if table is None else table.to_pylist()
-    done = [row for row in rows if row.get("state") == DONE and not row.get("proxy")]
+    done = [row for row in rows if row.get("state") == DONE]
     whole = [row for row in done if row.get(sweep.metric) is not None]
     best = next(iter(ranked(whole, sweep.metric, sweep.mode)), None)
     return str(best.get("run")) if best else ""

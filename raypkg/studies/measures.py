@@ -15,7 +15,7 @@ import numpy as np
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import RunSettings
-from raypkg.runs.agreement import SCORES, picks_of, rank_correlation, ranks
+from raypkg.runs.agreement import SCORES, picks_of, rank_correlation
 from raypkg.runs.folder import RunFolder
 
 from .sweep_folder import AFTER
@@ -107,12 +107,13 @@ def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float | None:
     >>> area_under_curve(np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, False, True, True]))
     0.875
     """
-    count = int(positive.sum())
-    others = len(positive) - count
-    if not (count and others):
+    if positive.all() or not positive.any():
         return None
-    above = ranks(scores)[positive].sum() - count * (count + 1) / 2
-    return float(above / (count * others))
+    from scipy.stats import mannwhitneyu
+
+    others = scores[~positive]
+    pairs_won = mannwhitneyu(scores[positive], others, method="asymptotic").statistic
+    return float(pairs_won / (positive.sum() * len(others)))
 
 
 def _critical_path(run: RunFolder, _: RunFolder | None) -> float | None:

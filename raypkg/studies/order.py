@@ -28,8 +28,6 @@ class Order:
     search: str | None = None
     concurrent: int | None = None
     time_budget: float | None = None
-    proxy: float | None = None
-    proxy_method: str | None = None
 
     @classmethod
     def options(cls) -> list[str]:
@@ -60,9 +58,6 @@ def filled(order: Order, space: Space) -> Order:
     if search == "grid" and order.samples is not None:
         raise UserError(f"--samples {order.samples}: a grid has as many trials as combinations")
     samples = SAMPLES if order.samples is None else order.samples
-    proxy_method = order.proxy_method
-    if order.proxy is not None and proxy_method is None:
-        proxy_method = "gradmatch"
     return replace(
         order,
         samples=samples,
@@ -70,7 +65,6 @@ def filled(order: Order, space: Space) -> Order:
         mode=mode,
         scheduler=scheduler,
         search=search,
-        proxy_method=proxy_method,
     )
 
 

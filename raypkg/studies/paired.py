@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from functools import cache
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -66,42 +65,6 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     n = len(both)
     if n == 1:
         return Difference(both[0], math.nan, 1)
-    return Difference(fmean(both), t_quantile(n - 1) * stdev(both) / math.sqrt(n), n)
+    from scipy.stats import t
 
-
-@cache
-def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """Return t with P(|T| ≤ t) = confidence, T of Student's distribution with so many degrees of freedom.
-
-    >>> round(t_quantile(2), 3), round(t_quantile(9), 3)
-    (4.303, 2.262)
-    """
-    low, high = 0.0, 1.0
-    while t_probability(high, freedom) < confidence:
-        high *= 2
-    for _ in range(200):  # of bisection: to the last bit
-        middle = (low + high) / 2
-        if t_probability(middle, freedom) < confidence:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def t_probability(t: float, freedom: int) -> float:
-    """Return P(|T| ≤ t), the closed form for integer degrees of freedom ν (Abramowitz & Stegun 26.7.3, 26.7.4).
-
-    With θ = arctan(t / √ν) and c = cos θ, the series is 1 + c²/2 + 1·3/(2·4) c⁴ + … up to c^(ν − 2) for even ν, and
-    c + 2/3 c³ + 2·4/(3·5) c⁵ + … up to c^(ν − 2) for odd ν.
-    """
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine = math.cos(angle)
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    series = 0.0
-    for power in range(odd, freedom - 1, 2):
-        series += term
-        term *= cosine**2 * (power + 1) / (power + 2)
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * series)
-    return math.sin(angle) * series
+    return Difference(fmean(both), float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * stdev(both) / math.sqrt(n), n)

@@ -154,9 +154,7 @@ def _measured(results: Results, metric: str) -> Results:
 
 def _is_comparable(row: Row) -> bool:
     """Say whether a trial's cost is that of a whole training on all samples."""
-    if row["state"] != "done" or row.get("proxy"):
-        return False
-    return row.get("backward") is not None
+    return row["state"] == "done" and row.get("backward") is not None
 
 
 def _best_quarter(values: Sequence[float], mode: str) -> set[int]:

@@ -30,7 +30,7 @@ def show_sweep(sweep: SweepFolder, console: Console) -> None:
     for row in standing.results:
         if row["error"]:
             console.print(f"{row['run']} failed: {row['error']}", soft_wrap=True)
-    for line in (*_best_lines(sweep, standing), *_proxy_lines(sweep, standing)):
+    for line in _best_lines(sweep, standing):
         console.print(line, soft_wrap=True)
     console.print(redacted(sweep.storage.root), style="dim", soft_wrap=True)
 
@@ -64,16 +64,13 @@ def conclude(sweep: SweepFolder) -> None:
     results = standing.results
     metric = sweep.metric
     sweep.conclude(results, standing.best)
-    if standing.proxy:
-        sweep.storage.write_json("proxy.json", standing.proxy)
 
     names = _varied(sweep)
     curves = {sweep.run_name(number): run.curve(metric) for number, run in standing.runs.items()}
     best = standing.best["run"] if standing.best else None
-    alike = [row for row in results if row.get("proxy")] or results  # trained on the same samples
     storage = sweep.storage
-    save_plot(storage, "settings", lambda path: plots.against_settings(alike, names, metric, path))
-    save_plot(storage, "parallel", lambda path: plots.parallel(alike, names, metric, sweep.mode, path))
+    save_plot(storage, "settings", lambda path: plots.against_settings(results, names, metric, path))
+    save_plot(storage, "parallel", lambda path: plots.parallel(results, names, metric, sweep.mode, path))
     save_plot(storage, "curves", lambda path: plots.learning_curves(curves, metric, best, path))
     save_plot(storage, "pareto", lambda path: plots.pareto(results, standing.front, metric, path))
 
@@ -93,20 +90,6 @@ def _best_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
     else:  # that file is of the last time that the sweep ended
         file = f"{sweep.run_storage(number).root}/{CONFIG}"
     yield f"its settings: effray {sweep.experiment} --config {shlex.quote(redacted(file))}"
-
-
-def _proxy_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
-    """Yield how well the coreset ranked the trials, and what it saved."""
-    judged = standing.proxy
-    if judged is None:
-        return
-    backward = judged["backward"]
-    share = backward / judged["backward_without"]
-    samples = sweep.order["samples"]
-    yield (
-        f"proxy: Kendall τ {judged['kendall']:.2f} over the {judged['trials']} trials on all samples;"
-        f" {backward:,} samples backward, {share:.0%} of {samples} trials on all samples to the end"
-    )
 
 
 def print_whole(table: Table) -> None:
@@ -140,7 +123,7 @@ def _cells(row: Row, metric: str, names: list[str], on_front: bool) -> Iterator[
     number = str(row["trial"])
     state = row["state"]
     yield f"*{number}" if on_front else number
-    yield f"{state} (proxy)" if row.get("proxy") else state
+    yield state
     for column in ("epochs", metric, "backward", "seconds"):
         yield in_full(row.get(column))
     for name in names:
@@ -149,11 +132,10 @@ def _cells(row: Row, metric: str, names: list[str], on_front: bool) -> Iterator[
 
 def _varied(sweep: SweepFolder) -> list[str]:
     """Return the names of the settings in which trials differ."""
-    fixed = sweep.order.get("fixed") or {}
     names: dict[str, None] = {}  # in the order of the space
     for trial in sweep.trials:
         names |= dict.fromkeys(trial["settings"] or ())
-    return [name for name in names if name not in fixed]
+    return [*names]
 
 
 def _number(value: Any) -> str:

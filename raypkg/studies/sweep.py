@@ -26,12 +26,10 @@ from raypkg.runs.folder import discard
 from raypkg.runs.show import terminal
 from raypkg.runs.style import in_full
 
-from . import proxy
 from .figures import TrialRun
 from .order import ALL_TO_THE_END, Order, base_of, check_counts, filled
 from .show import conclude, show_sweep, trials_left
 from .spaces import Space, check_space, open_space, read_space, space_of, without
-from .standing import ONLY
 from .sweep_folder import DONE, RECORD, SPACE, SweepFolder, create_sweep, find_sweep
 from .trial import run_trial
 from .trial_settings import Values, check_trial, longest_of, trials_of, varied
@@ -72,15 +70,13 @@ def start_sweep(
     space = without(whole, values)
     check_switches({**dict.fromkeys(space.domains), **values})  # what is off stays off, whatever a trial draws
     order = filled(order, space)
-    proxy.check_proxy(order, settings, space)
     trials = _checked_trials(order, settings, space)
     order = replace(order, samples=len(trials) or order.samples)
 
     if name is None:
         name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}"
-    only = {ONLY: proxy.coreset_of(root, name)} if order.proxy else {}
-    record = asdict(order) | {"varied": [*space.domains], "fixed": only}
-    folder = create_sweep(root, name, record, settings, space.text, [trial | only for trial in trials])
+    record = asdict(order) | {"varied": [*space.domains]}
+    folder = create_sweep(root, name, record, settings, space.text, trials)
     try:
         sweep = Sweep(folder, settings, space, root)
     except BaseException:  # no cluster, or one too small
@@ -130,7 +126,7 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
     space = without(whole, whole.domains.keys() - folder.order["varied"])
     with folder.storage.alone(f"sweep {name!r}"):
         folder.change(changes, settings)
-        if trials_left(folder) or proxy.enlist(folder):
+        if trials_left(folder):
             Sweep(folder, settings, space, root).run()
         else:
             conclude(folder)
@@ -177,7 +173,7 @@ class Sweep:
         """
         try:
             interrupted = self._run_trials()
-        except (KeyboardInterrupt, SystemExit):  # the latter from Ray Train, around the proxy's selection
+        except KeyboardInterrupt:
             interrupted = True
         except Interruption as error:
             raise type(error)(f"{error}; resume with: {self._again()}") from error
@@ -194,34 +190,21 @@ class Sweep:
             self.console.print(line, soft_wrap=True)
 
     def _run_trials(self) -> bool:
-        """Run the trials, on the proxy first where there is one; return whether the user interrupted."""
-        sweep = self.folder
-        if sweep.on_proxy:
-            proxy.select_proxy(sweep, self.settings, self.size.workers, self.console)
-        finals = sweep.finals()  # of a sweep that is resumed
-        waiting = [trial for trial in sweep.waiting() if trial[0] not in finals]
-        if self._attempt(waiting, sweep.further()):
-            return True
-        proxy.enlist(sweep)
-        finals = sweep.finals()
-        waiting = [trial for trial in sweep.waiting() if trial[0] in finals]
-        return self._attempt(waiting, [])
-
-    def _attempt(self, waiting: Sequence[tuple[int, Values]], further: Sequence[int]) -> bool:
-        """Run trials whose settings are known, and further ones; return whether the user interrupted."""
+        """Run the trials that are left; return True if the user interrupted."""
         from raypkg.cluster.trials import Rules, run_trials
 
         sweep = self.folder
         order = sweep.order
+        waiting = sweep.waiting()
+        further = sweep.further()
         seconds = self.deadline - time.monotonic()
         if not (waiting or further) or seconds <= 0:
             return False
-        final = not further and {number for number, _ in waiting} <= sweep.finals()
-        self._announce(len(waiting) + len(further), final)
+        self._announce(len(waiting) + len(further))
         rules = Rules(
             metric=order["metric"],
             mode=order["mode"],
-            scheduler=ALL_TO_THE_END if final else order["scheduler"],
+            scheduler=order["scheduler"],
             longest=longest_of(self.settings, self.space, [values for _, values in waiting]),
             seconds=seconds if math.isfinite(seconds) else None,
             failures=self.settings.cluster.max_failures,
@@ -250,13 +233,11 @@ class Sweep:
             done = [(row, row[metric]) for row in rows if row.get(metric) is not None]
             seed = derive(self.settings.seed, "sweep", further[0])
             searcher = optuna(self.space.domains, metric, self.folder.mode, seed, done)
-        fixed = constants(self.space.domains) | order["fixed"]
+        fixed = constants(self.space.domains)
         return Proposals(waiting, searcher, further, fixed)
 
-    def _announce(self, count: int, final: bool) -> None:
+    def _announce(self, count: int) -> None:
         trials = f"trials of {self.folder.experiment}"
-        if final:
-            trials += " on all samples"
         workers = self.size.workers
         how = f"{workers} workers each, by Ray Train" if workers else "one process each"
         at_once = self.size.at_once

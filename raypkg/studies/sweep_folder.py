@@ -89,11 +89,6 @@ class SweepFolder:
         return f"effray compare {self.order['asked']}" if self.table else f"effray tune {self.experiment}"
 
     @property
-    def on_proxy(self) -> bool:
-        """Whether the first trials train on a coreset of the sweep's own."""
-        return bool(self.order.get("proxy"))
-
-    @property
     def root(self) -> str:
         """The root of all runs."""
         return self.storage.parent.parent.root
@@ -192,12 +187,6 @@ class SweepFolder:
         count = max(len(self.trials), self.order["samples"])
         return [number for number in range(count) if number not in known]
 
-    def finals(self) -> set[int]:
-        """Return the numbers of the trials on all samples that follow those on the sweep's coreset."""
-        if not self.on_proxy:
-            return set()
-        return set(range(self.order["samples"], len(self.trials)))
-
     def results(self, runs: Mapping[int, TrialRun] | None = None) -> list[dict[str, Any]]:
         """Return a row for each trial: its number, run, state and figures, and what it sets.
 
@@ -244,8 +233,6 @@ class SweepFolder:
             "run": self.run_name(number),
             "state": self._state(number, run.summary is not None),
         }
-        if self.on_proxy:
-            row["proxy"] = number not in self.finals()
         row["error"] = trial["error"]
         return row | run.figures() | trial["settings"]
 

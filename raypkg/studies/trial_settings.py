@@ -84,7 +84,7 @@ def longest_of(settings: Experiment, space: Space, known: Sequence[Mapping[str, 
 
 
 def check_trial(order: Order, base: Experiment, values: Mapping[str, Any]) -> None:
-    """Refuse settings of a trial that a single run, on all samples or on the proxy's, would refuse, or not measure.
+    """Refuse settings of a trial that a single run, would refuse, or not measure.
 
     Raises:
         UserError: what is wrong.
@@ -94,8 +94,6 @@ def check_trial(order: Order, base: Experiment, values: Mapping[str, Any]) -> No
     _check_measured(order, trial)
     n = samples_of(trial)
     trial.check(n)
-    if order.proxy:
-        trial.check(max(1, round(order.proxy * n)))
 
 
 def samples_of(trial: Experiment) -> int:

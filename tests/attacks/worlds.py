@@ -27,7 +27,7 @@ def space():
     return {"crest.b": tune.choice([1, 2])}
 """
 ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "varied": ["crest.b"]}
-REST = ("concurrent", "time_budget", "proxy", "proxy_method", "space")
+REST = ("concurrent", "time_budget", "space")
 
 
 def make_world(folder: Path) -> None:
@@ -55,7 +55,7 @@ def _make_sweep(folder: Path) -> None:
     from raypkg.methods.crest.settings import CrestSettings
     from raypkg.studies.sweep_folder import create_sweep
 
-    order = {**ORDER, **dict.fromkeys(REST), "scheduler": "fifo", "search": "random", "fixed": {}}
+    order = {**ORDER, **dict.fromkeys(REST), "scheduler": "fifo", "search": "random"}
     create_sweep(str(folder / "runs"), "sweep", order, CrestSettings(), SPACE, [{"crest.b": 1}])
 
 

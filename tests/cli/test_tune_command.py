@@ -92,18 +92,6 @@ def test_what_a_space_aims_for_is_a_name(wrong, space, metric):
     assert f"space 'mine.py': {metric} is not a name" in wrong("crest --space mine.py")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("'seed': tune.choice([0, 1])", "--proxy: its coreset is of one data set and seed, so seed cannot be varied"),
-        ("'dataset.only': tune.choice(['a'])", "so dataset.only cannot be varied"),
-    ],
-)
-def test_a_proxy_is_of_one_data_set(wrong, space, content, message):
-    space(content)
-    assert message in wrong("crest --space mine.py --proxy 0.2")
-
-
 @pytest.mark.parametrize("given", ["--growth random", "--set growth.name=random"])
 def test_what_is_given_is_not_varied(wrong, space, given):
     space("'growth': tune.choice(['random', 'gradient'])")
@@ -148,17 +136,13 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --scheduler none", "scheduler none is now called fifo"),
         ("crest --search gird", "unknown search 'gird', did you mean 'grid'?"),
         ("crest --search grid", "--search grid: crest.tau is drawn from a continuous range"),
-        ("crest --proxy 1.5", "--proxy 1.5: a share of the samples, above 0 and below 1"),
-        ("crest --proxy-method craig", "--proxy-method craig needs --proxy"),
-        ("crest --proxy 0.1 --proxy-method crag", "unknown coreset method 'crag', did you mean 'craig'?"),
-        ("crest --proxy 0.1 --dataset.only a.parquet", "--proxy chooses the samples, so dataset.only"),
+        ("crest --proxy 0.2", "No such option '--proxy'"),
         ("crest --model resnt8", "unknown model 'resnt8'"),
         ("crest --crest.tau -1", "crest.tau = '-1'"),
         ("crest --resume none", "unknown sweep in"),
         ("crest --resume=", "unknown sweep in"),
         ("crest --space=", "unknown space ''"),
         ("crest --metric=", "unknown metric ''"),
-        ("crest --proxy 0.5 --proxy-method=", "unknown coreset method ''"),
         ("crest --resume none --concurrent 1", "unknown sweep in"),
         ("crest --resume none --cluster.workers 0", "unknown sweep in"),
         ("crest --resume none --samples 0", "--resume none keeps what was asked for: --samples cannot change"),
@@ -167,11 +151,6 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --name a/b", "--name 'a/b': 1 to 100"),
         ("crest --root /dev/null/runs", "/dev/null"),
         ("train --coreset /nope.parquet", "trial 0: there is no coreset file /nope.parquet"),
-        (
-            "train --proxy 0.2 --coreset a.parquet",
-            "--proxy chooses the samples, so --coreset a.parquet cannot be given",
-        ),
-        ("crest --proxy 0.5 --proxy-method infobatch", "infobatch"),
         (
             "deltagrad --train.momentum 0.9",
             "train.optimizer = sgd, train.momentum = 0.9: DeltaGrad is derived",
@@ -182,7 +161,6 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --train.epochs 15", "budget = 0.1 of 15 epochs is 1.5 epochs: it must be whole"),
         ("crest --selection random", "selection = random: crest.* belongs to crest and would do nothing"),
         ("crest --space crest_cost", "fewer than the 128 of train.batch_size"),
-        ("crest --proxy 0.05", "train.batch_size = 128: there are only 65 samples to choose from"),
         (
             "train --train.evaluate_every_epochs 0",
             "metric accuracy would never be measured: train.evaluate_every_epochs = 0",

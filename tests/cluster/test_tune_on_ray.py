@@ -142,16 +142,6 @@ def test_what_a_trial_does_wrong_is_its_result_alone(ray, tmp_path, scheduler, c
     assert "resume with: effray tune train --resume s" in capsys.readouterr().out
 
 
-def test_a_proxy_chooses_who_trains_on_all_samples(ray, tmp_path, capsys):
-    run("tune", "train", *grid(tmp_path, 1e30, 0.05, 0.1, 0.15, 0.2), "--proxy", "0.2")
-    rows = results(tmp_path)
-    assert [row["proxy"] for row in rows] == [True] * 5 + [False] * 4
-    assert rows[0]["state"] == "failed" and {row["state"] for row in rows[1:5]} <= {"done", "stopped"}
-    assert all(row["state"] == "done" and row["backward"] == 4 * 1295 for row in rows[5:])  # none is stopped early
-    assert "proxy: Kendall τ" in capsys.readouterr().out
-    assert "only" not in (tmp_path / "tune/s/best.toml").read_text()
-
-
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_killed_trial_goes_on_from_its_last_epoch(ray, tmp_path, space, workers):
     source = ["--dataset", "sabotage:load_and_kill_once", "--set", f"dataset.options.marker={tmp_path}/killed"]
