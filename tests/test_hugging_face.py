@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raypkg.core.errors import UserError
-from raypkg.core.extras import tell_download
+from raypkg.core.imports import announce_download
 from raypkg.core.settings import Model
 from raypkg.data import Data
 from raypkg.data.augment import compose
@@ -316,11 +316,11 @@ def test_a_checkpoint_that_is_not_there_is_told(name, monkeypatch):
 
 def test_a_download_is_said_before_it_begins(saved, monkeypatch, caplog):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    tell_download("no-such/model", "config.json", "the model")
+    announce_download("no-such/model", "config.json", "the model")
     assert "the model of no-such/model is not in the cache and is downloaded from https://" in caplog.text
     caplog.clear()
-    tell_download(str(saved("bert")), "config.json", "the model")
-    tell_download("no name: /of the/hub", "config.json", "the model")
+    announce_download(str(saved("bert")), "config.json", "the model")
+    announce_download("no name: /of the/hub", "config.json", "the model")
     assert not caplog.text
 
 

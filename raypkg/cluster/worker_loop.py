@@ -9,7 +9,7 @@ import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from raypkg.core.errors import UserError, ending_told
+from raypkg.core.errors import UserError, exit_is_error
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ def _carry_out(mailbox: Any, device: torch.device) -> None:
     number = worker.gather(asked)[0]  # all begin with the same one
     while task := ray.get(mailbox.task.remote(number)):
         function, arguments = ray.get(task[0])
-        with ending_told("the model, the data or a hook"):
+        with exit_is_error("the model, the data or a hook"):
             value = function(worker, *arguments)
         worker.gather(None)  # an answer means that every worker is done, and its rows have arrived
         if worker.rank == 0:

@@ -1,7 +1,7 @@
-"""Addresses: local paths and URIs, what is joined to them and cut from them, and the file systems that they name.
+"""Addresses of folders and files: local paths and URIs, and the file systems that they name.
 
-A URI may have a query, as S3 servers of one's own need: ``s3://bucket/runs?endpoint_override=http://host:9000``. Names
-below such a URI follow behind a ``#``, so that in every address the last part of the text is the last part of the path.
+A URI may have a query, as private S3 servers need: ``s3://bucket/runs?endpoint_override=http://host:9000``. Names of
+folders below such a URI follow behind a ``#``, so that they can be appended to the text of any address.
 """
 
 from collections.abc import Iterable
@@ -14,18 +14,18 @@ from pyarrow import fs
 
 from raypkg.core.errors import UserError
 
-ATTEMPTS = 3  # at a request to an object store
-CONNECTING = 3  # seconds, so that a server which is not there is told of soon
-ANSWERING = 5  # seconds without a byte
+ATTEMPTS = 3  # of a request to an object store
+CONNECT_TIMEOUT = 3  # seconds, so that a missing server is reported soon
+REQUEST_TIMEOUT = 5  # seconds without a byte
 
 
 def is_uri(address: str) -> bool:
-    """Say whether an address is a URI, and not a local path."""
+    """Return True if an address is a URI, not a local path."""
     return "://" in address
 
 
 def address_of(base: str, names: Iterable[str]) -> str:
-    """Return the address of what names lead to from a base; further names may be joined to its text.
+    """Return the address of nested names below a base; further names may be appended to its text.
 
     >>> address_of("s3://bucket/runs", ["train", "[a]"])
     's3://bucket/runs/train/%5Ba%5D'
@@ -38,28 +38,36 @@ def address_of(base: str, names: Iterable[str]) -> str:
 
 
 def uri_of(base: str, names: Iterable[str]) -> str:
-    """Return the same as other libraries take it, with the query at the end.
+    """Return the same address in the form of other libraries: the query at the end.
 
     >>> uri_of("s3://bucket/runs?region=x", ["train", "one"])
     's3://bucket/runs/train/one?region=x'
     """
-    folder, query = _without_query(base)
+    folder, query = _split_query(base)
     if is_uri(base):
         names = [quote(name, safe="@=+,") for name in names]
     return "/".join([folder.rstrip("/"), *names]) + query
 
 
 def parted(address: str) -> tuple[str, tuple[str, ...]]:
-    """Return the base of an address, and the names behind its ``#``.
+    """Return the base of an address and the names behind its ``#``; a local path is made absolute.
 
     Raises:
-        UserError: a path that is no text, of nobody's home, or that leads out of the base.
+        UserError: a path with a NUL or in a home directory that does not exist, or names that leave the base.
 
     >>> parted("s3://bucket/runs?region=x#/train/one")
     ('s3://bucket/runs?region=x', ('train', 'one'))
     """
     if not is_uri(address):
-        return _absolute(address), ()  # a worker may run in another folder
+        if "\0" in address:
+            raise UserError(f"cannot use {address!r} as a folder: a path cannot contain NUL")
+        try:
+            address.encode()
+            return str(Path(address).expanduser().absolute()), ()  # workers may run in another folder
+        except UnicodeEncodeError:
+            raise UserError(f"cannot use {address!r} as a folder: its name is not UTF-8") from None
+        except RuntimeError as error:  # ~ of an unknown user
+            raise UserError(f"cannot use {address!r} as a folder: {error}") from None
     base, _, below = address.partition("#")
     names = tuple(name for name in below.split("/") if name)
     if ".." in names:
@@ -75,15 +83,15 @@ def folder_and_name(file: str) -> tuple[str, str]:
     >>> folder_and_name("s3://bucket?region=x#/one/coreset.parquet")
     ('s3://bucket?region=x#/one', 'coreset.parquet')
     """
-    address, query = (file, "") if "#" in file else _without_query(file)
+    address, query = (file, "") if "#" in file else _split_query(file)
     folder, slash, name = address.rpartition("/")
     folder = folder or slash or "."
     return folder + query, unquote(name) if is_uri(file) else name
 
 
 def folder_around(base: str) -> str:
-    """Return the base of the folder around that of a base."""
-    folder, query = _without_query(base)
+    """Return the parent folder of a base."""
+    folder, query = _split_query(base)
     above = folder.rstrip("/").rpartition("/")[0]
     return (above or "/") + query
 
@@ -93,7 +101,7 @@ def opened(base: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of a base, and the path there.
 
     Raises:
-        UserError: there is none such.
+        UserError: no such file system, or a URI without a bucket or folder.
     """
     if not is_uri(base):
         return fs.LocalFileSystem(), base.rstrip("/")
@@ -104,36 +112,14 @@ def opened(base: str) -> tuple[fs.FileSystem, str]:
     if not path:
         raise UserError(f"cannot use {base!r} as a folder: it names neither bucket nor folder")
     if system.type_name == "s3":
-        system = _impatient(system)
+        # A connection that fails within seconds; a URI has no parameters for that.
+        _, (options,) = system.__reduce__()
+        options |= {"connect_timeout": CONNECT_TIMEOUT, "request_timeout": REQUEST_TIMEOUT}
+        system = fs.S3FileSystem(**options | {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)})
     return system, path.rstrip("/")
 
 
-def _impatient(system: fs.FileSystem) -> fs.FileSystem:
-    """Return a connection to S3 that gives up within seconds, which no URI can ask for."""
-    _, (options,) = system.__reduce__()
-    patience = {
-        "connect_timeout": CONNECTING,
-        "request_timeout": ANSWERING,
-        "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-    }
-    return fs.S3FileSystem(**{**options, **patience})
-
-
-def _without_query(base: str) -> tuple[str, str]:
-    """Return a base without its query, and the query with its question mark."""
-    if not is_uri(base):
-        return base, ""  # a question mark of a path is one of its characters
-    folder, mark, query = base.partition("?")
+def _split_query(base: str) -> tuple[str, str]:
+    """Return a base without its query, and the query with its question mark; in a path, ? is an ordinary character."""
+    folder, mark, query = base.partition("?") if is_uri(base) else (base, "", "")
     return folder, mark + query
-
-
-def _absolute(path: str) -> str:
-    if "\0" in path:
-        raise UserError(f"cannot use {path!r} as a folder: no path holds a NUL")
-    try:
-        path.encode()
-        return str(Path(path).expanduser().absolute())
-    except UnicodeEncodeError:
-        raise UserError(f"cannot use {path!r} as a folder: its name is not UTF-8") from None
-    except RuntimeError as error:  # ~ of nobody
-        raise UserError(f"cannot use {path!r} as a folder: {error}") from None

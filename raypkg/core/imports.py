@@ -1,21 +1,27 @@
-"""Heavy imports, over which the garbage collector does not walk."""
+"""Imports of heavy and of optional packages."""
 
 import gc
+import importlib
+import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
 
-HEAVY = "torch"
+from .errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Import PyTorch and what needs it in this block, without collecting garbage; it lasts as long as the process.
+    """Import PyTorch and its dependents without garbage collection, and exempt them from it afterwards.
 
-    PyTorch consists of a quarter of a million objects. The collector would walk over them again and again, here and in
-    every later import, which takes a quarter of a short run. Where PyTorch is imported already, this does nothing.
+    PyTorch consists of a quarter of a million objects. The collector would visit them again and again, here and in
+    every later import, which takes a quarter of a short run. Nothing happens if PyTorch is imported already.
     """
-    if HEAVY in sys.modules or not gc.isenabled():
+    if "torch" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
@@ -24,3 +30,35 @@ def heavy_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def extra(package: str, name: str, what: str) -> ModuleType:
+    """Import a package of the optional extra ``name``, which ``what`` needs.
+
+    Raises:
+        UserError: it is not installed.
+
+    >>> extra("transformrs", "text", "a model of Hugging Face")
+    Traceback (most recent call last):
+    raypkg.core.errors.UserError: a model of Hugging Face needs the package 'transformrs': pip install 'effray[text]'
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{what} needs the package {error.name!r}: pip install 'effray[{name}]'") from None
+
+
+def announce_download(name: str, file: str, what: str) -> None:
+    """Log a warning if a model or tokenizer of the Hugging Face hub is about to be downloaded.
+
+    Args:
+        name: on the hub; a local folder is never downloaded.
+        file: present in the cache if ``name`` is cached.
+        what: is downloaded.
+    """
+    hub = extra("huggingface_hub", "text", what)
+    if Path(name).is_dir() or hub.constants.HF_HUB_OFFLINE:
+        return
+    with suppress(ValueError):  # an invalid name: reading it raises a better error
+        if not isinstance(hub.try_to_load_from_cache(name, file), str):
+            log.warning("%s of %s is not in the cache and is downloaded from %s", what, name, hub.constants.ENDPOINT)

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from .errors import UserError, ending_told, unknown
+from .errors import UserError, exit_is_error, unknown
 
 if TYPE_CHECKING:  # it imports pydantic, which a list of names does not need
     from .config import Settings
@@ -114,7 +114,7 @@ class Entry:
         chosen = self.options(options or {})
         if self.source != USER_CODE:
             return self.function(*arguments, **supplied, **chosen)
-        with ending_told(repr(self.name)):
+        with exit_is_error(repr(self.name)):
             return self.function(*arguments, **supplied, **chosen)
 
 
@@ -227,7 +227,7 @@ class Registry:
         if os.getcwd() not in sys.path:  # a console script does not see the working directory
             sys.path.append(os.getcwd())
         try:
-            with ending_told(f"importing {name!r}"):
+            with exit_is_error(f"importing {name!r}"):
                 module = importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name and path.startswith(error.name):

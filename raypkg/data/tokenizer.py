@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raypkg.core.errors import UserError
-from raypkg.core.extras import extra, tell_download
+from raypkg.core.imports import announce_download, extra
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -64,7 +64,7 @@ def tokenizer_at(name: str) -> Tokenizer:
         UserError: there is none, or none that has the form of the package tokenizers ("fast").
     """
     transformers = extra("transformers", "text", WHAT)
-    tell_download(name, "tokenizer_config.json", "the tokenizer")
+    announce_download(name, "tokenizer_config.json", "the tokenizer")
     try:
         found = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # whatever the files make it raise

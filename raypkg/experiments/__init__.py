@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raypkg.core.errors import UserError, ending_told
+from raypkg.core.errors import UserError, exit_is_error
 from raypkg.core.imports import heavy_imports
 from raypkg.core.registry import Entry, Registry
 
@@ -99,7 +99,7 @@ def carry_out(
     with (
         Report(folder, following, console) as report,
         Workers(settings.cluster, report, (folder.storage / "ray").uri, settings.actors) as workers,
-        ending_told("the model, the data or a hook"),
+        exit_is_error("the model, the data or a hook"),
     ):
         entry(settings, report=report, workers=workers)
     return following.finish(folder.summary or {})

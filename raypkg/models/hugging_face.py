@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.core.extras import extra, tell_download
+from raypkg.core.imports import announce_download, extra
 from raypkg.data.kinds import TEXTS, kind_of
 
 from . import model
@@ -57,7 +57,7 @@ def hugging_face(
     """
     if not variant:
         raise UserError("model 'transformers' needs a name on the hub or a folder: transformers:NAME")
-    tell_download(variant, "config.json", WHAT)
+    announce_download(variant, "config.json", WHAT)
     with _quiet():
         config = _config(variant)
     config.num_labels = num_classes
