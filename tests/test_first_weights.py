@@ -9,7 +9,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Train
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.first_weights import fitted
-from raypkg.experiments.names import with_absolute_paths
+from raypkg.experiments.resolve import with_absolute_paths
 from raypkg.models.classifier import Classifier
 from raypkg.studies.trial_settings import varied
 

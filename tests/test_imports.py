@@ -44,7 +44,7 @@ assert not gc.isenabled() and not gc.get_freeze_count()
 NAMES = """
 import gc
 import sys
-from raypkg.experiments.names import check_names
+from raypkg.experiments.resolve import check_names
 from raypkg.experiments.train import TrainSettings
 
 check_names(TrainSettings())

@@ -11,7 +11,7 @@ from raypkg.core.config import load_settings, parse_toml, to_toml
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.experiments import experiment, settings_of
-from raypkg.experiments.names import check_names
+from raypkg.experiments.resolve import check_names
 from raypkg.methods.sparse.settings import SparseSettings
 from raypkg.studies.figures import METRICS
 from raypkg.studies.spaces import Space, check_space, find_space, open_space, read_space, space_of

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from raypkg.core.config import load_settings, to_toml
+from raypkg.core.config import to_toml
 from raypkg.core.errors import UserError, redacted
 from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Training
 from raypkg.data.memory import readable
 from raypkg.experiments.embed import EmbedSettings, planned
-from raypkg.experiments.names import check_names, with_absolute_paths, with_tokenizer
+from raypkg.experiments.resolve import resolve, selection_of
 from raypkg.experiments.select import SelectSettings
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.stages import Stage
@@ -47,9 +47,7 @@ def dry_run(
 
     if resume is not None:
         raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
-    settings = with_absolute_paths(load_settings(schema, config, values))
-    check_names(settings)
-    settings = with_tokenizer(settings)
+    settings = resolve(schema, config, values)
     _check_folder(entry, settings, name, root)
     forget_samples()
     samples = open_samples(settings)
@@ -88,8 +86,7 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
         given = getattr(settings, "coreset", None)
         settings.check(n if given is None else stages[-1].size(n))
         first_weights(settings, storage.parent.parent.root)
-    select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
-    if isinstance(select, Select):
+    if select := selection_of(settings):
         check_target_samples(select, samples)
 
 
@@ -101,8 +98,7 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
         f"data: {len(train):,} samples, of which {n:,} to train on and {len(samples.held_out):,} held out, and"
         f" {len(test):,} to test on; {train.num_classes} classes, shape {train.kind.words(train.shape)}"
     )
-    select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
-    if isinstance(select, Select):
+    if select := selection_of(settings):
         yield _selection(select, n)
     if isinstance(settings, EmbedSettings):
         yield _embedding(settings, samples, storage)

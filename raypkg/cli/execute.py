@@ -10,7 +10,7 @@ from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out
 from raypkg.experiments.embed import EmbedSettings
-from raypkg.experiments.names import check_names, with_absolute_paths, with_tokenizer
+from raypkg.experiments.resolve import resolve
 from raypkg.experiments.trust import stored_settings
 from raypkg.runs.folder import RunFolder, create, discard, find
 from raypkg.runs.show import show_run, terminal
@@ -26,9 +26,7 @@ def execute(
     Raises:
         UserError: bad settings, or what the experiment raises.
     """
-    settings = with_absolute_paths(load_settings(schema, config, values))
-    check_names(settings)
-    settings = with_tokenizer(settings)
+    settings = resolve(schema, config, values)
     folder = create(root, entry.name, name, settings)
     with folder.storage.alone(f"run {folder.name!r}"):  # nobody else's work is discarded
         try:

@@ -16,8 +16,8 @@ from raypkg.core.errors import Interruption, UserError, shown
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import experiment, training_settings_of
-from raypkg.experiments.names import check_names, with_absolute_paths
 from raypkg.experiments.outlook import stages_of
+from raypkg.experiments.resolve import check_names, with_absolute_paths
 from raypkg.experiments.trust import check_code
 from raypkg.runs.activity import resuming
 from raypkg.runs.folder import discard

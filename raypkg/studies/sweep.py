@@ -19,7 +19,7 @@ from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import training_settings_of
-from raypkg.experiments.names import check_names, with_absolute_paths
+from raypkg.experiments.resolve import check_names, with_absolute_paths
 from raypkg.experiments.trust import check_code, check_file_of_code
 from raypkg.runs.activity import resuming
 from raypkg.runs.folder import discard

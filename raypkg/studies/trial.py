@@ -10,7 +10,7 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import carry_out, experiment, training_settings_of
-from raypkg.experiments.names import with_absolute_paths, with_tokenizer
+from raypkg.experiments.resolve import with_absolute_paths, with_tokenizer
 from raypkg.experiments.sharing import Donors
 from raypkg.runs import folder as run_folder
 from raypkg.runs.folder import RunFolder

@@ -10,7 +10,7 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
 from raypkg.core.settings import Dataset, Experiment, RunSettings, Training
-from raypkg.experiments.names import check_names
+from raypkg.experiments.resolve import check_names
 
 from .figures import METRICS
 from .order import EVALUATE, Order

@@ -15,7 +15,7 @@ from raypkg.core.seeds import generator
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.experiments.coreset_files import load_record
-from raypkg.experiments.names import check_names
+from raypkg.experiments.resolve import check_names
 from raypkg.experiments.samples import augmentations, new_model, open_samples
 from raypkg.methods.lipt.densities import redrawn
 from raypkg.methods.lipt.merges import merge

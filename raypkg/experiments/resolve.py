@@ -1,0 +1,158 @@
+"""One preparation of settings for every run: paths made absolute, names checked, the model's tokenizer filled in.
+
+For the commands and for studies: ``resolve`` replaces ``load_settings`` followed by ``with_absolute_paths``,
+``check_names`` and ``with_tokenizer``. A study's shared settings are resolved with ``shared=True``.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from raypkg.core.address import is_uri
+from raypkg.core.config import Named, load_settings
+from raypkg.core.errors import UserError
+from raypkg.core.imports import heavy_imports
+from raypkg.core.registry import Lookup
+from raypkg.core.settings import Experiment, Model, RunSettings, Select, Target, Train
+from raypkg.coresets.rules import coreset
+from raypkg.data.sources import dataset
+from raypkg.engine import hook
+from raypkg.models import model, tokenizer_of
+
+R = TypeVar("R", bound=RunSettings)
+N = TypeVar("N", bound=Named)
+TOKENIZER = "tokenizer"  # the option of a source of texts
+
+
+def resolve(
+    schema: type[R], source: Path | Mapping[str, Any] | None, values: Mapping[str, Any], *, shared: bool = False
+) -> R:
+    """Return settings that are ready for a run: loaded, with absolute paths, checked names and a tokenizer.
+
+    Args:
+        schema: the settings class of the experiment.
+        source: a TOML file, or stored settings.
+        values: further settings by dotted names, which win over the source.
+        shared: the settings are the base of a study's trials, each of which gets the tokenizer of its own model.
+
+    Raises:
+        UserError: an unknown or invalid setting, name or option.
+    """
+    settings = with_absolute_paths(load_settings(schema, source, values))
+    check_names(settings)
+    return settings if shared else with_tokenizer(settings)
+
+
+def with_absolute_paths(settings: R) -> R:
+    """Make the paths in names, tokenizers and files absolute: workers and resumed runs have other working folders.
+
+    URIs stay as they are, and so do names on the hub and names of runs.
+    """
+    parts: dict[str, Any] = {"dataset": _absolute_data_set(settings.dataset)}
+    for name in ("only", "streamed"):
+        path = getattr(settings.dataset, name)
+        if path is not None and not is_uri(path):
+            parts["dataset"] = parts["dataset"].model_copy(update={name: _absolute(path)})
+    if chosen := _model_of(settings):
+        family, colon, variant = chosen.name.partition(":")
+        parts["model"] = chosen.model_copy(update={"name": f"{family}{colon}{_absolute_folder(variant)}"})
+    train = getattr(settings, "train", None)
+    if isinstance(train, Train) and train.from_ is not None:
+        path = Path(train.from_)
+        if path.is_file() or (path / "summary.json").is_file():  # otherwise it may be the name of a run
+            parts["train"] = train.model_copy(update={"from_": _absolute(path)})
+    return _with_target(settings.model_copy(update=parts), _absolute_data_set)
+
+
+def check_names(settings: RunSettings) -> None:
+    """Refuse unknown names of data sets, models, methods, hooks, rules, augmentations and projects, and wrong options.
+
+    All names are checked before the first option: options import what they belong to, and PyTorch with it.
+    """
+    from raypkg.runs.tracking import check_tracker
+
+    lookups = [Lookup(dataset, settings.dataset.name, settings.dataset.options)]
+    hooks = settings.hooks if isinstance(settings, Experiment) else ()
+    if isinstance(settings, Experiment):
+        lookups.append(Lookup(model, settings.model.name, settings.model.options))
+        lookups += [Lookup(hook, named.name, named.options) for named in hooks]
+    if select := selection_of(settings):
+        lookups.append(Lookup(coreset, select.method, select.options))
+        if select.target is not None and select.target.is_data_set:
+            lookups.append(Lookup(dataset, select.target.name, select.target.options))
+    lookups += settings.lookups()
+    for each in lookups:
+        each.registry.check(each.name)
+    with heavy_imports():
+        for each in lookups:
+            each.registry[each.name].options(each.options)
+        from raypkg.data.augment import compose
+    for named in hooks:
+        if needs := hook[named.name].needs:
+            raise UserError(f"hook {named.name!r} needs {needs[0]!r}, which nobody gives: it takes keywords only")
+    compose(settings.dataset.augment or ())
+    check_tracker(settings)
+
+
+def with_tokenizer(settings: R) -> R:
+    """Set the tokenizer of texts to the model's, and that of a selection's target to the data set's, where unset."""
+    chosen = settings.dataset
+    named = _model_of(settings)
+    own = tokenizer_of(named.name) if named and TOKENIZER not in chosen.options else None
+    if own and _takes_tokenizer(chosen):
+        chosen = chosen.model_copy(update={"options": {**chosen.options, TOKENIZER: own}})
+        settings = settings.model_copy(update={"dataset": chosen})
+    shared = chosen.options.get(TOKENIZER)
+
+    def cut_alike(target: Target) -> Target:
+        if shared is None or not target.is_data_set or TOKENIZER in target.options or not _takes_tokenizer(target):
+            return target
+        return target.model_copy(update={"options": {**target.options, TOKENIZER: shared}})
+
+    return _with_target(settings, cut_alike)
+
+
+def selection_of(settings: RunSettings) -> Select | None:
+    """Return the settings of the run's selection, or None."""
+    select = settings if isinstance(settings, Select) else getattr(settings, "select", None)
+    return select if isinstance(select, Select) else None
+
+
+def _model_of(settings: RunSettings) -> Model | None:
+    """Return the model that training or `effray embed` chooses by its name."""
+    chosen = getattr(settings, "model", None)
+    return chosen if isinstance(chosen, Model) and chosen.name else None
+
+
+def _with_target(settings: R, change: Callable[[Target], Target]) -> R:
+    """Change the data set that the run's selection is for, if one is set."""
+    select = selection_of(settings)
+    if select is None or select.target is None:
+        return settings
+    changes = {"target": change(select.target)}
+    if isinstance(settings, Select):
+        return settings.model_copy(update=changes)
+    return settings.model_copy(update={"select": select.model_copy(update=changes)})
+
+
+def _absolute_data_set(chosen: N) -> N:
+    changes: dict[str, Any] = {}
+    source, _, path = chosen.name.partition(":")
+    if path and source in dataset and not is_uri(path):
+        changes["name"] = f"{source}:{_absolute(path)}"
+    if isinstance(own := chosen.options.get(TOKENIZER), str):
+        changes["options"] = {**chosen.options, TOKENIZER: _absolute_folder(own)}
+    return chosen.model_copy(update=changes)
+
+
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _absolute_folder(name: str) -> str:
+    """Return the absolute path of an existing folder; any other name stays as it is."""
+    return _absolute(name) if "/" in name and Path(name).expanduser().is_dir() else name
+
+
+def _takes_tokenizer(chosen: Named) -> bool:
+    return TOKENIZER in dataset[chosen.name].schema.model_fields
