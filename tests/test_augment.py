@@ -6,7 +6,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.data import operations
+from raypkg.data import augment as operations
 from raypkg.data.augment import AUGMENTATIONS, compose
 from raypkg.data.kinds import IMAGES, ROWS
 

@@ -10,8 +10,7 @@ import torch
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
-from raypkg.data.aligned import aligned
-from raypkg.data.split import Split
+from raypkg.data.split import Split, aligned
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.curvature import Curvature
 from raypkg.methods.deltagrad.exact_steps import Periodic, Tolerant

@@ -11,8 +11,7 @@ from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data import load_data
 from raypkg.data.coreset import Coreset
-from raypkg.data.opening import open_data
-from raypkg.data.regimes import long_tail, taken, with_wrong_labels, wrong_share
+from raypkg.data.opening import long_tail, open_data, subset, with_wrong_labels, wrong_share
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard
 from raypkg.experiments.coreset_files import origin, save_coreset
@@ -155,7 +154,7 @@ def test_settings_that_cannot_be_or_would_do_nothing_are_refused(values, message
 
 def test_a_split_of_split_keeps_truth_and_ids():
     noisy = with_wrong_labels(split_of([0, 1] * 10), 0.5, generator(0, "noise"))
-    part = taken(taken(noisy, torch.tensor([5, 6, 7])), torch.tensor([2, 0]))
+    part = subset(subset(noisy, torch.tensor([5, 6, 7])), torch.tensor([2, 0]))
     assert part.ids.tolist() == [7, 5]
     assert part.truth.tolist() == noisy.truth[[7, 5]].tolist()
     assert part.batch([0])[0].item() == 7.0

@@ -19,11 +19,9 @@ from raypkg.core.address import opened
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Dataset, Training
 from raypkg.data import load_data
-from raypkg.data.blocks import shuffled_by_blocks
 from raypkg.data.coreset import Coreset
-from raypkg.data.opening import open_data
-from raypkg.data.regimes import taken
-from raypkg.data.split import at_hand
+from raypkg.data.opening import open_data, subset
+from raypkg.data.split import at_hand, shuffled_by_blocks
 from raypkg.data.store import images, importing, streamed
 from raypkg.data.store.held import HeldBlocks
 from raypkg.data.store.parts import Stream
@@ -170,7 +168,7 @@ def test_an_epoch_fetches_each_block_once_as_far_as_it_can(source, stream, monke
     monkeypatch.setattr(importing, "BLOCK_BYTES", 1)  # a block for each image
     stream = stream._replace(window=60)
     once = load_data(source, cache=stream).train
-    split = taken(once, torch.arange(N).repeat(3))
+    split = subset(once, torch.arange(N).repeat(3))
     fetched = []
     held = store_of(once)._blocks
     read = held._load
@@ -207,7 +205,7 @@ def test_copies_are_the_same_and_leave_no_file(source, split, stream, tmp_path):
     assert here.blocks is None and len(here) == N
     assert torch.equal(here.batch(some)[0], local.batch(some)[0])
     assert not list(stream.cache.iterdir())
-    with pytest.raises(IndexError, match="not held here"):
+    with pytest.raises(IndexError, match="not on this machine"):
         here.batch([4])
     assert at_hand(local, some) is local
 

@@ -188,7 +188,7 @@ def data(name: str, pairs: tuple[str, ...]) -> None:
         effray data digits
     """
     from raypkg.data import load_data
-    from raypkg.data.describe import describe
+    from raypkg.data.opening import describe
     from raypkg.runs.show import terminal
 
     from .setting_options import parsed_pairs

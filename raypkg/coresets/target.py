@@ -15,9 +15,8 @@ from torch import Tensor
 from raypkg.core.errors import UserError
 from raypkg.core.settings import TRAIN, VALID, Select
 from raypkg.data import Data, load_data
-from raypkg.data.aligned import aligned
 from raypkg.data.kinds import TEXTS
-from raypkg.data.split import Split
+from raypkg.data.split import Split, aligned
 from raypkg.engine.shards import Shard
 
 from .rules import Method, coreset

@@ -1,13 +1,12 @@
-"""Data sources, one file each, and the Split they all return."""
+"""Data sources, one file each, and the Split that they all return."""
 
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raypkg.core.errors import UserError
-from raypkg.core.registry import USER_CODE, Entry, argument
+from raypkg.core.registry import USER_CODE, argument
 
 from .sources import dataset
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Data(NamedTuple):
-    """The two splits of a data set, both with the train split's classes, shape and statistics."""
+    """The two splits of a data set, both with the training split's classes, shape and statistics."""
 
     train: "Split"
     test: "Split"
@@ -27,10 +26,10 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: "Ca
     """Load a data set by name: ``digits``, ``cifar10``, ``parquet:PATH``, ``folder:PATH`` or ``module:function``.
 
     Args:
-        name: a registered source, with what it needs after the colon, or the user's own function.
+        name: a registered source, with its argument after the colon, or the user's own function.
         options: the source's own options.
-        cache: folder of the memory-mapped stores, by default ``$EFFRAY_CACHE``, then the user's cache folder; or where
-            stores are read by blocks.
+        cache: folder of the memory-mapped stores (default: ``$EFFRAY_CACHE``, then the user's cache folder), or the
+            location of stores that are read by blocks.
 
     Raises:
         UserError: unknown name or option, unreadable data, or splits that do not belong together.
@@ -39,22 +38,9 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: "Ca
     >>> digits.train.shape, digits.train.num_classes, len(digits.test)
     ((1, 8, 8), 10, 360)
     """
+    from .split import Split  # imports torch, which a list of sources does not need
+
     entry = dataset[name]
-    _check_signature(entry, name)
-    root = argument(name) if entry.name in dataset else ""  # the user's own function has no such part
-    load = partial(_load, entry, name, root, options=options, cache=cache)
-    train = load(split="train")
-    test = load(split="test")
-    differing = [what for what in ("shape", "classes") if getattr(train, what) != getattr(test, what)]
-    if differing:
-        a = getattr(train, differing[0])
-        b = getattr(test, differing[0])
-        raise UserError(f"dataset {name!r}: the splits differ in {differing[0]}: train has {a}, test has {b}")
-    # Both are normalised alike, by what training may know.
-    return Data(train, replace(test, mean=train.mean, std=train.std))
-
-
-def _check_signature(entry: Entry, name: str) -> None:
     signature = inspect.signature(entry.function)
     if "split" not in signature.parameters:
         raise UserError(f"dataset {name!r}: its function must take a keyword split, which is 'train' or 'test'")
@@ -62,18 +48,24 @@ def _check_signature(entry: Entry, name: str) -> None:
         signature.bind("", **dict.fromkeys(entry.declares))
     except TypeError:
         raise UserError(f"dataset {name!r} must be callable as function(root, split=…), not {signature}") from None
+    root = argument(name) if entry.name in dataset else ""  # the user's own function has no argument
 
+    def load(split: str) -> Split:
+        try:
+            loaded = entry(root, split=split, options=options, cache=cache)
+        except OSError as error:
+            if entry.source == USER_CODE:
+                raise  # keeps its traceback
+            raise UserError(f"dataset {name!r} cannot be read: {error}") from None
+        if not isinstance(loaded, Split):
+            raise UserError(f"dataset {name!r} returned a {type(loaded).__name__}, not a raypkg.data.split.Split")
+        return loaded
 
-def _load(entry: Entry, name: str, root: str, **keywords: Any) -> "Split":
-    """Call a source; what a user's own function raises keeps its traceback."""
-    from .split import Split
-
-    try:
-        split = entry(root, **keywords)
-    except OSError as error:
-        if entry.source == USER_CODE:
-            raise
-        raise UserError(f"dataset {name!r} cannot be read: {error}") from None
-    if not isinstance(split, Split):
-        raise UserError(f"dataset {name!r} returned a {type(split).__name__}, not a raypkg.data.split.Split")
-    return split
+    train = load("train")
+    test = load("test")
+    for what in ("shape", "classes"):
+        ours, theirs = getattr(train, what), getattr(test, what)
+        if ours != theirs:
+            raise UserError(f"dataset {name!r}: the splits differ in {what}: train has {ours}, test has {theirs}")
+    # The test split is normalised by statistics of the training split alone.
+    return Data(train, replace(test, mean=train.mean, std=train.std))

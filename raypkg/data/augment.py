@@ -1,9 +1,14 @@
 """Per-sample augmentation of whole batches: image tensors and a matrix of uniform numbers in, images out.
 
-Nothing here draws: sample i is changed by row i of ``u`` alone, so a worker that holds a slice of a batch changes it as
-the whole batch would have been.
+Nothing here draws: row i of ``u`` alone decides how sample i changes, so a worker that holds a slice of a batch changes
+it as the whole batch would have been.
+
+The 14 operations of RandAugment (arXiv:1909.13719) take uint8 images [b, C, H, W], a magnitude in [0, 1] and a sign ±1
+per image [b]. Magnitude 1 is 30 in the paper: shear 0.3, translation 150/331 of the side, rotation 30°, enhancement
+factors 1 ± 0.9, posterising to 4 bits, solarising everything.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +18,16 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError, unknown
 
-from .operations import OPERATIONS
+SMOOTHING = [[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]]
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey
 
 Change = Callable[[Tensor, Tensor], Tensor]  # (uint8 [b, C, H, W], uniforms [b, draws]) → uint8 [b, C, H, W]
+Operation = Callable[[Tensor, float, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A change of images and how many uniform numbers it takes for each of them."""
+    """A change of images, and the number of uniform numbers that it needs per image."""
 
     draws: int
     change: Change
@@ -31,10 +38,10 @@ class Augmentation:
 
 
 def compose(names: Sequence[str]) -> Augmentation:
-    """Return the named augmentations as one, in the given order; without names, the one that changes nothing.
+    """Return the named augmentations as one, in the given order; without names, the identity.
 
     Raises:
-        UserError: an unknown name; or, when applied, samples that are rows of a table and not images.
+        UserError: an unknown name, or, when applied, samples that are not images.
     """
     strange = next((name for name in names if name not in AUGMENTATIONS), None)
     if strange is not None:
@@ -96,6 +103,159 @@ def randaugment(x: Tensor, u: Tensor, magnitude: float = 5 / 30) -> Tensor:
         if len(drawn):
             out[drawn] = operation(x[drawn], magnitude, sign[drawn])
     return out
+
+
+def identity(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Change nothing."""
+    return x
+
+
+def autocontrast(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Stretch each channel to the whole range."""
+    low = x.amin((2, 3), keepdim=True).float()  # [b, C, 1, 1]
+    high = x.amax((2, 3), keepdim=True).float()
+    spread = (high - low).clamp_min(1)
+    stretched = _to_uint8((x - low) * (255 / spread))
+    # A channel of a single value has no range to stretch.
+    return torch.where(high > low, stretched, x)
+
+
+def equalize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Level each channel's histogram: v → ⌊(#{pixels < v} + s/2) / s⌋ with s = #{pixels < brightest} / 255."""
+    b, c = x.shape[:2]
+    pixels = x.reshape(b, c, -1).long()  # [b, C, H·W]
+    counts = torch.zeros(b, c, 256, dtype=torch.long, device=x.device)
+    counts.scatter_add_(2, pixels, torch.ones_like(pixels))
+    below = counts.cumsum(2) - counts  # [b, C, 256], pixels darker than each value
+    brightest = pixels.amax(2, keepdim=True)
+    step = below.gather(2, brightest) // 255  # [b, C, 1]
+    levelled = (below + step // 2) // step.clamp_min(1)
+    # Too few pixels below the brightest make a step of 0: the channel stays as it is.
+    unchanged = torch.arange(256, device=x.device)
+    table = torch.where(step > 0, levelled, unchanged).clamp_max(255)
+    return table.gather(2, pixels).view(x.shape).to(torch.uint8)
+
+
+def solarize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Invert what is brighter than a threshold."""
+    threshold = 255 * (1 - magnitude)
+    return torch.where(x >= threshold, 255 - x, x)
+
+
+def posterize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Keep the highest 8 … 4 bits."""
+    dropped = round(4 * magnitude)
+    return x >> dropped << dropped
+
+
+def brightness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Blend with black."""
+    black = torch.zeros(1, device=x.device)
+    return _blend(x, black, magnitude, sign)
+
+
+def contrast(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Blend with the mean grey of the image."""
+    mean = _grey(x).mean((1, 2, 3), keepdim=True)  # [b, 1, 1, 1]
+    return _blend(x, mean, magnitude, sign)
+
+
+def color(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Blend with the image in grey."""
+    return _blend(x, _grey(x), magnitude, sign)
+
+
+def sharpness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Blend with the image smoothed by a 3×3 kernel; the pixels of the border stay as they are."""
+    channels = x.shape[1]
+    weights = torch.tensor(SMOOTHING, device=x.device)
+    kernel = weights / weights.sum()
+    smooth = x.float()
+    inner = F.conv2d(smooth, kernel.expand(channels, 1, 3, 3), groups=channels)  # [b, C, H−2, W−2]
+    smooth[:, :, 1:-1, 1:-1] = inner
+    return _blend(x, smooth, magnitude, sign)
+
+
+def rotate(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Turn about the centre."""
+    angle = math.radians(30 * magnitude) * sign
+    cos = angle.cos()
+    sin = angle.sin()
+    return _warp(x, xx=cos, xy=-sin, yx=sin, yy=cos)
+
+
+def shear_x(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Shift rows in proportion to their height."""
+    return _warp(x, xy=0.3 * magnitude * sign)
+
+
+def shear_y(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Shift columns in proportion to their width."""
+    return _warp(x, yx=0.3 * magnitude * sign)
+
+
+def translate_x(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Shift sideways; pixels that move to the right come from the left."""
+    return _warp(x, x1=-_shift(magnitude, x.shape[3]) * sign)
+
+
+def translate_y(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Shift up or down."""
+    return _warp(x, y1=-_shift(magnitude, x.shape[2]) * sign)
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    identity, autocontrast, equalize, rotate, solarize, color, posterize,
+    contrast, brightness, sharpness, shear_x, shear_y, translate_x, translate_y,
+)  # fmt: skip
+
+
+def _blend(x: Tensor, other: Tensor, magnitude: float, sign: Tensor) -> Tensor:
+    """Return other + f·(x − other) with f = 1 ± 0.9·magnitude."""
+    factor = 1 + 0.9 * magnitude * sign  # [b]
+    factor = factor.view(-1, 1, 1, 1)
+    return _to_uint8(other + factor * (x - other))
+
+
+def _grey(x: Tensor) -> Tensor:
+    """Return luma, rounded down as image libraries do, [b, 1, H, W]."""
+    if x.shape[1] != 3:
+        return x.float().mean(1, keepdim=True)
+    weights = torch.tensor(LUMA, device=x.device).view(3, 1, 1)
+    luma = (x * weights).sum(1, keepdim=True)
+    return luma.floor()
+
+
+def _to_uint8(x: Tensor) -> Tensor:
+    return x.clamp(0, 255).to(torch.uint8)
+
+
+def _shift(magnitude: float, side: int) -> float:
+    """Return a translation by whole pixels in units of half a side."""
+    pixels = int(150 / 331 * side * magnitude)
+    return pixels / side * 2
+
+
+def _warp(
+    x: Tensor,
+    *,
+    xx: Tensor | float = 1.0,
+    xy: Tensor | float = 0.0,
+    x1: Tensor | float = 0.0,
+    yx: Tensor | float = 0.0,
+    yy: Tensor | float = 1.0,
+    y1: Tensor | float = 0.0,
+) -> Tensor:
+    """Take the pixel at (x, y) from the pixel nearest to (xx·x + xy·y + x1, yx·x + yy·y + y1), black from outside.
+
+    Coordinates are in units of half a side from the centre; a coefficient is one number, or one per image [b].
+    """
+    origin = torch.zeros(len(x), 6, device=x.device)
+    for place, coefficient in enumerate((xx, xy, x1, yx, yy, y1)):
+        origin[:, place] = coefficient
+    grid = F.affine_grid(origin.view(-1, 2, 3), list(x.shape), align_corners=False)  # [b, H, W, 2]
+    moved = F.grid_sample(x.float(), grid, mode="nearest", align_corners=False)
+    return moved.to(torch.uint8)
 
 
 AUGMENTATIONS = {

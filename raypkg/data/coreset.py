@@ -1,4 +1,4 @@
-"""Coreset: which samples to train on, and how much each one counts."""
+"""The Coreset: indices of the samples to train on, and their weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,7 @@ from raypkg.core.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Coreset:
-    """A weighted subset; the training objective on it is mean(w · loss), and 1 means unweighted.
-
-    Args:
-        indices: int64 [k], distinct and not negative.
-        weights: float32 [k], finite and not negative.
+    """A weighted subset; the training objective on it is mean(w · loss), so weight 1 means unweighted.
 
     Raises:
         UserError: wrong dtype or shape, repeated or negative index, negative or non-finite weight.
@@ -24,19 +20,27 @@ class Coreset:
     tensor([1., 1.])
     """
 
-    indices: Tensor
-    weights: Tensor
+    indices: Tensor  # int64 [k], distinct
+    weights: Tensor  # float32 [k]
 
     def __post_init__(self):
-        _check_vector("indices", self.indices, torch.int64)
-        _check_vector("weights", self.weights, torch.float32)
+        for what, vector, dtype in (
+            ("indices", self.indices, torch.int64),
+            ("weights", self.weights, torch.float32),
+        ):
+            if vector.dim() != 1 or vector.dtype != dtype:
+                raise UserError(f"coreset {what} are {vector.dtype} {list(vector.shape)}, expected {dtype} [k]")
         if len(self.indices) != len(self.weights):
             raise UserError(f"coreset has {len(self.indices)} indices and {len(self.weights)} weights, not as many")
-        _check_each("index", self.indices, self.indices >= 0, "0 or more")
-        usable = self.weights.isfinite() & (self.weights >= 0)
-        _check_each("weight", self.weights, usable, "finite and 0 or more")
         distinct, times = self.indices.unique(return_counts=True)
-        _check_each("index", distinct, times == 1, "given once")
+        usable = self.weights.isfinite() & (self.weights >= 0)
+        for what, values, valid, allowed in (
+            ("index", self.indices, self.indices >= 0, "0 or more"),
+            ("weight", self.weights, usable, "finite and 0 or more"),
+            ("index", distinct, times == 1, "given once"),
+        ):
+            if not valid.all():
+                raise UserError(f"coreset {what} {values[~valid][0].item()}: must be {allowed}")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -64,22 +68,11 @@ class Coreset:
         return Coreset(positions[self.indices], self.weights)
 
     def part(self, positions: Tensor) -> "Coreset":
-        """Return the samples at distinct positions, such as a batch; what was checked is not checked again.
+        """Return the samples at distinct positions, such as a batch, without validating them again.
 
         >>> Coreset.uniform(torch.tensor([4, 7, 9])).part(torch.tensor([2, 0])).indices
         tensor([9, 4])
         """
-        part = object.__new__(Coreset)  # the checks would take longer than to gather a batch of rows
+        part = object.__new__(Coreset)  # validation would take longer than gathering a batch of rows
         vars(part).update(indices=self.indices[positions], weights=self.weights[positions])
         return part
-
-
-def _check_vector(what: str, vector: Tensor, dtype: torch.dtype) -> None:
-    if vector.dim() != 1 or vector.dtype != dtype:
-        raise UserError(f"coreset {what} are {vector.dtype} {list(vector.shape)}, expected {dtype} [k]")
-
-
-def _check_each(what: str, values: Tensor, good: Tensor, allowed: str) -> None:
-    if not good.all():
-        first = values[~good][0].item()
-        raise UserError(f"coreset {what} {first}: must be {allowed}")

@@ -1,12 +1,13 @@
-"""What a sample can be: an image, a row of numbers or a text; the one place that knows what a model is given of it.
+"""The kinds of sample, image, row and text, and their conversion to the input of a model.
 
-A kind follows from the shape of a sample: (C, H, W) of an image, (D,) of a row, and (L, V) of a text, which is a
-sequence of at most L tokens out of V: as mathematics a matrix of zeros and ones, in memory the numbers of the tokens.
+The shape of a sample decides its kind: (C, H, W) is an image, (D,) a row of numbers, (L, V) a text of at most L tokens
+out of V.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,45 +17,51 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 
 Shape = tuple[int, ...]
-PADDING = -1  # stands behind the last token of a text that is shorter than others of its batch
+PADDING = -1  # follows the last token of a text that is shorter than others of its batch
+SMALLEST = float(np.finfo(np.float32).tiny)  # smallest standard deviation whose inverse float32 can hold
 
 
-class Kind(Protocol):
-    """What batches of one kind of sample are, as they are stored and as a model takes them."""
+class Kind(ABC):
+    """Stored batches of one kind of sample, and the input that a model computes from them."""
 
-    form: str  # of a batch as it is stored, for error messages
+    form: str  # of a stored batch, for error messages
 
     def tensor(self, stored: np.ndarray) -> Tensor:
-        """Return what a store gathered as a tensor, without a copy."""
+        """Convert a stored batch to a tensor without a copy."""
+        return torch.from_numpy(stored)
 
+    @abstractmethod
     def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """Return what a model is given of stored samples."""
+        """Convert stored samples to the input of a model."""
 
+    @abstractmethod
     def fits(self, x: Tensor, shape: Shape) -> bool:
-        """Say whether a batch is one of samples of this shape, as they are stored."""
+        """Return True if a batch holds stored samples of this shape."""
 
     def example(self, count: int, shape: Shape) -> Tensor:
-        """Return random samples of a shape as a model takes them, the same at every call."""
+        """Return random model inputs, the same in every call."""
+        return torch.randn(count, *shape, generator=generator(0, "probe"))
 
     def unallocated(self, count: int, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return a batch as a model takes it on the meta device, where it is a shape and no numbers."""
+        """Return a batch of model inputs on the meta device, which has a shape but no memory."""
+        return torch.empty(count, *shape, dtype=dtype, device="meta")
 
+    @abstractmethod
     def words(self, shape: Shape) -> str:
-        """Return a shape for people."""
+        """Describe a shape for people."""
 
 
-class Images:
-    """Stored as uint8 [b, H, W, C], batches of uint8 [b, C, H, W] in channels_last memory."""
+class _Images(Kind):
+    """Stored as uint8 [b, H, W, C]; batches are uint8 [b, C, H, W] in channels_last memory."""
 
     form = "uint8 [b, C, H, W]"
 
     def tensor(self, stored: np.ndarray) -> Tensor:
-        """Return uint8 [b, C, H, W]."""
         return torch.from_numpy(stored).permute(0, 3, 1, 2)
 
     def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """Return (x/255 − mean)/std per channel, float [b, C, H, W]."""
-        shift, scale = _moments(tuple(mean), tuple(std), x.device, dtype)
+        # (x/255 − mean)/std per channel
+        shift, scale = _normalisation(tuple(mean), tuple(std), x.device, dtype)
         b, c, height, width = x.shape
         # One line of pixels is one row of a matrix: channels alone are too short for vector instructions.
         lines = x.permute(0, 2, 3, 1).reshape(b * height, width * c).to(dtype)
@@ -64,108 +71,76 @@ class Images:
         return lines.view(b, height, width, c).permute(0, 3, 1, 2)
 
     def fits(self, x: Tensor, shape: Shape) -> bool:
-        """Say whether these are bytes of that shape."""
         return x.dtype == torch.uint8 and x.shape[1:] == shape
 
-    def example(self, count: int, shape: Shape) -> Tensor:
-        """Return normal numbers, float32 [count, C, H, W]."""
-        return _normal(count, shape)
-
-    def unallocated(self, count: int, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the shape of normalised images, [count, C, H, W]."""
-        return torch.empty(count, *shape, dtype=dtype, device="meta")
-
     def words(self, shape: Shape) -> str:
-        """Return "3 × 32 × 32"."""
         return " × ".join(map(str, shape))
 
 
-class Rows:
+class _Rows(Kind):
     """Stored as float32 [b, D]."""
 
     form = "float [b, D]"
 
-    def tensor(self, stored: np.ndarray) -> Tensor:
-        """Return float32 [b, D]."""
-        return torch.from_numpy(stored)
-
     def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """Return (x − mean)/std per column, float [b, D]."""
-        shift, scale = _moments(tuple(mean), tuple(std), x.device, dtype)
+        # (x − mean)/std per column
+        shift, scale = _normalisation(tuple(mean), tuple(std), x.device, dtype)
         return (x - shift).mul_(scale)
 
     def fits(self, x: Tensor, shape: Shape) -> bool:
-        """Say whether these are numbers of that width."""
         return x.is_floating_point() and x.shape[1:] == shape
 
-    def example(self, count: int, shape: Shape) -> Tensor:
-        """Return normal numbers, float32 [count, D]."""
-        return _normal(count, shape)
-
-    def unallocated(self, count: int, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the shape of normalised rows, [count, D]."""
-        return torch.empty(count, *shape, dtype=dtype, device="meta")
-
     def words(self, shape: Shape) -> str:
-        """Return "64"."""
         return str(shape[0])
 
 
-class Texts:
-    """Batches of int64 [b, 2, l], l ≤ L the length of the longest: the tokens, and in which of two texts each stands.
+class _Texts(Kind):
+    """Batches of int64 [b, 2, l], l ≤ L: the tokens, and the segment (first or second text) of each.
 
-    Behind a text's last token both are −1, which no model mistakes for a token, whatever number its padding has.
+    Both are −1 after the last token: no model mistakes that for a token, whatever number its own padding has.
     """
 
     form = "int64 [b, 2, l]"
 
-    def tensor(self, stored: np.ndarray) -> Tensor:
-        """Return int64 [b, 2, l]."""
-        return torch.from_numpy(stored)
-
     def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """Return the tokens as they are: there is nothing to normalise, and no precision."""
         return x
 
     def fits(self, x: Tensor, shape: Shape) -> bool:
-        """Say whether these are tokens of that vocabulary, not more than the model takes."""
         length, vocabulary = shape
         if x.dtype != torch.int64 or x.dim() != 3 or x.shape[1] != 2 or x.shape[2] > length:
             return False
         return not x.numel() or bool(x.max() < vocabulary and x.min() >= PADDING)
 
     def example(self, count: int, shape: Shape) -> Tensor:
-        """Return texts of two segments and of all lengths from half of L on, int64 [count, 2, L]."""
+        # Two segments each, and all lengths from L/2 to L.
         length, vocabulary = shape
         rng = generator(0, "probe")
         tokens = torch.randint(vocabulary, (count, length), generator=rng)
         position = torch.arange(length)
         segments = (position >= length // 2).long().expand(count, length)
-        shorter = torch.arange(count) % (length // 2 + 1)  # by how many tokens
+        shorter = torch.arange(count) % (length // 2 + 1)  # by this many tokens
         padded = position >= (length - shorter)[:, None]  # [count, L]
         return torch.stack([tokens, segments], 1).masked_fill(padded[:, None], PADDING)
 
     def unallocated(self, count: int, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the shape of texts that all have the most tokens, [count, 2, L]."""
         return torch.empty(count, 2, shape[0], dtype=torch.int64, device="meta")
 
     def words(self, shape: Shape) -> str:
-        """Return "up to 64 tokens out of 8,192"."""
         length, vocabulary = shape
         return f"up to {length} tokens out of {vocabulary:,}"
 
 
-IMAGES = Images()
-ROWS = Rows()
-TEXTS = Texts()
+IMAGES = _Images()
+ROWS = _Rows()
+TEXTS = _Texts()
 OF_DIMENSIONS: dict[int, Kind] = {1: ROWS, 2: TEXTS, 3: IMAGES}
 
 
 def kind_of(shape: Shape) -> Kind:
-    """Return what samples of a shape are.
+    """Return the kind of samples of a shape.
 
     Raises:
-        UserError: neither (C, H, W), nor (D,), nor (L, V).
+        UserError: the shape is none of (C, H, W), (D,) and (L, V).
 
     >>> kind_of((3, 32, 32)) is IMAGES, kind_of((64, 8192)).form
     (True, 'int64 [b, 2, l]')
@@ -175,16 +150,67 @@ def kind_of(shape: Shape) -> Kind:
     return OF_DIMENSIONS[len(shape)]
 
 
-def _normal(count: int, shape: Shape) -> Tensor:
-    return torch.randn(count, *shape, generator=generator(0, "probe"))
-
-
 @lru_cache(8)
-def _moments(
+def _normalisation(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and 1/std as tensors, kept: to copy them to a GPU waits for all that it has been given to do."""
-    with torch.inference_mode(False):  # whoever asks first, all may compute with them
+    """Return mean and 1/std as tensors, cached: a copy to a GPU waits for all work that is queued there."""
+    with torch.inference_mode(False):  # a tensor created in inference mode could not be used in training
         shift = torch.tensor(mean, device=device, dtype=dtype)
         deviation = torch.tensor(std, device=device, dtype=dtype)
         return shift, 1 / deviation
+
+
+class Moments:
+    """Running mean and population standard deviation over all axes but the last.
+
+    Blocks are merged by the update of Chan, Golub & LeVeque (1979), in float64:
+    ``M₂ ← M₂ + M₂' + δ²·n·n'/(n + n')`` with ``δ`` the difference of the two means.
+
+    >>> moments = Moments()
+    >>> moments.update(np.array([[0.0, 5.0]])), moments.update(np.array([[2.0, 5.0]]))
+    (None, None)
+    >>> moments.mean, moments.std
+    ((1.0, 5.0), (1.0, 1.0))
+    """
+
+    rows_at_once = 1 << 18  # bounds the float64 copy
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        state = state or {"n": 0, "mean": [0.0], "m2": [0.0]}
+        self._n: int = state["n"]
+        self._mean = np.array(state["mean"])  # [C] after the first block
+        self._m2 = np.array(state["m2"])  # sum of squared distances from the mean
+
+    def update(self, block: np.ndarray) -> None:
+        """Merge a block [..., C]; uint8 counts in units of 1/255."""
+        unit = 255.0 if block.dtype == np.uint8 else 1.0
+        samples = block.reshape(-1, block.shape[-1])  # [m, C]
+        for start in range(0, len(samples), self.rows_at_once):
+            chunk = samples[start : start + self.rows_at_once]
+            rows = chunk.astype(np.float64) / unit
+            n = len(rows)
+            mean = rows.mean(0)
+            rows -= mean
+            m2 = np.einsum("nc,nc->c", rows, rows)
+            total = self._n + n
+            delta = mean - self._mean
+            self._m2 = self._m2 + m2 + delta**2 * (self._n * n / total)
+            self._mean = self._mean + delta * (n / total)
+            self._n = total
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The complete state, which survives JSON bit for bit and restores the moments."""
+        return {"n": self._n, "mean": self._mean.tolist(), "m2": self._m2.tolist()}
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """The mean per channel."""
+        return tuple(self._mean.tolist())
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """The standard deviation per channel; 1 for a constant channel, so that dividing by it is harmless."""
+        std = np.sqrt(self._m2 / self._n)
+        return tuple(np.where(std > SMALLEST, std, 1.0).tolist())

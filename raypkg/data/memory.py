@@ -1,4 +1,4 @@
-"""Whether something fits this machine's memory or disk, asked before it is allocated or written."""
+"""Memory and disk limits of this machine, checked before anything is allocated or written."""
 
 import os
 import shutil
@@ -9,11 +9,11 @@ from platform import node
 from raypkg.core.errors import UserError
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
-SAMPLES_AT_ONCE = 256  # that are decoded, or made dense, together
+SAMPLES_AT_ONCE = 256  # samples decoded or made dense together
 
 
 def machine_memory() -> int:
-    """Return the bytes of memory that this machine has, or that its control group allows."""
+    """Return the bytes of memory of this machine, or the limit of its control group."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # no control group, or no limit in it
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
@@ -22,34 +22,30 @@ def machine_memory() -> int:
 
 
 def check_memory(what: str, needed: int, advice: str) -> None:
-    """Refuse what this machine could not hold if nothing else were in its memory.
+    """Refuse an allocation of ``needed`` bytes if it exceeds all of this machine's memory.
 
-    The bound is all of the memory, not what is free at the moment: what is refused today is refused tomorrow.
-
-    Args:
-        what: takes the memory.
-        needed: bytes.
-        advice: what to do about it.
+    The limit is total memory, not free memory, so that the decision is the same every time.
 
     Raises:
-        UserError: how much it takes, and how much there is.
+        UserError: the bytes needed and available, and the advice.
     """
     available = machine_memory()
     if needed > available:
-        raise UserError(f"{what}: needed is {_gib(needed)} of memory, this machine has {_gib(available)}; {advice}")
+        needs, has = (f"{size / 2**30:,.1f} GiB" for size in (needed, available))
+        raise UserError(f"{what}: needed is {needs} of memory, this machine has {has}; {advice}")
 
 
 def check_samples(what: str, size: int, advice: str, count: int = SAMPLES_AT_ONCE) -> None:
-    """Refuse samples of so many bytes each that a batch of them, or all, if they are fewer, does not fit the memory."""
+    """Refuse samples of ``size`` bytes each if a batch of them, or all ``count`` if fewer, exceeds the memory."""
     batch = min(count, SAMPLES_AT_ONCE)
     check_memory(f"{what}, {batch} at once", batch * size, advice)
 
 
 def check_cache_room(folder: Path, size: int, what: str) -> None:
-    """Refuse to write more bytes than a cache folder's disk has room for.
+    """Refuse to write more bytes than the disk of a cache folder has free.
 
     Raises:
-        UserError: how much it takes, and how much room there is.
+        UserError: the bytes needed and free.
     """
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -59,12 +55,8 @@ def check_cache_room(folder: Path, size: int, what: str) -> None:
         )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"
-
-
 def readable(size: float) -> str:
-    """Return a number of bytes for people.
+    """Format a number of bytes for people.
 
     >>> readable(7.1e12)
     '7.1 TB'

@@ -1,47 +1,136 @@
-"""From settings to samples: a data set by its name, where it is to lie, and as hard as it is asked to be."""
+"""From settings to samples: load a data set, and make its training split harder as requested.
+
+The regimes are wrong labels, a long tail of rare classes, and repeated samples. None copies a sample.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset
 
 from . import Data, load_data
-from .regimes import long_tail, repeated_positions, taken, with_wrong_labels
+from .split import Split, Take
 from .store.cache import cache_folder
 from .store.parts import Stream
 
+LARGEST = 2**31  # samples after repetition
+NAMED = 10  # classes listed by name
+CHANNELS = 4  # most channels of an image
+
 
 def open_data(chosen: Dataset, seed: int | None = None) -> Data:
-    """Load the data set that settings name, its training split changed as they say.
+    """Load the data set named in settings and apply its regimes to the training split.
 
-    The order is imbalance, noise, repeat: copies of a sample share its label. All three act on the whole training
-    split, **held-out samples included**, so that no method sees a label that a user in this position would not have;
-    copies of a sample are held out together. The test split stays as it is.
-
-    Args:
-        chosen: name, options, ``noise``, ``imbalance``, ``repeat`` and their ``seed``.
-        seed: of the draws where ``chosen`` has none; a run stores it there.
+    The order is imbalance, noise, repeat, so copies of a sample share its label. All act on the whole training split,
+    **held-out samples included**: no method sees labels that a user in this position would not have. Copies of a
+    sample are held out together. The test split is unchanged. ``seed`` draws if the settings have no seed.
 
     Raises:
-        UserError: the data set cannot be read, has one class and is to have wrong labels, or nobody gives a seed.
+        UserError: unreadable data, a regime that does not apply, or no seed for a draw.
     """
-    data = load_data(chosen.name, chosen.options, cache=_stream(chosen))
+    stream = Stream(chosen.streamed, chosen.window, cache_folder()) if chosen.streamed else None
+    data = load_data(chosen.name, chosen.options, cache=stream)
     if chosen.streamed and data.train.blocks is None:
         raise UserError(f"dataset.streamed: the samples of {chosen.name!r} are in memory: leave it out")
-    train = data.train
     seed = seed if chosen.seed is None else chosen.seed
     if seed is None:
         if chosen.is_drawn:
             raise UserError("dataset.noise and dataset.imbalance are drawn by a seed: give dataset.seed")
         seed = 0
+    train = data.train
     if chosen.imbalance < 1:
-        train = taken(train, long_tail(train.y, chosen.imbalance, generator(seed, "imbalance")))
+        train = subset(train, long_tail(train.y, chosen.imbalance, generator(seed, "imbalance")))
     if chosen.noise:
         train = with_wrong_labels(train, chosen.noise, generator(seed, "noise"))
     if chosen.repeat > 1:
-        train = taken(train, repeated_positions(len(train), chosen.repeat))
+        if len(train) * chosen.repeat > LARGEST:
+            total = f"dataset.repeat = {chosen.repeat} of {len(train):,} samples"
+            raise UserError(f"{total}: at most {LARGEST:,} in all")
+        # Copies are consecutive. With augmentation, each is drawn as a different image.
+        train = subset(train, torch.arange(len(train)).repeat_interleave(chosen.repeat))
     return data._replace(train=train)
 
 
-def _stream(chosen: Dataset) -> Stream | None:
-    """Return where stores are read by blocks, if the settings ask for that."""
-    return Stream(chosen.streamed, chosen.window, cache_folder()) if chosen.streamed else None
+def long_tail(y: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    """Return positions of a long tail: class c keeps up to n_max · share^(c / (C − 1)) samples, and at least one.
+
+    n_max is the size of the largest class. Positions are int64, ascending.
+
+    >>> y = torch.arange(3).repeat_interleave(100)
+    >>> y[long_tail(y, 0.01, torch.Generator().manual_seed(0))].bincount().tolist()
+    [100, 10, 1]
+    """
+    sizes = y.bincount()  # [C]
+    falls = max(len(sizes) - 1, 1)
+    order = torch.randperm(len(y), generator=rng)
+    kept = []
+    for label, size in enumerate(sizes.tolist()):
+        wanted = max(1, round(int(sizes.max()) * share ** (label / falls)))
+        members = order[y[order] == label]
+        kept.append(members[: min(size, wanted)])
+    return torch.cat(kept).sort().values
+
+
+def with_wrong_labels(split: Split, share: float, rng: torch.Generator) -> Split:
+    """Replace round(share · n) labels by another class each, uniformly drawn; ``truth`` keeps the original labels.
+
+    Raises:
+        UserError: the data set has a single class.
+    """
+    classes = split.num_classes
+    if classes < 2:
+        raise UserError(f"dataset.noise = {share:g}: the data set has one class, so no label can be another")
+    n = len(split)
+    wrong = torch.randperm(n, generator=rng)[: round(share * n)]
+    shift = torch.randint(1, classes, (len(wrong),), generator=rng)
+    y = split.y.clone()
+    y[wrong] = (y[wrong] + shift) % classes
+    return replace(split, y=y, truth=split.y)
+
+
+def wrong_share(split: Split, positions: Tensor) -> float | None:
+    """Return the share of some samples that has a wrong label; None if true labels are unknown."""
+    if split.truth is None or not len(positions):
+        return None
+    wrong = split.y[positions] != split.truth[positions]
+    return float(wrong.double().mean())
+
+
+def subset(split: Split, positions: Tensor) -> Split:
+    """Return the samples at some positions, which may repeat, as a split; its ``ids`` refer to the original."""
+    return replace(
+        split,
+        take=partial(_take_at, split.take, positions.numpy()),
+        y=split.y[positions],
+        ids=positions if split.ids is None else split.ids[positions],
+        truth=None if split.truth is None else split.truth[positions],
+        blocks=None if split.blocks is None else split.blocks.at(positions),
+    )
+
+
+def _take_at(take: Take, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return take(positions[rows])
+
+
+def describe(name: str, data: Data) -> Table:
+    """Return a table of sizes, shape, classes and default augmentation of a data set."""
+    train = data.train
+    counts = torch.bincount(train.y, minlength=train.num_classes)  # [C]
+    names = [*train.classes[:NAMED], *["…"] * (train.num_classes > NAMED)]
+    table = Table(title=name, title_justify="left", show_header=False)
+    table.add_row("samples", f"{len(train):,} train, {len(data.test):,} test")
+    table.add_row("shape", train.kind.words(train.shape))
+    table.add_row("classes", f"{train.num_classes}: {', '.join(names)}")
+    table.add_row("samples a class", f"{counts.min():,} to {counts.max():,}")
+    table.add_row("augmentation", ", ".join(train.augment) or "none")
+    if 0 < len(train.mean) <= CHANNELS:  # a table's columns would fill the screen
+        mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (train.mean, train.std))
+        table.add_row("mean, std", f"{mean}, {std}")
+    return table

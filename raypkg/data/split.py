@@ -1,5 +1,6 @@
-"""The Split: labelled samples of one shape, reached by index and in no other way."""
+"""The Split: labelled samples of one shape, addressed by index and in no other way."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,44 +11,89 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, unknown
+from raypkg.core.seeds import generator
 
-from .blocks import Blocks, Take
-from .kinds import Kind, kind_of
-from .moments import Moments
+from .kinds import Kind, Moments, kind_of
+
+Take = Callable[[np.ndarray], np.ndarray]  # int64 [b] → samples [b, …]
+SPARE = 16  # extra blocks to hold: threads that load ahead do not release them in strict order
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Location of a split's samples in blocks, which are only ever read whole."""
+
+    of: Tensor  # block of each sample, int64 [n]
+    window: int  # number of blocks that training batches draw from at a time
+    copied: Callable[[np.ndarray], Take]  # copies samples, int64 [m] ascending, to this machine; takes 0 … m−1 of them
+    hold: Callable[[int], None]  # raises the number of blocks held in memory
+
+    def hold_for(self, positions: Tensor, batch_size: int, ahead: int, world: int) -> None:
+        """Hold enough blocks that one worker's batches fetch none twice while it is needed.
+
+        Args:
+            positions: samples of an epoch, int64 [n].
+            batch_size: size of a batch over all workers.
+            ahead: batches loaded at once.
+            world: workers, each of which needs its share of the window.
+        """
+        blocks = len(self.of[positions].unique())
+        new = math.ceil(batch_size * blocks / len(positions))  # blocks by which a batch advances the window
+        self.hold(math.ceil(self.window / world) + ahead * new + SPARE)
+
+    def at(self, positions: Tensor) -> "Blocks":
+        """Return the blocks of the samples at some positions, which may repeat."""
+        rows = positions.numpy()
+
+        def copied(indices: np.ndarray) -> Take:
+            distinct, place = np.unique(rows[indices], return_inverse=True)
+            take = self.copied(distinct)
+            return lambda chosen: take(place[chosen])
+
+        return replace(self, of=self.of[positions], copied=copied)
+
+
+def shuffled_by_blocks(of: Tensor, window: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """Return the batches of an epoch, in an order that needs only ``window`` blocks at a time.
+
+    The block at place p of a random order of the B blocks yields its samples at times (p + W·u) mod B, with W blocks
+    in the window and u uniform in [0, 1). At any time W blocks yield samples at equal rates; W = B gives a uniform
+    permutation. Batches are at most ``batch_size`` samples and as even as possible.
+
+    >>> batches = shuffled_by_blocks(torch.arange(100) // 10, 2, 20, seed=0, epoch=1)
+    >>> [len(batch) for batch in batches], int(torch.cat(batches).unique().numel())
+    ([20, 20, 20, 20, 20], 100)
+    """
+    rng = generator(seed, "shuffle", epoch)
+    blocks, block = of.unique(return_inverse=True)
+    count = len(blocks)  # B
+    place = torch.randperm(count, generator=rng)[block]  # p
+    u = torch.rand(len(of), generator=rng, dtype=torch.float64)
+    time = (place + min(window, count) * u) % count
+    # Within a batch, samples are ordered by a random number of their block. A worker's slice of consecutive batches
+    # then comes from few of the W blocks, and from the same ones.
+    number = torch.randperm(count, generator=rng)[block]
+    batches = time.argsort(stable=True).tensor_split(-(-len(of) // batch_size))
+    return tuple(batch[number[batch].argsort(stable=True)] for batch in batches)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One split of a data set; a subset of it is an index array, never a copy.
+    """One split of a data set; a subset of it is an index array, never a copy."""
 
-    Attributes:
-        take: indices int64 [b] → a fresh array: uint8 [b, H, W, C], float32 [b, D] or int64 [b, 2, l].
-        y: the labels, int64 [n].
-        classes: the class names; label c is ``classes[c]``.
-        shape: (C, H, W) of an image, (D,) of a row, (L, V) of a text of at most L tokens out of V.
-        mean: of the train split, per channel (images, in units of 1/255) or per column (rows); of texts nothing.
-        std: likewise the standard deviation.
-        augment: names of the augmentations that suit the data.
-        columns: names of a table's columns.
-        ids: which samples of other data the samples stand for, int64 [n]; None where their positions say it.
-        truth: true labels beside wrong ones in ``y``, for measuring only, int64 [n]; None where there are no others.
-        blocks: where the samples lie if they are read by blocks; None where each is at hand.
-        held: the only positions whose samples it gives, int64 [m], ascending; None where it gives all.
-    """
-
-    take: Take
-    y: Tensor
-    classes: tuple[str, ...]
-    shape: tuple[int, ...]
-    mean: tuple[float, ...]
+    take: Take  # returns a fresh array: uint8 [b, H, W, C], float32 [b, D] or int64 [b, 2, l]
+    y: Tensor  # labels, int64 [n]
+    classes: tuple[str, ...]  # label c is called classes[c]
+    shape: tuple[int, ...]  # (C, H, W) of an image, (D,) of a row, (L, V) of a text: at most L tokens out of V
+    mean: tuple[float, ...]  # of the training split, per channel (in units of 1/255) or column; () for texts
     std: tuple[float, ...]
-    augment: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    ids: Tensor | None = None
-    truth: Tensor | None = None
-    blocks: Blocks | None = None
-    held: Tensor | None = None
+    augment: tuple[str, ...] = ()  # names of the augmentations that suit the data
+    columns: tuple[str, ...] = ()  # column names of a table
+    ids: Tensor | None = None  # sample of some original data that each row stands for, int64 [n]; None = its position
+    truth: Tensor | None = None  # true labels where y has wrong ones, for measurement only, int64 [n]
+    blocks: Blocks | None = None  # set if samples are read by blocks
+    local: Tensor | None = None  # the only positions whose samples are on this machine, int64 [m] ascending; None = all
 
     @classmethod
     def from_tensors(
@@ -57,27 +103,42 @@ class Split:
         classes: Sequence[str] | None = None,
         augment: Sequence[str] = (),
     ) -> "Split":
-        """Build a split from images uint8 [n, C, H, W] or rows float [n, D], and labels int [n].
+        """Build a split from images uint8 [n, C, H, W] or rows float [n, D], and integer labels [n].
 
-        They are tensors or NumPy arrays; integers and floats may have any width. Without ``classes`` the labels must be
-        0 … C−1, each present; names are then the numbers.
+        Without ``classes`` the labels must be 0 … C−1, each present; they are then named by their numbers.
 
         >>> split = Split.from_tensors(torch.tensor([[0.5, 1.0], [1.5, 1.0]]), torch.tensor([0, 1]))
         >>> split.shape, split.classes, split.mean, split.std
         ((2,), ('0', '1'), (1.0, 1.0), (0.5, 1.0))
 
         Raises:
-            UserError: another type, shape or dtype, no samples, values that float32 cannot hold, labels out of range or
-                with gaps, or two classes of one name.
+            UserError: wrong type, shape or dtype; no samples; values beyond float32; invalid labels or class names.
         """
         samples = _as_array(x, "x")
         labels = _as_array(y, "y")
-        _check_samples(samples, labels)
+        are_images = samples.ndim == 4 and samples.dtype == np.uint8
+        are_rows = samples.ndim == 2 and samples.dtype.kind == "f"
+        if not (are_images or are_rows):
+            given = f"{samples.dtype} {list(samples.shape)}"
+            raise UserError(f"x is {given}, needed is uint8 [n, C, H, W] or float [n, D]")
+        if labels.dtype.kind not in "iu" or labels.shape != samples.shape[:1]:
+            raise UserError(f"y is {labels.dtype} {list(labels.shape)}, needed are integers [{len(samples)}]")
+        if not samples.size:
+            raise UserError(f"x is empty: {list(samples.shape)}")
+
         names = tuple(map(str, classes)) if classes is not None else _numbered(labels)
         if (twice := repeated(names)) is not None:
             raise UserError(f"two of the {len(names)} classes are called {twice!r}")
         check_labels(labels, len(names), "sample {}".format)
-        stored = _stored(samples)
+
+        if are_images:
+            stored = np.ascontiguousarray(samples.transpose(0, 2, 3, 1))  # [n, H, W, C]
+        else:
+            with np.errstate(over="ignore"):  # overflows to infinity, refused below
+                stored = np.ascontiguousarray(samples, dtype=np.float32)
+            finite = np.isfinite(stored).all(1)
+            if not finite.all():
+                raise UserError(f"row {finite.argmin()} of x holds NaN or infinity, or a number beyond float32")
         moments = Moments()
         moments.update(stored)
         return cls(
@@ -100,97 +161,102 @@ class Split:
 
     @property
     def kind(self) -> Kind:
-        """What the samples are."""
+        """The kind of sample: image, row or text."""
         return kind_of(self.shape)
 
     def batch(self, indices: Any) -> tuple[Tensor, Tensor]:
-        """Gather samples: x as their kind is stored, such as uint8 [b, C, H, W] of images, and y int64 [b].
+        """Gather samples: x as stored, such as uint8 [b, C, H, W] for images, and y int64 [b].
 
         Raises:
-            IndexError: an index that is no integer in [0, n).
+            IndexError: an index is not an integer in [0, n).
         """
-        rows = self._checked(indices)
-        x = self.kind.tensor(self.take(rows))
-        return x, self.y[torch.from_numpy(rows)]
-
-    def inputs(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return what a model that computes in ``dtype`` is given of stored samples x: numbers are normalised."""
-        return self.kind.inputs(x, self.mean, self.std, dtype)
-
-    def spread(self, count: int, blocks: int | None = None) -> Tensor:
-        """Return ascending positions of so many samples, spread over the split, or over so many of its blocks."""
-        positions = torch.arange(len(self))
-        if blocks is not None and self.blocks is not None:
-            present = self.blocks.of.unique()
-            looked_at = present[_spread(len(present), blocks)]
-            positions = positions[torch.isin(self.blocks.of, looked_at)]
-        return positions[_spread(len(positions), count)]
-
-    def _checked(self, indices: Any) -> np.ndarray:
         rows = np.asarray(indices).reshape(-1)
         if rows.size and rows.dtype.kind not in "iu":
             raise IndexError(f"indices must be integers, not {rows.dtype}")
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"indices {rows.min()} … {rows.max()} do not lie in [0, {len(self)})")
-        return rows.astype(np.int64)  # a copy: the caller's array may be read-only, which torch does not accept
+        rows = rows.astype(np.int64)  # a copy: the caller's array may be read-only, which torch does not accept
+        return self.kind.tensor(self.take(rows)), self.y[torch.from_numpy(rows)]
 
+    def inputs(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Convert stored samples to the input of a model that computes in ``dtype``: numbers are normalised."""
+        return self.kind.inputs(x, self.mean, self.std, dtype)
 
-@dataclass(frozen=True)
-class _Held:
-    """Gathers those samples that are held, and no others."""
+    def spread(self, count: int, blocks: int | None = None) -> Tensor:
+        """Return ``count`` ascending positions spread evenly over the split, or over ``blocks`` of its blocks."""
 
-    indices: np.ndarray  # int64 [m], ascending
-    take: Take  # of their places among them
+        def spaced(n: int, count: int) -> Tensor:
+            return torch.linspace(0, n - 1, count).long()
 
-    def __call__(self, indices: np.ndarray) -> np.ndarray:
-        places = np.searchsorted(self.indices, indices)
-        places = np.minimum(places, len(self.indices) - 1)
-        if (self.indices[places] != indices).any():
-            raise IndexError("some of these samples are not held here")
-        return self.take(places)
+        positions = torch.arange(len(self))
+        if blocks is not None and self.blocks is not None:
+            present = self.blocks.of.unique()
+            positions = positions[torch.isin(self.blocks.of, present[spaced(len(present), blocks)])]
+        return positions[spaced(len(positions), count)]
 
 
 def with_values(split: Split, indices: Tensor) -> Split:
-    """Return a split that has the values of some samples with it, and needs no file; it gives no others.
+    """Return a split that carries the values of some samples, needs no file, and has no other samples.
 
     >>> split = with_values(Split.from_tensors(torch.eye(3), torch.arange(3)), torch.tensor([2, 0]))
     >>> split.batch([2])[0].tolist()
     [[0.0, 0.0, 1.0]]
     """
-    held = indices.sort().values
-    values = split.take(held.numpy())
-    take = _Held(held.numpy(), partial(np.take, values, axis=0))
-    return replace(split, take=take, blocks=None, held=held)
+    local = indices.sort().values
+    values = split.take(local.numpy())
+    take = partial(_take_local, local.numpy(), partial(np.take, values, axis=0))
+    return replace(split, take=take, blocks=None, local=local)
 
 
 def at_hand(split: Split, indices: Tensor) -> Split:
-    """Return the split with some samples on this machine: a copy if it is read by blocks, which gives no others.
+    """Copy some samples of a split that is read by blocks to this machine; other splits are returned unchanged.
 
     Raises:
-        UserError: the disk is too small for them.
+        UserError: the disk is too small for the copy.
     """
     if split.blocks is None or not len(indices):
         return split
-    held = indices.unique()
-    take = _Held(held.numpy(), split.blocks.copied(held.numpy()))
-    return replace(split, take=take, blocks=None, held=held)
+    local = indices.unique()
+    take = partial(_take_local, local.numpy(), split.blocks.copied(local.numpy()))
+    return replace(split, take=take, blocks=None, local=local)
+
+
+def _take_local(local: np.ndarray, take: Take, indices: np.ndarray) -> np.ndarray:
+    """Gather samples by their positions in the split, out of those that are local."""
+    places = np.minimum(np.searchsorted(local, indices), len(local) - 1)
+    if (local[places] != indices).any():
+        raise IndexError("some of these samples are not on this machine")
+    return take(places)
+
+
+def aligned(split: Split, like: Split, what: str) -> Split:
+    """Return a split with the class numbers and the normalisation of another; ``what`` names it in errors.
+
+    Raises:
+        UserError: the splits differ in shape or column names, or the other lacks a class.
+    """
+    if split.shape != like.shape:
+        raise UserError(f"{what}: samples of shape {split.shape}, those of training have {like.shape}")
+    if split.columns and like.columns and split.columns != like.columns:
+        ours = ", ".join(like.columns)
+        raise UserError(f"{what}: columns {', '.join(split.columns)}, those of training are {ours}")
+    strange = [name for name in split.classes if name not in like.classes]
+    if strange:
+        raise unknown(f"class of {what}", strange[0], like.classes)
+    number = torch.tensor([like.classes.index(name) for name in split.classes])
+    return replace(split, y=number[split.y], classes=like.classes, mean=like.mean, std=like.std)
 
 
 def check_labels(y: np.ndarray, num_classes: int, name: Callable[[int], str]) -> None:
-    """Refuse a label outside [0, C); ``name(i)`` tells the user which sample it is."""
+    """Refuse a label outside [0, C); ``name(i)`` describes the i-th sample in the error."""
     wrong = np.flatnonzero((y < 0) | (y >= num_classes))
     if wrong.size:
         first = int(wrong[0])
         raise UserError(f"{name(first)} has label {y[first]}, allowed is 0 … {num_classes - 1}")
 
 
-def _spread(n: int, count: int) -> Tensor:
-    """Return ``count`` of the positions 0 … n−1, evenly spaced; some twice where n is less."""
-    return torch.linspace(0, n - 1, count).long()
-
-
 def repeated(names: Iterable[str]) -> str | None:
-    """Return the first name that stands twice, or None.
+    """Return the first name that occurs twice, or None.
 
     >>> repeated(["cat", "dog", "dog"]), repeated(["cat", "dog"])
     ('dog', None)
@@ -200,41 +266,16 @@ def repeated(names: Iterable[str]) -> str | None:
 
 
 def _as_array(values: Any, name: str) -> np.ndarray:
-    """Return a tensor or an array as an array, without a copy where that is possible."""
+    """Convert a tensor or an array to an array, without a copy where possible."""
     if isinstance(values, np.ndarray):
-        return np.asarray(values)  # of a subclass, its values
+        return np.asarray(values)  # drops a subclass, such as a masked array
     if not isinstance(values, Tensor):
         raise UserError(f"{name} is a {type(values).__name__}, needed is a tensor or a NumPy array")
     if values.layout != torch.strided:
         raise UserError(f"{name} is a tensor of layout {values.layout}, needed is a dense one")
-    if values.dtype == torch.bfloat16:  # which NumPy does not know
+    if values.dtype == torch.bfloat16:  # unknown to NumPy
         values = values.float()
     return values.numpy(force=True)
-
-
-def _check_samples(x: np.ndarray, y: np.ndarray) -> None:
-    images = x.ndim == 4 and x.dtype == np.uint8
-    rows = x.ndim == 2 and x.dtype.kind == "f"
-    if not (images or rows):
-        raise UserError(f"x is {x.dtype} {list(x.shape)}, needed is uint8 [n, C, H, W] or float [n, D]")
-    integers = y.dtype.kind in "iu"
-    if not integers or y.shape != x.shape[:1]:
-        raise UserError(f"y is {y.dtype} {list(y.shape)}, needed are integers [{len(x)}]")
-    if not x.size:
-        raise UserError(f"x is empty: {list(x.shape)}")
-
-
-def _stored(x: np.ndarray) -> np.ndarray:
-    """Return samples as they are kept: images uint8 [n, H, W, C], rows float32 [n, D]."""
-    if x.ndim == 4:
-        return np.ascontiguousarray(x.transpose(0, 2, 3, 1))
-    with np.errstate(over="ignore"):  # becomes infinity, which is refused
-        rows = np.ascontiguousarray(x, dtype=np.float32)
-    finite = np.isfinite(rows).all(1)
-    if not finite.all():
-        broken = int(finite.argmin())
-        raise UserError(f"row {broken} of x holds NaN or infinity, or a number beyond float32")
-    return rows
 
 
 def _numbered(y: np.ndarray) -> tuple[str, ...]:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data.augment import Augmentation, compose
-from raypkg.data.blocks import shuffled_by_blocks
 from raypkg.data.coreset import Coreset
-from raypkg.data.split import Split
+from raypkg.data.split import Split, shuffled_by_blocks
 
 from .costs import waiting
 from .worker import Worker, keep_freed_memory

@@ -164,8 +164,8 @@ class Run:
         last = int(coreset.indices.max()) if len(coreset) else 0
         if last >= len(self.split):
             raise UserError(f"the coreset has index {last}, these samples end at {len(self.split) - 1}")
-        held = self.split.held
-        if held is not None and not torch.isin(coreset.indices, held).all():
+        local = self.split.local
+        if local is not None and not torch.isin(coreset.indices, local).all():
             raise UserError(
                 "a hook set run.coreset to samples that are not in the given coreset, which alone is copied to this"
                 " machine: leave out dataset.streamed"

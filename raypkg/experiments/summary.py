@@ -11,7 +11,7 @@ import torch
 from raypkg.core.settings import RunSettings
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
-from raypkg.data.regimes import wrong_share
+from raypkg.data.opening import wrong_share
 from raypkg.data.split import Split
 from raypkg.runs import plots
 from raypkg.runs.plots import save_plot

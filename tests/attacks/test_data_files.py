@@ -14,8 +14,8 @@ import samples
 from raypkg.cli import main
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
-from raypkg.data.describe import describe
-from raypkg.data.moments import Moments
+from raypkg.data.kinds import Moments
+from raypkg.data.opening import describe
 
 ROWS = "".join(f"{i},{i % 2}\n" for i in range(9))
 GOOD = f"a,label\n{ROWS}"

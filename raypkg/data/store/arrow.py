@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raypkg.data.moments import Moments
+from raypkg.data.kinds import Moments
 
 from .stored import Block, Header, Statistics, Stored, in_json, statistics_in
 

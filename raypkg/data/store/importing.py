@@ -14,7 +14,7 @@ from uuid import uuid4
 import pyarrow as pa
 
 from raypkg.core.errors import UserError
-from raypkg.data.moments import Moments
+from raypkg.data.kinds import Moments
 
 from .arrow import record_batches
 from .parts import (
@@ -61,7 +61,7 @@ def write_streamed(stream: Stream, header: Header, blocks: From) -> None:
     start = sum(len(note.columns) for note in notes)
     if notes:
         log.warning("going on with the import of %s at sample %d", stream, start)
-    moments = Moments.restored(notes[-1].moments) if notes else Moments()
+    moments = Moments(notes[-1].moments if notes else None)
     ahead = iter(blocks(start))
     for first in ahead:
         if not was_there and INDEX in sizes_in(stream):

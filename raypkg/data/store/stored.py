@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raypkg.data.blocks import Take
-from raypkg.data.split import Split
+from raypkg.data.split import Split, Take
 
 FORMAT = 1
 

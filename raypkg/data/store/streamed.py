@@ -13,9 +13,8 @@ import pyarrow as pa
 import torch
 
 from raypkg.core.errors import UserError
-from raypkg.data.blocks import Blocks, Take
 from raypkg.data.memory import check_cache_room, check_memory
-from raypkg.data.split import Split
+from raypkg.data.split import Blocks, Split, Take
 
 from .arrow import Store, merged_batches, write_batches
 from .fetching import READERS, fetched

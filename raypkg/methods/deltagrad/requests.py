@@ -9,9 +9,8 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError
 from raypkg.core.registry import argument
-from raypkg.data.aligned import aligned
 from raypkg.data.sources import dataset
-from raypkg.data.split import Split
+from raypkg.data.split import Split, aligned
 
 from .conditions import matching
 from .ids import find_ids, id_range
