@@ -1,5 +1,6 @@
 """Ray is reached within seconds or refused in one line, and never on an interface that others reach."""
 
+import os
 import socket
 import threading
 import time
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from raypkg.cluster import loss, session
+from raypkg.cluster import session
 from raypkg.core.errors import ClusterLost, UserError
 from raypkg.core.settings import Cluster
 
@@ -88,12 +89,21 @@ def test_ray_client_is_refused(quick):
         session.connect(Cluster(address="ray://head:10001"))
 
 
-def test_a_cluster_that_died_without_ray_stop_is_replaced(quick, monkeypatch, caplog):
-    from ray._private import services
-
-    monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda address: "127.0.0.1:1")
+def test_a_cluster_that_died_without_ray_stop_is_replaced(quick, monkeypatch, caplog, tmp_path):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     assert session._address(Cluster()) is None
-    assert "the Ray cluster that was started at 127.0.0.1:1 no longer answers: starting another" in caplog.text
+    assert "the Ray cluster started at 127.0.0.1:1 no longer answers: starting another" in caplog.text
+
+
+def test_a_running_cluster_is_not_confined_to_the_loopback_interface(quick, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv(session.LOOPBACK, "1")
+    session.prepare("head:6379")
+    assert os.environ[session.LOOPBACK] == "1"
+    session.prepare()
+    assert os.environ[session.LOOPBACK] == "0"
 
 
 def test_a_ray_that_cannot_start_is_one_line(quick, monkeypatch, tmp_path, capfd):
@@ -104,23 +114,25 @@ def test_a_ray_that_cannot_start_is_one_line(quick, monkeypatch, tmp_path, capfd
     assert capfd.readouterr().err == ""
 
 
-def test_an_error_is_the_clusters_only_while_its_raylet_is_dead(monkeypatch):
-    def broken():
-        with loss.watched():
-            raise RuntimeError("a mistake")
+def test_a_dead_raylet_is_one_line():
+    from ray.exceptions import LocalRayletDiedError
 
-    with pytest.raises(RuntimeError, match="a mistake"):
-        broken()
-    monkeypatch.setattr(loss, "_is_lost", lambda: True)
-    with pytest.raises(ClusterLost, match="its raylet on this machine died"):
-        broken()
+    with pytest.raises(ClusterLost, match="its raylet on this machine died"), session.cluster_errors():
+        raise LocalRayletDiedError
+    with pytest.raises(RuntimeError, match="a mistake"), session.cluster_errors():
+        raise RuntimeError("a mistake")
 
 
 @pytest.mark.parametrize(("mode", "warned"), [("token", False), ("Token", False), ("disabled", True), (None, True)])
-def test_a_cluster_without_a_token_is_warned_of(monkeypatch, caplog, mode, warned):
+def test_a_cluster_without_a_token_is_reported(quick, monkeypatch, caplog, mode, warned):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(session, "_owns_cluster", False)
     if mode is None:
         monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     else:
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    session._warn_of_open_doors()
-    assert ("this Ray cluster asks for no token" in caplog.text) == warned
+    session.connect(Cluster(address="local"))
+    assert ("this Ray cluster requires no token" in caplog.text) == warned

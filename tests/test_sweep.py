@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypkg.cli import main
-from raypkg.cluster.trial_process import Paced
+from raypkg.cluster.trials import Paced
 from raypkg.core.config import load_settings, read_toml
 from raypkg.core.errors import UserError
 from raypkg.experiments import experiment

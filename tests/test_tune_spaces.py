@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ray import tune
 
-from raypkg.cluster.drawing import draw_settings
+from raypkg.cluster.search import draw_settings
 from raypkg.core.config import load_settings, parse_toml, to_toml
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment

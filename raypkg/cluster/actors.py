@@ -14,18 +14,17 @@ from raypkg.engine.shards import LocalShards, Pending, Shard, Shards
 from raypkg.engine.worker import threads
 
 from .capacity import Plan, plan
-from .loss import watched
-from .session import connect
+from .session import cluster_errors, connect
 
 PATIENCE = 20  # seconds to wait for CPUs
 
 
 class RayShards:
-    """One actor per shard; a killed actor is restarted and repeats its call, with the shard that the driver keeps.
+    """One actor per shard; a killed actor is restarted and repeats its call with the driver's copy of the shard.
 
     Args:
-        shards: what the actors hold: names and indices, from which the data is mapped on first use, or values.
-        size: what an actor asks Ray for.
+        shards: names and indices, from which an actor maps the data on first use, or values.
+        size: CPUs and GPUs of an actor.
         max_failures: how often an actor may die.
     """
 
@@ -52,7 +51,7 @@ class RayShards:
         return self.start(function, *broadcast)()
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
-        """Begin a ``map``; arguments go to the object store once."""
+        """Start a ``map``; arguments enter the object store once."""
         import ray
 
         shared = [ray.put(value) for value in broadcast]
@@ -69,7 +68,7 @@ class RayShards:
 
 
 class Holder:
-    """What runs inside an actor: functions on its shard, which comes with every call and is opened at the first."""
+    """An actor, which applies functions to its shard; the shard comes with every call and is opened at the first."""
 
     def __init__(self, threads: int):
         torch.set_num_threads(threads)
@@ -86,7 +85,7 @@ class Holder:
 
 
 def _results(calls: list[Any]) -> list[Any]:
-    """Wait for the results of calls to actors; what a function refuses reaches the caller as the function raised it."""
+    """Wait for the results of calls to actors; a ``UserError`` reaches the caller as the function raised it."""
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
@@ -101,52 +100,41 @@ def _results(calls: list[Any]) -> list[Any]:
 
 
 @contextmanager
-def actors(shards: Sequence[Shard], cluster: Cluster, reaches: bool) -> Iterator[Shards | None]:
-    """Hold shards on actors of one CPU each until the block ends, from within a training worker.
+def hold_within_worker(shards: Sequence[Shard], cluster: Cluster, setting: str) -> Iterator[Shards]:
+    """Hold shards on actors of one CPU each, from within a training worker, until the block ends.
 
     Args:
         shards: one for each actor.
         cluster: how often an actor may die.
-        reaches: whether this worker is the one that reaches them; the others get None.
+        setting: name of the setting that gives their number, for the error.
 
     Raises:
-        UserError: the cluster has no room left beside the training workers.
+        UserError: the cluster has too few CPUs in addition to the training workers'.
     """
-    if not reaches:
-        yield None
-        return
-    free = _await_cpus(len(shards))
+    import ray
+
+    # An earlier attempt of the group may still be ending and hold its CPUs.
+    deadline = time.monotonic() + PATIENCE
+    while (free := int(ray.available_resources().get("CPU", 0))) < len(shards) and time.monotonic() < deadline:
+        time.sleep(0.5)
     if free < len(shards):
         raise UserError(
-            f"crest.actors = {len(shards)}, but the training workers leave {free} CPUs: lower one or the other"
+            f"{setting} = {len(shards)}, but the training workers leave {free} CPUs: lower it or cluster.workers"
         )
-    size = Plan(len(shards), cpus=1, gpus=0)
-    remote = RayShards(shards, size, cluster.max_failures)
+    remote = RayShards(shards, Plan(len(shards), cpus=1, gpus=0), cluster.max_failures)
     try:
         yield remote
     finally:
         remote.close()
 
 
-def _await_cpus(count: int) -> int:
-    """Return the free CPUs, once there are so many or after a while: an earlier attempt may still be ending."""
-    import ray
-
-    until = time.monotonic() + PATIENCE
-    while True:
-        free = int(ray.available_resources().get("CPU", 0))
-        if free >= count or time.monotonic() > until:
-            return free
-        time.sleep(0.5)
-
-
 @contextmanager
 def hold(split: Callable[[int], Sequence[Shard]], cluster: Cluster) -> Iterator[Shards]:
-    """Hold shards on actors, or in this process when ``cluster.workers`` is 0, until the block ends.
+    """Hold shards on actors, or in this process if ``cluster.workers`` is 0, until the block ends.
 
     Args:
-        split: makes the shards for at most so many holders.
-        cluster: how many holders, and their size.
+        split: returns the shards for a number of holders, or fewer.
+        cluster: number and size of the holders.
     """
     if cluster.workers == 0:
         with threads(cluster.cpus_without_gpu):
@@ -154,7 +142,7 @@ def hold(split: Callable[[int], Sequence[Shard]], cluster: Cluster) -> Iterator[
         return
     connect(cluster)
     size = plan(cluster)
-    with watched():
+    with cluster_errors():
         remote = RayShards(split(size.workers), size, cluster.max_failures)
         try:
             yield remote

@@ -1,4 +1,4 @@
-"""What a cluster has room for: the workers of a run, and the trials of a sweep."""
+"""Capacity of a cluster: the size of a run's workers and of a study's trials."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 
-MOST_WORKERS = 8  # chosen by default; more are had by asking
+MOST_WORKERS = 8  # by default; cluster.workers may ask for more
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many workers of which size: settings with the cluster's own numbers filled in."""
+    """Number and size of workers: the settings, completed by what the cluster has."""
 
     workers: int
     cpus: int
@@ -19,7 +19,7 @@ class Plan:
 
     @property
     def resources(self) -> dict[str, float]:
-        """What one worker asks Ray for."""
+        """Ray resources of one worker."""
         request: dict[str, float] = {"CPU": self.cpus}
         if self.gpus:
             request["GPU"] = self.gpus
@@ -28,37 +28,31 @@ class Plan:
 
 @dataclass(frozen=True)
 class TrialSize:
-    """What a trial takes of the cluster.
+    """Resources of one trial of a study."""
 
-    Attributes:
-        plan: of its workers.
-        nested: whether Ray Train runs them; otherwise the trial's own process is the only one.
-        at_once: trials side by side.
-    """
-
-    plan: Plan
-    nested: bool
-    at_once: int
+    plan: Plan  # of its workers
+    nested: bool  # Ray Train runs the workers; otherwise the trial's own process is the only one
+    at_once: int  # trials that run side by side
 
     @property
     def workers(self) -> int:
-        """The setting ``cluster.workers`` of a trial: 0 where its own process is the only one."""
+        """The setting ``cluster.workers`` of a trial: 0 if its own process is the only one."""
         return self.plan.workers if self.nested else 0
 
 
 def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
-    """Fill in the number and size of workers from what the cluster has.
+    """Complete the number and size of workers by what the cluster has.
 
     A GPU trains on more samples a second than a CPU decodes: workers with GPUs divide all CPUs of a node among them,
-    and leave those that the run's actors take.
+    except those that the run's actors take.
 
     Args:
-        settings: ``workers``, ``cpus_per_worker`` and ``gpus_per_worker`` may be left open.
-        most: as many workers as there is work for.
-        actors: of one CPU each that the run starts beside its workers.
+        settings: ``workers``, ``cpus_per_worker`` and ``gpus_per_worker`` may be unset.
+        most: upper bound where ``workers`` is unset: the run has no work for more.
+        actors: actors of one CPU each that the run starts in addition.
 
     Raises:
-        UserError: the cluster has fewer CPUs or GPUs than asked for; Ray itself would wait for ever.
+        UserError: the cluster has fewer CPUs or GPUs than requested; Ray itself would wait forever.
     """
     nodes = _nodes()
     all_gpus = sum(node.get("GPU", 0.0) for node in nodes)
@@ -69,7 +63,10 @@ def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
     cpus = settings.cpus_without_gpu
     if gpus and settings.cpus_per_worker is None:
         likely = settings.workers or max(1, min(room(cpus, gpus), bound))
-        cpus = _share_of_node(nodes, gpus, actors / likely)
+        # A worker's share of its node's CPUs, on the node with the fewest per GPU.
+        with_gpus = [node for node in nodes if node.get("GPU", 0.0) >= gpus]
+        shares = [node.get("CPU", 0.0) / (node["GPU"] // gpus) for node in with_gpus]
+        cpus = max(1, int(min(shares, default=1.0) - actors / likely))
     fit = room(cpus, gpus)
     workers = settings.workers or max(1, min(fit, bound))
     if workers > fit:
@@ -82,24 +79,24 @@ def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
 
 
 def trial_size(cluster: Cluster, actors: int, concurrent: int | None) -> TrialSize:
-    """Choose how a trial runs on the cluster that was joined.
+    """Return the resources of a trial on the connected cluster.
 
-    A trial of one process without a GPU runs in the process that Tune gives it; any other needs Ray Train.
+    A trial of one process without a GPU runs in Tune's own process; any other needs Ray Train.
 
     Args:
-        cluster: of one trial; workers left out = one.
-        actors: that a trial starts beside its workers, of one CPU each.
+        cluster: settings of one trial; ``workers`` defaults to one.
+        actors: actors of one CPU each that a trial starts in addition to its workers.
         concurrent: trials at once; None = as many as fit.
 
     Raises:
-        UserError: one trial does not fit, or not so many.
+        UserError: not even one trial fits, or fewer than requested.
     """
     if cluster.workers == 0:
         workers = plan(cluster.model_copy(update={"workers": 1, "gpus_per_worker": 0}))
     else:
         workers = plan(cluster.model_copy(update={"workers": cluster.workers or 1}), actors=actors)
     slots = room(workers.cpus, workers.gpus)
-    cpus = workers.workers * workers.cpus + actors  # of one trial
+    cpus = workers.workers * workers.cpus + actors  # per trial
     fit = min(slots // workers.workers, int(processors() // cpus))
     processes = workers.workers + actors
     if not fit:
@@ -115,7 +112,7 @@ def trial_size(cluster: Cluster, actors: int, concurrent: int | None) -> TrialSi
 
 
 def room(cpus: int, gpus: float) -> int:
-    """Return how many workers of that size fit the cluster."""
+    """Return the number of workers of that size that fit the cluster."""
     return sum(_room_on(node, cpus, gpus) for node in _nodes())
 
 
@@ -130,21 +127,8 @@ def _nodes() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _share_of_node(nodes: list[Mapping[str, float]], gpus: float, beside: float) -> int:
-    """Return the CPUs of a worker with so many GPUs: its share of its node's, where nodes differ of the poorest.
-
-    Args:
-        nodes: of the cluster.
-        gpus: of each worker.
-        beside: CPUs that the run's actors take for each worker.
-    """
-    with_gpus = [node for node in nodes if node.get("GPU", 0.0) >= gpus]
-    shares = [node.get("CPU", 0.0) / (node["GPU"] // gpus) for node in with_gpus]
-    return max(1, int(min(shares, default=1.0) - beside))
-
-
 def _room_on(node: Mapping[str, float], cpus: int, gpus: float) -> int:
-    """Return how many workers fit one node: a worker is never spread over two."""
+    """Return the number of workers that fit one node: a worker is never split over two."""
     by_cpu = int(node.get("CPU", 0.0) // cpus)
     if not gpus:
         return by_cpu

@@ -1,4 +1,4 @@
-"""What passes between the driver and the workers of a run: tasks one way; rows, answers and user errors the other."""
+"""Messages between the driver and the workers of a run: tasks one way; rows, answers and user errors the other."""
 
 import asyncio
 import threading
@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 
 from raypkg.core.errors import Interruption, UserError
 
-LOST = "the process that passes metrics on from the workers was lost"
+LOST = "the process that relays metrics from the workers was lost"
 
 
 class Message(NamedTuple):
-    """From a worker: a ``row`` of metrics, rank 0's ``answer`` to a task, or the ``error`` that the user made."""
+    """A message from a worker."""
 
-    kind: str
+    kind: str  # "row" of metrics, rank 0's "answer" to a task, or a user's "error"
     content: Any
 
 
 class Mailbox:
-    """An actor: keeps what is on its way. Imports no torch, so it starts fast."""
+    """An actor that holds messages until they are read. Imports no torch, so it starts fast."""
 
     def __init__(self) -> None:
         self._tasks: list[Any] = []
@@ -29,56 +29,57 @@ class Mailbox:
         self._changed = asyncio.Condition()
 
     async def assign(self, task: list[Any]) -> None:
-        """Take the next task from the driver, a reference in a list, so that it is not opened here."""
-        await self._change(lambda: self._tasks.extend(task))
+        """Add the driver's next task: a reference inside a list, so that Ray does not resolve it here."""
+        self._tasks.extend(task)
+        await self._notify()
 
     async def end(self) -> None:
-        """Tell the workers that no more tasks will come."""
-        await self._change(self._end)
+        """Send no more tasks to the workers."""
+        self._ended = True
+        await self._notify()
 
     async def next(self) -> int:
-        """Return the number of the first task without an answer: restarted workers go on there."""
+        """Return the number of the first unanswered task: restarted workers resume there."""
         return self._answered
 
     async def task(self, number: int) -> list[Any] | None:
-        """Return a task once there is one of this number; None when no more will come."""
+        """Return the task of this number once it is assigned; None after the end."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._ended or number < len(self._tasks))
         return None if self._ended else self._tasks[number : number + 1]
 
     async def put(self, row: dict[str, Any]) -> None:
-        """Take a row from a worker."""
-        await self._change(lambda: self._messages.append(Message("row", row)))
+        """Add a row of metrics from a worker."""
+        self._messages.append(Message("row", row))
+        await self._notify()
 
     async def answer(self, value: Any) -> None:
-        """Take what the first task without an answer gave."""
+        """Add the answer to the first unanswered task."""
         self._answered += 1
-        await self._change(lambda: self._messages.append(Message("answer", value)))
+        self._messages.append(Message("answer", value))
+        await self._notify()
 
     async def fail(self, error: str) -> None:
-        """Take a user error, after which nothing is worth doing."""
-        self._end()
-        await self._change(lambda: self._messages.append(Message("error", error)))
+        """Add a user's error, and end."""
+        self._ended = True
+        self._messages.append(Message("error", error))
+        await self._notify()
 
     async def collect(self) -> list[Message]:
-        """Hand over the messages since the last call, once there are any; none when no more will be asked for."""
+        """Return the messages since the last call once there are any; an empty list after the end."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._messages or self._ended)
         messages = self._messages
         self._messages = []
         return messages
 
-    def _end(self) -> None:
-        self._ended = True
-
-    async def _change(self, change: Callable[[], None]) -> None:
+    async def _notify(self) -> None:
         async with self._changed:
-            change()
             self._changed.notify_all()
 
 
 def open_mailbox() -> Any:
-    """Start a mailbox actor on the driver's own node: another could be lost, and with it a run whose driver lives."""
+    """Start a mailbox on the driver's own node, so that losing another node does not lose the run."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -88,13 +89,7 @@ def open_mailbox() -> Any:
 
 
 class Delivery:
-    """A thread that brings what the workers send: rows to ``report``, and to ``outcomes`` how each task went.
-
-    Args:
-        mailbox: the actor.
-        report: takes the rows.
-        outcomes: takes rank 0's answers, and errors of any kind, to be raised.
-    """
+    """A thread that delivers the workers' messages: rows to ``report``, answers and errors to ``outcomes``."""
 
     def __init__(self, mailbox: Any, report: Callable[[Mapping[str, Any]], None], outcomes: SimpleQueue[Any]):
         self._mailbox = mailbox
@@ -118,7 +113,7 @@ class Delivery:
                         self._report(content)
                     else:
                         self._outcomes.put(UserError(content) if kind == "error" else content)
-        except RayError:  # of the mailbox, or of the whole cluster, which whoever waits will say
+        except RayError:  # the mailbox died, or the whole cluster
             self._outcomes.put(Interruption(LOST))
         except Exception as error:  # such as a full disk: the driver raises it
             self._outcomes.put(error)

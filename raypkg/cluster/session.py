@@ -1,4 +1,4 @@
-"""Ray's environment, and the connection to a cluster."""
+"""The connection to a Ray cluster: one that is running, or one of this process's own that only this machine reaches."""
 
 import logging
 import os
@@ -6,12 +6,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import ClusterLost, UserError
 from raypkg.core.settings import Cluster
 
 log = logging.getLogger(__name__)
@@ -22,82 +21,127 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process fewer
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune is silent only with its old output engine
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_prestart_worker_first_driver": "0",  # processes of which most are never used: the group's have their own
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders have it all
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # otherwise Ray's core prints its own account of a lost cluster to the terminal
+    "RAY_prestart_worker_first_driver": "0",  # most of these processes would never be used
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folders hold everything
 }
-LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on 127.0.0.1 alone, as it does on those systems
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray listens on 127.0.0.1 only, as it does on those systems
 ANSWER = 5  # seconds within which a cluster must answer
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, and empty settings
-SETTINGS = 4  # the type of the frame with which every HTTP/2 server answers
-_owns = False  # whether this process has started the cluster
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's, with empty settings
+SETTINGS = 4  # type of the frame with which every HTTP/2 server answers
 WITHOUT = "--cluster.workers 0 trains in this process, without Ray"
+_owns_cluster = False  # True once this process has started one
 
 
-def prepare() -> None:
-    """Set the environment that Ray is to find when it is imported; what the user has set stays."""
+def prepare(address: str | None = None) -> None:
+    """Set the environment variables that Ray reads when it is imported; the user's own values stay.
+
+    Where no cluster is named or running, the one that this process will start is confined to the loopback interface.
+
+    Args:
+        address: cluster to join, if the settings name one.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if address not in (None, "local") or _running() is not None or os.environ.get(LOOPBACK) == "0":
+        return
+    os.environ[LOOPBACK] = "0"
+    if "ray" in sys.modules and not sys.modules["ray"].is_initialized():
+        log.warning(
+            "Ray was imported before effray: a cluster that effray starts now listens on every interface; set"
+            " %s=0 before importing Ray",
+            LOOPBACK,
+        )
 
 
 def connect(settings: Cluster, *, dashboard: bool = False) -> None:
-    """Join the cluster at the address, in RAY_ADDRESS or from ``ray start``; otherwise start one on this machine.
+    """Join the cluster at the address, in RAY_ADDRESS or from `ray start`; otherwise start one on this machine.
 
-    A cluster that is started listens on the loopback interface alone and asks for Ray's token, unless RAY_AUTH_MODE
-    says otherwise. One that another effray process started for itself is left alone: it ends with that process.
+    A cluster of this process's own listens on the loopback interface only and requires Ray's token, unless
+    RAY_AUTH_MODE says otherwise. Clusters of other effray processes are never joined: they end with their process.
 
     Args:
-        settings: where a cluster may be.
-        dashboard: whether one that is started has Ray's dashboard, ten processes, which Ray Train within Ray Tune asks
-            whether a trial that was stopped still holds its CPUs. Without it, Ray's core is all that is started.
+        settings: address of a cluster, if any.
+        dashboard: start Ray's dashboard with a cluster of this process's own. Ray Train within Ray Tune needs it to
+            free the CPUs of stopped trials.
 
     Raises:
-        UserError: an address was given and no cluster answers there, or Ray cannot start.
+        UserError: no cluster answers at the given address, or Ray cannot start.
     """
-    prepare()
+    prepare(settings.address)
     import ray
 
     if ray.is_initialized():
         return
     address = _address(settings)
-    if address is None:
-        _start(dashboard)
-    else:
-        _join(address)
-    _warn_of_open_doors()
+    try:
+        with _silenced():
+            if address is None:
+                _start(dashboard)
+            else:
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # any of Ray's processes failed; or another version, a wrong token, no raylet
+        problem = f"cannot join the Ray cluster at {address}" if address else "Ray cannot start on this machine"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{problem}: {reason}; {WITHOUT}") from error
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":  # Ray sets it where it finds or makes a token
+        log.warning(
+            "this Ray cluster requires no token: anyone who reaches its ports can run code as you;"
+            " RAY_AUTH_MODE=token protects it"
+        )
 
 
 def disconnect() -> None:
-    """End the cluster, if it is one that this process has started."""
-    global _owns
-    if _owns:
+    """Shut down the cluster that this process started, if any."""
+    global _owns_cluster
+    if _owns_cluster:
         import ray
 
         ray.shutdown()
-        _owns = False
+        _owns_cluster = False
 
 
-def owns() -> bool:
-    """Say whether this process has started the cluster."""
-    return _owns
+@contextmanager
+def cluster_errors() -> Iterator[None]:
+    """Turn Ray's errors about a dead raylet or GCS into one line.
+
+    Raises:
+        ClusterLost: Ray no longer answers.
+    """
+    from ray.exceptions import LocalRayletDiedError, NodeDiedError, RaySystemError, RpcError
+
+    try:
+        yield
+    except (LocalRayletDiedError, NodeDiedError, RaySystemError, RpcError) as error:
+        raise ClusterLost("the Ray cluster was lost: its raylet on this machine died") from error
+
+
+def _running() -> str | None:
+    """Return the address in RAY_ADDRESS, or that of the last `ray start`, which Ray documents to keep in this file."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        return None if address == "local" else address
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    try:
+        return file.read_text().strip() or None
+    except OSError:
+        return None
 
 
 def _address(settings: Cluster) -> str | None:
     """Return host and port of the cluster to join, or None to start one."""
-    from ray._private.services import canonicalize_bootstrap_address
-
-    asked = settings.address or os.environ.get("RAY_ADDRESS")
-    if asked and asked.startswith("ray://"):
-        raise UserError(f"cluster.address = {asked!r} is Ray Client's, which cannot train: give the head's HOST:6379")
-    address = asked
+    named = settings.address or os.environ.get("RAY_ADDRESS")
+    if named and named.startswith("ray://"):
+        raise UserError(f"cluster.address = {named!r} is Ray Client's, which cannot train: give the head's HOST:6379")
+    address = _running() if named == "auto" else named or _running()
+    if address in (None, "local"):
+        return None
     try:
-        address = canonicalize_bootstrap_address(asked)
-        if address:
-            _check_answers(address)
+        _check_answers(address)
     except (OSError, ValueError) as error:
-        if not asked:  # a cluster of `ray start` that has died without `ray stop`
-            log.warning("the Ray cluster that was started at %s no longer answers: starting another", address)
+        if not named:  # the cluster of `ray start` died without `ray stop`
+            log.warning("the Ray cluster started at %s no longer answers: starting another", address)
             return None
-        raise UserError(f"no Ray cluster answers at cluster.address = {asked!r} ({error}); {WITHOUT}") from None
+        raise UserError(f"no Ray cluster answers at cluster.address = {named!r} ({error}); {WITHOUT}") from None
     return address
 
 
@@ -105,12 +149,12 @@ def _check_answers(address: str) -> None:
     """Refuse an address at which nothing speaks gRPC: Ray itself would try for minutes.
 
     Raises:
-        OSError: nothing answers, or something else.
+        OSError: nothing answers, or another service does.
     """
     host, _, port = address.rpartition(":")
     with socket.create_connection((host.strip("[]"), int(port)), ANSWER) as connection:
         if os.environ.get("RAY_USE_TLS", "0") != "0":
-            return  # it answers to nobody without a certificate
+            return  # without a certificate there is no answer
         connection.sendall(PREFACE)
         head = connection.recv(9)  # of a frame: length, type, flags and stream
     if len(head) < 4 or head[3] != SETTINGS:
@@ -120,70 +164,23 @@ def _check_answers(address: str) -> None:
 def _start(dashboard: bool) -> None:
     """Start a cluster on this machine that only this machine can reach."""
     import ray
-    from ray._private import ray_constants
 
-    os.environ[LOOPBACK] = "0"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())  # where training workers listen to each other
-    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray may have been imported before the variable was set
+    global _owns_cluster
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))  # lo; on macOS lo0
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # where training workers listen to each other
     token = Path.home() / ".ray" / "auth_token"
     is_first = not token.exists()
-    try:
-        with _silenced(), nullcontext() if dashboard else _core():
-            ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # whatever keeps one of its processes from starting
-        raise UserError(f"Ray cannot start on this machine: {_first_line(error)}; {WITHOUT}") from error
-    global _owns
-    _owns = True
+    ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
+    _owns_cluster = True
     if is_first and token.exists():
         token.chmod(0o600)  # Ray leaves it readable for every user of the machine
 
 
-def _loopback() -> str:
-    """Return the name of the loopback interface: lo, on macOS lo0."""
-    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-
-
-def _join(address: str) -> None:
-    import ray
-
-    try:
-        with _silenced():
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # another version, a wrong token, or a node without a raylet
-        raise UserError(f"cannot join the Ray cluster at {address}: {_first_line(error)}; {WITHOUT}") from error
-
-
-@contextmanager
-def _core() -> Iterator[None]:
-    """Have Ray start what runs tasks, its GCS and raylet, and nothing that serves a person who looks at the cluster.
-
-    Ray starts the process of its dashboard, and waits for it, when told to have none; its agents import the dashboard's
-    packages wherever they are installed, and the raylet waits for that as well.
-    """
-    from ray._private import services, utils
-    from ray._private.node import Node
-
-    unwanted: list[tuple[Any, str, Callable[..., Any]]] = [
-        (services, "start_api_server", lambda *_, **__: ("", None)),  # the dashboard: no address, no process
-        (utils, "get_dashboard_dependency_error", lambda: ImportError("nobody asked for a dashboard")),
-        (Node, "start_log_monitor", lambda _: None),  # copies what workers print to the driver
-        (Node, "start_monitor", lambda _: None),  # the autoscaler: this machine is all there is
-    ]
-    kept = [getattr(place, name) for place, name, _ in unwanted]
-    for place, name, nothing in unwanted:
-        setattr(place, name, nothing)
-    try:
-        yield
-    finally:
-        for (place, name, _), start in zip(unwanted, kept, strict=True):
-            setattr(place, name, start)
-
-
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Discard what is printed as errors, by Ray's own threads too, while what matters is raised.
+    """Discard what Ray's threads print to stderr, and restore the signal handlers that Ray replaces.
 
-    Handlers of signals are put back: Ray's own would dump its stack at SIGTERM and abort.
+    Ray's handler of SIGTERM would print its stack and abort.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     sys.stderr.flush()
@@ -196,20 +193,6 @@ def _silenced() -> Iterator[None]:
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
-        if threading.current_thread() is threading.main_thread():  # there alone may handlers be set
+        if threading.current_thread() is threading.main_thread():  # Python allows it only there
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _warn_of_open_doors() -> None:
-    """Say so when the cluster takes code from whoever reaches it."""
-    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":  # Ray sets it where it finds a token, or makes one
-        log.warning(
-            "this Ray cluster asks for no token: whoever reaches its ports runs code as you; RAY_AUTH_MODE=token"
-            " protects it"
-        )

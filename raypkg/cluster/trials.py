@@ -1,4 +1,4 @@
-"""The trials of a sweep on Ray Tune: how they are compared, run side by side, followed and interrupted."""
+"""The trials of a study on Ray Tune: compared, run side by side, followed and interrupted."""
 
 import logging
 import os
@@ -7,20 +7,25 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from ray import tune
+from ray.tune.result import DONE
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, HyperBandScheduler, MedianStoppingRule, TrialScheduler
 
 from .capacity import TrialSize
-from .drawing import Values
-from .loss import watched
-from .proposals import Proposals
-from .trial_process import Trial, TrialProcess
+from .search import Proposals, Values
+from .session import cluster_errors
 
-ETA = 3  # of three trials that come so far, one continues
-DRIVER = {"memory": 64 * 2**20}  # what a trial around Ray Train asks for: no CPU, which its workers need
-SCHEDULERS: dict[str, Callable[[int], TrialScheduler]] = {  # by the epochs of the longest trial
+Row = dict[str, Any]  # the epoch and the metric, and an error if there was one
+Tell = Callable[[Row], None]
+Trial = Callable[[int, Values, Tell], Row]  # number, settings and a callback for rows → the last row
+CLOSING = 30  # seconds for a stopped trial to close its files
+
+ETA = 3  # one of three trials that reach a rung continues
+DRIVER = {"memory": 64 * 2**20}  # request of a trial around Ray Train: no CPU, which its workers need
+SCHEDULERS: dict[str, Callable[[int], TrialScheduler]] = {  # given the epochs of the longest trial
     "asha": lambda longest: ASHAScheduler("epoch", max_t=longest, grace_period=1, reduction_factor=ETA),
     "hyperband": lambda longest: HyperBandScheduler("epoch", max_t=longest, reduction_factor=ETA),
     "median": lambda longest: MedianStoppingRule("epoch", grace_period=1),
@@ -29,54 +34,45 @@ SCHEDULERS: dict[str, Callable[[int], TrialScheduler]] = {  # by the epochs of t
 
 
 class Follower(Protocol):
-    """What the driver does when a trial starts and ends."""
+    """The driver's reaction to trials."""
 
     def started(self, number: int, values: Values) -> None:
-        """Take note of a trial's settings."""
+        """Record a trial's settings."""
 
     def ended(self, number: int, error: str | None) -> None:
-        """Take note that a trial is done, was stopped by the scheduler, or failed."""
+        """Record that a trial has finished, was stopped by the scheduler, or failed with an error."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How trials are compared, and when they end.
-
-    Attributes:
-        metric: by which they are compared.
-        mode: max or min.
-        scheduler: which stops those that fall behind; a key of ``SCHEDULERS``.
-        longest: epochs of the longest trial.
-        seconds: after which no trial continues; None = never.
-        failures: how often a trial whose process died is started again.
-    """
+    """The comparison of trials, and their limits."""
 
     metric: str
-    mode: str
-    scheduler: str
-    longest: int
-    seconds: float | None
-    failures: int
+    mode: str  # max or min
+    scheduler: str  # a key of SCHEDULERS
+    longest: int  # epochs of the longest trial
+    seconds: float | None  # time budget; None = unlimited
+    failures: int  # restarts of a trial whose process died
 
 
 def run_trials(
     trial: Trial, proposals: Proposals, follower: Follower, size: TrialSize, rules: Rules, *, folder: str
 ) -> bool:
-    """Run trials until all have ended, the time is over, or the user interrupts.
+    """Run trials until all have ended, the time is over, or the user interrupts; return True if the user did.
 
     Args:
-        trial: importable; gets number, settings and a function that takes ``epoch`` and the metric, and returns those
-            of the end, with an ``error`` where it failed. Restarted, it must resume from its own checkpoints.
-        proposals: which trials.
-        follower: hears of each in this process.
-        size: of each.
-        rules: for all of them.
+        trial: importable; receives number, settings and a callback for rows with ``epoch`` and the metric; returns the
+            last row, with an ``error`` if it failed. Restarted, it must resume from its own checkpoints.
+        proposals: supplies the trials.
+        follower: is notified of each in this process.
+        size: resources of each trial.
+        rules: the metric and the limits.
         folder: where Tune keeps its own files.
-
-    Returns:
-        Whether the user interrupted.
     """
-    _be_quiet()
+    for name in ("ray.tune", "ray.train", "ray.air"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray Train and earlier studies leave their handlers
     start = time.monotonic()
     watch = _Watch(follower, size.nested)
     trainable = tune.with_parameters(TrialProcess, trial=trial, home=os.getcwd())
@@ -90,7 +86,7 @@ def run_trials(
             num_samples=proposals.count,
             max_concurrent_trials=size.at_once,
             time_budget_s=rules.seconds,
-            reuse_actors=not size.nested,  # starting Python and torch takes longer than many a trial
+            reuse_actors=not size.nested,  # starting Python and torch takes longer than a small trial
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -102,7 +98,7 @@ def run_trials(
         ),
     )
     try:
-        with watched():
+        with cluster_errors():
             tuner.fit()
     except KeyboardInterrupt:  # the second one
         return True
@@ -110,16 +106,8 @@ def run_trials(
     return in_time and len(watch.ended) < proposals.count
 
 
-def _be_quiet() -> None:
-    """Silence Ray's loggers, and let Ctrl-C reach Tune: Ray Train and an earlier sweep leave their own handlers."""
-    for name in ("ray.tune", "ray.train", "ray.air"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 class _Watch(tune.Callback):
-    """Passes on what happens to trials, by their numbers."""
+    """Reports the start and end of trials to the follower, by number."""
 
     def __init__(self, follower: Follower, nested: bool):
         self._follower = follower
@@ -127,22 +115,22 @@ class _Watch(tune.Callback):
         self.ended: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return nothing: Tune stores its callbacks, and this one is never restored."""
+        """Return an empty state: Tune stores its callbacks, but this one is never restored."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Tell of a trial's settings; first free the CPUs that one which died at its start would keep for ever."""
+        """Report a trial's settings, after freeing CPUs that a trial which died at its start would hold forever."""
         running = any(other.status == other.RUNNING for other in trials)
         if self._nested and not running:
             _free_workers()
         self._follower.started(trial.config["number"], trial.config["values"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Tell of its end."""
+        """Report the end of a trial."""
         self._end(trial, trial.last_result.get("error"))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Tell that its process died too often, or of a bug."""
+        """Report a trial whose process died too often, or that raised an exception."""
         text = str(trial.get_error() or "").strip() or "its process died"
         self._end(trial, text.splitlines()[-1])
 
@@ -153,16 +141,126 @@ class _Watch(tune.Callback):
 
 
 def _free_workers() -> None:
-    """Give up what this job has reserved for workers: Ray Train does not when its driver dies while they start."""
+    """Remove this job's placement groups for workers: Ray Train leaks them if its driver dies while they start."""
     import ray
     from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
     from ray.util.state import list_placement_groups
 
     context = ray.get_runtime_context()
     of_this_job = ("creator_job_id", "=", context.get_job_id())
-    # Without its address, Ray looks for a cluster, and fails where several run on one machine.
+    # Without the address, Ray searches for a cluster and fails if several run on one machine.
     groups = list_placement_groups(address=context.gcs_address, filters=[of_this_job], detail=True)
     for group in groups:
         for_workers = any("CPU" in bundle["unit_resources"] for bundle in group.bundles)
         if for_workers and group.state != "REMOVED":
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.placement_group_id)))
+
+
+class TrialProcess(tune.Trainable):
+    """A process of Ray Tune that runs one trial after another; each pauses at every row until Tune decides on it.
+
+    A trial resumes from the checkpoints in its run folder, so Tune's own checkpoints are empty.
+    """
+
+    def setup(self, config: dict[str, Any], trial: Trial, home: str) -> None:
+        """Start the first trial, with the number and settings in ``config``, from the user's working folder."""
+        self._trial = trial
+        self._home = home
+        self._begin(config)
+
+    def step(self) -> Row:
+        """Return the next row of the trial."""
+        row = self._paced.advance()
+        return {**row, DONE: self._paced.ended}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Start another trial; return True if the old one has ended."""
+        if not self._paced.stop(CLOSING):
+            return False
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """Let the trial close its files before the process ends."""
+        self._paced.stop(CLOSING)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Return an empty checkpoint: HyperBand saves trials in order to pause them."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Do nothing: the run folder has the checkpoints."""
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        number = config["number"]
+        values = dict(config["values"])
+        if os.path.isdir(self._home):  # it may not exist on another machine
+            os.chdir(self._home)
+        self._paced = Paced(lambda tell: self._trial(number, values, tell))
+
+
+class Paced:
+    """A function in a thread of its own that pauses at every row it reports.
+
+    Args:
+        function: receives a callback for rows, which any thread may call; returns the last row.
+
+    >>> def count(tell):
+    ...     tell({"epoch": 1})
+    ...     return {"epoch": 2}
+    >>> paced = Paced(count)
+    >>> paced.advance(), paced.ended
+    ({'epoch': 1}, False)
+    >>> paced.advance(), paced.ended
+    ({'epoch': 2}, True)
+    """
+
+    def __init__(self, function: Callable[[Tell], Row]):
+        self.ended = False
+        self._function = function
+        self._rows: SimpleQueue[Row | Exception] = SimpleQueue()
+        self._turns = threading.Semaphore(0)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="trial", daemon=True)
+        self._reporter = self._thread  # with Ray Train inside, rows come from the mailbox's thread
+        self._thread.start()
+
+    def advance(self) -> Row:
+        """Return the next row, or raise the function's exception."""
+        self._turns.release()
+        row = self._rows.get()
+        if isinstance(row, Exception):
+            raise row
+        return row
+
+    def stop(self, seconds: float) -> bool:
+        """End the waiting function by ``SystemExit``; return True if its thread has ended.
+
+        Waits up to ``seconds`` for the reporting thread to unwind and close its files.
+        """
+        self._stopped = True
+        self._turns.release()
+        self._reporter.join(seconds)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        last: Row | Exception
+        try:
+            self._await_turn()
+            last = self._function(self._tell)
+        except Exception as error:
+            last = error
+        except SystemExit as error:  # raised by the user's code, it would end the process without a result
+            last = RuntimeError(f"the trial ended itself by {error!r}")
+        self.ended = True
+        self._rows.put(last)
+
+    def _tell(self, row: Row) -> None:
+        self._reporter = threading.current_thread()
+        self._rows.put(row)
+        self._await_turn()
+
+    def _await_turn(self) -> None:
+        self._turns.acquire()
+        if self._stopped:
+            raise SystemExit

@@ -1,10 +1,10 @@
-"""The workers of a run: one group on Ray Train for all its phases, or this process. No torch at import."""
+"""The workers of a run: one group on Ray Train for all its phases, or this process. Imports no torch."""
 
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib import import_module
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
@@ -13,26 +13,24 @@ from raypkg.core.errors import ClusterLost, Interruption
 from raypkg.core.settings import Cluster
 
 from .capacity import Plan, plan
-from .loss import watched
 from .mailbox import Delivery, open_mailbox
-from .session import connect, disconnect
+from .session import cluster_errors, connect, disconnect
 
-WAITING = "workers"  # the name of a thread that waits for the end of a group
-TRAINER = f"{__package__}.trainer"
-Listener = Callable[[Mapping[str, Any]], None]  # of rows of metrics
+Listener = Callable[[Mapping[str, Any]], None]  # receives rows of metrics
 
 
 class Workers:
-    """Run functions on all workers at once, one after another; workers start at the first and stay until the end.
+    """Run functions on all workers at once, one after another.
 
-    A lost worker restarts the whole group, which goes on with the function that had not returned: each must resume
-    from its own checkpoints. With ``cluster.workers = 0`` functions run in this process, and Ray is not started.
+    Workers start at the first function and stay until the end. A lost worker restarts the whole group, which repeats
+    the function that had not returned: each function must resume from its own checkpoints. With ``cluster.workers = 0``
+    functions run in this process, and Ray is not started.
 
     Args:
         cluster: number and size of workers.
-        report: receives, in this process, every row that a worker reports.
+        report: receives, in this process, every row of metrics that a worker reports.
         folder: where Ray Train keeps its own files, reachable from every node.
-        actors: of one CPU each that are started beside the workers.
+        actors: actors of one CPU each that the run starts in addition to its workers.
     """
 
     def __init__(self, cluster: Cluster, report: Listener, folder: str, actors: int = 0):
@@ -42,7 +40,7 @@ class Workers:
         self._actors = actors
         self._most: int | None = None
         self._group: Group | None = None
-        self._ending: threading.Thread | None = None
+        self._closing: threading.Thread | None = None
 
     def __enter__(self) -> "Workers":
         return self
@@ -50,13 +48,13 @@ class Workers:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self.release()
-        elif self._group and not isinstance(error, ClusterLost):  # otherwise nothing answers any more
+        elif self._group and not isinstance(error, ClusterLost):  # a lost cluster answers no more
             self._group.abandon()
-        if self._ending:
-            self._ending.join()
+        if self._closing:
+            self._closing.join()
 
     def limit(self, most: int) -> None:
-        """Start no more workers than there is work for, where the settings leave their number open."""
+        """Start at most this many workers where the settings leave their number open."""
         self._most = min(most, self._most or most)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -67,19 +65,18 @@ class Workers:
             arguments: picklable; the same for every worker.
 
         Raises:
-            UserError: raised by the function, or the cluster is too small, or workers died too often.
+            UserError: raised by the function; the cluster is too small; workers died too often.
         """
         if self._cluster.workers == 0:
             from raypkg.engine.worker import Worker, threads
 
             with threads(self._cluster.cpus_without_gpu):
                 return function(Worker(report=self._report), *arguments)
-        if self._ending:  # of an earlier group
-            self._ending.join()
+        if self._closing:  # an earlier group still holds CPUs
+            self._closing.join()
         if self._group is None:
-            threading.Thread(target=import_module, args=(TRAINER,), daemon=True).start()  # while Ray starts
             connect(self._cluster)
-        with watched():
+        with cluster_errors():
             if self._group is None:
                 size = plan(self._cluster, self._most, self._actors)
                 self._group = Group(size, self._cluster.max_failures, self._report, self._folder)
@@ -87,27 +84,23 @@ class Workers:
 
     def release(self) -> None:
         """End the workers, and a cluster that was started for them, while this process does what needs none."""
-        if self._group:
-            self._ending = threading.Thread(target=self._end, args=(self._group,), name="ending", daemon=True)
-            self._ending.start()
+        if group := self._group:
+
+            def close() -> None:
+                with suppress(Exception):  # every answer is here: it does not matter how the workers end
+                    group.close()
+                disconnect()
+
+            self._closing = threading.Thread(target=close, name="closing", daemon=True)
+            self._closing.start()
             self._group = None
-
-    def _end(self, group: "Group") -> None:
-        with suppress(Exception):  # every answer is here: it does not matter how the workers end
-            group.close()
-        disconnect()
-
-
-def are_abandoned() -> bool:
-    """Say whether a thread still waits for workers, of which nothing is wanted."""
-    return any(thread.name == WAITING for thread in threading.enumerate())
 
 
 class Group:
-    """Workers on Ray Train, which carry out what the mailbox brings them; a thread waits for their end.
+    """Workers on Ray Train, which carry out what the mailbox brings them.
 
     Args:
-        size: how many, and of which size.
+        size: number and size of workers.
         failures: how often they may be lost.
         report: receives the rows of all workers.
         folder: for Ray Train's own files.
@@ -120,7 +113,7 @@ class Group:
         self._delivery = Delivery(self._mailbox, report, self._outcomes)
         self._size = size
         self._folder = folder
-        self._thread = threading.Thread(target=self._fit, name=WAITING, daemon=True)
+        self._thread = threading.Thread(target=self._fit, name="workers", daemon=True)
         self._thread.start()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -144,28 +137,52 @@ class Group:
         ray.kill(self._mailbox)
 
     def abandon(self) -> None:
-        """Have no more tasks for the workers, which may be busy; they end with this process if not before."""
+        """Send no more tasks to the workers, which may be busy; they end with this process at the latest."""
         self._mailbox.end.remote()
 
     def _fit(self) -> None:
+        """Run Ray Train until the mailbox ends, and put what it raises among the outcomes."""
         from ray.exceptions import RayActorError
-        from ray.train import TrainingFailedError
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 
+        # Not TorchTrainer: its process group's store listens on every interface, and its controller imports torch.
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        from .worker_loop import SharedDevices, work
+
+        size = self._size
+        trainer = DataParallelTrainer(
+            work,
+            train_loop_config={
+                "mailbox": self._mailbox,
+                "threads": size.cpus,
+                "backend": "nccl" if size.gpus >= 1 else "gloo",  # NCCL refuses two workers on one GPU
+            },
+            backend_config=SharedDevices(),
+            scaling_config=ScalingConfig(
+                num_workers=size.workers, use_gpu=size.gpus > 0, resources_per_worker=size.resources
+            ),
+            run_config=RunConfig(
+                name=uuid.uuid4().hex[:8],
+                storage_path=self._folder,
+                failure_config=FailureConfig(max_failures=self._failures),
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+            ),
+        )
         try:
-            trainer = import_module(TRAINER).trainer
-            trainer(self._mailbox, self._size, self._failures, self._folder).fit()
+            trainer.fit()
         except TrainingFailedError as error:
-            lost = f"the workers were lost more than {self._failures} times: {_cause(error)}"
-            self._outcomes.put(Interruption(lost))
+            logging.getLogger(__name__).debug("workers failed", exc_info=error)
+            by_rank = getattr(error, "worker_failures", None)
+            first = next(iter(by_rank.values())) if by_rank else error
+            cause = str(first).strip().splitlines()[-1]
+            self._outcomes.put(Interruption(f"the workers were lost more than {self._failures} times: {cause}"))
         except RayActorError:
             self._outcomes.put(Interruption("Ray Train's controller of the workers was lost"))
-        except Exception as error:  # the driver's own thread raises it
+        except Exception as error:  # raised by the driver's own thread
             self._outcomes.put(error)
 
 
-def _cause(error: Exception) -> str:
-    """Return the last line of what the first worker that failed said."""
-    logging.getLogger(__name__).debug("workers failed", exc_info=error)
-    by_rank = getattr(error, "worker_failures", None)
-    failures = list(by_rank.values()) if by_rank else [error]
-    return str(failures[0]).strip().splitlines()[-1]
+def are_abandoned() -> bool:
+    """Return True while a thread still waits for abandoned workers."""
+    return any(thread.name == "workers" for thread in threading.enumerate())

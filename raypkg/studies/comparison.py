@@ -298,7 +298,7 @@ class _Comparison:
     def _run_on_ray(self, missing: Sequence[tuple[int, dict[str, Any]]], progress: Progress) -> bool:
         size = size_of_trials(self.settings, self.folder.order["concurrent"])
 
-        from raypkg.cluster.proposals import Proposals
+        from raypkg.cluster.search import Proposals
         from raypkg.cluster.trials import Rules, run_trials
 
         rules = Rules(

@@ -120,7 +120,7 @@ def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
     Raises:
         UserError: what is wrong, as for any setting.
     """
-    from raypkg.cluster.drawing import candidates, constants
+    from raypkg.cluster.search import candidates, constants
 
     choices = {name: candidates(domain) for name, domain in space.domains.items()}
     first = {name: values[0] for name, values in choices.items() if values}
@@ -141,7 +141,7 @@ def check_space(space: Space, check: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _check_drawable(space: Space, origin: str) -> None:
-    from raypkg.cluster.drawing import candidates, draw_settings
+    from raypkg.cluster.search import candidates, draw_settings
 
     for name in (*space.domains, space.metric, space.mode):
         if not isinstance(name, str):

@@ -36,7 +36,7 @@ from .trial_settings import Values, check_trial, longest_of, trials_of, varied
 
 if TYPE_CHECKING:  # they import Ray, which a mistake in the settings need not wait for
     from raypkg.cluster.capacity import TrialSize
-    from raypkg.cluster.proposals import Proposals
+    from raypkg.cluster.search import Proposals
 
 CHANGEABLE = ("concurrent", "time_budget")  # of a sweep that is resumed
 
@@ -222,8 +222,7 @@ class Sweep:
 
     def _proposals(self, waiting: Sequence[tuple[int, Values]], further: Sequence[int]) -> Proposals:
         """Return what hands out these trials; Optuna, told of those that are done, thinks of the further ones."""
-        from raypkg.cluster.drawing import constants
-        from raypkg.cluster.proposals import Proposals, optuna
+        from raypkg.cluster.search import Proposals, constants, optuna
 
         order = self.folder.order
         searcher = None

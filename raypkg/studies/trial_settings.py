@@ -27,8 +27,7 @@ def trials_of(order: Order, space: Space, settings: Experiment) -> list[Values]:
     Raises:
         UserError: a grid over a range, or a searcher that is not installed.
     """
-    from raypkg.cluster.drawing import grid
-    from raypkg.cluster.proposals import optuna
+    from raypkg.cluster.search import grid, optuna
 
     match order.search:
         case "grid":
@@ -44,7 +43,7 @@ def _drawn(space: Space, samples: int, seed: int) -> list[Values]:
     """Return random settings of so many trials; where no new ones turn up, of fewer."""
     import numpy as np
 
-    from raypkg.cluster.drawing import draw_settings
+    from raypkg.cluster.search import draw_settings
 
     trials: list[Values] = []
     for number in range(samples):
@@ -68,7 +67,7 @@ def longest_of(settings: Experiment, space: Space, known: Sequence[Mapping[str, 
     """Return the epochs of the longest trial, of those that are known and those that the space allows."""
     import numpy as np
 
-    from raypkg.cluster.drawing import candidates, draw_settings
+    from raypkg.cluster.search import candidates, draw_settings
 
     def epochs(values: Mapping[str, Any]) -> int:
         return varied(settings, values).epochs

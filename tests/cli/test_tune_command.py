@@ -177,7 +177,7 @@ def test_a_wrong_order_is_one_line(wrong, arguments, message):
 
 
 def test_a_missing_searcher_names_its_extra(wrong, monkeypatch):
-    monkeypatch.setattr("raypkg.cluster.proposals.find_spec", lambda name: None)
+    monkeypatch.setattr("raypkg.cluster.search.find_spec", lambda name: None)
     assert "--search optuna needs Optuna: pip install 'effray[optuna]'" in wrong("crest --search optuna")
 
 
@@ -201,7 +201,7 @@ def test_the_mode_of_a_space_is_checked(wrong, space):
 def test_draws_follow_from_the_seed_and_grids_have_every_combination():
     from ray import tune
 
-    from raypkg.cluster.drawing import candidates, draw_settings, grid
+    from raypkg.cluster.search import candidates, draw_settings, grid
 
     space = {"a": tune.choice([1, 2]), "b": tune.randint(0, 3), "c": tune.grid_search(["x"]), "d": 7}
     assert len(list(grid(space))) == 6 and {"a": 2, "b": 1, "c": "x", "d": 7} in list(grid(space))
@@ -255,7 +255,7 @@ def test_numbers_of_numpy_are_plain():
 
     from ray import tune
 
-    from raypkg.cluster.drawing import candidates, constants, draw_settings, grid
+    from raypkg.cluster.search import candidates, constants, draw_settings, grid
 
     space = {"a": tune.grid_search(list(np.arange(2))), "b": np.float64(0.5), "c": tune.choice([np.int64(3)])}
     for plain in (
@@ -294,7 +294,7 @@ def test_the_help_lists_the_experiments_that_train(effray):
 def test_optuna_is_told_of_what_is_done():
     from ray import tune
 
-    from raypkg.cluster.proposals import Proposals, optuna
+    from raypkg.cluster.search import Proposals, optuna
 
     space = {"train.lr": tune.loguniform(0.01, 1), "train.epochs": 3}
     searcher = optuna(space, "accuracy", "max", 0, [({"train.lr": 0.1, "train.epochs": 3}, 0.9)])

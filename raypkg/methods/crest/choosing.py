@@ -1,7 +1,7 @@
 """Who chooses mini-batch coresets, the training workers or actors of their own, and what each of them computes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypkg.cluster.actors import actors
+from raypkg.cluster.actors import hold_within_worker
 from raypkg.core.errors import UserError
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.sharded import LiveModel, Scorer, SentModel
@@ -46,7 +46,8 @@ def choosing(worker: Worker, job: Job, samples: Samples, options: CrestOptions) 
         for rank in range(options.actors)
     ]
     to_scorer = partial(_sent, job, samples.data.train)
-    with actors(shards, job.experiment.cluster, worker.rank == 0) as held:
+    on_actors = hold_within_worker(shards, job.experiment.cluster, "crest.actors")
+    with on_actors if worker.rank == 0 else nullcontext() as held:  # rank 0 reaches the actors for all
         yield FirstWorkerShards(held, worker), to_scorer
 
 
