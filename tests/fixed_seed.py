@@ -28,10 +28,10 @@ from raypkg.cli import main as effray
 TINY = "--train.epochs 3 --model mlp --seed 3"
 RUNS = {
     "full": f"train {TINY}",
-    "reselected": f"train {TINY} --select.method gradmatch --select.fraction 0.2 --select.weighted true"
+    "reselected": f"train {TINY} --select.rule gradmatch --select.fraction 0.2 --select.weighted true"
     " --select.warm_epochs 1 --select.every_epochs 1",
-    "infobatch": f"train {TINY} --select.method infobatch --select.every_epochs 1",
-    "selected": "select --model-from full --method craig --fraction 0.1 --seed 3",
+    "infobatch": f"train {TINY} --select.rule infobatch --select.every_epochs 1",
+    "selected": "select --model-from full --rule craig --fraction 0.1 --seed 3",
     "given": f"train {TINY} --coreset {{root}}/select/selected/coreset.parquet",
     "lipt": "lipt --seed 3 --train.epochs 2 --pretrain.models 3 --pretrain.epochs 1",
     "greedy": f"lipt {TINY} --pretrain.models 3 --pretrain.epochs 1 --pretrain.merge greedy --pretrain.sparsity erk",

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from raypkg.cli.setting_options import overrides as overrides_of
-from raypkg.core.config import Named, Settings, leaves, load_settings, parse_toml, to_toml
+from raypkg.core.config import Named, Settings, leaves, load_settings, load_stored, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
+from raypkg.experiments.select import SelectSettings
+from raypkg.experiments.train import TrainSettings
 
 
 class Optim(Settings):
@@ -162,3 +164,12 @@ def test_any_damage_of_stored_settings(data):
         place = data.draw(st.integers(0, len(content) - 1))
         content[place : place + data.draw(st.integers(1, 4))] = data.draw(st.binary(max_size=4))
     assert_right(lambda: load_settings(Example, parse_toml(bytes(content), "config.toml")))
+
+
+def test_stored_settings_load_by_the_names_that_they_once_had():
+    stored = {"select": {"method": "craig", "every": 2}, "train": {"drop": 0.5}}
+    settings = load_stored(TrainSettings, stored, {"cluster.workers": 0})
+    assert settings.select.rule == "craig" and settings.select.every_epochs == 2 and settings.train.lr_drop == 0.5
+    assert load_stored(SelectSettings, {"method": "grand", "model_from": "one"}).rule == "grand"
+    with pytest.raises(UserError, match=r"select\.method is now called select\.rule"):
+        load_settings(TrainSettings, stored)

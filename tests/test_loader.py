@@ -172,7 +172,7 @@ def loaded(data, **options):
 
 
 @pytest.mark.parametrize(
-    ("loader", "method", "fraction", "options", "message"),
+    ("loader", "rule", "fraction", "options", "message"),
     [
         (loaded(data()), "grand", 2, {}, "fraction = 2: input should be less than or equal to 1"),
         (loaded(data()), "grant", 0.1, {}, "did you mean 'grand'"),
@@ -193,9 +193,9 @@ def loaded(data, **options):
         (data(), "grand", 0.1, {}, "takes a DataLoader with a batch_size, not TensorDataset"),
     ],
 )
-def test_what_cannot_work_is_refused(loader, method, fraction, options, message):
+def test_what_cannot_work_is_refused(loader, rule, fraction, options, message):
     with pytest.raises(UserError, match=message):
-        CoresetLoader(loader, network(), method, fraction, epochs=9, **options)
+        CoresetLoader(loader, network(), rule, fraction, epochs=9, **options)
 
 
 @pytest.mark.parametrize(("former", "now"), [("every", "every_epochs"), ("warm", "warm_epochs")])
@@ -217,15 +217,15 @@ def test_a_renamed_argument_is_told_its_new_name(former, now):
     ],
 )
 def test_batches_are_pairs_with_labels(samples, message):
-    for method in ("grand", "random"):
+    for rule in ("grand", "random"):
         with pytest.raises(UserError, match=message):
-            next(iter(CoresetLoader(loaded(samples), network(), method, 0.1, epochs=1)))
+            next(iter(CoresetLoader(loaded(samples), network(), rule, 0.1, epochs=1)))
 
 
 def test_labels_may_be_of_any_integer_type():
     for label in (1, torch.tensor(1, dtype=torch.int32)):
-        for method in ("grand", "random"):
-            _, y, _ = next(iter(CoresetLoader(loaded(Table([label] * 40)), network(), method, 0.1, epochs=1)))
+        for rule in ("grand", "random"):
+            _, y, _ = next(iter(CoresetLoader(loaded(Table([label] * 40)), network(), rule, 0.1, epochs=1)))
             assert y.tolist() == [1] * 4
 
 

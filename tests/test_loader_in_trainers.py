@@ -51,7 +51,7 @@ def bert():
 
 
 def coresets_of(model, samples, **options):
-    given = {"method": "craig", "fraction": 0.5, "epochs": EPOCHS, "every_epochs": 1, **options}
+    given = {"rule": "craig", "fraction": 0.5, "epochs": EPOCHS, "every_epochs": 1, **options}
     return CoresetLoader(DataLoader(samples, batch_size=8), model, **given)
 
 
@@ -232,4 +232,4 @@ def test_a_loader_selects_for_a_target():
     next(iter(plain)), next(iter(aimed))
     assert not plain.coreset.weights.equal(aimed.coreset.weights)
     with pytest.raises(UserError, match="grand selects for no target: target would do nothing"):
-        coresets_of(model, everything, method="grand", target=few)
+        coresets_of(model, everything, rule="grand", target=few)

@@ -1,4 +1,4 @@
-"""The methods against their slow twins on views of real samples by a trained model, in both precisions."""
+"""The rules against their slow twins on views of real samples by a trained model, in both precisions."""
 
 import pytest
 import torch

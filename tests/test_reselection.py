@@ -61,7 +61,7 @@ def coresets(trained):
 
 
 def test_random_is_drawn_once_or_at_every_epoch():
-    fixed, online = coresets(fit(run(method="random"))), coresets(fit(run(method="random", every_epochs=1)))
+    fixed, online = coresets(fit(run(rule="random"))), coresets(fit(run(rule="random", every_epochs=1)))
     assert len({tuple(picked) for picked in fixed}) == 1
     assert len({tuple(picked) for picked in online}) == 6
     assert {len(picked) for picked in fixed + online} == {18}
@@ -69,14 +69,14 @@ def test_random_is_drawn_once_or_at_every_epoch():
 
 def test_warm_epochs_see_everything_and_the_first_coreset_comes_after_them():
     first = Coreset.uniform(torch.arange(7))
-    trained = fit(run(first, method="random", warm_epochs=2, every_epochs=3))
+    trained = fit(run(first, rule="random", warm_epochs=2, every_epochs=3))
     assert [len(picked) for picked in coresets(trained)] == [N, N, 7, 7, 7, 18]
     assert trained.cost.backward == 2 * N + 3 * 7 + 18
 
 
 @pytest.mark.parametrize("balanced", [True, False])
 def test_each_selection_is_by_the_model_of_that_moment(balanced):
-    trained = fit(run(method="gradmatch", every_epochs=2, weighted=True, balanced=balanced))
+    trained = fit(run(rule="gradmatch", every_epochs=2, weighted=True, balanced=balanced))
     diary, data = trained.hooks[-1], trained.split
     model = build_model("mlp", (5,), 3, seed=0)
     for epoch, picked in enumerate(diary.coresets):
@@ -91,14 +91,14 @@ def test_each_selection_is_by_the_model_of_that_moment(balanced):
     assert (bill.forward, bill.backward) == (3 * N, 0)
 
 
-@pytest.mark.parametrize("method", ["grand", "glister", "random"])
-def test_the_number_of_holders_does_not_matter(method):
-    one, two = (fit(run(method=method, every_epochs=2, holders=holders)) for holders in (1, 2))
+@pytest.mark.parametrize("rule", ["grand", "glister", "random"])
+def test_the_number_of_holders_does_not_matter(rule):
+    one, two = (fit(run(rule=rule, every_epochs=2, holders=holders)) for holders in (1, 2))
     assert coresets(one) == coresets(two)
 
 
-@pytest.mark.parametrize("method", ["gradmatch", "infobatch", "forgetting"])
-def test_stopped_and_resumed_equals_never_stopped(tmp_path, method):
+@pytest.mark.parametrize("rule", ["gradmatch", "infobatch", "forgetting"])
+def test_stopped_and_resumed_equals_never_stopped(tmp_path, rule):
     class Killed(Exception):
         pass
 
@@ -107,7 +107,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path, method):
             raise Killed
         return {}
 
-    chosen = {"method": method, "every_epochs": 1, "warm_epochs": 1, "fraction": 1.0 if method == "infobatch" else 0.2}
+    chosen = {"rule": rule, "every_epochs": 1, "warm_epochs": 1, "fraction": 1.0 if rule == "infobatch" else 0.2}
     places, straight = StoredCheckpoints(Storage(str(tmp_path))), fit(run(**chosen))
     with pytest.raises(Killed):
         fit(run(**chosen), checkpoints=places, measure=die)
@@ -119,7 +119,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path, method):
 
 
 def test_infobatch_skips_learned_samples_and_ends_on_all():
-    trained = fit(run(method="infobatch", fraction=1.0, every_epochs=1))
+    trained = fit(run(rule="infobatch", fraction=1.0, every_epochs=1))
     sizes = [len(picked) for picked in trained.hooks[-1].coresets]
     assert sizes[0] == N and max(sizes[1:5]) < N and sizes[5] < N  # progress 5/6 < 0.875
     weights = trained.hooks[-1].coresets[2].weights
@@ -182,10 +182,10 @@ def test_a_sample_not_seen_in_an_epoch_keeps_its_record():
 )
 def test_infobatch_takes_no_budget_and_acts_at_every_epoch(settings):
     with pytest.raises(UserError, match="infobatch keeps as many samples as it sees fit, anew at every epoch"):
-        check_schedule(Reselect(method="infobatch", **settings), 8)
+        check_schedule(Reselect(rule="infobatch", **settings), 8)
 
 
-def test_a_method_of_the_record_needs_one():
+def test_a_rule_of_the_record_needs_one():
     record = Record.empty(torch.zeros(4, dtype=torch.int64))
     with pytest.raises(UserError, match="forgetting needs the record of a training"):
         select(record, 2, "forgetting", seed=0)
@@ -202,7 +202,7 @@ def test_a_method_of_the_record_needs_one():
     [
         ({"warm_epochs": 8}, "select.warm_epochs = 8 of 8 epochs: nothing would be selected"),
         ({"every_epochs": 7, "warm_epochs": 2}, "select.every_epochs = 7: only 6 epochs follow the warm ones"),
-        ({"method": "craig", "fraction": 1.0}, "craig with select.fraction = 1 would keep every sample"),
+        ({"rule": "craig", "fraction": 1.0}, "craig with select.fraction = 1 would keep every sample"),
     ],
 )
 def test_a_selection_that_would_not_come_is_refused(settings, message):
@@ -220,6 +220,6 @@ def test_a_sample_that_was_never_seen_is_not_forgotten():
 
 
 def test_no_gradient_flows_into_the_selection():
-    trained = fit(run(method="grand", every_epochs=1))
+    trained = fit(run(rule="grand", every_epochs=1))
     assert all(parameter.grad is None for parameter in trained.model.parameters())
     assert isinstance(trained.model.head, nn.Linear)

@@ -354,7 +354,7 @@ def test_a_model_that_was_changed_neither_selects_nor_is_exported_nor_loaded(eff
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
-    code, message = effray("select --model-from one --method grand")
+    code, message = effray("select --model-from one --rule grand")
     assert code == 2 and "model.safetensors has been changed or cut short" in message
     with pytest.raises(UserError, match=r"model.safetensors has been changed or cut short"):
         raypkg.load_model("runs/train/one")

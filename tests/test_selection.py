@@ -131,7 +131,7 @@ def broken(view, budget):
     return Coreset.uniform(torch.arange(budget - 1))
 
 
-def test_a_method_that_breaks_its_contract_is_named():
+def test_a_rule_that_breaks_its_contract_is_named():
     with pytest.raises(UserError, match="test_selection:broken' must return a Coreset of 5 out of 40"):
         select(reference.problem(40).view, 5, "test_selection:broken", seed=0, balanced=False)
 
@@ -145,7 +145,7 @@ def misshapen(view, budget, seed):
     """Take one thing too many."""
 
 
-def test_a_method_of_the_users_own_that_fails_is_named():
+def test_a_rule_of_the_users_own_that_fails_is_named():
     view = reference.problem(40).view
     with pytest.raises(UserError, match="'test_selection:failing' raised ZeroDivisionError: of mine"):
         select(view, 5, "test_selection:failing", seed=0)
@@ -177,10 +177,10 @@ def declared(seen):
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """Methods of the user's own, in a module that no registry scans."""
-    (tmp_path / "own_methods.py").write_text(OWN)
+    (tmp_path / "own_rules.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    sys.modules.pop("own_methods", None)
+    sys.modules.pop("own_rules", None)
     coreset._entries.pop("declared", None)
 
 
@@ -193,12 +193,12 @@ def own(tmp_path, monkeypatch):
         ("declared", "record", True),
     ],
 )
-def test_a_method_of_the_users_own_is_described_by_its_signature_or_its_decorator(own, name, sees, sizes_itself):
-    method = coreset[f"own_methods:{name}"]
-    assert (method.sees, method.sizes_itself, method.source) == (sees, sizes_itself, "user code")
+def test_a_rule_of_the_users_own_is_described_by_its_signature_or_its_decorator(own, name, sees, sizes_itself):
+    rule = coreset[f"own_rules:{name}"]
+    assert (rule.sees, rule.sizes_itself, rule.source) == (sees, sizes_itself, "user code")
     view = reference.problem(40).view
     samples = view if sees == "gradients" else Record(view.y, view.norms().float())
-    picked = select(samples, 40 if sizes_itself else 20, f"own_methods:{name}", seed=0, balanced=False)
+    picked = select(samples, 40 if sizes_itself else 20, f"own_rules:{name}", seed=0, balanced=False)
     assert picked.indices.equal(view.norms().argsort()[:20])
 
 
@@ -207,16 +207,16 @@ def test_what_a_decorator_says_must_fit_the_function():
         coreset("late", sizes_itself=True)(lambda view, budget: None)
 
 
-def test_unknown_method_and_unknown_option():
+def test_unknown_rule_and_unknown_option():
     view = reference.problem(40).view
-    with pytest.raises(UserError, match="unknown coreset method 'gradmach', did you mean 'gradmatch'"):
+    with pytest.raises(UserError, match="unknown coreset rule 'gradmach', did you mean 'gradmatch'"):
         select(view, 5, "gradmach", seed=0)
     with pytest.raises(UserError, match="unknown gradmatch option 'lamda', did you mean 'lam'"):
         select(view, 5, "gradmatch", seed=0, options={"lamda": 1})
 
 
 @pytest.mark.parametrize("name", ["forgetting", "infobatch"])
-def test_a_method_that_looks_at_a_record_is_not_given_a_view(name):
+def test_a_rule_that_looks_at_a_record_is_not_given_a_view(name):
     view = reference.problem(40).view
     message = f"{name} selects by what a training recorded: it needs a Record, not a HeadView"
     with pytest.raises(UserError, match=message):

@@ -15,6 +15,7 @@ from raypkg.core.errors import UserError
 from raypkg.experiments import experiment
 from raypkg.experiments.train import TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
+from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
@@ -27,6 +28,7 @@ from raypkg.studies.spaces import Space
 from raypkg.studies.standing import front, ranked
 from raypkg.studies.sweep import resume_sweep
 from raypkg.studies.sweep_folder import create_sweep, find_sweep, is_sweep
+from raypkg.studies.tables import Table
 from raypkg.studies.trial import run_trial
 
 ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 4}
@@ -435,3 +437,12 @@ def test_credentials_do_not_reach_ray_tune(capsys, more):
     with pytest.raises(SystemExit):
         main(["tune", "train", *more, "--root", "s3://KEY:SECRET@bucket/runs"])
     assert "--root has credentials in it, which Ray Tune would keep" in capsys.readouterr().err
+
+
+def test_a_study_recorded_with_former_names_opens_by_current_ones(tmp_path):
+    order = {"experiment": "lipt", "metric": "accuracy", "mode": "max", "samples": 1, "varied": ["select.method"]}
+    sweep = create_sweep(str(tmp_path), "s", order, LiptSettings(), "", [{"select.method": "craig"}])
+    assert sweep.trials[0]["settings"] == {"select.rule": "craig"} and sweep.order["varied"] == ["select.rule"]
+    rows = {"old": {"select.method": "random"}}
+    table = Table.of({"title": "t", "experiment": "lipt", "baseline": "old", "rows": rows})
+    assert table.rows == {"old": {"select.rule": "random"}}

@@ -76,7 +76,7 @@ def small_batches(name):
 def picked(name, target, *, balanced=True, holders=1, valid=NONE, options=None):
     split = mixture()
     kept = torch.arange(N)[~torch.isin(torch.arange(N), valid)]
-    chosen = {"method": name, "balanced": balanced, "target": target, "options": options or {}}
+    chosen = {"rule": name, "balanced": balanced, "target": target, "options": options or {}}
     settings = Select(fraction=0.2, weighted=True, **chosen)
     shards = LocalShards(class_shards(Data(split, split), split.y, kept, valid, holders))
     scorer = LiveModel(model(), "float32")
@@ -98,7 +98,7 @@ def test_the_domain_of_the_target_is_what_is_picked(name, balanced, few):
 @pytest.fixture
 def seen(few):
     """What a new model makes of the mixture and of the few."""
-    split, of_few = mixture(), Data(*[target_of(Select(method="craig", target=few)).split_like(mixture())] * 2)
+    split, of_few = mixture(), Data(*[target_of(Select(rule="craig", target=few)).split_like(mixture())] * 2)
     everyone, whole = torch.arange(N), torch.arange(len(of_few.train))
     return [
         head_view(model(), plain_batches(data, indices, torch.device("cpu")))
@@ -143,7 +143,7 @@ def test_holders_of_some_classes_pick_as_one_holder_of_all(name, balanced, targe
 @pytest.mark.parametrize("name", [name for name in WITH_TARGET if coreset[name].by_class])
 def test_each_class_is_selected_for_the_targets_samples_of_that_class(name, few):
     split = mixture()
-    like = target_of(Select(method=name, target=few)).split_like(split)
+    like = target_of(Select(rule=name, target=few)).split_like(split)
     chosen = picked(name, few).coreset
     for label in range(C):
         views = []
@@ -277,7 +277,7 @@ def test_texts_of_a_target_are_cut_into_the_tokens_of_those_of_training(tmp_path
 @pytest.mark.parametrize("name", [name for name in coreset.names if name not in WITH_TARGET])
 def test_a_target_that_would_do_nothing_is_refused(name):
     fraction = 1.0 if coreset[name].sizes_itself else 0.5
-    settings = Reselect(method=name, fraction=fraction, every_epochs=1, target="valid")
+    settings = Reselect(rule=name, fraction=fraction, every_epochs=1, target="valid")
     with pytest.raises(UserError, match=f"{name} selects for no target: select.target = valid would do nothing; craig"):
         check_schedule(settings, 4)
     check_schedule(settings.model_copy(update={"target": None}), 4)
@@ -285,25 +285,25 @@ def test_a_target_that_would_do_nothing_is_refused(name):
 
 @pytest.mark.parametrize("name", WITH_TARGET)
 def test_those_with_a_target_declare_it(name):
-    check_schedule(Reselect(method=name, target="valid"), 4)
+    check_schedule(Reselect(rule=name, target="valid"), 4)
     assert coreset[name].has_target
 
 
 @pytest.mark.parametrize("name", ["train", "valid"])
 def test_only_a_data_set_has_options(name):
-    settings = Reselect(method="craig", target={"name": name, "options": {"label": "kind"}})
+    settings = Reselect(rule="craig", target={"name": name, "options": {"label": "kind"}})
     with pytest.raises(UserError, match=f"select.target = {name} takes no options: label would do nothing"):
         check_schedule(settings, 4)
 
 
 def aimed(view: HeadView, budget: int, *, target: HeadView | None = None):
-    """A user's method that picks those most like the target."""
+    """A user's rule that picks those most like the target."""
     return coreset["gradmatch"](view, budget, target=target)
 
 
-def test_a_method_of_the_users_own_declares_a_target_by_its_keyword(few):
+def test_a_rule_of_the_users_own_declares_a_target_by_its_keyword(few):
     name = f"{__name__}:aimed"
-    check_schedule(Reselect(method=name, target=few), 4)
+    check_schedule(Reselect(rule=name, target=few), 4)
     assert picked(name, few).coreset.indices.equal(picked("gradmatch", few).coreset.indices)
 
 

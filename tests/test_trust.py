@@ -124,7 +124,7 @@ def test_an_object_store_has_no_owners(stored, tmp_path):
 COMMANDS = [
     "train --resume one",
     "export one",
-    "select --model-from one --method grand",
+    "select --model-from one --rule grand",
     "deltagrad delete one --ids 1",
     "deltagrad log one",
 ]

@@ -16,5 +16,5 @@ def space() -> dict[str, Any]:
         "pretrain.joint_epochs": tune.choice([0, 1, 2]),
         "pretrain.outer_momentum": tune.choice([0.0, 0.3, 0.5]),
         "pretrain.lr": tune.loguniform(0.01, 0.3),
-        "select.method": tune.choice(["grand", "gradmatch", "glister"]),
+        "select.rule": tune.choice(["grand", "gradmatch", "glister"]),
     }

@@ -120,7 +120,7 @@ def export(run: str, root: str, form: str) -> None:
     Example:
         effray sparse --name thin --model mlp --density 0.05 && effray export thin --format csr
     """
-    from raypkg.core.config import load_settings
+    from raypkg.core.config import load_stored
     from raypkg.experiments import training_settings_of
     from raypkg.experiments.trust import stored_settings
     from raypkg.methods.sparse.export import export_sparse as write
@@ -133,7 +133,7 @@ def export(run: str, root: str, form: str) -> None:
     if is_sweep(folder.storage):
         raise UserError(f"{folder.name} is a sweep, and only runs are exported: give one of its trials")
     kind = experiment[folder.storage.parent.name]
-    settings = load_settings(training_settings_of(kind), stored_settings(folder))
+    settings = load_stored(training_settings_of(kind), stored_settings(folder))
     terminal().print(savings(write(folder, settings)))
 
 

@@ -122,9 +122,9 @@ def _selection(select: Select, n: int) -> str:
     from raypkg.coresets.budgets import budget_of
     from raypkg.coresets.rules import coreset
 
-    if coreset[select.method].sizes_itself:
-        return f"selection: {select.method}, of {n:,} samples as many as it sees fit: what follows is the most"
-    return f"selection: {select.method}, {budget_of(select.fraction, n):,} of {n:,} samples"
+    if coreset[select.rule].sizes_itself:
+        return f"selection: {select.rule}, of {n:,} samples as many as it sees fit: what follows is the most"
+    return f"selection: {select.rule}, {budget_of(select.fraction, n):,} of {n:,} samples"
 
 
 def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raypkg.core.config import load_settings
+from raypkg.core.config import load_settings, load_stored
 from raypkg.core.errors import Interruption, UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
@@ -50,7 +50,7 @@ def resume_run(
     if changed:
         raise UserError(f"--resume {name} keeps the settings: {changed[0]} cannot change, only cluster.* and track.*")
     folder = find(root, entry.name, name)
-    settings = load_settings(schema, stored_settings(folder), values)
+    settings = load_stored(schema, stored_settings(folder), values)
     if folder.summary:
         folder.check_all()
         show_run(folder, terminal())
@@ -61,10 +61,10 @@ def resume_run(
 
 
 def subject(settings: RunSettings) -> str:
-    """Return what a run is about: the model that it trains or takes features of, or the method that selects."""
+    """Return what a run is about: the model that it trains or takes features of, or the rule that selects."""
     if isinstance(settings, EmbedSettings):
         return settings.model.name or f"the model of {settings.model_from}"
-    return settings.model.name if isinstance(settings, Experiment) else getattr(settings, "method", "")
+    return settings.model.name if isinstance(settings, Experiment) else getattr(settings, "rule", "")
 
 
 def _run(entry: Entry, settings: RunSettings, folder: RunFolder, root: str) -> None:

@@ -2,7 +2,7 @@
 
 from click import Group, get_current_context
 
-from raypkg.core.config import load_settings
+from raypkg.core.config import load_stored
 from raypkg.core.errors import UserError
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.outlook import stages_of
@@ -66,5 +66,5 @@ def _stages(folder: RunFolder) -> list[Stage]:
     values = folder.config
     if name not in experiment:
         raise UserError(f"there is no experiment {name!r}, whose run it would be by the folder that it is in")
-    settings = load_settings(settings_of(experiment[name]), values)
+    settings = load_stored(settings_of(experiment[name]), values)
     return stages_of(name, settings)

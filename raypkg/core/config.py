@@ -175,11 +175,40 @@ def current_name(schema: type[Settings], name: str) -> str | None:
     return None if current == name else current
 
 
+def with_current_names(schema: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that an earlier version stored, nested or by dotted names, by their current names.
+
+    >>> class Optim(Settings):
+    ...     renamed = {"rate": "lr"}
+    ...     lr: float = 0.1
+    >>> class Example(Settings):
+    ...     optim: Optim = Optim()
+    >>> with_current_names(Example, {"optim": {"rate": 0.3}}), with_current_names(Example, {"optim.rate": 0.3})
+    ({'optim': {'lr': 0.3}}, {'optim.lr': 0.3})
+    """
+    current = {}
+    for name, value in values.items():
+        now = current_name(schema, name) or name
+        field = fields_of(schema).get(now)
+        part = part_of(field) if field else None
+        current[now] = with_current_names(part, value) if part and isinstance(value, Mapping) else value
+    return current
+
+
+def load_stored(schema: type[S], stored: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> S:
+    """Build settings from those that a run or a study stored, perhaps by former names, and dotted overrides.
+
+    Raises:
+        UserError: unknown key, wrong type, value out of range.
+    """
+    return load_settings(schema, with_current_names(schema, stored), overrides)
+
+
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted names.
 
-    >>> dotted({"seed": 0, "select": {"method": "craig", "target": {"name": "valid"}}})
-    {'seed': 0, 'select.method': 'craig', 'select.target.name': 'valid'}
+    >>> dotted({"seed": 0, "select": {"rule": "craig", "target": {"name": "valid"}}})
+    {'seed': 0, 'select.rule': 'craig', 'select.target.name': 'valid'}
     """
     by_name: dict[str, Any] = {}
     for name, value in values.items():

@@ -201,19 +201,24 @@ class Target(Named):
 class Select(Settings):
     """Selection of the coreset."""
 
-    method: Annotated[str, Field(description="see `effray methods`, or package.module:function")] = "gradmatch"
+    renamed: ClassVar[Mapping[str, str]] = {"method": "rule"}
+
+    rule: Annotated[str, Field(description="see `effray methods`, or package.module:function")] = "gradmatch"
     fraction: Annotated[Share, Field(description="share of the training samples to keep")] = 0.1
     balanced: Annotated[bool, Field(description="class by class, in proportion to the classes")] = True
-    weighted: Annotated[bool, Field(description="train with the method's sample weights")] = False
-    memory: CacheGiB = None
+    weighted: Annotated[bool, Field(description="train with the rule's sample weights")] = False
+    memory: Annotated[
+        float | None,
+        Field(ge=0, description="GiB for craig's cached distances within a class (default: a quarter of a worker's)"),
+    ] = None
     target: Target | None = None
-    options: dict[str, Any] = Field(default_factory=dict, description="the method's own options")
+    options: dict[str, Any] = Field(default_factory=dict, description="the rule's own options")
 
 
 class Reselect(Select):
     """Selection that may be repeated during training."""
 
-    renamed: ClassVar[Mapping[str, str]] = {"every": "every_epochs", "warm": "warm_epochs"}
+    renamed: ClassVar[Mapping[str, str]] = {**Select.renamed, "every": "every_epochs", "warm": "warm_epochs"}
 
     every_epochs: Annotated[
         int, Field(ge=0, description="epochs between selections during training, by its model; 0 = select once")

@@ -17,7 +17,7 @@ from raypkg.data.coreset import Coreset
 
 from .gradients import HeadView
 from .record import Record
-from .rules import Method, coreset
+from .rules import Rule, coreset
 
 GIBIBYTE = 2**30
 S = TypeVar("S", bound=HeadView | Record)
@@ -72,12 +72,12 @@ def class_budgets(counts: Tensor, budget: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassSamples(Generic[S]):
-    """The samples of one class, as a method is to see them.
+    """The samples of one class, as a rule is to see them.
 
     Attributes:
         label: of the class.
         members: positions of its samples, int64 [n].
-        samples: what the method sees of them.
+        samples: what the rule sees of them.
         target: the samples of the class to select for, if they are others.
     """
 
@@ -114,7 +114,7 @@ def select_each(
 def select_class(
     samples: HeadView | Record,
     budget: int,
-    method: Method,
+    rule: Rule,
     *,
     seed: int,
     label: int | str,
@@ -127,27 +127,27 @@ def select_class(
 
     Args:
         samples: those of the class and no others.
-        budget: 1 … n; all n for a method that sizes its coreset itself.
-        method: the rule.
+        budget: 1 … n; all n for a rule that sizes its coreset itself.
+        rule: the rule.
         seed: of the whole selection.
         label: names the class.
-        options: the method's own.
-        target: the samples to select for, for the methods that have a target; None = those selected from.
-        memory: bytes that a method may use to save time; the picks do not depend on it.
-        progress: share of the training that is done, for the methods that act on it.
+        options: the rule's own.
+        target: the samples to select for, for the rules that have a target; None = those selected from.
+        memory: bytes that a rule may use to save time; the picks do not depend on it.
+        progress: share of the training that is done, for the rules that act on it.
 
     Returns:
-        Exactly ``budget`` positions in the samples, or at most that many where the method sizes its coreset itself.
+        Exactly ``budget`` positions in the samples, or at most that many where the rule sizes its coreset itself.
 
     Raises:
-        UserError: budget out of range, bad options, a target seen by another model, or the method broke its contract.
+        UserError: budget out of range, bad options, a target seen by another model, or the rule broke its contract.
     """
     n = len(samples)
     _check_budget(budget, n)
     _check_target(target, samples)
-    if method.sizes_itself and budget < n:
-        raise UserError(f"{method.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
-    arguments = (samples,) if method.sizes_itself else (samples, budget)
+    if rule.sizes_itself and budget < n:
+        raise UserError(f"{rule.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
+    arguments = (samples,) if rule.sizes_itself else (samples, budget)
     supplied = {
         "rng": generator(seed, "select", label),
         "target": target,
@@ -156,14 +156,14 @@ def select_class(
         "progress": progress,
     }
     try:
-        picked = method(*arguments, options=options, **supplied)
+        picked = rule(*arguments, options=options, **supplied)
     except Exception as error:
-        if isinstance(error, UserError) or method.source != USER_CODE:
+        if isinstance(error, UserError) or rule.source != USER_CODE:
             raise
         kind = type(error).__name__
-        raise UserError(f"coreset method {method.name!r} raised {kind}: {error}") from error
-    if not _keeps_contract(picked, budget, n, method):
-        raise UserError(f"coreset method {method.name!r} must return a Coreset of {budget} out of {n}")
+        raise UserError(f"coreset rule {rule.name!r} raised {kind}: {error}") from error
+    if not _keeps_contract(picked, budget, n, rule):
+        raise UserError(f"coreset rule {rule.name!r} must return a Coreset of {budget} out of {n}")
     return picked
 
 
@@ -179,44 +179,44 @@ def select(
     memory: int = GIBIBYTE,
     progress: float = 0.0,
 ) -> Coreset:
-    """Select ``budget`` positions of the samples by the method of that name.
+    """Select ``budget`` positions of the samples by the rule of that name.
 
     Args:
         samples: n samples of all classes.
-        budget: 1 … n; all n for a method that sizes its coreset itself.
-        name: of a coreset method, or ``package.module:function``.
+        budget: 1 … n; all n for a rule that sizes its coreset itself.
+        name: of a coreset rule, or ``package.module:function``.
         seed: names the generators.
-        options: the method's own.
-        target: the samples to select for, seen by the same model, for the methods that have a target; a class sees
+        options: the rule's own.
+        target: the samples to select for, seen by the same model, for the rules that have a target; a class sees
             those of its label, and where there are none, its own. None = the samples selected from.
-        balanced: class by class in proportion to the counts; otherwise all samples at once, as does a method that
+        balanced: class by class in proportion to the counts; otherwise all samples at once, as does a rule that
             cannot go by class.
-        memory: bytes that a method may use to save time; the picks do not depend on it.
-        progress: share of the training that is done, for the methods that act on it.
+        memory: bytes that a rule may use to save time; the picks do not depend on it.
+        progress: share of the training that is done, for the rules that act on it.
 
     Raises:
-        UserError: unknown method, bad options, budget out of range, or samples that the method cannot select by.
+        UserError: unknown rule, bad options, budget out of range, or samples that the rule cannot select by.
 
     >>> import torch
     >>> view = HeadView(torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]), torch.ones(3, 1), torch.zeros(3).long())
     >>> select(view, 1, "grand", seed=0).indices  # the sample that the model gets wrong
     tensor([1])
     """
-    method = coreset[name]
-    if method.sees == "gradients" and not isinstance(samples, HeadView):
+    rule = coreset[name]
+    if rule.sees == "gradients" and not isinstance(samples, HeadView):
         raise UserError(f"{name} selects by gradients: it needs a HeadView, not a {type(samples).__name__}")
-    if method.sees == "record" and method.takes and not isinstance(samples, method.takes):
+    if rule.sees == "record" and rule.takes and not isinstance(samples, rule.takes):
         kind = type(samples).__name__
         raise UserError(f"{name} selects by what a training recorded: it needs a Record, not a {kind}")
     choose = partial(
         select_class,
-        method=method,
+        rule=rule,
         seed=seed,
         options=options or {},
         memory=memory,
         progress=progress,
     )
-    if not (balanced and method.by_class):
+    if not (balanced and rule.by_class):
         return choose(samples, budget, label="all", target=target)
     budgets = class_budgets(samples.y.bincount(), budget)
     labels = budgets.nonzero()[:, 0]
@@ -248,10 +248,10 @@ def _of_class(target: HeadView | None, label: int) -> HeadView | None:
     return target[members] if members.any() else None
 
 
-def _keeps_contract(picked: object, budget: int, n: int, method: Method) -> bool:
+def _keeps_contract(picked: object, budget: int, n: int, rule: Rule) -> bool:
     if not isinstance(picked, Coreset):
         return False
-    least = 1 if method.sizes_itself else budget
+    least = 1 if rule.sizes_itself else budget
     if not least <= len(picked) <= budget:
         return False
     return int(picked.indices.max()) < n

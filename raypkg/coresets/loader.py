@@ -42,8 +42,8 @@ class CoresetLoader:
             workers are kept. A batch may also be a mapping with "labels", which is yielded with "weights" and, for
             ``record``, "indices"; the model takes the others by keywords.
         model: ends in an ``nn.Linear``; its parameters of the moment select, in evaluation mode.
-        method: one of `effray methods`, or ``package.module:function``.
-        fraction: share of the samples in a coreset; 1 for a method that sizes it itself, such as infobatch.
+        rule: one of `effray methods`, or ``package.module:function``.
+        fraction: share of the samples in a coreset; 1 for a rule that sizes it itself, such as infobatch.
         epochs: of the whole training.
         every_epochs: epochs between selections; 0 = only the first.
         warm_epochs: first epochs, on all samples.
@@ -52,12 +52,12 @@ class CoresetLoader:
         scored: the same samples as the loader's, without augmentation.
         target: samples to select for, of the same form, such as a few clean ones; None = the loader's own. A class of
             which it has none is its own target.
-        options: the method's own.
+        options: the rule's own.
         former: names that arguments once had; the error tells those they have now.
 
     Raises:
-        UserError: unknown method or option, a value out of range, a loader that leaves samples out or cannot be
-            indexed, a target of a method that has none, a model without a linear head.
+        UserError: unknown rule or option, a value out of range, a loader that leaves samples out or cannot be
+            indexed, a target of a rule that has none, a model without a linear head.
 
     >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     >>> samples = torch.utils.data.TensorDataset(x, torch.arange(100) % 2)
@@ -70,7 +70,7 @@ class CoresetLoader:
         self,
         loader: DataLoader[Any],
         model: nn.Module,
-        method: str,
+        rule: str,
         fraction: float,
         *,
         epochs: int,
@@ -85,7 +85,7 @@ class CoresetLoader:
     ):
         _check_former(former)
         chosen = {
-            "method": method,
+            "rule": rule,
             "fraction": fraction,
             "every_epochs": every_epochs,
             "warm_epochs": warm_epochs,
@@ -97,11 +97,11 @@ class CoresetLoader:
         _check_loader(loader)
         self.loader = loader
         self.scored = loader.dataset if scored is None else scored
-        self.method = coreset[method]
-        if target is not None and not self.method.has_target:
-            raise idle_target(self.method, "target")
+        self.rule = coreset[rule]
+        if target is not None and not self.rule.has_target:
+            raise idle_target(self.rule, "target")
         self.target = target
-        self.model = TappedByForm(model) if self.method.sees == "gradients" else None
+        self.model = TappedByForm(model) if self.rule.sees == "gradients" else None
         self.epochs = epochs
         self.seed = seed
         self.n = len(loader.dataset)  # type: ignore[arg-type]  # _check_loader: it is indexed
@@ -113,7 +113,7 @@ class CoresetLoader:
         self._latest = torch.empty(0, dtype=torch.int64)  # samples of the batch that was yielded last
 
     def __len__(self) -> int:
-        """Return the number of batches of the coming pass: at most so many where a method sizes its coreset itself."""
+        """Return the number of batches of the coming pass: at most so many where a rule sizes its coreset itself."""
         size = len(self.coreset)
         if self.settings.due(self.epoch):
             size = budget_of(self.settings.fraction, self.n)
@@ -185,7 +185,7 @@ class CoresetLoader:
         return select(
             self._samples_view(self.model) if self.model else self._record(),
             budget_of(settings.fraction, self.n),
-            settings.method,
+            settings.rule,
             seed=derive(self.seed, "selection", self.epoch),
             options=settings.options,
             target=self._target_view(),
@@ -210,12 +210,12 @@ class CoresetLoader:
         return head_view(model, batches)
 
     def _record(self) -> Record:
-        if not self.method.sizes_itself:
+        if not self.rule.sizes_itself:
             mean = self.total_margin / self.times.clamp(min=1)
             return Record(self._y, self.losses, margins=mean.where(self.times > 0, torch.inf))
         trained = self.epoch > self.settings.warm_epochs
         if trained and not self.losses.isfinite().any():
-            raise UserError(f"{self.settings.method} needs the losses of each batch: call record(losses)")
+            raise UserError(f"{self.settings.rule} needs the losses of each batch: call record(losses)")
         no_labels = torch.zeros(self.n, dtype=torch.int64)  # it sees all classes at once: no pass over the data
         return Record(no_labels, self.losses)
 

@@ -22,16 +22,16 @@ from .target import check_target, target_of
 
 
 def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> None:
-    """Refuse, before any work, what the method cannot do in a training of so many epochs.
+    """Refuse, before any work, what the rule cannot do in a training of so many epochs.
 
     Args:
-        settings: which method, and when.
+        settings: which rule, and when.
         epochs: of the training.
         given: whether there is a coreset to begin with.
 
     Raises:
-        UserError: unknown method, bad options, a selection that would never come, a target of a method that has none,
-            a fraction for a method that sizes its coreset itself, or none for another.
+        UserError: unknown rule, bad options, a selection that would never come, a target of a rule that has none,
+            a fraction for a rule that sizes its coreset itself, or none for another.
     """
     if settings.warm_epochs >= epochs:
         raise UserError(f"select.warm_epochs = {settings.warm_epochs} of {epochs} epochs: nothing would be selected")
@@ -40,24 +40,24 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> N
         raise UserError(f"select.every_epochs = {settings.every_epochs}: only {left} epochs follow the warm ones")
     if given and not settings.every_epochs:
         return
-    method = coreset[settings.method]
-    method.options(settings.options)
+    rule = coreset[settings.rule]
+    rule.options(settings.options)
     check_target(settings)
     anew_from_all = settings.fraction == 1 and settings.every_epochs == 1
-    if method.sizes_itself and not anew_from_all:
+    if rule.sizes_itself and not anew_from_all:
         raise UserError(
-            f"{settings.method} keeps as many samples as it sees fit, anew at every epoch: it needs select.fraction = 1"
+            f"{settings.rule} keeps as many samples as it sees fit, anew at every epoch: it needs select.fraction = 1"
             f" and select.every_epochs = 1, not {settings.fraction:g} and {settings.every_epochs}"
         )
-    if not method.sizes_itself and settings.fraction == 1:
-        raise UserError(f"{settings.method} with select.fraction = 1 would keep every sample: give a smaller one")
+    if not rule.sizes_itself and settings.fraction == 1:
+        raise UserError(f"{settings.rule} with select.fraction = 1 would keep every sample: give a smaller one")
 
 
 def check_selects_once(select: Select) -> None:
-    """Refuse, before any work, a method that acts only during training, and a target of one that has none."""
+    """Refuse, before any work, a rule that acts only during training, and a target of one that has none."""
     check_target(select)
-    if coreset[select.method].sizes_itself:
-        raise UserError(f"{select.method} acts at every epoch of a training: see `effray train --help`")
+    if coreset[select.rule].sizes_itself:
+        raise UserError(f"{select.rule} acts at every epoch of a training: see `effray train --help`")
 
 
 class Reselection(Hook):
@@ -66,7 +66,7 @@ class Reselection(Hook):
     Each selection uses the model and the record of that moment, on all workers together.
 
     Args:
-        settings: method, fraction, when, and the rest.
+        settings: rule, fraction, when, and the rest.
         shards: hold the samples.
         recorder: what training has seen; a hook of the same run.
         indices: the samples to select from, int64 [n].

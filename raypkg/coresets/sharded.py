@@ -113,20 +113,20 @@ def select_coreset(
     Args:
         shards: hold the indices, whole classes each.
         scorer: the model to take gradients of.
-        settings: method, fraction, balance, weights, target and the method's options.
+        settings: rule, fraction, balance, weights, target and the rule's options.
         record: labels of the training split, and what training has seen of it.
         indices: the samples to select from, int64 [n].
         seed: names every draw.
         progress: share of the training that is done.
 
     Raises:
-        UserError: unknown method, bad options, gradients that are not finite, or a class without target samples.
+        UserError: unknown rule, bad options, gradients that are not finite, or a class without target samples.
     """
-    method = coreset[settings.method]
+    rule = coreset[settings.rule]
     budget = budget_of(settings.fraction, len(indices))
-    if method.sees == "record":
+    if rule.sees == "record":
         parts = [_from_record(record, indices, settings, budget, seed, progress)]
-    elif settings.balanced and method.by_class:
+    elif settings.balanced and rule.by_class:
         counts = record.y[indices].bincount()
         budgets = class_budgets(counts, budget).tolist()
         parts = shards.map(select_classes, scorer, settings, budgets, seed)
@@ -134,16 +134,16 @@ def select_coreset(
         views = shards.map(view_shard, scorer, target_of(settings))
         parts = [_from_views(views, settings, budget, seed)]
     # a coreset of free size stands for all samples by its weights only
-    return _joined(parts, weighted=settings.weighted or method.sizes_itself)
+    return _joined(parts, weighted=settings.weighted or rule.sizes_itself)
 
 
 def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list[int], seed: int) -> Selection:
-    """Select from each class of a shard by itself: one forward pass, then the method on the class's HeadView."""
-    method = coreset[settings.method]
+    """Select from each class of a shard by itself: one forward pass, then the rule on the class's HeadView."""
+    rule = coreset[settings.rule]
     memory = memory_bound(settings.memory)
     choose = partial(
         select_class,
-        method=method,
+        rule=rule,
         seed=seed,
         options=settings.options,
         memory=memory,
@@ -220,7 +220,7 @@ def _from_record(
         picked = select(
             record[indices],
             budget,
-            settings.method,
+            settings.rule,
             seed=seed,
             options=settings.options,
             balanced=settings.balanced,
@@ -243,7 +243,7 @@ def _from_views(shards: Sequence[ShardView], settings: Select, budget: int, seed
         picked = select_class(
             view,
             budget,
-            coreset[settings.method],
+            coreset[settings.rule],
             seed=seed,
             label="all",
             options=settings.options,

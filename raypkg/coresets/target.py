@@ -19,7 +19,7 @@ from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split, aligned
 from raypkg.engine.shards import Shard
 
-from .rules import Method, coreset
+from .rules import Rule, coreset
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def target_of(settings: Select) -> TargetSamples | None:
     """Return the samples that a selection is for; None where they are those to select from."""
     chosen = settings.target
     if chosen is None:
-        by_default = "valid" in coreset[settings.method].declares
+        by_default = "valid" in coreset[settings.rule].declares
         return TargetSamples(VALID, {}, required=False) if by_default else None
     if chosen.name == TRAIN:
         return None
@@ -105,7 +105,7 @@ def target_of(settings: Select) -> TargetSamples | None:
 
 
 def check_target(settings: Select) -> None:
-    """Refuse a target of a method that selects for none, and options of one that has none.
+    """Refuse a target of a rule that selects for none, and options of one that has none.
 
     Raises:
         UserError: what would do nothing.
@@ -115,12 +115,12 @@ def check_target(settings: Select) -> None:
         return
     if chosen.options and not chosen.is_data_set:
         raise UserError(f"select.target = {chosen.name} takes no options: {min(chosen.options)} would do nothing")
-    method = coreset[settings.method]
-    if chosen.name != TRAIN and not method.has_target:
-        raise idle_target(method, f"select.target = {chosen.name}")
+    rule = coreset[settings.rule]
+    if chosen.name != TRAIN and not rule.has_target:
+        raise idle_target(rule, f"select.target = {chosen.name}")
 
 
-def idle_target(method: Method, given: str) -> UserError:
+def idle_target(rule: Rule, given: str) -> UserError:
     """Return the error that a target, as it was given, would do nothing."""
-    able = [name for name, entry in coreset.entries.items() if isinstance(entry, Method) and entry.has_target]
-    return UserError(f"{method.name} selects for no target: {given} would do nothing; {', '.join(able)} select for one")
+    able = [name for name, entry in coreset.entries.items() if isinstance(entry, Rule) and entry.has_target]
+    return UserError(f"{rule.name} selects for no target: {given} would do nothing; {', '.join(able)} select for one")

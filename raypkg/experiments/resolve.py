@@ -77,7 +77,7 @@ def check_names(settings: RunSettings) -> None:
         lookups.append(Lookup(model, settings.model.name, settings.model.options))
         lookups += [Lookup(hook, named.name, named.options) for named in hooks]
     if select := selection_of(settings):
-        lookups.append(Lookup(coreset, select.method, select.options))
+        lookups.append(Lookup(coreset, select.rule, select.options))
         if select.target is not None and select.target.is_data_set:
             lookups.append(Lookup(dataset, select.target.name, select.target.options))
     lookups += settings.lookups()

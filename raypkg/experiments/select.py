@@ -26,7 +26,7 @@ def run(settings: SelectSettings, *, report: Report) -> None:
     The data set, the seed and the held-out share must be those of that run.
 
     Example:
-        effray train --name first --train.epochs 5 && effray select --model-from first --method craig --fraction 0.2
+        effray train --name first --train.epochs 5 && effray select --model-from first --rule craig --fraction 0.2
     """
     from raypkg.coresets.reselection import check_selects_once
     from raypkg.experiments.samples import open_samples

@@ -88,7 +88,7 @@ def select_on_actors(
 
     Args:
         settings: data set, cluster and seed.
-        select: method and fraction.
+        select: rule and fraction.
         model: whose gradients select.
         samples: to select from.
         report: progress and run folder.
@@ -115,7 +115,7 @@ def select_on_workers(
 
     Args:
         settings: data set and seed.
-        select: method and fraction.
+        select: rule and fraction.
         model: whose gradients select.
         samples: to select from.
         report: progress and run folder.

@@ -15,7 +15,7 @@ from . import experiment
 class TrainSelect(Reselect):
     """Selection of what to train on, before and during training."""
 
-    method: Annotated[str, Field(description="random, infobatch or another; see `effray methods`")] = "random"
+    rule: Annotated[str, Field(description="random, infobatch or another; see `effray methods`")] = "random"
     fraction: Annotated[Share, Field(description="share of the training samples in use at a time")] = 1.0
 
 

@@ -158,9 +158,13 @@ def _figures(summary: Any) -> tuple[float | None, int, float]:
 def _method(experiment: str, config: Mapping[str, Any]) -> str:
     """Return the experiment with what it selects by: wherever its settings say so."""
     select = config.get("select")
-    inner = select.get("method") if isinstance(select, dict) else None
-    chosen = inner or config.get("selection") or config.get("method") or experiment
+    inner = _rule(select) if isinstance(select, dict) else None
+    chosen = inner or config.get("selection") or _rule(config) or experiment
     return experiment if chosen == experiment else f"{experiment} {_printable(str(chosen))}"
+
+
+def _rule(select: Mapping[str, Any]) -> Any:
+    return select.get("rule") or select.get("method")  # its name before version 0.3
 
 
 def _printable(text: str) -> str:

@@ -18,7 +18,7 @@ class Stage(NamedTuple):
         whole: first epochs, which are on all samples.
         files: that it leaves in the run folder, whatever methods and hooks add.
         depends_on: names of all settings, or parts of them, that it and the phases before it depend on, such as
-            ("seed", "select.method"): a run with the same may take them over; () = not known, or not to be had alone.
+            ("seed", "select.rule"): a run with the same may take them over; () = not known, or not to be had alone.
     """
 
     phase: str
@@ -56,9 +56,9 @@ class Stage(NamedTuple):
     def settings_in(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of some settings, by dotted names, that the phase depends on.
 
-        >>> stage = Stage("select", depends_on=("dataset", "select.method"))
-        >>> stage.settings_in({"dataset.noise": 0.4, "select.method": "craig", "select.every_epochs": 5})
-        {'dataset.noise': 0.4, 'select.method': 'craig'}
+        >>> stage = Stage("select", depends_on=("dataset", "select.rule"))
+        >>> stage.settings_in({"dataset.noise": 0.4, "select.rule": "craig", "select.every_epochs": 5})
+        {'dataset.noise': 0.4, 'select.rule': 'craig'}
         """
         parts = tuple(f"{part}." for part in self.depends_on)
         return {name: value for name, value in values.items() if f"{name}.".startswith(parts)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raypkg.core.address import folder_and_name
-from raypkg.core.config import dotted, load_settings
+from raypkg.core.config import dotted, load_settings, load_stored
 from raypkg.core.errors import Interruption, UserError, shown
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment
@@ -120,7 +120,7 @@ def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | No
     for trial in folder.trials:
         check_code(folder.storage, trial["settings"], RECORD)
         check_code(folder.storage, {"after": trial.get("after") or ""}, RECORD)
-    settings = load_settings(training_settings_of(experiment[folder.experiment]), folder.config, values)
+    settings = load_stored(training_settings_of(experiment[folder.experiment]), folder.config, values)
     with folder.storage.alone(f"comparison {name!r}"):
         folder.change({"concurrent": concurrent}, settings)
         _Comparison(folder, Table.of(folder.table), settings, root).run()
@@ -201,7 +201,7 @@ def _check_same(folder: SweepFolder, asked: Asked, settings: Experiment) -> None
         raise UserError(f"{name!r} in {folder.root}/{FOLDER} is not a comparison of {asked.table}: give another --name")
     excluded = set(APART)
     here = dotted(settings.model_dump(mode="json", exclude=excluded))
-    stored = load_settings(type(settings), folder.config)
+    stored = load_stored(type(settings), folder.config)
     there = dotted(stored.model_dump(mode="json", exclude=excluded))
     if differing := next((key for key in {**there, **here} if there.get(key) != here.get(key)), None):
         raise UserError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from raypkg.core.config import check_switches, load_settings
+from raypkg.core.config import check_switches, load_settings, load_stored, with_current_names
 from raypkg.core.errors import Interruption, UserError, redacted
 from raypkg.core.registry import Entry
 from raypkg.core.seeds import derive
@@ -121,8 +121,10 @@ def resume_sweep(entry: Entry, order: Order, name: str, values: Mapping[str, Any
     for trial in folder.trials:
         check_code(folder.storage, trial["settings"], RECORD)
     check_file_of_code(folder.storage, SPACE)
-    settings = load_settings(training_settings_of(entry), folder.config, values)
+    schema = training_settings_of(entry)
+    settings = load_stored(schema, folder.config, values)
     whole = read_space(folder.space, f"{folder.storage.root}/{SPACE}")
+    whole = replace(whole, domains=with_current_names(schema, whole.domains))
     space = without(whole, whole.domains.keys() - folder.order["varied"])
     with folder.storage.alone(f"sweep {name!r}"):
         folder.change(changes, settings)

@@ -9,14 +9,16 @@ Its trials are run folders beside those of the experiment, ``<root>/<experiment>
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import tomli_w
 
-from raypkg.core.config import Settings, parse_toml
+from raypkg.core.config import Settings, parse_toml, with_current_names
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
+from raypkg.experiments import experiment, training_settings_of
 from raypkg.runs.folder import RunFolder, check_name, discard
 from raypkg.runs.sealed import read_settings, write_settings
 from raypkg.runs.storage import Storage
@@ -57,6 +59,17 @@ class SweepFolder:
             )
         self.order: dict[str, Any] = record["order"]
         self.trials: list[dict[str, Any]] = record["trials"]
+        self._rename()
+
+    def _rename(self) -> None:
+        """Give settings that an earlier version recorded their current names."""
+        if self.experiment not in experiment:
+            return
+        current = partial(with_current_names, training_settings_of(experiment[self.experiment]))
+        for trial in self.trials:
+            trial["settings"] = trial["settings"] and current(trial["settings"])
+        if "varied" in self.order:
+            self.order["varied"] = list(current(dict.fromkeys(self.order["varied"])))
 
     @property
     def name(self) -> str:

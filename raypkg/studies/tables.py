@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raypkg.core.config import with_current_names
 from raypkg.core.errors import UserError, shown, unknown
+from raypkg.experiments import experiment, training_settings_of
 
 from .shipped import SUFFIX, TABLES, shipped_files
 
@@ -76,6 +79,13 @@ class Table:
         try:
             table = cls(**{name: value for name, value in record.items() if name in known})
             _check(table, "the table of this comparison")
+            current = partial(with_current_names, training_settings_of(experiment[table.experiment]))
+            table = replace(
+                table,
+                shared=current(table.shared),
+                rows={label: current(values) for label, values in table.rows.items()},
+                cases={label: current(values) for label, values in table.cases.items()},
+            )
         except (TypeError, AttributeError) as error:
             raise UserError(f"the record of this comparison holds no table: {error}") from None
         return table

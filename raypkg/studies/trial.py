@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from raypkg.core.config import load_settings
+from raypkg.core.config import load_stored
 from raypkg.core.errors import UserError
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import carry_out, experiment, training_settings_of
@@ -77,11 +77,11 @@ def _train(sweep: SweepFolder, run: RunFolder, values: Mapping[str, Any], tell: 
     """Carry out the run of a trial, whose rows are told of as they come."""
     entry = experiment[sweep.experiment]
     schema = training_settings_of(entry)
-    settings = with_tokenizer(with_absolute_paths(load_settings(schema, sweep.config, values)))
+    settings = with_tokenizer(with_absolute_paths(load_stored(schema, sweep.config, values)))
     if CONFIG not in run.storage.list():
         run = run_folder.create(sweep.root, entry.name, run.name, settings)
     else:
-        _check_is_its_run(run, load_settings(schema, run.config), settings)
+        _check_is_its_run(run, load_stored(schema, run.config), settings)
     metric = sweep.metric
     last = settings.epochs
 

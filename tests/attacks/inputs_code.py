@@ -213,8 +213,8 @@ def nothing(): return None
 def wants(view, budget, more): return None
 """
 METHODS = cases(
-    "a coreset method of the user's",
-    "select --model-from t --fraction 0.1 --method mine:{}",
+    "a coreset rule of the user's",
+    "select --model-from t --fraction 0.1 --rule mine:{}",
     {
         "nope": "module 'mine' has no 'nope'",
         "torch": "is a module, not a function",

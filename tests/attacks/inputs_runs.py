@@ -151,7 +151,7 @@ NOT_EXPORTED = cases(
 
 SELECTING = cases(
     "selecting with a run",
-    "select --model-from t --method grand",
+    "select --model-from t --rule grand",
     {
         **each(
             "train/t/model.safetensors", ["gone", "empty", "cut", "one bit flipped", "text", "lipt/l/model.safetensors"]

@@ -32,12 +32,12 @@ WATCHES: list[Watch] = []  # of all processes that were attacked
 
 SMALL = "--model mlp --seed 3 --train.precision float32"
 LINES = {
-    "train": f"train {SMALL} --train.epochs 12 --select.method gradmatch --select.fraction 0.2 --select.every_epochs 3",
+    "train": f"train {SMALL} --train.epochs 12 --select.rule gradmatch --select.fraction 0.2 --select.every_epochs 3",
     "lipt": f"lipt {SMALL} --train.epochs 12 --pretrain.models 3 --pretrain.epochs 3",
     "crest": f"crest {SMALL} --train.epochs 12 --budget 0.5",
     "sparse": f"sparse {SMALL} --train.epochs 12 --density 0.1 --growth gradient --agent",
     "deltagrad": f"deltagrad train {SMALL} --train.epochs 6 --train.batch_size 200",
-    "select": "select --seed 3 --model-from base --method craig",
+    "select": "select --seed 3 --model-from base --rule craig",
     "embed": "embed --seed 3 --model-from base --draws 2 --precision float32 --rows-per-part 50",
     "stream": "deltagrad stream base queue",
     "text": "train --dataset text:{texts} --model transformer --seed 3 --train.epochs 6 --train.keep best",

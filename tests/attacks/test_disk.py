@@ -25,7 +25,7 @@ LINES = {
     "crest": f"crest {SMALL.replace('512', '128')} --budget 0.5",
     "sparse": f"sparse {SMALL.replace('linear', 'mlp')}",
     "deltagrad": f"deltagrad train {SMALL}",
-    "select": "select --model-from base --method grand --cluster.workers 0",
+    "select": "select --model-from base --rule grand --cluster.workers 0",
 }
 
 

@@ -82,7 +82,7 @@ def test_what_is_done_with_runs_there(root, port, tmp_path):
     assert "test accuracy" in done(f"show lipt/one {at}", tmp_path)
     assert "test accuracy" in done(f"show '{root}#/lipt/one'", tmp_path)
     assert "test accuracy" in done(f"show 's3://{BUCKET}/runs/lipt/one?{query(port)}'", tmp_path)
-    done(f"select --model-from one --method grand --name two --cluster.workers 0 {at}", tmp_path)
+    done(f"select --model-from one --rule grand --name two --cluster.workers 0 {at}", tmp_path)
     assert "picks in common" in done(f"show one --against two {at}", tmp_path)
     for coreset in (
         f"{root}#/select/two/coreset.parquet",

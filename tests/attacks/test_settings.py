@@ -226,7 +226,7 @@ def own_code(tmp_path, monkeypatch):
             "Leaves",
             r"the model, the data or a hook ended the process by SystemExit\(None\), in leaving_code",
         ),
-        ("--select.method", "method", r"'leaving_code:method' ended the process by SystemExit\(1\)"),
+        ("--select.rule", "method", r"'leaving_code:method' ended the process by SystemExit\(1\)"),
         ("--model", "frozen", "has no parameter to train: it has none at all, or all of them are frozen"),
         ("--model", "untypable", "leaving_code:untypable: its options inner cannot be settings"),
         ("--model", "unresolved", "leaving_code:unresolved: its signature cannot be read: name 'Missing'"),

@@ -88,7 +88,7 @@ def selected(chosen: argparse.Namespace, data: str, method: str, share: float, s
     must(run(chosen, "train", probe, f"{data} {PROBE} --seed {seed}"))
     weighted = f"--weighted {str(method in WEIGHTED).lower()}"
     name = f"{method} {share} {seed}"
-    options = f"{data} --model-from {folder_name(chosen, probe)} --seed {seed} --method {method} --fraction {share}"
+    options = f"{data} --model-from {folder_name(chosen, probe)} --seed {seed} --rule {method} --fraction {share}"
     selection = must(run(chosen, "select", name, f"{options} {weighted}"))
     coreset = Path(chosen.root, "select", folder_name(chosen, name), "coreset.parquet")
     trained = must(run(chosen, "train", f"on {name}", f"{data} {HEAD} --seed {seed} --coreset {coreset}"))

@@ -61,7 +61,7 @@ def run_of(chosen: argparse.Namespace, folder: Path, method: str, name: str) -> 
         "model": "mlp",
         "set": "model.options.hidden=[64]",
         "pretrain.method": "initial",
-        "select.method": method,
+        "select.rule": method,
         "select.fraction": 0.01,
         "train.epochs": 2,
         "train.batch_size": max(2, picks // 100),

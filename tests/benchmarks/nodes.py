@@ -17,9 +17,9 @@ from pathlib import Path
 NODES = (1, 2, 4, 8)
 MODEL = "--model mlp --train.precision float32 --train.epochs 1 --train.lr 0.01 --dataset.validation 0"
 COMMANDS = {
-    "lipt": f"lipt {MODEL} --pretrain.epochs 1 --pretrain.precision float32 --select.method craig",
+    "lipt": f"lipt {MODEL} --pretrain.epochs 1 --pretrain.precision float32 --select.rule craig",
     "crest": f"crest {MODEL} --budget 1",
-    "select": "select --method craig --fraction 0.1 --model-from trained --dataset.validation 0",
+    "select": "select --rule craig --fraction 0.1 --model-from trained --dataset.validation 0",
     "deltagrad": "deltagrad train --model linear --train.epochs 2 --train.batch_size 4096 --dataset.validation 0",
 }
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""Every coreset method against its straightforward form, which spells all gradients out. Run with: pytest -m bench -s.
+"""Every coreset rule against its straightforward form, which spells all gradients out. Run with: pytest -m bench -s.
 
 Class by class, both sides on two threads, every measurement in a process of its own. What would take the
 straightforward form hours runs at a few small sizes on one class, and its seconds are extrapolated.
@@ -24,7 +24,7 @@ PARTS = (0.02, 0.04, 0.08, 0.12, 0.2)  # of a class's budget: where the straight
 
 
 @pytest.mark.timeout(7200)
-def test_methods_against_their_straightforward_form(n=N):
+def test_rules_against_their_straightforward_form(n=N):
     print(f"\nn = {n:,}, C = {CLASSES}, D = {WIDTH}, fraction {FRACTION}, class by class; ours, theirs, theirs / ours")
     print(f"  {'':<12}{'seconds':^28}{'peak extra MiB':^28}{'objective on class 0':^28}")
     for name in coreset.entries:
@@ -83,8 +83,8 @@ def in_full(name, view, k):
 def in_part(name, view, k):
     start, rows = time.perf_counter(), materialised.gradients(view)
     spelt_out = time.perf_counter() - start
-    method, powers = materialised.GROWTHS[name]
-    seconds, indices, weights = zip(*method(rows.chunk(CLASSES)[0], sizes(k)), strict=True)
+    rule, powers = materialised.GROWTHS[name]
+    seconds, indices, weights = zip(*rule(rows.chunk(CLASSES)[0], sizes(k)), strict=True)
     basis = torch.tensor(sizes(k))[:, None].double() ** torch.tensor(powers)
     fit = torch.linalg.lstsq(basis, torch.tensor(seconds).double()).solution
     terms = " + ".join(f"{a:.2g} k^{power}" for a, power in zip(fit.tolist(), powers, strict=True))
@@ -113,8 +113,8 @@ def class_of(view, label):
 
 
 if __name__ == "__main__":
-    side, method, count = sys.argv[1:]
+    side, rule, count = sys.argv[1:]
     torch.set_num_threads(2)
     made = simulated.of_all(int(count), CLASSES, WIDTH)
     share = budget_of(FRACTION, int(count) // CLASSES)
-    print(json.dumps({"ours": ours, "theirs": theirs}[side](method, made, share)))
+    print(json.dumps({"ours": ours, "theirs": theirs}[side](rule, made, share)))

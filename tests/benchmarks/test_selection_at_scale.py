@@ -31,26 +31,26 @@ def test_a_thousand_classes():
             f"\nn = {n:,}, C = {CLASSES}, D = {WIDTH}, fraction {FRACTION}, {n // CLASSES} samples a class, one thread"
         )
         for name in METHODS:
-            rows.append({"method": name, "n": n, **measured.in_fresh_process(__file__, name, n)})
-            print("  {method:<12}{seconds:>9.1f} s{MiB:>9.0f} MiB resident at the peak".format(**rows[-1]))
+            rows.append({"rule": name, "n": n, **measured.in_fresh_process(__file__, name, n)})
+            print("  {rule:<12}{seconds:>9.1f} s{MiB:>9.0f} MiB resident at the peak".format(**rows[-1]))
     scaling(rows, PICTURE)
 
 
 def scaling(measured: Rows, path: str | Path) -> None:
-    """Draw what selection takes against the number of samples, a line for each method.
+    """Draw what selection takes against the number of samples, a line for each rule.
 
     Args:
-        measured: dicts with ``method``, ``n``, ``seconds`` and ``MiB``, the peak resident memory.
+        measured: dicts with ``rule``, ``n``, ``seconds`` and ``MiB``, the peak resident memory.
         path: the PNG to write.
     """
     with page(path) as figure:
         time, memory = figure.subplots(1, 2)
-        methods = list(dict.fromkeys(row["method"] for row in measured))
-        for method, colour in zip(methods, cycle([BLUE, ORANGE, VERMILLION, GREY]), strict=False):
-            rows = sorted((row for row in measured if row["method"] == method), key=lambda row: row["n"])
+        rules = list(dict.fromkeys(row["rule"] for row in measured))
+        for rule, colour in zip(rules, cycle([BLUE, ORANGE, VERMILLION, GREY]), strict=False):
+            rows = sorted((row for row in measured if row["rule"] == rule), key=lambda row: row["n"])
             n, seconds, mib = (column(rows, key) for key in ("n", "seconds", "MiB"))
             for axes, values in ((time, seconds), (memory, mib)):
-                axes.plot(n, values, color=colour, marker="o", markersize=4, label=method)
+                axes.plot(n, values, color=colour, marker="o", markersize=4, label=rule)
         most = max((row["n"] for row in measured), default=0)
         time.set(title=f"Seconds of selection, to {short(most)} samples", xlabel="samples", yscale="log")
         memory.set(title="Peak resident MiB of the process", xlabel="samples", ylim=(0, None))
@@ -60,7 +60,7 @@ def scaling(measured: Rows, path: str | Path) -> None:
             axes.xaxis.set_major_formatter(lambda value, _: short(value))
             axes.xaxis.set_minor_formatter("")
             axes.margins(x=0.1, y=0.1)
-        if methods:
+        if rules:
             time.legend()
 
 

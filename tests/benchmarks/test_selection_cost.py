@@ -25,7 +25,7 @@ def test_selection_against_the_forward_pass():
     everyone, none = torch.arange(len(data.train)), torch.empty(0, dtype=torch.int64)
     (shard,) = class_shards(data, data.train.y, everyone, none, 1)
     scorer = LiveModel(build_model("resnet20", data.train.shape, 10, seed=0), "auto")
-    settings, record = Select(method="gradmatch", fraction=0.1), Record.empty(data.train.y)
+    settings, record = Select(rule="gradmatch", fraction=0.1), Record.empty(data.train.y)
 
     def forward():
         for label in range(10):

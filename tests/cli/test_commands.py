@@ -202,16 +202,16 @@ def test_lipt_leaves_a_whole_run_folder(effray, rendered_pictures):
         "--pretrain.merge mean --pretrain.sparsity erk",
         "--pretrain.merge greedy --pretrain.sparsity false",
         "--pretrain.shard_fraction 0.2 --pretrain.randaugment false",
-        "--select.method forgetting",
-        "--pretrain.method dense --select.method forgetting",
+        "--select.rule forgetting",
+        "--pretrain.method dense --select.rule forgetting",
         "--train.init merged --train.optimizer adamw --train.lr 0.001",
         "--train.schedule multistep --train.milestones 0.3,0.6 --train.warmup 0.1",
         "--dataset.augment flip,crop --dataset.validation 0.2",
         "--select.balanced false",
-        "--select.method el2n",
-        "--select.method glister --set select.options.eta=0.1 --set select.options.rounds=3",
-        "--select.method grand --select.balanced false",
-        "--select.method random",
+        "--select.rule el2n",
+        "--select.rule glister --set select.options.eta=0.1 --set select.options.rounds=3",
+        "--select.rule grand --select.balanced false",
+        "--select.rule random",
     ],
 )
 def test_lipt_variants(effray, options):
@@ -278,15 +278,15 @@ def test_train_on_a_fraction(effray):
 @pytest.mark.parametrize(
     ("options", "backward", "forward"),
     [
-        ("--select.method random --select.fraction 0.1 --select.every_epochs 1", 3 * 130, 0),
-        ("--select.method el2n --select.fraction 0.1 --select.warm_epochs 1", 1295 + 2 * 130, 1295),
+        ("--select.rule random --select.fraction 0.1 --select.every_epochs 1", 3 * 130, 0),
+        ("--select.rule el2n --select.fraction 0.1 --select.warm_epochs 1", 1295 + 2 * 130, 1295),
         (
-            "--select.method gradmatch --select.fraction 0.1 --select.every_epochs 2 --select.weighted true",
+            "--select.rule gradmatch --select.fraction 0.1 --select.every_epochs 2 --select.weighted true",
             3 * 130,
             2 * 1295,
         ),
         (
-            "--select.method gradmatch --select.fraction 0.1 --select.every_epochs 2 --select.target valid",
+            "--select.rule gradmatch --select.fraction 0.1 --select.every_epochs 2 --select.target valid",
             3 * 130,
             2 * 1437,
         ),  # and held-out samples
@@ -357,22 +357,22 @@ def test_a_given_coreset_is_only_the_first(effray):
 
 
 def test_infobatch_prunes_at_every_epoch(effray):
-    effray("train --name one --model mlp --train.epochs 8 --select.method infobatch --select.every_epochs 1")
+    effray("train --name one --model mlp --train.epochs 8 --select.rule infobatch --select.every_epochs 1")
     (train, *_) = summary("train/one")["phases"]
     assert 4 * 1295 < train["backward"] < 7.5 * 1295
     assert coreset("train/one").num_rows == 1295  # the last epochs see everything
 
 
-@pytest.mark.parametrize("method", ["craig", "forgetting", "random"])
-def test_select_with_the_model_of_another_run(effray, after, method):
+@pytest.mark.parametrize("rule", ["craig", "forgetting", "random"])
+def test_select_with_the_model_of_another_run(effray, after, rule):
     after("train --name one --model mlp --train.epochs 2")
-    text = effray(f"select --name two --model-from one --method {method} --fraction 0.1")
-    assert text.splitlines()[0] == f"select two: {method} on digits"
+    text = effray(f"select --name two --model-from one --rule {rule} --fraction 0.1")
+    assert text.splitlines()[0] == f"select two: {rule} on digits"
     assert "selected 130 of 1,295 samples (10.0%)" in text
     selected = coreset("select/two")
     assert {"index", "weight", "class"} <= set(selected.column_names)
     facts = json.loads(selected.schema.metadata[b"effray"])
-    assert (facts["model_from"], facts["method"], facts["samples"]) == ("one", method, 1437)
+    assert (facts["model_from"], facts["rule"], facts["samples"]) == ("one", rule, 1437)
     effray("train --name three --model mlp --train.epochs 1 --coreset runs/select/two/coreset.parquet")
     assert summary("train/three")["coreset"] == 130
 
@@ -425,7 +425,7 @@ def test_a_finished_run_is_only_shown(effray):
 def test_show_against_another_run(effray, after):
     after(f"lipt --name one {SHORT}")
     effray(f"lipt --name two {SHORT} --seed 0")
-    effray(f"lipt --name three {SHORT} --select.method random")
+    effray(f"lipt --name three {SHORT} --select.rule random")
     same = effray("show one --against two").splitlines()[-1]
     assert same == (
         "one against two: rank correlation of the scores 1.000; 130 of 130 picks in common (100.0%; by chance 10.0%)"
@@ -467,7 +467,7 @@ def test_the_user_s_own_code(effray, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
     effray(
         "lipt --name one --dataset own_code:rows --set dataset.options.samples=90 --model own_code:net"
-        " --set model.options.width=5 --select.method own_code:first --set select.options.skip=1"
+        " --set model.options.width=5 --select.rule own_code:first --set select.options.skip=1"
         " --pretrain.models 2 --pretrain.epochs 1 --pretrain.randaugment false --train.epochs 1"
     )
     assert coreset("lipt/one").num_rows == 8 and summary("lipt/one")["samples"] == 81

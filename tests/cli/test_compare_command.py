@@ -27,8 +27,8 @@ def table(scale):
         shared={"model": "linear", "train.epochs": 2 if scale == "small" else 3},
         rows={
             "all": {},
-            "<b>half</b>": {"select.method": "random", "select.fraction": 0.5},
-            "tenth": {"select.method": "random", "select.fraction": 0.1},
+            "<b>half</b>": {"select.rule": "random", "select.fraction": 0.5},
+            "tenth": {"select.rule": "random", "select.fraction": 0.1},
         },
         seeds=(0, 1),
         goals={"accuracy": [0.2]},

@@ -40,7 +40,7 @@ def absent(told, run):
     [
         f"train {SHORT}",
         f"train {SHORT} --select.fraction 0.1 --select.warm_epochs 2",
-        f"train {SHORT} --select.method gradmatch --select.fraction 0.25 --select.every_epochs 2",
+        f"train {SHORT} --select.rule gradmatch --select.fraction 0.25 --select.every_epochs 2",
         "crest --model mlp --train.epochs 20 --budget 0.2 --train.batch_size 64",
         "crest --model mlp --train.epochs 10 --budget 0.2 --selection random",
         "crest --model mlp --train.epochs 10 --budget 0.2 --selection cut",
@@ -148,13 +148,13 @@ def test_the_memory_is_that_of_the_optimiser_and_the_precision(effray, optimizer
 
 
 def test_a_method_that_sizes_its_coreset_itself_has_a_plan_of_the_most(effray):
-    told = plan(effray(f"train {SHORT} --select.method infobatch --select.every_epochs 1 --dry-run"))
+    told = plan(effray(f"train {SHORT} --select.rule infobatch --select.every_epochs 1 --dry-run"))
     assert "infobatch, of 1,295 samples as many as it sees fit: what follows is the most" in told["selection"]
 
 
 def test_a_selection_by_another_run_is_planned(effray):
     effray("train --name one --model linear --train.epochs 1")
-    told = plan(effray("select --model-from one --method craig --fraction 0.2 --name two --dry-run"))
+    told = plan(effray("select --model-from one --rule craig --fraction 0.2 --name two --dry-run"))
     assert told["selection"] == "selection: craig, 259 of 1,295 samples"
     assert "coreset.parquet" in told["files"].split() and not Path("runs/select").exists()
 
@@ -210,7 +210,7 @@ def test_a_model_that_looks_at_values_has_a_plan_without_its_activations(effray,
         ("train --coreset nowhere.parquet", "there is no coreset file nowhere.parquet"),
         ("crest --train.batch_size 2000", "train.batch_size = 2000: there are only 1295 samples to choose from"),
         ("lipt --pretrain.shard_fraction 0.5", "pretrain.shard_fraction = 0.5 for 10 disjoint shards"),
-        ("train --select.method random", "random with select.fraction = 1 would keep every sample"),
+        ("train --select.rule random", "random with select.fraction = 1 would keep every sample"),
         ("select --model-from none", "unknown run in"),
         ("deltagrad train --model resnet8", "batch norm"),
     ],

@@ -34,7 +34,7 @@ def rows_of(run):
         f"crest --dataset {ROWS} --model mlp --train.epochs 4 --budget 0.5",
         f"sparse --dataset {ROWS} --model mlp --train.epochs 1 --density 0.2",
         f"lipt --dataset {ROWS} --model linear --train.epochs 1 --pretrain.models 2 --pretrain.epochs 1",
-        f"train --dataset {ROWS} --model linear --train.epochs 1 --select.method gradmatch --select.fraction 0.2",
+        f"train --dataset {ROWS} --model linear --train.epochs 1 --select.rule gradmatch --select.fraction 0.2",
         f"embed --dataset {ROWS} --model mlp {HERE}",
     ],
 )
@@ -263,7 +263,7 @@ def test_all_draws_of_a_sample_are_held_out_together_and_are_those_that_the_data
 
 def test_a_coreset_of_rows_says_which_samples_they_stand_for(effray, recorded):
     effray(f"train --name base --dataset {ROWS} --model linear --train.epochs 1")
-    effray("select --name picked --model-from base --dataset table:runs/embed/one --method craig --fraction 0.01")
+    effray("select --name picked --model-from base --dataset table:runs/embed/one --rule craig --fraction 0.01")
     ids = open_samples(RunSettings(dataset=Dataset(name=f"table:{Path('runs/embed/one').absolute()}"))).data.train.ids
     for file in ("coreset.parquet", "scores.parquet"):
         table = pq.read_table(f"runs/select/picked/{file}")

@@ -69,13 +69,13 @@ def own_code(tmp_path, monkeypatch):
         ("lipt --dataset digts", "unknown dataset 'digts', did you mean 'digits'"),
         ("lipt --model resnt20", "unknown model 'resnt20', did you mean 'resnet20'"),
         ("lipt --model torchvision:resnt18", "unknown torchvision model 'resnt18', did you mean 'resnet18'"),
-        ("lipt --select.method gradmtch", "unknown coreset method 'gradmtch', did you mean 'gradmatch'"),
+        ("lipt --select.rule gradmtch", "unknown coreset rule 'gradmtch', did you mean 'gradmatch'"),
         ("lipt --dataset.augment crop,flop", "unknown augmentation 'flop', did you mean 'flip'"),
         ("lipt --pretrain.merge men", "unknown merge 'men', did you mean 'mean'"),
         ("lipt --track wanb", "unknown track.name 'wanb', did you mean 'wandb'"),
         ("lipt --track.project=", "track.project = '': string should have at least 1 character"),
-        ("lipt --set selct.method=random", "unknown setting 'selct', did you mean 'select'"),
-        ("lipt --set select.metod=random", "unknown setting 'select.metod', did you mean 'select.method'"),
+        ("lipt --set selct.rule=random", "unknown setting 'selct', did you mean 'select'"),
+        ("lipt --set select.rull=random", "unknown setting 'select.rull', did you mean 'select.rule'"),
         ("lipt --set select.options.lamb=1", "unknown gradmatch option 'lamb', did you mean 'lam'"),
         ("lipt --set select.options.lam=-1", "gradmatch option lam = -1: .* greater than or equal to 0"),
         ("lipt --set model.options.width=wide", "resnet8 option width = 'wide': .* integer"),
@@ -116,19 +116,19 @@ def own_code(tmp_path, monkeypatch):
         ("sparse --density 0.2 --agent --hooks agent", "hook 'agent' is named twice, or is the method's own already"),
         ("train --hooks nothing", "unknown hook 'nothing'. Allowed: agent, crest, deltagrad, sparse"),
         ("train --hooks none_such:Ema", "unknown hook or module 'none_such:Ema'"),
-        ("train --select.method random", "random with select.fraction = 1 would keep every sample"),
+        ("train --select.rule random", "random with select.fraction = 1 would keep every sample"),
         ("deltagrad train --hooks agent", "hooks = agent: DeltaGrad replays plain SGD"),
         ("lipt --select.fraction 0", "select.fraction = '0': input should be greater than 0"),
         ("lipt --select.fraction 1.5", "select.fraction = '1.5': input should be less than or equal to 1"),
-        ("train --select.method infobatch", "infobatch keeps as many samples as it sees fit, anew at every epoch"),
-        ("lipt --select.method infobatch", "infobatch acts at every epoch of a training"),
+        ("train --select.rule infobatch", "infobatch keeps as many samples as it sees fit, anew at every epoch"),
+        ("lipt --select.rule infobatch", "infobatch acts at every epoch of a training"),
         (
-            "train --select.method forgetting --select.fraction 0.5",
+            "train --select.rule forgetting --select.fraction 0.5",
             "forgetting needs the record of a training that saw these samples",
         ),
         ("train --select.memory -1", "select.memory = '-1': input should be greater than or equal to 0"),
-        ("select --method grand", "select needs a model: give --model-from RUN"),
-        ("select --method grand --model-from one", "unknown run in"),
+        ("select --rule grand", "select needs a model: give --model-from RUN"),
+        ("select --rule grand --model-from one", "unknown run in"),
         ("train --select.fraction -0.1", "select.fraction = '-0.1': input should be greater than 0"),
         ("train --select.fraction nan", "select.fraction = 'nan': input should be a finite number"),
         ("lipt --dataset.validation 1", "dataset.validation = '1': input should be less than 1"),
@@ -204,7 +204,7 @@ def test_the_user_s_own_code(refusal, own_code, arguments, message):
 
 
 def test_a_method_that_breaks_its_contract(refusal, own_code):
-    message = refusal(f"lipt {QUICK} --select.method faulty_code:too_few", leaves=1)  # its pre-training is done
+    message = refusal(f"lipt {QUICK} --select.rule faulty_code:too_few", leaves=1)  # its pre-training is done
     assert "'faulty_code:too_few' must return a Coreset of" in message
 
 
@@ -360,7 +360,7 @@ def test_a_model_of_other_samples_does_not_select(refusal, effray):
         ("--seed 1", "seed 0, here it is 1"),
         ("--dataset.validation 0", "validation 0.1, here it"),
     ]:
-        assert message in refusal(f"select --model-from one --method grand {option}")
+        assert message in refusal(f"select --model-from one --rule grand {option}")
 
 
 def test_a_selection_that_would_never_come(refusal):
@@ -403,7 +403,7 @@ def test_metrics_may_have_figures_that_were_not_measured():
 
 @pytest.fixture
 def two_runs(effray):
-    options = "--model linear --train.epochs 2 --select.fraction 0.2 --select.method grand --select.warm_epochs 1"
+    options = "--model linear --train.epochs 2 --select.fraction 0.2 --select.rule grand --select.warm_epochs 1"
     for name in ("one", "two"):
         effray(f"train --name {name} {options}")
 
@@ -430,7 +430,7 @@ def test_runs_without_a_coreset_or_an_end_are_not_compared(refusal, effray):
     assert "two saved no coreset: there is no coreset.parquet to compare" in refusal("show one --against two")
     Path("runs/train/two/summary.json").unlink()
     assert "two is not finished: there is no coreset.parquet to compare" in refusal("show one --against two")
-    assert "run 'two' is not finished: it has no model yet" in refusal("select --model-from two --method grand")
+    assert "run 'two' is not finished: it has no model yet" in refusal("select --model-from two --rule grand")
 
 
 def test_a_run_to_compare_with_that_is_no_run_is_refused(refusal, effray, tmp_path):
@@ -448,7 +448,7 @@ def test_a_record_of_training_that_was_damaged_selects_nothing(refusal, effray, 
     effray("train --name one --model linear --train.epochs 1")
     record = Path("runs/train/one/model_record.parquet")
     record.unlink() if damage is None else record.write_bytes(damage)
-    message = refusal("select --model-from one --method forgetting")
+    message = refusal("select --model-from one --rule forgetting")
     assert re.search(r"runs/train/one/model_record.parquet (is missing|has been changed)", message)
 
 

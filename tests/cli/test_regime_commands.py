@@ -12,7 +12,7 @@ from raypkg.experiments.train import TrainSettings
 from raypkg.runs.folder import RunFolder, find
 
 NOISY = "train --model linear --train.epochs 2 --seed 3 --dataset.noise 0.4 --dataset.imbalance 0.2 --dataset.repeat 2"
-PICKS = f"{NOISY} --select.method el2n --select.fraction 0.2 --name picks"
+PICKS = f"{NOISY} --select.rule el2n --select.fraction 0.2 --name picks"
 
 
 def test_what_was_done_to_the_labels_is_in_the_run(effray, after, tmp_path):

@@ -1,5 +1,6 @@
 """`effray list`, `effray rm`, and `effray show` of what is not done: what they print, and what they leave alone."""
 
+import json
 import os
 import re
 import shutil
@@ -515,3 +516,16 @@ def test_a_run_that_was_deleted_can_be_made_again(call, effray):
     effray("rm one --yes")
     begun()
     assert listed(effray("list"))[0][:2] == ["one", "stopped"]
+
+
+def test_a_run_stored_with_former_names_is_listed_and_resumes(effray, tmp_path):
+    effray("train --name one --model linear --train.epochs 1 --select.rule random --select.fraction 0.5")
+    folder = tmp_path / "runs/train/one"
+    before = json.loads((folder / "summary.json").read_text())
+    config = (folder / "config.toml").read_text().partition("\n")[2]
+    (folder / "config.toml").write_text(config.replace('rule = "random"', 'method = "random"'))
+    (folder / "summary.json").unlink()
+    assert "train random" in effray("list") and "resume with" in effray("show one")
+    effray("train --resume one")
+    after = json.loads((folder / "summary.json").read_text())
+    assert after["test_accuracy"] == before["test_accuracy"]

@@ -23,10 +23,10 @@ def table(scale):
         baseline="el2n",
         shared={"model": "linear", "pretrain.epochs": 2, "pretrain.method": "dense", "train.batch_size": 256},
         rows={
-            "el2n": {"select.method": "el2n"},
-            "craig": {"select.method": "craig"},
-            "craig; anew": {"select.method": "craig", "select.every_epochs": 1},
-            "merged": {"select.method": "el2n", "train.init": "merged"},
+            "el2n": {"select.rule": "el2n"},
+            "craig": {"select.rule": "craig"},
+            "craig; anew": {"select.rule": "craig", "select.every_epochs": 1},
+            "merged": {"select.rule": "el2n", "train.init": "merged"},
         },
         cases={
             "short": {"train.epochs": 1},

@@ -42,12 +42,10 @@ def of_second(run):
     return sum(i >= 60 for i in index) / len(index)
 
 
-@pytest.mark.parametrize("method", ["craig", "gradmatch", "glister"])
-def test_select_for_a_few_rows_of_one_domain(effray, tables, method):
+@pytest.mark.parametrize("rule", ["craig", "gradmatch", "glister"])
+def test_select_for_a_few_rows_of_one_domain(effray, tables, rule):
     effray(TRAIN)
-    effray(
-        f"select --name one --model-from first --dataset table:all --method {method} --fraction 0.2 --target table:few"
-    )
+    effray(f"select --name one --model-from first --dataset table:all --rule {rule} --fraction 0.2 --target table:few")
     assert of_second("select/one") > 0.9
 
 
@@ -68,14 +66,14 @@ def test_lipt_and_reselection_take_a_target(effray, tables):
     )
     assert of_second("lipt/one") > 0.9
     effray(
-        "train --name two --dataset table:all --model mlp --train.epochs 4 --select.method craig --select.fraction 0.2"
+        "train --name two --dataset table:all --model mlp --train.epochs 4 --select.rule craig --select.fraction 0.2"
         " --select.every-epochs 2 --select.target.name table:few"
     )
     assert of_second("train/two") > 0.9
 
 
 def test_the_path_of_a_target_is_stored_as_an_absolute_one(effray, tables, tmp_path):
-    effray(TRAIN + " --select.method craig --select.fraction 0.5 --select.target table:few")
+    effray(TRAIN + " --select.rule craig --select.fraction 0.5 --select.target table:few")
     config = tomllib.loads((tmp_path / "runs/train/first/config.toml").read_text())
     assert config["select"]["target"]["name"] == f"table:{tmp_path}/few"
     effray("select --name one --model-from first --dataset table:all --fraction 0.2 --target table:few")
@@ -100,12 +98,12 @@ def test_lipt_refuses_a_target_before_it_trains(refusal, tables, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("--select.method random --select.target valid", "random selects for no target: select.target = valid"),
-        ("--select.method gradmatch --set select.options.target=valid", "option target is now called select.target"),
-        ("--select.method craig --select.target table:none", "is not a file with one of the endings"),
-        ("--select.method craig --select.target digits", "select.target = digits: samples of shape (1, 8, 8)"),
+        ("--select.rule random --select.target valid", "random selects for no target: select.target = valid"),
+        ("--select.rule gradmatch --set select.options.target=valid", "option target is now called select.target"),
+        ("--select.rule craig --select.target table:none", "is not a file with one of the endings"),
+        ("--select.rule craig --select.target digits", "select.target = digits: samples of shape (1, 8, 8)"),
         (
-            "--select.method craig --select.target valid --dataset.validation 0",
+            "--select.rule craig --select.target valid --dataset.validation 0",
             "select.target = valid: no sample of class 'no' is held out",
         ),
     ],
@@ -116,5 +114,5 @@ def test_what_is_no_target_is_one_line(refusal, tables, given, message):
 
 
 def test_the_plan_refuses_a_target_that_is_not_there(refusal):
-    line = "train --select.method gradmatch --select.fraction 0.2 --select.target table:nowhere.csv --dry-run"
+    line = "train --select.rule gradmatch --select.fraction 0.2 --select.target table:nowhere.csv --dry-run"
     assert "nowhere.csv" in refusal(line)

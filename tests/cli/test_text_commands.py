@@ -98,7 +98,7 @@ def test_every_method_that_takes_texts_takes_them(effray, pairs):
     effray(f"lipt --dataset {pairs} {SMALL} --pretrain.models 2 --pretrain.epochs 1 --select.fraction 0.3")
     effray(f"crest --dataset {pairs} {SMALL} --budget 0.5 --train.batch_size 8")
     effray(f"sparse --dataset {pairs} {SMALL} --density 0.3 --growth gradient --agent --train.batch_size 8")
-    effray(f"train --dataset {pairs} {SMALL} --select.method craig --select.fraction 0.3 --select.warm-epochs 1")
+    effray(f"train --dataset {pairs} {SMALL} --select.rule craig --select.fraction 0.3 --select.warm-epochs 1")
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_what_cannot_be_begun_with_is_one_line(effray, refusal, after, source, m
     save_file({"encoder.weight": torch.ones(2)}, "other.safetensors")
     save_file({"features.1.weight": torch.ones(3, 64)}, "narrow.safetensors")
     if source == "chosen":
-        effray("select --model-from first --method random --fraction 0.5 --name chosen")
+        effray("select --model-from first --rule random --fraction 0.5 --name chosen")
     if source == "changed":
         shutil.copytree("runs/train/first", "runs/train/changed")
         Path("runs/train/changed/model.safetensors").write_bytes(b"changed")

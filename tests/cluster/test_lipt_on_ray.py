@@ -18,7 +18,7 @@ from raypkg.cli import main
 TINY = [
     "--model", "mlp", "--train.precision", "float32", "--pretrain.precision", "float32",
     "--pretrain.models", "4", "--pretrain.epochs", "2", "--pretrain.batch_size", "32",
-    "--train.epochs", "6", "--train.batch_size", "32", "--select.method", "gradmatch", "--select.fraction", "0.2",
+    "--train.epochs", "6", "--train.batch_size", "32", "--select.rule", "gradmatch", "--select.fraction", "0.2",
 ]  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def test_a_selection_on_two_nodes(digits, bucket_of_digits, nodes, bucket, tmp_p
     outside = Machine(tmp_path / "outside", cluster.address)
     there = Storage(bucket("runs"))
     train = "train --name full --model mlp --train.epochs 2 --train.precision float32"
-    select = "select --name picks --model-from full --method craig --fraction 0.2"
+    select = "select --name picks --model-from full --rule craig --fraction 0.2"
     for machine, data, root in ((at_home, digits, here.root), (outside, bucket_of_digits, there.root)):
         machine.run(f"{train} --dataset parquet:{data} --root {root}")
     at_home.run(f"{select} --dataset parquet:{digits} --root {here.root}")

@@ -14,10 +14,10 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("method", CHOICES)
-def test_training_workers_select_together(ray, tmp_path, method):
+@pytest.mark.parametrize("rule", CHOICES)
+def test_training_workers_select_together(ray, tmp_path, rule):
     for workers in ("1", "2"):
-        options = ["--select.method", method, *CHOICES[method], "--cluster.workers", workers]
+        options = ["--select.rule", rule, *CHOICES[rule], "--cluster.workers", workers]
         run("train", "--root", str(tmp_path), "--name", workers, *PLAIN, *options)
     one, two = (tmp_path / "train" / workers for workers in ("1", "2"))
     assert picks(one) == picks(two)
@@ -27,11 +27,11 @@ def test_training_workers_select_together(ray, tmp_path, method):
 
 
 @pytest.mark.parametrize("balanced", ["true", "false"])
-@pytest.mark.parametrize("method", ["craig", "glister"])
-def test_actors_pick_as_one_process_does(ray, tmp_path, method, balanced):
+@pytest.mark.parametrize("rule", ["craig", "glister"])
+def test_actors_pick_as_one_process_does(ray, tmp_path, rule, balanced):
     root = ["--root", str(tmp_path)]
     run("train", *root, "--name", "model", *PLAIN, "--train.epochs", "1", "--cluster.workers", "0")
-    chosen = ["--model-from", "model", "--precision", "float32", "--method", method, "--balanced", balanced]
+    chosen = ["--model-from", "model", "--precision", "float32", "--rule", rule, "--balanced", balanced]
     for workers in ("0", "3"):
         run("select", *root, "--name", workers, *chosen, "--cluster.workers", workers)
     assert picks(tmp_path / "select/0") == picks(tmp_path / "select/3")

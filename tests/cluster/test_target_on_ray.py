@@ -30,12 +30,12 @@ def tables(tmp_path):
 
 
 @pytest.mark.parametrize("balanced", ["true", "false"])
-@pytest.mark.parametrize("method", ["craig", "gradmatch"])
-def test_actors_select_for_a_target_as_one_process_does(ray, tmp_path, tables, method, balanced):
+@pytest.mark.parametrize("rule", ["craig", "gradmatch"])
+def test_actors_select_for_a_target_as_one_process_does(ray, tmp_path, tables, rule, balanced):
     everything, few = tables
     root = ["--root", str(tmp_path / "runs"), "--dataset", everything]
     run("train", *root, "--name", "model", *PLAIN, "--train.epochs", "1", "--cluster.workers", "0")
-    chosen = ["--model-from", "model", "--precision", "float32", "--method", method, "--balanced", balanced]
+    chosen = ["--model-from", "model", "--precision", "float32", "--rule", rule, "--balanced", balanced]
     for workers, target in (("0", few), ("3", few), ("plain", None)):
         aimed = ["--target", target] if target else []
         count = workers if target else "0"
@@ -53,7 +53,7 @@ def test_workers_select_for_a_target_together(ray, tmp_path, tables, command):
     }
     for workers in ("1", "2"):
         root = ["--root", str(tmp_path / "runs"), "--name", workers, "--dataset", everything]
-        select = ["--select.method", "gradmatch", "--select.fraction", "0.3", "--select.target", few]
+        select = ["--select.rule", "gradmatch", "--select.fraction", "0.3", "--select.target", few]
         run(command, *root, *PLAIN, *select, *options[command], "--cluster.workers", workers)
     one, two = (picks(tmp_path / "runs" / command / workers) for workers in ("1", "2"))
     assert one == two

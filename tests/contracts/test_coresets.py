@@ -1,4 +1,4 @@
-"""What every coreset method keeps, over the whole registry."""
+"""What every coreset rule keeps, over the whole registry."""
 
 import dataclasses
 import inspect
@@ -19,7 +19,7 @@ N = 60
 ONLY_WITH = {
     "craig": {"greedy": "stochastic"},
     "grand": {"pick": "drawn"},
-}  # options under which a method draws that does not draw by default
+}  # options under which a rule draws that does not draw by default
 
 
 @pytest.fixture(params=[name for name, entry in coreset.entries.items() if not entry.sizes_itself])
@@ -106,7 +106,7 @@ def test_order_of_the_data_does_not_matter(entry, view, valid):
     torch.testing.assert_close(dense(shuffled), dense(straight))
 
 
-def test_the_seed_matters_exactly_where_a_method_draws(entry, view):
+def test_the_seed_matters_exactly_where_a_rule_draws(entry, view):
     first, second = (pick(entry, view, 17, seed=seed) for seed in (0, 1))
     assert first.indices.equal(second.indices) != draws(entry)
     assert draws(entry) or first.weights.equal(second.weights)
@@ -140,12 +140,12 @@ def test_gradients_of_zero_give_an_unweighted_coreset(entry, budget):
 
 
 @pytest.mark.parametrize("entry", coreset.entries.values(), ids=coreset.entries)
-def test_a_method_names_itself(entry):
+def test_a_rule_names_itself(entry):
     assert entry.help.endswith(".")
 
 
 @pytest.mark.parametrize("entry", [entry for entry in coreset.entries.values() if entry.sizes_itself])
-def test_a_method_that_sizes_itself_takes_no_budget(entry):
+def test_a_rule_that_sizes_itself_takes_no_budget(entry):
     view = reference.problem(N).view
     samples = view if entry.sees == "gradients" else seen_by(entry, view)
     first, again, other = (select(samples, N, entry.name, seed=seed) for seed in (0, 0, 1))

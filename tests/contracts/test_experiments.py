@@ -17,7 +17,7 @@ TINY = {  # options that keep a run short; an experiment that is not here has to
     "deltagrad": "--train.epochs 3",
     "embed": "--model mlp",
     "lipt": "--model linear --train.epochs 2 --pretrain.models 2 --pretrain.epochs 1",
-    "select": "--model-from trained --method grand",
+    "select": "--model-from trained --rule grand",
     "sparse": "--model mlp --train.epochs 2 --density 0.2 --agent",
     "train": "--model linear --train.epochs 2 --train.keep best --train.evaluate_every_epochs 1 --train.micro_batch 50"
     " --train.clip 1 --train.decay matrices",

@@ -16,8 +16,8 @@ def table(scale: str) -> Table:
         shared={"train.epochs": epochs, "train.evaluate_every_epochs": 1 if scale == "small" else 10},
         rows={
             "all samples": {},
-            "infobatch": {"select.method": "infobatch", "select.fraction": 1.0, **anew},
-            f"random {KEPT:.0%}; redrawn": {"select.method": "random", "select.fraction": KEPT, **anew},
+            "infobatch": {"select.rule": "infobatch", "select.fraction": 1.0, **anew},
+            f"random {KEPT:.0%}; redrawn": {"select.rule": "random", "select.fraction": KEPT, **anew},
             f"{KEPT:.0%} of the epochs": {"train.epochs": round(KEPT * epochs)},
         },
     )

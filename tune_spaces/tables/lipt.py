@@ -33,9 +33,9 @@ def table(scale: str) -> Table:
         },
         rows=rows,
         cases={
-            "gradmatch": {"select.method": "gradmatch", "select.weighted": True},
-            "el2n": {"select.method": "el2n"},
-            "el2n; 40 % wrong labels": {"select.method": "el2n", "dataset.noise": 0.4},
+            "gradmatch": {"select.rule": "gradmatch", "select.weighted": True},
+            "el2n": {"select.rule": "el2n"},
+            "el2n; 40 % wrong labels": {"select.rule": "el2n", "dataset.noise": 0.4},
         },
         columns={
             f"Spearman\nwith {BASELINE}": "spearman",

@@ -10,17 +10,17 @@ DENSE = (1, 2, 5, 10)  # epochs
 
 def table(scale: str) -> Table:
     """Return the table at a scale."""
-    untrained = {"pretrain.method": "initial", "select.method": "random"}
+    untrained = {"pretrain.method": "initial", "select.rule": "random"}
     rows: dict[str, dict[str, object]] = {
         "random; fixed": untrained,
         "random; redrawn": {**untrained, "select.every_epochs": 1},
         "all samples": {**untrained, "select.fraction": 1.0},
-        "lipt": {"select.method": "ccs"},
-        "lipt; a joint epoch": {"select.method": "ccs", "pretrain.joint_epochs": 1},
+        "lipt": {"select.rule": "ccs"},
+        "lipt; a joint epoch": {"select.rule": "ccs", "pretrain.joint_epochs": 1},
     }
     for epochs in DENSE:
         rows[f"dense {epochs}"] = {
-            "select.method": "ccs",
+            "select.rule": "ccs",
             "pretrain.method": "dense",
             "pretrain.epochs": epochs,
             "pretrain.batch_size": 128,

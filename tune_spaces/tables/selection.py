@@ -58,7 +58,7 @@ def table(scale: str) -> Table:
 
 def _rows(reselect_every: int) -> dict[str, dict[str, object]]:
     """Return the baselines, then every static selection, then those that select anew by the model in training."""
-    untrained = {"pretrain.method": "initial", "select.method": "random"}
+    untrained = {"pretrain.method": "initial", "select.rule": "random"}
     rows: dict[str, dict[str, object]] = {
         "random; fixed": untrained,
         "random; redrawn": {**untrained, "select.every_epochs": 1},
@@ -73,4 +73,4 @@ def _rows(reselect_every: int) -> dict[str, dict[str, object]]:
 
 
 def _selected(name: str) -> dict[str, object]:
-    return {"select.method": name, "select.weighted": name in WEIGHTED}
+    return {"select.rule": name, "select.weighted": name in WEIGHTED}

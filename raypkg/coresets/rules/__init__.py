@@ -1,13 +1,13 @@
-"""Coreset selection methods, one file each: ``select(samples, budget, *, rng, …) → Coreset``.
+"""Coreset selection rules, one file each: ``select(samples, budget, *, rng, …) → Coreset``.
 
-The decorator says what a method looks at, and whether it chooses the size of its coreset itself:
+The decorator says what a rule looks at, and whether it chooses the size of its coreset itself:
 
     @coreset("infobatch", source="arXiv:2303.04947", sees="record", sizes_itself=True)
     def select(record: Record, *, rng: torch.Generator, …) -> Coreset:
 
 With ``by_class=False`` it always sees the samples of all classes at once, as one that sizes its coreset itself does.
 
-A method that matches or covers the gradients of some samples declares them as a keyword ``target``, None for those that
+A rule that matches or covers the gradients of some samples declares them as a keyword ``target``, None for those that
 it selects from. One that declares ``valid`` is given the same, but by default the held-out samples.
 """
 
@@ -24,8 +24,8 @@ Sees = Literal["gradients", "record"]
 
 
 @dataclass(frozen=True)
-class Method(Entry):
-    """A coreset method.
+class Rule(Entry):
+    """A coreset rule.
 
     Attributes:
         sees: what it is called with: "gradients", a ``HeadView``, which costs a forward pass over all samples, or
@@ -46,7 +46,7 @@ class Method(Entry):
         if len(names) == (1 if self.sizes_itself else 2):
             return
         expected = "(samples, *, …)" if self.sizes_itself else "(samples, budget, *, …)"
-        raise UserError(f"coreset method {self.name!r} takes {tuple(names)}: it must be {expected}")
+        raise UserError(f"coreset rule {self.name!r} takes {tuple(names)}: it must be {expected}")
 
     @property
     def has_target(self) -> bool:
@@ -59,7 +59,7 @@ class Method(Entry):
         Raises:
             UserError: an unknown option, or a value that it does not allow.
         """
-        if "target" in values:  # an option of gradmatch, before it was a setting of all such methods
+        if "target" in values:  # an option of gradmatch, before it was a setting of all such rules
             raise UserError(f"{self.name} option target is now called select.target")
         return super().options(values)
 
@@ -70,19 +70,19 @@ class Method(Entry):
 
 
 class Declared(NamedTuple):
-    """What a decorator says of a method; see ``Method``."""
+    """What a decorator says of a rule; see ``Rule``."""
 
     sees: Sees
     sizes_itself: bool
     by_class: bool
 
 
-class Methods(Registry):
-    """The coreset methods. A user's own function may be decorated as well; otherwise its signature tells."""
+class Rules(Registry):
+    """The coreset rules. A user's own function may be decorated as well; otherwise its signature tells."""
 
     def __init__(self) -> None:
         supplied = ("rng", "target", "valid", "memory", "progress")
-        super().__init__("coreset method", __name__, given=supplied, decorator="coreset")
+        super().__init__("coreset rule", __name__, given=supplied, decorator="coreset")
         self._declared: dict[Callable[..., Any], Declared] = {}
 
     def __call__(
@@ -103,14 +103,14 @@ class Methods(Registry):
 
         return declare
 
-    def __getitem__(self, name: str) -> Method:
-        """Find a method by name, or import the user's own ``package.module:function``."""
-        return cast(Method, super().__getitem__(name))
+    def __getitem__(self, name: str) -> Rule:
+        """Find a rule by name, or import the user's own ``package.module:function``."""
+        return cast(Rule, super().__getitem__(name))
 
-    def _entry(self, name: str, function: Callable[..., Any], source: str) -> Method:
+    def _entry(self, name: str, function: Callable[..., Any], source: str) -> Rule:
         checked = super()._entry(name, function, source)
         declared = self._declared.get(function) or _told_by_signature(function)
-        return Method(
+        return Rule(
             name=checked.name,
             function=checked.function,
             source=checked.source,
@@ -121,7 +121,7 @@ class Methods(Registry):
         )
 
 
-coreset = Methods()
+coreset = Rules()
 
 
 def _told_by_signature(function: Callable[..., Any]) -> Declared:

@@ -221,7 +221,7 @@ class CrestSettings(Experiment):
     def reselection(self) -> Reselect:
         """How a baseline selects a coreset of the budget's size."""
         return Reselect(
-            method=self.selection,
+            rule=self.selection,
             fraction=self.budget,
             weighted=True,
             every_epochs=self.every_epochs or 1,

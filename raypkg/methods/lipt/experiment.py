@@ -12,7 +12,7 @@ def run(settings: LiptSettings, *, report: Report, workers: Workers) -> None:
     """Pre-train models on shards in parallel, merge them, select a coreset by the merged gradients, train on it.
 
     Example:
-        effray lipt --dataset digits --model resnet8 --select.method gradmatch --select.fraction 0.2
+        effray lipt --dataset digits --model resnet8 --select.rule gradmatch --select.fraction 0.2
     """
     from raypkg.experiments.samples import open_samples
     from raypkg.experiments.selection import TrainedModel, check_target_samples, select_on_workers

@@ -3,7 +3,7 @@
     @pretraining(name)    pretrain(settings, report, *, samples, workers) → None
 
 A pre-training carries out the report's phase "pretrain" and leaves the model's weights in the run folder as
-``RESULT``; a record of what training saw of each sample, which some coreset methods need, lies beside it.
+``RESULT``; a record of what training saw of each sample, which some coreset rules need, lies beside it.
 """
 
 from raypkg.core.registry import Registry
