@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.experiments import experiment
+from raypkg.experiments import experiment, export_format
 from raypkg.runs import ROOT
 
 from .comparing import compare_tables, report_page
@@ -111,7 +111,7 @@ def show(run: str, root: str, against: str | None) -> None:
 @effray.command(cls=ExampleHelp, params=[TRUST])
 @click.argument("run")
 @click.option("--root", default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
-@click.option("--format", "form", type=click.Choice(["csr"]), default="csr", show_default=True, help="how to write it")
+@click.option("--format", "form", type=click.Choice(export_format.names), default="csr", show_default=True, help="how to write it")
 def export(run: str, root: str, form: str) -> None:
     """Write a finished run's model without the weights that do not exist, and measure what that saves.
 
@@ -123,8 +123,6 @@ def export(run: str, root: str, form: str) -> None:
     from raypkg.core.config import load_stored
     from raypkg.experiments import training_settings_of
     from raypkg.experiments.trust import stored_settings
-    from raypkg.methods.sparse.export import export_sparse as write
-    from raypkg.methods.sparse.show import savings
     from raypkg.runs.folder import locate
     from raypkg.runs.show import terminal
     from raypkg.studies.sweep_folder import is_sweep
@@ -134,7 +132,7 @@ def export(run: str, root: str, form: str) -> None:
         raise UserError(f"{folder.name} is a sweep, and only runs are exported: give one of its trials")
     kind = experiment[folder.storage.parent.name]
     settings = load_stored(training_settings_of(kind), stored_settings(folder))
-    terminal().print(savings(write(folder, settings)))
+    terminal().print(export_format[form](folder, settings))
 
 
 @effray.command(cls=ExampleHelp)
@@ -149,25 +147,11 @@ def methods() -> None:
     from raypkg.coresets.rules import coreset
     from raypkg.data.sources import dataset
     from raypkg.engine.run import hook
-    from raypkg.methods.lipt.merges import merge
-    from raypkg.methods.lipt.pretrain import pretraining
-    from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
+    from raypkg.methods import registries
     from raypkg.models import model
     from raypkg.runs.show import terminal
 
-    for registry in (
-        experiment,
-        coreset,
-        model,
-        dataset,
-        hook,
-        pretraining,
-        merge,
-        initial,
-        drop,
-        growth,
-        redistribution,
-    ):
+    for registry in (experiment, coreset, model, dataset, hook, *registries()):
         columns = [Column(name, overflow="fold") for name in ("name", "what it is", "options", "source")]
         table = Table(*columns, title=registry.kind, title_justify="left")
         for entry in registry.entries.values():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # they import pydantic and pyarrow, which `--help` need not w
     from raypkg.runs.folder import RunFolder
 
 experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report", "workers"))
+export_format = Registry("export format", "raypkg.methods.*.export")  # write(folder, settings) → table of the savings
 R = TypeVar("R", bound="RunSettings")
 
 

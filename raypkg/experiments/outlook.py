@@ -1,7 +1,7 @@
 """What a run is going to do, phase by phase, as its settings alone tell: before it begins, or after it was stopped.
 
 An experiment that does more than one training says so in its room: ``@outlook(name)`` on ``stages(settings)`` in
-``show.py``. Nothing here imports torch before a size is asked for.
+``experiment.py``. Nothing here imports torch before a size is asked for.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from raypkg.runs.stages import Stage
 
 CORESET = "coreset.parquet"
 EMBEDDED = ("train.parquet", "test.parquet")
-outlook = Registry("outlook", "raypkg.methods.*.show")
+outlook = Registry("outlook", "raypkg.methods.*.experiment", "raypkg.methods.*.show")
 
 
 def stages_of(experiment: str, settings: RunSettings) -> list[Stage]:

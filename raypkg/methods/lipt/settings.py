@@ -135,10 +135,9 @@ class LiptSettings(Experiment):
 
     def lookups(self) -> list[Lookup]:
         """Return what pre-training chooses by its name."""
-        from raypkg.methods.sparse.rules import initial
+        from raypkg.methods.sparse import initial
 
-        from .merges import merge
-        from .pretrain import pretraining
+        from . import merge, pretraining
 
         lookups = [Lookup(pretraining, self.pretrain.method), Lookup(merge, self.pretrain.merge)]
         if self.pretrain.sparsity is not None:

@@ -2,9 +2,18 @@
 
 from raypkg.cluster.workers import Workers
 from raypkg.experiments import experiment
+from raypkg.experiments.outlook import in_whole_batches, main_stage, outlook
 from raypkg.runs.report import Report
+from raypkg.runs.stages import Stage
 
 from .settings import SparseSettings
+
+
+@outlook("sparse")
+def sparse_stages(settings: SparseSettings) -> list[Stage]:
+    """Return the extended training, on mini-batch coresets if CREST chooses the batches."""
+    stage = main_stage(settings)
+    return [in_whole_batches(stage) if settings.crest else stage]
 
 
 @experiment("sparse", source="arXiv:2301.03573")

@@ -1,26 +1,25 @@
-"""Exporting a trained sparse model without the weights that do not exist."""
+"""Export of a trained sparse model without its pruned weights."""
 
 import copy
 import statistics
 import time
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from rich.box import SIMPLE
+from rich.table import Table
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
-from raypkg.data import Data
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.worker import threads
+from raypkg.experiments import export_format
 from raypkg.experiments.samples import open_samples
 from raypkg.experiments.trained import restored_model
 from raypkg.experiments.training import MODEL
 from raypkg.runs.checkpoints import save_tensors
 from raypkg.runs.folder import RunFolder
 
-from .active_linear import of_active
-from .csr import compressed, exchange_linear
+from .compute import compressed, exchange_linear, only_active
 from .masks import prunable
 
 EXPORTED = "model.csr.safetensors"
@@ -28,36 +27,9 @@ BATCH = 128  # samples of a timed forward pass
 ROUNDS = 9  # timings of each model
 
 
-class Exported(NamedTuple):
-    """What an export made of a model.
-
-    Attributes:
-        weights: of linear and convolutional layers.
-        active: those that are not zero.
-        dense_bytes: of the dense file.
-        bytes: of the exported one.
-        dense_seconds: of the forward pass of a batch of test samples on one thread, the median of several.
-        seconds: with sparse linear layers.
-        difference: largest one between the logits of the two.
-        batch: samples of the forward pass.
-    """
-
-    weights: int
-    active: int
-    dense_bytes: int
-    bytes: int
-    dense_seconds: float
-    seconds: float
-    difference: float
-    batch: int
-
-
-def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
-    """Write a finished run's model in compressed sparse rows, and measure what that saves.
-
-    Args:
-        folder: of the run.
-        settings: of the run.
+@export_format("csr")
+def export_csr(folder: RunFolder, settings: Experiment) -> Table:
+    """Write a finished run's model in compressed sparse rows; return a table of the savings.
 
     Raises:
         UserError: the run is not finished, its model's code has changed since, or no weight is zero.
@@ -70,38 +42,31 @@ def export_sparse(folder: RunFolder, settings: Experiment) -> Exported:
     if all(state[name].all() for name in names):
         raise UserError(f"run {folder.name!r} is dense: no weight is zero, so there is nothing to leave out")
     save_tensors(storage, EXPORTED, compressed(state, names))
-    x = _test_batch(model, data)
-    sparse_model = exchange_linear(copy.deepcopy(model), of_active)
-    (dense_seconds, seconds), difference = _timed([model, sparse_model], x)
-    return Exported(
-        weights=sum(state[name].numel() for name in names),
-        active=sum(int(torch.count_nonzero(state[name])) for name in names),
-        dense_bytes=len(storage.read(MODEL) or b""),
-        bytes=len(storage.read(EXPORTED) or b""),
-        dense_seconds=dense_seconds,
-        seconds=seconds,
-        difference=difference,
-        batch=len(x),
-    )
 
-
-def _test_batch(model: nn.Module, data: Data) -> Tensor:
-    """Return the first test samples, as the model takes them."""
+    sparse_model = exchange_linear(copy.deepcopy(model), only_active)
     indices = torch.arange(min(BATCH, len(data.test)))
     x, _ = next(plain_batches(data.test, indices, torch.device("cpu"), dtype=dtype_of(model)))
-    return x
-
-
-@torch.inference_mode()
-def _timed(models: list[nn.Module], x: Tensor) -> tuple[list[float], float]:
-    """Return each model's median seconds, taking turns on one thread, and by how much their outputs differ at most."""
-    times: list[list[float]] = [[] for _ in models]  # taking turns, a noisy machine disturbs all alike
-    with threads(1):
-        outputs = [model(x) for model in models]
-        for _ in range(ROUNDS):
-            for model, seconds in zip(models, times, strict=True):
+    models = (model, sparse_model)
+    times: tuple[list[float], ...] = ([], [])
+    with threads(1), torch.inference_mode():
+        outputs = [each(x) for each in models]
+        for _ in range(ROUNDS):  # in turn, so that a noisy machine disturbs both alike
+            for each, seconds in zip(models, times, strict=True):
                 start = time.perf_counter()
-                model(x)
+                each(x)
                 seconds.append(time.perf_counter() - start)
-    medians = [statistics.median(seconds) for seconds in times]
-    return medians, (outputs[-1] - outputs[0]).abs().max().item()
+
+    weights = sum(state[name].numel() for name in names)
+    active = sum(int(torch.count_nonzero(state[name])) for name in names)
+    dense_bytes = len(storage.read(MODEL) or b"")
+    sparse_bytes = len(storage.read(EXPORTED) or b"")
+    dense_ms, sparse_ms = (1e3 * statistics.median(seconds) for seconds in times)
+    difference = (outputs[1] - outputs[0]).abs().max().item()
+    table = Table("", "dense", "csr", "", box=SIMPLE, show_edge=False, pad_edge=False)
+    table.add_row("weights", f"{weights:,}", f"{active:,}", f"{active / weights:.2%}")
+    table.add_row("bytes", f"{dense_bytes:,}", f"{sparse_bytes:,}", f"{sparse_bytes / dense_bytes:.2f} ×")
+    table.add_row(
+        f"ms for {len(x)} samples, one thread", f"{dense_ms:.3f}", f"{sparse_ms:.3f}", f"{sparse_ms / dense_ms:.2f} ×"
+    )
+    table.add_row("largest difference of logits", "", f"{difference:.1e}", "")
+    return table

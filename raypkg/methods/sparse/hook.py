@@ -1,14 +1,16 @@
-"""Dynamic sparse training as a hook: every ΔT steps some weights go and others come."""
+"""Sparse training in the loop: every ΔT steps some weights are dropped and others grown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
@@ -17,58 +19,70 @@ from raypkg.engine.run import Hook, Results, Run, hook
 from raypkg.experiments.samples import Samples, new_model
 from raypkg.experiments.training import Job
 
-from . import plots
-from .flops import footprint
-from .masked import Active, Masked
-from .masks import Masks, active_counts, allot, check_density, density_of, enlarged, prunable, shapes_of
-from .rules import checked_scores, checked_share, drop, growth, initial, redistribution, uses_momentum
+from . import drop, growth, plots, redistribution
+from .compute import ActiveLinear, Pattern, exchange_linear, footprint
+from .masks import (
+    Masks,
+    active_counts,
+    allot,
+    check_density,
+    density_of,
+    drop_fraction,
+    dropped,
+    enlarged,
+    gradual_density,
+    grown,
+    prunable,
+    shapes_of,
+    surplus,
+    zero_changed,
+)
+from .rules import first_masks
 from .settings import PRUNED_BY, Sparsity
-from .topology import drop_fraction, dropped, gradual_density, grown, surplus, zero_changed
 
-FIRST_MASKS = "first masks"  # their bill
+if TYPE_CHECKING:
+    from raypkg.core.entry import Entry
 
+FIRST_MASKS = "first masks"  # the bill of a saliency
 DENSE = Sparsity()
 
 
 class Topology(Hook):
-    """Drops and grows weights with exact counts; `Masked`, after it, keeps those that do not exist at zero.
+    """Drops and grows weights with exact counts; a later hook, `Masked` or `Active`, keeps the others at zero.
 
         every ΔT steps:  drop f(t) of each layer's active weights, grow as many; new weights and their momentum are 0
 
-    Without growth the masks stay, or, from dense ones, weights are pruned gradually. All workers hold the same masks:
-    they see the same averaged gradient and draw the same random numbers.
+    Without growth the masks are static or, from dense ones, weights are pruned gradually. All workers have the same
+    masks: they see the same averaged gradient and draw the same random numbers.
 
-    What was dropped may be grown again at once, and then was never gone: a layer that is full does not change.
+    A dropped weight may be grown again in the same change, and then keeps its value: a full layer does not change.
 
-    Differs from RigL: the step at which masks change is a step of the optimiser, too, after the change.
+    Differs from RigL: a step that changes the masks also updates the weights, after the change.
 
     Args:
         settings: density, rules and schedule.
-        steps: of the whole training.
+        steps: number of training steps.
     """
 
     order = 0
 
     def __init__(self, settings: Sparsity, steps: int):
-        assert settings.density is not None  # without one there is nothing to change
         self.settings = settings
-        self.density = settings.density
+        self.density = settings.density or 1.0
         self.every = settings.interval(steps)
-        self.tracks_momentum = uses_momentum(growth, settings.growth) or uses_momentum(
-            redistribution, settings.redistribution
-        )
+        self.tracks_momentum = bool(settings.rules_by_momentum)
         self.masks: Masks = {}  # changed in place: later hooks hold the same tensors
-        self.explored: Masks = {}  # weights that ever were active
-        self.momentum: dict[str, Tensor] = {}  # of the dense gradient, where a rule asks for it
-        self.history: list[dict[str, Any]] = []  # a row for each layer and change
+        self.explored: Masks = {}  # weights that were ever active
+        self.momentum: dict[str, Tensor] = {}  # of the dense gradient, if a rule needs it
+        self.history: list[dict[str, Any]] = []  # a row per layer and change
 
     @property
     def explored_share(self) -> float:
-        """R_s, the share of weights that ever were active (ITOP)."""
+        """R_s, the share of weights that were ever active (ITOP)."""
         return density_of(self.explored)
 
     def due(self, step: int) -> bool:
-        """Say whether the masks change in a step."""
+        """Return True if the masks change in a step."""
         changes = self.settings.is_gradual or self.settings.growth is not None
         return changes and step > 0 and step % self.every == 0
 
@@ -78,13 +92,23 @@ class Topology(Hook):
         Raises:
             UserError: there are no such weights, or the density leaves fewer than there are layers.
         """
-        shapes = shapes_of(run.model)
-        check_density(self.density, shapes)
-        with run.bill(FIRST_MASKS):
-            masks = self._first_masks(run)
-        if {name: mask.shape for name, mask in masks.items()} != shapes:
-            rule = self.settings.sparse_init.name
-            raise UserError(f"sparse initialisation {rule!r} returned other layers or shapes than {[*shapes]}")
+        check_density(self.density, shapes_of(run.model))
+        bill = run.bill(FIRST_MASKS)
+
+        def draw_batch() -> tuple[Tensor, Tensor]:
+            indices = run.coreset.indices
+            order = torch.randperm(len(indices), generator=generator(run.seed, "first batch"))
+            drawn = indices[order[: run.settings.batch_size]]
+            bill.forward += len(drawn)
+            bill.backward += len(drawn)
+            return next(plain_batches(run.split, drawn, run.worker.device, len(drawn), dtype_of(run.model)))
+
+        chosen = self.settings.sparse_init
+        rng = generator(run.seed, "mask")
+        with bill:
+            masks = first_masks(
+                chosen.name, run.model, self.density, rng=rng, draw_batch=draw_batch, options=chosen.options
+            )
         for name, mask in masks.items():
             self.masks[name] = mask.bool().to(run.worker.device)
         self._agree(run)
@@ -95,14 +119,93 @@ class Topology(Hook):
         self._record(run)
 
     def on_gradients(self, run: Run) -> None:
-        """Change the masks where it is due, by the raw gradient."""
+        """Follow the dense gradient if a rule needs it, and change the masks by it when that is due."""
         if self.tracks_momentum:
-            self._update_momentum(run)
+            for name in self.masks:  # m ← βm + g
+                gradient = _gradient(run.model.get_parameter(name))
+                if name in self.momentum:
+                    self.momentum[name].mul_(run.settings.momentum).add_(gradient)
+                else:
+                    self.momentum[name] = gradient.clone()
         if self.due(run.step):
             self._change(run)
 
+    def _change(self, run: Run) -> None:
+        weights = prunable(run.model)
+        before = {name: mask.clone() for name, mask in self.masks.items()}
+        old_counts = active_counts(before)
+
+        # Drop the share f(t) of each layer or, in gradual pruning, its surplus.
+        if self.settings.is_gradual:
+            pruning_done = min(1.0, run.progress / PRUNED_BY)
+            leaving = surplus(self.masks, gradual_density(self.density, pruning_done))
+        else:
+            fraction = drop_fraction(self.settings.death_rate, run.progress, self.settings.decay)
+            leaving = {name: int(fraction * count) for name, count in old_counts.items()}
+        chosen = self.settings.drop
+        rule = drop[chosen.name]
+        for name, mask in self.masks.items():
+            active = weights[name].data[mask]  # [k]
+            scores = rule(active, options=chosen.options)
+            mask.copy_(dropped(mask, _checked(rule, scores, active, name), leaving[name]))
+
+        if self.settings.growth:
+            self._grow(run, weights, old_counts)
+        self._agree(run)
+        for name, mask in self.masks.items():
+            self.explored[name] |= mask
+            zero_changed(weights[name], mask, before[name], run.optimizer)
+        self._record(run)
+
+    def _grow(self, run: Run, weights: Mapping[str, Tensor], old_counts: Mapping[str, int]) -> None:
+        """Grow as many weights as all layers lost: each its own, or its part by the redistribution."""
+        counts = active_counts(self.masks)
+        arriving = {name: count - counts[name] for name, count in old_counts.items()}
+        if self.settings.redistribution:
+            rule = redistribution[self.settings.redistribution.name]
+            shares = {}
+            for name, mask in self.masks.items():
+                momentum = self.momentum[name][mask] if name in self.momentum else None  # [k]
+                options = self.settings.redistribution.options
+                share = rule(weights[name].data[mask], options=options, momentum=momentum)
+                if not 0 <= share < math.inf:
+                    raise UserError(f"redistribution {rule.name!r} returned {share} for {name}: {DIVERGED}")
+                shares[name] = share
+            room = {name: mask.numel() - counts[name] for name, mask in self.masks.items()}
+            arriving = allot(shares, sum(arriving.values()), room)
+
+        assert self.settings.growth
+        rule = growth[self.settings.growth.name]
+        for name, count in arriving.items():
+            if not count:
+                continue
+            weight = weights[name]
+            scores = rule(
+                weight.data,
+                options=self.settings.growth.options,
+                gradient=_gradient(weight),
+                momentum=self.momentum.get(name),
+                rng=generator(run.seed, "growth", name, run.step),
+            )
+            mask = self.masks[name]
+            mask.copy_(grown(mask, _checked(rule, scores, weight, name), count))
+
+    def _agree(self, run: Run) -> None:
+        """Take the first worker's masks: machines may round the sums behind them differently."""
+        as_bytes = [mask.view(torch.uint8) for mask in self.masks.values()]  # a type that every backend can send
+        run.worker.share(as_bytes)
+
+    def _record(self, run: Run) -> None:
+        active = active_counts(self.masks)
+        explored = active_counts(self.explored)
+        epoch = run.progress * run.settings.epochs
+        common = {"step": run.step, "epoch": epoch, "explored_share": self.explored_share}
+        for name, mask in self.masks.items():
+            counts = {"active": active[name], "explored": explored[name], "weights": mask.numel()}
+            self.history.append({**common, "layer": name, **counts})
+
     def results(self, run: Run) -> Results:
-        """Return the history of the masks, with its picture, and how much of the weights there is."""
+        """Return the history of the masks with its plot, the density and the explored share."""
         density = density_of(self.masks)
         explored = self.explored_share
         finding = (
@@ -117,7 +220,7 @@ class Topology(Hook):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return masks, what was explored, momentum and history."""
+        """Return masks, explored weights, momentum and history."""
         return {
             "masks": dict(self.masks),
             "explored": dict(self.explored),
@@ -126,7 +229,7 @@ class Topology(Hook):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them; the masks in place, as other hooks hold them."""
+        """Restore them, the masks in place."""
         for name, mask in self.masks.items():
             mask.copy_(state["masks"][name])
             self.explored[name].copy_(state["explored"][name])
@@ -134,124 +237,105 @@ class Topology(Hook):
                 self.momentum[name] = state["momentum"][name].to(mask.device)
         self.history = list(state["history"])
 
-    def _first_masks(self, run: Run) -> Masks:
-        chosen = self.settings.sparse_init
-        rule = initial[chosen.name]
-        supplied: dict[str, Any] = {"rng": generator(run.seed, "mask")}
-        if "batch" in rule.declares:
-            supplied["batch"] = _first_batch(run)
-        masks: Masks = rule(run.model, self.density, options=chosen.options, **supplied)
-        return masks
 
-    def _update_momentum(self, run: Run) -> None:
-        """Add the step's dense gradient to its momentum, m ← βm + g."""
-        for name in self.masks:
-            gradient = _gradient(run.model.get_parameter(name))
-            if name in self.momentum:
-                self.momentum[name].mul_(run.settings.momentum).add_(gradient)
-            else:
-                self.momentum[name] = gradient.clone()
+class Masked(Hook):
+    """Keeps pruned weights at zero by zeroing their gradients: momentum and decay of 0 are 0.
 
-    def _change(self, run: Run) -> None:
-        """Drop, grow, and zero what left and what is new."""
-        weights = prunable(run.model)
-        before = {name: mask.clone() for name, mask in self.masks.items()}
-        self._drop(run, weights)
-        if not self.settings.is_gradual:
-            self._grow(run, weights, before)
-        self._agree(run)
+    The arithmetic stays dense: this simulates sparsity and saves no time.
+
+    Args:
+        masks: True for active weights, by the parameter's name; an earlier hook may change them in place.
+    """
+
+    order = 100
+
+    def __init__(self, masks: Mapping[str, Tensor]):
+        self.masks = masks
+
+    def on_start(self, run: Run) -> None:
+        """Set the weights to w ⊙ m."""
+        self.masks = {name: mask.to(run.worker.device) for name, mask in self.masks.items()}
         for name, mask in self.masks.items():
-            self.explored[name] |= mask
-            zero_changed(weights[name], mask, before[name], run.optimizer)
-        self._record(run)
+            run.model.get_parameter(name).data.mul_(mask)
 
-    def _drop(self, run: Run, weights: Mapping[str, Tensor]) -> None:
-        chosen = self.settings.drop
-        rule = drop[chosen.name]
-        leaving = self._leaving(run)
-        for name, mask in self.masks.items():
-            active = weights[name].data[mask]  # [k]
-            scores = rule(active, options=chosen.options)
-            scores = checked_scores(f"drop rule {rule.name!r}", scores, active, name)
-            mask.copy_(dropped(mask, scores, leaving[name]))
+    def on_gradients(self, run: Run) -> None:
+        """Zero the gradients of pruned weights."""
+        self.zero(run, self.masks)
 
-    def _leaving(self, run: Run) -> dict[str, int]:
-        """Return how many weights each layer drops: the share f(t), or, pruning gradually, what is too many."""
-        if self.settings.is_gradual:
-            pruning_done = min(1.0, run.progress / PRUNED_BY)
-            return surplus(self.masks, gradual_density(self.density, pruning_done))
-        fraction = drop_fraction(self.settings.death_rate, run.progress, self.settings.decay)
-        counts = active_counts(self.masks)
-        return {name: int(fraction * count) for name, count in counts.items()}
+    def zero(self, run: Run, names: Iterable[str]) -> None:
+        """Zero the gradients of the pruned weights of some parameters."""
+        for name in names:
+            gradient = run.model.get_parameter(name).grad
+            if gradient is not None:
+                gradient.mul_(self.masks[name])
 
-    def _grow(self, run: Run, weights: Mapping[str, Tensor], before: Masks) -> None:
-        assert self.settings.growth  # without it masks change by gradual pruning only
-        chosen = self.settings.growth
-        rule = growth[chosen.name]
-        for name, count in self._arriving(weights, before).items():
-            if not count:
-                continue
-            weight = weights[name]
-            scores = rule(
-                weight.data,
-                options=chosen.options,
-                gradient=_gradient(weight),
-                momentum=self.momentum.get(name),
-                rng=generator(run.seed, "growth", name, run.step),
-            )
-            scores = checked_scores(f"growth rule {rule.name!r}", scores, weight, name)
-            mask = self.masks[name]
-            mask.copy_(grown(mask, scores, count))
 
-    def _arriving(self, weights: Mapping[str, Tensor], before: Masks) -> dict[str, int]:
-        """Return how many weights each layer grows: what it lost, or its share of what all lost."""
-        counts = active_counts(self.masks)
-        lost = {}
-        for name, count in active_counts(before).items():
-            lost[name] = count - counts[name]
-        chosen = self.settings.redistribution
-        if chosen is None:
-            return lost
-        rule = redistribution[chosen.name]
-        shares = {}
-        room = {}
-        for name, mask in self.masks.items():
-            momentum = self.momentum[name][mask] if name in self.momentum else None  # [k]
-            share = rule(weights[name].data[mask], options=chosen.options, momentum=momentum)
-            shares[name] = checked_share(f"redistribution {rule.name!r}", share, name)
-            room[name] = mask.numel() - counts[name]
-        return allot(shares, sum(lost.values()), room)
+class Active(Masked):
+    """Puts sparse linear layers into the model, and keeps their patterns equal to the masks.
 
-    def _agree(self, run: Run) -> None:
-        """Take the first worker's masks: they follow from sums that machines may round differently."""
-        as_bytes = [mask.view(torch.uint8) for mask in self.masks.values()]  # which every backend sends
-        run.worker.share(as_bytes)
+    A parameter and its optimiser state have one of two forms:
 
-    def _record(self, run: Run) -> None:
-        explored_share = self.explored_share
-        active = active_counts(self.masks)
-        explored = active_counts(self.explored)
-        for name, mask in self.masks.items():
-            self.history.append(
-                {
-                    "step": run.step,
-                    "epoch": run.progress * run.settings.epochs,
-                    "explored_share": explored_share,
-                    "layer": name,
-                    "active": active[name],
-                    "explored": explored[name],
-                    "weights": mask.numel(),
-                }
-            )
+        steps that change the masks, between epochs:  the dense weight [out, in], with its dense gradient
+        any other step:                               the k active weights [k], with their gradient
+
+    With several workers the first form is kept throughout, because DDP lays out its buckets once; only active weights
+    get gradients all the same.
+
+    Args:
+        masks: those of an earlier hook, which changes them in place.
+        due: returns True if that hook changes them in a step, given its number.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], due: Callable[[int], bool]):
+        super().__init__(masks)
+        self.due = due
+        self.layers: dict[str, ActiveLinear] = {}  # by the names of their weights
+
+    def on_start(self, run: Run) -> None:
+        """Exchange the layers; their parameters stay."""
+        super().on_start(run)
+        exchange_linear(run.model, ActiveLinear)
+        for name, layer in run.model.named_modules():
+            if isinstance(layer, ActiveLinear) and f"{name}.weight" in self.masks:
+                self.layers[f"{name}.weight"] = layer
+
+    def on_epoch(self, run: Run) -> None:
+        """Adopt the first masks, which a checkpoint may have replaced since ``on_start``."""
+        if any(layer.pattern is None for layer in self.layers.values()):
+            self._adopt_masks()
+        self._prepare(run)
+
+    def on_gradients(self, run: Run) -> None:
+        """Zero the gradients of pruned weights that were computed; adopt masks that have changed."""
+        if self.due(run.step):
+            self.zero(run, self.masks)
+            self._adopt_masks()
+        else:
+            self.zero(run, self.masks.keys() - self.layers.keys())
+
+    def on_step(self, run: Run) -> None:
+        """Prepare the next step."""
+        self._prepare(run)
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Restore the dense weights, as a checkpoint needs them."""
+        for layer in self.layers.values():
+            _convert(layer, run.optimizer, dense=True)
+
+    def _prepare(self, run: Run) -> None:
+        due = self.due(run.step)
+        for layer in self.layers.values():
+            layer.dense_gradient = due
+            if due or run.worker.world == 1:
+                _convert(layer, run.optimizer, dense=due)
+
+    def _adopt_masks(self) -> None:
+        for name, layer in self.layers.items():
+            layer.pattern = Pattern.of(self.masks[name])
 
 
 class FootprintReport(Hook):
-    """Tells what the model takes, with and without the weights that do not exist.
-
-    Args:
-        model: as it was built, with dense layers.
-        topology: whose masks; None = all weights exist.
-    """
+    """Reports parameters and operations of a model as it was built, in total and without pruned weights."""
 
     def __init__(self, model: nn.Module, topology: Topology | None):
         self.model = model
@@ -270,23 +354,6 @@ class FootprintReport(Hook):
         return Results(facts=takes._asdict(), findings=[finding])
 
 
-def _first_batch(run: Run) -> tuple[Tensor, Tensor]:
-    """Draw a batch for the first masks, and bill its gradient."""
-    indices = run.coreset.indices
-    order = torch.randperm(len(indices), generator=generator(run.seed, "first batch"))
-    drawn = indices[order[: run.settings.batch_size]]
-    bill = run.bill(FIRST_MASKS)
-    size = len(drawn)
-    bill.forward += size
-    bill.backward += size
-    return next(plain_batches(run.split, drawn, run.worker.device, size, dtype_of(run.model)))
-
-
-def _gradient(weight: Tensor) -> Tensor:
-    """Return the gradient of a parameter; of one that the forward pass does not use, zeros."""
-    return torch.zeros_like(weight) if weight.grad is None else weight.grad
-
-
 @hook("sparse", source="arXiv:1707.04780, arXiv:1911.11134")
 def sparse(*, job: Job, samples: Samples, options: Sparsity = DENSE) -> list[Hook]:
     """Train under masks that change (SET, RigL, ITOP), and report what the model takes."""
@@ -296,5 +363,36 @@ def sparse(*, job: Job, samples: Samples, options: Sparsity = DENSE) -> list[Hoo
     steps = job.training.epochs * job.training.steps_per_epoch(job.samples_used(samples))
     topology = Topology(options, steps)
     active = options.compute == "sparse"
-    held = Active(topology.masks, topology.due) if active else Masked(topology.masks)
-    return [topology, held, FootprintReport(model, topology)]
+    enforcing = Active(topology.masks, topology.due) if active else Masked(topology.masks)
+    return [topology, enforcing, FootprintReport(model, topology)]
+
+
+DIVERGED = "if the weights are not finite, lower the learning rate"
+
+
+def _checked(rule: Entry, scores: Tensor, weights: Tensor, layer: str) -> Tensor:
+    """Return a rule's scores on the device of the weights; NaN means that training diverged."""
+    shape = getattr(scores, "shape", None)
+    if shape != weights.shape:
+        raise UserError(f"rule {rule.name!r} returned shape {shape and [*shape]} for {[*weights.shape]} of {layer}")
+    if scores.isnan().any():
+        raise UserError(f"rule {rule.name!r} returned NaN for {layer}: {DIVERGED}")
+    return scores.to(weights.device)
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """Return a parameter's gradient; zeros if the forward pass does not use it."""
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _convert(layer: ActiveLinear, optimizer: Optimizer, *, dense: bool) -> None:
+    """Convert a weight and its optimiser state to the dense form [out, in] or to the active weights [k]."""
+    weight, pattern = layer.weight, layer.pattern
+    if pattern is None or dense == (weight.dim() == 2):
+        return
+    tensors: list[Tensor] = [weight]
+    for value in optimizer.state.get(weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            tensors.append(value)
+    for tensor in tensors:
+        tensor.data = pattern.dense(tensor.data) if dense else pattern.active(tensor.data)

@@ -1,20 +1,21 @@
-"""Masks: which weights exist. Densities per layer first, then masks with exact counts.
+"""Masks: densities per layer, masks with exact counts, and how masks change during training.
 
 Masks name only the weights of linear and convolutional layers and of attention's projections; embeddings, biases and
 norms are always dense.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raypkg.core.errors import UserError
 
 Masks = dict[str, Tensor]  # parameter name → bool tensor of the parameter's shape
-Densities = dict[str, float]  # parameter name → share of weights kept
+Densities = dict[str, float]  # parameter name → share of active weights
 Shapes = Mapping[str, torch.Size]
-Shares = Mapping[str, float]
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention itself
@@ -26,60 +27,19 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     The projections of ``nn.MultiheadAttention`` are linear, too: three in one parameter [3E, E], or each its own.
     """
     names = set()
-    for name, layer in model.named_modules():
-        for weight in _weights_of(layer):
-            names.add(f"{name}.{weight}".lstrip("."))  # a model that is itself such a layer has no name
-    weights = {}
-    for name, parameter in model.named_parameters():
-        if name in names and parameter.requires_grad:
-            weights[name] = parameter
-    return weights
-
-
-def _weights_of(layer: nn.Module) -> tuple[str, ...]:
-    """Return the names of a layer's own weights that masks apply to."""
-    if isinstance(layer, LAYERS):
-        return ("weight",)
-    return PROJECTIONS if isinstance(layer, nn.MultiheadAttention) else ()
+    for layer_name, layer in model.named_modules():
+        own: tuple[str, ...] = ()
+        if isinstance(layer, LAYERS):
+            own = ("weight",)
+        elif isinstance(layer, nn.MultiheadAttention):
+            own = PROJECTIONS
+        names |= {f"{layer_name}.{name}".lstrip(".") for name in own}  # a model that is itself a layer has no name
+    return {name: weight for name, weight in model.named_parameters() if name in names and weight.requires_grad}
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     """Return the shapes of the parameters that masks apply to."""
     return {name: weight.shape for name, weight in prunable(model).items()}
-
-
-def erk(shapes: Shapes, density: float) -> Densities:
-    """Return Erdős–Rényi-kernel densities whose weighted mean is the total density.
-
-    d_l = ε·(n_in + n_out + k_h + k_w) / (n_in·n_out·k_h·k_w) with ε solved for the total; layers that would
-    exceed 1 become dense and ε is solved again (arXiv:1911.11134).
-
-    Raises:
-        UserError: density outside (0, 1].
-
-    >>> erk({"a": torch.Size([10, 10]), "b": torch.Size([2, 2])}, 0.5)["b"]
-    1.0
-    """
-    if not 0 < density <= 1:
-        raise UserError(f"density {density} is outside (0, 1]")
-    sizes = _sizes(shapes)
-    raw = {}  # d_l at ε = 1
-    for name, shape in shapes.items():
-        raw[name] = sum(shape) / sizes[name]
-    densities = dict.fromkeys(shapes, 1.0)
-    sparse = list(shapes)  # the layers that stay below 1, as far as is known
-    budget = density * sum(sizes.values())
-    while sparse:
-        dense_weights = sum(sizes[name] for name in shapes if name not in sparse)
-        weights_at_one = sum(raw[name] * sizes[name] for name in sparse)  # of these layers, at ε = 1
-        epsilon = (budget - dense_weights) / weights_at_one
-        below = [name for name in sparse if epsilon * raw[name] <= 1]
-        if len(below) == len(sparse):
-            break
-        sparse = below  # the others are dense from here on: their surplus goes to these
-    for name in sparse:
-        densities[name] = epsilon * raw[name]
-    return densities
 
 
 def check_density(density: float, shapes: Shapes) -> None:
@@ -94,20 +54,42 @@ def check_density(density: float, shapes: Shapes) -> None:
     active = round(density * weights)
     if active < len(shapes):
         raise UserError(
-            f"density = {density:g} of {weights:,} weights leaves {active} for {len(shapes)} layers: each needs one at"
-            " least"
+            f"density = {density:g} of {weights:,} weights leaves {active} for {len(shapes)} layers: at least one each"
         )
 
 
-def allot(shares: Shares, total: int, room: Mapping[str, int]) -> dict[str, int]:
+def erk_densities(shapes: Shapes, density: float) -> Densities:
+    """Return Erdős–Rényi-kernel densities whose weighted mean is the total density.
+
+    d_l = ε·(n_in + n_out + k_h + k_w) / (n_in·n_out·k_h·k_w) with ε solved for the total; layers that would
+    exceed 1 become dense and ε is solved again (arXiv:1911.11134).
+
+    >>> erk_densities({"a": torch.Size([10, 10]), "b": torch.Size([2, 2])}, 0.5)["b"]
+    1.0
+    """
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}  # d_l at ε = 1
+    densities = dict.fromkeys(shapes, 1.0)
+    sparse = list(shapes)  # candidates for a density below 1
+    budget = density * sum(sizes.values())
+    while sparse:
+        dense_weights = sum(sizes[name] for name in shapes if name not in sparse)
+        weights_at_one = sum(raw[name] * sizes[name] for name in sparse)  # in these layers, at ε = 1
+        epsilon = (budget - dense_weights) / weights_at_one
+        below = [name for name in sparse if epsilon * raw[name] <= 1]
+        if len(below) == len(sparse):
+            break
+        sparse = below  # the others are dense from here on: their surplus goes to these
+    for name in sparse:
+        densities[name] = epsilon * raw[name]
+    return densities
+
+
+def allot(shares: Mapping[str, float], total: int, room: Mapping[str, int]) -> dict[str, int]:
     """Return whole numbers that sum to a total, in proportion to the shares, none above its room.
 
-    What does not fit into a full layer goes to the others; fractions are settled by the largest remainders.
-
-    Args:
-        shares: not negative; all zero counts as all equal.
-        total: at most Σ room.
-        room: by the names of the shares.
+    What does not fit into a full layer goes to the others; fractions are settled by the largest remainders. The shares
+    are not negative; all zero counts as all equal. The total is at most the sum of the room.
 
     >>> allot({"a": 1.5, "b": 1.5, "c": 9.0}, 8, {"a": 9, "b": 9, "c": 3})
     {'a': 3, 'b': 2, 'c': 3}
@@ -117,7 +99,9 @@ def allot(shares: Shares, total: int, room: Mapping[str, int]) -> dict[str, int]
     unfilled = list(shares)
     left = total
     while unfilled:
-        quotas = _quotas(shares, unfilled, left)
+        whole = sum(shares[name] for name in unfilled)
+        equal = 1 / len(unfilled)
+        quotas = {name: left * (shares[name] / whole if whole else equal) for name in unfilled}
         full = [name for name in unfilled if quotas[name] >= room[name]]
         if not full:
             break
@@ -127,36 +111,30 @@ def allot(shares: Shares, total: int, room: Mapping[str, int]) -> dict[str, int]
         unfilled = [name for name in unfilled if name not in full]
     for name in unfilled:
         counts[name] = int(quotas[name])
-
-    def remainder(name: str) -> float:
-        return quotas[name] - int(quotas[name])
-
-    missing = total - sum(counts.values())  # fewer than the layers: each lost less than 1 to rounding
-    largest_first = sorted(unfilled, key=remainder, reverse=True)
+    # Each layer lost less than 1 to rounding, so fewer than the layers are missing.
+    missing = total - sum(counts.values())
+    largest_first = sorted(unfilled, key=lambda name: quotas[name] - int(quotas[name]), reverse=True)
     for name in largest_first[:missing]:
         counts[name] += 1
     return counts
 
 
 def counts_of(shapes: Shapes, densities: Densities) -> dict[str, int]:
-    """Return how many weights of each layer to keep: exactly round(Σ d_l·n_l) in all, but never none of a layer."""
-    sizes = _sizes(shapes)
-    shares = {}
-    for name, size in sizes.items():
-        shares[name] = densities[name] * size
-    total = round(sum(shares.values()))
-    counts = allot(shares, total, sizes)
+    """Return active weights per layer: exactly round(Σ d_l·n_l) in total, but never none in a layer."""
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    shares = {name: densities[name] * size for name, size in sizes.items()}
+    counts = allot(shares, round(sum(shares.values())), sizes)
     return {name: max(1, count) for name, count in counts.items()}
 
 
 def random_masks(shapes: Shapes, densities: Densities, rng: torch.Generator) -> Masks:
     """Draw masks with the counts of the densities."""
     masks = {}
-    for name, keep in counts_of(shapes, densities).items():
+    for name, count in counts_of(shapes, densities).items():
         size = shapes[name].numel()
         order = torch.randperm(size, generator=rng)
         mask = torch.zeros(size, dtype=torch.bool)
-        mask[order[:keep]] = True
+        mask[order[:count]] = True
         masks[name] = mask.view(shapes[name])
     return masks
 
@@ -164,30 +142,27 @@ def random_masks(shapes: Shapes, densities: Densities, rng: torch.Generator) -> 
 def largest_masks(scores: Mapping[str, Tensor], density: float) -> Masks:
     """Keep the round(density · n) largest scores of all layers together, and the largest of a layer that has none."""
     flat = torch.cat([score.flatten() for score in scores.values()])  # [n]
-    keep = max(1, round(density * len(flat)))
-    kept = torch.zeros_like(flat, dtype=torch.bool)
-    kept[flat.topk(keep).indices] = True
+    count = max(1, round(density * len(flat)))
+    active = torch.zeros_like(flat, dtype=torch.bool)
+    active[flat.topk(count).indices] = True
     masks = {}
-    start = 0
-    for name, score in scores.items():
-        end = start + score.numel()
-        mask = kept[start:end]
+    parts = active.split([score.numel() for score in scores.values()])
+    for (name, score), mask in zip(scores.items(), parts, strict=True):
         if not mask.any():
             mask[score.argmax()] = True  # a layer without weights would cut the network in two
         masks[name] = mask.view(score.shape)
-        start = end
     return masks
 
 
 def enlarged(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return a layer's first weights as if drawn for the inputs that exist: w_ij·√(n/k_i) (arXiv:2010.03533).
+    """Return a layer's first weights as if drawn for its active inputs: w_ij·√(n/k_i) (arXiv:2010.03533).
 
-    An initialisation takes weights of variance ∝ 1/n for n inputs. Where unit i has k_i of them, the variance of its
-    signal shrinks by k_i/n in each layer: through several without batch norm, at 1 % density, little of it arrives.
+    An initialisation draws weights of variance ∝ 1/n for n inputs. Where unit i has k_i of them, each layer shrinks the
+    variance of its signal by k_i/n: through several without batch norm, at 1 % density, little of it arrives.
 
     Args:
         weight: [out, in, …].
-        mask: like the weight; a unit without inputs stays as it is.
+        mask: like the weight; a unit without inputs is unchanged.
 
     >>> enlarged(torch.ones(2, 4), torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool())
     tensor([[2., 2., 2., 2.],
@@ -200,27 +175,115 @@ def enlarged(weight: Tensor, mask: Tensor) -> Tensor:
     return (weight.flatten(1) * factor).view_as(weight)
 
 
+def active_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the number of active weights per layer."""
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
 def density_of(masks: Mapping[str, Tensor]) -> float:
     """Return the share of weights that exist."""
     active = sum(active_counts(masks).values())
     return active / sum(mask.numel() for mask in masks.values())
 
 
-def active_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return how many weights of each layer exist."""
-    return {name: int(mask.sum()) for name, mask in masks.items()}
+# Changes during training
 
 
-def _sizes(shapes: Shapes) -> dict[str, int]:
-    return {name: shape.numel() for name, shape in shapes.items()}
+def drop_fraction(first: float, progress: float, decay: str) -> float:
+    """Return the share f of a layer's active weights to drop, from f0 ("first") at the share p of training.
+
+    cosine: f = f0/2 · (1 + cos πp)        linear: f = f0 · (1 − p)
+
+    >>> drop_fraction(0.5, 0.5, "cosine"), drop_fraction(0.5, 0.5, "linear")
+    (0.25, 0.25)
+    """
+    if decay == "linear":
+        return first * (1 - progress)
+    wave = 1 + math.cos(math.pi * progress)  # from 2 to 0
+    return first / 2 * wave
 
 
-def _quotas(shares: Shares, names: Sequence[str], total: int) -> dict[str, float]:
-    """Return what each name gets of a total, as fractions."""
-    whole = sum(shares[name] for name in names)
-    if not whole:
-        return dict.fromkeys(names, total * (1 / len(names)))
-    quotas = {}
-    for name in names:
-        quotas[name] = total * (shares[name] / whole)
-    return quotas
+def gradual_density(last: float, progress: float) -> float:
+    """Return the density d + (1 − d)·(1 − p)³ of gradual pruning (arXiv:1710.01878) at the share p of pruning.
+
+    >>> gradual_density(0.5, 0.0), gradual_density(0.5, 0.5), gradual_density(0.5, 1.0)
+    (1.0, 0.5625, 0.5)
+    """
+    return last + (1 - last) * (1 - progress) ** 3
+
+
+def surplus(masks: Mapping[str, Tensor], density: float) -> dict[str, int]:
+    """Return each layer's active weights in excess of one density for all; every layer may keep one.
+
+    >>> surplus({"a": torch.ones(10).bool(), "b": torch.ones(2).bool()}, 0.25)
+    {'a': 7, 'b': 1}
+    """
+    sizes = {name: mask.numel() for name, mask in masks.items()}
+    targets = allot(sizes, round(density * sum(sizes.values())), sizes)
+    return {name: max(0, count - max(1, targets[name])) for name, count in active_counts(masks).items()}
+
+
+def dropped(mask: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Return the mask without its ``count`` active weights of the lowest finite scores.
+
+    Args:
+        mask: bool.
+        scores: of the active weights in their order, [k]; ∞ stays.
+        count: fewer are dropped if fewer scores are finite.
+    """
+    count = min(count, int(scores.isfinite().sum()))
+    lowest = _highest(-scores, count)  # positions among the active weights
+    remaining = mask.flatten().clone()
+    active = _positions(remaining)  # [k]
+    remaining[active[lowest]] = False
+    return remaining.view(mask.shape)
+
+
+def grown(mask: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Return the mask with the ``count`` inactive weights of the highest scores; those of active ones are ignored."""
+    extended = mask.flatten().clone()
+    inactive = _positions(~extended)
+    highest = _highest(scores.flatten()[inactive], count)  # positions among the inactive weights
+    extended[inactive[highest]] = True
+    return extended.view(mask.shape)
+
+
+def zero_changed(weight: Tensor, mask: Tensor, before: Tensor, optimizer: Optimizer) -> None:
+    """Zero dropped and grown weights and their optimiser state, in place.
+
+    Adam's squared gradients of grown weights become the layer's mean: from zero, the first steps would be far too long.
+
+    Args:
+        weight: a parameter.
+        mask: its active weights after the change.
+        before: its active weights before the change.
+        optimizer: holds the state.
+    """
+    stays = mask & before
+    weight.data.mul_(stays)
+    for name, value in optimizer.state.get(weight, {}).items():
+        if not isinstance(value, Tensor) or value.shape != weight.shape:
+            continue  # such as Adam's count of steps
+        value.mul_(stays)
+        if name == "exp_avg_sq" and stays.any():
+            value[mask & ~before] = value[stays].mean()
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """Return the positions of the highest scores; among equals, the first.
+
+    ``topk`` alone leaves the choice among equals to the machine, and drop rules give whole groups of weights one score.
+    Counts and masks must not depend on the machine.
+    """
+    if not count:
+        return scores.new_empty(0, dtype=torch.int64)
+    best, _ = scores.topk(count, sorted=False)
+    limit = best.min()
+    above = _positions(scores > limit)
+    equal = _positions(scores == limit)
+    return torch.cat([above, equal[: count - len(above)]])
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Return where a flat mask is true."""
+    return mask.nonzero()[:, 0]

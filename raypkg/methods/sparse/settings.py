@@ -1,4 +1,4 @@
-"""Settings of sparse training, and what contradicts itself in them."""
+"""Settings of sparse training, and their contradictions."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.crest.settings import CrestOptions
 
 PRUNED_BY = 0.75  # share of training after which gradual pruning has ended
-INTERVALS = 40  # of a training whose ΔT is left out
+INTERVALS = 40  # per training by default
 
 
 class Initial(Named):
@@ -73,12 +73,20 @@ class Sparsity(Settings):
 
     @property
     def is_gradual(self) -> bool:
-        """Whether weights only go, from a dense model to its density: gradual pruning."""
+        """Whether weights are only dropped, from a dense model to its density: gradual pruning."""
         return self.density is not None and self.growth is None and self.sparse_init.name == "dense"
 
     def interval(self, steps: int) -> int:
-        """Return ΔT, the steps between changes of the masks, in a training of ``steps`` steps."""
+        """Return ΔT, the steps between changes of the masks, for training of ``steps`` steps."""
         return self.update_every_steps or max(1, steps // INTERVALS)
+
+    @property
+    def rules_by_momentum(self) -> list[str]:
+        """The settings whose rules need the dense gradient of every step, which imports those rules."""
+        from . import growth, redistribution
+
+        chosen = {"growth": (growth, self.growth), "redistribution": (redistribution, self.redistribution)}
+        return [name for name, (rules, rule) in chosen.items() if rule and "momentum" in rules[rule.name].declares]
 
 
 class SparseTrain(Train):
@@ -119,7 +127,7 @@ class SparseSettings(Sparsity, Experiment):
 
     @property
     def hooks_used(self) -> tuple[Named, ...]:
-        """The hooks of the methods that are combined, with their options."""
+        """The hooks of the combined methods, with their options."""
         sparsity = {name: getattr(self, name) for name in Sparsity.model_fields}
         parts = {"crest": self.crest, "sparse": Sparsity(**sparsity), "agent": self.agent}
         return tuple(Named(name=name, options=part.model_dump()) for name, part in parts.items() if part)
@@ -131,7 +139,7 @@ class SparseSettings(Sparsity, Experiment):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """Refuse settings of what is not chosen, and choices that do not go together."""
+        """Refuse settings without effect, and choices that contradict each other."""
         if self.epochs > MOST_EPOCHS:
             raise UserError(
                 f"multiplier = {self.multiplier} of {self.train.epochs} epochs: at most {MOST_EPOCHS:,} in all"
@@ -154,35 +162,30 @@ class SparseSettings(Sparsity, Experiment):
             raise UserError("density = 1 leaves no room to grow: leave --density out, or give less")
         if self.is_gradual and self.drop.name == "threshold":
             raise UserError("drop = threshold lets weights stay, so gradual pruning would not reach its density")
-        if self.crest and self.coreset is not None:
-            raise UserError("crest chooses from all samples: --coreset would do nothing")
-        if self.compute == "sparse":
-            self._check_compute()
         if self.is_gradual and self.train.keep == "best":
             raise UserError(
                 "train.keep = best may be an epoch before gradual pruning reached its density: give --train.keep last"
             )
+        if self.crest and self.coreset is not None:
+            raise UserError("crest chooses from all samples: --coreset would do nothing")
+        if self.compute == "sparse" and self.train.compile:
+            raise UserError("compute = sparse does not go with train.compile = true: weights change their number")
+        if self.compute == "sparse" and (self.agent or self.crest):
+            other = "agent" if self.agent else "crest"
+            raise UserError(f"compute = sparse does not go with {other}, which differentiates other weights, or twice")
         return self
 
     def _refuse(self, reason: str, *names: str) -> None:
-        """Refuse settings that are not at their defaults, where they would do nothing."""
+        """Refuse settings that are not at their defaults, where they would have no effect."""
         for name in names:
-            default = type(self).model_fields[name].default
             value = getattr(self, name)
             never_grows = name == "growth" and value is None  # as in a dense model: no contradiction
-            if value != default and not never_grows:
+            if value != type(self).model_fields[name].default and not never_grows:
                 raise UserError(f"{reason}: {name} would do nothing")
 
-    def _check_compute(self) -> None:
-        if self.train.compile:
-            raise UserError("compute = sparse does not go with train.compile = true: weights change their number")
-        if self.agent or self.crest:
-            other = "agent" if self.agent else "crest"
-            raise UserError(f"compute = sparse does not go with {other}, which differentiates other weights, or twice")
-
     def lookups(self) -> list[Lookup]:
-        """Return the rules that the masks follow."""
-        from .rules import drop, growth, initial, redistribution
+        """Return the chosen rules."""
+        from . import drop, growth, initial, redistribution
 
         if self.density is None:
             return []
@@ -195,42 +198,29 @@ class SparseSettings(Sparsity, Experiment):
         return [Lookup(registry, rule.name, rule.options) for registry, rule in rules if rule]
 
     def check(self, n: int) -> None:
-        """Refuse rules that do not go together, and intervals that training on n samples does not reach.
+        """Refuse rules that contradict each other, and intervals that training on n samples does not reach.
 
         Raises:
-            UserError: what is wrong.
+            UserError: the contradiction.
         """
         steps = self.extended.epochs * self.extended.steps_per_epoch(n)
-        if self.density is not None:
-            self._check_interval(steps)
-            if self.compute == "sparse":
-                self._check_momentum()
-        if self.agent:
-            self.agent.check(n, self.extended)
-        if self.crest:
-            self.crest.check(n, self.extended, self)
-
-    def _check_momentum(self) -> None:
-        from .rules import growth, redistribution, uses_momentum
-
-        for registry, setting in ((growth, "growth"), (redistribution, "redistribution")):
-            rule = getattr(self, setting)
-            if uses_momentum(registry, rule):
-                raise UserError(
-                    f"compute = sparse has no dense gradient at every step, which {setting} = {rule.name} needs"
-                )
-
-    def _check_interval(self, steps: int) -> None:
         every = self.interval(steps)
-        if self.growth and every >= steps:
+        if self.density is not None and self.growth and every >= steps:
             raise UserError(
                 f"update_every_steps = {every} is not below the {steps} steps of training: masks would never change"
             )
         # The last weights go at the first change of the masks after pruning has ended: there must be one.
-        pruned = math.ceil(PRUNED_BY * steps)
-        last_change = -(-pruned // every) * every
+        last_change = -(-math.ceil(PRUNED_BY * steps) // every) * every
         if self.is_gradual and last_change >= steps:
             raise UserError(
                 f"update_every_steps = {every}: no change falls into the last quarter of the {steps} steps, so gradual"
                 " pruning would not reach its density"
             )
+        if self.compute == "sparse":
+            for name in self.rules_by_momentum:
+                rule = getattr(self, name).name
+                raise UserError(f"compute = sparse has no dense gradient at every step, which {name} = {rule} needs")
+        if self.agent:
+            self.agent.check(n, self.extended)
+        if self.crest:
+            self.crest.check(n, self.extended, self)

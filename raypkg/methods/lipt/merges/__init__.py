@@ -9,6 +9,4 @@ The members are those of this worker. What else a merge needs it declares by the
     score   measures parameters: accuracy on the held-out samples, of which there are some where a merge declares it
 """
 
-from raypkg.core.registry import Registry
-
-merge = Registry("merge", "raypkg.methods.lipt.merges", given=("total", "gather", "score"))
+from raypkg.methods.lipt import merge as merge

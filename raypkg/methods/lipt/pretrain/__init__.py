@@ -6,10 +6,7 @@ A pre-training carries out the report's phase "pretrain" and leaves the model's 
 ``RESULT``; a record of what training saw of each sample, which some coreset rules need, lies beside it.
 """
 
-from raypkg.core.registry import Registry
+from raypkg.methods.lipt import pretraining as pretraining
 
-pretraining = Registry(
-    "pre-training", "raypkg.methods.lipt.pretrain", given=("samples", "workers"), decorator="pretraining"
-)
 RESULT = "pretrained.safetensors"
 MERGED_FILE = "checkpoints/merged.safetensors"  # of an unfinished run, where joint epochs follow the merge

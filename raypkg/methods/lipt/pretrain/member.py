@@ -23,9 +23,9 @@ from raypkg.experiments.samples import Samples, augmentations, new_model
 from raypkg.methods.lipt.densities import redrawn
 from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.methods.lipt.soup import Member, State
-from raypkg.methods.sparse.masked import Masked
-from raypkg.methods.sparse.masks import Masks, shapes_of
-from raypkg.methods.sparse.rules import initial as sparsity
+from raypkg.methods.sparse.hook import Masked
+from raypkg.methods.sparse.masks import Masks
+from raypkg.methods.sparse.rules import first_masks
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 
@@ -221,19 +221,17 @@ def draw_masks(context: Context, shard: Tensor, split: Split, seed: int, cost: C
     if settings.sparsity is None:
         return {}
     model = context.model()
-    rule = sparsity[settings.sparsity]
-    batch = None
-    if "batch" in rule.declares:
+
+    def draw_one() -> tuple[Tensor, Tensor]:
         batch = draw_batch(context, model, shard, split, seed)
         cost.forward += len(batch[1])
         cost.backward += len(batch[1])
+        return batch
+
     rng = generator(seed, "densities")
     # Saliency in the precision of training; what dropout draws is the same for every model.
     with autocast(settings.precision, context.worker.device), seeded(0, "snip dropout"):
-        chosen = rule(model, settings.density, batch=batch, rng=rng)
-    shapes = shapes_of(model)
-    if {name: mask.shape for name, mask in chosen.items()} != shapes:
-        raise UserError(f"pretrain.sparsity = {rule.name!r} returned other layers or shapes than {[*shapes]}")
+        chosen = first_masks(settings.sparsity, model, settings.density, rng=rng, draw_batch=draw_one)
     # Only the ratios are kept: with places drawn anew the models differ from each other.
     return redrawn(chosen, generator(seed, "mask"))
 

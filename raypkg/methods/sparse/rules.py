@@ -1,0 +1,211 @@
+"""Rules of sparse training: the first masks, which weights go, which come, and in which layers.
+
+    @initial(name)         masks(model, density, *, rng, batch) → Masks
+    @drop(name)            score(weight) → scores of a layer's active weights [k]; the lowest go, ∞ stays
+    @growth(name)          score(weight, *, gradient, momentum, rng) → scores of a whole layer; the highest inactive come
+    @redistribution(name)  share(weight, *, momentum) → share of a layer in the growth, from its active weights [k]
+
+A rule omits the keywords that it does not need, and they are not computed. ``gradient`` is that of the step's batch as
+if the layer were dense, ``momentum`` its running sum, m ← βm + g.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from raypkg.core.errors import UserError
+
+from . import drop, growth, initial, redistribution
+from .masks import Masks, erk_densities, largest_masks, prunable, random_masks, shapes_of
+
+Saliency = dict[str, Tensor]  # a score for each weight that masks apply to, by the parameter's name
+
+# First masks
+
+
+def first_masks(
+    name: str,
+    model: nn.Module,
+    density: float,
+    *,
+    rng: torch.Generator,
+    draw_batch: Callable[[], tuple[Tensor, Tensor]],
+    options: Mapping[str, Any] | None = None,
+) -> Masks:
+    """Return the first masks by the named rule; a batch is drawn only if the rule needs one.
+
+    Raises:
+        UserError: a user's rule returned masks that do not fit the model.
+    """
+    rule = initial[name]
+    batch = draw_batch() if "batch" in rule.declares else None
+    masks: Masks = rule(model, density, options=options, rng=rng, batch=batch)
+    shapes = shapes_of(model)
+    if {layer: mask.shape for layer, mask in masks.items()} != shapes:
+        raise UserError(f"sparse initialisation {name!r} returned other layers or shapes than {[*shapes]}")
+    return masks
+
+
+@initial("erk", source="arXiv:1911.11134")
+def erk(model: nn.Module, density: float, *, rng: torch.Generator) -> Masks:
+    """Draw masks that are denser where a layer is smaller."""
+    shapes = shapes_of(model)
+    return random_masks(shapes, erk_densities(shapes, density), rng)
+
+
+@initial("uniform")
+def uniform(model: nn.Module, density: float, *, rng: torch.Generator) -> Masks:
+    """Draw masks of the same density in every layer, the first and the last included."""
+    shapes = shapes_of(model)
+    return random_masks(shapes, dict.fromkeys(shapes, density), rng)
+
+
+@initial("snip", source="arXiv:1810.02340")
+def snip(model: nn.Module, density: float, *, batch: tuple[Tensor, Tensor]) -> Masks:
+    """Keep the largest |g ⊙ w| of all layers together."""
+    return largest_masks(snip_saliency(model, *batch), density)
+
+
+@initial("grasp", source="arXiv:2002.07376")
+def grasp(model: nn.Module, density: float, *, batch: tuple[Tensor, Tensor]) -> Masks:
+    """Keep the largest w ⊙ Hg of all layers together."""
+    return largest_masks(grasp_saliency(model, *batch), density)
+
+
+@initial("dense", source="arXiv:1710.01878")
+def dense(model: nn.Module, density: float) -> Masks:
+    """Keep all weights; the density is where gradual pruning ends."""
+    return {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes_of(model).items()}
+
+
+# Weights that go
+
+
+@drop("magnitude")
+def smallest(weight: Tensor) -> Tensor:
+    """Drop the smallest |w|."""
+    return weight.abs()
+
+
+@drop("set", source="arXiv:1707.04780")
+def nearest_to_zero(weight: Tensor) -> Tensor:
+    """Drop the same share of the smallest positive and of the largest negative weights.
+
+    >>> nearest_to_zero(torch.tensor([1.0, -9.0, 2.0, 3.0, -8.0, 4.0])).tolist()
+    [0.25, 1.0, 0.5, 0.75, 0.5, 1.0]
+    """
+    ranks = torch.empty_like(weight)
+    for side in (weight > 0, weight <= 0):
+        size = weight[side].abs()  # [s]
+        order = size.argsort(stable=True)  # nearest to zero first
+        rank = torch.arange(1, len(order) + 1).to(weight)
+        ranked = torch.empty_like(size)
+        ranked[order] = rank / len(order)  # the same share of each side is below a score
+        ranks[side] = ranked
+    return ranks
+
+
+@drop("threshold")
+def below_threshold(weight: Tensor, *, below: Annotated[float, Field(gt=0)] = 1e-3) -> Tensor:
+    """Drop |w| < ``below``, the smallest first, and no more than the schedule allows."""
+    magnitude = weight.abs()
+    return magnitude.where(magnitude < below, torch.inf)
+
+
+# Weights that come
+
+
+@growth("random", source="arXiv:1707.04780")
+def anywhere(weight: Tensor, *, rng: torch.Generator) -> Tensor:
+    """Grow inactive weights at random."""
+    return torch.rand(weight.shape, generator=rng)
+
+
+@growth("gradient", source="arXiv:1911.11134")
+def steepest(weight: Tensor, *, gradient: Tensor) -> Tensor:
+    """Grow the largest |g|, g the gradient of the step's batch as if the layer were dense."""
+    return gradient.abs()
+
+
+@growth("momentum", source="arXiv:1907.04840")
+def steepest_on_average(weight: Tensor, *, momentum: Tensor) -> Tensor:
+    """Grow the largest |m|, m the momentum of the dense gradient."""
+    return momentum.abs()
+
+
+# Layers that grow
+
+
+@redistribution("magnitude")
+def mean_magnitude(weight: Tensor) -> float:
+    """Grow in proportion to a layer's mean |w|."""
+    return weight.abs().mean().item()
+
+
+@redistribution("nonzeros")
+def active_weights(weight: Tensor) -> float:
+    """Grow in proportion to the number of a layer's active weights."""
+    return float(len(weight))
+
+
+@redistribution("momentum", source="arXiv:1907.04840")
+def mean_momentum(weight: Tensor, *, momentum: Tensor) -> float:
+    """Grow in proportion to the mean |m| of a layer's active weights."""
+    return momentum.abs().mean().item()
+
+
+# Saliency of each weight before training, from one batch x float [b, …], y int64 [b]. Both leave the model unchanged.
+
+
+def snip_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Saliency:
+    """Return |g ⊙ w|, g the gradient of the batch's mean loss at the current weights (arXiv:1810.02340)."""
+    weights = prunable(model)
+    with _batch_statistics(model):
+        loss = F.cross_entropy(model(x), y)
+        gradients = _gradients(loss, weights)
+    return {name: (gradients[name] * weight).detach().abs() for name, weight in weights.items()}
+
+
+def grasp_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Saliency:
+    """Return w ⊙ Hg, the first-order decrease of ‖g‖² when a weight is removed (arXiv:2002.07376).
+
+    Differs from the paper: the loss has no temperature, and one batch serves for g and for H.
+    """
+    weights = prunable(model)
+    # PyTorch cannot differentiate its fused forms of attention twice: use plain products.
+    with _batch_statistics(model), sdpa_kernel(SDPBackend.MATH):
+        loss = F.cross_entropy(model(x), y)
+        gradients = _gradients(loss, weights, create_graph=True)
+        # H is never formed: the gradient of gᵀ·(g as a constant) is Hg.
+        flow = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients.values()]).sum()
+        products = _gradients(flow, weights)  # Hg
+    return {name: (weight * products[name]).detach() for name, weight in weights.items()}
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Run batch norm in training mode inside the block, then restore mode and buffers."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    was_training = model.training
+    model.train()
+    yield
+    model.train(was_training)
+    model.load_state_dict(buffers, strict=False)
+
+
+def _gradients(output: Tensor, weights: dict[str, nn.Parameter], *, create_graph: bool = False) -> Saliency:
+    """Return the gradients of a scalar; zeros for layers that the forward pass does not use."""
+    gradients = torch.autograd.grad(
+        output,
+        list(weights.values()),
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(weights, gradients, strict=True))
