@@ -32,7 +32,7 @@ from raypkg.methods.crest.quadratic import MovingMoments, flat, gradient_of, hes
 from raypkg.methods.crest.region import check_interval
 from raypkg.methods.crest.settings import CrestOptions
 from raypkg.methods.crest.state import CrestState
-from raypkg.methods.sparse.masked import Masked
+from raypkg.methods.sparse.hook import Masked
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage

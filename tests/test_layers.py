@@ -14,7 +14,6 @@ MATHEMATICS = {"core", "data", "models", "coresets"}  # all that a method's pure
 REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # files and folders that reach further
 REACH_TOO = {
     "agent": {"snapshot"},
-    "sparse": {"masked"},
     "crest": {"choosing", "fitting", "pool", "results", "state", "variance"},
     "deltagrad": {
         "membership", "history", "ledger", "fingerprints",

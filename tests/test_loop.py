@@ -22,7 +22,7 @@ from raypkg.engine.run import Hook, Results, Run
 from raypkg.engine.schedules import learning_rate
 from raypkg.engine.worker import Worker
 from raypkg.experiments.training import _checked_results
-from raypkg.methods.sparse.masked import Masked
+from raypkg.methods.sparse.hook import Masked
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 

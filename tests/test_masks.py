@@ -10,8 +10,8 @@ from torch import nn
 
 import reference
 from raypkg.engine.loop import fit
-from raypkg.methods.sparse.masks import allot, counts_of, enlarged, erk, largest_masks, shapes_of
-from raypkg.methods.sparse.saliency import grasp, snip
+from raypkg.methods.sparse.masks import allot, counts_of, enlarged, erk_densities, largest_masks, shapes_of
+from raypkg.methods.sparse.rules import grasp_saliency, snip_saliency
 from raypkg.models import build_model
 from sparse_training import PLAIN, C, D, N, batch, rng, run, sparse
 
@@ -33,8 +33,8 @@ def test_parts_add_up_and_follow_the_shares(seed):
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.5, 0.9, 1.0])
 def test_erk_counts_are_the_closed_form_to_one_weight(density):
     shapes = shapes_of(build_model("lenet5", (1, 28, 28), 10, seed=0, options={}))
-    expected = {name: d * shapes[name].numel() for name, d in erk(shapes, density).items()}
-    counts = counts_of(shapes, erk(shapes, density))
+    expected = {name: d * shapes[name].numel() for name, d in erk_densities(shapes, density).items()}
+    counts = counts_of(shapes, erk_densities(shapes, density))
     assert all(abs(counts[name] - expected[name]) < 1 for name in shapes)
     assert sum(counts.values()) == round(density * sum(shape.numel() for shape in shapes.values()))
     assert all(count <= shapes[name].numel() for name, count in counts.items())
@@ -43,10 +43,10 @@ def test_erk_counts_are_the_closed_form_to_one_weight(density):
 def test_saliencies_equal_their_definitions_and_leave_the_model_alone():
     model = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, C)).double()
     before, (x, y) = copy.deepcopy(model.state_dict()), batch()
-    for name, value in grasp(model, x.double(), y).items():
+    for name, value in grasp_saliency(model, x.double(), y).items():
         torch.testing.assert_close(value, reference.grasp(model, x.double(), y)[name], rtol=1e-6, atol=1e-10)
     weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
-    for name, value in snip(model, x.double(), y).items():
+    for name, value in snip_saliency(model, x.double(), y).items():
         twin = copy.deepcopy(model).train()
         F.cross_entropy(twin(x.double()), y).backward()
         torch.testing.assert_close(value, (twin.get_parameter(name).grad * weights[name]).abs())

@@ -8,10 +8,17 @@ from torch import nn
 
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Hook
-from raypkg.methods.sparse.active_linear import ActiveLinear, of_active, pattern_of
-from raypkg.methods.sparse.csr import compressed, exchange_linear, expanded
-from raypkg.methods.sparse.flops import active_flops, forward_flops
-from raypkg.methods.sparse.masked import Active
+from raypkg.methods.sparse.compute import (
+    ActiveLinear,
+    Pattern,
+    active_flops,
+    compressed,
+    exchange_linear,
+    expanded,
+    forward_flops,
+    only_active,
+)
+from raypkg.methods.sparse.hook import Active
 from raypkg.methods.sparse.masks import shapes_of
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
@@ -46,7 +53,7 @@ def test_sparse_layers_compute_what_dense_ones_do():
                 p *= torch.rand(p.shape, generator=rng()) < 0.3
         x = torch.randn(7, D, generator=rng())
         expected = model(x)
-        torch.testing.assert_close(exchange_linear(model, of_active)(x), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(exchange_linear(model, only_active)(x), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4), ()])
@@ -55,10 +62,10 @@ def test_active_layers_have_the_gradients_of_masked_ones(only, whole, shape):
     masked, mask = nn.Linear(9, 7), torch.rand(7, 9, generator=rng()) < 0.3
     masked.weight.data *= mask
     sparse_layer = ActiveLinear(copy.deepcopy(masked))
-    pattern = pattern_of(mask)
-    sparse_layer.pattern, sparse_layer.whole_gradient = pattern, whole
+    pattern = Pattern.of(mask)
+    sparse_layer.pattern, sparse_layer.dense_gradient = pattern, whole
     if only:
-        sparse_layer.weight.data = pattern.values(masked.weight.data)
+        sparse_layer.weight.data = pattern.active(masked.weight.data)
     x = torch.randn(*shape, 9, generator=rng())
     gradients = []
     for layer in (masked, sparse_layer):
@@ -66,7 +73,7 @@ def test_active_layers_have_the_gradients_of_masked_ones(only, whole, shape):
         layer(inputs).square().sum().backward()
         gradients.append((inputs.grad, layer.weight.grad, layer.bias.grad))
     if only:
-        gradients[1] = (gradients[1][0], pattern.whole(gradients[1][1]), gradients[1][2])
+        gradients[1] = (gradients[1][0], pattern.dense(gradients[1][1]), gradients[1][2])
     expected = (gradients[0][0], gradients[0][1] * (1 if whole else mask), gradients[0][2])
     for ours, theirs in zip(gradients[1], expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

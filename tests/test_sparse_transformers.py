@@ -13,14 +13,17 @@ from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
-from raypkg.methods.sparse.active_linear import of_active
-from raypkg.methods.sparse.csr import compressed, exchange_linear, expanded
-from raypkg.methods.sparse.flops import active_flops, forward_flops
-from raypkg.methods.sparse.hook import Topology
-from raypkg.methods.sparse.masked import Active, Masked
-from raypkg.methods.sparse.masks import active_counts, density_of, erk, prunable, random_masks, shapes_of
-from raypkg.methods.sparse.rules import initial
-from raypkg.methods.sparse.saliency import grasp, snip
+from raypkg.methods.sparse.compute import (
+    active_flops,
+    compressed,
+    exchange_linear,
+    expanded,
+    forward_flops,
+    only_active,
+)
+from raypkg.methods.sparse.hook import Active, Masked, Topology
+from raypkg.methods.sparse.masks import active_counts, density_of, erk_densities, prunable, random_masks, shapes_of
+from raypkg.methods.sparse.rules import grasp_saliency, initial, snip_saliency
 from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model
 from sparse_training import PLAIN, STEPS, C, D, rng, split
@@ -86,7 +89,7 @@ def test_projections_of_their_own_are_masked_each():
 @both
 def test_densities_are_those_of_erdos_renyi(build):
     shapes = shapes_of(build())
-    densities = erk(shapes, 0.3)
+    densities = erk_densities(shapes, 0.3)
     below = {name: share for name, share in densities.items() if share < 1}
     ratios = {share * shapes[name].numel() / sum(shapes[name]) for name, share in below.items()}
     assert max(ratios) == pytest.approx(min(ratios))
@@ -107,7 +110,7 @@ def without_dropout(build):
 @both
 def test_saliency_is_that_of_the_gradient(build):
     model, (x, y) = without_dropout(build), batch()
-    saliency = snip(model, x, y)
+    saliency = snip_saliency(model, x, y)
     twin = copy.deepcopy(model).train()
     F.cross_entropy(twin(x), y).backward()
     assert saliency.keys() == prunable(model).keys()
@@ -129,7 +132,7 @@ def test_grasp_differentiates_attention_twice():
     model.position = Nowhere()
     model.encoder.layers = model.encoder.layers[:1]
     x, y = batch(8)
-    scores = grasp(model, x.double(), y)
+    scores = grasp_saliency(model, x.double(), y)
     with sdpa_kernel(SDPBackend.MATH):
         slow = reference.grasp(model, x.double(), y)
     assert scores.keys() == slow.keys()
@@ -181,7 +184,7 @@ def test_an_exported_transformer_gives_the_same_logits():
     state = trained.state_dict()
     small = compressed(state, set(prunable(trained)))
     assert all(value.equal(state[name]) for name, value in expanded(small).items())
-    exported = exchange_linear(copy.deepcopy(trained), of_active)
+    exported = exchange_linear(copy.deepcopy(trained), only_active)
     with torch.inference_mode():  # where nn.TransformerEncoderLayer would multiply the weights by itself
         torch.testing.assert_close(exported(x), trained(x), rtol=1e-5, atol=1e-6)
 

@@ -11,10 +11,9 @@ from raypkg.engine.loop import fit
 from raypkg.engine.run import Hook
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
-from raypkg.methods.sparse.masked import Active
-from raypkg.methods.sparse.masks import density_of
+from raypkg.methods.sparse.hook import Active
+from raypkg.methods.sparse.masks import density_of, drop_fraction, dropped, grown
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
-from raypkg.methods.sparse.topology import drop_fraction, dropped, grown
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 from sparse_training import PLAIN, STEPS, C, D, counts_over_time, network, rng, run, sparse
@@ -242,8 +241,8 @@ def test_divergence_is_said_where_it_shows_first():
 @pytest.mark.parametrize(
     ("kind", "rule", "message"),
     [
-        ("drop", lambda weight: weight[:1], r"drop rule 'mine' returned \[1\] for \[\d+\] of"),
-        ("drop", lambda weight: None, r"drop rule 'mine' returned a NoneType for"),
+        ("drop", lambda weight: weight[:1], r"drop rule 'mine' returned shape \[1\] for \[\d+\] of"),
+        ("drop", lambda weight: None, r"drop rule 'mine' returned shape None for"),
         ("growth", lambda weight, *, gradient: gradient / 0 * 0, "growth rule 'mine' returned NaN for"),
         ("redistribution", lambda weight: float("nan"), "redistribution 'mine' returned nan for"),
         ("redistribution", lambda weight: -1, "redistribution 'mine' returned -1 for"),
@@ -258,7 +257,7 @@ def test_what_a_rule_of_the_users_returns_is_looked_at(monkeypatch, kind, rule, 
 
 
 def test_a_growth_rule_of_the_wrong_shape_is_told():
-    with pytest.raises(UserError, match=r"growth rule .*test_topology:flat. returned \[3\] for \[16, 12\]"):
+    with pytest.raises(UserError, match=r"growth rule .*test_topology:flat. returned shape \[3\] for \[16, 12\]"):
         fit(run(*sparse(growth=f"{__name__}:flat")))
 
 

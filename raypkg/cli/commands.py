@@ -111,7 +111,9 @@ def show(run: str, root: str, against: str | None) -> None:
 @effray.command(cls=ExampleHelp, params=[TRUST])
 @click.argument("run")
 @click.option("--root", default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
-@click.option("--format", "form", type=click.Choice(export_format.names), default="csr", show_default=True, help="how to write it")
+@click.option(
+    "--format", "form", type=click.Choice(export_format.names), default="csr", show_default=True, help="how to write it"
+)
 def export(run: str, root: str, form: str) -> None:
     """Write a finished run's model without the weights that do not exist, and measure what that saves.
 

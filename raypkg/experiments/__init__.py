@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # they import pydantic and pyarrow, which `--help` need not w
     from raypkg.runs.folder import RunFolder
 
 experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report", "workers"))
-export_format = Registry("export format", "raypkg.methods.*.export")  # write(folder, settings) → table of the savings
+# write(folder, settings) → a table of what the format saves
+export_format = Registry("export format", "raypkg.methods.*.export", decorator="export_format")
 R = TypeVar("R", bound="RunSettings")
 
 

@@ -17,8 +17,7 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker, threads
-from raypkg.methods.sparse.hook import Topology
-from raypkg.methods.sparse.masked import Active, Masked
+from raypkg.methods.sparse.hook import Active, Masked, Topology
 from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model
 

@@ -18,8 +18,7 @@ from raypkg.engine.run import Run
 from raypkg.engine.worker import threads
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
-from raypkg.methods.sparse.hook import Topology
-from raypkg.methods.sparse.masked import Masked
+from raypkg.methods.sparse.hook import Masked, Topology
 from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raypkg.methods.sparse.csr import expanded
+from raypkg.methods.sparse.compute import expanded
 from raypkg.runs.storage import Storage
 
 RUN = Path("runs/sparse/a")

@@ -293,7 +293,7 @@ def test_an_unknown_name_is_refused_before_any_work(name, value, message):
 @pytest.mark.parametrize(
     ("name", "function", "message"),
     [
-        ("sparsity", not_one_layer, "not_one_layer' returned other layers or shapes than"),
+        ("sparsity", not_one_layer, "sparse initialisation .*not_one_layer' returned other layers or shapes than"),
         ("merge", not_one_parameter, "not_one_parameter' returned other parameters or shapes than"),
     ],
 )

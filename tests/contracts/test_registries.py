@@ -10,14 +10,14 @@ import raypkg
 from raypkg.coresets.rules import coreset
 from raypkg.data.sources import dataset
 from raypkg.engine import hook
-from raypkg.experiments import experiment
+from raypkg.experiments import experiment, export_format
 from raypkg.methods.lipt.merges import merge
 from raypkg.methods.lipt.pretrain import pretraining
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
 from raypkg.models import model
 
 REGISTRIES = (
-    experiment, coreset, model, dataset, hook, pretraining, merge, initial, drop, growth, redistribution,
+    experiment, export_format, coreset, model, dataset, hook, pretraining, merge, initial, drop, growth, redistribution,
 )  # fmt: skip
 
 

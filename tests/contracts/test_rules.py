@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from raypkg.engine.loop import fit
-from raypkg.methods.sparse.masks import density_of, shapes_of
+from raypkg.methods.sparse.masks import density_of, dropped, grown, shapes_of
 from raypkg.methods.sparse.rules import drop, growth, initial, redistribution
-from raypkg.methods.sparse.topology import dropped, grown
 from sparse_training import Watch, batch, counts_over_time, network, rng, run, sparse
 
 REGISTRIES = {"initial": initial, "drop": drop, "growth": growth, "redistribution": redistribution}

@@ -133,7 +133,7 @@ class Pattern(NamedTuple):
 
 
 class ActiveLinear(nn.Linear):
-    """A linear layer that takes over another's parameters and multiplies only the weights of its pattern, if it has one.
+    """A linear layer over another's parameters, which multiplies only the weights of its pattern, if it has one.
 
     The parameter is the dense weight [out, in], as checkpoints and changes of the masks need it, or only the active
     weights [k], so that optimisers visit no others.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -40,10 +40,8 @@ from .masks import (
 from .rules import first_masks
 from .settings import PRUNED_BY, Sparsity
 
-if TYPE_CHECKING:
-    from raypkg.core.entry import Entry
-
 FIRST_MASKS = "first masks"  # the bill of a saliency
+DIVERGED = "if the weights are not finite, lower the learning rate"
 DENSE = Sparsity()
 
 
@@ -147,7 +145,7 @@ class Topology(Hook):
         for name, mask in self.masks.items():
             active = weights[name].data[mask]  # [k]
             scores = rule(active, options=chosen.options)
-            mask.copy_(dropped(mask, _checked(rule, scores, active, name), leaving[name]))
+            mask.copy_(dropped(mask, _checked(f"drop rule {rule.name!r}", scores, active, name), leaving[name]))
 
         if self.settings.growth:
             self._grow(run, weights, old_counts)
@@ -188,7 +186,7 @@ class Topology(Hook):
                 rng=generator(run.seed, "growth", name, run.step),
             )
             mask = self.masks[name]
-            mask.copy_(grown(mask, _checked(rule, scores, weight, name), count))
+            mask.copy_(grown(mask, _checked(f"growth rule {rule.name!r}", scores, weight, name), count))
 
     def _agree(self, run: Run) -> None:
         """Take the first worker's masks: machines may round the sums behind them differently."""
@@ -367,16 +365,13 @@ def sparse(*, job: Job, samples: Samples, options: Sparsity = DENSE) -> list[Hoo
     return [topology, enforcing, FootprintReport(model, topology)]
 
 
-DIVERGED = "if the weights are not finite, lower the learning rate"
-
-
-def _checked(rule: Entry, scores: Tensor, weights: Tensor, layer: str) -> Tensor:
+def _checked(rule: str, scores: Tensor, weights: Tensor, layer: str) -> Tensor:
     """Return a rule's scores on the device of the weights; NaN means that training diverged."""
     shape = getattr(scores, "shape", None)
     if shape != weights.shape:
-        raise UserError(f"rule {rule.name!r} returned shape {shape and [*shape]} for {[*weights.shape]} of {layer}")
+        raise UserError(f"{rule} returned shape {shape and [*shape]} for {[*weights.shape]} of {layer}")
     if scores.isnan().any():
-        raise UserError(f"rule {rule.name!r} returned NaN for {layer}: {DIVERGED}")
+        raise UserError(f"{rule} returned NaN for {layer}: {DIVERGED}")
     return scores.to(weights.device)
 
 

@@ -2,7 +2,7 @@
 
     @initial(name)         masks(model, density, *, rng, batch) → Masks
     @drop(name)            score(weight) → scores of a layer's active weights [k]; the lowest go, ∞ stays
-    @growth(name)          score(weight, *, gradient, momentum, rng) → scores of a whole layer; the highest inactive come
+    @growth(name)          score(weight, *, gradient, momentum, rng) → scores of a layer; the highest inactive ones come
     @redistribution(name)  share(weight, *, momentum) → share of a layer in the growth, from its active weights [k]
 
 A rule omits the keywords that it does not need, and they are not computed. ``gradient`` is that of the step's batch as
