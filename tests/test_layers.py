@@ -14,7 +14,7 @@ MATHEMATICS = {"core", "data", "models", "coresets"}  # all that a method's pure
 REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # files and folders that reach further
 REACH_TOO = {
     "agent": {"snapshot"},
-    "crest": {"choosing", "fitting", "pool", "results", "state", "variance"},
+    "crest": {"parallel"},
     "deltagrad": {
         "membership", "history", "ledger", "fingerprints",
         "recorded_run", "replayable", "requests", "sharded_gradient", "answer", "verify",

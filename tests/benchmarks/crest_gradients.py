@@ -19,7 +19,7 @@ from raypkg.core.config import load_settings
 from raypkg.engine.batches import plain_batches
 from raypkg.experiments.samples import new_model, open_samples
 from raypkg.experiments.training import MODEL
-from raypkg.methods.crest.minibatch import minibatch_coreset
+from raypkg.methods.crest.selection import logit_gradients, minibatch_coreset
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import find
@@ -48,7 +48,7 @@ def main() -> None:
     for _ in range(ROUNDS):
         subset = torch.randperm(N, generator=rng)[:R]
         with torch.no_grad():
-            picked = minibatch_coreset(model.eval()(x[subset]), y[subset], M)
+            picked = minibatch_coreset(logit_gradients(model.eval()(x[subset]), y[subset]), M)
         chosen = {
             "random": (subset[:M], torch.ones(M)),
             "CREST": (subset[picked.indices], picked.weights),

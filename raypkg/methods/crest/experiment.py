@@ -1,18 +1,29 @@
-"""CREST: trains on mini-batch coresets within a budget, beside the baselines at the same budget."""
+"""CREST and its baselines within a budget of training."""
 
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.experiments import experiment
+from raypkg.experiments.outlook import in_whole_batches, main_stage, outlook
 from raypkg.runs.report import Report
+from raypkg.runs.stages import Stage
 
 from .settings import CrestSettings
 
 
+@outlook("crest")
+def crest_stages(settings: CrestSettings) -> list[Stage]:
+    """Return the training within the budget: fewer epochs on all samples, or all epochs on a coreset of its size."""
+    if not settings.by_batches:
+        return [main_stage(settings, settings.budget)]
+    stage = main_stage(settings)
+    return [in_whole_batches(stage) if settings.selection == "crest" else stage]
+
+
 @experiment("crest", source="arXiv:2306.01244")
 def run(settings: CrestSettings, *, report: Report, workers: Workers) -> None:
-    """Train on mini-batch coresets, chosen at every step or when a local model of the loss expires, within a budget.
+    """Train on mini-batch coresets, renewed at every step or when a local model of the loss expires, within a budget.
 
-    The learning rate runs through its whole schedule within the budget. Baselines at the same budget: --selection.
+    The learning rate follows its whole schedule within the budget. Baselines at the same budget: --selection.
 
     Example:
         effray crest --dataset digits --budget 0.25

@@ -1,21 +1,24 @@
-"""The local model of the loss: quadratic in how far the weights have moved, with smoothed gradient and curvature.
+"""The local model of the loss, its relative error ρ, and T1, the steps between checks (arXiv:2306.01244, section 4.2).
 
-    F(δ) = L(w_l) + ḡᵀδ + ½ δᵀ diag(H̄) δ,      δ = w − w_l                            arXiv:2306.01244, section 4.2
+    F(δ) = L(w_l) + ḡᵀδ + ½ δᵀ diag(H̄) δ,      δ = w − w_l
 
-Vectors hold all parameters that the model covers, one after another, float32 [p].
+ḡ and H̄ are moving averages of gradients and of Hutchinson's estimates of the Hessian's diagonal. Vectors hold all
+parameters that the model covers, one after another, float32 [p].
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from raypkg.core.errors import UserError
 
-BETA1 = 0.9  # the paper's
-BETA2 = 0.999
+BETAS = (0.9, 0.999)  # β1, β2 of the paper
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -31,51 +34,30 @@ def gradient_of(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor], rng: torch.Generator) -> Tensor:
-    """Return Hutchinson's estimate of the Hessian's diagonal, z ⊙ Hz with random signs z, [p]: a double backward pass.
+    """Return Hutchinson's estimate of the Hessian's diagonal, z ⊙ Hz with random signs z, [p].
 
-    Its mean over z is the diagonal, and where the Hessian is diagonal, every estimate is exact.
-
-    Args:
-        loss: a scalar that depends on the parameters.
-        parameters: with p entries in all.
-        rng: draws z, on the CPU.
+    Its mean over z is the diagonal. Where the Hessian is diagonal, every estimate is exact.
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-    signs = [_random_signs(parameter, rng) for parameter in parameters]
-    # H is never formed: the gradient of the scalar zᵀ∇L is Hz.
+    signs = []
+    for parameter in parameters:
+        coins = torch.randint(2, parameter.shape, generator=rng)
+        signs.append(coins.to(parameter).mul_(2).sub_(1))
+    # H is never formed: the gradient of the scalar zᵀ∇L is Hz, at the cost of a second backward pass.
     slopes = [slope.sum() for slope in map(torch.mul, gradients, signs)]
     slope = torch.stack(slopes).sum()  # zᵀ∇L
     products = torch.autograd.grad(slope, parameters, materialize_grads=True)  # Hz
     return flat(map(torch.mul, signs, products))
 
 
-def _random_signs(parameter: Tensor, rng: torch.Generator) -> Tensor:
-    coins = torch.randint(2, parameter.shape, generator=rng)
-    return coins.to(parameter).mul_(2).sub_(1)
-
-
 @dataclass(frozen=True, eq=False)
 class MovingMoments:
-    """Exponential means of gradients, and of squared Hessian diagonals, over the updates so far.
+    """Exponential means of gradients and of squared Hessian diagonals."""
 
-    Args:
-        first: (1−β1) Σ_s β1^(l−s) g_s, [p].
-        second: (1−β2) Σ_s β2^(l−s) diag(H_s)², [p]; None where curvature is not modelled.
-        updates: l.
-        betas: (β1, β2); (0, 0) = the latest only.
-    """
-
-    first: Tensor
-    second: Tensor | None
-    updates: int = 0
-    betas: tuple[float, float] = (BETA1, BETA2)
-
-    @classmethod
-    def none_yet(cls, order: int, *, smoothed: bool) -> "MovingMoments":
-        """Return the moments before the first update: zeros, which take any shape."""
-        zero = torch.zeros(())
-        betas = (BETA1, BETA2) if smoothed else (0.0, 0.0)
-        return cls(zero, zero if order == 2 else None, betas=betas)
+    first: Tensor  # (1−β1) Σ_s β1^(l−s) g_s, [p]
+    second: Tensor | None  # (1−β2) Σ_s β2^(l−s) diag(H_s)², [p]; None: the model is linear
+    updates: int = 0  # l
+    betas: tuple[float, float] = BETAS  # (0, 0): the latest only
 
     def updated(self, gradient: Tensor, diagonal: Tensor | None) -> "MovingMoments":
         """Return the means with one more gradient and diagonal."""
@@ -83,56 +65,74 @@ class MovingMoments:
         first = beta1 * self.first + (1 - beta1) * gradient
         second = None
         if self.second is not None and diagonal is not None:
-            # A single draw of z estimates with noise of either sign: squared, it cannot cancel what curvature there is.
-            squares = diagonal.square()
-            second = beta2 * self.second + (1 - beta2) * squares
+            # One draw of z estimates with noise of either sign. Squares cannot cancel, so curvature remains visible.
+            second = beta2 * self.second + (1 - beta2) * diagonal.square()
         return replace(self, first=first, second=second, updates=self.updates + 1)
-
-    def to(self, device: torch.device) -> "MovingMoments":
-        """Return the means on a device."""
-        first = self.first.to(device)
-        second = None
-        if self.second is not None:
-            second = self.second.to(device)
-        return replace(self, first=first, second=second)
 
     @property
     def gradient(self) -> Tensor:
         """ḡ = EMA_β1(g) / (1 − β1^l), [p]."""
-        beta1, _ = self.betas
-        weight = 1 - beta1**self.updates  # of all gradients so far, as the mean began at zero
-        return self.first / weight
+        return self.first / (1 - self.betas[0] ** self.updates)
 
     @property
     def diagonal(self) -> Tensor | None:
-        """H̄ = sqrt(EMA_β2(diag(H)²) / (1 − β2^l)), [p]: never negative."""
+        """H̄ = sqrt(EMA_β2(diag(H)²) / (1 − β2^l)), [p], never negative."""
         if self.second is None:
             return None
-        _, beta2 = self.betas
-        weight = 1 - beta2**self.updates
-        return (self.second / weight).sqrt()
+        return (self.second / (1 - self.betas[1] ** self.updates)).sqrt()
 
 
-def predicted(loss: float, gradient: Tensor, diagonal: Tensor | None, moved: Tensor) -> float:
-    """Return F(δ); without a diagonal, the model is linear.
+@dataclass(eq=False)
+class Region:
+    """A local model of the loss, fitted at w_l, checked every T1 steps, and expired once ρ > τ."""
 
-    Args:
-        loss: L(w_l).
-        gradient: ḡ [p].
-        diagonal: H̄ [p], or None.
-        moved: δ [p].
-    """
-    slope = float(gradient @ moved)  # ḡᵀδ
-    bend = 0.0
-    if diagonal is not None:
-        bend = 0.5 * float(diagonal @ moved.square())  # ½ δᵀ diag(H̄) δ
-    return loss + slope + bend
+    moments: MovingMoments  # over all regions so far
+    anchor: Tensor  # w_l [p]
+    loss: float = 0.0  # L(w_l)
+    drift: float = 0.0  # change of the loss at w_l since the pool was chosen; 0 unless chosen earlier
+    expired: bool = True  # by the latest check; True before the first fit
+    interval: int = 1  # T1
+    age: int = 0  # steps since the last check
+    first_curvature: float = 0.0  # ‖H̄_0‖; 0 = not measured yet
+
+    @classmethod
+    def unfitted(cls, order: int, *, smoothed: bool) -> "Region":
+        """Return the region before the first fit, of a model of order 1 or 2."""
+        zero = torch.zeros(())  # takes the shape of the first gradient
+        moments = MovingMoments(zero, zero if order == 2 else None, betas=BETAS if smoothed else (0.0, 0.0))
+        return cls(moments, anchor=torch.empty(0))
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> "Region":
+        """Return the region whose fields a checkpoint holds."""
+        return cls(**{**saved, "moments": MovingMoments(**saved["moments"])})
+
+    def prediction(self, parameters: Tensor, loss: float) -> float:
+        """Return F(w − w_l) at the weights w [p], for samples with a known loss at w_l."""
+        moved = parameters - self.anchor  # δ
+        slope = float(self.moments.gradient @ moved)  # ḡᵀδ
+        bend = 0.0
+        diagonal = self.moments.diagonal
+        if diagonal is not None:
+            bend = 0.5 * float(diagonal @ moved.square())  # ½ δᵀ diag(H̄) δ
+        return loss + slope + bend
+
+    @property
+    def curvature(self) -> float:
+        """‖H̄‖; 0 for a linear model."""
+        diagonal = self.moments.diagonal
+        return 0.0 if diagonal is None else float(diagonal.norm())
+
+    def to(self, device: torch.device) -> None:
+        """Move the vectors to a device: a checkpoint restores them on the CPU."""
+        self.anchor = self.anchor.to(device)
+        first, second = self.moments.first, self.moments.second
+        second = None if second is None else second.to(device)
+        self.moments = replace(self.moments, first=first.to(device), second=second)
 
 
 def relative_error(model: float, loss: float) -> float:
-    """Return ρ = |F − L| / L, how far the model is off.
-
-    A model that is not finite is infinitely far off, and so is every model but an exact one where the loss is 0.
+    """Return ρ = |F − L| / L; infinite if F is not finite, or if L = 0 and F is not.
 
     Raises:
         UserError: the loss is not finite.
@@ -145,3 +145,33 @@ def relative_error(model: float, loss: float) -> float:
     if loss == 0 or not math.isfinite(model):
         return 0.0 if model == loss else math.inf
     return abs(model - loss) / loss
+
+
+def check_interval(h: float, first: float, now: float) -> int:
+    """Return T1 = ⌈h · ‖H̄_0‖ / ‖H̄‖⌉, the steps between checks: the flatter the loss, the more steps.
+
+    ``first`` is ‖H̄_0‖ and ``now`` is ‖H̄‖. If either is 0, curvature is unknown and T1 = ⌈h⌉.
+
+    >>> check_interval(1, 8.0, 2.0), check_interval(1, 2.0, 8.0), check_interval(10, 0.0, 0.0)
+    (4, 1, 10)
+    """
+    if now > 0 and first > 0:
+        return math.ceil(h * first / now)
+    return math.ceil(h)
+
+
+def covered_parameters(model: nn.Module, which: str) -> list[Tensor]:
+    """Return the parameters that the local model covers: all that are trained, or those of the ``head``."""
+    module = model.get_submodule("head") if which == "head" else model
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def trains_as_it_evaluates(model: nn.Module) -> bool:
+    """Return True if a sample's gradient is the same in both modes: no active batch norm or dropout."""
+    for module in model.modules():
+        # Attention and recurrent layers have their own dropout, a number.
+        rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+        drops = isinstance(rate, int | float) and rate > 0
+        if module.training and (drops or isinstance(module, _BatchNorm)):
+            return False
+    return True

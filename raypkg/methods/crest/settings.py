@@ -1,4 +1,4 @@
-"""Settings of CREST, and checks that they do not contradict each other."""
+"""Settings of CREST."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
@@ -19,66 +19,72 @@ from raypkg.core.settings import (
     Training,
 )
 
-BATCHES = 4  # in a random subset where its share is not set
+BATCHES = 4  # in a random subset by default
 PAPER_TAU = 0.05
-OF_THE_MODEL = (  # options that say how the local model is fitted and checked, and how long it is trusted
+OF_THE_MODEL = (  # options of the local model, without effect at τ = 0
     "h", "b", "checked_on", "order", "smoothing", "model_batches", "curvature", "parameters", "overlap",
 )  # fmt: skip
 
 
 class CrestOptions(Settings):
-    """Mini-batch coresets, and how long they are trusted."""
+    """Mini-batch coresets and the local model that renews them."""
 
     renamed: ClassVar[Mapping[str, str]] = {"drop_every": "exclude_every_steps", "alpha": "exclude_below"}
 
     tau: Annotated[
         float,
-        Field(ge=0, description="τ: error at which the local model expires (0.05); 0 = none, each step chooses anew"),
+        Field(
+            ge=0,
+            description="τ: error at which the local model expires (paper: 0.05); 0 = no model, every step chooses",
+        ),
     ] = 0.0
-    h: Annotated[float, Field(gt=0, description="multiplies ‖H̄_0‖/‖H̄_t‖ to give the steps between checks")] = 1.0
-    b: Annotated[Count, Field(description="mini-batch coresets of a pool for each step between checks")] = 5
+    h: Annotated[float, Field(gt=0, description="multiplies ‖H̄_0‖/‖H̄‖ to give T1, the steps between checks")] = 1.0
+    b: Annotated[Count, Field(description="mini-batch coresets in a pool per step between checks")] = 5
     subset: Annotated[
         Share | None,
-        Field(description="r/n: share of the samples in a random subset; four batches when left out"),
+        Field(description="r/n: share of the samples in a random subset (default: four batches)"),
     ] = None
     checked_on: Annotated[
         Literal["pool", "fresh"],
-        Field(description="L^r of a check: on a subset of the pool, whose loss at w_l is known, or on a fresh one"),
+        Field(description="samples of a check: a subset of the pool, whose loss at w_l is known, or a fresh one"),
     ] = "pool"
-    augmented: Annotated[
-        bool, Field(description="select among the images as they are trained on, not among unaugmented ones")
-    ] = True
+    augmented: Annotated[bool, Field(description="select among augmented images, as they are trained on")] = True
     exclude_every_steps: Annotated[Count, Field(description="T2: steps between exclusions of learned samples")] = 20
     exclude_below: Annotated[
-        float, Field(ge=0, description="α: losses up to which a sample is learned; 0 = exclude none")
+        float, Field(ge=0, description="α: a loss up to α counts as learned; 0 = exclude none")
     ] = 0.1
     exclude_after: Annotated[
-        int, Field(ge=0, description="losses in a row up to α by which a sample is learned; 0 = all within T2 steps")
+        int, Field(ge=0, description="losses up to α in a row that exclude a sample; 0 = all within T2 steps")
     ] = 5
-    keep_active: Annotated[
-        float, Field(ge=0, le=1, description="share of the samples that always stay active, learned or not")
-    ] = 0.8
-    order: Annotated[int, Field(ge=1, le=2, description="of the local model: 2 = with curvature, 1 = without")] = 2
+    keep_active: Annotated[float, Field(ge=0, le=1, description="share of the samples that always stay active")] = 0.8
+    order: Annotated[
+        int, Field(ge=1, le=2, description="order of the local model: 2 = with curvature, 1 = without")
+    ] = 2
     smoothing: Annotated[
         Literal["coreset", "pool", "none"],
-        Field(description="of gradient and curvature: averages that every coreset of the model or every pool updates"),
+        Field(
+            description="moving averages of gradient and curvature: updated per coreset or per pool; none = latest only"
+        ),
     ] = "coreset"
     settle: Annotated[
         float, Field(ge=0, lt=1, description="share of training after which ‖H̄_0‖ is taken; 0 = at the first weights")
     ] = 0.05
     model_batches: Annotated[
-        int, Field(ge=0, description="mini-batch coresets that the local model is fitted to; 0 = the whole pool")
+        int, Field(ge=0, description="mini-batch coresets to which the local model is fitted; 0 = the whole pool")
     ] = 1
     curvature: Annotated[
         int | None,
-        Field(ge=0, description="of their samples, how many give the curvature: a quarter of a batch; 0 = all"),
+        Field(
+            ge=0,
+            description="samples that give the curvature (default: a quarter of a batch); 0 = all of those coresets",
+        ),
     ] = None
-    look: Annotated[
-        bool, Field(description="measure at the start, and after settle, what coresets are worth and cost, and say so")
-    ] = True
+    look: Annotated[bool, Field(description="measure and log the worth of coresets at the start and after settle")] = (
+        True
+    )
     parameters: Annotated[
         Literal["all", "head"],
-        Field(description="that the local model covers; head = the last layer only, for large networks"),
+        Field(description="parameters in the local model; head = the last layer only, for large networks"),
     ] = "all"
     overlap: Annotated[
         bool, Field(description="select in the background, on another core, with the weights of the previous check")
@@ -89,23 +95,22 @@ class CrestOptions(Settings):
     memory: CacheGiB = None
 
     @model_validator(mode="after")
-    def _no_model_without_trust(self) -> Self:
-        """Refuse options of the local model where there is none."""
-        fields = type(self).model_fields
-        idle = [name for name in OF_THE_MODEL if getattr(self, name) != fields[name].default]
-        if self.tau == 0 and idle:
-            value = getattr(self, idle[0])
-            raise UserError(
-                f"crest.tau = 0, without a local model: crest.{idle[0]} = {value} would do nothing; the paper's τ is"
-                f" {PAPER_TAU}"
-            )
+    def _no_model_without_tau(self) -> Self:
+        """Refuse options of the local model if there is none."""
+        for name in OF_THE_MODEL:
+            value = getattr(self, name)
+            if self.tau == 0 and value != type(self).model_fields[name].default:
+                raise UserError(
+                    f"crest.tau = 0, without a local model: crest.{name} = {value} would do nothing; the paper's τ is"
+                    f" {PAPER_TAU}"
+                )
         return self
 
     def subset_size(self, n: int, batch: int) -> int:
-        """Return r, the samples of a random subset of n.
+        """Return r, the size of a random subset of n samples.
 
         Raises:
-            UserError: a batch does not fit the samples, or not the subset.
+            UserError: a batch is larger than the subset or than n.
 
         >>> CrestOptions().subset_size(45_000, 128), CrestOptions(subset=0.02).subset_size(45_000, 128)
         (512, 900)
@@ -122,35 +127,18 @@ class CrestOptions(Settings):
         return size
 
     def curvature_samples(self, batch: int) -> int:
-        """Return how many samples of a coreset give its curvature; 0 = all."""
+        """Return the number of samples that give the curvature; 0 = all."""
         return max(1, batch // 4) if self.curvature is None else self.curvature
 
     def check_length(self, n: int, training: Training) -> None:
-        """Refuse a batch, subset or warm-up that the data or the budget cannot hold.
-
-        Args:
-            n: training samples.
-            training: within the budget.
-
-        Raises:
-            UserError: what is wrong.
-        """
+        """Refuse a batch, subset or warm-up that n training samples or the budget cannot hold."""
         self.subset_size(n, training.batch_size)
         steps = training.epochs * training.steps_per_epoch(n)
         if 0 < training.warmup * steps < 1:
             raise UserError(f"train.warmup = {training.warmup:g} of the budget's {steps} steps is less than one step")
 
     def check(self, n: int, training: Training, experiment: Experiment) -> None:
-        """Refuse what the data, the budget or the cluster cannot hold, and another loss than CREST models.
-
-        Args:
-            n: training samples.
-            training: within the budget.
-            experiment: that it is a part of: its data, and the cluster, beside whose workers the actors must fit.
-
-        Raises:
-            UserError: what is wrong.
-        """
+        """Refuse what n training samples, the budget, the loss or the cluster do not allow."""
         self.check_length(n, training)
         if training.label_smoothing:
             raise UserError(
@@ -163,9 +151,9 @@ class CrestOptions(Settings):
 
 
 class CrestTrain(Train):
-    """The full training, of which the budget is a share."""
+    """The full training."""
 
-    epochs: Annotated[Epochs, Field(description="of full training; the budget is a share of them")] = 40
+    epochs: Annotated[Epochs, Field(description="epochs of full training; the budget is a share of them")] = 40
     schedule: Schedule = "multistep"
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly rising rate")] = 0.1
     milestones: Annotated[
@@ -181,13 +169,13 @@ class CrestSettings(Experiment):
 
     selection: Annotated[
         Literal["crest", "random", "cut", "craig", "gradmatch", "glister"],
-        Field(description="crest; random batches; cut = full schedule cut short; or a coreset of the budget's size"),
+        Field(description="crest; random batches; cut = full schedule, cut short; or a coreset of the budget's size"),
     ] = "crest"
-    budget: Annotated[
-        Share, Field(description="share of full training's steps; CREST's model of the loss is extra")
-    ] = 0.1
+    budget: Annotated[Share, Field(description="share of the steps of full training; CREST's local model is extra")] = (
+        0.1
+    )
     every_epochs: Annotated[
-        int | None, Field(ge=1, description="epochs between selections (craig, gradmatch, glister); 1 when left out")
+        int | None, Field(ge=1, description="epochs between selections (craig, gradmatch, glister; default: 1)")
     ] = None
     crest: CrestOptions = CrestOptions()
     train: CrestTrain = CrestTrain()
@@ -199,17 +187,17 @@ class CrestSettings(Experiment):
 
     @property
     def within(self) -> int:
-        """Epochs that the budget pays for."""
+        """Epochs of the budget."""
         return round(self.budget * self.train.epochs)
 
     @property
     def compressed(self) -> Training:
-        """The full training's schedule within the budget."""
+        """The schedule of full training, compressed into the budget."""
         return self.train.model_copy(update={"epochs": self.within})
 
     @property
     def epochs(self) -> int:
-        """Epochs to train: those of the budget, or all of them where each is on a coreset of the budget's size."""
+        """Epochs to train: those of the budget, or all of them if each is on a coreset of the budget's size."""
         return self.within if self.by_batches else self.train.epochs
 
     @property
@@ -219,52 +207,34 @@ class CrestSettings(Experiment):
 
     @property
     def reselection(self) -> Reselect:
-        """How a baseline selects a coreset of the budget's size."""
-        return Reselect(
-            rule=self.selection,
-            fraction=self.budget,
-            weighted=True,
-            every_epochs=self.every_epochs or 1,
-        )
+        """The selection of a baseline's coreset of the budget's size."""
+        every = self.every_epochs or 1
+        return Reselect(rule=self.selection, fraction=self.budget, weighted=True, every_epochs=every)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse a budget that is not whole epochs, and settings of another selection."""
-        self._check_budget()
-        if self.selection != "crest" and self.crest != CrestOptions():
-            raise UserError(f"selection = {self.selection}: crest.* belongs to crest and would do nothing")
-        if self.by_batches and self.every_epochs is not None:
-            raise UserError(f"selection = {self.selection}: every_epochs = {self.every_epochs} would do nothing")
-        if not self.by_batches:
-            self._check_reselection()
-        return self
-
-    def _check_budget(self) -> None:
-        epochs = self.train.epochs
+        selection, epochs = self.selection, self.train.epochs
         exact = self.budget * epochs
-        rounding = abs(exact - self.within)  # of shares such as 0.333
-        if self.within < 1 or rounding > 0.01:
+        if self.within < 1 or abs(exact - self.within) > 0.01:  # shares such as 0.333 are rounded
             near = max(1, self.within) / epochs
             raise UserError(
                 f"budget = {self.budget:g} of {epochs} epochs is {exact:g} epochs: it must be whole, such as --budget"
                 f" {near:.3g}"
             )
-
-    def _check_reselection(self) -> None:
-        epochs = self.train.epochs
-        every = self.every_epochs or 1
-        if self.budget == 1 or every > epochs:
+        if selection != "crest" and self.crest != CrestOptions():
+            raise UserError(f"selection = {selection}: crest.* belongs to crest and would do nothing")
+        if self.by_batches and self.every_epochs is not None:
+            raise UserError(f"selection = {selection}: every_epochs = {self.every_epochs} would do nothing")
+        if not self.by_batches and (self.budget == 1 or (self.every_epochs or 1) > epochs):
             raise UserError(
-                f"selection = {self.selection}: budget = {self.budget:g} must be below 1 and every_epochs ="
+                f"selection = {selection}: budget = {self.budget:g} must be below 1 and every_epochs ="
                 f" {self.every_epochs} at most the {epochs} epochs"
             )
+        return self
 
     def check(self, n: int) -> None:
-        """Refuse what n training samples do not allow.
-
-        Raises:
-            UserError: what is wrong.
-        """
+        """Refuse what n training samples do not allow."""
         if self.selection == "crest":
             self.crest.check(n, self.compressed, self)
         elif self.selection == "random":

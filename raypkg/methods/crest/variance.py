@@ -1,135 +1,146 @@
-"""How far the gradients of random batches and of mini-batch coresets are from the data's, as training computes them."""
+"""The worth of a mini-batch coreset, by the variance of its gradient, against its cost.
+
+Random batches of m samples miss the data's gradient by V = E‖g − ∇L‖², all r samples of a random subset by W, and a
+coreset of m of them by E. A coreset is worth m · V/E random samples and costs as much as m + r/3, since a forward pass
+is a third of the work. With κ = (E − W)/V, the loss by choosing, and W = V · m/r,
+
+    V/E = 1 / (m/r + κ),    worth over cost is largest at r = m · sqrt(3/κ), where it is 1 / (sqrt(κ) + sqrt(⅓))²
+
+so above κ = 0.18, no r makes coresets worthwhile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import deepcopy
+import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from raypkg.core.seeds import seeded
-from raypkg.data.augment import compose
-from raypkg.data.coreset import Coreset
-from raypkg.engine.batches import Batch, dtype_of, training_batch
-from raypkg.engine.loop import autocast, losses_of
-from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker
-
-from .look import Look, Spread, error_of_coresets
-from .minibatch import Chosen
-from .quadratic import gradient_of
-from .subset import Subset
-
-DRAWS = 30  # random subsets of a look
-WHOLE = 5  # of so many, all samples go backward for one: it is they that cost
+FORWARD = 1 / 3  # work of a sample forward, in terms of a sample forward and backward
+SMALLEST_LOSS = 1e-4  # of κ that a few draws can distinguish from 0
 
 
-@dataclass(frozen=True, eq=False)
-class Spreads:
-    """The gradients of one worker, or of all.
+@dataclass(eq=False)
+class Spread:
+    """Sums over gradients that give their mean and their variance."""
 
-    Attributes:
-        random: of m random samples.
-        coresets: of mini-batch coresets.
-        differences: of each coreset from the random samples of the same subset.
-        whole: of all r samples.
+    total: Tensor  # Σ g, [p]
+    squares: float = 0.0  # Σ ‖g‖²
+    count: int = 0
+
+    def add(self, gradient: Tensor) -> None:
+        """Add a gradient [p]."""
+        self.total += gradient
+        self.squares += float(gradient @ gradient)
+        self.count += 1
+
+    @property
+    def variance(self) -> float:
+        """E‖g − E g‖², estimated without bias; needs two gradients.
+
+        >>> import torch
+        >>> spread = Spread(torch.zeros(2))
+        >>> for gradient in ([1.0, 0.0], [3.0, 0.0]):
+        ...     spread.add(torch.tensor(gradient))
+        >>> spread.variance
+        2.0
+        """
+        of_mean = float(self.total @ self.total) / self.count
+        return (self.squares - of_mean) / (self.count - 1)
+
+
+def error_of_coresets(coresets: Spread, differences: Spread) -> float:
+    """Return E = E‖g − ∇L‖² of coresets: their variance plus their squared bias.
+
+    The bias is the mean of ``differences``, from each coreset's gradient to that of a random batch of the same subset.
     """
-
-    random: Spread
-    coresets: Spread
-    differences: Spread
-    whole: Spread
-
-    def summed(self, worker: Worker) -> Spreads:
-        """Return the sums over all workers."""
-        mine = (self.random, self.coresets, self.differences, self.whole)
-        totals = worker.sum(torch.stack([each.total for each in mine]))
-        numbers = worker.sum(torch.tensor([[each.squares, each.count] for each in mine], dtype=torch.float64))
-        pairs = zip(totals, numbers.tolist(), strict=True)
-        return Spreads(*(Spread(total, squares, int(count)) for total, (squares, count) in pairs))
+    mean = differences.total / differences.count
+    by_chance = differences.variance / differences.count  # of ‖mean‖² without a bias
+    bias = max(0.0, float(mean @ mean) - by_chance)
+    return coresets.variance + bias
 
 
-def look_at(run: Run, subsets: Sequence[Subset], chosen: Sequence[Chosen], n: int) -> Look:
-    """Measure the gradients of random batches, of coresets and of whole subsets, over all workers together.
+@dataclass(frozen=True)
+class Look:
+    """A measurement of V, E and W with the present weights."""
 
-    They are those of training: with dropout, and with batch norm's statistics of each batch. The model, its statistics
-    and the global generators stay as they are.
+    step: int  # of training
+    size: int  # m
+    subset: int  # r
+    n: int  # samples to choose from
+    random: float  # V
+    coreset: float  # E
+    whole: float  # W
+    forward: int  # samples that went forward only
+    backward: int  # samples whose gradient was computed
 
-    Args:
-        run: at the present weights; the work goes on the bill ``look``.
-        subsets: random, in random order.
-        chosen: the mini-batch coreset of each.
-        n: samples to choose from.
-    """
-    size = len(chosen[0].coreset)
-    model = deepcopy(run.model)  # batch norm takes note of what goes through it
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    like = torch.zeros(sum(parameter.numel() for parameter in parameters), device=run.worker.device)
-    spreads = Spreads(*(Spread.none_yet(like) for _ in range(4)))
-    own = range(run.worker.rank, len(subsets), run.worker.world)
-    with seeded(run.seed, "crest look", run.step, run.worker.rank):
-        for number in own:
-            subset = subsets[number]
-            of_random = _gradient(run, model, parameters, subset[:size])
-            of_coreset = _gradient(run, model, parameters, chosen[number].samples, chosen[number].coreset.weights)
-            spreads.random.add(of_random)
-            spreads.coresets.add(of_coreset)
-            spreads.differences.add(of_coreset - of_random)
-            if number % WHOLE == 0:
-                spreads.whole.add(_gradient(run, model, parameters, subset))
-    found = spreads.summed(run.worker)
-    backward = 2 * size * found.random.count + len(subsets[0]) * found.whole.count
-    cost = run.bill("look")
-    if run.worker.rank == 0:  # the bill is summed over the workers
-        cost.forward += backward
-        cost.backward += backward
-    return Look(
-        step=run.step,
-        size=size,
-        subset=len(subsets[0]),
-        n=n,
-        random=found.random.variance,
-        coreset=error_of_coresets(found.coresets, found.differences),
-        whole=found.whole.variance,
-        forward=sum(len(subset) for subset in subsets),
-        backward=backward,
-    )
+    @property
+    def gain(self) -> float:
+        """V/E, the factor by which coresets reduce the variance of random batches of their size."""
+        return self.random / self.coreset if self.coreset > 0 else math.inf
 
+    @property
+    def cost(self) -> float:
+        """(m + r/3) / m, the work of a step on a coreset of its own, in steps on random batches."""
+        return 1 + FORWARD * self.subset / self.size
 
-def _gradient(
-    run: Run, model: nn.Module, parameters: Sequence[Tensor], samples: Subset, weights: Tensor | None = None
-) -> Tensor:
-    """Return the gradient of the mean of w · loss over some samples as a training step computes it, [p]."""
-    batch = _loaded(run, samples, weights)
-    total = torch.zeros((), device=run.worker.device)
-    for part in batch.parts(run.settings.micro_batch):
-        with autocast(run.settings.precision, part.x.device):
-            logits = model(part.x)
-        loss = losses_of(logits, part.y) @ part.weights / batch.total
-        total = total + gradient_of(loss, parameters)
-    return total
+    @property
+    def best_subset(self) -> int | None:
+        """The r with the largest worth over cost, at most n; None if no r makes coresets worthwhile."""
+        if not self.random > 0:
+            return None
+        lost = max(SMALLEST_LOSS, (self.coreset - self.whole) / self.random)  # κ
+        if (math.sqrt(lost) + math.sqrt(FORWARD)) ** 2 >= 1:
+            return None
+        return min(self.n, round(self.size / math.sqrt(FORWARD * lost)))
 
+    def row(self) -> dict[str, float]:
+        """Return the look as a row of a table."""
+        return {
+            "step": self.step,
+            "batch": self.size,
+            "subset": self.subset,
+            "random": self.random,
+            "coreset": self.coreset,
+            "whole": self.whole,
+            "gain": self.gain,
+            "cost": self.cost,
+            "forward": self.forward,
+            "backward": self.backward,
+        }
 
-def _loaded(run: Run, samples: Subset, weights: Tensor | None) -> Batch:
-    if weights is None:
-        weights = torch.ones(len(samples))
-    alone = Worker(device=run.worker.device)  # a draw goes to one worker
-    augment = compose(run.augment)
-    draws = samples.draws
-    if draws.shape[1] != augment.draws:  # they were chosen among unaugmented ones
-        draws = torch.rand(len(samples), augment.draws)
-    coreset = Coreset(samples.indices, weights)
-    return training_batch(run.split, coreset, augment, draws, alone, dtype_of(run.model))
+    def sentence(self) -> str:
+        """Return the result and its consequence in one line."""
+        worth = _samples(self.size * self.gain)
+        whole = _samples(self.size * self.random / self.whole) if self.whole > 0 else "any number of"
+        equal = round(self.size * self.cost)
+        best = self.best_subset
+        share = f"--crest.subset {best / self.n:.2g}" if best else ""
+        if best is None:
+            advice = f"random batches of {equal} are better, with any --crest.subset"
+        elif self.gain <= self.cost:
+            advice = f"random batches of {equal} are better; {share} would be worthwhile"
+        elif 0.5 < best / self.subset < 2:
+            advice = "worthwhile"
+        else:
+            advice = f"worthwhile, more so with {share}"
+        return (
+            f"CREST at step {self.step}: a {self.size}-sample coreset out of {self.subset} reduces gradient variance"
+            f" like {worth} random samples (all {self.subset}: like {whole}), at the cost of {equal}: {advice}"
+            f" (measured on {self.backward:,} samples)"
+        )
 
 
-def warning_of(model: nn.Module) -> list[str]:
-    """Return a line about batch norm that is not frozen: a sample's gradient depends on the others of its batch."""
+def _samples(count: float) -> str:
+    return f"{count:,.0f}" if math.isfinite(count) else "any number of"
+
+
+def warnings_of(model: nn.Module) -> list[str]:
+    """Return a line if batch norm is active, so a sample's gradient depends on the others of its batch."""
     if not any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
         return []
     return [
-        "CREST loses most of its gain to batch norm, whose statistics of medoids are not those of the data: use group"
+        "CREST loses most of its gain with batch norm, whose statistics of medoids are not those of the data: use group"
         " norm or frozen statistics (for the built-in resnets --set model.options.norm=group, or =frozen)"
     ]

@@ -1,0 +1,228 @@
+"""Mini-batch coresets (arXiv:2306.01244, section 4.1): random subsets of active samples, their medoids, the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raypkg.core.seeds import generator
+from raypkg.coresets.distances import Distances
+from raypkg.coresets.facility import cluster_shares, facility_location
+from raypkg.coresets.gradients import HeadView
+from raypkg.data.augment import compose
+from raypkg.data.coreset import Coreset
+from raypkg.data.split import Split
+
+from .settings import CrestOptions
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Samples with the random numbers that augment them: selection, checks and training see the same images."""
+
+    indices: Tensor  # positions in the training split, int64 [r]
+    draws: Tensor  # uniform numbers that augment each sample, [r, d]; d = 0: not augmented
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, positions: Tensor | slice) -> Subset:
+        return Subset(self.indices[positions], self.draws[positions])
+
+    @classmethod
+    def random(cls, candidates: Tensor, count: int, augment: Sequence[str], rng: torch.Generator) -> Subset:
+        """Draw ``count`` of the candidates, or all if there are fewer, in random order, and their augmentation."""
+        order = torch.randperm(len(candidates), generator=rng)
+        indices = candidates[order[:count]]
+        return cls(indices, torch.rand(len(indices), compose(augment).draws, generator=rng))
+
+    @classmethod
+    def concat(cls, subsets: Sequence[Subset]) -> Subset:
+        """Join subsets in their order; they may share samples, augmented differently."""
+        indices = [subset.indices for subset in subsets]
+        draws = [subset.draws for subset in subsets]
+        return cls(torch.cat(indices), torch.cat(draws))
+
+    def split(self, whole: Split, augment: Sequence[str]) -> Split:
+        """Return the samples as a split of their own, in which row i of the draws augments sample i.
+
+        >>> images = torch.arange(4, dtype=torch.uint8).view(2, 1, 1, 2)
+        >>> whole = Split.from_tensors(images, torch.tensor([0, 1]))
+        >>> twice = Subset(torch.tensor([1, 1]), torch.tensor([[0.9], [0.1]]))
+        >>> twice.split(whole, ["flip"]).batch([0, 1])[0].flatten().tolist()
+        [2, 3, 3, 2]
+        """
+        indices = self.indices.numpy()
+        change = compose(augment)
+
+        def take(rows: np.ndarray) -> np.ndarray:
+            if not self.draws.shape[1]:
+                return whole.take(indices[rows])
+            images, _ = whole.batch(indices[rows])
+            changed = change(images, self.draws[torch.from_numpy(rows)])  # [b, C, H, W]
+            return changed.permute(0, 2, 3, 1).numpy()  # a split stores channels last
+
+        return replace(whole, take=take, y=whole.y[self.indices], ids=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A mini-batch coreset, with what its selection measured on the random subset."""
+
+    coreset: Coreset  # positions in the training split, with weights
+    draws: Tensor  # uniform numbers that augment its samples, [m, d]
+    loss: float  # Σ γ_j loss_j / r over the medoids
+    losses: Tensor  # of all samples of the random subset, [r]
+    errors: Tensor  # mean logit gradient minus that of the subset: of the coreset, of m random samples, [2, C]
+
+    @property
+    def samples(self) -> Subset:
+        """The coreset's samples, as they are trained on."""
+        return Subset(self.coreset.indices, self.draws)
+
+
+def choose_minibatch(subset: Subset, logits: Tensor, y: Tensor, size: int, *, memory: int = 2**30) -> Chosen:
+    """Choose the mini-batch coreset of a random subset, and measure how well it represents the subset.
+
+    Args:
+        subset: V, in random order.
+        logits: float [r, C].
+        y: int64 [r].
+        size: m.
+        memory: bytes for cached distances.
+    """
+    view = logit_gradients(logits, y)
+    picked = minibatch_coreset(view, size, memory=memory)
+    losses = F.cross_entropy(logits, y, reduction="none")  # [r]
+    loss = float(picked.weights @ losses[picked.indices]) / len(picked)
+
+    gradients = view.residual  # p − e_y, [r, C]
+    of_coreset = picked.weights @ gradients[picked.indices] / len(picked)  # [C]
+    of_random_batch = gradients[:size].mean(dim=0)  # V is in random order, so its first m samples are a random batch
+    errors = torch.stack([of_coreset, of_random_batch]) - gradients.mean(dim=0)  # [2, C]
+    medoids = subset[picked.indices]
+    return Chosen(Coreset(medoids.indices, picked.weights), medoids.draws, loss, losses, errors)
+
+
+def logit_gradients(logits: Tensor, y: Tensor) -> HeadView:
+    """Return the gradients p − e_y with respect to the logits: those of a head without inputs."""
+    return HeadView(logits, logits.new_empty(len(y), 0), y)
+
+
+def minibatch_coreset(view: HeadView, size: int, *, memory: int = 2**30) -> Coreset:
+    """Choose medoids of the logit gradients of a random subset V, each weighted by the size of its cluster.
+
+        S = argmin Σ_{i∈V} min_{j∈S} ‖(p_i − e_i) − (p_j − e_j)‖,  |S| = m        w_j = γ_j · m/r
+
+    S is found by greedy facility location. γ_j counts the samples of V that are nearest to medoid j, so the mean of
+    w · loss over the medoids is Σ γ_j loss_j / r. If m ≥ r, all of V is returned, with weights 1. The result gives
+    positions in V, in the order in which they were chosen.
+
+    >>> logits = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    >>> minibatch_coreset(logit_gradients(logits, torch.tensor([1, 1, 1])), 2)
+    Coreset(indices=tensor([0, 2]), weights=tensor([1.3333, 0.6667]))
+    """
+    if size >= len(view):
+        return Coreset.uniform(torch.arange(len(view)))
+    distances = Distances(view, memory=memory)
+    medoids = facility_location(distances, size)
+    shares = cluster_shares(distances, medoids)  # γ_j
+    weights = shares * size / len(view)  # their mean is 1, as in every coreset
+    return Coreset(medoids, weights.float())
+
+
+@dataclass(eq=False)
+class ActiveSamples:
+    """The active samples V, from which random subsets are drawn: those that are not learned yet."""
+
+    active: Tensor  # bool [n]
+    low: Tensor  # length of each sample's latest run of losses ≤ α, int32 [n]
+    high: Tensor  # True if a loss was above α since the last exclusion, bool [n]
+    exclusions: int = 0  # times that T2 steps have passed
+
+    @classmethod
+    def all_of(cls, indices: Tensor) -> ActiveSamples:
+        """Return the samples at these positions of the training split, all active."""
+        n = int(indices.max()) + 1
+        nothing = torch.zeros(n, dtype=torch.bool)
+        active = nothing.index_fill(0, indices, True)
+        return cls(active, low=torch.zeros(n, dtype=torch.int32), high=nothing)
+
+    @property
+    def candidates(self) -> Tensor:
+        """Positions of the active samples, ascending, int64."""
+        return self.active.nonzero()[:, 0]
+
+    def record(self, indices: Tensor, losses: Tensor, alpha: float) -> None:
+        """Record losses that a choice or a check computed anyway; with α = 0, none is low."""
+        is_low = (losses <= alpha) & (alpha > 0)
+        one_more = self.low[indices] + 1
+        self.low[indices] = one_more.where(is_low, 0)
+        self.high[indices] |= ~is_low
+
+    def exclude(self, step: int, options: CrestOptions, *, least: int) -> None:
+        """Exclude learned samples if T2 steps have passed since the last exclusion.
+
+        A sample is learned after ``exclude_after`` low losses in a row. If that is 0, the paper's rule applies: all
+        losses since the last exclusion are low. If fewer than ``least`` samples would stay, none is excluded.
+        """
+        after = options.exclude_after
+        due = step // options.exclude_every_steps
+        if due <= self.exclusions:
+            return
+        self.exclusions = due
+        learned = self.low >= after if after else (self.low > 0) & ~self.high
+        stay = self.active & ~learned
+        if int(stay.sum()) >= least:
+            self.active = stay
+        self.high.zero_()
+        if not after:
+            self.low.zero_()
+
+
+@dataclass(eq=False)
+class Pool:
+    """The pool of P mini-batch coresets, each computed when it is first drawn, with the weights of one moment."""
+
+    update: int  # l, the number of the pool, from 1
+    size: int  # P
+    candidates: Tensor  # the active samples, from which random subsets are drawn
+    weights: Mapping[str, Tensor] | None  # state of the model that chooses; None: the model as it is
+    chosen: dict[int, Chosen] = field(default_factory=dict)  # p → the coreset, for those computed so far
+    awaited: list[int] = field(default_factory=list)  # p of those that are being computed in the background
+
+    def subset(self, p: int, count: int, augment: Sequence[str], seed: int) -> Subset:
+        """Return the random subset V_p, the same at every call."""
+        rng = generator(seed, "crest subset", self.update, p)
+        return Subset.random(self.candidates, count, augment, rng)
+
+    def draw(self, steps: range, seed: int) -> list[int]:
+        """Draw p for each of the steps."""
+        # One generator per step: its draw does not depend on where an interval or a resumed training begins.
+        generators = (generator(seed, "crest draw", step) for step in steps)
+        return [int(torch.randint(self.size, (), generator=rng)) for rng in generators]
+
+    def missing(self, wanted: Iterable[int]) -> list[int]:
+        """Return each wanted p that is not computed yet, once."""
+        return [p for p in dict.fromkeys(wanted) if p not in self.chosen]
+
+    def gradient_errors(self) -> tuple[Tensor, Tensor]:
+        """Return the root mean square and the norm of the mean of ``Chosen.errors``, each [2]."""
+        errors = torch.stack([chosen.errors for chosen in self.chosen.values()])  # [·, 2, C]
+        squares = errors.square().sum(dim=2)  # [·, 2]
+        bias = errors.mean(dim=0).norm(dim=1)
+        return squares.mean(dim=0).sqrt(), bias
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> Pool:
+        """Return the pool whose fields a checkpoint holds."""
+        chosen = {}
+        for p, fields in saved["chosen"].items():
+            chosen[p] = Chosen(**{**fields, "coreset": Coreset(**fields["coreset"])})
+        return cls(**{**saved, "chosen": chosen})
