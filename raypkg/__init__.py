@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from .data import load_data as load_data
     from .data.coreset import Coreset as Coreset
     from .data.split import Split as Split
+    from .engine.hooks import Hook as Hook
     from .engine.loop import evaluate as evaluate
     from .engine.loop import fit as fit
-    from .engine.run import Hook as Hook
     from .engine.run import Run as Run
     from .experiments.trained import load_model as load_model
     from .models import build_model as build_model
@@ -35,7 +35,7 @@ _PLACES = {
     "Coreset": "data.coreset",
     "CoresetLoader": "coresets.loader",
     "HeadView": "coresets.gradients",
-    "Hook": "engine.run",
+    "Hook": "engine.hooks",
     "Run": "engine.run",
     "Split": "data.split",
     "build_model": "models",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from raypkg.data.split import Split
-from raypkg.engine.run import Hook, Results
+from raypkg.engine.hooks import Hook, Results
 from raypkg.models import build_model
 
 BATCH = 128

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 
 from raypkg.core.settings import Training
 from raypkg.data.split import Split
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.hooks import Hook
+from raypkg.engine.run import Run
 from raypkg.methods.sparse.hook import Masked, Topology
 from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model

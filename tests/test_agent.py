@@ -14,8 +14,8 @@ from gloo import on_workers
 from raypkg.core.errors import UserError
 from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batches
+from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Hook
 from raypkg.engine.worker import Worker
 from raypkg.methods.agent.control_variate import coefficient, smoothed, spread, variance_left
 from raypkg.methods.agent.forms import Measured
@@ -248,7 +248,7 @@ class Gradients(Hook):
     """Keeps the gradient of every step, after the hooks before it."""
 
     def __init__(self, order):
-        self.order = order
+        self.priority = order
         self.seen = []
 
     def on_gradients(self, run):

@@ -18,8 +18,9 @@ from raypkg.coresets.rules import coreset
 from raypkg.coresets.rules.gm import geometric_median
 from raypkg.data import load_data
 from raypkg.data.split import Split
+from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Run
 from raypkg.models import build_model
 
 

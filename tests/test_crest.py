@@ -18,8 +18,9 @@ from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
 from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
+from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Run
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.quadratic import (

@@ -15,11 +15,12 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.batches import Batches, Epoch, ahead, plain_batches
+from raypkg.engine.batches import Batches, ahead, plain_batches
 from raypkg.engine.costs import Cost
+from raypkg.engine.hooks import Hook, Results
 from raypkg.engine.loop import evaluate, fit
-from raypkg.engine.run import Hook, Results, Run
-from raypkg.engine.schedules import learning_rate
+from raypkg.engine.optimizer import learning_rate
+from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments.training import _checked_results
 from raypkg.methods.sparse.hook import Masked
@@ -219,18 +220,12 @@ def test_a_hook_may_replace_the_coreset():
 
 
 class Gives(Hook):
-    """Gives one thing, wherever a hook can give any."""
-
-    def __init__(self, batches=None, state=None, coreset=None):
-        self.given = batches
+    def __init__(self, state=None, coreset=None):
         self.state = {} if state is None else state
         self.coreset = coreset
 
     def on_epoch(self, run):
         run.coreset = run.coreset if self.coreset is None else self.coreset
-
-    def batches(self, run):
-        return self.given
 
     def state_dict(self):
         return self.state
@@ -239,12 +234,8 @@ class Gives(Hook):
 @pytest.mark.parametrize(
     ("hook", "message"),
     [
-        (Gives(batches=3), "hook Gives: batches\\(\\) returned a int, not raypkg.engine.batches.Epoch"),
-        (Gives(batches=Epoch(0, iter(()))), "hook Gives: batches\\(\\) returned an epoch of 0 steps: at least 1"),
-        (Gives(coreset=[1, 2]), "a hook set run.coreset to a list: it must be a raypkg.Coreset"),
         (Gives(coreset=Coreset.uniform(torch.tensor([64]))), "the coreset has index 64, these samples end at 63"),
         (Gives(coreset=Coreset(torch.arange(3), torch.zeros(3))), "all 3 weights of the coreset are 0: nothing would"),
-        (Gives(state=[1]), "hook Gives: state_dict\\(\\) returned a list, not a dict"),
         (Gives(state={"a": lambda: 1}), "a hook's state_dict\\(\\) holds something that is neither a tensor nor"),
         (Gives(state={"a": object}), "a hook's state_dict\\(\\) holds something that is neither a tensor nor"),
     ],

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from raypkg.core.settings import Training
-from raypkg.engine.optimizer import optimizer
+from raypkg.engine.optimizer import build_optimizer
 
 PYTORCHS = {
     "sgd": lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True),
@@ -20,11 +20,12 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from raypkg.core.settings import Training
-from raypkg.engine.optimizer import optimizer
+from raypkg.engine.optimizer import build_optimizer
+from raypkg.engine.optimizer import build_optimizer
 
 model = nn.Linear(3, 2)
 for name in ("sgd", "adamw"):
-    chosen = optimizer(model, Training(optimizer=name, decay="matrices"))
+    chosen = build_optimizer(model, Training(optimizer=name, decay="matrices"))
     model(torch.ones(1, 3)).sum().backward()
     clip_grad_norm_(model.parameters(), 1.0)
     chosen.step()
@@ -51,12 +52,12 @@ def take_steps(model, chosen, count):
 @pytest.mark.parametrize("name", PYTORCHS)
 def test_trains_as_pytorchs_own_bit_by_bit_also_from_its_state(name):
     ours, theirs = network(), network()
-    mine = optimizer(ours, Training(optimizer=name))
+    mine = build_optimizer(ours, Training(optimizer=name))
     reference = PYTORCHS[name](theirs.parameters())
     assert isinstance(mine, type(reference))
     take_steps(ours, mine, 3)
     take_steps(theirs, reference, 3)
-    again = optimizer(ours, Training(optimizer=name))
+    again = build_optimizer(ours, Training(optimizer=name))
     again.load_state_dict(mine.state_dict())
     take_steps(ours, again, 3)
     take_steps(theirs, reference, 3)
@@ -67,7 +68,7 @@ def test_trains_as_pytorchs_own_bit_by_bit_also_from_its_state(name):
 @pytest.mark.parametrize("name", PYTORCHS)
 def test_hooks_on_its_steps_are_called(name):
     model = network()
-    mine = optimizer(model, Training(optimizer=name))
+    mine = build_optimizer(model, Training(optimizer=name))
     seen = []
     mine.register_step_pre_hook(lambda *_: seen.append("before"))
     mine.register_step_post_hook(lambda *_: seen.append("after"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Hook
 from raypkg.methods.sparse.compute import (
     ActiveLinear,
     Pattern,

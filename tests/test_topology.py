@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from raypkg.core.errors import UserError
+from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Hook
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.sparse.hook import Active

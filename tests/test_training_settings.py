@@ -9,8 +9,9 @@ from gloo import on_workers
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
+from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Run
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 

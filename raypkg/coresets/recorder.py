@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raypkg.engine.run import Hook, Run, Seen
+from raypkg.engine.hooks import Hook
+from raypkg.engine.run import Run, Seen
 
 from .record import Record, margins_of
 
@@ -20,7 +21,7 @@ class Recorder(Hook):
         y: labels of the whole training split, int64 [n].
     """
 
-    order = 0
+    priority = 0
 
     def __init__(self, y: Tensor):
         self.y = y

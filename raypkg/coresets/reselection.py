@@ -12,7 +12,8 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
 from raypkg.core.settings import Reselect, Select
 from raypkg.data.coreset import Coreset
-from raypkg.engine.run import Hook, Results, Run, Selected
+from raypkg.engine.hooks import Hook, Results, Selected
+from raypkg.engine.run import Run
 from raypkg.engine.shards import Shards
 
 from .recorder import Recorder
@@ -73,7 +74,7 @@ class Reselection(Hook):
         first: the coreset to begin with; None = select it as well.
     """
 
-    order = 0
+    priority = 0
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""One short training loop, its hooks, evaluation, costs and data shards; nothing here knows of Ray."""
+"""The training loop, its hooks, evaluation, costs and data shards. Independent of Ray."""
 
 from raypkg.core.registry import Registry
 
-hook = Registry("hook", "raypkg.methods.*.hook", given=("job", "worker", "samples"))
+hook = Registry("hook", "raypkg.methods.*.hook", given=("job", "worker", "samples"))  # imports no torch

@@ -21,21 +21,21 @@ from .worker import Worker, keep_freed_memory
 T = TypeVar("T")
 J = TypeVar("J")
 
-MOST_AHEAD = 8  # batches that wait for their steps: enough to even out that some take longer to load than others
-AHEAD_BYTES = 256 * 2**20  # of memory that they may take, or else one of them
+MOST_AHEAD = 8  # batches loaded ahead of their steps, to even out loading times
+AHEAD_BYTES = 256 * 2**20  # bound on their memory; one batch may always be ahead
 
 
 class Batch(NamedTuple):
-    """This worker's slice of one step's samples; ``total`` counts the step's samples over all workers."""
+    """This worker's slice of one step's samples."""
 
-    x: Tensor  # what the model is given: float [b, C, H, W] or [b, D], or int64 [b, 2, l]
+    x: Tensor  # input of the model: float [b, C, H, W] or [b, D], or int64 [b, 2, l]
     y: Tensor  # [b]
     weights: Tensor  # [b]
     indices: Tensor  # [b], positions in the split
-    total: int
+    total: int  # samples of the step over all workers
 
     def parts(self, most: int | None) -> "list[Batch]":
-        """Return the slice in parts of at most so many samples, as even as possible; ``total`` stays the step's.
+        """Split the slice into parts of at most ``most`` samples, as even as possible; ``total`` stays the step's.
 
         >>> batch = Batch(*torch.arange(20).view(4, 5), total=5)
         >>> [part.y.tolist() for part in batch.parts(2)]
@@ -50,9 +50,9 @@ class Batch(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """The batches of one epoch, and how many they are."""
+    """The batches of one epoch."""
 
-    steps: int
+    steps: int  # number of batches
     batches: Iterator[Batch]
 
 
@@ -60,8 +60,8 @@ class Batches:
     """Shuffled, augmented, normalised batches of a coreset, prepared ahead in a thread.
 
     An epoch visits every sample once, in ⌈n / batch_size⌉ batches as even as possible, so that no batch is tiny.
-    Order and augmentation are drawn for the whole batch from (seed, epoch) and sliced by rank. Samples that are read
-    by blocks are shuffled within a window of these.
+    Order and augmentation are drawn for the whole batch from (seed, epoch) and sliced by rank. Samples read by blocks
+    are shuffled within a window of blocks.
     """
 
     def __init__(
@@ -96,29 +96,28 @@ class Batches:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield this worker's slice of every batch of an epoch."""
-        return ahead(self._load, self._jobs(epoch), loaders_of(self.split))
-
-    def _jobs(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield positions in the coreset and uniform numbers for augmentation, of every whole batch."""
-        rng = generator(self.seed, "augment", epoch)
-        for positions in self._order(epoch):
-            yield positions, torch.rand(len(positions), self.augment.draws, generator=rng)
-
-    def _order(self, epoch: int) -> tuple[Tensor, ...]:
-        """Return which positions in the coreset are in each batch."""
         blocks = self.split.blocks
         if blocks is None:
-            return shuffled(len(self.coreset), self.batch_size, self.seed, epoch)
-        of = blocks.of[self.coreset.indices]
-        return shuffled_by_blocks(of, blocks.window, self.batch_size, self.seed, epoch)
+            order = shuffled(len(self.coreset), self.batch_size, self.seed, epoch)
+        else:
+            of = blocks.of[self.coreset.indices]
+            order = shuffled_by_blocks(of, blocks.window, self.batch_size, self.seed, epoch)
 
-    def _load(self, job: tuple[Tensor, Tensor]) -> Batch:
-        positions, draws = job
-        return training_batch(self.split, self.coreset.part(positions), self.augment, draws, self.worker, self.dtype)
+        def draw_jobs() -> Iterator[tuple[Tensor, Tensor]]:
+            rng = generator(self.seed, "augment", epoch)
+            for positions in order:
+                yield positions, torch.rand(len(positions), self.augment.draws, generator=rng)
+
+        def load(job: tuple[Tensor, Tensor]) -> Batch:
+            positions, draws = job
+            samples = self.coreset.part(positions)
+            return training_batch(self.split, samples, self.augment, draws, self.worker, self.dtype)
+
+        return ahead(load, draw_jobs(), loaders_of(self.split))
 
 
 def shuffled(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """Return which of n samples are in each batch of an epoch: a permutation, cut as evenly as possible."""
+    """Return the positions in each batch of an epoch: a permutation of n samples, cut as evenly as possible."""
     order = torch.randperm(n, generator=generator(seed, "shuffle", epoch))
     return order.tensor_split(-(-n // batch_size))
 
@@ -134,12 +133,12 @@ def training_batch(
     """Load this worker's slice of one step's samples, augmented and normalised.
 
     Args:
-        split: where the samples are.
-        samples: all of the step.
-        augment: the augmentation.
-        draws: uniform random numbers for it, of all samples [b, augment.draws].
-        worker: which slice, and where to.
-        dtype: of the model.
+        split: contains the samples.
+        samples: all samples of the step, over all workers.
+        augment: augmentation.
+        draws: uniform random numbers for it, for all samples, [b, augment.draws].
+        worker: determines the slice and the device.
+        dtype: floating-point type of the model.
     """
     device = worker.device
     indices = slice_of(samples.indices, worker)
@@ -160,8 +159,8 @@ def plain_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (x, y) in the order of the indices, normalised and not augmented, for scores and evaluation.
 
-    Left to itself, a batch has 128 samples on a processor, whose cache holds the activations of so many images (512
-    take 1.4 times as long), and 512 elsewhere.
+    By default a batch has 128 samples on a CPU, whose cache holds their activations (512 take 1.4 times as long), and
+    512 on other devices.
     """
     size = batch_size or (128 if device.type == "cpu" else 512)
 
@@ -174,7 +173,7 @@ def plain_batches(
 
 
 def loaders_of(split: Split) -> int:
-    """Return how many threads load batches: blocks that are elsewhere are waited for, which one thread would add up."""
+    """Return the number of threads that load batches: several for remote blocks, whose waiting times would add up."""
     return 1 if split.blocks is None else MOST_AHEAD
 
 
@@ -184,49 +183,44 @@ def slice_of(tensor: Tensor, worker: Worker) -> Tensor:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Return what a model computes in, hence what its inputs must be."""
+    """Return the floating-point type of a model's parameters, which its inputs must have."""
     return next(model.parameters()).dtype
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor without waiting where the device allows it."""
+    """Move a tensor to a device, on a GPU without waiting for the copy."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def ahead(load: Callable[[J], T], jobs: Iterable[J], threads: int = 1) -> Iterator[T]:
-    """Yield ``load(job)`` in order while threads work on the jobs that follow; waiting for them is billed.
+    """Yield ``load(job)`` in order while threads load the jobs that follow; time spent waiting is billed.
 
-    At most ``MOST_AHEAD`` results wait, of no more than ``AHEAD_BYTES`` if they are as large as the last one; one may
-    always wait.
+    At most ``MOST_AHEAD`` results are ahead, estimated by the size of the last one to fit in ``AHEAD_BYTES``.
     """
-    keep_freed_memory()  # the next batch takes as much
+    keep_freed_memory()  # the next batch needs as much
     coming = iter(jobs)
     pending: deque[Future[T]] = deque()
     depth = 1
     pool = ThreadPoolExecutor(threads, "batches")
     try:
         while True:
-            missing = 1 + depth - len(pending)  # one to yield, the others to wait
+            missing = 1 + depth - len(pending)  # one to yield, the others ahead of it
             pending.extend(pool.submit(load, job) for job in islice(coming, max(0, missing)))
             if not pending:
                 return
-            value = _awaited(pending.popleft())
+            with waiting():
+                value = pending.popleft().result()
             depth = max(1, min(MOST_AHEAD, AHEAD_BYTES // max(1, _bytes(value))))
             yield value
     finally:
-        # Nobody wants the others. Not waited for: Python's collector may be what ends this, in any thread.
+        # Not waited for: this may run in any thread, as part of Python's garbage collection.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _bytes(value: object) -> int:
-    """Return the memory of the tensors in a batch."""
+    """Return the bytes of the tensors in a batch."""
     if isinstance(value, Tensor):
         return value.nbytes
     return sum(map(_bytes, value)) if isinstance(value, tuple) else 0
-
-
-def _awaited(future: Future[T]) -> T:
-    with waiting():
-        return future.result()

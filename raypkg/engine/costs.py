@@ -1,4 +1,4 @@
-"""What a phase costs: samples forward and backward, seconds, memory and bytes sent, never seconds alone."""
+"""Costs of a phase: samples forward and backward, seconds, memory and bytes sent."""
 
 import threading
 import time
@@ -12,28 +12,17 @@ from .worker import Worker, peak_device_memory, peak_memory
 
 @dataclass
 class Cost:
-    """The bill of one phase on one worker, or (after ``gathered``) on all of them.
-
-    Attributes:
-        forward: samples that went through a model.
-        backward: samples whose gradient was computed.
-        seconds: on the critical path, which is the slowest worker's.
-        total_seconds: summed over the workers.
-        memory: peak resident bytes of one worker.
-        sent: bytes each worker handed to collectives.
-        device_memory: peak bytes that PyTorch held on one worker's GPU; 0 without one.
-        waited: of the seconds, those in which the worker that waited longest had no batch to compute with.
-    """
+    """The bill of one phase on one worker, or (after ``gathered``) on all workers."""
 
     phase: str
-    forward: int = 0
-    backward: int = 0
-    seconds: float = 0.0
-    total_seconds: float = 0.0
-    memory: int = 0
-    sent: int = 0
-    device_memory: int = 0
-    waited: float = 0.0
+    forward: int = 0  # samples that passed through a model
+    backward: int = 0  # samples whose gradient was computed
+    seconds: float = 0.0  # on the critical path, that of the slowest worker
+    total_seconds: float = 0.0  # summed over the workers
+    memory: int = 0  # peak resident bytes of one worker
+    sent: int = 0  # bytes that each worker handed to collectives
+    device_memory: int = 0  # peak bytes that PyTorch allocated on one worker's GPU; 0 without one
+    waited: float = 0.0  # seconds without a batch to compute with, on the worker that waited longest
 
     def __enter__(self) -> "Cost":
         self._start = time.perf_counter()
@@ -50,7 +39,7 @@ class Cost:
 
     @contextmanager
     def apart(self, part: "Cost") -> Iterator[None]:
-        """Put the seconds of a block, which lies inside a block of this bill, on another bill instead."""
+        """Bill a block inside a block of this bill to ``part`` instead."""
         before = part.seconds
         with part:
             yield
@@ -72,12 +61,12 @@ class Cost:
         )
 
     def gathered(self, worker: Worker) -> "Cost":
-        """Return the phase's bill over all workers: sums of work, maxima of seconds and memory."""
+        """Return the bill over all workers: sums of work, maxima of seconds and memory."""
         return Cost.joined(self.phase, worker.gather(self))
 
     @staticmethod
     def joined(phase: str, parallel: Iterable["Cost"]) -> "Cost":
-        """Return one bill for pieces that ran side by side."""
+        """Return one bill for work done in parallel."""
         costs = list(parallel)
         return Cost(
             phase,
@@ -97,7 +86,7 @@ class Cost:
 
 
 class _Running(threading.local):
-    """The bills whose blocks a thread is in, the innermost last."""
+    """The bills of the blocks that a thread is in, the innermost last."""
 
     def __init__(self) -> None:
         self.bills: list[Cost] = []
@@ -108,7 +97,7 @@ _running = _Running()
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Put the seconds of a block, in which a batch is waited for, on the bill whose block it lies in, if any.
+    """Bill the seconds of a block as waiting for a batch to the innermost running bill, if any.
 
     >>> with Cost("train") as cost, waiting():
     ...     time.sleep(0.01)

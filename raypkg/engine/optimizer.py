@@ -1,11 +1,8 @@
-"""The optimiser of the settings, without the compiler.
+"""The optimiser of the settings and its learning rate over training."""
 
-The first call of what PyTorch keeps its compiler out of imports that compiler, which takes as long as PyTorch itself.
-Here models are compiled and optimisers never are, so their methods are called without those wrappers.
-"""
-
+import math
+from collections.abc import Callable
 from inspect import unwrap
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +12,11 @@ from raypkg.core.settings import Training
 
 
 class Eager(torch.optim.Optimizer):
-    """An optimiser that no compiler looks at."""
+    """An optimiser without PyTorch's compiler.
+
+    The first call of a method that PyTorch excludes from compilation imports the compiler, which takes as long as
+    importing PyTorch. effray never compiles optimisers, so it calls the methods beneath those wrappers.
+    """
 
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
     load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
@@ -35,14 +36,20 @@ class AdamW(Eager, torch.optim.AdamW):
     step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
 
-def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
     """Build the optimiser of the settings, with fused multi-tensor updates.
 
     Raises:
-        UserError: the model has nothing to train.
+        UserError: all parameters of the model are frozen.
     """
-    check_trainable(model)
-    groups = _groups(model, settings)
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise UserError("all parameters of the model are frozen (requires_grad = False): there is nothing to train")
+    groups: list[dict] = [{"params": parameters}]
+    if settings.decay == "matrices":  # neither norms nor biases decay
+        matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+        others = [parameter for parameter in parameters if parameter.dim() < 2]
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     if settings.optimizer == "adamw":
         return AdamW(
             groups,
@@ -61,21 +68,22 @@ def optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
     )
 
 
-def _groups(model: nn.Module, settings: Training) -> list[dict[str, Any]]:
-    """Return the parameters in one group, or those that decay and, in a second one, those that do not."""
-    parameters = list(model.parameters())
-    if settings.decay == "all":
-        return [{"params": parameters}]
-    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-    others = [parameter for parameter in parameters if parameter.dim() < 2]
-    return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+# Shapes of the learning rate, as functions of the share t of training that is done.
+SHAPES: dict[str, Callable[[float, Training], float]] = {
+    "cosine": lambda t, settings: 0.5 * (1 + math.cos(math.pi * t)),
+    "linear": lambda t, settings: min(1.0, (1 - t) / (1 - settings.warmup)),  # falls from the end of the warm-up
+    "multistep": lambda t, settings: settings.lr_drop ** sum(t >= milestone for milestone in settings.milestones),
+    "constant": lambda t, settings: 1.0,
+}
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Refuse a model that has nothing to train.
+def learning_rate(settings: Training, t: float) -> float:
+    """Return the learning rate after the share ``t`` of training, 0 ≤ t < 1.
 
-    Raises:
-        UserError: all its parameters are frozen.
+    The rate rises linearly over the warm-up share of training, and the shape of the schedule multiplies it.
+
+    >>> learning_rate(Training(lr=0.2, schedule="multistep", milestones=[0.5]), 0.6)
+    0.020000000000000004
     """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("all parameters of the model are frozen (requires_grad = False): there is nothing to train")
+    rise = min(1.0, (t + 1e-3) / settings.warmup) if settings.warmup else 1.0
+    return settings.lr * rise * SHAPES[settings.schedule](t, settings)

@@ -1,4 +1,4 @@
-"""Data split over holders: the same pure functions run on shards in this process, in training workers or on actors."""
+"""Data split over holders, on which the same pure functions run in this process, in training workers or on actors."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,21 +19,13 @@ from .worker import Worker
 
 @dataclass(frozen=True)
 class Shard:
-    """The samples of one holder, opened on first use: cheap to send, rebuilt from durable inputs after a death.
+    """The samples of one holder, opened on first use: cheap to send, and rebuilt from durable inputs after a death."""
 
-    Attributes:
-        source: where the samples are, or the open data set for a shard that stays in its process.
-        indices: int64 [n], positions in the training split.
-        valid: int64 [v], positions of held-out samples, also in the training split.
-        device: where the holder computes.
-        rank: of the holder among ``world``, for work that any of them can do.
-    """
-
-    source: Dataset | Data
-    indices: Tensor
-    valid: Tensor
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    rank: int = 0
+    source: Dataset | Data  # settings of the data set, or the open one for a shard that stays in its process
+    indices: Tensor  # int64 [n], positions in the training split
+    valid: Tensor  # int64 [v], positions of held-out samples in the training split
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # of the holder
+    rank: int = 0  # of the holder among ``world``, for work that any of them can do
     world: int = 1
 
     @cached_property
@@ -45,12 +37,12 @@ class Shard:
 
     @cached_property
     def train(self) -> Split:
-        """The training split; of one that is read by blocks the shard's samples, copied to this machine."""
+        """The training split; of one read by blocks, the shard's samples copied to this machine."""
         own = torch.cat([self.indices, self.valid])
         return at_hand(self.data.train, own)
 
     def portable(self) -> "Shard":
-        """Return the shard as any machine can open it: with the values of an open data set, whose files are here."""
+        """Return the shard in a form that any machine can open: with the values of an open data set."""
         if isinstance(self.source, Dataset):
             return self
         train, test = self.source
@@ -59,17 +51,17 @@ class Shard:
         return replace(self, source=data)
 
 
-Pending = Callable[[], list[Any]]  # waits for them
+Pending = Callable[[], list[Any]]  # waits for the results of a map and returns them
 
 
 class Shards(Protocol):
-    """Data split over holders; methods see only this."""
+    """Data split over holders; methods see only this interface."""
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard, in the order of the shards."""
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
-        """Begin a ``map`` and return at once; calling what is returned waits for the results."""
+        """Start a ``map`` and return a function that waits for its results."""
 
 
 class LocalShards:
@@ -84,12 +76,12 @@ class LocalShards:
         return [function(shard, *broadcast) for shard in self.shards]
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
-        """Begin a ``map`` in a thread."""
+        """Start a ``map`` in a thread."""
         return self._thread.submit(self.map, function, *broadcast).result
 
 
 class WorkerShards:
-    """Shards of the workers of a training group, the one of rank r held by worker r; all call ``map`` together."""
+    """Shards of the workers of a training group, shard r on worker r; all workers call ``map`` together."""
 
     def __init__(self, shards: Sequence[Shard], worker: Worker):
         mine = shards[worker.rank : worker.rank + 1]  # none for the workers beyond the last shard
@@ -102,7 +94,7 @@ class WorkerShards:
         return self._gathered(results)
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
-        """Begin a ``map`` in a thread of each worker; all ask for the results together."""
+        """Start a ``map`` in a thread of each worker; all wait for the results together."""
         pending = self._mine.start(function, *broadcast)
         return lambda: self._gathered(pending())
 
@@ -112,7 +104,7 @@ class WorkerShards:
 
 
 class FirstWorkerShards:
-    """Shards that the worker of rank 0 alone reaches, such as actors; all workers ask for the results together."""
+    """Shards that only rank 0 reaches, such as actors; all workers wait for the results together."""
 
     def __init__(self, shards: Shards | None, worker: Worker):
         self._shards = shards
@@ -124,7 +116,7 @@ class FirstWorkerShards:
         return pending()
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
-        """Begin a ``map`` from rank 0."""
+        """Start a ``map`` from rank 0."""
         pending = self._shards.start(function, *broadcast) if self._shards else list
         return lambda: self.worker.first(pending())
 
@@ -140,29 +132,23 @@ def class_shards(
     """Split samples by class into at most ``count`` shards of about equal size; a class is never divided.
 
     Args:
-        source: where the samples are.
+        source: settings of the data set, or the open one.
         y: labels of the whole training split, int64.
-        indices: the training samples to split.
-        valid: held-out samples, given to the shard of their class.
-        count: holders.
-        device: where the holders compute.
+        indices: training samples to split.
+        valid: held-out samples, which go to the shard of their class.
+        count: number of holders.
+        device: device of the holders.
     """
-    owner = _owner_of_class(y, indices, count)  # [C]
+    # The largest class first, each to the holder with the fewest samples so far.
+    owner = torch.zeros(int(y.max()) + 1, dtype=torch.int64)  # [C]
+    sizes = torch.bincount(y[indices], minlength=len(owner))  # [C]
+    load = torch.zeros(min(count, int((sizes > 0).sum())), dtype=torch.int64)
+    for label in sizes.argsort(descending=True, stable=True).tolist():
+        owner[label] = load.argmin()
+        load[owner[label]] += sizes[label]
     of_train = owner[y[indices]]  # [n]
     of_valid = owner[y[valid]]  # [v]
     world = int(owner.max()) + 1
     return [
         Shard(source, indices[of_train == rank], valid[of_valid == rank], device, rank, world) for rank in range(world)
     ]
-
-
-def _owner_of_class(y: Tensor, indices: Tensor, count: int) -> Tensor:
-    """Return which holder each class belongs to, int64 [C]: the largest first, each to whoever has least so far."""
-    owner = torch.zeros(int(y.max()) + 1, dtype=torch.int64)
-    sizes = torch.bincount(y[indices], minlength=len(owner))  # [C]
-    holders = min(count, int((sizes > 0).sum()))
-    load = torch.zeros(holders, dtype=torch.int64)
-    for label in sizes.argsort(descending=True, stable=True).tolist():
-        owner[label] = load.argmin()
-        load[owner[label]] += sizes[label]
-    return owner

@@ -1,4 +1,4 @@
-"""What a piece of work knows of where it runs: its rank, its device and how to reach the others."""
+"""A worker: its rank, its device, collectives with the other workers, and its memory."""
 
 import ctypes
 import os
@@ -20,14 +20,10 @@ from raypkg.data.memory import machine_memory
 
 Row = Mapping[str, Any]  # one line of metrics: phase, epoch, loss, …
 
-M_TRIM_THRESHOLD = -1  # of glibc's malloc.h: how much free memory at the end of the heap is returned to the system
-M_MMAP_THRESHOLD = -3  # and from which size on a block lies outside the heap
+M_TRIM_THRESHOLD = -1  # glibc's malloc.h: free memory at the end of the heap from which on it goes back to the OS
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h: size from which on a block lies outside the heap
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc refuses more
 NEVER = -1
-
-
-def silent(row: Row) -> None:
-    """Report to nobody."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Worker:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    report: Callable[[Row], None] = silent
+    report: Callable[[Row], None] = lambda row: None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all workers (one all-reduce on the workers' device)."""
@@ -48,7 +44,7 @@ class Worker:
         return total.to(tensor.device)
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors with those of rank 0, such as running statistics of batch norm, which drift apart."""
+        """Overwrite tensors by those of rank 0, such as running statistics of batch norm, which drift apart."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -85,7 +81,7 @@ class Worker:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with so many threads inside the block."""
+    """Compute with this number of threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -96,15 +92,15 @@ def threads(count: int) -> Iterator[None]:
 
 @cache
 def keep_freed_memory() -> None:
-    """Keep memory that this process frees for what it allocates next, where the C library is glibc.
+    """Have glibc reuse freed memory instead of returning it to the OS.
 
-    Of itself glibc returns a batch's activations to the system and then gets them anew for the next batch, page by
-    page: 5 to 20 percent of the time of training and evaluation. The price is that memory, once used for batches,
-    stays with the process until ``forget_peak_memory``.
+    By default glibc returns a batch's activations and requests them again for the next batch, page by page: 5 to 20
+    percent of the time of training and evaluation. The price: memory once used for batches stays with the process
+    until ``forget_peak_memory``.
     """
     with suppress(AttributeError):  # other C libraries have no such function
         adjust = ctypes.CDLL(None).mallopt
-        adjust(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)  # larger blocks are always returned
+        adjust(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)  # larger blocks always go back
         adjust(M_TRIM_THRESHOLD, NEVER)
 
 
@@ -114,12 +110,12 @@ def peak_memory() -> int:
 
 
 def peak_device_memory() -> int:
-    """Return the most bytes that PyTorch has held on this process's GPU; 0 where it uses none."""
+    """Return the peak bytes that PyTorch allocated on this process's GPU; 0 without one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
 
 
 def forget_peak_memory() -> None:
-    """Begin to measure the largest resident memory anew, without what is kept though freed, where the system can."""
+    """Reset the peak-memory counter, first returning freed pages to the OS (glibc on Linux)."""
     with suppress(AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):  # Linux only
@@ -127,11 +123,11 @@ def forget_peak_memory() -> None:
 
 
 def worker_memory() -> int:
-    """Return this worker's share of the machine's memory, in bytes: by its threads among the processors."""
+    """Return this worker's share of the machine's memory in bytes: its threads over the CPUs."""
     mine = torch.get_num_threads()
     return machine_memory() * mine // max(mine, os.cpu_count() or 1)
 
 
 def memory_bound(memory: float | None) -> int:
-    """Return the bytes that a method may use to save time: of so many GiB, or a quarter of the worker's memory."""
+    """Return the bytes available for caching: ``memory`` GiB, or a quarter of the worker's memory if None."""
     return worker_memory() // 4 if memory is None else int(memory * 2**30)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from raypkg.engine.run import Hook, Results, Run
+from raypkg.engine.hooks import Hook, Results
+from raypkg.engine.run import Run
 
 
 class BestEpoch(Hook):

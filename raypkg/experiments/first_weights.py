@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.engine.run import Hook, Results, Run
+from raypkg.engine.hooks import Hook, Results
+from raypkg.engine.run import Run
 
 FIRST = "checkpoints/first.safetensors"  # of an unfinished run: its source may change, or be deleted
 HEAD = "head."  # begins the names of the last layer's parameters
@@ -79,7 +80,7 @@ class FirstWeights(Hook):
         source: where they come from, for what it tells.
     """
 
-    order = -10  # before first masks are drawn, which may look at the weights
+    priority = -10  # before first masks are drawn, which may look at the weights
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str):
         self.tensors = tensors

@@ -21,8 +21,9 @@ from raypkg.data.coreset import Coreset
 from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of
 from raypkg.engine.costs import Cost
+from raypkg.engine.hooks import Hook, Results, Selected, hook
 from raypkg.engine.loop import evaluate, fit
-from raypkg.engine.run import Hook, Results, Run, Selected, hook
+from raypkg.engine.run import Run
 from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.engine.worker import Worker
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
@@ -130,12 +131,10 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
         for one in made if isinstance(made, Sequence) else [made]:
             if not isinstance(one, Hook):
                 raise UserError(f"hook {each.name!r} gave an object of type {type(one).__name__}, not a raypkg.Hook")
-            if not isinstance(one.order, int | float):
-                raise UserError(f"hook {each.name!r} has order {shown(one.order)}: it must be a number")
             closing.callback(one.close)
             hooks.append(one)
     _check_suppliers(hooks, job)
-    return sorted(hooks, key=lambda one: one.order)
+    return sorted(hooks, key=lambda one: one.priority)
 
 
 def _of_main_training(job: Job, samples: Samples) -> Iterator[Hook]:
@@ -272,9 +271,9 @@ def _checked_results(hook: Hook, run: Run) -> Results:
     left = hook.results(run)
     kind = type(hook).__name__
     if not isinstance(left, Results):
-        raise UserError(f"hook {kind}: results() returned a {type(left).__name__}, not raypkg.engine.run.Results")
+        raise UserError(f"hook {kind}: results() returned a {type(left).__name__}, not raypkg.engine.hooks.Results")
     if wrong := _wrong_part(left):
-        raise UserError(f"hook {kind}: results() has {wrong} of another kind than raypkg.engine.run.Results says")
+        raise UserError(f"hook {kind}: results() has {wrong} of another kind than raypkg.engine.hooks.Results says")
     for name in (*left.tables, *left.plots):
         if not NAME.fullmatch(name):
             raise UserError(f"hook {kind}: {shown(name)} cannot be the name of a file: letters, digits and . _ - only")

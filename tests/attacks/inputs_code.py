@@ -190,7 +190,7 @@ HOOKS = cases(
         "mine:gives_three": "gave an object of type int, not a raypkg.Hook",
         "mine:NoHook": "gave an object of type NoHook, not a raypkg.Hook",
         "mine:Needs": "needs 'thing', which nobody gives",
-        "mine:Leaves": "results() returned a int, not raypkg.engine.run.Results",
+        "mine:Leaves": "results() returned a int, not raypkg.engine.hooks.Results",
         "mine:sys": "is a module, not a function",
         "crest,sparse,crest": "hook 'crest' is named twice",
         "mine:Options,mine:Options": "hook 'mine:Options' is named twice",

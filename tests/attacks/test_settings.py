@@ -150,7 +150,7 @@ import torch
 from torch import nn
 
 from raypkg import Hook
-from raypkg.engine.run import Results
+from raypkg.engine.hooks import Results
 
 
 def exits(shape, num_classes):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from raypkg.core.settings import Training
 from raypkg.data import load_data
 from raypkg.data.split import Split
+from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Run
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.models import build_model
@@ -47,7 +48,7 @@ class Reached(Exception):
 class Watch(Hook):
     """Notes passes and gap after each epoch, and ends training when nothing is left to reach."""
 
-    order = 200
+    priority = 200
 
     def __init__(self, problem: "Problem", *, falls: bool):
         self.problem = problem

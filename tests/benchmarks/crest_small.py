@@ -29,8 +29,9 @@ from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
 from raypkg.data.partition import hold_out
 from raypkg.engine.batches import Batch, Epoch, ahead, training_batch
+from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import evaluate, fit
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Run
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.engine.worker import threads
 from raypkg.methods.crest.hook import Crest
@@ -123,7 +124,7 @@ ROWS = {
 class RandomBatches(Hook):
     """Trains on random batches of all samples, each once before any again."""
 
-    order = 0
+    priority = 0
 
     def __init__(self, indices: Tensor, size: int, steps: int):
         self.indices = indices

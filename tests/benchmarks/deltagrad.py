@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from raypkg.core.settings import Cluster, Model, Training
 from raypkg.data import Data, load_data
 from raypkg.data.split import Split
-from raypkg.engine.schedules import learning_rate
+from raypkg.engine.optimizer import learning_rate
 from raypkg.methods.deltagrad.answer import changed_steps
 from raypkg.methods.deltagrad.exact_steps import ExactSteps, Periodic, Tolerant
 from raypkg.methods.deltagrad.history import History, HistoryWriter, Layout

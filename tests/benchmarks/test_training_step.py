@@ -15,7 +15,7 @@ import plain_loop
 from raypkg.core.settings import Cluster, Training
 from raypkg.data.split import Split
 from raypkg.engine.loop import autocast, fit
-from raypkg.engine.optimizer import optimizer
+from raypkg.engine.optimizer import build_optimizer
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.models import build_model
@@ -48,7 +48,7 @@ class Bare:
 
     def __init__(self):
         self.model = build_model("resnet20", (3, 32, 32), 10, seed=0).to(memory_format=torch.channels_last).train()
-        self.optimizer = optimizer(self.model, SETTINGS)
+        self.optimizer = build_optimizer(self.model, SETTINGS)
         self.x = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
         self.y = torch.arange(128) % 10
 

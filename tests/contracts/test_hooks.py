@@ -9,7 +9,8 @@ from gloo import on_workers
 from raypkg.core.config import Named, load_settings
 from raypkg.core.errors import UserError
 from raypkg.data.coreset import Coreset
-from raypkg.engine.run import Hook, Results, Run, hook
+from raypkg.engine.hooks import Hook, Results, hook
+from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.samples import open_samples
@@ -196,7 +197,7 @@ class Heavy(Tally):
     ("made", "message"),
     [
         (Unreadable, "holds something that is neither a tensor nor a plain value"),
-        (Careless, r"hook Careless: results\(\) returned a dict, not raypkg\.engine\.run\.Results"),
+        (Careless, r"hook Careless: results\(\) returned a dict, not raypkg\.engine\.hooks\.Results"),
         (Heavy, "hook Heavy: its facts must be plain values"),
     ],
 )
@@ -205,18 +206,18 @@ def test_what_a_hook_must_not_leave_is_told(tmp_path, monkeypatch, made, message
         train_with(named_of(monkeypatch, made=made), tmp_path)
 
 
-def test_hooks_act_in_their_order(tmp_path, monkeypatch):
+def test_hooks_act_by_priority(tmp_path, monkeypatch):
     seen = []
 
     class Noted(Hook):
         def on_gradients(self, run):
-            seen.append(type(self).order)
+            seen.append(type(self).priority)
 
     class First(Noted):
-        order = 0
+        priority = 0
 
     class Last(Noted):
-        order = 100
+        priority = 100
 
     train_with(named_of(monkeypatch, last=Last, mine=Noted, first=First), tmp_path)
     assert seen[:6] == [0, 50, 100] * 2

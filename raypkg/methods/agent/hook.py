@@ -11,7 +11,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from raypkg.engine.run import Hook, Results, Run, hook
+from raypkg.engine.hooks import Hook, Results, hook
+from raypkg.engine.run import Run
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
 
@@ -58,7 +59,7 @@ class Correction(Hook):
         settings: the form of c, γ, α, and how often.
     """
 
-    order = 10
+    priority = 10
 
     def __init__(self, settings: AgentOptions):
         self.settings = settings

@@ -22,7 +22,8 @@ from raypkg.coresets.recorder import Recorder
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, training_batch
-from raypkg.engine.run import Hook, Results, Run, Selected, hook
+from raypkg.engine.hooks import Hook, Results, Selected, hook
+from raypkg.engine.run import Run
 from raypkg.engine.shards import Shards
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples
@@ -100,7 +101,7 @@ class Crest(Hook):
         UserError: a random subset is smaller than a batch, or n is.
     """
 
-    order = 0
+    priority = 0
 
     def __init__(self, options: CrestOptions, shards: Shards, scorer: ToScorer, indices: Tensor, size: int):
         self.options = options

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
-from raypkg.engine.schedules import learning_rate
+from raypkg.engine.optimizer import learning_rate
 
 from .exact_steps import ExactSteps, Periodic, Tolerant
 from .history import History, HistoryWriter, Layout, check_room, history_folder

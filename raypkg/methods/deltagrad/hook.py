@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from raypkg.core.errors import UserError
-from raypkg.engine.run import Hook, Results, Run, hook
+from raypkg.engine.hooks import Hook, Results, hook
+from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples, new_model
 from raypkg.experiments.training import Job
@@ -25,7 +26,7 @@ class Historian(Hook):
         writer: where they go; None on workers other than the first, whose gradients are the same.
     """
 
-    order = 100
+    priority = 100
 
     def __init__(self, writer: HistoryWriter | None):
         self.writer = writer

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.engine.batches import dtype_of, plain_batches
-from raypkg.engine.run import Hook, Results, Run, hook
+from raypkg.engine.hooks import Hook, Results, hook
+from raypkg.engine.run import Run
 from raypkg.experiments.samples import Samples, new_model
 from raypkg.experiments.training import Job
 
@@ -62,7 +63,7 @@ class Topology(Hook):
         steps: number of training steps.
     """
 
-    order = 0
+    priority = 0
 
     def __init__(self, settings: Sparsity, steps: int):
         self.settings = settings
@@ -245,7 +246,7 @@ class Masked(Hook):
         masks: True for active weights, by the parameter's name; an earlier hook may change them in place.
     """
 
-    order = 100
+    priority = 100
 
     def __init__(self, masks: Mapping[str, Tensor]):
         self.masks = masks

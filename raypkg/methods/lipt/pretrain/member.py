@@ -16,8 +16,9 @@ from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split, at_hand
 from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
+from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import autocast, fit
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples, augmentations, new_model
 from raypkg.methods.lipt.densities import redrawn
@@ -98,7 +99,7 @@ class Beginning(Hook):
         stage: the round.
     """
 
-    order = 0
+    priority = 0
     stage: Round
 
     def __init__(self, masks: Masks):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError
 from raypkg.coresets.recorder import Recorder
-from raypkg.engine.run import Hook, Run
+from raypkg.engine.hooks import Hook
+from raypkg.engine.run import Run
 from raypkg.experiments.coreset_files import save_record
 from raypkg.experiments.training import Job
 from raypkg.runs.checkpoints import load_state, save_state
@@ -52,7 +53,7 @@ class ContinuedRecord(Hook):
         seen: the recorder's state.
     """
 
-    order = 0
+    priority = 0
 
     def __init__(self, seen: Mapping[str, Any]):
         self.seen = seen
