@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from raypkg.core.errors import UserError
-from raypkg.data.store import arrow, stored
+from raypkg.data.store import arrow
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.data.store.cache import cache_folder, cached, fingerprint
 
@@ -64,7 +64,7 @@ def test_encoded_images_are_read_as_written(tmp_path):
 @pytest.mark.parametrize(("kind", "x"), [("pixels", PIXELS / 255), ("rows", ROWS), ("encoded", PIXELS / 255)])
 def test_statistics(tmp_path, kind, x):
     build(tmp_path / "store", kind)
-    split = Store(tmp_path / "store").as_split(lambda _: len)
+    split = Store(tmp_path / "store").as_split(len)
     flat = x.reshape(-1, x.shape[-1]).astype(np.float64)
     assert split.mean == pytest.approx(flat.mean(0).tolist()) and split.std == pytest.approx(flat.std(0).tolist())
 
@@ -106,7 +106,7 @@ def test_a_damaged_store_is_built_again_and_said_once(tmp_path, caplog, damage):
 
 def test_a_store_of_another_format_is_built_again(tmp_path, monkeypatch):
     path = tmp_path / "a.arrow"
-    monkeypatch.setattr(stored, "FORMAT", 0)
+    monkeypatch.setattr(arrow, "FORMAT", 0)
     build(path)
     monkeypatch.undo()
     with pytest.raises(pa.ArrowInvalid, match="not a store of format 1"):

@@ -6,8 +6,7 @@ from PIL import Image, ImageFile
 
 import samples
 from raypkg.core.errors import UserError
-from raypkg.data.store import decode as decoding
-from raypkg.data.store.decode import decode, decode_all, read_header
+from raypkg.data.store.images import decode, decode_all, jpeg_header, read_header
 from raypkg.engine.worker import threads
 from reference import decoded_in_full, image_header
 
@@ -76,12 +75,12 @@ def test_the_header_of_a_jpeg_is_what_pillow_reads(monkeypatch, options, channel
 def test_what_is_unusual_in_a_jpeg_is_left_to_pillow(monkeypatch):
     file = io.BytesIO()
     Image.fromarray(photograph(16, 24)).convert("CMYK").save(file, "JPEG")
-    assert decoding._jpeg_header(file.getvalue()) is None
+    assert jpeg_header(file.getvalue()) is None
     assert read_header(file.getvalue(), str, 0) == (16, 24, False)
     data = samples.encode(photograph(16, 24), "JPEG")
     start_of_pixels = data.index(b"\xff\xda")
     for end in range(start_of_pixels):
-        assert decoding._jpeg_header(data[:end]) is None
+        assert jpeg_header(data[:end]) is None
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14)
     with pytest.raises(UserError, match="row 3 is too large to decode"):
         read_header(data, "row {}".format, 3)

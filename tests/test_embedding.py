@@ -20,7 +20,7 @@ from raypkg.core.seeds import generator
 from raypkg.data import load_data
 from raypkg.data.augment import compose
 from raypkg.data.partition import hold_out
-from raypkg.data.sources.digits import load as load_digits
+from raypkg.data.sources.classics import digits as load_digits
 from raypkg.data.sources.table import RowTable
 from raypkg.experiments import embedded_parts, embedding
 from raypkg.experiments.trained import load_model

@@ -6,7 +6,7 @@ import pytest
 import samples
 from raypkg.core.errors import UserError
 from raypkg.data.store import images
-from raypkg.data.store.images import Examples, ImageSource, surveyed
+from raypkg.data.store.images import open_images, surveyed
 
 N = 12
 COLOURS = [samples.encode(image) for image in samples.pixels(N)]
@@ -14,10 +14,13 @@ GREYS = [samples.encode(image) for image in samples.pixels(N, channels=1)]
 
 
 class Source:
-    """Images that are streamed four at a time, and how often they were."""
+    """Images that are streamed four at a time; counts the passes."""
+
+    classes = ("a",)
 
     def __init__(self, encoded):
         self.encoded = encoded
+        self.length = len(encoded)
         self.passes = 0
 
     def batches(self, first):
@@ -26,8 +29,8 @@ class Source:
             part = self.encoded[start : start + 4]
             yield part, np.zeros(len(part), np.int64)
 
-    def examples(self, name="train"):
-        return Examples(len(self.encoded), ("a",), self.batches, "image {}".format)
+    def name(self, i):
+        return f"image {i}"
 
 
 def opened(tmp_path, encoded, kind, monkeypatch, size=0):
@@ -35,8 +38,8 @@ def opened(tmp_path, encoded, kind, monkeypatch, size=0):
     source = Source(encoded)
     if kind == "encoded":
         monkeypatch.setattr(images, "DECODED_BYTES", 0)
-    stores = ImageSource(lambda name: tmp_path / f"{name}.arrow", source.examples, size, files={"train": []})
-    return stores.split("train"), source
+    split = open_images("train", lambda name: tmp_path / f"{name}.arrow", lambda name: source, {"train": []}, size)
+    return split, source
 
 
 @pytest.mark.parametrize("kind", ["pixels", "encoded"])
@@ -71,13 +74,14 @@ def test_an_image_of_another_size_is_found_wherever_it_stands(tmp_path, monkeypa
 def test_headers_are_numbered_through(tmp_path):
     source = Source([*COLOURS[:9], b"no image", *COLOURS[10:]])
     with pytest.raises(UserError, match="image 9 does not decode"):
-        list(surveyed(source.examples(), 0))
+        list(surveyed(source, 0))
 
 
 def test_what_a_source_raises_reaches_the_caller(tmp_path):
-    def batches(start):
-        yield COLOURS, np.zeros(N, np.int64)
-        raise UserError("the disk is gone")
+    class Failing(Source):
+        def batches(self, first):
+            yield COLOURS, np.zeros(N, np.int64)
+            raise UserError("the disk is gone")
 
     with pytest.raises(UserError, match="the disk is gone"):
-        list(surveyed(Examples(2 * N, ("a",), batches, str), 0))
+        list(surveyed(Failing(COLOURS), 0))

@@ -21,8 +21,9 @@ from forked import Process
 from raypkg.core.address import opened
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
-from raypkg.data.sources import image_folder, libsvm, parquet, table, text, torchvision_sets
-from raypkg.data.store import decode, images, importing
+from raypkg.data.sources import classics, image_folder, libsvm, parquet, table, text
+from raypkg.data.store import images, parts
+from raypkg.data.store.cache import beginning_at
 from raypkg.data.store.parts import DIGEST, Stream, appearing
 from test_object_sources import same
 
@@ -34,12 +35,12 @@ FILE = 20  # images of a parquet file, which are read as 8, 8 and 4
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """A store has several parts, these several blocks, and of four encoded images one gives the statistics."""
-    monkeypatch.setattr(importing, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(importing, "PART_BYTES", 2000)
+    monkeypatch.setattr(parts, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(parts, "PART_BYTES", 2000)
     monkeypatch.setattr(images, "SAMPLED", 40)
     for module in (image_folder, parquet):
         monkeypatch.setattr(module, "READ_AT_ONCE", 8)
-    for module in (libsvm, table, text, torchvision_sets):
+    for module in (classics, libsvm, table, text):
         monkeypatch.setattr(module, "BLOCK", 8)
 
 
@@ -178,9 +179,9 @@ def allowing(monkeypatch):
                     kill()
                 yield batch
 
-        monkeypatch.setattr(importing, "record_batches", counted)
+        monkeypatch.setattr(parts, "record_batches", counted)
 
-    original = importing.record_batches
+    original = parts.record_batches
     yield allow
 
 
@@ -236,7 +237,7 @@ def test_one_that_is_killed_again_and_again_comes_to_its_end(source, local, undi
 def test_one_that_is_killed_when_all_parts_are_there(source, local, undisturbed, monkeypatch):
     _, files = undisturbed(source)
     with monkeypatch.context() as patch:
-        patch.setattr(importing, "write_columns", lambda *_: kill())
+        patch.setattr(parts, "write_columns", lambda *_: kill())
         with pytest.raises(Killed):
             load_data(source, cache=local)
     assert "index" not in endings(local)
@@ -270,7 +271,7 @@ def test_a_process_that_was_killed(local, tmp_path, undisturbed, allowing, kind)
     _, files = undisturbed(source)
 
     def run():
-        decode._threads.cache_clear()  # a fork has none of the threads
+        images.decoding_threads.cache_clear()  # a fork has none of the threads
         allowing(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
         load_data(source, cache=local)
 
@@ -298,7 +299,7 @@ def test_colour_after_grey(local, tmp_path, undisturbed, allowing, kind, blocks)
 def test_colour_that_was_found_is_not_looked_for_again(local, tmp_path, monkeypatch, kind, caplog):
     source = pictures(tmp_path / "data", colour_from=100)
     shapes = []
-    write = importing.write_note
+    write = parts.write_note
 
     def noted(stream, note):
         shapes.append(note.header.shape[0])
@@ -306,7 +307,7 @@ def test_colour_that_was_found_is_not_looked_for_again(local, tmp_path, monkeypa
         if shapes[0] == 1 and shapes[-2:] == [3, 3]:
             kill()
 
-    monkeypatch.setattr(importing, "write_note", noted)
+    monkeypatch.setattr(parts, "write_note", noted)
     with pytest.raises(Killed):
         load_data(source, cache=local)
     shapes.clear()
@@ -321,14 +322,14 @@ def test_colour_that_was_found_is_not_looked_for_again(local, tmp_path, monkeypa
 def test_two_at_once(source, stream, undisturbed, monkeypatch):
     whole, files = undisturbed(source)
     in_step = threading.Barrier(2, timeout=15)
-    write = importing.write_note
+    write = parts.write_note
 
     def together(*arguments):
         in_step.wait()
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(importing, "write_note", together)
+        patch.setattr(parts, "write_note", together)
         with ThreadPoolExecutor(2) as pool:
             loaded = [pool.submit(load_data, source, cache=stream) for _ in range(2)]
             failed = [each.exception() for each in loaded]
@@ -343,7 +344,7 @@ def waiting(monkeypatch):
     """Let the imports of a thread of this name stop after their fourth block, until an event."""
     reached, event = threading.Event(), threading.Event()
     written = []
-    record_batches = importing.record_batches
+    record_batches = parts.record_batches
 
     def counted(*arguments):
         for batch in record_batches(*arguments):
@@ -354,7 +355,7 @@ def waiting(monkeypatch):
                     assert event.wait(60)
             yield batch
 
-    monkeypatch.setattr(importing, "record_batches", counted)
+    monkeypatch.setattr(parts, "record_batches", counted)
     return reached, event, written
 
 
@@ -380,7 +381,7 @@ def test_a_writer_who_is_late_stops_at_the_next_part(local, tmp_path, undisturbe
     whole, files = undisturbed(source)
     reached, event = threading.Event(), threading.Event()
     noted = []
-    write = importing.write_note
+    write = parts.write_note
 
     def waiting_between_parts(*arguments):
         write(*arguments)
@@ -389,7 +390,7 @@ def test_a_writer_who_is_late_stops_at_the_next_part(local, tmp_path, undisturbe
             reached.set()
             assert event.wait(60)
 
-    monkeypatch.setattr(importing, "write_note", waiting_between_parts)
+    monkeypatch.setattr(parts, "write_note", waiting_between_parts)
     with ThreadPoolExecutor(1, "waiting") as pool:
         late = pool.submit(load_data, source, cache=local)
         assert reached.wait(60)
@@ -444,7 +445,7 @@ def change(folder):
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_source_that_changes_leaves_nothing(local, tmp_path, monkeypatch, lost):
     source = pictures(tmp_path / "data")
-    write = importing.write_note
+    write = parts.write_note
     notes = []
 
     def changing(*arguments):
@@ -455,7 +456,7 @@ def test_a_source_that_changes_leaves_nothing(local, tmp_path, monkeypatch, lost
             if lost:
                 raise UserError("no such row")
 
-    monkeypatch.setattr(importing, "write_note", changing)
+    monkeypatch.setattr(parts, "write_note", changing)
     with pytest.raises(UserError, match="changed while it was imported"):
         load_data(source, cache=local)
     assert len(notes) >= 2 and not contents(local)
@@ -492,14 +493,14 @@ def test_a_part_that_is_missing(source, local, tmp_path, undisturbed, caplog):
 
 def test_one_whose_files_somebody_deletes_is_told(local, tmp_path, monkeypatch):
     source = pictures(tmp_path / "data")
-    write = importing.write_columns
+    write = parts.write_columns
 
     def deleted(*arguments):
         write(*arguments)
         for path in parts_in(tmp_path):
             path.unlink()
 
-    monkeypatch.setattr(importing, "write_columns", deleted)
+    monkeypatch.setattr(parts, "write_columns", deleted)
     with pytest.raises(UserError, match=r"cannot build the store .*have just been deleted"):
         load_data(source, cache=local)
 
@@ -525,19 +526,19 @@ def test_an_import_goes_on_from_the_parts_that_are_whole(local, tmp_path, undist
             note.write_bytes(note.read_bytes()[:-20])
     load_data(source, cache=local)
     index = next(content for name, content in files.items() if "-train-" in name and name.endswith("index"))
-    parts = json.loads(pa.ipc.open_file(index[:-DIGEST]).schema.metadata[b"parts"])
-    assert begun_at(caplog) == [sum(parts[0]["sizes"])]
+    first, *_ = json.loads(pa.ipc.open_file(index[:-DIGEST]).schema.metadata[b"parts"])
+    assert begun_at(caplog) == [sum(first["sizes"])]
     assert contents(local) == files
 
 
 def test_a_part_must_end_with_a_block_of_the_source():
-    assert list(importing.beginning_at(3, ["abc", "de", "f"], len)) == ["de", "f"]
+    assert list(beginning_at(3, ["abc", "de", "f"], len)) == ["de", "f"]
     with pytest.raises(UserError, match="ended within a block"):
-        list(importing.beginning_at(4, ["abc", "de", "f"], len))
+        list(beginning_at(4, ["abc", "de", "f"], len))
 
 
 def test_an_image_of_another_size_is_found_behind_what_is_kept(local, tmp_path, monkeypatch, kind, caplog):
-    monkeypatch.setattr(importing, "PART_BYTES", 1)
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
     source = pictures(tmp_path / "data")
     others = [samples.encode(image) for image in samples.pixels(FILE, 8, 8)]
     samples.write_parquet(tmp_path / "data" / "train-100.parquet", others, LABELS[100:])
@@ -567,7 +568,7 @@ def test_parts_of_two_versions_are_not_mixed(local, tmp_path, undisturbed, allow
     whole, _ = undisturbed(source)
     other = local._replace(address=f"{tmp_path}/theirs")
     for stream, size in ((local, 2000), (other, theirs)):
-        monkeypatch.setattr(importing, "PART_BYTES", size)
+        monkeypatch.setattr(parts, "PART_BYTES", size)
         allowing(11, kill)
         with pytest.raises(Killed):
             load_data(source, cache=stream)

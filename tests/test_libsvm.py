@@ -99,7 +99,7 @@ def test_a_damaged_archive(load):
 
 @pytest.mark.parametrize("column", [100_000_000, 2**31])
 def test_a_width_beyond_the_memory(load, monkeypatch, column):
-    monkeypatch.setattr("raypkg.data.memory.machine_memory", lambda: 24 << 30)
+    monkeypatch.setattr("raypkg.core.memory.machine_memory", lambda: 24 << 30)
     with pytest.raises(UserError, match=rf"dense rows of {column:,} columns in .*rows.libsvm', 256 at once: needed is"):
         load(f"1 1:1\n0 {column}:1\n", test=0.5)
 

@@ -267,7 +267,7 @@ def test_a_size_beyond_the_memory(tmp_path, load, monkeypatch):
     write(tmp_path)
     with pytest.raises(UserError, match=r"parquet option size = 1000000000000: .* less than or equal to 65536"):
         load(size=10**12)
-    monkeypatch.setattr("raypkg.data.memory.machine_memory", lambda: 2 << 30)
+    monkeypatch.setattr("raypkg.core.memory.machine_memory", lambda: 2 << 30)
     with pytest.raises(UserError, match=r"images of 20000×20000, 9 at once: needed is 10.1 GiB .* has 2.0 GiB; set"):
         load(size=20_000)
 

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +23,9 @@ from raypkg.data import load_data
 from raypkg.data.coreset import Coreset
 from raypkg.data.opening import open_data, subset
 from raypkg.data.split import at_hand, shuffled_by_blocks
-from raypkg.data.store import images, importing, streamed
-from raypkg.data.store.held import HeldBlocks
+from raypkg.data.store import images, parts, streamed
 from raypkg.data.store.parts import Stream
+from raypkg.data.store.streamed import HeldBlocks
 from raypkg.engine.batches import Batches, plain_batches
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
@@ -37,7 +38,7 @@ N = 120
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(importing, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(parts, "BLOCK_BYTES", 1000)
 
 
 @pytest.fixture(params=["pixels", "encoded"])
@@ -85,7 +86,7 @@ def test_a_bucket_holds_it_and_no_machine_does(source, bucket, tmp_path):
 
 
 def test_samples_larger_than_a_block_are_not_divided(source, stream, monkeypatch):
-    monkeypatch.setattr(importing, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(parts, "BLOCK_BYTES", 1)
     split = load_data(source, cache=stream).train
     assert split.blocks.of.tolist() == list(range(N))
 
@@ -153,19 +154,19 @@ def test_batches_do_not_depend_on_the_number_of_workers(split):
 
     alone = epoch(Worker())
     shared = [epoch(Worker(rank=rank, world=3)) for rank in range(3)]
-    for whole, *parts in zip(alone, *shared, strict=True):
-        assert torch.equal(whole.x, torch.cat([part.x for part in parts]))
-        assert torch.equal(whole.indices, torch.cat([part.indices for part in parts]))
+    for whole, *slices in zip(alone, *shared, strict=True):
+        assert torch.equal(whole.x, torch.cat([part.x for part in slices]))
+        assert torch.equal(whole.indices, torch.cat([part.indices for part in slices]))
     assert torch.cat([batch.indices for batch in alone]).sort().values.tolist() == list(range(N))
 
 
 def store_of(split):
     """The open store that a split reads."""
-    return getattr(split.take, "store", None) or split.take.__self__
+    return split.take.args[0] if isinstance(split.take, partial) else split.take.__self__
 
 
 def test_an_epoch_fetches_each_block_once_as_far_as_it_can(source, stream, monkeypatch):
-    monkeypatch.setattr(importing, "BLOCK_BYTES", 1)  # a block for each image
+    monkeypatch.setattr(parts, "BLOCK_BYTES", 1)  # a block for each image
     stream = stream._replace(window=60)
     once = load_data(source, cache=stream).train
     split = subset(once, torch.arange(N).repeat(3))
@@ -247,7 +248,7 @@ def test_a_copy_of_many_blocks_is_one_record_batch(split):
 
 
 def test_a_window_beyond_the_memory_is_refused(split, monkeypatch):
-    monkeypatch.setattr("raypkg.data.memory.machine_memory", lambda: 1000)
+    monkeypatch.setattr("raypkg.core.memory.machine_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"dataset.window = 4, \d+ blocks at once: needed is .* lower it"):
         Batches(split, Coreset.uniform(torch.arange(N)), 20, seed=0, augment=[], worker=Worker())
 
@@ -302,7 +303,7 @@ def test_an_import_that_ends_early_leaves_no_store(source, stream, monkeypatch):
         raise OSError("connection reset")
 
     with monkeypatch.context() as patch:
-        patch.setattr(importing, "write_columns", lost)
+        patch.setattr(parts, "write_columns", lost)
         with pytest.raises(UserError, match=r"cannot build the store .*connection reset"):
             load_data(source, cache=stream)
     assert len(load_data(source, cache=stream).train) == N
@@ -338,7 +339,7 @@ def test_a_cache_that_cannot_be_made_is_told(split, stream, tmp_path):
 
 
 def test_a_source_that_changes_meanwhile_is_refused(source, stream, tmp_path, monkeypatch):
-    write = importing.write_streamed
+    write = parts.write_streamed
 
     def slow(*arguments):
         write(*arguments)

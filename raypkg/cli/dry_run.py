@@ -11,9 +11,9 @@ import click
 
 from raypkg.core.config import to_toml
 from raypkg.core.errors import UserError, redacted
+from raypkg.core.memory import readable
 from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Training
-from raypkg.data.memory import readable
 from raypkg.experiments.embed import EmbedSettings, planned
 from raypkg.experiments.resolve import resolve, selection_of
 from raypkg.experiments.select import SelectSettings

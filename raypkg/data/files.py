@@ -1,41 +1,51 @@
-"""Files of a data source: paths of this machine, or objects of a store that a URI names, which are used alike."""
+"""Files of a data source, local or behind a URI: which make up a split, and columns that several formats share."""
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import torch
 from pyarrow import fs
+from pydantic import BaseModel, ValidationError
 
 from raypkg.core.address import address_of, is_uri, opened, parted
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, unknown
+from raypkg.core.seeds import generator
 
-Names = tuple[str, ...]  # of folders and a file, from the root of a listing down
+from .split import repeated
+
+LABELS = ("label", "fine_label", "labels", "coarse_label")  # names of label columns, the usual one first
+PREFIXES = {"train": ("train",), "test": ("test", "valid")}  # `valid` replaces a missing `test`
+READERS = 16  # concurrent requests
+
+Names = tuple[str, ...]  # folders and a file, from the root of a listing down
+J = TypeVar("J")
+T = TypeVar("T")
+
+
+# Paths and URIs
 
 
 class Listing(NamedTuple):
-    """What lies at an address or below it.
+    """All files at an address or below it, as they were when it was listed."""
 
-    Attributes:
-        base: the address.
-        system: where it is.
-        root: its path there.
-        files: size and time of each file, by its names below the root; of a root that is a file, by no name.
-        folders: the names in each folder.
-    """
-
-    base: str
+    base: str  # the address
     system: fs.FileSystem
-    root: str
-    files: dict[Names, fs.FileInfo]
-    folders: dict[Names, set[str]]
+    root: str  # path of the address in the system
+    files: dict[Names, fs.FileInfo]  # by names below the root; a root that is a file has no names
+    folders: dict[Names, set[str]]  # names in each folder
 
     @classmethod
     def of(cls, address: str) -> "Listing":
-        """List an address: one request for every thousand objects.
+        """List an address, one request per thousand objects.
 
         Raises:
-            UserError: the address names no file system, or its server is not there or denies the listing.
+            UserError: the address has no file system, or its server is unreachable or denies the listing.
         """
         base, below = parted(address)
         system, path = opened(base)
@@ -48,22 +58,22 @@ class Listing(NamedTuple):
             entries = []
         except OSError as error:
             raise UserError(f"{address!r} cannot be listed: {error}") from None
-        files = {_names(entry.path, root): entry for entry in entries if entry.type == fs.FileType.File}
+        files: dict[Names, fs.FileInfo] = {}
         folders: dict[Names, set[str]] = {}
-        for names in files:
+        for entry in entries:
+            if entry.type != fs.FileType.File:
+                continue
+            names = tuple(entry.path.removeprefix(root).strip("/").split("/")) if entry.path != root else ()
+            files[names] = entry
             for depth, name in enumerate(names):
                 folders.setdefault(names[:depth], set()).add(name)
         return cls(address, system, root, files, folders)
 
 
 class Remote:
-    """A file or folder behind a URI; its attributes and methods are those of the same names of ``Path``.
+    """A file or folder behind a URI, with the attributes and methods of ``Path`` that data sources use.
 
-    Everything below a root is listed once, when the root is made: what changes afterwards is not seen.
-
-    Args:
-        listing: of the root.
-        names: from the root down to this one.
+    Everything below a root is listed once, when the root is created. Later changes are not seen.
     """
 
     def __init__(self, listing: Listing, names: Names = ()):
@@ -97,34 +107,36 @@ class Remote:
         """The name without its last ending."""
         return PurePosixPath(self.name).stem
 
-    @property
-    def info(self) -> fs.FileInfo:
-        """Size and time of this file when it was listed."""
-        return self.listing.files[self.names]
-
     def is_file(self) -> bool:
-        """Say whether it is a file."""
+        """Return True if this is a file."""
         return self.names in self.listing.files
 
     def is_dir(self) -> bool:
-        """Say whether it is a folder in which, or below which, files are: object stores know no others."""
+        """Return True if files are below this; object stores have no other folders."""
         return self.names in self.listing.folders
 
     def exists(self) -> bool:
-        """Say whether it is a file or folder."""
+        """Return True if this is a file or folder."""
         return self.is_file() or self.is_dir()
 
     def iterdir(self) -> Iterator["Remote"]:
-        """Yield the files and folders in this folder."""
+        """Yield the files and folders in this folder, sorted."""
         for name in sorted(self.listing.folders.get(self.names, ())):
             yield self / name
 
     def resolve(self) -> "Remote":
-        """Return the same: object stores have no links."""
+        """Return this: object stores have no links."""
         return self
 
+    def below(self) -> Iterator["Remote"]:
+        """Yield all files below this folder."""
+        for place in self.iterdir():
+            if place.is_file():
+                yield place
+            yield from place.below()
+
     def open_input(self) -> pa.NativeFile:
-        """Open this file for reading; only what is read is fetched."""
+        """Open this file for reading; only the parts that are read are fetched."""
         path = "/".join([self.listing.root, *self.names])
         return self.listing.system.open_input_file(path)
 
@@ -133,58 +145,41 @@ Place: TypeAlias = Path | Remote
 
 
 def place_of(root: str) -> Place:
-    """Return what a source's PATH names.
-
-    Raises:
-        UserError: a URI of no file system, or of one that is not there or denies the listing.
-    """
+    """Return the file or folder at a source's PATH; raises UserError for a URI that cannot be listed."""
     return Remote(Listing.of(root)) if is_uri(root) else Path(root)
 
 
 def files_below(folder: Place) -> list[Place]:
-    """Return the files below a folder, sorted; of a local one folders too, and links that lead nowhere."""
-    if isinstance(folder, Path):
-        return [*sorted(folder.rglob("*"))]
-    return list(_files_below(folder))
+    """Return the files below a folder, sorted; of a local folder also folders and broken links."""
+    return [*sorted(folder.rglob("*"))] if isinstance(folder, Path) else [*folder.below()]
 
 
 def open_input(file: Place) -> pa.NativeFile:
-    """Open a file for reading, at any position.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
+    """Open a file for reading at any position; raises OSError."""
     return pa.OSFile(str(file)) if isinstance(file, Path) else file.open_input()
 
 
 class Identity(NamedTuple):
-    """What tells a file from another one or a later one."""
+    """Properties that change when a file is replaced or modified."""
 
     address: str
     size: int  # bytes
-    time: int  # of its last change, nanoseconds
+    time: int  # of the last change, nanoseconds
 
 
 def identity_of(file: Place) -> Identity:
-    """Return what tells a file from another one or a later one.
-
-    Raises:
-        OSError: it is not there.
-    """
+    """Return the identity of a file; raises OSError if it is missing."""
     if isinstance(file, Path):
         stat = file.stat()
         return Identity(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
     if not file.is_file():
         raise FileNotFoundError(f"{str(file)!r} is not there any more")
-    return Identity(str(file), file.info.size, file.info.mtime_ns)
+    info = file.listing.files[file.names]
+    return Identity(str(file), info.size, info.mtime_ns)
 
 
 def relisted(files: Iterable[Place]) -> list[Place]:
-    """Return the same files as they are now: those of object stores are listed again, each root once.
-
-    Raises:
-        UserError: a root cannot be listed any more.
-    """
+    """Return the same files in their present state: each remote root is listed again, once."""
     listings: dict[str, Listing] = {}
     now: list[Place] = []
     for file in files:
@@ -196,12 +191,162 @@ def relisted(files: Iterable[Place]) -> list[Place]:
     return now
 
 
-def _files_below(folder: Remote) -> Iterator[Remote]:
-    for place in folder.iterdir():
-        if place.is_file():
-            yield place
-        yield from _files_below(place)
+def fetched(load: Callable[[J], T], jobs: Iterable[J], readers: int = READERS) -> Iterator[T]:
+    """Yield ``load(job)`` in the order of the jobs, while threads load the next ones, so that latencies overlap.
+
+    >>> list(fetched(abs, [3, -1, 2]))
+    [3, 1, 2]
+    """
+    pool = ThreadPoolExecutor(readers, "fetching")
+    pending: deque[Future[T]] = deque()
+    try:
+        for job in jobs:
+            pending.append(pool.submit(load, job))
+            if len(pending) > readers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        # Do not wait: an abandoned iterator may be closed by the garbage collector, which runs in any thread, even in
+        # one that is being started and cannot wait for another.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _names(path: str, root: str) -> Names:
-    return tuple(path.removeprefix(root).strip("/").split("/")) if path != root else ()
+# Files of a split
+
+
+def split_files(root: Place, split: str, kind: str, suffixes: Sequence[str]) -> list[Place]:
+    """List the files of a split by the prefix of their name, as data sets are published on the hub.
+
+    Args:
+        root: a file, or a folder that is searched with all folders below it.
+        split: "train" or "test".
+        kind: kind of file, for errors.
+        suffixes: endings of the names.
+    """
+    if not root.exists():
+        raise UserError(f"{kind} path {str(root)!r} does not exist")
+    files = [root] if root.is_file() else [path for path in files_below(root) if path.suffix in suffixes]
+    for prefix in PREFIXES[split]:
+        named = [file for file in files if file.name.startswith(prefix)]
+        if named:
+            return named
+    names = sorted({file.name for file in files})
+    some = ", ".join(names[:3]) or f"no {kind} file"
+    raise UserError(f"{str(root)!r} has no {split} split: no file named {'* or '.join(PREFIXES[split])}*, found {some}")
+
+
+def row_files(path: Place, suffixes: tuple[str, ...]) -> dict[str, Place]:
+    """Return the single file of each split: train and test in a folder, or one file for both."""
+    if not path.is_dir():
+        if not path.is_file() or not path.name.endswith(suffixes):
+            raise UserError(f"table {str(path)!r} is not a file with one of the endings {', '.join(suffixes)}")
+        return dict.fromkeys(PREFIXES, path)
+    files = {}
+    for split in PREFIXES:
+        names = [f"{split}{suffix}" for suffix in suffixes]
+        found = [path / name for name in names if (path / name).is_file()]
+        if len(found) != 1:
+            first = ", ".join(names[:-1])
+            raise UserError(f"folder {str(path)!r} needs one of {first} and {names[-1]}, it has {len(found)}")
+        files[split] = found[0]
+    return files
+
+
+def split_rows(
+    files: Mapping[str, Place], split: str, n: int, test: float, ids: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the rows of a split among the n rows of its file, int64 ascending.
+
+    These are all rows if each split has its own file. In a shared file, the share ``test`` is the test split, by a draw
+    that depends only on the number of rows, so that every process and every later run finds the same split. Rows with
+    the same id stand for one sample and stay together.
+
+    Raises:
+        UserError: the split would be empty.
+    """
+    if files["train"] != files["test"]:
+        return np.arange(n)
+    sample = np.arange(n) if ids is None else np.unique(ids, return_inverse=True)[1]  # of each row, [n]
+    count = int(sample.max()) + 1
+    order = torch.randperm(count, generator=generator(0, "test split")).numpy()
+    size = round(test * count)
+    drawn = order[:size] if split == "test" else order[size:]
+    rows = np.flatnonzero(np.isin(sample, drawn))
+    if not len(rows):
+        raise UserError(f"option test = {test:g} leaves no {split} samples of the {n} in {str(files[split])!r}")
+    return rows
+
+
+# Tables
+
+
+@contextmanager
+def reading(file: Place) -> Iterator[None]:
+    """Turn any failure to read a file (damaged, wrong format, not UTF-8, not permitted) into a UserError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"table {str(file)!r} cannot be read: {error}") from None
+
+
+def check_distinct(columns: Sequence[str], file: Place) -> None:
+    """Refuse a table with two columns of the same name."""
+    if (twice := repeated(columns)) is not None:
+        raise UserError(f"table {str(file)!r} has two columns {twice!r} among {', '.join(columns)}")
+
+
+def check_same_columns(files: Sequence[Place], schemas: Sequence[pa.Schema]) -> None:
+    """Refuse files whose columns differ from those of the first."""
+    for file, schema in zip(files, schemas, strict=True):
+        if not schema.equals(schemas[0]):
+            raise UserError(f"the columns of {str(file)!r} differ from those of {str(files[0])!r}")
+
+
+def label_column(chosen: str, names: Sequence[str], file: Place) -> str:
+    """Return the chosen label column, or the first of the usual ones if none is chosen."""
+    wanted = (chosen,) if chosen else LABELS
+    found = next((name for name in wanted if name in names), None)
+    if found is None:
+        raise unknown(f"label column of {str(file)!r}", wanted[0], names)
+    return found
+
+
+def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """Convert labels to the numbers of their classes, int64; raises UserError for a class unknown to train."""
+    number = {name: c for c, name in enumerate(classes)}
+    strange = set(labels) - number.keys()
+    if strange:
+        raise unknown("class of the test rows", min(strange), classes)
+    return np.array([number[label] for label in labels], np.int64)
+
+
+class _Feature(BaseModel):
+    names: list[str] | None = None  # the classes of a label column
+
+
+class _Info(BaseModel):
+    features: dict[str, Any] = {}  # by column
+
+
+class _HubMetadata(BaseModel):
+    """The part that is used of the JSON under the key ``huggingface`` of a schema's metadata."""
+
+    info: _Info = _Info()
+
+
+def class_names(schema: pa.Schema, label: str, file: Place) -> tuple[str, ...]:
+    """Return the class names of the label column in the hub's metadata; () if there are none."""
+    metadata = schema.metadata or {}
+    where = f"the schema metadata 'huggingface' of {str(file)!r}"
+    try:
+        hub = _HubMetadata.model_validate_json(metadata.get(b"huggingface", b"{}"))
+        feature = _Feature.model_validate(hub.info.features.get(label, {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where} does not list the classes of {label!r}: {path} {first['msg']}") from None
+    names = feature.names or []
+    if (twice := repeated(names)) is not None:
+        raise UserError(f"{where} has two classes {twice!r} of {label!r}")
+    return tuple(names)

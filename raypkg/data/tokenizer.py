@@ -1,4 +1,4 @@
-"""Texts → tokens: the tokenizer of a model, or one that is trained on the texts themselves."""
+"""Texts to tokens: the tokenizer of a model, or one trained on the texts themselves."""
 
 from __future__ import annotations
 
@@ -18,20 +18,17 @@ STORED = np.dtype(np.int32)  # of tokens and segments
 BEGIN = "[CLS]"
 END = "[SEP]"
 SPECIAL = ["[PAD]", BEGIN, END]
-RARE = 2  # a piece of a word that occurs less often is none
+RARE = 2  # fewest occurrences of a piece that becomes a token
 WHAT = "the data source 'text'"
 
 Text = str | tuple[str, str]  # one, or a pair
 
 
 def trained(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Train byte-pair encoding (arXiv:1508.07909) on the bytes of lower-case texts; it is a function of them alone.
+    """Train byte-pair encoding (arXiv:1508.07909) on the bytes of lower-case texts, a function of them alone.
 
-    A text becomes [CLS] … [SEP], a pair [CLS] … [SEP] … [SEP] with the second of them in segment 1.
-
-    Args:
-        texts: to train on.
-        vocabulary: the most tokens that it may have, 256 bytes and the special ones among them.
+    A text becomes [CLS] … [SEP], a pair [CLS] … [SEP] … [SEP] with its second text in segment 1. ``vocabulary`` is the
+    most tokens, including 256 bytes and the special tokens.
     """
     tokenizers = extra("tokenizers", "text", WHAT)
     byte_level = tokenizers.pre_tokenizers.ByteLevel
@@ -58,41 +55,36 @@ def trained(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def tokenizer_at(name: str) -> Tokenizer:
-    """Return the tokenizer of a model, by its name on the hub or of its folder.
+    """Load the tokenizer of a model by its name on the hub or its folder.
 
     Raises:
-        UserError: there is none, or none that has the form of the package tokenizers ("fast").
+        UserError: there is none, or none in the format of the package tokenizers ("fast").
     """
     transformers = extra("transformers", "text", WHAT)
     announce_download(name, "tokenizer_config.json", "the tokenizer")
     try:
         found = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # whatever the files make it raise
+    except Exception as error:  # invalid files raise anything
         reason = " ".join(str(error).split())
         raise UserError(f"option tokenizer = {name!r}: no tokenizer can be read there: {reason}") from None
     tokenizer = getattr(found, "backend_tokenizer", None)
     if tokenizer is None:
         raise UserError(f"option tokenizer = {name!r}: a {type(found).__name__} has no fast form (tokenizer.json)")
-    if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):  # what is made where no file is
+    if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):  # created for a folder without one
         raise UserError(f"option tokenizer = {name!r}: no tokenizer is there, or one of special tokens alone")
     return tokenizer
 
 
-def files_of(name: str) -> list[Path]:
-    """Return the files of a folder that decide on its tokenizer; of a name on the hub, none."""
-    folder = Path(name)
-    return sorted(path for path in folder.glob("*") if path.suffix in (".json", ".txt", ".model")) if name else []
+def tokenizer_files(name: str) -> list[Path]:
+    """Return the files of a folder that determine its tokenizer; none for a name on the hub."""
+    return sorted(path for path in Path(name).glob("*") if path.suffix in (".json", ".txt", ".model")) if name else []
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[Text], length: int) -> tuple[list[np.ndarray], int]:
-    """Return the tokens of each text with their segments, int32 [l, 2], and how many texts had to be cut.
+    """Return the tokens of each text with their segments, int32 [l, 2], and the number of texts that were cut.
 
-    The longer one of a pair is cut first. The library uses all processors, unless ``TOKENIZERS_PARALLELISM=false``.
-
-    Args:
-        tokenizer: of the model.
-        texts: single ones or pairs.
-        length: the most tokens that are kept of a text or pair, with those that mark beginning and end.
+    ``length`` limits l, including the tokens for beginning and end; the longer text of a pair is cut first. The library
+    uses all processors, unless ``TOKENIZERS_PARALLELISM=false``.
     """
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
@@ -103,7 +95,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[Text], length: int) -> tuple[li
 
 
 def padded(tokens: Sequence[np.ndarray], padding: int) -> np.ndarray:
-    """Return texts of several lengths as one array, int64 [b, 2, l] with l that of the longest.
+    """Return texts of several lengths as one array, int64 [b, 2, l] with l the length of the longest.
 
     >>> padded([np.array([[7, 0]], STORED), np.array([[8, 0], [9, 1]], STORED)], -1).tolist()
     [[[7, -1], [0, -1]], [[8, 9], [0, 1]]]

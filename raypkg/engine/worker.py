@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raypkg.data.memory import machine_memory
+from raypkg.core.memory import machine_memory
 
 Row = Mapping[str, Any]  # one line of metrics: phase, epoch, loss, …
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from raypkg.core.errors import UserError
+from raypkg.data.sources.table import FEATURES, LABEL, features_schema
 from raypkg.data.split import Split
-from raypkg.data.store.vectors import FEATURES, LABEL, features_schema
 from raypkg.engine.costs import Cost
 from raypkg.runs.storage import Storage
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from raypkg.cluster.actors import hold
 from raypkg.core.errors import UserError
+from raypkg.core.memory import readable
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Cluster, Dataset
 from raypkg.data import Data
 from raypkg.data.augment import compose
-from raypkg.data.memory import readable
 from raypkg.data.split import Split
 from raypkg.engine.costs import Cost
 from raypkg.engine.shards import Shard

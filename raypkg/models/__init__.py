@@ -6,9 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raypkg.core.errors import UserError
+from raypkg.core.memory import check_memory
 from raypkg.core.registry import Entry, Registry, argument
 from raypkg.core.seeds import derive
-from raypkg.data.memory import check_memory
 
 if TYPE_CHECKING:
     from .classifier import Classifier

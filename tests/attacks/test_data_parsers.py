@@ -19,8 +19,7 @@ from raypkg.data.sources import libsvm
 from raypkg.data.sources.parquet import ImageTable
 from raypkg.data.sources.table import RowTable
 from raypkg.data.split import Split
-from raypkg.data.store.decode import decode_all
-from raypkg.data.store.images import Examples, surveyed
+from raypkg.data.store.images import decode_all, surveyed
 from raypkg.experiments.coreset_files import load_coreset, save_coreset
 from raypkg.runs.storage import Storage
 
@@ -162,11 +161,11 @@ def test_a_table_of_parquet_that_is_damaged(folder, table_bytes, data):
 def read_images(file):
     """Read images as their store is built from them."""
     table = ImageTable([file], "")
-    examples = Examples(len(table), table.classes, table.batches, table.name)
-    if not examples.length:
+    if not table.length:
         return
-    for _, images, y, shape in surveyed(examples, size=4):
-        assert decode_all(images, shape, examples.name).shape == (len(y), 4, 4, shape[0])
+    assert table.classes
+    for _, images, y, shape in surveyed(table, size=4):
+        assert decode_all(images, shape, table.name).shape == (len(y), 4, 4, shape[0])
 
 
 @pytest.fixture(scope="module")

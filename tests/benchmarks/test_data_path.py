@@ -6,6 +6,7 @@ python -m pytest -q -s -m bench tests/benchmarks/test_data_path.py
 import time
 from functools import partial
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,7 @@ from raypkg.core.seeds import generator
 from raypkg.core.settings import Training
 from raypkg.data.augment import compose
 from raypkg.data.store.arrow import Block, Header, Store, write
-from raypkg.data.store.decode import decode_all
-from raypkg.data.store.images import Examples, ImageSource
+from raypkg.data.store.images import decode_all, open_images
 from raypkg.engine.batches import Batches
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
@@ -115,9 +115,8 @@ def jpeg_store(folder):
     def batches(start):
         yield files, np.arange(len(files)) % 10
 
-    examples = Examples(len(files), TEN, batches, str)
-    source = ImageSource(lambda name: folder / f"{name}.arrow", lambda name: examples, 224, files={"train": []})
-    return source.split("train")
+    source = SimpleNamespace(length=len(files), classes=TEN, batches=batches, name=str)
+    return open_images("train", lambda name: folder / f"{name}.arrow", lambda name: source, {"train": []}, 224)
 
 
 def row_store(folder):

@@ -376,7 +376,7 @@ def test_torchvision_networks_return_logits_while_training(variant):
     ],
 )
 def test_errors_are_one_line(name, arguments, match, monkeypatch):
-    monkeypatch.setattr("raypkg.data.memory.machine_memory", lambda: 24 << 30)
+    monkeypatch.setattr("raypkg.core.memory.machine_memory", lambda: 24 << 30)
     with pytest.raises(UserError, match=match) as error:
         build(name, **arguments)
     assert "\n" not in str(error.value)

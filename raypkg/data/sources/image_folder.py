@@ -3,23 +3,21 @@
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
 from raypkg.core.errors import UserError
-from raypkg.data.files import Place, files_below, open_input, place_of
+from raypkg.data.files import Place, fetched, files_below, open_input, place_of
 from raypkg.data.split import Split
 from raypkg.data.store.cache import Cache, fingerprint, store_path
-from raypkg.data.store.fetching import fetched
-from raypkg.data.store.images import Examples, ImageSource, Side
+from raypkg.data.store.images import Side, open_images
 
 from . import dataset
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 FOLDERS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 READ_AT_ONCE = 256
-
-Labelled = list[tuple[Place, int]]  # image files with the numbers of their classes
 
 
 @dataset("folder")
@@ -35,24 +33,19 @@ def load(
     A class may keep its files in folders of its own. Class numbers follow the sorted names of train's folders.
 
     Raises:
-        UserError: a missing or empty folder, a class of test unknown to train, links to nowhere, files that cannot be
-            read or are no images, or images of several sizes while ``size`` is 0.
+        UserError: a missing or empty folder, a class of test unknown to train, broken links, files that are unreadable
+            or no images, or images of several sizes while ``size`` is 0.
     """
     place = place_of(root)
-    folders = {name: _folder(place, name) for name in FOLDERS}
+    folders = {name: _split_folder(place, name) for name in FOLDERS}
     classes = tuple(sorted(_class_folders(folders["train"])))
-    labelled = {name: _labelled(folder, classes) for name, folder in folders.items()}
-    files = {name: [file for file, _ in pairs] for name, pairs in labelled.items()}
+    images = {name: _listed(folder, classes) for name, folder in folders.items()}
+    files = {name: each.files for name, each in images.items()}
     key = fingerprint(files["train"] + files["test"], root=root, size=size)
-
-    def examples(name: str) -> Examples:
-        return _examples(labelled[name], classes)
-
-    path = partial(store_path, cache, place.resolve().name, key)
-    return ImageSource(path, examples, size, files).split(split)
+    return open_images(split, partial(store_path, cache, place.resolve().name, key), images.__getitem__, files, size)
 
 
-def _folder(root: Place, split: str) -> Place:
+def _split_folder(root: Place, split: str) -> Place:
     names = FOLDERS[split]
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
@@ -67,56 +60,58 @@ def _class_folders(folder: Place) -> dict[str, Place]:
     if not classes:
         raise UserError(f"folder {str(folder)!r} holds no class folders")
     for name in classes:
-        _check_text(name, folder)
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # bytes of another encoding, which Python keeps as surrogates
+            raise UserError(f"folder {str(folder)!r} has the class {name!r}, whose name is not UTF-8") from None
     return classes
 
 
-def _check_text(name: str, folder: Place) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # bytes of another encoding, which Python keeps as surrogates
-        raise UserError(f"folder {str(folder)!r} has the class {name!r}, whose name is not UTF-8") from None
-
-
-def _labelled(folder: Place, classes: tuple[str, ...]) -> Labelled:
-    """List the image files of a split with their labels, class by class."""
-    files = []
+def _listed(folder: Place, classes: tuple[str, ...]) -> "ImageFiles":
+    """List the image files of a split, class by class."""
+    files: list[Place] = []
+    labels: list[int] = []
     for name, path in sorted(_class_folders(folder).items()):
         if name not in classes:
             raise UserError(f"class {name!r} of {str(folder)!r} is not among the {len(classes)} classes of train")
-        label = classes.index(name)
-        files += [(file, label) for file in _images(path)]
-    return files
+        before = len(files)
+        for file in files_below(path):
+            if file.suffix.lower() not in SUFFIXES:
+                continue
+            if file.is_file():
+                files.append(file)
+            elif not file.is_dir():  # the contents of a folder with such a name are listed anyway
+                raise UserError(f"image {str(file)!r} is no file: a link that leads nowhere, or a device")
+        found = len(files) - before
+        if not found:
+            suffixes = ", ".join(sorted(SUFFIXES))
+            raise UserError(f"class folder {str(path)!r} holds no images ({suffixes})")
+        labels += [classes.index(name)] * found
+    return ImageFiles(files, labels, classes)
 
 
-def _images(folder: Place) -> list[Place]:
-    named = [path for path in files_below(folder) if path.suffix.lower() in SUFFIXES]
-    files = []
-    for path in named:
-        if path.is_file():
-            files.append(path)
-        elif not path.is_dir():  # what a folder of such a name holds is listed by itself
-            raise UserError(f"image {str(path)!r} is no file: a link that leads nowhere, or a device")
-    if not files:
-        suffixes = ", ".join(sorted(SUFFIXES))
-        raise UserError(f"class folder {str(folder)!r} holds no images ({suffixes})")
-    return files
+class ImageFiles(NamedTuple):
+    """The image files of one split."""
 
+    files: list[Place]
+    labels: list[int]
+    classes: tuple[str, ...]
 
-def _examples(files: Labelled, classes: tuple[str, ...]) -> Examples:
-    def name(i: int) -> str:
-        return str(files[i][0])
+    @property
+    def length(self) -> int:
+        """The number of images."""
+        return len(self.files)
 
-    return Examples(len(files), classes, partial(_batches, files), name)
+    def name(self, i: int) -> str:
+        """Describe the i-th image for errors."""
+        return str(self.files[i])
 
-
-def _batches(files: Labelled, start: int) -> Iterator[tuple[list[bytes], np.ndarray]]:
-    """Stream encoded images and labels from an image on, which is the first of a batch."""
-    contents = fetched(_content, (file for file, _ in files[start:]))
-    for first in range(start, len(files), READ_AT_ONCE):
-        labels = [label for _, label in files[first : first + READ_AT_ONCE]]
-        images = list(islice(contents, len(labels)))
-        yield images, np.array(labels, np.int64)
+    def batches(self, start: int = 0) -> Iterator[tuple[list[bytes], np.ndarray]]:
+        """Yield encoded images and labels from the image ``start`` on, a bounded number at a time."""
+        contents = fetched(_content, self.files[start:])
+        for first in range(start, len(self.files), READ_AT_ONCE):
+            labels = self.labels[first : first + READ_AT_ONCE]
+            yield list(islice(contents, len(labels))), np.array(labels, np.int64)
 
 
 def _content(file: Place) -> bytes:

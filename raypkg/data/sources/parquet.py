@@ -1,7 +1,6 @@
 """Parquet files of encoded images, in the layout in which data sets are published on the hub."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -11,21 +10,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raypkg.core.errors import UserError, unknown
-from raypkg.data.files import Place, open_input, place_of
+from raypkg.core.errors import UserError
+from raypkg.data.files import (
+    PREFIXES,
+    READERS,
+    Place,
+    check_distinct,
+    check_same_columns,
+    class_names,
+    fetched,
+    label_column,
+    open_input,
+    place_of,
+    reading,
+    split_files,
+)
 from raypkg.data.split import Split
-from raypkg.data.store.cache import Cache, fingerprint, store_path
-from raypkg.data.store.fetching import READERS, fetched
-from raypkg.data.store.hub import LABELS, PREFIXES, class_names, split_files
-from raypkg.data.store.images import Examples, ImageSource, Side
-from raypkg.data.store.importing import beginning_at
-from raypkg.data.store.rows import check_distinct, reading
+from raypkg.data.store.cache import Cache, beginning_at, fingerprint, store_path
+from raypkg.data.store.images import Side, open_images
 
 from . import dataset
 
 IMAGES = ("image", "img")
-READ_AT_ONCE = 256
-READ_AHEAD = 256 << 20  # bytes of row groups that are fetched at once
+READ_AT_ONCE = 256  # rows
+READ_AHEAD = 256 << 20  # bytes of row groups fetched at once
 
 
 @dataset("parquet")
@@ -49,97 +57,73 @@ def load(
     files = {name: split_files(place, name, "parquet", [".parquet"]) for name in PREFIXES}
     key = fingerprint(files["train"] + files["test"], label=label, size=size)
 
-    def examples(name: str) -> Examples:
+    def table(name: str) -> ImageTable:
         train = ImageTable(files["train"], label)
-        table = ImageTable(files[name], label)
-        table.check_names(train)
-        return Examples(len(table), train.classes, table.batches, table.name)
+        if name == "train":
+            return train
+        other = ImageTable(files[name], label)
+        if other.names and train.names and other.names != train.names:  # a label would mean another class
+            ours, theirs = (", ".join(each.names) for each in (other, train))
+            raise UserError(f"the class names of {str(files[name][0])!r} are {ours}, not {theirs}")
+        return other
 
-    path = partial(store_path, cache, place.resolve().stem, key)
-    return ImageSource(path, examples, size, files).split(split)
+    return open_images(split, partial(store_path, cache, place.resolve().stem, key), table, files, size)
 
 
-@dataclass(frozen=True)
 class ImageTable:
-    """The files of one split, read as one table of images and labels."""
+    """The files of one split, read as one table of images and labels.
 
-    files: list[Place]
-    chosen_label: str
+    Raises:
+        UserError: unreadable files, different columns, or no suitable image or label column.
+    """
 
-    @cached_property
-    def _metadata(self) -> list[pq.FileMetaData]:
-        return list(fetched(_metadata, self.files))
+    def __init__(self, files: list[Place], label: str):
+        self.files = files
+        self._metadata = list(fetched(_metadata, files))
+        schemas = []
+        for file, metadata in zip(files, self._metadata, strict=True):
+            with reading(file):
+                schemas.append(metadata.schema.to_arrow_schema())
+        schema = schemas[0]
+        check_distinct(schema.names, files[0])
+        check_same_columns(files, schemas)
 
-    @cached_property
-    def _schema(self) -> pa.Schema:
-        """The schema of the first file, which the others must share."""
-        schemas = [_schema(file, metadata) for file, metadata in zip(self.files, self._metadata, strict=True)]
-        first = schemas[0]
-        check_distinct(first.names, self.files[0])
-        differing = [file for file, schema in zip(self.files, schemas, strict=True) if not schema.equals(first)]
-        if differing:
-            raise UserError(f"the columns of {str(differing[0])!r} differ from those of {str(self.files[0])!r}")
-        return first
-
-    @cached_property
-    def _image(self) -> str:
-        columns = [field.name for field in self._schema if _holds_bytes(field.type)]
-        usual = [name for name in columns if name in IMAGES]
-        candidates = usual or columns
+        columns = [field.name for field in schema if _holds_bytes(field.type)]
+        candidates = [name for name in columns if name in IMAGES] or columns
         if len(candidates) != 1:
             what = "several image columns" if candidates else "no image column (binary, or a struct with bytes)"
-            raise UserError(f"{str(self.files[0])!r} has {what} among {', '.join(self._schema.names)}")
-        return candidates[0]
-
-    @cached_property
-    def _label(self) -> str:
-        file = str(self.files[0])
-        wanted = (self.chosen_label,) if self.chosen_label else LABELS
-        label = next((name for name in wanted if name in self._schema.names), None)
-        if label is None:
-            raise unknown(f"label column of {file!r}", wanted[0], self._schema.names)
-        kind = self._schema.field(label).type
+            raise UserError(f"{str(files[0])!r} has {what} among {', '.join(schema.names)}")
+        self._image = candidates[0]
+        self._label = label_column(label, schema.names, files[0])
+        kind = schema.field(self._label).type
         if not pa.types.is_integer(kind):
-            raise UserError(f"label column {label!r} of {file!r} is {kind}, needed are integers")
-        return label
+            raise UserError(f"label column {self._label!r} of {str(files[0])!r} is {kind}, needed are integers")
+        self.names = class_names(schema, self._label, files[0])  # () if the schema has none
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """The class names of the schema metadata, else the label numbers, which must then have no gaps."""
         if self.names:
             return self.names
-        numbers = sorted(self._numbers())
+        present: set[int] = set()
+        for file in self.files:
+            with reading(file):
+                labels = pq.ParquetFile(open_input(file)).read([self._label])[self._label]
+            present.update(pc.unique(labels).drop_null().to_pylist())
+        numbers = sorted(present)
         if numbers != list(range(len(numbers))):
             raise UserError(
                 f"labels of {str(self.files[0])!r} are {numbers[0]} … {numbers[-1]} with gaps or not from 0"
             )
         return tuple(map(str, numbers))
 
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The class names of the first file's schema metadata; none where it has none."""
-        return class_names(self._schema, self._label, self.files[0])
-
-    def check_names(self, train: "ImageTable") -> None:
-        """Refuse class names other than those of the train split: a label would be of another class."""
-        if self.names and train.names and self.names != train.names:
-            theirs = ", ".join(train.names)
-            raise UserError(f"the class names of {str(self.files[0])!r} are {', '.join(self.names)}, not {theirs}")
-
-    def _numbers(self) -> set[int]:
-        """Return the labels that occur."""
-        numbers: set[int] = set()
-        for file in self.files:
-            with reading(file):
-                labels = pq.ParquetFile(open_input(file)).read([self._label])[self._label]
-            numbers.update(pc.unique(labels).drop_null().to_pylist())
-        return numbers
-
-    def __len__(self) -> int:
+    @property
+    def length(self) -> int:
+        """The number of images."""
         return sum(metadata.num_rows for metadata in self._metadata)
 
     def name(self, i: int) -> str:
-        """Tell the user where the i-th row stands."""
+        """Describe the i-th row for errors."""
         for file, metadata in zip(self.files, self._metadata, strict=True):
             if i < metadata.num_rows:
                 return f"row {i} of {str(file)!r}"
@@ -147,31 +131,27 @@ class ImageTable:
         raise IndexError(i)
 
     def batches(self, start: int = 0) -> Iterator[tuple[list[bytes], np.ndarray]]:
-        """Stream encoded images and labels, integers of any kind, a bounded number of rows at a time.
-
-        Args:
-            start: the row to begin at, the first of a batch; row groups before it are not read.
-        """
-        for batch in self._record_batches(start):
-            images = batch.column(self._image)
-            if pa.types.is_struct(images.type):
-                images = pc.struct_field(images, "bytes")
-            labels = batch.column(self._label)
-            self._refuse_nulls(images, "image", start)
-            self._refuse_nulls(labels, "label", start)
-            yield images.to_pylist(), labels.to_numpy()
-            start += len(batch)
-
-    def _record_batches(self, start: int) -> Iterator[pa.RecordBatch]:
+        """Yield encoded images and labels from the row ``start`` on, a bounded number at a time."""
         groups = [
             RowGroup(file, metadata, number)
             for file, metadata in zip(self.files, self._metadata, strict=True)
             for number in range(metadata.num_row_groups)
         ]
+        # Row groups before the start are not read.
         ends = accumulate(group.rows for group in groups)
-        kept = [group for group, end in zip(groups, ends, strict=True) if end > start]
-        skipped = len(self) - sum(group.rows for group in kept)
-        return beginning_at(start - skipped, self._read(kept), len)
+        rest = [group for group, end in zip(groups, ends, strict=True) if end > start]
+        skipped = self.length - sum(group.rows for group in rest)
+        for batch in beginning_at(start - skipped, self._read(rest), len):
+            images = batch.column(self._image)
+            if pa.types.is_struct(images.type):
+                images = pc.struct_field(images, "bytes")
+            labels = batch.column(self._label)
+            for what, column in (("image", images), ("label", labels)):
+                if column.null_count:
+                    first = pc.index(column.is_null(), True).as_py()
+                    raise UserError(f"{self.name(start + first)} has no {what}")
+            yield images.to_pylist(), labels.to_numpy()
+            start += len(batch)
 
     def _read(self, groups: list["RowGroup"]) -> Iterator[pa.RecordBatch]:
         columns = [self._image, self._label]
@@ -180,18 +160,13 @@ class ImageTable:
         if at_once:
             for batches in fetched(lambda group: list(group.batches(columns)), groups, min(at_once, READERS)):
                 yield from batches
-        else:  # a group is too much to be held
+        else:  # a single group is too large to hold
             for group in groups:
                 yield from group.batches(columns)
 
-    def _refuse_nulls(self, column: pa.Array, what: str, start: int) -> None:
-        if column.null_count:
-            first = pc.index(column.is_null(), True).as_py()
-            raise UserError(f"{self.name(start + first)} has no {what}")
-
 
 class RowGroup(NamedTuple):
-    """What is read of a parquet file at once."""
+    """The unit in which a parquet file is read."""
 
     file: Place
     metadata: pq.FileMetaData
@@ -205,7 +180,7 @@ class RowGroup(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of all columns, unpacked."""
+        """Bytes of all columns, uncompressed."""
         size: int = self.metadata.row_group(self.number).total_byte_size
         return size
 
@@ -221,16 +196,7 @@ def _metadata(file: Place) -> pq.FileMetaData:
         return pq.read_metadata(open_input(file))
 
 
-def _schema(file: Place, metadata: pq.FileMetaData) -> pa.Schema:
-    with reading(file):
-        return metadata.schema.to_arrow_schema()
-
-
 def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
-    return _is_binary(kind)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    """Return True for a binary column, or a struct with a binary field ``bytes``."""
+    kinds = [field.type for field in kind if field.name == "bytes"] if pa.types.is_struct(kind) else [kind]
+    return any(pa.types.is_binary(each) or pa.types.is_large_binary(each) for each in kinds)

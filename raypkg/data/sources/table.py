@@ -1,7 +1,12 @@
-"""Tables: parquet or CSV files with numeric columns and a label."""
+"""Tables: parquet or CSV files with numeric columns and a label.
 
+A parquet column may hold a vector in every row, such as the features of a frozen model. The file's schema metadata may
+name, under the key ``effray``, the column of sample ids and the classes in their order.
+"""
+
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -13,20 +18,22 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.data.files import Place, open_input, place_of
+from raypkg.data.files import Place, check_distinct, class_numbers, open_input, place_of, reading, row_files, split_rows
 from raypkg.data.split import Split
+from raypkg.data.store.arrow import Block, Header
 from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
-from raypkg.data.store.rows import check_distinct, class_numbers, reading, row_files, split_rows
-from raypkg.data.store.stored import Block, Header
-from raypkg.data.store.vectors import Notes, VectorColumns
 
 from . import dataset
 
+ID = "id"
+LABEL = "label"
+FEATURES = "features"
+NOTES = b"effray"  # metadata key
 SUFFIXES = (".parquet", ".csv")
 BLOCK = 1 << 16  # rows converted at once
+BLOCK_BYTES = 64 << 20  # bytes of vectors converted at once
 LARGEST_ID = 2**63 - 1
-BLOCK_BYTES = 64 << 20  # of vectors that are converted at once
-NAN = {"NaN", "-NaN", "nan", "-nan"}  # a number that is refused as such, where Arrow would see no value
+NAN = {"NaN", "-NaN", "nan", "-nan"}  # refused as numbers, where Arrow would read a missing value
 CONVERT = pcsv.ConvertOptions(null_values=[text for text in pcsv.ConvertOptions().null_values if text not in NAN])
 
 
@@ -44,8 +51,8 @@ def load(
 
     Of one file, the share ``test`` is the test split, drawn by its length alone. Labels are numbers or texts; their
     sorted values are the classes. Columns become float32; in parquet one may hold lists of floats of a fixed size. The
-    column ``id``, where it is named here or by the file itself, as those of `effray embed` do, is no part of a sample:
-    it says which samples of other data the rows stand for.
+    column ``id``, named here or by the file itself (as `effray embed` does), is no part of a sample: it states which
+    samples of other data the rows stand for.
 
     Raises:
         UserError: missing or unreadable files, columns that are no numbers, missing values, classes unknown to train.
@@ -61,48 +68,71 @@ def load(
         if table.columns != train.columns:
             raise UserError(f"the columns of {str(files[split])!r} are not those of {str(files['train'])!r}")
         rows = split_rows(files, split, len(table), test, table.ids)
-        header = Header("rows", (len(train.columns),), train.classes, columns=train.columns, has_ids=table.has_ids)
+        has_ids = table.ids is not None
+        header = Header("rows", (len(train.columns),), train.classes, columns=train.columns, has_ids=has_ids)
         write_store(unfinished, header, table.blocks(rows, train.classes))
 
     return cached(target, build, set(files.values())).as_split()
 
 
+def features_schema(width: int, classes: Sequence[str]) -> pa.Schema:
+    """Return the schema of samples with an id, a label and a vector of ``width`` numbers each."""
+    number = pa.field("element", pa.float32(), nullable=False)  # no validity bit per number: twice as fast
+    fields = [
+        pa.field(ID, pa.int64(), nullable=False),
+        pa.field(LABEL, pa.string(), nullable=False),
+        pa.field(FEATURES, pa.list_(number, width), nullable=False),
+    ]
+    return pa.schema(fields, {NOTES: json.dumps({"id": ID, "classes": list(classes)})})
+
+
+def _notes(schema: pa.Schema) -> tuple[str, tuple[str, ...]]:
+    """Return the id column and the classes noted in a schema; empty if there are none, or another program's."""
+    metadata = schema.metadata or {}
+    try:
+        facts = json.loads(metadata.get(NOTES, b"{}"))
+        return str(facts.get("id", "")), tuple(map(str, facts.get("classes", ())))
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return "", ()
+
+
 class RowTable:
-    """One file's rows.
+    """The rows of one file.
 
     Args:
         file: parquet or CSV.
-        label: name of the column of labels.
-        id: name of the column of ids; empty = the one that the file itself names, if it does.
+        label: name of the label column.
+        id: name of the id column; default: the one that the file notes, if any.
 
     Raises:
-        UserError: unreadable, without rows or columns, columns of one name, a missing value, labels that are no names
-            of classes, ids that are no integers, or a column that is no number.
+        UserError: unreadable file, no rows or columns, duplicate column names, missing values, or values of an
+            unsuitable type.
     """
 
     def __init__(self, file: Place, label: str, id: str = ""):
         self.file = file
         self.label = label
         self._vectors = VectorColumns(file) if file.suffix == ".parquet" else None
-        self._notes = self._vectors.notes if self._vectors else Notes()
-        self._id = id or self._notes.id
         self._widths = self._vectors.widths if self._vectors else {}
         self._table = _read(file, self._vectors)
+        noted_id, self._noted_classes = _notes(self._vectors.schema) if self._vectors else ("", ())
+        id = id or noted_id
         names = self._table.column_names
         if label not in names:
             raise unknown(f"label column of {str(file)!r}", label, names)
-        if self._id and self._id not in names:
-            raise unknown(f"id column of {str(file)!r}", self._id, names)
-        others = [label, self._id] if self._id else [label]  # a column may have no name, too
+        if id and id not in names:
+            raise unknown(f"id column of {str(file)!r}", id, names)
+        others = [label, id] if id else [label]  # a feature column may have an empty name, too
         self._numbers = [name for name in names if name not in others]
+        elements = [f"{name}[{i}]" for name, width in self._widths.items() for i in range(width)]
+        self.columns = (*self._numbers, *elements)  # a name for each number of a row
         if not self._table.num_rows or not self.columns:
             raise UserError(
                 f"table {str(file)!r} has {self._table.num_rows} rows and {len(self.columns)} columns besides"
                 f" {label!r}, needed is one of each at least"
             )
         self._check_label(self._table[label])
-        if self._id:
-            self._check_ids(self._table[self._id])
+        self.ids = self._checked_ids(id, self._table[id]) if id else None  # [n]
         for name in self._numbers:
             self._check_column(name, self._table[name])
 
@@ -110,28 +140,12 @@ class RowTable:
         return self._table.num_rows
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """The names of the columns of numbers, then of each number of the columns of vectors."""
-        parts = [f"{name}[{number}]" for name, width in self._widths.items() for number in range(width)]
-        return (*self._numbers, *parts)
-
-    @property
     def classes(self) -> tuple[str, ...]:
-        """The classes that the file itself names, else the sorted values of the label column."""
-        if self._notes.classes:
-            return self._notes.classes
+        """The classes noted in the file, else the sorted values of the label column."""
+        if self._noted_classes:
+            return self._noted_classes
         values = pc.unique(self._table[self.label]).to_pylist()
         return tuple(map(str, sorted(values)))
-
-    @property
-    def ids(self) -> np.ndarray | None:
-        """Which samples of other data the rows stand for, [n]; None where no column says it."""
-        return self._table[self._id].to_numpy() if self.has_ids else None
-
-    @property
-    def has_ids(self) -> bool:
-        """Whether a column says which samples the rows stand for."""
-        return bool(self._id)
 
     def blocks(self, rows: np.ndarray, classes: tuple[str, ...]) -> Iterator[Block]:
         """Yield ascending rows in blocks, labels as numbers of their classes."""
@@ -140,20 +154,16 @@ class RowTable:
             size = max(1, min(BLOCK, BLOCK_BYTES // (4 * sum(self._widths.values()))))
         for chunk in np.split(rows, range(size, len(rows), size)):
             block = self._table.take(chunk)
-            x = self._features(block, chunk)
+            with np.errstate(over="ignore"):  # overflows to infinity, refused below
+                parts = [block[name].to_numpy().astype(np.float32)[:, None] for name in self._numbers]
+                if self._vectors and self._widths:
+                    vectors = self._vectors.take(chunk)
+                    parts += [vectors[name].astype(np.float32, copy=False) for name in self._widths]
+            x = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)  # [m, D]
             self._check_finite(x, chunk)
             labels = [str(value) for value in block[self.label].to_pylist()]
-            ids = block[self._id].to_numpy().astype(np.int64) if self.has_ids else None
+            ids = None if self.ids is None else self.ids[chunk].astype(np.int64)
             yield Block(x, class_numbers(labels, classes), sample=x, ids=ids)
-
-    def _features(self, block: pa.Table, rows: np.ndarray) -> np.ndarray:
-        """Return what a block's columns hold, float32 [m, D]."""
-        with np.errstate(over="ignore"):  # becomes infinity, which is refused
-            parts = [block[name].to_numpy().astype(np.float32)[:, None] for name in self._numbers]
-            if self._vectors and self._widths:
-                vectors = self._vectors.take(rows)
-                parts += [vectors[name].astype(np.float32, copy=False) for name in self._widths]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def _check_label(self, labels: pa.ChunkedArray) -> None:
         self._refuse_where(labels.is_null(), self.label, "has no value")
@@ -168,31 +178,26 @@ class RowTable:
         if pa.types.is_floating(kind):
             self._refuse_where(pc.invert(pc.is_finite(labels)), self.label, "holds NaN or infinity")
 
-    def _check_ids(self, ids: pa.ChunkedArray) -> None:
-        self._refuse_where(ids.is_null(), self._id, "has no value")
+    def _checked_ids(self, name: str, ids: pa.ChunkedArray) -> np.ndarray:
+        self._refuse_where(ids.is_null(), name, "has no value")
         if not pa.types.is_integer(ids.type):
-            raise UserError(f"id column {self._id!r} of {str(self.file)!r} is {ids.type}, needed are integers")
-        values = ids.to_numpy()
-        wrong = (values < 0) | (values > LARGEST_ID)
-        self._refuse_where(pa.chunked_array([wrong]), self._id, "holds a number that is not from 0 to 2⁶³ − 1")
+            raise UserError(f"id column {name!r} of {str(self.file)!r} is {ids.type}, needed are integers")
+        values: np.ndarray = ids.to_numpy()
+        wrong = pa.chunked_array([(values < 0) | (values > LARGEST_ID)])
+        self._refuse_where(wrong, name, "holds a number that is not from 0 to 2⁶³ − 1")
+        return values
 
     def _check_column(self, name: str, column: pa.ChunkedArray) -> None:
         self._refuse_where(column.is_null(), name, "has no value")
         integers = pa.types.is_integer(column.type)
         if not integers and not pa.types.is_floating(column.type):
             raise UserError(f"column {name!r} of {str(self.file)!r} is {column.type}, needed are numbers")
-        if integers and column.type.bit_width > 16:
-            self._check_exact(name, column.to_numpy())
-
-    def _refuse_where(self, wrong: pa.ChunkedArray, name: str, problem: str) -> None:
-        row = pc.index(wrong, True).as_py()
-        if row >= 0:
-            raise UserError(f"column {name!r} of {str(self.file)!r} {problem} in {self._place(row)}")
-
-    def _check_exact(self, name: str, values: np.ndarray) -> None:
-        """Refuse integers that float32 rounds: different values, such as two identifiers, would become one."""
-        lowest = values & -values  # the lowest bit that is set
-        odd = values // np.where(values == 0, 1, lowest)  # what its 24 bits must hold
+        if not integers or column.type.bit_width <= 16:
+            return
+        # float32 would round large integers, and different values, such as two identifiers, would become one.
+        values = column.to_numpy()
+        lowest = values & -values  # the lowest set bit
+        odd = values // np.where(values == 0, 1, lowest)  # the part that the 24 bits of a float32 must hold
         rounded = values[np.abs(odd) > 1 << 24]
         if len(rounded):
             raise UserError(
@@ -213,13 +218,23 @@ class RowTable:
                 " that float32 can hold"
             )
 
+    def _refuse_where(self, wrong: pa.ChunkedArray, name: str, problem: str) -> None:
+        row = pc.index(wrong, True).as_py()
+        if row >= 0:
+            raise UserError(f"column {name!r} of {str(self.file)!r} {problem} in {self._place(row)}")
+
     def _place(self, row: int) -> str:
-        """Tell the user where a row stands: a line of a CSV file as editors count, a row of parquet from 0."""
-        return f"row {row}" if self.file.suffix == ".parquet" else f"line {_line(self.file, row)}"
+        """Describe the position of a row: a row of parquet from 0, a line of CSV from 1, as editors count."""
+        if self.file.suffix == ".parquet":
+            return f"row {row}"
+        with TextIOWrapper(open_input(self.file), encoding="utf-8", errors="replace") as lines:
+            filled = [number for number, line in enumerate(lines, 1) if line != "\n"]  # Arrow skips empty lines
+        _header, *numbers = filled
+        return f"line {numbers[row]}"
 
 
-def _read(file: Place, vectors: VectorColumns | None) -> pa.Table:
-    """Return a file's table, without its columns of vectors."""
+def _read(file: Place, vectors: "VectorColumns | None") -> pa.Table:
+    """Read a file's table, without its columns of vectors."""
     with reading(file):
         if vectors:
             table = pq.ParquetFile(open_input(file)).read(vectors.others)
@@ -227,17 +242,76 @@ def _read(file: Place, vectors: VectorColumns | None) -> pa.Table:
         else:
             table = pcsv.read_csv(open_input(file), convert_options=CONVERT)
         check_distinct(table.column_names, file)
-        return table.cast(pa.schema(map(_plain, table.schema)))
+        # Arrow cannot take rows of string views.
+        plain = [
+            field.with_type(pa.string()) if pa.types.is_string_view(field.type) else field for field in table.schema
+        ]
+        return table.cast(pa.schema(plain))
 
 
-def _plain(column: pa.Field) -> pa.Field:
-    """Return a column of views of texts as one of texts, of which Arrow can take rows."""
-    return column.with_type(pa.string()) if pa.types.is_string_view(column.type) else column
+class VectorColumns:
+    """The columns of vectors in a parquet file, read one row group at a time: together they may exceed memory.
 
+    Raises:
+        UserError: unreadable file, duplicate column names, or vectors of something else than floats.
+    """
 
-def _line(file: Place, row: int) -> int:
-    """Return the line, from 1, on which a row of a CSV file stands; Arrow skips empty lines."""
-    with TextIOWrapper(open_input(file), encoding="utf-8", errors="replace") as lines:
-        filled = [number for number, line in enumerate(lines, 1) if line != "\n"]
-    _header, *numbers = filled
-    return numbers[row]
+    def __init__(self, file: Place):
+        self._place = file
+        with reading(file):
+            self._file = pq.ParquetFile(open_input(file))
+            self.schema = self._file.schema_arrow
+            groups = range(self._file.num_row_groups)
+            sizes = [self._file.metadata.row_group(group).num_rows for group in groups]
+        check_distinct(self.schema.names, file)
+        self.others: list[str] = []  # names of all other columns
+        self.widths: dict[str, int] = {}  # length of the vectors of each column, in the order of the file
+        for field in self.schema:
+            kind = field.type
+            if not pa.types.is_fixed_size_list(kind):
+                self.others.append(field.name)
+                continue
+            if not pa.types.is_floating(kind.value_type) or not kind.list_size:
+                raise UserError(
+                    f"column {field.name!r} of {str(file)!r} is {kind}, needed are numbers, or lists of floats"
+                    " of one size"
+                )
+            self.widths[field.name] = kind.list_size
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self._starts = np.concatenate([[0], self._ends[:-1]])
+        self._latest: tuple[int, dict[str, np.ndarray]] = (-1, {})  # number and vectors of the last row group read
+
+    def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the vectors of one or more ascending rows, float [m, D], by column.
+
+        Raises:
+            UserError: the file is damaged, or a value is missing.
+        """
+        first, last = np.searchsorted(self._ends, [rows[0], rows[-1]], side="right")
+        without_gaps = rows[-1] - rows[0] == len(rows) - 1
+        pieces: dict[str, list[np.ndarray]] = {name: [] for name in self.widths}
+        for group in range(first, last + 1):
+            begin, end = np.searchsorted(rows, [self._starts[group], self._ends[group]])
+            local = rows[begin:end] - self._starts[group]
+            for name, vectors in self._group(group).items():
+                piece = vectors[local[0] : local[-1] + 1] if without_gaps and len(local) else vectors[local]
+                pieces[name].append(piece)
+        return {name: np.concatenate(parts) for name, parts in pieces.items()}
+
+    def _group(self, group: int) -> dict[str, np.ndarray]:
+        """Return the vectors of a row group; the latest is cached, as the next rows may be in it too."""
+        if self._latest[0] == group:
+            return self._latest[1]
+        with reading(self._place):
+            table = self._file.read_row_group(group, columns=list(self.widths))
+            table.validate()
+        vectors = {}
+        for name, width in self.widths.items():
+            column = table[name].combine_chunks()
+            values = column.flatten()
+            if column.null_count or values.null_count:
+                where = f"rows {self._starts[group]} to {self._ends[group] - 1}"
+                raise UserError(f"column {name!r} of {str(self._place)!r} has no value somewhere in {where}")
+            vectors[name] = values.to_numpy().reshape(-1, width)
+        self._latest = (group, vectors)
+        return vectors

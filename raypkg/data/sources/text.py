@@ -1,25 +1,56 @@
-"""Texts, or pairs of them, with labels: parquet, CSV, TSV or JSON lines, tokenised once on their way into the store."""
+"""Texts, or pairs of texts, with labels: parquet, CSV, TSV or JSON lines, tokenised once, when they are imported."""
+
+from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.json as pjson
+import pyarrow.parquet as pq
 from pydantic import Field
 
-from raypkg.core.errors import UserError
-from raypkg.data.files import Place, place_of
+from raypkg.core.errors import UserError, unknown
+from raypkg.data.files import (
+    LABELS,
+    PREFIXES,
+    Place,
+    check_distinct,
+    check_same_columns,
+    class_names,
+    class_numbers,
+    label_column,
+    open_input,
+    place_of,
+    reading,
+    split_files,
+    split_rows,
+)
 from raypkg.data.kinds import PADDING
-from raypkg.data.split import Split
+from raypkg.data.split import Split, check_labels
+from raypkg.data.store.arrow import Block, Header, Stored
 from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
-from raypkg.data.store.hub import PREFIXES, split_files
-from raypkg.data.store.rows import split_rows
-from raypkg.data.store.stored import Block, Header, Stored
-from raypkg.data.store.texts import BLOCK, SUFFIXES, TextTable
-from raypkg.data.tokenizer import STORED, encode, files_of, padded, tokenizer_at, trained
+from raypkg.data.tokenizer import STORED, Text, encode, padded, tokenizer_at, tokenizer_files, trained
 
 from . import dataset
+
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
+PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text_a", "text_b"),
+)
+SINGLE = ("text", "sentence", "content", "review", "question")
+UNLABELLED = (None, "", "-", "-1")  # spellings of a missing label, such as where annotators disagreed
+BLOCK = 1 << 12  # texts tokenised at once
 
 log = logging.getLogger(__name__)
 
@@ -40,27 +71,31 @@ def load(
 ) -> Split:
     """Texts or pairs of texts in parquet, CSV, TSV or JSON lines named train* and test* in PATH, or one file.
 
-    The tokenizer is that of a model of Hugging Face, by name or folder, which `transformers:NAME` brings with it;
+    The tokenizer is that of a Hugging Face model, by name or folder, which `transformers:NAME` sets by itself;
     without one, byte pairs are learned from the train texts. Needs `pip install 'effray[text]'`.
 
     Args:
         root: PATH; of a single file, the share ``test`` is the test split, drawn by its length alone.
         split: "train" or "test".
         cache: folder of the memory-mapped stores.
-        tokenizer: name on the hub, or folder; left out = trained on the texts.
-        vocabulary: the most tokens of a tokenizer that is trained.
-        length: the most tokens of a text or pair; longer ones are cut, which is said.
-        columns: one or two columns of texts; left out = premise and hypothesis, text, sentence and their like.
-        label: column of labels, numbers or texts; left out = label and its like.
+        tokenizer: name on the hub, or folder (default: trained on the texts).
+        vocabulary: most tokens of a trained tokenizer.
+        length: most tokens of a text or pair; longer ones are cut, with a warning.
+        columns: one or two columns of texts (default: premise and hypothesis, text, sentence and the like).
+        label: column of labels, numbers or texts (default: label and the like).
         test: share of a single file.
-        unlabelled: leave out rows without a label (none, "", "-" or -1) instead of refusing them.
+        unlabelled: drop rows without a label (none, "", "-" or -1) instead of refusing them.
 
     Raises:
         UserError: missing, unreadable or wrong files, columns or labels; empty texts; a tokenizer that cannot be read.
     """
     place = place_of(root)
-    files = _files(place)
-    own = files_of(tokenizer)
+    if place.is_file():
+        if place.suffix not in SUFFIXES:
+            raise UserError(f"text file {str(place)!r} does not end in one of {', '.join(SUFFIXES)}")
+        files = {name: [place] for name in PREFIXES}
+    else:
+        files = {name: split_files(place, name, "text", SUFFIXES) for name in PREFIXES}
     options = {
         "tokenizer": tokenizer,
         "vocabulary": 0 if tokenizer else vocabulary,
@@ -70,16 +105,20 @@ def load(
         "test": test,
         "unlabelled": unlabelled,
     }
-    read = [*files["train"], *files["test"], *own]
-    key = fingerprint(read, **options)
-    target = store_path(cache, place.resolve().stem, key, split)
+    read = [*files["train"], *files["test"], *tokenizer_files(tokenizer)]
+    target = store_path(cache, place.resolve().stem, fingerprint(read, **options), split)
+
+    def rows_of(table: TextTable, name: str) -> np.ndarray:
+        if not len(table):
+            raise UserError(f"{str(table.files[0])!r} holds no samples")
+        first = {name: each[0] for name, each in files.items()}
+        return split_rows(first, name, len(table), test)
 
     def build(unfinished: Target) -> None:
         tables = {name: TextTable(files[name], columns, label, unlabelled) for name in PREFIXES}
-        train = tables["train"]
-        table = tables[split]
-        train_rows = _rows(files, "train", train, test)
-        rows = _rows(files, split, table, test)
+        train, table = tables["train"], tables[split]
+        train_rows = rows_of(train, "train")
+        rows = rows_of(table, split)
         table.check_like(train)
         tokens = tokenizer_at(tokenizer) if tokenizer else trained(train.everything(train_rows), vocabulary)
         header = Header("encoded", (length, tokens.get_vocab_size()), train.classes)
@@ -87,10 +126,10 @@ def load(
 
         def blocks() -> Iterator[Block]:
             nonlocal cut
+            unused = np.zeros((1, 1))  # instead of a sample for the statistics
             for chunk in np.split(rows, range(BLOCK, len(rows), BLOCK)):
                 encoded, longer = encode(tokens, table.texts(chunk), length)
                 cut += longer
-                unused = np.zeros((1, 1))  # in place of a sample for the statistics
                 yield Block([each.tobytes() for each in encoded], table.y(chunk, train), unused)
 
         write_store(unfinished, header, blocks())
@@ -99,33 +138,156 @@ def load(
                 "%s: %d of %d %s texts are cut at %d tokens (option length)", root, cut, len(rows), split, length
             )
 
-    store = cached(target, build, read)
-    texts = store.as_split(_Tokens)
-    return replace(texts, mean=(), std=())
+    return replace(cached(target, build, read).as_split(_tokens), mean=(), std=())
 
 
-def _files(root: Place) -> dict[str, list[Place]]:
-    """Return the files of each split; a single file is that of both."""
-    if root.is_file():
-        if root.suffix not in SUFFIXES:
-            raise UserError(f"text file {str(root)!r} does not end in one of {', '.join(SUFFIXES)}")
-        return {split: [root] for split in PREFIXES}
-    return {split: split_files(root, split, "text", SUFFIXES) for split in PREFIXES}
+def _tokens(store: Stored, indices: np.ndarray) -> np.ndarray:
+    """Gather texts as int64 [b, 2, l], padded to the longest of them."""
+    return padded([np.frombuffer(row, STORED).reshape(-1, 2) for row in store.encoded(indices)], PADDING)
 
 
-def _rows(files: dict[str, list[Place]], split: str, table: TextTable, test: float) -> np.ndarray:
-    if not len(table):
-        raise UserError(f"{str(table.files[0])!r} holds no samples")
-    first = {name: each[0] for name, each in files.items()}
-    return split_rows(first, split, len(table), test)
+class TextTable:
+    """The files of one split, in one format, read as one table of texts or pairs.
+
+    Raises:
+        UserError: unreadable files, different columns, or no suitable column of texts or labels.
+    """
+
+    def __init__(self, files: list[Place], columns: tuple[str, ...], label: str, unlabelled: bool):
+        self.files = files
+        self._unlabelled = unlabelled
+        self._name = str(files[0])
+        tables = [_read(file, label) for file in files]
+        check_same_columns(files, [table.schema for table in tables])
+        self._table = pa.concat_tables(tables)
+        names = self._table.column_names
+        self.label = label_column(label, names, files[0])
+        if unlabelled:
+            self._table = self._table.filter(pc.invert(_missing(self._table[self.label])))
+        is_numbered = pa.types.is_integer(self._table[self.label].type)
+        self._class_names = class_names(self._table.schema, self.label, files[0]) if is_numbered else ()
+        self.columns = columns or self._usual_columns(names)
+        others = [name for name in names if name != self.label]
+        for name in columns:
+            if name not in others:
+                raise unknown(f"text column of {self._name!r}", name, others)
+        if len(set(columns)) < len(columns):
+            raise UserError(f"option columns = {list(columns)}: the two of a pair must differ")
+
+    def _usual_columns(self, names: list[str]) -> tuple[str, ...]:
+        usual = (*PAIRS, *((name,) for name in SINGLE))
+        found = next((columns for columns in usual if set(columns) <= set(names)), None)
+        if found is None:
+            listed = ", ".join(names)
+            raise UserError(f"{self._name!r} has none of the usual columns of texts among {listed}: set option columns")
+        return found
+
+    @cached_property
+    def _labels(self) -> list[int] | list[str]:
+        labels = self._table[self.label]
+        kind = labels.type
+        if not (pa.types.is_integer(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)):
+            raise UserError(f"label column {self.label!r} of {self._name!r} is {kind}, needed are integers or texts")
+        first = pc.index(_missing(labels), True).as_py()
+        if first >= 0:
+            raise UserError(
+                f"{self._place(first)} has no label: leave such rows out with --set dataset.options.unlabelled=true"
+            )
+        return labels.to_pylist()
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The class names of the hub's metadata, else the sorted values of the label column."""
+        return self._class_names or tuple(map(str, sorted(set(self._labels))))  # type: ignore[type-var]  # all numbers or all texts
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def check_like(self, train: TextTable) -> None:
+        """Refuse columns or class names that differ from those of the train split."""
+        pairs = {
+            "text columns": (self.columns, train.columns),
+            "label column": (self.label, train.label),
+            "class names": (self._class_names, train._class_names),
+        }
+        for what, (ours, theirs) in pairs.items():
+            if ours != theirs:
+                raise UserError(f"the {what} of {self._name!r}, {ours}, are not those of {train._name!r}, {theirs}")
+
+    def texts(self, rows: np.ndarray) -> list[Text]:
+        """Return the texts of rows, or the pairs; raises UserError if one is missing or blank."""
+        chunk = self._table.select(self.columns).take(rows)
+        for name in self.columns:
+            texts = chunk[name]
+            if not pa.types.is_large_string(texts.type):
+                raise UserError(f"text column {name!r} of {self._name!r} is {texts.type}, needed are texts")
+            blank = pc.equal(pc.utf8_trim_whitespace(texts), "")
+            first = pc.index(pc.fill_null(blank, True), True).as_py()
+            if first >= 0:
+                raise UserError(f"{self._place(int(rows[first]))} has no text in {name!r}")
+        columns = [chunk[name].to_pylist() for name in self.columns]
+        return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+
+    def everything(self, rows: np.ndarray) -> Iterator[str]:
+        """Yield every text of rows, both of a pair."""
+        for chunk in np.split(rows, range(BLOCK, len(rows), BLOCK)):
+            for text in self.texts(chunk):
+                yield from (text if isinstance(text, tuple) else (text,))
+
+    def y(self, rows: np.ndarray, train: TextTable) -> np.ndarray:
+        """Return the labels of rows as numbers of the train split's classes, int64."""
+        labels = [self._labels[row] for row in rows]
+        if not self._class_names:
+            return class_numbers([str(value) for value in labels], train.classes)
+        y = np.array(labels, np.int64)
+        check_labels(y, len(train.classes), lambda i: self._place(int(rows[i])))
+        return y
+
+    def _place(self, row: int) -> str:
+        labelled = " with a label" if self._unlabelled else ""
+        several = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return f"sample {row}{labelled} (from 0) of {self._name!r}{several}"
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Gathers texts as int64 [b, 2, l], padded to the longest of them."""
+def _read(file: Place, label: str) -> pa.Table:
+    with reading(file):
+        match file.suffix:
+            case ".parquet":
+                table = pq.ParquetFile(open_input(file)).read()
+                table.validate(full=True)  # texts are UTF-8
+            case ".csv" | ".tsv":
+                table = _read_lines(file, label)
+            case _:
+                table = pjson.read_json(open_input(file))
+        check_distinct(table.column_names, file)
+        plain = [_large(field) for field in table.schema]
+        return table.cast(pa.schema(plain, metadata=table.schema.metadata))
 
-    store: Stored
 
-    def __call__(self, indices: np.ndarray) -> np.ndarray:
-        tokens = [np.frombuffer(row, STORED).reshape(-1, 2) for row in self.store.encoded(indices)]
-        return padded(tokens, PADDING)
+def _read_lines(file: Place, label: str) -> pa.Table:
+    delimiter = "\t" if file.suffix == ".tsv" else ","
+    parsing = pcsv.ParseOptions(delimiter=delimiter, quote_char=False if delimiter == "\t" else '"')
+    if delimiter == ",":
+        parsing.newlines_in_values = True
+    names = pcsv.open_csv(open_input(file), parse_options=parsing).schema.names
+    # A text may read "NA" or "12", so types are inferred only for columns that may hold labels.
+    labels = {label} if label else set(LABELS)
+    texts = {name: pa.large_string() for name in names if name not in labels}
+    convert = pcsv.ConvertOptions(column_types=texts)
+    return pcsv.read_csv(open_input(file), parse_options=parsing, convert_options=convert)
+
+
+def _large(column: pa.Field) -> pa.Field:
+    """Convert a column of texts of any type to large strings, which may exceed 2 GiB together."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    texts = pa.types.is_string(kind) or pa.types.is_string_view(kind)
+    return column.with_type(pa.large_string() if texts else kind)
+
+
+def _missing(labels: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return True for each missing label."""
+    if pa.types.is_nested(labels.type) or pa.types.is_binary(labels.type):
+        return labels.is_null()
+    return pc.is_in(labels.cast(pa.large_string()), pa.array(UNLABELLED, pa.large_string()))

@@ -1,90 +1,154 @@
-"""The store: samples in a memory-mapped Arrow IPC file, shared by every process of a machine.
+"""Stored samples, and the store that holds them in a memory-mapped Arrow IPC file shared by all processes of a machine.
 
-Column ``x`` holds pixels (fixed-size binary, H·W·C bytes), encoded images (large binary) or float32 rows (fixed-size
-list); column ``y`` the labels; column ``id``, where the header says so, the ids. Record batches are bounded, so a set
-may be larger than memory on its way in and out. The statistics are known only at the end: they travel as the metadata
-of an empty last record batch.
+Column ``x`` holds pixels (fixed-size binary, H·W·C bytes), encoded samples (large binary) or float32 rows (fixed-size
+list); column ``y`` the labels; column ``id``, if the header says so, the ids. Record batches are bounded, so a set may
+exceed memory on its way in and out. The statistics are known only at the end: they are the metadata of an empty last
+record batch.
 """
 
+import json
+import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from raypkg.data.kinds import Moments
+from raypkg.data.split import Split
 
-from .stored import Block, Header, Statistics, Stored, in_json, statistics_in
-
+FORMAT = 1
 BATCH_BYTES = 256 << 20
 
 
-def write(path: Path, header: Header, blocks: Iterable[Block]) -> None:
-    """Stream blocks into a store file, one record batch of at most ``BATCH_BYTES`` at a time."""
-    moments = Moments()
-    batches = record_batches(header.schema, blocks, moments, BATCH_BYTES)
-    write_batches(path, header, batches, moments)
+@dataclass(frozen=True)
+class Header:
+    """Properties of the samples that are known before the first is written."""
+
+    kind: Literal["pixels", "encoded", "rows"]
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    augment: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    has_ids: bool = False
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of the columns, with this header as its metadata."""
+        size = math.prod(self.shape)
+        match self.kind:
+            case "pixels":
+                x = pa.binary(size)
+            case "rows":
+                x = pa.list_(pa.float32(), size)
+            case _:
+                x = pa.large_binary()
+        columns = {"x": x, "y": pa.int64()} | ({"id": pa.int64()} if self.has_ids else {})
+        return pa.schema(columns, metadata={"effray": json.dumps({"format": FORMAT, **asdict(self)})})
+
+    @classmethod
+    def of(cls, schema: pa.Schema) -> "Header":
+        """Read the header back from a schema; raises ArrowInvalid if it is of another format."""
+        metadata = schema.metadata or {}
+        fields = json.loads(metadata.get(b"effray", b"{}"))
+        if fields.get("format") != FORMAT:
+            raise pa.ArrowInvalid(f"not a store of format {FORMAT}")
+        return cls(
+            kind=fields["kind"],
+            shape=tuple(fields["shape"]),
+            classes=tuple(fields["classes"]),
+            augment=tuple(fields.get("augment", ())),
+            columns=tuple(fields.get("columns", ())),
+            has_ids=fields.get("has_ids", False),
+        )
 
 
-def write_batches(path: Path, header: Header, batches: Iterable[pa.RecordBatch], statistics: Statistics) -> None:
-    """Stream record batches into a store file; the statistics are asked for when all are written."""
-    schema = header.schema
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-        # The file's own metadata had to be written first, but each batch has some: the last batch is empty but for it.
-        last = pa.RecordBatch.from_pylist([], schema)
-        writer.write_batch(last, custom_metadata=in_json(statistics))
+class Block(NamedTuple):
+    """Some samples on their way into a store."""
+
+    x: np.ndarray | list[bytes]  # uint8 [m, H, W, C], float32 [m, D], or encoded samples
+    y: np.ndarray  # int64 [m]
+    sample: np.ndarray  # contributes to the statistics: x itself, or some of the images, decoded
+    ids: np.ndarray | None = None  # int64 [m], if the header has ids
+
+    @property
+    def bytes(self) -> int:
+        """The size of x."""
+        return sum(map(len, self.x)) if isinstance(self.x, list) else self.x.nbytes
 
 
-def record_batches(schema: pa.Schema, blocks: Iterable[Block], moments: Moments, most: int) -> Iterator[pa.RecordBatch]:
-    """Return blocks as record batches of at most so many bytes, if no block has more, and update the moments."""
-    kind = schema.field("x").type
+class Stored(ABC):
+    """Samples as they are stored, wherever that is."""
 
-    def batch_of(block: Block) -> pa.RecordBatch:
-        moments.update(block.sample)
-        x = _column(block.x, kind)
-        y = pa.array(block.y, pa.int64())
-        ids = [] if block.ids is None else [pa.array(block.ids, pa.int64())]
-        return pa.record_batch([x, y, *ids], schema)
+    name: str  # for error messages
+    header: Header
+    y: torch.Tensor  # labels, int64 [n]
+    ids: torch.Tensor | None  # int64 [n]
+    mean: tuple[float, ...]  # of each channel or column
+    std: tuple[float, ...]
 
-    return merged_batches(map(batch_of, blocks), most)
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @abstractmethod
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Gather pixels [b, H, W, C] or rows [b, D]."""
+
+    @abstractmethod
+    def encoded(self, indices: np.ndarray) -> list[pa.Buffer]:
+        """Gather the bytes of encoded samples."""
+
+    def as_split(self, gather: "Gather | None" = None) -> Split:
+        """Return the split over these samples; ``gather`` decodes them if they are encoded."""
+        return Split(
+            take=partial(gather, self) if gather else self.take,
+            y=self.y,
+            classes=self.header.classes,
+            shape=self.header.shape,
+            mean=self.mean,
+            std=self.std,
+            augment=self.header.augment,
+            columns=self.header.columns,
+            ids=self.ids,
+        )
+
+    def view(self, column: pa.Array) -> np.ndarray:
+        """Return a column of pixels or rows as an array over its own memory, without a copy."""
+        shape = (len(column), *self.sample_shape)
+        values = column.buffers()[-1]  # the others mark missing values; this may be padded beyond its values
+        flat: np.ndarray = np.frombuffer(values, self.dtype, count=math.prod(shape))
+        return flat.reshape(shape)
+
+    @property
+    def dtype(self) -> type:
+        """The type of pixels or rows."""
+        return np.float32 if self.header.kind == "rows" else np.uint8
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The stored shape of pixels, [H, W, C], or of a row, [D]."""
+        if self.header.kind == "rows":
+            return self.header.shape
+        channels, height, width = self.header.shape
+        return height, width, channels
 
 
-def merged_batches(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[pa.RecordBatch]:
-    """Join record batches, one or more, to such of at most so many bytes, if none has more."""
-    pending: list[pa.RecordBatch] = []
-    size = 0  # bytes of the pending batches
-    for batch in batches:
-        if pending and size + batch.nbytes > most:
-            yield pa.concat_batches(pending)
-            pending = []
-            size = 0
-        pending.append(batch)
-        size += batch.nbytes
-    yield pa.concat_batches(pending)
-
-
-def _column(x: np.ndarray | list[bytes], kind: pa.DataType) -> pa.Array:
-    if isinstance(x, list):
-        return pa.array(x, kind)
-    if pa.types.is_fixed_size_list(kind):
-        values = pa.array(x.reshape(-1))
-        return pa.FixedSizeListArray.from_arrays(values, type=kind)
-    pixels = pa.py_buffer(np.ascontiguousarray(x))
-    valid = None  # no bitmap: no value is missing
-    return pa.FixedSizeBinaryArray.from_buffers(kind, len(x), [valid, pixels])
+Gather = Callable[[Stored, np.ndarray], np.ndarray]
 
 
 class Store(Stored):
     """An open store: its columns are views of the mapped file. It pickles as its path.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        pyarrow.ArrowInvalid: the file is truncated or no store of this format.
+        FileNotFoundError: the file is missing.
+        pyarrow.ArrowInvalid: the file is truncated or not a store of this format.
     """
 
     def __init__(self, path: Path):
@@ -97,20 +161,24 @@ class Store(Stored):
         statistics = last.custom_metadata
         if statistics is None:
             raise pa.ArrowInvalid("its statistics are missing")
-        self.mean, self.std = statistics_in(statistics)
+        self.mean, self.std = (tuple(json.loads(statistics[name])) for name in ("mean", "std"))
         self._columns = [batch.column("x") for batch in batches]
-        self._starts = [0, *accumulate(map(len, self._columns))]  # where each record batch begins, and the end
-        self._views = []  # the mapped file as one array per record batch
-        if self.header.kind != "encoded":
-            self._views = [self.view(column) for column in self._columns]
-        self.y = _gathered(batches, "y")  # [n]
-        self.ids = _gathered(batches, "id") if self.header.has_ids else None  # [n]
+        self._starts = [0, *accumulate(map(len, self._columns))]  # start of each record batch, and the end
+        are_arrays = self.header.kind != "encoded"
+        self._views = [self.view(column) for column in self._columns] if are_arrays else []
+
+        def integers(name: str) -> torch.Tensor:
+            parts = [batch.column(name).to_numpy() for batch in batches]
+            return torch.from_numpy(np.concatenate(parts))
+
+        self.y = integers("y")  # [n]
+        self.ids = integers("id") if self.header.has_ids else None  # [n]
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
         return Store, (self.path,)
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """Gather pixels [b, H, W, C] or rows [b, D], with one fancy index for each record batch that is touched."""
+        """Gather pixels [b, H, W, C] or rows [b, D], with one fancy index per record batch that is touched."""
         first = self._views[0]
         if len(self._views) == 1:
             return first.take(indices, axis=0)
@@ -123,16 +191,62 @@ class Store(Stored):
         return out
 
     def encoded(self, indices: np.ndarray) -> list[pa.Buffer]:
-        """Return the bytes of encoded samples, without a copy."""
-        return [self._encoded(index) for index in indices.tolist()]
+        """Gather the bytes of encoded samples, without a copy."""
+        buffers = []
+        for index in indices.tolist():
+            batch = bisect_right(self._starts, index) - 1
+            buffers.append(self._columns[batch][index - self._starts[batch]].as_buffer())
+        return buffers
 
-    def _encoded(self, index: int) -> pa.Buffer:
-        batch = bisect_right(self._starts, index) - 1
-        local = index - self._starts[batch]
-        return self._columns[batch][local].as_buffer()
+
+def write(path: Path, header: Header, blocks: Iterable[Block]) -> None:
+    """Stream blocks into a store file, in record batches of at most ``BATCH_BYTES``."""
+    moments = Moments()
+    batches = record_batches(header.schema, blocks, moments, BATCH_BYTES)
+    write_batches(path, header, batches, moments)
 
 
-def _gathered(batches: Iterable[pa.RecordBatch], name: str) -> torch.Tensor:
-    """Return a column of integers over all record batches."""
-    parts = [batch.column(name).to_numpy() for batch in batches]
-    return torch.from_numpy(np.concatenate(parts))
+def write_batches(path: Path, header: Header, batches: Iterable[pa.RecordBatch], statistics: Moments | Stored) -> None:
+    """Stream record batches into a store file; the statistics are read after the last one."""
+    schema = header.schema
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+        # The file's own metadata precedes the batches, so the statistics are the metadata of an empty last batch.
+        last = pa.RecordBatch.from_pylist([], schema)
+        facts = {"mean": json.dumps(statistics.mean), "std": json.dumps(statistics.std)}
+        writer.write_batch(last, custom_metadata=facts)
+
+
+def record_batches(schema: pa.Schema, blocks: Iterable[Block], moments: Moments, most: int) -> Iterator[pa.RecordBatch]:
+    """Convert blocks to record batches of at most ``most`` bytes, unless a block has more, and update the moments."""
+    kind = schema.field("x").type
+
+    def batch_of(block: Block) -> pa.RecordBatch:
+        moments.update(block.sample)
+        if isinstance(block.x, list):
+            x = pa.array(block.x, kind)
+        elif pa.types.is_fixed_size_list(kind):
+            x = pa.FixedSizeListArray.from_arrays(pa.array(block.x.reshape(-1)), type=kind)
+        else:
+            no_bitmap = None  # no value is missing
+            pixels = pa.py_buffer(np.ascontiguousarray(block.x))
+            x = pa.FixedSizeBinaryArray.from_buffers(kind, len(block.x), [no_bitmap, pixels])
+        ids = [] if block.ids is None else [pa.array(block.ids, pa.int64())]
+        return pa.record_batch([x, pa.array(block.y, pa.int64()), *ids], schema)
+
+    return merged_batches(map(batch_of, blocks), most)
+
+
+def merged_batches(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[pa.RecordBatch]:
+    """Join consecutive record batches, at least one, up to ``most`` bytes."""
+    pending: list[pa.RecordBatch] = []
+    size = 0  # bytes of the pending batches
+    for batch in batches:
+        if pending and size + batch.nbytes > most:
+            yield pa.concat_batches(pending)
+            pending = []
+            size = 0
+        pending.append(batch)
+        size += batch.nbytes
+    yield pa.concat_batches(pending)

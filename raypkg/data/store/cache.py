@@ -1,4 +1,4 @@
-"""The cache folder: a store is built once, by one process, and appears whole or not at all."""
+"""The cache folder: a store is built once, by one process, and appears complete or not at all."""
 
 import fcntl
 import logging
@@ -8,91 +8,27 @@ from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from platform import node
+from typing import TypeVar
 
 from raypkg.core.errors import UserError
-from raypkg.data.files import Identity, Place, identity_of, relisted
-from raypkg.data.memory import check_cache_room
+from raypkg.core.memory import check_cache_room
+from raypkg.data.files import Place, identity_of, relisted
 
 from . import arrow
-from .arrow import Store
-from .importing import From, beginning_at, begun, published, write_streamed
-from .parts import DAMAGE, Stream, tidy
-from .stored import FORMAT, Block, Header, Stored
+from .arrow import FORMAT, Block, Header, Store, Stored
+from .parts import DAMAGE, From, Stream, begun, published, tidy, write_streamed
 from .streamed import Streamed
 
-Cache = Path | Stream | None  # where stores lie: in a folder of this machine, by default the user's, or elsewhere
-Target = Path | Stream  # one store
+Cache = Path | Stream | None  # location of all stores: a folder of this machine (default: the user's), or a Stream
+Target = Path | Stream  # location of one store
 
 log = logging.getLogger(__name__)
-TOLD = 1 << 30  # bytes from which on an import is told of
+T = TypeVar("T")
+ANNOUNCED = 1 << 30  # bytes of an import that is announced
 
 
 class SourceChanged(UserError):
     """A file changed while it was imported."""
-
-
-def cached(target: Target, build: Callable[[Target], None], files: Collection[Place] = ()) -> Stored:
-    """Open a store; if it is missing or damaged, it is built.
-
-    Of the processes of a machine one builds a file of this machine, while the others wait. A store that is read by
-    blocks is built by each that finds none, from what there is of it: all write the same.
-
-    Args:
-        target: the store.
-        build: writes it to the target that it is given.
-        files: that it reads, which must be the same afterwards.
-
-    Raises:
-        UserError: the cache cannot be written (the disk is full, …); its source cannot be read or has changed.
-    """
-    if isinstance(target, Stream):
-        return _streamed(target, build, files)
-    path = target
-    store = _opened(path)  # without the lock: a finished cache may lie on a read-only disk
-    if store:
-        return store
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            return _opened(path, report=True) or _built(path, build, files)
-    except OSError as error:
-        raise UserError(f"cannot build the data cache {str(path)!r} on {node()}: {error}") from error
-
-
-def write_store(target: Target, header: Header, blocks: Iterable[Block], size: int = 0) -> None:
-    """Write a store of samples that are read from their beginning; see :func:`write_store_from`."""
-
-    def rest(start: int) -> Iterator[Block]:
-        return beginning_at(start, blocks, lambda block: len(block.y))
-
-    write_store_from(target, header, rest, size)
-
-
-def write_store_from(target: Target, header: Header, blocks: From, size: int = 0) -> None:
-    """Write a store, of which a part may be there.
-
-    Args:
-        target: the file, or a store that is read by blocks.
-        header: what the samples are.
-        blocks: gives the samples from one on.
-        size: the bytes that they will take, as far as that is known.
-
-    Raises:
-        UserError: this machine's disk is too small.
-    """
-    if isinstance(target, Stream):
-        write_streamed(target, header, blocks)
-    else:
-        folder = target.parent
-        check_cache_room(folder, size, "this data set")
-        if size >= TOLD:
-            log.warning("importing %.1f GB into %s, once for this machine", size / 1e9, folder)
-        arrow.write(target, header, blocks(0))
-
-
-def begun_header(target: Target) -> Header | None:
-    """Return what an import that was killed has taken the samples for; None where it left nothing to go on from."""
-    return begun(target) if isinstance(target, Stream) else None
 
 
 def cache_folder(cache: Cache = None) -> Path:
@@ -108,7 +44,7 @@ def cache_folder(cache: Cache = None) -> Path:
 
 
 def store_path(cache: Cache, name: str, key: str, split: str) -> Target:
-    """Return where a split's store lies: the source's name is for people, its fingerprint tells sources apart."""
+    """Return the location of a split's store; the source's name is for people, its fingerprint identifies it."""
     store = f"{name}-{split}-{key}"
     if isinstance(cache, Stream):
         return cache._replace(name=store)
@@ -116,10 +52,48 @@ def store_path(cache: Cache, name: str, key: str, split: str) -> Target:
 
 
 def fingerprint(files: Iterable[Place], **options: object) -> str:
-    """Return a short name of the source: files with their sizes and times, options and the store's format."""
-    states = [tuple(identity_of(file)) for file in files]  # plain: stores made before are still found
+    """Return a short digest of a source: its files with sizes and times, options, and the store's format."""
+    states = [tuple(identity_of(file)) for file in files]  # plain tuples, as in the stores of earlier versions
     identity = repr((FORMAT, states, sorted(options.items())))
     return blake2b(identity.encode(), digest_size=8).hexdigest()
+
+
+def cached(target: Target, build: Callable[[Target], None], files: Collection[Place] = ()) -> Stored:
+    """Open a store, building it first if it is missing or damaged.
+
+    One process of a machine builds a local file while the others wait. A store that is read by blocks is built by each
+    process that finds none, resuming from existing parts; all write the same bytes.
+
+    Args:
+        target: the store.
+        build: writes the store to the target that it is given.
+        files: source files, which must be unchanged afterwards.
+
+    Raises:
+        UserError: the cache cannot be written, or the source is unreadable or has changed.
+    """
+    if isinstance(target, Stream):
+        return _cached_stream(target, build, files)
+    path = target
+    store = _opened(path)  # without the lock: a finished cache may be on a read-only disk
+    if store:
+        return store
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+            if store := _opened(path, report=True):
+                return store
+            unfinished = path.with_suffix(".tmp")  # one name suffices: the lock is held
+            try:
+                with _unchanged(files):
+                    build(unfinished)
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            return Store(path)
+    except OSError as error:
+        raise UserError(f"cannot build the data cache {str(path)!r} on {node()}: {error}") from error
 
 
 def _opened(path: Path, report: bool = False) -> Store | None:
@@ -133,47 +107,7 @@ def _opened(path: Path, report: bool = False) -> Store | None:
         return None
 
 
-def _built(path: Path, build: Callable[[Target], None], files: Collection[Place]) -> Store:
-    unfinished = path.with_suffix(".tmp")  # one name is enough: the lock is held
-    try:
-        with _unchanged(files):
-            build(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return Store(path)
-
-
-@contextmanager
-def _unchanged(files: Collection[Place]) -> Iterator[None]:
-    """Refuse files that change while they are read."""
-    before = [identity_of(file) for file in files]
-    try:
-        yield
-    except Exception as error:  # which may be but a consequence
-        file = None
-        with suppress(OSError, UserError):
-            file = _changed(files, before)
-        if file:
-            raise _refusal(file) from error
-        raise
-    file = _changed(files, before)
-    if file:
-        raise _refusal(file)
-
-
-def _changed(files: Collection[Place], before: Iterable[Identity]) -> Place | None:
-    """Return a file that is not as it was."""
-    pairs = zip(relisted(files), before, strict=True)
-    return next((file for file, state in pairs if identity_of(file) != state), None)
-
-
-def _refusal(file: Place) -> SourceChanged:
-    return SourceChanged(f"{str(file)!r} changed while it was imported: run the command again")
-
-
-def _streamed(stream: Stream, build: Callable[[Target], None], files: Collection[Place]) -> Streamed:
-    """Open a store that is read by blocks, which is built if it is missing or damaged."""
+def _cached_stream(stream: Stream, build: Callable[[Target], None], files: Collection[Place]) -> Streamed:
     store = _opened_stream(stream)
     if store:
         return store
@@ -182,14 +116,14 @@ def _streamed(stream: Stream, build: Callable[[Target], None], files: Collection
         with published(stream) as unfinished, _unchanged(files):
             build(unfinished)
     except SourceChanged:
-        tidy(stream)  # its parts may be of either state
+        tidy(stream)  # its parts may hold either state of the source
         raise
-    except OSError as error:  # perhaps only because another process has finished it
+    except OSError as error:  # perhaps only because another process has finished the store
         failure = error
     store = _opened_stream(stream)
     if not store:
         raise UserError(f"cannot build the store {str(stream)!r}: {failure}")
-    tidy(stream)  # what it needs no more, and what others that died or came late have left
+    tidy(stream)  # notes, and leftovers of writers that were killed or late
     return store
 
 
@@ -206,7 +140,67 @@ def _opened_stream(stream: Stream) -> Streamed | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+def _unchanged(files: Collection[Place]) -> Iterator[None]:
+    """Refuse files that change while they are read."""
+    before = [identity_of(file) for file in files]
+
+    def refusal() -> SourceChanged | None:
+        changed = (now for now, state in zip(relisted(files), before, strict=True) if identity_of(now) != state)
+        file = next(changed, None)
+        return SourceChanged(f"{str(file)!r} changed while it was imported: run the command again") if file else None
+
+    try:
         yield
+    except Exception as error:  # may be a mere consequence of the change
+        found = None
+        with suppress(OSError, UserError):
+            found = refusal()
+        if found:
+            raise found from error
+        raise
+    if found := refusal():
+        raise found
+
+
+def write_store(target: Target, header: Header, blocks: Iterable[Block]) -> None:
+    """Write a store of samples that can only be read from their beginning."""
+    write_store_from(target, header, lambda start: beginning_at(start, blocks, lambda block: len(block.y)))
+
+
+def write_store_from(target: Target, header: Header, blocks: From, size: int = 0) -> None:
+    """Write a store of ``size`` bytes, if known; ``blocks(start)`` yields the samples from ``start`` on.
+
+    Raises:
+        UserError: this machine's disk is too small.
+    """
+    if isinstance(target, Stream):
+        write_streamed(target, header, blocks)
+        return
+    folder = target.parent
+    check_cache_room(folder, size, "this data set")
+    if size >= ANNOUNCED:
+        log.warning("importing %.1f GB into %s, once for this machine", size / 1e9, folder)
+    arrow.write(target, header, blocks(0))
+
+
+def begun_header(target: Target) -> Header | None:
+    """Return the header of an interrupted import; None if there are no parts to resume from."""
+    return begun(target) if isinstance(target, Stream) else None
+
+
+def beginning_at(start: int, runs: Iterable[T], length: Callable[[T], int]) -> Iterator[T]:
+    """Skip the runs of samples before sample ``start``, which must be the first of a run.
+
+    Raises:
+        UserError: it is not, so the parts of an interrupted import are from another version.
+
+    >>> list(beginning_at(3, ["abc", "de", "f"], len))
+    ['de', 'f']
+    """
+    passed = 0
+    for run in runs:
+        if passed >= start:
+            yield run
+        passed += length(run)
+        if passed - length(run) < start < passed:
+            raise UserError("the import that was killed ended within a block, as by another version: delete its folder")

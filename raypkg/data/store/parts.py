@@ -1,17 +1,20 @@
-"""The files of a store that is read by blocks, in a folder of its own.
+"""The files of a store that is read by blocks, in a folder of its own, and their resumable import.
 
-NUMBER-DIGEST.blocks    a part: record batches of the columns of the store, each an IPC message, one behind the other
-NUMBER-DIGEST.part      what an import that goes on needs to know of the part; of use until the store is whole
-index                   written last, makes the store one: labels and ids, the header, the statistics, the parts
+NUMBER-DIGEST.blocks    a part: record batches of the store, each an IPC message, one after another
+NUMBER-DIGEST.part      its note: resume metadata, deleted when the store is complete
+index                   written last, makes the store valid: labels and ids, header, statistics, parts
 
-A file appears whole, under a name that says what is in it: whoever else writes a part of that name writes the same.
+A file appears complete, under a name that identifies its contents: any other writer of that name writes the same. A
+part ends where a block of the source does, and its note holds the state of the statistics. So its bytes depend on the
+source alone, whichever process writes it and however often the import is interrupted.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -20,57 +23,49 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raypkg.core.address import address_of, opened, parted
+from raypkg.data.kinds import Moments
 
-from .stored import Header
+from .arrow import Block, Header, record_batches
 
 BLOCKS = ".blocks"
 NOTE = ".part"
 INDEX = "index"
 DIGEST = 16  # characters
-DAMAGE = (ValueError, KeyError, TypeError, pa.ArrowException)  # what reading a damaged file raises
+DAMAGE = (ValueError, KeyError, TypeError, pa.ArrowException)  # raised when a damaged file is read
+BLOCK_BYTES = 8 << 20  # the latency of a request to an object store equals the transfer of some megabytes
+PART_BYTES = 1 << 30  # bounds, with one block of the source, the work that is repeated after an interruption
+
+From = Callable[[int], Iterable[Block]]  # samples from one on, in the same blocks for every start
+
+log = logging.getLogger(__name__)
 
 
 class Stream(NamedTuple):
-    """Where stores are read by blocks.
+    """Location of stores that are read by blocks, or of one of them."""
 
-    Attributes:
-        address: the folder or URI of all of them.
-        window: blocks from which the batches of training draw at any time.
-        cache: folder of this machine, for copies of some samples.
-        name: of one store.
-        index_file: the name of its index, which is another one until the store is whole.
-    """
-
-    address: str
-    window: int
-    cache: Path
-    name: str = ""
-    index_file: str = INDEX
+    address: str  # folder or URI that contains all of them
+    window: int  # number of blocks that training batches draw from at a time
+    cache: Path  # folder of this machine, for copies of some samples
+    name: str = ""  # of one store
+    index_file: str = INDEX  # another name until the store is complete
 
     def __str__(self) -> str:
         return address_of(self.address, [self.name])
 
     def folder(self) -> tuple[fs.FileSystem, str]:
-        """Return the folder of the store, as its file system and its path there."""
+        """Return the file system of the store, and its folder there."""
         base, below = parted(self.address)
         system, path = opened(base)
         return system, "/".join([path, *below, self.name])
 
 
 class StoredPart(NamedTuple):
-    """A run of blocks, in a file.
+    """A file of consecutive blocks."""
 
-    Attributes:
-        name: of the file, without its ending.
-        starts: bytes at which the blocks begin, and the end.
-        sizes: samples of each block.
-        digests: of the bytes of each block.
-    """
-
-    name: str
-    starts: tuple[int, ...]
-    sizes: tuple[int, ...]
-    digests: tuple[str, ...]
+    name: str  # of the file, without its ending
+    starts: tuple[int, ...]  # first byte of each block, and the end
+    sizes: tuple[int, ...]  # samples of each block
+    digests: tuple[str, ...]  # of the bytes of each block
 
     @property
     def file(self) -> str:
@@ -89,45 +84,161 @@ class StoredPart(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What an import that goes on needs to know of a part.
-
-    Attributes:
-        part: itself.
-        before: the name of the part before; of the first, none.
-        header: of the store.
-        columns: labels and ids of its samples, and the header as metadata.
-        moments: the state of the statistics after it.
-    """
+    """Resume metadata of a part."""
 
     part: StoredPart
-    before: str
-    header: Header
-    columns: pa.Table
-    moments: dict[str, Any]
+    before: str  # name of the previous part; "" for the first
+    header: Header  # of the store
+    columns: pa.Table  # labels and ids of its samples
+    moments: dict[str, Any]  # state of the statistics after it
+
+
+# Import
+
+
+def write_streamed(stream: Stream, header: Header, blocks: From) -> None:
+    """Write a store, one block in memory at a time; parts of an interrupted import are kept.
+
+    Raises:
+        OSError: the folder cannot be written, or another process has meanwhile completed the store.
+    """
+    system, folder = stream.folder()
+    system.create_dir(folder)
+    sizes = sizes_in(stream)
+    was_there = INDEX in sizes  # a damaged index
+    header = Header.of(header.schema)  # as it is read back, for comparison
+    notes: list[Note] = []
+
+    def follows(note: Note) -> bool:
+        before = notes[-1].part.name if notes else ""
+        is_whole = sizes.get(note.part.file) == note.part.bytes
+        return is_whole and note.before == before and note.header == header
+
+    while following := [note for note in _notes(stream, len(notes), sizes) if follows(note)]:
+        notes.append(following[0])
+    start = sum(len(note.columns) for note in notes)
+    if notes:
+        log.warning("going on with the import of %s at sample %d", stream, start)
+    moments = Moments(notes[-1].moments if notes else None)
+    ahead = iter(blocks(start))
+    for first in ahead:
+        if not was_there and INDEX in sizes_in(stream):
+            raise FileExistsError("another process has written it")
+        before = notes[-1].part.name if notes else ""
+        part, columns = _write_part(stream, len(notes), header, chain([first], ahead), moments)
+        notes.append(Note(part, before, header, columns, moments.state))
+        write_note(stream, notes[-1])
+    facts = {"mean": moments.mean, "std": moments.std, "parts": [note.part._asdict() for note in notes]}
+    columns = pa.concat_tables([note.columns.replace_schema_metadata(header.schema.metadata) for note in notes])
+    write_columns(stream, stream.index_file, columns, facts)
+    pa.default_memory_pool().release_unused()  # buffers of the import
+
+
+def _write_part(
+    stream: Stream, number: int, header: Header, blocks: Iterable[Block], moments: Moments
+) -> tuple[StoredPart, pa.Table]:
+    """Write blocks up to the size of a part; return the part and the other columns of its samples."""
+    digests: list[str] = []
+    lengths: list[int] = []  # of the messages, bytes
+    columns: list[pa.RecordBatch] = []
+
+    def bounded() -> Iterator[Block]:
+        size = 0
+        for block in blocks:
+            yield block
+            size += block.bytes
+            if size >= PART_BYTES:
+                return
+
+    def part() -> StoredPart:
+        name = _numbered(number) + digest_of("".join(digests).encode())
+        starts = tuple(accumulate(lengths, initial=0))
+        return StoredPart(name, starts, tuple(map(len, columns)), tuple(digests))
+
+    with appearing(stream, lambda: part().file, lambda: is_whole(stream, part())) as sink:
+        for batch in record_batches(header.schema, bounded(), moments, BLOCK_BYTES):
+            # A batch that exceeds a block is cut; a sample is never divided.
+            pieces = -(-batch.nbytes // BLOCK_BYTES)
+            rows = max(1, len(batch) // max(1, pieces))
+            for start in range(0, len(batch), rows):
+                piece = batch.slice(start, rows)
+                message = piece.serialize()
+                sink.write(message)
+                digests.append(digest_of(message))
+                lengths.append(message.size)
+                columns.append(piece.drop_columns(["x"]))
+    return part(), pa.Table.from_batches(columns)
+
+
+def begun(stream: Stream) -> Header | None:
+    """Return the header of an interrupted import, if there is one.
+
+    Of two headers, the one with more channels counts: the other was written before a colour image was found.
+    """
+    headers = [note.header for note in _notes(stream, 0, sizes_in(stream))]
+    return max(headers, key=lambda header: header.shape[0], default=None)
+
+
+@contextmanager
+def published(stream: Stream) -> Iterator[Stream]:
+    """Yield a store to be written, which becomes valid at the end of the block; on an error, its parts are kept."""
+    system, folder = stream.folder()
+    unfinished = stream._replace(index_file=f"{uuid4().hex}.tmp")
+    try:
+        yield unfinished
+        system.move(f"{folder}/{unfinished.index_file}", f"{folder}/{INDEX}")
+    except BaseException:  # Ctrl-C as well
+        with suppress(OSError):
+            system.delete_file(f"{folder}/{unfinished.index_file}")
+        raise
+
+
+def tidy(stream: Stream) -> None:
+    """Delete files that do not belong to the store, or all files if it has no index.
+
+    Files that another process is writing are deleted too: with an index, that process finds a complete store.
+    """
+    system, folder = stream.folder()
+    with suppress(OSError):
+        try:
+            used = {INDEX, *(part.file for part in parts_of(read_columns(stream, INDEX)))}
+        except (FileNotFoundError, *DAMAGE):
+            used = set()
+        for name in sizes_in(stream).keys() - used:
+            with suppress(OSError):
+                system.delete_file(f"{folder}/{name}")
+        if not used and not sizes_in(stream):
+            system.delete_dir(folder)
+
+
+def _numbered(number: int) -> str:
+    return f"{number:05}-"
+
+
+def _notes(stream: Stream, number: int, names: Iterable[str]) -> list[Note]:
+    """Return the intact notes of a part number: more than one if images turned out to have colour."""
+    notes = []
+    for name in sorted(names):
+        if not name.startswith(_numbered(number)) or not name.endswith(NOTE):
+            continue
+        with suppress(*DAMAGE):
+            columns = read_columns(stream, name)
+            part, before, moments = (fact_of(columns, each) for each in ("part", "before", "moments"))
+            notes.append(Note(StoredPart.of(part), before, Header.of(columns.schema), columns, moments))
+    return notes
 
 
 def write_note(stream: Stream, note: Note) -> None:
-    """Write what an import that goes on needs to know of a part."""
+    """Write the note of a part."""
     facts = {"part": note.part._asdict(), "before": note.before, "moments": note.moments}
     write_columns(stream, note.part.name + NOTE, note.columns, facts)
 
 
-def read_note(stream: Stream, name: str) -> Note | None:
-    """Read the note of that name; one that is damaged or of another format is none.
-
-    Raises:
-        OSError: it is not there, or cannot be had.
-    """
-    try:
-        columns = read_columns(stream, name)
-        part, before, moments = (fact_of(columns, each) for each in ("part", "before", "moments"))
-        return Note(StoredPart.of(part), before, Header.of(columns.schema), columns, moments)
-    except DAMAGE:
-        return None
+# Files
 
 
 def write_columns(stream: Stream, name: str, columns: pa.Table, facts: dict[str, Any]) -> None:
-    """Write labels and ids to a file, beside the metadata that they have some facts as JSON."""
+    """Write labels and ids to a file with a digest; ``facts`` become metadata, as JSON."""
     noted = {key: json.dumps(value) for key, value in facts.items()}
     table = columns.replace_schema_metadata({**columns.schema.metadata, **noted}).combine_chunks()
     content = pa.BufferOutputStream()
@@ -143,8 +254,8 @@ def read_columns(stream: Stream, name: str) -> pa.Table:
     """Read labels and ids of a file, with the facts in the metadata.
 
     Raises:
-        FileNotFoundError: it is not there.
-        pyarrow.ArrowInvalid: it is damaged.
+        FileNotFoundError: the file is missing.
+        pyarrow.ArrowInvalid: the file is damaged.
     """
     system, folder = stream.folder()
     with system.open_input_file(f"{folder}/{name}") as file:
@@ -156,29 +267,25 @@ def read_columns(stream: Stream, name: str) -> pa.Table:
 
 
 def digest_of(content: Any) -> str:
-    """Return a digest of some bytes, by which damage is known."""
+    """Return a digest of some bytes, which detects damage."""
     return blake2b(content, digest_size=DIGEST // 2).hexdigest()
 
 
 def fact_of(columns: pa.Table, name: str) -> Any:
-    """Return a fact that was written with some columns.
-
-    Raises:
-        KeyError: they have none of that name.
-    """
+    """Return a fact that was written with some columns; raises KeyError if it is missing."""
     return json.loads(columns.schema.metadata[name.encode()])
 
 
-def named_parts(index: pa.Table) -> list[StoredPart]:
-    """Return the parts that an index names."""
+def parts_of(index: pa.Table) -> list[StoredPart]:
+    """Return the parts listed in an index."""
     return [StoredPart.of(fields) for fields in fact_of(index, "parts")]
 
 
 def sizes_in(stream: Stream) -> dict[str, int]:
-    """Return the bytes of each file in the folder of a store: one request for every thousand."""
+    """Return the size of each file in the folder of a store, with one request per thousand files."""
     system, folder = stream.folder()
     try:
-        # Not with allow_not_found: a folder that is made at that moment is an error to it.
+        # allow_not_found would fail for a folder that is created at this moment.
         entries = system.get_file_info(fs.FileSelector(folder))
     except FileNotFoundError:
         return {}
@@ -186,7 +293,7 @@ def sizes_in(stream: Stream) -> dict[str, int]:
 
 
 def is_whole(stream: Stream, part: StoredPart) -> bool:
-    """Say whether a part is in its file, each byte as it was."""
+    """Return True if the file of a part exists with every byte intact."""
     system, folder = stream.folder()
     try:
         with system.open_input_file(f"{folder}/{part.file}") as file:
@@ -202,15 +309,15 @@ def is_whole(stream: Stream, part: StoredPart) -> bool:
 def appearing(
     stream: Stream, name: Callable[[], str], is_there: Callable[[], bool] = lambda: False
 ) -> Iterator[pa.NativeFile]:
-    """Open a file to write, which has its name at the end of the block, and is deleted if an error ends it.
+    """Open a file for writing that gets its name at the end of the block, and is deleted on an error.
 
-    Until then it has a name that no other writer uses. On object stores too: pyarrow makes an object even of what was
-    written before an error.
+    Until then its name is unique to this writer. Object stores need this too: after an error pyarrow still creates an
+    object of the bytes written so far.
 
     Args:
         stream: the store.
-        name: is asked when everything is written.
-        is_there: likewise, whether the file is there already. It then stays: somebody may be reading it.
+        name: returns the name, once everything is written.
+        is_there: returns True if the file exists already. It is then kept, as other processes may be reading it.
     """
     system, folder = stream.folder()
     unfinished = f"{folder}/{uuid4().hex}.tmp"
@@ -225,33 +332,3 @@ def appearing(
         with suppress(OSError):
             system.delete_file(unfinished)
         raise
-
-
-def tidy(stream: Stream) -> None:
-    """Delete what lies in the folder of a store and is not part of it, as far as that can be done.
-
-    Without an index nothing is part of it. What another process is writing is deleted too: if there is an index, that
-    process finds a store.
-    """
-    with suppress(OSError):
-        used = _used(stream)
-        for name in sizes_in(stream).keys() - used:
-            _delete(stream, name)
-        if not used and not sizes_in(stream):
-            system, folder = stream.folder()
-            system.delete_dir(folder)
-
-
-def _used(stream: Stream) -> set[str]:
-    """Return the names of the files that make the store."""
-    try:
-        index = read_columns(stream, INDEX)
-        return {INDEX, *(part.file for part in named_parts(index))}
-    except (FileNotFoundError, *DAMAGE):
-        return set()
-
-
-def _delete(stream: Stream, name: str) -> None:
-    system, folder = stream.folder()
-    with suppress(OSError):
-        system.delete_file(f"{folder}/{name}")

@@ -1,11 +1,14 @@
-"""A store that is read by blocks from where it lies, such as a bucket: no machine holds more than a window of it."""
+"""A store that is read by blocks, such as from a bucket: no machine holds more than a window of it."""
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,17 +16,26 @@ import pyarrow as pa
 import torch
 
 from raypkg.core.errors import UserError
-from raypkg.data.memory import check_cache_room, check_memory
+from raypkg.core.memory import check_cache_room, check_memory
+from raypkg.data.files import READERS, fetched
 from raypkg.data.split import Blocks, Split, Take
 
-from .arrow import Store, merged_batches, write_batches
-from .fetching import READERS, fetched
-from .held import HeldBlocks
-from .parts import StoredPart, Stream, digest_of, named_parts, read_columns, sizes_in
-from .stored import Decoder, Header, Stored, statistics_in
+from .arrow import Gather, Header, Store, Stored, merged_batches, write_batches
+from .parts import Stream, digest_of, fact_of, parts_of, read_columns, sizes_in
 
 COPIED_BYTES = 64 << 20  # of a copy's record batches
-OPEN = 256  # files that a process keeps open
+OPEN = 256  # files kept open per process
+
+Read = Callable[[int], pa.RecordBatch]
+
+
+class Place(NamedTuple):
+    """Location of a block."""
+
+    file: str
+    start: int  # byte
+    size: int  # bytes
+    digest: str
 
 
 class Streamed(Stored):
@@ -31,7 +43,7 @@ class Streamed(Stored):
 
     Raises:
         FileNotFoundError: there is no such store.
-        pyarrow.ArrowInvalid: its index is damaged or of another format, or its blocks are not those that it names.
+        pyarrow.ArrowInvalid: its index is damaged or of another format, or its parts differ from those in the index.
     """
 
     def __init__(self, stream: Stream):
@@ -39,14 +51,24 @@ class Streamed(Stored):
         self.name = str(stream)
         index = read_columns(stream, stream.index_file)
         self.header = Header.of(index.schema)
-        self.mean, self.std = statistics_in({key.decode(): value for key, value in index.schema.metadata.items()})
-        self.y = _integers(index, "y")
-        self.ids = _integers(index, "id") if self.header.has_ids else None
-        parts = named_parts(index)
-        _check_whole(stream, parts)
-        sizes = [size for part in parts for size in part.sizes]
-        self._starts = np.array([0, *accumulate(sizes)])  # the first sample of each block, and the end
-        self._read = BlockReader(stream, self.header, parts)
+        self.mean, self.std = (tuple(fact_of(index, name)) for name in ("mean", "std"))
+        self.y = torch.from_numpy(index["y"].to_numpy().copy())
+        self.ids = torch.from_numpy(index["id"].to_numpy().copy()) if self.header.has_ids else None
+
+        sizes_of_files = sizes_in(stream)
+        self._places: list[Place] = []
+        sizes: list[int] = []
+        for part in parts_of(index):
+            size = sizes_of_files.get(part.file)
+            if size is None:
+                raise pa.ArrowInvalid(f"its file {part.file} is missing")
+            if size != part.bytes:
+                raise pa.ArrowInvalid(f"its file {part.file} is {size} bytes, and should be {part.bytes}")
+            for (start, end), digest in zip(pairwise(part.starts), part.digests, strict=True):
+                self._places.append(Place(part.file, start, end - start, digest))
+            sizes += part.sizes
+        self._starts = np.array([0, *accumulate(sizes)])  # first sample of each block, and the end
+        self._read = block_reader(stream, self.header, self._places)
         self._blocks = HeldBlocks(self._read, 2 * READERS)  # enough to read in order
 
     def __reduce__(self) -> tuple[type["Streamed"], tuple[Stream]]:
@@ -60,136 +82,136 @@ class Streamed(Stored):
         return out
 
     def encoded(self, indices: np.ndarray) -> list[pa.Buffer]:
-        """Return the bytes of encoded samples; each holds its block in memory."""
+        """Gather the bytes of encoded samples; each keeps its block in memory."""
         out: list[Any] = [None] * len(indices)
         for here, local, column in self._columns(indices):
             for place, row in zip(here.tolist(), local.tolist(), strict=True):
                 out[place] = column[row].as_buffer()
         return out
 
-    def as_split(self, decoder: Decoder | None = None) -> Split:
-        """Return the split over these samples, read by blocks."""
-        split = super().as_split(decoder)
-        of = np.repeat(np.arange(len(self._starts) - 1), np.diff(self._starts))
-
-        def copied(indices: np.ndarray) -> Take:
-            return self.copied(indices).as_split(decoder).take
-
-        return replace(split, blocks=Blocks(torch.from_numpy(of), self.stream.window, copied, self.hold))
-
-    def hold(self, count: int) -> None:
-        """Hold at least so many blocks in memory from now on, or all.
-
-        Raises:
-            UserError: this machine's memory is too small for them.
-        """
-        count = min(count, len(self._read.places))
-        largest = max(place.size for place in self._read.places)
-        check_memory(f"dataset.window = {self.stream.window}, {count} blocks at once", count * largest, "lower it")
-        self._blocks.hold(count)
-
-    def copied(self, indices: np.ndarray) -> Store:
-        """Copy samples, int64 [m] ascending, into a store of this machine, which is gone when nobody uses it.
-
-        Raises:
-            UserError: its disk is too small, or a block cannot be read.
-        """
-        cache = self.stream.cache
-        bounds = np.searchsorted(indices, self._starts)  # where the samples of each block begin, and the end
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            check_cache_room(cache, self._size(bounds), f"a copy of {len(indices):,} samples")
-            with TemporaryFile(dir=cache) as file:  # without a name: it goes with the process, even if that is killed
-                path = Path(f"/dev/fd/{file.fileno()}")
-                batches = merged_batches(self._rows(indices, bounds), COPIED_BYTES)
-                write_batches(path, self.header, batches, self)
-                pa.default_memory_pool().release_unused()  # the memory through which it all went
-                return Store(path)  # mapped: the disk is given back when the last view of it is gone
-        except OSError as error:
-            raise UserError(f"cannot copy {len(indices):,} samples to {str(cache)!r}: {error}") from None
-
-    def _size(self, bounds: np.ndarray) -> int:
-        """Return about how many bytes some samples take, from how many of each block they are."""
-        sizes = np.array([place.size for place in self._read.places])
-        shares = np.diff(bounds) / np.diff(self._starts)
-        return int(sizes @ shares)
-
-    def _rows(self, indices: np.ndarray, bounds: np.ndarray) -> Iterator[pa.RecordBatch]:
-        """Read every block that has some of the samples, once, and yield these."""
-        blocks = np.flatnonzero(np.diff(bounds))
-        for block, batch in zip(blocks, fetched(self._read, blocks.tolist()), strict=True):
-            here = indices[bounds[block] : bounds[block + 1]]
-            yield batch.take(pa.array(here - self._starts[block]))
-
     def _columns(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, pa.Array]]:
-        """Yield, of each block that has some of the samples: which of them, their rows in it, and its column."""
+        """Yield, for each block with some of the samples: their places among them, their rows in it, its column."""
         owner = np.searchsorted(self._starts, indices, side="right") - 1  # [b], the block of each sample
         blocks = np.unique(owner)
-        for start in range(0, len(blocks), READERS):  # so many at once, however many there are
+        for start in range(0, len(blocks), READERS):  # bounds the memory
             some = blocks[start : start + READERS]
             for block, batch in zip(some, self._blocks(some.tolist()), strict=True):
                 here = np.flatnonzero(owner == block)
                 yield here, indices[here] - self._starts[block], batch.column("x")
 
+    def as_split(self, gather: Gather | None = None) -> Split:
+        """Return the split over these samples, read by blocks."""
+        split = super().as_split(gather)
+        of = np.repeat(np.arange(len(self._places)), np.diff(self._starts))
 
-class BlockReader:
-    """Reads the blocks of a store, by their number.
+        def copied(indices: np.ndarray) -> Take:
+            return self.copied(indices).as_split(gather).take
 
-    Attributes:
-        places: of each block.
-    """
+        return replace(split, blocks=Blocks(torch.from_numpy(of), self.stream.window, copied, self.hold))
 
-    def __init__(self, stream: Stream, header: Header, parts: list[StoredPart]):
-        self.places = [place for part in parts for place in _places_in(part)]
-        self._name = str(stream)
-        self._schema = header.schema
-        self._open = lru_cache(OPEN)(partial(_open, stream))
-
-    def __call__(self, block: int) -> pa.RecordBatch:
-        """Fetch a block.
+    def hold(self, count: int) -> None:
+        """Hold at least ``count`` blocks in memory from now on, or all.
 
         Raises:
-            UserError: it cannot be had, or is damaged.
+            UserError: this machine's memory is too small for them.
         """
-        place = self.places[block]
+        count = min(count, len(self._places))
+        largest = max(place.size for place in self._places)
+        check_memory(f"dataset.window = {self.stream.window}, {count} blocks at once", count * largest, "lower it")
+        self._blocks.hold(count)
+
+    def copied(self, indices: np.ndarray) -> Store:
+        """Copy samples, int64 [m] ascending, into a store of this machine that disappears with its last user.
+
+        Raises:
+            UserError: the disk is too small, or a block cannot be read.
+        """
+        cache = self.stream.cache
+        bounds = np.searchsorted(indices, self._starts)  # first sample of each block among the indices, and the end
+        counts = np.diff(bounds)
+        shares = counts / np.diff(self._starts)  # of each block
+        size = int(np.array([place.size for place in self._places]) @ shares)  # bytes, approximately
+
+        def rows() -> Iterator[pa.RecordBatch]:
+            blocks = np.flatnonzero(counts)
+            for block, batch in zip(blocks, fetched(self._read, blocks.tolist()), strict=True):
+                here = indices[bounds[block] : bounds[block + 1]]
+                yield batch.take(pa.array(here - self._starts[block]))
+
         try:
-            message = self._open(place.file).read_at(place.size, place.start)
+            cache.mkdir(parents=True, exist_ok=True)
+            check_cache_room(cache, size, f"a copy of {len(indices):,} samples")
+            # A file without a name disappears with the process, even if that is killed. Once it is mapped, the disk
+            # space is freed with the last view of it.
+            with TemporaryFile(dir=cache) as file:
+                path = Path(f"/dev/fd/{file.fileno()}")
+                write_batches(path, self.header, merged_batches(rows(), COPIED_BYTES), self)
+                pa.default_memory_pool().release_unused()  # buffers of the copy
+                return Store(path)
         except OSError as error:
-            raise UserError(f"block {block} of {self._name!r} cannot be read: {error}") from None
-        if digest_of(message) != place.digest:
-            raise UserError(f"block {block} of {self._name!r} is damaged: delete that folder, and it is built again")
-        return pa.ipc.read_record_batch(pa.py_buffer(message), self._schema)
+            raise UserError(f"cannot copy {len(indices):,} samples to {str(cache)!r}: {error}") from None
 
 
-class BlockPlace(NamedTuple):
-    """Where a block lies: a file of the store, the first byte in it and the number of bytes; and their digest."""
+def block_reader(stream: Stream, header: Header, places: list[Place]) -> Read:
+    """Return a function that fetches a block by its number.
 
-    file: str
-    start: int
-    size: int
-    digest: str
-
-
-def _check_whole(stream: Stream, parts: list[StoredPart]) -> None:
-    """Refuse a store whose parts are not those that its index names."""
-    sizes = sizes_in(stream)
-    for part in parts:
-        if part.file not in sizes:
-            raise pa.ArrowInvalid(f"its file {part.file} is missing")
-        if sizes[part.file] != part.bytes:
-            raise pa.ArrowInvalid(f"its file {part.file} is {sizes[part.file]} bytes, and should be {part.bytes}")
-
-
-def _places_in(part: StoredPart) -> Iterator[BlockPlace]:
-    """Yield where each block of a part lies."""
-    for (start, end), digest in zip(pairwise(part.starts), part.digests, strict=True):
-        yield BlockPlace(part.file, start, end - start, digest)
-
-
-def _open(stream: Stream, file: str) -> pa.NativeFile:
+    It raises UserError if the block is unreadable or damaged.
+    """
     system, folder = stream.folder()
-    return system.open_input_file(f"{folder}/{file}")
+    schema = header.schema
+
+    @lru_cache(OPEN)
+    def opened(file: str) -> pa.NativeFile:
+        return system.open_input_file(f"{folder}/{file}")
+
+    def read(block: int) -> pa.RecordBatch:
+        place = places[block]
+        try:
+            message = opened(place.file).read_at(place.size, place.start)
+        except OSError as error:
+            raise UserError(f"block {block} of {str(stream)!r} cannot be read: {error}") from None
+        if digest_of(message) != place.digest:
+            raise UserError(f"block {block} of {str(stream)!r} is damaged: delete that folder, and it is built again")
+        return pa.ipc.read_record_batch(pa.py_buffer(message), schema)
+
+    return read
 
 
-def _integers(index: pa.Table, name: str) -> torch.Tensor:
-    return torch.from_numpy(index[name].to_numpy().copy())
+class HeldBlocks:
+    """The ``most`` blocks that were used last, each fetched once however many threads request it."""
+
+    def __init__(self, load: Read, most: int):
+        self._load = load
+        self._most = most
+        self._held: OrderedDict[int, Future[pa.RecordBatch]] = OrderedDict()
+        self._lock = Lock()
+        self._pool = ThreadPoolExecutor(READERS, "blocks")
+
+    def hold(self, most: int) -> None:
+        """Hold at least ``most`` blocks from now on."""
+        self._most = max(self._most, most)
+
+    def __call__(self, numbers: Sequence[int]) -> list[pa.RecordBatch]:
+        """Return some blocks, fetching missing ones concurrently.
+
+        Raises:
+            UserError: a block cannot be read; the next call tries again.
+        """
+        coming = []
+        with self._lock:
+            for number in numbers:
+                if number not in self._held:
+                    self._held[number] = self._pool.submit(self._load, number)
+                self._held.move_to_end(number)
+                coming.append(self._held[number])
+            while len(self._held) > self._most:
+                self._held.popitem(last=False)
+        blocks = []
+        for number, block in zip(numbers, coming, strict=True):
+            try:
+                blocks.append(block.result())
+            except BaseException:
+                with self._lock:
+                    self._held.pop(number, None)
+                raise
+        return blocks

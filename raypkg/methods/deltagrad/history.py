@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.data.memory import readable
+from raypkg.core.memory import readable
 from raypkg.runs.storage import Storage
 
 RECORDS = "history.arrow"

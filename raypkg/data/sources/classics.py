@@ -1,0 +1,105 @@
+"""Small classics: digits, which ship with the package, and data sets that torchvision downloads.
+
+Optical Recognition of Handwritten Digits (E. Alpaydin and C. Kaynak, 1998), UCI Machine Learning Repository,
+doi:10.24432/C50P49, licensed CC BY 4.0; its 1,797 test samples. Pixel values 0 … 16 are scaled to 0 … 255 here.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from raypkg.core.errors import UserError
+from raypkg.data.augment import default_augment
+from raypkg.data.split import Split
+from raypkg.data.store.arrow import Block, Header
+from raypkg.data.store.cache import Cache, Target, cache_folder, cached, fingerprint, store_path, write_store
+
+from . import dataset
+
+BLOCK = 4096  # images
+
+
+@dataset("digits", source="doi:10.24432/C50P49")
+def digits(root: str, *, split: str) -> Split:
+    """Handwritten digits, 8×8 grey: 1,437 to train, 360 to test.
+
+    The file's column ``test`` fixes the split, which is stratified by class.
+    """
+    if root:
+        raise UserError(f"dataset 'digits' ships with the package and takes no path, got {root!r}")
+    # Read by path: Arrow's threads may outlive a file that Python has opened.
+    with as_file(files("raypkg.data.sources") / "digits.parquet") as path:
+        table = pq.read_table(path)
+    rows = table["test"].to_numpy() == (split == "test")  # [n]
+    images = b"".join(table["x"].to_pylist())
+    levels = np.frombuffer(images, np.uint8).reshape(-1, 1, 8, 8)  # 0 … 16
+    pixels = (levels[rows].astype(np.uint16) * 255 + 8) // 16  # to the nearest of 0 … 255
+    y = table["y"].to_numpy()[rows]
+    return Split.from_tensors(pixels.astype(np.uint8), y, augment=("crop",))
+
+
+@dataset("cifar10", source="Krizhevsky 2009")
+def cifar10(root: str, *, split: str, cache: Cache) -> Split:
+    """CIFAR-10: 50,000 and 10,000 colour images 32×32 of 10 classes."""
+    return _from_torchvision("CIFAR10", root, split, cache)
+
+
+@dataset("cifar100", source="Krizhevsky 2009")
+def cifar100(root: str, *, split: str, cache: Cache) -> Split:
+    """CIFAR-100: 50,000 and 10,000 colour images 32×32 of 100 classes."""
+    return _from_torchvision("CIFAR100", root, split, cache)
+
+
+@dataset("mnist", source="LeCun et al. 1998")
+def mnist(root: str, *, split: str, cache: Cache) -> Split:
+    """MNIST: 60,000 and 10,000 grey images 28×28 of handwritten digits."""
+    return _from_torchvision("MNIST", root, split, cache)
+
+
+@dataset("fashionmnist", source="arXiv:1708.07747")
+def fashionmnist(root: str, *, split: str, cache: Cache) -> Split:
+    """Fashion-MNIST: 60,000 and 10,000 grey images 28×28 of clothes."""
+    return _from_torchvision("FashionMNIST", root, split, cache)
+
+
+def _from_torchvision(kind: str, root: str, split: str, cache: Cache) -> Split:
+    """Open the store of a split; original files are read from, or downloaded to, ``root`` or the cache."""
+    folder = Path(root) if root else cache_folder(cache) / "torchvision"
+    # The files are not part of the key: they never change, and may be gone once the store is built.
+    key = fingerprint([], root=str(folder.resolve()))
+
+    def build(target: Target) -> None:
+        from torchvision import datasets
+
+        raw = folder / kind / "raw"  # created by torchvision before it downloads
+        new = [path for path in (raw, *raw.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            source = getattr(datasets, kind)(folder, train=split == "train", download=True)
+        except (RuntimeError, OSError) as error:
+            for path in new:
+                with suppress(OSError):  # it was not created, or contains files
+                    path.rmdir()
+            raise UserError(
+                f"cannot fetch {kind} into {str(folder)!r} ({error}): place its files there,"
+                " or use parquet:PATH or folder:PATH"
+            ) from None
+        y = np.asarray(source.targets, np.int64)
+        pixels = np.asarray(source.data)
+        if pixels.ndim == 3:  # grey
+            pixels = pixels[..., None]
+        _, height, width, channels = pixels.shape
+        shape = (channels, height, width)
+
+        def blocks() -> Iterator[Block]:
+            for start in range(0, len(y), BLOCK):
+                block = slice(start, start + BLOCK)
+                yield Block(pixels[block], y[block], sample=pixels[block])
+
+        write_store(target, Header("pixels", shape, tuple(source.classes), default_augment(shape)), blocks())
+
+    return cached(store_path(cache, kind.lower(), key, split), build).as_split()
