@@ -78,6 +78,6 @@ def test_a_new_model_has_looked_at_the_training_images():
 
 def test_deltagrad_refuses_what_is_fitted_to_its_samples():
     net = build_model("airbench", (3, 16, 16), 4, seed=0, options={"norm": "group", "width": 8})
-    with pytest.raises(UserError, match=r"'airbench' is fitted to the training inputs.*a deleted sample would stay"):
+    with pytest.raises(UserError, match=r"'airbench' is fitted to the training inputs.*deleted samples would stay"):
         check_derivation(net, "airbench")
     check_derivation(build_model("lenet5", (3, 32, 32), 4, seed=0), "lenet5")

@@ -15,10 +15,7 @@ REACH = {"hook", "run", "pretrain", "experiment", "plots", "show", "export"}  # 
 REACH_TOO = {
     "agent": {"snapshot"},
     "crest": {"parallel"},
-    "deltagrad": {
-        "membership", "history", "ledger", "fingerprints",
-        "recorded_run", "replayable", "requests", "sharded_gradient", "answer", "verify",
-    },
+    "deltagrad": {"history", "journal", "requests", "answer"},
 }  # fmt: skip
 ROOMS = {("lipt", "sparse"), ("sparse", "crest"), ("sparse", "agent")}  # which method may import which
 FILES = sorted(ROOT.rglob("*.py"))

@@ -9,7 +9,7 @@ from raypkg.cli import main
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.experiments import trust
-from raypkg.methods.deltagrad.ledger import Ledger
+from raypkg.methods.deltagrad.journal import Journal
 from raypkg.runs.folder import NEEDED, RunFolder, create
 from raypkg.runs.storage import Storage
 
@@ -136,7 +136,7 @@ def test_no_command_imports_it(stored, of_somebody_else, monkeypatch, capsys, tm
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "foreign_code.py").write_text(CODE)
     folder = stored("foreign_code:net")
-    Ledger(folder.storage).append({"settings": "", "rows": ""})
+    Journal(folder).append({"settings": "", "rows": ""})
     folder.storage.write("model.safetensors", b"")
     folder.finish(dict.fromkeys(NEEDED["summary.json"]))
     local = [] if command in ("export one", "deltagrad log one") else ["--cluster.workers", "0"]

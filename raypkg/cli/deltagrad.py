@@ -1,4 +1,4 @@
-"""The commands on a run that `effray deltagrad train` recorded."""
+"""The commands on a run that `effray deltagrad train` recorded: delete, add, stream, verify, log."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
 from .setting_options import SettingsCommand, metavar, overrides, setting_options
 
 if TYPE_CHECKING:
-    from raypkg.methods.deltagrad.queues import Request
-    from raypkg.methods.deltagrad.recorded_run import RecordedRun
+    from raypkg.methods.deltagrad.requests import Request
+    from raypkg.methods.deltagrad.run import RecordedRun
 
+SHOWN = 3  # requests of an entry in the log's table
 RUN = click.Argument(["run"])
 PLACE = click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
-REPLAY = [  # the run's settings where they are left out, so no default is shown
+REPLAY = [  # defaults are the run's settings, so none is shown
     click.Option(
         [f"--{name.replace('_', '-')}", f"--replay.{name}", f"replay__{name}"],
         metavar=metavar(field),
@@ -35,12 +36,12 @@ Decorator = Callable[[Callable[..., None]], click.Command]
 
 
 def computing(*parameters: click.Parameter) -> Decorator:
-    """Make a command on a run that computes gradients."""
+    """Declare a command on a run that computes gradients."""
     return click.command(cls=SettingsCommand, schema=RequestSettings, params=[RUN, *parameters, PLACE, TRUST, *CLUSTER])
 
 
 def replaying(*parameters: click.Parameter) -> Decorator:
-    """Make a command on a run that replays its training."""
+    """Declare a command on a run that replays its training."""
     return computing(*parameters, *REPLAY)
 
 
@@ -49,16 +50,15 @@ def replaying(*parameters: click.Parameter) -> Decorator:
     click.Option(["--where"], metavar="CONDITION", help="such as 'age > 60 and label = yes', on a table's columns"),
 )
 def delete(run: str, root: str, ids: str | None, where: str | None, **values: Any) -> None:
-    """Make the model as if some samples had not been in its training.
+    """Unlearn samples: update the model as if they had not been in its training.
 
-    RUN is a run of `effray deltagrad train`. Ids are positions in the training split, from 0 on; those of a table
-    that says which samples its rows stand for, as one of `effray embed`, are the ids of these.
+    RUN is a run of `effray deltagrad train`. Ids are positions in the training split, from 0. If a table has a column
+    of ids, as those of `effray embed` do, they are the values of that column.
 
     Example:
         effray deltagrad train --name one && effray deltagrad delete one --ids 0,1,2
     """
-    from raypkg.methods.deltagrad.ids import read_ids
-    from raypkg.methods.deltagrad.queues import Request
+    from raypkg.methods.deltagrad.requests import Request, read_ids
 
     if (ids is None) == (where is None):
         raise UserError("give one of --ids and --where")
@@ -71,15 +71,14 @@ def delete(run: str, root: str, ids: str | None, where: str | None, **values: An
     click.Option(["--data"], metavar="NAME", help="new samples: a data set like the run's; its train split is added"),
 )
 def add(run: str, root: str, ids: str | None, data: str | None, **values: Any) -> None:
-    """Make the model as if further samples had been in its training.
+    """Learn samples: update the model as if they had been in its training.
 
-    RUN is a run of `effray deltagrad train`. New samples get the next ids, and a batch in every epoch, by seed.
+    RUN is a run of `effray deltagrad train`. New samples get the next ids, and a random batch in every epoch.
 
     Example:
         effray deltagrad train --name two && effray deltagrad add two --data digits
     """
-    from raypkg.methods.deltagrad.ids import read_ids
-    from raypkg.methods.deltagrad.queues import Request
+    from raypkg.methods.deltagrad.requests import Request, read_ids
 
     if (ids is None) == (data is None):
         raise UserError("give one of --ids and --data")
@@ -92,61 +91,92 @@ def add(run: str, root: str, ids: str | None, data: str | None, **values: Any) -
     click.Option(["--together"], type=click.IntRange(1), default=1, show_default=True, help="requests in one replay"),
 )
 def stream(run: str, queue: Path, root: str, together: int, **values: Any) -> None:
-    """Answer a queue of requests in order, each once, however often this is stopped and started again.
+    """Answer a queue of requests in order, each once; an interrupted stream resumes.
 
-    QUEUE holds a JSON object a line: {"delete": [3, 7], "id": "ticket 12"}, or delete_where, restore, add. A request is
-    known by its id, a text or an integer, and answered once.
+    QUEUE has a JSON object per line: {"delete": [3, 7], "id": "ticket 12"}, or delete_where, restore, add. The id, a
+    text or an integer, identifies a request.
 
     Example:
         effray deltagrad train --name five && echo '{"delete": [3], "id": "a"}' > q && effray deltagrad stream five q
     """
-    from raypkg.methods.deltagrad.queues import read_queue
-    from raypkg.methods.deltagrad.requests import grouped, unanswered
+    from raypkg.methods.deltagrad.requests import read_queue, unanswered
 
     requests = read_queue(queue)
     with _opened(run, root, "the same command answers the rest") as recorded:
         settings = _request_settings(recorded, values)
         waiting = unanswered(recorded, requests)
         click.echo(f"{len(waiting)} of {len(requests)} requests to answer")
-        for group in grouped(waiting, together):
-            _answer(recorded, group, settings)
+        for start in range(0, len(waiting), together):
+            _answer(recorded, waiting[start : start + together], settings)
 
 
 @computing()
 def verify(run: str, root: str, **values: Any) -> None:
-    """Train again with the samples that are in use and tell how far the model is from that.
+    """Retrain with the samples in use and report the model's distance from the result.
 
-    RUN is a run of `effray deltagrad train`. The comparison is what the replays save: it takes the whole time.
+    RUN is a run of `effray deltagrad train`. This takes the time that a replay saves.
 
     Example:
         effray deltagrad train --name three && effray deltagrad verify three
     """
-    from raypkg.methods.deltagrad.show import verdict_table
-    from raypkg.methods.deltagrad.verify import compare_with_retraining
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from raypkg.methods.deltagrad import answer
     from raypkg.runs.show import terminal
 
     with _opened(run, root) as recorded:
         settings = _request_settings(recorded, values)
-        verdict = compare_with_retraining(recorded, settings.cluster, _follow)
-        terminal().print(verdict_table(verdict))
+        verdict = answer.verify(recorded, settings.cluster, _follow)
+    relative = verdict.distance / verdict.norm
+    rows = {
+        "distance of the weights": f"{verdict.distance:.3e} (of norm {verdict.norm:.4g}: {relative:.1e})",
+        "test samples predicted differently": f"{verdict.disagreement:.2%}",
+        "test accuracy": f"{verdict.accuracy:.2%}, retrained {verdict.retrained_accuracy:.2%}",
+        "cost of retraining": f"{verdict.samples:,} gradients, {verdict.seconds:.2f} s",
+    }
+    table = Table(title="against retraining", title_justify="left", box=SIMPLE, show_header=False, show_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    terminal().print(table)
 
 
 @click.command(cls=ExampleHelp, params=[RUN, PLACE, TRUST])
 def log(run: str, root: str) -> None:
-    """Show what was deleted and added, when and by which request, and check that nothing of it was changed.
+    """Show all deletions and additions, with their requests, and check the digests of log and history.
 
     Example:
         effray deltagrad train --name four && effray deltagrad log four
     """
-    from raypkg.methods.deltagrad.show import log_table
+    from rich.box import SIMPLE
+    from rich.table import Table
+
     from raypkg.runs.show import terminal
 
     with _opened(run, root) as recorded:
-        entries = recorded.ledger.entries
+        entries = recorded.journal.entries
         history = recorded.history()
         history.check()
-        terminal().print(log_table(entries))
-        click.echo(f"{len(entries)} entries and {len(history)} steps of the history are as they were written")
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
+    for name in ("", "when", "what", "requests", "samples", "exact", "seconds", "model"):
+        table.add_column(name, overflow="fold")
+    for entry in entries:
+        counts = [f"{entry[kind]:,} {kind}" for kind in ("deleted", "restored", "new") if entry.get(kind)]
+        requests = [request["id"] or "–" for request in entry.get("requests", ())]  # no id on the command line
+        further = len(requests) - SHOWN
+        is_replay = "exact" in entry
+        table.add_row(
+            str(entry["number"]),
+            entry["time"][:16].replace("T", " "),
+            ", ".join(counts) or "trained",
+            ", ".join(requests[:SHOWN]) + (f" and {further} more" if further > 0 else ""),
+            f"{entry['samples']:,}",
+            f"{entry['exact']}/{entry['steps']}" if is_replay else "",
+            f"{entry['seconds']:.2f}" if is_replay else "",
+            entry["model"][:10],
+        )
+    terminal().print(table)
+    click.echo(f"{len(entries)} entries and {len(history)} steps of the history are as they were written")
 
 
 COMMANDS = [delete, add, stream, verify, log]
@@ -154,8 +184,8 @@ COMMANDS = [delete, add, stream, verify, log]
 
 @contextmanager
 def _opened(run: str, root: str, rest: str = "the run is as it was") -> Iterator[RecordedRun]:
-    """Open a run; Ctrl-C and SIGTERM end in one line, with ``rest``: what there is to do then."""
-    from raypkg.methods.deltagrad.recorded_run import open_recorded
+    """Open a run; Ctrl-C and SIGTERM end in one line, with ``rest``: the state of the run, or the way to resume."""
+    from raypkg.methods.deltagrad.run import open_recorded
     from raypkg.runs.folder import locate
 
     try:
@@ -170,21 +200,20 @@ def _request_settings(run: RecordedRun, values: dict[str, Any]) -> RequestSettin
 
 
 def _answer_one(run: str, root: str, request: Request, values: dict[str, Any]) -> None:
-    with _opened(run, root, "the run is as it was, and the same command begins anew") as recorded:
+    with _opened(run, root, "the run is as it was, and the same command starts again") as recorded:
         settings = _request_settings(recorded, values)
-        known = recorded.stored_entries
+        known = len(recorded.journal.entries)
         try:
             _answer(recorded, [request], settings)
         except (KeyboardInterrupt, SystemExit):
-            if recorded.stored_entries > known:
+            if recorded.journal.stored() > known:
                 raise UserError("interrupted, but the request is answered") from None
             raise
 
 
 def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSettings) -> None:
     from raypkg.methods.deltagrad.answer import answer
-    from raypkg.methods.deltagrad.ids import id_at
-    from raypkg.methods.deltagrad.requests import change_of
+    from raypkg.methods.deltagrad.requests import change_of, id_at
 
     first_new = len(run.split)
     entry = answer(run, change_of(run, requests), settings, _follow)

@@ -43,7 +43,7 @@ def imported():
     import torchvision.datasets  # noqa: F401
     import wandb  # noqa: F401
 
-    import raypkg.methods.deltagrad.verify
+    import raypkg.methods.deltagrad.answer
     import raypkg.methods.sparse.export
     import raypkg.runs.agreement
     import raypkg.runs.plots

@@ -160,7 +160,7 @@ def test_interrupted_at_any_write_a_request_leaves_nothing_of_itself(place, line
         elif answered:
             assert message == "effray: interrupted, but the request is answered\n"
         else:
-            assert message == "effray: interrupted; the run is as it was, and the same command begins anew\n"
+            assert message == "effray: interrupted; the run is as it was, and the same command starts again\n"
         assert answered or place.state == before, number
         place.finish(line)
         assert place.state == expected, number

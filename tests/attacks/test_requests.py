@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 
 from raypkg.core.errors import UserError
 from raypkg.data.split import Split
-from raypkg.methods.deltagrad.conditions import matching
-from raypkg.methods.deltagrad.ids import read_ids
-from raypkg.methods.deltagrad.queues import KINDS, Request, read_queue
+from raypkg.methods.deltagrad.requests import KINDS, Request, matching, read_ids, read_queue
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=200)
 LONGEST = 2000  # signs of an error, however long what is wrong

@@ -23,13 +23,11 @@ from raypkg.core.settings import Cluster, Model, Training
 from raypkg.data import Data, load_data
 from raypkg.data.split import Split
 from raypkg.engine.optimizer import learning_rate
-from raypkg.methods.deltagrad.answer import changed_steps
-from raypkg.methods.deltagrad.exact_steps import ExactSteps, Periodic, Tolerant
+from raypkg.methods.deltagrad.answer import changed_steps, sharded_gradient
 from raypkg.methods.deltagrad.history import History, HistoryWriter, Layout
-from raypkg.methods.deltagrad.membership import Membership
 from raypkg.methods.deltagrad.objective import Objective, to_vector
-from raypkg.methods.deltagrad.replay import replay, retrain
-from raypkg.methods.deltagrad.sharded_gradient import sharded_gradient
+from raypkg.methods.deltagrad.replay import Periodic, Tolerant, replay, retrain
+from raypkg.methods.deltagrad.run import Membership
 from raypkg.models import build_model
 
 COLUMNS = ("request", "rate", "retrain s", "DeltaGrad s", "ratio", "floor", "‖w − U‖", "‖U − I‖", "published")
@@ -118,7 +116,7 @@ class Bench:
 
     def gradient(self):
         """Hold the samples in this process until the block ends."""
-        return sharded_gradient(self.objective, self.split, self.case.data.test, self.cluster)
+        return sharded_gradient(self.objective, self.split, self.cluster)
 
     def batches(self, active: torch.Tensor):
         """Yield η and the samples of every batch; drawing them is part of training."""
@@ -155,7 +153,7 @@ class Bench:
         history: History,
         before: torch.Tensor,
         now: torch.Tensor,
-        exact_steps: ExactSteps | None = None,
+        exact_steps: Periodic | Tolerant | None = None,
         pairs: int = 2,
     ) -> tuple[History, int]:
         """Replay with other samples; return the history of that, which ends with the weights, and the exact steps."""

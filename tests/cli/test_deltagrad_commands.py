@@ -70,7 +70,7 @@ def test_training_announces_the_size_of_its_history(effray):
     assert sorted(os.listdir(RUN / "versions/00000")) == ["history.arrow", "history.digests"]
 
 
-def test_exact_replays_equal_training_again(trained):
+def test_exact_replays_equal_retraining(trained):
     trained(f"deltagrad delete a --ids 0,1,2,3 {EXACT}")
     assert distance(trained("deltagrad verify a")) < 1e-12
     trained(f"deltagrad add a --data digits {EXACT}")
@@ -78,18 +78,12 @@ def test_exact_replays_equal_training_again(trained):
     assert "1,437 new" in trained("deltagrad log a")
 
 
-@pytest.mark.parametrize("name", ["period", "burn-in", "pairs", "tolerance"])
-def test_settings_of_the_replay_have_a_short_name_too(effray, name):
-    text = effray("deltagrad delete --help")
-    assert f"--{name}, --replay.{name}".replace("burn-in, --replay.burn-in", "burn-in, --replay.burn_in") in text
-
-
 @pytest.mark.parametrize("spelling", ["--burn-in 48", "--replay.burn_in 48", "--replay.burn-in 48"])
 def test_a_setting_of_the_replay_by_any_of_its_names(trained, spelling):
     assert re.search(r"(\d+) of 48 steps exact", trained(f"deltagrad delete a --ids 0,1 {spelling}"))[1] == "47"
 
 
-def test_a_deletion_comes_near_and_is_in_the_log(trained):
+def test_a_deletion_ends_near_retraining_and_is_in_the_log(trained):
     before = weights()
     line = trained("deltagrad delete a --ids 0,1,2,3,4,5 --period 4 --burn-in 4")
     assert line.startswith("1: 6 deleted, 0 put back, 0 new; ") and " of 48 steps exact" in line
@@ -122,30 +116,25 @@ def test_requests_answered_together_are_one_replay(trained):
     assert distance(trained("deltagrad verify a")) < 1e-12
 
 
-def test_requests_that_cancel_are_answered(trained):
+def test_requests_that_cancel_are_answered_and_one_that_fails_is_named(trained, refusal):
     before = weights()
-    Path("queue.jsonl").write_text(
-        '{"delete": [4], "id": "a"}\n{"restore": [4], "id": "b"}\n{"delete": [5], "id": "c"}'
-    )
+    queue = [
+        {"delete": [4], "id": "a"},
+        {"restore": [4], "id": "b"},
+        {"delete": [5], "id": "c"},
+        {"delete": [5], "id": "d"},
+    ]
+    Path("queue.jsonl").write_text("\n".join(map(json.dumps, queue)))
+    assert "request 'd': delete: id 5 is deleted already" in refusal("deltagrad stream a queue.jsonl --together 2")
+    Path("queue.jsonl").write_text("\n".join(map(json.dumps, queue[:3])))
     trained("deltagrad stream a queue.jsonl --together 2")
     assert [entry["samples"] for entry in entries()] == [1295, 1295, 1294]
     assert not np.array_equal(weights(), before)
-
-
-def test_a_request_that_fails_is_named(trained, refusal):
-    Path("queue.jsonl").write_text('{"delete": [4], "id": "x"}\n{"delete": [4], "id": "y"}')
-    assert "request 'y': delete: id 4 is deleted already" in refusal("deltagrad stream a queue.jsonl")
-    assert len(entries()) == 2
-
-
-def test_an_id_belongs_to_one_request(trained, refusal):
-    Path("queue.jsonl").write_text('{"delete": [4], "id": "a"}')
-    trained("deltagrad stream a queue.jsonl")
-    Path("queue.jsonl").write_text('{"delete": [5], "id": "a"}')
+    Path("queue.jsonl").write_text('{"delete": [6], "id": "a"}')
     assert "the id 'a' belongs to another request, which was answered" in refusal("deltagrad stream a queue.jsonl")
 
 
-def test_deleted_rows_may_be_blanked_and_others_not(effray, refusal):
+def test_deleted_rows_may_be_blanked_but_no_others(effray, refusal):
     def write(blank=()):
         x, y = np.random.default_rng(0).normal(size=(200, 3)), np.arange(200) % 2
         x[list(blank)] = 0
@@ -164,7 +153,7 @@ def test_deleted_rows_may_be_blanked_and_others_not(effray, refusal):
     assert "sample 11 of the data set is not what it was" in refusal("deltagrad log a")
 
 
-def test_other_settings_are_found(trained, refusal):
+def test_changed_settings_are_found(trained, refusal):
     config = RUN / "config.toml"
     config.write_text(config.read_text().replace("weight_decay = 0.005", "weight_decay = 0.5"))
     assert "config.toml' has been changed or cut short" in refusal("deltagrad verify a")
@@ -173,19 +162,14 @@ def test_other_settings_are_found(trained, refusal):
     assert "config.toml is not that of the recorded training" in refusal("deltagrad verify a")
 
 
-def test_new_samples_are_read_with_the_options_of_the_run(effray):
+def test_new_samples_are_read_with_the_options_of_the_run(effray, refusal):
     Path("rows.svm").write_text("".join(f"{i % 2} {1 + i % 5}:{i % 7}\n" for i in range(100)))
     Path("more.svm").write_text("1 1:2\n0 2:1\n")
     effray("deltagrad train --name a --dataset libsvm:rows.svm --train.epochs 3")
     assert "2 new (ids 80 … 81)" in effray("deltagrad add a --data libsvm:more.svm")
-
-
-def test_new_samples_without_names_do_not_join_named_columns(effray, refusal):
-    rows = "".join(f"{i % 5},{i % 7},{i % 2}\n" for i in range(60))
-    Path("rows.csv").write_text(f"a,b,label\n{rows}")
-    Path("more.svm").write_text("1 1:2\n0 2:1\n")
-    effray("deltagrad train --name a --dataset table:rows.csv --train.epochs 2")
-    assert "columns of the new samples have no names" in refusal("deltagrad add a --data libsvm:more.svm")
+    Path("rows.csv").write_text("a,b,label\n" + "".join(f"{i % 5},{i % 7},{i % 2}\n" for i in range(60)))
+    effray("deltagrad train --name b --dataset table:rows.csv --train.epochs 2")
+    assert "columns of the new samples have no names" in refusal("deltagrad add b --data libsvm:more.svm")
 
 
 def test_a_tolerance_is_kept(trained):
@@ -213,32 +197,16 @@ def test_tables_are_deleted_by_their_columns(effray, tmp_path):
     [
         ("delete a --ids 99999", r"delete: id 99999 is unknown, allowed are 0 … 1436"),
         ("delete a --ids 4,4", r"delete: id 4 is given 2 times"),
-        (
-            "delete a --ids nowhere.txt",
-            r"ids 'nowhere.txt' \(no such file\): 'nowhere.txt' is no id; ids are whole numb",
-        ),
         ("delete a --ids -1", r"ids '-1' \(no such file\): '-1' is no id; ids are whole numbers from 0 to"),
-        ("delete a --ids 1.5", r"ids '1.5' \(no such file\): '1.5' is no id; .*: 3,14,15, or a file of them"),
-        ("delete a --ids 3,", r"ids '3,' \(no such file\): '' is no id"),
-        ("add a --ids 1,-2", r"ids '1,-2' \(no such file\): '-2' is no id"),
         ("delete a", r"give one of --ids and --where"),
         ("delete a --where 'label = 3'", r"delete_where: this would delete the whole class '3', leave one"),
         ("delete a --where 'label = cat'", r"unknown class 'cat'"),
         ("delete a --where 'size > 3'", r"unknown name in a condition 'size'. Allowed: label"),
-        ("delete a --where 'label'", r"condition 'label' is not of the form NAME OPERATOR VALUE"),
         ("delete b --ids 1", r"unknown run in .* 'b'. Allowed: a"),
-        ("delete a --ids ''", r"ids '' \(no such file\): '' is no id"),
-        ("delete a --ids .", r"ids in '.' cannot be read: Is a directory"),
-        ("delete a --ids 99999999999999999999", r"'99999999999999999999' is no id"),
         ("delete a --ids 9223372036854775808", r"'9223372036854775808' is no id"),
-        ("delete a --ids 9223372036854775807", r"delete: id 9223372036854775807 is unknown, allowed are 0 … 1436"),
-        ("delete a --where ''", r"condition '' is not of the form NAME OPERATOR VALUE"),
-        ("stream a .", r"the queue '.' cannot be read: Is a directory"),
         ("stream a /dev/null", r"the queue '/dev/null' holds no requests"),
         ("delete a --ids 1 --tolerance 1 --period 2", r"replay.tolerance chooses the exact steps: replay.period would"),
         ("delete a --ids 1 --period 0", r"replay.period = '0': input should be greater than or equal to 1"),
-        ("delete a --ids 1 --tolerance -1", r"replay.tolerance = '-1'"),
-        ("delete a --ids 1 --replay.burn_in 0", r"replay.burn_in = '0': input should be greater than or equal to 1"),
         ("delete a --ids 1 --workers 2", r"--workers is now called --cluster.workers"),
         ("verify a --threads 2", r"--threads is now called --cluster.cpus_per_worker"),
         ("add a --ids 4", r"restore: id 4 is in use already"),
@@ -248,7 +216,7 @@ def test_tables_are_deleted_by_their_columns(effray, tmp_path):
         ("verfy a", r"No such command 'verfy'"),
     ],
 )
-def test_nonsense_is_one_line_and_changes_nothing(trained, refusal, arguments, message):
+def test_invalid_requests_are_refused_in_one_line_and_change_nothing(trained, refusal, arguments, message):
     before = weights()
     assert re.search(message, refusal(f"deltagrad {arguments}"))
     assert np.array_equal(weights(), before) and len(entries()) == 1
@@ -259,19 +227,7 @@ def test_nonsense_is_one_line_and_changes_nothing(trained, refusal, arguments, m
     [
         ("{", "line 2 of 'queue.jsonl' is not JSON"),
         ('{"remove": [1], "id": 1}', "unknown request in line 2 of 'queue.jsonl' 'remove'"),
-        ('{"delete": 1, "id": 1}', "delete takes a list of ids, not 1"),
-        ('{"delete": [1]}', "must be an object with one of delete, delete_where, restore, add, and an id of its own"),
-        ('{"delete": [1], "delete": [2], "id": 1}', "is not JSON: a name occurs twice"),
-        ('{"delete": [99999999999999999999], "id": 1}', "delete takes a list of ids"),
-        ("[]", "must be an object with one of delete, delete_where, restore, add"),
         ('{"delete": [9], "id": "x"}', "has the id 'x' 2 times"),
-        (
-            '{"delete": [9], "id": {"a": 1}}',
-            "the id must be a text of printable characters or an integer, not {'a': 1}",
-        ),
-        ('{"delete": [9], "id": false}', "the id must be a text of printable characters or an integer, not False"),
-        ('{"delete": [-9], "id": 1}', "delete takes a list of ids, not [-9]; ids are whole numbers from 0 to"),
-        ('{"delete": ' + 5000 * "[" + 5000 * "]" + ', "id": 1}', "its brackets are nested too deeply"),
     ],
 )
 def test_a_bad_line_stops_a_queue_before_anything_is_done(trained, refusal, line, message):
@@ -284,12 +240,11 @@ def test_a_bad_line_stops_a_queue_before_anything_is_done(trained, refusal, line
     ("arguments", "message"),
     [
         ("--train.momentum 0.9", "train.momentum = 0.9: DeltaGrad is derived for SGD without momentum"),
-        ("--train.optimizer adamw", "train.optimizer = adamw"),
         ("--model resnet8", "model 'resnet8' has BatchNorm2d"),
         ("--dataset.augment crop", "dataset.augment = crop"),
     ],
 )
-def test_what_the_derivation_does_not_cover_is_refused(refusal, arguments, message):
+def test_trainings_outside_the_derivation_are_refused(refusal, arguments, message):
     assert message in refusal(f"deltagrad train {arguments}")
 
 
@@ -301,15 +256,6 @@ def test_damage_is_found_and_named(trained, refusal):
     assert len(entries()) == 1
     (RUN / "model.safetensors").write_bytes(b"x" + (RUN / "model.safetensors").read_bytes())
     assert "is not the model of the log's last entry" in refusal("deltagrad log a")
-
-
-def test_damaged_added_rows_are_found_and_named(trained, refusal):
-    trained("deltagrad add a --data digits")
-    rows = RUN / "added/00001.arrow"
-    damaged = bytearray(rows.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    rows.write_bytes(damaged)
-    assert "added/00001.arrow' is missing or corrupt" in refusal("deltagrad delete a --ids 1")
 
 
 @pytest.mark.parametrize("arguments", ["delete a --ids 1,2", "add a --data digits"])
@@ -342,7 +288,7 @@ def test_a_replay_that_diverges_changes_nothing(trained, refusal, monkeypatch):
     assert len(entries()) == 1 and sorted(RUN.rglob("*")) == before
 
 
-def test_new_samples_of_a_function_that_gives_none(trained, refusal, tmp_path, monkeypatch):
+def test_a_function_that_returns_no_split_is_refused(trained, refusal, tmp_path, monkeypatch):
     Path("my_rows.py").write_text("def load(root, *, split):\n    assert root == ''\n")
     monkeypatch.syspath_prepend(tmp_path)
     message = refusal("deltagrad add a --data my_rows:load")
@@ -353,7 +299,7 @@ def test_new_samples_of_a_function_that_gives_none(trained, refusal, tmp_path, m
 
 
 @pytest.mark.parametrize("command", ["delete a --ids 1", "add a --ids 1", "stream a queue.jsonl", "verify a", "log a"])
-def test_a_run_that_another_process_works_on_is_refused(trained, refusal, command):
+def test_a_locked_run_is_refused(trained, refusal, command):
     Path("queue.jsonl").write_text('{"delete": [4], "id": "x"}')
     with Storage(str(RUN)).alone("it"):
         assert "run 'a' is being worked on by another process: wait for it" in refusal(f"deltagrad {command}")
@@ -361,7 +307,7 @@ def test_a_run_that_another_process_works_on_is_refused(trained, refusal, comman
 
 
 @pytest.mark.parametrize("copy", ["runs/deltagrad/b", "elsewhere/a"])
-def test_a_copied_run_goes_on_as_its_own(trained, copy):
+def test_a_copied_run_is_a_run_of_its_own(trained, copy):
     trained("deltagrad delete a --ids 0,1")
     shutil.copytree(RUN, copy)
     for run in ("a", copy):
@@ -371,27 +317,23 @@ def test_a_copied_run_goes_on_as_its_own(trained, copy):
     assert "3 entries and 48 steps of the history are as they were written" in trained(f"deltagrad log {copy}")
 
 
-def test_a_clock_that_jumps_back_is_only_seen_in_the_log(trained, monkeypatch):
-    monkeypatch.setattr("raypkg.methods.deltagrad.ledger.time.strftime", lambda form: "1970-01-01T00:00:00+0000")
-    trained("deltagrad delete a --ids 0,1")
-    assert "1970-01-01 00:00" in " ".join(trained("deltagrad log a").split())
+def test_the_log_shows_jumps_of_the_clock_and_ids_that_look_like_mark_up(trained, monkeypatch):
+    monkeypatch.setattr("raypkg.methods.deltagrad.journal.time.strftime", lambda form: "1970-01-01T00:00:00+0000")
+    Path("queue.jsonl").write_text('{"delete": [4], "id": "[/x] [red]"}')
+    trained("deltagrad stream a queue.jsonl")
+    text = " ".join(trained("deltagrad log a").split())
+    assert "1970-01-01 00:00" in text and "[/x] [red]" in text
     assert [entry["number"] for entry in entries()] == [0, 1]
 
 
-def test_an_id_that_looks_like_mark_up_is_shown_as_it_is(trained):
-    Path("queue.jsonl").write_text('{"delete": [4], "id": "[/x] [red]"}')
-    trained("deltagrad stream a queue.jsonl")
-    assert "[/x] [red]" in trained("deltagrad log a")
-
-
-def test_an_unfinished_run_says_how_to_finish_it(effray, refusal, monkeypatch):
+def test_an_unfinished_run_names_the_command_that_resumes_it(effray, refusal, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    for moment in ("begin_log", "finish"):
+    for moment in ("begin_journal", "finish"):
         with monkeypatch.context() as patch:
-            place = "raypkg.methods.deltagrad.recorded_run.begin_log"
-            patch.setattr(place if moment == "begin_log" else "raypkg.experiments.summary.finish", stop)
+            place = "raypkg.methods.deltagrad.run.begin_journal"
+            patch.setattr(place if moment == "begin_journal" else "raypkg.experiments.summary.finish", stop)
             refusal(f"{SHORT.replace(' a ', f' {moment} ')} --cluster.workers 0", leaves=1)
         message = refusal(f"deltagrad delete {moment} --ids 1")
         assert (
@@ -409,7 +351,7 @@ def test_a_lost_log_is_named(trained, refusal, content):
     assert "log.jsonl is missing or empty: what was done to the run is lost" in refusal("deltagrad log a")
 
 
-def test_what_killed_requests_left_is_gone_after_the_next_opening(trained):
+def test_opening_a_run_deletes_the_leftovers_of_killed_requests(trained):
     trained("deltagrad delete a --ids 0,1")
     before = sorted(RUN.rglob("*"))
     (RUN / "versions/00002").mkdir()
@@ -446,7 +388,7 @@ def test_a_killed_stream_loses_and_repeats_nothing(effray, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_recording_goes_on_as_if_it_had_not_been(effray, tmp_path):
+def test_a_killed_recording_resumes_to_the_same_history(effray, tmp_path):
     options = "--train.epochs 400 --train.batch_size 100 --cluster.workers 0"
     effray(f"deltagrad train --name whole {options}".replace(" --cluster.workers 0", ""))
     process = effray_process(tmp_path, f"deltagrad train --name a {options}")

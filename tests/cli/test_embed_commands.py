@@ -13,7 +13,7 @@ import torch
 from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data import load_data
 from raypkg.experiments.samples import open_samples
-from raypkg.methods.deltagrad.recorded_run import open_recorded
+from raypkg.methods.deltagrad.run import open_recorded
 from raypkg.runs.folder import locate
 
 HERE = "--cluster.workers 0"

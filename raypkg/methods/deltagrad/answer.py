@@ -1,9 +1,12 @@
-"""Answering a request: the recorded training is replayed with other samples, and becomes the record of the next."""
+"""Answers to requests: the recorded training is replayed with other samples, and becomes the record of the next.
+
+`verify` measures an answer against retraining.
+"""
 
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,134 +14,117 @@ import torch
 from torch import Tensor
 
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Training
+from raypkg.core.settings import Cluster
+from raypkg.data import Data
+from raypkg.data.split import Split
 from raypkg.engine.optimizer import learning_rate
+from raypkg.engine.shards import Shard, Shards
+from raypkg.engine.worker import threads
 
-from .exact_steps import ExactSteps, Periodic, Tolerant
-from .history import History, HistoryWriter, Layout, check_room, history_folder
-from .joined import joined
-from .ledger import Entry
-from .membership import Membership
-from .recorded_run import Change, RecordedRun
-from .replay import ChangedStep, replay
-from .settings import ReplaySettings, RequestSettings
-from .sharded_gradient import sharded_gradient
+from .history import History, HistoryWriter, check_room, history_folder
+from .journal import Change, Entry
+from .objective import Objective
+from .replay import ChangedStep, Periodic, Tolerant, replay, retrain
+from .run import Membership, RecordedRun, joined
+from .settings import RequestSettings
 
-Follow = Callable[[Iterable[Any], int], Iterable[Any]]  # shows the progress of so many steps
+FEW = 2048  # samples that are computed here faster than on actors
+Follow = Callable[[Iterable[Any], int], Iterable[Any]]  # shows the progress of a number of steps
 
 
 def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: Follow) -> Entry:
-    """Replay the training with changed samples and enter what came of it; return the log's entry.
+    """Replay the training with changed samples, make the result durable and return its entry in the journal.
 
-    Everything is written beside what holds, and holds once the log has its entry: what fails before has changed nothing
-    and leaves nothing, what a process that dies after has left undone is done by the next that opens the run.
-
-    Args:
-        run: the recorded run.
-        change: what is to be different.
-        settings: which steps are exact, and where gradients are computed.
-        follow: shows progress.
+    Everything is written beside the current files and holds once the journal has its entry. A failure before that
+    changes nothing and leaves nothing; see `Journal.commit`.
 
     Raises:
         UserError: the disk is full or cannot be written, the record is corrupt, or the replay diverges.
     """
     try:
         return _answer(run, change, settings, follow)
-    except BaseException:  # an interruption too
-        with suppress(UserError):  # the next that opens the run tries again
-            run.clean_up()
+    except BaseException:  # also Ctrl-C
+        with suppress(UserError):  # the next process that opens the run tries again
+            run.journal.clean_up()
         raise
 
 
 def _answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: Follow) -> Entry:
-    start = time.perf_counter()
-    number = run.last["number"] + 1
-    outcome = _replay_changed(run, number, change, settings, follow)
-    model = run.write_model(number, outcome.w)
-    return run.enter(
-        {
-            "kind": "change",
-            "requests": list(change.requests),
-            "deleted": len(change.gone),
-            "restored": len(change.came),
-            "new": len(change.new) if change.new else 0,
-            "samples": outcome.samples,
-            **run.write_change(number, change),
-            "model": model,
-            "history": outcome.history,
-            "steps": outcome.steps,
-            "exact": outcome.exact,
-            "gradients": outcome.gradients,
-            "estimate": outcome.estimate,
-            "seconds": time.perf_counter() - start,
-        }
-    )
-
-
-class _Outcome(NamedTuple):
-    """What a replay ends with.
-
-    Attributes:
-        w: the new weights, float64 [p].
-        history: digest of the new history.
-        samples: that are in use now.
-        steps: of the training.
-        exact: how many of them were exact.
-        gradients: samples whose gradients were computed.
-        estimate: of the distance from the retrained weights; None where nothing estimates it.
-    """
-
-    w: Tensor
-    history: str
-    samples: int
-    steps: int
-    exact: int
-    gradients: int
-    estimate: float | None
-
-
-def _replay_changed(
-    run: RecordedRun, number: int, change: Change, settings: RequestSettings, follow: Follow
-) -> _Outcome:
-    """Replay the training with the change, and write the history of that beside the one that holds."""
+    started = time.perf_counter()
     history = run.history()
     total = len(history)
-    everyone = joined(run.split, change.new) if change.new else run.split
-    before = _padded(run.active, len(everyone))
-    now = _after(before, change, len(run.split))
-    steps = changed_steps(history, _with_new_samples(run, change, len(everyone)), before, now)
-    exact_steps = _exact_steps(settings.replay, run.settings.train, total)
+    train = run.settings.train
+
+    # Who was in use, and who will be. New samples get the next ids and a place in a batch of every epoch.
+    everyone = run.split
+    membership = run.membership
+    before = run.active
+    now = run.active.clone()
+    if change.new:
+        everyone = joined(run.split, change.new)
+        newcomers = torch.arange(len(run.split), len(everyone))
+        membership = replace(membership, added=(*membership.added, newcomers))
+        before = torch.cat([before, torch.zeros(len(newcomers), dtype=torch.bool)])
+        now = torch.cat([now, torch.ones(len(newcomers), dtype=torch.bool)])
+    now[change.gone] = False
+    now[change.came] = True
+
+    chosen = settings.replay
+    exact_steps: Periodic | Tolerant
+    if chosen.tolerance is None:
+        exact_steps = Periodic(chosen.period, chosen.burn_in)
+    else:
+        horizon = sum(learning_rate(train, step / total) for step in range(total))
+        exact_steps = Tolerant(chosen.tolerance, horizon, train.weight_decay)
+
+    folder = history_folder(run.storage, len(run.journal.entries))
+    check_room(folder, history.layout, total)
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
     exact = 0
     with (
-        _new_history(run, number, total) as writer,
-        sharded_gradient(run.objective, everyone, run.test, settings.cluster) as gradient,
+        HistoryWriter(folder, history.layout) as writer,
+        sharded_gradient(run.objective, everyone, settings.cluster) as gradient,
     ):
         writer.start()
         replayed = replay(
-            steps,
+            changed_steps(history, membership, before, now),
             gradient,
             exact_steps,
-            decay=run.settings.train.weight_decay,
-            pairs=settings.replay.pairs,
+            decay=train.weight_decay,
+            pairs=chosen.pairs,
             convex=run.objective.linear,
         )
         for step in follow(replayed, total):
-            _check_finite(step.after)
+            if not step.after.isfinite().all():
+                raise UserError(
+                    "the replay diverges: take more exact steps, by a smaller --period or a larger --burn-in, unless"
+                    " training with these samples diverges itself"
+                )
             writer.append(step.rate, step.w, step.gradient)
             exact += step.exact
-        sealed = writer.seal(step.after)
+        w = step.after
+        sealed = writer.seal(w)
+
     estimate = exact_steps.estimate
-    if estimate is not None:
-        estimate += rounding(history.layout, step.after)
-    return _Outcome(step.after, sealed, int(now.sum()), total, exact, gradient.samples, estimate)
+    if estimate is not None and history.layout.dtype.itemsize <= 4:  # a record in float32 has lost digits of w
+        estimate += torch.finfo(torch.float32).eps * w.norm().item()
+    facts = {
+        "samples": int(now.sum()),
+        "history": sealed,
+        "steps": total,
+        "exact": exact,
+        "gradients": gradient.samples,
+        "estimate": estimate,
+    }
+    return run.commit(change, w, facts, started)
 
 
 def changed_steps(history: History, membership: Membership, before: Tensor, now: Tensor) -> Iterator[ChangedStep]:
-    """Yield the record with what becomes of each batch.
+    """Yield the record with the change of every batch.
 
     Args:
         history: the record.
-        membership: which sample has a place in which batch.
+        membership: the batch of every sample.
         before: whether a sample was in use in the recorded training, bool [ids].
         now: whether it is in use in the replayed one, bool [ids].
     """
@@ -152,64 +138,111 @@ def changed_steps(history: History, membership: Membership, before: Tensor, now:
             after = history.final
         was = before[batch]
         stays = now[batch]
-        yield ChangedStep(
-            record.rate,
-            record.w,
-            record.gradient,
-            after,
-            kept=batch[was & stays],
-            gone=batch[was & ~stays],
-            came=batch[stays & ~was],
-        )
+        kept, gone, came = batch[was & stays], batch[was & ~stays], batch[stays & ~was]
+        yield ChangedStep(record.rate, record.w, record.gradient, after, kept, gone, came)
 
 
-def rounding(layout: Layout, w: Tensor) -> float:
-    """Return how far weights w may be from what a history says of them that is kept in a shorter type."""
-    if layout.dtype.itemsize > 4:
-        return 0.0
-    return torch.finfo(torch.float32).eps * w.norm().item()
+# Sums of gradients, in this process or on actors
 
 
-def _new_history(run: RecordedRun, number: int, steps: int) -> HistoryWriter:
-    folder = history_folder(run.storage, number)
-    check_room(folder, run.layout, steps)
-    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that died
-    return HistoryWriter(folder, run.layout)
+class ShardedGradient:
+    """Σ ∇loss_i(w): small sums in this process, others where samples are held, added in the order of the shards.
+
+    Args:
+        objective: the loss.
+        split: all samples.
+        shards: hold the samples in contiguous ranges; None to compute everything in this process.
+        few: most samples of a sum that is computed in this process.
+    """
+
+    def __init__(self, objective: Objective, split: Split, shards: Shards | None = None, few: int = FEW):
+        self._objective = objective
+        self._split = split
+        self._shards = shards
+        self._few = few
+        self.samples = 0  # gradients computed so far
+
+    def __call__(self, w: Tensor, indices: Tensor) -> Tensor:
+        """Return the sum over the indices, float64 [p]."""
+        self.samples += len(indices)
+        if self._shards is None or len(indices) <= self._few:
+            return self._objective.gradient_sum(self._split, w, indices)
+        sums = self._shards.map(_sum_of_shard, self._objective, w, indices)
+        return torch.stack(sums).sum(0)
 
 
-def _check_finite(w: Tensor) -> None:
-    if not w.isfinite().all():
-        raise UserError(
-            "the replay diverges: take more exact steps, by a smaller --period or a larger --burn-in, unless training"
-            " with these samples diverges itself"
-        )
+@contextmanager
+def sharded_gradient(objective: Objective, split: Split, cluster: Cluster) -> Iterator[ShardedGradient]:
+    """Hold a split's samples in contiguous ranges, in this process or on actors, until the block ends.
+
+    No actor is started for a split of few samples, as none would ever be used.
+    """
+    if cluster.workers == 0 or len(split) <= FEW:
+        with threads(cluster.cpus_without_gpu):
+            yield ShardedGradient(objective, split)
+        return
+
+    from raypkg.cluster.actors import hold
+
+    data = Data(split, split)
+
+    def ranges(count: int) -> list[Shard]:
+        everyone = torch.arange(len(split))
+        return [Shard(data, indices, everyone[:0]) for indices in everyone.tensor_split(count)]
+
+    with hold(ranges, cluster) as shards:
+        yield ShardedGradient(objective, split, shards)
 
 
-def _with_new_samples(run: RecordedRun, change: Change, size: int) -> Membership:
-    """Return which sample will have a place in which batch."""
+def _sum_of_shard(shard: Shard, objective: Objective, w: Any, indices: Any) -> Tensor:
+    local = (indices >= shard.indices[0]) & (indices <= shard.indices[-1])
+    return objective.gradient_sum(shard.data.train, w, indices[local])
+
+
+# Comparison with retraining
+
+
+class Verdict(NamedTuple):
+    """The distance between a run's model and the retrained one."""
+
+    distance: float  # ‖w − retrained w‖
+    norm: float  # ‖retrained w‖
+    disagreement: float  # share of the test samples that the two predict differently
+    accuracy: float  # of the run's model on the test samples
+    retrained_accuracy: float
+    seconds: float  # of retraining
+    samples: int  # gradients computed by retraining
+
+
+def verify(run: RecordedRun, cluster: Cluster, follow: Follow) -> Verdict:
+    """Retrain with the samples in use, from the same weights in the same order, and compare."""
+    history = run.history()
     membership = run.membership
-    if not change.new:
-        return membership
-    newcomers = torch.arange(len(run.split), size)
-    return replace(membership, added=(*membership.added, newcomers))
+
+    def steps() -> Iterator[tuple[float, Tensor]]:
+        for record, batch in zip(history, membership.batches(len(history)), strict=True):
+            yield record.rate, batch[run.active[batch]]
+
+    start = time.perf_counter()
+    with sharded_gradient(run.objective, run.split, cluster) as gradient:
+        trained = retrain(steps(), history[0].w, gradient, decay=run.settings.train.weight_decay)
+        *_, retrained = follow(trained, len(history))
+    seconds = time.perf_counter() - start
+
+    test = run.samples.data.test
+    everyone = torch.arange(len(test))
+    w = run.weights()
+    predicted, expected = (run.objective.logits(test, weights, everyone).argmax(1) for weights in (w, retrained))
+    return Verdict(
+        distance=(w - retrained).norm().item(),
+        norm=retrained.norm().item(),
+        disagreement=_share(predicted != expected),
+        accuracy=_share(predicted == test.y),
+        retrained_accuracy=_share(expected == test.y),
+        seconds=seconds,
+        samples=gradient.samples,
+    )
 
 
-def _after(before: Tensor, change: Change, known: int) -> Tensor:
-    """Return whether each sample will be in use, bool [ids]; those from ``known`` on are new."""
-    now = before.clone()
-    now[known:] = True
-    now[change.gone] = False
-    now[change.came] = True
-    return now
-
-
-def _padded(active: Tensor, size: int) -> Tensor:
-    nobody = torch.zeros(size - len(active), dtype=torch.bool)
-    return torch.cat([active, nobody])
-
-
-def _exact_steps(settings: ReplaySettings, train: Training, steps: int) -> ExactSteps:
-    if settings.tolerance is None:
-        return Periodic(settings.period, settings.burn_in)
-    horizon = sum(learning_rate(train, step / steps) for step in range(steps))
-    return Tolerant(settings.tolerance, horizon, train.weight_decay)
+def _share(mask: Tensor) -> float:
+    return mask.double().mean().item()

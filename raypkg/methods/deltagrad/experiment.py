@@ -1,7 +1,5 @@
 """DeltaGrad: training whose every step is recorded, so that samples can be deleted and added without training again."""
 
-from collections.abc import Callable
-
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.experiments import experiment
@@ -28,7 +26,7 @@ def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> Non
     from raypkg.experiments.training import Job, train_on_cluster
 
     from .history import Layout, check_room, history_folder
-    from .recorded_run import begin_log
+    from .run import begin_journal
 
     samples = open_samples(settings)
     settings.check(len(samples.train_indices))
@@ -40,7 +38,7 @@ def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> Non
     report.say(f"history: {layout.describe(steps)}")
     job = Job(settings, settings.train, storage, hooks=(Named(name="deltagrad"),))
     record = train_on_cluster(job, report, workers)
-    begin_log(storage, settings, samples, record["history"])
+    begin_journal(report.folder, settings, samples, record["history"])
     finish(report, settings, samples, epochs=settings.train.epochs)
 
 
@@ -49,16 +47,16 @@ def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> Non
 
 def delete_some(folder: RunFolder) -> dict[str, float]:
     """Delete a thousandth of the samples, drawn by the run's seed, in one request."""
-    return _measured(folder, lambda count: [max(1, round(SHARE * count))])
+    return _measured(folder, one_by_one=False)
 
 
 def delete_one_after_another(folder: RunFolder) -> dict[str, float]:
     """Delete ten samples, drawn by the run's seed, in ten requests, each answered from the last one's record."""
-    return _measured(folder, lambda count: [1] * SINGLE)
+    return _measured(folder, one_by_one=True)
 
 
-def _measured(folder: RunFolder, sizes_of: Callable[[int], list[int]]) -> dict[str, float]:
-    """Answer requests of the given sizes, except those that an earlier attempt answered, then retrain and compare.
+def _measured(folder: RunFolder, *, one_by_one: bool) -> dict[str, float]:
+    """Answer one request or several, except those that an earlier attempt answered, then retrain and compare.
 
     Returns:
         ``answer_seconds`` of all requests and ``retraining_seconds`` of one retraining; their ``ratio``, for one
@@ -69,26 +67,23 @@ def _measured(folder: RunFolder, sizes_of: Callable[[int], list[int]]) -> dict[s
 
     from raypkg.core.seeds import generator
 
-    from .answer import answer
-    from .ids import id_at
-    from .queues import Request
-    from .recorded_run import open_recorded
-    from .requests import change_of
-    from .verify import compare_with_retraining
+    from .answer import answer, verify
+    from .requests import Request, change_of, id_at
+    from .run import open_recorded
 
     with open_recorded(folder) as run:
         settings = RequestSettings.over(run.settings.replay, {})
         training = run.samples.train_indices
         order = torch.randperm(len(training), generator=generator(run.settings.seed, "deletions"))
-        sizes = sizes_of(len(training))
+        sizes = [1] * SINGLE if one_by_one else [max(1, round(SHARE * len(training)))]
         for chosen in order[: sum(sizes)].split(sizes):
             positions = training[chosen].tolist()
             if run.active[positions].all():
                 ids = [id_at(run.split, position) for position in positions]
                 change = change_of(run, [Request("delete", ids)])
                 answer(run, change, settings, lambda steps, total: steps)
-        verdict = compare_with_retraining(run, settings.cluster, lambda steps, total: steps)
-        answers = [entry for entry in run.ledger.entries if entry["kind"] == "change"]
+        verdict = verify(run, settings.cluster, lambda steps, total: steps)
+        answers = [entry for entry in run.journal.entries if entry["kind"] == "change"]
 
     seconds = sum(entry["seconds"] for entry in answers)
     return {

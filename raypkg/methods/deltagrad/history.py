@@ -1,7 +1,7 @@
-"""The history of a training: weights and gradient of every step, in an Arrow stream that is mapped when it is read.
+"""The history of a training: weights and gradient of every step, in a memory-mapped Arrow stream.
 
-A record batch of one row for each step and a last one for the final weights, all of one size, so that step t lies where
-arithmetic says. A second file holds a digest of each; the digest of that file is what the log has to remember.
+The file has one record batch for each step, each of one row, and a last one for the final weights. All have the same
+size, so arithmetic finds step t. A second file holds a digest of each; the journal keeps the digest of that file.
 """
 
 import os
@@ -30,26 +30,26 @@ MOST_WAITING = 8  # records that may wait to be written
 
 
 class RecordedStep(NamedTuple):
-    """One step: the learning rate, the weights before it and the mean loss gradient, float64 [p]."""
+    """One step of a recorded training."""
 
-    rate: float
-    w: Tensor
-    gradient: Tensor
+    rate: float  # learning rate
+    w: Tensor  # weights before the step, float64 [p]
+    gradient: Tensor  # mean loss gradient without the L2 term, float64 [p]
 
 
 class Layout:
-    """How records of p numbers lie in the file.
+    """The layout of a history file.
 
     Args:
-        parameters: p.
-        dtype: of what is stored, "float64" or "float32".
+        parameters: p, numbers of a vector.
+        dtype: of the stored numbers, "float64" or "float32".
     """
 
     def __init__(self, parameters: int, dtype: str):
         self.parameters = parameters
         self.dtype = np.dtype(dtype)
-        vector = pa.list_(pa.from_numpy_dtype(self.dtype), parameters)
-        self.schema = pa.schema({"rate": pa.float64(), "w": vector, "gradient": vector})
+        self._vector = pa.list_(pa.from_numpy_dtype(self.dtype), parameters)
+        self.schema = pa.schema({"rate": pa.float64(), "w": self._vector, "gradient": self._vector})
         self.header = self.schema.serialize().to_pybytes()
         zeros = torch.zeros(parameters)
         self.record_bytes = len(self.message(0.0, zeros, zeros))
@@ -57,51 +57,46 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module, dtype: str) -> "Layout":
         """Return the layout of a model's history."""
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        return cls(parameters, dtype)
+        return cls(sum(parameter.numel() for parameter in model.parameters()), dtype)
 
     def message(self, rate: float, w: Tensor, gradient: Tensor) -> pa.Buffer:
         """Return a step as an Arrow message."""
-        rates = pa.array([rate], pa.float64())
-        vectors = [self._column(w, "w"), self._column(gradient, "gradient")]
-        return pa.record_batch([rates, *vectors], self.schema).serialize()
+        columns = [pa.array([rate], pa.float64())]
+        for vector in (w, gradient):
+            values = pa.array(np.ascontiguousarray(vector.numpy(), self.dtype))
+            columns.append(pa.FixedSizeListArray.from_arrays(values, type=self._vector))
+        return pa.record_batch(columns, self.schema).serialize()
 
     def step(self, message: pa.Buffer) -> RecordedStep:
         """Return the step of an Arrow message."""
         row = pa.ipc.read_record_batch(pa.ipc.read_message(message), self.schema)
-        rate = row["rate"][0].as_py()
-        return RecordedStep(rate, _vector(row["w"]), _vector(row["gradient"]))
+        w, gradient = (
+            # A copy, as the mapped file is read-only.
+            torch.from_numpy(row[name].flatten().to_numpy().astype(np.float64))
+            for name in ("w", "gradient")
+        )
+        return RecordedStep(row["rate"][0].as_py(), w, gradient)
 
     def start(self, record: int) -> int:
-        """Return where in the file a record begins."""
+        """Return the position of a record in the file."""
         return len(self.header) + record * self.record_bytes
-
-    def size(self, steps: int) -> int:
-        """Return the bytes of a history, its digests included."""
-        records = steps + 1  # the last one holds the final weights
-        return self.start(records) + records * DIGEST_BYTES
 
     def describe(self, steps: int) -> str:
         """Return the size of a history in words."""
         size = readable(self.size(steps))
         return f"{size} ({steps:,} steps × {self.parameters:,} parameters × 2 × {self.dtype.itemsize} bytes)"
 
-    def _column(self, vector: Tensor, name: str) -> pa.Array:
-        values = np.ascontiguousarray(vector.numpy(), self.dtype)
-        kind = self.schema.field(name).type
-        return pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind)
-
-
-def _vector(column: pa.Array) -> Tensor:
-    values = column.flatten().to_numpy()
-    return torch.from_numpy(values.astype(np.float64))  # a copy: the mapped file is read-only
+    def size(self, steps: int) -> int:
+        """Return the bytes of a history, digests included."""
+        records = steps + 1  # the last one holds the final weights
+        return self.start(records) + records * DIGEST_BYTES
 
 
 def history_folder(storage: Storage, number: int) -> Path:
-    """Return the folder of the history that the number-th entry of a run's log left.
+    """Return the folder of the history that belongs to an entry of a run's journal.
 
     Raises:
-        UserError: the run is not on a local disk, where alone a history can be mapped.
+        UserError: the run is not on a local disk; a history can be mapped only there.
     """
     if storage.local is None:
         raise UserError(f"{storage.root}: a history is memory-mapped, so the run must be in a local folder")
@@ -109,10 +104,10 @@ def history_folder(storage: Storage, number: int) -> Path:
 
 
 def check_room(folder: Path, layout: Layout, steps: int) -> None:
-    """Refuse a history that the disk has no room for.
+    """Refuse a history that does not fit on the disk.
 
     Raises:
-        UserError: how much it takes, and how much there is.
+        UserError: its size, and the free space.
     """
     while not folder.exists():
         folder = folder.parent
@@ -125,14 +120,7 @@ def check_room(folder: Path, layout: Layout, steps: int) -> None:
 
 
 class HistoryWriter:
-    """Writes a history behind the computation; one that was interrupted can be continued.
-
-    Args:
-        folder: of the history; its own.
-        layout: of the records.
-
-    Attributes:
-        digests: of the records that are written.
+    """Writes a history in a thread; an interrupted one can be continued.
 
     Raises:
         UserError: the folder cannot be written.
@@ -140,12 +128,11 @@ class HistoryWriter:
 
     def __init__(self, folder: Path, layout: Layout):
         self.layout = layout
-        self.digests: list[bytes] = []
+        self.digests: list[bytes] = []  # of the written records
         self._folder = folder
-        self._name = repr(str(folder / RECORDS))
         self._waiting: deque[Future[Any]] = deque()
         self._thread = ThreadPoolExecutor(1, "history")
-        with self._disk_error_in_one_line():
+        with self._one_line_errors():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RECORDS).touch()
             self._file = (folder / RECORDS).open("r+b")
@@ -157,7 +144,7 @@ class HistoryWriter:
         self.close()
 
     def start(self, digests: Sequence[bytes] = ()) -> None:
-        """Begin a history, or continue one behind the records of these digests, which an earlier attempt wrote.
+        """Begin a history, or continue one after the records with these digests.
 
         Raises:
             UserError: those records are not all there.
@@ -165,8 +152,8 @@ class HistoryWriter:
         self.flush()
         end = self.layout.start(len(digests)) if digests else 0
         if os.fstat(self._file.fileno()).st_size < end:
-            raise UserError(f"{self._name} is shorter than its {len(digests)} steps")
-        with self._disk_error_in_one_line():
+            raise UserError(f"{str(self._folder / RECORDS)!r} is shorter than its {len(digests)} steps")
+        with self._one_line_errors():
             self._file.truncate(end)
             self._file.seek(end)
             if not digests:
@@ -179,9 +166,14 @@ class HistoryWriter:
         Raises:
             UserError: an earlier record could not be written.
         """
+
+        def write() -> None:
+            message = self.layout.message(rate, w, gradient)
+            self._file.write(message)
+            self.digests.append(_digest(message))
+
         self._wait(MOST_WAITING - 1)
-        written = self._thread.submit(self._write, rate, w, gradient)
-        self._waiting.append(written)
+        self._waiting.append(self._thread.submit(write))
 
     def flush(self) -> None:
         """Wait until everything is written."""
@@ -189,51 +181,46 @@ class HistoryWriter:
         self._wait(0)
 
     def seal(self, w: Tensor) -> str:
-        """Add the final weights, write everything to the disk and return the history's digest."""
+        """Add the final weights, sync everything to the disk and return the history's digest."""
         self.append(0.0, w, torch.zeros_like(w))
         self.flush()
-        content = b"".join(self.digests)
-        with self._disk_error_in_one_line():
+        with self._one_line_errors():
             os.fsync(self._file.fileno())
+        content = b"".join(self.digests)
         Storage(str(self._folder)).write(DIGESTS, content)
         self.close()
         return _digest(content).hex()
 
     def close(self) -> None:
-        """Close the file; records that still wait are dropped."""
+        """Close the file and drop records that still wait."""
         self._thread.shutdown(cancel_futures=True)
-        with suppress(OSError):  # of buffered bytes for which the disk is full, which was reported
+        with suppress(OSError):  # bytes that did not fit on a full disk, which was reported
             self._file.close()
 
-    def _write(self, rate: float, w: Tensor, gradient: Tensor) -> None:
-        message = self.layout.message(rate, w, gradient)
-        self._file.write(message)
-        self.digests.append(_digest(message))
-
     def _wait(self, most: int) -> None:
-        """Wait until at most so many records are not yet written."""
-        with self._disk_error_in_one_line():
+        """Wait until at most ``most`` records are unwritten."""
+        with self._one_line_errors():
             while len(self._waiting) > most:
                 self._waiting.popleft().result()
 
     @contextmanager
-    def _disk_error_in_one_line(self) -> Iterator[None]:
+    def _one_line_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write {self._name}: {error.strerror}") from None
+            raise UserError(f"cannot write {str(self._folder / RECORDS)!r}: {error.strerror}") from None
 
 
 class History(Sequence[RecordedStep]):
-    """A sealed history, memory-mapped; each record is checked against its digest when it is read.
+    """A sealed history, memory-mapped; reading a record checks its digest.
 
     Args:
         folder: of the history.
-        layout: of the records.
-        digest: of the history, from the log.
+        layout: of the file.
+        digest: of the history, from the journal.
 
     Raises:
-        UserError: missing, of another size, or the digests are not those of the log.
+        UserError: it is missing, has another size, or its digests are not those of the journal.
     """
 
     def __init__(self, folder: Path, layout: Layout, digest: str):
@@ -244,15 +231,13 @@ class History(Sequence[RecordedStep]):
             self._content = pa.memory_map(str(folder / RECORDS)).read_buffer()
         except OSError as error:
             file = error.filename or str(folder / RECORDS)  # Arrow's errors do not have it
-            reason = error.strerror or error
-            raise UserError(f"the history {file!r} cannot be read: {reason}") from None
+            raise UserError(f"the history {file!r} cannot be read: {error.strerror or error}") from None
         if _digest(self._digests).hex() != digest:
-            raise UserError(f"{str(folder / DIGESTS)!r} is corrupt: it is not the one that the log names")
+            raise UserError(f"{str(folder / DIGESTS)!r} is corrupt: its digest is not that of the journal")
         records = len(self._digests) // DIGEST_BYTES
         if self._content.size != layout.start(records):
             raise UserError(f"{self._name} has {self._content.size} bytes, not those of {records} records")
-        header = self._content.slice(0, len(layout.header))
-        if header.to_pybytes() != layout.header:
+        if self._content.slice(0, len(layout.header)).to_pybytes() != layout.header:
             raise UserError(f"the head of {self._name} is corrupt, or of another model")
         self._steps = records - 1
 

@@ -1,4 +1,4 @@
-"""Training replayed with other samples in its batches, most of its gradients taken from the record."""
+"""DeltaGrad: training replayed with other samples in its batches, most gradients taken from the record."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -6,72 +6,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .curvature import Curvature
-from .exact_steps import Drift, ExactSteps
+from .lbfgs import BFGS
+
+GradientSum = Callable[[Tensor, Tensor], Tensor]  # (w [p], samples) → Σ ∇loss_i(w) [p]
 
 
 class ChangedStep(NamedTuple):
-    """A recorded step, and what is now different about its batch.
+    """A recorded step, and the change of its batch."""
 
-    Attributes:
-        rate: learning rate η.
-        w: weights before the step, w_t, float64 [p].
-        gradient: mean loss gradient g_t of the recorded batch at w_t, without the L2 term, float64 [p].
-        after: weights after the step, w_{t+1}, float64 [p].
-        kept: samples in the recorded batch and still in it, int64.
-        gone: samples in the recorded batch only.
-        came: samples in the new batch only.
-    """
-
-    rate: float
-    w: Tensor
-    gradient: Tensor
-    after: Tensor
-    kept: Tensor
-    gone: Tensor
-    came: Tensor
-
-    @property
-    def old_size(self) -> int:
-        """Samples in the recorded batch."""
-        return len(self.kept) + len(self.gone)
-
-    @property
-    def new_size(self) -> int:
-        """Samples in the new batch."""
-        return len(self.kept) + len(self.came)
-
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether the batch holds the samples that it held."""
-        return not len(self.gone) and not len(self.came)
+    rate: float  # learning rate η
+    w: Tensor  # weights before the step, w_t, float64 [p]
+    gradient: Tensor  # mean loss gradient g_t of the recorded batch at w_t, without the L2 term, float64 [p]
+    after: Tensor  # weights after the step, w_{t+1}, float64 [p]
+    kept: Tensor  # samples of both batches, int64
+    gone: Tensor  # samples of the recorded batch only
+    came: Tensor  # samples of the new batch only
 
 
 class ReplayedStep(NamedTuple):
-    """A step as it would have been, or nearly: the record of the new training.
+    """A step of the new training: exact, or nearly."""
 
-    Attributes:
-        rate: learning rate η.
-        w: weights before the step, float64 [p].
-        gradient: mean loss gradient of the new batch at w, without the L2 term, float64 [p].
-        after: weights after the step, float64 [p].
-        exact: whether the gradients of the kept samples were computed.
-    """
-
-    rate: float
-    w: Tensor
-    gradient: Tensor
-    after: Tensor
-    exact: bool
-
-
-GradientSum = Callable[[Tensor, Tensor], Tensor]  # (w [p], samples) → Σ ∇loss_i(w) [p]
+    rate: float  # learning rate η
+    w: Tensor  # weights before the step, float64 [p]
+    gradient: Tensor  # mean loss gradient of the new batch at w, without the L2 term, float64 [p]
+    after: Tensor  # weights after the step, float64 [p]
+    exact: bool  # True if the gradients of the kept samples were computed
 
 
 def replay(
     steps: Iterable[ChangedStep],
     gradient: GradientSum,
-    exact_steps: ExactSteps,
+    exact_steps: "Periodic | Tolerant",
     *,
     decay: float,
     pairs: int = 2,
@@ -85,83 +50,71 @@ def replay(
         Σ_kept ∇loss_i(w)                               at exact steps; (v, change of gradient + λv) joins B's pairs
         |batch| · (g_t + Bv − λv) − Σ_gone ∇loss_i(w)   at the others; only the few samples that are gone are computed
 
-    and w ← w − η ((Σ_kept + Σ_came)/|new batch| + λw). A new batch of no samples is skipped, decay included.
+    and w ← w − η ((Σ_kept + Σ_came)/|new batch| + λw). An empty new batch is skipped, decay included.
 
-    Differs from the paper: as long as no batch has changed, the record is passed through, and j0 and T0 count from
-    there; for convex models too a pair without positive curvature is refused, and a step is exact where η‖Bv‖² > 2vᵀBv,
-    by which B shows that it is no Hessian of a stable training.
+    Differs from the paper: the record is passed through until the first changed batch, and j0 and T0 count from there.
+    For convex models too, a pair without positive curvature is dropped. A step is exact where B cannot be trusted.
 
     Args:
-        steps: the record, with both memberships.
+        steps: the record, with the change of every batch.
         gradient: Σ ∇loss_i(w) of samples, float64 [p].
         exact_steps: decides which steps are exact.
         decay: λ of the L2 penalty.
-        pairs: m, how many pairs B is made from.
-        convex: False asks for an exact step wherever ‖v‖ ≤ ‖Bv‖, the paper's gate for other models.
+        pairs: m, the number of pairs in B.
+        convex: False for the paper's gate for other models, an exact step wherever ‖v‖ ≤ ‖Bv‖.
     """
-    curvature = Curvature(pairs)
-    w: Tensor | None = None  # None until the first changed batch: up to there both trainings are the same
+    hessian = BFGS(pairs)
+    w: Tensor | None = None  # None until the first changed batch: both trainings are the same up to there
     for step in steps:
-        if w is None and step.is_unchanged:
-            yield ReplayedStep(step.rate, step.w, step.gradient, step.after, exact=False)
-            continue
-        w = step.w if w is None else w
-        if not step.new_size:
+        old_size = len(step.kept) + len(step.gone)
+        new_size = len(step.kept) + len(step.came)
+        if w is None:
+            if not len(step.gone) and not len(step.came):
+                yield ReplayedStep(step.rate, step.w, step.gradient, step.after, exact=False)
+                continue
+            w = step.w
+        if not new_size:
             yield ReplayedStep(step.rate, w, torch.zeros_like(w), w, exact=False)
             continue
-        mean, exact = _mean_gradient(step, w, gradient, curvature, exact_steps, decay, convex)
+
+        v = w - step.w
+        distance = v.norm().item()
+        sum_gone = gradient(w, step.gone)  # Σ_gone ∇loss_i(w)
+        sum_came = gradient(w, step.came)  # Σ_came ∇loss_i(w)
+        exact = False
+        if not distance:  # the recorded gradient is the true one, and the step teaches B nothing
+            sum_kept = old_size * step.gradient - sum_gone
+        else:
+            predicted = _predicted(step, v, hessian, decay, convex)
+            share = old_size / new_size
+            error = None
+            if predicted is None or exact_steps.due(step.rate, share, distance):
+                exact = True
+                sum_kept = gradient(w, step.kept)
+                # A batch that was empty has no recorded gradient to learn from; 1 only avoids 0/0.
+                true = (sum_kept + sum_gone) / max(1, old_size)
+                if predicted is not None:
+                    error = (predicted - true).norm().item()
+                if old_size:
+                    hessian.push(v, true - step.gradient + decay * v)
+            else:
+                sum_kept = old_size * predicted - sum_gone
+            exact_steps.took(step.rate, share, distance, exact, error)
+
+        mean = (sum_kept + sum_came) / new_size
         after = w - step.rate * (mean + decay * w)
         yield ReplayedStep(step.rate, w, mean, after, exact)
         w = after
 
 
-def _mean_gradient(
-    step: ChangedStep,
-    w: Tensor,
-    gradient: GradientSum,
-    curvature: Curvature,
-    exact_steps: ExactSteps,
-    decay: float,
-    convex: bool,
-) -> tuple[Tensor, bool]:
-    """Return the mean loss gradient of the new batch at w [p], and whether it was computed exactly."""
-    v = w - step.w
-    distance = v.norm().item()
-    sum_gone = gradient(w, step.gone)  # Σ_gone ∇loss_i(w)
-    sum_came = gradient(w, step.came)  # Σ_came ∇loss_i(w)
-    if not distance:  # the recorded gradient is the true one, and the step tells nothing about B
-        sum_kept = step.old_size * step.gradient - sum_gone
-        return (sum_kept + sum_came) / step.new_size, False
-
-    drift = Drift(step.rate, step.old_size / step.new_size, distance)
-    predicted = _predicted(step, v, curvature, decay, convex)
-    error = None
-    exact = predicted is None or exact_steps.due(drift)
-    if exact:
-        sum_kept = gradient(w, step.kept)
-        # A batch that was empty has no recorded gradient to learn from; 1 only avoids 0/0.
-        true = (sum_kept + sum_gone) / max(1, step.old_size)
-        if predicted is not None:
-            error = (predicted - true).norm().item()
-        if step.old_size:
-            curvature.push(v, true - step.gradient + decay * v)
-    else:
-        assert predicted is not None
-        sum_kept = step.old_size * predicted - sum_gone
-    exact_steps.took(drift, exact, error)
-    return (sum_kept + sum_came) / step.new_size, exact
-
-
-def _predicted(step: ChangedStep, v: Tensor, curvature: Curvature, decay: float, convex: bool) -> Tensor | None:
-    """Return g_t + Bv − λv, the gradient of the recorded batch at w_t + v, or None where B cannot be trusted.
-
-    A convex training whose rate is stable has η‖Hv‖² ≤ 2vᵀHv, so that ‖v − ηHv‖ ≤ ‖v‖. A matrix B without it is no
-    average of such Hessians, and steps along it blow up; pairs from small batches, unlike each other, make such B.
-    """
-    if not curvature:
+def _predicted(step: ChangedStep, v: Tensor, hessian: BFGS, decay: float, convex: bool) -> Tensor | None:
+    """Return g_t + Bv − λv, the gradient of the recorded batch at w_t + v, or None if B cannot be trusted."""
+    if not hessian:
         return None
-    product = curvature.product(v)  # Bv
+    product = hessian.product(v)  # Bv
     if convex:
+        # A convex training at a stable rate has η‖Hv‖² ≤ 2vᵀHv, so that ‖v − ηHv‖ ≤ ‖v‖. Pairs from small, unlike
+        # batches can make a B without that property; steps along it blow up.
         trusted = step.rate * (product @ product) <= 2 * (v @ product)
     else:
         trusted = v.norm() > product.norm()
@@ -171,10 +124,10 @@ def _predicted(step: ChangedStep, v: Tensor, curvature: Curvature, decay: float,
 def retrain(
     steps: Iterable[tuple[float, Tensor]], w: Tensor, gradient: GradientSum, *, decay: float
 ) -> Iterator[Tensor]:
-    """Yield the weights after every step of training from w with (η, samples of the batch): what replaying stands for.
+    """Yield the weights after every step of SGD from w, float64 [p]: the training that a replay approximates.
 
     Args:
-        steps: η and the batch's samples; a batch of none is skipped.
+        steps: η and the samples of the batch; an empty batch is skipped.
         w: initial weights, float64 [p].
         gradient: Σ ∇loss_i(w) of samples, float64 [p].
         decay: λ of the L2 penalty.
@@ -184,3 +137,102 @@ def retrain(
             mean = gradient(w, batch) / len(batch)
             w = w - rate * (mean + decay * w)
         yield w
+
+
+class Periodic:
+    """Makes the first j0 steps exact and then every T0-th (DeltaGrad, arXiv:2006.14755).
+
+    >>> exact_steps = Periodic(period=3, burn_in=2)
+    >>> pattern = ""
+    >>> for _ in range(9):
+    ...     exact = exact_steps.due(rate=0.1, share=1.0, distance=1.0)
+    ...     exact_steps.took(0.1, 1.0, 1.0, exact, error=None)
+    ...     pattern += "x" if exact else "."
+    >>> pattern
+    'xx..x..x.'
+    """
+
+    estimate: float | None = None  # a period does not estimate the distance from the retrained weights
+
+    def __init__(self, period: int, burn_in: int):
+        self._period = period
+        self._burn_in = burn_in
+        self._steps = 0
+        self._since_exact = 0
+
+    def due(self, rate: float, share: float, distance: float) -> bool:
+        """Return True if the step is one of the first, or the T0-th since the last exact one."""
+        return self._steps < self._burn_in or self._since_exact + 1 >= self._period
+
+    def took(self, rate: float, share: float, distance: float, exact: bool, error: float | None) -> None:
+        """Count a step."""
+        self._steps += 1
+        self._since_exact = 0 if exact else self._since_exact + 1
+
+
+class Tolerant:
+    """Makes a step exact when the estimated distance from the retrained weights outgrows its share of a tolerance.
+
+    An approximate step whose gradient is wrong by ε moves the weights away by η·share·‖ε‖, and later steps of a convex
+    problem shrink that by 1 − ηλ each. At the k-th step after an exact one ‖ε‖ is taken to be ρ·k·‖v‖. Every exact step
+    measures ρ, which corrects the estimate since the last. The estimate E is held below its share of the tolerance,
+    (Ση so far)/Ση.
+
+    Differs from the paper, which fixes a period. Errors add up here as if they never cancelled, so E is pessimistic for
+    convex problems; for others it bounds nothing and remains an estimate.
+
+    Args:
+        tolerance: largest distance ‖w − retrained w‖.
+        horizon: Ση over all steps.
+        decay: λ of the L2 penalty.
+    """
+
+    def __init__(self, tolerance: float, horizon: float, decay: float):
+        self._tolerance = tolerance
+        self._horizon = horizon
+        self._decay = decay
+        self._growth: float | None = None  # ρ; None until an exact step has measured it
+        self._settled = 0.0  # E up to the last exact step
+        self._open = 0.0  # Σ η·share·k·‖v‖ since then: times ρ it is the rest of E
+        self._since_exact = 0  # k
+        self._rates = 0.0  # Ση so far
+
+    @property
+    def estimate(self) -> float | None:
+        """E, the estimated distance from the retrained weights so far."""
+        return self._settled + (self._growth or 0.0) * self._open
+
+    def due(self, rate: float, share: float, distance: float) -> bool:
+        """Return True if an approximate step would take E beyond its limit.
+
+        Args:
+            rate: η of the step.
+            share: size of the recorded batch over that of the new one.
+            distance: ‖v‖, of the weights from the recorded ones.
+        """
+        if self._growth is None:
+            return True
+        steps = self._since_exact + 1  # k
+        so_far = self._settled + self._growth * self._open
+        coming = self._growth * rate * share * steps * distance
+        allowed = self._tolerance * (self._rates + rate) / self._horizon
+        return so_far + coming > allowed
+
+    def took(self, rate: float, share: float, distance: float, exact: bool, error: float | None) -> None:
+        """Add a step to the estimate; ``error`` is ‖predicted − true gradient‖ of an exact step with a prediction."""
+        if exact:
+            if error is not None:
+                measured = error / ((self._since_exact + 1) * distance)  # ρ
+                self._settled += measured * self._open
+                self._open = 0.0
+                # One lucky measurement must not permit a long run of approximate steps.
+                self._growth = max(measured, (self._growth or 0.0) / 2)
+            self._since_exact = 0
+        else:
+            self._since_exact += 1
+            self._open += rate * share * self._since_exact * distance
+        # The L2 penalty pulls both trainings towards 0, hence towards each other.
+        shrinkage = 1 - rate * self._decay
+        self._settled *= shrinkage
+        self._open *= shrinkage
+        self._rates += rate

@@ -1,169 +1,350 @@
-"""From what a user asks for to a change of a recorded run."""
+"""Requests to a recorded run: ids, conditions and queues as users give them, and the change that they amount to."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, unknown
 from raypkg.core.registry import argument
 from raypkg.data.sources import dataset
 from raypkg.data.split import Split, aligned
 
-from .conditions import matching
-from .ids import find_ids, id_range
-from .joined import joined
-from .ledger import digest
-from .queues import Request
-from .recorded_run import Change, RecordedRun
+from .journal import Change, digest
+from .run import RecordedRun, joined
+
+KINDS = ("delete", "delete_where", "restore", "add")
+LIST = re.compile(r"[0-9]+(,[0-9]+)*")  # \d would match the digits of every script
+DIGITS = re.compile(r"[0-9]{1,19}")  # as many as the largest id has
+COLUMNS = ("id", "index")  # of a parquet file of ids
+ALLOWED = "ids are whole numbers from 0 to 2⁶³ − 1"
+LONGEST = 100  # characters of a name or list that an error shows
+OPERATORS = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": operator.ne,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+AND = re.compile(r"(?<!\s)\s+and\s+", re.IGNORECASE)  # without the lookbehind, long runs of spaces take quadratic time
+COMPARISON = re.compile("|".join(OPERATORS))
+BLOCK = 1 << 16  # rows read at once
+
+
+class Request(NamedTuple):
+    """One request, from the command line or a line of a queue."""
+
+    kind: str  # delete or restore (ids), delete_where (a condition) or add (the name of a data set)
+    value: Any
+    id: str = ""  # identifies a queue's request, which is answered once; empty on the command line
+
+
+# Ids
+
+
+def read_ids(text: str) -> list[int]:
+    """Return ids given as ``3,14,15`` or in a file: one per line, or the column ``id`` or ``index`` of a parquet file.
+
+    Raises:
+        UserError: neither a list nor a file, unreadable, no such column, anything but ids, or none at all.
+
+    >>> read_ids("3,14,15")
+    [3, 14, 15]
+    """
+    if LIST.fullmatch(text) or not os.path.exists(text):
+        where = f"ids {text[:LONGEST]!r} (no such file)"
+        values: list[Any] = text.split(",")
+    else:
+        where = f"ids in {text!r}"
+        try:
+            values = _in_file(Path(text))
+        except OSError as error:
+            raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f"{where} cannot be read: {error}") from None
+    if not values:
+        raise UserError(f"{text!r} holds no ids")
+    ids = []
+    for value in values:
+        number = int(value) if isinstance(value, str) and DIGITS.fullmatch(value) else value
+        if not _is_id(number):
+            raise UserError(f"{where}: {shortened(value)} is no id; {ALLOWED}: 3,14,15, or a file of them, one a line")
+        ids.append(number)
+    return ids
+
+
+def _in_file(file: Path) -> list[Any]:
+    if file.suffix != ".parquet" or not file.is_file():
+        return file.read_text("utf-8-sig").split()
+    names = pq.read_schema(file).names
+    column = next((name for name in COLUMNS if name in names), None)
+    if column is None:
+        raise unknown(f"id column of {str(file)!r}", "id", names)
+    if names.count(column) > 1:
+        raise UserError(f"{str(file)!r} has {names.count(column)} columns {column!r}: which one holds the ids?")
+    table = pq.read_table(file, columns=[column], partitioning=None)
+    return table[column].to_pylist()
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63  # True is no id
+
+
+def id_at(split: Split, position: int) -> int:
+    """Return the id of the sample at a position."""
+    return position if split.ids is None else int(split.ids[position])
+
+
+# Queues
+
+
+def read_queue(file: Path) -> list[Request]:
+    """Return the requests of a queue: lines of JSON such as {"delete": [3, 7], "id": "ticket 12"}.
+
+    Raises:
+        UserError: unreadable, a line that is no request, the same id twice, or no request at all.
+    """
+    where = f"the queue {str(file)!r}"
+    try:
+        text = file.read_text("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} cannot be read: {error}") from None
+    # Not splitlines, which also splits at characters that a JSON text may hold.
+    lines = enumerate(text.split("\n"), 1)
+    requests = [_request(line, f"line {number} of {str(file)!r}") for number, line in lines if line.strip()]
+    if not requests:
+        raise UserError(f"{where} holds no requests")
+    key, times = Counter(request.id for request in requests).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{where} has the id {key!r} {times} times")
+    return requests
+
+
+def _request(line: str, where: str) -> Request:
+    """Return the request of a line; ``where`` names the line in errors."""
+    try:
+        content = json.loads(line, object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where} is no request: its brackets are nested too deeply") from None
+    kinds = [name for name in content if name != "id"] if isinstance(content, dict) else []
+    if len(kinds) != 1 or "id" not in content:
+        raise UserError(f"{where} must be an object with one of {', '.join(KINDS)}, and an id of its own")
+    (kind,) = kinds
+    value, key = content[kind], content["id"]
+    if kind not in KINDS:
+        raise unknown(f"request in {where}", kind[:LONGEST], KINDS)
+    if kind in ("delete", "restore"):
+        if not (isinstance(value, list) and value and all(map(_is_id, value))):
+            raise UserError(f"{where}: {kind} takes a list of ids, not {shortened(value)}; {ALLOWED}")
+    elif not isinstance(value, str):
+        raise UserError(f"{where}: {kind} takes a text, not {shortened(value)}")
+    # The journal keeps a request's id as a text: 12 and "12" are the same.
+    if type(key) is not int and not (isinstance(key, str) and key.strip() and key.isprintable()):
+        raise UserError(f"{where}: the id must be a text of printable characters or an integer, not {shortened(key)}")
+    return Request(kind, value, str(key))
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return content
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def unanswered(run: RecordedRun, requests: Iterable[Request]) -> list[Request]:
-    """Return the requests of a queue that the log does not have yet.
+    """Return the requests of a queue that are not in the journal yet.
 
     Raises:
         UserError: one has the id of another that was answered.
     """
+    answered = {
+        request["id"]: request["digest"] for entry in run.journal.entries for request in entry.get("requests", ())
+    }
     waiting = []
-    answered = run.answered
     for request in requests:
         if request.id not in answered:
             waiting.append(request)
-        elif answered[request.id] != _logged(request)["digest"]:
+        elif answered[request.id] != _digest(request):
             raise UserError(f"the id {request.id!r} belongs to another request, which was answered: give a new one")
     return waiting
 
 
-def grouped(requests: list[Request], size: int) -> Iterator[list[Request]]:
-    """Yield requests in order, so many at a time."""
-    for start in range(0, len(requests), size):
-        yield requests[start : start + size]
+def _digest(request: Request) -> str:
+    return digest(json.dumps([request.kind, request.value]).encode())
+
+
+# Conditions
+
+
+def matching(split: Split, condition: str) -> np.ndarray:
+    """Return the positions of the samples that meet all clauses ``NAME OPERATOR VALUE``, joined by ``and``.
+
+    NAME is a column of a table, or else ``label`` (with = and !=, VALUE is a class name).
+
+    Raises:
+        UserError: malformed, an unknown name or class, or a value that is no number.
+
+    >>> split = Split.from_tensors(torch.eye(3), torch.tensor([0, 1, 1]), classes=("cat", "dog"))
+    >>> matching(split, "label = dog")
+    array([1, 2])
+    """
+    met = np.ones(len(split), bool)
+    for clause in AND.split(condition):
+        found = COMPARISON.search(clause)
+        name = clause[: found.start()].strip() if found else ""
+        value = clause[found.end() :].strip() if found else ""
+        if not found or not name or not value:
+            example = f"label = {split.classes[0]}"
+            raise UserError(f"condition {shortened(clause)} is not of the form NAME OPERATOR VALUE, such as {example}")
+        where = f"condition {name} {found[0]} {shortened(value)}"
+        compare = OPERATORS[found[0]]
+        if name in split.columns:
+            number = _number(value, where)
+            column = split.columns.index(name)
+            for start in range(0, len(split), BLOCK):
+                end = min(start + BLOCK, len(split))
+                met[start:end] &= compare(split.take(np.arange(start, end))[:, column], number)
+            continue
+        if name != "label":
+            raise unknown("name in a condition", name[:LONGEST], ("label", *split.columns))
+        if found[0] not in ("=", "!="):
+            raise UserError(f"{where}: labels compare with = and != only")
+        if value not in split.classes:
+            raise unknown("class", value[:LONGEST], split.classes)
+        met &= compare(split.y.numpy(), split.classes.index(value))
+    return np.flatnonzero(met)
+
+
+def _number(value: str, where: str) -> np.float32:
+    """Return a value in the type in which columns are stored, so that = finds the values of the file."""
+    try:
+        number = float(value)
+    except ValueError:
+        raise UserError(f"{where}: this is no number") from None
+    largest = float(np.finfo(np.float32).max)
+    if not abs(number) <= largest:  # nan too
+        raise UserError(f"{where}: numbers are finite and at most {largest:.3g}, as columns hold them")
+    return np.float32(number)
+
+
+# Changes
 
 
 def change_of(run: RecordedRun, requests: Iterable[Request]) -> Change:
-    """Return the change that several requests amount to, each checked against what those before it leave.
+    """Return the change that several requests amount to, each checked against the result of those before it.
 
     Raises:
         UserError: ids that are unknown, repeated or not in use (or in use, to restore), a deletion of everything or of
             a whole class, or new samples that do not fit.
     """
-    draft = _Draft(run)
+    requests = list(requests)
+    split = run.split
+    added: list[Split] = []
+    before = run.active
+    active = run.active.clone()
     for request in requests:
         try:
-            draft.take(request)
+            if request.kind == "add":
+                added.append(_new_samples(run, request.value))
+                split = joined(run.split, *added)
+                # New samples count as in use before, so that they are no change by themselves.
+                in_use = torch.ones(len(added[-1]), dtype=torch.bool)
+                before = torch.cat([before, in_use])
+                active = torch.cat([active, in_use])
+            elif request.kind == "restore":
+                active[_chosen(run, split, request, ~active, "is in use already")] = True
+            else:
+                if request.kind == "delete":
+                    chosen = _chosen(run, split, request, active, "is deleted already")
+                else:
+                    chosen = _meeting(split, request.value, active)
+                active[chosen] = False
+                _check_left(split, request.kind, before, active)
         except UserError as error:
             if not request.id:  # of the command line
                 raise
             raise UserError(f"request {request.id!r}: {error}") from None
-    return draft.change()
+    return Change(
+        gone=_positions(before & ~active),
+        came=_positions(active & ~before),
+        new=joined(*added) if added else None,
+        requests=tuple({"id": request.id, "digest": _digest(request)} for request in requests),
+    )
 
 
-class _Draft:
-    """A change in the making: what the requests so far leave of a run."""
-
-    def __init__(self, run: RecordedRun):
-        self._run = run
-        self._split = run.split
-        self._added: list[Split] = []
-        self._requests: list[Request] = []
-        self._before = run.active  # new samples count as in use before, so that they are no change by themselves
-        self._active = run.active.clone()
-
-    def take(self, request: Request) -> None:
-        if request.kind == "add":
-            self._add(_new_samples(self._run, request.value))
-        elif request.kind == "restore":
-            self._active[self._restored(request.value)] = True
-        else:
-            self._active[self._deleted(request)] = False
-            self._check_left(request.kind)
-        self._requests.append(request)
-
-    def change(self) -> Change:
-        return Change(
-            gone=_positions(self._before & ~self._active),
-            came=_positions(self._active & ~self._before),
-            new=joined(*self._added) if self._added else None,
-            requests=tuple(_logged(request) for request in self._requests),
-        )
-
-    def _add(self, samples: Split) -> None:
-        self._added.append(samples)
-        self._split = joined(self._run.split, *self._added)
-        in_use = torch.ones(len(samples), dtype=torch.bool)
-        self._before = torch.cat([self._before, in_use])
-        self._active = torch.cat([self._active, in_use])
-
-    def _restored(self, value: Sequence[int]) -> Tensor:
-        return self._changing("restore", value, ~self._active, "is in use already")
-
-    def _deleted(self, request: Request) -> Tensor:
-        if request.kind == "delete_where":
-            return self._matching(request.value)
-        return self._changing("delete", request.value, self._active, "is deleted already")
-
-    def _matching(self, condition: str) -> Tensor:
-        matches = torch.from_numpy(matching(self._split, condition))
-        rows = matches[self._active[matches]]
-        if not len(rows):
-            raise UserError(f"no sample in use meets {condition!r}")
-        if self._split.ids is None:
-            return rows
-        samples = self._split.ids[rows]  # all rows of a sample go with the one that meets the condition
-        return _positions(torch.isin(self._split.ids, samples) & self._active)
-
-    def _changing(self, kind: str, value: Sequence[int], changeable: Tensor, otherwise: str) -> Tensor:
-        """Return those positions of ids that a request changes.
-
-        Args:
-            kind: of the request.
-            value: the ids; of the samples that stand for one, at least one must be changeable.
-            changeable: which samples it can be asked for, bool [n].
-            otherwise: what is wrong with an id that has none of them.
-
-        Raises:
-            UserError: an id is unknown, repeated or held out, or cannot be changed.
-        """
-        ids = torch.tensor(value, dtype=torch.int64)
-        found = find_ids(self._split, ids)
-        _refuse(kind, ids[found.counts == 0], f"is unknown, allowed are {id_range(self._split)}")
-        values, counts = ids.unique(return_counts=True)
-        most = int(counts.max())
-        if most > 1:
-            _refuse(kind, values[counts == most], f"is given {most} times")
-        trained = torch.ones(len(self._split), dtype=torch.bool)
-        trained[self._run.samples.held_out] = False
-        _refuse(kind, ids[found.among(trained) == 0], "is held out for validation and was never trained on")
-        changing = changeable & trained
-        _refuse(kind, ids[found.among(changing) == 0], otherwise)
-        return found.positions[changing[found.positions]]
-
-    def _check_left(self, kind: str) -> None:
-        """Refuse a deletion that leaves nothing, or nothing of a class."""
-        if not self._active.any():
-            raise UserError(f"{kind}: this would delete every sample")
-        left = self._per_class(self._active)
-        had = self._per_class(self._before)
-        emptied = _positions((left == 0) & (had > 0))
-        if len(emptied):
-            name = self._split.classes[int(emptied[0])]
-            raise UserError(f"{kind}: this would delete the whole class {name!r}, leave one of its samples")
-
-    def _per_class(self, mask: Tensor) -> Tensor:
-        return torch.bincount(self._split.y[mask], minlength=self._split.num_classes)  # [C]
+def _meeting(split: Split, condition: str, active: Tensor) -> Tensor:
+    """Return the positions of samples in use that meet a condition."""
+    matches = torch.from_numpy(matching(split, condition))
+    rows = matches[active[matches]]
+    if not len(rows):
+        raise UserError(f"no sample in use meets {condition!r}")
+    if split.ids is None:
+        return rows
+    # Several rows may stand for one sample: all go with the one that meets the condition.
+    return _positions(torch.isin(split.ids, split.ids[rows]) & active)
 
 
-def _refuse(kind: str, ids: Tensor, reason: str) -> None:
-    if len(ids):
-        raise UserError(f"{kind}: id {int(ids[0])} {reason}")
+def _chosen(run: RecordedRun, split: Split, request: Request, changeable: Tensor, otherwise: str) -> Tensor:
+    """Return the positions that a request for ids changes.
+
+    Args:
+        run: whose held-out samples cannot be changed.
+        split: all samples, by position.
+        request: for ids; at least one of the positions of each must be changeable.
+        changeable: whether a position can be asked for, bool [n].
+        otherwise: reason for an error, if an id has no changeable position.
+    """
+    ids = torch.tensor(request.value, dtype=torch.int64)
+    known = torch.arange(len(split)) if split.ids is None else split.ids
+    trained = torch.ones(len(split), dtype=torch.bool)
+    trained[run.samples.held_out] = False
+    values, counts = ids.unique(return_counts=True)
+    most = int(counts.max())
+    if split.ids is None:
+        allowed = f"0 … {len(split) - 1}"
+    else:
+        allowed = f"those of the data's column of ids, {int(split.ids.min())} … {int(split.ids.max())}"
+    never = "is held out for validation and was never trained on"
+    for wrong, reason in (
+        (ids[~torch.isin(ids, known)], f"is unknown, allowed are {allowed}"),
+        (values[counts == most] if most > 1 else values[:0], f"is given {most} times"),
+        (ids[~torch.isin(ids, known[trained])], never),
+        (ids[~torch.isin(ids, known[trained & changeable])], otherwise),
+    ):
+        if len(wrong):
+            raise UserError(f"{request.kind}: id {int(wrong[0])} {reason}")
+    return _positions(torch.isin(known, ids) & trained & changeable)
 
 
-def _logged(request: Request) -> dict[str, str]:
-    """Return what the log says of a request: its id, and a digest of what it asks for."""
-    content = json.dumps([request.kind, request.value])
-    return {"id": request.id, "digest": digest(content.encode())}
+def _check_left(split: Split, kind: str, before: Tensor, active: Tensor) -> None:
+    """Refuse a deletion that leaves nothing, or nothing of a class."""
+    if not active.any():
+        raise UserError(f"{kind}: this would delete every sample")
+    left, had = (torch.bincount(split.y[mask], minlength=split.num_classes) for mask in (active, before))  # [C]
+    emptied = _positions((left == 0) & (had > 0))
+    if len(emptied):
+        name = split.classes[int(emptied[0])]
+        raise UserError(f"{kind}: this would delete the whole class {name!r}, leave one of its samples")
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -171,7 +352,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _new_samples(run: RecordedRun, name: str) -> Split:
-    """Read new samples with the options by which the run's own were read."""
+    """Read new samples with the options that the run's own were read with."""
     source = dataset[name]
     place = argument(name) if source.name in dataset else ""  # the user's own function has no such part
     trained = run.settings.dataset

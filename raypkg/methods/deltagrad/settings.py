@@ -1,4 +1,4 @@
-"""Settings of DeltaGrad: of the training that is recorded, and of the replays that answer requests."""
+"""Settings of recorded trainings, and of the replays that answer requests."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -9,19 +9,18 @@ from raypkg.core.config import Settings, load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster, Dataset, Epochs, Experiment, Model, Precision, Schedule, Train
 
-# Settings of training that replays know one value of. The others change nothing that the recorded steps follow from:
-# first weights are the first of the history, and a batch in parts is the same batch.
+# Settings of training for which replays support a single value.
 REPLAYED = {"decay": "all", "clip": None, "label_smoothing": 0.0, "keep": "last"}
 
 
 class PlainDataset(Dataset):
-    """What to train on, as it is."""
+    """The data set, without augmentation."""
 
-    augment: Annotated[tuple[str, ...] | None, Field(description="left empty: gradients are replayed")] = ()
+    augment: Annotated[tuple[str, ...] | None, Field(description="must be empty: gradients are replayed")] = ()
 
 
 class LinearModel(Model):
-    """What to train."""
+    """The model."""
 
     name: Annotated[str, Field(description="linear, mlp or package.module:function; no dropout, no batch norm")] = (
         "linear"
@@ -29,10 +28,10 @@ class LinearModel(Model):
 
 
 class PlainTrain(Train):
-    """The training that is recorded: SGD without momentum, in double precision."""
+    """The recorded training: SGD without momentum, in double precision."""
 
     epochs: Annotated[Epochs, Field(description="passes over the samples")] = 32
-    batch_size: Annotated[int, Field(ge=1, description="samples a step; large batches keep the history small")] = 16384
+    batch_size: Annotated[int, Field(ge=1, description="samples per step; large ones keep the history small")] = 16384
     momentum: Annotated[float, Field(ge=0, lt=1, description="0: the derivation covers no other")] = 0.0
     weight_decay: Annotated[float, Field(ge=0, description="λ of the L2 penalty λ/2 ‖w‖²")] = 0.005
     schedule: Schedule = "constant"
@@ -55,22 +54,22 @@ class PlainTrain(Train):
 
 
 class HistorySettings(Settings):
-    """What is kept of training."""
+    """The record of the training."""
 
     dtype: Annotated[
-        Literal["float64", "float32"], Field(description="float32 halves the file and limits how near replays come")
+        Literal["float64", "float32"], Field(description="float32 halves the file and limits the accuracy of replays")
     ] = "float64"
 
 
 class ReplaySettings(Settings):
-    """How training is replayed with other samples."""
+    """Replays of the training with other samples."""
 
-    period: Annotated[int, Field(ge=1, description="T0: every so many steps one is exact; 1 = all")] = 5
-    burn_in: Annotated[int, Field(ge=1, description="j0: exact steps at first")] = 10
-    pairs: Annotated[int, Field(ge=1, description="m: pairs that the Hessian is approximated from")] = 2
+    period: Annotated[int, Field(ge=1, description="T0: every T0-th step is exact; 1 = all")] = 5
+    burn_in: Annotated[int, Field(ge=1, description="j0: number of exact steps at the start")] = 10
+    pairs: Annotated[int, Field(ge=1, description="m: pairs in the approximation of the Hessian")] = 2
     tolerance: Annotated[
         float | None,
-        Field(gt=0, description="distance from the retrained weights to stay below, by estimate, instead of T0 and j0"),
+        Field(gt=0, description="largest estimated distance from the retrained weights, instead of T0 and j0"),
     ] = None
 
     @model_validator(mode="after")
@@ -94,7 +93,7 @@ class DeltaGradSettings(Experiment):
     @model_validator(mode="after")
     def _replayed_as_recorded(self) -> Self:
         if self.hooks:
-            raise UserError(f"hooks = {self.hooks[0].name}: DeltaGrad replays plain SGD, in which no hook takes part")
+            raise UserError(f"hooks = {self.hooks[0].name}: DeltaGrad replays plain SGD, without hooks")
         return self
 
     def check(self, n: int) -> None:
@@ -103,14 +102,14 @@ class DeltaGradSettings(Experiment):
         Raises:
             UserError: samples are augmented or read by blocks, or the model has dropout or batch norm.
         """
-        from .replayable import check_replayable
+        from .hook import check_replayable
 
         self.dataset.check_at_hand("DeltaGrad")
         check_replayable(self)
 
 
 class Holders(Cluster):
-    """Where the gradients of a replay are computed."""
+    """The processes that compute the gradients of a replay."""
 
     workers: Annotated[
         int | None,
@@ -119,7 +118,7 @@ class Holders(Cluster):
 
 
 class RequestSettings(Settings):
-    """How a request to a recorded run is answered; what is left out of ``replay`` is as the run says."""
+    """Settings of a request to a recorded run; the run's own are the defaults of ``replay``."""
 
     renamed: ClassVar[Mapping[str, str]] = {"workers": "cluster.workers", "threads": "cluster.cpus_per_worker"}
 
@@ -128,13 +127,13 @@ class RequestSettings(Settings):
 
     @classmethod
     def over(cls, recorded: ReplaySettings, values: Mapping[str, Any]) -> Self:
-        """Return a request's settings, those of the run where ``values``, by dotted names, say nothing else.
+        """Return a request's settings: ``values``, by dotted names, over those of the run.
 
         Raises:
-            UserError: wrong values, or a period beside a tolerance.
+            UserError: wrong values, or both a period and a tolerance.
         """
         replay = recorded.model_dump()
-        if "replay.tolerance" in values:  # one way of choosing the exact steps takes the place of the other
+        if "replay.tolerance" in values:  # one rule for the exact steps replaces the other
             del replay["period"], replay["burn_in"]
         elif "replay.period" in values or "replay.burn_in" in values:
             del replay["tolerance"]

@@ -1,0 +1,266 @@
+"""The journal of a recorded run: what was done to it, and how a request becomes durable.
+
+    log.jsonl                one line of JSON per entry; each holds the digest of the one before
+    versions/00002/          history and model of entry 2, the last one; older versions are deleted
+    requests/00002.parquet   ids that entry 2 changed, and whether they are in use since
+    added/00002.arrow        samples that entry 2 added
+    model.safetensors        the model of the last entry
+
+`Journal.commit` makes a request durable, by one atomic write of the log.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raypkg.core.errors import UserError
+from raypkg.data.kinds import IMAGES
+from raypkg.data.split import Split
+from raypkg.data.store.arrow import Block, Header, Store, write
+from raypkg.runs.checkpoints import save_tensors
+from raypkg.runs.folder import MODEL, RunFolder
+from raypkg.runs.storage import PART
+
+from .history import history_folder
+
+LOG = "log.jsonl"
+ROWS_AT_ONCE = 4096  # added samples copied at once
+
+Entry = dict[str, Any]
+
+
+class Change(NamedTuple):
+    """The difference that requests make to the training samples."""
+
+    gone: Tensor  # ids in use that are removed, int64
+    came: Tensor  # ids not in use that are put back, int64
+    new: Split | None  # samples that get the next ids
+    requests: tuple[dict[str, str], ...]  # id and digest of each request; ids of the command line are empty
+
+
+class Journal:
+    """The journal of a run in a local folder.
+
+    The entries form a chain of digests: a changed, lost or reordered one is found.
+
+    Raises:
+        UserError: the run is not in a local folder, or the log is damaged; the entry is named.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self._folder = folder
+        self._storage = folder.storage
+        self._root = history_folder(folder.storage, 0).parents[1]
+        self._lines = (self._storage.read(LOG) or b"").splitlines(keepends=True)
+        self.entries: list[Entry] = []
+        for number, line in enumerate(self._lines):
+            where = f"entry {number} of {self._storage.root}/{LOG}"
+            try:
+                entry = json.loads(line)
+                body = {name: value for name, value in entry.items() if name != "digest"}
+                sound = _sealed(body)["digest"] == entry["digest"] and line == _line(entry)
+            except (ValueError, KeyError, AttributeError, RecursionError):
+                sound = False
+            if not sound:
+                raise UserError(f"{where} is corrupt: its digest is another")
+            if entry.get("previous") != self._head or entry.get("number") != number:
+                raise UserError(f"{where} does not follow the one before: entries are missing or changed")
+            self.entries.append(entry)
+
+    @property
+    def last(self) -> Entry:
+        """The last entry, which describes the run as it is."""
+        return self.entries[-1]
+
+    def stored(self) -> int:
+        """Return the number of entries on the disk, one more than in memory if `commit` was interrupted late."""
+        return len((self._storage.read(LOG) or b"").splitlines())
+
+    def append(self, content: Mapping[str, Any]) -> Entry:
+        """Add an entry by an atomic, synced write; what it refers to must be on the disk."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        entry = _sealed({"number": len(self.entries), "time": now, **content, "previous": self._head})
+        lines = [*self._lines, _line(entry)]
+        self._storage.write(LOG, b"".join(lines))
+        self._lines = lines
+        self.entries.append(entry)
+        return entry
+
+    def commit(self, change: Change, model: dict[str, Tensor], facts: Mapping[str, Any], started: float) -> Entry:
+        """Make an answered request durable and return its entry; its history has been written.
+
+        All files of the entry are written under its number first. The request holds from the moment that the log has
+        the entry: whatever ends the process before has changed nothing, and `settle` finishes the rest afterwards.
+
+        Args:
+            change: of the training samples.
+            model: state of the new model.
+            facts: further content of the entry, such as the history's digest.
+            started: ``time.perf_counter()`` when work on the request began.
+
+        Raises:
+            UserError: the disk is full; the error says if the request holds all the same.
+        """
+        number = len(self.entries)
+        save_tensors(self._storage, _model_file(number), model)
+        ids = torch.cat([change.gone, change.came]).numpy()
+        in_use = np.arange(len(ids)) >= len(change.gone)
+        self._storage.write_table(_change_file(number), pa.table({"id": ids, "in_use": in_use}))
+        digests = {
+            "changes": self._storage.digest(_change_file(number)),
+            "model": self._storage.digest(_model_file(number)),
+        }
+        if change.new:
+            self._write_rows(number, change.new)
+            digests["rows"] = self._storage.digest(_rows_file(number))
+        content = {
+            "kind": "change",
+            "requests": list(change.requests),
+            "deleted": len(change.gone),
+            "restored": len(change.came),
+            "new": len(change.new) if change.new else 0,
+            **digests,
+            **facts,
+            "seconds": time.perf_counter() - started,
+        }
+        try:
+            entry = self.append(content)
+            self.settle()
+        except UserError as error:
+            if self.stored() == number:
+                raise
+            rest = "the request holds all the same, and the next command on the run does the rest"
+            raise UserError(f"{error}; {rest}") from None
+        return entry
+
+    def settle(self) -> None:
+        """Finish the last commit, if its process died: put the model in place and delete what is no longer needed.
+
+        Raises:
+            UserError: the model is neither that of the last entry nor the one before, or the disk cannot be written.
+        """
+        expected = self.last["model"]
+        here = self._storage.digest(MODEL)
+        if here not in [entry["model"] for entry in self.entries[-2:]]:
+            raise UserError(f"{self._storage.root}/{MODEL} is not the model of the log's last entry: one was changed")
+        if here != expected:
+            name = _model_file(self.last["number"])
+            self._check(name, expected)
+            self._storage.write(MODEL, self._storage.read(name) or b"")
+        self._folder.note_change(MODEL)
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        """Delete the files of replaced histories, and of requests that failed or were killed.
+
+        Raises:
+            UserError: one cannot be deleted.
+        """
+        for path in self._leftovers(self.stored() - 1):
+            try:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)  # it may be listed twice
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"cannot delete {str(path)!r}, which no longer belongs to the run: {reason}") from None
+        for name in ("requests", "added"):
+            with suppress(OSError):  # not empty, or missing
+                (self._root / name).rmdir()
+
+    def _leftovers(self, last: int) -> list[Path]:
+        left = [path for path in self._root.glob("versions/*") if path.name != f"{last:05d}" and path.is_dir()]
+        left += self._root.glob(f"*{PART}")
+        for name in ("requests", "added"):
+            for path in self._root.glob(f"{name}/*"):
+                number = path.name.partition(".")[0]
+                is_later = number.isdecimal() and int(number) > last
+                if is_later or path.name.endswith(PART):
+                    left.append(path)
+        return left
+
+    def changed_ids(self, entry: Entry) -> tuple[Tensor, Tensor]:
+        """Return the ids that an entry changed, int64 [m], and whether they are in use since, bool [m].
+
+        Raises:
+            UserError: the file is not what the entry names.
+        """
+        name = _change_file(entry["number"])
+        self._check(name, entry["changes"])
+        table = self._storage.read_table(name)
+        assert table is not None
+        return torch.tensor(table["id"].to_numpy()), torch.tensor(table["in_use"].to_numpy())
+
+    def added_rows(self, entry: Entry) -> Split:
+        """Open the samples that an entry added.
+
+        Raises:
+            UserError: the file is not what the entry names.
+        """
+        name = _rows_file(entry["number"])
+        self._check(name, entry["rows"])
+        return Store(self._root / name).as_split()
+
+    @property
+    def _head(self) -> str:
+        return self.entries[-1]["digest"] if self.entries else ""
+
+    def _check(self, name: str, digest: str) -> None:
+        if self._storage.digest(name) != digest:
+            raise UserError(f"'{self._storage.root}/{name}' is missing or corrupt: its digest is not that of the log")
+
+    def _write_rows(self, number: int, split: Split) -> None:
+        path = self._root / _rows_file(number)
+        unfinished = path.with_suffix(PART)
+        header = Header("pixels" if split.kind is IMAGES else "rows", split.shape, split.classes)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write(unfinished, header, _blocks(split))
+            unfinished.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+
+def digest(content: bytes) -> str:
+    """Return 16 bytes of BLAKE2b as hexadecimal, as ``Storage.digest`` does of a file."""
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+def _model_file(number: int) -> str:
+    return f"versions/{number:05d}/{MODEL}"
+
+
+def _change_file(number: int) -> str:
+    return f"requests/{number:05d}.parquet"
+
+
+def _rows_file(number: int) -> str:
+    return f"added/{number:05d}.arrow"
+
+
+def _sealed(body: Mapping[str, Any]) -> Entry:
+    """Return an entry with its digest."""
+    return {**body, "digest": digest(json.dumps(body, sort_keys=True).encode())}
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
+
+
+def _blocks(split: Split) -> Iterator[Block]:
+    y = split.y.numpy()
+    for start in range(0, len(split), ROWS_AT_ONCE):
+        indices = np.arange(start, min(start + ROWS_AT_ONCE, len(split)))
+        x = split.take(indices)
+        yield Block(x, y[indices], sample=x)

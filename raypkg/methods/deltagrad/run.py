@@ -1,0 +1,285 @@
+"""A recorded run: its settings, samples and history, and the samples that its model is trained on now."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, count, islice, pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raypkg.core.config import load_settings
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+from raypkg.data import Data
+from raypkg.data.split import Split, Take
+from raypkg.engine.batches import shuffled
+from raypkg.experiments.samples import Samples, forget_samples, new_model, open_any_samples
+from raypkg.experiments.trust import stored_settings
+from raypkg.runs.checkpoints import load_tensors
+from raypkg.runs.folder import MODEL, RunFolder
+from raypkg.runs.sealed import CONFIG
+
+from .history import History, Layout, history_folder
+from .journal import LOG, Change, Entry, Journal, digest
+from .objective import Objective, assign, to_vector
+from .settings import REPLAYED, DeltaGradSettings
+
+ROWS = "rows.parquet"  # digests of the training split's rows, and its standardisation
+FACTS = ("mean", "std", "shape", "classes")  # metadata of the digests
+BLOCK = 1 << 14  # rows read at once
+# Settings that may change after training. Those of training have a single value, or did not affect the recorded steps.
+FREE: dict[str, Any] = {"cluster": True, "track": True, "replay": True, "train": {*REPLAYED, "from_", "micro_batch"}}
+
+
+def begin_journal(folder: RunFolder, settings: DeltaGradSettings, samples: Samples, history: str) -> None:
+    """Write the first entry of a trained run, with the digest of its history, unless it is there."""
+    journal = Journal(folder)
+    if journal.entries:
+        return
+    split = samples.data.train
+    facts = {name: getattr(split, name) for name in FACTS}
+    table = pa.table({"digest": row_digests(split)})
+    folder.storage.write_table(ROWS, table.replace_schema_metadata({"effray": json.dumps(facts)}))
+    journal.append(
+        {
+            "kind": "train",
+            "samples": len(samples.train_indices),
+            "settings": settings_digest(settings),
+            "rows": folder.storage.digest(ROWS),
+            "model": folder.storage.digest(MODEL),
+            "history": history,
+        }
+    )
+
+
+@contextmanager
+def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
+    """Open a recorded run, locked against other processes.
+
+    Raises:
+        UserError: it was not recorded to its end, another process has it open, or see ``RecordedRun``.
+    """
+    log = folder.storage.read(LOG)
+    if log is None and not folder.storage.list("versions"):
+        raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
+    if log is None:
+        _check_finished(folder)
+    if not log:
+        raise UserError(f"{folder.storage.root}/{LOG} is missing or empty: what was done to the run is lost")
+    with folder.storage.alone(f"run {folder.name!r}"):
+        forget_samples()  # the data set may have changed since this process opened it
+        yield RecordedRun(folder)
+
+
+class RecordedRun:
+    """A recorded run with everything that was deleted from and added to it since.
+
+    Inside, an id is a position in the training split; added samples are numbered on from its end, in the order of their
+    requests. If the split has ids of its own, users give and see those. The journal's last entry describes the run;
+    files that it does not name are ignored.
+
+    Args:
+        folder: of a run of `effray deltagrad train`.
+
+    Raises:
+        UserError: the run has no history, its log is damaged, or model or data set are not those of the log.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.storage = folder.storage
+        self.journal = Journal(folder)
+        first, *changes = self.journal.entries
+        if not changes:
+            _check_finished(folder)
+        where = f"{folder.storage.root}/{CONFIG}"
+        values = stored_settings(folder)
+        try:
+            self.settings = load_settings(DeltaGradSettings, values)
+        except UserError as error:
+            raise UserError(f"{where} is damaged: {error}") from None
+        if settings_digest(self.settings) != first["settings"]:
+            raise UserError(f"{where} is not that of the recorded training: it or {LOG} was changed")
+
+        if folder.storage.digest(ROWS) != first["rows"]:
+            raise UserError(f"{folder.storage.root}/{ROWS} is missing or corrupt: its digest is not that of the log")
+        rows = folder.storage.read_table(ROWS)
+        assert rows is not None
+        self.samples = _standardised_as_trained(rows, open_any_samples(self.settings))
+        self.journal.settle()
+
+        train = self.samples.data.train
+        self._groups = [train]  # the training split, and each group of samples that was added
+        self.active = torch.zeros(len(train), dtype=torch.bool)  # [ids], True for samples in use
+        self.active[self.samples.train_indices] = True
+        for entry in changes:
+            self._apply(entry)
+
+        # Deleted rows may have been blanked since.
+        changed = torch.from_numpy(row_digests(train) != rows["digest"].to_numpy())
+        changed_in_use = (changed & self.active[: len(train)]).nonzero()
+        if len(changed_in_use):
+            raise UserError(
+                f"sample {int(changed_in_use[0])} of the data set is not what it was in the recorded training"
+            )
+
+    @property
+    def split(self) -> Split:
+        """All samples that were ever in the training split, by id."""
+        return joined(*self._groups)
+
+    @property
+    def membership(self) -> "Membership":
+        """The batch of every sample."""
+        ends = list(accumulate(len(group) for group in self._groups))
+        added = tuple(torch.arange(start, end) for start, end in pairwise(ends))
+        return Membership(self.samples.train_indices, added, self.settings.train.batch_size, self.settings.seed)
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of the run's model."""
+        return Objective.of(self.settings.model, self.samples.data.train)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the history file."""
+        return Layout.of(new_model(self.settings, self.samples.data), self.settings.history.dtype)
+
+    def history(self) -> History:
+        """Open the record of the training as the last entry left it."""
+        last = self.journal.last
+        return History(history_folder(self.storage, last["number"]), self.layout, last["history"])
+
+    def weights(self) -> Tensor:
+        """Return the current weights, float64 [p], in the order of ``model.parameters()``."""
+        saved = load_tensors(self.storage, MODEL)
+        model = new_model(self.settings, self.samples.data)
+        return to_vector(saved[name].double() for name, _ in model.named_parameters())
+
+    def commit(self, change: Change, w: Tensor, facts: dict[str, Any], started: float) -> Entry:
+        """Make a change and the weights w that it leads to durable, see `Journal.commit`."""
+        model = new_model(self.settings, self.samples.data).double()
+        assign(model, w)
+        entry = self.journal.commit(change, model.state_dict(), facts, started)
+        self._apply(entry)
+        return entry
+
+    def _apply(self, entry: Entry) -> None:
+        ids, in_use = self.journal.changed_ids(entry)
+        if entry["new"]:
+            self._groups.append(self.journal.added_rows(entry))
+            self.active = torch.cat([self.active, torch.ones(entry["new"], dtype=torch.bool)])
+        self.active[ids] = in_use
+
+
+def _check_finished(folder: RunFolder) -> None:
+    if folder.summary is None:
+        missing = f"{folder.storage.root}/summary.json is missing: the run is not finished"
+        raise UserError(f"{missing}, `effray deltagrad train --resume {folder.name}` resumes it")
+
+
+def settings_digest(settings: DeltaGradSettings) -> str:
+    """Return the digest of all settings that affect the recorded steps."""
+    values = settings.model_dump(mode="json", exclude=FREE)
+    return digest(json.dumps(values, sort_keys=True).encode())
+
+
+def _standardised_as_trained(rows: pa.Table, samples: Samples) -> Samples:
+    """Return samples with the recorded training's standardisation: that of the data set changes with deleted rows."""
+    split = samples.data.train
+    facts = json.loads(rows.schema.metadata[b"effray"])
+    for what, was, now in (
+        ("samples", len(rows), len(split)),
+        ("shape", facts["shape"], list(split.shape)),
+        ("classes", facts["classes"], list(split.classes)),
+    ):
+        if was != now:
+            raise UserError(f"the data set is not that of the recorded training: its {what} were {was} and are {now}")
+    mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    data = Data(*(replace(part, mean=mean, std=std) for part in samples.data))
+    return samples._replace(data=data)
+
+
+def row_digests(split: Split) -> np.ndarray:
+    """Return a number for each sample, uint64 [n]: Σ_j r_j·x_j mod 2⁶⁴ with random odd r and x as 64-bit words.
+
+    Its label and its id, if it has one, are among the words. This detects accidental changes, not malicious ones.
+    """
+    digests = []
+    for start in range(0, len(split), BLOCK):
+        rows = np.arange(start, min(start + BLOCK, len(split)))
+        x = np.ascontiguousarray(split.take(rows))
+        content = x.reshape(len(rows), -1).view(np.uint8)  # [b, bytes]
+        padding = np.zeros((len(rows), -content.shape[1] % 8), np.uint8)  # to whole words
+        columns = [np.concatenate([content, padding], axis=1).view(np.uint64)]
+        for numbers in (split.y, split.ids):
+            if numbers is not None:
+                columns.append(numbers.numpy()[rows, None].astype(np.uint64))
+        words = np.concatenate(columns, axis=1)  # [b, ⌈bytes/8⌉ + 1 or 2]
+        rng = np.random.default_rng(0)  # the same factors for every block
+        factors = rng.integers(2**63, size=words.shape[1], dtype=np.uint64) * 2 + 1
+        digests.append(words @ factors)
+    return np.concatenate(digests)
+
+
+# The order of the samples
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The batch of every sample that was ever in the training.
+
+    Samples of the first training keep the places that the loop gave them. Those added later are drawn a batch per
+    epoch, group by group. A place stays reserved: a deleted sample that is added back returns to it.
+    """
+
+    trained: Tensor  # samples of the first training, int64 [n]
+    added: tuple[Tensor, ...]  # groups of later ones
+    batch_size: int  # of the first training
+    seed: int  # names every draw
+
+    def batches(self, steps: int) -> Iterator[Tensor]:
+        """Yield all samples with a place in the batch of each step, deleted ones too."""
+        return islice((batch for epoch in count() for batch in self.epoch(epoch)), steps)
+
+    def epoch(self, epoch: int) -> list[Tensor]:
+        """Return all samples with a place in each batch of an epoch, deleted ones too."""
+        parts = shuffled(len(self.trained), self.batch_size, self.seed, epoch)
+        batches = [self.trained[part] for part in parts]
+        for number, group in enumerate(self.added):
+            rng = generator(self.seed, "added", number, epoch)
+            places = torch.randint(len(batches), (len(group),), generator=rng)  # [group], a batch for each sample
+            for place, batch in enumerate(batches):
+                batches[place] = torch.cat([batch, group[places == place]])
+        return batches
+
+
+def joined(*splits: Split) -> Split:
+    """Return aligned splits as one, their samples one after another.
+
+    If the first has ids, those of the others are numbered on from the largest of them.
+    """
+    takes = [split.take for split in splits]
+    starts = [0, *accumulate(map(len, splits))]  # of each split, and the end
+    y = torch.cat([split.y for split in splits])
+    ids = splits[0].ids
+    if ids is not None:
+        begin = int(ids.max()) + 1
+        ids = torch.cat([ids, torch.arange(begin, begin + len(y) - len(ids))])
+    return replace(splits[0], take=partial(_take_joined, takes, starts), y=y, ids=ids)
+
+
+def _take_joined(takes: Sequence[Take], starts: Sequence[int], indices: np.ndarray) -> np.ndarray:
+    if not len(indices) or indices.max() < starts[1]:
+        return takes[0](indices)
+    owner = np.searchsorted(starts, indices, side="right") - 1  # [b], the split of each sample
+    gathered = [takes[k](indices[owner == k] - starts[k]) for k in np.unique(owner)]
+    grouped = np.concatenate(gathered)  # split after split
+    out = np.empty_like(grouped)
+    out[np.argsort(owner, kind="stable")] = grouped  # back to the given order
+    return out
