@@ -7,6 +7,12 @@ import threading
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from raypkg.studies.order import Order, filled
+from raypkg.studies.pages import sweep_page
+from raypkg.studies.spaces import Space
+from raypkg.studies.standing import front, ranked
+from raypkg.studies.sweep import resume_sweep
+from raypkg.studies.sweep_folder import create_sweep, find_sweep, is_sweep
 
 from raypkg.cli import main
 from raypkg.cluster.trials import Paced
@@ -21,13 +27,7 @@ from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
 from raypkg.studies import plots as sweep_plots
 from raypkg.studies.figures import TrialRun
-from raypkg.studies.order import Order, filled
-from raypkg.studies.pages import sweep_page
 from raypkg.studies.show import conclude, show_sweep
-from raypkg.studies.spaces import Space
-from raypkg.studies.standing import front, ranked
-from raypkg.studies.sweep import resume_sweep
-from raypkg.studies.sweep_folder import create_sweep, find_sweep, is_sweep
 from raypkg.studies.tables import Table
 from raypkg.studies.trial import run_trial
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ray import tune
+from raypkg.studies.spaces import Space, check_space, find_space, open_space, read_space, space_of
+from raypkg.studies.trial_settings import varied
 
 from raypkg.cluster.search import draw_settings
 from raypkg.core.config import load_settings, parse_toml, to_toml
@@ -14,8 +16,6 @@ from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.resolve import check_names
 from raypkg.methods.sparse.settings import SparseSettings
 from raypkg.studies.figures import METRICS
-from raypkg.studies.spaces import Space, check_space, find_space, open_space, read_space, space_of
-from raypkg.studies.trial_settings import varied
 
 N = 45_000  # training samples
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))

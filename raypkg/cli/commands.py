@@ -8,10 +8,9 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, export_format
 from raypkg.runs import ROOT
 
-from .comparing import compare_tables, report_page
 from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
 from .runs import list_runs, remove_runs
-from .tune import tune
+from .studies import compare_tables, report_page, tune
 
 
 def with_dashes(name: str) -> str:
@@ -82,22 +81,20 @@ def show(run: str, root: str, against: str | None) -> None:
     from raypkg.runs.folder import locate
     from raypkg.runs.show import show_run as print_run
     from raypkg.runs.show import terminal
-    from raypkg.studies.comparison_show import show_comparison
-    from raypkg.studies.show import show_resumption, show_sweep
-    from raypkg.studies.sweep_folder import SweepFolder, is_sweep
+    from raypkg.studies.show import show_resumption, show_study
+    from raypkg.studies.study import Study, is_study
 
     from .unfinished import show_how_far
 
     folder = locate(root, run)
     other = None if against is None else locate(root, against)
-    sweeps = [each.name for each in (folder, other) if each and is_sweep(each.storage)]
+    sweeps = [each.name for each in (folder, other) if each and is_study(each.storage)]
     if sweeps and other:
         raise UserError(f"--against: {sweeps[0]} is a sweep, and only runs are compared")
     if sweeps:
-        sweep = SweepFolder(folder.storage)
-        print_sweep = show_comparison if sweep.table else show_sweep
-        print_sweep(sweep, terminal())
-        show_resumption(sweep, root, terminal())
+        study = Study(folder.storage)
+        show_study(study, terminal())
+        show_resumption(study, root, terminal())
         return
     comparison = compare(folder, other) if other else None
     if folder.summary is None:
@@ -127,10 +124,10 @@ def export(run: str, root: str, form: str) -> None:
     from raypkg.experiments.trust import stored_settings
     from raypkg.runs.folder import locate
     from raypkg.runs.show import terminal
-    from raypkg.studies.sweep_folder import is_sweep
+    from raypkg.studies.study import is_study
 
     folder = locate(root, run)
-    if is_sweep(folder.storage):
+    if is_study(folder.storage):
         raise UserError(f"{folder.name} is a sweep, and only runs are exported: give one of its trials")
     kind = experiment[folder.storage.parent.name]
     settings = load_stored(training_settings_of(kind), stored_settings(folder))

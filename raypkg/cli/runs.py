@@ -26,8 +26,7 @@ def list_runs(kind: str | None, root: str, last: int | None) -> None:
         effray list --last 20
     """
     from raypkg.runs.listing import in_columns, runs_of
-    from raypkg.studies.folding import folded
-    from raypkg.studies.sweep_folder import FOLDER
+    from raypkg.studies.study import FOLDER, folded
 
     kinds = experiment.names
     if kind and kind not in (*kinds, FOLDER):
@@ -56,10 +55,10 @@ def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> No
         effray train --name useless && effray rm useless --yes
     """
     from raypkg.runs.removal import doomed, held, remove
-    from raypkg.studies.belonging import with_sweeps
+    from raypkg.studies.study import with_studies
 
     named = [doomed(root, run) for run in runs]
-    folders, locked = with_sweeps(named, trials)
+    folders, locked = with_studies(named, trials)
     with held(locked):
         pass
     if not (yes or _agreed([folder.root for folder in folders])):

@@ -10,7 +10,7 @@ from raypkg.runs.activity import resuming, state_of
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.show import show_unfinished, terminal
 from raypkg.runs.stages import Stage
-from raypkg.studies.belonging import sweep_around
+from raypkg.studies.study import study_around
 
 
 def show_how_far(folder: RunFolder, root: str) -> None:
@@ -24,7 +24,7 @@ def show_how_far(folder: RunFolder, root: str) -> None:
     storage = folder.storage
     try:
         stages = _stages(folder)
-        if sweep := sweep_around(storage):
+        if sweep := study_around(storage):
             storage = sweep.storage  # whoever runs the sweep holds its lock
         resume = resume_command(folder, root)
     except UserError as error:
@@ -43,7 +43,7 @@ def resume_command(folder: RunFolder, root: str) -> str:
         UserError: there is a sweep that it may be of, whose record is damaged.
     """
     storage = folder.storage
-    if sweep := sweep_around(storage):
+    if sweep := study_around(storage):
         return resuming(sweep.command, sweep.storage, root)
     return resuming(_command(storage.parent.name), storage, root)
 

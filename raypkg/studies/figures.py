@@ -1,16 +1,35 @@
-"""The figures of a trial: what its run folder holds at one moment, read once."""
+"""Figures of trials: metrics and costs of their runs, means over seeds, paired differences, and Pareto fronts."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Hashable, Iterable, Mapping
+from statistics import fmean, stdev
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
+from raypkg.core.config import load_settings
+from raypkg.core.errors import UserError
+from raypkg.core.settings import RunSettings
+from raypkg.runs.agreement import SCORES, picks_of, rank_correlation
 from raypkg.runs.folder import RunFolder
+
+AFTER = "after.json"  # in a trial's run folder: figures of the function that followed the finished run
+EVALUATE = "evaluate"  # the part of a phase that measures, which is no cost of the method
+MAXIMA = ("memory", "device_memory")  # figures of a bill that are not added up
+CONFIDENCE = 0.95
+DONE = "done"
+K = TypeVar("K", bound=Hashable)
+Row = Mapping[str, Any]  # number, run, state, figures and settings of a trial
 
 
 class Metric(NamedTuple):
-    """A figure of a run: which way it is better, whether every epoch has it or the end alone, and of what it is."""
+    """A figure by which trials are compared."""
 
+    # max or min
     mode: str
+    # Measured at epochs, not only at the end of a run.
     each_epoch: bool
+    # Measured on held-out samples.
     held_out: bool = False
 
 
@@ -27,49 +46,246 @@ METRICS = {
 
 
 class TrialRun:
-    """What the run folder of a trial holds.
-
-    Args:
-        folder: of the run, which may not exist yet.
+    """The run folder of a trial, read once; the run may not exist yet.
 
     Attributes:
         rows: metrics of the main training.
-        epochs: that it has had.
-        summary: the manifest of a run that is done, or None.
+        epochs: epochs of the main training so far.
+        summary: the manifest of a finished run, or None.
     """
 
     def __init__(self, folder: RunFolder):
+        self.folder = folder
         self.rows = [row for row in folder.rows if row.get("main")]
         self.epochs: int = max((row["epoch"] for row in self.rows), default=0)
         self.summary = folder.summary
-        # Until the summary has the whole bill, what came before the main training is in the records of the phases.
-        self._paid_before = 0 if self.summary else _backward_of_phases(folder)
+        # Until there is a manifest with the whole bill, the records of finished phases hold the cost of what came
+        # before the main training.
+        self._backward_before = 0
+        if not self.summary:
+            for file in folder.storage.list("phases"):
+                record = folder.phase(file.removesuffix(".json")) or {}
+                self._backward_before += sum(cost["backward"] for cost in record.get("costs", ()))
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """Return epoch and metric, where it was measured."""
+        """Return epochs and a metric, where it was measured."""
         return [(row["epoch"], row[metric]) for row in self.rows if row.get(metric) is not None]
 
+    def backward_curve(self, metric: str) -> list[tuple[float, float]]:
+        """Return samples back-propagated over all phases so far and a metric; nothing for an unfinished run."""
+        rows = [row for row in self.rows if row.get(metric) is not None and row.get("backward") is not None]
+        if not (rows and self.summary):
+            return []
+        before = bill(self.summary)["backward"] - self.rows[-1]["backward"]
+        return [(before + row["backward"], row[metric]) for row in rows]
+
     def figures(self) -> dict[str, Any]:
-        """Return the last value of every metric, and how many epochs of the main training there are."""
+        """Return the last value of every metric, and the epochs of the main training."""
         last: dict[str, Any] = {"epochs": self.epochs}
-        for row in self.rows:
-            last |= _metrics_in(row)
+        for values in (*self.rows, self.summary or {}):
+            last |= {name: values[name] for name in METRICS if values.get(name) is not None}
         if self.summary:
-            last |= _metrics_in(self.summary)
             last["backward"] = sum(phase["backward"] for phase in self.summary["phases"])
         elif "backward" in last:
-            last["backward"] += self._paid_before
+            last["backward"] += self._backward_before
         return last
 
 
-def _metrics_in(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: values[name] for name in METRICS if values.get(name) is not None}
+def bill(summary: Mapping[str, Any], phase: str | None = None) -> dict[str, float]:
+    """Return the cost of a run or of one of its phases, without evaluations.
+
+    ``work`` is (forward + 2 · backward) / 3 samples: a backward pass counts as two forward passes.
+    """
+    parts = []
+    for part in summary["phases"]:
+        name, _, rest = part["phase"].partition(": ")
+        if EVALUATE not in (name, rest) and phase in (None, name):
+            parts.append(part)
+    total: dict[str, float] = {}
+    for name in ("forward", "backward", "seconds", "total_seconds", "waited", *MAXIMA):
+        values = [part.get(name, 0) for part in parts]
+        total[name] = max(values, default=0) if name in MAXIMA else sum(values)
+    return total | {"work": (total["forward"] + 2 * total["backward"]) / 3}
 
 
-def _backward_of_phases(folder: RunFolder) -> int:
-    """Return the samples that the finished phases of a run have back-propagated."""
-    backward = 0
-    for file in folder.storage.list("phases"):
-        record = folder.phase(file.removesuffix(".json")) or {}
-        backward += sum(cost["backward"] for cost in record.get("costs", ()))
-    return backward
+# Columns of tables
+
+
+def column_figure(name: str, run: TrialRun, baseline: TrialRun | None) -> float | None:
+    """Return the figure that a column of a table names, or None if the finished run has none of that name.
+
+    Args:
+        name: an entry of ``MEASURES``; ``PHASE.KEY``, such as ``pretrain.total_seconds``, for the bill of a phase;
+            otherwise a figure of the manifest or of what followed the run.
+        run: the trial's.
+        baseline: the finished baseline of the same case and seed, if there is one.
+    """
+    summary = run.summary or {}
+    if name in MEASURES:
+        return MEASURES[name](run, baseline)
+    phase, dot, key = name.partition(".")
+    if dot and any(part["phase"].partition(": ")[0] == phase for part in summary["phases"]):
+        value = bill(summary, phase).get(key)
+    else:
+        value = {**summary, **(run.folder.storage.read_json(AFTER) or {})}.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+def _spearman(run: TrialRun, baseline: TrialRun | None) -> float | None:
+    """Return Spearman's rank correlation with the baseline's scores."""
+    return None if baseline is None else rank_correlation(run.folder, baseline.folder)
+
+
+def _overlap(run: TrialRun, baseline: TrialRun | None) -> float | None:
+    """Return the share of the picks that are also the baseline's."""
+    if baseline is None:
+        return None
+    try:
+        picked = picks_of(run.folder)
+        others = picks_of(baseline.folder)
+    except UserError:  # one of them trained on all samples
+        return None
+    return len(np.intersect1d(picked, others)) / len(picked)
+
+
+def _noise_auc(run: TrialRun, _: TrialRun | None) -> float | None:
+    """Return the area under the ROC curve of the scores as detectors of wrong labels."""
+    from raypkg.experiments.samples import open_samples
+
+    table = run.folder.storage.read_table(SCORES)
+    if table is None:
+        return None
+    parts = {name: run.folder.config[name] for name in ("seed", "dataset")}
+    split = open_samples(load_settings(RunSettings, parts)).data.train
+    if split.truth is None:
+        return None
+    wrong = (split.y != split.truth).numpy()[table["index"].to_numpy()]
+    return area_under_curve(table["score"].to_numpy(), wrong)
+
+
+def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float | None:
+    """Return the probability that a positive sample scores higher than a negative one; ties count half.
+
+    >>> area_under_curve(np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, False, True, True]))
+    0.875
+    """
+    if positive.all() or not positive.any():
+        return None
+    from scipy.stats import mannwhitneyu
+
+    negative_scores = scores[~positive]
+    pairs_won = mannwhitneyu(scores[positive], negative_scores, method="asymptotic").statistic
+    return float(pairs_won / (positive.sum() * len(negative_scores)))
+
+
+def _critical_path(run: TrialRun, _: TrialRun | None) -> float | None:
+    """Return pre-training's samples backward on the critical path, with a worker for every model."""
+    summary = run.summary or {}
+    samples = summary.get("pretrain_critical_samples")
+    return bill(summary, "pretrain")["backward"] if samples is None else samples
+
+
+MEASURES = {
+    "spearman": _spearman,
+    "overlap": _overlap,
+    "noise_auc": _noise_auc,
+    "critical_path": _critical_path,
+}
+
+
+# Over seeds
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds."""
+
+    mean: float
+    # Standard deviation with n − 1; NaN for one seed.
+    std: float
+    seeds: int
+
+
+class Difference(NamedTuple):
+    """A mean of differences from the baseline of the same seeds."""
+
+    mean: float
+    # Half the width of the 95 % interval, t · s / √n; NaN for one seed.
+    half: float
+    seeds: int
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the interval excludes zero."""
+        return abs(self.mean) > self.half
+
+
+def estimated(values: Iterable[float]) -> Estimate | None:
+    """Return mean and standard deviation, or None without any value.
+
+    >>> estimated([1.0, 2.0, 3.0])
+    Estimate(mean=2.0, std=1.0, seeds=3)
+    """
+    known = list(values)
+    if not known:
+        return None
+    return Estimate(fmean(known), stdev(known) if len(known) > 1 else math.nan, len(known))
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Return the mean difference from the baseline over the seeds of both, with Student's interval.
+
+    >>> paired_difference({0: 2.0, 1: 4.0, 2: 9.0}, {0: 1.0, 1: 2.0}).mean
+    1.5
+    """
+    differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
+    n = len(differences)
+    if not n:
+        return None
+    if n == 1:
+        return Difference(differences[0], math.nan, 1)
+    from scipy.stats import t
+
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    return Difference(fmean(differences), quantile * stdev(differences) / math.sqrt(n), n)
+
+
+# Order of trials
+
+
+def ranked(results: Iterable[Row], metric: str, mode: str) -> list[Row]:
+    """Return trials from best to worst, of equal ones the cheapest first; done trials precede all others."""
+    sign = -1 if mode == "max" else 1
+
+    def key(row: Row) -> tuple[int, float, int]:
+        if row.get(metric) is None:
+            return 2, 0.0, 0
+        return int(row["state"] != DONE), sign * row[metric], row.get("backward", 0)
+
+    return sorted(results, key=key)
+
+
+def front(points: Mapping[K, tuple[float, float]], mode: str) -> list[K]:
+    """Return the Pareto front of (cost, value) points, the cheapest first.
+
+    >>> front({"a": (100, 0.8), "b": (200, 0.9), "c": (150, 0.7), "d": (300, 0.9)}, "max")
+    ['a', 'b']
+    """
+    sign = 1 if mode == "max" else -1
+    best = -math.inf
+    keys = []
+    for key, (_, value) in sorted(points.items(), key=lambda point: (point[1][0], -sign * point[1][1])):
+        if sign * value > best:  # better than everything cheaper
+            best = sign * value
+            keys.append(key)
+    return keys
+
+
+def measured_points(results: Iterable[Row], metric: str) -> dict[int, tuple[float, float]]:
+    """Return samples backward and metric of the done trials, by number."""
+    points = {}
+    for row in results:
+        if row["state"] == DONE and row.get(metric) is not None and row.get("backward") is not None:
+            points[row["trial"]] = (row["backward"], row[metric])
+    return points

@@ -1,8 +1,7 @@
-"""What came of a comparison: the runs of each row in each case, their figures by seed, and how rows compare."""
+"""Outcomes of a comparison: figures of each row and case over the seeds, beside the baseline's."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,59 +9,57 @@ from typing import Any
 
 import numpy as np
 
-from .figures import METRICS, TrialRun
-from .measures import bill, figure
-from .paired import Difference, Estimate, estimated, paired_difference
-from .standing import front
-from .sweep_folder import DONE, SweepFolder
-from .tables import Table, renamed
+from .figures import (
+    DONE,
+    METRICS,
+    Difference,
+    Estimate,
+    TrialRun,
+    bill,
+    column_figure,
+    estimated,
+    front,
+    paired_difference,
+)
+from .study import Study
+from .tables import Table
 
 COSTS = ("forward", "backward", "work", "seconds", "memory")
-CURVE = "accuracy"  # what curves and goals are about, unless a goal names another metric
-By = Mapping[int, float]  # a figure by seed
+CURVE = "accuracy"  # the metric of the learning curves
 
 
 @dataclass(frozen=True)
 class GoalCost:
-    """What it cost to reach a goal.
+    """The cost of reaching a goal."""
 
-    Attributes:
-        backward: samples back-propagated until then, over the seeds that reached it.
-        seeds: how many did.
-        of: how many could have.
-    """
-
+    # Samples back-propagated until then, over the seeds that reached it.
     backward: Estimate | None
+    # Number of seeds that reached it, and of those that measured the metric.
     seeds: int
     of: int
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table in one of its cases.
-
-    Attributes:
-        row: its label.
-        seeds: those that are done.
-        of: how many there are to be.
-        value: of the metric.
-        difference: from the baseline; None of the baseline itself.
-        costs: forward, backward, work, seconds and memory.
-        goals: by metric and value.
-        columns: further figures by heading.
-        curve: samples back-propagated and mean held-out accuracy, epoch by epoch.
-        on_front: whether no other row has a better value for no more work.
-    """
+    """A row of a table in one case."""
 
     row: str
+    # Done seeds, and the number of requested ones.
     seeds: Sequence[int]
     of: int
+    # The metric.
     value: Estimate | None
+    # From the baseline; None for the baseline itself.
     difference: Difference | None
+    # By the names in COSTS.
     costs: Mapping[str, Estimate]
+    # By metric and value.
     goals: Mapping[tuple[str, float], GoalCost]
+    # By heading.
     columns: Mapping[str, Estimate | None]
+    # Samples back-propagated and mean held-out accuracy, epoch by epoch.
     curve: Sequence[tuple[float, float]]
+    # On the Pareto front of metric against work.
     on_front: bool = False
 
 
@@ -78,65 +75,52 @@ class Outcomes:
     """The runs of a comparison, each read once.
 
     Args:
-        sweep: its folder.
-        table: all of it or some rows, cases and seeds.
+        study: the comparison.
+        table: all of its table, or some rows, cases and seeds.
     """
 
-    def __init__(self, sweep: SweepFolder, table: Table):
-        self.sweep = sweep
+    def __init__(self, study: Study, table: Table):
+        self.study = study
         self.table = table
-        self.numbers = numbers_of(sweep)
-        self._runs: dict[int, TrialRun] = {}
-        self._states: dict[int, str] = {}
+        numbers = study.numbers()
+        self.numbers = {place: numbers.get(table.identity(*place)) for place in table.places()}
+        known = {number for number in self.numbers.values() if number is not None}
+        self.runs = {number: TrialRun(study.run(number)) for number in sorted(known)}
+        self._done = {number for number in known if study.state(number) == DONE}
 
     @cached_property
     def cases(self) -> list[Case]:
-        """Every case, its rows compared."""
-        return [Case(case, self._with_front(self._lines(case))) for case in self.table.cases]
+        """The cases, their rows compared."""
+        return [self._case(case) for case in self.table.cases]
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield each trial as a row of ``results.parquet``."""
-        table = self.table
-        for case, row, seed in trials_of_table(table):
-            number = self.numbers.get(run_identity(table, case, row, seed))
+        """Yield a row of results for each case, row and seed with a trial."""
+        for (case, row, seed), number in self.numbers.items():
             if number is None:
                 continue
-            run = self._run(number)
-            yield {
-                "trial": number,
-                "run": self.sweep.run_name(number),
-                "state": self._state(number),
-                "error": self.sweep.trials[number]["error"],
-                "case": case,
-                "row": row,
-                "seed": seed,
-                **run.figures(),
-                **(bill(run.summary) if run.summary else {}),
-                **{name: self._figure(name, case, row, seed) for name in table.columns.values()},
-            }
+            run = self.runs[number]
+            record = self.study.row(number, run) | {"case": case, "row": row, "seed": seed}
+            record |= bill(run.summary) if run.summary else {}
+            record |= {name: self._figure(name, case, row, seed) for name in self.table.columns.values()}
+            yield record
 
-    @cached_property
-    def summaries(self) -> list[dict[str, Any]]:
-        """The manifest of every finished run, each once, whichever rows it stands for."""
-        trials = {run_identity(self.table, *trial) for trial in trials_of_table(self.table)}
-        runs = [self._run(number) for trial, number in self.numbers.items() if trial in trials]
-        return [run.summary for run in runs if run.summary]
-
-    def _lines(self, case: str) -> list[Line]:
+    def _case(self, case: str) -> Case:
         baseline = self._values(case, self.table.baseline)
-        return [self._line(case, row, baseline) for row in self.table.rows]
+        lines = [self._line(case, row, baseline) for row in self.table.rows]
+        points = {n: (line.costs["work"].mean, line.value.mean) for n, line in enumerate(lines) if line.value}
+        best = front(points, METRICS[self.table.metric].mode)
+        return Case(case, [replace(line, on_front=place in best) for place, line in enumerate(lines)])
 
-    def _line(self, case: str, row: str, baseline: By) -> Line:
+    def _line(self, case: str, row: str, baseline: Mapping[int, float]) -> Line:
         table = self.table
         values = self._values(case, row)
-        runs = {seed: self._done(case, row, seed) for seed in values}
-        bills = [bill(run.summary) for run in runs.values() if run and run.summary]
+        runs = [run for seed in values if (run := self._finished(case, row, seed))]
+        bills = [bill(run.summary) for run in runs if run.summary]
         costs = {name: estimated(each[name] for each in bills) for name in COSTS}
         columns = {}
         for heading, name in table.columns.items():
             found = [self._figure(name, case, row, seed) for seed in values]
             columns[heading] = estimated(value for value in found if value is not None)
-        known = [run for run in runs.values() if run]
         return Line(
             row=row,
             seeds=tuple(values),
@@ -144,119 +128,47 @@ class Outcomes:
             value=estimated(values.values()),
             difference=None if row == table.baseline else paired_difference(values, baseline),
             costs={name: cost for name, cost in costs.items() if cost},
-            goals={(metric, goal): goal_cost(known, metric, goal) for metric, goal in goals_of(table)},
+            goals={goal: goal_cost(runs, *goal) for goal in table.all_goals()},
             columns=columns,
-            curve=mean_curve(known),
+            curve=mean_curve(runs),
         )
 
-    def _with_front(self, lines: Sequence[Line]) -> list[Line]:
-        """Mark the rows that no other beats in both the metric and the work."""
-        metric = self.table.metric
-        rows = [
-            {"trial": place, "state": DONE, metric: line.value.mean, "work": line.costs["work"].mean}
-            for place, line in enumerate(lines)
-            if line.value
-        ]
-        best = set(front(rows, metric, self.sweep.mode, "work"))
-        return [replace(line, on_front=place in best) for place, line in enumerate(lines)]
-
     def _values(self, case: str, row: str) -> dict[int, float]:
-        """Return the metric of each seed that is done."""
+        """Return the metric by done seed."""
         values = {}
         for seed in self.table.seeds:
-            run = self._done(case, row, seed)
+            run = self._finished(case, row, seed)
             value = run.figures().get(self.table.metric) if run else None
             if value is not None:
                 values[seed] = float(value)
         return values
 
     def _figure(self, name: str, case: str, row: str, seed: int) -> float | None:
-        if self._done(case, row, seed) is None:
-            return None
-        number = self.numbers[run_identity(self.table, case, row, seed)]
-        baseline = None
-        if self._done(case, self.table.baseline, seed):
-            other = self.numbers[run_identity(self.table, case, self.table.baseline, seed)]
-            baseline = self.sweep.run(other)
-        return figure(name, self.sweep.run(number), baseline)
+        run = self._finished(case, row, seed)
+        return column_figure(name, run, self._finished(case, self.table.baseline, seed)) if run else None
 
-    def _done(self, case: str, row: str, seed: int) -> TrialRun | None:
-        """Return the run of a trial that is done, or None."""
-        number = self.numbers.get(run_identity(self.table, case, row, seed))
-        if number is None or self._state(number) != DONE:
-            return None
-        return self._run(number)
-
-    def _state(self, number: int) -> str:
-        if number not in self._states:
-            self._states[number] = self.sweep.state(number)
-        return self._states[number]
-
-    def _run(self, number: int) -> TrialRun:
-        if number not in self._runs:
-            self._runs[number] = TrialRun(self.sweep.run(number))
-        return self._runs[number]
-
-
-def trials_of_table(table: Table) -> Iterator[tuple[str, str, int]]:
-    """Yield case, row and seed of every trial, the first seed of all rows first: a stopped comparison has most rows."""
-    for seed in table.seeds:
-        for case in table.cases:
-            for row in table.rows:
-                yield case, row, seed
-
-
-def run_identity(table: Table, case: str, row: str, seed: int) -> str:
-    """Return a text that is the same for trials that are the same run: what it sets, and what follows it."""
-    return _identity_of(table.trial(case, row, seed), table.after.get(row))
-
-
-def numbers_of(sweep: SweepFolder) -> dict[str, int]:
-    """Return the number of each trial of a comparison by its run_identity."""
-    return {
-        _identity_of(trial["settings"], trial.get("after")): number
-        for number, trial in enumerate(sweep.trials)
-        if trial["settings"]
-    }
-
-
-def _identity_of(values: Mapping[str, Any], after: str | None) -> str:
-    return json.dumps([dict(values), after and renamed(after)], sort_keys=True)
-
-
-def goals_of(table: Table) -> list[tuple[str, float]]:
-    """Return every goal as metric and value."""
-    return [(metric, float(value)) for metric, values in table.goals.items() for value in values]
+    def _finished(self, case: str, row: str, seed: int) -> TrialRun | None:
+        """Return the run of a done trial, or None."""
+        number = self.numbers[case, row, seed]
+        return self.runs[number] if number is not None and number in self._done else None
 
 
 def goal_cost(runs: Sequence[TrialRun], metric: str, goal: float) -> GoalCost:
-    """Return what it cost to reach a goal, over the runs that measured the metric."""
-    curves = [_backward_curve(run, metric) for run in runs]
-    curves = [curve for curve in curves if curve]
+    """Return the cost of reaching a goal, over the runs that measured the metric."""
     sign = 1 if METRICS[metric].mode == "max" else -1
+    curves = [curve for run in runs if (curve := run.backward_curve(metric))]
     costs = []
     for curve in curves:
-        enough = (backward for backward, value in curve if sign * value >= sign * goal)
-        first = next(enough, None)
-        if first is not None:
-            costs.append(first)
+        reached = [backward for backward, value in curve if sign * value >= sign * goal]
+        costs += reached[:1]
     return GoalCost(estimated(costs), len(costs), len(curves))
 
 
 def mean_curve(runs: Sequence[TrialRun]) -> list[tuple[float, float]]:
-    """Return the mean learning curve of runs, as far as all of them go."""
-    curves = [curve for run in runs if (curve := _backward_curve(run, CURVE))]
+    """Return the mean learning curve of runs, to the end of the shortest."""
+    curves = [curve for run in runs if (curve := run.backward_curve(CURVE))]
     if not curves:
         return []
     shortest = min(map(len, curves))
     stacked = np.array([curve[:shortest] for curve in curves])  # [runs, epochs, 2]
     return [(float(backward), float(value)) for backward, value in stacked.mean(0)]
-
-
-def _backward_curve(run: TrialRun, metric: str) -> list[tuple[float, float]]:
-    """Return samples back-propagated, over all phases so far, and a metric, where it was measured."""
-    rows = [row for row in run.rows if row.get(metric) is not None and row.get("backward") is not None]
-    if not (rows and run.summary):
-        return []
-    before = bill(run.summary)["backward"] - run.rows[-1]["backward"]  # in the phases before the main training
-    return [(before + row["backward"], row[metric]) for row in rows]

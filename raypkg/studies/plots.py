@@ -1,4 +1,4 @@
-"""The pictures of a sweep: what each setting does, all trials at once, and what accuracy costs."""
+"""The plots of a study: effects of settings, learning curves, rows over seeds, and accuracy against its cost."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,136 +7,115 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, VERMILLION, page, short
+from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, VERMILLION, page
+from raypkg.runs.style import cut, short
+
+from .figures import DONE, Row
+from .outcomes import Case, Line
 
 if TYPE_CHECKING:
     from raypkg.runs.plots import Axes
 
-Row = Mapping[str, Any]  # of a trial
 Results = Sequence[Row]
-Curve = Sequence[tuple[int, float]]  # epoch and metric
+Curve = Sequence[tuple[float, float]]
 Png = str | Path
 COLUMNS = 3  # panels side by side
+LABEL = 28  # characters of a row's name
+WIDE = 8  # largest over smallest value above which an axis is logarithmic
 SMALL: dict[str, Any] = {"color": GREY, "size": 8, **NOTE}
 EMPHASIS: dict[str, Any] = {"color": VERMILLION, "weight": "bold", **NOTE}
-WIDE = 8  # largest over smallest value, above which an axis is logarithmic
+
+
+def is_share(metric: str) -> bool:
+    """Return True if a metric is shown in per cent."""
+    return metric.endswith("accuracy")
+
+
+# Sweeps
 
 
 def against_settings(results: Results, names: Sequence[str], metric: str, path: Png) -> None:
-    """Draw the metric against each setting, a point for each trial; those that are not done are hollow.
-
-    Args:
-        results: a row for each trial, with ``state``, the metric and the settings.
-        names: of the settings that vary.
-        metric: its column.
-        path: the PNG to write.
-    """
-    rows = _measured(results, metric)
+    """Draw the metric against each setting, a point for each trial; those that are not done are hollow."""
+    rows = [row for row in results if row.get(metric) is not None]
     values = [row[metric] for row in rows]
-    colours = [BLUE if row["state"] == "done" else "none" for row in rows]
+    colours = [BLUE if row["state"] == DONE else "none" for row in rows]
     across = max(1, min(COLUMNS, len(names)))
     down = max(1, math.ceil(len(names) / across))
     with page(path) as figure:
-        grid = figure.subplots(down, across, squeeze=False, sharey=True)
-        panels = list(grid.flat)
+        panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
         for axes, name in zip(panels, names, strict=False):
             positions, ticks = _positions([row.get(name) for row in rows])
             axes.scatter(positions, values, s=40, facecolors=colours, edgecolors=BLUE)
             axes.set_title(name)
-            _label_axis(axes, positions, ticks)
+            axes.margins(0.1)
+            if ticks:
+                axes.set_xticks(range(len(ticks)), ticks)
+            elif _spans_decades(positions):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                axes.xaxis.set_minor_formatter("")
         for axes in panels[len(names) :]:
             axes.axis("off")
         figure.supylabel(metric, color=GREY)
-        title = f"{metric} of {len(rows)} trials (hollow: not done)"
-        figure.suptitle(title, x=0.02, ha="left")
+        figure.suptitle(f"{metric} of {len(rows)} trials (hollow: not done)", x=0.02, ha="left")
 
 
-def parallel(
-    results: Results,
-    names: Sequence[str],
-    metric: str,
-    mode: str,
-    path: Png,
-) -> None:
-    """Draw every trial as a line through its settings to its metric; the best quarter stands out.
-
-    Args:
-        results: a row for each trial.
-        names: of the settings that vary.
-        metric: its column, the last axis.
-        mode: max or min.
-        path: the PNG to write.
-    """
-    rows = _measured(results, metric)
-    best = _best_quarter([row[metric] for row in rows], mode)
+def parallel(results: Results, names: Sequence[str], metric: str, mode: str, path: Png) -> None:
+    """Draw every trial as a line through its settings to its metric; the best quarter stands out."""
+    rows = [row for row in results if row.get(metric) is not None]
+    sign = -1 if mode == "max" else 1
+    order = np.argsort([sign * row[metric] for row in rows])
+    best = set(order[: max(1, len(rows) // 4)].tolist())
     columns = [*names, metric]
     with page(path) as figure:
         axes = figure.subplots()
         axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
         axes.set_yticks([])
         axes.grid(axis="y", visible=False)
-        heights = []
-        for place, name in enumerate(columns):
-            values = [row.get(name) for row in rows]
-            heights.append(_draw_column(axes, place, values))
+        heights = [_draw_column(axes, place, [row.get(name) for row in rows]) for place, name in enumerate(columns)]
         for trial, line in enumerate(zip(*heights, strict=True)):
             if trial in best:
                 axes.plot(line, color=VERMILLION, linewidth=2.2, alpha=0.9)
             else:
                 axes.plot(line, color=BLUE, linewidth=1, alpha=0.4)
-        title = f"{len(best)} best of {len(rows)} trials by {metric}, and the others"
-        axes.set_title(title)
+        axes.set_title(f"{len(best)} best of {len(rows)} trials by {metric}, and the others")
 
 
-def learning_curves(
-    curves: Mapping[str, Curve],
-    metric: str,
-    best: str | None,
-    path: Png,
-) -> None:
-    """Draw the metric of every trial against epochs; the best one stands out.
-
-    Args:
-        curves: epoch and metric of each trial, by its name.
-        metric: its name.
-        best: the trial that stands out, if one is done.
-        path: the PNG to write.
-    """
-    measured = {name: curve for name, curve in curves.items() if curve}
-    lines = {name: np.array(curve, dtype=float) for name, curve in measured.items()}  # [epochs, 2] each
-    ends = [line[-1] for line in lines.values()]
-    longest = max((epoch for epoch, _ in ends), default=0)
-    complete = sum(epoch == longest for epoch, _ in ends)
+def learning_curves(curves: Mapping[str, Curve], metric: str, best: str | None, path: Png) -> None:
+    """Draw the metric of every trial, by its name, against epochs; the best trial stands out."""
+    lines = {name: np.array(curve, dtype=float) for name, curve in curves.items() if curve}  # [epochs, 2] each
+    ends = {name: line[-1] for name, line in lines.items()}
+    longest = max((epoch for epoch, _ in ends.values()), default=0)
+    complete = sum(epoch == longest for epoch, _ in ends.values())
     with page(path) as figure:
         axes = figure.subplots()
         for name, line in lines.items():
-            _draw_curve(axes, line, stands_out=name == best)
-        if best in lines:
-            end = lines[best][-1]
-            axes.annotate(best, end, (-4, 8), ha="right", **EMPHASIS)
+            look: dict[str, Any] = {"color": BLUE, "alpha": 0.5, "zorder": 2}
+            if name == best:
+                look = {"color": VERMILLION, "zorder": 3}
+                axes.annotate(name, ends[name], (-4, 8), ha="right", **EMPHASIS)
+            axes.plot(*line.T, **look)
+            axes.plot(*ends[name], "o", markersize=4, **look)
         title = f"{complete} of {len(lines)} trials reached epoch {longest:.0f}"
         axes.set(title=title, xlabel="epoch", ylabel=metric)
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
-def pareto(results: Results, front: Sequence[int], metric: str, path: Png) -> None:
-    """Draw the metric against the samples back-propagated, and the trials that no other beats in both.
+def pareto(points: Mapping[int, tuple[float, float]], front: Sequence[int], metric: str, path: Png) -> None:
+    """Draw the metric against samples back-propagated, and the Pareto front.
 
     Args:
-        results: a row for each trial.
-        front: numbers of those trials, the cheapest first.
-        metric: its column.
+        points: samples back-propagated and metric of the done trials, by number.
+        front: numbers of the trials on the front, the cheapest first.
+        metric: name of the metric.
         path: the PNG to write.
     """
-    rows = [row for row in _measured(results, metric) if _is_comparable(row)]
-    points = {row["trial"]: (row["backward"], row[metric]) for row in rows}
     with page(path) as figure:
         axes = figure.subplots()
-        axes.scatter([row["backward"] for row in rows], [row[metric] for row in rows], color=BLUE)
-        if front:
-            costs, values = zip(*(points[trial] for trial in front), strict=True)
-            axes.step(costs, values, where="post", color=ORANGE)
-            axes.plot(costs, values, "o", color=VERMILLION, markersize=8, zorder=3)
+        axes.scatter(*_transposed(list(points.values())), color=BLUE)
+        costs, values = _transposed([points[trial] for trial in front])
+        axes.step(costs, values, where="post", color=ORANGE)
+        axes.plot(costs, values, "o", color=VERMILLION, markersize=8, zorder=3)
         for trial in front:
             axes.annotate(str(trial), points[trial], (6, 6), **EMPHASIS)
         trials = "trial" if len(points) == 1 else "trials"
@@ -148,36 +127,83 @@ def pareto(results: Results, front: Sequence[int], metric: str, path: Png) -> No
         axes.margins(0.1)
 
 
-def _measured(results: Results, metric: str) -> Results:
-    return [row for row in results if row.get(metric) is not None]
+# Comparisons
 
 
-def _is_comparable(row: Row) -> bool:
-    """Say whether a trial's cost is that of a whole training on all samples."""
-    return row["state"] == "done" and row.get("backward") is not None
+def rows_of_case(case: Case, metric: str, path: Png) -> None:
+    """Draw the rows of a case: mean ± standard deviation, and the metric against work with the Pareto front."""
+    lines = [line for line in case.lines if line.value]
+    scale = 100 if is_share(metric) else 1
+    name = metric.replace("_", " ") + (", %" if is_share(metric) else "")
+    with page(path) as figure:
+        figure.suptitle(f"{case.label}: {len(lines)} rows", x=0.02, ha="left")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 4))
+        on_front = []
+        for place, line in enumerate(lines):
+            assert line.value
+            mean = scale * line.value.mean
+            deviation = 0.0 if math.isnan(line.value.std) else scale * line.value.std
+            left.errorbar(mean, place, xerr=deviation, fmt="o", color=_colour(line), capsize=3)
+            point = (line.costs["work"].mean, mean)
+            right.scatter(*point, s=40, color=_colour(line))
+            if line.on_front:
+                on_front.append(point)
+                right.annotate(cut(line.row, LABEL), point, (4, 8), color=GREY, size=8, **NOTE)
+        left.set_yticks(range(len(lines)), [cut(line.row, LABEL) for line in lines])
+        left.set_ylim(max(len(lines), 4) - 0.5, -0.5)  # the first row on top
+        left.set(title="mean ± standard deviation", xlabel=name)
+        left.locator_params(axis="x", nbins=5)
+        right.plot(*_transposed(sorted(on_front)), color=ORANGE, linewidth=1)
+        right.set(title="against work (named: the Pareto front)", xlabel="work, samples trained on", ylabel=name)
+        right.margins(x=0.25, y=0.12)
+        right.xaxis.set_major_formatter(lambda value, _: short(value))
+        right.locator_params(axis="x", nbins=5)
 
 
-def _best_quarter(values: Sequence[float], mode: str) -> set[int]:
-    """Return the places of the best values, at least one."""
-    order = np.argsort(values)
-    if mode == "max":
-        order = np.argsort(-np.array(values))
-    count = max(1, len(order) // 4)
-    return set(order[:count].tolist())
+def curves_of_case(case: Case, baseline: str, path: Png) -> None:
+    """Draw the mean held-out accuracy of each row against samples back-propagated.
+
+    The baseline stands out in grey; rows on the Pareto front are named, and rows without a curve omitted.
+    """
+    with page(path) as figure:
+        axes = figure.subplots()
+        for line in case.lines:
+            if len(line.curve) <= 1:
+                continue
+            is_baseline = line.row == baseline
+            colour = GREY if is_baseline else _colour(line)
+            spent, values = _transposed(line.curve)
+            percent = 100 * values
+            if not (is_baseline or line.on_front):
+                axes.plot(spent, percent, color=colour, linewidth=1, alpha=0.5)
+                continue
+            axes.plot(spent, percent, color=colour, linewidth=2)
+            end = (spent[-1], percent[-1])
+            axes.annotate(cut(line.row, LABEL), end, (4, 0), color=colour, size=8, **NOTE)
+        axes.set(
+            title=f"{case.label}: held-out accuracy, mean over seeds",
+            xlabel="samples back-propagated",
+            ylabel="held-out accuracy, %",
+        )
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_formatter(lambda value, _: short(value))
 
 
-def _draw_curve(axes: "Axes", line: np.ndarray, stands_out: bool) -> None:
-    """Draw a learning curve, [epochs, 2], with a dot at its end."""
-    colour = VERMILLION if stands_out else BLUE
-    alpha = 1 if stands_out else 0.5
-    layer = 3 if stands_out else 2
-    epochs, values = line.T
-    axes.plot(epochs, values, color=colour, alpha=alpha, zorder=layer)
-    axes.plot(epochs[-1], values[-1], "o", color=colour, markersize=4, zorder=layer)
+# Parts
+
+
+def _colour(line: Line) -> str:
+    """Return the colour of a row: those on the Pareto front stand out."""
+    return VERMILLION if line.on_front else BLUE
+
+
+def _transposed(points: Curve) -> np.ndarray:
+    """Return the coordinates of points, [2, n]."""
+    return np.array(points, dtype=float).reshape(-1, 2).T
 
 
 def _positions(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
-    """Return where values lie on an axis: numbers where they are, others one after another, with their names."""
+    """Return positions on an axis: numbers as they are, other values in the order of their names, with these names."""
     if all(_is_number(value) for value in values):
         return np.array(values, dtype=float), []
     names = sorted({str(value) for value in values})
@@ -188,43 +214,22 @@ def _positions(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
 def _draw_column(axes: "Axes", place: int, values: Sequence[Any]) -> np.ndarray:
     """Label one of the parallel axes, and return the height of each value on it, in [0, 1]."""
     positions, ticks = _positions(values)
-    if not ticks and _logarithmic(positions):
+    if not ticks and _spans_decades(positions):
         positions = np.log10(positions)
-    heights = _stretched(positions)
+    heights = np.full(len(positions), 0.5)
+    if len(positions) and positions.max() > positions.min():
+        heights = (positions - positions.min()) / (positions.max() - positions.min())
     labels = dict(zip(heights.tolist(), values, strict=True))  # one for each height
     for height, value in labels.items():
         if ticks or height in (0.0, 1.0):  # of a range, the ends
-            axes.annotate(_label(value), (place, height), (4, 2), **SMALL)
+            text = f"{value:.3g}" if _is_number(value) else str(value)
+            axes.annotate(text, (place, height), (4, 2), **SMALL)
     return heights
 
 
-def _label_axis(axes: "Axes", positions: np.ndarray, ticks: list[str]) -> None:
-    axes.margins(0.1)
-    if ticks:
-        axes.set_xticks(range(len(ticks)), ticks)
-    elif _logarithmic(positions):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter("")
-
-
-def _logarithmic(positions: np.ndarray) -> bool:
-    if not len(positions) or positions.min() <= 0:
-        return False
-    return positions.max() / positions.min() > WIDE
-
-
-def _stretched(positions: np.ndarray) -> np.ndarray:
-    """Return positions from 0 to 1; where all are the same, in the middle."""
-    if not len(positions) or positions.max() == positions.min():
-        return np.full(len(positions), 0.5)
-    low = positions.min()
-    high = positions.max()
-    return (positions - low) / (high - low)
-
-
-def _label(value: Any) -> str:
-    return f"{value:.3g}" if _is_number(value) else str(value)
+def _spans_decades(positions: np.ndarray) -> bool:
+    """Return True if positive values suit a logarithmic axis."""
+    return bool(len(positions) and positions.min() > 0 and positions.max() / positions.min() > WIDE)
 
 
 def _is_number(value: Any) -> bool:

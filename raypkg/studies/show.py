@@ -1,146 +1,360 @@
-"""A sweep as a table on the terminal, with the best trial and the Pareto front, and its pictures."""
+"""A study as one report, on the terminal, in Markdown and as an HTML page; ``effray report`` for runs too."""
 
+from __future__ import annotations
+
+import math
 import shlex
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from raypkg.core.errors import redacted
+from raypkg.core.config import dotted, parse_toml
+from raypkg.core.errors import UserError, redacted
 from raypkg.runs.activity import GOING, resuming, state_of
+from raypkg.runs.document import Grid, document, paragraph, picture
+from raypkg.runs.environment import environment
+from raypkg.runs.folder import RunFolder
 from raypkg.runs.plots import save_plot
 from raypkg.runs.sealed import CONFIG
 from raypkg.runs.show import STATES, findings, terminal
-from raypkg.runs.style import in_full
+from raypkg.runs.storage import Storage
+from raypkg.runs.style import duration, in_full, short
 
 from . import plots
-from .standing import Row, Standing, standing_of
-from .sweep_folder import BEST, SweepFolder
+from .figures import DONE, Difference, Estimate, Row, front, measured_points, ranked
+from .outcomes import Case, Line, Outcomes
+from .study import BEST, RESULTS, Study, is_study
+from .tables import REST, Table, stored_table
 
-WIDEST = 1000  # columns
-
-
-def show_sweep(sweep: SweepFolder, console: Console) -> None:
-    """Print the trials, the best of them and how to run it again."""
-    standing = standing_of(sweep)
-    print_whole(_table(sweep, standing))
-    for row in standing.results:
-        if row["error"]:
-            console.print(f"{row['run']} failed: {row['error']}", soft_wrap=True)
-    for line in _best_lines(sweep, standing):
-        console.print(line, soft_wrap=True)
-    console.print(redacted(sweep.storage.root), style="dim", soft_wrap=True)
+MARKDOWN = "table.md"
+PAGE = "report.html"
+PLOTS = "plots"
+WIDEST = 1000  # columns of a terminal
+LEGEND = (
+    "mean ± standard deviation over seeds; difference from the baseline, seed by seed, with its 95 % interval"
+    " (Student's t), ! = significant (the interval excludes 0); work = (forward + 2 · backward) / 3 samples,"
+    " evaluation excluded; Pareto front: of the metric against work"
+)
 
 
-def show_resumption(sweep: SweepFolder, root: str, console: Console) -> None:
-    """Print whether a sweep is going or was stopped, if it is not done, and the command that resumes it.
+class Section(NamedTuple):
+    """A table of a report with the plots below it, by their file names."""
+
+    grid: Grid
+    plots: Sequence[str] = ()
+
+
+class Report(NamedTuple):
+    """The content of a study's page."""
+
+    title: str
+    # Above the sections.
+    opening: Sequence[str]
+    sections: Sequence[Section]
+    # Below the sections.
+    findings: Sequence[str]
+    # A row of results for each trial.
+    results: Sequence[Row]
+    # The row of the best trial of a sweep.
+    best: Row | None = None
+
+
+def report_of(study: Study, table: Table | None = None, *, final: bool = False) -> Report:
+    """Read a study's runs, and return its report.
 
     Args:
-        sweep: the folder.
-        root: of all runs, as the user gave it.
+        study: the study.
+        table: some rows, cases and seeds of a comparison; None = all requested so far.
+        final: the results are about to be stored: draw the plots as well.
+    """
+    if study.order.table:
+        return _comparison_report(study, table or stored_table(study.order.table), final)
+    return _sweep_report(study, final)
+
+
+def show_study(study: Study, console: Console, table: Table | None = None) -> None:
+    """Print a study's tables, its failed trials and its findings."""
+    report = report_of(study, table)
+    for section in report.sections:
+        _print_grid(section.grid)
+    for line in report.opening:
+        console.print(line, style="dim", soft_wrap=True)
+    for row in report.results:
+        if row["error"]:
+            console.print(f"{row['run']} failed: {row['error']}", soft_wrap=True)
+    for line in report.findings:
+        console.print(line, soft_wrap=True)
+    files = [file for file in (MARKDOWN, RESULTS, PAGE) if file in study.storage.list()]
+    console.print(f"{redacted(study.storage.root)}: {', '.join(files)}", style="dim", soft_wrap=True)
+
+
+def show_resumption(study: Study, root: str, console: Console) -> None:
+    """Print the state of an unfinished study, and the command that resumes it.
+
+    Args:
+        study: the study.
+        root: folder or URI of all runs, as the user gave it.
         console: where to print.
     """
-    left = trials_left(sweep)
+    left = study.left()
     if not left:
         return
-    state = state_of(sweep.storage)
-    console.print(f"{sweep.name}: {left} trials are left, {STATES[state]}", soft_wrap=True)
+    state = state_of(study.storage)
+    console.print(f"{study.name}: {left} trials are left, {STATES[state]}", soft_wrap=True)
     if state != GOING:
-        command = resuming(sweep.command, sweep.storage, root)
+        command = resuming(study.command, study.storage, root)
         console.print(f"resume with: {command}", soft_wrap=True)
 
 
-def trials_left(sweep: SweepFolder) -> int:
-    """Return how many trials of a sweep are still to be run."""
-    return len(sweep.waiting()) + len(sweep.further())
+def conclude(study: Study) -> None:
+    """Write the results so far: all trials, the best settings, plots, Markdown and the page."""
+    report = report_of(study, final=True)
+    storage = study.storage
+    study.write_results(report.results, report.best)
+    here = environment()
+    versions = ", ".join(f"{name} {here['packages'][name]}" for name in ("effray", "torch"))
+    date = here["started"].partition("T")[0]
+    machine = here["processor"] or here["machine"]
+    count = len(study.numbers())
+    origin = f"{count} trials, written {date} on {machine} with {versions}."
+    lines = [*report.findings, origin]
+
+    parts = [f"# {report.title}", *report.opening, *(section.grid.markdown() for section in report.sections), *lines]
+    storage.write(MARKDOWN, ("\n\n".join(parts) + "\n").encode())
+
+    html = [paragraph(line) for line in report.opening]
+    for section in report.sections:
+        html.append(section.grid.html())
+        html += _pictures(storage, [f"{name}.png" for name in section.plots], section.grid.title)
+    html += [paragraph(line) for line in lines]
+    html.append(_settings_grid(study.config, "Settings that all trials share").html())
+    storage.write(PAGE, document(f"{study.name}: {report.title}", html).encode())
 
 
-def conclude(sweep: SweepFolder) -> None:
-    """Write what there is so far: the table of all trials, the settings of the best, and the pictures."""
-    standing = standing_of(sweep)
-    results = standing.results
-    metric = sweep.metric
-    sweep.conclude(results, standing.best)
+def write_page(folder: RunFolder) -> str:
+    """Write the page of a finished run, or the results of a study as it stands; return the page's path.
 
-    names = _varied(sweep)
-    curves = {sweep.run_name(number): run.curve(metric) for number, run in standing.runs.items()}
-    best = standing.best["run"] if standing.best else None
-    storage = sweep.storage
-    save_plot(storage, "settings", lambda path: plots.against_settings(results, names, metric, path))
-    save_plot(storage, "parallel", lambda path: plots.parallel(results, names, metric, sweep.mode, path))
-    save_plot(storage, "curves", lambda path: plots.learning_curves(curves, metric, best, path))
-    save_plot(storage, "pareto", lambda path: plots.pareto(results, standing.front, metric, path))
+    Raises:
+        UserError: the run is not finished, or a file of it is damaged.
+    """
+    storage = folder.storage
+    if is_study(storage):
+        conclude(Study(storage))
+    else:
+        storage.write(PAGE, run_page(folder).encode())
+    return f"{storage.root}/{PAGE}"
 
 
-def _best_lines(sweep: SweepFolder, standing: Standing) -> Iterator[str]:
-    """Yield what the best trial is, what it reached, and where its settings are."""
-    best = standing.best
-    if best is None:
-        return
-    number = best["trial"]
-    metric = sweep.metric
-    yield f"best: {best['run']}, {metric} {in_full(best[metric])}"
-    summary = standing.runs[number].summary or {}
-    yield findings(summary)[0]
-    if sweep.best == sweep.lasting(number):
-        file = f"{sweep.storage.root}/{BEST}"
-    else:  # that file is of the last time that the sweep ended
-        file = f"{sweep.run_storage(number).root}/{CONFIG}"
-    yield f"its settings: effray {sweep.experiment} --config {shlex.quote(redacted(file))}"
+def run_page(folder: RunFolder) -> str:
+    """Return the page of a finished run: its findings, costs, plots and settings.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    summary = folder.summary
+    if summary is None:
+        raise UserError(f"run {folder.name!r} is not finished, so there is nothing to report yet: see effray show")
+    rows = []
+    for phase in summary["phases"]:
+        counts = [f"{phase[name]:,}" for name in ("forward", "backward")]
+        seconds = [duration(phase[name]) for name in ("seconds", "total_seconds")]
+        rows.append([phase["phase"], *seconds, *counts, f"{phase['memory'] / 2**20:,.0f}"])
+    headings = ["phase", "seconds", "worker-\nseconds", "samples\nforward", "samples\nbackward", "peak\nMiB"]
+    noted = folder.storage.read_json("environment.json") or {}
+    versions = [f"{name} {version}" for name, version in noted.get("packages", {}).items()]
+    facts = [noted.get("started"), noted.get("processor"), *versions]
+    parts = [
+        *(paragraph(line) for line in findings(summary)),
+        Grid("Costs", headings, rows).html(),
+        *_pictures(folder.storage, folder.storage.list(PLOTS)),
+        _settings_grid(folder.config, "Settings").html(),
+        paragraph("; ".join(fact for fact in facts if fact)),
+    ]
+    return document(f"{folder.storage.parent.name} {folder.name}", parts)
 
 
-def print_whole(table: Table) -> None:
-    """Print a table of any width: with many settings the terminal wraps its lines, and no figure is cut off."""
+# Sweeps
+
+
+def _sweep_report(study: Study, final: bool) -> Report:
+    metric, mode = study.order.metric, study.order.mode
+    runs = study.runs()
+    results = study.results(runs)
+    in_order = ranked(results, metric, mode)
+    best = next((row for row in in_order if row["state"] == DONE and row.get(metric) is not None), None)
+    points = measured_points(results, metric)
+    on_front = front(points, mode)
+    names = list(dict.fromkeys(name for trial in study.trials for name in trial.settings or ()))
+
+    headings = ["trial", "state", "epochs", metric, "samples\nbackward", "seconds"]
+    headings += [f"{part}{dot}\n{rest}".lstrip() for part, dot, rest in (name.rpartition(".") for name in names)]
+    rows = []
+    for row in in_order:
+        mark = "*" if row["trial"] in on_front else ""
+        figures = [in_full(row.get(name)) for name in ("state", "epochs", metric, "backward", "seconds")]
+        rows.append([f"{mark}{row['trial']}", *figures, *(_setting(row.get(name)) for name in names)])
+    note = f"* = on the Pareto front of {metric} against samples backward"
+
+    if final:
+        curves = {study.run_name(number): run.curve(metric) for number, run in runs.items()}
+        name = best["run"] if best else None
+        drawings = {
+            "settings": partial(plots.against_settings, results, names, metric),
+            "parallel": partial(plots.parallel, results, names, metric, mode),
+            "curves": partial(plots.learning_curves, curves, metric, name),
+            "pareto": partial(plots.pareto, points, on_front, metric),
+        }
+        for file, drawing in drawings.items():
+            save_plot(study.storage, file, drawing)
+
+    lines = []
+    if best:
+        lines += [f"best: {best['run']}, {metric} {in_full(best[metric])}"]
+        lines += findings(runs[best["trial"]].summary or {})[:1]
+        file = f"{study.storage.root}/{BEST}"
+        # A sweep that is running has not written its best settings yet, or has those of an earlier end.
+        if not final and parse_toml(study.storage.read(BEST) or b"", file) != study.lasting(best["trial"]):
+            file = f"{study.run_storage(best['trial']).root}/{CONFIG}"
+        lines += [f"its settings: effray {study.experiment} --config {shlex.quote(redacted(file))}"]
+    grid = Grid("Trials", headings, rows, note=note)
+    section = Section(grid, ("settings", "parallel", "curves", "pareto"))
+    return Report(f"a sweep of {study.experiment}", [], [section], lines, results, best)
+
+
+def _setting(value: Any) -> str:
+    """Return a setting as a user types it, without separators."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# Comparisons
+
+
+def _comparison_report(study: Study, table: Table, final: bool) -> Report:
+    outcomes = Outcomes(study, table)
+    headings = ["row", table.metric.replace("_", " "), f"against\n{table.baseline}"]
+    headings += ["samples\nforward", "samples\nbackward", "work", "seconds", "MiB"]
+    headings += [f"backward to\n{metric} {_goal(metric, goal)}" for metric, goal in table.all_goals()]
+    headings += [*table.columns, "Pareto\nfront"]
+    sections = []
+    for number, case in enumerate(outcomes.cases):
+        rows = [list(_cells(table, line)) for line in case.lines]
+        baseline = frozenset(place for place, line in enumerate(case.lines) if line.row == table.baseline)
+        grid = Grid("" if case.label == REST else case.label, headings, rows, baseline)
+        sections.append(Section(grid, (f"rows-{number:02d}", f"curves-{number:02d}")))
+        if final:
+            _draw_case(study.storage, case, table, sections[-1].plots)
+    if table.paper:
+        labels = dict.fromkeys(row for figures in table.paper.values() for row in figures)
+        cells = [[row, *(str(figures.get(row, "–")) for figures in table.paper.values())] for row in labels]
+        sections.append(Section(Grid("The paper's figures", ["row", *table.paper], cells)))
+
+    lines = []
+    summaries = [run.summary for run in outcomes.runs.values() if run.summary]
+    takers = Counter(phase for summary in summaries for phase in summary.get("taken_over", ()))
+    if takers:
+        phases = " and ".join(f"{phase} of {count:,}" for phase, count in takers.items())
+        lines = [
+            f"{phases} of {len(summaries):,} trials are taken over from another one with the same settings, data and"
+            " seed; their cost is counted in each."
+        ]
+    seeds = ", ".join(map(str, table.seeds))
+    title = f"{table.title} ({study.order.asked}, {study.order.scale} scale)"
+    return Report(title, [f"Seeds {seeds}; {LEGEND}."], sections, lines, list(outcomes.records()))
+
+
+def _draw_case(storage: Storage, case: Case, table: Table, names: Sequence[str]) -> None:
+    save_plot(storage, names[0], partial(plots.rows_of_case, case, table.metric))
+    if any(len(line.curve) > 1 for line in case.lines):
+        save_plot(storage, names[1], partial(plots.curves_of_case, case, table.baseline))
+
+
+def _cells(table: Table, line: Line) -> Iterator[str]:
+    yield line.row
+    yield _estimate(line.value, table.metric) + ("" if len(line.seeds) == line.of else f" ({len(line.seeds)})")
+    yield _difference(line.difference, table.metric)
+    for name in ("forward", "backward", "work"):
+        yield _count(line.costs.get(name))
+    seconds = line.costs.get("seconds")
+    yield duration(seconds.mean) if seconds else "–"
+    memory = line.costs.get("memory")
+    yield f"{memory.mean / 2**20:,.0f}" if memory else "–"
+    for reached in line.goals.values():
+        part = "" if reached.seeds == reached.of else f" ({reached.seeds} of {reached.of})"
+        yield _count(reached.backward) + part
+    for value in line.columns.values():
+        yield _plain(value)
+    yield "yes" if line.on_front else ""
+
+
+def _estimate(value: Estimate | None, metric: str) -> str:
+    """Return mean ± standard deviation of a metric, accuracies in per cent."""
+    if value is None:
+        return "–"
+    if not plots.is_share(metric):
+        return _plain(value)
+    spread = "" if math.isnan(value.std) else f" ± {100 * value.std:.2f}"
+    return f"{100 * value.mean:.2f}{spread} %"
+
+
+def _difference(value: Difference | None, metric: str) -> str:
+    if value is None:
+        return "–"
+    scale, form = (100, "{:+.2f}") if plots.is_share(metric) else (1, "{:+.3g}")
+    mean = form.format(scale * value.mean)
+    if math.isnan(value.half):
+        return mean
+    half = form.format(scale * value.half).lstrip("+")
+    return f"{mean} ± {half}{' !' if value.is_significant else ''}"
+
+
+def _goal(metric: str, goal: float) -> str:
+    return f"{100 * goal:g} %" if plots.is_share(metric) else f"{goal:g}"
+
+
+def _count(value: Estimate | None) -> str:
+    return "–" if value is None else short(value.mean)
+
+
+def _plain(value: Estimate | None) -> str:
+    if value is None:
+        return "–"
+    is_count = abs(value.mean) >= 1000
+    mean = short(value.mean) if is_count else f"{value.mean:.4g}"
+    spread = short(value.std) if is_count else f"{value.std:.2g}"
+    # NaN for one seed; 0 where the settings alone determine the figure.
+    return f"{mean} ± {spread}" if value.std > 0 else mean
+
+
+# Parts
+
+
+def _print_grid(grid: Grid) -> None:
+    """Print a table of any width: the terminal wraps its lines rather than cutting off figures."""
+    title = "; ".join(filter(None, [grid.title, grid.note]))
+    table = RichTable(title=title or None, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
+    for place, heading in enumerate(grid.headings):
+        table.add_column(heading, justify="right" if place else "left", vertical="bottom")
+    for place, row in enumerate(grid.rows):
+        table.add_row(*row, style="bold" if place in grid.emphasised else None)
     console = terminal()
-    options = console.options.update(max_width=WIDEST)
-    needed = Measurement.get(console, options, table).maximum
+    needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
     console.width = max(console.width, needed)
     console.print(table)
 
 
-def _table(sweep: SweepFolder, standing: Standing) -> Table:
-    metric = sweep.metric
-    names = _varied(sweep)
-    title = f"{sweep.name}: * = on the Pareto front of {metric} against samples backward"
-    table = Table(title=title, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
-    table.add_column("\ntrial", justify="right")  # headings have two lines
-    table.add_column("\nstate")
-    for heading in ("\nepochs", f"\n{metric}", "samples\nbackward", "\nseconds"):
-        table.add_column(heading, justify="right")
-    for name in names:
-        part, _, rest = name.rpartition(".")
-        table.add_column(f"{part}\n{rest}", justify="right")
-    for row in standing.ranked:
-        on_front = row["trial"] in standing.front
-        table.add_row(*_cells(row, metric, names, on_front))
-    return table
+def _settings_grid(config: Mapping[str, Any], title: str) -> Grid:
+    return Grid(title, ["setting", "value"], [[name, _setting(value)] for name, value in dotted(config).items()])
 
 
-def _cells(row: Row, metric: str, names: list[str], on_front: bool) -> Iterator[str]:
-    number = str(row["trial"])
-    state = row["state"]
-    yield f"*{number}" if on_front else number
-    yield state
-    for column in ("epochs", metric, "backward", "seconds"):
-        yield in_full(row.get(column))
-    for name in names:
-        yield _number(row.get(name))
-
-
-def _varied(sweep: SweepFolder) -> list[str]:
-    """Return the names of the settings in which trials differ."""
-    names: dict[str, None] = {}  # in the order of the space
-    for trial in sweep.trials:
-        names |= dict.fromkeys(trial["settings"] or ())
-    return [*names]
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return str(value)
+def _pictures(storage: Storage, files: Sequence[str], of: str = "") -> Iterator[str]:
+    for file in files:
+        if png := storage.read(f"{PLOTS}/{file}"):
+            yield picture(png, ", ".join(filter(None, [file.removesuffix(".png"), of])))

@@ -1,225 +1,268 @@
-"""Tables of comparisons: rows of settings, found by name or path, and checked before anything starts."""
+"""Tables of comparisons, and the Python files of tables and of tune spaces."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import raypkg
 from raypkg.core.config import with_current_names
 from raypkg.core.errors import UserError, shown, unknown
 from raypkg.experiments import experiment, training_settings_of
 
-from .shipped import SUFFIX, TABLES, shipped_files
-
+SUFFIX = ".py"
+TABLES = "tune_spaces/tables"
 SCALES = ("small", "paper")
-Values = Mapping[str, Any]  # settings by dotted names
 MOST_TRIALS = 10_000
 REST = "all"  # the one case of a table without cases
+Values = Mapping[str, Any]  # settings by dotted names
+
+
+# Files
+
+
+def shipped_files(folder: str) -> dict[str, Path]:
+    """Return the Python files in a folder of that name by their names; those of the working folder win."""
+    package = Path(raypkg.__file__).parent
+    files: dict[str, Path] = {}
+    # Later ones win: of a clone, of an installed package, of the working folder.
+    for parent in (package.parent, package, Path()):
+        for file in sorted(parent.glob(f"{folder}/*{SUFFIX}")):
+            files[file.stem] = file
+    return files
+
+
+def read_code(kind: str, name: str, folder: str) -> tuple[str, str]:
+    """Return text and path of a Python file.
+
+    Args:
+        kind: table or space, for errors.
+        name: a path that ends in .py, or the name of a shipped file.
+        folder: folder of the shipped files.
+
+    Raises:
+        UserError: unknown name, or a file that cannot be read.
+    """
+    file = Path(name)
+    if not name.endswith(SUFFIX):
+        files = shipped_files(folder)
+        if name not in files:
+            raise unknown(kind, name, files)
+        file = files[name]
+    try:
+        return file.read_text(), str(file)
+    except FileNotFoundError:
+        raise UserError(f"there is no {kind} file {name!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the {kind} {str(file)!r}: {getattr(error, 'strerror', error)}") from None
+
+
+def run_code(kind: str, text: str, origin: str, needed: Mapping[str, str], *arguments: Any) -> tuple[Any, ...]:
+    """Run a user's file, and return what it defines, the first being a function's result.
+
+    Args:
+        kind: table or space, for errors.
+        text: content of the file.
+        origin: its path, for errors.
+        needed: names that it must define, each as errors show it; the first is a function.
+        arguments: of the function.
+
+    Raises:
+        UserError: the code raises, or a name is missing.
+    """
+    content: dict[str, Any] = {"__name__": kind, "__file__": origin}
+    try:
+        exec(compile(text, origin, "exec"), content)
+        if missing := next((name for name in needed if name not in content), None):
+            raise UserError(f"{kind} {origin!r} defines no {needed[missing]}")
+        function, *others = (content[name] for name in needed)
+        return function(*arguments), *others
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{kind} {origin!r} raises {type(error).__name__}: {error}") from None
+
+
+# Tables
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is compared with what.
+    """Rows of settings, each run in every case from every seed, and compared with a baseline.
 
-    Each row is run in each case from each seed; a trial's settings are those of all rows, of its case and of its row,
-    the later the stronger. Rows are compared with the baseline of the same case and seed.
-
-    Attributes:
-        title: one line on what it shows.
-        experiment: whose runs the trials are.
-        baseline: the row that the others are compared with.
-        rows: settings by label.
-        cases: settings by label; every row is run in each.
-        shared: settings of all rows; options of the user win over them.
-        seeds: of the runs.
-        metric: what is compared, known at the end of a run.
-        goals: values of a metric that every epoch has, such as {"accuracy": [0.9]}: what reaching them costs.
-        columns: further figures by heading, see ``measures``.
-        paper: published figures: heading → row → what is printed there.
-        after: row → ``package.module:function``, called with the finished run; the figures that it returns are kept.
+    The settings of a trial are the shared ones, those of its case and those of its row; later ones win. A row is
+    compared with the baseline of the same case and seed.
     """
 
+    # One line.
     title: str
+    # Name of the experiment that runs the trials.
     experiment: str
+    # Label of the row that the others are compared with.
     baseline: str
+    # Settings by label.
     rows: Mapping[str, Values]
+    # Settings by label.
     cases: Mapping[str, Values] = field(default_factory=lambda: {REST: {}})
+    # Settings of all rows, which options on the command line override.
     shared: Values = field(default_factory=dict)
     seeds: Sequence[int] = (0, 1, 2)
+    # The compared figure, known at the end of a run.
     metric: str = "test_accuracy"
+    # Values of metrics that every epoch has, such as {"accuracy": [0.9]}: the table reports the cost of reaching them.
     goals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    # Further figures by heading; see `figures.column_figure`.
     columns: Mapping[str, str] = field(default_factory=dict)
+    # Published figures: heading → row → the figure as printed.
     paper: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # Row → package.module:function, called with the finished run; its result, figures by name, is stored.
     after: Mapping[str, str] = field(default_factory=dict)
 
     def trial(self, case: str, row: str, seed: int) -> dict[str, Any]:
-        """Return what one trial sets beyond what all share."""
+        """Return the settings of a trial beyond the shared ones."""
         return {**self.cases[case], **self.rows[row], "seed": seed}
 
-    def varied(self) -> set[str]:
-        """Return the names of the settings in which trials may differ."""
-        return {name for values in (*self.cases.values(), *self.rows.values()) for name in values} | {"seed"}
+    def places(self) -> Iterator[tuple[str, str, int]]:
+        """Yield case, row and seed of every trial, seed by seed: an interrupted comparison has most of its rows."""
+        for seed in self.seeds:
+            for case in self.cases:
+                for row in self.rows:
+                    yield case, row, seed
+
+    def identity(self, case: str, row: str, seed: int) -> str:
+        """Return a text that is equal for trials that are the same run."""
+        return identity(self.trial(case, row, seed), self.after.get(row))
+
+    def all_goals(self) -> list[tuple[str, float]]:
+        """Return every goal as metric and value."""
+        return [(metric, float(value)) for metric, values in self.goals.items() for value in values]
 
     def plain(self) -> dict[str, Any]:
-        """Return it as a sweep's record keeps it."""
+        """Return the table as a study's record keeps it."""
         return asdict(self)
 
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Table:
-        """Return a table from a sweep's record.
-
-        Raises:
-            UserError: it holds none.
-        """
-        known = {each.name for each in fields(cls)}
-        try:
-            table = cls(**{name: value for name, value in record.items() if name in known})
-            _check(table, "the table of this comparison")
-            current = partial(with_current_names, training_settings_of(experiment[table.experiment]))
-            table = replace(
-                table,
-                shared=current(table.shared),
-                rows={label: current(values) for label, values in table.rows.items()},
-                cases={label: current(values) for label, values in table.cases.items()},
-            )
-        except (TypeError, AttributeError) as error:
-            raise UserError(f"the record of this comparison holds no table: {error}") from None
-        return table
+    def check(self, origin: str) -> None:
+        """Refuse a table that contradicts itself; settings are checked with those of the user."""
+        for label in (*self.rows, *self.cases):
+            is_text = isinstance(label, str) and label.strip() and label.isprintable()
+            if not is_text or "," in label:
+                raise UserError(f"{origin}: {shown(label)} is no label: a text without commas is needed")
+        if not self.rows or not self.cases:
+            raise UserError(f"{origin} has no row or no case")
+        if self.baseline not in self.rows:
+            raise UserError(f"{origin}: the baseline: {unknown('row', self.baseline, self.rows)}")
+        if lost := next((row for row in self.after if row not in self.rows), None):
+            raise UserError(f"{origin}: after: {unknown('row', lost, self.rows)}")
+        check_seeds(self.seeds, f"{origin}: seeds")
+        trials = len(self.rows) * len(self.cases) * len(self.seeds)
+        if trials > MOST_TRIALS:
+            raise UserError(f"{origin} has {trials:,} trials: at most {MOST_TRIALS:,}")
 
 
-def renamed(after: str) -> str:
-    """Return a function's current name; stored comparisons may have an earlier one."""
-    return after.replace("raypkg.studies.deletions:", "raypkg.methods.deltagrad.experiment:")
+def stored_table(record: Mapping[str, Any]) -> Table:
+    """Return the table in a study's record.
+
+    Raises:
+        UserError: the record holds none.
+    """
+    known = {each.name for each in fields(Table)}
+    try:
+        table = Table(**{name: value for name, value in record.items() if name in known})
+        table.check("the table of this comparison")
+        current = partial(with_current_names, training_settings_of(experiment[table.experiment]))
+        return replace(
+            table,
+            shared=current(table.shared),
+            rows={label: current(values) for label, values in table.rows.items()},
+            cases={label: current(values) for label, values in table.cases.items()},
+            after={row: current_function(name) for row, name in table.after.items()},
+        )
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"the record of this comparison holds no table: {error}") from None
+
+
+def current_function(after: str) -> str:
+    """Return the current name of a function; stored comparisons may have an earlier one."""
+    return re.sub(r"^raypkg\.(sweeps|studies)\.deletions:", "raypkg.methods.deltagrad.experiment:", after)
+
+
+def identity(values: Values, after: str | None) -> str:
+    """Return a text that is equal for trials with equal settings and the same following function."""
+    return json.dumps([dict(values), after], sort_keys=True)
 
 
 def open_table(name: str, scale: str = SCALES[0]) -> Table:
-    """Find a table and read it at a scale.
+    """Read a table by its name in ``tune_spaces/tables`` or its path.
 
     Args:
-        name: in ``tune_spaces/tables`` of the working folder or of this package, or a path.
-        scale: "small" (seconds to minutes a run) or "paper" (as published).
+        name: a file in the working folder wins over a shipped one.
+        scale: small (seconds to minutes per run) or paper (as published).
 
     Raises:
-        UserError: there is none of that name, the nearest one named, or its file is no table.
+        UserError: unknown name or scale, or a file that defines no valid table.
     """
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
-    file = Path(name)
-    if not name.endswith(SUFFIX):
-        tables = shipped_files(TABLES)
-        if name not in tables:
-            raise unknown("table", name, tables)
-        file = tables[name]
-    try:
-        text = file.read_text()
-    except FileNotFoundError:
-        raise UserError(f"there is no table file {name!r}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", error)
-        raise UserError(f"cannot read the table {str(file)!r}: {reason}") from None
-    return read_table_file(text, str(file), scale)
+    return read_table(*read_code("table", name, TABLES), scale)
 
 
-def read_table_file(text: str, origin: str, scale: str) -> Table:
+def read_table(text: str, origin: str, scale: str) -> Table:
     """Run a table's file.
-
-    Args:
-        text: of the file.
-        origin: names it in errors.
-        scale: that its function is given.
 
     Raises:
         UserError: it raises, has no function ``table`` that returns a ``Table``, or the table contradicts itself.
     """
-    content: dict[str, Any] = {"__name__": "table", "__file__": origin}
-    try:
-        exec(compile(text, origin, "exec"), content)
-        if "table" not in content:
-            raise UserError(f"table {origin!r} defines no function table(scale)")
-        table = content["table"](scale)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # it is the user's code
-        raise UserError(f"table {origin!r} raises {type(error).__name__}: {error}") from None
+    (table,) = run_code("table", text, origin, {"table": "function table(scale)"}, scale)
     if not isinstance(table, Table):
         raise UserError(
             f"table {origin!r}: table({scale!r}) returned {shown(table)}, not a raypkg.studies.tables.Table"
         )
-    _check(table, f"table {origin!r}")
+    table.check(f"table {origin!r}")
     return table
 
 
 def narrowed(
     table: Table, rows: Iterable[str] | None, cases: Iterable[str] | None, seeds: Sequence[int] | None
 ) -> Table:
-    """Return the table with some rows, the baseline always among them, some cases and other seeds.
+    """Return a table with some of its rows, always the baseline among them, some cases and other seeds.
 
-    Args:
-        table: the whole one.
-        rows: labels, or patterns such as ``crest*``; None = all.
-        cases: likewise.
-        seeds: None = the table's own.
+    Rows and cases are labels or patterns such as ``crest*``; None = all.
 
     Raises:
-        UserError: nothing is called so, the nearest named.
+        UserError: no label matches.
     """
-    chosen = _matching("row", rows, table.rows)
-    some = {label: values for label, values in table.rows.items() if label in chosen or label == table.baseline}
+    chosen = _matching("row", rows, table.rows) | {table.baseline}
     allowed = _matching("case", cases, table.cases)
     return replace(
         table,
-        rows=some,
+        rows={label: values for label, values in table.rows.items() if label in chosen},
         cases={label: values for label, values in table.cases.items() if label in allowed},
         seeds=tuple(table.seeds if seeds is None else seeds),
-        after={label: name for label, name in table.after.items() if label in some},
+        after={label: name for label, name in table.after.items() if label in chosen},
     )
 
 
 def _matching(kind: str, patterns: Iterable[str] | None, labels: Iterable[str]) -> set[str]:
-    """Return the labels that any pattern fits."""
-    everyone = list(labels)
+    labels = list(labels)
     if patterns is None:
-        return set(everyone)
+        return set(labels)
     matching: set[str] = set()
     for pattern in patterns:
-        found = {label for label in everyone if label == pattern or fnmatchcase(label, pattern)}
+        found = {label for label in labels if label == pattern or fnmatchcase(label, pattern)}
         if not found:
-            raise unknown(kind, pattern, everyone)
+            raise unknown(kind, pattern, labels)
         matching |= found
     return matching
 
 
-def _check(table: Table, whose: str) -> None:
-    """Refuse a table that contradicts itself; its settings are checked with those of the user."""
-    labels = [*table.rows, *table.cases]
-    if wrong := next((label for label in labels if not _is_label(label)), None):
-        raise UserError(f"{whose}: {shown(wrong)} is no label: a text without commas is needed")
-    if not table.rows or not table.cases:
-        raise UserError(f"{whose} has no row or no case")
-    if table.baseline not in table.rows:
-        raise UserError(f"{whose}: the baseline: {unknown('row', table.baseline, table.rows)}")
-    if lost := next((row for row in table.after if row not in table.rows), None):
-        raise UserError(f"{whose}: after: {unknown('row', lost, table.rows)}")
-    check_seeds(table.seeds, f"{whose}: seeds")
-    trials = len(table.rows) * len(table.cases) * len(table.seeds)
-    if trials > MOST_TRIALS:
-        raise UserError(f"{whose} has {trials:,} trials: at most {MOST_TRIALS:,}")
-
-
-def check_seeds(seeds: Sequence[Any], whose: str) -> None:
-    """Refuse what are no distinct seeds.
-
-    Raises:
-        UserError: what is wrong.
-    """
+def check_seeds(seeds: Sequence[Any], origin: str) -> None:
+    """Refuse seeds that are not distinct integers of 0 or more."""
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
     if not (seeds and whole and len(set(seeds)) == len(seeds)):
-        raise UserError(f"{whose} = {shown(list(seeds))}: distinct integers of 0 or more are needed")
-
-
-def _is_label(label: Any) -> bool:
-    return isinstance(label, str) and bool(label.strip()) and "," not in label and label.isprintable()
+        raise UserError(f"{origin} = {shown(list(seeds))}: distinct integers of 0 or more are needed")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from raypkg.studies.sweep_folder import SweepFolder, find_sweep
 
 from raypkg.core.errors import UserError
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 from raypkg.studies import trial as trials
 from raypkg.studies.outcomes import Outcomes
-from raypkg.studies.sweep_folder import SweepFolder, find_sweep
 from raypkg.studies.tables import Table
 from raypkg.studies.trial import run_trial
 

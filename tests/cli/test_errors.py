@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from raypkg.studies.sweep_folder import create_sweep
 
 import samples
 from raypkg.core.errors import UserError
@@ -17,7 +18,6 @@ from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.columns import metric_rows
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
-from raypkg.studies.sweep_folder import create_sweep
 
 QUICK = "--model linear --pretrain.models 2 --pretrain.epochs 1 --train.epochs 1"
 CODE = """

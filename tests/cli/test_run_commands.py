@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from raypkg.studies.sweep_folder import create_sweep
 from rich.cells import cell_len
 
 from raypkg.core.config import load_settings
@@ -20,7 +21,6 @@ from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.runs.folder import create
 from raypkg.runs.storage import Storage
 from raypkg.studies.show import conclude
-from raypkg.studies.sweep_folder import create_sweep
 
 SUMMARY = {
     "phases": [

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from raypkg.studies.comparison import _donors_first
+from raypkg.studies.sweep_folder import find_sweep
 
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 from raypkg.studies import trial as trials
-from raypkg.studies.comparison import _donors_first
-from raypkg.studies.sweep_folder import find_sweep
 from run_files import files
 
 TABLE = """

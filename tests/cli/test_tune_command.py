@@ -4,9 +4,9 @@ import importlib.util
 
 import numpy as np
 import pytest
+from raypkg.studies.sweep_folder import SweepFolder
 
 from raypkg.core.errors import UserError
-from raypkg.studies.sweep_folder import SweepFolder
 
 SPACE = """
 from ray import tune
@@ -217,8 +217,9 @@ def test_draws_follow_from_the_seed_and_grids_have_every_combination():
 
 
 def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
-    from raypkg.methods.crest.settings import CrestSettings
     from raypkg.studies.sweep_folder import create_sweep
+
+    from raypkg.methods.crest.settings import CrestSettings
 
     order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "varied": ["crest.b"]}
     text = SPACE.format(metric="accuracy", mode="max", space="'crest.b': tune.choice([1, 2])")
@@ -229,8 +230,9 @@ def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
 
 
 def test_a_sweep_with_an_old_name_is_told_the_new_one(refusal, tmp_path):
-    from raypkg.methods.crest.settings import CrestSettings
     from raypkg.studies.sweep_folder import create_sweep
+
+    from raypkg.methods.crest.settings import CrestSettings
 
     order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "scheduler": "none"}
     create_sweep(str(tmp_path / "runs"), "s", order, CrestSettings(), "", [{"crest.b": 1}])
@@ -239,11 +241,11 @@ def test_a_sweep_with_an_old_name_is_told_the_new_one(refusal, tmp_path):
 
 def test_no_trial_is_drawn_twice():
     from ray import tune
-
-    from raypkg.methods.crest.settings import CrestSettings
     from raypkg.studies.order import Order
     from raypkg.studies.spaces import Space
     from raypkg.studies.trial_settings import trials_of
+
+    from raypkg.methods.crest.settings import CrestSettings
 
     space = Space("", {"crest.b": tune.choice([1, 2, 3]), "train.lr": 0.1}, "accuracy", "max")
     trials = trials_of(Order("crest", samples=8, search="random"), space, CrestSettings())
@@ -269,11 +271,11 @@ def test_numbers_of_numpy_are_plain():
 
 def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):
     from ray import tune
+    from raypkg.studies.spaces import Space
+    from raypkg.studies.trial_settings import longest_of
 
     from raypkg.methods.crest.settings import CrestSettings
     from raypkg.methods.sparse.settings import SparseSettings
-    from raypkg.studies.spaces import Space
-    from raypkg.studies.trial_settings import longest_of
 
     settings = SparseSettings(density=0.1)
     domains = {"multiplier": tune.choice([1, 3]), "train.epochs": tune.randint(5, 11), "train.lr": 0.1}

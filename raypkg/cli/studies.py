@@ -1,0 +1,324 @@
+"""The commands on studies: ``effray tune``, ``effray compare`` and ``effray report``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raypkg.core.errors import UserError, unknown
+from raypkg.experiments import experiment, settings_of
+from raypkg.runs import ROOT
+from raypkg.studies.tables import SCALES, SUFFIX, TABLES, check_seeds, narrowed, open_table, shipped_files
+
+from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
+
+ASKED = ("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget")
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+RANGE = re.compile(r"(\d{1,6})-(\d{1,6})")
+TUNE_HELP = """Sweep settings of: {title}
+
+The trials of a sweep are runs like any other. Options given here hold for all of them, and so does what a file sets
+(--config) where the space does not vary it. Schedulers stop the worst trials early; fifo runs all of them to their end.
+
+Example:
+    effray tune {name} --samples 8 --dataset digits
+"""
+COMPARE_HELP = """{title}
+
+Rows: {rows}.{cases}
+
+Each row is run from each seed. What an earlier call has finished is not run again, and the same command resumes an
+interrupted comparison. With --cluster.workers 0 the trials run one after another in this process, without Ray.
+
+Example:
+    effray compare {name} --dataset digits
+"""
+
+
+class Duration(click.ParamType):
+    """Seconds, or a number with s, m or h."""
+
+    name = "duration"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        """Return seconds."""
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", str(value))
+        if not match or float(match[1]) <= 0:
+            raise UserError(f"--time-budget {value!r}: give seconds, or a number with s, m or h, such as 90s or 2h")
+        return float(match[1]) * UNITS[match[2]]
+
+
+class Choice(click.ParamType):
+    """One of a few names; an error names the nearest one, or the new name of an old one."""
+
+    name = "choice"
+
+    def __init__(self, kind: str, allowed: tuple[str, ...], renamed: Mapping[str, str] | None = None):
+        self.kind = kind
+        self.allowed = allowed
+        self.renamed = renamed or {}
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """Return the names."""
+        return "|".join(self.allowed)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        """Refuse other names."""
+        if now := self.renamed.get(value):
+            raise UserError(f"{self.kind} {value} is now called {now}")
+        if value not in self.allowed:
+            raise unknown(self.kind, value, self.allowed)
+        return value
+
+
+class Catalogue(ExampleHelp, click.Group):
+    """Commands that are made on request, one for each name of a catalogue.
+
+    Args:
+        kind: what is named, for errors.
+        names: the catalogue.
+        make: makes the command of a name.
+        paths: allow paths of Python files besides names.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        kind: str,
+        names: Callable[[], Iterable[str]],
+        make: Callable[[str], click.Command],
+        paths: bool = False,
+        **options: Any,
+    ):
+        super().__init__(*arguments, **options)
+        self.kind = kind
+        self.names = names
+        self.make = make
+        self.paths = paths
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Return the names."""
+        return list(self.names())
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Make a command."""
+        is_path = self.paths and name.endswith(SUFFIX)
+        return self.make(name) if is_path or name in self.names() else None
+
+    def resolve_command(self, context: click.Context, arguments: list[str]) -> tuple[Any, Any, list[str]]:
+        """Refuse an unknown name with the nearest one."""
+        if self.get_command(context, arguments[0]) is None:
+            raise unknown(self.kind, arguments[0], self.names())
+        return super().resolve_command(context, arguments)
+
+
+def _study_options(of: str, default_name: str) -> list[click.Option]:
+    """Return the options that all studies have."""
+    return [
+        click.Option(["--concurrent"], type=int, help="trials at once (default: as many as fit)"),
+        click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options win over it"),
+        click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
+        click.Option(["--name", "study"], help=f"of the {of} (default: from {default_name})"),
+        click.Option(["--resume"], metavar="NAME", help=f"resume an interrupted {of}"),
+        click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP),
+        TRUST,
+    ]
+
+
+# effray tune
+
+
+def _experiments() -> list[str]:
+    """Return the names of the experiments that train."""
+    from raypkg.core.settings import Experiment
+
+    return [name for name, entry in experiment.entries.items() if issubclass(settings_of(entry), Experiment)]
+
+
+def _tune_command(name: str) -> click.Command:
+    from .setting_options import SettingsCommand, overrides, setting_options
+
+    entry = experiment[name]
+    schema = settings_of(entry)
+
+    def callback(
+        config: Path | None, pairs: tuple[str, ...], study: str | None, resume: str | None, root: str, **given: Any
+    ) -> None:
+        from raypkg.studies.tune import resume_sweep, start_sweep
+
+        asked = {option: given.pop(option) for option in ASKED}
+        values = overrides(schema, given, pairs)
+        if resume is None:
+            start_sweep(entry, asked, config, values, study, root)
+        elif config is not None or study is not None:
+            raise UserError(f"--resume {resume} keeps what was asked for: neither --config nor --name can change")
+        else:
+            resume_sweep(entry, asked, resume, values, root)
+
+    mode = Choice("mode", ("max", "min"))
+    scheduler = Choice("scheduler", ("asha", "hyperband", "median", "fifo"), {"none": "fifo"})
+    search = Choice("search", ("random", "grid", "optuna"))
+    options = [
+        click.Option(["--space"], metavar="FILE|NAME", help=f"what to vary (default: {name})"),
+        click.Option(["--samples"], type=int, help="trials (default: 8; of a grid, all)"),
+        click.Option(["--metric"], help="by which trials are compared (default: the space's)"),
+        click.Option(["--mode"], type=mode, help="whether the metric is to be large or small (default: its own)"),
+        click.Option(["--scheduler"], type=scheduler, help="what stops trials early; fifo = nothing (default: asha)"),
+        click.Option(["--search"], type=search, help="how settings are drawn (default: random)"),
+        click.Option(["--time-budget"], type=Duration(), metavar="TIME", help="such as 90s, 10m or 2h"),
+    ]
+    return SettingsCommand(
+        name,
+        schema=schema,
+        callback=callback,
+        help=TUNE_HELP.format(title=entry.help, name=name),
+        params=[*options, *_study_options("sweep", "experiment and time"), *setting_options(schema)],
+    )
+
+
+@click.group(cls=Catalogue, kind="experiment to tune", names=_experiments, make=_tune_command)
+def tune() -> None:
+    """Sweep an experiment's settings with Ray Tune: many runs, the worst stopped early, one table.
+
+    What is varied is in tune_spaces/NAME.py, in the working folder or else in the package; --space names another file.
+    A space is Python code, and so is the space.py of a stored sweep, which --resume runs.
+
+    Example:
+        effray tune crest
+    """
+
+
+# effray compare
+
+
+def _compare_command(name: str) -> click.Command:
+    from .setting_options import SettingsCommand, overrides, setting_options
+
+    table = open_table(name)
+    if table.experiment not in experiment:
+        raise UserError(f"table {name!r}: {unknown('experiment', table.experiment, experiment.names)}")
+    schema = settings_of(experiment[table.experiment])
+
+    def callback(
+        config: Path | None,
+        pairs: tuple[str, ...],
+        study: str | None,
+        resume: str | None,
+        root: str,
+        rows: tuple[str, ...],
+        cases: tuple[str, ...],
+        seeds: str | None,
+        scale: str | None,
+        goals: tuple[str, ...],
+        concurrent: int | None,
+        **given: Any,
+    ) -> None:
+        from raypkg.studies.compare import compare_rows, resume_comparison
+
+        values = overrides(schema, given, pairs)
+        if resume is not None:
+            fixed: dict[str, Any] = {"--config": config, "--name": study, "--seeds": seeds, "--scale": scale}
+            fixed |= {"--rows": rows or None, "--cases": cases or None, "--goal": goals or None}
+            if option := next((option for option, value in fixed.items() if value is not None), None):
+                raise UserError(f"--resume {resume} keeps what was asked for: {option} cannot change")
+            resume_comparison(resume, values, concurrent, name, root)
+            return
+        scale = scale or SCALES[0]
+        chosen = narrowed(open_table(name, scale), _labels(rows), _labels(cases), _seeds(seeds))
+        if goals:
+            chosen = replace(chosen, goals=_goals(goals))
+        compare_rows(name, scale, chosen, concurrent, config, values, study, root)
+
+    scale = Choice("scale", SCALES)
+    options = [
+        click.Option(["--rows"], multiple=True, metavar="LIST", help="labels or patterns; the baseline is added"),
+        click.Option(["--cases"], multiple=True, metavar="LIST", help="labels or patterns (default: all)"),
+        click.Option(
+            ["--seeds"], metavar="LIST", help=f"such as 0,1,2 or 0-9 (default: {','.join(map(str, table.seeds))})"
+        ),
+        click.Option(["--scale"], type=scale, help=f"small runs or the paper's (default: {SCALES[0]})"),
+        click.Option(["--goal", "goals"], multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"),
+    ]
+    # Labels are quoted as a shell takes them: most have blanks and semicolons.
+    rows, cases = (", ".join(f"'{label}'" for label in labels) for labels in (table.rows, table.cases))
+    return SettingsCommand(
+        name,
+        schema=schema,
+        callback=callback,
+        help=COMPARE_HELP.format(
+            title=table.title, rows=rows, cases=f" Cases: {cases}." if len(table.cases) > 1 else "", name=name
+        ),
+        params=[*options, *_study_options("comparison", "table, data set and scale"), *setting_options(schema)],
+    )
+
+
+def _labels(texts: tuple[str, ...]) -> list[str] | None:
+    """Return the labels of repeated options, each a list split at commas; None without any."""
+    labels = [label.strip() for text in texts for label in text.split(",")]
+    return [label for label in labels if label] or None
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    seeds: list[int] = []
+    for part in text.split(","):
+        if match := RANGE.fullmatch(part.strip()):
+            seeds += range(int(match[1]), int(match[2]) + 1)
+        elif re.fullmatch(r"\d{1,18}", part.strip()):
+            seeds.append(int(part))
+        else:
+            raise UserError(f"--seeds {text!r}: integers, such as 0,1,2 or 0-9")
+    check_seeds(seeds, "--seeds")
+    return seeds
+
+
+def _goals(texts: tuple[str, ...]) -> dict[str, list[float]]:
+    goals: dict[str, list[float]] = {}
+    for text in texts:
+        metric, _, value = text.partition("=")
+        if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value):
+            raise UserError(f"--goal {text!r} is not of the form METRIC=VALUE, such as accuracy=0.9")
+        goals.setdefault(metric, []).append(float(value))
+    return goals
+
+
+@click.group(
+    "compare",
+    cls=Catalogue,
+    kind="table",
+    names=lambda: sorted(shipped_files(TABLES)),
+    make=_compare_command,
+    paths=True,
+)
+def compare_tables() -> None:
+    """Compare methods by a table: rows of settings, each from several seeds, with a baseline beside them.
+
+    A table is tune_spaces/tables/NAME.py, in the working folder or else in the package, or a path to a file.
+
+    Example:
+        effray compare crest --dataset digits
+    """
+
+
+@click.command("report", cls=ExampleHelp, params=[TRUST])
+@click.argument("name")
+@click.option("--root", default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
+def report_page(name: str, root: str) -> None:
+    """Write a finished run, a sweep or a comparison as one HTML page, its pictures inside.
+
+    NAME is a name below --root, or a path to a folder. The page is report.html in that folder; it needs no network.
+
+    Example:
+        effray train --name first && effray report first
+    """
+    from raypkg.core.errors import redacted
+    from raypkg.runs.folder import locate
+    from raypkg.studies.show import write_page
+
+    click.echo(redacted(write_page(locate(root, name))))

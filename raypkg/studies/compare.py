@@ -1,0 +1,187 @@
+"""``effray compare``: a study whose trials are the rows of a table, each in every case and from every seed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raypkg.core.address import folder_and_name
+from raypkg.core.config import dotted, load_settings
+from raypkg.core.errors import UserError, shown
+from raypkg.core.settings import APART, Experiment
+from raypkg.experiments import experiment, training_settings_of
+from raypkg.experiments.resolve import resolve
+from raypkg.experiments.trust import check_code
+from raypkg.runs.folder import discard
+from raypkg.runs.storage import Storage
+
+from .driver import Driver, check_root
+from .figures import METRICS
+from .space import base_of, check_counts, check_trial
+from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
+from .tables import Table, stored_table
+from .trial import imported_function
+
+
+def compare_rows(
+    asked: str,
+    scale: str,
+    table: Table,
+    concurrent: int | None,
+    config: Path | None,
+    values: Mapping[str, Any],
+    name: str | None,
+    root: str,
+) -> None:
+    """Check everything, then run the trials that no earlier call has finished, and show the table.
+
+    Args:
+        asked: name or path of the table.
+        scale: small or paper.
+        table: its requested rows, cases and seeds.
+        concurrent: trials at once; None = as many as fit.
+        config: a file of settings for all rows.
+        values: further settings for all rows, which win over it and over the table's shared ones.
+        name: name of the comparison; default: table, data set and scale.
+        root: folder or URI of all runs.
+
+    Raises:
+        UserError: bad settings, or an existing comparison of that name with others.
+    """
+    check_root(root)
+    check_counts({"concurrent": concurrent})
+    settings = base_settings(table, config, values)
+    check_comparison(table, settings)
+    if name is None:
+        name = f"{Path(asked).stem}-{_short_name(settings.dataset.name)}-{scale}"
+    order = Order(
+        experiment=table.experiment,
+        metric=table.metric,
+        mode=METRICS[table.metric].mode,
+        samples=0,
+        concurrent=concurrent,
+        asked=asked,
+        scale=scale,
+        table=table.plain(),
+    )
+    studies = Storage(root) / FOLDER
+    is_new = name not in studies.list()
+    study = create_study(root, name, order, settings, None, []) if is_new else find_study(root, name)
+    _check_same(study, order, settings)
+    with study.storage.alone(f"comparison {name!r}"):
+        study = Study(study.storage)  # another process may have changed it before this one had the lock
+        known = study.numbers()
+        wanted = {table.identity(*place): place for place in table.places()}
+        study.extend(
+            Trial(settings=table.trial(*place), after=table.after.get(place[1]))
+            for identity, place in wanted.items()
+            if identity not in known
+        )
+        united = _united(stored_table(study.order.table or {}), table)
+        study.change(settings, table=united.plain(), concurrent=concurrent)
+        try:
+            driver = Driver(study, settings, root, table=table)
+        except BaseException:  # no cluster, or one too small
+            if is_new:
+                discard(study.storage)
+            raise
+        driver.run()
+
+
+def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | None, asked: str, root: str) -> None:
+    """Run the trials of a comparison that are not done, with the settings and rows that it has.
+
+    Args:
+        name: name of the comparison.
+        values: settings of the cluster and the tracker that change.
+        concurrent: trials at once.
+        asked: the table that it must be of.
+        root: folder or URI of all runs.
+
+    Raises:
+        UserError: no such comparison of this table, or a change that would alter its results.
+    """
+    if fixed := next((setting for setting in values if setting.partition(".")[0] not in APART), None):
+        raise UserError(
+            f"--resume {name} keeps the settings: {fixed} cannot change, only cluster.*, track.* and --concurrent"
+        )
+    check_root(root)
+    study = find_study(root, name)
+    if study.order.table is None or study.order.asked != asked:
+        raise UserError(f"{name!r} is no comparison of table {asked}: continue it with {study.command} --resume {name}")
+    check_counts({"concurrent": concurrent})
+    check_code(study.storage, study.config)
+    for trial in study.trials:
+        check_code(study.storage, trial.settings, RECORD)
+        check_code(study.storage, {"after": trial.after or ""}, RECORD)
+    settings = load_settings(training_settings_of(experiment[study.experiment]), study.config, values)
+    with study.storage.alone(f"comparison {name!r}"):
+        study.change(settings, concurrent=concurrent)
+        Driver(study, settings, root, table=stored_table(study.order.table)).run()
+
+
+def base_settings(table: Table, config: Path | None, values: Mapping[str, Any]) -> Experiment:
+    """Return the settings that all rows share.
+
+    Raises:
+        UserError: unknown settings, wrong values, or one in which rows or cases differ.
+    """
+    schema = training_settings_of(experiment[table.experiment])
+    parts = (*table.cases.values(), *table.rows.values(), {"seed": None})
+    varied = {name.removesuffix(".name") for part in parts for name in part}  # model and model.name are the same
+    if given := next((name for name in values if name.removesuffix(".name") in varied), None):
+        instead = "--seeds" if given == "seed" else "--rows and --cases"
+        raise UserError(f"{given} is what the rows or cases of the table differ in and cannot be given: see {instead}")
+    return resolve(schema, base_of(schema, config), {**table.shared, **values}, shared=True)
+
+
+def check_comparison(table: Table, settings: Experiment) -> None:
+    """Refuse a metric, a goal or a trial that a single run would refuse, or not measure."""
+    for metric in (table.metric, *table.goals):
+        if metric not in METRICS:
+            raise UserError(f"table: {shown(metric)} is no metric: {', '.join(METRICS)}")
+    if short := next((metric for metric in table.goals if not METRICS[metric].each_epoch), None):
+        raise UserError(f"table: {short} is known only at the end of a run, so no goal can be reached before")
+    for name in table.after.values():
+        imported_function(name)
+    for case in table.cases:
+        for row in table.rows:
+            try:
+                check_trial(table.metric, settings, table.trial(case, row, table.seeds[0]))
+            except UserError as error:
+                raise UserError(f"row {row!r}, case {case!r}: {error}") from None
+
+
+def _short_name(dataset: str) -> str:
+    """Return the name of a data set in names of folders.
+
+    >>> _short_name("parquet:/data/cifar10"), _short_name("my_code:load"), _short_name("table:s3://bucket/x.csv?a=/b")
+    ('cifar10', 'load', 'x.csv')
+    """
+    last = folder_and_name(dataset)[1].rpartition(":")[2]
+    return re.sub(r"[^\w.+-]", "-", last).lstrip(".-") or "data"
+
+
+def _check_same(study: Study, order: Order, settings: Experiment) -> None:
+    """Refuse to continue a comparison of another table or with other settings."""
+    name = study.name
+    if (study.order.asked, study.experiment) != (order.asked, order.experiment):
+        raise UserError(f"{name!r} in {study.root}/{FOLDER} is not a comparison of {order.asked}: give another --name")
+    stored = load_settings(type(settings), study.config)
+    here, there = (dotted(each.model_dump(mode="json", exclude=set(APART))) for each in (settings, stored))
+    if differing := next((key for key in {**there, **here} if there.get(key) != here.get(key)), None):
+        raise UserError(
+            f"comparison {name!r} was begun with {differing} = {shown(there.get(differing))}, now it is"
+            f" {shown(here.get(differing))}: give another --name"
+        )
+
+
+def _united(earlier: Table, table: Table) -> Table:
+    """Return a table with the rows, cases and seeds of earlier calls, over which the table's own win."""
+    plain = table.plain()
+    for part in ("rows", "cases", "after"):
+        plain[part] = {**getattr(earlier, part), **plain[part]}
+    plain["seeds"] = [*earlier.seeds, *(seed for seed in table.seeds if seed not in earlier.seeds)]
+    return Table(**plain)

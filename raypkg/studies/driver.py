@@ -1,0 +1,220 @@
+"""The driver of a study: runs the trials that are left, then writes and shows the results."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from raypkg.core.errors import Interruption, UserError, redacted
+from raypkg.core.seeds import derive
+from raypkg.core.settings import Experiment
+from raypkg.experiments.outlook import stages_of
+from raypkg.runs.activity import resuming
+from raypkg.runs.show import terminal
+from raypkg.runs.stages import Stage
+from raypkg.runs.style import in_full
+
+from .figures import DONE, TrialRun
+from .show import conclude, show_study
+from .space import longest_of
+from .study import Study, Values
+from .tables import Table
+from .trial import run_trial
+
+if TYPE_CHECKING:  # they import Ray, which a mistake in the settings need not wait for
+    from raypkg.cluster.capacity import TrialSize
+    from raypkg.cluster.search import Proposals
+
+Trials = Sequence[tuple[int, Values]]  # numbers and settings
+
+
+class Driver:
+    """Runs the trials of a study that are left.
+
+    Args:
+        study: its folder, which the caller has locked.
+        settings: settings that all trials share.
+        root: folder or URI of all runs, as the user gave it.
+        domains: those of the space that a searcher draws from; empty for a comparison.
+        table: requested rows, cases and seeds of a comparison.
+
+    Raises:
+        UserError: a trial does not fit the cluster.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        settings: Experiment,
+        root: str,
+        domains: Mapping[str, Any] | None = None,
+        table: Table | None = None,
+    ):
+        self.study = study
+        self.settings = settings
+        self.domains = domains or {}
+        self.table = table
+        self.console = terminal()
+        self.again = resuming(study.command, study.storage, root)
+        # A trial may stand for several rows, and calls differ in their rows and seeds: titles name those of this one.
+        self.titles: dict[int, str] = {}
+        if table:
+            numbers = study.numbers()
+            for case, row, seed in table.places():
+                number = numbers.get(table.identity(case, row, seed))
+                if number is not None:
+                    place = f"{row}; {case}" if len(table.cases) > 1 else row
+                    self.titles.setdefault(number, f"{place}; seed {seed}")
+        on_ray = not table or settings.cluster.workers != 0
+        self.size = _size_of_trials(settings, study.order.concurrent) if on_ray and self.left() else None
+
+    def waiting(self) -> Trials:
+        """Return the trials of this call that are to be run and whose settings are known."""
+        waiting = self.study.waiting()
+        if self.table is None:
+            return waiting
+        settings = dict(waiting)
+        return [(number, settings[number]) for number in self.titles if number in settings]
+
+    def left(self) -> int:
+        """Return the number of trials still to run in this call."""
+        return len(self.waiting()) + len(self.study.further())
+
+    def run(self) -> None:
+        """Run the trials that are left, then write and show the results.
+
+        Raises:
+            Interruption: by the user, or by a lost cluster.
+        """
+        interrupted = False
+        try:
+            interrupted = self._run_trials()
+        except KeyboardInterrupt:
+            interrupted = True
+        except Interruption as error:
+            raise type(error)(f"{error}; resume with: {self.again}") from error
+        finally:
+            conclude(self.study)
+        show_study(self.study, self.console, self.table)
+        left = self.left()
+        if interrupted:
+            raise Interruption(f"interrupted, {left} trials left; resume with: {self.again}")
+        if left:
+            count = len(self.titles) or len(self.study.trials)
+            line = f"{left} of {count} trials are not done; resume with: {self.again}"
+            self.console.print(line, soft_wrap=True)
+        runs = self.study.run_storage(0).local
+        pattern = f"{self.study.name}-*/wandb/offline-run-*"
+        if self.settings.track.name == "wandb" and runs is not None and any(runs.parent.glob(pattern)):
+            line = f"W&B runs are offline; send them with: wandb sync {shlex.quote(str(runs.parent))}/{pattern}"
+            self.console.print(line, soft_wrap=True)
+
+    def started(self, number: int, values: Values) -> None:
+        """Record a trial's settings."""
+        self.study.started(number, values)
+
+    def ended(self, number: int, error: str | None) -> None:
+        """Record and print how a trial ended."""
+        study = self.study
+        state = study.ended(number, error)
+        reached = TrialRun(study.run(number)).figures().get(study.order.metric)
+        result = error or ("" if reached is None else f"{study.order.metric} {in_full(reached)}")
+        title = f" ({self.titles[number]})" if number in self.titles else ""
+        self.console.print(f"{study.run_name(number)}{title} {state}: {result}", soft_wrap=True)
+
+    def _run_trials(self) -> bool:
+        """Run the trials, on Ray or one after another in this process; return True if the user interrupted."""
+        study = self.study
+        waiting = self.waiting()
+        further = study.further()
+        count = len(waiting) + len(further)
+        done = len(self.titles or study.trials) - len(waiting)
+        line = f"{study.name}: {count} trials of {study.experiment} to run, {done} done"
+        if self.size:
+            workers = self.size.workers
+            each = f"{workers} workers each, by Ray Train" if workers else "one process each"
+            line += f"; {each}, {self.size.at_once} at once"
+        self.console.print(line)
+        if not count:
+            return False
+        if self.size is None:
+            for number, values in waiting:
+                self.started(number, values)
+                last = run_trial(number, values, lambda row: None, root=study.storage.root, workers=0)
+                self.ended(number, last.get("error"))
+            return False
+
+        from raypkg.cluster.trials import Rules, run_trials
+
+        rules = Rules(
+            metric=study.order.metric,
+            mode=study.order.mode,
+            scheduler=study.order.scheduler,
+            longest=longest_of(self.settings, self.domains, [values for _, values in waiting]),
+            seconds=study.order.time_budget,
+            failures=self.settings.cluster.max_failures,
+        )
+        interrupted = run_trials(
+            partial(run_trial, root=study.storage.root, workers=self.size.workers),
+            self._proposals(waiting, further),
+            self,
+            self.size,
+            rules,
+            folder=(study.storage / "ray").uri,
+        )
+        study.storage.delete_folder("ray")
+        return interrupted
+
+    def _proposals(self, waiting: Trials, further: Sequence[int]) -> Proposals:
+        """Return the trials in the order in which they start; Optuna learns from done ones and proposes the rest."""
+        from raypkg.cluster.search import Proposals, constants, optuna
+
+        study = self.study
+        if self.table:
+            return Proposals(donors_first(waiting, stages_of(study.experiment, self.settings)))
+        searcher = None
+        if further and study.order.search == "optuna":
+            metric, mode = study.order.metric, study.order.mode
+            rows = [row for row in study.results(study.runs()) if row["state"] == DONE]
+            done = [(row, row[metric]) for row in rows if row.get(metric) is not None]
+            seed = derive(self.settings.seed, "sweep", further[0])
+            searcher = optuna(self.domains, metric, mode, seed, done)
+        return Proposals(waiting, searcher, further, constants(self.domains))
+
+
+def donors_first(trials: Trials, stages: Sequence[Stage]) -> Trials:
+    """Put, within each seed, one trial of those that share a first phase before the others, which then take it over."""
+    shared = next((stage for stage in stages if stage.depends_on), None)
+    if shared is None:
+        return trials
+    first: dict[str, int] = {}  # number of the first trial of each group
+    for number, values in trials:
+        group = json.dumps(shared.settings_in(values), sort_keys=True)
+        first.setdefault(group, number)
+    donors = set(first.values())
+    seeds = list(dict.fromkeys(values["seed"] for _, values in trials))
+    return sorted(trials, key=lambda trial: (seeds.index(trial[1]["seed"]), trial[0] not in donors))
+
+
+def check_root(root: str) -> None:
+    """Refuse credentials in the root of all runs."""
+    if redacted(root) != root:
+        raise UserError(
+            "--root has credentials in it, which Ray Tune would keep in its own files: leave them to the environment,"
+            " such as AWS_ACCESS_KEY_ID"
+        )
+
+
+def _size_of_trials(settings: Experiment, concurrent: int | None) -> TrialSize:
+    """Join or start the cluster, and choose the workers of a trial and the number of trials at once."""
+    import torch
+
+    from raypkg.cluster.capacity import trial_size
+    from raypkg.cluster.session import connect
+
+    processes = (settings.cluster.workers or 1) + settings.actors
+    connect(settings.cluster, dashboard=processes > 1 or torch.cuda.is_available())
+    return trial_size(settings.cluster, settings.actors, concurrent)

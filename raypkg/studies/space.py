@@ -1,0 +1,253 @@
+"""Tune spaces, the requests that fill them with trials, and the settings of a trial."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from raypkg.cluster.session import prepare
+from raypkg.core.config import Settings, leaves, load_settings, read_toml
+from raypkg.core.errors import UserError, shown, unknown
+from raypkg.core.seeds import derive
+from raypkg.core.settings import APART, Dataset, Experiment, RunSettings, Training
+from raypkg.experiments.resolve import check_names
+
+from .figures import METRICS
+from .study import TO_THE_END, Order, Values
+from .tables import read_code, run_code, shipped_files
+
+SPACES = "tune_spaces"
+SAMPLES = 8  # trials
+MOST = 10_000  # trials of a study, and values of a setting: each is checked beforehand
+DRAWS = 1000  # attempts to draw settings that no other trial has
+ACTORS = "crest.actors"  # all trials of a study are of one size
+EVALUATE = "train.evaluate_every_epochs"  # 1 unless given: schedulers compare trials epoch by epoch
+E = TypeVar("E", bound=Experiment)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Domains to draw settings from, and the metric to optimise."""
+
+    # Content of the file.
+    text: str
+    # Ray Tune's domains, or plain values, by dotted names of settings.
+    domains: dict[str, Any]
+    metric: str
+    # max or min
+    mode: str
+
+
+def space_of(experiment: str) -> Space:
+    """Return the space with an experiment's name, or that of plain training."""
+    return open_space(experiment if experiment in shipped_files(SPACES) else "train")
+
+
+def open_space(name: str) -> Space:
+    """Read a space by its name in ``tune_spaces`` or its path; a file of the working folder wins.
+
+    Raises:
+        UserError: unknown name, or a file that defines no valid space.
+    """
+    return read_space(*read_code("space", name, SPACES))
+
+
+def read_space(text: str, origin: str) -> Space:
+    """Run a space's file.
+
+    Raises:
+        UserError: it raises, lacks ``space()``, ``METRIC`` or ``MODE``, or nothing can be drawn from it.
+    """
+    from raypkg.cluster.search import candidates, draw_settings
+
+    prepare()  # a space imports Ray Tune
+    needed = {name: name for name in ("space", "METRIC", "MODE")}
+    content, metric, mode = run_code("space", text, origin, needed)
+    try:
+        space = Space(text, dict(content), metric, mode)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"space {origin!r} raises {type(error).__name__}: {error}") from None
+    for name in (*space.domains, metric, mode):
+        if not isinstance(name, str):
+            raise UserError(f"space {origin!r}: {name!r} is not a name")
+    for name, domain in space.domains.items():
+        try:
+            draw_settings({name: domain}, np.random.default_rng(0))
+            candidates(domain)
+        except (Exception, SystemExit) as error:  # a domain may hold the user's code
+            raise UserError(f"space {origin!r}: nothing can be drawn for {name}: {error}") from None
+    return space
+
+
+def without(space: Space, given: Iterable[str]) -> Space:
+    """Return a space without the settings that the user gave; ``model`` and ``model.name`` are the same.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    fixed = {name.removesuffix(".name") for name in given}
+    domains = {name: domain for name, domain in space.domains.items() if name.removesuffix(".name") not in fixed}
+    if space.domains and not domains:
+        raise UserError(f"nothing is left to vary: {', '.join(space.domains)} are given")
+    return replace(space, domains=domains)
+
+
+def check_space(space: Space, check: Callable[[Values], None]) -> None:
+    """Refuse a space with an unknown setting, with a value that its setting does not allow, or of one point.
+
+    Each choice and both ends of each range are tried, beside the first values of the other settings.
+
+    Args:
+        space: the space.
+        check: raises ``UserError`` for invalid settings of a trial.
+    """
+    from raypkg.cluster.search import candidates, constants
+
+    choices = {name: candidates(domain) for name, domain in space.domains.items()}
+    first = {name: values[0] for name, values in choices.items() if values}
+    for name, values in choices.items():
+        if name.partition(".")[0] in APART or name == ACTORS:
+            raise UserError(f"space: {name} does not alter the result and cannot be varied; give it as an option")
+        if len(values) > MOST:
+            raise UserError(f"space: {name} has {len(values):,} values, of which {MOST:,} can be tried")
+        for value in values:
+            try:
+                check({**first, name: value})
+            except UserError as error:
+                raise UserError(f"space: {error}") from None
+    if len(constants(space.domains)) == len(space.domains):
+        raise UserError(f"space: there is nothing to vary, only {space.domains}")
+
+
+# The request
+
+
+def order_of(experiment: str, asked: Mapping[str, Any], space: Space) -> Order:
+    """Fill in the options of ``effray tune`` that were omitted, which are None.
+
+    Raises:
+        UserError: an order that cannot be carried out.
+    """
+    metric = space.metric if asked["metric"] is None else asked["metric"]
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    mode = asked["mode"] or (space.mode if metric == space.metric else METRICS[metric].mode)
+    if mode not in ("max", "min"):
+        raise unknown("mode", str(mode), ("max", "min"))
+    scheduler = asked["scheduler"] or "asha"
+    search = asked["search"] or "random"
+    if scheduler != TO_THE_END and not METRICS[metric].each_epoch:
+        raise UserError(
+            f"metric {metric} is known only at the end of a trial, so --scheduler {scheduler} could not act on it:"
+            f" give --scheduler {TO_THE_END}, or --metric accuracy"
+        )
+    check_counts(asked)
+    samples = asked["samples"]
+    if search == "grid" and samples is not None:
+        raise UserError(f"--samples {samples}: a grid has as many trials as combinations")
+    filled = {"metric": metric, "mode": mode, "scheduler": scheduler, "search": search, "samples": samples or SAMPLES}
+    return Order(experiment=experiment, varied=[*space.domains], **{**asked, **filled})
+
+
+def check_counts(asked: Mapping[str, Any]) -> None:
+    """Refuse too few or too many trials, in all or at once."""
+    for option in ("samples", "concurrent"):
+        count = asked.get(option)
+        if count is not None and not 1 <= count <= MOST:
+            raise UserError(f"--{option} {shown(count)}: at least 1 and at most {MOST:,}")
+
+
+def base_of(schema: type[Settings], config: Path | None) -> dict[str, Any]:
+    """Return the settings in a file, with an evaluation after every epoch unless it says otherwise."""
+    base = read_toml(config) if config else {}
+    train = base.get("train", {})
+    if EVALUATE in dict(leaves(schema)) and isinstance(train, dict):
+        base["train"] = {"evaluate_every_epochs": 1, **train}
+    return base
+
+
+# Trials
+
+
+def trials_of(order: Order, space: Space, settings: Experiment) -> list[Values]:
+    """Draw distinct settings of the trials that are known beforehand; a small space may have fewer.
+
+    Raises:
+        UserError: a grid over a range, or a searcher that is not installed.
+    """
+    from raypkg.cluster.search import draw_settings, grid, optuna
+
+    if order.search == "grid":
+        return list(grid(space.domains))
+    if order.search == "optuna":  # it proposes a trial when one starts; the call shows whether it can
+        optuna(space.domains, order.metric, order.mode, settings.seed, [])
+        return []
+    trials: list[Values] = []
+    for number in range(order.samples):
+        rng = np.random.default_rng(derive(settings.seed, "sweep", number))
+        draws = (draw_settings(space.domains, rng) for _ in range(DRAWS))
+        new = next((values for values in draws if values not in trials), None)
+        if new is not None:
+            trials.append(new)
+    return trials
+
+
+def varied(base: E, values: Mapping[str, Any]) -> E:
+    """Return the shared settings with those of a trial.
+
+    Raises:
+        UserError: an unknown setting, or a value that it does not allow.
+    """
+    return load_settings(type(base), base.model_dump(mode="json"), values)
+
+
+def longest_of(settings: Experiment, domains: Mapping[str, Any], known: Sequence[Values]) -> int:
+    """Return the epochs of the longest trial, among the known ones and those that the domains allow."""
+    from raypkg.cluster.search import candidates, draw_settings
+
+    def epochs(values: Values) -> int:
+        return varied(settings, values).epochs
+
+    # A value alone may be invalid without others that accompany it, such as crest.h without crest.tau, so start from
+    # a whole trial; a known one has been checked.
+    drawn = draw_settings(domains, np.random.default_rng(settings.seed))
+    longest = {**drawn, **(known[0] if known else {})}
+    for name, domain in domains.items():
+        values = candidates(domain)
+        if values:
+            longest[name] = max(values, key=lambda value: epochs({**longest, name: value}))
+    return max(epochs(values) for values in (longest, *known))
+
+
+def check_trial(metric: str, base: Experiment, values: Values) -> None:
+    """Refuse settings of a trial that a single run would refuse, or with which no epoch would have the metric.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    trial = varied(base, values)
+    check_names(trial)
+    if METRICS[metric].held_out:
+        if not trial.dataset.validation:
+            raise UserError(f"metric {metric} is measured on held-out samples: dataset.validation = 0 holds out none")
+        train: Training = trial.train  # type: ignore[attr-defined]  # every experiment declares its own
+        every = train.evaluate_every_epochs
+        if not 0 < every <= trial.epochs:
+            raise UserError(f"metric {metric} would never be measured: {EVALUATE} = {every} of {trial.epochs} epochs")
+    trial.check(_samples(trial.dataset.model_dump_json(), trial.seed, getattr(trial, "coreset", None)))
+
+
+@lru_cache
+def _samples(dataset: str, seed: int, coreset: str | None) -> int:
+    """Return the number of samples that a trial trains on."""
+    from raypkg.experiments.coreset_files import load_coreset
+    from raypkg.experiments.samples import open_samples
+
+    settings = RunSettings(seed=seed, dataset=Dataset.model_validate_json(dataset))
+    samples = open_samples(settings)
+    if coreset is None:
+        return len(samples.train_indices)
+    return len(load_coreset(coreset, samples.data.train, samples.held_out, settings.dataset.name))

@@ -1,0 +1,409 @@
+"""A study: numbered trials with settings, results and a page.
+
+    <root>/tune/<name>/  config.toml  sweep.json  space.py
+                         results.parquet  best.toml  table.md  report.html  plots/*.png
+
+``effray tune`` draws the trials from a space, whose file the folder keeps with the best settings; ``effray compare``
+takes them from a table, which the record keeps. A trial is a run, ``<root>/<experiment>/<name>-<number>``.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from raypkg.core.config import Settings, with_current_names
+from raypkg.core.errors import UserError, unknown
+from raypkg.core.settings import APART
+from raypkg.experiments import experiment, training_settings_of
+from raypkg.runs.activity import DONE as FINISHED
+from raypkg.runs.activity import state_of, written
+from raypkg.runs.folder import RunFolder, check_name, discard
+from raypkg.runs.listing import Listed, named
+from raypkg.runs.sealed import read_settings, write_settings
+from raypkg.runs.storage import Storage
+
+from .figures import AFTER, DONE, Row, TrialRun, ranked
+from .tables import current_function, identity
+
+FOLDER = "tune"  # beside the folders of the experiments
+RECORD = "sweep.json"
+SPACE = "space.py"
+BEST = "best.toml"
+RESULTS = "results.parquet"
+STOPPED = "stopped"
+FAILED = "failed"
+UNFINISHED = "unfinished"
+TO_THE_END = "fifo"  # the scheduler that stops no trial
+TRIAL = re.compile(r"(.+)-(\d{3,})")  # a trial's name: its study's name and its number
+Values = dict[str, Any]  # settings of a trial by dotted names
+
+
+class Order(BaseModel):
+    """The request that began a study; options that a command no longer has are ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    experiment: str
+    metric: str
+    mode: str
+    # Trials in all; a comparison has those of its record.
+    samples: int
+    space: str | None = None
+    scheduler: str = TO_THE_END
+    search: str | None = None
+    # Trials at once; None = as many as fit.
+    concurrent: int | None = None
+    # Seconds.
+    time_budget: float | None = None
+    # Names of the settings that trials draw from the space.
+    varied: list[str] = []
+    # Of a comparison: the table's name or path, the scale, and the rows, cases and seeds requested so far.
+    asked: str | None = None
+    scale: str | None = None
+    table: dict[str, Any] | None = None
+
+
+class Trial(BaseModel):
+    """The record of a trial."""
+
+    model_config = ConfigDict(strict=True)
+
+    # None until a searcher has proposed them.
+    settings: Values | None
+    # The state in which it last ended.
+    ended: str | None = None
+    error: str | None = None
+    # The function that follows the run.
+    after: str | None = None
+
+    @field_validator("after")
+    @classmethod
+    def _follow_renaming(cls, after: str | None) -> str | None:
+        return after and current_function(after)
+
+
+class Record(BaseModel):
+    """The file that makes a folder a study."""
+
+    order: Order
+    trials: list[Trial]
+
+
+class Study:
+    """The folder of a study; only the process that runs the study writes to it.
+
+    Raises:
+        UserError: the record is missing or damaged.
+    """
+
+    def __init__(self, storage: Storage):
+        self.storage = storage
+        try:
+            record = Record.model_validate(storage.read_json(RECORD) or {})
+        except ValidationError:
+            raise UserError(
+                f"{storage.root} holds no whole sweep: its {RECORD} is missing or damaged, so delete the folder and"
+                " start the sweep again"
+            ) from None
+        self.name = storage.name
+        self.experiment = record.order.experiment
+        self.root = storage.parent.parent.root  # of all runs
+        varied = [*self._current(dict.fromkeys(record.order.varied))]
+        self.order = record.order.model_copy(update={"varied": varied})
+        self.trials = record.trials
+        for trial in self.trials:
+            trial.settings = trial.settings and self._current(trial.settings)
+
+    def _current(self, values: Mapping[str, Any]) -> Values:
+        """Return stored settings by their current names."""
+        if self.experiment not in experiment:
+            return dict(values)
+        return with_current_names(training_settings_of(experiment[self.experiment]), values)
+
+    @property
+    def command(self) -> str:
+        """The command that began it, without options."""
+        return f"effray compare {self.order.asked}" if self.order.table else f"effray tune {self.experiment}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings that all trials share, not yet validated.
+
+        Raises:
+            UserError: they are missing or damaged: a study never resumes with others.
+        """
+        return self._current(read_settings(self.storage))
+
+    def run_name(self, number: int) -> str:
+        """Return the name of a trial's run."""
+        return f"{self.name}-{number:03d}"
+
+    def run_storage(self, number: int) -> Storage:
+        """Return the place of a trial's run, which may not exist yet."""
+        return Storage(self.root) / self.experiment / self.run_name(number)
+
+    def run(self, number: int) -> RunFolder:
+        """Open the folder of a trial's run, which may not exist yet."""
+        return RunFolder(self.run_storage(number))
+
+    def runs(self) -> dict[int, TrialRun]:
+        """Read the run of every trial whose settings are known."""
+        return {number: TrialRun(self.run(number)) for number, trial in enumerate(self.trials) if trial.settings}
+
+    def lasting(self, number: int) -> dict[str, Any]:
+        """Return those settings of a trial's run that affect its result."""
+        settings = read_settings(self.run_storage(number))
+        return {name: part for name, part in settings.items() if name not in APART}
+
+    # Trials
+
+    def state(self, number: int) -> str:
+        """Return a trial's state: a manifest in the run folder outweighs the record, which a kill leaves behind."""
+        return DONE if self._is_done(number) else self.trials[number].ended or UNFINISHED
+
+    def _is_done(self, number: int) -> bool:
+        storage = self.run_storage(number)
+        if storage.read("summary.json") is None:
+            return False
+        return not self.trials[number].after or storage.read(AFTER) is not None
+
+    def waiting(self) -> list[tuple[int, Values]]:
+        """Return number and settings of the trials to run: new, unfinished and failed ones."""
+        known = [(number, trial.settings) for number, trial in enumerate(self.trials) if trial.settings]
+        return [trial for trial in known if self.state(trial[0]) in (UNFINISHED, FAILED)]
+
+    def further(self) -> list[int]:
+        """Return the numbers of the trials without settings, for a searcher to propose."""
+        count = max(len(self.trials), self.order.samples)
+        return [n for n in range(count) if n >= len(self.trials) or not self.trials[n].settings]
+
+    def numbers(self) -> dict[str, int]:
+        """Return the numbers of the known trials by their identity; see ``tables.identity``."""
+        known = [(number, trial) for number, trial in enumerate(self.trials) if trial.settings]
+        return {identity(trial.settings or {}, trial.after): number for number, trial in known}
+
+    def left(self) -> int:
+        """Return the number of trials still to run."""
+        return len(self.waiting()) + len(self.further())
+
+    def started(self, number: int, values: Mapping[str, Any]) -> None:
+        """Record a trial's settings, which a searcher may have proposed just now."""
+        while len(self.trials) <= number:
+            self.trials.append(Trial(settings=None))
+        self.trials[number] = Trial(settings=dict(values), after=self.trials[number].after)
+        self._write()
+
+    def ended(self, number: int, error: str | None) -> str:
+        """Record how a trial ended, and return its state."""
+        if error:
+            state = FAILED
+        else:
+            state = DONE if self._is_done(number) else STOPPED
+        self.trials[number] = self.trials[number].model_copy(update={"ended": state, "error": error})
+        self._write()
+        return state
+
+    def extend(self, trials: Iterable[Trial]) -> None:
+        """Append trials."""
+        self.trials += trials
+        self.order = self.order.model_copy(update={"samples": len(self.trials)})
+        self._write()
+
+    def change(self, settings: Settings, **order: Any) -> None:
+        """Record other shared settings, and changes of the order."""
+        self.order = self.order.model_copy(update=order)
+        write_settings(self.storage, settings)
+        self._write()
+
+    def _write(self) -> None:
+        record = Record.model_construct(order=self.order, trials=self.trials)
+        self.storage.write_json(RECORD, record.model_dump())
+
+    # Results
+
+    def row(self, number: int, run: TrialRun) -> dict[str, Any]:
+        """Return number, run, state, error and figures of a trial."""
+        state, error = self.state(number), self.trials[number].error
+        return {"trial": number, "run": self.run_name(number), "state": state, "error": error} | run.figures()
+
+    def results(self, runs: Mapping[int, TrialRun]) -> list[dict[str, Any]]:
+        """Return a row for each trial: its number, run, state, error, figures and settings."""
+        return [self.row(number, run) | (self.trials[number].settings or {}) for number, run in runs.items()]
+
+    def write_results(self, results: Sequence[Row], best: Row | None = None) -> None:
+        """Write the table of all trials, and the settings of the best one."""
+        columns = {}
+        for name in dict.fromkeys(name for row in results for name in row):
+            values = [row.get(name) for row in results]
+            try:
+                columns[name] = pa.array(values)
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # several types, or more than 64 bits
+                columns[name] = pa.array([None if value is None else str(value) for value in values])
+        self.storage.write_table(RESULTS, pa.table(columns))
+        if best:
+            self.storage.write(BEST, tomli_w.dumps(self.lasting(best["trial"])).encode())
+
+
+def create_study(
+    root: str, name: str, order: Order, settings: Settings, space: str | None, trials: Iterable[Trial]
+) -> Study:
+    """Make a new study's folder.
+
+    Args:
+        root: folder or URI of all runs.
+        name: name of the study.
+        order: request of the user.
+        settings: settings that all trials share.
+        space: text of the space's file; None for a comparison.
+        trials: those known beforehand.
+
+    Raises:
+        UserError: invalid name, or one that a study or a run of the experiment has.
+    """
+    check_name(name)
+    studies = Storage(root) / FOLDER
+    runs = Storage(root) / order.experiment
+    storage = studies / name
+    if not storage.claim():
+        raise UserError(
+            f"sweep {name!r} exists in {studies.root}: give another --name, or continue with --resume {name}"
+        )
+    try:
+        same_names = re.compile(rf"{re.escape(name)}(-\d+)?")
+        if taken := next((run for run in runs.list() if same_names.fullmatch(run)), None):
+            raise UserError(
+                f"run {taken!r} exists in {runs.root}, as the sweep or a trial would be called: give another --name"
+            )
+        write_settings(storage, settings)
+        if space is not None:
+            storage.write(SPACE, space.encode())
+        # The record comes last: it makes the folder a study.
+        record = Record.model_construct(order=order, trials=list(trials))
+        storage.write_json(RECORD, record.model_dump())
+        storage.settle()
+    except BaseException:
+        discard(storage)
+        raise
+    return Study(storage)
+
+
+def find_study(root: str, name: str) -> Study:
+    """Open an existing study.
+
+    Raises:
+        UserError: unknown name.
+    """
+    studies = Storage(root) / FOLDER
+    if name not in studies.list():
+        raise unknown(f"sweep in {studies.root}", name, studies.list())
+    return Study(studies / name)
+
+
+def is_study(storage: Storage) -> bool:
+    """Return True if a folder is a study's."""
+    return RECORD in storage.list()
+
+
+def study_around(run: Storage) -> Study | None:
+    """Return the study of which a run is a trial, or None.
+
+    Raises:
+        UserError: there is a study of that name, and its record is damaged.
+    """
+    match = TRIAL.fullmatch(run.name)
+    if match is None:
+        return None
+    experiment = run.parent
+    storage = experiment.parent / FOLDER / match[1]
+    if not is_study(storage):
+        return None
+    study = Study(storage)
+    is_trial = study.experiment == experiment.name and int(match[2]) < len(study.trials)
+    return study if is_trial else None
+
+
+# `effray list` and `effray rm`
+
+
+def folded(root: str, lines: Sequence[Listed]) -> list[Listed]:
+    """Replace the lines of trials by a line for each study: accuracy of the best trial, cost of all done ones."""
+    runs = {(line.experiment, line.name): line for line in lines}
+    studies = Storage(root) / FOLDER
+    folds = []
+    for name in studies.list():
+        if not is_study(studies / name):
+            continue
+        time = max(written(root, FOLDER, name).values(), default=0.0)
+        try:
+            study = Study(studies / name)
+            config = study.config
+            table = study.storage.read_table(RESULTS)
+            state = state_of(study.storage) if study.left() else FINISHED
+        except UserError:
+            folds.append(Listed(FOLDER, name, f"bad {RECORD}", "–", "–", FOLDER, None, None, None, time))
+            continue
+        places = [(study.experiment, study.run_name(number)) for number in range(len(study.trials))]
+        trials = {place[1]: runs.pop(place) for place in places if place in runs}
+        done = [trial for trial in trials.values() if trial.state == FINISHED]
+        metric = study.order.metric
+        rows = [] if table is None else table.to_pylist()
+        measured = [row for row in rows if row.get("state") == DONE and row.get(metric) is not None]
+        best = str(ranked(measured, metric, study.order.mode)[0]["run"]) if measured else ""
+        title = f"{name}: {len(done)} of {max(len(study.trials), study.order.samples)} trials done"
+        line = Listed(
+            experiment=study.experiment,
+            name=f"{title}, best {best}" if best else title,
+            state=state,
+            data=named(config, "dataset"),
+            model=named(config, "model"),
+            method=f"{FOLDER} {study.experiment}",
+            accuracy=trials[best].accuracy if best in trials else None,
+            backward=sum(trial.backward or 0 for trial in done) if done else None,
+            seconds=sum(trial.seconds or 0 for trial in done) if done else None,
+            time=max([time, *(trial.time for trial in trials.values())]),
+        )
+        folds.append(line)
+    return [*runs.values(), *folds]
+
+
+def with_studies(chosen: Sequence[Storage], trials: bool) -> tuple[list[Storage], list[Storage]]:
+    """Return the folders to delete, and the folders to lock while deleting.
+
+    Args:
+        chosen: runs and studies.
+        trials: delete the trials of chosen studies too, and allow single trials.
+
+    Raises:
+        UserError: a trial is chosen, and ``trials`` is not set.
+    """
+    folders: dict[str, Storage] = {}  # by path: each once
+    around: dict[str, Storage] = {}
+    for storage in chosen:
+        folders[storage.root] = storage
+        if is_study(storage):
+            if trials:
+                folders |= {run.root: run for run in _existing_trials(storage)}
+        elif of := study_around(storage):
+            if not trials:
+                raise UserError(
+                    f"{storage.name} is a trial of sweep {of.name!r}, which would run it again: --trials deletes it"
+                    f" all the same, and `effray rm {of.name} --trials` the whole sweep"
+                )
+            around[of.storage.root] = of.storage
+    return [*folders.values()], [*(folders | around).values()]
+
+
+def _existing_trials(storage: Storage) -> list[Storage]:
+    """Return the folders of a study's trials; none if the record that names them is damaged."""
+    try:
+        study = Study(storage)
+    except UserError:
+        return []
+    runs = Storage(study.root) / study.experiment
+    existing = set(runs.list())
+    names = [study.run_name(number) for number in range(len(study.trials))]
+    return [runs / name for name in names if name in existing]

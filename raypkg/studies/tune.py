@@ -1,0 +1,152 @@
+"""``effray tune``: a study whose trials are drawn from a space."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raypkg.core.config import check_switches, load_settings, with_current_names
+from raypkg.core.errors import UserError
+from raypkg.core.registry import Entry
+from raypkg.core.settings import APART, Experiment
+from raypkg.experiments import training_settings_of
+from raypkg.experiments.resolve import check_names, resolve
+from raypkg.experiments.trust import check_code, check_file_of_code
+from raypkg.runs.folder import discard
+from raypkg.runs.show import terminal
+
+from .driver import Driver, check_root
+from .show import conclude, show_study
+from .space import (
+    Space,
+    base_of,
+    check_counts,
+    check_space,
+    check_trial,
+    open_space,
+    order_of,
+    read_space,
+    space_of,
+    trials_of,
+    varied,
+    without,
+)
+from .study import RECORD, SPACE, TO_THE_END, Order, Trial, Values, create_study, find_study
+
+CHANGEABLE = ("concurrent", "time_budget")  # options of a resumed sweep
+Asked = Mapping[str, Any]  # options by their names in Order; None = omitted
+
+
+def start_sweep(
+    entry: Entry, asked: Asked, config: Path | None, values: Mapping[str, Any], name: str | None, root: str
+) -> None:
+    """Check everything, then run a new sweep; a mistake leaves no folder behind and starts no Ray.
+
+    Args:
+        entry: the experiment.
+        asked: the request.
+        config: a file of settings.
+        values: further settings, which win over it.
+        name: name of the sweep; default: experiment and time.
+        root: folder or URI of all runs.
+
+    Raises:
+        UserError: bad settings, a bad space, or a request that cannot be carried out.
+    """
+    check_root(root)
+    schema = training_settings_of(entry)
+    settings = resolve(schema, base_of(schema, config), values, shared=True)
+    whole = space_of(entry.name) if asked["space"] is None else open_space(asked["space"])
+    space = without(whole, values)
+    check_switches({**dict.fromkeys(space.domains), **values})  # a disabled part stays disabled in every trial
+    order = order_of(entry.name, asked, space)
+    trials = _checked_trials(order, settings, space)
+    order = order.model_copy(update={"samples": len(trials) or order.samples})
+    if name is None:
+        name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}"
+    study = create_study(root, name, order, settings, space.text, [Trial(settings=values) for values in trials])
+    try:
+        driver = Driver(study, settings, root, space.domains)
+    except BaseException:  # no cluster, or one too small
+        discard(study.storage)
+        raise
+    with study.storage.alone(f"sweep {name!r}"):
+        driver.run()
+
+
+def _checked_trials(order: Order, settings: Experiment, space: Space) -> list[Values]:
+    """Draw the trials that are known beforehand; refuse a space or a trial that a single run would refuse."""
+
+    def check(values: Values) -> None:
+        if order.search == "optuna":  # trials are yet unknown: each value is tried as one
+            check_trial(order.metric, settings, values)
+        else:
+            check_names(varied(settings, values))
+
+    check_space(space, check)
+    trials = trials_of(order, space, settings)
+    for number, trial in enumerate(trials):
+        try:
+            check_trial(order.metric, settings, trial)
+        except UserError as error:
+            raise UserError(f"trial {number}: {error}") from None
+    return trials
+
+
+def resume_sweep(entry: Entry, asked: Asked, name: str, values: Mapping[str, Any], root: str) -> None:
+    """Run the trials of a sweep that are not done.
+
+    Args:
+        entry: the experiment.
+        asked: the request; only ``CHANGEABLE`` options may be given.
+        name: name of the sweep.
+        values: settings of the cluster and the tracker that change.
+        root: folder or URI of all runs.
+
+    Raises:
+        UserError: no such sweep of this experiment, or a change that would alter its results.
+    """
+    changes = {option: value for option, value in asked.items() if value is not None}
+    fixed = [f"--{option.replace('_', '-')}" for option in changes if option not in CHANGEABLE]
+    fixed += [setting for setting in values if setting.partition(".")[0] not in APART]
+    if fixed:
+        raise UserError(
+            f"--resume {name} keeps what was asked for: {fixed[0]} cannot change, only --concurrent, --time-budget,"
+            " cluster.* and track.*"
+        )
+    check_counts(asked)
+    check_root(root)
+    study = find_study(root, name)
+    path = study.storage.root
+    if study.experiment != entry.name:
+        raise UserError(f"sweep {name!r} is of {study.experiment}, not of {entry.name}")
+    if study.order.table:
+        raise UserError(f"{name!r} is a comparison: continue it with {study.command} --resume {name}")
+    if study.order.scheduler == "none":
+        raise UserError(f"{path}/{RECORD}: scheduler none is now called {TO_THE_END}")
+    check_code(study.storage, study.config)
+    for trial in study.trials:
+        check_code(study.storage, trial.settings, RECORD)
+    check_file_of_code(study.storage, SPACE)
+    schema = training_settings_of(entry)
+    settings = load_settings(schema, study.config, values)
+    content = study.storage.read(SPACE)
+    if not (content and content.strip()):
+        raise UserError(f"{path}/{SPACE} is missing or empty: what was asked for is lost")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}/{SPACE} is corrupt: {error}") from None
+    whole = read_space(text, f"{path}/{SPACE}")
+    whole = replace(whole, domains=with_current_names(schema, whole.domains))
+    space = without(whole, whole.domains.keys() - study.order.varied)
+    with study.storage.alone(f"sweep {name!r}"):
+        study.change(settings, **changes)
+        if study.left():
+            Driver(study, settings, root, space.domains).run()
+        else:
+            conclude(study)
+            show_study(study, terminal())
