@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from raypkg.studies.trial_settings import varied
 from torch import nn
 
 from raypkg.core.config import load_settings, parse_toml, to_toml
@@ -12,6 +11,7 @@ from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.first_weights import fitted
 from raypkg.experiments.resolve import with_absolute_paths
 from raypkg.models.classifier import Classifier
+from raypkg.studies.space import varied
 
 
 def model(inputs=4, width=5, classes=3):

@@ -159,16 +159,12 @@ def test_trusting_is_an_option(stored, of_somebody_else, monkeypatch, tmp_path):
 
 
 def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, capsys, tmp_path):
-    from dataclasses import asdict
-
-    from raypkg.studies.order import Order
-    from raypkg.studies.sweep_folder import create_sweep
+    from raypkg.studies.study import Order, create_study
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(trust.TRUST, raising=False)
-    asked = dict.fromkeys(Order.options()) | {"metric": "accuracy", "mode": "max", "samples": 1}
-    record = asdict(Order("train", **asked)) | {"varied": []}
-    create_sweep("runs", "one", record, Experiment(), CODE, [])
+    order = Order(experiment="train", metric="accuracy", mode="max", samples=1)
+    create_study("runs", "one", order, Experiment(), CODE, [])
     with pytest.raises(SystemExit):
         main(["tune", "train", "--resume", "one"])
     assert "space.py is not your own alone and would be run as code" in capsys.readouterr().err

@@ -5,8 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ray import tune
-from raypkg.studies.spaces import Space, check_space, find_space, open_space, read_space, space_of
-from raypkg.studies.trial_settings import varied
 
 from raypkg.cluster.search import draw_settings
 from raypkg.core.config import load_settings, parse_toml, to_toml
@@ -16,6 +14,9 @@ from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.resolve import check_names
 from raypkg.methods.sparse.settings import SparseSettings
 from raypkg.studies.figures import METRICS
+from raypkg.studies.space import SPACES as FOLDER
+from raypkg.studies.space import Space, check_space, open_space, read_space, space_of, varied
+from raypkg.studies.tables import shipped_files
 
 N = 45_000  # training samples
 SPACES = sorted((Path(__file__).parents[1] / "tune_spaces").glob("*.py"))
@@ -61,10 +62,11 @@ def test_every_experiment_that_trains_can_be_swept():
 def test_a_space_of_the_working_folder_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (shipped,) = (file for file in SPACES if file.stem == "crest")
-    assert find_space("crest").read_text() == shipped.read_text()  # in this clone, or in the installed package
+    # In this clone, or in the installed package.
+    assert shipped_files(FOLDER)["crest"].read_text() == shipped.read_text()
     (tmp_path / "tune_spaces").mkdir()
     (tmp_path / "tune_spaces" / "crest.py").touch()
-    assert find_space("crest") == Path("tune_spaces/crest.py")
+    assert shipped_files(FOLDER)["crest"] == Path("tune_spaces/crest.py")
 
 
 def test_a_space_of_too_many_values_is_refused_before_they_are_tried():

@@ -107,14 +107,16 @@ class Catalogue(ExampleHelp, click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Make a command."""
-        is_path = self.paths and name.endswith(SUFFIX)
-        return self.make(name) if is_path or name in self.names() else None
+        return self.make(name) if self._has(name) else None
 
     def resolve_command(self, context: click.Context, arguments: list[str]) -> tuple[Any, Any, list[str]]:
         """Refuse an unknown name with the nearest one."""
-        if self.get_command(context, arguments[0]) is None:
+        if not self._has(arguments[0]):
             raise unknown(self.kind, arguments[0], self.names())
         return super().resolve_command(context, arguments)
+
+    def _has(self, name: str) -> bool:
+        return name in self.names() or (self.paths and name.endswith(SUFFIX))
 
 
 def _study_options(of: str, default_name: str) -> list[click.Option]:

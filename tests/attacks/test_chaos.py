@@ -26,7 +26,13 @@ from run_files import check_whole, files
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 KILLS = int(os.environ.get("EFFRAY_KILLS", "12"))
 SEED = int(os.environ.get("EFFRAY_CHAOS_SEED", "0"))
-TIMED = ("costs.png", "environment.json", "results.parquet")  # they hold times, those of a sweep beside its figures
+TIMED = (
+    "costs.png",
+    "environment.json",
+    "results.parquet",
+    "table.md",
+    "report.html",
+)  # they hold times, those of a sweep beside its figures
 ATTEMPTS = 8  # to resume a run, at most
 WATCHES: list[Watch] = []  # of all processes that were attacked
 

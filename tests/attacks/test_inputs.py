@@ -47,7 +47,7 @@ def imported():
     import raypkg.methods.sparse.export
     import raypkg.runs.agreement
     import raypkg.runs.plots
-    import raypkg.studies.sweep  # noqa: F401
+    import raypkg.studies.tune  # noqa: F401
 
 
 @pytest.fixture(scope="module")

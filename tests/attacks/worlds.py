@@ -26,8 +26,6 @@ METRIC, MODE = "accuracy", "max"
 def space():
     return {"crest.b": tune.choice([1, 2])}
 """
-ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "varied": ["crest.b"]}
-REST = ("concurrent", "time_budget", "space")
 
 
 def make_world(folder: Path) -> None:
@@ -53,10 +51,10 @@ def _make_unfinished_runs(runs: Path) -> None:
 
 def _make_sweep(folder: Path) -> None:
     from raypkg.methods.crest.settings import CrestSettings
-    from raypkg.studies.sweep_folder import create_sweep
+    from raypkg.studies.study import Order, Trial, create_study
 
-    order = {**ORDER, **dict.fromkeys(REST), "scheduler": "fifo", "search": "random"}
-    create_sweep(str(folder / "runs"), "sweep", order, CrestSettings(), SPACE, [{"crest.b": 1}])
+    order = Order(experiment="crest", metric="accuracy", mode="max", samples=1, search="random", varied=["crest.b"])
+    create_study(str(folder / "runs"), "sweep", order, CrestSettings(), SPACE, [Trial(settings={"crest.b": 1})])
 
 
 def _make_data(folder: Path) -> None:

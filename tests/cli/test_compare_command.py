@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from raypkg.studies.sweep_folder import SweepFolder, find_sweep
 
 from raypkg.core.errors import UserError
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 from raypkg.studies import trial as trials
 from raypkg.studies.outcomes import Outcomes
-from raypkg.studies.tables import Table
+from raypkg.studies.study import Study, find_study
+from raypkg.studies.tables import stored_table
 from raypkg.studies.trial import run_trial
 
 TABLE = """
@@ -68,8 +68,8 @@ def started(monkeypatch):
 
 
 def outcomes(name="m"):
-    sweep = find_sweep("runs", name)
-    return Outcomes(sweep, Table.of(sweep.table))
+    study = find_study("runs", name)
+    return Outcomes(study, stored_table(study.order.table))
 
 
 def test_what_is_finished_is_never_run_again(effray, mine, started):
@@ -179,9 +179,9 @@ def test_it_is_shown_listed_and_removed_as_a_sweep_is(effray, mine, tmp_path):
 
 def test_the_name_is_made_of_table_data_and_scale(effray, mine, tmp_path):
     effray(f"compare mine.py {ALONE} --rows tenth --seeds 3 --scale paper")
-    sweep = SweepFolder(Storage(str(tmp_path / "runs/tune/mine-digits-paper")))
-    assert sweep.config["train"]["epochs"] == 3
-    assert [trial["settings"]["seed"] for trial in sweep.trials] == [3, 3]
+    study = Study(Storage(str(tmp_path / "runs/tune/mine-digits-paper")))
+    assert study.config["train"]["epochs"] == 3
+    assert [trial.settings["seed"] for trial in study.trials] == [3, 3]
 
 
 def test_a_failed_trial_is_told_and_tried_again(effray, mine, monkeypatch):
@@ -206,8 +206,8 @@ def test_what_follows_a_run_is_done_once_and_is_a_column(effray, mine, tmp_path,
     effray(f"{MINE} --rows tenth --seeds 0")
     (case,) = outcomes().cases
     assert [line.columns["letters"] and line.columns["letters"].mean for line in case.lines] == [None, 5.0]
-    sweep = find_sweep("runs", "m")
-    run_trial(1, sweep.trials[1]["settings"], lambda row: None, root=sweep.storage.root, workers=0)
+    study = find_study("runs", "m")
+    run_trial(1, study.trials[1].settings, lambda row: None, root=study.storage.root, workers=0)
     assert importlib.import_module("following").calls == ["m-001"]
 
 

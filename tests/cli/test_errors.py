@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from raypkg.studies.sweep_folder import create_sweep
 
 import samples
 from raypkg.core.errors import UserError
@@ -18,6 +17,7 @@ from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.columns import metric_rows
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
+from raypkg.studies.study import Order, create_study
 
 QUICK = "--model linear --pretrain.models 2 --pretrain.epochs 1 --train.epochs 1"
 CODE = """
@@ -435,8 +435,8 @@ def test_runs_without_a_coreset_or_an_end_are_not_compared(refusal, effray):
 
 def test_a_run_to_compare_with_that_is_no_run_is_refused(refusal, effray, tmp_path):
     effray("train --name one --model linear --train.epochs 1")
-    order = {"experiment": "train", "metric": "accuracy", "mode": "max", "samples": 1}
-    create_sweep(str(tmp_path / "runs"), "several", order, TrainSettings(), "", [])
+    order = Order(experiment="train", metric="accuracy", mode="max", samples=1)
+    create_study(str(tmp_path / "runs"), "several", order, TrainSettings(), "", [])
     assert "several is a sweep, and only runs are compared" in refusal("show one --against several")
     assert "several is a sweep, and only runs are compared" in refusal("show several --against one")
     assert "unknown run in runs ''. Allowed: one" in refusal("show one --against=")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 import pytest
-from raypkg.studies.sweep_folder import create_sweep
 from rich.cells import cell_len
 
 from raypkg.core.config import load_settings
@@ -21,6 +20,7 @@ from raypkg.methods.lipt.settings import LiptSettings
 from raypkg.runs.folder import create
 from raypkg.runs.storage import Storage
 from raypkg.studies.show import conclude
+from raypkg.studies.study import Order, Trial, create_study
 
 SUMMARY = {
     "phases": [
@@ -35,7 +35,7 @@ SUMMARY = {
     "elapsed": 2.0,
     "full_training_backward": 1000,
 }
-ORDER = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 3}
+ORDER = Order(experiment="crest", metric="accuracy", mode="max", samples=3)
 
 
 def begun(kind="train", name="one", settings=None, *, done=False, root="runs", time=None, **values):
@@ -214,7 +214,7 @@ def test_the_command_that_resumes_a_sweep_given_by_its_path_names_its_root(effra
 def sweep(call):
     """A sweep of three trials, of which two are done."""
     trials = [{"crest.tau": tau} for tau in (0.1, 0.2, 0.3)]
-    sweep = create_sweep("runs", "s", ORDER, CrestSettings(), "", trials)
+    sweep = create_study("runs", "s", ORDER, CrestSettings(), "", [Trial(settings=values) for values in trials])
     for number, accuracy in enumerate((0.5, 0.7, 0.9)):
         folder = begun("crest", sweep.run_name(number), CrestSettings)
         sweep.started(number, trials[number])

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from raypkg.studies.comparison import _donors_first
-from raypkg.studies.sweep_folder import find_sweep
 
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 from raypkg.studies import trial as trials
+from raypkg.studies.driver import donors_first
+from raypkg.studies.study import find_study
 from run_files import files
 
 TABLE = """
@@ -198,8 +198,8 @@ def test_on_ray_a_trial_that_others_take_over_goes_first(effray, compare):
     from raypkg.methods.lipt.settings import LiptSettings
 
     effray(f"{compare} --name m --cases short,faster --rows el2n,craig")
-    sweep = find_sweep("runs", "m")
-    missing = [(number, trial["settings"]) for number, trial in enumerate(sweep.trials)]
-    stages = stages_of("lipt", load_settings(LiptSettings, sweep.config))
-    assert [number for number, _ in _donors_first(missing, stages)] == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert _donors_first(missing, stages[-1:]) == missing
+    study = find_study("runs", "m")
+    missing = [(number, trial.settings) for number, trial in enumerate(study.trials)]
+    stages = stages_of("lipt", load_settings(LiptSettings, study.config))
+    assert [number for number, _ in donors_first(missing, stages)] == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert donors_first(missing, stages[-1:]) == missing

@@ -4,9 +4,9 @@ import importlib.util
 
 import numpy as np
 import pytest
-from raypkg.studies.sweep_folder import SweepFolder
 
 from raypkg.core.errors import UserError
+from raypkg.studies.study import Order, Study, Trial, create_study
 
 SPACE = """
 from ray import tune
@@ -188,7 +188,7 @@ def test_a_grid_has_its_own_number_of_trials(wrong, space):
 
 def test_a_grid_too_large_is_refused(wrong, space):
     space("'seed': tune.randint(0, 10**9)")
-    assert "--search grid: 1,000,000,000 combinations, of which 10,000 can be tried" in wrong(
+    assert "--search grid: 1,000,000,000 combinations, at most 10,000" in wrong(
         "crest --space mine.py --search grid"
     )
 
@@ -217,38 +217,36 @@ def test_draws_follow_from_the_seed_and_grids_have_every_combination():
 
 
 def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
-    from raypkg.studies.sweep_folder import create_sweep
 
     from raypkg.methods.crest.settings import CrestSettings
 
-    order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "varied": ["crest.b"]}
+    order = Order(experiment="crest", metric="accuracy", mode="max", samples=1, varied=["crest.b"])
     text = SPACE.format(metric="accuracy", mode="max", space="'crest.b': tune.choice([1, 2])")
-    sweep = create_sweep(str(tmp_path / "runs"), "s", order, CrestSettings(), text, [{"crest.b": 1}])
+    sweep = create_study(str(tmp_path / "runs"), "s", order, CrestSettings(), text, [Trial(settings={"crest.b": 1})])
     with sweep.storage.alone("it"):
         assert "sweep 's' is being worked on by another process" in refusal("tune crest --resume s --concurrent 1")
-    assert "concurrent" not in SweepFolder(sweep.storage).order
+    assert Study(sweep.storage).order.concurrent is None
 
 
 def test_a_sweep_with_an_old_name_is_told_the_new_one(refusal, tmp_path):
-    from raypkg.studies.sweep_folder import create_sweep
 
     from raypkg.methods.crest.settings import CrestSettings
 
-    order = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, "scheduler": "none"}
-    create_sweep(str(tmp_path / "runs"), "s", order, CrestSettings(), "", [{"crest.b": 1}])
+    order = Order(experiment="crest", metric="accuracy", mode="max", samples=1, scheduler="none")
+    create_study(str(tmp_path / "runs"), "s", order, CrestSettings(), "", [Trial(settings={"crest.b": 1})])
     assert "sweep.json: scheduler none is now called fifo" in refusal("tune crest --resume s")
 
 
 def test_no_trial_is_drawn_twice():
     from ray import tune
-    from raypkg.studies.order import Order
-    from raypkg.studies.spaces import Space
-    from raypkg.studies.trial_settings import trials_of
 
     from raypkg.methods.crest.settings import CrestSettings
+    from raypkg.studies.space import Space, trials_of
 
     space = Space("", {"crest.b": tune.choice([1, 2, 3]), "train.lr": 0.1}, "accuracy", "max")
-    trials = trials_of(Order("crest", samples=8, search="random"), space, CrestSettings())
+    trials = trials_of(
+        Order(experiment="crest", metric="accuracy", mode="max", samples=8, search="random"), space, CrestSettings()
+    )
     assert sorted(trial["crest.b"] for trial in trials) == [1, 2, 3]
 
 
@@ -271,19 +269,18 @@ def test_numbers_of_numpy_are_plain():
 
 def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):
     from ray import tune
-    from raypkg.studies.spaces import Space
-    from raypkg.studies.trial_settings import longest_of
 
     from raypkg.methods.crest.settings import CrestSettings
     from raypkg.methods.sparse.settings import SparseSettings
+    from raypkg.studies.space import longest_of
 
     settings = SparseSettings(density=0.1)
     domains = {"multiplier": tune.choice([1, 3]), "train.epochs": tune.randint(5, 11), "train.lr": 0.1}
-    assert longest_of(settings, Space("", domains, "accuracy", "max"), []) == 30
-    assert longest_of(settings, Space("", {"train.lr": 0.1}, "accuracy", "max"), [{"train.epochs": 70}]) == 70
-    assert longest_of(CrestSettings(), Space("", {"train.lr": 0.1}, "accuracy", "max"), []) == 4
+    assert longest_of(settings, domains, []) == 30
+    assert longest_of(settings, {"train.lr": 0.1}, [{"train.epochs": 70}]) == 70
+    assert longest_of(CrestSettings(), {"train.lr": 0.1}, []) == 4
     together = {"crest.tau": tune.uniform(0.01, 0.1), "crest.h": tune.choice([1.0, 3.0])}  # h alone would do nothing
-    assert longest_of(CrestSettings(), Space("", together, "accuracy", "max"), []) == 4
+    assert longest_of(CrestSettings(), together, []) == 4
 
 
 def test_the_help_lists_the_experiments_that_train(effray):

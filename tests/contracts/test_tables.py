@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from raypkg.core.errors import UserError
-from raypkg.studies.comparison import base_settings, check_comparison
-from raypkg.studies.outcomes import run_identity, trials_of_table
-from raypkg.studies.tables import SCALES, Table, narrowed, open_table, read_table_file
+from raypkg.studies.compare import base_settings, check_comparison
+from raypkg.studies.tables import SCALES, Table, narrowed, open_table, read_table, stored_table
 
 FILES = sorted((Path(__file__).parents[2] / "tune_spaces" / "tables").glob("*.py"))
 FEWER = {"texts": {"train.batch_size": 4}}  # samples a step: half a per cent of the digits is less than its own
@@ -39,7 +38,7 @@ def test_a_table_is_whole_and_every_row_of_it_a_run(file, scale):
 def test_rows_of_a_case_are_different_runs(file):
     table = open_table(file.stem)
     for case in table.cases:
-        runs = [run_identity(table, case, row, 0) for row in table.rows]
+        runs = [table.identity(case, row, 0) for row in table.rows]
         assert len(set(runs)) == len(runs)
 
 
@@ -77,7 +76,7 @@ def test_one_in_the_working_folder_wins(tmp_path, monkeypatch):
 )
 def test_a_file_that_is_no_table_is_told_in_one_line(text, message):
     with pytest.raises(UserError, match=message) as refused:
-        read_table_file(text, "mine.py", "small")
+        read_table(text, "mine.py", "small")
     assert "\n" not in str(refused.value)
 
 
@@ -129,12 +128,12 @@ def test_some_rows_are_chosen_by_label_or_pattern_and_the_baseline_with_them():
 
 
 def test_all_rows_have_their_first_seed_before_any_has_its_second():
-    order = list(trials_of_table(table_of(seeds=(3, 4))))
+    order = list(table_of(seeds=(3, 4)).places())
     assert [seed for _, _, seed in order] == [3, 3, 3, 4, 4, 4]
 
 
 def test_a_table_survives_the_record():
     table = open_table("deltagrad")
-    assert Table.of(table.plain()) == table
+    assert stored_table(table.plain()) == table
     with pytest.raises(UserError, match="holds no table"):
-        Table.of({"title": "t"})
+        stored_table({"title": "t"})

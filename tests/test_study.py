@@ -1,0 +1,488 @@
+"""A study's folder and results: every trial once, the best first, fronts, means over seeds, and stored studies."""
+
+import contextlib
+import json
+import math
+import threading
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from raypkg.cli import main
+from raypkg.cluster.trials import Paced
+from raypkg.core.config import load_settings, read_toml
+from raypkg.core.errors import UserError
+from raypkg.experiments import experiment
+from raypkg.experiments.train import TrainSettings
+from raypkg.methods.crest.settings import CrestSettings
+from raypkg.runs.folder import create as create_run
+from raypkg.runs.show import terminal
+from raypkg.runs.storage import Storage
+from raypkg.studies import plots
+from raypkg.studies.figures import (
+    Difference,
+    TrialRun,
+    estimated,
+    front,
+    measured_points,
+    paired_difference,
+    ranked,
+)
+from raypkg.studies.show import conclude, show_study
+from raypkg.studies.space import Space, order_of
+from raypkg.studies.study import Order, Trial, create_study, find_study, is_study
+from raypkg.studies.trial import run_trial
+from raypkg.studies.tune import resume_sweep
+
+ORDER = Order(experiment="crest", metric="accuracy", mode="max", samples=4)
+TAUS = [0.01, 0.02, 0.03, 0.04]
+NOTHING = dict.fromkeys(("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget"))
+
+
+def trial(number, accuracy, backward, state="done"):
+    return {"trial": number, "state": state, "accuracy": accuracy, "backward": backward}
+
+
+def sweep_of(root, trials, order=ORDER, settings=None):
+    records = [Trial(settings=values) for values in trials]
+    return create_study(str(root), "s", order, settings or CrestSettings(), "", records)
+
+
+def finish(study, number, accuracies, *, backward=None):
+    """Make a trial's run, done if ``backward`` is given."""
+    values = {"crest.tau": TAUS[number], "cluster.workers": 0, "train.lr": 0.3}
+    run = create_run(study.root, "crest", study.run_name(number), load_settings(CrestSettings, None, values))
+    for epoch, accuracy in enumerate(accuracies, 1):
+        row = {"phase": "train", "main": True, "epoch": epoch, "loss": 1 / epoch}
+        run.log(row | {"accuracy": accuracy, "backward": 10 * epoch})
+    run.flush()
+    if backward:
+        phases = [{"phase": "train", "backward": backward}, {"phase": "select", "backward": 1}]
+        summary = {"phases": phases, "seconds": 2.5, "test_accuracy": 0.5, "coreset": 1, "samples": 2}
+        run.finish(summary | {"test_loss": 0.1, "full_training_backward": 100, "elapsed": 3.0})
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    study = sweep_of(tmp_path, [{"crest.tau": tau} for tau in TAUS])
+    finish(study, 0, [0.5, 0.8], backward=100)
+    finish(study, 1, [0.6, 0.9], backward=200)
+    finish(study, 2, [0.3])
+    for number in range(3):
+        study.started(number, {"crest.tau": TAUS[number]})
+    study.ended(0, None)
+    study.ended(2, None)
+    return study
+
+
+# Trials
+
+
+def test_run_folders_decide_the_states_of_trials(sweep):
+    assert [sweep.state(number) for number in range(4)] == ["done", "done", "stopped", "unfinished"]
+    assert sweep.waiting() == [(3, {"crest.tau": 0.04})]
+    assert not sweep.further()
+    sweep.ended(3, "the loss became nan")
+    assert sweep.state(3) == "failed" and [number for number, _ in sweep.waiting()] == [3]
+
+
+def reported(tmp_path, **values):
+    """Return the rows that a trial reports, and its study."""
+    short = {"model": "linear", "train.epochs": 3, "train.evaluate_every_epochs": 1}
+    order = ORDER.model_copy(update={"experiment": "train", "samples": 1})
+    study = sweep_of(tmp_path, [values], order, load_settings(TrainSettings, None, short))
+    rows = []
+    last = run_trial(0, values, rows.append, root=study.storage.root, workers=0)
+    return [*rows, last], study
+
+
+def test_a_trial_reports_its_last_epoch_when_it_is_complete(tmp_path):
+    rows, study = reported(tmp_path)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["accuracy"] == TrialRun(study.run(0)).figures()["accuracy"]
+    again = []
+    assert run_trial(0, {}, again.append, root=study.storage.root, workers=0) == rows[-1]
+    assert not again
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train.lr": 1e30}, "the loss became nan in epoch 1"),
+        ({"model": f"{__name__}:broken"}, "RuntimeError: no such luck"),
+    ],
+)
+def test_a_failed_trial_reports_the_worst_value(tmp_path, values, message):
+    rows, _ = reported(tmp_path, **values)
+    assert rows[-1]["accuracy"] < -1e9 and rows[-1]["epoch"] >= 1 and message in rows[-1]["error"]
+
+
+def broken(shape, num_classes):
+    raise RuntimeError("no such luck")
+
+
+def test_a_foreign_run_with_a_trials_name_stays_as_it_is(sweep):
+    other = create_run(sweep.root, "crest", sweep.run_name(3), load_settings(CrestSettings, None, {"seed": 77}))
+    before = other.storage.read("config.toml")
+    row = run_trial(3, {"crest.tau": TAUS[3]}, lambda row: None, root=sweep.storage.root, workers=0)
+    assert "has other settings than the trial of that name: rename it, or delete it" in row["error"]
+    assert other.storage.read("config.toml") == before
+
+
+def test_a_stopped_trial_closes_its_files_where_it_reports():
+    closed = []
+
+    def trial(tell):
+        try:
+            tell({"epoch": 1})
+        finally:
+            closed.append(True)
+        return {"epoch": 2}
+
+    paced = Paced(trial)
+    assert paced.advance() == {"epoch": 1} and not paced.ended
+    assert not closed  # it waits
+    assert paced.stop(10) and closed
+
+
+def test_a_trial_around_ray_train_closes_its_files_in_the_thread_that_reports():
+    closed = []
+    over = threading.Event()
+
+    def trial(tell):
+        def report():
+            with contextlib.suppress(SystemExit):
+                tell({"epoch": 1})
+            closed.append(True)
+
+        reporter = threading.Thread(target=report)
+        reporter.start()
+        over.wait(10)  # for workers, which nobody tells
+
+    paced = Paced(trial)
+    paced.advance()
+    assert not paced.stop(10) and closed
+    over.set()
+
+
+def test_a_trial_that_was_not_begun_is_stopped_at_once():
+    assert Paced(lambda tell: pytest.fail("it began")).stop(10)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(ValueError("a bug"), "a bug"), (SystemExit(0), r"ended itself by SystemExit\(0\)")]
+)
+def test_a_trials_exception_is_raised_to_the_reader_of_its_rows(error, message):
+    def trial(tell):
+        raise error
+
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        Paced(trial).advance()
+
+
+def test_trials_that_a_searcher_will_propose_are_further_ones(tmp_path):
+    study = sweep_of(tmp_path, [])
+    study.started(1, {"crest.tau": 0.5})
+    assert study.further() == [0, 2, 3]
+    assert [row["trial"] for row in study.results(study.runs())] == [1]
+    assert find_study(str(tmp_path), "s").trials == study.trials
+
+
+# Figures
+
+
+def test_figures_are_the_last_of_the_main_training(sweep):
+    run = sweep.run(0)
+    run.log({"phase": "pretrain", "model": 0, "epoch": 7, "accuracy": 0.1})
+    expected = {"epochs": 2, "accuracy": 0.8, "loss": 0.5, "backward": 101, "seconds": 2.5}
+    assert TrialRun(run).figures() == expected | {"test_accuracy": 0.5, "test_loss": 0.1}
+    assert TrialRun(run).curve("accuracy") == [(1, 0.5), (2, 0.8)]
+
+
+def test_a_stopped_trial_has_paid_for_its_earlier_phases_too(sweep):
+    assert TrialRun(sweep.run(2)).figures()["backward"] == 10
+    sweep.run(2).finish_phase("pretrain", {"costs": [{"backward": 500}], "elapsed": 1.0})
+    assert TrialRun(sweep.run(2)).figures()["backward"] == 510
+
+
+def test_done_trials_come_first_then_the_cheapest_of_equal_ones():
+    rows = [trial(0, 0.9, 20), trial(1, None, None, "failed"), trial(2, 0.95, 5, "stopped"), trial(3, 0.9, 10)]
+    assert [row["trial"] for row in ranked(rows, "accuracy", "max")] == [3, 0, 2, 1]
+    assert [row["trial"] for row in ranked(rows, "accuracy", "min")][:2] == [3, 0]
+
+
+def test_nothing_dominates_the_front():
+    rng = np.random.default_rng(0)
+    points = dict(enumerate(zip(rng.integers(0, 50, 60), rng.random(60), strict=True)))
+    for mode, sign in (("max", 1), ("min", -1)):
+        dominated = {
+            one
+            for one, (cost, value) in points.items()
+            for other in points.values()
+            if other[0] <= cost and sign * other[1] >= sign * value and other != (cost, value)
+        }
+        assert set(front(points, mode)) == set(range(60)) - dominated
+
+
+def test_a_stopped_trial_is_not_on_the_front():
+    rows = [trial(0, 0.9, 1, "stopped"), trial(1, 0.5, 9)]
+    assert measured_points(rows, "accuracy") == {1: (9, 0.5)}
+
+
+def test_a_difference_is_taken_seed_by_seed():
+    values = {0: 91.0, 1: 94.0, 2: 90.0, 7: 50.0}  # the last has no partner
+    baseline = {0: 90.0, 1: 92.0, 2: 87.0, 3: 10.0}
+    found = paired_difference(values, baseline)
+    assert found.mean == pytest.approx(2.0)
+    # Differences 1, 2 and 3 have s = 1; the printed quantile for two degrees of freedom is 4.302653.
+    assert found.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert found.seeds == 3
+
+
+def test_an_interval_that_excludes_zero_is_significant():
+    assert Difference(2.0, 1.9, 3).is_significant and Difference(-2.0, 1.9, 3).is_significant
+    assert not Difference(2.0, 2.1, 3).is_significant
+    assert not Difference(2.0, math.nan, 1).is_significant
+
+
+def test_one_seed_has_no_interval_and_none_no_difference():
+    assert paired_difference({0: 2.0}, {0: 1.0}).mean == 1.0
+    assert math.isnan(paired_difference({0: 2.0}, {0: 1.0}).half)
+    assert math.isnan(estimated([3.0]).std)
+    assert paired_difference({0: 2.0}, {1: 1.0}) is None
+    assert estimated([]) is None
+
+
+# Results
+
+
+def test_results_have_every_trial_once_and_the_best_settings_run_again(sweep):
+    conclude(sweep)
+    table = pq.read_table(sweep.storage.local / "results.parquet").to_pylist()
+    assert [(row["trial"], row["state"], row["accuracy"], row["crest.tau"]) for row in table] == [
+        (0, "done", 0.8, 0.01),
+        (1, "done", 0.9, 0.02),
+        (2, "stopped", 0.3, 0.03),
+        (3, "unfinished", None, 0.04),
+    ]
+    best = read_toml(sweep.storage.local / "best.toml")
+    assert "cluster" not in best and "track" not in best
+    expected = load_settings(CrestSettings, None, {"crest.tau": 0.02, "train.lr": 0.3})
+    assert load_settings(CrestSettings, best) == expected
+    assert sorted(sweep.storage.list("plots")) == ["curves.png", "parallel.png", "pareto.png", "settings.png"]
+    page = sweep.storage.read("report.html").decode()
+    assert page.count("data:image/png;base64,") == 4 and "tune/s/best.toml" in page
+    assert "| *1 | done |" in sweep.storage.read("table.md").decode()
+
+
+@pytest.mark.parametrize("write", [conclude, lambda study: show_study(study, terminal())])
+def test_the_metrics_of_a_trial_are_read_once(sweep, monkeypatch, write):
+    read = []
+    whole = Storage.read_table
+    monkeypatch.setattr(
+        Storage, "read_table", lambda storage, name: (read.append(storage.root), whole(storage, name))[1]
+    )
+    write(sweep)
+    assert [root.rpartition("/")[2] for root in read] == ["s-000", "s-001", "s-002", "s-003"]
+
+
+def test_counts_have_separators_and_settings_are_as_they_are_typed(tmp_path, capsys):
+    order = ORDER.model_copy(update={"metric": "backward", "mode": "min"})
+    study = sweep_of(tmp_path, [{"train.batch_size": 1024}], order)
+    finish(study, 0, [0.5], backward=30_175)
+    show_study(study, terminal())
+    shown = capsys.readouterr().out
+    conclude(study)
+    assert "best: s-000, backward 30,176" in shown
+    for text in (shown, study.storage.read("report.html").decode()):
+        assert text.count("30,176") >= 2 and "30176" not in text
+        assert "1024" in text and "1,024" not in text
+
+
+def test_the_best_settings_are_named_where_they_are(sweep, capsys):
+    show_study(sweep, terminal())
+    assert f"--config {sweep.root}/crest/s-001/config.toml" in capsys.readouterr().out  # nothing is written yet
+    conclude(sweep)
+    show_study(sweep, terminal())
+    assert f"--config {sweep.root}/tune/s/best.toml" in capsys.readouterr().out
+
+
+def test_values_of_several_types_or_beyond_64_bits_make_a_column_of_texts(sweep):
+    rows = [{"trial": 0, "seed": 2**70, "x": "auto"}, {"trial": 1, "seed": 1, "x": 3}]
+    sweep.write_results(rows)
+    stored = sweep.storage.read_table("results.parquet").to_pylist()
+    assert stored == [{"trial": 0, "seed": str(2**70), "x": "auto"}, {"trial": 1, "seed": "1", "x": "3"}]
+
+
+@pytest.mark.parametrize("rows", [[], [trial(0, None, None, "failed")], [trial(0, 0.5, 10)]], ids=["0", "failed", "1"])
+def test_few_trials_are_drawn_as_well(tmp_path, rows):
+    rows = [row | {"crest.tau": 0.1, "train.optimizer": "sgd"} for row in rows]
+    draw(tmp_path, rows, ["crest.tau", "train.optimizer"] if rows else [], "max")
+    plots.learning_curves({"a": [], "b": [(1, 0.5)]} if rows else {}, "accuracy", None, tmp_path / "curves.png")
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_plots_take_choices_ranges_and_stopped_trials(tmp_path):
+    rows = [
+        trial(n, n / 10, 100 - n, "stopped" if n % 2 else "done")
+        | {"train.lr": 10.0 ** -(n % 4 + 1), "train.optimizer": ["sgd", "adamw"][n % 2], "train.nesterov": n % 3 == 0}
+        for n in range(8)
+    ]
+    draw(tmp_path, rows, ["train.lr", "train.optimizer", "train.nesterov"], "min")
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def draw(folder, rows, names, mode):
+    points = measured_points(rows, "accuracy")
+    plots.against_settings(rows, names, "accuracy", folder / "settings.png")
+    plots.parallel(rows, names, "accuracy", mode, folder / "parallel.png")
+    plots.pareto(points, front(points, "max"), "accuracy", folder / "pareto.png")
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".."])
+def test_a_name_that_is_a_path_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="1 to 100 letters"):
+        create_study(str(tmp_path), name, ORDER, CrestSettings(), "", [])
+
+
+def test_names_are_not_taken_twice(sweep, tmp_path):
+    assert is_study(sweep.storage)
+    with pytest.raises(UserError, match="did you mean 's'"):
+        find_study(str(tmp_path), "ss")
+    with pytest.raises(UserError, match="sweep 's' exists"):
+        sweep_of(tmp_path, [])
+    sweep.storage.delete_folder("")
+    with pytest.raises(UserError, match="run 's-000' exists"):
+        sweep_of(tmp_path, [])
+
+
+def test_a_study_does_not_take_the_name_of_a_run(tmp_path):
+    create_run(str(tmp_path), "crest", "s", CrestSettings())
+    with pytest.raises(UserError, match=r"run 's' exists in .*, as the sweep or a trial would be called"):
+        sweep_of(tmp_path, [])
+
+
+def test_a_study_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        sweep_of(tmp_path, [{"crest.tau": object()}])
+    assert not (tmp_path / "tune/s").exists()
+
+
+def test_the_order_of_a_resumed_study_may_change(sweep, tmp_path):
+    sweep.change(load_settings(CrestSettings, sweep.config, {"cluster.workers": 2}), concurrent=3)
+    changed = find_study(str(tmp_path), "s")
+    assert changed.order == ORDER.model_copy(update={"concurrent": 3})
+    assert changed.config["cluster"]["workers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.toml", None, "config.toml' is missing or empty: what was asked for is lost"),
+        ("config.toml", b"seed =", "config.toml' is not valid TOML: Invalid value"),
+        ("space.py", None, "space.py is missing or empty: what was asked for is lost"),
+        ("space.py", b"\xff", "space.py is corrupt: 'utf-8' codec"),
+        ("sweep.json", None, "holds no whole sweep: its sweep.json is missing or damaged, so delete"),
+        ("sweep.json", b"{", "sweep.json is corrupt: "),
+        ("sweep.json", b"[]", "holds no whole sweep: its sweep.json is missing or damaged"),
+        ("sweep.json", b'{"order": {"experiment": "crest"}, "trials": []}', "holds no whole sweep"),
+        ("sweep.json", b'{"order": {}, "trials": [{"settings": 3}]}', "holds no whole sweep"),
+    ],
+)
+def test_a_damaged_study_is_not_resumed(sweep, tmp_path, file, content, message):
+    sweep.storage.write("space.py", b"def space(): return {}")
+    sweep.storage.delete(file)
+    if content is not None:
+        sweep.storage.write(file, content)
+    with pytest.raises(UserError, match=message) as refused:
+        resume_sweep(experiment["crest"], NOTHING, "s", {}, str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["samples", "concurrent"])
+@pytest.mark.parametrize("count", [-1, 0, 10_001, 10**40])
+def test_there_are_1_to_10000_trials(option, count):
+    with pytest.raises(UserError, match=rf"--{option} {str(count)[:5]}.*: at least 1 and at most 10,000"):
+        order_of("train", NOTHING | {option: count}, Space("", {}, "accuracy", "max"))
+
+
+def test_a_refused_resumption_changes_nothing(sweep, tmp_path):
+    before = sweep.storage.read("sweep.json")
+    with pytest.raises(UserError, match="--concurrent 0: at least 1"):
+        resume_sweep(experiment["crest"], NOTHING | {"concurrent": 0}, "s", {}, str(tmp_path))
+    assert sweep.storage.read("sweep.json") == before
+
+
+@pytest.mark.parametrize("more", [[], ["--resume", "s"]])
+def test_credentials_do_not_reach_ray_tune(capsys, more):
+    with pytest.raises(SystemExit):
+        main(["tune", "train", *more, "--root", "s3://KEY:SECRET@bucket/runs"])
+    assert "--root has credentials in it, which Ray Tune would keep" in capsys.readouterr().err
+
+
+# Studies that earlier versions stored, as they wrote them
+
+
+def stored(root, order, trials, space=None):
+    """Write a study's folder by hand, and return it."""
+    folder = root / "tune" / "old"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text('seed = 0\n[dataset]\nname = "digits"\n[train]\nepochs = 2\n')
+    whole = [{"settings": values, "ended": None, "error": None, **more} for values, more in trials]
+    (folder / "sweep.json").write_text(json.dumps({"order": order, "trials": whole}))
+    if space:
+        (folder / "space.py").write_text(space)
+    return find_study(str(root), "old")
+
+
+SPACE = "METRIC, MODE = 'accuracy', 'max'\ndef space(): return {'select.method': {'grid_search': ['el2n', 'craig']}}"
+
+
+def test_a_sweep_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsys, monkeypatch):
+    order = {
+        "experiment": "lipt", "space": "mine.py", "samples": 2, "metric": "accuracy", "mode": "max",
+        "scheduler": "fifo", "search": "grid", "concurrent": None, "time_budget": None,
+        "proxy": 0.5, "proxy_method": "craig", "varied": ["select.method"], "fixed": {},
+    }  # fmt: skip
+    study = stored(tmp_path, order, [({"select.method": "el2n"}, {}), ({"select.method": "craig"}, {})], SPACE)
+    assert study.waiting() == [(0, {"select.rule": "el2n"}), (1, {"select.rule": "craig"})]
+    with pytest.raises(SystemExit) as ended:
+        main(["show", "old", "--root", str(tmp_path)])
+    assert not ended.value.code
+    assert f"resume with: effray tune lipt --resume old --root {tmp_path}" in capsys.readouterr().out
+    resumed = []
+    monkeypatch.setattr("raypkg.studies.driver._size_of_trials", lambda *_: None)
+    monkeypatch.setattr("raypkg.studies.driver.Driver.run", lambda driver: resumed.append([*driver.domains]))
+    resume_sweep(experiment["lipt"], NOTHING | {"concurrent": 1}, "old", {}, str(tmp_path))
+    assert resumed == [["select.rule"]]
+    assert find_study(str(tmp_path), "old").order.concurrent == 1
+
+
+@pytest.mark.parametrize("room", ["sweeps", "studies"])
+def test_a_comparison_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsys, monkeypatch, room):
+    after = f"raypkg.{room}.deletions:delete_some"
+    table = {
+        "title": "Deletions", "experiment": "deltagrad", "baseline": "m 2",
+        "rows": {"m 2": {"replay.pairs": 2}}, "cases": {"all": {}}, "shared": {"train.epochs": 2}, "seeds": [0],
+        "metric": "test_accuracy", "goals": {}, "columns": {"ratio": "ratio"}, "paper": {}, "after": {"m 2": after},
+    }  # fmt: skip
+    order = {
+        "experiment": "deltagrad", "space": None, "samples": 1, "metric": "test_accuracy", "mode": "max",
+        "scheduler": "fifo", "search": None, "concurrent": None, "time_budget": None, "proxy": None,
+        "proxy_method": None, "varied": [], "fixed": {}, "asked": "deltagrad", "scale": "small", "table": table,
+    }  # fmt: skip
+    stored(tmp_path, order, [({"replay.pairs": 2, "seed": 0}, {"after": after})])
+    with pytest.raises(SystemExit) as ended:
+        main(["show", "old", "--root", str(tmp_path)])
+    assert not ended.value.code and "old: 1 trials are left" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "deltagrad", "--resume", "old", "--root", str(tmp_path), "--cluster.workers", "0"])
+    assert not ended.value.code
+    out = capsys.readouterr().out
+    assert "1 trials of deltagrad to run, 0 done" in out and "old-000 (m 2; seed 0) done: test_accuracy" in out
+    (row,) = pq.read_table(tmp_path / "tune/old/results.parquet").to_pylist()
+    assert row["state"] == "done" and row["ratio"] > 0
