@@ -188,9 +188,7 @@ def test_a_grid_has_its_own_number_of_trials(wrong, space):
 
 def test_a_grid_too_large_is_refused(wrong, space):
     space("'seed': tune.randint(0, 10**9)")
-    assert "--search grid: 1,000,000,000 combinations, at most 10,000" in wrong(
-        "crest --space mine.py --search grid"
-    )
+    assert "--search grid: 1,000,000,000 combinations, at most 10,000" in wrong("crest --space mine.py --search grid")
 
 
 def test_the_mode_of_a_space_is_checked(wrong, space):
