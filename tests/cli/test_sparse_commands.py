@@ -140,7 +140,7 @@ def test_extended_training_is_longer(effray):
             "--agent --agent.samples 1",
             r"agent.samples = 1: at least a batch, train.batch_size = 128, and fewer",
         ),
-        ("--agent --agent.samples 99999", r"fewer than all 1295, which are taken when it is left out"),
+        ("--agent --agent.samples 99999", r"fewer than all 1295, the default"),
         (
             "--density 0.1 --compute sparse --train.compile true",
             r"compute = sparse does not go with train.compile = true: weights change their number",

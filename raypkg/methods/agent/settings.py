@@ -10,7 +10,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import CacheGiB, Count, Training
 
 FEWEST = 3  # corrected steps between snapshots: two differences, whose covariance is c
-DAMPING = {"measured": 1.0, "published": 0.1, "linear": 0.75}  # γ, the latter two of the papers
+DAMPING = {"measured": 1.0, "published": 0.1, "linear": 0.75}  # γ; the latter two as in the papers
 
 
 class AgentOptions(Settings):
@@ -20,27 +20,27 @@ class AgentOptions(Settings):
 
     form: Annotated[
         Literal["measured", "published", "linear"],
-        Field(description="weight of the correction: by layer from gradients, AGENT's from losses, or α-SVRG's"),
+        Field(
+            description="weight c: measured per layer from gradients, as published from losses, or linear as in α-SVRG"
+        ),
     ] = "measured"
     gamma: Annotated[
         float | None,
         Field(gt=0, le=1, description="γ: damps the correction (default: 1; published 0.1, linear 0.75)"),
     ] = None
-    alpha: Annotated[float, Field(ge=0, le=1, description="α: how fast c follows its estimate")] = 0.3
+    alpha: Annotated[float, Field(ge=0, le=1, description="α: share of the newest estimate in c")] = 0.3
     always: Annotated[
-        bool, Field(description="correct even where larger batches would do better, as the other two forms do")
+        bool, Field(description="correct even if larger batches would be better, as the other forms do")
     ] = False
     look_every_epochs: Annotated[
-        Count, Field(description="epochs without correction until what it would leave is measured again")
+        Count, Field(description="epochs without correction until the next look at its effect")
     ] = 4
     samples: Annotated[
         Count | None, Field(description="samples of the full gradient, drawn anew each time (default: all)")
     ] = None
-    every_steps: Annotated[
-        Count, Field(description="steps from one corrected step to the next; 1 = all are corrected, as published")
-    ] = 1
+    every_steps: Annotated[Count, Field(description="correct every n-th step; 1 = all, as published")] = 1
     snapshot_every_steps: Annotated[
-        int, Field(ge=0, description="steps between snapshots; 0 = one an epoch, as published")
+        int, Field(ge=0, description="steps between snapshots; 0 = one per epoch, as published")
     ] = 0
     memory: CacheGiB = None
 
@@ -51,42 +51,33 @@ class AgentOptions(Settings):
 
     @property
     def stays_on(self) -> bool:
-        """Whether it corrects where larger batches would do better, too."""
+        """Whether steps are corrected even if larger batches would be better."""
         return self.always or self.form != "measured"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse settings that would do nothing."""
+        idle = {}
         if self.form == "linear":
-            self._refuse("agent.form = linear follows the time", "alpha")
+            idle["alpha"] = "agent.form = linear follows the time"
         if self.form != "measured":
-            self._refuse(f"agent.form = {self.form} never switches off", "always", "look_every_epochs")
-        if self.always:
-            self._refuse("agent.always = true never switches off", "look_every_epochs")
-        return self
-
-    def _refuse(self, reason: str, *names: str) -> None:
-        for name in names:
+            idle |= dict.fromkeys(["always", "look_every_epochs"], f"agent.form = {self.form} never switches off")
+        elif self.always:
+            idle["look_every_epochs"] = "agent.always = true never switches off"
+        for name, reason in idle.items():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise UserError(f"{reason}: agent.{name} would do nothing")
+        return self
 
     def check(self, n: int, training: Training) -> None:
-        """Refuse a correction that would correct nothing.
-
-        Args:
-            n: training samples.
-            training: of which it corrects the gradients.
-
-        Raises:
-            UserError: what is wrong.
-        """
+        """Refuse settings by which a training on n samples would correct nothing."""
         batch = training.batch_size
         per_epoch = training.steps_per_epoch(n)
         steps = training.epochs * per_epoch
         if self.samples and not batch <= self.samples < n:
             raise UserError(
                 f"agent.samples = {self.samples}: at least a batch, train.batch_size = {batch}, and fewer than all {n},"
-                " which are taken when it is left out"
+                " the default"
             )
         between = self.snapshot_every_steps or per_epoch
         corrected = between // self.every_steps

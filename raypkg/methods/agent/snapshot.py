@@ -1,4 +1,4 @@
-"""The snapshot of the model: its gradient on a batch, and the full gradient, whose parts serve the steps again."""
+"""The snapshot θ̃ of the model: its gradient on a batch, and the full gradient, whose parts serve the steps again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from raypkg.engine.loop import autocast, losses_of
 from raypkg.engine.run import Run
 from raypkg.engine.worker import memory_bound
 
-from .repeated_draws import RepeatedDraws, states_of
 from .settings import AgentOptions
 
 PROBED = 8  # samples
@@ -29,16 +28,11 @@ CORRECTION = "correction"  # the bill of ∇ℓ_B(θ̃)
 class Snapshot:
     """θ̃, with g̃ = mean of ∇ℓ_B(θ̃) over the samples of the batches of the coming epoch.
 
-    It normalises by the statistics of its batches, as the model does, and keeps its running ones to itself. Where the
-    model draws at random, as dropout does, it draws on a step's batch what the model drew there, and for g̃ anew.
+    It normalises by the statistics of its batches, as the model does while training. If the model draws at random, as
+    dropout does, the snapshot repeats the model's draws on a step's batch, and has draws of its own for g̃.
 
-    The gradients that g̃ is the mean of are those that the steps need, but for such draws. Where those of an epoch's
-    corrected steps fit into ``settings.memory`` (4 bytes · parameters · steps) they are kept: a sample costs two
-    gradients, not three.
-
-    Args:
-        run: whose model it is of.
-        settings: how often steps are corrected, over which samples g̃ is, and the memory.
+    Without such draws, g̃ is the mean of the gradients that the steps need. If those of an epoch's corrected steps fit
+    into ``settings.memory`` (4 bytes · parameters · steps), they are kept: a sample costs two gradients, not three.
 
     Raises:
         UserError: the model draws at random in a way that its snapshot cannot repeat.
@@ -48,17 +42,16 @@ class Snapshot:
         self.settings = settings
         self.model = deepcopy(run.model)
         self.step = 0  # of training, at which it was taken
-        self.full: list[Tensor] = []  # g̃, one tensor a parameter; empty where nothing is corrected
-        self.kept: dict[int, tuple[Tensor, list[Tensor]]] = {}  # ℓ_B(θ̃) and its gradient, of each step to correct
+        self.full: list[Tensor] = []  # g̃, one tensor per parameter; empty while nothing is corrected
+        self.kept: dict[int, tuple[Tensor, list[Tensor]]] = {}  # step → ℓ_B(θ̃) and its gradient
         self.draws: RepeatedDraws | None = None  # of a model that draws at random
-        if not _draws(self.model, run):
-            return
-        if run.settings.compile:
-            raise UserError(
-                "agent with a model that draws at random, as dropout does, does not go with train.compile = true: a"
-                " compiled model draws by itself"
-            )
-        self.draws = RepeatedDraws(run.model, run.worker.device)
+        if _draws(self.model, run):
+            if run.settings.compile:
+                raise UserError(
+                    "agent with a model that draws at random, as dropout does, does not go with train.compile = true: a"
+                    " compiled model draws by itself"
+                )
+            self.draws = RepeatedDraws(run.model, run.worker.device)
 
     @torch.no_grad()
     def take(self, run: Run) -> None:
@@ -70,8 +63,13 @@ class Snapshot:
         self.kept = {}
 
     def average(self, run: Run) -> None:
-        """Compute g̃, over the samples used for training or a draw of them."""
-        coreset = self._drawn(run)
+        """Compute g̃ over the training samples, or over ``settings.samples`` of them."""
+        coreset = run.coreset
+        count = self.settings.samples
+        if count and count < len(coreset):
+            rng = generator(run.seed, "full gradient", run.step)
+            drawn = torch.randperm(len(coreset), generator=rng)[:count]
+            coreset = Coreset(coreset.indices[drawn], coreset.weights[drawn])
         batches = Batches(
             run.split,
             coreset,
@@ -90,19 +88,19 @@ class Snapshot:
                 loss, gradient = self._gradient(run, batch)
                 torch._foreach_add_(total, gradient, alpha=batch.total / len(coreset))  # batches may differ by a sample
                 if keeps and step % self.settings.every_steps == 0:
-                    self.kept[step] = (loss.detach(), gradient)
+                    self.kept[step] = (loss, gradient)
                 bill.forward += len(batch.y)
                 bill.backward += len(batch.y)
         self.full = _summed(run, total, bill)
 
     def gradient(self, run: Run, *, needed: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """Return this worker's share of ℓ_B(θ̃) of the present step, and ∇ℓ_B(θ̃) over all workers where it is needed."""
+        """Return this worker's share of ℓ_B(θ̃) of the present step, and if needed ∇ℓ_B(θ̃) over all workers."""
         bill = run.bill(CORRECTION)
         if run.step in self.kept:
             loss, gradient = self.kept[run.step]
         else:
             batch = run.batch
-            # What the snapshot draws leaves the global generators as they were.
+            # The snapshot's draws leave the global generators as they were.
             with seeded(run.seed, "correction", run.step, run.worker.rank), torch.set_grad_enabled(needed):
                 if self.draws:
                     self.draws.repeat(batch.x)
@@ -110,95 +108,81 @@ class Snapshot:
             bill.forward += len(batch.y)
             bill.backward += len(batch.y) if needed else 0
         # DDP has averaged the model's gradient over the workers; that of the snapshot is still each worker's own.
-        return loss.detach(), _summed(run, gradient, bill)
+        return loss, _summed(run, gradient, bill)
 
-    def gradients_a_step(self, run: Run) -> float:
+    def gradients_per_step(self, run: Run) -> float:
         """Return q, the gradients that a step computes on average while steps are corrected."""
-        steps = self.interval(run)
-        samples = min(self.settings.samples or len(run.coreset), len(run.coreset))
-        for_full = samples / (steps * len(run.coreset) / run.settings.steps_per_epoch(len(run.coreset)))
-        serve = samples == len(run.coreset) and self._keeps(run)
-        for_correction = 0 if serve else 1 / self.settings.every_steps
-        return 1 + for_full + for_correction
+        n = len(run.coreset)
+        samples = min(self.settings.samples or n, n)
+        for_full = samples / (self.interval(run) * n / run.settings.steps_per_epoch(n))
+        serve_steps = samples == n and self._keeps(run)
+        return 1 + for_full + (0 if serve_steps else 1 / self.settings.every_steps)
 
     def interval(self, run: Run) -> int:
         """Return the steps from one snapshot to the next."""
         return self.settings.snapshot_every_steps or run.settings.steps_per_epoch(len(run.coreset))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what steps of a later epoch need."""
-        return {"model": self.model.state_dict(), "step": self.step, "full": list(self.full)}
-
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restore it."""
-        self.model.load_state_dict(state["model"])
-        self.step = state["step"]
-        self.full = [gradient.to(device) for gradient in state["full"]]
-
-    def close(self) -> None:
-        """Stop watching the model."""
-        if self.draws:
-            self.draws.close()
-
-    def _drawn(self, run: Run) -> Coreset:
-        """Return the samples of the full gradient: those used for training, or some of them drawn anew."""
-        coreset = run.coreset
-        count = self.settings.samples
-        if not count or count >= len(coreset):
-            return coreset
-        rng = generator(run.seed, "full gradient", run.step)
-        drawn = torch.randperm(len(coreset), generator=rng)[:count]
-        return Coreset(coreset.indices[drawn], coreset.weights[drawn])
-
     def _keeps(self, run: Run) -> bool:
-        """Say whether the gradients of an epoch's corrected steps are kept, which g̃ is the mean of.
+        """Return True if g̃'s gradients of the corrected steps are kept for these steps.
 
-        They can be kept only where the steps will see the same batches, with the same draws, and all of them lie before
-        the next snapshot.
+        The steps must see the same batches, with the same draws, before the next snapshot, and memory must suffice.
         """
         supplied = any(hook.supplies_batches for hook in run.hooks)
         if supplied or self.draws or self.settings.snapshot_every_steps:
             return False
         corrected = -(-run.settings.steps_per_epoch(len(run.coreset)) // self.settings.every_steps)
         size = corrected * sum(parameter.nbytes for parameter in trained_parameters(self.model))
-        return size <= self._room(run.worker.device)
-
-    def _room(self, device: torch.device) -> int:
-        """Return the bytes that kept gradients may take."""
+        device = run.worker.device
         if self.settings.memory is None and device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            return free // 4
-        return memory_bound(self.settings.memory)
+            return size <= free // 4
+        return size <= memory_bound(self.settings.memory)
 
     def _gradient(self, run: Run, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Return this worker's share of ℓ_B(θ̃), and of its gradient where gradients are enabled.
+        """Return this worker's share of ℓ_B(θ̃), and of its gradient if gradients are enabled.
 
-        The batch goes through the snapshot in the parts in which it goes through the model.
+        The batch goes through the snapshot in the same parts as through the model.
         """
         losses = []
         total: list[Tensor] = []
         for part in batch.parts(run.settings.micro_batch):
-            loss, gradient = self._gradient_of_part(run, part)
-            losses.append(loss)
-            total = list(torch._foreach_add(total, gradient)) if total else gradient
+            with autocast(run.settings.precision, part.x.device):
+                logits = self.model(part.x)
+            loss = losses_of(logits, part.y) @ part.weights / part.total
+            losses.append(loss.detach())
+            if not loss.requires_grad:
+                continue
+            objective = loss  # c is of plain losses, the gradient of the training objective
+            if smoothing := run.settings.label_smoothing:
+                objective = losses_of(logits, part.y, smoothing) @ part.weights / part.total
+            gradient = torch.autograd.grad(
+                objective,
+                trained_parameters(self.model),
+                allow_unused=True,  # layers that the forward pass does not use
+                materialize_grads=True,
+            )
+            total = list(torch._foreach_add(total, gradient)) if total else list(gradient)
         return torch.stack(losses).sum(), total
 
-    def _gradient_of_part(self, run: Run, part: Batch) -> tuple[Tensor, list[Tensor]]:
-        with autocast(run.settings.precision, part.x.device):
-            logits = self.model(part.x)
-        loss = losses_of(logits, part.y) @ part.weights / part.total
-        if not loss.requires_grad:
-            return loss, []
-        objective = loss  # c is of plain losses, the gradient of what is trained
-        if smoothing := run.settings.label_smoothing:
-            objective = losses_of(logits, part.y, smoothing) @ part.weights / part.total
-        gradient = torch.autograd.grad(
-            objective,
-            trained_parameters(self.model),
-            allow_unused=True,  # layers that the forward pass does not use
-            materialize_grads=True,
-        )
-        return loss.detach(), list(gradient)
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, step and g̃, which steps of a later epoch need."""
+        return {"model": self.model.state_dict(), "step": self.step, "full": list(self.full)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Restore the state."""
+        self.model.load_state_dict(state["model"])
+        self.step = state["step"]
+        self.full = [gradient.to(device) for gradient in state["full"]]
+
+    def close(self) -> None:
+        """Stop observing the model."""
+        if self.draws:
+            self.draws.handle.remove()
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _summed(run: Run, tensors: list[Tensor], bill: Cost) -> list[Tensor]:
@@ -211,19 +195,55 @@ def _summed(run: Run, tensors: list[Tensor], bill: Cost) -> list[Tensor]:
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+class RepeatedDraws:
+    """The states of torch's generators before a model's latest pass over a batch, to repeat its dropout masks.
+
+    With other masks, the two gradients would differ by noise of their own, which the correction would add to the step.
+    Each worker draws by itself, and repeats its own draws.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.device = device
+        self.x: Tensor | None = None
+        self.states: list[Tensor] = []
+        self.handle = model.register_forward_pre_hook(self._note)
+
+    def repeat(self, x: Tensor) -> None:
+        """Set the global generators to their states when the model received the batch ``x``."""
+        if not self._is_of(x):
+            raise UserError("agent: the model draws at random, as dropout does, and its pass was not over this batch")
+        torch.set_rng_state(self.states[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.states[1], self.device)
+
+    def _note(self, model: nn.Module, inputs: tuple[Tensor]) -> None:
+        (x,) = inputs
+        # The step's first pass is repeated; another hook may pass the batch again.
+        if model.training and not self._is_of(x):
+            self.x = x
+            self.states = _generator_states(self.device)
+
+    def _is_of(self, x: Tensor) -> bool:
+        """Return True if samples are in the noted batch, which goes through the model whole or in parts."""
+        return self.x is not None and x.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr()
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the global generators from which layers on a device draw."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
 
 
 @torch.no_grad()
 def _draws(model: nn.Module, run: Run) -> bool:
-    """Say whether a model draws from torch's generators in a pass over a batch; its running statistics move.
+    """Return True if a pass of the model draws from torch's generators; it moves the model's running statistics.
 
-    Trying it out finds what no list of layers would: attention's own dropout, and a user's model that draws.
+    A trial finds more than a list of layers would: dropout within attention, and a user's model that draws.
 
     Raises:
-        UserError: it draws from others, which cannot be set back.
+        UserError: the model draws from other generators, whose states cannot be restored.
     """
     indices = run.coreset.indices[:PROBED]
     x, _ = next(plain_batches(run.split, indices, run.worker.device, len(indices), dtype_of(model)))
@@ -232,12 +252,11 @@ def _draws(model: nn.Module, run: Run) -> bool:
     moved = False
     for _ in range(2):
         with seeded(run.seed, "probe"):
-            before = states_of(run.worker.device)
+            before = _generator_states(run.worker.device)
             outputs.append(model(x))
-            after = states_of(run.worker.device)
+            after = _generator_states(run.worker.device)
         moved = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    first, second = outputs
-    if not torch.allclose(first, second, equal_nan=True):
+    if not torch.allclose(outputs[0], outputs[1], equal_nan=True):
         raise UserError(
             "agent: the model gives one batch two outputs with torch's generators set back: its draws are of another"
             " kind, and it would differ from its snapshot by noise"
