@@ -21,7 +21,7 @@ from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data import load_data
 from raypkg.data.files import files_below, place_of
 from raypkg.data.store.cache import cached
-from raypkg.experiments.samples import open_any_samples
+from raypkg.experiments.samples import open_samples
 
 WITH_FILES = ("table", "libsvm", "text", "parquet", "folder")
 
@@ -263,7 +263,7 @@ def test_a_copy_elsewhere_by_another_clock_is_the_same_data(tmp_path, monkeypatc
     for file in (tmp_path / "there").iterdir():
         os.utime(file, (0, 0))
     digests = [
-        open_any_samples(RunSettings(dataset={"name": each})).digest(Dataset(name=each))
+        open_samples(RunSettings(dataset={"name": each})).digest(Dataset(name=each))
         for each in (name, f"parquet:{tmp_path}/there")
     ]
     assert digests[0] == digests[1]

@@ -10,6 +10,7 @@ from raypkg.cluster.search import draw_settings
 from raypkg.core.config import load_settings, parse_toml, to_toml
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
+from raypkg.data import load_data
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.resolve import check_names
 from raypkg.methods.sparse.settings import SparseSettings
@@ -31,7 +32,7 @@ def test_a_space_is_allowed_and_draws_valid_settings(file):
     for seed in range(20):
         trial = load_settings(schema, {}, draw_settings(space.domains, np.random.default_rng(seed)))
         check_names(trial)
-        trial.check(N)
+        trial.check(N, load_data("digits"))
 
 
 def test_optional_parts_can_be_switched_off_by_a_choice(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +16,7 @@ from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Train
 from raypkg.experiments.embed import EmbedSettings, planned
 from raypkg.experiments.resolve import resolve, selection_of
 from raypkg.experiments.select import SelectSettings
-from raypkg.runs.folder import RunFolder, create
+from raypkg.runs.folder import RunFolder, check_new
 from raypkg.runs.stages import Stage
 from raypkg.runs.storage import Storage
 
@@ -43,13 +42,12 @@ def dry_run(
         UserError: what a run would refuse before its first phase; or one is to be resumed, which has its settings.
     """
     from raypkg.experiments.outlook import stages_of
-    from raypkg.experiments.samples import forget_samples, open_samples
+    from raypkg.experiments.samples import open_samples
 
     if resume is not None:
         raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
     settings = resolve(schema, config, values)
-    _check_folder(entry, settings, name, root)
-    forget_samples()
+    check_new(root, entry.name, name, settings)
     samples = open_samples(settings)
     stages = stages_of(entry.name, settings)
     place = Storage(root) / entry.name / (name or "NAME")
@@ -63,18 +61,10 @@ def dry_run(
     click.echo(f"# files: {' '.join(files)} and what the method adds; checkpoints/ until it is done")
 
 
-def _check_folder(entry: Entry, settings: RunSettings, name: str | None, root: str) -> None:
-    """Refuse what making the run's folder would refuse: it is made, and deleted, elsewhere."""
-    with TemporaryDirectory() as elsewhere:
-        create(elsewhere, entry.name, name, settings)
-    runs = Storage(root) / entry.name
-    if name in runs.list():
-        raise UserError(f"run {name!r} exists in {runs.root}: give another --name")
-
-
 def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> None:
     """Refuse what an experiment refuses once it knows the samples."""
     from raypkg.coresets.reselection import check_selects_once
+    from raypkg.experiments.coreset_files import load_coreset
     from raypkg.experiments.selection import check_target_samples, trained_model
     from raypkg.experiments.trained import first_weights
 
@@ -84,8 +74,10 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
         trained_model(settings, RunFolder(storage), settings.model_from, settings.precision)
     elif isinstance(settings, Experiment):
         given = getattr(settings, "coreset", None)
-        settings.check(n if given is None else stages[-1].size(n))
-        first_weights(settings, storage.parent.parent.root)
+        if given is not None:
+            n = len(load_coreset(given, samples.data.train, samples.held_out, settings.dataset.name))
+        settings.check(n if given is None else stages[-1].size(n), samples.data)
+        first_weights(settings, samples, storage.parent.parent.root)
     if select := selection_of(settings):
         check_target_samples(select, samples)
 

@@ -8,11 +8,12 @@ from raypkg.core.config import load_stored
 from raypkg.core.errors import Interruption, UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
-from raypkg.experiments import carry_out
+from raypkg.experiments import carry_out, open_run
 from raypkg.experiments.embed import EmbedSettings
 from raypkg.experiments.resolve import resolve
+from raypkg.experiments.samples import Samples
 from raypkg.experiments.trust import stored_settings
-from raypkg.runs.folder import RunFolder, create, discard, find
+from raypkg.runs.folder import RunFolder, check_new, create, discard, find
 from raypkg.runs.show import show_run, terminal
 
 from .unfinished import resume_command
@@ -27,10 +28,12 @@ def execute(
         UserError: bad settings, or what the experiment raises.
     """
     settings = resolve(schema, config, values)
+    check_new(root, entry.name, name, settings)
+    settings, samples = open_run(settings)
     folder = create(root, entry.name, name, settings)
     with folder.storage.alone(f"run {folder.name!r}"):  # nobody else's work is discarded
         try:
-            _run(entry, settings, folder, root)
+            _run(entry, settings, samples, folder, root)
         except BaseException:
             if not folder.started:
                 discard(folder.storage)
@@ -57,7 +60,8 @@ def resume_run(
         return
     with folder.storage.alone(f"run {name!r}"):
         latest = RunFolder(folder.storage)  # as whoever had the lock left it
-        _run(entry, settings, latest, root)
+        settings, samples = open_run(settings)
+        _run(entry, settings, samples, latest, root)
 
 
 def subject(settings: RunSettings) -> str:
@@ -67,11 +71,11 @@ def subject(settings: RunSettings) -> str:
     return settings.model.name if isinstance(settings, Experiment) else getattr(settings, "rule", "")
 
 
-def _run(entry: Entry, settings: RunSettings, folder: RunFolder, root: str) -> None:
+def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolder, root: str) -> None:
     console = terminal()
     console.print(f"{entry.name} {folder.name}: {subject(settings)} on {settings.dataset.name}")
     try:
-        line = carry_out(entry, settings, folder, console)
+        line = carry_out(entry, settings, samples, folder, console)
     except (KeyboardInterrupt, SystemExit):
         raise Interruption(f"interrupted{_hint(folder, root)}") from None
     except Interruption as error:

@@ -31,13 +31,22 @@ class Workers:
         report: receives, in this process, every row of metrics that a worker reports.
         folder: where Ray Train keeps its own files, reachable from every node.
         actors: actors of one CPU each that the run starts in addition to its workers.
+        local: initial ``worker.local`` of functions that run in this process, such as data that it has open.
     """
 
-    def __init__(self, cluster: Cluster, report: Listener, folder: str, actors: int = 0):
+    def __init__(
+        self,
+        cluster: Cluster,
+        report: Listener,
+        folder: str,
+        actors: int = 0,
+        local: Mapping[str, Any] | None = None,
+    ):
         self._cluster = cluster
         self._report = report
         self._folder = folder
         self._actors = actors
+        self._local = dict(local or {})
         self._most: int | None = None
         self._group: Group | None = None
         self._closing: threading.Thread | None = None
@@ -71,7 +80,7 @@ class Workers:
             from raypkg.engine.worker import Worker, threads
 
             with threads(self._cluster.cpus_without_gpu):
-                return function(Worker(report=self._report), *arguments)
+                return function(Worker(report=self._report, local=self._local), *arguments)
         if self._closing:  # an earlier group still holds CPUs
             self._closing.join()
         if self._group is None:

@@ -314,8 +314,8 @@ class Experiment(RunSettings):
             )
         return self
 
-    def check(self, n: int) -> None:
-        """Refuse, before any work, what n training samples do not allow, and settings that would do nothing.
+    def check(self, n: int, data: Any) -> None:
+        """Refuse, before any work, what n training samples of the data do not allow, and settings without effect.
 
         Raises:
             UserError: what is wrong.

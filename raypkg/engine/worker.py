@@ -34,6 +34,7 @@ class Worker:
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     report: Callable[[Row], None] = lambda row: None
+    local: dict[str, Any] = field(default_factory=dict, compare=False)  # what functions keep in this process
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all workers (one all-reduce on the workers' device)."""

@@ -15,10 +15,12 @@ if TYPE_CHECKING:  # they import pydantic and pyarrow, which `--help` need not w
     from rich.console import Console
 
     from raypkg.core.settings import Experiment, RunSettings
+    from raypkg.experiments.samples import Samples
     from raypkg.experiments.sharing import Donors
     from raypkg.runs.folder import RunFolder
 
-experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=("report", "workers"))
+GIVEN = ("samples", "report", "workers")
+experiment = Registry("experiment", "raypkg.experiments", "raypkg.methods.*.experiment", given=GIVEN)
 # write(folder, settings) → a table of what the format saves
 export_format = Registry("export format", "raypkg.methods.*.export", decorator="export_format")
 R = TypeVar("R", bound="RunSettings")
@@ -43,25 +45,23 @@ def training_settings_of(entry: Entry) -> type[Experiment]:
     return schema
 
 
-def _with_digest(settings: R, folder: RunFolder) -> R:
-    """Open the data set; note in the stored settings which samples it gave, or refuse others than are noted there."""
-    from raypkg.experiments.samples import open_samples
+def open_run(settings: R) -> tuple[R, Samples]:
+    """Open a run's samples; return them with the settings that a new run stores, which pin them by a digest.
 
-    samples = open_samples(settings)
-    if settings.dataset.digest is not None:
-        return settings
-    noted: dict[str, Any] = {"digest": samples.digest(settings.dataset)}
-    if settings.dataset.is_drawn:  # whoever opens the data set by its settings alone draws the same
-        noted["seed"] = settings.seed if settings.dataset.seed is None else settings.dataset.seed
-    dataset = settings.dataset.model_copy(update=noted)
-    settings = settings.model_copy(update={"dataset": dataset})
-    folder.keep_settings(settings)
-    return settings
+    Raises:
+        UserError: the data set cannot be read, or its samples are not those of the digest in the settings.
+    """
+    with heavy_imports():
+        from raypkg.experiments.samples import open_samples, pinned
+
+        samples = open_samples(settings)
+    return pinned(settings, samples), samples
 
 
 def carry_out(
     entry: Entry,
     settings: RunSettings,
+    samples: Samples,
     folder: RunFolder,
     console: Console,
     *,
@@ -73,7 +73,8 @@ def carry_out(
 
     Args:
         entry: the experiment.
-        settings: of the run.
+        settings: of the run, as stored.
+        samples: of the run.
         folder: of the run.
         console: where progress is shown.
         group: of runs that the tracker keeps together; the experiment's name when left out.
@@ -83,25 +84,24 @@ def carry_out(
     with heavy_imports():
         from raypkg.cluster.workers import Workers
         from raypkg.experiments.outlook import stages_of
-        from raypkg.experiments.samples import forget_samples
+        from raypkg.experiments.samples import SAMPLES
         from raypkg.experiments.sharing import take_over
         from raypkg.experiments.trained import keep_first_weights
         from raypkg.runs.report import Report
         from raypkg.runs.tracking import Listened, tracker
 
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
-    forget_samples()
-    settings = _with_digest(settings, folder)
-    keep_first_weights(settings, folder)
+    keep_first_weights(settings, samples, folder)
     if donors:
         take_over(folder, stages_of(entry.name, settings), donors)
     following = tracker(settings, folder, group or entry.name)
     if listen:
         following = Listened(following, listen)
+    ray_files = (folder.storage / "ray").uri
     with (
         Report(folder, following, console) as report,
-        Workers(settings.cluster, report, (folder.storage / "ray").uri, settings.actors) as workers,
+        Workers(settings.cluster, report, ray_files, settings.actors, local={SAMPLES: samples}) as workers,
         exit_is_error("the model, the data or a hook"),
     ):
-        entry(settings, report=report, workers=workers)
+        entry(settings, samples=samples, report=report, workers=workers)
     return following.finish(folder.summary or {})

@@ -20,8 +20,8 @@ from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
 from raypkg.runs.folder import RunFolder, locate
 
-from .samples import check_same_tokens, open_samples
-from .trained import check_has_model, restored_model, settings_of_trained
+from .samples import open_samples
+from .trained import check_has_model, check_same_tokens, restored_model, settings_of_trained
 from .training import MODEL
 
 BATCH = {"cpu": 128, "cuda": 512}  # samples of a forward pass, whose sums are added in an order of their own

@@ -19,6 +19,8 @@ from raypkg.engine.run import check_weights
 from raypkg.runs.columns import column_of, is_number
 from raypkg.runs.storage import Storage
 
+from .samples import Samples
+
 FILE = "coreset.parquet"
 GIVEN = "given_coreset.parquet"  # to begin with, where training then selects others
 SCORES = "scores.parquet"
@@ -134,6 +136,17 @@ def read_coreset(path: str) -> pa.Table:
     if not {"index", "weight"} <= set(names):
         raise UserError(f"{path} is no coreset: it needs columns index and weight, has {', '.join(names)}")
     return table
+
+
+def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: Storage, file: str) -> Coreset:
+    """Copy a coreset into the run folder under a name, unless an earlier attempt did, and return it."""
+    split = samples.data.train
+    name = settings.dataset.name
+    if file in storage.list():
+        return load_coreset(f"{storage.root}/{file}", split, samples.held_out, name)
+    coreset = load_coreset(path, split, samples.held_out, name)
+    save_coreset(storage, coreset, split, {**origin(settings), "source": path}, file=file)
+    return coreset
 
 
 def save_record(storage: Storage, model: str, record: Record) -> None:

@@ -13,6 +13,7 @@ from raypkg.models import model
 from raypkg.runs.report import Report
 
 from . import experiment
+from .samples import Samples
 
 if TYPE_CHECKING:  # they import torch, which `--help` need not wait for
     from raypkg.data import Data
@@ -68,7 +69,7 @@ class EmbedSettings(RunSettings):
 
 
 @experiment("embed")
-def run(settings: EmbedSettings, *, report: Report) -> None:
+def run(settings: EmbedSettings, *, samples: Samples, report: Report) -> None:
     """Compute the features of all samples by a frozen model, once: `table:RUN_FOLDER` is then a data set of rows.
 
     Its rows have the labels and the ids of the samples. The same seed holds out the same samples as of the data itself.
@@ -77,9 +78,8 @@ def run(settings: EmbedSettings, *, report: Report) -> None:
         effray embed --model resnet8 --name rows && effray train --dataset table:runs/embed/rows --model linear
     """
     from raypkg.experiments.embedding import embed, finish_embedding
-    from raypkg.experiments.samples import open_samples
 
-    data = open_samples(settings).data
+    data = samples.data
     embed(planned(settings, data, report.folder), data, settings.dataset, settings.cluster, report)
     finish_embedding(report, len(data.train))
 

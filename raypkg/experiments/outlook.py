@@ -53,7 +53,7 @@ def main_stage(settings: Experiment, share: float | None = None) -> Stage:
     size: Callable[[int], int] = int
     selects = select is not None or given is not None or share is not None
     if given is not None and not getattr(select, "every_epochs", 0):
-        size = partial(_size_given, settings, given)
+        size = partial(_size_given, given)
     elif share is not None:
         size = partial(_size_selected, share)
     elif isinstance(select, Select):
@@ -80,9 +80,7 @@ def _size_selected(share: float, n: int) -> int:
     return budget_of(share, n)
 
 
-def _size_given(settings: Experiment, path: str, n: int) -> int:
-    from .coreset_files import load_coreset
-    from .samples import open_samples
+def _size_given(path: str, n: int) -> int:
+    from .coreset_files import read_coreset
 
-    samples = open_samples(settings)
-    return len(load_coreset(path, samples.data.train, samples.held_out, settings.dataset.name))
+    return len(read_coreset(path))

@@ -1,28 +1,27 @@
-"""Which samples a run trains on and which it holds out: the same in every process."""
+"""The samples that a run trains on and those that it holds out: the same in every process. No torch at import."""
 
-from functools import lru_cache
+from __future__ import annotations
+
 from hashlib import blake2b
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment, RunSettings
-from raypkg.data import Data
-from raypkg.data.coreset import Coreset
-from raypkg.data.kinds import TEXTS
-from raypkg.data.opening import open_data
-from raypkg.data.partition import hold_out
-from raypkg.models import build_model
-from raypkg.models.classifier import Classifier
-from raypkg.runs.storage import Storage
 
-from .coreset_files import load_coreset, origin, save_coreset
+if TYPE_CHECKING:
+    from torch import Tensor
 
-ROWS = 16  # of a split, that its digest sees; the same however the samples are stored
-LOOK = 512  # training samples that a new model may look at, labels apart
-LOOKED_AT = 4  # blocks that they are in, where samples are read by blocks
+    from raypkg.data import Data
+    from raypkg.data.coreset import Coreset
+    from raypkg.engine.worker import Worker
+    from raypkg.models.classifier import Classifier
+
+R = TypeVar("R", bound=RunSettings)
+ROWS = 16  # of a split, that its digest covers; the same however the samples are stored
+LOOK = 512  # training samples, without labels, that prepare a new model
+LOOKED_AT = 4  # blocks that they lie in, where samples are read by blocks
+SAMPLES = "samples"  # their key in `worker.local`
 
 
 class Samples(NamedTuple):
@@ -33,10 +32,10 @@ class Samples(NamedTuple):
     held_out: Tensor  # int64 [v], ascending
 
     def digest(self, dataset: Dataset) -> str:
-        """Return a digest of sizes and classes, of a few rows of each split, and of what ``dataset.only`` chose.
+        """Return a digest of sizes, classes, a few rows of each split, and the choice of ``dataset.only``.
 
-        It tells changes that happen, such as draws without a seed or a file that was replaced, not such as are made to
-        deceive. What is held out is left out: settings may be run again with another seed.
+        It detects a replaced file or a draw without a seed, not deliberate deception. The held-out set has no part in
+        it: the settings may be run again with another seed.
         """
         digest = blake2b(digest_size=16)
         if dataset.only is not None:
@@ -46,80 +45,74 @@ class Samples(NamedTuple):
             x, y = split.batch(split.spread(ROWS))
             digest.update(x.contiguous().numpy().tobytes())
             digest.update(y.numpy().tobytes())
-            if split.ids is not None:  # they decide what is held out
+            if split.ids is not None:  # they decide which samples are held out
                 digest.update(split.ids.numpy().tobytes())
-            if split.truth is not None:  # labels were drawn: all of them tell whether they still are the same
+            if split.truth is not None:  # labels were drawn, so all of them count
                 digest.update(split.y.numpy().tobytes())
         return digest.hexdigest()
 
     @property
     def everyone(self) -> Coreset:
         """All training samples, unweighted."""
+        from raypkg.data.coreset import Coreset
+
         return Coreset.uniform(self.train_indices)
 
 
-def open_samples(settings: RunSettings) -> Samples:
-    """Open a run's data set, once a process, and hold out its validation share, stratified, by the seed.
+def open_samples(settings: RunSettings, *, verify: bool = True) -> Samples:
+    """Open a run's data set and hold out its validation share, stratified, by the seed.
+
+    Args:
+        settings: data set and seed of the run.
+        verify: refuse samples that do not match the digest in the settings, if there is one.
 
     Raises:
-        UserError: the settings have a digest, and it is of other samples.
+        UserError: the data set cannot be read, or its samples have changed.
     """
-    expected = settings.dataset.digest
-    samples = open_any_samples(settings)
-    if expected is not None and samples.digest(settings.dataset) != expected:
+    from raypkg.data.opening import open_data
+    from raypkg.data.partition import hold_out
+
+    from .coreset_files import load_coreset
+
+    chosen = settings.dataset
+    data = open_data(chosen, settings.seed)
+    rng = generator(settings.seed, "hold out")
+    train_indices, held_out = hold_out(data.train.y, chosen.validation, rng, data.train.ids)
+    if chosen.only is not None:
+        given = load_coreset(chosen.only, data.train, held_out, chosen.name)
+        train_indices = given.indices.sort().values
+    samples = Samples(data, train_indices, held_out)
+    if verify and chosen.digest is not None and samples.digest(chosen) != chosen.digest:
         raise UserError(
-            f"dataset {settings.dataset.name!r} gives other samples than those the run began with: its files have"
-            " changed, or its function draws without a seed"
+            f"dataset {chosen.name!r} gives other samples than those the run began with: its files have changed, or its"
+            " function draws without a seed"
         )
     return samples
 
 
-def open_any_samples(settings: RunSettings) -> Samples:
-    """Open a run's data set, whatever has become of its rows since."""
-    dataset = settings.dataset.model_copy(update={"digest": None})
-    return _opened(dataset.model_dump_json(), settings.seed)
+def pinned(settings: R, samples: Samples) -> R:
+    """Return the settings with the digest of the samples, and the seed of their draws where they are drawn.
 
-
-def forget_samples() -> None:
-    """Open data sets anew from now on: their files may have changed since the last run."""
-    _opened.cache_clear()
-
-
-@lru_cache(maxsize=2)
-def _opened(dataset: str, seed: int) -> Samples:
-    chosen = Dataset.model_validate_json(dataset)
-    data = open_data(chosen, seed)
-    train_indices, held_out = hold_out(data.train.y, chosen.validation, generator(seed, "hold out"), data.train.ids)
-    if chosen.only is not None:
-        given = load_coreset(chosen.only, data.train, held_out, chosen.name)
-        train_indices = given.indices.sort().values
-    return Samples(data, train_indices, held_out)
-
-
-def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> None:
-    """Refuse texts whose tokens are not those that a model was trained on: the same numbers would be other words.
-
-    Args:
-        here: the data set that the model is to be given.
-        there: that it was trained on.
-        data: the first of them.
-        run: that trained it.
-
-    Raises:
-        UserError: each learned a tokenizer from texts of its own, or they name different ones.
+    Actors open the data set by its settings alone, and a resumed run refuses other samples.
     """
-    if data.train.kind is not TEXTS or (here.name, here.options) == (there.name, there.options):
-        return
-    own = here.options.get("tokenizer")
-    if not own or own != there.options.get("tokenizer"):
-        raise UserError(
-            f"the texts of {here.name!r} are not cut into the tokens of run {run!r}, which trained on {there.name!r}:"
-            " both need one dataset.options.tokenizer"
-        )
+    dataset = settings.dataset
+    if dataset.digest is not None:
+        return settings
+    seed = settings.seed if dataset.is_drawn and dataset.seed is None else dataset.seed
+    dataset = dataset.model_copy(update={"digest": samples.digest(dataset), "seed": seed})
+    return settings.model_copy(update={"dataset": dataset})
+
+
+def samples_on(worker: Worker, settings: RunSettings) -> Samples:
+    """Return a run's samples on one of its workers, which opens them once for all phases."""
+    if SAMPLES not in worker.local:
+        worker.local[SAMPLES] = open_samples(settings)
+    opened: Samples = worker.local[SAMPLES]
+    return opened
 
 
 def augmentations(dataset: Dataset, data: Data) -> list[str]:
-    """Return the augmentations asked for, or those that suit the data set."""
+    """Return the augmentations that the settings name, otherwise those that suit the data set."""
     return list(data.train.augment) if dataset.augment is None else list(dataset.augment)
 
 
@@ -129,6 +122,8 @@ def new_model(settings: Experiment, data: Data) -> Classifier:
     Raises:
         UserError: it does not fit the data.
     """
+    from raypkg.models import build_model
+
     chosen = settings.model
     train = data.train
     model = build_model(chosen.name, train.shape, train.num_classes, seed=settings.seed, options=chosen.options)
@@ -136,21 +131,3 @@ def new_model(settings: Experiment, data: Data) -> Classifier:
         x, _ = train.batch(train.spread(LOOK, blocks=LOOKED_AT).unique())
         model.prepare(train.inputs(x))
     return model
-
-
-def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: Storage, file: str) -> Coreset:
-    """Copy a coreset into the run folder, unless an earlier attempt did, and return it.
-
-    Args:
-        settings: data set and seed of this run.
-        path: of the coreset.
-        samples: those that may be trained on.
-        storage: the run folder.
-        file: name of the copy.
-    """
-    split = samples.data.train
-    if file in storage.list():
-        return load_coreset(f"{storage.root}/{file}", split, samples.held_out, settings.dataset.name)
-    coreset = load_coreset(path, split, samples.held_out, settings.dataset.name)
-    save_coreset(storage, coreset, split, {**origin(settings), "source": path}, file=file)
-    return coreset

@@ -8,6 +8,7 @@ from raypkg.core.settings import RunSettings, Select
 from raypkg.runs.report import Report
 
 from . import experiment
+from .samples import Samples
 
 
 class SelectSettings(Select, RunSettings):
@@ -20,7 +21,7 @@ class SelectSettings(Select, RunSettings):
 
 
 @experiment("select")
-def run(settings: SelectSettings, *, report: Report) -> None:
+def run(settings: SelectSettings, *, samples: Samples, report: Report) -> None:
     """Select a coreset with the last-layer gradients of another run's model, or by what its training recorded.
 
     The data set, the seed and the held-out share must be those of that run.
@@ -29,12 +30,10 @@ def run(settings: SelectSettings, *, report: Report) -> None:
         effray train --name first --train.epochs 5 && effray select --model-from first --rule craig --fraction 0.2
     """
     from raypkg.coresets.reselection import check_selects_once
-    from raypkg.experiments.samples import open_samples
     from raypkg.experiments.selection import select_on_actors, trained_model
     from raypkg.experiments.summary import finish
 
     check_selects_once(settings)
-    samples = open_samples(settings)
     model = trained_model(settings, report.folder, settings.model_from, settings.precision)
     select_on_actors(settings, settings, model, samples, report)
     finish(report, settings, samples)

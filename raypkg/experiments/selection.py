@@ -19,7 +19,7 @@ from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
 from .coreset_files import FILE, keep_selected, load_coreset, load_record, origin, record_of
-from .samples import Samples, open_samples
+from .samples import Samples, samples_on
 from .trained import check_has_model, settings_of_trained
 from .training import MODEL
 
@@ -133,7 +133,7 @@ def select_together(
     worker: Worker, settings: RunSettings, select: Select, model: TrainedModel, storage: Storage
 ) -> dict[str, Any]:
     """Select on all workers; return the phase's record."""
-    samples = open_samples(settings)
+    samples = samples_on(worker, settings)
     y = samples.data.train.y
     shards = class_shards(samples.data, y, samples.train_indices, samples.held_out, worker.world, worker.device)
     picked = _select(WorkerShards(shards, worker), settings, select, model, samples)

@@ -1,6 +1,6 @@
 """Plain training on all samples, on a given coreset, or on one selected along the way."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from raypkg.core.settings import Experiment, Reselect, Share, Train
 from raypkg.runs.report import Report
 
 from . import experiment
+from .samples import Samples
 
 
 class TrainSelect(Reselect):
@@ -28,7 +29,7 @@ class TrainSettings(Experiment):
     ] = None
     train: Train = Train()
 
-    def check(self, n: int) -> None:
+    def check(self, n: int, data: Any) -> None:
         """Refuse a selection that never comes.
 
         Raises:
@@ -48,24 +49,22 @@ class TrainSettings(Experiment):
 
 
 @experiment("train")
-def run(settings: TrainSettings, *, report: Report, workers: Workers) -> None:
+def run(settings: TrainSettings, *, samples: Samples, report: Report, workers: Workers) -> None:
     """Train a model on all samples, on a coreset of another run, or on one selected before or during training.
 
     Example:
         effray train --dataset digits --model resnet8 --select.fraction 0.5 --train.epochs 10
     """
-    from raypkg.experiments.coreset_files import FILE, GIVEN
-    from raypkg.experiments.samples import given_coreset, open_samples
+    from raypkg.experiments.coreset_files import FILE, GIVEN, given_coreset
     from raypkg.experiments.summary import finish
     from raypkg.experiments.training import Job, train_on_cluster
 
-    samples = open_samples(settings)
-    settings.check(len(samples.train_indices))
+    settings.check(len(samples.train_indices), samples.data)
     storage = report.folder.storage
     coreset = None
     if settings.coreset is not None:
         replaced = settings.select is not None and settings.select.every_epochs > 0
         coreset = given_coreset(settings, settings.coreset, samples, storage, GIVEN if replaced else FILE)
     job = Job(settings, settings.train, storage, coreset=coreset, select=settings.select)
-    train_on_cluster(job, report, workers)
+    train_on_cluster(job, samples, report, workers)
     finish(report, settings, samples, epochs=settings.train.epochs)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Experiment, RunSettings, Train
+from raypkg.core.settings import Dataset, Experiment, RunSettings, Train
 from raypkg.data import Data
-from raypkg.data.kinds import kind_of
+from raypkg.data.kinds import TEXTS, kind_of
 from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, to_device
 from raypkg.models.classifier import Classifier
@@ -19,7 +19,7 @@ from raypkg.runs.folder import RunFolder, locate
 from raypkg.runs.storage import Storage
 
 from .first_weights import FIRST, fitted
-from .samples import check_same_tokens, new_model, open_samples
+from .samples import Samples, new_model, open_samples
 from .training import MODEL
 from .trust import stored_settings
 
@@ -97,7 +97,7 @@ def check_has_model(folder: RunFolder) -> None:
         raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model")
 
 
-def keep_first_weights(settings: RunSettings, folder: RunFolder) -> None:
+def keep_first_weights(settings: RunSettings, samples: Samples, folder: RunFolder) -> None:
     """Copy the weights that training is to begin with into the run folder, unless an earlier attempt did.
 
     Raises:
@@ -106,16 +106,17 @@ def keep_first_weights(settings: RunSettings, folder: RunFolder) -> None:
     place, _, file = FIRST.rpartition("/")
     if folder.started or file in folder.storage.list(place):
         return
-    if tensors := first_weights(settings, folder.storage.parent.parent.root):
+    if tensors := first_weights(settings, samples, folder.storage.parent.parent.root):
         save_tensors(folder.storage, FIRST, tensors)
 
 
-def first_weights(settings: RunSettings, root: str) -> dict[str, Tensor]:
+def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[str, Tensor]:
     """Return the weights that training is to begin with, none where they are drawn from the seed.
 
     Args:
         settings: of the run.
-        root: of all runs, among which a name is looked for.
+        samples: of the run.
+        root: folder of all runs, among which a name is looked up.
 
     Raises:
         UserError: there is no such file or run, the run has no model or its file was changed, or nothing in it fits.
@@ -123,7 +124,7 @@ def first_weights(settings: RunSettings, root: str) -> dict[str, Tensor]:
     train = getattr(settings, "train", None)
     if not (isinstance(settings, Experiment) and isinstance(train, Train) and train.from_ is not None):
         return {}
-    data = open_samples(settings).data
+    data = samples.data
     storage, file = Storage.around(train.from_)
     if not file.endswith(WEIGHTS):
         run = locate(root, train.from_, having=MODEL)
@@ -149,6 +150,28 @@ def _check_suits(run: RunFolder, settings: Experiment, data: Data) -> None:
         raise UserError(
             f"train.from = {run.name}: it trained on samples that are held out here: its seed is {theirs.seed} and its"
             f" dataset.validation {there.validation:g}, here they are {settings.seed} and {here.validation:g}"
+        )
+
+
+def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> None:
+    """Refuse texts whose tokens differ from those that a model was trained on: the same numbers would be other words.
+
+    Args:
+        here: the data set for the model.
+        there: the one that it was trained on.
+        data: the samples of the first.
+        run: name of the run that trained it.
+
+    Raises:
+        UserError: each learned a tokenizer from its own texts, or they name different ones.
+    """
+    if data.train.kind is not TEXTS or (here.name, here.options) == (there.name, there.options):
+        return
+    own = here.options.get("tokenizer")
+    if not own or own != there.options.get("tokenizer"):
+        raise UserError(
+            f"the texts of {here.name!r} are not cut into the tokens of run {run!r}, which trained on {there.name!r}:"
+            " both need one dataset.options.tokenizer"
         )
 
 

@@ -35,7 +35,7 @@ from raypkg.runs.storage import Storage
 from .best import BestEpoch
 from .coreset_files import FILE, SCORES, keep_selected, origin, record_of, save_record
 from .first_weights import FIRST, FirstWeights
-from .samples import Samples, augmentations, new_model, open_samples
+from .samples import Samples, augmentations, new_model, samples_on
 from .summary import LEFT_OUT
 
 
@@ -85,11 +85,11 @@ class Job:
         return min(sizes)
 
 
-def train_on_cluster(job: Job, report: Report, workers: Workers) -> dict[str, Any]:
+def train_on_cluster(job: Job, samples: Samples, report: Report, workers: Workers) -> dict[str, Any]:
     """Train the job's model on the workers, unless the run folder says it is done; return the phase's record."""
     if job.select:
         check_schedule(job.select, job.training.epochs, given=job.coreset is not None)
-    workers.limit(job.smallest_batch(open_samples(job.experiment)))
+    workers.limit(job.smallest_batch(samples))
 
     def work() -> dict[str, Any]:
         return workers.run(train_model, job)
@@ -102,7 +102,7 @@ def train_on_cluster(job: Job, report: Report, workers: Workers) -> dict[str, An
 
 def train_model(worker: Worker, job: Job) -> dict[str, Any]:
     """Train on all workers with the job's hooks, and evaluate at the end; return the bills, figures and findings."""
-    samples = open_samples(job.experiment)
+    samples = samples_on(worker, job.experiment)
     with ExitStack() as closing:
         hooks = _hooks(worker, job, samples, closing)
         run = _run(worker, job, samples, hooks)

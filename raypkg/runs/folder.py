@@ -86,10 +86,6 @@ class RunFolder:
         """
         return read_settings(self.storage)
 
-    def keep_settings(self, settings: Settings) -> None:
-        """Store the settings in the place of those that are there."""
-        write_settings(self.storage, settings)
-
     @property
     def started(self) -> bool:
         """Whether there is any result yet: a finished phase, or an epoch of one."""
@@ -241,12 +237,11 @@ class RunFolder:
         return record
 
 
-def create(root: str, experiment: str, name: str | None, settings: Settings) -> RunFolder:
-    """Make a new run folder, which no other process can make too, and write its settings and environment.
+def check_new(root: str, experiment: str, name: str | None, settings: Settings) -> None:
+    """Refuse, before any work, a new run whose folder cannot be made.
 
     Raises:
-        UserError: a run of that name exists, the name cannot be one, the settings have credentials in them, or the
-            disk is full: nothing is left behind.
+        UserError: a run of that name exists, the name is invalid, or the settings contain credentials.
     """
     text = to_toml(settings)
     if redacted(text) != text:
@@ -254,11 +249,25 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
             "a setting has credentials in its URI, which the run folder would keep: leave them to the environment, such"
             " as AWS_ACCESS_KEY_ID"
         )
+    if name is not None:
+        check_name(name)
+        runs = Storage(root) / experiment
+        if name in runs.list():
+            raise _taken(runs, name)
+
+
+def create(root: str, experiment: str, name: str | None, settings: Settings) -> RunFolder:
+    """Make a new run folder, which no other process can make too, and write its settings and environment.
+
+    Raises:
+        UserError: a run of that name exists, the name cannot be one, the settings have credentials in them, or the
+            disk is full: nothing is left behind.
+    """
+    check_new(root, experiment, name, settings)
     runs = Storage(root) / experiment
     if name is None:
         storage = _claimed_freely(runs, settings)
     else:
-        check_name(name)
         storage = runs / name
         if not storage.claim():
             raise _taken(runs, name)

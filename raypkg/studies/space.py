@@ -14,6 +14,7 @@ from raypkg.core.errors import UserError, shown, unknown
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Dataset, Experiment, RunSettings, Training
 from raypkg.experiments.resolve import check_names
+from raypkg.experiments.samples import Samples
 
 from .figures import METRICS
 from .study import TO_THE_END, Order, Values
@@ -228,6 +229,8 @@ def check_trial(metric: str, base: Experiment, values: Values) -> None:
     Raises:
         UserError: what is wrong.
     """
+    from raypkg.experiments.coreset_files import load_coreset
+
     trial = varied(base, values)
     check_names(trial)
     if METRICS[metric].held_out:
@@ -237,17 +240,17 @@ def check_trial(metric: str, base: Experiment, values: Values) -> None:
         every = train.evaluate_every_epochs
         if not 0 < every <= trial.epochs:
             raise UserError(f"metric {metric} would never be measured: {EVALUATE} = {every} of {trial.epochs} epochs")
-    trial.check(_samples(trial.dataset.model_dump_json(), trial.seed, getattr(trial, "coreset", None)))
+    samples = _opened(trial.dataset.model_dump_json(), trial.seed)
+    n = len(samples.train_indices)
+    given = getattr(trial, "coreset", None)
+    if given is not None:
+        n = len(load_coreset(given, samples.data.train, samples.held_out, trial.dataset.name))
+    trial.check(n, samples.data)
 
 
-@lru_cache
-def _samples(dataset: str, seed: int, coreset: str | None) -> int:
-    """Return the number of samples that a trial trains on."""
-    from raypkg.experiments.coreset_files import load_coreset
+@lru_cache(maxsize=2)
+def _opened(dataset: str, seed: int) -> Samples:
+    """Open the samples of trials, which mostly share them."""
     from raypkg.experiments.samples import open_samples
 
-    settings = RunSettings(seed=seed, dataset=Dataset.model_validate_json(dataset))
-    samples = open_samples(settings)
-    if coreset is None:
-        return len(samples.train_indices)
-    return len(load_coreset(coreset, samples.data.train, samples.held_out, settings.dataset.name))
+    return open_samples(RunSettings(seed=seed, dataset=Dataset.model_validate_json(dataset)))

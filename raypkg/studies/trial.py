@@ -9,7 +9,7 @@ from rich.console import Console
 from raypkg.core.config import load_stored
 from raypkg.core.errors import UserError
 from raypkg.core.settings import APART
-from raypkg.experiments import carry_out, experiment, training_settings_of
+from raypkg.experiments import carry_out, experiment, open_run, training_settings_of
 from raypkg.experiments.resolve import resolve
 from raypkg.experiments.sharing import Donors
 from raypkg.runs import folder as run_folder
@@ -86,16 +86,18 @@ def _train(study: Study, run: RunFolder, values: Values, report: Report, donors:
     entry = experiment[study.experiment]
     schema = training_settings_of(entry)
     settings = resolve(schema, study.config, values)
-    if CONFIG not in run.storage.list():
-        run = run_folder.create(study.root, entry.name, run.name, settings)
-    else:
+    if CONFIG in run.storage.list():
         # A run of the trial's name that somebody else began must not be resumed as the trial. Digest and seed of the
-        # data are noted by the run itself.
+        # data are noted by the run itself, which refuses other samples.
         stored = load_stored(schema, run.config)
-        noted = {"digest": None, "seed": settings.dataset.seed}
-        stored = stored.model_copy(update={"dataset": stored.dataset.model_copy(update=noted)})
-        if stored.model_dump(exclude=set(APART)) != settings.model_dump(exclude=set(APART)):
+        noted = {"digest": settings.dataset.digest, "seed": settings.dataset.seed}
+        asked = stored.model_copy(update={"dataset": stored.dataset.model_copy(update=noted)})
+        if asked.model_dump(exclude=set(APART)) != settings.model_dump(exclude=set(APART)):
             raise UserError(f"run {run.name!r} has other settings than the trial of that name: rename it, or delete it")
+        settings, samples = open_run(settings.model_copy(update={"dataset": stored.dataset}))
+    else:
+        settings, samples = open_run(settings)
+        run = run_folder.create(study.root, entry.name, run.name, settings)
     metric = study.order.metric
 
     def listen(row: Mapping[str, Any]) -> None:
@@ -106,7 +108,7 @@ def _train(study: Study, run: RunFolder, values: Values, report: Report, donors:
             run.flush()  # Tune may stop the trial here, and its driver reads the figures then
             report({"epoch": row["epoch"], metric: row[metric]})
 
-    carry_out(entry, settings, run, Console(quiet=True), group=study.name, listen=listen, donors=donors)
+    carry_out(entry, settings, samples, run, Console(quiet=True), group=study.name, listen=listen, donors=donors)
 
 
 def imported_function(name: str) -> Callable[..., Any]:

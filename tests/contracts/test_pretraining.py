@@ -75,7 +75,7 @@ def carry_out(root, **pretrain):
 
 def repeat(folder, settings):
     samples = open_samples(settings)
-    settings.check(len(samples.train_indices))
+    settings.check(len(samples.train_indices), samples.data)
     with Report(folder, Nowhere(), Console(quiet=True)) as report, Workers(settings.cluster, report, "") as workers:
         pretraining[settings.pretrain.method](settings, report, samples=samples, workers=workers)
 

@@ -4,6 +4,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.experiments import experiment
 from raypkg.experiments.outlook import in_whole_batches, main_stage, outlook
+from raypkg.experiments.samples import Samples
 from raypkg.runs.report import Report
 from raypkg.runs.stages import Stage
 
@@ -20,7 +21,7 @@ def crest_stages(settings: CrestSettings) -> list[Stage]:
 
 
 @experiment("crest", source="arXiv:2306.01244")
-def run(settings: CrestSettings, *, report: Report, workers: Workers) -> None:
+def run(settings: CrestSettings, *, samples: Samples, report: Report, workers: Workers) -> None:
     """Train on mini-batch coresets, renewed at every step or when a local model of the loss expires, within a budget.
 
     The learning rate follows its whole schedule within the budget. Baselines at the same budget: --selection.
@@ -28,12 +29,10 @@ def run(settings: CrestSettings, *, report: Report, workers: Workers) -> None:
     Example:
         effray crest --dataset digits --budget 0.25
     """
-    from raypkg.experiments.samples import open_samples
     from raypkg.experiments.summary import finish
     from raypkg.experiments.training import Job, train_on_cluster
 
-    samples = open_samples(settings)
-    settings.check(len(samples.train_indices))
+    settings.check(len(samples.train_indices), samples.data)
     storage = report.folder.storage
     match settings.selection:
         case "crest":
@@ -45,5 +44,5 @@ def run(settings: CrestSettings, *, report: Report, workers: Workers) -> None:
             job = Job(settings, settings.train, storage, last=settings.within)
         case _:
             job = Job(settings, settings.train, storage, select=settings.reselection)
-    train_on_cluster(job, report, workers)
+    train_on_cluster(job, samples, report, workers)
     finish(report, settings, samples, epochs=settings.train.epochs)

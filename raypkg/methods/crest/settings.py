@@ -1,7 +1,7 @@
 """Settings of CREST."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -233,7 +233,7 @@ class CrestSettings(Experiment):
             )
         return self
 
-    def check(self, n: int) -> None:
+    def check(self, n: int, data: Any) -> None:
         """Refuse what n training samples do not allow."""
         if self.selection == "crest":
             self.crest.check(n, self.compressed, self)

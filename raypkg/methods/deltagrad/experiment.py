@@ -3,6 +3,7 @@
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.experiments import experiment
+from raypkg.experiments.samples import Samples
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.report import Report
 
@@ -13,7 +14,7 @@ SINGLE = 10  # samples that `delete_one_after_another` deletes
 
 
 @experiment("deltagrad", source="arXiv:2006.14755")
-def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> None:
+def run(settings: DeltaGradSettings, *, samples: Samples, report: Report, workers: Workers) -> None:
     """Train and record every step; `delete` and `add` then update the model in a fraction of the time of retraining.
 
     The history takes 2 · steps · parameters numbers: made for convex heads, small networks and large batches.
@@ -21,15 +22,14 @@ def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> Non
     Example:
         effray deltagrad train --dataset digits
     """
-    from raypkg.experiments.samples import new_model, open_samples
+    from raypkg.experiments.samples import new_model
     from raypkg.experiments.summary import finish
     from raypkg.experiments.training import Job, train_on_cluster
 
     from .history import Layout, check_room, history_folder
     from .run import begin_journal
 
-    samples = open_samples(settings)
-    settings.check(len(samples.train_indices))
+    settings.check(len(samples.train_indices), samples.data)
     storage = report.folder.storage
     layout = Layout.of(new_model(settings, samples.data), settings.history.dtype)
     per_epoch = -(-len(samples.train_indices) // settings.train.batch_size)
@@ -37,7 +37,7 @@ def run(settings: DeltaGradSettings, *, report: Report, workers: Workers) -> Non
     check_room(history_folder(storage, 0), layout, steps)
     report.say(f"history: {layout.describe(steps)}")
     job = Job(settings, settings.train, storage, hooks=(Named(name="deltagrad"),))
-    record = train_on_cluster(job, report, workers)
+    record = train_on_cluster(job, samples, report, workers)
     begin_journal(report.folder, settings, samples, record["history"])
     finish(report, settings, samples, epochs=settings.train.epochs)
 

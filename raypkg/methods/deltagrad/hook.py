@@ -9,11 +9,12 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
+from raypkg.data import Data
 from raypkg.data.kinds import TEXTS
 from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
-from raypkg.experiments.samples import Samples, augmentations, new_model, open_samples
+from raypkg.experiments.samples import Samples, augmentations, new_model
 from raypkg.experiments.training import Job
 
 from .history import HistoryWriter, Layout, history_folder
@@ -21,13 +22,12 @@ from .objective import check_derivation, to_vector
 from .settings import DeltaGradSettings
 
 
-def check_replayable(settings: Experiment) -> None:
+def check_replayable(settings: Experiment, data: Data) -> None:
     """Refuse data and models that DeltaGrad's derivation does not cover.
 
     Raises:
         UserError: texts, augmentation, dropout, or batch norm.
     """
-    data = open_samples(settings).data
     if data.train.kind is TEXTS:
         raise UserError(
             f"dataset {settings.dataset.name!r} holds texts: DeltaGrad takes images and rows, such as the features that"

@@ -19,7 +19,7 @@ from raypkg.core.seeds import generator
 from raypkg.data import Data
 from raypkg.data.split import Split, Take
 from raypkg.engine.batches import shuffled
-from raypkg.experiments.samples import Samples, forget_samples, new_model, open_any_samples
+from raypkg.experiments.samples import Samples, new_model, open_samples
 from raypkg.experiments.trust import stored_settings
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import MODEL, RunFolder
@@ -73,7 +73,6 @@ def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
     if not log:
         raise UserError(f"{folder.storage.root}/{LOG} is missing or empty: what was done to the run is lost")
     with folder.storage.alone(f"run {folder.name!r}"):
-        forget_samples()  # the data set may have changed since this process opened it
         yield RecordedRun(folder)
 
 
@@ -110,7 +109,7 @@ class RecordedRun:
             raise UserError(f"{folder.storage.root}/{ROWS} is missing or corrupt: its digest is not that of the log")
         rows = folder.storage.read_table(ROWS)
         assert rows is not None
-        self.samples = _standardised_as_trained(rows, open_any_samples(self.settings))
+        self.samples = _standardised_as_trained(rows, open_samples(self.settings, verify=False))
         self.journal.settle()
 
         train = self.samples.data.train

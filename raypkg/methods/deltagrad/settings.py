@@ -96,7 +96,7 @@ class DeltaGradSettings(Experiment):
             raise UserError(f"hooks = {self.hooks[0].name}: DeltaGrad replays plain SGD, without hooks")
         return self
 
-    def check(self, n: int) -> None:
+    def check(self, n: int, data: Any) -> None:
         """Refuse a training that cannot be replayed.
 
         Raises:
@@ -105,7 +105,7 @@ class DeltaGradSettings(Experiment):
         from .hook import check_replayable
 
         self.dataset.check_at_hand("DeltaGrad")
-        check_replayable(self)
+        check_replayable(self, data)
 
 
 class Holders(Cluster):

@@ -1,6 +1,6 @@
 """Settings of LiPT."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -144,7 +144,7 @@ class LiptSettings(Experiment):
             lookups.append(Lookup(initial, self.pretrain.sparsity))
         return lookups
 
-    def check(self, n: int) -> None:
+    def check(self, n: int, data: Any) -> None:
         """Refuse methods that act during training only, and selections that never come.
 
         Raises:

@@ -3,6 +3,7 @@
 from raypkg.cluster.workers import Workers
 from raypkg.experiments import experiment
 from raypkg.experiments.outlook import in_whole_batches, main_stage, outlook
+from raypkg.experiments.samples import Samples
 from raypkg.runs.report import Report
 from raypkg.runs.stages import Stage
 
@@ -17,7 +18,7 @@ def sparse_stages(settings: SparseSettings) -> list[Stage]:
 
 
 @experiment("sparse", source="arXiv:2301.03573")
-def run(settings: SparseSettings, *, report: Report, workers: Workers) -> None:
+def run(settings: SparseSettings, *, samples: Samples, report: Report, workers: Workers) -> None:
     """Train a model in which few weights exist at a time, and which of them do changes as training proceeds.
 
     Masks are applied to dense arithmetic, which saves nothing: linear layers compute with what exists by --compute
@@ -26,17 +27,15 @@ def run(settings: SparseSettings, *, report: Report, workers: Workers) -> None:
     Example:
         effray sparse --dataset digits --model mlp --density 0.1 --growth gradient --agent
     """
-    from raypkg.experiments.coreset_files import FILE
-    from raypkg.experiments.samples import given_coreset, open_samples
+    from raypkg.experiments.coreset_files import FILE, given_coreset
     from raypkg.experiments.summary import finish
     from raypkg.experiments.training import Job, train_on_cluster
 
-    samples = open_samples(settings)
     storage = report.folder.storage
     coreset = None
     if settings.coreset is not None:
         coreset = given_coreset(settings, settings.coreset, samples, storage, FILE)
-    settings.check(len(samples.train_indices) if coreset is None else len(coreset))
+    settings.check(len(samples.train_indices) if coreset is None else len(coreset), samples.data)
     job = Job(settings, settings.extended, storage, hooks=settings.hooks_used, coreset=coreset)
-    train_on_cluster(job, report, workers)
+    train_on_cluster(job, samples, report, workers)
     finish(report, settings, samples, epochs=settings.epochs)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -197,7 +197,7 @@ class SparseSettings(Sparsity, Experiment):
         ]
         return [Lookup(registry, rule.name, rule.options) for registry, rule in rules if rule]
 
-    def check(self, n: int) -> None:
+    def check(self, n: int, data: Any) -> None:
         """Refuse rules that contradict each other, and intervals that training on n samples does not reach.
 
         Raises:

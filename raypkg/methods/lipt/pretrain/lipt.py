@@ -31,7 +31,7 @@ from raypkg.data.partition import stratified_shards
 from raypkg.data.split import at_hand
 from raypkg.engine.costs import Cost
 from raypkg.engine.worker import Worker
-from raypkg.experiments.samples import Samples, open_samples
+from raypkg.experiments.samples import Samples, samples_on
 from raypkg.experiments.training import Job, measure_held_out, train_on_cluster
 from raypkg.methods.lipt.merges import merge
 from raypkg.methods.lipt.settings import LiptSettings
@@ -73,12 +73,12 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, w
             result=RESULT,
             main=False,
         )
-        train_on_cluster(job, report, workers)
+        train_on_cluster(job, samples, report, workers)
 
 
 def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) -> dict[str, Any]:
     """Train models r, r + W, … on worker r of W, merge those of all workers round by round, and save the last merge."""
-    context = Context(settings, storage, open_samples(settings), worker)
+    context = Context(settings, storage, samples_on(worker, settings), worker)
     shards = disjoint_shards(context)  # every worker draws the same
     numbers = range(worker.rank, settings.pretrain.models, worker.world)
     own = torch.cat([shards[0][:0], *(shards[number] for number in numbers)])  # none where workers outnumber models
