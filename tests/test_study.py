@@ -37,7 +37,6 @@ from raypkg.studies.tune import resume_sweep
 
 ORDER = Order(experiment="crest", metric="accuracy", mode="max", samples=4)
 TAUS = [0.01, 0.02, 0.03, 0.04]
-NOTHING = dict.fromkeys(("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget"))
 
 
 def trial(number, accuracy, backward, state="done"):
@@ -399,7 +398,7 @@ def test_a_damaged_study_is_not_resumed(sweep, tmp_path, file, content, message)
     if content is not None:
         sweep.storage.write(file, content)
     with pytest.raises(UserError, match=message) as refused:
-        resume_sweep(experiment["crest"], NOTHING, "s", {}, str(tmp_path))
+        resume_sweep(experiment["crest"], {}, "s", {}, str(tmp_path))
     assert "\n" not in str(refused.value)
 
 
@@ -407,13 +406,13 @@ def test_a_damaged_study_is_not_resumed(sweep, tmp_path, file, content, message)
 @pytest.mark.parametrize("count", [-1, 0, 10_001, 10**40])
 def test_there_are_1_to_10000_trials(option, count):
     with pytest.raises(UserError, match=rf"--{option} {str(count)[:5]}.*: at least 1 and at most 10,000"):
-        order_of("train", NOTHING | {option: count}, Space("", {}, "accuracy", "max"))
+        order_of("train", {option: count}, Space("", {}, "accuracy", "max"))
 
 
 def test_a_refused_resumption_changes_nothing(sweep, tmp_path):
     before = sweep.storage.read("sweep.json")
     with pytest.raises(UserError, match="--concurrent 0: at least 1"):
-        resume_sweep(experiment["crest"], NOTHING | {"concurrent": 0}, "s", {}, str(tmp_path))
+        resume_sweep(experiment["crest"], {"concurrent": 0}, "s", {}, str(tmp_path))
     assert sweep.storage.read("sweep.json") == before
 
 
@@ -457,7 +456,7 @@ def test_a_sweep_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsys, mo
     resumed = []
     monkeypatch.setattr("raypkg.studies.driver._size_of_trials", lambda *_: None)
     monkeypatch.setattr("raypkg.studies.driver.Driver.run", lambda driver: resumed.append([*driver.domains]))
-    resume_sweep(experiment["lipt"], NOTHING | {"concurrent": 1}, "old", {}, str(tmp_path))
+    resume_sweep(experiment["lipt"], {"concurrent": 1}, "old", {}, str(tmp_path))
     assert resumed == [["select.rule"]]
     assert find_study(str(tmp_path), "old").order.concurrent == 1
 

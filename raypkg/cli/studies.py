@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from raypkg.studies.tables import SCALES, SUFFIX, TABLES, check_seeds, narrowed,
 
 from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
 
-ASKED = ("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget")
+TUNE_OPTIONS = ("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget")
+COMPARE_OPTIONS = ("rows", "cases", "seeds", "scale", "goal")
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 RANGE = re.compile(r"(\d{1,6})-(\d{1,6})")
 TUNE_HELP = """Sweep settings of: {title}
@@ -40,50 +41,10 @@ Example:
 """
 
 
-class Duration(click.ParamType):
-    """Seconds, or a number with s, m or h."""
-
-    name = "duration"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
-        """Return seconds."""
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", str(value))
-        if not match or float(match[1]) <= 0:
-            raise UserError(f"--time-budget {value!r}: give seconds, or a number with s, m or h, such as 90s or 2h")
-        return float(match[1]) * UNITS[match[2]]
-
-
-class Choice(click.ParamType):
-    """One of a few names; an error names the nearest one, or the new name of an old one."""
-
-    name = "choice"
-
-    def __init__(self, kind: str, allowed: tuple[str, ...], renamed: Mapping[str, str] | None = None):
-        self.kind = kind
-        self.allowed = allowed
-        self.renamed = renamed or {}
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        """Return the names."""
-        return "|".join(self.allowed)
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
-        """Refuse other names."""
-        if now := self.renamed.get(value):
-            raise UserError(f"{self.kind} {value} is now called {now}")
-        if value not in self.allowed:
-            raise unknown(self.kind, value, self.allowed)
-        return value
-
-
 class Catalogue(ExampleHelp, click.Group):
     """Commands that are made on request, one for each name of a catalogue.
 
-    Args:
-        kind: what is named, for errors.
-        names: the catalogue.
-        make: makes the command of a name.
-        paths: allow paths of Python files besides names.
+    Its ``kind`` is for errors; ``paths`` allows paths of Python files besides names.
     """
 
     def __init__(
@@ -142,6 +103,13 @@ def _experiments() -> list[str]:
     return [name for name, entry in experiment.entries.items() if issubclass(settings_of(entry), Experiment)]
 
 
+def _seconds_of(text: str) -> float:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text)
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"--time-budget {text!r}: give seconds, or a number with s, m or h, such as 90s or 2h")
+    return float(match[1]) * UNITS[match[2]]
+
+
 def _tune_command(name: str) -> click.Command:
     from .setting_options import SettingsCommand, overrides, setting_options
 
@@ -153,7 +121,7 @@ def _tune_command(name: str) -> click.Command:
     ) -> None:
         from raypkg.studies.tune import resume_sweep, start_sweep
 
-        asked = {option: given.pop(option) for option in ASKED}
+        asked = {option: value for option in TUNE_OPTIONS if (value := given.pop(option)) is not None}
         values = overrides(schema, given, pairs)
         if resume is None:
             start_sweep(entry, asked, config, values, study, root)
@@ -162,17 +130,18 @@ def _tune_command(name: str) -> click.Command:
         else:
             resume_sweep(entry, asked, resume, values, root)
 
-    mode = Choice("mode", ("max", "min"))
-    scheduler = Choice("scheduler", ("asha", "hyperband", "median", "fifo"), {"none": "fifo"})
-    search = Choice("search", ("random", "grid", "optuna"))
     options = [
         click.Option(["--space"], metavar="FILE|NAME", help=f"what to vary (default: {name})"),
         click.Option(["--samples"], type=int, help="trials (default: 8; of a grid, all)"),
         click.Option(["--metric"], help="by which trials are compared (default: the space's)"),
-        click.Option(["--mode"], type=mode, help="whether the metric is to be large or small (default: its own)"),
-        click.Option(["--scheduler"], type=scheduler, help="what stops trials early; fifo = nothing (default: asha)"),
-        click.Option(["--search"], type=search, help="how settings are drawn (default: random)"),
-        click.Option(["--time-budget"], type=Duration(), metavar="TIME", help="such as 90s, 10m or 2h"),
+        click.Option(["--mode"], metavar="max|min", help="direction of the metric (default: its own)"),
+        click.Option(
+            ["--scheduler"],
+            metavar="asha|hyperband|median|fifo",
+            help="what stops trials early; fifo = nothing (default: asha)",
+        ),
+        click.Option(["--search"], metavar="random|grid|optuna", help="how settings are drawn (default: random)"),
+        click.Option(["--time-budget"], type=_seconds_of, metavar="TIME", help="such as 90s, 10m or 2h"),
     ]
     return SettingsCommand(
         name,
@@ -207,44 +176,33 @@ def _compare_command(name: str) -> click.Command:
     schema = settings_of(experiment[table.experiment])
 
     def callback(
-        config: Path | None,
-        pairs: tuple[str, ...],
-        study: str | None,
-        resume: str | None,
-        root: str,
-        rows: tuple[str, ...],
-        cases: tuple[str, ...],
-        seeds: str | None,
-        scale: str | None,
-        goals: tuple[str, ...],
-        concurrent: int | None,
-        **given: Any,
+        config: Path | None, pairs: tuple[str, ...], study: str | None, resume: str | None, root: str, **given: Any
     ) -> None:
         from raypkg.studies.compare import compare_rows, resume_comparison
 
+        asked = {option: given.pop(option) for option in COMPARE_OPTIONS}
+        concurrent = given.pop("concurrent")
         values = overrides(schema, given, pairs)
         if resume is not None:
-            fixed: dict[str, Any] = {"--config": config, "--name": study, "--seeds": seeds, "--scale": scale}
-            fixed |= {"--rows": rows or None, "--cases": cases or None, "--goal": goals or None}
-            if option := next((option for option, value in fixed.items() if value is not None), None):
-                raise UserError(f"--resume {resume} keeps what was asked for: {option} cannot change")
+            fixed = {"config": config, "name": study, **asked}
+            if option := next((option for option, value in fixed.items() if value not in (None, ())), None):
+                raise UserError(f"--resume {resume} keeps what was asked for: --{option} cannot change")
             resume_comparison(resume, values, concurrent, name, root)
             return
-        scale = scale or SCALES[0]
-        chosen = narrowed(open_table(name, scale), _labels(rows), _labels(cases), _seeds(seeds))
-        if goals:
-            chosen = replace(chosen, goals=_goals(goals))
+        scale = SCALES[0] if asked["scale"] is None else asked["scale"]
+        rows, cases = _labels(asked["rows"]), _labels(asked["cases"])
+        chosen = narrowed(open_table(name, scale), rows, cases, _seeds(asked["seeds"]))
+        if asked["goal"]:
+            chosen = replace(chosen, goals=_goals(asked["goal"]))
         compare_rows(name, scale, chosen, concurrent, config, values, study, root)
 
-    scale = Choice("scale", SCALES)
+    seeds = ",".join(map(str, table.seeds))
     options = [
         click.Option(["--rows"], multiple=True, metavar="LIST", help="labels or patterns; the baseline is added"),
         click.Option(["--cases"], multiple=True, metavar="LIST", help="labels or patterns (default: all)"),
-        click.Option(
-            ["--seeds"], metavar="LIST", help=f"such as 0,1,2 or 0-9 (default: {','.join(map(str, table.seeds))})"
-        ),
-        click.Option(["--scale"], type=scale, help=f"small runs or the paper's (default: {SCALES[0]})"),
-        click.Option(["--goal", "goals"], multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"),
+        click.Option(["--seeds"], metavar="LIST", help=f"such as 0,1,2 or 0-9 (default: {seeds})"),
+        click.Option(["--scale"], metavar="|".join(SCALES), help=f"small runs or the paper's (default: {SCALES[0]})"),
+        click.Option(["--goal"], multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"),
     ]
     # Labels are quoted as a shell takes them: most have blanks and semicolons.
     rows, cases = (", ".join(f"'{label}'" for label in labels) for labels in (table.rows, table.cases))

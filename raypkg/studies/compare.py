@@ -37,15 +37,8 @@ def compare_rows(
 ) -> None:
     """Check everything, then run the trials that no earlier call has finished, and show the table.
 
-    Args:
-        asked: name or path of the table.
-        scale: small or paper.
-        table: its requested rows, cases and seeds.
-        concurrent: trials at once; None = as many as fit.
-        config: a file of settings for all rows.
-        values: further settings for all rows, which win over it and over the table's shared ones.
-        name: name of the comparison; default: table, data set and scale.
-        root: folder or URI of all runs.
+    ``table`` has the requested rows, cases and seeds of the table ``asked``. Settings in ``values`` win over its shared
+    ones, and these over the file ``config``. The default name is table, data set and scale.
 
     Raises:
         UserError: bad settings, or an existing comparison of that name with others.
@@ -91,14 +84,7 @@ def compare_rows(
 
 
 def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | None, asked: str, root: str) -> None:
-    """Run the trials of a comparison that are not done, with the settings and rows that it has.
-
-    Args:
-        name: name of the comparison.
-        values: settings of the cluster and the tracker that change.
-        concurrent: trials at once.
-        asked: the table that it must be of.
-        root: folder or URI of all runs.
+    """Run the trials of a comparison that are not done, perhaps with another cluster or tracker.
 
     Raises:
         UserError: no such comparison of this table, or a change that would alter its results.

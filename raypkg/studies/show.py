@@ -95,13 +95,7 @@ def show_study(study: Study, console: Console, table: Table | None = None) -> No
 
 
 def show_resumption(study: Study, root: str, console: Console) -> None:
-    """Print the state of an unfinished study, and the command that resumes it.
-
-    Args:
-        study: the study.
-        root: folder or URI of all runs, as the user gave it.
-        console: where to print.
-    """
+    """Print the state of an unfinished study, and the command that resumes it."""
     left = study.left()
     if not left:
         return

@@ -24,6 +24,11 @@ SPACES = "tune_spaces"
 SAMPLES = 8  # trials
 MOST = 10_000  # trials of a study, and values of a setting: each is checked beforehand
 DRAWS = 1000  # attempts to draw settings that no other trial has
+NAMES = {
+    "mode": ("max", "min"),
+    "scheduler": ("asha", "hyperband", "median", TO_THE_END),
+    "search": ("random", "grid", "optuna"),
+}
 ACTORS = "crest.actors"  # all trials of a study are of one size
 EVALUATE = "train.evaluate_every_epochs"  # 1 unless given: schedulers compare trials epoch by epoch
 E = TypeVar("E", bound=Experiment)
@@ -62,9 +67,9 @@ def read_space(text: str, origin: str) -> Space:
     Raises:
         UserError: it raises, lacks ``space()``, ``METRIC`` or ``MODE``, or nothing can be drawn from it.
     """
+    prepare()  # before a space, or the next line, imports Ray Tune
     from raypkg.cluster.search import candidates, draw_settings
 
-    prepare()  # a space imports Ray Tune
     needed = {name: name for name in ("space", "METRIC", "MODE")}
     content, metric, mode = run_code("space", text, origin, needed)
     try:
@@ -127,30 +132,29 @@ def check_space(space: Space, check: Callable[[Values], None]) -> None:
 
 
 def order_of(experiment: str, asked: Mapping[str, Any], space: Space) -> Order:
-    """Fill in the options of ``effray tune`` that were omitted, which are None.
+    """Return a request with defaults for the options of ``effray tune`` that were omitted.
 
     Raises:
         UserError: an order that cannot be carried out.
     """
-    metric = space.metric if asked["metric"] is None else asked["metric"]
-    if metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
-    mode = asked["mode"] or (space.mode if metric == space.metric else METRICS[metric].mode)
-    if mode not in ("max", "min"):
-        raise unknown("mode", str(mode), ("max", "min"))
-    scheduler = asked["scheduler"] or "asha"
-    search = asked["search"] or "random"
+    chosen = {"metric": space.metric, "scheduler": "asha", "search": "random", "samples": SAMPLES, **asked}
+    metric, scheduler = chosen["metric"], chosen["scheduler"]
+    if scheduler == "none":
+        raise UserError(f"scheduler none is now called {TO_THE_END}")
+    if metric in METRICS:
+        chosen.setdefault("mode", space.mode if metric == space.metric else METRICS[metric].mode)
+    for option, allowed in {"metric": METRICS, **NAMES}.items():
+        if chosen[option] not in allowed:
+            raise unknown(option, chosen[option], allowed)
     if scheduler != TO_THE_END and not METRICS[metric].each_epoch:
         raise UserError(
             f"metric {metric} is known only at the end of a trial, so --scheduler {scheduler} could not act on it:"
             f" give --scheduler {TO_THE_END}, or --metric accuracy"
         )
     check_counts(asked)
-    samples = asked["samples"]
-    if search == "grid" and samples is not None:
-        raise UserError(f"--samples {samples}: a grid has as many trials as combinations")
-    filled = {"metric": metric, "mode": mode, "scheduler": scheduler, "search": search, "samples": samples or SAMPLES}
-    return Order(experiment=experiment, varied=[*space.domains], **{**asked, **filled})
+    if chosen["search"] == "grid" and "samples" in asked:
+        raise UserError(f"--samples {asked['samples']}: a grid has as many trials as combinations")
+    return Order(experiment=experiment, varied=[*space.domains], **chosen)
 
 
 def check_counts(asked: Mapping[str, Any]) -> None:

@@ -251,15 +251,7 @@ class Study:
 def create_study(
     root: str, name: str, order: Order, settings: Settings, space: str | None, trials: Iterable[Trial]
 ) -> Study:
-    """Make a new study's folder.
-
-    Args:
-        root: folder or URI of all runs.
-        name: name of the study.
-        order: request of the user.
-        settings: settings that all trials share.
-        space: text of the space's file; None for a comparison.
-        trials: those known beforehand.
+    """Make a new study's folder, with the shared settings, a space's text and the trials known beforehand.
 
     Raises:
         UserError: invalid name, or one that a study or a run of the experiment has.
@@ -371,14 +363,10 @@ def folded(root: str, lines: Sequence[Listed]) -> list[Listed]:
 
 
 def with_studies(chosen: Sequence[Storage], trials: bool) -> tuple[list[Storage], list[Storage]]:
-    """Return the folders to delete, and the folders to lock while deleting.
-
-    Args:
-        chosen: runs and studies.
-        trials: delete the trials of chosen studies too, and allow single trials.
+    """Return the folders to delete for chosen runs and studies, and the folders to lock while deleting.
 
     Raises:
-        UserError: a trial is chosen, and ``trials`` is not set.
+        UserError: a trial is chosen, and ``trials``, which deletes the trials of chosen studies too, is not set.
     """
     folders: dict[str, Storage] = {}  # by path: each once
     around: dict[str, Storage] = {}

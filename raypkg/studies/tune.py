@@ -37,7 +37,7 @@ from .space import (
 from .study import RECORD, SPACE, TO_THE_END, Order, Trial, Values, create_study, find_study
 
 CHANGEABLE = ("concurrent", "time_budget")  # options of a resumed sweep
-Asked = Mapping[str, Any]  # options by their names in Order; None = omitted
+Asked = Mapping[str, Any]  # given options by their names in Order
 
 
 def start_sweep(
@@ -45,13 +45,7 @@ def start_sweep(
 ) -> None:
     """Check everything, then run a new sweep; a mistake leaves no folder behind and starts no Ray.
 
-    Args:
-        entry: the experiment.
-        asked: the request.
-        config: a file of settings.
-        values: further settings, which win over it.
-        name: name of the sweep; default: experiment and time.
-        root: folder or URI of all runs.
+    Settings in ``values`` win over those in the file ``config``. The default name is experiment and time.
 
     Raises:
         UserError: bad settings, a bad space, or a request that cannot be carried out.
@@ -59,7 +53,7 @@ def start_sweep(
     check_root(root)
     schema = training_settings_of(entry)
     settings = resolve(schema, base_of(schema, config), values, shared=True)
-    whole = space_of(entry.name) if asked["space"] is None else open_space(asked["space"])
+    whole = open_space(asked["space"]) if "space" in asked else space_of(entry.name)
     space = without(whole, values)
     check_switches({**dict.fromkeys(space.domains), **values})  # a disabled part stays disabled in every trial
     order = order_of(entry.name, asked, space)
@@ -97,20 +91,12 @@ def _checked_trials(order: Order, settings: Experiment, space: Space) -> list[Va
 
 
 def resume_sweep(entry: Entry, asked: Asked, name: str, values: Mapping[str, Any], root: str) -> None:
-    """Run the trials of a sweep that are not done.
-
-    Args:
-        entry: the experiment.
-        asked: the request; only ``CHANGEABLE`` options may be given.
-        name: name of the sweep.
-        values: settings of the cluster and the tracker that change.
-        root: folder or URI of all runs.
+    """Run the trials of a sweep that are not done, perhaps with other ``CHANGEABLE`` options, cluster or tracker.
 
     Raises:
         UserError: no such sweep of this experiment, or a change that would alter its results.
     """
-    changes = {option: value for option, value in asked.items() if value is not None}
-    fixed = [f"--{option.replace('_', '-')}" for option in changes if option not in CHANGEABLE]
+    fixed = [f"--{option.replace('_', '-')}" for option in asked if option not in CHANGEABLE]
     fixed += [setting for setting in values if setting.partition(".")[0] not in APART]
     if fixed:
         raise UserError(
@@ -144,7 +130,7 @@ def resume_sweep(entry: Entry, asked: Asked, name: str, values: Mapping[str, Any
     whole = replace(whole, domains=with_current_names(schema, whole.domains))
     space = without(whole, whole.domains.keys() - study.order.varied)
     with study.storage.alone(f"sweep {name!r}"):
-        study.change(settings, **changes)
+        study.change(settings, **asked)
         if study.left():
             Driver(study, settings, root, space.domains).run()
         else:
