@@ -1,18 +1,32 @@
-"""LiPT's pieces against closed forms and slow twins."""
+"""LiPT's merges against hand tables, its rounds against slow twins, and resuming at every checkpoint."""
 
 import pytest
 import torch
 from torch import nn
 
 import reference
+from gloo import on_workers
+from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
-from raypkg.methods.lipt.batchnorm import reestimate
-from raypkg.methods.lipt.densities import redrawn
-from raypkg.methods.lipt.merges import merge
-from raypkg.methods.lipt.settings import Pretrain
-from raypkg.methods.lipt.soup import Member, Soup, alone
-from raypkg.methods.sparse.masks import erk_densities, prunable, random_masks
-from raypkg.methods.sparse.rules import initial as sparsity
+from raypkg.core.seeds import derive
+from raypkg.data.coreset import Coreset
+from raypkg.engine.costs import Cost
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
+from raypkg.engine.worker import Worker
+from raypkg.experiments.coreset_files import load_record
+from raypkg.experiments.samples import new_model, open_samples
+from raypkg.methods.lipt.member import Context, redrawn
+from raypkg.methods.lipt.merges import Member, merge, outer_step, reestimate
+from raypkg.methods.lipt.pretrain import disjoint_shards, pretrain_models
+from raypkg.methods.lipt.settings import RESULT, LiptSettings, Pretrain
+from raypkg.methods.sparse import initial
+from raypkg.methods.sparse.masks import prunable
+from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors
+from raypkg.runs.storage import Storage
+
+MODELS = 2
+EPOCHS = 3
 
 
 def state(*values):
@@ -23,39 +37,20 @@ def member(*values, mask=None):
     return Member(state(*values), {} if mask is None else {"w": torch.tensor(mask, dtype=torch.bool)})
 
 
-def test_a_soup_of_equal_models_is_the_model():
-    model = {"w": torch.randn(3, 4), "b": torch.randn(4)}
-    merged = Soup(model, [Member(model, {})] * 3).merged()
-    assert all(torch.equal(value, model[name]) for name, value in merged.items())
-
-
-def test_masked_mean_by_hand():
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("masked_mean", [2.0, 2.0, 9.0]),  # both, the first only, neither: the initial value
+        ("mean", [2.0, 1.0, 0.0]),  # pruned weights count as they are
+    ],
+)
+def test_means_by_hand(name, expected):
     members = [member(1.0, 2.0, 0.0, mask=(1, 1, 0)), member(3.0, 0.0, 0.0, mask=(1, 0, 0))]
-    merged = merge["masked_mean"](state(9.0, 9.0, 9.0), members, total=alone)
-    assert merged["w"].tolist() == [2.0, 2.0, 9.0]  # both, the first alone, neither: the initial value
+    merged = merge[name](state(9.0, 9.0, 9.0), members, total=lambda sums: sums)
+    assert merged["w"].tolist() == expected
 
 
-def test_plain_mean_counts_pruned_weights_as_they_are():
-    members = [member(1.0, 2.0, mask=(1, 1)), member(3.0, 0.0, mask=(1, 0))]
-    assert merge["mean"](state(9.0, 9.0), members, total=alone)["w"].tolist() == [2.0, 1.0]
-
-
-def test_soups_of_parts_add_up_in_any_order():
-    generator = torch.Generator().manual_seed(0)
-    initial = {"w": torch.randn(1000, generator=generator)}
-    models = [
-        Member({"w": torch.randn(1000, generator=generator)}, {"w": torch.rand(1000, generator=generator) < 0.5})
-        for _ in range(10)
-    ]
-    merged = []
-    for parts in ([models], [models[::2], models[1::2]], [models[::3], models[1::3], models[2::3]]):
-        soups = [Soup(initial, part) for part in parts]
-        merged.append(soups[0].merged(lambda sums, soups=soups: sums + sum(soup.sums for soup in soups[1:]))["w"])
-    assert torch.allclose(merged[0], merged[1], rtol=0, atol=1e-7)
-    assert torch.allclose(merged[0], merged[2], rtol=0, atol=1e-7)
-
-
-def test_greedy_leaves_out_what_harms():
+def test_greedy_excludes_harmful_models():
     def score(parameters):
         return -abs(parameters["w"].item() - 2)
 
@@ -64,48 +59,14 @@ def test_greedy_leaves_out_what_harms():
     assert merged["w"].item() == 2.0  # the mean of good and better
 
 
-def tiny():
+def test_snip_gives_the_densities_of_its_definition():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-
-
-def test_snip_equals_the_definition_and_leaves_the_model_alone():
-    model, x, y = tiny(), torch.randn(16, 5), torch.randint(3, (16,))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    masks = redrawn(sparsity["snip"](model, 0.3, batch=(x, y)), torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(16, 5), torch.randint(3, (16,))
+    masks = redrawn(initial["snip"](model, 0.3, batch=(x, y)), torch.Generator().manual_seed(0))
     ratios = {name: mask.double().mean().item() for name, mask in masks.items()}
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert ratios == pytest.approx(reference.snip(model, x, y, 0.3))
-    total = sum(ratios[name] * w.numel() for name, w in prunable(model).items())
-    assert total == pytest.approx(round(0.3 * 64))
-
-
-def test_erk_by_hand():
-    shapes = {"a": torch.Size([10, 10]), "b": torch.Size([2, 2]), "c": torch.Size([16, 8, 3, 3])}
-    densities = erk_densities(shapes, 0.1)
-    assert densities["b"] == 1.0  # would exceed 1, so it is dense
-    kept = 0.1 * (100 + 4 + 1152) - 4
-    epsilon = kept / (20 + 30)  # Σ over the others of raw · size = Σ of the sums of dimensions
-    assert densities["a"] == pytest.approx(epsilon * 20 / 100)
-    assert densities["c"] == pytest.approx(epsilon * 30 / 1152)
-
-
-@pytest.mark.parametrize("density", [0.001, 0.01, 0.3, 0.9, 1.0])
-def test_erk_has_the_total_density(density):
-    shapes = {name: w.shape for name, w in prunable(tiny()).items()}
-    densities = erk_densities(shapes, density)
-    kept = sum(densities[name] * shape.numel() for name, shape in shapes.items())
-    assert kept == pytest.approx(density * sum(shape.numel() for shape in shapes.values()))
-    assert all(0 < d <= 1 for d in densities.values())
-
-
-def test_masks_have_exact_counts_and_are_never_empty():
-    shapes = {"a": torch.Size([7, 11]), "b": torch.Size([3, 3])}
-    masks = random_masks(shapes, {"a": 0.5, "b": 0.01}, torch.Generator().manual_seed(0))
-    assert masks["a"].sum() + masks["b"].sum() == round(0.5 * 77 + 0.01 * 9) + 1  # the total, but never none
-    assert masks["b"].sum() == 1
-    again = random_masks(shapes, {"a": 0.5, "b": 0.01}, torch.Generator().manual_seed(0))
-    assert torch.equal(masks["a"], again["a"])
+    assert sum(ratios[name] * w.numel() for name, w in prunable(model).items()) == pytest.approx(round(0.3 * 64))
 
 
 def test_batch_norm_statistics_are_those_of_the_inputs():
@@ -126,3 +87,133 @@ def test_shards_of_a_fraction(fraction, size):
 def test_shards_never_overlap():
     with pytest.raises(UserError, match=r"pretrain.shard_fraction = 0.3 for 4 disjoint shards: at most 1/4 = 0.25"):
         Pretrain(models=4, shard_fraction=0.3).shard_size(1000)
+
+
+def test_merges_are_spread_evenly_over_the_epochs():
+    assert Pretrain(epochs=5).merge_epochs == [1, 2, 3, 4, 5]
+    assert Pretrain(epochs=5, rounds=1).merge_epochs == [5]
+    assert Pretrain(epochs=7, rounds=3).merge_epochs == [2, 4, 7]
+    with pytest.raises(UserError, match=r"pretrain.rounds = 6: models are merged after whole epochs, and there are 5"):
+        Pretrain(epochs=5, rounds=6)
+
+
+def test_outer_momentum_is_nesterovs():
+    """As torch.optim.SGD with rate 1 on the gradient start − merged."""
+    w = nn.Parameter(torch.randn(5))
+    optimizer = torch.optim.SGD([w], lr=1.0, momentum=0.6, nesterov=True)
+    ours, velocity = {"w": w.detach().clone()}, {}
+    for _ in range(3):
+        merged = {"w": ours["w"] + torch.randn(5)}
+        assert outer_step(ours, merged, velocity, 0.0) == (merged, {})
+        w.grad = ours["w"] - merged["w"]
+        optimizer.step()
+        ours, velocity = outer_step(ours, merged, velocity, 0.6)
+        torch.testing.assert_close(ours["w"], w.detach())
+
+
+# Rounds
+
+
+def settings_of(**pretrain):
+    short = {"models": MODELS, "epochs": EPOCHS, "joint_epochs": 0, "precision": "float32", "lr": 0.05, **pretrain}
+    chosen = {"model": "linear", "cluster.workers": 0}
+    return load_settings(LiptSettings, overrides=chosen | {f"pretrain.{name}": value for name, value in short.items()})
+
+
+def work_of(record):
+    return [(cost["forward"], cost["backward"]) for cost in record["costs"]]
+
+
+def left_in(folder, settings):
+    storage = Storage(str(folder))
+    return load_tensors(storage, RESULT), load_record(storage, RESULT, open_samples(settings).data.train.y)
+
+
+def pretrained(folder, settings):
+    """Pre-train in a folder; return weights, record of samples and work."""
+    record = pretrain_models(Worker(), settings, Storage(str(folder)))
+    return *left_in(folder, settings), work_of(record)
+
+
+def same(a, b, tolerance=0.0):
+    return all(torch.allclose(w, b[name], rtol=0, atol=tolerance) for name, w in a.items())
+
+
+def test_each_round_starts_from_the_last_merge(tmp_path):
+    """A slow twin: every epoch of every model is a training of its own, from the mean of all models before it."""
+    settings = settings_of(rounds=EPOCHS, randaugment=False)
+    context = Context(settings, Storage(str(tmp_path / "twin")), open_samples(settings), Worker())
+    data = context.samples.data
+    mean = new_model(settings, data)
+    for epoch in range(EPOCHS):
+        trained = []
+        for number, shard in enumerate(disjoint_shards(context)):
+            model = new_model(settings, data)
+            model.load_state_dict(mean.state_dict())
+            run = Run(
+                model, data.train, Coreset.uniform(shard), settings.pretrain, derive(settings.seed, "lipt", number),
+                "pretrain", Worker(), data.train.augment, Cost("pretrain"), epoch=epoch, last=epoch + 1,
+            )  # fmt: skip
+            trained.append(fit(run).model.state_dict())
+        mean.load_state_dict({name: sum(state[name] for state in trained) / MODELS for name in trained[0]})
+    weights, *_ = pretrained(tmp_path / "run", settings)
+    assert same(weights, mean.state_dict(), tolerance=1e-6)
+    once, *_ = pretrained(tmp_path / "once", settings_of(rounds=1, randaugment=False))
+    assert not same(weights, once, tolerance=1e-3)
+
+
+def killed_at(monkeypatch, fatal, folder, settings, *, kept=True):
+    """Pre-train until a checkpoint, the first of which is number 0, is written or (``kept=False``) about to be."""
+    save = StoredCheckpoints.save
+    count = 0
+
+    def dying(self, epoch, state):
+        nonlocal count
+        count += 1
+        if kept or count <= fatal:
+            save(self, epoch, state)
+        if count > fatal:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StoredCheckpoints, "save", dying)
+        pretrained(folder, settings)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["after", "before"])
+def test_killed_at_any_checkpoint_it_resumes_to_the_same_result(kept, tmp_path, monkeypatch):
+    settings = settings_of(rounds=2, outer_momentum=0.3, sparsity="snip")
+    expected = pretrained(tmp_path / "straight", settings)
+    saves = MODELS * EPOCHS + 1  # one of the merge between the rounds
+    for fatal in range(saves + 1):
+        folder = tmp_path / f"killed {fatal}"
+        if fatal < saves:
+            killed_at(monkeypatch, fatal, folder, settings, kept=kept)
+        else:
+            pretrained(folder, settings)  # stopped after the last merge, before the phase has its record
+        weights, seen, work = pretrained(folder, settings)
+        assert same(weights, expected[0])
+        assert torch.equal(seen.losses, expected[1].losses) and torch.equal(seen.forgotten, expected[1].forgotten)
+        assert work == expected[2]
+
+
+def pretrained_there(worker, folder, settings):
+    return work_of(pretrain_models(worker, settings, Storage(folder)))
+
+
+def test_two_workers_and_one_merge_to_the_same_weights(tmp_path):
+    settings = settings_of(rounds=3, models=3, outer_momentum=0.3)
+    local, seen, work = pretrained(tmp_path / "one", settings)
+    assert on_workers(2, pretrained_there, str(tmp_path / "two"), settings)[0] == work
+    together, seen_together = left_in(tmp_path / "two", settings)
+    assert same(local, together, tolerance=1e-6)
+    assert torch.allclose(seen.losses, seen_together.losses, rtol=0, atol=1e-4)
+
+
+def test_a_damaged_checkpoint_between_rounds_is_refused(tmp_path, monkeypatch):
+    settings = settings_of(rounds=3)
+    killed_at(monkeypatch, 3, tmp_path, settings)  # both models and the merge, then the first model's next epoch
+    (merged,) = (tmp_path / "checkpoints/pretrain/merged").iterdir()
+    merged.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"pretrain is damaged: model_000 has done 2 epochs, the models were merged"):
+        pretrained(tmp_path, settings)

@@ -168,7 +168,7 @@ def test_joint_epochs_are_taken_over_with_what_they_go_on_from(effray, compare, 
 
 def test_what_nobody_said_what_it_depends_on_is_never_taken_over(effray, compare, tmp_path, monkeypatch):
     (tmp_path / "mine_too.py").write_text(
-        "from raypkg.methods.lipt.pretrain.dense import pretrain_dense\n\n"
+        "from raypkg.methods.lipt.pretrain import pretrain_dense\n\n"
         "def pretrain(settings, report, *, samples, workers):\n"
         "    pretrain_dense(settings, report, samples=samples, workers=workers)\n"
     )

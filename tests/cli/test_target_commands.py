@@ -91,7 +91,7 @@ def test_a_target_is_looked_up_before_anything_else(refusal, tables):
 
 
 def test_lipt_refuses_a_target_before_it_trains(refusal, tables, monkeypatch):
-    monkeypatch.setattr("raypkg.methods.lipt.pretrain.lipt.train_member", None)
+    monkeypatch.setattr("raypkg.methods.lipt.pretrain.Trainee", None)
     assert "samples of shape" in refusal("lipt --dataset table:all --model mlp --select.target digits")
 
 

@@ -1,4 +1,4 @@
-"""What every pre-training, sparsity and merge of LiPT keeps, and the user's own ones too."""
+"""The contract of every pre-training, sparsity and merge of LiPT, user code included."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +17,13 @@ from raypkg.engine.run import Run
 from raypkg.experiments.coreset_files import load_record
 from raypkg.experiments.resolve import check_names
 from raypkg.experiments.samples import augmentations, new_model, open_samples
-from raypkg.methods.lipt.densities import redrawn
-from raypkg.methods.lipt.merges import merge
-from raypkg.methods.lipt.pretrain import MERGED_FILE, RESULT, pretraining
-from raypkg.methods.lipt.settings import LiptSettings
-from raypkg.methods.lipt.soup import Member, alone
+from raypkg.methods.lipt import merge, pretraining
+from raypkg.methods.lipt.member import redrawn
+from raypkg.methods.lipt.merges import Member
+from raypkg.methods.lipt.pretrain import MERGED_FILE
+from raypkg.methods.lipt.settings import RESULT, LiptSettings
+from raypkg.methods.sparse import initial as sparsity
 from raypkg.methods.sparse.masks import random_masks, shapes_of
-from raypkg.methods.sparse.rules import initial as sparsity
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.report import Report
@@ -98,18 +98,14 @@ def pretrained(method, tmp_path_factory):
     return carry_out(tmp_path_factory.mktemp("runs"), method=method)
 
 
-def test_a_pretraining_leaves_the_weights_of_the_model(pretrained):
-    settings = load_settings(LiptSettings, pretrained.config)
-    expected = new_model(settings, open_samples(settings).data).state_dict()
+def test_a_pretraining_leaves_weights_and_a_record_of_all_samples(pretrained):
+    samples = open_samples(lipt_settings())
+    expected = new_model(lipt_settings(), samples.data).state_dict()
     state = weights(pretrained)
     assert {name: w.shape for name, w in state.items()} == {name: w.shape for name, w in expected.items()}
     assert all(w.isfinite().all() for w in state.values())
-
-
-def test_a_record_of_a_pretraining_has_all_samples(pretrained):
-    y = open_samples(lipt_settings()).data.train.y
-    record = load_record(pretrained.storage, RESULT, y)
-    assert len(record) == len(y)
+    y = samples.data.train.y
+    assert len(load_record(pretrained.storage, RESULT, y)) == len(y)
 
 
 def test_a_pretraining_is_a_function_of_the_seed(method, pretrained, tmp_path):
@@ -138,13 +134,10 @@ def rule(request):
     return sparsity[request.param]
 
 
-def test_a_sparsity_gives_each_layer_a_count_and_no_places(rule):
-    model = initial_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+def test_a_sparsity_gives_each_layer_a_count_and_no_positions(rule):
     batch = torch.randn(16, 6), torch.arange(16) % 3
-    chosen = rule(model, 0.4, batch=batch, rng=generator(0, "densities"))
+    chosen = rule(initial_model(), 0.4, batch=batch, rng=generator(0, "densities"))
     first, again, other = (redrawn(chosen, generator(seed, "mask")) for seed in (0, 0, 1))
-    assert same(model.state_dict(), before)
     assert same(first, again)
     for name, mask in chosen.items():
         assert first[name].sum() == other[name].sum() == mask.sum()
@@ -183,25 +176,24 @@ def near_zero(parameters):
 
 def test_a_merge_returns_the_models_parameters_and_changes_none(merging):
     initial, members = trained_members()
-    merged = merging(initial, members, total=alone, gather=list, score=near_zero)
+    merged = merging(initial, members, total=torch.clone, gather=list, score=near_zero)
     untouched, again = trained_members()
     assert {name: (w.shape, w.dtype) for name, w in merged.items()} == {
         name: (w.shape, w.dtype) for name, w in initial.items()
     }
     assert same(initial, untouched)
-    for member, copy in zip(members, again, strict=True):
-        assert same(member.parameters, copy.parameters) and same(member.masks, copy.masks)
+    assert all(same(one.parameters, copy.parameters) for one, copy in zip(members, again, strict=True))
 
 
 def test_a_merge_of_equal_models_is_the_model(merging):
     initial, (model, *_) = trained_members()
     dense = Member(model.parameters, {})
-    assert same(merging(initial, [dense] * 3, total=alone, gather=list, score=near_zero), model.parameters)
+    assert same(merging(initial, [dense] * 3, total=torch.clone, gather=list, score=near_zero), model.parameters)
 
 
 def test_a_merge_on_three_workers_is_that_on_one(merging):
     initial, members = trained_members()
-    expected = merging(initial, members, total=alone, gather=list, score=near_zero)
+    expected = merging(initial, members, total=torch.clone, gather=list, score=near_zero)
     values = [None] * 3
     barrier = threading.Barrier(3, timeout=60)
 

@@ -1,11 +1,40 @@
 """LiPT: cheap parallel pre-training selects the coreset that the main model is trained on."""
 
 from raypkg.cluster.workers import Workers
+from raypkg.core.config import fields_of
+from raypkg.core.settings import Select
 from raypkg.experiments import experiment
+from raypkg.experiments.outlook import main_stage, outlook, selection_stage
 from raypkg.experiments.samples import Samples
 from raypkg.runs.report import Report
+from raypkg.runs.stages import Stage
 
-from .settings import LiptSettings
+from . import pretraining
+from .settings import RESULT, LiptSettings
+
+FILES = (RESULT, "pretrained_record.parquet")
+OURS = ("lipt", "dense", "initial")  # a user's pre-training may depend on any setting
+FOR_PRETRAINING = ("seed", "dataset", "model", "pretrain", "cluster")  # batch norm sees each worker's part
+FOR_SELECTION = tuple(f"select.{name}" for name in fields_of(Select))  # not if the main training selects again
+
+
+@outlook("lipt")
+def lipt_stages(settings: LiptSettings) -> list[Stage]:
+    """Return pre-training, selection and the main training; a user's pre-training is taken to be like the dense one."""
+    pretrain = settings.pretrain
+    stages = [Stage("pretrain", pretrain.epochs, batch_size=pretrain.batch_size, files=FILES)]
+    if pretrain.method == "initial":
+        stages = [Stage("pretrain", files=(RESULT,))]
+    elif pretrain.method == "lipt":
+        stages = [stages[0]._replace(models=pretrain.models, size=pretrain.shard_size)]
+        if pretrain.joint_epochs:
+            joint = Stage("joint", pretrain.joint_epochs, batch_size=pretrain.joint.batch_size, files=FILES)
+            stages = [stages[0]._replace(files=()), joint]
+    selection = selection_stage()
+    if pretrain.method in OURS:
+        stages[-1] = stages[-1]._replace(depends_on=FOR_PRETRAINING)
+        selection = selection._replace(depends_on=FOR_PRETRAINING + FOR_SELECTION)
+    return [*stages, selection, main_stage(settings)]
 
 
 @experiment("lipt", source="PMLR 202:29130, reconstructed")
@@ -18,8 +47,6 @@ def run(settings: LiptSettings, *, samples: Samples, report: Report, workers: Wo
     from raypkg.experiments.selection import TrainedModel, check_target_samples, select_on_workers
     from raypkg.experiments.summary import finish
     from raypkg.experiments.training import Job, train_on_cluster
-
-    from .pretrain import RESULT, pretraining
 
     settings.check(len(samples.train_indices), samples.data)
     check_target_samples(settings.select, samples)

@@ -8,6 +8,8 @@ from raypkg.core.errors import UserError
 from raypkg.core.registry import Lookup
 from raypkg.core.settings import MOST_EPOCHS, Count, Epochs, Experiment, Reselect, Share, Train, Training
 
+RESULT = "pretrained.safetensors"  # the pre-trained weights in the run folder
+
 
 class Pretrain(Training):
     """Pre-training of the model whose gradients select the coreset."""
@@ -66,7 +68,7 @@ class Pretrain(Training):
 
     @property
     def merge_epochs(self) -> list[int]:
-        """The epochs after which the models are merged, ascending; the last one is the end.
+        """The epochs after which the models are merged.
 
         >>> Pretrain(epochs=5, rounds=2).merge_epochs
         [2, 5]
@@ -76,18 +78,13 @@ class Pretrain(Training):
 
     @property
     def joint(self) -> Self:
-        """Training of the merged model by all workers, at each step on as many samples as all models had in theirs."""
+        """Training of the merged model by all workers, in batches as large as those of all models together."""
         epochs = self.joint_epochs
-        return self.model_copy(
-            update={
-                "epochs": epochs,
-                "evaluate_every_epochs": epochs,
-                "batch_size": self.batch_size * self.models,
-            }
-        )
+        batch_size = self.batch_size * self.models
+        return self.model_copy(update={"epochs": epochs, "evaluate_every_epochs": epochs, "batch_size": batch_size})
 
     def shard_size(self, n: int) -> int:
-        """Return how many of n samples each model's shard has.
+        """Return the size of each model's shard of n samples.
 
         Raises:
             UserError: the shards would overlap.
@@ -102,7 +99,7 @@ class Pretrain(Training):
         return int(n * fraction + 1e-9)
 
     def critical_samples(self, n: int) -> int:
-        """Return the samples that one of as many workers as models back-propagates, of n, joint epochs included.
+        """Return the samples backward of one worker, of n, with as many workers as models; joint epochs included.
 
         >>> Pretrain(models=10, epochs=5, joint_epochs=1).critical_samples(45_000)
         27000
@@ -134,7 +131,7 @@ class LiptSettings(Experiment):
     train: LiptTrain = LiptTrain()
 
     def lookups(self) -> list[Lookup]:
-        """Return what pre-training chooses by its name."""
+        """Return the chosen pre-training, merge and sparsity."""
         from raypkg.methods.sparse import initial
 
         from . import merge, pretraining
@@ -145,11 +142,7 @@ class LiptSettings(Experiment):
         return lookups
 
     def check(self, n: int, data: Any) -> None:
-        """Refuse methods that act during training only, and selections that never come.
-
-        Raises:
-            UserError: what is wrong.
-        """
+        """Refuse rules that act during training only, and selections that never come."""
         from raypkg.coresets.reselection import check_schedule, check_selects_once
 
         check_selects_once(self.select)

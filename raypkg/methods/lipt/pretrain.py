@@ -1,0 +1,319 @@
+"""LiPT's pre-training, reconstructed, and two baselines: the model whose gradients select the coreset.
+
+    split the samples into k disjoint, class-stratified shards
+    for model i of k, in parallel:
+        mask_i = random mask with layer-wise densities from the saliency of the initial weights w0 on shard i
+    w = w0
+    in each of R rounds, 1/R of the epochs:
+        for model i of k, in parallel:
+            w_i = w ⊙ mask_i trained on shard i
+        w' = Σ_i mask_i ⊙ w_i / Σ_i mask_i; w where no mask has a weight
+        w  = w', or a step of momentum ahead of it
+    batch-norm statistics of w are estimated by forward passes
+    optionally, some epochs of plain distributed training on all samples
+
+The paper prints no pseudo-code that we know of: R = 1, without outer momentum and joint epochs, follows its abstract
+and the released settings. More rounds are ours: local SGD.
+
+    @pretraining(name)    pretrain(settings, report, *, samples, workers) → None
+
+A pre-training carries out the report's phase "pretrain" and leaves the model's weights in the run folder as ``RESULT``,
+beside a record of what training saw of each sample, which some coreset rules need.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from raypkg.cluster.workers import Workers
+from raypkg.core.config import Named
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator, seeded
+from raypkg.coresets.recorder import Recorder
+from raypkg.data.partition import stratified_shards
+from raypkg.data.split import at_hand
+from raypkg.engine.batches import dtype_of, plain_batches
+from raypkg.engine.costs import Cost
+from raypkg.engine.hooks import Hook
+from raypkg.engine.loop import autocast
+from raypkg.engine.run import Run
+from raypkg.engine.worker import Worker
+from raypkg.experiments.coreset_files import save_record
+from raypkg.experiments.samples import Samples, new_model, samples_on
+from raypkg.experiments.training import Job, measure_held_out, train_on_cluster
+from raypkg.runs.checkpoints import load_state, save_state, save_tensors
+from raypkg.runs.report import Report
+from raypkg.runs.storage import Storage
+
+from . import merge, pretraining
+from .member import Context, Round, Trainee, parameters_of
+from .merges import Member, State, outer_step, reestimate
+from .settings import RESULT, LiptSettings
+
+MERGED = "merged"  # name of the merged model's checkpoints
+MERGED_FILE = "checkpoints/merged.safetensors"  # of an unfinished run, if joint epochs follow the merge
+SEEN = "checkpoints/seen.pt"  # the models' records, which joint epochs continue
+CONTINUED = f"{__name__}:continued_record"  # name of the hook of joint epochs
+
+
+@pretraining("lipt", source="PMLR 202:29130, reconstructed")
+def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, workers: Workers) -> None:
+    """Train models on disjoint shards without communication, and merge them, once or once a round.
+
+    Raises:
+        UserError: the merge needs held-out samples, of which there are none.
+    """
+    pretrain = settings.pretrain
+    if "score" in merge[pretrain.merge].declares and not len(samples.held_out):
+        raise UserError(f"pretrain.merge = {pretrain.merge!r} needs held-out samples: set dataset.validation above 0")
+    storage = report.folder.storage
+
+    def work() -> dict[str, Any]:
+        return workers.run(pretrain_models, settings, storage)
+
+    report.phase("pretrain", work, epochs=pretrain.models * pretrain.epochs, models=pretrain.models)
+    if pretrain.joint_epochs:
+        job = Job(
+            settings,
+            pretrain.joint,
+            storage,
+            phase="joint",
+            hooks=(Named(name=CONTINUED),),
+            initial=MERGED_FILE,
+            result=RESULT,
+            main=False,
+        )
+        train_on_cluster(job, samples, report, workers)
+
+
+@pretraining("dense")
+def pretrain_dense(settings: LiptSettings, report: Report, *, samples: Samples, workers: Workers) -> None:
+    """Train one dense model on all samples by DDP."""
+    storage = report.folder.storage
+    job = Job(settings, settings.pretrain, storage, phase="pretrain", result=RESULT, main=False)
+    train_on_cluster(job, samples, report, workers)
+
+
+@pretraining("initial")
+def keep_initial(settings: LiptSettings, report: Report, *, samples: Samples) -> None:
+    """Select by the gradients of the initial weights."""
+
+    def work() -> dict[str, Any]:
+        with Cost("pretrain") as cost:
+            model = new_model(settings, samples.data)
+            save_tensors(report.folder.storage, RESULT, model.state_dict())
+        return {"costs": [cost.record()], "workers": 1}
+
+    report.phase("pretrain", work, epochs=0)
+
+
+class Merged(NamedTuple):
+    """The models after a merge, when all of them are equal, or before the first."""
+
+    parameters: State
+    epoch: int  # epochs done by all models
+    velocity: State  # of the outer momentum; empty before the first merge, or without momentum
+    trained: Sequence[float]  # training seconds of each model so far
+    slowest: float  # seconds of the slowest model, summed over the rounds
+    merging: Cost  # of the merges, over all workers
+
+
+def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) -> dict[str, Any]:
+    """Train models r, r + W, … on worker r of W, merge those of all workers round by round, and save the last merge."""
+    pretrain = settings.pretrain
+    context = Context(settings, storage, samples_on(worker, settings), worker)
+    train = context.samples.data.train
+    shards = disjoint_shards(context)  # every worker draws the same
+    numbers = range(worker.rank, pretrain.models, worker.world)
+    own = torch.cat([shards[0][:0], *(shards[number] for number in numbers)])  # none if workers outnumber models
+    split = at_hand(train, own)
+    trainees = [Trainee(context, number, shards[number], split) for number in numbers]
+
+    # Rounds, from the last merge of an interrupted run. One worker reads it for all, because workers of a lost attempt
+    # may write another checkpoint while others read.
+    checkpoints = context.checkpoints(MERGED)
+    state = worker.first(checkpoints.load() if worker.rank == 0 else None)
+    if state is None:
+        merged = Merged(parameters_of(context.model()), 0, {}, [], 0.0, Cost("merge"))
+    else:
+        merged = Merged(**{**state, "merging": Cost(**state["merging"])})
+    for last in pretrain.merge_epochs:
+        if last <= merged.epoch:
+            continue  # done before a restart
+        current = Round(merged.epoch, last, merged.parameters)
+        for trainee in trainees:
+            trainee.train(current)
+        merged = merge_round(context, current, merged, trainees)
+        if last < pretrain.epochs:
+            if worker.rank == 0:
+                checkpoints.save(last, {**merged._asdict(), "merging": merged.merging.record()})
+            _wait(worker)  # no worker begins the next round before its start is stored
+
+    # The merged model, with batch-norm statistics.
+    model = context.model()
+    model.load_state_dict(merged.parameters, strict=False)
+    with Cost("merge") as statistics:
+        if worker.rank == 0:  # the others' models are not used
+            statistics.forward += estimate_statistics(context, model)
+            save_tensors(storage, MERGED_FILE if pretrain.joint_epochs else RESULT, model.state_dict())
+    merging = merged.merging.then(statistics.gathered(worker))
+    keep_seen(context, shards, trainees)
+    evaluating = Cost("evaluate")
+    held_out = {}
+    if worker.rank == 0:
+        held_out = measure_held_out(model, context.samples, context.local, pretrain, evaluating)
+
+    # The costs over all workers, and the time with one worker per model.
+    training = Cost("pretrain")
+    for trainee in trainees:
+        training = training.then(trainee.cost)
+    merges = len(pretrain.merge_epochs)
+    rounds = f" in each of {merges} rounds" if merges > 1 else ""
+    finding = (
+        f"LiPT (reconstructed) with one worker per model pre-trains in {merged.slowest + merging.seconds:.1f} s"
+        f" (slowest of {pretrain.models} models{rounds} {merged.slowest:.1f} s + merge {merging.seconds:.1f} s)"
+    )
+    return {
+        **held_out,
+        "costs": [training.gathered(worker).then(merging).record(), evaluating.gathered(worker).record()],
+        "models": pretrain.models,
+        "merges": merges,
+        "slowest_model_seconds": merged.slowest,  # the critical path with as many workers as models
+        "critical_samples": pretrain.critical_samples(len(context.samples.train_indices)),
+        "merge_seconds": merging.seconds,
+        "workers": worker.world,
+        "findings": [finding],
+    }
+
+
+def disjoint_shards(context: Context) -> list[Tensor]:
+    """Return the models' disjoint, class-stratified shards.
+
+    Raises:
+        UserError: more models than samples, shards that overlap, or a shard without samples of some class.
+    """
+    samples = context.samples
+    pretrain = context.settings.pretrain
+    size = pretrain.shard_size(len(samples.train_indices))
+    rng = generator(context.settings.seed, "shards")
+    return stratified_shards(samples.data.train.y, pretrain.models, size, rng, indices=samples.train_indices)
+
+
+def merge_round(context: Context, current: Round, before: Merged, trainees: Sequence[Trainee]) -> Merged:
+    """Merge the models of all workers after a round, by the rule of the settings.
+
+    Raises:
+        UserError: a user's merge returned parameters that do not fit the model.
+    """
+    worker = context.worker
+    settings = context.settings.pretrain
+    _wait(worker)  # for the slowest worker, so that the merge's seconds are its own
+    with Cost("merge") as merging:
+
+        def total(tensor: Tensor) -> Tensor:
+            if worker.world > 1:
+                merging.sent += tensor.nbytes
+            return worker.sum(tensor)
+
+        def gather(members: Sequence[Member]) -> list[Member]:
+            if worker.world > 1:
+                tensors = [w for member in members for w in (*member.parameters.values(), *member.masks.values())]
+                merging.sent += sum(w.nbytes for w in tensors)
+            return _of_all_models(context, members)
+
+        def score(parameters: State) -> float:
+            model = context.model()
+            model.load_state_dict(parameters, strict=False)  # they lack batch-norm statistics
+            merging.forward += estimate_statistics(context, model)
+            bill = Cost("evaluate")  # its seconds are the merge's already
+            measured = measure_held_out(model, context.samples, context.local, settings, bill)
+            merging.forward += bill.forward
+            return measured["accuracy"]
+
+        rule = merge[settings.merge]
+        members = [trainee.member for trainee in trainees]
+        merged = rule(current.start, members, total=total, gather=gather, score=score)
+        shapes = {name: w.shape for name, w in current.start.items()}
+        if {name: w.shape for name, w in merged.items()} != shapes:
+            raise UserError(f"pretrain.merge = {settings.merge!r} returned other parameters or shapes than {[*shapes]}")
+        parameters, velocity = outer_step(current.start, merged, before.velocity, settings.outer_momentum)
+
+    seconds = _of_all_models(context, [trainee.cost.seconds for trainee in trainees])
+    earlier = before.trained or [0.0] * len(seconds)
+    return Merged(
+        parameters=parameters,
+        epoch=current.last,
+        velocity=velocity,
+        trained=seconds,
+        slowest=before.slowest + max(now - then for now, then in zip(seconds, earlier, strict=True)),
+        merging=before.merging.then(merging.gathered(worker)),
+    )
+
+
+def estimate_statistics(context: Context, model: nn.Module) -> int:
+    """Estimate batch-norm statistics on a random part of the training samples; return its size."""
+    device = context.worker.device
+    split, indices = context.statistics_samples
+    batches = plain_batches(split, indices, device, min(256, len(indices)), dtype_of(model))
+    precision = context.settings.pretrain.precision
+    with autocast(precision, device), seeded(context.settings.seed, "statistics dropout"):
+        return reestimate(model, (x for x, _ in batches))
+
+
+def keep_seen(context: Context, shards: Sequence[Tensor], trainees: Sequence[Trainee]) -> None:
+    """Save one record of what the models of all workers saw, each of its own shard."""
+    by_model = _of_all_models(context, [trainee.seen for trainee in trainees])
+    if context.worker.rank > 0:
+        return
+    recorder = Recorder(context.samples.data.train.y)
+    everything = recorder.state_dict()
+    for shard, seen in zip(shards, by_model, strict=True):
+        for name, values in seen.items():
+            everything[name][shard] = values
+    if context.settings.pretrain.joint_epochs:  # theirs will be the final record
+        save_state(context.storage, SEEN, everything)
+    else:
+        recorder.load_state_dict(everything)
+        save_record(context.storage, RESULT, recorder.record)
+
+
+class ContinuedRecord(Hook):
+    """Lets the recorder continue from the models' record, a recorder's state."""
+
+    priority = 0
+
+    def __init__(self, seen: Mapping[str, Any]):
+        self.seen = seen
+
+    def on_start(self, run: Run) -> None:
+        """Restore the state; a checkpoint of the joint epochs replaces it."""
+        for recorder in run.hooks:
+            if isinstance(recorder, Recorder):
+                recorder.load_state_dict(self.seen)
+
+
+def continued_record(*, job: Job) -> ContinuedRecord:
+    """Return the hook of joint epochs.
+
+    Raises:
+        UserError: the file of the models' record is damaged.
+    """
+    seen = load_state(job.storage, SEEN)
+    if seen is None:
+        raise UserError(f"{job.storage.root}/{SEEN} is damaged: run it again under another name")
+    return ContinuedRecord(seen)
+
+
+def _of_all_models(context: Context, values: Sequence[Any]) -> list[Any]:
+    """Return the values of the models of all workers, in the order of their numbers."""
+    by_worker = context.worker.gather(list(values))  # worker r of W has those of r, r + W, …
+    world = context.worker.world
+    models = context.settings.pretrain.models
+    return [by_worker[number % world][number // world] for number in range(models)]
+
+
+def _wait(worker: Worker) -> None:
+    """Wait for all workers."""
+    worker.sum(torch.zeros(1, device=worker.device))
