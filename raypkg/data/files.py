@@ -31,7 +31,7 @@ T = TypeVar("T")
 # Paths and URIs
 
 
-class Listing(NamedTuple):
+class _Listing(NamedTuple):
     """All files at an address or below it, as they were when it was listed."""
 
     base: str  # the address
@@ -40,113 +40,100 @@ class Listing(NamedTuple):
     files: dict[Names, fs.FileInfo]  # by names below the root; a root that is a file has no names
     folders: dict[Names, set[str]]  # names in each folder
 
-    @classmethod
-    def of(cls, address: str) -> "Listing":
-        """List an address, one request per thousand objects.
 
-        Raises:
-            UserError: the address has no file system, or its server is unreachable or denies the listing.
-        """
-        base, below = parted(address)
-        system, path = opened(base)
-        root = "/".join([path, *below])
-        try:
-            found = system.get_file_info(root)
-            is_file = found.type == fs.FileType.File
-            entries = [found] if is_file else system.get_file_info(fs.FileSelector(root, recursive=True))
-        except FileNotFoundError:
-            entries = []
-        except OSError as error:
-            raise UserError(f"{address!r} cannot be listed: {error}") from None
-        files: dict[Names, fs.FileInfo] = {}
-        folders: dict[Names, set[str]] = {}
-        for entry in entries:
-            if entry.type != fs.FileType.File:
-                continue
-            names = tuple(entry.path.removeprefix(root).strip("/").split("/")) if entry.path != root else ()
-            files[names] = entry
-            for depth, name in enumerate(names):
-                folders.setdefault(names[:depth], set()).add(name)
-        return cls(address, system, root, files, folders)
+def _listed(address: str) -> _Listing:
+    """List an address, one request per thousand objects."""
+    base, below = parted(address)
+    system, path = opened(base)
+    root = "/".join([path, *below])
+    try:
+        found = system.get_file_info(root)
+        is_file = found.type == fs.FileType.File
+        entries = [found] if is_file else system.get_file_info(fs.FileSelector(root, recursive=True))
+    except FileNotFoundError:
+        entries = []
+    except OSError as error:
+        raise UserError(f"{address!r} cannot be listed: {error}") from None
+    files: dict[Names, fs.FileInfo] = {}
+    folders: dict[Names, set[str]] = {}
+    for entry in entries:
+        if entry.type != fs.FileType.File:
+            continue
+        names = tuple(entry.path.removeprefix(root).strip("/").split("/")) if entry.path != root else ()
+        files[names] = entry
+        for depth, name in enumerate(names):
+            folders.setdefault(names[:depth], set()).add(name)
+    return _Listing(address, system, root, files, folders)
 
 
-class Remote:
+class _Remote:
     """A file or folder behind a URI, with the attributes and methods of ``Path`` that data sources use.
 
-    Everything below a root is listed once, when the root is created. Later changes are not seen.
+    Everything below a root is listed once, when the root is created. Later changes are not seen. A folder exists if
+    files are below it: object stores have no others.
     """
 
-    def __init__(self, listing: Listing, names: Names = ()):
+    def __init__(self, listing: _Listing, names: Names = ()):
         self.listing = listing
         self.names = names
 
     def __str__(self) -> str:
         return address_of(self.listing.base, self.names)
 
-    def __truediv__(self, name: str) -> "Remote":
-        return Remote(self.listing, (*self.names, name))
+    def __truediv__(self, name: str) -> "_Remote":
+        return _Remote(self.listing, (*self.names, name))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Remote) and str(self) == str(other)
+        return isinstance(other, _Remote) and str(self) == str(other)
 
     def __hash__(self) -> int:
         return hash(str(self))
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
         return self.names[-1] if self.names else PurePosixPath(self.listing.root).name
 
     @property
     def suffix(self) -> str:
-        """The last ending of the name."""
         return PurePosixPath(self.name).suffix
 
     @property
     def stem(self) -> str:
-        """The name without its last ending."""
         return PurePosixPath(self.name).stem
 
     def is_file(self) -> bool:
-        """Return True if this is a file."""
         return self.names in self.listing.files
 
     def is_dir(self) -> bool:
-        """Return True if files are below this; object stores have no other folders."""
         return self.names in self.listing.folders
 
     def exists(self) -> bool:
-        """Return True if this is a file or folder."""
         return self.is_file() or self.is_dir()
 
-    def iterdir(self) -> Iterator["Remote"]:
-        """Yield the files and folders in this folder, sorted."""
+    def iterdir(self) -> Iterator["_Remote"]:
         for name in sorted(self.listing.folders.get(self.names, ())):
             yield self / name
 
-    def resolve(self) -> "Remote":
-        """Return this: object stores have no links."""
-        return self
+    def resolve(self) -> "_Remote":
+        return self  # object stores have no links
 
-    def below(self) -> Iterator["Remote"]:
-        """Yield all files below this folder."""
+    def below(self) -> Iterator["_Remote"]:
         for place in self.iterdir():
             if place.is_file():
                 yield place
             yield from place.below()
 
     def open_input(self) -> pa.NativeFile:
-        """Open this file for reading; only the parts that are read are fetched."""
         path = "/".join([self.listing.root, *self.names])
         return self.listing.system.open_input_file(path)
 
 
-Place: TypeAlias = Path | Remote
+Place: TypeAlias = Path | _Remote
 
 
 def place_of(root: str) -> Place:
     """Return the file or folder at a source's PATH; raises UserError for a URI that cannot be listed."""
-    return Remote(Listing.of(root)) if is_uri(root) else Path(root)
+    return _Remote(_listed(root)) if is_uri(root) else Path(root)
 
 
 def files_below(folder: Place) -> list[Place]:
@@ -180,13 +167,13 @@ def identity_of(file: Place) -> Identity:
 
 def relisted(files: Iterable[Place]) -> list[Place]:
     """Return the same files in their present state: each remote root is listed again, once."""
-    listings: dict[str, Listing] = {}
+    listings: dict[str, _Listing] = {}
     now: list[Place] = []
     for file in files:
-        if isinstance(file, Remote):
+        if isinstance(file, _Remote):
             base = file.listing.base
-            listings[base] = listings.get(base) or Listing.of(base)
-            file = Remote(listings[base], file.names)
+            listings[base] = listings.get(base) or _listed(base)
+            file = _Remote(listings[base], file.names)
         now.append(file)
     return now
 

@@ -47,17 +47,18 @@ def from_folder(folder, monkeypatch):
 
 def from_table(folder, monkeypatch):
     folder.mkdir()
-    columns = {f"x{i}": torch.randn(len(LABELS), generator=torch.Generator().manual_seed(i)).numpy() for i in range(3)}
+    columns = {f"x{i}": np.random.default_rng(i).normal(size=len(LABELS)) for i in range(20)}
+    rows = pa.table({**columns, "id": np.arange(len(LABELS)) * 7, "label": LABELS})
     for split in ("train", "test"):
-        pq.write_table(pa.table({**columns, "label": LABELS}), folder / f"{split}.parquet")
+        pq.write_table(rows.replace_schema_metadata({"effray": '{"id": "id"}'}), folder / f"{split}.parquet")
     return f"table:{folder}"
 
 
 def from_libsvm(folder, monkeypatch):
     folder.mkdir()
     for split in ("train", "test"):
-        rows = (f"{y} {1 + i % 3}:{0.5 + i} 4:-1\n" for i, y in enumerate(LABELS))
-        (folder / f"{split}.libsvm").write_text("".join(rows))
+        rows = (" ".join([f"{y}", *(f"{c}:{i + 0.5}" for c in range(1, 10 + i % 3))]) for i, y in enumerate(LABELS))
+        (folder / f"{split}.libsvm").write_text("\n".join(rows))
     return f"libsvm:{folder}"
 
 

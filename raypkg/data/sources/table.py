@@ -288,14 +288,12 @@ class VectorColumns:
             UserError: the file is damaged, or a value is missing.
         """
         first, last = np.searchsorted(self._ends, [rows[0], rows[-1]], side="right")
-        without_gaps = rows[-1] - rows[0] == len(rows) - 1
         pieces: dict[str, list[np.ndarray]] = {name: [] for name in self.widths}
         for group in range(first, last + 1):
             begin, end = np.searchsorted(rows, [self._starts[group], self._ends[group]])
             local = rows[begin:end] - self._starts[group]
             for name, vectors in self._group(group).items():
-                piece = vectors[local[0] : local[-1] + 1] if without_gaps and len(local) else vectors[local]
-                pieces[name].append(piece)
+                pieces[name].append(vectors[local])
         return {name: np.concatenate(parts) for name, parts in pieces.items()}
 
     def _group(self, group: int) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -58,16 +58,10 @@ class Header:
         """Read the header back from a schema; raises ArrowInvalid if it is of another format."""
         metadata = schema.metadata or {}
         fields = json.loads(metadata.get(b"effray", b"{}"))
-        if fields.get("format") != FORMAT:
+        if fields.pop("format", None) != FORMAT:
             raise pa.ArrowInvalid(f"not a store of format {FORMAT}")
-        return cls(
-            kind=fields["kind"],
-            shape=tuple(fields["shape"]),
-            classes=tuple(fields["classes"]),
-            augment=tuple(fields.get("augment", ())),
-            columns=tuple(fields.get("columns", ())),
-            has_ids=fields.get("has_ids", False),
-        )
+        values: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in fields.items()}
+        return cls(**values)
 
 
 class Block(NamedTuple):

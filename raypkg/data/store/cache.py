@@ -16,7 +16,7 @@ from raypkg.data.files import Place, identity_of, relisted
 
 from . import arrow
 from .arrow import FORMAT, Block, Header, Store, Stored
-from .parts import DAMAGE, From, Stream, begun, published, tidy, write_streamed
+from .parts import DAMAGE, From, Stream, published, tidy, write_streamed
 from .streamed import Streamed
 
 Cache = Path | Stream | None  # location of all stores: a folder of this machine (default: the user's), or a Stream
@@ -181,11 +181,6 @@ def write_store_from(target: Target, header: Header, blocks: From, size: int = 0
     if size >= ANNOUNCED:
         log.warning("importing %.1f GB into %s, once for this machine", size / 1e9, folder)
     arrow.write(target, header, blocks(0))
-
-
-def begun_header(target: Target) -> Header | None:
-    """Return the header of an interrupted import; None if there are no parts to resume from."""
-    return begun(target) if isinstance(target, Stream) else None
 
 
 def beginning_at(start: int, runs: Iterable[T], length: Callable[[T], int]) -> Iterator[T]:

@@ -26,7 +26,8 @@ from raypkg.data.files import Place, identity_of
 from raypkg.data.split import Split, check_labels
 
 from .arrow import Block, Header, Stored
-from .cache import Target, begun_header, cached, write_store_from
+from .cache import Target, cached, write_store_from
+from .parts import begun_header
 
 DECODED_BYTES = (2 << 30) - 1  # also Arrow's limit for one sample
 SAMPLED = 4096  # images of an encoded store that contribute to its statistics, approximately

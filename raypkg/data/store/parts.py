@@ -63,9 +63,9 @@ class StoredPart(NamedTuple):
     """A file of consecutive blocks."""
 
     name: str  # of the file, without its ending
-    starts: tuple[int, ...]  # first byte of each block, and the end
-    sizes: tuple[int, ...]  # samples of each block
-    digests: tuple[str, ...]  # of the bytes of each block
+    starts: list[int]  # first byte of each block, and the end
+    sizes: list[int]  # samples of each block
+    digests: list[str]  # of the bytes of each block
 
     @property
     def file(self) -> str:
@@ -76,11 +76,6 @@ class StoredPart(NamedTuple):
     def bytes(self) -> int:
         """The size of the file."""
         return self.starts[-1]
-
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> "StoredPart":
-        """Read a part back from JSON."""
-        return cls(fields["name"], tuple(fields["starts"]), tuple(fields["sizes"]), tuple(fields["digests"]))
 
 
 class Note(NamedTuple):
@@ -152,8 +147,7 @@ def _write_part(
 
     def part() -> StoredPart:
         name = _numbered(number) + digest_of("".join(digests).encode())
-        starts = tuple(accumulate(lengths, initial=0))
-        return StoredPart(name, starts, tuple(map(len, columns)), tuple(digests))
+        return StoredPart(name, [*accumulate(lengths, initial=0)], [*map(len, columns)], digests)
 
     with appearing(stream, lambda: part().file, lambda: is_whole(stream, part())) as sink:
         for batch in record_batches(header.schema, bounded(), moments, BLOCK_BYTES):
@@ -170,12 +164,12 @@ def _write_part(
     return part(), pa.Table.from_batches(columns)
 
 
-def begun(stream: Stream) -> Header | None:
-    """Return the header of an interrupted import, if there is one.
-
-    Of two headers, the one with more channels counts: the other was written before a colour image was found.
-    """
-    headers = [note.header for note in _notes(stream, 0, sizes_in(stream))]
+def begun_header(target: Path | Stream) -> Header | None:
+    """Return the header of an interrupted import that can be resumed, if there is one."""
+    if isinstance(target, Path):
+        return None
+    # Of two headers, the one with fewer channels was written before a colour image was found.
+    headers = [note.header for note in _notes(target, 0, sizes_in(target))]
     return max(headers, key=lambda header: header.shape[0], default=None)
 
 
@@ -224,7 +218,7 @@ def _notes(stream: Stream, number: int, names: Iterable[str]) -> list[Note]:
         with suppress(*DAMAGE):
             columns = read_columns(stream, name)
             part, before, moments = (fact_of(columns, each) for each in ("part", "before", "moments"))
-            notes.append(Note(StoredPart.of(part), before, Header.of(columns.schema), columns, moments))
+            notes.append(Note(StoredPart(**part), before, Header.of(columns.schema), columns, moments))
     return notes
 
 
@@ -278,7 +272,7 @@ def fact_of(columns: pa.Table, name: str) -> Any:
 
 def parts_of(index: pa.Table) -> list[StoredPart]:
     """Return the parts listed in an index."""
-    return [StoredPart.of(fields) for fields in fact_of(index, "parts")]
+    return [StoredPart(**fields) for fields in fact_of(index, "parts")]
 
 
 def sizes_in(stream: Stream) -> dict[str, int]:
