@@ -1,3 +1,5 @@
+"""The local store: round trips, statistics, damage, full disks and concurrent processes."""
+
 import gc
 import logging
 import multiprocessing
@@ -44,7 +46,7 @@ def batch_bytes(request, monkeypatch):
 
 @pytest.mark.usefixtures("batch_bytes")
 @pytest.mark.parametrize(("kind", "x"), [("pixels", PIXELS), ("rows", ROWS)])
-def test_what_is_written_is_read(tmp_path, kind, x):
+def test_samples_come_back(tmp_path, kind, x):
     build(tmp_path / "store", kind)
     store = Store(tmp_path / "store")
     indices = np.array([9, 0, 3, 3, 2, 8])
@@ -55,7 +57,7 @@ def test_what_is_written_is_read(tmp_path, kind, x):
 
 
 @pytest.mark.usefixtures("batch_bytes")
-def test_encoded_images_are_read_as_written(tmp_path):
+def test_encoded_samples_come_back(tmp_path):
     build(tmp_path / "store", "encoded")
     store = Store(tmp_path / "store")
     assert [image.to_pybytes() for image in store.encoded(np.arange(10))] == ENCODED
@@ -69,14 +71,6 @@ def test_statistics(tmp_path, kind, x):
     assert split.mean == pytest.approx(flat.mean(0).tolist()) and split.std == pytest.approx(flat.std(0).tolist())
 
 
-def test_record_batches_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(arrow, "BATCH_BYTES", 200)
-    build(tmp_path / "store")
-    with pa.ipc.open_file(tmp_path / "store") as reader:
-        sizes = [reader.get_batch(i).nbytes for i in range(reader.num_record_batches)]
-    assert sizes == [192, 128, 0]  # two blocks of 3 · (24 + 8) bytes, two, and the statistics
-
-
 def test_pixels_are_mapped_and_not_copied(tmp_path):
     megabyte = np.zeros((1000, 32, 32, 1), np.uint8)
     write(tmp_path / "store", Header("pixels", (1, 32, 32), ("a",)), [Block(megabyte, np.zeros(1000), megabyte)])
@@ -86,7 +80,7 @@ def test_pixels_are_mapped_and_not_copied(tmp_path):
     assert pa.total_allocated_bytes() - before < megabyte.nbytes / 10 and not store._views[0].flags.owndata
 
 
-def test_it_is_built_once(tmp_path):
+def test_a_store_is_built_once(tmp_path):
     calls = []
     for _ in range(2):
         cached(tmp_path / "a.arrow", lambda path: (calls.append(path), build(path)))
@@ -94,7 +88,7 @@ def test_it_is_built_once(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 999])
-def test_a_damaged_store_is_built_again_and_said_once(tmp_path, caplog, damage):
+def test_a_damaged_store_is_rebuilt_with_one_warning(tmp_path, caplog, damage):
     path = tmp_path / "a.arrow"
     build(path)
     path.write_bytes(damage(path.read_bytes()))
@@ -146,7 +140,7 @@ def open_slowly(path):
     assert len(cached(path, slow_build)) == 10
 
 
-def test_of_several_processes_one_builds(tmp_path):
+def test_one_of_several_processes_builds(tmp_path):
     workers = [
         multiprocessing.get_context("fork").Process(target=open_slowly, args=(tmp_path / "a.arrow",)) for _ in range(4)
     ]

@@ -6,8 +6,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.data import augment as operations
-from raypkg.data.augment import AUGMENTATIONS, compose
+from raypkg.data.augment import AUGMENTATIONS, OPERATIONS, brightness, compose, rotate, shear_x, translate_y
 from raypkg.data.kinds import IMAGES, ROWS
 
 M = 5 / 30
@@ -95,15 +94,15 @@ def test_none_and_unknown_names():
 
 def test_every_operation_is_drawn_alike():
     u = uniforms(2800, 2)
-    kinds = torch.bincount((u[:, 0] * len(operations.OPERATIONS)).long(), minlength=14)
-    assert len(operations.OPERATIONS) == 14 and kinds.min() > 150 and kinds.max() < 250
+    kinds = torch.bincount((u[:, 0] * len(OPERATIONS)).long(), minlength=14)
+    assert len(OPERATIONS) == 14 and kinds.min() > 150 and kinds.max() < 250
 
 
 def test_randaugment_applies_to_each_image_what_it_drew():
     x, u = smooth(60), uniforms(60, 2)
     result = AUGMENTATIONS["randaugment"](x, u)
     for image, out, (kind, sign) in zip(x, result, u.tolist(), strict=True):
-        operation = operations.OPERATIONS[int(kind * 14)]
+        operation = OPERATIONS[int(kind * 14)]
         assert out.equal(operation(image[None], M, torch.tensor([-1.0 if sign < 0.5 else 1.0]))[0])
 
 
@@ -130,10 +129,10 @@ def moved(x, translate=(0, 0), shear=(0.0, 0.0)):
     return transforms.affine(x, angle=0.0, translate=list(translate), scale=1.0, shear=list(shear))
 
 
-@pytest.mark.parametrize("operation", operations.OPERATIONS, ids=lambda operation: operation.__name__)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 @pytest.mark.parametrize("x", [images(6), smooth()], ids=["noise", "smooth"])
-def test_an_operation_is_that_of_torchvision(operation, sign, x):
+def test_an_operation_equals_that_of_torchvision(operation, sign, x):
     got = operation(x, M, torch.full((len(x),), sign)).int()
     expected = torch.stack([TWINS[operation.__name__](image, sign) for image in x]).int()
     assert ((got - expected).abs() <= 1).float().mean() > 0.99  # blends round differently, nearest pixels may tie
@@ -141,7 +140,7 @@ def test_an_operation_is_that_of_torchvision(operation, sign, x):
 
 def test_operations_keep_signs_apart():
     x, signs = smooth(2)[[0, 0]], torch.tensor([-1.0, 1.0])
-    for operation in (operations.rotate, operations.shear_x, operations.translate_y, operations.brightness):
+    for operation in (rotate, shear_x, translate_y, brightness):
         both = operation(x, M, signs)
         assert not both[0].equal(both[1]) and both[1:].equal(operation(x[1:], M, signs[1:]))
 
@@ -154,9 +153,9 @@ def test_models_are_given_normalised_numbers():
     assert ROWS.inputs(rows, (2.0, 4.0), (1.0, 2.0), torch.float32).tolist() == [[-1, -1], [1, 1]]
 
 
-def test_what_inference_normalised_first_training_can_use():
+def test_training_can_use_statistics_cached_in_inference():
     rows = torch.tensor([[1.0, 2.0]])
-    mean, std = (2.0, 4.5), (1.0, 0.25)  # of no other test: they are kept
+    mean, std = (2.0, 4.5), (1.0, 0.25)  # of no other test: they are cached
     with torch.inference_mode():
         ROWS.inputs(rows, mean, std, torch.float32)
     given = rows.clone().requires_grad_()

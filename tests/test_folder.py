@@ -35,7 +35,7 @@ def test_names_of_the_test_folder(root, load, name):
     assert len(load().test) == 6
 
 
-def test_folders_within_a_class_and_files_that_are_no_images(root, load):
+def test_nested_folders_and_other_files(root, load):
     inner = root / "train" / "cat" / "images"
     inner.mkdir()
     (root / "train" / "cat" / "000.png").rename(inner / "000.PNG")
@@ -92,7 +92,7 @@ def with_a_file_that_is_no_image(root):
         (with_a_file_that_is_no_image, r"train/cat/a\.jpg does not decode"),
     ],
 )
-def test_what_is_refused(root, load, change, message):
+def test_refused_folders(root, load, change, message):
     change(root)
     with pytest.raises(UserError, match=message):
         load()

@@ -1,12 +1,17 @@
-"""A store of images is built from a source that is read once."""
+"""Encoded images: headers, decoding, and a store built in a single pass over its source."""
+
+import io
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFile
 
 import samples
 from raypkg.core.errors import UserError
 from raypkg.data.store import images
-from raypkg.data.store.images import open_images, surveyed
+from raypkg.data.store.images import decode, decode_all, jpeg_header, open_images, read_header, surveyed
+from raypkg.engine.worker import threads
+from reference import decoded_in_full, image_header
 
 N = 12
 COLOURS = [samples.encode(image) for image in samples.pixels(N)]
@@ -48,7 +53,7 @@ def opened(tmp_path, encoded, kind, monkeypatch, size=0):
     [
         (COLOURS, 3, 1),
         (GREYS, 1, 1),
-        (GREYS[:2] + COLOURS[2:], 3, 1),  # the first images are looked at before anything is written
+        (GREYS[:2] + COLOURS[2:], 3, 1),  # the first batch is surveyed before anything is written
         (COLOURS[:2] + GREYS[2:], 3, 1),
         (GREYS[:-1] + COLOURS[-1:], 3, 2),
     ],
@@ -64,24 +69,142 @@ def test_the_source_is_read_once(tmp_path, monkeypatch, kind, encoded, channels,
 
 
 @pytest.mark.parametrize("kind", ["pixels", "encoded"])
-def test_an_image_of_another_size_is_found_wherever_it_stands(tmp_path, monkeypatch, kind):
+def test_an_image_of_another_size_at_the_end(tmp_path, monkeypatch, kind):
     other = samples.encode(samples.pixels(1, 8, 8)[0])
     with pytest.raises(UserError, match="several sizes, such as 6×5 and 8×8"):
         opened(tmp_path, [*COLOURS[:-1], other], kind, monkeypatch)
     assert not (tmp_path / "train.arrow").exists()
 
 
-def test_headers_are_numbered_through(tmp_path):
+def test_errors_number_images_across_batches():
     source = Source([*COLOURS[:9], b"no image", *COLOURS[10:]])
     with pytest.raises(UserError, match="image 9 does not decode"):
         list(surveyed(source, 0))
 
 
-def test_what_a_source_raises_reaches_the_caller(tmp_path):
-    class Failing(Source):
-        def batches(self, first):
-            yield COLOURS, np.zeros(N, np.int64)
-            raise UserError("the disk is gone")
+# Headers and decoding
 
-    with pytest.raises(UserError, match="the disk is gone"):
-        list(surveyed(Failing(COLOURS), 0))
+EXIF = Image.Exif()
+EXIF[274] = 6  # turned on its side, which is ignored
+EXIF[270] = "a long description " * 200
+JPEGS = [
+    {},
+    {"progressive": True},
+    {"optimize": True, "quality": 20},
+    {"subsampling": 0, "quality": 100},
+    {"exif": EXIF.tobytes()},
+    {"icc_profile": b"profile" * 12_000},  # of two segments
+    {"comment": b"\xff\xc0 is no frame here"},
+    {"restart_marker_rows": 1},
+]
+
+
+def photograph(height, width, channels=3, seed=0, detail=8):
+    """Return an image with details of this many pixels, and some grain."""
+    coarse = samples.pixels(1, height // detail + 1, width // detail + 1, seed=seed)[0]
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    grain = np.random.default_rng(seed).normal(0, 5, smooth.shape)
+    return (smooth + grain).clip(0, 255).astype(np.uint8)[..., :channels]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lossless_formats_come_back_as_they_were(kind, channels):
+    image = samples.pixels(1, channels=channels)[0]
+    data = samples.encode(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    np.testing.assert_array_equal(decode(data, (channels, 6, 5)), image)
+
+
+def test_jpeg_is_near():
+    image = np.full((16, 16, 3), (200, 100, 50), np.uint8)
+    assert np.abs(decode(samples.encode(image, "JPEG", quality=95), (3, 16, 16)).astype(int) - image).max() <= 3
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
+def test_a_jpeg_decoded_at_reduced_size_is_near_the_whole(divisor):
+    side = 64
+    image = photograph(side * divisor + 7, side * divisor + 90, detail=8 * divisor)
+    data = samples.encode(image, "JPEG", quality=90)
+    whole = decoded_in_full(data, side).astype(int)
+    error = np.abs(decode(data, (3, side, side)) - whole)
+    assert error.mean() <= 5  # of 255; moved by a pixel it is 10
+    assert error.any() == (divisor > 1)  # not the same where it is a part
+
+
+def test_a_jpeg_a_little_too_large_is_decoded_in_full():
+    data = samples.encode(photograph(127, 200), "JPEG", quality=90)
+    np.testing.assert_array_equal(decode(data, (3, 64, 64)), decoded_in_full(data, 64))
+
+
+@pytest.mark.parametrize("options", JPEGS, ids=lambda options: next(iter(options), "plain"))
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sides", [(1, 1), (7, 130), (64, 64)])
+def test_a_jpeg_header_equals_that_of_pillow(monkeypatch, options, channels, sides):
+    data = samples.encode(photograph(*sides, channels), "JPEG", **options)
+    expected = image_header(data)
+    monkeypatch.setattr(Image, "open", None)  # it is read without
+    assert read_header(data, str, 0) == expected
+
+
+def test_unusual_jpeg_files_are_left_to_pillow(monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(photograph(16, 24)).convert("CMYK").save(file, "JPEG")
+    assert jpeg_header(file.getvalue()) is None
+    assert read_header(file.getvalue(), str, 0) == (16, 24, False)
+    data = samples.encode(photograph(16, 24), "JPEG")
+    start_of_pixels = data.index(b"\xff\xda")
+    for end in range(start_of_pixels):
+        assert jpeg_header(data[:end]) is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14)
+    for content in (data, samples.encode(samples.pixels(1)[0])):
+        with pytest.raises(UserError, match=r"row 3 is too large to decode: Image size \(\d+ pixels\) exceeds limit"):
+            read_header(content, "row {}".format, 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_threads_change_nothing(count):
+    assert decode_all([], (3, 6, 5), str).shape == (0, 6, 5, 3)
+    images = [samples.encode(photograph(20 + i, 30, seed=i), "JPEG") for i in range(23)]
+    one_by_one = np.stack([decode(data, (3, 16, 16)) for data in images])
+    with threads(count):
+        np.testing.assert_array_equal(decode_all(images, (3, 16, 16), str), one_by_one)
+        images[5] = images[20] = b"no image"
+        with pytest.raises(UserError, match="image 5 does not decode"):  # the first
+            decode_all(images, (3, 16, 16), "image {}".format)
+
+
+def test_grey_as_colour_and_colour_as_grey():
+    grey, red = samples.pixels(1, channels=1)[0], np.full((6, 5, 3), (255, 0, 0), np.uint8)
+    np.testing.assert_array_equal(decode(samples.encode(grey), (3, 6, 5)), np.repeat(grey, 3, 2))
+    assert (decode(samples.encode(red), (1, 6, 5)) == 76).all()  # luma 0.299 · 255
+
+
+def test_sixteen_bits_keep_their_upper_byte(tmp_path):
+    Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert read_header(data, str, 0).grey and decode(data, (1, 1, 4))[0, :, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_images_are_cropped_at_their_centre():
+    image = np.zeros((10, 30, 3), np.uint8)
+    image[:, 10:20] = 255  # the middle square is white
+    assert (decode(samples.encode(image), (3, 10, 10)) == 255).all()
+    assert (decode(samples.encode(image), (3, 5, 5))[:, 1:-1] == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_damaged_images_are_named(kind):
+    data = samples.encode(samples.pixels(1, 32, 32)[0], kind)
+    with pytest.raises(UserError, match="image 2 does not decode"):
+        decode_all([data, data, data[: len(data) // 2]], (3, 32, 32), "image {}".format)
+    with pytest.raises(UserError, match="row 3 does not decode: it is damaged or no image"):
+        read_header(b"no image", "row {}".format, 3)
+
+
+def test_errors_of_a_codec(monkeypatch):
+    def broken(image):
+        raise RuntimeError("failed to decode image")  # as the AVIF decoder does
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", broken)
+    with pytest.raises(UserError, match="image 0 does not decode"):
+        decode_all([samples.encode(samples.pixels(1)[0])], (3, 6, 5), "image {}".format)

@@ -75,7 +75,7 @@ def test_the_width_can_be_given(load):
         (b"\xff\xfe\x00", r"cannot be read"),
     ],
 )
-def test_what_is_refused(load, content, message):
+def test_refused_lines(load, content, message):
     with pytest.raises(UserError, match=message):
         load(content)
 

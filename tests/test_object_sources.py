@@ -1,4 +1,4 @@
-"""Data sources behind a URI: an object store's files are read as those of a folder are."""
+"""Data sources behind a URI: files of an object store are read like those of a folder."""
 
 import http.client
 import http.server
@@ -98,7 +98,7 @@ def test_names_below_a_uri(bucket, tmp_path):
 
 
 @pytest.mark.parametrize("source", WITH_FILES)
-def test_nothing_there_is_one_line(source, bucket, tmp_path):
+def test_a_missing_source_is_one_line(source, bucket, tmp_path):
     if source == "text":
         pytest.importorskip("tokenizers")
     with pytest.raises(UserError) as told:
@@ -108,20 +108,20 @@ def test_nothing_there_is_one_line(source, bucket, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_bucket_is_told(bucket, tmp_path):
+def test_a_missing_bucket(bucket, tmp_path):
     uri = bucket("data").replace("//bucket", "//nobodys")
     with pytest.raises(UserError, match=r"cannot be listed.*NO_SUCH_BUCKET"):
         load_data(f"parquet:{uri}", cache=tmp_path)
 
 
 class Between(http.server.BaseHTTPRequestHandler):
-    """Hands requests on to the store, counts the bytes of the answers, and fails the first request for each object."""
+    """Forwards requests to the store and counts bytes; may deny all, or fail the first request for each object."""
 
     def do_GET(self):
         server = self.server
-        if server.failing and self.path not in server.seen:
+        if server.denying or (server.failing and self.path not in server.seen):
             server.seen.add(self.path)
-            self.send_response(503)
+            self.send_response(403 if server.denying else 503)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -148,7 +148,8 @@ class Between(http.server.BaseHTTPRequestHandler):
 def between(port):
     """A server between the client and the store."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Between)
-    server.store, server.bytes, server.failing, server.seen = port, 0, False, set()
+    server.store, server.bytes, server.seen = port, 0, set()
+    server.failing = server.denying = False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -184,33 +185,18 @@ def test_only_what_is_needed_is_fetched(between, port, bucket, tmp_path):
 
 
 @pytest.fixture
-def refusing():
+def refusing(between, port, bucket):
     """The URI of a server that denies every request."""
-
-    class Refusal(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(403)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, *words):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"s3://bucket/data?endpoint_override=http://127.0.0.1:{server.server_port}&scheme=http"
-    server.shutdown()
-    server.server_close()
+    between.denying = True
+    return through(between, bucket("data"), port)
 
 
-def test_a_denied_bucket_is_told(refusing, port, tmp_path):
+def test_a_denied_bucket(refusing, tmp_path):
     with pytest.raises(UserError, match=r"cannot be listed.*ACCESS_DENIED"):
         load_data(f"parquet:{refusing}", cache=tmp_path)
 
 
-def test_a_key_in_a_uri_is_not_shown(refusing, port, tmp_path):
+def test_a_key_in_a_uri_is_not_shown(refusing, tmp_path):
     secret = refusing.replace("//bucket", "//KEY:SECRET@bucket")
     with pytest.raises(UserError) as told:
         load_data(f"parquet:{secret}", cache=tmp_path)
@@ -218,7 +204,7 @@ def test_a_key_in_a_uri_is_not_shown(refusing, port, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["bucket", "folder"])
-def test_a_file_that_changes_while_it_is_imported_is_told(where, bucket, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_imported(where, bucket, tmp_path, monkeypatch):
     folder = tmp_path / "local"
     PREPARE["parquet"](folder, monkeypatch)
     upload(folder, bucket("data"))
@@ -236,7 +222,7 @@ def test_a_file_that_changes_while_it_is_imported_is_told(where, bucket, tmp_pat
     assert not store.exists()
 
 
-def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     name = PREPARE["folder"](tmp_path / "local", monkeypatch)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=100))
@@ -245,7 +231,7 @@ def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob("*.arrow"))
 
 
-def test_an_import_that_was_killed_begins_anew(tmp_path, monkeypatch):
+def test_a_killed_import_starts_again(tmp_path, monkeypatch):
     name = PREPARE["parquet"](tmp_path / "local", monkeypatch)
     whole = load_data(name, cache=tmp_path / "whole")
     (tmp_path / "killed").mkdir()

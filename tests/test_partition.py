@@ -68,6 +68,6 @@ def test_shards_of_some_of_the_samples():
         (10, 10, r"a shard of 10 samples holds none of class 3 \(5 samples\): use fewer or larger shards"),
     ],
 )
-def test_what_is_refused(shards, size, message):
+def test_refused_shards(shards, size, message):
     with pytest.raises(UserError, match=message):
         stratified_shards(Y, shards, size, rng())

@@ -16,14 +16,11 @@ ROWS = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
 Y = torch.tensor([0, 1])
 
 
-def test_images_by_hand():
+def test_images_and_rows_by_hand():
     split = Split.from_tensors(IMAGES, Y, classes=("a", "b", "c"), augment=["crop"])
     assert split.shape == (3, 2, 2) and split.num_classes == 3 and split.augment == ("crop",)
     assert split.batch([1])[0].equal(IMAGES[1:])
     assert split.mean == pytest.approx([7.5 / 255, 11.5 / 255, 15.5 / 255])  # (0+1+2+3+12+13+14+15) / 8 = 7.5
-
-
-def test_rows_by_hand():
     split = Split.from_tensors(ROWS.double(), Y)
     assert split.mean == (2.0, 2.0) and split.std == (1.0, 1.0)  # a constant column counts as deviation 1
     assert split.batch([1])[0].equal(ROWS[1:])
@@ -33,12 +30,8 @@ def test_rows_by_hand():
     ("x", "y", "message"),
     [
         (IMAGES.float(), Y, r"x is float32 \[2, 3, 2, 2\], needed is uint8 \[n, C, H, W\] or float \[n, D\]"),
-        (IMAGES[0], Y, "x is uint8"),
-        (ROWS.long(), Y, "x is int64"),
         (ROWS, Y.float(), r"y is float32 \[2\], needed are integers \[2\]"),
         (ROWS, Y[:1], r"y is int64 \[1\], needed"),
-        (ROWS, Y[:, None], "y is"),
-        (ROWS, Y.bool(), "y is bool"),
         (ROWS[:0], Y[:0], r"x is empty: \[0, 2\]"),
         (torch.tensor([[0.0, 1], [torch.nan, 0]]), Y, "row 1 of x holds NaN or infinity"),
         (torch.tensor([[torch.inf, 1], [0, 0]]), Y, "row 0 of x holds NaN or infinity"),
@@ -47,16 +40,13 @@ def test_rows_by_hand():
         (ROWS, Y.tolist(), "y is a list, needed is a tensor or a NumPy array"),
         (ROWS.to_sparse(), Y, r"x is a tensor of layout torch.sparse_coo, needed is a dense one"),
         (ROWS.numpy().astype(object), Y, r"x is object \[2, 2\], needed is uint8"),
-        (ROWS.numpy().astype(str), Y, r"x is <U32 \[2, 2\], needed is uint8"),
-        (ROWS.numpy(), np.array(["a", "b"]), r"y is <U1 \[2\], needed are integers"),
-        (ROWS.numpy(), np.array([0, 1], object), r"y is object \[2\], needed are integers"),
         (ROWS.numpy(), np.array([False, True]), r"y is bool \[2\], needed are integers"),
         (ROWS.numpy(), np.array([0, 2**64 - 1], np.uint64), "labels run from 0 to 18446744073709551615 but none is 1"),
         (ROWS, torch.tensor([0, 2]), "labels run from 0 to 2 but none is 1"),
         (ROWS, torch.tensor([-1, 0]), "labels run from -1 to 0 but none is 1"),
     ],
 )
-def test_what_is_refused(x, y, message):
+def test_refused_arrays(x, y, message):
     with pytest.raises(UserError, match=message):
         Split.from_tensors(x, y)
 
@@ -87,9 +77,6 @@ def test_labels_of_any_integers(dtype):
 def test_rows_of_any_floats(dtype):
     split = Split.from_tensors(read_only(ROWS.numpy().astype(dtype)), Y)
     assert split.batch([1, 0])[0].equal(ROWS.flip(0))
-
-
-def test_rows_of_bfloat16():
     assert Split.from_tensors(ROWS.bfloat16(), Y).batch([0, 1])[0].equal(ROWS)
 
 
