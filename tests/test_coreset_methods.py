@@ -8,8 +8,7 @@ import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import class_budgets, select
-from raypkg.coresets.distances import Distances
-from raypkg.coresets.facility import cluster_shares, facility_location
+from raypkg.coresets.facility import Distances, cluster_shares, facility_location
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.rules import coreset
 
@@ -57,7 +56,7 @@ def test_craig_draws_fewer_candidates_for_a_larger_epsilon(monkeypatch):
     asked, view = [], reference.problem(100).view
     draw = torch.randperm
     monkeypatch.setattr(
-        "raypkg.coresets.rules.craig.stochastic_facility_location", lambda *a, **k: asked.append(k) or draw(10)
+        "raypkg.coresets.rules.coverage.stochastic_facility_location", lambda *a, **k: asked.append(k) or draw(10)
     )
     for epsilon in (0.01, 0.5):
         craig(view, 10, greedy="stochastic", epsilon=epsilon)
@@ -88,7 +87,7 @@ def test_kcenter_equals_its_slow_twin(seed):
 def test_gradmatch_picks_the_same_however_far_it_looks_ahead(monkeypatch, ahead):
     view = reference.problem(120, width=64).view
     picked = coreset["gradmatch"](view, 40, options={"lam": 0.01})
-    monkeypatch.setattr("raypkg.coresets.atoms.AHEAD", ahead)  # rows are dropped for others many times
+    monkeypatch.setattr("raypkg.coresets.solvers.AHEAD", ahead)  # rows are dropped for others many times
     again = coreset["gradmatch"](view, 40, options={"lam": 0.01})
     assert again.indices.equal(picked.indices)
     torch.testing.assert_close(again.weights, picked.weights)

@@ -12,10 +12,9 @@ from raypkg.core.seeds import generator
 from raypkg.core.settings import Training
 from raypkg.coresets.budgets import select
 from raypkg.coresets.gradients import HeadView
-from raypkg.coresets.record import Record, margins_of
-from raypkg.coresets.recorder import Recorder
+from raypkg.coresets.record import Record, Recorder, margins_of
 from raypkg.coresets.rules import coreset
-from raypkg.coresets.rules.gm import geometric_median
+from raypkg.coresets.rules.matching import geometric_median
 from raypkg.data import load_data
 from raypkg.data.split import Split
 from raypkg.engine.hooks import Hook
@@ -200,7 +199,7 @@ def test_d2_of_a_single_sample():
 def test_d2_graph_does_not_depend_on_the_block(monkeypatch):
     view = reference.problem(50).view
     picked = coreset["d2"](view, 12).indices
-    monkeypatch.setattr("raypkg.coresets.rules.d2.BLOCK", 7)
+    monkeypatch.setattr("raypkg.coresets.rules.coverage.BLOCK", 7)
     assert coreset["d2"](view, 12).indices.equal(picked)
 
 

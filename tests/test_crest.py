@@ -13,7 +13,7 @@ import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Training
-from raypkg.coresets.recorder import Recorder
+from raypkg.coresets.record import Recorder
 from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
 from raypkg.data.kinds import TEXTS

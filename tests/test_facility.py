@@ -4,11 +4,9 @@ import pytest
 import torch
 
 import reference
-from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets import facility
-from raypkg.coresets.distances import Distances
-from raypkg.coresets.facility import cluster_shares, facility_location, stochastic_facility_location
+from raypkg.coresets.facility import Distances, cluster_shares, facility_location, stochastic_facility_location
 from raypkg.coresets.gradients import HeadView
 
 PLENTY = 2**30
@@ -213,22 +211,3 @@ def test_stochastic_greedy_that_draws_everyone_is_plain_greedy():
     view = reference.problem(150).view  # more than one product
     drawn = stochastic_facility_location(Distances(view, memory=0), 9, sample=150, rng=generator(0))
     assert drawn.tolist() == reference.greedy_medoids(view.distances(), 9)
-
-
-@pytest.mark.parametrize("k", [0, 41])
-def test_number_of_medoids_out_of_range(k):
-    view = reference.problem(40).view
-    for choose in (
-        lambda: facility_location(Distances(view, memory=0), k),
-        lambda: stochastic_facility_location(Distances(view, memory=0), k, sample=4, rng=generator(0)),
-    ):
-        with pytest.raises(UserError, match=f"{k} medoids: must be from 1 to the number of samples, 40"):
-            choose()
-
-
-def test_memory_and_sample_out_of_range():
-    view = reference.problem(40).view
-    with pytest.raises(UserError, match="memory -1 bytes: must be 0 or more"):
-        facility_location(Distances(view, memory=-1), 4)
-    with pytest.raises(UserError, match="0 candidates a step: must be 1 or more"):
-        stochastic_facility_location(Distances(view, memory=0), 4, sample=0, rng=generator(0))

@@ -10,8 +10,7 @@ from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect, Training
 from raypkg.coresets.budgets import select
 from raypkg.coresets.gradients import head_view
-from raypkg.coresets.record import Record
-from raypkg.coresets.recorder import Recorder
+from raypkg.coresets.record import Record, Recorder
 from raypkg.coresets.reselection import Reselection, check_schedule
 from raypkg.coresets.rules import coreset
 from raypkg.data import Data

@@ -10,7 +10,7 @@ from raypkg.coresets.budgets import budget_of, class_budgets, select, select_cla
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.record import Record
 from raypkg.coresets.rules import coreset
-from raypkg.coresets.rules.glister import safe_rate, steepest
+from raypkg.coresets.rules.matching import safe_rate, steepest
 from raypkg.coresets.solvers import largest
 from raypkg.data.coreset import Coreset
 
@@ -156,7 +156,7 @@ def test_a_rule_of_the_users_own_that_fails_is_named():
 OWN = """
 from raypkg.coresets.record import Record
 from raypkg.coresets.rules import coreset
-from raypkg.coresets.rules.glister import safe_rate
+from raypkg.coresets.rules.matching import safe_rate
 from raypkg.data.coreset import Coreset
 
 def by_views(view, budget):

@@ -1,12 +1,10 @@
-"""The budget protocol: how many samples of each class, and each class selected by itself.
+"""Selection in one process: the budget of each class, and each class selected by itself.
 
-A class's picks depend only on its own samples, the seed and its label, so they are the same wherever the class sits.
+The picks of a class depend only on its own samples, the seed and its label, so they are the same wherever it is stored.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -20,11 +18,10 @@ from .record import Record
 from .rules import Rule, coreset
 
 GIBIBYTE = 2**30
-S = TypeVar("S", bound=HeadView | Record)
 
 
 def budget_of(fraction: float, n: int) -> int:
-    """Return how many of n samples a fraction is: rounded, at least 1.
+    """Return the budget of a fraction of n samples: rounded, at least 1.
 
     Raises:
         UserError: the fraction is outside (0, 1], or n < 1.
@@ -40,17 +37,10 @@ def budget_of(fraction: float, n: int) -> int:
 
 
 def class_budgets(counts: Tensor, budget: int) -> Tensor:
-    """Split a budget over classes in proportion to their counts, by largest remainder.
+    """Split a budget over classes in proportion to their counts, by largest remainder; counts and result int64 [C].
 
-    The total is exact, no class gets more than it has, and while the budget reaches, none that has samples goes
-    without: it takes one from the class with the largest share. Ties go to the lower class.
-
-    Args:
-        counts: samples per class, int64 [C].
-        budget: 1 … Σ counts.
-
-    Returns:
-        The budgets, int64 [C].
+    The total is exact and no class gets more than it has. If the budget allows, every class with samples gets at least
+    one, taken from the class with the largest share. Ties go to the lower class.
 
     >>> import torch
     >>> class_budgets(torch.tensor([50, 30, 20, 0, 1]), 10)
@@ -70,47 +60,6 @@ def class_budgets(counts: Tensor, budget: int) -> Tensor:
     return shares
 
 
-@dataclass(frozen=True)
-class ClassSamples(Generic[S]):
-    """The samples of one class, as a rule is to see them.
-
-    Attributes:
-        label: of the class.
-        members: positions of its samples, int64 [n].
-        samples: what the rule sees of them.
-        target: the samples of the class to select for, if they are others.
-    """
-
-    label: int
-    members: Tensor
-    samples: S
-    target: HeadView | None
-
-
-def select_each(
-    classes: Iterable[ClassSamples[S]],
-    budgets: Sequence[int],
-    choose: Callable[..., Coreset],
-) -> Iterator[tuple[ClassSamples[S], Coreset]]:
-    """Select from one class after the other, each by itself.
-
-    Args:
-        classes: asked for one at a time, so that those computed when their turn comes are never all in memory.
-        budgets: by label; nothing is selected from a class whose budget is 0.
-        choose: ``select_class`` with everything that is the same for all classes.
-
-    Yields:
-        Each class with its picks, which are among its ``members``.
-    """
-    for part in classes:
-        budget = budgets[part.label]
-        if not budget:
-            yield part, Coreset.concat([])
-            continue
-        picked = choose(part.samples, budget, label=part.label, target=part.target)
-        yield part, picked.at(part.members)
-
-
 def select_class(
     samples: HeadView | Record,
     budget: int,
@@ -123,46 +72,38 @@ def select_class(
     memory: int = GIBIBYTE,
     progress: float = 0.0,
 ) -> Coreset:
-    """Select from the samples of one class, with the generator named (seed, "select", label).
+    """Select positions in the samples of one class, with the generator named (seed, "select", label).
 
-    Args:
-        samples: those of the class and no others.
-        budget: 1 … n; all n for a rule that sizes its coreset itself.
-        rule: the rule.
-        seed: of the whole selection.
-        label: names the class.
-        options: the rule's own.
-        target: the samples to select for, for the rules that have a target; None = those selected from.
-        memory: bytes that a rule may use to save time; the picks do not depend on it.
-        progress: share of the training that is done, for the rules that act on it.
-
-    Returns:
-        Exactly ``budget`` positions in the samples, or at most that many where the rule sizes its coreset itself.
+    Other arguments as in ``select``.
 
     Raises:
-        UserError: budget out of range, bad options, a target seen by another model, or the rule broke its contract.
+        UserError: budget out of range, bad options, a target seen by another model, or a user's rule that fails or does
+            not return ``budget`` samples.
     """
     n = len(samples)
     _check_budget(budget, n)
-    _check_target(target, samples)
+    if target is not None and isinstance(samples, HeadView):
+        if not len(target):
+            raise UserError("the target has no samples")
+        theirs = (target.num_classes, target.width)
+        ours = (samples.num_classes, samples.width)
+        if theirs != ours:
+            raise UserError(f"the target has classes and features {theirs}, the samples {ours}: they need one model")
     if rule.sizes_itself and budget < n:
         raise UserError(f"{rule.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
+
     arguments = (samples,) if rule.sizes_itself else (samples, budget)
-    supplied = {
-        "rng": generator(seed, "select", label),
-        "target": target,
-        "valid": target,
-        "memory": memory,
-        "progress": progress,
-    }
+    rng = generator(seed, "select", label)
     try:
-        picked = rule(*arguments, options=options, **supplied)
+        picked = rule(
+            *arguments, options=options, rng=rng, target=target, valid=target, memory=memory, progress=progress
+        )
     except Exception as error:
         if isinstance(error, UserError) or rule.source != USER_CODE:
             raise
-        kind = type(error).__name__
-        raise UserError(f"coreset rule {rule.name!r} raised {kind}: {error}") from error
-    if not _keeps_contract(picked, budget, n, rule):
+        raise UserError(f"coreset rule {rule.name!r} raised {type(error).__name__}: {error}") from error
+    least = 1 if rule.sizes_itself else budget
+    if not isinstance(picked, Coreset) or not least <= len(picked) <= budget or int(picked.indices.max()) >= n:
         raise UserError(f"coreset rule {rule.name!r} must return a Coreset of {budget} out of {n}")
     return picked
 
@@ -187,12 +128,12 @@ def select(
         name: of a coreset rule, or ``package.module:function``.
         seed: names the generators.
         options: the rule's own.
-        target: the samples to select for, seen by the same model, for the rules that have a target; a class sees
-            those of its label, and where there are none, its own. None = the samples selected from.
-        balanced: class by class in proportion to the counts; otherwise all samples at once, as does a rule that
+        target: samples to select for, seen by the same model, for rules that have a target; a class sees those of its
+            label, or its own if there are none. None = the samples selected from.
+        balanced: class by class in proportion to the counts; otherwise all samples at once, as always with a rule that
             cannot go by class.
         memory: bytes that a rule may use to save time; the picks do not depend on it.
-        progress: share of the training that is done, for the rules that act on it.
+        progress: share of the training that is done.
 
     Raises:
         UserError: unknown rule, bad options, budget out of range, or samples that the rule cannot select by.
@@ -208,64 +149,24 @@ def select(
     if rule.sees == "record" and rule.takes and not isinstance(samples, rule.takes):
         kind = type(samples).__name__
         raise UserError(f"{name} selects by what a training recorded: it needs a Record, not a {kind}")
-    choose = partial(
-        select_class,
-        rule=rule,
-        seed=seed,
-        options=options or {},
-        memory=memory,
-        progress=progress,
-    )
+    common: dict[str, Any] = {"seed": seed, "options": options or {}, "memory": memory, "progress": progress}
     if not (balanced and rule.by_class):
-        return choose(samples, budget, label="all", target=target)
+        return select_class(samples, budget, rule, label="all", target=target, **common)
+
     budgets = class_budgets(samples.y.bincount(), budget)
-    labels = budgets.nonzero()[:, 0]
-    classes = _cut(samples, target, labels.tolist())
-    picks = [picked for _, picked in select_each(classes, budgets.tolist(), choose)]
-    return Coreset.concat(picks)
-
-
-def _cut(
-    samples: HeadView | Record, target: HeadView | None, labels: list[int]
-) -> Iterator[ClassSamples[HeadView | Record]]:
-    """Yield the classes of these labels."""
-    for label in labels:
+    picks = []
+    for label in budgets.nonzero()[:, 0].tolist():
         members = (samples.y == label).nonzero()[:, 0]
-        yield ClassSamples(label, members, samples[_in_a_row(members)], _of_class(target, label))
-
-
-def _in_a_row(members: Tensor) -> Tensor | slice:
-    """Return ascending positions as a slice if none is left out: what is there need not be copied then."""
-    first = int(members[0])
-    end = int(members[-1]) + 1
-    return slice(first, end) if end - first == len(members) else members
-
-
-def _of_class(target: HeadView | None, label: int) -> HeadView | None:
-    if target is None:
-        return None
-    members = target.y == label
-    return target[members] if members.any() else None
-
-
-def _keeps_contract(picked: object, budget: int, n: int, rule: Rule) -> bool:
-    if not isinstance(picked, Coreset):
-        return False
-    least = 1 if rule.sizes_itself else budget
-    if not least <= len(picked) <= budget:
-        return False
-    return int(picked.indices.max()) < n
-
-
-def _check_target(target: HeadView | None, samples: HeadView | Record) -> None:
-    if target is None or not isinstance(samples, HeadView):
-        return
-    if not len(target):
-        raise UserError("the target has no samples")
-    theirs = (target.num_classes, target.width)
-    ours = (samples.num_classes, samples.width)
-    if theirs != ours:
-        raise UserError(f"the target has classes and features {theirs}, the samples {ours}: they need one model")
+        first, end = int(members[0]), int(members[-1]) + 1
+        consecutive = end - first == len(members)  # then a slice: nothing is copied
+        part = samples[slice(first, end) if consecutive else members]
+        aim = None
+        if target is not None:
+            same = target.y == label
+            aim = target[same] if same.any() else None
+        picked = select_class(part, int(budgets[label]), rule, label=label, target=aim, **common)
+        picks.append(picked.at(members))
+    return Coreset.concat(picks)
 
 
 def _check_budget(budget: int, n: int) -> None:

@@ -19,17 +19,12 @@ from torch import Tensor, nn
 from raypkg.core.errors import UserError
 
 SHORT = 16  # rows of fewer logits: their exponentials are computed one at a time; class by class, many at once
-KEPT = {"residual", "_squares", "_norms", "_lowered_squares"}  # of a view, row by row, once they are computed
+PER_SAMPLE = {"residual", "_squares", "_norms", "_lowered_squares"}  # cached properties that indexing carries over
 
 
 @dataclass(frozen=True, eq=False)
 class HeadView:
-    """What the last layer saw of n samples, and their gradients g_i in closed form.
-
-    Args:
-        logits: float32 or float64 [n, C].
-        features: the head's input, of the same dtype [n, D].
-        y: int64 [n], in 0 … C−1.
+    """Input and output of the last layer for n samples, and their gradients g_i in closed form.
 
     Raises:
         UserError: shapes or dtypes do not fit, a label is out of range, a number is NaN or infinite.
@@ -40,16 +35,22 @@ class HeadView:
             [ 0.5000, -0.5000]])
     """
 
-    logits: Tensor
-    features: Tensor
-    y: Tensor
+    logits: Tensor  # float32 or float64 [n, C]
+    features: Tensor  # the head's input h, of the same dtype [n, D]; with D = 0 the gradients are those of the logits
+    y: Tensor  # int64 [n], in 0 … C−1
 
     def __post_init__(self):
-        _check_shapes(self.logits, self.features, self.y)
-        in_range = (self.y >= 0) & (self.y < self.num_classes)
-        _check_samples("label out of range", in_range)
-        _check_samples("NaN or infinite logits", _all_finite(self.logits))
-        _check_samples("NaN or infinite features", _all_finite(self.features))
+        logits, features, y = self.logits, self.features, self.y
+        if (logits.dim(), features.dim(), y.dim()) != (2, 2, 1) or not len(logits) == len(features) == len(y):
+            shapes = f"logits {list(logits.shape)}, features {list(features.shape)}, y {list(y.shape)}"
+            raise UserError(f"{shapes}: expected [n, C], [n, D], [n]")
+        real = logits.dtype in (torch.float32, torch.float64)
+        if not real or features.dtype != logits.dtype or y.dtype != torch.int64:
+            dtypes = f"logits {logits.dtype}, features {features.dtype}, y {y.dtype}"
+            raise UserError(f"{dtypes}: expected float32 or float64 twice, and int64")
+        _check_samples("label out of range", (y >= 0) & (y < self.num_classes))
+        _check_samples("NaN or infinite logits", _all_finite(logits))
+        _check_samples("NaN or infinite features", _all_finite(features))
         _check_samples("features whose squares overflow", self._squares.isfinite())
 
     def __len__(self) -> int:
@@ -62,18 +63,18 @@ class HeadView:
 
     @property
     def width(self) -> int:
-        """D, which may be 0: the gradients are then those of the logits."""
+        """D."""
         return self.features.shape[1]
 
     def __getitem__(self, indices: Tensor | slice) -> "HeadView":
-        part = self._of_checked(self.logits[indices], self.features[indices], self.y[indices])
-        computed = self.__dict__.keys() & KEPT  # which need not be computed again
+        part = self._with(self.logits[indices], self.features[indices], self.y[indices])
+        computed = self.__dict__.keys() & PER_SAMPLE
         part.__dict__.update({name: self.__dict__[name][indices] for name in computed})
         return part
 
     @classmethod
-    def _of_checked(cls, logits: Tensor, features: Tensor, y: Tensor) -> "HeadView":
-        """Return a view of parts that have been checked already: another check would read all features again."""
+    def _with(cls, logits: Tensor, features: Tensor, y: Tensor) -> "HeadView":
+        """Return a view of validated parts: validating again would read all features again."""
         view = cls.__new__(cls)
         view.__dict__.update(logits=logits, features=features, y=y)
         return view
@@ -89,15 +90,10 @@ class HeadView:
 
     def double(self) -> "HeadView":
         """Return the view in float64."""
-        return HeadView(
-            logits=self.logits.double(),
-            features=self.features.double(),
-            y=self.y,
-        )
+        return HeadView(self.logits.double(), self.features.double(), self.y)
 
     @cached_property
-    def _squares(self) -> Tensor:
-        """‖h_i‖² [n]."""
+    def _squares(self) -> Tensor:  # ‖h_i‖² [n]
         return self.features.square().sum(dim=1)
 
     @cached_property
@@ -110,7 +106,7 @@ class HeadView:
         return p.scatter_(1, own, -others)
 
     def norms(self) -> Tensor:
-        """‖g_i‖ = ‖p_i − e_i‖ · sqrt(‖h_i‖² + 1), [n]."""
+        """Return ‖g_i‖ = ‖p_i − e_i‖ · sqrt(‖h_i‖² + 1), [n]."""
         return self._norms
 
     @cached_property
@@ -131,18 +127,12 @@ class HeadView:
         return squares * (1 - self.rounding)
 
     def inner(self, other: "HeadView | None" = None) -> Tensor:
-        """<g_i, g_j> = <p_i − e_i, p_j − e_j> · (<h_i, h_j> + 1), with all of ``other`` (default: itself) [n, m]."""
-        other = self if other is None else other
-        of_features, of_residuals = self._factors(other)
+        """Return <g_i, g_j> = <p_i − e_i, p_j − e_j> · (<h_i, h_j> + 1) with all of ``other``, or of itself [n, m]."""
+        of_features, of_residuals = self._factors(self if other is None else other)
         return of_features.mul_(of_residuals)
 
-    def _factors(self, other: "HeadView") -> tuple[Tensor, Tensor]:
-        """<h_i, h_j> + 1 and <p_i − e_i, p_j − e_j> [n, m]."""
-        products = self.features @ other.features.T
-        return products.add_(1), self.residual @ other.residual.T
-
     def distances(self, other: "HeadView | None" = None) -> Tensor:
-        """‖g_i − g_j‖ from norms and inner products, [n, m].
+        """Return ‖g_i − g_j‖ from norms and inner products, [n, m].
 
         Each square ‖g_i‖² − 2<g_i, g_j> + ‖g_j‖² is lowered by its rounding error, so equal gradients are at distance
         0, and so is all below about sqrt(rounding) · ‖g‖.
@@ -152,12 +142,17 @@ class HeadView:
         squares.addcmul_(*self._factors(other), value=-2)
         return squares.clamp_(min=0).sqrt_()
 
+    def _factors(self, other: "HeadView") -> tuple[Tensor, Tensor]:
+        """Return <h_i, h_j> + 1 and <p_i − e_i, p_j − e_j> [n, m]."""
+        products = self.features @ other.features.T
+        return products.add_(1), self.residual @ other.residual.T
+
     def project(self, matrix: Tensor) -> Tensor:
-        """<g_i, M> = (p_i − e_i)ᵀ M [h_i; 1] for M of shape [C, D+1], [n]."""
+        """Return <g_i, M> = (p_i − e_i)ᵀ M [h_i; 1] for M of shape [C, D+1], [n]."""
         return (self.residual * self.through(matrix)).sum(dim=1)
 
     def sum(self, weights: Tensor | None = None) -> Tensor:
-        """Σ w_i g_i, with w = 1 by default [C, D+1]."""
+        """Return Σ w_i g_i, with w = 1 by default [C, D+1]."""
         residual = self.residual
         if weights is not None:
             residual = residual * weights[:, None].to(residual)
@@ -166,47 +161,37 @@ class HeadView:
         return torch.cat([of_weight, of_bias[:, None]], dim=1)
 
     def mean(self, weights: Tensor | None = None) -> Tensor:
-        """The gradient Σ w_i g_i / n of the weighted objective [C, D+1]: not divided by Σ w_i.
-
-        Raises:
-            UserError: the view is empty.
-        """
-        if not len(self):
-            raise UserError("the mean gradient of 0 samples is not defined")
+        """Return the gradient Σ w_i g_i / n of the weighted objective [C, D+1]: not divided by Σ w_i."""
         return self.sum(weights) / len(self)
+
+    def arranged(self) -> "HeadView":
+        """Return the view with logits of few classes class by class in memory, for sums over its samples.
+
+        Values of a sample may then round differently depending on its position.
+        """
+        if self.num_classes >= SHORT:
+            return self
+        return self._with(self.logits.T.contiguous().T, self.features, self.y)
 
     def moved(self, step: Tensor) -> "HeadView":
         """Return the view after the head's [W, b] moved by ``step`` [C, D+1]: the logits change, the features stay."""
         return self.shifted(self.through(step))
 
-    def arranged(self) -> "HeadView":
-        """Return the view with logits of few classes class by class in memory, for sums over its samples.
-
-        What is computed of a sample may then round otherwise where the sample stands elsewhere.
-        """
-        if self.num_classes >= SHORT:
-            return self
-        logits = self.logits.T.contiguous().T
-        return self._of_checked(logits, self.features, self.y)
-
     def shifted(self, change: Tensor) -> "HeadView":
         """Return the view with ``change`` [n, C] added to the logits."""
         logits = self.logits + change
         _check_samples("NaN or infinite logits", _all_finite(logits))
-        return self._of_checked(logits, self.features, self.y)
+        return self._with(logits, self.features, self.y)
 
     def through(self, matrix: Tensor) -> Tensor:
-        """M [h_i; 1] of every sample [n, C]."""
-        expected = (self.num_classes, self.width + 1)
-        if matrix.shape != expected:
-            raise UserError(f"head matrix is {list(matrix.shape)}, this view needs {list(expected)}")
+        """Return M [h_i; 1] of every sample for M of shape [C, D+1], [n, C]."""
         weight = matrix[:, :-1]
         bias = matrix[:, -1:]
         by_class = weight @ self.features.T  # [C, n]: faster in this order
         return by_class.add_(bias).T
 
     def along(self, samples: "HeadView") -> Tensor:
-        """M [h_i; 1] with M = Σ_j g_j over other samples [n, C]; of few of them, without spelling M out."""
+        """Return M [h_i; 1] with M = Σ_j g_j over other samples [n, C]; if they are few, without spelling M out."""
         if len(samples) * (self.num_classes + self.width) > self.num_classes * self.width:
             return self.through(samples.sum())
         products = self.features @ samples.features.T  # <h_i, h_j> [n, m]
@@ -214,7 +199,7 @@ class HeadView:
 
 
 def over_classes(function: Callable[[Tensor, int], Tensor], logits: Tensor) -> Tensor:
-    """Return function(logits, dim=1), as softmax, of logits [n, C], in the order in which they are in memory."""
+    """Return function(logits, dim=1), such as softmax, of logits [n, C], in their order in memory."""
     by_class = logits.T.is_contiguous() and not logits.is_contiguous()
     return function(logits.T, 0).T if by_class else function(logits, 1)
 
@@ -239,22 +224,16 @@ def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Hea
     """
     if not (hasattr(model, "features") and hasattr(model, "head")):
         raise UserError(f"{type(model).__name__} is not of the form head(features(x)), as build_model's are")
+    network: Any = model
+    outputs = []
     with evaluating(model), torch.no_grad():  # not inference_mode: what a model caches must still train
-        outputs = [_forward(model, x, y) for x, y in batches]
+        for x, y in batches:
+            features = network.features(x)  # [b, D]
+            logits = network.head(features)  # [b, C]
+            outputs.append((logits.float().cpu(), features.float().cpu(), y.cpu()))
     if not outputs:
         raise UserError("no batches to compute logits and features of")
-    logits, features, labels = zip(*outputs, strict=True)
-    return HeadView(torch.cat(logits), torch.cat(features), torch.cat(labels))
-
-
-def _forward(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    features = model.features(x)  # [b, D]
-    logits = model.head(features)  # [b, C]
-    return (
-        logits.float().cpu(),
-        features.float().cpu(),
-        y.cpu(),
-    )
+    return HeadView(*map(torch.cat, zip(*outputs, strict=True)))
 
 
 @contextmanager
@@ -269,19 +248,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _check_shapes(logits: Tensor, features: Tensor, y: Tensor) -> None:
-    dimensions = (logits.dim(), features.dim(), y.dim())
-    if dimensions != (2, 2, 1) or not len(logits) == len(features) == len(y):
-        shapes = f"logits {list(logits.shape)}, features {list(features.shape)}, y {list(y.shape)}"
-        raise UserError(f"{shapes}: expected [n, C], [n, D], [n]")
-    real = logits.dtype in (torch.float32, torch.float64)
-    if not real or features.dtype != logits.dtype or y.dtype != torch.int64:
-        dtypes = f"logits {logits.dtype}, features {features.dtype}, y {y.dtype}"
-        raise UserError(f"{dtypes}: expected float32 or float64 twice, and int64")
-
-
 def _all_finite(rows: Tensor) -> Tensor:
-    """Return which rows [n, p] hold no NaN and no infinity, several times as fast as ``isfinite``."""
+    """Return for each row [n, p] whether it is free of NaN and infinity, several times as fast as ``isfinite``."""
     nothing = (rows * 0).sum(dim=1)
     return nothing == 0
 
@@ -290,5 +258,4 @@ def _check_samples(what: str, good: Tensor) -> None:
     if good.all():
         return
     bad = (~good).nonzero()[:, 0]
-    first = bad[0].item()
-    raise UserError(f"sample {first}: {what} ({len(bad)} of {len(good)} samples)")
+    raise UserError(f"sample {bad[0].item()}: {what} ({len(bad)} of {len(good)} samples)")

@@ -1,4 +1,4 @@
-"""Coresets in a loop of the user's own: a loader that selects, and selects anew, by itself."""
+"""Coresets in a loop of one's own: a loader that selects by itself, and again whenever a selection is due."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -14,34 +14,56 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect
 from raypkg.data.coreset import Coreset
+from raypkg.models.classifier import Tapped
 
-from .batch_forms import TappedByForm, inputs_and_labels, on_device, weighted
 from .budgets import budget_of, select
 from .gradients import HeadView, head_view
 from .record import Record, margins_of
-from .reselection import check_schedule
+from .reselection import check_schedule, idle_target
 from .rules import coreset
-from .target import idle_target
 
-KEPT = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+LOADING = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
 LEAST_SCORED = 256  # samples of one forward pass: small batches of the loader would make scoring slow
+LABELS = "labels"  # in a batch that is a mapping, as those of Hugging Face are
+WEIGHTS = "weights"
+INDICES = "indices"
+
+
+class TappedByForm(Tapped):
+    """A module as ``head(features(x))``; x is a tensor, or a mapping of keyword arguments."""
+
+    def features(self, x: Any) -> Tensor:
+        """Return the input of the head [b, D]."""
+        if isinstance(x, Mapping):
+            return Tapped(_ByKeywords(self.module)).features(x)  # type: ignore[arg-type]  # which it passes on
+        return super().features(x)
+
+
+class _ByKeywords(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Mapping[str, Any]) -> Any:
+        output = self.module(**x)
+        return getattr(output, "logits", output)  # models of Hugging Face return them among other things
 
 
 class CoresetLoader:
-    """Yields (x, y, w) from a coreset of a ``DataLoader``'s data, selected by the model at the epochs where it is due.
+    """Yields (x, y, w) from a coreset of a ``DataLoader``'s data, selected by the model in the epochs where it is due.
 
     Minimise mean(w · loss). Each pass over the loader is an epoch: every sample of the coreset once, in an order drawn
     from the seed, in ⌈k / batch_size⌉ batches as even as possible. Selection sees the samples as the data set returns
     them, random augmentation included; with ``scored`` it sees those instead.
 
     It takes the place of a ``DataLoader`` in one process: in Hugging Face's ``Trainer`` and in Lightning as well, as
-    coresets/README.md shows. They ask for the length of an epoch once, so all epochs should have that of the first.
+    coresets/README.md shows. They request the length of an epoch once, so all epochs should have that of the first.
 
     Args:
         loader: over all of a data set that returns pairs (x, y) by index, y an integer; its batch size, collation and
-            workers are kept. A batch may also be a mapping with "labels", which is yielded with "weights" and, for
+            workers are used. A batch may also be a mapping with "labels", which is yielded with "weights" and, for
             ``record``, "indices"; the model takes the others by keywords.
-        model: ends in an ``nn.Linear``; its parameters of the moment select, in evaluation mode.
+        model: ends in an ``nn.Linear``; it selects in evaluation mode, with its parameters of the moment.
         rule: one of `effray methods`, or ``package.module:function``.
         fraction: share of the samples in a coreset; 1 for a rule that sizes it itself, such as infobatch.
         epochs: of the whole training.
@@ -53,11 +75,11 @@ class CoresetLoader:
         target: samples to select for, of the same form, such as a few clean ones; None = the loader's own. A class of
             which it has none is its own target.
         options: the rule's own.
-        former: names that arguments once had; the error tells those they have now.
+        former: former names of arguments, refused with the present ones.
 
     Raises:
-        UserError: unknown rule or option, a value out of range, a loader that leaves samples out or cannot be
-            indexed, a target of a rule that has none, a model without a linear head.
+        UserError: unknown rule or option, a value out of range, a loader that omits samples or cannot be indexed, a
+            target of a rule that has none, a model without a linear head.
 
     >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     >>> samples = torch.utils.data.TensorDataset(x, torch.arange(100) % 2)
@@ -83,7 +105,10 @@ class CoresetLoader:
         options: Mapping[str, Any] | None = None,
         **former: Never,
     ):
-        _check_former(former)
+        for name in former:
+            if now := current_name(Reselect, name):
+                raise UserError(f"CoresetLoader's {name} is now called {now}")
+            raise TypeError(f"CoresetLoader got an unexpected keyword argument {name!r}")
         chosen = {
             "rule": rule,
             "fraction": fraction,
@@ -94,7 +119,14 @@ class CoresetLoader:
         }
         self.settings: Reselect = validate(Reselect, chosen)
         check_schedule(self.settings, epochs)
-        _check_loader(loader)
+        if not isinstance(loader, DataLoader) or not loader.batch_size:
+            raise UserError(f"CoresetLoader takes a DataLoader with a batch_size, not {type(loader).__name__}")
+        if loader.drop_last or type(loader.sampler) not in (RandomSampler, SequentialSampler):
+            sampler = type(loader.sampler).__name__
+            raise UserError(
+                f"a DataLoader with {sampler} and drop_last={loader.drop_last}: it must give every sample once;"
+                " for a part of the data set, use a Subset"
+            )
         self.loader = loader
         self.scored = loader.dataset if scored is None else scored
         self.rule = coreset[rule]
@@ -104,7 +136,7 @@ class CoresetLoader:
         self.model = TappedByForm(model) if self.rule.sees == "gradients" else None
         self.epochs = epochs
         self.seed = seed
-        self.n = len(loader.dataset)  # type: ignore[arg-type]  # _check_loader: it is indexed
+        self.n = len(loader.dataset)  # type: ignore[arg-type]  # its sampler shows that it is indexed
         self.epoch = 0
         self.coreset = Coreset.uniform(torch.arange(self.n))
         self.losses = torch.full((self.n,), torch.inf)
@@ -113,7 +145,7 @@ class CoresetLoader:
         self._latest = torch.empty(0, dtype=torch.int64)  # samples of the batch that was yielded last
 
     def __len__(self) -> int:
-        """Return the number of batches of the coming pass: at most so many where a rule sizes its coreset itself."""
+        """Return the number of batches of the coming pass, at most; a rule that sizes its coreset may need fewer."""
         size = len(self.coreset)
         if self.settings.due(self.epoch):
             size = budget_of(self.settings.fraction, self.n)
@@ -124,15 +156,18 @@ class CoresetLoader:
         if self.settings.due(self.epoch):
             self.coreset = self._select()
         self.epoch += 1
-        in_use = self.coreset  # of this pass, whatever another one selects meanwhile
+        in_use = self.coreset  # another pass may select meanwhile
         rng = generator(self.seed, "shuffle", self.epoch)
         order = torch.randperm(len(in_use), generator=rng)
         batches = order.tensor_split(self._batches_of(len(in_use)))
-        positions = [in_use.indices[batch] for batch in batches]
-        loaded = self._load(self.loader.dataset, positions)
+        loaded = self._load(self.loader.dataset, [in_use.indices[batch] for batch in batches])
         for batch, (x, y) in zip(batches, loaded, strict=True):
             self._latest = in_use.indices[batch]
-            yield weighted(x, y, in_use.weights[batch], self._latest)
+            weights = in_use.weights[batch].to(y.device)
+            if isinstance(x, Mapping):
+                yield {**x, LABELS: y, WEIGHTS: weights, INDICES: self._latest}
+            else:
+                yield x, y, weights
 
     def record(self, losses: Tensor, indices: Tensor | None = None) -> None:
         """Keep the losses of a batch, without weights: infobatch prunes by them, ccs by the margins they tell.
@@ -140,7 +175,7 @@ class CoresetLoader:
         Args:
             losses: [b].
             indices: of the batch, as it was yielded with them; None = the batch that was yielded last, which is another
-                one where batches are fetched ahead.
+                one if batches are fetched ahead.
 
         Raises:
             UserError: not one loss for each sample of the batch.
@@ -149,10 +184,10 @@ class CoresetLoader:
         if losses.shape != indices.shape:
             shape = list(losses.shape)
             raise UserError(f"losses {shape} of a batch of {len(indices)}: use reduction='none'")
-        kept = losses.detach().float().cpu()
-        self.losses[indices] = kept
+        losses = losses.detach().float().cpu()
+        self.losses[indices] = losses
         self.times[indices] += 1
-        self.total_margin[indices] += margins_of(kept)
+        self.total_margin[indices] += margins_of(losses)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next epochs depend on, for a checkpoint between epochs."""
@@ -182,32 +217,34 @@ class CoresetLoader:
 
     def _select(self) -> Coreset:
         settings = self.settings
+        target = None
+        if self.model is None:
+            samples: HeadView | Record = self._record()
+        else:
+            samples = self._view(self.model, self.scored)
+            if len(samples) != self.n:
+                raise UserError(f"scored has {len(samples)} samples, the loader's data set {self.n}")
+            target = None if self.target is None else self._view(self.model, self.target)
         return select(
-            self._samples_view(self.model) if self.model else self._record(),
+            samples,
             budget_of(settings.fraction, self.n),
             settings.rule,
             seed=derive(self.seed, "selection", self.epoch),
             options=settings.options,
-            target=self._target_view(),
+            target=target,
             balanced=settings.balanced,
             progress=self.epoch / self.epochs,
         )
 
-    def _samples_view(self, model: TappedByForm) -> HeadView:
-        view = self._view(model, self.scored)
-        if len(view) != self.n:
-            raise UserError(f"scored has {len(view)} samples, the loader's data set {self.n}")
-        return view
-
-    def _target_view(self) -> HeadView | None:
-        if self.model is None or self.target is None:
-            return None
-        return self._view(self.model, self.target)
-
     def _view(self, model: TappedByForm, data: Dataset[Any]) -> HeadView:
         device = next(model.parameters()).device
-        batches = ((on_device(x, device), y.to(device)) for x, y in self._in_order(data))
-        return head_view(model, batches)
+
+        def on_device(x: Any) -> Any:
+            if isinstance(x, Mapping):
+                return {name: value.to(device) for name, value in x.items()}
+            return x.to(device)
+
+        return head_view(model, ((on_device(x), y.to(device)) for x, y in self._in_order(data)))
 
     def _record(self) -> Record:
         if not self.rule.sizes_itself:
@@ -224,7 +261,6 @@ class CoresetLoader:
         return torch.cat([y for _, y in self._in_order(self.scored)])
 
     def _in_order(self, data: Dataset[Any]) -> Iterator[tuple[Any, Tensor]]:
-        """Yield the samples of a data set in order."""
         positions = torch.arange(len(data))  # type: ignore[arg-type]  # it is indexed, like the loader's
         batch_size = max(LEAST_SCORED, self.loader.batch_size or 1)
         return self._load(data, list(positions.split(batch_size)))
@@ -233,31 +269,23 @@ class CoresetLoader:
         return math.ceil(size / (self.loader.batch_size or 1))
 
     def _load(self, data: Dataset[Any], batches: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
-        kept: dict[str, Any] = {name: getattr(self.loader, name) for name in KEPT}
+        """Yield inputs and labels int64 [b] of batches of positions, loaded as the user's loader does."""
+        same: dict[str, Any] = {name: getattr(self.loader, name) for name in LOADING}
         positions = [batch.tolist() for batch in batches]
-        loader = DataLoader(data, batch_sampler=positions, collate_fn=self.loader.collate_fn, **kept)
+        loader = DataLoader(data, batch_sampler=positions, collate_fn=self.loader.collate_fn, **same)
         for batch in loader:
-            yield inputs_and_labels(batch)
-
-
-def _check_former(names: Mapping[str, object]) -> None:
-    """Refuse arguments that are not there: one that has been renamed by its new name, any other as Python does."""
-    if not names:
-        return
-    name = next(iter(names))
-    now = current_name(Reselect, name)
-    if now is None:
-        raise TypeError(f"CoresetLoader got an unexpected keyword argument {name!r}")
-    raise UserError(f"CoresetLoader's {name} is now called {now}")
-
-
-def _check_loader(loader: object) -> None:
-    if not isinstance(loader, DataLoader) or not loader.batch_size:
-        raise UserError(f"CoresetLoader takes a DataLoader with a batch_size, not {type(loader).__name__}")
-    whole = type(loader.sampler) in (RandomSampler, SequentialSampler)
-    if loader.drop_last or not whole:
-        sampler = type(loader.sampler).__name__
-        raise UserError(
-            f"a DataLoader with {sampler} and drop_last={loader.drop_last}: it must give every sample once;"
-            " for a part of the data set, use a Subset"
-        )
+            if isinstance(batch, Mapping):
+                if LABELS not in batch:
+                    names = ", ".join(map(str, batch))
+                    raise UserError(f"a batch of the data set has {names}: it needs {LABELS!r} as well")
+                x: Any = {name: value for name, value in batch.items() if name != LABELS}
+                y = batch[LABELS]
+            elif isinstance(batch, tuple | list) and len(batch) == 2:
+                x, y = batch
+            else:
+                raise UserError(f"the data set must return pairs (x, y); a batch is a {type(batch).__name__}")
+            is_tensor = isinstance(y, Tensor)
+            if not is_tensor or y.dim() != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
+                given = f"{y.dtype} {list(y.shape)}" if is_tensor else type(y).__name__
+                raise UserError(f"labels must be integers from 0 up, [b]; a batch has {given}")
+            yield x, y.long()

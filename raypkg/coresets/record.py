@@ -1,11 +1,17 @@
-"""What training keeps of its samples anyway: selecting by it needs no forward pass."""
+"""The record that training keeps of its samples, by which rules select without a forward pass; and its hook."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raypkg.core.errors import UserError
+from raypkg.engine.hooks import Hook
+from raypkg.engine.run import Run, Seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,14 +21,6 @@ class Record:
     The margin of a step is the log-odds of the label, ln p_y / (1 − p_y) = z_y − ln Σ_{c≠y} exp z_c: the logit of the
     label above those of all other classes together. It follows from the loss ℓ = −ln p_y, which training has anyway.
 
-    Args:
-        y: labels, int64 [n].
-        losses: cross-entropy at the sample's latest step, float32 [n]; +inf where it was never trained on.
-        forgotten: how often a sample classified rightly was classified wrongly the next time, float32 [n]; +inf where
-            it was never classified rightly. None where hits were not recorded.
-        margins: the mean margin over the epochs that the sample was trained in (area under the margin), float32 [n];
-            +inf where it was never trained on. None where it was not recorded.
-
     Differs from the paper (arXiv:2001.10528): its margin is to the largest other logit, which is up to ln (C − 1)
     above this one; and no margin exceeds about 16, where a loss in float32 is 0.
 
@@ -30,40 +28,37 @@ class Record:
         UserError: shapes do not fit, or a number is NaN.
     """
 
-    y: Tensor
-    losses: Tensor
+    y: Tensor  # labels, int64 [n]
+    losses: Tensor  # cross-entropy at the sample's latest step, float32 [n]; +inf if it was never trained on
+    # how often a sample classified rightly was classified wrongly the next time, float32 [n]; +inf if it was never
+    # classified rightly; None if hits were not recorded
     forgotten: Tensor | None = None
+    # mean margin over the epochs that the sample was trained in (area under the margin), float32 [n]; +inf if it was
+    # never trained on; None if not recorded
     margins: Tensor | None = None
 
     def __post_init__(self):
-        self._check("losses", self.losses)
-        if self.forgotten is not None:
-            self._check("forgotten", self.forgotten)
-        if self.margins is not None:
-            self._check("margins", self.margins)
-
-    def _check(self, name: str, values: Tensor) -> None:
-        if values.shape == self.y.shape and not values.isnan().any():
-            return
-        shape = list(values.shape)
-        raise UserError(f"record of {len(self.y)} samples: {name} {shape} must be [n] without NaN")
+        for name, values in (("losses", self.losses), ("forgotten", self.forgotten), ("margins", self.margins)):
+            if values is not None and (values.shape != self.y.shape or values.isnan().any()):
+                shape = list(values.shape)
+                raise UserError(f"record of {len(self.y)} samples: {name} {shape} must be [n] without NaN")
 
     @classmethod
-    def empty(cls, y: Tensor) -> "Record":
+    def empty(cls, y: Tensor) -> Record:
         """Return the record of samples that no training has seen."""
         return cls(y, torch.full(y.shape, torch.inf))
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def __getitem__(self, indices: Tensor | slice) -> "Record":
+    def __getitem__(self, indices: Tensor | slice) -> Record:
         forgotten = None if self.forgotten is None else self.forgotten[indices]
         margins = None if self.margins is None else self.margins[indices]
         return Record(self.y[indices], self.losses[indices], forgotten, margins)
 
 
 def margins_of(losses: Tensor) -> Tensor:
-    """Return the margin ln p_y / (1 − p_y) of each loss −ln p_y, one of 0 as if it were the least above 0 in float32.
+    """Return the margin ln p_y / (1 − p_y) of each loss −ln p_y, a loss of 0 as the least above 0 in float32.
 
     >>> margins_of(torch.tensor([0.1, 2.0, 100.0]))
     tensor([   2.2522,   -1.8546, -100.0000])
@@ -71,3 +66,67 @@ def margins_of(losses: Tensor) -> Tensor:
     exact = losses.double().clamp(min=torch.finfo(torch.float32).eps)
     others = -torch.expm1(-exact)  # 1 − p_y
     return (-exact - others.log()).float()
+
+
+class Recorder(Hook):
+    """Gathers every step's losses and hits at the end of an epoch, over all workers with one all-reduce.
+
+    Args:
+        y: labels of the whole training split, int64 [n].
+    """
+
+    priority = 0
+    _parts = ("losses", "right", "learned", "forgotten", "epochs", "total_margin")  # of the record, in checkpoints
+
+    def __init__(self, y: Tensor):
+        self.y = y
+        self.losses = torch.full(y.shape, torch.inf)
+        self.right = torch.zeros(len(y), dtype=torch.bool)  # classified rightly, the latest time
+        self.learned = torch.zeros(len(y), dtype=torch.bool)  # and at any time
+        self.forgotten = torch.zeros(len(y))  # times
+        self.epochs = torch.zeros(len(y))  # in which it was trained on
+        self.total_margin = torch.zeros(len(y))  # Σ of the mean margin in each of them
+        self._steps: list[Seen] = []
+
+    @property
+    def record(self) -> Record:
+        """The record up to the last complete epoch."""
+        forgotten = self.forgotten.where(self.learned, torch.inf)
+        mean = self.total_margin / self.epochs.clamp(min=1)
+        margins = mean.where(self.epochs > 0, torch.inf)
+        return Record(self.y, self.losses, forgotten, margins)
+
+    def on_step(self, run: Run) -> None:
+        """Keep the step's tensors where they are: no transfer, no wait."""
+        self._steps.append(run.seen)
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Record an epoch: for a sample seen several times, the mean loss, and whether it was right every time."""
+        indices = torch.cat([step.indices for step in self._steps])
+        losses = torch.cat([step.losses for step in self._steps])
+        right = torch.cat([step.right for step in self._steps])
+        self._steps.clear()
+        # how often this worker saw each sample, Σ loss, times right, and Σ margin [4, n]
+        rows = torch.stack([torch.ones_like(losses), losses, right.to(losses), margins_of(losses).to(losses)])
+        own = torch.zeros(4, len(self.y)).index_add_(1, indices.cpu(), rows.float().cpu())
+        times, total_loss, times_right, total_margin = run.worker.sum(own)
+        if run.worker.world > 1:
+            run.cost.sent += own.nbytes
+
+        seen = times > 0
+        right = times_right == times
+        self.forgotten += seen & self.right & ~right
+        self.learned |= seen & right
+        self.losses = (total_loss / times.clamp(min=1)).where(seen, self.losses)
+        self.right = right.where(seen, self.right)
+        self.epochs += seen
+        self.total_margin += total_margin / times.clamp(min=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parts of the record."""
+        return {name: getattr(self, name) for name in self._parts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the parts of the record."""
+        for name in self._parts:
+            setattr(self, name, state[name].clone())

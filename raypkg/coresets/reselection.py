@@ -1,4 +1,4 @@
-"""A hook that selects the coreset anew while training goes on."""
+"""Selection during training: checks before any work, and the hook that selects a new coreset when one is due."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
-from raypkg.core.settings import Reselect, Select
+from raypkg.core.settings import TRAIN, Reselect, Select
 from raypkg.data.coreset import Coreset
 from raypkg.engine.hooks import Hook, Results, Selected
 from raypkg.engine.run import Run
 from raypkg.engine.shards import Shards
 
-from .recorder import Recorder
-from .rules import coreset
+from .record import Recorder
+from .rules import Rule, coreset
 from .sharded import LiveModel, select_coreset
-from .target import check_target, target_of
+from .target import target_of
 
 
 def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> None:
-    """Refuse, before any work, what the rule cannot do in a training of so many epochs.
+    """Refuse, before any work, a selection that cannot be done in a training of so many epochs.
 
     Args:
-        settings: which rule, and when.
+        settings: the rule, and when it selects.
         epochs: of the training.
         given: whether there is a coreset to begin with.
 
@@ -43,7 +43,7 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> N
         return
     rule = coreset[settings.rule]
     rule.options(settings.options)
-    check_target(settings)
+    _check_target(settings)
     anew_from_all = settings.fraction == 1 and settings.every_epochs == 1
     if rule.sizes_itself and not anew_from_all:
         raise UserError(
@@ -56,9 +56,27 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> N
 
 def check_selects_once(select: Select) -> None:
     """Refuse, before any work, a rule that acts only during training, and a target of one that has none."""
-    check_target(select)
+    _check_target(select)
     if coreset[select.rule].sizes_itself:
         raise UserError(f"{select.rule} acts at every epoch of a training: see `effray train --help`")
+
+
+def _check_target(settings: Select) -> None:
+    """Refuse a target, or options of one, that would do nothing."""
+    chosen = settings.target
+    if chosen is None:
+        return
+    if chosen.options and not chosen.is_data_set:
+        raise UserError(f"select.target = {chosen.name} takes no options: {min(chosen.options)} would do nothing")
+    rule = coreset[settings.rule]
+    if chosen.name != TRAIN and not rule.has_target:
+        raise idle_target(rule, f"select.target = {chosen.name}")
+
+
+def idle_target(rule: Rule, given: str) -> UserError:
+    """Return the error that a target, as it was given, would do nothing."""
+    able = [name for name, entry in coreset.entries.items() if isinstance(entry, Rule) and entry.has_target]
+    return UserError(f"{rule.name} selects for no target: {given} would do nothing; {', '.join(able)} select for one")
 
 
 class Reselection(Hook):
@@ -77,24 +95,15 @@ class Reselection(Hook):
     priority = 0
 
     def __init__(
-        self,
-        settings: Reselect,
-        shards: Shards,
-        recorder: Recorder,
-        indices: Tensor,
-        first: Coreset | None = None,
+        self, settings: Reselect, shards: Shards, recorder: Recorder, indices: Tensor, first: Coreset | None = None
     ):
         self.settings = settings
         self.shards = shards
         self.recorder = recorder
         self.indices = indices
         self.first = first
+        self.selects = first is None or settings.every_epochs > 0
         self.scores: Tensor | None = None  # gradient norms of the indices at the latest selection [n]
-
-    @property
-    def selects(self) -> bool:
-        """Whether training selects by itself."""
-        return self.first is None or self.settings.every_epochs > 0
 
     def on_start(self, run: Run) -> None:
         """Refuse a target that does not suit the samples."""
@@ -103,38 +112,34 @@ class Reselection(Hook):
             target.check(run.split)
 
     def on_epoch(self, run: Run) -> None:
-        """Select where it is due."""
+        """Select if it is due."""
         if run.epoch < self.settings.warm_epochs:
             run.coreset = Coreset.uniform(self.indices)
         elif run.epoch == self.settings.warm_epochs and self.first is not None:
             run.coreset = self.first
         elif self.settings.due(run.epoch):
-            run.coreset = self._select(run)
-
-    def _select(self, run: Run) -> Coreset:
-        with run.bill("select") as cost, torch.no_grad():
-            run.worker.share(run.model.buffers())
-            selection = select_coreset(
-                self.shards,
-                LiveModel(run.model, run.settings.precision),
-                self.settings,
-                self.recorder.record,
-                self.indices,
-                seed=derive(run.seed, "selection", run.epoch),
-                progress=run.epoch / run.settings.epochs,
-            )
-        if run.worker.rank == 0:
-            cost.forward += selection.cost.forward
-        self.scores = selection.scores
-        return selection.coreset
+            with run.bill("select") as cost, torch.no_grad():
+                run.worker.share(run.model.buffers())
+                selection = select_coreset(
+                    self.shards,
+                    LiveModel(run.model, run.settings.precision),
+                    self.settings,
+                    self.recorder.record,
+                    self.indices,
+                    seed=derive(run.seed, "selection", run.epoch),
+                    progress=run.epoch / run.settings.epochs,
+                )
+            if run.worker.rank == 0:
+                cost.forward += selection.cost.forward
+            self.scores = selection.scores
+            run.coreset = selection.coreset
 
     def results(self, run: Run) -> Results:
-        """Return the coreset in use and what the latest selection saw, where training selected one by itself."""
+        """Return the coreset in use and the scores of the latest selection, if training selected one by itself."""
         if not self.selects:
             return Results()
         origin = {"epochs": run.settings.epochs, **self.settings.model_dump()}
-        selected = Selected(run.coreset, origin, self.indices, self.scores)
-        return Results(selected=selected)
+        return Results(selected=Selected(run.coreset, origin, self.indices, self.scores))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores; the coreset is the run's own."""

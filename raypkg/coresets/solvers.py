@@ -1,13 +1,18 @@
-"""Selection by scores, the largest or a draw, and by optimisation: matching pursuit with non-negative weights."""
+"""Selection by scores, and orthogonal matching pursuit with non-negative weights over last-layer gradients.
+
+The pursuit never asks for more than inner products of gradients, which the view gives in factored form.
+"""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from .gradients import HeadView
+
 AT_ONCE = 16  # values computed together, or more: a product of fewer rows takes nearly as long
+AHEAD = 32  # inner products computed at once: one product reads the view once for all of them
 GROWTH = 64  # rows by which the room for a factor grows
 CERTAIN = 1e-9  # a probability this near to 1 is 1
 DEPENDENT = 1e-12  # a pivot below this share of its diagonal is rounding: the atom lies in the span of the chosen ones
@@ -26,15 +31,10 @@ def largest(scores: Tensor, k: int) -> Tensor:
 def largest_bounded(
     bounds: Tensor, values: Callable[[Tensor], Tensor], k: int, *, at_most: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the positions of the k largest values, in the order of ``largest``, and the values, computing few others.
+    """Return positions and values of the k largest values, in the order of ``largest``, computing few others.
 
-    Values are computed from the largest bound on, until k of them exceed every bound that is left.
-
-    Args:
-        bounds: no value exceeds its own [n].
-        values: the values of positions, int64 [b].
-        k: 1 … n.
-        at_most: how many values to compute; return None if they do not suffice.
+    ``values`` maps positions [b] to values, none above its bound [n]. They are computed from the largest bound on,
+    until k of them exceed every bound that is left. None if ``at_most`` values do not suffice.
 
     >>> x = torch.tensor([1.0, 3.0, 3.0, 2.0])
     >>> largest_bounded(x + 1.5, lambda some: x[some], 2, at_most=4)
@@ -58,21 +58,13 @@ def largest_bounded(
 
 
 def draw_in_proportion(scores: Tensor, k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw k positions without replacement, each with a probability in proportion to its score, but at most 1.
+    """Draw k positions without replacement, each with a probability in proportion to its score s ≥ 0, but at most 1.
 
         π_i = min(1, c · s_i),  Σ π_i = k
 
     Systematic sampling: the π_i stand end to end in a random order, and every whole number past a random start picks
-    one. Where fewer than k scores are above 0, all of those are drawn, and as many of the others as are missing, with
-    equal probabilities.
-
-    Args:
-        scores: s ≥ 0, finite [n].
-        k: 1 … n.
-        rng: draws.
-
-    Returns:
-        The positions, ascending, int64 [k], and their π, float64 [k].
+    one. If fewer than k scores are above 0, all of those are drawn, and the missing ones from the others with equal
+    probabilities. Returns the positions, ascending, int64 [k], and their π, float64 [k].
 
     >>> draw_in_proportion(torch.tensor([0.0, 9.0, 1.0]), 2, torch.Generator().manual_seed(0))[0]
     tensor([1, 2])
@@ -92,42 +84,109 @@ def draw_in_proportion(scores: Tensor, k: int, rng: torch.Generator) -> tuple[Te
 
 
 def _probabilities(scores: Tensor, k: int) -> Tensor:
-    """Return π [n]: in proportion to the scores as far as none exceeds 1."""
+    """Return π [n], in proportion to the scores as long as none exceeds 1."""
     positive = scores > 0
     if positive.sum() < k:
         others = ~positive
         missing = k - positive.sum()
         return torch.where(positive, 1.0, missing.double() / others.sum())
-    probabilities = torch.zeros_like(scores)
-    open_ = positive  # whose share is below 1 as far as is known
+    below = positive  # scores whose π may be below 1
     while True:
-        left = k - (positive & ~open_).sum()
-        share = scores * (left / scores[open_].sum())
-        probabilities = torch.where(open_, share, positive.double())
-        full = open_ & (probabilities >= 1 - CERTAIN)
+        left = k - (positive & ~below).sum()
+        share = scores * (left / scores[below].sum())
+        probabilities = torch.where(below, share, positive.double())
+        full = below & (probabilities >= 1 - CERTAIN)
         if not full.any():
             return probabilities
-        open_ = open_ & ~full
+        below = below & ~full
+
+
+def matching_pursuit(atoms: "BatchAtoms", energy: Tensor, k: int, *, lam: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Orthogonal matching pursuit with non-negative weights, from inner products alone.
+
+    Minimise E(v) = ‖Σ_i v_i g_i − t‖² + λ‖v‖² over v ≥ 0 with at most k non-zeros. Each step adds the atom that
+    correlates most with the residual, <g_j, t − Σ v_i g_i>, and solves for the weights of all chosen atoms; if some
+    would turn negative, it walks towards the solution, drops the first atom to reach zero, and solves again
+    (Lawson and Hanson's rule), so a place becomes free. It stops early when E ≤ ε‖t‖², when no correlation exceeds
+    ε times the first, or when rounding keeps E from falling. One correlation and O(k²) a step, and k² numbers.
+
+    Args:
+        atoms: the vectors and the target t, none chosen yet.
+        energy: ‖t‖², a float64 scalar tensor.
+        k: the largest number of atoms.
+        lam: λ ≥ 0.
+        eps: ε > 0.
+
+    Returns:
+        The atoms, int64 [m] with m ≤ k in the order of their choice, and their weights v > 0, float64 [m].
+    """
+    factor = Cholesky(energy)
+    free = torch.ones(len(atoms), dtype=torch.bool)  # atoms that may still be chosen [n]
+    chosen = torch.empty(0, dtype=torch.int64)  # S [m]
+    weights = energy.new_empty(0)  # v [m]
+    target = energy.new_empty(0)  # <g_i, t> of each i ∈ S [m]
+    error = energy  # E of this step; with v = 0, ‖t‖²
+    last = energy + torch.inf  # E of the step before
+    correlation = atoms.correlation(weights)  # [n]
+    floor = eps * correlation.max().clamp(min=0)
+    enough = eps * energy
+    while len(chosen) < k and enough < error < last:
+        best, j = correlation.where(free, -torch.inf).max(dim=0)
+        if best <= floor:
+            break
+        free[j] = False
+        inner, aim = atoms.append(int(j))
+        if not factor.append(inner[:-1], inner[-1] + lam):
+            atoms.keep(torch.arange(len(chosen)))  # it adds nothing to S: passed over for good
+            continue
+        chosen = torch.cat([chosen, j[None]])
+        target = torch.cat([target, aim[None]])
+        stay, weights = _solve_nonnegative(factor, target, weights)
+        if len(stay) < len(chosen):
+            atoms.keep(stay)
+            free[chosen] = True  # dropped atoms may come again
+            chosen = chosen[stay]
+            target = target[stay]
+            free[chosen] = False
+        last = error
+        error = energy - target @ weights  # E at the minimum over S, where (G Gᵀ + λI) v = G t
+        correlation = atoms.correlation(weights)
+    return chosen, weights
+
+
+def _solve_nonnegative(factor: "Cholesky", right: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows with a positive weight and their weights, starting from ``weights`` and 0 for the last row."""
+    stay = torch.arange(len(right))
+    weights = torch.cat([weights, weights.new_zeros(1)])
+    solution = factor.solve(right)
+    while not (solution > 0).all():
+        # how far each weight may go towards the solution until it is zero; one that begins there, 0/0, may not go
+        share = weights / (weights - solution)
+        share = share.nan_to_num(0.0)
+        share = share.where(solution <= 0, torch.inf)
+        first = int(share.argmin())
+        weights = weights + share[first] * (solution - weights)
+        factor.remove(first)
+        rest = torch.arange(len(stay)) != first
+        stay = stay[rest]
+        weights = weights[rest]
+        solution = factor.solve(right[stay])
+    return stay, solution
 
 
 class Cholesky:
-    """The lower factor L of a symmetric positive definite matrix that gains and loses rows, O(m²) each.
-
-    Args:
-        like: gives the dtype.
-    """
+    """The lower factor L of a symmetric positive definite matrix that gains and loses rows, O(m²) each."""
 
     def __init__(self, like: Tensor):
         # L in the upper left corner, an identity below it: the system that is solved is the whole store, which is
         # contiguous, where a slice [m, m] of it would be copied at every step. The identity rows meet zeros.
         self._store = like.new_zeros(0, 0)
-        self._size = 0
+        self._size = 0  # m
 
     @property
     def lower(self) -> Tensor:
         """L, of shape [m, m]."""
-        m = self._size
-        return self._store[:m, :m]
+        return self._store[: self._size, : self._size]
 
     def append(self, row: Tensor, diagonal: Tensor) -> bool:
         """Border the matrix with ``row`` [m] and ``diagonal``; return False, unchanged, if it would turn singular."""
@@ -137,7 +196,7 @@ class Cholesky:
         if pivot <= DEPENDENT * diagonal:
             return False
         if m == len(self._store):
-            self._enlarge(row)
+            self._store = torch.block_diag(self._store, torch.eye(GROWTH).to(row))
         self._store[m, :m] = bordering
         self._store[m, m] = pivot.sqrt()
         self._size = m + 1
@@ -164,9 +223,7 @@ class Cholesky:
         scaled = block * p  # column l is p_l T_l
         total = scaled.sum(dim=1, keepdim=True)
         after = total - scaled.cumsum(dim=1)  # column j is Σ_{l>j} p_l T_l
-        stretch = (s / before).sqrt()
-        mixing = p / (s * before).sqrt()
-        updated = block * stretch + after * mixing
+        updated = block * (s / before).sqrt() + after * (p / (s * before).sqrt())
 
         lower[i:last, :i] = left
         lower[i:last, i:last] = updated.tril()  # above the diagonal stands rounding
@@ -187,102 +244,135 @@ class Cholesky:
 
     def _padded(self, right: Tensor) -> Tensor:
         room = len(self._store) - self._size
-        column = torch.cat([right, right.new_zeros(room)])
-        return column[:, None]
-
-    def _enlarge(self, like: Tensor) -> None:
-        identity = torch.eye(GROWTH).to(like)
-        self._store = torch.block_diag(self._store, identity)
+        return torch.cat([right, right.new_zeros(room)])[:, None]
 
 
-class Atoms(Protocol):
-    """Vectors g_1 … g_n and a target t, seen through inner products; S are the vectors chosen so far, in order."""
+class BatchAtoms:
+    """The mean gradients ḡ_B of disjoint batches of samples as atoms for a target t; S are the batches chosen so far.
 
-    def __len__(self) -> int:
-        """Return n."""
-
-    def correlation(self, weights: Tensor) -> Tensor:
-        """<g_j, t − Σ_{i∈S} v_i g_i> of every j [n], in any precision; v is ``weights`` [m]."""
-
-    def append(self, j: int) -> tuple[Tensor, Tensor]:
-        """Choose g_j; return <g_i, g_j> for all i ∈ S, j itself last [m], and <g_j, t>, in float64."""
-
-    def keep(self, places: Tensor) -> None:
-        """Drop all of S but what stands at ``places``, ascending [m]."""
-
-
-def matching_pursuit(atoms: Atoms, energy: Tensor, k: int, *, lam: float, eps: float) -> tuple[Tensor, Tensor]:
-    """Orthogonal matching pursuit with non-negative weights, from inner products alone.
-
-    Minimise E(v) = ‖Σ_i v_i g_i − t‖² + λ‖v‖² over v ≥ 0 with at most k non-zeros. Each step adds the atom that
-    correlates most with the residual, <g_j, t − Σ v_i g_i>, and solves for the weights of all chosen atoms; if some
-    would turn negative, it walks towards the solution, drops the first atom to reach zero, and solves again
-    (Lawson and Hanson's rule), so a place becomes free. It stops early when E ≤ ε‖t‖², when no correlation exceeds
-    ε times the first, or when rounding keeps E from falling. One correlation and O(k²) a step, and k² numbers.
+    With M = t − Σ_{B∈S} v_B ḡ_B, <ḡ_B, M> is the mean of <g_i, M> over the batch, so no gradient but M is ever spelt
+    out: n·C·D steps. The samples of S are kept in float64, in rows of their own; all others only in the view.
 
     Args:
-        atoms: the vectors and the target, none chosen yet.
-        energy: ‖t‖², a float64 scalar tensor.
-        k: the largest number of atoms.
-        lam: λ ≥ 0.
-        eps: ε > 0.
-
-    Returns:
-        The atoms, int64 [m] with m ≤ k in the order of their choice, and their weights v > 0, float64 [m].
+        view: the samples.
+        batch: the batch of each sample, all numbers from 0 up, int64 [n]; a single sample is a batch too.
+        target: t, float64 [C, D+1].
+        capacity: the largest number of samples in S.
     """
-    factor = Cholesky(energy)
-    free = torch.ones(len(atoms), dtype=torch.bool)  # whether an atom may still be chosen [n]
-    chosen = torch.empty(0, dtype=torch.int64)  # S [m]
-    weights = energy.new_empty(0)  # v [m]
-    target = energy.new_empty(0)  # <g_i, t> of each i ∈ S [m]
-    error = energy  # E of this step; with v = 0, ‖t‖²
-    last = energy + torch.inf  # E of the step before
-    correlation = atoms.correlation(weights)  # [n]
-    first = correlation.max()
-    floor = eps * first.clamp(min=0)
-    enough = eps * energy
-    while len(chosen) < k and enough < error < last:
-        eligible = correlation.where(free, -torch.inf)
-        best, j = eligible.max(dim=0)
-        if best <= floor:
-            break
-        free[j] = False
-        inner, aim = atoms.append(int(j))
-        diagonal = inner[-1] + lam
-        if not factor.append(inner[:-1], diagonal):
-            atoms.keep(torch.arange(len(chosen)))  # it adds nothing to S: passed over for good
-            continue
-        chosen = torch.cat([chosen, j[None]])
-        target = torch.cat([target, aim[None]])
-        kept, weights = _solve_nonnegative(factor, target, weights)
-        if len(kept) < len(chosen):
-            atoms.keep(kept)
-            free[chosen] = True  # what was dropped may come again
-            chosen = chosen[kept]
-            target = target[kept]
-            free[chosen] = False
-        last = error
-        error = energy - target @ weights  # E at the minimum over S, where (G Gᵀ + λI) v = G t
-        correlation = atoms.correlation(weights)
-    return chosen, weights
+
+    def __init__(self, view: HeadView, batch: Tensor, target: Tensor, capacity: int):
+        num_classes, width = target.shape  # C, D+1
+        self.energy = target.square().sum()  # ‖t‖²
+        self._view = view
+        self._batch = batch
+        self._target = target
+        self._sizes = batch.bincount()  # |B|
+        aims = view.project(target.to(view.features))  # <g_i, t> [n]
+        self._aim = self._mean(aims)  # <ḡ_B, t> of every batch
+        self._residual = target.new_empty(capacity, num_classes)  # of S's samples: (p − e_y) / |B| [·, C]
+        self._features = target.new_empty(capacity, width)  # and [h; 1] [·, D+1]
+        self._places = batch.new_empty(0)  # and the place in S of each row's batch [·]
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def correlation(self, weights: Tensor) -> Tensor:
+        """Return <ḡ_B, M> of every batch, given v."""
+        residual, features = self._chosen
+        weighted = residual * weights[self._places, None]
+        matrix = self._target - weighted.T @ features  # M [C, D+1]
+        return self._mean(self._view.project(matrix.to(self._aim)))
+
+    def append(self, j: int) -> tuple[Tensor, Tensor]:
+        """Choose ḡ_j; return its inner products with S, itself last, and with t, in float64."""
+        members = (self._batch == j).nonzero()[:, 0]
+        old = len(self._places)
+        place = int(self._places[-1]) + 1 if old else 0
+        rows = slice(old, old + len(members))
+        self._residual[rows] = self._view.residual[members].double() / len(members)
+        self._features[rows, :-1] = self._view.features[members].double()
+        self._features[rows, -1] = 1
+        self._places = torch.cat([self._places, torch.full_like(members, place)])
+
+        residual, features = self._chosen
+        new_residual = residual[rows]
+        new_features = features[rows]
+        inner = (residual @ new_residual.T) * (features @ new_features.T)  # of S's samples with those of B [·, |B|]
+        by_place = inner.new_zeros(place + 1)
+        by_place.index_add_(0, self._places, inner.sum(dim=1))
+        aim = new_residual * (new_features @ self._target.T)
+        return by_place, aim.sum()
+
+    def keep(self, places: Tensor) -> None:
+        """Drop all of S except the batches at ``places``, ascending."""
+        rows = torch.isin(self._places, places).nonzero()[:, 0]
+        count = len(rows)
+        self._residual[:count] = self._residual[rows]
+        self._features[:count] = self._features[rows]
+        self._places = torch.searchsorted(places, self._places[rows])  # renumbered without gaps
+
+    def ranked(self, first: Tensor) -> Tensor:
+        """Return all batches: ``first``, then the others by their correlation with t."""
+        others = self._aim.index_fill(0, first, -torch.inf)
+        rest = largest(others, len(self) - len(first))
+        return torch.cat([first, rest])
+
+    @property
+    def _chosen(self) -> tuple[Tensor, Tensor]:
+        count = len(self._places)
+        return self._residual[:count], self._features[:count]
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Return the mean over each batch of a value of each sample."""
+        sums = values.new_zeros(len(self))
+        sums.index_add_(0, self._batch, values)
+        return sums / self._sizes
 
 
-def _solve_nonnegative(factor: Cholesky, right: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows that keep a positive weight and their weights, starting from ``weights`` and 0 for the last."""
-    kept = torch.arange(len(right))
-    weights = torch.cat([weights, weights.new_zeros(1)])
-    solution = factor.solve(right)
-    while not (solution > 0).all():
-        # how far each weight may go towards the solution until it is zero; one that begins there, 0/0, may not go
-        share = weights / (weights - solution)
-        share = share.nan_to_num(0.0)
-        share = share.where(solution <= 0, torch.inf)
-        first = int(share.argmin())
-        step = solution - weights
-        weights = weights + share[first] * step
-        factor.remove(first)
-        rest = torch.arange(len(kept)) != first
-        kept = kept[rest]
-        weights = weights[rest]
-        solution = factor.solve(right[kept])
-    return kept, solution
+class SampleAtoms(BatchAtoms):
+    """Single samples as atoms, few of which will be chosen: their inner products with all others are cached.
+
+    <g_j, M> = <g_j, t> − Σ_{i∈S} v_i <g_i, g_j> takes n·|S| steps. The inner products of a sample are n·(C + D) steps,
+    bound by reading the view; those of the ``AHEAD`` samples that correlate most, likely the next choices, are computed
+    together.
+    """
+
+    def __init__(self, view: HeadView, batch: Tensor, target: Tensor, capacity: int):
+        super().__init__(view, batch, target, capacity)
+        self._latest = self._aim  # correlation
+        self._samples = batch.new_empty(0)  # S
+        self._gram = self._aim.new_empty(capacity + AHEAD, len(view))  # row i: <g_i, g_j> of one sample with every j
+        self._filled = 0  # rows in use
+        self._row = torch.full_like(batch, -1)  # the row of each sample, −1 without one [n]
+
+    def correlation(self, weights: Tensor) -> Tensor:
+        """Return <g_j, M> of every sample, given v."""
+        by_row = self._aim.new_zeros(self._filled)  # 0 in the rows of samples that are not in S
+        by_row[self._row[self._samples]] = weights.to(by_row)
+        self._latest = self._aim - by_row @ self._gram[: self._filled]
+        return self._latest
+
+    def append(self, j: int) -> tuple[Tensor, Tensor]:
+        """Choose g_j; return its inner products with S, itself last, and with t."""
+        if self._row[j] < 0:
+            if self._filled + AHEAD > len(self._gram):  # no room: keep S, whose rows are needed, and drop the guesses
+                self._fill(0, self._samples, self._gram[self._row[self._samples]])
+            likely = self._latest.where(self._row < 0, -torch.inf)
+            likely[j] = torch.inf
+            samples = likely.topk(min(AHEAD, len(likely))).indices
+            self._fill(self._filled, samples, self._view[samples].inner(self._view))
+        self._samples = torch.cat([self._samples, torch.tensor([j])])
+        return super().append(j)
+
+    def keep(self, places: Tensor) -> None:
+        """Drop all of S except the samples at ``places``, ascending."""
+        super().keep(places)
+        self._samples = self._samples[places]
+
+    def _fill(self, start: int, samples: Tensor, gram: Tensor) -> None:
+        """Replace all rows from ``start`` on."""
+        end = start + len(samples)
+        self._row[self._row >= start] = -1
+        self._row[samples] = torch.arange(start, end)
+        self._gram[start:end] = gram
+        self._filled = end

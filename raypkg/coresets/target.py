@@ -1,7 +1,7 @@
-"""What a selection is for: the samples it selects from, those held out, or the training split of another data set.
+"""Samples that a selection is for: those it selects from, held-out ones, or the training split of another data set.
 
-Projected gradients of adapters, as LESS (arXiv:2402.04333) takes them, are not computed: a target is seen by the last
-layer, like everything else here.
+Projected gradients of adapters, as in LESS (arXiv:2402.04333), are not computed: like everything else here, a target is
+seen by the last layer.
 """
 
 from collections.abc import Mapping
@@ -19,29 +19,22 @@ from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split, aligned
 from raypkg.engine.shards import Shard
 
-from .rules import Rule, coreset
+from .rules import coreset
 
 
 @dataclass(frozen=True)
 class TargetSamples:
-    """Samples to select for that are not those to select from; opened on first use, so cheap to send.
+    """Samples to select for that are not those to select from; opened on first use, so cheap to send."""
 
-    Attributes:
-        name: "valid", or of a data set.
-        options: of the data set.
-        required: whether they were asked for; otherwise a class without any is its own target.
-    """
-
-    name: str
-    options: Mapping[str, Any]
-    required: bool
+    name: str  # "valid", or of a data set
+    options: Mapping[str, Any]  # of the data set
+    required: bool  # given by the user; otherwise a class without any is its own target
 
     def reached_by(self, shard: Shard) -> Shard:
         """Return the samples that a holder reaches: the held-out ones of its classes, or a whole data set."""
         nothing = shard.indices[:0]
         if self.name == VALID:
-            here = Data(shard.train, shard.data.test)  # the holder's own samples, which it has at hand
-            return Shard(here, shard.valid, nothing, shard.device)
+            return Shard(Data(shard.train, shard.data.test), shard.valid, nothing, shard.device)
         split = self.split_like(shard.data.train)
         return Shard(Data(split, split), torch.arange(len(split)), nothing, shard.device)
 
@@ -63,14 +56,9 @@ class TargetSamples:
         return aligned(self._opened, train, str(self))
 
     def check(self, train: Split, held_out: Tensor | None = None) -> None:
-        """Refuse, before any work, samples that are not there or do not suit the training samples.
+        """Refuse, before any work, samples that are missing or do not suit the training split.
 
-        Args:
-            train: the split of the training samples.
-            held_out: positions in it, where they are known.
-
-        Raises:
-            UserError: what is wrong.
+        Without ``held_out``, positions in it, whether any are held out is not checked.
         """
         if self.name != VALID:
             self.split_like(train)
@@ -94,7 +82,7 @@ class TargetSamples:
 
 
 def target_of(settings: Select) -> TargetSamples | None:
-    """Return the samples that a selection is for; None where they are those to select from."""
+    """Return the samples that a selection is for; None = those to select from."""
     chosen = settings.target
     if chosen is None:
         by_default = "valid" in coreset[settings.rule].declares
@@ -102,25 +90,3 @@ def target_of(settings: Select) -> TargetSamples | None:
     if chosen.name == TRAIN:
         return None
     return TargetSamples(chosen.name, chosen.options, required=True)
-
-
-def check_target(settings: Select) -> None:
-    """Refuse a target of a rule that selects for none, and options of one that has none.
-
-    Raises:
-        UserError: what would do nothing.
-    """
-    chosen = settings.target
-    if chosen is None:
-        return
-    if chosen.options and not chosen.is_data_set:
-        raise UserError(f"select.target = {chosen.name} takes no options: {min(chosen.options)} would do nothing")
-    rule = coreset[settings.rule]
-    if chosen.name != TRAIN and not rule.has_target:
-        raise idle_target(rule, f"select.target = {chosen.name}")
-
-
-def idle_target(rule: Rule, given: str) -> UserError:
-    """Return the error that a target, as it was given, would do nothing."""
-    able = [name for name, entry in coreset.entries.items() if isinstance(entry, Rule) and entry.has_target]
-    return UserError(f"{rule.name} selects for no target: {given} would do nothing; {', '.join(able)} select for one")

@@ -15,7 +15,7 @@ from raypkg.core.config import Named
 from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import Experiment, Reselect, Train, Training
 from raypkg.coresets.budgets import budget_of
-from raypkg.coresets.recorder import Recorder
+from raypkg.coresets.record import Recorder
 from raypkg.coresets.reselection import Reselection, check_schedule
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import at_hand

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Training
-from raypkg.coresets.recorder import Recorder
+from raypkg.coresets.record import Recorder
 from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data, load_data
 from raypkg.data.augment import compose

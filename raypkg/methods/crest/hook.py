@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from raypkg.core.seeds import generator
-from raypkg.coresets.recorder import Recorder
+from raypkg.coresets.record import Recorder
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batch, Epoch, ahead, dtype_of, training_batch

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raypkg.core.seeds import generator
-from raypkg.coresets.distances import Distances
-from raypkg.coresets.facility import cluster_shares, facility_location
+from raypkg.coresets.facility import Distances, cluster_shares, facility_location
 from raypkg.coresets.gradients import HeadView
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset

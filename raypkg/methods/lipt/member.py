@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive, generator, seeded
-from raypkg.coresets.recorder import Recorder
+from raypkg.coresets.record import Recorder
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split, at_hand

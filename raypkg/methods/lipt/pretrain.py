@@ -31,7 +31,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator, seeded
-from raypkg.coresets.recorder import Recorder
+from raypkg.coresets.record import Recorder
 from raypkg.data.partition import stratified_shards
 from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of, plain_batches

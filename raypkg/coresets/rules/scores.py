@@ -1,0 +1,134 @@
+"""Rules that judge each sample by itself: by its gradient, its prediction, its history in training, or not at all."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch.special import entr
+
+from raypkg.core.errors import UserError
+from raypkg.coresets.gradients import HeadView
+from raypkg.coresets.record import Record
+from raypkg.coresets.solvers import draw_in_proportion, largest
+from raypkg.data.coreset import Coreset
+
+from . import coreset
+
+
+@coreset("random", sees="record")
+def random(samples: HeadView | Record, budget: int, *, rng: torch.Generator) -> Coreset:
+    """Draw samples uniformly without replacement, fixed or, stronger, redrawn (``select.every_epochs = 1``).
+
+    The redrawn baseline sees more different samples at the same cost: a rule has to beat both.
+    """
+    order = torch.randperm(len(samples), generator=rng)
+    return Coreset.uniform(order[:budget])
+
+
+@coreset("el2n", source="arXiv:2107.07075")
+def el2n(view: HeadView, budget: int) -> Coreset:
+    """Keep the largest error norms ‖p − e_y‖.
+
+    Differs from the paper: the scores come from the one model of the view, not from several short runs.
+    """
+    errors = view.residual.norm(dim=1)
+    return Coreset.uniform(largest(errors, budget))
+
+
+@coreset("grand", source="arXiv:2107.07075")
+def grand(
+    view: HeadView, budget: int, *, rng: torch.Generator, pick: Literal["largest", "drawn"] = "largest"
+) -> Coreset:
+    """Keep the largest last-layer gradient norms ‖p − e_y‖ · sqrt(‖h‖² + 1), or draw in proportion to them.
+
+    With pick="largest" as published. With "drawn", as LiPT's released code seems to do, sample i is kept with
+    probability π_i = min(1, c ‖g_i‖), Σ π_i = k, and weighs k / (n π_i): mean(w · loss) is then the mean loss of all
+    samples in expectation. Without ``select.weighted`` every weight is 1.
+
+    Differs from the paper: the gradient is that of the last layer, and of one model instead of several short runs.
+    """
+    norms = view.norms()
+    if pick == "largest":
+        return Coreset.uniform(largest(norms, budget))
+    indices, probabilities = draw_in_proportion(norms, budget, rng)
+    weights = budget / (len(view) * probabilities)
+    return Coreset(indices, weights.float())
+
+
+@coreset("uncertainty", source="arXiv:1906.11829")
+def uncertainty(
+    view: HeadView, budget: int, *, measure: Literal["margin", "entropy", "confidence"] = "margin"
+) -> Coreset:
+    """Keep the samples with the most uncertain predictions, whatever their labels.
+
+    With the probabilities in descending order, p_1 ≥ p_2 ≥ …, the largest
+
+        margin  1 − (p_1 − p_2)        entropy  −Σ_c p_c ln p_c        confidence  1 − p_1
+
+    With two classes all three measures order the samples alike.
+
+    Differs from the paper: the model of the view selects, not a smaller proxy of it.
+    """
+    p = view.logits.softmax(dim=1)
+    others = p.sort(dim=1, descending=True).values[:, 1:]  # p_2, p_3, … [n, C − 1]
+    doubt = others.sum(dim=1)  # 1 − p_1, with the digits that a p_1 near 1 has lost
+    if measure == "confidence":
+        scores = doubt
+    elif measure == "margin":
+        scores = doubt + others[:, :1].sum(dim=1)
+    else:
+        log_first = (-doubt).log1p()  # ln p_1
+        scores = entr(others).sum(dim=1) - (1 - doubt) * log_first
+    return Coreset.uniform(largest(scores, budget))
+
+
+@coreset("forgetting", source="arXiv:1812.05159", sees="record")
+def forgetting(record: Record, budget: int, *, rng: torch.Generator) -> Coreset:
+    """Keep the samples that were forgotten most often, those never classified rightly first; ties are drawn at random.
+
+    A sample is forgotten when it is classified rightly at one step and wrongly at its next. Samples that were not
+    trained on come last.
+
+    Raises:
+        UserError: no hits were recorded, or no sample has been trained on.
+    """
+    trained = record.losses.isfinite()
+    if record.forgotten is None or not trained.any():
+        raise UserError("forgetting needs the record of a training that saw these samples: there is none")
+    scores = record.forgotten.where(trained, -1)
+    order = torch.randperm(len(record), generator=rng)  # ``largest`` orders equal scores by position
+    picked = largest(scores[order], budget)
+    return Coreset.uniform(order[picked])
+
+
+@coreset("infobatch", source="arXiv:2303.04947", sees="record", sizes_itself=True)
+def infobatch(
+    record: Record,
+    *,
+    rng: torch.Generator,
+    progress: float = 0.0,
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+    until: Annotated[float, Field(ge=0, le=1)] = 0.875,
+) -> Coreset:
+    """Drop each sample whose loss is below the mean with probability r, and weigh those that stay by 1 / (1 − r).
+
+    Σ w_i ∇ℓ_i over the coreset is then Σ ∇ℓ_i over all samples in expectation. A sample without a loss stays. Meant to
+    act at every epoch.
+
+    Args:
+        record: losses of each sample's latest step.
+        rng: of this epoch.
+        progress: share of the training that is done.
+        ratio: r.
+        until: progress δ from which all samples stay, so that training ends on the unpruned data.
+    """
+    everyone = torch.arange(len(record))
+    known = record.losses.isfinite()
+    if progress >= until or not known.any():
+        return Coreset.uniform(everyone)
+    mean = record.losses[known].double().mean()
+    learned = record.losses < mean  # [n]
+    lucky = torch.rand(len(record), generator=rng) >= ratio
+    stays = ~learned | lucky
+    weights = torch.where(learned, 1 / (1 - ratio), 1.0)
+    return Coreset(everyone[stays], weights[stays])
