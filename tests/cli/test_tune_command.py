@@ -1,11 +1,17 @@
-"""`effray tune` as a user types it, up to where Ray would start: what is wrong is said in one line before that."""
+"""`effray tune` as a user types it, up to the start of Ray: every mistake is refused in one line before that."""
 
 import importlib.util
+import json
 
 import numpy as np
 import pytest
+from ray import tune
 
+from raypkg.cluster.search import Proposals, candidates, constants, draw_settings, grid, optuna
 from raypkg.core.errors import UserError
+from raypkg.methods.crest.settings import CrestSettings
+from raypkg.methods.sparse.settings import SparseSettings
+from raypkg.studies.space import Space, longest_of, trials_of
 from raypkg.studies.study import Order, Study, Trial, create_study
 
 SPACE = """
@@ -49,36 +55,23 @@ def wrong(refusal, tmp_path, monkeypatch):
     [
         ("'crest.tao': tune.uniform(0.1, 1)", "unknown setting 'crest.tao', did you mean 'crest.tau'?"),
         ("'crset.tau': 0.1", "unknown setting 'crset', did you mean 'crest'?"),
-        ("'crest.tau': tune.uniform(-1, 1)", "crest.tau = -1: input should be greater than or equal to 0"),
         ("'crest.h': tune.uniform(0, 1)", "crest.h = 0: input should be greater than 0"),
         ("'budget': tune.uniform(0.5, 2)", "budget = 2: input should be less than or equal to 1"),
-        ("'crest.b': tune.randint(0, 3)", "crest.b = 0: input should be greater than or equal to 1"),
         ("'crest.tau': 0.1, 'crest.b': tune.choice([1, 2, 2.5])", "crest.b = 2.5: input should be a valid integer"),
         ("'train.optimizer': tune.choice(['sgd', 'adam'])", "train.optimizer 'adam', did you mean 'adamw'?"),
-        ("'train.optimizer': tune.grid_search(['sdg'])", "train.optimizer 'sdg', did you mean 'sgd'?"),
         ("'model.name': tune.choice(['resnet8', 'resnt20'])", "unknown model 'resnt20', did you mean 'resnet20'?"),
         ("'cluster.workers': tune.choice([0, 2])", "cluster.workers does not alter the result and cannot be varied"),
-        ("'cluster': {'workers': 2}", "cluster does not alter the result and cannot be varied"),
         ("'crest.actors': tune.choice([0, 2])", "crest.actors does not alter the result and cannot be varied"),
         ("", "space: there is nothing to vary, only {}"),
         ("'crest.tau': 0.1", "space: there is nothing to vary, only {'crest.tau': 0.1}"),
-        ("'crest.b': tune.choice([])", "nothing can be drawn for crest.b: a cannot be empty"),
-        ("'crest.b': tune.grid_search([])", "nothing can be drawn for crest.b"),
         ("'crest.b': {'grid_search': 5}", "nothing can be drawn for crest.b"),
         ("'crest.b': tune.randint(5, 5)", "nothing can be drawn for crest.b: low >= high"),
-        ("'crest.tau': tune.uniform(2, 1)", "nothing can be drawn for crest.tau"),
         ("'crest.tau': tune.sample_from(lambda spec: spec.config.x)", "nothing can be drawn for crest.tau"),
         ("1: tune.choice([1])", "space 'mine.py': 1 is not a name"),
-        (
-            "'train.evaluate_every_epochs': tune.grid_search([0])",
-            "trial 0: metric accuracy would never be measured: train.evaluate_every_epochs = 0",
-        ),
+        ("'train.evaluate_every_epochs': tune.grid_search([0])", "trial 0: metric accuracy would never be measured"),
         ("'dataset.validation': tune.grid_search([0])", "trial 0: metric accuracy is measured on held-out samples"),
         ("'dataset.only': tune.grid_search(['/nope.parquet'])", "trial 0: there is no coreset file /nope.parquet"),
-        ("'dataset.name': tune.grid_search(['parquet:/nope'])", "trial 0: "),
         ("'crest.tau': 1 / 0", "space 'mine.py' raises ZeroDivisionError: division by zero"),
-        ("'crest.tau': tune.unifrom(0, 1)", "space 'mine.py' raises AttributeError"),
-        ("'crest.tau': {}['x']", "space 'mine.py' raises KeyError: 'x'"),
     ],
 )
 def test_a_space_is_held_against_the_settings(wrong, space, content, message):
@@ -86,14 +79,8 @@ def test_a_space_is_held_against_the_settings(wrong, space, content, message):
     assert message in wrong("crest --space mine.py")
 
 
-@pytest.mark.parametrize("metric", [3, None, ["accuracy"]])
-def test_what_a_space_aims_for_is_a_name(wrong, space, metric):
-    space("'crest.b': tune.choice([1, 2])", metric=metric)
-    assert f"space 'mine.py': {metric} is not a name" in wrong("crest --space mine.py")
-
-
 @pytest.mark.parametrize("given", ["--growth random", "--set growth.name=random"])
-def test_what_is_given_is_not_varied(wrong, space, given):
+def test_a_given_setting_is_not_varied(wrong, space, given):
     space("'growth': tune.choice(['random', 'gradient'])")
     assert "nothing is left to vary: growth are given" in wrong(f"sparse --density 0.1 --space mine.py {given}")
 
@@ -109,7 +96,7 @@ def test_what_is_given_is_not_varied(wrong, space, given):
         ("\udcff", "cannot read the space 'mine.py'"),
     ],
 )
-def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
+def test_an_invalid_space_file_is_refused(wrong, tmp_path, text, message):
     (tmp_path / "mine.py").write_bytes(text.encode(errors="surrogateescape"))
     assert message in wrong("crest --space mine.py")
 
@@ -122,11 +109,9 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --space crset", "unknown space 'crset', did you mean 'crest'?"),
         ("crest --space none.py", "there is no space file 'none.py'"),
         ("crest --samples 0", "--samples 0: at least 1"),
-        ("crest --samples -3", "--samples -3: at least 1"),
         ("crest --concurrent 0", "--concurrent 0: at least 1 and at most 10,000"),
         ("crest --samples 99999999999", "--samples 99999999999: at least 1 and at most 10,000"),
         ("crest --time-budget 0", "--time-budget '0': give seconds"),
-        ("crest --time-budget soon", "--time-budget 'soon': give seconds"),
         ("crest --time-budget ٣", "--time-budget '٣': give seconds"),
         ("crest --metric acuracy", "unknown metric 'acuracy', did you mean 'accuracy'?"),
         ("crest --metric test_accuracy", "known only at the end of a trial, so --scheduler asha could not act on it"),
@@ -138,41 +123,24 @@ def test_a_file_that_is_no_space_is_refused(wrong, tmp_path, text, message):
         ("crest --search grid", "--search grid: crest.tau is drawn from a continuous range"),
         ("crest --proxy 0.2", "No such option '--proxy'"),
         ("crest --model resnt8", "unknown model 'resnt8'"),
-        ("crest --crest.tau -1", "crest.tau = '-1'"),
         ("crest --resume none", "unknown sweep in"),
-        ("crest --resume=", "unknown sweep in"),
         ("crest --space=", "unknown space ''"),
-        ("crest --metric=", "unknown metric ''"),
-        ("crest --resume none --concurrent 1", "unknown sweep in"),
-        ("crest --resume none --cluster.workers 0", "unknown sweep in"),
-        ("crest --resume none --samples 0", "--resume none keeps what was asked for: --samples cannot change"),
         ("crest --resume none --samples 3", "--resume none keeps what was asked for: --samples cannot change"),
         ("crest --resume none --name other", "--resume none keeps what was asked for: neither --config nor --name"),
         ("crest --name a/b", "--name 'a/b': 1 to 100"),
-        ("crest --root /dev/null/runs", "/dev/null"),
         ("train --coreset /nope.parquet", "trial 0: there is no coreset file /nope.parquet"),
-        (
-            "deltagrad --train.momentum 0.9",
-            "train.optimizer = sgd, train.momentum = 0.9: DeltaGrad is derived",
-        ),
-        ("deltagrad --model resnet8", "trial 0: "),
+        ("deltagrad --train.momentum 0.9", "train.optimizer = sgd, train.momentum = 0.9: DeltaGrad is derived"),
         ("deltagrad --dataset.augment crop", "trial 0: dataset.augment = crop: DeltaGrad replays exact"),
         ("crest --resume none --train.lr 3", "--resume none keeps what was asked for: train.lr cannot change"),
         ("crest --train.epochs 15", "budget = 0.1 of 15 epochs is 1.5 epochs: it must be whole"),
         ("crest --selection random", "selection = random: crest.* belongs to crest and would do nothing"),
         ("crest --space crest_cost", "fewer than the 128 of train.batch_size"),
-        (
-            "train --train.evaluate_every_epochs 0",
-            "metric accuracy would never be measured: train.evaluate_every_epochs = 0",
-        ),
-        (
-            "train --train.epochs 4 --train.evaluate_every_epochs 5",
-            "would never be measured: train.evaluate_every_epochs = 5 of 4",
-        ),
+        ("train --train.evaluate_every_epochs 0", "accuracy would never be measured: train.evaluate_every_epochs = 0"),
+        ("train --train.epochs 4 --train.evaluate_every_epochs 5", "train.evaluate_every_epochs = 5 of 4"),
         ("train --train.lr 0.1 --train.batch_size 9 --train.weight_decay 0", "nothing is left to vary"),
     ],
 )
-def test_a_wrong_order_is_one_line(wrong, arguments, message):
+def test_a_wrong_request_is_refused_in_one_line(wrong, arguments, message):
     assert message in wrong(arguments)
 
 
@@ -181,26 +149,22 @@ def test_a_missing_searcher_names_its_extra(wrong, monkeypatch):
     assert "--search optuna needs Optuna: pip install 'effray[optuna]'" in wrong("crest --search optuna")
 
 
-def test_a_grid_has_its_own_number_of_trials(wrong, space):
-    space("'crest.b': tune.choice([1, 2])")
-    assert "--samples 3: a grid has as many trials" in wrong("crest --space mine.py --search grid --samples 3")
-
-
-def test_a_grid_too_large_is_refused(wrong, space):
-    space("'seed': tune.randint(0, 10**9)")
-    assert "--search grid: 1,000,000,000 combinations, at most 10,000" in wrong("crest --space mine.py --search grid")
-
-
-def test_the_mode_of_a_space_is_checked(wrong, space):
-    space("'crest.b': tune.choice([1, 2])", mode="most")
-    assert "unknown mode 'most'" in wrong("crest --space mine.py")
+@pytest.mark.parametrize(
+    ("content", "aim", "options", "message"),
+    [
+        ("'crest.b': tune.choice([1, 2])", {}, "--search grid --samples 3", "--samples 3: a grid has as many trials"),
+        ("'seed': tune.randint(0, 10**9)", {}, "--search grid", "1,000,000,000 combinations, at most 10,000"),
+        ("'crest.b': tune.choice([1, 2])", {"mode": "most"}, "", "unknown mode 'most'"),
+        ("'crest.b': tune.choice([1, 2])", {"metric": 3}, "", "space 'mine.py': 3 is not a name"),
+        ("'crest.b': tune.choice([1, 2])", {"metric": ["accuracy"]}, "", "['accuracy'] is not a name"),
+    ],
+)
+def test_a_space_is_held_against_the_request(wrong, space, content, aim, options, message):
+    space(content, **aim)
+    assert message in wrong(f"crest --space mine.py {options}")
 
 
 def test_draws_follow_from_the_seed_and_grids_have_every_combination():
-    from ray import tune
-
-    from raypkg.cluster.search import candidates, draw_settings, grid
-
     space = {"a": tune.choice([1, 2]), "b": tune.randint(0, 3), "c": tune.grid_search(["x"]), "d": 7}
     assert len(list(grid(space))) == 6 and {"a": 2, "b": 1, "c": "x", "d": 7} in list(grid(space))
     one, two, other = (
@@ -215,9 +179,6 @@ def test_draws_follow_from_the_seed_and_grids_have_every_combination():
 
 
 def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
-
-    from raypkg.methods.crest.settings import CrestSettings
-
     order = Order(experiment="crest", metric="accuracy", mode="max", samples=1, varied=["crest.b"])
     text = SPACE.format(metric="accuracy", mode="max", space="'crest.b': tune.choice([1, 2])")
     sweep = create_study(str(tmp_path / "runs"), "s", order, CrestSettings(), text, [Trial(settings={"crest.b": 1})])
@@ -227,20 +188,12 @@ def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
 
 
 def test_a_sweep_with_an_old_name_is_told_the_new_one(refusal, tmp_path):
-
-    from raypkg.methods.crest.settings import CrestSettings
-
     order = Order(experiment="crest", metric="accuracy", mode="max", samples=1, scheduler="none")
     create_study(str(tmp_path / "runs"), "s", order, CrestSettings(), "", [Trial(settings={"crest.b": 1})])
     assert "sweep.json: scheduler none is now called fifo" in refusal("tune crest --resume s")
 
 
 def test_no_trial_is_drawn_twice():
-    from ray import tune
-
-    from raypkg.methods.crest.settings import CrestSettings
-    from raypkg.studies.space import Space, trials_of
-
     space = Space("", {"crest.b": tune.choice([1, 2, 3]), "train.lr": 0.1}, "accuracy", "max")
     trials = trials_of(
         Order(experiment="crest", metric="accuracy", mode="max", samples=8, search="random"), space, CrestSettings()
@@ -249,12 +202,6 @@ def test_no_trial_is_drawn_twice():
 
 
 def test_numbers_of_numpy_are_plain():
-    import json
-
-    from ray import tune
-
-    from raypkg.cluster.search import candidates, constants, draw_settings, grid
-
     space = {"a": tune.grid_search(list(np.arange(2))), "b": np.float64(0.5), "c": tune.choice([np.int64(3)])}
     for plain in (
         list(grid(space)),
@@ -266,12 +213,6 @@ def test_numbers_of_numpy_are_plain():
 
 
 def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):
-    from ray import tune
-
-    from raypkg.methods.crest.settings import CrestSettings
-    from raypkg.methods.sparse.settings import SparseSettings
-    from raypkg.studies.space import longest_of
-
     settings = SparseSettings(density=0.1)
     domains = {"multiplier": tune.choice([1, 3]), "train.epochs": tune.randint(5, 11), "train.lr": 0.1}
     assert longest_of(settings, domains, []) == 30
@@ -289,10 +230,6 @@ def test_the_help_lists_the_experiments_that_train(effray):
 
 @pytest.mark.skipif(not importlib.util.find_spec("optuna"), reason="an extra")
 def test_optuna_is_told_of_what_is_done():
-    from ray import tune
-
-    from raypkg.cluster.search import Proposals, optuna
-
     space = {"train.lr": tune.loguniform(0.01, 1), "train.epochs": 3}
     searcher = optuna(space, "accuracy", "max", 0, [({"train.lr": 0.1, "train.epochs": 3}, 0.9)])
     proposals = Proposals([(0, {"train.lr": 0.5, "train.epochs": 3})], searcher, [2], {"train.epochs": 3})

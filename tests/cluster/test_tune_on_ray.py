@@ -134,7 +134,7 @@ def test_requests_that_cannot_be_met_are_refused(ray, tmp_path, space, capsys):
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median"])
-def test_what_a_trial_does_wrong_is_its_result_alone(ray, tmp_path, scheduler, capsys):
+def test_a_failing_trial_does_not_disturb_others(ray, tmp_path, scheduler, capsys):
     run("tune", "train", *grid(tmp_path, 0.1, 1e30, 0.2), "--scheduler", scheduler)
     rows = results(tmp_path)
     assert rows[1]["state"] == "failed" and "the loss became" in rows[1]["error"]
@@ -143,7 +143,7 @@ def test_what_a_trial_does_wrong_is_its_result_alone(ray, tmp_path, scheduler, c
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_killed_trial_goes_on_from_its_last_epoch(ray, tmp_path, space, workers):
+def test_a_killed_trial_resumes_from_its_last_epoch(ray, tmp_path, space, workers):
     source = ["--dataset", "sabotage:load_and_kill_once", "--set", f"dataset.options.marker={tmp_path}/killed"]
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "2", "--scheduler", "fifo", *TINY]
     run("tune", "train", *options, *source, "--cluster.workers", workers)
@@ -160,7 +160,7 @@ def test_a_trial_that_dies_while_its_workers_start_leaves_their_cpus_free(ray, t
     assert [row["state"] for row in results(tmp_path)] == ["done"]
 
 
-def test_a_killed_driver_is_gone_on_with_and_no_done_trial_runs_twice(ray, tmp_path, space):
+def test_a_killed_driver_is_resumed_and_no_done_trial_runs_twice(ray, tmp_path, space):
     command = [sys.executable, "-c", "from raypkg.cli import script; script()", "tune", "train", "--root", tmp_path]
     options = ["--name", "s", "--space", space, "--samples", "5", "--scheduler", "fifo", "--cluster.address", "local"]
     with subprocess.Popen([*command, *options, *TINY, "--train.epochs", "30"], stdout=subprocess.DEVNULL) as driver:
@@ -179,7 +179,7 @@ def test_a_killed_driver_is_gone_on_with_and_no_done_trial_runs_twice(ray, tmp_p
     assert before.items() <= started(tmp_path).items()  # those in between went on in their folders
 
 
-def test_an_interrupt_ends_in_order_and_says_how_to_go_on(tmp_path, space):
+def test_an_interrupt_ends_in_order_and_names_the_command_that_resumes(tmp_path, space):
     command = [sys.executable, "-c", "from raypkg.cli import script; script()", "tune", "train", "--root", tmp_path]
     options = ["--name", "s", "--space", space, "--samples", "4", "--scheduler", "fifo", "--cluster.address", "local"]
     pipe = subprocess.PIPE
@@ -196,7 +196,7 @@ def test_an_interrupt_ends_in_order_and_says_how_to_go_on(tmp_path, space):
     assert len(results(tmp_path)) == 4
 
 
-def test_a_time_budget_leaves_the_rest_to_be_gone_on_with(ray, tmp_path, space, capsys):
+def test_a_time_budget_leaves_the_rest_to_be_resumed(ray, tmp_path, space, capsys):
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "40", "--time-budget", "12s", *TINY]
     run("tune", "train", *options, "--scheduler", "fifo")
     assert "of 40 trials are not done; resume with" in capsys.readouterr().out
