@@ -1,6 +1,6 @@
-"""What to vary in CREST: how long mini-batch coresets are trusted, how many make a pool, and the learning rate.
+"""A space for CREST: lifetime of mini-batch coresets, size of their pool, and learning rate.
 
-The size of their random subsets, crest.subset, is a share of the samples: which ones are sensible depends on the data.
+The size of the random subsets, crest.subset, is a share of the samples; sensible values depend on the data.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ METRIC, MODE = "accuracy", "max"
 
 
 def space() -> dict[str, Any]:
-    """Return dotted setting names with what to draw them from."""
+    """Return domains by dotted names of settings."""
     return {
         "crest.tau": tune.loguniform(0.01, 0.3),
         "crest.h": tune.choice([1.0, 3.0, 10.0]),

@@ -1,4 +1,4 @@
-"""What CREST's work depends on: τ, h, b and r, for its accuracy beside its cost as the Pareto front shows them."""
+"""A space for the cost of CREST: τ, h, b and r, for the Pareto front of accuracy against samples backward."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ METRIC, MODE = "accuracy", "max"
 
 
 def space() -> dict[str, Any]:
-    """Return dotted setting names with what to draw them from."""
+    """Return domains by dotted names of settings."""
     return {
         "crest.tau": tune.loguniform(0.01, 0.5),
         "crest.h": tune.choice([1.0, 3.0, 10.0]),

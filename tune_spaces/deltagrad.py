@@ -1,4 +1,4 @@
-"""What to vary in DeltaGrad: the recorded training, and the batches that decide how large its history is."""
+"""A space for DeltaGrad: the recorded training, and the batch size, which determines the size of its history."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ METRIC, MODE = "accuracy", "max"
 
 
 def space() -> dict[str, Any]:
-    """Return dotted setting names with what to draw them from."""
+    """Return domains by dotted names of settings."""
     return {
         "train.lr": tune.loguniform(0.03, 1.0),
         "train.batch_size": tune.choice([256, 1024, 16384]),

@@ -1,4 +1,4 @@
-"""What to vary in LiPT: how many models, how long, in which batches, how joined, and which method selects."""
+"""A space for LiPT: number, length and batches of the models, their merge, and the selection rule."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ METRIC, MODE = "accuracy", "max"
 
 
 def space() -> dict[str, Any]:
-    """Return dotted setting names with what to draw them from."""
+    """Return domains by dotted names of settings."""
     return {
         "pretrain.models": tune.choice([4, 10, 20]),
         "pretrain.epochs": tune.choice([2, 5, 10]),

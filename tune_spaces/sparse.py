@@ -1,4 +1,4 @@
-"""What to vary in sparse training: how few weights exist, how they are chosen, and how often that changes."""
+"""A space for sparse training: density, growth rule, share of weights replaced, and learning rate."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ METRIC, MODE = "accuracy", "max"
 
 
 def space() -> dict[str, Any]:
-    """Return dotted setting names with what to draw them from."""
+    """Return domains by dotted names of settings."""
     return {
         "density": tune.choice([0.02, 0.05, 0.1, 0.2]),
         "growth": tune.choice(["random", "gradient", "momentum"]),

@@ -1,4 +1,4 @@
-"""What to vary in plain training: the optimiser."""
+"""A space for plain training: the optimiser."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ METRIC, MODE = "accuracy", "max"
 
 
 def space() -> dict[str, Any]:
-    """Return dotted setting names with what to draw them from."""
+    """Return domains by dotted names of settings."""
     return {
         "train.lr": tune.loguniform(0.01, 0.5),
         "train.weight_decay": tune.loguniform(1e-5, 1e-2),

@@ -32,14 +32,10 @@ Trials = Sequence[tuple[int, Values]]  # numbers and settings
 
 
 class Driver:
-    """Runs the trials of a study that are left.
+    """Runs the trials of a study that are left, in a folder that the caller has locked.
 
-    Args:
-        study: its folder, which the caller has locked.
-        settings: settings that all trials share.
-        root: folder or URI of all runs, as the user gave it.
-        domains: those of the space that a searcher draws from; empty for a comparison.
-        table: requested rows, cases and seeds of a comparison.
+    A searcher draws from ``domains``, those of a sweep's space. A comparison has none, but a table with the rows, cases
+    and seeds of this call.
 
     Raises:
         UserError: a trial does not fit the cluster.
@@ -84,11 +80,7 @@ class Driver:
         return len(self.waiting()) + len(self.study.further())
 
     def run(self) -> None:
-        """Run the trials that are left, then write and show the results.
-
-        Raises:
-            Interruption: by the user, or by a lost cluster.
-        """
+        """Run the trials that are left, then write and show the results."""
         interrupted = False
         try:
             interrupted = self._run_trials()

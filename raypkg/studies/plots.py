@@ -102,14 +102,7 @@ def learning_curves(curves: Mapping[str, Curve], metric: str, best: str | None, 
 
 
 def pareto(points: Mapping[int, tuple[float, float]], front: Sequence[int], metric: str, path: Png) -> None:
-    """Draw the metric against samples back-propagated, and the Pareto front.
-
-    Args:
-        points: samples back-propagated and metric of the done trials, by number.
-        front: numbers of the trials on the front, the cheapest first.
-        metric: name of the metric.
-        path: the PNG to write.
-    """
+    """Draw samples back-propagated and metric of the done trials, by number, and those on the Pareto front."""
     with page(path) as figure:
         axes = figure.subplots()
         axes.scatter(*_transposed(list(points.values())), color=BLUE)

@@ -66,12 +66,9 @@ class Report(NamedTuple):
 
 
 def report_of(study: Study, table: Table | None = None, *, final: bool = False) -> Report:
-    """Read a study's runs, and return its report.
+    """Read a study's runs, and return its report: of a comparison's table, or all of it that was requested so far.
 
-    Args:
-        study: the study.
-        table: some rows, cases and seeds of a comparison; None = all requested so far.
-        final: the results are about to be stored: draw the plots as well.
+    A ``final`` report is about to be stored, so its plots are drawn as well.
     """
     if study.order.table:
         return _comparison_report(study, table or stored_table(study.order.table), final)

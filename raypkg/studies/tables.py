@@ -39,12 +39,7 @@ def shipped_files(folder: str) -> dict[str, Path]:
 
 
 def read_code(kind: str, name: str, folder: str) -> tuple[str, str]:
-    """Return text and path of a Python file.
-
-    Args:
-        kind: table or space, for errors.
-        name: a path that ends in .py, or the name of a shipped file.
-        folder: folder of the shipped files.
+    """Return text and path of a table's or space's file, by a path that ends in .py or the name of a shipped file.
 
     Raises:
         UserError: unknown name, or a file that cannot be read.
@@ -64,14 +59,9 @@ def read_code(kind: str, name: str, folder: str) -> tuple[str, str]:
 
 
 def run_code(kind: str, text: str, origin: str, needed: Mapping[str, str], *arguments: Any) -> tuple[Any, ...]:
-    """Run a user's file, and return what it defines, the first being a function's result.
+    """Run a user's file, and return the needed names that it defines, the first called with the arguments.
 
-    Args:
-        kind: table or space, for errors.
-        text: content of the file.
-        origin: its path, for errors.
-        needed: names that it must define, each as errors show it; the first is a function.
-        arguments: of the function.
+    ``needed`` maps the names to how errors show them.
 
     Raises:
         UserError: the code raises, or a name is missing.
@@ -198,11 +188,7 @@ def identity(values: Values, after: str | None) -> str:
 
 
 def open_table(name: str, scale: str = SCALES[0]) -> Table:
-    """Read a table by its name in ``tune_spaces/tables`` or its path.
-
-    Args:
-        name: a file in the working folder wins over a shipped one.
-        scale: small (seconds to minutes per run) or paper (as published).
+    """Read a table by its name in ``tune_spaces/tables`` or its path, at the small scale or that of the paper.
 
     Raises:
         UserError: unknown name or scale, or a file that defines no valid table.

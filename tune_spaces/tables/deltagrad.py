@@ -1,4 +1,4 @@
-"""DeltaGrad against training again: seconds and distance after a deletion, or after requests one after another."""
+"""DeltaGrad against retraining: seconds and distance after one deletion, or after consecutive requests."""
 
 from raypkg.studies.tables import Table
 
@@ -19,7 +19,7 @@ def table(scale: str) -> Table:
         "m 8; one after another": {"replay.pairs": 8},
     }
     return Table(
-        title="DeltaGrad against training again after deletions: seconds, and distance from the retrained weights",
+        title="DeltaGrad against retraining after deletions: seconds, and distance from the retrained weights",
         experiment="deltagrad",
         baseline="m 2",
         shared={

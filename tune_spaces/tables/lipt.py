@@ -1,4 +1,4 @@
-"""LiPT's pre-training against none and against dense pre-training: what they select, and what that costs."""
+"""LiPT's pre-training against none and against dense pre-training: agreement of the selections, and cost."""
 
 from raypkg.studies.tables import Table
 

@@ -1,6 +1,6 @@
 """CCS by the margins that LiPT's models recorded, against those of dense trainings and random subsets.
 
-Margins need no pass over the samples: each model notes those of its own shard while it trains.
+Margins need no pass over the samples: each model records those of its own shard while it trains.
 """
 
 from raypkg.studies.tables import Table

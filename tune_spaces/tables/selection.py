@@ -1,4 +1,4 @@
-"""What to train on: every selection method against random subsets, at several shares, on clean and on harder data."""
+"""Every selection rule against random subsets, at several shares, on clean and on harder data."""
 
 from raypkg.coresets.rules import coreset
 from raypkg.studies.tables import Table
@@ -27,7 +27,7 @@ def table(scale: str) -> Table:
     short, long = (10, 40) if scale == "small" else (40, 300)
     pretrain = 5 if scale == "small" else 20
     return Table(
-        title="Selection of what to train on against random subsets, fixed and redrawn every epoch",
+        title="Coreset selection against random subsets, fixed and redrawn every epoch",
         experiment="lipt",
         baseline="random; fixed",
         shared={
@@ -57,7 +57,7 @@ def table(scale: str) -> Table:
 
 
 def _rows(reselect_every: int) -> dict[str, dict[str, object]]:
-    """Return the baselines, then every static selection, then those that select anew by the model in training."""
+    """Return the baselines, every rule that selects once, and rules that reselect by the model in training."""
     untrained = {"pretrain.method": "initial", "select.rule": "random"}
     rows: dict[str, dict[str, object]] = {
         "random; fixed": untrained,
