@@ -1,5 +1,7 @@
 """Every tune space names settings that exist, with values they accept; its file begins with the experiment's name."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,12 @@ def test_what_cannot_be_drawn_is_refused(domain, message):
     )
     with pytest.raises(UserError, match=f"space 'mine.py': {message}"):
         read_space(text, "mine.py")
+
+
+def test_ray_is_confined_before_a_space_imports_it():
+    code = "from raypkg.studies.space import open_space; open_space('crest')"
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "Ray was imported before effray" not in ended.stderr
 
 
 def test_a_name_that_no_file_can_have():
