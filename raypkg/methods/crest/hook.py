@@ -30,7 +30,7 @@ from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
 
 from . import plots
-from .parallel import Chooser, ToScorer, choosers, fit_moments
+from .parallel import Chooser, ToScorer, augment_of, choosers, fit_moments
 from .quadratic import Region, check_interval, covered_parameters, flat, relative_error, trains_as_it_evaluates
 from .selection import ActiveSamples, Chosen, Pool, Subset
 from .settings import CrestOptions
@@ -60,19 +60,9 @@ class CrestState:
         """The number of pools so far."""
         return (self.coming or self.pool).update
 
-    @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> CrestState:
-        """Return the state whose fields a checkpoint holds."""
-        values = deepcopy(dict(saved))  # losses and counts change in place
-        values["samples"] = ActiveSamples(**values["samples"])
-        values["region"] = Region.restored(values["region"])
-        values["pool"] = Pool.restored(values["pool"])
-        values["coming"] = values["coming"] and Pool.restored(values["coming"])
-        return cls(**values)
-
 
 class Crest(Hook):
-    """Trains on mini-batch coresets (CREST, arXiv:2306.01244).
+    """Training on mini-batch coresets (CREST, arXiv:2306.01244).
 
         while steps are left:
             if ρ > τ:  T1 = ⌈h·‖H̄_0‖ / ‖H̄‖⌉;  a new pool of P = b·T1 coresets with the weights w_l;  a new model F
@@ -90,12 +80,8 @@ class Crest(Hook):
 
     Batch norm takes its statistics from the medoids without their weights, and most of the gain is lost: see README.md.
 
-    Args:
-        options: τ, h, b and the rest.
-        shards: each has all samples; they share the choices by rank.
-        scorer: brings a model into the form that shards take.
-        indices: the training samples, int64 [n].
-        size: m, the batch size.
+    It trains on batches of ``size`` = m out of the samples ``indices``, int64 [n]. Each shard has all samples, and they
+    share the choices by rank; ``scorer`` brings a model into the form that they take.
 
     Raises:
         UserError: a random subset is smaller than a batch, or n is.
@@ -157,7 +143,8 @@ class Crest(Hook):
             region.age += len(steps)
             if region.age == region.interval:
                 region.age = 0
-                if not region.expired:  # with overlap, an expired pool has served one more interval
+                # With overlap, an expired pool has served one interval more: nothing is left to check.
+                if not region.expired:
                     self._check(run)
 
     def _trained(self, run: Run, steps: range, draws: Sequence[int]) -> Iterator[Batch]:
@@ -170,7 +157,8 @@ class Crest(Hook):
         def load(job: tuple[int, Chosen]) -> Batch:
             step, chosen = job
             rng = generator(run.seed, "crest batch", step)
-            order = torch.randperm(len(chosen.coreset), generator=rng)  # central medoids come first: mix the workers'
+            # The most central medoids come first: shuffled, they spread over the workers' slices.
+            order = torch.randperm(len(chosen.coreset), generator=rng)
             coreset = Coreset(chosen.coreset.indices[order], chosen.coreset.weights[order])
             if self.options.augmented:
                 uniforms = chosen.draws[order]
@@ -245,15 +233,9 @@ class Crest(Hook):
         region = self.state.region
         with run.cost.apart(run.bill("model")):
             run.worker.share(run.model.buffers())
+            update = self.state.pool.update
             region.moments, loss_now = fit_moments(
-                run,
-                region.moments,
-                coresets,
-                self._covered(run),
-                self.options,
-                update=self.state.pool.update,
-                augment=self.chooser.augment(run),
-                known=known,
+                run, region.moments, coresets, self.options, update=update, known=known
             )
         # If the pool was chosen earlier, the weights have moved since its losses were computed.
         region.drift = loss_now - _mean_loss(coresets) if chosen_earlier else 0.0
@@ -309,20 +291,21 @@ class Crest(Hook):
     def _fresh_subset(self, run: Run, purpose: str, *number: int) -> Subset:
         """Draw a random subset of the active samples at this step."""
         rng = generator(run.seed, purpose, run.step, *number)
-        return Subset.random(self.state.samples.candidates, self.subset_size, self.chooser.augment(run), rng)
+        return Subset.random(self.state.samples.candidates, self.subset_size, augment_of(run, self.options), rng)
 
     def _log(self, run: Run, **measured: float) -> None:
         """Add a row to the table of checks, before samples are excluded and T1 changes."""
-        rms, bias = self.state.pool.gradient_errors()
-        self.state.history.append(
+        state, pool = self.state, self.state.pool
+        rms, bias = pool.gradient_errors()
+        state.history.append(
             {
                 "step": run.step,
-                "update": self.state.pool.update,
+                "update": pool.update,
                 **measured,
-                "interval": self.state.region.interval,
-                "pool": self.state.pool.size,
-                "chosen": len(self.state.pool.chosen),
-                "active": int(self.state.samples.active.sum()),
+                "interval": state.region.interval,
+                "pool": pool.size,
+                "chosen": len(pool.chosen),
+                "active": int(state.samples.active.sum()),
                 "coreset_error": float(rms[0]),
                 "random_error": float(rms[1]),
                 "coreset_bias": float(bias[0]),
@@ -386,7 +369,12 @@ class Crest(Hook):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state."""
-        self.state = CrestState.restored(state)
+        values = deepcopy(dict(state))  # losses and counts change in place
+        values["samples"] = ActiveSamples(**values["samples"])
+        values["region"] = Region.restored(values["region"])
+        values["pool"] = Pool.restored(values["pool"])
+        values["coming"] = values["coming"] and Pool.restored(values["coming"])
+        self.state = CrestState(**values)
 
 
 def _mean_loss(coresets: Sequence[Chosen]) -> float:

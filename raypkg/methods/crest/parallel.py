@@ -31,7 +31,7 @@ from raypkg.engine.worker import Worker, memory_bound
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
 
-from .quadratic import MovingMoments, gradient_of, hessian_diagonal
+from .quadratic import MovingMoments, covered_parameters, gradient_of, hessian_diagonal
 from .selection import Chosen, Pool, Subset, choose_minibatch
 from .settings import CrestOptions
 from .variance import Look, Spread, error_of_coresets
@@ -97,6 +97,11 @@ def _view(shard: Shard, scorer: Scorer, subset: Subset, augment: Sequence[str]) 
         raise UserError(f"CREST cannot continue with this model ({error}): lower the learning rate") from None
 
 
+def augment_of(run: Run, options: CrestOptions) -> Sequence[str]:
+    """Return the augmentations of samples during selection."""
+    return run.augment if options.augmented else ()
+
+
 def _in_order(choices: Choices, count: int) -> list[Chosen]:
     """Return the choices in the order of the subsets: the shard of rank r chose for every ``world``-th."""
     places = (divmod(number, len(choices)) for number in range(count))
@@ -122,20 +127,16 @@ class Chooser:
     ):
         self.shards = shards
         self.scorer = scorer
-        self.augmented = options.augmented
+        self.options = options
         self.memory = memory_bound(options.memory)
         self.size = size  # m
         self.subset_size = subset_size  # r
         self.on_choice = on_choice
         self._background: Pending | None = None  # computes what a pool awaits; one pool at a time
 
-    def augment(self, run: Run) -> Sequence[str]:
-        """Return the augmentations of samples during selection."""
-        return run.augment if self.augmented else ()
-
     def subset(self, run: Run, pool: Pool, p: int) -> Subset:
         """Return the random subset V_p of a pool."""
-        return pool.subset(p, self.subset_size, self.augment(run), run.seed)
+        return pool.subset(p, self.subset_size, augment_of(run, self.options), run.seed)
 
     def coresets(self, run: Run, pool: Pool, wanted: Iterable[int]) -> list[Chosen]:
         """Return coresets of a pool, after computing missing ones with the weights of the pool."""
@@ -174,7 +175,7 @@ class Chooser:
         if pool.weights is not None:
             model = deepcopy(run.model)
             model.load_state_dict(pool.weights)
-        return self.scorer(model), subsets, self.augment(run), self.size, self.memory
+        return self.scorer(model), subsets, augment_of(run, self.options), self.size, self.memory
 
     def _add(self, run: Run, pool: Pool, wanted: Sequence[int], choices: Choices) -> None:
         for p, chosen in zip(wanted, _in_order(choices, len(wanted)), strict=True):
@@ -188,7 +189,7 @@ class Chooser:
         bill = run.bill("check")
         with run.cost.apart(bill):
             run.worker.share(run.model.buffers())
-            slices = self.shards.map(subset_losses, self.scorer(run.model), subset, self.augment(run))
+            slices = self.shards.map(subset_losses, self.scorer(run.model), subset, augment_of(run, self.options))
         if run.worker.rank == 0:
             bill.forward += len(subset)
         return torch.cat(slices)
@@ -200,7 +201,9 @@ class Chooser:
         statistics and the global generators remain as they are. ``n`` counts the samples to choose from.
         """
         run.worker.share(run.model.buffers())
-        choices = self.shards.map(choose, self.scorer(run.model), subsets, self.augment(run), self.size, self.memory)
+        choices = self.shards.map(
+            choose, self.scorer(run.model), subsets, augment_of(run, self.options), self.size, self.memory
+        )
         model = deepcopy(run.model)  # batch norm is moved by each pass
         zeros = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad), device=run.worker.device)
         random, coresets, differences, whole = spreads = [Spread(zeros.clone()) for _ in range(4)]
@@ -230,7 +233,7 @@ class Chooser:
             run.bill("look").backward += backward
         return Look(
             step=run.step,
-            size=size,
+            batch=size,
             subset=len(subsets[0]),
             n=n,
             random=random.variance,
@@ -264,31 +267,23 @@ def fit_moments(
     run: Run,
     moments: MovingMoments,
     coresets: Sequence[Chosen],
-    parameters: Sequence[Tensor],
     options: CrestOptions,
     *,
     update: int,
-    augment: Sequence[str],
     known: Tensor | None = None,
 ) -> tuple[MovingMoments, float]:
-    """Update the moments with gradient and curvature of the mean of w · loss over coresets; return them and the mean.
+    """Update moments with gradient and curvature of the mean of w · loss over coresets; return them and the mean.
 
-    Args:
-        run: its model has the present weights; the work goes on the bill ``model``.
-        moments: so far.
-        coresets: each updates the moments, or all together, by ``options.smoothing``.
-        parameters: of the model that the moments cover.
-        options: also give the order of the local model and the samples for its curvature.
-        update: l, names the draws.
-        augment: augmentations with which the coresets were chosen.
-        known: gradient of the only coreset, if training has just computed it. The mean is then that of the choice.
+    Each coreset updates them, or all together (``options.smoothing``). ``update`` is l, the number of the pool. The
+    gradient is ``known`` if training has just computed it for the only coreset; the mean is then that of the choice.
     """
+    parameters = covered_parameters(run.model, options.parameters)
     groups = [[coreset] for coreset in coresets] if options.smoothing == "coreset" else [coresets]
     losses = []
     for number, group in enumerate(groups):
         samples = Subset.concat([chosen.samples for chosen in group])
         weights = torch.cat([chosen.coreset.weights for chosen in group])
-        split = samples.split(run.split, augment)
+        split = samples.split(run.split, augment_of(run, options))
         gradient, loss = known, sum(chosen.loss for chosen in group) / len(group)
         if gradient is None:
             everything = Coreset(torch.arange(len(samples)), weights)
@@ -297,9 +292,10 @@ def fit_moments(
         diagonal = None
         if options.order == 2:
             # A double backward pass is the most expensive part of CREST, so some of the samples give the curvature.
+            quarter = max(1, run.settings.batch_size // 4)
+            count = quarter if options.curvature is None else options.curvature
             rng = generator(run.seed, "crest curvature", update, number)
-            order = torch.randperm(len(samples), generator=rng)
-            some = order[: options.curvature_samples(run.settings.batch_size) or None]
+            some = torch.randperm(len(samples), generator=rng)[: count or None]
 
             def estimate(
                 loss: Tensor, parameters: Sequence[Tensor], name: tuple[int, int] = (update, number)

@@ -7,17 +7,7 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import (
-    CacheGiB,
-    Count,
-    Epochs,
-    Experiment,
-    Reselect,
-    Schedule,
-    Share,
-    Train,
-    Training,
-)
+from raypkg.core.settings import CacheGiB, Count, Epochs, Experiment, Reselect, Schedule, Share, Train, Training
 
 BATCHES = 4  # in a random subset by default
 PAPER_TAU = 0.05
@@ -32,17 +22,12 @@ class CrestOptions(Settings):
     renamed: ClassVar[Mapping[str, str]] = {"drop_every": "exclude_every_steps", "alpha": "exclude_below"}
 
     tau: Annotated[
-        float,
-        Field(
-            ge=0,
-            description="τ: error at which the local model expires (paper: 0.05); 0 = no model, every step chooses",
-        ),
+        float, Field(ge=0, description="τ: error that expires the local model (paper: 0.05); 0 = no local model")
     ] = 0.0
     h: Annotated[float, Field(gt=0, description="multiplies ‖H̄_0‖/‖H̄‖ to give T1, the steps between checks")] = 1.0
     b: Annotated[Count, Field(description="mini-batch coresets in a pool per step between checks")] = 5
     subset: Annotated[
-        Share | None,
-        Field(description="r/n: share of the samples in a random subset (default: four batches)"),
+        Share | None, Field(description="r/n: share of the samples in a random subset (default: four batches)")
     ] = None
     checked_on: Annotated[
         Literal["pool", "fresh"],
@@ -57,31 +42,22 @@ class CrestOptions(Settings):
         int, Field(ge=0, description="losses up to α in a row that exclude a sample; 0 = all within T2 steps")
     ] = 5
     keep_active: Annotated[float, Field(ge=0, le=1, description="share of the samples that always stay active")] = 0.8
-    order: Annotated[
-        int, Field(ge=1, le=2, description="order of the local model: 2 = with curvature, 1 = without")
-    ] = 2
+    order: Annotated[int, Field(ge=1, le=2, description="order of the local model; 1 = without curvature")] = 2
     smoothing: Annotated[
         Literal["coreset", "pool", "none"],
-        Field(
-            description="moving averages of gradient and curvature: updated per coreset or per pool; none = latest only"
-        ),
+        Field(description="moving averages of gradient and curvature, per coreset or per pool; none = latest only"),
     ] = "coreset"
     settle: Annotated[
-        float, Field(ge=0, lt=1, description="share of training after which ‖H̄_0‖ is taken; 0 = at the first weights")
+        float,
+        Field(ge=0, lt=1, description="share of training after which ‖H̄_0‖ is measured; 0 = at the first weights"),
     ] = 0.05
     model_batches: Annotated[
         int, Field(ge=0, description="mini-batch coresets to which the local model is fitted; 0 = the whole pool")
     ] = 1
     curvature: Annotated[
-        int | None,
-        Field(
-            ge=0,
-            description="samples that give the curvature (default: a quarter of a batch); 0 = all of those coresets",
-        ),
+        int | None, Field(ge=0, description="samples that give the curvature (default: a quarter of a batch); 0 = all")
     ] = None
-    look: Annotated[bool, Field(description="measure and log the worth of coresets at the start and after settle")] = (
-        True
-    )
+    look: Annotated[bool, Field(description="measure the worth of coresets at the start and after settle")] = True
     parameters: Annotated[
         Literal["all", "head"],
         Field(description="parameters in the local model; head = the last layer only, for large networks"),
@@ -125,10 +101,6 @@ class CrestOptions(Settings):
                 f"crest.subset = {self.subset:g} of {n} samples is {size}, fewer than the {batch} of train.batch_size"
             )
         return size
-
-    def curvature_samples(self, batch: int) -> int:
-        """Return the number of samples that give the curvature; 0 = all."""
-        return max(1, batch // 4) if self.curvature is None else self.curvature
 
     def check_length(self, n: int, training: Training) -> None:
         """Refuse a batch, subset or warm-up that n training samples or the budget cannot hold."""

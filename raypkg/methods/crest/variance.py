@@ -12,7 +12,7 @@ so above κ = 0.18, no r makes coresets worthwhile.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -66,7 +66,7 @@ class Look:
     """A measurement of V, E and W with the present weights."""
 
     step: int  # of training
-    size: int  # m
+    batch: int  # m
     subset: int  # r
     n: int  # samples to choose from
     random: float  # V
@@ -83,7 +83,7 @@ class Look:
     @property
     def cost(self) -> float:
         """(m + r/3) / m, the work of a step on a coreset of its own, in steps on random batches."""
-        return 1 + FORWARD * self.subset / self.size
+        return 1 + FORWARD * self.subset / self.batch
 
     @property
     def best_subset(self) -> int | None:
@@ -93,28 +93,19 @@ class Look:
         lost = max(SMALLEST_LOSS, (self.coreset - self.whole) / self.random)  # κ
         if (math.sqrt(lost) + math.sqrt(FORWARD)) ** 2 >= 1:
             return None
-        return min(self.n, round(self.size / math.sqrt(FORWARD * lost)))
+        return min(self.n, round(self.batch / math.sqrt(FORWARD * lost)))
 
     def row(self) -> dict[str, float]:
         """Return the look as a row of a table."""
-        return {
-            "step": self.step,
-            "batch": self.size,
-            "subset": self.subset,
-            "random": self.random,
-            "coreset": self.coreset,
-            "whole": self.whole,
-            "gain": self.gain,
-            "cost": self.cost,
-            "forward": self.forward,
-            "backward": self.backward,
-        }
+        row = asdict(self) | {"gain": self.gain, "cost": self.cost}
+        del row["n"]
+        return row
 
     def sentence(self) -> str:
         """Return the result and its consequence in one line."""
-        worth = _samples(self.size * self.gain)
-        whole = _samples(self.size * self.random / self.whole) if self.whole > 0 else "any number of"
-        equal = round(self.size * self.cost)
+        worth = _samples(self.batch * self.gain)
+        whole = _samples(self.batch * self.random / self.whole) if self.whole > 0 else "any number of"
+        equal = round(self.batch * self.cost)
         best = self.best_subset
         share = f"--crest.subset {best / self.n:.2g}" if best else ""
         if best is None:
@@ -126,7 +117,7 @@ class Look:
         else:
             advice = f"worthwhile, more so with {share}"
         return (
-            f"CREST at step {self.step}: a {self.size}-sample coreset out of {self.subset} reduces gradient variance"
+            f"CREST at step {self.step}: a {self.batch}-sample coreset out of {self.subset} reduces gradient variance"
             f" like {worth} random samples (all {self.subset}: like {whole}), at the cost of {equal}: {advice}"
             f" (measured on {self.backward:,} samples)"
         )
