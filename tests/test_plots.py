@@ -114,11 +114,6 @@ def test_a_failed_plot_leaves_the_old_one(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_points_leave_out_what_was_not_measured():
-    model, epoch, value = plots._points([row(model=1, epoch=3, loss=1), row(epoch=2, loss=None), row(epoch=1)], "loss")
-    assert (model.tolist(), epoch.tolist(), value.tolist()) == ([1], [3], [1])
-
-
 def test_needs_neither_pyplot_nor_torch(tmp_path):
     code = (
         "import sys; from raypkg.runs import plots; assert 'matplotlib' not in sys.modules;"

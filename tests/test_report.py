@@ -1,13 +1,11 @@
-"""What a run says while it works: plain lines without a terminal, a moving bar on one."""
+"""Progress of a run: plain lines without a terminal, a progress bar on one."""
 
 import io
-import itertools
 
 import pytest
 from rich.console import Console
 
 from raypkg.core.settings import Experiment
-from raypkg.runs import report as module
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.report import Report
 
@@ -20,13 +18,6 @@ class Nowhere:
         pass
 
 
-@pytest.fixture(autouse=True)
-def clock(monkeypatch):
-    """Let every look at the clock be a second later."""
-    seconds = itertools.count()
-    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(seconds)))
-
-
 @pytest.fixture
 def folder(tmp_path):
     return create(str(tmp_path), "train", "one", Experiment())
@@ -36,59 +27,82 @@ def row(epoch, model=None, phase="train"):
     return {"phase": phase, "main": True, "model": model, "epoch": epoch, "loss": 1 / epoch, "backward": 100 * epoch}
 
 
-def said(folder, rows, *, terminal=False, width=200, phase="train", **asked):
-    """Return what is printed while a phase reports some rows."""
+def said(folder, rows, *, times=None, terminal=False, phase="train", **expected):
+    """Return the output of a phase that reports rows at given times: by default every 2 s, the first after 62 s."""
+    now = 0.0
     printed = io.StringIO()
-    console = Console(file=printed, width=width, force_terminal=terminal)
+    width = 80 if terminal else 200
+    console = Console(file=printed, width=width, force_terminal=terminal, get_time=lambda: now)
     with Report(folder, Nowhere(), console) as report:
 
         def work():
-            for each in rows:
+            nonlocal now
+            for number, each in enumerate(rows):
+                now = times[number] if times else 62.0 + 2 * number
                 report(each)
             return {"costs": []}
 
-        report.phase(phase, work, epochs=len(rows), **asked)
+        report.phase(phase, work, epochs=len(rows), **expected)
     return printed.getvalue()
 
 
-def test_plain_lines_tell_loss_speed_and_the_time_that_is_left(folder):
+def test_plain_lines_give_epoch_elapsed_and_remaining_time_throughput_and_loss(folder):
     lines = said(folder, [row(epoch) for epoch in (1, 2, 3)]).splitlines()
-    assert lines == [
+    assert lines[:-1] == [
         "train …",
-        "train 1/3  100 samples/s  2 s left  loss 1.000",
-        "train 2/3  100 samples/s  1 s left  loss 0.500",
-        "train 3/3  100 samples/s  loss 0.333",
-        "train done in 4.0 s",
+        "train 1/3  0:01:02 elapsed  loss 1.000",
+        "train 2/3  0:01:04 elapsed  0:00:02 left  50 samples/s  loss 0.500",
+        "train 3/3  0:01:06 elapsed  50 samples/s  loss 0.333",
     ]
+    assert lines[-1].startswith("train done in ")
 
 
-def test_plain_lines_tell_which_model_and_which_of_its_epochs(folder):
+def test_epochs_longer_than_half_a_minute_have_a_remaining_time(folder):
+    lines = said(folder, [row(epoch) for epoch in range(1, 5)], times=[900.0, 1800.0, 3000.0, 3900.0])
+    assert "0:30:00 elapsed  0:30:00 left" in lines
+    assert "0:50:00 elapsed  0:17:30 left" in lines  # the mean of the epochs so far
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_models_on_several_workers_at_once(folder, workers):
+    """Worker r trains models r, r + W, …; an epoch of each takes 10 s."""
+    rows, times = [], []
+    for start in range(0, 8, workers):
+        for epoch in range(1, 6):
+            rows += [row(epoch, model, "pretrain") for model in range(start, start + workers)]
+            times += [30.0 + 10 * (5 * start // workers + epoch)] * workers
+    lines = said(folder, rows, times=times, phase="pretrain", models=8).splitlines()
+    rate = float(lines[-3].partition(" samples/s")[0].rpartition(" ")[2])
+    assert rate == pytest.approx(10 * workers, rel=0.25)
+
+
+def test_plain_lines_give_the_model_and_its_epoch(folder):
     rows = [row(epoch, model, "pretrain") for model in range(2) for epoch in (1, 2)]
-    told = said(folder, rows, phase="pretrain", models=2).splitlines()
-    assert told[3].startswith("pretrain 3/4  model 2 of 2, epoch 1 of 2  100 samples/s  1 s left")
+    lines = said(folder, rows, phase="pretrain", models=2).splitlines()
+    assert lines[3].startswith("pretrain 3/4  0:01:06 elapsed  0:00:02 left  model 2 of 2, epoch 1 of 2  50 samples/s")
 
 
-def test_where_nobody_says_how_many_models_there_are_their_number_is_told(folder):
+def test_without_a_number_of_models_only_the_model_is_given(folder):
     assert "  model 4, epoch 1  " in said(folder, [row(1, 3)])
 
 
-def test_there_are_about_ten_lines_however_many_epochs(folder):
+def test_there_are_about_ten_lines_for_any_number_of_epochs(folder):
     assert said(folder, [row(epoch) for epoch in range(1, 251)]).count("samples/s") == 10
 
 
-def test_known_rows_of_before_a_restart_are_counted_and_not_told_again(folder):
+def test_rows_from_before_a_restart_are_counted_without_a_line(folder):
     rows = [row(epoch) for epoch in range(1, 7)]
     for each in rows[:4]:
         folder.log(each)
     folder.flush()
-    lines = said(RunFolder(folder.storage), rows).splitlines()
+    lines = said(RunFolder(folder.storage), rows, times=[20.0] * 4 + [22.0, 24.0]).splitlines()
     assert lines[1:-1] == [
-        "train 5/6  100 samples/s  1 s left  loss 0.200",
-        "train 6/6  100 samples/s  loss 0.167",
+        "train 5/6  0:00:22 elapsed  0:00:02 left  50 samples/s  loss 0.200",
+        "train 6/6  0:00:24 elapsed  50 samples/s  loss 0.167",
     ]
 
 
 def test_a_terminal_has_a_bar_that_fits_and_no_lines(folder):
     rows = [row(epoch, 0, "pretrain") for epoch in (1, 2)]
-    text = said(folder, rows, terminal=True, width=80, phase="pretrain", models=2)
+    text = said(folder, rows, terminal=True, phase="pretrain", models=2)
     assert "━" in text and "2/2" in text and "pretrain …" not in text and "pretrain done" not in text

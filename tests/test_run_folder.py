@@ -16,8 +16,9 @@ from raypkg.core.address import folder_and_name
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.runs.agreement import compare
+from raypkg.runs.catalog import find, locate
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
-from raypkg.runs.folder import RunFolder, create, find, locate
+from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
 
 
@@ -63,13 +64,13 @@ def test_an_interrupted_write_leaves_nothing_half_written(storage, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_was_deleted_is_not_made_again_by_a_write(storage, tmp_path):
-    folder = (storage / "run").kept
+def test_a_write_recreates_no_deleted_folder(storage):
+    storage.write("run/a", b"")
+    folder = (storage / "run").owned
+    (folder / "phases").write("a", b"")
+    storage.delete_folder("run")
     with pytest.raises(UserError, match=r"cannot write '.*run/phases/a': its folder has been deleted"):
         pickle.loads(pickle.dumps(folder / "phases")).write("a", b"")
-    storage.write("run/a", b"")
-    (folder / "phases").write("a", b"")
-    assert folder.list("phases") == ["a"]
 
 
 def test_what_the_dead_left_of_files_is_deleted_when_a_run_is_finished(storage, tmp_path):
@@ -125,12 +126,12 @@ def test_what_is_no_folder_is_refused_in_one_line(root):
 
 def test_a_folder_is_one_process_s_at_a_time(storage):
     storage.write("a", b"")
-    with storage.alone("run 'a'"):
-        with pytest.raises(UserError, match="run 'a' is being worked on by another process"), storage.alone("run 'a'"):
+    with storage.locked("run 'a'"):
+        with pytest.raises(UserError, match="run 'a' is being worked on by another process"), storage.locked("run 'a'"):
             pass
-    with pytest.raises(BlockingIOError), storage.alone("run 'a'"):  # not mistaken for the folder's
+    with pytest.raises(BlockingIOError), storage.locked("run 'a'"):  # not mistaken for the folder's
         raise BlockingIOError
-    with storage.alone("run 'a'"):
+    with storage.locked("run 'a'"):
         pass
 
 
@@ -140,7 +141,7 @@ def test_a_file_system_without_locks_keeps_nobody_out(storage, monkeypatch):
 
     storage.write("a", b"")
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with storage.alone("run 'a'"), storage.alone("run 'a'"):
+    with storage.locked("run 'a'"), storage.locked("run 'a'"):
         pass
 
 
@@ -240,7 +241,7 @@ def test_rows_are_in_the_order_of_models_and_epochs_whoever_was_first(tmp_path):
 
 def test_a_run_does_not_write_into_a_later_one_of_its_name(tmp_path):
     first = create(str(tmp_path), "train", "one", Experiment())
-    with first.storage.alone("run"):  # its folder is open, so that no other gets its number
+    with first.storage.locked("run"):  # its folder is open, so that no other gets its number
         (tmp_path / "train" / "one").rename(tmp_path / "gone")
         create(str(tmp_path), "train", "one", Experiment(seed=1))
         for storage in (first.storage, pickle.loads(pickle.dumps(first.storage)) / "phases"):

@@ -16,9 +16,8 @@ import raypkg
 from raypkg.cli import main
 from raypkg.core.errors import UserError, redacted
 from raypkg.core.settings import Dataset, Experiment, Training
-from raypkg.runs.activity import GOING, state_of
-from raypkg.runs.environment import environment
-from raypkg.runs.folder import RunFolder, check_name, create, discard
+from raypkg.runs.catalog import GOING, state_of
+from raypkg.runs.folder import RunFolder, check_name, create, discard, environment
 from raypkg.runs.storage import Storage
 
 BAD_NAMES = [
@@ -83,7 +82,7 @@ def test_the_loser_of_a_name_deletes_nothing(tmp_path):
 
 def test_the_name_of_a_run_without_settings_can_be_had_again(tmp_path):
     (tmp_path / "train" / "one").mkdir(parents=True)
-    with pytest.raises(UserError, match="has no settings yet; if nobody is starting it, delete the folder"):
+    with pytest.raises(UserError, match="has no settings yet; if no process is starting it, delete the folder"):
         create(str(tmp_path), "train", "one", Experiment())
 
 
@@ -132,9 +131,9 @@ class Remote(Storage):
 
     local = None
 
-    def _upload(self, path, temporary, content):
+    def _upload(self, path, content):
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # which object stores do not need
-        super()._upload(path, temporary, content)
+        super()._upload(path, content)
 
 
 def test_of_several_makers_on_an_object_store_none_is_a_second(tmp_path):
@@ -394,5 +393,5 @@ def test_work_begins_while_somebody_looks_whether_anybody_works_there(tmp_path):
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_SH)
     threading.Timer(0.1, os.close, (folder,)).start()
-    with Storage(str(tmp_path)).alone("run 'one'"):
+    with Storage(str(tmp_path)).locked("run 'one'"):
         assert state_of(Storage(str(tmp_path))) == GOING

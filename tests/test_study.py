@@ -352,7 +352,7 @@ def test_the_order_of_a_resumed_study_may_change(sweep, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.toml", None, "config.toml' is missing or empty: what was asked for is lost"),
+        ("config.toml", None, "config.toml' is missing or empty: its settings are lost"),
         ("config.toml", b"seed =", "config.toml' is not valid TOML: Invalid value"),
         ("space.py", None, "space.py is missing or empty: what was asked for is lost"),
         ("space.py", b"\xff", "space.py is corrupt: 'utf-8' codec"),

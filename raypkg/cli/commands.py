@@ -78,7 +78,7 @@ def show(run: str, root: str, against: str | None) -> None:
         effray lipt --name first && effray show first
     """
     from raypkg.runs.agreement import compare
-    from raypkg.runs.folder import locate
+    from raypkg.runs.catalog import locate
     from raypkg.runs.show import show_run as print_run
     from raypkg.runs.show import terminal
     from raypkg.studies.show import show_resumption, show_study
@@ -122,7 +122,7 @@ def export(run: str, root: str, form: str) -> None:
     from raypkg.core.config import load_stored
     from raypkg.experiments import training_settings_of
     from raypkg.experiments.trust import stored_settings
-    from raypkg.runs.folder import locate
+    from raypkg.runs.catalog import locate
     from raypkg.runs.show import terminal
     from raypkg.studies.study import is_study
 

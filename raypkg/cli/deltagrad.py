@@ -186,7 +186,7 @@ COMMANDS = [delete, add, stream, verify, log]
 def _opened(run: str, root: str, rest: str = "the run is as it was") -> Iterator[RecordedRun]:
     """Open a run; Ctrl-C and SIGTERM end in one line, with ``rest``: the state of the run, or the way to resume."""
     from raypkg.methods.deltagrad.run import open_recorded
-    from raypkg.runs.folder import locate
+    from raypkg.runs.catalog import locate
 
     try:
         with open_recorded(locate(root, run)) as recorded:

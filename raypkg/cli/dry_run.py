@@ -17,7 +17,7 @@ from raypkg.experiments.embed import EmbedSettings, planned
 from raypkg.experiments.resolve import resolve, selection_of
 from raypkg.experiments.select import SelectSettings
 from raypkg.runs.folder import RunFolder, check_new
-from raypkg.runs.stages import Stage
+from raypkg.runs.report import Stage
 from raypkg.runs.storage import Storage
 
 if TYPE_CHECKING:  # it imports torch, which a mistake in the settings need not wait for

@@ -13,7 +13,8 @@ from raypkg.experiments.embed import EmbedSettings
 from raypkg.experiments.resolve import resolve
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.trust import stored_settings
-from raypkg.runs.folder import RunFolder, check_new, create, discard, find
+from raypkg.runs.catalog import find
+from raypkg.runs.folder import RunFolder, check_new, create, discard
 from raypkg.runs.show import show_run, terminal
 
 from .unfinished import resume_command
@@ -31,7 +32,7 @@ def execute(
     check_new(root, entry.name, name, settings)
     settings, samples = open_run(settings)
     folder = create(root, entry.name, name, settings)
-    with folder.storage.alone(f"run {folder.name!r}"):  # nobody else's work is discarded
+    with folder.storage.locked(f"run {folder.name!r}"):  # nobody else's work is discarded
         try:
             _run(entry, settings, samples, folder, root)
         except BaseException:
@@ -58,7 +59,7 @@ def resume_run(
         folder.check_all()
         show_run(folder, terminal())
         return
-    with folder.storage.alone(f"run {name!r}"):
+    with folder.storage.locked(f"run {name!r}"):
         latest = RunFolder(folder.storage)  # as whoever had the lock left it
         settings, samples = open_run(settings)
         _run(entry, settings, samples, latest, root)

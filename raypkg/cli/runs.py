@@ -1,4 +1,4 @@
-"""The commands on runs as a whole: ``list`` and ``rm``."""
+"""The commands on all runs: ``list`` and ``rm``."""
 
 import sys
 
@@ -19,13 +19,13 @@ PLACE = click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROO
 def list_runs(kind: str | None, root: str, last: int | None) -> None:
     """List runs, the newest first: state, data, model, accuracy, cost and age.
 
-    The trials of a sweep are one line, with the accuracy of the best and the cost of all that are done. EXPERIMENT
+    The trials of a sweep are one line, with the accuracy of the best and the cost of all finished ones. EXPERIMENT
     lists the runs and sweeps of one experiment; tune = all sweeps.
 
     Example:
         effray list --last 20
     """
-    from raypkg.runs.listing import in_columns, runs_of
+    from raypkg.runs.catalog import in_columns, runs_of
     from raypkg.studies.study import FOLDER, folded
 
     kinds = experiment.names
@@ -42,43 +42,34 @@ def list_runs(kind: str | None, root: str, last: int | None) -> None:
 
 @click.command("rm", cls=ExampleHelp, params=[PLACE])
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--trials", is_flag=True, help="with a sweep its trials too; without it they stay, as runs of their own")
+@click.option("--trials", is_flag=True, help="delete a sweep's trials too; by default they stay, as ordinary runs")
 @click.option("--yes", is_flag=True, help="do not ask")
 def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> None:
-    """Delete runs or sweeps, with all that they have stored.
+    """Delete runs or sweeps with everything stored in their folders.
 
-    RUN is a name below --root, or a path to a run folder. All are checked before the first is deleted: one that a
-    process is working on is refused, and so is a trial by itself, which its sweep would run again, unless --trials
-    is given.
+    RUN is a name below --root, or a path to a run folder. All are checked before the first is deleted. A run is refused
+    while a process is working on it. A single trial is refused, since its sweep would run it again, unless --trials is
+    given.
 
     Example:
         effray train --name useless && effray rm useless --yes
     """
-    from raypkg.runs.removal import doomed, held, remove
+    from raypkg.runs.catalog import locked, remove, to_delete
     from raypkg.studies.study import with_studies
 
-    named = [doomed(root, run) for run in runs]
-    folders, locked = with_studies(named, trials)
-    with held(locked):
+    folders, to_lock = with_studies([to_delete(root, run) for run in runs], trials)
+    with locked(to_lock):
         pass
-    if not (yes or _agreed([folder.root for folder in folders])):
-        click.echo("nothing is deleted")
-        return
-    with held(locked):
+    if not yes:
+        count = f"{len(folders)} folder" + "s" * (len(folders) > 1)
+        if not sys.stdin.isatty():
+            raise UserError(f"there is no terminal to ask on whether to delete {count}: --yes deletes without asking")
+        for folder in folders:
+            click.echo(redacted(folder.root))
+        if not click.confirm(f"delete {count}?"):
+            click.echo("nothing is deleted")
+            return
+    with locked(to_lock):  # not while the user was asked
         for folder in folders:
             remove(folder)
             click.echo(f"deleted {redacted(folder.root)}")
-
-
-def _agreed(folders: list[str]) -> bool:
-    """Ask whether folders are to be deleted.
-
-    Raises:
-        UserError: there is nobody to ask.
-    """
-    count = f"{len(folders)} folder" + "s" * (len(folders) > 1)
-    if not sys.stdin.isatty():
-        raise UserError(f"there is no terminal to ask on whether to delete {count}: --yes deletes without asking")
-    for folder in folders:
-        click.echo(redacted(folder))
-    return click.confirm(f"delete {count}?")

@@ -278,7 +278,7 @@ def report_page(name: str, root: str) -> None:
         effray train --name first && effray report first
     """
     from raypkg.core.errors import redacted
-    from raypkg.runs.folder import locate
+    from raypkg.runs.catalog import locate
     from raypkg.studies.show import write_page
 
     click.echo(redacted(write_page(locate(root, name))))

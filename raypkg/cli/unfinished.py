@@ -6,10 +6,10 @@ from raypkg.core.config import load_stored
 from raypkg.core.errors import UserError
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.outlook import stages_of
-from raypkg.runs.activity import resuming, state_of
+from raypkg.runs.catalog import resuming, state_of
 from raypkg.runs.folder import RunFolder
+from raypkg.runs.report import Stage
 from raypkg.runs.show import show_unfinished, terminal
-from raypkg.runs.stages import Stage
 from raypkg.studies.study import study_around
 
 

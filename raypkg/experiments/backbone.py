@@ -18,7 +18,8 @@ from raypkg.engine.loop import autocast
 from raypkg.engine.worker import Worker
 from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
-from raypkg.runs.folder import RunFolder, locate
+from raypkg.runs.catalog import locate
+from raypkg.runs.folder import RunFolder
 
 from .samples import open_samples
 from .trained import check_has_model, check_same_tokens, restored_model, settings_of_trained

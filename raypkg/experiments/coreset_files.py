@@ -16,7 +16,7 @@ from raypkg.coresets.record import Record
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.run import check_weights
-from raypkg.runs.columns import column_of, is_number
+from raypkg.runs.agreement import column_of, is_number
 from raypkg.runs.storage import Storage
 
 from .samples import Samples

@@ -9,7 +9,7 @@ from functools import partial
 
 from raypkg.core.registry import Registry
 from raypkg.core.settings import Experiment, RunSettings, Select
-from raypkg.runs.stages import Stage
+from raypkg.runs.report import Stage
 
 CORESET = "coreset.parquet"
 EMBEDDED = ("train.parquet", "test.parquet")

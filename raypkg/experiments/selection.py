@@ -13,8 +13,9 @@ from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard, Shards, WorkerShards, class_shards
 from raypkg.engine.worker import Worker
+from raypkg.runs.catalog import locate
 from raypkg.runs.checkpoints import load_tensors
-from raypkg.runs.folder import RunFolder, locate
+from raypkg.runs.folder import RunFolder
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from raypkg.core.config import dotted
 from raypkg.runs.folder import RunFolder
-from raypkg.runs.stages import Stage
+from raypkg.runs.report import Stage
 
 Donors = Callable[[Stage], Iterable[RunFolder]]
 

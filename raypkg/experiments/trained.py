@@ -14,8 +14,9 @@ from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, to_device
 from raypkg.models.classifier import Classifier
 from raypkg.runs import ROOT
+from raypkg.runs.catalog import locate
 from raypkg.runs.checkpoints import load_tensors, save_tensors
-from raypkg.runs.folder import RunFolder, locate
+from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 
 from .first_weights import FIRST, fitted

@@ -16,8 +16,7 @@ from typing import Any
 from raypkg.core.errors import UserError
 from raypkg.data.sources import dataset
 from raypkg.models import model
-from raypkg.runs.folder import RunFolder
-from raypkg.runs.sealed import CONFIG
+from raypkg.runs.folder import CONFIG, RunFolder
 from raypkg.runs.storage import Storage
 
 TRUST = "EFFRAY_TRUST"

@@ -1,4 +1,4 @@
-"""Two runs' selections side by side: do they rank and pick the same samples?"""
+"""Agreement of two runs: the rank correlation of their scores, and their common picks."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,6 @@ import pyarrow as pa
 
 from raypkg.core.errors import UserError
 
-from .columns import column_of, is_number
 from .folder import RunFolder
 
 CORESET = "coreset.parquet"
@@ -15,31 +14,27 @@ SCORES = "scores.parquet"
 
 
 def compare(run: RunFolder, other: RunFolder) -> str:
-    """Return overlap of the coresets and, where both runs computed scores, their rank correlation, in one line.
+    """Return the overlap of two coresets and the rank correlation of the scores, if both runs have them, in one line.
 
     Raises:
-        UserError: a run is not finished, has no coreset or a damaged one, or they chose from different samples.
+        UserError: a run is unfinished, has no coreset or a damaged one, or they selected from different samples.
     """
-    n = _samples(run)
-    others_n = _samples(other)
+    for each in (run, other):
+        if each.summary is None:
+            raise UserError(f"{each.name} is not finished: there is no {CORESET} to compare")
+    n, others_n = ((each.summary or {})["samples"] for each in (run, other))
     correlation = rank_correlation(run, other)
     if correlation is None and n != others_n:
         raise UserError(f"{run.name} chose from {n} samples and {other.name} from {others_n}: same data set?")
     picked = picks_of(run)
     others_picked = picks_of(other)
     common = len(np.intersect1d(picked, others_picked))
-    chance = len(others_picked) / n  # the share that picks at random would have in common
+    chance = len(others_picked) / n  # expected share of common picks at random
     rho = "" if correlation is None else f"rank correlation of the scores {correlation:.3f}; "
     return (
         f"{run.name} against {other.name}: {rho}{common:,} of {len(picked):,} picks in common"
         f" ({common / len(picked):.1%}; by chance {chance:.1%})"
     )
-
-
-def _samples(run: RunFolder) -> int:
-    if run.summary is None:
-        raise UserError(f"{run.name} is not finished: there is no {CORESET} to compare")
-    return run.summary["samples"]
 
 
 def rank_correlation(run: RunFolder, other: RunFolder) -> float | None:
@@ -72,8 +67,29 @@ def picks_of(run: RunFolder) -> np.ndarray:
     return picked
 
 
+def column_of(table: pa.Table, name: str, path: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray:
+    """Return a column of a table whose file, named ``path`` in errors, a user may have chosen or replaced.
+
+    Raises:
+        UserError: the column is missing, of a type that does not fit, or contains nulls.
+    """
+    if name not in table.column_names:
+        raise UserError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
+    values = table[name]
+    nulls = values.null_count
+    if not fits(values.type) or nulls:
+        kind = f"{values.type} with {nulls} nulls" if nulls else values.type
+        raise UserError(f"{path}: column {name} is {kind}, which it cannot be")
+    return values.to_numpy()
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Return True for types of integers and floats."""
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+
 def _has(run: RunFolder, file: str) -> bool:
-    run.check(file)  # one that is lost says so
+    run.check(file)  # a lost file is an error
     return file in run.storage.list()
 
 

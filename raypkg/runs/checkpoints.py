@@ -1,7 +1,7 @@
-"""Checkpoints: tensors and plain values, the newest complete one wins, no pickle is ever run.
+"""Checkpoints of tensors and plain values, without pickled code, and models as safetensors.
 
-They are files of the run folder and not Ray Train checkpoints: a killed driver, another number of workers and a run
-without Ray all resume from them, and a rename makes each of them atomic.
+They are files of the run folder and not Ray Train checkpoints: a run whose driver was killed, with another number of
+workers or without Ray, resumes from them, and each is written atomically.
 """
 
 import io
@@ -17,8 +17,6 @@ from raypkg.core.errors import UserError, redacted
 from .storage import Storage
 
 log = logging.getLogger(__name__)
-
-
 NOT_PLAIN = (
     "a hook's state_dict() holds something that is neither a tensor nor a plain value, so no checkpoint could be"
     " restored: convert it, as with float(x)"
@@ -29,8 +27,8 @@ class StoredCheckpoints:
     """The last states of one phase, as ``epoch_00012.pt``; older ones are deleted.
 
     Args:
-        storage: the phase's own folder.
-        keep: how many to keep, so that a corrupt newest one leaves another.
+        storage: the phase's folder.
+        keep: number of files, so that a corrupt newest one leaves another.
     """
 
     def __init__(self, storage: Storage, keep: int = 2):
@@ -40,37 +38,30 @@ class StoredCheckpoints:
 
     def load(self) -> dict[str, Any] | None:
         """Return the newest readable state, or None."""
-        for name in reversed(self._names()):
-            state = load_state(self.storage, name)
-            if state is not None:
-                return state
-        return None
+        states = (load_state(self.storage, name) for name in reversed(self._names()))
+        return next((state for state in states if state is not None), None)
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
-        """Write a state, then delete those beyond the newest ``keep``."""
+        """Write a state, then delete all but the newest ``keep``."""
         name = f"epoch_{epoch:05d}.pt"
         save_state(self.storage, name, state)
-        if not self._proved:
-            self._prove(name)
+        if not self._proved:  # read the first one back: an unreadable one would be discovered too late
+            if load_state(self.storage, name) is None:
+                raise UserError(NOT_PLAIN)
+            self._proved = True
         for name in self._names()[: -self.keep]:
             self.storage.delete(name)
 
     def _names(self) -> list[str]:
-        """Return the files in the order of their epochs: those from 100,000 on have more digits than names pad to."""
+        """Return the files in the order of their epochs; from 100,000 on, names have more digits."""
         return sorted(self.storage.list(), key=lambda name: (len(name), name))
-
-    def _prove(self, name: str) -> None:
-        """Read the first checkpoint back: one that cannot be read would be found too late."""
-        if load_state(self.storage, name) is None:
-            raise UserError(NOT_PLAIN)
-        self._proved = True
 
 
 def save_state(storage: Storage, name: str, state: dict[str, Any]) -> None:
     """Write tensors and plain values as one file.
 
     Raises:
-        UserError: there are other values among them, which cannot be stored at all.
+        UserError: there are other values among them, which cannot be stored.
     """
     buffer = io.BytesIO()
     try:
@@ -81,7 +72,7 @@ def save_state(storage: Storage, name: str, state: dict[str, Any]) -> None:
 
 
 def load_state(storage: Storage, name: str) -> dict[str, Any] | None:
-    """Return what ``save_state`` wrote, or None when it is missing or (with a warning) corrupt."""
+    """Return a state written by ``save_state``, or None if it is missing or (with a warning) corrupt."""
     content = storage.read(name)
     if content is None:
         return None

@@ -1,4 +1,4 @@
-"""The pictures of a run: plain data in, one PNG out, with labels at the lines and bars; methods draw theirs alike."""
+"""The plots of a run: plain data in, one PNG out, labels at the lines and bars. Plots of methods share the style."""
 
 import math
 import os
@@ -6,14 +6,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raypkg.core.errors import UserError
 
 from .storage import Storage
-from .style import BLUE, GREY, NOTE, ORANGE, STYLE, VERMILLION, cut, duration, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,10 +20,43 @@ if TYPE_CHECKING:
 
 Rows = Sequence[dict[str, Any]]
 Labels = Sequence[tuple[str, float]]  # (class name, score) of each image
-NAMED = 200  # classes whose names fit on one picture
+MOST_BARS = 200  # classes; more do not fit on one picture
 COLUMN = 40  # classes in one column of bars
 TILE = 1.5  # height of an image of side 1 with its title
-WIDE = 3.5  # a gallery's width over its height
+WIDE = 3.5  # width of a gallery over its height
+UNITS = {10**9: "G", 10**6: "M", 10**3: "k"}
+# From the palette of Okabe & Ito, distinguishable with common forms of colour blindness and in grey.
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+VERMILLION = "#D55E00"
+GREY = "#5F6368"
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "text.parse_math": False,  # a class may be called $
+    "figure.titlesize": 12,
+    "figure.labelsize": 10,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.12,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": "#BDC1C6",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E8EAED",
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+}
+NOTE: dict[str, Any] = {  # a label at its point, on a white patch that hides the lines behind it
+    "textcoords": "offset points",
+    "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+}
 
 
 def curves(rows: Rows, path: str | Path) -> None:
@@ -32,8 +64,8 @@ def curves(rows: Rows, path: str | Path) -> None:
 
     Args:
         rows: dicts with ``phase``, ``main`` (whether it is the run's main training), ``model`` (its number, or None),
-            ``epoch``, ``loss`` and, where it was measured, ``accuracy`` in [0, 1]; values may be None or NaN.
-        path: the PNG to write.
+            ``epoch``, ``loss`` and, if it was measured, ``accuracy`` in [0, 1]; values may be None or NaN.
+        path: of the PNG.
     """
     with page(path) as figure:
         loss, accuracy = figure.subplots(1, 2)
@@ -43,55 +75,43 @@ def curves(rows: Rows, path: str | Path) -> None:
 
 
 def costs(phases: Rows, path: str | Path) -> None:
-    """Draw the seconds and the samples that each phase cost.
-
-    Args:
-        phases: dicts with ``phase``, ``seconds`` and the samples passed ``forward`` and ``backward``.
-        path: the PNG to write.
-    """
+    """Draw the cost of each phase: ``seconds``, and the samples passed ``forward`` and ``backward``."""
     names = [phase["phase"] for phase in phases]
-    seconds = column(phases, "seconds")
-    forward = column(phases, "forward")
-    backward = column(phases, "backward")
+    seconds, forward, backward = (column(phases, key) for key in ("seconds", "forward", "backward"))
     with page(path) as figure:
         time, samples = figure.subplots(1, 2, sharey=True)
 
         _bars(time, names, {"seconds": seconds}, [duration(value) for value in seconds])
-        whole = duration(np.nansum(seconds))
-        time.set(title=f"The run took {whole}", xlabel="seconds")
+        time.set(title=f"The run took {duration(np.nansum(seconds))}", xlabel="seconds")
 
         both = [f"{short(f)} + {short(b)}" for f, b in zip(forward, backward, strict=True)]
         _bars(samples, names, {"forward": forward, "backward": backward}, both)
-        all_forward = short(np.nansum(forward))
-        all_backward = short(np.nansum(backward))
+        all_forward, all_backward = short(np.nansum(forward)), short(np.nansum(backward))
         samples.set(title=f"{all_forward} samples forward + {all_backward} backward", xlabel="samples")
         samples.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
         samples.xaxis.set_major_formatter(lambda value, _: short(value))
 
 
-def composition(
-    picked: Sequence[int],
-    total: Sequence[int],
-    classes: Sequence[str],
-    path: str | Path,
-) -> None:
-    """Draw the share of each class that was picked; of more than 200 classes, the 100 lowest and the 100 highest.
+def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[str], path: str | Path) -> None:
+    """Draw the picked share of each class; of more than 200 classes, the 100 lowest and the 100 highest.
 
     Args:
         picked: samples of each class in the coreset, [C].
         total: samples of each class in the training set, [C].
         classes: their names, [C].
-        path: the PNG to write.
+        path: of the PNG.
     """
-    chosen = np.asarray(picked, dtype=float)  # [C]
-    available = np.asarray(total, dtype=float)  # [C]
+    chosen = np.asarray(picked, dtype=float)
+    available = np.asarray(total, dtype=float)
     share = 100 * chosen / np.maximum(available, 1)  # [C], per cent
     mean = 100 * chosen.sum() / max(available.sum(), 1)
-    shown = _extremes(share)
     title = f"{chosen.sum():,.0f} of {available.sum():,.0f} samples picked, {mean:.3g} %"
-    if len(shown) < len(share):
+    drawn = np.arange(len(share))
+    if len(share) > MOST_BARS:
+        order = np.argsort(share, kind="stable")
+        drawn = np.concatenate([order[: MOST_BARS // 2], order[-MOST_BARS // 2 :]])
         title += f"; extremes of {len(share):,} classes"
-    columns = np.array_split(shown, max(1, math.ceil(len(shown) / COLUMN)))
+    columns = np.array_split(drawn, max(1, math.ceil(len(drawn) / COLUMN)))
     with page(path) as figure:
         figure.suptitle(title, x=0.02, ha="left")
         figure.supxlabel("picked share of the class, % (at the bar: samples; dashed: all classes)", color=GREY)
@@ -105,19 +125,11 @@ def composition(
 
 
 def scores(everyone: np.ndarray, picked: np.ndarray, path: str | Path) -> None:
-    """Draw which scores were picked: the histogram of all samples, and of the coreset within it.
-
-    Args:
-        everyone: scores of all samples that could be picked, [n].
-        picked: scores of the coreset, [k].
-        path: the PNG to write.
-    """
+    """Draw the histogram of all samples' scores [n], and that of the coreset's [k] within it."""
     rank = np.nan
     if len(picked):
-        below = np.searchsorted(np.sort(everyone), np.median(picked))
-        rank = below / len(everyone)
-    # Few samples get few bars: noise would look like structure.
-    bins = min(60, 1 + len(everyone) // 4)
+        rank = np.searchsorted(np.sort(everyone), np.median(picked)) / len(everyone)
+    bins = min(60, 1 + len(everyone) // 4)  # few samples get few bars: noise would look like structure
     edges = np.histogram_bin_edges(everyone, bins).tolist()
     with page(path) as figure:
         axes = figure.subplots()
@@ -141,7 +153,7 @@ def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels,
         hardest: likewise.
         easy: (class name, score) of each of the easiest.
         hard: likewise of the hardest.
-        path: the PNG to write.
+        path: of the PNG.
     """
     with page(path) as figure:
         (upper,), (lower,) = figure.subfigures(2, 1, squeeze=False)
@@ -150,10 +162,10 @@ def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels,
 
 
 def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None:
-    """Draw a plot into a run folder, wherever that is.
+    """Draw a plot into a run folder, local or remote.
 
     Raises:
-        UserError: the disk of the run, or that of temporary files, is full or cannot be written.
+        UserError: the disk of the run, or that of temporary files, is full or read-only.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -168,14 +180,14 @@ def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None
 
 @contextmanager
 def page(path: str | Path) -> "Iterator[Figure]":
-    """Give an empty 9 × 6 inch figure in the common style, then write it under a temporary name and rename it."""
+    """Give an empty figure of 9 × 6 inches in the common style, then write it atomically."""
     # Not pyplot, which chooses a backend and keeps figures open. Imported here, as matplotlib takes a second to load.
     from matplotlib import style
     from matplotlib.figure import Figure
 
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with style.context(STYLE, after_reset=True):  # whatever the user's matplotlibrc says
+    with style.context(STYLE, after_reset=True):  # without the user's matplotlibrc
         figure = Figure(figsize=(9, 6), layout="constrained")
         yield figure
         figure.savefig(unfinished, format="png", dpi=150)
@@ -183,91 +195,106 @@ def page(path: str | Path) -> "Iterator[Figure]":
 
 
 def line_ends(axes: "Axes", at: float, ends: dict[str, tuple[float, str]]) -> None:
-    """Write the name of each line, in its colour, at its end."""
+    """Write the name of each line, (value, colour), in its colour at its end."""
     for name, (value, colour) in ends.items():
         axes.annotate(name, (at, value), (-4, 6), ha="right", color=colour, weight="bold", **NOTE)
 
 
 def column(rows: Rows, key: str) -> np.ndarray:
-    """Return a column of rows as numbers; a missing value becomes NaN."""
+    """Return a column of rows as floats; a missing value becomes NaN."""
     return np.array([row.get(key) for row in rows], dtype=float)
 
 
-class _End(NamedTuple):
-    """Where a line stops, and what to write there."""
+# Numbers and names
 
-    value: float
-    epoch: float
-    label: str
-    colour: str
+
+def cut(name: str, length: int) -> str:
+    """Return a name shortened to at most ``length`` characters."""
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def short(count: float) -> str:
+    """Return a count with three digits and its unit.
+
+    >>> short(950), short(12_345), short(999_999), short(float("nan"))
+    ('950', '12.3 k', '1 M', '–')
+    """
+    if not math.isfinite(count):
+        return "–"
+    rounded = float(f"{count:.3g}")  # first: 999,999 is 1 M, not 1000 k
+    step = next((step for step in UNITS if abs(rounded) >= step), 1)
+    return f"{rounded / step:.3g} {UNITS.get(step, '')}".rstrip()
+
+
+def in_full(value: Any) -> str:
+    """Return a count with separators, any other number with four digits, and a text as it is.
+
+    >>> in_full(30_176), in_full(0.98765), in_full("done"), in_full(None)
+    ('30,176', '0.9877', 'done', '–')
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in one or two units.
+
+    >>> duration(0.512), duration(75), duration(7_500), duration(float("nan"))
+    ('0.512 s', '1 min 15 s', '2 h 5 min', '–')
+    """
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+# Parts of plots
 
 
 def _trace(axes: "Axes", rows: Rows, key: str, name: str, unit: str = "", scale: float = 1) -> None:
     """Draw one bold line per phase, the mean over its models, with the models as thin lines behind it."""
-    ends = []
+    ends: list[tuple[float, float, str, str]] = []  # value and epoch of a line's last point, label, colour
     for phase in dict.fromkeys(row["phase"] for row in rows):
-        of_phase = [row for row in rows if row["phase"] == phase]
-        end = _trace_phase(axes, phase, of_phase, key, scale)
-        if end:
-            ends.append(end)
-    title = f"{name} ends at {ends[-1].value:.3g}{unit}" if ends else f"{name}: nothing recorded"
-    axes.set(title=title, xlabel="epoch")
-    axes.margins(y=0.15)  # room for the labels
+        points = [
+            [row.get("model") or 0, row["epoch"], row.get(key), row.get("main") or 0]
+            for row in rows
+            if row["phase"] == phase
+        ]
+        table = np.array(points, dtype=float)  # [n, 4], None becomes NaN
+        colour = VERMILLION if table[:, 3].any() else BLUE
+        table = table[np.isfinite(table[:, 2])]
+        if not len(table):
+            continue
+        model, epoch, value, _ = table[np.argsort(table[:, 1], kind="stable")].T
+        models = np.unique(model)
+        for one in models:
+            own = model == one
+            axes.plot(epoch[own], scale * value[own], color=colour, alpha=0.4, linewidth=1)
+        epochs, group = np.unique(epoch, return_inverse=True)
+        mean = scale * np.bincount(group, value) / np.bincount(group)  # [epochs]
+        axes.plot(epochs, mean, color=colour, linewidth=2.2, marker="o", markevery=[-1])
+        label = f"{phase}, mean of {len(models)}" if len(models) > 1 else phase
+        ends.append((mean[-1], epochs[-1], label, colour))
+    axes.set(title=f"{name} ends at {ends[-1][0]:.3g}{unit}" if ends else f"{name}: nothing recorded", xlabel="epoch")
+    axes.margins(y=0.15)  # space for the labels
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.axis("on" if ends else "off")
-    _label(axes, ends)
-
-
-def _trace_phase(axes: "Axes", phase: str, rows: Rows, key: str, scale: float) -> _End | None:
-    """Draw the lines of one phase; return where the bold one ends, or None if nothing was measured."""
-    model, epoch, value = _points(rows, key)
-    if not len(value):
-        return None
-    main = any(row.get("main") for row in rows)
-    colour = VERMILLION if main else BLUE
-    models = np.unique(model)
-    for one in models:
-        own = model == one
-        axes.plot(epoch[own], scale * value[own], color=colour, alpha=0.4, linewidth=1)
-    epochs, group = np.unique(epoch, return_inverse=True)
-    mean = scale * np.bincount(group, value) / np.bincount(group)  # [epochs]
-    axes.plot(epochs, mean, color=colour, linewidth=2.2, marker="o", markevery=[-1])
-    label = f"{phase}, mean of {len(models)}" if len(models) > 1 else phase
-    return _End(mean[-1], epochs[-1], label, colour)
-
-
-def _points(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return model, epoch and value of the rows that hold one, by epoch."""
-    points = [[row.get("model") or 0, row["epoch"], row.get(key)] for row in rows]
-    table = np.array(points, dtype=float).reshape(-1, 3)  # a value of None becomes NaN
-    table = table[np.isfinite(table[:, 2])]
-    order = np.argsort(table[:, 1], kind="stable")
-    model, epoch, value = table[order].T
-    return model, epoch, value
-
-
-def _label(axes: "Axes", ends: list[_End]) -> None:
-    """Write the labels above the ends of their lines, the higher the further off, so that no two meet."""
-    for rank, end in enumerate(sorted(ends)):
-        side = "right" if end.epoch > np.mean(axes.get_xlim()) else "left"
+    # The higher the line, the further above its end is the label, so that no two meet.
+    for rank, (value, epoch, label, colour) in enumerate(sorted(ends)):
+        side = "right" if epoch > np.mean(axes.get_xlim()) else "left"
         offset = (0, 8 + 14 * rank)  # points
-        axes.annotate(
-            end.label,
-            (end.epoch, end.value),
-            offset,
-            ha=side,
-            color=end.colour,
-            weight="bold",
-            **NOTE,
-        )
+        axes.annotate(label, (epoch, value), offset, ha=side, color=colour, weight="bold", **NOTE)
 
 
-def _bars(
-    axes: "Axes",
-    names: Sequence[str],
-    parts: Mapping[str, np.ndarray],
-    labels: Sequence[str],
-) -> None:
+def _bars(axes: "Axes", names: Sequence[str], parts: Mapping[str, np.ndarray], labels: Sequence[str]) -> None:
     """Draw stacked horizontal bars, the first on top, each with its label at the end."""
     rows = np.arange(len(names))
     end = np.zeros(len(names))  # of the bars so far
@@ -281,42 +308,28 @@ def _bars(
     axes.set_yticks(rows, names, fontsize=size)
     axes.set_ylim(max(len(names), 4) - 0.5, -0.5)  # few bars stay slim
     axes.grid(axis="y", visible=False)
-    axes.margins(x=0.3)  # room for the labels
+    axes.margins(x=0.3)  # space for the labels
     axes.locator_params(axis="x", nbins=5)
     axes.axis("on" if len(names) else "off")
 
 
-def _extremes(share: np.ndarray) -> np.ndarray:
-    """Return the classes to draw: all if their names fit, else as many of the lowest shares as of the highest."""
-    if len(share) <= NAMED:
-        return np.arange(len(share))
-    half = NAMED // 2
-    order = np.argsort(share, kind="stable")
-    return np.concatenate([order[:half], order[-half:]])
-
-
 def _gallery(figure: "SubFigure", kind: str, pixels: np.ndarray, labels: Labels) -> None:
-    """Draw the images in up to three rows, the first filled to eight at least, in one frame: many take long to draw."""
+    """Draw images in up to three rows of at least eight, in one frame: many frames take long to draw."""
     figure.suptitle(f"{kind} {len(pixels)} of the coreset, with their scores", x=0.02, ha="left")
     columns = max(8, math.ceil(len(pixels) / 3))
     columns = max(1, min(len(pixels), columns))
     rows = max(1, math.ceil(len(pixels) / columns))
-    pitch = WIDE * rows * TILE / columns  # so that the columns fill the gallery
+    pitch = WIDE * rows * TILE / columns  # the columns fill the gallery
     axes = figure.subplots()
     for place, (image, (name, score)) in enumerate(zip(pixels, labels, strict=True)):
         row, column = divmod(place, columns)
-        middle = (column * pitch, row * TILE)
-        _tile(axes, image, middle, f"{cut(name, 14)}\n{score:.3g}")
+        x, y = column * pitch, row * TILE  # the middle of the image; its larger side is 1
+        height, width = np.divide(image.shape[:2], max(image.shape[:2]))
+        top = y - height / 2
+        extent = (x - width / 2, x + width / 2, top + height, top)
+        axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        title = f"{cut(name, 14)}\n{score:.3g}"
+        axes.annotate(title, (x, top), (0, 3), ha="center", size=8, textcoords="offset points", in_layout=False)
     axes.set_axis_off()
     axes.set_xlim(-pitch / 2, (columns - 0.5) * pitch)
     axes.set_ylim((rows - 1) * TILE + 0.5, 0.5 - TILE)  # the first row on top, its titles above
-
-
-def _tile(axes: "Axes", image: np.ndarray, middle: tuple[float, float], title: str) -> None:
-    """Draw an image, its larger side 1, and its title above."""
-    height, width = np.divide(image.shape[:2], max(image.shape[:2]))
-    x, y = middle
-    top = y - height / 2
-    extent = (x - width / 2, x + width / 2, top + height, top)
-    axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.annotate(title, (x, top), (0, 3), ha="center", size=8, textcoords="offset points", in_layout=False)

@@ -1,148 +1,178 @@
-"""Where a run's progress goes: the folder, the terminal and the tracker, from one call."""
+"""Phases of a run: what each will do, and its progress while the run is going."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from .pace import Pace, in_words
-
-if TYPE_CHECKING:  # they import pyarrow, which `--help` need not wait for
+if TYPE_CHECKING:  # they import pyarrow, which `--help` does not need
     from .folder import RunFolder
     from .tracking import Tracker
 
 
-class Phase(NamedTuple):
-    """A phase that is being followed.
+class Stage(NamedTuple):
+    """Plan of a phase, which trains models for some epochs; without epochs it does something else."""
 
-    Attributes:
-        rows: of metrics that are to come.
-        models: that they are of, each the same number; 1 where they have no number, or it is not known how many.
-        pace: of the rows.
-        task: its bar.
-    """
+    phase: str  # its name, as in its rows and its record
+    epochs: int = 0  # of each model
+    models: int = 1
+    batch_size: int = 1  # samples of a step
+    size: Callable[[int], int] = int  # samples in an epoch of one model, for n training samples
+    whole: int = 0  # first epochs, on all samples
+    files: tuple[str, ...] = ()  # in the run folder, besides those of methods and hooks
+    # Names of all settings, or of their parts, that determine the phase and those before it, such as ("seed",
+    # "select.rule"). A run with the same values may take the phases over. () = unknown, or not possible.
+    depends_on: tuple[str, ...] = ()
 
-    rows: int
-    models: int
-    pace: Pace
-    task: TaskID
+    @property
+    def rows(self) -> int:
+        """Number of rows of metrics."""
+        return self.models * self.epochs
+
+    def steps(self, n: int) -> int:
+        """Return the steps of all models, in a run with n training samples.
+
+        >>> Stage("train", epochs=5, batch_size=128, size=lambda n: n // 10, whole=2).steps(1000)
+        19
+        """
+        on_all = -(-n // self.batch_size)
+        on_part = -(-self.size(n) // self.batch_size)
+        return self.models * (self.whole * on_all + (self.epochs - self.whole) * on_part)
+
+    def backward(self, n: int) -> int:
+        """Return the samples that all models back-propagate, in a run with n training samples.
+
+        >>> Stage("train", epochs=5, size=lambda n: n // 10, whole=2).backward(1000)
+        2300
+        """
+        return self.models * (self.whole * n + (self.epochs - self.whole) * self.size(n))
+
+    def settings_in(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings, by dotted names, that the phase depends on.
+
+        >>> stage = Stage("select", depends_on=("dataset", "select.rule"))
+        >>> stage.settings_in({"dataset.noise": 0.4, "select.rule": "craig", "select.every_epochs": 5})
+        {'dataset.noise': 0.4, 'select.rule': 'craig'}
+        """
+        parts = tuple(f"{part}." for part in self.depends_on)
+        return {name: value for name, value in values.items() if f"{name}.".startswith(parts)}
 
 
 class Report:
-    """Takes the rows of a run and keeps, shows and tracks them; remembers finished phases.
+    """Stores, shows and tracks the rows of a run, and remembers its finished phases.
 
-    On a terminal every phase is a moving bar; elsewhere it is a few lines of text.
-
-    Args:
-        folder: of the run.
-        tracker: of the metrics.
-        console: where progress is shown.
+    On a terminal each phase is a progress bar; elsewhere it is a few lines of text.
     """
 
     def __init__(self, folder: RunFolder, tracker: Tracker, console: Console):
         self.folder = folder
         self._tracker = tracker
         self._console = console
-        self._bars = Progress(
+        self._progress = Progress(
             TextColumn("{task.description:<9}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
             console=console,
             disable=not console.is_terminal,
+            # The mean since the first row: starting workers is no part of it, and an epoch may take longer than rich's
+            # usual 30 s. Disabled bars measure it as well, for the lines of text.
+            speed_estimate_period=float("inf"),
         )
-        self._phases: dict[str, Phase] = {}
+        self._tasks: dict[str, Task] = {}  # of the phases in progress
         self.records: dict[str, dict[str, Any]] = {}  # of the phases so far, in their order
 
     def __enter__(self) -> Report:
-        self._bars.start()
+        self._progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bars.stop()
+        self._progress.stop()
         self.folder.flush()
         if error:
             self._tracker.abandon()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Take a row of metrics from a worker; one that is known, of an epoch before a restart, is only counted."""
+        """Take a row of metrics from a worker. A row that is known from before a restart is only counted."""
         is_new = self.folder.log(row)
         if is_new:
             self._tracker.log(row)
-        phase = self._phases.get(row["phase"])
-        if phase:
-            phase.pace.take(row, is_new, time.perf_counter())
-            self._show(phase, row, is_new)
+        name = row["phase"]
+        if name not in self._tasks:
+            return
+        task = self._tasks[name]
+        rows = [other for other in self.folder.rows if other["phase"] == name]
+        self._progress.update(task.id, completed=len(rows))
+        status = self._status(row, task, rows)
+        self._progress.update(task.id, status=status)
+        step = max(1, round((task.total or 1) / 10))
+        if is_new and not self._console.is_terminal and (len(rows) == task.total or len(rows) % step == 0):
+            times = [f"{timedelta(seconds=round(task.elapsed or 0))} elapsed"]
+            if task.time_remaining:
+                times.append(f"{timedelta(seconds=round(task.time_remaining))} left")
+            self.say(f"{name} {len(rows)}/{task.total:.0f}  {'  '.join(times)}  {status}")
+
+    def _status(self, row: Mapping[str, Any], task: Task, rows: list[dict[str, Any]]) -> str:
+        """Return the model and its epoch, if there are several models, then throughput, loss and accuracy."""
+        parts = []
+        models, model = task.fields["models"], row.get("model")
+        if model is not None and models > 1:
+            epochs = round((task.total or 0) / models)
+            parts.append(f"model {model + 1} of {models}, epoch {row['epoch']} of {epochs}")
+        elif model is not None:
+            parts.append(f"model {model + 1}, epoch {row['epoch']}")
+        if task.speed:
+            backward = {each.get("model"): each.get("backward", 0) for each in rows}  # up to each model's last epoch
+            parts.append(f"{task.speed * sum(backward.values()) / len(rows):,.0f} samples/s")
+        if "loss" in row:
+            parts.append(f"loss {row['loss']:.3f}")
+        if "accuracy" in row:
+            parts.append(f"accuracy {row['accuracy']:.1%}")
+        return "  ".join(parts)
 
     def phase(self, name: str, work: Callable[[], dict[str, Any]], *, epochs: int, models: int = 1) -> dict[str, Any]:
-        """Do a phase's work and keep its record, or return the record of an earlier attempt.
+        """Do a phase's work and store its record, or return the record of an earlier attempt.
 
         Args:
             name: of the phase, as in its rows.
-            work: returns plain values, with the bills under ``costs``.
-            epochs: how many rows to expect, of all models together.
-            models: that the rows are of.
+            work: returns plain values, with the costs under ``costs``.
+            epochs: expected number of rows, of all models together.
+            models: number of models in these rows; 1 if it is unknown.
         """
-        task = self._bars.add_task(name, total=epochs or 1, status="")
+        task = self._progress.add_task(name, total=epochs or 1, status="", models=models)
         record = self.folder.phase(name)
         if record is None:
-            self._say(f"{name} …")
+            self._say_without_bars(f"{name} …")
             start = time.perf_counter()
-            self._phases[name] = Phase(epochs, models, Pace(epochs, start), task)
+            self._tasks[name] = self._progress.tasks[-1]
             result = work()
             elapsed = time.perf_counter() - start
             record = self.folder.finish_phase(name, {**result, "elapsed": elapsed})
-        self._bars.update(task, completed=epochs or 1)
-        self._say(f"{name} done in {record['elapsed']:.1f} s")
+        self._progress.update(task, completed=epochs or 1)
+        self._say_without_bars(f"{name} done in {record['elapsed']:.1f} s")
         self.records[name] = record
         return record
 
     def say(self, line: str) -> None:
-        """Tell the user something that is no metric."""
+        """Print a line that is not a metric."""
         self._console.print(line, highlight=False, soft_wrap=True)
 
-    def _show(self, phase: Phase, row: Mapping[str, Any], is_new: bool) -> None:
-        """Move the bar; where there is none, print every tenth part of the rows, once."""
-        name = row["phase"]
-        done = sum(other["phase"] == name for other in self.folder.rows)
-        status = "  ".join([*_place(phase, row), *_speed(phase.pace), *_figures(row)])
-        self._bars.update(phase.task, completed=done, status=status)
-        step = max(1, round(phase.rows / 10))
-        if is_new and (done == phase.rows or done % step == 0):
-            self._say(f"{name} {done}/{phase.rows or 1}  {status}")
-
-    def _say(self, line: str) -> None:
+    def _say_without_bars(self, line: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(line, highlight=False, soft_wrap=True)
-
-
-def _place(phase: Phase, row: Mapping[str, Any]) -> Iterator[str]:
-    """Yield which of several models a row is of, and which of its epochs."""
-    model = row.get("model")
-    if model is None:
-        return
-    if phase.models > 1:
-        yield f"model {model + 1} of {phase.models}, epoch {row['epoch']} of {phase.rows // phase.models}"
-    else:
-        yield f"model {model + 1}, epoch {row['epoch']}"
-
-
-def _speed(pace: Pace) -> Iterator[str]:
-    """Yield samples a second and the time that is left, as far as they are known."""
-    if pace.rate:
-        yield f"{pace.rate:,.0f} samples/s"
-    if pace.left:
-        yield f"{in_words(pace.left)} left"
-
-
-def _figures(row: Mapping[str, Any]) -> Iterator[str]:
-    """Yield loss and accuracy, where they were measured."""
-    if "loss" in row:
-        yield f"loss {row['loss']:.3f}"
-    if "accuracy" in row:
-        yield f"accuracy {row['accuracy']:.1%}"
+            self.say(line)

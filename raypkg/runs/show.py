@@ -1,4 +1,4 @@
-"""A run as tables on the terminal: its costs, phase by phase, and its results; or how far it is."""
+"""A run as tables on the terminal: the costs and results of a finished one, the progress of an unfinished one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,20 +9,20 @@ from rich.table import Table
 
 from raypkg.core.errors import UserError, redacted
 
-from .activity import DONE, GOING, STOPPED, UNFINISHED, ago, written
+from .catalog import DONE, GOING, STOPPED, UNFINISHED, ago
 from .folder import RunFolder
-from .stages import Reached, Stage, reached
+from .report import Stage
 from .storage import Storage
 
 STATES = {
     GOING: "a process is working on it",
-    STOPPED: "nobody is working on it",
-    UNFINISHED: "and whether anybody is working on it cannot be told here: there are no locks",
+    STOPPED: "no process is working on it",
+    UNFINISHED: "and it is unknown whether a process is working on it: there are no locks here",
 }
 
 
 def terminal() -> Console:
-    """Return the console of this process, which prints names and paths as they are: no markup, no emoji."""
+    """Return the console of this process, which prints names and paths literally: no markup, no emoji."""
     return Console(markup=False, emoji=False, highlight=False)
 
 
@@ -36,76 +36,35 @@ def show_run(folder: RunFolder, console: Console) -> None:
 
 
 def findings(summary: Mapping[str, Any]) -> list[str]:
-    """Return a finished run's results in plain lines: what every run has, then what its methods found."""
-    lines = [*_results(summary)]
-    waited = sum(phase.get("waited", 0) for phase in summary["phases"])  # runs of earlier versions have none
+    """Return a finished run's results in plain lines: those of every run, then the findings of its methods."""
+    phases = summary["phases"]
+    samples, coreset = summary["samples"], summary["coreset"]
+    chosen = f"all {samples:,} samples"
+    if coreset is not None:
+        chosen = f"{coreset:,} of {samples:,} samples ({coreset / samples:.1%})"
+    lines = []
+    if "test_accuracy" in summary:
+        full = summary["full_training_backward"]
+        backward = sum(phase["backward"] for phase in phases)
+        accuracy, loss = summary["test_accuracy"], summary["test_loss"]
+        lines.append(f"test accuracy {accuracy:.2%} (loss {loss:.3f}), trained on {chosen}")
+        lines.append(f"{backward:,} samples backward, {100 * backward / full:.1f} % of full training ({full:,})")
+    elif coreset is not None:
+        lines.append(f"selected {chosen}: coreset.parquet; train on it with `effray train --coreset`")
+    waited = sum(phase.get("waited", 0) for phase in phases)  # missing in runs of earlier versions
     lines.append(
-        f"{summary['seconds']:.1f} s of work on the critical path, {waited:.1f} s of them without a batch to work on;"
-        f" {summary['elapsed']:.1f} s with starting workers, importing and storing (of a resumed run: each phase's last"
-        " attempt)"
+        f"compute {summary['seconds']:.1f} s ({waited:.1f} s waiting for data); wall time {summary['elapsed']:.1f} s"
+        " including start-up and I/O"
     )
     return lines + summary.get("findings", [])
 
 
-def _results(summary: Mapping[str, Any]) -> Iterator[str]:
-    chosen = _chosen(summary)
-    if "test_accuracy" not in summary:
-        if summary["coreset"] is not None:
-            yield f"selected {chosen}: coreset.parquet; train on it with `effray train --coreset`"
-        return
-    full = summary["full_training_backward"]
-    backward = sum(phase["backward"] for phase in summary["phases"])
-    yield f"test accuracy {summary['test_accuracy']:.2%} (loss {summary['test_loss']:.3f}), trained on {chosen}"
-    yield f"samples backward {backward:,}: {backward / full:.1%} of as many epochs on all samples ({full:,})"
-
-
-def _chosen(summary: Mapping[str, Any]) -> str:
-    samples = summary["samples"]
-    coreset = summary["coreset"]
-    if coreset is None:
-        return f"all {samples:,} samples"
-    return f"{coreset:,} of {samples:,} samples ({coreset / samples:.1%})"
-
-
-def _time(seconds: float) -> str:
+def _seconds(seconds: float) -> str:
     return f"{seconds:,.1f}"
 
 
 def _count(samples: int) -> str:
-    """Return a count in at most ten characters."""
-    return f"{samples:,}" if samples < 10**8 else f"{samples / 1e6:,.0f} M"
-
-
-COLUMNS = (  # two lines of heading, so that the table fits 80 columns
-    ("\nseconds", "seconds", _time),
-    ("worker-\nseconds", "total_seconds", _time),
-    ("samples\nforward", "forward", _count),
-    ("samples\nbackward", "backward", _count),
-)
-
-
-def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the bill of every phase as a row, with the sums below; of memory, the largest."""
-    table = Table(title=title, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False)
-    table.add_column("\nphase", footer="all")
-    for heading, key, form in COLUMNS:
-        total = sum(phase[key] for phase in phases)
-        table.add_column(heading, justify="right", footer=form(total))
-    sent = sum(phase["sent"] for phase in phases)
-    memory = max((phase["memory"] for phase in phases), default=0)
-    table.add_column("MB\nsent", justify="right", footer=_megabytes(sent))
-    table.add_column("peak\nMiB", justify="right", footer=_mebibytes(memory))
-    device_memory = max((phase.get("device_memory", 0) for phase in phases), default=0)
-    if device_memory:
-        table.add_column("GPU\nMiB", justify="right", footer=_mebibytes(device_memory))
-    for phase in phases:
-        name, _, part = phase["phase"].partition(": ")
-        figures = [form(phase[key]) for _, key, form in COLUMNS]
-        figures += [_megabytes(phase["sent"]), _mebibytes(phase["memory"])]
-        if device_memory:
-            figures.append(_mebibytes(phase["device_memory"]))
-        table.add_row(f"  {part}" if part else name, *figures)
-    return table
+    return f"{samples:,}" if samples < 10**8 else f"{samples / 1e6:,.0f} M"  # at most ten characters
 
 
 def _megabytes(size: int) -> str:
@@ -116,62 +75,86 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.0f}"
 
 
+COLUMNS = (  # headings of two lines, so that the table fits 80 columns; the footer of each column
+    ("\nseconds", "seconds", _seconds, sum),
+    ("worker-\nseconds", "total_seconds", _seconds, sum),
+    ("samples\nforward", "forward", _count, sum),
+    ("samples\nbackward", "backward", _count, sum),
+    ("MB\nsent", "sent", _megabytes, sum),
+    ("peak\nMiB", "memory", _mebibytes, max),
+    ("GPU\nMiB", "device_memory", _mebibytes, max),
+)
+
+
+def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a row for the costs of each phase, and the totals below."""
+    table = Table(title=title, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False)
+    table.add_column("\nphase", footer="all")
+    on_gpu = any(phase.get("device_memory") for phase in phases)
+    columns = [column for column in COLUMNS if on_gpu or column[1] != "device_memory"]
+    for heading, key, form, total in columns:
+        footer = form(total([phase[key] for phase in phases] or [0]))
+        table.add_column(heading, justify="right", footer=footer)
+    for phase in phases:
+        name, _, part = phase["phase"].partition(": ")
+        table.add_row(f"  {part}" if part else name, *(form(phase[key]) for _, key, form, _ in columns))
+    return table
+
+
 def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resume: str, console: Console) -> None:
-    """Print how far a run is that is not done: each phase, when its newest file was written, and how to go on.
+    """Print the progress of an unfinished run, its last write, and how to resume it.
 
     Args:
         folder: of the run.
-        stages: what its phases are to do, as far as is known.
-        state: it is in.
-        resume: the command that resumes it, or why nothing does.
-        console: where to print.
+        stages: plans of its phases, as far as they are known.
+        state: of the run.
+        resume: the command that resumes it, or the reason why none does.
+        console: prints it.
     """
     console.print(f"{folder.name}: not finished, {STATES[state]}", soft_wrap=True)
-    console.print(_progress(reached(folder, stages), state))
-    for line in last_signs(folder.storage):
+    console.print(_phases(folder, stages, state))
+    for line in last_write(folder.storage):
         console.print(line, soft_wrap=True)
     if state != GOING:
         console.print(f"resume with: {resume}", soft_wrap=True)
     console.print(redacted(folder.storage.root), style="dim", soft_wrap=True)
 
 
-def last_signs(storage: Storage) -> Iterator[str]:
-    """Yield which file of a folder is the newest, and how long ago it was written."""
+def last_write(storage: Storage) -> Iterator[str]:
+    """Yield a line on the newest file of a folder and its age."""
     try:
-        times = written(storage.root, below=True)
-    except UserError:  # a run that is going deletes folders as well, also while they are listed
+        times = storage.times(recursive=True)
+    except UserError:  # a run that is going may delete a folder while it is listed
         return
     if times:
         newest = max(times, key=times.__getitem__)
         yield f"last written {ago(times[newest])} ago: {newest}"
 
 
-def _progress(phases: Sequence[Reached], state: str) -> Table:
-    """Return a row for each phase: its state, and how much of what it is to do it has done."""
+def _phases(folder: RunFolder, stages: Sequence[Stage], state: str) -> Table:
+    """Return a row for each planned phase in order, then for others with results: state, progress, last figures."""
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
-    for name in ("phase", "state"):
-        table.add_column(name)
-    for name in ("models", "epochs", "loss", "accuracy"):
-        table.add_column(name, justify="right")
-    present = next((phase for phase in phases if not phase.done), None)
-    for phase in phases:
-        stage = phase.stage
-        standing = state if phase is present else "to come"
-        losses = [row["loss"] for row in phase.rows if "loss" in row]
-        measured = [row["accuracy"] for row in phase.rows if "accuracy" in row]
+    for heading in ("phase", "state"):
+        table.add_column(heading)
+    for heading in ("models", "epochs", "loss", "accuracy"):
+        table.add_column(heading, justify="right")
+    finished = [file.removesuffix(".json") for file in folder.storage.list("phases")]
+    plans = {stage.phase: stage for stage in stages}
+    names = dict.fromkeys([*plans, *(row["phase"] for row in folder.rows), *finished])
+    present = next((name for name in names if name not in finished), None)
+    for name in names:
+        plan = plans.get(name, Stage(name))
+        rows = [row for row in folder.rows if row["phase"] == name]
+        done = plan.models if name in finished else sum(row["epoch"] == plan.epochs for row in rows)
+        epochs = f"{len(rows):,} of {plan.rows:,}" if plan.rows else f"{len(rows):,}" if rows else "–"
+        losses = [row["loss"] for row in rows if "loss" in row]
+        accuracies = [row["accuracy"] for row in rows if "accuracy" in row]
         table.add_row(
-            stage.phase,
-            DONE if phase.done else standing,
-            f"{phase.models_done} of {stage.models}" if stage.models > 1 else "–",
-            _of(len(phase.rows), stage.rows),
+            name,
+            DONE if name in finished else state if name == present else "to come",
+            f"{done} of {plan.models}" if plan.models > 1 else "–",
+            epochs,
             f"{losses[-1]:.3f}" if losses else "–",
-            f"{measured[-1]:.1%}" if measured else "–",
+            f"{accuracies[-1]:.1%}" if accuracies else "–",
         )
     return table
-
-
-def _of(count: int, total: int) -> str:
-    """Return so many of a total that may not be known."""
-    if total:
-        return f"{count:,} of {total:,}"
-    return f"{count:,}" if count else "–"

@@ -1,4 +1,4 @@
-"""A folder on a local disk or any ``pyarrow.fs`` URI, written atomically."""
+"""A folder on a local disk or at any ``pyarrow.fs`` URI. Files are written atomically."""
 
 import errno
 import fcntl
@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import blake2b, file_digest
@@ -22,48 +22,46 @@ from pyarrow import fs
 from raypkg.core.address import address_of, folder_and_name, folder_around, opened, parted, uri_of
 from raypkg.core.errors import UserError
 
-LEFT_BEHIND = re.compile(r"\.\d+\.part$")  # what a write begins, with the number of its process
-PART = ".part"  # ends the name of a file that is being written
-CLAIMS = "claims"  # of those who are about to make the same folder of an object store
-GLANCE = 0.5  # seconds that a lock may be held by somebody who only asks whether it is
-TRIES = 3  # at making a folder, while others tidy up around it
+PART = ".part"  # ends the name of an unfinished file
+LEFT_BEHIND = re.compile(r"\.\d+\.part$")  # an unfinished file, with the number of the process that wrote it
+CLAIMS = "claims"  # of processes that are creating the same folder of an object store
+LOCK_WAIT = 0.5  # seconds; a process that only tests a lock holds it for less
+TRIES = 3  # at creating a folder while other processes delete empty ones
 
 
 class Storage:
-    """Reads and writes whole files under one root; a file is there entirely or not at all.
+    """Reads and writes whole files below one folder: a file exists entirely or not at all.
+
+    Picklable; a copy opens its own connection.
 
     Args:
-        root: a local path, or a URI such as ``s3://bucket/runs``, or what ``root`` of another gave. Picklable: workers
-            open their own.
-        names: of folders below it, which are never read as part of a URI.
-        kept: so many of the names must be there already: what was deleted is not made again by a write.
-        inode: of the folder that they name, where its file system has such: another of the same name is another's.
+        root: local path, URI such as ``s3://bucket/runs``, or the ``root`` of another Storage.
+        names: of nested folders; they are never parsed as part of a URI.
+        owner: folder that must exist, and its inode; a write never recreates it. A later folder of the same name has
+            another inode.
 
     Raises:
-        UserError: it is no folder that can be had.
+        UserError: an invalid address.
     """
 
-    def __init__(self, root: str, *names: str, kept: int = 0, inode: int | None = None):
+    def __init__(self, root: str, *names: str, owner: tuple[str, int | None] | None = None):
         if not root:
             raise UserError("the name of a folder for runs is empty: --root takes a path or a URI")
         self._base, below = parted(root)
         self._names = (*below, *names)
-        self._kept = kept
-        self._inode = inode
+        self._owner = owner
         self._fs, path = opened(self._base)
         self._path = "/".join([path, *self._names])
-        self._kept_path = "/".join([path, *self._names[:kept]])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        again = partial(Storage, kept=self._kept, inode=self._inode)
-        return again, (self._base, *self._names)
+        return partial(Storage, owner=self._owner), (self._base, *self._names)
 
     def __truediv__(self, name: str) -> "Storage":
-        return Storage(self._base, *self._names, *name.split("/"), kept=self._kept, inode=self._inode)
+        return Storage(self._base, *self._names, *name.split("/"), owner=self._owner)
 
     @classmethod
     def around(cls, file: str) -> tuple["Storage", str]:
-        """Return the folder around a file, which is given as a path or URI, and the file's name, if it has one.
+        """Return the folder around a file, given by its path or URI, and the file's name.
 
         >>> folder, name = Storage.around("file:///data/one/coreset.parquet")
         >>> folder.name, name
@@ -74,12 +72,12 @@ class Storage:
 
     @property
     def root(self) -> str:
-        """The folder as it was given, with the names below it; further names may be joined to the text."""
+        """The folder's address; further names may be appended to the text."""
         return address_of(self._base, self._names)
 
     @property
     def uri(self) -> str:
-        """The folder as other libraries take it: a URI's query is at the end."""
+        """The folder's address in the form of other libraries: a URI's query at the end."""
         return uri_of(self._base, self._names)
 
     @property
@@ -95,24 +93,23 @@ class Storage:
         return Storage(folder_around(self._base))
 
     @property
-    def kept(self) -> "Storage":
-        """This folder as one that is there: when it is deleted, no write makes it again."""
-        inode = _inode(self._path) if self.local else None
-        return Storage(self._base, *self._names, kept=len(self._names), inode=inode)
+    def owned(self) -> "Storage":
+        """The same folder, which no write recreates after it has been deleted."""
+        return Storage(self._base, *self._names, owner=(self._path, _inode(self._path)))
 
     @property
     def local(self) -> Path | None:
-        """The folder as a local path, or None when it is remote."""
+        """The folder as a local path, or None if it is remote."""
         return Path(self._path) if isinstance(self._fs, fs.LocalFileSystem) else None
 
-    # Who may write here
+    # Exclusive access
 
     @contextmanager
-    def alone(self, what: str) -> Iterator[None]:
-        """Hold the folder's lock, where its file system has locks; it keeps out other processes that ask for it.
+    def locked(self, what: str) -> Iterator[None]:
+        """Hold the folder's lock, if its file system has locks.
 
         Args:
-            what: the name of what is locked, for the error.
+            what: name of the folder's content, for the error.
 
         Raises:
             UserError: another process holds the lock, or has deleted the folder.
@@ -120,26 +117,39 @@ class Storage:
         if self.local is None:
             yield
             return
-        with _told("open", self._path):
+        with _one_line("open", self._path):
             folder = os.open(self.local, os.O_RDONLY)
         try:
-            if not _locked(folder):
-                raise UserError(f"{what} is being worked on by another process: wait for it, or stop it")
+            deadline = time.monotonic() + LOCK_WAIT
+            while not _try_lock(folder):
+                if time.monotonic() > deadline:
+                    raise UserError(f"{what} is being worked on by another process: wait for it, or stop it")
+                time.sleep(LOCK_WAIT / 10)
             yield
         finally:
             os.close(folder)
 
     def claim(self) -> bool:
-        """Make the folder, and say whether this process is the one that made it.
+        """Create the folder; return True if this process is the one that created it.
 
-        A local folder is made by one system call. Object stores have none that only one caller can win: there each
-        caller leaves a claim, and who finds another's beside its own gives way.
+        Creating a local folder is one atomic system call. Object stores have none: there each process writes a claim,
+        and gives way if it finds another one beside its own.
 
         Raises:
-            UserError: it cannot be made.
+            UserError: it cannot be created.
         """
         if self.local:
-            return self._claim_locally()
+            with _one_line("write", f"{self._path}/"):
+                for _ in range(TRIES):
+                    os.makedirs(os.path.dirname(self._path), exist_ok=True)
+                    try:
+                        os.mkdir(self._path)
+                        return True
+                    except FileNotFoundError:  # another process found the folder around it empty, and deleted it
+                        continue
+                    except FileExistsError:
+                        return False
+                raise FileNotFoundError(errno.ENOENT, "other processes keep deleting the folder around it")
         if self.list() not in ([], [CLAIMS]) or self.list(CLAIMS):
             return False
         mine = uuid.uuid4().hex
@@ -149,21 +159,8 @@ class Storage:
         self.delete(f"{CLAIMS}/{mine}")
         return False
 
-    def _claim_locally(self) -> bool:
-        with _told("write", f"{self._path}/"):
-            for _ in range(TRIES):
-                os.makedirs(os.path.dirname(self._path), exist_ok=True)
-                try:
-                    os.mkdir(self._path)
-                    return True
-                except FileNotFoundError:  # another process found the folder around it empty, and deleted it
-                    continue
-                except FileExistsError:
-                    return False
-            raise FileNotFoundError(errno.ENOENT, "others keep deleting the folder around it")
-
     def settle(self) -> None:
-        """Drop the claim, once what is in the folder keeps others away."""
+        """Drop the claim; the folder now has other files, which keep other processes away."""
         if not self.local:
             self.delete_folder(CLAIMS)
 
@@ -172,69 +169,64 @@ class Storage:
     def write(self, name: str, content: bytes) -> None:
         """Write a file under a temporary name, then rename it.
 
-        On a local disk the content is synced before the rename and the folder after it, so that a loss of power takes
-        away neither, nor leaves an empty file of that name. This costs 0.3 ms a file, and 0.6 ms a megabyte, on a disk
-        that writes 1.5 GB/s: nothing beside an epoch.
+        On a local disk the file is synced before the rename and its folder afterwards, so a power loss leaves the old
+        file or the new one. This costs 0.3 ms a file and 0.6 ms a megabyte on a disk that writes 1.5 GB/s.
 
         Raises:
-            UserError: the disk is full, the folder cannot be written or was deleted; nothing half-written is left.
+            UserError: the disk is full, or the folder is read-only or was deleted; nothing half-written is left.
         """
+        with self._replacement(name) as temporary:
+            if self.local:
+                with open(temporary, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            else:
+                self._upload(temporary, content)
+
+    @contextmanager
+    def new_file(self, name: str) -> Iterator[pa.NativeFile]:
+        """Open a file to be written in pieces; it appears at the end of the block, or not at all.
+
+        Raises:
+            UserError: as ``write``.
+        """
+        with self._replacement(name) as temporary:
+            with self._fs.open_output_stream(temporary) as sink:
+                yield sink
+            if self.local:
+                _sync(temporary)
+
+    @contextmanager
+    def _replacement(self, name: str) -> Iterator[str]:
+        """Give a temporary path, renamed to the file's at the end of the block."""
         path = self._full(name)
         temporary = f"{path}.{os.getpid()}{PART}"
-        with _told("write", path):
+        with _one_line("write", path):
             if not self.local:
-                self._upload(path, temporary, content)
+                yield temporary
+                self._fs.move(temporary, path)
                 return
-            self._make_room(os.path.dirname(path))
+            folder = os.path.dirname(path)
+            if self._owner and (self._owner[1] is None or _inode(self._owner[0]) != self._owner[1]):
+                raise FileNotFoundError(errno.ENOENT, "its folder has been deleted")
+            if not os.path.isdir(folder):
+                os.makedirs(folder, exist_ok=True)
             try:
-                _write_through(temporary, content)
+                yield temporary
                 os.replace(temporary, path)
             except BaseException:  # Ctrl-C as well
                 with suppress(OSError):
                     os.unlink(temporary)
                 raise
-            _sync(os.path.dirname(path))
+            _sync(folder)
 
-    @contextmanager
-    def new_file(self, name: str) -> Iterator[pa.NativeFile]:
-        """Open a file to write piece by piece; it appears at the end of the block, whole and synced, or not at all.
-
-        Raises:
-            UserError: the disk is full, the folder cannot be written or was deleted; nothing half-written is left.
-        """
-        path = self._full(name)
-        temporary = f"{path}.{os.getpid()}{PART}"
-        with _told("write", path):
-            if self.local:
-                self._make_room(os.path.dirname(path))
-            try:
-                with self._fs.open_output_stream(temporary) as sink:
-                    yield sink
-                if self.local:
-                    _sync(temporary)
-                self._fs.move(temporary, path)
-            except BaseException:  # Ctrl-C as well
-                with suppress(OSError):
-                    self._fs.delete_file(temporary)
-                raise
-            if self.local:
-                _sync(os.path.dirname(path))
-
-    def _make_room(self, folder: str) -> None:
-        """Make the folder of a file, but none that was deleted."""
-        if self._kept and (not os.path.isdir(self._kept_path) or self._inode not in (None, _inode(self._kept_path))):
-            raise FileNotFoundError(errno.ENOENT, "its folder has been deleted")
-        if not os.path.isdir(folder):
-            os.makedirs(folder, exist_ok=True)
-
-    def _upload(self, path: str, temporary: str, content: bytes) -> None:
-        """Write a file of an object store, where folders need not be made."""
-        with self._fs.open_output_stream(temporary) as stream:
+    def _upload(self, path: str, content: bytes) -> None:
+        with self._fs.open_output_stream(path) as stream:  # folders of an object store need not be created
             stream.write(content)
-        self._fs.move(temporary, path)
 
     def read(self, name: str) -> bytes | None:
-        """Return a file's content, or None when it does not exist.
+        """Return a file's content, or None if it does not exist.
 
         Raises:
             UserError: it cannot be read, for instance because it is a folder.
@@ -244,7 +236,7 @@ class Storage:
 
     def _read(self, name: str) -> pa.Buffer | None:
         path = self._full(name)
-        with _told("read", path):
+        with _one_line("read", path):
             try:
                 with self._fs.open_input_stream(path) as stream:
                     return stream.read_buffer()
@@ -252,9 +244,9 @@ class Storage:
                 return None
 
     def digest(self, name: str) -> str | None:
-        """Return the digest of a file's content, 16 bytes of BLAKE2b as hexadecimal, or None when it does not exist."""
+        """Return the digest of a file, 16 bytes of BLAKE2b in hexadecimal, or None if it does not exist."""
         path = self._full(name)
-        with _told("read", path):
+        with _one_line("read", path):
             try:
                 with self._fs.open_input_stream(path) as stream:
                     return file_digest(stream, partial(blake2b, digest_size=16)).hexdigest()
@@ -264,52 +256,62 @@ class Storage:
     # Folders
 
     def list(self, name: str = "") -> list[str]:
-        """Return the names in a folder, sorted; an empty list when there is none.
-
-        Unfinished files are left out, and names that are no text: effray gives none.
-        """
+        """Return the sorted names in a folder, without unfinished files; an empty list if there is no folder."""
         folder = self._full(name).rstrip("/")
-        with _told("list", folder):
-            names = _names_in(folder) if self.local else [entry.base_name for entry in _entries(self._fs, folder)]
-        return sorted(name for name in names if name.isprintable() and not name.endswith(PART))
+        with _one_line("list", folder):
+            if self.local:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    return sorted(name for name in os.listdir(folder) if _is_listed(name))
+                return []
+            return sorted(entry.base_name for entry in self._entries(folder) if _is_listed(entry.base_name))
+
+    def times(self, *, recursive: bool = False) -> dict[str, float]:
+        """Return the modification time of every file, in seconds since 1970, by its path below the folder.
+
+        Raises:
+            UserError: the folder cannot be listed.
+        """
+        with _one_line("list", self._path):
+            entries = self._entries(self._path, recursive)
+        files = [entry for entry in entries if entry.type == fs.FileType.File and entry.mtime is not None]
+        return {entry.path.removeprefix(self._path).lstrip("/"): entry.mtime.timestamp() for entry in files}
+
+    def _entries(self, folder: str, recursive: bool = False) -> Sequence[fs.FileInfo]:
+        return self._fs.get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=recursive))
 
     def delete(self, name: str) -> None:
         """Delete a file."""
-        with _told("delete", self._full(name)):
+        with _one_line("delete", self._full(name)):
             self._fs.delete_file(self._full(name))
 
     def delete_folder(self, name: str) -> None:
-        """Delete a folder with all it holds, if it exists."""
+        """Delete a folder and its content, if it exists; links are not followed."""
         folder = self._full(name).rstrip("/")
-        with _told("delete", folder), suppress(FileNotFoundError):
+        with _one_line("delete", folder), suppress(FileNotFoundError):
             if os.path.islink(folder):
-                os.unlink(folder)  # what it leads to is not the run's
+                os.unlink(folder)
             elif self.local:
                 shutil.rmtree(folder)
-            elif _entries(self._fs, folder):
+            elif self._entries(folder):
                 self._fs.delete_dir(folder)
 
     def delete_if_empty(self) -> None:
-        """Delete a local folder in which nothing is."""
+        """Delete a local folder if it is empty."""
         if self.local:
             with suppress(OSError):
                 self.local.rmdir()
 
     def delete_unfinished(self) -> None:
-        """Delete what processes that died have left of files, here and below; links are not followed."""
-        with _told("delete files in", self._path):
-            for path in self._files_below():
-                if LEFT_BEHIND.search(path):
-                    self._fs.delete_file(path)
+        """Delete unfinished files of processes that died, in all folders below; links are not followed."""
+        with _one_line("delete files in", self._path):
+            if self.local:
+                paths = [f"{folder}/{name}" for folder, _, names in os.walk(self._path) for name in names]
+            else:
+                paths = [entry.path for entry in self._entries(self._path, recursive=True)]
+            for path in filter(LEFT_BEHIND.search, paths):
+                self._fs.delete_file(path)
 
-    def _files_below(self) -> Iterator[str]:
-        if not self.local:
-            yield from [entry.path for entry in _entries(self._fs, self._path, recursive=True)]
-            return
-        for folder, _, names in os.walk(self._path):
-            yield from [f"{folder}/{name}" for name in names]
-
-    # What files hold
+    # JSON and tables
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as JSON."""
@@ -317,10 +319,10 @@ class Storage:
         self.write(name, text.encode())
 
     def read_json(self, name: str) -> Any | None:
-        """Return a JSON file's value, or None when it does not exist.
+        """Return the value of a JSON file, or None if it does not exist.
 
         Raises:
-            UserError: the file is not JSON, or holds null.
+            UserError: the file is not JSON, or contains null.
         """
         content = self.read(name)
         if content is None:
@@ -329,7 +331,7 @@ class Storage:
             value = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.root}/{name} is corrupt: {error}") from None
-        if value is None:  # it would read as if there were no file
+        if value is None:  # would look like a missing file
             raise UserError(f"{self.root}/{name} is corrupt: it holds null")
         return value
 
@@ -340,13 +342,13 @@ class Storage:
         self.write(name, sink.getvalue().to_pybytes())
 
     def read_table(self, name: str) -> pa.Table | None:
-        """Return a parquet file as an Arrow table, or None when it does not exist.
+        """Return a parquet file as an Arrow table, or None if it does not exist.
 
         Raises:
             UserError: the file is not parquet.
         """
-        # Read as a whole, as another process may replace it. Arrow's own buffer, not Python's: its threads may drop a
-        # table's source after the interpreter has ended.
+        # Read as a whole, since another process may replace it. Arrow's own buffer, not Python's: its threads may drop
+        # a table's source after the interpreter has ended.
         content = self._read(name)
         if content is None:
             return None
@@ -360,65 +362,43 @@ class Storage:
 
 
 def _inode(folder: str) -> int | None:
-    """Return what tells a folder from a later one of its name, or None where there is none."""
     with suppress(OSError):
         return os.stat(folder).st_ino
     return None
 
 
-def _entries(system: fs.FileSystem, folder: str, recursive: bool = False) -> list[fs.FileInfo]:
-    selector = fs.FileSelector(folder, allow_not_found=True, recursive=recursive)
-    return system.get_file_info(selector)
-
-
-def _names_in(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _write_through(path: str, content: bytes) -> None:
-    """Write a file, and return when it is on the disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _is_listed(name: str) -> bool:
+    return name.isprintable() and not name.endswith(PART)  # effray gives no unprintable names
 
 
 def _sync(path: str) -> None:
-    """Return when a file, or which files a folder has, is on the disk."""
-    opened_path = os.open(path, os.O_RDONLY)
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened_path)
+        os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot, as some of networks
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
             raise
     finally:
-        os.close(opened_path)
+        os.close(descriptor)
+
+
+def _try_lock(folder: int) -> bool:
+    """Lock an open folder until the process ends; return False if another process holds the lock."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks, as on some clusters
+        pass
+    return True
 
 
 @contextmanager
-def _told(what: str, path: str) -> Iterator[None]:
+def _one_line(action: str, path: str) -> Iterator[None]:
     """Turn an error of the file system into one line."""
     try:
         yield
     except OSError as error:
-        full = error.errno == errno.ENOSPC
-        reason = "the disk is full" if full else error.strerror or error
-        raise UserError(f"cannot {what} {path!r}: {reason}") from None
-
-
-def _locked(folder: int) -> bool:
-    """Lock an open folder until the process ends, however it ends; say whether nobody else holds the lock."""
-    until = time.monotonic() + GLANCE
-    while True:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-        except OSError:  # a file system without locks, as some clusters have
-            return True
-        time.sleep(GLANCE / 10)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
+        raise UserError(f"cannot {action} {path!r}: {reason}") from None

@@ -63,7 +63,7 @@ def compare_rows(
     is_new = name not in studies.list()
     study = create_study(root, name, order, settings, None, []) if is_new else find_study(root, name)
     _check_same(study, order, settings)
-    with study.storage.alone(f"comparison {name!r}"):
+    with study.storage.locked(f"comparison {name!r}"):
         study = Study(study.storage)  # another process may have changed it before this one had the lock
         known = study.numbers()
         wanted = {table.identity(*place): place for place in table.places()}
@@ -103,7 +103,7 @@ def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | No
         check_code(study.storage, trial.settings, RECORD)
         check_code(study.storage, {"after": trial.after or ""}, RECORD)
     settings = load_settings(training_settings_of(experiment[study.experiment]), study.config, values)
-    with study.storage.alone(f"comparison {name!r}"):
+    with study.storage.locked(f"comparison {name!r}"):
         study.change(settings, concurrent=concurrent)
         Driver(study, settings, root, table=stored_table(study.order.table)).run()
 

@@ -12,10 +12,10 @@ from raypkg.core.errors import Interruption, UserError, redacted
 from raypkg.core.seeds import derive
 from raypkg.core.settings import Experiment
 from raypkg.experiments.outlook import stages_of
-from raypkg.runs.activity import resuming
+from raypkg.runs.catalog import resuming
+from raypkg.runs.plots import in_full
+from raypkg.runs.report import Stage
 from raypkg.runs.show import terminal
-from raypkg.runs.stages import Stage
-from raypkg.runs.style import in_full
 
 from .figures import DONE, TrialRun
 from .show import conclude, show_study

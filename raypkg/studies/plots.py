@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, VERMILLION, page
-from raypkg.runs.style import cut, short
+from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, VERMILLION, cut, page, short
 
 from .figures import DONE, Row
 from .outcomes import Case, Line

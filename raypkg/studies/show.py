@@ -16,15 +16,12 @@ from rich.table import Table as RichTable
 
 from raypkg.core.config import dotted, parse_toml
 from raypkg.core.errors import UserError, redacted
-from raypkg.runs.activity import GOING, resuming, state_of
+from raypkg.runs.catalog import GOING, resuming, state_of
 from raypkg.runs.document import Grid, document, paragraph, picture
-from raypkg.runs.environment import environment
-from raypkg.runs.folder import RunFolder
-from raypkg.runs.plots import save_plot
-from raypkg.runs.sealed import CONFIG
+from raypkg.runs.folder import CONFIG, RunFolder, environment
+from raypkg.runs.plots import duration, in_full, save_plot, short
 from raypkg.runs.show import STATES, findings, terminal
 from raypkg.runs.storage import Storage
-from raypkg.runs.style import duration, in_full, short
 
 from . import plots
 from .figures import DONE, Difference, Estimate, Row, front, measured_points, ranked

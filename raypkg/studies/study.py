@@ -19,11 +19,9 @@ from raypkg.core.config import Settings, with_current_names
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 from raypkg.experiments import experiment, training_settings_of
-from raypkg.runs.activity import DONE as FINISHED
-from raypkg.runs.activity import state_of, written
-from raypkg.runs.folder import RunFolder, check_name, discard
-from raypkg.runs.listing import Listed, named
-from raypkg.runs.sealed import read_settings, write_settings
+from raypkg.runs.catalog import DONE as FINISHED
+from raypkg.runs.catalog import Listed, named, state_of
+from raypkg.runs.folder import RunFolder, check_name, discard, read_settings, write_settings
 from raypkg.runs.storage import Storage
 
 from .figures import AFTER, DONE, Row, TrialRun, ranked
@@ -329,7 +327,7 @@ def folded(root: str, lines: Sequence[Listed]) -> list[Listed]:
     for name in studies.list():
         if not is_study(studies / name):
             continue
-        time = max(written(root, FOLDER, name).values(), default=0.0)
+        time = max((studies / name).times().values(), default=0.0)
         try:
             study = Study(studies / name)
             config = study.config

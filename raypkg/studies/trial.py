@@ -13,9 +13,8 @@ from raypkg.experiments import carry_out, experiment, open_run, training_setting
 from raypkg.experiments.resolve import resolve
 from raypkg.experiments.sharing import Donors
 from raypkg.runs import folder as run_folder
-from raypkg.runs.folder import RunFolder
-from raypkg.runs.sealed import CONFIG
-from raypkg.runs.stages import Stage
+from raypkg.runs.folder import CONFIG, RunFolder
+from raypkg.runs.report import Stage
 from raypkg.runs.storage import Storage
 
 from .figures import AFTER, TrialRun

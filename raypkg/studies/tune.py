@@ -67,7 +67,7 @@ def start_sweep(
     except BaseException:  # no cluster, or one too small
         discard(study.storage)
         raise
-    with study.storage.alone(f"sweep {name!r}"):
+    with study.storage.locked(f"sweep {name!r}"):
         driver.run()
 
 
@@ -129,7 +129,7 @@ def resume_sweep(entry: Entry, asked: Asked, name: str, values: Mapping[str, Any
     whole = read_space(text, f"{path}/{SPACE}")
     whole = replace(whole, domains=with_current_names(schema, whole.domains))
     space = without(whole, whole.domains.keys() - study.order.varied)
-    with study.storage.alone(f"sweep {name!r}"):
+    with study.storage.locked(f"sweep {name!r}"):
         study.change(settings, **asked)
         if study.left():
             Driver(study, settings, root, space.domains).run()

@@ -60,7 +60,7 @@ def test_list_of_an_empty_bucket_is_a_line(effray, root):
 def test_show_of_an_unfinished_run_tells_when_it_was_written_to_and_how_to_resume_it(effray, runs, root):
     code, text = effray("show", "two")
     assert not code
-    assert text.startswith("two: not finished, and whether anybody is working on it cannot be told here")
+    assert text.startswith("two: not finished, and it is unknown whether a process is working on it")
     assert "1 of 5" in text and "last written " in text
     assert f"resume with: effray train --resume two --root '{root}'" in text
 

@@ -21,8 +21,8 @@ from raypkg.experiments.samples import new_model, open_samples
 from raypkg.experiments.training import MODEL
 from raypkg.methods.crest.selection import logit_gradients, minibatch_coreset
 from raypkg.methods.crest.settings import CrestSettings
+from raypkg.runs.catalog import find
 from raypkg.runs.checkpoints import load_tensors
-from raypkg.runs.folder import find
 
 N, R, M, ROUNDS = 4000, 500, 128, 16
 

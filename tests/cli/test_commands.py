@@ -272,7 +272,7 @@ def test_plain_training_is_on_all_samples_and_keeps_no_coreset(effray):
 def test_train_on_a_fraction(effray):
     text = effray("train --name one --model linear --train.epochs 1 --select.fraction 0.25")
     assert "trained on 324 of 1,295 samples (25.0%)" in text
-    assert "samples backward 324: 25.0% of as many epochs on all samples (1,295)" in text
+    assert "324 samples backward, 25.0 % of full training (1,295)" in text
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_a_function_that_returns_no_split_is_refused(trained, refusal, tmp_path,
 @pytest.mark.parametrize("command", ["delete a --ids 1", "add a --ids 1", "stream a queue.jsonl", "verify a", "log a"])
 def test_a_locked_run_is_refused(trained, refusal, command):
     Path("queue.jsonl").write_text('{"delete": [4], "id": "x"}')
-    with Storage(str(RUN)).alone("it"):
+    with Storage(str(RUN)).locked("it"):
         assert "run 'a' is being worked on by another process: wait for it" in refusal(f"deltagrad {command}")
     assert len(entries()) == 1
 

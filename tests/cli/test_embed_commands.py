@@ -14,7 +14,7 @@ from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data import load_data
 from raypkg.experiments.samples import open_samples
 from raypkg.methods.deltagrad.run import open_recorded
-from raypkg.runs.folder import locate
+from raypkg.runs.catalog import locate
 
 HERE = "--cluster.workers 0"
 EMBED = f"embed --name one --model mlp --rows-per-part 400 {HERE}"

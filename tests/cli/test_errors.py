@@ -14,7 +14,6 @@ import samples
 from raypkg.core.errors import UserError
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.checkpoints import load_tensors
-from raypkg.runs.columns import metric_rows
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Storage
 from raypkg.studies.study import Order, create_study
@@ -377,28 +376,6 @@ def test_a_damaged_run_folder(refusal, effray, name):
     effray("train --name one --model linear --train.epochs 1")
     Path("runs/train/one", name).write_text("{")
     assert re.search(f"runs/train/one/{name}'? is (corrupt|not valid TOML): ", refusal("train --resume one"))
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"a": [1]}, "mine.parquet has no column phase: it has a"),
-        ({"phase": ["train"]}, "mine.parquet has no column epoch: it has phase"),
-        ({"phase": [1], "epoch": [1]}, "mine.parquet: column phase is int64, which it cannot be"),
-        ({"phase": ["train"], "epoch": ["x"]}, "column epoch is string, which it cannot be"),
-        ({"phase": ["train", None], "epoch": [1, 2]}, "column phase is string with 1 nulls, which it cannot be"),
-        ({"phase": ["train"], "epoch": [1], "loss": ["x"]}, "column loss is string, which it cannot be"),
-        ({"phase": ["train"], "epoch": [1], "loss": [[1.0]]}, r"column loss is list<.*, which it cannot be"),
-    ],
-)
-def test_a_table_that_has_no_metrics(columns, message):
-    with pytest.raises(UserError, match=message):
-        metric_rows(pa.table(columns), "mine.parquet")
-
-
-def test_metrics_may_have_figures_that_were_not_measured():
-    table = pa.table({"phase": ["train"], "main": [True], "model": pa.nulls(1), "epoch": [1], "loss": [None]})
-    assert metric_rows(table, "mine.parquet") == table.to_pylist()
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import samples
 from raypkg.core.config import load_settings
 from raypkg.experiments.samples import open_samples
 from raypkg.experiments.train import TrainSettings
-from raypkg.runs.folder import RunFolder, find
+from raypkg.runs.catalog import find
+from raypkg.runs.folder import RunFolder
 
 NOISY = "train --model linear --train.epochs 2 --seed 3 --dataset.noise 0.4 --dataset.imbalance 0.2 --dataset.repeat 2"
 PICKS = f"{NOISY} --select.rule el2n --select.fraction 0.2 --name picks"

@@ -13,6 +13,7 @@ import pytest
 from rich.cells import cell_len
 
 from raypkg.core.config import load_settings
+from raypkg.core.errors import UserError
 from raypkg.experiments.train import TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.methods.deltagrad.settings import DeltaGradSettings
@@ -75,13 +76,6 @@ def test_help_fits_and_its_example_runs_as_printed(call, effray, monkeypatch, co
 # show
 
 
-class Vanishing:
-    """A file system whose folders others delete."""
-
-    def get_file_info(self, selector):
-        raise FileNotFoundError(2, "No such file or directory", "runs/lipt/one/checkpoints")
-
-
 @pytest.fixture
 def stopped(call):
     """A run of LiPT that was stopped in its main training."""
@@ -104,7 +98,7 @@ def phases(text):
 
 def test_show_of_a_stopped_run_tells_how_far_each_phase_is_and_how_to_resume_it(effray, stopped):
     text = effray("show one")
-    assert text.startswith("one: not finished, nobody is working on it\n")
+    assert text.startswith("one: not finished, no process is working on it\n")
     assert phases(text) == {
         "pretrain": "done 3 of 3 6 of 6 0.500 –".split(),
         "select": "done – – – –".split(),
@@ -125,11 +119,11 @@ def test_show_counts_the_models_whose_last_epoch_has_come(effray):
 
 
 def test_show_of_a_run_that_is_going_says_so_and_does_not_resume_it(effray, stopped):
-    with stopped.storage.alone("it"):
+    with stopped.storage.locked("it"):
         text = effray("show one")
     assert text.startswith("one: not finished, a process is working on it\n")
     assert phases(text)["train"][0] == "going" and "resume" not in text
-    assert "nobody" in effray("show one")
+    assert "no process" in effray("show one")
 
 
 def test_whoever_looks_on_together_keeps_nobody_out(effray, stopped):
@@ -137,7 +131,7 @@ def test_whoever_looks_on_together_keeps_nobody_out(effray, stopped):
 
     folder = os.open(stopped.storage.local, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_SH)  # as another `show` holds it for a moment
-    assert "nobody" in effray("show one")
+    assert "no process" in effray("show one")
     os.close(folder)
 
 
@@ -173,7 +167,10 @@ def test_show_of_a_stopped_run_with_damaged_settings_says_why_nothing_resumes_it
 
 
 def test_show_of_a_run_whose_folders_go_while_it_looks_on(effray, stopped, monkeypatch):
-    monkeypatch.setattr("raypkg.runs.activity.opened", lambda base: (Vanishing(), base))
+    def vanish(storage, recursive=False):
+        raise UserError(f"cannot list {storage.root!r}: No such file or directory")
+
+    monkeypatch.setattr(Storage, "times", vanish)
     text = effray("show one")
     assert "12 of 40" in text and "last written" not in text and "resume with: effray lipt --resume one\n" in text
 
@@ -188,15 +185,15 @@ def test_show_of_rows_without_a_loss(effray):
 def test_show_of_a_trial_resumes_its_sweep(effray, sweep):
     text = effray("show s-002")
     assert "resume with: effray tune crest --resume s\n" in text
-    with Storage("runs/tune/s").alone("it"):
+    with Storage("runs/tune/s").locked("it"):
         assert "a process is working on it" in effray("show s-002")
 
 
 def test_show_of_a_stopped_sweep_resumes_it(effray, sweep):
     text = effray("show s")
-    assert "s: 1 trials are left, nobody is working on it" in text
+    assert "s: 1 trials are left, no process is working on it" in text
     assert text.endswith("resume with: effray tune crest --resume s\n")
-    with Storage("runs/tune/s").alone("it"):
+    with Storage("runs/tune/s").locked("it"):
         text = effray("show s")
     assert "a process is working on it" in text and "resume" not in text
 
@@ -237,7 +234,7 @@ def test_list_is_the_newest_first_with_what_each_run_is_reached_and_cost(call, e
 
 
 def test_list_tells_what_is_going(effray, stopped):
-    with stopped.storage.alone("it"):
+    with stopped.storage.locked("it"):
         assert listed(effray("list"))[0][:2] == ["one", "going"]
     assert listed(effray("list"))[0][:2] == ["one", "stopped"]
 
@@ -262,7 +259,7 @@ def test_list_folds_the_trials_of_a_sweep(effray, sweep):
         conclude(sweep)
     assert " 70.00% " in fold
     assert [words[:-2] for words in listed(effray("list tune"))] == [fold.split()[:-2]]
-    with sweep.storage.alone("it"):
+    with sweep.storage.locked("it"):
         assert " going " in effray("list tune")
 
 
@@ -407,7 +404,7 @@ def test_rm_checks_all_runs_before_it_deletes_the_first(call, refusal):
     begun(name="one")
     going = begun(name="two")
     assert "unknown run" in refusal("rm one three --yes")
-    with going.storage.alone("it"):
+    with going.storage.locked("it"):
         assert "train/two is being worked on by another process" in refusal("rm one two --yes")
     assert "deletes none that it has not made" in refusal(f"rm one {Path('runs').absolute()} --yes")
 
@@ -499,7 +496,7 @@ def test_rm_of_a_sweep_leaves_its_trials_unless_they_are_meant_too(effray, sweep
 
 def test_rm_of_a_trial_is_refused_unless_trials_are_meant(effray, refusal, sweep):
     assert "s-001 is a trial of sweep 's', which would run it again: --trials" in refusal("rm s-001 --yes")
-    with sweep.storage.alone("it"):
+    with sweep.storage.locked("it"):
         assert "tune/s is being worked on" in refusal("rm s-001 --trials --yes")
     effray("rm s-001 --trials --yes")
     assert sorted(os.listdir("runs/crest")) == ["s-000", "s-002"] and Path("runs/tune/s").exists()

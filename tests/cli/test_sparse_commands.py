@@ -65,7 +65,7 @@ def test_a_name_that_two_runs_have_needs_its_experiment(effray, refusal, after):
 def test_a_run_that_is_under_way_is_not_resumed(refusal, after):
     after(SHORT)
     (RUN / "summary.json").unlink()
-    with Storage(str(RUN)).alone("it"):
+    with Storage(str(RUN)).locked("it"):
         assert "run 'a' is being worked on by another process" in refusal("sparse --resume a")
 
 

@@ -182,7 +182,7 @@ def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
     order = Order(experiment="crest", metric="accuracy", mode="max", samples=1, varied=["crest.b"])
     text = SPACE.format(metric="accuracy", mode="max", space="'crest.b': tune.choice([1, 2])")
     sweep = create_study(str(tmp_path / "runs"), "s", order, CrestSettings(), text, [Trial(settings={"crest.b": 1})])
-    with sweep.storage.alone("it"):
+    with sweep.storage.locked("it"):
         assert "sweep 's' is being worked on by another process" in refusal("tune crest --resume s --concurrent 1")
     assert Study(sweep.storage).order.concurrent is None
 

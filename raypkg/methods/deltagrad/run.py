@@ -22,8 +22,7 @@ from raypkg.engine.batches import shuffled
 from raypkg.experiments.samples import Samples, new_model, open_samples
 from raypkg.experiments.trust import stored_settings
 from raypkg.runs.checkpoints import load_tensors
-from raypkg.runs.folder import MODEL, RunFolder
-from raypkg.runs.sealed import CONFIG
+from raypkg.runs.folder import CONFIG, MODEL, RunFolder
 
 from .history import History, Layout, history_folder
 from .journal import LOG, Change, Entry, Journal, digest
@@ -72,7 +71,7 @@ def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
         _check_finished(folder)
     if not log:
         raise UserError(f"{folder.storage.root}/{LOG} is missing or empty: what was done to the run is lost")
-    with folder.storage.alone(f"run {folder.name!r}"):
+    with folder.storage.locked(f"run {folder.name!r}"):
         yield RecordedRun(folder)
 
 

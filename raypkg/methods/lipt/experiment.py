@@ -6,8 +6,7 @@ from raypkg.core.settings import Select
 from raypkg.experiments import experiment
 from raypkg.experiments.outlook import main_stage, outlook, selection_stage
 from raypkg.experiments.samples import Samples
-from raypkg.runs.report import Report
-from raypkg.runs.stages import Stage
+from raypkg.runs.report import Report, Stage
 
 from . import pretraining
 from .settings import RESULT, LiptSettings

@@ -1,0 +1,327 @@
+"""All runs below a root: finding them by name, listing them with their states, and deleting them."""
+
+import fcntl
+import os
+import shlex
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from rich.cells import cell_len
+
+from raypkg.core.errors import UserError, redacted, unknown
+
+from . import ROOT
+from .folder import CONFIG, ENVIRONMENT, GROWING, NAME, SEAL, SUMMARY, RunFolder, read_settings
+from .storage import PART, Storage
+
+DONE = "done"
+GOING = "going"  # a process holds its lock
+STOPPED = "stopped"
+UNFINISHED = "unfinished"  # going or stopped: object stores have no locks
+UNITS = ((86400, "d"), (3600, "h"), (60, "min"))  # seconds, from the largest on
+MARKS = {CONFIG, SUMMARY, ENVIRONMENT, GROWING}  # a run has at least one of these files
+THREADS = 16  # object stores answer slowly, but many requests at once
+COLUMNS = ("run", "state", "data", "model", "method")
+FIGURES = ("accuracy", "backward", "seconds", "age")
+GAP = "   "
+
+
+def find(root: str, experiment: str, name: str) -> RunFolder:
+    """Open a run of an experiment by its name.
+
+    Raises:
+        UserError: no such run; the nearest one is named.
+    """
+    runs = Storage(root) / experiment
+    if name not in runs.list():
+        raise unknown(f"{experiment} run in {runs.root}", name, runs.list())
+    return RunFolder(runs / name)
+
+
+def locate(root: str, run: str, having: str | None = None) -> RunFolder:
+    """Open a run of any experiment by its path or name.
+
+    Args:
+        root: folder of all runs.
+        run: path, name, or experiment/name.
+        having: file that a run must contain to be suggested in the error.
+
+    Raises:
+        UserError: no such run, or several; the nearest one is named.
+    """
+    runs = Storage(root)
+    candidates = [Storage(run)] if run else []
+    kinds: list[str] = []
+    if all(NAME.fullmatch(part) for part in run.split("/")):  # a name, or experiment/name
+        candidates.append(runs / run)
+        kinds = [kind for kind in runs.list() if _is_run(runs / kind / run)]
+    for storage in candidates:
+        if _is_run(storage):
+            return RunFolder(storage)
+    if len(kinds) > 1:
+        raise UserError(f"there is a run {run!r} of {' and of '.join(kinds)}: give {kinds[0]}/{run}, or another")
+    if kinds:
+        return RunFolder(runs / kinds[0] / run)
+    everyone = [(kind, name) for kind in runs.list() for name in (runs / kind).list()]
+    names = {name for kind, name in everyone if _is_run(runs / kind / name, having)}
+    raise unknown(f"run in {root}", run, sorted(names))
+
+
+def _is_run(storage: Storage, having: str | None = None) -> bool:
+    files = set(storage.list())
+    if having is not None and having not in files:
+        return False
+    return bool({CONFIG, SUMMARY} & files)  # a finished run that lost its settings reports that itself
+
+
+# States
+
+
+def state_of(storage: Storage) -> str:
+    """Return the state of a run or study that is not done.
+
+    The shared lock is held briefly; a process that starts work there retries.
+    """
+    if storage.local is None:
+        return UNFINISHED
+    try:
+        folder = os.open(storage.local, os.O_RDONLY)
+    except OSError:  # another user's, or deleted meanwhile
+        return UNFINISHED
+    try:
+        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return GOING
+    except OSError:  # a file system without locks
+        return UNFINISHED
+    finally:
+        os.close(folder)
+    return STOPPED
+
+
+def ago(moment: float) -> str:
+    """Return the time since a moment, in one unit.
+
+    >>> ago(time.time() - 3 * 3600 - 100)
+    '3 h'
+    """
+    seconds = max(0, round(time.time() - moment))
+    for size, unit in UNITS:
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def resuming(command: str, storage: Storage, root: str) -> str:
+    """Return the command that resumes a run or study.
+
+    Args:
+        command: that started it, without options.
+        storage: its folder, in the folder of its experiment.
+        root: folder of all runs, as the user gave it; omitted if it is the default.
+
+    >>> resuming("effray lipt", Storage("/data/my runs/lipt/one"), "/data/my runs")
+    "effray lipt --resume one --root '/data/my runs'"
+    """
+    again = f"{command} --resume {shlex.quote(storage.name)}"
+    around = storage.parent.parent.root
+    if around != Storage(root).root:  # the user gave the path of the run
+        root = around
+    return again if root == ROOT else f"{again} --root {shlex.quote(redacted(root))}"
+
+
+# The list
+
+
+class Listed(NamedTuple):
+    """A run in the list of runs."""
+
+    experiment: str
+    name: str
+    state: str  # or the name of a damaged file
+    data: str
+    model: str
+    method: str  # the experiment, with its selection rule
+    accuracy: float | None  # on the test samples
+    backward: int | None  # samples back-propagated in all phases of a finished run
+    seconds: float | None  # on the critical path of a finished run
+    time: float  # of the last write, in seconds since 1970
+
+
+def runs_of(root: str, experiments: Iterable[str]) -> list[Listed]:
+    """Return all runs of some experiments, in no order; other folders are skipped.
+
+    Raises:
+        UserError: the root cannot be listed.
+    """
+    runs = Storage(root)
+    kinds = set(runs.list()) & set(experiments)
+    folders = [runs / kind / name for kind in kinds for name in (runs / kind).list()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [line for line in pool.map(_listed, folders) if line is not None]
+
+
+def _listed(storage: Storage) -> Listed | None:
+    """Return the line of a run, even of a damaged one, or None for another folder. Two small files are read."""
+    try:
+        times = storage.times()
+    except UserError:  # another user's
+        return None
+    if not MARKS & times.keys():
+        return None
+    damaged = ""
+    try:
+        config = read_settings(storage)
+    except UserError:
+        config, damaged = {}, CONFIG
+    accuracy: float | None = None
+    backward: int | None = None
+    seconds: float | None = None
+    if SUMMARY in times:
+        try:
+            summary: Any = storage.read_json(SUMMARY)
+            accuracy, seconds = summary.get("test_accuracy"), float(summary["seconds"])
+            backward = sum(int(phase["backward"]) for phase in summary["phases"])
+        except (UserError, AttributeError, LookupError, TypeError, ValueError):
+            damaged = SUMMARY
+    experiment = storage.parent.name
+    select = config.get("select")
+    inner = _rule_in(select) if isinstance(select, dict) else None
+    chosen = inner or config.get("selection") or _rule_in(config) or experiment
+    return Listed(
+        experiment,
+        storage.name,
+        f"bad {damaged}" if damaged else DONE if SUMMARY in times else state_of(storage),
+        named(config, "dataset"),
+        named(config, "model"),
+        experiment if chosen == experiment else f"{experiment} {_printable(str(chosen))}",
+        accuracy,
+        backward,
+        seconds,
+        time=max(times.values()),
+    )
+
+
+def named(config: Mapping[str, Any], part: str) -> str:
+    """Return the name in a part of stored settings, without the folder of a data set.
+
+    >>> named({"dataset": {"name": "parquet:/data/cifar10"}}, "dataset")
+    'cifar10'
+    """
+    chosen = config.get(part)
+    name = chosen.get("name") if isinstance(chosen, dict) else None
+    return _printable(str(name).rpartition("/")[2]) if name else "–"
+
+
+def _rule_in(settings: Mapping[str, Any]) -> Any:
+    return settings.get("rule") or settings.get("method")  # the name in earlier versions
+
+
+def _printable(text: str) -> str:
+    """Replace characters that could control a terminal; a file may be anybody's."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def in_columns(lines: Sequence[Listed]) -> list[str]:
+    """Return lines of text in columns below a heading; a table of `rich` takes a second for a thousand."""
+    rows = [[*COLUMNS, *FIGURES]]
+    for line in lines:
+        accuracy = "–" if line.accuracy is None else f"{line.accuracy:.2%}"
+        backward = "–" if line.backward is None else f"{line.backward:,}"
+        seconds = "–" if line.seconds is None else f"{line.seconds:,.1f}"
+        rows.append([*line[1:6], accuracy, backward, seconds, ago(line.time)])
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]  # some letters are two columns wide
+    texts = []
+    for row in rows:
+        cells = []
+        for place, (text, width) in enumerate(zip(row, widths, strict=True)):
+            space = " " * (width - cell_len(text))
+            cells.append(text + space if place < len(COLUMNS) else space + text)
+        texts.append(GAP.join(cells).rstrip())
+    rule = "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
+    return [texts[0], rule, *texts[1:]]
+
+
+# Deletion
+
+
+def to_delete(root: str, run: str) -> Storage:
+    """Return the folder of a run or study that is to be deleted.
+
+    The remains of an interrupted deletion go by the run's name.
+
+    Args:
+        root: folder of all runs.
+        run: a name or experiment/name below the root, or else the path or URI of the folder.
+
+    Raises:
+        UserError: no such run, several, or a folder that is not effray's.
+    """
+    runs = Storage(root)
+    parts = run.split("/")
+    found: list[Storage] = []
+    if len(parts) <= 2 and all(NAME.fullmatch(part) for part in parts):
+        kinds = runs.list() if len(parts) == 1 else parts[:1]
+        for kind in kinds:
+            remains = runs / kind / f"{parts[-1]}{PART}"
+            if parts[-1] in (runs / kind).list():
+                found.append(runs / kind / parts[-1])
+            elif remains.local and remains.local.is_dir():
+                found.append(remains)
+    if not found and "/" in run:
+        found = [Storage(run.rstrip("/"))]
+    found = [storage for storage in found if storage.list() or storage.name.endswith(PART)]
+    if not found:
+        raise unknown(f"run in {runs.root}", run, {name for kind in runs.list() for name in (runs / kind).list()})
+    if len(found) > 1:
+        kinds = [storage.parent.name for storage in found]
+        raise UserError(f"there is a run {run!r} of {' and of '.join(kinds)}: give {kinds[0]}/{run}, or another")
+    storage = found[0]
+    # Any folder may contain a file called config.toml: ours has a digest in its first line.
+    is_ours = ENVIRONMENT in storage.list() or (storage.read(CONFIG) or b"").startswith(SEAL.encode())
+    if not (NAME.fullmatch(storage.name) and (is_ours or storage.name.endswith(PART))):
+        raise UserError(f"{storage.root!r} is no folder of a run or sweep: effray deletes none that it has not made")
+    return storage
+
+
+@contextmanager
+def locked(folders: Iterable[Storage]) -> Iterator[None]:
+    """Hold the locks of several folders.
+
+    Raises:
+        UserError: a process is working on one of them.
+    """
+    with ExitStack() as locks:
+        for storage in folders:
+            locks.enter_context(storage.locked(f"{storage.parent.name}/{storage.name}"))
+        yield
+
+
+def remove(storage: Storage) -> None:
+    """Delete the folder of a run or study, and the folder around it if that is empty.
+
+    A local folder is renamed first, to a name that is never listed, and its manifest and settings go before the rest:
+    an interrupted deletion leaves nothing that looks like a run. Links are not followed.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    around = storage.parent
+    if storage.local and not storage.name.endswith(PART):
+        hidden = around / f"{storage.name}{PART}"
+        hidden.delete_folder("")  # the remains of an earlier deletion
+        try:
+            os.rename(str(storage.local), str(hidden.local))
+        except OSError as error:
+            raise UserError(f"cannot delete {str(storage.local)!r}: {error.strerror or error}") from None
+        storage = hidden
+    if not (storage.local and storage.local.is_symlink()):
+        names = storage.list()
+        for file in (SUMMARY, CONFIG):
+            if file in names:
+                storage.delete(file)
+    storage.delete_folder("")
+    around.delete_if_empty()
