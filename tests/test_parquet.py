@@ -201,41 +201,29 @@ def features(label):
     return json.dumps({"info": {"features": {"label": label}}})
 
 
+NO_LIST = r"the schema metadata 'huggingface' of .*train\.parquet' does not list the classes of 'label': "
+
+
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
-        ("no JSON", "Invalid JSON"),
-        (b"\xff\xfe", "Invalid JSON"),
-        ("[" * 100_000, "Invalid JSON: recursion limit exceeded"),
-        ("[1]", "Input should be an object"),
-        ("3", "Input should be an object"),
-        ("null", "Input should be an object"),
-        ('{"info": []}', "info Input should be an object"),
-        ('{"info": null}', "info Input should be an object"),
-        ('{"info": {"features": []}}', "info.features Input should be an object"),
-        (features(3), "Input should be a valid dictionary"),
-        (features({"names": "cat"}), "names Input should be a valid list"),
-        (features({"names": [1, 2, 3]}), "names.0 Input should be a valid string"),
-        (features({"names": {"0": "cat"}}), "names Input should be a valid list"),
+        ("no JSON", NO_LIST + "Invalid JSON"),
+        (b"\xff\xfe", NO_LIST + "Invalid JSON"),
+        ("[" * 100_000, NO_LIST + "Invalid JSON: recursion limit exceeded"),
+        ("null", NO_LIST + "Input should be an object"),
+        ('{"info": []}', NO_LIST + "info Input should be an object"),
+        (features(3), NO_LIST + "Input should be a valid dictionary"),
+        (features({"names": [1, 2, 3]}), NO_LIST + "names.0 Input should be a valid string"),
+        (features({"names": ["cat", "dog"]}), "row 2 of .*train.parquet' has label 2, allowed is 0 … 1"),
+        (
+            features({"names": ["cat", "dog", "cat"]}),
+            r"metadata .* of .*train.parquet' has two classes 'cat' of 'label'",
+        ),
     ],
 )
-def test_metadata_of_another_form(tmp_path, load, metadata, problem):
+def test_invalid_class_names(tmp_path, load, metadata, problem):
     write_with(tmp_path, metadata)
-    where = r"the schema metadata 'huggingface' of .*train\.parquet' does not list the classes of 'label': "
-    with pytest.raises(UserError, match=where + problem):
-        load()
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["cat", "dog"], "row 2 of .*train.parquet' has label 2, allowed is 0 … 1"),
-        (["cat", "dog", "cat"], r"metadata 'huggingface' of .*train.parquet' has two classes 'cat' of 'label'"),
-    ],
-)
-def test_class_names_that_do_not_fit(tmp_path, load, names, message):
-    write_with(tmp_path, features({"names": names}))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=problem):
         load()
 
 

@@ -283,20 +283,28 @@ def check_distinct(columns: Sequence[str], file: Place) -> None:
         raise UserError(f"table {str(file)!r} has two columns {twice!r} among {', '.join(columns)}")
 
 
-def check_same_columns(files: Sequence[Place], schemas: Sequence[pa.Schema]) -> None:
-    """Refuse files whose columns differ from those of the first."""
-    for file, schema in zip(files, schemas, strict=True):
-        if not schema.equals(schemas[0]):
+def label_column(
+    files: Sequence[Place], schemas: Sequence[pa.Schema], chosen: str
+) -> tuple[str, pa.DataType, tuple[str, ...]]:
+    """Return name, type and class names of the label column that the files of a split share.
+
+    It is the chosen one, or else the first of the usual ones. Class names are those of the hub's metadata; () if there
+    are none, or if the labels are not integers.
+
+    Raises:
+        UserError: the files' columns differ or repeat a name, the label column is missing, or metadata are invalid.
+    """
+    schema = schemas[0]
+    check_distinct(schema.names, files[0])
+    for file, other in zip(files, schemas, strict=True):
+        if not other.equals(schema):
             raise UserError(f"the columns of {str(file)!r} differ from those of {str(files[0])!r}")
-
-
-def label_column(chosen: str, names: Sequence[str], file: Place) -> str:
-    """Return the chosen label column, or the first of the usual ones if none is chosen."""
     wanted = (chosen,) if chosen else LABELS
-    found = next((name for name in wanted if name in names), None)
-    if found is None:
-        raise unknown(f"label column of {str(file)!r}", wanted[0], names)
-    return found
+    label = next((name for name in wanted if name in schema.names), None)
+    if label is None:
+        raise unknown(f"label column of {str(files[0])!r}", wanted[0], schema.names)
+    kind = schema.field(label).type
+    return label, kind, _class_names(schema, label, files[0]) if pa.types.is_integer(kind) else ()
 
 
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -322,8 +330,7 @@ class _HubMetadata(BaseModel):
     info: _Info = _Info()
 
 
-def class_names(schema: pa.Schema, label: str, file: Place) -> tuple[str, ...]:
-    """Return the class names of the label column in the hub's metadata; () if there are none."""
+def _class_names(schema: pa.Schema, label: str, file: Place) -> tuple[str, ...]:
     metadata = schema.metadata or {}
     where = f"the schema metadata 'huggingface' of {str(file)!r}"
     try:

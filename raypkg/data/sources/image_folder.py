@@ -21,13 +21,7 @@ READ_AT_ONCE = 256
 
 
 @dataset("folder")
-def load(
-    root: str,
-    *,
-    split: str,
-    cache: Cache,
-    size: Side = 0,
-) -> Split:
+def load(root: str, *, split: str, cache: Cache, size: Side = 0) -> Split:
     """Image files in one folder a class: PATH/train/<class>/… and PATH/test (val, valid, validation)/<class>/….
 
     A class may keep its files in folders of its own. Class numbers follow the sorted names of train's folders.

@@ -15,9 +15,6 @@ from raypkg.data.files import (
     PREFIXES,
     READERS,
     Place,
-    check_distinct,
-    check_same_columns,
-    class_names,
     fetched,
     label_column,
     open_input,
@@ -37,14 +34,7 @@ READ_AHEAD = 256 << 20  # bytes of row groups fetched at once
 
 
 @dataset("parquet")
-def load(
-    root: str,
-    *,
-    split: str,
-    cache: Cache,
-    label: str = "",
-    size: Side = 0,
-) -> Split:
+def load(root: str, *, split: str, cache: Cache, label: str = "", size: Side = 0) -> Split:
     """Parquet files named train*, test* or valid* in PATH: a column of encoded images and a column of labels.
 
     The image column is found by its type, a binary or a struct with ``bytes``; class names are those of the hub's
@@ -84,21 +74,16 @@ class ImageTable:
         for file, metadata in zip(files, self._metadata, strict=True):
             with reading(file):
                 schemas.append(metadata.schema.to_arrow_schema())
+        self._label, kind, self.names = label_column(files, schemas, label)
+        if not pa.types.is_integer(kind):
+            raise UserError(f"label column {self._label!r} of {str(files[0])!r} is {kind}, needed are integers")
         schema = schemas[0]
-        check_distinct(schema.names, files[0])
-        check_same_columns(files, schemas)
-
         columns = [field.name for field in schema if _holds_bytes(field.type)]
         candidates = [name for name in columns if name in IMAGES] or columns
         if len(candidates) != 1:
             what = "several image columns" if candidates else "no image column (binary, or a struct with bytes)"
             raise UserError(f"{str(files[0])!r} has {what} among {', '.join(schema.names)}")
         self._image = candidates[0]
-        self._label = label_column(label, schema.names, files[0])
-        kind = schema.field(self._label).type
-        if not pa.types.is_integer(kind):
-            raise UserError(f"label column {self._label!r} of {str(files[0])!r} is {kind}, needed are integers")
-        self.names = class_names(schema, self._label, files[0])  # () if the schema has none
 
     @cached_property
     def classes(self) -> tuple[str, ...]:

@@ -21,9 +21,6 @@ from raypkg.data.files import (
     LABELS,
     PREFIXES,
     Place,
-    check_distinct,
-    check_same_columns,
-    class_names,
     class_numbers,
     label_column,
     open_input,
@@ -41,14 +38,10 @@ from raypkg.data.tokenizer import STORED, Text, encode, padded, tokenizer_at, to
 from . import dataset
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
-PAIRS = (
-    ("premise", "hypothesis"),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text_a", "text_b"),
-)
-SINGLE = ("text", "sentence", "content", "review", "question")
+USUAL: tuple[tuple[str, ...], ...] = (  # columns of texts; pairs first
+    ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("question", "sentence"),
+    ("text_a", "text_b"), ("text",), ("sentence",), ("content",), ("review",), ("question",),
+)  # fmt: skip
 UNLABELLED = (None, "", "-", "-1")  # spellings of a missing label, such as where annotators disagreed
 BLOCK = 1 << 12  # texts tokenised at once
 
@@ -158,29 +151,21 @@ class TextTable:
         self._unlabelled = unlabelled
         self._name = str(files[0])
         tables = [_read(file, label) for file in files]
-        check_same_columns(files, [table.schema for table in tables])
+        self.label, _, self._class_names = label_column(files, [table.schema for table in tables], label)
         self._table = pa.concat_tables(tables)
-        names = self._table.column_names
-        self.label = label_column(label, names, files[0])
         if unlabelled:
             self._table = self._table.filter(pc.invert(_missing(self._table[self.label])))
-        is_numbered = pa.types.is_integer(self._table[self.label].type)
-        self._class_names = class_names(self._table.schema, self.label, files[0]) if is_numbered else ()
-        self.columns = columns or self._usual_columns(names)
+        names = self._table.column_names
         others = [name for name in names if name != self.label]
         for name in columns:
             if name not in others:
                 raise unknown(f"text column of {self._name!r}", name, others)
         if len(set(columns)) < len(columns):
             raise UserError(f"option columns = {list(columns)}: the two of a pair must differ")
-
-    def _usual_columns(self, names: list[str]) -> tuple[str, ...]:
-        usual = (*PAIRS, *((name,) for name in SINGLE))
-        found = next((columns for columns in usual if set(columns) <= set(names)), None)
-        if found is None:
+        self.columns = columns or next((usual for usual in USUAL if set(usual) <= set(names)), ())
+        if not self.columns:
             listed = ", ".join(names)
             raise UserError(f"{self._name!r} has none of the usual columns of texts among {listed}: set option columns")
-        return found
 
     @cached_property
     def _labels(self) -> list[int] | list[str]:
@@ -259,8 +244,12 @@ def _read(file: Place, label: str) -> pa.Table:
                 table = _read_lines(file, label)
             case _:
                 table = pjson.read_json(open_input(file))
-        check_distinct(table.column_names, file)
-        plain = [_large(field) for field in table.schema]
+        # Texts of any type become large strings, which may exceed 2 GiB together.
+        plain = []
+        for field in table.schema:
+            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            is_text = pa.types.is_string(kind) or pa.types.is_string_view(kind)
+            plain.append(field.with_type(pa.large_string() if is_text else kind))
         return table.cast(pa.schema(plain, metadata=table.schema.metadata))
 
 
@@ -275,15 +264,6 @@ def _read_lines(file: Place, label: str) -> pa.Table:
     texts = {name: pa.large_string() for name in names if name not in labels}
     convert = pcsv.ConvertOptions(column_types=texts)
     return pcsv.read_csv(open_input(file), parse_options=parsing, convert_options=convert)
-
-
-def _large(column: pa.Field) -> pa.Field:
-    """Convert a column of texts of any type to large strings, which may exceed 2 GiB together."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    texts = pa.types.is_string(kind) or pa.types.is_string_view(kind)
-    return column.with_type(pa.large_string() if texts else kind)
 
 
 def _missing(labels: pa.ChunkedArray) -> pa.ChunkedArray:
