@@ -1,5 +1,6 @@
 """Every tune space names settings that exist, with values they accept; its file begins with the experiment's name."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from ray import tune
 
 from raypkg.cluster.search import draw_settings
+from raypkg.cluster.session import LOOPBACK
 from raypkg.core.config import load_settings, parse_toml, to_toml
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
@@ -100,7 +102,8 @@ def test_what_cannot_be_drawn_is_refused(domain, message):
 
 def test_ray_is_confined_before_a_space_imports_it():
     code = "from raypkg.studies.space import open_space; open_space('crest')"
-    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != LOOPBACK}
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
     assert "Ray was imported before effray" not in ended.stderr
 
 
