@@ -122,6 +122,7 @@ def processors() -> float:
 
 
 def _nodes() -> list[Mapping[str, float]]:
+    """Return the resources of every living node."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

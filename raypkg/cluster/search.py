@@ -28,8 +28,8 @@ def candidates(domain: Any) -> list[Any]:
             return [_plain(value) for value in domain.categories]
         case Integer():
             # Tune excludes the upper end of a range of integers, unless the range has steps.
-            largest = domain.upper if _in_steps(domain) else domain.upper - 1
-            return [domain.lower, largest]
+            has_steps = isinstance(domain.get_sampler(), Quantized)
+            return [domain.lower, domain.upper if has_steps else domain.upper - 1]
         case Float():
             ends = (domain.lower, domain.upper)
             return [end for end in ends if np.isfinite(end)]
@@ -45,7 +45,13 @@ def constants(space: Mapping[str, Any]) -> Values:
 
 def draw_settings(space: Mapping[str, Any], rng: np.random.Generator) -> Values:
     """Return one value of every domain."""
-    return {name: _draw(domain, rng) for name, domain in space.items()}
+    values = {}
+    for name, domain in space.items():
+        if isinstance(domain, dict) and "grid_search" in domain:
+            domain = tune.choice(list(domain["grid_search"]))
+        is_domain = isinstance(domain, Domain)
+        values[name] = _plain(domain.sample(random_state=rng) if is_domain else domain)
+    return values
 
 
 def grid(space: Mapping[str, Any]) -> Iterable[Values]:
@@ -54,39 +60,19 @@ def grid(space: Mapping[str, Any]) -> Iterable[Values]:
     Raises:
         UserError: a domain is continuous or has steps, or there are too many combinations.
     """
-    axes = [_axis(name, domain) for name, domain in space.items()]
+    axes: list[range | list[Any]] = []
+    for name, domain in space.items():
+        has_steps = isinstance(domain, Integer) and isinstance(domain.get_sampler(), Quantized)
+        if has_steps or isinstance(domain, Float | Function):
+            raise UserError(
+                f"--search grid: {name} is drawn from a continuous range, or one with steps; list its values or use"
+                " random"
+            )
+        axes.append(range(domain.lower, domain.upper) if isinstance(domain, Integer) else candidates(domain))
     combinations = prod(len(axis) for axis in axes)
     if combinations > LARGEST_GRID:
         raise UserError(f"--search grid: {combinations:,} combinations, at most {LARGEST_GRID:,} are allowed")
     return (dict(zip(space, values, strict=True)) for values in product(*axes))
-
-
-def _axis(name: str, domain: Any) -> range | list[Any]:
-    """Return all values of one setting."""
-    stepped = isinstance(domain, Integer) and _in_steps(domain)
-    if stepped or isinstance(domain, Float | Function):
-        raise UserError(
-            f"--search grid: {name} is drawn from a continuous range, or one with steps; list its values or use random"
-        )
-    if isinstance(domain, Integer):
-        return range(domain.lower, domain.upper)
-    return candidates(domain)
-
-
-def _in_steps(domain: Integer) -> bool:
-    return isinstance(domain.get_sampler(), Quantized)
-
-
-def _draw(domain: Any, rng: np.random.Generator) -> Any:
-    match domain:
-        case {"grid_search": values}:
-            domain = tune.choice(list(values))
-        case Domain():
-            pass
-        case _:
-            return _plain(domain)
-    value = domain.sample(random_state=rng)
-    return _plain(value)
 
 
 def _plain(value: Any) -> Any:
