@@ -5,9 +5,8 @@ import torch.nn.functional as F
 
 from raypkg.core.settings import Training
 from raypkg.data.split import Split
-from raypkg.engine.hooks import Hook
 from raypkg.engine.run import Run
-from raypkg.methods.sparse.hook import Masked, Topology
+from raypkg.methods.sparse.hook import Active, Masked, Topology
 from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model
 
@@ -39,37 +38,15 @@ def run(*hooks, settings=PLAIN, model=None, **changes):
     return Run.simple(model or network(), split(), settings.model_copy(update=changes), hooks=hooks)
 
 
-def sparse(*after, correction=(), **settings):
+def sparse(*after, correction=(), active=False, **settings):
     """Return the hooks of a sparse training in their order, the topology first."""
     topology = Topology(Sparsity(**{"density": 0.3, "update_every_steps": 4, **settings}), STEPS)
-    return [topology, *correction, Masked(topology.masks), *after]
+    enforcing = Active(topology.masks, topology.due) if active else Masked(topology.masks)
+    return [topology, *correction, enforcing, *after]
 
 
 def counts_over_time(topology):
-    """Return the number of active weights by layer, at first and after each change."""
+    """Return the active weights per layer, at the start and after each change."""
     layers = len(topology.masks)
     counts = [row["active"] for row in topology.history]
     return [counts[i : i + layers] for i in range(0, len(counts), layers)]
-
-
-class Watch(Hook):
-    """Checks the weights that each change brought, before the optimiser moves them."""
-
-    def __init__(self, topology):
-        self.topology = topology
-        self.masks = {}
-        self.grown = 0
-
-    def on_gradients(self, run):
-        for name, mask in self.topology.masks.items():
-            weight = run.model.get_parameter(name)
-            before = self.masks.get(name, mask)
-            new = mask & ~before
-            self.grown += int(new.sum())
-            assert not weight[new].any() and not weight[~mask].any()
-            for key, value in run.optimizer.state[weight].items():
-                if value.shape == weight.shape:
-                    assert not value[~mask].any()
-                    expected = value[mask & before].mean() if key == "exp_avg_sq" else torch.tensor(0.0)
-                    assert torch.allclose(value[new], expected, rtol=1e-6)
-            self.masks[name] = mask.clone()

@@ -1,13 +1,19 @@
-"""What sparsity saves: operations, compressed rows, and layers that compute with the weights that exist."""
+"""Computing with active weights only: operations, compressed rows, sparse layers, transformers."""
 
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import reference
 from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
+from raypkg.methods.agent.hook import Correction
+from raypkg.methods.agent.settings import AgentOptions
+from raypkg.methods.sparse import initial
 from raypkg.methods.sparse.compute import (
     ActiveLinear,
     Pattern,
@@ -18,12 +24,18 @@ from raypkg.methods.sparse.compute import (
     forward_flops,
     only_active,
 )
-from raypkg.methods.sparse.hook import Active
-from raypkg.methods.sparse.masks import shapes_of
+from raypkg.methods.sparse.masks import active_counts, density_of, erk_densities, prunable, shapes_of
+from raypkg.methods.sparse.rules import grasp_saliency, snip_saliency
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
-from sparse_training import PLAIN, STEPS, D, network, rng, run, sparse
+from sparse_training import PLAIN, STEPS, C, D, network, rng, run, sparse, split
+from transformer_rows import PLACES, WIDTH, Transformer
+
+
+def assert_same_weights(a, b, **tolerances):
+    for (name, ours), theirs in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}", **tolerances)
 
 
 def test_operations_of_lenet5():
@@ -97,35 +109,219 @@ def test_computing_sparse_trains_the_same_model(settings, optimizer, tmp_path):
         update={"precision": "float64", "weight_decay": 1e-3, "optimizer": optimizer, "lr": 0.02}
     )
 
-    def masked():
-        return run(*sparse(**settings), settings=precise)
+    def training(active):
+        return run(*sparse(active=active, **settings), settings=precise)
 
-    def active():
-        topology, _ = sparse(**settings)
-        return run(topology, Active(topology.masks, topology.due), settings=precise)
-
-    one = fit(masked())
-    other = fit(active())
-    assert all(mask.equal(other.hooks[0].masks[name]) for name, mask in one.hooks[0].masks.items())
-    for ours, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    assert set(one.model.state_dict()) == set(other.model.state_dict())
+    masked, active = fit(training(active=False)), fit(training(active=True))
+    assert all(mask.equal(active.hooks[0].masks[name]) for name, mask in masked.hooks[0].masks.items())
+    assert_same_weights(masked.model, active.model, rtol=0, atol=1e-12)
 
     checkpoints = StoredCheckpoints(Storage(str(tmp_path)))
-    stopped = active()
+    stopped = training(active=True)
     stopped.last = 2
     fit(stopped, checkpoints=checkpoints)
-    resumed = fit(active(), checkpoints=checkpoints)
-    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), resumed.model.parameters(), strict=True))
+    assert_same_weights(active.model, fit(training(active=True), checkpoints=checkpoints).model, rtol=0, atol=0)
 
 
-def test_computing_sparse_holds_only_the_weights_that_exist():
-    topology, _ = sparse(growth="gradient")
+def test_computing_sparse_holds_only_the_active_weights():
     held = []
 
     class Shapes(Hook):
         def on_gradients(self, run):
             held.append({p.dim() for name, p in run.model.named_parameters() if name in topology.masks})
 
-    fit(run(topology, Active(topology.masks, topology.due), Shapes()))
+    topology, *others = sparse(Shapes(), active=True, growth="gradient")
+    fit(run(topology, *others))
     assert held == [{2} if topology.due(step) else {1} for step in range(STEPS)]
+
+
+# Transformers
+
+
+class Bert(nn.Module):
+    """BERT on rows, whose numbers become tokens by their signs."""
+
+    def __init__(self):
+        transformers = pytest.importorskip("transformers")
+        super().__init__()
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=4,
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=D,
+            num_labels=C,
+        )
+        self.bert = transformers.BertForSequenceClassification(config)
+
+    def forward(self, x):
+        return self.bert((x > 0).long()).logits
+
+
+def both(function):
+    return pytest.mark.parametrize("build", [Transformer, Bert])(function)
+
+
+def batch(size=32):
+    return split().batch(torch.arange(size))
+
+
+def test_masks_are_on_attention_and_on_mlps_and_on_nothing_else():
+    names = set(prunable(Transformer()))
+    of_layer = {"self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"}
+    layers = {f"encoder.layers.{i}.{name}" for i in range(2) for name in of_layer}
+    assert names == layers | {"embedding.weight", "head.weight"}
+
+
+def test_of_bert_embeddings_norms_and_biases_stay_dense():
+    names = set(prunable(Bert()))
+    assert {name for name in names if "embedding" in name.lower() or "norm" in name.lower() or "bias" in name} == set()
+    of_layer = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+    assert len(names) == 2 * len(of_layer) + 2  # the pooler and the classifier
+
+
+def test_projections_of_their_own_are_masked_each():
+    attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
+    assert set(prunable(attention)) == {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"}
+
+
+@both
+def test_densities_are_those_of_erdos_renyi(build):
+    shapes = shapes_of(build())
+    below = {name: share for name, share in erk_densities(shapes, 0.3).items() if share < 1}
+    ratios = {share * shapes[name].numel() / sum(shapes[name]) for name, share in below.items()}
+    assert max(ratios) == pytest.approx(min(ratios))
+
+
+def without_dropout(build):
+    model = build()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout_prob", "dropout"):  # which attention keeps as numbers
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+@both
+def test_saliency_is_that_of_the_gradient(build):
+    model, (x, y) = without_dropout(build), batch()
+    saliency = snip_saliency(model, x, y)
+    twin = copy.deepcopy(model).train()
+    F.cross_entropy(twin(x), y).backward()
+    assert saliency.keys() == prunable(model).keys()
+    for name, values in saliency.items():
+        weight = twin.get_parameter(name)
+        torch.testing.assert_close(values, (weight.grad * weight).abs())
+    assert all(values.any() for values in saliency.values())
+
+
+class Nowhere(nn.Module):
+    """No embedding of places, whose weights the slow twin would count among those that masks apply to."""
+
+    def forward(self, places):
+        return 0.0
+
+
+def test_grasp_differentiates_attention_twice():
+    model = Transformer().double()
+    model.position = Nowhere()
+    model.encoder.layers = model.encoder.layers[:1]
+    x, y = batch(8)
+    scores = grasp_saliency(model, x.double(), y)
+    with sdpa_kernel(SDPBackend.MATH):
+        slow = reference.grasp(model, x.double(), y)
+    assert scores.keys() == slow.keys()
+    for name, values in scores.items():
+        torch.testing.assert_close(values, slow[name])
+
+
+@both
+@pytest.mark.parametrize("growth", ["random", "gradient"])
+def test_training_keeps_the_counts_and_the_zeros(build, growth):
+    trained = fit(run(*sparse(growth=growth, sparse_init="snip"), model=build()))
+    topology = trained.hooks[0]
+    assert density_of(topology.masks) == pytest.approx(0.3, abs=0.01)
+    assert not any(trained.model.get_parameter(name)[~mask].any() for name, mask in topology.masks.items())
+    assert len({row["step"] for row in topology.history}) > 3
+    assert topology.explored_share > 0.31
+
+
+@both
+@pytest.mark.parametrize("name", ["erk", "uniform", "snip", "grasp"])
+def test_every_rule_gives_a_transformer_its_first_masks(name, build):
+    model = build()
+    masks = initial[name](model, 0.3, rng=rng(), batch=batch())
+    assert {name: mask.shape for name, mask in masks.items()} == shapes_of(model)
+    assert sum(active_counts(masks).values()) >= 0.29 * sum(mask.numel() for mask in masks.values())
+
+
+@both
+def test_multiplying_only_active_weights_gives_the_same_model(build):
+    def trained(active):  # dropout would draw otherwise on products that lie in memory by columns
+        return fit(run(*sparse(active=active), model=without_dropout(build), precision="float64"))
+
+    masked, active = trained(active=False), trained(active=True)
+    assert_same_weights(masked.model, active.model, rtol=1e-4, atol=1e-7)
+    x, _ = batch()
+    with torch.inference_mode():
+        logits = [run.model.eval()(x.double()) for run in (masked, active)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-6)
+
+
+def test_an_exported_transformer_gives_the_same_logits():
+    trained = fit(run(*sparse(), model=Transformer())).model.eval()
+    x, _ = batch()
+    state = trained.state_dict()
+    small = compressed(state, set(prunable(trained)))
+    assert all(value.equal(state[name]) for name, value in expanded(small).items())
+    exported = exchange_linear(copy.deepcopy(trained), only_active)
+    with torch.inference_mode():  # where nn.TransformerEncoderLayer would multiply the weights by itself
+        torch.testing.assert_close(exported(x), trained(x), rtol=1e-5, atol=1e-6)
+
+
+def test_operations_of_attention_are_counted():
+    model = Transformer()
+    flops = forward_flops(model, (D,))
+    assert flops.keys() == prunable(model).keys()
+    assert flops["encoder.layers.0.self_attn.in_proj_weight"] == 2 * 3 * WIDTH * WIDTH * PLACES
+    assert flops["encoder.layers.1.self_attn.out_proj.weight"] == 2 * WIDTH * WIDTH * PLACES
+    assert flops["encoder.layers.0.linear1.weight"] == 2 * WIDTH * 16 * PLACES
+    none = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes_of(model).items()}
+    assert active_flops(flops, none) == 0
+
+
+def test_operations_of_tokens_are_counted():
+    model = build_model("transformer", (6, 20), 3, seed=0)
+    flops = forward_flops(model, (6, 20))
+    assert flops.keys() == prunable(model).keys() and all(flops.values())
+
+
+def test_attention_whose_projections_stand_apart_is_counted():
+    class Crossed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True)
+
+        def forward(self, x):
+            x = x[:, 0]
+            return self.attention(query=x, key=x[..., :4], value=x[..., :6])[0]
+
+    flops = forward_flops(Crossed(), (1, 5, 8))
+    assert flops == {
+        "attention.q_proj_weight": 2 * 8 * 8 * 5,
+        "attention.k_proj_weight": 2 * 8 * 4 * 5,
+        "attention.v_proj_weight": 2 * 8 * 6 * 5,
+        "attention.out_proj.weight": 2 * 8 * 8 * 5,
+    }
+
+
+def test_agent_corrects_a_sparse_transformer_with_dropout():
+    correction = Correction(AgentOptions(gamma=0.5))
+    trained = fit(run(*sparse(correction=[correction]), model=Transformer(dropout=0.2)))
+    assert correction.c and trained.epoch == 5
+    for name, mask in trained.hooks[0].masks.items():
+        assert not trained.model.get_parameter(name)[~mask].any()

@@ -1,4 +1,4 @@
-"""`effray sparse` as a user types it, and what happens when it is given nonsense."""
+"""`effray sparse` and `effray export` as typed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def summary():
     return json.loads((RUN / "summary.json").read_text())
 
 
-def test_a_run_says_what_is_sparse(effray, rendered_pictures):
+def test_a_run_reports_its_density(effray, rendered_pictures):
     out = effray(f"{SHORT} --growth gradient --agent")
     figures = summary()
     weights = {name: w for name, w in load_file(RUN / "model.safetensors").items() if w.ndim > 1}
@@ -62,20 +62,16 @@ def test_a_name_that_two_runs_have_needs_its_experiment(effray, refusal, after):
     assert "unknown run in runs 'b'. Allowed: a\n" in refusal("export b")
 
 
-def test_a_run_that_is_under_way_is_not_resumed(refusal, after):
+def test_a_locked_run_is_not_resumed(refusal, after):
     after(SHORT)
     (RUN / "summary.json").unlink()
     with Storage(str(RUN)).locked("it"):
         assert "run 'a' is being worked on by another process" in refusal("sparse --resume a")
 
 
-def test_an_option_of_the_correction_switches_it_on(effray):
+def test_dense_training_with_a_correction_that_an_option_switches_on(effray):
     effray("sparse --name a --model mlp --train.epochs 3 --agent.gamma 0.5")
     assert (RUN / "correction.parquet").exists()
-
-
-def test_dense_training_is_without_a_density(effray):
-    effray("sparse --name a --model mlp --train.epochs 1")
     assert "density" not in summary() and not (RUN / "topology.parquet").exists()
 
 
@@ -98,80 +94,51 @@ def test_extended_training_is_longer(effray):
     assert summary()["full_training_backward"] == 12 * summary()["samples"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--density 0", r"density = '0'"),
-        ("--density 2", r"density = '2'"),
-        ("--density 0.1 --growth gradeint", r"unknown growth rule 'gradeint', did you mean 'gradient'"),
-        ("--density 0.1 --drop small", r"unknown drop rule 'small'. Allowed: magnitude, set, threshold"),
-        ("--density 0.1 --sparse-init ekr", r"unknown sparse initialisation 'ekr', did you mean 'erk'"),
-        ("--density 0.1 --redistribution most", r"unknown redistribution 'most'"),
-        ("--density 0.1 --drop threshold --set drop.options.below=-1", r"threshold option below = -1"),
-        (
-            "--density 0.1 --update-every-steps 5000",
-            r"update_every_steps = 5000 is not below the \d+ steps of training",
-        ),
-        ("--growth gradient", r"density is left out: growth would do nothing"),
-        ("--correction agent", r"--correction is now called --agent"),
-        ("--select.tau 0.5", r"--select.tau is now called --crest.tau"),
-        ("--density 0.1 --update-every 7", r"--update.every is now called --update.every.steps"),
-        ("--density 0.1 --growth none", r"growth = none is now called false"),
-        ("--agent --train.batch_size 2000", r"of the 1 steps between snapshots, c is estimated from 1"),
-        ("--density 0.1 --sparse-init dense", r"sparse_init = dense with growth = random would stay dense"),
-        (
-            "--density 0.1 --growth false --update-every-steps 7",
-            r"growth = false keeps the masks: update_every_steps would do nothing",
-        ),
-        ("--density 0.1 --growth false --death-rate 0.7", r"growth = false: death_rate would do nothing"),
-        ("--density 0.1 --growth false --sparse-init dense --drop threshold", r"drop = threshold lets weights stay"),
-        (
-            "--density 0.1 --growth false --sparse-init dense --train.epochs 5 --update-every-steps 32",
-            r"update_every_steps = 32: no change falls into the last quarter of the 55 steps",
-        ),
-        ("--fan-in sparse", r"density is left out: fan_in would do nothing"),
-        (
-            "--density 0.1 --growth false --sparse-init dense --fan-in sparse",
-            r"sparse_init = dense begins with all inputs: fan_in would do nothing",
-        ),
-        ("--density 1", r"density = 1 leaves no room to grow"),
-        ("--density 0.1 --train.epochs 1 --train.batch_size 4000", r"update_every_steps = 1 is not below the 1 steps"),
-        (
-            "--agent --agent.samples 1",
-            r"agent.samples = 1: at least a batch, train.batch_size = 128, and fewer",
-        ),
-        ("--agent --agent.samples 99999", r"fewer than all 1295, the default"),
-        (
-            "--density 0.1 --compute sparse --train.compile true",
-            r"compute = sparse does not go with train.compile = true: weights change their number",
-        ),
-        ("--coreset=", r"'' is no coreset file"),
-        ("--compute sparse", r"density is left out: compute would do nothing"),
-        ("--density 0.1 --compute sparse --growth momentum", r"compute = sparse has no dense gradient at every step"),
-        (
-            "--density 0.1 --compute sparse --growth gradient --redistribution momentum",
-            r"at every step, which redistribution = momentum needs",
-        ),
-        ("--density 0.1 --compute sparse --agent", r"compute = sparse does not go with agent"),
-        ("--agent --train.epochs 1", r"agent would correct nothing"),
-        ("--agent --agent.every_steps 5", r"of the 11 steps between snapshots, c is estimated from 2"),
-        ("--agent --agent.form published --agent.alpha 0", r"with agent.alpha = 0 \(above 0\)"),
-        ("--density 0.1 --death-rate 1", r"death_rate = '1'"),
-    ],
-)
-def test_nonsense_is_one_line(refusal, arguments, message):
-    assert re.search(message, refusal(f"sparse {arguments}"))
+REFUSED = {
+    "--density 2": r"density = '2'",
+    "--density 0.1 --growth gradeint": r"unknown growth rule 'gradeint', did you mean 'gradient'",
+    "--density 0.1 --drop small": r"unknown drop rule 'small'. Allowed: magnitude, set, threshold",
+    "--density 0.1 --sparse-init ekr": r"unknown sparse initialisation 'ekr', did you mean 'erk'",
+    "--density 0.1 --redistribution most": r"unknown redistribution 'most'",
+    "--density 0.1 --drop threshold --set drop.options.below=-1": r"threshold option below = -1",
+    "--density 0.1 --death-rate 1": r"death_rate = '1'",
+    "--density 1": r"density = 1 leaves no room to grow",
+    "--density 0.1 --train.epochs 1 --train.batch_size 4000": r"update_every_steps = 1 is not below the 1 steps",
+    # without effect
+    "--growth gradient": r"density is left out: growth would do nothing",
+    "--fan-in sparse": r"density is left out: fan_in would do nothing",
+    "--compute sparse": r"density is left out: compute would do nothing",
+    "--density 0.1 --growth false --update-every-steps 7": r"growth = false keeps the masks: update_every_steps would",
+    "--density 0.1 --growth false --death-rate 0.7": r"growth = false: death_rate would do nothing",
+    "--density 0.1 --growth false --set growth.options.foo=3": r"growth = false: growth.options.foo would do nothing",
+    "--agent false --agent.gamma 0.5": r"agent = false: agent.gamma would do nothing",
+    # gradual pruning
+    "--density 0.1 --sparse-init dense": r"sparse_init = dense with growth = random would stay dense",
+    "--density 0.1 --growth false --sparse-init dense --drop threshold": r"drop = threshold lets weights stay",
+    "--density 0.1 --growth false --sparse-init dense --fan-in sparse": r"sparse_init = dense begins with all inputs",
+    "--density 0.1 --growth false --sparse-init dense --train.epochs 5 --update-every-steps 32": (
+        r"update_every_steps = 32: no change falls into the last quarter of the 55 steps"
+    ),
+    # combined
+    "--density 0.1 --compute sparse --train.compile true": r"compute = sparse does not go with train.compile = true",
+    "--density 0.1 --compute sparse --agent": r"compute = sparse does not go with agent",
+    "--density 0.1 --compute sparse --growth momentum": r"compute = sparse has no dense gradient at every step",
+    "--density 0.1 --compute sparse --redistribution momentum": r"which redistribution = momentum needs",
+    "--coreset=": r"'' is no coreset file",
+    "--agent --train.batch_size 2000": r"of the 1 steps between snapshots, c is estimated from 1",
+    "--agent --agent.samples 1": r"agent.samples = 1: at least a batch, train.batch_size = 128, and fewer",
+    "--agent --agent.samples 99999": r"fewer than all 1295",
+    "--agent --train.epochs 1": r"agent would correct nothing",
+    "--agent --agent.every_steps 5": r"of the 11 steps between snapshots, c is estimated from 2",
+    "--agent --agent.form published --agent.alpha 0": r"with agent.alpha = 0 \(above 0\)",
+    # renamed
+    "--correction agent": r"--correction is now called --agent",
+    "--select.tau 0.5": r"--select.tau is now called --crest.tau",
+    "--density 0.1 --update-every 7": r"--update.every is now called --update.every.steps",
+    "--density 0.1 --growth none": r"growth = none is now called false",
+}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            "--density 0.1 --growth false --set growth.options.foo=3",
-            r"growth = false: growth.options.foo would do nothing",
-        ),
-        ("--agent false --agent.gamma 0.5", r"agent = false: agent.gamma would do nothing"),
-    ],
-)
-def test_settings_of_what_is_switched_off_are_refused(refusal, arguments, message):
-    assert re.search(message, refusal(f"sparse --model linear --train.epochs 4 {arguments}"))
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_contradictions_are_refused_in_one_line(refusal, arguments):
+    assert re.search(REFUSED[arguments], refusal(f"sparse {arguments}"))
