@@ -6,7 +6,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -35,11 +35,7 @@ Follow = Callable[[Iterable[Any], int], Iterable[Any]]  # shows the progress of 
 def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: Follow) -> Entry:
     """Replay the training with changed samples, make the result durable and return its entry in the journal.
 
-    Everything is written beside the current files and holds once the journal has its entry. A failure before that
-    changes nothing and leaves nothing; see `Journal.commit`.
-
-    Raises:
-        UserError: the disk is full or cannot be written, the record is corrupt, or the replay diverges.
+    A failure before `Journal.commit`, such as a full disk, a corrupt record or a replay that diverges, changes nothing.
     """
     try:
         return _answer(run, change, settings, follow)
@@ -82,7 +78,7 @@ def _answer(run: RecordedRun, change: Change, settings: RequestSettings, follow:
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
     exact = 0
     with (
-        HistoryWriter(folder, history.layout) as writer,
+        closing(HistoryWriter(folder, history.layout)) as writer,
         sharded_gradient(run.objective, everyone, settings.cluster) as gradient,
     ):
         writer.start()
@@ -120,14 +116,7 @@ def _answer(run: RecordedRun, change: Change, settings: RequestSettings, follow:
 
 
 def changed_steps(history: History, membership: Membership, before: Tensor, now: Tensor) -> Iterator[ChangedStep]:
-    """Yield the record with the change of every batch.
-
-    Args:
-        history: the record.
-        membership: the batch of every sample.
-        before: whether a sample was in use in the recorded training, bool [ids].
-        now: whether it is in use in the replayed one, bool [ids].
-    """
+    """Yield the record with the change of every batch, for samples in use ``before`` and ``now``, bool [ids]."""
     following = history[0]
     for number, batch in enumerate(membership.batches(len(history)), 1):
         record = following
@@ -148,11 +137,7 @@ def changed_steps(history: History, membership: Membership, before: Tensor, now:
 class ShardedGradient:
     """Σ ∇loss_i(w): small sums in this process, others where samples are held, added in the order of the shards.
 
-    Args:
-        objective: the loss.
-        split: all samples.
-        shards: hold the samples in contiguous ranges; None to compute everything in this process.
-        few: most samples of a sum that is computed in this process.
+    Sums over at most ``few`` samples are small. Without shards, everything is computed in this process.
     """
 
     def __init__(self, objective: Objective, split: Split, shards: Shards | None = None, few: int = FEW):
@@ -236,13 +221,9 @@ def verify(run: RecordedRun, cluster: Cluster, follow: Follow) -> Verdict:
     return Verdict(
         distance=(w - retrained).norm().item(),
         norm=retrained.norm().item(),
-        disagreement=_share(predicted != expected),
-        accuracy=_share(predicted == test.y),
-        retrained_accuracy=_share(expected == test.y),
+        disagreement=(predicted != expected).double().mean().item(),
+        accuracy=(predicted == test.y).double().mean().item(),
+        retrained_accuracy=(expected == test.y).double().mean().item(),
         seconds=seconds,
         samples=gradient.samples,
     )
-
-
-def _share(mask: Tensor) -> float:
-    return mask.double().mean().item()

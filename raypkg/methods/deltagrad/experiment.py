@@ -58,10 +58,7 @@ def delete_one_after_another(folder: RunFolder) -> dict[str, float]:
 def _measured(folder: RunFolder, *, one_by_one: bool) -> dict[str, float]:
     """Answer one request or several, except those that an earlier attempt answered, then retrain and compare.
 
-    Returns:
-        ``answer_seconds`` of all requests and ``retraining_seconds`` of one retraining; their ``ratio``, for one
-        retraining per request; ``distance`` to the retrained weights; ``relative_distance``, divided by their norm;
-        ``exact_share`` of the steps.
+    The ratio is that of one retraining per request to all answers; the relative distance is over the retrained norm.
     """
     import torch
 

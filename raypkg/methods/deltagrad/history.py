@@ -38,12 +38,7 @@ class RecordedStep(NamedTuple):
 
 
 class Layout:
-    """The layout of a history file.
-
-    Args:
-        parameters: p, numbers of a vector.
-        dtype: of the stored numbers, "float64" or "float32".
-    """
+    """The layout of a history file: vectors of p parameters in "float64" or "float32"."""
 
     def __init__(self, parameters: int, dtype: str):
         self.parameters = parameters
@@ -81,34 +76,26 @@ class Layout:
         """Return the position of a record in the file."""
         return len(self.header) + record * self.record_bytes
 
-    def describe(self, steps: int) -> str:
-        """Return the size of a history in words."""
-        size = readable(self.size(steps))
-        return f"{size} ({steps:,} steps × {self.parameters:,} parameters × 2 × {self.dtype.itemsize} bytes)"
-
     def size(self, steps: int) -> int:
         """Return the bytes of a history, digests included."""
         records = steps + 1  # the last one holds the final weights
         return self.start(records) + records * DIGEST_BYTES
 
+    def describe(self, steps: int) -> str:
+        """Return the size of a history in words."""
+        size = readable(self.size(steps))
+        return f"{size} ({steps:,} steps × {self.parameters:,} parameters × 2 × {self.dtype.itemsize} bytes)"
+
 
 def history_folder(storage: Storage, number: int) -> Path:
-    """Return the folder of the history that belongs to an entry of a run's journal.
-
-    Raises:
-        UserError: the run is not on a local disk; a history can be mapped only there.
-    """
+    """Return the folder of the history of a journal's entry; a run that is not on a local disk is refused."""
     if storage.local is None:
         raise UserError(f"{storage.root}: a history is memory-mapped, so the run must be in a local folder")
     return storage.local / "versions" / f"{number:05d}"
 
 
 def check_room(folder: Path, layout: Layout, steps: int) -> None:
-    """Refuse a history that does not fit on the disk.
-
-    Raises:
-        UserError: its size, and the free space.
-    """
+    """Refuse a history that does not fit on the disk."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -120,11 +107,7 @@ def check_room(folder: Path, layout: Layout, steps: int) -> None:
 
 
 class HistoryWriter:
-    """Writes a history in a thread; an interrupted one can be continued.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Writes a history in a thread; an interrupted one can be continued."""
 
     def __init__(self, folder: Path, layout: Layout):
         self.layout = layout
@@ -137,18 +120,8 @@ class HistoryWriter:
             (folder / RECORDS).touch()
             self._file = (folder / RECORDS).open("r+b")
 
-    def __enter__(self) -> "HistoryWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def start(self, digests: Sequence[bytes] = ()) -> None:
-        """Begin a history, or continue one after the records with these digests.
-
-        Raises:
-            UserError: those records are not all there.
-        """
+        """Begin a history, or continue one after the records with these digests."""
         self.flush()
         end = self.layout.start(len(digests)) if digests else 0
         if os.fstat(self._file.fileno()).st_size < end:
@@ -161,11 +134,7 @@ class HistoryWriter:
         self.digests = list(digests)
 
     def append(self, rate: float, w: Tensor, gradient: Tensor) -> None:
-        """Add a step; its tensors must not change any more.
-
-        Raises:
-            UserError: an earlier record could not be written.
-        """
+        """Add a step, to be written while training continues; its tensors must not change any more."""
 
         def write() -> None:
             message = self.layout.message(rate, w, gradient)
@@ -212,15 +181,10 @@ class HistoryWriter:
 
 
 class History(Sequence[RecordedStep]):
-    """A sealed history, memory-mapped; reading a record checks its digest.
-
-    Args:
-        folder: of the history.
-        layout: of the file.
-        digest: of the history, from the journal.
+    """A sealed history, memory-mapped. Reading step 0 … T − 1 checks its digest.
 
     Raises:
-        UserError: it is missing, has another size, or its digests are not those of the journal.
+        UserError: it is missing, has another size, or ``digest``, from the journal, is not its own.
     """
 
     def __init__(self, folder: Path, layout: Layout, digest: str):
@@ -245,11 +209,6 @@ class History(Sequence[RecordedStep]):
         return self._steps
 
     def __getitem__(self, step: int) -> RecordedStep:  # type: ignore[override]
-        """Return step 0 … T − 1.
-
-        Raises:
-            UserError: the record is corrupt.
-        """
         if not 0 <= step < self._steps:
             raise IndexError(step)
         return self._read(step)
@@ -260,11 +219,7 @@ class History(Sequence[RecordedStep]):
         return self._read(self._steps).w
 
     def check(self) -> None:
-        """Read every record, the final weights included.
-
-        Raises:
-            UserError: one is corrupt.
-        """
+        """Read every record, the final weights included, to find a corrupt one."""
         for record in range(self._steps + 1):
             self._read(record)
 

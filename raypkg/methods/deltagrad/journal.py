@@ -12,7 +12,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -51,10 +51,7 @@ class Change(NamedTuple):
 class Journal:
     """The journal of a run in a local folder.
 
-    The entries form a chain of digests: a changed, lost or reordered one is found.
-
-    Raises:
-        UserError: the run is not in a local folder, or the log is damaged; the entry is named.
+    The entries form a chain of digests: opening the journal finds and names a changed, lost or reordered one.
     """
 
     def __init__(self, folder: RunFolder):
@@ -99,18 +96,16 @@ class Journal:
     def commit(self, change: Change, model: dict[str, Tensor], facts: Mapping[str, Any], started: float) -> Entry:
         """Make an answered request durable and return its entry; its history has been written.
 
-        All files of the entry are written under its number first. The request holds from the moment that the log has
-        the entry: whatever ends the process before has changed nothing, and `settle` finishes the rest afterwards.
+        The request holds from the moment that the log has its entry. If the process ends before, nothing has changed;
+        if it ends afterwards, `settle` does the rest when the run is opened again.
 
         Args:
             change: of the training samples.
             model: state of the new model.
             facts: further content of the entry, such as the history's digest.
             started: ``time.perf_counter()`` when work on the request began.
-
-        Raises:
-            UserError: the disk is full; the error says if the request holds all the same.
         """
+        # First all files that the entry refers to, under its number: as long as the log lacks it, they are leftovers.
         number = len(self.entries)
         save_tensors(self._storage, _model_file(number), model)
         ids = torch.cat([change.gone, change.came]).numpy()
@@ -134,9 +129,10 @@ class Journal:
             "seconds": time.perf_counter() - started,
         }
         try:
-            entry = self.append(content)
+            entry = self.append(content)  # the request holds from here on
             self.settle()
         except UserError as error:
+            # The entry may be on the disk although writing it failed, as when only syncing its folder did.
             if self.stored() == number:
                 raise
             rest = "the request holds all the same, and the next command on the run does the rest"
@@ -144,11 +140,7 @@ class Journal:
         return entry
 
     def settle(self) -> None:
-        """Finish the last commit, if its process died: put the model in place and delete what is no longer needed.
-
-        Raises:
-            UserError: the model is neither that of the last entry nor the one before, or the disk cannot be written.
-        """
+        """Finish the last commit: put its model in place and delete what is no longer needed."""
         expected = self.last["model"]
         here = self._storage.digest(MODEL)
         if here not in [entry["model"] for entry in self.entries[-2:]]:
@@ -161,17 +153,13 @@ class Journal:
         self.clean_up()
 
     def clean_up(self) -> None:
-        """Delete the files of replaced histories, and of requests that failed or were killed.
-
-        Raises:
-            UserError: one cannot be deleted.
-        """
+        """Delete the files of replaced histories, and of requests that failed or were killed."""
         for path in self._leftovers(self.stored() - 1):
             try:
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
-                    path.unlink(missing_ok=True)  # it may be listed twice
+                    path.unlink()
             except OSError as error:
                 reason = error.strerror or error
                 raise UserError(f"cannot delete {str(path)!r}, which no longer belongs to the run: {reason}") from None
@@ -191,11 +179,7 @@ class Journal:
         return left
 
     def changed_ids(self, entry: Entry) -> tuple[Tensor, Tensor]:
-        """Return the ids that an entry changed, int64 [m], and whether they are in use since, bool [m].
-
-        Raises:
-            UserError: the file is not what the entry names.
-        """
+        """Return the ids that an entry changed, int64 [m], and whether they are in use since, bool [m]."""
         name = _change_file(entry["number"])
         self._check(name, entry["changes"])
         table = self._storage.read_table(name)
@@ -203,11 +187,7 @@ class Journal:
         return torch.tensor(table["id"].to_numpy()), torch.tensor(table["in_use"].to_numpy())
 
     def added_rows(self, entry: Entry) -> Split:
-        """Open the samples that an entry added.
-
-        Raises:
-            UserError: the file is not what the entry names.
-        """
+        """Open the samples that an entry added."""
         name = _rows_file(entry["number"])
         self._check(name, entry["rows"])
         return Store(self._root / name).as_split()
@@ -223,10 +203,13 @@ class Journal:
     def _write_rows(self, number: int, split: Split) -> None:
         path = self._root / _rows_file(number)
         unfinished = path.with_suffix(PART)
+        positions = np.split(np.arange(len(split)), range(ROWS_AT_ONCE, len(split), ROWS_AT_ONCE))
+        samples = ((split.take(rows), split.y.numpy()[rows]) for rows in positions)
+        blocks = (Block(x, y, sample=x) for x, y in samples)
         header = Header("pixels" if split.kind is IMAGES else "rows", split.shape, split.classes)
         try:
             path.parent.mkdir(exist_ok=True)
-            write(unfinished, header, _blocks(split))
+            write(unfinished, header, blocks)
             unfinished.replace(path)
         except OSError as error:
             raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
@@ -256,11 +239,3 @@ def _sealed(body: Mapping[str, Any]) -> Entry:
 
 def _line(entry: Entry) -> bytes:
     return json.dumps(entry).encode() + b"\n"
-
-
-def _blocks(split: Split) -> Iterator[Block]:
-    y = split.y.numpy()
-    for start in range(0, len(split), ROWS_AT_ONCE):
-        indices = np.arange(start, min(start + ROWS_AT_ONCE, len(split)))
-        x = split.take(indices)
-        yield Block(x, y[indices], sample=x)

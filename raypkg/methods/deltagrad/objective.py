@@ -90,11 +90,7 @@ class Objective:
 
 
 def check_derivation(model: nn.Module, name: str) -> None:
-    """Refuse models by which a sample's gradient depends on chance or on other samples.
-
-    Raises:
-        UserError: the model has dropout, batch norm, frozen parameters, or a layer fitted to the data.
-    """
+    """Refuse models with dropout, batch norm, frozen parameters, or a layer fitted to the data."""
     if isinstance(model, Classifier) and model.is_prepared:
         raise UserError(
             f"model {name!r} is fitted to the training inputs before training: deleted samples would stay part of it"

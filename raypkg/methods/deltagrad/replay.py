@@ -124,13 +124,9 @@ def _predicted(step: ChangedStep, v: Tensor, hessian: BFGS, decay: float, convex
 def retrain(
     steps: Iterable[tuple[float, Tensor]], w: Tensor, gradient: GradientSum, *, decay: float
 ) -> Iterator[Tensor]:
-    """Yield the weights after every step of SGD from w, float64 [p]: the training that a replay approximates.
+    """Yield the weights, float64 [p], after every step of SGD from w: the training that a replay approximates.
 
-    Args:
-        steps: η and the samples of the batch; an empty batch is skipped.
-        w: initial weights, float64 [p].
-        gradient: Σ ∇loss_i(w) of samples, float64 [p].
-        decay: λ of the L2 penalty.
+    A step is η and the samples of its batch; an empty batch is skipped.
     """
     for rate, batch in steps:
         if len(batch):
@@ -181,10 +177,8 @@ class Tolerant:
     Differs from the paper, which fixes a period. Errors add up here as if they never cancelled, so E is pessimistic for
     convex problems; for others it bounds nothing and remains an estimate.
 
-    Args:
-        tolerance: largest distance ‖w − retrained w‖.
-        horizon: Ση over all steps.
-        decay: λ of the L2 penalty.
+    The tolerance is of the distance ‖w − retrained w‖, the horizon Ση over all steps, decay λ. Of a step, rate is η,
+    share the size of the recorded batch over that of the new one, and distance ‖v‖, of the weights from the record.
     """
 
     def __init__(self, tolerance: float, horizon: float, decay: float):
@@ -203,13 +197,7 @@ class Tolerant:
         return self._settled + (self._growth or 0.0) * self._open
 
     def due(self, rate: float, share: float, distance: float) -> bool:
-        """Return True if an approximate step would take E beyond its limit.
-
-        Args:
-            rate: η of the step.
-            share: size of the recorded batch over that of the new one.
-            distance: ‖v‖, of the weights from the recorded ones.
-        """
+        """Return True if an approximate step would take E beyond its limit."""
         if self._growth is None:
             return True
         steps = self._since_exact + 1  # k

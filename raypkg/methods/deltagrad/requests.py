@@ -30,7 +30,7 @@ DIGITS = re.compile(r"[0-9]{1,19}")  # as many as the largest id has
 COLUMNS = ("id", "index")  # of a parquet file of ids
 ALLOWED = "ids are whole numbers from 0 to 2⁶³ − 1"
 LONGEST = 100  # characters of a name or list that an error shows
-OPERATORS = {
+OPS = {
     "<=": operator.le,
     ">=": operator.ge,
     "!=": operator.ne,
@@ -39,7 +39,7 @@ OPERATORS = {
     ">": operator.gt,
 }
 AND = re.compile(r"(?<!\s)\s+and\s+", re.IGNORECASE)  # without the lookbehind, long runs of spaces take quadratic time
-COMPARISON = re.compile("|".join(OPERATORS))
+COMPARISON = re.compile("|".join(OPS))
 BLOCK = 1 << 16  # rows read at once
 
 
@@ -57,9 +57,6 @@ class Request(NamedTuple):
 def read_ids(text: str) -> list[int]:
     """Return ids given as ``3,14,15`` or in a file: one per line, or the column ``id`` or ``index`` of a parquet file.
 
-    Raises:
-        UserError: neither a list nor a file, unreadable, no such column, anything but ids, or none at all.
-
     >>> read_ids("3,14,15")
     [3, 14, 15]
     """
@@ -70,10 +67,8 @@ def read_ids(text: str) -> list[int]:
         where = f"ids in {text!r}"
         try:
             values = _in_file(Path(text))
-        except OSError as error:
-            raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f"{where} cannot be read: {error}") from None
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not values:
         raise UserError(f"{text!r} holds no ids")
     ids = []
@@ -111,18 +106,12 @@ def id_at(split: Split, position: int) -> int:
 
 
 def read_queue(file: Path) -> list[Request]:
-    """Return the requests of a queue: lines of JSON such as {"delete": [3, 7], "id": "ticket 12"}.
-
-    Raises:
-        UserError: unreadable, a line that is no request, the same id twice, or no request at all.
-    """
+    """Return the requests of a queue, a file with lines of JSON such as {"delete": [3, 7], "id": "ticket 12"}."""
     where = f"the queue {str(file)!r}"
     try:
         text = file.read_text("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} cannot be read: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     # Not splitlines, which also splits at characters that a JSON text may hold.
     lines = enumerate(text.split("\n"), 1)
     requests = [_request(line, f"line {number} of {str(file)!r}") for number, line in lines if line.strip()]
@@ -172,11 +161,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def unanswered(run: RecordedRun, requests: Iterable[Request]) -> list[Request]:
-    """Return the requests of a queue that are not in the journal yet.
-
-    Raises:
-        UserError: one has the id of another that was answered.
-    """
+    """Return the requests of a queue that are not in the journal yet; an id can be answered once."""
     answered = {
         request["id"]: request["digest"] for entry in run.journal.entries for request in entry.get("requests", ())
     }
@@ -201,9 +186,6 @@ def matching(split: Split, condition: str) -> np.ndarray:
 
     NAME is a column of a table, or else ``label`` (with = and !=, VALUE is a class name).
 
-    Raises:
-        UserError: malformed, an unknown name or class, or a value that is no number.
-
     >>> split = Split.from_tensors(torch.eye(3), torch.tensor([0, 1, 1]), classes=("cat", "dog"))
     >>> matching(split, "label = dog")
     array([1, 2])
@@ -217,7 +199,7 @@ def matching(split: Split, condition: str) -> np.ndarray:
             example = f"label = {split.classes[0]}"
             raise UserError(f"condition {shortened(clause)} is not of the form NAME OPERATOR VALUE, such as {example}")
         where = f"condition {name} {found[0]} {shortened(value)}"
-        compare = OPERATORS[found[0]]
+        compare = OPS[found[0]]
         if name in split.columns:
             number = _number(value, where)
             column = split.columns.index(name)
@@ -251,12 +233,7 @@ def _number(value: str, where: str) -> np.float32:
 
 
 def change_of(run: RecordedRun, requests: Iterable[Request]) -> Change:
-    """Return the change that several requests amount to, each checked against the result of those before it.
-
-    Raises:
-        UserError: ids that are unknown, repeated or not in use (or in use, to restore), a deletion of everything or of
-            a whole class, or new samples that do not fit.
-    """
+    """Return the change that several requests amount to, each checked against the result of those before it."""
     requests = list(requests)
     split = run.split
     added: list[Split] = []
@@ -307,12 +284,7 @@ def _meeting(split: Split, condition: str, active: Tensor) -> Tensor:
 def _chosen(run: RecordedRun, split: Split, request: Request, changeable: Tensor, otherwise: str) -> Tensor:
     """Return the positions that a request for ids changes.
 
-    Args:
-        run: whose held-out samples cannot be changed.
-        split: all samples, by position.
-        request: for ids; at least one of the positions of each must be changeable.
-        changeable: whether a position can be asked for, bool [n].
-        otherwise: reason for an error, if an id has no changeable position.
+    Of the positions of each id at least one must be changeable, bool [n]; ``otherwise`` is the reason of the error.
     """
     ids = torch.tensor(request.value, dtype=torch.int64)
     known = torch.arange(len(split)) if split.ids is None else split.ids

@@ -59,11 +59,7 @@ def begin_journal(folder: RunFolder, settings: DeltaGradSettings, samples: Sampl
 
 @contextmanager
 def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
-    """Open a recorded run, locked against other processes.
-
-    Raises:
-        UserError: it was not recorded to its end, another process has it open, or see ``RecordedRun``.
-    """
+    """Open a recorded run, locked against other processes."""
     log = folder.storage.read(LOG)
     if log is None and not folder.storage.list("versions"):
         raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
@@ -81,9 +77,6 @@ class RecordedRun:
     Inside, an id is a position in the training split; added samples are numbered on from its end, in the order of their
     requests. If the split has ids of its own, users give and see those. The journal's last entry describes the run;
     files that it does not name are ignored.
-
-    Args:
-        folder: of a run of `effray deltagrad train`.
 
     Raises:
         UserError: the run has no history, its log is damaged, or model or data set are not those of the log.
@@ -143,15 +136,11 @@ class RecordedRun:
         """The loss of the run's model."""
         return Objective.of(self.settings.model, self.samples.data.train)
 
-    @property
-    def layout(self) -> Layout:
-        """The layout of the history file."""
-        return Layout.of(new_model(self.settings, self.samples.data), self.settings.history.dtype)
-
     def history(self) -> History:
         """Open the record of the training as the last entry left it."""
         last = self.journal.last
-        return History(history_folder(self.storage, last["number"]), self.layout, last["history"])
+        layout = Layout.of(new_model(self.settings, self.samples.data), self.settings.history.dtype)
+        return History(history_folder(self.storage, last["number"]), layout, last["history"])
 
     def weights(self) -> Tensor:
         """Return the current weights, float64 [p], in the order of ``model.parameters()``."""

@@ -97,11 +97,7 @@ class DeltaGradSettings(Experiment):
         return self
 
     def check(self, n: int, data: Any) -> None:
-        """Refuse a training that cannot be replayed.
-
-        Raises:
-            UserError: samples are augmented or read by blocks, or the model has dropout or batch norm.
-        """
+        """Refuse a training that cannot be replayed, with augmentation, dropout, batch norm or data read by blocks."""
         from .hook import check_replayable
 
         self.dataset.check_at_hand("DeltaGrad")
@@ -127,11 +123,7 @@ class RequestSettings(Settings):
 
     @classmethod
     def over(cls, recorded: ReplaySettings, values: Mapping[str, Any]) -> Self:
-        """Return a request's settings: ``values``, by dotted names, over those of the run.
-
-        Raises:
-            UserError: wrong values, or both a period and a tolerance.
-        """
+        """Return a request's settings: ``values``, by dotted names, over those of the run."""
         replay = recorded.model_dump()
         if "replay.tolerance" in values:  # one rule for the exact steps replaces the other
             del replay["period"], replay["burn_in"]
