@@ -1,13 +1,13 @@
-"""Model families, one file each; every model is ``head(features(x))`` with a linear head."""
+"""Models by name; every model is ``head(features(x))`` with a linear head."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raypkg.core.errors import UserError
 from raypkg.core.memory import check_memory
-from raypkg.core.registry import Entry, Registry, argument
+from raypkg.core.registry import Registry, argument
 from raypkg.core.seeds import derive
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ def build_model(
     """Build a model for inputs of one shape; its weights are a function of the seed alone.
 
     Args:
-        name: a registered name, ``torchvision:resnet18``, or the user's own ``package.module:function``, called as
+        name: a registered name, ``torchvision:resnet18``, or a user's ``package.module:function``, called as
             ``function(shape, num_classes, **options)`` and returning any ``nn.Module`` that ends in an ``nn.Linear``.
-        shape: of one sample, (C, H, W), (D,) or (L, V): see ``raypkg.data.kinds``.
+        shape: of one sample, (C, H, W), (D,) or (L, V).
         num_classes: C, at least 2.
-        seed: of the initial weights; the global generator is left as it was.
-        options: the model's own options, checked against its signature.
+        seed: of the initial weights; the global generator stays as it is.
+        options: the model's own.
 
     Raises:
         UserError: unknown name or option, a shape that the model cannot take, more parameters than fit this machine's
@@ -42,38 +42,6 @@ def build_model(
 
     entry = model[name]
     shape = tuple(shape)
-    _check_arguments(entry, name, shape, num_classes)
-    build = partial(entry, shape, num_classes, variant=argument(name), options=options)
-    if name in model:  # sizes of torchvision's models are fixed, the user's own code is called once
-        _check_size(build, name)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive(seed, "init"))  # torch.manual_seed would seed the GPUs as well
-        return checked(build(), name, shape, num_classes)
-
-
-def tokenizer_of(name: str) -> str:
-    """Return the tokenizer whose tokens a model must be given, by name or folder; "" where any will do.
-
-    >>> tokenizer_of("transformers:roberta-base"), tokenizer_of("transformer")
-    ('roberta-base', '')
-    """
-    own = getattr(model[name].function, "has_tokenizer", False)
-    return argument(name) if own else ""
-
-
-def _check_size(build: Callable[[], "Classifier"], name: str) -> None:
-    """Refuse a model that this machine cannot train, by its parameters on a device that allocates nothing."""
-    import torch
-
-    with torch.device("meta"):
-        module = build()
-    count = sum(parameter.numel() for parameter in module.parameters())
-    size = sum(parameter.nbytes for parameter in module.parameters())
-    what = f"model {name!r} of {count:,} parameters, with gradients and momentum"
-    check_memory(what, 3 * size, "choose a smaller one")
-
-
-def _check_arguments(entry: Entry, name: str, shape: tuple[int, ...], num_classes: int) -> None:
     if num_classes < 2:
         raise UserError(f"num_classes = {num_classes}: a classifier needs at least 2")
     if not shape or min(shape) < 1:
@@ -85,3 +53,25 @@ def _check_arguments(entry: Entry, name: str, shape: tuple[int, ...], num_classe
         signature.bind(shape, num_classes)
     except TypeError:
         raise UserError(f"model {name!r} must be callable as function(shape, num_classes), not {signature}") from None
+
+    build = partial(entry, shape, num_classes, variant=argument(name), options=options)
+    if name in model:  # sizes of torchvision's models are fixed, the user's own code is called once
+        with torch.device("meta"):  # which allocates nothing
+            parameters = list(build().parameters())
+        count = sum(parameter.numel() for parameter in parameters)
+        size = sum(parameter.nbytes for parameter in parameters)
+        what = f"model {name!r} of {count:,} parameters, with gradients and momentum"
+        check_memory(what, 3 * size, "choose a smaller one")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive(seed, "init"))  # torch.manual_seed would seed the GPUs as well
+        return checked(build(), name, shape, num_classes)
+
+
+def tokenizer_of(name: str) -> str:
+    """Return the name or folder of the tokenizer that a model needs; "" if any will do.
+
+    >>> tokenizer_of("transformers:roberta-base"), tokenizer_of("transformer")
+    ('roberta-base', '')
+    """
+    own = getattr(model[name].function, "has_tokenizer", False)
+    return argument(name) if own else ""

@@ -18,10 +18,9 @@ TEMPERATURE = 9  # by which the features are divided
 
 
 class Whitened(nn.Module):
-    """Every patch times ± the eigenvectors of the patches' covariance, divided by their standard deviations.
+    """Every patch times ± e_i / √(λ_i + ε), for the C·2·2 eigenvectors e_i of (1/n) Σ p pᵀ over patches (Section 3.2).
 
-    e_i / √(λ_i + ε) and its negative, for C·2·2 eigenvectors e_i of (1/n) Σ p pᵀ (Section 3.2). Fixed, but for a bias;
-    before ``fit`` they are random.
+    The filters are fixed, and random before ``fit``; only a bias is trained.
     """
 
     filters: Tensor
@@ -35,7 +34,7 @@ class Whitened(nn.Module):
         self.bias = nn.Parameter(torch.zeros(2 * inputs))
 
     def fit(self, x: Tensor) -> None:
-        """Take the eigenvectors from the patches of images x [n, C, H, W]."""
+        """Compute the eigenvectors from the patches of images x [n, C, H, W]."""
         patches = nn.functional.unfold(x.double(), PATCH)  # [n, C·4, patches of an image]
         patches = patches.transpose(1, 2).flatten(0, 1)  # [patches, C·4]
         covariance = patches.T @ patches / len(patches)
@@ -69,7 +68,7 @@ class Shifted(nn.Module):
 
 
 def stage(channels: int, out: int, pool: int, norm: Norm) -> list[nn.Module]:
-    """Return two 3 × 3 convolutions, the first of which ends in a max-pool."""
+    """Return two 3 × 3 convolutions, with a max-pool after the first."""
     return [
         dirac(channels, out),
         nn.MaxPool2d(pool),
@@ -82,7 +81,7 @@ def stage(channels: int, out: int, pool: int, norm: Norm) -> list[nn.Module]:
 
 
 def dirac(channels: int, out: int) -> nn.Conv2d:
-    """Return a 3 × 3 convolution that hands on its inputs in its first channels (Section 3.3)."""
+    """Return a 3 × 3 convolution whose first channels are its inputs (Section 3.3)."""
     convolution = nn.Conv2d(channels, out, 3, padding=1, bias=False)
     if not convolution.weight.is_meta:
         nn.init.dirac_(convolution.weight.data[:channels])
@@ -98,7 +97,7 @@ class Cooled(nn.Module):
 
 
 class Airbench(Classifier):
-    """A classifier whose first layer is fitted to the training inputs."""
+    """A classifier with a first layer fitted to the training inputs."""
 
     def prepare(self, x: Tensor) -> None:
         """Whiten the patches of normalised training images x [n, C, H, W]."""
@@ -125,5 +124,4 @@ def airbench(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = 
         side //= pool
         before = out
     features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), Cooled())
-    head = nn.Linear(before, num_classes)
-    return Airbench(features, head)
+    return Airbench(features, nn.Linear(before, num_classes))

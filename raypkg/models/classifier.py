@@ -1,4 +1,4 @@
-"""The one form of every model, ``head(features(x))``, and how a user's own module is brought into it."""
+"""The form of every model, ``head(features(x))``, and the conversion of a user's module into it."""
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,13 @@ MeanStd = tuple[tuple[float, ...], tuple[float, ...]]  # of each channel
 
 
 class Classifier(nn.Module):
-    """A linear head on features, so that last-layer gradients are (p − e_y) ⊗ [h; 1].
-
-    Args:
-        features: x [b, …] → h [b, D].
-        head: h [b, D] → logits [b, C].
-
-    Attributes:
-        trained_with: mean and std, per channel, of the inputs that its first weights were trained with; None where
-            they were drawn.
-    """
+    """A linear head on features, so that last-layer gradients are (p − e_y) ⊗ [h; 1]."""
 
     def __init__(self, features: nn.Module, head: nn.Linear):
         super().__init__()
-        self.features = features
-        self.head = head
+        self.features = features  # x [b, …] → h [b, D]
+        self.head = head  # h [b, D] → logits [b, C]
+        # mean and std per channel of the inputs that the first weights were trained with; None if those were drawn
         self.trained_with: MeanStd | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,21 +24,18 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
     def prepare(self, x: Tensor) -> None:
-        """Set what depends on normalised training inputs x [n, …] and is not trained: here, nothing.
-
-        Called once on a new model, before its first step.
-        """
+        """Set untrained state from normalised training inputs x [n, …], once, before the first step: here, nothing."""
 
     @property
     def is_prepared(self) -> bool:
-        """Whether ``prepare`` sets anything, so that the model depends on inputs by more than its training."""
+        """Whether ``prepare`` sets anything, so that the model depends on inputs beyond its training."""
         return type(self).prepare is not Classifier.prepare
 
 
 def as_classifier(module: nn.Module) -> Classifier:
     """Split a module at its last ``nn.Linear``, which becomes the head; an ``nn.Identity`` takes its place.
 
-    What the module says that it was ``trained_with`` is kept.
+    Its ``trained_with`` is kept.
 
     Raises:
         UserError: the module has no linear layer.
@@ -73,7 +62,7 @@ def _last_linear(module: nn.Module) -> tuple[str, nn.Linear]:
 
 
 class Tapped(nn.Module):
-    """Any module seen as ``head(features(x))`` and left as it is: the input of its last ``nn.Linear`` is read off.
+    """A module as ``head(features(x))`` without changing it: the input of its last ``nn.Linear`` is read off.
 
     Raises:
         UserError: the module has no linear layer, or (at the first call) does not end in it.
@@ -86,28 +75,22 @@ class Tapped(nn.Module):
         self.head = head
 
     def features(self, x: Tensor) -> Tensor:
-        """Return what reaches the head [b, D]."""
+        """Return the input of the head [b, D]."""
         seen: list[Tensor] = []
         tap = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
             logits = self.module(x)
         finally:
             tap.remove()
-        used_once = len(seen) == 1 and seen[0].dim() == 2
-        if not used_once or not _same(self.head(seen[0]), logits):
-            raise UserError(f"{type(self.module).__name__} must end in its last nn.Linear, used once, on inputs [b, D]")
-        return seen[0]
-
-
-def _same(logits: Tensor, output: object) -> bool:
-    """Say whether a module put out what its head gives."""
-    if not isinstance(output, Tensor) or output.shape != logits.shape:
-        return False
-    return torch.allclose(logits, output.to(logits), equal_nan=True)
+        if len(seen) == 1 and seen[0].dim() == 2 and isinstance(logits, Tensor):
+            expected = self.head(seen[0])
+            if expected.shape == logits.shape and torch.allclose(expected, logits.to(expected), equal_nan=True):
+                return seen[0]
+        raise UserError(f"{type(self.module).__name__} must end in its last nn.Linear, used once, on inputs [b, D]")
 
 
 def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> Classifier:
-    """Return the module as a ``Classifier`` that was seen to map [b, *shape] to [b, D] to [b, C].
+    """Return the module as a ``Classifier``, after a probe shows that it maps [b, *shape] to [b, D] to [b, C].
 
     Raises:
         UserError: not a module, no linear head, not able to take the shape, other shapes out, shared parameters, or
@@ -116,8 +99,25 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
     if not isinstance(module, nn.Module):
         returned = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
         raise UserError(f"model {name!r} returned {returned}, not an nn.Module")
-    _check_unshared(module, name)
-    _check_trained_with(module, name, shape)
+    paths: dict[nn.Parameter, str] = {}
+    for path, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter in paths:
+            raise UserError(
+                f"model {name!r}: {paths[parameter]} and {path} are one parameter, which is stored and masked by name:"
+                " give each layer its own"
+            )
+        paths[parameter] = path
+    stated = getattr(module, "trained_with", None)
+    if stated is not None:
+        try:
+            moments = torch.tensor(stated, dtype=torch.float64)  # [2, channels]
+        except (TypeError, ValueError):  # of unequal lengths, or no numbers
+            moments = torch.empty(0)
+        if moments.shape != (2, shape[0]) or not moments.isfinite().all() or not moments[1].gt(0).all():
+            raise UserError(
+                f"model {name!r}: trained_with = {stated} must be the means and the stds of {shape[0]} channels, all"
+                " finite and the latter above 0"
+            )
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UserError(f"model {name!r} has no parameter to train: it has none at all, or all of them are frozen")
     module.eval()  # the probe must not move batch-norm statistics
@@ -131,33 +131,6 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
     if not torch.allclose(again, logits):
         raise UserError(f"model {name!r}: its last nn.Linear is not its last operation, so it cannot be the head")
     return split.train()
-
-
-def _check_unshared(module: nn.Module, name: str) -> None:
-    paths: dict[nn.Parameter, str] = {}
-    for path, parameter in module.named_parameters(remove_duplicate=False):
-        if parameter in paths:
-            raise UserError(
-                f"model {name!r}: {paths[parameter]} and {path} are one parameter, which is stored and masked by name:"
-                " give each layer its own"
-            )
-        paths[parameter] = path
-
-
-def _check_trained_with(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
-    stated = getattr(module, "trained_with", None)
-    if stated is None:
-        return
-    try:
-        moments = torch.tensor(stated, dtype=torch.float64)  # [2, channels]
-    except (TypeError, ValueError):  # of other lengths, or no numbers
-        moments = torch.empty(0)
-    mean_std = moments.shape == (2, shape[0])
-    if not (mean_std and moments.isfinite().all() and moments[1].gt(0).all()):
-        raise UserError(
-            f"model {name!r}: trained_with = {stated} must be the means and the stds of {shape[0]} channels, all finite"
-            " and the latter above 0"
-        )
 
 
 @torch.no_grad()

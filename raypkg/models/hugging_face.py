@@ -1,7 +1,7 @@
-"""Classifiers of Hugging Face's transformers, as ``transformers:NAME``: by their name on the hub, or of a folder.
+"""Classifiers of Hugging Face's transformers, as ``transformers:NAME`` with a name on the hub or a folder.
 
-A checkpoint that is not in the hub's cache is downloaded, which is said; ``HF_HUB_OFFLINE=1`` forbids it. Nothing of a
-checkpoint is run: remote code is refused, and so are weights in pickles.
+A missing checkpoint is downloaded, which is announced; ``HF_HUB_OFFLINE=1`` forbids it. Nothing of a checkpoint is run:
+remote code is refused, and so are weights in pickles.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WHAT = "a model of Hugging Face"
 NEW = "pooler"  # a layer before the head that checkpoints of pre-training may lack, as they lack the head
-SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # whose positions count from that of the padding token
+SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions count from that of the padding token
 
 
 @model("transformers", source="arXiv:1910.03771")
@@ -42,14 +42,14 @@ def hugging_face(
 ) -> nn.Module:
     """Classifier of Hugging Face, transformers:NAME of the hub or transformers:FOLDER, for texts or images.
 
-    Its linear head is drawn anew where the checkpoint has none for as many classes. Needs `pip install 'effray[text]'`.
+    Its linear head is drawn anew unless the checkpoint has one for as many classes. Needs `pip install 'effray[text]'`.
 
     Args:
         shape: (L, V) of texts, (C, H, W) of images.
         num_classes: C.
         variant: name or folder.
         weights: begin with those of the checkpoint; false = draw all of them, and read its configuration alone.
-        dropout: in all places where the configuration has one; left out = the configuration's.
+        dropout: wherever the configuration has one; default: the configuration's.
 
     Raises:
         UserError: no such checkpoint, an incomplete one, one without weights in safetensors, one of another vocabulary,
@@ -58,18 +58,25 @@ def hugging_face(
     if not variant:
         raise UserError("model 'transformers' needs a name on the hub or a folder: transformers:NAME")
     announce_download(variant, "config.json", WHAT)
-    with _quiet():
-        config = _config(variant)
+    texts = kind_of(shape) is TEXTS
+    with _quiet() as package:
+        try:
+            config = package.AutoConfig.from_pretrained(variant, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _unreadable(variant, error) from None
     config.num_labels = num_classes
     if dropout is not None:
-        _set_dropout(config, dropout)
-    texts = kind_of(shape) is TEXTS
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(config, name, dropout)
     if texts:
         _check_texts(config, variant, shape)
-        if config.pad_token_id is None:  # as of GPT-2: what marks the end stands behind it as well
-            config.pad_token_id = _first(config.eos_token_id)
-    with _quiet():
-        network = _loaded(variant, config, texts) if weights else _drawn(variant, config, texts)
+        if config.pad_token_id is None:  # such as GPT-2's: the token that marks the end pads as well
+            end = config.eos_token_id
+            config.pad_token_id = end[0] if isinstance(end, list) else end
+    with _quiet() as package:
+        kind = package.AutoModelForSequenceClassification if texts else package.AutoModelForImageClassification
+        network = _loaded(variant, config, kind) if weights else _drawn(variant, config, kind)
     if texts:
         return OfTexts(network)
     return OfImages(network, _pixels(variant) if weights else None)
@@ -78,16 +85,8 @@ def hugging_face(
 hugging_face.has_tokenizer = True  # type: ignore[attr-defined]  # see ``raypkg.models.tokenizer_of``
 
 
-class ImageProcessor(BaseModel):
-    """What a checkpoint's preprocessor_config.json says of the values of pixels, as far as it is used."""
-
-    do_normalize: bool = True
-    image_mean: tuple[float, ...]
-    image_std: tuple[Annotated[float, Field(gt=0)], ...]
-
-
 class OfTexts(nn.Module):
-    """A classifier of texts that is given int64 [b, 2, l] and returns its logits [b, C]."""
+    """A classifier of texts: int64 [b, 2, l] → logits [b, C]."""
 
     def __init__(self, network: PreTrainedModel):
         super().__init__()
@@ -111,7 +110,7 @@ class OfTexts(nn.Module):
 
 
 class OfImages(nn.Module):
-    """A classifier of images that is given float [b, C, H, W] and returns its logits [b, C]."""
+    """A classifier of images: float [b, C, H, W] → logits [b, C]."""
 
     def __init__(self, network: PreTrainedModel, trained_with: MeanStd | None):
         super().__init__()
@@ -124,9 +123,12 @@ class OfImages(nn.Module):
         return logits
 
 
-def _first(tokens: int | list[int] | None) -> int | None:
-    """Return the token, or the first of several."""
-    return tokens[0] if isinstance(tokens, list) else tokens
+class ImageProcessor(BaseModel):
+    """The normalisation of pixels in a checkpoint's preprocessor_config.json."""
+
+    do_normalize: bool = True
+    image_mean: tuple[float, ...]
+    image_std: tuple[Annotated[float, Field(gt=0)], ...]
 
 
 def _transformers() -> Any:
@@ -134,26 +136,20 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the package's reports of what it loads to itself: what matters of them is checked here."""
-    logging_of = _transformers().utils.logging
+def _quiet() -> Iterator[Any]:
+    """Give the package, silent inside the block: the part of its loading reports that matters is checked here."""
+    package = _transformers()
+    logging_of = package.utils.logging
     verbosity = logging_of.get_verbosity()
     bars = logging_of.is_progress_bar_enabled()
     logging_of.set_verbosity_error()
     logging_of.disable_progress_bar()
     try:
-        yield
+        yield package
     finally:
         logging_of.set_verbosity(verbosity)
         if bars:
             logging_of.enable_progress_bar()
-
-
-def _config(variant: str) -> PretrainedConfig:
-    try:
-        return _transformers().AutoConfig.from_pretrained(variant, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(variant, error) from None
 
 
 def _unreadable(variant: str, error: Exception) -> UserError:
@@ -161,26 +157,22 @@ def _unreadable(variant: str, error: Exception) -> UserError:
     return UserError(f"model 'transformers:{variant}' cannot be read: {reason[:300]}")
 
 
-def _set_dropout(config: PretrainedConfig, dropout: float) -> None:
-    for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(config, name, dropout)
-
-
 def _check_texts(config: PretrainedConfig, variant: str, shape: Shape) -> None:
-    """Refuse tokens that are not the model's, and more of them than it has positions for."""
+    """Refuse tokens of another vocabulary, and texts longer than the model's positions."""
     length, vocabulary = shape
     known = getattr(config, "vocab_size", None)
     if known is None:
         raise UserError(f"model 'transformers:{variant}' is a {config.model_type}, which takes no texts")
-    own = _tokenizer_size(variant)
+    own = None
+    if file := _beside(variant, "tokenizer.json"):
+        own = extra("tokenizers", "text", WHAT).Tokenizer.from_file(file).get_vocab_size()
     if vocabulary > known or vocabulary != (own or vocabulary):
         raise UserError(
             f"model 'transformers:{variant}' knows {own or known:,} tokens, the data set's tokenizer has"
             f" {vocabulary:,}: give --set dataset.options.tokenizer={variant}"
         )
     positions = getattr(config, "max_position_embeddings", -1)
-    if positions < 0:  # as many as there are, such as XLNet's
+    if positions < 0:  # no limit, such as XLNet's
         return
     if config.model_type in SHIFTED:
         positions -= config.pad_token_id + 1
@@ -191,16 +183,8 @@ def _check_texts(config: PretrainedConfig, variant: str, shape: Shape) -> None:
         )
 
 
-def _tokenizer_size(variant: str) -> int | None:
-    """Return how many tokens the tokenizer beside a checkpoint has; None where it has none."""
-    file = _beside(variant, "tokenizer.json")
-    if file is None:
-        return None
-    return extra("tokenizers", "text", WHAT).Tokenizer.from_file(file).get_vocab_size()
-
-
 def _pixels(variant: str) -> MeanStd | None:
-    """Return mean and std of the images that a checkpoint was trained with; None where none are stored beside it."""
+    """Return mean and std of the images that a checkpoint was trained with; None if none are stored beside it."""
     file = _beside(variant, "preprocessor_config.json")
     if file is None:
         return None
@@ -212,7 +196,7 @@ def _pixels(variant: str) -> MeanStd | None:
 
 
 def _beside(variant: str, name: str) -> str | None:
-    """Return the path of a file beside a checkpoint; None where it has none."""
+    """Return the path of a file beside a checkpoint, or None."""
     path: str | None = _transformers().utils.cached_file(
         variant,
         name,
@@ -222,21 +206,16 @@ def _beside(variant: str, name: str) -> str | None:
     return path
 
 
-def _class(texts: bool) -> Any:
-    package = _transformers()
-    return package.AutoModelForSequenceClassification if texts else package.AutoModelForImageClassification
-
-
-def _drawn(variant: str, config: PretrainedConfig, texts: bool) -> PreTrainedModel:
+def _drawn(variant: str, config: PretrainedConfig, kind: Any) -> PreTrainedModel:
     try:
-        return _class(texts).from_config(config)
+        return kind.from_config(config)
     except ValueError as error:  # there is no such classifier
         raise _unreadable(variant, error) from None
 
 
-def _loaded(variant: str, config: PretrainedConfig, texts: bool) -> PreTrainedModel:
+def _loaded(variant: str, config: PretrainedConfig, kind: Any) -> PreTrainedModel:
     try:
-        network, report = _class(texts).from_pretrained(
+        network, report = kind.from_pretrained(
             variant,
             config=config,
             dtype=torch.float32,
@@ -245,14 +224,14 @@ def _loaded(variant: str, config: PretrainedConfig, texts: bool) -> PreTrainedMo
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever damaged files make it raise
+    except Exception as error:  # damaged files raise anything
         raise _unreadable(variant, error) from None
     _check_complete(network, report, variant)
     return network
 
 
 def _check_complete(network: PreTrainedModel, report: Mapping[str, Any], variant: str) -> None:
-    """Refuse a checkpoint that gave the body of the network less than all of its weights."""
+    """Refuse a checkpoint that lacks weights of the network's body."""
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     body = f"{network.base_model_prefix}."
     drawn = sorted({*report["missing_keys"], *mismatched})

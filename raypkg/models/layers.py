@@ -1,4 +1,4 @@
-"""What models of several families are built of."""
+"""Parts of models of several families, and the shapes that they take."""
 
 import math
 from typing import Annotated, Literal
@@ -44,7 +44,7 @@ def text_shape(shape: Shape) -> tuple[int, int]:
 
 
 def flat_size(shape: Shape) -> int:
-    """Return how many numbers a sample is, or refuse texts, which are none.
+    """Return the number of values of a sample, or refuse texts.
 
     >>> flat_size((3, 32, 32))
     3072
@@ -60,44 +60,15 @@ def conv(channels: int, out: int, kernel: int, stride: int = 1) -> list[nn.Modul
     return [convolution, nn.BatchNorm2d(out)]
 
 
-def hidden_layer(units: int, out: int, dropout: float) -> list[nn.Module]:
-    """Return a fully connected layer: its norm takes the place of the bias and, by default, of dropout."""
-    return [
-        nn.Linear(units, out, bias=False),
-        nn.BatchNorm1d(out),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-    ]
-
-
-def fitting(side: int, strides: list[int]) -> list[int]:
-    """Return the strides, 1 for each that would leave a single pixel before the last one does.
-
-    >>> fitting(32, [2, 2, 2, 2, 2]), fitting(8, [2, 2, 2, 2, 2])
-    ([2, 2, 2, 2, 2], [2, 2, 1, 1, 2])
-    """
-    *early, last = strides
-    fit = []
-    for stride in early:
-        fits = stride if side > stride else 1
-        side = -(-side // fits)  # ⌈side / stride⌉
-        fit.append(fits)
-    return [*fit, last]
-
-
 def pooled(layers: list[nn.Module]) -> nn.Sequential:
-    """Return layers on images, and the mean of what each channel of the last one gives.
-
-    Maps [b, C, H, W] to [b, D] for D channels of the last layer.
-    """
+    """Return layers on images followed by the mean of each channel of the last one: [b, C, H, W] → [b, D]."""
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def kaiming(module: nn.Module) -> None:
     """Draw every convolution's weights from N(0, 2 / fan_out) (He et al., arXiv:1502.01852, equation 14).
 
-    Weights on the meta device, which a model has while its size is checked, stay as they are: they hold no numbers,
-    and PyTorch would import its compiler to draw them.
+    Weights on the meta device, as while a model's size is checked, are skipped: PyTorch would import its compiler.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:

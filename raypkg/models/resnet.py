@@ -71,7 +71,7 @@ def bottleneck(channels: int, width: int, stride: int) -> nn.Module:
 def stages(
     width: int, blocks: list[int], branch: Connection, shortcut: Connection, expansion: int = 1
 ) -> tuple[nn.Module, int]:
-    """Return stages of blocks, and the channels that come out; between stages the size halves, the width doubles."""
+    """Return stages of blocks, and the channels of the last; between stages the size halves, the width doubles."""
     channels = width
     layers = []
     for stage, count in enumerate(blocks):
@@ -119,42 +119,27 @@ def large(
 
 
 def classifier(layers: list[nn.Module], out: int, num_classes: int, norm: Norm) -> Classifier:
-    """Return layers of so many channels, pooled, with a head and He's initial weights."""
+    """Return a classifier of pooled layers with ``out`` channels, with He's initial weights."""
     features = pooled(layers)  # [b, out]
     kaiming(features)
     head = nn.Linear(out, num_classes)
     if norm == "batch":
         return Classifier(features, head)
-    if norm == "group":
-        replace_norms(features, group)
-        return Classifier(features, head)
-    replace_norms(features, FrozenNorm)
-    return Frozen(features, head)
-
-
-def replace_norms(module: nn.Module, norm: Callable[[int], nn.Module]) -> None:
-    """Put norms in which a sample's output depends on no other sample of its batch in the place of batch norm."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, norm(child.num_features))
-        else:
-            replace_norms(child, norm)
-
-
-def group(channels: int) -> nn.Module:
-    """Return group norm (arXiv:1803.08494).
-
-    Differs from the paper: 8 groups instead of 32, as small networks have few channels.
-    """
-    groups = math.gcd(GROUPS, channels)  # groups are of one size
-    return nn.GroupNorm(groups, channels)
+    # With these norms a sample's output depends on no other sample of its batch.
+    for path, layer in list(features.named_modules()):
+        if isinstance(layer, nn.BatchNorm2d):
+            width = layer.num_features
+            # group norm (arXiv:1803.08494) with 8 groups instead of 32, as small networks have few channels
+            new = nn.GroupNorm(math.gcd(GROUPS, width), width) if norm == "group" else FrozenNorm(width)
+            features.set_submodule(path, new)
+    return Classifier(features, head) if norm == "group" else Frozen(features, head)
 
 
 class FrozenNorm(nn.Module):
-    """γ (x − μ) / √(σ² + ε) + β for each channel, with the mean μ and the variance σ² of the first inputs, for good.
+    """γ (x − μ) / √(σ² + ε) + β for each channel, with fixed mean μ and variance σ² of the first inputs.
 
-    Batch norm (arXiv:1502.03167) with frozen statistics; until ``fitting`` was on, μ = 0 and σ² = 1. As they do not
-    follow the weights, training needs a lower rate: on digits ResNet-8 failed at 0.1 and reached 92.5 % at 0.03.
+    Batch norm (arXiv:1502.03167) with frozen statistics, μ = 0 and σ² = 1 before ``fitting``. They do not follow the
+    weights, so training needs a lower rate: on digits ResNet-8 failed at 0.1 and reached 92.5 % at 0.03.
     """
 
     mean: Tensor
@@ -178,11 +163,11 @@ class FrozenNorm(nn.Module):
 
 
 class Frozen(Classifier):
-    """A classifier whose norms have the statistics of training inputs at its first weights."""
+    """A classifier with norms fitted to training inputs at its first weights."""
 
     @torch.no_grad()
     def prepare(self, x: Tensor) -> None:
-        """Take the statistics of each norm from inputs [n, C, H, W], which earlier norms have normalised."""
+        """Take the statistics of each norm from inputs [n, C, H, W], normalised by the earlier norms."""
         norms = [module for module in self.modules() if isinstance(module, FrozenNorm)]
         for norm in norms:
             norm.fitting = True

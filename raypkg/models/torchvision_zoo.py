@@ -25,8 +25,8 @@ def torchvision(shape: Shape, num_classes: int, *, variant: str = "", weights: s
         shape: (3, H, W).
         num_classes: C.
         variant: name of the network.
-        weights: of torchvision by their name, such as DEFAULT or IMAGENET1K_V1, with a head of C classes drawn anew;
-            left out = all drawn. They are downloaded once, into torch's own cache.
+        weights: name of torchvision's, such as DEFAULT or IMAGENET1K_V1, downloaded once into torch's cache; the head
+            of C classes is drawn anew. Default: all drawn.
 
     Raises:
         UserError: unknown network or weights, or weights that cannot be downloaded.
@@ -39,28 +39,21 @@ def torchvision(shape: Shape, num_classes: int, *, variant: str = "", weights: s
     channels, _, _ = image_shape(shape, least=1)
     if channels != 3:
         raise UserError(f"input shape {shape}: the models of torchvision take 3 channels")
-    options = PLAIN.get(variant, {})
-    if weights:
-        return _trained(variant, num_classes, weights)
-    return models.get_model(variant, weights=None, num_classes=num_classes, **options)
-
-
-def _trained(variant: str, num_classes: int, weights: str) -> nn.Module:
-    """Return a network with trained weights and a new head."""
-    from torchvision import models
+    if not weights:
+        return models.get_model(variant, weights=None, num_classes=num_classes, **PLAIN.get(variant, {}))
 
     known = models.get_model_weights(variant)
-    names = ["DEFAULT", *(each.name for each in known)]
-    if weights not in names:
-        raise unknown(f"weights of torchvision:{variant}", weights, names)
+    allowed = ["DEFAULT", *(each.name for each in known)]
+    if weights not in allowed:
+        raise unknown(f"weights of torchvision:{variant}", weights, allowed)
     chosen = known[weights]
     try:
         network = models.get_model(variant, weights=chosen)
-    except (OSError, RuntimeError) as error:  # no network, or a download that was cut
+    except (OSError, RuntimeError) as error:  # no network, or an interrupted download
         raise UserError(
             f"weights {weights} of torchvision:{variant} cannot be had from {chosen.url}: {error}"
         ) from None
-    if hasattr(network, "AuxLogits"):  # of inception_v3: as long as it is there, it is computed while training
+    if hasattr(network, "AuxLogits"):  # of inception_v3, which computes it in training as long as it exists
         network.aux_logits = False
         network.AuxLogits = None
     pixels = chosen.transforms()

@@ -14,7 +14,6 @@ from . import model
 from .classifier import Classifier
 from .layers import Probability, Shape, Width, text_shape
 
-Layers = Annotated[int, Field(ge=1, le=1000)]
 SEGMENTS = 2
 
 
@@ -23,7 +22,7 @@ def transformer(
     shape: Shape,
     num_classes: int,
     *,
-    layers: Layers = 2,
+    layers: Annotated[int, Field(ge=1, le=1000)] = 2,
     width: Width = 128,
     heads: Width = 4,
     dropout: Probability = 0.1,
@@ -40,15 +39,7 @@ def transformer(
 
 
 class Encoder(nn.Module):
-    """Texts int64 [b, 2, l] → features [b, D].
-
-    Args:
-        length: the most tokens of a text.
-        vocabulary: tokens that there are.
-        width: D.
-        blocks: applied one after another.
-        dropout: share of the embedding's numbers that are dropped.
-    """
+    """Texts of at most ``length`` tokens, int64 [b, 2, l] → features [b, D]."""
 
     def __init__(self, length: int, vocabulary: int, width: int, blocks: list["EncoderLayer"], dropout: float):
         super().__init__()
@@ -64,18 +55,20 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mean over each text's tokens."""
-        tokens, segments = x.clamp_min(0).unbind(1)  # [b, l]; what padding is embedded as, nobody sees
+        tokens, segments = x.clamp_min(0).unbind(1)  # [b, l]; the embedding of padding has no effect
         there = x[:, 0] >= 0  # [b, l]
         position = torch.arange(x.shape[2], device=x.device)
         embedded = self.tokens(tokens) + self.segments(segments) + self.positions(position)
         h = self.dropout(embedded)  # [b, l, D]
         for block in self.blocks:
             h = block(h, there)
-        return mean_of(self.norm(h), there)
+        h = self.norm(h)
+        weight = there[:, :, None].to(h.dtype)  # [b, l, 1]
+        return (h * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and a two-layer perceptron, each added to what it is given: [b, l, D] → [b, l, D]."""
+    """Self-attention and a two-layer perceptron, each added to its input: [b, l, D] → [b, l, D]."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -95,28 +88,14 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, h: Tensor, there: Tensor) -> Tensor:
-        """Return the next layer's input.
-
-        Args:
-            h: [b, l, D].
-            there: which positions are tokens and no padding, [b, l].
-        """
-        h = h + self.dropout(self._attended(self.norm(h), there))
-        return h + self.mlp(h)
-
-    def _attended(self, h: Tensor, there: Tensor) -> Tensor:
-        """Return softmax(QKᵀ/√d) V of every head, joined, [b, l, D]; nothing attends to padding."""
-        query = self._by_head(self.query(h))
-        key = self._by_head(self.key(h))
-        value = self._by_head(self.value(h))
+        """Return the next layer's input; nothing attends to padding, which ``there`` [b, l] excludes."""
+        normed = self.norm(h)
+        # softmax(QKᵀ/√d) V of every head, joined [b, l, D]
+        projections = (self.query, self.key, self.value)
+        query, key, value = (
+            layer(normed).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [b, heads, l, d]
+            for layer in projections
+        )
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=there[:, None, None])
-        return self.out(attended.transpose(1, 2).flatten(2))
-
-    def _by_head(self, h: Tensor) -> Tensor:
-        return h.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [b, heads, l, d]
-
-
-def mean_of(h: Tensor, there: Tensor) -> Tensor:
-    """Return the mean over the positions that are tokens, [b, D]."""
-    weight = there[:, :, None].to(h.dtype)  # [b, l, 1]
-    return (h * weight).sum(1) / weight.sum(1).clamp_min(1)
+        h = h + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
+        return h + self.mlp(h)

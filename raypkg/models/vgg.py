@@ -1,21 +1,42 @@
-"""VGG (Simonyan & Zisserman 2015) for small images, as pruning papers train it (Lee et al. 2019, SNIP): batch norm."""
+"""VGG and AlexNet for small images, as pruning papers train them (Lee et al. 2019, SNIP): with batch norm."""
 
 from torch import nn
 
 from . import model
-from .alexnet import SNIP
 from .classifier import Classifier
-from .layers import Probability, Shape, conv, fitting, hidden_layer, image_shape, kaiming, pooled
+from .layers import Probability, Shape, conv, image_shape, kaiming, pooled
 
-STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (channels, convolutions), each ends in a max-pool
-UNITS = 512  # of a hidden layer
+SNIP = "arXiv:1810.02340"
+STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # VGG's (channels, convolutions), each ends in a max-pool
+UNITS = 512  # of VGG's hidden layers
+CONVOLUTIONS = ((96, 11), (256, 5), (384, 3), (384, 3), (256, 3))  # AlexNet's (channels, kernel)
+
+
+def fitting(side: int, strides: list[int]) -> list[int]:
+    """Return the strides, with 1 for each that would leave a single pixel before the last one does.
+
+    >>> fitting(32, [2, 2, 2, 2, 2]), fitting(8, [2, 2, 2, 2, 2])
+    ([2, 2, 2, 2, 2], [2, 2, 1, 1, 2])
+    """
+    *early, last = strides
+    fit = []
+    for stride in early:
+        fits = stride if side > stride else 1
+        side = -(-side // fits)  # ⌈side / stride⌉
+        fit.append(fits)
+    return [*fit, last]
+
+
+def hidden_layer(units: int, out: int, dropout: float) -> list[nn.Module]:
+    """Return a fully connected layer: its norm takes the place of the bias and, by default, of dropout."""
+    return [nn.Linear(units, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(), nn.Dropout(dropout)]
 
 
 def vgg(shape: Shape, num_classes: int, *, third: int, hidden: int, dropout: float) -> Classifier:
     """Stages of 3 × 3 convolutions, whose third has its own kernel size, and hidden layers of 512 units.
 
-    Differs from the paper: no biases before batch norms, max-pools dropped where images under 17 pixels run out of
-    them, and the pixels that larger images leave are averaged; they are not halved by the first convolution.
+    Differs from the paper: no biases before batch norms; max-pools omitted if images under 17 pixels run out of them;
+    the pixels that larger images leave are averaged, where the paper's first convolution halves them.
     """
     before, *sides = image_shape(shape, least=4)
     strides = fitting(min(sides), [2] * len(STAGES))
@@ -23,16 +44,14 @@ def vgg(shape: Shape, num_classes: int, *, third: int, hidden: int, dropout: flo
     for (out, count), stride in zip(STAGES, strides, strict=True):
         for number in range(count):
             kernel = third if number == 2 else 3
-            layers += conv(before, out, kernel)
-            layers.append(nn.ReLU())
+            layers += [*conv(before, out, kernel), nn.ReLU()]
             before = out
         layers.append(nn.MaxPool2d(stride, ceil_mode=True))
     features = pooled(layers)  # [b, 512]
     for _ in range(hidden):
         features.extend(hidden_layer(UNITS, UNITS, dropout))
     kaiming(features)
-    head = nn.Linear(UNITS, num_classes)
-    return Classifier(features, head)
+    return Classifier(features, nn.Linear(UNITS, num_classes))
 
 
 @model("vgg-c", source=SNIP)
@@ -55,3 +74,36 @@ def vgg_like(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> C
     takes 0.5; the paper has none at all.
     """
     return vgg(shape, num_classes, third=3, hidden=1, dropout=dropout)
+
+
+def alexnet(shape: Shape, num_classes: int, units: int, dropout: float) -> Classifier:
+    """Five convolutions, each of stride 2 (the first of 4 from 64 pixels on), and two hidden layers.
+
+    Differs from the paper: no biases before batch norms, strides omitted if images under 17 pixels run out of them,
+    and the pixels that larger images leave are averaged.
+    """
+    before, *sides = image_shape(shape, least=4)
+    side = min(sides)
+    first = 4 if side >= 64 else 2
+    strides = fitting(side, [first, 2, 2, 2, 2])
+    layers: list[nn.Module] = []
+    for (out, kernel), stride in zip(CONVOLUTIONS, strides, strict=True):
+        layers += [*conv(before, out, kernel, stride), nn.ReLU()]
+        before = out
+    features = pooled(layers)  # [b, 256]
+    features.extend(hidden_layer(before, units, dropout))
+    features.extend(hidden_layer(units, units, dropout))  # [b, units]
+    kaiming(features)
+    return Classifier(features, nn.Linear(units, num_classes))
+
+
+@model("alexnet-s", source=SNIP)
+def alexnet_s(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
+    """AlexNet with hidden layers of 1,024 units, 5.1 M parameters."""
+    return alexnet(shape, num_classes, units=1024, dropout=dropout)
+
+
+@model("alexnet-b", source=SNIP)
+def alexnet_b(shape: Shape, num_classes: int, *, dropout: Probability = 0.0) -> Classifier:
+    """AlexNet with hidden layers of 2,048 units, 8.5 M parameters."""
+    return alexnet(shape, num_classes, units=2048, dropout=dropout)

@@ -10,7 +10,7 @@ WRN = "arXiv:1605.07146"
 
 
 class WideBlock(nn.Module):
-    """x + branch(relu(bn(x))); where the shape changes, the shortcut is a 1 × 1 convolution of relu(bn(x)) as well."""
+    """x + branch(relu(bn(x))); if the shape changes, the shortcut is a 1 × 1 convolution of relu(bn(x)) as well."""
 
     def __init__(self, channels: int, out: int, stride: int, dropout: float):
         super().__init__()
@@ -36,20 +36,18 @@ class WideBlock(nn.Module):
 def wide(shape: Shape, num_classes: int, *, depth: int, k: int, dropout: float) -> Classifier:
     """Table 1: 6n + 4 layers in three stages of n blocks with 16k, 32k, 64k channels."""
     channels, _, _ = image_shape(shape, least=4)
-    blocks = (depth - 4) // 6
     before = 16
     layers: list[nn.Module] = [nn.Conv2d(channels, before, 3, padding=1, bias=False)]
     for stage in range(3):
         out = 16 * k * 2**stage
-        for block in range(blocks):
+        for block in range((depth - 4) // 6):
             stride = 2 if stage > 0 and block == 0 else 1
             layers.append(WideBlock(before, out, stride, dropout))
             before = out
     layers += [nn.BatchNorm2d(before), nn.ReLU()]  # blocks begin with theirs, so the last sum has none
     features = pooled(layers)  # [b, 64k]
     kaiming(features)
-    head = nn.Linear(before, num_classes)
-    return Classifier(features, head)
+    return Classifier(features, nn.Linear(before, num_classes))
 
 
 @model("wrn-16-8", source=WRN)
