@@ -9,8 +9,7 @@ from pydantic import Field
 from raypkg.cli.setting_options import overrides as overrides_of
 from raypkg.core.config import Named, Settings, leaves, load_settings, load_stored, parse_toml, to_toml
 from raypkg.core.errors import UserError, unknown
-from raypkg.experiments.select import SelectSettings
-from raypkg.experiments.train import TrainSettings
+from raypkg.experiments.train import SelectSettings, TrainSettings
 
 
 class Optim(Settings):

@@ -22,7 +22,7 @@ from raypkg.data.augment import compose
 from raypkg.data.partition import hold_out
 from raypkg.data.sources.classics import digits as load_digits
 from raypkg.data.sources.table import RowTable
-from raypkg.experiments import embedded_parts, embedding
+from raypkg.experiments import embedding
 from raypkg.experiments.trained import load_model
 from raypkg.models import build_model
 from raypkg.runs.storage import Storage
@@ -135,7 +135,7 @@ def test_each_draw_is_a_row_of_every_training_sample_augmented_anew_and_the_test
 def killed_after(count):
     """Let the process be killed once it has written so many parts."""
     written = []
-    honest = embedded_parts.write_part
+    honest = embedding.write_part
 
     def write(*arguments):
         if len(written) == count:
@@ -146,7 +146,7 @@ def killed_after(count):
 
 
 def killed_between_tables():
-    honest = embedded_parts.join_parts
+    honest = embedding.join_parts
 
     def join(storage, parts, name, *arguments):
         if name == "test.parquet":
@@ -162,7 +162,7 @@ def killed_before_parts_are_deleted():
     honest = Storage.delete_folder
 
     def delete(storage, name):
-        if name == embedded_parts.PARTS:
+        if name == embedding.PARTS:
             os.kill(os.getpid(), signal.SIGKILL)
         honest(storage, name)
 
@@ -194,7 +194,7 @@ def test_killed_at_any_moment_and_resumed_it_leaves_what_an_undisturbed_run_leav
 
 def noted(path):
     """Let a process note each part that it computes in a file."""
-    honest = embedded_parts.write_part
+    honest = embedding.write_part
 
     def write(storage, part, *arguments):
         with Path(path).open("a") as file:
@@ -243,7 +243,7 @@ def test_a_folder_that_cannot_be_listed_for_a_while_does_not_end_the_run(embedde
     honest = Storage.list
 
     def throttled(storage, *folders):
-        if folders != (embedded_parts.PARTS,):
+        if folders != (embedding.PARTS,):
             return honest(storage, *folders)
         (tmp_path / "refused").touch()
         raise OSError("slow down")

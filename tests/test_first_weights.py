@@ -8,8 +8,8 @@ from raypkg.core.config import load_settings, parse_toml, to_toml
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Train
 from raypkg.experiments import experiment, settings_of
-from raypkg.experiments.first_weights import fitted
 from raypkg.experiments.resolve import with_absolute_paths
+from raypkg.experiments.trained import fitted
 from raypkg.models.classifier import Classifier
 from raypkg.studies.space import varied
 

@@ -4,7 +4,6 @@ import shutil
 import time
 from dataclasses import replace
 
-import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.optimizer import learning_rate
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
-from raypkg.experiments.training import _checked_results
+from raypkg.experiments.training import checked_results
 from raypkg.methods.sparse.hook import Masked
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
@@ -245,27 +244,14 @@ def test_what_a_hook_gives_is_checked(tmp_path, hook, message):
         fit(run(hooks=[hook]), checkpoints=StoredCheckpoints(Storage(str(tmp_path))))
 
 
-@pytest.mark.parametrize(
-    "left",
-    [
-        {"facts": 3},
-        {"facts": {"a": object()}},
-        {"findings": "one"},
-        {"findings": [3]},
-        {"tables": {"a": 3}},
-        {"tables": {"../a": pa.table({"x": [1]})}},
-        {"plots": {"a": 3}},
-        {"plots": {"a/b": print}},
-        {"selected": 3},
-    ],
-)
+@pytest.mark.parametrize("left", [{"facts": {"a": object()}}, {"tables": {"../a": None}}, {"plots": {"a/b": print}}])
 def test_what_a_hook_leaves_is_checked(left):
     class Leaves(Hook):
         def results(self, run):
             return Results(**left)
 
-    with pytest.raises(UserError, match=r"hook Leaves: .*(of another kind|plain values|cannot be the name of a file)"):
-        _checked_results(Leaves(), run())
+    with pytest.raises(UserError, match=r"hook Leaves: .*(plain values|cannot be the name of a file)"):
+        checked_results(Leaves(), run())
 
 
 def test_a_frozen_model_is_refused_before_training():

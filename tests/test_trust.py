@@ -8,7 +8,7 @@ import pytest
 from raypkg.cli import main
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
-from raypkg.experiments import trust
+from raypkg.experiments import resolve
 from raypkg.methods.deltagrad.journal import Journal
 from raypkg.runs.folder import NEEDED, RunFolder, create
 from raypkg.runs.storage import Storage
@@ -26,7 +26,7 @@ def net(shape, num_classes):
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
     """Return a function that stores a run with a model, and what loads its settings."""
-    monkeypatch.delenv(trust.TRUST, raising=False)
+    monkeypatch.delenv(resolve.TRUST, raising=False)
 
     def stored(name):
         return create(str(tmp_path / "runs"), "train", "one", Experiment(model={"name": name}))
@@ -48,21 +48,21 @@ def test_code_of_somebody_else_is_refused(stored, of_somebody_else, name):
     with pytest.raises(
         UserError, match=f"config.toml is not your own alone and names code, '{name}': --trust lets it run"
     ):
-        trust.stored_settings(stored(name))
+        resolve.stored_settings(stored(name))
 
 
 @pytest.mark.parametrize("name", NAMES_NONE)
 def test_settings_without_code_are_anybodys(stored, of_somebody_else, name):
-    assert trust.stored_settings(stored(name))["model"]["name"] == name
+    assert resolve.stored_settings(stored(name))["model"]["name"] == name
 
 
 @pytest.mark.parametrize("name", NAMES_CODE)
 def test_code_of_ones_own_and_trusted_code_is_accepted(stored, monkeypatch, name):
     folder = stored(name)
-    assert trust.stored_settings(folder)["model"]["name"] == name
+    assert resolve.stored_settings(folder)["model"]["name"] == name
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    monkeypatch.setenv(trust.TRUST, "1")
-    assert trust.stored_settings(folder)["model"]["name"] == name
+    monkeypatch.setenv(resolve.TRUST, "1")
+    assert resolve.stored_settings(folder)["model"]["name"] == name
 
 
 def test_code_is_found_wherever_it_is_named(stored, of_somebody_else, tmp_path):
@@ -70,14 +70,14 @@ def test_code_is_found_wherever_it_is_named(stored, of_somebody_else, tmp_path):
     storage = stored("resnet8").storage
     storage.write("config.toml", text.encode())
     with pytest.raises(UserError, match="names code, 'my_code:ema'"):
-        trust.stored_settings(RunFolder(storage))
+        resolve.stored_settings(RunFolder(storage))
 
 
 def test_names_of_one_registry_are_code_to_another(stored, of_somebody_else):
     storage = stored("resnet8").storage
     storage.write("config.toml", b'[[hooks]]\nname = "torchvision:x"\n')
     with pytest.raises(UserError, match="names code, 'torchvision:x'"):
-        trust.stored_settings(RunFolder(storage))
+        resolve.stored_settings(RunFolder(storage))
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o602])
@@ -87,7 +87,7 @@ def test_what_everybody_can_write_is_not_ones_own_alone(stored, mode, what):
     path = folder.storage.local / what
     path.chmod(mode | path.stat().st_mode)
     with pytest.raises(UserError, match="is not your own alone and names code"):
-        trust.stored_settings(folder)
+        resolve.stored_settings(folder)
 
 
 def test_a_link_is_its_makers_and_not_that_of_what_it_leads_to(stored, monkeypatch, tmp_path):
@@ -103,7 +103,7 @@ def test_a_link_is_its_makers_and_not_that_of_what_it_leads_to(stored, monkeypat
 
     monkeypatch.setattr(Path, "lstat", of_the_link)
     with pytest.raises(UserError, match="is not your own alone and names code"):
-        trust.stored_settings(folder)
+        resolve.stored_settings(folder)
 
 
 class Remote(Storage):
@@ -116,9 +116,9 @@ def test_an_object_store_has_no_owners(stored, tmp_path):
     config = stored("my_code:net").config
     remote = Remote(str(tmp_path / "runs"), "train", "one")
     with pytest.raises(UserError, match="is not your own alone and names code"):
-        trust.check_code(remote, config)
+        resolve.check_code(remote, config)
     with pytest.raises(UserError, match=r"space.py is not your own alone and would be run as code: --trust lets it"):
-        trust.check_file_of_code(remote, "space.py")
+        resolve.check_file_of_code(remote, "space.py")
 
 
 COMMANDS = [
@@ -150,7 +150,7 @@ def test_no_command_imports_it(stored, of_somebody_else, monkeypatch, capsys, tm
 def test_trusting_is_an_option(stored, of_somebody_else, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv(trust.TRUST, "")  # so that it is put back afterwards
+    monkeypatch.setenv(resolve.TRUST, "")  # so that it is put back afterwards
     (tmp_path / "trusted_code.py").write_text(CODE)
     stored("trusted_code:net")
     with pytest.raises(AssertionError):
@@ -162,7 +162,7 @@ def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, 
     from raypkg.studies.study import Order, create_study
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(trust.TRUST, raising=False)
+    monkeypatch.delenv(resolve.TRUST, raising=False)
     order = Order(experiment="train", metric="accuracy", mode="max", samples=1)
     create_study("runs", "one", order, Experiment(), CODE, [])
     with pytest.raises(SystemExit):
@@ -174,7 +174,7 @@ def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, 
 def test_a_target_is_named_as_a_data_set_is(stored, of_somebody_else):
     storage = stored("resnet8").storage
     storage.write("config.toml", b'seed = 1\n[select.target]\nname = "table:few"\n')
-    assert trust.stored_settings(RunFolder(storage))["select"]["target"] == {"name": "table:few"}
+    assert resolve.stored_settings(RunFolder(storage))["select"]["target"] == {"name": "table:few"}
     storage.write("config.toml", b'seed = 1\n[select.target]\nname = "my_code:few"\n')
     with pytest.raises(UserError, match="names code, 'my_code:few'"):
-        trust.stored_settings(RunFolder(storage))
+        resolve.stored_settings(RunFolder(storage))

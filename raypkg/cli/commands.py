@@ -121,7 +121,7 @@ def export(run: str, root: str, form: str) -> None:
     """
     from raypkg.core.config import load_stored
     from raypkg.experiments import training_settings_of
-    from raypkg.experiments.trust import stored_settings
+    from raypkg.experiments.resolve import stored_settings
     from raypkg.runs.catalog import locate
     from raypkg.runs.show import terminal
     from raypkg.studies.study import is_study

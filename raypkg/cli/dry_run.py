@@ -15,7 +15,7 @@ from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Training
 from raypkg.experiments.embed import EmbedSettings, planned
 from raypkg.experiments.resolve import resolve, selection_of
-from raypkg.experiments.select import SelectSettings
+from raypkg.experiments.train import SelectSettings
 from raypkg.runs.folder import RunFolder, check_new
 from raypkg.runs.report import Stage
 from raypkg.runs.storage import Storage
@@ -41,7 +41,7 @@ def dry_run(
     Raises:
         UserError: what a run would refuse before its first phase; or one is to be resumed, which has its settings.
     """
-    from raypkg.experiments.outlook import stages_of
+    from raypkg.experiments.phases import stages_of
     from raypkg.experiments.samples import open_samples
 
     if resume is not None:
@@ -121,7 +121,7 @@ def _selection(select: Select, n: int) -> str:
 
 def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> Iterator[str]:
     """Yield what is trained, how long, and what that takes."""
-    from raypkg.experiments.footprint import step_memory
+    from raypkg.experiments.phases import step_memory
     from raypkg.experiments.samples import new_model
 
     n = len(samples.train_indices)
@@ -144,7 +144,7 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
     ]
     if needed.activations is not None:
         parts.append(f"activations of a batch {readable(needed.activations)}")
-    yield f"memory of training: {readable(needed.all)} = {' + '.join(parts)}"
+    yield f"memory of training: {readable(needed.total)} = {' + '.join(parts)}"
 
 
 def _row(stage: Stage, n: int) -> str:

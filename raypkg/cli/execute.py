@@ -10,9 +10,8 @@ from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment, RunSettings
 from raypkg.experiments import carry_out, open_run
 from raypkg.experiments.embed import EmbedSettings
-from raypkg.experiments.resolve import resolve
+from raypkg.experiments.resolve import resolve, stored_settings
 from raypkg.experiments.samples import Samples
-from raypkg.experiments.trust import stored_settings
 from raypkg.runs.catalog import find
 from raypkg.runs.folder import RunFolder, check_new, create, discard
 from raypkg.runs.show import show_run, terminal

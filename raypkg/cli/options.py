@@ -14,7 +14,7 @@ ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
 def trusting(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     """Let stored runs bring their code along, where the user says so."""
     if value:
-        from raypkg.experiments.trust import trust_all
+        from raypkg.experiments.resolve import trust_all
 
         trust_all()
 

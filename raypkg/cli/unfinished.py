@@ -5,7 +5,7 @@ from click import Group, get_current_context
 from raypkg.core.config import load_stored
 from raypkg.core.errors import UserError
 from raypkg.experiments import experiment, settings_of
-from raypkg.experiments.outlook import stages_of
+from raypkg.experiments.phases import stages_of
 from raypkg.runs.catalog import resuming, state_of
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.report import Stage

@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # they import pydantic and pyarrow, which `--help` need not w
     from rich.console import Console
 
     from raypkg.core.settings import Experiment, RunSettings
+    from raypkg.experiments.phases import Donors
     from raypkg.experiments.samples import Samples
-    from raypkg.experiments.sharing import Donors
     from raypkg.runs.folder import RunFolder
 
 GIVEN = ("samples", "report", "workers")
@@ -83,9 +83,8 @@ def carry_out(
     """
     with heavy_imports():
         from raypkg.cluster.workers import Workers
-        from raypkg.experiments.outlook import stages_of
+        from raypkg.experiments.phases import stages_of, take_over
         from raypkg.experiments.samples import SAMPLES
-        from raypkg.experiments.sharing import take_over
         from raypkg.experiments.trained import keep_first_weights
         from raypkg.runs.report import Report
         from raypkg.runs.tracking import Listened, tracker

@@ -1,10 +1,9 @@
-"""Coresets and scores as parquet, with where they come from in the file's metadata."""
+"""Coresets, scores and records of training as parquet files; a coreset's metadata says what it was made from."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -22,12 +21,13 @@ from raypkg.runs.storage import Storage
 from .samples import Samples
 
 FILE = "coreset.parquet"
-GIVEN = "given_coreset.parquet"  # to begin with, where training then selects others
+GIVEN = "given_coreset.parquet"  # the first coreset of a training that then selects others
 SCORES = "scores.parquet"
+KEY = b"effray"  # of the metadata
 
 
 def origin(experiment: RunSettings) -> dict[str, Any]:
-    """Return what the positions in a coreset depend on."""
+    """Return the settings on which the positions in a coreset depend."""
     return {
         "dataset": last_part(experiment.dataset.name),
         "seed": experiment.seed,
@@ -36,7 +36,7 @@ def origin(experiment: RunSettings) -> dict[str, Any]:
 
 
 def last_part(name: str) -> str:
-    """Return a data set's name without the folder that it is in: data may be moved.
+    """Return a data set's name without its folder: data may be moved.
 
     >>> last_part("parquet:/data/cifar10"), last_part("table:s3://bucket/rows.csv?region=x"), last_part("digits")
     ('cifar10', 'rows.csv', 'digits')
@@ -52,15 +52,15 @@ def save_coreset(
     scores: Tensor | None = None,
     file: str = FILE,
 ) -> None:
-    """Write index, weight, class and (where there are such) id and score of every picked sample.
+    """Write index, weight, class and, if known, id and score of every picked sample.
 
     Args:
         storage: the run folder.
         coreset: positions in ``split``.
         split: gives labels and class names.
-        provenance: how it was made, kept as JSON in the file's metadata.
+        provenance: how the coreset was made, stored as JSON in the file's metadata.
         scores: gradient norms of all samples of the split, float32 [n].
-        file: its name.
+        file: name of the file.
     """
     labels = split.y[coreset.indices].tolist()
     columns = {
@@ -73,51 +73,87 @@ def save_coreset(
     if scores is not None:
         columns["score"] = scores[coreset.indices].numpy()
     facts = json.dumps({"samples": len(split), **provenance})
-    table = pa.table(columns).replace_schema_metadata({"effray": facts})
-    storage.write_table(file, table)
+    storage.write_table(file, pa.table(columns).replace_schema_metadata({KEY: facts}))
 
 
-def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Coreset:
-    """Read a coreset that ``save_coreset`` wrote.
+def keep_selected(
+    storage: Storage,
+    split: Split,
+    coreset: Coreset,
+    provenance: Mapping[str, Any],
+    indices: Tensor,
+    scores: Tensor | None,
+) -> None:
+    """Write the run's coreset and, if known, the gradient norms of all samples that it was selected from.
 
     Args:
-        path: of the file.
-        split: what its indices are positions in.
-        held_out: positions that must not be trained on.
-        dataset: its name.
-
-    Raises:
-        UserError: no such file, not a coreset, empty, without a weight above 0, made for another data set, or with
-            held-out samples.
+        storage: the run folder.
+        split: gives labels, class names and ids.
+        coreset: positions in ``split``.
+        provenance: how the coreset was made.
+        indices: samples that it was selected from, int64 [n].
+        scores: their gradient norms, float32 [n], or None.
     """
-    table = read_coreset(path)
-    _check_made_for(_facts(table), path, split, dataset)
-    if not len(table):
-        raise UserError(f"{path} holds no sample")
-    positions = column_of(table, "index", path, pa.types.is_integer)
-    _check_end(positions, path, split)
-    indices = torch.tensor(positions, dtype=torch.int64)
-    _check_positions(indices, path, held_out)
-    weights = column_of(table, "weight", path, is_number)
-    coreset = Coreset(indices, torch.tensor(weights, dtype=torch.float32))
-    check_weights(coreset, path)
+    by_position = None
+    if scores is not None:
+        columns = {"index": indices.numpy(), "score": scores.numpy()}
+        if split.ids is not None:
+            columns["id"] = split.ids[indices].numpy()
+        storage.write_table(SCORES, pa.table(columns))
+        by_position = torch.zeros(len(split)).index_put((indices,), scores)
+    save_coreset(storage, coreset, split, provenance, by_position)
+
+
+def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: Storage, file: str) -> Coreset:
+    """Copy a coreset into the run folder under a name, unless an earlier attempt did, and return it."""
+    split = samples.data.train
+    name = settings.dataset.name
+    if file in storage.list():
+        return load_coreset(f"{storage.root}/{file}", split, samples.held_out, name)
+    coreset = load_coreset(path, split, samples.held_out, name)
+    save_coreset(storage, coreset, split, {**origin(settings), "source": path}, file=file)
     return coreset
 
 
-def _check_end(positions: np.ndarray, path: str, split: Split) -> None:
-    """Refuse positions beyond the data set, of whatever integer type they are."""
-    last = int(positions.max())
-    if last >= len(split):
+def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Coreset:
+    """Read a coreset for a data set: the user's, or one that ``save_coreset`` wrote.
+
+    Args:
+        path: path of the file.
+        split: split that its indices refer to.
+        held_out: positions that must not be trained on.
+        dataset: name of the data set.
+
+    Raises:
+        UserError: no such file, no coreset, no weight above 0, another data set, or held-out samples in it.
+    """
+    table = read_coreset(path)
+    try:
+        facts = json.loads((table.schema.metadata or {}).get(KEY, b"{}"))
+    except ValueError:  # written by other software
+        facts = {}
+    facts = facts if isinstance(facts, dict) else {}
+    if (made_for := facts.get("samples", len(split))) != len(split):
+        raise UserError(f"{path} was made for {made_for} samples, this data set has {len(split)}")
+    source = str(facts.get("dataset", dataset))
+    if last_part(source) != last_part(dataset):
+        raise UserError(f"{path} was made for {source}, this data set is {dataset}")
+    if not len(table):
+        raise UserError(f"{path} holds no sample")
+
+    positions = column_of(table, "index", path, pa.types.is_integer)
+    if (last := int(positions.max())) >= len(split):  # before int64, which an index may exceed
         raise UserError(f"{path} has index {last}, this data set ends at {len(split) - 1}")
-
-
-def _check_positions(indices: Tensor, path: str, held_out: Tensor) -> None:
-    leaked = int(torch.isin(indices, held_out).sum())
-    if leaked:
+    indices = torch.tensor(positions, dtype=torch.int64)
+    if leaked := int(torch.isin(indices, held_out).sum()):
         raise UserError(
             f"{leaked} of the {len(indices)} samples in {path} are held out here: give its --seed and"
             " --dataset.validation"
         )
+    weights = column_of(table, "weight", path, is_number)
+    coreset = Coreset(indices, torch.tensor(weights, dtype=torch.float32))
+    check_weights(coreset, path)
+    return coreset
 
 
 def read_coreset(path: str) -> pa.Table:
@@ -138,29 +174,29 @@ def read_coreset(path: str) -> pa.Table:
     return table
 
 
-def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: Storage, file: str) -> Coreset:
-    """Copy a coreset into the run folder under a name, unless an earlier attempt did, and return it."""
-    split = samples.data.train
-    name = settings.dataset.name
-    if file in storage.list():
-        return load_coreset(f"{storage.root}/{file}", split, samples.held_out, name)
-    coreset = load_coreset(path, split, samples.held_out, name)
-    save_coreset(storage, coreset, split, {**origin(settings), "source": path}, file=file)
-    return coreset
+def record_of(model: str) -> str:
+    """Return the file name of a model's record.
+
+    >>> record_of("model.safetensors")
+    'model_record.parquet'
+    """
+    return f"{model.removesuffix('.safetensors')}_record.parquet"
 
 
 def save_record(storage: Storage, model: str, record: Record) -> None:
-    """Write what training saw of each sample beside the model of that file name."""
-    never = torch.full_like(record.losses, torch.inf)  # where hits, or margins, were not recorded
-    forgotten = never if record.forgotten is None else record.forgotten
-    margins = never if record.margins is None else record.margins
-    columns = {"loss": record.losses, "forgotten": forgotten, "margin": margins}
+    """Write what training recorded of each sample beside the model of a file name."""
+    never = torch.full_like(record.losses, torch.inf)  # hits or margins that were not recorded
+    columns = {
+        "loss": record.losses,
+        "forgotten": never if record.forgotten is None else record.forgotten,
+        "margin": never if record.margins is None else record.margins,
+    }
     table = pa.table({name: values.numpy() for name, values in columns.items()})
     storage.write_table(record_of(model), table)
 
 
 def load_record(storage: Storage, model: str, y: Tensor) -> Record:
-    """Return the record beside a model, or an empty one where there is none.
+    """Return the record beside a model, or an empty one if it has none.
 
     Args:
         storage: the run folder.
@@ -168,7 +204,7 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
         y: labels of the training split, int64 [n].
 
     Raises:
-        UserError: made for a data set of another size.
+        UserError: the record belongs to a data set of another size.
     """
     table = storage.read_table(record_of(model))
     if table is None:
@@ -182,70 +218,3 @@ def load_record(storage: Storage, model: str, y: Tensor) -> Record:
     if "margin" in table.column_names:  # runs of earlier versions have none
         margins = torch.tensor(column_of(table, "margin", path, pa.types.is_floating))
     return Record(y, losses, forgotten, margins)
-
-
-def keep_selected(
-    storage: Storage,
-    split: Split,
-    coreset: Coreset,
-    provenance: Mapping[str, Any],
-    indices: Tensor,
-    scores: Tensor | None,
-    file: str,
-) -> None:
-    """Write a coreset with, where there are any, the gradient norms of all samples that could have been picked.
-
-    Args:
-        storage: the run folder.
-        split: what positions are in.
-        coreset: positions in ``split``.
-        provenance: how it was made.
-        indices: the samples that took part, int64 [n].
-        scores: theirs, float32 [n]; None where there are none.
-        file: of the coreset.
-    """
-    by_position = None
-    if scores is not None:
-        columns = {"index": indices.numpy(), "score": scores.numpy()}
-        if split.ids is not None:
-            columns["id"] = split.ids[indices].numpy()
-        storage.write_table(scores_of(file), pa.table(columns))
-        by_position = torch.zeros(len(split)).index_put((indices,), scores)
-    save_coreset(storage, coreset, split, provenance, by_position, file)
-
-
-def scores_of(file: str) -> str:
-    """Return the name of the file with the scores that a coreset was picked by.
-
-    >>> scores_of("coreset.parquet"), scores_of("second.parquet")
-    ('scores.parquet', 'second_scores.parquet')
-    """
-    return SCORES if file == FILE else f"{file.removesuffix('.parquet')}_{SCORES}"
-
-
-def record_of(model: str) -> str:
-    """Return the file name of a model's record.
-
-    >>> record_of("model.safetensors")
-    'model_record.parquet'
-    """
-    return f"{model.removesuffix('.safetensors')}_record.parquet"
-
-
-def _facts(table: pa.Table) -> dict[str, Any]:
-    metadata = table.schema.metadata or {}
-    try:
-        facts = json.loads(metadata.get(b"effray", b"{}"))
-    except ValueError:  # written by someone else
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def _check_made_for(facts: Mapping[str, Any], path: str, split: Split, dataset: str) -> None:
-    """Refuse the coreset of another data set; one by someone else does not say what it was made for."""
-    samples = facts.get("samples", len(split))
-    if samples != len(split):
-        raise UserError(f"{path} was made for {samples} samples, this data set has {len(split)}")
-    origin = str(facts.get("dataset", dataset))
-    if last_part(origin) != last_part(dataset):
-        raise UserError(f"{path} was made for {origin}, this data set is {dataset}")

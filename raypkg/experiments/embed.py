@@ -15,14 +15,14 @@ from raypkg.runs.report import Report
 from . import experiment
 from .samples import Samples
 
-if TYPE_CHECKING:  # they import torch, which `--help` need not wait for
+if TYPE_CHECKING:  # PyTorch, which `--help` does not need
     from raypkg.data import Data
     from raypkg.experiments.embedding import Embedding
     from raypkg.runs.folder import RunFolder
 
 
 class FrozenModel(Model):
-    """Whose features to compute."""
+    """The frozen model, by name."""
 
     name: Annotated[
         str, Field(description="a model as it is built: torchvision:NAME, package.module:function or another")
@@ -30,7 +30,7 @@ class FrozenModel(Model):
 
 
 class WholeDataset(Dataset):
-    """What to embed: every sample."""
+    """A data set without a held-out set: all its samples are embedded."""
 
     validation: Annotated[float, Field(ge=0, le=0, description="0: rows are held out where they are trained on")] = 0.0
 
@@ -41,11 +41,9 @@ class EmbedSettings(RunSettings):
     dataset: WholeDataset = WholeDataset()
     model: FrozenModel = FrozenModel()
     model_from: Annotated[str, Field(description="run whose model it is: a name under --root, or a path")] = ""
-    draws: Annotated[int, Field(ge=0, description="rows of each training sample, augmented anew; 0 = one as it is")] = 0
-    rows_per_part: Annotated[Count, Field(description="rows that a run which is stopped may have to compute again")] = (
-        4096
-    )
-    precision: Annotated[Literal["float32", "bfloat16"], Field(description="of the forward pass")] = "float32"
+    draws: Annotated[int, Field(ge=0, description="augmented rows of each training sample; 0 = one, unchanged")] = 0
+    rows_per_part: Annotated[Count, Field(description="rows that a resumed run may have to recompute")] = 4096
+    precision: Annotated[Literal["float32", "bfloat16"], Field(description="precision of the forward pass")] = "float32"
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:
@@ -64,7 +62,7 @@ class EmbedSettings(RunSettings):
         return self
 
     def lookups(self) -> list[Lookup]:
-        """Return the model, where it is chosen by name."""
+        """Return the model, if it is chosen by name."""
         return [Lookup(model, self.model.name, self.model.options)] if self.model.name else []
 
 
@@ -85,19 +83,19 @@ def run(settings: EmbedSettings, *, samples: Samples, report: Report) -> None:
 
 
 def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding:
-    """Return what a run is to compute, with the model whose features they are.
+    """Return the plan of a run, with its backbone.
 
     Args:
-        settings: of the run.
+        settings: settings of the run.
         data: the samples.
-        folder: of the run, among whose neighbours that of the model is looked for by name.
+        folder: folder of the run; the model's run is looked up by name among its neighbours.
 
     Raises:
-        UserError: no such model or run, one that does not fit the samples, or draws of no augmentation.
+        UserError: no such model or run, one that does not fit the samples, or draws without augmentation.
     """
-    from raypkg.experiments.backbone import named_backbone, trained_backbone
     from raypkg.experiments.embedding import Embedding
     from raypkg.experiments.samples import augmentations
+    from raypkg.experiments.trained import named_backbone, trained_backbone
 
     augment = augmentations(settings.dataset, data)
     if settings.draws and not augment:

@@ -1,18 +1,21 @@
-"""Features of all samples, computed where the data is, part by part, and joined to a table for each split.
+"""Features of all samples, computed part by part by the holders of the data, and joined to one table per split.
 
-A run that was stopped computes the parts that are missing. Which samples share a part, and a batch within it, does not
-depend on who computes them, so neither do their features, on machines of one kind: processors, or GPUs, of one model.
+A resumed run computes the missing parts. Parts and the batches within them do not depend on who computes them, so the
+features do not either, on machines of one kind: CPUs, or GPUs, of one model.
 """
 
+import json
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -23,51 +26,78 @@ from raypkg.core.seeds import generator
 from raypkg.core.settings import Cluster, Dataset
 from raypkg.data import Data
 from raypkg.data.augment import compose
+from raypkg.data.sources.table import FEATURES, LABEL, features_schema
 from raypkg.data.split import Split
 from raypkg.engine.costs import Cost
 from raypkg.engine.shards import Shard
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .backbone import Backbone
-from .embedded_parts import PARTS, Made, Part, is_there, join_parts, parts_of, write_part
 from .summary import draw_plots
+from .trained import Backbone
 
 PHASE = "embed"
 PART_BYTES = 64 << 20
-GLANCE = 1.0  # seconds between two looks at what is done
+GLANCE = 1.0  # seconds between two looks at the finished parts
 FIGURES = ("rows", "test_rows", "width")
+PARTS = "parts"  # folder of the parts that are not joined yet
+FACTS = b"part"  # metadata key of a part's backbone, holders and cost
+FORM: dict[str, Any] = {"compression": "none", "use_dictionary": [LABEL], "write_page_checksum": True}
+
+
+class Part(NamedTuple):
+    """Consecutive samples of a split whose rows are computed and written together."""
+
+    file: str
+    split: str  # train or test
+    draw: int  # number of the augmentation's draw
+    start: int  # of the positions
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of its samples, int64 [m]."""
+        return torch.arange(self.start, self.stop)
+
+
+def parts_of(split: str, n: int, draws: int, size: int) -> list[Part]:
+    """Cut the rows of a split's n samples, draw by draw, into parts of at most a size.
+
+    >>> [(part.file, part.draw, part.start, part.stop) for part in parts_of("test", 5, 1, 3)]
+    [('test-00000.parquet', 0, 0, 3), ('test-00001.parquet', 0, 3, 5)]
+    """
+    places = [(draw, start) for draw in range(draws) for start in range(0, n, size)]
+    return [
+        Part(f"{split}-{number:05d}.parquet", split, draw, start, min(start + size, n))
+        for number, (draw, start) in enumerate(places)
+    ]
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """What is to be computed.
-
-    Attributes:
-        backbone: whose features.
-        parts: of each split, by its name, in the order of their rows.
-        augment: names of the augmentations of training samples.
-        seed: of their draws.
-    """
+    """The plan: features of a backbone for the parts of both splits."""
 
     backbone: Backbone
-    parts: dict[str, list[Part]]
-    augment: tuple[str, ...]
-    seed: int
+    parts: dict[str, list[Part]]  # by split, in the order of the rows
+    augment: tuple[str, ...]  # augmentations of training samples
+    seed: int  # of their draws
 
     @classmethod
     def of(
         cls, backbone: Backbone, data: Data, *, draws: int, rows_per_part: int, augment: Sequence[str], seed: int
     ) -> "Embedding":
-        """Plan the rows: so many draws of each training sample, or one without augmentation; one of each test sample.
+        """Plan ``draws`` augmented rows of each training sample, or one without augmentation, and one per test sample.
 
         Args:
-            backbone: whose features.
+            backbone: model of the features.
             data: the samples.
-            draws: of the augmentation; 0 = none.
-            rows_per_part: at most; fewer where the features are wide.
+            draws: draws of the augmentation; 0 = none.
+            rows_per_part: most rows of a part; wide features get fewer.
             augment: names of the augmentations.
-            seed: of the draws.
+            seed: seed of the draws.
         """
         size = min(rows_per_part, max(1, PART_BYTES // (4 * backbone.width)))
         train = parts_of("train", len(data.train), max(1, draws), size)
@@ -80,17 +110,16 @@ class Embedding:
         return [part for parts in self.parts.values() for part in parts]
 
     def rows(self, split: str) -> int:
-        """Return how many rows a split gets."""
+        """Return the number of rows of a split."""
         return sum(len(part) for part in self.parts[split])
 
     @property
     def size(self) -> int:
-        """About how many bytes the two tables take: a row is its features, a label and an id."""
-        rows = self.rows("train") + self.rows("test")
-        return rows * (4 * self.backbone.width + 16)
+        """Approximate bytes of the two tables: a row is its features, a label and an id."""
+        return (self.rows("train") + self.rows("test")) * (4 * self.backbone.width + 16)
 
     def describe(self) -> str:
-        """Tell the user what will be there."""
+        """Return the numbers of rows and features and the size, for users."""
         train = f"{self.rows('train'):,} training rows"
         test = f"{self.rows('test'):,} test rows of {self.backbone.width:,} features"
         return f"{train} and {test}, about {readable(self.size)}"
@@ -99,17 +128,17 @@ class Embedding:
         """Return the features of a part's samples, float32 [m, D].
 
         Args:
-            backbone: that of the plan, on the device.
-            split: that the part is of.
-            part: which samples.
-            device: where to compute.
+            backbone: the plan's backbone on the device.
+            split: split of the part.
+            part: part to compute.
+            device: device to compute on.
 
         Raises:
-            UserError: some are not finite.
+            UserError: a feature is not finite.
         """
         augment = compose(self.augment if part.split == "train" else ())
         rng = generator(self.seed, PHASE, part.draw)
-        draws = torch.rand(len(split), augment.draws, generator=rng)  # of all samples, however they are cut into parts
+        draws = torch.rand(len(split), augment.draws, generator=rng)  # of all samples, so that parts do not matter
         features = backbone.embed(split, part.positions, augment, draws[part.start : part.stop], device)
         finite = features.isfinite().all(1)
         if not finite.all():
@@ -119,11 +148,7 @@ class Embedding:
 
 
 def check_disk(embedding: Embedding, storage: Storage) -> None:
-    """Refuse features that the disk has no room for: for a moment there are the parts and the tables made of them.
-
-    Raises:
-        UserError: how much it takes, and how much there is.
-    """
+    """Refuse features for which the disk has no room: for a moment it holds the parts and the joined tables."""
     folder = storage.local
     if folder is None:
         return
@@ -139,36 +164,60 @@ def check_disk(embedding: Embedding, storage: Storage) -> None:
 
 
 def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, report: Report) -> None:
-    """Compute all features that are not there yet, and leave train.parquet and test.parquet in the run folder.
+    """Compute all missing features, and leave train.parquet and test.parquet in the run folder.
 
     Args:
-        embedding: what is to be computed.
-        data: the samples, as this process has them open.
-        dataset: where others find them.
-        cluster: who computes.
+        embedding: the plan.
+        data: the samples, open in this process.
+        dataset: their settings, by which others open them.
+        cluster: number and size of the holders.
         report: progress and run folder.
 
     Raises:
-        UserError: features that are not finite, a full disk, or a part that was damaged.
+        UserError: a feature is not finite, the disk is full, or a part is damaged.
     """
     storage = report.folder.storage
-    source = data if cluster.workers == 0 else dataset
+    parts = embedding.all_parts
+    digest = embedding.backbone.digest
+    nobody = torch.empty(0, dtype=torch.int64)
 
     def work() -> dict[str, Any]:
         check_disk(embedding, storage)
-        _compute(embedding, source, cluster, report)
-        return _join(embedding, data.train.classes, storage)
+        missing = [part for part in parts if not is_there(storage, part, digest)]
 
-    report.phase(PHASE, work, epochs=len(embedding.all_parts))
-    storage.delete_folder(PARTS)  # not before the phase is on record: they would be computed anew
+        def shards_for(holders: int) -> list[Shard]:
+            source = data if cluster.workers == 0 else dataset
+            world = min(holders, len(missing))
+            return [Shard(source, nobody, nobody, rank=rank, world=world) for rank in range(world)]
+
+        with _followed(parts, report):
+            if missing:
+                with hold(shards_for, cluster) as shards:
+                    shards.map(write_parts, embedding, missing, digest, storage)
+
+        bill = Cost(PHASE)
+        for split, parts_of_split in embedding.parts.items():
+            name = f"{split}.parquet"
+            for world, cost in join_parts(storage, parts_of_split, name, embedding.backbone.width, data.train.classes):
+                bill = bill.then(cost)
+                bill.seconds += cost.seconds / world - cost.seconds  # the other holders were at work meanwhile
+        return {
+            "costs": [bill.record()],
+            "rows": embedding.rows("train"),
+            "test_rows": embedding.rows("test"),
+            "width": embedding.backbone.width,
+        }
+
+    report.phase(PHASE, work, epochs=len(parts))
+    storage.delete_folder(PARTS)  # only after the phase is recorded, or they would be recomputed
 
 
 def finish_embedding(report: Report, samples: int) -> None:
-    """Draw what it cost, and write the manifest.
+    """Draw the costs, and write the manifest.
 
     Args:
-        report: of the run, with the record of its phase.
-        samples: in the training split.
+        report: report of the run, with the record of its phase.
+        samples: number of training samples.
     """
     folder = report.folder
     record = report.records[PHASE]
@@ -189,66 +238,94 @@ def finish_embedding(report: Report, samples: int) -> None:
 
 
 def write_parts(shard: Shard, embedding: Embedding, parts: Sequence[Part], digest: str, storage: Storage) -> None:
-    """Compute and write a holder's share of parts: consecutive ones.
-
-    Args:
-        shard: which of how many holders this is, and where the samples are.
-        embedding: what is to be computed.
-        parts: those that are missing.
-        digest: of the backbone.
-        storage: the run folder.
-    """
+    """Compute and write a holder's share of consecutive missing parts."""
     backbone = embedding.backbone.to(shard.device)
     shares = np.array_split(np.arange(len(parts)), shard.world)
     for number in shares[shard.rank]:
         part = parts[number]
-        if is_there(storage, part, digest):  # written by a holder that died in the middle of its share
+        if is_there(storage, part, digest):  # written by a holder that died later in its share
             continue
         split: Split = getattr(shard.data, part.split)
         with Cost(PHASE) as cost:
             features = embedding.features(backbone, split, part, shard.device)
         cost.forward += len(part)
-        write_part(storage, part, features, split, Made(digest, shard.world, cost))
+        write_part(storage, part, features, split, [digest, shard.world, cost.record()])
 
 
-def _compute(embedding: Embedding, source: Dataset | Data, cluster: Cluster, report: Report) -> None:
-    """Compute the parts that are missing."""
-    storage = report.folder.storage
-    digest = embedding.backbone.digest
-    everything = embedding.all_parts
-    missing = [part for part in everything if not is_there(storage, part, digest)]
-    nobody = torch.empty(0, dtype=torch.int64)
+def write_part(storage: Storage, part: Part, features: Tensor, split: Split, made: list[Any]) -> None:
+    """Write a part: id, label and features of each sample.
 
-    def shards_for(holders: int) -> list[Shard]:
-        world = min(holders, len(missing))
-        return [Shard(source, nobody, nobody, rank=rank, world=world) for rank in range(world)]
+    Args:
+        storage: the run folder.
+        part: the samples.
+        features: their features, float32 [m, D].
+        split: their split.
+        made: digest of the backbone, number of holders and cost, for the metadata.
+    """
+    positions = part.positions
+    ids = positions if split.ids is None else split.ids[positions]
+    classes = np.array(split.classes, object)
+    labels = classes[split.y[positions].numpy()]
+    schema = features_schema(features.shape[1], split.classes)
+    numbers = pa.array(features.numpy().reshape(-1))
+    vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field(FEATURES).type)
+    table = pa.table([ids.numpy(), labels, vectors], schema=schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(made)}), sink, **FORM)
+    storage.write(f"{PARTS}/{part.file}", sink.getvalue().to_pybytes())
 
-    with _followed(everything, report):
-        if missing:
-            with hold(shards_for, cluster) as shards:
-                shards.map(write_parts, embedding, missing, digest, storage)
+
+def read_part(storage: Storage, part: Part) -> tuple[pa.Table, str, int, Cost] | None:
+    """Return a part with its backbone's digest, number of holders and cost; None if it is missing or damaged."""
+    content = storage.read(f"{PARTS}/{part.file}")
+    if content is None:
+        return None
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        table = file.read(use_threads=False)  # Arrow's own threads may outlive the interpreter
+        digest, world, cost = json.loads(table.schema.metadata[FACTS])
+        return table, digest, world, Cost(**cost)
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError):
+        return None
 
 
-def _join(embedding: Embedding, classes: Sequence[str], storage: Storage) -> dict[str, Any]:
-    """Join the parts of each split; return the phase's record, with the bill of all parts, whoever computed them."""
+def is_there(storage: Storage, part: Part, digest: str) -> bool:
+    """Return True if a part is complete, undamaged and computed by the backbone with a digest."""
+    found = read_part(storage, part)
+    return found is not None and found[1] == digest and len(found[0]) == len(part)
+
+
+def join_parts(
+    storage: Storage, parts: Iterable[Part], name: str, width: int, classes: Sequence[str]
+) -> list[tuple[int, Cost]]:
+    """Join the parts of a split to one table, one part in memory at a time; return holders and cost of each.
+
+    Args:
+        storage: the run folder.
+        parts: parts in the order of their rows.
+        name: name of the table's file.
+        width: number of features.
+        classes: names of all classes.
+
+    Raises:
+        UserError: a part was damaged since, or the disk is full.
+    """
     made = []
-    for split, parts in embedding.parts.items():
-        made += join_parts(storage, parts, f"{split}.parquet", embedding.backbone.width, classes)
-    bill = Cost(PHASE)
-    for _, world, cost in made:
-        bill = bill.then(cost)
-        bill.seconds += cost.seconds / world - cost.seconds  # the others were at work meanwhile
-    return {
-        "costs": [bill.record()],
-        "rows": embedding.rows("train"),
-        "test_rows": embedding.rows("test"),
-        "width": embedding.backbone.width,
-    }
+    schema = features_schema(width, classes)
+    with storage.new_file(name) as sink, pq.ParquetWriter(sink, schema, **FORM) as writer:
+        for part in parts:
+            found = read_part(storage, part)
+            if found is None:
+                raise UserError(f"{storage.root}/{PARTS}/{part.file} is damaged: --resume computes it again")
+            table, _, world, cost = found
+            writer.write_table(table)
+            made.append((world, cost))
+    return made
 
 
 @contextmanager
 def _followed(parts: Sequence[Part], report: Report) -> Iterator[None]:
-    """Report each part as a row of metrics once it is there, whoever writes it, until the block ends."""
+    """Report each part as a row of metrics once it exists, whoever writes it, until the block ends."""
     storage = report.folder.storage
     done = threading.Event()
     reported: set[str] = set()

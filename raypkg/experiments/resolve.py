@@ -1,10 +1,14 @@
 """One preparation of settings for every run: paths made absolute, names checked, the model's tokenizer filled in.
 
-For the commands and for studies: ``resolve`` replaces ``load_settings`` followed by ``with_absolute_paths``,
-``check_names`` and ``with_tokenizer``. A study's shared settings are resolved with ``shared=True``.
+Settings can name code (``my_code:net``), and a study's folder holds a file of it. So whoever can write a run folder
+decides which code runs when it is resumed. Stored settings that name code are accepted if their file belongs to the
+user and is not writable by everybody. Otherwise, and in an object store, which has no owners, ``--trust`` or
+EFFRAY_TRUST=1 is needed. An unpacked archive belongs to the user: read its ``config.toml`` first.
 """
 
-from collections.abc import Callable, Mapping
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +22,13 @@ from raypkg.coresets.rules import coreset
 from raypkg.data.sources import dataset
 from raypkg.engine import hook
 from raypkg.models import model, tokenizer_of
+from raypkg.runs.folder import CONFIG, RunFolder
+from raypkg.runs.storage import Storage
 
 R = TypeVar("R", bound=RunSettings)
 N = TypeVar("N", bound=Named)
 TOKENIZER = "tokenizer"  # the option of a source of texts
+TRUST = "EFFRAY_TRUST"
 
 
 def resolve(
@@ -156,3 +163,88 @@ def _absolute_folder(name: str) -> str:
 
 def _takes_tokenizer(chosen: Named) -> bool:
     return TOKENIZER in dataset[chosen.name].schema.model_fields
+
+
+# Trust in stored settings
+
+
+def trust_all() -> None:
+    """Let all stored runs that this process opens run the code that they name."""
+    os.environ[TRUST] = "1"
+
+
+def stored_settings(folder: RunFolder) -> dict[str, Any]:
+    """Return the settings of a stored run, not yet validated.
+
+    Raises:
+        UserError: they are missing or damaged, or name code that is not trusted.
+    """
+    values = folder.config
+    check_code(folder.storage, values)
+    return values
+
+
+def check_code(storage: Storage, values: Any, file: str = CONFIG) -> None:
+    """Refuse stored settings that name code, unless the user owns or trusts them.
+
+    Args:
+        storage: folder of the file.
+        values: its content, nested or by dotted names.
+        file: name of the file.
+
+    Raises:
+        UserError: the code that it names, and how to allow it.
+    """
+    if _is_trusted(storage, file):
+        return
+    for place, text in _texts(values):
+        if _names_code(place, text):
+            raise UserError(
+                f"{storage.root}/{file} is not your own alone and names code, {text!r}: --trust lets it run"
+            )
+
+
+def check_file_of_code(storage: Storage, file: str) -> None:
+    """Refuse a file of code, unless the user owns or trusts it."""
+    if not _is_trusted(storage, file):
+        raise UserError(f"{storage.root}/{file} is not your own alone and would be run as code: --trust lets it")
+
+
+def _is_trusted(storage: Storage, file: str) -> bool:
+    """Return True if the user trusts all runs, or nobody else can have written a file or put it into its folder."""
+    if os.environ.get(TRUST) == "1":
+        return True
+    if storage.local is None:
+        return False
+    folder = storage.local.resolve()
+    for path in (folder, folder / file):
+        try:
+            status = path.lstat()  # of a link itself, not of its target
+        except FileNotFoundError:  # a missing file names no code
+            continue
+        writable_by_all = status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode)
+        if status.st_uid != os.geteuid() or writable_by_all:
+            return False
+    return True
+
+
+def _names_code(place: str, text: str) -> bool:
+    """Return True if a text imports a module, as no registry's own name, such as torchvision:resnet18, does."""
+    head, colon, rest = text.partition(":")
+    part = place.removesuffix(".name").rpartition(".")[2]
+    registry = {"dataset": dataset, "model": model, "target": dataset}.get(part)
+    if not colon or rest.startswith("//") or (registry and head in registry):  # the second is a URI
+        return False
+    return all(part.isidentifier() for part in head.split("."))
+
+
+def _texts(values: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text in nested settings with its dotted name."""
+    if isinstance(values, str):
+        yield place, values
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield from _texts(value, f"{place}.{name}" if place else name)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, place)

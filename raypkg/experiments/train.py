@@ -1,12 +1,12 @@
-"""Plain training on all samples, on a given coreset, or on one selected along the way."""
+"""Plain training, and selection with a model that another run trained."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from raypkg.cluster.workers import Workers
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Experiment, Reselect, Share, Train
+from raypkg.core.settings import Experiment, Reselect, RunSettings, Select, Share, Train
 from raypkg.runs.report import Report
 
 from . import experiment
@@ -14,7 +14,7 @@ from .samples import Samples
 
 
 class TrainSelect(Reselect):
-    """Selection of what to train on, before and during training."""
+    """Selection of the training samples, before and during training."""
 
     rule: Annotated[str, Field(description="random, infobatch or another; see `effray methods`")] = "random"
     fraction: Annotated[Share, Field(description="share of the training samples in use at a time")] = 1.0
@@ -25,16 +25,12 @@ class TrainSettings(Experiment):
 
     coreset: Annotated[str | None, Field(description="a coreset.parquet to begin with")] = None
     select: Annotated[
-        TrainSelect | None, Field(description="select what to train on; left out = all samples, or the coreset given")
+        TrainSelect | None, Field(description="selection of the training samples (default: all, or the given coreset)")
     ] = None
     train: Train = Train()
 
     def check(self, n: int, data: Any) -> None:
-        """Refuse a selection that never comes.
-
-        Raises:
-            UserError: what is wrong.
-        """
+        """Refuse a selection that would never happen."""
         from raypkg.coresets.reselection import check_schedule
 
         select = self.select
@@ -49,7 +45,7 @@ class TrainSettings(Experiment):
 
 
 @experiment("train")
-def run(settings: TrainSettings, *, samples: Samples, report: Report, workers: Workers) -> None:
+def run_training(settings: TrainSettings, *, samples: Samples, report: Report, workers: Workers) -> None:
     """Train a model on all samples, on a coreset of another run, or on one selected before or during training.
 
     Example:
@@ -68,3 +64,32 @@ def run(settings: TrainSettings, *, samples: Samples, report: Report, workers: W
     job = Job(settings, settings.train, storage, coreset=coreset, select=settings.select)
     train_on_cluster(job, samples, report, workers)
     finish(report, settings, samples, epochs=settings.train.epochs)
+
+
+class SelectSettings(Select, RunSettings):
+    """Settings of `effray select`."""
+
+    model_from: Annotated[str, Field(description="run whose model selects: a name under --root, or a path")] = ""
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="precision of the forward pass; auto = bfloat16 where the processor computes in it"),
+    ] = "auto"
+
+
+@experiment("select")
+def run_selection(settings: SelectSettings, *, samples: Samples, report: Report) -> None:
+    """Select a coreset with the last-layer gradients of another run's model, or by what its training recorded.
+
+    The data set, the seed and the held-out share must be those of that run.
+
+    Example:
+        effray train --name first --train.epochs 5 && effray select --model-from first --rule craig --fraction 0.2
+    """
+    from raypkg.coresets.reselection import check_selects_once
+    from raypkg.experiments.selection import select_on_actors, trained_model
+    from raypkg.experiments.summary import finish
+
+    check_selects_once(settings)
+    model = trained_model(settings, report.folder, settings.model_from, settings.precision)
+    select_on_actors(settings, settings, model, samples, report)
+    finish(report, settings, samples)

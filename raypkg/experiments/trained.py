@@ -1,38 +1,54 @@
-"""The model of a finished run, ready to predict."""
+"""Models of finished runs: to predict with, to begin another training with, and as frozen backbones."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Dataset, Experiment, RunSettings, Train
+from raypkg.core.settings import Dataset, Experiment, Model, RunSettings, Train
+from raypkg.coresets.gradients import evaluating
 from raypkg.data import Data
+from raypkg.data.augment import Augmentation
+from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import TEXTS, kind_of
 from raypkg.data.split import Split
-from raypkg.engine.batches import dtype_of, to_device
+from raypkg.engine.batches import ahead, dtype_of, loaders_of, to_device, training_batch
+from raypkg.engine.hooks import Hook, Results
+from raypkg.engine.loop import autocast
+from raypkg.engine.run import Run
+from raypkg.engine.worker import Worker
+from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
 from raypkg.runs import ROOT
 from raypkg.runs.catalog import locate
 from raypkg.runs.checkpoints import load_tensors, save_tensors
-from raypkg.runs.folder import RunFolder
+from raypkg.runs.folder import MODEL, RunFolder
 from raypkg.runs.storage import Storage
 
-from .first_weights import FIRST, fitted
+from .resolve import stored_settings
 from .samples import Samples, new_model, open_samples
-from .training import MODEL
-from .trust import stored_settings
 
 WEIGHTS = ".safetensors"
+FIRST = "checkpoints/first.safetensors"  # of an unfinished run: its source may change or be deleted
+HEAD = "head."  # prefix of the last layer's parameters
+NAMED = 3  # names that a message lists
+BATCH = {"cpu": 128, "cuda": 512}  # samples of a forward pass; the features' last bits depend on it
 
 
 class TrainedClassifier(Classifier):
-    """A trained model with what its inputs and outputs mean; called as it is, it takes normalised samples.
+    """A trained model with the meaning of its inputs and outputs; called directly, it takes normalised samples.
 
     Args:
-        model: trained.
-        split: that it was trained on, which gives classes and normalisation.
+        model: the trained model.
+        split: the split that it was trained on, which gives classes and normalisation.
     """
 
     def __init__(self, model: Classifier, split: Split):
@@ -49,10 +65,10 @@ class TrainedClassifier(Classifier):
         Computes in the weights' precision, so a label can differ from one that was counted in bfloat16.
 
         Args:
-            x: uint8 [b, C, H, W], float [b, D] or int64 [b, 2, l], as ``Split.batch`` gives them.
+            x: uint8 [b, C, H, W], float [b, D] or int64 [b, 2, l], as ``Split.batch`` returns them.
 
         Raises:
-            UserError: another shape, or images that are not bytes: they would be scaled wrongly.
+            UserError: another shape, or images that are not bytes, which would be scaled wrongly.
         """
         kind = kind_of(self.shape)
         if not isinstance(x, Tensor) or not kind.fits(x, self.shape):
@@ -68,7 +84,7 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
 
     Args:
         run: path of its folder, or its name.
-        root: of all runs, among which a name is looked for.
+        root: folder of all runs, among which a name is looked up.
 
     Raises:
         UserError: no such run, it trained no model or is not finished, or its model's code has changed.
@@ -86,11 +102,7 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
 
 
 def check_has_model(folder: RunFolder) -> None:
-    """Refuse a run that has no model to use: only a finished one is known to be what its training ended with.
-
-    Raises:
-        UserError: the run is not finished or trained no model, or its file was changed.
-    """
+    """Refuse a run without a usable model: one that is not finished, trained none, or whose file was changed."""
     if not folder.summary:
         raise UserError(f"run {folder.name!r} is not finished: it has no model yet")
     folder.check(MODEL)
@@ -98,70 +110,42 @@ def check_has_model(folder: RunFolder) -> None:
         raise UserError(f"run {folder.name!r} has no {MODEL}: it trained no model")
 
 
-def keep_first_weights(settings: RunSettings, samples: Samples, folder: RunFolder) -> None:
-    """Copy the weights that training is to begin with into the run folder, unless an earlier attempt did.
+def settings_of_trained(folder: RunFolder) -> Experiment:
+    """Return the settings that all runs with a model have in common.
 
     Raises:
-        UserError: there are none, or they do not fit the model.
+        UserError: they are damaged, or name code that is not trusted.
     """
-    place, _, file = FIRST.rpartition("/")
-    if folder.started or file in folder.storage.list(place):
-        return
-    if tensors := first_weights(settings, samples, folder.storage.parent.parent.root):
-        save_tensors(folder.storage, FIRST, tensors)
+    common = {name: part for name, part in stored_settings(folder).items() if name in Experiment.model_fields}
+    return load_settings(Experiment, common)
 
 
-def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[str, Tensor]:
-    """Return the weights that training is to begin with, none where they are drawn from the seed.
-
-    Args:
-        settings: of the run.
-        samples: of the run.
-        root: folder of all runs, among which a name is looked up.
+def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Classifier:
+    """Return the model of a finished run with its weights, in their precision.
 
     Raises:
-        UserError: there is no such file or run, the run has no model or its file was changed, or nothing in it fits.
+        UserError: the run has no usable model, or the model's code has changed.
     """
-    train = getattr(settings, "train", None)
-    if not (isinstance(settings, Experiment) and isinstance(train, Train) and train.from_ is not None):
-        return {}
-    data = samples.data
-    storage, file = Storage.around(train.from_)
-    if not file.endswith(WEIGHTS):
-        run = locate(root, train.from_, having=MODEL)
-        check_has_model(run)
-        _check_suits(run, settings, data)
-        storage, file = run.storage, MODEL
-    elif file not in storage.list():
-        raise UserError(f"train.from: there is no file {train.from_}")
-    tensors = load_tensors(storage, file)
+    check_has_model(folder)
+    state = load_tensors(folder.storage, MODEL)
     model = new_model(settings, data)
-    fitted(model, tensors, train.from_)
-    return tensors
-
-
-def _check_suits(run: RunFolder, settings: Experiment, data: Data) -> None:
-    """Refuse a run that trained on what is held out here, or on texts of other tokens."""
-    theirs = settings_of_trained(run)
-    check_same_tokens(settings.dataset, theirs.dataset, data, run.name)
-    here, there = settings.dataset, theirs.dataset
-    same_data = (here.name, here.options) == (there.name, there.options)
-    held_out_there = (theirs.seed, there.validation)
-    if same_data and here.validation and held_out_there != (settings.seed, here.validation):
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
         raise UserError(
-            f"train.from = {run.name}: it trained on samples that are held out here: its seed is {theirs.seed} and its"
-            f" dataset.validation {there.validation:g}, here they are {settings.seed} and {here.validation:g}"
-        )
+            f"{folder.storage.root}/{MODEL} does not fit model {settings.model.name!r}: its code changed"
+        ) from None
+    return model.to(state["head.weight"].dtype)
 
 
 def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> None:
-    """Refuse texts whose tokens differ from those that a model was trained on: the same numbers would be other words.
+    """Refuse texts whose tokens differ from those of a run's training: the same numbers would be other words.
 
     Args:
-        here: the data set for the model.
-        there: the one that it was trained on.
-        data: the samples of the first.
-        run: name of the run that trained it.
+        here: settings of the texts.
+        there: settings of the texts that the run was trained on.
+        data: the texts.
+        run: name of the run.
 
     Raises:
         UserError: each learned a tokenizer from its own texts, or they name different ones.
@@ -176,29 +160,232 @@ def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> No
         )
 
 
-def settings_of_trained(folder: RunFolder) -> Experiment:
-    """Return those settings of a run that every run with a model has.
+# First weights of a training: another run's model, or a file
+
+
+def keep_first_weights(settings: RunSettings, samples: Samples, folder: RunFolder) -> None:
+    """Copy the first weights of training into the run folder, unless an earlier attempt did.
 
     Raises:
-        UserError: they are damaged, or name code of somebody else.
+        UserError: they do not exist, or do not fit the model.
     """
-    common = {name: part for name, part in stored_settings(folder).items() if name in Experiment.model_fields}
-    return load_settings(Experiment, common)
+    place, _, file = FIRST.rpartition("/")
+    if folder.started or file in folder.storage.list(place):
+        return
+    if tensors := first_weights(settings, samples, folder.storage.parent.parent.root):
+        save_tensors(folder.storage, FIRST, tensors)
 
 
-def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Classifier:
-    """Return the model of a finished run with its weights, in their precision.
+def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[str, Tensor]:
+    """Return the first weights that the settings name, or none if they are drawn from the seed.
+
+    Args:
+        settings: settings of the run.
+        samples: samples of the run.
+        root: folder of all runs, among which a name is looked up.
 
     Raises:
-        UserError: the run is not finished or trained no model, its file was changed, or its model's code has changed.
+        UserError: no such file or run, a run without a usable model, or weights of which none fits.
     """
-    check_has_model(folder)
-    state = load_tensors(folder.storage, MODEL)
-    model = new_model(settings, data)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError:
+    train = getattr(settings, "train", None)
+    if not (isinstance(settings, Experiment) and isinstance(train, Train) and train.from_ is not None):
+        return {}
+    storage, file = Storage.around(train.from_)
+    if not file.endswith(WEIGHTS):
+        run = locate(root, train.from_, having=MODEL)
+        check_has_model(run)
+        theirs = settings_of_trained(run)
+        here, there = settings.dataset, theirs.dataset
+        check_same_tokens(here, there, samples.data, run.name)
+        same_data = (here.name, here.options) == (there.name, there.options)
+        if same_data and here.validation and (theirs.seed, there.validation) != (settings.seed, here.validation):
+            raise UserError(
+                f"train.from = {run.name}: it trained on samples that are held out here: its seed is {theirs.seed} and"
+                f" its dataset.validation {there.validation:g}, here they are {settings.seed} and {here.validation:g}"
+            )
+        storage, file = run.storage, MODEL
+    elif file not in storage.list():
+        raise UserError(f"train.from: there is no file {train.from_}")
+    tensors = load_tensors(storage, file)
+    fitted(new_model(settings, samples.data), tensors, train.from_)
+    return tensors
+
+
+class Fit(NamedTuple):
+    """The tensors of one model that another one takes."""
+
+    taken: Mapping[str, Tensor]  # by name, those that fit
+    anew: Sequence[str]  # names that only the taking model has
+    unused: Sequence[str]  # names that only the other model has
+
+
+def fitted(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fit:
+    """Match tensors to a model by name and shape; a head for another number of classes is drawn anew.
+
+    Args:
+        model: the model that takes them, left as it is.
+        tensors: tensors of another model, by name.
+        source: their origin, for the error.
+
+    Raises:
+        UserError: nothing but a head fits, or a shape differs elsewhere.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    >>> fit = fitted(model, {"0.weight": model[0].weight, "other": model[0].bias}, "a.safetensors")
+    >>> list(fit.taken), fit.anew, fit.unused
+    (['0.weight'], ['0.bias', '1.weight', '1.bias'], ['other'])
+    """
+    own = model.state_dict()
+    shared = [name for name in own if name in tensors]
+    taken = {name: tensors[name] for name in shared if tensors[name].shape == own[name].shape}
+    differing = []
+    for name in shared:
+        other_classes = name.startswith(HEAD) and own[name].shape[1:] == tensors[name].shape[1:]
+        if name not in taken and not other_classes:
+            differing.append(name)
+    features = [name for name in own if not name.startswith(HEAD)] or list(own)
+    if set(features).isdisjoint(shared) or not (taken or differing):
         raise UserError(
-            f"{folder.storage.root}/{MODEL} does not fit model {settings.model.name!r}: its code changed"
-        ) from None
-    return model.to(state["head.weight"].dtype)
+            f"train.from = {source}: no tensor fits this model: there it has {_some(list(tensors))}, here"
+            f" {_some(list(own))}"
+        )
+    if differing:
+        name = differing[0]
+        there, here = list(tensors[name].shape), list(own[name].shape)
+        raise UserError(f"train.from = {source}: {name} is {there} there and {here} in this model")
+    anew = [name for name in own if name not in taken]
+    return Fit(taken, anew, unused=[name for name in tensors if name not in own])
+
+
+class FirstWeights(Hook):
+    """Begins with the weights of another training.
+
+    Args:
+        tensors: weights of its model, by name.
+        source: their origin, for the finding.
+    """
+
+    priority = -10  # before first masks are drawn, which may depend on the weights
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str):
+        self.tensors = tensors
+        self.source = source
+        self.finding = ""
+
+    def on_start(self, run: Run) -> None:
+        """Overwrite the weights that fit."""
+        fit = fitted(run.model, self.tensors, self.source)
+        run.model.load_state_dict(fit.taken, strict=False)
+        self.tensors = {}  # no longer needed
+        self.finding = f"first weights: {len(fit.taken)} tensors from {self.source}"
+        if fit.anew:
+            self.finding += f"; drawn anew: {_some(fit.anew)}"
+        if fit.unused:
+            self.finding += f"; without a place here: {_some(fit.unused)}"
+
+    def results(self, run: Run) -> Results:
+        """Return the line about the weights."""
+        return Results(findings=[self.finding])
+
+
+def _some(names: Sequence[str]) -> str:
+    """List the first names, and the number of others."""
+    more = len(names) - NAMED
+    listed = ", ".join(names[:NAMED])
+    return f"{listed} and {more} more" if more > 0 else listed or "none"
+
+
+# Frozen backbones: a model as it is built, or that of a finished run
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The features of a frozen model and the normalisation of its samples; it can be pickled."""
+
+    features: nn.Module  # x [b, …] → h [b, D]
+    width: int  # D
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    precision: str  # of the forward passes
+
+    @classmethod
+    def of(cls, model: Classifier, split: Split, precision: str) -> Backbone:
+        """Return the features of a model that takes samples as a split is normalised."""
+        return cls(model.features.float(), model.head.in_features, split.mean, split.std, precision)
+
+    @property
+    def digest(self) -> str:
+        """A digest of weights, normalisation and precision, from which a sample's features follow."""
+        digest = blake2b(digest_size=16)
+        digest.update(repr((self.width, self.mean, self.std, self.precision)).encode())
+        for name, value in self.features.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device) -> Backbone:
+        """Return the backbone on a device, its weights in the memory layout that is fastest for images."""
+        return replace(self, features=self.features.to(device).to(memory_format=torch.channels_last))
+
+    def embed(
+        self, split: Split, indices: Tensor, augment: Augmentation, draws: Tensor, device: torch.device
+    ) -> Tensor:
+        """Return the features of samples, float32 [n, D] on the CPU.
+
+        Args:
+            split: split of the samples.
+            indices: distinct positions, int64 [n].
+            augment: augmentation of each sample.
+            draws: its uniform random numbers, [n, augment.draws].
+            device: device of the backbone.
+        """
+        normalised = replace(split, mean=self.mean, std=self.std)
+        worker = Worker(device=device)
+
+        def load(part: Tensor) -> Tensor:
+            samples = Coreset.uniform(indices[part])
+            return training_batch(normalised, samples, augment, draws[part], worker).x
+
+        parts = torch.arange(len(indices)).split(BATCH[device.type])
+        with evaluating(self.features), torch.inference_mode(), autocast(self.precision, device):
+            return torch.cat([self.features(x).float().cpu() for x in ahead(load, parts, loaders_of(split))])
+
+
+def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Backbone:
+    """Return the features of a model as it is built, with the normalisation that its weights were trained with.
+
+    If that is unknown, samples are normalised by their own statistics.
+
+    Raises:
+        UserError: there is no such model, it does not fit the data, or it is not of the form head(features(x)).
+    """
+    train = data.train
+    model = build_model(chosen.name, train.shape, train.num_classes, seed=seed, options=chosen.options)
+    if model.trained_with is not None:
+        mean, std = model.trained_with
+        train = replace(train, mean=mean, std=std)
+    return Backbone.of(model, train, precision)
+
+
+def trained_backbone(folder: RunFolder, run: str, dataset: Dataset, data: Data, precision: str) -> Backbone:
+    """Return the features of another run's model, with that run's normalisation.
+
+    Args:
+        folder: folder of this run; the other's name is looked up among its neighbours.
+        run: name or path of the other run.
+        dataset: settings of the data to embed.
+        data: the data to embed.
+        precision: precision of the forward passes.
+
+    Raises:
+        UserError: no such run, no usable model, or its samples have another shape or other tokens.
+    """
+    other = locate(folder.storage.parent.parent.root, run, having=MODEL)
+    check_has_model(other)
+    settings = settings_of_trained(other)
+    theirs = open_samples(settings).data
+    if theirs.train.shape != data.train.shape:
+        shapes = f"{list(theirs.train.shape)}, those here have {list(data.train.shape)}"
+        raise UserError(f"the model of run {other.name!r} takes samples of shape {shapes}")
+    check_same_tokens(dataset, settings.dataset, data, other.name)
+    return Backbone.of(restored_model(other, settings, theirs), theirs.train, precision)

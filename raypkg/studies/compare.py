@@ -12,8 +12,7 @@ from raypkg.core.config import dotted, load_settings
 from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import experiment, training_settings_of
-from raypkg.experiments.resolve import resolve
-from raypkg.experiments.trust import check_code
+from raypkg.experiments.resolve import check_code, resolve
 from raypkg.runs.folder import discard
 from raypkg.runs.storage import Storage
 

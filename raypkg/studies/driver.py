@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from raypkg.core.errors import Interruption, UserError, redacted
 from raypkg.core.seeds import derive
 from raypkg.core.settings import Experiment
-from raypkg.experiments.outlook import stages_of
+from raypkg.experiments.phases import stages_of
 from raypkg.runs.catalog import resuming
 from raypkg.runs.plots import in_full
 from raypkg.runs.report import Stage

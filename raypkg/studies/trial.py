@@ -10,8 +10,8 @@ from raypkg.core.config import load_stored
 from raypkg.core.errors import UserError
 from raypkg.core.settings import APART
 from raypkg.experiments import carry_out, experiment, open_run, training_settings_of
+from raypkg.experiments.phases import Donors
 from raypkg.experiments.resolve import resolve
-from raypkg.experiments.sharing import Donors
 from raypkg.runs import folder as run_folder
 from raypkg.runs.folder import CONFIG, RunFolder
 from raypkg.runs.report import Stage

@@ -13,8 +13,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, Experiment
 from raypkg.experiments import training_settings_of
-from raypkg.experiments.resolve import check_names, resolve
-from raypkg.experiments.trust import check_code, check_file_of_code
+from raypkg.experiments.resolve import check_code, check_file_of_code, check_names, resolve
 from raypkg.runs.folder import discard
 from raypkg.runs.show import terminal
 

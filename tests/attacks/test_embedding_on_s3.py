@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from forked import effray
-from raypkg.experiments import embedded_parts
+from raypkg.experiments import embedding
 from raypkg.runs.storage import Storage
 from test_embedding import EMBED, killed_after
 
@@ -19,6 +19,6 @@ def test_an_embedding_in_a_bucket_is_that_of_a_local_run(root, tmp_path):
     ended = effray(f"embed --resume one --cluster.workers 0 {place}", tmp_path)
     assert ended.code == 0, ended
     remote = Storage(root) / "embed" / "one"
-    assert not remote.list(embedded_parts.PARTS)
+    assert not remote.list(embedding.PARTS)
     for file in ("train.parquet", "test.parquet"):
         assert remote.read(file) == (tmp_path / "runs/embed/one" / file).read_bytes()

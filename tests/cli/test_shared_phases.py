@@ -195,7 +195,7 @@ def test_data_that_changed_between_trials_is_not_shared(effray, compare, tmp_pat
 
 def test_on_ray_a_trial_that_others_take_over_goes_first(effray, compare):
     from raypkg.core.config import load_settings
-    from raypkg.experiments.outlook import stages_of
+    from raypkg.experiments.phases import stages_of
     from raypkg.methods.lipt.settings import LiptSettings
 
     effray(f"{compare} --name m --cases short,faster --rows el2n,craig")

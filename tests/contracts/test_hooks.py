@@ -174,7 +174,7 @@ def test_hooks_that_contradict_each_other_are_refused(tmp_path):
 
 
 def test_a_training_that_only_prepares_has_no_hooks_of_the_user(tmp_path, monkeypatch):
-    record = train_with(named_of(monkeypatch, tally=Tally), tmp_path, main=False, phase="pretrain")
+    record = train_with(named_of(monkeypatch, tally=Tally), tmp_path, phase="pretrain")
     assert "counted" not in record
 
 

@@ -3,7 +3,7 @@
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.experiments import experiment
-from raypkg.experiments.outlook import in_whole_batches, main_stage, outlook
+from raypkg.experiments.phases import in_whole_batches, main_stage, outlook
 from raypkg.experiments.samples import Samples
 from raypkg.runs.report import Report, Stage
 

@@ -19,8 +19,8 @@ from raypkg.core.seeds import generator
 from raypkg.data import Data
 from raypkg.data.split import Split, Take
 from raypkg.engine.batches import shuffled
+from raypkg.experiments.resolve import stored_settings
 from raypkg.experiments.samples import Samples, new_model, open_samples
-from raypkg.experiments.trust import stored_settings
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import CONFIG, MODEL, RunFolder
 

@@ -4,7 +4,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.config import fields_of
 from raypkg.core.settings import Select
 from raypkg.experiments import experiment
-from raypkg.experiments.outlook import main_stage, outlook, selection_stage
+from raypkg.experiments.phases import main_stage, outlook, selection_stage
 from raypkg.experiments.samples import Samples
 from raypkg.runs.report import Report, Stage
 

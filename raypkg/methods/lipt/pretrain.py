@@ -83,7 +83,6 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, w
             hooks=(Named(name=CONTINUED),),
             initial=MERGED_FILE,
             result=RESULT,
-            main=False,
         )
         train_on_cluster(job, samples, report, workers)
 
@@ -92,7 +91,7 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, w
 def pretrain_dense(settings: LiptSettings, report: Report, *, samples: Samples, workers: Workers) -> None:
     """Train one dense model on all samples by DDP."""
     storage = report.folder.storage
-    job = Job(settings, settings.pretrain, storage, phase="pretrain", result=RESULT, main=False)
+    job = Job(settings, settings.pretrain, storage, phase="pretrain", result=RESULT)
     train_on_cluster(job, samples, report, workers)
 
 

@@ -1,0 +1,176 @@
+"""Planned phases of a run, the memory of a training step, and phases taken over from other runs. No torch at import.
+
+An experiment with more than one training declares its phases: ``@outlook(name)`` on ``stages(settings)`` in its
+``experiment.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, NamedTuple
+
+from raypkg.core.config import dotted
+from raypkg.core.registry import Registry
+from raypkg.core.settings import Experiment, RunSettings, Select, Training
+from raypkg.runs.folder import RunFolder
+from raypkg.runs.report import Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from raypkg.data.split import Split
+
+CORESET = "coreset.parquet"
+EMBEDDED = ("train.parquet", "test.parquet")
+COPIES = {"sgd": 1, "adamw": 2}  # numbers that the optimiser holds for each parameter; SGD only with momentum
+Donors = Callable[[Stage], Iterable[RunFolder]]
+outlook = Registry("outlook", "raypkg.methods.*.experiment")
+
+
+def stages_of(experiment: str, settings: RunSettings) -> list[Stage]:
+    """Return the planned phases of an experiment's run in their order."""
+    if experiment in outlook:
+        return outlook[experiment](settings)
+    if isinstance(settings, Experiment):
+        return [main_stage(settings)]
+    return [selection_stage()]
+
+
+@outlook("embed")
+def embedding_stages(settings: RunSettings) -> list[Stage]:
+    """Return the one phase of an embedding; its rows of metrics are parts, whose number depends on the data."""
+    return [Stage("embed", files=EMBEDDED)]
+
+
+def selection_stage() -> Stage:
+    """Return a selection by a trained model."""
+    return Stage("select", files=(CORESET,))
+
+
+def main_stage(settings: Experiment, share: float | None = None) -> Stage:
+    """Return the main training, on the samples or the coreset that the settings give or select.
+
+    Args:
+        settings: settings of the run.
+        share: share of the samples in use, if it is not that of ``select``.
+    """
+    from raypkg.coresets.budgets import budget_of
+
+    select = getattr(settings, "select", None)
+    given = getattr(settings, "coreset", None)
+    if share is None and isinstance(select, Select):
+        share = select.fraction
+
+    def size(n: int) -> int:
+        if given is not None and not getattr(select, "every_epochs", 0):
+            from .coreset_files import read_coreset
+
+            return len(read_coreset(given))
+        return n if share is None else budget_of(share, n)
+
+    has_coreset = share is not None or given is not None
+    return Stage(
+        "train",
+        settings.epochs,
+        batch_size=settings.train.batch_size,  # type: ignore[attr-defined]  # declared by each experiment
+        size=size,
+        whole=min(settings.epochs, getattr(select, "warm_epochs", 0)),
+        files=("model.safetensors", "model_record.parquet", *[CORESET] * has_coreset),
+    )
+
+
+def in_whole_batches(stage: Stage) -> Stage:
+    """Return a training whose batches are chosen one by one, all of full size."""
+    batch = stage.batch_size
+    return stage._replace(size=lambda n: -(-n // batch) * batch)
+
+
+def take_over(folder: RunFolder, stages: Sequence[Stage], donors: Donors) -> None:
+    """Copy a run's first phases from finished runs with the same settings, data and seed, as far as there are any.
+
+    A phase follows from its settings alone, so the copy equals a computation bit for bit. The bill is copied too: it
+    states what the phase costs, and the record names the run that computed it.
+
+    Args:
+        folder: folder of the run, whose stored settings contain the digest of its data.
+        stages: stages of the run.
+        donors: returns finished runs that may share a phase with this one.
+    """
+    done = folder.storage.list("phases")
+    ours = dotted(folder.config)
+    phases: list[str] = []
+    for stage in stages:
+        if f"{stage.phase}.json" not in done:
+            phases.append(stage.phase)
+        if not (phases and stage.depends_on):
+            continue
+        for donor in donors(stage):
+            same = stage.settings_in(dotted(donor.config)) == stage.settings_in(ours)
+            if same and folder.take_over(phases, donor):
+                break
+        else:
+            return
+        phases = []
+
+
+class StepMemory(NamedTuple):
+    """Bytes that a training step needs on a worker."""
+
+    weights: int
+    gradients: int
+    state: int  # of the optimiser
+    activations: int | None  # kept for the backward pass of a batch, and the batch itself; None = unknown
+
+    @property
+    def total(self) -> int:
+        """The sum of the known ones."""
+        return self.weights + self.gradients + self.state + (self.activations or 0)
+
+
+def step_memory(model: nn.Module, split: Split, batch: int, training: Training) -> StepMemory:
+    """Return the memory of a training step, without using it.
+
+    Args:
+        model: model to train.
+        split: training split.
+        batch: samples that pass through the model at once on a worker.
+        training: settings of the training.
+    """
+    import torch
+
+    dtype = torch.float64 if training.precision == "float64" else torch.float32
+    parameters = list(model.parameters())
+    trained = sum(each.numel() for each in parameters if each.requires_grad) * dtype.itemsize
+    copies = COPIES[training.optimizer]
+    if training.optimizer == "sgd" and not training.momentum:
+        copies = 0
+
+    # A forward pass on the meta device neither computes nor allocates, but keeps the same tensors for the backward
+    # pass. Each storage counts once; its address is 0 there, so its object in C++ identifies it.
+    def key(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    x = split.kind.unallocated(batch, split.shape, dtype)
+    twin = deepcopy(model).to("meta", dtype).train()
+    own = {key(each) for each in [*twin.parameters(), *twin.buffers()]}
+    kept = {key(x): x.untyped_storage()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if key(tensor) not in own:
+            kept[key(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    activations = None
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            twin(x)
+        activations = sum(storage.nbytes() for storage in kept.values())
+    except Exception:  # a user's model may look at values, which do not exist here
+        pass
+    return StepMemory(
+        weights=sum(each.numel() for each in parameters) * dtype.itemsize,
+        gradients=trained,
+        state=copies * trained,
+        activations=activations,
+    )
