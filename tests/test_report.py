@@ -10,14 +10,6 @@ from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.report import Report
 
 
-class Nowhere:
-    def log(self, row):
-        pass
-
-    def abandon(self):
-        pass
-
-
 @pytest.fixture
 def folder(tmp_path):
     return create(str(tmp_path), "train", "one", Experiment())
@@ -33,7 +25,7 @@ def said(folder, rows, *, times=None, terminal=False, phase="train", **expected)
     printed = io.StringIO()
     width = 80 if terminal else 200
     console = Console(file=printed, width=width, force_terminal=terminal, get_time=lambda: now)
-    with Report(folder, Nowhere(), console) as report:
+    with Report(folder, None, console) as report:
 
         def work():
             nonlocal now

@@ -87,20 +87,18 @@ def carry_out(
         from raypkg.experiments.samples import SAMPLES
         from raypkg.experiments.trained import keep_first_weights
         from raypkg.runs.report import Report
-        from raypkg.runs.tracking import Listened, tracker
+        from raypkg.runs.tracking import tracker
 
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
     keep_first_weights(settings, samples, folder)
     if donors:
         take_over(folder, stages_of(entry.name, settings), donors)
     following = tracker(settings, folder, group or entry.name)
-    if listen:
-        following = Listened(following, listen)
     ray_files = (folder.storage / "ray").uri
     with (
-        Report(folder, following, console) as report,
+        Report(folder, following, console, listen) as report,
         Workers(settings.cluster, report, ray_files, settings.actors, local={SAMPLES: samples}) as workers,
         exit_is_error("the model, the data or a hook"),
     ):
         entry(settings, samples=samples, report=report, workers=workers)
-    return following.finish(folder.summary or {})
+    return following.finish(folder.summary or {}) if following else ""

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: text, tables and pictures in one file, nothing fetched, every name escaped."""
+"""A self-contained HTML page: text, tables and pictures in one file. Nothing is fetched; every name is escaped."""
 
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
@@ -25,24 +25,16 @@ img { max-width: 100%; min-width: min(44rem, 175%); height: auto; }
 
 
 class Grid(NamedTuple):
-    """A table of texts, for the terminal, for Markdown and for HTML.
-
-    Attributes:
-        title: above it.
-        headings: of the columns; a line break in one is kept where there is room.
-        rows: of as many texts.
-        emphasised: places of the rows that stand out.
-        note: below it.
-    """
+    """A table of texts, for the terminal, for Markdown and for HTML."""
 
     title: str
-    headings: Sequence[str]
+    headings: Sequence[str]  # a line break in one is kept if the format has them
     rows: Sequence[Sequence[str]]
-    emphasised: frozenset[int] = frozenset()
-    note: str = ""
+    emphasised: frozenset[int] = frozenset()  # positions of the rows in bold
+    note: str = ""  # below the table
 
     def markdown(self) -> str:
-        """Return it as Markdown.
+        """Return the table as Markdown.
 
         >>> print(Grid("", ["row", "seconds"], [["x", "1"]]).markdown())
         | row | seconds |
@@ -60,7 +52,7 @@ class Grid(NamedTuple):
         return "\n".join(lines)
 
     def html(self) -> str:
-        """Return it as a part of a page."""
+        """Return the table as a part of a page."""
         head = "".join(f"<th>{escape(heading)}</th>" for heading in self.headings)
         body = []
         for place, row in enumerate(self.rows):
@@ -75,24 +67,27 @@ class Grid(NamedTuple):
         return "\n".join(parts)
 
 
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def paragraph(text: str) -> str:
-    """Return a line of text as a part of a page."""
+    """Return a text as a part of a page."""
     return f"<p>{escape(text)}</p>"
 
 
-def picture(png: bytes, what: str) -> str:
-    """Return a picture as a part of a page, which holds all of it."""
+def picture(png: bytes, alternative: str) -> str:
+    """Return a picture, embedded with its alternative text, as a part of a page."""
     data = b64encode(png).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(what)}"></figure>'
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alternative)}"></figure>'
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """Return a whole page.
-
-    Args:
-        title: of it.
-        parts: in their order, already HTML.
-    """
+    """Return a page of parts, which are already HTML."""
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -100,11 +95,3 @@ def document(title: str, parts: Iterable[str]) -> str:
         f"<title>{escape(title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n"
         f"<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
-
-
-def _markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

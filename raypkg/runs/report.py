@@ -21,7 +21,7 @@ from rich.progress import (
 
 if TYPE_CHECKING:  # they import pyarrow, which `--help` does not need
     from .folder import RunFolder
-    from .tracking import Tracker
+    from .tracking import Wandb
 
 
 class Stage(NamedTuple):
@@ -76,11 +76,24 @@ class Report:
     """Stores, shows and tracks the rows of a run, and remembers its finished phases.
 
     On a terminal each phase is a progress bar; elsewhere it is a few lines of text.
+
+    Args:
+        folder: of the run.
+        tracker: receives new rows too.
+        console: shows the progress.
+        listen: receives new rows too, and may stop the run there by ``SystemExit``, as a study does with a poor trial.
     """
 
-    def __init__(self, folder: RunFolder, tracker: Tracker, console: Console):
+    def __init__(
+        self,
+        folder: RunFolder,
+        tracker: Wandb | None,
+        console: Console,
+        listen: Callable[[Mapping[str, Any]], None] | None = None,
+    ):
         self.folder = folder
         self._tracker = tracker
+        self._listen = listen
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description:<9}"),
@@ -105,14 +118,22 @@ class Report:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
         self.folder.flush()
-        if error:
+        if error and self._tracker:
             self._tracker.abandon()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Take a row of metrics from a worker. A row that is known from before a restart is only counted."""
         is_new = self.folder.log(row)
-        if is_new:
+        if is_new and self._tracker:
             self._tracker.log(row)
+        if is_new and self._listen:
+            try:
+                self._listen(row)
+            except SystemExit:
+                if self._tracker:  # a stopped trial has not failed
+                    self._tracker.finish({})
+                    self._tracker = None
+                raise
         name = row["phase"]
         if name not in self._tasks:
             return

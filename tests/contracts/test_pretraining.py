@@ -27,7 +27,6 @@ from raypkg.methods.sparse.masks import random_masks, shapes_of
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.report import Report
-from raypkg.runs.tracking import Nowhere
 
 MODELS = 3
 
@@ -76,7 +75,7 @@ def carry_out(root, **pretrain):
 def repeat(folder, settings):
     samples = open_samples(settings)
     settings.check(len(samples.train_indices), samples.data)
-    with Report(folder, Nowhere(), Console(quiet=True)) as report, Workers(settings.cluster, report, "") as workers:
+    with Report(folder, None, Console(quiet=True)) as report, Workers(settings.cluster, report, "") as workers:
         pretraining[settings.pretrain.method](settings, report, samples=samples, workers=workers)
 
 
