@@ -1,4 +1,4 @@
-"""The parts that experiments are set from; one class per part, one field per option, `--help` text beside it."""
+"""Settings shared by experiments: a class per part, a field per option, with its help text."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -18,49 +18,45 @@ CacheGiB = Annotated[float | None, Field(ge=0, description="GiB for caching (def
 Count = Annotated[int, Field(ge=1)]
 MOST_EPOCHS = 1_000_000  # each is a row of metrics, in memory and in every checkpoint
 Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
-Threads = Annotated[int, Field(ge=1, le=1024)]  # more than any machine has processors; OpenMP dies of 100,000
-TRAIN = "train"  # targets of a selection besides data sets: the training samples
-VALID = "valid"  # and those held out
-REGIMES = ("noise", "imbalance", "repeat", "seed")  # of a data set
-STREAMING = ("streamed", "window")  # of one that no machine holds
+Threads = Annotated[int, Field(ge=1, le=1024)]  # OpenMP crashes at 100,000
+TRAIN = "train"  # target of a selection: the training samples
+VALID = "valid"  # target of a selection: the held-out samples
 WINDOW = 64  # blocks
-APART = ("cluster", "track")  # parts that say where a run happens and who hears of it, and do not alter its result
+APART = ("cluster", "track")  # parts without influence on a run's result
 
 
 class Dataset(Named):
-    """What to train on."""
+    """The training data."""
 
     name: Annotated[
         str, Field(description="digits, cifar10, parquet:PATH, text:PATH, table:PATH or package.module:function")
     ] = "digits"
     validation: Annotated[float, Field(ge=0, lt=1, description="share of the training set held out, by seed")] = 0.1
     augment: Annotated[
-        tuple[str, ...] | None, Field(description="crop, flip, randaugment; the data set's own when left out")
+        tuple[str, ...] | None, Field(description="crop, flip, randaugment (default: the data set's own)")
     ] = None
-    only: Annotated[
-        str | None, Field(description="a coreset.parquet: train on its samples alone, without their weights")
-    ] = None
+    only: Annotated[str | None, Field(description="a coreset.parquet: train on its samples only, unweighted")] = None
     noise: Annotated[
         float,
-        Field(ge=0, lt=1, description="share of the labels, but for the test set's, replaced by another class"),
+        Field(ge=0, lt=1, description="share of the labels, except in the test set, replaced by another class"),
     ] = 0.0
     imbalance: Annotated[
         Share,
         Field(description="long tail: class sizes fall geometrically to this share of the largest"),
     ] = 1.0
-    repeat: Annotated[int, Field(ge=1, le=1000, description="times that each training sample stands in the data")] = 1
-    seed: Annotated[
-        int | None, Field(ge=0, description="of the draws of noise and imbalance; left out = the run's")
-    ] = None
+    repeat: Annotated[int, Field(ge=1, le=1000, description="copies of each training sample")] = 1
+    seed: Annotated[int | None, Field(ge=0, description="of the draws of noise and imbalance (default: the run's)")] = (
+        None
+    )
     streamed: Annotated[
         str | None,
-        Field(min_length=1, description="folder or URI of stores read by blocks instead of imported by each machine"),
+        Field(min_length=1, description="folder or URI of stores, read by blocks, not imported by each machine"),
     ] = None
     window: Annotated[
-        int, Field(ge=1, description="blocks of a streamed set, of 8 MiB, from which batches draw at any time")
+        int, Field(ge=1, description="blocks of 8 MiB of a streamed set from which batches are drawn at a time")
     ] = WINDOW
     digest: Annotated[
-        str | None, Field(description="of the samples, as a run stores it: other samples are refused")
+        str | None, Field(description="checksum of the samples, stored by a run; other samples are refused")
     ] = None
 
     @property
@@ -68,36 +64,30 @@ class Dataset(Named):
         """Whether training samples or labels are drawn by a seed."""
         return self.noise > 0 or self.imbalance < 1
 
-    def check_at_hand(self, reader: str) -> None:
-        """Refuse samples that are read by blocks, for what needs any of them at any time."""
+    def refuse_streamed(self, reader: str) -> None:
+        """Refuse streamed samples for a reader that needs any sample at any time."""
         if self.streamed is not None:
-            raise UserError(f"dataset.streamed: {reader} draws from all samples at any time: leave it out")
+            raise UserError(f"dataset.streamed: {reader} draws from all samples at any time: omit it")
 
     @model_validator(mode="after")
-    def _seed_draws(self) -> Self:
+    def _check_unused(self) -> Self:
         if self.seed is not None and not self.is_drawn:
             raise UserError(f"dataset.seed = {self.seed}: there is no dataset.noise or dataset.imbalance to draw")
-        return self
-
-    @model_validator(mode="after")
-    def _stream_in_a_window(self) -> Self:
         if self.streamed is None and self.window != WINDOW:
-            raise UserError(f"dataset.window = {self.window}: there is no dataset.streamed whose blocks it would be of")
+            raise UserError(f"dataset.window = {self.window}: it has no effect without dataset.streamed")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_what_is_off(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is off: digests of settings stay those of runs from before it was there."""
+    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit settings at their defaults that earlier versions did not have: digests of settings stay the same."""
+        later = ("noise", "imbalance", "repeat", "seed", "streamed", "window")
         fields = type(self).model_fields
         values: dict[str, Any] = serialize(self)
-        may_be_off = {*REGIMES, *STREAMING}
-        return {
-            name: value for name, value in values.items() if name not in may_be_off or value != fields[name].default
-        }
+        return {name: value for name, value in values.items() if name not in later or value != fields[name].default}
 
 
 class Model(Named):
-    """What to train."""
+    """The model to train."""
 
     name: Annotated[
         str, Field(description="resnet20, transformer, torchvision:NAME, transformers:NAME or package.module:function")
@@ -113,7 +103,7 @@ class Training(Settings):
     batch_size: Annotated[Count, Field(description="samples a step, over all workers")] = 128
     micro_batch: Annotated[
         Count | None,
-        Field(description="samples of a step that go through the model at once on a worker (default: all)"),
+        Field(description="samples of a step in one pass through the model on a worker (default: all)"),
     ] = None
     optimizer: Annotated[Literal["sgd", "adamw"], Field(description="update rule")] = "sgd"
     lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.1
@@ -122,30 +112,28 @@ class Training(Settings):
     weight_decay: Annotated[float, Field(ge=0, description="L2 penalty (SGD) or decoupled decay (AdamW)")] = 5e-4
     decay: Annotated[
         Literal["all", "matrices"],
-        Field(description="what decays; matrices = parameters of two or more dimensions: no norms, no biases"),
+        Field(description="decayed parameters; matrices = those of two or more dimensions: no norms, no biases"),
     ] = "all"
-    clip: Annotated[
-        float | None, Field(gt=0, description="largest global norm of a step's gradients (default: any)")
-    ] = None
+    clip: Annotated[float | None, Field(gt=0, description="gradient clipping norm (default: off)")] = None
     label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="share of the target spread over all classes, in what is trained only")
+        float, Field(ge=0, lt=1, description="share of the target spread over all classes, in training only")
     ] = 0.0
     schedule: Schedule = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly rising rate")] = 0.0
+    warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly increasing rate")] = 0.0
     milestones: Annotated[
         tuple[Share, ...], Field(description="shares of training at which multistep drops the rate")
     ] = (0.5, 0.75)
     lr_drop: Annotated[float, Field(gt=0, le=1, description="factor of the rate at each milestone")] = 0.1
     precision: Annotated[
         Precision,
-        Field(description="of matrix products; auto = bfloat16 where the processor computes in it"),
+        Field(description="of matrix products; auto = bfloat16 if the processor supports it"),
     ] = "auto"
     evaluate_every_epochs: Annotated[
         int, Field(ge=0, description="epochs between evaluations on the held-out samples; 0 = none")
     ] = 5
-    compile: Annotated[
-        bool, Field(description="compile the model (a minute or more at first; gains little on a processor)")
-    ] = False
+    compile: Annotated[bool, Field(description="compile the model: takes a minute or more, gains little on a CPU")] = (
+        False
+    )
 
     def steps_per_epoch(self, n: int) -> int:
         """Return the steps of an epoch on n samples.
@@ -157,7 +145,7 @@ class Training(Settings):
 
     @property
     def at_once(self) -> int:
-        """Most samples that go through the model at once on a worker."""
+        """Largest number of samples in one pass through the model on a worker."""
         return min(self.batch_size, self.micro_batch or self.batch_size)
 
 
@@ -166,35 +154,35 @@ class Train(Training):
 
     from_: Annotated[
         str | None,
-        Field(alias="from", description="first weights: a finished run's model, or FILE.safetensors (default: drawn)"),
+        Field(alias="from", description="initial weights: a finished run or FILE.safetensors (default: drawn)"),
     ] = None
     keep: Annotated[
-        Literal["last", "best"], Field(description="epoch whose model is kept; best = of the best held-out accuracy")
+        Literal["last", "best"], Field(description="epoch whose model is kept; best = with the best held-out accuracy")
     ] = "last"
     sync_bn: Annotated[bool, Field(description="batch statistics over all workers (GPU only)")] = False
 
     @model_validator(mode="after")
-    def _in_step(self) -> Self:
+    def _check_sync_bn(self) -> Self:
         if self.sync_bn and self.micro_batch is not None:
             raise UserError(
-                "train.sync_bn = true does not go with train.micro_batch: workers may have unequally many parts"
+                "train.sync_bn = true excludes train.micro_batch: workers may have unequal numbers of parts"
             )
         return self
 
 
 class Target(Named):
-    """Which samples a selection is for."""
+    """Samples that a selection is for."""
 
     name: Annotated[
         str,
         Field(
-            description="train, valid (held out) or a data set such as table:few.csv; left out = train (glister: valid)"
+            description="train, valid (held out) or a data set such as table:few.csv (default: train; glister: valid)"
         ),
     ]
 
     @property
     def is_data_set(self) -> bool:
-        """Whether it is a data set of its own, not samples of the run's."""
+        """Whether it is another data set than the run's."""
         return self.name not in (TRAIN, VALID)
 
 
@@ -216,17 +204,17 @@ class Select(Settings):
 
 
 class Reselect(Select):
-    """Selection that may be repeated during training."""
+    """Selection of the coreset, once or repeatedly during training."""
 
     renamed: ClassVar[Mapping[str, str]] = {**Select.renamed, "every": "every_epochs", "warm": "warm_epochs"}
 
     every_epochs: Annotated[
-        int, Field(ge=0, description="epochs between selections during training, by its model; 0 = select once")
+        int, Field(ge=0, description="epochs between selections by the model in training; 0 = select once")
     ] = 0
-    warm_epochs: Annotated[int, Field(ge=0, description="first epochs, on all samples")] = 0
+    warm_epochs: Annotated[int, Field(ge=0, description="first epochs on all samples")] = 0
 
     def due(self, epoch: int) -> bool:
-        """Say whether an epoch, counted from 0, begins with a selection.
+        """Return True if an epoch, counted from 0, begins with a selection.
 
         >>> [epoch for epoch in range(10) if Reselect(warm_epochs=2, every_epochs=3).due(epoch)]
         [2, 5, 8]
@@ -238,70 +226,70 @@ class Reselect(Select):
 
 
 class Cluster(Settings):
-    """Where it runs."""
+    """Workers and their resources."""
 
     workers: Annotated[
         int | None,
-        Field(ge=0, description="Ray workers; 0 = this process, on its CPU, without Ray; left out = up to 8"),
+        Field(ge=0, description="Ray workers (default: up to 8); 0 = this process, on its CPU, without Ray"),
     ] = None
     cpus_per_worker: Annotated[
         Threads | None,
-        Field(description="CPUs of each worker; left out = 1, with GPUs a node's CPUs divided among its GPUs"),
+        Field(description="CPUs of each worker (default: 1; with GPUs, a node's CPUs divided among its GPUs)"),
     ] = None
     gpus_per_worker: Annotated[
-        float | None, Field(ge=0, description="GPUs of each worker; left out = 1 where the cluster has any")
+        float | None, Field(ge=0, description="GPUs of each worker (default: 1 if the cluster has any)")
     ] = None
-    max_failures: Annotated[int, Field(ge=0, description="how often the workers restart after one is lost")] = 3
-    address: Annotated[str | None, Field(description="of a running Ray cluster; left out = found or started")] = None
+    max_failures: Annotated[int, Field(ge=0, description="restarts of the workers after one is lost")] = 3
+    address: Annotated[str | None, Field(description="of a running Ray cluster (default: found or started)")] = None
 
     @property
     def cpus_without_gpu(self) -> int:
-        """CPUs of a worker that has no GPU."""
+        """CPUs of a worker without a GPU."""
         return self.cpus_per_worker or 1
 
 
 class Track(Settings):
-    """Where metrics go besides the run folder."""
+    """Tracking of metrics besides the run folder."""
 
-    name: Annotated[Literal["wandb"] | None, Field(description="wandb logs offline when there is no key")] = None
+    name: Annotated[Literal["wandb"] | None, Field(description="wandb; it logs offline if there is no key")] = None
     project: Annotated[str, Field(min_length=1, description="W&B project")] = "effray"
 
 
 class RunSettings(Settings):
-    """What every experiment has."""
+    """Settings of every experiment."""
 
-    seed: Annotated[int, Field(ge=0, description="all randomness follows from it")] = 0
+    seed: Annotated[int, Field(ge=0, description="of all randomness")] = 0
     dataset: Dataset = Dataset()
     cluster: Cluster = Cluster()
     track: Track = Track()
 
     @property
     def actors(self) -> int:
-        """Ray actors of one CPU each that a run starts beside its workers."""
+        """Ray actors of one CPU each, besides the workers."""
         return 0
 
     def lookups(self) -> list[Lookup]:
-        """Return the names, of entries of registries, that a method's own settings have."""
+        """Return the names in a method's own settings that stand for entries of registries."""
         return []
 
 
 class Experiment(RunSettings):
-    """What every experiment that trains has, ``train`` besides: each its own."""
+    """Settings of every experiment that trains; each adds its own ``train``."""
 
     model: Model = Model()
     hooks: Annotated[
-        tuple[Named, ...], Field(description="further hooks on training, such as my_code:Ema; see `effray methods`")
+        tuple[Named, ...], Field(description="additional hooks, such as my_code:Ema; see `effray methods`")
     ] = ()
 
     @property
     def epochs(self) -> int:
-        """Epochs that the main training runs for."""
-        epochs: int = self.train.epochs  # type: ignore[attr-defined]  # declared where the experiment is
+        """Epochs of the main training."""
+        epochs: int = self.train.epochs  # type: ignore[attr-defined]  # declared by each experiment
         return epochs
 
     @model_validator(mode="after")
-    def _best_is_known(self) -> Self:
-        """Refuse to keep the best epoch where no epoch is measured."""
+    def _check_best(self) -> Self:
+        """Refuse to keep the best epoch if none is evaluated."""
         train = getattr(self, "train", None)
         if not isinstance(train, Train) or train.keep == "last":
             return self

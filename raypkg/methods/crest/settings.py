@@ -117,7 +117,7 @@ class CrestOptions(Settings):
                 f"train.label_smoothing = {training.label_smoothing:g}: CREST chooses by gradients of plain"
                 " cross-entropy and models that loss, so its coresets would not be of what is trained"
             )
-        experiment.dataset.check_at_hand("CREST")
+        experiment.dataset.refuse_streamed("CREST")
         if self.actors and not experiment.cluster.workers:
             raise UserError(f"crest.actors = {self.actors}: give cluster.workers too, 1 or more, so that both fit")
 

@@ -100,7 +100,7 @@ class DeltaGradSettings(Experiment):
         """Refuse a training that cannot be replayed, with augmentation, dropout, batch norm or data read by blocks."""
         from .hook import check_replayable
 
-        self.dataset.check_at_hand("DeltaGrad")
+        self.dataset.refuse_streamed("DeltaGrad")
         check_replayable(self, data)
 
 
