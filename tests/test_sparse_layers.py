@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -13,7 +12,6 @@ from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
-from raypkg.methods.sparse import initial
 from raypkg.methods.sparse.compute import (
     ActiveLinear,
     Pattern,
@@ -24,12 +22,12 @@ from raypkg.methods.sparse.compute import (
     forward_flops,
     only_active,
 )
-from raypkg.methods.sparse.masks import active_counts, density_of, erk_densities, prunable, shapes_of
-from raypkg.methods.sparse.rules import grasp_saliency, snip_saliency
+from raypkg.methods.sparse.masks import density_of, prunable, shapes_of
+from raypkg.methods.sparse.rules import grasp_saliency
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
-from sparse_training import PLAIN, STEPS, C, D, network, rng, run, sparse, split
+from sparse_training import PLAIN, STEPS, D, network, rng, run, sparse, split
 from transformer_rows import PLACES, WIDTH, Transformer
 
 
@@ -138,32 +136,6 @@ def test_computing_sparse_holds_only_the_active_weights():
 # Transformers
 
 
-class Bert(nn.Module):
-    """BERT on rows, whose numbers become tokens by their signs."""
-
-    def __init__(self):
-        transformers = pytest.importorskip("transformers")
-        super().__init__()
-        torch.manual_seed(0)
-        config = transformers.BertConfig(
-            vocab_size=4,
-            hidden_size=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=D,
-            num_labels=C,
-        )
-        self.bert = transformers.BertForSequenceClassification(config)
-
-    def forward(self, x):
-        return self.bert((x > 0).long()).logits
-
-
-def both(function):
-    return pytest.mark.parametrize("build", [Transformer, Bert])(function)
-
-
 def batch(size=32):
     return split().batch(torch.arange(size))
 
@@ -175,48 +147,9 @@ def test_masks_are_on_attention_and_on_mlps_and_on_nothing_else():
     assert names == layers | {"embedding.weight", "head.weight"}
 
 
-def test_of_bert_embeddings_norms_and_biases_stay_dense():
-    names = set(prunable(Bert()))
-    assert {name for name in names if "embedding" in name.lower() or "norm" in name.lower() or "bias" in name} == set()
-    of_layer = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
-    assert len(names) == 2 * len(of_layer) + 2  # the pooler and the classifier
-
-
 def test_projections_of_their_own_are_masked_each():
     attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
     assert set(prunable(attention)) == {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"}
-
-
-@both
-def test_densities_are_those_of_erdos_renyi(build):
-    shapes = shapes_of(build())
-    below = {name: share for name, share in erk_densities(shapes, 0.3).items() if share < 1}
-    ratios = {share * shapes[name].numel() / sum(shapes[name]) for name, share in below.items()}
-    assert max(ratios) == pytest.approx(min(ratios))
-
-
-def without_dropout(build):
-    model = build()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout_prob", "dropout"):  # which attention keeps as numbers
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model
-
-
-@both
-def test_saliency_is_that_of_the_gradient(build):
-    model, (x, y) = without_dropout(build), batch()
-    saliency = snip_saliency(model, x, y)
-    twin = copy.deepcopy(model).train()
-    F.cross_entropy(twin(x), y).backward()
-    assert saliency.keys() == prunable(model).keys()
-    for name, values in saliency.items():
-        weight = twin.get_parameter(name)
-        torch.testing.assert_close(values, (weight.grad * weight).abs())
-    assert all(values.any() for values in saliency.values())
 
 
 class Nowhere(nn.Module):
@@ -239,10 +172,9 @@ def test_grasp_differentiates_attention_twice():
         torch.testing.assert_close(values, slow[name])
 
 
-@both
 @pytest.mark.parametrize("growth", ["random", "gradient"])
-def test_training_keeps_the_counts_and_the_zeros(build, growth):
-    trained = fit(run(*sparse(growth=growth, sparse_init="snip"), model=build()))
+def test_training_keeps_the_counts_and_the_zeros(growth):
+    trained = fit(run(*sparse(growth=growth, sparse_init="snip"), model=Transformer()))
     topology = trained.hooks[0]
     assert density_of(topology.masks) == pytest.approx(0.3, abs=0.01)
     assert not any(trained.model.get_parameter(name)[~mask].any() for name, mask in topology.masks.items())
@@ -250,25 +182,14 @@ def test_training_keeps_the_counts_and_the_zeros(build, growth):
     assert topology.explored_share > 0.31
 
 
-@both
-@pytest.mark.parametrize("name", ["erk", "uniform", "snip", "grasp"])
-def test_every_rule_gives_a_transformer_its_first_masks(name, build):
-    model = build()
-    masks = initial[name](model, 0.3, rng=rng(), batch=batch())
-    assert {name: mask.shape for name, mask in masks.items()} == shapes_of(model)
-    assert sum(active_counts(masks).values()) >= 0.29 * sum(mask.numel() for mask in masks.values())
-
-
-@both
-def test_multiplying_only_active_weights_gives_the_same_model(build):
-    def trained(active):  # dropout would draw otherwise on products that lie in memory by columns
-        return fit(run(*sparse(active=active), model=without_dropout(build), precision="float64"))
-
-    masked, active = trained(active=False), trained(active=True)
+def test_multiplying_only_active_weights_gives_the_same_model():
+    masked, active = (
+        fit(run(*sparse(active=active), model=Transformer(), precision="float64")) for active in (False, True)
+    )
     assert_same_weights(masked.model, active.model, rtol=1e-4, atol=1e-7)
     x, _ = batch()
     with torch.inference_mode():
-        logits = [run.model.eval()(x.double()) for run in (masked, active)]
+        logits = [trained.model.eval()(x.double()) for trained in (masked, active)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-6)
 
 
@@ -292,12 +213,6 @@ def test_operations_of_attention_are_counted():
     assert flops["encoder.layers.0.linear1.weight"] == 2 * WIDTH * 16 * PLACES
     none = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes_of(model).items()}
     assert active_flops(flops, none) == 0
-
-
-def test_operations_of_tokens_are_counted():
-    model = build_model("transformer", (6, 20), 3, seed=0)
-    flops = forward_flops(model, (6, 20))
-    assert flops.keys() == prunable(model).keys() and all(flops.values())
 
 
 def test_attention_whose_projections_stand_apart_is_counted():

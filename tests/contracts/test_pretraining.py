@@ -262,15 +262,10 @@ def test_a_joint_training_that_was_stopped_begins_with_the_merged_model_again(tm
     assert same(weights(folder), expected)
 
 
-def test_false_switches_sparsity_off():
-    assert lipt_settings(sparsity="false").pretrain.sparsity is None
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("method", "lpt", "unknown pre-training 'lpt', did you mean 'lipt'"),
-        ("method", "none", r"unknown pre-training 'none'\. Allowed: dense, initial, lipt"),
         ("merge", "men", "unknown merge 'men', did you mean 'mean'"),
         ("sparsity", "snp", "unknown sparse initialisation 'snp', did you mean 'snip'"),
         ("merge", "no_such_module:merge", "unknown merge or module 'no_such_module:merge'"),

@@ -209,28 +209,7 @@ def exchange_linear(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) ->
     return model
 
 
-# Costs
-
-
-class Footprint(NamedTuple):
-    """Parameters and operations of a model, in total and without pruned weights."""
-
-    parameters: int  # biases and norms included
-    active_parameters: int
-    flops: int  # operations of the forward pass of one sample
-    active_flops: int
-
-
-def footprint(model: nn.Module, shape: tuple[int, ...], masks: Mapping[str, Tensor]) -> Footprint:
-    """Return the footprint of a model, which stays unchanged, under masks, for samples of a shape.
-
-    >>> footprint(nn.Linear(5, 2), (5,), {"weight": torch.eye(2, 5) > 0})
-    Footprint(parameters=12, active_parameters=4, flops=20, active_flops=4)
-    """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    pruned = sum(int((~mask).sum()) for mask in masks.values())
-    flops = forward_flops(model, shape)
-    return Footprint(parameters, parameters - pruned, sum(flops.values()), active_flops(flops, masks))
+# Operations
 
 
 def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:

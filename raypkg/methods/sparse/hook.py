@@ -21,7 +21,7 @@ from raypkg.experiments.samples import Samples, new_model
 from raypkg.experiments.training import Job
 
 from . import drop, growth, plots, redistribution
-from .compute import ActiveLinear, Pattern, exchange_linear, footprint
+from .compute import ActiveLinear, Pattern, active_flops, exchange_linear, forward_flops
 from .masks import (
     Masks,
     active_counts,
@@ -57,15 +57,11 @@ class Topology(Hook):
     A dropped weight may be grown again in the same change, and then keeps its value: a full layer does not change.
 
     Differs from RigL: a step that changes the masks also updates the weights, after the change.
-
-    Args:
-        settings: density, rules and schedule.
-        steps: number of training steps.
     """
 
     priority = 0
 
-    def __init__(self, settings: Sparsity, steps: int):
+    def __init__(self, settings: Sparsity, steps: int):  # steps of the whole training
         self.settings = settings
         self.density = settings.density or 1.0
         self.every = settings.interval(steps)
@@ -240,10 +236,7 @@ class Topology(Hook):
 class Masked(Hook):
     """Keeps pruned weights at zero by zeroing their gradients: momentum and decay of 0 are 0.
 
-    The arithmetic stays dense: this simulates sparsity and saves no time.
-
-    Args:
-        masks: True for active weights, by the parameter's name; an earlier hook may change them in place.
+    The arithmetic stays dense: this simulates sparsity and saves no time. Earlier hooks may change the masks in place.
     """
 
     priority = 100
@@ -279,13 +272,9 @@ class Active(Masked):
 
     With several workers the first form is kept throughout, because DDP lays out its buckets once; only active weights
     get gradients all the same.
-
-    Args:
-        masks: those of an earlier hook, which changes them in place.
-        due: returns True if that hook changes them in a step, given its number.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor], due: Callable[[int], bool]):
+    def __init__(self, masks: Mapping[str, Tensor], due: Callable[[int], bool]):  # due: whether a step changes them
         super().__init__(masks)
         self.due = due
         self.layers: dict[str, ActiveLinear] = {}  # by the names of their weights
@@ -341,16 +330,21 @@ class FootprintReport(Hook):
         self.topology = topology
 
     def results(self, run: Run) -> Results:
-        """Return parameters and operations, all and active ones."""
+        """Return parameters, biases and norms included, and operations of the forward pass of one sample."""
         masks = self.topology.masks if self.topology else {}
-        takes = footprint(self.model, run.split.shape, masks)
-        finding = f"{takes.parameters:,} parameters; a forward pass of one sample takes {takes.flops:,} operations"
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        active = parameters - sum(int((~mask).sum()) for mask in masks.values())
+        by_weight = forward_flops(self.model, run.split.shape)
+        flops = sum(by_weight.values())
+        fewer = active_flops(by_weight, masks)
+        finding = f"{parameters:,} parameters; a forward pass of one sample takes {flops:,} operations"
         if masks:
             finding = (
-                f"{takes.active_parameters:,} of {takes.parameters:,} parameters exist; a forward pass of one sample"
-                f" that skips the others takes {takes.active_flops:,} of {takes.flops:,} operations"
+                f"{active:,} of {parameters:,} parameters exist; a forward pass of one sample that skips the others"
+                f" takes {fewer:,} of {flops:,} operations"
             )
-        return Results(facts=takes._asdict(), findings=[finding])
+        facts = {"parameters": parameters, "active_parameters": active, "flops": flops, "active_flops": fewer}
+        return Results(facts=facts, findings=[finding])
 
 
 @hook("sparse", source="arXiv:1707.04780, arXiv:1911.11134")

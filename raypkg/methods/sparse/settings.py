@@ -18,7 +18,7 @@ INTERVALS = 40  # per training by default
 
 
 class Initial(Named):
-    """Which weights exist at first."""
+    """Rule of the first masks."""
 
     name: Annotated[
         str, Field(description="first masks: erk, uniform, snip, grasp; dense and no growth = gradual pruning")
@@ -26,7 +26,7 @@ class Initial(Named):
 
 
 class Growth(Named):
-    """Which weights come."""
+    """Rule of the weights to grow."""
 
     name: Annotated[str, Field(description="random (SET), gradient (RigL), momentum; false = the masks stay")] = (
         "random"
@@ -34,16 +34,16 @@ class Growth(Named):
 
 
 class Drop(Named):
-    """Which weights go."""
+    """Rule of the weights to drop."""
 
     name: Annotated[str, Field(description="magnitude, set (closest to zero on both sides), threshold")] = "magnitude"
 
 
 class Redistribution(Named):
-    """Which layers grow."""
+    """Rule of the layers that grow."""
 
     name: Annotated[
-        str, Field(description="which layers grow: magnitude, nonzeros, momentum; left out = those that dropped")
+        str, Field(description="which layers grow: magnitude, nonzeros, momentum (default: those that dropped)")
     ]
 
 
