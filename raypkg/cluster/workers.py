@@ -28,8 +28,8 @@ class Workers:
 
     Args:
         cluster: number and size of workers.
-        report: receives, in this process, every row of metrics that a worker reports.
-        folder: where Ray Train keeps its own files, reachable from every node.
+        report: receives every row of metrics that a worker reports, in this process.
+        folder: folder for Ray Train's own files, reachable from every node.
         actors: actors of one CPU each that the run starts in addition to its workers.
         local: initial ``worker.local`` of functions that run in this process, such as data that it has open.
     """
@@ -67,11 +67,7 @@ class Workers:
         self._most = min(most, self._most or most)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return rank 0's value of ``function(worker, *arguments)``.
-
-        Args:
-            function: importable by the workers; returns plain Python values.
-            arguments: picklable; the same for every worker.
+        """Return rank 0's value, plain Python, of ``function(worker, *arguments)``; workers import the function.
 
         Raises:
             UserError: raised by the function; the cluster is too small; workers died too often.
@@ -106,14 +102,7 @@ class Workers:
 
 
 class Group:
-    """Workers on Ray Train, which carry out what the mailbox brings them.
-
-    Args:
-        size: number and size of workers.
-        failures: how often they may be lost.
-        report: receives the rows of all workers.
-        folder: for Ray Train's own files.
-    """
+    """Workers on Ray Train, which carry out the tasks in the mailbox; they may be lost ``failures`` times."""
 
     def __init__(self, size: Plan, failures: int, report: Listener, folder: str):
         self._failures = failures

@@ -132,13 +132,7 @@ def training_batch(
 ) -> Batch:
     """Load this worker's slice of one step's samples, augmented and normalised.
 
-    Args:
-        split: contains the samples.
-        samples: all samples of the step, over all workers.
-        augment: augmentation.
-        draws: uniform random numbers for it, for all samples, [b, augment.draws].
-        worker: determines the slice and the device.
-        dtype: floating-point type of the model.
+    ``samples`` are those of all workers, and so are ``draws``, the uniform numbers [b, augment.draws] for augmentation.
     """
     device = worker.device
     indices = slice_of(samples.indices, worker)

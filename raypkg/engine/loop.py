@@ -46,10 +46,7 @@ def fit(
     With ``micro_batch`` a step's samples pass through the model in parts, whose gradients add up to those of the whole
     batch. Batch norm sees only the parts, and layers such as dropout draw other numbers.
 
-    Args:
-        run: training to carry out.
-        checkpoints: storage of the state after each epoch.
-        measure: returns further metrics of a model after each epoch, given the epoch.
+    After each epoch the state goes to ``checkpoints``, and ``measure(model, epoch)`` returns further metrics.
 
     Raises:
         UserError: the loss of an epoch is not finite; the last good checkpoint stays.
@@ -200,15 +197,10 @@ def evaluate(
     *,
     precision: str = "auto",
 ) -> dict[str, float]:
-    """Return the mean loss and the accuracy of rank 0's model, each worker evaluating its slice of the samples.
+    """Return the mean loss and the accuracy of rank 0's model on the samples at ``indices``, int64 [n] (default: all).
 
-    Args:
-        model: in any mode, which is restored.
-        split: samples.
-        indices: positions in the split, int64 [n]; None = all.
-        worker: device and process group; None = the CPU of this process.
-        cost: bill for the forward passes.
-        precision: precision of matrix products.
+    Each worker evaluates its slice; without one, this process does on its CPU. The model's mode is restored, and the
+    forward passes are added to ``cost``.
 
     >>> split = Split.from_tensors(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]))
     >>> model = nn.Linear(1, 2)

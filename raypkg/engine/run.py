@@ -77,18 +77,10 @@ class Run:
         worker: Worker | None = None,
         **training: Any,
     ) -> Run:
-        """Return a training in this process, for ``fit``.
+        """Return a training of ``model`` in place, in this process, for ``fit``.
 
-        Args:
-            model: ``head(features(x))``, trained in place.
-            split: training samples.
-            settings: training settings; None = the defaults, changed by the keyword arguments.
-            hooks: hooks in the order in which they act.
-            coreset: samples to train on; None = all.
-            seed: seed of every draw.
-            augment: names of augmentations; None = those that suit the data.
-            worker: device and process group; None = the CPU of this process.
-            **training: training settings by name, such as ``epochs=10, lr=0.1``.
+        Settings are given as an object or by name, such as ``epochs=10, lr=0.1``. By default it trains on all samples
+        of the split, with the augmentations that suit the data, on the CPU.
 
         Raises:
             UserError: an unknown setting, an invalid value, settings given in both ways, or no Split.

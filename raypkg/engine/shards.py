@@ -131,13 +131,7 @@ def class_shards(
 ) -> list[Shard]:
     """Split samples by class into at most ``count`` shards of about equal size; a class is never divided.
 
-    Args:
-        source: settings of the data set, or the open one.
-        y: labels of the whole training split, int64.
-        indices: training samples to split.
-        valid: held-out samples, which go to the shard of their class.
-        count: number of holders.
-        device: device of the holders.
+    ``y`` are the labels of the whole training split. The held-out samples ``valid`` go to the shard of their class.
     """
     # The largest class first, each to the holder with the fewest samples so far.
     owner = torch.zeros(int(y.max()) + 1, dtype=torch.int64)  # [C]
