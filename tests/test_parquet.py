@@ -52,11 +52,6 @@ def test_the_label_column_can_be_chosen(tmp_path, load):
     assert load(label="species").train.classes == samples.CLASSES
 
 
-def test_without_metadata_classes_are_numbers(tmp_path, load):
-    write(tmp_path, classes=None)
-    assert load().test.classes == ("0", "1", "2")
-
-
 def test_several_files_are_read_in_order(tmp_path, load):
     for part in range(3):
         some = slice(3 * part, 3 * part + 3)

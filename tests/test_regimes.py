@@ -1,4 +1,4 @@
-"""Wrong labels, long tails and near-duplicates: drawn by seed on any data set, kept apart from what is true."""
+"""Wrong labels, long tails and repeated samples: drawn by seed on any data set, with true labels kept apart."""
 
 import pickle
 
@@ -59,7 +59,7 @@ def test_a_class_that_is_rarer_already_stays_whole_and_none_is_lost():
     assert y[long_tail(y, 0.001, rng())].bincount().tolist() == [100, 3, 1]
 
 
-def test_repeated_samples_are_the_same_rows_and_say_of_which_sample_they_are():
+def test_repeated_samples_carry_the_ids_of_the_originals():
     data = open_data(Dataset(repeat=3))
     plain = load_data("digits")
     assert len(data.train) == 3 * len(plain.train)
@@ -69,7 +69,7 @@ def test_repeated_samples_are_the_same_rows_and_say_of_which_sample_they_are():
     assert torch.equal(x, expected) and torch.equal(y, label)
 
 
-def test_the_test_split_is_as_it_was():
+def test_the_test_split_is_unchanged():
     changed = open_data(Dataset(noise=0.3, imbalance=0.1, repeat=2, seed=0))
     plain = load_data("digits")
     assert torch.equal(changed.test.y, plain.test.y)
@@ -93,7 +93,7 @@ def test_copies_of_a_sample_are_held_out_together():
     assert not set(train.ids[samples.train_indices].tolist()) & set(train.ids[samples.held_out].tolist())
 
 
-def test_held_out_labels_are_as_noisy_as_those_of_training():
+def test_held_out_labels_are_as_noisy_as_training_labels():
     samples = open_samples(settings_of(noise=0.4, validation=0.5))
     assert wrong_share(samples.data.train, samples.held_out) == pytest.approx(0.4, abs=0.05)
 
@@ -113,7 +113,7 @@ def test_draws_leave_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_whoever_opens_the_data_by_its_settings_alone_has_the_same_labels():
+def test_stored_settings_alone_give_the_same_labels():
     stored = Dataset(noise=0.4, imbalance=0.5, repeat=2, seed=7)
     samples = open_samples(RunSettings(seed=3, dataset=stored))
     shard = pickle.loads(pickle.dumps(Shard(stored, samples.train_indices, samples.held_out)))
@@ -122,7 +122,7 @@ def test_whoever_opens_the_data_by_its_settings_alone_has_the_same_labels():
         Shard(Dataset(noise=0.4), samples.train_indices, samples.held_out).data.train  # noqa: B018
 
 
-def test_the_digest_tells_other_labels():
+def test_the_digest_depends_on_the_labels():
     samples = open_samples(settings_of(0, noise=0.4), verify=False)
     other = open_samples(settings_of(1, noise=0.4), verify=False)
     assert samples.digest(Dataset()) != other.digest(Dataset())
@@ -147,12 +147,12 @@ def test_settings_without_a_regime_are_stored_as_before_there_were_any():
         ({"dataset.seed": 3}, "dataset.seed = 3: there is no dataset.noise or dataset.imbalance to draw"),
     ],
 )
-def test_settings_that_cannot_be_or_would_do_nothing_are_refused(values, message):
+def test_invalid_settings(values, message):
     with pytest.raises(UserError, match=message):
         load_settings(RunSettings, {}, values)
 
 
-def test_a_split_of_split_keeps_truth_and_ids():
+def test_a_subset_of_a_subset_keeps_truth_and_ids():
     noisy = with_wrong_labels(split_of([0, 1] * 10), 0.5, generator(0, "noise"))
     part = subset(subset(noisy, torch.tensor([5, 6, 7])), torch.tensor([2, 0]))
     assert part.ids.tolist() == [7, 5]

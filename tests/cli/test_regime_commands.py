@@ -1,4 +1,4 @@
-"""Wrong labels, long tails and near-duplicates as a user asks for them: recorded, told, resumed."""
+"""Wrong labels, long tails and repeated samples on the command line: stored, reported, resumed."""
 
 import tomllib
 
@@ -16,7 +16,7 @@ NOISY = "train --model linear --train.epochs 2 --seed 3 --dataset.noise 0.4 --da
 PICKS = f"{NOISY} --select.rule el2n --select.fraction 0.2 --name picks"
 
 
-def test_what_was_done_to_the_labels_is_in_the_run(effray, after, tmp_path):
+def test_the_run_records_its_regimes(effray, after, tmp_path):
     after(PICKS)
     config = tomllib.loads((tmp_path / "runs/train/picks/config.toml").read_text())
     assert config["dataset"] | {"digest": ""} == {
@@ -58,7 +58,7 @@ def test_a_stored_config_with_another_seed_keeps_the_labels_that_it_was_drawn_wi
     assert len(digest) == 1
 
 
-def test_options_that_would_do_nothing_are_refused(refusal):
+def test_options_without_effect_are_refused(refusal):
     assert "dataset.seed = 1: there is no dataset.noise" in refusal("train --dataset.seed 1")
     assert "dataset.window = 9: there is no dataset.streamed" in refusal("train --dataset.window 9")
     assert "dataset.streamed" in refusal("train --dataset.streamed ''")

@@ -1,4 +1,4 @@
-"""Texts on the command line: tokens of the model, the stored settings of the paper, and what does not take texts."""
+"""Texts on the command line: tokens of the model, settings of the paper, and models without texts."""
 
 import shutil
 from pathlib import Path
@@ -36,7 +36,7 @@ def pairs(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Return a folder as Hugging Face writes it: a random network and a tokenizer of its own."""
+    """A folder in the format of Hugging Face: a random network and its own tokenizer."""
     transformers = pytest.importorskip("transformers")
     from raypkg.data.tokenizer import trained
 
@@ -110,7 +110,7 @@ def test_every_method_that_takes_texts_takes_them(effray, pairs):
         (f"train {SMALL} --dataset.augment crop", "no images"),
     ],
 )
-def test_what_takes_no_texts_says_so(call, pairs, line, told):
+def test_refused_texts(call, pairs, line, told):
     result = call(f"effray {line} --dataset {pairs}")
     assert result.code == 2 and told in result.err and result.err.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""What every data source keeps, over the whole registry; one that needs files is given small ones."""
+"""The contract of every registered data source, on small files where it needs any."""
 
 import pickle
 import sys
@@ -107,7 +107,7 @@ def test_both_splits_have_one_shape_and_the_statistics_of_train(data, request):
     assert data.train.std == pytest.approx(values.std(0, correction=0).tolist())
 
 
-def test_a_batch_gathers_what_was_asked_for(data):
+def test_a_batch_gathers_the_requested_samples(data):
     for split in data:
         everything, labels = split.batch(torch.arange(len(split)))
         assert len(everything) == len(split) and split.kind.fits(everything, split.shape)
@@ -131,7 +131,7 @@ def test_an_empty_batch(data):
 
 
 @pytest.mark.parametrize("indices", [[-1], [0, 10**6], [0.5], [True]])
-def test_what_is_no_index(data, indices):
+def test_invalid_indices(data, indices):
     with pytest.raises(IndexError, match="indices"):
         data.train.batch(indices)
 
@@ -158,7 +158,7 @@ def test_digits():
         load_data("digits:/data")
 
 
-def test_a_download_that_fails(tmp_path, monkeypatch):
+def test_a_failed_download(tmp_path, monkeypatch):
     def fetched(*arguments, **options):
         raise RuntimeError("no network")
 
@@ -168,7 +168,7 @@ def test_a_download_that_fails(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", [".", "mine", "mine/below"])
-def test_a_download_that_fails_leaves_no_folder_that_it_made(tmp_path, monkeypatch, folder):
+def test_a_failed_download_leaves_no_new_folder(tmp_path, monkeypatch, folder):
     def fetched(folder, **options):
         (folder / "MNIST" / "raw").mkdir(parents=True)
         raise RuntimeError("no network")
@@ -242,12 +242,12 @@ def test_the_users_own_function(monkeypatch):
         ("of_two_widths", r"differ in shape: train has \(1,\), test has \(2,\)"),
     ],
 )
-def test_what_the_users_function_must_keep(function, message):
+def test_invalid_user_functions(function, message):
     with pytest.raises(UserError, match=message):
         load_data(f"{__name__}:{function}")
 
 
-def test_an_error_of_the_users_function_is_not_ours_to_explain():
+def test_an_error_of_the_users_function_keeps_its_traceback():
     with pytest.raises(FileNotFoundError):
         load_data(f"{__name__}:with_a_missing_file")
 
