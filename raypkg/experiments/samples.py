@@ -72,13 +72,13 @@ def open_samples(settings: RunSettings, *, verify: bool = True) -> Samples:
     from raypkg.data.opening import open_data
     from raypkg.data.partition import hold_out
 
-    from .coreset_files import load_coreset
-
     chosen = settings.dataset
     data = open_data(chosen, settings.seed)
     rng = generator(settings.seed, "hold out")
     train_indices, held_out = hold_out(data.train.y, chosen.validation, rng, data.train.ids)
     if chosen.only is not None:
+        from .coreset_files import load_coreset
+
         given = load_coreset(chosen.only, data.train, held_out, chosen.name)
         train_indices = given.indices.sort().values
     samples = Samples(data, train_indices, held_out)

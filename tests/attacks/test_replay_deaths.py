@@ -124,21 +124,27 @@ def place(template, tmp_path, monkeypatch):
     return Place(template)
 
 
+def attacks(place, line, act, kinds, onwards=False):
+    """Yield how a command ends when attacked at each moment; afterwards it is finished, and its result compared."""
+    expected = place.undisturbed(line)
+    for number in moments(line):
+        place.renew()
+        ended = attacked(line, act, number, kinds, onwards)
+        if ended.code == 0:
+            break
+        yield number, ended
+        place.finish(line)
+        assert place.state == expected, number
+    assert number > FEWEST
+
+
 # Deaths
 
 
 @EVERY_LINE
 def test_killed_at_any_write_a_request_is_answered_once(place, line):
-    expected = place.undisturbed(line)
-    for number in moments(line):
-        place.renew()
-        ended = attacked(line, death, number, STEPS)
-        if ended.code == 0:
-            break
+    for _, ended in attacks(place, line, death, STEPS):
         assert ended.code == DEATH
-        place.finish(line)
-        assert place.state == expected, number
-    assert number > FEWEST
 
 
 @EVERY_LINE
@@ -146,25 +152,16 @@ def test_interrupted_at_any_write_a_request_leaves_nothing_of_itself(place, line
     def interrupt():
         raise KeyboardInterrupt
 
-    expected = place.undisturbed(line)
     before = place.state
-    for number in moments(line):
-        place.renew()
-        ended = attacked(line, interrupt, number, STEPS)
-        if ended.code == 0:
-            break
-        message = ended.line
+    for number, ended in attacks(place, line, interrupt, STEPS):
         answered = len(place.entries) > 1
         if line.startswith("stream"):
-            assert message == "effray: interrupted; the same command answers the rest\n"
+            assert ended.line == "effray: interrupted; the same command answers the rest\n"
         elif answered:
-            assert message == "effray: interrupted, but the request is answered\n"
+            assert ended.line == "effray: interrupted, but the request is answered\n"
         else:
-            assert message == "effray: interrupted; the run is as it was, and the same command starts again\n"
+            assert ended.line == "effray: interrupted; the run is as it was, and the same command starts again\n"
         assert answered or place.state == before, number
-        place.finish(line)
-        assert place.state == expected, number
-    assert number > FEWEST
 
 
 @EVERY_LINE
@@ -185,22 +182,14 @@ def test_terminated_a_request_ends_as_if_interrupted(place, line):
 
 @EVERY_LINE
 def test_a_disk_that_is_full_from_any_write_on(place, line):
-    expected = place.undisturbed(line)
     before = place.state
-    for number in moments(line):
-        place.renew()
-        ended = attacked(line, full, number, WRITES, onwards=True)
-        if ended.code == 0:
-            break
+    for number, ended in attacks(place, line, full, WRITES, onwards=True):
         message = ended.line
         assert "cannot write" in message and ("No space left" in message or "the disk is full" in message)
         entries = len(place.entries)
         assert entries > 1 or place.state == before, number
         holds = "the request holds all the same" in message
         assert is_unsettled() <= holds <= (entries > 1), message
-        place.finish(line)
-        assert place.state == expected, number
-    assert number > FEWEST
 
 
 def is_unsettled():
@@ -214,16 +203,8 @@ def is_unsettled():
 
 @EVERY_LINE
 def test_a_disk_that_breaks_at_any_write_or_deletion(place, line):
-    expected = place.undisturbed(line)
-    for number in moments(line):
-        place.renew()
-        ended = attacked(line, read_only, number, STEPS, onwards=True)
-        if ended.code == 0:
-            break
+    for _, ended in attacks(place, line, read_only, STEPS, onwards=True):
         assert ended.line
-        place.finish(line)
-        assert place.state == expected, number
-    assert number > FEWEST
 
 
 @pytest.mark.parametrize("line", ["log a", "verify a"])

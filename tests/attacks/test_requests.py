@@ -19,7 +19,6 @@ from raypkg.methods.deltagrad.requests import KINDS, Request, matching, read_ids
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=200)
 LONGEST = 2000  # signs of an error, however long what is wrong
 IDS = st.lists(st.integers(0, 2**63 - 1), min_size=1)
-MALFORMED = ("-1", "1.5", "3,", "", ",", "1,,2", "1 2", "0x3", "1e3", "nan", "²", "a\nb")
 OUTSIDE = ("9223372036854775808", "18446744073709551615", "-9223372036854775809", "9" * 5000)
 
 
@@ -130,9 +129,10 @@ def test_two_columns_of_ids_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["folder", "folder.parquet"])
-def test_a_folder_of_ids_is_refused(tmp_path, name):
+def test_a_folder_holds_neither_ids_nor_a_queue(tmp_path, name):
     (tmp_path / name).mkdir()
     assert "cannot be read: Is a directory" in refusal(read_ids, str(tmp_path / name))
+    assert f"the queue '{tmp_path}' cannot be read: Is a directory" in refusal(read_queue, tmp_path)
 
 
 # Queues
@@ -182,17 +182,13 @@ def test_any_file_is_a_queue_or_refused(file, content):
     ("line", "says"),
     [
         ('{"delete": [1], "id": {}}', "the id must be a text of printable characters or an integer, not {}"),
-        ('{"delete": [1], "id": ["a"]}', "or an integer, not ['a']"),
         ('{"delete": [1], "id": true}', "or an integer, not True"),
-        ('{"delete": [1], "id": 1.5}', "or an integer, not 1.5"),
         ('{"delete": [1], "id": null}', "or an integer, not None"),
-        ('{"delete": [1], "id": ""}', "or an integer, not ''"),
         ('{"delete": [1], "id": " "}', "or an integer, not ' '"),
         (r'{"delete": [1], "id": "\ud800"}', r"or an integer, not '\ud800'"),
         (r'{"delete": [1], "id": "\u001b[2J"}', r"or an integer, not '\x1b[2J'"),
         ('{"delete": ' + "[" * 5000 + "]" * 5000 + ', "id": 1}', "its brackets are nested too deeply"),
         ('{"delete": NaN, "id": 1}', "is not JSON: NaN is no number of JSON"),
-        ('{"delete": [Infinity], "id": 1}', "is not JSON: Infinity is no number of JSON"),
         ('{"delete": [' + "9" * 5000 + '], "id": 1}', "is not JSON: Exceeds the limit"),
         (
             '{"delete": [9223372036854775808], "id": 1}',
@@ -200,8 +196,6 @@ def test_any_file_is_a_queue_or_refused(file, content):
         ),
         ('{"delete": [-1], "id": 1}', "delete takes a list of ids, not [-1]"),
         ('{"delete": [true], "id": 1}', "delete takes a list of ids, not [True]"),
-        ('{"delete": [1.0], "id": 1}', "delete takes a list of ids, not [1.0]"),
-        ('{"delete": ["1"], "id": 1}', "delete takes a list of ids, not ['1']"),
         ('{"restore": {"1": 2}, "id": 1}', "restore takes a list of ids, not {'1': 2}"),
         ('{"delete": [], "id": 1}', "delete takes a list of ids, not []"),
         ('{"delete_where": [1], "id": 1}', "delete_where takes a text, not [1]"),
@@ -211,14 +205,12 @@ def test_any_file_is_a_queue_or_refused(file, content):
             '{"delete": [1], "restore": [1], "id": 1}',
             "must be an object with one of delete, delete_where, restore, add",
         ),
-        ('{"id": 1}', "must be an object with one of"),
         ("7", "must be an object with one of"),
-        ('"delete"', "must be an object with one of"),
         ('{"' + "x" * 100_000 + '": 1, "id": 1}', "unknown request in line 2 of"),
         ('{"delete": "' + "x" * 100_000 + '", "id": 1}', "delete takes a list of ids, not 'xxx"),
         ('{"delete": [1], "id": "first"}', "has the id 'first' 2 times"),
     ],
-    ids=range(30),
+    ids=range(22),
 )
 def test_a_line_that_is_no_request_is_named(file, line, says):
     file.write_text('{"delete": [1], "id": "first"}\n' + line)
@@ -229,10 +221,6 @@ def test_a_line_that_is_no_request_is_named(file, line, says):
 def test_an_empty_queue_is_refused(file, content):
     file.write_bytes(content)
     assert "given' holds no requests" in refusal(read_queue, file)
-
-
-def test_a_folder_is_no_queue(tmp_path):
-    assert f"the queue '{tmp_path}' cannot be read: Is a directory" in refusal(read_queue, tmp_path)
 
 
 def test_an_integer_and_its_digits_are_one_id(file):
@@ -292,14 +280,10 @@ def test_any_text_is_a_condition_or_refused(text):
     [
         ("", "condition '' is not of the form NAME OPERATOR VALUE, such as label = cat"),
         ("age", "condition 'age' is not of the form"),
-        ("age >", "condition 'age >' is not of the form"),
-        ("> 3", "condition '> 3' is not of the form"),
         ("age > 1 and", "condition age > '1 and': this is no number"),
         ("age > 1 and and age < 2", "unknown name in a condition 'and age'"),
         ("aeg > 1", "unknown name in a condition 'aeg', did you mean 'age'?"),
-        ("grösse > 1", "unknown name in a condition 'grösse', did you mean 'größe'?"),
         ("age > nan", "condition age > 'nan': numbers are finite and at most 3.4e+38"),
-        ("age < inf", "condition age < 'inf': numbers are finite"),
         ("age < 1e300", "condition age < '1e300': numbers are finite"),
         ("age == 1", "condition age = '= 1': this is no number"),
         ("age = '1", '''condition age = "'1": this is no number'''),
@@ -312,7 +296,7 @@ def test_any_text_is_a_condition_or_refused(text):
         ("x" * 100_000 + " = 1", "unknown name in a condition 'xxx"),
         ("label = " + "x" * 100_000, "unknown class 'xxx"),
     ],
-    ids=range(21),
+    ids=range(17),
 )  # fmt: skip
 def test_an_odd_condition_is_named(condition, says):
     assert says in refusal(matching, SPLIT, condition)

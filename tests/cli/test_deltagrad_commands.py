@@ -202,18 +202,12 @@ def test_tables_are_deleted_by_their_columns(effray, tmp_path):
         ("delete a --where 'label = 3'", r"delete_where: this would delete the whole class '3', leave one"),
         ("delete a --where 'label = cat'", r"unknown class 'cat'"),
         ("delete a --where 'size > 3'", r"unknown name in a condition 'size'. Allowed: label"),
-        ("delete b --ids 1", r"unknown run in .* 'b'. Allowed: a"),
-        ("delete a --ids 9223372036854775808", r"'9223372036854775808' is no id"),
-        ("stream a /dev/null", r"the queue '/dev/null' holds no requests"),
         ("delete a --ids 1 --tolerance 1 --period 2", r"replay.tolerance chooses the exact steps: replay.period would"),
         ("delete a --ids 1 --period 0", r"replay.period = '0': input should be greater than or equal to 1"),
         ("delete a --ids 1 --workers 2", r"--workers is now called --cluster.workers"),
         ("verify a --threads 2", r"--threads is now called --cluster.cpus_per_worker"),
         ("add a --ids 4", r"restore: id 4 is in use already"),
-        ("add a --data table:none.csv", r"table 'none.csv' is not a file"),
         ("add a --data digitz", r"unknown dataset 'digitz', did you mean 'digits'"),
-        ("stream a none.jsonl", r"the queue 'none.jsonl' cannot be read"),
-        ("verfy a", r"No such command 'verfy'"),
     ],
 )
 def test_invalid_requests_are_refused_in_one_line_and_change_nothing(trained, refusal, arguments, message):
@@ -343,14 +337,6 @@ def test_an_unfinished_run_names_the_command_that_resumes_it(effray, refusal, mo
         effray(f"deltagrad delete {moment} --ids 1")
 
 
-@pytest.mark.parametrize("content", [None, b""])
-def test_a_lost_log_is_named(trained, refusal, content):
-    (RUN / "log.jsonl").unlink()
-    if content is not None:
-        (RUN / "log.jsonl").write_bytes(content)
-    assert "log.jsonl is missing or empty: what was done to the run is lost" in refusal("deltagrad log a")
-
-
 def test_opening_a_run_deletes_the_leftovers_of_killed_requests(trained):
     trained("deltagrad delete a --ids 0,1")
     before = sorted(RUN.rglob("*"))
@@ -362,29 +348,6 @@ def test_opening_a_run_deletes_the_leftovers_of_killed_requests(trained):
         (RUN / name).touch()
     trained("deltagrad log a")
     assert sorted(RUN.rglob("*")) == before
-
-
-def test_other_runs_have_no_history(effray, refusal):
-    effray("train --name a --model linear --train.epochs 1")
-    assert "run 'a' has no recorded history" in refusal("deltagrad delete a --ids 1")
-
-
-@pytest.mark.slow
-def test_a_killed_stream_loses_and_repeats_nothing(effray, tmp_path):
-    effray("deltagrad train --name a --train.epochs 150 --train.batch_size 200")
-    queue = "".join(json.dumps({"delete": [i], "id": f"r{i}"}) + "\n" for i in range(8))
-    Path("queue.jsonl").write_text(queue)
-    for answered in (1, 3, 4):
-        process = effray_process(tmp_path, "deltagrad stream a queue.jsonl")
-        while len(entries()) <= answered and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert answered < len(entries()) < 9
-    effray("deltagrad stream a queue.jsonl")
-    assert [asked["id"] for entry in entries()[1:] for asked in entry["requests"]] == [f"r{i}" for i in range(8)]
-    assert entries()[-1]["samples"] == entries()[0]["samples"] - 8
-    assert distance(effray("deltagrad verify a")) < 1e-2
 
 
 @pytest.mark.slow

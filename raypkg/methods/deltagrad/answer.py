@@ -3,12 +3,14 @@
 `verify` measures an answer against retraining.
 """
 
+from __future__ import annotations
+
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +19,6 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 from raypkg.data import Data
 from raypkg.data.split import Split
-from raypkg.engine.optimizer import learning_rate
-from raypkg.engine.shards import Shard, Shards
 from raypkg.engine.worker import threads
 
 from .history import History, HistoryWriter, check_room, history_folder
@@ -27,6 +27,9 @@ from .objective import Objective
 from .replay import ChangedStep, Periodic, Tolerant, replay, retrain
 from .run import Membership, RecordedRun, joined
 from .settings import RequestSettings
+
+if TYPE_CHECKING:
+    from raypkg.engine.shards import Shard, Shards
 
 FEW = 2048  # samples that are computed here faster than on actors
 Follow = Callable[[Iterable[Any], int], Iterable[Any]]  # shows the progress of a number of steps
@@ -70,6 +73,8 @@ def _answer(run: RecordedRun, change: Change, settings: RequestSettings, follow:
     if chosen.tolerance is None:
         exact_steps = Periodic(chosen.period, chosen.burn_in)
     else:
+        from raypkg.engine.optimizer import learning_rate
+
         horizon = sum(learning_rate(train, step / total) for step in range(total))
         exact_steps = Tolerant(chosen.tolerance, horizon, train.weight_decay)
 
@@ -168,6 +173,7 @@ def sharded_gradient(objective: Objective, split: Split, cluster: Cluster) -> It
         return
 
     from raypkg.cluster.actors import hold
+    from raypkg.engine.shards import Shard
 
     data = Data(split, split)
 
