@@ -80,12 +80,6 @@ def test_moved_head_has_the_gradient_of_the_moved_head(some, close):
     close(some.view.moved(step).mean(), reference.gradient(some.head + step, some.features, some.y))
 
 
-def test_a_shift_of_the_logits_is_a_move_of_the_head(some, close):
-    step = reference.problem(1, seed=5, dtype=some.head.dtype).head
-    change = reference.logits(step, some.features)
-    close(some.view.shifted(change).mean(), reference.gradient(some.head + step, some.features, some.y))
-
-
 @pytest.mark.parametrize("count", [0, 1, 20])  # one by inner products, twenty by the sum spelt out
 def test_a_step_along_samples_moves_the_logits_by_their_summed_gradients(some, others, close, count):
     summed = reference.per_sample_gradients(others)[:count].sum(dim=0)
@@ -109,12 +103,6 @@ def test_residual_by_hand():
 def test_residual_of_a_confident_sample_keeps_its_digits():
     view = HeadView(torch.tensor([[0.0, 30.0]]), torch.ones(1, 1), torch.tensor([1]))
     assert view.residual[0].tolist() == pytest.approx([9.3576e-14, -9.3576e-14], rel=1e-4)
-
-
-def test_slices_and_index_tensors_cut_every_part(some):
-    view = some.view
-    assert len(view[2:5]) == 3
-    assert view[torch.tensor([4, 0])].features.equal(some.features[[4, 0]])
 
 
 @pytest.mark.parametrize("name", ["logits", "features"])
@@ -198,8 +186,3 @@ def test_head_view_of_a_diverged_model(model, data):
     with pytest.raises(UserError, match="sample 0: NaN or infinite logits"):
         head_view(model, [data])
     assert model.training
-
-
-def test_head_view_without_batches(model):
-    with pytest.raises(UserError, match="no batches"):
-        head_view(model, [])

@@ -15,7 +15,7 @@ from raypkg.data.augment import compose
 from raypkg.data.kinds import IMAGES, TEXTS
 from raypkg.data.split import Split
 from raypkg.experiments.trained import named_backbone
-from raypkg.models import build_model, tokenizer_of
+from raypkg.models import build_model
 from raypkg.models.classifier import checked
 
 transformers = pytest.importorskip("transformers")
@@ -159,17 +159,6 @@ def test_dropout_is_set_in_all_its_places(saved):
     assert any(layer.p == 0.1 for layer in build(saved("roberta")).modules() if isinstance(layer, torch.nn.Dropout))
 
 
-def test_only_models_of_the_hub_bring_a_tokenizer():
-    assert tokenizer_of("transformers:some/folder") == "some/folder"
-    assert tokenizer_of("transformer") == tokenizer_of("torchvision:resnet18") == ""
-
-
-def test_the_global_generator_is_left_as_it_was(saved):
-    before = torch.get_rng_state()
-    build(saved("bert"), classes=4)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def halved(place):
     file = place / "model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -184,10 +173,6 @@ def without_a_layer(place):
     tensors = load_file(place / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if "layer.1" not in name}
     save_file(kept, place / "model.safetensors", metadata={"format": "pt"})
-
-
-def without_weights(place):
-    (place / "model.safetensors").unlink()
 
 
 def without_a_shard(place):
@@ -212,7 +197,6 @@ def with_another_tokenizer(place):
         (halved, "cannot be read: .*"),
         (of_a_pickle, "cannot be read: .*no file named model.safetensors"),
         (without_a_layer, r"lacks 16 of the network's tensors, such as bert.encoder.layer.1.*: it is incomplete"),
-        (without_weights, "cannot be read: .*no file named model.safetensors"),
         (without_a_shard, "cannot be read: .*model-00001-of-00002"),
         (of_broken_json, "cannot be read: .*JSON"),
         (with_another_tokenizer, r"knows 259 tokens, the data set's tokenizer has 60: give --set .*tokenizer="),

@@ -67,13 +67,6 @@ def test_ccs_selects_by_the_margins_of_the_losses_that_it_is_given():
         assert each.coreset.indices.equal(twin.indices)
 
 
-def test_ccs_is_not_given_margins_by_a_loop_that_records_none():
-    loader = CoresetLoader(DataLoader(data(), batch_size=16), network(), "ccs", 0.2, warm_epochs=1, epochs=2)
-    list(loader)
-    with pytest.raises(UserError, match="ccs needs the margins"):
-        list(loader)
-
-
 def test_each_selection_is_by_the_model_of_that_epoch():
     model = network()
     loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "gradmatch", 0.2, every_epochs=2, epochs=4)

@@ -86,14 +86,6 @@ def test_glister(view, problem, rounds):
     assert pick("glister", view, eta=0.002, rounds=rounds).indices.tolist() == slow
 
 
-def test_grand(view, gradients):
-    assert pick("grand", view).indices.tolist() == gradients.norm(dim=1).topk(BUDGET).indices.tolist()
-
-
-def test_kcenter(view, problem):
-    assert pick("kcenter", view).indices.tolist() == reference.farthest_first(problem.features, BUDGET)
-
-
 @pytest.mark.parametrize("budget", [14, 72, 215])  # 2, 10 and 30 %
 def test_glister_leads_at_least_as_far_as_its_textbook_forms_among_all_classes(halves, budget):
     train, gradients, valid = halves

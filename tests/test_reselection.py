@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 import reference
 from raypkg.core.errors import UserError
@@ -177,14 +176,6 @@ def test_a_sample_not_seen_in_an_epoch_keeps_its_record():
     assert recorder.record.losses.tolist() == [0, 1, torch.inf]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"fraction": 0.5, "every_epochs": 1}, {"fraction": 1.0}, {"fraction": 1.0, "every_epochs": 2}]
-)
-def test_infobatch_takes_no_budget_and_acts_at_every_epoch(settings):
-    with pytest.raises(UserError, match="infobatch keeps as many samples as it sees fit, anew at every epoch"):
-        check_schedule(Reselect(rule="infobatch", **settings), 8)
-
-
 def test_a_rule_of_the_record_needs_one():
     record = Record.empty(torch.zeros(4, dtype=torch.int64))
     with pytest.raises(UserError, match="forgetting needs the record of a training"):
@@ -217,9 +208,3 @@ def test_a_sample_that_was_never_seen_is_not_forgotten():
         torch.tensor([1, torch.inf, 0, torch.inf]),
     )
     assert coreset["forgetting"](record, 3, rng=generator(0)).indices.tolist() == [3, 0, 2]
-
-
-def test_no_gradient_flows_into_the_selection():
-    trained = fit(run(rule="grand", every_epochs=1))
-    assert all(parameter.grad is None for parameter in trained.model.parameters())
-    assert isinstance(trained.model.head, nn.Linear)

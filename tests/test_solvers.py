@@ -37,10 +37,6 @@ def pursue(atoms, target, k, *, lam=0.0, eps=1e-10):
     return picked, weights
 
 
-def test_equal_scores_go_by_position():
-    assert largest(torch.ones(1000), 5).tolist() == [0, 1, 2, 3, 4]
-
-
 @pytest.mark.parametrize("k", [1, 7, 40, 200])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_largest_by_bounds_are_the_largest(seed, k):
@@ -93,24 +89,6 @@ def test_cholesky_grows_and_shrinks_to_the_factor_of_what_is_left(monkeypatch):
         torch.testing.assert_close(factor.lower, torch.linalg.cholesky(block))
     right = random(len(kept), seed=1)
     torch.testing.assert_close(factor.solve(right), torch.linalg.solve(block, right))
-
-
-def test_cholesky_refuses_a_dependent_row():
-    factor = Cholesky(like=torch.empty(0, dtype=torch.float64))
-    four = torch.tensor(4.0, dtype=torch.float64)
-    assert factor.append(four.new_empty(0), four)
-    assert not factor.append(four[None], four)
-    assert factor.lower.tolist() == [[2.0]]
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.5])
-def test_on_orthonormal_atoms_pursuit_is_top_k(lam):
-    atoms, _ = torch.linalg.qr(random(10, 10))
-    coefficients = random(10, seed=1)
-    picked, weights = pursue(atoms, coefficients @ atoms, 3, lam=lam)
-    values, order = coefficients.topk(3)
-    assert picked.equal(order)
-    torch.testing.assert_close(weights, values / (1 + lam))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -173,17 +173,6 @@ def test_craig_for_a_target_equals_its_slow_twin(seed, memory):
     assert chosen.weights.tolist() == pytest.approx(expected)
 
 
-def test_craig_draws_candidates_for_a_target_as_well():
-    train, target = reference.problem(300).view, reference.problem(20).view
-    options = {"greedy": "stochastic"}
-    chosen = coreset["craig"](train, 30, rng=generator(0), memory=0, target=target, options=options).indices.tolist()
-    distances = train.distances(target)
-    lazy = coreset["craig"](train, 30, rng=generator(0), memory=0, target=target).indices.tolist()
-    random = torch.randperm(300, generator=generator(0))[:30].tolist()
-    left = [reference.left_over(distances, medoids) for medoids in (lazy, chosen, random)]
-    assert left[0] <= left[1] < 0.95 * left[2]
-
-
 def test_medoids_that_no_sample_of_the_target_is_nearest_to_weigh_nothing():
     train, target = reference.problem(60).view, reference.problem(5).view
     chosen = coreset["craig"](train, 20, rng=generator(0), memory=0, target=target)
@@ -283,12 +272,6 @@ def test_a_target_that_would_do_nothing_is_refused(name):
     check_schedule(settings.model_copy(update={"target": None}), 4)
 
 
-@pytest.mark.parametrize("name", WITH_TARGET)
-def test_those_with_a_target_declare_it(name):
-    check_schedule(Reselect(rule=name, target="valid"), 4)
-    assert coreset[name].has_target
-
-
 @pytest.mark.parametrize("name", ["train", "valid"])
 def test_only_a_data_set_has_options(name):
     settings = Reselect(rule="craig", target={"name": name, "options": {"label": "kind"}})
@@ -305,10 +288,3 @@ def test_a_rule_of_the_users_own_declares_a_target_by_its_keyword(few):
     name = f"{__name__}:aimed"
     check_schedule(Reselect(rule=name, target=few), 4)
     assert picked(name, few).coreset.indices.equal(picked("gradmatch", few).coreset.indices)
-
-
-def test_the_option_that_target_once_was_is_told_its_new_name():
-    with pytest.raises(UserError, match=r"gradmatch option target is now called select\.target"):
-        check_schedule(Reselect(options={"target": "valid"}), 4)
-    with pytest.raises(UserError, match=r"gradmatch option target is now called select\.target"):
-        select(reference.problem(10).view, 2, "gradmatch", seed=0, options={"target": "valid"})
