@@ -2,9 +2,8 @@
 
     python tests/benchmarks/agent_nets.py --dataset parquet:path/to/mnist --model lenet5 --rate 0.03
 
-Every form trains for as many epochs from each seed; "plain, longer" trains for as many passes as the most expensive of
-them. Gradients are in passes over the samples, wherever they are computed. The variance left is the mean over the steps
-that were corrected. The difference to plain training is paired by seed, with twice its standard error.
+Every form trains for the same epochs from each seed; "plain, longer" for the passes of the most expensive. The variance
+left is the mean over corrected steps. Differences to plain training are paired by seed, with two standard errors.
 """
 
 import argparse

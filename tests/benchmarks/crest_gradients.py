@@ -2,9 +2,8 @@
 
     python tests/benchmarks/crest_gradients.py RUN --root runs
 
-At the model of a run, draws random subsets V of 500 samples and prints ‖g − ∇L‖²/‖∇L‖² of the gradient g of a batch of
-128 of each, by its choice, and of all of V; ∇L is over 4,000 samples. In training mode batch norm takes the statistics
-of the batch itself, without weights; in evaluation mode those that it has gathered.
+Prints ‖g − ∇L‖²/‖∇L‖² at the model of a run, for gradients g of 128 of 500 random samples and of all 500; ∇L is over
+4,000 samples. Batch norm uses the statistics of the batch in training mode, and gathered ones in evaluation mode.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""CREST on Ray: the same trajectory whoever trains, whoever chooses, and whoever dies."""
+"""CREST on Ray: the same trajectory for any number of workers and actors, and after a death."""
 
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +22,7 @@ def run(root, name, *options, model=MODEL):
 
 
 def same(a, b, tolerance):
-    """The weights to the tolerance, ρ to ten times that, the picks exactly."""
+    """Compare weights to the tolerance, ρ to ten times that, and picks exactly."""
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (a, b))
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=tolerance)
@@ -42,25 +42,20 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("overlap", ["false", "true"])
-def test_two_workers_choose_and_train_as_one(ray, alone, tmp_path, overlap):
-    two = run(tmp_path, "two", "--cluster.workers", "2", "--crest.overlap", overlap)
-    same(alone[overlap], two, tolerance=1e-4)
-
-
-@pytest.mark.parametrize("overlap", ["false", "true"])
-def test_actors_choose_as_the_workers_do(ray, alone, tmp_path, overlap):
-    actors = run(tmp_path, "actors", "--cluster.workers", "1", "--crest.actors", "2", "--crest.overlap", overlap)
-    same(alone[overlap], actors, tolerance=1e-6)
+@pytest.mark.parametrize(("workers", "actors", "tolerance"), [("2", "0", 1e-4), ("1", "2", 1e-6)])
+def test_workers_and_actors_choose_and_train_as_one_process(ray, alone, tmp_path, workers, actors, tolerance, overlap):
+    options = ("--cluster.workers", workers, "--crest.actors", actors, "--crest.overlap", overlap)
+    same(alone[overlap], run(tmp_path, "others", *options), tolerance)
 
 
 @pytest.mark.parametrize("options", [("--cluster.workers", "2"), ("--cluster.workers", "1", "--crest.actors", "2")])
-def test_every_step_chooses_alike_whoever_trains_and_whoever_chooses(ray, tmp_path, options):
+def test_without_a_local_model_too(ray, tmp_path, options):
     alone = run(tmp_path, "alone", "--cluster.workers", "0", model=())
     others = run(tmp_path, "others", *options, model=())
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (alone, others))
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-4)
-    # Of two medoids that gain alike, either may come first: a step's samples are the same.
+    # Of two medoids with equal gain, either may come first: a step's samples are the same.
     by_step = [("update", "ascending"), ("index", "ascending")]
     picks = [pq.read_table(folder / "minibatches.parquet").sort_by(by_step) for folder in (alone, others)]
     assert picks[0].equals(picks[1])
