@@ -17,15 +17,7 @@ from raypkg.engine.batches import Batches
 from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
 from raypkg.engine.worker import Worker
-from raypkg.methods.agent.control_variate import (
-    PAIRS,
-    Switch,
-    Weight,
-    coefficient,
-    spread,
-    steps_of_look,
-    variance_left,
-)
+from raypkg.methods.agent.control_variate import Switch, Weight, coefficient, spread, steps_of_look, variance_left
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.runs.checkpoints import StoredCheckpoints
@@ -33,18 +25,15 @@ from raypkg.runs.storage import Storage
 from sparse_training import PLAIN, STEPS, C, D, N, batch, network, rng, run, sparse, split
 
 
-def test_c_is_the_ratio_of_covariance_and_variance():
-    a, b = torch.randn(2, 30, generator=rng())
-    assert coefficient(a, b) == pytest.approx(np.cov(a, b)[0, 1] / np.var(b.numpy(), ddof=1), rel=1e-6)
-    assert coefficient(a, torch.ones(30)) == 0.0
-
-
-def test_drift_does_not_pass_for_covariance():
-    """Losses fall during the steps: differences find the covariance of batches, the plain ratio does not."""
+def test_c_is_the_ratio_of_covariance_and_variance_and_differences_exclude_drift():
     snapshot, noise = torch.randn(2, 500, generator=rng())
-    current = 0.7 * snapshot + 0.1 * noise + torch.linspace(0, 50, 500)
-    assert coefficient(current.diff(), snapshot.diff()) == pytest.approx(0.7, abs=0.05)
-    assert abs(coefficient(current, snapshot) - 0.7) > 0.2
+    current = 0.7 * snapshot + 0.1 * noise
+    expected = np.cov(current, snapshot)[0, 1] / np.var(snapshot.numpy(), ddof=1)
+    assert coefficient(current, snapshot) == pytest.approx(expected, rel=1e-6)
+    assert coefficient(current, torch.ones(500)) == 0.0
+    falling = current + torch.linspace(0, 50, 500)
+    assert coefficient(falling.diff(), snapshot.diff()) == pytest.approx(0.7, abs=0.05)
+    assert abs(coefficient(falling, snapshot) - 0.7) > 0.2
 
 
 def two_gradients(steps, drift=0.0, seed=0):
@@ -125,16 +114,6 @@ def test_c_comes_from_the_losses_of_model_and_snapshot():
     model, snapshot = np.array(losses[:6]).T  # of the first epoch, [6] each
     expected = 0.3 * np.cov(np.diff(model), np.diff(snapshot))[0, 1] / np.var(np.diff(snapshot), ddof=1)
     assert hook.c == pytest.approx(expected, rel=1e-4)
-
-
-def test_without_a_weight_nothing_changes_bit_for_bit():
-    model = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, C))
-    plain = fit(run(*sparse(), model=copy.deepcopy(model)))
-    idle = Correction(AgentOptions(form="published", alpha=0.0))
-    with_it = fit(run(*sparse(correction=[idle]), model=copy.deepcopy(model)))
-    for name, value in plain.model.state_dict().items():
-        assert value.equal(with_it.model.state_dict()[name]), name
-    assert idle.results(with_it).findings == ["AGENT corrected no step: its weight c stayed 0"]
 
 
 @pytest.mark.parametrize("damped", [0.3, 1.0])
@@ -455,20 +434,17 @@ def test_looks_are_few_pairs_within_the_epoch(steps):
     steps_seen = sorted(steps_of_look(steps))
     assert steps_seen[0] >= 0 and steps_seen[-1] < steps
     assert all(b - a == 1 for a, b in zip(steps_seen[::2], steps_seen[1::2], strict=True))
-    assert len(steps_seen) <= min(2 * PAIRS, max(2, steps // 4))
+    assert len(steps_seen) <= min(16, max(2, steps // 4))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_settings_that_would_do_nothing_are_refused():
+    for options, message in (
         ({"form": "linear", "alpha": 0.5}, r"agent\.form = linear follows the time: agent\.alpha would do nothing"),
-        ({"form": "published", "always": True}, r"agent\.form = published never switches off: agent\.always would do"),
+        ({"form": "published", "always": True}, r"form = published never switches off: agent\.always would do nothing"),
         ({"always": True, "look_every_epochs": 2}, r"always = true never switches off: agent\.look_every_epochs would"),
-    ],
-)
-def test_settings_that_would_do_nothing_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        AgentOptions(**options)
+    ):
+        with pytest.raises(UserError, match=message):
+            AgentOptions(**options)
 
 
 def moments_on(worker):

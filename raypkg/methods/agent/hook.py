@@ -34,17 +34,13 @@ class Correction(Hook):
         every step:     ∇ℓ_B(θ) − γc·(∇ℓ_B(θ̃) − g̃)
 
     It acts after hooks that use the raw gradient (RigL grows on it) and before `Masked`. Momentum sees the corrected
-    gradient. Weight decay is the optimiser's and is not corrected.
+    gradient; weight decay is not corrected.
 
     Differs from the paper: c is measured per layer from the gradients of the latest steps, and γ = 1. While more
     variance is left than larger batches of the same cost would leave, nothing is corrected. With the form "published",
-    every step is corrected, and ĉ comes from the losses of the steps since the last snapshot. θ moves in these steps;
-    in differences from step to step its drift cancels. g̃ is over the augmented batches of the coming epoch, unless
-    another hook supplies those. If the model draws at random (dropout masks m), the snapshot repeats its draws:
-
-        every step:     ∇ℓ_B(θ; m) − γc·(∇ℓ_B(θ̃; m) − g̃)
-
-    g̃ has draws of its own: an unbiased estimate of the snapshot's mean gradient over all draws.
+    every step is corrected, and ĉ comes from differences of the steps' losses. g̃ is over the augmented batches of the
+    coming epoch, unless another hook supplies those. A snapshot repeats the dropout masks of each step, and g̃ has draws
+    of its own: an unbiased estimate of the snapshot's mean gradient over all draws.
     """
 
     priority = 10
@@ -70,7 +66,8 @@ class Correction(Hook):
     def on_start(self, run: Run) -> None:
         """Copy the model for the snapshot."""
         self.snapshot = Snapshot(run, self.settings)
-        self.closing.callback(self.snapshot.close)
+        if self.snapshot.draws:
+            self.closing.callback(self.snapshot.draws.handle.remove)
         self.variance = self.variance.to(run.worker.device)
 
     def on_epoch(self, run: Run) -> None:

@@ -70,15 +70,8 @@ class Snapshot:
             rng = generator(run.seed, "full gradient", run.step)
             drawn = torch.randperm(len(coreset), generator=rng)[:count]
             coreset = Coreset(coreset.indices[drawn], coreset.weights[drawn])
-        batches = Batches(
-            run.split,
-            coreset,
-            run.settings.batch_size,
-            seed=run.seed,
-            augment=run.augment,
-            worker=run.worker,
-            dtype=dtype_of(run.model),
-        )
+        size, dtype = run.settings.batch_size, dtype_of(run.model)
+        batches = Batches(run.split, coreset, size, seed=run.seed, augment=run.augment, worker=run.worker, dtype=dtype)
         steps = range(run.step, run.step + len(batches))
         keeps = coreset is run.coreset and self._keeps(run)
         total = [torch.zeros_like(parameter) for parameter in trained_parameters(run.model)]
@@ -174,11 +167,6 @@ class Snapshot:
         self.step = state["step"]
         self.full = [gradient.to(device) for gradient in state["full"]]
 
-    def close(self) -> None:
-        """Stop observing the model."""
-        if self.draws:
-            self.draws.handle.remove()
-
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that are trained."""
@@ -230,20 +218,16 @@ class RepeatedDraws:
 
 def _generator_states(device: torch.device) -> list[Tensor]:
     """Return the states of the global generators from which layers on a device draw."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
 
 
 @torch.no_grad()
 def _draws(model: nn.Module, run: Run) -> bool:
     """Return True if a pass of the model draws from torch's generators; it moves the model's running statistics.
 
-    A trial finds more than a list of layers would: dropout within attention, and a user's model that draws.
-
-    Raises:
-        UserError: the model draws from other generators, whose states cannot be restored.
+    A trial finds more than a list of layers would: dropout within attention, and a user's model that draws. Draws from
+    other generators, whose states cannot be restored, are refused.
     """
     indices = run.coreset.indices[:PROBED]
     x, _ = next(plain_batches(run.split, indices, run.worker.device, len(indices), dtype_of(model)))

@@ -78,13 +78,9 @@ class Crest(Hook):
     released code is followed, not the text, each by a setting: ``checked_on``, ``smoothing``, ``augmented``,
     ``settle``, ``exclude_after`` and ``keep_active``.
 
-    Batch norm takes its statistics from the medoids without their weights, and most of the gain is lost: see README.md.
-
     It trains on batches of ``size`` = m out of the samples ``indices``, int64 [n]. Each shard has all samples, and they
-    share the choices by rank; ``scorer`` brings a model into the form that they take.
-
-    Raises:
-        UserError: a random subset is smaller than a batch, or n is.
+    share the choices by rank; ``scorer`` brings a model into the form that they take. Raises a UserError if n or a random
+    subset is smaller than a batch.
     """
 
     priority = 0
@@ -128,10 +124,7 @@ class Crest(Hook):
                 state.samples.exclude(run.step, self.options, least=self.least_active)
 
     def _chosen_by_region(self, run: Run, end: int) -> Iterator[Batch]:
-        """Yield coresets of pools, each renewed when the local model has expired: the paper's loop.
-
-        An epoch may end, with a checkpoint, between two checks.
-        """
+        """Yield coresets of pools, renewed when the local model has expired; an epoch may end between two checks."""
         region = self.state.region
         while run.step < end:
             if region.age == 0 and region.expired:

@@ -111,8 +111,8 @@ def _in_order(choices: Choices, count: int) -> list[Chosen]:
 class Chooser:
     """Chooses coresets on the shards: in line when training draws them, or ahead in the background.
 
-    All workers call it together and get the same coresets. ``on_choice`` is called with each new coreset of a pool and
-    its random subset, in the order of the draws.
+    All workers call it together and get the same coresets. ``on_choice`` receives each new coreset of a pool and its
+    random subset, in the order of the draws.
     """
 
     def __init__(

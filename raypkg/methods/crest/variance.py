@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 FORWARD = 1 / 3  # work of a sample forward, in terms of a sample forward and backward
-SMALLEST_LOSS = 1e-4  # of κ that a few draws can distinguish from 0
+SMALLEST_LOSS = 1e-4  # κ that a few draws can distinguish from 0
 
 
 @dataclass(eq=False)
