@@ -9,8 +9,7 @@ a = 0 is SGD, a = 1 is SVRG. The correction leaves this share of the variance of
 
 Its minimum, 1 − ρ², is at a = ρ/s = Cov / Var(∇ℓ_B(θ̃)). A corrected step computes q gradients. A batch q times as large
 costs the same and has 1/q of the variance, so the correction is worthwhile if it leaves less than 1/q.
-
-A layer is a parameter: gradients are lists with one tensor per layer.
+A layer is a parameter; gradients are lists with one tensor per layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -20,7 +20,6 @@ from raypkg.engine.worker import memory_bound
 
 from .settings import AgentOptions
 
-PROBED = 8  # samples
 FULL_GRADIENT = "full gradient"  # the bill of g̃
 CORRECTION = "correction"  # the bill of ∇ℓ_B(θ̃)
 
@@ -229,7 +228,7 @@ def _draws(model: nn.Module, run: Run) -> bool:
     A trial finds more than a list of layers would: dropout within attention, and a user's model that draws. Draws from
     other generators, whose states cannot be restored, are refused.
     """
-    indices = run.coreset.indices[:PROBED]
+    indices = run.coreset.indices[:8]
     x, _ = next(plain_batches(run.split, indices, run.worker.device, len(indices), dtype_of(model)))
     model.train()
     outputs = []

@@ -78,9 +78,8 @@ class Crest(Hook):
     released code is followed, not the text, each by a setting: ``checked_on``, ``smoothing``, ``augmented``,
     ``settle``, ``exclude_after`` and ``keep_active``.
 
-    It trains on batches of ``size`` = m out of the samples ``indices``, int64 [n]. Each shard has all samples, and they
-    share the choices by rank; ``scorer`` brings a model into the form that they take. Raises a UserError if n or a random
-    subset is smaller than a batch.
+    It trains on batches of ``size`` = m out of the samples ``indices``, int64 [n]; a random subset must hold a batch.
+    Each shard has all samples and chooses a share; ``scorer`` brings a model into the form that shards take.
     """
 
     priority = 0
