@@ -60,7 +60,7 @@ def test_a_stored_config_with_another_seed_keeps_the_labels_that_it_was_drawn_wi
 
 def test_options_without_effect_are_refused(refusal):
     assert "dataset.seed = 1: there is no dataset.noise" in refusal("train --dataset.seed 1")
-    assert "dataset.window = 9: there is no dataset.streamed" in refusal("train --dataset.window 9")
+    assert "dataset.window = 9: it has no effect without dataset.streamed" in refusal("train --dataset.window 9")
     assert "dataset.streamed" in refusal("train --dataset.streamed ''")
 
 
