@@ -1,4 +1,4 @@
-"""All commands; heavy imports stay inside, pydantic among them: a list of commands needs none."""
+"""All commands. Heavy imports, pydantic among them, stay inside: the list of commands needs none."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .studies import compare_tables, report_page, tune
 
 
 def with_dashes(name: str) -> str:
-    """Return a name of an option or command as it is looked up: ``--model_from`` is ``--model-from``."""
+    """Return the form in which names of options and commands are looked up: ``--model_from`` is ``--model-from``."""
     return name.replace("_", "-")
 
 
@@ -22,22 +22,22 @@ class Effray(ExampleHelp, click.Group):
     """Fixed commands, and one for every experiment."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """Experiments first, then the rest."""
+        """Return the experiments, then the other commands."""
         return [*experiment.names, *super().list_commands(context)]
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a line on each command; for that, no experiment is imported."""
+        """Write a line on each command, without importing an experiment."""
         lines = dict(experiment.lines)
         lines |= {name: self.commands[name].get_short_help_str() for name in super().list_commands(context)}
         with formatter.section("Commands"):
             formatter.write_dl([(name, lines[name]) for name in self.list_commands(context)])
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        """Make the command of an experiment when it is asked for."""
+        """Make the command of an experiment on request."""
         if name in experiment:
-            from .experiment_commands import experiment_command, with_companions
+            from .setting_options import experiment_command
 
-            return with_companions(experiment_command(experiment[name]))
+            return experiment_command(experiment[name])
         return super().get_command(context, name)
 
     def resolve_command(self, context: click.Context, arguments: list[str]) -> tuple[Any, Any, list[str]]:
@@ -69,10 +69,10 @@ effray.add_command(report_page)
 @click.option("--root", default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
 @click.option("--against", metavar="RUN", help="another run whose scores and coreset to compare with")
 def show(run: str, root: str, against: str | None) -> None:
-    """Show a finished run: costs, results, where its plots are; or the trials of a sweep.
+    """Show a finished run: costs, results and the place of its plots; or the trials of a sweep.
 
-    Of a run that is going or was stopped it shows how far each phase is, and the command that resumes it. RUN is a
-    name, or a path to a run folder.
+    An unfinished run is shown with the progress of its phases and the command that resumes it. RUN is a name, or a path
+    to a run folder.
 
     Example:
         effray lipt --name first && effray show first
@@ -84,7 +84,7 @@ def show(run: str, root: str, against: str | None) -> None:
     from raypkg.studies.show import show_resumption, show_study
     from raypkg.studies.study import Study, is_study
 
-    from .unfinished import show_how_far
+    from .execute import show_how_far
 
     folder = locate(root, run)
     other = None if against is None else locate(root, against)
@@ -112,7 +112,7 @@ def show(run: str, root: str, against: str | None) -> None:
     "--format", "form", type=click.Choice(export_format.names), default="csr", show_default=True, help="how to write it"
 )
 def export(run: str, root: str, form: str) -> None:
-    """Write a finished run's model without the weights that do not exist, and measure what that saves.
+    """Write a finished run's model without pruned weights, and measure the savings.
 
     RUN is a name, or a path to a run folder. csr = compressed sparse rows, in model.csr.safetensors.
 

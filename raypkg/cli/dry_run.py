@@ -1,4 +1,4 @@
-"""``--dry-run``: the settings of a run and its plan, as TOML that is a file of settings too; nothing is started."""
+"""``--dry-run``: the settings of a new run as a TOML file, with its plan in comments; nothing is started."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from raypkg.core.config import to_toml
 from raypkg.core.errors import UserError, redacted
 from raypkg.core.memory import readable
 from raypkg.core.registry import Entry
-from raypkg.core.settings import Cluster, Experiment, RunSettings, Select, Training
+from raypkg.core.settings import Cluster, Experiment, RunSettings, Training
+from raypkg.experiments import open_run
 from raypkg.experiments.embed import EmbedSettings, planned
+from raypkg.experiments.phases import stages_of, step_memory
 from raypkg.experiments.resolve import resolve, selection_of
 from raypkg.experiments.train import SelectSettings
 from raypkg.runs.folder import RunFolder, check_new
 from raypkg.runs.report import Stage
 from raypkg.runs.storage import Storage
 
-if TYPE_CHECKING:  # it imports torch, which a mistake in the settings need not wait for
+if TYPE_CHECKING:
     from raypkg.experiments.samples import Samples
 
 COLUMNS = "{:<9} {:>6} {:>7} {:>7} {:>12} {:>10} {:>14}"
@@ -36,27 +38,24 @@ def dry_run(
     root: str,
     resume: str | None,
 ) -> None:
-    """Print the settings that a run would have, and what it would do.
+    """Print the settings and the plan of a new run.
 
     Raises:
-        UserError: what a run would refuse before its first phase; or one is to be resumed, which has its settings.
+        UserError: whatever a run would refuse before its first phase; or a run is to be resumed.
     """
-    from raypkg.experiments.phases import stages_of
-    from raypkg.experiments.samples import open_samples
-
     if resume is not None:
         raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
     settings = resolve(schema, config, values)
     check_new(root, entry.name, name, settings)
-    samples = open_samples(settings)
+    _, samples = open_run(settings)
     stages = stages_of(entry.name, settings)
     place = Storage(root) / entry.name / (name or "NAME")
     _check_settings(settings, samples, stages, place)
-    lines = [*_plan(settings, samples, stages, place)]
+    lines = [*_plan(settings, samples, stages, place)]  # all before the first is printed: some may be refused
     click.echo(to_toml(settings))
     for line in lines:
         click.echo(f"# {line}")
-    click.echo(f"# folder: {redacted(place.root)}{'' if name else ', NAME made up from data, model and time'}")
+    click.echo(f"# folder: {redacted(place.root)}{'' if name else ', NAME generated from data, model and time'}")
     files = dict.fromkeys([*ALWAYS, *(file for stage in stages for file in stage.files)])
     click.echo(f"# files: {' '.join(files)} and what the method adds; checkpoints/ until it is done")
 
@@ -75,8 +74,9 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
     elif isinstance(settings, Experiment):
         given = getattr(settings, "coreset", None)
         if given is not None:
-            n = len(load_coreset(given, samples.data.train, samples.held_out, settings.dataset.name))
-        settings.check(n if given is None else stages[-1].size(n), samples.data)
+            load_coreset(given, samples.data.train, samples.held_out, settings.dataset.name)
+            n = stages[-1].size(n)
+        settings.check(n, samples.data)
         first_weights(settings, samples, storage.parent.parent.root)
     if select := selection_of(settings):
         check_target_samples(select, samples)
@@ -84,6 +84,10 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
 
 def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> Iterator[str]:
     """Yield the lines of the plan."""
+    from raypkg.coresets.budgets import budget_of
+    from raypkg.coresets.rules import coreset
+    from raypkg.experiments.embedding import check_disk
+
     n = len(samples.train_indices)
     train, test = samples.data
     yield (
@@ -91,37 +95,22 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
         f" {len(test):,} to test on; {train.num_classes} classes, shape {train.kind.words(train.shape)}"
     )
     if select := selection_of(settings):
-        yield _selection(select, n)
+        if coreset[select.rule].sizes_itself:
+            yield f"selection: {select.rule}, of {n:,} samples as many as it sees fit: what follows is the most"
+        else:
+            yield f"selection: {select.rule}, {budget_of(select.fraction, n):,} of {n:,} samples"
     if isinstance(settings, EmbedSettings):
-        yield _embedding(settings, samples, storage)
+        embedding = planned(settings, samples.data, RunFolder(storage))
+        check_disk(embedding, storage)
+        yield f"rows: {embedding.describe()} on disk, in {len(embedding.all_parts)} parts"
     if isinstance(settings, Experiment):
         yield from _training(settings, samples, stages)
-    beside = f"; {settings.actors} actors" if settings.actors else ""
-    yield f"workers: {_workers(settings.cluster)}{beside}"
-
-
-def _embedding(settings: EmbedSettings, samples: Samples, storage: Storage) -> str:
-    """Return what is computed, if the disk has room for it."""
-    from raypkg.experiments.embedding import check_disk
-
-    embedding = planned(settings, samples.data, RunFolder(storage))
-    check_disk(embedding, storage)
-    return f"rows: {embedding.describe()} on disk, in {len(embedding.all_parts)} parts"
-
-
-def _selection(select: Select, n: int) -> str:
-    """Return what selects, and how many samples."""
-    from raypkg.coresets.budgets import budget_of
-    from raypkg.coresets.rules import coreset
-
-    if coreset[select.rule].sizes_itself:
-        return f"selection: {select.rule}, of {n:,} samples as many as it sees fit: what follows is the most"
-    return f"selection: {select.rule}, {budget_of(select.fraction, n):,} of {n:,} samples"
+    actors = f"; {settings.actors} actors" if settings.actors else ""
+    yield f"workers: {_workers(settings.cluster)}{actors}"
 
 
 def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> Iterator[str]:
-    """Yield what is trained, how long, and what that takes."""
-    from raypkg.experiments.phases import step_memory
+    """Yield the model, the phases and the memory of a training."""
     from raypkg.experiments.samples import new_model
 
     n = len(samples.train_indices)
@@ -130,11 +119,21 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
     yield f"model: {settings.model.name}, {count:,} parameters"
     yield COLUMNS.format("phase", "models", "epochs", "batch", "samples", "steps", "backward")
     for stage in stages:
-        yield _row(stage, n)
+        if not stage.rows:  # a phase without epochs
+            yield stage.phase
+            continue
+        an_epoch = f"{stage.size(n):,}"
+        if stage.whole:
+            an_epoch = f"{n:,}/{an_epoch}"
+        numbers = (f"{number:,}" for number in (stage.steps(n), stage.backward(n)))
+        yield COLUMNS.format(
+            stage.phase, stage.models, f"{stage.epochs:,}", f"{stage.batch_size:,}", an_epoch, *numbers
+        )
     backward = sum(stage.backward(n) for stage in stages)
-    training: Training = settings.train  # type: ignore[attr-defined]  # declared where the experiment is
+    training: Training = settings.train  # type: ignore[attr-defined]  # declared by each experiment
     full = max(training.epochs, settings.epochs) * n
-    yield f"samples backward in the epochs of all phases: {backward:,}, {backward / full:.1%} of as many on all samples"
+    yield f"samples backward in the epochs of all phases: {backward:,}, {backward / full:.1%} of full training"
+
     batch = min(training.at_once, stages[-1].size(n))
     needed = step_memory(model, samples.data.train, batch, training)
     parts = [
@@ -147,26 +146,8 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
     yield f"memory of training: {readable(needed.total)} = {' + '.join(parts)}"
 
 
-def _row(stage: Stage, n: int) -> str:
-    """Return a phase as a row; one without epochs has a name alone."""
-    if not stage.rows:
-        return stage.phase
-    an_epoch = f"{stage.size(n):,}"
-    if stage.whole:
-        an_epoch = f"{n:,}/{an_epoch}"
-    return COLUMNS.format(
-        stage.phase,
-        stage.models,
-        f"{stage.epochs:,}",
-        f"{stage.batch_size:,}",
-        an_epoch,
-        f"{stage.steps(n):,}",
-        f"{stage.backward(n):,}",
-    )
-
-
 def _workers(cluster: Cluster) -> str:
-    """Return on what it would run, as far as the settings tell: nobody asks a cluster."""
+    """Return number and size of the workers, as far as the settings tell: no cluster is asked."""
     cpus = cluster.cpus_without_gpu
     threads = f"{cpus} thread" + "s" * (cpus > 1)
     if cluster.workers == 0:

@@ -1,22 +1,24 @@
-"""Running an experiment: settings → run folder → phases → results."""
+"""Running, resuming and showing experiments: settings → run folder → phases → results."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from click import Group, get_current_context
+
 from raypkg.core.config import load_stored
 from raypkg.core.errors import Interruption, UserError
 from raypkg.core.registry import Entry
-from raypkg.core.settings import APART, Experiment, RunSettings
-from raypkg.experiments import carry_out, open_run
-from raypkg.experiments.embed import EmbedSettings
+from raypkg.core.settings import APART, RunSettings
+from raypkg.experiments import carry_out, experiment, open_run, settings_of
+from raypkg.experiments.phases import stages_of
 from raypkg.experiments.resolve import resolve, stored_settings
 from raypkg.experiments.samples import Samples
-from raypkg.runs.catalog import find
+from raypkg.runs.catalog import find, resuming, state_of
 from raypkg.runs.folder import RunFolder, check_new, create, discard
-from raypkg.runs.show import show_run, terminal
-
-from .unfinished import resume_command
+from raypkg.runs.report import Stage
+from raypkg.runs.show import show_run, show_unfinished, terminal
+from raypkg.studies.study import study_around
 
 
 def execute(
@@ -25,13 +27,13 @@ def execute(
     """Run an experiment in a new run folder; a mistake found before any result leaves no folder behind.
 
     Raises:
-        UserError: bad settings, or what the experiment raises.
+        UserError: invalid settings, or an error of the experiment.
     """
     settings = resolve(schema, config, values)
     check_new(root, entry.name, name, settings)
     settings, samples = open_run(settings)
     folder = create(root, entry.name, name, settings)
-    with folder.storage.locked(f"run {folder.name!r}"):  # nobody else's work is discarded
+    with folder.storage.locked(f"run {folder.name!r}"):  # only this process may discard it
         try:
             _run(entry, settings, samples, folder, root)
         except BaseException:
@@ -43,7 +45,7 @@ def execute(
 def resume_run(
     entry: Entry, schema: type[RunSettings], name: str, values: Mapping[str, Any], root: str, refused: Mapping[str, Any]
 ) -> None:
-    """Resume a stopped run; a finished one is only shown.
+    """Resume an interrupted run; a finished one is only shown.
 
     Raises:
         UserError: no such run, or settings that would change its result.
@@ -59,34 +61,65 @@ def resume_run(
         show_run(folder, terminal())
         return
     with folder.storage.locked(f"run {name!r}"):
-        latest = RunFolder(folder.storage)  # as whoever had the lock left it
+        latest = RunFolder(folder.storage)  # another process may have held the lock until now
         settings, samples = open_run(settings)
         _run(entry, settings, samples, latest, root)
 
 
-def subject(settings: RunSettings) -> str:
-    """Return what a run is about: the model that it trains or takes features of, or the rule that selects."""
-    if isinstance(settings, EmbedSettings):
-        return settings.model.name or f"the model of {settings.model_from}"
-    return settings.model.name if isinstance(settings, Experiment) else getattr(settings, "rule", "")
-
-
 def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolder, root: str) -> None:
     console = terminal()
-    console.print(f"{entry.name} {folder.name}: {subject(settings)} on {settings.dataset.name}")
+    model = getattr(settings, "model", None)
+    subject = model.name if model else getattr(settings, "rule", "")
+    subject = subject or f"the model of {getattr(settings, 'model_from', '')}"
+    console.print(f"{entry.name} {folder.name}: {subject} on {settings.dataset.name}")
     try:
         line = carry_out(entry, settings, samples, folder, console)
-    except (KeyboardInterrupt, SystemExit):
-        raise Interruption(f"interrupted{_hint(folder, root)}") from None
-    except Interruption as error:
-        raise type(error)(f"{error}{_hint(folder, root)}") from error
+    except (KeyboardInterrupt, SystemExit, Interruption) as error:
+        kind, reason = (type(error), str(error)) if isinstance(error, Interruption) else (Interruption, "interrupted")
+        hint = f"; resume with: {resume_command(folder, root)}" if folder.started else ""
+        raise kind(f"{reason}{hint}") from error
     show_run(folder, console)
     if line:
         console.print(line, soft_wrap=True)
 
 
-def _hint(folder: RunFolder, root: str) -> str:
-    """Return how to resume a run that has any result yet."""
-    if not folder.started:
-        return ""
-    return f"; resume with: {resume_command(folder, root)}"
+def resume_command(folder: RunFolder, root: str) -> str:
+    """Return the command that resumes a run, or the study of which it is a trial.
+
+    Args:
+        folder: folder of the run.
+        root: folder of all runs, as the user gave it.
+
+    Raises:
+        UserError: the record of its study is damaged.
+    """
+    storage = folder.storage
+    if study := study_around(storage):
+        return resuming(study.command, study.storage, root)
+    name = storage.parent.name
+    context = get_current_context().find_root()
+    group = context.command
+    command = group.get_command(context, name) if isinstance(group, Group) else None
+    train = " train" if isinstance(command, Group) else ""  # the experiment is the first command of a group
+    return resuming(f"effray {name}{train}", storage, root)
+
+
+def show_how_far(folder: RunFolder, root: str) -> None:
+    """Print the progress of an unfinished run's phases, whether a process is working on it, and how to resume it.
+
+    The code that its settings name is not imported.
+    """
+    stages: list[Stage] = []
+    storage = folder.storage
+    name = storage.parent.name
+    try:
+        values = folder.config
+        if name not in experiment:
+            raise UserError(f"there is no experiment {name!r}, whose run it would be by the folder that it is in")
+        stages = stages_of(name, load_stored(settings_of(experiment[name]), values))
+        if study := study_around(storage):
+            storage = study.storage  # the process that runs the study holds its lock
+        resume = resume_command(folder, root)
+    except UserError as error:
+        resume = f"nothing: {error}"
+    show_unfinished(folder, stages, state_of(storage), resume, terminal())

@@ -1,7 +1,10 @@
-"""Settings as command-line options: one option per leaf, grouped by part, named as everywhere else."""
+"""Commands made from settings: one option per setting, grouped by part, named as everywhere else."""
 
+import importlib
+import importlib.util
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,16 +12,19 @@ from pydantic.fields import FieldInfo
 
 from raypkg.core.config import Settings, alternatives, current_name, is_list, leaves, parse_toml, part_of
 from raypkg.core.errors import UserError, shown
+from raypkg.core.registry import Entry
 from raypkg.core.settings import APART
+from raypkg.experiments import settings_of
+from raypkg.runs import ROOT
 
-from .options import ExampleHelp
+from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
 
 
 class SettingsCommand(ExampleHelp):
-    """A command whose options are settings, grouped by part in its help; a name that is old is told its new one.
+    """A command whose options are settings, grouped by part in its help; a former name is answered by the new one.
 
     Args:
-        schema: of the settings.
+        schema: class of the settings.
     """
 
     def __init__(self, *arguments: Any, schema: type[Settings], **options: Any):
@@ -40,31 +46,106 @@ class SettingsCommand(ExampleHelp):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(context):
             record = parameter.get_help_record(context)
-            if record and isinstance(parameter, click.Option):  # an argument stands in the usage line
+            if record and isinstance(parameter, click.Option):  # arguments are in the usage line
                 part, dot, _ = (parameter.name or "").partition("__")
                 sections.setdefault(part if dot else "run", []).append(record)
-        for part in sorted(sections, key=APART.__contains__):  # where it runs comes last
+        for part in sorted(sections, key=APART.__contains__):  # cluster and track come last
             with formatter.section(part):
                 formatter.write_dl(sections[part])
 
 
-def setting_options(schema: type[Settings]) -> Iterable[click.Option]:
-    """Make one option for every leaf but the open ``options`` tables; ``--model`` is short for ``--model.name``.
+class Family(ExampleHelp, click.Group):
+    """The commands of an experiment."""
 
-    An optional part is an option too: ``--agent`` switches it on with its defaults.
+
+def experiment_command(entry: Entry) -> click.Command:
+    """Make a command from an experiment: its settings are the options, its docstring is the help.
+
+    If a module here has the experiment's name, the command becomes ``train`` in a group with that module's COMMANDS.
+    """
+    schema = settings_of(entry)
+
+    def callback(
+        config: Path | None,
+        pairs: tuple[str, ...],
+        name: str | None,
+        resume: str | None,
+        root: str,
+        dry: bool,
+        **given: Any,
+    ) -> None:
+        from .execute import execute, resume_run
+
+        values = overrides(schema, given, pairs)
+        if dry:
+            from .dry_run import dry_run
+
+            dry_run(entry, schema, config, values, name, root, resume)
+        elif resume is not None:
+            resume_run(entry, schema, resume, values, root, refused={"--config": config, "--name": name})
+        else:
+            execute(entry, schema, config, values, name, root)
+
+    command = SettingsCommand(
+        entry.name,
+        schema=schema,
+        callback=callback,
+        help=entry.text,
+        params=[
+            click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options override it"),
+            click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
+            click.Option(["--name"], help="name of the run (default: generated from data, model and time)"),
+            click.Option(["--resume"], metavar="NAME", help="resume an interrupted run"),
+            click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP),
+            click.Option(["--dry-run", "dry"], is_flag=True, help="print the settings and the plan, and start nothing"),
+            TRUST,
+            *setting_options(schema),
+        ],
+    )
+    module = f"{__package__}.{entry.name}"
+    if not importlib.util.find_spec(module):
+        return command
+    command.name = "train"
+    return Family(entry.name, [command, *importlib.import_module(module).COMMANDS], help=command.help)
+
+
+def setting_options(schema: type[Settings]) -> Iterator[click.Option]:
+    """Make one option for every setting but the open ``options`` tables; ``--model`` is short for ``--model.name``.
+
+    An optional part is an option too: ``--agent`` enables it with its defaults.
     """
     for name, field in leaves(schema):
         if name.rpartition(".")[2] == "options":
             continue
         short = [f"--{name.removesuffix('.name')}"] if name.endswith(".name") else []
         switch: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if part_of(field) else {}
+        default = field.default
+        shown_default = ""
+        if isinstance(default, tuple):
+            shown_default = ",".join(map(str, default))
+        elif default is not None and not field.is_required():
+            shown_default = str(default).lower() if isinstance(default, bool) else str(default)
         yield click.Option(
             [*short, f"--{name}", name.replace(".", "__")],
             metavar=metavar(field),
-            help=f"{field.description or ''}{_default(field)}",
+            help=f"{field.description or ''}{f'  [{shown_default}]' if shown_default else ''}",
             multiple=is_list(field),
             **switch,
         )
+
+
+def metavar(field: FieldInfo) -> str:
+    """Return the kind of value that an option takes, for its help."""
+    if part_of(field):
+        return "[true|false]"
+    if is_list(field):
+        return "LIST"
+    kind = alternatives(field)[0]
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    return kind.__name__.upper()
 
 
 def overrides(schema: type[Settings], given: Mapping[str, Any], pairs: Iterable[str]) -> dict[str, Any]:
@@ -79,7 +160,9 @@ def overrides(schema: type[Settings], given: Mapping[str, Any], pairs: Iterable[
     fields = dict(leaves(schema))
     values = {}
     for name, text in texts.items():
-        values[name] = _parse(text) if name in fields else _value(text)
+        # The settings convert a field's text themselves; lists, tables and options of unknown type are TOML.
+        is_toml = name not in fields or text.startswith(("[", "{"))
+        values[name] = _value(text) if is_toml else text
     return values
 
 
@@ -88,7 +171,7 @@ def parsed_pairs(pairs: Iterable[str]) -> dict[str, Any]:
     return {name: _value(text) for name, text in _split(pairs)}
 
 
-def _split(pairs: Iterable[str]) -> Iterable[tuple[str, str]]:
+def _split(pairs: Iterable[str]) -> Iterator[tuple[str, str]]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not (name and equals):
@@ -96,38 +179,10 @@ def _split(pairs: Iterable[str]) -> Iterable[tuple[str, str]]:
         yield name.strip(), text.strip()
 
 
-def _parse(text: str) -> Any:
-    """Read a list or a table; any other text the settings bring into the form of their field."""
-    return _value(text) if text.startswith(("[", "{")) else text
-
-
 def _value(text: str) -> Any:
-    """Read one TOML value; what is none is a string."""
+    """Return a TOML value; any other text is a string."""
     try:
         values = parse_toml(f"value = {text}", text)
     except UserError:
         return text
-    return values["value"] if len(values) == 1 else text  # no line after it sets something else
-
-
-def metavar(field: FieldInfo) -> str:
-    """Return what an option takes, for its help."""
-    if part_of(field):
-        return "[true|false]"
-    if is_list(field):
-        return "LIST"
-    kind = alternatives(field)[0]
-    if typing.get_origin(kind) is typing.Literal:
-        return "|".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is typing.Annotated:
-        kind = typing.get_args(kind)[0]
-    return kind.__name__.upper()
-
-
-def _default(field: FieldInfo) -> str:
-    if field.default is None or field.is_required():
-        return ""
-    if isinstance(field.default, tuple):
-        return f"  [{','.join(map(str, field.default))}]" if field.default else ""
-    shown = str(field.default)
-    return f"  [{shown.lower() if isinstance(field.default, bool) else shown}]"
+    return values["value"] if len(values) == 1 else text  # a further line would set something else

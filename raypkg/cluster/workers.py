@@ -179,8 +179,3 @@ class Group:
             self._outcomes.put(Interruption("Ray Train's controller of the workers was lost"))
         except Exception as error:  # raised by the driver's own thread
             self._outcomes.put(error)
-
-
-def are_abandoned() -> bool:
-    """Return True while a thread still waits for abandoned workers."""
-    return any(thread.name == "workers" for thread in threading.enumerate())
