@@ -203,30 +203,24 @@ def test_models_travel_as_safetensors(storage):
         load_tensors(storage, "none.safetensors")
 
 
-def test_compare_counts_common_picks(tmp_path):
-    folders = []
-    for name, picks in (("a", [0, 1]), ("b", [1, 2])):
+def test_compare_counts_common_picks_and_correlates_scores(tmp_path):
+    def finished(name, samples, picks, scores=None):
         storage = Storage(str(tmp_path)) / name
-        storage.write_table("scores.parquet", pa.table({"index": [0, 1, 2, 3], "score": [1.0, 2.0, 3.0, 4.0]}))
         storage.write_table("coreset.parquet", pa.table({"index": picks, "weight": [1.0, 1.0]}))
-        storage.write_json("summary.json", MANIFEST | {"samples": 4})
-        folders.append(RunFolder(storage))
-    line = compare(*folders)
-    assert "rank correlation of the scores 1.000; 1 of 2 picks in common (50.0%; by chance 50.0%)" in line
-    with pytest.raises(UserError, match=r"c is not finished: there is no coreset\.parquet to compare"):
-        compare(folders[0], RunFolder(Storage(str(tmp_path)) / "c"))
-
-
-def test_compare_without_scores(tmp_path):
-    folders = []
-    for name, samples in (("a", 4), ("b", 4), ("c", 5)):
-        storage = Storage(str(tmp_path)) / name
-        storage.write_table("coreset.parquet", pa.table({"index": [0, 1], "weight": [1.0, 1.0]}))
+        if scores:
+            storage.write_table("scores.parquet", pa.table({"index": list(range(samples)), "score": scores}))
         storage.write_json("summary.json", MANIFEST | {"samples": samples})
-        folders.append(RunFolder(storage))
-    assert compare(*folders[:2]) == "a against b: 2 of 2 picks in common (100.0%; by chance 50.0%)"
-    with pytest.raises(UserError, match="a chose from 4 samples and c from 5: same data set"):
-        compare(folders[0], folders[2])
+        return RunFolder(storage)
+
+    a, b = (finished(name, 4, picks, [1.0, 2.0, 3.0, 4.0]) for name, picks in (("a", [0, 1]), ("b", [1, 2])))
+    line = compare(a, b)
+    assert "rank correlation of the scores 1.000; 1 of 2 picks in common (50.0%; by chance 50.0%)" in line
+    c, d = (finished(name, samples, [0, 1]) for name, samples in (("c", 4), ("d", 5)))
+    assert compare(a, c) == "a against c: 2 of 2 picks in common (100.0%; by chance 50.0%)"
+    with pytest.raises(UserError, match="c chose from 4 samples and d from 5: same data set"):
+        compare(c, d)
+    with pytest.raises(UserError, match=r"e is not finished: there is no coreset\.parquet to compare"):
+        compare(a, RunFolder(Storage(str(tmp_path)) / "e"))
 
 
 def test_rows_are_in_the_order_of_models_and_epochs_whoever_was_first(tmp_path):

@@ -1,7 +1,6 @@
 """A run's folder is its own: names that are harmless anywhere, one maker, and files that are what the run left."""
 
 import fcntl
-import json
 import multiprocessing
 import os
 import sys
@@ -39,11 +38,10 @@ BAD_NAMES = [
 
 @pytest.mark.parametrize("name", [*BAD_NAMES, "a:b", "a\\b", "$(x)", "x" * 101, "x.part"])
 def test_a_name_that_could_be_read_as_more_than_a_name_is_refused(name, tmp_path):
-    (tmp_path / "train" / "other").mkdir(parents=True)
     for root in (str(tmp_path), f"file://{tmp_path}"):
         with pytest.raises(UserError, match=r"1 to 100 letters, digits or"):
             create(root, "train", name, Experiment())
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["train", "train/other"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["one", "größe", "[red]", "lr=0.1,seed=2", "a+b@c_d-e.f", "日本"])
@@ -78,12 +76,9 @@ def test_the_loser_of_a_name_deletes_nothing(tmp_path):
     with pytest.raises(UserError, match="run 'one' exists in"):
         create(str(tmp_path), "train", "one", Experiment(seed=1))
     assert RunFolder(Storage(str(tmp_path)) / "train" / "one").config["seed"] == 0
-
-
-def test_the_name_of_a_run_without_settings_can_be_had_again(tmp_path):
-    (tmp_path / "train" / "one").mkdir(parents=True)
+    (tmp_path / "train" / "two").mkdir()
     with pytest.raises(UserError, match="has no settings yet; if no process is starting it, delete the folder"):
-        create(str(tmp_path), "train", "one", Experiment())
+        create(str(tmp_path), "train", "two", Experiment())
 
 
 def test_settings_with_credentials_are_not_kept(tmp_path):
@@ -183,13 +178,6 @@ def test_settings_that_were_cut_at_the_end_of_a_line_are_told_from_whole_ones(ru
     assert run.config["seed"] == 0
 
 
-@pytest.mark.parametrize("content", ["null", "[" * 100_000, "{"])
-def test_a_record_that_holds_nothing_is_not_taken_for_a_missing_one(run, content):
-    (run.storage.local / "summary.json").write_text(content)
-    with pytest.raises(UserError, match=r"summary.json is corrupt"):
-        _ = run.summary
-
-
 def test_metrics_of_something_else_are_refused(run):
     run.storage.write_table("metrics.parquet", pa.table({"a": [1]}))
     with pytest.raises(UserError, match=r"metrics.parquet has no column phase: it has a"):
@@ -214,13 +202,6 @@ def test_a_file_that_a_later_phase_wrote_anew_is_that_phases(run):
         run.phase("more")
 
 
-@pytest.mark.parametrize("value", [[1, 2], {}, 3])
-def test_the_record_of_another_phase_that_is_none_is_named(run, value):
-    run.storage.write_json("phases/other.json", value)
-    with pytest.raises(UserError, match=r"phases/other.json is corrupt: it must have costs, elapsed"):
-        run.phase("train")
-
-
 def test_a_finished_run_knows_its_files(run):
     run.finish({"phases": [], "samples": 1, "coreset": None, "seconds": 0, "elapsed": 0, "full_training_backward": 0})
     run.check("model.safetensors")
@@ -232,11 +213,11 @@ def test_a_finished_run_knows_its_files(run):
     run.check("model.safetensors")
 
 
-@pytest.mark.parametrize("file", ["summary.json", "phases/train.json"])
-@pytest.mark.parametrize("value", [{}, [1, 2], 3, {"phases": []}])
-def test_a_record_without_what_it_needs_is_corrupt(run, file, value):
-    (run.storage.local / file).write_text(json.dumps(value))
-    with pytest.raises(UserError, match=f"{file} is corrupt: it must have"):
+@pytest.mark.parametrize("file", ["summary.json", "phases/train.json", "phases/other.json"])
+@pytest.mark.parametrize("text", ["{}", "[1, 2]", "null", "[" * 100_000, "{"])
+def test_a_damaged_record_is_corrupt(run, file, text):
+    (run.storage.local / file).write_text(text)
+    with pytest.raises(UserError, match=f"{file} is corrupt"):
         _ = run.summary if file == "summary.json" else run.phase("train")
 
 
@@ -257,15 +238,12 @@ def test_credentials_are_neither_printed_nor_kept(monkeypatch):
 @pytest.mark.parametrize("secret", ["SECRET", "SE'CRET", "SE/CRET", "SE@CRET", 'SE"CRET', "SE:CRET"])
 @pytest.mark.parametrize("slashes", ["://", ":/"])
 def test_secrets_of_any_characters_are_redacted(secret, slashes):
-    assert (
-        redacted(f"cannot use s3{slashes}KEY:{secret}@bucket/runs here")
-        == f"cannot use s3{slashes}***@bucket/runs here"
-    )
+    assert redacted(f"use s3{slashes}KEY:{secret}@bucket/runs here") == f"use s3{slashes}***@bucket/runs here"
 
 
-@pytest.mark.parametrize("text", ["s3://bucket/run@v2", "/data/a@b/c", "parquet:/data/a@b", "http://127.0.0.1:8265/x"])
-def test_other_addresses_are_shown_as_they_are(text):
-    assert redacted(text) == text
+def test_other_addresses_are_not_redacted():
+    for text in ("s3://bucket/run@v2", "/data/a@b/c", "parquet:/data/a@b", "http://127.0.0.1:8265/x"):
+        assert redacted(text) == text
 
 
 DRAWN = """

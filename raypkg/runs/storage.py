@@ -236,22 +236,16 @@ class Storage:
 
     def _read(self, name: str) -> pa.Buffer | None:
         path = self._full(name)
-        with _one_line("read", path):
-            try:
-                with self._fs.open_input_stream(path) as stream:
-                    return stream.read_buffer()
-            except FileNotFoundError:
-                return None
+        with _one_line("read", path), suppress(FileNotFoundError), self._fs.open_input_stream(path) as stream:
+            return stream.read_buffer()
+        return None
 
     def digest(self, name: str) -> str | None:
         """Return the digest of a file, 16 bytes of BLAKE2b in hexadecimal, or None if it does not exist."""
         path = self._full(name)
-        with _one_line("read", path):
-            try:
-                with self._fs.open_input_stream(path) as stream:
-                    return file_digest(stream, partial(blake2b, digest_size=16)).hexdigest()
-            except FileNotFoundError:
-                return None
+        with _one_line("read", path), suppress(FileNotFoundError), self._fs.open_input_stream(path) as stream:
+            return file_digest(stream, partial(blake2b, digest_size=16)).hexdigest()
+        return None
 
     # Folders
 
@@ -362,9 +356,7 @@ class Storage:
 
 
 def _inode(folder: str) -> int | None:
-    with suppress(OSError):
-        return os.stat(folder).st_ino
-    return None
+    return os.stat(folder).st_ino if os.path.exists(folder) else None
 
 
 def _is_listed(name: str) -> bool:

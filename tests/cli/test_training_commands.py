@@ -216,4 +216,6 @@ def test_weights_that_saw_what_is_held_out_here_are_refused(effray, refusal):
 
 
 def test_shared_batch_statistics_do_not_go_with_parts_of_a_batch(refusal):
-    assert "train.sync_bn = true does not go with" in refusal("train --train.sync_bn true --train.micro_batch 8")
+    assert "train.sync_bn = true excludes train.micro_batch" in refusal(
+        "train --train.sync_bn true --train.micro_batch 8"
+    )
