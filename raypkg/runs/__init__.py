@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, checkpoints, metrics, plots and, when asked, its W&B record."""
+"""Run folders: storage, metrics, checkpoints, plots, reports and W&B tracking."""
 
 import os
 
