@@ -152,11 +152,7 @@ class Listed(NamedTuple):
 
 
 def runs_of(root: str, experiments: Iterable[str]) -> list[Listed]:
-    """Return all runs of some experiments, in no order; other folders are skipped.
-
-    Raises:
-        UserError: the root cannot be listed.
-    """
+    """Return all runs of some experiments, in no order; other folders are skipped."""
     runs = Storage(root)
     kinds = set(runs.list()) & set(experiments)
     folders = [runs / kind / name for kind in kinds for name in (runs / kind).list()]
@@ -289,11 +285,7 @@ def to_delete(root: str, run: str) -> Storage:
 
 @contextmanager
 def locked(folders: Iterable[Storage]) -> Iterator[None]:
-    """Hold the locks of several folders.
-
-    Raises:
-        UserError: a process is working on one of them.
-    """
+    """Hold the locks of several folders, or refuse if a process is working on one of them."""
     with ExitStack() as locks:
         for storage in folders:
             locks.enter_context(storage.locked(f"{storage.parent.name}/{storage.name}"))
@@ -305,9 +297,6 @@ def remove(storage: Storage) -> None:
 
     A local folder is renamed first, to a name that is never listed, and its manifest and settings go before the rest:
     an interrupted deletion leaves nothing that looks like a run. Links are not followed.
-
-    Raises:
-        UserError: the file system refuses.
     """
     around = storage.parent
     if storage.local and not storage.name.endswith(PART):

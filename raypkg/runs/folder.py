@@ -79,20 +79,12 @@ class RunFolder:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The manifest of a finished run, or None.
-
-        Raises:
-            UserError: it is damaged.
-        """
+        """The manifest of a finished run, or None."""
         return self._record(SUMMARY, NEEDED[SUMMARY])
 
     @property
     def config(self) -> dict[str, Any]:
-        """The stored settings, not yet validated.
-
-        Raises:
-            UserError: they are missing, damaged or not TOML: a run is never resumed with other settings.
-        """
+        """The stored settings, not yet validated. Damaged ones are refused: a run is never resumed with others."""
         return read_settings(self.storage)
 
     @property
@@ -194,21 +186,13 @@ class RunFolder:
         self.storage.write_json(SUMMARY, {**summary, "files": self._checksums()})
 
     def check(self, file: str) -> None:
-        """Refuse a missing or changed file of a finished run.
-
-        Raises:
-            UserError: it is missing or has been changed.
-        """
+        """Refuse a file of a finished run that is missing or changed."""
         files = (self.summary or {}).get("files", {})
         if file in files:
             self._check(file, files[file], f"run {self.name!r}")
 
     def check_all(self) -> None:
-        """Refuse a finished run if any of its files is missing or changed.
-
-        Raises:
-            UserError: names the file.
-        """
+        """Refuse a finished run if any of its files is missing or changed."""
         for file in (self.summary or {}).get("files", {}):
             self.check(file)
 

@@ -30,9 +30,9 @@ TRIES = 3  # at creating a folder while other processes delete empty ones
 
 
 class Storage:
-    """Reads and writes whole files below one folder: a file exists entirely or not at all.
+    """Reads and writes whole files below one folder: a file exists entirely or not at all. Picklable.
 
-    Picklable; a copy opens its own connection.
+    Errors of the file system, such as a full disk, become a ``UserError``.
 
     Args:
         root: local path, URI such as ``s3://bucket/runs``, or the ``root`` of another Storage.
@@ -134,9 +134,6 @@ class Storage:
 
         Creating a local folder is one atomic system call. Object stores have none: there each process writes a claim,
         and gives way if it finds another one beside its own.
-
-        Raises:
-            UserError: it cannot be created.
         """
         if self.local:
             with _one_line("write", f"{self._path}/"):
@@ -186,11 +183,7 @@ class Storage:
 
     @contextmanager
     def new_file(self, name: str) -> Iterator[pa.NativeFile]:
-        """Open a file to be written in pieces; it appears at the end of the block, or not at all.
-
-        Raises:
-            UserError: as ``write``.
-        """
+        """Open a file to be written in pieces; it appears at the end of the block, or not at all."""
         with self._replacement(name) as temporary:
             with self._fs.open_output_stream(temporary) as sink:
                 yield sink
@@ -226,11 +219,7 @@ class Storage:
             stream.write(content)
 
     def read(self, name: str) -> bytes | None:
-        """Return a file's content, or None if it does not exist.
-
-        Raises:
-            UserError: it cannot be read, for instance because it is a folder.
-        """
+        """Return a file's content, or None if it does not exist."""
         content = self._read(name)
         return None if content is None else content.to_pybytes()
 
@@ -260,11 +249,7 @@ class Storage:
             return sorted(entry.base_name for entry in self._entries(folder) if _is_listed(entry.base_name))
 
     def times(self, *, recursive: bool = False) -> dict[str, float]:
-        """Return the modification time of every file, in seconds since 1970, by its path below the folder.
-
-        Raises:
-            UserError: the folder cannot be listed.
-        """
+        """Return the modification time of every file, in seconds since 1970, by its path below the folder."""
         with _one_line("list", self._path):
             entries = self._entries(self._path, recursive)
         files = [entry for entry in entries if entry.type == fs.FileType.File and entry.mtime is not None]
@@ -313,11 +298,7 @@ class Storage:
         self.write(name, text.encode())
 
     def read_json(self, name: str) -> Any | None:
-        """Return the value of a JSON file, or None if it does not exist.
-
-        Raises:
-            UserError: the file is not JSON, or contains null.
-        """
+        """Return the value of a JSON file, or None if it does not exist; refuse corrupt JSON and null."""
         content = self.read(name)
         if content is None:
             return None
@@ -336,11 +317,7 @@ class Storage:
         self.write(name, sink.getvalue().to_pybytes())
 
     def read_table(self, name: str) -> pa.Table | None:
-        """Return a parquet file as an Arrow table, or None if it does not exist.
-
-        Raises:
-            UserError: the file is not parquet.
-        """
+        """Return a parquet file as an Arrow table, or None if it does not exist; refuse a corrupt file."""
         # Read as a whole, since another process may replace it. Arrow's own buffer, not Python's: its threads may drop
         # a table's source after the interpreter has ended.
         content = self._read(name)
