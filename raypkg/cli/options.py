@@ -1,4 +1,4 @@
-"""What commands share: options that several have, and help that ends with an example."""
+"""Parts of several commands: common options, and help that ends with an example."""
 
 import inspect
 
@@ -12,7 +12,7 @@ ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
 
 
 def trusting(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    """Let stored runs bring their code along, where the user says so."""
+    """Trust the code that stored runs name, if the user says so."""
     if value:
         from raypkg.experiments.resolve import trust_all
 
@@ -32,18 +32,18 @@ class ExampleHelp(click.Command):
     """Help that ends with the docstring's example, as written."""
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        """Parse the command line, of which nothing could be stored or printed if it were not text."""
+        """Parse the command line; arguments that are not UTF-8 could neither be stored nor printed."""
         for argument in arguments:
             if not argument.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in argument):
                 raise UserError(f"argument {argument!r} is not UTF-8 text")
         return super().parse_args(context, arguments)
 
     def get_short_help_str(self, limit: int = 45) -> str:
-        """Return the whole first line for the list of commands, which wraps it."""
+        """Return the whole first line; the list of commands wraps it."""
         return self._parts()[0].partition("\n")[0]
 
     def format_help_text(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write what precedes the example; the options come next."""
+        """Write the text before the example; the options follow."""
         for paragraph in self._parts()[0].split("\n\n"):
             formatter.write_paragraph()
             with formatter.indentation():

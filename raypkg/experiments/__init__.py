@@ -1,4 +1,4 @@
-"""Experiments: settings and the story of a run, each a file here or in its method's room. No torch at import."""
+"""Experiments: one function with its settings per command, here or in a method's room. No torch at import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raypkg.core.errors import UserError, exit_is_error
 from raypkg.core.imports import heavy_imports
 from raypkg.core.registry import Entry, Registry
 
-if TYPE_CHECKING:  # they import pydantic and pyarrow, which `--help` need not wait for
+if TYPE_CHECKING:  # pydantic and pyarrow, which `--help` does not need
     from rich.console import Console
 
     from raypkg.core.settings import Experiment, RunSettings
@@ -51,10 +51,11 @@ def open_run(settings: R) -> tuple[R, Samples]:
     Raises:
         UserError: the data set cannot be read, or its samples are not those of the digest in the settings.
     """
-    with heavy_imports():
-        from raypkg.experiments.samples import open_samples, pinned
+    with heavy_imports():  # imports only: the garbage collector is off in this block
+        from raypkg.data import opening  # noqa: F401
+    from raypkg.experiments.samples import open_samples, pinned
 
-        samples = open_samples(settings)
+    samples = open_samples(settings)
     return pinned(settings, samples), samples
 
 
@@ -69,17 +70,17 @@ def carry_out(
     listen: Callable[[Mapping[str, Any]], None] | None = None,
     donors: Donors | None = None,
 ) -> str:
-    """Run an experiment in its folder, or resume it there; return what its tracker has to say at the end.
+    """Run an experiment in its folder, or resume it there; return the closing line of its tracker.
 
     Args:
         entry: the experiment.
-        settings: of the run, as stored.
-        samples: of the run.
-        folder: of the run.
-        console: where progress is shown.
-        group: of runs that the tracker keeps together; the experiment's name when left out.
-        listen: hears every row of metrics as well, and may end the run there by ``SystemExit``.
-        donors: gives finished runs whose first phases may be taken over.
+        settings: settings of the run, as stored.
+        samples: samples of the run.
+        folder: folder of the run.
+        console: console for progress.
+        group: group of runs in the tracker (default: the experiment's name).
+        listen: receives every row of metrics, and may end the run by ``SystemExit``.
+        donors: returns finished runs whose first phases may be taken over.
     """
     with heavy_imports():
         from raypkg.cluster.workers import Workers

@@ -245,16 +245,6 @@ def test_a_run_is_named_by_itself_and_found_by_name_or_path(effray):
     assert effray(f"show {run.name} --root elsewhere") == effray(f"show {run}") != ""
 
 
-@pytest.mark.parametrize(
-    "command", [f"lipt {SHORT}", "train --model mlp --select.fraction 0.2 --train.epochs 2 --seed 5"]
-)
-def test_the_stored_config_reruns_the_run(effray, command):
-    kind = command.partition(" ")[0]
-    effray(f"{command} --name one")
-    effray(f"{kind} --config runs/{kind}/one/config.toml --name two")
-    assert results(f"{kind}/one") == results(f"{kind}/two")
-
-
 def test_train_on_a_coreset_repeats_the_main_training(effray, after):
     after(f"lipt --name one {SHORT} --select.weighted true")
     effray("train --name two --model linear --train.epochs 2 --coreset runs/lipt/one/coreset.parquet")
