@@ -15,8 +15,7 @@ from pyarrow import fs
 from raypkg.core.errors import UserError
 
 ATTEMPTS = 3  # of a request to an object store
-CONNECT_TIMEOUT = 3  # seconds, so that a missing server is reported soon
-REQUEST_TIMEOUT = 5  # seconds without a byte
+TIMEOUTS = {"connect_timeout": 3, "request_timeout": 5}  # seconds, so that a missing server is reported soon
 
 
 def is_uri(address: str) -> bool:
@@ -52,9 +51,6 @@ def uri_of(base: str, names: Iterable[str]) -> str:
 def parted(address: str) -> tuple[str, tuple[str, ...]]:
     """Return the base of an address and the names behind its ``#``; a local path is made absolute.
 
-    Raises:
-        UserError: a path with a NUL or in a home directory that does not exist, or names that leave the base.
-
     >>> parted("s3://bucket/runs?region=x#/train/one")
     ('s3://bucket/runs?region=x', ('train', 'one'))
     """
@@ -78,8 +74,6 @@ def parted(address: str) -> tuple[str, tuple[str, ...]]:
 def folder_and_name(file: str) -> tuple[str, str]:
     """Return the address of the folder around a file, and the file's name.
 
-    >>> folder_and_name("s3://bucket/one/coreset.parquet?region=x")
-    ('s3://bucket/one?region=x', 'coreset.parquet')
     >>> folder_and_name("s3://bucket?region=x#/one/coreset.parquet")
     ('s3://bucket?region=x#/one', 'coreset.parquet')
     """
@@ -98,11 +92,7 @@ def folder_around(base: str) -> str:
 
 @lru_cache(maxsize=32)  # one connection for all folders of a base
 def opened(base: str) -> tuple[fs.FileSystem, str]:
-    """Return the file system of a base, and the path there.
-
-    Raises:
-        UserError: no such file system, or a URI without a bucket or folder.
-    """
+    """Return the file system of a base, and the path there; refuse a URI without a bucket or folder."""
     if not is_uri(base):
         return fs.LocalFileSystem(), base.rstrip("/")
     try:
@@ -112,10 +102,9 @@ def opened(base: str) -> tuple[fs.FileSystem, str]:
     if not path:
         raise UserError(f"cannot use {base!r} as a folder: it names neither bucket nor folder")
     if system.type_name == "s3":
-        # A connection that fails within seconds; a URI has no parameters for that.
-        _, (options,) = system.__reduce__()
-        options |= {"connect_timeout": CONNECT_TIMEOUT, "request_timeout": REQUEST_TIMEOUT}
-        system = fs.S3FileSystem(**options | {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)})
+        _, (options,) = system.__reduce__()  # a URI has no parameters for timeouts
+        retries = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+        system = fs.S3FileSystem(**options | TIMEOUTS | {"retry_strategy": retries})
     return system, path.rstrip("/")
 
 

@@ -10,8 +10,7 @@ LONGEST_WORD = 200  # characters of a path or name that an error shows in full
 MOST_NAMES = 60  # allowed names that an error lists
 OURS = ("raypkg", "ray")  # packages that may end the process, as when a trial is stopped or a signal arrives
 SHOWN = Repr()
-SHOWN.maxstring = 100
-SHOWN.maxother = 100
+SHOWN.maxstring = SHOWN.maxother = 100
 SHOWN.maxlong = 50
 # User and password, or key and secret, of a URI; also of one that lost its second slash when it became a path.
 CREDENTIALS = re.compile(r"(:/)(/(?:[^\s@/:]*:\S*|[^\s@/]+)|[^\s@/:]+:\S*)@")
@@ -71,8 +70,7 @@ def shown(value: object) -> str:
 def exit_is_error(what: str) -> Iterator[None]:
     """Turn a ``SystemExit`` of a user's code into an error; otherwise it would look like an interruption.
 
-    Raises:
-        UserError: ``what`` called ``sys.exit``; an exit raised by Ray or this package passes.
+    An exit raised by Ray or this package passes.
     """
     try:
         yield

@@ -33,10 +33,7 @@ def heavy_imports() -> Iterator[None]:
 
 
 def extra(package: str, name: str, what: str) -> ModuleType:
-    """Import a package of the optional extra ``name``, which ``what`` needs.
-
-    Raises:
-        UserError: it is not installed.
+    """Import a package of the optional extra ``name``, which ``what`` needs, or say how to install it.
 
     >>> extra("transformrs", "text", "a model of Hugging Face")
     Traceback (most recent call last):
@@ -49,13 +46,7 @@ def extra(package: str, name: str, what: str) -> ModuleType:
 
 
 def announce_download(name: str, file: str, what: str) -> None:
-    """Log a warning if a model or tokenizer of the Hugging Face hub is about to be downloaded.
-
-    Args:
-        name: on the hub; a local folder is never downloaded.
-        file: present in the cache if ``name`` is cached.
-        what: is downloaded.
-    """
+    """Log a warning if a model or tokenizer of the Hugging Face hub, without ``file`` in its cache, is downloaded."""
     hub = extra("huggingface_hub", "text", what)
     if Path(name).is_dir() or hub.constants.HF_HUB_OFFLINE:
         return

@@ -25,9 +25,6 @@ def check_memory(what: str, needed: int, advice: str) -> None:
     """Refuse an allocation of ``needed`` bytes if it exceeds all of this machine's memory.
 
     The limit is total memory, not free memory, so that the decision is the same every time.
-
-    Raises:
-        UserError: the bytes needed and available, and the advice.
     """
     available = machine_memory()
     if needed > available:
@@ -42,11 +39,7 @@ def check_samples(what: str, size: int, advice: str, count: int = SAMPLES_AT_ONC
 
 
 def check_cache_room(folder: Path, size: int, what: str) -> None:
-    """Refuse to write more bytes than the disk of a cache folder has free.
-
-    Raises:
-        UserError: the bytes needed and free.
-    """
+    """Refuse to write more bytes than the disk of a cache folder has free."""
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(

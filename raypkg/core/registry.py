@@ -43,14 +43,14 @@ class Entry:
     given: tuple[str, ...]  # keywords that callers supply and users cannot set
 
     @property
-    def help(self) -> str:
-        """The first line of the function's docstring."""
-        return self.text.partition("\n")[0]
-
-    @property
     def text(self) -> str:
         """The function's docstring."""
         return inspect.getdoc(self.function) or ""
+
+    @property
+    def help(self) -> str:
+        """The first line of the function's docstring."""
+        return self.text.partition("\n")[0]
 
     @cached_property
     def schema(self) -> type[Settings]:
@@ -130,12 +130,9 @@ class Decorated(NamedTuple):
 class Registry:
     """Functions of one kind. ``@kind(name, source=…)`` adds one, ``kind[name]`` finds it.
 
-    Args:
-        kind: name of the kind in error messages, "model".
-        places: modules or packages that contain entries. ``raypkg.models`` is a module, or all modules of a package;
-            ``raypkg.methods.*.hook`` are the modules of one name in several packages.
-        given: keywords that callers supply and users cannot set ("rng").
-        decorator: name of the registry in the source, where it differs from its kind.
+    A place ``raypkg.models`` is a module, or all modules of a package; ``raypkg.methods.*.hook`` are the modules of one
+    name in several packages. ``given`` are keywords that callers supply and users cannot set ("rng"). ``decorator`` is
+    the registry's name in the source, where it differs from its kind.
     """
 
     def __init__(self, kind: str, *places: str, given: tuple[str, ...] = (), decorator: str = ""):
@@ -201,19 +198,15 @@ class Registry:
         return {name: self[name] for name in self.names}
 
     def check(self, name: str) -> None:
-        """Refuse an unknown name; nothing is imported, so ``package.module:function`` passes unchecked.
-
-        Raises:
-            UserError: unknown name; the nearest one and all names are given.
-        """
+        """Refuse an unknown name; nothing is imported, so ``package.module:function`` passes unchecked."""
         head, colon, _ = name.partition(":")
         if head not in self and not colon:
             raise unknown(self.kind, name, self.names)
 
     def __getitem__(self, name: str) -> Entry:
-        """Find an entry by name, or import a user's ``package.module:function``."""
+        """Return an entry by name, or a user's ``package.module:function``, imported."""
         self.check(name)
-        head, _, _ = name.partition(":")
+        head = name.partition(":")[0]
         if found := self._written.get(head):
             importlib.import_module(found.module)
         if head in self._entries:
@@ -261,7 +254,7 @@ def argument(name: str) -> str:
 
 
 def _decorated_in(place: str) -> Iterator[Decorated]:
-    """Yield all top-level functions and classes of a place under a decorator with a name."""
+    """Yield the top-level functions and classes of a place under a decorator with a name."""
     for module, file in _files_of(place):
         for statement in ast.parse(file.read_bytes()).body:
             if not isinstance(statement, ast.FunctionDef | ast.ClassDef):

@@ -37,12 +37,10 @@ class Dataset(Named):
     ] = None
     only: Annotated[str | None, Field(description="a coreset.parquet: train on its samples only, unweighted")] = None
     noise: Annotated[
-        float,
-        Field(ge=0, lt=1, description="share of the labels, except in the test set, replaced by another class"),
+        float, Field(ge=0, lt=1, description="share of the labels, except in the test set, replaced by another class")
     ] = 0.0
     imbalance: Annotated[
-        Share,
-        Field(description="long tail: class sizes fall geometrically to this share of the largest"),
+        Share, Field(description="long tail: class sizes fall geometrically to this share of the largest")
     ] = 1.0
     repeat: Annotated[int, Field(ge=1, le=1000, description="copies of each training sample")] = 1
     seed: Annotated[int | None, Field(ge=0, description="of the draws of noise and imbalance (default: the run's)")] = (
@@ -102,8 +100,7 @@ class Training(Settings):
     epochs: Annotated[Epochs, Field(description="passes over the samples in use")] = 40
     batch_size: Annotated[Count, Field(description="samples a step, over all workers")] = 128
     micro_batch: Annotated[
-        Count | None,
-        Field(description="samples of a step in one pass through the model on a worker (default: all)"),
+        Count | None, Field(description="samples of a step in one pass through the model on a worker (default: all)")
     ] = None
     optimizer: Annotated[Literal["sgd", "adamw"], Field(description="update rule")] = "sgd"
     lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.1
@@ -125,8 +122,7 @@ class Training(Settings):
     ] = (0.5, 0.75)
     lr_drop: Annotated[float, Field(gt=0, le=1, description="factor of the rate at each milestone")] = 0.1
     precision: Annotated[
-        Precision,
-        Field(description="of matrix products; auto = bfloat16 if the processor supports it"),
+        Precision, Field(description="of matrix products; auto = bfloat16 if the processor supports it")
     ] = "auto"
     evaluate_every_epochs: Annotated[
         int, Field(ge=0, description="epochs between evaluations on the held-out samples; 0 = none")
@@ -303,8 +299,4 @@ class Experiment(RunSettings):
         return self
 
     def check(self, n: int, data: Any) -> None:
-        """Refuse, before any work, what n training samples of the data do not allow, and settings without effect.
-
-        Raises:
-            UserError: what is wrong.
-        """
+        """Refuse, before any work, what n training samples of the data do not allow, and settings without effect."""
