@@ -181,11 +181,7 @@ class HistoryWriter:
 
 
 class History(Sequence[RecordedStep]):
-    """A sealed history, memory-mapped. Reading step 0 … T − 1 checks its digest.
-
-    Raises:
-        UserError: it is missing, has another size, or ``digest``, from the journal, is not its own.
-    """
+    """A sealed history, memory-mapped. Opening it checks the journal's ``digest``; reading a step checks the step's."""
 
     def __init__(self, folder: Path, layout: Layout, digest: str):
         self.layout = layout

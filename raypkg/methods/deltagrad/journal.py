@@ -111,10 +111,8 @@ class Journal:
         ids = torch.cat([change.gone, change.came]).numpy()
         in_use = np.arange(len(ids)) >= len(change.gone)
         self._storage.write_table(_change_file(number), pa.table({"id": ids, "in_use": in_use}))
-        digests = {
-            "changes": self._storage.digest(_change_file(number)),
-            "model": self._storage.digest(_model_file(number)),
-        }
+        changes, saved = (self._storage.digest(name) for name in (_change_file(number), _model_file(number)))
+        digests = {"changes": changes, "model": saved}
         if change.new:
             self._write_rows(number, change.new)
             digests["rows"] = self._storage.digest(_rows_file(number))

@@ -3,6 +3,7 @@
 Logistic regression has a closed form; gradients of other models come from autograd.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -62,7 +63,13 @@ class Objective:
         if not len(indices):  # no sample was added to the batch: true of most steps
             return total
         if self.linear:
-            shift, scale = _standardisation(split)
+            # Of every column of the flattened samples as they are stored, float64 [D].
+            shift = torch.tensor(split.mean, dtype=torch.float64)
+            scale = 1 / torch.tensor(split.std, dtype=torch.float64)
+            if split.kind is IMAGES:  # stored as bytes; their mean and deviation are those of each channel in [0, 1]
+                pixels = math.prod(split.shape[1:])
+                shift = (shift * 255).repeat_interleave(pixels)
+                scale = (scale / 255).repeat_interleave(pixels)
             for block in indices.split(BLOCK):
                 x, y = split.batch(block)
                 total += logistic_gradient(w, x.flatten(1), y, shift, scale)
@@ -109,12 +116,7 @@ def check_derivation(model: nn.Module, name: str) -> None:
 def logistic_gradient(w: Tensor, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return Σ_i ∇ cross-entropy of sample i: [δᵀz, Σδ] with δ = softmax(zWᵀ + b) − e_y and z = (x − shift) · scale.
 
-    Args:
-        w: W [C, D] and then b [C], flattened, float64 [C·(D + 1)].
-        x: uint8 or float [n, D].
-        y: int64 [n].
-        shift: of each column, float64 [D].
-        scale: of each column, float64 [D].
+    w is W [C, D] and then b [C], flattened, float64; x uint8 or float [n, D]; y int64 [n]; shift and scale float64 [D].
 
     >>> w, y = torch.zeros(6, dtype=torch.float64), torch.tensor([0])
     >>> logistic_gradient(w, torch.tensor([[4, 8]], dtype=torch.uint8), y, torch.zeros(2), torch.ones(2)).tolist()
@@ -138,18 +140,6 @@ def logistic_gradient(w: Tensor, x: Tensor, y: Tensor, shift: Tensor, scale: Ten
     centred = delta.T @ samples - of_bias[:, None] * shift  # [C, D]
     of_weight = centred * scale
     return torch.cat([of_weight.flatten(), of_bias])
-
-
-def _standardisation(split: Split) -> tuple[Tensor, Tensor]:
-    """Return shift and scale of every column of the flattened, stored samples, float64 [D] each."""
-    mean = torch.tensor(split.mean, dtype=torch.float64)
-    scale = 1 / torch.tensor(split.std, dtype=torch.float64)
-    if split.kind is not IMAGES:
-        return mean, scale
-    # Images are stored as bytes, their mean and deviation are those of each channel in [0, 1].
-    _, height, width = split.shape
-    pixels = height * width
-    return (mean * 255).repeat_interleave(pixels), (scale / 255).repeat_interleave(pixels)
 
 
 @cache

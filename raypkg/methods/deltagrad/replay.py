@@ -54,14 +54,7 @@ def replay(
 
     Differs from the paper: the record is passed through until the first changed batch, and j0 and T0 count from there.
     For convex models too, a pair without positive curvature is dropped. A step is exact where B cannot be trusted.
-
-    Args:
-        steps: the record, with the change of every batch.
-        gradient: Σ ∇loss_i(w) of samples, float64 [p].
-        exact_steps: decides which steps are exact.
-        decay: λ of the L2 penalty.
-        pairs: m, the number of pairs in B.
-        convex: False for the paper's gate for other models, an exact step wherever ‖v‖ ≤ ‖Bv‖.
+    Models that are not ``convex`` have the paper's gate for them: an exact step wherever ‖v‖ ≤ ‖Bv‖.
     """
     hessian = BFGS(pairs)
     w: Tensor | None = None  # None until the first changed batch: both trainings are the same up to there

@@ -30,14 +30,9 @@ DIGITS = re.compile(r"[0-9]{1,19}")  # as many as the largest id has
 COLUMNS = ("id", "index")  # of a parquet file of ids
 ALLOWED = "ids are whole numbers from 0 to 2⁶³ − 1"
 LONGEST = 100  # characters of a name or list that an error shows
-OPS = {
-    "<=": operator.le,
-    ">=": operator.ge,
-    "!=": operator.ne,
-    "=": operator.eq,
-    "<": operator.lt,
-    ">": operator.gt,
-}
+# The longer operators come first: COMPARISON tries them in this order.
+EQUALITY = {"!=": operator.ne, "=": operator.eq}
+OPS = {"<=": operator.le, ">=": operator.ge, **EQUALITY, "<": operator.lt, ">": operator.gt}
 AND = re.compile(r"(?<!\s)\s+and\s+", re.IGNORECASE)  # without the lookbehind, long runs of spaces take quadratic time
 COMPARISON = re.compile("|".join(OPS))
 BLOCK = 1 << 16  # rows read at once
@@ -209,7 +204,7 @@ def matching(split: Split, condition: str) -> np.ndarray:
             continue
         if name != "label":
             raise unknown("name in a condition", name[:LONGEST], ("label", *split.columns))
-        if found[0] not in ("=", "!="):
+        if found[0] not in EQUALITY:
             raise UserError(f"{where}: labels compare with = and != only")
         if value not in split.classes:
             raise unknown("class", value[:LONGEST], split.classes)
@@ -254,7 +249,12 @@ def change_of(run: RecordedRun, requests: Iterable[Request]) -> Change:
                 if request.kind == "delete":
                     chosen = _chosen(run, split, request, active, "is deleted already")
                 else:
-                    chosen = _meeting(split, request.value, active)
+                    matches = torch.from_numpy(matching(split, request.value))
+                    chosen = matches[active[matches]]
+                    if not len(chosen):
+                        raise UserError(f"no sample in use meets {request.value!r}")
+                    if split.ids is not None:  # several rows may stand for one sample: all go together
+                        chosen = _positions(torch.isin(split.ids, split.ids[chosen]) & active)
                 active[chosen] = False
                 _check_left(split, request.kind, before, active)
         except UserError as error:
@@ -267,18 +267,6 @@ def change_of(run: RecordedRun, requests: Iterable[Request]) -> Change:
         new=joined(*added) if added else None,
         requests=tuple({"id": request.id, "digest": _digest(request)} for request in requests),
     )
-
-
-def _meeting(split: Split, condition: str, active: Tensor) -> Tensor:
-    """Return the positions of samples in use that meet a condition."""
-    matches = torch.from_numpy(matching(split, condition))
-    rows = matches[active[matches]]
-    if not len(rows):
-        raise UserError(f"no sample in use meets {condition!r}")
-    if split.ids is None:
-        return rows
-    # Several rows may stand for one sample: all go with the one that meets the condition.
-    return _positions(torch.isin(split.ids, split.ids[rows]) & active)
 
 
 def _chosen(run: RecordedRun, split: Split, request: Request, changeable: Tensor, otherwise: str) -> Tensor:
@@ -297,6 +285,7 @@ def _chosen(run: RecordedRun, split: Split, request: Request, changeable: Tensor
     else:
         allowed = f"those of the data's column of ids, {int(split.ids.min())} … {int(split.ids.max())}"
     never = "is held out for validation and was never trained on"
+    # Each check presumes the ones before it.
     for wrong, reason in (
         (ids[~torch.isin(ids, known)], f"is unknown, allowed are {allowed}"),
         (values[counts == most] if most > 1 else values[:0], f"is given {most} times"),

@@ -45,16 +45,9 @@ def begin_journal(folder: RunFolder, settings: DeltaGradSettings, samples: Sampl
     facts = {name: getattr(split, name) for name in FACTS}
     table = pa.table({"digest": row_digests(split)})
     folder.storage.write_table(ROWS, table.replace_schema_metadata({"effray": json.dumps(facts)}))
-    journal.append(
-        {
-            "kind": "train",
-            "samples": len(samples.train_indices),
-            "settings": settings_digest(settings),
-            "rows": folder.storage.digest(ROWS),
-            "model": folder.storage.digest(MODEL),
-            "history": history,
-        }
-    )
+    digests = {"rows": folder.storage.digest(ROWS), "model": folder.storage.digest(MODEL), "history": history}
+    count = len(samples.train_indices)
+    journal.append({"kind": "train", "samples": count, "settings": settings_digest(settings), **digests})
 
 
 @contextmanager
@@ -76,10 +69,8 @@ class RecordedRun:
 
     Inside, an id is a position in the training split; added samples are numbered on from its end, in the order of their
     requests. If the split has ids of its own, users give and see those. The journal's last entry describes the run;
-    files that it does not name are ignored.
-
-    Raises:
-        UserError: the run has no history, its log is damaged, or model or data set are not those of the log.
+    files that it does not name are ignored. A damaged log, and a model or data set that is not that of the log, are
+    refused.
     """
 
     def __init__(self, folder: RunFolder):

@@ -57,14 +57,7 @@ def run(settings: LiptSettings, *, samples: Samples, report: Report, workers: Wo
     pretrained = TrainedModel(settings.model, storage, RESULT, settings.pretrain.precision)
     coreset = select_on_workers(settings, settings.select, pretrained, samples, report, workers)
 
-    merged = settings.train.init == "merged"
-    job = Job(
-        settings,
-        settings.train,
-        storage,
-        coreset=coreset,
-        select=settings.select,
-        initial=RESULT if merged else None,
-    )
+    initial = RESULT if settings.train.init == "merged" else None
+    job = Job(settings, settings.train, storage, coreset=coreset, select=settings.select, initial=initial)
     train_on_cluster(job, samples, report, workers)
     finish(report, settings, samples, epochs=settings.train.epochs)

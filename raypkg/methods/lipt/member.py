@@ -100,13 +100,8 @@ class Beginning(Hook):
 class Trainee:
     """One of the models, which stays in the memory of its worker from round to round.
 
-    The result does not depend on the worker that trains it.
-
-    Args:
-        context: shared by all models.
-        number: of this model.
-        shard: its training indices, int64.
-        split: the training split, which holds the shard's samples.
+    The result does not depend on the worker that trains it. The shard is the model's training indices, int64; the split
+    is the training split, or a part that holds the shard's samples.
     """
 
     def __init__(self, context: Context, number: int, shard: Tensor, split: Split):
@@ -140,11 +135,7 @@ class Trainee:
         )
 
     def train(self, current: Round) -> None:
-        """Train through a round, under its own masks and on its own shard, from the last checkpoint if there is one.
-
-        Raises:
-            UserError: its checkpoint or that of the merged model is damaged.
-        """
+        """Train through a round, under its own masks and on its own shard, from the last checkpoint if there is one."""
         self.beginning.current = current
         self.run.last = current.last
         fit(self.run, checkpoints=self.checkpoints)

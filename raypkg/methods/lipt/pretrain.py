@@ -60,11 +60,7 @@ CONTINUED = f"{__name__}:continued_record"  # name of the hook of joint epochs
 
 @pretraining("lipt", source="PMLR 202:29130, reconstructed")
 def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, workers: Workers) -> None:
-    """Train models on disjoint shards without communication, and merge them, once or once a round.
-
-    Raises:
-        UserError: the merge needs held-out samples, of which there are none.
-    """
+    """Train models on disjoint shards without communication, and merge them, once or once a round."""
     pretrain = settings.pretrain
     if "score" in merge[pretrain.merge].declares and not len(samples.held_out):
         raise UserError(f"pretrain.merge = {pretrain.merge!r} needs held-out samples: set dataset.validation above 0")
@@ -188,11 +184,7 @@ def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) ->
 
 
 def disjoint_shards(context: Context) -> list[Tensor]:
-    """Return the models' disjoint, class-stratified shards.
-
-    Raises:
-        UserError: more models than samples, shards that overlap, or a shard without samples of some class.
-    """
+    """Return the models' disjoint, class-stratified shards; each needs samples of every class."""
     samples = context.samples
     pretrain = context.settings.pretrain
     size = pretrain.shard_size(len(samples.train_indices))
@@ -201,11 +193,7 @@ def disjoint_shards(context: Context) -> list[Tensor]:
 
 
 def merge_round(context: Context, current: Round, before: Merged, trainees: Sequence[Trainee]) -> Merged:
-    """Merge the models of all workers after a round, by the rule of the settings.
-
-    Raises:
-        UserError: a user's merge returned parameters that do not fit the model.
-    """
+    """Merge the models of all workers after a round, by the rule of the settings."""
     worker = context.worker
     settings = context.settings.pretrain
     _wait(worker)  # for the slowest worker, so that the merge's seconds are its own
@@ -294,11 +282,7 @@ class ContinuedRecord(Hook):
 
 
 def continued_record(*, job: Job) -> ContinuedRecord:
-    """Return the hook of joint epochs.
-
-    Raises:
-        UserError: the file of the models' record is damaged.
-    """
+    """Return the hook of joint epochs."""
     seen = load_state(job.storage, SEEN)
     if seen is None:
         raise UserError(f"{job.storage.root}/{SEEN} is damaged: run it again under another name")
@@ -314,5 +298,4 @@ def _of_all_models(context: Context, values: Sequence[Any]) -> list[Any]:
 
 
 def _wait(worker: Worker) -> None:
-    """Wait for all workers."""
     worker.sum(torch.zeros(1, device=worker.device))

@@ -79,16 +79,11 @@ class Pretrain(Training):
     @property
     def joint(self) -> Self:
         """Training of the merged model by all workers, in batches as large as those of all models together."""
-        epochs = self.joint_epochs
-        batch_size = self.batch_size * self.models
+        epochs, batch_size = self.joint_epochs, self.batch_size * self.models
         return self.model_copy(update={"epochs": epochs, "evaluate_every_epochs": epochs, "batch_size": batch_size})
 
     def shard_size(self, n: int) -> int:
-        """Return the size of each model's shard of n samples.
-
-        Raises:
-            UserError: the shards would overlap.
-        """
+        """Return the size of each model's shard of n samples; shards that would overlap are refused."""
         most = 1 / self.models
         fraction = self.shard_fraction or most
         if fraction > most + 1e-9:

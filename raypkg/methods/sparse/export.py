@@ -29,11 +29,7 @@ ROUNDS = 9  # timings of each model
 
 @export_format("csr")
 def export_csr(folder: RunFolder, settings: Experiment) -> Table:
-    """Write a finished run's model in compressed sparse rows; return a table of the savings.
-
-    Raises:
-        UserError: the run is not finished, its model's code has changed since, or no weight is zero.
-    """
+    """Write a finished run's model in compressed sparse rows; return a table of the savings."""
     storage = folder.storage
     data = open_samples(settings).data
     model = restored_model(folder, settings, data).eval()

@@ -82,11 +82,7 @@ class Topology(Hook):
         return changes and step > 0 and step % self.every == 0
 
     def on_start(self, run: Run) -> None:
-        """Draw the first masks.
-
-        Raises:
-            UserError: there are no such weights, or the density leaves fewer than there are layers.
-        """
+        """Draw the first masks."""
         check_density(self.density, shapes_of(run.model))
         bill = run.bill(FIRST_MASKS)
 
@@ -187,8 +183,7 @@ class Topology(Hook):
 
     def _agree(self, run: Run) -> None:
         """Take the first worker's masks: machines may round the sums behind them differently."""
-        as_bytes = [mask.view(torch.uint8) for mask in self.masks.values()]  # a type that every backend can send
-        run.worker.share(as_bytes)
+        run.worker.share([mask.view(torch.uint8) for mask in self.masks.values()])  # every backend can send bytes
 
     def _record(self, run: Run) -> None:
         active = active_counts(self.masks)
@@ -258,7 +253,7 @@ class Masked(Hook):
         """Zero the gradients of the pruned weights of some parameters."""
         for name in names:
             gradient = run.model.get_parameter(name).grad
-            if gradient is not None:
+            if gradient is not None:  # None: the forward pass does not use the parameter
                 gradient.mul_(self.masks[name])
 
 

@@ -43,11 +43,7 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def check_density(density: float, shapes: Shapes) -> None:
-    """Refuse a density that leaves a layer without a weight.
-
-    Raises:
-        UserError: there are no weights to mask, or fewer would exist than there are layers.
-    """
+    """Refuse a density that leaves fewer weights than there are layers, and a model without weights to mask."""
     if not shapes:
         raise UserError(f"density = {density:g}: the model trains no weights of linear or convolutional layers")
     weights = sum(shape.numel() for shape in shapes.values())
@@ -158,11 +154,8 @@ def enlarged(weight: Tensor, mask: Tensor) -> Tensor:
     """Return a layer's first weights as if drawn for its active inputs: w_ij·√(n/k_i) (arXiv:2010.03533).
 
     An initialisation draws weights of variance ∝ 1/n for n inputs. Where unit i has k_i of them, each layer shrinks the
-    variance of its signal by k_i/n: through several without batch norm, at 1 % density, little of it arrives.
-
-    Args:
-        weight: [out, in, …].
-        mask: like the weight; a unit without inputs is unchanged.
+    variance of its signal by k_i/n: through several without batch norm, at 1 % density, little of it arrives. Weight
+    and mask are [out, in, …]; a unit without inputs is unchanged.
 
     >>> enlarged(torch.ones(2, 4), torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool())
     tensor([[2., 2., 2., 2.],
@@ -224,13 +217,7 @@ def surplus(masks: Mapping[str, Tensor], density: float) -> dict[str, int]:
 
 
 def dropped(mask: Tensor, scores: Tensor, count: int) -> Tensor:
-    """Return the mask without its ``count`` active weights of the lowest finite scores.
-
-    Args:
-        mask: bool.
-        scores: of the active weights in their order, [k]; ∞ stays.
-        count: fewer are dropped if fewer scores are finite.
-    """
+    """Return the mask without its ``count`` active weights of the lowest scores [k]; weights with a score of ∞ stay."""
     count = min(count, int(scores.isfinite().sum()))
     lowest = _highest(-scores, count)  # positions among the active weights
     remaining = mask.flatten().clone()
@@ -252,12 +239,7 @@ def zero_changed(weight: Tensor, mask: Tensor, before: Tensor, optimizer: Optimi
     """Zero dropped and grown weights and their optimiser state, in place.
 
     Adam's squared gradients of grown weights become the layer's mean: from zero, the first steps would be far too long.
-
-    Args:
-        weight: a parameter.
-        mask: its active weights after the change.
-        before: its active weights before the change.
-        optimizer: holds the state.
+    The masks are those after the change and ``before`` it.
     """
     stays = mask & before
     weight.data.mul_(stays)
@@ -285,5 +267,4 @@ def _highest(scores: Tensor, count: int) -> Tensor:
 
 
 def _positions(mask: Tensor) -> Tensor:
-    """Return where a flat mask is true."""
     return mask.nonzero()[:, 0]

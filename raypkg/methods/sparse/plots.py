@@ -10,10 +10,7 @@ from raypkg.runs.plots import BLUE, GREY, ORANGE, Rows, column, cut, line_ends, 
 def topology(changes: Rows, path: str | Path) -> None:
     """Draw each layer's first and last density, and the shares of active and of ever active weights over time.
 
-    Args:
-        changes: dicts with ``epoch``, ``layer``, ``active``, ``weights`` and ``explored_share``, a row per layer and
-            change, by time.
-        path: the PNG to write.
+    The rows are those of `Topology.history`, one per change and layer.
     """
     layers = list(dict.fromkeys(row["layer"] for row in changes))
     epoch = column(changes[:: len(layers)], "epoch")

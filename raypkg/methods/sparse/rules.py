@@ -38,11 +38,7 @@ def first_masks(
     draw_batch: Callable[[], tuple[Tensor, Tensor]],
     options: Mapping[str, Any] | None = None,
 ) -> Masks:
-    """Return the first masks by the named rule; a batch is drawn only if the rule needs one.
-
-    Raises:
-        UserError: a user's rule returned masks that do not fit the model.
-    """
+    """Return the first masks by the named rule; a batch is drawn only if the rule needs one."""
     rule = initial[name]
     batch = draw_batch() if "batch" in rule.declares else None
     masks: Masks = rule(model, density, options=options, rng=rng, batch=batch)
@@ -201,11 +197,8 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
 
 def _gradients(output: Tensor, weights: dict[str, nn.Parameter], *, create_graph: bool = False) -> Saliency:
     """Return the gradients of a scalar; zeros for layers that the forward pass does not use."""
+    parameters = list(weights.values())
     gradients = torch.autograd.grad(
-        output,
-        list(weights.values()),
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
+        output, parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
     return dict(zip(weights, gradients, strict=True))

@@ -189,20 +189,12 @@ class SparseSettings(Sparsity, Experiment):
 
         if self.density is None:
             return []
-        rules = [
-            (initial, self.sparse_init),
-            (drop, self.drop),
-            (growth, self.growth),
-            (redistribution, self.redistribution),
-        ]
+        registries = {"sparse_init": initial, "drop": drop, "growth": growth, "redistribution": redistribution}
+        rules = [(registry, getattr(self, name)) for name, registry in registries.items()]
         return [Lookup(registry, rule.name, rule.options) for registry, rule in rules if rule]
 
     def check(self, n: int, data: Any) -> None:
-        """Refuse rules that contradict each other, and intervals that training on n samples does not reach.
-
-        Raises:
-            UserError: the contradiction.
-        """
+        """Refuse rules that contradict each other, and intervals that training on n samples does not reach."""
         steps = self.extended.epochs * self.extended.steps_per_epoch(n)
         every = self.interval(steps)
         if self.density is not None and self.growth and every >= steps:
