@@ -24,11 +24,7 @@ def script(arguments: Sequence[str] | None = None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one line and exit code 2.
-
-    Raises:
-        SystemExit: always, with the exit code.
-    """
+    """Run the command line and exit; a user's mistake is one line and exit code 2."""
     import click
 
     from raypkg.core.errors import UserError

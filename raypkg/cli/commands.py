@@ -57,11 +57,8 @@ def effray() -> None:
     """
 
 
-effray.add_command(list_runs)
-effray.add_command(remove_runs)
-effray.add_command(tune)
-effray.add_command(compare_tables)
-effray.add_command(report_page)
+for command in (list_runs, remove_runs, tune, compare_tables, report_page):
+    effray.add_command(command)
 
 
 @effray.command(cls=ExampleHelp)

@@ -38,11 +38,7 @@ def dry_run(
     root: str,
     resume: str | None,
 ) -> None:
-    """Print the settings and the plan of a new run.
-
-    Raises:
-        UserError: whatever a run would refuse before its first phase; or a run is to be resumed.
-    """
+    """Print the settings and the plan of a new run; refuse whatever it would refuse before its first phase."""
     if resume is not None:
         raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
     settings = resolve(schema, config, values)
@@ -125,10 +121,9 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
         an_epoch = f"{stage.size(n):,}"
         if stage.whole:
             an_epoch = f"{n:,}/{an_epoch}"
-        numbers = (f"{number:,}" for number in (stage.steps(n), stage.backward(n)))
-        yield COLUMNS.format(
-            stage.phase, stage.models, f"{stage.epochs:,}", f"{stage.batch_size:,}", an_epoch, *numbers
-        )
+        epochs, batch_size = f"{stage.epochs:,}", f"{stage.batch_size:,}"
+        steps, backward_samples = f"{stage.steps(n):,}", f"{stage.backward(n):,}"
+        yield COLUMNS.format(stage.phase, stage.models, epochs, batch_size, an_epoch, steps, backward_samples)
     backward = sum(stage.backward(n) for stage in stages)
     training: Training = settings.train  # type: ignore[attr-defined]  # declared by each experiment
     full = max(training.epochs, settings.epochs) * n
@@ -147,14 +142,12 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
 
 
 def _workers(cluster: Cluster) -> str:
-    """Return number and size of the workers, as far as the settings tell: no cluster is asked."""
+    """Return number and size of the workers by the settings alone, without a cluster."""
     cpus = cluster.cpus_without_gpu
     threads = f"{cpus} thread" + "s" * (cpus > 1)
     if cluster.workers == 0:
         return f"none, this process with {threads}"
-    count = (
-        "as many as the cluster has and the batches allow, at most 8" if cluster.workers is None else cluster.workers
-    )
+    count = cluster.workers or "as many as the cluster has and the batches allow, at most 8"
     gpus = "a GPU where there are any" if cluster.gpus_per_worker is None else f"{cluster.gpus_per_worker:g} GPUs"
     if cluster.cpus_per_worker is None and cluster.gpus_per_worker != 0:
         threads = "1 thread (with a GPU, a share of its node's CPUs)"

@@ -24,11 +24,7 @@ from raypkg.studies.study import study_around
 def execute(
     entry: Entry, schema: type[RunSettings], config: Path | None, values: Mapping[str, Any], name: str | None, root: str
 ) -> None:
-    """Run an experiment in a new run folder; a mistake found before any result leaves no folder behind.
-
-    Raises:
-        UserError: invalid settings, or an error of the experiment.
-    """
+    """Run an experiment in a new run folder; a mistake found before any result leaves no folder behind."""
     settings = resolve(schema, config, values)
     check_new(root, entry.name, name, settings)
     settings, samples = open_run(settings)
@@ -45,11 +41,7 @@ def execute(
 def resume_run(
     entry: Entry, schema: type[RunSettings], name: str, values: Mapping[str, Any], root: str, refused: Mapping[str, Any]
 ) -> None:
-    """Resume an interrupted run; a finished one is only shown.
-
-    Raises:
-        UserError: no such run, or settings that would change its result.
-    """
+    """Resume an interrupted run, or show a finished one; refuse settings that would change the result."""
     changed = [option for option, value in refused.items() if value is not None]
     changed += [setting for setting in values if setting.partition(".")[0] not in APART]
     if changed:
@@ -84,15 +76,7 @@ def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolde
 
 
 def resume_command(folder: RunFolder, root: str) -> str:
-    """Return the command that resumes a run, or the study of which it is a trial.
-
-    Args:
-        folder: folder of the run.
-        root: folder of all runs, as the user gave it.
-
-    Raises:
-        UserError: the record of its study is damaged.
-    """
+    """Return the command that resumes a run, or the study of which it is a trial."""
     storage = folder.storage
     if study := study_around(storage):
         return resuming(study.command, study.storage, root)

@@ -21,11 +21,7 @@ from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
 
 
 class SettingsCommand(ExampleHelp):
-    """A command whose options are settings, grouped by part in its help; a former name is answered by the new one.
-
-    Args:
-        schema: class of the settings.
-    """
+    """A command whose options are settings, grouped by part in its help; a former name is answered by the new one."""
 
     def __init__(self, *arguments: Any, schema: type[Settings], **options: Any):
         super().__init__(*arguments, **options)

@@ -16,8 +16,7 @@ SCORES = "scores.parquet"
 def compare(run: RunFolder, other: RunFolder) -> str:
     """Return the overlap of two coresets and the rank correlation of the scores, if both runs have them, in one line.
 
-    Raises:
-        UserError: a run is unfinished, has no coreset or a damaged one, or they selected from different samples.
+    Refuse unfinished runs, and runs that selected from different samples.
     """
     for each in (run, other):
         if each.summary is None:
@@ -41,7 +40,7 @@ def rank_correlation(run: RunFolder, other: RunFolder) -> float | None:
     """Return Spearman's rank correlation of two runs' scores, or None if one computed none.
 
     Raises:
-        UserError: they scored different samples, or a file is damaged.
+        UserError: they scored different samples.
     """
     if not (_has(run, SCORES) and _has(other, SCORES)):
         return None
@@ -54,11 +53,7 @@ def rank_correlation(run: RunFolder, other: RunFolder) -> float | None:
 
 
 def picks_of(run: RunFolder) -> np.ndarray:
-    """Return the positions in a run's coreset, int [k].
-
-    Raises:
-        UserError: it has none, or a damaged one.
-    """
+    """Return the positions in a run's coreset, int [k]; refuse a run without one."""
     if not _has(run, CORESET):
         raise UserError(f"{run.name} saved no coreset: there is no {CORESET} to compare")
     picked = _indices(run, CORESET)

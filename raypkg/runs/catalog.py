@@ -30,11 +30,7 @@ GAP = "   "
 
 
 def find(root: str, experiment: str, name: str) -> RunFolder:
-    """Open a run of an experiment by its name.
-
-    Raises:
-        UserError: no such run; the nearest one is named.
-    """
+    """Open a run of an experiment by its name."""
     runs = Storage(root) / experiment
     if name not in runs.list():
         raise unknown(f"{experiment} run in {runs.root}", name, runs.list())
@@ -42,15 +38,10 @@ def find(root: str, experiment: str, name: str) -> RunFolder:
 
 
 def locate(root: str, run: str, having: str | None = None) -> RunFolder:
-    """Open a run of any experiment by its path or name.
-
-    Args:
-        root: folder of all runs.
-        run: path, name, or experiment/name.
-        having: file that a run must contain to be suggested in the error.
+    """Open a run of any experiment by its path, its name, or experiment/name.
 
     Raises:
-        UserError: no such run, or several; the nearest one is named.
+        UserError: several runs, or none; the error names the nearest run that has the file ``having``.
     """
     runs = Storage(root)
     candidates = [Storage(run)] if run else []
@@ -116,12 +107,7 @@ def ago(moment: float) -> str:
 
 
 def resuming(command: str, storage: Storage, root: str) -> str:
-    """Return the command that resumes a run or study.
-
-    Args:
-        command: that started it, without options.
-        storage: its folder, in the folder of its experiment.
-        root: folder of all runs, as the user gave it; omitted if it is the default.
+    """Return the command, without its options, that resumes a run or study; a default root is omitted.
 
     >>> resuming("effray lipt", Storage("/data/my runs/lipt/one"), "/data/my runs")
     "effray lipt --resume one --root '/data/my runs'"
@@ -161,7 +147,7 @@ def runs_of(root: str, experiments: Iterable[str]) -> list[Listed]:
 
 
 def _listed(storage: Storage) -> Listed | None:
-    """Return the line of a run, even of a damaged one, or None for another folder. Two small files are read."""
+    """Return the line of a run, even of a damaged one, or None for another folder; read two small files."""
     try:
         times = storage.times()
     except UserError:  # another user's
@@ -173,9 +159,7 @@ def _listed(storage: Storage) -> Listed | None:
         config = read_settings(storage)
     except UserError:
         config, damaged = {}, CONFIG
-    accuracy: float | None = None
-    backward: int | None = None
-    seconds: float | None = None
+    accuracy = backward = seconds = None
     if SUMMARY in times:
         try:
             summary: Any = storage.read_json(SUMMARY)
@@ -222,7 +206,7 @@ def _printable(text: str) -> str:
 
 
 def in_columns(lines: Sequence[Listed]) -> list[str]:
-    """Return lines of text in columns below a heading; a table of `rich` takes a second for a thousand."""
+    """Return lines of text in columns below a heading; `rich` would take a second for a thousand."""
     rows = [[*COLUMNS, *FIGURES]]
     for line in lines:
         accuracy = "–" if line.accuracy is None else f"{line.accuracy:.2%}"
@@ -245,13 +229,9 @@ def in_columns(lines: Sequence[Listed]) -> list[str]:
 
 
 def to_delete(root: str, run: str) -> Storage:
-    """Return the folder of a run or study that is to be deleted.
+    """Return the folder of a run or study to delete, given by name, experiment/name, path or URI.
 
     The remains of an interrupted deletion go by the run's name.
-
-    Args:
-        root: folder of all runs.
-        run: a name or experiment/name below the root, or else the path or URI of the folder.
 
     Raises:
         UserError: no such run, several, or a folder that is not effray's.

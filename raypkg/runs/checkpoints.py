@@ -24,12 +24,7 @@ NOT_PLAIN = (
 
 
 class StoredCheckpoints:
-    """The last states of one phase, as ``epoch_00012.pt``; older ones are deleted.
-
-    Args:
-        storage: the phase's folder.
-        keep: number of files, so that a corrupt newest one leaves another.
-    """
+    """The last ``keep`` states of one phase, as ``epoch_00012.pt``: a corrupt newest one leaves another."""
 
     def __init__(self, storage: Storage, keep: int = 2):
         self.storage = storage
@@ -58,11 +53,7 @@ class StoredCheckpoints:
 
 
 def save_state(storage: Storage, name: str, state: dict[str, Any]) -> None:
-    """Write tensors and plain values as one file.
-
-    Raises:
-        UserError: there are other values among them, which cannot be stored.
-    """
+    """Write tensors and plain values as one file; refuse other values."""
     buffer = io.BytesIO()
     try:
         torch.save(state, buffer)
@@ -91,11 +82,7 @@ def save_tensors(storage: Storage, name: str, parameters: dict[str, Tensor]) -> 
 
 
 def load_tensors(storage: Storage, name: str) -> dict[str, Tensor]:
-    """Return a model's state from safetensors.
-
-    Raises:
-        UserError: there is no such file, or it is not safetensors.
-    """
+    """Return a model's state from safetensors; refuse a missing or corrupt file."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

@@ -121,11 +121,7 @@ class RunFolder:
     # Phases
 
     def phase(self, name: str) -> dict[str, Any] | None:
-        """Return the record of a finished phase, or None.
-
-        Raises:
-            UserError: the record is damaged, or a file of the phase is missing or changed.
-        """
+        """Return the record of a finished phase, or None; refuse one with missing or changed files."""
         record = self._record(f"phases/{name}.json", NEEDED["phases"])
         latest = self._checksums_of_phases()
         for file, digest in (record or {}).get("files", {}).items():
@@ -145,12 +141,9 @@ class RunFolder:
     def take_over(self, phases: Sequence[str], donor: "RunFolder") -> bool:
         """Copy finished phases of another run; return False if some of their files are gone or changed.
 
-        Files and rows come before the records, and the last phase's record before those of the phases that are useless
-        without it. A run that is stopped in the middle has a phase completely, or computes it again.
-
-        Args:
-            phases: the next phases of this run, in their order.
-            donor: run with the same settings for these phases and those before.
+        The donor has the same settings for these phases and those before. Files and rows come before the records, and
+        the last phase's record before those of the phases that are useless without it. A run that is stopped in the
+        middle has a phase completely, or computes it again.
         """
         records: dict[str, dict[str, Any]] = {}
         files: dict[str, str] = {}  # checksums as the last of the phases left them
@@ -244,11 +237,7 @@ def write_settings(storage: Storage, settings: Settings) -> None:
 
 
 def read_settings(storage: Storage) -> dict[str, Any]:
-    """Return the settings in a folder, not yet validated; without a digest in the first line they are taken as is.
-
-    Raises:
-        UserError: they are missing, empty, not TOML, or changed.
-    """
+    """Return the settings in a folder, not yet validated; without a digest in the first line they are taken as is."""
     where = f"{storage.root}/{CONFIG}"
     content = storage.read(CONFIG)
     if not (content and content.strip()):
@@ -290,11 +279,7 @@ def environment() -> dict[str, Any]:
 
 
 def check_new(root: str, experiment: str, name: str | None, settings: Settings) -> None:
-    """Refuse, before any work, a new run whose folder cannot be created.
-
-    Raises:
-        UserError: a run of that name exists, the name is invalid, or the settings contain credentials.
-    """
+    """Refuse, before any work, a new run: its name is taken or invalid, or its settings contain credentials."""
     text = to_toml(settings)
     if redacted(text) != text:
         raise UserError(
@@ -311,8 +296,7 @@ def check_new(root: str, experiment: str, name: str | None, settings: Settings) 
 def create(root: str, experiment: str, name: str | None, settings: Settings) -> RunFolder:
     """Create a run folder, which only one process can, and write its settings and environment.
 
-    Raises:
-        UserError: as ``check_new``, or a full disk; nothing is left behind.
+    An error, such as a full disk, leaves nothing behind.
     """
     check_new(root, experiment, name, settings)
     runs = Storage(root) / experiment
@@ -360,9 +344,6 @@ def discard(storage: Storage) -> None:
 
 def check_name(name: str) -> None:
     """Refuse a name that is not plain text for folders, shells and URIs.
-
-    Raises:
-        UserError: it is empty or too long, or contains other characters.
 
     >>> check_name("lr=0.1,seed=2")
     >>> check_name("a%2F..")

@@ -62,10 +62,8 @@ NOTE: dict[str, Any] = {  # a label at its point, on a white patch that hides th
 def curves(rows: Rows, path: str | Path) -> None:
     """Draw training loss and held-out accuracy against epochs, phase by phase.
 
-    Args:
-        rows: dicts with ``phase``, ``main`` (whether it is the run's main training), ``model`` (its number, or None),
-            ``epoch``, ``loss`` and, if it was measured, ``accuracy`` in [0, 1]; values may be None or NaN.
-        path: of the PNG.
+    Rows have ``phase``, ``main`` (whether it is the run's main training), ``model`` (its number, or None), ``epoch``,
+    ``loss`` and, if it was measured, ``accuracy`` in [0, 1]; values may be None or NaN.
     """
     with page(path) as figure:
         loss, accuracy = figure.subplots(1, 2)
@@ -95,11 +93,7 @@ def costs(phases: Rows, path: str | Path) -> None:
 def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[str], path: str | Path) -> None:
     """Draw the picked share of each class; of more than 200 classes, the 100 lowest and the 100 highest.
 
-    Args:
-        picked: samples of each class in the coreset, [C].
-        total: samples of each class in the training set, [C].
-        classes: their names, [C].
-        path: of the PNG.
+    ``picked`` counts the samples of each class in the coreset, ``total`` those in the training set, both [C].
     """
     chosen = np.asarray(picked, dtype=float)
     available = np.asarray(total, dtype=float)
@@ -146,14 +140,9 @@ def scores(everyone: np.ndarray, picked: np.ndarray, path: str | Path) -> None:
 
 
 def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels, path: str | Path) -> None:
-    """Draw the easiest and the hardest images of a coreset, each with its class and score.
+    """Draw the easiest and the hardest images of a coreset, uint8 [m, H, W, 3], or 1 channel for grey.
 
-    Args:
-        easiest: uint8 [m, H, W, 3], or [m, H, W, 1] for grey.
-        hardest: likewise.
-        easy: (class name, score) of each of the easiest.
-        hard: likewise of the hardest.
-        path: of the PNG.
+    ``easy`` and ``hard`` have the class name and the score of each.
     """
     with page(path) as figure:
         (upper,), (lower,) = figure.subfigures(2, 1, squeeze=False)
@@ -162,11 +151,7 @@ def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels,
 
 
 def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None:
-    """Draw a plot into a run folder, local or remote.
-
-    Raises:
-        UserError: the disk of the run, or that of temporary files, is full or read-only.
-    """
+    """Draw a plot into a run folder, local or remote; refuse a full or read-only disk."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.png"
@@ -195,7 +180,7 @@ def page(path: str | Path) -> "Iterator[Figure]":
 
 
 def line_ends(axes: "Axes", at: float, ends: dict[str, tuple[float, str]]) -> None:
-    """Write the name of each line, (value, colour), in its colour at its end."""
+    """Write the name of each line at its end (value, colour)."""
     for name, (value, colour) in ends.items():
         axes.annotate(name, (at, value), (-4, 6), ha="right", color=colour, weight="bold", **NOTE)
 
@@ -316,8 +301,7 @@ def _bars(axes: "Axes", names: Sequence[str], parts: Mapping[str, np.ndarray], l
 def _gallery(figure: "SubFigure", kind: str, pixels: np.ndarray, labels: Labels) -> None:
     """Draw images in up to three rows of at least eight, in one frame: many frames take long to draw."""
     figure.suptitle(f"{kind} {len(pixels)} of the coreset, with their scores", x=0.02, ha="left")
-    columns = max(8, math.ceil(len(pixels) / 3))
-    columns = max(1, min(len(pixels), columns))
+    columns = max(1, min(len(pixels), max(8, math.ceil(len(pixels) / 3))))
     rows = max(1, math.ceil(len(pixels) / columns))
     pitch = WIDE * rows * TILE / columns  # the columns fill the gallery
     axes = figure.subplots()

@@ -75,13 +75,8 @@ class Stage(NamedTuple):
 class Report:
     """Stores, shows and tracks the rows of a run, and remembers its finished phases.
 
-    On a terminal each phase is a progress bar; elsewhere it is a few lines of text.
-
-    Args:
-        folder: of the run.
-        tracker: receives new rows too.
-        console: shows the progress.
-        listen: receives new rows too, and may stop the run there by ``SystemExit``, as a study does with a poor trial.
+    On a terminal each phase is a progress bar; elsewhere it is a few lines of text. ``listen`` receives new rows too,
+    and may stop the run there by ``SystemExit``, as a study does with a poor trial.
     """
 
     def __init__(
@@ -170,11 +165,8 @@ class Report:
     def phase(self, name: str, work: Callable[[], dict[str, Any]], *, epochs: int, models: int = 1) -> dict[str, Any]:
         """Do a phase's work and store its record, or return the record of an earlier attempt.
 
-        Args:
-            name: of the phase, as in its rows.
-            work: returns plain values, with the costs under ``costs``.
-            epochs: expected number of rows, of all models together.
-            models: number of models in these rows; 1 if it is unknown.
+        ``work`` returns plain values, with the costs under ``costs``. ``epochs`` are those of all models together: the
+        expected number of rows.
         """
         task = self._progress.add_task(name, total=epochs or 1, status="", models=models)
         record = self.folder.phase(name)

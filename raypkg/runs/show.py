@@ -67,10 +67,6 @@ def _count(samples: int) -> str:
     return f"{samples:,}" if samples < 10**8 else f"{samples / 1e6:,.0f} M"  # at most ten characters
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f}"
-
-
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.0f}"
 
@@ -80,7 +76,7 @@ COLUMNS = (  # headings of two lines, so that the table fits 80 columns; the foo
     ("worker-\nseconds", "total_seconds", _seconds, sum),
     ("samples\nforward", "forward", _count, sum),
     ("samples\nbackward", "backward", _count, sum),
-    ("MB\nsent", "sent", _megabytes, sum),
+    ("MB\nsent", "sent", lambda size: f"{size / 1e6:,.1f}", sum),
     ("peak\nMiB", "memory", _mebibytes, max),
     ("GPU\nMiB", "device_memory", _mebibytes, max),
 )
@@ -102,15 +98,7 @@ def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resume: str, console: Console) -> None:
-    """Print the progress of an unfinished run, its last write, and how to resume it.
-
-    Args:
-        folder: of the run.
-        stages: plans of its phases, as far as they are known.
-        state: of the run.
-        resume: the command that resumes it, or the reason why none does.
-        console: prints it.
-    """
+    """Print the progress of an unfinished run, its last write, and the command that resumes it, or why none does."""
     console.print(f"{folder.name}: not finished, {STATES[state]}", soft_wrap=True)
     console.print(_phases(folder, stages, state))
     for line in last_write(folder.storage):
@@ -133,9 +121,7 @@ def last_write(storage: Storage) -> Iterator[str]:
 
 def _phases(folder: RunFolder, stages: Sequence[Stage], state: str) -> Table:
     """Return a row for each planned phase in order, then for others with results: state, progress, last figures."""
-    table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
-    for heading in ("phase", "state"):
-        table.add_column(heading)
+    table = Table("phase", "state", box=SIMPLE, show_edge=False, pad_edge=False)
     for heading in ("models", "epochs", "loss", "accuracy"):
         table.add_column(heading, justify="right")
     finished = [file.removesuffix(".json") for file in folder.storage.list("phases")]

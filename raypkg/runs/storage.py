@@ -32,16 +32,10 @@ TRIES = 3  # at creating a folder while other processes delete empty ones
 class Storage:
     """Reads and writes whole files below one folder: a file exists entirely or not at all. Picklable.
 
-    Errors of the file system, such as a full disk, become a ``UserError``.
-
-    Args:
-        root: local path, URI such as ``s3://bucket/runs``, or the ``root`` of another Storage.
-        names: of nested folders; they are never parsed as part of a URI.
-        owner: folder that must exist, and its inode; a write never recreates it. A later folder of the same name has
-            another inode.
-
-    Raises:
-        UserError: an invalid address.
+    ``root`` is a local path, a URI such as ``s3://bucket/runs``, or the ``root`` of another Storage; the names of
+    nested folders are never parsed as part of a URI. ``owner`` is a folder that must exist, and its inode; a write
+    never recreates it. A later folder of the same name has another inode. Errors of the file system, such as a full
+    disk, become a ``UserError``.
     """
 
     def __init__(self, root: str, *names: str, owner: tuple[str, int | None] | None = None):
@@ -108,11 +102,8 @@ class Storage:
     def locked(self, what: str) -> Iterator[None]:
         """Hold the folder's lock, if its file system has locks.
 
-        Args:
-            what: name of the folder's content, for the error.
-
         Raises:
-            UserError: another process holds the lock, or has deleted the folder.
+            UserError: another process holds the lock, or has deleted the folder; ``what`` names its content.
         """
         if self.local is None:
             yield
@@ -121,10 +112,17 @@ class Storage:
             folder = os.open(self.local, os.O_RDONLY)
         try:
             deadline = time.monotonic() + LOCK_WAIT
-            while not _try_lock(folder):
-                if time.monotonic() > deadline:
-                    raise UserError(f"{what} is being worked on by another process: wait for it, or stop it")
-                time.sleep(LOCK_WAIT / 10)
+            while True:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        reason = "is being worked on by another process: wait for it, or stop it"
+                        raise UserError(f"{what} {reason}") from None
+                    time.sleep(LOCK_WAIT / 10)
+                except OSError:  # a file system without locks, as on some clusters
+                    break
             yield
         finally:
             os.close(folder)
@@ -215,7 +213,7 @@ class Storage:
             _sync(folder)
 
     def _upload(self, path: str, content: bytes) -> None:
-        with self._fs.open_output_stream(path) as stream:  # folders of an object store need not be created
+        with self._fs.open_output_stream(path) as stream:  # an object store creates folders by itself
             stream.write(content)
 
     def read(self, name: str) -> bytes | None:
@@ -350,17 +348,6 @@ def _sync(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _try_lock(folder: int) -> bool:
-    """Lock an open folder until the process ends; return False if another process holds the lock."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks, as on some clusters
-        pass
-    return True
 
 
 @contextmanager

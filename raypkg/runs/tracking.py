@@ -3,7 +3,7 @@
 import netrc
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,7 @@ PATIENCE = 10  # seconds for the first answer of the W&B server, unless WANDB_IN
 
 
 class Wandb:
-    """One W&B run per run folder; offline without a key, unless WANDB_MODE is set.
-
-    Args:
-        settings: become the run's config.
-        folder: gives the run its name; its plots and coreset are logged at the end.
-        group: name of the experiment or study.
+    """One W&B run per run folder, in the group of its experiment or study; offline without a key.
 
     Raises:
         UserError: W&B refuses the settings or the key, or its server does not answer.
@@ -85,37 +80,23 @@ def tracker(settings: RunSettings, folder: RunFolder, group: str) -> Wandb | Non
 
 
 def check_tracker(settings: RunSettings) -> None:
-    """Refuse, before a run starts, settings that its tracker would not accept.
-
-    Raises:
-        UserError: W&B refuses the project or the mode.
-    """
+    """Refuse, before a run starts, settings that its tracker would not accept."""
     if settings.track.name == "wandb":
         wandb_settings(settings.track)
 
 
 def wandb_settings(track: Track) -> "wandb.Settings":
-    """Return W&B's settings for a run's tracking and the environment.
-
-    Raises:
-        UserError: W&B refuses the project or the mode.
-    """
+    """Return W&B's settings for a run's tracking and the environment; refuse a project or mode that W&B refuses."""
     os.environ.setdefault("WANDB_SILENT", "true")  # its login prints before it reads any settings
     import wandb
 
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    has_key = bool(os.environ.get("WANDB_API_KEY"))
+    with suppress(OSError, netrc.NetrcParseError):
+        has_key = has_key or netrc.netrc().authenticators("api.wandb.ai") is not None
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
     patience: Any = os.environ.get("WANDB_INIT_TIMEOUT") or PATIENCE
     with _one_line():
         return wandb.Settings(project=track.project, mode=mode, silent=True, init_timeout=patience)
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 @contextmanager
