@@ -97,11 +97,7 @@ S = TypeVar("S", bound=Settings)
 def load_settings(
     schema: type[S], base: Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> S:
-    """Build settings from defaults, a TOML file (or its values) and dotted overrides.
-
-    Raises:
-        UserError: unreadable file, unknown key, wrong type, value out of range.
-    """
+    """Build settings from defaults, a TOML file (or its values) and dotted overrides; the first error is one line."""
     values = read_toml(base) if isinstance(base, Path) else dict(base or {})
     overrides = overrides or {}
     check_switches(overrides)

@@ -17,6 +17,7 @@ def derive(seed: int, *purpose: str | int) -> int:
     >>> derive(0, "shuffle", 3) == derive(0, "shuffle", 4)
     False
     """
+    # A separator that no name contains keeps ("a", "b") apart from ("ab"); PyTorch's seeds are signed: hence 63 bits.
     text = "\x1f".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 

@@ -225,8 +225,7 @@ class Cluster(Settings):
     """Workers and their resources."""
 
     workers: Annotated[
-        int | None,
-        Field(ge=0, description="Ray workers (default: up to 8); 0 = this process, on its CPU, without Ray"),
+        int | None, Field(ge=0, description="Ray workers (default: up to 8); 0 = this process, on its CPU, without Ray")
     ] = None
     cpus_per_worker: Annotated[
         Threads | None,

@@ -37,11 +37,7 @@ def compare(run: RunFolder, other: RunFolder) -> str:
 
 
 def rank_correlation(run: RunFolder, other: RunFolder) -> float | None:
-    """Return Spearman's rank correlation of two runs' scores, or None if one computed none.
-
-    Raises:
-        UserError: they scored different samples.
-    """
+    """Return Spearman's rank correlation of two runs' scores of the same samples, or None if one computed none."""
     if not (_has(run, SCORES) and _has(other, SCORES)):
         return None
     if not np.array_equal(_indices(run, SCORES), _indices(other, SCORES)):
@@ -63,11 +59,7 @@ def picks_of(run: RunFolder) -> np.ndarray:
 
 
 def column_of(table: pa.Table, name: str, path: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray:
-    """Return a column of a table whose file, named ``path`` in errors, a user may have chosen or replaced.
-
-    Raises:
-        UserError: the column is missing, of a type that does not fit, or contains nulls.
-    """
+    """Return a column, without nulls and of a fitting type, of a table that a user may have chosen or replaced."""
     if name not in table.column_names:
         raise UserError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
     values = table[name]

@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from importlib import metadata
-from itertools import count
 from typing import Any
 
 import pyarrow as pa
@@ -329,11 +328,11 @@ def _claim_free_name(runs: Storage, settings: Settings) -> Storage:
     chosen = [values[part]["name"] for part in ("dataset", "model") if part in values]
     kinds = [name.partition(":")[0] for name in chosen if name]  # without a path or function
     stem = "-".join([*kinds, time.strftime("%m%d-%H%M%S")])
-    for number in count(1):
-        storage = runs / (stem if number == 1 else f"{stem}-{number}")
-        if storage.claim():
-            return storage
-    raise AssertionError
+    storage, number = runs / stem, 1
+    while not storage.claim():
+        number += 1
+        storage = runs / f"{stem}-{number}"
+    return storage
 
 
 def discard(storage: Storage) -> None:

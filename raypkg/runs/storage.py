@@ -55,12 +55,7 @@ class Storage:
 
     @classmethod
     def around(cls, file: str) -> tuple["Storage", str]:
-        """Return the folder around a file, given by its path or URI, and the file's name.
-
-        >>> folder, name = Storage.around("file:///data/one/coreset.parquet")
-        >>> folder.name, name
-        ('one', 'coreset.parquet')
-        """
+        """Return the folder around a file, given by its path or URI, and the file's name."""
         folder, name = folder_and_name(file)
         return cls(folder), name
 
