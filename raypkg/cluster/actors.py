@@ -22,10 +22,7 @@ PATIENCE = 20  # seconds to wait for CPUs
 class RayShards:
     """One actor per shard; a killed actor is restarted and repeats its call with the driver's copy of the shard.
 
-    Args:
-        shards: names and indices, from which an actor maps the data on first use, or values.
-        size: CPUs and GPUs of an actor.
-        max_failures: how often an actor may die.
+    The actors map the data of shards that are names and indices on first use.
     """
 
     def __init__(self, shards: Sequence[Shard], size: Plan, max_failures: int):
@@ -101,12 +98,9 @@ def _results(calls: list[Any]) -> list[Any]:
 
 @contextmanager
 def hold_within_worker(shards: Sequence[Shard], cluster: Cluster, setting: str) -> Iterator[Shards]:
-    """Hold shards on actors of one CPU each, from within a training worker, until the block ends.
+    """Hold each shard on an actor of one CPU, from within a training worker, until the block ends.
 
-    Args:
-        shards: one for each actor.
-        cluster: how often an actor may die.
-        setting: name of the setting that gives their number, for the error.
+    ``setting`` names the setting that gives their number, for the error.
 
     Raises:
         UserError: the cluster has too few CPUs in addition to the training workers'.
@@ -132,9 +126,7 @@ def hold_within_worker(shards: Sequence[Shard], cluster: Cluster, setting: str) 
 def hold(split: Callable[[int], Sequence[Shard]], cluster: Cluster) -> Iterator[Shards]:
     """Hold shards on actors, or in this process if ``cluster.workers`` is 0, until the block ends.
 
-    Args:
-        split: returns the shards for a number of holders, or fewer.
-        cluster: number and size of the holders.
+    ``split`` returns the shards for a number of holders, or fewer.
     """
     if cluster.workers == 0:
         with threads(cluster.cpus_without_gpu):

@@ -41,15 +41,10 @@ class TrialSize:
 
 
 def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
-    """Complete the number and size of workers by what the cluster has.
+    """Complete the number (at most ``most``, if unset) and size of workers by what the cluster has.
 
     A GPU trains on more samples a second than a CPU decodes: workers with GPUs divide all CPUs of a node among them,
-    except those that the run's actors take.
-
-    Args:
-        settings: ``workers``, ``cpus_per_worker`` and ``gpus_per_worker`` may be unset.
-        most: upper bound where ``workers`` is unset: the run has no work for more.
-        actors: actors of one CPU each that the run starts in addition.
+    except those of the run's actors, which take one each.
 
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than requested; Ray itself would wait forever.
@@ -81,12 +76,8 @@ def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
 def trial_size(cluster: Cluster, actors: int, concurrent: int | None) -> TrialSize:
     """Return the resources of a trial on the connected cluster.
 
-    A trial of one process without a GPU runs in Tune's own process; any other needs Ray Train.
-
-    Args:
-        cluster: settings of one trial; ``workers`` defaults to one.
-        actors: actors of one CPU each that a trial starts in addition to its workers.
-        concurrent: trials at once; None = as many as fit.
+    A trial of one process without a GPU runs in Tune's own process; any other needs Ray Train. It has one worker by
+    default, and each of its actors takes one CPU. Unless ``concurrent`` is given, as many trials run as fit.
 
     Raises:
         UserError: not even one trial fits, or fewer than requested.

@@ -109,13 +109,9 @@ def optuna(
 
 
 class Proposals(Searcher):
-    """Supplies numbered trials: first those with known settings, then those that a searcher suggests.
+    """Supplies trials: first the waiting ones, then those with ``further`` numbers.
 
-    Args:
-        waiting: number and settings of the known trials.
-        searcher: suggests the settings of further trials.
-        further: numbers of the further trials.
-        fixed: settings that each further trial has in addition.
+    The searcher suggests the settings of further trials, which have the ``fixed`` ones in addition.
     """
 
     def __init__(

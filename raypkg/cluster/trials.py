@@ -60,14 +60,8 @@ def run_trials(
 ) -> bool:
     """Run trials until all have ended, the time is over, or the user interrupts; return True if the user did.
 
-    Args:
-        trial: importable; receives number, settings and a callback for rows with ``epoch`` and the metric; returns the
-            last row, with an ``error`` if it failed. Restarted, it must resume from its own checkpoints.
-        proposals: supplies the trials.
-        follower: is notified of each in this process.
-        size: resources of each trial.
-        rules: the metric and the limits.
-        folder: where Tune keeps its own files.
+    ``trial`` must be importable and, when restarted, resume from its own checkpoints. The follower is notified in this
+    process. Tune keeps its own files in ``folder``.
     """
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -200,10 +194,7 @@ class TrialProcess(tune.Trainable):
 
 
 class Paced:
-    """A function in a thread of its own that pauses at every row it reports.
-
-    Args:
-        function: receives a callback for rows, which any thread may call; returns the last row.
+    """A function in a thread of its own that pauses at every row it reports, from any thread, by the callback.
 
     >>> def count(tell):
     ...     tell({"epoch": 1})

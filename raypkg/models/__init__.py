@@ -19,15 +19,10 @@ model = Registry("model", "raypkg.models", given=("variant",))
 def build_model(
     name: str, shape: tuple[int, ...], num_classes: int, *, seed: int, options: Mapping[str, Any] | None = None
 ) -> "Classifier":
-    """Build a model for inputs of one shape; its weights are a function of the seed alone.
+    """Build a model for samples of shape (C, H, W), (D,) or (L, V); its weights are a function of the seed alone.
 
-    Args:
-        name: a registered name, ``torchvision:resnet18``, or a user's ``package.module:function``, called as
-            ``function(shape, num_classes, **options)`` and returning any ``nn.Module`` that ends in an ``nn.Linear``.
-        shape: of one sample, (C, H, W), (D,) or (L, V).
-        num_classes: C, at least 2.
-        seed: of the initial weights; the global generator stays as it is.
-        options: the model's own.
+    The name is a registered one, ``torchvision:resnet18``, or a user's ``package.module:function``, which is called as
+    ``function(shape, num_classes, **options)`` and returns any ``nn.Module`` that ends in an ``nn.Linear``.
 
     Raises:
         UserError: unknown name or option, a shape that the model cannot take, more parameters than fit this machine's

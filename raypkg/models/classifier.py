@@ -107,6 +107,7 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
                 " give each layer its own"
             )
         paths[parameter] = path
+    # Known moments replace those of the training set in the normalisation of inputs.
     stated = getattr(module, "trained_with", None)
     if stated is not None:
         try:

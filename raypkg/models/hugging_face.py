@@ -6,7 +6,7 @@ remote code is refused, and so are weights in pickles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,7 +76,13 @@ def hugging_face(
             config.pad_token_id = end[0] if isinstance(end, list) else end
     with _quiet() as package:
         kind = package.AutoModelForSequenceClassification if texts else package.AutoModelForImageClassification
-        network = _loaded(variant, config, kind) if weights else _drawn(variant, config, kind)
+        if weights:
+            network = _loaded(variant, config, kind)
+        else:
+            try:
+                network = kind.from_config(config)
+            except ValueError as error:  # there is no such classifier
+                raise _unreadable(variant, error) from None
     if texts:
         return OfTexts(network)
     return OfImages(network, _pixels(variant) if weights else None)
@@ -131,14 +137,10 @@ class ImageProcessor(BaseModel):
     image_std: tuple[Annotated[float, Field(gt=0)], ...]
 
 
-def _transformers() -> Any:
-    return extra("transformers", "text", WHAT)
-
-
 @contextmanager
 def _quiet() -> Iterator[Any]:
     """Give the package, silent inside the block: the part of its loading reports that matters is checked here."""
-    package = _transformers()
+    package = extra("transformers", "text", WHAT)
     logging_of = package.utils.logging
     verbosity = logging_of.get_verbosity()
     bars = logging_of.is_progress_bar_enabled()
@@ -197,20 +199,9 @@ def _pixels(variant: str) -> MeanStd | None:
 
 def _beside(variant: str, name: str) -> str | None:
     """Return the path of a file beside a checkpoint, or None."""
-    path: str | None = _transformers().utils.cached_file(
-        variant,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path: str | None = extra("transformers", "text", WHAT).utils.cached_file(variant, name, **quietly)
     return path
-
-
-def _drawn(variant: str, config: PretrainedConfig, kind: Any) -> PreTrainedModel:
-    try:
-        return kind.from_config(config)
-    except ValueError as error:  # there is no such classifier
-        raise _unreadable(variant, error) from None
 
 
 def _loaded(variant: str, config: PretrainedConfig, kind: Any) -> PreTrainedModel:
@@ -226,12 +217,7 @@ def _loaded(variant: str, config: PretrainedConfig, kind: Any) -> PreTrainedMode
         )
     except Exception as error:  # damaged files raise anything
         raise _unreadable(variant, error) from None
-    _check_complete(network, report, variant)
-    return network
-
-
-def _check_complete(network: PreTrainedModel, report: Mapping[str, Any], variant: str) -> None:
-    """Refuse a checkpoint that lacks weights of the network's body."""
+    # A new head is drawn, but a checkpoint that lacks weights of the network's body is refused.
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     body = f"{network.base_model_prefix}."
     drawn = sorted({*report["missing_keys"], *mismatched})
@@ -241,3 +227,4 @@ def _check_complete(network: PreTrainedModel, report: Mapping[str, Any], variant
             f"model 'transformers:{variant}': its checkpoint lacks {len(lacking)} of the network's tensors, such as"
             f" {lacking[0]}: it is incomplete, or that of another network"
         )
+    return network

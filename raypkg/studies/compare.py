@@ -71,8 +71,13 @@ def compare_rows(
             for identity, place in wanted.items()
             if identity not in known
         )
-        united = _united(stored_table(study.order.table or {}), table)
-        study.change(settings, table=united.plain(), concurrent=concurrent)
+        # The record unites the rows, cases and seeds of all calls; those of this call win.
+        earlier = stored_table(study.order.table or {})
+        united = table.plain()
+        for part in ("rows", "cases", "after"):
+            united[part] = {**getattr(earlier, part), **united[part]}
+        united["seeds"] = [*earlier.seeds, *(seed for seed in table.seeds if seed not in earlier.seeds)]
+        study.change(settings, table=united, concurrent=concurrent)
         try:
             driver = Driver(study, settings, root, table=table)
         except BaseException:  # no cluster, or one too small
@@ -161,12 +166,3 @@ def _check_same(study: Study, order: Order, settings: Experiment) -> None:
             f"comparison {name!r} was begun with {differing} = {shown(there.get(differing))}, now it is"
             f" {shown(here.get(differing))}: give another --name"
         )
-
-
-def _united(earlier: Table, table: Table) -> Table:
-    """Return a table with the rows, cases and seeds of earlier calls, over which the table's own win."""
-    plain = table.plain()
-    for part in ("rows", "cases", "after"):
-        plain[part] = {**getattr(earlier, part), **plain[part]}
-    plain["seeds"] = [*earlier.seeds, *(seed for seed in table.seeds if seed not in earlier.seeds)]
-    return Table(**plain)

@@ -114,11 +114,8 @@ def bill(summary: Mapping[str, Any], phase: str | None = None) -> dict[str, floa
 def column_figure(name: str, run: TrialRun, baseline: TrialRun | None) -> float | None:
     """Return the figure that a column of a table names, or None if the finished run has none of that name.
 
-    Args:
-        name: an entry of ``MEASURES``; ``PHASE.KEY``, such as ``pretrain.total_seconds``, for the bill of a phase;
-            otherwise a figure of the manifest or of what followed the run.
-        run: the trial's.
-        baseline: the finished baseline of the same case and seed, if there is one.
+    It is an entry of ``MEASURES``, which may compare with the baseline of the same case and seed; the cost of a phase,
+    such as ``pretrain.total_seconds``; or a figure of the manifest or of the function that followed the run.
     """
     summary = run.summary or {}
     if name in MEASURES:

@@ -72,12 +72,7 @@ class Case:
 
 
 class Outcomes:
-    """The runs of a comparison, each read once.
-
-    Args:
-        study: the comparison.
-        table: all of its table, or some rows, cases and seeds.
-    """
+    """The runs of a comparison, each read once; ``table`` has all rows, cases and seeds, or some of them."""
 
     def __init__(self, study: Study, table: Table):
         self.study = study
@@ -91,7 +86,14 @@ class Outcomes:
     @cached_property
     def cases(self) -> list[Case]:
         """The cases, their rows compared."""
-        return [self._case(case) for case in self.table.cases]
+        cases = []
+        for case in self.table.cases:
+            baseline = self._values(case, self.table.baseline)
+            lines = [self._line(case, row, baseline) for row in self.table.rows]
+            points = {n: (line.costs["work"].mean, line.value.mean) for n, line in enumerate(lines) if line.value}
+            best = front(points, METRICS[self.table.metric].mode)
+            cases.append(Case(case, [replace(line, on_front=place in best) for place, line in enumerate(lines)]))
+        return cases
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield a row of results for each case, row and seed with a trial."""
@@ -103,13 +105,6 @@ class Outcomes:
             record |= bill(run.summary) if run.summary else {}
             record |= {name: self._figure(name, case, row, seed) for name in self.table.columns.values()}
             yield record
-
-    def _case(self, case: str) -> Case:
-        baseline = self._values(case, self.table.baseline)
-        lines = [self._line(case, row, baseline) for row in self.table.rows]
-        points = {n: (line.costs["work"].mean, line.value.mean) for n, line in enumerate(lines) if line.value}
-        best = front(points, METRICS[self.table.metric].mode)
-        return Case(case, [replace(line, on_front=place in best) for place, line in enumerate(lines)])
 
     def _line(self, case: str, row: str, baseline: Mapping[int, float]) -> Line:
         table = self.table

@@ -25,7 +25,7 @@ from raypkg.runs.storage import Storage
 
 from . import plots
 from .figures import DONE, Difference, Estimate, Row, front, measured_points, ranked
-from .outcomes import Case, Line, Outcomes
+from .outcomes import Line, Outcomes
 from .study import BEST, RESULTS, Study, is_study
 from .tables import REST, Table, stored_table
 
@@ -63,10 +63,7 @@ class Report(NamedTuple):
 
 
 def report_of(study: Study, table: Table | None = None, *, final: bool = False) -> Report:
-    """Read a study's runs, and return its report: of a comparison's table, or all of it that was requested so far.
-
-    A ``final`` report is about to be stored, so its plots are drawn as well.
-    """
+    """Return the report of a study, for a comparison of ``table`` or all stored rows; a final one draws its plots."""
     if study.order.table:
         return _comparison_report(study, table or stored_table(study.order.table), final)
     return _sweep_report(study, final)
@@ -126,11 +123,7 @@ def conclude(study: Study) -> None:
 
 
 def write_page(folder: RunFolder) -> str:
-    """Write the page of a finished run, or the results of a study as it stands; return the page's path.
-
-    Raises:
-        UserError: the run is not finished, or a file of it is damaged.
-    """
+    """Write the page of a finished run, or the results of a study as it stands; return the page's path."""
     storage = folder.storage
     if is_study(storage):
         conclude(Study(storage))
@@ -140,11 +133,7 @@ def write_page(folder: RunFolder) -> str:
 
 
 def run_page(folder: RunFolder) -> str:
-    """Return the page of a finished run: its findings, costs, plots and settings.
-
-    Raises:
-        UserError: the run is not finished.
-    """
+    """Return the page of a finished run; raise ``UserError`` if it is not finished."""
     summary = folder.summary
     if summary is None:
         raise UserError(f"run {folder.name!r} is not finished, so there is nothing to report yet: see effray show")
@@ -229,16 +218,20 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
     outcomes = Outcomes(study, table)
     headings = ["row", table.metric.replace("_", " "), f"against\n{table.baseline}"]
     headings += ["samples\nforward", "samples\nbackward", "work", "seconds", "MiB"]
-    headings += [f"backward to\n{metric} {_goal(metric, goal)}" for metric, goal in table.all_goals()]
+    for metric, goal in table.all_goals():
+        headings.append(f"backward to\n{metric} " + (f"{100 * goal:g} %" if plots.is_share(metric) else f"{goal:g}"))
     headings += [*table.columns, "Pareto\nfront"]
     sections = []
     for number, case in enumerate(outcomes.cases):
         rows = [list(_cells(table, line)) for line in case.lines]
         baseline = frozenset(place for place, line in enumerate(case.lines) if line.row == table.baseline)
         grid = Grid("" if case.label == REST else case.label, headings, rows, baseline)
-        sections.append(Section(grid, (f"rows-{number:02d}", f"curves-{number:02d}")))
+        bars, curves = f"rows-{number:02d}", f"curves-{number:02d}"
+        sections.append(Section(grid, (bars, curves)))
         if final:
-            _draw_case(study.storage, case, table, sections[-1].plots)
+            save_plot(study.storage, bars, partial(plots.rows_of_case, case, table.metric))
+            if any(len(line.curve) > 1 for line in case.lines):
+                save_plot(study.storage, curves, partial(plots.curves_of_case, case, table.baseline))
     if table.paper:
         labels = dict.fromkeys(row for figures in table.paper.values() for row in figures)
         cells = [[row, *(str(figures.get(row, "–")) for figures in table.paper.values())] for row in labels]
@@ -256,12 +249,6 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
     seeds = ", ".join(map(str, table.seeds))
     title = f"{table.title} ({study.order.asked}, {study.order.scale} scale)"
     return Report(title, [f"Seeds {seeds}; {LEGEND}."], sections, lines, list(outcomes.records()))
-
-
-def _draw_case(storage: Storage, case: Case, table: Table, names: Sequence[str]) -> None:
-    save_plot(storage, names[0], partial(plots.rows_of_case, case, table.metric))
-    if any(len(line.curve) > 1 for line in case.lines):
-        save_plot(storage, names[1], partial(plots.curves_of_case, case, table.baseline))
 
 
 def _cells(table: Table, line: Line) -> Iterator[str]:
@@ -301,10 +288,6 @@ def _difference(value: Difference | None, metric: str) -> str:
         return mean
     half = form.format(scale * value.half).lstrip("+")
     return f"{mean} ± {half}{' !' if value.is_significant else ''}"
-
-
-def _goal(metric: str, goal: float) -> str:
-    return f"{100 * goal:g} %" if plots.is_share(metric) else f"{goal:g}"
 
 
 def _count(value: Estimate | None) -> str:

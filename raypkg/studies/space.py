@@ -89,11 +89,7 @@ def read_space(text: str, origin: str) -> Space:
 
 
 def without(space: Space, given: Iterable[str]) -> Space:
-    """Return a space without the settings that the user gave; ``model`` and ``model.name`` are the same.
-
-    Raises:
-        UserError: nothing is left.
-    """
+    """Return a space without the given settings (``model`` = ``model.name``); raise ``UserError`` if none is left."""
     fixed = {name.removesuffix(".name") for name in given}
     domains = {name: domain for name, domain in space.domains.items() if name.removesuffix(".name") not in fixed}
     if space.domains and not domains:
@@ -128,11 +124,7 @@ def check_space(space: Space, check: Callable[[Values], None]) -> None:
 
 
 def order_of(experiment: str, asked: Mapping[str, Any], space: Space) -> Order:
-    """Return a request with defaults for the options of ``effray tune`` that were omitted.
-
-    Raises:
-        UserError: an order that cannot be carried out.
-    """
+    """Return a request, its omitted options set to defaults; raise ``UserError`` if it cannot be carried out."""
     chosen = {"metric": space.metric, "scheduler": "asha", "search": "random", "samples": SAMPLES, **asked}
     metric, scheduler = chosen["metric"], chosen["scheduler"]
     if scheduler == "none":
@@ -197,11 +189,7 @@ def trials_of(order: Order, space: Space, settings: Experiment) -> list[Values]:
 
 
 def varied(base: E, values: Mapping[str, Any]) -> E:
-    """Return the shared settings with those of a trial.
-
-    Raises:
-        UserError: an unknown setting, or a value that it does not allow.
-    """
+    """Return the shared settings with those of a trial; raise ``UserError`` if one is unknown or invalid."""
     return load_settings(type(base), base.model_dump(mode="json"), values)
 
 
@@ -224,11 +212,7 @@ def longest_of(settings: Experiment, domains: Mapping[str, Any], known: Sequence
 
 
 def check_trial(metric: str, base: Experiment, values: Values) -> None:
-    """Refuse settings of a trial that a single run would refuse, or with which no epoch would have the metric.
-
-    Raises:
-        UserError: what is wrong.
-    """
+    """Refuse settings of a trial that a single run would refuse, or with which no epoch would have the metric."""
     from raypkg.experiments.coreset_files import load_coreset
 
     trial = varied(base, values)

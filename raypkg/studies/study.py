@@ -129,11 +129,7 @@ class Study:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings that all trials share, not yet validated.
-
-        Raises:
-            UserError: they are missing or damaged: a study never resumes with others.
-        """
+        """The settings that all trials share, not yet validated; reading raises ``UserError`` if they are missing."""
         return self._current(read_settings(self.storage))
 
     def run_name(self, number: int) -> str:
@@ -282,11 +278,7 @@ def create_study(
 
 
 def find_study(root: str, name: str) -> Study:
-    """Open an existing study.
-
-    Raises:
-        UserError: unknown name.
-    """
+    """Open an existing study; raise ``UserError`` for an unknown name."""
     studies = Storage(root) / FOLDER
     if name not in studies.list():
         raise unknown(f"sweep in {studies.root}", name, studies.list())
@@ -299,11 +291,7 @@ def is_study(storage: Storage) -> bool:
 
 
 def study_around(run: Storage) -> Study | None:
-    """Return the study of which a run is a trial, or None.
-
-    Raises:
-        UserError: there is a study of that name, and its record is damaged.
-    """
+    """Return the study of which a run is a trial, or None; raise ``UserError`` if the study's record is damaged."""
     match = TRIAL.fullmatch(run.name)
     if match is None:
         return None
@@ -371,8 +359,18 @@ def with_studies(chosen: Sequence[Storage], trials: bool) -> tuple[list[Storage]
     for storage in chosen:
         folders[storage.root] = storage
         if is_study(storage):
-            if trials:
-                folders |= {run.root: run for run in _existing_trials(storage)}
+            if not trials:
+                continue
+            try:
+                study = Study(storage)
+            except UserError:  # the damaged record names no trials
+                continue
+            runs = Storage(study.root) / study.experiment
+            existing = set(runs.list())
+            for number in range(len(study.trials)):
+                run = runs / study.run_name(number)
+                if run.name in existing:
+                    folders[run.root] = run
         elif of := study_around(storage):
             if not trials:
                 raise UserError(
@@ -381,15 +379,3 @@ def with_studies(chosen: Sequence[Storage], trials: bool) -> tuple[list[Storage]
                 )
             around[of.storage.root] = of.storage
     return [*folders.values()], [*(folders | around).values()]
-
-
-def _existing_trials(storage: Storage) -> list[Storage]:
-    """Return the folders of a study's trials; none if the record that names them is damaged."""
-    try:
-        study = Study(storage)
-    except UserError:
-        return []
-    runs = Storage(study.root) / study.experiment
-    existing = set(runs.list())
-    names = [study.run_name(number) for number in range(len(study.trials))]
-    return [runs / name for name in names if name in existing]

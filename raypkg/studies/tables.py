@@ -156,11 +156,7 @@ class Table:
 
 
 def stored_table(record: Mapping[str, Any]) -> Table:
-    """Return the table in a study's record.
-
-    Raises:
-        UserError: the record holds none.
-    """
+    """Return the table in a study's record; raise ``UserError`` if it holds none."""
     known = {each.name for each in fields(Table)}
     try:
         table = Table(**{name: value for name, value in record.items() if name in known})

@@ -26,19 +26,10 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def run_trial(number: int, values: Values, report: Report, *, root: str, workers: int) -> dict[str, Any]:
-    """Run a trial in its run folder, or resume it there; a done trial only reports its result.
+    """Run or resume a trial of the study at ``root``; return its last epoch, the metric, and an error if it failed.
 
-    A trial that fails reports the worst value possible: schedulers compare it with others.
-
-    Args:
-        number: number of the trial.
-        values: its settings.
-        report: takes epoch and metric during training.
-        root: path of the study's folder.
-        workers: Ray workers of the trial; 0 = this process.
-
-    Returns:
-        The last epoch, its metric, and an error if there was one.
+    A failed trial returns the worst metric possible, as schedulers compare it with others. A done one is not run again.
+    Without Ray workers it runs in this process.
     """
     from raypkg.engine.worker import forget_peak_memory
 
