@@ -25,11 +25,8 @@ class Data(NamedTuple):
 def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: "Cache" = None) -> Data:
     """Load a data set by name: ``digits``, ``cifar10``, ``parquet:PATH``, ``folder:PATH`` or ``module:function``.
 
-    Args:
-        name: a registered source, with its argument after the colon, or the user's own function.
-        options: the source's own options.
-        cache: folder of the memory-mapped stores (default: ``$EFFRAY_CACHE``, then the user's cache folder), or the
-            location of stores that are read by blocks.
+    ``cache`` is the folder of the memory-mapped stores (default: ``$EFFRAY_CACHE``, then the user's cache folder), or
+    the location of stores that are read by blocks.
 
     Raises:
         UserError: unknown name or option, unreadable data, or splits that do not belong together.

@@ -23,6 +23,7 @@ LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey
 
 Change = Callable[[Tensor, Tensor], Tensor]  # (uint8 [b, C, H, W], uniforms [b, draws]) → uint8 [b, C, H, W]
 Operation = Callable[[Tensor, float, Tensor], Tensor]
+Number = Tensor | float
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,8 @@ def compose(names: Sequence[str]) -> Augmentation:
 
     def change(x: Tensor, u: Tensor) -> Tensor:
         if steps and x.dim() != 4:
-            raise UserError(
-                f"samples of shape {list(x.shape[1:])} are no images: leave out {', '.join(names)}"
-                " (dataset.augment, pretrain.randaugment)"
-            )
+            options = f"{', '.join(names)} (dataset.augment, pretrain.randaugment)"
+            raise UserError(f"samples of shape {list(x.shape[1:])} are no images: leave out {options}")
         # Each step takes the columns of u that follow those of the step before it.
         for step, uniforms in zip(steps, u.split(draws, dim=1), strict=True):
             x = step(x, uniforms)
@@ -150,14 +149,12 @@ def posterize(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
 
 def brightness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Blend with black."""
-    black = torch.zeros(1, device=x.device)
-    return _blend(x, black, magnitude, sign)
+    return _blend(x, torch.zeros(1, device=x.device), magnitude, sign)
 
 
 def contrast(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Blend with the mean grey of the image."""
-    mean = _grey(x).mean((1, 2, 3), keepdim=True)  # [b, 1, 1, 1]
-    return _blend(x, mean, magnitude, sign)
+    return _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), magnitude, sign)
 
 
 def color(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
@@ -179,9 +176,7 @@ def sharpness(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
 def rotate(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Turn about the centre."""
     angle = math.radians(30 * magnitude) * sign
-    cos = angle.cos()
-    sin = angle.sin()
-    return _warp(x, xx=cos, xy=-sin, yx=sin, yy=cos)
+    return _warp(x, xx=angle.cos(), xy=-angle.sin(), yx=angle.sin(), yy=angle.cos())
 
 
 def shear_x(x: Tensor, magnitude: float, sign: Tensor) -> Tensor:
@@ -212,8 +207,7 @@ OPERATIONS: tuple[Operation, ...] = (
 
 def _blend(x: Tensor, other: Tensor, magnitude: float, sign: Tensor) -> Tensor:
     """Return other + f·(x − other) with f = 1 ± 0.9·magnitude."""
-    factor = 1 + 0.9 * magnitude * sign  # [b]
-    factor = factor.view(-1, 1, 1, 1)
+    factor = (1 + 0.9 * magnitude * sign).view(-1, 1, 1, 1)  # [b, 1, 1, 1]
     return _to_uint8(other + factor * (x - other))
 
 
@@ -222,8 +216,7 @@ def _grey(x: Tensor) -> Tensor:
     if x.shape[1] != 3:
         return x.float().mean(1, keepdim=True)
     weights = torch.tensor(LUMA, device=x.device).view(3, 1, 1)
-    luma = (x * weights).sum(1, keepdim=True)
-    return luma.floor()
+    return (x * weights).sum(1, keepdim=True).floor()
 
 
 def _to_uint8(x: Tensor) -> Tensor:
@@ -237,14 +230,7 @@ def _shift(magnitude: float, side: int) -> float:
 
 
 def _warp(
-    x: Tensor,
-    *,
-    xx: Tensor | float = 1.0,
-    xy: Tensor | float = 0.0,
-    x1: Tensor | float = 0.0,
-    yx: Tensor | float = 0.0,
-    yy: Tensor | float = 1.0,
-    y1: Tensor | float = 0.0,
+    x: Tensor, *, xx: Number = 1, xy: Number = 0, x1: Number = 0, yx: Number = 0, yy: Number = 1, y1: Number = 0
 ) -> Tensor:
     """Take the pixel at (x, y) from the pixel nearest to (xx·x + xy·y + x1, yx·x + yy·y + y1), black from outside.
 

@@ -24,10 +24,7 @@ class Coreset:
     weights: Tensor  # float32 [k]
 
     def __post_init__(self):
-        for what, vector, dtype in (
-            ("indices", self.indices, torch.int64),
-            ("weights", self.weights, torch.float32),
-        ):
+        for what, vector, dtype in (("indices", self.indices, torch.int64), ("weights", self.weights, torch.float32)):
             if vector.dim() != 1 or vector.dtype != dtype:
                 raise UserError(f"coreset {what} are {vector.dtype} {list(vector.shape)}, expected {dtype} [k]")
         if len(self.indices) != len(self.weights):
@@ -55,9 +52,7 @@ class Coreset:
         """Join coresets of disjoint samples, such as one per class, in the given order."""
         if not parts:
             return cls.uniform(torch.empty(0, dtype=torch.int64))
-        indices = torch.cat([part.indices for part in parts])
-        weights = torch.cat([part.weights for part in parts])
-        return cls(indices, weights)
+        return cls(torch.cat([part.indices for part in parts]), torch.cat([part.weights for part in parts]))
 
     def at(self, positions: Tensor) -> "Coreset":
         """Map picks within a part of the data to the whole: local index i becomes ``positions[i]``.

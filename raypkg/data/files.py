@@ -56,9 +56,7 @@ def _listed(address: str) -> _Listing:
         raise UserError(f"{address!r} cannot be listed: {error}") from None
     files: dict[Names, fs.FileInfo] = {}
     folders: dict[Names, set[str]] = {}
-    for entry in entries:
-        if entry.type != fs.FileType.File:
-            continue
+    for entry in (each for each in entries if each.type == fs.FileType.File):
         names = tuple(entry.path.removeprefix(root).strip("/").split("/")) if entry.path != root else ()
         files[names] = entry
         for depth, name in enumerate(names):
@@ -124,8 +122,7 @@ class _Remote:
             yield from place.below()
 
     def open_input(self) -> pa.NativeFile:
-        path = "/".join([self.listing.root, *self.names])
-        return self.listing.system.open_input_file(path)
+        return self.listing.system.open_input_file("/".join([self.listing.root, *self.names]))
 
 
 Place: TypeAlias = Path | _Remote
@@ -205,11 +202,7 @@ def fetched(load: Callable[[J], T], jobs: Iterable[J], readers: int = READERS) -
 def split_files(root: Place, split: str, kind: str, suffixes: Sequence[str]) -> list[Place]:
     """List the files of a split by the prefix of their name, as data sets are published on the hub.
 
-    Args:
-        root: a file, or a folder that is searched with all folders below it.
-        split: "train" or "test".
-        kind: kind of file, for errors.
-        suffixes: endings of the names.
+    ``root`` is a file, or a folder that is searched with all folders below it; ``kind`` names the files in errors.
     """
     if not root.exists():
         raise UserError(f"{kind} path {str(root)!r} does not exist")
@@ -258,8 +251,7 @@ def split_rows(
     count = int(sample.max()) + 1
     order = torch.randperm(count, generator=generator(0, "test split")).numpy()
     size = round(test * count)
-    drawn = order[:size] if split == "test" else order[size:]
-    rows = np.flatnonzero(np.isin(sample, drawn))
+    rows = np.flatnonzero(np.isin(sample, order[:size] if split == "test" else order[size:]))
     if not len(rows):
         raise UserError(f"option test = {test:g} leaves no {split} samples of the {n} in {str(files[split])!r}")
     return rows
@@ -331,10 +323,9 @@ class _HubMetadata(BaseModel):
 
 
 def _class_names(schema: pa.Schema, label: str, file: Place) -> tuple[str, ...]:
-    metadata = schema.metadata or {}
     where = f"the schema metadata 'huggingface' of {str(file)!r}"
     try:
-        hub = _HubMetadata.model_validate_json(metadata.get(b"huggingface", b"{}"))
+        hub = _HubMetadata.model_validate_json((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = _Feature.model_validate(hub.info.features.get(label, {}))
     except ValidationError as error:
         first = error.errors()[0]

@@ -156,9 +156,7 @@ def _normalisation(
 ) -> tuple[Tensor, Tensor]:
     """Return mean and 1/std as tensors, cached: a copy to a GPU waits for all work that is queued there."""
     with torch.inference_mode(False):  # a tensor created in inference mode could not be used in training
-        shift = torch.tensor(mean, device=device, dtype=dtype)
-        deviation = torch.tensor(std, device=device, dtype=dtype)
-        return shift, 1 / deviation
+        return torch.tensor(mean, device=device, dtype=dtype), 1 / torch.tensor(std, device=device, dtype=dtype)
 
 
 class Moments:

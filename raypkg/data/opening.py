@@ -51,8 +51,7 @@ def open_data(chosen: Dataset, seed: int | None = None) -> Data:
         train = with_wrong_labels(train, chosen.noise, generator(seed, "noise"))
     if chosen.repeat > 1:
         if len(train) * chosen.repeat > LARGEST:
-            total = f"dataset.repeat = {chosen.repeat} of {len(train):,} samples"
-            raise UserError(f"{total}: at most {LARGEST:,} in all")
+            raise UserError(f"dataset.repeat = {chosen.repeat} of {len(train):,} samples: at most {LARGEST:,} in all")
         # Copies are consecutive. With augmentation, each is drawn as a different image.
         train = subset(train, torch.arange(len(train)).repeat_interleave(chosen.repeat))
     return data._replace(train=train)
@@ -68,22 +67,17 @@ def long_tail(y: Tensor, share: float, rng: torch.Generator) -> Tensor:
     [100, 10, 1]
     """
     sizes = y.bincount()  # [C]
-    falls = max(len(sizes) - 1, 1)
     order = torch.randperm(len(y), generator=rng)
     kept = []
     for label, size in enumerate(sizes.tolist()):
-        wanted = max(1, round(int(sizes.max()) * share ** (label / falls)))
+        wanted = max(1, round(int(sizes.max()) * share ** (label / max(len(sizes) - 1, 1))))
         members = order[y[order] == label]
         kept.append(members[: min(size, wanted)])
     return torch.cat(kept).sort().values
 
 
 def with_wrong_labels(split: Split, share: float, rng: torch.Generator) -> Split:
-    """Replace round(share · n) labels by another class each, uniformly drawn; ``truth`` keeps the original labels.
-
-    Raises:
-        UserError: the data set has a single class.
-    """
+    """Replace round(share · n) labels by another class each, uniformly drawn; ``truth`` keeps the original labels."""
     classes = split.num_classes
     if classes < 2:
         raise UserError(f"dataset.noise = {share:g}: the data set has one class, so no label can be another")
@@ -99,8 +93,7 @@ def wrong_share(split: Split, positions: Tensor) -> float | None:
     """Return the share of some samples that has a wrong label; None if true labels are unknown."""
     if split.truth is None or not len(positions):
         return None
-    wrong = split.y[positions] != split.truth[positions]
-    return float(wrong.double().mean())
+    return float((split.y[positions] != split.truth[positions]).double().mean())
 
 
 def subset(split: Split, positions: Tensor) -> Split:

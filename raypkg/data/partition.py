@@ -11,15 +11,9 @@ def hold_out(
 ) -> tuple[Tensor, Tensor]:
     """Split positions into training positions and a held-out share of each class.
 
-    Args:
-        y: labels, int64 [n].
-        fraction: held-out share in [0, 1), rounded per class; each class keeps at least one training sample.
-        generator: draws the held-out samples.
-        ids: sample that each row stands for, int64 [n]. Rows of one sample stay together, and the draw is that of a
-            data set which holds each of these samples once.
-
-    Returns:
-        Two ascending int64 tensors, disjoint, together 0 … n−1.
+    The share, in [0, 1), is rounded per class; each class keeps at least one training sample. ``ids``, int64 [n], name
+    the sample that each row stands for. Rows of one sample stay together, and the draw is that of a data set which
+    holds each of these samples once. Both results ascend; together they are 0 … n−1.
 
     >>> training, held_out = hold_out(torch.tensor([0, 0, 1, 1]), 0.5, torch.Generator().manual_seed(0))
     >>> len(training), len(held_out)
@@ -68,10 +62,8 @@ def stratified_shards(
     shares[largest_first[:left]] += 1
     if shares.min() < shards:
         rarest = shares.argmin()
-        raise UserError(
-            f"a shard of {size} samples holds none of class {labels[rarest]} ({counts[rarest]} samples):"
-            " use fewer or larger shards"
-        )
+        missing = f"class {labels[rarest]} ({counts[rarest]} samples)"
+        raise UserError(f"a shard of {size} samples holds none of {missing}: use fewer or larger shards")
     dealt = [members[:share] for members, share in zip(_by_class(order, y), shares.tolist(), strict=True)]
     # Consecutive samples go to different shards, so each class, a consecutive run, reaches all shards evenly.
     hands = torch.cat(dealt).view(size, shards)

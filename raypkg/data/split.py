@@ -32,11 +32,8 @@ class Blocks:
     def hold_for(self, positions: Tensor, batch_size: int, ahead: int, world: int) -> None:
         """Hold enough blocks that one worker's batches fetch none twice while it is needed.
 
-        Args:
-            positions: samples of an epoch, int64 [n].
-            batch_size: size of a batch over all workers.
-            ahead: batches loaded at once.
-            world: workers, each of which needs its share of the window.
+        An epoch visits ``positions``, int64 [n], in batches of ``batch_size`` over all workers. ``ahead`` batches are
+        loaded at once, and each of the ``world`` workers needs its share of the window.
         """
         blocks = len(self.of[positions].unique())
         new = math.ceil(batch_size * blocks / len(positions))  # blocks by which a batch advances the window
@@ -240,9 +237,9 @@ def aligned(split: Split, like: Split, what: str) -> Split:
     if split.columns and like.columns and split.columns != like.columns:
         ours = ", ".join(like.columns)
         raise UserError(f"{what}: columns {', '.join(split.columns)}, those of training are {ours}")
-    strange = [name for name in split.classes if name not in like.classes]
-    if strange:
-        raise unknown(f"class of {what}", strange[0], like.classes)
+    for name in split.classes:
+        if name not in like.classes:
+            raise unknown(f"class of {what}", name, like.classes)
     number = torch.tensor([like.classes.index(name) for name in split.classes])
     return replace(split, y=number[split.y], classes=like.classes, mean=like.mean, std=like.std)
 

@@ -37,19 +37,18 @@ def trained(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     tokenizer.pre_tokenizer = byte_level()
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     # Not WordPiece: its trainer numbers the alphabet in another order each time, and breaks ties by these numbers.
+    alphabet = byte_level.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocabulary,
         min_frequency=RARE,
         special_tokens=SPECIAL,
-        initial_alphabet=byte_level.alphabet(),
+        initial_alphabet=alphabet,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     marks = [(name, tokenizer.token_to_id(name)) for name in (BEGIN, END)]
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{BEGIN} $A {END}",
-        pair=f"{BEGIN} $A {END} $B:1 {END}:1",
-        special_tokens=marks,
+        single=f"{BEGIN} $A {END}", pair=f"{BEGIN} $A {END} $B:1 {END}:1", special_tokens=marks
     )
     return tokenizer
 

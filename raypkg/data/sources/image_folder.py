@@ -31,21 +31,18 @@ def load(root: str, *, split: str, cache: Cache, size: Side = 0) -> Split:
             or no images, or images of several sizes while ``size`` is 0.
     """
     place = place_of(root)
-    folders = {name: _split_folder(place, name) for name in FOLDERS}
+    folders: dict[str, Place] = {}
+    for name, spellings in FOLDERS.items():
+        found = next((place / each for each in spellings if (place / each).is_dir()), None)
+        if found is None:
+            tried = ", ".join(spellings)
+            raise UserError(f"folder {root!r} has no {name} split: none of the folders {tried}")
+        folders[name] = found
     classes = tuple(sorted(_class_folders(folders["train"])))
     images = {name: _listed(folder, classes) for name, folder in folders.items()}
     files = {name: each.files for name, each in images.items()}
     key = fingerprint(files["train"] + files["test"], root=root, size=size)
     return open_images(split, partial(store_path, cache, place.resolve().name, key), images.__getitem__, files, size)
-
-
-def _split_folder(root: Place, split: str) -> Place:
-    names = FOLDERS[split]
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        tried = ", ".join(names)
-        raise UserError(f"folder {str(root)!r} has no {split} split: none of the folders {tried}")
-    return folder
 
 
 def _class_folders(folder: Place) -> dict[str, Place]:
@@ -78,8 +75,7 @@ def _listed(folder: Place, classes: tuple[str, ...]) -> "ImageFiles":
                 raise UserError(f"image {str(file)!r} is no file: a link that leads nowhere, or a device")
         found = len(files) - before
         if not found:
-            suffixes = ", ".join(sorted(SUFFIXES))
-            raise UserError(f"class folder {str(path)!r} holds no images ({suffixes})")
+            raise UserError(f"class folder {str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
         labels += [classes.index(name)] * found
     return ImageFiles(files, labels, classes)
 

@@ -1,8 +1,8 @@
 """Sparse rows in libsvm's text format, as RCV1 is published: ``label column:value column:value …``."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -40,12 +40,8 @@ def load(
     Of one file, the share ``test`` is the test split, drawn by its length alone. The sorted labels are the classes.
     Rows stay sparse on disk and become dense float32 batch by batch; they are not standardised, so zero is zero.
 
-    Args:
-        root: PATH of a file, or of a folder with train.libsvm and test.libsvm (or another of the endings).
-        split: "train" or "test".
-        cache: folder of the memory-mapped stores.
-        columns: D, if larger than the largest column in either file.
-        test: share of a single file.
+    A folder has train.libsvm and test.libsvm, or another of the endings. ``columns`` is D, if that is larger than the
+    largest column in either file.
 
     Raises:
         UserError: missing files, lines in another format, values that are not finite, a column above ``columns``, or
@@ -59,47 +55,36 @@ def load(
     def build(unfinished: Target) -> None:
         # Both files determine the width, so both are read for either split.
         tables = {file: read(file) for file in set(files.values())}
-        width = max(table.width for table in tables.values())
+        every_row = [row for table in tables.values() for row in table.rows]
+        width = 1 + int(max(row["column"].max(initial=-1) for row in every_row))
         if not width:
             raise UserError(f"no row of {root!r} has an entry column:value, so there is nothing to learn from")
         if columns is not None and width > columns:
             raise UserError(f"option columns = {columns}, but {root!r} has column {width}")
-        classes = tables[files["train"]].classes
+        classes = tuple(sorted(set(tables[files["train"]].labels), key=float))
         table = tables[files[split]]
-        rows = split_rows(files, split, len(table.rows), test)
-        write_store(unfinished, Header("encoded", (columns or width,), classes), table.blocks(rows, classes))
+        chosen = split_rows(files, split, len(table.rows), test)
+        y = class_numbers(table.labels, classes)
+
+        def blocks() -> Iterator[Block]:
+            unused = np.zeros((1, 1))  # instead of a sample for the statistics
+            for chunk in np.split(chosen, range(BLOCK, len(chosen), BLOCK)):
+                yield Block([table.rows[i].tobytes() for i in chunk], y[chunk], unused)
+
+        write_store(unfinished, Header("encoded", (columns or width,), classes), blocks())
 
     store = cached(target, build, set(files.values()))
-    width = store.header.shape[0]
+    (width,) = store.header.shape
     what = f"dense rows of {width:,} columns in {root!r}"
     check_samples(what, width * DENSE.itemsize, "number the columns that occur from 1")
     return replace(store.as_split(_dense), mean=(0.0,) * width, std=(1.0,) * width)
 
 
-@dataclass(frozen=True)
-class SparseTable:
+class SparseTable(NamedTuple):
     """The rows of one file."""
 
     labels: list[str]  # in a canonical spelling
     rows: list[np.ndarray]  # of ENTRY
-
-    @property
-    def width(self) -> int:
-        """The largest column that occurs, counted from 1."""
-        last = max(row["column"].max(initial=-1) for row in self.rows)
-        return int(last) + 1
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The labels that occur, by their value."""
-        return tuple(sorted(set(self.labels), key=float))
-
-    def blocks(self, chosen: np.ndarray, classes: tuple[str, ...]) -> Iterator[Block]:
-        """Yield the chosen rows in blocks, labels as numbers of their classes."""
-        y = class_numbers(self.labels, classes)
-        unused = np.zeros((1, 1))  # instead of a sample for the statistics
-        for chunk in np.split(chosen, range(BLOCK, len(chosen), BLOCK)):
-            yield Block([self.rows[i].tobytes() for i in chunk], y[chunk], unused)
 
 
 def read(file: Place) -> SparseTable:

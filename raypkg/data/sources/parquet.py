@@ -97,9 +97,8 @@ class ImageTable:
             present.update(pc.unique(labels).drop_null().to_pylist())
         numbers = sorted(present)
         if numbers != list(range(len(numbers))):
-            raise UserError(
-                f"labels of {str(self.files[0])!r} are {numbers[0]} … {numbers[-1]} with gaps or not from 0"
-            )
+            span = f"{numbers[0]} … {numbers[-1]}"
+            raise UserError(f"labels of {str(self.files[0])!r} are {span} with gaps or not from 0")
         return tuple(map(str, numbers))
 
     @property
@@ -117,11 +116,11 @@ class ImageTable:
 
     def batches(self, start: int = 0) -> Iterator[tuple[list[bytes], np.ndarray]]:
         """Yield encoded images and labels from the row ``start`` on, a bounded number at a time."""
-        groups = [
-            RowGroup(file, metadata, number)
-            for file, metadata in zip(self.files, self._metadata, strict=True)
-            for number in range(metadata.num_row_groups)
-        ]
+        groups = []
+        for file, metadata in zip(self.files, self._metadata, strict=True):
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                groups.append(RowGroup(file, metadata, number, group.num_rows, group.total_byte_size))
         # Row groups before the start are not read.
         ends = accumulate(group.rows for group in groups)
         rest = [group for group, end in zip(groups, ends, strict=True) if end > start]
@@ -156,18 +155,8 @@ class RowGroup(NamedTuple):
     file: Place
     metadata: pq.FileMetaData
     number: int
-
-    @property
-    def rows(self) -> int:
-        """Samples in the group."""
-        count: int = self.metadata.row_group(self.number).num_rows
-        return count
-
-    @property
-    def size(self) -> int:
-        """Bytes of all columns, uncompressed."""
-        size: int = self.metadata.row_group(self.number).total_byte_size
-        return size
+    rows: int
+    size: int  # bytes of all columns, uncompressed
 
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of the group, a bounded number at a time."""

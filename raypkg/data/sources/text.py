@@ -89,29 +89,18 @@ def load(
         files = {name: [place] for name in PREFIXES}
     else:
         files = {name: split_files(place, name, "text", SUFFIXES) for name in PREFIXES}
-    options = {
-        "tokenizer": tokenizer,
-        "vocabulary": 0 if tokenizer else vocabulary,
-        "length": length,
-        "columns": columns,
-        "label": label,
-        "test": test,
-        "unlabelled": unlabelled,
-    }
+    learned = 0 if tokenizer else vocabulary
+    taken = dict(columns=columns, label=label, test=test, unlabelled=unlabelled)
     read = [*files["train"], *files["test"], *tokenizer_files(tokenizer)]
-    target = store_path(cache, place.resolve().stem, fingerprint(read, **options), split)
-
-    def rows_of(table: TextTable, name: str) -> np.ndarray:
-        if not len(table):
-            raise UserError(f"{str(table.files[0])!r} holds no samples")
-        first = {name: each[0] for name, each in files.items()}
-        return split_rows(first, name, len(table), test)
+    key = fingerprint(read, tokenizer=tokenizer, vocabulary=learned, length=length, **taken)
+    target = store_path(cache, place.resolve().stem, key, split)
 
     def build(unfinished: Target) -> None:
         tables = {name: TextTable(files[name], columns, label, unlabelled) for name in PREFIXES}
         train, table = tables["train"], tables[split]
-        train_rows = rows_of(train, "train")
-        rows = rows_of(table, split)
+        first = {name: each[0] for name, each in files.items()}
+        train_rows = split_rows(first, "train", len(train), test)
+        rows = split_rows(first, split, len(table), test)
         table.check_like(train)
         tokens = tokenizer_at(tokenizer) if tokenizer else trained(train.everything(train_rows), vocabulary)
         header = Header("encoded", (length, tokens.get_vocab_size()), train.classes)
@@ -127,9 +116,8 @@ def load(
 
         write_store(unfinished, header, blocks())
         if cut:
-            log.warning(
-                "%s: %d of %d %s texts are cut at %d tokens (option length)", root, cut, len(rows), split, length
-            )
+            share = f"{cut} of {len(rows)} {split} texts"
+            log.warning("%s: %s are cut at %d tokens (option length)", root, share, length)
 
     return replace(cached(target, build, read).as_split(_tokens), mean=(), std=())
 
@@ -155,6 +143,8 @@ class TextTable:
         self._table = pa.concat_tables(tables)
         if unlabelled:
             self._table = self._table.filter(pc.invert(_missing(self._table[self.label])))
+        if not len(self):
+            raise UserError(f"{self._name!r} holds no samples")
         names = self._table.column_names
         others = [name for name in names if name != self.label]
         for name in columns:
@@ -255,9 +245,9 @@ def _read(file: Place, label: str) -> pa.Table:
 
 def _read_lines(file: Place, label: str) -> pa.Table:
     delimiter = "\t" if file.suffix == ".tsv" else ","
-    parsing = pcsv.ParseOptions(delimiter=delimiter, quote_char=False if delimiter == "\t" else '"')
-    if delimiter == ",":
-        parsing.newlines_in_values = True
+    is_quoted = delimiter == ","
+    quote = '"' if is_quoted else False
+    parsing = pcsv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=is_quoted)
     names = pcsv.open_csv(open_input(file), parse_options=parsing).schema.names
     # A text may read "NA" or "12", so types are inferred only for columns that may hold labels.
     labels = {label} if label else set(LABELS)

@@ -180,8 +180,7 @@ class Store(Stored):
         owner = np.searchsorted(self._starts, indices, side="right") - 1  # [b], the record batch of each sample
         for batch in np.unique(owner):
             here = owner == batch
-            local = indices[here] - self._starts[batch]
-            out[here] = self._views[batch][local]
+            out[here] = self._views[batch][indices[here] - self._starts[batch]]
         return out
 
     def encoded(self, indices: np.ndarray) -> list[pa.Buffer]:
@@ -196,8 +195,7 @@ class Store(Stored):
 def write(path: Path, header: Header, blocks: Iterable[Block]) -> None:
     """Stream blocks into a store file, in record batches of at most ``BATCH_BYTES``."""
     moments = Moments()
-    batches = record_batches(header.schema, blocks, moments, BATCH_BYTES)
-    write_batches(path, header, batches, moments)
+    write_batches(path, header, record_batches(header.schema, blocks, moments, BATCH_BYTES), moments)
 
 
 def write_batches(path: Path, header: Header, batches: Iterable[pa.RecordBatch], statistics: Moments | Stored) -> None:
@@ -239,8 +237,7 @@ def merged_batches(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[pa.
     for batch in batches:
         if pending and size + batch.nbytes > most:
             yield pa.concat_batches(pending)
-            pending = []
-            size = 0
+            pending, size = [], 0
         pending.append(batch)
         size += batch.nbytes
     yield pa.concat_batches(pending)

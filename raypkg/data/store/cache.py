@@ -64,10 +64,7 @@ def cached(target: Target, build: Callable[[Target], None], files: Collection[Pl
     One process of a machine builds a local file while the others wait. A store that is read by blocks is built by each
     process that finds none, resuming from existing parts; all write the same bytes.
 
-    Args:
-        target: the store.
-        build: writes the store to the target that it is given.
-        files: source files, which must be unchanged afterwards.
+    ``build`` writes the store to the target that it is given. The source ``files`` must be unchanged afterwards.
 
     Raises:
         UserError: the cache cannot be written, or the source is unreadable or has changed.
@@ -75,8 +72,7 @@ def cached(target: Target, build: Callable[[Target], None], files: Collection[Pl
     if isinstance(target, Stream):
         return _cached_stream(target, build, files)
     path = target
-    store = _opened(path)  # without the lock: a finished cache may be on a read-only disk
-    if store:
+    if store := _opened(path):  # without the lock: a finished cache may be on a read-only disk
         return store
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +104,7 @@ def _opened(path: Path, report: bool = False) -> Store | None:
 
 
 def _cached_stream(stream: Stream, build: Callable[[Target], None], files: Collection[Place]) -> Streamed:
-    store = _opened_stream(stream)
-    if store:
+    if store := _opened_stream(stream):
         return store
     failure: OSError | str = "its files have just been deleted"
     try:
@@ -120,8 +115,7 @@ def _cached_stream(stream: Stream, build: Callable[[Target], None], files: Colle
         raise
     except OSError as error:  # perhaps only because another process has finished the store
         failure = error
-    store = _opened_stream(stream)
-    if not store:
+    if not (store := _opened_stream(stream)):
         raise UserError(f"cannot build the store {str(stream)!r}: {failure}")
     tidy(stream)  # notes, and leftovers of writers that were killed or late
     return store

@@ -96,12 +96,8 @@ def open_images(
 ) -> Split:
     """Open the store of a split of encoded images, importing it first if it is missing.
 
-    Args:
-        split: "train" or "test".
-        store: returns the location of a split's store.
-        examples: returns the images of a split; called only for an import.
-        files: source files of each split.
-        size: side of the images, resized on their shorter side and centre cropped; 0 keeps their own single size.
+    ``store`` and ``examples`` return the location and the images of a split; the latter is called only for an import.
+    Images are resized on their shorter side to ``size`` and centre cropped; 0 keeps their own single size.
     """
 
     def build(target: Target) -> None:
@@ -152,11 +148,7 @@ def _begin(source: Examples, size: int, target: Target) -> tuple[Shape, Survey]:
 def surveyed(source: Examples, size: int, start: int = 0, sides: Shape = ()) -> Iterator[Surveyed]:
     """Read every header of a stream of images, and yield the images.
 
-    Args:
-        source: the images.
-        size: side to which they will be resized; 0 keeps their own.
-        start: first image, which must be the first of a batch.
-        sides: height and width of the images before it.
+    They start at the image ``start``, the first of a batch; ``sides`` is the height and width of those before it.
 
     Raises:
         UserError: images of several sizes while ``size`` is 0, or a file that is no image.
@@ -183,17 +175,14 @@ def _write(
     pixels = math.prod(shape)  # bytes of an image
     check_samples(f"images of {_sides(shape[1:])}", pixels, SET_SIZE, source.length)
     is_decoded = source.length * pixels <= DECODED_BYTES
-    stride = 1 + source.length // SAMPLED  # one of this many images contributes to an encoded store's statistics
+    # One of this many images contributes to an encoded store's statistics.
+    stride = 1 if is_decoded else 1 + source.length // SAMPLED
 
     def blocks(first: int) -> Iterator[Block]:
         for start, images, y, _ in survey(first):
             check_labels(y, len(classes), _shifted(source.name, start))
-            if is_decoded:
-                x = decode_all(images, shape, _shifted(source.name, start))
-                yield Block(x, y.astype(np.int64), sample=x)
-            else:
-                sample = decode_all(images[::stride], shape, _shifted(source.name, start, stride))
-                yield Block(images, y.astype(np.int64), sample)
+            sample = decode_all(images[::stride], shape, _shifted(source.name, start, stride))
+            yield Block(sample if is_decoded else images, y.astype(np.int64), sample)
 
     header = Header("pixels" if is_decoded else "encoded", shape, classes, default_augment(shape))
     write_store_from(target, header, blocks, source.length * pixels if is_decoded else encoded)
@@ -303,8 +292,7 @@ def decode_all(images: Sequence[bytes], shape: Shape, name: Name) -> np.ndarray:
 
     threads = torch.get_num_threads()
     bounds = np.linspace(0, len(images), RUNS * threads + 1).astype(int).tolist()
-    finished = decoding_threads(threads).map(fill, bounds[:-1], bounds[1:])
-    list(finished)  # waits, and raises the error of a thread
+    list(decoding_threads(threads).map(fill, bounds[:-1], bounds[1:]))  # waits, and raises the error of a thread
     return out
 
 

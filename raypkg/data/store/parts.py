@@ -306,12 +306,8 @@ def appearing(
     """Open a file for writing that gets its name at the end of the block, and is deleted on an error.
 
     Until then its name is unique to this writer. Object stores need this too: after an error pyarrow still creates an
-    object of the bytes written so far.
-
-    Args:
-        stream: the store.
-        name: returns the name, once everything is written.
-        is_there: returns True if the file exists already. It is then kept, as other processes may be reading it.
+    object of the bytes written so far. If ``is_there()`` says that the file exists already, that one is kept, as other
+    processes may be reading it.
     """
     system, folder = stream.folder()
     unfinished = f"{folder}/{uuid4().hex}.tmp"

@@ -153,10 +153,7 @@ class Streamed(Stored):
 
 
 def block_reader(stream: Stream, header: Header, places: list[Place]) -> Read:
-    """Return a function that fetches a block by its number.
-
-    It raises UserError if the block is unreadable or damaged.
-    """
+    """Return a function that fetches a block by its number; it raises UserError if that is unreadable or damaged."""
     system, folder = stream.folder()
     schema = header.schema
 
