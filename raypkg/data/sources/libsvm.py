@@ -61,7 +61,7 @@ def load(
             raise UserError(f"no row of {root!r} has an entry column:value, so there is nothing to learn from")
         if columns is not None and width > columns:
             raise UserError(f"option columns = {columns}, but {root!r} has column {width}")
-        classes = tuple(sorted(set(tables[files["train"]].labels), key=float))
+        classes = tables[files["train"]].classes
         table = tables[files[split]]
         chosen = split_rows(files, split, len(table.rows), test)
         y = class_numbers(table.labels, classes)
@@ -85,6 +85,11 @@ class SparseTable(NamedTuple):
 
     labels: list[str]  # in a canonical spelling
     rows: list[np.ndarray]  # of ENTRY
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels that occur, by their value."""
+        return tuple(sorted(set(self.labels), key=float))
 
 
 def read(file: Place) -> SparseTable:
