@@ -11,14 +11,11 @@ from raypkg.core.errors import Interruption, UserError
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, RunSettings
 from raypkg.experiments import carry_out, experiment, open_run, settings_of
-from raypkg.experiments.phases import stages_of
 from raypkg.experiments.resolve import resolve, stored_settings
 from raypkg.experiments.samples import Samples
-from raypkg.runs.catalog import find, resuming, state_of
 from raypkg.runs.folder import RunFolder, check_new, create, discard
 from raypkg.runs.report import Stage
 from raypkg.runs.show import show_run, show_unfinished, terminal
-from raypkg.studies.study import study_around
 
 
 def execute(
@@ -42,6 +39,8 @@ def resume_run(
     entry: Entry, schema: type[RunSettings], name: str, values: Mapping[str, Any], root: str, refused: Mapping[str, Any]
 ) -> None:
     """Resume an interrupted run, or show a finished one; refuse settings that would change the result."""
+    from raypkg.runs.catalog import find
+
     changed = [option for option, value in refused.items() if value is not None]
     changed += [setting for setting in values if setting.partition(".")[0] not in APART]
     if changed:
@@ -77,6 +76,9 @@ def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolde
 
 def resume_command(folder: RunFolder, root: str) -> str:
     """Return the command that resumes a run, or the study of which it is a trial."""
+    from raypkg.runs.catalog import resuming
+    from raypkg.studies.study import study_around
+
     storage = folder.storage
     if study := study_around(storage):
         return resuming(study.command, study.storage, root)
@@ -93,6 +95,10 @@ def show_how_far(folder: RunFolder, root: str) -> None:
 
     The code that its settings name is not imported.
     """
+    from raypkg.experiments.phases import stages_of
+    from raypkg.runs.catalog import state_of
+    from raypkg.studies.study import study_around
+
     stages: list[Stage] = []
     storage = folder.storage
     name = storage.parent.name

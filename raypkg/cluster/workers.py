@@ -1,5 +1,7 @@
 """The workers of a run: one group on Ray Train for all its phases, or this process. Imports no torch."""
 
+from __future__ import annotations
+
 import logging
 import threading
 import uuid
@@ -7,14 +9,15 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raypkg.core.errors import ClusterLost, Interruption
 from raypkg.core.settings import Cluster
 
-from .capacity import Plan, plan
-from .mailbox import Delivery, open_mailbox
 from .session import cluster_errors, connect, disconnect
+
+if TYPE_CHECKING:
+    from .capacity import Plan
 
 Listener = Callable[[Mapping[str, Any]], None]  # receives rows of metrics
 
@@ -51,7 +54,7 @@ class Workers:
         self._group: Group | None = None
         self._closing: threading.Thread | None = None
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -83,6 +86,8 @@ class Workers:
             connect(self._cluster)
         with cluster_errors():
             if self._group is None:
+                from .capacity import plan
+
                 size = plan(self._cluster, self._most, self._actors)
                 self._group = Group(size, self._cluster.max_failures, self._report, self._folder)
             return self._group.run(function, *arguments)
@@ -105,6 +110,8 @@ class Group:
     """Workers on Ray Train, which carry out the tasks in the mailbox; they may be lost ``failures`` times."""
 
     def __init__(self, size: Plan, failures: int, report: Listener, folder: str):
+        from .mailbox import Delivery, open_mailbox
+
         self._failures = failures
         self._outcomes: SimpleQueue[Any] = SimpleQueue()  # an answer for every task, or an error to raise
         self._mailbox = open_mailbox()

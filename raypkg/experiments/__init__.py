@@ -84,17 +84,21 @@ def carry_out(
     """
     with heavy_imports():
         from raypkg.cluster.workers import Workers
-        from raypkg.experiments.phases import stages_of, take_over
         from raypkg.experiments.samples import SAMPLES
         from raypkg.experiments.trained import keep_first_weights
         from raypkg.runs.report import Report
-        from raypkg.runs.tracking import tracker
 
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="ray")
     keep_first_weights(settings, samples, folder)
     if donors:
+        from raypkg.experiments.phases import stages_of, take_over
+
         take_over(folder, stages_of(entry.name, settings), donors)
-    following = tracker(settings, folder, group or entry.name)
+    following = None
+    if settings.track.name:
+        from raypkg.runs.tracking import tracker
+
+        following = tracker(settings, folder, group or entry.name)
     ray_files = (folder.storage / "ray").uri
     with (
         Report(folder, following, console, listen) as report,

@@ -18,7 +18,6 @@ from raypkg.core.errors import UserError
 from raypkg.core.imports import heavy_imports
 from raypkg.core.registry import Lookup
 from raypkg.core.settings import Experiment, Model, RunSettings, Select, Target, Train
-from raypkg.coresets.rules import coreset
 from raypkg.data.sources import dataset
 from raypkg.engine import hook
 from raypkg.models import model, tokenizer_of
@@ -76,14 +75,14 @@ def check_names(settings: RunSettings) -> None:
 
     All names are checked before the first option: options import what they belong to, and PyTorch with it.
     """
-    from raypkg.runs.tracking import check_tracker
-
     lookups = [Lookup(dataset, settings.dataset.name, settings.dataset.options)]
     hooks = settings.hooks if isinstance(settings, Experiment) else ()
     if isinstance(settings, Experiment):
         lookups.append(Lookup(model, settings.model.name, settings.model.options))
         lookups += [Lookup(hook, named.name, named.options) for named in hooks]
     if select := selection_of(settings):
+        from raypkg.coresets.rules import coreset
+
         lookups.append(Lookup(coreset, select.rule, select.options))
         if select.target is not None and select.target.is_data_set:
             lookups.append(Lookup(dataset, select.target.name, select.target.options))
@@ -98,7 +97,10 @@ def check_names(settings: RunSettings) -> None:
         if needs := hook[named.name].needs:
             raise UserError(f"hook {named.name!r} needs {needs[0]!r}, which nobody gives: it takes keywords only")
     compose(settings.dataset.augment or ())
-    check_tracker(settings)
+    if settings.track.name == "wandb":
+        from raypkg.runs.tracking import wandb_settings
+
+        wandb_settings(settings.track)  # raises what W&B refuses
 
 
 def with_tokenizer(settings: R) -> R:

@@ -31,11 +31,11 @@ class TrainSettings(Experiment):
 
     def check(self, n: int, data: Any) -> None:
         """Refuse a selection that would never happen."""
-        from raypkg.coresets.reselection import check_schedule
-
         select = self.select
         if select is None:
             return
+        from raypkg.coresets.reselection import check_schedule
+
         once = TrainSelect(warm_epochs=select.warm_epochs)
         if self.coreset is not None and not select.every_epochs and select != once:
             raise UserError(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Dataset, Experiment, Model, RunSettings, Train
-from raypkg.coresets.gradients import evaluating
 from raypkg.data import Data
 from raypkg.data.augment import Augmentation
 from raypkg.data.coreset import Coreset
@@ -347,6 +346,8 @@ class Backbone:
             return training_batch(normalised, samples, augment, draws[part], worker).x
 
         parts = torch.arange(len(indices)).split(BATCH[device.type])
+        from raypkg.coresets.gradients import evaluating
+
         with evaluating(self.features), torch.inference_mode(), autocast(self.precision, device):
             return torch.cat([self.features(x).float().cpu() for x in ahead(load, parts, loaders_of(split))])
 

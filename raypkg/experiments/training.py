@@ -13,9 +13,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import Experiment, Reselect, Train, Training
-from raypkg.coresets.budgets import budget_of
 from raypkg.coresets.record import Recorder
-from raypkg.coresets.reselection import Reselection, check_schedule
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of
@@ -23,7 +21,6 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
-from raypkg.engine.shards import WorkerShards, class_shards
 from raypkg.engine.worker import Worker
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
 from raypkg.runs.folder import GROWING, MODEL, NAME, NEEDED
@@ -72,9 +69,13 @@ class Job:
 def train_on_cluster(job: Job, samples: Samples, report: Report, workers: Workers) -> dict[str, Any]:
     """Train the job's model on the workers, unless the run folder says it is done; return the phase's record."""
     if job.select:
+        from raypkg.coresets.reselection import check_schedule
+
         check_schedule(job.select, job.training.epochs, given=job.coreset is not None)
     smallest_batch = min(job.training.batch_size, job.samples_used(samples))
     if job.selects and job.select:
+        from raypkg.coresets.budgets import budget_of
+
         smallest_batch = min(smallest_batch, budget_of(job.select.fraction, len(samples.train_indices)))
     workers.limit(smallest_batch)  # more workers would have nothing to do
     record = report.phase(job.phase, lambda: workers.run(train_model, job), epochs=job.last or job.training.epochs)
@@ -159,6 +160,9 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
                 )
             hooks.append(BestEpoch())
     if job.select:
+        from raypkg.coresets.reselection import Reselection
+        from raypkg.engine.shards import WorkerShards, class_shards
+
         indices = samples.train_indices
         shards = class_shards(samples.data, split.y, indices, samples.held_out, worker.world, worker.device)
         hooks.append(Reselection(job.select, WorkerShards(shards, worker), recorder, indices, job.coreset))

@@ -79,12 +79,6 @@ def tracker(settings: RunSettings, folder: RunFolder, group: str) -> Wandb | Non
     return Wandb(settings, folder, group) if settings.track.name == "wandb" else None
 
 
-def check_tracker(settings: RunSettings) -> None:
-    """Refuse, before a run starts, settings that its tracker would not accept."""
-    if settings.track.name == "wandb":
-        wandb_settings(settings.track)
-
-
 def wandb_settings(track: Track) -> "wandb.Settings":
     """Return W&B's settings for a run's tracking and the environment; refuse a project or mode that W&B refuses."""
     os.environ.setdefault("WANDB_SILENT", "true")  # its login prints before it reads any settings
