@@ -5,7 +5,7 @@ import operator
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, NamedTuple, NoReturn
@@ -36,6 +36,7 @@ OPS = {"<=": operator.le, ">=": operator.ge, **EQUALITY, "<": operator.lt, ">": 
 AND = re.compile(r"(?<!\s)\s+and\s+", re.IGNORECASE)  # without the lookbehind, long runs of spaces take quadratic time
 COMPARISON = re.compile("|".join(OPS))
 BLOCK = 1 << 16  # rows read at once
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Request(NamedTuple):
@@ -196,11 +197,17 @@ def matching(split: Split, condition: str) -> np.ndarray:
         where = f"condition {name} {found[0]} {shortened(value)}"
         compare = OPS[found[0]]
         if name in split.columns:
-            number = _number(value, where)
+            try:
+                number = float(value)
+            except ValueError:
+                raise UserError(f"{where}: this is no number") from None
+            if not abs(number) <= LARGEST:  # nan too
+                raise UserError(f"{where}: numbers are finite and at most {LARGEST:.3g}, as columns hold them")
+            stored = np.float32(number)  # the type of the columns, so that = finds the values of the file
             column = split.columns.index(name)
             for start in range(0, len(split), BLOCK):
                 end = min(start + BLOCK, len(split))
-                met[start:end] &= compare(split.take(np.arange(start, end))[:, column], number)
+                met[start:end] &= compare(split.take(np.arange(start, end))[:, column], stored)
             continue
         if name != "label":
             raise unknown("name in a condition", name[:LONGEST], ("label", *split.columns))
@@ -212,24 +219,11 @@ def matching(split: Split, condition: str) -> np.ndarray:
     return np.flatnonzero(met)
 
 
-def _number(value: str, where: str) -> np.float32:
-    """Return a value in the type in which columns are stored, so that = finds the values of the file."""
-    try:
-        number = float(value)
-    except ValueError:
-        raise UserError(f"{where}: this is no number") from None
-    largest = float(np.finfo(np.float32).max)
-    if not abs(number) <= largest:  # nan too
-        raise UserError(f"{where}: numbers are finite and at most {largest:.3g}, as columns hold them")
-    return np.float32(number)
-
-
 # Changes
 
 
-def change_of(run: RecordedRun, requests: Iterable[Request]) -> Change:
+def change_of(run: RecordedRun, requests: Sequence[Request]) -> Change:
     """Return the change that several requests amount to, each checked against the result of those before it."""
-    requests = list(requests)
     split = run.split
     added: list[Split] = []
     before = run.active

@@ -165,11 +165,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, pattern: Pattern, dense_gradient: bool) -> Tensor:
-        is_dense = weight.dim() == 2
-        values = pattern.active(weight) if is_dense else weight
+        ctx.is_dense = weight.dim() == 2
+        values = pattern.active(weight) if ctx.is_dense else weight
         ctx.save_for_backward(x, values)
         ctx.pattern = pattern
-        ctx.is_dense = is_dense
         ctx.dense_gradient = dense_gradient
         return (pattern.matrix(values) @ x.T).T
 
