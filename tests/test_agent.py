@@ -17,7 +17,7 @@ from raypkg.engine.batches import Batches
 from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
 from raypkg.engine.worker import Worker
-from raypkg.methods.agent.control_variate import Switch, Weight, coefficient, spread, steps_of_look, variance_left
+from raypkg.methods.agent.control_variate import Switch, Weight, coefficient, spread, variance_left
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.runs.checkpoints import StoredCheckpoints
@@ -427,14 +427,6 @@ def test_the_switch_follows_the_line():
     switch.judge(0.4, 0.5, rate=0.05, epoch=3)
     switch.begin(rate=0.05, epoch=3)
     assert (switch.on, switch.looks) == (True, False)
-
-
-@pytest.mark.parametrize("steps", [3, 11, 400])
-def test_looks_are_few_pairs_within_the_epoch(steps):
-    steps_seen = sorted(steps_of_look(steps))
-    assert steps_seen[0] >= 0 and steps_seen[-1] < steps
-    assert all(b - a == 1 for a, b in zip(steps_seen[::2], steps_seen[1::2], strict=True))
-    assert len(steps_seen) <= min(16, max(2, steps // 4))
 
 
 def test_settings_that_would_do_nothing_are_refused():

@@ -16,7 +16,6 @@ from raypkg.data.kinds import IMAGES, TEXTS
 from raypkg.data.split import Split
 from raypkg.experiments.trained import named_backbone
 from raypkg.models import build_model
-from raypkg.models.classifier import checked
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -260,14 +259,6 @@ def test_pixels_that_no_image_has_are_told_in_one_line(saved, tmp_path, stated, 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("stated", [0.5, ((0.5,) * 3, (0.5,)), ((0.5,) * 3, (0.0,) * 3), "imagenet"])
-def test_a_module_that_says_nonsense_of_its_inputs_is_told(stated):
-    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
-    module.trained_with = stated
-    with pytest.raises(UserError, match="must be the means and the stds of 3 channels"):
-        checked(module, "mine", (3, 8, 8), 3)
-
-
 @pytest.mark.parametrize(
     ("kind", "shape", "match"),
     [
@@ -282,13 +273,6 @@ def test_a_module_that_says_nonsense_of_its_inputs_is_told(stated):
 def test_what_does_not_fit_a_checkpoint_is_told_in_one_line(saved, kind, shape, match):
     with pytest.raises(UserError, match=match):
         build(saved(kind), shape)
-
-
-def test_a_model_of_any_number_of_positions_takes_a_text_of_any_length(tmp_path):
-    config = transformers.XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=32)
-    config.save_pretrained(tmp_path)
-    model = build(tmp_path, weights=False)
-    assert model(TEXTS.example(3, TEXT)).shape == (3, CLASSES)
 
 
 @pytest.mark.parametrize("name", ["transformers:", "transformers:/nowhere", "transformers:no-such-model"])

@@ -22,7 +22,6 @@ from raypkg.engine.optimizer import learning_rate
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments.training import checked_results
-from raypkg.methods.sparse.hook import Masked
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 
@@ -196,20 +195,6 @@ def test_a_corrupt_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capl
     assert "epoch_00004.pt is unreadable and skipped" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_names_epoch_and_phase():
-    with pytest.raises(UserError, match=r"loss became (nan|inf) in epoch \d of phase 'train' \(lr 1e\+30\)"):
-        fit(run(settings=replace_settings(lr=1e30, epochs=6)))
-
-
-def test_masked_weights_stay_zero_and_the_rest_moves():
-    network = model()
-    mask = {"weight": torch.arange(18).view(3, 6) % 2 == 0}
-    start = network.weight.detach().clone()
-    trained = fit(run(network=network, hooks=[Masked(mask)]))
-    assert (trained.model.weight[~mask["weight"]] == 0).all()
-    assert (trained.model.weight != start)[mask["weight"]].all()
-
-
 def test_a_hook_may_replace_the_coreset():
     class Halve(Hook):
         def on_epoch(self, run):
@@ -252,11 +237,6 @@ def test_what_a_hook_leaves_is_checked(left):
 
     with pytest.raises(UserError, match=r"hook Leaves: .*(plain values|cannot be the name of a file)"):
         checked_results(Leaves(), run())
-
-
-def test_a_frozen_model_is_refused_before_training():
-    with pytest.raises(UserError, match="all parameters of the model are frozen"):
-        run(network=model().requires_grad_(False))
 
 
 def test_the_newest_checkpoint_is_that_of_the_largest_epoch(tmp_path):

@@ -34,60 +34,39 @@ def refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--seed", "-1", "seed = '-1': input should be greater than or equal to 0"),
         ("--seed", str(2**63), "seed = '9223372036854775808': input should be an integer of at most 64 bits"),
-        ("--seed", str(2**64), "at most 64 bits"),
-        ("--seed", str(10**40), "at most 64 bits"),
         ("--seed", "1" + "0" * 5000, "seed = '1000.*: unable to parse input string as an integer, exceeded maximum"),
         ("--seed", "true", "seed = 'true': input should be a valid integer"),
-        ("--seed", "", "seed = '': input should be a valid integer"),
-        ("--seed", "1e3", "seed = '1e3': input should be a valid integer"),
         ("--set", "seed=true", "seed = 'true': input should be a valid integer"),
-        ("--set", f"seed={DEEP}", "seed = '.*: input should be a valid integer"),
         ("--set", f"model.options.depth={DEEP}", "unknown linear option 'depth'"),
         ("--set", "seed=1\nmodel='mlp'", "seed = "),
         ("--set", "a." * 5000 + "b=1", "no setting has 5001 parts"),
-        ("--set", "seed." * 5000 + "b=1", "no setting has 5001 parts"),
         ("--set", "model.options." + "a." * 5000 + "b=1", "no setting has 5003 parts"),
         ("--set", "seed.deep=1", "seed"),
         ("--set", "=1", "is not of the form KEY=VALUE"),
-        ("--set", "seed", "is not of the form KEY=VALUE"),
         ("--set", LONG, "--set 'x+\\.\\.\\.x+' is not of the form KEY=VALUE"),
         ("--set", f"{LONG}=1", "unknown setting 'x+…x+'"),
         ("--set", '"a.b"=1', "unknown setting '\"a'"),
         ("--set", "säd=1", "unknown setting 'säd', did you mean 'seed'"),
         ("--set", "train=false", "train = false: train.epochs would do nothing"),
-        ("--set", "hooks=1", "unknown hook '1'"),
         ("--set", "hooks=[1]", "hooks.0 = 1: input should be a valid dictionary"),
         ("--set", "hooks=[{}]", "hooks.0.name = {}: field required"),
         ("--set", "hooks={a=1}", "hooks = {'a': 1}: input should be a valid tuple"),
         ("--set", "model.name={a=1}", "model.name = {'a': 1}: input should be a valid string"),
-        ("--set", "model.name=[1]", "model.name = .*: input should be a valid string"),
-        ("--set", "model={name=3}", "model.name = 3: input should be a valid string"),
-        ("--set", "model.options=3", "model.options = '3': input should be a valid dictionary"),
-        ("--set", "model.options.width=1", "unknown linear option 'width'. Allowed: none"),
         ("--model", "", "unknown model ''"),
-        ("--model.name", "", "unknown model ''"),
         ("--dataset", "", "unknown dataset ''"),
         ("--model", LONG, "unknown model 'x+…x+'"),
         ("--model", ":", "unknown model or module ':'"),
-        ("--model", "a:", "unknown model or module 'a:'"),
-        ("--model", ".:net", "unknown model or module '.:net'"),
         ("--model", "../x:net", "unknown model or module '../x:net'"),
-        ("--model", "/tmp/x:net", "unknown model or module '/tmp/x:net'"),
         ("--model", "builtins:print", "builtins:print: option 'sep' needs a type and a default"),
         ("--hooks", "builtins:dict", "builtins:dict: its signature cannot be read: no signature found"),
-        ("--dataset", "builtins:print", "builtins:print: option 'sep' needs a type and a default"),
-        ("--train.epochs", "0", "train.epochs = '0': input should be greater than or equal to 1"),
         ("--train.epochs", "1000001", "train.epochs = '1000001': input should be less than or equal to 1000000"),
-        ("--train.epochs", "1" + "0" * 23, "input should be less than or equal to 1000000"),
         ("--train.batch_size", "1" + "0" * 23, "train.batch_size = .*: input should be an integer of at most 64 bits"),
-        ("--train.evaluate_every_epochs", "1" + "0" * 40, "at most 64 bits"),
-        ("--cluster.max_failures", "1" + "0" * 40, "at most 64 bits"),
         ("--cluster.cpus_per_worker", "100000", "cluster.cpus_per_worker = '100000': .* less than or equal to 1024"),
         ("--train.schedule", LONG, "unknown train.schedule 'x+…x+'"),
         ("--train.nesterov", "maybe", "train.nesterov = 'maybe': input should be a valid boolean"),
         ("--train.milestones", "1,x", "train.milestones.1 = 'x': input should be a valid number"),
+        ("--track.project", "", "track.project = '': string should have at least 1 character"),
         *[("--train.lr", text, "train.lr = ") for text in ("nan", "NaN", "+nan", "inf", "-Infinity", "1e999", "")],
     ],
     ids=lambda text: repr(text)[:40],
@@ -109,11 +88,8 @@ def test_an_argument_that_is_not_text(refused, option):
     [
         (b"seed = true", "seed = True: input should be a number, neither true nor false"),
         (b"[train]\nlr = false", "train.lr = False: input should be a number, neither true nor false"),
-        (b"[train]\nmilestones = [true]", "train.milestones = .*neither true nor false"),
         (b"[train]\nnesterov = 1", "train.nesterov = 1: input should be true or false, not a number"),
-        (b"[train]\nnesterov = 1.0", "train.nesterov = 1.0: input should be true or false, not a number"),
         (b"[train]\nlr = nan", "train.lr = nan: input should be a finite number"),
-        (b"[train]\nlr = -inf", "train.lr = -inf: input should be a finite number"),
         (b"seed = 1.5", "seed = 1.5: input should be a valid integer"),
         (b"seed = 2020-01-01", "seed = datetime.date.2020, 1, 1.: input should be a valid integer"),
         (b"seed = " + DEEP.encode(), "'mine.toml' is not valid TOML: its brackets are nested too deeply"),
@@ -121,14 +97,8 @@ def test_an_argument_that_is_not_text(refused, option):
         (b".".join([b"a"] * 5000) + b" = 1", "'mine.toml' has values nested more than 32 deep"),
         (b"seed = 0x" + b"f" * 5000, "'mine.toml' has an integer of more than 64 bits"),
         (b"seed = 1" + b"0" * 5000, "'mine.toml' is not valid TOML: Exceeds the limit"),
-        (b"seed = 1 # \xff", "'mine.toml' is not valid TOML: 'utf-8' codec can't decode"),
-        (b"\0\0\0", "'mine.toml' is not valid TOML"),
         (b"seed = 1\nseed = 2", "'mine.toml' is not valid TOML: Cannot overwrite a value"),
-        (b'"a.b" = 1', "unknown setting 'a.b'"),
         (b'"\\"" = 1', "unknown setting '\"'"),
-        ("größe = 1".encode(), "'mine.toml' is not valid TOML|unknown setting 'größe'"),
-        (b"x = " + b"1" * 4000, "'mine.toml' has an integer of more than 64 bits"),
-        (b"dataset = 3", "dataset = 3: input should be"),
         (b"[dataset]\nname = {a = 1}", "dataset.name = {'a': 1}: input should be a valid string"),
     ],
     ids=lambda text: repr(text)[:40],
@@ -136,11 +106,6 @@ def test_an_argument_that_is_not_text(refused, option):
 def test_a_file_of_settings_that_cannot_be(refused, tmp_path, content, message):
     (tmp_path / "mine.toml").write_bytes(content)
     assert re.search(message, refused(*QUICK, "--config", "mine.toml"))
-
-
-@pytest.mark.parametrize("path", ["none.toml", "", "."])
-def test_a_file_of_settings_that_cannot_be_read(refused, path):
-    assert "cannot read the settings file" in refused(*QUICK, "--config", path)
 
 
 CODE = """
@@ -286,22 +251,8 @@ def wandb_here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("project", "message"),
-    [
-        ("a/b", "W&B: Invalid project name 'a/b': cannot contain characters"),
-        ("a b#", "W&B: Invalid project name 'a b#': cannot contain characters"),
-        ("p" * 150, "W&B: Invalid project name 'p+': exceeded 128 characters"),
-        ("", "track.project = '': string should have at least 1 character"),
-    ],
-)
-def test_projects_that_wandb_does_not_take(refused, wandb_here, project, message):
-    assert re.search(message, refused(*TRACKED, "--track.project", project))
-
-
-@pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("WANDB_MODE", "nonsense", "W&B: WANDB_MODE = 'nonsense': Input should be 'online', 'offline'"),
         ("WANDB_MODE", "online", "W&B: No API key configured. Use `wandb login`"),
         ("WANDB_API_KEY", "short", "W&B: WANDB_API_KEY invalid: API key must have 40.* WANDB_MODE=offline"),
         ("WANDB_API_KEY", "0123456789" * 4, "W&B: .*connection refused; see `wandb login`, or go without a server by"),
