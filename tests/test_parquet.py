@@ -146,10 +146,7 @@ twice = pa.Table.from_arrays([pa.array([b"a"]), pa.array([0]), pa.array([0])], [
     ("content", "message"),
     [
         (table(text=(["a"],), label=([0],)), r"no image column \(binary, or a struct with bytes\) among text, label"),
-        (table(a=([b"a"],), b=([b"b"],), label=([0],)), "several image columns among a, b, label"),
-        (table(image=([b"a"],), label=(["cat"],)), "label column 'label' of .* is string, needed are integers"),
         (table(image=([b"a"],), label=([None], pa.int64())), "row 0 of .* has no label"),
-        (table(image=([b"a"],), label=([[1]],)), r"label column 'label' of .* is list<.*>, needed are integers"),
         (table(image=([b"a"],), label=([{"a": 1}],)), r"label column 'label' of .* is struct<.*>, needed are integers"),
         (table(image=([{"bytes": {"bytes": b"a"}}],), label=([0],)), "no image column"),
         (twice, "train.parquet' has two columns 'label' among image, label, label"),
@@ -205,9 +202,7 @@ NO_LIST = r"the schema metadata 'huggingface' of .*train\.parquet' does not list
         ("no JSON", NO_LIST + "Invalid JSON"),
         (b"\xff\xfe", NO_LIST + "Invalid JSON"),
         ("[" * 100_000, NO_LIST + "Invalid JSON: recursion limit exceeded"),
-        ("null", NO_LIST + "Input should be an object"),
         ('{"info": []}', NO_LIST + "info Input should be an object"),
-        (features(3), NO_LIST + "Input should be a valid dictionary"),
         (features({"names": [1, 2, 3]}), NO_LIST + "names.0 Input should be a valid string"),
         (features({"names": ["cat", "dog"]}), "row 2 of .*train.parquet' has label 2, allowed is 0 … 1"),
         (

@@ -115,7 +115,6 @@ import torch
 from torch import nn
 
 from raypkg import Hook
-from raypkg.engine.hooks import Results
 
 
 def exits(shape, num_classes):
@@ -150,11 +149,6 @@ def frozen(shape, num_classes):
 class Leaves(Hook):
     def on_step(self, run):
         sys.exit()
-
-
-class Claims(Hook):
-    def results(self, run):
-        return Results(facts={"seconds": "none"})
 
 
 def method(view, budget):
@@ -206,14 +200,6 @@ def test_code_of_the_user_that_ends_the_process_or_cannot_be_used(refused, own_c
 def test_a_frozen_model_is_refused_before_any_work(refused, own_code, capsys, experiment):
     line = refused(experiment, "--cluster.workers", "0", "--model", "leaving_code:frozen")
     assert "has no parameter to train: it has none at all, or all of them are frozen" in line
-
-
-def test_a_hook_does_not_take_the_name_of_a_figure_of_the_manifest(own_code, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main([*QUICK, "--hooks", "leaving_code:Claims"])
-    assert ended.value.code == 2
-    assert "hooks: 'seconds' is a fact of the run's own, which no hook may leave" in capsys.readouterr().err
 
 
 def test_more_epochs_than_there_can_be_by_multiplication(refused):

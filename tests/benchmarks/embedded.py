@@ -20,21 +20,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 WEIGHTED = ("gradmatch", "gradmatchpb", "craig")  # methods whose weights are half of what they choose
 METHODS = (
-    "random",
-    "uncertainty",
-    "el2n",
-    "grand",
-    "forgetting",
-    "ccs",
-    "d2",
-    "gm",
-    "moderate",
-    "kcenter",
-    "glister",
-    "craig",
-    "gradmatch",
-    "gradmatchpb",
-)
+    "random", "uncertainty", "el2n", "grand", "forgetting", "ccs", "d2", "gm", "moderate", "kcenter", "glister",
+    "craig", "gradmatch", "gradmatchpb",
+)  # fmt: skip
 FRACTIONS = (0.001, 0.01, 0.1)
 DELETED = (1, 100, 1000)
 HEAD = "--model linear --train.lr 0.01 --train.epochs 100 --train.precision float32"

@@ -252,11 +252,14 @@ def test_train_on_a_coreset_repeats_the_main_training(effray, after):
     assert summary("train/two")["coreset"] == 130
 
 
-def test_plain_training_is_on_all_samples_and_keeps_no_coreset(effray):
+def test_plain_training_is_on_all_samples_and_a_finished_run_is_only_shown(effray):
     text = effray("train --name one --model linear --train.epochs 1")
     assert "trained on all 1,295 samples" in text
     assert summary("train/one")["coreset"] is None and not Path("runs/train/one/coreset.parquet").exists()
     assert [phase["phase"] for phase in summary("train/one")["phases"]] == ["train", "train: evaluate"]
+    before = results("train/one")
+    assert effray("train --resume one") == effray("show one")
+    assert results("train/one") == before
 
 
 def test_train_on_a_fraction(effray):
@@ -388,28 +391,6 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(effray, refusal, afte
     assert results("lipt/one") == results("lipt/two")
     work = [[(p["phase"], p["backward"]) for p in summary(f"lipt/{run}")["phases"]] for run in ("one", "two")]
     assert work[0] == work[1]
-
-
-def test_an_unreadable_checkpoint_is_skipped(call, effray, refusal, monkeypatch, caplog):
-    def finish_phase(folder, name, record):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "finish_phase", finish_phase)
-        refusal("train --name one --model linear --train.epochs 3", leaves=1)
-    older, newest = sorted(Path("runs/train/one/checkpoints/train").iterdir())
-    newest.write_bytes(newest.read_bytes()[:100])
-    assert call("effray train --resume one").code == 0
-    assert "epoch_00003.pt is unreadable and skipped" in caplog.text
-    effray("train --name two --model linear --train.epochs 3")
-    assert results("train/one") == results("train/two") and older.name == "epoch_00002.pt"
-
-
-def test_a_finished_run_is_only_shown(effray):
-    effray("train --name one --model linear --train.epochs 1")
-    before = results("train/one")
-    assert effray("train --resume one") == effray("show one")
-    assert results("train/one") == before
 
 
 def test_show_against_another_run(effray, after):

@@ -11,11 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import samples
-from raypkg.core.errors import UserError
 from raypkg.experiments.train import TrainSettings
-from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import RunFolder
-from raypkg.runs.storage import Storage
 from raypkg.studies.study import Order, create_study
 
 CODE = """
@@ -165,40 +162,6 @@ def test_interrupted_before_any_result(refusal, monkeypatch):
 
 IMAGES = [samples.encode(image) for image in samples.pixels(9)]
 LABELS = np.arange(9) % 3
-OTHER_SIZE = samples.encode(samples.pixels(1, 8, 8)[0])
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        ([*IMAGES[:5], b"no image", *IMAGES[6:]], LABELS, r"set/train.parquet' does not decode"),
-        (IMAGES, [*LABELS[:8], 3], r"set/train.parquet' has label 3, allowed is 0 … 2"),
-        ([*IMAGES[:8], OTHER_SIZE], LABELS, "images of several sizes, such as 6×5 and 8×8: set option size"),
-        ([], [], "the train split holds no images"),
-    ],
-)
-def test_parquet(refusal, tmp_path, images, labels, message):
-    for split in ("train", "test"):
-        samples.write_parquet(tmp_path / "set" / f"{split}.parquet", images, labels)
-    assert message in refusal("data parquet:set")
-
-
-def test_parquet_without_images(refusal, tmp_path):
-    (tmp_path / "set").mkdir()
-    for split in ("train", "test"):
-        pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "set" / f"{split}.parquet")
-    assert "no image column (binary, or a struct with bytes) among text, label" in refusal("data parquet:set")
-
-
-def test_folders(refusal, tmp_path):
-    (tmp_path / "set" / "train").mkdir(parents=True)
-    (tmp_path / "set" / "test" / "cat").mkdir(parents=True)
-    assert "'set/train' holds no class folders" in refusal("data folder:set")
-    (tmp_path / "set" / "train" / "cat").mkdir()
-    assert "class folder 'set/train/cat' holds no images" in refusal("data folder:set")
-    (tmp_path / "set" / "train" / "cat" / "a.png").write_text("text")
-    (tmp_path / "set" / "test" / "cat" / "a.png").write_text("text")
-    assert "set/train/cat/a.png does not decode" in refusal("data folder:set")
 
 
 def test_a_damaged_cache_is_built_again(call, effray, tmp_path, monkeypatch, caplog):
@@ -293,9 +256,3 @@ def test_a_run_to_compare_with_that_is_no_run_is_refused(refusal, effray, tmp_pa
     assert "several is a sweep, and only runs are compared" in refusal("show several --against one")
     assert "unknown run in runs ''. Allowed: one" in refusal("show one --against=")
     assert "several is a sweep, and only runs are exported: give one of its trials" in refusal("export several")
-
-
-def test_damaged_weights(tmp_path):
-    (tmp_path / "model.safetensors").write_text("{")
-    with pytest.raises(UserError, match=r"model.safetensors is corrupt: "):
-        load_tensors(Storage(str(tmp_path)), "model.safetensors")

@@ -129,22 +129,18 @@ def test_show_of_a_run_that_is_going_does_not_resume_it(effray, stopped):
     os.close(folder)
 
 
-@pytest.mark.parametrize(
-    ("kind", "schema", "place", "command"),
-    [
-        ("crest", CrestSettings, "", "effray crest --resume one"),
-        ("deltagrad", DeltaGradSettings, "", "effray deltagrad train --resume one"),
-        ("train", TrainSettings, "--root 'my runs'", "effray train --resume one --root 'my runs'"),
-    ],
-)
-def test_the_command_that_resumes_is_that_of_the_experiment(call, effray, kind, schema, place, command):
-    begun(kind, "one", schema, root="my runs" if place else "runs")
-    assert f"resume with: {command}\n" in effray(f"show one {place}")
-
-
-def test_the_command_that_resumes_a_run_given_by_its_path_names_its_root(call, effray, tmp_path):
+def test_the_command_that_resumes_is_that_of_the_experiment_and_names_the_root(call, effray, tmp_path):
+    begun("crest", "one", CrestSettings)
+    begun("deltagrad", "two", DeltaGradSettings)
+    begun(root="my runs")
     begun(root="elsewhere")
-    assert f"resume with: effray train --resume one --root {tmp_path}/elsewhere\n" in effray("show elsewhere/train/one")
+    for shown, command in (
+        ("one", "crest --resume one"),
+        ("two", "deltagrad train --resume two"),
+        ("one --root 'my runs'", "train --resume one --root 'my runs'"),
+        ("elsewhere/train/one", f"train --resume one --root {tmp_path}/elsewhere"),
+    ):
+        assert f"resume with: effray {command}\n" in effray(f"show {shown}")
 
 
 def test_show_imports_none_of_the_code_that_a_stopped_run_names(call, effray, tmp_path):
@@ -167,13 +163,6 @@ def test_show_of_a_run_whose_folders_go_while_it_looks_on(effray, stopped, monke
     monkeypatch.setattr(Storage, "times", vanish)
     text = effray("show one")
     assert "12 of 40" in text and "last written" not in text and "resume with: effray lipt --resume one\n" in text
-
-
-def test_show_of_rows_without_a_loss(effray):
-    folder = begun()
-    folder.log({"phase": "train", "main": True, "epoch": 1})
-    folder.flush()
-    assert phases(effray("show one"))["train"] == "stopped – 1 of 40 – –".split()
 
 
 def test_show_of_a_stopped_sweep_or_trial_resumes_the_sweep(effray, sweep, tmp_path):
@@ -265,13 +254,9 @@ def test_list_leaves_out_what_is_no_run(call, effray):
     [
         ("config.toml", None),
         ("config.toml", "junk"),
-        ("config.toml", ""),
         ("summary.json", "{"),
-        ("summary.json", "null"),
-        ("summary.json", "[1]"),
         ("summary.json", "{}"),
         ("summary.json", '{"phases": [{"backward": "x"}], "seconds": 1}'),
-        ("summary.json", '{"phases": [], "seconds": []}'),
     ],
 )
 def test_list_tells_which_file_of_a_run_is_damaged(call, effray, file, content):
@@ -322,10 +307,7 @@ def test_list_of_many_runs_is_whole_and_imports_no_torch(call, effray):
     ("arguments", "message"),
     [
         ("list lpt", "unknown experiment 'lpt', did you mean 'lipt'?"),
-        ("list -n 0", "0 is not in the range x>=1"),
         ("list --root ''", "the name of a folder for runs is empty"),
-        ("list --root xx://bucket", "cannot use 'xx://bucket' as a folder"),
-        ("rm", "Missing argument 'RUN...'"),
         ("rm nothing --yes", "unknown run in {}/runs 'nothing'. Allowed: none"),
     ],
 )
@@ -361,18 +343,14 @@ def test_rm_takes_a_path_or_a_name_below_the_root_whatever_is_in_the_working_fol
     assert Path("one/config.toml").exists() and not Path("runs/train").exists()
 
 
-def test_rm_without_a_terminal_asks_nobody_and_deletes_nothing(refusal, call):
+def test_rm_asks_on_a_terminal_and_deletes_nothing_without_one(call, refusal, monkeypatch):
     begun()
     assert "there is no terminal to ask on whether to delete 1 folder: --yes" in refusal("rm one")
-
-
-@pytest.mark.parametrize("answer", [True, False])
-def test_rm_asks_on_a_terminal(call, monkeypatch, answer):
-    begun()
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
-    monkeypatch.setattr(click, "confirm", lambda question: question == "delete 1 folder?" and answer)
-    assert call("effray rm one").code == 0
-    assert Path("runs/train/one").exists() is not answer
+    for answer in (False, True):
+        monkeypatch.setattr(click, "confirm", lambda question, yes=answer: question == "delete 1 folder?" and yes)
+        assert call("effray rm one").code == 0
+        assert Path("runs/train/one").exists() is not answer
 
 
 def test_rm_checks_all_runs_before_it_deletes_the_first(call, refusal):
@@ -394,12 +372,12 @@ def test_rm_of_a_name_of_several_runs_asks_which(call, refusal, effray):
     assert sorted(os.listdir("runs")) == ["crest", "train"]
 
 
-@pytest.mark.parametrize("file", ["config.toml", "metrics.parquet", "summary.json"])
-def test_rm_deletes_a_damaged_run(call, effray, file):
-    begun()
-    Path("runs/train/one", file).write_text("junk")
-    effray("rm one --yes")
-    assert not Path("runs/train").exists()
+def test_rm_deletes_a_damaged_run(call, effray):
+    for file in ("config.toml", "metrics.parquet", "summary.json"):
+        begun()
+        Path("runs/train/one", file).write_text("junk")
+        effray("rm one --yes")
+        assert not Path("runs/train").exists()
 
 
 def test_rm_deletes_no_folder_that_only_looks_like_a_run(call, refusal):
@@ -457,13 +435,17 @@ def test_a_deletion_that_was_cut_short_leaves_nothing_that_looks_like_a_run_and_
     assert os.listdir("runs/train") == ["two"]
 
 
-def test_rm_of_a_sweep_leaves_its_trials_unless_they_are_meant_too(effray, sweep, tmp_path):
-    shutil.copytree("runs", "copy")
+def test_rm_of_a_sweep_leaves_its_trials_unless_they_are_meant_too(effray, sweep):
+    for copy in ("copy", "damaged"):
+        shutil.copytree("runs", copy)
     effray("rm s --yes")
     assert os.listdir("runs") == ["crest"] and len(os.listdir("runs/crest")) == 3
     begun("crest", "s-003", CrestSettings, root="copy")  # no trial of it
     effray("rm s --trials --yes --root copy")
     assert everything("copy")[:2] == ["copy/crest", "copy/crest/s-003"] and len(os.listdir("copy")) == 1
+    Path("damaged/tune/s/sweep.json").write_text("{")
+    effray("rm s --trials --yes --root damaged")
+    assert os.listdir("damaged") == ["crest"] and len(os.listdir("damaged/crest")) == 3
 
 
 def test_rm_of_a_trial_is_refused_unless_trials_are_meant(effray, refusal, sweep):
@@ -472,12 +454,6 @@ def test_rm_of_a_trial_is_refused_unless_trials_are_meant(effray, refusal, sweep
         assert "tune/s is being worked on" in refusal("rm s-001 --trials --yes")
     effray("rm s-001 --trials --yes")
     assert sorted(os.listdir("runs/crest")) == ["s-000", "s-002"] and Path("runs/tune/s").exists()
-
-
-def test_rm_deletes_a_sweep_whose_record_is_damaged(effray, sweep):
-    Path("runs/tune/s/sweep.json").write_text("{")
-    effray("rm s --trials --yes")
-    assert os.listdir("runs") == ["crest"] and len(os.listdir("runs/crest")) == 3
 
 
 def test_a_run_stored_with_former_names_is_listed_and_resumes(effray, tmp_path):

@@ -15,7 +15,6 @@ from raypkg.core.seeds import generator
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.experiments.coreset_files import load_record
-from raypkg.experiments.resolve import check_names
 from raypkg.experiments.samples import augmentations, new_model, open_samples
 from raypkg.methods.lipt import merge, pretraining
 from raypkg.methods.lipt.member import redrawn
@@ -260,20 +259,6 @@ def test_a_joint_training_that_was_stopped_begins_with_the_merged_model_again(tm
     folder.storage.delete_folder("checkpoints/joint")
     repeat(RunFolder(folder.storage), load_settings(LiptSettings, folder.config))
     assert same(weights(folder), expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("method", "lpt", "unknown pre-training 'lpt', did you mean 'lipt'"),
-        ("merge", "men", "unknown merge 'men', did you mean 'mean'"),
-        ("sparsity", "snp", "unknown sparse initialisation 'snp', did you mean 'snip'"),
-        ("merge", "no_such_module:merge", "unknown merge or module 'no_such_module:merge'"),
-    ],
-)
-def test_an_unknown_name_is_refused_before_any_work(name, value, message):
-    with pytest.raises(UserError, match=message):
-        check_names(lipt_settings(**{name: value}))
 
 
 @pytest.mark.parametrize(
