@@ -120,21 +120,6 @@ def test_label_out_of_range(label):
         HeadView(torch.zeros(2, 3), torch.zeros(2, 2), torch.tensor([0, label]))
 
 
-@pytest.mark.parametrize(
-    "logits, features, y, message",
-    [
-        (torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2).long(), r"features \[3, 2\].*expected \[n, C\]"),
-        (torch.zeros(2), torch.zeros(2, 2), torch.zeros(2).long(), r"logits \[2\].*expected \[n, C\]"),
-        (torch.zeros(2, 3), torch.zeros(2, 2), torch.zeros(2), r"y torch.float32: expected .* int64"),
-        (torch.zeros(2, 3), torch.zeros(2, 2).double(), torch.zeros(2).long(), "features torch.float64, .*: expected"),
-        (torch.zeros(2, 3).half(), torch.zeros(2, 2).half(), torch.zeros(2).long(), "logits torch.float16"),
-    ],
-)
-def test_shapes_and_dtypes_must_fit(logits, features, y, message):
-    with pytest.raises(UserError, match=message):
-        HeadView(logits, features, y)
-
-
 class Model(nn.Module):
     def __init__(self):
         super().__init__()

@@ -102,17 +102,6 @@ def len_of(x):
     return len(x)
 
 
-def test_unknown_name_and_option(package):
-    from registry_example import kind
-
-    with pytest.raises(UserError, match="unknown kind 'won', did you mean 'one'"):
-        kind["won"]
-    with pytest.raises(UserError, match="unknown one option 'widht', did you mean 'width'"):
-        kind["one"].options({"widht": 1})
-    with pytest.raises(UserError, match="one option width = 'x': input should be a valid integer"):
-        kind["one"].options({"width": "x"})
-
-
 def test_registration_refuses_an_untyped_option():
     registry = Registry("kind", "nowhere")
     with pytest.raises(UserError, match=r"option 'width' needs a type and a default .*test_registry.py"):

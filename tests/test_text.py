@@ -175,18 +175,15 @@ NAMED = [NAMES[c] for c in LABELS["train"]]
     ("train", "options", "match"),
     [
         ({"text": BLANK, "label": LABELS["train"]}, {}, r"sample 5 \(from 0\) of .*train.* has no text in 'text'"),
-        ({"text": [None, *TRAIN[1:]], "label": LABELS["train"]}, {}, r"sample 0 .* has no text in 'text'"),
         ({"words": TRAIN, "label": LABELS["train"]}, {}, r"none of the usual columns of texts among words, label: set"),
         ({"text": TRAIN, "kind": LABELS["train"]}, {}, r"unknown label column of .* 'label'.*Allowed: kind, text"),
         (GOOD, {"columns": ["txt"]}, r"text column of .* 'txt', did you mean 'text'"),
         (GOOD, {"columns": ["text", "text"]}, r"columns = \['text', 'text'\]: the two of a pair must differ"),
-        (GOOD, {"columns": [""]}, r"text column of .* ''.*Allowed: text"),
         (GOOD | {"label": NAMED}, {"columns": ["text", "label"]}, r"text column of .* 'label'.*Allowed: text"),
         (GOOD | {"label": LABELS["train"] / 2}, {}, r"label column 'label' of .* is double, needed are integers"),
         (GOOD | {"text": list(range(30))}, {}, r"text column 'text' of .* is int64, needed are texts"),
         ({"text": TRAIN[:0], "label": LABELS["train"][:0]}, {}, r"holds no samples"),
         (GOOD, {"tokenizer": "./nowhere"}, r"tokenizer = './nowhere': no tokenizer"),
-        (GOOD, {"length": 3}, r"text option length = 3"),
         (GOOD | {"more": TRAIN}, {}, r"the columns of .*train-2.* differ from those of .*train-00000"),
     ],
 )

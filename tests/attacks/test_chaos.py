@@ -26,13 +26,8 @@ from run_files import check_whole, files
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 KILLS = int(os.environ.get("EFFRAY_KILLS", "12"))
 SEED = int(os.environ.get("EFFRAY_CHAOS_SEED", "0"))
-TIMED = (
-    "costs.png",
-    "environment.json",
-    "results.parquet",
-    "table.md",
-    "report.html",
-)  # they hold times, those of a sweep beside its figures
+# Files that hold times, those of a sweep beside its figures.
+TIMED = ("costs.png", "environment.json", "results.parquet", "table.md", "report.html")
 ATTEMPTS = 8  # to resume a run, at most
 WATCHES: list[Watch] = []  # of all processes that were attacked
 
@@ -69,17 +64,11 @@ NEVER = (("tune", 0), ("stream", 2))  # a sweep is on Ray, and a replay of so fe
 
 
 class Chain(NamedTuple):
-    """A run and the kills that befall it.
-
-    Attributes:
-        kind: of the run.
-        workers: of Ray; 0 = without it.
-        kills: who dies at which share of the time that it would have lived.
-    """
+    """A run and the kills that befall it."""
 
     kind: str
-    workers: int
-    kills: tuple[tuple[str, float], ...]
+    workers: int  # of Ray; 0 = without it
+    kills: tuple[tuple[str, float], ...]  # victims, and the share of their expected lives at which they die
 
     def __str__(self) -> str:
         return "-".join([self.kind, str(self.workers), *(victim for victim, _ in self.kills)])
@@ -103,24 +92,14 @@ def chains(kills: int, seed: int) -> list[Chain]:
 
 
 class Undisturbed(NamedTuple):
-    """A run that nobody touched.
-
-    Attributes:
-        files: what it left.
-        lives: by title, when a process of that title was first seen, and how long they were, in seconds.
-    """
+    """A run without a kill."""
 
     files: dict[str, object]
-    lives: dict[str, tuple[float, float]]
+    lives: dict[str, tuple[float, float]]  # by title of a process: when it was first seen, how long it lived, seconds
 
 
 class Command:
-    """A command in a process of its own, which starts as a user's does.
-
-    Args:
-        line: as typed.
-        folder: to work in.
-    """
+    """A command in a process of its own, which starts as a user's does."""
 
     def __init__(self, line: str, folder: Path):
         environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}

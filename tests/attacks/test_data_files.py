@@ -56,17 +56,14 @@ def load_rows(tmp_path, cache):
     [
         ("", "rows.csv' cannot be read: Empty CSV file"),
         ("a,label\n", "rows.csv' has 0 rows and 1 columns besides 'label'"),
-        ("label\n1\n", "rows.csv' has 1 rows and 0 columns besides 'label', needed is one of each"),
         ("a\n1\n", "unknown label column of .*rows.csv' 'label'. Allowed: a"),
         ("1,0\n2,1\n", "unknown label column of .*rows.csv' 'label'. Allowed: 0, 1"),
         (GOOD.replace(",", ";"), "unknown label column .* did you mean 'a;label'"),
         ("a,a,label\n1,2,0\n", "rows.csv' has two columns 'a' among a, a, label"),
-        ("a,label,label\n1,0,0\n", "rows.csv' has two columns 'label' among a, label, label"),
         (GOOD + "1\n", "rows.csv' cannot be read: CSV parse error: Expected 2 columns, got 1"),
         (GOOD.encode("utf-16"), "rows.csv' cannot be read"),
         (b"a\xff,label\n1,0\n", "rows.csv' cannot be read: 'utf-8' codec can't decode byte 0xff"),
         (b"a,label\n1,\xff\n", "label column 'label' of .*rows.csv' is binary, needed are numbers or texts in UTF-8"),
-        (b"a,label\n\xff,1\n", "column 'a' of .*rows.csv' is binary, needed are numbers"),
         ("a,label\n1\x00,0\n", "column 'a' of .*rows.csv' is string, needed are numbers"),
         ('a,label\n1,"x\n2,0\n', "column 'label' of .*rows.csv' holds a line break in line 2"),
         ('a,label\n1,cat\n2,""\n', "column 'label' of .*rows.csv' has no value in line 3"),
@@ -82,12 +79,9 @@ def test_what_is_no_table(load_csv, cache, text, message):
     ("value", "problem"),
     [
         ("NaN", "holds NaN in line 13, needed are finite numbers"),
-        ("-nan", "holds NaN in line 13"),
         ("", "has no value in line 13"),
-        ("NA", "has no value in line 13"),
         ("inf", "holds inf in line 13"),
         ("1e300", r"holds 1e\+300 in line 13, needed are finite numbers that float32 can hold"),
-        ("-1e400", "holds -inf in line 13"),
     ],
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -115,13 +109,8 @@ def column(values, kind=None):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (column([1.0, np.nan]), "column 'a' of .*rows.parquet' holds NaN in row 1"),
-        (column([1.0, None]), "column 'a' of .*rows.parquet' has no value in row 1"),
-        (column([1e300, 1.0]), r"holds 1e\+300 in row 0"),
         (column([1, 2**24 + 1]), "column 'a' of .*rows.parquet' holds 16777217, which float32 rounds"),
-        (column([1, 2**63 - 1]), "holds 9223372036854775807, which float32 rounds"),
         (column([1, 2**64 - 1], pa.uint64()), "holds 18446744073709551615, which float32 rounds"),
-        (column([1, -(2**63) + 1]), "holds -9223372036854775807, which float32 rounds"),
         (column([[1], [2]]), r"column 'a' of .* is list<.*>, needed are numbers"),
         (pa.table({"label": [0, 1]}), "has 2 rows and 0 columns besides 'label'"),
         (pa.table({}), "unknown label column of .* 'label'. Allowed: none"),

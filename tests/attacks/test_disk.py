@@ -30,19 +30,12 @@ LINES = {
 
 
 class Place(NamedTuple):
-    """Where a run is tried, as often as it takes.
-
-    Attributes:
-        folder: to work in.
-        template: what is there before each attempt.
-        line: of the command, without its name.
-        run: the run's folder.
-    """
+    """Working folder in which a run is tried repeatedly."""
 
     folder: Path
-    template: Path
-    line: str
-    run: Path
+    template: Path  # content before each attempt
+    line: str  # the command without --name
+    run: Path  # the run's folder
 
     def clear(self) -> None:
         shutil.rmtree(self.folder / "runs", ignore_errors=True)

@@ -182,8 +182,6 @@ def test_any_file_is_a_queue_or_refused(file, content):
     ("line", "says"),
     [
         ('{"delete": [1], "id": {}}', "the id must be a text of printable characters or an integer, not {}"),
-        ('{"delete": [1], "id": true}', "or an integer, not True"),
-        ('{"delete": [1], "id": null}', "or an integer, not None"),
         ('{"delete": [1], "id": " "}', "or an integer, not ' '"),
         (r'{"delete": [1], "id": "\ud800"}', r"or an integer, not '\ud800'"),
         (r'{"delete": [1], "id": "\u001b[2J"}', r"or an integer, not '\x1b[2J'"),
@@ -194,23 +192,18 @@ def test_any_file_is_a_queue_or_refused(file, content):
             '{"delete": [9223372036854775808], "id": 1}',
             "delete takes a list of ids, not [9223372036854775808]; ids are",
         ),
-        ('{"delete": [-1], "id": 1}', "delete takes a list of ids, not [-1]"),
         ('{"delete": [true], "id": 1}', "delete takes a list of ids, not [True]"),
         ('{"restore": {"1": 2}, "id": 1}', "restore takes a list of ids, not {'1': 2}"),
-        ('{"delete": [], "id": 1}', "delete takes a list of ids, not []"),
         ('{"delete_where": [1], "id": 1}', "delete_where takes a text, not [1]"),
-        ('{"add": 7, "id": 1}', "add takes a text, not 7"),
         ('{"delete": [1], "id": 1, "id": 2}', "is not JSON: a name occurs twice"),
         (
             '{"delete": [1], "restore": [1], "id": 1}',
             "must be an object with one of delete, delete_where, restore, add",
         ),
-        ("7", "must be an object with one of"),
         ('{"' + "x" * 100_000 + '": 1, "id": 1}', "unknown request in line 2 of"),
         ('{"delete": "' + "x" * 100_000 + '", "id": 1}', "delete takes a list of ids, not 'xxx"),
-        ('{"delete": [1], "id": "first"}', "has the id 'first' 2 times"),
     ],
-    ids=range(22),
+    ids=range(15),
 )
 def test_a_line_that_is_no_request_is_named(file, line, says):
     file.write_text('{"delete": [1], "id": "first"}\n' + line)
@@ -279,24 +272,19 @@ def test_any_text_is_a_condition_or_refused(text):
     ("condition", "says"),
     [
         ("", "condition '' is not of the form NAME OPERATOR VALUE, such as label = cat"),
-        ("age", "condition 'age' is not of the form"),
         ("age > 1 and", "condition age > '1 and': this is no number"),
-        ("age > 1 and and age < 2", "unknown name in a condition 'and age'"),
         ("aeg > 1", "unknown name in a condition 'aeg', did you mean 'age'?"),
         ("age > nan", "condition age > 'nan': numbers are finite and at most 3.4e+38"),
-        ("age < 1e300", "condition age < '1e300': numbers are finite"),
         ("age == 1", "condition age = '= 1': this is no number"),
         ("age = '1", '''condition age = "'1": this is no number'''),
         ("label = 'cat'", '''unknown class "'cat'", did you mean 'cat'?'''),
-        ("label = 'cat", '''unknown class "'cat", did you mean 'cat'?'''),
-        ("label < cat", "condition label < 'cat': labels compare with = and != only"),
         ("label = \ud800", r"unknown class '\ud800'"),
         ("(" * 5000 + "age > 1" + ")" * 5000, "unknown name in a condition '((("),
         ("age > " + "9" * 100_000, "numbers are finite"),
         ("x" * 100_000 + " = 1", "unknown name in a condition 'xxx"),
         ("label = " + "x" * 100_000, "unknown class 'xxx"),
     ],
-    ids=range(17),
+    ids=range(12),
 )  # fmt: skip
 def test_an_odd_condition_is_named(condition, says):
     assert says in refusal(matching, SPLIT, condition)

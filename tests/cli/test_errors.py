@@ -43,10 +43,8 @@ def own_code(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ("lipt --nme x", "No such option '--nme'.*--name"),
-        ("lipt --dataset digts", "unknown dataset 'digts', did you mean 'digits'"),
         ("lipt --model torchvision:resnt18", "unknown torchvision model 'resnt18', did you mean 'resnet18'"),
         ("lipt --dataset.augment crop,flop", "unknown augmentation 'flop', did you mean 'flip'"),
-        ("lipt --pretrain.merge men", "unknown merge 'men', did you mean 'mean'"),
         ("lipt --track wanb", "unknown track.name 'wanb', did you mean 'wandb'"),
         ("lipt --set selct.rule=random", "unknown setting 'selct', did you mean 'select'"),
         ("lipt --set select.rull=random", "unknown setting 'select.rull', did you mean 'select.rule'"),
@@ -102,7 +100,6 @@ def own_code(tmp_path, monkeypatch):
         ("lipt --dataset digits:here", "'digits' ships with the package and takes no path"),
         ("train --root nowhere://x", "cannot use 'nowhere://x' as a folder"),
         ("train --root /proc/x", "cannot write '/proc/x/train/"),
-        ("data digits --set size=8", "unknown digits option 'size'"),
         ("data parquet:nowhere", "parquet path 'nowhere' does not exist"),
         ("data folder:nowhere", "folder 'nowhere' has no train split"),
     ],

@@ -111,8 +111,3 @@ def test_lipt_refuses_a_target_before_it_trains(refusal, tables, monkeypatch):
 def test_what_is_no_target_is_one_line(refusal, tables, given, message):
     options = "--dataset table:all --model mlp --train.epochs 2 --select.fraction 0.5"
     assert message in refusal(f"train --name one {options} {given}")
-
-
-def test_the_plan_refuses_a_target_that_is_not_there(refusal):
-    line = "train --select.rule gradmatch --select.fraction 0.2 --select.target table:nowhere.csv --dry-run"
-    assert "nowhere.csv" in refusal(line)

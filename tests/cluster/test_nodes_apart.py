@@ -77,12 +77,7 @@ def nodes(port, tmp_path):
 
 
 class Machine:
-    """Where commands are typed: a folder and a cache of its own.
-
-    Args:
-        folder: to work in.
-        address: of a Ray cluster; None = commands use none.
-    """
+    """A folder and a cache in which commands are typed, on a Ray cluster if an address is given."""
 
     def __init__(self, folder, address=None):
         folder.mkdir()

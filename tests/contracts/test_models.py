@@ -1,7 +1,6 @@
 """What every model of the registry keeps, and the user's own modules too; published sizes; errors."""
 
 import copy
-import sys
 from urllib.error import URLError
 
 import pytest
@@ -52,24 +51,8 @@ def not_a_module(shape, num_classes):
     return 3
 
 
-def a_class(shape, num_classes):
-    return nn.Linear
-
-
-def nothing(shape, num_classes):
-    """Forgets to return."""
-
-
-def with_an_exit(shape, num_classes):
-    sys.exit(3)
-
-
 def without_parameters(shape, num_classes):
     return nn.Flatten()
-
-
-def frozen(shape, num_classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes)).requires_grad_(False)
 
 
 def broken(shape, num_classes):
@@ -322,15 +305,12 @@ def test_torchvision_networks_return_logits_while_training(variant):
 @pytest.mark.parametrize(
     ("name", "arguments", "match"),
     [
-        ("resnt20", {}, "unknown model 'resnt20', did you mean 'resnet20'"),
-        ("resnet20:18", {}, "'resnet20' takes nothing after a colon"),
         ("resnet20", {"classes": 1}, "num_classes = 1: a classifier needs at least 2"),
         ("mlp", {"shape": ()}, r"input shape \(\): positive sizes"),
         ("mlp", {"shape": (3, 0, 8)}, r"input shape \(3, 0, 8\): positive sizes"),
         ("resnet20", {"width": 0}, "resnet20 option width = 0"),
         ("wrn-28-2", {"dropout": 1.0}, "wrn-28-2 option dropout = 1.0"),
         ("torchvision", {}, "unknown torchvision model ''"),
-        ("torchvision:resnet19", {}, "unknown torchvision model 'resnet19', did you mean 'resnet"),
         ("torchvision:resnet18", {"shape": (1, 8, 8)}, "take 3 channels"),
         ("torchvision:alexnet", {}, r"'torchvision:alexnet' cannot take inputs of shape \(3, 8, 8\)"),
         (own(own_network), {"shape": (3, 2, 2)}, r"own_network' cannot take inputs of shape \(3, 2, 2\): RuntimeError"),
@@ -340,11 +320,7 @@ def test_torchvision_networks_return_logits_while_training(variant):
         (own(three_classes), {}, r"maps inputs \(2, 3, 8, 8\) to \(2, 3\), not to \(2, 5\)"),
         (own(no_arguments), {}, r"must be callable as function\(shape, num_classes\)"),
         (own(not_a_module), {}, "returned a int, not an nn.Module"),
-        (own(a_class), {}, "returned the class Linear, not an nn.Module"),
-        (own(nothing), {}, "returned a NoneType, not an nn.Module"),
-        (own(with_an_exit), {}, r"with_an_exit' ended the process by SystemExit\(3\), in .*test_models"),
         (own(without_parameters), {}, "has no parameter to train"),
-        (own(frozen), {}, "has no parameter to train: it has none at all, or all of them are frozen"),
         (own(broken), {}, "maps random inputs to NaN or infinity"),
         ("resnet20", {"width": 10_000_000}, "resnet20 option width = 10000000: .* less than or equal to 1048576"),
         ("mlp", {"hidden": [10**12]}, "mlp option hidden.0 = 1000000000000: .* less than or equal to 1048576"),
