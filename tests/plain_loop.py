@@ -52,10 +52,7 @@ class Clock:
         self.processor = time.process_time()
 
     def seconds(self):
-        return {
-            "wall": time.perf_counter() - self.wall,
-            "processor": time.process_time() - self.processor,
-        }
+        return {"wall": time.perf_counter() - self.wall, "processor": time.process_time() - self.processor}
 
 
 def augmented(x):

@@ -253,14 +253,6 @@ def test_the_full_gradient_has_dropout_of_its_own():
     assert not any(a.allclose(b, rtol=1e-3) for a, b in zip(*fulls, strict=True))
 
 
-def test_a_closed_hook_does_not_observe_the_model():
-    hook = corrected()
-    trained = fit(run(hook, model=dropping()))
-    assert trained.model._forward_pre_hooks
-    hook.close()
-    assert not trained.model._forward_pre_hooks
-
-
 def left_on(worker):
     """Return the variance left per step of a training with dropout on this worker, and the weights."""
     hook = corrected()

@@ -174,16 +174,6 @@ def without_a_layer(place):
     save_file(kept, place / "model.safetensors", metadata={"format": "pt"})
 
 
-def without_a_shard(place):
-    (place / "model.safetensors").unlink()
-    index = {"metadata": {}, "weight_map": {"classifier.bias": "model-00001-of-00002.safetensors"}}
-    (place / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def of_broken_json(place):
-    (place / "config.json").write_text("{")
-
-
 def with_another_tokenizer(place):
     from raypkg.data.tokenizer import trained
 
@@ -196,8 +186,6 @@ def with_another_tokenizer(place):
         (halved, "cannot be read: .*"),
         (of_a_pickle, "cannot be read: .*no file named model.safetensors"),
         (without_a_layer, r"lacks 16 of the network's tensors, such as bert.encoder.layer.1.*: it is incomplete"),
-        (without_a_shard, "cannot be read: .*model-00001-of-00002"),
-        (of_broken_json, "cannot be read: .*JSON"),
         (with_another_tokenizer, r"knows 259 tokens, the data set's tokenizer has 60: give --set .*tokenizer="),
     ],
 )

@@ -180,8 +180,7 @@ def test_no_parquet_at_all(tmp_path, load):
 def write_with(tmp_path, metadata, labels=LABELS, kind=None):
     """Write both splits with the hub's metadata as given, or with none."""
     schema = pa.schema(
-        {"image": pa.binary(), "label": kind or pa.int64()},
-        None if metadata is None else {"huggingface": metadata},
+        {"image": pa.binary(), "label": kind or pa.int64()}, None if metadata is None else {"huggingface": metadata}
     )
     columns = [pa.array(IMAGES, pa.binary()), pa.array(labels, schema.field("label").type)]
     (tmp_path / "set").mkdir(exist_ok=True)

@@ -20,15 +20,7 @@ from raypkg.runs.folder import create as create_run
 from raypkg.runs.show import terminal
 from raypkg.runs.storage import Storage
 from raypkg.studies import plots
-from raypkg.studies.figures import (
-    Difference,
-    TrialRun,
-    estimated,
-    front,
-    measured_points,
-    paired_difference,
-    ranked,
-)
+from raypkg.studies.figures import Difference, TrialRun, estimated, front, measured_points, paired_difference, ranked
 from raypkg.studies.show import conclude, show_study
 from raypkg.studies.space import Space, order_of
 from raypkg.studies.study import Order, Trial, create_study, find_study, is_study

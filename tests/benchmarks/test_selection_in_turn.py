@@ -54,10 +54,7 @@ def plainly(name, view):
 
 def in_turn(name, n):
     view = simulated.of_all(n, CLASSES, WIDTH)
-    sides = {
-        "ours": lambda: select(view, n // TENTH, name, seed=0),
-        "theirs": lambda: plainly(name, view),
-    }
+    sides = {"ours": lambda: select(view, n // TENTH, name, seed=0), "theirs": lambda: plainly(name, view)}
     seconds = {side: [] for side in sides}
     for _ in range(TURNS):
         for side, function in sides.items():

@@ -141,9 +141,10 @@ def test_help_imports_neither_torch_nor_ray(arguments):
     assert outside(sys.executable, "-c", code).returncode == 0
 
 
-def test_the_console_script():
+def test_the_console_script_and_the_module():
     script = Path(sys.executable).with_name("effray")
-    assert outside(script, "--version").stdout.startswith("effray, version ")
+    for words in ([script], [sys.executable, "-m", "raypkg"]):
+        assert outside(*words, "--version").stdout.startswith("effray, version ")
     done = outside(script, "lipt", "--model", "resnt8")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("effray: unknown model 'resnt8'")
 
@@ -160,11 +161,6 @@ def test_every_job_is_an_experiment_a_sweep_or_a_comparison(capsys, monkeypatch)
         names.add(capsys.readouterr().out.split()[2])
     others = {"tune", "compare"}
     assert {"crest", "deltagrad", "lipt", "sparse", "train", *others} <= names <= {*experiment.entries, *others}
-
-
-def test_every_command_is_a_module_as_well():
-    done = outside(sys.executable, "-m", "raypkg", "--version")
-    assert done.stdout.startswith("effray, version ")
 
 
 def test_no_job_hides_a_module_of_python():

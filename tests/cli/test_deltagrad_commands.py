@@ -208,30 +208,10 @@ def test_invalid_requests_are_refused_in_one_line_and_change_nothing(trained, re
     assert np.array_equal(weights(), before) and len(entries()) == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2 of 'queue.jsonl' is not JSON"),
-        ('{"remove": [1], "id": 1}', "unknown request in line 2 of 'queue.jsonl' 'remove'"),
-        ('{"delete": [9], "id": "x"}', "has the id 'x' 2 times"),
-    ],
-)
-def test_a_bad_line_stops_a_queue_before_anything_is_done(trained, refusal, line, message):
-    Path("queue.jsonl").write_text('{"delete": [4], "id": "x"}\n' + line)
-    assert message in refusal("deltagrad stream a queue.jsonl")
+def test_a_bad_line_stops_a_queue_before_anything_is_done(trained, refusal):
+    Path("queue.jsonl").write_text('{"delete": [4], "id": "x"}\n{')
+    assert "line 2 of 'queue.jsonl' is not JSON" in refusal("deltagrad stream a queue.jsonl")
     assert len(entries()) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--train.momentum 0.9", "train.momentum = 0.9: DeltaGrad is derived for SGD without momentum"),
-        ("--model resnet8", "model 'resnet8' has BatchNorm2d"),
-        ("--dataset.augment crop", "dataset.augment = crop"),
-    ],
-)
-def test_trainings_outside_the_derivation_are_refused(refusal, arguments, message):
-    assert message in refusal(f"deltagrad train {arguments}")
 
 
 @pytest.mark.parametrize("arguments", ["delete a --ids 1,2", "add a --data digits"])

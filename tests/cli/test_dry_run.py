@@ -135,10 +135,7 @@ def test_the_plan_has_workers_as_the_settings_say(call, capsys, options, line):
     assert plan(capsys.readouterr().out)["workers"] == f"workers: {line}"
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "copies"),
-    [("--train.momentum 0", 0), ("", 1), ("--train.optimizer adamw", 2)],
-)
+@pytest.mark.parametrize(("optimizer", "copies"), [("--train.momentum 0", 0), ("", 1), ("--train.optimizer adamw", 2)])
 @pytest.mark.parametrize(("precision", "size"), [("float32", 4), ("float64", 8)])
 def test_the_memory_is_that_of_the_optimiser_and_the_precision(effray, optimizer, copies, precision, size):
     told = plan(effray(f"train --model linear {optimizer} --train.precision {precision} --dry-run"))
