@@ -69,11 +69,7 @@ def margins_of(losses: Tensor) -> Tensor:
 
 
 class Recorder(Hook):
-    """Gathers every step's losses and hits at the end of an epoch, over all workers with one all-reduce.
-
-    Args:
-        y: labels of the whole training split, int64 [n].
-    """
+    """Gathers every step's losses and hits at the end of an epoch, over all workers with one all-reduce."""
 
     priority = 0
     _parts = ("losses", "right", "learned", "forgotten", "epochs", "total_margin")  # of the record, in checkpoints

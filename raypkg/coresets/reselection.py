@@ -25,11 +25,6 @@ from .target import target_of
 def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> None:
     """Refuse, before any work, a selection that cannot be done in a training of so many epochs.
 
-    Args:
-        settings: the rule, and when it selects.
-        epochs: of the training.
-        given: whether there is a coreset to begin with.
-
     Raises:
         UserError: unknown rule, bad options, a selection that would never come, a target of a rule that has none,
             a fraction for a rule that sizes its coreset itself, or none for another.
@@ -83,13 +78,6 @@ class Reselection(Hook):
     """Trains on all samples for ``warm_epochs``, then selects a coreset, and a new one after every ``every_epochs``.
 
     Each selection uses the model and the record of that moment, on all workers together.
-
-    Args:
-        settings: rule, fraction, when, and the rest.
-        shards: hold the samples.
-        recorder: what training has seen; a hook of the same run.
-        indices: the samples to select from, int64 [n].
-        first: the coreset to begin with; None = select it as well.
     """
 
     priority = 0

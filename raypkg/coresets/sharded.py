@@ -103,15 +103,6 @@ def select_coreset(
 ) -> Selection:
     """Select a coreset of ``indices`` on the shards that hold them, or by the record for a rule that sees only that.
 
-    Args:
-        shards: hold the indices, whole classes each.
-        scorer: the model whose gradients select.
-        settings: rule, fraction, balance, weights, target and the rule's options.
-        record: labels of the training split, and what training has seen of it.
-        indices: the samples to select from, int64 [n].
-        seed: names every draw.
-        progress: share of the training that is done.
-
     Raises:
         UserError: unknown rule, bad options, gradients that are not finite, or a class without target samples.
     """

@@ -52,16 +52,7 @@ def save_coreset(
     scores: Tensor | None = None,
     file: str = FILE,
 ) -> None:
-    """Write index, weight, class and, if known, id and score of every picked sample.
-
-    Args:
-        storage: the run folder.
-        coreset: positions in ``split``.
-        split: gives labels and class names.
-        provenance: how the coreset was made, stored as JSON in the file's metadata.
-        scores: gradient norms of all samples of the split, float32 [n].
-        file: name of the file.
-    """
+    """Write index, weight, class and, if known, id and score of every picked sample."""
     labels = split.y[coreset.indices].tolist()
     columns = {
         "index": coreset.indices.numpy(),
@@ -84,16 +75,7 @@ def keep_selected(
     indices: Tensor,
     scores: Tensor | None,
 ) -> None:
-    """Write the run's coreset and, if known, the gradient norms of all samples that it was selected from.
-
-    Args:
-        storage: the run folder.
-        split: gives labels, class names and ids.
-        coreset: positions in ``split``.
-        provenance: how the coreset was made.
-        indices: samples that it was selected from, int64 [n].
-        scores: their gradient norms, float32 [n], or None.
-    """
+    """Write the run's coreset and, if known, the gradient norms of all samples that it was selected from."""
     by_position = None
     if scores is not None:
         columns = {"index": indices.numpy(), "score": scores.numpy()}
@@ -117,12 +99,6 @@ def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: S
 
 def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Coreset:
     """Read a coreset for a data set: the user's, or one that ``save_coreset`` wrote.
-
-    Args:
-        path: path of the file.
-        split: split that its indices refer to.
-        held_out: positions that must not be trained on.
-        dataset: name of the data set.
 
     Raises:
         UserError: no such file, no coreset, no weight above 0, another data set, or held-out samples in it.
@@ -197,11 +173,6 @@ def save_record(storage: Storage, model: str, record: Record) -> None:
 
 def load_record(storage: Storage, model: str, y: Tensor) -> Record:
     """Return the record beside a model, or an empty one if it has none.
-
-    Args:
-        storage: the run folder.
-        model: file name of the model.
-        y: labels of the training split, int64 [n].
 
     Raises:
         UserError: the record belongs to a data set of another size.

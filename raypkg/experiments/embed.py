@@ -85,11 +85,6 @@ def run(settings: EmbedSettings, *, samples: Samples, report: Report) -> None:
 def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding:
     """Return the plan of a run, with its backbone.
 
-    Args:
-        settings: settings of the run.
-        data: the samples.
-        folder: folder of the run; the model's run is looked up by name among its neighbours.
-
     Raises:
         UserError: no such model or run, one that does not fit the samples, or draws without augmentation.
     """

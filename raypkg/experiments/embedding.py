@@ -127,12 +127,6 @@ class Embedding:
     def features(self, backbone: Backbone, split: Split, part: Part, device: torch.device) -> Tensor:
         """Return the features of a part's samples, float32 [m, D].
 
-        Args:
-            backbone: the plan's backbone on the device.
-            split: split of the part.
-            part: part to compute.
-            device: device to compute on.
-
         Raises:
             UserError: a feature is not finite.
         """
@@ -165,13 +159,6 @@ def check_disk(embedding: Embedding, storage: Storage) -> None:
 
 def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, report: Report) -> None:
     """Compute all missing features, and leave train.parquet and test.parquet in the run folder.
-
-    Args:
-        embedding: the plan.
-        data: the samples, open in this process.
-        dataset: their settings, by which others open them.
-        cluster: number and size of the holders.
-        report: progress and run folder.
 
     Raises:
         UserError: a feature is not finite, the disk is full, or a part is damaged.
@@ -213,12 +200,7 @@ def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, 
 
 
 def finish_embedding(report: Report, samples: int) -> None:
-    """Draw the costs, and write the manifest.
-
-    Args:
-        report: report of the run, with the record of its phase.
-        samples: number of training samples.
-    """
+    """Draw the costs, and write the manifest."""
     folder = report.folder
     record = report.records[PHASE]
     costs = record["costs"]
@@ -253,15 +235,7 @@ def write_parts(shard: Shard, embedding: Embedding, parts: Sequence[Part], diges
 
 
 def write_part(storage: Storage, part: Part, features: Tensor, split: Split, made: list[Any]) -> None:
-    """Write a part: id, label and features of each sample.
-
-    Args:
-        storage: the run folder.
-        part: the samples.
-        features: their features, float32 [m, D].
-        split: their split.
-        made: digest of the backbone, number of holders and cost, for the metadata.
-    """
+    """Write a part: id, label and features of each sample."""
     positions = part.positions
     ids = positions if split.ids is None else split.ids[positions]
     classes = np.array(split.classes, object)
@@ -299,13 +273,6 @@ def join_parts(
     storage: Storage, parts: Iterable[Part], name: str, width: int, classes: Sequence[str]
 ) -> list[tuple[int, Cost]]:
     """Join the parts of a split to one table, one part in memory at a time; return holders and cost of each.
-
-    Args:
-        storage: the run folder.
-        parts: parts in the order of their rows.
-        name: name of the table's file.
-        width: number of features.
-        classes: names of all classes.
 
     Raises:
         UserError: a part was damaged since, or the disk is full.

@@ -91,11 +91,6 @@ def take_over(folder: RunFolder, stages: Sequence[Stage], donors: Donors) -> Non
 
     A phase follows from its settings alone, so the copy equals a computation bit for bit. The bill is copied too: it
     states what the phase costs, and the record names the run that computed it.
-
-    Args:
-        folder: folder of the run, whose stored settings contain the digest of its data.
-        stages: stages of the run.
-        donors: returns finished runs that may share a phase with this one.
     """
     done = folder.storage.list("phases")
     ours = dotted(folder.config)
@@ -129,14 +124,7 @@ class StepMemory(NamedTuple):
 
 
 def step_memory(model: nn.Module, split: Split, batch: int, training: Training) -> StepMemory:
-    """Return the memory of a training step, without using it.
-
-    Args:
-        model: model to train.
-        split: training split.
-        batch: samples that pass through the model at once on a worker.
-        training: settings of the training.
-    """
+    """Return the memory of a training step, without using it."""
     import torch
 
     dtype = torch.float64 if training.precision == "float64" else torch.float32

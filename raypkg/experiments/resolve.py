@@ -189,11 +189,6 @@ def stored_settings(folder: RunFolder) -> dict[str, Any]:
 def check_code(storage: Storage, values: Any, file: str = CONFIG) -> None:
     """Refuse stored settings that name code, unless the user owns or trusts them.
 
-    Args:
-        storage: folder of the file.
-        values: its content, nested or by dotted names.
-        file: name of the file.
-
     Raises:
         UserError: the code that it names, and how to allow it.
     """

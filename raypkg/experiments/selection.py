@@ -35,12 +35,6 @@ class TrainedModel(NamedTuple):
 def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision: str) -> TrainedModel:
     """Return the model that another run trained.
 
-    Args:
-        settings: data set and seed of this run.
-        folder: folder of this run; the other's name is looked up among its neighbours.
-        run: name or path of the other run.
-        precision: precision of the forward passes.
-
     Raises:
         UserError: no such run, no usable model, or one that was trained on other samples.
     """
@@ -67,15 +61,7 @@ def check_target_samples(select: Select, samples: Samples) -> None:
 def select_on_actors(
     settings: RunSettings, select: Select, model: TrainedModel, samples: Samples, report: Report
 ) -> Coreset:
-    """Select a coreset on actors that hold the data, and store it in the run folder, unless it is there already.
-
-    Args:
-        settings: data set, cluster and seed.
-        select: rule and fraction.
-        model: model whose gradients select.
-        samples: samples to select from.
-        report: progress and run folder.
-    """
+    """Select a coreset on actors that hold the data, and store it in the run folder, unless it is there already."""
 
     def shards_for(holders: int) -> list[Shard]:
         source = settings.dataset if settings.cluster.workers != 0 else samples.data  # open in this process
@@ -92,16 +78,7 @@ def select_on_actors(
 def select_on_workers(
     settings: RunSettings, select: Select, model: TrainedModel, samples: Samples, report: Report, workers: Workers
 ) -> Coreset:
-    """Select a coreset on the run's workers, and store it in the run folder, unless it is there already.
-
-    Args:
-        settings: data set and seed.
-        select: rule and fraction.
-        model: model whose gradients select.
-        samples: samples to select from.
-        report: progress and run folder.
-        workers: workers of the run, each of which holds some classes.
-    """
+    """Select a coreset on the run's workers, and store it in the run folder, unless it is there already."""
 
     def work() -> dict[str, Any]:
         return workers.run(select_together, settings, select, model, report.folder.storage)

@@ -24,14 +24,7 @@ SHOWN = 16  # images in each of the two galleries
 
 
 def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: int = 0) -> dict[str, Any]:
-    """Draw the plots, write the manifest, and delete what only an unfinished run needs; return the manifest.
-
-    Args:
-        report: report of the run, with the records of all its phases.
-        settings: data set and seed of the run.
-        samples: samples of the run.
-        epochs: epochs of the main training; 0 = there was none.
-    """
+    """Draw the plots, write the manifest, and delete what only an unfinished run needs; return the manifest."""
     folder = report.folder
     records = report.records
     split = samples.data.train

@@ -43,12 +43,7 @@ BATCH = {"cpu": 128, "cuda": 512}  # samples of a forward pass; the features' la
 
 
 class TrainedClassifier(Classifier):
-    """A trained model with the meaning of its inputs and outputs; called directly, it takes normalised samples.
-
-    Args:
-        model: the trained model.
-        split: the split that it was trained on, which gives classes and normalisation.
-    """
+    """A trained model with the meaning of its inputs and outputs; called directly, it takes normalised samples."""
 
     def __init__(self, model: Classifier, split: Split):
         super().__init__(model.features, model.head)
@@ -140,12 +135,6 @@ def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Class
 def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> None:
     """Refuse texts whose tokens differ from those of a run's training: the same numbers would be other words.
 
-    Args:
-        here: settings of the texts.
-        there: settings of the texts that the run was trained on.
-        data: the texts.
-        run: name of the run.
-
     Raises:
         UserError: each learned a tokenizer from its own texts, or they name different ones.
     """
@@ -177,11 +166,6 @@ def keep_first_weights(settings: RunSettings, samples: Samples, folder: RunFolde
 
 def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[str, Tensor]:
     """Return the first weights that the settings name, or none if they are drawn from the seed.
-
-    Args:
-        settings: settings of the run.
-        samples: samples of the run.
-        root: folder of all runs, among which a name is looked up.
 
     Raises:
         UserError: no such file or run, a run without a usable model, or weights of which none fits.
@@ -221,11 +205,6 @@ class Fit(NamedTuple):
 def fitted(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fit:
     """Match tensors to a model by name and shape; a head for another number of classes is drawn anew.
 
-    Args:
-        model: the model that takes them, left as it is.
-        tensors: tensors of another model, by name.
-        source: their origin, for the error.
-
     Raises:
         UserError: nothing but a head fits, or a shape differs elsewhere.
 
@@ -257,12 +236,7 @@ def fitted(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fit:
 
 
 class FirstWeights(Hook):
-    """Begins with the weights of another training.
-
-    Args:
-        tensors: weights of its model, by name.
-        source: their origin, for the finding.
-    """
+    """Begins with the weights of another training."""
 
     priority = -10  # before first masks are drawn, which may depend on the weights
 
@@ -329,15 +303,7 @@ class Backbone:
     def embed(
         self, split: Split, indices: Tensor, augment: Augmentation, draws: Tensor, device: torch.device
     ) -> Tensor:
-        """Return the features of samples, float32 [n, D] on the CPU.
-
-        Args:
-            split: split of the samples.
-            indices: distinct positions, int64 [n].
-            augment: augmentation of each sample.
-            draws: its uniform random numbers, [n, augment.draws].
-            device: device of the backbone.
-        """
+        """Return the features of samples, float32 [n, D] on the CPU."""
         normalised = replace(split, mean=self.mean, std=self.std)
         worker = Worker(device=device)
 
@@ -370,13 +336,6 @@ def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Back
 
 def trained_backbone(folder: RunFolder, run: str, dataset: Dataset, data: Data, precision: str) -> Backbone:
     """Return the features of another run's model, with that run's normalisation.
-
-    Args:
-        folder: folder of this run; the other's name is looked up among its neighbours.
-        run: name or path of the other run.
-        dataset: settings of the data to embed.
-        data: the data to embed.
-        precision: precision of the forward passes.
 
     Raises:
         UserError: no such run, no usable model, or its samples have another shape or other tokens.
