@@ -75,7 +75,7 @@ def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolde
 
 
 def resume_command(folder: RunFolder, root: str) -> str:
-    """Return the command that resumes a run, or the study of which it is a trial."""
+    """Return the command that resumes a run, or its study if it is a trial."""
     from raypkg.runs.catalog import resuming
     from raypkg.studies.study import study_around
 

@@ -44,7 +44,7 @@ Example:
 class Catalogue(ExampleHelp, click.Group):
     """Commands that are made on request, one for each name of a catalogue.
 
-    Its ``kind`` is for errors; ``paths`` allows paths of Python files besides names.
+    Its ``kind`` is for errors; ``paths`` also allows paths of Python files.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ def _goals(texts: tuple[str, ...]) -> dict[str, list[float]]:
     paths=True,
 )
 def compare_tables() -> None:
-    """Compare methods by a table: rows of settings, each from several seeds, with a baseline beside them.
+    """Compare methods by a table: rows of settings, each run with several seeds, against a baseline.
 
     A table is tune_spaces/tables/NAME.py, in the working folder or else in the package, or a path to a file.
 

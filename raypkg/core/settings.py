@@ -244,7 +244,7 @@ class Cluster(Settings):
 
 
 class Track(Settings):
-    """Tracking of metrics besides the run folder."""
+    """Tracking of metrics in addition to the run folder."""
 
     name: Annotated[Literal["wandb"] | None, Field(description="wandb; it logs offline if there is no key")] = None
     project: Annotated[str, Field(min_length=1, description="W&B project")] = "effray"
@@ -260,7 +260,7 @@ class RunSettings(Settings):
 
     @property
     def actors(self) -> int:
-        """Ray actors of one CPU each, besides the workers."""
+        """Ray actors of one CPU each, in addition to the workers."""
         return 0
 
     def lookups(self) -> list[Lookup]:

@@ -190,7 +190,7 @@ class CoresetLoader:
         self.total_margin[indices] += margins_of(losses)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next epochs depend on, for a checkpoint between epochs."""
+        """Return the state for a checkpoint between epochs."""
         return {
             "indices": self.coreset.indices,
             "weights": self.coreset.weights,

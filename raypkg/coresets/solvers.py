@@ -330,7 +330,7 @@ class BatchAtoms:
 
 
 class SampleAtoms(BatchAtoms):
-    """Single samples as atoms, few of which will be chosen: their inner products with all others are cached.
+    """Single samples as atoms. Few will be chosen: their inner products with all others are cached.
 
     <g_j, M> = <g_j, t> − Σ_{i∈S} v_i <g_i, g_j> takes n·|S| steps. The inner products of a sample are n·(C + D) steps,
     bound by reading the view; those of the ``AHEAD`` samples that correlate most, likely the next choices, are computed

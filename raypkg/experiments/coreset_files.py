@@ -160,7 +160,7 @@ def record_of(model: str) -> str:
 
 
 def save_record(storage: Storage, model: str, record: Record) -> None:
-    """Write what training recorded of each sample beside the model of a file name."""
+    """Write the record of training next to the model's file."""
     never = torch.full_like(record.losses, torch.inf)  # hits or margins that were not recorded
     columns = {
         "loss": record.losses,
@@ -172,7 +172,7 @@ def save_record(storage: Storage, model: str, record: Record) -> None:
 
 
 def load_record(storage: Storage, model: str, y: Tensor) -> Record:
-    """Return the record beside a model, or an empty one if it has none.
+    """Return the record of a model, or an empty one if it has none.
 
     Raises:
         UserError: the record belongs to a data set of another size.

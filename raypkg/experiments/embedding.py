@@ -292,7 +292,7 @@ def join_parts(
 
 @contextmanager
 def _followed(parts: Sequence[Part], report: Report) -> Iterator[None]:
-    """Report each part as a row of metrics once it exists, whoever writes it, until the block ends."""
+    """Report each part as a row of metrics once any process has written it, until the block ends."""
     storage = report.folder.storage
     done = threading.Event()
     reported: set[str] = set()

@@ -1,6 +1,6 @@
 """One preparation of settings for every run: paths made absolute, names checked, the model's tokenizer filled in.
 
-Settings can name code (``my_code:net``), and a study's folder holds a file of it. So whoever can write a run folder
+Settings can name code (``my_code:net``), and a study's folder holds a file of it. So write access to a run folder
 decides which code runs when it is resumed. Stored settings that name code are accepted if their file belongs to the
 user and is not writable by everybody. Otherwise, and in an object store, which has no owners, ``--trust`` or
 EFFRAY_TRUST=1 is needed. An unpacked archive belongs to the user: read its ``config.toml`` first.

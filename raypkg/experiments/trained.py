@@ -168,7 +168,7 @@ def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[st
     """Return the first weights that the settings name, or none if they are drawn from the seed.
 
     Raises:
-        UserError: no such file or run, a run without a usable model, or weights of which none fits.
+        UserError: no such file or run, a run without a usable model, or weights that do not fit.
     """
     train = getattr(settings, "train", None)
     if not (isinstance(settings, Experiment) and isinstance(train, Train) and train.from_ is not None):

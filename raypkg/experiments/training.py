@@ -38,7 +38,7 @@ MAIN = "train"  # phase of a run's main training; others prepare it
 
 @dataclass(frozen=True)
 class Job:
-    """The order for one training, sent to all workers, each of which builds its ``Run`` from it."""
+    """The order for one training, sent to all workers; each builds its ``Run`` from it."""
 
     experiment: Experiment
     training: Training

@@ -42,7 +42,7 @@ def hugging_face(
 ) -> nn.Module:
     """Classifier of Hugging Face, transformers:NAME of the hub or transformers:FOLDER, for texts or images.
 
-    Its linear head is drawn anew unless the checkpoint has one for as many classes. Needs `pip install 'effray[text]'`.
+    Its linear head is new unless the checkpoint has one for as many classes. Needs `pip install 'effray[text]'`.
 
     Args:
         shape: (L, V) of texts, (C, H, W) of images.
@@ -186,7 +186,7 @@ def _check_texts(config: PretrainedConfig, variant: str, shape: Shape) -> None:
 
 
 def _pixels(variant: str) -> MeanStd | None:
-    """Return mean and std of the images that a checkpoint was trained with; None if none are stored beside it."""
+    """Return mean and std of the images that a checkpoint was trained with; None if it stores none."""
     file = _beside(variant, "preprocessor_config.json")
     if file is None:
         return None
@@ -198,7 +198,7 @@ def _pixels(variant: str) -> MeanStd | None:
 
 
 def _beside(variant: str, name: str) -> str | None:
-    """Return the path of a file beside a checkpoint, or None."""
+    """Return the path of a file next to a checkpoint, or None."""
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path: str | None = extra("transformers", "text", WHAT).utils.cached_file(variant, name, **quietly)
     return path

@@ -26,7 +26,7 @@ def torchvision(shape: Shape, num_classes: int, *, variant: str = "", weights: s
         num_classes: C.
         variant: name of the network.
         weights: name of torchvision's, such as DEFAULT or IMAGENET1K_V1, downloaded once into torch's cache; the head
-            of C classes is drawn anew. Default: all drawn.
+            of C classes is new. Default: all drawn.
 
     Raises:
         UserError: unknown network or weights, or weights that cannot be downloaded.

@@ -126,7 +126,7 @@ class Storage:
         """Create the folder; return True if this process is the one that created it.
 
         Creating a local folder is one atomic system call. Object stores have none: there each process writes a claim,
-        and gives way if it finds another one beside its own.
+        and gives way if it finds another one.
         """
         if self.local:
             with _one_line("write", f"{self._path}/"):

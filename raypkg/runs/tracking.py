@@ -1,4 +1,4 @@
-"""Tracking of metrics besides the run folder: W&B, of which this is the only importer."""
+"""Tracking of metrics in W&B; the only importer of wandb."""
 
 import netrc
 import os

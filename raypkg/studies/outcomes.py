@@ -1,4 +1,4 @@
-"""Outcomes of a comparison: figures of each row and case over the seeds, beside the baseline's."""
+"""Outcomes of a comparison: figures of each row and case over the seeds, against the baseline."""
 
 from __future__ import annotations
 

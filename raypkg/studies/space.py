@@ -100,7 +100,7 @@ def without(space: Space, given: Iterable[str]) -> Space:
 def check_space(space: Space, check: Callable[[Values], None]) -> None:
     """Refuse a space with an unknown setting, with a value that its setting does not allow, or of one point.
 
-    Each choice and both ends of each range are checked, beside the first values of the other settings.
+    Each choice and both ends of each range are checked, with the first values of the other settings.
     """
     from raypkg.cluster.search import candidates, constants
 

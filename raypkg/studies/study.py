@@ -291,7 +291,7 @@ def is_study(storage: Storage) -> bool:
 
 
 def study_around(run: Storage) -> Study | None:
-    """Return the study of which a run is a trial, or None; raise ``UserError`` if the study's record is damaged."""
+    """Return the study that a trial belongs to, or None; raise ``UserError`` if its record is damaged."""
     match = TRIAL.fullmatch(run.name)
     if match is None:
         return None

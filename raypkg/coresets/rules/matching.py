@@ -240,7 +240,7 @@ def safe_rate(valid: HeadView, change: Tensor, slope: Tensor) -> float:
 
 
 def _refreshed(view: HeadView, valid: HeadView, static: Tensor, eta: float, rounds: int) -> tuple[Tensor, Tensor]:
-    """Return the picks, the first of which are those at θ, and how they change the validation logits at η = 1."""
+    """Return the picks, those at θ first, and how they change the validation logits at η = 1."""
     parts = static.tensor_split(min(rounds, len(static)))
     chosen = parts[0]
     change = valid.along(view[chosen])

@@ -18,7 +18,7 @@ and the released settings. More rounds are ours: local SGD.
     @pretraining(name)    pretrain(settings, report, *, samples, workers) → None
 
 A pre-training carries out the report's phase "pretrain" and leaves the model's weights in the run folder as ``RESULT``,
-beside a record of what training saw of each sample, which some coreset rules need.
+with the record of training that some coreset rules need.
 """
 
 from collections.abc import Mapping, Sequence
