@@ -47,15 +47,9 @@ def death() -> None:
 
 
 class Disk:
-    """Counts what is done to files below a folder.
+    """Counts the operations on files below a folder, and acts in place of operation number ``at``, from 1.
 
-    Args:
-        folder: whose files count.
-        act: what happens instead of the chosen operation.
-        at: its number, from 1; 0 = none.
-        kinds: the operations that count.
-        onwards: whether everything after it happens so, too.
-        log: file that gets a line for each; it can be read when the process has ended.
+    With ``onwards`` it acts in place of all later ones too. Only ``kinds`` count; ``log`` gets a line for each.
     """
 
     def __init__(

@@ -29,12 +29,7 @@ class Ended(NamedTuple):
 
 
 class Process:
-    """A forked process that runs a function in a folder.
-
-    Args:
-        function: whose return value, if any, is the exit code.
-        folder: to work in.
-    """
+    """A forked process that runs a function in a folder; what it returns, if anything, is the exit code."""
 
     def __init__(self, function: Callable[[], object], folder: Path):
         self._files = [folder.parent / f"{folder.name}-{os.getpid()}-{id(self)}.{name}" for name in ("out", "err")]
@@ -104,13 +99,7 @@ def warm_up() -> None:
 
 
 def start(line: str, folder: Path, before: Callable[[], object] = lambda: None) -> Process:
-    """Start a command as typed.
-
-    Args:
-        line: of the command, without the program's name.
-        folder: to work in.
-        before: called in the process first.
-    """
+    """Start a command as typed without the program's name, after a call of ``before`` in its process."""
     from raypkg.cli import main
 
     warm_up()

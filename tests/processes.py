@@ -20,11 +20,7 @@ class Seen(NamedTuple):
 
 
 class Watch:
-    """Notes every process that descends from another, until the block ends.
-
-    Args:
-        pid: of the ancestor.
-    """
+    """Notes every process that descends from another, until the block ends."""
 
     def __init__(self, pid: int):
         self._pid = pid

@@ -47,12 +47,9 @@ def test_toml_round_trip(tmp_path):
     assert load_settings(Example, file) == built
 
 
-def test_settings_are_frozen():
+def test_settings_are_frozen_and_their_leaves_dotted():
     with pytest.raises(ValueError, match="frozen"):
         Example().seed = 1
-
-
-def test_leaves_are_dotted():
     assert [name for name, _ in leaves(Example)] == EVERY
 
 

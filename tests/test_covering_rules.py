@@ -79,12 +79,9 @@ def trained():
     return recorder, twin
 
 
-def test_the_area_under_the_margin_is_recorded_while_training(trained):
+def test_the_area_under_the_margin_is_recorded_and_survives_a_checkpoint(trained):
     recorder, twin = trained
     torch.testing.assert_close(recorder.record.margins, twin.exact / 4, rtol=0, atol=0.05)
-
-
-def test_what_was_recorded_survives_a_checkpoint(trained):
     recorder, _ = trained
     again = Recorder(recorder.y)
     again.load_state_dict(recorder.state_dict())

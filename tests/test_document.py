@@ -40,18 +40,12 @@ def fetched(text):
 LOADING = ("src", "href", "srcset", "data", "action", "poster")
 
 
-def test_nothing_is_fetched():
+def test_a_page_is_one_file_of_texts_that_fits_a_narrow_window():
     assert fetched(page()) == []
-
-
-def test_names_are_text():
     read = Reader(page())
     assert "script" not in {tag for tag, _ in read.tags}
     assert read.text.count(EVIL) == 7  # title twice, paragraph, the grid's title, a heading, a cell and the note
     assert dict(read.tags[[tag for tag, _ in read.tags].index("img")][1])["alt"] == EVIL
-
-
-def test_the_page_fits_a_narrow_window():
     text = page()
     assert 'name="viewport"' in text
     assert re.search(r"\.scroll \{ overflow-x: auto", text) and '<div class="scroll"><table>' in text

@@ -104,14 +104,11 @@ def test_more_samples_tie_than_are_in_front(memory):
     assert facility_location(Distances(view, memory=memory), 4).tolist() == [401, 0, 200, 400]  # at 5, 0, 9 and 1
 
 
-def test_medoids_on_a_line_by_hand():
+def test_medoids_and_clusters_on_a_line_by_hand():
     view = line(0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 40.0)
     distances = Distances(view, memory=PLENTY)
     assert facility_location(distances, 3).tolist() == [3, 6, 4]  # 10 and 11 gain 14 each, 10 is more central
     assert cluster_shares(distances, torch.tensor([3, 6, 4])).tolist() == [4, 1, 2]
-
-
-def test_a_sample_between_two_medoids_counts_half_for_each():
     distances = Distances(line(0.0, 1.0, 2.0, 3.0), memory=PLENTY)
     assert cluster_shares(distances, torch.tensor([0, 2])).tolist() == [1.5, 2.5]
     assert cluster_shares(distances, torch.tensor([3, 1])).tolist() == [1.5, 2.5]

@@ -18,17 +18,11 @@ def model(inputs=4, width=5, classes=3):
     return Classifier(nn.Sequential(nn.Linear(inputs, width), nn.Linear(width, width)), nn.Linear(width, classes))
 
 
-def test_all_is_taken_of_a_model_alike():
+def test_what_is_taken_drawn_anew_and_unused_is_told():
     fit = fitted(model(), model().state_dict(), "one")
     assert [*fit.taken] == [*model().state_dict()] and not fit.anew and not fit.unused
-
-
-def test_a_head_for_other_classes_is_drawn_anew():
     fit = fitted(model(classes=3), model(classes=10).state_dict(), "one")
     assert fit.anew == ["head.weight", "head.bias"] and len(fit.taken) == 4
-
-
-def test_what_only_one_of_the_models_has_is_told():
     tensors = model().state_dict() | {"teacher.weight": torch.ones(1)}
     del tensors["features.1.bias"]
     fit = fitted(model(), tensors, "one")

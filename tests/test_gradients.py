@@ -37,12 +37,10 @@ def test_norms_are_those_of_autograd(some, close):
     close(some.view.norms(), flat(some).norm(dim=1))
 
 
-def test_inner_products_are_those_of_autograd(some, others, close):
+def test_inner_products_and_distances_are_those_of_autograd(some, others, close):
     close(some.view.inner(), flat(some) @ flat(some).T)
     close(some.view.inner(others.view), flat(some) @ flat(others).T)
 
-
-def test_distances_are_those_of_autograd(some, others, close):
     def pairwise(a, b):
         return (a[:, None] - b[None]).norm(dim=2)
 
@@ -98,9 +96,6 @@ def test_residual_by_hand():
     view = HeadView(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0]]), torch.tensor([1]))
     assert view.residual.tolist() == [[0.5, -0.5]]
     assert view.sum().tolist() == [[1.5, 0.5], [-1.5, -0.5]]
-
-
-def test_residual_of_a_confident_sample_keeps_its_digits():
     view = HeadView(torch.tensor([[0.0, 30.0]]), torch.ones(1, 1), torch.tensor([1]))
     assert view.residual[0].tolist() == pytest.approx([9.3576e-14, -9.3576e-14], rel=1e-4)
 
@@ -152,15 +147,12 @@ def test_head_view_evaluates_the_model_in_order(model, data):
     assert not view.logits.is_inference()  # usable in autograd
 
 
-def test_head_view_restores_every_mode_and_statistic(model, data):
+def test_head_view_is_float32_and_restores_every_mode_and_statistic(model, data):
     model.body[1].eval()
     before = model.body[1].running_mean.clone()
     head_view(model, [data])
     assert model.training and model.body[2].training and not model.body[1].training
     assert model.body[1].running_mean.equal(before)
-
-
-def test_head_view_is_float32(model, data):
     x, y = data
     view = head_view(model.bfloat16(), [(x.bfloat16(), y)])
     assert view.logits.dtype == view.features.dtype == torch.float32

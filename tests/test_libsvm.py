@@ -27,13 +27,10 @@ def rows(split):
 EXPECTED = [(0, 0, 0, 0, 0), (0, 0, pytest.approx(1e-3), 0, 0), (1, 0, 0, 0, 4), (1, 0.5, 0, -2, 0)]
 
 
-def test_rows_come_back_dense(load):
+def test_rows_come_back_dense_in_the_order_asked_for(load):
     data = load(test=0.25)
     assert (data.train.classes, data.train.shape, len(data.train), len(data.test)) == (("-1", "1"), (4,), 3, 1)
     assert sorted(rows(data.train) + rows(data.test)) == EXPECTED
-
-
-def test_rows_are_gathered_in_the_order_asked_for(load):
     split = load(test=0.25).train
     every = split.batch([0, 1, 2])[0]
     assert torch.equal(split.batch([2, 0, 2])[0], every[[2, 0, 2]])

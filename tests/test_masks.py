@@ -307,12 +307,9 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path, settings, every, age
     assert len(corrected.history) == len(correction.history) == STEPS
 
 
-def test_too_few_weights_for_the_layers():
+def test_a_density_that_no_layer_can_have_is_refused():
     with pytest.raises(UserError, match=r"density = 0.001 of 344 weights leaves 0 for 3 layers"):
         fit(run(*sparse(density=0.001)))
-
-
-def test_without_weights_to_mask_a_density_is_refused():
     model = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Linear(8, C))
     model[0].weight.requires_grad_(False)
     model[2].weight.requires_grad_(False)

@@ -21,12 +21,9 @@ def test_held_out_by_hand(fraction, held):
     assert kept.equal(kept.sort().values) and valid.equal(valid.sort().values)
 
 
-def test_every_class_keeps_a_sample_to_train_on():
+def test_hold_out_follows_from_the_generator_and_leaves_every_class_a_sample():
     kept, _ = hold_out(torch.tensor([0, 0, 0, 1]), 0.9, rng())
     assert torch.tensor([0, 0, 0, 1])[kept].tolist() == [0, 1]
-
-
-def test_hold_out_is_a_function_of_the_generator():
     first, again, other = (hold_out(Y, 0.2, rng(seed))[1] for seed in (0, 0, 1))
     assert first.equal(again) and not first.equal(other)
 

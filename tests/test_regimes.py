@@ -48,13 +48,10 @@ def test_one_class_has_no_other():
         with_wrong_labels(split_of([0, 0, 0]), 0.5, rng())
 
 
-def test_class_sizes_fall_geometrically_to_the_share_of_the_largest():
+def test_class_sizes_fall_geometrically_and_no_class_is_lost():
     y = torch.arange(5).repeat_interleave(1000)
     sizes = y[long_tail(y, 0.01, rng())].bincount()
     assert sizes.tolist() == [1000, 316, 100, 32, 10]
-
-
-def test_a_class_that_is_rarer_already_stays_whole_and_none_is_lost():
     y = torch.tensor([0] * 100 + [1] * 3 + [2] * 50)
     assert y[long_tail(y, 0.001, rng())].bincount().tolist() == [100, 3, 1]
 
@@ -87,13 +84,10 @@ def test_all_together_copies_share_a_label_and_the_tail_is_that_of_true_labels()
     assert wrong_share(train, torch.arange(len(train))) == pytest.approx(0.3, abs=0.01)
 
 
-def test_copies_of_a_sample_are_held_out_together():
+def test_held_out_samples_are_as_noisy_and_copies_stay_together():
     samples = open_samples(settings_of(repeat=5))
     train = samples.data.train
     assert not set(train.ids[samples.train_indices].tolist()) & set(train.ids[samples.held_out].tolist())
-
-
-def test_held_out_labels_are_as_noisy_as_training_labels():
     samples = open_samples(settings_of(noise=0.4, validation=0.5))
     assert wrong_share(samples.data.train, samples.held_out) == pytest.approx(0.4, abs=0.05)
 

@@ -261,14 +261,11 @@ def test_gradmatch_weights_match_the_mean_gradient():
     assert (view[picked.indices].mean() - view.mean()).norm() > 0.1 * view.mean().norm()
 
 
-def test_gradmatch_of_equal_gradients_weighs_each_by_the_penalty():
+def test_gradmatch_of_equal_gradients():
     view = HeadView(torch.zeros(10, 2), torch.ones(10, 1), ints(*[0] * 10))  # ‖g‖² = ½ · 2
     matched = coreset["gradmatch"](view, 5, options={"normalise": False})
     assert matched.weights.tolist() == pytest.approx([1 / (1 + 0.5 / 5)] * 5)
     assert coreset["gradmatch"](view, 5).weights.tolist() == pytest.approx([1] * 5)
-
-
-def test_gradmatch_fills_the_budget_at_weight_zero():
     view = HeadView(torch.zeros(10, 2), torch.ones(10, 1), ints(*[0] * 10))
     picked = coreset["gradmatch"](view, 5, options={"lam": 0.0})  # one sample matches the mean exactly
     assert picked.indices.tolist() == [0, 1, 2, 3, 4]

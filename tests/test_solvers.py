@@ -121,20 +121,14 @@ def test_unlimited_pursuit_is_non_negative_least_squares(seed):
     torch.testing.assert_close(dense, reference.nonnegative_ridge(atoms, target, 0.1))
 
 
-def test_pursuit_stops_when_the_target_is_met():
+def test_pursuit_of_special_atoms():
     atoms = random(10, 6)
     picked, weights = pursue(atoms, 2 * atoms[4], 5)
     assert picked.tolist() == [4]
     assert weights.tolist() == pytest.approx([2.0])
-
-
-def test_nothing_correlates():
     atoms = random(10, 4).abs()
     assert len(pursue(atoms, -atoms[0], 5)[0]) == 0
     assert len(pursue(atoms, torch.zeros(4, dtype=torch.float64), 5)[0]) == 0
-
-
-def test_identical_atoms_are_used_once_without_a_penalty():
     atoms = random(1, 4).expand(6, 4)
     assert pursue(atoms, 2 * atoms[0], 6)[0].tolist() == [0]
     assert len(pursue(atoms, 2 * atoms[0], 6, lam=0.5)[0]) == 6

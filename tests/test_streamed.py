@@ -242,13 +242,10 @@ def test_held_blocks_are_freed_with_their_split(source, stream):
         gc.enable()
 
 
-def test_spread_samples_are_in_few_blocks(split):
+def test_few_blocks_are_read_for_few_samples(split):
     looked_at = split.spread(16, blocks=4)
     assert len(looked_at) == 16 and len(split.blocks.of[looked_at].unique()) <= 4
-
-
-def test_no_samples_need_no_copy(split):
-    """A worker may have no model of LiPT to train."""
+    # A worker may have no model of LiPT to train.
     nothing = torch.arange(0)
     assert len(at_hand(split, nothing).batch(nothing)[1]) == 0
 

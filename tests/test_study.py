@@ -172,15 +172,12 @@ def test_trials_that_a_searcher_will_propose_are_further_ones(tmp_path):
 # Figures
 
 
-def test_figures_are_the_last_of_the_main_training(sweep):
+def test_figures_are_the_last_of_the_main_training_and_the_cost_of_all_phases(sweep):
     run = sweep.run(0)
     run.log({"phase": "pretrain", "model": 0, "epoch": 7, "accuracy": 0.1})
     expected = {"epochs": 2, "accuracy": 0.8, "loss": 0.5, "backward": 101, "seconds": 2.5}
     assert TrialRun(run).figures() == expected | {"test_accuracy": 0.5, "test_loss": 0.1}
     assert TrialRun(run).curve("accuracy") == [(1, 0.5), (2, 0.8)]
-
-
-def test_a_stopped_trial_has_paid_for_its_earlier_phases_too(sweep):
     assert TrialRun(sweep.run(2)).figures()["backward"] == 10
     sweep.run(2).finish_phase("pretrain", {"costs": [{"backward": 500}], "elapsed": 1.0})
     assert TrialRun(sweep.run(2)).figures()["backward"] == 510

@@ -13,27 +13,16 @@ Make = Callable[[Path, Any], None]
 
 
 class Case(NamedTuple):
-    """One bad input.
+    """One bad input."""
 
-    Attributes:
-        on: what is attacked.
-        wrong: what is wrong about it.
-        words: of the command line, after ``effray``.
-        says: what the line must say, in this order, with gaps.
-        prepare: makes the bad input in the working folder.
-        leaves: patterns of what may be new in the working folder afterwards.
-        environment: variables that are set.
-        fresh: whether a variable is read at import, so that the process must be a new one.
-    """
-
-    on: str
-    wrong: str
-    words: tuple[str, ...]
-    says: str
-    prepare: Callable[[Path], None]
-    leaves: tuple[str, ...]
+    on: str  # what is attacked
+    wrong: str  # what is wrong about it
+    words: tuple[str, ...]  # of the command line, after ``effray``
+    says: str  # parts that the error line must contain in this order, with gaps
+    prepare: Callable[[Path], None]  # makes the bad input in the working folder
+    leaves: tuple[str, ...]  # patterns of what may be new in the working folder afterwards
     environment: Mapping[str, str]
-    fresh: bool
+    fresh: bool  # whether a variable is read at import, so that the process must be a new one
 
     @property
     def name(self) -> str:

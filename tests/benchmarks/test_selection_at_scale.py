@@ -37,12 +37,7 @@ def test_a_thousand_classes():
 
 
 def scaling(measured: Rows, path: str | Path) -> None:
-    """Draw what selection takes against the number of samples, a line for each rule.
-
-    Args:
-        measured: dicts with ``rule``, ``n``, ``seconds`` and ``MiB``, the peak resident memory.
-        path: the PNG to write.
-    """
+    """Draw seconds and peak resident MiB against the number of samples, a line for each rule."""
     with page(path) as figure:
         time, memory = figure.subplots(1, 2)
         rules = list(dict.fromkeys(row["rule"] for row in measured))

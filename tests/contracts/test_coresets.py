@@ -70,18 +70,12 @@ def test_budget_out_of_range(entry, view, budget):
         select(view, budget, entry.name, seed=0)
 
 
-def test_same_seed_same_result(entry, view, valid):
+def test_a_pick_follows_from_the_seed_and_touches_nothing_else(entry, view, valid):
     first, second = (pick(entry, view, 17, seed=3, target=valid) for _ in range(2))
     assert first.indices.equal(second.indices) and first.weights.equal(second.weights)
-
-
-def test_global_generator_is_untouched(entry, view, valid):
     before = torch.random.get_rng_state()
     pick(entry, view, 17, target=valid)
     assert torch.random.get_rng_state().equal(before)
-
-
-def test_inputs_are_untouched(entry, view, valid):
     parts = [getattr(samples, field.name) for samples in (view, valid) for field in dataclasses.fields(samples)]
     before = [part.clone() for part in parts]
     pick(entry, view, 17, target=valid)

@@ -118,13 +118,10 @@ def test_a_batch_gathers_the_requested_samples(data):
         assert x.equal(everything[[3, 0, 3]]) and y.equal(labels[[3, 0, 3]])
 
 
-def test_a_batch_is_the_callers_own(data):
+def test_a_batch_is_the_callers_own_and_may_be_empty(data):
     x, _ = data.train.batch([0])
     x += 1
     assert not data.train.batch([0])[0].equal(x)
-
-
-def test_an_empty_batch(data):
     x, y = data.train.batch([])
     assert len(x) == 0 and data.train.kind.fits(x, data.train.shape) and y.shape == (0,)
 
