@@ -73,6 +73,9 @@ def test_plain_lines_give_the_model_and_its_epoch(folder):
     lines = said(folder, rows, phase="pretrain", models=2).splitlines()
     assert lines[3].startswith("pretrain 3/4  0:01:06 elapsed  0:00:02 left  model 2 of 2, epoch 1 of 2  50 samples/s")
     assert "  model 4, epoch 1  " in said(folder, [row(1, 3)])
+
+
+def test_there_are_about_ten_lines_for_any_number_of_epochs(folder):
     assert said(folder, [row(epoch) for epoch in range(1, 251)]).count("samples/s") == 10
 
 
