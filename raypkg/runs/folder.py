@@ -1,4 +1,4 @@
-"""The run folder: settings first, metrics while it runs, results by phase, the manifest last.
+"""The run folder: settings at the start, metrics while it runs, results by phase, the manifest last.
 
     <root>/<experiment>/<name>/  config.toml  environment.json  metrics.parquet  phases/*.json  coreset.parquet
                                  model.safetensors  checkpoints/  plots/*.png  summary.json
