@@ -1,5 +1,6 @@
 """The connection to a Ray cluster: one that is running, or one of this process's own that only this machine reaches."""
 
+import _thread
 import logging
 import os
 import signal
@@ -7,7 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raypkg.core.errors import ClusterLost, UserError
@@ -103,17 +104,55 @@ def disconnect() -> None:
 
 @contextmanager
 def cluster_errors() -> Iterator[None]:
-    """Turn Ray's errors about a dead raylet or GCS into one line.
+    """Turn the death of the raylet or the GCS into one line.
+
+    Ray ends this whole process with code 1 some seconds after its raylet died, without a word. So the raylet of a
+    cluster of this process's own, which is a child process, is watched, and its death interrupts the block.
 
     Raises:
         ClusterLost: Ray no longer answers.
     """
     from ray.exceptions import LocalRayletDiedError, NodeDiedError, RaySystemError, RpcError
 
+    raylet = _own_raylet()
+    left = threading.Event()
+
+    def watch(raylet: int) -> None:
+        while not left.wait(0.2):
+            if not _is_raylet(raylet):
+                _thread.interrupt_main(signal.SIGTERM)
+                return
+
+    if raylet is not None:
+        threading.Thread(target=watch, args=[raylet], name="raylet", daemon=True).start()
     try:
         yield
-    except (LocalRayletDiedError, NodeDiedError, RaySystemError, RpcError) as error:
-        raise ClusterLost("the Ray cluster was lost: its raylet on this machine died") from error
+    except (Exception, KeyboardInterrupt) as error:
+        is_dead = raylet is not None and not _is_raylet(raylet)
+        if is_dead or isinstance(error, LocalRayletDiedError | NodeDiedError | RaySystemError | RpcError):
+            raise ClusterLost("the Ray cluster was lost: its raylet on this machine died") from error
+        raise
+    finally:
+        left.set()
+
+
+def _own_raylet() -> int | None:
+    """Return the process id of the raylet that is a child of this process, or None (always so beyond Linux)."""
+    for thread in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has just ended
+            for child in map(int, thread.read_text().split()):
+                if _is_raylet(child):
+                    return child
+    return None
+
+
+def _is_raylet(process: int) -> bool:
+    """Return True if a process is a living raylet; a zombie has died."""
+    try:
+        _, name, state = Path(f"/proc/{process}/stat").read_text().replace(")", "(").split("(", 2)
+    except (OSError, ValueError):
+        return False
+    return name == "raylet" and state.split()[0] != "Z"
 
 
 def _running() -> str | None:
