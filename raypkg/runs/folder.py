@@ -288,7 +288,7 @@ def check_new(root: str, experiment: str, name: str | None, settings: Settings) 
     if name is not None:
         check_name(name)
         runs = Storage(root) / experiment
-        if name in runs.list():
+        if (runs / name).taken:
             raise _taken(runs, name)
 
 

@@ -122,6 +122,11 @@ class Storage:
         finally:
             os.close(folder)
 
+    @property
+    def taken(self) -> bool:
+        """Whether the folder exists; object stores keep an empty folder of claims after two processes gave way."""
+        return self.local.exists() if self.local else self.list() not in ([], [CLAIMS])
+
     def claim(self) -> bool:
         """Create the folder; return True if this process is the one that created it.
 
@@ -140,7 +145,7 @@ class Storage:
                     except FileExistsError:
                         return False
                 raise FileNotFoundError(errno.ENOENT, "other processes keep deleting the folder around it")
-        if self.list() not in ([], [CLAIMS]) or self.list(CLAIMS):
+        if self.taken or self.list(CLAIMS):
             return False
         mine = uuid.uuid4().hex
         self.write(f"{CLAIMS}/{mine}", b"")

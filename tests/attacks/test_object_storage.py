@@ -129,6 +129,15 @@ def test_of_two_that_want_a_name_none_is_a_second(root, tmp_path):
     assert (again.code == 0) == all(each.code == 2 for each in ended), again
 
 
+def test_a_name_is_free_after_two_gave_way(root, tmp_path):
+    from raypkg.runs.storage import CLAIMS, Storage
+
+    folder = Storage(f"{root}#/train/one")
+    folder.write(f"{CLAIMS}/x", b"")
+    folder.delete(f"{CLAIMS}/x")
+    done(f"train {SMALL} --name one --root '{root}'", tmp_path)
+
+
 @pytest.mark.parametrize("what", ["no bucket", "no server", "a server that says nothing", "no region", "wrong URI"])
 def test_what_is_not_there_is_told_within_20_seconds(port, tmp_path, what):
     silent = socket.create_server(("127.0.0.1", 0))  # accepts, and never answers
