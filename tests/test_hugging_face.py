@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raypkg.core.errors import UserError
-from raypkg.core.imports import announce_download
+from raypkg.core.registry import announce_download
 from raypkg.core.settings import Model
 from raypkg.data import Data
 from raypkg.data.augment import compose

@@ -7,7 +7,7 @@ import pytest
 
 START = """
 import gc
-from raypkg.core.imports import heavy_imports
+from raypkg.core.registry import heavy_imports
 """
 CASES = {
     "PyTorch is frozen and later objects are collected": """

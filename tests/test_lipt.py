@@ -14,8 +14,8 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
-from raypkg.experiments.coreset_files import load_record
 from raypkg.experiments.samples import new_model, open_samples
+from raypkg.experiments.training import load_record
 from raypkg.methods.lipt.member import Context, redrawn
 from raypkg.methods.lipt.merges import Member, merge, outer_step, reestimate
 from raypkg.methods.lipt.pretrain import disjoint_shards, pretrain_models

@@ -13,7 +13,6 @@ import click
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, settings_of
 from raypkg.runs import ROOT
-from raypkg.studies.tables import SCALES, SUFFIX, TABLES, check_seeds, narrowed, open_table, shipped_files
 
 from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
 
@@ -77,7 +76,7 @@ class Catalogue(ExampleHelp, click.Group):
         return super().resolve_command(context, arguments)
 
     def _has(self, name: str) -> bool:
-        return name in self.names() or (self.paths and name.endswith(SUFFIX))
+        return name in self.names() or (self.paths and name.endswith(".py"))
 
 
 def _study_options(of: str, default_name: str) -> list[click.Option]:
@@ -167,7 +166,15 @@ def tune() -> None:
 # effray compare
 
 
+def _tables() -> list[str]:
+    from raypkg.studies.tables import TABLES, shipped_files
+
+    return sorted(shipped_files(TABLES))
+
+
 def _compare_command(name: str) -> click.Command:
+    from raypkg.studies.tables import SCALES, narrowed, open_table
+
     from .setting_options import SettingsCommand, overrides, setting_options
 
     table = open_table(name)
@@ -192,8 +199,13 @@ def _compare_command(name: str) -> click.Command:
         scale = SCALES[0] if asked["scale"] is None else asked["scale"]
         rows, cases = _labels(asked["rows"]), _labels(asked["cases"])
         chosen = narrowed(open_table(name, scale), rows, cases, _seeds(asked["seeds"]))
-        if asked["goal"]:
-            chosen = replace(chosen, goals=_goals(asked["goal"]))
+        goals: dict[str, list[float]] = {}
+        for text in asked["goal"]:
+            metric, _, value = text.partition("=")
+            if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value):
+                raise UserError(f"--goal {text!r} is not of the form METRIC=VALUE, such as accuracy=0.9")
+            goals.setdefault(metric, []).append(float(value))
+        chosen = replace(chosen, goals=goals or chosen.goals)
         compare_rows(name, scale, chosen, concurrent, config, values, study, root)
 
     seeds = ",".join(map(str, table.seeds))
@@ -234,28 +246,13 @@ def _seeds(text: str | None) -> list[int] | None:
             seeds.append(int(part))
         else:
             raise UserError(f"--seeds {text!r}: integers, such as 0,1,2 or 0-9")
+    from raypkg.studies.tables import check_seeds
+
     check_seeds(seeds, "--seeds")
     return seeds
 
 
-def _goals(texts: tuple[str, ...]) -> dict[str, list[float]]:
-    goals: dict[str, list[float]] = {}
-    for text in texts:
-        metric, _, value = text.partition("=")
-        if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value):
-            raise UserError(f"--goal {text!r} is not of the form METRIC=VALUE, such as accuracy=0.9")
-        goals.setdefault(metric, []).append(float(value))
-    return goals
-
-
-@click.group(
-    "compare",
-    cls=Catalogue,
-    kind="table",
-    names=lambda: sorted(shipped_files(TABLES)),
-    make=_compare_command,
-    paths=True,
-)
+@click.group("compare", cls=Catalogue, kind="table", names=_tables, make=_compare_command, paths=True)
 def compare_tables() -> None:
     """Compare methods by a table: rows of settings, each run with several seeds, against a baseline.
 

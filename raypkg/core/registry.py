@@ -1,5 +1,6 @@
-"""Registries of functions by name. An addition is one decorated function and no edit elsewhere.
+"""Registries of functions by name, and imports of heavy packages.
 
+An addition to a registry is one decorated function and no edit elsewhere.
 The names are read from the source of the decorators, without importing the modules. A mistyped name is therefore an
 error in 0.4 s instead of 3 s, and `effray --help` takes 0.1 s instead of 0.4 s. Only the module of an entry in use is
 imported.
@@ -8,16 +9,20 @@ imported.
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .errors import UserError, exit_is_error, unknown
@@ -25,6 +30,7 @@ from .errors import UserError, exit_is_error, unknown
 if TYPE_CHECKING:  # it imports pydantic, which a list of names does not need
     from .config import Settings
 
+log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 BUNDLE = "options"  # a parameter of this name takes all options as one settings object
 USER_CODE = "user code"  # source of an entry that is not ours
@@ -277,3 +283,47 @@ def _files_of(place: str) -> Iterator[tuple[str, Path]]:
     for folder in spec.submodule_search_locations:
         for file in sorted(Path(folder).glob(f"*/{name}.py" if name else "[!_]*.py")):
             yield ".".join([parent, *file.relative_to(folder).with_suffix("").parts]), file
+
+
+# Heavy and optional packages
+
+
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import PyTorch and its dependents without garbage collection, and exempt them from it afterwards.
+
+    PyTorch consists of a quarter of a million objects. The collector would visit them again and again, here and in
+    every later import, which takes a quarter of a short run. Nothing happens if PyTorch is imported already.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def extra(package: str, name: str, what: str) -> ModuleType:
+    """Import a package of the optional extra ``name``, which ``what`` needs, or say how to install it.
+
+    >>> extra("transformrs", "text", "a model of Hugging Face")
+    Traceback (most recent call last):
+    raypkg.core.errors.UserError: a model of Hugging Face needs the package 'transformrs': pip install 'effray[text]'
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{what} needs the package {error.name!r}: pip install 'effray[{name}]'") from None
+
+
+def announce_download(name: str, file: str, what: str) -> None:
+    """Log a warning if a model or tokenizer of the Hugging Face hub, without ``file`` in its cache, is downloaded."""
+    hub = extra("huggingface_hub", "text", what)
+    if Path(name).is_dir() or hub.constants.HF_HUB_OFFLINE:
+        return
+    with suppress(ValueError):  # an invalid name: reading it raises a better error
+        if not isinstance(hub.try_to_load_from_cache(name, file), str):
+            log.warning("%s of %s is not in the cache and is downloaded from %s", what, name, hub.constants.ENDPOINT)

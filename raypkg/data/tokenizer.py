@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raypkg.core.errors import UserError
-from raypkg.core.imports import announce_download, extra
+from raypkg.core.registry import announce_download, extra
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raypkg.core.errors import UserError, exit_is_error
-from raypkg.core.imports import heavy_imports
-from raypkg.core.registry import Entry, Registry
+from raypkg.core.registry import Entry, Registry, heavy_imports
 
 if TYPE_CHECKING:  # pydantic and pyarrow, which `--help` does not need
     from rich.console import Console

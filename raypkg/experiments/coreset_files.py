@@ -1,4 +1,4 @@
-"""Coresets, scores and records of training as parquet files; a coreset's metadata says what it was made from."""
+"""Coresets and scores as parquet files; a coreset's metadata says what it was made from."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ from torch import Tensor
 from raypkg.core.address import folder_and_name
 from raypkg.core.errors import UserError
 from raypkg.core.settings import RunSettings
-from raypkg.coresets.record import Record
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.run import check_weights
@@ -148,44 +147,3 @@ def read_coreset(path: str) -> pa.Table:
     if not {"index", "weight"} <= set(names):
         raise UserError(f"{path} is no coreset: it needs columns index and weight, has {', '.join(names)}")
     return table
-
-
-def record_of(model: str) -> str:
-    """Return the file name of a model's record.
-
-    >>> record_of("model.safetensors")
-    'model_record.parquet'
-    """
-    return f"{model.removesuffix('.safetensors')}_record.parquet"
-
-
-def save_record(storage: Storage, model: str, record: Record) -> None:
-    """Write the record of training next to the model's file."""
-    never = torch.full_like(record.losses, torch.inf)  # hits or margins that were not recorded
-    columns = {
-        "loss": record.losses,
-        "forgotten": never if record.forgotten is None else record.forgotten,
-        "margin": never if record.margins is None else record.margins,
-    }
-    table = pa.table({name: values.numpy() for name, values in columns.items()})
-    storage.write_table(record_of(model), table)
-
-
-def load_record(storage: Storage, model: str, y: Tensor) -> Record:
-    """Return the record of a model, or an empty one if it has none.
-
-    Raises:
-        UserError: the record belongs to a data set of another size.
-    """
-    table = storage.read_table(record_of(model))
-    if table is None:
-        return Record.empty(y)
-    path = f"{storage.root}/{record_of(model)}"
-    if len(table) != len(y):
-        raise UserError(f"{path} is of a training on {len(table)} samples, this data set has {len(y)}")
-    losses = torch.tensor(column_of(table, "loss", path, pa.types.is_floating))
-    forgotten = torch.tensor(column_of(table, "forgotten", path, pa.types.is_floating))
-    margins = None
-    if "margin" in table.column_names:  # runs of earlier versions have none
-        margins = torch.tensor(column_of(table, "margin", path, pa.types.is_floating))
-    return Record(y, losses, forgotten, margins)

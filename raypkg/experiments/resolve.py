@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 from raypkg.core.address import is_uri
 from raypkg.core.config import Named, load_settings
 from raypkg.core.errors import UserError
-from raypkg.core.imports import heavy_imports
-from raypkg.core.registry import Lookup
+from raypkg.core.registry import Lookup, heavy_imports
 from raypkg.core.settings import Experiment, Model, RunSettings, Select, Target, Train
 from raypkg.data.sources import dataset
 from raypkg.engine import hook

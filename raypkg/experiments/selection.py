@@ -18,9 +18,10 @@ from raypkg.runs.folder import MODEL, RunFolder
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import FILE, keep_selected, load_coreset, load_record, origin, record_of
+from .coreset_files import FILE, keep_selected, load_coreset, origin
 from .samples import Samples, samples_on
 from .trained import check_has_model, settings_of_trained
+from .training import load_record, record_of
 
 
 class TrainedModel(NamedTuple):

@@ -27,7 +27,6 @@ from raypkg.engine.worker import Worker
 from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
 from raypkg.runs import ROOT
-from raypkg.runs.catalog import locate
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import MODEL, RunFolder
 from raypkg.runs.storage import Storage
@@ -87,6 +86,8 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
     Traceback (most recent call last):
     raypkg.core.errors.UserError: unknown run in no/runs/yet 'none'. Allowed: none
     """
+    from raypkg.runs.catalog import locate
+
     folder = locate(root, str(run))
     check_has_model(folder)
     settings = settings_of_trained(folder)
@@ -175,6 +176,8 @@ def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[st
         return {}
     storage, file = Storage.around(train.from_)
     if not file.endswith(WEIGHTS):
+        from raypkg.runs.catalog import locate
+
         run = locate(root, train.from_, having=MODEL)
         check_has_model(run)
         theirs = settings_of_trained(run)
@@ -340,6 +343,8 @@ def trained_backbone(folder: RunFolder, run: str, dataset: Dataset, data: Data, 
     Raises:
         UserError: no such run, no usable model, or its samples have another shape or other tokens.
     """
+    from raypkg.runs.catalog import locate
+
     other = locate(folder.storage.parent.parent.root, run, having=MODEL)
     check_has_model(other)
     settings = settings_of_trained(other)

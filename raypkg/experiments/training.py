@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import Experiment, Reselect, Train, Training
-from raypkg.coresets.record import Recorder
+from raypkg.coresets.record import Record, Recorder
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of
@@ -22,13 +23,14 @@ from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
+from raypkg.runs.agreement import column_of
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
 from raypkg.runs.folder import GROWING, MODEL, NAME, NEEDED
 from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import FILE, SCORES, keep_selected, origin, record_of, save_record
+from .coreset_files import FILE, SCORES, keep_selected, origin
 from .samples import Samples, augmentations, new_model, samples_on
 from .summary import LEFT_OUT
 from .trained import FIRST, FirstWeights
@@ -287,3 +289,47 @@ def measure_held_out(
     split = samples.data.train
     result = evaluate(model, split, samples.held_out, worker, cost, precision=settings.precision)
     return {"valid_loss": result["loss"], "accuracy": result["accuracy"]}
+
+
+# The record of training, from which rules select
+
+
+def record_of(model: str) -> str:
+    """Return the file name of a model's record.
+
+    >>> record_of("model.safetensors")
+    'model_record.parquet'
+    """
+    return f"{model.removesuffix('.safetensors')}_record.parquet"
+
+
+def save_record(storage: Storage, model: str, record: Record) -> None:
+    """Write the record of training next to the model's file."""
+    never = torch.full_like(record.losses, torch.inf)  # hits or margins that were not recorded
+    columns = {
+        "loss": record.losses,
+        "forgotten": never if record.forgotten is None else record.forgotten,
+        "margin": never if record.margins is None else record.margins,
+    }
+    table = pa.table({name: values.numpy() for name, values in columns.items()})
+    storage.write_table(record_of(model), table)
+
+
+def load_record(storage: Storage, model: str, y: Tensor) -> Record:
+    """Return the record of a model, or an empty one if it has none.
+
+    Raises:
+        UserError: the record belongs to a data set of another size.
+    """
+    table = storage.read_table(record_of(model))
+    if table is None:
+        return Record.empty(y)
+    path = f"{storage.root}/{record_of(model)}"
+    if len(table) != len(y):
+        raise UserError(f"{path} is of a training on {len(table)} samples, this data set has {len(y)}")
+    losses = torch.tensor(column_of(table, "loss", path, pa.types.is_floating))
+    forgotten = torch.tensor(column_of(table, "forgotten", path, pa.types.is_floating))
+    margins = None
+    if "margin" in table.column_names:  # runs of earlier versions have none
+        margins = torch.tensor(column_of(table, "margin", path, pa.types.is_floating))
+    return Record(y, losses, forgotten, margins)

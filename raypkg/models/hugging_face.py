@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.core.imports import announce_download, extra
+from raypkg.core.registry import announce_download, extra
 from raypkg.data.kinds import TEXTS, kind_of
 
 from . import model

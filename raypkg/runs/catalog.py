@@ -24,6 +24,11 @@ UNFINISHED = "unfinished"  # going or stopped: object stores have no locks
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"))  # seconds, from the largest on
 MARKS = {CONFIG, SUMMARY, ENVIRONMENT, GROWING}  # a run has at least one of these files
 THREADS = 16  # object stores answer slowly, but many requests at once
+STATES = {
+    GOING: "a process is working on it",
+    STOPPED: "no process is working on it",
+    UNFINISHED: "and it is unknown whether a process is working on it: there are no locks here",
+}
 COLUMNS = ("run", "state", "data", "model", "method")
 FIGURES = ("accuracy", "backward", "seconds", "age")
 GAP = "   "

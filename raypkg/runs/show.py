@@ -1,6 +1,7 @@
 """A run as tables on the terminal: the costs and results of a finished one, the progress of an unfinished one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.box import SIMPLE
@@ -9,16 +10,8 @@ from rich.table import Table
 
 from raypkg.core.errors import UserError, redacted
 
-from .catalog import DONE, GOING, STOPPED, UNFINISHED, ago
 from .folder import RunFolder
 from .report import Stage
-from .storage import Storage
-
-STATES = {
-    GOING: "a process is working on it",
-    STOPPED: "no process is working on it",
-    UNFINISHED: "and it is unknown whether a process is working on it: there are no locks here",
-}
 
 
 def terminal() -> Console:
@@ -99,28 +92,10 @@ def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
 
 def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resume: str, console: Console) -> None:
     """Print the progress of an unfinished run, its last write, and the command that resumes it, or why none does."""
+    from .catalog import DONE, GOING, STATES, ago
+
     console.print(f"{folder.name}: not finished, {STATES[state]}", soft_wrap=True)
-    console.print(_phases(folder, stages, state))
-    for line in last_write(folder.storage):
-        console.print(line, soft_wrap=True)
-    if state != GOING:
-        console.print(f"resume with: {resume}", soft_wrap=True)
-    console.print(redacted(folder.storage.root), style="dim", soft_wrap=True)
-
-
-def last_write(storage: Storage) -> Iterator[str]:
-    """Yield a line on the newest file of a folder and its age."""
-    try:
-        times = storage.times(recursive=True)
-    except UserError:  # a run that is going may delete a folder while it is listed
-        return
-    if times:
-        newest = max(times, key=times.__getitem__)
-        yield f"last written {ago(times[newest])} ago: {newest}"
-
-
-def _phases(folder: RunFolder, stages: Sequence[Stage], state: str) -> Table:
-    """Return a row for each planned phase in order, then for others with results: state, progress, last figures."""
+    # A row for each planned phase in order, then for others with results: state, progress, last figures.
     table = Table("phase", "state", box=SIMPLE, show_edge=False, pad_edge=False)
     for heading in ("models", "epochs", "loss", "accuracy"):
         table.add_column(heading, justify="right")
@@ -143,4 +118,11 @@ def _phases(folder: RunFolder, stages: Sequence[Stage], state: str) -> Table:
             f"{losses[-1]:.3f}" if losses else "–",
             f"{accuracies[-1]:.1%}" if accuracies else "–",
         )
-    return table
+    console.print(table)
+    with suppress(UserError):  # a run that is going may delete a folder while it is listed
+        if times := folder.storage.times(recursive=True):
+            newest = max(times, key=times.__getitem__)
+            console.print(f"last written {ago(times[newest])} ago: {newest}", soft_wrap=True)
+    if state != GOING:
+        console.print(f"resume with: {resume}", soft_wrap=True)
+    console.print(redacted(folder.storage.root), style="dim", soft_wrap=True)

@@ -16,11 +16,11 @@ from rich.table import Table as RichTable
 
 from raypkg.core.config import dotted, parse_toml
 from raypkg.core.errors import UserError, redacted
-from raypkg.runs.catalog import GOING, resuming, state_of
+from raypkg.runs.catalog import GOING, STATES, resuming, state_of
 from raypkg.runs.document import Grid, document, paragraph, picture
 from raypkg.runs.folder import CONFIG, RunFolder, environment
 from raypkg.runs.plots import duration, in_full, save_plot, short
-from raypkg.runs.show import STATES, findings, terminal
+from raypkg.runs.show import findings, terminal
 from raypkg.runs.storage import Storage
 
 from . import plots

@@ -14,8 +14,8 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
-from raypkg.experiments.coreset_files import load_record
 from raypkg.experiments.samples import augmentations, new_model, open_samples
+from raypkg.experiments.training import load_record
 from raypkg.methods.lipt import merge, pretraining
 from raypkg.methods.lipt.member import redrawn
 from raypkg.methods.lipt.merges import Member

@@ -40,9 +40,8 @@ from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import autocast
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
-from raypkg.experiments.coreset_files import save_record
 from raypkg.experiments.samples import Samples, new_model, samples_on
-from raypkg.experiments.training import Job, measure_held_out, train_on_cluster
+from raypkg.experiments.training import Job, measure_held_out, save_record, train_on_cluster
 from raypkg.runs.checkpoints import load_state, save_state, save_tensors
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
