@@ -17,7 +17,7 @@ from raypkg.engine.batches import Batches
 from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
 from raypkg.engine.worker import Worker
-from raypkg.methods.agent.control_variate import Switch, Weight, coefficient, spread, variance_left
+from raypkg.methods.agent.control_variate import Weight, coefficient, spread, variance_left
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.runs.checkpoints import StoredCheckpoints
@@ -70,14 +70,11 @@ def test_the_variance_left_is_that_of_the_corrected_gradient():
 
 
 def test_the_measured_weight_leaves_the_least_variance():
-    moments = moments_of(*two_gradients(200)).sum(0)
+    """1 − Σ Cov² / Var at the snapshot / Σ Var, over the layers."""
+    variance, covariance, at_snapshot = moments = moments_of(*two_gradients(200)).sum(0)
     weight = Weight(AgentOptions(gamma=1.0, alpha=1.0))
     weight.observe(moments)
-    best = weight.weights(2)
-    least, before = variance_left(moments, best)
-    for change in (-0.05, 0.05):
-        assert least < variance_left(moments, best + change)[0]
-    variance, covariance, at_snapshot = moments
+    least, before = variance_left(moments, weight.weights(2))
     expected = 1 - (covariance**2 / at_snapshot).sum().item() / variance.sum().item()
     assert (least / before).item() == pytest.approx(expected)
 
@@ -122,10 +119,10 @@ def test_it_equals_the_loop_written_out(damped):
     hook, model = corrected(gamma=damped), network().double()
     twin = copy.deepcopy(model)
 
+    everything = Coreset.uniform(torch.arange(N))
+    stream = Batches(split(), everything, 16, seed=0, augment=(), worker=Worker(), dtype=torch.float64)
+
     def batches(epoch):
-        stream = Batches(
-            split(), Coreset.uniform(torch.arange(N)), 16, seed=0, augment=(), worker=Worker(), dtype=torch.float64
-        )
         return [(batch.x, batch.y) for batch in stream.epoch(epoch)]
 
     trained = fit(run(hook, settings=settings, model=model))
@@ -221,27 +218,20 @@ class Gradients(Hook):
         self.seen.append(torch.cat([parameter.grad.flatten() for parameter in run.model.parameters()]))
 
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
 @DRAWING
-@pytest.mark.parametrize(
-    "settings", [{}, {"micro_batch": 5}, {"label_smoothing": 0.2}, {"micro_batch": 5, "label_smoothing": 0.2}]
-)
-def test_at_the_snapshot_dropout_leaves_exactly_the_full_gradient(build, settings):
+@pytest.mark.parametrize("settings", [{}, {"micro_batch": 5, "label_smoothing": 0.2}])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def test_at_the_snapshot_dropout_leaves_exactly_the_full_gradient(build, settings, device):
     """θ = θ̃, the same masks, parts and objective: the two gradients are equal, and γc = 1 leaves g̃."""
     raw, after, hook = Gradients(0), Gradients(50), corrected()
-    fit(run(raw, hook, after, model=build(), precision="float64", epochs=1, **settings))
+    trained = run(raw, hook, after, model=build(), precision="float64", epochs=1, **settings)
+    fit(dataclasses.replace(trained, worker=Worker(device=torch.device(device))))
     full = torch.cat([gradient.flatten() for gradient in hook.snapshot.full])
     assert not raw.seen[0].allclose(full)
-    torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-14)
-
-
-@DRAWING
-def test_the_snapshot_repeats_the_draws_of_every_step(build):
-    """The weights hardly move, so all corrected gradients stay close to g̃, unless draws differ."""
-    raw, after, hook = Gradients(0), Gradients(50), corrected()
-    fit(run(raw, hook, after, model=build(), lr=1e-5, epochs=2))
-    spread = torch.stack(raw.seen).var(dim=0).sum()
-    within_epoch = torch.stack(after.seen[6:]).var(dim=0).sum()
-    assert within_epoch < 1e-4 * spread
+    torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-14 if device == "cpu" else 1e-12)
 
 
 def test_the_full_gradient_has_dropout_of_its_own():
@@ -253,20 +243,21 @@ def test_the_full_gradient_has_dropout_of_its_own():
     assert not any(a.allclose(b, rtol=1e-3) for a, b in zip(*fulls, strict=True))
 
 
-def left_on(worker):
-    """Return the variance left per step of a training with dropout on this worker, and the weights."""
-    hook = corrected()
-    trained = run(hook, model=dropping(), epochs=2, lr=1e-5)
-    trained.worker = worker
-    fit(trained)
-    return [row[3] for row in hook.history], [parameter.tolist() for parameter in trained.model.parameters()]
+def trained_on(worker, hook, **options):
+    """Return the history of a correction on this worker, and the weights."""
+    trained = fit(dataclasses.replace(run(hook, **options), worker=worker))
+    return hook.history, [parameter.tolist() for parameter in trained.model.parameters()]
 
 
-def test_each_worker_repeats_its_own_draws():
-    (first, weights), (second, same) = on_workers(2, left_on)
+def test_each_worker_repeats_its_own_draws_in_every_step():
+    (first, weights), (second, same) = on_workers(2, dropping_on)
     np.testing.assert_array_equal(first, second)
     assert weights == same
-    assert np.nanmax(first) < 1e-3  # weights hardly move: with other draws much would be left
+    assert np.nanmax(np.array(first)[:, 3]) < 1e-3  # weights hardly move: with other draws much would be left
+
+
+def dropping_on(worker):
+    return trained_on(worker, corrected(), model=dropping(), epochs=2, lr=1e-5)
 
 
 class Numpy(nn.Linear):
@@ -281,18 +272,6 @@ def test_draws_that_cannot_be_repeated_are_refused():
         fit(run(Correction(AgentOptions()), model=Numpy(D, C)))
     with pytest.raises(UserError, match=r"does not go with train\.compile = true"):
         fit(run(Correction(AgentOptions()), model=dropping(), compile=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@DRAWING
-def test_on_a_gpu_too_dropout_leaves_exactly_the_full_gradient(build):
-    after, hook = Gradients(50), corrected()
-    trained = run(hook, after, model=build(), precision="float64", epochs=1)
-    device = torch.device("cuda")
-    fit(dataclasses.replace(trained, worker=Worker(device=device)))
-    full = torch.cat([gradient.flatten() for gradient in hook.snapshot.full])
-    torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-12)
 
 
 class Rates(Hook):
@@ -369,13 +348,11 @@ def test_other_forms_never_switch_off(form):
     [
         ({}, 0.05, network),
         ({}, 3.0, network),
-        ({"always": True}, 0.05, network),
         ({"form": "linear"}, 0.05, network),
         ({"snapshot_every_steps": 4}, 0.05, network),
-        ({"snapshot_every_steps": 4}, 3.0, network),
         ({"look_every_epochs": 1, "every_steps": 2}, 3.0, network),
         ({"form": "published", "gamma": 0.5, "alpha": 0.5}, 0.1, dropping),
-        ({"form": "published", "gamma": 0.5, "alpha": 0.5}, 0.1, attentive),
+        ({"always": True}, 0.1, attentive),
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped(tmp_path, options, rate, build, last):
@@ -404,40 +381,18 @@ def test_a_checkpoint_of_an_earlier_version_is_restored():
     assert (hook.switch.on, hook.switch.epoch, hook.switch.every) == (True, 3, 4)
 
 
-def test_the_switch_follows_the_line():
-    switch = Switch(always=False, every=4)
-    switch.begin(rate=0.1, epoch=0)
-    assert (switch.on, switch.looks) == (False, True)
-    switch.judge(0.6, 0.5, rate=0.1, epoch=1)
-    looks = []
-    for epoch in range(1, 6):
-        switch.begin(rate=0.1, epoch=epoch)
-        looks.append(switch.looks)
-    assert looks == [False, False, False, False, True]
-    switch.begin(rate=0.05, epoch=2)
-    assert switch.looks
-    switch.judge(0.4, 0.5, rate=0.05, epoch=3)
-    switch.begin(rate=0.05, epoch=3)
-    assert (switch.on, switch.looks) == (True, False)
-
-
 def test_settings_that_would_do_nothing_are_refused():
     for options, message in (
-        ({"form": "linear", "alpha": 0.5}, r"agent\.form = linear follows the time: agent\.alpha would do nothing"),
-        ({"form": "published", "always": True}, r"form = published never switches off: agent\.always would do nothing"),
-        ({"always": True, "look_every_epochs": 2}, r"always = true never switches off: agent\.look_every_epochs would"),
+        ({"form": "linear", "alpha": 0.5}, r"agent\.form = linear .* agent\.alpha would do nothing"),
+        ({"form": "published", "always": True}, r"form = published .* agent\.always would do nothing"),
+        ({"always": True, "look_every_epochs": 2}, r"always = true .* agent\.look_every_epochs would"),
     ):
         with pytest.raises(UserError, match=message):
             AgentOptions(**options)
 
 
 def moments_on(worker):
-    """Return the table of a training on this worker."""
-    hook = Correction(AgentOptions())
-    trained = run(hook, precision="float64", lr=0.05)
-    trained.worker = worker
-    fit(trained)
-    return hook.history, [parameter.tolist() for parameter in trained.model.parameters()]
+    return trained_on(worker, Correction(AgentOptions()), precision="float64", lr=0.05)
 
 
 def test_two_workers_measure_and_correct_as_one_does():

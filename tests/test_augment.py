@@ -6,7 +6,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.data.augment import AUGMENTATIONS, OPERATIONS, brightness, compose, rotate, shear_x, translate_y
+from raypkg.data.augment import AUGMENTATIONS, OPERATIONS, compose
 from raypkg.data.kinds import IMAGES, ROWS
 
 M = 5 / 30
@@ -44,16 +44,8 @@ SHAPES = [(3, 32, 32), (1, 28, 28), (3, 64, 64), (1, 8, 8), (4, 12, 20), (3, 5, 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_crop_is_its_slow_twin(shape):
     x, u = images(40, *shape), uniforms(40, 2)
+    u[:3] = torch.tensor([0.0, 0.5, 1 - 2**-24])[:, None]  # the first corner, the centre and the last corner
     assert compose(["crop"])(x, u).equal(torch.stack([cropped(image, row) for image, row in zip(x, u, strict=True)]))
-
-
-def test_crop_reaches_every_offset_and_no_further():
-    u = torch.tensor([[0.0, 0.0], [0.5, 0.5], [1 - 2**-24, 1 - 2**-24]])
-    x = images(3)
-    first, centre, last = compose(["crop"])(x, u)
-    assert first[:, 4:, 4:].equal(x[0][:, :-4, :-4]) and not first[:, :4].any() and not first[:, :, :4].any()
-    assert centre.equal(x[1])
-    assert last[:, :-4, :-4].equal(x[2][:, 4:, 4:]) and not last[:, -4:].any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -90,12 +82,6 @@ def test_none_and_unknown_names():
         compose(["crops"])
     with pytest.raises(UserError, match=r"samples of shape \[3\] are no images: leave out crop, flip"):
         compose(["crop", "flip"])(rows, uniforms(4, 3))
-
-
-def test_every_operation_is_drawn_alike():
-    u = uniforms(2800, 2)
-    kinds = torch.bincount((u[:, 0] * len(OPERATIONS)).long(), minlength=14)
-    assert len(OPERATIONS) == 14 and kinds.min() > 150 and kinds.max() < 250
 
 
 def test_randaugment_applies_to_each_image_what_it_drew():
@@ -136,21 +122,6 @@ def test_an_operation_equals_that_of_torchvision(operation, sign, x):
     got = operation(x, M, torch.full((len(x),), sign)).int()
     expected = torch.stack([TWINS[operation.__name__](image, sign) for image in x]).int()
     assert ((got - expected).abs() <= 1).float().mean() > 0.99  # blends round differently, nearest pixels may tie
-
-
-def test_operations_keep_signs_apart():
-    x, signs = smooth(2)[[0, 0]], torch.tensor([-1.0, 1.0])
-    for operation in (rotate, shear_x, translate_y, brightness):
-        both = operation(x, M, signs)
-        assert not both[0].equal(both[1]) and both[1:].equal(operation(x[1:], M, signs[1:]))
-
-
-def test_models_are_given_normalised_numbers():
-    x = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
-    pixels = IMAGES.inputs(x, (0.0, 0.1, 0.5), (1.0, 0.1, 0.25), torch.float32)
-    assert pixels.flatten().tolist() == pytest.approx([0, 1, 2], abs=1e-6)
-    rows = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    assert ROWS.inputs(rows, (2.0, 4.0), (1.0, 2.0), torch.float32).tolist() == [[-1, -1], [1, 1]]
 
 
 def test_training_can_use_statistics_cached_in_inference():

@@ -5,13 +5,8 @@ import time
 import pytest
 import torch
 
-import samples
-from raypkg.data import load_data
-from raypkg.data.coreset import Coreset
-from raypkg.data.store import images
 from raypkg.engine import batches
-from raypkg.engine.batches import Batches, ahead
-from raypkg.engine.worker import Worker, threads
+from raypkg.engine.batches import ahead
 
 PATIENCE = 20  # seconds
 JOBS = 20
@@ -54,32 +49,3 @@ def test_what_nobody_asks_for_is_not_loaded():
     next(coming)
     coming.close()
     assert len(loaded) <= 2 + 1 + batches.MOST_AHEAD // 2  # most of those that wait are given up
-
-
-@pytest.fixture
-def encoded_images(tmp_path, monkeypatch):
-    """Images that are decoded on read."""
-    monkeypatch.setattr(images, "DECODED_BYTES", 0)
-    encoded = [samples.encode(image, "JPEG") for image in samples.pixels(40, 24, 24)]
-    for split in ("train", "test"):
-        samples.write_parquet(tmp_path / "set" / f"{split}.parquet", encoded, torch.arange(40) % 3)
-    return load_data(f"parquet:{tmp_path / 'set'}", {"size": 16}, cache=tmp_path / "cache").train
-
-
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_threads_and_workers_change_nothing(encoded_images, count):
-    coreset = Coreset.uniform(torch.arange(0, 40, 2))
-
-    def epoch(worker):
-        arguments = {"seed": 3, "augment": ["crop", "flip"], "worker": worker}
-        return list(Batches(encoded_images, coreset, 6, **arguments).epoch(1))
-
-    with threads(1):
-        expected = epoch(Worker())
-    with threads(count):
-        whole = epoch(Worker())
-        first, second = epoch(Worker(0, 2)), epoch(Worker(1, 2))
-    for ours, theirs in zip(whole, expected, strict=True):
-        assert torch.equal(ours.x, theirs.x) and torch.equal(ours.indices, theirs.indices)
-    for one, other, theirs in zip(first, second, expected, strict=True):
-        assert torch.equal(torch.cat([one.x, other.x]), theirs.x)

@@ -1,7 +1,6 @@
 """Rules that cover the samples or judge each by itself, and the margins that a training records."""
 
 import math
-from itertools import combinations
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from raypkg.coresets.record import Record, Recorder, margins_of
 from raypkg.coresets.rules import coreset
 from raypkg.coresets.rules.matching import geometric_median
 from raypkg.data import load_data
-from raypkg.data.split import Split
 from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
@@ -120,21 +118,6 @@ def test_ccs_draws_evenly_among_equal_margins():
     assert ((times / 600 - 0.25).abs() < 5 * (0.25 * 0.75 / 600) ** 0.5).all()
 
 
-def test_ccs_leaves_out_most_wrong_labels(trained):
-    """Of digits with 30 % wrong labels, far fewer are drawn than there are."""
-    split = load_data("digits").train
-    rng = generator(0, "wrong")
-    wrong = torch.rand(len(split), generator=rng) < 0.3
-    shift = torch.randint(1, 10, (len(split),), generator=rng)
-    x, y = split.batch(torch.arange(len(split)))
-    noisy = Split.from_tensors(x.float().flatten(1), (y + shift * wrong) % 10)
-    recorder = Recorder(noisy.y)
-    model = build_model("mlp", noisy.shape, 10, seed=0)
-    fit(Run.simple(model, noisy, Training(epochs=4, precision="float32"), hooks=[recorder], augment=()))
-    picked = select(recorder.record, 200, "ccs", seed=0, options={"beta": 0.4}).indices
-    assert wrong[picked].float().mean() < 0.1
-
-
 def test_ccs_takes_the_margins_of_a_view_where_there_is_no_record():
     view = reference.problem(60).view
     losses = F.cross_entropy(view.logits, view.y, reduction="none")
@@ -160,7 +143,8 @@ def test_a_sample_that_was_not_trained_on_counts_as_easy():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("options", [{}, {"relative": False, "forward": 0.3}, {"neighbours": 3, "reverse": 0.2}])
-def test_d2_equals_its_slow_twin(seed, options):
+def test_d2_equals_its_slow_twin_in_blocks_of_any_size(seed, options, monkeypatch):
+    monkeypatch.setattr("raypkg.coresets.rules.coverage.BLOCK", 7 + 100 * (seed % 2))
     view = reference.problem(40, seed=seed).view
     given = {"neighbours": 10, "forward": 1.0, "reverse": 1.0, "relative": True} | options
     assert coreset["d2"](view, 15, options=options).indices.tolist() == reference.message_passing(view, 15, **given)
@@ -173,21 +157,6 @@ def test_d2_by_hand():
     assert coreset["d2"](view, 3, options=options).indices.tolist() == [1, 3, 0]
     assert coreset["d2"](view, 3, options={**options, "reverse": 1e9}).indices.tolist() == [1, 0, 2]
     assert coreset["d2"](view, 3, options={**options, "forward": 1e9}).indices.tolist() == [0, 3, 2]
-
-
-def test_d2_does_not_depend_on_the_size_of_the_features_unless_it_is_told_to():
-    p = reference.problem(40).view
-    larger = HeadView(p.logits, 10 * p.features, p.y)
-    assert coreset["d2"](p, 12).indices.equal(coreset["d2"](larger, 12).indices)
-    published = [coreset["d2"](view, 12, options={"relative": False}).indices for view in (p, larger)]
-    assert not published[0].equal(published[1])
-
-
-def test_d2_graph_does_not_depend_on_the_block(monkeypatch):
-    view = reference.problem(50).view
-    picked = coreset["d2"](view, 12).indices
-    monkeypatch.setattr("raypkg.coresets.rules.coverage.BLOCK", 7)
-    assert coreset["d2"](view, 12).indices.equal(picked)
 
 
 # Gm matching
@@ -209,14 +178,6 @@ def test_each_choice_of_gm_is_the_one_that_brings_the_mean_nearest_to_the_median
         left = [i for i in range(60) if i not in chosen]
         chosen.append(min(left, key=lambda i: float((features[[*chosen, i]].mean(dim=0) - median).norm())))
     assert coreset["gm"](view, 12).indices.tolist() == chosen
-
-
-def test_gm_is_not_led_astray_by_a_minority_far_away():
-    near = torch.randn(60, 4, generator=generator(0, "near")) + torch.tensor([5.0, 0, 0, 0])
-    far = torch.randn(25, 4, generator=generator(0, "far")) + torch.tensor([-40.0, 0, 0, 0])
-    view = with_features(torch.cat([near, far]).tolist())
-    picked = coreset["gm"](view, 20).indices
-    assert int((picked >= 60).sum()) <= 2  # of 25, where a uniform draw has 6
 
 
 # CRAIG, k-center, moderate, uncertainty and GradMatch's look-ahead
@@ -252,10 +213,6 @@ def test_craig_keeps_the_mean_gradient_within_its_bound(seed, greedy):
     assert error < (view[picked.indices].mean() - view.mean()).norm()
 
 
-def test_craig_of_everything_is_everything():
-    assert craig(reference.problem(30).view, 30).weights.tolist() == [1] * 30
-
-
 def test_craig_by_class_weighs_within_the_class():
     view = reference.problem(80).view
     picked = select(view, 20, "craig", seed=0)
@@ -278,15 +235,6 @@ def test_gradmatch_picks_the_same_however_far_it_looks_ahead(monkeypatch, ahead)
     again = coreset["gradmatch"](view, 40, options={"lam": 0.01})
     assert again.indices.equal(picked.indices)
     torch.testing.assert_close(again.weights, picked.weights)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_kcenter_covers_within_twice_the_optimum(seed, k):
-    view = reference.problem(9, seed=seed).view
-    distances = reference.pairwise(view.features)
-    least = min(distances[list(centres)].amin(dim=0).max() for centres in combinations(range(9), k))
-    assert distances[coreset["kcenter"](view, k).indices].amin(dim=0).max() <= 2 * least
 
 
 def test_kcenter_takes_repeated_samples_last_and_by_position():

@@ -156,19 +156,6 @@ def test_a_shorter_period_ends_nearer(batch_size):
     assert errors[2] < 1e-10 < errors[1] < errors[0] < 0.3
 
 
-def test_deleting_and_adding_back_returns():
-    training, some = Training(batch_size=N, epochs=20), without(3, 50)
-    start = training.retrained(EVERYONE)[-1]
-    there = training.replayed(EVERYONE, some, Periodic(3, 5))
-    steps = [
-        ChangedStep(step.rate, step.w, step.gradient, step.after, b[some[b]], b[:0], b[~some[b]])
-        for step, (_, b) in zip(there, training.batches(), strict=True)
-    ]
-    *_, back = replay(steps, training.gradient, Periodic(3, 5), decay=DECAY)
-    moved = (there[-1].after - start).norm()
-    assert (back.after - start).norm() < 0.1 * moved
-
-
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("batch_size", [N, 30])
 def test_a_tolerance_holds_at_lower_cost(tolerance, batch_size):
@@ -188,15 +175,6 @@ def test_small_batches_do_not_blow_up():
     steps = training.replayed(EVERYONE, some, Periodic(5, 10))
     assert (steps[-1].after - new).norm() < (old - new).norm()
     assert not all(step.exact for step in steps)
-
-
-def test_the_gate_of_other_models_adds_exact_steps():
-    training, some = Training(MLP, N, 12), without(3, 50)
-    gated, free = (
-        sum(step.exact for step in training.replayed(EVERYONE, some, Periodic(6, 3), convex=convex))
-        for convex in (False, True)
-    )
-    assert gated >= free
 
 
 @pytest.mark.parametrize("holders", [1, 2, 3])

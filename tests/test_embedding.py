@@ -1,7 +1,6 @@
 """`effray embed`: features are those of the model, rows are the samples, and a run that died ends as if it had not."""
 
 import os
-import random
 import resource
 import signal
 from dataclasses import replace
@@ -15,13 +14,11 @@ import torch
 from torch import nn
 
 from forked import effray
-from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data import load_data
 from raypkg.data.augment import compose
 from raypkg.data.partition import hold_out
 from raypkg.data.sources.classics import digits as load_digits
-from raypkg.data.sources.table import RowTable
 from raypkg.experiments import embedding
 from raypkg.experiments.trained import load_model
 from raypkg.models import build_model
@@ -263,14 +260,6 @@ def test_a_feature_that_is_no_number_is_told_with_its_sample(tmp_path):
     assert f"train sample {BROKEN}: its features hold NaN or infinity" in line
 
 
-def test_the_bill_has_every_sample_once_whoever_computed_it(embedded, tmp_path):
-    assert effray(EMBED, tmp_path, lambda: killed_after(6)).code == -signal.SIGKILL
-    assert effray("embed --resume one --cluster.workers 0", tmp_path).code == 0
-    bills = [files(run)["summary.json"]["phases"] for run in (embedded, tmp_path / "runs/embed/one")]
-    assert bills[0] == bills[1]
-    assert bills[0][0]["forward"] == 1437 + 360
-
-
 def test_a_table_may_hold_vectors_beside_numbers_in_one_file_of_both_splits(tmp_path):
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(50, 3))
@@ -284,26 +273,3 @@ def test_a_table_may_hold_vectors_beside_numbers_in_one_file_of_both_splits(tmp_
         rows = split.ids.numpy() // 10
         np.testing.assert_array_equal(x[:, 0].numpy(), rows)
         np.testing.assert_array_equal(x[:, 1:].numpy(), vectors[rows].astype(np.float32))
-
-
-def test_a_damaged_file_of_features_is_read_or_refused_in_one_line(embedded, tmp_path):
-    file = tmp_path / "rows.parquet"
-    whole = pq.read_table(embedded / "test.parquet").slice(0, 40)
-    pq.write_table(whole, file, row_group_size=16, compression="none")
-    content = file.read_bytes()
-    draws = random.Random(0)
-    refused = 0
-    for _ in range(300):
-        damaged = bytearray(content)
-        damaged[draws.randrange(len(content))] = draws.randrange(256)
-        cut = draws.randrange(len(content))
-        del damaged[cut : cut + draws.randrange(2)]
-        file.write_bytes(damaged)
-        try:
-            table = RowTable(file, "label")
-            blocks = [*table.blocks(np.arange(len(table)), table.classes)]
-            assert all(np.isfinite(block.x).all() for block in blocks)
-        except UserError as error:
-            assert "\n" not in str(error)
-            refused += 1
-    assert refused > 100
