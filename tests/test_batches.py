@@ -37,6 +37,11 @@ def test_results_of_any_size_come_in_order(monkeypatch):
     assert [len(value) for value in found] == sizes
 
 
+def test_an_error_of_a_thread_reaches_the_loop():
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda job: 1 // job, [1, 0]))
+
+
 def test_what_nobody_asks_for_is_not_loaded():
     loaded = []
 

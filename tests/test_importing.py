@@ -22,8 +22,7 @@ from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.sources import classics, image_folder, libsvm, parquet, table, text
 from raypkg.data.store import images, parts
-from raypkg.data.store.cache import beginning_at
-from raypkg.data.store.parts import DIGEST, Stream, appearing
+from raypkg.data.store.parts import DIGEST, Stream
 from test_object_sources import same
 
 N = 120
@@ -316,17 +315,6 @@ def test_a_late_writer_stops_and_disturbs_no_reader(source, stream, undisturbed,
     assert len(written) < sum(len(split.blocks.of.unique()) for split in late.result())
 
 
-def test_an_existing_file_is_kept(local, tmp_path):
-    stream = local._replace(name="a")
-    (tmp_path / "stores" / "a").mkdir(parents=True)
-    for content, is_there, kept in ((b"123", False, b"123"), (b"456", True, b"123"), (b"789", False, b"789")):
-        before = inodes(local)
-        with appearing(stream, lambda: "part", lambda there=is_there: there) as sink:
-            sink.write(content)
-        assert contents(local) == {"/a/part": kept}
-        assert (inodes(local) == before) == is_there
-
-
 def inodes(stream):
     system, root = opened(stream.address)
     if system.type_name != "local":
@@ -415,12 +403,6 @@ def test_an_import_resumes_from_intact_parts(local, tmp_path, undisturbed, allow
     first, *_ = json.loads(pa.ipc.open_file(index[:-DIGEST]).schema.metadata[b"parts"])
     assert begun_at(caplog) == [sum(first["sizes"])]
     assert contents(local) == files
-
-
-def test_a_part_must_end_with_a_block_of_the_source():
-    assert list(beginning_at(3, ["abc", "de", "f"], len)) == ["de", "f"]
-    with pytest.raises(UserError, match="ended within a block"):
-        list(beginning_at(4, ["abc", "de", "f"], len))
 
 
 def test_an_image_of_another_size_after_stored_parts(local, tmp_path, monkeypatch, kind, caplog):

@@ -1,5 +1,7 @@
 """LiPT's merges against hand tables, its rounds against slow twins, and resuming at every checkpoint."""
 
+from itertools import count
+
 import pytest
 import torch
 from torch import nn
@@ -91,7 +93,6 @@ def test_shards_never_overlap():
 
 def test_merges_are_spread_evenly_over_the_epochs():
     assert Pretrain(epochs=5).merge_epochs == [1, 2, 3, 4, 5]
-    assert Pretrain(epochs=5, rounds=1).merge_epochs == [5]
     assert Pretrain(epochs=7, rounds=3).merge_epochs == [2, 4, 7]
     with pytest.raises(UserError, match=r"pretrain.rounds = 6: models are merged after whole epochs, and there are 5"):
         Pretrain(epochs=5, rounds=6)
@@ -162,17 +163,14 @@ def test_each_round_starts_from_the_last_merge(tmp_path):
     assert not same(weights, once, tolerance=1e-3)
 
 
-def killed_at(monkeypatch, fatal, folder, settings, *, kept=True):
-    """Pre-train until a checkpoint, the first of which is number 0, is written or (``kept=False``) about to be."""
+def killed_after(monkeypatch, last, folder, settings):
+    """Pre-train until this checkpoint, the first of which is number 0, is written."""
     save = StoredCheckpoints.save
-    count = 0
+    numbers = count()
 
     def dying(self, epoch, state):
-        nonlocal count
-        count += 1
-        if kept or count <= fatal:
-            save(self, epoch, state)
-        if count > fatal:
+        save(self, epoch, state)
+        if next(numbers) == last:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -180,15 +178,14 @@ def killed_at(monkeypatch, fatal, folder, settings, *, kept=True):
         pretrained(folder, settings)
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["after", "before"])
-def test_killed_at_any_checkpoint_it_resumes_to_the_same_result(kept, tmp_path, monkeypatch):
+def test_killed_after_any_checkpoint_it_resumes_to_the_same_result(tmp_path, monkeypatch):
     settings = settings_of(rounds=2, outer_momentum=0.3, sparsity="snip")
     expected = pretrained(tmp_path / "straight", settings)
     saves = MODELS * EPOCHS + 1  # one of the merge between the rounds
-    for fatal in range(saves + 1):
-        folder = tmp_path / f"killed {fatal}"
-        if fatal < saves:
-            killed_at(monkeypatch, fatal, folder, settings, kept=kept)
+    for last in range(saves + 1):
+        folder = tmp_path / f"killed {last}"
+        if last < saves:
+            killed_after(monkeypatch, last, folder, settings)
         else:
             pretrained(folder, settings)  # stopped after the last merge, before the phase has its record
         weights, seen, work = pretrained(folder, settings)
@@ -212,7 +209,7 @@ def test_two_workers_and_one_merge_to_the_same_weights(tmp_path):
 
 def test_a_damaged_checkpoint_between_rounds_is_refused(tmp_path, monkeypatch):
     settings = settings_of(rounds=3)
-    killed_at(monkeypatch, 3, tmp_path, settings)  # both models and the merge, then the first model's next epoch
+    killed_after(monkeypatch, 3, tmp_path, settings)  # both models and the merge, then the first model's next epoch
     (merged,) = (tmp_path / "checkpoints/pretrain/merged").iterdir()
     merged.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"pretrain is damaged: model_000 has done 2 epochs, the models were merged"):
