@@ -1,5 +1,7 @@
 """Selection in a loop of the user's own."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from raypkg.coresets.budgets import select
 from raypkg.coresets.gradients import head_view
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.coresets.record import Record, margins_of
-from raypkg.models.classifier import Tapped, as_classifier
+from raypkg.models.classifier import as_classifier
 
 N = 120
 
@@ -26,6 +28,10 @@ def data():
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def loader_of(model, rule, fraction, **options):
+    return CoresetLoader(DataLoader(data(), batch_size=16), model, rule, fraction, **options)
 
 
 def train(loader, model, epochs):
@@ -51,7 +57,7 @@ def weights(model):
 def test_ccs_selects_by_the_margins_of_the_losses_that_it_is_given():
     model = network()
     chosen = {"warm_epochs": 3, "epochs": 5}
-    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "ccs", 0.2, **chosen)
+    loader = loader_of(model, "ccs", 0.2, **chosen)
     total = torch.zeros(N)
     for _ in range(3):
         for x, y, _ in loader:
@@ -60,7 +66,7 @@ def test_ccs_selects_by_the_margins_of_the_losses_that_it_is_given():
             total[loader._latest] += margins_of(losses)
     _, y = data()[:]
     twin = select(Record(y, total, margins=total / 3), 24, "ccs", seed=derive(0, "selection", 3))
-    again = CoresetLoader(DataLoader(data(), batch_size=16), model, "ccs", 0.2, **chosen)
+    again = loader_of(model, "ccs", 0.2, **chosen)
     again.load_state_dict(loader.state_dict())
     for each in (loader, again):
         next(iter(each))
@@ -69,10 +75,10 @@ def test_ccs_selects_by_the_margins_of_the_losses_that_it_is_given():
 
 def test_each_selection_is_by_the_model_of_that_epoch():
     model = network()
-    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "gradmatch", 0.2, every_epochs=2, epochs=4)
+    loader = loader_of(model, "gradmatch", 0.2, every_epochs=2, epochs=4)
     for epoch in range(4):
         if epoch % 2 == 0:
-            view = head_view(Tapped(model), [data()[:]])
+            view = head_view(as_classifier(copy.deepcopy(model)), [data()[:]])
             twin = select(view, 24, "gradmatch", seed=derive(0, "selection", epoch))
         train(loader, model, 1)
         assert loader.coreset.indices.equal(twin.indices)
@@ -80,8 +86,7 @@ def test_each_selection_is_by_the_model_of_that_epoch():
 
 
 def test_a_batch_carries_its_own_samples_and_weights():
-    model, everything = network(), data()
-    loader = CoresetLoader(DataLoader(everything, batch_size=16), model, "gradmatch", 0.5, epochs=1)
+    loader, everything = loader_of(network(), "gradmatch", 0.5, epochs=1), data()
     weight_of = {tuple(row.tolist()): weight for x, _, w in loader for row, weight in zip(x, w.tolist(), strict=True)}
     picked = loader.coreset
     assert len(loader) == 4 and len(weight_of) == 60
@@ -89,11 +94,9 @@ def test_a_batch_carries_its_own_samples_and_weights():
         assert weight_of[tuple(everything[index][0].tolist())] == weight
 
 
-def test_warm_epochs_and_random_online():
+def test_after_warm_epochs_random_picks_anew_each_epoch():
     model = network()
-    loader = CoresetLoader(
-        DataLoader(data(), batch_size=16), model, "random", 0.1, every_epochs=1, warm_epochs=1, epochs=4
-    )
+    loader = loader_of(model, "random", 0.1, every_epochs=1, warm_epochs=1, epochs=4)
     assert train(loader, model, 1) == [N]
     picks = []
     for _ in range(3):
@@ -104,7 +107,7 @@ def test_warm_epochs_and_random_online():
 
 def test_infobatch_prunes_by_the_losses_that_it_is_given():
     model = network()
-    loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "infobatch", 1.0, every_epochs=1, epochs=8)
+    loader = loader_of(model, "infobatch", 1.0, every_epochs=1, epochs=8)
     seen = train(loader, model, 8)
     assert seen[0] == N and all(n < N for n in seen[1:7]) and seen[7] == N
 
@@ -112,7 +115,7 @@ def test_infobatch_prunes_by_the_losses_that_it_is_given():
 def test_the_model_is_left_as_it_is():
     model = network().train()
     before, hooks = weights(model), [len(m._forward_pre_hooks) for m in model.modules()]
-    CoresetLoader(DataLoader(data(), batch_size=16), model, "grand", 0.2, epochs=1).__iter__().__next__()
+    next(iter(loader_of(model, "grand", 0.2, epochs=1)))
     assert weights(model).equal(before) and all(m.training for m in model.modules())
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
 
@@ -120,8 +123,7 @@ def test_the_model_is_left_as_it_is():
 def test_stopped_and_resumed_equals_never_stopped():
     def start():
         model = network()
-        loader = CoresetLoader(DataLoader(data(), batch_size=16), model, "infobatch", 1.0, every_epochs=1, epochs=9)
-        return loader, model
+        return loader_of(model, "infobatch", 1.0, every_epochs=1, epochs=9), model
 
     straight, model = start()
     train(straight, model, 5)
@@ -138,8 +140,8 @@ def test_scored_samples_may_be_others():
     model, everything = network(), data()
     broken = TensorDataset(torch.full((N, 5), torch.nan), everything.tensors[1])
     with pytest.raises(UserError, match="NaN or infinite"):
-        next(iter(CoresetLoader(DataLoader(broken, batch_size=16), model, "grand", 0.2, epochs=1)))
-    next(iter(CoresetLoader(DataLoader(broken, batch_size=16), model, "grand", 0.2, epochs=1, scored=everything)))
+        next(iter(CoresetLoader(loaded(broken), model, "grand", 0.2, epochs=1)))
+    next(iter(CoresetLoader(loaded(broken), model, "grand", 0.2, epochs=1, scored=everything)))
 
 
 class Endless(IterableDataset):
@@ -185,9 +187,9 @@ def test_what_cannot_work_is_refused(loader, rule, fraction, options, message):
 @pytest.mark.parametrize(("former", "now"), [("every", "every_epochs"), ("warm", "warm_epochs")])
 def test_a_renamed_argument_is_told_its_new_name(former, now):
     with pytest.raises(UserError, match=f"CoresetLoader's {former} is now called {now}"):
-        CoresetLoader(loaded(data()), network(), "grand", 0.1, epochs=4, **{former: 1})
+        loader_of(network(), "grand", 0.1, epochs=4, **{former: 1})
     with pytest.raises(TypeError, match="unexpected keyword argument 'sede'"):
-        CoresetLoader(loaded(data()), network(), "grand", 0.1, epochs=4, sede=1)
+        loader_of(network(), "grand", 0.1, epochs=4, sede=1)
 
 
 @pytest.mark.parametrize(
@@ -216,29 +218,29 @@ def test_labels_may_be_of_any_integer_type():
 @pytest.mark.parametrize("module", [nn.Sequential(nn.Linear(5, 3), nn.ReLU()), nn.GRU(5, 3), nn.Flatten()])
 def test_a_model_must_end_in_its_head(module):
     with pytest.raises(UserError, match=r"nn\.Linear"):
-        next(iter(CoresetLoader(loaded(data()), module, "grand", 0.1, epochs=1)))
+        next(iter(loader_of(module, "grand", 0.1, epochs=1)))
 
 
 def test_records_must_fit():
     model = network()
-    loader = CoresetLoader(loaded(data()), model, "infobatch", 1.0, every_epochs=1, epochs=4)
+    loader = loader_of(model, "infobatch", 1.0, every_epochs=1, epochs=4)
     x, y, _ = next(iter(loader))
     with pytest.raises(UserError, match=r"losses \[\] of a batch of 15: use reduction='none'"):
         loader.record(F.cross_entropy(model(x), y))
     with pytest.raises(UserError, match=r"infobatch needs the losses of each batch: call record\(losses\)"):
         next(iter(loader))
     with pytest.raises(UserError, match="forgetting needs the record"):
-        next(iter(CoresetLoader(loaded(data()), model, "forgetting", 0.1, epochs=4)))
+        next(iter(loader_of(model, "forgetting", 0.1, epochs=4)))
     with pytest.raises(UserError, match="the checkpoint is of 9 samples, this data set has 120"):
         loader.load_state_dict({"losses": torch.zeros(9)})
     short = TensorDataset(*(tensor[:9] for tensor in data().tensors))
     with pytest.raises(UserError, match="scored has 9 samples, the loader's data set 120"):
-        next(iter(CoresetLoader(loaded(data()), model, "grand", 0.1, epochs=4, scored=short)))
+        next(iter(loader_of(model, "grand", 0.1, epochs=4, scored=short)))
 
 
 def test_an_epoch_keeps_its_weights_when_another_begins():
     model = network()
-    loader = CoresetLoader(loaded(data()), model, "gradmatch", 0.5, every_epochs=1, epochs=4)
+    loader = loader_of(model, "gradmatch", 0.5, every_epochs=1, epochs=4)
     first = iter(loader)
     next(first)
     held, weights = loader.coreset, {}
@@ -267,13 +269,7 @@ class Caching(nn.Module):
 
 def test_what_a_model_makes_during_selection_still_trains():
     model = Caching()
-    loader = CoresetLoader(loaded(data()), model, "el2n", 0.5, epochs=1)
+    loader = loader_of(model, "el2n", 0.5, epochs=1)
     for x, y, _ in loader:
         F.cross_entropy(model(x), y).backward()
     assert model.lazy.weight.grad is not None
-
-
-def test_tapped_sees_what_the_split_model_sees():
-    model, (x, _) = network().eval(), data()[:]
-    tapped = Tapped(model).features(x)
-    assert tapped.equal(as_classifier(model).features(x))
