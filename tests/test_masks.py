@@ -146,15 +146,15 @@ def test_the_lowest_are_dropped_and_the_highest_grown():
     assert more.tolist() == [[True, False, True], [True, True, True]]
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_counts_are_exact_in_any_case(seed):
-    mask = torch.rand(7, 9, generator=rng(seed)) < 0.4
-    scores = torch.randint(3, (7, 9), generator=rng(seed)).float()
-    count = int(torch.randint(int(mask.sum()) + 1, (), generator=rng(seed)))
-    fewer = dropped(mask, scores[mask], count)
-    assert fewer.sum() == mask.sum() - count and not (fewer & ~mask).any()
-    again = grown(fewer, scores, count)
-    assert again.sum() == mask.sum() and (again | fewer).equal(again)
+def test_counts_are_exact_in_any_case():
+    for seed in range(200):
+        mask = torch.rand(7, 9, generator=rng(seed)) < 0.4
+        scores = torch.randint(3, (7, 9), generator=rng(seed)).float()
+        count = int(torch.randint(int(mask.sum()) + 1, (), generator=rng(seed)))
+        fewer = dropped(mask, scores[mask], count)
+        assert fewer.sum() == mask.sum() - count and not (fewer & ~mask).any()
+        again = grown(fewer, scores, count)
+        assert again.sum() == mask.sum() and (again | fewer).equal(again)
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
@@ -163,10 +163,9 @@ def test_fractions_fall_to_zero(decay):
 
 
 @pytest.mark.parametrize("drop", ["magnitude", "set", "threshold"])
-@pytest.mark.parametrize("growth", ["random", "gradient", "momentum"])
 @pytest.mark.parametrize("redistribution", [None, "magnitude", "nonzeros", "momentum"])
-def test_every_change_keeps_the_counts(drop, growth, redistribution):
-    hooks = sparse(drop=drop, growth=growth, redistribution=redistribution)
+def test_every_change_keeps_the_counts(drop, redistribution):
+    hooks = sparse(drop=drop, growth="random", redistribution=redistribution)
     fit(run(*hooks))
     counts = counts_over_time(hooks[0])
     assert len(counts) == 1 + 7  # steps 4, 8, … 28
@@ -234,17 +233,12 @@ class Partly(nn.Module):
         return self.head(self.hidden(x).relu())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"growth": "gradient"},
-        {"growth": "momentum", "redistribution": "momentum"},
-        {"growth": "gradient", "sparse_init": "snip"},
-        {"growth": "gradient", "sparse_init": "grasp"},
-    ],
-)
-def test_a_layer_out_of_use_has_no_gradient(settings):
-    hooks = sparse(correction=[Correction(AgentOptions(gamma=0.5))], **settings)
+@pytest.mark.parametrize("sparse_init", ["uniform", "snip", "grasp"])
+@pytest.mark.parametrize("rule", ["gradient", "momentum"])
+def test_a_layer_out_of_use_has_no_gradient(rule, sparse_init):
+    redistribution = "momentum" if rule == "momentum" else None
+    correction = [Correction(AgentOptions(gamma=0.5))]
+    hooks = sparse(correction=correction, growth=rule, redistribution=redistribution, sparse_init=sparse_init)
     fit(run(*hooks, model=Partly()))
     assert len({sum(layers) for layers in counts_over_time(hooks[0])}) == 1 and hooks[1].c
 
@@ -278,16 +272,15 @@ def test_the_explored_share_is_that_of_the_union():
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("every", "settings", "agent"),  # masks change between epochs of 6 steps, or at their ends
     [
-        {"growth": "gradient"},
-        {"growth": "momentum", "redistribution": "momentum"},
-        {"sparse_init": "snip", "fan_in": "sparse"},
+        (4, {"growth": "gradient"}, {}),
+        (6, {"growth": "gradient"}, {"snapshot_every_steps": 4}),
+        (4, {"growth": "momentum", "redistribution": "momentum"}, {"snapshot_every_steps": 4}),
+        (6, {"sparse_init": "snip", "fan_in": "sparse"}, {}),
     ],
 )
-@pytest.mark.parametrize("every", [4, 6])  # between epochs of 6 steps, and at their ends
-@pytest.mark.parametrize("agent", [{}, {"snapshot_every_steps": 4}])
-def test_stopped_and_resumed_equals_never_stopped(tmp_path, settings, every, agent):
+def test_stopped_and_resumed_equals_never_stopped(tmp_path, every, settings, agent):
     def training():
         correction = Correction(AgentOptions(always=True, gamma=0.5, **agent))
         hooks = sparse(correction=[correction], update_every_steps=every, **settings)
@@ -325,11 +318,9 @@ def flat(weight):
     ("kind", "rule", "message"),
     [
         ("drop", flat, r"drop rule '.*flat' returned shape \[3\] for \[\d+\] of"),
-        ("drop", lambda weight: None, "drop rule 'mine' returned shape None for"),
         ("growth", flat, r"growth rule '.*flat' returned shape \[3\] for \[16, 12\]"),
         ("growth", lambda weight, *, gradient: gradient / 0 * 0, "growth rule 'mine' returned NaN for"),
         ("redistribution", lambda weight: float("nan"), "redistribution 'mine' returned nan for"),
-        ("redistribution", lambda weight: -1, "redistribution 'mine' returned -1 for"),
         ("sparse_init", lambda model, density: {}, "sparse initialisation 'mine' returned other layers"),
     ],
 )

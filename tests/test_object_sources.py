@@ -50,22 +50,17 @@ def test_a_source_in_a_bucket_is_the_local_one(source, bucket, tmp_path, monkeyp
     same(local.test, remote.test)
 
 
-def test_a_single_file_in_a_bucket(bucket, tmp_path):
+def test_a_single_file_in_a_bucket_or_by_its_file_uri(bucket, tmp_path):
     folder = tmp_path / "local"
     folder.mkdir()
     table = pa.table({"x": torch.randn(20).numpy(), "label": [0, 1] * 10})
     pq.write_table(table, folder / "rows.parquet")
     upload(folder, bucket("data"))
     local = load_data(f"table:{folder}/rows.parquet", cache=tmp_path / "cache")
-    remote = load_data(f"table:{bucket('data/rows.parquet')}", cache=tmp_path / "cache")
-    same(local.train, remote.train)
-    same(local.test, remote.test)
-
-
-def test_a_file_uri_is_a_path(tmp_path, monkeypatch):
-    name = PREPARE["parquet"](tmp_path / "local", monkeypatch)
-    local = load_data(name, cache=tmp_path / "cache")
-    same(local.train, load_data(f"parquet:file://{tmp_path}/local", cache=tmp_path / "cache").train)
+    for uri in (bucket("data/rows.parquet"), f"file://{folder}/rows.parquet"):
+        remote = load_data(f"table:{uri}", cache=tmp_path / "cache")
+        same(local.train, remote.train)
+        same(local.test, remote.test)
 
 
 def test_an_object_that_changed_is_imported_again(bucket, tmp_path, monkeypatch):
@@ -78,23 +73,6 @@ def test_an_object_that_changed_is_imported_again(bucket, tmp_path, monkeypatch)
     samples.write_parquet(folder / "train-0.parquet", images, [0, 1, 2, 0, 1, 2])
     upload(folder, bucket("data"))
     assert (len(before), len(load_data(name, cache=tmp_path / "cache").train)) == (12, 6)
-
-
-def test_names_below_a_uri(bucket, tmp_path):
-    for name in ("train/cat/1.png", "train/cat/more/2.png", "train/dog/3.png", "test.csv"):
-        path = tmp_path / "local" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    upload(tmp_path / "local", bucket("data"))
-    place = place_of(bucket("data"))
-    assert [each.name for each in place.iterdir()] == ["test.csv", "train"]
-    train = place / "train"
-    assert (train.is_dir(), train.is_file(), (place / "nothing").exists()) == (True, False, False)
-    assert [each.name for each in files_below(train)] == ["1.png", "2.png", "3.png"]
-    (first, *_) = files_below(train)
-    assert (first.stem, first.suffix) == ("1", ".png")
-    assert first.open_input().read() == b"train/cat/1.png"
-    assert str(place_of(str(first))) == str(first)
 
 
 @pytest.mark.parametrize("source", WITH_FILES)

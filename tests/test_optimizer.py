@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from raypkg.core.settings import Training
 from raypkg.engine.optimizer import build_optimizer
-from raypkg.engine.optimizer import build_optimizer
 
 model = nn.Linear(3, 2)
 for name in ("sgd", "adamw"):
@@ -63,17 +62,6 @@ def test_trains_as_pytorchs_own_bit_by_bit_also_from_its_state(name):
     take_steps(theirs, reference, 3)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("name", PYTORCHS)
-def test_hooks_on_its_steps_are_called(name):
-    model = network()
-    mine = build_optimizer(model, Training(optimizer=name))
-    seen = []
-    mine.register_step_pre_hook(lambda *_: seen.append("before"))
-    mine.register_step_post_hook(lambda *_: seen.append("after"))
-    take_steps(model, mine, 2)
-    assert seen == ["before", "after"] * 2
 
 
 def test_does_not_import_the_compiler():

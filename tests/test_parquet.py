@@ -117,16 +117,13 @@ def test_a_file_that_changed_is_read_again(tmp_path, load):
     ("layout", "message"),
     [
         ({"labels": [*LABELS[:8], 3]}, r"row 8 of .*train-.*parquet' has label 3, allowed is 0 … 2"),
-        ({"labels": [-1, *LABELS[1:]]}, "row 0 of .* has label -1"),
         ({"labels": [*LABELS[:4], None, *LABELS[5:]]}, "row 4 of .* has no label"),
         ({"labels": LABELS + 1, "classes": None}, "labels of .* are 1 … 3"),
         ({"labels": LABELS * 2, "classes": None}, r"labels of .* are 0 … 4 with gaps"),
-        ({"images": [*IMAGES[:5], b"no image", *IMAGES[6:]]}, "row 5 of .* does not decode"),
         ({"images": [*IMAGES[:5], IMAGES[5][:-30], *IMAGES[6:]]}, "row 5 of .* does not decode"),
         ({"images": [*IMAGES[:5], None, *IMAGES[6:]]}, "row 5 of .* has no image"),
         ({"images": [], "labels": []}, "the train split holds no images"),
         ({"splits": ["train"]}, r"no test split: no file named test\* or valid\*, found train-00000"),
-        ({"splits": ["test"]}, r"no train split: no file named train\*, found test-00000"),
     ],
 )
 def test_refused_files(tmp_path, load, layout, message):
@@ -199,9 +196,7 @@ NO_LIST = r"the schema metadata 'huggingface' of .*train\.parquet' does not list
     ("metadata", "problem"),
     [
         ("no JSON", NO_LIST + "Invalid JSON"),
-        (b"\xff\xfe", NO_LIST + "Invalid JSON"),
         ("[" * 100_000, NO_LIST + "Invalid JSON: recursion limit exceeded"),
-        ('{"info": []}', NO_LIST + "info Input should be an object"),
         (features({"names": [1, 2, 3]}), NO_LIST + "names.0 Input should be a valid string"),
         (features({"names": ["cat", "dog"]}), "row 2 of .*train.parquet' has label 2, allowed is 0 … 1"),
         (

@@ -15,27 +15,13 @@ from raypkg.cli import main
 from raypkg.core.errors import UserError, redacted
 from raypkg.core.settings import Dataset, Experiment, Training
 from raypkg.runs.catalog import GOING, state_of
-from raypkg.runs.folder import RunFolder, check_name, create, discard, environment
+from raypkg.runs.folder import RunFolder, check_name, create, environment
 from raypkg.runs.storage import Storage
 
-BAD_NAMES = [
-    "#x",
-    "%2e%2e",
-    "a%2F..%2F..%2Fevil",
-    "?a",
-    "-x",
-    ".x",
-    "..",
-    "a/b",
-    "a b",
-    "a\n",
-    "",
-    "x\u202ey",
-    "\udcff",
-]
+BAD_NAMES = ["#x", "%2e%2e", "a%2F..%2Fx", "?a", "-x", "..", "a/b", "a b", "a\n", "", "x\u202ey", "\udcff", "a:b"]
 
 
-@pytest.mark.parametrize("name", [*BAD_NAMES, "a:b", "a\\b", "$(x)", "x" * 101, "x.part"])
+@pytest.mark.parametrize("name", [*BAD_NAMES, "a\\b", "x" * 101, "x.part"])
 def test_a_name_that_could_be_read_as_more_than_a_name_is_refused(name, tmp_path):
     for root in (str(tmp_path), f"file://{tmp_path}"):
         with pytest.raises(UserError, match=r"1 to 100 letters, digits or"):
@@ -50,12 +36,6 @@ def test_other_names_are_folders_of_that_name(name, tmp_path):
         assert folder.name == name
     assert (tmp_path / "a" / "train" / name).is_dir() and (tmp_path / "b" / "train" / name).is_dir()
     check_name(name)
-
-
-def test_names_below_a_uri_are_never_read_as_part_of_it(tmp_path):
-    storage = Storage(f"file://{tmp_path}") / "a#b" / "c%2Fd"
-    storage.write("x", b"1")
-    assert (tmp_path / "a#b" / "c%2Fd" / "x").read_bytes() == b"1"
 
 
 def _create(root, number):
@@ -85,14 +65,6 @@ def test_settings_with_credentials_are_not_kept(tmp_path):
     with pytest.raises(UserError, match="credentials in its URI") as told:
         create(str(tmp_path), "train", "one", Experiment(dataset=dataset))
     assert "SECRET" not in str(told.value) and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", [None, "one"])
-def test_a_root_that_is_a_file_is_told_at_once(tmp_path, name):
-    (tmp_path / "train").touch()
-    for root in (tmp_path, tmp_path / "train"):
-        with pytest.raises(UserError, match=r"cannot write '.*/train.*': (File exists|Not a directory)"):
-            create(str(root), "train", name, Experiment())
 
 
 def test_a_folder_that_is_deleted_while_a_run_is_made_below_it_is_made_again(tmp_path, monkeypatch):
@@ -128,14 +100,6 @@ class Remote(Storage):
     def _upload(self, path, content):
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # which object stores do not need
         super()._upload(path, content)
-
-
-def test_of_several_makers_on_an_object_store_none_is_a_second(tmp_path):
-    first, second = Remote(str(tmp_path), "one"), Remote(str(tmp_path), "one")
-    assert first.claim() and not second.claim()
-    first.write("config.toml", b"seed = 1")
-    first.settle()
-    assert first.list() == ["config.toml"] and not second.claim()
 
 
 def test_two_claims_at_once_both_give_way(tmp_path):
@@ -185,25 +149,6 @@ def test_a_file_that_a_later_phase_wrote_anew_is_that_phases(run):
     run.storage.write("model.safetensors", b"weights")
     with pytest.raises(UserError, match="that phase 'more' left"):
         run.phase("more")
-
-
-def test_a_finished_run_knows_its_files(run):
-    run.finish({"phases": [], "samples": 1, "coreset": None, "seconds": 0, "elapsed": 0, "full_training_backward": 0})
-    run.check("model.safetensors")
-    run.check("something else")
-    run.storage.write("model.safetensors", b"other weights")
-    with pytest.raises(UserError, match="has been changed or cut short: it is not the one that run 'one' left"):
-        run.check("model.safetensors")
-    run.note_change("model.safetensors")
-    run.check("model.safetensors")
-
-
-def test_a_folder_is_discarded_with_the_empty_one_around_it(tmp_path):
-    discard(create(str(tmp_path), "train", "one", Experiment()).storage)
-    assert not list(tmp_path.iterdir())
-    create(str(tmp_path), "train", "one", Experiment())
-    discard(create(str(tmp_path), "train", "two", Experiment()).storage)
-    assert [path.name for path in (tmp_path / "train").iterdir()] == ["one"]
 
 
 def test_credentials_are_neither_printed_nor_kept(monkeypatch):

@@ -34,16 +34,13 @@ def test_images_and_rows_by_hand():
         (ROWS, Y[:1], r"y is int64 \[1\], needed"),
         (ROWS[:0], Y[:0], r"x is empty: \[0, 2\]"),
         (torch.tensor([[0.0, 1], [torch.nan, 0]]), Y, "row 1 of x holds NaN or infinity"),
-        (torch.tensor([[torch.inf, 1], [0, 0]]), Y, "row 0 of x holds NaN or infinity"),
         (ROWS.double() * 1e300, Y, "row 0 of x holds NaN or infinity, or a number beyond float32"),
         (ROWS.tolist(), Y, "x is a list, needed is a tensor or a NumPy array"),
-        (ROWS, Y.tolist(), "y is a list, needed is a tensor or a NumPy array"),
         (ROWS.to_sparse(), Y, r"x is a tensor of layout torch.sparse_coo, needed is a dense one"),
         (ROWS.numpy().astype(object), Y, r"x is object \[2, 2\], needed is uint8"),
         (ROWS.numpy(), np.array([False, True]), r"y is bool \[2\], needed are integers"),
         (ROWS.numpy(), np.array([0, 2**64 - 1], np.uint64), "labels run from 0 to 18446744073709551615 but none is 1"),
         (ROWS, torch.tensor([0, 2]), "labels run from 0 to 2 but none is 1"),
-        (ROWS, torch.tensor([-1, 0]), "labels run from -1 to 0 but none is 1"),
     ],
 )
 def test_refused_arrays(x, y, message):
@@ -86,12 +83,8 @@ def test_arrays_give_what_tensors_give(x):
     split = Split.from_tensors(read_only(x.numpy().copy()), read_only(Y.numpy().copy()))
     for a, b in zip(split.batch([1, 0]), expected.batch([1, 0]), strict=True):
         assert a.equal(b) and a.stride() == b.stride()
-    assert (split.shape, split.mean, split.std, split.classes) == (
-        expected.shape,
-        expected.mean,
-        expected.std,
-        expected.classes,
-    )
+    for fact in ("shape", "mean", "std", "classes"):
+        assert getattr(split, fact) == getattr(expected, fact)
 
 
 def test_a_portable_shard_needs_no_file(tmp_path):

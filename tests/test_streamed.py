@@ -293,20 +293,6 @@ def test_a_damaged_block_is_refused(split, tmp_path, place):
         split.batch(torch.arange(N))
 
 
-def test_a_cache_folder_that_cannot_be_created(split, stream, tmp_path):
-    stream.cache.parent.mkdir(exist_ok=True)
-    stream.cache.write_text("a file where the folder of copies would be")
-    with pytest.raises(UserError, match=r"cannot copy 2 samples to "):
-        at_hand(split, torch.tensor([1, 2]))
-
-
-def test_a_missing_bucket(source, bucket, tmp_path):
-    address = bucket("stores").replace("//bucket", "//nobodys")
-    with pytest.raises(UserError, match=r"store .*nobodys.*") as told:
-        load_data(source, cache=Stream(address, 4, tmp_path / "cache"))
-    assert "\n" not in str(told.value)
-
-
 def test_a_failed_block_is_requested_again():
     answers = iter([UserError("busy"), pa.record_batch({"x": [1]})])
 

@@ -12,8 +12,6 @@ from raypkg.data.split import Split
 from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
-from raypkg.runs.checkpoints import StoredCheckpoints
-from raypkg.runs.storage import Storage
 
 SAMPLES = 66  # in batches of 33: two workers have 17 and 16 of each, so as many parts are not of one size
 PLAIN = {"epochs": 3, "batch_size": 33, "lr": 0.1, "precision": "float64"}
@@ -196,24 +194,3 @@ def test_matrices_alone_decay(optimizer):
     run = trained([Noted(scale=0.0)], **frozen)
     for name, w in run.model.named_parameters():
         assert torch.allclose(w, 0.95 * start[name], rtol=0, atol=1e-12), name
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_stopped_and_resumed_with_groups_equals_never_stopped(tmp_path, optimizer):
-    settings = {"decay": "matrices", "weight_decay": 0.1, "optimizer": optimizer, "clip": 0.5, "micro_batch": 7}
-    places = StoredCheckpoints(Storage(str(tmp_path)))
-    stopped = Run.simple(network(), split(), Training(**PLAIN | settings), coreset=weighted())
-    stopped.last = 2
-    fit(stopped, checkpoints=places)
-    resumed = trained(checkpoints=places, **settings)
-    assert resumed.epoch == 3
-    assert torch.equal(weights_of(trained(**settings)), weights_of(resumed))
-
-
-def test_a_model_of_matrices_alone_decays_in_both_ways_alike():
-    def last(decay):
-        torch.manual_seed(1)
-        model = nn.Linear(6, 3, bias=False)
-        return weights_of(fit(Run.simple(model, split(), Training(**PLAIN | {"decay": decay}))))
-
-    assert torch.equal(last("all"), last("matrices"))

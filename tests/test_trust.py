@@ -65,19 +65,23 @@ def test_code_of_ones_own_and_trusted_code_is_accepted(stored, monkeypatch, name
     assert resolve.stored_settings(folder)["model"]["name"] == name
 
 
-def test_code_is_found_wherever_it_is_named(stored, of_somebody_else, tmp_path):
-    text = 'seed = 1\n[[hooks]]\nname = "ema"\n[hooks.options]\ninner = ["my_code:ema"]\n'
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ('[[hooks]]\nname = "ema"\n[hooks.options]\ninner = ["my_code:ema"]\n', "my_code:ema"),
+        ('[[hooks]]\nname = "torchvision:x"\n', "torchvision:x"),  # a name of another registry
+        ('[select.target]\nname = "my_code:few"\n', "my_code:few"),
+        ('[select.target]\nname = "table:few"\n', None),
+    ],
+)
+def test_code_is_found_wherever_it_is_named(stored, of_somebody_else, text, code):
     storage = stored("resnet8").storage
     storage.write("config.toml", text.encode())
-    with pytest.raises(UserError, match="names code, 'my_code:ema'"):
-        resolve.stored_settings(RunFolder(storage))
-
-
-def test_names_of_one_registry_are_code_to_another(stored, of_somebody_else):
-    storage = stored("resnet8").storage
-    storage.write("config.toml", b'[[hooks]]\nname = "torchvision:x"\n')
-    with pytest.raises(UserError, match="names code, 'torchvision:x'"):
-        resolve.stored_settings(RunFolder(storage))
+    if code is None:
+        assert resolve.stored_settings(RunFolder(storage))
+    else:
+        with pytest.raises(UserError, match=f"names code, '{code}'"):
+            resolve.stored_settings(RunFolder(storage))
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o602])
@@ -169,12 +173,3 @@ def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, 
         main(["tune", "train", "--resume", "one"])
     assert "space.py is not your own alone and would be run as code" in capsys.readouterr().err
     assert not Path("imported").exists()
-
-
-def test_a_target_is_named_as_a_data_set_is(stored, of_somebody_else):
-    storage = stored("resnet8").storage
-    storage.write("config.toml", b'seed = 1\n[select.target]\nname = "table:few"\n')
-    assert resolve.stored_settings(RunFolder(storage))["select"]["target"] == {"name": "table:few"}
-    storage.write("config.toml", b'seed = 1\n[select.target]\nname = "my_code:few"\n')
-    with pytest.raises(UserError, match="names code, 'my_code:few'"):
-        resolve.stored_settings(RunFolder(storage))

@@ -83,30 +83,8 @@ def test_a_space_of_too_many_values_is_refused_before_they_are_tried():
         check_space(space, check)
 
 
-@pytest.mark.parametrize(
-    ("domain", "message"),
-    [
-        ("tune.sample_from(lambda spec: sys.exit(3))", "nothing can be drawn for seed: 3"),
-        ("tune.sample_from(lambda spec: 1 / 0)", "nothing can be drawn for seed: division by zero"),
-        ("tune.choice([])", "nothing can be drawn for seed: "),
-        ("tune.randint(5, 5)", "nothing can be drawn for seed: "),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused(domain, message):
-    text = (
-        f"import sys\nfrom ray import tune\nMETRIC, MODE = 'accuracy', 'max'\ndef space(): return {{'seed': {domain}}}"
-    )
-    with pytest.raises(UserError, match=f"space 'mine.py': {message}"):
-        read_space(text, "mine.py")
-
-
 def test_ray_is_confined_before_a_space_imports_it():
     code = "from raypkg.studies.space import open_space; open_space('crest')"
     environment = {name: value for name, value in os.environ.items() if name != LOOPBACK}
     ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
     assert "Ray was imported before effray" not in ended.stderr
-
-
-def test_a_name_that_no_file_can_have():
-    with pytest.raises(UserError, match=r"cannot read the space 'x+….*File name too long"):
-        open_space("x" * 5000 + ".py")

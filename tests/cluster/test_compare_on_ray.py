@@ -4,14 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pyarrow.parquet as pq
 import pytest
 
-from raypkg.cli import main
+from ray_runs import effray, wait_for
 
-pytestmark = pytest.mark.ray
 TABLE = """
 from raypkg.studies.tables import Table
 
@@ -33,10 +31,7 @@ def compared(tmp_path):
     (tmp_path / "mine.py").write_text(TABLE)
 
     def compared(name, *arguments):
-        line = ["compare", str(tmp_path / "mine.py"), "--root", str(tmp_path), "--name", name, *arguments]
-        with pytest.raises(SystemExit) as ended:
-            main(line)
-        assert not ended.value.code
+        effray("compare", tmp_path / "mine.py", "--root", tmp_path, "--name", name, *arguments)
         rows = pq.read_table(tmp_path / "tune" / name / "results.parquet").to_pylist()
         return {(row["row"], row["seed"]): row["test_accuracy"] for row in rows if row["state"] == "done"}
 
@@ -53,9 +48,7 @@ def test_what_a_killed_driver_had_finished_is_not_run_again(compared, tmp_path):
         [*command, "--root", str(tmp_path), "--name", "k"], start_new_session=True, stdout=subprocess.DEVNULL
     )
     try:
-        while not list(tmp_path.glob("train/k-*/summary.json")):
-            assert driver.poll() is None
-            time.sleep(0.1)
+        wait_for(lambda: list(tmp_path.glob("train/k-*/summary.json")), driver)
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()

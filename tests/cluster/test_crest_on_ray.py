@@ -2,10 +2,8 @@
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from raypkg.cli import main
+from ray_runs import effray, run, same_weights
 
 PLAIN = [
     "--model", "mlp", "--train.precision", "float32", "--train.batch_size", "64", "--train.epochs", "10",
@@ -14,18 +12,13 @@ PLAIN = [
 MODEL = ("--crest.tau", "0.1", "--crest.h", "3")
 
 
-def run(root, name, *options, model=MODEL):
-    with pytest.raises(SystemExit) as ended:
-        main(["crest", "--root", str(root), "--name", name, *PLAIN, *model, *options])
-    assert ended.value.code in (0, None)
-    return root / "crest" / name
+def crest(root, name, *options, model=MODEL):
+    return run(root, "crest", name, *PLAIN, *model, *options)
 
 
 def same(a, b, tolerance):
     """Compare weights to the tolerance, ρ to ten times that, and picks exactly."""
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (a, b))
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=tolerance)
+    same_weights(a, b, tolerance)
     checks = [pq.read_table(folder / "crest.parquet").to_pandas() for folder in (a, b)]
     assert checks[0].step.equals(checks[1].step)
     assert (checks[0].rho - checks[1].rho).abs().max() <= 10 * tolerance
@@ -36,8 +29,8 @@ def same(a, b, tolerance):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    in_line = run(root, "in-line", "--cluster.workers", "0")
-    overlapped = run(root, "overlapped", "--cluster.workers", "0", "--crest.overlap", "true")
+    in_line = crest(root, "in-line", "--cluster.workers", "0")
+    overlapped = crest(root, "overlapped", "--cluster.workers", "0", "--crest.overlap", "true")
     return {"false": in_line, "true": overlapped}
 
 
@@ -45,16 +38,14 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(("workers", "actors", "tolerance"), [("2", "0", 1e-4), ("1", "2", 1e-6)])
 def test_workers_and_actors_choose_and_train_as_one_process(ray, alone, tmp_path, workers, actors, tolerance, overlap):
     options = ("--cluster.workers", workers, "--crest.actors", actors, "--crest.overlap", overlap)
-    same(alone[overlap], run(tmp_path, "others", *options), tolerance)
+    same(alone[overlap], crest(tmp_path, "others", *options), tolerance)
 
 
 @pytest.mark.parametrize("options", [("--cluster.workers", "2"), ("--cluster.workers", "1", "--crest.actors", "2")])
 def test_without_a_local_model_too(ray, tmp_path, options):
-    alone = run(tmp_path, "alone", "--cluster.workers", "0", model=())
-    others = run(tmp_path, "others", *options, model=())
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (alone, others))
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-4)
+    alone = crest(tmp_path, "alone", "--cluster.workers", "0", model=())
+    others = crest(tmp_path, "others", *options, model=())
+    same_weights(alone, others, tolerance=1e-4)
     # Of two medoids with equal gain, either may come first: a step's samples are the same.
     by_step = [("update", "ascending"), ("index", "ascending")]
     picks = [pq.read_table(folder / "minibatches.parquet").sort_by(by_step) for folder in (alone, others)]
@@ -64,13 +55,11 @@ def test_without_a_local_model_too(ray, tmp_path, options):
 def test_a_killed_actor_changes_nothing(ray, alone, tmp_path):
     marker = tmp_path / "killed"
     source = ["--dataset", "sabotage:load_and_kill_actor", "--set", f"dataset.options.marker={marker}"]
-    disturbed = run(tmp_path, "disturbed", *source, "--cluster.workers", "1", "--crest.actors", "2")
+    disturbed = crest(tmp_path, "disturbed", *source, "--cluster.workers", "1", "--crest.actors", "2")
     assert marker.exists()
     same(alone["false"], disturbed, tolerance=1e-6)
 
 
 def test_more_actors_than_room_is_one_line(ray, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["crest", "--root", str(tmp_path), *PLAIN, "--cluster.workers", "2", "--crest.actors", "2"])
-    assert ended.value.code == 2
+    effray("crest", "--root", tmp_path, *PLAIN, "--cluster.workers", "2", "--crest.actors", "2", code=2)
     assert "crest.actors = 2, but the training workers leave 1 CPUs" in capsys.readouterr().err

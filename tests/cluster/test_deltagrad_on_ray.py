@@ -4,18 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from raypkg.cli import main
+from ray_runs import effray, same_weights
 
 OPTIONS = ["--dataset", "libsvm:rows.svm", "--train.epochs", "20", "--train.batch_size", "4096"]
 ROWS = 4000  # of which more than 2,048 are asked of the actors at once
-
-
-def effray(*line):
-    with pytest.raises(SystemExit) as ended:
-        main(["deltagrad", *line])
-    assert ended.value.code in (0, None)
 
 
 @pytest.fixture
@@ -29,18 +22,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "runs/deltagrad"
 
 
-def weights(run):
-    return np.concatenate([value.ravel() for _, value in sorted(load_file(run / "model.safetensors").items())])
-
-
 def test_workers_and_actors_change_nothing(ray, folder, capsys):
     for name, workers in {"alone": "0", "two": "2"}.items():
-        effray("train", "--name", name, *OPTIONS, "--cluster.workers", workers)
-        effray("delete", name, "--ids", "1,2,3,4,5", "--cluster.workers", workers)
-    alone, two = (weights(folder / name) for name in ("alone", "two"))
-    np.testing.assert_allclose(two, alone, rtol=0, atol=1e-12)
+        effray("deltagrad", "train", "--name", name, *OPTIONS, "--cluster.workers", workers)
+        effray("deltagrad", "delete", name, "--ids", "1,2,3,4,5", "--cluster.workers", workers)
+    same_weights(folder / "alone", folder / "two", tolerance=1e-12)
     capsys.readouterr()
-    effray("verify", "two", "--cluster.workers", "2")
+    effray("deltagrad", "verify", "two", "--cluster.workers", "2")
     distance = next(line for line in capsys.readouterr().out.splitlines() if "distance of" in line)
     assert float(distance.split()[4]) < 1e-3
     entry = json.loads((folder / "two/log.jsonl").read_text().splitlines()[-1])

@@ -5,15 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from raypkg.cli import main
+from ray_runs import effray, picks, run, same_weights, wait_for
 
 TINY = [
     "--model", "mlp", "--train.precision", "float32", "--pretrain.precision", "float32",
@@ -22,57 +18,43 @@ TINY = [
 ]  # fmt: skip
 
 
-def run(root: Path, name: str, *options: str) -> Path:
-    with pytest.raises(SystemExit) as ended:
-        main(["lipt", "--root", str(root), "--name", name, *TINY, *options])
-    assert ended.value.code in (0, None)
-    return root / "lipt" / name
+def lipt(root: Path, name: str, *options: str) -> Path:
+    return run(root, "lipt", name, *TINY, *options)
 
 
-def same_weights(a: Path, b: Path, file: str, tolerance: float) -> None:
-    ours, theirs = load_file(a / file), load_file(b / file)
-    for name, value in ours.items():
-        assert torch.allclose(value, theirs[name], rtol=0, atol=tolerance), (file, name)
-
-
-def same_coreset(a: Path, b: Path) -> None:
-    assert pq.read_table(a / "coreset.parquet")["index"].equals(pq.read_table(b / "coreset.parquet")["index"])
-
-
-def same_result(a: Path, b: Path, tolerance: float) -> None:
-    same_weights(a, b, "pretrained.safetensors", tolerance)
-    same_weights(a, b, "model.safetensors", tolerance)
-    same_coreset(a, b)
+def same_result(a: Path, b: Path, tolerance: float, merged: float | None = None) -> None:
+    """Compare merged weights and the last ones, each to a tolerance, and the coreset exactly."""
+    same_weights(a, b, tolerance if merged is None else merged, "pretrained.safetensors")
+    same_weights(a, b, tolerance)
+    assert picks(a) == picks(b)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(ray, tmp_path_factory):
-    return run(tmp_path_factory.mktemp("runs"), "one", "--cluster.workers", "1")
+    return lipt(tmp_path_factory.mktemp("runs"), "one", "--cluster.workers", "1")
 
 
 @pytest.mark.parametrize("workers", ["2", "3"])
 def test_any_number_of_workers_gives_the_same_models_and_coreset(undisturbed, tmp_path, workers):
-    """Merged weights to 1e-6, main weights to 1e-4 (sums of gradients in another order), the coreset exactly."""
-    other = run(tmp_path, "other", "--cluster.workers", workers)
+    """Main weights to 1e-4: sums of gradients have another order."""
+    other = lipt(tmp_path, "other", "--cluster.workers", workers)
     assert json.loads((other / "summary.json").read_text())["workers"] == int(workers)
-    same_weights(undisturbed, other, "pretrained.safetensors", tolerance=1e-6)
-    same_weights(undisturbed, other, "model.safetensors", tolerance=1e-4)
-    same_coreset(undisturbed, other)
+    same_result(undisturbed, other, tolerance=1e-4, merged=1e-6)
 
 
 @pytest.mark.slow
 def test_batch_norm_and_bfloat16_keep_the_merged_model_and_the_coreset(ray, tmp_path):
     """Each model trains on one worker, and each class is scored by itself: only the merge's sums change order."""
     precise = ["--model", "resnet8", "--pretrain.precision", "bfloat16"]
-    one, three = (run(tmp_path, name, *precise, "--cluster.workers", name) for name in ("1", "3"))
-    same_weights(one, three, "pretrained.safetensors", tolerance=1e-6)
-    same_coreset(one, three)
+    one, three = (lipt(tmp_path, name, *precise, "--cluster.workers", name) for name in ("1", "3"))
+    same_weights(one, three, 1e-6, "pretrained.safetensors")
+    assert picks(one) == picks(three)
 
 
 @pytest.mark.parametrize(("phase", "workers"), [("pretrain", "1"), ("select", "1"), ("train", "2")])
 def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, phase, workers):
     options = [f"--set=dataset.options.run={tmp_path}/lipt/hit", f"--set=dataset.options.phase={phase}"]
-    folder = run(tmp_path, "hit", "--dataset", "sabotage:load", *options, "--cluster.workers", workers)
+    folder = lipt(tmp_path, "hit", "--dataset", "sabotage:load", *options, "--cluster.workers", workers)
     assert (folder / "killed").exists()  # a worker did die
     same_result(undisturbed, folder, tolerance=0 if workers == "1" else 1e-4)
 
@@ -85,24 +67,12 @@ def test_a_killed_driver_resumes_from_the_last_epoch(undisturbed, tmp_path):
         wait_for(lambda: len(list(checkpoints.glob("*.pt"))) > 0, driver)
         os.kill(driver.pid, signal.SIGKILL)
     assert not (tmp_path / "lipt/one/summary.json").exists()
-    with pytest.raises(SystemExit) as ended:
-        main(["lipt", "--root", str(tmp_path), "--resume", "one"])
-    assert ended.value.code in (0, None)
+    effray("lipt", "--root", tmp_path, "--resume", "one")
     same_result(undisturbed, tmp_path / "lipt/one", tolerance=0)
 
 
-def wait_for(condition, process, seconds=180):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the driver ended before it could be killed"
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_more_workers_than_cpus_is_one_line(ray, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["lipt", "--root", str(tmp_path), *TINY, "--cluster.workers", "64"])
-    assert ended.value.code == 2
+    effray("lipt", "--root", tmp_path, *TINY, "--cluster.workers", "64", code=2)
     error = capsys.readouterr().err
     assert error.startswith("effray: 64 workers of 1 CPU and 0 GPU do not fit the cluster, which has 3 CPU")
     assert error.count("\n") == 1
@@ -110,10 +80,6 @@ def test_more_workers_than_cpus_is_one_line(ray, tmp_path, capsys):
 
 
 def test_a_user_error_inside_a_worker_is_one_line(ray, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["lipt", "--root", str(tmp_path), *TINY, "--train.lr", "1e30", "--cluster.workers", "2"])
-    assert ended.value.code == 2
+    effray("lipt", "--root", tmp_path, *TINY, "--train.lr", "1e30", "--cluster.workers", "2", code=2)
     error = capsys.readouterr().err
-    assert "the loss became" in error
-    assert "phase 'train'" in error
-    assert error.count("\n") == 1
+    assert "the loss became" in error and "phase 'train'" in error and error.count("\n") == 1

@@ -6,7 +6,6 @@ Simulated nodes are processes of one machine, each with a cache folder of its ow
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +16,7 @@ from pyarrow import fs
 from safetensors.numpy import load
 
 import samples
+from ray_runs import wait_for
 from raypkg.cluster.session import prepare
 from raypkg.core.address import opened
 from raypkg.data import load_data
@@ -99,14 +99,10 @@ class Machine:
         assert process.returncode == 0, printed
 
 
-def await_checkpoints(storage, count, process):
-    """Return once a run's training has left so many checkpoints, or has kept only a later one."""
-    while process.poll() is None:
-        names = storage.list("checkpoints/train")
-        if len(names) >= count:
-            return
-        time.sleep(0.1)
-    raise AssertionError(process.communicate()[0])
+def kill_when(ready, process):
+    wait_for(ready, process, seconds=500)
+    process.kill()
+    process.communicate()
 
 
 def same(here, there):
@@ -138,12 +134,10 @@ def test_a_run_in_a_bucket_survives_its_driver_and_a_node(
     run = store / kind / "run"
     by_blocks = f"--dataset.streamed {bucket('stores')}" if streamed else ""
     process = outside.start(f"{line} --dataset parquet:{bucket_of_digits} --root {store.root} {by_blocks}")
-    await_checkpoints(run, 1, process)
-    process.kill()
-    process.communicate()
+    kill_when(lambda: run.list("checkpoints/train"), process)
 
     process = outside.start(f"{kind} --resume run --root {store.root}")
-    await_checkpoints(run, 1, process)
+    wait_for(lambda: run.list("checkpoints/train"), process, seconds=500)
     lost = next(node for node in cluster.worker_nodes)
     cluster.remove_node(lost, allow_graceful=False)
     another()
@@ -164,9 +158,7 @@ def test_a_set_that_no_node_holds(digits, bucket_of_digits, nodes, bucket, tmp_p
     process = outside.start(
         f"{TRAIN} --dataset parquet:{bucket_of_digits} {blocks} {bucket('stores')} --root {store.root}"
     )
-    await_checkpoints(run, 1, process)
-    process.kill()
-    process.communicate()
+    kill_when(lambda: run.list("checkpoints/train"), process)
     outside.run(f"train --resume run --root {store.root}")
     same(Storage(f"{tmp_path}/runs/train/run"), run)
     for number in (0, 1):
@@ -187,15 +179,6 @@ def test_a_node_that_cannot_import_is_told_in_one_line(line, bucket_of_digits, n
     assert len(told) == 1 and "Traceback" not in printed, printed
 
 
-def killed_when(ready, process):
-    """Kill a command once something is there."""
-    while not ready():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
-
-
 def test_a_selection_on_two_nodes(digits, bucket_of_digits, nodes, bucket, tmp_path):
     cluster, _ = nodes
     at_home = Machine(tmp_path / "home")
@@ -209,7 +192,7 @@ def test_a_selection_on_two_nodes(digits, bucket_of_digits, nodes, bucket, tmp_p
     at_home.run(f"{select} --dataset parquet:{digits} --root {here.root}")
     run = there / "select/picks"
     process = outside.start(f"{select} --dataset parquet:{bucket_of_digits} --root {there.root}")
-    killed_when(lambda: "config.toml" in run.list(), process)
+    kill_when(lambda: "config.toml" in run.list(), process)
     outside.run(f"select --resume picks --root {there.root}")
     picks = [pq.read_table(pa.BufferReader((root / "select/picks").read("coreset.parquet"))) for root in (here, there)]
     assert set(picks[0]["index"].to_pylist()) == set(picks[1]["index"].to_pylist())
@@ -228,9 +211,9 @@ def test_deltagrad_on_two_nodes(digits, bucket_of_digits, nodes, tmp_path):
     at_home.run(delete)
     run = outside.folder / "runs/deltagrad/people"
     process = outside.start(f"{train} --dataset parquet:{bucket_of_digits}")
-    killed_when(lambda: (run / "metrics.parquet").exists() or list(run.glob("versions/*/*")), process)
+    kill_when(lambda: (run / "metrics.parquet").exists() or list(run.glob("versions/*/*")), process)
     outside.run("deltagrad train --resume people")
     process = outside.start(delete)
-    killed_when(lambda: (run / "versions/00001").exists() or list(run.glob("versions/*.part")), process)
+    kill_when(lambda: (run / "versions/00001").exists() or list(run.glob("versions/*.part")), process)
     outside.run(delete)
     same(*(Storage(f"{machine.folder}/runs/deltagrad/people") for machine in (at_home, outside)))

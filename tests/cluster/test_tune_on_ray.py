@@ -10,7 +10,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from raypkg.cli import main
+from ray_runs import effray, wait_for
 from wandb_records import records
 
 KINDS = ("run", "history", "summary", "exit")
@@ -27,12 +27,6 @@ TINY = ["--model", "mlp", "--train.precision", "float32", "--train.epochs", "4",
 def space(tmp_path):
     (tmp_path / "space.py").write_text(SPACE)
     return str(tmp_path / "space.py")
-
-
-def run(*arguments, code=0):
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert (ended.value.code or 0) == code
 
 
 def results(root, name="s"):
@@ -70,7 +64,7 @@ def check_wandb(written, row):
 
 def test_a_sweep_of_single_processes(ray, tmp_path, space, capsys):
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "6", "--track", "wandb", *TINY]
-    run("tune", "train", *options)
+    effray("tune", "train", *options)
     rows = results(tmp_path)
     assert [row["trial"] for row in rows] == list(range(6))
     assert {row["state"] for row in rows} <= {"done", "stopped"}
@@ -82,11 +76,11 @@ def test_a_sweep_of_single_processes(ray, tmp_path, space, capsys):
         check_wandb(records(file), row)
     best = next(row for row in rows if f"best: {row['run']}" in out)
     assert best["accuracy"] == max(row["accuracy"] for row in rows if row["state"] == "done")
-    run("show", "--root", tmp_path, "s-000")
-    run("show", "--root", tmp_path, "s")
+    effray("show", "--root", tmp_path, "s-000")
+    effray("show", "--root", tmp_path, "s")
     assert f"best: {best['run']}" in capsys.readouterr().out
     config = tmp_path / "tune/s/best.toml"
-    run("train", "--root", tmp_path, "--config", config, "--name", "again", "--cluster.workers", "0")
+    effray("train", "--root", tmp_path, "--config", config, "--name", "again", "--cluster.workers", "0")
     again = json.loads((tmp_path / "train/again/summary.json").read_text())
     assert again["test_accuracy"] == best["test_accuracy"]  # the trial was the same run
 
@@ -94,7 +88,7 @@ def test_a_sweep_of_single_processes(ray, tmp_path, space, capsys):
 @pytest.mark.parametrize("scheduler", ["hyperband", "median", "fifo"])
 def test_every_scheduler_ends_every_trial(ray, tmp_path, space, scheduler):
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "5", "--scheduler", scheduler, *TINY]
-    run("tune", "train", *options)
+    effray("tune", "train", *options)
     states = [row["state"] for row in results(tmp_path)]
     assert len(states) == 5 and "done" in states and set(states) <= {"done", "stopped"}
     if scheduler == "fifo":
@@ -102,7 +96,7 @@ def test_every_scheduler_ends_every_trial(ray, tmp_path, space, scheduler):
 
 
 def test_a_stopped_trial_of_several_workers_closes_its_files(ray, tmp_path):
-    run("tune", "train", *grid(tmp_path, 0.2, 1e-5, 1e-6), "--cluster.workers", "2", "--track", "wandb")
+    effray("tune", "train", *grid(tmp_path, 0.2, 1e-5, 1e-6), "--cluster.workers", "2", "--track", "wandb")
     rows = results(tmp_path)
     assert rows[0]["state"] == "done" and "stopped" in {row["state"] for row in rows[1:]}
     for row in rows:
@@ -115,7 +109,7 @@ def test_lipt_with_as_many_workers_a_trial_as_there_are_cpus(ray, tmp_path):
     small = ["--pretrain.models", "4", "--pretrain.epochs", "2", "--pretrain.batch_size", "32"]
     options = ["--root", tmp_path, "--name", "s", "--samples", "2", "--cluster.workers", "3", "--scheduler", "fifo"]
     (tmp_path / "space.py").write_text(SPACE.replace("train.lr", "pretrain.lr"))
-    run("tune", "lipt", *options, *TINY, *small, "--space", tmp_path / "space.py")
+    effray("tune", "lipt", *options, *TINY, *small, "--space", tmp_path / "space.py")
     assert [row["state"] for row in results(tmp_path)] == ["done", "done"]
     for number in range(2):
         summary = json.loads((tmp_path / f"lipt/s-{number:03d}/summary.json").read_text())
@@ -124,18 +118,18 @@ def test_lipt_with_as_many_workers_a_trial_as_there_are_cpus(ray, tmp_path):
 
 def test_requests_that_cannot_be_met_are_refused(ray, tmp_path, space, capsys):
     options = ["tune", "train", "--root", tmp_path, "--name", "s", "--space", space, *TINY]
-    run(*options, "--cluster.workers", "4", code=2)
+    effray(*options, "--cluster.workers", "4", code=2)
     assert "4 workers of 1 CPU and 0 GPU do not fit the cluster" in capsys.readouterr().err
-    run(*options, "--cluster.workers", "2", "--concurrent", "2", code=2)
+    effray(*options, "--cluster.workers", "2", "--concurrent", "2", code=2)
     assert "--concurrent 2: the cluster has room for 1 trials of 2 processes" in capsys.readouterr().err
-    run("tune", "crest", "--root", tmp_path, "--cluster.workers", "2", "--crest.actors", "2", code=2)
+    effray("tune", "crest", "--root", tmp_path, "--cluster.workers", "2", "--crest.actors", "2", code=2)
     assert "a trial of 2 workers and 2 actors does not fit" in capsys.readouterr().err
     assert not list(tmp_path.glob("t*/*"))
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median"])
 def test_a_failing_trial_does_not_disturb_others(ray, tmp_path, scheduler, capsys):
-    run("tune", "train", *grid(tmp_path, 0.1, 1e30, 0.2), "--scheduler", scheduler)
+    effray("tune", "train", *grid(tmp_path, 0.1, 1e30, 0.2), "--scheduler", scheduler)
     rows = results(tmp_path)
     assert rows[1]["state"] == "failed" and "the loss became" in rows[1]["error"]
     assert {rows[0]["state"], rows[2]["state"]} <= {"done", "stopped"}
@@ -146,7 +140,7 @@ def test_a_failing_trial_does_not_disturb_others(ray, tmp_path, scheduler, capsy
 def test_a_killed_trial_resumes_from_its_last_epoch(ray, tmp_path, space, workers):
     source = ["--dataset", "sabotage:load_and_kill_once", "--set", f"dataset.options.marker={tmp_path}/killed"]
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "2", "--scheduler", "fifo", *TINY]
-    run("tune", "train", *options, *source, "--cluster.workers", workers)
+    effray("tune", "train", *options, *source, "--cluster.workers", workers)
     assert (tmp_path / "killed").exists()  # somebody did die
     rows = results(tmp_path)
     assert [(row["trial"], row["state"], row["epochs"]) for row in rows] == [(0, "done", 4), (1, "done", 4)]
@@ -155,7 +149,7 @@ def test_a_killed_trial_resumes_from_its_last_epoch(ray, tmp_path, space, worker
 def test_a_trial_that_dies_while_its_workers_start_leaves_their_cpus_free(ray, tmp_path, space):
     source = ["--dataset", "sabotage:load_and_kill_trial", "--set", f"dataset.options.marker={tmp_path}/killed"]
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "1", "--scheduler", "fifo", *TINY]
-    run("tune", "train", *options, *source, "--cluster.workers", "3")
+    effray("tune", "train", *options, *source, "--cluster.workers", "3")
     assert (tmp_path / "killed").exists()
     assert [row["state"] for row in results(tmp_path)] == ["done"]
 
@@ -170,7 +164,7 @@ def test_a_killed_driver_is_resumed_and_no_done_trial_runs_twice(ray, tmp_path, 
     done = {file.parent.name for file in tmp_path.glob("train/*/summary.json")}
     before, written = started(tmp_path), {name: (tmp_path / "train" / name / "summary.json").stat() for name in done}
     assert 2 <= len(done) < 5
-    run("tune", "train", "--root", tmp_path, "--resume", "s")
+    effray("tune", "train", "--root", tmp_path, "--resume", "s")
     assert [(row["trial"], row["state"], row["epochs"]) for row in results(tmp_path)] == [
         (number, "done", 30) for number in range(5)
     ]
@@ -198,14 +192,6 @@ def test_an_interrupt_ends_in_order_and_names_the_command_that_resumes(tmp_path,
 
 def test_a_time_budget_leaves_the_rest_to_be_resumed(ray, tmp_path, space, capsys):
     options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "40", "--time-budget", "12s", *TINY]
-    run("tune", "train", *options, "--scheduler", "fifo")
+    effray("tune", "train", *options, "--scheduler", "fifo")
     assert "of 40 trials are not done; resume with" in capsys.readouterr().out
     assert {"unfinished"} <= {row["state"] for row in results(tmp_path)}
-
-
-def wait_for(condition, process, seconds=180):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the driver ended before it could be stopped"
-        assert time.monotonic() < end
-        time.sleep(0.02)

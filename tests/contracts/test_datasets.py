@@ -154,15 +154,6 @@ def test_digits():
         load_data("digits:/data")
 
 
-def test_a_failed_download(tmp_path, monkeypatch):
-    def fetched(*arguments, **options):
-        raise RuntimeError("no network")
-
-    monkeypatch.setattr("torchvision.datasets.MNIST", fetched)
-    with pytest.raises(UserError, match=r"cannot fetch MNIST .*no network.*parquet:PATH or folder:PATH"):
-        load_data("mnist", cache=tmp_path)
-
-
 @pytest.mark.parametrize("folder", [".", "mine", "mine/below"])
 def test_a_failed_download_leaves_no_new_folder(tmp_path, monkeypatch, folder):
     def fetched(folder, **options):
@@ -171,7 +162,7 @@ def test_a_failed_download_leaves_no_new_folder(tmp_path, monkeypatch, folder):
 
     (tmp_path / "mine").mkdir()
     monkeypatch.setattr("torchvision.datasets.MNIST", fetched)
-    with pytest.raises(UserError, match="cannot fetch MNIST"):
+    with pytest.raises(UserError, match=r"cannot fetch MNIST .*no network.*parquet:PATH or folder:PATH"):
         load_data(f"mnist:{tmp_path / folder}", cache=tmp_path / "cache")
     assert {path.name for path in tmp_path.rglob("*") if "cache" not in str(path.relative_to(tmp_path))} == {"mine"}
 
@@ -183,10 +174,6 @@ def rows(root, *, split, width: int = 2):
 
 def without_split(root):
     return rows(root, split="train")
-
-
-def without_root(*, split):
-    return rows("", split=split)
 
 
 def with_two_roots(root, other, *, split):
@@ -212,7 +199,6 @@ def test_the_users_own_function(monkeypatch):
     ("function", "message"),
     [
         ("without_split", "must take a keyword split"),
-        ("without_root", r"must be callable as function\(root, split=…\), not \(\*, split\)"),
         ("with_two_roots", r"must be callable as function\(root, split=…\), not \(root, other, \*, split\)"),
         ("of_another_kind", "returned a list, not a"),
     ],
@@ -225,9 +211,3 @@ def test_invalid_user_functions(function, message):
 def test_an_error_of_the_users_function_keeps_its_traceback():
     with pytest.raises(FileNotFoundError):
         load_data(f"{__name__}:with_a_missing_file")
-
-
-@pytest.mark.parametrize("source", ["table", "libsvm", "folder", "parquet"])
-def test_a_path_that_the_system_refuses(source):
-    with pytest.raises(UserError, match=rf"dataset '{source}:x+…x+' cannot be read: .*File name too long"):
-        load_data(f"{source}:{'x' * 300}")

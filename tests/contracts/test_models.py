@@ -43,14 +43,6 @@ def per_pixel(shape, num_classes):
     return nn.Sequential(nn.Linear(8, num_classes), nn.Flatten(2), nn.AdaptiveMaxPool2d((1, num_classes)), nn.Flatten())
 
 
-def no_arguments():
-    return nn.Linear(1, 1)
-
-
-def not_a_module(shape, num_classes):
-    return 3
-
-
 def without_parameters(shape, num_classes):
     return nn.Flatten()
 
@@ -71,7 +63,10 @@ def own(function):
 
 
 LIBRARIES = {"torchvision", "transformers"}  # which need a name after a colon
-NAMES = [*sorted(set(model.entries) - LIBRARIES), "torchvision:resnet18", own(own_network)]
+LARGER = {  # forms of a network that is here in a smaller one
+    "alexnet-b", "resnet32", "resnet34", "resnet56", "vgg-d", "wrn-16-10", "wrn-16-8", "wrn-22-8", "wrn-28-10",
+}  # fmt: skip
+NAMES = [*sorted(set(model.entries) - LIBRARIES - LARGER), "torchvision:resnet18", own(own_network)]
 
 
 def build(name, seed=0, shape=None, classes=CLASSES, **options):
@@ -86,17 +81,22 @@ def samples(name, count=4):
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-def size(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 @pytest.fixture(scope="module", params=NAMES)
 def built(request):
     return request.param, build(request.param)
 
 
 def test_is_head_of_features(built):
-    name, net = built[0], built[1].eval()
+    check_head_of_features(*built)
+
+
+@pytest.mark.parametrize("name", sorted(LARGER))
+def test_a_larger_form_is_head_of_features(name):
+    check_head_of_features(name, build(name))
+
+
+def check_head_of_features(name, net):
+    net.eval()
     x = samples(name)
     with torch.no_grad():
         features = net.features(x)
@@ -124,14 +124,6 @@ def test_channels_last_changes_nothing_but_the_layout(built):
         expected = net(x)
         laid_out = net.to(memory_format=torch.channels_last)(laid_out)
     torch.testing.assert_close(laid_out, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_state_dict_round_trip(built):
-    name, net = built
-    other = build(name, seed=7)
-    other.load_state_dict(net.state_dict())
-    with torch.no_grad():
-        assert torch.equal(other.eval()(samples(name)), net.eval()(samples(name)))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -202,7 +194,9 @@ def test_rows_and_small_images(name):
     ],
 )
 def test_parameter_counts(name, shape, classes, count):
-    assert size(build(name, shape=shape, classes=classes)) == count
+    with torch.device("meta"):
+        network = model[name](shape, classes, options={})
+    assert sum(p.numel() for p in network.parameters()) == count
 
 
 def test_the_stem_follows_the_image_size():
@@ -290,9 +284,7 @@ def test_weights_that_cannot_be_downloaded_are_told_in_one_line(monkeypatch):
         raise URLError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    with pytest.raises(
-        UserError, match=r"weights DEFAULT of torchvision:resnet18 cannot be had from https://.*no route"
-    ):
+    with pytest.raises(UserError, match=r"weights DEFAULT of torchvision:resnet18 cannot be had from .*no route"):
         build("torchvision:resnet18", shape=(3, 32, 32), weights="DEFAULT")
 
 
@@ -306,9 +298,7 @@ def test_torchvision_networks_return_logits_while_training(variant):
     ("name", "arguments", "match"),
     [
         ("resnet20", {"classes": 1}, "num_classes = 1: a classifier needs at least 2"),
-        ("mlp", {"shape": ()}, r"input shape \(\): positive sizes"),
         ("mlp", {"shape": (3, 0, 8)}, r"input shape \(3, 0, 8\): positive sizes"),
-        ("resnet20", {"width": 0}, "resnet20 option width = 0"),
         ("wrn-28-2", {"dropout": 1.0}, "wrn-28-2 option dropout = 1.0"),
         ("torchvision", {}, "unknown torchvision model ''"),
         ("torchvision:resnet18", {"shape": (1, 8, 8)}, "take 3 channels"),
@@ -318,29 +308,12 @@ def test_torchvision_networks_return_logits_while_training(variant):
         (own(with_softmax), {}, "its last nn.Linear is not its last operation"),
         (own(per_pixel), {}, "up to its last nn.Linear' maps inputs"),
         (own(three_classes), {}, r"maps inputs \(2, 3, 8, 8\) to \(2, 3\), not to \(2, 5\)"),
-        (own(no_arguments), {}, r"must be callable as function\(shape, num_classes\)"),
-        (own(not_a_module), {}, "returned a int, not an nn.Module"),
         (own(without_parameters), {}, "has no parameter to train"),
         (own(broken), {}, "maps random inputs to NaN or infinity"),
-        ("resnet20", {"width": 10_000_000}, "resnet20 option width = 10000000: .* less than or equal to 1048576"),
         ("mlp", {"hidden": [10**12]}, "mlp option hidden.0 = 1000000000000: .* less than or equal to 1048576"),
-        ("mlp", {"hidden": [1] * 1001}, "tuple should have at most 1000 items"),
-        (
-            "resnet56",
-            {"width": 100_000},
-            r"model 'resnet56' of 33,\d{3},.* parameters, with gradients and momentum: needed",
-        ),
-        (
-            "mlp",
-            {"hidden": [10**6, 10**6]},
-            r"'mlp' of 1,000,199,000,005 parameters, .* needed is 11,178.1 GiB of memory",
-        ),
-        ("mlp", {"shape": (100_000_000,)}, "'mlp' of 30,000,030,905 parameters"),
-        (
-            "linear",
-            {"shape": (2**31,)},
-            r"'linear' of 10,737,418,245 parameters, .* has 24.0 GiB; choose a smaller one",
-        ),
+        ("resnet56", {"width": 100_000}, r"'resnet56' of 33,\d{3},.* parameters, with gradients and momentum: needed"),
+        ("mlp", {"hidden": [10**6, 10**6]}, "'mlp' of 1,000,199,000,005 parameters, .* needed is 11,178.1 GiB of"),
+        ("linear", {"shape": (2**31,)}, "'linear' of 10,737,418,245 parameters, .* has 24.0 GiB; choose a smaller one"),
         (own(tied), {}, r"tied': 1.weight and 3.weight are one parameter, which is stored and masked by name"),
     ],
 )

@@ -50,7 +50,6 @@ def test_one_in_the_working_folder_wins(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("x = 1", "defines no function table"),
-        ("1 / 0", "raises ZeroDivisionError: division by zero"),
         ("def table(scale): return 5", "returned 5, not a raypkg.studies.tables.Table"),
         ("def table(scale): raise SystemExit(3)", "raises SystemExit: 3"),
         (MINE.format(changes="baseline='c'"), "the baseline: unknown row 'c'"),
@@ -58,7 +57,6 @@ def test_one_in_the_working_folder_wins(tmp_path, monkeypatch):
         (MINE.format(changes="rows={'a': {}, 'b, c': {}}"), "'b, c' is no label: a text without commas is needed"),
         (MINE.format(changes="seeds=(0, 0)"), r"seeds = \[0, 0\]: distinct integers of 0 or more are needed"),
         (MINE.format(changes="seeds=range(9999)"), "has 19,998 trials: at most 10,000"),
-        (MINE.format(changes="after={'c': 'm:f'}"), "after: unknown row 'c'"),
     ],
 )
 def test_an_invalid_table_is_refused_in_one_line(text, message):
@@ -75,14 +73,10 @@ def table_of(**changes):
 @pytest.mark.parametrize(
     ("changes", "values", "message"),
     [
-        ({"rows": {"a": {}, "b": {"train.rl": 1}}}, {}, r"row 'b', case 'all': unknown setting 'train\.rl'"),
         ({"rows": {"a": {}, "b": {"train.lr": -1}}}, {}, r"row 'b', case 'all': train\.lr = -1: input should be"),
         ({"rows": {"a": {}, "b": {"model": "mpl"}}}, {}, "row 'b', case 'all': unknown model 'mpl'"),
-        ({"metric": "acuracy"}, {}, "'acuracy' is no metric"),
         ({"goals": {"test_accuracy": [0.5]}}, {}, "test_accuracy is known only at the end of a run"),
         ({"after": {"a": "nowhere:f"}}, {}, "after 'nowhere:f' cannot be imported"),
-        ({"after": {"a": "math:pi"}}, {}, "after 'math:pi': a function is needed"),
-        ({}, {"train.lr": 0.1}, r"train\.lr is what the rows or cases of the table differ in and cannot be given"),
         ({}, {"seed": 1}, "seed is what the rows or cases of the table differ in and cannot be given: see --seeds"),
     ],
 )
