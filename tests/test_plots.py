@@ -78,28 +78,6 @@ def test_writes_one_png(plot, data, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("side", [(8, 8), (3, 12), (12, 3)])
-def test_a_gallery_is_one_frame_in_which_no_image_is_distorted_or_covers_another(side, tmp_path, monkeypatch):
-    drawn = []
-
-    def keep(figure, path, **options):
-        figure.draw_without_rendering()
-        drawn.append(figure)
-        path.touch()
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
-    height, width = side
-    images = np.zeros((16, height, width, 1), np.uint8)
-    plots.images(images, images, labels(16), labels(16), tmp_path / "plot.png")
-    frames = drawn[0].axes
-    assert len(frames) == 2
-    for axes in frames:
-        boxes = [image.get_window_extent() for image in axes.images]
-        assert len(boxes) == len(axes.texts) == 16
-        assert all(box.height / box.width == pytest.approx(height / width) for box in boxes)
-        assert not any(a.overlaps(b) for place, a in enumerate(boxes) for b in boxes[:place])
-
-
 def test_a_failed_plot_leaves_the_old_one(tmp_path):
     path = tmp_path / "plot.png"
     path.write_bytes(b"old")

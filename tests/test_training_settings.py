@@ -1,4 +1,7 @@
-"""What a step is told by its settings: parts of a batch, clipping, smoothed labels, and which weights decay."""
+"""A step by its settings: the optimiser, parts of a batch, clipping, smoothed labels, and which weights decay."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
+from raypkg.engine.optimizer import build_optimizer
 from raypkg.engine.run import Run
 
 SAMPLES = 66  # in batches of 33: two workers have 17 and 16 of each, so as many parts are not of one size
@@ -194,3 +198,59 @@ def test_matrices_alone_decay(optimizer):
     run = trained([Noted(scale=0.0)], **frozen)
     for name, w in run.model.named_parameters():
         assert torch.allclose(w, 0.95 * start[name], rtol=0, atol=1e-12), name
+
+
+# The optimiser is PyTorch's own to the last bit, and leaves its compiler alone
+
+
+PYTORCHS = {
+    "sgd": lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True),
+    "adamw": lambda weights: torch.optim.AdamW(weights, 0.1, betas=(0.9, 0.999), weight_decay=5e-4, fused=True),
+}
+WITHOUT_COMPILER = """
+import sys
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from raypkg.core.settings import Training
+from raypkg.engine.optimizer import build_optimizer
+
+model = nn.Linear(3, 2)
+for name in ("sgd", "adamw"):
+    chosen = build_optimizer(model, Training(optimizer=name, decay="matrices"))
+    model(torch.ones(1, 3)).sum().backward()
+    clip_grad_norm_(model.parameters(), 1.0)
+    chosen.step()
+    chosen.zero_grad()
+    chosen.load_state_dict(chosen.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def take_steps(model, chosen, count):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        x = torch.randn(8, 6, generator=generator)
+        model(x).square().sum().backward()
+        chosen.step()
+        chosen.zero_grad()
+
+
+@pytest.mark.parametrize("name", PYTORCHS)
+def test_trains_as_pytorchs_own_bit_by_bit_also_from_its_state(name):
+    ours, theirs = network(), network()
+    mine = build_optimizer(ours, Training(optimizer=name))
+    reference = PYTORCHS[name](theirs.parameters())
+    assert isinstance(mine, type(reference))
+    take_steps(ours, mine, 3)
+    take_steps(theirs, reference, 3)
+    again = build_optimizer(ours, Training(optimizer=name))
+    again.load_state_dict(mine.state_dict())
+    take_steps(ours, again, 3)
+    take_steps(theirs, reference, 3)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_does_not_import_the_compiler():
+    subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], check=True)

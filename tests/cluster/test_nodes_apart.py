@@ -17,6 +17,7 @@ from safetensors.numpy import load
 
 import samples
 from ray_runs import wait_for
+from raypkg.cluster.mailbox import open_mailbox
 from raypkg.cluster.session import prepare
 from raypkg.core.address import opened
 from raypkg.data import load_data
@@ -73,6 +74,7 @@ def nodes(port, tmp_path):
     cluster.add_node(**own())
     cluster.wait_for_nodes()
     yield cluster, lambda **others: cluster.add_node(**{**own(), **others})
+    ray.shutdown()
     cluster.shutdown()
 
 
@@ -85,10 +87,11 @@ class Machine:
         self.environment = {**os.environ, "EFFRAY_CACHE": str(folder / "cache")}
         if address:
             self.environment["RAY_ADDRESS"] = address
-        self.workers = "2" if address else "0"
+        self.workers = 2 if address else 0
 
-    def start(self, line):
-        words = [sys.executable, "-m", "raypkg", *line.split(), "--cluster.workers", self.workers]
+    def start(self, line, workers=None):
+        count = self.workers if workers is None else workers
+        words = [sys.executable, "-m", "raypkg", *line.split(), "--cluster.workers", str(count)]
         return subprocess.Popen(
             words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -217,3 +220,31 @@ def test_deltagrad_on_two_nodes(digits, bucket_of_digits, nodes, tmp_path):
     kill_when(lambda: (run / "versions/00001").exists() or list(run.glob("versions/*.part")), process)
     outside.run(delete)
     same(*(Storage(f"{machine.folder}/runs/deltagrad/people") for machine in (at_home, outside)))
+
+
+def test_a_sweep_goes_on_without_a_node(nodes, tmp_path):
+    """Trials of one process each, on both nodes at first."""
+    cluster, _ = nodes
+    outside = Machine(tmp_path / "outside", cluster.address)
+    process = outside.start("tune crest --name s --samples 6 --scheduler fifo", workers=0)
+    checkpoints = outside.folder / "runs/crest"
+    wait_for(lambda: len({*checkpoints.glob("s-*/checkpoints/train")}) > 1, process, seconds=500)
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    rows = pq.read_table(outside.folder / "runs/tune/s/results.parquet").to_pylist()
+    assert [(row["trial"], row["state"]) for row in rows] == [(number, "done") for number in range(6)]
+
+
+def test_the_mailbox_is_where_the_driver_is(nodes):
+    import ray
+
+    cluster, _ = nodes
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    home = ray.get_runtime_context().get_node_id()
+    for _ in range(6):  # placed freely, half of them would be
+        mailbox = open_mailbox()
+        assert ray.get(mailbox.next.remote()) == 0
+        actors = ray._private.state.actors()
+        (node,) = (actor["Address"]["NodeID"] for key, actor in actors.items() if key == mailbox._actor_id.hex())
+        assert node == home
