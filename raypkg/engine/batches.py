@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -56,6 +57,7 @@ class Epoch(NamedTuple):
     batches: Iterator[Batch]
 
 
+@dataclass(eq=False)
 class Batches:
     """Shuffled, augmented, normalised batches of a coreset, prepared ahead in a thread.
 
@@ -64,38 +66,31 @@ class Batches:
     are shuffled within a window of blocks.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        coreset: Coreset,
-        batch_size: int,
-        *,
-        seed: int,
-        augment: Sequence[str],
-        worker: Worker,
-        dtype: torch.dtype = torch.float32,
-    ):
-        smallest = min(batch_size, len(coreset))
-        if smallest < worker.world:
+    split: Split
+    coreset: Coreset
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    augment: Sequence[str]
+    worker: Worker
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        smallest, world = min(self.batch_size, len(self.coreset)), self.worker.world
+        if smallest < world:
             raise UserError(
-                f"batches of {smallest} samples cannot be shared by {worker.world} workers: lower cluster.workers or"
-                " use more samples"
+                f"batches of {smallest} samples cannot be shared by {world} workers: lower cluster.workers or use more"
+                " samples"
             )
-        self.split = split
-        self.coreset = coreset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.augment = compose(augment)
-        self.worker = worker
-        self.dtype = dtype
-        if split.blocks is not None:
-            split.blocks.hold_for(coreset.indices, batch_size, 1 + MOST_AHEAD, worker.world)
+        if self.split.blocks is not None:
+            self.split.blocks.hold_for(self.coreset.indices, self.batch_size, 1 + MOST_AHEAD, world)
 
     def __len__(self) -> int:
         return -(-len(self.coreset) // self.batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield this worker's slice of every batch of an epoch."""
+        augment = compose(self.augment)
         blocks = self.split.blocks
         if blocks is None:
             order = shuffled(len(self.coreset), self.batch_size, self.seed, epoch)
@@ -106,12 +101,12 @@ class Batches:
         def draw_jobs() -> Iterator[tuple[Tensor, Tensor]]:
             rng = generator(self.seed, "augment", epoch)
             for positions in order:
-                yield positions, torch.rand(len(positions), self.augment.draws, generator=rng)
+                yield positions, torch.rand(len(positions), augment.draws, generator=rng)
 
         def load(job: tuple[Tensor, Tensor]) -> Batch:
             positions, draws = job
             samples = self.coreset.part(positions)
-            return training_batch(self.split, samples, self.augment, draws, self.worker, self.dtype)
+            return training_batch(self.split, samples, augment, draws, self.worker, self.dtype)
 
         return ahead(load, draw_jobs(), loaders_of(self.split))
 

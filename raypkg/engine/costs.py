@@ -2,12 +2,16 @@
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .worker import Worker, peak_device_memory, peak_memory
+
+# Fields of which a joint bill has the largest value, for work in parallel and in turn; of the others it has the sum.
+LARGEST_IN_PARALLEL = ("seconds", "waited", "memory", "device_memory", "sent")
+LARGEST_IN_TURN = ("memory", "device_memory")
 
 
 @dataclass
@@ -48,37 +52,20 @@ class Cost:
 
     def then(self, other: "Cost") -> "Cost":
         """Return the bill of this work followed by other work on the same worker."""
-        return Cost(
-            self.phase,
-            forward=self.forward + other.forward,
-            backward=self.backward + other.backward,
-            seconds=self.seconds + other.seconds,
-            total_seconds=self.total_seconds + other.total_seconds,
-            waited=self.waited + other.waited,
-            memory=max(self.memory, other.memory),
-            device_memory=max(self.device_memory, other.device_memory),
-            sent=self.sent + other.sent,
-        )
+        return Cost.joined(self.phase, [self, other], LARGEST_IN_TURN)
 
     def gathered(self, worker: Worker) -> "Cost":
         """Return the bill over all workers: sums of work, maxima of seconds and memory."""
         return Cost.joined(self.phase, worker.gather(self))
 
     @staticmethod
-    def joined(phase: str, parallel: Iterable["Cost"]) -> "Cost":
-        """Return one bill for work done in parallel."""
-        costs = list(parallel)
-        return Cost(
-            phase,
-            forward=sum(c.forward for c in costs),
-            backward=sum(c.backward for c in costs),
-            seconds=max(c.seconds for c in costs),
-            total_seconds=sum(c.total_seconds for c in costs),
-            waited=max(c.waited for c in costs),
-            memory=max(c.memory for c in costs),
-            device_memory=max(c.device_memory for c in costs),
-            sent=max(c.sent for c in costs),
-        )
+    def joined(phase: str, costs: Sequence["Cost"], largest: Collection[str] = LARGEST_IN_PARALLEL) -> "Cost":
+        """Return one bill for several, by default for work done in parallel."""
+        joint = Cost(phase)
+        for field in fields(Cost)[1:]:  # all but the phase
+            values = [getattr(cost, field.name) for cost in costs]
+            setattr(joint, field.name, max(values) if field.name in largest else sum(values))
+        return joint
 
     def record(self) -> dict[str, Any]:
         """Return the bill as plain numbers for the run folder."""

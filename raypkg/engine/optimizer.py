@@ -37,11 +37,7 @@ class AdamW(Eager, torch.optim.AdamW):
 
 
 def build_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """Build the optimiser of the settings, with fused multi-tensor updates.
-
-    Raises:
-        UserError: all parameters of the model are frozen.
-    """
+    """Build the optimiser of the settings, with fused multi-tensor updates; refuse a model without free parameters."""
     parameters = list(model.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
         raise UserError("all parameters of the model are frozen (requires_grad = False): there is nothing to train")
@@ -50,22 +46,11 @@ def build_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimiz
         matrices = [parameter for parameter in parameters if parameter.dim() > 1]
         others = [parameter for parameter in parameters if parameter.dim() < 2]
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    momentum, decay = settings.momentum, settings.weight_decay
     if settings.optimizer == "adamw":
-        return AdamW(
-            groups,
-            settings.lr,
-            betas=(settings.momentum, 0.999),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-    return SGD(
-        groups,
-        settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov and settings.momentum > 0,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+        return AdamW(groups, settings.lr, betas=(momentum, 0.999), weight_decay=decay, fused=True)
+    nesterov = settings.nesterov and momentum > 0
+    return SGD(groups, settings.lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=True)
 
 
 # Shapes of the learning rate, as functions of the share t of training that is done.

@@ -109,11 +109,7 @@ class Run:
         )
 
     def batches(self) -> Epoch:
-        """Return the batches of the next epoch: a hook's, or the shuffled coreset.
-
-        Raises:
-            UserError: a hook replaced the coreset by one that cannot be trained on.
-        """
+        """Return the batches of the next epoch: a hook's, or the shuffled coreset, which a hook may have replaced."""
         for supplier in self.hooks:
             epoch = supplier.batches(self)
             if epoch is not None:
@@ -129,14 +125,9 @@ class Run:
                 "a hook set run.coreset to samples outside the given coreset, the only ones copied to this machine:"
                 " omit dataset.streamed"
             )
+        size, dtype = self.settings.batch_size, dtype_of(self.model)
         shuffled = Batches(
-            self.split,
-            coreset,
-            self.settings.batch_size,
-            seed=self.seed,
-            augment=self.augment,
-            worker=self.worker,
-            dtype=dtype_of(self.model),
+            self.split, coreset, size, seed=self.seed, augment=self.augment, worker=self.worker, dtype=dtype
         )
         return Epoch(len(shuffled), shuffled.epoch(self.epoch))
 

@@ -59,6 +59,7 @@ class Shards(Protocol):
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
         """Return ``function(shard, *broadcast)`` of every shard, in the order of the shards."""
+        return self.start(function, *broadcast)()
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Start a ``map`` and return a function that waits for its results."""
@@ -103,17 +104,12 @@ class WorkerShards:
         return [result for each in everyone for result in each]
 
 
-class FirstWorkerShards:
+class FirstWorkerShards(Shards):
     """Shards that only rank 0 reaches, such as actors; all workers wait for the results together."""
 
     def __init__(self, shards: Shards | None, worker: Worker):
         self._shards = shards
         self.worker = worker
-
-    def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
-        """Return ``function(shard, *broadcast)`` of every shard to every worker."""
-        pending = self.start(function, *broadcast)
-        return pending()
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Start a ``map`` from rank 0."""

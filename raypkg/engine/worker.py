@@ -123,12 +123,10 @@ def forget_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def worker_memory() -> int:
-    """Return this worker's share of the machine's memory in bytes: its threads over the CPUs."""
-    mine = torch.get_num_threads()
-    return machine_memory() * mine // max(mine, os.cpu_count() or 1)
-
-
 def memory_bound(memory: float | None) -> int:
     """Return the bytes available for caching: ``memory`` GiB, or a quarter of the worker's memory if None."""
-    return worker_memory() // 4 if memory is None else int(memory * 2**30)
+    if memory is not None:
+        return int(memory * 2**30)
+    mine = torch.get_num_threads()
+    share = machine_memory() * mine // max(mine, os.cpu_count() or 1)  # as large as the worker's share of the CPUs
+    return share // 4
