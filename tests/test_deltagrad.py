@@ -15,9 +15,8 @@ from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.answer import ShardedGradient
 from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryWriter, Layout, check_room
 from raypkg.methods.deltagrad.journal import LOG, Journal
-from raypkg.methods.deltagrad.lbfgs import BFGS
 from raypkg.methods.deltagrad.objective import Objective, check_derivation, to_vector
-from raypkg.methods.deltagrad.replay import ChangedStep, Periodic, Tolerant, replay, retrain
+from raypkg.methods.deltagrad.replay import BFGS, ChangedStep, Periodic, Tolerant, replay, retrain
 from raypkg.methods.deltagrad.run import Membership, joined, settings_digest
 from raypkg.methods.deltagrad.settings import DeltaGradSettings, ReplaySettings, RequestSettings
 from raypkg.models import build_model

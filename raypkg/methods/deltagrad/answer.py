@@ -8,8 +8,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -40,15 +41,6 @@ def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: 
 
     A failure before `Journal.commit`, such as a full disk, a corrupt record or a replay that diverges, changes nothing.
     """
-    try:
-        return _answer(run, change, settings, follow)
-    except BaseException:  # also Ctrl-C
-        with suppress(UserError):  # the next process that opens the run tries again
-            run.journal.clean_up()
-        raise
-
-
-def _answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: Follow) -> Entry:
     started = time.perf_counter()
     history = run.history()
     total = len(history)
@@ -122,42 +114,36 @@ def _answer(run: RecordedRun, change: Change, settings: RequestSettings, follow:
 
 def changed_steps(history: History, membership: Membership, before: Tensor, now: Tensor) -> Iterator[ChangedStep]:
     """Yield the record with the change of every batch, for samples in use ``before`` and ``now``, bool [ids]."""
-    following = history[0]
-    for number, batch in enumerate(membership.batches(len(history)), 1):
-        record = following
-        if number < len(history):
-            following = history[number]
-            after = following.w
-        else:
-            after = history.final
+    records = map(history.read, range(len(history) + 1))
+    for (record, following), batch in zip(pairwise(records), membership.batches(len(history)), strict=True):
         was = before[batch]
         stays = now[batch]
         kept, gone, came = batch[was & stays], batch[was & ~stays], batch[stays & ~was]
-        yield ChangedStep(record.rate, record.w, record.gradient, after, kept, gone, came)
+        yield ChangedStep(record.rate, record.w, record.gradient, following.w, kept, gone, came)
 
 
 # Sums of gradients, in this process or on actors
 
 
+@dataclass
 class ShardedGradient:
     """Σ ∇loss_i(w): small sums in this process, others where samples are held, added in the order of the shards.
 
     Sums over at most ``few`` samples are small. Without shards, everything is computed in this process.
     """
 
-    def __init__(self, objective: Objective, split: Split, shards: Shards | None = None, few: int = FEW):
-        self._objective = objective
-        self._split = split
-        self._shards = shards
-        self._few = few
-        self.samples = 0  # gradients computed so far
+    objective: Objective
+    split: Split
+    shards: Shards | None = None
+    few: int = FEW
+    samples: int = 0  # gradients computed so far
 
     def __call__(self, w: Tensor, indices: Tensor) -> Tensor:
         """Return the sum over the indices, float64 [p]."""
         self.samples += len(indices)
-        if self._shards is None or len(indices) <= self._few:
-            return self._objective.gradient_sum(self._split, w, indices)
-        sums = self._shards.map(_sum_of_shard, self._objective, w, indices)
+        if self.shards is None or len(indices) <= self.few:
+            return self.objective.gradient_sum(self.split, w, indices)
+        sums = self.shards.map(_sum_of_shard, self.objective, w, indices)
         return torch.stack(sums).sum(0)
 
 

@@ -207,19 +207,20 @@ class History(Sequence[RecordedStep]):
     def __getitem__(self, step: int) -> RecordedStep:  # type: ignore[override]
         if not 0 <= step < self._steps:
             raise IndexError(step)
-        return self._read(step)
+        return self.read(step)
 
     @property
     def final(self) -> Tensor:
         """The weights after the last step, float64 [p]."""
-        return self._read(self._steps).w
+        return self.read(self._steps).w
 
     def check(self) -> None:
         """Read every record, the final weights included, to find a corrupt one."""
         for record in range(self._steps + 1):
-            self._read(record)
+            self.read(record)
 
-    def _read(self, record: int) -> RecordedStep:
+    def read(self, record: int) -> RecordedStep:
+        """Return a step; the one after the last has the final weights."""
         message = self._content.slice(self.layout.start(record), self.layout.record_bytes)
         start = record * DIGEST_BYTES
         if _digest(message) != self._digests[start : start + DIGEST_BYTES]:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +33,9 @@ from raypkg.runs.storage import PART
 from .history import history_folder
 
 LOG = "log.jsonl"
+MODEL_FILE = "versions/{:05d}/" + MODEL
+CHANGE_FILE = "requests/{:05d}.parquet"
+ROWS_FILE = "added/{:05d}.arrow"
 ROWS_AT_ONCE = 4096  # added samples copied at once
 
 Entry = dict[str, Any]
@@ -58,9 +60,8 @@ class Journal:
         self._folder = folder
         self._storage = folder.storage
         self._root = history_folder(folder.storage, 0).parents[1]
-        self._lines = (self._storage.read(LOG) or b"").splitlines(keepends=True)
-        self.entries: list[Entry] = []
-        for number, line in enumerate(self._lines):
+        self.entries: list[Entry] = []  # the last one describes the run as it is
+        for number, line in enumerate((self._storage.read(LOG) or b"").splitlines(keepends=True)):
             where = f"entry {number} of {self._storage.root}/{LOG}"
             try:
                 entry = json.loads(line)
@@ -74,11 +75,6 @@ class Journal:
                 raise UserError(f"{where} does not follow the one before: entries are missing or changed")
             self.entries.append(entry)
 
-    @property
-    def last(self) -> Entry:
-        """The last entry, which describes the run as it is."""
-        return self.entries[-1]
-
     def stored(self) -> int:
         """Return the number of entries on the disk, one more than in memory if `commit` was interrupted late."""
         return len((self._storage.read(LOG) or b"").splitlines())
@@ -87,9 +83,7 @@ class Journal:
         """Add an entry by an atomic, synced write; what it refers to must be on the disk."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         entry = _sealed({"number": len(self.entries), "time": now, **content, "previous": self._head})
-        lines = [*self._lines, _line(entry)]
-        self._storage.write(LOG, b"".join(lines))
-        self._lines = lines
+        self._storage.write(LOG, b"".join(map(_line, [*self.entries, entry])))
         self.entries.append(entry)
         return entry
 
@@ -97,32 +91,26 @@ class Journal:
         """Make an answered request durable and return its entry; its history has been written.
 
         The request holds from the moment that the log has its entry. If the process ends before, nothing has changed;
-        if it ends afterwards, `settle` does the rest when the run is opened again.
-
-        Args:
-            change: of the training samples.
-            model: state of the new model.
-            facts: further content of the entry, such as the history's digest.
-            started: ``time.perf_counter()`` when work on the request began.
+        if it ends afterwards, `settle` does the rest when the run is opened again. The entry also holds ``facts``, such
+        as the history's digest; ``started`` is ``time.perf_counter()`` when work on the request began.
         """
         # First all files that the entry refers to, under its number: as long as the log lacks it, they are leftovers.
         number = len(self.entries)
-        save_tensors(self._storage, _model_file(number), model)
+        save_tensors(self._storage, MODEL_FILE.format(number), model)
         ids = torch.cat([change.gone, change.came]).numpy()
         in_use = np.arange(len(ids)) >= len(change.gone)
-        self._storage.write_table(_change_file(number), pa.table({"id": ids, "in_use": in_use}))
-        changes, saved = (self._storage.digest(name) for name in (_change_file(number), _model_file(number)))
-        digests = {"changes": changes, "model": saved}
+        self._storage.write_table(CHANGE_FILE.format(number), pa.table({"id": ids, "in_use": in_use}))
+        files = {"changes": CHANGE_FILE, "model": MODEL_FILE}
         if change.new:
             self._write_rows(number, change.new)
-            digests["rows"] = self._storage.digest(_rows_file(number))
+            files["rows"] = ROWS_FILE
         content = {
             "kind": "change",
             "requests": list(change.requests),
             "deleted": len(change.gone),
             "restored": len(change.came),
             "new": len(change.new) if change.new else 0,
-            **digests,
+            **{name: self._storage.digest(file.format(number)) for name, file in files.items()},
             **facts,
             "seconds": time.perf_counter() - started,
         }
@@ -139,20 +127,28 @@ class Journal:
 
     def settle(self) -> None:
         """Finish the last commit: put its model in place and delete what is no longer needed."""
-        expected = self.last["model"]
+        last = self.entries[-1]
         here = self._storage.digest(MODEL)
         if here not in [entry["model"] for entry in self.entries[-2:]]:
             raise UserError(f"{self._storage.root}/{MODEL} is not the model of the log's last entry: one was changed")
-        if here != expected:
-            name = _model_file(self.last["number"])
-            self._check(name, expected)
+        if here != last["model"]:
+            name = MODEL_FILE.format(last["number"])
+            self._check(name, last["model"])
             self._storage.write(MODEL, self._storage.read(name) or b"")
         self._folder.note_change(MODEL)
         self.clean_up()
 
     def clean_up(self) -> None:
         """Delete the files of replaced histories, and of requests that failed or were killed."""
-        for path in self._leftovers(self.stored() - 1):
+        last = self.stored() - 1
+        left = [path for path in self._root.glob("versions/*") if path.name != f"{last:05d}" and path.is_dir()]
+        left += self._root.glob(f"*{PART}")
+        for path in [*self._root.glob("requests/*"), *self._root.glob("added/*")]:
+            number = path.name.partition(".")[0]
+            is_later = number.isdecimal() and int(number) > last
+            if is_later or path.name.endswith(PART):
+                left.append(path)
+        for path in left:
             try:
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -165,20 +161,9 @@ class Journal:
             with suppress(OSError):  # not empty, or missing
                 (self._root / name).rmdir()
 
-    def _leftovers(self, last: int) -> list[Path]:
-        left = [path for path in self._root.glob("versions/*") if path.name != f"{last:05d}" and path.is_dir()]
-        left += self._root.glob(f"*{PART}")
-        for name in ("requests", "added"):
-            for path in self._root.glob(f"{name}/*"):
-                number = path.name.partition(".")[0]
-                is_later = number.isdecimal() and int(number) > last
-                if is_later or path.name.endswith(PART):
-                    left.append(path)
-        return left
-
     def changed_ids(self, entry: Entry) -> tuple[Tensor, Tensor]:
         """Return the ids that an entry changed, int64 [m], and whether they are in use since, bool [m]."""
-        name = _change_file(entry["number"])
+        name = CHANGE_FILE.format(entry["number"])
         self._check(name, entry["changes"])
         table = self._storage.read_table(name)
         assert table is not None
@@ -186,7 +171,7 @@ class Journal:
 
     def added_rows(self, entry: Entry) -> Split:
         """Open the samples that an entry added."""
-        name = _rows_file(entry["number"])
+        name = ROWS_FILE.format(entry["number"])
         self._check(name, entry["rows"])
         return Store(self._root / name).as_split()
 
@@ -199,7 +184,7 @@ class Journal:
             raise UserError(f"'{self._storage.root}/{name}' is missing or corrupt: its digest is not that of the log")
 
     def _write_rows(self, number: int, split: Split) -> None:
-        path = self._root / _rows_file(number)
+        path = self._root / ROWS_FILE.format(number)
         unfinished = path.with_suffix(PART)
         positions = np.split(np.arange(len(split)), range(ROWS_AT_ONCE, len(split), ROWS_AT_ONCE))
         samples = ((split.take(rows), split.y.numpy()[rows]) for rows in positions)
@@ -216,18 +201,6 @@ class Journal:
 def digest(content: bytes) -> str:
     """Return 16 bytes of BLAKE2b as hexadecimal, as ``Storage.digest`` does of a file."""
     return blake2b(content, digest_size=16).hexdigest()
-
-
-def _model_file(number: int) -> str:
-    return f"versions/{number:05d}/{MODEL}"
-
-
-def _change_file(number: int) -> str:
-    return f"requests/{number:05d}.parquet"
-
-
-def _rows_file(number: int) -> str:
-    return f"added/{number:05d}.arrow"
 
 
 def _sealed(body: Mapping[str, Any]) -> Entry:

@@ -121,8 +121,18 @@ def read_queue(file: Path) -> list[Request]:
 
 def _request(line: str, where: str) -> Request:
     """Return the request of a line; ``where`` names the line in errors."""
+
+    def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            raise ValueError("a name occurs twice")
+        return content
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number of JSON")
+
     try:
-        content = json.loads(line, object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
+        content = json.loads(line, object_pairs_hook=without_repetition, parse_constant=refuse_constant)
     except ValueError as error:
         raise UserError(f"{where} is not JSON: {error}") from None
     except RecursionError:
@@ -143,17 +153,6 @@ def _request(line: str, where: str) -> Request:
     if type(key) is not int and not (isinstance(key, str) and key.strip() and key.isprintable()):
         raise UserError(f"{where}: the id must be a text of printable characters or an integer, not {shortened(key)}")
     return Request(kind, value, str(key))
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return content
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def unanswered(run: RecordedRun, requests: Iterable[Request]) -> list[Request]:

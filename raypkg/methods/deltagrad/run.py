@@ -1,10 +1,9 @@
 """A recorded run: its settings, samples and history, and the samples that its model is trained on now."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate, count, islice, pairwise
 from typing import Any
 
@@ -17,7 +16,7 @@ from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data import Data
-from raypkg.data.split import Split, Take
+from raypkg.data.split import Split
 from raypkg.engine.batches import shuffled
 from raypkg.experiments.resolve import stored_settings
 from raypkg.experiments.samples import Samples, new_model, open_samples
@@ -52,7 +51,7 @@ def begin_journal(folder: RunFolder, settings: DeltaGradSettings, samples: Sampl
 
 @contextmanager
 def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
-    """Open a recorded run, locked against other processes."""
+    """Open a recorded run, locked against other processes; delete what a failure in the block leaves behind."""
     log = folder.storage.read(LOG)
     if log is None and not folder.storage.list("versions"):
         raise UserError(f"run {folder.name!r} has no recorded history: `effray deltagrad train` makes one")
@@ -61,7 +60,13 @@ def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
     if not log:
         raise UserError(f"{folder.storage.root}/{LOG} is missing or empty: what was done to the run is lost")
     with folder.storage.locked(f"run {folder.name!r}"):
-        yield RecordedRun(folder)
+        run = RecordedRun(folder)
+        try:
+            yield run
+        except BaseException:  # also Ctrl-C
+            with suppress(UserError):  # the next process that opens the run tries again
+                run.journal.clean_up()
+            raise
 
 
 class RecordedRun:
@@ -129,7 +134,7 @@ class RecordedRun:
 
     def history(self) -> History:
         """Open the record of the training as the last entry left it."""
-        last = self.journal.last
+        last = self.journal.entries[-1]
         layout = Layout.of(new_model(self.settings, self.samples.data), self.settings.history.dtype)
         return History(history_folder(self.storage, last["number"]), layout, last["history"])
 
@@ -242,22 +247,21 @@ def joined(*splits: Split) -> Split:
 
     If the first has ids, those of the others are numbered on from the largest of them.
     """
-    takes = [split.take for split in splits]
     starts = [0, *accumulate(map(len, splits))]  # of each split, and the end
+
+    def take(indices: np.ndarray) -> np.ndarray:
+        if not len(indices) or indices.max() < starts[1]:
+            return splits[0].take(indices)
+        owner = np.searchsorted(starts, indices, side="right") - 1  # [b], the split of each sample
+        gathered = [splits[k].take(indices[owner == k] - starts[k]) for k in np.unique(owner)]
+        grouped = np.concatenate(gathered)  # split after split
+        out = np.empty_like(grouped)
+        out[np.argsort(owner, kind="stable")] = grouped  # back to the given order
+        return out
+
     y = torch.cat([split.y for split in splits])
     ids = splits[0].ids
     if ids is not None:
         begin = int(ids.max()) + 1
         ids = torch.cat([ids, torch.arange(begin, begin + len(y) - len(ids))])
-    return replace(splits[0], take=partial(_take_joined, takes, starts), y=y, ids=ids)
-
-
-def _take_joined(takes: Sequence[Take], starts: Sequence[int], indices: np.ndarray) -> np.ndarray:
-    if not len(indices) or indices.max() < starts[1]:
-        return takes[0](indices)
-    owner = np.searchsorted(starts, indices, side="right") - 1  # [b], the split of each sample
-    gathered = [takes[k](indices[owner == k] - starts[k]) for k in np.unique(owner)]
-    grouped = np.concatenate(gathered)  # split after split
-    out = np.empty_like(grouped)
-    out[np.argsort(owner, kind="stable")] = grouped  # back to the given order
-    return out
+    return replace(splits[0], take=take, y=y, ids=ids)
