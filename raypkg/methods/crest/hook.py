@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from math import ceil
@@ -95,15 +95,17 @@ class Crest(Hook):
         region = Region.unfitted(options.order, smoothed=options.smoothing != "none")
         counts = torch.zeros(len(samples.active), dtype=torch.int32)
         self.state = CrestState(samples, region, counts, Pool(0, 0, samples.candidates, weights=None))
-        self.chooser = Chooser(
-            shards, scorer, options, size=size, subset_size=self.subset_size, on_choice=self._note_choice
-        )
+        self.chooser = Chooser(shards, scorer, options, size, self.subset_size, on_choice=self._note_choice)
         self.awaits_gradient = False  # the first step of a new region will give the gradient of its local model
         self.closing = ExitStack()  # ends the actors
 
     def on_epoch(self, run: Run) -> None:
-        """Move a restored local model to the device of the training."""
-        self.state.region.to(run.worker.device)
+        """Move a local model to the device of the training: a checkpoint restores it on the CPU."""
+        region, device = self.state.region, run.worker.device
+        first, second = region.moments.first, region.moments.second
+        second = None if second is None else second.to(device)
+        region.moments = replace(region.moments, first=first.to(device), second=second)
+        region.anchor = region.anchor.to(device)
 
     def batches(self, run: Run) -> Epoch:
         """Return the mini-batch coresets of an epoch."""
@@ -143,7 +145,14 @@ class Crest(Hook):
         """Yield the drawn coresets of the pool as batches, loaded ahead, and count the samples."""
         drawn = self.chooser.coresets(run, self.state.pool, draws)
         if self.options.overlap:
-            self._choose_ahead(run, steps)
+            # Start choosing the coresets that training will probably draw after these steps.
+            state, region = self.state, self.state.region
+            start = steps.stop
+            if state.coming:  # it takes over after the last interval of the expired pool
+                start = steps.start + region.interval - region.age
+            end = self.steps * run.settings.epochs
+            pool = state.coming or state.pool
+            self.chooser.begin(run, pool, pool.draw(range(start, min(start + region.interval, end)), run.seed))
         augment = compose(run.augment)
 
         def load(job: tuple[int, Chosen]) -> Batch:
@@ -163,36 +172,25 @@ class Crest(Hook):
             yield batch
             self.state.counts[chosen.coreset.indices] += 1
 
-    def _choose_ahead(self, run: Run, steps: range) -> None:
-        """Start choosing the coresets that training will probably draw after these steps."""
-        state, region = self.state, self.state.region
-        start = steps.stop
-        if state.coming:  # it takes over after the last interval of the expired pool
-            start = steps.start + region.interval - region.age
-        end = self.steps * run.settings.epochs
-        pool = state.coming or self.state.pool
-        self.chooser.begin(run, pool, pool.draw(range(start, min(start + region.interval, end)), run.seed))
-
     def _renew(self, run: Run) -> None:
-        """Replace the expired pool; with overlap, after it has served one more interval."""
-        state = self.state
+        """Replace the expired pool, and fit the local model of the loss at the present weights w_l to its coresets.
+
+        With overlap, the expired pool serves one more interval before.
+        """
+        state, region = self.state, self.state.region
         chosen_earlier = state.coming is not None
         if state.coming is None:
             run.worker.share(run.model.buffers())
             state.coming = Pool(
                 update=state.updates + 1,
-                size=self.options.b * state.region.interval,  # P = b·T1
+                size=self.options.b * region.interval,  # P = b·T1
                 candidates=state.samples.candidates,
                 weights=deepcopy(run.model.state_dict()),  # training continues in place
             )
             if self.options.overlap and state.pool.update:
                 return
         state.pool, state.coming = state.coming, None
-        self._begin_region(run, chosen_earlier)
-
-    def _begin_region(self, run: Run, chosen_earlier: bool) -> None:
-        """Fit the local model of the loss at the present weights w_l, to coresets of the pool."""
-        pool, region = self.state.pool, self.state.region
+        pool = state.pool
         interval = range(run.step, run.step + region.interval)
         # Coresets that training draws come first: they are chosen anyway, the others only for the local model.
         first = dict.fromkeys(pool.draw(interval, run.seed))
@@ -288,22 +286,9 @@ class Crest(Hook):
     def _log(self, run: Run, **measured: float) -> None:
         """Add a row to the table of checks, before samples are excluded and T1 changes."""
         state, pool = self.state, self.state.pool
-        rms, bias = pool.gradient_errors()
-        state.history.append(
-            {
-                "step": run.step,
-                "update": pool.update,
-                **measured,
-                "interval": state.region.interval,
-                "pool": pool.size,
-                "chosen": len(pool.chosen),
-                "active": int(state.samples.active.sum()),
-                "coreset_error": float(rms[0]),
-                "random_error": float(rms[1]),
-                "coreset_bias": float(bias[0]),
-                "random_bias": float(bias[1]),
-            }
-        )
+        active = int(state.samples.active.sum())
+        sizes = {"interval": state.region.interval, "pool": pool.size, "chosen": len(pool.chosen), "active": active}
+        state.history.append({"step": run.step, "update": pool.update, **measured, **sizes, **pool.gradient_errors()})
 
     def _note_choice(self, pool: Pool, subset: Subset, chosen: Chosen) -> None:
         """Record the losses of a random subset and the samples that were picked."""
@@ -335,11 +320,11 @@ class Crest(Hook):
         pictures: dict[str, Callable[[Path], None]] = {"minibatches": partial(plots.minibatches, difficulty, steps)}
         if self.options.tau:
             found = f"CREST chose {state.updates} pools of mini-batch coresets: see plots/regions.png"
-            pictures["regions"] = partial(plots.regions, state.history, self.options.tau)
+            pictures["regions"] = partial(plots.checks, state.history, self.options.tau)
         else:
             found = f"CREST chose a mini-batch coreset for each of {state.updates} steps: see plots/minibatches.png"
             if state.history:  # empty in fewer than T2 steps
-                pictures["choices"] = partial(plots.choices, state.history)
+                pictures["choices"] = partial(plots.checks, state.history, 0.0)
         used = state.counts.nonzero()[:, 0]
         times = state.counts[used]
         trained_on = Coreset(used, times / times.float().mean())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,7 @@ def _in_order(choices: Choices, count: int) -> list[Chosen]:
     return [choices[rank][0][turn] for turn, rank in places]
 
 
+@dataclass(eq=False)
 class Chooser:
     """Chooses coresets on the shards: in line when training draws them, or ahead in the background.
 
@@ -115,24 +117,13 @@ class Chooser:
     random subset, in the order of the draws.
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        scorer: ToScorer,
-        options: CrestOptions,
-        *,
-        size: int,
-        subset_size: int,
-        on_choice: Callable[[Pool, Subset, Chosen], None],
-    ):
-        self.shards = shards
-        self.scorer = scorer
-        self.options = options
-        self.memory = memory_bound(options.memory)
-        self.size = size  # m
-        self.subset_size = subset_size  # r
-        self.on_choice = on_choice
-        self._background: Pending | None = None  # computes what a pool awaits; one pool at a time
+    shards: Shards
+    scorer: ToScorer
+    options: CrestOptions
+    size: int  # m
+    subset_size: int  # r
+    on_choice: Callable[[Pool, Subset, Chosen], None]
+    background: Pending | None = None  # computes what a pool awaits; one pool at a time
 
     def subset(self, run: Run, pool: Pool, p: int) -> Subset:
         """Return the random subset V_p of a pool."""
@@ -145,7 +136,7 @@ class Chooser:
         with run.cost.apart(bill):
             if awaited := pool.awaited:
                 pool.awaited = []
-                background, self._background = self._background, None
+                background, self.background = self.background, None
                 if background:
                     choices = background()
                     if run.worker.rank == 0:  # the block's own time is that of waiting
@@ -164,18 +155,20 @@ class Chooser:
             return
         pool.awaited = pool.missing(wanted)
         if pool.awaited:
-            self._background = self.shards.start(choose, *self._task(run, pool, pool.awaited))
+            self.background = self.shards.start(choose, *self._task(run, pool, pool.awaited))
 
-    def _task(
-        self, run: Run, pool: Pool, wanted: Sequence[int]
-    ) -> tuple[Scorer, list[Subset], Sequence[str], int, int]:
+    def _task(self, run: Run, pool: Pool, wanted: Sequence[int]) -> tuple[Any, ...]:
         """Return the arguments of ``choose`` after the shard."""
         subsets = [self.subset(run, pool, p) for p in wanted]
         model = run.model
         if pool.weights is not None:
             model = deepcopy(run.model)
             model.load_state_dict(pool.weights)
-        return self.scorer(model), subsets, augment_of(run, self.options), self.size, self.memory
+        return self._arguments(run, model, subsets)
+
+    def _arguments(self, run: Run, model: nn.Module, subsets: Sequence[Subset]) -> tuple[Any, ...]:
+        memory = memory_bound(self.options.memory)
+        return self.scorer(model), subsets, augment_of(run, self.options), self.size, memory
 
     def _add(self, run: Run, pool: Pool, wanted: Sequence[int], choices: Choices) -> None:
         for p, chosen in zip(wanted, _in_order(choices, len(wanted)), strict=True):
@@ -201,9 +194,7 @@ class Chooser:
         statistics and the global generators remain as they are. ``n`` counts the samples to choose from.
         """
         run.worker.share(run.model.buffers())
-        choices = self.shards.map(
-            choose, self.scorer(run.model), subsets, augment_of(run, self.options), self.size, self.memory
-        )
+        choices = self.shards.map(choose, *self._arguments(run, run.model, subsets))
         model = deepcopy(run.model)  # batch norm is moved by each pass
         zeros = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad), device=run.worker.device)
         random, coresets, differences, whole = spreads = [Spread(zeros.clone()) for _ in range(4)]

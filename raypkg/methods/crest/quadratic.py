@@ -99,8 +99,8 @@ class Region:
     def unfitted(cls, order: int, *, smoothed: bool) -> "Region":
         """Return the region before the first fit, of a model of order 1 or 2."""
         zero = torch.zeros(())  # takes the shape of the first gradient
-        moments = MovingMoments(zero, zero if order == 2 else None, betas=BETAS if smoothed else (0.0, 0.0))
-        return cls(moments, anchor=torch.empty(0))
+        betas = BETAS if smoothed else (0.0, 0.0)
+        return cls(MovingMoments(zero, zero if order == 2 else None, betas=betas), anchor=torch.empty(0))
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> "Region":
@@ -111,10 +111,8 @@ class Region:
         """Return F(w − w_l) at the weights w [p], for samples with a known loss at w_l."""
         moved = parameters - self.anchor  # δ
         slope = float(self.moments.gradient @ moved)  # ḡᵀδ
-        bend = 0.0
         diagonal = self.moments.diagonal
-        if diagonal is not None:
-            bend = 0.5 * float(diagonal @ moved.square())  # ½ δᵀ diag(H̄) δ
+        bend = 0.0 if diagonal is None else 0.5 * float(diagonal @ moved.square())  # ½ δᵀ diag(H̄) δ
         return loss + slope + bend
 
     @property
@@ -123,19 +121,9 @@ class Region:
         diagonal = self.moments.diagonal
         return 0.0 if diagonal is None else float(diagonal.norm())
 
-    def to(self, device: torch.device) -> None:
-        """Move the vectors to a device: a checkpoint restores them on the CPU."""
-        self.anchor = self.anchor.to(device)
-        first, second = self.moments.first, self.moments.second
-        second = None if second is None else second.to(device)
-        self.moments = replace(self.moments, first=first.to(device), second=second)
-
 
 def relative_error(model: float, loss: float) -> float:
-    """Return ρ = |F − L| / L; infinite if F is not finite, or if L = 0 and F is not.
-
-    Raises:
-        UserError: the loss is not finite.
+    """Return ρ = |F − L| / L; infinite if F is not finite, or if L = 0 and F is not. L that is not finite is refused.
 
     >>> relative_error(1.1, 1.0)
     0.10000000000000009

@@ -87,14 +87,9 @@ class Chosen:
 
 
 def choose_minibatch(subset: Subset, logits: Tensor, y: Tensor, size: int, *, memory: int = 2**30) -> Chosen:
-    """Choose the mini-batch coreset of a random subset, and measure how well it represents the subset.
+    """Choose m = ``size`` of the samples V of a random subset, and measure how well they represent it.
 
-    Args:
-        subset: V, in random order.
-        logits: float [r, C].
-        y: int64 [r].
-        size: m.
-        memory: bytes for cached distances.
+    Logits are float [r, C], labels int64 [r]; ``memory`` bounds the bytes of cached distances.
     """
     view = logit_gradients(logits, y)
     picked = minibatch_coreset(view, size, memory=memory)
@@ -211,12 +206,14 @@ class Pool:
         """Return each wanted p that is not computed yet, once."""
         return [p for p in dict.fromkeys(wanted) if p not in self.chosen]
 
-    def gradient_errors(self) -> tuple[Tensor, Tensor]:
-        """Return the root mean square and the norm of the mean of ``Chosen.errors``, each [2]."""
+    def gradient_errors(self) -> dict[str, float]:
+        """Return the root mean square of ``Chosen.errors``, and the norm of their mean as the bias."""
         errors = torch.stack([chosen.errors for chosen in self.chosen.values()])  # [·, 2, C]
         squares = errors.square().sum(dim=2)  # [·, 2]
-        bias = errors.mean(dim=0).norm(dim=1)
-        return squares.mean(dim=0).sqrt(), bias
+        root_mean_squares = squares.mean(dim=0).sqrt().tolist()
+        biases = errors.mean(dim=0).norm(dim=1).tolist()
+        names = ("coreset_error", "random_error", "coreset_bias", "random_bias")
+        return dict(zip(names, [*root_mean_squares, *biases], strict=True))
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Pool:

@@ -83,10 +83,7 @@ class CrestOptions(Settings):
         return self
 
     def subset_size(self, n: int, batch: int) -> int:
-        """Return r, the size of a random subset of n samples.
-
-        Raises:
-            UserError: a batch is larger than the subset or than n.
+        """Return r, the size of a random subset of n samples; batches that it or n cannot hold are refused.
 
         >>> CrestOptions().subset_size(45_000, 128), CrestOptions(subset=0.02).subset_size(45_000, 128)
         (512, 900)
