@@ -10,7 +10,6 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import CacheGiB, Count, Epochs, Experiment, Reselect, Schedule, Share, Train, Training
 
 BATCHES = 4  # in a random subset by default
-PAPER_TAU = 0.05
 OF_THE_MODEL = (  # options of the local model, without effect at τ = 0
     "h", "b", "checked_on", "order", "smoothing", "model_batches", "curvature", "parameters", "overlap",
 )  # fmt: skip
@@ -78,7 +77,7 @@ class CrestOptions(Settings):
             if self.tau == 0 and value != type(self).model_fields[name].default:
                 raise UserError(
                     f"crest.tau = 0, without a local model: crest.{name} = {value} would do nothing; the paper's τ is"
-                    f" {PAPER_TAU}"
+                    " 0.05"
                 )
         return self
 
