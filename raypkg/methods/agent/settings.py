@@ -25,8 +25,7 @@ class AgentOptions(Settings):
         ),
     ] = "measured"
     gamma: Annotated[
-        float | None,
-        Field(gt=0, le=1, description="γ: damps the correction (default: 1; published 0.1, linear 0.75)"),
+        float | None, Field(gt=0, le=1, description="γ: damps the correction (default: 1; published 0.1, linear 0.75)")
     ] = None
     alpha: Annotated[float, Field(ge=0, le=1, description="α: share of the newest estimate in c")] = 0.3
     always: Annotated[

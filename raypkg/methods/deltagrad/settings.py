@@ -108,8 +108,7 @@ class Holders(Cluster):
     """The processes that compute the gradients of a replay."""
 
     workers: Annotated[
-        int | None,
-        Field(ge=0, description="Ray actors that hold the data and compute gradients; 0 = this process"),
+        int | None, Field(ge=0, description="Ray actors that hold the data and compute gradients; 0 = this process")
     ] = 0
 
 

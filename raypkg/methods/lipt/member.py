@@ -13,7 +13,6 @@ from raypkg.coresets.record import Recorder
 from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split, at_hand
-from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import autocast, fit
@@ -175,20 +174,13 @@ def _draw_masks(context: Context, shard: Tensor, split: Split, seed: int, cost: 
     settings = context.settings.pretrain
     if settings.sparsity is None:
         return {}
+    order = torch.randperm(len(shard), generator=generator(seed, "snip"))
+    drawn = shard[order[: settings.batch_size]]
+    rng = generator(seed, "densities")
     model = context.model()
-    device = context.worker.device
-
-    def draw_batch() -> tuple[Tensor, Tensor]:
-        order = torch.randperm(len(shard), generator=generator(seed, "snip"))
-        indices = shard[order[: settings.batch_size]]
-        cost.forward += len(indices)
-        cost.backward += len(indices)
-        return next(plain_batches(split, indices, device, len(indices), dtype_of(model)))
-
     # Saliency is computed in the precision of training; dropout draws the same for every model.
-    with autocast(settings.precision, device), seeded(0, "snip dropout"):
-        rng = generator(seed, "densities")
-        chosen = first_masks(settings.sparsity, model, settings.density, rng=rng, draw_batch=draw_batch)
+    with autocast(settings.precision, context.worker.device), seeded(0, "snip dropout"):
+        chosen = first_masks(settings.sparsity, model, settings.density, split, drawn, rng=rng, cost=cost)
     # Only the densities are kept: positions drawn at random make the models differ.
     return redrawn(chosen, generator(seed, "mask"))
 

@@ -22,6 +22,7 @@ with the record of training that some coreset rules need.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -64,29 +65,18 @@ def pretrain_lipt(settings: LiptSettings, report: Report, *, samples: Samples, w
     if "score" in merge[pretrain.merge].declares and not len(samples.held_out):
         raise UserError(f"pretrain.merge = {pretrain.merge!r} needs held-out samples: set dataset.validation above 0")
     storage = report.folder.storage
-
-    def work() -> dict[str, Any]:
-        return workers.run(pretrain_models, settings, storage)
-
+    work = partial(workers.run, pretrain_models, settings, storage)
     report.phase("pretrain", work, epochs=pretrain.models * pretrain.epochs, models=pretrain.models)
     if pretrain.joint_epochs:
-        job = Job(
-            settings,
-            pretrain.joint,
-            storage,
-            phase="joint",
-            hooks=(Named(name=CONTINUED),),
-            initial=MERGED_FILE,
-            result=RESULT,
-        )
+        hooks = (Named(name=CONTINUED),)
+        job = Job(settings, pretrain.joint, storage, phase="joint", hooks=hooks, initial=MERGED_FILE, result=RESULT)
         train_on_cluster(job, samples, report, workers)
 
 
 @pretraining("dense")
 def pretrain_dense(settings: LiptSettings, report: Report, *, samples: Samples, workers: Workers) -> None:
     """Train one dense model on all samples by DDP."""
-    storage = report.folder.storage
-    job = Job(settings, settings.pretrain, storage, phase="pretrain", result=RESULT)
+    job = Job(settings, settings.pretrain, report.folder.storage, phase="pretrain", result=RESULT)
     train_on_cluster(job, samples, report, workers)
 
 

@@ -51,15 +51,11 @@ class Pretrain(Training):
     ] = 0.1
 
     @model_validator(mode="after")
-    def _merged_between_epochs(self) -> Self:
+    def _consistent(self) -> Self:
         if self.rounds is not None and self.rounds > self.epochs:
             raise UserError(
                 f"pretrain.rounds = {self.rounds}: models are merged after whole epochs, and there are {self.epochs}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _density_of_masks(self) -> Self:
         if self.sparsity is None and self.density != type(self).model_fields["density"].default:
             raise UserError(
                 f"pretrain.density = {self.density:g} would do nothing without masks: give pretrain.sparsity as well"

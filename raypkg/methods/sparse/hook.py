@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
-from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.run import Run
 from raypkg.experiments.samples import Samples, new_model
@@ -84,21 +83,13 @@ class Topology(Hook):
     def on_start(self, run: Run) -> None:
         """Draw the first masks."""
         check_density(self.density, shapes_of(run.model))
-        bill = run.bill(FIRST_MASKS)
-
-        def draw_batch() -> tuple[Tensor, Tensor]:
-            indices = run.coreset.indices
-            order = torch.randperm(len(indices), generator=generator(run.seed, "first batch"))
-            drawn = indices[order[: run.settings.batch_size]]
-            bill.forward += len(drawn)
-            bill.backward += len(drawn)
-            return next(plain_batches(run.split, drawn, run.worker.device, len(drawn), dtype_of(run.model)))
-
-        chosen = self.settings.sparse_init
+        indices, chosen = run.coreset.indices, self.settings.sparse_init
+        order = torch.randperm(len(indices), generator=generator(run.seed, "first batch"))
+        drawn = indices[order[: run.settings.batch_size]]
         rng = generator(run.seed, "mask")
-        with bill:
+        with run.bill(FIRST_MASKS) as bill:
             masks = first_masks(
-                chosen.name, run.model, self.density, rng=rng, draw_batch=draw_batch, options=chosen.options
+                chosen.name, run.model, self.density, run.split, drawn, rng=rng, cost=bill, options=chosen.options
             )
         for name, mask in masks.items():
             self.masks[name] = mask.bool().to(run.worker.device)
@@ -188,23 +179,19 @@ class Topology(Hook):
     def _record(self, run: Run) -> None:
         active = active_counts(self.masks)
         explored = active_counts(self.explored)
-        epoch = run.progress * run.settings.epochs
-        common = {"step": run.step, "epoch": epoch, "explored_share": self.explored_share}
+        time = {"step": run.step, "epoch": run.progress * run.settings.epochs, "explored_share": self.explored_share}
         for name, mask in self.masks.items():
             counts = {"active": active[name], "explored": explored[name], "weights": mask.numel()}
-            self.history.append({**common, "layer": name, **counts})
+            self.history.append({**time, "layer": name, **counts})
 
     def results(self, run: Run) -> Results:
         """Return the history of the masks with its plot, the density and the explored share."""
         density = density_of(self.masks)
         explored = self.explored_share
-        finding = (
-            f"{density:.2%} of the weights of linear and convolutional layers exist; {explored:.2%} existed at some"
-            " time (R_s): see plots/topology.png"
-        )
+        exist = f"{density:.2%} of the weights of linear and convolutional layers exist"
         return Results(
             facts={"density": density, "explored": explored},
-            findings=[finding],
+            findings=[f"{exist}; {explored:.2%} existed at some time (R_s): see plots/topology.png"],
             tables={"topology": pa.Table.from_pylist(self.history)},
             plots={"topology": partial(plots.topology, self.history)},
         )
