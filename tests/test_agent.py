@@ -110,7 +110,7 @@ def test_c_comes_from_the_losses_of_model_and_snapshot():
     fit(run(Losses(), hook, settings=PLAIN.model_copy(update={"epochs": 2})))
     model, snapshot = np.array(losses[:6]).T  # of the first epoch, [6] each
     expected = 0.3 * np.cov(np.diff(model), np.diff(snapshot))[0, 1] / np.var(np.diff(snapshot), ddof=1)
-    assert hook.c == pytest.approx(expected, rel=1e-4)
+    assert float(hook.weight.c) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("damped", [0.3, 1.0])

@@ -58,11 +58,6 @@ class Correction(Hook):
         self.history: list[tuple[float, ...]] = []  # ``COLUMNS`` of every step that was corrected or looked at
         self.closing = ExitStack()
 
-    @property
-    def c(self) -> float:
-        """The weight over all layers, without γ."""
-        return float(self.weight.c)
-
     def on_start(self, run: Run) -> None:
         """Copy the model for the snapshot."""
         self.snapshot = Snapshot(run, self.settings)
@@ -163,19 +158,18 @@ class Correction(Hook):
         corrected = int(table["corrected"].to_numpy().sum())
         latest = self._left(*self.variance.tolist())
         left = self.left if latest is None else latest
-        line = self.line
+        larger = f"a batch {1 / self.line:.3g} times as large, at the same cost, leaves {self.line:.2f}"
         if left is None:
             finding = "AGENT corrected no step: its weight c stayed 0"
-        else:
-            larger = f"a batch {1 / line:.3g} times as large, at the same cost, leaves {line:.2f}"
+        elif not corrected:
             finding = f"AGENT corrected no step, which would leave {left:.2f} of the gradients' variance: {larger}"
-            if corrected:
-                finding = (
-                    f"AGENT corrected {corrected:,} of {run.step:,} steps, which left {left:.2f} of the gradients'"
-                    f" variance in the end: {larger} (plots/correction.png)"
-                )
+        else:
+            finding = (
+                f"AGENT corrected {corrected:,} of {run.step:,} steps, which left {left:.2f} of the gradients' variance"
+                f" in the end: {larger} (plots/correction.png)"
+            )
         return Results(
-            facts={"corrected_steps": corrected, "variance_left": left, "variance_line": line},
+            facts={"corrected_steps": corrected, "variance_left": left, "variance_line": self.line},
             findings=[finding],
             tables={"correction": table},
             plots={"correction": partial(plots.correction, table.to_pylist())},

@@ -17,20 +17,21 @@ def correction(steps: Rows, path: str | Path) -> None:
     step = column(steps, "step")
     c = column(steps, "c")
     left = column(steps, "left")
+    line = column(steps, "line")
     corrected = column(steps, "corrected") == 1
     known = np.isfinite(left)
-    median = f"{np.median(left[known]):.2g}" if known.any() else "–"
+    groups = {"corrected": (known & corrected, BLUE), "looked at": (known & ~corrected, GREY)}
     last_c = f"{c[-1]:.3g}" if len(c) else "–"
+    median = f"{np.median(left[known]):.2g}" if known.any() else "–"
+    title = f"Share of the gradients' variance that is left: {median} (median)"
+    dashed = {"color": VERMILLION, "linestyle": "--", "linewidth": 1}
     with page(path) as figure:
         weight, variance = figure.subplots(2, 1, sharex=True)
         weight.plot(step, c, ".", color=BLUE, markersize=3)
-        weight.set(title=f"c ends at {last_c}")
-        for chosen, colour, label in ((corrected, BLUE, "corrected"), (~corrected, GREY, "looked at")):
-            shown = known & chosen
+        weight.set_title(f"c ends at {last_c}")
+        for label, (shown, colour) in groups.items():
             if shown.any():
                 variance.plot(step[shown], left[shown], ".", color=colour, markersize=3, label=label)
-        line = {"where": "post", "color": VERMILLION, "linestyle": "--", "linewidth": 1}
-        variance.step(step, column(steps, "line"), label="1/q: a batch of the same cost", **line)
-        variance.set_ylim(0, HIGHEST)
-        variance.set(title=f"Share of the gradients' variance that is left: {median} (median)", xlabel="step")
+        variance.step(step, line, where="post", label="1/q: a batch of the same cost", **dashed)
+        variance.set(title=title, xlabel="step", ylim=(0, HIGHEST))
         variance.legend(loc="upper right")

@@ -28,13 +28,11 @@ class Snapshot:
     """θ̃, with g̃ = mean of ∇ℓ_B(θ̃) over the samples of the batches of the coming epoch.
 
     It normalises by the statistics of its batches, as the model does while training. If the model draws at random, as
-    dropout does, the snapshot repeats the model's draws on a step's batch, and has draws of its own for g̃.
+    dropout does, the snapshot repeats the model's draws on a step's batch, and has draws of its own for g̃. A model
+    whose draws it cannot repeat is refused.
 
     Without such draws, g̃ is the mean of the gradients that the steps need. If those of an epoch's corrected steps fit
     into ``settings.memory`` (4 bytes · parameters · steps), they are kept: a sample costs two gradients, not three.
-
-    Raises:
-        UserError: the model draws at random in a way that its snapshot cannot repeat.
     """
 
     def __init__(self, run: Run, settings: AgentOptions):
@@ -47,8 +45,7 @@ class Snapshot:
         if _draws(self.model, run):
             if run.settings.compile:
                 raise UserError(
-                    "agent with a model that draws at random, as dropout does, does not go with train.compile = true: a"
-                    " compiled model draws by itself"
+                    "agent does not go with train.compile = true for a model that draws at random, as dropout does"
                 )
             self.draws = RepeatedDraws(run.model, run.worker.device)
 
@@ -119,8 +116,7 @@ class Snapshot:
 
         The steps must see the same batches, with the same draws, before the next snapshot, and memory must suffice.
         """
-        supplied = any(hook.supplies_batches for hook in run.hooks)
-        if supplied or self.draws or self.settings.snapshot_every_steps:
+        if self.draws or self.settings.snapshot_every_steps or any(hook.supplies_batches for hook in run.hooks):
             return False
         corrected = -(-run.settings.steps_per_epoch(len(run.coreset)) // self.settings.every_steps)
         size = corrected * sum(parameter.nbytes for parameter in trained_parameters(self.model))
@@ -147,12 +143,9 @@ class Snapshot:
             objective = loss  # c is of plain losses, the gradient of the training objective
             if smoothing := run.settings.label_smoothing:
                 objective = losses_of(logits, part.y, smoothing) @ part.weights / part.total
-            gradient = torch.autograd.grad(
-                objective,
-                trained_parameters(self.model),
-                allow_unused=True,  # layers that the forward pass does not use
-                materialize_grads=True,
-            )
+            # Layers that the forward pass does not use have gradients of 0.
+            parameters = trained_parameters(self.model)
+            gradient = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
             total = list(torch._foreach_add(total, gradient)) if total else list(gradient)
         return torch.stack(losses).sum(), total
 
@@ -193,7 +186,7 @@ class RepeatedDraws:
         self.device = device
         self.x: Tensor | None = None
         self.states: list[Tensor] = []
-        self.handle = model.register_forward_pre_hook(self._note)
+        self.handle = model.register_forward_pre_hook(self.note)
 
     def repeat(self, x: Tensor) -> None:
         """Set the global generators to their states when the model received the batch ``x``."""
@@ -203,9 +196,9 @@ class RepeatedDraws:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(self.states[1], self.device)
 
-    def _note(self, model: nn.Module, inputs: tuple[Tensor]) -> None:
+    def note(self, model: nn.Module, inputs: tuple[Tensor]) -> None:
+        """Note the states before the first pass over a batch; another hook may pass it again."""
         (x,) = inputs
-        # The step's first pass is repeated; another hook may pass the batch again.
         if model.training and not self._is_of(x):
             self.x = x
             self.states = _generator_states(self.device)

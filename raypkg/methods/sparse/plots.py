@@ -13,24 +13,24 @@ def topology(changes: Rows, path: str | Path) -> None:
     The rows are those of `Topology.history`, one per change and layer.
     """
     layers = list(dict.fromkeys(row["layer"] for row in changes))
-    epoch = column(changes[:: len(layers)], "epoch")
-    explored = 100 * column(changes[:: len(layers)], "explored_share")
-    active = column(changes, "active").reshape(-1, len(layers))  # [changes, layers]
-    weights = column(changes, "weights").reshape(-1, len(layers))
-    of_layers = 100 * active / weights
+    names = [cut(layer.removesuffix(".weight"), 30) for layer in layers]
+    lines = np.arange(len(layers))
+    of_all = changes[:: len(layers)]  # one row per change
+    epoch = column(of_all, "epoch")
+    explored = 100 * column(of_all, "explored_share")
+    active, weights = (column(changes, key).reshape(-1, len(layers)) for key in ("active", "weights"))
+    of_layers = 100 * active / weights  # [changes, layers]
     density = 100 * active.sum(1) / weights.sum(1)  # [changes]
+    total = short(weights[-1].sum())
     with page(path) as figure:
         axes, over_time = figure.subplots(1, 2, width_ratios=(2, 1))
-        lines = np.arange(len(layers))
         hollow = {"markeredgecolor": GREY, "markerfacecolor": "none", "markersize": 10}
-        axes.plot(of_layers[0], lines, "o", linestyle="none", label="at first", **hollow)
-        axes.plot(of_layers[-1], lines, "o", linestyle="none", label="at last", color=BLUE)
-        title = f"{density[-1] / 100:.2%} of {short(weights[-1].sum())} weights exist"
-        axes.set(title=title, xlabel="density, %")
-        axes.set_xlim(left=0)
-        axes.set_yticks(lines, [cut(name.removesuffix(".weight"), 30) for name in layers], fontsize=7)
+        axes.plot(of_layers[0], lines, "o", label="at first", **hollow)
+        axes.plot(of_layers[-1], lines, "o", label="at last", color=BLUE)
+        axes.set(title=f"{density[-1] / 100:.2%} of {total} weights exist", xlabel="density, %", xlim=(0, None))
+        axes.set_yticks(lines, names, fontsize=7)
         axes.invert_yaxis()
-        axes.legend(loc="center right", frameon=False)  # where layers are sparse
+        axes.legend(loc="center right")  # where layers are sparse
 
         over_time.step(epoch, explored, where="post", color=BLUE)
         over_time.step(epoch, density, where="post", color=ORANGE)
