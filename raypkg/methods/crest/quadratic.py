@@ -123,11 +123,7 @@ class Region:
 
 
 def relative_error(model: float, loss: float) -> float:
-    """Return ρ = |F − L| / L; infinite if F is not finite, or if L = 0 and F is not. L that is not finite is refused.
-
-    >>> relative_error(1.1, 1.0)
-    0.10000000000000009
-    """
+    """Return ρ = |F − L| / L; infinite if F is not finite, or if L = 0 and F is not; a loss L must be finite."""
     if not math.isfinite(loss):
         raise UserError(f"the loss became {loss} at a check of CREST's model: lower the learning rate")
     if loss == 0 or not math.isfinite(model):
@@ -139,9 +135,6 @@ def check_interval(h: float, first: float, now: float) -> int:
     """Return T1 = ⌈h · ‖H̄_0‖ / ‖H̄‖⌉, the steps between checks: the flatter the loss, the more steps.
 
     ``first`` is ‖H̄_0‖ and ``now`` is ‖H̄‖. If either is 0, curvature is unknown and T1 = ⌈h⌉.
-
-    >>> check_interval(1, 8.0, 2.0), check_interval(1, 2.0, 8.0), check_interval(10, 0.0, 0.0)
-    (4, 1, 10)
     """
     if now > 0 and first > 0:
         return math.ceil(h * first / now)

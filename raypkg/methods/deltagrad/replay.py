@@ -137,12 +137,6 @@ class BFGS:
     B v = σ v − [Y σS] M⁻¹ [Yᵀ v; σSᵀ v] with M = [[−D, Lᵀ], [L, σSᵀS]], D and L the diagonal and the strictly lower
     part of SᵀY, and σ = yᵀs/sᵀs of the newest pair, at least 1e-3 (Byrd, Nocedal & Schnabel 1994, theorem 2.3;
     DeltaGrad, arXiv:2006.14755, algorithm 2).
-
-    >>> hessian = BFGS(pairs=2)
-    >>> hessian.push(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 0.0]))
-    True
-    >>> hessian.product(torch.tensor([1.0, 1.0]))
-    tensor([3., 3.])
     """
 
     def __init__(self, pairs: int):

@@ -51,11 +51,7 @@ class Request(NamedTuple):
 
 
 def read_ids(text: str) -> list[int]:
-    """Return ids given as ``3,14,15`` or in a file: one per line, or the column ``id`` or ``index`` of a parquet file.
-
-    >>> read_ids("3,14,15")
-    [3, 14, 15]
-    """
+    """Return ids given as ``3,14,15`` or by a file: one a line, or parquet with a column ``id`` or ``index``."""
     if LIST.fullmatch(text) or not os.path.exists(text):
         where = f"ids {text[:LONGEST]!r} (no such file)"
         values: list[Any] = text.split(",")

@@ -103,10 +103,6 @@ def outer_step(start: State, merged: State, velocity: State, momentum: float) ->
 
     The outer rate is 1, as in SlowMo (arXiv:1910.00643) and DiLoCo (arXiv:2311.08105). With μ = 0, w = merged. The
     velocity is empty before the first merge.
-
-    >>> w, v = outer_step({"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}, {}, 0.5)
-    >>> w["w"], v["w"]
-    (tensor([4.]), tensor([2.]))
     """
     if not momentum:
         return merged, {}

@@ -109,12 +109,7 @@ class Pattern(NamedTuple):
         return weight.flatten()[self.positions]
 
     def dense(self, values: Tensor) -> Tensor:
-        """Return the dense weight [out, in] of the active weights.
-
-        >>> pattern = Pattern.of(torch.tensor([[True, False], [False, True]]))
-        >>> pattern.dense(torch.tensor([1.0, 2.0])).tolist()
-        [[1.0, 0.0], [0.0, 2.0]]
-        """
+        """Return the dense weight [out, in] of the active weights [k]."""
         weight = values.new_zeros(math.prod(self.shape))
         weight[self.positions] = values
         return weight.view(self.shape)

@@ -156,10 +156,6 @@ def enlarged(weight: Tensor, mask: Tensor) -> Tensor:
     An initialisation draws weights of variance ∝ 1/n for n inputs. Where unit i has k_i of them, each layer shrinks the
     variance of its signal by k_i/n: through several without batch norm, at 1 % density, little of it arrives. Weight
     and mask are [out, in, …]; a unit without inputs is unchanged.
-
-    >>> enlarged(torch.ones(2, 4), torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool())
-    tensor([[2., 2., 2., 2.],
-            [1., 1., 1., 1.]])
     """
     dense_inputs = mask[0].numel()  # n
     inputs = mask.flatten(1).sum(1, keepdim=True)  # k_i, [out, 1]
