@@ -19,9 +19,8 @@ from raypkg.engine.loop import autocast, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples, augmentations, new_model
-from raypkg.methods.sparse.hook import Masked
+from raypkg.methods.sparse.hook import Masked, first_masks
 from raypkg.methods.sparse.masks import Masks, random_masks
-from raypkg.methods.sparse.rules import first_masks
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 

@@ -14,12 +14,15 @@ from torch.optim import Optimizer
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
+from raypkg.data.split import Split
+from raypkg.engine.batches import dtype_of, plain_batches
+from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.run import Run
 from raypkg.experiments.samples import Samples, new_model
 from raypkg.experiments.training import Job
 
-from . import drop, growth, plots, redistribution
+from . import drop, growth, initial, plots, redistribution
 from .compute import ActiveLinear, Pattern, active_flops, exchange_linear, forward_flops
 from .masks import (
     Masks,
@@ -37,7 +40,6 @@ from .masks import (
     surplus,
     zero_changed,
 )
-from .rules import first_masks
 from .settings import PRUNED_BY, Sparsity
 
 FIRST_MASKS = "first masks"  # the bill of a saliency
@@ -340,6 +342,32 @@ def sparse(*, job: Job, samples: Samples, options: Sparsity = DENSE) -> list[Hoo
     active = options.compute == "sparse"
     enforcing = Active(topology.masks, topology.due) if active else Masked(topology.masks)
     return [topology, enforcing, FootprintReport(model, topology)]
+
+
+def first_masks(
+    name: str,
+    model: nn.Module,
+    density: float,
+    split: Split,
+    drawn: Tensor,
+    *,
+    rng: torch.Generator,
+    cost: Cost,
+    options: Mapping[str, Any] | None = None,
+) -> Masks:
+    """Return the first masks by the named rule; if it needs a batch, that is of the samples ``drawn``, at a cost."""
+    rule = initial[name]
+    batch = None
+    if "batch" in rule.declares:
+        device = next(model.parameters()).device
+        batch = next(plain_batches(split, drawn, device, len(drawn), dtype_of(model)))
+        cost.forward += len(drawn)
+        cost.backward += len(drawn)
+    masks: Masks = rule(model, density, options=options, rng=rng, batch=batch)
+    shapes = shapes_of(model)
+    if {layer: mask.shape for layer, mask in masks.items()} != shapes:
+        raise UserError(f"sparse initialisation {name!r} returned other layers or shapes than {[*shapes]}")
+    return masks
 
 
 def _checked(rule: str, scores: Tensor, weights: Tensor, layer: str) -> Tensor:

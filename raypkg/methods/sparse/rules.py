@@ -9,9 +9,9 @@ A rule omits the keywords that it does not need, and they are not computed. ``gr
 if the layer were dense, ``momentum`` its running sum, m ← βm + g.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -19,43 +19,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raypkg.core.errors import UserError
-from raypkg.data.split import Split
-from raypkg.engine.batches import dtype_of, plain_batches
-from raypkg.engine.costs import Cost
-
 from . import drop, growth, initial, redistribution
 from .masks import Masks, erk_densities, largest_masks, prunable, random_masks, shapes_of
 
 Saliency = dict[str, Tensor]  # a score for each weight that masks apply to, by the parameter's name
 
 # First masks
-
-
-def first_masks(
-    name: str,
-    model: nn.Module,
-    density: float,
-    split: Split,
-    drawn: Tensor,
-    *,
-    rng: torch.Generator,
-    cost: Cost,
-    options: Mapping[str, Any] | None = None,
-) -> Masks:
-    """Return the first masks by the named rule; if it needs a batch, that is of the samples ``drawn``, at a cost."""
-    rule = initial[name]
-    batch = None
-    if "batch" in rule.declares:
-        device = next(model.parameters()).device
-        batch = next(plain_batches(split, drawn, device, len(drawn), dtype_of(model)))
-        cost.forward += len(drawn)
-        cost.backward += len(drawn)
-    masks: Masks = rule(model, density, options=options, rng=rng, batch=batch)
-    shapes = shapes_of(model)
-    if {layer: mask.shape for layer, mask in masks.items()} != shapes:
-        raise UserError(f"sparse initialisation {name!r} returned other layers or shapes than {[*shapes]}")
-    return masks
 
 
 @initial("erk", source="arXiv:1911.11134")
