@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from raypkg.data.sources.classics import digits as load_digits
+from raypkg.data.sources.digits import digits as load_digits
 from raypkg.data.split import Split
 
 ROWS = 16  # of a split, that the digest of a run's data reads

@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from raypkg.data.sources.classics import digits as load_digits
+from raypkg.data.sources.digits import digits as load_digits
 from raypkg.data.split import Split
 
 BATCHES = 9  # read before the end

@@ -3,7 +3,7 @@
 import time
 from dataclasses import replace
 
-from raypkg.data.sources.classics import digits as load_digits
+from raypkg.data.sources.digits import digits as load_digits
 from raypkg.data.split import Split
 
 SECONDS = 0.01  # a batch

@@ -17,8 +17,6 @@ from raypkg.core.settings import Dataset
 
 from . import Data, load_data
 from .split import Split, Take
-from .store.cache import cache_folder
-from .store.parts import Stream
 
 LARGEST = 2**31  # samples after repetition
 NAMED = 10  # classes listed by name
@@ -35,7 +33,12 @@ def open_data(chosen: Dataset, seed: int | None = None) -> Data:
     Raises:
         UserError: unreadable data, a regime that does not apply, or no seed for a draw.
     """
-    stream = Stream(chosen.streamed, chosen.window, cache_folder()) if chosen.streamed else None
+    stream = None
+    if chosen.streamed:
+        from .store.cache import cache_folder  # with the store, which data sets in memory do not need
+        from .store.parts import Stream
+
+        stream = Stream(chosen.streamed, chosen.window, cache_folder())
     data = load_data(chosen.name, chosen.options, cache=stream)
     if chosen.streamed and data.train.blocks is None:
         raise UserError(f"dataset.streamed: the samples of {chosen.name!r} are in memory: leave it out")

@@ -1,16 +1,10 @@
-"""Small classics: digits, which ship with the package, and data sets that torchvision downloads.
-
-Optical Recognition of Handwritten Digits (E. Alpaydin and C. Kaynak, 1998), UCI Machine Learning Repository,
-doi:10.24432/C50P49, licensed CC BY 4.0; its 1,797 test samples. Pixel values 0 … 16 are scaled to 0 … 255 here.
-"""
+"""Small classics that torchvision downloads."""
 
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from raypkg.core.errors import UserError
 from raypkg.data.augment import default_augment
@@ -21,25 +15,6 @@ from raypkg.data.store.cache import Cache, Target, cache_folder, cached, fingerp
 from . import dataset
 
 BLOCK = 4096  # images
-
-
-@dataset("digits", source="doi:10.24432/C50P49")
-def digits(root: str, *, split: str) -> Split:
-    """Handwritten digits, 8×8 grey: 1,437 to train, 360 to test.
-
-    The file's column ``test`` fixes the split, which is stratified by class.
-    """
-    if root:
-        raise UserError(f"dataset 'digits' ships with the package and takes no path, got {root!r}")
-    # Read by path: Arrow's threads may outlive a file that Python has opened.
-    with as_file(files("raypkg.data.sources") / "digits.parquet") as path:
-        table = pq.read_table(path)
-    rows = table["test"].to_numpy() == (split == "test")  # [n]
-    images = b"".join(table["x"].to_pylist())
-    levels = np.frombuffer(images, np.uint8).reshape(-1, 1, 8, 8)  # 0 … 16
-    pixels = (levels[rows].astype(np.uint16) * 255 + 8) // 16  # to the nearest of 0 … 255
-    y = table["y"].to_numpy()[rows]
-    return Split.from_tensors(pixels.astype(np.uint8), y, augment=("crop",))
 
 
 @dataset("cifar10", source="Krizhevsky 2009")
