@@ -75,10 +75,6 @@ def select_class(
     """Select positions in the samples of one class, with the generator named (seed, "select", label).
 
     Other arguments as in ``select``.
-
-    Raises:
-        UserError: budget out of range, bad options, a target seen by another model, or a user's rule that fails or does
-            not return ``budget`` samples.
     """
     n = len(samples)
     _check_budget(budget, n)

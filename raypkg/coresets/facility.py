@@ -19,14 +19,10 @@ TIED = 8  # gains this many units in the last place apart are equal: they are su
 
 
 class Distances:
-    """Rows of the distances ‖g_i − g_j‖ [n, m], one for each j; the first rows are cached, in ``memory`` bytes.
+    """Rows of the distances ‖g_i − g_j‖ [n, m], one for each of n samples j to choose from (``view``).
 
-    No distance depends on ``memory``.
-
-    Args:
-        view: n samples to choose from.
-        covered: m samples i to be close to; None = the view.
-        memory: bytes for cached rows.
+    The m samples i are those to be close to (``covered``, None = the view). The first rows are cached, in ``memory``
+    bytes; no distance depends on that.
     """
 
     def __init__(self, view: HeadView, covered: HeadView | None = None, *, memory: int):

@@ -27,6 +27,7 @@ LEAST_SCORED = 256  # samples of one forward pass: small batches of the loader w
 LABELS = "labels"  # in a batch that is a mapping, as those of Hugging Face are
 WEIGHTS = "weights"
 INDICES = "indices"
+RECORDED = ("losses", "times", "total_margin")  # tensors of the loader, in checkpoints
 
 
 class TappedByForm(Tapped):
@@ -109,25 +110,18 @@ class CoresetLoader:
             if now := current_name(Reselect, name):
                 raise UserError(f"CoresetLoader's {name} is now called {now}")
             raise TypeError(f"CoresetLoader got an unexpected keyword argument {name!r}")
-        chosen = {
-            "rule": rule,
-            "fraction": fraction,
-            "every_epochs": every_epochs,
-            "warm_epochs": warm_epochs,
-            "balanced": balanced,
-            "options": dict(options or {}),
-        }
+        when = {"every_epochs": every_epochs, "warm_epochs": warm_epochs}
+        chosen = {"rule": rule, "fraction": fraction, "balanced": balanced, "options": dict(options or {}), **when}
         self.settings: Reselect = validate(Reselect, chosen)
         check_schedule(self.settings, epochs)
         if not isinstance(loader, DataLoader) or not loader.batch_size:
             raise UserError(f"CoresetLoader takes a DataLoader with a batch_size, not {type(loader).__name__}")
         if loader.drop_last or type(loader.sampler) not in (RandomSampler, SequentialSampler):
-            sampler = type(loader.sampler).__name__
-            raise UserError(
-                f"a DataLoader with {sampler} and drop_last={loader.drop_last}: it must give every sample once;"
-                " for a part of the data set, use a Subset"
-            )
+            given = f"{type(loader.sampler).__name__} and drop_last={loader.drop_last}"
+            hint = "for a part of the data set, use a Subset"
+            raise UserError(f"a DataLoader with {given}: it must give every sample once; {hint}")
         self.loader = loader
+        self.batch_size = loader.batch_size
         self.scored = loader.dataset if scored is None else scored
         self.rule = coreset[rule]
         if target is not None and not self.rule.has_target:
@@ -191,14 +185,8 @@ class CoresetLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint between epochs."""
-        return {
-            "indices": self.coreset.indices,
-            "weights": self.coreset.weights,
-            "epoch": self.epoch,
-            "losses": self.losses.clone(),
-            "times": self.times.clone(),
-            "total_margin": self.total_margin.clone(),
-        }
+        recorded = {name: getattr(self, name).clone() for name in RECORDED}
+        return {"indices": self.coreset.indices, "weights": self.coreset.weights, "epoch": self.epoch, **recorded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint.
@@ -211,9 +199,8 @@ class CoresetLoader:
             raise UserError(f"the checkpoint is of {size} samples, this data set has {self.n}")
         self.coreset = Coreset(state["indices"], state["weights"])
         self.epoch = state["epoch"]
-        self.losses = state["losses"].clone()
-        self.times = state["times"].clone()
-        self.total_margin = state["total_margin"].clone()
+        for name in RECORDED:
+            setattr(self, name, state[name].clone())
 
     def _select(self) -> Coreset:
         settings = self.settings
@@ -262,11 +249,10 @@ class CoresetLoader:
 
     def _in_order(self, data: Dataset[Any]) -> Iterator[tuple[Any, Tensor]]:
         positions = torch.arange(len(data))  # type: ignore[arg-type]  # it is indexed, like the loader's
-        batch_size = max(LEAST_SCORED, self.loader.batch_size or 1)
-        return self._load(data, list(positions.split(batch_size)))
+        return self._load(data, list(positions.split(max(LEAST_SCORED, self.batch_size))))
 
     def _batches_of(self, size: int) -> int:
-        return math.ceil(size / (self.loader.batch_size or 1))
+        return math.ceil(size / self.batch_size)
 
     def _load(self, data: Dataset[Any], batches: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
         """Yield inputs and labels int64 [b] of batches of positions, loaded as the user's loader does."""

@@ -25,9 +25,7 @@ from .target import target_of
 def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> None:
     """Refuse, before any work, a selection that cannot be done in a training of so many epochs.
 
-    Raises:
-        UserError: unknown rule, bad options, a selection that would never come, a target of a rule that has none,
-            a fraction for a rule that sizes its coreset itself, or none for another.
+    With a ``given`` first coreset and no later selection, only the epochs are checked.
     """
     if settings.warm_epochs >= epochs:
         raise UserError(f"select.warm_epochs = {settings.warm_epochs} of {epochs} epochs: nothing would be selected")

@@ -6,7 +6,6 @@ Forward passes go class by class, so a class has the same batches, hence the sam
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,13 +36,6 @@ class Selection:
     indices: Tensor  # all samples that took part, ascending, int64 [n]
     scores: Tensor | None  # their last-layer gradient norms, float32 [n]; None if no gradient was computed
     cost: Cost  # over all holders
-
-
-class Scorer(Protocol):
-    """The model whose gradients select."""
-
-    def view(self, shard: Shard, indices: Tensor) -> HeadView:
-        """Return the HeadView of the indices in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +83,12 @@ class SentModel:
         return LiveModel(model, self.precision).view(shard, indices)
 
 
+Scorer = LiveModel | SentModel  # the model whose gradients select
+# A shard seen by a scorer, for a selection over all classes at once: its indices, the view of them and that of its
+# share of the target, and the cost.
+ShardView = tuple[Tensor, HeadView, HeadView | None, Cost]
+
+
 def select_coreset(
     shards: Shards,
     scorer: Scorer,
@@ -101,11 +99,7 @@ def select_coreset(
     seed: int,
     progress: float = 0.0,
 ) -> Selection:
-    """Select a coreset of ``indices`` on the shards that hold them, or by the record for a rule that sees only that.
-
-    Raises:
-        UserError: unknown rule, bad options, gradients that are not finite, or a class without target samples.
-    """
+    """Select a coreset of ``indices`` on the shards that hold them, or by the record for a rule that sees only that."""
     rule = coreset[settings.rule]
     budget = budget_of(settings.fraction, len(indices))
     if rule.sees == "record":
@@ -193,15 +187,6 @@ def _view_of_some(shard: Shard, indices: Tensor, scorer: Scorer, cost: Cost) -> 
     return scorer.view(shard, indices)
 
 
-class ShardView(NamedTuple):
-    """A shard seen by a model, for a selection over all classes at once."""
-
-    indices: Tensor
-    view: HeadView
-    target: HeadView | None  # of the shard's share of the target
-    cost: Cost
-
-
 def view_shard(shard: Shard, scorer: Scorer, target: TargetSamples | None) -> ShardView:
     """Compute the views of a shard and of its share of the target."""
     with Cost("select") as cost:
@@ -211,19 +196,20 @@ def view_shard(shard: Shard, scorer: Scorer, target: TargetSamples | None) -> Sh
         if target:
             share = target.share_of(shard)
             aim = _view_of_some(share, share.indices, scorer, cost)
-    return ShardView(shard.indices, view, aim, cost)
+    return shard.indices, view, aim, cost
 
 
 def _from_views(shards: Sequence[ShardView], settings: Select, budget: int, seed: int) -> Selection:
-    indices = torch.cat([shard.indices for shard in shards])
+    parts, views, targets, costs = zip(*shards, strict=True)
+    indices = torch.cat(parts)
     order = indices.argsort()  # the same order, hence the same picks, for any number of shards
     indices = indices[order]
-    view = HeadView.concat([shard.view for shard in shards])[order]
-    aims = [shard.target for shard in shards if shard.target is not None]
+    view = HeadView.concat(views)[order]
+    aims = [aim for aim in targets if aim is not None]
     target = target_of(settings)
     if target and target.required and not aims:
         raise target.missing()
-    cost = Cost.joined("select", [shard.cost for shard in shards])
+    cost = Cost.joined("select", costs)
     with cost:
         picked = select_class(
             view,

@@ -110,15 +110,8 @@ def matching_pursuit(atoms: "BatchAtoms", energy: Tensor, k: int, *, lam: float,
     (Lawson and Hanson's rule), so a place becomes free. It stops early when E ≤ ε‖t‖², when no correlation exceeds
     ε times the first, or when rounding keeps E from falling. One correlation and O(k²) a step, and k² numbers.
 
-    Args:
-        atoms: the vectors and the target t, none chosen yet.
-        energy: ‖t‖², a float64 scalar tensor.
-        k: the largest number of atoms.
-        lam: λ ≥ 0.
-        eps: ε > 0.
-
-    Returns:
-        The atoms, int64 [m] with m ≤ k in the order of their choice, and their weights v > 0, float64 [m].
+    ``atoms`` holds the g_i and t, none chosen yet; ``energy`` is ‖t‖², a float64 scalar. Returns the atoms, int64 [m]
+    with m ≤ k in the order of their choice, and their weights v > 0, float64 [m].
     """
     factor = Cholesky(energy)
     free = torch.ones(len(atoms), dtype=torch.bool)  # atoms that may still be chosen [n]
@@ -183,11 +176,6 @@ class Cholesky:
         self._store = like.new_zeros(0, 0)
         self._size = 0  # m
 
-    @property
-    def lower(self) -> Tensor:
-        """L, of shape [m, m]."""
-        return self._store[: self._size, : self._size]
-
     def append(self, row: Tensor, diagonal: Tensor) -> bool:
         """Border the matrix with ``row`` [m] and ``diagonal``; return False, unchanged, if it would turn singular."""
         m = self._size
@@ -210,7 +198,7 @@ class Cholesky:
             column j of the new factor = sqrt(s_j / s_{j−1}) T_j + p_j / sqrt(s_j s_{j−1}) Σ_{l>j} p_l T_l .
         """
         last = self._size - 1
-        lower = self.lower
+        lower = self._store[: self._size, : self._size]  # L [m, m]
         below = lower[i + 1 :]
         left = below[:, :i].clone()  # moves up by one row: a copy, because both places overlap
         t = below[:, i]
@@ -251,13 +239,9 @@ class BatchAtoms:
     """The mean gradients ḡ_B of disjoint batches of samples as atoms for a target t; S are the batches chosen so far.
 
     With M = t − Σ_{B∈S} v_B ḡ_B, <ḡ_B, M> is the mean of <g_i, M> over the batch, so no gradient but M is ever spelt
-    out: n·C·D steps. The samples of S are kept in float64, in rows of their own; all others only in the view.
-
-    Args:
-        view: the samples.
-        batch: the batch of each sample, all numbers from 0 up, int64 [n]; a single sample is a batch too.
-        target: t, float64 [C, D+1].
-        capacity: the largest number of samples in S.
+    out: n·C·D steps. The samples of S, at most ``capacity``, are kept in float64, in rows of their own; all others only
+    in the view. ``batch`` is the batch of each sample, all numbers from 0 up, int64 [n]; ``target`` is t, float64
+    [C, D+1].
     """
 
     def __init__(self, view: HeadView, batch: Tensor, target: Tensor, capacity: int):

@@ -46,11 +46,7 @@ class TargetSamples:
         return replace(reached, indices=reached.indices.tensor_split(shard.world)[shard.rank])
 
     def split_like(self, train: Split) -> Split:
-        """Return the data set with the classes and the normalisation of the samples to select from.
-
-        Raises:
-            UserError: it has another shape, other columns, other tokens, or a class that is unknown there.
-        """
+        """Return the data set with the classes and the normalisation of the samples to select from."""
         if train.kind is TEXTS and not self.options.get("tokenizer"):  # it would train one on texts of its own
             raise UserError(f"{self}: its texts must be cut as those of training are: give option tokenizer for both")
         return aligned(self._opened, train, str(self))

@@ -39,14 +39,10 @@ class Augmentation:
 
 
 def compose(names: Sequence[str]) -> Augmentation:
-    """Return the named augmentations as one, in the given order; without names, the identity.
-
-    Raises:
-        UserError: an unknown name, or, when applied, samples that are not images.
-    """
-    strange = next((name for name in names if name not in AUGMENTATIONS), None)
-    if strange is not None:
-        raise unknown("augmentation", strange, AUGMENTATIONS)
+    """Return the named augmentations as one, in the given order; without names, the identity."""
+    for name in names:
+        if name not in AUGMENTATIONS:
+            raise unknown("augmentation", name, AUGMENTATIONS)
     steps = [AUGMENTATIONS[name] for name in names]
     draws = [step.draws for step in steps]
 

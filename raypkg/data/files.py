@@ -4,8 +4,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +32,9 @@ T = TypeVar("T")
 # Paths and URIs
 
 
-class _Listing(NamedTuple):
-    """All files at an address or below it, as they were when it was listed."""
+@dataclass(frozen=True, eq=False)
+class _Listing:
+    """All files at an address or below it, as they were when it was listed; equal only to itself."""
 
     base: str  # the address
     system: fs.FileSystem
@@ -64,6 +66,7 @@ def _listed(address: str) -> _Listing:
     return _Listing(address, system, root, files, folders)
 
 
+@dataclass(frozen=True)
 class _Remote:
     """A file or folder behind a URI, with the attributes and methods of ``Path`` that data sources use.
 
@@ -71,9 +74,8 @@ class _Remote:
     files are below it: object stores have no others.
     """
 
-    def __init__(self, listing: _Listing, names: Names = ()):
-        self.listing = listing
-        self.names = names
+    listing: _Listing
+    names: Names = ()
 
     def __str__(self) -> str:
         return address_of(self.listing.base, self.names)
@@ -81,15 +83,9 @@ class _Remote:
     def __truediv__(self, name: str) -> "_Remote":
         return _Remote(self.listing, (*self.names, name))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Remote) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
     @property
     def name(self) -> str:
-        return self.names[-1] if self.names else PurePosixPath(self.listing.root).name
+        return PurePosixPath(self.listing.root, *self.names).name
 
     @property
     def suffix(self) -> str:
@@ -143,23 +139,15 @@ def open_input(file: Place) -> pa.NativeFile:
     return pa.OSFile(str(file)) if isinstance(file, Path) else file.open_input()
 
 
-class Identity(NamedTuple):
-    """Properties that change when a file is replaced or modified."""
-
-    address: str
-    size: int  # bytes
-    time: int  # of the last change, nanoseconds
-
-
-def identity_of(file: Place) -> Identity:
-    """Return the identity of a file; raises OSError if it is missing."""
+def identity_of(file: Place) -> tuple[str, int, int]:
+    """Return address, size in bytes and time of the last change in ns of a file; raises OSError if it is missing."""
     if isinstance(file, Path):
         stat = file.stat()
-        return Identity(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
+        return str(file.resolve()), stat.st_size, stat.st_mtime_ns
     if not file.is_file():
         raise FileNotFoundError(f"{str(file)!r} is not there any more")
     info = file.listing.files[file.names]
-    return Identity(str(file), info.size, info.mtime_ns)
+    return str(file), info.size, info.mtime_ns
 
 
 def relisted(files: Iterable[Place]) -> list[Place]:
@@ -236,14 +224,11 @@ def row_files(path: Place, suffixes: tuple[str, ...]) -> dict[str, Place]:
 def split_rows(
     files: Mapping[str, Place], split: str, n: int, test: float, ids: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the rows of a split among the n rows of its file, int64 ascending.
+    """Return the rows of a split among the n rows of its file, int64 ascending; refuse an empty split.
 
     These are all rows if each split has its own file. In a shared file, the share ``test`` is the test split, by a draw
     that depends only on the number of rows, so that every process and every later run finds the same split. Rows with
     the same id stand for one sample and stay together.
-
-    Raises:
-        UserError: the split would be empty.
     """
     if files["train"] != files["test"]:
         return np.arange(n)
@@ -281,10 +266,7 @@ def label_column(
     """Return name, type and class names of the label column that the files of a split share.
 
     It is the chosen one, or else the first of the usual ones. Class names are those of the hub's metadata; () if there
-    are none, or if the labels are not integers.
-
-    Raises:
-        UserError: the files' columns differ or repeat a name, the label column is missing, or metadata are invalid.
+    are none, or if the labels are not integers. All files must have the same columns.
     """
     schema = schemas[0]
     check_distinct(schema.names, files[0])
@@ -317,12 +299,11 @@ class _Info(BaseModel):
 
 
 class _HubMetadata(BaseModel):
-    """The part that is used of the JSON under the key ``huggingface`` of a schema's metadata."""
-
     info: _Info = _Info()
 
 
 def _class_names(schema: pa.Schema, label: str, file: Place) -> tuple[str, ...]:
+    """Return the classes of a column in the JSON under the metadata key ``huggingface``; () if there are none."""
     where = f"the schema metadata 'huggingface' of {str(file)!r}"
     try:
         hub = _HubMetadata.model_validate_json((schema.metadata or {}).get(b"huggingface", b"{}"))

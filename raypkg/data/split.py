@@ -206,11 +206,7 @@ def with_values(split: Split, indices: Tensor) -> Split:
 
 
 def at_hand(split: Split, indices: Tensor) -> Split:
-    """Copy some samples of a split that is read by blocks to this machine; other splits are returned unchanged.
-
-    Raises:
-        UserError: the disk is too small for the copy.
-    """
+    """Copy some samples of a split that is read by blocks to this machine; other splits are returned unchanged."""
     if split.blocks is None or not len(indices):
         return split
     local = indices.unique()
@@ -229,8 +225,7 @@ def _take_local(local: np.ndarray, take: Take, indices: np.ndarray) -> np.ndarra
 def aligned(split: Split, like: Split, what: str) -> Split:
     """Return a split with the class numbers and the normalisation of another; ``what`` names it in errors.
 
-    Raises:
-        UserError: the splits differ in shape or column names, or the other lacks a class.
+    Both must have the same shape and column names, and the other must have all classes.
     """
     if split.shape != like.shape:
         raise UserError(f"{what}: samples of shape {split.shape}, those of training have {like.shape}")

@@ -11,6 +11,8 @@ import numpy as np
 from raypkg.core.errors import UserError
 from raypkg.core.registry import announce_download, extra
 
+from .kinds import PADDING
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -54,11 +56,7 @@ def trained(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def tokenizer_at(name: str) -> Tokenizer:
-    """Load the tokenizer of a model by its name on the hub or its folder.
-
-    Raises:
-        UserError: there is none, or none in the format of the package tokenizers ("fast").
-    """
+    """Load the tokenizer of a model by its name on the hub or its folder; it must be one of the "fast" format."""
     transformers = extra("transformers", "text", WHAT)
     announce_download(name, "tokenizer_config.json", "the tokenizer")
     try:
@@ -93,16 +91,16 @@ def encode(tokenizer: Tokenizer, texts: Sequence[Text], length: int) -> tuple[li
     return tokens, cut
 
 
-def padded(tokens: Sequence[np.ndarray], padding: int) -> np.ndarray:
+def padded(tokens: Sequence[np.ndarray]) -> np.ndarray:
     """Return texts of several lengths as one array, int64 [b, 2, l] with l the length of the longest.
 
-    >>> padded([np.array([[7, 0]], STORED), np.array([[8, 0], [9, 1]], STORED)], -1).tolist()
+    >>> padded([np.array([[7, 0]], STORED), np.array([[8, 0], [9, 1]], STORED)]).tolist()
     [[[7, -1], [0, -1]], [[8, 9], [0, 1]]]
     """
     if not tokens:
         return np.empty((0, 2, 0), np.int64)
     lengths = np.array([len(each) for each in tokens])
-    out = np.full((len(tokens), lengths.max(), 2), padding, np.int64)
+    out = np.full((len(tokens), lengths.max(), 2), PADDING, np.int64)
     there = np.arange(out.shape[1]) < lengths[:, None]  # [b, l]
     out[there] = np.concatenate(tokens)
     return np.ascontiguousarray(out.transpose(0, 2, 1))

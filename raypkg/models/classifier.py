@@ -37,9 +37,6 @@ def as_classifier(module: nn.Module) -> Classifier:
 
     Its ``trained_with`` is kept.
 
-    Raises:
-        UserError: the module has no linear layer.
-
     >>> as_classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))).head
     Linear(in_features=8, out_features=3, bias=True)
     """
@@ -62,11 +59,7 @@ def _last_linear(module: nn.Module) -> tuple[str, nn.Linear]:
 
 
 class Tapped(nn.Module):
-    """A module as ``head(features(x))`` without changing it: the input of its last ``nn.Linear`` is read off.
-
-    Raises:
-        UserError: the module has no linear layer, or (at the first call) does not end in it.
-    """
+    """A module as ``head(features(x))`` without changing it: the input of its last ``nn.Linear`` is read off."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -90,22 +83,15 @@ class Tapped(nn.Module):
 
 
 def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> Classifier:
-    """Return the module as a ``Classifier``, after a probe shows that it maps [b, *shape] to [b, D] to [b, C].
-
-    Raises:
-        UserError: not a module, no linear head, not able to take the shape, other shapes out, shared parameters, or
-            none to train; or inputs that it was ``trained_with`` that are not these.
-    """
+    """Return the module as a ``Classifier``, after a probe shows that it maps [b, *shape] to [b, D] to [b, C]."""
     if not isinstance(module, nn.Module):
         returned = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
         raise UserError(f"model {name!r} returned {returned}, not an nn.Module")
     paths: dict[nn.Parameter, str] = {}
     for path, parameter in module.named_parameters(remove_duplicate=False):
         if parameter in paths:
-            raise UserError(
-                f"model {name!r}: {paths[parameter]} and {path} are one parameter, which is stored and masked by name:"
-                " give each layer its own"
-            )
+            shared = f"{paths[parameter]} and {path} are one parameter, which is stored and masked by name"
+            raise UserError(f"model {name!r}: {shared}: give each layer its own")
         paths[parameter] = path
     # Known moments replace those of the training set in the normalisation of inputs.
     stated = getattr(module, "trained_with", None)
@@ -115,10 +101,8 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
         except (TypeError, ValueError):  # of unequal lengths, or no numbers
             moments = torch.empty(0)
         if moments.shape != (2, shape[0]) or not moments.isfinite().all() or not moments[1].gt(0).all():
-            raise UserError(
-                f"model {name!r}: trained_with = {stated} must be the means and the stds of {shape[0]} channels, all"
-                " finite and the latter above 0"
-            )
+            allowed = f"the means and the stds of {shape[0]} channels, all finite and the latter above 0"
+            raise UserError(f"model {name!r}: trained_with = {stated} must be {allowed}")
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise UserError(f"model {name!r} has no parameter to train: it has none at all, or all of them are frozen")
     module.eval()  # the probe must not move batch-norm statistics

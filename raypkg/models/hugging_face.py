@@ -85,7 +85,14 @@ def hugging_face(
                 raise _unreadable(variant, error) from None
     if texts:
         return OfTexts(network)
-    return OfImages(network, _pixels(variant) if weights else None)
+    file = _beside(variant, "preprocessor_config.json") if weights else None
+    if file is None:
+        return OfImages(network, None)
+    try:
+        pixels = ImageProcessor.model_validate_json(Path(file).read_bytes())
+    except ValidationError as error:
+        raise _unreadable(variant, error) from None
+    return OfImages(network, (pixels.image_mean, pixels.image_std) if pixels.do_normalize else None)
 
 
 hugging_face.has_tokenizer = True  # type: ignore[attr-defined]  # see ``raypkg.models.tokenizer_of``
@@ -105,10 +112,7 @@ class OfTexts(nn.Module):
         """Return the logits."""
         tokens, segments = x.unbind(1)
         there = tokens >= 0
-        inputs = {
-            "input_ids": tokens.masked_fill(~there, self.padding),
-            "attention_mask": there.long(),
-        }
+        inputs = {"input_ids": tokens.masked_fill(~there, self.padding), "attention_mask": there.long()}
         if self.takes_segments:
             inputs["token_type_ids"] = segments.clamp_min(0)
         logits: Tensor = self.network(**inputs).logits
@@ -169,32 +173,16 @@ def _check_texts(config: PretrainedConfig, variant: str, shape: Shape) -> None:
     if file := _beside(variant, "tokenizer.json"):
         own = extra("tokenizers", "text", WHAT).Tokenizer.from_file(file).get_vocab_size()
     if vocabulary > known or vocabulary != (own or vocabulary):
-        raise UserError(
-            f"model 'transformers:{variant}' knows {own or known:,} tokens, the data set's tokenizer has"
-            f" {vocabulary:,}: give --set dataset.options.tokenizer={variant}"
-        )
+        counts = f"knows {own or known:,} tokens, the data set's tokenizer has {vocabulary:,}"
+        raise UserError(f"model 'transformers:{variant}' {counts}: give --set dataset.options.tokenizer={variant}")
     positions = getattr(config, "max_position_embeddings", -1)
     if positions < 0:  # no limit, such as XLNet's
         return
     if config.model_type in SHIFTED:
         positions -= config.pad_token_id + 1
     if length > positions:
-        raise UserError(
-            f"model 'transformers:{variant}' takes {positions} tokens at most, a text of the data set has up to"
-            f" {length}: give --set dataset.options.length={positions}"
-        )
-
-
-def _pixels(variant: str) -> MeanStd | None:
-    """Return mean and std of the images that a checkpoint was trained with; None if it stores none."""
-    file = _beside(variant, "preprocessor_config.json")
-    if file is None:
-        return None
-    try:
-        stored = ImageProcessor.model_validate_json(Path(file).read_bytes())
-    except ValidationError as error:
-        raise _unreadable(variant, error) from None
-    return (stored.image_mean, stored.image_std) if stored.do_normalize else None
+        limits = f"takes {positions} tokens at most, a text of the data set has up to {length}"
+        raise UserError(f"model 'transformers:{variant}' {limits}: give --set dataset.options.length={positions}")
 
 
 def _beside(variant: str, name: str) -> str | None:
@@ -223,8 +211,8 @@ def _loaded(variant: str, config: PretrainedConfig, kind: Any) -> PreTrainedMode
     drawn = sorted({*report["missing_keys"], *mismatched})
     lacking = [name for name in drawn if name.startswith(body) and NEW not in name]
     if lacking:
+        gap = f"lacks {len(lacking)} of the network's tensors, such as {lacking[0]}"
         raise UserError(
-            f"model 'transformers:{variant}': its checkpoint lacks {len(lacking)} of the network's tensors, such as"
-            f" {lacking[0]}: it is incomplete, or that of another network"
+            f"model 'transformers:{variant}': its checkpoint {gap}: it is incomplete, or of another network"
         )
     return network

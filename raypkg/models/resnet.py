@@ -68,15 +68,13 @@ def bottleneck(channels: int, width: int, stride: int) -> nn.Module:
     return nn.Sequential(*before, nn.ReLU(), *middle, nn.ReLU(), *after)
 
 
-def stages(
-    width: int, blocks: list[int], branch: Connection, shortcut: Connection, expansion: int = 1
-) -> tuple[nn.Module, int]:
+def stages(width: int, blocks: list[int], branch: Connection, shortcut: Connection) -> tuple[nn.Module, int]:
     """Return stages of blocks, and the channels of the last; between stages the size halves, the width doubles."""
     channels = width
     layers = []
     for stage, count in enumerate(blocks):
         inner = width * 2**stage
-        out = expansion * inner
+        out = EXPANSION * inner if branch is bottleneck else inner
         for block in range(count):
             stride = 2 if stage > 0 and block == 0 else 1
             same_shape = channels == out and stride == 1
@@ -103,7 +101,6 @@ def large(
     width: int,
     norm: Norm,
     branch: Connection = basic,
-    expansion: int = 1,
 ) -> Classifier:
     """Table 1: four stages with w, 2w, 4w, 8w channels (times 4 after bottlenecks) and option-B shortcuts.
 
@@ -114,7 +111,7 @@ def large(
         stem = [*conv(channels, width, 3), nn.ReLU()]
     else:
         stem = [*conv(channels, width, 7, stride=2), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1)]
-    body, out = stages(width, blocks, branch, projected, expansion)
+    body, out = stages(width, blocks, branch, projected)
     return classifier([*stem, body], out, num_classes, norm)
 
 
@@ -215,6 +212,4 @@ def resnet34(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = 
 @model("resnet50", source=HE)
 def resnet50(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = "batch") -> Classifier:
     """ResNet-50, 25.6 M parameters with 1,000 classes."""
-    return large(
-        shape, num_classes, blocks=[3, 4, 6, 3], width=width, norm=norm, branch=bottleneck, expansion=EXPANSION
-    )
+    return large(shape, num_classes, blocks=[3, 4, 6, 3], width=width, norm=norm, branch=bottleneck)

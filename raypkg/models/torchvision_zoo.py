@@ -50,9 +50,8 @@ def torchvision(shape: Shape, num_classes: int, *, variant: str = "", weights: s
     try:
         network = models.get_model(variant, weights=chosen)
     except (OSError, RuntimeError) as error:  # no network, or an interrupted download
-        raise UserError(
-            f"weights {weights} of torchvision:{variant} cannot be had from {chosen.url}: {error}"
-        ) from None
+        what = f"weights {weights} of torchvision:{variant}"
+        raise UserError(f"{what} cannot be had from {chosen.url}: {error}") from None
     if hasattr(network, "AuxLogits"):  # of inception_v3, which computes it in training as long as it exists
         network.aux_logits = False
         network.AuxLogits = None

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from plain_loop import Clock
 from raypkg.core.settings import Training
-from raypkg.data.kinds import PADDING
 from raypkg.data.split import Split
 from raypkg.data.tokenizer import padded
 from raypkg.engine.loop import fit
@@ -61,7 +60,7 @@ def plain(folder, tokens, y):
 def ours(folder, tokens, y):
     """Train an epoch with effray."""
     split = Split(
-        take=lambda rows: padded([tokens[i] for i in rows], PADDING),
+        take=lambda rows: padded([tokens[i] for i in rows]),
         y=y,
         classes=("0", "1", "2"),
         shape=SHAPE,

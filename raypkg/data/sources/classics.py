@@ -59,10 +59,8 @@ def _from_torchvision(kind: str, root: str, split: str, cache: Cache) -> Split:
             for path in new:
                 with suppress(OSError):  # it was not created, or contains files
                     path.rmdir()
-            raise UserError(
-                f"cannot fetch {kind} into {str(folder)!r} ({error}): place its files there,"
-                " or use parquet:PATH or folder:PATH"
-            ) from None
+            hint = "place its files there, or use parquet:PATH or folder:PATH"
+            raise UserError(f"cannot fetch {kind} into {str(folder)!r} ({error}): {hint}") from None
         y = np.asarray(source.targets, np.int64)
         pixels = np.asarray(source.data)
         if pixels.ndim == 3:  # grey

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -55,21 +55,22 @@ def load(
     def build(unfinished: Target) -> None:
         # Both files determine the width, so both are read for either split.
         tables = {file: read(file) for file in set(files.values())}
-        every_row = [row for table in tables.values() for row in table.rows]
+        every_row = [row for _, rows in tables.values() for row in rows]
         width = 1 + int(max(row["column"].max(initial=-1) for row in every_row))
         if not width:
             raise UserError(f"no row of {root!r} has an entry column:value, so there is nothing to learn from")
         if columns is not None and width > columns:
             raise UserError(f"option columns = {columns}, but {root!r} has column {width}")
-        classes = tables[files["train"]].classes
-        table = tables[files[split]]
-        chosen = split_rows(files, split, len(table.rows), test)
-        y = class_numbers(table.labels, classes)
+        train_labels, _ = tables[files["train"]]
+        classes = tuple(sorted(set(train_labels), key=float))
+        labels, rows = tables[files[split]]
+        chosen = split_rows(files, split, len(rows), test)
+        y = class_numbers(labels, classes)
 
         def blocks() -> Iterator[Block]:
             unused = np.zeros((1, 1))  # instead of a sample for the statistics
             for chunk in np.split(chosen, range(BLOCK, len(chosen), BLOCK)):
-                yield Block([table.rows[i].tobytes() for i in chunk], y[chunk], unused)
+                yield Block([rows[i].tobytes() for i in chunk], y[chunk], unused)
 
         write_store(unfinished, Header("encoded", (columns or width,), classes), blocks())
 
@@ -80,24 +81,8 @@ def load(
     return replace(store.as_split(_dense), mean=(0.0,) * width, std=(1.0,) * width)
 
 
-class SparseTable(NamedTuple):
-    """The rows of one file."""
-
-    labels: list[str]  # in a canonical spelling
-    rows: list[np.ndarray]  # of ENTRY
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The labels that occur, by their value."""
-        return tuple(sorted(set(self.labels), key=float))
-
-
-def read(file: Place) -> SparseTable:
-    """Read the rows of a file.
-
-    Raises:
-        UserError: unreadable file, no rows, or a line in another format.
-    """
+def read(file: Place) -> tuple[list[str], list[np.ndarray]]:
+    """Return the label, in a canonical spelling, and the ENTRY array of each row of a file."""
     labels = []
     rows = []
     with reading(file), pa.input_stream(open_input(file), compression=PACKED.get(file.suffix)) as stream:
@@ -113,7 +98,7 @@ def read(file: Place) -> SparseTable:
             rows.append(_row(words[1:], where))
     if not rows:
         raise UserError(f"table {str(file)!r} has no rows")
-    return SparseTable(labels, rows)
+    return labels, rows
 
 
 def _lines(stream: pa.NativeFile) -> Iterator[str]:

@@ -61,11 +61,7 @@ def load(root: str, *, split: str, cache: Cache, label: str = "", size: Side = 0
 
 
 class ImageTable:
-    """The files of one split, read as one table of images and labels.
-
-    Raises:
-        UserError: unreadable files, different columns, or no suitable image or label column.
-    """
+    """The files of one split, read as one table of images and labels."""
 
     def __init__(self, files: list[Place], label: str):
         self.files = files

@@ -97,17 +97,7 @@ def _notes(schema: pa.Schema) -> tuple[str, tuple[str, ...]]:
 
 
 class RowTable:
-    """The rows of one file.
-
-    Args:
-        file: parquet or CSV.
-        label: name of the label column.
-        id: name of the id column; default: the one that the file notes, if any.
-
-    Raises:
-        UserError: unreadable file, no rows or columns, duplicate column names, missing values, or values of an
-            unsuitable type.
-    """
+    """The rows of one parquet or CSV file, checked; the column ``id`` is by default the one that the file notes."""
 
     def __init__(self, file: Place, label: str, id: str = ""):
         self.file = file
@@ -127,10 +117,8 @@ class RowTable:
         elements = [f"{name}[{i}]" for name, width in self._widths.items() for i in range(width)]
         self.columns = (*self._numbers, *elements)  # a name for each number of a row
         if not self._table.num_rows or not self.columns:
-            raise UserError(
-                f"table {str(file)!r} has {self._table.num_rows} rows and {len(self.columns)} columns besides"
-                f" {label!r}, needed is one of each at least"
-            )
+            sizes = f"{self._table.num_rows} rows and {len(self.columns)} columns besides {label!r}"
+            raise UserError(f"table {str(file)!r} has {sizes}, needed is one of each at least")
         self._check_label(self._table[label])
         self.ids = self._checked_ids(id, self._table[id]) if id else None  # [n]
         for name in self._numbers:
@@ -169,9 +157,8 @@ class RowTable:
         self._refuse_where(labels.is_null(), self.label, "has no value")
         kind = labels.type
         if pa.types.is_nested(kind) or pa.types.is_binary(kind):
-            raise UserError(
-                f"label column {self.label!r} of {str(self.file)!r} is {kind}, needed are numbers or texts in UTF-8"
-            )
+            where = f"label column {self.label!r} of {str(self.file)!r}"
+            raise UserError(f"{where} is {kind}, needed are numbers or texts in UTF-8")
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             self._refuse_where(pc.equal(labels, ""), self.label, "has no value")
             self._refuse_where(pc.match_substring(labels, "\n"), self.label, "holds a line break")  # an open quote
@@ -200,10 +187,8 @@ class RowTable:
         odd = values // np.where(values == 0, 1, lowest)  # the part that the 24 bits of a float32 must hold
         rounded = values[np.abs(odd) > 1 << 24]
         if len(rounded):
-            raise UserError(
-                f"column {name!r} of {str(self.file)!r} holds {rounded[0]}, which float32 rounds: leave it"
-                " out or scale it"
-            )
+            where = f"column {name!r} of {str(self.file)!r}"
+            raise UserError(f"{where} holds {rounded[0]}, which float32 rounds: leave it out or scale it")
 
     def _check_finite(self, x: np.ndarray, rows: np.ndarray) -> None:
         broken = np.argwhere(~np.isfinite(x))
@@ -213,10 +198,8 @@ class RowTable:
             name = self.columns[column]
             value = self._table[name][row].as_py() if name in self._numbers else x[first, column]
             shown = "NaN" if math.isnan(value) else value
-            raise UserError(
-                f"column {name!r} of {str(self.file)!r} holds {shown} in {self._place(row)}, needed are finite numbers"
-                " that float32 can hold"
-            )
+            where = f"column {name!r} of {str(self.file)!r} holds {shown} in {self._place(row)}"
+            raise UserError(f"{where}, needed are finite numbers that float32 can hold")
 
     def _refuse_where(self, wrong: pa.ChunkedArray, name: str, problem: str) -> None:
         row = pc.index(wrong, True).as_py()
@@ -242,19 +225,14 @@ def _read(file: Place, vectors: "VectorColumns | None") -> pa.Table:
         else:
             table = pcsv.read_csv(open_input(file), convert_options=CONVERT)
         check_distinct(table.column_names, file)
-        # Arrow cannot take rows of string views.
-        plain = [
-            field.with_type(pa.string()) if pa.types.is_string_view(field.type) else field for field in table.schema
-        ]
-        return table.cast(pa.schema(plain))
+        for place, field in enumerate(table.schema):
+            if pa.types.is_string_view(field.type):  # Arrow cannot take rows of these
+                table = table.set_column(place, field.name, table[place].cast(pa.string()))
+        return table
 
 
 class VectorColumns:
-    """The columns of vectors in a parquet file, read one row group at a time: together they may exceed memory.
-
-    Raises:
-        UserError: unreadable file, duplicate column names, or vectors of something else than floats.
-    """
+    """The columns of vectors in a parquet file, read one row group at a time: together they may exceed memory."""
 
     def __init__(self, file: Place):
         self._place = file
@@ -272,21 +250,15 @@ class VectorColumns:
                 self.others.append(field.name)
                 continue
             if not pa.types.is_floating(kind.value_type) or not kind.list_size:
-                raise UserError(
-                    f"column {field.name!r} of {str(file)!r} is {kind}, needed are numbers, or lists of floats"
-                    " of one size"
-                )
+                where = f"column {field.name!r} of {str(file)!r}"
+                raise UserError(f"{where} is {kind}, needed are numbers, or lists of floats of one size")
             self.widths[field.name] = kind.list_size
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._starts = np.concatenate([[0], self._ends[:-1]])
         self._latest: tuple[int, dict[str, np.ndarray]] = (-1, {})  # number and vectors of the last row group read
 
     def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the vectors of one or more ascending rows, float [m, D], by column.
-
-        Raises:
-            UserError: the file is damaged, or a value is missing.
-        """
+        """Return the vectors of one or more ascending rows, float [m, D], by column."""
         first, last = np.searchsorted(self._ends, [rows[0], rows[-1]], side="right")
         pieces: dict[str, list[np.ndarray]] = {name: [] for name in self.widths}
         for group in range(first, last + 1):

@@ -29,7 +29,6 @@ from raypkg.data.files import (
     split_files,
     split_rows,
 )
-from raypkg.data.kinds import PADDING
 from raypkg.data.split import Split, check_labels
 from raypkg.data.store.arrow import Block, Header, Stored
 from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
@@ -124,15 +123,11 @@ def load(
 
 def _tokens(store: Stored, indices: np.ndarray) -> np.ndarray:
     """Gather texts as int64 [b, 2, l], padded to the longest of them."""
-    return padded([np.frombuffer(row, STORED).reshape(-1, 2) for row in store.encoded(indices)], PADDING)
+    return padded([np.frombuffer(row, STORED).reshape(-1, 2) for row in store.encoded(indices)])
 
 
 class TextTable:
-    """The files of one split, in one format, read as one table of texts or pairs.
-
-    Raises:
-        UserError: unreadable files, different columns, or no suitable column of texts or labels.
-    """
+    """The files of one split, in one format, read as one table of texts or pairs."""
 
     def __init__(self, files: list[Place], columns: tuple[str, ...], label: str, unlabelled: bool):
         self.files = files
@@ -165,9 +160,8 @@ class TextTable:
             raise UserError(f"label column {self.label!r} of {self._name!r} is {kind}, needed are integers or texts")
         first = pc.index(_missing(labels), True).as_py()
         if first >= 0:
-            raise UserError(
-                f"{self._place(first)} has no label: leave such rows out with --set dataset.options.unlabelled=true"
-            )
+            hint = "leave such rows out with --set dataset.options.unlabelled=true"
+            raise UserError(f"{self._place(first)} has no label: {hint}")
         return labels.to_pylist()
 
     @cached_property

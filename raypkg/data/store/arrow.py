@@ -72,11 +72,6 @@ class Block(NamedTuple):
     sample: np.ndarray  # contributes to the statistics: x itself, or some of the images, decoded
     ids: np.ndarray | None = None  # int64 [m], if the header has ids
 
-    @property
-    def bytes(self) -> int:
-        """The size of x."""
-        return sum(map(len, self.x)) if isinstance(self.x, list) else self.x.nbytes
-
 
 class Stored(ABC):
     """Samples as they are stored, wherever that is."""
@@ -140,9 +135,7 @@ Gather = Callable[[Stored, np.ndarray], np.ndarray]
 class Store(Stored):
     """An open store: its columns are views of the mapped file. It pickles as its path.
 
-    Raises:
-        FileNotFoundError: the file is missing.
-        pyarrow.ArrowInvalid: the file is truncated or not a store of this format.
+    Raises ArrowInvalid if the file is truncated or not a store of this format.
     """
 
     def __init__(self, path: Path):

@@ -53,8 +53,7 @@ def store_path(cache: Cache, name: str, key: str, split: str) -> Target:
 
 def fingerprint(files: Iterable[Place], **options: object) -> str:
     """Return a short digest of a source: its files with sizes and times, options, and the store's format."""
-    states = [tuple(identity_of(file)) for file in files]  # plain tuples, as in the stores of earlier versions
-    identity = repr((FORMAT, states, sorted(options.items())))
+    identity = repr((FORMAT, [identity_of(file) for file in files], sorted(options.items())))
     return blake2b(identity.encode(), digest_size=8).hexdigest()
 
 
@@ -65,15 +64,12 @@ def cached(target: Target, build: Callable[[Target], None], files: Collection[Pl
     process that finds none, resuming from existing parts; all write the same bytes.
 
     ``build`` writes the store to the target that it is given. The source ``files`` must be unchanged afterwards.
-
-    Raises:
-        UserError: the cache cannot be written, or the source is unreadable or has changed.
     """
-    if isinstance(target, Stream):
-        return _cached_stream(target, build, files)
-    path = target
-    if store := _opened(path):  # without the lock: a finished cache may be on a read-only disk
+    if store := _opened(target):  # without the lock: a finished cache may be on a read-only disk
         return store
+    if isinstance(target, Stream):
+        return _built_stream(target, build, files)
+    path = target
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
@@ -92,20 +88,22 @@ def cached(target: Target, build: Callable[[Target], None], files: Collection[Pl
         raise UserError(f"cannot build the data cache {str(path)!r} on {node()}: {error}") from error
 
 
-def _opened(path: Path, report: bool = False) -> Store | None:
+def _opened(target: Target, report: bool = False) -> Stored | None:
     try:
-        return Store(path)
+        return Streamed(target) if isinstance(target, Stream) else Store(target)
     except FileNotFoundError:
         return None
     except (OSError, *DAMAGE) as error:
-        if report:
-            log.warning("the data cache %s is damaged and is built again: %s", path, error)
+        is_streamed = isinstance(target, Stream)
+        if is_streamed and isinstance(error, OSError):
+            raise UserError(f"the store {str(target)!r} cannot be read: {error}") from None
+        if report or is_streamed:  # a local file is opened once more, with the lock
+            what = "store" if is_streamed else "data cache"
+            log.warning("the %s %s is damaged and is built again: %s", what, target, error)
         return None
 
 
-def _cached_stream(stream: Stream, build: Callable[[Target], None], files: Collection[Place]) -> Streamed:
-    if store := _opened_stream(stream):
-        return store
+def _built_stream(stream: Stream, build: Callable[[Target], None], files: Collection[Place]) -> Stored:
     failure: OSError | str = "its files have just been deleted"
     try:
         with published(stream) as unfinished, _unchanged(files):
@@ -115,22 +113,10 @@ def _cached_stream(stream: Stream, build: Callable[[Target], None], files: Colle
         raise
     except OSError as error:  # perhaps only because another process has finished the store
         failure = error
-    if not (store := _opened_stream(stream)):
+    if not (store := _opened(stream)):
         raise UserError(f"cannot build the store {str(stream)!r}: {failure}")
     tidy(stream)  # notes, and leftovers of writers that were killed or late
     return store
-
-
-def _opened_stream(stream: Stream) -> Streamed | None:
-    try:
-        return Streamed(stream)
-    except FileNotFoundError:
-        return None
-    except DAMAGE as error:
-        log.warning("the store %s is damaged and is built again: %s", stream, error)
-        return None
-    except OSError as error:
-        raise UserError(f"the store {str(stream)!r} cannot be read: {error}") from None
 
 
 @contextmanager
@@ -162,11 +148,7 @@ def write_store(target: Target, header: Header, blocks: Iterable[Block]) -> None
 
 
 def write_store_from(target: Target, header: Header, blocks: From, size: int = 0) -> None:
-    """Write a store of ``size`` bytes, if known; ``blocks(start)`` yields the samples from ``start`` on.
-
-    Raises:
-        UserError: this machine's disk is too small.
-    """
+    """Write a store of ``size`` bytes, if known; ``blocks(start)`` yields the samples from ``start`` on."""
     if isinstance(target, Stream):
         write_streamed(target, header, blocks)
         return
@@ -178,10 +160,7 @@ def write_store_from(target: Target, header: Header, blocks: From, size: int = 0
 
 
 def beginning_at(start: int, runs: Iterable[T], length: Callable[[T], int]) -> Iterator[T]:
-    """Skip the runs of samples before sample ``start``, which must be the first of a run.
-
-    Raises:
-        UserError: it is not, so the parts of an interrupted import are from another version.
+    """Skip the runs of samples before sample ``start``, the first of a run unless another version cut them otherwise.
 
     >>> list(beginning_at(3, ["abc", "de", "f"], len))
     ['de', 'f']

@@ -105,7 +105,8 @@ def open_images(
         if not source.length:
             raise UserError(f"the {split} split holds no images")
         shape, survey = _begin(source, size, target)
-        write = partial(_write, target, source, sum(identity_of(file).size for file in files[split]))
+        sizes = (size for _, size, _ in map(identity_of, files[split]))
+        write = partial(_write, target, source, sum(sizes))
         if split != "train":
             # The train split determines channels and class names.
             train = open_images("train", store, examples, files, size)
@@ -149,9 +150,6 @@ def surveyed(source: Examples, size: int, start: int = 0, sides: Shape = ()) -> 
     """Read every header of a stream of images, and yield the images.
 
     They start at the image ``start``, the first of a batch; ``sides`` is the height and width of those before it.
-
-    Raises:
-        UserError: images of several sizes while ``size`` is 0, or a file that is no image.
     """
     for images, y in source.batches(start):
         channels = 1

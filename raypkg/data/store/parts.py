@@ -94,8 +94,7 @@ class Note(NamedTuple):
 def write_streamed(stream: Stream, header: Header, blocks: From) -> None:
     """Write a store, one block in memory at a time; parts of an interrupted import are kept.
 
-    Raises:
-        OSError: the folder cannot be written, or another process has meanwhile completed the store.
+    Raises OSError if another process has meanwhile completed the store.
     """
     system, folder = stream.folder()
     system.create_dir(folder)
@@ -141,7 +140,7 @@ def _write_part(
         size = 0
         for block in blocks:
             yield block
-            size += block.bytes
+            size += sum(map(len, block.x)) if isinstance(block.x, list) else block.x.nbytes
             if size >= PART_BYTES:
                 return
 
@@ -149,7 +148,8 @@ def _write_part(
         name = _numbered(number) + digest_of("".join(digests).encode())
         return StoredPart(name, [*accumulate(lengths, initial=0)], [*map(len, columns)], digests)
 
-    with appearing(stream, lambda: part().file, lambda: is_whole(stream, part())) as sink:
+    # A whole part of this name is kept, as other processes may be reading it.
+    with appearing(stream, lambda: None if is_whole(stream, part()) else part().file) as sink:
         for batch in record_batches(header.schema, bounded(), moments, BLOCK_BYTES):
             # A batch that exceeds a block is cut; a sample is never divided.
             pieces = -(-batch.nbytes // BLOCK_BYTES)
@@ -176,15 +176,8 @@ def begun_header(target: Path | Stream) -> Header | None:
 @contextmanager
 def published(stream: Stream) -> Iterator[Stream]:
     """Yield a store to be written, which becomes valid at the end of the block; on an error, its parts are kept."""
-    system, folder = stream.folder()
-    unfinished = stream._replace(index_file=f"{uuid4().hex}.tmp")
-    try:
-        yield unfinished
-        system.move(f"{folder}/{unfinished.index_file}", f"{folder}/{INDEX}")
-    except BaseException:  # Ctrl-C as well
-        with suppress(OSError):
-            system.delete_file(f"{folder}/{unfinished.index_file}")
-        raise
+    with _named_at_end(stream, lambda: INDEX) as unfinished:
+        yield stream._replace(index_file=unfinished)
 
 
 def tidy(stream: Stream) -> None:
@@ -245,12 +238,7 @@ def write_columns(stream: Stream, name: str, columns: pa.Table, facts: dict[str,
 
 
 def read_columns(stream: Stream, name: str) -> pa.Table:
-    """Read labels and ids of a file, with the facts in the metadata.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        pyarrow.ArrowInvalid: the file is damaged.
-    """
+    """Read labels and ids of a file, with the facts in the metadata; raises ArrowInvalid if it is damaged."""
     system, folder = stream.folder()
     with system.open_input_file(f"{folder}/{name}") as file:
         content = memoryview(file.read())
@@ -300,25 +288,28 @@ def is_whole(stream: Stream, part: StoredPart) -> bool:
 
 
 @contextmanager
-def appearing(
-    stream: Stream, name: Callable[[], str], is_there: Callable[[], bool] = lambda: False
-) -> Iterator[pa.NativeFile]:
-    """Open a file for writing that gets its name at the end of the block, and is deleted on an error.
+def appearing(stream: Stream, name: Callable[[], str | None]) -> Iterator[pa.NativeFile]:
+    """Open a file for writing that gets its name at the end of the block, and is deleted on an error or without one.
 
-    Until then its name is unique to this writer. Object stores need this too: after an error pyarrow still creates an
-    object of the bytes written so far. If ``is_there()`` says that the file exists already, that one is kept, as other
-    processes may be reading it.
+    Object stores need this too: after an error pyarrow still creates an object of the bytes written so far.
     """
     system, folder = stream.folder()
-    unfinished = f"{folder}/{uuid4().hex}.tmp"
+    with _named_at_end(stream, name) as unfinished, system.open_output_stream(f"{folder}/{unfinished}") as sink:
+        yield sink
+
+
+@contextmanager
+def _named_at_end(stream: Stream, name: Callable[[], str | None]) -> Iterator[str]:
+    """Yield the name, unique to this writer, under which to write a file that gets ``name()`` at the end."""
+    system, folder = stream.folder()
+    unfinished = f"{uuid4().hex}.tmp"
     try:
-        with system.open_output_stream(unfinished) as sink:
-            yield sink
-        if is_there():
-            system.delete_file(unfinished)
+        yield unfinished
+        if (final := name()) is None:
+            system.delete_file(f"{folder}/{unfinished}")
         else:
-            system.move(unfinished, f"{folder}/{name()}")
+            system.move(f"{folder}/{unfinished}", f"{folder}/{final}")
     except BaseException:  # Ctrl-C as well
         with suppress(OSError):
-            system.delete_file(unfinished)
+            system.delete_file(f"{folder}/{unfinished}")
         raise

@@ -41,9 +41,7 @@ class Place(NamedTuple):
 class Streamed(Stored):
     """An open store that is read by blocks. It pickles as its address.
 
-    Raises:
-        FileNotFoundError: there is no such store.
-        pyarrow.ArrowInvalid: its index is damaged or of another format, or its parts differ from those in the index.
+    Raises ArrowInvalid if its index is damaged or of another format, or if its parts differ from those in the index.
     """
 
     def __init__(self, stream: Stream):
@@ -59,8 +57,7 @@ class Streamed(Stored):
         self._places: list[Place] = []
         sizes: list[int] = []
         for part in parts_of(index):
-            size = sizes_of_files.get(part.file)
-            if size is None:
+            if (size := sizes_of_files.get(part.file)) is None:
                 raise pa.ArrowInvalid(f"its file {part.file} is missing")
             if size != part.bytes:
                 raise pa.ArrowInvalid(f"its file {part.file} is {size} bytes, and should be {part.bytes}")
@@ -110,22 +107,14 @@ class Streamed(Stored):
         return replace(split, blocks=Blocks(torch.from_numpy(of), self.stream.window, copied, self.hold))
 
     def hold(self, count: int) -> None:
-        """Hold at least ``count`` blocks in memory from now on, or all.
-
-        Raises:
-            UserError: this machine's memory is too small for them.
-        """
+        """Hold at least ``count`` blocks, or all, in memory from now on; refuse more than this machine can hold."""
         count = min(count, len(self._places))
         largest = max(place.size for place in self._places)
         check_memory(f"dataset.window = {self.stream.window}, {count} blocks at once", count * largest, "lower it")
         self._blocks.hold(count)
 
     def copied(self, indices: np.ndarray) -> Store:
-        """Copy samples, int64 [m] ascending, into a store of this machine that disappears with its last user.
-
-        Raises:
-            UserError: the disk is too small, or a block cannot be read.
-        """
+        """Copy samples, int64 [m] ascending, into a store of this machine that disappears with its last user."""
         cache = self.stream.cache
         bounds = np.searchsorted(indices, self._starts)  # first sample of each block among the indices, and the end
         counts = np.diff(bounds)
@@ -189,11 +178,7 @@ class HeldBlocks:
         self._most = max(self._most, most)
 
     def __call__(self, numbers: Sequence[int]) -> list[pa.RecordBatch]:
-        """Return some blocks, fetching missing ones concurrently.
-
-        Raises:
-            UserError: a block cannot be read; the next call tries again.
-        """
+        """Return some blocks, fetching missing ones concurrently; after an error, the next call tries again."""
         coming = []
         with self._lock:
             for number in numbers:
