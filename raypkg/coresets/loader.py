@@ -33,19 +33,10 @@ RECORDED = ("losses", "times", "total_margin")  # tensors of the loader, in chec
 class TappedByForm(Tapped):
     """A module as ``head(features(x))``; x is a tensor, or a mapping of keyword arguments."""
 
-    def features(self, x: Any) -> Tensor:
-        """Return the input of the head [b, D]."""
-        if isinstance(x, Mapping):
-            return Tapped(_ByKeywords(self.module)).features(x)  # type: ignore[arg-type]  # which it passes on
-        return super().features(x)
-
-
-class _ByKeywords(nn.Module):
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Mapping[str, Any]) -> Any:
+    def logits(self, x: Any) -> Any:
+        """Return the output of the module, or the logits in it."""
+        if not isinstance(x, Mapping):
+            return super().logits(x)
         output = self.module(**x)
         return getattr(output, "logits", output)  # models of Hugging Face return them among other things
 

@@ -176,6 +176,11 @@ class Cholesky:
         self._store = like.new_zeros(0, 0)
         self._size = 0  # m
 
+    @property
+    def lower(self) -> Tensor:
+        """L, of shape [m, m]."""
+        return self._store[: self._size, : self._size]
+
     def append(self, row: Tensor, diagonal: Tensor) -> bool:
         """Border the matrix with ``row`` [m] and ``diagonal``; return False, unchanged, if it would turn singular."""
         m = self._size
@@ -198,7 +203,7 @@ class Cholesky:
             column j of the new factor = sqrt(s_j / s_{j−1}) T_j + p_j / sqrt(s_j s_{j−1}) Σ_{l>j} p_l T_l .
         """
         last = self._size - 1
-        lower = self._store[: self._size, : self._size]  # L [m, m]
+        lower = self.lower
         below = lower[i + 1 :]
         left = below[:, :i].clone()  # moves up by one row: a copy, because both places overlap
         t = below[:, i]

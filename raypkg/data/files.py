@@ -32,38 +32,31 @@ T = TypeVar("T")
 # Paths and URIs
 
 
-@dataclass(frozen=True, eq=False)
 class _Listing:
-    """All files at an address or below it, as they were when it was listed; equal only to itself."""
+    """All files at an address or below it, as they were when it was listed, with one request per thousand objects."""
 
-    base: str  # the address
-    system: fs.FileSystem
-    root: str  # path of the address in the system
-    files: dict[Names, fs.FileInfo]  # by names below the root; a root that is a file has no names
-    folders: dict[Names, set[str]]  # names in each folder
-
-
-def _listed(address: str) -> _Listing:
-    """List an address, one request per thousand objects."""
-    base, below = parted(address)
-    system, path = opened(base)
-    root = "/".join([path, *below])
-    try:
-        found = system.get_file_info(root)
-        is_file = found.type == fs.FileType.File
-        entries = [found] if is_file else system.get_file_info(fs.FileSelector(root, recursive=True))
-    except FileNotFoundError:
-        entries = []
-    except OSError as error:
-        raise UserError(f"{address!r} cannot be listed: {error}") from None
-    files: dict[Names, fs.FileInfo] = {}
-    folders: dict[Names, set[str]] = {}
-    for entry in (each for each in entries if each.type == fs.FileType.File):
-        names = tuple(entry.path.removeprefix(root).strip("/").split("/")) if entry.path != root else ()
-        files[names] = entry
-        for depth, name in enumerate(names):
-            folders.setdefault(names[:depth], set()).add(name)
-    return _Listing(address, system, root, files, folders)
+    def __init__(self, address: str):
+        base, below = parted(address)
+        self.base = address
+        self.system, path = opened(base)
+        self.root = "/".join([path, *below])  # path of the address in the system
+        self.files: dict[Names, fs.FileInfo] = {}  # by names below the root; a root that is a file has no names
+        self.folders: dict[Names, set[str]] = {}  # names in each folder
+        try:
+            found = self.system.get_file_info(self.root)
+            is_file = found.type == fs.FileType.File
+            entries = [found] if is_file else self.system.get_file_info(fs.FileSelector(self.root, recursive=True))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{address!r} cannot be listed: {error}") from None
+        for entry in entries:
+            if entry.type != fs.FileType.File:
+                continue
+            names = tuple(entry.path.removeprefix(self.root).strip("/").split("/")) if entry.path != self.root else ()
+            self.files[names] = entry
+            for depth, name in enumerate(names):
+                self.folders.setdefault(names[:depth], set()).add(name)
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class _Remote:
     files are below it: object stores have no others.
     """
 
-    listing: _Listing
+    listing: _Listing  # equal only to itself
     names: Names = ()
 
     def __str__(self) -> str:
@@ -126,7 +119,7 @@ Place: TypeAlias = Path | _Remote
 
 def place_of(root: str) -> Place:
     """Return the file or folder at a source's PATH; raises UserError for a URI that cannot be listed."""
-    return _Remote(_listed(root)) if is_uri(root) else Path(root)
+    return _Remote(_Listing(root)) if is_uri(root) else Path(root)
 
 
 def files_below(folder: Place) -> list[Place]:
@@ -157,7 +150,7 @@ def relisted(files: Iterable[Place]) -> list[Place]:
     for file in files:
         if isinstance(file, _Remote):
             base = file.listing.base
-            listings[base] = listings.get(base) or _listed(base)
+            listings[base] = listings.get(base) or _Listing(base)
             file = _Remote(listings[base], file.names)
         now.append(file)
     return now

@@ -123,7 +123,14 @@ class Split:
         if not samples.size:
             raise UserError(f"x is empty: {list(samples.shape)}")
 
-        names = tuple(map(str, classes)) if classes is not None else _numbered(labels)
+        if classes is None:
+            present = np.unique(labels).tolist()
+            missing = next((c for c in range(len(present)) if c not in present), None)
+            if missing is not None:
+                span = f"{present[0]} to {present[-1]}"
+                raise UserError(f"labels run from {span} but none is {missing}; needed are 0 … C−1")
+            classes = present
+        names = tuple(map(str, classes))
         if (twice := repeated(names)) is not None:
             raise UserError(f"two of the {len(names)} classes are called {twice!r}")
         check_labels(labels, len(names), "sample {}".format)
@@ -268,13 +275,3 @@ def _as_array(values: Any, name: str) -> np.ndarray:
     if values.dtype == torch.bfloat16:  # unknown to NumPy
         values = values.float()
     return values.numpy(force=True)
-
-
-def _numbered(y: np.ndarray) -> tuple[str, ...]:
-    """Name the classes by their numbers, which must be 0 … C−1."""
-    present = np.unique(y).tolist()
-    expected = range(len(present))
-    if present != list(expected):
-        missing = next(c for c in expected if c not in present)
-        raise UserError(f"labels run from {present[0]} to {present[-1]} but none is {missing}; needed are 0 … C−1")
-    return tuple(map(str, present))

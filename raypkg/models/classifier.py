@@ -1,5 +1,7 @@
 """The form of every model, ``head(features(x))``, and the conversion of a user's module into it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -67,12 +69,16 @@ class Tapped(nn.Module):
         self.module = module
         self.head = head
 
+    def logits(self, x: Tensor) -> Any:
+        """Return the output of the module."""
+        return self.module(x)
+
     def features(self, x: Tensor) -> Tensor:
         """Return the input of the head [b, D]."""
         seen: list[Tensor] = []
         tap = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            logits = self.module(x)
+            logits = self.logits(x)
         finally:
             tap.remove()
         if len(seen) == 1 and seen[0].dim() == 2 and isinstance(logits, Tensor):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from io import TextIOWrapper
 from typing import Annotated
 
 import numpy as np
@@ -86,7 +87,7 @@ def read(file: Place) -> tuple[list[str], list[np.ndarray]]:
     labels = []
     rows = []
     with reading(file), pa.input_stream(open_input(file), compression=PACKED.get(file.suffix)) as stream:
-        for number, line in enumerate(_lines(stream), 1):
+        for number, line in enumerate(TextIOWrapper(stream, encoding="utf-8", newline="\n"), 1):
             text = line.partition("#")[0]
             words = text.split()
             if not words:
@@ -99,15 +100,6 @@ def read(file: Place) -> tuple[list[str], list[np.ndarray]]:
     if not rows:
         raise UserError(f"table {str(file)!r} has no rows")
     return labels, rows
-
-
-def _lines(stream: pa.NativeFile) -> Iterator[str]:
-    """Decode a stream line by line; Arrow reads compressed streams only in blocks."""
-    rest = b""  # the beginning of a line that ends in the next block
-    while block := stream.read(1 << 20):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from (line.decode() for line in lines)
-    yield rest.decode()
 
 
 def _label(label: str, where: str) -> str:

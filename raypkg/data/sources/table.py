@@ -120,7 +120,15 @@ class RowTable:
             sizes = f"{self._table.num_rows} rows and {len(self.columns)} columns besides {label!r}"
             raise UserError(f"table {str(file)!r} has {sizes}, needed is one of each at least")
         self._check_label(self._table[label])
-        self.ids = self._checked_ids(id, self._table[id]) if id else None  # [n]
+        self.ids: np.ndarray | None = None  # [n]
+        if id:
+            ids = self._table[id]
+            self._refuse_where(ids.is_null(), id, "has no value")
+            if not pa.types.is_integer(ids.type):
+                raise UserError(f"id column {id!r} of {str(file)!r} is {ids.type}, needed are integers")
+            self.ids = ids.to_numpy()
+            outside = pa.chunked_array([(self.ids < 0) | (self.ids > LARGEST_ID)])
+            self._refuse_where(outside, id, "holds a number that is not from 0 to 2⁶³ − 1")
         for name in self._numbers:
             self._check_column(name, self._table[name])
 
@@ -164,15 +172,6 @@ class RowTable:
             self._refuse_where(pc.match_substring(labels, "\n"), self.label, "holds a line break")  # an open quote
         if pa.types.is_floating(kind):
             self._refuse_where(pc.invert(pc.is_finite(labels)), self.label, "holds NaN or infinity")
-
-    def _checked_ids(self, name: str, ids: pa.ChunkedArray) -> np.ndarray:
-        self._refuse_where(ids.is_null(), name, "has no value")
-        if not pa.types.is_integer(ids.type):
-            raise UserError(f"id column {name!r} of {str(self.file)!r} is {ids.type}, needed are integers")
-        values: np.ndarray = ids.to_numpy()
-        wrong = pa.chunked_array([(values < 0) | (values > LARGEST_ID)])
-        self._refuse_where(wrong, name, "holds a number that is not from 0 to 2⁶³ − 1")
-        return values
 
     def _check_column(self, name: str, column: pa.ChunkedArray) -> None:
         self._refuse_where(column.is_null(), name, "has no value")

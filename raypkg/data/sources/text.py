@@ -225,7 +225,18 @@ def _read(file: Place, label: str) -> pa.Table:
                 table = pq.ParquetFile(open_input(file)).read()
                 table.validate(full=True)  # texts are UTF-8
             case ".csv" | ".tsv":
-                table = _read_lines(file, label)
+                is_quoted = file.suffix == ".csv"
+                parsing = pcsv.ParseOptions(
+                    delimiter="," if is_quoted else "\t",
+                    quote_char='"' if is_quoted else False,
+                    newlines_in_values=is_quoted,
+                )
+                names = pcsv.open_csv(open_input(file), parse_options=parsing).schema.names
+                # A text may read "NA" or "12", so types are inferred only for columns that may hold labels.
+                labels = {label} if label else set(LABELS)
+                texts = {name: pa.large_string() for name in names if name not in labels}
+                convert = pcsv.ConvertOptions(column_types=texts)
+                table = pcsv.read_csv(open_input(file), parse_options=parsing, convert_options=convert)
             case _:
                 table = pjson.read_json(open_input(file))
         # Texts of any type become large strings, which may exceed 2 GiB together.
@@ -235,19 +246,6 @@ def _read(file: Place, label: str) -> pa.Table:
             is_text = pa.types.is_string(kind) or pa.types.is_string_view(kind)
             plain.append(field.with_type(pa.large_string() if is_text else kind))
         return table.cast(pa.schema(plain, metadata=table.schema.metadata))
-
-
-def _read_lines(file: Place, label: str) -> pa.Table:
-    delimiter = "\t" if file.suffix == ".tsv" else ","
-    is_quoted = delimiter == ","
-    quote = '"' if is_quoted else False
-    parsing = pcsv.ParseOptions(delimiter=delimiter, quote_char=quote, newlines_in_values=is_quoted)
-    names = pcsv.open_csv(open_input(file), parse_options=parsing).schema.names
-    # A text may read "NA" or "12", so types are inferred only for columns that may hold labels.
-    labels = {label} if label else set(LABELS)
-    texts = {name: pa.large_string() for name in names if name not in labels}
-    convert = pcsv.ConvertOptions(column_types=texts)
-    return pcsv.read_csv(open_input(file), parse_options=parsing, convert_options=convert)
 
 
 def _missing(labels: pa.ChunkedArray) -> pa.ChunkedArray:
