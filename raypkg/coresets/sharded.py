@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raypkg.core.settings import Model, Select
+from raypkg.core.settings import VALID, Model, Select
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, plain_batches
@@ -194,8 +194,11 @@ def view_shard(shard: Shard, scorer: Scorer, target: TargetSamples | None) -> Sh
         cost.forward += len(shard.indices)
         aim = None
         if target:
-            share = target.share_of(shard)
-            aim = _view_of_some(share, share.indices, scorer, cost)
+            reached = target.reached_by(shard)
+            share = reached.indices
+            if target.name != VALID:  # every holder reaches all of a data set, and takes its share
+                share = share.tensor_split(shard.world)[shard.rank]
+            aim = _view_of_some(reached, share, scorer, cost)
     return shard.indices, view, aim, cost
 
 

@@ -5,7 +5,7 @@ seen by the last layer.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -37,13 +37,6 @@ class TargetSamples:
             return Shard(Data(shard.train, shard.data.test), shard.valid, nothing, shard.device)
         split = self.split_like(shard.data.train)
         return Shard(Data(split, split), torch.arange(len(split)), nothing, shard.device)
-
-    def share_of(self, shard: Shard) -> Shard:
-        """Return a holder's share of the samples: all shares together are all of them, each once."""
-        reached = self.reached_by(shard)
-        if self.name == VALID:
-            return reached
-        return replace(reached, indices=reached.indices.tensor_split(shard.world)[shard.rank])
 
     def split_like(self, train: Split) -> Split:
         """Return the data set with the classes and the normalisation of the samples to select from."""

@@ -271,7 +271,20 @@ def label_column(
     if label is None:
         raise unknown(f"label column of {str(files[0])!r}", wanted[0], schema.names)
     kind = schema.field(label).type
-    return label, kind, _class_names(schema, label, files[0]) if pa.types.is_integer(kind) else ()
+    if not pa.types.is_integer(kind):
+        return label, kind, ()
+    where = f"the schema metadata 'huggingface' of {str(files[0])!r}"
+    try:
+        hub = _HubMetadata.model_validate_json((schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = _Feature.model_validate(hub.info.features.get(label, {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where} does not list the classes of {label!r}: {path} {first['msg']}") from None
+    classes = feature.names or []
+    if (twice := repeated(classes)) is not None:
+        raise UserError(f"{where} has two classes {twice!r} of {label!r}")
+    return label, kind, tuple(classes)
 
 
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -292,20 +305,4 @@ class _Info(BaseModel):
 
 
 class _HubMetadata(BaseModel):
-    info: _Info = _Info()
-
-
-def _class_names(schema: pa.Schema, label: str, file: Place) -> tuple[str, ...]:
-    """Return the classes of a column in the JSON under the metadata key ``huggingface``; () if there are none."""
-    where = f"the schema metadata 'huggingface' of {str(file)!r}"
-    try:
-        hub = _HubMetadata.model_validate_json((schema.metadata or {}).get(b"huggingface", b"{}"))
-        feature = _Feature.model_validate(hub.info.features.get(label, {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where} does not list the classes of {label!r}: {path} {first['msg']}") from None
-    names = feature.names or []
-    if (twice := repeated(names)) is not None:
-        raise UserError(f"{where} has two classes {twice!r} of {label!r}")
-    return tuple(names)
+    info: _Info = _Info()  # the part that is used of the JSON under the metadata key ``huggingface``

@@ -29,9 +29,6 @@ def open_data(chosen: Dataset, seed: int | None = None) -> Data:
     The order is imbalance, noise, repeat, so copies of a sample share its label. All act on the whole training split,
     **held-out samples included**: no method sees labels that a user in this position would not have. Copies of a
     sample are held out together. The test split is unchanged. ``seed`` draws if the settings have no seed.
-
-    Raises:
-        UserError: unreadable data, a regime that does not apply, or no seed for a draw.
     """
     stream = None
     if chosen.streamed:

@@ -42,10 +42,7 @@ def stratified_shards(
 
     Each class contributes its share of all shards·size samples. These are dealt like cards, class by class, so that
     every shard gets ⌊t⌋ or ⌈t⌉ samples of a class whose exact share is t. ``y`` holds the labels of all samples;
-    ``indices`` restricts the draw to some of them.
-
-    Raises:
-        UserError: fewer samples than shards · size, or a shard would lack a class.
+    ``indices`` restricts the draw to some of them. A shard that would lack a class is refused.
     """
     if indices is None:
         indices = torch.arange(len(y))

@@ -18,11 +18,7 @@ GROUPS = 8  # of group norm, where the channels allow it
 
 
 def image_shape(shape: Shape, least: int) -> tuple[int, int, int]:
-    """Return (C, H, W), or refuse rows of a table and images with a side below ``least`` pixels.
-
-    >>> image_shape((3, 32, 32), least=4)
-    (3, 32, 32)
-    """
+    """Return (C, H, W), or refuse rows of a table and images with a side below ``least`` pixels."""
     if kind_of(shape) is not IMAGES:
         raise UserError(f"input shape {shape}: this model takes images (C, H, W); {INSTEAD}")
     channels, height, width = shape
@@ -31,24 +27,8 @@ def image_shape(shape: Shape, least: int) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def text_shape(shape: Shape) -> tuple[int, int]:
-    """Return (L, V), or refuse images and rows.
-
-    >>> text_shape((64, 8192))
-    (64, 8192)
-    """
-    if kind_of(shape) is not TEXTS:
-        raise UserError(f"input shape {shape}: this model takes texts (L, V); for images or rows use 'mlp'")
-    length, vocabulary = shape
-    return length, vocabulary
-
-
 def flat_size(shape: Shape) -> int:
-    """Return the number of values of a sample, or refuse texts.
-
-    >>> flat_size((3, 32, 32))
-    3072
-    """
+    """Return the number of values of a sample, or refuse texts."""
     if kind_of(shape) is TEXTS:
         raise UserError(f"input shape {shape}: this model takes images and rows; {INSTEAD}")
     return math.prod(shape)

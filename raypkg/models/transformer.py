@@ -9,10 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
+from raypkg.data.kinds import TEXTS, kind_of
 
 from . import model
 from .classifier import Classifier
-from .layers import Probability, Shape, Width, text_shape
+from .layers import Probability, Shape, Width
 
 SEGMENTS = 2
 
@@ -31,7 +32,9 @@ def transformer(
 
     Differs from the paper: an encoder alone, with learned positions, GELU, and norms before each part (pre-norm).
     """
-    length, vocabulary = text_shape(shape)
+    if kind_of(shape) is not TEXTS:
+        raise UserError(f"input shape {shape}: this model takes texts (L, V); for images or rows use 'mlp'")
+    length, vocabulary = shape
     if width % heads:
         raise UserError(f"width = {width} cannot be shared by heads = {heads}: it must be a multiple of them")
     blocks = [EncoderLayer(width, heads, dropout) for _ in range(layers)]

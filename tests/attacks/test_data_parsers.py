@@ -86,26 +86,26 @@ row = st.tuples(st.integers(-3, 3), st.lists(entry, unique_by=lambda entry: entr
 def test_libsvm_of_any_text(folder, text):
     file = written(folder, "rows.libsvm", text.encode("utf-8", "surrogatepass"))
     with one_line_at_most():
-        table = libsvm.read(file)
-        assert len(table.labels) == len(table.rows) > 0
-        assert all(np.isfinite(row["value"]).all() and (row["column"] >= 0).all() for row in table.rows)
-        assert table.classes
+        labels, rows = libsvm.read(file)
+        assert len(labels) == len(rows) > 0
+        assert all(np.isfinite(row["value"]).all() and (row["column"] >= 0).all() for row in rows)
 
 
 @fuzzed
 @given(damaged(LIBSVM))
 def test_libsvm_that_is_damaged(folder, content):
     with one_line_at_most():
-        assert libsvm.read(written(folder, "rows.libsvm", content)).rows
+        _, rows = libsvm.read(written(folder, "rows.libsvm", content))
+        assert rows
 
 
 @fuzzed
 @given(st.lists(row, min_size=1, max_size=6))
 def test_libsvm_that_is_right_is_read_right(folder, rows):
     lines = [f"{label} " + " ".join(f"{c}:{v!r}" for c, v in sorted(entries)) for label, entries in rows]
-    table = libsvm.read(written(folder, "rows.libsvm", "\n".join(lines).encode()))
-    assert table.labels == [str(label) for label, _ in rows]
-    for found, (_, entries) in zip(table.rows, rows, strict=True):
+    labels, found_rows = libsvm.read(written(folder, "rows.libsvm", "\n".join(lines).encode()))
+    assert labels == [str(label) for label, _ in rows]
+    for found, (_, entries) in zip(found_rows, rows, strict=True):
         assert [(int(c) + 1, float(v)) for c, v in found.tolist()] == sorted(entries)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 
@@ -39,7 +38,7 @@ def load(root: str, *, split: str, cache: Cache, size: Side = 0) -> Split:
             raise UserError(f"folder {root!r} has no {name} split: none of the folders {tried}")
         folders[name] = found
     classes = tuple(sorted(_class_folders(folders["train"])))
-    images = {name: _listed(folder, classes) for name, folder in folders.items()}
+    images = {name: ImageFiles(folder, classes) for name, folder in folders.items()}
     files = {name: each.files for name, each in images.items()}
     key = fingerprint(files["train"] + files["test"], root=root, size=size)
     return open_images(split, partial(store_path, cache, place.resolve().name, key), images.__getitem__, files, size)
@@ -58,34 +57,27 @@ def _class_folders(folder: Place) -> dict[str, Place]:
     return classes
 
 
-def _listed(folder: Place, classes: tuple[str, ...]) -> "ImageFiles":
-    """List the image files of a split, class by class."""
-    files: list[Place] = []
-    labels: list[int] = []
-    for name, path in sorted(_class_folders(folder).items()):
-        if name not in classes:
-            raise UserError(f"class {name!r} of {str(folder)!r} is not among the {len(classes)} classes of train")
-        before = len(files)
-        for file in files_below(path):
-            if file.suffix.lower() not in SUFFIXES:
-                continue
-            if file.is_file():
-                files.append(file)
-            elif not file.is_dir():  # the contents of a folder with such a name are listed anyway
-                raise UserError(f"image {str(file)!r} is no file: a link that leads nowhere, or a device")
-        found = len(files) - before
-        if not found:
-            raise UserError(f"class folder {str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
-        labels += [classes.index(name)] * found
-    return ImageFiles(files, labels, classes)
+class ImageFiles:
+    """The image files of one split, class by class."""
 
-
-class ImageFiles(NamedTuple):
-    """The image files of one split."""
-
-    files: list[Place]
-    labels: list[int]
-    classes: tuple[str, ...]
+    def __init__(self, folder: Place, classes: tuple[str, ...]):
+        self.classes = classes
+        self.files: list[Place] = []
+        self.labels: list[int] = []
+        for name, path in sorted(_class_folders(folder).items()):
+            if name not in classes:
+                raise UserError(f"class {name!r} of {str(folder)!r} is not among the {len(classes)} classes of train")
+            for file in files_below(path):
+                if file.suffix.lower() not in SUFFIXES:
+                    continue
+                if file.is_file():
+                    self.files.append(file)
+                elif not file.is_dir():  # the contents of a folder with such a name are listed anyway
+                    raise UserError(f"image {str(file)!r} is no file: a link that leads nowhere, or a device")
+            found = len(self.files) - len(self.labels)
+            if not found:
+                raise UserError(f"class folder {str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
+            self.labels += [classes.index(name)] * found
 
     @property
     def length(self) -> int:

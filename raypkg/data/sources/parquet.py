@@ -65,11 +65,9 @@ class ImageTable:
 
     def __init__(self, files: list[Place], label: str):
         self.files = files
-        self._metadata = list(fetched(_metadata, files))
-        schemas = []
-        for file, metadata in zip(files, self._metadata, strict=True):
-            with reading(file):
-                schemas.append(metadata.schema.to_arrow_schema())
+        found = list(fetched(_metadata, files))
+        self._metadata = [metadata for metadata, _ in found]
+        schemas = [schema for _, schema in found]
         self._label, kind, self.names = label_column(files, schemas, label)
         if not pa.types.is_integer(kind):
             raise UserError(f"label column {self._label!r} of {str(files[0])!r} is {kind}, needed are integers")
@@ -161,9 +159,10 @@ class RowGroup(NamedTuple):
             yield from file.iter_batches(READ_AT_ONCE, [self.number], columns)
 
 
-def _metadata(file: Place) -> pq.FileMetaData:
+def _metadata(file: Place) -> tuple[pq.FileMetaData, pa.Schema]:
     with reading(file):
-        return pq.read_metadata(open_input(file))
+        metadata = pq.read_metadata(open_input(file))
+        return metadata, metadata.schema.to_arrow_schema()
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -156,7 +156,15 @@ class RowTable:
                     vectors = self._vectors.take(chunk)
                     parts += [vectors[name].astype(np.float32, copy=False) for name in self._widths]
             x = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)  # [m, D]
-            self._check_finite(x, chunk)
+            broken = np.argwhere(~np.isfinite(x))
+            if len(broken):
+                first, column = broken[0]
+                row = int(chunk[first])
+                name = self.columns[column]
+                value = self._table[name][row].as_py() if name in self._numbers else x[first, column]
+                shown = "NaN" if math.isnan(value) else value
+                where = f"column {name!r} of {str(self.file)!r} holds {shown} in {self._place(row)}"
+                raise UserError(f"{where}, needed are finite numbers that float32 can hold")
             labels = [str(value) for value in block[self.label].to_pylist()]
             ids = None if self.ids is None else self.ids[chunk].astype(np.int64)
             yield Block(x, class_numbers(labels, classes), sample=x, ids=ids)
@@ -188,17 +196,6 @@ class RowTable:
         if len(rounded):
             where = f"column {name!r} of {str(self.file)!r}"
             raise UserError(f"{where} holds {rounded[0]}, which float32 rounds: leave it out or scale it")
-
-    def _check_finite(self, x: np.ndarray, rows: np.ndarray) -> None:
-        broken = np.argwhere(~np.isfinite(x))
-        if len(broken):
-            first, column = broken[0]
-            row = int(rows[first])
-            name = self.columns[column]
-            value = self._table[name][row].as_py() if name in self._numbers else x[first, column]
-            shown = "NaN" if math.isnan(value) else value
-            where = f"column {name!r} of {str(self.file)!r} holds {shown} in {self._place(row)}"
-            raise UserError(f"{where}, needed are finite numbers that float32 can hold")
 
     def _refuse_where(self, wrong: pa.ChunkedArray, name: str, problem: str) -> None:
         row = pc.index(wrong, True).as_py()

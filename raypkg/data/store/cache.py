@@ -160,11 +160,7 @@ def write_store_from(target: Target, header: Header, blocks: From, size: int = 0
 
 
 def beginning_at(start: int, runs: Iterable[T], length: Callable[[T], int]) -> Iterator[T]:
-    """Skip the runs of samples before sample ``start``, the first of a run unless another version cut them otherwise.
-
-    >>> list(beginning_at(3, ["abc", "de", "f"], len))
-    ['de', 'f']
-    """
+    """Skip the runs of samples before ``start``, which begins a run unless another version cut them otherwise."""
     passed = 0
     for run in runs:
         if passed >= start:
