@@ -1,4 +1,4 @@
-"""What a case of bad input is: a command as typed, what is wrong about it, and what the one line must say."""
+"""Cases of bad input: a command as typed, what is wrong about it, and the facts that its one line must name."""
 
 import re
 import shlex
@@ -7,29 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = "{}"  # in a command, the wrong text
-GAP = "…"  # in what the line must say, anything
+GAP = "…"  # in the facts of a line, anything
 TRAINS = ("lipt", "train", "crest", "sparse", "select")  # commands that would start Ray
-Make = Callable[[Path, Any], None]
+Make = Callable[[Path, Any], object]
 
 
 class Case(NamedTuple):
     """One bad input."""
 
-    on: str  # what is attacked
-    wrong: str  # what is wrong about it
+    name: str
     words: tuple[str, ...]  # of the command line, after ``effray``
     says: str  # parts that the error line must contain in this order, with gaps
     prepare: Callable[[Path], None]  # makes the bad input in the working folder
     leaves: tuple[str, ...]  # patterns of what may be new in the working folder afterwards
     environment: Mapping[str, str]
-    fresh: bool  # whether a variable is read at import, so that the process must be a new one
-
-    @property
-    def name(self) -> str:
-        """What pytest calls the case."""
-        wrong = re.sub(r"\s+", " ", self.wrong)
-        shown = wrong.encode("unicode_escape").decode()
-        return f"{self.on}: {shown[:60]}"
 
 
 class Cases(list[Case]):
@@ -46,8 +37,7 @@ def cases(
     leaves: tuple[str, ...] = (),
     variable: str = "",
     environment: Mapping[str, str] | None = None,
-    fresh: bool = False,
-) -> "Cases":
+) -> Cases:
     """Return the cases in which one thing is wrong in many ways.
 
     Args:
@@ -59,38 +49,26 @@ def cases(
         leaves: patterns of what may be new in the working folder afterwards.
         variable: of the environment, that is set to the wrong text.
         environment: further variables.
-        fresh: whether the process must be a new one.
     """
     found = Cases()
     for key, answer in wrong.items():
         thing, says = answer if isinstance(answer, tuple) else (key, answer)
         typed = command.replace(HERE, shlex.quote(thing)) if isinstance(thing, str) else command
         words = shlex.split(thing if command == HERE else typed)
-        found.append(
-            Case(
-                on=on,
-                wrong=str(key),
-                words=(*words, *_without_ray(words)),
-                says=says,
-                prepare=_preparation(thing, into, make),
-                leaves=leaves,
-                environment={**(environment or {}), **({variable: thing} if variable else {})},
-                fresh=fresh,
-            )
-        )
+        trains = words[:1] in [[name] for name in TRAINS] or words[:2] == ["deltagrad", "train"]
+        if trains and "--cluster.workers" not in words:
+            words += ["--cluster.workers", "0"]
+        shown = re.sub(r"\s+", " ", str(key)).encode("unicode_escape").decode()
+        variables = {**(environment or {}), **({variable: thing} if variable else {})}
+        prepare = _preparation(thing, into, make)
+        found.append(Case(f"{on}: {shown[:60]}", (*words,), says, prepare, leaves, variables))
     return found
-
-
-def _without_ray(words: list[str]) -> list[str]:
-    trains = (words[:1] and words[0] in TRAINS) or words[:2] == ["deltagrad", "train"]
-    return ["--cluster.workers", "0"] if trains and "--cluster.workers" not in words else []
 
 
 def _preparation(thing: Any, into: str, make: Make | None) -> Callable[[Path], None]:
     def prepare(folder: Path) -> None:
         if into:
-            content = thing if isinstance(thing, bytes) else thing.encode()
-            (folder / into).write_bytes(content)
+            (folder / into).write_bytes(thing if isinstance(thing, bytes) else thing.encode())
         if make:
             make(folder, thing)
 
@@ -98,7 +76,7 @@ def _preparation(thing: Any, into: str, make: Make | None) -> Callable[[Path], N
 
 
 def is_said(says: str, line: str) -> bool:
-    """Say whether a line says all parts of a text with gaps, in their order.
+    """Return True if a line says all parts of a text with gaps, in their order.
 
     >>> is_said("unknown … did you mean", "unknown model 'a', did you mean 'b'?")
     True

@@ -1,73 +1,87 @@
-"""Bad input in code: a user's models, data sets, hooks, methods and spaces; orders of sweeps; the environment."""
+"""Bad input in code: a user's models, data sets, hooks, rules and spaces; and in the environment."""
 
 from attacks.cases import cases
 
-MODELS = """
-import os, sys, torch
+MODULES = {
+    "my": """
+import sys, torch
 from torch import nn
-from raypkg import Split
+from raypkg import Hook, Split
 
 number = 3
-text = "build"
-def nothing(shape, num_classes): return None
-def a_tensor(shape, num_classes): return torch.zeros(3)
-def a_class(shape, num_classes): return nn.Linear
-def no_parameters(shape, num_classes): return nn.Identity()
 def flat(shape, num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
 def frozen(shape, num_classes): return flat(shape, num_classes).requires_grad_(False)
-def too_few_outputs(shape, num_classes): return flat(shape, num_classes - 1)
-def no_batch(shape, num_classes): return nn.Sequential(nn.Flatten(0), nn.Linear(64, num_classes))
-def wrong_input(shape, num_classes): return nn.Linear(5, num_classes)
-def nan(shape, num_classes):
-    model = flat(shape, num_classes)
-    nn.init.constant_(model[1].weight, float("nan"))
-    return model
 def exits(shape, num_classes): sys.exit(3)
-def interrupts(shape, num_classes): raise KeyboardInterrupt
-def no_arguments(): return None
-def one_argument(shape): return None
-def positional(shape, num_classes, width): return None
-def untyped(shape, num_classes, *, width=3): return None
+def load(root, *, split): raise SystemExit("no data today")
+def rows(root, *, split): return Split.from_tensors(torch.arange(80.0).reshape(40, 2), torch.arange(40) % 2)
+def convolution(shape, num_classes): return nn.Conv2d(1, 1, 1)
+def headless(shape, num_classes): return nn.Sequential(nn.Conv2d(1, num_classes, 8), nn.Flatten())
+def rule(view, budget): sys.exit(1)
 def no_default(shape, num_classes, *, width: int): return None
-def starred(shape, num_classes, **options): return None
-def mistyped(shape, num_classes, *, width: int = "x"): return None
-def dtype(shape, num_classes): return flat(shape, num_classes).half()
+def untypable(shape, num_classes, *, inner: nn.Module = None): return None
+def unresolved(shape, num_classes, *, inner: "Missing" = None): return None
 def shares(shape, num_classes, *, width: int = 3): return flat(shape, num_classes)
-"""
+class Later(nn.Sequential):
+    calls = 0
+    def forward(self, x):
+        self.calls += 1
+        return quit() if self.calls > 5 else super().forward(x)
+def later(shape, num_classes): return Later(*flat(shape, num_classes))
+class Leaves(Hook):
+    def on_step(self, run): sys.exit()
+""",
+    "missing": "import nowhere",
+    "quits": "import sys; sys.exit(4)",
+    "broken": "def (:",
+}
 
-MODEL_NAMES = cases(
+
+def write_modules(folder, _):
+    for name, code in MODULES.items():
+        (folder / f"{name}.py").write_text(code)
+
+
+MODELS = cases(
     "a model of the user's",
     "train --model={} --train.epochs 1",
     {
         "my:nope": "module 'my' has no 'nope'",
         "my:": "unknown model or module 'my:'",
         "my:number": "'my:number' is a int, not a function",
-        "my:text": "'my:text' is a str, not a function",
-        "my:no_default": "option 'width' needs a type and a default",
         "my:torch": "'my:torch' is a module, not a function",
+        "my:no_default": "option 'width' needs a type and a default",
+        "my:untypable": "my:untypable: its options inner cannot be settings",
+        "my:unresolved": "my:unresolved: its signature cannot be read: name 'Missing'",
+        "my:exits": "'my:exits' ended the process by SystemExit(3), in my",
+        "my:later": "the model, the data or a hook ended the process by SystemExit(None)",
+        "my:frozen": "has no parameter to train: it has none at all, or all of them are frozen",
         "my flat": "unknown model 'my flat'",
         "antigravitation:fly": "unknown model or module",
         "missing:build": "module needs 'nowhere', which is not installed",
+        "quits:build": "importing 'quits:build' ended the process by SystemExit(4)",
+        "broken:build": "'broken:build': its module is not valid Python",
     },
-    make=lambda folder, _: write_modules(folder),
+    make=write_modules,
 )
 
-
-def write_modules(folder):
-    (folder / "my.py").write_text(MODELS)
-    (folder / "missing.py").write_text("import nowhere")
-    (folder / "quits.py").write_text("import sys; sys.exit(0)")
-
-
-MODEL_OPTIONS = cases(
-    "an option of a user's model",
-    "train --model my:shares --train.epochs 1 --set model.options.{}",
+OTHER_CODE = cases(
+    "code of the user's",
+    "{}",
     {
-        "with=3": "unknown my:shares option 'with', did you mean 'width'",
-        "shape=3": "unknown my:shares option 'shape'",
-        "num_classes=3": "unknown my:shares option 'num_classes'",
+        "train --model my:shares --set model.options.with=3": "unknown my:shares option 'with', did you mean 'width'",
+        "train --model my:shares --set model.options.shape=3": "unknown my:shares option 'shape'",
+        "train --dataset my:load": "'my:load' ended the process by SystemExit('no data today')",
+        "train --model linear --hooks my:Leaves": "the model, the data or a hook ended the process by SystemExit(None)",
+        "train --model linear --select.rule my:rule --select.fraction 0.5": "'my:rule' ended … SystemExit(1)",
+        "train --model my:convolution": "'my:convolution' maps inputs",
+        "train --dataset my:rows": "input shape (2,): this model takes images … use 'mlp' or 'linear'",
+        "train --dataset my:rows --model linear --dataset.augment crop": "are no images: leave out crop",
+        "embed --cluster.workers 0 --model my:headless": "has no nn.Linear to serve as the head",
+        "lipt --model my:frozen": "has no parameter to train",
+        "crest --model my:frozen": "has no parameter to train",
+        "sparse --model my:frozen": "has no parameter to train",
     },
-    make=lambda folder, _: write_modules(folder),
+    make=write_modules,
 )
 
 LOADERS = {
@@ -112,27 +126,17 @@ SIGNATURES = cases(
 )
 
 HOOK = """
-import sys
 from raypkg import Hook
-def make(): return None
 def gives_none(): return None
-def gives_three(): return 3
 class NoHook: ...
-class Needs(Hook):
-    def __init__(self, thing): ...
 class Leaves(Hook):
     def results(self, run): return 3
-class Exits(Hook):
-    def on_epoch(self, run): sys.exit(0)
-class Options(Hook):
-    def __init__(self, *, norm: float = 1.0): ...
 """
 HOOKS = cases(
     "a hook of the user's",
     "train --model linear --train.epochs 1 --hooks={}",
     {
         "mine:gives_none": "gave an object of type NoneType, not a raypkg.Hook",
-        "mine:gives_three": "gave an object of type int, not a raypkg.Hook",
         "mine:NoHook": "gave an object of type NoHook, not a raypkg.Hook",
         "mine:Leaves": "results() returned a int, not raypkg.engine.hooks.Results",
     },
@@ -140,28 +144,20 @@ HOOKS = cases(
     leaves=("runs/train", "runs/train/digits-*"),
 )
 
-METHOD = """
+RULE = """
 import torch
 from raypkg import Coreset
-def none(view, budget): return None
 def indices(view, budget): return torch.arange(budget)
 def too_many(view, budget): return Coreset(torch.arange(len(view.y)), torch.ones(len(view.y)))
-def twice(view, budget): return Coreset(torch.zeros(budget, dtype=torch.int64), torch.ones(budget))
-def outside(view, budget): return Coreset(torch.arange(budget) + 10**6, torch.ones(budget))
-def negative(view, budget): return Coreset(torch.arange(budget), -torch.ones(budget))
-def nan(view, budget): return Coreset(torch.arange(budget), torch.full((budget,), float("nan")))
-def nothing(): return None
-def wants(view, budget, more): return None
 """
-METHODS = cases(
+RULES = cases(
     "a coreset rule of the user's",
     "select --model-from t --fraction 0.1 --rule mine:{}",
     {
-        "none": "'mine:none' must return a Coreset",
         "indices": "'mine:indices' must return a Coreset",
         "too_many": "'mine:too_many' must return a Coreset",
     },
-    make=lambda folder, _: (folder / "mine.py").write_text(METHOD),
+    make=lambda folder, _: (folder / "mine.py").write_text(RULE),
 )
 
 SPACES = cases(
@@ -181,8 +177,6 @@ DOMAINS = cases(
     "tune crest --space mine.py",
     {
         "'budget': tune.loguniform(0, 1)": "raises ValueError: LogUniform",
-        "'budget': tune.uniform(0.1, float('inf'))": "raises ValueError: Uniform",
-        "'track.name': tune.choice([None, 'wandb'])": "track.name does not alter the result",
         "'dataset.name': tune.choice(['digits', 'digts'])": "unknown dataset 'digts'",
     },
     make=lambda folder, domains: (folder / "mine.py").write_text(
@@ -190,42 +184,40 @@ DOMAINS = cases(
     ),
 )
 
-SWEEPS = cases(
-    "the order of a sweep",
-    "{}",
-    {
-        "tune crest --samples x": "'x' is not a valid integer",
-        "tune crest --concurrent -1": "--concurrent -1: at least 1",
-        "tune crest --space nowhere.py": "there is no space file 'nowhere.py'",
-        "tune crest --space ../crest": "unknown space '../crest'",
-        "tune crest --resume nope": "unknown sweep in … 'nope' … Allowed: sweep",
-        "tune lipt --resume sweep": "sweep 'sweep' is of crest, not of lipt",
-        "tune crest --resume sweep --concurrent 0": "--concurrent 0: at least 1",
-        "tune sparse --density 1": "density = 1 leaves no room to grow",
-        "tune train --coreset nope.parquet": "there is no coreset file … nope.parquet",
-    },
-)
-
-NO_CLUSTER = cases(
-    "a Ray that is not there",
-    "{}",
-    {
-        "train --model linear --cluster.workers 1 --cluster.address 127.0.0.1:1": "127.0.0.1:1 … --cluster.workers 0",
-        "train --model linear --cluster.workers 1 --cluster.address nonsense": "nonsense",
-    },
-)
-
-TRACKING = cases(
+TRACKED = "train --model linear --train.epochs 1 --track wandb"
+UNREACHABLE = {"WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_INIT_TIMEOUT": "1"}
+MODES = cases(
     "WANDB_MODE",
-    "train --model linear --train.epochs 1 --track wandb",
-    {"nonsense": "WANDB_MODE", "ONLINE ": "WANDB_MODE", "0": "WANDB_MODE"},
+    TRACKED,
+    {
+        "nonsense": "WANDB_MODE",
+        "ONLINE ": "WANDB_MODE",
+        "online": "W&B: No API key configured. Use `wandb login`",
+    },
     variable="WANDB_MODE",
+    environment=UNREACHABLE,
 )
-
+KEYS = cases(
+    "WANDB_API_KEY",
+    TRACKED,
+    {
+        "short": "W&B: WANDB_API_KEY invalid: API key must have 40 … WANDB_MODE=offline",
+        "0123456789" * 4: "W&B: … connection refused; see `wandb login`, or go without a server by",
+    },
+    variable="WANDB_API_KEY",
+    environment=UNREACHABLE,
+    leaves=(".cache*",),  # W&B's own logs
+)
+TIMEOUTS = cases(
+    "WANDB_INIT_TIMEOUT",
+    TRACKED,
+    {"soon": "W&B: WANDB_INIT_TIMEOUT = 'soon': Input should be a valid number"},
+    variable="WANDB_INIT_TIMEOUT",
+)
 PROJECTS = cases(
     "the project of W&B",
-    "train --model linear --train.epochs 1 --track wandb --track.project {}",
-    dict.fromkeys(["a/b", "a:b", "x" * 200], "Invalid project name"),
+    f"{TRACKED} --track.project {{}}",
+    dict.fromkeys(["a/b", "x" * 200], "Invalid project name"),
     environment={"WANDB_MODE": "offline"},
 )
 
@@ -237,7 +229,6 @@ CACHES = cases(
         "/proc/x": "cannot build the data cache '/proc/x/",
         "rows.csv": "cannot build the data cache 'rows.csv/",
     },
-    make=lambda folder, _: (folder / "loop").symlink_to("loop"),
     variable="EFFRAY_CACHE",
 )
 
@@ -246,16 +237,4 @@ RAY_ADDRESS = cases(
     "train --model linear --cluster.workers 1",
     {"127.0.0.1:1": "127.0.0.1:1 … --cluster.workers 0"},
     variable="RAY_ADDRESS",
-)
-
-EFFRAY_RUNS = cases(
-    "EFFRAY_RUNS",
-    "show t",
-    {
-        "nowhere": "unknown run in nowhere 't'. Allowed: none",
-        "ftp://x": "cannot use 'ftp://x' as a folder",
-        "file://": "cannot use 'file://' as a folder",
-    },
-    variable="EFFRAY_RUNS",
-    fresh=True,
 )

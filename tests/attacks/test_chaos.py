@@ -131,15 +131,14 @@ def begun(kind: str, home: Path) -> str:
 
 
 def resumed(kind: str, home: Path, folder: Path) -> str:
-    """Return the command that goes on: it has no settings but the run's name."""
+    """Return the command that resumes: it has no settings but the run's name."""
     if kind == "stream":
         return LINES[kind]
-    words = LINES[kind].split(" --")[0]
     where = folder / "runs" / experiment(kind) / "one"
     if not (where / "config.toml").exists():  # killed before it had settings: as the line says, it is deleted
         shutil.rmtree(where, ignore_errors=True)
         return begun(kind, home)
-    return f"{words} --resume one"
+    return f"{LINES[kind].partition(' --')[0]} --resume one"
 
 
 def experiment(kind: str) -> str:
@@ -197,15 +196,10 @@ def strike(process: Command | Process, watch: Watch, victim: str, share: float, 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chaos")
-    (folder / "texts.csv").write_text(questions(200))
-    return folder
-
-
-def questions(count: int) -> str:
-    """Return a CSV file of short texts of three classes."""
     draws = random.Random(0)
-    rows = [f"{' '.join(draws.choices(WORDS, k=draws.randint(2, 12)))},{draws.randrange(3)}" for _ in range(count)]
-    return "\n".join(["text,label", *rows]) + "\n"
+    rows = [f"{' '.join(draws.choices(WORDS, k=draws.randint(2, 12)))},{i % 3}\n" for i in range(200)]
+    (folder / "texts.csv").write_text("".join(["text,label\n", *rows]))
+    return folder
 
 
 @pytest.mark.parametrize("chain", chains(KILLS, SEED), ids=str)

@@ -11,11 +11,9 @@ import pytest
 import torch
 
 import samples
-from raypkg.cli import main
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.kinds import Moments
-from raypkg.data.opening import describe
 
 ROWS = "".join(f"{i},{i % 2}\n" for i in range(9))
 GOOD = f"a,label\n{ROWS}"
@@ -56,9 +54,7 @@ def load_rows(tmp_path, cache):
     [
         ("", "rows.csv' cannot be read: Empty CSV file"),
         ("a,label\n", "rows.csv' has 0 rows and 1 columns besides 'label'"),
-        ("a\n1\n", "unknown label column of .*rows.csv' 'label'. Allowed: a"),
         ("1,0\n2,1\n", "unknown label column of .*rows.csv' 'label'. Allowed: 0, 1"),
-        (GOOD.replace(",", ";"), "unknown label column .* did you mean 'a;label'"),
         ("a,a,label\n1,2,0\n", "rows.csv' has two columns 'a' among a, a, label"),
         (GOOD + "1\n", "rows.csv' cannot be read: CSV parse error: Expected 2 columns, got 1"),
         (GOOD.encode("utf-16"), "rows.csv' cannot be read"),
@@ -84,7 +80,7 @@ def test_what_is_no_table(load_csv, cache, text, message):
         ("1e300", r"holds 1e\+300 in line 13, needed are finite numbers that float32 can hold"),
     ],
 )
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_value_is_found_by_its_line(load_csv, value, problem, end):
     text = f"a,label\n\n\n{ROWS}{value},1\n"  # the header, two empty lines and nine rows come before it
     with pytest.raises(UserError, match=f"column 'a' of .*rows.csv' {problem}"):
@@ -110,11 +106,9 @@ def column(values, kind=None):
     ("table", "message"),
     [
         (column([1, 2**24 + 1]), "column 'a' of .*rows.parquet' holds 16777217, which float32 rounds"),
-        (column([1, 2**64 - 1], pa.uint64()), "holds 18446744073709551615, which float32 rounds"),
         (column([[1], [2]]), r"column 'a' of .* is list<.*>, needed are numbers"),
         (pa.table({"label": [0, 1]}), "has 2 rows and 0 columns besides 'label'"),
         (pa.table({}), "unknown label column of .* 'label'. Allowed: none"),
-        (pa.Table.from_arrays([pa.array([1.0])] * 3, ["a", "a", "label"]), "has two columns 'a' among a, a, label"),
     ],
 )
 def test_columns_that_are_no_rows_of_numbers(load_rows, cache, table, message):
@@ -172,15 +166,7 @@ def load_folder(folder, cache):
     return lambda **options: load_data(f"folder:{folder}", options, cache=cache)
 
 
-def dangling(file):
-    file.symlink_to("nowhere.png")
-
-
-def loop(file):
-    file.symlink_to(file.name)
-
-
-@pytest.mark.parametrize("make", [dangling, loop, os.mkfifo])
+@pytest.mark.parametrize("make", [lambda file: file.symlink_to("nowhere.png"), os.mkfifo])
 def test_what_is_named_like_an_image_and_is_no_file(folder, load_folder, cache, make):
     make(folder / "train" / "cat" / "new.png")
     with pytest.raises(UserError, match=r"image '.*train/cat/new.png' is no file: a link that leads nowhere"):
@@ -214,21 +200,3 @@ def test_a_class_whose_name_is_not_utf8(folder, load_folder):
     os.rename(folder / "train" / "cat", name)
     with pytest.raises(UserError, match=r"has the class '\\udcff', whose name is not UTF-8"):
         load_folder()
-
-
-def test_names_are_shown_as_they_are(folder, load_folder):
-    for split in ("train", "test"):
-        (folder / split / "cat").rename(folder / split / "[red]")
-        (folder / split / "dog").rename(folder / split / "[")
-    table = describe("folder:[bold]", load_folder())
-    assert table.title == "folder:[bold]"
-    assert "owl" in list(table.columns[1].cells)[2] and "[red]" in list(table.columns[1].cells)[2]
-
-
-@pytest.mark.parametrize("source", ["folder", "table"])
-def test_the_command_line_says_it_in_one_line(folder, source, capsys):
-    (folder / "train" / "cat" / "new.png").symlink_to("nowhere")
-    with pytest.raises(SystemExit, match="2"):
-        main(["data", f"{source}:{folder}"])
-    error = capsys.readouterr().err
-    assert error.startswith("effray: ") and error.count("\n") == 1 and str(folder) in error

@@ -136,15 +136,6 @@ def test_two_that_begin_a_run_of_one_name(folder):
     assert f"seed = {winner}\n" in (folder / "runs" / "train" / "one" / "config.toml").read_text()
 
 
-def test_six_that_leave_the_name_to_effray(folder):
-    runs = [start(f"train {SMALL} --seed {seed}", folder, quick) for seed in range(6)]
-    ended = [run.end() for run in runs]
-    assert [each.code for each in ended] == [0] * 6, ended
-    made = [*(folder / "runs" / "train").iterdir()]
-    assert len(made) == 6
-    assert len({(run / "config.toml").read_text().partition("\n")[0] for run in made}) == 6
-
-
 @pytest.mark.parametrize("kind", ["train", "deltagrad train", "lipt"])
 def test_who_looks_on_while_it_runs(folder, kind):
     settings = "--pretrain.models 2 --pretrain.epochs 20" if kind == "lipt" else ""
@@ -169,9 +160,8 @@ def test_a_clock_that_jumps(folder, jump):
         time.time = lambda: now() + jump * (next(turns) % 2)
         time.monotonic = lambda: monotonic() + jump * (next(turns) % 2)
 
-    for name in ("a", "b"):
-        ended = effray(f"train {SMALL}", folder, before)
-        assert ended.code == 0, (name, ended)
+    for _ in range(2):
+        assert effray(f"train {SMALL}", folder, before).code == 0
     made = [*(folder / "runs" / "train").iterdir()]
     assert len(made) == 2
     for run in made:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import signal
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import count
 from pathlib import Path
@@ -162,19 +161,6 @@ def test_interrupted_at_any_write_a_request_leaves_nothing_of_itself(place, line
         else:
             assert ended.line == "effray: interrupted; the run is as it was, and the same command starts again\n"
         assert answered or place.state == before, number
-
-
-@EVERY_LINE
-def test_terminated_a_request_ends_as_if_interrupted(place, line):
-    def terminate():
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    expected = place.undisturbed(line)
-    for number in range(1, FEWEST, 4):
-        place.renew()
-        assert attacked(line, terminate, number).line.startswith("effray: interrupted")
-        place.finish(line)
-        assert place.state == expected, number
 
 
 # Disks

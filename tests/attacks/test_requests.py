@@ -26,11 +26,7 @@ def refusal(read, *arguments):
     """Return the line by which something is refused."""
     with pytest.raises(UserError) as error:
         read(*arguments)
-    return checked(error.value)
-
-
-def checked(error):
-    line = str(error)
+    line = str(error.value)
     assert line and "\n" not in line and len(line) < LONGEST
     return line
 
@@ -39,8 +35,8 @@ def attempt(read, *arguments):
     """Return what is read, or None where one line refuses it."""
     try:
         return read(*arguments)
-    except UserError as error:
-        checked(error)
+    except UserError:
+        refusal(read, *arguments)
         return None
 
 
@@ -109,8 +105,7 @@ def test_what_is_no_id_is_shown_with_what_is_allowed(text):
         (pa.array([1.0]), "1.0 is no id"),
         (pa.array([True]), "True is no id"),
         (pa.array([None], pa.int64()), "None is no id"),
-        (pa.array([[1, 2]]), r"\[1, 2\] is no id"),
-        (pa.array(["1.5"]), "'1.5' is no id"),
+        (pa.array([[1, 2]]), "[1, 2] is no id"),
         (pa.array([], pa.int64()), "holds no ids"),
     ],
     ids=str,
@@ -118,20 +113,15 @@ def test_what_is_no_id_is_shown_with_what_is_allowed(text):
 def test_ids_of_parquet_are_shown_as_they_are(tmp_path, column, shown):
     path = tmp_path / "ids.parquet"
     pq.write_table(pa.table({"id": column}), path)
-    with pytest.raises(UserError, match=shown):
-        read_ids(str(path))
-
-
-def test_two_columns_of_ids_are_refused(tmp_path):
-    path = tmp_path / "ids.parquet"
+    assert shown in refusal(read_ids, str(path))
     pq.write_table(pa.table([[1], [2]], names=["id", "id"]), path)
     assert "ids.parquet' has 2 columns 'id'" in refusal(read_ids, str(path))
 
 
-@pytest.mark.parametrize("name", ["folder", "folder.parquet"])
-def test_a_folder_holds_neither_ids_nor_a_queue(tmp_path, name):
-    (tmp_path / name).mkdir()
-    assert "cannot be read: Is a directory" in refusal(read_ids, str(tmp_path / name))
+def test_a_folder_holds_neither_ids_nor_a_queue(tmp_path):
+    (tmp_path / "folder.parquet").mkdir()
+    for name in (".", "folder.parquet"):
+        assert "cannot be read: Is a directory" in refusal(read_ids, str(tmp_path / name))
     assert f"the queue '{tmp_path}' cannot be read: Is a directory" in refusal(read_queue, tmp_path)
 
 
@@ -182,41 +172,30 @@ def test_any_file_is_a_queue_or_refused(file, content):
     ("line", "says"),
     [
         ('{"delete": [1], "id": {}}', "the id must be a text of printable characters or an integer, not {}"),
-        ('{"delete": [1], "id": " "}', "or an integer, not ' '"),
-        (r'{"delete": [1], "id": "\ud800"}', r"or an integer, not '\ud800'"),
         (r'{"delete": [1], "id": "\u001b[2J"}', r"or an integer, not '\x1b[2J'"),
         ('{"delete": ' + "[" * 5000 + "]" * 5000 + ', "id": 1}', "its brackets are nested too deeply"),
         ('{"delete": NaN, "id": 1}', "is not JSON: NaN is no number of JSON"),
         ('{"delete": [' + "9" * 5000 + '], "id": 1}', "is not JSON: Exceeds the limit"),
-        (
-            '{"delete": [9223372036854775808], "id": 1}',
-            "delete takes a list of ids, not [9223372036854775808]; ids are",
-        ),
         ('{"delete": [true], "id": 1}', "delete takes a list of ids, not [True]"),
-        ('{"restore": {"1": 2}, "id": 1}', "restore takes a list of ids, not {'1': 2}"),
         ('{"delete_where": [1], "id": 1}', "delete_where takes a text, not [1]"),
         ('{"delete": [1], "id": 1, "id": 2}', "is not JSON: a name occurs twice"),
         (
             '{"delete": [1], "restore": [1], "id": 1}',
-            "must be an object with one of delete, delete_where, restore, add",
+            "must be an object with one of delete, delete_where, restore,",
         ),
         ('{"' + "x" * 100_000 + '": 1, "id": 1}', "unknown request in line 2 of"),
         ('{"delete": "' + "x" * 100_000 + '", "id": 1}', "delete takes a list of ids, not 'xxx"),
     ],
-    ids=range(15),
+    ids=lambda text: text[:30],
 )
 def test_a_line_that_is_no_request_is_named(file, line, says):
     file.write_text('{"delete": [1], "id": "first"}\n' + line)
     assert says in refusal(read_queue, file)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n\r\n", b"\xef\xbb\xbf"])
-def test_an_empty_queue_is_refused(file, content):
-    file.write_bytes(content)
+def test_an_integer_and_its_digits_are_one_id_and_an_empty_queue_is_none(file):
+    file.write_bytes(b"\xef\xbb\xbf\n \r\n")
     assert "given' holds no requests" in refusal(read_queue, file)
-
-
-def test_an_integer_and_its_digits_are_one_id(file):
     file.write_text('{"delete": [1], "id": 0}\n{"delete": [2], "id": "0"}')
     assert "has the id '0' 2 times" in refusal(read_queue, file)
 
@@ -250,15 +229,10 @@ def test_clauses_select_what_comparing_row_by_row_does(clauses, space, word):
     if any(np.isinf(value) for *_, value in clauses):
         assert got is None
         return
-    expected = [
-        row
-        for row in range(3)
-        if all(
-            COMPARISONS[comparison](ROWS[row, COLUMNS.index(name)], np.float32(value))
-            for name, comparison, value in clauses
-        )
-    ]
-    assert got.tolist() == expected
+    expected = np.ones(3, bool)
+    for name, comparison, value in clauses:
+        expected &= COMPARISONS[comparison](ROWS[:, COLUMNS.index(name)], np.float32(value))
+    assert got.tolist() == expected.nonzero()[0].tolist()
 
 
 @SETTINGS
@@ -275,17 +249,14 @@ def test_any_text_is_a_condition_or_refused(text):
         ("age > 1 and", "condition age > '1 and': this is no number"),
         ("aeg > 1", "unknown name in a condition 'aeg', did you mean 'age'?"),
         ("age > nan", "condition age > 'nan': numbers are finite and at most 3.4e+38"),
-        ("age == 1", "condition age = '= 1': this is no number"),
-        ("age = '1", '''condition age = "'1": this is no number'''),
-        ("label = 'cat'", '''unknown class "'cat'", did you mean 'cat'?'''),
+        ("age = '1", """condition age = "'1": this is no number"""),
         ("label = \ud800", r"unknown class '\ud800'"),
         ("(" * 5000 + "age > 1" + ")" * 5000, "unknown name in a condition '((("),
         ("age > " + "9" * 100_000, "numbers are finite"),
-        ("x" * 100_000 + " = 1", "unknown name in a condition 'xxx"),
         ("label = " + "x" * 100_000, "unknown class 'xxx"),
     ],
-    ids=range(12),
-)  # fmt: skip
+    ids=lambda text: text[:30],
+)
 def test_an_odd_condition_is_named(condition, says):
     assert says in refusal(matching, SPLIT, condition)
 
@@ -294,9 +265,8 @@ def test_an_odd_condition_is_named(condition, says):
 @pytest.mark.parametrize("space", [" ", "\t\n"])
 def test_a_hundred_thousand_spaces_cost_nothing(space):
     spaces = space * 100_000
-    assert matching(
-        SPLIT, f"{spaces}age{spaces}>{spaces}0{spaces}and{spaces}label{spaces}={spaces}cat{spaces}"
-    ).tolist() == [0]
+    condition = spaces.join(["", "age", ">", "0", "and", "label", "=", "cat", ""])
+    assert matching(SPLIT, condition).tolist() == [0]
     assert "is not of the form" in refusal(matching, SPLIT, spaces)
     assert "is not of the form" in refusal(matching, SPLIT, f"age{spaces}and")
 

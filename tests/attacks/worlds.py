@@ -67,6 +67,7 @@ def _make_data(folder: Path) -> None:
     rows = [f"{i % 7},{i * 0.5},{i % 2}\n" for i in range(40)]
     (folder / "rows.csv").write_text("a,b,label\n" + "".join(rows))
     (folder / "rows.libsvm").write_text("".join(f"{i % 2} 1:{i} 3:0.5\n" for i in range(40)))
+    (folder / "loop").symlink_to("loop")
     (folder / "queue").write_text('{"delete": [3], "id": "a"}\n')
     few = pa.table({"index": np.arange(20) * 2, "weight": np.ones(20, np.float32)})
     pq.write_table(few, folder / "few.parquet")

@@ -20,10 +20,10 @@ class Result(NamedTuple):
 
 
 def arguments_of(line: str) -> list[str]:
-    """Return the arguments of a command as typed after ``effray``, without workers."""
+    """Return the arguments of a command as typed after ``effray``, without workers unless it names some."""
     words = shlex.split(line)
     has_workers = words[:1] in [[name] for name in WITH_WORKERS] or words[:2] == ["deltagrad", "train"]
-    if has_workers and "--help" not in words:
+    if has_workers and not {"--help", "--cluster.workers"} & {*words}:
         words += ["--cluster.workers", "0"]
     return words
 

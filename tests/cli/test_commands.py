@@ -19,10 +19,10 @@ from raypkg.experiments import experiment
 from raypkg.runs.folder import RunFolder
 
 OTHERS = (
-    "crest", "sparse", "export", "tune", "tune crest", "compare", "compare crest", "report",
+    "crest", "sparse", "export", "rm", "tune", "tune crest", "compare", "compare crest", "report",
     "deltagrad", "deltagrad delete", "deltagrad stream",
 )  # fmt: skip
-COMMANDS = ("", "lipt", "train", "show", "data", "methods")
+COMMANDS = ("", "lipt", "train", "show", "list", "data", "methods")
 SHORT = "--model linear --pretrain.models 2 --pretrain.epochs 1 --train.epochs 2"
 CODE = """
 import torch
@@ -90,7 +90,7 @@ def test_help_fits_and_ends_with_an_example(effray, monkeypatch, command):
     body, _, last = text.rpartition("Example:\n")
     assert max(map(len, body.splitlines())) <= 80
     assert last.startswith("  effray ") and last.count("\n") == 1
-    assert "..." not in body.partition("\n")[2]  # nothing is cut off
+    assert "..." not in body.partition("\n")[2]  # complete sentences
 
 
 @pytest.mark.parametrize("command", ["tune", "deltagrad", "compare"])
@@ -128,19 +128,6 @@ def test_the_options_are_grouped_by_part(effray):
     assert "--pretrain.shard_fraction FLOAT" in text and "[default: runs]" in text
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["lipt", "--help"], ["compare", "--help"], ["compare", "selection", "--help"], ["--version"]],
-)
-def test_help_imports_neither_torch_nor_ray(arguments):
-    code = (
-        "import sys; from raypkg.cli import main\n"
-        f"try: main({arguments})\n"
-        "except SystemExit: assert not {'torch', 'ray', 'wandb', 'matplotlib'} & set(sys.modules)"
-    )
-    assert outside(sys.executable, "-c", code).returncode == 0
-
-
 def test_the_console_script_and_the_module():
     script = Path(sys.executable).with_name("effray")
     for words in ([script], [sys.executable, "-m", "raypkg"]):
@@ -153,6 +140,8 @@ JOBS = Path(__file__).parents[2] / "jobs"
 
 
 def test_every_job_is_an_experiment_a_sweep_or_a_comparison(capsys, monkeypatch):
+    # `python jobs/lipt.py` looks for modules in the folder of jobs before the standard library
+    assert not {job.stem for job in JOBS.glob("*.py")} & sys.stdlib_module_names
     monkeypatch.setattr(sys, "argv", ["job.py", "--help"])
     names = set()
     for job in JOBS.glob("*.py"):
@@ -161,11 +150,6 @@ def test_every_job_is_an_experiment_a_sweep_or_a_comparison(capsys, monkeypatch)
         names.add(capsys.readouterr().out.split()[2])
     others = {"tune", "compare"}
     assert {"crest", "deltagrad", "lipt", "sparse", "train", *others} <= names <= {*experiment.entries, *others}
-
-
-def test_no_job_hides_a_module_of_python():
-    """`python jobs/lipt.py` finds the jobs' folder before the standard library."""
-    assert not {job.stem for job in JOBS.glob("*.py")} & sys.stdlib_module_names
 
 
 def test_lipt_leaves_a_whole_run_folder(effray, rendered_pictures):
@@ -193,21 +177,13 @@ def test_lipt_leaves_a_whole_run_folder(effray, rendered_pictures):
 @pytest.mark.parametrize(
     "options",
     [
-        "--pretrain.method dense",
-        "--pretrain.method initial",
-        "--pretrain.merge mean --pretrain.sparsity erk",
-        "--pretrain.merge greedy --pretrain.sparsity false",
-        "--pretrain.shard_fraction 0.2 --pretrain.randaugment false",
-        "--select.rule forgetting",
         "--pretrain.method dense --select.rule forgetting",
-        "--train.init merged --train.optimizer adamw --train.lr 0.001",
-        "--train.schedule multistep --train.milestones 0.3,0.6 --train.warmup 0.1",
-        "--dataset.augment flip,crop --dataset.validation 0.2",
-        "--select.balanced false",
-        "--select.rule el2n",
+        "--pretrain.method initial --train.schedule multistep --train.milestones 0.3,0.6 --train.warmup 0.1",
+        "--pretrain.merge mean --pretrain.sparsity erk --dataset.augment flip,crop --dataset.validation 0.2",
+        "--pretrain.merge greedy --pretrain.sparsity false --select.rule grand --select.balanced false",
+        "--pretrain.shard_fraction 0.2 --pretrain.randaugment false --select.rule forgetting",
+        "--train.init merged --train.optimizer adamw --train.lr 0.001 --select.rule random",
         "--select.rule glister --set select.options.eta=0.1 --set select.options.rounds=3",
-        "--select.rule grand --select.balanced false",
-        "--select.rule random",
     ],
 )
 def test_lipt_variants(effray, options):
@@ -215,12 +191,6 @@ def test_lipt_variants(effray, options):
     picked = coreset("lipt/one")
     assert len(set(picked["index"].to_pylist())) == round(summary("lipt/one")["samples"] / 10)
     assert set(picked["weight"].to_pylist()) == {1.0}
-
-
-def test_the_method_s_weights_are_used_when_asked_for(after):
-    after(f"lipt --name one {SHORT} --select.weighted true")
-    weights = coreset("lipt/one")["weight"].to_numpy()
-    assert len(set(weights)) > 10 and weights.min() >= 0
 
 
 def test_settings_come_from_a_file_then_from_options(effray):
@@ -241,8 +211,10 @@ def test_a_run_is_named_by_itself_and_found_by_name_or_path(effray):
     assert effray(f"show {run.name} --root elsewhere") == effray(f"show {run}") != ""
 
 
-def test_train_on_a_coreset_repeats_the_main_training(effray, after):
+def test_train_on_a_coreset_with_weights_repeats_the_main_training(effray, after):
     after(f"lipt --name one {SHORT} --select.weighted true")
+    weights = coreset("lipt/one")["weight"].to_numpy()
+    assert len(set(weights)) > 10 and weights.min() >= 0
     effray("train --name two --model linear --train.epochs 2 --coreset runs/lipt/one/coreset.parquet")
     assert content("lipt/one", "model.safetensors") == content("train/two", "model.safetensors")
     assert summary("train/two")["coreset"] == 130
@@ -259,7 +231,8 @@ def test_plain_training_is_on_all_samples_and_a_finished_run_is_only_shown(effra
 
 
 def test_train_on_a_fraction(effray):
-    text = effray("train --name one --model linear --train.epochs 1 --select.fraction 0.25")
+    text = effray("train --name [red] --model linear --train.epochs 1 --select.fraction 0.25")
+    assert "train [red]: linear on digits" in text  # as it is, and not as markup
     assert "trained on 324 of 1,295 samples (25.0%)" in text
     assert "324 samples backward, 25.0 % of full training (1,295)" in text
 
@@ -267,22 +240,14 @@ def test_train_on_a_fraction(effray):
 @pytest.mark.parametrize(
     ("options", "backward", "forward"),
     [
-        ("--select.rule random --select.fraction 0.1 --select.every_epochs 1", 3 * 130, 0),
-        ("--select.rule el2n --select.fraction 0.1 --select.warm_epochs 1", 1295 + 2 * 130, 1295),
-        (
-            "--select.rule gradmatch --select.fraction 0.1 --select.every_epochs 2 --select.weighted true",
-            3 * 130,
-            2 * 1295,
-        ),
-        (
-            "--select.rule gradmatch --select.fraction 0.1 --select.every_epochs 2 --select.target valid",
-            3 * 130,
-            2 * 1437,
-        ),  # and held-out samples
+        ("--select.rule random --select.every_epochs 1", 3 * 130, 0),
+        ("--select.rule el2n --select.warm_epochs 1", 1295 + 2 * 130, 1295),
+        ("--select.rule gradmatch --select.every_epochs 2 --select.weighted true", 3 * 130, 2 * 1295),
+        ("--select.rule gradmatch --select.every_epochs 2 --select.target valid", 3 * 130, 2 * (1295 + 142)),
     ],
 )
 def test_selection_during_training(effray, options, backward, forward):
-    effray(f"train --name one --model linear --train.epochs 3 {options}")
+    effray(f"train --name one --model linear --train.epochs 3 --select.fraction 0.1 {options}")
     phases = {phase["phase"]: phase for phase in summary("train/one")["phases"]}
     assert phases["train"]["backward"] == backward
     assert phases["train: select"]["forward"] == forward
@@ -302,17 +267,12 @@ def test_crest_spends_its_budget_and_keeps_its_books(effray):
     trained = table("crest/one", "steps.parquet")
     assert sum(trained["steps"].to_pylist()) == steps * 64
     assert coreset("crest/one").num_rows == sum(count > 0 for count in trained["steps"].to_pylist())
-    assert {"regions.png", "minibatches.png", "curves.png"} <= {
-        file.name for file in Path("runs/crest/one/plots").iterdir()
-    }
+    assert {"regions.png", "minibatches.png", "curves.png"} <= {*os.listdir("runs/crest/one/plots")}
     effray("crest --config runs/crest/one/config.toml --name two")
     assert content("crest/one", "model.safetensors") == content("crest/two", "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("selection", "backward"),
-    [("random", 2 * 1295), ("cut", 2 * 1295), ("craig", 10 * 259), ("gradmatch", 10 * 259), ("glister", 10 * 259)],
-)
+@pytest.mark.parametrize(("selection", "backward"), [("random", 2 * 1295), ("cut", 2 * 1295), ("gradmatch", 10 * 259)])
 def test_baselines_back_propagate_the_same_budget(effray, selection, backward):
     effray(f"{BASELINE} --name one --selection {selection}")
     phases = {phase["phase"]: phase for phase in summary("crest/one")["phases"]}
@@ -345,14 +305,7 @@ def test_a_given_coreset_is_only_the_first(effray):
     assert content("train/two", "coreset.parquet") == before
 
 
-def test_infobatch_prunes_at_every_epoch(effray):
-    effray("train --name one --model mlp --train.epochs 8 --select.rule infobatch --select.every_epochs 1")
-    (train, *_) = summary("train/one")["phases"]
-    assert 4 * 1295 < train["backward"] < 7.5 * 1295
-    assert coreset("train/one").num_rows == 1295  # the last epochs see everything
-
-
-@pytest.mark.parametrize("rule", ["craig", "forgetting", "random"])
+@pytest.mark.parametrize("rule", ["craig", "forgetting"])
 def test_select_with_the_model_of_another_run(effray, after, rule):
     after("train --name one --model mlp --train.epochs 2")
     text = effray(f"select --name two --model-from one --rule {rule} --fraction 0.1")
@@ -369,7 +322,7 @@ def test_select_with_the_model_of_another_run(effray, after, rule):
 LIPT = f"lipt {SHORT} --train.epochs 3 --train.evaluate_every_epochs 1 --pretrain.epochs 2 --model mlp"
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 5, 6])  # 2 models of 2 epochs, then 3 epochs
+@pytest.mark.parametrize("rows", [1, 4, 6])  # 2 models of 2 epochs, then 3 epochs
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(effray, refusal, after, monkeypatch, rows):
     def log(folder, row):
         original(folder, row)
@@ -391,13 +344,10 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(effray, refusal, afte
 
 def test_show_against_another_run(effray, after):
     after(f"lipt --name one {SHORT}")
-    effray(f"lipt --name two {SHORT} --seed 0")
-    effray(f"lipt --name three {SHORT} --select.rule random")
-    same = effray("show one --against two").splitlines()[-1]
-    assert same == (
+    shutil.copytree("runs/lipt/one", "runs/lipt/two")
+    assert effray("show one --against two").splitlines()[-1] == (
         "one against two: rank correlation of the scores 1.000; 130 of 130 picks in common (100.0%; by chance 10.0%)"
     )
-    assert re.search(r"one against three: \d+ of 130 picks in common", effray("show one --against three"))
 
 
 def test_the_costs_fit_80_columns_whatever_they_are(effray, after, monkeypatch):
@@ -442,11 +392,6 @@ def test_the_user_s_own_code(effray, tmp_path, monkeypatch):
     assert "30 to 30" in effray("data own_code:rows --set samples=90")
 
 
-@pytest.mark.parametrize("name", ["[red]", "lr=0.1,seed=2", "größe"])
-def test_names_are_printed_as_they_are(effray, name):
-    assert f"train {name}: linear on digits" in effray(f"train --name {name} --model linear --train.epochs 1")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "code"), [("", 0), ("--dataset folder:nowhere", 2)])
 def test_wandb_offline(tmp_path, monkeypatch, options, code):
@@ -462,10 +407,8 @@ def test_wandb_offline(tmp_path, monkeypatch, options, code):
         assert f"wandb sync {run.absolute()}" in done.stdout
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_the_fast_recipe_is_a_file_of_settings(effray, norm):
+def test_the_fast_recipe_is_a_file_of_settings(effray):
     recipe = Path(raypkg.__file__).parent / "models/airbench.toml"
-    small = f"--set model.options.width=8 --set model.options.norm={norm} --train.epochs 2 --cluster.workers 0"
-    effray(f"train --config {recipe} --name fast {small}")
-    stored = tomllib.loads(Path("runs/train/fast/config.toml").read_text())
-    assert stored["train"]["momentum"] == 0.85 and stored["model"]["options"] == {"width": 8, "norm": norm}
+    effray(f"train --config {recipe} --name fast --set model.options.width=8 --train.epochs 1")
+    stored = settings("train/fast")
+    assert stored["train"]["momentum"] == 0.85 and stored["model"]["options"] == {"width": 8}

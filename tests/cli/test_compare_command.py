@@ -71,18 +71,21 @@ def outcomes(name="m"):
     return Outcomes(study, stored_table(study.order.table))
 
 
-def test_finished_trials_never_run_again(effray, mine, started):
+def test_finished_trials_never_run_again_and_requests_add_up(effray, mine, started):
     told = effray(f"{MINE} --rows tenth --seeds 0")
     assert started == [0, 1]  # the baseline is added
     assert "2 trials of train to run, 0 done" in told and "<b>half</b>" not in told
     effray(f"{MINE} --rows tenth --seeds 0")
     assert started == [0, 1]
-    told = effray(MINE)
-    assert started == [0, 1, 2, 3, 4, 5]
-    assert "4 trials of train to run, 2 done" in told
+    effray(f"{MINE} --rows all --seeds 1")
+    effray("compare mine.py --resume m")
+    assert started == [0, 1, 2]
+    (case,) = outcomes().cases
+    assert {line.row: line.seeds for line in case.lines} == {"all": (0, 1), "tenth": (0,)}
+    assert "3 trials of train to run, 3 done" in effray(MINE)
 
 
-def test_a_killed_comparison_runs_only_what_is_missing(call, effray, mine, started, monkeypatch):
+def test_a_killed_comparison_runs_what_is_missing_and_ends_as_usual(call, effray, mine, started, monkeypatch):
     finish = RunFolder.finish
 
     def die(run, summary):
@@ -98,26 +101,10 @@ def test_a_killed_comparison_runs_only_what_is_missing(call, effray, mine, start
     monkeypatch.setattr(RunFolder, "finish", finish)
     effray("compare mine.py --resume m")
     assert started == [0, 1, 1, 2, 3, 4, 5]
-    effray(f"{MINE}")
-    assert len(started) == 7
-
-
-def test_stopped_and_continued_equals_never_stopped(effray, mine):
-    effray(f"{MINE} --rows tenth")
-    effray(MINE)
     effray(f"compare mine.py {ALONE} --name straight")
     for case in zip(outcomes("m").cases, outcomes("straight").cases, strict=True):
         one, other = ({line.row: (line.value, line.difference) for line in each.lines} for each in case)
         assert one == other
-
-
-def test_calls_with_other_rows_and_seeds_add_up_and_are_resumed_as_they_were(effray, mine, started):
-    effray(f"{MINE} --rows tenth --seeds 0")
-    effray(f"{MINE} --rows all --seeds 1")
-    effray("compare mine.py --resume m")
-    assert started == [0, 1, 2]
-    (case,) = outcomes().cases
-    assert {line.row: line.seeds for line in case.lines} == {"all": (0, 1), "tenth": (0,)}
 
 
 def test_differences_are_those_of_the_runs(effray, mine):
@@ -160,11 +147,8 @@ def test_pages_say_the_same_and_fetch_nothing(effray, mine, tmp_path):
     assert "http" not in page and "<script" not in page and page.count("data:image/png;base64,") == 2
     assert "| **all** |" in markdown and "99.9" in markdown and "published" in told
     rows = pq.read_table(folder / "results.parquet").to_pylist()
-    assert [(row["row"], row["seed"], row["state"]) for row in rows] == [
-        ("all", 0, "done"),
-        ("<b>half</b>", 0, "done"),
-        ("tenth", 0, "done"),
-    ]
+    assert [row["row"] for row in rows] == ["all", "<b>half</b>", "tenth"]
+    assert {(row["seed"], row["state"]) for row in rows} == {(0, "done")}
     assert rows[0]["test_accuracy"] and rows[0]["backward"] == 2590
 
 
@@ -230,8 +214,7 @@ def test_a_following_function_runs_once_and_gives_a_column(effray, mine, tmp_pat
     ],
 )
 def test_a_mistake_is_refused_in_one_line_before_anything_runs(refusal, mine, started, arguments, message):
-    workers = f" {ALONE}" if arguments.startswith("compare") else ""
-    assert message in refusal(f"{arguments}{workers}")
+    assert message in refusal(f"{arguments} {ALONE}")
     assert not started
 
 

@@ -63,26 +63,24 @@ def test_options_without_effect_are_refused(refusal):
     assert "dataset.window = 9: it has no effect without dataset.streamed" in refusal("train --dataset.window 9")
     assert "dataset.streamed" in refusal("train --dataset.streamed ''")
 
+    assert "the samples of 'digits' are in memory" in refusal("train --model linear --dataset.streamed stores")
 
-def test_samples_in_memory_are_not_streamed(call):
-    told = call("train --model linear --dataset.streamed stores")
-    assert told.code == 2 and "the samples of 'digits' are in memory" in told.err
+
+@pytest.fixture
+def data(tmp_path):
+    """300 images in parquet files."""
+    images = [samples.encode(image) for image in samples.pixels(300)]
+    for split in ("train", "test"):
+        samples.write_parquet(tmp_path / "data" / f"{split}.parquet", images, [0, 1, 2] * 100)
 
 
 @pytest.mark.parametrize("command", ["crest", "deltagrad train"])
-def test_methods_that_draw_from_all_samples_refuse_streamed_ones(command, call, tmp_path):
-    images = [samples.encode(image) for image in samples.pixels(300)]
-    for split in ("train", "test"):
-        samples.write_parquet(tmp_path / "data" / f"{split}.parquet", images, [0, 1, 2] * 100)
-    for line in (command, f"{command} --dry-run"):
-        told = call(f"{line} --model linear --dataset parquet:data --dataset.streamed stores")
-        assert told.code == 2 and "draws from all samples at any time" in told.err
+def test_methods_that_draw_from_all_samples_refuse_streamed_ones(command, refusal, data):
+    line = refusal(f"{command} --model linear --dataset parquet:data --dataset.streamed stores")
+    assert "draws from all samples at any time" in line
 
 
-def test_lipt_of_streamed_samples_is_that_of_local_ones(effray, tmp_path):
-    images = [samples.encode(image) for image in samples.pixels(300)]
-    for split in ("train", "test"):
-        samples.write_parquet(tmp_path / "data" / f"{split}.parquet", images, [0, 1, 2] * 100)
+def test_lipt_of_streamed_samples_is_that_of_local_ones(effray, data, tmp_path):
     line = "lipt --model linear --dataset parquet:data --pretrain.models 3 --pretrain.epochs 2 --train.epochs 2"
     effray(f"{line} --select.fraction 0.3 --name local")
     effray(f"{line} --select.fraction 0.3 --name streamed --dataset.streamed stores")

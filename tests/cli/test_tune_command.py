@@ -58,10 +58,8 @@ def wrong(refusal, tmp_path, monkeypatch):
         ("'train.optimizer': tune.choice(['sgd', 'adam'])", "train.optimizer 'adam', did you mean 'adamw'?"),
         ("'cluster.workers': tune.choice([0, 2])", "cluster.workers does not alter the result and cannot be varied"),
         ("'crest.tau': 0.1", "space: there is nothing to vary, only {'crest.tau': 0.1}"),
-        ("'crest.b': tune.randint(5, 5)", "nothing can be drawn for crest.b: low >= high"),
         ("1: tune.choice([1])", "space 'mine.py': 1 is not a name"),
         ("'dataset.validation': tune.grid_search([0])", "trial 0: metric accuracy is measured on held-out samples"),
-        ("'crest.tau': 1 / 0", "space 'mine.py' raises ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_space_is_held_against_the_settings(wrong, space, content, message):
@@ -78,13 +76,12 @@ def test_a_given_setting_is_not_varied(wrong, space, given):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def space(:", "space 'mine.py' raises SyntaxError"),
         ("def space(): return {'crest.tau': 1}", "space 'mine.py' defines no METRIC"),
         ("import sys; sys.exit(0)", "space 'mine.py' raises SystemExit: 0"),
     ],
 )
 def test_an_invalid_space_file_is_refused(wrong, tmp_path, text, message):
-    (tmp_path / "mine.py").write_bytes(text.encode(errors="surrogateescape"))
+    (tmp_path / "mine.py").write_text(text)
     assert message in wrong("crest --space mine.py")
 
 
@@ -93,20 +90,15 @@ def test_an_invalid_space_file_is_refused(wrong, tmp_path, text, message):
     [
         ("crset", "unknown experiment to tune 'crset', did you mean 'crest'?"),
         ("crest --space crset", "unknown space 'crset', did you mean 'crest'?"),
-        ("crest --samples 0", "--samples 0: at least 1"),
         ("crest --time-budget 0", "--time-budget '0': give seconds"),
         ("crest --metric acuracy", "unknown metric 'acuracy', did you mean 'accuracy'?"),
         ("crest --metric test_accuracy", "known only at the end of a trial, so --scheduler asha could not act on it"),
-        ("crest --mode most", "unknown mode 'most'"),
         ("crest --scheduler ahsa", "unknown scheduler 'ahsa', did you mean 'asha'?"),
         ("crest --scheduler none", "scheduler none is now called fifo"),
-        ("crest --search gird", "unknown search 'gird', did you mean 'grid'?"),
         ("crest --search grid", "--search grid: crest.tau is drawn from a continuous range"),
-        ("crest --proxy 0.2", "No such option '--proxy'"),
         ("crest --resume none --samples 3", "--resume none keeps what was asked for: --samples cannot change"),
         ("crest --resume none --name other", "--resume none keeps what was asked for: neither --config nor --name"),
         ("deltagrad --dataset.augment crop", "trial 0: dataset.augment = crop: DeltaGrad replays exact"),
-        ("crest --space crest_cost", "fewer than the 128 of train.batch_size"),
         ("train --train.evaluate_every_epochs 0", "accuracy would never be measured: train.evaluate_every_epochs = 0"),
         ("train --train.epochs 4 --train.evaluate_every_epochs 5", "train.evaluate_every_epochs = 5 of 4"),
         ("train --train.lr 0.1 --train.batch_size 9 --train.weight_decay 0", "nothing is left to vary"),
@@ -116,18 +108,12 @@ def test_a_wrong_request_is_refused_in_one_line(wrong, arguments, message):
     assert message in wrong(arguments)
 
 
-def test_a_missing_searcher_names_its_extra(wrong, monkeypatch):
-    monkeypatch.setattr("raypkg.cluster.search.find_spec", lambda name: None)
-    assert "--search optuna needs Optuna: pip install 'effray[optuna]'" in wrong("crest --search optuna")
-
-
 @pytest.mark.parametrize(
     ("content", "aim", "options", "message"),
     [
         ("'crest.b': tune.choice([1, 2])", {}, "--search grid --samples 3", "--samples 3: a grid has as many trials"),
         ("'seed': tune.randint(0, 10**9)", {}, "--search grid", "1,000,000,000 combinations, at most 10,000"),
         ("'crest.b': tune.choice([1, 2])", {"mode": "most"}, "", "unknown mode 'most'"),
-        ("'crest.b': tune.choice([1, 2])", {"metric": 3}, "", "space 'mine.py': 3 is not a name"),
     ],
 )
 def test_a_space_is_held_against_the_request(wrong, space, content, aim, options, message):
@@ -138,9 +124,8 @@ def test_a_space_is_held_against_the_request(wrong, space, content, aim, options
 def test_draws_follow_from_the_seed_and_grids_have_every_combination():
     space = {"a": tune.choice([1, 2]), "b": tune.randint(0, 3), "c": tune.grid_search(["x"]), "d": 7}
     assert len(list(grid(space))) == 6 and {"a": 2, "b": 1, "c": "x", "d": 7} in list(grid(space))
-    one, two, other = (
-        draw_settings(space | {"e": tune.uniform(0, 1)}, np.random.default_rng(seed)) for seed in (0, 0, 1)
-    )
+    drawn = space | {"e": tune.uniform(0, 1)}
+    one, two, other = (draw_settings(drawn, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert one == two != other
     assert {type(value) for value in one.values()} == {int, str, float}
     assert candidates(tune.randint(0, 3)) == [0, 2] and candidates(tune.randn(0, 1)) == []
@@ -158,29 +143,17 @@ def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
     assert Study(sweep.storage).order.concurrent is None
 
 
-def test_a_sweep_with_an_old_name_is_told_the_new_one(refusal, tmp_path):
-    order = Order(experiment="crest", metric="accuracy", mode="max", samples=1, scheduler="none")
-    create_study(str(tmp_path / "runs"), "s", order, CrestSettings(), "", [Trial(settings={"crest.b": 1})])
-    assert "sweep.json: scheduler none is now called fifo" in refusal("tune crest --resume s")
-
-
 def test_no_trial_is_drawn_twice():
     space = Space("", {"crest.b": tune.choice([1, 2, 3]), "train.lr": 0.1}, "accuracy", "max")
-    trials = trials_of(
-        Order(experiment="crest", metric="accuracy", mode="max", samples=8, search="random"), space, CrestSettings()
-    )
+    order = Order(experiment="crest", metric="accuracy", mode="max", samples=8, search="random")
+    trials = trials_of(order, space, CrestSettings())
     assert sorted(trial["crest.b"] for trial in trials) == [1, 2, 3]
 
 
 def test_numbers_of_numpy_are_plain():
     space = {"a": tune.grid_search(list(np.arange(2))), "b": np.float64(0.5), "c": tune.choice([np.int64(3)])}
-    for plain in (
-        list(grid(space)),
-        draw_settings(space, np.random.default_rng(0)),
-        constants(space),
-        candidates(space["c"]),
-    ):
-        assert json.dumps(plain)
+    drawn = draw_settings(space, np.random.default_rng(0))
+    assert json.dumps([*grid(space), drawn, constants(space), candidates(space["c"])])
 
 
 def test_the_longest_trial_is_as_long_as_its_settings_make_it(monkeypatch):

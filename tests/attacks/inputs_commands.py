@@ -1,0 +1,158 @@
+"""Bad input on the command line, and in files of settings."""
+
+from attacks.cases import cases
+
+QUICK = "--model linear --train.epochs 1"
+NAME = "--name … 1 to 100 letters, digits or"
+BUCKET = "s3://KEY:SECRET@bucket?endpoint_override=127.0.0.1:1&scheme=http"
+LONG = "x" * 5000
+DEEP = "[" * 5000 + "]" * 5000
+BEYOND_UTF8 = "a\udcff=1"  # what Python makes of the byte 0xff in an argument
+
+NAMES = cases(
+    "names",
+    "{}",
+    {
+        "trian": "unknown command 'trian', did you mean 'train'",
+        "train -- --name x": "unexpected extra arguments (--name x",
+        "data digits digits": "unexpected extra argument (digits)",
+        f"train --name= {QUICK}": NAME,
+        f"train --name=.. {QUICK}": NAME,
+        f"train --name=%2e%2e --root file:///tmp/effray-no-such-root {QUICK}": NAME,
+        f"train --name t {QUICK}": "run 't' exists in … --resume t",
+        "select --name sel --model-from t": "run 'sel' exists in",
+        "tune crest --name sweep": "sweep 'sweep' exists in",
+        "train --resume=": "unknown train run in … Allowed: stopped, t",
+        "train --resume=/etc": "unknown train run in … Allowed: stopped, t",
+        "show ''": "unknown run in runs",
+        "show 'a\nb'": "unknown run in runs",
+        "show l --against=nope": "unknown run in runs 'nope'",
+        "show l --against=rows.csv": "unknown run in runs 'rows.csv'",
+        "select --model-from nope --rule grand": "unknown run in … 'nope' … Allowed: cr, dg, halfway, l, sp, t",
+        "select --model-from sel --rule grand": "run 'sel' has no model.safetensors: it trained no model",
+        "export nope": "unknown run in runs 'nope'",
+        "export sel": "select trains no model",
+        "export stopped": "run 'stopped' is not finished",
+    },
+)
+
+ROOTS = cases(
+    "roots",
+    "{}",
+    {
+        f"train {QUICK} --root=loop": "cannot write … loop … Too many levels",
+        f"train {QUICK} --root={'x' * 300}": "cannot write … File name too long",
+        f"train {QUICK} --root='{BUCKET}'": "cannot list 'bucket … 127.0.0.1:1",
+        "show t --root=rows.csv": "unknown run in rows.csv 't'",
+        "show t --root=file:///nowhere": "unknown run in file:///nowhere 't'",
+        f"show t --root='{BUCKET}'": "cannot list 'bucket … 127.0.0.1:1",
+    },
+)
+
+SETTINGS = cases(
+    "settings",
+    "{}",
+    {
+        "train --train.milestones 0": "train.milestones.0 = '0' … greater than 0",
+        "train --train.milestones 1,x": "train.milestones.1 = 'x': input should be a valid number",
+        "train --dataset.only nope.parquet": "there is no coreset file … nope.parquet",
+        "train --dataset.only few.parquet": "2 of the 20 samples in … few.parquet are held out here",
+        "train --dataset.digest 0": "dataset 'digits' gives other samples than those",
+        "train --model resnet8:": "'resnet8' takes nothing after a colon",
+        "train --hooks agent --hooks agnt": "unknown hook 'agnt', did you mean 'agent'",
+        "train --select false --select.fraction 0.5": "select = false: select.fraction would do nothing",
+        "train --cluster.cpus_per_worker 100000": "cluster.cpus_per_worker = '100000': … less than or equal to 1024",
+        "train --train.epochs 1000001": "train.epochs = '1000001': input should be less than or equal to 1000000",
+        f"train --seed {2**63}": "seed = '9223372036854775808': input should be an integer of at most 64 bits",
+        f"train --seed 1{'0' * 5000}": "seed = '1000 … unable to parse input string as an integer, exceeded maximum",
+        f"train --model {LONG}": "unknown model 'x … x'",
+        "train --model ''": "unknown model ''",
+        "train --dataset ''": "unknown dataset ''",
+        "train --model ../x:net": "unknown model or module '../x:net'",
+        "train --model builtins:print": "builtins:print: option 'sep' needs a type and a default",
+        "train --hooks builtins:dict": "builtins:dict: its signature cannot be read: no signature found",
+        "train --track.project ''": "track.project = '': string should have at least 1 character",
+        "crest --hooks crest": "hook 'crest' is named twice, or is the method's own",
+        "sparse --density 0.1 --sparse-init dense": "sparse_init = dense with growth = random",
+        "sparse --density 0.1 --update_every_steps 99999": "update_every_steps = 99999 is not below",
+        "sparse --density 0.1 --compute sparse --agent": "compute = sparse does not go with agent",
+        "sparse --density 0.5 --multiplier 1000000000000": "1000000000000 of 40 epochs: at most 1,000,000 in all",
+        "tune crest --samples x": "'x' is not a valid integer",
+        "tune crest --space nowhere.py": "there is no space file 'nowhere.py'",
+        "tune crest --space ../crest": "unknown space '../crest'",
+        "tune crest --resume nope": "unknown sweep in … 'nope' … Allowed: sweep",
+        "tune lipt --resume sweep": "sweep 'sweep' is of crest, not of lipt",
+        "tune crest --resume sweep --concurrent 0": "--concurrent 0: at least 1",
+        "tune sparse --density 1": "density = 1 leaves no room to grow",
+        "train --cluster.workers 1 --cluster.address 127.0.0.1:1": "127.0.0.1:1 … --cluster.workers 0",
+        "train --cluster.workers 1 --cluster.address nonsense": "nonsense",
+    },
+)
+
+NO_NUMBERS = cases(
+    "a number that is none",
+    f"train {QUICK} --train.lr {{}}",
+    dict.fromkeys(["nan", "+nan", "inf", "-Infinity", "1e999", ""], "train.lr = "),
+)
+
+PAIRS = cases(
+    "--set",
+    f"train {QUICK} --set {{}}",
+    {
+        "train={lr=-1}": "train.lr = -1: input should be greater than 0",
+        "dataset.options=3": "dataset.options = … dictionary",
+        "hooks=agnt": "unknown hook 'agnt', did you mean 'agent'",
+        "hooks=[1]": "hooks.0 = 1: input should be a valid dictionary",
+        "hooks=[{}]": "hooks.0.name = {}: field required",
+        "model.name={a=1}": "model.name = {'a': 1}: input should be a valid string",
+        "seed=1\nmodel='mlp'": "seed = ",
+        "seed=true": "seed = 'true': input should be a valid integer",
+        "seed.deep=1": "seed",
+        f"model.options.depth={DEEP}": "unknown linear option 'depth'",
+        "model.options." + "a." * 5000 + "b=1": "no setting has 5003 parts",
+        "=1": "is not of the form KEY=VALUE",
+        LONG: "--set 'x … x' is not of the form KEY=VALUE",
+        '"a.b"=1': "unknown setting '\"a'",
+        "säd=1": "unknown setting 'säd', did you mean 'seed'",
+        "train=false": "train = false: train.epochs would do nothing",
+    },
+)
+
+NO_TEXT = cases(
+    "an argument that is not text",
+    "{}",
+    {
+        f"train {QUICK} {option} '{BEYOND_UTF8}'": "is not UTF-8 text"
+        for option in ("--model", "--set", "--config", "--name", "--root", "--resume", "--coreset")
+    },
+)
+
+CONFIG_FILES = cases(
+    "a settings file",
+    "train --config mine.toml --train.epochs 1 --model linear",
+    {
+        "'seed ' = 3": "unknown setting 'seed ', did you mean 'seed'",
+        "model = {options = {}, nam = 'mlp'}": "unknown setting 'model.nam', did you mean 'model.name'",
+        "[[hooks]]\nname = 'agent'\nnorm = 3": "unknown setting 'hooks.0.norm'",
+        "[dataset]\nname = {a = 1}": "dataset.name = {'a': 1}: input should be a valid string",
+        "[train]\nnesterov = 1": "train.nesterov = 1: input should be true or false, not a number",
+        "seed = 2020-01-01": "seed = datetime.date(2020, 1, 1): input should be a valid integer",
+        f"seed = {DEEP}": "'mine.toml' is not valid TOML: its brackets are nested too deeply",
+        "[model.options]\nx = " + "[" * 100 + "]" * 100: "'mine.toml' has values nested more than 32 deep",
+        ".".join(["a"] * 5000) + " = 1": "'mine.toml' has values nested more than 32 deep",
+        "seed = 0x" + "f" * 5000: "'mine.toml' has an integer of more than 64 bits",
+        "seed = 1" + "0" * 5000: "'mine.toml' is not valid TOML: Exceeds the limit",
+        "seed = 1\nseed = 2": "'mine.toml' is not valid TOML: Cannot overwrite a value",
+        "no text": (b"\xff\xfe\x00", "'mine.toml' is not valid TOML … 0xff in position 0"),
+    },
+    into="mine.toml",
+)
+
+CONFIGS = cases(
+    "the settings file",
+    "train --config {}",
+    {
+        "nowhere.toml": "cannot read the settings file 'nowhere.toml'",
+        "runs": "cannot read the settings file 'runs'",
+    },
+)
