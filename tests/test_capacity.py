@@ -24,7 +24,7 @@ def cluster(monkeypatch):
 
 def free_for_actors(nodes, size):
     """Return the CPUs that are left when every node has as many workers as fit."""
-    return sum(node["CPU"] - size.cpus * capacity._room_on(node, size.cpus, size.gpus) for node in nodes)
+    return sum(node["CPU"] for node in nodes) - size.cpus * capacity.room(size.cpus, size.gpus)
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,8 @@ def test_a_sweep_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsys, mo
     assert not ended.value.code
     assert f"resume with: effray tune lipt --resume old --root {tmp_path}" in capsys.readouterr().out
     resumed = []
-    monkeypatch.setattr("raypkg.studies.driver._size_of_trials", lambda *_: None)
+    monkeypatch.setattr("raypkg.cluster.session.connect", lambda *_, **__: None)
+    monkeypatch.setattr("raypkg.cluster.capacity.trial_size", lambda *_: None)
     monkeypatch.setattr("raypkg.studies.driver.Driver.run", lambda driver: resumed.append([*driver.domains]))
     resume_sweep(experiment["lipt"], {"concurrent": 1}, "old", {}, str(tmp_path))
     assert resumed == [["select.rule"]]

@@ -40,11 +40,7 @@ class RayShards:
         self._actors = [actor.remote(size.cpus) for _ in shards]
 
     def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
-        """Return ``function(shard, *broadcast)`` of every shard.
-
-        Raises:
-            UserError: raised by the function, or an actor died more often than allowed.
-        """
+        """Return ``function(shard, *broadcast)`` of every shard."""
         return self.start(function, *broadcast)()
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
@@ -100,10 +96,7 @@ def _results(calls: list[Any]) -> list[Any]:
 def hold_within_worker(shards: Sequence[Shard], cluster: Cluster, setting: str) -> Iterator[Shards]:
     """Hold each shard on an actor of one CPU, from within a training worker, until the block ends.
 
-    ``setting`` names the setting that gives their number, for the error.
-
-    Raises:
-        UserError: the cluster has too few CPUs in addition to the training workers'.
+    ``setting`` names the setting that gives their number, for the error if the training workers leave too few CPUs.
     """
     import ray
 
@@ -112,9 +105,8 @@ def hold_within_worker(shards: Sequence[Shard], cluster: Cluster, setting: str) 
     while (free := int(ray.available_resources().get("CPU", 0))) < len(shards) and time.monotonic() < deadline:
         time.sleep(0.5)
     if free < len(shards):
-        raise UserError(
-            f"{setting} = {len(shards)}, but the training workers leave {free} CPUs: lower it or cluster.workers"
-        )
+        left = f"the training workers leave {free} CPUs"
+        raise UserError(f"{setting} = {len(shards)}, but {left}: lower it or cluster.workers")
     remote = RayShards(shards, Plan(len(shards), cpus=1, gpus=0), cluster.max_failures)
     try:
         yield remote

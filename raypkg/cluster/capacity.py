@@ -44,10 +44,7 @@ def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
     """Complete the number (at most ``most``, if unset) and size of workers by what the cluster has.
 
     A GPU trains on more samples a second than a CPU decodes: workers with GPUs divide all CPUs of a node among them,
-    except those of the run's actors, which take one each.
-
-    Raises:
-        UserError: the cluster has fewer CPUs or GPUs than requested; Ray itself would wait forever.
+    except those of the run's actors, which take one each. More than the cluster has is refused: Ray would wait forever.
     """
     nodes = _nodes()
     all_gpus = sum(node.get("GPU", 0.0) for node in nodes)
@@ -65,11 +62,10 @@ def plan(settings: Cluster, most: int | None = None, actors: int = 0) -> Plan:
     fit = room(cpus, gpus)
     workers = settings.workers or max(1, min(fit, bound))
     if workers > fit:
-        raise UserError(
-            f"{workers} workers of {cpus} CPU and {gpus:g} GPU do not fit the cluster, which has {processors():g} CPU"
-            f" and {all_gpus:g} GPU on {len(nodes)} nodes, room for {fit}: lower cluster.workers,"
-            " cluster.cpus_per_worker or cluster.gpus_per_worker"
-        )
+        there = f"{processors():g} CPU and {all_gpus:g} GPU on {len(nodes)} nodes, room for {fit}"
+        advice = "lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
+        size = f"{cpus} CPU and {gpus:g} GPU"
+        raise UserError(f"{workers} workers of {size} do not fit the cluster, which has {there}: {advice}")
     return Plan(workers, cpus, gpus)
 
 
@@ -78,9 +74,6 @@ def trial_size(cluster: Cluster, actors: int, concurrent: int | None) -> TrialSi
 
     A trial of one process without a GPU runs in Tune's own process; any other needs Ray Train. It has one worker by
     default, and each of its actors takes one CPU. Unless ``concurrent`` is given, as many trials run as fit.
-
-    Raises:
-        UserError: not even one trial fits, or fewer than requested.
     """
     if cluster.workers == 0:
         workers = plan(cluster.model_copy(update={"workers": 1, "gpus_per_worker": 0}))
@@ -91,11 +84,9 @@ def trial_size(cluster: Cluster, actors: int, concurrent: int | None) -> TrialSi
     fit = min(slots // workers.workers, int(processors() // cpus))
     processes = workers.workers + actors
     if not fit:
-        raise UserError(
-            f"a trial of {workers.workers} workers and {actors} actors does not fit the cluster, which has room for"
-            f" {slots} workers of {workers.cpus} CPU and {workers.gpus:g} GPU, and {processors():g} CPU in all: lower"
-            " one or the other"
-        )
+        trial = f"a trial of {workers.workers} workers and {actors} actors"
+        there = f"room for {slots} workers of {workers.cpus} CPU and {workers.gpus:g} GPU, and {processors():g} CPU"
+        raise UserError(f"{trial} does not fit the cluster, which has {there} in all: lower one or the other")
     if concurrent and concurrent > fit:
         raise UserError(f"--concurrent {concurrent}: the cluster has room for {fit} trials of {processes} processes")
     nested = processes > 1 or workers.gpus > 0
@@ -103,8 +94,13 @@ def trial_size(cluster: Cluster, actors: int, concurrent: int | None) -> TrialSi
 
 
 def room(cpus: int, gpus: float) -> int:
-    """Return the number of workers of that size that fit the cluster."""
-    return sum(_room_on(node, cpus, gpus) for node in _nodes())
+    """Return the number of workers of that size that fit the cluster: a worker is never split over two nodes."""
+    fit = 0
+    for node in _nodes():
+        by_cpu = node.get("CPU", 0.0) // cpus
+        by_gpu = node.get("GPU", 0.0) // gpus if gpus else by_cpu
+        fit += int(min(by_cpu, by_gpu))
+    return fit
 
 
 def processors() -> float:
@@ -117,12 +113,3 @@ def _nodes() -> list[Mapping[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _room_on(node: Mapping[str, float], cpus: int, gpus: float) -> int:
-    """Return the number of workers that fit one node: a worker is never split over two."""
-    by_cpu = int(node.get("CPU", 0.0) // cpus)
-    if not gpus:
-        return by_cpu
-    by_gpu = int(node.get("GPU", 0.0) // gpus)
-    return min(by_cpu, by_gpu)

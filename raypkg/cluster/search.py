@@ -55,19 +55,13 @@ def draw_settings(space: Mapping[str, Any], rng: np.random.Generator) -> Values:
 
 
 def grid(space: Mapping[str, Any]) -> Iterable[Values]:
-    """Return every combination of the space's choices.
-
-    Raises:
-        UserError: a domain is continuous or has steps, or there are too many combinations.
-    """
+    """Return every combination of the space's choices; refuse ranges that are continuous or have steps."""
     axes: list[range | list[Any]] = []
     for name, domain in space.items():
         has_steps = isinstance(domain, Integer) and isinstance(domain.get_sampler(), Quantized)
         if has_steps or isinstance(domain, Float | Function):
-            raise UserError(
-                f"--search grid: {name} is drawn from a continuous range, or one with steps; list its values or use"
-                " random"
-            )
+            problem = f"{name} is drawn from a continuous range, or one with steps"
+            raise UserError(f"--search grid: {problem}; list its values or use random")
         axes.append(range(domain.lower, domain.upper) if isinstance(domain, Integer) else candidates(domain))
     combinations = prod(len(axis) for axis in axes)
     if combinations > LARGEST_GRID:
@@ -83,11 +77,7 @@ def _plain(value: Any) -> Any:
 def optuna(
     space: Mapping[str, Any], metric: str, mode: str, seed: int, done: Sequence[tuple[Values, float]]
 ) -> Searcher:
-    """Return Optuna's sampler on a space, informed by the settings and the metric of the trials already done.
-
-    Raises:
-        UserError: Optuna is not installed, or does not support a domain of the space.
-    """
+    """Return Optuna's sampler on a space, informed by the settings and the metric of the trials already done."""
     from ray.tune.search.optuna import OptunaSearch
 
     if not find_spec("optuna"):

@@ -37,10 +37,8 @@ _owns_cluster = False  # True once this process has started one
 def prepare(address: str | None = None) -> None:
     """Set the environment variables that Ray reads when it is imported; the user's own values stay.
 
-    Where no cluster is named or running, the one that this process will start is confined to the loopback interface.
-
-    Args:
-        address: cluster to join, if the settings name one.
+    Where no cluster is named (``address``) or running, the one that this process will start is confined to the loopback
+    interface.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -48,26 +46,16 @@ def prepare(address: str | None = None) -> None:
         return
     os.environ[LOOPBACK] = "0"
     if "ray" in sys.modules and not sys.modules["ray"].is_initialized():
-        log.warning(
-            "Ray was imported before effray: a cluster that effray starts now listens on every interface; set"
-            " %s=0 before importing Ray",
-            LOOPBACK,
-        )
+        problem = "Ray was imported before effray: a cluster that effray starts now listens on every interface"
+        log.warning("%s; set %s=0 before importing Ray", problem, LOOPBACK)
 
 
 def connect(settings: Cluster, *, dashboard: bool = False) -> None:
     """Join the cluster at the address, in RAY_ADDRESS or from `ray start`; otherwise start one on this machine.
 
     A cluster of this process's own listens on the loopback interface only and requires Ray's token, unless
-    RAY_AUTH_MODE says otherwise. Clusters of other effray processes are never joined: they end with their process.
-
-    Args:
-        settings: address of a cluster, if any.
-        dashboard: start Ray's dashboard with a cluster of this process's own. Ray Train within Ray Tune needs it to
-            free the CPUs of stopped trials.
-
-    Raises:
-        UserError: no cluster answers at the given address, or Ray cannot start.
+    RAY_AUTH_MODE says otherwise. Clusters of other effray processes are never joined: they end with their process. Ray
+    Train within Ray Tune needs the ``dashboard`` of such a cluster to free the CPUs of stopped trials.
     """
     prepare(settings.address)
     import ray
@@ -86,10 +74,8 @@ def connect(settings: Cluster, *, dashboard: bool = False) -> None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{problem}: {reason}; {WITHOUT}") from error
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":  # Ray sets it where it finds or makes a token
-        log.warning(
-            "this Ray cluster requires no token: anyone who reaches its ports can run code as you;"
-            " RAY_AUTH_MODE=token protects it"
-        )
+        risk = "anyone who reaches its ports can run code as you"
+        log.warning("this Ray cluster requires no token: %s; RAY_AUTH_MODE=token protects it", risk)
 
 
 def disconnect() -> None:
@@ -104,13 +90,10 @@ def disconnect() -> None:
 
 @contextmanager
 def cluster_errors() -> Iterator[None]:
-    """Turn the death of the raylet or the GCS into one line.
+    """Turn the death of the raylet or the GCS into ``ClusterLost``.
 
     Ray ends this whole process with code 1 some seconds after its raylet died, without a word. So the raylet of a
     cluster of this process's own, which is a child process, is watched, and its death interrupts the block.
-
-    Raises:
-        ClusterLost: Ray no longer answers.
     """
     from ray.exceptions import LocalRayletDiedError, NodeDiedError, RaySystemError, RpcError
 
@@ -185,11 +168,7 @@ def _address(settings: Cluster) -> str | None:
 
 
 def _check_answers(address: str) -> None:
-    """Refuse an address at which nothing speaks gRPC: Ray itself would try for minutes.
-
-    Raises:
-        OSError: nothing answers, or another service does.
-    """
+    """Raise ``OSError`` for an address at which nothing speaks gRPC: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host.strip("[]"), int(port)), ANSWER) as connection:
         if os.environ.get("RAY_USE_TLS", "0") != "0":

@@ -114,8 +114,7 @@ class _Watch(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Report a trial's settings, after freeing CPUs that a trial which died at its start would hold forever."""
-        running = any(other.status == other.RUNNING for other in trials)
-        if self._nested and not running:
+        if self._nested and not any(other.status == other.RUNNING for other in trials):
             _free_workers()
         self._follower.started(trial.config["number"], trial.config["values"])
 

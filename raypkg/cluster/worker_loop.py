@@ -33,8 +33,7 @@ class _SharedDevices(Backend):
 def work(config: dict[str, Any]) -> None:
     """Carry out tasks on one worker; send a user's error to the mailbox.
 
-    Args:
-        config: the mailbox, the threads of a worker, and the backend of the process group.
+    ``config`` has the mailbox, the threads of a worker, and the backend of the process group.
     """
     import ray
     import torch
@@ -85,13 +84,6 @@ def _join_process_group(backend: str) -> None:
     world = context.get_world_size()
     listener = socket.create_server((ray.util.get_node_ip_address(), 0)) if rank == 0 else None
     host, port = broadcast_from_rank_zero(listener.getsockname() if listener else None)
-    store = dist.TCPStore(
-        host,
-        port,
-        world,
-        rank == 0,
-        PATIENCE,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach() if listener else None,
-    )
+    descriptor = listener.detach() if listener else None
+    store = dist.TCPStore(host, port, world, rank == 0, PATIENCE, wait_for_workers=False, master_listen_fd=descriptor)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)

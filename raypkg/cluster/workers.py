@@ -27,14 +27,9 @@ class Workers:
 
     Workers start at the first function and stay until the end. A lost worker restarts the whole group, which repeats
     the function that had not returned: each function must resume from its own checkpoints. With ``cluster.workers = 0``
-    functions run in this process, and Ray is not started.
-
-    Args:
-        cluster: number and size of workers.
-        report: receives every row of metrics that a worker reports, in this process.
-        folder: folder for Ray Train's own files, reachable from every node.
-        actors: actors of one CPU each that the run starts in addition to its workers.
-        local: initial ``worker.local`` of functions that run in this process, such as data that it has open.
+    functions run in this process, and Ray is not started: ``local`` is then their initial ``worker.local``, such as
+    data that it has open. ``report`` receives every row of metrics in this process. Ray Train keeps its own files in
+    ``folder``, reachable from every node. The run starts ``actors`` of one CPU each in addition to its workers.
     """
 
     def __init__(
@@ -70,11 +65,7 @@ class Workers:
         self._most = min(most, self._most or most)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return rank 0's value, plain Python, of ``function(worker, *arguments)``; workers import the function.
-
-        Raises:
-            UserError: raised by the function; the cluster is too small; workers died too often.
-        """
+        """Return rank 0's value, plain Python, of ``function(worker, *arguments)``; workers import the function."""
         if self._cluster.workers == 0:
             from raypkg.engine.worker import Worker, threads
 

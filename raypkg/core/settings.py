@@ -28,34 +28,25 @@ APART = ("cluster", "track")  # parts without influence on a run's result
 class Dataset(Named):
     """The training data."""
 
-    name: Annotated[
-        str, Field(description="digits, cifar10, parquet:PATH, text:PATH, table:PATH or package.module:function")
-    ] = "digits"
-    validation: Annotated[float, Field(ge=0, lt=1, description="share of the training set held out, by seed")] = 0.1
-    augment: Annotated[
-        tuple[str, ...] | None, Field(description="crop, flip, randaugment (default: the data set's own)")
-    ] = None
-    only: Annotated[str | None, Field(description="a coreset.parquet: train on its samples only, unweighted")] = None
-    noise: Annotated[
-        float, Field(ge=0, lt=1, description="share of the labels, except in the test set, replaced by another class")
-    ] = 0.0
-    imbalance: Annotated[
-        Share, Field(description="long tail: class sizes fall geometrically to this share of the largest")
-    ] = 1.0
-    repeat: Annotated[int, Field(ge=1, le=1000, description="copies of each training sample")] = 1
-    seed: Annotated[int | None, Field(ge=0, description="of the draws of noise and imbalance (default: the run's)")] = (
-        None
+    name: str = Field(
+        "digits", description="digits, cifar10, parquet:PATH, text:PATH, table:PATH or package.module:function"
     )
-    streamed: Annotated[
-        str | None,
-        Field(min_length=1, description="folder or URI of stores, read by blocks, not imported by each machine"),
-    ] = None
-    window: Annotated[
-        int, Field(ge=1, description="blocks of 8 MiB of a streamed set from which batches are drawn at a time")
-    ] = WINDOW
-    digest: Annotated[
-        str | None, Field(description="checksum of the samples, stored by a run; other samples are refused")
-    ] = None
+    validation: float = Field(0.1, ge=0, lt=1, description="share of the training set held out, by seed")
+    augment: tuple[str, ...] | None = Field(None, description="crop, flip, randaugment (default: the data set's own)")
+    only: str | None = Field(None, description="a coreset.parquet: train on its samples only, unweighted")
+    noise: float = Field(
+        0.0, ge=0, lt=1, description="share of the labels, except in the test set, replaced by another class"
+    )
+    imbalance: Share = Field(1.0, description="long tail: class sizes fall geometrically to this share of the largest")
+    repeat: int = Field(1, ge=1, le=1000, description="copies of each training sample")
+    seed: int | None = Field(None, ge=0, description="of the draws of noise and imbalance (default: the run's)")
+    streamed: str | None = Field(
+        None, min_length=1, description="folder or URI of stores, read by blocks, not imported by each machine"
+    )
+    window: int = Field(
+        WINDOW, ge=1, description="blocks of 8 MiB of a streamed set from which batches are drawn at a time"
+    )
+    digest: str | None = Field(None, description="checksum of the samples, stored by a run; other samples are refused")
 
     @property
     def is_drawn(self) -> bool:
@@ -87,9 +78,9 @@ class Dataset(Named):
 class Model(Named):
     """The model to train."""
 
-    name: Annotated[
-        str, Field(description="resnet20, transformer, torchvision:NAME, transformers:NAME or package.module:function")
-    ] = "resnet8"
+    name: str = Field(
+        "resnet8", description="resnet20, transformer, torchvision:NAME, transformers:NAME or package.module:function"
+    )
 
 
 class Training(Settings):
@@ -97,39 +88,34 @@ class Training(Settings):
 
     renamed: ClassVar[Mapping[str, str]] = {"drop": "lr_drop", "evaluate_every": "evaluate_every_epochs"}
 
-    epochs: Annotated[Epochs, Field(description="passes over the samples in use")] = 40
-    batch_size: Annotated[Count, Field(description="samples a step, over all workers")] = 128
-    micro_batch: Annotated[
-        Count | None, Field(description="samples of a step in one pass through the model on a worker (default: all)")
-    ] = None
-    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="update rule")] = "sgd"
-    lr: Annotated[float, Field(gt=0, description="peak learning rate")] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD; beta1 of AdamW")] = 0.9
-    nesterov: Annotated[bool, Field(description="Nesterov's form of momentum (SGD)")] = True
-    weight_decay: Annotated[float, Field(ge=0, description="L2 penalty (SGD) or decoupled decay (AdamW)")] = 5e-4
-    decay: Annotated[
-        Literal["all", "matrices"],
-        Field(description="decayed parameters; matrices = those of two or more dimensions: no norms, no biases"),
-    ] = "all"
-    clip: Annotated[float | None, Field(gt=0, description="gradient clipping norm (default: off)")] = None
-    label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="share of the target spread over all classes, in training only")
-    ] = 0.0
-    schedule: Schedule = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly increasing rate")] = 0.0
-    milestones: Annotated[
-        tuple[Share, ...], Field(description="shares of training at which multistep drops the rate")
-    ] = (0.5, 0.75)
-    lr_drop: Annotated[float, Field(gt=0, le=1, description="factor of the rate at each milestone")] = 0.1
-    precision: Annotated[
-        Precision, Field(description="of matrix products; auto = bfloat16 if the processor supports it")
-    ] = "auto"
-    evaluate_every_epochs: Annotated[
-        int, Field(ge=0, description="epochs between evaluations on the held-out samples; 0 = none")
-    ] = 5
-    compile: Annotated[bool, Field(description="compile the model: takes a minute or more, gains little on a CPU")] = (
-        False
+    epochs: Epochs = Field(40, description="passes over the samples in use")
+    batch_size: Count = Field(128, description="samples a step, over all workers")
+    micro_batch: Count | None = Field(
+        None, description="samples of a step in one pass through the model on a worker (default: all)"
     )
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="update rule")
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD; beta1 of AdamW")
+    nesterov: bool = Field(True, description="Nesterov's form of momentum (SGD)")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (SGD) or decoupled decay (AdamW)")
+    decay: Literal["all", "matrices"] = Field(
+        "all", description="decayed parameters; matrices = those of two or more dimensions: no norms, no biases"
+    )
+    clip: float | None = Field(None, gt=0, description="gradient clipping norm (default: off)")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of the target spread over all classes, in training only"
+    )
+    schedule: Schedule = "cosine"
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of training with a linearly increasing rate")
+    milestones: tuple[Share, ...] = Field(
+        (0.5, 0.75), description="shares of training at which multistep drops the rate"
+    )
+    lr_drop: float = Field(0.1, gt=0, le=1, description="factor of the rate at each milestone")
+    precision: Precision = Field("auto", description="of matrix products; auto = bfloat16 if the processor supports it")
+    evaluate_every_epochs: int = Field(
+        5, ge=0, description="epochs between evaluations on the held-out samples; 0 = none"
+    )
+    compile: bool = Field(False, description="compile the model: takes a minute or more, gains little on a CPU")
 
     def steps_per_epoch(self, n: int) -> int:
         """Return the steps of an epoch on n samples.
@@ -148,14 +134,13 @@ class Training(Settings):
 class Train(Training):
     """Training of the main model."""
 
-    from_: Annotated[
-        str | None,
-        Field(alias="from", description="initial weights: a finished run or FILE.safetensors (default: drawn)"),
-    ] = None
-    keep: Annotated[
-        Literal["last", "best"], Field(description="epoch whose model is kept; best = with the best held-out accuracy")
-    ] = "last"
-    sync_bn: Annotated[bool, Field(description="batch statistics over all workers (GPU only)")] = False
+    from_: str | None = Field(
+        None, alias="from", description="initial weights: a finished run or FILE.safetensors (default: drawn)"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="epoch whose model is kept; best = with the best held-out accuracy"
+    )
+    sync_bn: bool = Field(False, description="batch statistics over all workers (GPU only)")
 
     @model_validator(mode="after")
     def _check_sync_bn(self) -> Self:
@@ -169,12 +154,9 @@ class Train(Training):
 class Target(Named):
     """Samples that a selection is for."""
 
-    name: Annotated[
-        str,
-        Field(
-            description="train, valid (held out) or a data set such as table:few.csv (default: train; glister: valid)"
-        ),
-    ]
+    name: str = Field(
+        description="train, valid (held out) or a data set such as table:few.csv (default: train; glister: valid)"
+    )
 
     @property
     def is_data_set(self) -> bool:
@@ -187,14 +169,13 @@ class Select(Settings):
 
     renamed: ClassVar[Mapping[str, str]] = {"method": "rule"}
 
-    rule: Annotated[str, Field(description="see `effray methods`, or package.module:function")] = "gradmatch"
-    fraction: Annotated[Share, Field(description="share of the training samples to keep")] = 0.1
-    balanced: Annotated[bool, Field(description="class by class, in proportion to the classes")] = True
-    weighted: Annotated[bool, Field(description="train with the rule's sample weights")] = False
-    memory: Annotated[
-        float | None,
-        Field(ge=0, description="GiB for craig's cached distances within a class (default: a quarter of a worker's)"),
-    ] = None
+    rule: str = Field("gradmatch", description="see `effray methods`, or package.module:function")
+    fraction: Share = Field(0.1, description="share of the training samples to keep")
+    balanced: bool = Field(True, description="class by class, in proportion to the classes")
+    weighted: bool = Field(False, description="train with the rule's sample weights")
+    memory: float | None = Field(
+        None, ge=0, description="GiB for craig's cached distances within a class (default: a quarter of a worker's)"
+    )
     target: Target | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="the rule's own options")
 
@@ -204,10 +185,10 @@ class Reselect(Select):
 
     renamed: ClassVar[Mapping[str, str]] = {**Select.renamed, "every": "every_epochs", "warm": "warm_epochs"}
 
-    every_epochs: Annotated[
-        int, Field(ge=0, description="epochs between selections by the model in training; 0 = select once")
-    ] = 0
-    warm_epochs: Annotated[int, Field(ge=0, description="first epochs on all samples")] = 0
+    every_epochs: int = Field(
+        0, ge=0, description="epochs between selections by the model in training; 0 = select once"
+    )
+    warm_epochs: int = Field(0, ge=0, description="first epochs on all samples")
 
     def due(self, epoch: int) -> bool:
         """Return True if an epoch, counted from 0, begins with a selection.
@@ -224,18 +205,17 @@ class Reselect(Select):
 class Cluster(Settings):
     """Workers and their resources."""
 
-    workers: Annotated[
-        int | None, Field(ge=0, description="Ray workers (default: up to 8); 0 = this process, on its CPU, without Ray")
-    ] = None
-    cpus_per_worker: Annotated[
-        Threads | None,
-        Field(description="CPUs of each worker (default: 1; with GPUs, a node's CPUs divided among its GPUs)"),
-    ] = None
-    gpus_per_worker: Annotated[
-        float | None, Field(ge=0, description="GPUs of each worker (default: 1 if the cluster has any)")
-    ] = None
-    max_failures: Annotated[int, Field(ge=0, description="restarts of the workers after one is lost")] = 3
-    address: Annotated[str | None, Field(description="of a running Ray cluster (default: found or started)")] = None
+    workers: int | None = Field(
+        None, ge=0, description="Ray workers (default: up to 8); 0 = this process, on its CPU, without Ray"
+    )
+    cpus_per_worker: Threads | None = Field(
+        None, description="CPUs of each worker (default: 1; with GPUs, a node's CPUs divided among its GPUs)"
+    )
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs of each worker (default: 1 if the cluster has any)"
+    )
+    max_failures: int = Field(3, ge=0, description="restarts of the workers after one is lost")
+    address: str | None = Field(None, description="of a running Ray cluster (default: found or started)")
 
     @property
     def cpus_without_gpu(self) -> int:
@@ -246,14 +226,14 @@ class Cluster(Settings):
 class Track(Settings):
     """Tracking of metrics in addition to the run folder."""
 
-    name: Annotated[Literal["wandb"] | None, Field(description="wandb; it logs offline if there is no key")] = None
-    project: Annotated[str, Field(min_length=1, description="W&B project")] = "effray"
+    name: Literal["wandb"] | None = Field(None, description="wandb; it logs offline if there is no key")
+    project: str = Field("effray", min_length=1, description="W&B project")
 
 
 class RunSettings(Settings):
     """Settings of every experiment."""
 
-    seed: Annotated[int, Field(ge=0, description="of all randomness")] = 0
+    seed: int = Field(0, ge=0, description="of all randomness")
     dataset: Dataset = Dataset()
     cluster: Cluster = Cluster()
     track: Track = Track()
@@ -272,9 +252,7 @@ class Experiment(RunSettings):
     """Settings of every experiment that trains; each adds its own ``train``."""
 
     model: Model = Model()
-    hooks: Annotated[
-        tuple[Named, ...], Field(description="additional hooks, such as my_code:Ema; see `effray methods`")
-    ] = ()
+    hooks: tuple[Named, ...] = Field((), description="additional hooks, such as my_code:Ema; see `effray methods`")
 
     @property
     def epochs(self) -> int:

@@ -31,11 +31,7 @@ def settings_of(entry: Entry) -> type[RunSettings]:
 
 
 def training_settings_of(entry: Entry) -> type[Experiment]:
-    """Return the settings class of an experiment that trains.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Return the settings class of an experiment, which must train."""
     from raypkg.core.settings import Experiment
 
     schema = settings_of(entry)
@@ -47,8 +43,7 @@ def training_settings_of(entry: Entry) -> type[Experiment]:
 def open_run(settings: R) -> tuple[R, Samples]:
     """Open a run's samples; return them with the settings that a new run stores, which pin them by a digest.
 
-    Raises:
-        UserError: the data set cannot be read, or its samples are not those of the digest in the settings.
+    Samples that differ from a digest in the settings are refused.
     """
     with heavy_imports():  # imports only: the garbage collector is off in this block
         from raypkg.data import opening  # noqa: F401
@@ -71,15 +66,8 @@ def carry_out(
 ) -> str:
     """Run an experiment in its folder, or resume it there; return the closing line of its tracker.
 
-    Args:
-        entry: the experiment.
-        settings: settings of the run, as stored.
-        samples: samples of the run.
-        folder: folder of the run.
-        console: console for progress.
-        group: group of runs in the tracker (default: the experiment's name).
-        listen: receives every row of metrics, and may end the run by ``SystemExit``.
-        donors: returns finished runs whose first phases may be taken over.
+    ``group`` is the run's group in the tracker, by default the experiment's name. ``listen`` receives every row of
+    metrics, and may end the run by ``SystemExit``. ``donors`` returns finished runs whose phases may be taken over.
     """
     with heavy_imports():
         from raypkg.cluster.workers import Workers

@@ -97,10 +97,9 @@ def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: S
 
 
 def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Coreset:
-    """Read a coreset for a data set: the user's, or one that ``save_coreset`` wrote.
+    """Read the user's coreset, or one that ``save_coreset`` wrote.
 
-    Raises:
-        UserError: no such file, no coreset, no weight above 0, another data set, or held-out samples in it.
+    It is refused if it is of another data set, has a held-out sample, or no weight above 0.
     """
     table = read_coreset(path)
     try:
@@ -121,10 +120,8 @@ def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Cor
         raise UserError(f"{path} has index {last}, this data set ends at {len(split) - 1}")
     indices = torch.tensor(positions, dtype=torch.int64)
     if leaked := int(torch.isin(indices, held_out).sum()):
-        raise UserError(
-            f"{leaked} of the {len(indices)} samples in {path} are held out here: give its --seed and"
-            " --dataset.validation"
-        )
+        problem = f"{leaked} of the {len(indices)} samples in {path} are held out here"
+        raise UserError(f"{problem}: give its --seed and --dataset.validation")
     weights = column_of(table, "weight", path, is_number)
     coreset = Coreset(indices, torch.tensor(weights, dtype=torch.float32))
     check_weights(coreset, path)
@@ -132,11 +129,7 @@ def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Cor
 
 
 def read_coreset(path: str) -> pa.Table:
-    """Return a coreset file's table: index, weight, class and perhaps score.
-
-    Raises:
-        UserError: no such file, or not a coreset.
-    """
+    """Return a coreset file's table: index, weight, class and perhaps score."""
     folder, name = Storage.around(path)
     if not name or "\0" in name or folder.list(name):
         raise UserError(f"{path!r} is no coreset file")

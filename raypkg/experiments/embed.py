@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -24,15 +24,13 @@ if TYPE_CHECKING:  # PyTorch, which `--help` does not need
 class FrozenModel(Model):
     """The frozen model, by name."""
 
-    name: Annotated[
-        str, Field(description="a model as it is built: torchvision:NAME, package.module:function or another")
-    ] = ""
+    name: str = Field("", description="a model as it is built: torchvision:NAME, package.module:function or another")
 
 
 class WholeDataset(Dataset):
     """A data set without a held-out set: all its samples are embedded."""
 
-    validation: Annotated[float, Field(ge=0, le=0, description="0: rows are held out where they are trained on")] = 0.0
+    validation: float = Field(0.0, ge=0, le=0, description="0: rows are held out where they are trained on")
 
 
 class EmbedSettings(RunSettings):
@@ -40,10 +38,10 @@ class EmbedSettings(RunSettings):
 
     dataset: WholeDataset = WholeDataset()
     model: FrozenModel = FrozenModel()
-    model_from: Annotated[str, Field(description="run whose model it is: a name under --root, or a path")] = ""
-    draws: Annotated[int, Field(ge=0, description="augmented rows of each training sample; 0 = one, unchanged")] = 0
-    rows_per_part: Annotated[Count, Field(description="rows that a resumed run may have to recompute")] = 4096
-    precision: Annotated[Literal["float32", "bfloat16"], Field(description="precision of the forward pass")] = "float32"
+    model_from: str = Field("", description="run whose model it is: a name under --root, or a path")
+    draws: int = Field(0, ge=0, description="augmented rows of each training sample; 0 = one, unchanged")
+    rows_per_part: Count = Field(4096, description="rows that a resumed run may have to recompute")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward pass")
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:
@@ -83,11 +81,7 @@ def run(settings: EmbedSettings, *, samples: Samples, report: Report) -> None:
 
 
 def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding:
-    """Return the plan of a run, with its backbone.
-
-    Raises:
-        UserError: no such model or run, one that does not fit the samples, or draws without augmentation.
-    """
+    """Return the plan of a run, with its backbone."""
     from raypkg.experiments.embedding import Embedding
     from raypkg.experiments.samples import augmentations
     from raypkg.experiments.trained import named_backbone, trained_backbone
@@ -99,11 +93,4 @@ def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding
         backbone = trained_backbone(folder, settings.model_from, settings.dataset, data, settings.precision)
     else:
         backbone = named_backbone(settings.model, data, settings.precision, settings.seed)
-    return Embedding.of(
-        backbone,
-        data,
-        draws=settings.draws,
-        rows_per_part=settings.rows_per_part,
-        augment=augment,
-        seed=settings.seed,
-    )
+    return Embedding.of(backbone, data, settings.draws, settings.rows_per_part, augment, settings.seed)

@@ -39,7 +39,6 @@ from .trained import Backbone
 PHASE = "embed"
 PART_BYTES = 64 << 20
 GLANCE = 1.0  # seconds between two looks at the finished parts
-FIGURES = ("rows", "test_rows", "width")
 PARTS = "parts"  # folder of the parts that are not joined yet
 FACTS = b"part"  # metadata key of a part's backbone, holders and cost
 FORM: dict[str, Any] = {"compression": "none", "use_dictionary": [LABEL], "write_page_checksum": True}
@@ -87,17 +86,11 @@ class Embedding:
 
     @classmethod
     def of(
-        cls, backbone: Backbone, data: Data, *, draws: int, rows_per_part: int, augment: Sequence[str], seed: int
+        cls, backbone: Backbone, data: Data, draws: int, rows_per_part: int, augment: Sequence[str], seed: int
     ) -> "Embedding":
         """Plan ``draws`` augmented rows of each training sample, or one without augmentation, and one per test sample.
 
-        Args:
-            backbone: model of the features.
-            data: the samples.
-            draws: draws of the augmentation; 0 = none.
-            rows_per_part: most rows of a part; wide features get fewer.
-            augment: names of the augmentations.
-            seed: seed of the draws.
+        Parts of wide features have fewer rows than ``rows_per_part``.
         """
         size = min(rows_per_part, max(1, PART_BYTES // (4 * backbone.width)))
         train = parts_of("train", len(data.train), max(1, draws), size)
@@ -125,11 +118,7 @@ class Embedding:
         return f"{train} and {test}, about {readable(self.size)}"
 
     def features(self, backbone: Backbone, split: Split, part: Part, device: torch.device) -> Tensor:
-        """Return the features of a part's samples, float32 [m, D].
-
-        Raises:
-            UserError: a feature is not finite.
-        """
+        """Return the features of a part's samples, float32 [m, D]; refuse infinite ones and NaN."""
         augment = compose(self.augment if part.split == "train" else ())
         rng = generator(self.seed, PHASE, part.draw)
         draws = torch.rand(len(split), augment.draws, generator=rng)  # of all samples, so that parts do not matter
@@ -151,18 +140,13 @@ def check_disk(embedding: Embedding, storage: Storage) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if 2 * embedding.size - written > free:
-        raise UserError(
-            f"{embedding.describe()}, and as much again while parts are joined, do not fit {str(folder)!r}, which has"
-            f" {readable(free)} left: use fewer --draws, a narrower model or another --root"
-        )
+        twice = f"{embedding.describe()}, and as much again while parts are joined"
+        advice = "use fewer --draws, a narrower model or another --root"
+        raise UserError(f"{twice}, do not fit {str(folder)!r}, which has {readable(free)} left: {advice}")
 
 
 def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, report: Report) -> None:
-    """Compute all missing features, and leave train.parquet and test.parquet in the run folder.
-
-    Raises:
-        UserError: a feature is not finite, the disk is full, or a part is damaged.
-    """
+    """Compute all missing features, and leave train.parquet and test.parquet in the run folder."""
     storage = report.folder.storage
     parts = embedding.all_parts
     digest = embedding.backbone.digest
@@ -206,7 +190,7 @@ def finish_embedding(report: Report, samples: int) -> None:
     costs = record["costs"]
     rows = f"{record['rows']:,} training and {record['test_rows']:,} test rows of {record['width']:,} features"
     summary = {
-        **{name: record[name] for name in FIGURES},
+        **{name: record[name] for name in ("rows", "test_rows", "width")},
         "samples": samples,
         "coreset": None,
         "phases": costs,
@@ -272,11 +256,7 @@ def is_there(storage: Storage, part: Part, digest: str) -> bool:
 def join_parts(
     storage: Storage, parts: Iterable[Part], name: str, width: int, classes: Sequence[str]
 ) -> list[tuple[int, Cost]]:
-    """Join the parts of a split to one table, one part in memory at a time; return holders and cost of each.
-
-    Raises:
-        UserError: a part was damaged since, or the disk is full.
-    """
+    """Join the parts of a split to one table, one part in memory at a time; return holders and cost of each."""
     made = []
     schema = features_schema(width, classes)
     with storage.new_file(name) as sink, pq.ParquetWriter(sink, schema, **FORM) as writer:

@@ -51,9 +51,7 @@ def selection_stage() -> Stage:
 def main_stage(settings: Experiment, share: float | None = None) -> Stage:
     """Return the main training, on the samples or the coreset that the settings give or select.
 
-    Args:
-        settings: settings of the run.
-        share: share of the samples in use, if it is not that of ``select``.
+    ``share`` is the share of the samples in use, if it is not that of ``select``.
     """
     from raypkg.coresets.budgets import budget_of
 

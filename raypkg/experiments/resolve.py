@@ -34,14 +34,8 @@ def resolve(
 ) -> R:
     """Return settings that are ready for a run: loaded, with absolute paths, checked names and a tokenizer.
 
-    Args:
-        schema: the settings class of the experiment.
-        source: a TOML file, or stored settings.
-        values: further settings by dotted names, which win over the source.
-        shared: the settings are the base of a study's trials, each of which gets the tokenizer of its own model.
-
-    Raises:
-        UserError: an unknown or invalid setting, name or option.
+    The source is a TOML file or stored settings; ``values``, by dotted names, win over it. The ``shared`` settings of a
+    study's trials get no tokenizer: each trial takes that of its own model.
     """
     settings = with_absolute_paths(load_settings(schema, source, values))
     check_names(settings)
@@ -175,29 +169,20 @@ def trust_all() -> None:
 
 
 def stored_settings(folder: RunFolder) -> dict[str, Any]:
-    """Return the settings of a stored run, not yet validated.
-
-    Raises:
-        UserError: they are missing or damaged, or name code that is not trusted.
-    """
+    """Return the settings of a stored run, not yet validated; refuse damaged ones, and code that is not trusted."""
     values = folder.config
     check_code(folder.storage, values)
     return values
 
 
 def check_code(storage: Storage, values: Any, file: str = CONFIG) -> None:
-    """Refuse stored settings that name code, unless the user owns or trusts them.
-
-    Raises:
-        UserError: the code that it names, and how to allow it.
-    """
+    """Refuse stored settings that name code, unless the user owns or trusts them."""
     if _is_trusted(storage, file):
         return
     for place, text in _texts(values):
         if _names_code(place, text):
-            raise UserError(
-                f"{storage.root}/{file} is not your own alone and names code, {text!r}: --trust lets it run"
-            )
+            place = f"{storage.root}/{file}"
+            raise UserError(f"{place} is not your own alone and names code, {text!r}: --trust lets it run")
 
 
 def check_file_of_code(storage: Storage, file: str) -> None:

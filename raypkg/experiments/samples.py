@@ -62,12 +62,7 @@ class Samples(NamedTuple):
 def open_samples(settings: RunSettings, *, verify: bool = True) -> Samples:
     """Open a run's data set and hold out its validation share, stratified, by the seed.
 
-    Args:
-        settings: data set and seed of the run.
-        verify: refuse samples that do not match the digest in the settings, if there is one.
-
-    Raises:
-        UserError: the data set cannot be read, or its samples have changed.
+    ``verify`` refuses samples that do not match the digest in the settings, if there is one.
     """
     from raypkg.data.opening import open_data
     from raypkg.data.partition import hold_out
@@ -83,10 +78,8 @@ def open_samples(settings: RunSettings, *, verify: bool = True) -> Samples:
         train_indices = given.indices.sort().values
     samples = Samples(data, train_indices, held_out)
     if verify and chosen.digest is not None and samples.digest(chosen) != chosen.digest:
-        raise UserError(
-            f"dataset {chosen.name!r} gives other samples than those the run began with: its files have changed, or its"
-            " function draws without a seed"
-        )
+        reason = "its files have changed, or its function draws without a seed"
+        raise UserError(f"dataset {chosen.name!r} gives other samples than those the run began with: {reason}")
     return samples
 
 
@@ -117,11 +110,7 @@ def augmentations(dataset: Dataset, data: Data) -> list[str]:
 
 
 def new_model(settings: Experiment, data: Data) -> Classifier:
-    """Build the experiment's model with weights drawn from its seed, prepared by a few hundred training inputs.
-
-    Raises:
-        UserError: it does not fit the data.
-    """
+    """Build the experiment's model with weights drawn from its seed, prepared by a few hundred training inputs."""
     from raypkg.models import build_model
 
     chosen = settings.model

@@ -34,11 +34,7 @@ class TrainedModel(NamedTuple):
 
 
 def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision: str) -> TrainedModel:
-    """Return the model that another run trained.
-
-    Raises:
-        UserError: no such run, no usable model, or one that was trained on other samples.
-    """
+    """Return the model that another run trained; refuse one that was trained on other samples."""
     if not run:
         raise UserError("select needs a model: give --model-from RUN")
     other = locate(folder.storage.parent.parent.root, run, having=MODEL)

@@ -45,10 +45,8 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
         wrong["coreset_wrong_labels"] = wrong_share(split, coreset.indices)
     wrong = {name: share for name, share in wrong.items() if share is not None}  # None = true labels are unknown
     if "coreset_wrong_labels" in wrong:
-        findings.append(
-            f"wrong labels: {wrong['coreset_wrong_labels']:.1%} of the coreset, {wrong['wrong_labels']:.1%} of all"
-            " samples"
-        )
+        among_all = f"{wrong['wrong_labels']:.1%} of all samples"
+        findings.append(f"wrong labels: {wrong['coreset_wrong_labels']:.1%} of the coreset, {among_all}")
     taken = {phase: record["from"] for phase, record in records.items() if "from" in record}
     for run in dict.fromkeys(taken.values()):
         phases = " and ".join(phase for phase, donor in taken.items() if donor == run)

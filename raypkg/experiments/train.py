@@ -1,6 +1,6 @@
 """Plain training, and selection with a model that another run trained."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,17 +16,17 @@ from .samples import Samples
 class TrainSelect(Reselect):
     """Selection of the training samples, before and during training."""
 
-    rule: Annotated[str, Field(description="random, infobatch or another; see `effray methods`")] = "random"
-    fraction: Annotated[Share, Field(description="share of the training samples in use at a time")] = 1.0
+    rule: str = Field("random", description="random, infobatch or another; see `effray methods`")
+    fraction: Share = Field(1.0, description="share of the training samples in use at a time")
 
 
 class TrainSettings(Experiment):
     """Settings of `effray train`."""
 
-    coreset: Annotated[str | None, Field(description="a coreset.parquet to begin with")] = None
-    select: Annotated[
-        TrainSelect | None, Field(description="selection of the training samples (default: all, or the given coreset)")
-    ] = None
+    coreset: str | None = Field(None, description="a coreset.parquet to begin with")
+    select: TrainSelect | None = Field(
+        None, description="selection of the training samples (default: all, or the given coreset)"
+    )
     train: Train = Train()
 
     def check(self, n: int, data: Any) -> None:
@@ -38,9 +38,8 @@ class TrainSettings(Experiment):
 
         once = TrainSelect(warm_epochs=select.warm_epochs)
         if self.coreset is not None and not select.every_epochs and select != once:
-            raise UserError(
-                "--coreset is given and select.every_epochs is 0: select.* but select.warm_epochs would do nothing"
-            )
+            problem = "select.* but select.warm_epochs would do nothing"
+            raise UserError(f"--coreset is given and select.every_epochs is 0: {problem}")
         check_schedule(select, self.epochs, given=self.coreset is not None)
 
 
@@ -69,11 +68,10 @@ def run_training(settings: TrainSettings, *, samples: Samples, report: Report, w
 class SelectSettings(Select, RunSettings):
     """Settings of `effray select`."""
 
-    model_from: Annotated[str, Field(description="run whose model selects: a name under --root, or a path")] = ""
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        Field(description="precision of the forward pass; auto = bfloat16 where the processor computes in it"),
-    ] = "auto"
+    model_from: str = Field("", description="run whose model selects: a name under --root, or a path")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="precision of the forward pass; auto = bfloat16 where the processor computes in it"
+    )
 
 
 @experiment("select")

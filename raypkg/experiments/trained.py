@@ -106,39 +106,26 @@ def check_has_model(folder: RunFolder) -> None:
 
 
 def settings_of_trained(folder: RunFolder) -> Experiment:
-    """Return the settings that all runs with a model have in common.
-
-    Raises:
-        UserError: they are damaged, or name code that is not trusted.
-    """
+    """Return the settings that all runs with a model have in common."""
     common = {name: part for name, part in stored_settings(folder).items() if name in Experiment.model_fields}
     return load_settings(Experiment, common)
 
 
 def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Classifier:
-    """Return the model of a finished run with its weights, in their precision.
-
-    Raises:
-        UserError: the run has no usable model, or the model's code has changed.
-    """
+    """Return the model of a finished run with its weights, in their precision; refuse one whose code has changed."""
     check_has_model(folder)
     state = load_tensors(folder.storage, MODEL)
     model = new_model(settings, data)
     try:
         model.load_state_dict(state)
     except RuntimeError:
-        raise UserError(
-            f"{folder.storage.root}/{MODEL} does not fit model {settings.model.name!r}: its code changed"
-        ) from None
+        file = f"{folder.storage.root}/{MODEL}"
+        raise UserError(f"{file} does not fit model {settings.model.name!r}: its code changed") from None
     return model.to(state["head.weight"].dtype)
 
 
 def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> None:
-    """Refuse texts whose tokens differ from those of a run's training: the same numbers would be other words.
-
-    Raises:
-        UserError: each learned a tokenizer from its own texts, or they name different ones.
-    """
+    """Refuse texts whose tokens differ from those of a run's training: the same numbers would be other words."""
     if data.train.kind is not TEXTS or (here.name, here.options) == (there.name, there.options):
         return
     own = here.options.get("tokenizer")
@@ -153,11 +140,7 @@ def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> No
 
 
 def keep_first_weights(settings: RunSettings, samples: Samples, folder: RunFolder) -> None:
-    """Copy the first weights of training into the run folder, unless an earlier attempt did.
-
-    Raises:
-        UserError: they do not exist, or do not fit the model.
-    """
+    """Copy the first weights of training into the run folder, unless an earlier attempt did."""
     place, _, file = FIRST.rpartition("/")
     if folder.started or file in folder.storage.list(place):
         return
@@ -166,11 +149,7 @@ def keep_first_weights(settings: RunSettings, samples: Samples, folder: RunFolde
 
 
 def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[str, Tensor]:
-    """Return the first weights that the settings name, or none if they are drawn from the seed.
-
-    Raises:
-        UserError: no such file or run, a run without a usable model, or weights that do not fit.
-    """
+    """Return the first weights that the settings name, or none if they are drawn from the seed."""
     train = getattr(settings, "train", None)
     if not (isinstance(settings, Experiment) and isinstance(train, Train) and train.from_ is not None):
         return {}
@@ -208,8 +187,7 @@ class Fit(NamedTuple):
 def fitted(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fit:
     """Match tensors to a model by name and shape; a head for another number of classes is drawn anew.
 
-    Raises:
-        UserError: nothing but a head fits, or a shape differs elsewhere.
+    Refuse tensors of which nothing but a head fits, or of which a shape differs elsewhere.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     >>> fit = fitted(model, {"0.weight": model[0].weight, "other": model[0].bias}, "a.safetensors")
@@ -226,10 +204,8 @@ def fitted(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fit:
             differing.append(name)
     features = [name for name in own if not name.startswith(HEAD)] or list(own)
     if set(features).isdisjoint(shared) or not (taken or differing):
-        raise UserError(
-            f"train.from = {source}: no tensor fits this model: there it has {_some(list(tensors))}, here"
-            f" {_some(list(own))}"
-        )
+        names = f"there it has {_some(list(tensors))}, here {_some(list(own))}"
+        raise UserError(f"train.from = {source}: no tensor fits this model: {names}")
     if differing:
         name = differing[0]
         there, here = list(tensors[name].shape), list(own[name].shape)
@@ -324,10 +300,7 @@ class Backbone:
 def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Backbone:
     """Return the features of a model as it is built, with the normalisation that its weights were trained with.
 
-    If that is unknown, samples are normalised by their own statistics.
-
-    Raises:
-        UserError: there is no such model, it does not fit the data, or it is not of the form head(features(x)).
+    If that is unknown, samples are normalised by their own statistics. The model must be head(features(x)).
     """
     train = data.train
     model = build_model(chosen.name, train.shape, train.num_classes, seed=seed, options=chosen.options)
@@ -338,11 +311,7 @@ def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Back
 
 
 def trained_backbone(folder: RunFolder, run: str, dataset: Dataset, data: Data, precision: str) -> Backbone:
-    """Return the features of another run's model, with that run's normalisation.
-
-    Raises:
-        UserError: no such run, no usable model, or its samples have another shape or other tokens.
-    """
+    """Return the features of another run's model, with that run's normalisation; shape and tokens must be the same."""
     from raypkg.runs.catalog import locate
 
     other = locate(folder.storage.parent.parent.root, run, having=MODEL)

@@ -157,9 +157,8 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
             hooks.append(FirstWeights(load_tensors(job.storage, FIRST), settings.from_))
         if settings.keep == "best":
             if not len(samples.held_out):
-                raise UserError(
-                    "train.keep = best is by held-out samples, and there are none: raise dataset.validation"
-                )
+                problem = "train.keep = best is by held-out samples, and there are none"
+                raise UserError(f"{problem}: raise dataset.validation")
             hooks.append(BestEpoch())
     if job.select:
         from raypkg.coresets.reselection import Reselection
@@ -214,11 +213,7 @@ def _keep(run: Run, model: nn.Module, job: Job, samples: Samples) -> dict[str, A
 
 
 def checked_results(hook: Hook, run: Run) -> Results:
-    """Return the results of a hook, which may be a user's.
-
-    Raises:
-        UserError: no Results, names that cannot be files, or facts that JSON cannot hold.
-    """
+    """Return the results of a hook, which may be a user's: refuse bad file names, and facts that JSON cannot hold."""
     left = hook.results(run)
     kind = type(hook).__name__
     if not isinstance(left, Results):
@@ -252,11 +247,9 @@ class BestEpoch(Hook):
 
     def results(self, run: Run) -> Results:
         """Return the number of the best epoch."""
-        finding = (
-            f"the model is that of epoch {self.epoch} of {run.epoch}, the best of {self.measured} on the held-out"
-            f" samples: accuracy {self.accuracy:.2%}"
-        )
-        return Results(facts={"kept_epoch": self.epoch}, findings=[finding])
+        epoch = f"the model is that of epoch {self.epoch} of {run.epoch}"
+        best = f"the best of {self.measured} on the held-out samples: accuracy {self.accuracy:.2%}"
+        return Results(facts={"kept_epoch": self.epoch}, findings=[f"{epoch}, {best}"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best epoch so far, with its weights."""
@@ -268,11 +261,7 @@ class BestEpoch(Hook):
 
 
 def synchronised(model: nn.Module, settings: Training, worker: Worker) -> nn.Module:
-    """Share batch statistics over the workers if the settings ask for it.
-
-    Raises:
-        UserError: on a CPU, where PyTorch has no such layer.
-    """
+    """Share batch statistics over the workers if the settings ask for it; PyTorch has no such layer on a CPU."""
     if not (isinstance(settings, Train) and settings.sync_bn and worker.world > 1):
         return model
     if worker.device.type == "cpu":
@@ -316,11 +305,7 @@ def save_record(storage: Storage, model: str, record: Record) -> None:
 
 
 def load_record(storage: Storage, model: str, y: Tensor) -> Record:
-    """Return the record of a model, or an empty one if it has none.
-
-    Raises:
-        UserError: the record belongs to a data set of another size.
-    """
+    """Return the record of a model, or an empty one if it has none."""
     table = storage.read_table(record_of(model))
     if table is None:
         return Record.empty(y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,8 @@ def compare_rows(
     """Check everything, then run the trials that no earlier call has finished, and show the table.
 
     ``table`` has the requested rows, cases and seeds of the table ``asked``. Settings in ``values`` win over its shared
-    ones, and these over the file ``config``. The default name is table, data set and scale.
-
-    Raises:
-        UserError: bad settings, or an existing comparison of that name with others.
+    ones, and these over the file ``config``. The default name is table, data set and scale. Bad settings are refused,
+    and so is a name that a comparison with other settings has.
     """
     check_root(root)
     check_counts({"concurrent": concurrent})
@@ -48,6 +47,7 @@ def compare_rows(
     check_comparison(table, settings)
     if name is None:
         name = f"{Path(asked).stem}-{_short_name(settings.dataset.name)}-{scale}"
+    united = asdict(table)
     order = Order(
         experiment=table.experiment,
         metric=table.metric,
@@ -56,7 +56,7 @@ def compare_rows(
         concurrent=concurrent,
         asked=asked,
         scale=scale,
-        table=table.plain(),
+        table=united,
     )
     studies = Storage(root) / FOLDER
     is_new = name not in studies.list()
@@ -73,7 +73,6 @@ def compare_rows(
         )
         # The record unites the rows, cases and seeds of all calls; those of this call win.
         earlier = stored_table(study.order.table or {})
-        united = table.plain()
         for part in ("rows", "cases", "after"):
             united[part] = {**getattr(earlier, part), **united[part]}
         united["seeds"] = [*earlier.seeds, *(seed for seed in table.seeds if seed not in earlier.seeds)]
@@ -88,11 +87,7 @@ def compare_rows(
 
 
 def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | None, asked: str, root: str) -> None:
-    """Run the trials of a comparison that are not done, perhaps with another cluster or tracker.
-
-    Raises:
-        UserError: no such comparison of this table, or a change that would alter its results.
-    """
+    """Run the trials of a comparison that are not done, perhaps with another cluster or tracker."""
     if fixed := next((setting for setting in values if setting.partition(".")[0] not in APART), None):
         raise UserError(
             f"--resume {name} keeps the settings: {fixed} cannot change, only cluster.*, track.* and --concurrent"
@@ -113,11 +108,7 @@ def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | No
 
 
 def base_settings(table: Table, config: Path | None, values: Mapping[str, Any]) -> Experiment:
-    """Return the settings that all rows share.
-
-    Raises:
-        UserError: unknown settings, wrong values, or one in which rows or cases differ.
-    """
+    """Return the settings that all rows share; refuse a given one in which rows or cases differ."""
     schema = training_settings_of(experiment[table.experiment])
     parts = (*table.cases.values(), *table.rows.values(), {"seed": None})
     varied = {name.removesuffix(".name") for part in parts for name in part}  # model and model.name are the same

@@ -32,13 +32,10 @@ Trials = Sequence[tuple[int, Values]]  # numbers and settings
 
 
 class Driver:
-    """Runs the trials of a study that are left, in a folder that the caller has locked.
+    """Runs the trials of a study that are left, in a folder that the caller has locked; refuses those that cannot fit.
 
     A searcher draws from ``domains``, those of a sweep's space. A comparison has none, but a table with the rows, cases
     and seeds of this call.
-
-    Raises:
-        UserError: a trial does not fit the cluster.
     """
 
     def __init__(
@@ -64,8 +61,16 @@ class Driver:
                 if number is not None:
                     place = f"{row}; {case}" if len(table.cases) > 1 else row
                     self.titles.setdefault(number, f"{place}; seed {seed}")
-        on_ray = not table or settings.cluster.workers != 0
-        self.size = _size_of_trials(settings, study.order.concurrent) if on_ray and self.left() else None
+        self.size: TrialSize | None = None  # None: the trials run in this process, one after another
+        if (not table or settings.cluster.workers != 0) and self.left():
+            import torch
+
+            from raypkg.cluster.capacity import trial_size
+            from raypkg.cluster.session import connect
+
+            processes = (settings.cluster.workers or 1) + settings.actors
+            connect(settings.cluster, dashboard=processes > 1 or torch.cuda.is_available())
+            self.size = trial_size(settings.cluster, settings.actors, study.order.concurrent)
 
     def waiting(self) -> Trials:
         """Return the trials of this call that are to be run and whose settings are known."""
@@ -194,19 +199,5 @@ def donors_first(trials: Trials, stages: Sequence[Stage]) -> Trials:
 def check_root(root: str) -> None:
     """Refuse credentials in the root of all runs."""
     if redacted(root) != root:
-        raise UserError(
-            "--root has credentials in it, which Ray Tune would keep in its own files: leave them to the environment,"
-            " such as AWS_ACCESS_KEY_ID"
-        )
-
-
-def _size_of_trials(settings: Experiment, concurrent: int | None) -> TrialSize:
-    """Join or start the cluster, and choose the workers of a trial and the number of trials at once."""
-    import torch
-
-    from raypkg.cluster.capacity import trial_size
-    from raypkg.cluster.session import connect
-
-    processes = (settings.cluster.workers or 1) + settings.actors
-    connect(settings.cluster, dashboard=processes > 1 or torch.cuda.is_available())
-    return trial_size(settings.cluster, settings.actors, concurrent)
+        advice = "leave them to the environment, such as AWS_ACCESS_KEY_ID"
+        raise UserError(f"--root has credentials in it, which Ray Tune would keep in its own files: {advice}")

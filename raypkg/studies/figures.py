@@ -25,12 +25,9 @@ Row = Mapping[str, Any]  # number, run, state, figures and settings of a trial
 class Metric(NamedTuple):
     """A figure by which trials are compared."""
 
-    # max or min
-    mode: str
-    # Measured at epochs, not only at the end of a run.
-    each_epoch: bool
-    # Measured on held-out samples.
-    held_out: bool = False
+    mode: str  # max or min
+    each_epoch: bool  # measured at epochs, not only at the end of a run
+    held_out: bool = False  # measured on held-out samples
 
 
 METRICS = {
@@ -46,19 +43,13 @@ METRICS = {
 
 
 class TrialRun:
-    """The run folder of a trial, read once; the run may not exist yet.
-
-    Attributes:
-        rows: metrics of the main training.
-        epochs: epochs of the main training so far.
-        summary: the manifest of a finished run, or None.
-    """
+    """The run folder of a trial, read once; the run may not exist yet."""
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
-        self.rows = [row for row in folder.rows if row.get("main")]
-        self.epochs: int = max((row["epoch"] for row in self.rows), default=0)
-        self.summary = folder.summary
+        self.rows = [row for row in folder.rows if row.get("main")]  # metrics of the main training
+        self.epochs: int = max((row["epoch"] for row in self.rows), default=0)  # of it, so far
+        self.summary = folder.summary  # the manifest of a finished run, or None
         # Until there is a manifest with the whole bill, the records of finished phases hold the cost of what came
         # before the main training.
         self._backward_before = 0
@@ -114,13 +105,20 @@ def bill(summary: Mapping[str, Any], phase: str | None = None) -> dict[str, floa
 def column_figure(name: str, run: TrialRun, baseline: TrialRun | None) -> float | None:
     """Return the figure that a column of a table names, or None if the finished run has none of that name.
 
-    It is an entry of ``MEASURES``, which may compare with the baseline of the same case and seed; the cost of a phase,
-    such as ``pretrain.total_seconds``; or a figure of the manifest or of the function that followed the run.
+    ``spearman`` and ``overlap`` compare scores and picks with the baseline of the same case and seed. Others are the
+    cost of a phase, such as ``pretrain.total_seconds``, and figures of the manifest or of the function that followed.
     """
     summary = run.summary or {}
-    if name in MEASURES:
-        return MEASURES[name](run, baseline)
     phase, dot, key = name.partition(".")
+    if name == "spearman":
+        return None if baseline is None else rank_correlation(run.folder, baseline.folder)
+    if name == "overlap":
+        return None if baseline is None else _overlap(run, baseline)
+    if name == "noise_auc":
+        return _noise_auc(run)
+    if name == "critical_path":  # pre-training's samples backward, with a worker for every model
+        samples = summary.get("pretrain_critical_samples")
+        return bill(summary, "pretrain")["backward"] if samples is None else samples
     if dot and any(part["phase"].partition(": ")[0] == phase for part in summary["phases"]):
         value = bill(summary, phase).get(key)
     else:
@@ -130,15 +128,8 @@ def column_figure(name: str, run: TrialRun, baseline: TrialRun | None) -> float 
     return float(value)
 
 
-def _spearman(run: TrialRun, baseline: TrialRun | None) -> float | None:
-    """Return Spearman's rank correlation with the baseline's scores."""
-    return None if baseline is None else rank_correlation(run.folder, baseline.folder)
-
-
-def _overlap(run: TrialRun, baseline: TrialRun | None) -> float | None:
+def _overlap(run: TrialRun, baseline: TrialRun) -> float | None:
     """Return the share of the picks that are also the baseline's."""
-    if baseline is None:
-        return None
     try:
         picked = picks_of(run.folder)
         others = picks_of(baseline.folder)
@@ -147,7 +138,7 @@ def _overlap(run: TrialRun, baseline: TrialRun | None) -> float | None:
     return len(np.intersect1d(picked, others)) / len(picked)
 
 
-def _noise_auc(run: TrialRun, _: TrialRun | None) -> float | None:
+def _noise_auc(run: TrialRun) -> float | None:
     """Return the area under the ROC curve of the scores as detectors of wrong labels."""
     from raypkg.experiments.samples import open_samples
 
@@ -177,21 +168,6 @@ def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float | None:
     return float(pairs_won / (positive.sum() * len(negative_scores)))
 
 
-def _critical_path(run: TrialRun, _: TrialRun | None) -> float | None:
-    """Return pre-training's samples backward on the critical path, with a worker for every model."""
-    summary = run.summary or {}
-    samples = summary.get("pretrain_critical_samples")
-    return bill(summary, "pretrain")["backward"] if samples is None else samples
-
-
-MEASURES = {
-    "spearman": _spearman,
-    "overlap": _overlap,
-    "noise_auc": _noise_auc,
-    "critical_path": _critical_path,
-}
-
-
 # Over seeds
 
 
@@ -199,8 +175,7 @@ class Estimate(NamedTuple):
     """A mean over seeds."""
 
     mean: float
-    # Standard deviation with n − 1; NaN for one seed.
-    std: float
+    std: float  # standard deviation with n − 1; NaN for one seed
     seeds: int
 
 
@@ -208,8 +183,7 @@ class Difference(NamedTuple):
     """A mean of differences from the baseline of the same seeds."""
 
     mean: float
-    # Half the width of the 95 % interval, t · s / √n; NaN for one seed.
-    half: float
+    half: float  # half the width of the 95 % interval, t · s / √n; NaN for one seed
     seeds: int
 
     @property

@@ -32,11 +32,9 @@ CURVE = "accuracy"  # the metric of the learning curves
 class GoalCost:
     """The cost of reaching a goal."""
 
-    # Samples back-propagated until then, over the seeds that reached it.
-    backward: Estimate | None
-    # Number of seeds that reached it, and of those that measured the metric.
-    seeds: int
-    of: int
+    backward: Estimate | None  # samples back-propagated until then, over the seeds that reached it
+    seeds: int  # that reached it
+    of: int  # seeds that measured the metric
 
 
 @dataclass(frozen=True)
@@ -44,23 +42,15 @@ class Line:
     """A row of a table in one case."""
 
     row: str
-    # Done seeds, and the number of requested ones.
-    seeds: Sequence[int]
-    of: int
-    # The metric.
-    value: Estimate | None
-    # From the baseline; None for the baseline itself.
-    difference: Difference | None
-    # By the names in COSTS.
-    costs: Mapping[str, Estimate]
-    # By metric and value.
-    goals: Mapping[tuple[str, float], GoalCost]
-    # By heading.
-    columns: Mapping[str, Estimate | None]
-    # Samples back-propagated and mean held-out accuracy, epoch by epoch.
-    curve: Sequence[tuple[float, float]]
-    # On the Pareto front of metric against work.
-    on_front: bool = False
+    seeds: Sequence[int]  # done ones
+    of: int  # number of requested seeds
+    value: Estimate | None  # of the metric
+    difference: Difference | None  # from the baseline; None for the baseline itself
+    costs: Mapping[str, Estimate]  # by the names in COSTS
+    goals: Mapping[tuple[str, float], GoalCost]  # by metric and value
+    columns: Mapping[str, Estimate | None]  # by heading
+    curve: Sequence[tuple[float, float]]  # samples back-propagated and mean held-out accuracy, epoch by epoch
+    on_front: bool = False  # the Pareto front of metric against work
 
 
 @dataclass(frozen=True)

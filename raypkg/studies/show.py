@@ -51,15 +51,11 @@ class Report(NamedTuple):
     """The content of a study's page."""
 
     title: str
-    # Above the sections.
-    opening: Sequence[str]
+    opening: Sequence[str]  # lines above the sections
     sections: Sequence[Section]
-    # Below the sections.
-    findings: Sequence[str]
-    # A row of results for each trial.
-    results: Sequence[Row]
-    # The row of the best trial of a sweep.
-    best: Row | None = None
+    findings: Sequence[str]  # lines below the sections
+    results: Sequence[Row]  # one for each trial
+    best: Row | None = None  # of the best trial of a sweep
 
 
 def report_of(study: Study, table: Table | None = None, *, final: bool = False) -> Report:

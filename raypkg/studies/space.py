@@ -38,13 +38,10 @@ E = TypeVar("E", bound=Experiment)
 class Space:
     """Domains to draw settings from, and the metric to optimise."""
 
-    # Content of the file.
-    text: str
-    # Ray Tune's domains, or plain values, by dotted names of settings.
-    domains: dict[str, Any]
+    text: str  # content of the file
+    domains: dict[str, Any]  # Ray Tune's domains, or plain values, by dotted names of settings
     metric: str
-    # max or min
-    mode: str
+    mode: str  # max or min
 
 
 def space_of(experiment: str) -> Space:
@@ -53,20 +50,12 @@ def space_of(experiment: str) -> Space:
 
 
 def open_space(name: str) -> Space:
-    """Read a space by its name in ``tune_spaces`` or its path; a file of the working folder wins.
-
-    Raises:
-        UserError: unknown name, or a file that defines no valid space.
-    """
+    """Read a space by its name in ``tune_spaces`` or its path; a file of the working folder wins."""
     return read_space(*read_code("space", name, SPACES))
 
 
 def read_space(text: str, origin: str) -> Space:
-    """Run a space's file.
-
-    Raises:
-        UserError: it raises, lacks ``space()``, ``METRIC`` or ``MODE``, or nothing can be drawn from it.
-    """
+    """Run a space's file; refuse one that raises, that lacks a name, or from which nothing can be drawn."""
     prepare()  # before a space, or the next line, imports Ray Tune
     from raypkg.cluster.search import candidates, draw_settings
 
@@ -135,10 +124,8 @@ def order_of(experiment: str, asked: Mapping[str, Any], space: Space) -> Order:
         if chosen[option] not in allowed:
             raise unknown(option, chosen[option], allowed)
     if scheduler != TO_THE_END and not METRICS[metric].each_epoch:
-        raise UserError(
-            f"metric {metric} is known only at the end of a trial, so --scheduler {scheduler} could not act on it:"
-            f" give --scheduler {TO_THE_END}, or --metric accuracy"
-        )
+        problem = f"metric {metric} is known only at the end of a trial, so --scheduler {scheduler} could not act on it"
+        raise UserError(f"{problem}: give --scheduler {TO_THE_END}, or --metric accuracy")
     check_counts(asked)
     if chosen["search"] == "grid" and "samples" in asked:
         raise UserError(f"--samples {asked['samples']}: a grid has as many trials as combinations")
@@ -166,11 +153,7 @@ def base_of(schema: type[Settings], config: Path | None) -> dict[str, Any]:
 
 
 def trials_of(order: Order, space: Space, settings: Experiment) -> list[Values]:
-    """Draw distinct settings of the trials that are known beforehand; a small space may have fewer.
-
-    Raises:
-        UserError: a grid over a range, or a searcher that is not installed.
-    """
+    """Draw distinct settings of the trials that are known beforehand; a small space may have fewer."""
     from raypkg.cluster.search import draw_settings, grid, optuna
 
     if order.search == "grid":

@@ -48,21 +48,16 @@ class Order(BaseModel):
     experiment: str
     metric: str
     mode: str
-    # Trials in all; a comparison has those of its record.
-    samples: int
+    samples: int  # trials in all; a comparison has those of its record
     space: str | None = None
     scheduler: str = TO_THE_END
     search: str | None = None
-    # Trials at once; None = as many as fit.
-    concurrent: int | None = None
-    # Seconds.
-    time_budget: float | None = None
-    # Names of the settings that trials draw from the space.
-    varied: list[str] = []
-    # Of a comparison: the table's name or path, the scale, and the rows, cases and seeds requested so far.
-    asked: str | None = None
-    scale: str | None = None
-    table: dict[str, Any] | None = None
+    concurrent: int | None = None  # trials at once; None = as many as fit
+    time_budget: float | None = None  # seconds
+    varied: list[str] = []  # names of the settings that trials draw from the space
+    asked: str | None = None  # name or path of a comparison's table
+    scale: str | None = None  # of the table
+    table: dict[str, Any] | None = None  # with the rows, cases and seeds requested so far
 
 
 class Trial(BaseModel):
@@ -70,13 +65,10 @@ class Trial(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    # None until a searcher has proposed them.
-    settings: Values | None
-    # The state in which it last ended.
-    ended: str | None = None
+    settings: Values | None  # None until a searcher has proposed them
+    ended: str | None = None  # the state in which it last ended
     error: str | None = None
-    # The function that follows the run.
-    after: str | None = None
+    after: str | None = None  # the function that follows the run
 
     @field_validator("after")
     @classmethod
@@ -92,21 +84,15 @@ class Record(BaseModel):
 
 
 class Study:
-    """The folder of a study; only the process that runs the study writes to it.
-
-    Raises:
-        UserError: the record is missing or damaged.
-    """
+    """The folder of a study; only the process that runs the study writes to it. A damaged record is refused."""
 
     def __init__(self, storage: Storage):
         self.storage = storage
         try:
             record = Record.model_validate(storage.read_json(RECORD) or {})
         except ValidationError:
-            raise UserError(
-                f"{storage.root} holds no whole sweep: its {RECORD} is missing or damaged, so delete the folder and"
-                " start the sweep again"
-            ) from None
+            problem = f"{storage.root} holds no whole sweep: its {RECORD} is missing or damaged"
+            raise UserError(f"{problem}, so delete the folder and start the sweep again") from None
         self.name = storage.name
         self.experiment = record.order.experiment
         self.root = storage.parent.parent.root  # of all runs
@@ -247,23 +233,20 @@ def create_study(
 ) -> Study:
     """Make a new study's folder, with the shared settings, a space's text and the trials known beforehand.
 
-    Raises:
-        UserError: invalid name, or one that a study or a run of the experiment has.
+    A name that a study or a run of the experiment has is refused.
     """
     check_name(name)
     studies = Storage(root) / FOLDER
     runs = Storage(root) / order.experiment
     storage = studies / name
     if not storage.claim():
-        raise UserError(
-            f"sweep {name!r} exists in {studies.root}: give another --name, or continue with --resume {name}"
-        )
+        advice = f"give another --name, or continue with --resume {name}"
+        raise UserError(f"sweep {name!r} exists in {studies.root}: {advice}")
     try:
         same_names = re.compile(rf"{re.escape(name)}(-\d+)?")
         if taken := next((run for run in runs.list() if same_names.fullmatch(run)), None):
-            raise UserError(
-                f"run {taken!r} exists in {runs.root}, as the sweep or a trial would be called: give another --name"
-            )
+            place = f"run {taken!r} exists in {runs.root}"
+            raise UserError(f"{place}, as the sweep or a trial would be called: give another --name")
         write_settings(storage, settings)
         if space is not None:
             storage.write(SPACE, space.encode())
@@ -351,8 +334,7 @@ def folded(root: str, lines: Sequence[Listed]) -> list[Listed]:
 def with_studies(chosen: Sequence[Storage], trials: bool) -> tuple[list[Storage], list[Storage]]:
     """Return the folders to delete for chosen runs and studies, and the folders to lock while deleting.
 
-    Raises:
-        UserError: a trial is chosen, and ``trials``, which deletes the trials of chosen studies too, is not set.
+    Only with ``trials`` may a trial be chosen, and are the trials of chosen studies deleted too.
     """
     folders: dict[str, Storage] = {}  # by path: each once
     around: dict[str, Storage] = {}
@@ -373,9 +355,7 @@ def with_studies(chosen: Sequence[Storage], trials: bool) -> tuple[list[Storage]
                     folders[run.root] = run
         elif of := study_around(storage):
             if not trials:
-                raise UserError(
-                    f"{storage.name} is a trial of sweep {of.name!r}, which would run it again: --trials deletes it"
-                    f" all the same, and `effray rm {of.name} --trials` the whole sweep"
-                )
+                advice = f"--trials deletes it all the same, and `effray rm {of.name} --trials` the whole sweep"
+                raise UserError(f"{storage.name} is a trial of sweep {of.name!r}, which would run it again: {advice}")
             around[of.storage.root] = of.storage
     return [*folders.values()], [*(folders | around).values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -39,11 +39,7 @@ def shipped_files(folder: str) -> dict[str, Path]:
 
 
 def read_code(kind: str, name: str, folder: str) -> tuple[str, str]:
-    """Return text and path of a table's or space's file, by a path that ends in .py or the name of a shipped file.
-
-    Raises:
-        UserError: unknown name, or a file that cannot be read.
-    """
+    """Return text and path of a table's or space's file, by a path that ends in .py or the name of a shipped file."""
     file = Path(name)
     if not name.endswith(SUFFIX):
         files = shipped_files(folder)
@@ -61,10 +57,7 @@ def read_code(kind: str, name: str, folder: str) -> tuple[str, str]:
 def run_code(kind: str, text: str, origin: str, needed: Mapping[str, str], *arguments: Any) -> tuple[Any, ...]:
     """Run a user's file, and return the needed names that it defines, the first called with the arguments.
 
-    ``needed`` maps the names to how errors show them.
-
-    Raises:
-        UserError: the code raises, or a name is missing.
+    ``needed`` maps the names to how errors show them. Code that raises is refused, and so is a missing name.
     """
     content: dict[str, Any] = {"__name__": kind, "__file__": origin}
     try:
@@ -90,27 +83,18 @@ class Table:
     compared with the baseline of the same case and seed.
     """
 
-    # One line.
-    title: str
-    # Name of the experiment that runs the trials.
-    experiment: str
-    # Label of the row that the others are compared with.
-    baseline: str
-    # Settings by label.
-    rows: Mapping[str, Values]
-    # Settings by label.
-    cases: Mapping[str, Values] = field(default_factory=lambda: {REST: {}})
-    # Settings of all rows, which options on the command line override.
-    shared: Values = field(default_factory=dict)
+    title: str  # one line
+    experiment: str  # name of the experiment that runs the trials
+    baseline: str  # label of the row that the others are compared with
+    rows: Mapping[str, Values]  # settings by label
+    cases: Mapping[str, Values] = field(default_factory=lambda: {REST: {}})  # settings by label
+    shared: Values = field(default_factory=dict)  # settings of all rows, which options on the command line override
     seeds: Sequence[int] = (0, 1, 2)
-    # The compared figure, known at the end of a run.
-    metric: str = "test_accuracy"
+    metric: str = "test_accuracy"  # the compared figure, known at the end of a run
     # Values of metrics that every epoch has, such as {"accuracy": [0.9]}: the table reports the cost of reaching them.
     goals: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    # Further figures by heading; see `figures.column_figure`.
-    columns: Mapping[str, str] = field(default_factory=dict)
-    # Published figures: heading → row → the figure as printed.
-    paper: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)  # further figures by heading; see `figures.column_figure`
+    paper: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # published: heading → row → figure as printed
     # Row → package.module:function, called with the finished run; its result, figures by name, is stored.
     after: Mapping[str, str] = field(default_factory=dict)
 
@@ -132,10 +116,6 @@ class Table:
     def all_goals(self) -> list[tuple[str, float]]:
         """Return every goal as metric and value."""
         return [(metric, float(value)) for metric, values in self.goals.items() for value in values]
-
-    def plain(self) -> dict[str, Any]:
-        """Return the table as a study's record keeps it."""
-        return asdict(self)
 
     def check(self, origin: str) -> None:
         """Refuse a table that contradicts itself; settings are checked with those of the user."""
@@ -184,27 +164,17 @@ def identity(values: Values, after: str | None) -> str:
 
 
 def open_table(name: str, scale: str = SCALES[0]) -> Table:
-    """Read a table by its name in ``tune_spaces/tables`` or its path, at the small scale or that of the paper.
-
-    Raises:
-        UserError: unknown name or scale, or a file that defines no valid table.
-    """
+    """Read a table by its name in ``tune_spaces/tables`` or its path, at the small scale or that of the paper."""
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     return read_table(*read_code("table", name, TABLES), scale)
 
 
 def read_table(text: str, origin: str, scale: str) -> Table:
-    """Run a table's file.
-
-    Raises:
-        UserError: it raises, has no function ``table`` that returns a ``Table``, or the table contradicts itself.
-    """
+    """Run a table's file, whose function ``table`` returns a ``Table``; refuse one that contradicts itself."""
     (table,) = run_code("table", text, origin, {"table": "function table(scale)"}, scale)
     if not isinstance(table, Table):
-        raise UserError(
-            f"table {origin!r}: table({scale!r}) returned {shown(table)}, not a raypkg.studies.tables.Table"
-        )
+        raise UserError(f"table {origin!r}: table({scale!r}) returned {shown(table)}, not a {__name__}.Table")
     table.check(f"table {origin!r}")
     return table
 
@@ -214,10 +184,7 @@ def narrowed(
 ) -> Table:
     """Return a table with some of its rows, always the baseline among them, some cases and other seeds.
 
-    Rows and cases are labels or patterns such as ``crest*``; None = all.
-
-    Raises:
-        UserError: no label matches.
+    Rows and cases are labels or patterns such as ``crest*``, each of which must match a label; None = all.
     """
     chosen = _matching("row", rows, table.rows) | {table.baseline}
     allowed = _matching("case", cases, table.cases)

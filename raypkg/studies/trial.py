@@ -102,11 +102,7 @@ def _train(study: Study, run: RunFolder, values: Values, report: Report, donors:
 
 
 def imported_function(name: str) -> Callable[..., Any]:
-    """Import the function ``package.module:function``.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Import the function ``package.module:function``."""
     module, colon, function = name.partition(":")
     try:
         found = getattr(import_module(module), function) if colon else None

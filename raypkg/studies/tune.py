@@ -45,9 +45,6 @@ def start_sweep(
     """Check everything, then run a new sweep; a mistake leaves no folder behind and starts no Ray.
 
     Settings in ``values`` win over those in the file ``config``. The default name is experiment and time.
-
-    Raises:
-        UserError: bad settings, a bad space, or a request that cannot be carried out.
     """
     check_root(root)
     schema = training_settings_of(entry)
@@ -92,16 +89,13 @@ def _checked_trials(order: Order, settings: Experiment, space: Space) -> list[Va
 def resume_sweep(entry: Entry, asked: Asked, name: str, values: Mapping[str, Any], root: str) -> None:
     """Run the trials of a sweep that are not done, perhaps with other ``CHANGEABLE`` options, cluster or tracker.
 
-    Raises:
-        UserError: no such sweep of this experiment, or a change that would alter its results.
+    A change that would alter its results is refused.
     """
     fixed = [f"--{option.replace('_', '-')}" for option in asked if option not in CHANGEABLE]
     fixed += [setting for setting in values if setting.partition(".")[0] not in APART]
     if fixed:
-        raise UserError(
-            f"--resume {name} keeps what was asked for: {fixed[0]} cannot change, only --concurrent, --time-budget,"
-            " cluster.* and track.*"
-        )
+        others = "only --concurrent, --time-budget, cluster.* and track.*"
+        raise UserError(f"--resume {name} keeps what was asked for: {fixed[0]} cannot change, {others}")
     check_counts(asked)
     check_root(root)
     study = find_study(root, name)
