@@ -6,9 +6,8 @@ import click
 
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, export_format
-from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
+from .options import PLACE, TRUST, ExampleHelp
 from .runs import list_runs, remove_runs
 from .studies import compare_tables, report_page, tune
 
@@ -61,9 +60,8 @@ for command in (list_runs, remove_runs, tune, compare_tables, report_page):
     effray.add_command(command)
 
 
-@effray.command(cls=ExampleHelp)
+@effray.command(cls=ExampleHelp, params=[PLACE])
 @click.argument("run")
-@click.option("--root", default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
 @click.option("--against", metavar="RUN", help="another run whose scores and coreset to compare with")
 def show(run: str, root: str, against: str | None) -> None:
     """Show a finished run: costs, results and the place of its plots; or the trials of a sweep.
@@ -102,9 +100,8 @@ def show(run: str, root: str, against: str | None) -> None:
         terminal().print(comparison)
 
 
-@effray.command(cls=ExampleHelp, params=[TRUST])
+@effray.command(cls=ExampleHelp, params=[TRUST, PLACE])
 @click.argument("run")
-@click.option("--root", default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
 @click.option(
     "--format", "form", type=click.Choice(export_format.names), default="csr", show_default=True, help="how to write it"
 )

@@ -11,9 +11,8 @@ import click
 
 from raypkg.core.errors import UserError
 from raypkg.methods.deltagrad.settings import ReplaySettings, RequestSettings
-from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
+from .options import PLACE, TRUST, ExampleHelp
 from .setting_options import SettingsCommand, metavar, overrides, setting_options
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # requests of an entry in the log's table
 RUN = click.Argument(["run"])
-PLACE = click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
 REPLAY = [  # defaults are the run's settings, so none is shown
     click.Option(
         [f"--{name.replace('_', '-')}", f"--replay.{name}", f"replay__{name}"],

@@ -13,7 +13,7 @@ from raypkg.core.errors import UserError, redacted
 from raypkg.core.memory import readable
 from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Training
-from raypkg.experiments import open_run
+from raypkg.experiments import open_run, settings_of
 from raypkg.experiments.embed import EmbedSettings, planned
 from raypkg.experiments.phases import stages_of, step_memory
 from raypkg.experiments.resolve import resolve, selection_of
@@ -30,18 +30,12 @@ ALWAYS = ("config.toml", "environment.json", "metrics.parquet", "phases/", "plot
 
 
 def dry_run(
-    entry: Entry,
-    schema: type[RunSettings],
-    config: Path | None,
-    values: Mapping[str, Any],
-    name: str | None,
-    root: str,
-    resume: str | None,
+    entry: Entry, config: Path | None, values: Mapping[str, Any], name: str | None, root: str, resume: str | None
 ) -> None:
     """Print the settings and the plan of a new run; refuse whatever it would refuse before its first phase."""
     if resume is not None:
         raise UserError(f"--dry-run is of a new run: what run {resume} is to do, `effray show {resume}` tells")
-    settings = resolve(schema, config, values)
+    settings = resolve(settings_of(entry), config, values)
     check_new(root, entry.name, name, settings)
     _, samples = open_run(settings)
     stages = stages_of(entry.name, settings)
@@ -131,14 +125,8 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
 
     batch = min(training.at_once, stages[-1].size(n))
     needed = step_memory(model, samples.data.train, batch, training)
-    parts = [
-        f"parameters {readable(needed.weights)}",
-        f"gradients {readable(needed.gradients)}",
-        f"optimiser {readable(needed.state)}",
-    ]
-    if needed.activations is not None:
-        parts.append(f"activations of a batch {readable(needed.activations)}")
-    yield f"memory of training: {readable(needed.total)} = {' + '.join(parts)}"
+    terms = " + ".join(f"{name} {readable(size)}" for name, size in needed.items())
+    yield f"memory of training: {readable(sum(needed.values()))} = {terms}"
 
 
 def _workers(cluster: Cluster) -> str:

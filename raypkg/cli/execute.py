@@ -18,11 +18,9 @@ from raypkg.runs.report import Stage
 from raypkg.runs.show import show_run, show_unfinished, terminal
 
 
-def execute(
-    entry: Entry, schema: type[RunSettings], config: Path | None, values: Mapping[str, Any], name: str | None, root: str
-) -> None:
+def execute(entry: Entry, config: Path | None, values: Mapping[str, Any], name: str | None, root: str) -> None:
     """Run an experiment in a new run folder; a mistake found before any result leaves no folder behind."""
-    settings = resolve(schema, config, values)
+    settings = resolve(settings_of(entry), config, values)
     check_new(root, entry.name, name, settings)
     settings, samples = open_run(settings)
     folder = create(root, entry.name, name, settings)
@@ -35,9 +33,7 @@ def execute(
             raise
 
 
-def resume_run(
-    entry: Entry, schema: type[RunSettings], name: str, values: Mapping[str, Any], root: str, refused: Mapping[str, Any]
-) -> None:
+def resume_run(entry: Entry, name: str, values: Mapping[str, Any], root: str, refused: Mapping[str, Any]) -> None:
     """Resume an interrupted run, or show a finished one; refuse settings that would change the result."""
     from raypkg.runs.catalog import find
 
@@ -46,7 +42,7 @@ def resume_run(
     if changed:
         raise UserError(f"--resume {name} keeps the settings: {changed[0]} cannot change, only cluster.* and track.*")
     folder = find(root, entry.name, name)
-    settings = load_stored(schema, stored_settings(folder), values)
+    settings = load_stored(settings_of(entry), stored_settings(folder), values)
     if folder.summary:
         folder.check_all()
         show_run(folder, terminal())

@@ -7,8 +7,12 @@ import click
 from raypkg.core.errors import UserError, redacted
 from raypkg.runs import ROOT
 
-SHOWN_ROOT: bool | str = True if redacted(ROOT) == ROOT else redacted(ROOT)  # the default, without a secret in it
-ROOT_HELP = "folder or URI of all runs; EFFRAY_RUNS sets it too"
+PLACE = click.Option(
+    ["--root"],
+    default=ROOT,
+    show_default=True if redacted(ROOT) == ROOT else redacted(ROOT),  # without a secret in it
+    help="folder or URI of all runs; EFFRAY_RUNS sets it too",
+)
 
 
 def trusting(context: click.Context, parameter: click.Parameter, value: bool) -> None:

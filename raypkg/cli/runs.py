@@ -6,11 +6,8 @@ import click
 
 from raypkg.core.errors import UserError, redacted, unknown
 from raypkg.experiments import experiment
-from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, SHOWN_ROOT, ExampleHelp
-
-PLACE = click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
+from .options import PLACE, ExampleHelp
 
 
 @click.command("list", cls=ExampleHelp, params=[PLACE])

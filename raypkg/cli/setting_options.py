@@ -15,9 +15,8 @@ from raypkg.core.errors import UserError, shown
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART
 from raypkg.experiments import settings_of
-from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
+from .options import PLACE, TRUST, ExampleHelp
 
 
 class SettingsCommand(ExampleHelp):
@@ -76,11 +75,11 @@ def experiment_command(entry: Entry) -> click.Command:
         if dry:
             from .dry_run import dry_run
 
-            dry_run(entry, schema, config, values, name, root, resume)
+            dry_run(entry, config, values, name, root, resume)
         elif resume is not None:
-            resume_run(entry, schema, resume, values, root, refused={"--config": config, "--name": name})
+            resume_run(entry, resume, values, root, refused={"--config": config, "--name": name})
         else:
-            execute(entry, schema, config, values, name, root)
+            execute(entry, config, values, name, root)
 
     command = SettingsCommand(
         entry.name,
@@ -92,7 +91,7 @@ def experiment_command(entry: Entry) -> click.Command:
             click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
             click.Option(["--name"], help="name of the run (default: generated from data, model and time)"),
             click.Option(["--resume"], metavar="NAME", help="resume an interrupted run"),
-            click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP),
+            PLACE,
             click.Option(["--dry-run", "dry"], is_flag=True, help="print the settings and the plan, and start nothing"),
             TRUST,
             *setting_options(schema),

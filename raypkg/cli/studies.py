@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ import click
 
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, settings_of
-from raypkg.runs import ROOT
 
-from .options import ROOT_HELP, SHOWN_ROOT, TRUST, ExampleHelp
+from .options import PLACE, TRUST, ExampleHelp
 
 TUNE_OPTIONS = ("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget")
 COMPARE_OPTIONS = ("rows", "cases", "seeds", "scale", "goal")
@@ -41,42 +40,22 @@ Example:
 
 
 class Catalogue(ExampleHelp, click.Group):
-    """Commands that are made on request, one for each name of a catalogue.
-
-    Its ``kind`` is for errors; ``paths`` also allows paths of Python files.
-    """
+    """Commands that are made on request, one for each name of a catalogue; ``make`` refuses other names."""
 
     def __init__(
-        self,
-        *arguments: Any,
-        kind: str,
-        names: Callable[[], Iterable[str]],
-        make: Callable[[str], click.Command],
-        paths: bool = False,
-        **options: Any,
+        self, *arguments: Any, names: Callable[[], list[str]], make: Callable[[str], click.Command], **options: Any
     ):
         super().__init__(*arguments, **options)
-        self.kind = kind
         self.names = names
         self.make = make
-        self.paths = paths
 
     def list_commands(self, context: click.Context) -> list[str]:
         """Return the names."""
-        return list(self.names())
+        return self.names()
 
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+    def get_command(self, context: click.Context, name: str) -> click.Command:
         """Make a command."""
-        return self.make(name) if self._has(name) else None
-
-    def resolve_command(self, context: click.Context, arguments: list[str]) -> tuple[Any, Any, list[str]]:
-        """Refuse an unknown name with the nearest one."""
-        if not self._has(arguments[0]):
-            raise unknown(self.kind, arguments[0], self.names())
-        return super().resolve_command(context, arguments)
-
-    def _has(self, name: str) -> bool:
-        return name in self.names() or (self.paths and name.endswith(".py"))
+        return self.make(name)
 
 
 def _study_options(of: str, default_name: str) -> list[click.Option]:
@@ -87,7 +66,7 @@ def _study_options(of: str, default_name: str) -> list[click.Option]:
         click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
         click.Option(["--name", "study"], help=f"of the {of} (default: from {default_name})"),
         click.Option(["--resume"], metavar="NAME", help=f"resume an interrupted {of}"),
-        click.Option(["--root"], default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP),
+        PLACE,
         TRUST,
     ]
 
@@ -112,6 +91,8 @@ def _seconds_of(text: str) -> float:
 def _tune_command(name: str) -> click.Command:
     from .setting_options import SettingsCommand, overrides, setting_options
 
+    if name not in _experiments():
+        raise unknown("experiment to tune", name, _experiments())
     entry = experiment[name]
     schema = settings_of(entry)
 
@@ -151,7 +132,7 @@ def _tune_command(name: str) -> click.Command:
     )
 
 
-@click.group(cls=Catalogue, kind="experiment to tune", names=_experiments, make=_tune_command)
+@click.group(cls=Catalogue, names=_experiments, make=_tune_command)
 def tune() -> None:
     """Sweep an experiment's settings with Ray Tune: many runs, the worst stopped early, one table.
 
@@ -252,7 +233,7 @@ def _seeds(text: str | None) -> list[int] | None:
     return seeds
 
 
-@click.group("compare", cls=Catalogue, kind="table", names=_tables, make=_compare_command, paths=True)
+@click.group("compare", cls=Catalogue, names=_tables, make=_compare_command)
 def compare_tables() -> None:
     """Compare methods by a table: rows of settings, each run with several seeds, against a baseline.
 
@@ -263,9 +244,8 @@ def compare_tables() -> None:
     """
 
 
-@click.command("report", cls=ExampleHelp, params=[TRUST])
+@click.command("report", cls=ExampleHelp, params=[TRUST, PLACE])
 @click.argument("name")
-@click.option("--root", default=ROOT, show_default=SHOWN_ROOT, help=ROOT_HELP)
 def report_page(name: str, root: str) -> None:
     """Write a finished run, a sweep or a comparison as one HTML page, its pictures inside.
 

@@ -105,7 +105,21 @@ def load_settings(
         path = name.split(".")
         if len(path) > DEEPEST:
             raise UserError(f"unknown setting {name!r}: no setting has {len(path)} parts")
-        _place(values, path, value)
+        around = values
+        for key in path[:-1]:
+            # A shorthand on the way is replaced by the part that it stands for.
+            inner = around.get(key)
+            if inner is None or _is_on(inner) or _is_off(inner):
+                part = {}
+            elif isinstance(inner, str):
+                part = {"name": inner}
+            elif isinstance(inner, dict):
+                part = dict(inner)
+            else:
+                raise UserError(f"{key} = {shown(inner)} is given, so {name} cannot be")
+            around[key] = part
+            around = part
+        around[path[-1]] = value
     return validate(schema, values)
 
 
@@ -129,24 +143,6 @@ def check_switches(overrides: Mapping[str, Any]) -> None:
         inner = [other for other in overrides if other.startswith(f"{part}.") and other != name]
         if inner and _is_off(value):
             raise UserError(f"{part} = false: {inner[0]} would do nothing")
-
-
-def _place(values: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set the value of a dotted name; a shorthand on the way is replaced by the part that it stands for."""
-    *parts, last = path
-    for key in parts:
-        inner = values.get(key)
-        if inner is None or _is_on(inner) or _is_off(inner):
-            part = {}
-        elif isinstance(inner, str):
-            part = {"name": inner}
-        elif isinstance(inner, dict):
-            part = dict(inner)
-        else:
-            raise UserError(f"{key} = {shown(inner)} is given, so {'.'.join(path)} cannot be")
-        values[key] = part
-        values = part
-    values[last] = value
 
 
 def _is_on(value: Any) -> bool:

@@ -127,7 +127,6 @@ class Entry:
 class Decorated(NamedTuple):
     """A function in the source under a decorator with a name, such as ``@model("resnet20")``."""
 
-    decorator: str
     name: str
     help: str  # first line of the docstring
     module: str
@@ -169,34 +168,28 @@ class Registry:
             raise UserError(f"{self.kind} {name!r} is registered twice, in {there} and {here}")
 
     @cached_property
-    def _written(self) -> Mapping[str, Decorated]:
+    def written(self) -> Mapping[str, Decorated]:
         """The entries in the source by name; nothing is imported."""
         written: dict[str, Decorated] = {}
         for place in self.places:
-            for found in _decorated_in(place):
-                if found.decorator == self.decorator:
-                    first = written.setdefault(found.name, found)
-                    self._check_unique(found.name, first.module, found.module)
+            for found in _decorated_in(place, self.decorator):
+                first = written.setdefault(found.name, found)
+                self._check_unique(found.name, first.module, found.module)
         return written
-
-    @property
-    def modules(self) -> Mapping[str, str]:
-        """The module of every entry in the source; nothing is imported."""
-        return {name: found.module for name, found in self._written.items()}
 
     @property
     def lines(self) -> Mapping[str, str]:
         """The line of help of every entry; nothing is imported."""
         registered = {name: entry.help for name, entry in self._entries.items()}
-        return registered | {name: found.help for name, found in self._written.items()}
+        return registered | {name: found.help for name, found in self.written.items()}
 
     @property
     def names(self) -> list[str]:
         """All names, those included that other modules have registered."""
-        return sorted({*self._written, *self._entries})
+        return sorted({*self.written, *self._entries})
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries or name in self._written
+        return name in self._entries or name in self.written
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -213,7 +206,7 @@ class Registry:
         """Return an entry by name, or a user's ``package.module:function``, imported."""
         self.check(name)
         head = name.partition(":")[0]
-        if found := self._written.get(head):
+        if found := self.written.get(head):
             importlib.import_module(found.module)
         if head in self._entries:
             return self._entries[head]
@@ -259,17 +252,17 @@ def argument(name: str) -> str:
     return name.partition(":")[2]
 
 
-def _decorated_in(place: str) -> Iterator[Decorated]:
+def _decorated_in(place: str, decorator: str) -> Iterator[Decorated]:
     """Yield the top-level functions and classes of a place under a decorator with a name."""
     for module, file in _files_of(place):
         for statement in ast.parse(file.read_bytes()).body:
             if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
                 continue
-            for decorator in statement.decorator_list:
-                match decorator:
-                    case ast.Call(func=ast.Name(id=kind), args=[ast.Constant(value=str(name)), *_]):
+            for node in statement.decorator_list:
+                match node:
+                    case ast.Call(ast.Name(kind), [ast.Constant(str(name)), *_]) if kind == decorator:
                         help_text = (ast.get_docstring(statement) or "").partition("\n")[0]
-                        yield Decorated(kind, name, help_text, module)
+                        yield Decorated(name, help_text, module)
 
 
 def _files_of(place: str) -> Iterator[tuple[str, Path]]:

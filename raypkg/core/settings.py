@@ -145,9 +145,8 @@ class Train(Training):
     @model_validator(mode="after")
     def _check_sync_bn(self) -> Self:
         if self.sync_bn and self.micro_batch is not None:
-            raise UserError(
-                "train.sync_bn = true excludes train.micro_batch: workers may have unequal numbers of parts"
-            )
+            reason = "workers may have unequal numbers of parts"
+            raise UserError(f"train.sync_bn = true excludes train.micro_batch: {reason}")
         return self
 
 
@@ -270,9 +269,8 @@ class Experiment(RunSettings):
             raise UserError("train.keep = best is by held-out samples: dataset.validation = 0 holds out none")
         every = train.evaluate_every_epochs
         if not 0 < every <= self.epochs:
-            raise UserError(
-                f"train.keep = best: train.evaluate_every_epochs = {every} of {self.epochs} epochs evaluates none"
-            )
+            setting = f"train.evaluate_every_epochs = {every}"
+            raise UserError(f"train.keep = best: {setting} of {self.epochs} epochs evaluates none")
         return self
 
     def check(self, n: int, data: Any) -> None:

@@ -7,8 +7,9 @@ An experiment with more than one training declares its phases: ``@outlook(name)`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from copy import deepcopy
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from raypkg.core.config import dotted
 from raypkg.core.registry import Registry
@@ -107,22 +108,11 @@ def take_over(folder: RunFolder, stages: Sequence[Stage], donors: Donors) -> Non
         phases = []
 
 
-class StepMemory(NamedTuple):
-    """Bytes that a training step needs on a worker."""
+def step_memory(model: nn.Module, split: Split, batch: int, training: Training) -> dict[str, int]:
+    """Return the bytes that a training step needs on a worker, by their purpose, without using them.
 
-    weights: int
-    gradients: int
-    state: int  # of the optimiser
-    activations: int | None  # kept for the backward pass of a batch, and the batch itself; None = unknown
-
-    @property
-    def total(self) -> int:
-        """The sum of the known ones."""
-        return self.weights + self.gradients + self.state + (self.activations or 0)
-
-
-def step_memory(model: nn.Module, split: Split, batch: int, training: Training) -> StepMemory:
-    """Return the memory of a training step, without using it."""
+    The activations are those kept for the backward pass of a batch, and the batch itself; they may be unknown.
+    """
     import torch
 
     dtype = torch.float64 if training.precision == "float64" else torch.float32
@@ -147,16 +137,10 @@ def step_memory(model: nn.Module, split: Split, batch: int, training: Training) 
             kept[key(tensor)] = tensor.untyped_storage()
         return tensor
 
-    activations = None
-    try:
+    weights = sum(each.numel() for each in parameters) * dtype.itemsize
+    needed = {"parameters": weights, "gradients": trained, "optimiser": copies * trained}
+    with suppress(Exception):  # a user's model may look at values, which do not exist here
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             twin(x)
-        activations = sum(storage.nbytes() for storage in kept.values())
-    except Exception:  # a user's model may look at values, which do not exist here
-        pass
-    return StepMemory(
-        weights=sum(each.numel() for each in parameters) * dtype.itemsize,
-        gradients=trained,
-        state=copies * trained,
-        activations=activations,
-    )
+        needed["activations of a batch"] = sum(storage.nbytes() for storage in kept.values())
+    return needed

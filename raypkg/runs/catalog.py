@@ -45,8 +45,7 @@ def find(root: str, experiment: str, name: str) -> RunFolder:
 def locate(root: str, run: str, having: str | None = None) -> RunFolder:
     """Open a run of any experiment by its path, its name, or experiment/name.
 
-    Raises:
-        UserError: several runs, or none; the error names the nearest run that has the file ``having``.
+    The error for an unknown one names the nearest run that has the file ``having``.
     """
     runs = Storage(root)
     candidates = [Storage(run)] if run else []
@@ -159,11 +158,12 @@ def _listed(storage: Storage) -> Listed | None:
         return None
     if not MARKS & times.keys():
         return None
-    damaged = ""
+    state = DONE if SUMMARY in times else state_of(storage)
     try:
         config = read_settings(storage)
     except UserError:
-        config, damaged = {}, CONFIG
+        config = {}
+        state = f"bad {CONFIG}"
     accuracy = backward = seconds = None
     if SUMMARY in times:
         try:
@@ -171,23 +171,15 @@ def _listed(storage: Storage) -> Listed | None:
             accuracy, seconds = summary.get("test_accuracy"), float(summary["seconds"])
             backward = sum(int(phase["backward"]) for phase in summary["phases"])
         except (UserError, AttributeError, LookupError, TypeError, ValueError):
-            damaged = SUMMARY
+            state = f"bad {SUMMARY}"
     experiment = storage.parent.name
     select = config.get("select")
     inner = _rule_in(select) if isinstance(select, dict) else None
     chosen = inner or config.get("selection") or _rule_in(config) or experiment
-    return Listed(
-        experiment,
-        storage.name,
-        f"bad {damaged}" if damaged else DONE if SUMMARY in times else state_of(storage),
-        named(config, "dataset"),
-        named(config, "model"),
-        experiment if chosen == experiment else f"{experiment} {_printable(str(chosen))}",
-        accuracy,
-        backward,
-        seconds,
-        time=max(times.values()),
-    )
+    method = experiment if chosen == experiment else f"{experiment} {_printable(str(chosen))}"
+    data, model = named(config, "dataset"), named(config, "model")
+    written = max(times.values())
+    return Listed(experiment, storage.name, state, data, model, method, accuracy, backward, seconds, time=written)
 
 
 def named(config: Mapping[str, Any], part: str) -> str:
@@ -236,10 +228,7 @@ def in_columns(lines: Sequence[Listed]) -> list[str]:
 def to_delete(root: str, run: str) -> Storage:
     """Return the folder of a run or study to delete, given by name, experiment/name, path or URI.
 
-    The remains of an interrupted deletion go by the run's name.
-
-    Raises:
-        UserError: no such run, several, or a folder that is not effray's.
+    The remains of an interrupted deletion go by the run's name. A folder that effray has not made is refused.
     """
     runs = Storage(root)
     parts = run.split("/")

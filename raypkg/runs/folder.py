@@ -281,10 +281,8 @@ def check_new(root: str, experiment: str, name: str | None, settings: Settings) 
     """Refuse, before any work, a new run: its name is taken or invalid, or its settings contain credentials."""
     text = to_toml(settings)
     if redacted(text) != text:
-        raise UserError(
-            "a setting has credentials in its URI, which the run folder would keep: leave them to the environment, such"
-            " as AWS_ACCESS_KEY_ID"
-        )
+        advice = "leave them to the environment, such as AWS_ACCESS_KEY_ID"
+        raise UserError(f"a setting has credentials in its URI, which the run folder would keep: {advice}")
     if name is not None:
         check_name(name)
         runs = Storage(root) / experiment
@@ -299,12 +297,18 @@ def create(root: str, experiment: str, name: str | None, settings: Settings) -> 
     """
     check_new(root, experiment, name, settings)
     runs = Storage(root) / experiment
-    if name is None:
-        storage = _claim_free_name(runs, settings)
-    else:
-        storage = runs / name
-        if not storage.claim():
+    stem = name
+    if stem is None:  # after data, model and time
+        values = settings.model_dump()
+        chosen = [values[part]["name"] for part in ("dataset", "model") if part in values]
+        kinds = [each.partition(":")[0] for each in chosen if each]  # without a path or function
+        stem = "-".join([*kinds, time.strftime("%m%d-%H%M%S")])
+    storage, number = runs / stem, 1
+    while not storage.claim():
+        if name is not None:
             raise _taken(runs, name)
+        number += 1  # another process was faster
+        storage = runs / f"{stem}-{number}"
     try:
         storage.write_json(ENVIRONMENT, environment())
         write_settings(storage, settings)  # last: with them, the run can be resumed
@@ -322,19 +326,6 @@ def _taken(runs: Storage, name: str) -> UserError:
     return UserError(f"run {name!r} exists in {runs.root}: {advice}")
 
 
-def _claim_free_name(runs: Storage, settings: Settings) -> Storage:
-    """Create a folder named after data, model and time, with a number if another process was faster."""
-    values = settings.model_dump()
-    chosen = [values[part]["name"] for part in ("dataset", "model") if part in values]
-    kinds = [name.partition(":")[0] for name in chosen if name]  # without a path or function
-    stem = "-".join([*kinds, time.strftime("%m%d-%H%M%S")])
-    storage, number = runs / stem, 1
-    while not storage.claim():
-        number += 1
-        storage = runs / f"{stem}-{number}"
-    return storage
-
-
 def discard(storage: Storage) -> None:
     """Delete a run folder that this process created, and the folder around it if that is empty."""
     storage.delete_folder("")
@@ -350,7 +341,5 @@ def check_name(name: str) -> None:
     raypkg.core.errors.UserError: --name 'a%2F..': 1 to 100 letters, digits or . _ + = , @ [ ] -, no dot or dash at ...
     """
     if len(name) > LONGEST or not NAME.fullmatch(name) or name.endswith(PART):
-        raise UserError(
-            f"--name {name[:40]!r}: 1 to {LONGEST} letters, digits or . _ + = , @ [ ] -, no dot or dash at the start,"
-            f" no {PART} at the end"
-        )
+        ends = f"no dot or dash at the start, no {PART} at the end"
+        raise UserError(f"--name {name[:40]!r}: 1 to {LONGEST} letters, digits or . _ + = , @ [ ] -, {ends}")

@@ -16,6 +16,7 @@ from .storage import Storage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure, SubFigure
 
 Rows = Sequence[dict[str, Any]]
@@ -87,7 +88,7 @@ def costs(phases: Rows, path: str | Path) -> None:
         all_forward, all_backward = short(np.nansum(forward)), short(np.nansum(backward))
         samples.set(title=f"{all_forward} samples forward + {all_backward} backward", xlabel="samples")
         samples.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
-        samples.xaxis.set_major_formatter(lambda value, _: short(value))
+        count_axis(samples.xaxis)
 
 
 def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[str], path: str | Path) -> None:
@@ -107,7 +108,7 @@ def composition(picked: Sequence[int], total: Sequence[int], classes: Sequence[s
         title += f"; extremes of {len(share):,} classes"
     columns = np.array_split(drawn, max(1, math.ceil(len(drawn) / COLUMN)))
     with page(path) as figure:
-        figure.suptitle(title, x=0.02, ha="left")
+        headline(figure, title)
         figure.supxlabel("picked share of the class, % (at the bar: samples; dashed: all classes)", color=GREY)
         panels = figure.subplots(1, len(columns), sharex=True, squeeze=False)[0]
         for axes, members in zip(panels, columns, strict=True):
@@ -129,13 +130,9 @@ def scores(everyone: np.ndarray, picked: np.ndarray, path: str | Path) -> None:
         axes = figure.subplots()
         axes.hist(everyone, edges, color=BLUE, alpha=0.5, label=f"all {len(everyone):,} samples")
         axes.hist(picked, edges, color=VERMILLION, label=f"the {len(picked):,} picked")
-        axes.set(
-            title=f"The picks' median score exceeds that of {100 * rank:.0f} % of all samples",
-            xlabel="gradient norm",
-            ylabel="samples",
-        )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: short(value))
+        axes.set_title(f"The picks' median score exceeds that of {100 * rank:.0f} % of all samples")
+        axes.set(xlabel="gradient norm", ylabel="samples", yscale="log")
+        count_axis(axes.yaxis)
         axes.legend(loc="upper right")
 
 
@@ -183,6 +180,16 @@ def line_ends(axes: "Axes", at: float, ends: dict[str, tuple[float, str]]) -> No
     """Write the name of each line at its end (value, colour)."""
     for name, (value, colour) in ends.items():
         axes.annotate(name, (at, value), (-4, 6), ha="right", color=colour, weight="bold", **NOTE)
+
+
+def headline(figure: "Figure | SubFigure", text: str) -> None:
+    """Write the title of several panels above the first of them."""
+    figure.suptitle(text, x=0.02, ha="left")
+
+
+def count_axis(axis: "Axis") -> None:
+    """Label an axis with counts of three digits."""
+    axis.set_major_formatter(lambda value, _: short(value))
 
 
 def column(rows: Rows, key: str) -> np.ndarray:
@@ -248,23 +255,21 @@ def _trace(axes: "Axes", rows: Rows, key: str, name: str, unit: str = "", scale:
     """Draw one bold line per phase, the mean over its models, with the models as thin lines behind it."""
     ends: list[tuple[float, float, str, str]] = []  # value and epoch of a line's last point, label, colour
     for phase in dict.fromkeys(row["phase"] for row in rows):
-        points = [
-            [row.get("model") or 0, row["epoch"], row.get(key), row.get("main") or 0]
-            for row in rows
-            if row["phase"] == phase
-        ]
-        table = np.array(points, dtype=float)  # [n, 4], None becomes NaN
-        colour = VERMILLION if table[:, 3].any() else BLUE
-        table = table[np.isfinite(table[:, 2])]
-        if not len(table):
+        of_phase = [row for row in rows if row["phase"] == phase]
+        colour = VERMILLION if any(row.get("main") for row in of_phase) else BLUE
+        epoch, value = column(of_phase, "epoch"), scale * column(of_phase, key)
+        model = np.nan_to_num(column(of_phase, "model"))  # a phase of one model has no number
+        order = np.argsort(epoch, kind="stable")
+        order = order[np.isfinite(value[order])]
+        if not len(order):
             continue
-        model, epoch, value, _ = table[np.argsort(table[:, 1], kind="stable")].T
+        epoch, value, model = epoch[order], value[order], model[order]
         models = np.unique(model)
         for one in models:
             own = model == one
-            axes.plot(epoch[own], scale * value[own], color=colour, alpha=0.4, linewidth=1)
+            axes.plot(epoch[own], value[own], color=colour, alpha=0.4, linewidth=1)
         epochs, group = np.unique(epoch, return_inverse=True)
-        mean = scale * np.bincount(group, value) / np.bincount(group)  # [epochs]
+        mean = np.bincount(group, value) / np.bincount(group)  # [epochs]
         axes.plot(epochs, mean, color=colour, linewidth=2.2, marker="o", markevery=[-1])
         label = f"{phase}, mean of {len(models)}" if len(models) > 1 else phase
         ends.append((mean[-1], epochs[-1], label, colour))
@@ -273,10 +278,10 @@ def _trace(axes: "Axes", rows: Rows, key: str, name: str, unit: str = "", scale:
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.axis("on" if ends else "off")
     # The higher the line, the further above its end is the label, so that no two meet.
-    for rank, (value, epoch, label, colour) in enumerate(sorted(ends)):
-        side = "right" if epoch > np.mean(axes.get_xlim()) else "left"
+    for rank, (height, last, label, colour) in enumerate(sorted(ends)):
+        side = "right" if last > np.mean(axes.get_xlim()) else "left"
         offset = (0, 8 + 14 * rank)  # points
-        axes.annotate(label, (epoch, value), offset, ha=side, color=colour, weight="bold", **NOTE)
+        axes.annotate(label, (last, height), offset, ha=side, color=colour, weight="bold", **NOTE)
 
 
 def _bars(axes: "Axes", names: Sequence[str], parts: Mapping[str, np.ndarray], labels: Sequence[str]) -> None:
@@ -300,7 +305,7 @@ def _bars(axes: "Axes", names: Sequence[str], parts: Mapping[str, np.ndarray], l
 
 def _gallery(figure: "SubFigure", kind: str, pixels: np.ndarray, labels: Labels) -> None:
     """Draw images in up to three rows of at least eight, in one frame: many frames take long to draw."""
-    figure.suptitle(f"{kind} {len(pixels)} of the coreset, with their scores", x=0.02, ha="left")
+    headline(figure, f"{kind} {len(pixels)} of the coreset, with their scores")
     columns = max(1, min(len(pixels), max(8, math.ceil(len(pixels) / 3))))
     rows = max(1, math.ceil(len(pixels) / columns))
     pitch = WIDE * rows * TILE / columns  # the columns fill the gallery

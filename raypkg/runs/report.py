@@ -8,16 +8,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 if TYPE_CHECKING:  # they import pyarrow, which `--help` does not need
     from .folder import RunFolder
@@ -90,20 +82,20 @@ class Report:
         self._tracker = tracker
         self._listen = listen
         self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description:<9}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description:<9}"),
+            progress.BarColumn(bar_width=12),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[status]}"),
             console=console,
             disable=not console.is_terminal,
             # The mean since the first row: starting workers is no part of it, and an epoch may take longer than rich's
             # usual 30 s. Disabled bars measure it as well, for the lines of text.
             speed_estimate_period=float("inf"),
         )
-        self._tasks: dict[str, Task] = {}  # of the phases in progress
+        self._tasks: dict[str, progress.Task] = {}  # of the phases in progress
         self.records: dict[str, dict[str, Any]] = {}  # of the phases so far, in their order
 
     def __enter__(self) -> Report:
@@ -144,7 +136,7 @@ class Report:
                 times.append(f"{timedelta(seconds=round(task.time_remaining))} left")
             self.say(f"{name} {len(rows)}/{task.total:.0f}  {'  '.join(times)}  {status}")
 
-    def _status(self, row: Mapping[str, Any], task: Task, rows: list[dict[str, Any]]) -> str:
+    def _status(self, row: Mapping[str, Any], task: progress.Task, rows: list[dict[str, Any]]) -> str:
         """Return the model and its epoch, if there are several models, then throughput, loss and accuracy."""
         parts = []
         models, model = task.fields["models"], row.get("model")

@@ -1,6 +1,6 @@
 """A run as tables on the terminal: the costs and results of a finished one, the progress of an unfinished one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,15 +14,44 @@ from .folder import RunFolder
 from .report import Stage
 
 
+def _count(samples: int) -> str:
+    return f"{samples:,}" if samples < 10**8 else f"{samples / 1e6:,.0f} M"  # at most ten characters
+
+
+COLUMNS: Sequence[tuple[str, str, Callable[[Any], str], Callable[[Sequence[Any]], Any]]] = (
+    # Headings of two lines, so that the table fits 80 columns; figure, format, and the figure of the whole run.
+    ("\nseconds", "seconds", "{:,.1f}".format, sum),
+    ("worker-\nseconds", "total_seconds", "{:,.1f}".format, sum),
+    ("samples\nforward", "forward", _count, sum),
+    ("samples\nbackward", "backward", _count, sum),
+    ("MB\nsent", "sent", lambda size: f"{size / 1e6:,.1f}", sum),
+    ("peak\nMiB", "memory", lambda size: f"{size / 2**20:,.0f}", max),
+    ("GPU\nMiB", "device_memory", lambda size: f"{size / 2**20:,.0f}", max),
+)
+
+
 def terminal() -> Console:
     """Return the console of this process, which prints names and paths literally: no markup, no emoji."""
     return Console(markup=False, emoji=False, highlight=False)
 
 
 def show_run(folder: RunFolder, console: Console) -> None:
-    """Print a finished run's costs and results."""
+    """Print a finished run's results below a row for the costs of each phase and the totals."""
     summary = folder.summary or {}
-    console.print(_costs(folder.name, summary["phases"]))
+    phases = summary["phases"]
+    table = Table(
+        title=folder.name, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False
+    )
+    table.add_column("\nphase", footer="all")
+    on_gpu = any(phase.get("device_memory") for phase in phases)
+    columns = [column for column in COLUMNS if on_gpu or column[1] != "device_memory"]
+    for heading, key, form, total in columns:
+        footer = form(total([phase[key] for phase in phases] or [0]))
+        table.add_column(heading, justify="right", footer=footer)
+    for phase in phases:
+        name, _, part = phase["phase"].partition(": ")
+        table.add_row(f"  {part}" if part else name, *(form(phase[key]) for _, key, form, _ in columns))
+    console.print(table)
     for line in findings(summary):
         console.print(line)
     console.print(redacted(folder.storage.root), style="dim", soft_wrap=True)
@@ -45,49 +74,9 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
     elif coreset is not None:
         lines.append(f"selected {chosen}: coreset.parquet; train on it with `effray train --coreset`")
     waited = sum(phase.get("waited", 0) for phase in phases)  # missing in runs of earlier versions
-    lines.append(
-        f"compute {summary['seconds']:.1f} s ({waited:.1f} s waiting for data); wall time {summary['elapsed']:.1f} s"
-        " including start-up and I/O"
-    )
+    compute = f"compute {summary['seconds']:.1f} s ({waited:.1f} s waiting for data)"
+    lines.append(f"{compute}; wall time {summary['elapsed']:.1f} s including start-up and I/O")
     return lines + summary.get("findings", [])
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:,.1f}"
-
-
-def _count(samples: int) -> str:
-    return f"{samples:,}" if samples < 10**8 else f"{samples / 1e6:,.0f} M"  # at most ten characters
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.0f}"
-
-
-COLUMNS = (  # headings of two lines, so that the table fits 80 columns; the footer of each column
-    ("\nseconds", "seconds", _seconds, sum),
-    ("worker-\nseconds", "total_seconds", _seconds, sum),
-    ("samples\nforward", "forward", _count, sum),
-    ("samples\nbackward", "backward", _count, sum),
-    ("MB\nsent", "sent", lambda size: f"{size / 1e6:,.1f}", sum),
-    ("peak\nMiB", "memory", _mebibytes, max),
-    ("GPU\nMiB", "device_memory", _mebibytes, max),
-)
-
-
-def _costs(title: str, phases: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a row for the costs of each phase, and the totals below."""
-    table = Table(title=title, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False)
-    table.add_column("\nphase", footer="all")
-    on_gpu = any(phase.get("device_memory") for phase in phases)
-    columns = [column for column in COLUMNS if on_gpu or column[1] != "device_memory"]
-    for heading, key, form, total in columns:
-        footer = form(total([phase[key] for phase in phases] or [0]))
-        table.add_column(heading, justify="right", footer=footer)
-    for phase in phases:
-        name, _, part = phase["phase"].partition(": ")
-        table.add_row(f"  {part}" if part else name, *(form(phase[key]) for _, key, form, _ in columns))
-    return table
 
 
 def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resume: str, console: Console) -> None:

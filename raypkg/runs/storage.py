@@ -95,11 +95,7 @@ class Storage:
 
     @contextmanager
     def locked(self, what: str) -> Iterator[None]:
-        """Hold the folder's lock, if its file system has locks.
-
-        Raises:
-            UserError: another process holds the lock, or has deleted the folder; ``what`` names its content.
-        """
+        """Hold the folder's lock, if its file system has locks, or refuse the folder, whose content ``what`` names."""
         if self.local is None:
             yield
             return
@@ -113,8 +109,8 @@ class Storage:
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
-                        reason = "is being worked on by another process: wait for it, or stop it"
-                        raise UserError(f"{what} {reason}") from None
+                        other = "another process: wait for it, or stop it"
+                        raise UserError(f"{what} is being worked on by {other}") from None
                     time.sleep(LOCK_WAIT / 10)
                 except OSError:  # a file system without locks, as on some clusters
                     break
@@ -165,10 +161,8 @@ class Storage:
         """Write a file under a temporary name, then rename it.
 
         On a local disk the file is synced before the rename and its folder afterwards, so a power loss leaves the old
-        file or the new one. This costs 0.3 ms a file and 0.6 ms a megabyte on a disk that writes 1.5 GB/s.
-
-        Raises:
-            UserError: the disk is full, or the folder is read-only or was deleted; nothing half-written is left.
+        file or the new one. This costs 0.3 ms a file and 0.6 ms a megabyte on a disk that writes 1.5 GB/s. An error,
+        such as a full disk, leaves nothing half-written.
         """
         with self._replacement(name) as temporary:
             if self.local:

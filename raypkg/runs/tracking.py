@@ -21,11 +21,7 @@ PATIENCE = 10  # seconds for the first answer of the W&B server, unless WANDB_IN
 
 
 class Wandb:
-    """One W&B run per run folder, in the group of its experiment or study; offline without a key.
-
-    Raises:
-        UserError: W&B refuses the settings or the key, or its server does not answer.
-    """
+    """One W&B run per run folder, in the group of its experiment or study; offline without a key."""
 
     def __init__(self, settings: RunSettings, folder: RunFolder, group: str):
         chosen = wandb_settings(settings.track)
@@ -54,8 +50,7 @@ class Wandb:
         import wandb
 
         self._run.summary.update(dict(summary))
-        local = self._folder.storage.local
-        if local:  # W&B uploads local files only
+        if local := self._folder.storage.local:  # W&B uploads local files only
             plots = sorted(local.glob("plots/*.png"))
             self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots})
             coreset = local / "coreset.parquet"
@@ -72,11 +67,6 @@ class Wandb:
     def abandon(self) -> None:
         """Close as failed; nothing more is written."""
         self._run.finish(exit_code=1)
-
-
-def tracker(settings: RunSettings, folder: RunFolder, group: str) -> Wandb | None:
-    """Return the tracker that the settings name, if any."""
-    return Wandb(settings, folder, group) if settings.track.name == "wandb" else None
 
 
 def wandb_settings(track: Track) -> "wandb.Settings":

@@ -39,16 +39,16 @@ def test_the_names_in_the_source_are_those_that_imports_register(everything_impo
     registered = {name: entry.function.__module__ for name, entry in registry._entries.items()}
     ours = {name: module for name, module in registered.items() if module.startswith("raypkg.")}
     assert ours
-    assert registry.modules == ours
+    assert {name: found.module for name, found in registry.written.items()} == ours
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
 def test_every_entry_is_found_by_its_name(registry):
-    for name, module in registry.modules.items():
+    for name, found in registry.written.items():
         entry = registry[name]
-        assert (entry.name, entry.function.__module__) == (name, module)
+        assert (entry.name, entry.function.__module__) == (name, found.module)
         assert entry is registry.entries[name]
-        assert module in sys.modules
+        assert found.module in sys.modules
 
 
 PACKAGE = """
