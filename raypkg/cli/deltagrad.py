@@ -127,15 +127,12 @@ def verify(run: str, root: str, **values: Any) -> None:
         settings = _request_settings(recorded, values)
         verdict = answer.verify(recorded, settings.cluster, _follow)
     relative = verdict.distance / verdict.norm
-    rows = {
-        "distance of the weights": f"{verdict.distance:.3e} (of norm {verdict.norm:.4g}: {relative:.1e})",
-        "test samples predicted differently": f"{verdict.disagreement:.2%}",
-        "test accuracy": f"{verdict.accuracy:.2%}, retrained {verdict.retrained_accuracy:.2%}",
-        "cost of retraining": f"{verdict.samples:,} gradients, {verdict.seconds:.2f} s",
-    }
     table = Table(title="against retraining", title_justify="left", box=SIMPLE, show_header=False, show_edge=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
+    distance = f"{verdict.distance:.3e} (of norm {verdict.norm:.4g}: {relative:.1e})"
+    table.add_row("distance of the weights", distance)
+    table.add_row("test samples predicted differently", f"{verdict.disagreement:.2%}")
+    table.add_row("test accuracy", f"{verdict.accuracy:.2%}, retrained {verdict.retrained_accuracy:.2%}")
+    table.add_row("cost of retraining", f"{verdict.samples:,} gradients, {verdict.seconds:.2f} s")
     terminal().print(table)
 
 

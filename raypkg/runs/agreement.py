@@ -38,9 +38,10 @@ def compare(run: RunFolder, other: RunFolder) -> str:
 
 def rank_correlation(run: RunFolder, other: RunFolder) -> float | None:
     """Return Spearman's rank correlation of two runs' scores of the same samples, or None if one computed none."""
-    if not (_has(run, SCORES) and _has(other, SCORES)):
+    indices, others_indices = (_column(each, SCORES, "index", pa.types.is_integer) for each in (run, other))
+    if indices is None or others_indices is None:
         return None
-    if not np.array_equal(_indices(run, SCORES), _indices(other, SCORES)):
+    if not np.array_equal(indices, others_indices):
         raise UserError(f"{run.name} and {other.name} scored different samples: same data set, seed and validation?")
     from scipy.stats import spearmanr
 
@@ -50,9 +51,9 @@ def rank_correlation(run: RunFolder, other: RunFolder) -> float | None:
 
 def picks_of(run: RunFolder) -> np.ndarray:
     """Return the positions in a run's coreset, int [k]; refuse a run without one."""
-    if not _has(run, CORESET):
+    picked = _column(run, CORESET, "index", pa.types.is_integer)
+    if picked is None:
         raise UserError(f"{run.name} saved no coreset: there is no {CORESET} to compare")
-    picked = _indices(run, CORESET)
     if not len(picked):
         raise UserError(f"{run.storage.root}/{CORESET} holds no sample")
     return picked
@@ -75,14 +76,7 @@ def is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
-def _has(run: RunFolder, file: str) -> bool:
+def _column(run: RunFolder, file: str, name: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray | None:
     run.check(file)  # a lost file is an error
-    return file in run.storage.list()
-
-
-def _indices(run: RunFolder, file: str) -> np.ndarray:
-    return _column(run, file, "index", pa.types.is_integer)
-
-
-def _column(run: RunFolder, file: str, name: str, fits: Callable[[pa.DataType], bool]) -> np.ndarray:
-    return column_of(run.storage.read_table(file), name, f"{run.storage.root}/{file}", fits)
+    table = run.storage.read_table(file)
+    return None if table is None else column_of(table, name, f"{run.storage.root}/{file}", fits)

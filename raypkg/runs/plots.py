@@ -176,10 +176,15 @@ def page(path: str | Path) -> "Iterator[Figure]":
     os.replace(unfinished, path)
 
 
+def note(axes: "Axes", text: str, point: Sequence[float], offset: tuple[float, float], **look: Any) -> None:
+    """Write a text at a point; the offset is in points."""
+    axes.annotate(text, (point[0], point[1]), offset, **NOTE, **look)
+
+
 def line_ends(axes: "Axes", at: float, ends: dict[str, tuple[float, str]]) -> None:
     """Write the name of each line at its end (value, colour)."""
     for name, (value, colour) in ends.items():
-        axes.annotate(name, (at, value), (-4, 6), ha="right", color=colour, weight="bold", **NOTE)
+        note(axes, name, (at, value), (-4, 6), ha="right", color=colour, weight="bold")
 
 
 def headline(figure: "Figure | SubFigure", text: str) -> None:
@@ -281,20 +286,21 @@ def _trace(axes: "Axes", rows: Rows, key: str, name: str, unit: str = "", scale:
     for rank, (height, last, label, colour) in enumerate(sorted(ends)):
         side = "right" if last > np.mean(axes.get_xlim()) else "left"
         offset = (0, 8 + 14 * rank)  # points
-        axes.annotate(label, (last, height), offset, ha=side, color=colour, weight="bold", **NOTE)
+        note(axes, label, (last, height), offset, ha=side, color=colour, weight="bold")
 
 
 def _bars(axes: "Axes", names: Sequence[str], parts: Mapping[str, np.ndarray], labels: Sequence[str]) -> None:
     """Draw stacked horizontal bars, the first on top, each with its label at the end."""
     rows = np.arange(len(names))
     end = np.zeros(len(names))  # of the bars so far
-    for (part, values), colour in zip(parts.items(), [BLUE, ORANGE], strict=False):
+    colours = iter([BLUE, ORANGE])
+    for part, values in parts.items():
         lengths = np.nan_to_num(values)
-        axes.barh(rows, lengths, left=end, color=colour, height=0.6, label=part)
+        axes.barh(rows, lengths, left=end, color=next(colours), height=0.6, label=part)
         end = end + lengths
     size = min(10, 300 / max(len(names), 1))  # points, so that 40 rows do not touch
     for row, label in enumerate(labels):
-        axes.annotate(label, (end[row], row), (4, 0), va="center_baseline", color=GREY, size=size, **NOTE)
+        note(axes, label, (end[row], row), (4, 0), va="center_baseline", color=GREY, size=size)
     axes.set_yticks(rows, names, fontsize=size)
     axes.set_ylim(max(len(names), 4) - 0.5, -0.5)  # few bars stay slim
     axes.grid(axis="y", visible=False)
@@ -306,11 +312,13 @@ def _bars(axes: "Axes", names: Sequence[str], parts: Mapping[str, np.ndarray], l
 def _gallery(figure: "SubFigure", kind: str, pixels: np.ndarray, labels: Labels) -> None:
     """Draw images in up to three rows of at least eight, in one frame: many frames take long to draw."""
     headline(figure, f"{kind} {len(pixels)} of the coreset, with their scores")
-    columns = max(1, min(len(pixels), max(8, math.ceil(len(pixels) / 3))))
+    widest = max(8, math.ceil(len(pixels) / 3))
+    columns = max(1, min(len(pixels), widest))
     rows = max(1, math.ceil(len(pixels) / columns))
     pitch = WIDE * rows * TILE / columns  # the columns fill the gallery
     axes = figure.subplots()
-    for place, (image, (name, score)) in enumerate(zip(pixels, labels, strict=True)):
+    for place, image in enumerate(pixels):
+        name, score = labels[place]
         row, column = divmod(place, columns)
         x, y = column * pitch, row * TILE  # the middle of the image; its larger side is 1
         height, width = np.divide(image.shape[:2], max(image.shape[:2]))

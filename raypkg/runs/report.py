@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # they import pyarrow, which `--help` does not need
     from .tracking import Wandb
 
 
+Listener = Callable[[Mapping[str, Any]], None]  # receives rows of metrics
+
+
 class Stage(NamedTuple):
     """Plan of a phase, which trains models for some epochs; without epochs it does something else."""
 
@@ -71,13 +74,7 @@ class Report:
     and may stop the run there by ``SystemExit``, as a study does with a poor trial.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        tracker: Wandb | None,
-        console: Console,
-        listen: Callable[[Mapping[str, Any]], None] | None = None,
-    ):
+    def __init__(self, folder: RunFolder, tracker: Wandb | None, console: Console, listen: Listener | None = None):
         self.folder = folder
         self._tracker = tracker
         self._listen = listen

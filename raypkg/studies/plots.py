@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, VERMILLION, cut, page, short
+from raypkg.runs.plots import BLUE, GREY, ORANGE, VERMILLION, count_axis, cut, headline, note, page
 
 from .figures import DONE, Row
 from .outcomes import Case, Line
@@ -21,8 +21,6 @@ Png = str | Path
 COLUMNS = 3  # panels side by side
 LABEL = 28  # characters of a row's name
 WIDE = 8  # largest over smallest value above which an axis is logarithmic
-SMALL: dict[str, Any] = {"color": GREY, "size": 8, **NOTE}
-EMPHASIS: dict[str, Any] = {"color": VERMILLION, "weight": "bold", **NOTE}
 
 
 def is_share(metric: str) -> bool:
@@ -36,14 +34,14 @@ def is_share(metric: str) -> bool:
 def against_settings(results: Results, names: Sequence[str], metric: str, path: Png) -> None:
     """Draw the metric against each setting, a point for each trial; those that are not done are hollow."""
     rows = [row for row in results if row.get(metric) is not None]
-    values = [row[metric] for row in rows]
+    values = _column(rows, metric)
     colours = [BLUE if row["state"] == DONE else "none" for row in rows]
     across = max(1, min(COLUMNS, len(names)))
     down = max(1, math.ceil(len(names) / across))
     with page(path) as figure:
         panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
         for axes, name in zip(panels, names, strict=False):
-            positions, ticks = _positions([row.get(name) for row in rows])
+            positions, ticks = _positions(_column(rows, name))
             axes.scatter(positions, values, s=40, facecolors=colours, edgecolors=BLUE)
             axes.set_title(name)
             axes.margins(0.1)
@@ -56,14 +54,14 @@ def against_settings(results: Results, names: Sequence[str], metric: str, path: 
         for axes in panels[len(names) :]:
             axes.axis("off")
         figure.supylabel(metric, color=GREY)
-        figure.suptitle(f"{metric} of {len(rows)} trials (hollow: not done)", x=0.02, ha="left")
+        headline(figure, f"{metric} of {len(rows)} trials (hollow: not done)")
 
 
 def parallel(results: Results, names: Sequence[str], metric: str, mode: str, path: Png) -> None:
     """Draw every trial as a line through its settings to its metric; the best quarter stands out."""
     rows = [row for row in results if row.get(metric) is not None]
-    sign = -1 if mode == "max" else 1
-    order = np.argsort([sign * row[metric] for row in rows])
+    values = np.array(_column(rows, metric))
+    order = np.argsort(-values if mode == "max" else values)
     best = set(order[: max(1, len(rows) // 4)].tolist())
     columns = [*names, metric]
     with page(path) as figure:
@@ -71,8 +69,8 @@ def parallel(results: Results, names: Sequence[str], metric: str, mode: str, pat
         axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
         axes.set_yticks([])
         axes.grid(axis="y", visible=False)
-        heights = [_draw_column(axes, place, [row.get(name) for row in rows]) for place, name in enumerate(columns)]
-        for trial, line in enumerate(zip(*heights, strict=True)):
+        heights = [_draw_column(axes, place, _column(rows, name)) for place, name in enumerate(columns)]
+        for trial, line in enumerate(np.transpose(heights)):
             if trial in best:
                 axes.plot(line, color=VERMILLION, linewidth=2.2, alpha=0.9)
             else:
@@ -82,21 +80,21 @@ def parallel(results: Results, names: Sequence[str], metric: str, mode: str, pat
 
 def learning_curves(curves: Mapping[str, Curve], metric: str, best: str | None, path: Png) -> None:
     """Draw the metric of every trial, by its name, against epochs; the best trial stands out."""
-    lines = {name: np.array(curve, dtype=float) for name, curve in curves.items() if curve}  # [epochs, 2] each
-    ends = {name: line[-1] for name, line in lines.items()}
-    longest = max((epoch for epoch, _ in ends.values()), default=0)
-    complete = sum(epoch == longest for epoch, _ in ends.values())
+    last_epochs = [curve[-1][0] for curve in curves.values() if curve]
+    longest = max(last_epochs, default=0)
+    complete = last_epochs.count(longest)
     with page(path) as figure:
         axes = figure.subplots()
-        for name, line in lines.items():
+        for name, curve in curves.items():
+            if not curve:
+                continue
             look: dict[str, Any] = {"color": BLUE, "alpha": 0.5, "zorder": 2}
             if name == best:
                 look = {"color": VERMILLION, "zorder": 3}
-                axes.annotate(name, ends[name], (-4, 8), ha="right", **EMPHASIS)
-            axes.plot(*line.T, **look)
-            axes.plot(*ends[name], "o", markersize=4, **look)
-        title = f"{complete} of {len(lines)} trials reached epoch {longest:.0f}"
-        axes.set(title=title, xlabel="epoch", ylabel=metric)
+                note(axes, name, curve[-1], (-4, 8), ha="right", color=VERMILLION, weight="bold")
+            axes.plot(*_transposed(curve), marker="o", markevery=[-1], markersize=4, **look)
+        axes.set_title(f"{complete} of {len(last_epochs)} trials reached epoch {longest:.0f}")
+        axes.set(xlabel="epoch", ylabel=metric)
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
@@ -109,13 +107,13 @@ def pareto(points: Mapping[int, tuple[float, float]], front: Sequence[int], metr
         axes.step(costs, values, where="post", color=ORANGE)
         axes.plot(costs, values, "o", color=VERMILLION, markersize=8, zorder=3)
         for trial in front:
-            axes.annotate(str(trial), points[trial], (6, 6), **EMPHASIS)
+            note(axes, str(trial), points[trial], (6, 6), color=VERMILLION, weight="bold")
         trials = "trial" if len(points) == 1 else "trials"
         are = "is" if len(front) == 1 else "are"
         axes.set_title(f"{len(front)} of {len(points)} {trials} {are} on the Pareto front")
         axes.set_ylabel(metric)
         axes.set_xlabel("samples back-propagated")
-        axes.xaxis.set_major_formatter(lambda value, _: short(value))
+        count_axis(axes.xaxis)
         axes.margins(0.1)
 
 
@@ -124,31 +122,34 @@ def pareto(points: Mapping[int, tuple[float, float]], front: Sequence[int], metr
 
 def rows_of_case(case: Case, metric: str, path: Png) -> None:
     """Draw the rows of a case: mean ± standard deviation, and the metric against work with the Pareto front."""
-    lines = [line for line in case.lines if line.value]
-    scale = 100 if is_share(metric) else 1
-    name = metric.replace("_", " ") + (", %" if is_share(metric) else "")
+    scale, unit = (100, ", %") if is_share(metric) else (1, "")
+    name = metric.replace("_", " ") + unit
     with page(path) as figure:
-        figure.suptitle(f"{case.label}: {len(lines)} rows", x=0.02, ha="left")
         left, right = figure.subplots(1, 2, width_ratios=(3, 4))
+        rows: list[str] = []
         on_front = []
-        for place, line in enumerate(lines):
-            assert line.value
+        for line in case.lines:
+            if line.value is None:
+                continue
+            row, colour = cut(line.row, LABEL), _colour(line)
             mean = scale * line.value.mean
-            deviation = 0.0 if math.isnan(line.value.std) else scale * line.value.std
-            left.errorbar(mean, place, xerr=deviation, fmt="o", color=_colour(line), capsize=3)
+            deviation = np.nan_to_num(scale * line.value.std)
+            left.errorbar(mean, len(rows), xerr=deviation, fmt="o", color=colour, capsize=3)
+            rows.append(row)
             point = (line.costs["work"].mean, mean)
-            right.scatter(*point, s=40, color=_colour(line))
+            right.scatter(*point, s=40, color=colour)
             if line.on_front:
                 on_front.append(point)
-                right.annotate(cut(line.row, LABEL), point, (4, 8), color=GREY, size=8, **NOTE)
-        left.set_yticks(range(len(lines)), [cut(line.row, LABEL) for line in lines])
-        left.set_ylim(max(len(lines), 4) - 0.5, -0.5)  # the first row on top
+                note(right, row, point, (4, 8), color=GREY, size=8)
+        headline(figure, f"{case.label}: {len(rows)} rows")
+        left.set_yticks(range(len(rows)), rows)
+        left.set_ylim(max(len(rows), 4) - 0.5, -0.5)  # the first row on top
         left.set(title="mean ± standard deviation", xlabel=name)
         left.locator_params(axis="x", nbins=5)
         right.plot(*_transposed(sorted(on_front)), color=ORANGE, linewidth=1)
         right.set(title="against work (named: the Pareto front)", xlabel="work, samples trained on", ylabel=name)
         right.margins(x=0.25, y=0.12)
-        right.xaxis.set_major_formatter(lambda value, _: short(value))
+        count_axis(right.xaxis)
         right.locator_params(axis="x", nbins=5)
 
 
@@ -171,14 +172,11 @@ def curves_of_case(case: Case, baseline: str, path: Png) -> None:
                 continue
             axes.plot(spent, percent, color=colour, linewidth=2)
             end = (spent[-1], percent[-1])
-            axes.annotate(cut(line.row, LABEL), end, (4, 0), color=colour, size=8, **NOTE)
-        axes.set(
-            title=f"{case.label}: held-out accuracy, mean over seeds",
-            xlabel="samples back-propagated",
-            ylabel="held-out accuracy, %",
-        )
+            note(axes, cut(line.row, LABEL), end, (4, 0), color=colour, size=8)
+        axes.set_title(f"{case.label}: held-out accuracy, mean over seeds")
+        axes.set(xlabel="samples back-propagated", ylabel="held-out accuracy, %")
         axes.margins(x=0.15)
-        axes.xaxis.set_major_formatter(lambda value, _: short(value))
+        count_axis(axes.xaxis)
 
 
 # Parts
@@ -189,6 +187,10 @@ def _colour(line: Line) -> str:
     return VERMILLION if line.on_front else BLUE
 
 
+def _column(rows: Results, name: str) -> list[Any]:
+    return [row.get(name) for row in rows]
+
+
 def _transposed(points: Curve) -> np.ndarray:
     """Return the coordinates of points, [2, n]."""
     return np.array(points, dtype=float).reshape(-1, 2).T
@@ -196,11 +198,10 @@ def _transposed(points: Curve) -> np.ndarray:
 
 def _positions(values: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
     """Return positions on an axis: numbers as they are, other values in the order of their names, with these names."""
-    if all(_is_number(value) for value in values):
+    if all(map(_is_number, values)):
         return np.array(values, dtype=float), []
-    names = sorted({str(value) for value in values})
-    places = [names.index(str(value)) for value in values]
-    return np.array(places, dtype=float), names
+    names, places = np.unique([str(value) for value in values], return_inverse=True)
+    return places.astype(float), names.tolist()
 
 
 def _draw_column(axes: "Axes", place: int, values: Sequence[Any]) -> np.ndarray:
@@ -209,19 +210,21 @@ def _draw_column(axes: "Axes", place: int, values: Sequence[Any]) -> np.ndarray:
     if not ticks and _spans_decades(positions):
         positions = np.log10(positions)
     heights = np.full(len(positions), 0.5)
-    if len(positions) and positions.max() > positions.min():
-        heights = (positions - positions.min()) / (positions.max() - positions.min())
+    if len(positions) and np.ptp(positions):
+        heights = (positions - positions.min()) / np.ptp(positions)
     labels = dict(zip(heights.tolist(), values, strict=True))  # one for each height
     for height, value in labels.items():
         if ticks or height in (0.0, 1.0):  # of a range, the ends
             text = f"{value:.3g}" if _is_number(value) else str(value)
-            axes.annotate(text, (place, height), (4, 2), **SMALL)
+            note(axes, text, (place, height), (4, 2), color=GREY, size=8)
     return heights
 
 
 def _spans_decades(positions: np.ndarray) -> bool:
     """Return True if positive values suit a logarithmic axis."""
-    return bool(len(positions) and positions.min() > 0 and positions.max() / positions.min() > WIDE)
+    if not len(positions) or positions.min() <= 0:
+        return False
+    return bool(positions.max() / positions.min() > WIDE)
 
 
 def _is_number(value: Any) -> bool:

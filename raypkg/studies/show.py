@@ -166,25 +166,24 @@ def _sweep_report(study: Study, final: bool) -> Report:
     names = list(dict.fromkeys(name for trial in study.trials for name in trial.settings or ()))
 
     headings = ["trial", "state", "epochs", metric, "samples\nbackward", "seconds"]
-    headings += [f"{part}{dot}\n{rest}".lstrip() for part, dot, rest in (name.rpartition(".") for name in names)]
+    for name in names:
+        part, dot, rest = name.rpartition(".")
+        headings.append(f"{part}{dot}\n{rest}".lstrip())
     rows = []
     for row in in_order:
         mark = "*" if row["trial"] in on_front else ""
         figures = [in_full(row.get(name)) for name in ("state", "epochs", metric, "backward", "seconds")]
-        rows.append([f"{mark}{row['trial']}", *figures, *(_setting(row.get(name)) for name in names)])
+        settings = [_setting(row.get(name)) for name in names]
+        rows.append([f"{mark}{row['trial']}", *figures, *settings])
     note = f"* = on the Pareto front of {metric} against samples backward"
 
     if final:
         curves = {study.run_name(number): run.curve(metric) for number, run in runs.items()}
-        name = best["run"] if best else None
-        drawings = {
-            "settings": partial(plots.against_settings, results, names, metric),
-            "parallel": partial(plots.parallel, results, names, metric, mode),
-            "curves": partial(plots.learning_curves, curves, metric, name),
-            "pareto": partial(plots.pareto, points, on_front, metric),
-        }
-        for file, drawing in drawings.items():
-            save_plot(study.storage, file, drawing)
+        best_run = best["run"] if best else None
+        save_plot(study.storage, "settings", partial(plots.against_settings, results, names, metric))
+        save_plot(study.storage, "parallel", partial(plots.parallel, results, names, metric, mode))
+        save_plot(study.storage, "curves", partial(plots.learning_curves, curves, metric, best_run))
+        save_plot(study.storage, "pareto", partial(plots.pareto, points, on_front, metric))
 
     lines = []
     if best:
@@ -215,7 +214,8 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
     headings = ["row", table.metric.replace("_", " "), f"against\n{table.baseline}"]
     headings += ["samples\nforward", "samples\nbackward", "work", "seconds", "MiB"]
     for metric, goal in table.all_goals():
-        headings.append(f"backward to\n{metric} " + (f"{100 * goal:g} %" if plots.is_share(metric) else f"{goal:g}"))
+        value = f"{100 * goal:g} %" if plots.is_share(metric) else f"{goal:g}"
+        headings.append(f"backward to\n{metric} {value}")
     headings += [*table.columns, "Pareto\nfront"]
     sections = []
     for number, case in enumerate(outcomes.cases):
@@ -229,27 +229,31 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
             if any(len(line.curve) > 1 for line in case.lines):
                 save_plot(study.storage, curves, partial(plots.curves_of_case, case, table.baseline))
     if table.paper:
-        labels = dict.fromkeys(row for figures in table.paper.values() for row in figures)
-        cells = [[row, *(str(figures.get(row, "–")) for figures in table.paper.values())] for row in labels]
-        sections.append(Section(Grid("The paper's figures", ["row", *table.paper], cells)))
+        cells: dict[str, list[str]] = {}
+        for place, figures in enumerate(table.paper.values()):
+            for row, figure in figures.items():
+                cells.setdefault(row, [row] + ["–"] * len(table.paper))[1 + place] = str(figure)
+        sections.append(Section(Grid("The paper's figures", ["row", *table.paper], [*cells.values()])))
 
     lines = []
     summaries = [run.summary for run in outcomes.runs.values() if run.summary]
-    takers = Counter(phase for summary in summaries for phase in summary.get("taken_over", ()))
+    takers: Counter[str] = Counter()
+    for summary in summaries:
+        takers.update(summary.get("taken_over", ()))
     if takers:
         phases = " and ".join(f"{phase} of {count:,}" for phase, count in takers.items())
-        lines = [
-            f"{phases} of {len(summaries):,} trials are taken over from another one with the same settings, data and"
-            " seed; their cost is counted in each."
-        ]
+        source = "another one with the same settings, data and seed"
+        cost = "their cost is counted in each"
+        lines = [f"{phases} of {len(summaries):,} trials are taken over from {source}; {cost}."]
     seeds = ", ".join(map(str, table.seeds))
     title = f"{table.title} ({study.order.asked}, {study.order.scale} scale)"
     return Report(title, [f"Seeds {seeds}; {LEGEND}."], sections, lines, list(outcomes.records()))
 
 
 def _cells(table: Table, line: Line) -> Iterator[str]:
+    some = "" if len(line.seeds) == line.of else f" ({len(line.seeds)})"
     yield line.row
-    yield _estimate(line.value, table.metric) + ("" if len(line.seeds) == line.of else f" ({len(line.seeds)})")
+    yield _estimate(line.value, table.metric) + some
     yield _difference(line.difference, table.metric)
     for name in ("forward", "backward", "work"):
         yield _count(line.costs.get(name))
@@ -324,4 +328,5 @@ def _settings_grid(config: Mapping[str, Any], title: str) -> Grid:
 def _pictures(storage: Storage, files: Sequence[str], of: str = "") -> Iterator[str]:
     for file in files:
         if png := storage.read(f"{PLOTS}/{file}"):
-            yield picture(png, ", ".join(filter(None, [file.removesuffix(".png"), of])))
+            name = file.removesuffix(".png")
+            yield picture(png, f"{name}, {of}" if of else name)
