@@ -291,7 +291,7 @@ def check_new(root: str, experiment: str, name: str | None, settings: Settings) 
 
 
 def create(root: str, experiment: str, name: str | None, settings: Settings) -> RunFolder:
-    """Create a run folder, which only one process can, with settings and environment; an error leaves nothing behind."""
+    """Create a run folder, which only one process can, with settings and environment; an error leaves nothing."""
     check_new(root, experiment, name, settings)
     runs = Storage(root) / experiment
     stem = name
