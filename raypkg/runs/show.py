@@ -43,14 +43,19 @@ def show_run(folder: RunFolder, console: Console) -> None:
         title=folder.name, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False
     )
     table.add_column("\nphase", footer="all")
-    on_gpu = any(phase.get("device_memory") for phase in phases)
-    columns = [column for column in COLUMNS if on_gpu or column[1] != "device_memory"]
-    for heading, key, form, total in columns:
-        footer = form(total([phase[key] for phase in phases] or [0]))
-        table.add_column(heading, justify="right", footer=footer)
+    names = []
     for phase in phases:
         name, _, part = phase["phase"].partition(": ")
-        table.add_row(f"  {part}" if part else name, *(form(phase[key]) for _, key, form, _ in columns))
+        names.append(f"  {part}" if part else name)
+    columns = [names]
+    for heading, key, form, total in COLUMNS:
+        values = [phase.get(key, 0) for phase in phases] or [0]
+        if key == "device_memory" and not any(values):
+            continue
+        table.add_column(heading, justify="right", footer=form(total(values)))
+        columns.append([form(value) for value in values])
+    for cells in zip(*columns, strict=False):
+        table.add_row(*cells)
     console.print(table)
     for line in findings(summary):
         console.print(line)
@@ -95,18 +100,20 @@ def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resu
     for name in names:
         plan = plans.get(name, Stage(name))
         rows = [row for row in folder.rows if row["phase"] == name]
-        done = plan.models if name in finished else sum(row["epoch"] == plan.epochs for row in rows)
-        epochs = f"{len(rows):,} of {plan.rows:,}" if plan.rows else f"{len(rows):,}" if rows else "–"
-        losses = [row["loss"] for row in rows if "loss" in row]
-        accuracies = [row["accuracy"] for row in rows if "accuracy" in row]
-        table.add_row(
-            name,
-            DONE if name in finished else state if name == present else "to come",
-            f"{done} of {plan.models}" if plan.models > 1 else "–",
-            epochs,
-            f"{losses[-1]:.3f}" if losses else "–",
-            f"{accuracies[-1]:.1%}" if accuracies else "–",
-        )
+        done = sum(row["epoch"] == plan.epochs for row in rows)
+        progress = state if name == present else "to come"
+        if name in finished:
+            progress, done = DONE, plan.models
+        models = f"{done} of {plan.models}" if plan.models > 1 else "–"
+        epochs = f"{len(rows):,}" if rows else "–"
+        if plan.rows:
+            epochs = f"{len(rows):,} of {plan.rows:,}"
+        last: dict[str, Any] = {}  # of each figure the latest
+        for row in rows:
+            last |= row
+        loss = f"{last['loss']:.3f}" if "loss" in last else "–"
+        accuracy = f"{last['accuracy']:.1%}" if "accuracy" in last else "–"
+        table.add_row(name, progress, models, epochs, loss, accuracy)
     console.print(table)
     with suppress(UserError):  # a run that is going may delete a folder while it is listed
         if times := folder.storage.times(recursive=True):
