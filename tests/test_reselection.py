@@ -48,10 +48,10 @@ class Diary(Hook):
         self.models.append({name: value.clone() for name, value in run.model.state_dict().items()})
 
 
-def run(first=None, holders=1, **select_settings):
+def run(first=None, **select_settings):
     data, indices, diary = split(), torch.arange(N), Diary()
     recorder, none = Recorder(data.y), torch.empty(0, dtype=torch.int64)
-    shards = LocalShards(class_shards(Data(data, data), data.y, indices, none, holders))
+    shards = LocalShards(class_shards(Data(data, data), data.y, indices, none, 1))
     chosen = Reselection(Reselect(**{"fraction": 0.2, **select_settings}), shards, recorder, indices, first)
     model = build_model("mlp", (5,), 3, seed=0)
     return Run.simple(model, data, PLAIN, hooks=[recorder, chosen, diary])
@@ -90,12 +90,6 @@ def test_each_selection_is_by_the_model_of_that_moment(balanced):
         torch.testing.assert_close(picked.weights, twin.weights[order], rtol=1e-3, atol=1e-3)
     bill = {cost.phase: cost for cost in trained.bills()}["select"]
     assert (bill.forward, bill.backward) == (3 * N, 0)
-
-
-@pytest.mark.parametrize("rule", ["grand", "glister", "random"])
-def test_the_number_of_holders_does_not_matter(rule):
-    one, two = (fit(run(rule=rule, every_epochs=2, holders=holders)) for holders in (1, 2))
-    assert coresets(one) == coresets(two)
 
 
 @pytest.mark.parametrize("rule", ["gradmatch", "infobatch", "forgetting"])
