@@ -49,7 +49,7 @@ def embedded(chosen: argparse.Namespace) -> str:
     """Embed the images, once; return the data set of rows."""
     options = f"--dataset {chosen.dataset} "
     options += f"--model-from {chosen.model_from}" if chosen.model_from else f"--model {chosen.model}"
-    result = must(finished(chosen.root, "embed", chosen.name, options))
+    result = finished(chosen.root, "embed", chosen.name, options)
     forward = sum(phase["forward"] for phase in result["phases"])
     print(f"\nembed: {forward:,} images in {seconds(result):.0f} s, {forward / seconds(result):.0f} a second\n")
     return f"table:{Path(chosen.root).absolute() / 'embed' / chosen.name}"
@@ -66,20 +66,20 @@ def print_selection(chosen: argparse.Namespace, data: str) -> None:
             accuracies, times = zip(*figures, strict=True)
             cells.append(f"{spread(accuracies)}, {statistics.median(times):.2g}")
         print(f"| `{method}` | " + " | ".join(cells) + " |", flush=True)
-    everything = [must(run(chosen, "train", f"all {seed}", f"{data} {HEAD} --seed {seed}")) for seed in chosen.seeds]
+    everything = [run(chosen, "train", f"all {seed}", f"{data} {HEAD} --seed {seed}") for seed in chosen.seeds]
     print(f"\nall rows: {spread([100 * result['test_accuracy'] for result in everything])} %\n")
 
 
 def selected(chosen: argparse.Namespace, data: str, method: str, share: float, seed: int) -> tuple[float, float]:
     """Return the accuracy in % of a head trained on a coreset, and the seconds of selecting it."""
     probe = f"probe {seed}"
-    must(run(chosen, "train", probe, f"{data} {PROBE} --seed {seed}"))
+    run(chosen, "train", probe, f"{data} {PROBE} --seed {seed}")
     weighted = f"--weighted {str(method in WEIGHTED).lower()}"
     name = f"{method} {share} {seed}"
     options = f"{data} --model-from {folder_name(chosen, probe)} --seed {seed} --rule {method} --fraction {share}"
-    selection = must(run(chosen, "select", name, f"{options} {weighted}"))
+    selection = run(chosen, "select", name, f"{options} {weighted}")
     coreset = Path(chosen.root, "select", folder_name(chosen, name), "coreset.parquet")
-    trained = must(run(chosen, "train", f"on {name}", f"{data} {HEAD} --seed {seed} --coreset {coreset}"))
+    trained = run(chosen, "train", f"on {name}", f"{data} {HEAD} --seed {seed} --coreset {coreset}")
     return 100 * trained["test_accuracy"], seconds(selection)
 
 
@@ -91,7 +91,7 @@ def print_crest(chosen: argparse.Namespace, data: str) -> None:
     for name, options in rows.items():
         budget = "" if "--budget" in options else "--budget 0.1"
         results = [
-            must(run(chosen, "crest", f"{name} {seed}", f"{data} {BUDGET} --seed {seed} {budget} {options}"))
+            run(chosen, "crest", f"{name} {seed}", f"{data} {BUDGET} --seed {seed} {budget} {options}")
             for seed in chosen.seeds
         ]
         accuracy = spread([100 * result["test_accuracy"] for result in results])
@@ -113,7 +113,7 @@ def print_deletions(chosen: argparse.Namespace, data: str) -> None:
     print("|---|---|---|---|---|---|")
     for count in DELETED:
         name = f"deletions {count}"
-        must(run(chosen, "deltagrad train", name, f"{data} {RECORDED} --seed 0"))
+        run(chosen, "deltagrad train", name, f"{data} {RECORDED} --seed 0")
         where = folder_name(chosen, name)
         answer = Path(chosen.root, "deltagrad", f"{where}.txt")
         if not answer.exists():
@@ -138,7 +138,7 @@ def print_sweep(chosen: argparse.Namespace, data: str) -> None:
     print(said(chosen, f"show tune/{name}"))
 
 
-def run(chosen: argparse.Namespace, experiment: str, name: str, options: str) -> dict | None:
+def run(chosen: argparse.Namespace, experiment: str, name: str, options: str) -> dict:
     """Return the manifest of one run on the rows."""
     return finished(chosen.root, experiment, folder_name(chosen, name), options)
 
@@ -162,8 +162,8 @@ def found(pattern: str, text: str) -> str:
     return match[1]
 
 
-def finished(root: str, experiment: str, name: str, options: str) -> dict | None:
-    """Return the manifest of a run, running or resuming it first if there is none; None where it failed."""
+def finished(root: str, experiment: str, name: str, options: str) -> dict:
+    """Return the manifest of a run, running or resuming it first if there is none."""
     words = experiment.split()  # such as "deltagrad train", whose runs lie in deltagrad
     manifest = Path(root, words[0], name, "summary.json")
     if not manifest.exists():
@@ -171,15 +171,10 @@ def finished(root: str, experiment: str, name: str, options: str) -> dict | None
         arguments = ["--resume", name] if started else ["--name", name, "--cluster.workers", "0", *options.split()]
         command = [sys.executable, "-c", "from raypkg.cli import script; script()", *words, "--root", root, *arguments]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        print(f"{name}: {done.stderr.strip().splitlines()[-1] if done.returncode else 'done'}", flush=True)
-    return json.loads(manifest.read_text()) if manifest.exists() else None
-
-
-def must(result: dict | None) -> dict:
-    """Return a manifest that has to be there: why a run failed was printed."""
-    if result is None:
-        raise SystemExit(1)
-    return result
+        if done.returncode:
+            raise SystemExit(f"{name}: {done.stderr.strip()}")
+        print(f"{name}: done", flush=True)
+    return json.loads(manifest.read_text())
 
 
 def seconds(result: dict) -> float:
