@@ -25,9 +25,6 @@ def budget_of(fraction: float, n: int) -> int:
 
     Raises:
         UserError: the fraction is outside (0, 1], or n < 1.
-
-    >>> budget_of(0.1, 1797)
-    180
     """
     if not 0 < fraction <= 1:
         raise UserError(f"fraction {fraction}: must be above 0 and at most 1")
@@ -41,10 +38,6 @@ def class_budgets(counts: Tensor, budget: int) -> Tensor:
 
     The total is exact and no class gets more than it has. If the budget allows, every class with samples gets at least
     one, taken from the class with the largest share. Ties go to the lower class.
-
-    >>> import torch
-    >>> class_budgets(torch.tensor([50, 30, 20, 0, 1]), 10)
-    tensor([4, 3, 2, 0, 1])
     """
     n = int(counts.sum())
     _check_budget(budget, n)

@@ -19,11 +19,7 @@ DEPENDENT = 1e-12  # a pivot below this share of its diagonal is rounding: the a
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
-    """Return the positions of the k largest scores in descending order, equal scores by position.
-
-    >>> largest(torch.tensor([1.0, 3.0, 3.0, 2.0]), 3)
-    tensor([1, 2, 3])
-    """
+    """Return the positions of the k largest scores in descending order, equal scores by position."""
     order = scores.sort(descending=True, stable=True).indices
     return order[:k]
 
@@ -35,10 +31,6 @@ def largest_bounded(
 
     ``values`` maps positions [b] to values, none above its bound [n]. They are computed from the largest bound on,
     until k of them exceed every bound that is left. None if ``at_most`` values do not suffice.
-
-    >>> x = torch.tensor([1.0, 3.0, 3.0, 2.0])
-    >>> largest_bounded(x + 1.5, lambda some: x[some], 2, at_most=4)
-    (tensor([1, 2]), tensor([3., 3.]))
     """
     falling = bounds.sort(descending=True)
     known = bounds.new_empty(0)
@@ -65,9 +57,6 @@ def draw_in_proportion(scores: Tensor, k: int, rng: torch.Generator) -> tuple[Te
     Systematic sampling: the π_i stand end to end in a random order, and every whole number past a random start picks
     one. If fewer than k scores are above 0, all of those are drawn, and the missing ones from the others with equal
     probabilities. Returns the positions, ascending, int64 [k], and their π, float64 [k].
-
-    >>> draw_in_proportion(torch.tensor([0.0, 9.0, 1.0]), 2, torch.Generator().manual_seed(0))[0]
-    tensor([1, 2])
     """
     probabilities = _probabilities(scores.double(), k)
     order = torch.randperm(len(scores), generator=rng)

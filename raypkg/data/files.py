@@ -157,11 +157,7 @@ def relisted(files: Iterable[Place]) -> list[Place]:
 
 
 def fetched(load: Callable[[J], T], jobs: Iterable[J], readers: int = READERS) -> Iterator[T]:
-    """Yield ``load(job)`` in the order of the jobs, while threads load the next ones, so that latencies overlap.
-
-    >>> list(fetched(abs, [3, -1, 2]))
-    [3, 1, 2]
-    """
+    """Yield ``load(job)`` in the order of the jobs, while threads load the next ones, so that latencies overlap."""
     pool = ThreadPoolExecutor(readers, "fetching")
     pending: deque[Future[T]] = deque()
     try:

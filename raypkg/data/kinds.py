@@ -137,11 +137,7 @@ OF_DIMENSIONS: dict[int, Kind] = {1: ROWS, 2: TEXTS, 3: IMAGES}
 
 
 def kind_of(shape: Shape) -> Kind:
-    """Return the kind of samples of a shape; refuse one that is none of (C, H, W), (D,) and (L, V).
-
-    >>> kind_of((3, 32, 32)) is IMAGES, kind_of((64, 8192)).form
-    (True, 'int64 [b, 2, l]')
-    """
+    """Return the kind of samples of a shape; refuse one that is none of (C, H, W), (D,) and (L, V)."""
     if len(shape) not in OF_DIMENSIONS:
         raise UserError(f"samples of shape {shape}: needed is (C, H, W) of images, (D,) of rows or (L, V) of texts")
     return OF_DIMENSIONS[len(shape)]

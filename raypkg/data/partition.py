@@ -14,10 +14,6 @@ def hold_out(
     The share, in [0, 1), is rounded per class; each class keeps at least one training sample. ``ids``, int64 [n], name
     the sample that each row stands for. Rows of one sample stay together, and the draw is that of a data set which
     holds each of these samples once. Both results ascend; together they are 0 … n−1.
-
-    >>> training, held_out = hold_out(torch.tensor([0, 0, 1, 1]), 0.5, torch.Generator().manual_seed(0))
-    >>> len(training), len(held_out)
-    (2, 2)
     """
     if ids is not None:
         samples, sample_of_row = ids.unique(return_inverse=True)

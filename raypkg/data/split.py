@@ -57,10 +57,6 @@ def shuffled_by_blocks(of: Tensor, window: int, batch_size: int, seed: int, epoc
     The block at place p of a random order of the B blocks yields its samples at times (p + W·u) mod B, with W blocks
     in the window and u uniform in [0, 1). At any time W blocks yield samples at equal rates; W = B gives a uniform
     permutation. Batches are at most ``batch_size`` samples and as even as possible.
-
-    >>> batches = shuffled_by_blocks(torch.arange(100) // 10, 2, 20, seed=0, epoch=1)
-    >>> [len(batch) for batch in batches], int(torch.cat(batches).unique().numel())
-    ([20, 20, 20, 20, 20], 100)
     """
     rng = generator(seed, "shuffle", epoch)
     blocks, block = of.unique(return_inverse=True)

@@ -38,9 +38,6 @@ def as_classifier(module: nn.Module) -> Classifier:
     """Split a module at its last ``nn.Linear``, which becomes the head; an ``nn.Identity`` takes its place.
 
     Its ``trained_with`` is kept.
-
-    >>> as_classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))).head
-    Linear(in_features=8, out_features=3, bias=True)
     """
     path, head = _last_linear(module)
     features = module
