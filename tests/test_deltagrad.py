@@ -144,17 +144,6 @@ def test_a_batch_of_deleted_samples_only_is_skipped():
     torch.testing.assert_close(back[-1].after, training.retrained(EVERYONE)[-1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("batch_size", [N, 30])
-def test_a_shorter_period_ends_nearer(batch_size):
-    training, some = Training(batch_size=batch_size, epochs=20), without(3, 50)
-    old, new = training.retrained(EVERYONE)[-1], training.retrained(some)[-1]
-    errors = [
-        (training.replayed(EVERYONE, some, Periodic(period, 5))[-1].after - new).norm() / (old - new).norm()
-        for period in (8, 3, 1)
-    ]
-    assert errors[2] < 1e-10 < errors[1] < errors[0] < 0.3
-
-
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("batch_size", [N, 30])
 def test_a_tolerance_holds_at_lower_cost(tolerance, batch_size):

@@ -21,15 +21,15 @@ def line(*points):
     return HeadView(torch.zeros(len(x), 2, dtype=torch.float64), x, torch.zeros(len(x), dtype=torch.int64))
 
 
-def crowded(n, *, dtype=torch.float32, seed=0):
+def crowded(n, *, seed=0):
     """What a trained network sees: a few tight clusters a class, most samples fitted almost exactly."""
     rng = generator(seed, "crowded")
     centres = torch.randn(12, 16, generator=rng).relu()
     cluster = torch.randint(12, (n,), generator=rng)
-    features = (centres[cluster] + 1e-3 * torch.randn(n, 16, generator=rng)).to(dtype)
-    logits = torch.randn(n, 3, generator=rng).to(dtype)
+    features = centres[cluster] + 1e-3 * torch.randn(n, 16, generator=rng)
+    logits = torch.randn(n, 3, generator=rng)
     y = cluster % 3
-    logits[torch.arange(n), y] += 12 * torch.rand(n, generator=rng).to(dtype)
+    logits[torch.arange(n), y] += 12 * torch.rand(n, generator=rng)
     return HeadView(logits, features, y)
 
 
@@ -38,7 +38,7 @@ def repeated(view, times=3):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_lazy_greedy_picks_as_plain_greedy_on_materialised_gradients(seed, dtype):
     problem = reference.problem(50, seed=seed, dtype=dtype)
     picked = facility_location(Distances(problem.view, memory=PLENTY), 20)
@@ -47,22 +47,14 @@ def test_lazy_greedy_picks_as_plain_greedy_on_materialised_gradients(seed, dtype
     assert picked.tolist() == reference.greedy_medoids(gradient_distances(double), 20, slack=slack)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_lazy_greedy_picks_as_plain_greedy_among_crowds(seed):
-    view = crowded(400, dtype=torch.float64, seed=seed)
-    picked = facility_location(Distances(view, memory=PLENTY), 60)
-    assert picked.tolist() == reference.greedy_medoids(view.distances(), 60)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_single_precision_is_as_good_among_crowds(seed):
+@pytest.mark.parametrize("seed", range(3))
+def test_lazy_greedy_picks_as_plain_greedy_among_crowds_and_in_single_precision_as_good_ones(seed):
     view = crowded(400, seed=seed)
     exact = view.double().distances()
-    picked, best = (
-        facility_location(Distances(view, memory=PLENTY), 60),
-        facility_location(Distances(view.double(), memory=PLENTY), 60),
-    )
-    assert reference.left_over(exact, picked.tolist()) <= 1.01 * reference.left_over(exact, best.tolist())
+    best = reference.greedy_medoids(exact, 60)
+    assert facility_location(Distances(view.double(), memory=PLENTY), 60).tolist() == best
+    picked = facility_location(Distances(view, memory=PLENTY), 60)
+    assert reference.left_over(exact, picked.tolist()) <= 1.01 * reference.left_over(exact, best)
 
 
 @pytest.mark.parametrize(
@@ -129,15 +121,9 @@ def test_repeated_samples_are_chosen_last_and_share_their_clusters(dtype):
     picked = facility_location(distances, 60)
     assert sorted(picked[:20].tolist()) == list(range(20))  # of equal gains the first sample
     assert cluster_shares(distances, picked).tolist() == pytest.approx([1] * 60)
+    drawn = stochastic_facility_location(distances, 60, sample=3, rng=generator(0))
+    assert sorted(drawn.tolist()) == list(range(60))
     assert cluster_shares(distances, picked[:20]).tolist() == [3] * 20
-
-
-def test_all_samples_as_medoids():
-    view = reference.problem(40).view
-    assert sorted(facility_location(Distances(view, memory=PLENTY), 40).tolist()) == list(range(40))
-    drawn = stochastic_facility_location(Distances(view, memory=PLENTY), 40, sample=3, rng=generator(0))
-    assert sorted(drawn.tolist()) == list(range(40))
-    assert cluster_shares(Distances(view, memory=PLENTY), drawn).tolist() == [1] * 40
 
 
 def test_a_view_without_features_is_judged_by_its_logit_gradients():

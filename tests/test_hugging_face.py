@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 
 from raypkg.core.errors import UserError
-from raypkg.core.registry import announce_download
 from raypkg.core.settings import Model
 from raypkg.data import Data
 from raypkg.data.augment import compose
@@ -22,21 +20,15 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 TEXT, CLASSES = (20, 60), 3
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+OF_TEXTS = {"vocab_size": 60, "max_position_embeddings": 24}
 CONFIGS = {
-    "bert": (transformers.BertConfig, {"vocab_size": 60, "max_position_embeddings": 24, **SMALL}),
-    "roberta": (
-        transformers.RobertaConfig,
-        {"vocab_size": 60, "max_position_embeddings": 24, "type_vocab_size": 1, **SMALL},
+    "bert": transformers.BertConfig(**OF_TEXTS, **SMALL, num_labels=CLASSES),
+    "roberta": transformers.RobertaConfig(**OF_TEXTS, **SMALL, type_vocab_size=1, num_labels=CLASSES),
+    "distilbert": transformers.DistilBertConfig(
+        **OF_TEXTS, dim=16, n_layers=2, n_heads=2, hidden_dim=32, num_labels=CLASSES
     ),
-    "distilbert": (
-        transformers.DistilBertConfig,
-        {"vocab_size": 60, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 24},
-    ),
-    "vit": (transformers.ViTConfig, {"image_size": 8, "patch_size": 4, **SMALL}),
-    "dinov2": (
-        transformers.Dinov2Config,
-        {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
-    ),
+    "vit": transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=CLASSES),
+    "dinov2": transformers.Dinov2Config(**SMALL, image_size=8, patch_size=4, num_labels=CLASSES),
 }
 OF_IMAGES = {"vit", "dinov2"}
 
@@ -58,9 +50,8 @@ def saved(tmp_path_factory):
     def folder(kind):
         place = tmp_path_factory.getbasetemp() / f"checkpoint-{kind}"
         if not place.exists():
-            schema, values = CONFIGS[kind]
             torch.manual_seed(0)
-            family(kind).from_config(schema(**values, num_labels=CLASSES)).save_pretrained(place)
+            family(kind).from_config(CONFIGS[kind]).save_pretrained(place)
         return place
 
     return folder
@@ -98,14 +89,18 @@ def test_logits_are_those_of_the_package_and_of_head_and_features(saved, kind):
     assert model.head.out_features == CLASSES
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
-def test_what_a_text_is_padded_to_changes_nothing(saved, kind):
-    model = build(saved(kind)).eval()
-    x = TEXTS.example(4, TEXT)
+@torch.no_grad()
+def assert_padding_changes_nothing(model, x):
     x[:, :, 8:] = -1
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), model(x[:, :, :8]), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(model(x)[1:2], model(x[1:2, :, :8]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x), model(x[:, :, :8]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2, :, :8]), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(x), model(x.roll(1, 2).where(x >= 0, -1)))  # but where tokens stand does
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "built in"])
+def test_what_a_text_is_padded_to_changes_nothing(saved, kind):
+    model = build_model("transformer", TEXT, CLASSES, seed=0) if kind == "built in" else build(saved(kind))
+    assert_padding_changes_nothing(model.eval(), TEXTS.example(4, TEXT))
 
 
 def test_a_decoder_without_a_padding_token_gets_that_of_the_end(tmp_path):
@@ -117,19 +112,8 @@ def test_a_decoder_without_a_padding_token_gets_that_of_the_end(tmp_path):
     model = build(tmp_path).eval()
     x = TEXTS.example(4, TEXT)
     x[x == 59] = 0
-    x[:, :, 8:] = -1
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), model(x[:, :, :8]), rtol=1e-5, atol=1e-5)
-        assert torch.equal(model.head(model.features(x)), model(x))
-
-
-def test_the_built_in_transformer_does_not_see_padding_either():
-    model = build_model("transformer", TEXT, CLASSES, seed=0).eval()
-    x = TEXTS.example(4, TEXT)
-    x[:, :, 8:] = -1
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), model(x[:, :, :8]), rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(model(x), model(x.roll(1, 2).where(x >= 0, -1)))  # but where tokens stand, it does
+    assert_padding_changes_nothing(model, x)
+    assert torch.equal(model.head(model.features(x)), model(x))
 
 
 def test_a_head_of_other_classes_is_drawn_by_the_seed_and_the_body_is_kept(saved):
@@ -268,20 +252,3 @@ def test_a_checkpoint_that_is_not_there_is_told(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"needs a name|cannot be read"):
         build_model(name, TEXT, CLASSES, seed=0)
-
-
-def test_a_download_is_said_before_it_begins(saved, monkeypatch, caplog):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    announce_download("no-such/model", "config.json", "the model")
-    assert "the model of no-such/model is not in the cache and is downloaded from https://" in caplog.text
-    caplog.clear()
-    announce_download(str(saved("bert")), "config.json", "the model")
-    announce_download("no name: /of the/hub", "config.json", "the model")
-    assert not caplog.text
-
-
-def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch):
-    place = saved("bert")
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"needs the package 'transformers': pip install 'effray\[text\]'"):
-        build(place)
