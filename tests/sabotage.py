@@ -1,8 +1,10 @@
-"""Digits whose reader kills its own process once, in a chosen phase of a run."""
+"""Digits whose reader takes its time, notes when it began, or kills its own process once."""
 
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,55 +12,64 @@ from raypkg.data.sources.digits import digits as load_digits
 from raypkg.data.split import Split
 
 BATCHES = 9  # read before the end
+ROWS = 16  # of a split, that the digest of a run's data reads
+FIRST = "EFFRAY_FIRST_BATCH"  # the variable that names the file for the note of the first batch
+
+
+def _digits(split: str, before: Callable) -> Split:
+    """Return the digits; ``before`` is called with the indices of each batch."""
+    honest = load_digits("", split=split)
+
+    def take(indices):
+        before(indices)
+        return honest.take(indices)
+
+    return replace(honest, take=take)
+
+
+def _kill_once(marker: Path) -> None:
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def load(root: str, *, split: str, run: str = "", phase: str = "") -> Split:
-    honest = load_digits(root, split=split)
-    marker = Path(run) / "killed"
+    """Kill, once, the process that reads, in a phase of a run."""
     pretrained = Path(run) / "phases/pretrain.json"
     selected = Path(run) / "phases/select.json"
     read = []
 
-    def take(indices):
+    def before(indices):
         now = "train" if selected.exists() else "select" if pretrained.exists() else "pretrain"
         read.append(now)
-        if now == phase and read.count(now) > BATCHES and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return honest.take(indices)
+        if now == phase and read.count(now) > BATCHES:
+            _kill_once(Path(run) / "killed")
 
-    return replace(honest, take=take)
+    return _digits(split, before)
 
 
 def load_and_kill_actor(root: str, *, split: str, marker: str = "") -> Split:
     """Kill, once, the process that reads, if it is an actor that holds a shard."""
-    honest = load_digits(root, split=split)
     read = []
 
-    def take(indices):
+    def before(indices):
         read.append(len(indices))
-        actor = Path("/proc/self/cmdline").read_bytes().startswith(b"ray::Holder")
-        if actor and len(read) > BATCHES and not Path(marker).exists():
-            Path(marker).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return honest.take(indices)
+        if len(read) > BATCHES and Path("/proc/self/cmdline").read_bytes().startswith(b"ray::Holder"):
+            _kill_once(Path(marker))
 
-    return replace(honest, take=take)
+    return _digits(split, before)
 
 
 def load_and_kill_once(root: str, *, split: str, marker: str = "") -> Split:
     """Kill, once, the process that reads the thirtieth batch."""
-    honest = load_digits(root, split=split)
     read = []
 
-    def take(indices):
+    def before(indices):
         read.append(len(indices))
-        if len(read) == 30 and not Path(marker).exists():
-            Path(marker).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return honest.take(indices)
+        if len(read) == 30:
+            _kill_once(Path(marker))
 
-    return replace(honest, take=take)
+    return _digits(split, before)
 
 
 def load_and_kill_trial(root: str, *, split: str, marker: str = "") -> Split:
@@ -67,3 +78,19 @@ def load_and_kill_trial(root: str, *, split: str, marker: str = "") -> Split:
         Path(marker).touch()
         threading.Timer(4, os.kill, (os.getpid(), signal.SIGKILL)).start()
     return load_digits(root, split=split)
+
+
+def load_slowly(root: str, *, split: str) -> Split:
+    """Give another process the time to come in between."""
+    return _digits(split, lambda indices: time.sleep(0.01))
+
+
+def load_and_note(root: str, *, split: str) -> Split:
+    """Note when the first batch is read: what stands before it is the start of a run."""
+    note = Path(os.environ[FIRST])
+
+    def before(indices):
+        if len(indices) > ROWS and not note.exists():
+            note.write_text(str(time.time()))
+
+    return _digits(split, before)

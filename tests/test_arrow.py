@@ -120,9 +120,8 @@ def open_slowly(path):
 
 
 def test_one_of_several_processes_builds(tmp_path):
-    workers = [
-        multiprocessing.get_context("fork").Process(target=open_slowly, args=(tmp_path / "a.arrow",)) for _ in range(4)
-    ]
+    fork = multiprocessing.get_context("fork").Process
+    workers = [fork(target=open_slowly, args=(tmp_path / "a.arrow",)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:

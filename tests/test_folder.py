@@ -1,3 +1,5 @@
+"""Folders of images, a folder a class."""
+
 import numpy as np
 import pytest
 
@@ -56,40 +58,20 @@ def test_size(root, load):
     assert load(size=5).train.shape == (3, 5, 5)
 
 
-def without_train(root):
-    (root / "train").rename(root / "training")
-
-
-def without_test(root):
-    (root / "test").rename(root / "held out")
-
-
 def without_classes(root):
     (root / "train").rename(root / "all")
     (root / "train").mkdir()
 
 
-def with_an_empty_class(root):
-    (root / "train" / "fox").mkdir()
-
-
-def with_a_class_unknown_to_train(root):
-    (root / "test" / "owl").rename(root / "test" / "fox")
-
-
-def with_a_file_that_is_no_image(root):
-    (root / "train" / "cat" / "a.jpg").write_text("no image")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without_train, "no train split: none of the folders train"),
-        (without_test, "no test split: none of the folders test, val, valid, validation"),
+        (lambda root: (root / "train").rename(root / "training"), "no train split: none of the folders train"),
+        (lambda root: (root / "test").rename(root / "held out"), "none of the folders test, val, valid, validation"),
         (without_classes, "train' holds no class folders"),
-        (with_an_empty_class, r"train/fox' holds no images \(.bmp"),
-        (with_a_class_unknown_to_train, "class 'fox' of .*test' is not among the 3 classes of train"),
-        (with_a_file_that_is_no_image, r"train/cat/a\.jpg does not decode"),
+        (lambda root: (root / "train" / "fox").mkdir(), r"train/fox' holds no images \(.bmp"),
+        (lambda root: (root / "test/owl").rename(root / "test/fox"), "'fox' of .*test' is not among the 3 classes of"),
+        (lambda root: (root / "train/cat/a.jpg").write_text("no image"), r"train/cat/a\.jpg does not decode"),
     ],
 )
 def test_refused_folders(root, load, change, message):

@@ -10,46 +10,39 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 @pytest.fixture(params=TOLERANCE, ids=str)
-def dtype(request):
-    return request.param
+def some(request):
+    return reference.problem(20, dtype=request.param)
 
 
 @pytest.fixture
-def close(dtype):
-    return lambda fast, slow: torch.testing.assert_close(fast, slow, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+def others(some):
+    return reference.problem(7, dtype=some.features.dtype)
 
 
-@pytest.fixture
-def some(dtype):
-    return reference.problem(20, dtype=dtype)
+def close(fast, slow):
+    torch.testing.assert_close(fast, slow, rtol=TOLERANCE[slow.dtype], atol=TOLERANCE[slow.dtype])
 
 
-@pytest.fixture
-def others(dtype):
-    return reference.problem(7, dtype=dtype)
+def pairwise(a, b):
+    return (a[:, None] - b[None]).norm(dim=2)
 
 
 def flat(problem):
     return reference.per_sample_gradients(problem).flatten(1)  # [n, C(D+1)]
 
 
-def test_norms_are_those_of_autograd(some, close):
+def test_norms_inner_products_and_distances_are_those_of_autograd(some, others):
     close(some.view.norms(), flat(some).norm(dim=1))
-
-
-def test_inner_products_and_distances_are_those_of_autograd(some, others, close):
     close(some.view.inner(), flat(some) @ flat(some).T)
     close(some.view.inner(others.view), flat(some) @ flat(others).T)
-
-    def pairwise(a, b):
-        return (a[:, None] - b[None]).norm(dim=2)
-
+    close(some.view.project(others.head), flat(some) @ others.head.flatten())
     close(some.view.distances(), pairwise(flat(some), flat(some)))
     close(some.view.distances(others.view), pairwise(flat(some), flat(others)))
 
 
 @pytest.mark.parametrize("num_classes, width", [(2, 1), (4, 6), (100, 1), (10, 512), (10, 2048)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_equal_gradients_are_at_distance_zero(dtype, num_classes, width, scale):
     view = reference.problem(30, num_classes, width, dtype=dtype).view
     view = HeadView(view.logits, scale * view.features, view.y)
@@ -59,12 +52,7 @@ def test_equal_gradients_are_at_distance_zero(dtype, num_classes, width, scale):
     assert view[:1].distances(other)[0, ::30].count_nonzero() == 0
 
 
-def test_projection_is_the_inner_product_with_a_matrix(some, others, close):
-    matrix = others.head
-    close(some.view.project(matrix), flat(some) @ matrix.flatten())
-
-
-def test_sum_and_mean_are_those_of_autograd(some, close):
+def test_sum_and_mean_are_those_of_autograd(some):
     gradients, weights = reference.per_sample_gradients(some), torch.linspace(0, 3, 20)
     weighted = gradients * weights[:, None, None].to(gradients)
     close(some.view.sum(), gradients.sum(dim=0))
@@ -73,13 +61,13 @@ def test_sum_and_mean_are_those_of_autograd(some, close):
     close(some.view.mean(weights), weighted.mean(dim=0))
 
 
-def test_moved_head_has_the_gradient_of_the_moved_head(some, close):
+def test_moved_head_has_the_gradient_of_the_moved_head(some):
     step = 0.3 * reference.problem(1, seed=5, dtype=some.head.dtype).head
     close(some.view.moved(step).mean(), reference.gradient(some.head + step, some.features, some.y))
 
 
 @pytest.mark.parametrize("count", [0, 1, 20])  # one by inner products, twenty by the sum spelt out
-def test_a_step_along_samples_moves_the_logits_by_their_summed_gradients(some, others, close, count):
+def test_a_step_along_samples_moves_the_logits_by_their_summed_gradients(some, others, count):
     summed = reference.per_sample_gradients(others)[:count].sum(dim=0)
     close(some.view.along(others.view[:count]), reference.logits(summed, some.features))
 
@@ -100,8 +88,7 @@ def test_residual_by_hand():
     assert view.residual[0].tolist() == pytest.approx([9.3576e-14, -9.3576e-14], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["logits", "features"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("name", "value"), [("logits", torch.nan), ("features", -torch.inf)])
 def test_not_finite_names_the_first_sample(name, value):
     parts = {"logits": torch.zeros(5, 3), "features": torch.zeros(5, 2), "y": torch.zeros(5, dtype=torch.int64)}
     parts[name][2:, 1] = value
@@ -158,7 +145,7 @@ def test_head_view_is_float32_and_restores_every_mode_and_statistic(model, data)
     assert view.logits.dtype == view.features.dtype == torch.float32
 
 
-def test_head_view_of_a_diverged_model(model, data):
+def test_head_view_of_a_diverged_model_is_refused(model, data):
     nn.init.constant_(model.head.bias, torch.nan)
     with pytest.raises(UserError, match="sample 0: NaN or infinite logits"):
         head_view(model, [data])

@@ -12,7 +12,7 @@ from forked import Process, effray, start
 from run_files import check_whole, files
 
 SMALL = "--model linear --train.epochs 2 --train.batch_size 512 --cluster.workers 0"
-SLOW = f"{SMALL.replace('epochs 2', 'epochs 40')} --dataset slow_digits:load"
+SLOW = f"{SMALL.replace('epochs 2', 'epochs 40')} --dataset sabotage:load_slowly"
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from noted_digits import FIRST
 from processes import Watch
+from sabotage import FIRST
 
 HERE = Path(__file__).parents[1]
-DATA = "--dataset noted_digits:load"
+DATA = "--dataset sabotage:load_and_note"
 COMMANDS = {
     "help": "--help",
     "help of lipt": "lipt --help",
