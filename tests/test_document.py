@@ -3,8 +3,6 @@
 import re
 from html.parser import HTMLParser
 
-import pytest
-
 from raypkg.runs.document import Grid, document, paragraph, picture
 
 EVIL = "<script src='https://evil.example/x.js'></script>\"|&"
@@ -41,23 +39,19 @@ LOADING = ("src", "href", "srcset", "data", "action", "poster")
 
 
 def test_a_page_is_one_file_of_texts_that_fits_a_narrow_window():
-    assert fetched(page()) == []
-    read = Reader(page())
+    text = page()
+    assert fetched(text) == []
+    read = Reader(text)
     assert "script" not in {tag for tag, _ in read.tags}
     assert read.text.count(EVIL) == 7  # title twice, paragraph, the grid's title, a heading, a cell and the note
     assert dict(read.tags[[tag for tag, _ in read.tags].index("img")][1])["alt"] == EVIL
-    text = page()
     assert 'name="viewport"' in text
     assert re.search(r"\.scroll \{ overflow-x: auto", text) and '<div class="scroll"><table>' in text
     assert re.search(r"img \{ max-width: 100%", text)
 
 
-def test_rows_that_stand_out_are_marked():
-    grid = Grid("", ["row", "n"], [["a", "1"], ["b", "2"]], frozenset({1}))
+def test_rows_that_stand_out_are_marked_and_cells_stay_cells():
+    grid = Grid("", ["a|b", "two\nlines"], [["a", "1"], ["b", "2"]], frozenset({1}))
     assert grid.html().count('class="emphasis"') == 1
-    assert grid.markdown().splitlines()[-1] == "| **b** | 2 |"
-
-
-@pytest.mark.parametrize(("cell", "shown"), [("a|b", r"a\|b"), ("two\nlines", "two lines")])
-def test_cells_stay_cells_in_markdown(cell, shown):
-    assert Grid("", ["row", cell], [["x", cell]]).markdown().splitlines()[0] == f"| row | {shown} |"
+    first, *_, last = grid.markdown().splitlines()
+    assert (first, last) == (r"| a\|b | two lines |", "| **b** | 2 |")

@@ -120,14 +120,9 @@ def in_group(world):
     return results
 
 
-def test_nccl_sums():
-    total, _ = in_group(1)
-    assert total == [1.0] * 3
-
-
-@two_gpus
-def test_two_workers_with_shared_statistics_train_what_one_does():
-    total, ours = in_group(2)
-    assert total == [3.0] * 3
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=two_gpus)])
+def test_workers_sum_by_nccl_and_train_with_shared_statistics_what_one_does(world):
+    total, ours = in_group(world)
+    assert total == [world * (world + 1) / 2] * 3
     for name, weight in parameters(trained(CUDA, "float64", epochs=1)).items():
         assert torch.allclose(torch.from_numpy(ours[name]), weight, rtol=0, atol=1e-7), name
