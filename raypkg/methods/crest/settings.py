@@ -76,8 +76,7 @@ class CrestOptions(Settings):
             value = getattr(self, name)
             if self.tau == 0 and value != type(self).model_fields[name].default:
                 raise UserError(
-                    f"crest.tau = 0, without a local model: crest.{name} = {value} would do nothing; the paper's τ is"
-                    " 0.05"
+                    f"crest.tau = 0, without a local model: crest.{name} = {value} would do nothing; the paper has 0.05"
                 )
         return self
 

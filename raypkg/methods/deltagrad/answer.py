@@ -20,6 +20,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 from raypkg.data import Data
 from raypkg.data.split import Split
+from raypkg.engine.optimizer import learning_rate
 from raypkg.engine.worker import threads
 
 from .history import History, HistoryWriter, check_room, history_folder
@@ -65,8 +66,6 @@ def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: 
     if chosen.tolerance is None:
         exact_steps = Periodic(chosen.period, chosen.burn_in)
     else:
-        from raypkg.engine.optimizer import learning_rate
-
         horizon = sum(learning_rate(train, step / total) for step in range(total))
         exact_steps = Tolerant(chosen.tolerance, horizon, train.weight_decay)
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raypkg.data.kinds import kind_of
 
@@ -142,6 +143,18 @@ class ActiveLinear(nn.Linear):
         self.dense_gradient = False  # in the next backward pass: for growth by gradient
         # nn.TransformerEncoderLayer calls layers with hooks, and multiplies by the weights of others itself.
         self.register_forward_pre_hook(lambda layer, inputs: None)
+
+    def convert(self, optimizer: Optimizer, *, dense: bool) -> None:
+        """Convert the weight and its optimiser state to the dense form [out, in] or to the active weights [k]."""
+        weight, pattern = self.weight, self.pattern
+        if pattern is None or dense == (weight.dim() == 2):
+            return
+        tensors: list[Tensor] = [weight]
+        for value in optimizer.state.get(weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                tensors.append(value)
+        for tensor in tensors:
+            tensor.data = pattern.dense(tensor.data) if dense else pattern.active(tensor.data)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map […, in] to […, out]."""

@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
@@ -292,14 +291,14 @@ class Active(Masked):
     def on_epoch_end(self, run: Run) -> None:
         """Restore the dense weights, as a checkpoint needs them."""
         for layer in self.layers.values():
-            _convert(layer, run.optimizer, dense=True)
+            layer.convert(run.optimizer, dense=True)
 
     def _prepare(self, run: Run) -> None:
         due = self.due(run.step)
         for layer in self.layers.values():
             layer.dense_gradient = due
             if due or run.worker.world == 1:
-                _convert(layer, run.optimizer, dense=due)
+                layer.convert(run.optimizer, dense=due)
 
     def _adopt_masks(self) -> None:
         for name, layer in self.layers.items():
@@ -383,16 +382,3 @@ def _checked(rule: str, scores: Tensor, weights: Tensor, layer: str) -> Tensor:
 def _gradient(weight: Tensor) -> Tensor:
     """Return a parameter's gradient; zeros if the forward pass does not use it."""
     return torch.zeros_like(weight) if weight.grad is None else weight.grad
-
-
-def _convert(layer: ActiveLinear, optimizer: Optimizer, *, dense: bool) -> None:
-    """Convert a weight and its optimiser state to the dense form [out, in] or to the active weights [k]."""
-    weight, pattern = layer.weight, layer.pattern
-    if pattern is None or dense == (weight.dim() == 2):
-        return
-    tensors: list[Tensor] = [weight]
-    for value in optimizer.state.get(weight, {}).values():
-        if isinstance(value, Tensor) and value.shape == weight.shape:
-            tensors.append(value)
-    for tensor in tensors:
-        tensor.data = pattern.dense(tensor.data) if dense else pattern.active(tensor.data)
