@@ -240,7 +240,7 @@ def test_a_layer_out_of_use_has_no_gradient(rule, sparse_init):
     correction = [Correction(AgentOptions(gamma=0.5))]
     hooks = sparse(correction=correction, growth=rule, redistribution=redistribution, sparse_init=sparse_init)
     fit(run(*hooks, model=Partly()))
-    assert len({sum(layers) for layers in counts_over_time(hooks[0])}) == 1 and hooks[1].c
+    assert len({sum(layers) for layers in counts_over_time(hooks[0])}) == 1 and hooks[1].weight.c
 
 
 def test_without_growth_masks_stay():
