@@ -296,7 +296,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path, every, settings, age
     fit(second, checkpoints=places)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
     assert all(mask.equal(again.masks[name]) for name, mask in topology.masks.items())
-    assert again.history == topology.history and corrected.c == correction.c
+    assert again.history == topology.history and corrected.weight.c == correction.weight.c
     assert len(corrected.history) == len(correction.history) == STEPS
 
 
