@@ -241,3 +241,15 @@ def test_an_unfinished_run_names_the_command_that_resumes_it(effray, refusal, mo
         assert f"summary.json is missing: the run is not finished, `effray deltagrad train --resume {name}`" in message
         effray(f"deltagrad train --resume {name}")
         effray(f"deltagrad delete {name} --ids 1")
+
+
+def test_opening_a_run_deletes_the_leftovers_of_killed_requests(trained):
+    trained("deltagrad delete a --ids 0,1")
+    before = sorted(RUN.rglob("*"))
+    for folder in ("versions/00002", "added"):
+        (RUN / folder).mkdir()
+    for name in ("versions/00002/history.arrow", "requests/00002.parquet", "requests/00002.parquet.17.part",
+                 "added/00002.part", "added/00002.arrow", "log.jsonl.17.part"):  # fmt: skip
+        (RUN / name).touch()
+    trained("deltagrad log a")
+    assert sorted(RUN.rglob("*")) == before
