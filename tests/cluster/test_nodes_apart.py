@@ -4,6 +4,7 @@ Simulated nodes are processes of one machine, each with a cache folder of its ow
 """
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -70,7 +71,9 @@ def nodes(port, tmp_path):
     def own():
         return {"num_cpus": 1, "env_vars": {"EFFRAY_CACHE": str(next(caches))}}
 
-    cluster = Cluster(initialize_head=True, head_node_args={**own(), "include_dashboard": True})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        dashboard = {"include_dashboard": True, "dashboard_port": server.getsockname()[1]}  # 8265 may be taken
+    cluster = Cluster(initialize_head=True, head_node_args={**own(), **dashboard})
     cluster.add_node(**own())
     cluster.wait_for_nodes()
     yield cluster, lambda **others: cluster.add_node(**{**own(), **others})
