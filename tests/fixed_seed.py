@@ -26,6 +26,13 @@ from safetensors.numpy import load_file
 from raypkg.cli import main as effray
 
 TINY = "--train.epochs 3 --model mlp --seed 3"
+# Defaults before there were presets, so that results stay comparable with those of earlier commits.
+CREST = "--crest.exclude_after 5 --crest.keep_active 0.8"
+REGION = f"{CREST} --crest.checked_on pool --crest.smoothing coreset --crest.settle 0.05 --crest.model_batches 1"
+REGION += " --crest.curvature false --crest.tau 0.05 --crest.subset 0.2196"
+EACH_STEP = f"{CREST} --crest.tau 0 --crest.subset 4m --crest.settle 0.05"
+ANEW = "--pretrain.rounds false"
+PLAIN = "--dataset.scale standard --train.schedule constant --train.weight_decay 0.005 --replay.burn_in 10"
 RUNS = {
     "full": f"train {TINY}",
     "reselected": f"train {TINY} --select.rule gradmatch --select.fraction 0.2 --select.weighted true"
@@ -33,20 +40,25 @@ RUNS = {
     "infobatch": f"train {TINY} --select.rule infobatch --select.every_epochs 1",
     "selected": "select --model-from full --rule craig --fraction 0.1 --seed 3",
     "given": f"train {TINY} --coreset {{root}}/select/selected/coreset.parquet",
-    "lipt": "lipt --seed 3 --train.epochs 2 --pretrain.models 3 --pretrain.epochs 1",
-    "greedy": f"lipt {TINY} --pretrain.models 3 --pretrain.epochs 1 --pretrain.merge greedy --pretrain.sparsity erk",
-    "dense": f"lipt {TINY} --pretrain.method dense --pretrain.epochs 2 --train.init merged",
-    "anew": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25",
-    "crest": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 --crest.tau 0.05 --crest.subset 0.2196",
-    "overlapped": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 --crest.tau 0.05 --crest.subset 0.2196"
-    " --crest.overlap true --crest.h 4",
+    "lipt": f"lipt --seed 3 --train.epochs 2 --pretrain.models 3 --pretrain.epochs 1 {ANEW} --pretrain.sparsity false",
+    "greedy": f"lipt {TINY} --pretrain.models 3 --pretrain.epochs 1 --pretrain.merge greedy --pretrain.sparsity erk"
+    f" --pretrain.density 0.9 {ANEW}",
+    "dense": f"lipt {TINY} --pretrain.method dense --pretrain.epochs 2 --train.init merged"
+    f" --pretrain.sparsity false {ANEW}",
+    "anew": f"crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 {EACH_STEP}",
+    "crest": f"crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 {REGION}",
+    "overlapped": f"crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 {REGION} --crest.overlap true"
+    " --crest.h 4",
     "random": "crest --model mlp --seed 3 --train.epochs 12 --budget 0.25 --selection random",
     "glister": "crest --model mlp --seed 3 --train.epochs 4 --budget 0.5 --selection glister",
-    "rigl": f"sparse {TINY} --density 0.1 --growth gradient --agent true --agent.memory 0",
-    "momentum": f"sparse {TINY} --density 0.2 --growth momentum --redistribution momentum --drop set",
-    "thin": f"sparse {TINY} --density 0.05 --compute sparse --growth gradient --fan-in sparse",
-    "both": "sparse --model mlp --seed 3 --train.epochs 3 --density 0.1 --crest true --agent true",
-    "recorded": "deltagrad train --seed 3 --train.epochs 6 --train.batch_size 200",
+    "rigl": f"sparse {TINY} --density 0.1 --growth gradient --agent.form measured --agent.memory 0"
+    " --update_every_steps 1",
+    "momentum": f"sparse {TINY} --density 0.2 --growth momentum --redistribution momentum --drop set"
+    " --update_every_steps 1",
+    "thin": f"sparse {TINY} --density 0.05 --compute sparse --growth gradient --fan-in sparse --update_every_steps 1",
+    "both": "sparse --model mlp --seed 3 --train.epochs 3 --density 0.1 --growth random --update_every_steps 1"
+    f" --agent.form measured {EACH_STEP}",
+    "recorded": f"deltagrad train --seed 3 --train.epochs 6 --train.batch_size 200 {PLAIN}",
 }
 AFTERWARDS = (  # requests to the recorded run, answered in order
     "deltagrad delete recorded --ids 3,14,15",

@@ -7,7 +7,8 @@ from typing import Any
 from click import Group, get_current_context
 
 from raypkg.core.config import load_stored
-from raypkg.core.errors import Interruption, UserError
+from raypkg.core.errors import Interruption, UserError, shown
+from raypkg.core.presets import departures
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, RunSettings
 from raypkg.experiments import carry_out, experiment, open_run, settings_of
@@ -58,7 +59,12 @@ def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolde
     model = getattr(settings, "model", None)
     subject = model.name if model else getattr(settings, "rule", "")
     subject = subject or f"the model of {getattr(settings, 'model_from', '')}"
-    console.print(f"{entry.name} {folder.name}: {subject} on {settings.dataset.name}")
+    preset = getattr(settings, "preset", "")
+    console.print(f"{entry.name} {folder.name}: {subject} on {settings.dataset.name}{preset and f', preset {preset}'}")
+    changed = ", ".join(f"{name} = {shown(value)}" for name, value in departures(settings).items())
+    for what, text in (("changed", changed), ("adapted", "; ".join(getattr(settings, "adapted", ())))):
+        if text:
+            console.print(f"{what}: {text}", soft_wrap=True)
     try:
         line = carry_out(entry, settings, samples, folder, console)
     except (KeyboardInterrupt, SystemExit, Interruption) as error:

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from raypkg.core.config import Settings, alternatives, current_name, is_list, leaves, parse_toml, part_of
 from raypkg.core.errors import UserError, shown
+from raypkg.core.presets import presets_of
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART
 from raypkg.experiments import settings_of
@@ -110,7 +111,7 @@ def setting_options(schema: type[Settings]) -> Iterator[click.Option]:
     An optional part is an option too: ``--agent`` enables it with its defaults.
     """
     for name, field in leaves(schema):
-        if name.rpartition(".")[2] == "options":
+        if name.rpartition(".")[2] in ("options", "adapted"):
             continue
         short = [f"--{name.removesuffix('.name')}"] if name.endswith(".name") else []
         switch: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if part_of(field) else {}
@@ -120,6 +121,8 @@ def setting_options(schema: type[Settings]) -> Iterator[click.Option]:
             shown_default = ",".join(map(str, default))
         elif default is not None and not field.is_required():
             shown_default = str(default).lower() if isinstance(default, bool) else str(default)
+        if name == "preset":
+            shown_default = "published; " + "; ".join(f"{each}: {it.about}" for each, it in presets_of(schema).items())
         yield click.Option(
             [*short, f"--{name}", name.replace(".", "__")],
             metavar=metavar(field),

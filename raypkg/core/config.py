@@ -33,6 +33,7 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, serialize_by_alias=True
     )
     renamed: ClassVar[Mapping[str, str]] = {}  # former name of a setting → current name
+    former: ClassVar[Mapping[str, Any]] = {}  # defaults before there were presets, where they have changed
 
     @model_validator(mode="before")
     @classmethod
@@ -124,8 +125,15 @@ def load_settings(
 
 
 def load_stored(schema: type[S], stored: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> S:
-    """Build settings from the stored ones of a run or study, possibly under former names, and dotted overrides."""
-    return load_settings(schema, with_current_names(schema, stored), overrides)
+    """Build settings from the stored ones of a run or study, possibly of an earlier version, and dotted overrides."""
+    return load_settings(schema, stored_values(schema, stored), overrides)
+
+
+def stored_values(schema: type[Settings], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return stored settings, not yet validated, under their current names and with the defaults of their time."""
+    values = with_current_names(schema, stored)
+    has_presets = "preset" in schema.model_fields
+    return with_former_defaults(schema, values) if has_presets and "preset" not in values else values
 
 
 def validate(schema: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
@@ -245,6 +253,19 @@ def with_current_names(schema: type[Settings], values: Mapping[str, Any]) -> dic
         part = part_of(field) if field else None
         current[now] = with_current_names(part, value) if part and isinstance(value, Mapping) else value
     return current
+
+
+def with_former_defaults(schema: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings stored before there were presets, nested or by dotted names, with the defaults of that time."""
+    filled: dict[str, Any] = {**schema.former, **values}
+    for name, value in filled.items():
+        field = fields_of(schema).get(name)
+        part = part_of(field) if field else None
+        if part and _is_on(value):
+            filled[name] = dict(part.former)
+        elif part and isinstance(value, Mapping):
+            filled[name] = with_former_defaults(part, value)
+    return filled
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,10 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Schedule = Annotated[
     Literal["cosine", "linear", "multistep", "constant"], Field(description="shape of the learning rate over training")
 ]
+Scale = Annotated[
+    Literal["standard", "unit", "none"],
+    Field(description="numbers of a sample: standardised, in [0, 1], or as they are; texts have none"),
+]
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
 CacheGiB = Annotated[float | None, Field(ge=0, description="GiB for caching (default: a quarter of a worker's memory)")]
 Count = Annotated[int, Field(ge=1)]
@@ -38,6 +42,7 @@ class Dataset(Named):
         0.0, ge=0, lt=1, description="share of the labels, except in the test set, replaced by another class"
     )
     imbalance: Share = Field(1.0, description="long tail: class sizes fall geometrically to this share of the largest")
+    scale: Scale = "standard"
     repeat: int = Field(1, ge=1, le=1000, description="copies of each training sample")
     seed: int | None = Field(None, ge=0, description="of the draws of noise and imbalance (default: the run's)")
     streamed: str | None = Field(
@@ -69,7 +74,7 @@ class Dataset(Named):
     @model_serializer(mode="wrap")
     def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Omit settings at their defaults that earlier versions did not have: digests of settings stay the same."""
-        later = ("noise", "imbalance", "repeat", "seed", "streamed", "window")
+        later = ("noise", "imbalance", "repeat", "seed", "streamed", "window", "scale")
         fields = type(self).model_fields
         values: dict[str, Any] = serialize(self)
         return {name: value for name, value in values.items() if name not in later or value != fields[name].default}
@@ -252,6 +257,7 @@ class Experiment(RunSettings):
 
     model: Model = Model()
     hooks: tuple[Named, ...] = Field((), description="additional hooks, such as my_code:Ema; see `effray methods`")
+    adapted: tuple[str, ...] = Field((), description="settings that were adapted to the data, stored by a run")
 
     @property
     def epochs(self) -> int:
@@ -272,6 +278,17 @@ class Experiment(RunSettings):
             setting = f"train.evaluate_every_epochs = {every}"
             raise UserError(f"train.keep = best: {setting} of {self.epochs} epochs evaluates none")
         return self
+
+    def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:
+        """Return the settings that the published method leaves to n training samples: value, and what it replaces."""
+        return {}
+
+    @model_serializer(mode="wrap")
+    def _omit_nothing_adapted(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        if not self.adapted:
+            values.pop("adapted", None)
+        return values
 
     def check(self, n: int, data: Any) -> None:
         """Refuse, before any work, what n training samples of the data do not allow, and settings without effect."""

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raypkg.core.address import is_uri
-from raypkg.core.config import Named, load_settings
+from raypkg.core.config import Named, load_settings, read_toml
 from raypkg.core.errors import UserError
+from raypkg.core.presets import with_preset
 from raypkg.core.registry import Lookup, heavy_imports
 from raypkg.core.settings import Experiment, Model, RunSettings, Select, Target, Train
 from raypkg.data.sources import dataset
@@ -32,12 +33,13 @@ TRUST = "EFFRAY_TRUST"
 def resolve(
     schema: type[R], source: Path | Mapping[str, Any] | None, values: Mapping[str, Any], *, shared: bool = False
 ) -> R:
-    """Return settings that are ready for a run: loaded, with absolute paths, checked names and a tokenizer.
+    """Return settings that are ready for a run: with their preset, absolute paths, checked names and a tokenizer.
 
     The source is a TOML file or stored settings; ``values``, by dotted names, win over it. The ``shared`` settings of a
     study's trials get no tokenizer: each trial takes that of its own model.
     """
-    settings = with_absolute_paths(load_settings(schema, source, values))
+    base = read_toml(source) if isinstance(source, Path) else dict(source or {})
+    settings = with_absolute_paths(load_settings(schema, base, with_preset(schema, base, values)))
     check_names(settings)
     return settings if shared else with_tokenizer(settings)
 

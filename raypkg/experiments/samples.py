@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
+from raypkg.core.presets import FORMER
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Dataset, Experiment, RunSettings
 
@@ -84,16 +86,23 @@ def open_samples(settings: RunSettings, *, verify: bool = True) -> Samples:
 
 
 def pinned(settings: R, samples: Samples) -> R:
-    """Return the settings with the digest of the samples, and the seed of their draws where they are drawn.
+    """Return the settings with the digest of the samples, the seed of their draws, and values adapted to their number.
 
     Actors open the data set by its settings alone, and a resumed run refuses other samples.
     """
     dataset = settings.dataset
-    if dataset.digest is not None:
-        return settings
-    seed = settings.seed if dataset.is_drawn and dataset.seed is None else dataset.seed
-    dataset = dataset.model_copy(update={"digest": samples.digest(dataset), "seed": seed})
-    return settings.model_copy(update={"dataset": dataset})
+    values: dict[str, Any] = {}
+    if dataset.digest is None:
+        values["dataset.digest"] = samples.digest(dataset)
+        if dataset.is_drawn and dataset.seed is None:
+            values["dataset.seed"] = settings.seed
+    if isinstance(settings, Experiment) and getattr(settings, "preset", FORMER) != FORMER:
+        notes = list(settings.adapted)
+        for name, (value, replaced) in settings.adaptations(len(samples.train_indices)).items():
+            values[name] = value
+            notes.append(f"{name} = {value} instead of {replaced}")
+        values["adapted"] = notes
+    return load_settings(type(settings), settings.model_dump(mode="json"), values) if values else settings
 
 
 def samples_on(worker: Worker, settings: RunSettings) -> Samples:

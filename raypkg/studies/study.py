@@ -15,7 +15,7 @@ import pyarrow as pa
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from raypkg.core.config import Settings, with_current_names
+from raypkg.core.config import Settings, stored_values, with_current_names
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 from raypkg.experiments import experiment, training_settings_of
@@ -116,7 +116,10 @@ class Study:
     @property
     def config(self) -> dict[str, Any]:
         """The settings that all trials share, not yet validated; reading raises ``UserError`` if they are missing."""
-        return self._current(read_settings(self.storage))
+        stored = read_settings(self.storage)
+        if self.experiment not in experiment:
+            return stored
+        return stored_values(training_settings_of(experiment[self.experiment]), stored)
 
     def run_name(self, number: int) -> str:
         """Return the name of a trial's run."""

@@ -14,6 +14,7 @@ from typing import Any
 import raypkg
 from raypkg.core.config import with_current_names
 from raypkg.core.errors import UserError, shown, unknown
+from raypkg.core.presets import with_preset
 from raypkg.experiments import experiment, training_settings_of
 
 SUFFIX = ".py"
@@ -176,7 +177,13 @@ def read_table(text: str, origin: str, scale: str) -> Table:
     if not isinstance(table, Table):
         raise UserError(f"table {origin!r}: table({scale!r}) returned {shown(table)}, not a {__name__}.Table")
     table.check(f"table {origin!r}")
-    return table
+    return replace(table, rows={label: _with_preset(table, values) for label, values in table.rows.items()})
+
+
+def _with_preset(table: Table, row: Values) -> Values:
+    """Return a row with the settings of the preset that it names, so that trials store them."""
+    schema = training_settings_of(experiment[table.experiment])
+    return with_preset(schema, {}, row) if "preset" in row else row
 
 
 def narrowed(

@@ -76,18 +76,18 @@ def _train(study: Study, run: RunFolder, values: Values, report: Report, donors:
     entry = experiment[study.experiment]
     schema = training_settings_of(entry)
     settings = resolve(schema, study.config, values)
-    if CONFIG in run.storage.list():
+    is_new = CONFIG not in run.storage.list()
+    if not is_new:
         # A run of the trial's name that somebody else began must not be resumed as the trial. Digest and seed of the
         # data are noted by the run itself, which refuses other samples.
         stored = load_stored(schema, run.config)
-        noted = {"digest": settings.dataset.digest, "seed": settings.dataset.seed}
-        asked = stored.model_copy(update={"dataset": stored.dataset.model_copy(update=noted)})
-        if asked.model_dump(exclude=set(APART)) != settings.model_dump(exclude=set(APART)):
-            raise UserError(f"run {run.name!r} has other settings than the trial of that name: rename it, or delete it")
-        settings, samples = open_run(settings.model_copy(update={"dataset": stored.dataset}))
-    else:
-        settings, samples = open_run(settings)
+        noted = {"digest": stored.dataset.digest, "seed": stored.dataset.seed}
+        settings = settings.model_copy(update={"dataset": settings.dataset.model_copy(update=noted)})
+    settings, samples = open_run(settings)
+    if is_new:
         run = run_folder.create(study.root, entry.name, run.name, settings)
+    elif stored.model_dump(exclude=set(APART)) != settings.model_dump(exclude=set(APART)):
+        raise UserError(f"run {run.name!r} has other settings than the trial of that name: rename it, or delete it")
     metric = study.order.metric
 
     def listen(row: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Settings of AGENT."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ DAMPING = {"measured": 1.0, "published": 0.1, "linear": 0.75}  # γ; the latter 
 class AgentOptions(Settings):
     """Adaptive gradient correction."""
 
+    former: ClassVar[Mapping[str, Any]] = {"form": "measured"}
     renamed: ClassVar[Mapping[str, str]] = {"every": "every_steps", "snapshot": "snapshot_every_steps"}
 
     form: Annotated[
@@ -23,9 +24,9 @@ class AgentOptions(Settings):
         Field(
             description="weight c: measured per layer from gradients, as published from losses, or linear as in α-SVRG"
         ),
-    ] = "measured"
+    ] = "published"
     gamma: Annotated[
-        float | None, Field(gt=0, le=1, description="γ: damps the correction (default: 1; published 0.1, linear 0.75)")
+        float | None, Field(gt=0, le=1, description="γ: damps the correction (default: 0.1; measured 1, linear 0.75)")
     ] = None
     alpha: Annotated[float, Field(ge=0, le=1, description="α: share of the newest estimate in c")] = 0.3
     always: Annotated[

@@ -7,9 +7,11 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
+from raypkg.core.presets import FORMER, PUBLISHED, PresetName
 from raypkg.core.settings import CacheGiB, Count, Epochs, Experiment, Reselect, Schedule, Share, Train, Training
 
-BATCHES = 4  # in a random subset by default
+BATCHES = 4  # in a random subset of "4m"
+SUBSET = 0.01  # r/n in the paper
 OF_THE_MODEL = (  # options of the local model, without effect at τ = 0
     "h", "b", "checked_on", "order", "smoothing", "model_batches", "curvature", "parameters", "overlap",
 )  # fmt: skip
@@ -19,19 +21,24 @@ class CrestOptions(Settings):
     """Mini-batch coresets and the local model that renews them."""
 
     renamed: ClassVar[Mapping[str, str]] = {"drop_every": "exclude_every_steps", "alpha": "exclude_below"}
+    former: ClassVar[Mapping[str, Any]] = {
+        "tau": 0.0, "subset": "4m", "checked_on": "pool", "exclude_after": 5, "keep_active": 0.8,
+        "smoothing": "coreset", "settle": 0.05, "model_batches": 1, "curvature": False,
+    }  # fmt: skip
 
     tau: Annotated[
-        float, Field(ge=0, description="τ: error that expires the local model (paper: 0.05); 0 = no local model")
-    ] = 0.0
+        float, Field(ge=0, description="τ: error that expires the local model; 0 = none, every step selects")
+    ] = 0.05
     h: Annotated[float, Field(gt=0, description="multiplies ‖H̄_0‖/‖H̄‖ to give T1, the steps between checks")] = 1.0
     b: Annotated[Count, Field(description="mini-batch coresets in a pool per step between checks")] = 5
     subset: Annotated[
-        Share | None, Field(description="r/n: share of the samples in a random subset (default: four batches)")
+        Share | Literal["4m"] | None,
+        Field(description="r/n: share of the samples in a random subset; 4m = four batches (default: 0.01 or 4m)"),
     ] = None
     checked_on: Annotated[
         Literal["pool", "fresh"],
         Field(description="samples of a check: a subset of the pool, whose loss at w_l is known, or a fresh one"),
-    ] = "pool"
+    ] = "fresh"
     augmented: Annotated[bool, Field(description="select among augmented images, as they are trained on")] = True
     exclude_every_steps: Annotated[Count, Field(description="T2: steps between exclusions of learned samples")] = 20
     exclude_below: Annotated[
@@ -39,23 +46,23 @@ class CrestOptions(Settings):
     ] = 0.1
     exclude_after: Annotated[
         int, Field(ge=0, description="losses up to α in a row that exclude a sample; 0 = all within T2 steps")
-    ] = 5
-    keep_active: Annotated[float, Field(ge=0, le=1, description="share of the samples that always stay active")] = 0.8
+    ] = 0
+    keep_active: Annotated[float, Field(ge=0, le=1, description="share of the samples that always stay active")] = 0.0
     order: Annotated[int, Field(ge=1, le=2, description="order of the local model; 1 = without curvature")] = 2
     smoothing: Annotated[
         Literal["coreset", "pool", "none"],
         Field(description="moving averages of gradient and curvature, per coreset or per pool; none = latest only"),
-    ] = "coreset"
+    ] = "pool"
     settle: Annotated[
         float,
         Field(ge=0, lt=1, description="share of training after which ‖H̄_0‖ is measured; 0 = at the first weights"),
-    ] = 0.05
+    ] = 0.0
     model_batches: Annotated[
         int, Field(ge=0, description="mini-batch coresets to which the local model is fitted; 0 = the whole pool")
-    ] = 1
+    ] = 0
     curvature: Annotated[
-        int | None, Field(ge=0, description="samples that give the curvature (default: a quarter of a batch); 0 = all")
-    ] = None
+        int | None, Field(ge=0, description="samples that give the curvature; 0 = all, false = a quarter of a batch")
+    ] = 0
     look: Annotated[bool, Field(description="measure the worth of coresets at the start and after settle")] = True
     parameters: Annotated[
         Literal["all", "head"],
@@ -74,7 +81,8 @@ class CrestOptions(Settings):
         """Refuse options of the local model if there is none."""
         for name in OF_THE_MODEL:
             value = getattr(self, name)
-            if self.tau == 0 and value != type(self).model_fields[name].default:
+            default = type(self).model_fields[name].default
+            if self.tau == 0 and value not in (default, self.former.get(name, default) or None):
                 raise UserError(
                     f"crest.tau = 0, without a local model: crest.{name} = {value} would do nothing; the paper has 0.05"
                 )
@@ -83,13 +91,13 @@ class CrestOptions(Settings):
     def subset_size(self, n: int, batch: int) -> int:
         """Return r, the size of a random subset of n samples; batches that it or n cannot hold are refused.
 
-        >>> CrestOptions().subset_size(45_000, 128), CrestOptions(subset=0.02).subset_size(45_000, 128)
-        (512, 900)
+        >>> CrestOptions().subset_size(100_000, 128), CrestOptions(subset="4m").subset_size(100_000, 128)
+        (1000, 512)
         """
         if batch > n:
             raise UserError(f"train.batch_size = {batch}: there are only {n} samples to choose from")
-        if self.subset is None:
-            return min(n, BATCHES * batch)
+        if self.subset == "4m" or self.subset is None:
+            return min(n, max(BATCHES * batch, 0 if self.subset else round(SUBSET * n)))
         size = max(1, round(self.subset * n))
         if size < batch:
             raise UserError(
@@ -133,7 +141,9 @@ class CrestSettings(Experiment):
     """Settings of `effray crest`."""
 
     renamed: ClassVar[Mapping[str, str]] = {"select": "crest", "every": "every_epochs"}
+    former: ClassVar[Mapping[str, Any]] = {"preset": FORMER}
 
+    preset: PresetName = PUBLISHED
     selection: Annotated[
         Literal["crest", "random", "cut", "craig", "gradmatch", "glister"],
         Field(description="crest; random batches; cut = full schedule, cut short; or a coreset of the budget's size"),
@@ -199,6 +209,13 @@ class CrestSettings(Experiment):
                 f" {self.every_epochs} at most the {epochs} epochs"
             )
         return self
+
+    def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:
+        """Return four batches as random subset if a hundredth of n samples is less."""
+        fewest = min(n, BATCHES * self.train.batch_size)
+        if self.selection != "crest" or self.crest.subset is not None or SUBSET * n >= fewest:
+            return {}
+        return {"crest.subset": ("4m", f"{SUBSET:g}, as {fewest} samples are four batches")}
 
     def check(self, n: int, data: Any) -> None:
         """Refuse what n training samples do not allow."""

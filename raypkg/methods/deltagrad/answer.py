@@ -64,7 +64,7 @@ def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: 
     chosen = settings.replay
     exact_steps: Periodic | Tolerant
     if chosen.tolerance is None:
-        exact_steps = Periodic(chosen.period, chosen.burn_in)
+        exact_steps = Periodic(chosen.period, chosen.exact_at_first(total))
     else:
         horizon = sum(learning_rate(train, step / total) for step in range(total))
         exact_steps = Tolerant(chosen.tolerance, horizon, train.weight_decay)

@@ -7,8 +7,10 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Settings, load_settings
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Cluster, Dataset, Epochs, Experiment, Model, Precision, Schedule, Train
+from raypkg.core.presets import FORMER, PUBLISHED, PresetName
+from raypkg.core.settings import Cluster, Dataset, Epochs, Experiment, Model, Precision, Scale, Schedule, Share, Train
 
+BURN_IN = 20  # j0 of the released example
 # Settings of training for which replays support a single value.
 REPLAYED = {"decay": "all", "clip": None, "label_smoothing": 0.0, "keep": "last"}
 
@@ -16,6 +18,9 @@ REPLAYED = {"decay": "all", "clip": None, "label_smoothing": 0.0, "keep": "last"
 class PlainDataset(Dataset):
     """The data set, without augmentation."""
 
+    former: ClassVar[Mapping[str, Any]] = {"scale": "standard"}
+
+    scale: Scale = "unit"
     augment: Annotated[tuple[str, ...] | None, Field(description="must be empty: gradients are replayed")] = ()
 
 
@@ -30,11 +35,15 @@ class LinearModel(Model):
 class PlainTrain(Train):
     """The recorded training: SGD without momentum, in double precision."""
 
-    epochs: Annotated[Epochs, Field(description="passes over the samples")] = 32
+    epochs: Annotated[Epochs, Field(description="passes over the samples")] = 20
     batch_size: Annotated[int, Field(ge=1, description="samples per step; large ones keep the history small")] = 16384
     momentum: Annotated[float, Field(ge=0, lt=1, description="0: the derivation covers no other")] = 0.0
-    weight_decay: Annotated[float, Field(ge=0, description="λ of the L2 penalty λ/2 ‖w‖²")] = 0.005
-    schedule: Schedule = "constant"
+    weight_decay: Annotated[float, Field(ge=0, description="λ of the L2 penalty λ/2 ‖w‖²")] = 1e-4
+    schedule: Schedule = "multistep"
+    milestones: Annotated[
+        tuple[Share, ...], Field(description="shares of training at which multistep drops the rate")
+    ] = (0.5,)
+    lr_drop: Annotated[float, Field(gt=0, le=1, description="factor of the rate at each milestone")] = 0.5
     precision: Annotated[Precision, Field(description="of training; replays are in float64")] = "float64"
 
     @model_validator(mode="after")
@@ -65,12 +74,18 @@ class ReplaySettings(Settings):
     """Replays of the training with other samples."""
 
     period: Annotated[int, Field(ge=1, description="T0: every T0-th step is exact; 1 = all")] = 5
-    burn_in: Annotated[int, Field(ge=1, description="j0: number of exact steps at the start")] = 10
+    burn_in: Annotated[
+        int | None, Field(ge=1, description="j0: exact steps at the start (default: 20, at most a third of the steps)")
+    ] = None
     pairs: Annotated[int, Field(ge=1, description="m: pairs in the approximation of the Hessian")] = 2
     tolerance: Annotated[
         float | None,
         Field(gt=0, description="largest estimated distance from the retrained weights, instead of T0 and j0"),
     ] = None
+
+    def exact_at_first(self, steps: int) -> int:
+        """Return j0 of a training of ``steps`` steps."""
+        return self.burn_in or max(1, min(BURN_IN, steps // 3))
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -84,11 +99,22 @@ class ReplaySettings(Settings):
 class DeltaGradSettings(Experiment):
     """Settings of `effray deltagrad train`."""
 
+    former: ClassVar[Mapping[str, Any]] = {"preset": FORMER}
+
+    preset: PresetName = PUBLISHED
     dataset: PlainDataset = PlainDataset()
     model: LinearModel = LinearModel()
     train: PlainTrain = PlainTrain()
     history: HistorySettings = HistorySettings()
     replay: ReplaySettings = ReplaySettings()
+
+    def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:
+        """Return j0, at most a third of the steps."""
+        steps = self.train.epochs * self.train.steps_per_epoch(n)
+        exact = self.replay.exact_at_first(steps)
+        if self.replay.tolerance is not None or exact in (BURN_IN, self.replay.burn_in):
+            return {}
+        return {"replay.burn_in": (exact, f"{BURN_IN}, as there are {steps} steps")}
 
     @model_validator(mode="after")
     def _replayed_as_recorded(self) -> Self:

@@ -1,10 +1,12 @@
 """Settings of LiPT."""
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from raypkg.core.errors import UserError
+from raypkg.core.presets import FORMER, PUBLISHED, PresetName
 from raypkg.core.registry import Lookup
 from raypkg.core.settings import MOST_EPOCHS, Count, Epochs, Experiment, Reselect, Share, Train, Training
 
@@ -13,6 +15,8 @@ RESULT = "pretrained.safetensors"  # the pre-trained weights in the run folder
 
 class Pretrain(Training):
     """Pre-training of the model whose gradients select the coreset."""
+
+    former: ClassVar[Mapping[str, Any]] = {"sparsity": False, "density": 0.9, "rounds": False}
 
     method: Annotated[
         str,
@@ -25,15 +29,15 @@ class Pretrain(Training):
     sparsity: Annotated[
         str | None,
         Field(description="where layer-wise densities come from (lipt): snip, erk, uniform, grasp; false = dense"),
-    ] = None
-    density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.9
+    ] = "snip"
+    density: Annotated[Share, Field(description="share of the weights that each model keeps (lipt)")] = 0.05
     merge: Annotated[str, Field(description="how the models become one (lipt): masked_mean, mean, greedy")] = (
         "masked_mean"
     )
     rounds: Annotated[
         Count | None,
-        Field(description="merges, evenly over the epochs (lipt); 1 = once at the end, left out = after every epoch"),
-    ] = None
+        Field(description="merges, evenly over the epochs (lipt); 1 = once at the end, false = after every epoch"),
+    ] = 1
     outer_momentum: Annotated[
         float, Field(ge=0, lt=1, description="Nesterov momentum from merge to merge (lipt); 0 = none")
     ] = 0.0
@@ -56,7 +60,8 @@ class Pretrain(Training):
             raise UserError(
                 f"pretrain.rounds = {self.rounds}: models are merged after whole epochs, and there are {self.epochs}"
             )
-        if self.sparsity is None and self.density != type(self).model_fields["density"].default:
+        defaults = (type(self).model_fields["density"].default, self.former["density"])
+        if self.sparsity is None and self.density not in defaults:
             raise UserError(
                 f"pretrain.density = {self.density:g} would do nothing without masks: give pretrain.sparsity as well"
             )
@@ -117,6 +122,9 @@ class LiptTrain(Train):
 class LiptSettings(Experiment):
     """Settings of `effray lipt`."""
 
+    former: ClassVar[Mapping[str, Any]] = {"preset": FORMER}
+
+    preset: PresetName = PUBLISHED
     pretrain: Pretrain = Pretrain()
     select: Reselect = Reselect()
     train: LiptTrain = LiptTrain()

@@ -8,13 +8,16 @@ from pydantic import Field, model_validator
 
 from raypkg.core.config import Named, Settings
 from raypkg.core.errors import UserError
+from raypkg.core.presets import FORMER, PUBLISHED, PresetName
 from raypkg.core.registry import Lookup
 from raypkg.core.settings import MOST_EPOCHS, Count, Experiment, Schedule, Share, Train, Training
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.crest.settings import CrestOptions
 
 PRUNED_BY = 0.75  # share of training after which gradual pruning has ended
-INTERVALS = 40  # per training by default
+INTERVALS = 40  # per training, where the interval is not the published one
+PUBLISHED_INTERVALS = {"random": 1500, "gradient": 4000}  # ΔT of ITOP for SET and RigL
+PUBLISHED_STEPS = 97_750  # 250 epochs of CIFAR-10 in batches of 128
 
 
 class Initial(Named):
@@ -28,8 +31,8 @@ class Initial(Named):
 class Growth(Named):
     """Rule of the weights to grow."""
 
-    name: Annotated[str, Field(description="random (SET), gradient (RigL), momentum; false = the masks stay")] = (
-        "random"
+    name: Annotated[str, Field(description="gradient (RigL), random (SET), momentum; false = the masks stay")] = (
+        "gradient"
     )
 
 
@@ -50,7 +53,11 @@ class Redistribution(Named):
 class Sparsity(Settings):
     """Dynamic sparse training (SET, RigL, ITOP)."""
 
-    density: Annotated[Share | None, Field(description="share of the weights that exist (default: all)")] = None
+    former: ClassVar[Mapping[str, Any]] = {"density": False, "growth": "random"}
+
+    density: Annotated[
+        Share | None, Field(description="share of the weights that exist; false = all: a dense model")
+    ] = 0.05
     growth: Growth | None = Growth()
     drop: Drop = Drop()
     redistribution: Redistribution | None = None
@@ -60,7 +67,8 @@ class Sparsity(Settings):
         Field(description="sparse = first weights suit the inputs that exist (for networks without batch norm)"),
     ] = "dense"
     update_every_steps: Annotated[
-        Count | None, Field(description="ΔT: steps between changes of the masks (default: a fortieth of training)")
+        Count | None,
+        Field(description="ΔT: steps between changes of the masks (default: 4000, in short training a share of it)"),
     ] = None
     death_rate: Annotated[
         float, Field(gt=0, lt=1, description="f0: share of a layer's active weights to drop at the first change")
@@ -98,6 +106,7 @@ class SparseTrain(Train):
 class SparseSettings(Sparsity, Experiment):
     """Settings of `effray sparse`."""
 
+    former: ClassVar[Mapping[str, Any]] = {**Sparsity.former, "preset": FORMER}
     renamed: ClassVar[Mapping[str, str]] = {
         "batches": "crest",
         "correction": "agent",
@@ -105,6 +114,7 @@ class SparseSettings(Sparsity, Experiment):
         "update_every": "update_every_steps",
     }
 
+    preset: PresetName = PUBLISHED
     multiplier: Annotated[Count, Field(description="multiplies train.epochs (extended training, ITOP)")] = 1
     agent: Annotated[AgentOptions | None, Field(description="correct gradients by a snapshot of the model (AGENT)")] = (
         None
@@ -151,7 +161,7 @@ class SparseSettings(Sparsity, Experiment):
                 f"sparse_init = dense with growth = {self.growth.name} would stay dense: give --growth false"
             )
         if self.density is None:
-            self._refuse("density is left out", *Sparsity.model_fields)
+            self._refuse("density = false", *(name for name in Sparsity.model_fields if name != "density"))
         if not grows:
             self._refuse("growth = false", "death_rate", "decay", "redistribution")
         if not grows and not from_dense:
@@ -179,9 +189,21 @@ class SparseSettings(Sparsity, Experiment):
         """Refuse settings that are not at their defaults, where they would have no effect."""
         for name in names:
             value = getattr(self, name)
-            never_grows = name == "growth" and value is None  # as in a dense model: no contradiction
-            if value != type(self).model_fields[name].default and not never_grows:
+            # In a dense model, no growth is no contradiction; stored ones have the growth that was the default.
+            allowed = [type(self).model_fields[name].default]
+            if name == "growth":
+                allowed += [None, Growth(name=self.former["growth"])]
+            if value not in allowed:
                 raise UserError(f"{reason}: {name} would do nothing")
+
+    def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:
+        """Return ΔT as the published share of the steps, if training is shorter than the published one."""
+        if self.density is None or self.growth is None or self.update_every_steps is not None:
+            return {}
+        steps = self.extended.epochs * self.extended.steps_per_epoch(n)
+        published = PUBLISHED_INTERVALS.get(self.growth.name, PUBLISHED_INTERVALS["gradient"])
+        interval = max(1, min(published, published * steps // PUBLISHED_STEPS))
+        return {"update_every_steps": (interval, f"{published}, as there are {steps} steps, not {PUBLISHED_STEPS}")}
 
     def lookups(self) -> list[Lookup]:
         """Return the chosen rules."""
