@@ -68,3 +68,23 @@ def lenet5(shape: Shape, num_classes: int) -> Classifier:
     )
     kaiming(features)
     return Classifier(features, nn.Linear(84, num_classes))
+
+
+@model("lenet5-caffe", source="arXiv:2102.02887")
+def lenet5_caffe(shape: Shape, num_classes: int) -> Classifier:
+    """LeNet-5 as in Caffe and ITOP's experiments: 20 and 50 channels, 500 units, 0.43 M parameters on 28 × 28 pixels."""
+    channels, height, width = image_shape(shape, least=16)
+    pixels = ((height - 4) // 2 - 4) // 2 * (((width - 4) // 2 - 4) // 2)  # left by two convolutions and max-pools
+    features = nn.Sequential(
+        nn.Conv2d(channels, 20, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 50, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),  # [b, 50 · pixels]
+        nn.Linear(50 * pixels, 500),
+        nn.ReLU(),
+    )
+    kaiming(features)
+    return Classifier(features, nn.Linear(500, num_classes))
