@@ -72,7 +72,7 @@ def lenet5(shape: Shape, num_classes: int) -> Classifier:
 
 @model("lenet5-caffe", source="arXiv:2102.02887")
 def lenet5_caffe(shape: Shape, num_classes: int) -> Classifier:
-    """LeNet-5 as in Caffe and ITOP's experiments: 20 and 50 channels, 500 units, 0.43 M parameters on 28 × 28 pixels."""
+    """LeNet-5 of Caffe and ITOP: 20 and 50 channels, 500 units, 0.43 M parameters on 28 × 28 pixels."""
     channels, height, width = image_shape(shape, least=16)
     pixels = ((height - 4) // 2 - 4) // 2 * (((width - 4) // 2 - 4) // 2)  # left by two convolutions and max-pools
     features = nn.Sequential(

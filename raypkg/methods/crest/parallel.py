@@ -1,4 +1,4 @@
-"""CREST's work on workers and actors: choices, losses of checks, looks, and derivatives for the local model."""
+"""CREST's work on workers and actors: choices, losses of checks, and derivatives for the local model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raypkg.cluster.actors import hold_within_worker
 from raypkg.core.errors import UserError
-from raypkg.core.seeds import generator, seeded
+from raypkg.core.seeds import generator
 from raypkg.coresets.gradients import HeadView, evaluating
 from raypkg.coresets.sharded import LiveModel, Scorer, SentModel
 from raypkg.data import Data
-from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
-from raypkg.engine.batches import dtype_of, plain_batches, slice_of, training_batch
+from raypkg.engine.batches import dtype_of, plain_batches, slice_of
 from raypkg.engine.costs import Cost
-from raypkg.engine.loop import autocast, losses_of
+from raypkg.engine.loop import autocast
 from raypkg.engine.run import Run
 from raypkg.engine.shards import FirstWorkerShards, Pending, Shard, Shards, WorkerShards
 from raypkg.engine.worker import Worker, memory_bound
@@ -35,12 +34,9 @@ from raypkg.experiments.training import Job
 from .quadratic import MovingMoments, covered_parameters, gradient_of, hessian_diagonal
 from .selection import Chosen, Pool, Subset, choose_minibatch
 from .settings import CrestOptions
-from .variance import Look, Spread, error_of_coresets
 
 ToScorer = Callable[[nn.Module], Scorer]  # brings a model into the form that shards take
 Choices = Sequence[tuple[Sequence[Chosen], Cost]]  # of every shard
-
-WHOLE = 5  # a look computes the gradient of all samples of every fifth subset: they dominate its cost
 
 
 @contextmanager
@@ -186,72 +182,6 @@ class Chooser:
         if run.worker.rank == 0:
             bill.forward += len(subset)
         return torch.cat(slices)
-
-    def look(self, run: Run, subsets: Sequence[Subset], n: int) -> Look:
-        """Measure the gradients of random batches, of coresets and of whole subsets, over all workers.
-
-        Gradients are those of training: with dropout, and with batch norm's statistics of each batch. The model, its
-        statistics and the global generators remain as they are. ``n`` counts the samples to choose from.
-        """
-        run.worker.share(run.model.buffers())
-        choices = self.shards.map(choose, *self._arguments(run, run.model, subsets))
-        model = deepcopy(run.model)  # batch norm is moved by each pass
-        zeros = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad), device=run.worker.device)
-        random, coresets, differences, whole = spreads = [Spread(zeros.clone()) for _ in range(4)]
-        rank, world = run.worker.rank, run.worker.world
-        with seeded(run.seed, "crest look", run.step, rank):
-            for number, chosen in enumerate(_in_order(choices, len(subsets))):
-                if number % world != rank:
-                    continue
-                subset = subsets[number]
-                of_random = _training_gradient(run, model, subset[: len(chosen.coreset)])
-                of_coreset = _training_gradient(run, model, chosen.samples, chosen.coreset.weights)
-                random.add(of_random)
-                coresets.add(of_coreset)
-                differences.add(of_coreset - of_random)
-                if number % WHOLE == 0:
-                    whole.add(_training_gradient(run, model, subset))
-        totals = run.worker.sum(torch.stack([spread.total for spread in spreads]))
-        numbers = run.worker.sum(torch.tensor([[each.squares, each.count] for each in spreads], dtype=torch.float64))
-        for spread, total, (squares, count) in zip(spreads, totals, numbers.tolist(), strict=True):
-            spread.total, spread.squares, spread.count = total, squares, int(count)
-
-        size = min(self.size, len(subsets[0]))
-        forward = sum(len(subset) for subset in subsets)
-        backward = 2 * size * random.count + len(subsets[0]) * whole.count
-        if rank == 0:  # bills are summed over the workers
-            run.bill("look").forward += forward + backward
-            run.bill("look").backward += backward
-        return Look(
-            step=run.step,
-            batch=size,
-            subset=len(subsets[0]),
-            n=n,
-            random=random.variance,
-            coreset=error_of_coresets(coresets, differences),
-            whole=whole.variance,
-            forward=forward,
-            backward=backward,
-        )
-
-
-def _training_gradient(run: Run, model: nn.Module, samples: Subset, weights: Tensor | None = None) -> Tensor:
-    """Return the gradient of the mean of w · loss as a training step computes it, on this worker, [p]."""
-    augment = compose(run.augment)
-    draws = samples.draws
-    if draws.shape[1] != augment.draws:  # selection saw unaugmented samples
-        draws = torch.rand(len(samples), augment.draws)
-    coreset = Coreset(samples.indices, torch.ones(len(samples)) if weights is None else weights)
-    alone = Worker(device=run.worker.device)
-    batch = training_batch(run.split, coreset, augment, draws, alone, dtype_of(run.model))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    total = torch.zeros((), device=run.worker.device)
-    for part in batch.parts(run.settings.micro_batch):
-        with autocast(run.settings.precision, part.x.device):
-            logits = model(part.x)
-        loss = losses_of(logits, part.y) @ part.weights / batch.total
-        total = total + gradient_of(loss, parameters)
-    return total
 
 
 def fit_moments(

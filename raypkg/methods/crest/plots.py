@@ -1,69 +1,43 @@
 """The plots of CREST; every function writes one PNG."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raypkg.runs.plots import BLUE, GREY, NOTE, ORANGE, VERMILLION, Rows, column, line_ends, page, short
-
-if TYPE_CHECKING:
-    from raypkg.runs.plots import Axes
+from raypkg.runs.plots import BLUE, NOTE, ORANGE, VERMILLION, Rows, column, line_ends, page, short
 
 TINY = 1e-9  # replaces 0 on a logarithmic axis
 
 
 def checks(rows: Rows, tau: float, path: str | Path) -> None:
-    """Plot CREST's table: active samples and gradient errors; with a local model, τ > 0, also ρ, T1 and P.
-
-    Rows are dicts with ``step``, ``update``, ``rho``, ``interval``, ``pool``, ``active`` (samples), and the root mean
-    squares ``coreset_error`` and ``random_error``.
-    """
+    """Plot CREST's table, dicts with ``step``, ``update``, ``rho``, ``interval``, ``pool`` and ``active`` (samples)."""
     step = column(rows, "step")
     with page(path) as figure:
-        if tau:
-            (error, trust), (samples, misses) = figure.subplots(2, 2, sharex=True)
-            for axes in (error, trust, misses):
-                axes.set_yscale("log")
-                axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-                axes.yaxis.set_minor_formatter("")
-                axes.margins(y=0.2)
-            _draw_model(error, trust, rows, tau)
-        else:
-            samples, misses = figure.subplots(1, 2)
-            misses.set_yscale("log")
+        error, trust, samples = figure.subplots(1, 3)
+        for axes in (error, trust):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter("")
+            axes.margins(y=0.2)
+
+        rho = column(rows, "rho").clip(min=TINY)
+        error.plot(step, rho, color=BLUE, alpha=0.5, linewidth=1)
+        error.axhline(tau, color=VERMILLION, linestyle="--")
+        error.annotate(f"τ = {tau:g}", (0, tau), (4, 4), color=VERMILLION, **NOTE)
+        expired = np.mean(rho > tau)
+        error.set(title=f"ρ exceeds τ at {expired:.0%} of the checks", xlabel="step")
+
+        interval = column(rows, "interval")
+        pool = column(rows, "pool")
+        trust.step(step, interval, where="post", color=BLUE)
+        trust.step(step, pool, where="post", color=ORANGE)
+        line_ends(trust, step[-1], {"T1, steps": (interval[-1], BLUE), "P, coresets": (pool[-1], ORANGE)})
+        pools = column(rows, "update").max()
+        trust.set(title=f"{pools:.0f} pools in {step.max():,.0f} steps", xlabel="step")
 
         active = column(rows, "active")
         samples.plot(step, active, color=BLUE)
         samples.set(title=f"{short(active[-1])} samples are still active", xlabel="step", ylim=(0, None))
-
-        of_coresets = column(rows, "coreset_error").clip(min=TINY)
-        of_random = column(rows, "random_error").clip(min=TINY)
-        misses.plot(step, of_coresets, color=BLUE, linewidth=1)
-        misses.plot(step, of_random, color=GREY, linewidth=1)
-        line_ends(misses, step[-1], {"coreset": (of_coresets[-1], BLUE), "random batch": (of_random[-1], GREY)})
-        ratio = np.nanmean(of_random) / np.nanmean(of_coresets)
-        misses.set(title=f"Gradient error: 1/{ratio:.2g} of a random batch's", xlabel="step")
-
-
-def _draw_model(error: "Axes", trust: "Axes", rows: Rows, tau: float) -> None:
-    """Draw the local model's ρ against τ, and T1 and P."""
-    step = column(rows, "step")
-    rho = column(rows, "rho").clip(min=TINY)
-    error.plot(step, rho, color=BLUE, alpha=0.5, linewidth=1)
-    error.axhline(tau, color=VERMILLION, linestyle="--")
-    error.annotate(f"τ = {tau:g}", (0, tau), (4, 4), color=VERMILLION, **NOTE)
-    expired = np.mean(rho > tau)
-    error.set_title(f"ρ exceeds τ at {expired:.0%} of the checks")
-
-    interval = column(rows, "interval")
-    pool = column(rows, "pool")
-    trust.step(step, interval, where="post", color=BLUE)
-    trust.step(step, pool, where="post", color=ORANGE)
-    ends = {"T1, steps between checks": (interval[-1], BLUE), "P, coresets": (pool[-1], ORANGE)}
-    line_ends(trust, step[-1], ends)
-    pools = column(rows, "update").max()
-    trust.set_title(f"{pools:.0f} pools in {step.max():,.0f} steps")
 
 
 def minibatches(difficulty: np.ndarray, counts: np.ndarray, path: str | Path) -> None:

@@ -72,13 +72,12 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """A mini-batch coreset, with what its selection measured on the random subset."""
+    """A mini-batch coreset, with the losses of its random subset."""
 
     coreset: Coreset  # positions in the training split, with weights
     draws: Tensor  # uniform numbers that augment its samples, [m, d]
     loss: float  # Σ γ_j loss_j / r over the medoids
     losses: Tensor  # of all samples of the random subset, [r]
-    errors: Tensor  # mean logit gradient minus that of the subset: of the coreset, of m random samples, [2, C]
 
     @property
     def samples(self) -> Subset:
@@ -87,21 +86,15 @@ class Chosen:
 
 
 def choose_minibatch(subset: Subset, logits: Tensor, y: Tensor, size: int, *, memory: int = 2**30) -> Chosen:
-    """Choose m = ``size`` of the samples V of a random subset, and measure how well they represent it.
+    """Choose m = ``size`` of the samples V of a random subset.
 
     Logits are float [r, C], labels int64 [r]; ``memory`` bounds the bytes of cached distances.
     """
-    view = logit_gradients(logits, y)
-    picked = minibatch_coreset(view, size, memory=memory)
+    picked = minibatch_coreset(logit_gradients(logits, y), size, memory=memory)
     losses = F.cross_entropy(logits, y, reduction="none")  # [r]
     loss = float(picked.weights @ losses[picked.indices]) / len(picked)
-
-    gradients = view.residual  # p − e_y, [r, C]
-    of_coreset = picked.weights @ gradients[picked.indices] / len(picked)  # [C]
-    of_random_batch = gradients[:size].mean(dim=0)  # V is in random order, so its first m samples are a random batch
-    errors = torch.stack([of_coreset, of_random_batch]) - gradients.mean(dim=0)  # [2, C]
     medoids = subset[picked.indices]
-    return Chosen(Coreset(medoids.indices, picked.weights), medoids.draws, loss, losses, errors)
+    return Chosen(Coreset(medoids.indices, picked.weights), medoids.draws, loss, losses)
 
 
 def logit_gradients(logits: Tensor, y: Tensor) -> HeadView:
@@ -206,19 +199,11 @@ class Pool:
         """Return each wanted p that is not computed yet, once."""
         return [p for p in dict.fromkeys(wanted) if p not in self.chosen]
 
-    def gradient_errors(self) -> dict[str, float]:
-        """Return the root mean square of ``Chosen.errors``, and the norm of their mean as the bias."""
-        errors = torch.stack([chosen.errors for chosen in self.chosen.values()])  # [·, 2, C]
-        squares = errors.square().sum(dim=2)  # [·, 2]
-        root_mean_squares = squares.mean(dim=0).sqrt().tolist()
-        biases = errors.mean(dim=0).norm(dim=1).tolist()
-        names = ("coreset_error", "random_error", "coreset_bias", "random_bias")
-        return dict(zip(names, [*root_mean_squares, *biases], strict=True))
-
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Pool:
         """Return the pool whose fields a checkpoint holds."""
         chosen = {}
         for p, fields in saved["chosen"].items():
-            chosen[p] = Chosen(**{**fields, "coreset": Coreset(**fields["coreset"])})
+            coreset = Coreset(**fields["coreset"])
+            chosen[p] = Chosen(coreset, fields["draws"], fields["loss"], fields["losses"])
         return cls(**{**saved, "chosen": chosen})

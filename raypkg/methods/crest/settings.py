@@ -21,6 +21,7 @@ class CrestOptions(Settings):
     """Mini-batch coresets and the local model that renews them."""
 
     renamed: ClassVar[Mapping[str, str]] = {"drop_every": "exclude_every_steps", "alpha": "exclude_below"}
+    removed: ClassVar[tuple[str, ...]] = ("look",)
     former: ClassVar[Mapping[str, Any]] = {
         "tau": 0.0, "subset": "4m", "checked_on": "pool", "exclude_after": 5, "keep_active": 0.8,
         "smoothing": "coreset", "settle": 0.05, "model_batches": 1, "curvature": False,
@@ -63,7 +64,6 @@ class CrestOptions(Settings):
     curvature: Annotated[
         int | None, Field(ge=0, description="samples that give the curvature; 0 = all, false = a quarter of a batch")
     ] = 0
-    look: Annotated[bool, Field(description="measure the worth of coresets at the start and after settle")] = True
     parameters: Annotated[
         Literal["all", "head"],
         Field(description="parameters in the local model; head = the last layer only, for large networks"),
