@@ -13,7 +13,7 @@ def checks(rows: Rows, tau: float, path: str | Path) -> None:
     """Plot CREST's table, dicts with ``step``, ``update``, ``rho``, ``interval``, ``pool`` and ``active`` (samples)."""
     step = column(rows, "step")
     with page(path) as figure:
-        error, trust, samples = figure.subplots(1, 3)
+        error, trust, samples = figure.subplots(3, 1, sharex=True)
         for axes in (error, trust):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -25,7 +25,7 @@ def checks(rows: Rows, tau: float, path: str | Path) -> None:
         error.axhline(tau, color=VERMILLION, linestyle="--")
         error.annotate(f"τ = {tau:g}", (0, tau), (4, 4), color=VERMILLION, **NOTE)
         expired = np.mean(rho > tau)
-        error.set(title=f"ρ exceeds τ at {expired:.0%} of the checks", xlabel="step")
+        error.set(title=f"ρ exceeds τ at {expired:.0%} of the checks")
 
         interval = column(rows, "interval")
         pool = column(rows, "pool")
@@ -33,7 +33,7 @@ def checks(rows: Rows, tau: float, path: str | Path) -> None:
         trust.step(step, pool, where="post", color=ORANGE)
         line_ends(trust, step[-1], {"T1, steps": (interval[-1], BLUE), "P, coresets": (pool[-1], ORANGE)})
         pools = column(rows, "update").max()
-        trust.set(title=f"{pools:.0f} pools in {step.max():,.0f} steps", xlabel="step")
+        trust.set(title=f"{pools:.0f} pools in {step.max():,.0f} steps")
 
         active = column(rows, "active")
         samples.plot(step, active, color=BLUE)
