@@ -27,7 +27,6 @@ from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.quadratic import MovingMoments, Region, flat, gradient_of, hessian_diagonal
 from raypkg.methods.crest.selection import ActiveSamples, logit_gradients, minibatch_coreset
 from raypkg.methods.crest.settings import CrestOptions
-from raypkg.methods.crest.variance import Look
 from raypkg.methods.sparse.hook import Masked
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
@@ -35,9 +34,7 @@ from raypkg.runs.storage import Storage
 
 N, SIZE = 120, 8
 ONE_LOW_LOSS = {"exclude_after": 1, "keep_active": 0.0}  # excludes within a few epochs
-PUBLISHED = dict(
-    checked_on="fresh", smoothing="pool", model_batches=0, settle=0.0, exclude_after=0, keep_active=0.0, look=False
-)
+PUBLISHED = dict(checked_on="fresh", smoothing="pool", model_batches=0, settle=0.0, exclude_after=0, keep_active=0.0)
 PLAIN = Training(epochs=4, batch_size=SIZE, lr=0.05, precision="float32", schedule="constant", nesterov=False)
 
 
@@ -212,7 +209,7 @@ def test_the_hook_follows_the_papers_loop():
 
 
 def test_costs_are_those_of_steps_subsets_checks_and_models():
-    trained = fit(run(CrestOptions(tau=0.05, h=2, subset=0.3, curvature=4, look=False)))
+    trained = fit(run(CrestOptions(tau=0.05, h=2, subset=0.3, curvature=4)))
     bills, state = bills_of(trained), state_of(trained)
     steps = PLAIN.epochs * 15
     assert bills["train"].backward == steps * SIZE
@@ -224,7 +221,7 @@ def test_costs_are_those_of_steps_subsets_checks_and_models():
     assert int(state.counts.sum()) == steps * SIZE
 
 
-EACH_STEP = {"tau": 0.0, "subset": 0.3, "exclude_below": 0.0, "look": False}
+EACH_STEP = {"tau": 0.0, "subset": 0.3, "exclude_below": 0.0}
 
 
 def test_without_a_local_model_every_step_trains_on_medoids_that_its_weights_choose():
@@ -430,7 +427,7 @@ def test_a_check_on_the_pool_is_free_of_sampling_noise():
 
 @pytest.mark.parametrize("parameters", ["all", "head"])
 def test_the_gradient_of_a_regions_first_step_is_that_of_its_local_model(monkeypatch, parameters):
-    settings = {"tau": 0.05, "h": 2, "subset": 0.3, "curvature": 4, "look": False, "parameters": parameters}
+    settings = {"tau": 0.05, "h": 2, "subset": 0.3, "curvature": 4, "parameters": parameters}
     taken = trained_with(**settings)
     monkeypatch.setattr("raypkg.methods.crest.hook.trains_as_it_evaluates", lambda model: False)
     computed = fit(run(CrestOptions(**settings)))
@@ -448,56 +445,6 @@ def test_models_that_train_as_they_evaluate():
         assert quadratic.trains_as_it_evaluates(model) is (module in alike)
 
 
-def test_a_look_changes_nothing_and_is_billed():
-    plain, looked = (trained_with(tau=1e-9, h=0.1, subset=0.3, look=look) for look in (False, True))
-    assert same_weights(plain, looked) and rhos(plain) == rhos(looked)
-    looks = state_of(looked).looks
-    assert [row["step"] for row in looks] == [0, 3] and not state_of(plain).looks
-    bill, backward = bills_of(looked)["look"], 2 * (30 * 2 * SIZE + 6 * 36)
-    assert bill.backward == backward == sum(row["backward"] for row in looks)
-    assert bill.forward == backward + 2 * 30 * 36 == sum(row["backward"] + row["forward"] for row in looks)
-
-
-def test_a_look_measures_the_error_of_each_kind_of_batch():
-    """Against ∇L over all samples, and independent batches of the same kinds."""
-    many = 400
-    look = state_of(trained_with(subset=0.3, look=True)).looks[0]
-    model = build_model("mlp", (5,), 3, seed=0)
-    parameters = list(model.parameters())
-    x, y = whole(split())
-
-    def gradient(rows, weights=None):
-        losses = F.cross_entropy(model(x[rows]), y[rows], reduction="none")
-        return gradient_of(losses.mean() if weights is None else losses @ weights / len(rows), parameters)
-
-    of_all, missed = gradient(torch.arange(N)), {"random": [], "coreset": [], "whole": []}
-    for number in range(many):
-        rows = torch.randperm(N, generator=generator(number))[:36]
-        with torch.no_grad():
-            picked = minibatch_coreset(logit_gradients(model(x[rows]), y[rows]), SIZE)
-        tries = {"random": (rows[:SIZE],), "coreset": (rows[picked.indices], picked.weights), "whole": (rows,)}
-        for kind, batch in tries.items():
-            missed[kind].append(float((gradient(*batch) - of_all).square().sum()))
-    for kind, values in missed.items():
-        assert look[kind] == pytest.approx(sum(values) / many, rel=0.5), kind
-    assert look["gain"] == pytest.approx(look["random"] / look["coreset"])
-    assert look["cost"] == pytest.approx(1 + 36 / (3 * SIZE))
-
-
-@pytest.mark.parametrize(
-    ("missed", "best", "facts"),
-    [
-        ((1.0, 0.11, 0.1), 554, "like 291 random|cost of 139|worthwhile (measured on 3,840 samples)"),
-        ((1.0, 0.26, 0.1), 139, "random batches of 139 are better|--crest.subset 0.0031 would"),
-        ((1.0, 0.9, 0.1), None, "random batches of 139 are better, with any --crest.subset"),
-    ],
-)
-def test_the_advice_of_a_look(missed, best, facts):
-    look = Look(0, 32, 320, 45_000, *missed, forward=0, backward=3840)
-    assert look.best_subset == best
-    assert all(fact in look.sentence() for fact in facts.split("|"))
-
-
 class Frozen(nn.BatchNorm1d):
     def train(self, mode=True):
         return super().train(False)
@@ -505,7 +452,7 @@ class Frozen(nn.BatchNorm1d):
 
 @pytest.mark.parametrize(("norm", "lines"), [(nn.BatchNorm1d, 1), (Frozen, 0)])
 def test_batch_norm_is_reported_unless_frozen_and_moves_in_training_only(caplog, norm, lines):
-    trained = run(CrestOptions(tau=0.05, subset=0.3, look=False))
+    trained = run(CrestOptions(tau=0.05, subset=0.3))
     trained.model.features = nn.Sequential(trained.model.features, norm(trained.model.head.in_features))
     fit(trained)
     assert sum("batch norm" in record.message for record in caplog.records) == lines

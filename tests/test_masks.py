@@ -216,7 +216,7 @@ def test_weights_that_are_not_trained_are_left_alone():
     frozen = next(name for name, p in model.named_parameters() if p.dim() > 1)
     model.get_parameter(frozen).requires_grad_(False)
     before = model.get_parameter(frozen).clone()
-    corrected = sparse(correction=[Correction(AgentOptions())], growth="gradient")
+    corrected = sparse(correction=[Correction(AgentOptions(form="measured"))], growth="gradient")
     for hooks in (corrected, sparse(active=True, growth="gradient")):
         trained = fit(run(*hooks, model=copy.deepcopy(model)))
         assert frozen not in hooks[0].masks and trained.model.get_parameter(frozen).equal(before)
@@ -237,7 +237,7 @@ class Partly(nn.Module):
 @pytest.mark.parametrize("rule", ["gradient", "momentum"])
 def test_a_layer_out_of_use_has_no_gradient(rule, sparse_init):
     redistribution = "momentum" if rule == "momentum" else None
-    correction = [Correction(AgentOptions(gamma=0.5))]
+    correction = [Correction(AgentOptions(form="measured", gamma=0.5))]
     hooks = sparse(correction=correction, growth=rule, redistribution=redistribution, sparse_init=sparse_init)
     fit(run(*hooks, model=Partly()))
     assert len({sum(layers) for layers in counts_over_time(hooks[0])}) == 1 and hooks[1].weight.c
@@ -282,7 +282,7 @@ def test_the_explored_share_is_that_of_the_union():
 )
 def test_stopped_and_resumed_equals_never_stopped(tmp_path, every, settings, agent):
     def training():
-        correction = Correction(AgentOptions(always=True, gamma=0.5, **agent))
+        correction = Correction(AgentOptions(form="measured", always=True, gamma=0.5, **agent))
         hooks = sparse(correction=[correction], update_every_steps=every, **settings)
         return run(*hooks), hooks[0], correction
 

@@ -12,7 +12,7 @@ costs the same and has 1/q of the variance, so the correction is worthwhile if i
 A layer is a parameter; gradients are lists with one tensor per layer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,6 @@ class Weight:
         self.alpha = options.alpha
         self.base = 0.0 if self.form == "published" else 1.0  # c, unless layers are measured
         self.sums: Tensor | None = None  # measured covariance, and variance at the snapshot, [2, layers]
-        self.losses: list[Tensor] = []  # published: (ℓ_B(θ), ℓ_B(θ̃)) of every corrected step since the snapshot, [2]
-        self.unsummed: list[Tensor] = []  # this worker's share of the latest of them
 
     @property
     def c(self) -> float | Tensor:
@@ -126,12 +124,10 @@ class Weight:
         self.sums = None
         if self.form == "linear":
             self.base = 1 - progress
-        if self.losses:
-            # θ moves between the steps, and both losses fall with it. That common drift would pass for covariance of
-            # the batches. It is small from one step to the next, so differences show the batches' own covariance.
-            current, snapshot = torch.stack(self.losses, dim=1).diff()  # [batches − 1] each
-            self.base = (1 - self.alpha) * self.base + self.alpha * coefficient(current, snapshot)
-            self.losses = []
+
+    def average(self, newest: float) -> None:
+        """Update the published c by ĉ."""
+        self.base = (1 - self.alpha) * self.base + self.alpha * newest
 
     def observe(self, moments: Tensor) -> None:
         """Record the result of ``spread`` for a step, [3, layers]."""
@@ -141,27 +137,15 @@ class Weight:
                 self.sums = torch.stack([variance, variance])  # c = 1
             self.sums = self.sums.lerp(torch.stack([covariance, variance]), self.alpha)
 
-    def observe_losses(self, losses: Tensor) -> None:
-        """Record this worker's share of (ℓ_B(θ), ℓ_B(θ̃)) of a step, [2]."""
-        if self.form == "published":
-            self.unsummed.append(losses)
-
-    def join(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Sum the losses of all workers; ``total`` sums a tensor over the workers."""
-        if self.unsummed:
-            self.losses += total(torch.stack(self.unsummed))
-            self.unsummed = []
-
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values, after ``join``."""
-        return {"c": self.base, "sums": self.sums, "losses": list(self.losses)}
+        """Return tensors and plain values."""
+        return {"c": self.base, "sums": self.sums}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore the state; earlier versions stored only what their form had."""
         self.base = state.get("c", self.base)
         sums = state.get("sums")
         self.sums = None if sums is None else sums.to(device)
-        self.losses = [loss.to(device) for loss in state.get("losses", ())]
 
 
 def _ratio(sums: Tensor) -> Tensor:

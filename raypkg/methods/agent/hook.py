@@ -19,7 +19,7 @@ from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
 
 from . import plots
-from .control_variate import Switch, Weight, correct, spread, steps_of_look, variance_left
+from .control_variate import Switch, Weight, coefficient, correct, spread, steps_of_look, variance_left
 from .settings import AgentOptions
 from .snapshot import CORRECTION, FULL_GRADIENT, Snapshot, trained_parameters
 
@@ -36,11 +36,14 @@ class Correction(Hook):
     It acts after hooks that use the raw gradient (RigL grows on it) and before `Masked`. Momentum sees the corrected
     gradient; weight decay is not corrected.
 
-    Differs from the paper: c is measured per layer from the gradients of the latest steps, and γ = 1. While more
-    variance is left than larger batches of the same cost would leave, nothing is corrected. With the form "published",
-    every step is corrected, and ĉ comes from differences of the steps' losses. g̃ is over the augmented batches of the
-    coming epoch, unless another hook supplies those. A snapshot repeats the dropout masks of each step, and g̃ has draws
-    of its own: an unbiased estimate of the snapshot's mean gradient over all draws.
+    Published: ĉ = Cov_B(ℓ_B(θ), ℓ_B(θ̃)) / Var_B(ℓ_B(θ̃)) by a pass over the epoch's batches with both models frozen, at
+    the end of an epoch; c ← (1 − α)·c + α·ĉ from 0; γ = 0.1. With the form "measured", c is measured per layer from the
+    gradients of the latest steps, γ = 1, and nothing is corrected while a larger batch of the same cost would leave
+    less variance.
+
+    Differs from the paper: g̃ is over the augmented batches of the coming epoch, unless another hook supplies those. A
+    snapshot repeats the dropout masks of each step, and g̃ has draws of its own: an unbiased estimate of the snapshot's
+    mean gradient over all draws.
     """
 
     priority = 10
@@ -83,7 +86,7 @@ class Correction(Hook):
         else:
             since = run.step - self.snapshot.step
             due = self.switch.looks and since in steps_of_look(self.snapshot.interval(run))
-        if due:
+        if due and self.weight.acts:
             with run.cost.apart(run.bill(CORRECTION)):
                 self._act(run)
 
@@ -96,7 +99,8 @@ class Correction(Hook):
             self.left = left
             self.switch.judge(left, self.line, rate=rate, epoch=run.epoch)
         self.switch.begin(rate=rate, epoch=run.epoch)
-        self.weight.join(run.worker.sum)
+        if self.settings.snapshot_every_steps and run.step:
+            self._estimate(run)
         self.weight.restart(run.epoch / run.settings.epochs)
         # Rank 0 decides for all workers: other processors may round differently.
         self.weight.load_state_dict(run.worker.first(self.weight.state_dict()), run.worker.device)
@@ -106,27 +110,27 @@ class Correction(Hook):
         if self.switch.on and self.weight.acts:
             self.snapshot.average(run)
 
+    def _estimate(self, run: Run) -> None:
+        """Update the published c by ĉ, from losses of the model and the snapshot, before another is taken."""
+        if self.settings.form == "published":
+            self.weight.average(coefficient(*self.snapshot.losses(run)))
+
     def _left(self, after: float, before: float) -> float | None:
         """Return the share of the variance left over all steps, corrected or not; None if unknown."""
         return 1 - (1 - after / before) / self.settings.every_steps if before > 0 else None
 
     def _act(self, run: Run) -> None:
         """Measure the variance that the correction of this step leaves, and correct the gradients if AGENT is on."""
-        acts = self.weight.acts
-        snapshot_loss, snapshot_gradient = self.snapshot.gradient(run, needed=acts)
-        current_loss = run.seen.losses @ run.batch.weights / run.batch.total
-        self.weight.observe_losses(torch.stack([current_loss, snapshot_loss]))
         c = torch.as_tensor(self.weight.c, dtype=torch.float64, device=run.worker.device)
-        left = torch.full_like(c, torch.nan)
-        if acts:
-            # A parameter that the forward pass does not use has zeros, which nothing reads.
-            parameters = trained_parameters(run.model)
-            gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            weights = self.weight.weights(len(gradient)).to(run.worker.device)
-            left = self._measure(run, gradient, snapshot_gradient, weights)
-            if self.switch.on:
-                correct(gradient, snapshot_gradient, self.snapshot.full, weights)
-        self.unread.append((run.step, self.switch.on and acts, torch.stack([c, left])))
+        snapshot_gradient = self.snapshot.gradient(run)
+        # A parameter that the forward pass does not use has zeros, which nothing reads.
+        parameters = trained_parameters(run.model)
+        gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        weights = self.weight.weights(len(gradient)).to(run.worker.device)
+        left = self._measure(run, gradient, snapshot_gradient, weights)
+        if self.switch.on:
+            correct(gradient, snapshot_gradient, self.snapshot.full, weights)
+        self.unread.append((run.step, self.switch.on, torch.stack([c, left])))
 
     def _measure(self, run: Run, current: list[Tensor], snapshot: list[Tensor], weights: Tensor) -> Tensor:
         """Update c by a step's gradients and those of the step before; return the share of the variance left."""
@@ -143,8 +147,10 @@ class Correction(Hook):
         return after_and_before[0] / after_and_before[1]
 
     def on_epoch_end(self, run: Run) -> None:
-        """Sum the records of all workers, since a checkpoint is rank 0's, and read measurements from the device."""
-        self.weight.join(run.worker.sum)
+        """Estimate the published c, and read measurements from the device: a checkpoint follows."""
+        if not self.settings.snapshot_every_steps:
+            with run.bill(FULL_GRADIENT):
+                self._estimate(run)
         if self.unread:
             measured = torch.stack([values for _, _, values in self.unread]).tolist()
             for (step, corrected, _), (c, left) in zip(self.unread, measured, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -40,7 +40,7 @@ class Snapshot:
         self.model = deepcopy(run.model)
         self.step = 0  # of training, at which it was taken
         self.full: list[Tensor] = []  # g̃, one tensor per parameter; empty while nothing is corrected
-        self.kept: dict[int, tuple[Tensor, list[Tensor]]] = {}  # step → ℓ_B(θ̃) and its gradient
+        self.kept: dict[int, list[Tensor]] = {}  # step → ∇ℓ_B(θ̃)
         self.draws: RepeatedDraws | None = None  # of a model that draws at random
         if _draws(self.model, run):
             if run.settings.compile:
@@ -66,38 +66,55 @@ class Snapshot:
             rng = generator(run.seed, "full gradient", run.step)
             drawn = torch.randperm(len(coreset), generator=rng)[:count]
             coreset = Coreset(coreset.indices[drawn], coreset.weights[drawn])
-        size, dtype = run.settings.batch_size, dtype_of(run.model)
-        batches = Batches(run.split, coreset, size, seed=run.seed, augment=run.augment, worker=run.worker, dtype=dtype)
+        batches = self._batches(run, coreset)
         steps = range(run.step, run.step + len(batches))
         keeps = coreset is run.coreset and self._keeps(run)
         total = [torch.zeros_like(parameter) for parameter in trained_parameters(run.model)]
         bill = run.bill(FULL_GRADIENT)
         with seeded(run.seed, "full gradient", run.step, run.worker.rank):
             for step, batch in zip(steps, batches.epoch(run.epoch), strict=True):
-                loss, gradient = self._gradient(run, batch)
+                gradient = self._gradient(run, batch)
                 torch._foreach_add_(total, gradient, alpha=batch.total / len(coreset))  # batches may differ by a sample
                 if keeps and step % self.settings.every_steps == 0:
-                    self.kept[step] = (loss, gradient)
+                    self.kept[step] = gradient
                 bill.forward += len(batch.y)
                 bill.backward += len(batch.y)
         self.full = _summed(run, total, bill)
 
-    def gradient(self, run: Run, *, needed: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """Return this worker's share of ℓ_B(θ̃) of the present step, and if needed ∇ℓ_B(θ̃) over all workers."""
+    def gradient(self, run: Run) -> list[Tensor]:
+        """Return ∇ℓ_B(θ̃) of the present step, over all workers."""
         bill = run.bill(CORRECTION)
-        if run.step in self.kept:
-            loss, gradient = self.kept[run.step]
-        else:
+        gradient = self.kept.get(run.step)
+        if gradient is None:
             batch = run.batch
             # The snapshot's draws leave the global generators as they were.
-            with seeded(run.seed, "correction", run.step, run.worker.rank), torch.set_grad_enabled(needed):
+            with seeded(run.seed, "correction", run.step, run.worker.rank):
                 if self.draws:
                     self.draws.repeat(batch.x)
-                loss, gradient = self._gradient(run, batch)
+                gradient = self._gradient(run, batch)
             bill.forward += len(batch.y)
-            bill.backward += len(batch.y) if needed else 0
+            bill.backward += len(batch.y)
         # DDP has averaged the model's gradient over the workers; that of the snapshot is still each worker's own.
-        return loss, _summed(run, gradient, bill)
+        return _summed(run, gradient, bill)
+
+    @torch.no_grad()
+    def losses(self, run: Run) -> Tensor:
+        """Return ℓ_B(θ) and ℓ_B(θ̃) of the epoch's batches, both models frozen and with the same draws, [2, batches]."""
+        bill = run.bill(FULL_GRADIENT)
+        buffers = [buffer.clone() for buffer in run.model.buffers()]  # batch norms are moved by each pass
+        found = []
+        for number, batch in enumerate(self._batches(run, run.coreset).epoch(run.epoch)):
+            for model in (run.model, self.model):
+                with seeded(run.seed, "coefficient", run.step, number, run.worker.rank):
+                    found.append(torch.stack([*self._parts(run, batch, model)]).sum())
+            bill.forward += 2 * len(batch.y)
+        for buffer, before in zip(run.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        return run.worker.sum(torch.stack(found)).view(-1, 2).T
+
+    def _batches(self, run: Run, coreset: Coreset) -> Batches:
+        size, dtype = run.settings.batch_size, dtype_of(run.model)
+        return Batches(run.split, coreset, size, seed=run.seed, augment=run.augment, worker=run.worker, dtype=dtype)
 
     def gradients_per_step(self, run: Run) -> float:
         """Return q, the gradients that a step computes on average while steps are corrected."""
@@ -126,28 +143,21 @@ class Snapshot:
             return size <= free // 4
         return size <= memory_bound(self.settings.memory)
 
-    def _gradient(self, run: Run, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Return this worker's share of ℓ_B(θ̃), and of its gradient if gradients are enabled.
-
-        The batch goes through the snapshot in the same parts as through the model.
-        """
-        losses = []
-        total: list[Tensor] = []
+    def _parts(self, run: Run, batch: Batch, model: nn.Module) -> Iterator[Tensor]:
+        """Yield this worker's share of the objective on a batch, by the parts in which training passes it."""
         for part in batch.parts(run.settings.micro_batch):
             with autocast(run.settings.precision, part.x.device):
-                logits = self.model(part.x)
-            loss = losses_of(logits, part.y) @ part.weights / part.total
-            losses.append(loss.detach())
-            if not loss.requires_grad:
-                continue
-            objective = loss  # c is of plain losses, the gradient of the training objective
-            if smoothing := run.settings.label_smoothing:
-                objective = losses_of(logits, part.y, smoothing) @ part.weights / part.total
-            # Layers that the forward pass does not use have gradients of 0.
-            parameters = trained_parameters(self.model)
+                logits = model(part.x)
+            yield losses_of(logits, part.y, run.settings.label_smoothing) @ part.weights / part.total
+
+    def _gradient(self, run: Run, batch: Batch) -> list[Tensor]:
+        """Return this worker's share of ∇ℓ_B(θ̃); layers that the forward pass does not use have gradients of 0."""
+        parameters = trained_parameters(self.model)
+        total: list[Tensor] = []
+        for objective in self._parts(run, batch, self.model):
             gradient = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
             total = list(torch._foreach_add(total, gradient)) if total else list(gradient)
-        return torch.stack(losses).sum(), total
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, step and g̃, which steps of a later epoch need."""
