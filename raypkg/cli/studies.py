@@ -154,7 +154,7 @@ def _tables() -> list[str]:
 
 
 def _compare_command(name: str) -> click.Command:
-    from raypkg.studies.tables import SCALES, narrowed, open_table
+    from raypkg.studies.tables import SCALES, VERDICTS, narrowed, open_table
 
     from .setting_options import SettingsCommand, overrides, setting_options
 
@@ -169,13 +169,20 @@ def _compare_command(name: str) -> click.Command:
         from raypkg.studies.compare import compare_rows, resume_comparison
 
         asked = {option: given.pop(option) for option in COMPARE_OPTIONS}
-        concurrent = given.pop("concurrent")
+        concurrent, expected = given.pop("concurrent"), given.pop("expect")
+
+        def check(verdicts: list[str]) -> None:
+            others = [word for word in verdicts if word != expected]
+            if expected and others:
+                click.echo(f"expected {expected}: {len(others)} of {len(verdicts)} verdicts are others")
+                raise SystemExit(1)
+
         values = overrides(schema, given, pairs)
         if resume is not None:
             fixed = {"config": config, "name": study, **asked}
             if option := next((option for option, value in fixed.items() if value not in (None, ())), None):
                 raise UserError(f"--resume {resume} keeps what was asked for: --{option} cannot change")
-            resume_comparison(resume, values, concurrent, name, root)
+            check(resume_comparison(resume, values, concurrent, name, root))
             return
         scale = SCALES[0] if asked["scale"] is None else asked["scale"]
         rows, cases = _labels(asked["rows"]), _labels(asked["cases"])
@@ -187,7 +194,7 @@ def _compare_command(name: str) -> click.Command:
                 raise UserError(f"--goal {text!r} is not of the form METRIC=VALUE, such as accuracy=0.9")
             goals.setdefault(metric, []).append(float(value))
         chosen = replace(chosen, goals=goals or chosen.goals)
-        compare_rows(name, scale, chosen, concurrent, config, values, study, root)
+        check(compare_rows(name, scale, chosen, concurrent, config, values, study, root))
 
     seeds = ",".join(map(str, table.seeds))
     options = [
@@ -195,6 +202,7 @@ def _compare_command(name: str) -> click.Command:
         click.Option(["--cases"], multiple=True, metavar="LIST", help="labels or patterns (default: all)"),
         click.Option(["--seeds"], metavar="LIST", help=f"such as 0,1,2 or 0-9 (default: {seeds})"),
         click.Option(["--scale"], metavar="|".join(SCALES), help=f"small runs or the paper's (default: {SCALES[0]})"),
+        click.Option(["--expect"], type=click.Choice(VERDICTS), help="exit with code 1 if a verdict is another one"),
         click.Option(["--goal"], multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"),
     ]
     # Labels are quoted as a shell takes them: most have blanks and semicolons.

@@ -19,6 +19,7 @@ from raypkg.runs.storage import Storage
 
 from .driver import Driver, check_root
 from .figures import METRICS
+from .outcomes import Outcomes
 from .space import base_of, check_counts, check_trial
 from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
 from .tables import Table, stored_table
@@ -34,7 +35,7 @@ def compare_rows(
     values: Mapping[str, Any],
     name: str | None,
     root: str,
-) -> None:
+) -> list[str]:
     """Check everything, then run the trials that no earlier call has finished, and show the table.
 
     ``table`` has the requested rows, cases and seeds of the table ``asked``. Settings in ``values`` win over its shared
@@ -84,10 +85,16 @@ def compare_rows(
                 discard(study.storage)
             raise
         driver.run()
+        return words(study, table)
 
 
-def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | None, asked: str, root: str) -> None:
-    """Run the trials of a comparison that are not done, perhaps with another cluster or tracker."""
+def words(study: Study, table: Table) -> list[str]:
+    """Return the verdicts on the rows of a table."""
+    return [found["verdict"] for found in Outcomes(study, table).verdicts()]
+
+
+def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | None, asked: str, root: str) -> list[str]:
+    """Run the trials of a comparison that are not done, perhaps on another cluster; return its verdicts."""
     if fixed := next((setting for setting in values if setting.partition(".")[0] not in APART), None):
         raise UserError(
             f"--resume {name} keeps the settings: {fixed} cannot change, only cluster.*, track.* and --concurrent"
@@ -104,7 +111,9 @@ def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | No
     settings = load_settings(training_settings_of(experiment[study.experiment]), study.config, values)
     with study.storage.locked(f"comparison {name!r}"):
         study.change(settings, concurrent=concurrent)
-        Driver(study, settings, root, table=stored_table(study.order.table)).run()
+        table = stored_table(study.order.table)
+        Driver(study, settings, root, table=table).run()
+        return words(study, table)
 
 
 def base_settings(table: Table, config: Path | None, values: Mapping[str, Any]) -> Experiment:

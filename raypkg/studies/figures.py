@@ -204,8 +204,19 @@ def estimated(values: Iterable[float]) -> Estimate | None:
     return Estimate(fmean(known), stdev(known) if len(known) > 1 else math.nan, len(known))
 
 
-def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """Return the mean difference from the baseline over the seeds of both, with Student's interval.
+def half_interval(values: list[float], comparisons: int) -> float:
+    """Return half of Student's interval for a mean; the 95 % hold for all comparisons together (Bonferroni)."""
+    from scipy.stats import t
+
+    n = len(values)
+    quantile = float(t.ppf(1 - (1 - CONFIDENCE) / comparisons / 2, n - 1))
+    return quantile * stdev(values) / math.sqrt(n)
+
+
+def paired_difference(
+    values: Mapping[int, float], baseline: Mapping[int, float], comparisons: int = 1
+) -> Difference | None:
+    """Return the mean difference from the baseline over the seeds of both, with its interval.
 
     >>> paired_difference({0: 2.0, 1: 4.0, 2: 9.0}, {0: 1.0, 1: 2.0}).mean
     1.5
@@ -214,12 +225,7 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     n = len(differences)
     if not n:
         return None
-    if n == 1:
-        return Difference(differences[0], math.nan, 1)
-    from scipy.stats import t
-
-    quantile = float(t.ppf((1 + CONFIDENCE) / 2, n - 1))
-    return Difference(fmean(differences), quantile * stdev(differences) / math.sqrt(n), n)
+    return Difference(fmean(differences), half_interval(differences, comparisons) if n > 1 else math.nan, n)
 
 
 # Order of trials

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from .figures import (
 )
 from .study import Study
 from .tables import Table
+from .verdict import Point, Verdict, judge
 
 COSTS = ("forward", "backward", "work", "seconds", "memory")
 CURVE = "accuracy"  # the metric of the learning curves
@@ -46,6 +48,7 @@ class Line:
     of: int  # number of requested seeds
     value: Estimate | None  # of the metric
     difference: Difference | None  # from the baseline; None for the baseline itself
+    verdict: Verdict | None  # at equal total work; None for the baseline's rows
     costs: Mapping[str, Estimate]  # by the names in COSTS
     goals: Mapping[tuple[str, float], GoalCost]  # by metric and value
     columns: Mapping[str, Estimate | None]  # by heading
@@ -96,9 +99,23 @@ class Outcomes:
             record |= {name: self._figure(name, case, row, seed) for name in self.table.columns.values()}
             yield record
 
+    def verdicts(self) -> list[dict[str, Any]]:
+        """Return the verdict on each row and case, as written to a file."""
+        found = []
+        for case in self.cases:
+            for line in case.lines:
+                if verdict := line.verdict:
+                    half, mean = (value if math.isfinite(value) else None for value in (verdict.half, verdict.mean))
+                    found.append(
+                        {"case": case.label, "row": line.row, "verdict": verdict.word}
+                        | {"difference": mean, "half_interval": half, "seeds": verdict.seeds}
+                    )
+        return found
+
     def _line(self, case: str, row: str, baseline: Mapping[int, float]) -> Line:
         table = self.table
         values = self._values(case, row)
+        compared = len(table.cases) * (len(table.rows) - 1)
         runs = [run for seed in values if (run := self._finished(case, row, seed))]
         bills = [bill(run.summary) for run in runs if run.summary]
         costs = {name: estimated(each[name] for each in bills) for name in COSTS}
@@ -111,12 +128,40 @@ class Outcomes:
             seeds=tuple(values),
             of=len(table.seeds),
             value=estimated(values.values()),
-            difference=None if row == table.baseline else paired_difference(values, baseline),
+            difference=None if row == table.baseline else paired_difference(values, baseline, compared),
+            verdict=self._verdict(case, row),
             costs={name: cost for name, cost in costs.items() if cost},
             goals={goal: goal_cost(runs, *goal) for goal in table.all_goals()},
             columns=columns,
             curve=mean_curve(runs),
         )
+
+    def _verdict(self, case: str, row: str) -> Verdict | None:
+        """Return the verdict on a row; by the table's ``gain`` it is against 1, otherwise at the baseline's work."""
+        table = self.table
+        if table.gain:
+            gains = {seed: self._figure(table.gain, case, row, seed) for seed in table.seeds}
+            points = {seed: (1.0, gain) for seed, gain in gains.items() if gain is not None}
+            verdicts = len(table.cases) * len(table.rows)
+            return judge(points, {seed: [(1.0, 1.0)] for seed in points}, mode="max", verdicts=verdicts)
+        baselines = {table.baseline, *table.as_baseline}
+        if row in baselines:
+            return None
+        curves: dict[int, list[Point]] = {seed: [] for seed in table.seeds}
+        for label in baselines:
+            for seed, point in self._points(case, label).items():
+                curves[seed].append(point)
+        verdicts = len(table.cases) * (len(table.rows) - len(baselines))
+        return judge(self._points(case, row), curves, mode=METRICS[table.metric].mode, verdicts=verdicts)
+
+    def _points(self, case: str, row: str) -> dict[int, Point]:
+        """Return total work and metric by done seed."""
+        points = {}
+        for seed, value in self._values(case, row).items():
+            run = self._finished(case, row, seed)
+            if run and run.summary:
+                points[seed] = (bill(run.summary)["work"], value)
+        return points
 
     def _values(self, case: str, row: str) -> dict[int, float]:
         """Return the metric by done seed."""
@@ -130,7 +175,8 @@ class Outcomes:
 
     def _figure(self, name: str, case: str, row: str, seed: int) -> float | None:
         run = self._finished(case, row, seed)
-        return column_figure(name, run, self._finished(case, self.table.baseline, seed)) if run else None
+        reference = self._finished(case, self.table.reference or self.table.baseline, seed)
+        return column_figure(name, run, reference) if run else None
 
     def _finished(self, case: str, row: str, seed: int) -> TrialRun | None:
         """Return the run of a done trial, or None."""

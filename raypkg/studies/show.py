@@ -28,15 +28,18 @@ from .figures import DONE, Difference, Estimate, Row, front, measured_points, ra
 from .outcomes import Line, Outcomes
 from .study import BEST, RESULTS, Study, is_study
 from .tables import REST, Table, stored_table
+from .verdict import Verdict
 
 MARKDOWN = "table.md"
 PAGE = "report.html"
 PLOTS = "plots"
+VERDICTS = "verdicts.json"
 WIDEST = 1000  # columns of a terminal
 LEGEND = (
-    "mean ± standard deviation over seeds; difference from the baseline, seed by seed, with its 95 % interval"
-    " (Student's t), ! = significant (the interval excludes 0); work = (forward + 2 · backward) / 3 samples,"
-    " evaluation excluded; Pareto front: of the metric against work"
+    "mean ± standard deviation over seeds; difference from the baseline, seed by seed, with its interval (Student's t,"
+    " 95 % for all of the table's together), ! = significant (the interval excludes 0); work = (forward + 2 · backward)"
+    " / 3 samples, evaluation excluded; verdict: the difference from the baseline's rows, interpolated at the row's"
+    " work, paid or did not pay if its interval excludes 0; Pareto front: of the metric against work"
 )
 
 
@@ -56,6 +59,7 @@ class Report(NamedTuple):
     findings: Sequence[str]  # lines below the sections
     results: Sequence[Row]  # one for each trial
     best: Row | None = None  # of the best trial of a sweep
+    verdicts: Sequence[Row] = ()  # of a comparison
 
 
 def report_of(study: Study, table: Table | None = None, *, final: bool = False) -> Report:
@@ -98,6 +102,8 @@ def conclude(study: Study) -> None:
     report = report_of(study, final=True)
     storage = study.storage
     study.write_results(report.results, report.best)
+    if report.verdicts:
+        storage.write_json(VERDICTS, list(report.verdicts))
     here = environment()
     versions = ", ".join(f"{name} {here['packages'][name]}" for name in ("effray", "torch"))
     date = here["started"].partition("T")[0]
@@ -212,14 +218,16 @@ def _setting(value: Any) -> str:
 def _comparison_report(study: Study, table: Table, final: bool) -> Report:
     outcomes = Outcomes(study, table)
     headings = ["row", table.metric.replace("_", " "), f"against\n{table.baseline}"]
-    headings += ["samples\nforward", "samples\nbackward", "work", "seconds", "MiB"]
+    headings += [f"verdict by\n{table.gain}" if table.gain else "verdict at\nequal work"]
+    headings += ["samples\nforward", "samples\nbackward", "work", "work:\nbaseline", "seconds", "MiB"]
     for metric, goal in table.all_goals():
         value = f"{100 * goal:g} %" if plots.is_share(metric) else f"{goal:g}"
         headings.append(f"backward to\n{metric} {value}")
     headings += [*table.columns, "Pareto\nfront"]
     sections = []
     for number, case in enumerate(outcomes.cases):
-        rows = [list(_cells(table, line)) for line in case.lines]
+        work = next((line.costs.get("work") for line in case.lines if line.row == table.baseline), None)
+        rows = [list(_cells(table, line, work)) for line in case.lines]
         baseline = frozenset(place for place, line in enumerate(case.lines) if line.row == table.baseline)
         grid = Grid("" if case.label == REST else case.label, headings, rows, baseline)
         bars, curves = f"rows-{number:02d}", f"curves-{number:02d}"
@@ -247,16 +255,20 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
         lines = [f"{phases} of {len(summaries):,} trials are taken over from {source}; {cost}."]
     seeds = ", ".join(map(str, table.seeds))
     title = f"{table.title} ({study.order.asked}, {study.order.scale} scale)"
-    return Report(title, [f"Seeds {seeds}; {LEGEND}."], sections, lines, list(outcomes.records()))
+    opening = [f"Seeds {seeds}; {LEGEND}."]
+    return Report(title, opening, sections, lines, list(outcomes.records()), verdicts=outcomes.verdicts())
 
 
-def _cells(table: Table, line: Line) -> Iterator[str]:
+def _cells(table: Table, line: Line, baseline: Estimate | None) -> Iterator[str]:
     some = "" if len(line.seeds) == line.of else f" ({len(line.seeds)})"
     yield line.row
     yield _estimate(line.value, table.metric) + some
     yield _difference(line.difference, table.metric)
+    yield _verdict(line.verdict, table)
     for name in ("forward", "backward", "work"):
         yield _count(line.costs.get(name))
+    work = line.costs.get("work")
+    yield f"{work.mean / baseline.mean:.2f}" if work and baseline and baseline.mean else "–"
     seconds = line.costs.get("seconds")
     yield duration(seconds.mean) if seconds else "–"
     memory = line.costs.get("memory")
@@ -288,6 +300,13 @@ def _difference(value: Difference | None, metric: str) -> str:
         return mean
     half = form.format(scale * value.half).lstrip("+")
     return f"{mean} ± {half}{' !' if value.is_significant else ''}"
+
+
+def _verdict(value: Verdict | None, table: Table) -> str:
+    if value is None or math.isnan(value.mean):
+        return value.word if value else "–"
+    metric = table.gain or table.metric
+    return f"{value.word} {_difference(Difference(value.mean, math.inf, value.seeds), metric).partition(' ±')[0]}"
 
 
 def _count(value: Estimate | None) -> str:

@@ -20,6 +20,7 @@ from raypkg.experiments import experiment, training_settings_of
 SUFFIX = ".py"
 TABLES = "tune_spaces/tables"
 SCALES = ("small", "paper")
+VERDICTS = PAID, NOT_PAID, UNKNOWN = "paid", "did not pay", "unknown"  # on a row; see `verdict.judge`
 MOST_TRIALS = 10_000
 REST = "all"  # the one case of a table without cases
 Values = Mapping[str, Any]  # settings by dotted names
@@ -98,6 +99,11 @@ class Table:
     paper: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # published: heading → row → figure as printed
     # Row → package.module:function, called with the finished run; its result, figures by name, is stored.
     after: Mapping[str, str] = field(default_factory=dict)
+    # Labels of rows that are the baseline with other amounts of training: verdicts are at equal total work.
+    as_baseline: Sequence[str] = ()
+    # A figure whose excess over 1 is the gain, such as a speed-up: verdicts are on it, not on the metric.
+    gain: str | None = None
+    reference: str | None = None  # row whose scores and picks columns compare with (default: the baseline)
 
     def trial(self, case: str, row: str, seed: int) -> dict[str, Any]:
         """Return the settings of a trial beyond the shared ones."""
@@ -128,8 +134,9 @@ class Table:
             raise UserError(f"{origin} has no row or no case")
         if self.baseline not in self.rows:
             raise UserError(f"{origin}: the baseline: {unknown('row', self.baseline, self.rows)}")
-        if lost := next((row for row in self.after if row not in self.rows), None):
-            raise UserError(f"{origin}: after: {unknown('row', lost, self.rows)}")
+        for part in ("after", "as_baseline"):
+            if lost := next((row for row in getattr(self, part) if row not in self.rows), None):
+                raise UserError(f"{origin}: {part}: {unknown('row', lost, self.rows)}")
         check_seeds(self.seeds, f"{origin}: seeds")
         trials = len(self.rows) * len(self.cases) * len(self.seeds)
         if trials > MOST_TRIALS:
@@ -189,11 +196,12 @@ def _with_preset(table: Table, row: Values) -> Values:
 def narrowed(
     table: Table, rows: Iterable[str] | None, cases: Iterable[str] | None, seeds: Sequence[int] | None
 ) -> Table:
-    """Return a table with some of its rows, always the baseline among them, some cases and other seeds.
+    """Return a table with some of its rows, always the baseline's among them, some cases and other seeds.
 
     Rows and cases are labels or patterns such as ``crest*``, each of which must match a label; None = all.
     """
-    chosen = _matching("row", rows, table.rows) | {table.baseline}
+    needed = {table.baseline, *table.as_baseline, table.reference or table.baseline}
+    chosen = _matching("row", rows, table.rows) | needed
     allowed = _matching("case", cases, table.cases)
     return replace(
         table,

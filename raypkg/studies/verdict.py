@@ -7,16 +7,14 @@ linear in log(work) between them. A row pays if its paired differences from it a
 
 import math
 from collections.abc import Iterable, Mapping
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 
-PAID = "paid"
-NOT_PAID = "did not pay"
-UNKNOWN = "unknown"
-VERDICTS = (PAID, NOT_PAID, UNKNOWN)
-ERRORS = 0.05  # probability that a table of rows without any effect has a verdict other than unknown
+from .figures import half_interval
+from .tables import NOT_PAID, PAID, UNKNOWN
+
 EQUAL = 0.02  # relative difference of equal work
 Point = tuple[float, float]  # work and metric of a run
 
@@ -34,8 +32,8 @@ class Verdict(NamedTuple):
 def judge(row: Mapping[int, Point], baseline: Mapping[int, Iterable[Point]], *, mode: str, verdicts: int) -> Verdict:
     """Return the verdict on a row, from its runs and the baseline's by seed.
 
-    The interval is Student's with confidence 1 − 0.05 / ``verdicts`` (Bonferroni), the number of verdicts that are read
-    together. A row with more work than any baseline can only fail, one with less can only pay.
+    A table of rows without an effect has a verdict other than unknown with a probability of at most 5 %: intervals are
+    for all its ``verdicts`` together. A row with more work than any baseline can only fail, one with less can only pay.
 
     >>> rows = {seed: (200.0, 0.9 + 0.001 * seed) for seed in range(3)}
     >>> random = {seed: [(100.0, 0.7), (400.0, 0.8)] for seed in range(3)}
@@ -57,10 +55,8 @@ def judge(row: Mapping[int, Point], baseline: Mapping[int, Iterable[Point]], *, 
     count = len(differences)
     if count < 2:
         return Verdict(UNKNOWN, seeds=count)
-    from scipy.stats import t
-
     mean = fmean(differences)
-    half = float(t.ppf(1 - ERRORS / verdicts / 2, count - 1)) * stdev(differences) / math.sqrt(count)
+    half = half_interval(differences, verdicts)
     word = UNKNOWN
     if mean > half and can_pay:
         word = PAID

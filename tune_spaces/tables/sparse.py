@@ -8,10 +8,13 @@ RULES = {"static": {"growth": False}, "SET": {"growth": "random"}, "RigL": {"gro
 def table(scale: str) -> Table:
     """Return the table at a scale."""
     small = scale == "small"
-    rows: dict[str, dict[str, object]] = {"dense": {}, "dense + AGENT": {"agent": True}}
+    dense = {"density": False}
+    rows: dict[str, dict[str, object]] = {"dense": dense, "dense + AGENT": {**dense, "agent": True}}
     for density in (0.05, 0.01):
         for name, rule in RULES.items():
             sparse = {"density": density, **rule}
+            if small and name == "static":
+                sparse["fan_in"] = "sparse"  # the stronger baseline where there is no batch norm
             rows[f"{name}; {density:.0%}"] = sparse
             rows[f"{name} + AGENT; {density:.0%}"] = {**sparse, "agent": True}
     return Table(
