@@ -34,17 +34,17 @@ def table(scale: str) -> Table:
         baseline="SGD",
         as_baseline=("SGD; 2 × epochs", "SGD; 3 × epochs"),
         shared={
-            "density": False,
             "train.epochs": 20 if small else 250,
             "train.evaluate_every_epochs": 1 if small else 5,
             "dataset.augment": [],
         },
         rows=rows,
         cases={
-            "linear; convex": {"model.name": "linear", "train.weight_decay": 0.01},
-            "mlp": {"model.name": "mlp"},
-            "lenet5": {"model.name": "lenet5"},
-            network: {"model.name": network},
+            "linear; convex": {"model.name": "linear", "train.weight_decay": 0.01, "density": False},
+            "mlp": {"model.name": "mlp", "density": False},
+            "mlp; RigL at 5 %": {"model.name": "mlp", "density": 0.05},
+            "lenet5": {"model.name": "lenet5", "density": False},
+            network: {"model.name": network, "density": False},
         },
         columns={"variance left": "variance_left", "steps corrected": "corrected_steps"},
         paper={
