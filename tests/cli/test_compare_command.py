@@ -235,3 +235,14 @@ def test_a_run_is_reported_on_one_page(effray, refusal, tmp_path):
     assert "train.batch_size" in page and "test accuracy" in page
     (tmp_path / "runs/train/one/summary.json").unlink()
     assert "run 'one' is not finished" in refusal("report one")
+
+
+def test_verdicts_are_at_equal_work_and_may_be_expected(effray, call, mine):
+    mine("seeds=(0, 1),", 'seeds=(0, 1),\n        as_baseline=("<b>half</b>",),')
+    told = effray(f"{MINE} --rows tenth --expect unknown")
+    assert "verdict at" in told and "<b>half</b>" in told  # the baseline's other rows are added
+    (verdict,) = json.loads(Path("runs/tune/m/verdicts.json").read_text())
+    assert (verdict["row"], verdict["verdict"], verdict["seeds"]) == ("tenth", "unknown", 2)
+    assert "unknown" in Path("runs/tune/m/table.md").read_text()
+    ended = call(f"{MINE} --rows tenth --expect paid")
+    assert ended.code == 1 and "expected paid: 1 of 1 verdicts are others" in ended.out
