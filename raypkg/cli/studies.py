@@ -166,10 +166,10 @@ def _compare_command(name: str) -> click.Command:
     def callback(
         config: Path | None, pairs: tuple[str, ...], study: str | None, resume: str | None, root: str, **given: Any
     ) -> None:
-        from raypkg.studies.compare import compare_rows, resume_comparison
+        from raypkg.studies.compare import compare_rows, plan, resume_comparison
 
         asked = {option: given.pop(option) for option in COMPARE_OPTIONS}
-        concurrent, expected = given.pop("concurrent"), given.pop("expect")
+        concurrent, expected, dry, rate = (given.pop(name) for name in ("concurrent", "expect", "dry", "rate"))
 
         def check(verdicts: list[str]) -> None:
             others = [word for word in verdicts if word != expected]
@@ -194,6 +194,10 @@ def _compare_command(name: str) -> click.Command:
                 raise UserError(f"--goal {text!r} is not of the form METRIC=VALUE, such as accuracy=0.9")
             goals.setdefault(metric, []).append(float(value))
         chosen = replace(chosen, goals=goals or chosen.goals)
+        if dry:
+            for line in plan(chosen, config, values, rate):
+                click.echo(line)
+            return
         check(compare_rows(name, scale, chosen, concurrent, config, values, study, root))
 
     seeds = ",".join(map(str, table.seeds))
@@ -203,6 +207,8 @@ def _compare_command(name: str) -> click.Command:
         click.Option(["--seeds"], metavar="LIST", help=f"such as 0,1,2 or 0-9 (default: {seeds})"),
         click.Option(["--scale"], metavar="|".join(SCALES), help=f"small runs or the paper's (default: {SCALES[0]})"),
         click.Option(["--expect"], type=click.Choice(VERDICTS), help="exit with code 1 if a verdict is another one"),
+        click.Option(["--dry-run", "dry"], is_flag=True, help="print trials and samples, and start nothing"),
+        click.Option(["--rate"], type=click.FloatRange(min=0, min_open=True), help="samples a second, for --dry-run"),
         click.Option(["--goal"], multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"),
     ]
     # Labels are quoted as a shell takes them: most have blanks and semicolons.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from raypkg.core.address import folder_and_name
 from raypkg.core.config import dotted, load_settings
 from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import APART, Experiment
-from raypkg.experiments import experiment, training_settings_of
+from raypkg.experiments import experiment, open_run, training_settings_of
+from raypkg.experiments.phases import stages_of
 from raypkg.experiments.resolve import check_code, resolve
 from raypkg.runs.folder import discard
 from raypkg.runs.storage import Storage
@@ -20,9 +21,9 @@ from raypkg.runs.storage import Storage
 from .driver import Driver, check_root
 from .figures import METRICS
 from .outcomes import Outcomes
-from .space import base_of, check_counts, check_trial
+from .space import base_of, check_counts, check_trial, varied
 from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
-from .tables import Table, stored_table
+from .tables import REST, Table, stored_table
 from .trial import imported_function
 
 
@@ -86,6 +87,29 @@ def compare_rows(
             raise
         driver.run()
         return words(study, table)
+
+
+def plan(table: Table, config: Path | None, values: Mapping[str, Any], rate: float | None) -> Iterator[str]:
+    """Yield the trials of a comparison with their samples backward, and their hours at a rate in samples a second.
+
+    Passes that select, look or correct are not counted.
+    """
+    settings = base_settings(table, config, values)
+    check_comparison(table, settings)
+    _, samples = open_run(settings)
+    n = len(samples.train_indices)
+    seeds = len(table.seeds)
+    total = 0
+    for case in table.cases:
+        for row in table.rows:
+            stages = stages_of(table.experiment, varied(settings, table.trial(case, row, table.seeds[0])))
+            backward = sum(stage.backward(n) for stage in stages)
+            total += seeds * backward
+            place = row if case == REST else f"{row}; {case}"
+            yield f"{place}: {seeds} trials of {backward:,} samples backward"
+    trials = seeds * len(table.cases) * len(table.rows)
+    hours = f", {total / rate / 3600:,.1f} hours at {rate:g} a second" if rate else ""
+    yield f"{trials} trials, {total:,} samples backward{hours}"
 
 
 def words(study: Study, table: Table) -> list[str]:

@@ -246,3 +246,10 @@ def test_verdicts_are_at_equal_work_and_may_be_expected(effray, call, mine):
     assert "unknown" in Path("runs/tune/m/table.md").read_text()
     ended = call(f"{MINE} --rows tenth --expect paid")
     assert ended.code == 1 and "expected paid: 1 of 1 verdicts are others" in ended.out
+
+
+def test_a_dry_run_counts_trials_and_samples(effray, mine, tmp_path):
+    told = effray(f"{MINE} --dry-run --rate 1000")
+    assert "tenth: 2 trials of 260 samples backward" in told
+    assert "6 trials, 8,292 samples backward, 0.0 hours at 1000 a second" in told
+    assert not (tmp_path / "runs").exists()
