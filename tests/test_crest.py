@@ -34,7 +34,10 @@ from raypkg.runs.storage import Storage
 
 N, SIZE = 120, 8
 ONE_LOW_LOSS = {"exclude_after": 1, "keep_active": 0.0}  # excludes within a few epochs
-PUBLISHED = dict(checked_on="fresh", smoothing="pool", model_batches=0, settle=0.0, exclude_after=0, keep_active=0.0)
+FAST = {  # the local model of preset `fast`, which takes fewer samples than the published one
+    "checked_on": "pool", "smoothing": "coreset", "settle": 0.05, "model_batches": 1, "curvature": None,
+    "exclude_after": 5, "keep_active": 0.8,
+}  # fmt: skip
 PLAIN = Training(epochs=4, batch_size=SIZE, lr=0.05, precision="float32", schedule="constant", nesterov=False)
 
 
@@ -168,10 +171,14 @@ def run(options, training=PLAIN, *, data=None, model="mlp", holders=1, hooks=(),
     return Run.simple(built, data, training, hooks=[Recorder(data.y), crest, *hooks], augment=augment)
 
 
+def fast(**settings):
+    return CrestOptions(**FAST | settings)
+
+
 @functools.cache
 def trained_with(holders=1, **settings):
     """Return a finished training, shared by all tests, which only read it."""
-    return fit(run(CrestOptions(**settings), holders=holders))
+    return fit(run(fast(**settings), holders=holders))
 
 
 def state_of(trained):
@@ -195,9 +202,7 @@ def bills_of(trained):
 
 
 def test_the_hook_follows_the_papers_loop():
-    options = CrestOptions(
-        **PUBLISHED, tau=0.12, h=3, b=2, subset=0.3, exclude_every_steps=5, exclude_below=0.4, curvature=0
-    )
+    options = CrestOptions(tau=0.12, h=3, b=2, subset=0.3, exclude_every_steps=5, exclude_below=0.4)
     trained = fit(run(options, model="linear"))
     twin = build_model("linear", (5,), 3, seed=0)
     errors = reference.crest(twin, *whole(split()), options, PLAIN, 0, SIZE, 36)
@@ -209,7 +214,7 @@ def test_the_hook_follows_the_papers_loop():
 
 
 def test_costs_are_those_of_steps_subsets_checks_and_models():
-    trained = fit(run(CrestOptions(tau=0.05, h=2, subset=0.3, curvature=4)))
+    trained = fit(run(fast(tau=0.05, h=2, subset=0.3, curvature=4)))
     bills, state = bills_of(trained), state_of(trained)
     steps = PLAIN.epochs * 15
     assert bills["train"].backward == steps * SIZE
@@ -265,7 +270,7 @@ def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, extr
         return {}
 
     options = extra if "tau" in extra else STOPPED | extra
-    settings = CrestOptions(**options)
+    settings = fast(**options)
     straight = trained_with(**options)
     places = StoredCheckpoints(Storage(str(tmp_path)))
     with pytest.raises(KeyboardInterrupt):
@@ -308,7 +313,7 @@ def test_the_local_model_begins_at_the_loss_of_its_own_weights(monkeypatch, over
         apart.append(abs(hook.state.region.loss - float(chosen.coreset.weights @ losses) / SIZE))
 
     monkeypatch.setattr(Crest, "_renew", watched)
-    fit(run(CrestOptions(tau=1e-9, b=1, h=0.1, subset=0.3, overlap=overlap)))  # pools of one coreset
+    fit(run(fast(tau=1e-9, b=1, h=0.1, subset=0.3, overlap=overlap)))  # pools of one coreset
     assert len(apart) > 20 and max(apart) < 1e-5
 
 
@@ -335,7 +340,7 @@ def test_every_switch_switches(change):
 
 def test_it_combines_with_sparse_training_and_adamw():
     adamw = PLAIN.model_copy(update={"optimizer": "adamw", "lr": 0.01})
-    trained = run(CrestOptions(tau=0.05, subset=0.3), adamw)
+    trained = run(fast(tau=0.05, subset=0.3), adamw)
     name, weight = next((n, p) for n, p in trained.model.named_parameters() if p.dim() > 1)
     mask = torch.arange(weight.numel()).reshape(weight.shape) % 3 == 0
     trained.hooks = [*trained.hooks, Masked({name: mask})]
@@ -347,7 +352,7 @@ def test_it_combines_with_sparse_training_and_adamw():
 def test_it_trains_a_transformer_on_texts_with_the_curvature_of_attention():
     x, y = TEXTS.example(N, (9, 40)), torch.arange(N) % 3
     data = Split(take=lambda rows: x[rows].numpy(), y=y, classes=("a", "b", "c"), shape=(9, 40), mean=(), std=())
-    trained = fit(run(CrestOptions(tau=0.05), data=data, model="transformer", width=16, dropout=0.0))
+    trained = fit(run(fast(tau=0.05), data=data, model="transformer", width=16, dropout=0.0))
     assert state_of(trained).updates > 1
     assert all(math.isfinite(rho) for rho in rhos(trained))
 
@@ -363,7 +368,7 @@ class Fused(nn.Module):
 
 def test_a_model_without_a_second_derivative_needs_order_1():
     def trained(order):
-        crest = run(CrestOptions(tau=0.05, order=order))
+        crest = run(fast(tau=0.05, order=order))
         crest.model.features.append(Fused())
         return fit(crest)
 
@@ -386,7 +391,7 @@ def trained_on_images(**options):
     """Return the training, its batches, and (subset, coreset) of every choice."""
     pixels = torch.randint(256, (N, 3, 8, 8), generator=generator(0, "pixels"), dtype=torch.uint8)
     data, kept, seen = Split.from_tensors(pixels, torch.arange(N) % 3), Kept(), []
-    options = CrestOptions(tau=1e-9, subset=0.3, b=1, **options)
+    options = fast(tau=1e-9, subset=0.3, b=1, **options)
     started = run(options, data=data, hooks=[kept], augment=("crop", "flip"))
     chooser = started.hooks[1].chooser
     note = chooser.on_choice
@@ -419,7 +424,7 @@ def test_a_check_on_the_pool_is_free_of_sampling_noise():
     """If the weights hardly move, the loss of the same samples does not either."""
     still = PLAIN.model_copy(update={"lr": 1e-9})
     of_pool, fresh = (
-        rhos(fit(run(CrestOptions(subset=0.3, tau=0.5, checked_on=kind), still))) for kind in ("pool", "fresh")
+        rhos(fit(run(fast(subset=0.3, tau=0.5, checked_on=kind), still))) for kind in ("pool", "fresh")
     )
     assert max(of_pool) < 1e-5
     assert max(fresh) > 1e-2
@@ -430,7 +435,7 @@ def test_the_gradient_of_a_regions_first_step_is_that_of_its_local_model(monkeyp
     settings = {"tau": 0.05, "h": 2, "subset": 0.3, "curvature": 4, "parameters": parameters}
     taken = trained_with(**settings)
     monkeypatch.setattr("raypkg.methods.crest.hook.trains_as_it_evaluates", lambda model: False)
-    computed = fit(run(CrestOptions(**settings)))
+    computed = fit(run(fast(**settings)))
     assert rhos(taken) == pytest.approx(rhos(computed), abs=1e-4)
     assert same_weights(taken, computed)
     saved = bills_of(computed)["model"].backward - bills_of(taken)["model"].backward
@@ -452,7 +457,7 @@ class Frozen(nn.BatchNorm1d):
 
 @pytest.mark.parametrize(("norm", "lines"), [(nn.BatchNorm1d, 1), (Frozen, 0)])
 def test_batch_norm_is_reported_unless_frozen_and_moves_in_training_only(caplog, norm, lines):
-    trained = run(CrestOptions(tau=0.05, subset=0.3))
+    trained = run(fast(tau=0.05, subset=0.3))
     trained.model.features = nn.Sequential(trained.model.features, norm(trained.model.head.in_features))
     fit(trained)
     assert sum("batch norm" in record.message for record in caplog.records) == lines

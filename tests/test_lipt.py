@@ -92,7 +92,7 @@ def test_shards_never_overlap():
 
 
 def test_merges_are_spread_evenly_over_the_epochs():
-    assert Pretrain(epochs=5).merge_epochs == [1, 2, 3, 4, 5]
+    assert Pretrain(epochs=5, rounds=None).merge_epochs == [1, 2, 3, 4, 5]
     assert Pretrain(epochs=7, rounds=3).merge_epochs == [2, 4, 7]
     with pytest.raises(UserError, match=r"pretrain.rounds = 6: models are merged after whole epochs, and there are 5"):
         Pretrain(epochs=5, rounds=6)
@@ -116,7 +116,7 @@ def test_outer_momentum_is_nesterovs():
 
 
 def settings_of(**pretrain):
-    short = {"models": MODELS, "epochs": EPOCHS, "joint_epochs": 0, "precision": "float32", "lr": 0.05, **pretrain}
+    short = {"models": MODELS, "epochs": EPOCHS, "sparsity": False, "precision": "float32", "lr": 0.05, **pretrain}
     chosen = {"model": "linear", "cluster.workers": 0}
     return load_settings(LiptSettings, overrides=chosen | {f"pretrain.{name}": value for name, value in short.items()})
 

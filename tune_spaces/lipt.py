@@ -1,4 +1,4 @@
-"""A space for LiPT: number, length and batches of the models, their merge, and the selection rule."""
+"""A space for LiPT: number, length and batches of dense models, their merge, and the selection rule."""
 
 from typing import Any
 
@@ -10,6 +10,8 @@ METRIC, MODE = "accuracy", "max"
 def space() -> dict[str, Any]:
     """Return domains by dotted names of settings."""
     return {
+        "pretrain.sparsity": False,
+        "pretrain.rounds": False,  # merged after every epoch
         "pretrain.models": tune.choice([4, 10, 20]),
         "pretrain.epochs": tune.choice([2, 5, 10]),
         "pretrain.batch_size": tune.choice([16, 32, 64, 128]),

@@ -95,8 +95,8 @@ def fit(
 def train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
     """Train one epoch; return its metrics over all workers."""
     settings = run.settings
+    model.train()  # before hooks see the model: frozen layers stay in evaluation mode
     steps, batches = run.batches()
-    model.train()
     totals = torch.zeros(3, dtype=torch.float64, device=run.worker.device)  # Σ w·loss, correct, samples
     norms = []  # of the gradients before clipping
     for number, batch in enumerate(batches):

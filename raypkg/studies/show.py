@@ -247,7 +247,7 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
     summaries = [run.summary for run in outcomes.runs.values() if run.summary]
     takers: Counter[str] = Counter()
     for summary in summaries:
-        takers.update(summary.get("taken_over", ()))
+        takers.update([*summary.get("taken_over", ())])
     if takers:
         phases = " and ".join(f"{phase} of {count:,}" for phase, count in takers.items())
         source = "another one with the same settings, data and seed"

@@ -128,7 +128,7 @@ def test_deleted_rows_may_be_blanked_but_no_others(effray, refusal):
 
 def test_changed_settings_are_found(trained, refusal):
     config = RUN / "config.toml"
-    config.write_text(config.read_text().replace("weight_decay = 0.005", "weight_decay = 0.5"))
+    config.write_text(config.read_text().replace("weight_decay = 0.0001", "weight_decay = 0.5"))
     assert "config.toml' has been changed or cut short" in refusal("deltagrad verify a")
     _, _, without_digest = config.read_text().partition("\n")
     config.write_text(without_digest)

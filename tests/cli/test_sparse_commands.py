@@ -48,7 +48,7 @@ def test_a_model_is_exported_without_its_zeros(effray, refusal, after):
 
 
 def test_dense_training_with_a_correction_has_no_masks_to_export(effray, refusal):
-    effray("sparse --name a --model mlp --train.epochs 3 --agent.gamma 0.5")
+    effray("sparse --name a --model mlp --train.epochs 3 --density false --agent.gamma 0.5")
     assert (RUN / "correction.parquet").exists()
     assert "density" not in summary() and not (RUN / "topology.parquet").exists()
     assert "run 'a' is dense: no weight is zero" in refusal("export a")
@@ -74,7 +74,7 @@ REFUSED = {
     "--density 0.1 --death-rate 1": r"death_rate = '1'",
     "--density 0.1 --train.epochs 1 --train.batch_size 4000": r"update_every_steps = 1 is not below the 1 steps",
     # without effect
-    "--growth gradient": r"density is left out: growth would do nothing",
+    "--density false --growth momentum": r"density = false: growth would do nothing",
     "--density 0.1 --growth false --update-every-steps 7": r"growth = false keeps the masks: update_every_steps would",
     "--density 0.1 --growth false --set growth.options.foo=3": r"growth = false: growth.options.foo would do nothing",
     "--agent false --agent.gamma 0.5": r"agent = false: agent.gamma would do nothing",

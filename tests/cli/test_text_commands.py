@@ -12,7 +12,7 @@ from raypkg.core.errors import UserError
 from raypkg.data.kinds import TEXTS
 
 pytest.importorskip("tokenizers")
-SNLI = Path(raypkg.__file__).parent / "methods/crest/snli.toml"
+SNLI = "--preset snli --set dataset.options.length=128 --set dataset.options.unlabelled=true"
 WORDS = "a the cat dog bird sat ran flew under over mat house tree".split()
 SMALL = "--model transformer --set model.options.width=16 --train.epochs 2 --train.optimizer adamw --train.lr 1e-3"
 
@@ -87,7 +87,7 @@ def test_a_text_beyond_the_models_positions_is_refused_with_the_option(refusal, 
 
 def test_the_papers_settings_for_snli_are_settings(effray, pairs):
     text = effray(
-        f"crest --config {SNLI} --dataset {pairs} {SMALL} --train.epochs 8 --budget 0.5 --crest.subset 0.5 --dry-run"
+        f"crest {SNLI} --dataset {pairs} {SMALL} --train.epochs 8 --budget 0.5 --crest.subset 0.5 --dry-run"
     )
     assert "tau = 0.05" in text and 'decay = "matrices"' in text and "unlabelled = true" in text
     assert "shape up to 128 tokens out of" in text

@@ -41,7 +41,7 @@ def test_training_begins_with_the_weights_of_a_run_or_file(effray, after, source
     "command",
     [
         f"crest {STILL} --selection random --budget 1 --train.warmup 0",
-        f"sparse {STILL}",
+        f"sparse {STILL} --density false",
         f"lipt {STILL} --pretrain.method initial --select.fraction 0.5",
         "deltagrad train --model mlp --train.epochs 1 --train.lr 1e-12",
     ],

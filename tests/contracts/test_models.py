@@ -16,6 +16,7 @@ from raypkg.models.classifier import Classifier
 from raypkg.models.resnet import Padded
 
 SHAPE, CLASSES = (3, 8, 8), 5
+LARGER_SHAPE = {"lenet5-caffe": (3, 16, 16)}
 TEXT = (12, 50)  # at most 12 tokens out of 50
 ROWS_TOO = {"mlp", "lenet300-100", "linear"}
 TEXTS_ONLY = {"transformer"}
@@ -71,14 +72,14 @@ NAMES = [*sorted(set(model.entries) - LIBRARIES - LARGER), "torchvision:resnet18
 
 def build(name, seed=0, shape=None, classes=CLASSES, **options):
     if shape is None:
-        shape = TEXT if name in TEXTS_ONLY else SHAPE
+        shape = TEXT if name in TEXTS_ONLY else LARGER_SHAPE.get(name, SHAPE)
     return build_model(name, shape, classes, seed=seed, options=options)
 
 
 def samples(name, count=4):
     if name in TEXTS_ONLY:
         return TEXTS.example(count, TEXT)
-    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
+    return torch.randn(count, *LARGER_SHAPE.get(name, SHAPE), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -186,6 +187,8 @@ def test_rows_and_small_images(name):
         ("vgg-like", (3, 32, 32), 10, 259_776 + 1_474_560 + 5_898_240 + 7_077_888 + 8_448 + 263_168 + 5_130),  # 15.0 M
         # 1·6·25 + 6, 6·16·25 + 16, 16·7·7·120 + 120, 120·84 + 84, 84·10 + 10.
         ("lenet5", (1, 28, 28), 10, 156 + 2_416 + 94_200 + 10_164 + 850),
+        # 20·25 + 20, 50·20·25 + 50, 50·4·4·500 + 500, 500·10 + 10: 0.43 M.
+        ("lenet5-caffe", (1, 28, 28), 10, 520 + 25_050 + 400_500 + 5_010),
         ("mlp", (1, 28, 28), 10, 784 * 300 + 300 + 300 * 100 + 100 + 1_010),  # LeNet-300-100: 266,610
         ("lenet300-100", (1, 28, 28), 10, 266_610),
         ("linear", (1, 28, 28), 10, 7_850),

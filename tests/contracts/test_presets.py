@@ -98,6 +98,11 @@ def test_options_win_and_are_named_as_changes():
     assert departures(settings) == {"crest.subset": 0.2, "train.lr": 0.05}
 
 
+@pytest.mark.parametrize("given", [{"dataset.name": "cifar10"}, {"preset": "each-step"}, {"crest.subset": "4m"}])
+def test_a_baseline_may_have_the_options_of_crest_that_nobody_gave(given):
+    assert resolve(SCHEMAS["crest"], None, {"selection": "random", **given}).selection == "random"
+
+
 def test_a_part_that_a_preset_enables_can_be_disabled():
     settings = resolve(SCHEMAS["sparse"], None, {"preset": "rigl-agent", "agent": "false"})
     assert settings.agent is None
@@ -122,6 +127,7 @@ def test_values_are_adapted_to_the_data():
 def test_runs_stored_before_presets_keep_their_defaults():
     crest = load_stored(SCHEMAS["crest"], {"crest": {"tau": 0.05}})
     assert (crest.preset, crest.crest.subset, crest.crest.checked_on, crest.crest.curvature) == ("", "4m", "pool", None)
+    assert load_stored(SCHEMAS["crest"], {"selection": "random", "crest": {"keep_active": 0.8}}).selection == "random"
     sparse = load_stored(SCHEMAS["sparse"], {"growth": {"name": "random"}, "agent": {"gamma": 0.5}})
     assert (sparse.density, sparse.agent.form, sparse.adaptations(50_000)) == (None, "measured", {})
     assert load_stored(SCHEMAS["lipt"], {"pretrain": {"density": 0.9}}).pretrain.rounds is None

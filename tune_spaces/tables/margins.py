@@ -6,6 +6,8 @@ Margins need no pass over the samples: each model records those of its own shard
 from raypkg.studies.tables import Table
 
 DENSE = (1, 2, 5, 10)  # epochs
+# Dense models, merged after every epoch; the published ones are sparse and merged once.
+LOCAL = {"pretrain.sparsity": False, "pretrain.rounds": False}
 
 
 def table(scale: str) -> Table:
@@ -15,8 +17,8 @@ def table(scale: str) -> Table:
         "random; fixed": untrained,
         "random; redrawn": {**untrained, "select.every_epochs": 1},
         "all samples": {**untrained, "select.fraction": 1.0},
-        "lipt": {"select.rule": "ccs"},
-        "lipt; a joint epoch": {"select.rule": "ccs", "pretrain.joint_epochs": 1},
+        "lipt": {"select.rule": "ccs", **LOCAL},
+        "lipt; a joint epoch": {"select.rule": "ccs", **LOCAL, "pretrain.joint_epochs": 1},
     }
     for epochs in DENSE:
         rows[f"dense {epochs}"] = {

@@ -11,31 +11,40 @@ SMALL = {
     "train.weight_decay": 0.01,
     "train.warmup": 0.1,
     "train.evaluate_every_epochs": 0,
-    "crest.tau": 0.05,
-    "crest.h": 4.0,
 }
 PAPER = {  # for --model transformers:roberta-base; lengths of trainings and schedules are not printed there
     **SMALL,
     "train.lr": 1e-5,
     "train.decay": "matrices",
-    "crest.subset": 0.005,
+}
+EACH_STEP = {"crest.tau": 0.0, "crest.subset": "4m", "crest.exclude_after": 5, "crest.keep_active": 0.8}
+MODEL = {  # a local model of the loss, of one coreset of the pool, with paired checks
+    **EACH_STEP,
+    "crest.tau": 0.05,
+    "crest.h": 4.0,
+    "crest.checked_on": "pool",
+    "crest.smoothing": "coreset",
+    "crest.settle": 0.05,
+    "crest.model_batches": 1,
+    "crest.curvature": False,
 }
 
 
 def table(scale: str) -> Table:
     """Return the table at a scale."""
-    shared = dict(SMALL if scale == "small" else PAPER)
-    crest = {name: shared.pop(name) for name in [*shared] if name.startswith("crest.")}
+    small = scale == "small"
+    crest = MODEL if small else {**MODEL, "crest.subset": 0.005}
     random = {"selection": "random"}
     return Table(
         title="CREST on texts against random batches, at a tenth and a quarter of full training",
         experiment="crest",
         baseline="random batches",
-        shared=shared,
+        shared=SMALL if small else PAPER,
         rows={
             "random batches": random,
             "cut short": {"selection": "cut"},
-            "crest": {},
+            "crest": EACH_STEP,
+            "crest; as published": {"crest.h": 4.0},
             "crest; h 4": crest,
             "crest; h 4; no exclusion": {**crest, "crest.exclude_below": 0.0},
             "full training": {**random, "budget": 1.0},
