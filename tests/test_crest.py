@@ -423,9 +423,7 @@ def test_training_augments_even_if_selection_does_not():
 def test_a_check_on_the_pool_is_free_of_sampling_noise():
     """If the weights hardly move, the loss of the same samples does not either."""
     still = PLAIN.model_copy(update={"lr": 1e-9})
-    of_pool, fresh = (
-        rhos(fit(run(fast(subset=0.3, tau=0.5, checked_on=kind), still))) for kind in ("pool", "fresh")
-    )
+    of_pool, fresh = (rhos(fit(run(fast(subset=0.3, tau=0.5, checked_on=kind), still))) for kind in ("pool", "fresh"))
     assert max(of_pool) < 1e-5
     assert max(fresh) > 1e-2
 

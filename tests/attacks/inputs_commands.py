@@ -73,7 +73,7 @@ SETTINGS = cases(
         "train --hooks builtins:dict": "builtins:dict: its signature cannot be read: no signature found",
         "train --track.project ''": "track.project = '': string should have at least 1 character",
         "crest --hooks crest": "hook 'crest' is named twice, or is the method's own",
-        "sparse --density 0.1 --sparse-init dense": "sparse_init = dense with growth = random",
+        "sparse --density 0.1 --sparse-init dense": "sparse_init = dense with growth = gradient",
         "sparse --density 0.1 --update_every_steps 99999": "update_every_steps = 99999 is not below",
         "sparse --density 0.1 --compute sparse --agent": "compute = sparse does not go with agent",
         "sparse --density 0.5 --multiplier 1000000000000": "1000000000000 of 40 epochs: at most 1,000,000 in all",

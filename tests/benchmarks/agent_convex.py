@@ -143,7 +143,7 @@ def passes(problem: Problem, given, schedule: str, options: dict | None, rate: f
         precision="float32",
     )
     watch = Watch(problem, falls=schedule == "1/t")
-    hooks = [watch] if options is None else [Correction(AgentOptions(**options)), watch]
+    hooks = [watch] if options is None else [Correction(AgentOptions(**{"form": "measured", **options})), watch]
     model = build_model("linear", problem.split.shape, 10, seed=seed, options={})
     try:
         fit(Run.simple(model, problem.split, settings, hooks=hooks, seed=seed, augment=()))

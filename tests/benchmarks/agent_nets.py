@@ -68,7 +68,7 @@ def trained(given: argparse.Namespace, data, times: int, options: dict | None, s
         precision="float32",
     )
     model = build_model(given.model, data.train.shape, data.train.num_classes, seed=seed, options={})
-    hooks = [] if options is None else [Correction(AgentOptions(**options))]
+    hooks = [] if options is None else [Correction(AgentOptions(**{"form": "measured", **options}))]
     coreset = Coreset.uniform(torch.arange(given.samples))
     run = Run.simple(model, data.train, settings, hooks=hooks, coreset=coreset, seed=seed)
     fit(run)

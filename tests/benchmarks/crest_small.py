@@ -75,7 +75,6 @@ ROWS = {
     "CREST, r 4m": Row(R4),
     "CREST, unaugmented": Row({"augmented": False}),
     "CREST, no exclusion": Row({"exclude_below": 0.0}),
-    "CREST with its looks": Row({"look": True}),
     "CREST, the paper's text": Row(PUBLISHED),
     **{f"CREST, tau {tau:g}": Row({"tau": tau}) for tau in (0.01, 0.05, 0.2)},
     "CREST, h 10": Row({**MODEL, "h": 10.0}),
@@ -180,7 +179,7 @@ def trained(task: Task, data: Data, row: Row, seed: int) -> dict[str, float]:
 
 def made(data: Data, kept: Tensor, row: Row) -> Crest:
     """Return CREST as a hook over the samples."""
-    settings = {"subset": SUBSET, "look": False, **(row.crest or {})}
+    settings = {**CrestOptions.former, "subset": SUBSET, **(row.crest or {})}
     settings["subset"] = settings["subset"] / len(kept)
     shards = LocalShards([Shard(data, kept, torch.empty(0, dtype=torch.int64))])
     return Crest(CrestOptions(**settings), shards, lambda model: LiveModel(model, "float32"), kept, row.batch)

@@ -30,6 +30,7 @@ PROBE = "--model linear --train.lr 0.01 --train.epochs 3 --train.precision float
 BUDGET = "--model linear --train.lr 0.01 --train.epochs 20 --train.precision float32"
 RECORDED = (
     "--model linear --train.epochs 20 --train.batch_size 8192 --train.momentum 0 --train.lr 0.05 --dataset.validation 0"
+    " --dataset.scale standard --train.schedule constant --train.weight_decay 0.005 --replay.burn_in 10"
 )
 
 
@@ -87,7 +88,11 @@ def print_crest(chosen: argparse.Namespace, data: str) -> None:
     """Print the accuracies of CREST and its baselines within a budget."""
     print("| 20 epochs, budget 10 % | accuracy % | seconds | samples forward | backward |")
     print("|---|---|---|---|---|")
-    rows = {"all": "--selection random --budget 1", "random batches": "--selection random", "CREST": ""}
+    rows = {
+        "all": "--selection random --budget 1",
+        "random batches": "--selection random",
+        "CREST": "--preset each-step",
+    }
     for name, options in rows.items():
         budget = "" if "--budget" in options else "--budget 0.1"
         results = [

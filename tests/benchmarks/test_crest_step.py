@@ -70,7 +70,8 @@ def made(data, settings):
     hooks = []
     if settings is not None:
         shards = LocalShards([Shard(data, indices, torch.empty(0, dtype=torch.int64))])
-        crest = Crest(CrestOptions(**settings), shards, lambda model: LiveModel(model, "auto"), indices, BATCH)
+        options = CrestOptions(**{**CrestOptions.former, **settings})
+        crest = Crest(options, shards, lambda model: LiveModel(model, "auto"), indices, BATCH)
         crest.steps = STEPS
         hooks.append(crest)
     training = Training(epochs=ROUNDS, batch_size=BATCH, schedule="multistep", milestones=(0.6, 0.85), warmup=0.1)

@@ -28,7 +28,7 @@ TRAINING = Training(epochs=1, batch_size=128, schedule="constant", lr=0.01)
 
 def correction(**settings):
     """A correction that corrects from the first step on."""
-    return Correction(AgentOptions(always=True, **settings))
+    return Correction(AgentOptions(form="measured", always=True, **settings))
 
 
 def sparse():

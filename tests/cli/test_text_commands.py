@@ -86,9 +86,7 @@ def test_a_text_beyond_the_models_positions_is_refused_with_the_option(refusal, 
 
 
 def test_the_papers_settings_for_snli_are_settings(effray, pairs):
-    text = effray(
-        f"crest {SNLI} --dataset {pairs} {SMALL} --train.epochs 8 --budget 0.5 --crest.subset 0.5 --dry-run"
-    )
+    text = effray(f"crest {SNLI} --dataset {pairs} {SMALL} --train.epochs 8 --budget 0.5 --crest.subset 0.5 --dry-run")
     assert "tau = 0.05" in text and 'decay = "matrices"' in text and "unlabelled = true" in text
     assert "shape up to 128 tokens out of" in text
 

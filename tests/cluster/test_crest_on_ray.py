@@ -9,7 +9,8 @@ PLAIN = [
     "--model", "mlp", "--train.precision", "float32", "--train.batch_size", "64", "--train.epochs", "10",
     "--budget", "0.3", "--crest.subset", "0.1",
 ]  # fmt: skip
-MODEL = ("--crest.tau", "0.1", "--crest.h", "3")
+MODEL = ("--preset", "fast", "--crest.tau", "0.1", "--crest.h", "3")
+EACH_STEP = ("--preset", "each-step")
 
 
 def crest(root, name, *options, model=MODEL):
@@ -43,8 +44,8 @@ def test_workers_and_actors_choose_and_train_as_one_process(ray, alone, tmp_path
 
 @pytest.mark.parametrize("options", [("--cluster.workers", "2"), ("--cluster.workers", "1", "--crest.actors", "2")])
 def test_without_a_local_model_too(ray, tmp_path, options):
-    alone = crest(tmp_path, "alone", "--cluster.workers", "0", model=())
-    others = crest(tmp_path, "others", *options, model=())
+    alone = crest(tmp_path, "alone", "--cluster.workers", "0", model=EACH_STEP)
+    others = crest(tmp_path, "others", *options, model=EACH_STEP)
     same_weights(alone, others, tolerance=1e-4)
     # Of two medoids with equal gain, either may come first: a step's samples are the same.
     by_step = [("update", "ascending"), ("index", "ascending")]

@@ -12,7 +12,7 @@ import pytest
 from ray_runs import effray, picks, run, same_weights, wait_for
 
 TINY = [
-    "--model", "mlp", "--train.precision", "float32", "--pretrain.precision", "float32",
+    "--preset", "local-sgd", "--model", "mlp", "--train.precision", "float32", "--pretrain.precision", "float32",
     "--pretrain.models", "4", "--pretrain.epochs", "2", "--pretrain.batch_size", "32",
     "--train.epochs", "6", "--train.batch_size", "32", "--select.rule", "gradmatch", "--select.fraction", "0.2",
 ]  # fmt: skip

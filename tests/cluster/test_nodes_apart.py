@@ -30,8 +30,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
 PLAIN = "--model mlp --train.precision float32 --train.batch_size 64 --train.epochs 12"
-LIPT = f"lipt {PLAIN} --pretrain.models 4 --pretrain.epochs 3 --name run"
-CREST = f"crest {PLAIN} --budget 0.5 --crest.subset 0.1 --name run"
+LIPT = f"lipt {PLAIN} --preset local-sgd --pretrain.models 4 --pretrain.epochs 3 --name run"
+CREST = f"crest {PLAIN} --preset each-step --budget 0.5 --crest.subset 0.1 --name run"
 TRAIN = f"train {PLAIN} --train.lr 0.001 --name run --set dataset.options.size=128"  # 24 MB of pixels: three blocks
 TOLERANCE = 1e-4  # of weights: other workers add in another order
 
@@ -229,7 +229,7 @@ def test_a_sweep_goes_on_without_a_node(nodes, tmp_path):
     """Trials of one process each, on both nodes at first."""
     cluster, _ = nodes
     outside = Machine(tmp_path / "outside", cluster.address)
-    process = outside.start("tune crest --name s --samples 6 --scheduler fifo", workers=0)
+    process = outside.start("tune crest --preset fast --name s --samples 6 --scheduler fifo", workers=0)
     checkpoints = outside.folder / "runs/crest"
     wait_for(lambda: len({*checkpoints.glob("s-*/checkpoints/train")}) > 1, process, seconds=500)
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)

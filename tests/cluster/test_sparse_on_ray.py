@@ -8,7 +8,7 @@ from ray_runs import run, same_weights
 
 OPTIONS = [
     "--model", "mlp", "--train.precision", "float32", "--train.batch_size", "64", "--train.epochs", "6",
-    "--density", "0.2", "--growth", "gradient", "--update_every_steps", "10", "--agent", "true",
+    "--density", "0.2", "--growth", "gradient", "--update_every_steps", "10", "--agent.form", "measured",
 ]  # fmt: skip
 
 

@@ -189,7 +189,7 @@ class CrestSettings(Experiment):
         return Reselect(rule=self.selection, fraction=self.budget, weighted=True, every_epochs=every)
 
     def unset_options(self) -> list[CrestOptions]:
-        """Return CREST's options of settings that name none: the defaults, the preset's and former ones, adapted too."""
+        """Return CREST's options if none is given: the defaults, the preset's and former ones, also as adapted."""
         preset = with_preset(type(self), {}, {"preset": self.preset, "dataset.name": self.dataset.name})
         own = {name.removeprefix("crest."): preset[name] for name in preset if name.startswith("crest.")}
         unset = [load_settings(CrestOptions, None, values) for values in ({}, own, CrestOptions.former)]
