@@ -68,6 +68,21 @@ def with_preset(schema: type[Settings], base: Mapping[str, Any], values: Mapping
     return _without(_without(presets[PUBLISHED].values, own) | own, given) | dict(values)
 
 
+def preset_of_row(schema: type[Settings], row: Mapping[str, Any], shared: Mapping[str, Any]) -> Values:
+    """Return a row of a table with the settings of the preset that it names; those of training stay as they are shared.
+
+    Further settings of the method are the published ones, unless ``shared`` gives them, by dotted names.
+    """
+    presets = presets_of(schema)
+    if row["preset"] not in presets:
+        raise unknown("preset", str(row["preset"]), presets)
+    own = presets[row["preset"]].values
+    method = {
+        name: value for name, value in presets[PUBLISHED].values.items() if name.partition(".")[0] not in NO_METHOD
+    }
+    return _without(_without(method, {**shared, **own}) | own, row) | dict(row)
+
+
 def _without(values: Values, others: Mapping[str, Any]) -> Values:
     """Return the values whose dotted name is none of the others, and neither a part of one nor has one as a part."""
 

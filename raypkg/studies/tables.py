@@ -14,7 +14,7 @@ from typing import Any
 import raypkg
 from raypkg.core.config import with_current_names
 from raypkg.core.errors import UserError, shown, unknown
-from raypkg.core.presets import with_preset
+from raypkg.core.presets import preset_of_row
 from raypkg.experiments import experiment, training_settings_of
 
 SUFFIX = ".py"
@@ -189,8 +189,13 @@ def read_table(text: str, origin: str, scale: str) -> Table:
 
 def _with_preset(table: Table, row: Values) -> Values:
     """Return a row with the settings of the preset that it names, so that trials store them."""
+    if "preset" not in row:
+        return row
     schema = training_settings_of(experiment[table.experiment])
-    return with_preset(schema, {}, row) if "preset" in row else row
+    shared = dict(table.shared)
+    for case in table.cases.values():
+        shared |= case
+    return preset_of_row(schema, row, shared)
 
 
 def narrowed(

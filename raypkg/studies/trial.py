@@ -75,7 +75,10 @@ def _train(study: Study, run: RunFolder, values: Values, report: Report, donors:
     """Carry out a trial's run, and report its epochs as they end."""
     entry = experiment[study.experiment]
     schema = training_settings_of(entry)
-    settings = resolve(schema, study.config, values)
+    base = study.config
+    if "preset" in values:  # the values of a row's preset are among them
+        base.pop("preset", None)
+    settings = resolve(schema, base, values)
     is_new = CONFIG not in run.storage.list()
     if not is_new:
         # A run of the trial's name that somebody else began must not be resumed as the trial. Digest and seed of the

@@ -147,3 +147,4 @@ def test_a_row_names_a_preset_and_stores_its_values():
     assert isinstance(table, Table)
     row = table.rows["each step"]
     assert (row["preset"], row["crest.tau"], row["crest.h"]) == ("each-step", 0.0, 2.0)
+    assert not any(name.startswith("train.") for name in row)  # those are shared
