@@ -64,7 +64,7 @@ def with_preset(schema: type[Settings], base: Mapping[str, Any], values: Mapping
     if name != base.get("preset", name):
         raise UserError(f"preset = {name}: the settings are those of preset {base['preset']}")
     data = given.get("dataset.name", given.get("dataset", schema.model_fields["dataset"].default.name))
-    own = presets[name].values | presets[name].on.get(data, {})
+    own = presets[PUBLISHED].on.get(data, {}) | presets[name].values | presets[name].on.get(data, {})
     return _without(_without(presets[PUBLISHED].values, own) | own, given) | dict(values)
 
 
