@@ -3,6 +3,7 @@
 import gc
 import os
 import shlex
+import signal
 import sys
 import traceback
 import warnings
@@ -49,6 +50,7 @@ class Process:
             sys.stdout = open(1, "w", closefd=False)
             sys.stderr = open(2, "w", closefd=False)
             os.chdir(folder)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             code = function()
         except SystemExit as end:
             code = end.code
