@@ -8,12 +8,11 @@ REFERENCE = f"dense {DENSE[-1]}"
 
 def table(scale: str) -> Table:
     """Return the table at a scale."""
-    epochs_of_training = 20 if scale == "small" else 200
     redrawn = {"pretrain.method": "initial", "select.rule": "random", "select.every_epochs": 1}
     rows: dict[str, dict[str, object]] = {
         "random; redrawn": redrawn,
-        "random; redrawn; 2 × epochs": {**redrawn, "train.epochs": 2 * epochs_of_training},
-        "random; redrawn; 3 × epochs": {**redrawn, "train.epochs": 3 * epochs_of_training},
+        "random; redrawn; 2 × samples": {**redrawn, "select.fraction": 0.6},
+        "random; redrawn; 3 × samples": {**redrawn, "select.fraction": 0.9},
         "random; fixed": {**redrawn, "select.every_epochs": 0},
         "lipt": {},
         "lipt; local SGD": {"preset": "local-sgd"},
@@ -30,12 +29,12 @@ def table(scale: str) -> Table:
         title="LiPT against random samples, none and dense pre-training: accuracy, work, agreement with dense 10",
         experiment="lipt",
         baseline="random; redrawn",
-        as_baseline=("random; redrawn; 2 × epochs", "random; redrawn; 3 × epochs"),
+        as_baseline=("random; redrawn; 2 × samples", "random; redrawn; 3 × samples"),
         reference=REFERENCE,
         shared={
             "pretrain.lr": 0.1,
             "pretrain.evaluate_every_epochs": 0,
-            "train.epochs": epochs_of_training,
+            "train.epochs": 20 if scale == "small" else 200,
             "train.evaluate_every_epochs": 5 if scale == "small" else 20,
             "select.fraction": 0.3,
         },
