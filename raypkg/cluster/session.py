@@ -88,6 +88,11 @@ def disconnect() -> None:
         _owns_cluster = False
 
 
+def owns_cluster() -> bool:
+    """Return True if this process has started the cluster, which then has no other users."""
+    return _owns_cluster
+
+
 @contextmanager
 def cluster_errors() -> Iterator[None]:
     """Turn the death of the raylet or the GCS into ``ClusterLost``.

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from raypkg.core.errors import ClusterLost, Interruption
 from raypkg.core.settings import Cluster
 
-from .session import cluster_errors, connect, disconnect
+from .session import cluster_errors, connect, disconnect, owns_cluster
 
 if TYPE_CHECKING:
     from .capacity import Plan
+
+RESTARTS = 2  # attempts to start workers after the first has timed out, on a cluster without other users
 
 Listener = Callable[[Mapping[str, Any]], None]  # receives rows of metrics
 
@@ -139,7 +141,14 @@ class Group:
     def _fit(self) -> None:
         """Run Ray Train until the mailbox ends, and put what it raises among the outcomes."""
         from ray.exceptions import RayActorError
-        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train import (
+            ControllerError,
+            FailureConfig,
+            LoggingConfig,
+            RunConfig,
+            ScalingConfig,
+            TrainingFailedError,
+        )
 
         # Not TorchTrainer: its process group's store listens on every interface, and its controller imports torch.
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -161,12 +170,19 @@ class Group:
             run_config=RunConfig(
                 name=uuid.uuid4().hex[:8],
                 storage_path=self._folder,
-                failure_config=FailureConfig(max_failures=self._failures),
+                # Ray Train leaks the CPUs of a worker that died while its group started, and would wait for them for
+                # ever. On a cluster with other users, or one that is growing, waiting is right.
+                failure_config=FailureConfig(
+                    max_failures=self._failures, controller_failure_limit=RESTARTS if owns_cluster() else -1
+                ),
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         )
         try:
             trainer.fit()
+        except ControllerError as error:
+            reason = str(error.controller_failure).partition(". ")[0]
+            self._outcomes.put(Interruption(f"the workers cannot be started again: {reason}"))
         except TrainingFailedError as error:
             logging.getLogger(__name__).debug("workers failed", exc_info=error)
             by_rank = getattr(error, "worker_failures", None)

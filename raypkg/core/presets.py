@@ -93,9 +93,9 @@ def _without(values: Values, others: Mapping[str, Any]) -> Values:
 
 
 def departures(settings: Settings) -> Values:
-    """Return what the settings change of their preset: all settings of the method, and those of training in the preset.
+    """Return the settings that differ from their preset: those of the method, and those of training in the preset.
 
-    Values that were adapted to the data are none of them.
+    Values adapted to the data do not count.
     """
     values = dotted(settings.model_dump(mode="json"))
     chosen: Values = {key: values[key] for key in ("preset", "dataset.name") if key in values}

@@ -60,7 +60,7 @@ def open_data(chosen: Dataset, seed: int | None = None) -> Data:
 
 
 def _normalisation(train: Split, scale: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return what inputs subtract and divide by; pixels are in units of 1/255, texts have neither."""
+    """Return shift and scale of inputs by channel or column, pixels in units of 1/255; texts have neither."""
     count = len(train.mean)
     if scale == "standard" or not count:
         return train.mean, train.std
