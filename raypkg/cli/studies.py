@@ -177,9 +177,11 @@ def _compare_command(name: str) -> click.Command:
                 click.echo(f"expected {expected}: {len(others)} of {len(verdicts)} verdicts are others")
                 raise SystemExit(1)
 
+        if rate and not dry:
+            raise UserError(f"--rate {rate:g} does nothing without --dry-run")
         values = overrides(schema, given, pairs)
         if resume is not None:
-            fixed = {"config": config, "name": study, **asked}
+            fixed = {"config": config, "name": study, "dry-run": dry or None, **asked}
             if option := next((option for option, value in fixed.items() if value not in (None, ())), None):
                 raise UserError(f"--resume {resume} keeps what was asked for: --{option} cannot change")
             check(resume_comparison(resume, values, concurrent, name, root))

@@ -182,7 +182,7 @@ class Group:
             trainer.fit()
         except ControllerError as error:
             reason = str(error.controller_failure).partition(". ")[0]
-            self._outcomes.put(Interruption(f"the workers cannot be started again: {reason}"))
+            self._outcomes.put(Interruption(f"the workers cannot be started: {reason}"))
         except TrainingFailedError as error:
             logging.getLogger(__name__).debug("workers failed", exc_info=error)
             by_rank = getattr(error, "worker_failures", None)

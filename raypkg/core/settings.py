@@ -75,9 +75,11 @@ class Dataset(Named):
     def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Omit settings at their defaults that earlier versions did not have: digests of settings stay the same."""
         later = ("noise", "imbalance", "repeat", "seed", "streamed", "window", "scale")
-        fields = type(self).model_fields
+        own, common = type(self).model_fields, Dataset.model_fields
+        # Readers of any run know only the common defaults, so where a subclass has its own, the value is stored.
+        omitted = {name: common[name].default for name in later if own[name].default == common[name].default}
         values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if name not in later or value != fields[name].default}
+        return {name: value for name, value in values.items() if name not in omitted or value != omitted[name]}
 
 
 class Model(Named):

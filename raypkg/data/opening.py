@@ -18,7 +18,7 @@ from raypkg.core.settings import Dataset
 from . import Data, load_data
 from .split import Split, Take
 
-ROWS_AT_ONCE = 8192  # when the range of columns is measured
+NUMBERS_AT_ONCE = 2**24  # when the range of columns is measured
 LARGEST = 2**31  # samples after repetition
 NAMED = 10  # classes listed by name
 CHANNELS = 4  # most channels of an image
@@ -55,6 +55,8 @@ def open_data(chosen: Dataset, seed: int | None = None) -> Data:
             raise UserError(f"dataset.repeat = {chosen.repeat} of {len(train):,} samples: at most {LARGEST:,} in all")
         # Copies are consecutive. With augmentation, each is drawn as a different image.
         train = subset(train, torch.arange(len(train)).repeat_interleave(chosen.repeat))
+    if not train.mean and chosen.scale != type(chosen).model_fields["scale"].default:
+        raise UserError(f"dataset.scale = {chosen.scale}: texts have no numbers to scale")
     mean, std = _normalisation(train, chosen.scale)
     return Data(replace(train, mean=mean, std=std), replace(data.test, mean=mean, std=std))
 
@@ -68,7 +70,7 @@ def _normalisation(train: Split, scale: str) -> tuple[tuple[float, ...], tuple[f
     if scale == "none" or is_image:
         return (0.0,) * count, (1 / 255 if is_image and scale == "none" else 1.0,) * count
     low, high = np.full(count, np.inf), np.full(count, -np.inf)
-    for rows in torch.arange(len(train)).split(ROWS_AT_ONCE):
+    for rows in torch.arange(len(train)).split(max(1, NUMBERS_AT_ONCE // count)):
         x = train.take(rows.numpy())
         low, high = np.minimum(low, x.min(0)), np.maximum(high, x.max(0))
     width = np.where(high > low, high - low, 1.0)

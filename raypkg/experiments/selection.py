@@ -41,8 +41,8 @@ def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision:
     check_has_model(other)
     other.check(record_of(MODEL))
     stored = settings_of_trained(other)
-    theirs = origin(stored)
-    for name, here in origin(settings).items():
+    theirs = origin(stored) | {"scale": stored.dataset.scale}
+    for name, here in (origin(settings) | {"scale": settings.dataset.scale}).items():
         if theirs[name] != here:
             raise UserError(f"run {other.name} has {name} {theirs[name]}, here it is {here}: give the same")
     return TrainedModel(stored.model, other.storage, MODEL, precision)

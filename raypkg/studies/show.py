@@ -294,19 +294,21 @@ def _estimate(value: Estimate | None, metric: str) -> str:
 def _difference(value: Difference | None, metric: str) -> str:
     if value is None:
         return "–"
-    scale, form = (100, "{:+.2f}") if plots.is_share(metric) else (1, "{:+.3g}")
-    mean = form.format(scale * value.mean)
+    mean = _signed(value.mean, metric)
     if math.isnan(value.half):
         return mean
-    half = form.format(scale * value.half).lstrip("+")
+    half = _signed(value.half, metric).lstrip("+")
     return f"{mean} ± {half}{' !' if value.is_significant else ''}"
+
+
+def _signed(value: float, metric: str) -> str:
+    return f"{100 * value:+.2f}" if plots.is_share(metric) else f"{value:+.3g}"
 
 
 def _verdict(value: Verdict | None, table: Table) -> str:
     if value is None or math.isnan(value.mean):
         return value.word if value else "–"
-    metric = table.gain or table.metric
-    return f"{value.word} {_difference(Difference(value.mean, math.inf, value.seeds), metric).partition(' ±')[0]}"
+    return f"{value.word} {_signed(value.mean, table.gain or table.metric)}"
 
 
 def _count(value: Estimate | None) -> str:

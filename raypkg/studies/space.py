@@ -96,6 +96,8 @@ def check_space(space: Space, check: Callable[[Values], None]) -> None:
     choices = {name: candidates(domain) for name, domain in space.domains.items()}
     first = {name: values[0] for name, values in choices.items() if values}
     for name, values in choices.items():
+        if name == "preset":  # its values would be those of the shared settings
+            raise UserError("space: preset cannot be varied: vary the settings that it stands for, or compare presets")
         if name.partition(".")[0] in APART or name == ACTORS:
             raise UserError(f"space: {name} does not alter the result and cannot be varied; give it as an option")
         if len(values) > MOST:

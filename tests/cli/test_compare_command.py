@@ -253,3 +253,8 @@ def test_a_dry_run_counts_trials_and_samples(effray, mine, tmp_path):
     assert "tenth: 2 trials of 260 samples backward" in told
     assert "6 trials, 8,292 samples backward, 0.0 hours at 1000 a second" in told
     assert not (tmp_path / "runs").exists()
+
+
+def test_options_of_a_dry_run_never_start_a_comparison(mine, refusal):
+    assert "--dry-run cannot change" in refusal(f"compare mine.py {ALONE} --resume m --dry-run")
+    assert "--rate 1000 does nothing without --dry-run" in refusal(f"{MINE} --rate 1000")

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+from raypkg import load_data, load_model
 from raypkg.methods.deltagrad.replay import replay
 from raypkg.runs.storage import Storage
 
@@ -253,3 +254,12 @@ def test_opening_a_run_deletes_the_leftovers_of_killed_requests(trained):
         (RUN / name).touch()
     trained("deltagrad log a")
     assert sorted(RUN.rglob("*")) == before
+
+
+def test_a_loaded_model_scales_its_inputs_as_in_training(trained, refusal):
+    model, test = load_model("a"), load_data("digits").test
+    found = (model.predict(test.batch(range(len(test)))[0]) == test.y).double().mean()
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert model.std == (1.0,)
+    assert float(found) == pytest.approx(summary["test_accuracy"])
+    assert "has scale unit, here it is standard" in refusal("select --model-from a --rule el2n")

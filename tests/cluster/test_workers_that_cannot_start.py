@@ -14,7 +14,7 @@ def test_workers_that_cannot_start_interrupt_the_run(ray, monkeypatch, tmp_path)
     leaked = ray.util.placement_group([{"CPU": 1}] * cpus)  # as Ray Train leaves one behind
     ray.get(leaked.ready())
     try:
-        with pytest.raises(Interruption, match=r"the workers cannot be started again: .*timed out"):
+        with pytest.raises(Interruption, match=r"the workers cannot be started: .*timed out"):
             workers.Workers(Cluster(workers=1), print, str(tmp_path)).run(int)
     finally:
         ray.util.remove_placement_group(leaked)
