@@ -1,7 +1,7 @@
 """Coresets in a loop of one's own: a loader that selects by itself, and again whenever a selection is due."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Never
 
@@ -22,7 +22,10 @@ from .record import Record, margins_of
 from .reselection import check_schedule, idle_target
 from .rules import coreset
 
-LOADING = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+LOADING = (
+    "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+    "prefetch_factor",
+)  # fmt: skip
 LEAST_SCORED = 256  # samples of one forward pass: small batches of the loader would make scoring slow
 LABELS = "labels"  # in a batch that is a mapping, as those of Hugging Face are
 WEIGHTS = "weights"
@@ -216,13 +219,7 @@ class CoresetLoader:
 
     def _view(self, model: TappedByForm, data: Dataset[Any]) -> HeadView:
         device = next(model.parameters()).device
-
-        def on_device(x: Any) -> Any:
-            if isinstance(x, Mapping):
-                return {name: value.to(device) for name, value in x.items()}
-            return x.to(device)
-
-        return head_view(model, ((on_device(x), y.to(device)) for x, y in self._in_order(data)))
+        return head_view(model, (on_device(batch, device) for batch in self._in_order(data)))
 
     def _record(self) -> Record:
         if not self.rule.sizes_itself:
@@ -246,23 +243,38 @@ class CoresetLoader:
         return math.ceil(size / self.batch_size)
 
     def _load(self, data: Dataset[Any], batches: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
-        """Yield inputs and labels int64 [b] of batches of positions, loaded as the user's loader does."""
-        same: dict[str, Any] = {name: getattr(self.loader, name) for name in LOADING}
-        positions = [batch.tolist() for batch in batches]
-        loader = DataLoader(data, batch_sampler=positions, collate_fn=self.loader.collate_fn, **same)
-        for batch in loader:
-            if isinstance(batch, Mapping):
-                if LABELS not in batch:
-                    names = ", ".join(map(str, batch))
-                    raise UserError(f"a batch of the data set has {names}: it needs {LABELS!r} as well")
-                x: Any = {name: value for name, value in batch.items() if name != LABELS}
-                y = batch[LABELS]
-            elif isinstance(batch, tuple | list) and len(batch) == 2:
-                x, y = batch
-            else:
-                raise UserError(f"the data set must return pairs (x, y); a batch is a {type(batch).__name__}")
-            is_tensor = isinstance(y, Tensor)
-            if not is_tensor or y.dim() != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
-                given = f"{y.dtype} {list(y.shape)}" if is_tensor else type(y).__name__
-                raise UserError(f"labels must be integers from 0 up, [b]; a batch has {given}")
-            yield x, y.long()
+        same = {name: getattr(self.loader, name) for name in LOADING}
+        return load_batches(data, batches, **same)
+
+
+def load_batches(data: Dataset[Any], batches: Sequence[Tensor], **loading: Any) -> Iterator[tuple[Any, Tensor]]:
+    """Yield inputs and labels int64 [b] of batches of positions; ``loading`` are arguments of a ``DataLoader``.
+
+    Raises:
+        UserError: batches are neither pairs nor mappings with "labels", or the labels are no integers from 0 up.
+    """
+    positions = [batch.tolist() for batch in batches]
+    for batch in DataLoader(data, batch_sampler=positions, **loading):
+        if isinstance(batch, Mapping):
+            if LABELS not in batch:
+                names = ", ".join(map(str, batch))
+                raise UserError(f"a batch of the data set has {names}: it needs {LABELS!r} as well")
+            x: Any = {name: value for name, value in batch.items() if name != LABELS}
+            y = batch[LABELS]
+        elif isinstance(batch, tuple | list) and len(batch) == 2:
+            x, y = batch
+        else:
+            raise UserError(f"the data set must return pairs (x, y); a batch is a {type(batch).__name__}")
+        is_tensor = isinstance(y, Tensor)
+        if not is_tensor or y.dim() != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
+            given = f"{y.dtype} {list(y.shape)}" if is_tensor else type(y).__name__
+            raise UserError(f"labels must be integers from 0 up, [b]; a batch has {given}")
+        yield x, y.long()
+
+
+def on_device(batch: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Tensor]:
+    """Move a batch to a device; x is a tensor, or a mapping of tensors."""
+    x, y = batch
+    if isinstance(x, Mapping):
+        return {name: value.to(device) for name, value in x.items()}, y.to(device)
+    return x.to(device), y.to(device)
