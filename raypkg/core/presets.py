@@ -37,10 +37,12 @@ def presets_of(schema: type[Settings]) -> dict[str, Preset]:
     file = sys.modules[schema.__module__].__file__
     if "preset" not in schema.model_fields or file is None:
         return {}
+    tables = read_toml(Path(file).with_name(FILE))
     presets = {}
-    for name, table in read_toml(Path(file).with_name(FILE)).items():
-        about, on = table.pop("about"), table.pop("on", {})
-        presets[name] = Preset(about, dotted(table), {data: dotted(values) for data, values in on.items()})
+    for name, table in tables.items():
+        about = table.pop("about")
+        on = {data: dotted(values) for data, values in table.pop("on", {}).items()}
+        presets[name] = Preset(about, dotted(table), on)
     return presets
 
 
@@ -51,21 +53,25 @@ def with_preset(schema: type[Settings], base: Mapping[str, Any], values: Mapping
         UserError: an unknown preset, or another one than the base's.
     """
     presets = presets_of(schema)
-    given = dotted(dict(base)) | dict(values)
-    name = given.get("preset", PUBLISHED)
     if not presets:
         return dict(values)
-    if name == FORMER:  # a trial of an earlier study enables a part with the defaults of its time
-        parts = {key: part_of(field) for key, field in leaves(schema)}
-        enabled = {key: dict(part.former) for key, part in parts.items() if part and values.get(key) in (True, "true")}
-        return dict(values) | enabled
+    given = dotted(dict(base)) | dict(values)
+    name = given.get("preset", PUBLISHED)
+    if name == FORMER:
+        return _with_former_defaults(schema, values)
     if name not in presets:
         raise unknown("preset", str(name), presets)
     if name != base.get("preset", name):
         raise UserError(f"preset = {name}: the settings are those of preset {base['preset']}")
-    data = given.get("dataset.name", given.get("dataset", schema.model_fields["dataset"].default.name))
-    own = presets[PUBLISHED].on.get(data, {}) | presets[name].values | presets[name].on.get(data, {})
-    return _without(_without(presets[PUBLISHED].values, own) | own, given) | dict(values)
+
+    data = given.get("dataset.name", given.get("dataset"))
+    if data is None:
+        data = schema.model_fields["dataset"].default.name
+    published = presets[PUBLISHED]
+    chosen = presets[name]
+    # What the paper states for a data set holds for every preset that has no value of its own.
+    preset = _layered(published.values, published.on.get(data, {}), chosen.values, chosen.on.get(data, {}))
+    return _without(preset, given) | dict(values)
 
 
 def preset_of_row(schema: type[Settings], row: Mapping[str, Any], shared: Mapping[str, Any]) -> Values:
@@ -74,22 +80,48 @@ def preset_of_row(schema: type[Settings], row: Mapping[str, Any], shared: Mappin
     Further settings of the method are the published ones, unless ``shared`` gives them, by dotted names.
     """
     presets = presets_of(schema)
-    if row["preset"] not in presets:
-        raise unknown("preset", str(row["preset"]), presets)
-    own = presets[row["preset"]].values
-    method = {
-        name: value for name, value in presets[PUBLISHED].values.items() if name.partition(".")[0] not in NO_METHOD
-    }
-    return _without(_without(method, {**shared, **own}) | own, row) | dict(row)
+    name = row["preset"]
+    if name not in presets:
+        raise unknown("preset", name, presets)
+    method = {}
+    for setting, value in presets[PUBLISHED].values.items():
+        if _is_of_method(setting):
+            method[setting] = value
+    return _layered(_without(method, shared), presets[name].values, row)
 
 
-def _without(values: Values, others: Mapping[str, Any]) -> Values:
+def _with_former_defaults(schema: type[Settings], values: Mapping[str, Any]) -> Values:
+    """Return the values with the defaults of its time for each part that a trial of an earlier study enables."""
+    former = dict(values)
+    for name, field in leaves(schema):
+        part = part_of(field)
+        if part and values.get(name) in (True, "true"):
+            former[name] = dict(part.former)
+    return former
+
+
+def _layered(*layers: Mapping[str, Any]) -> Values:
+    """Merge settings by dotted names: a later layer replaces what its names overlap."""
+    merged: Values = {}
+    for layer in layers:
+        merged = _without(merged, layer)
+        merged.update(layer)
+    return merged
+
+
+def _without(values: Mapping[str, Any], others: Mapping[str, Any]) -> Values:
     """Return the values whose dotted name is none of the others, and neither a part of one nor has one as a part."""
+    kept = {}
+    for name, value in values.items():
+        if not any(f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.") for other in others):
+            kept[name] = value
+    return kept
 
-    def overlap(name: str, other: str) -> bool:
-        return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")
 
-    return {name: value for name, value in values.items() if not any(overlap(name, other) for other in others)}
+def _is_of_method(name: str) -> bool:
+    """Return True if a setting belongs to the method, not to the run around it."""
+    part, _, _ = name.partition(".")
+    return part not in NO_METHOD
 
 
 def departures(settings: Settings) -> Values:
@@ -98,15 +130,19 @@ def departures(settings: Settings) -> Values:
     Values adapted to the data do not count.
     """
     values = dotted(settings.model_dump(mode="json"))
-    chosen: Values = {key: values[key] for key in ("preset", "dataset.name") if key in values}
-    if not chosen.get("preset"):
+    if not values.get("preset"):
         return {}
+    chosen: Values = {key: values[key] for key in ("preset", "dataset.name") if key in values}
     preset = with_preset(type(settings), {}, chosen)
-    expected = dotted(load_settings(type(settings), None, preset).model_dump(mode="json"))
-    adapted = {note.partition(" ")[0] for note in values.get("adapted", ())}
+    unchanged = load_settings(type(settings), None, preset)
+    expected = dotted(unchanged.model_dump(mode="json"))
+    adapted = [note.partition(" ")[0] for note in values.get("adapted", ())]
+
     changed = {}
     for key in {**expected, **values}:
-        is_of_method = key in preset or key.partition(".")[0] not in NO_METHOD
-        if is_of_method and key not in adapted and values.get(key) != expected.get(key):
-            changed[key] = values.get(key)
+        if key in adapted or not (key in preset or _is_of_method(key)):
+            continue
+        value = values.get(key)
+        if value != expected.get(key):
+            changed[key] = value
     return changed

@@ -31,7 +31,7 @@ from raypkg.studies.study import Order, create_study
         ("crest --crest.subset 0.01", "of 1295 samples is 13, fewer than the 128 of train.batch_size"),
         ("crest --train.batch_size 2000", "train.batch_size = 2000: there are only 1295 samples to choose from"),
         ("crest --crest.actors 2", "crest.actors = 2: give cluster.workers too"),
-        ("crest --selection random --crest.tau 0.2", "selection = random: crest.. belongs to crest"),
+        ("crest --selection random --crest.tau 0.2", "selection = random: crest.tau = 0.2 belongs to crest"),
         ("crest --selection craig --every_epochs 50", "every_epochs = 50 at most the 40 epochs"),
         ("crest --selection craig --budget 1", "budget = 1 must be below 1"),
         ("crest --train.epochs 10 --train.warmup 0.01", "0.01 of the budget's 11 steps is less than one step"),

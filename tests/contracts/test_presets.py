@@ -99,9 +99,15 @@ def test_options_win_and_are_named_as_changes():
     assert departures(settings) == {"crest.subset": 0.2, "train.lr": 0.05}
 
 
-@pytest.mark.parametrize("given", [{"dataset.name": "cifar10"}, {"preset": "each-step"}, {"crest.subset": "4m"}])
-def test_a_baseline_may_have_the_options_of_crest_that_nobody_gave(given):
-    assert resolve(SCHEMAS["crest"], None, {"selection": "random", **given}).selection == "random"
+ADAPTED = {"crest": {"subset": "4m"}, "adapted": ["crest.subset = 4m"]}
+
+
+@pytest.mark.parametrize(
+    ("stored", "given"),
+    [({}, {"dataset.name": "cifar10"}), ({}, {"preset": "each-step"}), (ADAPTED, {})],
+)
+def test_a_baseline_may_have_the_options_of_crest_that_nobody_gave(stored, given):
+    assert resolve(SCHEMAS["crest"], stored, {"selection": "random", **given}).selection == "random"
 
 
 def test_a_part_that_a_preset_enables_can_be_disabled():

@@ -9,7 +9,7 @@ from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import CacheGiB, Count, Training
 
-FEWEST = 3  # corrected steps between snapshots: two differences, whose covariance is c
+FEWEST = 3  # corrected steps between snapshots of the measured form: two differences, whose covariance is c
 DAMPING = {"measured": 1.0, "published": 0.1, "linear": 0.75}  # γ; the latter two as in the papers
 
 
@@ -81,10 +81,15 @@ class AgentOptions(Settings):
             )
         between = self.snapshot_every_steps or per_epoch
         corrected = between // self.every_steps
-        never_known = self.form == "published" and not self.alpha
-        if between >= steps or corrected < FEWEST or never_known:
-            raise UserError(
-                f"agent would correct nothing: of the {between} steps between snapshots, c is estimated from"
-                f" {corrected} (at least {FEWEST}), in a training of {steps} steps, with agent.alpha = {self.alpha:g}"
-                " (above 0)"
-            )
+        fewest = FEWEST if self.form == "measured" else 1
+        problem = ""
+        if between >= steps:
+            problem = f"{between} steps between snapshots, in a training of {steps} steps, leave one snapshot"
+        elif corrected < fewest:
+            problem = f"of the {between} steps between snapshots {corrected} would be corrected (at least {fewest})"
+        elif self.form == "published" and per_epoch < 2:
+            problem = f"the published c is a covariance over the batches of an epoch: {per_epoch} (at least 2)"
+        elif self.form == "published" and not self.alpha:
+            problem = "c stays 0 with agent.alpha = 0 (above 0)"
+        if problem:
+            raise UserError(f"agent would correct nothing: {problem}")

@@ -5,9 +5,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raypkg.core.config import Settings, load_settings
+from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
-from raypkg.core.presets import FORMER, PUBLISHED, PresetName, with_preset
+from raypkg.core.presets import FORMER, PUBLISHED, PresetName, departures
 from raypkg.core.settings import CacheGiB, Count, Epochs, Experiment, Reselect, Schedule, Share, Train, Training
 
 BATCHES = 4  # in a random subset of "4m"
@@ -188,13 +188,6 @@ class CrestSettings(Experiment):
         every = self.every_epochs or 1
         return Reselect(rule=self.selection, fraction=self.budget, weighted=True, every_epochs=every)
 
-    def unset_options(self) -> list[CrestOptions]:
-        """Return CREST's options if none is given: the defaults, the preset's and former ones, also as adapted."""
-        preset = with_preset(type(self), {}, {"preset": self.preset, "dataset.name": self.dataset.name})
-        own = {name.removeprefix("crest."): preset[name] for name in preset if name.startswith("crest.")}
-        unset = [load_settings(CrestOptions, None, values) for values in ({}, own, CrestOptions.former)]
-        return [*unset, *(each.model_copy(update={"subset": "4m"}) for each in unset)]
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse a budget that is not whole epochs, and settings of another selection."""
@@ -206,8 +199,10 @@ class CrestSettings(Experiment):
                 f"budget = {self.budget:g} of {epochs} epochs is {exact:g} epochs: it must be whole, such as --budget"
                 f" {near:.3g}"
             )
-        if selection != "crest" and self.crest not in self.unset_options():
-            raise UserError(f"selection = {selection}: crest.* belongs to crest and would do nothing")
+        if selection != "crest":
+            for name, value in departures(self).items():
+                if name.startswith("crest."):
+                    raise UserError(f"selection = {selection}: {name} = {value} belongs to crest and would do nothing")
         if self.by_batches and self.every_epochs is not None:
             raise UserError(f"selection = {selection}: every_epochs = {self.every_epochs} would do nothing")
         if not self.by_batches and (self.budget == 1 or (self.every_epochs or 1) > epochs):

@@ -14,26 +14,33 @@ def topology(changes: Rows, path: str | Path) -> None:
     """
     layers = list(dict.fromkeys(row["layer"] for row in changes))
     names = [cut(layer.removesuffix(".weight"), 30) for layer in layers]
-    lines = np.arange(len(layers))
-    of_all = changes[:: len(layers)]  # one row per change
-    epoch = column(of_all, "epoch")
-    explored = 100 * column(of_all, "explored_share")
-    active, weights = (column(changes, key).reshape(-1, len(layers)) for key in ("active", "weights"))
-    of_layers = 100 * active / weights  # [changes, layers]
-    density = 100 * active.sum(1) / weights.sum(1)  # [changes]
+    active = column(changes, "active").reshape(-1, len(layers))  # [changes, layers]
+    weights = column(changes, "weights").reshape(-1, len(layers))
+    of_layers = 100 * active / weights
+    density = 100 * active.sum(axis=1) / weights.sum(axis=1)  # [changes]
     total = short(weights[-1].sum())
-    with page(path) as figure:
-        axes, over_time = figure.subplots(1, 2, width_ratios=(2, 1))
-        hollow = {"markeredgecolor": GREY, "markerfacecolor": "none", "markersize": 10}
-        axes.plot(of_layers[0], lines, "o", label="at first", **hollow)
-        axes.plot(of_layers[-1], lines, "o", label="at last", color=BLUE)
-        axes.set(title=f"{density[-1] / 100:.2%} of {total} weights exist", xlabel="density, %", xlim=(0, None))
-        axes.set_yticks(lines, names, fontsize=7)
-        axes.invert_yaxis()
-        axes.legend(loc="center right")  # where layers are sparse
 
+    changes_of_all = changes[:: len(layers)]  # one row per change
+    epoch = column(changes_of_all, "epoch")
+    explored = 100 * column(changes_of_all, "explored_share")
+    with page(path) as figure:
+        by_layer, over_time = figure.subplots(1, 2, width_ratios=(2, 1))
+
+        lines = np.arange(len(layers))
+        by_layer.plot(of_layers[0], lines, "o", label="at first", color=GREY, fillstyle="none", markersize=10)
+        by_layer.plot(of_layers[-1], lines, "o", label="at last", color=BLUE)
+        by_layer.set_title(f"{density[-1] / 100:.2%} of {total} weights exist")
+        by_layer.set_xlabel("density, %")
+        by_layer.set_xlim(left=0)
+        by_layer.set_yticks(lines, names, fontsize=7)
+        by_layer.invert_yaxis()
+        by_layer.legend(loc="center right")  # where layers are sparse
+
+        ends = {"ever existed, R_s": (explored[-1], BLUE), "exist": (density[-1], ORANGE)}
         over_time.step(epoch, explored, where="post", color=BLUE)
         over_time.step(epoch, density, where="post", color=ORANGE)
-        line_ends(over_time, epoch[-1], {"ever existed, R_s": (explored[-1], BLUE), "exist": (density[-1], ORANGE)})
-        title = f"{explored[-1] / 100:.1%} ever existed"
-        over_time.set(title=title, xlabel="epoch", ylim=(0, 105), ylabel="% of the weights")
+        line_ends(over_time, epoch[-1], ends)
+        over_time.set_title(f"{explored[-1] / 100:.1%} ever existed")
+        over_time.set_xlabel("epoch")
+        over_time.set_ylabel("% of the weights")
+        over_time.set_ylim(0, 105)
