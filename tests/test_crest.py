@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -288,6 +289,28 @@ def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, extr
     assert state_of(straight).counts.equal(state_of(resumed).counts)
     assert all(a.equal(b) for a, b in zip(state_of(straight).picked, state_of(resumed).picked, strict=True))
     assert sum(bill.backward for bill in straight.bills()) == sum(bill.backward for bill in resumed.bills())
+
+
+@pytest.mark.parametrize("settings", [STOPPED, STOPPED | {"overlap": True}, EACH_STEP], ids=["in line", "ahead", "τ 0"])
+def test_a_budget_that_ends_within_an_epoch_is_spent_to_the_step_and_resumed(tmp_path, settings):
+    def die(model, now):
+        if now == 3:
+            raise KeyboardInterrupt
+        return {}
+
+    def started():
+        return replace(run(fast(**settings)), length=2.41)  # 36.15 steps, so 37
+
+    straight = fit(started())
+    places = StoredCheckpoints(Storage(str(tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        fit(started(), checkpoints=places, measure=die)
+    resumed = fit(started(), checkpoints=places)
+    assert straight.step == resumed.step == 37
+    assert int(state_of(straight).counts.sum()) == bills_of(straight)["train"].backward == 37 * SIZE
+    assert same_weights(straight, resumed)
+    assert state_of(straight).counts.equal(state_of(resumed).counts)
+    assert same_weights(trained_with(**settings), fit(replace(run(fast(**settings)), length=4)))
 
 
 def test_overlap_trains_an_interval_more_on_an_expired_pool():

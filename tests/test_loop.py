@@ -109,6 +109,36 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     assert straight.bills()[0].backward == resumed.bills()[0].backward == 4 * 64
 
 
+@pytest.mark.parametrize(("length", "last"), [(2.4, None), (None, 2.4), (3.4, 2.4), (3, 2.4)])
+def test_training_may_end_within_an_epoch_and_is_resumed_there(tmp_path, length, last):
+    def die(network, epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return {}
+
+    def started():
+        return replace(run(hooks=[Counter(), Rates()]), length=length, last=last)
+
+    straight = fit(started())
+    places = StoredCheckpoints(Storage(str(tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        fit(started(), checkpoints=places, measure=die)
+    assert places.load()["step"] == 8
+    resumed = fit(started(), checkpoints=places)
+    assert same(weights(straight), weights(resumed))
+    assert straight.step == resumed.step == straight.hooks[0].steps == 10  # of 4 an epoch
+    assert straight.bills()[0].backward == resumed.bills()[0].backward == 10 * 16
+    schedule = length or PLAIN.epochs
+    expected = [learning_rate(PLAIN, step / 4 / schedule) for step in range(10)]
+    assert straight.hooks[1].rates == pytest.approx(expected)
+
+
+def test_whole_epochs_are_the_same_bits_whether_given_or_not():
+    plain = fit(run())
+    assert same(weights(plain), weights(fit(replace(run(), length=4))))
+    assert same(weights(plain), weights(fit(replace(run(), last=4))))
+
+
 def test_a_run_that_stopped_in_between_goes_on_in_the_same_process():
     class Doubled(Hook):
         def on_start(self, run):
@@ -168,6 +198,16 @@ class Counter(Hook):
 
     def load_state_dict(self, state):
         self.steps = state["steps"]
+
+
+class Rates(Hook):
+    """Records the learning rate of every step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_step(self, run):
+        self.rates.append(run.optimizer.param_groups[0]["lr"])
 
 
 def test_a_corrupt_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):

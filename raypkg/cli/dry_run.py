@@ -115,7 +115,7 @@ def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -
         an_epoch = f"{stage.size(n):,}"
         if stage.whole:
             an_epoch = f"{n:,}/{an_epoch}"
-        epochs, batch_size = f"{stage.epochs:,}", f"{stage.batch_size:,}"
+        epochs, batch_size = f"{stage.epochs:,g}", f"{stage.batch_size:,}"
         steps, backward_samples = f"{stage.steps(n):,}", f"{stage.backward(n):,}"
         yield COLUMNS.format(stage.phase, stage.models, epochs, batch_size, an_epoch, steps, backward_samples)
     backward = sum(stage.backward(n) for stage in stages)

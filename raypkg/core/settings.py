@@ -1,6 +1,7 @@
 """Settings shared by experiments: a class per part, a field per option, with its help text."""
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -27,6 +28,15 @@ TRAIN = "train"  # target of a selection: the training samples
 VALID = "valid"  # target of a selection: the held-out samples
 WINDOW = 64  # blocks
 APART = ("cluster", "track")  # parts without influence on a run's result
+
+
+def whole_steps(epochs: float, per_epoch: int) -> int:
+    """Return the steps of so many epochs, which may end within one: rounded up, except for errors of floats.
+
+    >>> whole_steps(2.4, 10), whole_steps(2.41, 10), whole_steps(3 * 0.1, 10)
+    (24, 25, 3)
+    """
+    return ceil(round(epochs * per_epoch, 6))
 
 
 class Dataset(Named):

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import seeded
+from raypkg.core.settings import whole_steps
 from raypkg.data.split import Split
 
 from .batches import Batch, dtype_of, plain_batches, slice_of
@@ -70,7 +71,7 @@ def fit(
     model = run.worker.distribute(run.model)
     if run.settings.compile:
         model = torch.compile(model)  # type: ignore[assignment]
-    while run.epoch < (run.last or run.settings.epochs):
+    while run.epoch < (run.last or run.length or run.settings.epochs):
         # Draws of layers such as dropout follow from seed, epoch and rank.
         with seeded(run.seed, "dropout", run.epoch, run.worker.rank):
             for hook in run.hooks:
@@ -99,8 +100,12 @@ def train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
     steps, batches = run.batches()
     totals = torch.zeros(3, dtype=torch.float64, device=run.worker.device)  # Σ w·loss, correct, samples
     norms = []  # of the gradients before clipping
+    length = run.length or settings.epochs
+    steps_left = whole_steps((run.last or length) - run.epoch, steps)
     for number, batch in enumerate(batches):
-        run.progress = (run.epoch + number / steps) / settings.epochs
+        if number == steps_left:  # training ends within this epoch
+            break
+        run.progress = (run.epoch + number / steps) / length
         rate = learning_rate(settings, run.progress)
         for group in run.optimizer.param_groups:
             group["lr"] = rate

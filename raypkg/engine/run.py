@@ -44,7 +44,8 @@ class Run:
     augment: Sequence[str]
     cost: Cost
     hooks: Sequence[Hook] = ()  # in the order in which they act
-    last: int | None = None  # epoch to stop after, if before the schedule's last
+    length: float | None = None  # epochs of the schedule, if not whole
+    last: float | None = None  # epochs to train, if fewer than the schedule's
     label: int | None = None  # number of this model in the metrics, where a phase trains several
     main: bool = True  # False for a training that prepares the run's main one
     epoch: int = 0

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import pyarrow as pa
@@ -51,7 +52,8 @@ class Job:
     select: Reselect | None = None
     initial: str | None = None  # file of the run folder with the first weights; None = drawn from the seed
     result: str = MODEL  # file of the run folder for the trained weights
-    last: int | None = None  # epoch to stop after; None = the schedule's last
+    length: float | None = None  # epochs of the schedule, if not whole
+    last: float | None = None  # epochs to train; None = the schedule's
 
     @property
     def main(self) -> bool:
@@ -80,7 +82,8 @@ def train_on_cluster(job: Job, samples: Samples, report: Report, workers: Worker
 
         smallest_batch = min(smallest_batch, budget_of(job.select.fraction, len(samples.train_indices)))
     workers.limit(smallest_batch)  # more workers would have nothing to do
-    record = report.phase(job.phase, lambda: workers.run(train_model, job), epochs=job.last or job.training.epochs)
+    epochs = ceil(job.last or job.training.epochs)
+    record = report.phase(job.phase, lambda: workers.run(train_model, job), epochs=epochs)
     if job.main:  # the last work for the workers
         workers.release()
     return record
@@ -112,6 +115,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
             augment=augmentations(job.experiment.dataset, samples.data),
             cost=Cost(job.phase),
             hooks=hooks,
+            length=job.length,
             last=job.last,
             main=job.main,
         )

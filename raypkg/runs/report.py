@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from math import ceil
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import progress
 from rich.console import Console
+
+from raypkg.core.settings import whole_steps
 
 if TYPE_CHECKING:  # they import pyarrow, which `--help` does not need
     from .folder import RunFolder
@@ -23,7 +26,7 @@ class Stage(NamedTuple):
     """Plan of a phase, which trains models for some epochs; without epochs it does something else."""
 
     phase: str  # its name, as in its rows and its record
-    epochs: int = 0  # of each model
+    epochs: float = 0  # of each model; the last may not be whole
     models: int = 1
     batch_size: int = 1  # samples of a step
     size: Callable[[int], int] = int  # samples in an epoch of one model, for n training samples
@@ -36,7 +39,7 @@ class Stage(NamedTuple):
     @property
     def rows(self) -> int:
         """Number of rows of metrics."""
-        return self.models * self.epochs
+        return self.models * ceil(self.epochs)
 
     def steps(self, n: int) -> int:
         """Return the steps of all models, in a run with n training samples.
@@ -44,9 +47,8 @@ class Stage(NamedTuple):
         >>> Stage("train", epochs=5, batch_size=128, size=lambda n: n // 10, whole=2).steps(1000)
         19
         """
-        on_all = -(-n // self.batch_size)
-        on_part = -(-self.size(n) // self.batch_size)
-        return self.models * (self.whole * on_all + (self.epochs - self.whole) * on_part)
+        on_all, on_part = (-(-size // self.batch_size) for size in (n, self.size(n)))
+        return self.models * (self.whole * on_all + whole_steps(self.epochs - self.whole, on_part))
 
     def backward(self, n: int) -> int:
         """Return the samples that all models back-propagate, in a run with n training samples.
@@ -54,7 +56,11 @@ class Stage(NamedTuple):
         >>> Stage("train", epochs=5, size=lambda n: n // 10, whole=2).backward(1000)
         2300
         """
-        return self.models * (self.whole * n + (self.epochs - self.whole) * self.size(n))
+        size = self.size(n)
+        per_epoch = -(-size // self.batch_size)
+        epochs, rest = divmod(whole_steps(self.epochs - self.whole, per_epoch), per_epoch)
+        in_rest = rest * (size // per_epoch) + min(rest, size % per_epoch)  # batches are as even as possible
+        return self.models * (self.whole * n + epochs * size + in_rest)
 
     def settings_in(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings, by dotted names, that the phase depends on.

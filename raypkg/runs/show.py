@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import ceil
 from typing import Any
 
 from rich.box import SIMPLE
@@ -100,7 +101,7 @@ def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resu
     for name in names:
         plan = plans.get(name, Stage(name))
         rows = [row for row in folder.rows if row["phase"] == name]
-        done = sum(row["epoch"] == plan.epochs for row in rows)
+        done = sum(row["epoch"] == ceil(plan.epochs) for row in rows)
         progress = state if name == present else "to come"
         if name in finished:
             progress, done = DONE, plan.models

@@ -290,6 +290,24 @@ def test_a_budget_runs_through_the_whole_schedule_unless_training_is_cut_short(e
     assert last["random"][-1] == pytest.approx(0.001) and last["cut"][-1] == pytest.approx(0.1)
 
 
+def test_every_selection_spends_a_budget_of_steps_to_the_step(effray):
+    command = "crest --model linear --train.epochs 8 --budget 0.1 --train.batch_size 64 --train.warmup 0.2"
+    rates = {}
+    for selection in ("crest", "random", "cut"):
+        planned = effray(f"{command} --selection {selection} --dry-run").splitlines()
+        (row,) = (line.split() for line in planned if line.startswith("# train"))
+        assert row[3] == "0.8" and row[6] == "17"  # of 21 steps, 16.8
+        effray(f"{command} --selection {selection} --name {selection}")
+        phases = {phase["phase"]: phase for phase in summary(f"crest/{selection}")["phases"]}
+        # Batches of all samples are as even as possible: 14 of 62, then 61.
+        expected = 17 * 64 if selection == "crest" else 14 * 62 + 3 * 61
+        assert phases["train"]["backward"] == int(row[7].replace(",", "")) == expected
+        (metrics,) = table(f"crest/{selection}", "metrics.parquet").to_pylist()
+        rates[selection] = metrics["lr"]
+    assert rates["crest"] == rates["random"] == pytest.approx(0.1 * 0.1**2)  # both drops are behind
+    assert rates["cut"] == pytest.approx(0.1 * (16 / 21 / 8 + 1e-3) / 0.2)
+
+
 def test_a_given_coreset_is_only_the_first(effray):
     effray("train --name one --model linear --train.epochs 1 --select.fraction 0.1")
     Path("runs/train/one/coreset.parquet").rename("mine.parquet")

@@ -26,7 +26,7 @@ from raypkg.studies.study import Order, create_study
         ("lipt --set select.options.lam=-1", "gradmatch option lam = -1: .* greater than or equal to 0"),
         ("lipt --set model.options.width=wide", "resnet8 option width = 'wide': .* integer"),
         ("lipt --set dataset.options.size=8", "unknown digits option 'size'. Allowed: none"),
-        ("crest --budget 0.01", "budget = 0.01 of 40 epochs is 0.4 epochs: it must be whole, such as --budget 0.025"),
+        ("crest --train.epochs 2 --budget 0.1", "train.warmup = 0.1 of the budget's 3 steps is less than one step"),
         ("crest --crest.tau 0 --crest.h 2", "crest.tau = 0, without a local model: crest.h = 2.0 would do nothing"),
         ("crest --crest.subset 0.01", "of 1295 samples is 13, fewer than the 128 of train.batch_size"),
         ("crest --train.batch_size 2000", "train.batch_size = 2000: there are only 1295 samples to choose from"),

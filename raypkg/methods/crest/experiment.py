@@ -12,10 +12,10 @@ from .settings import CrestSettings
 
 @outlook("crest")
 def crest_stages(settings: CrestSettings) -> list[Stage]:
-    """Return the training within the budget: fewer epochs on all samples, or all epochs on a coreset of its size."""
+    """Return the training within the budget: fewer steps on all samples, or all epochs on a coreset of its size."""
     if not settings.by_batches:
         return [main_stage(settings, settings.budget)]
-    stage = main_stage(settings)
+    stage = main_stage(settings)._replace(epochs=settings.within)
     return [in_whole_batches(stage) if settings.selection == "crest" else stage]
 
 
@@ -33,14 +33,15 @@ def run(settings: CrestSettings, *, samples: Samples, report: Report, workers: W
 
     settings.check(len(samples.train_indices), samples.data)
     storage = report.folder.storage
+    within = settings.within
     match settings.selection:
         case "crest":
             crest = Named(name="crest", options=settings.crest.model_dump())
-            job = Job(settings, settings.compressed, storage, hooks=(crest,))
+            job = Job(settings, settings.compressed, storage, hooks=(crest,), length=within)
         case "random":
-            job = Job(settings, settings.compressed, storage)
+            job = Job(settings, settings.compressed, storage, length=within)
         case "cut":
-            job = Job(settings, settings.train, storage, last=settings.within)
+            job = Job(settings, settings.train, storage, last=within)
         case _:
             job = Job(settings, settings.train, storage, select=settings.reselection)
     train_on_cluster(job, samples, report, workers)

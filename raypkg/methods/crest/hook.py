@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from raypkg.core.seeds import generator
+from raypkg.core.settings import whole_steps
 from raypkg.coresets.record import Recorder
 from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
@@ -114,7 +115,7 @@ class Crest(Hook):
             for line in _warnings(run.model):
                 log.warning(line)
         loop = self._chosen_by_step if self.options.tau == 0 else self._chosen_by_region
-        return Epoch(self.steps, loop(run, run.step + self.steps))
+        return Epoch(self.steps, loop(run, min(run.step + self.steps, self._last_step(run))))
 
     def _chosen_by_step(self, run: Run, end: int) -> Iterator[Batch]:
         """Yield a coreset for every step, chosen with the weights of that step."""
@@ -152,7 +153,7 @@ class Crest(Hook):
             start = steps.stop
             if state.coming:  # it takes over after the last interval of the expired pool
                 start = steps.start + region.interval - region.age
-            end = self.steps * run.settings.epochs
+            end = self._last_step(run)
             pool = state.coming or state.pool
             self.chooser.begin(run, pool, pool.draw(range(start, min(start + region.interval, end)), run.seed))
         augment = compose(run.augment)
@@ -258,12 +259,15 @@ class Crest(Hook):
         self.state.samples.exclude(run.step, options, least=self.least_active)
         if region.expired:
             interval = check_interval(options.h, region.first_curvature, run.worker.first(region.curvature))
-            steps_left = self.steps * run.settings.epochs - run.step
+            steps_left = self._last_step(run) - run.step
             # At the end of training T1 falls short of its formula: coresets for steps that never come would be chosen.
             region.interval = max(1, min(interval, steps_left))
 
+    def _last_step(self, run: Run) -> int:
+        return whole_steps(run.length or run.settings.epochs, self.steps)
+
     def _settled(self, run: Run) -> bool:
-        return run.step >= self.options.settle * self.steps * run.settings.epochs
+        return run.step >= self.options.settle * self.steps * (run.length or run.settings.epochs)
 
     def _fresh_subset(self, run: Run, purpose: str, *number: int) -> Subset:
         """Draw a random subset of the active samples at this step."""

@@ -1,6 +1,7 @@
 """Settings of CREST."""
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -8,7 +9,18 @@ from pydantic import Field, model_validator
 from raypkg.core.config import Settings
 from raypkg.core.errors import UserError
 from raypkg.core.presets import FORMER, PUBLISHED, PresetName, departures
-from raypkg.core.settings import CacheGiB, Count, Epochs, Experiment, Reselect, Schedule, Share, Train, Training
+from raypkg.core.settings import (
+    CacheGiB,
+    Count,
+    Epochs,
+    Experiment,
+    Reselect,
+    Schedule,
+    Share,
+    Train,
+    Training,
+    whole_steps,
+)
 
 BATCHES = 4  # in a random subset of "4m"
 SUBSET = 0.01  # r/n in the paper
@@ -105,16 +117,9 @@ class CrestOptions(Settings):
             )
         return size
 
-    def check_length(self, n: int, training: Training) -> None:
-        """Refuse a batch, subset or warm-up that n training samples or the budget cannot hold."""
-        self.subset_size(n, training.batch_size)
-        steps = training.epochs * training.steps_per_epoch(n)
-        if 0 < training.warmup * steps < 1:
-            raise UserError(f"train.warmup = {training.warmup:g} of the budget's {steps} steps is less than one step")
-
     def check(self, n: int, training: Training, experiment: Experiment) -> None:
-        """Refuse what n training samples, the budget, the loss or the cluster do not allow."""
-        self.check_length(n, training)
+        """Refuse what n training samples, the loss or the cluster do not allow."""
+        self.subset_size(n, training.batch_size)
         if training.label_smoothing:
             raise UserError(
                 f"train.label_smoothing = {training.label_smoothing:g}: CREST chooses by gradients of plain"
@@ -163,19 +168,21 @@ class CrestSettings(Experiment):
         return self.selection in ("crest", "random", "cut")
 
     @property
-    def within(self) -> int:
-        """Epochs of the budget."""
-        return round(self.budget * self.train.epochs)
+    def within(self) -> float:
+        """Epochs of the budget, which may end within one; shares such as 0.333 are rounded to whole epochs."""
+        exact = self.budget * self.train.epochs
+        whole = round(exact)
+        return whole if whole and abs(exact - whole) <= 0.01 else exact
 
     @property
     def compressed(self) -> Training:
-        """The schedule of full training, compressed into the budget."""
-        return self.train.model_copy(update={"epochs": self.within})
+        """The schedule of full training, compressed into the budget's epochs, begun ones included."""
+        return self.train.model_copy(update={"epochs": ceil(self.within)})
 
     @property
     def epochs(self) -> int:
         """Epochs to train: those of the budget, or all of them if each is on a coreset of the budget's size."""
-        return self.within if self.by_batches else self.train.epochs
+        return ceil(self.within) if self.by_batches else self.train.epochs
 
     @property
     def actors(self) -> int:
@@ -190,15 +197,8 @@ class CrestSettings(Experiment):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """Refuse a budget that is not whole epochs, and settings of another selection."""
+        """Refuse settings of another selection."""
         selection, epochs = self.selection, self.train.epochs
-        exact = self.budget * epochs
-        if self.within < 1 or abs(exact - self.within) > 0.01:  # shares such as 0.333 are rounded
-            near = max(1, self.within) / epochs
-            raise UserError(
-                f"budget = {self.budget:g} of {epochs} epochs is {exact:g} epochs: it must be whole, such as --budget"
-                f" {near:.3g}"
-            )
         if selection != "crest":
             for name, value in departures(self).items():
                 if name.startswith("crest."):
@@ -222,6 +222,7 @@ class CrestSettings(Experiment):
     def check(self, n: int, data: Any) -> None:
         """Refuse what n training samples do not allow."""
         if self.selection == "crest":
-            self.crest.check(n, self.compressed, self)
-        elif self.selection == "random":
-            self.crest.check_length(n, self.compressed)
+            self.crest.check(n, self.train, self)
+        steps = whole_steps(self.within, self.train.steps_per_epoch(n))
+        if self.selection in ("crest", "random") and 0 < self.train.warmup * steps < 1:
+            raise UserError(f"train.warmup = {self.train.warmup:g} of the budget's {steps} steps is less than one step")
