@@ -24,7 +24,9 @@ from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.crest import quadratic
+from raypkg.methods.crest.algorithm import CrestAlgorithm
 from raypkg.methods.crest.hook import Crest
+from raypkg.methods.crest.parallel import Overlapped
 from raypkg.methods.crest.quadratic import MovingMoments, Region, flat, gradient_of, hessian_diagonal
 from raypkg.methods.crest.selection import ActiveSamples, logit_gradients, minibatch_coreset
 from raypkg.methods.crest.settings import CrestOptions
@@ -183,7 +185,7 @@ def trained_with(holders=1, **settings):
 
 
 def state_of(trained):
-    return trained.hooks[1].state
+    return trained.hooks[1].algorithm.state
 
 
 def rows_of(trained, key):
@@ -220,11 +222,11 @@ def test_costs_are_those_of_steps_subsets_checks_and_models():
     steps = PLAIN.epochs * 15
     assert bills["train"].backward == steps * SIZE
     assert bills["check"].forward == len(state.history) * 36  # never all samples
-    choices = state.picked[0].shape[1] / SIZE
+    choices = trained.hooks[1].picked[0].shape[1] / SIZE
     assert bills["select"].forward == choices * 36
     assert choices <= steps + state.updates  # nothing is chosen that is not drawn, but for the model
     assert bills["model"].backward == state.updates * 4  # the gradient is that of a step of training
-    assert int(state.counts.sum()) == steps * SIZE
+    assert int(trained.hooks[1].counts.sum()) == steps * SIZE
 
 
 EACH_STEP = {"tau": 0.0, "subset": 0.3, "exclude_below": 0.0}
@@ -254,7 +256,7 @@ def test_without_a_local_model_samples_are_excluded_by_the_losses_of_choices():
 def test_the_number_of_holders_does_not_matter(holders, settings):
     one, many = trained_with(**settings), trained_with(holders=holders, **settings)
     assert same_weights(one, many, 1e-5)
-    assert state_of(one).counts.equal(state_of(many).counts)
+    assert one.hooks[1].counts.equal(many.hooks[1].counts)
     if settings["tau"]:
         assert rhos(one) == pytest.approx(rhos(many), abs=1e-4)
 
@@ -286,8 +288,8 @@ def test_stopped_inside_a_region_and_resumed_equals_never_stopped(tmp_path, extr
     resumed = fit(run(settings), checkpoints=places)
     assert same_weights(straight, resumed)
     assert state_of(straight).history == state_of(resumed).history
-    assert state_of(straight).counts.equal(state_of(resumed).counts)
-    assert all(a.equal(b) for a, b in zip(state_of(straight).picked, state_of(resumed).picked, strict=True))
+    assert straight.hooks[1].counts.equal(resumed.hooks[1].counts)
+    assert all(a.equal(b) for a, b in zip(straight.hooks[1].picked, resumed.hooks[1].picked, strict=True))
     assert sum(bill.backward for bill in straight.bills()) == sum(bill.backward for bill in resumed.bills())
 
 
@@ -307,9 +309,9 @@ def test_a_budget_that_ends_within_an_epoch_is_spent_to_the_step_and_resumed(tmp
         fit(started(), checkpoints=places, measure=die)
     resumed = fit(started(), checkpoints=places)
     assert straight.step == resumed.step == 37
-    assert int(state_of(straight).counts.sum()) == bills_of(straight)["train"].backward == 37 * SIZE
+    assert int(straight.hooks[1].counts.sum()) == bills_of(straight)["train"].backward == 37 * SIZE
     assert same_weights(straight, resumed)
-    assert state_of(straight).counts.equal(state_of(resumed).counts)
+    assert straight.hooks[1].counts.equal(resumed.hooks[1].counts)
     assert same_weights(trained_with(**settings), fit(replace(run(fast(**settings)), length=4)))
 
 
@@ -323,19 +325,21 @@ def test_overlap_trains_an_interval_more_on_an_expired_pool():
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_local_model_begins_at_the_loss_of_its_own_weights(monkeypatch, overlap):
     apart = []
-    renew = Crest._renew
+    kind = Overlapped if overlap else CrestAlgorithm
+    renew = kind._renew
 
-    def watched(hook, run):
-        renew(hook, run)
-        if hook.state.region.expired:  # its pool serves one more interval
+    def watched(algorithm):
+        renew(algorithm)
+        state, run = algorithm.state, algorithm.loop.run
+        if state.region.expired:  # its pool serves one more interval
             return
-        (chosen,) = hook.state.pool.chosen.values()
+        (chosen,) = state.pool.chosen.values()
         x, y = run.split.batch(chosen.coreset.indices)
         with torch.no_grad():
             losses = F.cross_entropy(run.model(run.split.inputs(x)), y, reduction="none")
-        apart.append(abs(hook.state.region.loss - float(chosen.coreset.weights @ losses) / SIZE))
+        apart.append(abs(state.region.loss - float(chosen.coreset.weights @ losses) / SIZE))
 
-    monkeypatch.setattr(Crest, "_renew", watched)
+    monkeypatch.setattr(kind, "_renew", watched)
     fit(run(fast(tau=1e-9, b=1, h=0.1, subset=0.3, overlap=overlap)))  # pools of one coreset
     assert len(apart) > 20 and max(apart) < 1e-5
 
@@ -416,9 +420,14 @@ def trained_on_images(**options):
     data, kept, seen = Split.from_tensors(pixels, torch.arange(N) % 3), Kept(), []
     options = fast(tau=1e-9, subset=0.3, b=1, **options)
     started = run(options, data=data, hooks=[kept], augment=("crop", "flip"))
-    chooser = started.hooks[1].chooser
-    note = chooser.on_choice
-    chooser.on_choice = lambda pool, subset, chosen: (seen.append((subset, chosen)), note(pool, subset, chosen))
+    loop = started.hooks[1].loop
+    choose = loop.choose
+
+    def watched(subsets, weights):
+        seen.extend(zip(subsets, chosen := choose(subsets, weights), strict=True))
+        return chosen
+
+    loop.choose = watched
     return fit(started), kept.batches_seen, seen
 
 
@@ -455,7 +464,7 @@ def test_a_check_on_the_pool_is_free_of_sampling_noise():
 def test_the_gradient_of_a_regions_first_step_is_that_of_its_local_model(monkeypatch, parameters):
     settings = {"tau": 0.05, "h": 2, "subset": 0.3, "curvature": 4, "parameters": parameters}
     taken = trained_with(**settings)
-    monkeypatch.setattr("raypkg.methods.crest.hook.trains_as_it_evaluates", lambda model: False)
+    monkeypatch.setattr("raypkg.methods.crest.parallel.trains_as_it_evaluates", lambda model: False)
     computed = fit(run(fast(**settings)))
     assert rhos(taken) == pytest.approx(rhos(computed), abs=1e-4)
     assert same_weights(taken, computed)

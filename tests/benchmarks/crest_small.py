@@ -170,8 +170,8 @@ def trained(task: Task, data: Data, row: Row, seed: int) -> dict[str, float]:
     forward = sum(bill.forward for bill in bills)
     return {
         "accuracy": 100 * accuracy,
-        "pools": hook.state.updates if isinstance(hook, Crest) else 0,
-        "interval": hook.state.region.interval if isinstance(hook, Crest) else 0,
+        "pools": hook.algorithm.state.updates if isinstance(hook, Crest) else 0,
+        "interval": hook.algorithm.state.region.interval if isinstance(hook, Crest) else 0,
         "backward": backward / task.steps,
         "all": (forward + 2 * backward) / 3 / task.steps,
     }

@@ -60,7 +60,10 @@ def test_a_step_of_crest_against_a_plain_step():
         ratios = [{p: row.get(p, 0.0) / base for p in PARTS} for row, base in zip(rows, plain, strict=True)][1:]
         whole = statistics.median(sum(row.values()) for row in ratios)
         cells = "".join(f"{statistics.median(row[part] for row in ratios):>8.2f}" for part in PARTS)
-        ends = "".join(f"{crest.state.updates:>7}{crest.state.region.interval:>4}" for crest in runs[name].hooks)
+        ends = "".join(
+            f"{crest.algorithm.state.updates:>7}{crest.algorithm.state.region.interval:>4}"
+            for crest in runs[name].hooks
+        )
         print(f"{name:<30}{whole:>7.2f}{cells}{ends}")
 
 

@@ -7,11 +7,12 @@ parameters that the model covers, one after another, float32 [p].
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -48,6 +49,27 @@ def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor], rng: torch.Gene
     slope = torch.stack(slopes).sum()  # zᵀ∇L
     products = torch.autograd.grad(slope, parameters, materialize_grads=True)  # Hz
     return flat(map(torch.mul, signs, products))
+
+
+def weighted_derivative(
+    logits: Callable[[Any], Tensor],
+    batches: Iterable[tuple[Any, Tensor]],
+    weights: Sequence[Tensor],
+    count: int,
+    derive: Callable[[Tensor, Sequence[Tensor]], Tensor],
+    parameters: Sequence[Tensor],
+) -> Tensor:
+    """Return Σ w · loss / count over batches (x, y) with weights w [b], then its derivative, [1 + p].
+
+    ``derive`` returns a derivative that is linear in the loss, so that those of the batches add up.
+    """
+    entries = sum(parameter.numel() for parameter in parameters)
+    total = torch.zeros(1 + entries, device=parameters[0].device)
+    for (x, y), w in zip(batches, weights, strict=True):
+        losses = F.cross_entropy(logits(x).float(), y, reduction="none")  # [b]
+        loss = losses @ w.float() / count
+        total += torch.cat([loss.detach()[None], derive(loss, parameters)])
+    return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +128,13 @@ class Region:
     def restored(cls, saved: Mapping[str, Any]) -> "Region":
         """Return the region whose fields a checkpoint holds."""
         return cls(**{**saved, "moments": MovingMoments(**saved["moments"])})
+
+    def to(self, device: torch.device) -> None:
+        """Move the local model to a device."""
+        first, second = self.moments.first.to(device), self.moments.second
+        second = None if second is None else second.to(device)
+        self.moments = replace(self.moments, first=first, second=second)
+        self.anchor = self.anchor.to(device)
 
     def prediction(self, parameters: Tensor, loss: float) -> float:
         """Return F(w − w_l) at the weights w [p], for samples with a known loss at w_l."""

@@ -84,17 +84,27 @@ class Chosen:
         """The coreset's samples, as they are trained on."""
         return Subset(self.coreset.indices, self.draws)
 
+    def shuffled(self, rng: torch.Generator) -> Chosen:
+        """Return the coreset in random order: chosen, its most central medoids come first."""
+        order = torch.randperm(len(self.coreset), generator=rng)
+        coreset = Coreset(self.coreset.indices[order], self.coreset.weights[order])
+        return replace(self, coreset=coreset, draws=self.draws[order])
 
-def choose_minibatch(subset: Subset, logits: Tensor, y: Tensor, size: int, *, memory: int = 2**30) -> Chosen:
-    """Choose m = ``size`` of the samples V of a random subset.
 
-    Logits are float [r, C], labels int64 [r]; ``memory`` bounds the bytes of cached distances.
+def choose_minibatches(subsets: Sequence[Subset], view: HeadView, size: int, *, memory: int = 2**30) -> list[Chosen]:
+    """Choose m = ``size`` of the samples V of each random subset.
+
+    The view is of all subsets, one after another; ``memory`` bounds the bytes of cached distances.
     """
-    picked = minibatch_coreset(logit_gradients(logits, y), size, memory=memory)
-    losses = F.cross_entropy(logits, y, reduction="none")  # [r]
-    loss = float(picked.weights @ losses[picked.indices]) / len(picked)
-    medoids = subset[picked.indices]
-    return Chosen(Coreset(medoids.indices, picked.weights), medoids.draws, loss, losses)
+    sizes = [len(subset) for subset in subsets]
+    chosen = []
+    for subset, logits, y in zip(subsets, view.logits.split(sizes), view.y.split(sizes), strict=True):
+        picked = minibatch_coreset(logit_gradients(logits, y), size, memory=memory)
+        losses = F.cross_entropy(logits, y, reduction="none")  # [r]
+        loss = float(picked.weights @ losses[picked.indices]) / len(picked)
+        medoids = subset[picked.indices]
+        chosen.append(Chosen(Coreset(medoids.indices, picked.weights), medoids.draws, loss, losses))
+    return chosen
 
 
 def logit_gradients(logits: Tensor, y: Tensor) -> HeadView:

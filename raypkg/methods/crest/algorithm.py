@@ -1,0 +1,320 @@
+"""CREST's loop (arXiv:2306.01244, algorithm 1): a pool of coresets lasts as long as a local model of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from math import ceil
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+
+from .quadratic import Region, check_interval, covered_parameters, flat, gradient_of, hessian_diagonal, relative_error
+from .selection import ActiveSamples, Chosen, Pool, Subset
+from .settings import CrestOptions
+
+Derive = Callable[[Tensor, Sequence[Tensor]], Tensor]  # (loss, parameters) → a derivative, linear in the loss [p]
+
+
+class Loop(Protocol):
+    """A training as CREST sees it: a model, which changes between the steps, and its passes over samples."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, with its present weights."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of all draws."""
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the whole training."""
+
+    @property
+    def augment(self) -> Sequence[str]:
+        """The augmentation of the samples that are looked at."""
+
+    @property
+    def gives_gradients(self) -> bool:
+        """Whether the next step computes the gradient of its coreset as ``derivative`` would, for ``fit_to``."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return a copy of the model's state."""
+
+    def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
+        """Choose a mini-batch coreset from each random subset, with these weights; None = the present ones."""
+
+    def losses(self, subset: Subset) -> Tensor:
+        """Return the losses of samples with the present weights, in evaluation mode, [r]."""
+
+    def derivative(self, derive: Derive, parameters: Sequence[Tensor], samples: Subset, weights: Tensor) -> Tensor:
+        """Return the mean of w · loss in evaluation mode, then its derivative, [1 + p]."""
+
+    def agreed(self, value: float) -> float:
+        """Return the first worker's value, by which all decide: other processors may round differently."""
+
+
+@dataclass(eq=False)
+class CrestState:
+    """Everything that a checkpoint holds of CREST."""
+
+    samples: ActiveSamples
+    region: Region
+    pool: Pool  # source of the training batches; update 0 before the first step
+    coming: Pool | None = None  # the next pool, chosen while training continues on the expired one
+    history: list[dict[str, float]] = field(default_factory=list)  # a row per check
+
+    @property
+    def updates(self) -> int:
+        """The number of pools so far."""
+        return (self.coming or self.pool).update
+
+
+class CrestAlgorithm:
+    """The choice of mini-batch coresets for the steps of a training.
+
+        while steps are left:
+            if ρ > τ:  T1 = ⌈h·‖H̄_0‖ / ‖H̄‖⌉;  a new pool of P = b·T1 coresets with the weights w_l;  a new model F
+            train T1 steps on coresets drawn from the pool
+            ρ = |F(w − w_l) − L^r(w)| / L^r(w),  L^r on r random samples
+
+    With τ = 0, no local model is fitted: every step trains on a coreset chosen with its own weights. Losses of the
+    local model are in evaluation mode.
+
+    Differs from the paper: samples are excluded at the first check after T2 steps, none if fewer than 2r would stay.
+    With ``model_batches`` above 0, ḡ and H̄ are estimated from so many coresets, and another is computed when drawn,
+    with the weights w_l. Where the released code differs from the text there is a setting: ``checked_on``,
+    ``smoothing``, ``augmented``, ``settle``, ``exclude_after`` and ``keep_active``.
+
+    It chooses m = ``size`` out of the samples ``indices``, int64 [n]; a random subset must hold a batch. ``on_choice``
+    receives each new coreset and its pool, in the order of the draws.
+    """
+
+    def __init__(
+        self,
+        options: CrestOptions,
+        loop: Loop,
+        indices: Tensor,
+        size: int,
+        on_choice: Callable[[Pool, Chosen], None] = lambda pool, chosen: None,
+    ):
+        self.options = options
+        self.loop = loop
+        self.size = size
+        self.on_choice = on_choice
+        self.subset_size = options.subset_size(len(indices), size)
+        # Two random subsets at least stay active, so that subsets remain random.
+        self.least_active = max(ceil(options.keep_active * len(indices)), 2 * self.subset_size)
+        samples = ActiveSamples.all_of(indices)
+        region = Region.unfitted(options.order, smoothed=options.smoothing != "none")
+        self.state = CrestState(samples, region, Pool(0, 0, samples.candidates, weights=None))
+        self.step = 0
+        self.awaits_gradient = False  # ``fit_to`` will give the gradient of the local model of a new region
+
+    def intervals(self, end: int) -> Iterator[tuple[range, list[Chosen]]]:
+        """Yield steps before ``end`` and their coresets, up to the next check at a time.
+
+        Train on each, and call ``trained`` after it, before requesting the next ones.
+        """
+        region = self.state.region
+        region.to(self._covered[0].device)  # a checkpoint restores it on the CPU
+        while True:
+            if region.age == region.interval:
+                region.age = 0
+                self._check()
+            if self.step >= end:
+                return
+            if region.age == 0 and region.expired:
+                self._renew()
+            # An end between two checks leaves the interval to be continued.
+            yield self._drawn(range(self.step, min(self.step + region.interval - region.age, end)))
+
+    def trained(self) -> None:
+        """Count a step."""
+        self.step += 1
+        self.state.region.age += 1
+
+    def _drawn(self, steps: range) -> tuple[range, list[Chosen]]:
+        pool = self.state.pool
+        return steps, self.coresets(pool, pool.draw(steps, self.loop.seed))
+
+    def coresets(self, pool: Pool, wanted: Iterable[int]) -> list[Chosen]:
+        """Return coresets of a pool, after computing missing ones with the weights of the pool."""
+        wanted = list(wanted)
+        if missing := pool.missing(wanted):
+            self._add(pool, missing, self.loop.choose(self._subsets(pool, missing), pool.weights))
+        return [pool.chosen[p] for p in wanted]
+
+    def _subsets(self, pool: Pool, wanted: Iterable[int]) -> list[Subset]:
+        """Return random subsets V_p of a pool."""
+        return [pool.subset(p, self.subset_size, self.loop.augment, self.loop.seed) for p in wanted]
+
+    def _add(self, pool: Pool, wanted: Sequence[int], choices: Sequence[Chosen]) -> None:
+        """Add coresets to a pool, and record the losses of their random subsets."""
+        for p, subset, chosen in zip(wanted, self._subsets(pool, wanted), choices, strict=True):
+            pool.chosen[p] = chosen
+            self.state.samples.record(subset.indices, chosen.losses, self.options.exclude_below)
+            self.on_choice(pool, chosen)
+
+    def _renew(self) -> None:
+        """Replace the expired pool by one chosen with the present weights w_l."""
+        self._use(self._new_pool())
+
+    def _new_pool(self) -> Pool:
+        state, options = self.state, self.options
+        size, weights = 1, None
+        if options.tau:
+            size = options.b * state.region.interval  # P = b·T1
+            if options.model_batches or options.overlap:  # coresets are chosen later, and training continues in place
+                weights = self.loop.weights()
+        return Pool(state.updates + 1, size, state.samples.candidates, weights)
+
+    def _use(self, pool: Pool, *, chosen_earlier: bool = False) -> None:
+        """Train on a pool from now on, and fit the local model of the loss at the present weights w_l to its coresets.
+
+        If it was chosen earlier, the weights have moved since its losses were computed.
+        """
+        region, options = self.state.region, self.options
+        # Coresets that training draws come first: they are chosen anyway, the others only for the local model.
+        first = dict.fromkeys(pool.draw(range(self.step, self.step + region.interval), self.loop.seed))
+        drawn = self.coresets(pool, first)
+        if options.tau:
+            others = (p for p in range(pool.size) if p not in first)
+            fitted_on = self.coresets(pool, islice(chain(first, others), options.model_batches or None))
+            if len(fitted_on) == 1 and not chosen_earlier and self.loop.gives_gradients:
+                self.awaits_gradient = True  # training computes it anyway, at the next step
+            else:
+                loss_now = self._fit(fitted_on, pool.update)
+                region.drift = loss_now - _mean_loss(fitted_on) if chosen_earlier else 0.0
+            region.anchor = flat(self._covered)  # w_l
+            region.loss = _mean_loss(drawn) + region.drift
+            region.expired = False
+        self.state.pool = pool
+
+    def fit_to(self, gradient: Tensor) -> None:
+        """Fit the awaited local model of a new region to the gradient of its first step, whose weights are w_l."""
+        self.awaits_gradient = False
+        pool = self.state.pool
+        (first,) = pool.draw(range(self.step, self.step + 1), self.loop.seed)
+        self._fit([pool.chosen[first]], pool.update, gradient)
+
+    def _fit(self, coresets: Sequence[Chosen], update: int, known: Tensor | None = None) -> float:
+        """Update ḡ and H̄ with the derivatives of the mean of w · loss over coresets, and return that mean.
+
+        Each coreset updates them, or all together (``options.smoothing``). ``update`` is l, the number of the pool.
+        ``known`` is the gradient if training has just computed it for the only coreset; the mean is that of the choice.
+        """
+        region, options = self.state.region, self.options
+        moments = region.moments
+        groups = [[coreset] for coreset in coresets] if options.smoothing == "coreset" else [coresets]
+        losses = []
+        for number, group in enumerate(groups):
+            samples = Subset.concat([chosen.samples for chosen in group])
+            weights = torch.cat([chosen.coreset.weights for chosen in group])
+            gradient, loss = known, _mean_loss(group)
+            if gradient is None:
+                gradient, loss = self._derivative(gradient_of, samples, weights)
+
+            diagonal = None
+            if options.order == 2:
+                # A double backward pass is the most expensive part of CREST, so some of the samples give the curvature.
+                count = max(1, self.size // 4) if options.curvature is None else options.curvature
+                rng = generator(self.loop.seed, "crest curvature", update, number)
+                some = torch.randperm(len(samples), generator=rng)[: count or None]
+
+                def estimate(
+                    loss: Tensor, parameters: Sequence[Tensor], name: tuple[int, int] = (update, number)
+                ) -> Tensor:
+                    # All batches draw the same signs z: z ⊙ Hz is linear in H, so estimates add up to that of the sum.
+                    return hessian_diagonal(loss, parameters, generator(self.loop.seed, "crest signs", *name))
+
+                try:
+                    with sdpa_kernel(SDPBackend.MATH):  # fused kernels of attention have no second derivative
+                        diagonal, _ = self._derivative(estimate, samples[some], weights[some])
+                except RuntimeError as error:
+                    if "derivative for" not in str(error):
+                        raise
+                    raise UserError(f"CREST's curvature cannot be computed: {error}; give --crest.order 1") from None
+            moments = moments.updated(gradient, diagonal)
+            losses.append(loss)
+
+        region.moments = moments
+        if self.step >= options.settle * self.loop.steps and not region.first_curvature:
+            region.first_curvature = self.loop.agreed(region.curvature)  # ‖H̄_0‖
+        return sum(losses) / len(losses)
+
+    def _derivative(self, derive: Derive, samples: Subset, weights: Tensor) -> tuple[Tensor, float]:
+        """Return a derivative of the mean of w · loss [p], and that mean."""
+        total = self.loop.derivative(derive, self._covered, samples, weights)
+        if not total.isfinite().all():
+            raise UserError(
+                f"step {self.step}: the derivatives of CREST's model are not finite: lower the learning rate"
+            )
+        return total[1:], float(total[0])
+
+    def _check(self) -> None:
+        """Compare the local model with the loss of a random subset; expire it if ρ > τ; exclude learned samples."""
+        options, pool, region, samples = self.options, self.state.pool, self.state.region, self.state.samples
+        if options.tau == 0:  # no local model: only samples are excluded
+            if self.step % options.exclude_every_steps == 0:
+                self._log()
+                samples.exclude(self.step, options, least=self.least_active)
+            return
+
+        rng = generator(self.loop.seed, "crest check", self.step)
+        if options.checked_on == "fresh":
+            subset = Subset.random(samples.candidates, self.subset_size, self.loop.augment, rng)
+            loss_before = region.loss  # at w_l, of the coresets
+        else:
+            known = sorted(pool.chosen)
+            p = known[int(torch.randint(len(known), (), generator=rng))]
+            (subset,) = self._subsets(pool, [p])
+            loss_before = float(pool.chosen[p].losses.mean()) + region.drift
+        losses = self.loop.losses(subset)
+        samples.record(subset.indices, losses, options.exclude_below)
+        loss = float(losses.mean())  # L^r(w)
+        prediction = region.prediction(flat(self._covered), loss_before)  # F(w − w_l)
+        rho = self.loop.agreed(relative_error(prediction, loss))
+        region.expired = rho > options.tau
+        self._log(rho=rho, loss=loss, model=prediction)
+        samples.exclude(self.step, options, least=self.least_active)
+        if region.expired:
+            interval = check_interval(options.h, region.first_curvature, self.loop.agreed(region.curvature))
+            # At the end of training T1 falls short of its formula: coresets for steps that never come would be chosen.
+            region.interval = max(1, min(interval, self.loop.steps - self.step))
+
+    def _log(self, **measured: float) -> None:
+        """Add a row to the table of checks, before samples are excluded and T1 changes."""
+        state, pool = self.state, self.state.pool
+        active = int(state.samples.active.sum())
+        sizes = {"interval": state.region.interval, "pool": pool.size, "chosen": len(pool.chosen), "active": active}
+        state.history.append({"step": self.step, "update": pool.update, **measured, **sizes})
+
+    @property
+    def _covered(self) -> list[Tensor]:
+        return covered_parameters(self.loop.model, self.options.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, which may lie inside a region, as tensors and plain values."""
+        return asdict(self.state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state."""
+        values = deepcopy(dict(state))  # losses and counts change in place
+        values["samples"] = ActiveSamples(**values["samples"])
+        values["region"] = Region.restored(values["region"])
+        values["pool"] = Pool.restored(values["pool"])
+        values["coming"] = values["coming"] and Pool.restored(values["coming"])
+        self.state = CrestState(**values)
+
+
+def _mean_loss(coresets: Sequence[Chosen]) -> float:
+    return sum(chosen.loss for chosen in coresets) / len(coresets)
