@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .engine.loop import fit as fit
     from .engine.run import Run as Run
     from .experiments.trained import load_model as load_model
+    from .methods.sparse.training import SparseTraining as SparseTraining
     from .models import build_model as build_model
 
 __version__ = "0.2.0"
@@ -37,6 +38,7 @@ _PLACES = {
     "HeadView": "coresets.gradients",
     "Hook": "engine.hooks",
     "Run": "engine.run",
+    "SparseTraining": "methods.sparse.training",
     "Split": "data.split",
     "build_model": "models",
     "evaluate": "engine.loop",

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from raypkg.core.settings import Training
 from raypkg.data.split import Split
 from raypkg.engine.run import Run
-from raypkg.methods.sparse.hook import Active, Masked, Topology
+from raypkg.methods.sparse.hook import Active, Enforced, Topology
 from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model
 
@@ -41,7 +41,7 @@ def run(*hooks, settings=PLAIN, model=None, **changes):
 def sparse(*after, correction=(), active=False, **settings):
     """Return the hooks of a sparse training in their order, the topology first."""
     topology = Topology(Sparsity(**{"density": 0.3, "update_every_steps": 4, **settings}), STEPS)
-    enforcing = Active(topology.masks, topology.due) if active else Masked(topology.masks)
+    enforcing = Active(topology) if active else Enforced(topology)
     return [topology, *correction, enforcing, *after]
 
 

@@ -246,7 +246,7 @@ def test_a_layer_out_of_use_has_no_gradient(rule, sparse_init):
 def test_without_growth_masks_stay():
     hooks = sparse(growth=None)
     fit(run(*hooks))
-    assert len(counts_over_time(hooks[0])) == 1 and hooks[0].explored_share == density_of(hooks[0].masks)
+    assert len(counts_over_time(hooks[0])) == 1 and hooks[0].sparse.explored == density_of(hooks[0].masks)
 
 
 def test_gradual_pruning_ends_at_its_density():
@@ -268,7 +268,7 @@ def test_the_explored_share_is_that_of_the_union():
 
     hooks = sparse()
     fit(run(*hooks, Gather()))
-    assert hooks[0].explored_share == density_of(union) > density_of(hooks[0].masks)
+    assert hooks[0].sparse.explored == density_of(union) > density_of(hooks[0].masks)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_computing_sparse_holds_only_the_active_weights():
 
     topology, *others = sparse(Shapes(), active=True, growth="gradient")
     fit(run(topology, *others))
-    assert held == [{2} if topology.due(step) else {1} for step in range(STEPS)]
+    assert held == [{2} if topology.sparse.due(step) else {1} for step in range(STEPS)]
 
 
 # Transformers
@@ -170,7 +170,7 @@ def test_training_keeps_the_counts_and_the_zeros(growth):
     assert density_of(topology.masks) == pytest.approx(0.3, abs=0.01)
     assert not any(trained.model.get_parameter(name)[~mask].any() for name, mask in topology.masks.items())
     assert len({row["step"] for row in topology.history}) > 3
-    assert topology.explored_share > 0.31
+    assert topology.sparse.explored > 0.31
 
 
 def test_multiplying_only_active_weights_gives_the_same_model():

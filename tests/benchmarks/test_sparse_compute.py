@@ -17,7 +17,7 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker, threads
-from raypkg.methods.sparse.hook import Active, Masked, Topology
+from raypkg.methods.sparse.hook import Active, Enforced, Topology
 from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model
 
@@ -35,8 +35,7 @@ def epoch(data, hidden, density, compute, precision):
     settings = Sparsity(density=density, growth="gradient", fan_in="sparse", update_every_steps=100)
     topology = Topology(settings, n // 128)
     training = Training(epochs=1, batch_size=128, schedule="cosine", lr=0.05, precision=precision)
-    masks = topology.masks
-    last = Active(masks, topology.due) if compute == "sparse" else Masked(masks)
+    last = Active(topology) if compute == "sparse" else Enforced(topology)
     run = Run.simple(model, data.train, training, hooks=[topology, last], augment=())
     start = time.perf_counter()
     fit(run)

@@ -18,7 +18,7 @@ from raypkg.engine.run import Run
 from raypkg.engine.worker import threads
 from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
-from raypkg.methods.sparse.hook import Masked, Topology
+from raypkg.methods.sparse.hook import Enforced, Topology
 from raypkg.methods.sparse.settings import Sparsity
 from raypkg.models import build_model
 
@@ -33,7 +33,7 @@ def correction(**settings):
 
 def sparse():
     topology = Topology(Sparsity(density=0.1, growth="gradient", update_every_steps=5), N // 128)
-    return [topology, Masked(topology.masks)]
+    return [topology, Enforced(topology)]
 
 
 CASES = {

@@ -19,8 +19,9 @@ from raypkg.engine.loop import autocast, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples, augmentations, new_model
-from raypkg.methods.sparse.hook import Masked, first_masks
+from raypkg.methods.sparse.hook import Masked, first_batch
 from raypkg.methods.sparse.masks import Masks, random_masks
+from raypkg.methods.sparse.training import first_masks
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 
@@ -175,7 +176,8 @@ def _draw_masks(context: Context, shard: Tensor, split: Split, seed: int, cost: 
     model = context.model()
     # Saliency is computed in the precision of training; dropout draws the same for every model.
     with autocast(settings.precision, context.worker.device), seeded(0, "snip dropout"):
-        chosen = first_masks(settings.sparsity, model, settings.density, split, drawn, rng=rng, cost=cost)
+        batch = first_batch(settings.sparsity, model, split, drawn, cost)
+        chosen = first_masks(settings.sparsity, model, settings.density, rng=rng, batch=batch)
     # Only the densities are kept: positions drawn at random make the models differ.
     return redrawn(chosen, generator(seed, "mask"))
 

@@ -1,9 +1,8 @@
-"""Sparse training in the loop: every ΔT steps some weights are dropped and others grown."""
+"""Sparse training in a run: `SparseTraining` with bills, checkpoints and plots, and sparse layers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, plain_batches
@@ -21,174 +19,74 @@ from raypkg.engine.run import Run
 from raypkg.experiments.samples import Samples, new_model
 from raypkg.experiments.training import Job
 
-from . import drop, growth, initial, plots, redistribution
+from . import initial, plots
 from .compute import ActiveLinear, Pattern, active_flops, exchange_linear, forward_flops
-from .masks import (
-    Masks,
-    active_counts,
-    allot,
-    check_density,
-    density_of,
-    drop_fraction,
-    dropped,
-    enlarged,
-    gradual_density,
-    grown,
-    prunable,
-    shapes_of,
-    surplus,
-    zero_changed,
-)
-from .settings import PRUNED_BY, Sparsity
+from .masks import Masks, active_counts
+from .settings import Sparsity
+from .training import SparseTraining
 
 FIRST_MASKS = "first masks"  # the bill of a saliency
-DIVERGED = "if the weights are not finite, lower the learning rate"
 DENSE = Sparsity()
 
 
 class Topology(Hook):
-    """Drops and grows weights with exact counts; a later hook, `Masked` or `Active`, keeps the others at zero.
+    """Drives a run's `SparseTraining`: changes the masks by the raw gradient, and records each change.
 
-        every ΔT steps:  drop f(t) of each layer's active weights, grow as many; new weights and their momentum are 0
-
-    Without growth the masks are static or, from dense ones, weights are pruned gradually. All workers have the same
-    masks: they see the same averaged gradient and draw the same random numbers.
-
-    A dropped weight may be grown again in the same change, and then keeps its value: a full layer does not change.
-
-    Differs from RigL: a step that changes the masks also updates the weights, after the change.
+    A later hook, `Enforced` or `Active`, keeps pruned weights at zero, after corrections and before clipping.
     """
 
     priority = 0
+    sparse: SparseTraining  # made at the start
 
     def __init__(self, settings: Sparsity, steps: int):  # steps of the whole training
         self.settings = settings
-        self.density = settings.density or 1.0
-        self.every = settings.interval(steps)
-        self.tracks_momentum = bool(settings.rules_by_momentum)
-        self.masks: Masks = {}  # changed in place: later hooks hold the same tensors
-        self.explored: Masks = {}  # weights that were ever active
-        self.momentum: dict[str, Tensor] = {}  # of the dense gradient, if a rule needs it
+        self.steps = steps
+        self.masks: Masks = {}  # filled at the start, then changed in place
         self.history: list[dict[str, Any]] = []  # a row per layer and change
-
-    @property
-    def explored_share(self) -> float:
-        """R_s, the share of weights that were ever active (ITOP)."""
-        return density_of(self.explored)
-
-    def due(self, step: int) -> bool:
-        """Return True if the masks change in a step."""
-        changes = self.settings.is_gradual or self.settings.growth is not None
-        return changes and step > 0 and step % self.every == 0
 
     def on_start(self, run: Run) -> None:
         """Draw the first masks."""
-        check_density(self.density, shapes_of(run.model))
-        indices, chosen = run.coreset.indices, self.settings.sparse_init
-        order = torch.randperm(len(indices), generator=generator(run.seed, "first batch"))
-        drawn = indices[order[: run.settings.batch_size]]
-        rng = generator(run.seed, "mask")
+        settings = self.settings
+        order = torch.randperm(len(run.coreset.indices), generator=generator(run.seed, "first batch"))
+        drawn = run.coreset.indices[order[: run.settings.batch_size]]
         with run.bill(FIRST_MASKS) as bill:
-            masks = first_masks(
-                chosen.name, run.model, self.density, run.split, drawn, rng=rng, cost=bill, options=chosen.options
+            self.sparse = SparseTraining(
+                run.model,
+                run.optimizer,
+                settings.density or 1.0,
+                total_steps=self.steps,
+                distribution=settings.sparse_init,
+                growth=settings.growth,
+                drop=settings.drop,
+                redistribution=settings.redistribution,
+                update_every=settings.interval(self.steps),
+                death_rate=settings.death_rate,
+                decay=settings.decay,
+                fan_in=settings.fan_in,
+                batch=first_batch(settings.sparse_init.name, run.model, run.split, drawn, bill),
+                seed=run.seed,
             )
-        for name, mask in masks.items():
-            self.masks[name] = mask.bool().to(run.worker.device)
-        self._agree(run)
-        self.explored = {name: mask.clone() for name, mask in self.masks.items()}
-        if self.settings.fan_in == "sparse":
-            for name, weight in prunable(run.model).items():
-                weight.data.copy_(enlarged(weight.data, self.masks[name]))
+        self.sparse.detach()  # the hooks of a run act between correction and clipping
+        self.masks.update(self.sparse.masks)
         self._record(run)
 
     def on_gradients(self, run: Run) -> None:
-        """Follow the dense gradient if a rule needs it, and change the masks by it when that is due."""
-        if self.tracks_momentum:
-            for name in self.masks:  # m ← βm + g
-                gradient = _gradient(run.model.get_parameter(name))
-                if name in self.momentum:
-                    self.momentum[name].mul_(run.settings.momentum).add_(gradient)
-                else:
-                    self.momentum[name] = gradient.clone()
-        if self.due(run.step):
-            self._change(run)
-
-    def _change(self, run: Run) -> None:
-        weights = prunable(run.model)
-        before = {name: mask.clone() for name, mask in self.masks.items()}
-        old_counts = active_counts(before)
-
-        # Drop the share f(t) of each layer or, in gradual pruning, its surplus.
-        if self.settings.is_gradual:
-            pruning_done = min(1.0, run.progress / PRUNED_BY)
-            leaving = surplus(self.masks, gradual_density(self.density, pruning_done))
-        else:
-            fraction = drop_fraction(self.settings.death_rate, run.progress, self.settings.decay)
-            leaving = {name: int(fraction * count) for name, count in old_counts.items()}
-        chosen = self.settings.drop
-        rule = drop[chosen.name]
-        for name, mask in self.masks.items():
-            active = weights[name].data[mask]  # [k]
-            scores = rule(active, options=chosen.options)
-            mask.copy_(dropped(mask, _checked(f"drop rule {rule.name!r}", scores, active, name), leaving[name]))
-
-        if self.settings.growth:
-            self._grow(run, weights, old_counts)
-        self._agree(run)
-        for name, mask in self.masks.items():
-            self.explored[name] |= mask
-            zero_changed(weights[name], mask, before[name], run.optimizer)
-        self._record(run)
-
-    def _grow(self, run: Run, weights: Mapping[str, Tensor], old_counts: Mapping[str, int]) -> None:
-        """Grow as many weights as all layers lost: each its own, or its part by the redistribution."""
-        counts = active_counts(self.masks)
-        arriving = {name: count - counts[name] for name, count in old_counts.items()}
-        if self.settings.redistribution:
-            rule = redistribution[self.settings.redistribution.name]
-            shares = {}
-            for name, mask in self.masks.items():
-                momentum = self.momentum[name][mask] if name in self.momentum else None  # [k]
-                options = self.settings.redistribution.options
-                share = rule(weights[name].data[mask], options=options, momentum=momentum)
-                if not 0 <= share < math.inf:
-                    raise UserError(f"redistribution {rule.name!r} returned {share} for {name}: {DIVERGED}")
-                shares[name] = share
-            room = {name: mask.numel() - counts[name] for name, mask in self.masks.items()}
-            arriving = allot(shares, sum(arriving.values()), room)
-
-        assert self.settings.growth
-        rule = growth[self.settings.growth.name]
-        for name, count in arriving.items():
-            if not count:
-                continue
-            weight = weights[name]
-            scores = rule(
-                weight.data,
-                options=self.settings.growth.options,
-                gradient=_gradient(weight),
-                momentum=self.momentum.get(name),
-                rng=generator(run.seed, "growth", name, run.step),
-            )
-            mask = self.masks[name]
-            mask.copy_(grown(mask, _checked(f"growth rule {rule.name!r}", scores, weight, name), count))
-
-    def _agree(self, run: Run) -> None:
-        """Take the first worker's masks: machines may round the sums behind them differently."""
-        run.worker.share([mask.view(torch.uint8) for mask in self.masks.values()])  # every backend can send bytes
+        """Change the masks if that is due."""
+        self.sparse.step = run.step
+        if self.sparse.update(run.progress):
+            self._record(run)
 
     def _record(self, run: Run) -> None:
         active = active_counts(self.masks)
-        explored = active_counts(self.explored)
-        time = {"step": run.step, "epoch": run.progress * run.settings.epochs, "explored_share": self.explored_share}
+        explored = active_counts(self.sparse.ever)
+        time = {"step": run.step, "epoch": run.progress * run.settings.epochs, "explored_share": self.sparse.explored}
         for name, mask in self.masks.items():
             counts = {"active": active[name], "explored": explored[name], "weights": mask.numel()}
             self.history.append({**time, "layer": name, **counts})
 
     def results(self, run: Run) -> Results:
         """Return the history of the masks with its plot, the density and the explored share."""
-        density = density_of(self.masks)
-        explored = self.explored_share
+        density, explored = self.sparse.density, self.sparse.explored
         exist = f"{density:.2%} of the weights of linear and convolutional layers exist"
         return Results(
             facts={"density": density, "explored": explored},
@@ -198,29 +96,17 @@ class Topology(Hook):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return masks, explored weights, momentum and history."""
-        return {
-            "masks": dict(self.masks),
-            "explored": dict(self.explored),
-            "momentum": dict(self.momentum),
-            "history": list(self.history),
-        }
+        """Return the state of the training, and the history."""
+        return {**self.sparse.state_dict(), "history": list(self.history)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them, the masks in place."""
-        for name, mask in self.masks.items():
-            mask.copy_(state["masks"][name])
-            self.explored[name].copy_(state["explored"][name])
-            if name in state["momentum"]:
-                self.momentum[name] = state["momentum"][name].to(mask.device)
+        """Restore them."""
+        self.sparse.load_state_dict(state)
         self.history = list(state["history"])
 
 
 class Masked(Hook):
-    """Keeps pruned weights at zero by zeroing their gradients: momentum and decay of 0 are 0.
-
-    The arithmetic stays dense: this simulates sparsity and saves no time. Earlier hooks may change the masks in place.
-    """
+    """Keeps the weights outside of static masks at zero by zeroing their gradients: momentum and decay of 0 are 0."""
 
     priority = 100
 
@@ -235,17 +121,26 @@ class Masked(Hook):
 
     def on_gradients(self, run: Run) -> None:
         """Zero the gradients of pruned weights."""
-        self.zero(run, self.masks)
-
-    def zero(self, run: Run, names: Iterable[str]) -> None:
-        """Zero the gradients of the pruned weights of some parameters."""
-        for name in names:
+        for name, mask in self.masks.items():
             gradient = run.model.get_parameter(name).grad
             if gradient is not None:  # None: the forward pass does not use the parameter
-                gradient.mul_(self.masks[name])
+                gradient.mul_(mask)
 
 
-class Active(Masked):
+class Enforced(Hook):
+    """Zeroes the gradients of pruned weights. The arithmetic stays dense: this saves no time."""
+
+    priority = 100
+
+    def __init__(self, topology: Topology):
+        self.topology = topology
+
+    def on_gradients(self, run: Run) -> None:
+        """Zero the gradients of pruned weights."""
+        self.topology.sparse.mask_gradients()
+
+
+class Active(Enforced):
     """Puts sparse linear layers into the model, and keeps their patterns equal to the masks.
 
     A parameter and its optimiser state have one of two forms:
@@ -257,17 +152,15 @@ class Active(Masked):
     get gradients all the same.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor], due: Callable[[int], bool]):  # due: whether a step changes them
-        super().__init__(masks)
-        self.due = due
+    def __init__(self, topology: Topology):
+        super().__init__(topology)
         self.layers: dict[str, ActiveLinear] = {}  # by the names of their weights
 
     def on_start(self, run: Run) -> None:
         """Exchange the layers; their parameters stay."""
-        super().on_start(run)
         exchange_linear(run.model, ActiveLinear)
         for name, layer in run.model.named_modules():
-            if isinstance(layer, ActiveLinear) and f"{name}.weight" in self.masks:
+            if isinstance(layer, ActiveLinear) and f"{name}.weight" in self.topology.masks:
                 self.layers[f"{name}.weight"] = layer
 
     def on_epoch(self, run: Run) -> None:
@@ -278,11 +171,12 @@ class Active(Masked):
 
     def on_gradients(self, run: Run) -> None:
         """Zero the gradients of pruned weights that were computed; adopt masks that have changed."""
-        if self.due(run.step):
-            self.zero(run, self.masks)
+        sparse = self.topology.sparse
+        if sparse.due(run.step):
+            sparse.mask_gradients()
             self._adopt_masks()
         else:
-            self.zero(run, self.masks.keys() - self.layers.keys())
+            sparse.mask_gradients(sparse.masks.keys() - self.layers.keys())
 
     def on_step(self, run: Run) -> None:
         """Prepare the next step."""
@@ -294,7 +188,7 @@ class Active(Masked):
             layer.convert(run.optimizer, dense=True)
 
     def _prepare(self, run: Run) -> None:
-        due = self.due(run.step)
+        due = self.topology.sparse.due(run.step)
         for layer in self.layers.values():
             layer.dense_gradient = due
             if due or run.worker.world == 1:
@@ -302,7 +196,7 @@ class Active(Masked):
 
     def _adopt_masks(self) -> None:
         for name, layer in self.layers.items():
-            layer.pattern = Pattern.of(self.masks[name])
+            layer.pattern = Pattern.of(self.topology.masks[name])
 
 
 class FootprintReport(Hook):
@@ -339,46 +233,15 @@ def sparse(*, job: Job, samples: Samples, options: Sparsity = DENSE) -> list[Hoo
     steps = job.training.epochs * job.training.steps_per_epoch(job.samples_used(samples))
     topology = Topology(options, steps)
     active = options.compute == "sparse"
-    enforcing = Active(topology.masks, topology.due) if active else Masked(topology.masks)
+    enforcing = Active(topology) if active else Enforced(topology)
     return [topology, enforcing, FootprintReport(model, topology)]
 
 
-def first_masks(
-    name: str,
-    model: nn.Module,
-    density: float,
-    split: Split,
-    drawn: Tensor,
-    *,
-    rng: torch.Generator,
-    cost: Cost,
-    options: Mapping[str, Any] | None = None,
-) -> Masks:
-    """Return the first masks by the named rule; if it needs a batch, that is of the samples ``drawn``, at a cost."""
-    rule = initial[name]
-    batch = None
-    if "batch" in rule.declares:
-        device = next(model.parameters()).device
-        batch = next(plain_batches(split, drawn, device, len(drawn), dtype_of(model)))
-        cost.forward += len(drawn)
-        cost.backward += len(drawn)
-    masks: Masks = rule(model, density, options=options, rng=rng, batch=batch)
-    shapes = shapes_of(model)
-    if {layer: mask.shape for layer, mask in masks.items()} != shapes:
-        raise UserError(f"sparse initialisation {name!r} returned other layers or shapes than {[*shapes]}")
-    return masks
-
-
-def _checked(rule: str, scores: Tensor, weights: Tensor, layer: str) -> Tensor:
-    """Return a rule's scores on the device of the weights; NaN means that training diverged."""
-    shape = getattr(scores, "shape", None)
-    if shape != weights.shape:
-        raise UserError(f"{rule} returned shape {shape and [*shape]} for {[*weights.shape]} of {layer}")
-    if scores.isnan().any():
-        raise UserError(f"{rule} returned NaN for {layer}: {DIVERGED}")
-    return scores.to(weights.device)
-
-
-def _gradient(weight: Tensor) -> Tensor:
-    """Return a parameter's gradient; zeros if the forward pass does not use it."""
-    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+def first_batch(rule: str, model: nn.Module, split: Split, drawn: Tensor, cost: Cost) -> tuple[Tensor, Tensor] | None:
+    """Return the samples ``drawn`` if the named rule of the first masks needs a batch, at the cost of one gradient."""
+    if "batch" not in initial[rule].declares:
+        return None
+    cost.forward += len(drawn)
+    cost.backward += len(drawn)
+    device = next(model.parameters()).device
+    return next(plain_batches(split, drawn, device, len(drawn), dtype_of(model)))

@@ -88,6 +88,38 @@ class Sparsity(Settings):
         """Return ΔT, the steps between changes of the masks, for training of ``steps`` steps."""
         return self.update_every_steps or max(1, steps // INTERVALS)
 
+    def published_interval(self, steps: int) -> int:
+        """Return ΔT as the published share of ``steps`` steps, at most the published ΔT; a fortieth without growth."""
+        if self.growth is None:
+            return max(1, steps // INTERVALS)
+        published = PUBLISHED_INTERVALS.get(self.growth.name, PUBLISHED_INTERVALS["gradient"])
+        return max(1, min(published, published * steps // PUBLISHED_STEPS))
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse intervals that training of ``steps`` steps does not reach."""
+        every = self.interval(steps)
+        if self.density is not None and self.growth and every >= steps:
+            raise UserError(
+                f"update_every_steps = {every} is not below the {steps} steps of training: masks would never change"
+            )
+        # The last weights go at the first change of the masks after pruning has ended: there must be one.
+        last_change = -(-math.ceil(PRUNED_BY * steps) // every) * every
+        if self.is_gradual and last_change >= steps:
+            raise UserError(
+                f"update_every_steps = {every}: no change falls into the last quarter of the {steps} steps, so gradual"
+                " pruning would not reach its density"
+            )
+
+    def lookups(self) -> list[Lookup]:
+        """Return the chosen rules."""
+        from . import drop, growth, initial, redistribution
+
+        if self.density is None:
+            return []
+        registries = {"sparse_init": initial, "drop": drop, "growth": growth, "redistribution": redistribution}
+        rules = [(registry, getattr(self, name)) for name, registry in registries.items()]
+        return [Lookup(registry, rule.name, rule.options) for registry, rule in rules if rule]
+
     @property
     def rules_by_momentum(self) -> list[str]:
         """The settings whose rules need the dense gradient of every step, which imports those rules."""
@@ -202,34 +234,13 @@ class SparseSettings(Sparsity, Experiment):
             return {}
         steps = self.extended.epochs * self.extended.steps_per_epoch(n)
         published = PUBLISHED_INTERVALS.get(self.growth.name, PUBLISHED_INTERVALS["gradient"])
-        interval = max(1, min(published, published * steps // PUBLISHED_STEPS))
+        interval = self.published_interval(steps)
         return {"update_every_steps": (interval, f"{published}, as there are {steps} steps, not {PUBLISHED_STEPS}")}
-
-    def lookups(self) -> list[Lookup]:
-        """Return the chosen rules."""
-        from . import drop, growth, initial, redistribution
-
-        if self.density is None:
-            return []
-        registries = {"sparse_init": initial, "drop": drop, "growth": growth, "redistribution": redistribution}
-        rules = [(registry, getattr(self, name)) for name, registry in registries.items()]
-        return [Lookup(registry, rule.name, rule.options) for registry, rule in rules if rule]
 
     def check(self, n: int, data: Any) -> None:
         """Refuse rules that contradict each other, and intervals that training on n samples does not reach."""
         steps = self.extended.epochs * self.extended.steps_per_epoch(n)
-        every = self.interval(steps)
-        if self.density is not None and self.growth and every >= steps:
-            raise UserError(
-                f"update_every_steps = {every} is not below the {steps} steps of training: masks would never change"
-            )
-        # The last weights go at the first change of the masks after pruning has ended: there must be one.
-        last_change = -(-math.ceil(PRUNED_BY * steps) // every) * every
-        if self.is_gradual and last_change >= steps:
-            raise UserError(
-                f"update_every_steps = {every}: no change falls into the last quarter of the {steps} steps, so gradual"
-                " pruning would not reach its density"
-            )
+        self.check_steps(steps)
         if self.compute == "sparse":
             for name in self.rules_by_momentum:
                 rule = getattr(self, name).name

@@ -1,0 +1,460 @@
+"""Sparse training in any loop: masks that change during training, attached to the optimiser by its step hooks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from raypkg.core.config import Named, validate
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator
+
+from . import drop as drop_rules
+from . import growth as growth_rules
+from . import initial
+from . import redistribution as redistribution_rules
+from .compute import compressed
+from .masks import (
+    Masks,
+    active_counts,
+    allot,
+    check_density,
+    density_of,
+    drop_fraction,
+    dropped,
+    enlarged,
+    gradual_density,
+    grown,
+    prunable,
+    shapes_of,
+    surplus,
+    zero_changed,
+)
+from .settings import PRUNED_BY, Sparsity
+
+Rule = str | Mapping[str, Any] | Named | None  # a name, or {"name": …, "options": {…}}
+DIVERGED = "if the weights are not finite, lower the learning rate"
+_attached: WeakSet[nn.Module | Optimizer] = WeakSet()
+
+
+class SparseTraining:
+    """Trains a share of a model's weights, and changes which: RigL, SET, ITOP, sparse momentum, gradual pruning.
+
+        every ΔT steps:  drop f(p) of each layer's active weights, grow as many; new weights and their momentum are 0
+        every step:      gradients of pruned weights become 0, and with them momentum, decay and the weights
+
+    f(p) = f0/2 · (1 + cos πp) at the share p of training, as in RigL (arXiv:1911.11134). Counts are exact. Masks
+    apply to linear and convolutional layers and to attention's projections.
+
+    No line of the loop changes: the optimiser's own step hooks act after all micro-batches, after DDP's exchange of
+    gradients and after `torch.compile`. With a `GradScaler`, skipped steps do not count. Only a loop that clips calls
+    ``mask_gradients()`` before it, so that the norm is that of active weights. After `GradientCorrection`, weights grow
+    on the raw gradient. Ranks of a process group take rank 0's masks. The arithmetic stays dense.
+
+    Make it before checkpoints are loaded, and with the model on its device. Then load the states of model, optimiser
+    and this object, in this order.
+
+    Differs from RigL: a step that changes the masks also updates the weights, after the change. Without growth, masks
+    are static or, with the distribution ``dense``, weights are pruned gradually.
+
+    Args:
+        model: its weights are masked in place; wrappers of DDP and `torch.compile` may be around it.
+        optimizer: has all weights that are masked.
+        density: share of the weights that exist, 0 < density ≤ 1.
+        distribution: first masks: erk, uniform, snip, grasp, dense.
+        growth: gradient (RigL), random (SET), momentum; None = the masks stay.
+        drop: magnitude, set, threshold. Rules are names, ``package.module:function``, or mappings with "options", too.
+        redistribution: which layers grow: magnitude, nonzeros, momentum; None = those that dropped.
+        total_steps: steps of the optimiser in the whole training.
+        update_every: ΔT in steps; default: the same share of training as published, at most 4000 (random: 1500).
+        death_rate: f0, share of a layer's active weights to drop at the first change.
+        decay: of that share: cosine, linear.
+        fan_in: sparse = first weights suit the inputs that exist, for networks without batch norm.
+        batch: x, y int64 [b] for the first masks, if snip or grasp chooses them.
+        seed: of masks and random growth; the same on all ranks.
+
+    Attributes:
+        masks: bool tensors by the names of the weights, changed in place.
+        step: steps of the optimiser so far.
+
+    Raises:
+        UserError: an invalid value, a model without prunable layers, an optimiser that lacks a weight, a second
+            attachment; in a step that changes the masks, a gradient that is not finite, before anything changes.
+
+    >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> sparse = SparseTraining(model, optimizer, density=0.1, total_steps=20, update_every=5)
+    >>> for _ in range(20):
+    ...     optimizer.zero_grad()
+    ...     nn.functional.cross_entropy(model(torch.randn(8, 20)), torch.arange(8) % 2).backward()
+    ...     optimizer.step()
+    >>> round(sparse.density, 3), sparse.explored > sparse.density
+    (0.1, True)
+    >>> sparse.finalize()
+    >>> sum(int(layer.weight.count_nonzero()) for layer in (model[0], model[2]))
+    66
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        density: float = 0.05,
+        *,
+        total_steps: int,
+        distribution: Rule = "erk",
+        growth: Rule = "gradient",
+        drop: Rule = "magnitude",
+        redistribution: Rule = None,
+        update_every: int | None = None,
+        death_rate: float = 0.5,
+        decay: str = "cosine",
+        fan_in: str = "dense",
+        batch: tuple[Tensor, Tensor] | None = None,
+        seed: int = 0,
+    ):
+        chosen = {"density": density, "growth": growth, "drop": drop, "redistribution": redistribution}
+        chosen |= {"sparse_init": distribution, "update_every_steps": update_every, "death_rate": death_rate}
+        self.settings = settings = validate(Sparsity, {**chosen, "decay": decay, "fan_in": fan_in})
+        for lookup in settings.lookups():
+            lookup.registry[lookup.name].options(lookup.options)
+        if settings.density is None:
+            raise UserError("density = false: SparseTraining needs the share of the weights that exist")
+        if settings.growth and settings.sparse_init.name == "dense":
+            raise UserError(f"distribution = dense with growth = {settings.growth.name} would stay dense: growth=None")
+        self.every = update_every or settings.published_interval(total_steps)
+        self.total_steps = total_steps
+        settings.model_copy(update={"update_every_steps": self.every}).check_steps(total_steps)
+        self.model = unwrapped(model)
+        # Accelerate wraps optimisers, whose hooks are those of the inner one.
+        self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.weights = prunable(self.model)
+        check_density(settings.density, shapes_of(self.model))
+        optimised = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+        if missing := next((name for name, weight in self.weights.items() if id(weight) not in optimised), None):
+            raise UserError(f"the optimiser does not have {missing} of the model: give it the parameters of this model")
+        if self.model in _attached or self.optimizer in _attached:
+            raise UserError("the model or its optimiser has a SparseTraining already: finalize() ends that")
+
+        self.seed = seed
+        self.step = 0
+        self.tracks_momentum = bool(settings.rules_by_momentum)
+        self.momentum: dict[str, Tensor] = {}  # of the dense gradient, if a rule needs it
+        rule = settings.sparse_init
+        rng = generator(seed, "mask")
+        masks = first_masks(rule.name, self.model, settings.density, rng=rng, batch=batch, options=rule.options)
+        self.masks = {name: mask.bool().to(self.weights[name].device) for name, mask in masks.items()}
+        self._agree(self.masks)
+        self.ever = {name: mask.clone() for name, mask in self.masks.items()}  # weights that were ever active
+        for name, weight in self.weights.items():
+            if settings.fan_in == "sparse":
+                weight.data.copy_(enlarged(weight.data, self.masks[name]))
+            zero_changed(weight, self.masks[name], self.masks[name], self.optimizer)
+        self._set_factors()
+        self._updated = False  # for the coming step of the optimiser
+        self._handles = (
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        )
+        _attached.update({self.model, self.optimizer})
+
+    @property
+    def density(self) -> float:
+        """The share of the weights that exist."""
+        return density_of(self.masks)
+
+    @property
+    def explored(self) -> float:
+        """R_s, the share of the weights that existed at some time (ITOP)."""
+        return density_of(self.ever)
+
+    @property
+    def progress(self) -> float:
+        """The share of training that is done."""
+        return min(1.0, self.step / self.total_steps)
+
+    def due(self, step: int) -> bool:
+        """Return True if the masks change in a step."""
+        changes = self.settings.is_gradual or self.settings.growth is not None
+        return changes and step > 0 and step % self.every == 0
+
+    def update(self, progress: float | None = None) -> bool:
+        """Change the masks by the dense gradients if that is due; return True if they changed.
+
+        The optimiser's step and ``mask_gradients`` call it once for each step. Gradients that are not finite change
+        nothing: either a `GradScaler` skips the step, or the step raises an error. ``progress`` replaces the share of
+        steps that is done.
+        """
+        due = self.due(self.step)
+        gradients = {}
+        if due or self.tracks_momentum:
+            if self._infinite():
+                return False
+            gradients = {name: self._dense_gradient(weight) for name, weight in self.weights.items()}
+        if self.tracks_momentum:
+            group = self.optimizer.param_groups[0]
+            beta = group["momentum"] if "momentum" in group else group.get("betas", (0.9,))[0]
+            for name, gradient in gradients.items():  # m ← βm + g
+                if name in self.momentum:
+                    self.momentum[name].mul_(beta).add_(gradient)
+                else:
+                    self.momentum[name] = gradient.clone()
+        if due:
+            self._change(gradients, self.progress if progress is None else progress)
+        self._updated = True
+        return due
+
+    def mask_gradients(self, names: Iterable[str] | None = None) -> None:
+        """Zero the gradients of pruned weights, of the named ones only or of all, after ``update``.
+
+        The optimiser's step calls it. A loop that clips gradients calls it first, after unscaling and correction.
+        """
+        if not self._updated:
+            self.update()
+        gradients, factors = [], []
+        for name in self.weights if names is None else names:
+            gradient = self.weights[name].grad
+            if gradient is not None:  # None: the forward pass does not use the weight
+                gradients.append(gradient)
+                factors.append(self._factors[name])
+        if gradients:
+            torch._foreach_mul_(gradients, factors)
+
+    def compressed(self) -> dict[str, Tensor]:
+        """Return the model's tensors with the masked ones in compressed sparse rows.
+
+        `raypkg.methods.sparse.compute.expanded` makes them dense again; `safetensors` and `torch.save` write them.
+        """
+        return compressed(self.model.state_dict(), set(self.masks))
+
+    def detach(self) -> None:
+        """Remove the hooks from the optimiser, whose loop then calls ``update`` and ``mask_gradients`` itself."""
+        for handle in self._handles:
+            handle.remove()
+        _attached.discard(self.model)
+        _attached.discard(self.optimizer)
+
+    def finalize(self) -> None:
+        """Detach at the end of training; pruned weights are zero."""
+        for name, weight in self.weights.items():
+            weight.data.mul_(self.masks[name])
+        self.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks, momentum and step, at any step of an epoch, as tensors and plain values."""
+        return {
+            "masks": dict(self.masks),
+            "explored": dict(self.ever),
+            "momentum": dict(self.momentum),
+            "step": self.step,
+            "nonzero": self._nonzero(self.masks),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state, after that of the model.
+
+        Raises:
+            UserError: the state is of another model, or the model's weights are not those that were stored with it.
+        """
+        shapes = {name: mask.shape for name, mask in state["masks"].items()}
+        if shapes != shapes_of(self.model):
+            raise UserError(f"the state has masks of {', '.join(shapes)}: they are of another model")
+        masks = {name: mask.to(self.masks[name].device) for name, mask in state["masks"].items()}
+        found = self._nonzero(masks)
+        if found != state.get("nonzero", found):  # earlier versions stored neither this nor the step
+            raise UserError(
+                f"of the weights in these masks {found:,} are not zero, not {state['nonzero']:,}: make SparseTraining"
+                " first, then load the model's state, then this one"
+            )
+        self._commit(masks)
+        for name, mask in state["explored"].items():
+            self.ever[name].copy_(mask)
+        self.momentum = {name: value.to(self.masks[name].device) for name, value in state["momentum"].items()}
+        self.step = state.get("step", 0)
+        self._updated = False
+
+    def _nonzero(self, masks: Masks) -> int:
+        return sum(int(self.weights[name].data[mask].count_nonzero()) for name, mask in masks.items())
+
+    # Steps of the optimiser
+
+    def _before_step(
+        self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure: Callable[[], Any] | None = arguments[1] if len(arguments) > 1 else keywords.get("closure")
+        if closure is None:
+            self._prepare()
+            return None
+
+        def prepared() -> Any:  # the closure computes the gradients, as in Lightning
+            loss = closure()
+            self._prepare()
+            return loss
+
+        return arguments[:1], {**keywords, "closure": prepared}
+
+    def _prepare(self) -> None:
+        if self._is_skipped():
+            return
+        if not self._updated:
+            self.update()
+            if not self._updated:
+                name = self._infinite()
+                raise UserError(f"step {self.step}: the gradient of {name} is not finite: lower the learning rate")
+        self.mask_gradients()
+
+    def _after_step(self, *_: Any) -> None:
+        if self._is_skipped():
+            return
+        self.step += 1
+        self._updated = False
+        for weight in self.weights.values():
+            vars(weight).pop("raw_grad", None)
+
+    def _is_skipped(self) -> bool:
+        """Return True in a step of a fused optimiser that changes no weight, as a `GradScaler` found an overflow."""
+        found = getattr(self.optimizer, "found_inf", None)
+        return found is not None and bool(found)
+
+    def _infinite(self) -> str | None:
+        """Return the name of a parameter whose gradient has an infinite value or NaN, or None."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return name
+        return None
+
+    def _dense_gradient(self, weight: nn.Parameter) -> Tensor:
+        """Return a weight's gradient, unscaled and without AGENT's correction; zeros if the forward pass has no use."""
+        raw: Tensor | None = getattr(weight, "raw_grad", None)  # from GradientCorrection
+        if raw is not None:
+            return raw
+        if weight.grad is None:
+            return torch.zeros_like(weight)
+        scale = getattr(self.optimizer, "grad_scale", None)  # while a fused optimiser steps under a GradScaler
+        return weight.grad if scale is None else weight.grad / scale
+
+    # Changes of the masks
+
+    def _change(self, gradients: Mapping[str, Tensor], progress: float) -> None:
+        before = self.masks
+        old_counts = active_counts(before)
+
+        # Drop the share f(p) of each layer or, in gradual pruning, its surplus.
+        if self.settings.is_gradual:
+            pruning_done = min(1.0, progress / PRUNED_BY)
+            leaving = surplus(before, gradual_density(self.settings.density or 1.0, pruning_done))
+        else:
+            fraction = drop_fraction(self.settings.death_rate, progress, self.settings.decay)
+            # Rounding of the progress must not turn 8 weights into 7.999….
+            leaving = {name: int(fraction * count + 1e-9) for name, count in old_counts.items()}
+        chosen = self.settings.drop
+        rule = drop_rules[chosen.name]
+        masks = {}
+        for name, mask in before.items():
+            active = self.weights[name].data[mask]  # [k]
+            scores = rule(active, options=chosen.options)
+            masks[name] = dropped(mask, _checked(f"drop rule {rule.name!r}", scores, active, name), leaving[name])
+
+        if self.settings.growth:
+            self._grow(masks, gradients, old_counts)
+        self._agree(masks)
+        for name, mask in masks.items():
+            self.ever[name] |= mask
+            zero_changed(self.weights[name], mask, before[name], self.optimizer)
+        self._commit(masks)
+
+    def _grow(self, masks: Masks, gradients: Mapping[str, Tensor], old_counts: Mapping[str, int]) -> None:
+        """Grow as many weights as all layers lost: each its own, or its part by the redistribution."""
+        counts = active_counts(masks)
+        arriving = {name: count - counts[name] for name, count in old_counts.items()}
+        if self.settings.redistribution:
+            rule = redistribution_rules[self.settings.redistribution.name]
+            shares = {}
+            for name, mask in masks.items():
+                momentum = self.momentum[name][mask] if name in self.momentum else None  # [k]
+                options = self.settings.redistribution.options
+                share = rule(self.weights[name].data[mask], options=options, momentum=momentum)
+                if not 0 <= share < math.inf:
+                    raise UserError(f"redistribution {rule.name!r} returned {share} for {name}: {DIVERGED}")
+                shares[name] = share
+            room = {name: mask.numel() - counts[name] for name, mask in masks.items()}
+            arriving = allot(shares, sum(arriving.values()), room)
+
+        assert self.settings.growth
+        rule = growth_rules[self.settings.growth.name]
+        for name, count in arriving.items():
+            if not count:
+                continue
+            weight = self.weights[name]
+            scores = rule(
+                weight.data,
+                options=self.settings.growth.options,
+                gradient=gradients[name],
+                momentum=self.momentum.get(name),
+                rng=generator(self.seed, "growth", name, self.step),
+            )
+            masks[name] = grown(masks[name], _checked(f"growth rule {rule.name!r}", scores, weight, name), count)
+
+    def _agree(self, masks: Masks) -> None:
+        """Take rank 0's masks: machines may round the sums behind them differently."""
+        if dist.is_available() and dist.is_initialized():
+            for mask in masks.values():
+                dist.broadcast(mask.view(torch.uint8), 0)  # every backend can send bytes
+
+    def _commit(self, masks: Masks) -> None:
+        for name, mask in masks.items():
+            self.masks[name].copy_(mask)
+        self._set_factors()
+
+    def _set_factors(self) -> None:
+        # A product with a mask of the gradient's type is several times faster on a CPU than with a bool one.
+        self._factors = {name: mask.to(self.weights[name].dtype) for name, mask in self.masks.items()}
+
+
+def first_masks(
+    name: str,
+    model: nn.Module,
+    density: float,
+    *,
+    rng: torch.Generator,
+    batch: tuple[Tensor, Tensor] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Masks:
+    """Return the first masks by the named rule; some rules need a batch x, y."""
+    rule = initial[name]
+    if batch is None and "batch" in rule.declares:
+        raise UserError(f"sparse initialisation {name!r} scores weights on a batch: give batch=(x, y)")
+    masks: Masks = rule(model, density, options=options, rng=rng, batch=batch)
+    shapes = shapes_of(model)
+    if {layer: mask.shape for layer, mask in masks.items()} != shapes:
+        raise UserError(f"sparse initialisation {name!r} returned other layers or shapes than {[*shapes]}")
+    return masks
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module within the wrappers of DDP and of `torch.compile`, with which it shares its parameters."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def _checked(rule: str, scores: Tensor, weights: Tensor, layer: str) -> Tensor:
+    """Return a rule's scores on the device of the weights; NaN means that training diverged."""
+    shape = getattr(scores, "shape", None)
+    if shape != weights.shape:
+        raise UserError(f"{rule} returned shape {shape and [*shape]} for {[*weights.shape]} of {layer}")
+    if scores.isnan().any():
+        raise UserError(f"{rule} returned NaN for {layer}: {DIVERGED}")
+    return scores.to(weights.device)

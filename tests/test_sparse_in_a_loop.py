@@ -1,0 +1,300 @@
+"""SparseTraining in a loop of one's own: equal to effray's own run, under what a loop may do, and what it refuses."""
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gloo import on_workers
+from raypkg import SparseTraining
+from raypkg.core.errors import UserError
+from raypkg.data.coreset import Coreset
+from raypkg.engine.batches import Batches
+from raypkg.engine.loop import fit
+from raypkg.engine.worker import Worker
+from raypkg.methods.sparse.compute import expanded
+from sparse_training import PLAIN, STEPS, C, D, N, batch, network, rng, run, sparse, split
+
+EPOCHS = 5
+MOMENTUM = {"lr": 0.1, "momentum": PLAIN.momentum, "nesterov": PLAIN.nesterov}
+
+
+def stream():
+    """Yield x, y of every step of effray's own run."""
+    batches = Batches(split(), Coreset.uniform(torch.arange(N)), 16, seed=0, augment=(), worker=Worker())
+    return [(part.x, part.y) for epoch in range(EPOCHS) for part in batches.epoch(epoch)]
+
+
+def attached(model=None, *, fused=True, optimizer=torch.optim.SGD, update_every=4, total_steps=STEPS, **options):
+    model = network() if model is None else model
+    rates = MOMENTUM if optimizer is torch.optim.SGD else {"lr": 0.01}
+    optimizer = optimizer(model.parameters(), **rates, fused=fused)
+    options = {"density": 0.3, "update_every": update_every, "total_steps": total_steps, **options}
+    return model, optimizer, SparseTraining(model, optimizer, **options)
+
+
+def train(model, optimizer, data):
+    for x, y in data:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def same_masks(first, second):
+    return all(mask.equal(second.masks[name]) for name, mask in first.masks.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"growth": "gradient"}, {}),
+        ({"growth": "random", "drop": "set", "decay": "linear"}, {}),
+        ({"growth": "momentum", "redistribution": "momentum"}, {}),
+        ({"growth": None, "sparse_init": "uniform", "fan_in": "sparse"}, {}),
+        ({"growth": None, "sparse_init": "dense", "update_every_steps": 1}, {}),
+        ({"growth": "gradient"}, {"clip": 0.5}),
+    ],
+)
+def test_it_equals_effrays_own_run_bit_for_bit(settings, options):
+    hooks = sparse(**settings)
+    theirs = fit(run(*hooks, **options)).model
+    ours = {"sparse_init": "distribution", "update_every_steps": "update_every"}
+    model, optimizer, training = attached(**{ours.get(name, name): value for name, value in settings.items()})
+    for x, y in stream():
+        (F.cross_entropy(model(x), y, reduction="none").sum() / len(y)).backward()
+        if options:
+            training.mask_gradients()
+            nn.utils.clip_grad_norm_(model.parameters(), options["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(model, theirs) and same_masks(training, hooks[0].sparse)
+    assert training.step == STEPS and training.explored == hooks[0].sparse.explored
+    existing = model.get_parameter(next(iter(training.masks)))
+    assert not existing[~next(iter(training.masks.values()))].any() and 0.29 < training.density < 0.31
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_pruned_weights_and_their_state_are_zero_at_every_step(optimizer):
+    model, optimizer, training = attached(optimizer=optimizer)
+    for pair in stream():
+        train(model, optimizer, [pair])
+        for name, mask in training.masks.items():
+            weight = model.get_parameter(name)
+            state = [value for value in optimizer.state[weight].values() if value.shape == weight.shape]
+            assert state and not any(value[~mask].any() for value in [weight, *state])
+
+
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+@pytest.mark.parametrize("stop", [3, 8, 14])
+def test_stopped_within_an_epoch_and_resumed_equals_never_stopped(stop, growth):
+    straight, optimizer, whole = attached(growth=growth)
+    train(straight, optimizer, stream())
+    first = attached(growth=growth)
+    train(*first[:2], stream()[:stop])
+    kept = io.BytesIO()
+    torch.save([each.state_dict() for each in first], kept)
+    kept.seek(0)
+    again = attached(nn.Sequential(network())[0], growth=growth)
+    for each, state in zip(again, torch.load(kept), strict=True):
+        each.load_state_dict(state)
+    train(*again[:2], stream()[stop:])
+    assert same(straight, again[0]) and same_masks(whole, again[2]) and whole.explored == again[2].explored
+
+
+def test_a_state_is_restored_in_its_order_only():
+    model, optimizer, training = attached()
+    train(model, optimizer, stream()[:10])
+    masks = {name: mask.clone() for name, mask in training.masks.items()}
+    for other, message in (
+        (network(), r"not zero, not \d+: make SparseTraining first"),
+        (nn.Linear(D, C), r"are of another model"),
+    ):
+        later = attached(other)[2]
+        before = {name: mask.clone() for name, mask in later.masks.items()}
+        with pytest.raises(UserError, match=message):
+            later.load_state_dict(training.state_dict())
+        assert all(mask.equal(later.masks[name]) for name, mask in before.items()) and later.step == 0
+    assert all(mask.equal(training.masks[name]) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_grad_scaler_changes_nothing_and_skipped_steps_do_not_count(fused, by_hand, growth):
+    plain, optimizer, expected = attached(growth=growth, fused=fused)
+    train(plain, optimizer, stream())
+    model, optimizer, training = attached(growth=growth, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)  # powers of two change no bit
+    overflows = {4: "weight", 5: "weight", 8: "bias", 20: "weight"}  # before these steps, once
+    for x, y in stream():
+        for overflow in [overflows.pop(training.step), None] if training.step in overflows else [None]:
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+            if overflow:
+                next(p for name, p in model.named_parameters() if overflow in name).grad[0] = torch.inf
+            if by_hand:
+                scaler.unscale_(optimizer)
+                training.mask_gradients()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert training.step == STEPS and not overflows
+    assert same_masks(training, expected) and same(model, plain)
+
+
+def test_micro_batches_are_one_step():
+    whole, optimizer, expected = attached(network().double())
+    train(whole, optimizer, [(x.double(), y) for x, y in stream()])
+    model, optimizer, training = attached(network().double())
+    for x, y in stream():
+        for part in (slice(0, 8), slice(8, 16)):
+            (F.cross_entropy(model(x[part].double()), y[part]) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same_masks(training, expected) and training.step == STEPS
+
+
+def test_a_closure_computes_the_gradients_that_are_masked():
+    plain, optimizer, expected = attached()
+    train(plain, optimizer, stream())
+    for by_name in (False, True):
+        model, optimizer, training = attached()
+        for x, y in stream():
+
+            def closure(x=x, y=y, model=model, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+            assert loss > 0
+        assert same(model, plain) and same_masks(training, expected)
+
+
+def test_a_compiled_model_trains_under_the_same_masks():
+    plain, optimizer, expected = attached()
+    train(plain, optimizer, stream())
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    _, optimizer, training = attached(compiled)
+    train(compiled, optimizer, stream())
+    assert same(model, plain) and same_masks(training, expected)
+
+
+def masks_on(worker):
+    """Return masks and weights of DDP on this rank's half of every batch."""
+    model = network().double()
+    wrapped = DistributedDataParallel(model) if worker.world > 1 else model
+    _, optimizer, training = attached(wrapped)
+    half = slice(worker.rank * 16 // worker.world, (worker.rank + 1) * 16 // worker.world)
+    train(wrapped, optimizer, [(x[half].double(), y[half]) for x, y in stream()])
+    return {name: mask.tolist() for name, mask in training.masks.items()}
+
+
+def test_two_ranks_hold_the_masks_of_one():
+    alone = masks_on(Worker())
+    assert on_workers(2, masks_on) == [alone, alone]
+
+
+def test_a_saliency_chooses_the_first_masks_on_a_batch():
+    training = attached(distribution="snip", batch=batch())[2]
+    hooks = sparse(sparse_init="snip")
+    fit(run(*hooks, epochs=1))
+    assert training.density == hooks[0].sparse.density
+    with pytest.raises(UserError, match=r"'snip' scores weights on a batch: give batch=\(x, y\)"):
+        attached(distribution="snip")
+
+
+def test_it_ends_with_zeros_and_leaves_the_optimiser():
+    model, optimizer, training = attached()
+    train(model, optimizer, stream()[:10])
+    layer = model.get_parameter(next(iter(training.masks)))
+    layer.data.add_(1)  # an update from elsewhere
+    training.finalize()
+    training.finalize()
+    assert torch.equal(layer != 0, next(iter(training.masks.values())))
+    small = training.compressed()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expanded(small).items())
+    assert any(name.endswith(".columns") for name in small)
+    train(model, optimizer, stream()[:2])
+    assert training.step == 10
+    SparseTraining(model, optimizer, 0.3, total_steps=STEPS, update_every=4)  # another may follow
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing():
+    model, optimizer, _ = attached()
+    before = [weight.clone() for weight in model.parameters()]
+    other = network()
+    alien = torch.optim.SGD(network().parameters(), 0.1)
+    frozen = nn.Sequential(nn.BatchNorm1d(D))
+    good = {"total_steps": STEPS, "update_every": 4}
+    for arguments, options, message in (
+        ((model, optimizer), good, "has a SparseTraining already"),
+        ((model, torch.optim.SGD(model.parameters(), 0.1)), good, "has a SparseTraining already"),
+        (
+            (other, alien),
+            good,
+            r"the optimiser does not have \S+ of the model",
+        ),
+        ((frozen, torch.optim.SGD(frozen.parameters(), 0.1)), good, "the model trains no weights of linear"),
+        ((other, torch.optim.SGD(other.parameters(), 0.1)), {**good, "growth": "gradien"}, "did you mean 'gradient'"),
+        ((other, torch.optim.SGD(other.parameters(), 0.1)), {**good, "density": 1.5}, "density = 1.5"),
+        ((other, torch.optim.SGD(other.parameters(), 0.1)), {"total_steps": 4, "update_every": 4}, "never change"),
+        ((other, torch.optim.SGD(other.parameters(), 0.1)), {**good, "distribution": "dense"}, "would stay dense"),
+    ):
+        with pytest.raises(UserError, match=message) as raised:
+            SparseTraining(*arguments, **options)
+        assert "\n" not in str(raised.value)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert same(other, network())
+
+
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(growth):
+    model, optimizer, training = attached(growth=growth)
+    train(model, optimizer, stream()[:4])
+    weights = [weight.clone() for weight in model.parameters()]
+    masks = {name: mask.clone() for name, mask in training.masks.items()}
+    x, y = stream()[4]
+    with pytest.raises(UserError, match=r"step 4: the gradient of \S+ is not finite: lower the learning rate"):
+        train(model, optimizer, [(x * torch.nan, y)])
+    assert all(torch.equal(old, new) for old, new in zip(weights, model.parameters(), strict=True))
+    assert all(mask.equal(masks[name]) for name, mask in training.masks.items()) and training.step == 4
+    optimizer.zero_grad()
+    twin, other, _ = attached(growth=growth)
+    train(model, optimizer, stream()[4:])  # the loop may go on with other samples
+    train(twin, other, stream())
+    assert same(model, twin)
+
+
+def test_a_rule_that_fails_leaves_the_masks():
+    def broken(weight, *, gradient):
+        return torch.full_like(weight, torch.nan) if len(weight) < 16 else gradient.abs()
+
+    from raypkg.methods.sparse import growth
+
+    growth._entries["broken"] = growth._entry("broken", broken, "")
+    try:
+        model, optimizer, training = attached(growth="broken")
+        masks = {name: mask.clone() for name, mask in training.masks.items()}
+        with pytest.raises(UserError, match="growth rule 'broken' returned NaN"):
+            train(model, optimizer, stream())
+        assert training.step == 4 and all(mask.equal(masks[name]) for name, mask in training.masks.items())
+    finally:
+        del growth._entries["broken"]
+
+
+def test_random_growth_follows_the_seed():
+    masks = []
+    for seed in (1, 1, 2):
+        model, optimizer, training = attached(growth="random", seed=seed)
+        train(model, optimizer, stream()[:9])
+        masks.append(torch.cat([mask.flatten() for mask in training.masks.values()]))
+    assert masks[0].equal(masks[1]) and not masks[0].equal(masks[2]) and rng().initial_seed() == 0
