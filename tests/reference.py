@@ -60,6 +60,17 @@ def per_sample_gradients(p: Problem) -> Tensor:
     return torch.stack([gradient(p.head, h[None], label[None]) for h, label in samples])
 
 
+def full_norms(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Norms of the gradients of all parameters, by one backward pass per sample [n]."""
+    model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norms = []
+    for sample, label in zip(x, y, strict=True):
+        gradients = torch.autograd.grad(F.cross_entropy(model(sample[None]), label[None]), parameters)
+        norms.append(torch.cat([each.flatten() for each in gradients]).norm())
+    return torch.stack(norms)
+
+
 def ridge(atoms: Tensor, target: Tensor, lam: float) -> Tensor:
     """Least squares anew: argmin ‖Σ v_i a_i − t‖² + λ‖v‖² for atoms [m, p] and target [p]."""
     m = len(atoms)

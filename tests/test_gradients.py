@@ -4,7 +4,9 @@ from torch import nn
 
 import reference
 from raypkg.core.errors import UserError
-from raypkg.coresets.gradients import HeadView, head_view
+from raypkg.coresets import gradients
+from raypkg.coresets.gradients import HeadView, gradient_norms, head_view
+from raypkg.models import build_model
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -150,3 +152,42 @@ def test_head_view_of_a_diverged_model_is_refused(model, data):
     with pytest.raises(UserError, match="sample 0: NaN or infinite logits"):
         head_view(model, [data])
     assert model.training
+
+
+def samples_for(shape, n):
+    if len(shape) == 2:  # texts: tokens and segments, padded by -1
+        texts = torch.stack([torch.randint(1, shape[1], (n, shape[0])), torch.zeros(n, shape[0], dtype=torch.int64)], 1)
+        texts[0, :, shape[0] // 2 :] = -1
+        return texts
+    return torch.randn(n, *shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("mlp", (5,)),
+        ("lenet5", (1, 28, 28)),
+        ("resnet8", (3, 8, 8)),
+        ("airbench", (3, 32, 32)),
+        ("transformer", (6, 9)),
+    ],
+)
+def test_norms_of_full_gradients_are_those_of_one_backward_pass_per_sample(name, shape, monkeypatch):
+    torch.manual_seed(0)
+    model = build_model(name, shape, 3, seed=0).train()
+    next(model.parameters()).requires_grad_(False)  # a frozen parameter has no part in it
+    x, y = samples_for(shape, 7), torch.arange(7) % 3
+    monkeypatch.setattr(gradients, "AT_ONCE", 2 * sum(p.numel() for p in model.parameters()))  # two samples at a time
+    with torch.no_grad():  # as during training
+        norms = gradient_norms(model, [(x[:4], y[:4]), (x[4:], y[4:])])
+    assert model.training
+    torch.testing.assert_close(norms, reference.full_norms(model, x, y), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_without_gradients_of_single_samples_is_refused():
+    class Branching(nn.Linear):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    with pytest.raises(UserError, match="Branching has no full gradients of single samples: "):
+        gradient_norms(Branching(2, 3), [(torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))])

@@ -6,13 +6,19 @@ import torch
 import reference
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
+from raypkg.core.settings import Select
 from raypkg.coresets.budgets import budget_of, class_budgets, select, select_class
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.record import Record
 from raypkg.coresets.rules import coreset
 from raypkg.coresets.rules.matching import safe_rate, steepest
+from raypkg.coresets.sharded import LiveModel, select_coreset
 from raypkg.coresets.solvers import largest
+from raypkg.data import Data
 from raypkg.data.coreset import Coreset
+from raypkg.data.split import Split
+from raypkg.engine.shards import LocalShards, class_shards
+from raypkg.models import build_model
 
 BY_CLASS = [name for name, entry in coreset.entries.items() if entry.sees == "gradients" and entry.by_class]
 
@@ -385,3 +391,39 @@ def test_grand_draws_in_proportion_to_the_norms_and_its_weights_are_unbiased():
     spread = (1 / expected - 1).sqrt() / draws**0.5  # of an estimate whose mean is 1
     mean = total / draws * 30 / budget
     assert ((mean - 1).abs() < 5 * spread).all()
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("holders", [1, 3])
+@pytest.mark.parametrize(("name", "gradients"), [("el2n", None), ("grand", "head"), ("grand", "full")])
+def test_scores_are_averaged_over_the_models(name, gradients, holders, balanced):
+    n, budget = 60, 12
+    x, y = torch.randn(n, 5, generator=generator(0, "x")), torch.arange(n) % 3
+    split = Split.from_tensors(x, y)
+    models = [build_model("mlp", (5,), 3, seed=seed) for seed in range(3)]
+
+    x = split.inputs(split.batch(torch.arange(n))[0])
+    scores = []
+    for model in models:
+        errors = (model(x).softmax(1) - torch.eye(3)[y]).norm(dim=1)
+        lengths = (model.features(x).square().sum(1) + 1).sqrt()
+        by_name = {None: errors, "head": errors * lengths, "full": reference.full_norms(model, x, y)}
+        scores.append(by_name[gradients].detach())
+    mean = torch.stack(scores).mean(0)
+    groups = [(y == label).nonzero()[:, 0] for label in range(3)] if balanced else [torch.arange(n)]
+    expected = torch.cat([group[mean[group].topk(budget // len(groups)).indices] for group in groups])
+
+    shards = LocalShards(class_shards(Data(split, split), y, torch.arange(n), ints(), holders))
+    options = {} if gradients is None else {"gradients": gradients}
+    settings = Select(rule=name, fraction=budget / n, balanced=balanced, options=options)
+    scorers = [LiveModel(model, "float32") for model in models]
+    picked = select_coreset(shards, scorers, settings, Record.empty(y), torch.arange(n), seed=0)
+    assert picked.coreset.indices.equal(expected.sort().values)
+    passes = 3 * n
+    full = passes if gradients == "full" else 0
+    assert (picked.cost.forward, picked.cost.backward) == (passes + full, full)
+
+
+def test_full_gradients_need_a_model():
+    with pytest.raises(UserError, match="grand option gradients = full: only a selection by a run's model"):
+        select(reference.problem(9).view, 3, "grand", seed=0, options={"gradients": "full"})

@@ -79,7 +79,7 @@ def picked(name, target, *, balanced=True, holders=1, valid=NONE, options=None):
     settings = Select(fraction=0.2, weighted=True, **chosen)
     shards = LocalShards(class_shards(Data(split, split), split.y, kept, valid, holders))
     scorer = LiveModel(model(), "float32")
-    return select_coreset(shards, scorer, settings, Record.empty(split.y), kept, seed=0)
+    return select_coreset(shards, [scorer], settings, Record.empty(split.y), kept, seed=0)
 
 
 @pytest.mark.parametrize("balanced", [True, False])

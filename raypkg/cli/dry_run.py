@@ -54,13 +54,13 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
     """Refuse what an experiment refuses once it knows the samples."""
     from raypkg.coresets.reselection import check_selects_once
     from raypkg.experiments.coreset_files import load_coreset
-    from raypkg.experiments.selection import check_target_samples, trained_model
+    from raypkg.experiments.selection import check_target_samples, trained_models
     from raypkg.experiments.trained import first_weights
 
     n = len(samples.train_indices)
     if isinstance(settings, SelectSettings):
         check_selects_once(settings)
-        trained_model(settings, RunFolder(storage), settings.model_from, settings.precision)
+        trained_models(settings, RunFolder(storage))
     elif isinstance(settings, Experiment):
         given = getattr(settings, "coreset", None)
         if given is not None:

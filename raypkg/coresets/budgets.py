@@ -3,7 +3,7 @@
 The picks of a class depend only on its own samples, the seed and its label, so they are the same wherever it is stored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -62,12 +62,14 @@ def select_class(
     label: int | str,
     options: Mapping[str, Any],
     target: HeadView | None = None,
+    others: Sequence[HeadView] = (),
+    full_norms: Callable[[], Tensor] | None = None,
     memory: int = GIBIBYTE,
     progress: float = 0.0,
 ) -> Coreset:
     """Select positions in the samples of one class, with the generator named (seed, "select", label).
 
-    Other arguments as in ``select``.
+    ``others`` and ``full_norms`` are for rules that declare them. Other arguments as in ``select``.
     """
     n = len(samples)
     _check_budget(budget, n)
@@ -83,10 +85,10 @@ def select_class(
 
     arguments = (samples,) if rule.sizes_itself else (samples, budget)
     rng = generator(seed, "select", label)
+    of_models = {"others": others, "full_norms": full_norms}
+    of_target = {"target": target, "valid": target}
     try:
-        picked = rule(
-            *arguments, options=options, rng=rng, target=target, valid=target, memory=memory, progress=progress
-        )
+        picked = rule(*arguments, options=options, rng=rng, memory=memory, progress=progress, **of_target, **of_models)
     except Exception as error:
         if isinstance(error, UserError) or rule.source != USER_CODE:
             raise

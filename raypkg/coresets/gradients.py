@@ -15,9 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
 from raypkg.core.errors import UserError
 
+AT_ONCE = 2**26  # numbers of full gradients that are in memory at a time
 SHORT = 16  # rows of fewer logits: their exponentials are computed one at a time; class by class, many at once
 PER_SAMPLE = {"residual", "_squares", "_norms", "_lowered_squares"}  # cached properties that indexing carries over
 
@@ -234,6 +238,38 @@ def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Hea
     if not outputs:
         raise UserError("no batches to compute logits and features of")
     return HeadView(*map(torch.cat, zip(*outputs, strict=True)))
+
+
+def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return ‖∇ℓ_i‖ over all trained parameters of each sample of batches (x, y), float [n], on the CPU.
+
+    The model is in evaluation mode, because no sample has batch statistics of its own. The gradients of a few samples,
+    at most ``AT_ONCE`` numbers, are in memory at a time.
+
+    Raises:
+        UserError: a layer has no gradient of a single sample.
+    """
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    size = sum(p.numel() for p in trained.values())
+
+    def square(x: Tensor, y: Tensor) -> Tensor:
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            logits = functional_call(model, parameters, (x[None],))
+            return cross_entropy(logits, y[None])
+
+        gradients = grad(loss)(trained)
+        return torch.stack([each.square().sum() for each in gradients.values()]).sum()
+
+    squares = vmap(square, chunk_size=max(1, AT_ONCE // size))
+    found = []
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for ``vmap``
+        for x, y in batches:
+            try:
+                found.append(squares(x, y).sqrt().cpu())
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"{type(model).__name__} has no full gradients of single samples: {reason}") from error
+    return torch.cat(found)
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class Reselection(Hook):
                 run.worker.share(run.model.buffers())
                 selection = select_coreset(
                     self.shards,
-                    LiveModel(run.model, run.settings.precision),
+                    [LiveModel(run.model, run.settings.precision)],
                     self.settings,
                     self.recorder.record,
                     self.indices,
@@ -117,6 +117,7 @@ class Reselection(Hook):
                 )
             if run.worker.rank == 0:
                 cost.forward += selection.cost.forward
+                cost.backward += selection.cost.backward
             self.scores = selection.scores
             run.coreset = selection.coreset
 

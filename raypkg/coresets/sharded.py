@@ -5,7 +5,7 @@ Forward passes go class by class, so a class has the same batches, hence the sam
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from raypkg.engine.worker import memory_bound
 from raypkg.models import build_model
 
 from .budgets import budget_of, class_budgets, select, select_class
-from .gradients import HeadView, head_view
+from .gradients import HeadView, gradient_norms, head_view
 from .record import Record
 from .rules import coreset
 from .target import TargetSamples, target_of
@@ -34,7 +34,7 @@ class Selection:
 
     coreset: Coreset  # positions in the training split, ascending, with weights
     indices: Tensor  # all samples that took part, ascending, int64 [n]
-    scores: Tensor | None  # their last-layer gradient norms, float32 [n]; None if no gradient was computed
+    scores: Tensor | None  # their last-layer gradient norms, averaged over the models, float32 [n]; None without any
     cost: Cost  # over all holders
 
 
@@ -51,6 +51,11 @@ class LiveModel:
         with autocast(self.precision, shard.device):
             batches = plain_batches(split, indices, shard.device, dtype=dtype_of(self.model))
             return head_view(self.model, batches)
+
+    def norms(self, shard: Shard, indices: Tensor) -> Tensor:
+        """Return the norms of the full gradients of the indices, in the precision of the weights [n]."""
+        batches = plain_batches(shard.train, indices, shard.device, dtype=dtype_of(self.model))
+        return gradient_norms(self.model, batches)
 
 
 @dataclass(frozen=True)
@@ -79,19 +84,26 @@ class SentModel:
 
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
         """Return the HeadView of the indices in one forward pass."""
+        return self._on(shard).view(shard, indices)
+
+    def norms(self, shard: Shard, indices: Tensor) -> Tensor:
+        """Return the norms of the full gradients of the indices [n]."""
+        return self._on(shard).norms(shard, indices)
+
+    def _on(self, shard: Shard) -> LiveModel:
         model = self._built.to(shard.device).to(memory_format=torch.channels_last)
-        return LiveModel(model, self.precision).view(shard, indices)
+        return LiveModel(model, self.precision)
 
 
-Scorer = LiveModel | SentModel  # the model whose gradients select
-# A shard seen by a scorer, for a selection over all classes at once: its indices, the view of them and that of its
-# share of the target, and the cost.
-ShardView = tuple[Tensor, HeadView, HeadView | None, Cost]
+Scorer = LiveModel | SentModel  # a model whose gradients select
+# A shard seen by the scorers, for a selection over all classes at once: its indices, each model's view of them, the
+# first model's view of its share of the target, and the cost.
+ShardView = tuple[Tensor, list[HeadView], HeadView | None, Cost]
 
 
 def select_coreset(
     shards: Shards,
-    scorer: Scorer,
+    scorers: Sequence[Scorer],
     settings: Select,
     record: Record,
     indices: Tensor,
@@ -99,7 +111,10 @@ def select_coreset(
     seed: int,
     progress: float = 0.0,
 ) -> Selection:
-    """Select a coreset of ``indices`` on the shards that hold them, or by the record for a rule that sees only that."""
+    """Select a coreset of ``indices`` on the shards that hold them, or by the record for a rule that sees only that.
+
+    Several scorers are for rules that average over models.
+    """
     rule = coreset[settings.rule]
     budget = budget_of(settings.fraction, len(indices))
     if rule.sees == "record":
@@ -116,9 +131,9 @@ def select_coreset(
         parts = [Selection(picked.at(indices), indices, None, cost)]
     elif settings.balanced and rule.by_class:
         budgets = class_budgets(record.y[indices].bincount(), budget).tolist()
-        parts = shards.map(select_classes, scorer, settings, budgets, seed)
+        parts = shards.map(select_classes, scorers, settings, budgets, seed)
     else:
-        parts = [_from_views(shards.map(view_shard, scorer, target_of(settings)), settings, budget, seed)]
+        parts = [_select_from_all(shards, scorers, settings, budget, seed)]
 
     # Join the parts, which are of disjoint samples, in the order of positions.
     picked = Coreset.concat([part.coreset for part in parts])
@@ -138,7 +153,9 @@ def select_coreset(
     )
 
 
-def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list[int], seed: int) -> Selection:
+def select_classes(
+    shard: Shard, scorers: Sequence[Scorer], settings: Select, budgets: list[int], seed: int
+) -> Selection:
     """Select from each class of a shard by itself: one forward pass, then the rule on the class's HeadView."""
     rule = coreset[settings.rule]
     target = target_of(settings)
@@ -153,30 +170,44 @@ def select_classes(shard: Shard, scorer: Scorer, settings: Select, budgets: list
     with Cost("select") as cost:
         for label in labels.unique().tolist():
             part = shard.indices[labels == label]
-            view = scorer.view(shard, part)
-            cost.forward += len(part)
+            views = [scorer.view(shard, part) for scorer in scorers]
+            cost.forward += len(part) * len(scorers)
             aim = None
             if target and reached:
                 same = reached.indices[reached.data.train.y[reached.indices] == label]
                 if target.required and not len(same):
                     raise target.missing(shard.data.train.classes[label])
-                aim = _view_of_some(reached, same, scorer, cost)
+                aim = _view_of_some(reached, same, scorers[0], cost)
             members[done : done + len(part)] = part
-            scores[done : done + len(part)] = view.norms()
+            scores[done : done + len(part)] = _mean([view.norms() for view in views])
             done += len(part)
             if budgets[label]:
                 picked = select_class(
-                    view,
+                    views[0],
                     budgets[label],
                     rule,
                     seed=seed,
                     label=label,
                     options=settings.options,
                     target=aim,
+                    others=views[1:],
+                    full_norms=partial(full_norms, shard, part, scorers, cost),
                     memory=memory,
                 )
                 picks.append(picked.at(part))
     return Selection(coreset=Coreset.concat(picks), indices=members, scores=scores, cost=cost)
+
+
+def full_norms(shard: Shard, indices: Tensor, scorers: Sequence[Scorer], cost: Cost) -> Tensor:
+    """Return the norms of the samples' full gradients, averaged over the models [n]."""
+    passes = len(indices) * len(scorers)
+    cost.forward += passes
+    cost.backward += passes
+    return _mean([scorer.norms(shard, indices) for scorer in scorers])
+
+
+def _mean(scores: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*scores]).mean(dim=0)
 
 
 def _view_of_some(shard: Shard, indices: Tensor, scorer: Scorer, cost: Cost) -> HeadView | None:
@@ -187,41 +218,59 @@ def _view_of_some(shard: Shard, indices: Tensor, scorer: Scorer, cost: Cost) -> 
     return scorer.view(shard, indices)
 
 
-def view_shard(shard: Shard, scorer: Scorer, target: TargetSamples | None) -> ShardView:
+def view_shard(shard: Shard, scorers: Sequence[Scorer], target: TargetSamples | None) -> ShardView:
     """Compute the views of a shard and of its share of the target."""
     with Cost("select") as cost:
-        view = scorer.view(shard, shard.indices)
-        cost.forward += len(shard.indices)
+        views = [scorer.view(shard, shard.indices) for scorer in scorers]
+        cost.forward += len(shard.indices) * len(scorers)
         aim = None
         if target:
             reached = target.reached_by(shard)
             share = reached.indices
             if target.name != VALID:  # every holder reaches all of a data set, and takes its share
                 share = share.tensor_split(shard.world)[shard.rank]
-            aim = _view_of_some(reached, share, scorer, cost)
-    return shard.indices, view, aim, cost
+            aim = _view_of_some(reached, share, scorers[0], cost)
+    return shard.indices, views, aim, cost
 
 
-def _from_views(shards: Sequence[ShardView], settings: Select, budget: int, seed: int) -> Selection:
-    parts, views, targets, costs = zip(*shards, strict=True)
+def norms_of_shard(shard: Shard, scorers: Sequence[Scorer]) -> tuple[Tensor, Cost]:
+    """Compute the norms of the full gradients of a shard's samples [n], and their cost."""
+    with Cost("select") as cost:
+        return full_norms(shard, shard.indices, scorers, cost), cost
+
+
+def _select_from_all(shards: Shards, scorers: Sequence[Scorer], settings: Select, budget: int, seed: int) -> Selection:
+    """Select from all classes at once: their logits and features are gathered from the shards."""
+    target = target_of(settings)
+    seen: list[ShardView] = shards.map(view_shard, scorers, target)
+    parts, views, targets, costs = zip(*seen, strict=True)
     indices = torch.cat(parts)
     order = indices.argsort()  # the same order, hence the same picks, for any number of shards
     indices = indices[order]
-    view = HeadView.concat(views)[order]
+    first, *others = [HeadView.concat(of_model)[order] for of_model in zip(*views, strict=True)]
     aims = [aim for aim in targets if aim is not None]
-    target = target_of(settings)
+
+    def norms() -> Tensor:
+        found, bills = zip(*shards.map(norms_of_shard, scorers), strict=True)
+        cost.forward += sum(bill.forward for bill in bills)
+        cost.backward += sum(bill.backward for bill in bills)
+        return torch.cat(found)[order]
+
     if target and target.required and not aims:
         raise target.missing()
     cost = Cost.joined("select", costs)
     with cost:
         picked = select_class(
-            view,
+            first,
             budget,
             coreset[settings.rule],
             seed=seed,
             label="all",
             options=settings.options,
             target=HeadView.concat(aims) if aims else None,
+            others=others,
+            full_norms=norms,
             memory=memory_bound(settings.memory),
         )
-    return Selection(picked.at(indices), indices, view.norms(), cost)
+    scores = _mean([view.norms() for view in (first, *others)])
+    return Selection(picked.at(indices), indices, scores, cost)

@@ -1,12 +1,13 @@
 """Selection of a coreset with a trained model's gradients, on the holders of the data: a run's workers, or actors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from raypkg.cluster.actors import hold
 from raypkg.cluster.workers import Workers
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Model, RunSettings, Select
+from raypkg.coresets.rules import coreset
 from raypkg.coresets.sharded import Selection, SentModel, select_coreset
 from raypkg.coresets.target import target_of
 from raypkg.data.coreset import Coreset
@@ -20,6 +21,7 @@ from raypkg.runs.storage import Storage
 
 from .coreset_files import FILE, keep_selected, load_coreset, origin
 from .samples import Samples, samples_on
+from .train import SelectSettings
 from .trained import check_has_model, settings_of_trained
 from .training import load_record, record_of
 
@@ -33,7 +35,15 @@ class TrainedModel(NamedTuple):
     precision: str  # of its forward passes
 
 
-def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision: str) -> TrainedModel:
+def trained_models(settings: SelectSettings, folder: RunFolder) -> list[TrainedModel]:
+    """Return the models that select: those of one run, or of several for a rule that averages over models."""
+    runs = settings.model_from.split(",")
+    if len(runs) > 1 and "others" not in coreset[settings.rule].declares:
+        raise UserError(f"model_from = {settings.model_from}: {settings.rule} selects by one model")
+    return [trained_model(settings, folder, run) for run in runs]
+
+
+def trained_model(settings: SelectSettings, folder: RunFolder, run: str) -> TrainedModel:
     """Return the model that another run trained; refuse one that was trained on other samples."""
     if not run:
         raise UserError("select needs a model: give --model-from RUN")
@@ -43,9 +53,11 @@ def trained_model(settings: RunSettings, folder: RunFolder, run: str, precision:
     stored = settings_of_trained(other)
     theirs = origin(stored) | {"scale": stored.dataset.scale}
     for name, here in (origin(settings) | {"scale": settings.dataset.scale}).items():
+        if name == "seed" and not (settings.dataset.validation or settings.dataset.is_drawn):
+            continue  # all samples are trained on, whatever the seed
         if theirs[name] != here:
             raise UserError(f"run {other.name} has {name} {theirs[name]}, here it is {here}: give the same")
-    return TrainedModel(stored.model, other.storage, MODEL, precision)
+    return TrainedModel(stored.model, other.storage, MODEL, settings.precision)
 
 
 def check_target_samples(select: Select, samples: Samples) -> None:
@@ -56,7 +68,7 @@ def check_target_samples(select: Select, samples: Samples) -> None:
 
 
 def select_on_actors(
-    settings: RunSettings, select: Select, model: TrainedModel, samples: Samples, report: Report
+    settings: RunSettings, select: Select, models: Sequence[TrainedModel], samples: Samples, report: Report
 ) -> Coreset:
     """Select a coreset on actors that hold the data, and store it in the run folder, unless it is there already."""
 
@@ -66,31 +78,36 @@ def select_on_actors(
 
     def work() -> dict[str, Any]:
         with hold(shards_for, settings.cluster) as shards:
-            picked = _select(shards, settings, select, model, samples)
+            picked = _select(shards, settings, select, models, samples)
         return _keep(picked, report.folder.storage, settings, select, samples)
 
     return _in_phase(work, settings, select, samples, report)
 
 
 def select_on_workers(
-    settings: RunSettings, select: Select, model: TrainedModel, samples: Samples, report: Report, workers: Workers
+    settings: RunSettings,
+    select: Select,
+    models: Sequence[TrainedModel],
+    samples: Samples,
+    report: Report,
+    workers: Workers,
 ) -> Coreset:
     """Select a coreset on the run's workers, and store it in the run folder, unless it is there already."""
 
     def work() -> dict[str, Any]:
-        return workers.run(select_together, settings, select, model, report.folder.storage)
+        return workers.run(select_together, settings, select, models, report.folder.storage)
 
     return _in_phase(work, settings, select, samples, report)
 
 
 def select_together(
-    worker: Worker, settings: RunSettings, select: Select, model: TrainedModel, storage: Storage
+    worker: Worker, settings: RunSettings, select: Select, models: Sequence[TrainedModel], storage: Storage
 ) -> dict[str, Any]:
     """Select on all workers; return the phase's record."""
     samples = samples_on(worker, settings)
     y = samples.data.train.y
     shards = class_shards(samples.data, y, samples.train_indices, samples.held_out, worker.world, worker.device)
-    picked = _select(WorkerShards(shards, worker), settings, select, model, samples)
+    picked = _select(WorkerShards(shards, worker), settings, select, models, samples)
     return _keep(picked, storage, settings, select, samples) if worker.rank == 0 else {}
 
 
@@ -104,12 +121,16 @@ def _in_phase(
     return load_coreset(path, samples.data.train, samples.held_out, settings.dataset.name)
 
 
-def _select(shards: Shards, settings: RunSettings, select: Select, model: TrainedModel, samples: Samples) -> Selection:
+def _select(
+    shards: Shards, settings: RunSettings, select: Select, models: Sequence[TrainedModel], samples: Samples
+) -> Selection:
     split = samples.data.train
-    weights = load_tensors(model.storage, model.file)
-    scorer = SentModel.of(model.architecture, split, weights, model.precision)
-    record = load_record(model.storage, model.file, split.y)
-    return select_coreset(shards, scorer, select, record, samples.train_indices, seed=settings.seed)
+    scorers = []
+    for model in models:
+        weights = load_tensors(model.storage, model.file)
+        scorers.append(SentModel.of(model.architecture, split, weights, model.precision))
+    record = load_record(models[0].storage, models[0].file, split.y)
+    return select_coreset(shards, scorers, select, record, samples.train_indices, seed=settings.seed)
 
 
 def _keep(

@@ -68,7 +68,10 @@ def run_training(settings: TrainSettings, *, samples: Samples, report: Report, w
 class SelectSettings(Select, RunSettings):
     """Settings of `effray select`."""
 
-    model_from: str = Field("", description="run whose model selects: a name under --root, or a path")
+    model_from: str = Field(
+        "",
+        description="run whose model selects, by name or path, or several, A,B: el2n and grand average over them",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="precision of the forward pass; auto = bfloat16 where the processor computes in it"
     )
@@ -84,10 +87,10 @@ def run_selection(settings: SelectSettings, *, samples: Samples, report: Report)
         effray train --name first --train.epochs 5 && effray select --model-from first --rule craig --fraction 0.2
     """
     from raypkg.coresets.reselection import check_selects_once
-    from raypkg.experiments.selection import select_on_actors, trained_model
+    from raypkg.experiments.selection import select_on_actors, trained_models
     from raypkg.experiments.summary import finish
 
     check_selects_once(settings)
-    model = trained_model(settings, report.folder, settings.model_from, settings.precision)
-    select_on_actors(settings, settings, model, samples, report)
+    models = trained_models(settings, report.folder)
+    select_on_actors(settings, settings, models, samples, report)
     finish(report, settings, samples)

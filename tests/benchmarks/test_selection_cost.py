@@ -32,7 +32,7 @@ def test_selection_against_the_forward_pass():
             scorer.view(shard, everyone[data.train.y == label])
 
     def selection():
-        select_coreset(LocalShards([shard]), scorer, settings, record, everyone, seed=0)
+        select_coreset(LocalShards([shard]), [scorer], settings, record, everyone, seed=0)
 
     def seconds(work):
         start = time.perf_counter()

@@ -337,6 +337,15 @@ def test_select_with_the_model_of_another_run(effray, after, rule):
     assert summary("train/three")["coreset"] == 130
 
 
+def test_select_averages_over_the_models_of_several_runs(effray, refusal):
+    for seed in (0, 1):
+        effray(f"train --name run{seed} --seed {seed} --model mlp --train.epochs 1 --dataset.validation 0")
+    several = "select --name two --model-from run0,run1 --fraction 0.1 --dataset.validation 0"
+    assert "model_from = run0,run1: craig selects by one model" in refusal(f"{several} --rule craig")
+    effray(f"{several} --rule grand --set options.gradients=full")
+    assert [(bill["forward"], bill["backward"]) for bill in summary("select/two")["phases"]] == [(4 * 1437, 2 * 1437)]
+
+
 LIPT = f"lipt {SHORT} --train.epochs 3 --train.evaluate_every_epochs 1 --pretrain.epochs 2 --model mlp"
 
 

@@ -5,8 +5,10 @@ The decorator states what a rule sees, and whether it sizes its coreset itself:
     @coreset("infobatch", source="arXiv:2303.04947", sees="record", sizes_itself=True)
     def infobatch(record: Record, *, rng: torch.Generator, …) -> Coreset:
 
-A user's function without a decorator is described by its signature. A rule that selects for other samples declares them
-as a keyword: ``target``, None for the samples that it selects from, or ``valid``, by default the held-out samples.
+A user's function without a decorator is described by its signature. Further samples and models are keywords that a rule
+declares: ``target``, samples to select for, None for those that it selects from, or ``valid``, by default the held-out
+ones; ``others``, the views of further models, to average over; and ``full_norms()``, the norms of the samples' full
+gradients, averaged over all models, float [n].
 """
 
 import inspect
@@ -57,7 +59,7 @@ class Rules(Registry):
     """The registry of coreset rules."""
 
     def __init__(self) -> None:
-        supplied = ("rng", "target", "valid", "memory", "progress")
+        supplied = ("rng", "target", "valid", "others", "full_norms", "memory", "progress")
         super().__init__("coreset rule", __name__, given=supplied, decorator="coreset")
         self._declared: dict[Callable[..., Any], tuple[Sees, bool, bool]] = {}
 

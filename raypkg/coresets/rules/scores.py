@@ -1,9 +1,11 @@
 """Rules that judge each sample by itself: by its gradient, its prediction, its history in training, or not at all."""
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from torch.special import entr
 
 from raypkg.core.errors import UserError
@@ -26,28 +28,47 @@ def random(samples: HeadView | Record, budget: int, *, rng: torch.Generator) -> 
 
 
 @coreset("el2n", source="arXiv:2107.07075")
-def el2n(view: HeadView, budget: int) -> Coreset:
-    """Keep the largest error norms ‖p − e_y‖.
+def el2n(view: HeadView, budget: int, *, others: Sequence[HeadView] = ()) -> Coreset:
+    """Keep the largest error norms ‖p − e_y‖, averaged over the models.
 
-    Differs from the paper: the scores come from the one model of the view, not from several short runs.
+    The paper averages over ten short runs from different seeds: `effray select --model-from` takes several runs.
     """
-    errors = view.residual.norm(dim=1)
-    return Coreset.uniform(largest(errors, budget))
+    errors = torch.stack([each.residual.norm(dim=1) for each in (view, *others)])  # [models, n]
+    return Coreset.uniform(largest(errors.mean(dim=0), budget))
 
 
 @coreset("grand", source="arXiv:2107.07075")
 def grand(
-    view: HeadView, budget: int, *, rng: torch.Generator, pick: Literal["largest", "drawn"] = "largest"
+    view: HeadView,
+    budget: int,
+    *,
+    rng: torch.Generator,
+    others: Sequence[HeadView] = (),
+    full_norms: Callable[[], Tensor] | None = None,
+    pick: Literal["largest", "drawn"] = "largest",
+    gradients: Literal["head", "full"] = "head",
 ) -> Coreset:
-    """Keep the largest last-layer gradient norms ‖p − e_y‖ · sqrt(‖h‖² + 1), or draw in proportion to them.
+    """Keep the largest gradient norms, averaged over the models, or draw in proportion to them.
+
+        head  ‖p − e_y‖ · sqrt(‖h‖² + 1), of the last layer        full  ‖∇_θ ℓ‖, of all parameters, as published
 
     With pick="largest" as published. With "drawn", as LiPT's released code seems to do, sample i is kept with
     probability π_i = min(1, c ‖g_i‖), Σ π_i = k, and weighs k / (n π_i): mean(w · loss) is then the mean loss of all
     samples in expectation. Without ``select.weighted`` every weight is 1.
 
-    Differs from the paper: the gradient is that of the last layer, and of one model instead of several short runs.
+    The paper averages over ten short runs from different seeds: `effray select --model-from` takes several runs.
+
+    Differs from the paper: with "head", the gradient is that of the last layer, at the cost of a forward pass.
+
+    Raises:
+        UserError: full gradients of a view without its model.
     """
-    norms = view.norms()
+    if gradients == "head":
+        norms = torch.stack([each.norms() for each in (view, *others)]).mean(dim=0)  # [n]
+    elif full_norms is not None:
+        norms = full_norms()
+    else:
+        raise UserError("grand option gradients = full: only a selection by a run's model can compute them")
     if pick == "largest":
         return Coreset.uniform(largest(norms, budget))
     indices, probabilities = draw_in_proportion(norms, budget, rng)

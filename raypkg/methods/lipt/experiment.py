@@ -55,7 +55,7 @@ def run(settings: LiptSettings, *, samples: Samples, report: Report, workers: Wo
 
     storage = report.folder.storage
     pretrained = TrainedModel(settings.model, storage, RESULT, settings.pretrain.precision)
-    coreset = select_on_workers(settings, settings.select, pretrained, samples, report, workers)
+    coreset = select_on_workers(settings, settings.select, [pretrained], samples, report, workers)
 
     initial = RESULT if settings.train.init == "merged" else None
     job = Job(settings, settings.train, storage, coreset=coreset, select=settings.select, initial=initial)
