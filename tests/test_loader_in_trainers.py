@@ -220,3 +220,14 @@ def test_a_loader_selects_for_a_target():
     assert not plain.coreset.weights.equal(aimed.coreset.weights)
     with pytest.raises(UserError, match="grand selects for no target: target would do nothing"):
         coresets_of(model, everything, rule="grand", target=few)
+
+
+def test_a_data_set_of_hugging_face_is_taken_and_given():
+    datasets = pytest.importorskip("datasets")
+    sentences = Sentences()
+    table = datasets.Dataset.from_dict({"input_ids": sentences.ids.tolist(), "labels": sentences.y.tolist()})
+    loader = coresets_of(bert(), table.with_format("torch"))
+    for batch in loader:
+        assert batch["input_ids"].equal(sentences.ids[batch["indices"]])
+    kept = table.select(loader.coreset.indices)
+    assert kept["labels"][:] == sentences.y[loader.coreset.indices].tolist() and len(kept) == N // 2

@@ -1,19 +1,22 @@
 """Coresets in a loop of one's own: a loader that selects by itself, and again whenever a selection is due."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Never
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from raypkg.core.config import current_name, validate
-from raypkg.core.errors import UserError
-from raypkg.core.seeds import derive, generator
+from raypkg.core.errors import Interruption, UserError, shown
+from raypkg.core.seeds import derive, generator, seeded
 from raypkg.core.settings import Reselect
 from raypkg.data.coreset import Coreset
+from raypkg.engine.worker import Worker
 from raypkg.models.classifier import Tapped
 
 from .budgets import budget_of, select
@@ -27,6 +30,7 @@ LOADING = (
     "prefetch_factor",
 )  # fmt: skip
 LEAST_SCORED = 256  # samples of one forward pass: small batches of the loader would make scoring slow
+COMPARED = 32  # labels by which ranks compare their data sets
 LABELS = "labels"  # in a batch that is a mapping, as those of Hugging Face are
 WEIGHTS = "weights"
 INDICES = "indices"
@@ -44,6 +48,23 @@ class TappedByForm(Tapped):
         return getattr(output, "logits", output)  # models of Hugging Face return them among other things
 
 
+class Batches(Dataset[Any]):
+    """Collated batches of a data set by lists of positions; PyTorch's draws follow from the seed and the positions.
+
+    So random augmentation is the same in the main process, in any number of workers, and after resuming.
+    """
+
+    def __init__(self, data: Dataset[Any], collate: Callable[[list[Any]], Any], seed: int):
+        self.data = data
+        self.collate = collate
+        self.seed = seed
+
+    def __getitem__(self, positions: list[int]) -> Any:
+        together = getattr(self.data, "__getitems__", None)
+        with seeded(self.seed, *positions):
+            return self.collate(together(positions) if together else [self.data[i] for i in positions])
+
+
 class CoresetLoader:
     """Yields (x, y, w) from a coreset of a ``DataLoader``'s data, selected by the model in the epochs where it is due.
 
@@ -51,13 +72,20 @@ class CoresetLoader:
     from the seed, in ⌈k / batch_size⌉ batches as even as possible. Selection sees the samples as the data set returns
     them, random augmentation included; with ``scored`` it sees those instead.
 
-    It takes the place of a ``DataLoader`` in one process: in Hugging Face's ``Trainer`` and in Lightning as well, as
+    In an initialised process group of R ranks, each computes its share of what a rule sees, and the picks are those of
+    one rank. A batch has up to R · batch_size samples, of which each rank yields its share. Shares of a batch that R
+    does not divide differ by one sample; their weights are scaled so that the average over ranks of mean(w · loss) is
+    that of the whole batch. All ranks have as many batches. The model must be equal on all of them, apart from its
+    buffers (batch norm's), which become those of the first rank before a selection. All ranks must iterate together.
+
+    It takes the place of a ``DataLoader`` in Hugging Face's ``Trainer`` and in Lightning as well, as
     coresets/README.md shows. They request the length of an epoch once, so all epochs should have that of the first.
 
     Args:
         loader: over all of a data set that returns pairs (x, y) by index, y an integer; its batch size, collation and
-            workers are used. A batch may also be a mapping with "labels", which is yielded with "weights" and, for
-            ``record``, "indices"; the model takes the others by keywords.
+            workers are used; they draw from generators of the loader's own. A batch may also be a mapping with
+            "labels", which is yielded with "weights" and, for ``record``, "indices"; the model takes the others by
+            keywords. A collation that reorders samples must keep "indices", given by the data set to each sample.
         model: ends in an ``nn.Linear``; it selects in evaluation mode, with its parameters of the moment.
         rule: one of `effray methods`, or ``package.module:function``.
         fraction: share of the samples in a coreset; 1 for a rule that sizes it itself, such as infobatch.
@@ -74,7 +102,8 @@ class CoresetLoader:
 
     Raises:
         UserError: unknown rule or option, a value out of range, a loader that omits samples or cannot be indexed, a
-            target of a rule that has none, a model without a linear head.
+            target of a rule that has none, a model without a linear head, ranks that disagree on data or settings.
+        Interruption: another rank died, or did not answer within the timeout of the process group.
 
     >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     >>> samples = torch.utils.data.TensorDataset(x, torch.arange(100) % 2)
@@ -121,7 +150,8 @@ class CoresetLoader:
         if target is not None and not self.rule.has_target:
             raise idle_target(self.rule, "target")
         self.target = target
-        self.model = TappedByForm(model) if self.rule.sees == "gradients" else None
+        plain = model.module if isinstance(model, DistributedDataParallel) else model  # it would communicate
+        self.model = TappedByForm(plain) if self.rule.sees == "gradients" else None
         self.epochs = epochs
         self.seed = seed
         self.n = len(loader.dataset)  # type: ignore[arg-type]  # its sampler shows that it is indexed
@@ -130,40 +160,65 @@ class CoresetLoader:
         self.losses = torch.full((self.n,), torch.inf)
         self.times = torch.zeros(self.n)  # that a loss was recorded
         self.total_margin = torch.zeros(self.n)
+        self._y: Tensor | None = None  # labels of this rank's share, if the rule sees nothing else of the samples
+        self._labels: list[int] | None = None  # some, by which ranks compare their data sets
         self._latest = torch.empty(0, dtype=torch.int64)  # samples of the batch that was yielded last
+        self._position = 0  # samples of the epoch in progress that all ranks have been given; 0 = between epochs
+        self._resumes = False  # the next pass is the rest of that epoch
+        self._pending: list[tuple[Tensor, Tensor]] = []  # indices and losses that other ranks have not seen
 
     def __len__(self) -> int:
-        """Return the number of batches of the coming pass, at most; a rule that sizes its coreset may need fewer."""
+        """Return the number of batches of the epoch to come, or of all of the one that was resumed in its middle.
+
+        A rule that sizes its coreset itself may need fewer.
+        """
         size = len(self.coreset)
-        if self.settings.due(self.epoch):
+        if self.settings.due(self.epoch) and not self._resumes:
             size = budget_of(self.settings.fraction, self.n)
-        return self._batches_of(size)
+        return self._batches_of(size, ranks_here().world)
 
     def __iter__(self) -> Iterator[Any]:
-        """Select if it is due, then yield an epoch's batches."""
-        if self.settings.due(self.epoch):
-            self.coreset = self._select()
-        self.epoch += 1
+        """Select if it is due, then yield an epoch's batches; after ``load_state_dict``, the rest of its epoch."""
+        ranks = ranks_here()
+        with in_touch(ranks, self.epoch):
+            if ranks.world > 1:
+                self._meet(ranks)
+            if (n := len(self.loader.dataset)) != self.n:  # type: ignore[arg-type]
+                raise UserError(f"the data set had {self.n} samples and now has {n}: its length must not change")
+            start = self._position if self._resumes else 0
+            if not start and self.settings.due(self.epoch):
+                self.coreset = self._select(ranks)
         in_use = self.coreset  # another pass may select meanwhile
-        rng = generator(self.seed, "shuffle", self.epoch)
-        order = torch.randperm(len(in_use), generator=rng)
-        batches = order.tensor_split(self._batches_of(len(in_use)))
-        loaded = self._load(self.loader.dataset, [in_use.indices[batch] for batch in batches])
-        for batch, (x, y) in zip(batches, loaded, strict=True):
-            self._latest = in_use.indices[batch]
-            weights = in_use.weights[batch].to(y.device)
+        epoch = self.epoch if start else self.epoch + 1
+        order = torch.randperm(len(in_use), generator=generator(self.seed, "shuffle", epoch))
+        rest = order[start:]
+        if 0 < len(rest) < ranks.world:
+            raise UserError(f"{len(rest)} samples of an epoch cannot be shared by {ranks.world} ranks: use fewer ranks")
+        self.epoch, self._resumes = epoch, False
+        batches = rest.tensor_split(self._batches_of(len(rest), ranks.world)) if len(rest) else ()
+        shares = [in_use.indices[batch.tensor_split(ranks.world)[ranks.rank]] for batch in batches]
+        weight_of = torch.zeros(n).index_copy_(0, in_use.indices, in_use.weights)
+        loaded = self._load(self.loader.dataset, shares, "train", epoch)
+        for batch, (x, y, indices) in zip(batches, loaded, strict=True):
+            weights = weight_of[indices].to(y.device) * (len(indices) * ranks.world / len(batch))
+            if epoch == self.epoch:  # no other pass has begun
+                self._latest = indices
+                self._position = start = start + len(batch)
             if isinstance(x, Mapping):
-                yield {**x, LABELS: y, WEIGHTS: weights, INDICES: self._latest}
+                yield {**x, LABELS: y, WEIGHTS: weights, INDICES: indices}
             else:
                 yield x, y, weights
+        if epoch == self.epoch:
+            self._position = 0
 
     def record(self, losses: Tensor, indices: Tensor | None = None) -> None:
-        """Keep the losses of a batch, without weights: infobatch prunes by them, ccs by the margins they tell.
+        """Record the losses of a batch, for rules that select by them.
+
+        On many ranks each records its own batches; the others see them at the start of the next epoch.
 
         Args:
-            losses: [b].
-            indices: of the batch, as it was yielded with them; None = the batch that was yielded last, which is another
-                one if batches are fetched ahead.
+            losses: [b], with reduction="none"; unweighted.
+            indices: "indices" of the batch; None = those of the batch that was yielded last.
 
         Raises:
             UserError: not one loss for each sample of the batch.
@@ -172,18 +227,32 @@ class CoresetLoader:
         if losses.shape != indices.shape:
             shape = list(losses.shape)
             raise UserError(f"losses {shape} of a batch of {len(indices)}: use reduction='none'")
-        losses = losses.detach().float().cpu()
+        seen = (indices, losses.detach().float().cpu())
+        if ranks_here().world > 1:
+            self._pending.append(seen)
+        else:
+            self._add(*seen)
+
+    def _add(self, indices: Tensor, losses: Tensor) -> None:
         self.losses[indices] = losses
         self.times[indices] += 1
         self.total_margin[indices] += margins_of(losses)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint between epochs."""
+        """Return the state for a checkpoint, between epochs or between two batches of one.
+
+        It counts batches that were yielded, not those that workers fetched ahead. On many ranks, save that of each. The
+        first rank's suffices for all, but then records of the others from the epoch in progress are lost.
+        """
         recorded = {name: getattr(self, name).clone() for name in RECORDED}
-        return {"indices": self.coreset.indices, "weights": self.coreset.weights, "epoch": self.epoch, **recorded}
+        pending = [torch.cat(parts) for parts in zip(*self._pending, strict=True)]
+        place = {"epoch": self.epoch, "position": self._position, "rank": ranks_here().rank, "pending": pending}
+        return {"indices": self.coreset.indices, "weights": self.coreset.weights, **place, **recorded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint; the next pass is the rest of its epoch, or the next epoch if nothing is left.
+
+        The number of ranks and the batch size may differ from those of the checkpoint.
 
         Raises:
             UserError: it is of a data set of another size.
@@ -193,19 +262,104 @@ class CoresetLoader:
             raise UserError(f"the checkpoint is of {size} samples, this data set has {self.n}")
         self.coreset = Coreset(state["indices"], state["weights"])
         self.epoch = state["epoch"]
+        self._position = state.get("position", 0)  # older states are from between epochs
+        self._resumes = self._position > 0
         for name in RECORDED:
             setattr(self, name, state[name].clone())
+        self._pending = []
+        if state.get("pending") and state["rank"] == ranks_here().rank:
+            indices, losses = state["pending"]
+            self.record(losses, indices)
 
-    def _select(self) -> Coreset:
-        settings = self.settings
-        target = None
+    def _meet(self, ranks: Worker) -> None:
+        """Exchange the records of all ranks; refuse ranks that disagree on data, settings or progress."""
+        mine = attempt(ranks, self._facts)
+        everyone = ranks.gather((mine, self._pending))
+        for facts in (mine, *(facts for facts, _ in everyone)):  # its own error first: it has a cause
+            if isinstance(facts, UserError):
+                raise facts
+        for rank, (facts, pending) in enumerate(everyone):
+            for name, agreed in everyone[0][0].items():
+                if facts[name] != agreed:
+                    theirs = f"{shown(agreed)} on rank 0 and {shown(facts[name])} on rank {rank}"
+                    raise UserError(f"{name} must be equal on all ranks, not {theirs}")
+            for seen in pending:
+                self._add(*seen)
+        self._pending = []
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what must be equal on all ranks."""
+        if self._labels is None:
+            some = torch.linspace(0, self.n - 1, COMPARED).long().unique()
+            self._labels = next(self._load(self.loader.dataset, [some], "labels", 0))[1].tolist()
+        data = {"the number of samples": len(self.loader.dataset), "their labels": self._labels}  # type: ignore[arg-type]
+        own = {name: getattr(self, name) for name in ("epochs", "seed", "batch_size", "epoch")}
+        own["position in the epoch"] = self._position if self._resumes else 0
+        total = 0.0
+        if self.model is not None and self.settings.due(self.epoch):
+            total = sum(float(parameter.detach().double().sum()) for parameter in self.model.parameters())
+        return {**data, **self.settings.model_dump(), **own, "the sum of the model's parameters": str(total)}
+
+    def _select(self, ranks: Worker) -> Coreset:
+        """Select on the first rank, by the shares that all ranks computed; an error on one is raised on all."""
+        if len(self.scored) != self.n:  # type: ignore[arg-type]
+            raise UserError(f"scored has {len(self.scored)} samples, the loader's data set {self.n}")  # type: ignore[arg-type]
+        if self.model is not None:
+            ranks.share(self.model.buffers())
+        mine = attempt(ranks, self._share, ranks)
+        if ranks.world == 1:
+            return self._picked([mine])
+        shares: list[Any] = [None] * ranks.world
+        dist.gather_object(mine, None if ranks.rank else shares)
+        picked = ranks.first(None if ranks.rank else attempt(ranks, self._picked, shares))
+        for outcome in (mine, picked):
+            if isinstance(outcome, UserError):
+                raise outcome
+        return picked
+
+    def _share(self, ranks: Worker) -> list[HeadView | Tensor | None]:
+        """Return the views of this rank's share of the samples and of the target, or the labels of its samples.
+
+        A share has whole batches, which one rank alone would compute in the same way, bit for bit.
+        """
+        if self.rule.sizes_itself:  # it sees all classes at once: no pass over the data
+            return [None if ranks.rank else torch.zeros(self.n, dtype=torch.int64)]
+        if self._y is not None:
+            return [self._y]
+        shares: list[HeadView | Tensor | None] = []
+        for data in [self.scored] if self.target is None else [self.scored, self.target]:
+            batches = torch.arange(len(data)).split(max(LEAST_SCORED, self.batch_size))  # type: ignore[arg-type]
+            first, end = (len(batches) * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
+            if first == end:
+                shares.append(None)
+                continue
+            seen: list[Tensor] = []
+            loaded = self._noted(self._load(data, batches[first:end], "selection", self.epoch), seen)
+            share = torch.cat([y for _, y in loaded]) if self.model is None else head_view(self.model, loaded)
+            order = torch.cat(seen).argsort()
+            shares.append(share if (order.diff() == 1).all() else share[order])
         if self.model is None:
-            samples: HeadView | Record = self._record()
+            self._y = shares[0]  # type: ignore[assignment]  # labels
+        return shares
+
+    def _noted(self, loaded: Iterator[Any], seen: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
+        """Yield batches on the model's device, and note their positions."""
+        device = torch.device("cpu") if self.model is None else next(self.model.parameters()).device
+        for x, y, indices in loaded:
+            seen.append(indices)
+            yield on_device((x, y), device)
+
+    def _picked(self, shares: Sequence[Any]) -> Coreset:
+        for share in shares:
+            if isinstance(share, UserError):
+                raise share
+        views = [[part for part in parts if part is not None] for parts in zip(*shares, strict=True)]
+        settings, target = self.settings, None
+        if self.model is None:
+            samples: HeadView | Record = self._record(torch.cat(views[0]))
         else:
-            samples = self._view(self.model, self.scored)
-            if len(samples) != self.n:
-                raise UserError(f"scored has {len(samples)} samples, the loader's data set {self.n}")
-            target = None if self.target is None else self._view(self.model, self.target)
+            samples, *aim = (parts[0] if len(parts) == 1 else HeadView.concat(parts) for parts in views)
+            target = aim[0] if aim else None
         return select(
             samples,
             budget_of(settings.fraction, self.n),
@@ -217,50 +371,52 @@ class CoresetLoader:
             progress=self.epoch / self.epochs,
         )
 
-    def _view(self, model: TappedByForm, data: Dataset[Any]) -> HeadView:
-        device = next(model.parameters()).device
-        return head_view(model, (on_device(batch, device) for batch in self._in_order(data)))
-
-    def _record(self) -> Record:
+    def _record(self, y: Tensor) -> Record:
         if not self.rule.sizes_itself:
             mean = self.total_margin / self.times.clamp(min=1)
-            return Record(self._y, self.losses, margins=mean.where(self.times > 0, torch.inf))
+            return Record(y, self.losses, margins=mean.where(self.times > 0, torch.inf))
         trained = self.epoch > self.settings.warm_epochs
         if trained and not self.losses.isfinite().any():
             raise UserError(f"{self.settings.rule} needs the losses of each batch: call record(losses)")
-        no_labels = torch.zeros(self.n, dtype=torch.int64)  # it sees all classes at once: no pass over the data
-        return Record(no_labels, self.losses)
+        return Record(y, self.losses)
 
-    @cached_property
-    def _y(self) -> Tensor:
-        return torch.cat([y for _, y in self._in_order(self.scored)])
+    def _batches_of(self, size: int, world: int) -> int:
+        return max(1, min(math.ceil(size / (self.batch_size * world)), size // world))  # no rank without a sample
 
-    def _in_order(self, data: Dataset[Any]) -> Iterator[tuple[Any, Tensor]]:
-        positions = torch.arange(len(data))  # type: ignore[arg-type]  # it is indexed, like the loader's
-        return self._load(data, list(positions.split(max(LEAST_SCORED, self.batch_size))))
-
-    def _batches_of(self, size: int) -> int:
-        return math.ceil(size / self.batch_size)
-
-    def _load(self, data: Dataset[Any], batches: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
+    def _load(
+        self, data: Dataset[Any], batches: Sequence[Tensor], purpose: str, epoch: int
+    ) -> Iterator[tuple[Any, Tensor, Tensor]]:
         same = {name: getattr(self.loader, name) for name in LOADING}
-        return load_batches(data, batches, **same)
+        return load_batches(data, batches, seed=derive(self.seed, purpose, epoch), **same)
 
 
-def load_batches(data: Dataset[Any], batches: Sequence[Tensor], **loading: Any) -> Iterator[tuple[Any, Tensor]]:
-    """Yield inputs and labels int64 [b] of batches of positions; ``loading`` are arguments of a ``DataLoader``.
+def load_batches(
+    data: Dataset[Any], batches: Sequence[Tensor], *, seed: int, collate_fn: Callable[[list[Any]], Any], **loading: Any
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Yield inputs, labels int64 [b] and positions int64 [b] of batches of positions.
+
+    Nothing is drawn from PyTorch's global generator. ``loading`` are further arguments of a ``DataLoader``.
 
     Raises:
-        UserError: batches are neither pairs nor mappings with "labels", or the labels are no integers from 0 up.
+        UserError: batches are neither pairs nor mappings with "labels", the labels are no integers from 0 up, or the
+            batch's "indices" are not the positions of its samples.
     """
     positions = [batch.tolist() for batch in batches]
-    for batch in DataLoader(data, batch_sampler=positions, **loading):
+    rng = generator(seed, "workers")
+    loader = DataLoader(Batches(data, collate_fn, seed), batch_size=None, sampler=positions, generator=rng, **loading)
+    for batch, indices in zip(loader, batches, strict=True):
         if isinstance(batch, Mapping):
             if LABELS not in batch:
                 names = ", ".join(map(str, batch))
                 raise UserError(f"a batch of the data set has {names}: it needs {LABELS!r} as well")
-            x: Any = {name: value for name, value in batch.items() if name != LABELS}
+            x: Any = {name: value for name, value in batch.items() if name not in (LABELS, INDICES)}
             y = batch[LABELS]
+            if INDICES in batch:  # the order after collation
+                after = torch.as_tensor(batch[INDICES]).cpu()
+                if not after.sort().values.equal(indices.sort().values):
+                    theirs = f"{shown(after.tolist())} of samples {shown(indices.tolist())}"
+                    raise UserError(f"{INDICES} must be the samples' positions in the data set, not {theirs}")
+                indices = after
         elif isinstance(batch, tuple | list) and len(batch) == 2:
             x, y = batch
         else:
@@ -269,7 +425,9 @@ def load_batches(data: Dataset[Any], batches: Sequence[Tensor], **loading: Any) 
         if not is_tensor or y.dim() != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
             given = f"{y.dtype} {list(y.shape)}" if is_tensor else type(y).__name__
             raise UserError(f"labels must be integers from 0 up, [b]; a batch has {given}")
-        yield x, y.long()
+        if len(y) != len(indices):
+            raise UserError(f"a batch of {len(indices)} samples has {len(y)} labels after collation")
+        yield x, y.long(), indices
 
 
 def on_device(batch: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Tensor]:
@@ -278,3 +436,36 @@ def on_device(batch: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Ten
     if isinstance(x, Mapping):
         return {name: value.to(device) for name, value in x.items()}, y.to(device)
     return x.to(device), y.to(device)
+
+
+def ranks_here() -> Worker:
+    """Return this process's place in the default process group, or alone without one."""
+    if dist.is_available() and dist.is_initialized():
+        return Worker(dist.get_rank(), dist.get_world_size())
+    return Worker()
+
+
+@contextmanager
+def in_touch(ranks: Worker, epoch: int) -> Iterator[None]:
+    """Turn a failed collective, such as that of a dead rank, into one clear error."""
+    try:
+        yield
+    except RuntimeError as error:  # PyTorch's errors of process groups are kinds of it
+        if ranks.world == 1:
+            raise
+        reason = str(error).partition("\n")[0]
+        lost = f"rank {ranks.rank} of {ranks.world} lost contact with another before epoch {epoch + 1}"
+        raise Interruption(f"{lost}: resume from a checkpoint ({reason})") from error
+
+
+def attempt(ranks: Worker, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return a function's result, or on many ranks its error, which must reach all of them: they would wait."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        if ranks.world == 1:
+            raise
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        failure = UserError(f"rank {ranks.rank} of {ranks.world}: {kind}{error}")
+        failure.__cause__ = error
+        return failure
