@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .engine.loop import fit as fit
     from .engine.run import Run as Run
     from .experiments.trained import load_model as load_model
+    from .methods.crest.loader import CrestLoader as CrestLoader
     from .methods.sparse.training import SparseTraining as SparseTraining
     from .models import build_model as build_model
 
@@ -35,6 +36,7 @@ __version__ = "0.2.0"
 _PLACES = {
     "Coreset": "data.coreset",
     "CoresetLoader": "coresets.loader",
+    "CrestLoader": "methods.crest.loader",
     "HeadView": "coresets.gradients",
     "Hook": "engine.hooks",
     "Run": "engine.run",

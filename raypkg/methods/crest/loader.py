@@ -1,0 +1,252 @@
+"""CREST in a loop of one's own: a loader that chooses mini-batch coresets by itself (arXiv:2306.01244)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from raypkg.core.config import load_settings
+from raypkg.core.errors import UserError
+from raypkg.core.presets import PUBLISHED, with_preset
+from raypkg.core.seeds import derive, generator
+from raypkg.coresets.gradients import HeadView, evaluating, head_view
+from raypkg.coresets.loader import INDICES, LABELS, WEIGHTS, TappedByForm, load_batches, on_device
+
+from .algorithm import CrestAlgorithm, Derive
+from .quadratic import covered_parameters, weighted_derivative
+from .selection import Chosen, Subset, choose_minibatches
+from .settings import CrestOptions, CrestSettings
+
+OF_RUNS = ("augmented", "overlap", "actors", "memory")  # options of effray's own loop
+
+
+class CrestLoader:
+    """Yields (x, y, w), mini-batch coresets of m = ``batch_size`` samples, chosen by the model as training needs them.
+
+    Minimise mean(w · loss). Each pass is an epoch of ⌈n / m⌉ batches. When the next batch is requested, the loader
+    checks its local model of the loss, chooses a new pool and fits the model to it, as they are due: ``CrestAlgorithm``
+    has the formulas. All of that uses the model in evaluation mode, with the weights of the moment, in this process; it
+    sees the samples as the data set returns them, random augmentation included.
+
+    Args:
+        dataset: returns pairs (x, y) by index, y an integer, and has a length; or tensors (x, y). Samples may also be
+            mappings with "labels", as in Hugging Face's data sets: a batch is then a mapping with "weights" and
+            "indices" added, and the model takes the others by keywords.
+        model: ends in an ``nn.Linear``; the module itself, not wrapped by DDP or ``torch.compile``.
+        batch_size: m, samples of a coreset.
+        epochs: of the whole training; or give ``steps``.
+        steps: of the whole training, all in one pass.
+        preset: of `effray crest`, such as "published" or "each-step"; ``options`` have priority over it.
+        collate_fn: joins samples to a batch, as in a ``DataLoader``, in their order.
+        seed: of all draws.
+        options: ``crest.*`` of `effray crest`: tau (τ; 0 = every step chooses), h, b, subset (r/n, or "4m"),
+            checked_on, exclude_every_steps (T2), exclude_below (α), exclude_after, keep_active, order, smoothing,
+            settle, model_batches, curvature, parameters.
+
+    Raises:
+        UserError: unknown preset or option, a value out of range, fewer samples than a batch, samples without labels, a
+            model without a linear head, a data set that changed its length. The model and its modes are left as they
+            were.
+
+    >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    >>> loader = CrestLoader((x, torch.arange(100) % 2), nn.Linear(4, 2), batch_size=10, epochs=1)
+    >>> batches = [(list(x.shape), float(w.sum())) for x, y, w in loader]
+    >>> len(batches), batches[0]
+    (10, ([10, 4], 10.0))
+    >>> loader.report()["cost"]["train"]
+    {'forward': 100, 'backward': 100}
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        model: nn.Module,
+        batch_size: int,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        preset: str = PUBLISHED,
+        collate_fn: Callable[[list[Any]], Any] = default_collate,
+        seed: int = 0,
+        **options: Any,
+    ):
+        if (epochs is None) == (steps is None):
+            raise UserError("CrestLoader needs the length of the training: give either epochs or steps")
+        for name, value in {"batch_size": batch_size, "epochs": epochs, "steps": steps}.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"CrestLoader's {name} = {value!r}: must be an integer, 1 or more")
+        for name in options.keys() & set(OF_RUNS):
+            raise UserError(f"CrestLoader's {name} = {options[name]!r}: this option is of effray's own runs only")
+        values = with_preset(CrestSettings, {}, {"preset": preset})
+        of_preset = {name[6:]: value for name, value in values.items() if name.startswith("crest.")}
+        self.options = load_settings(CrestOptions, None, of_preset | options)
+        data = _as_dataset(dataset)
+        n = len(data)  # type: ignore[arg-type]  # shown by _as_dataset
+        self.options.subset_size(n, batch_size)  # refuses a batch that n samples cannot hold
+        self.pass_steps = steps or -(-n // batch_size)
+        total = steps or epochs * self.pass_steps  # type: ignore[operator]  # one of the two is given
+        tapped = TappedByForm(model)
+        if not covered_parameters(tapped, self.options.parameters):
+            raise UserError(f"{type(model).__name__} has no parameter to train for CREST's local model")
+        self.loop = DatasetLoop(data, n, tapped, batch_size, seed, total, collate_fn)
+        self.algorithm = CrestAlgorithm(self.options, self.loop, torch.arange(n), batch_size)
+        self.end: int | None = None  # of the pass that has begun and is not finished, in steps
+        self._resumed = False
+
+    def __len__(self) -> int:
+        """Return the number of batches of a whole pass."""
+        return self.pass_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield a pass's batches, or the rest of one that a checkpoint was taken in."""
+        algorithm, loop = self.algorithm, self.loop
+        if not (self._resumed and self.end is not None):
+            if algorithm.step >= loop.steps:
+                raise UserError(f"all {loop.steps} steps of this CrestLoader are done: give more epochs or steps")
+            self.end = min(algorithm.step + self.pass_steps, loop.steps)
+        self._resumed = False
+        for steps, drawn in algorithm.intervals(self.end):
+            shuffled = [
+                chosen.shuffled(generator(loop.seed, "crest batch", step)).coreset
+                for step, chosen in zip(steps, drawn, strict=True)
+            ]
+            loaded = loop.load([coreset.indices for coreset in shuffled], "train", backward=True)
+            for coreset, (x, y) in zip(shuffled, loaded, strict=True):
+                algorithm.trained()  # before the loop's body, which may take a checkpoint
+                weights = coreset.weights.to(y.device)
+                if isinstance(x, Mapping):
+                    yield {**x, LABELS: y, WEIGHTS: weights, INDICES: coreset.indices}
+                else:
+                    yield x, y, weights
+        self.end = None
+
+    def report(self) -> dict[str, Any]:
+        """Return progress and cost as plain values.
+
+        "pools" chosen and "checks" made so far, of which "expired" ended a pool; "rho" (ρ) of the latest check, None
+        before it; "interval" (T1); "active" samples; "history", a row per check, or per exclusion with τ = 0; "cost",
+        samples forward and backward of the steps ("train"), choices ("select"), checks ("check") and fits ("model").
+        """
+        state, tau = self.algorithm.state, self.options.tau
+        rhos = [row["rho"] for row in state.history if "rho" in row]
+        return {
+            "step": self.algorithm.step,
+            "pools": state.updates,
+            "checks": len(rhos),
+            "expired": sum(rho > tau for rho in rhos),
+            "rho": rhos[-1] if rhos else None,
+            "interval": state.region.interval,
+            "active": int(state.samples.active.sum()),
+            "history": deepcopy(state.history),
+            "cost": deepcopy(self.loop.cost),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint at any moment; batches that were yielded count as trained on."""
+        progress = {"step": self.algorithm.step, "end": self.end, "cost": deepcopy(self.loop.cost)}
+        return {"settings": self._settings(), **progress, "crest": self.algorithm.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint: the next pass is the rest of the one in which it was taken.
+
+        Raises:
+            UserError: it is of other data, batches, seed or options.
+        """
+        for name, value in self._settings().items():
+            if state["settings"].get(name) != value:
+                given = state["settings"].get(name)
+                raise UserError(f"the checkpoint is of a CrestLoader with {name} = {given!r}, this one has {value!r}")
+        self.algorithm.load_state_dict(state["crest"])
+        self.algorithm.step = state["step"]
+        self.loop.cost = deepcopy(state["cost"])
+        self.end = state["end"]
+        self._resumed = True
+
+    def _settings(self) -> dict[str, Any]:
+        loop = self.loop
+        return {"samples": loop.n, "batch_size": loop.size, "seed": loop.seed, **self.options.model_dump()}
+
+
+class DatasetLoop:
+    """The passes of a model over a data set in this process, counted in samples."""
+
+    augment: Sequence[str] = ()  # the data set augments
+    gives_gradients = False
+
+    def __init__(
+        self, data: Dataset[Any], n: int, model: TappedByForm, size: int, seed: int, steps: int, collate_fn: Any
+    ):
+        self.data = data
+        self.n = n
+        self.model = model
+        self.size = size  # m
+        self.seed = seed
+        self.steps = steps
+        self.collate_fn = collate_fn
+        self.cost = {part: {"forward": 0, "backward": 0} for part in ("train", "select", "check", "model")}
+
+    def load(self, batches: Sequence[Tensor], part: str, *, backward: bool = False) -> Iterator[tuple[Any, Tensor]]:
+        """Yield (x, y) of batches of positions, and count them for a part of the cost."""
+        if len(self.data) != self.n:  # type: ignore[arg-type]
+            raise UserError(f"the data set has {len(self.data)} samples, CrestLoader was made for {self.n}")  # type: ignore[arg-type]
+        seed = derive(self.seed, "crest", part)  # of random augmentation
+        loaded = load_batches(self.data, batches, seed=seed, collate_fn=self.collate_fn)
+        for batch, (x, y, indices) in zip(batches, loaded, strict=True):
+            if not indices.equal(batch):
+                raise UserError("CrestLoader's collate_fn changed the order of the samples: it must keep it")
+            self.cost[part]["forward"] += len(y)
+            self.cost[part]["backward"] += len(y) * backward
+            yield x, y
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return a copy of the model's state."""
+        return deepcopy(self.model.module.state_dict())
+
+    def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
+        """Choose a mini-batch coreset from each random subset, after one forward pass over all of them."""
+        model = self.model
+        if weights is not None:
+            model = deepcopy(model)
+            model.module.load_state_dict(weights)
+        return choose_minibatches(subsets, self._view(model, Subset.concat(subsets), "select"), self.size)
+
+    def losses(self, subset: Subset) -> Tensor:
+        """Return the losses of samples, [r]."""
+        view = self._view(self.model, subset, "check")
+        return F.cross_entropy(view.logits, view.y, reduction="none")
+
+    def _view(self, model: TappedByForm, subset: Subset, part: str) -> HeadView:
+        device = next(model.parameters()).device
+        batches = subset.indices.split(128 if device.type == "cpu" else 512)  # as effray's runs, to the same bits
+        return head_view(model, (on_device(batch, device) for batch in self.load(batches, part)))
+
+    def derivative(self, derive: Derive, parameters: Sequence[Tensor], samples: Subset, weights: Tensor) -> Tensor:
+        """Return the mean of w · loss in evaluation mode, then its derivative, [1 + p]."""
+        device = parameters[0].device
+        loaded = self.load(samples.indices.split(self.size), "model", backward=True)
+        batches = (on_device(batch, device) for batch in loaded)
+        parts = weights.to(device).split(self.size)
+        with evaluating(self.model):
+            return weighted_derivative(self.model.logits, batches, parts, len(samples), derive, parameters)
+
+    def agreed(self, value: float) -> float:
+        """Return the value: there is one process."""
+        return value
+
+
+def _as_dataset(samples: Any) -> Dataset[Any]:
+    """Return what is indexed and has a length; tensors (x, y) become a data set."""
+    if isinstance(samples, tuple | list) and samples and all(isinstance(each, Tensor) for each in samples):
+        if len(samples) != 2 or len(samples[0]) != len(samples[1]):
+            raise UserError(f"CrestLoader takes tensors (x, y) of equal lengths, not {[len(each) for each in samples]}")
+        return TensorDataset(*samples)
+    if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")) or isinstance(samples, Mapping):
+        kind = type(samples).__name__
+        raise UserError(f"CrestLoader takes a data set with a length that gives samples by index, not a {kind}")
+    return samples
