@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import raypkg
 from raypkg.cli import main
@@ -264,7 +265,11 @@ def test_a_trained_model_predicts_samples_as_they_are_stored(effray):
     model = raypkg.load_model(Path("runs/train/one"))
     test = raypkg.load_data("digits").test
     x, y = test.batch(range(len(test)))
-    right = (model.predict(x) == y).double().mean().item()
+    pictures = [Image.fromarray(pixels.permute(1, 2, 0).squeeze().numpy()) for pixels in x]
+    labels, probabilities, names = model.predict(pictures)
+    assert probabilities.equal(model.predict(x).probabilities) and names[0] == model.classes[labels[0]]
+    assert model.predict([picture.resize((24, 16)).convert("RGB") for picture in pictures]).labels.shape == y.shape
+    right = (labels == y).double().mean().item()
     measured = raypkg.evaluate(model, test, precision="float32")
     assert right == pytest.approx(measured["accuracy"])
     assert right > 0.5

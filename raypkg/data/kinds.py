@@ -25,6 +25,7 @@ class Kind(ABC):
     """Stored batches of one kind of sample, and the input that a model computes from them."""
 
     form: str  # of a stored batch, for error messages
+    raw: str  # what a user has
 
     def tensor(self, stored: np.ndarray) -> Tensor:
         """Convert a stored batch to a tensor without a copy."""
@@ -55,6 +56,7 @@ class _Images(Kind):
     """Stored as uint8 [b, H, W, C]; batches are uint8 [b, C, H, W] in channels_last memory."""
 
     form = "uint8 [b, C, H, W]"
+    raw = "Pillow's images"
 
     def tensor(self, stored: np.ndarray) -> Tensor:
         return torch.from_numpy(stored).permute(0, 3, 1, 2)
@@ -81,6 +83,7 @@ class _Rows(Kind):
     """Stored as float32 [b, D]."""
 
     form = "float [b, D]"
+    raw = "lists of numbers"
 
     def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
         # (x − mean)/std per column
@@ -101,6 +104,7 @@ class _Texts(Kind):
     """
 
     form = "int64 [b, 2, l]"
+    raw = "texts or pairs of them"
 
     def inputs(self, x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
         return x

@@ -87,6 +87,7 @@ class Split:
     truth: Tensor | None = None  # true labels where y has wrong ones, for measurement only, int64 [n]
     blocks: Blocks | None = None  # set if samples are read by blocks
     local: Tensor | None = None  # the only positions whose samples are on this machine, int64 [m] ascending; None = all
+    tokenizer: str = ""  # as JSON, if it was trained on the texts
 
     @classmethod
     def from_tensors(

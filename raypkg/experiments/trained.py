@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raypkg.core.config import load_settings
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, shown
+from raypkg.core.registry import extra
 from raypkg.core.settings import Dataset, Experiment, Model, RunSettings, Train
 from raypkg.data import Data
 from raypkg.data.augment import Augmentation
 from raypkg.data.coreset import Coreset
-from raypkg.data.kinds import TEXTS, kind_of
+from raypkg.data.kinds import IMAGES, TEXTS, kind_of
 from raypkg.data.split import Split
+from raypkg.data.tokenizer import encode, padded, tokenizer_at
 from raypkg.engine.batches import ahead, dtype_of, loaders_of, to_device, training_batch
 from raypkg.engine.hooks import Hook, Results
 from raypkg.engine.loop import autocast
@@ -41,35 +46,75 @@ NAMED = 3  # names that a message lists
 BATCH = {"cpu": 128, "cuda": 512}  # samples of a forward pass; the features' last bits depend on it
 
 
-class TrainedClassifier(Classifier):
-    """A trained model with the meaning of its inputs and outputs; called directly, it takes normalised samples."""
+class Predictions(NamedTuple):
+    """The likeliest class of each sample."""
 
-    def __init__(self, model: Classifier, split: Split):
+    labels: Tensor  # int64 [b]
+    probabilities: Tensor  # of all classes, the softmax of the logits, [b, C]
+    names: list[str]  # of the labels
+
+
+class TrainedClassifier(Classifier):
+    """A trained model with the meaning of its inputs and outputs; called directly, it takes normalised samples.
+
+    >>> split = Split.from_tensors(torch.eye(2), torch.arange(2), classes=["left", "right"])
+    >>> linear = build_model("linear", split.shape, split.num_classes, seed=0)
+    >>> TrainedClassifier(linear, split).predict([[0.0, 1.0], [1.0, 0.0]]).probabilities.shape
+    torch.Size([2, 2])
+    """
+
+    def __init__(self, model: Classifier, split: Split, tokenizer: str = ""):
         super().__init__(model.features, model.head)
         self.classes = split.classes
         self.shape = split.shape
         self.mean = split.mean
         self.std = split.std
+        self._trained_tokenizer = split.tokenizer
+        self._named_tokenizer = tokenizer
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The ``tokenizers.Tokenizer`` of the training texts."""
+        if self._named_tokenizer:
+            return tokenizer_at(self._named_tokenizer)
+        if not self._trained_tokenizer:
+            raise UserError("the model was trained on tokens whose tokenizer is unknown: predict takes such tokens")
+        return extra("tokenizers", "text", "predict").Tokenizer.from_str(self._trained_tokenizer)
 
     @torch.inference_mode()
-    def predict(self, x: Tensor) -> Tensor:
-        """Return the labels of samples as they are stored, int64 [b]; ``classes`` has their names.
+    def predict(self, samples: Any) -> Predictions:
+        """Return labels, probabilities and class names of samples as they come, or as they are stored.
 
         Computes in the weights' precision, so a label can differ from one that was counted in bfloat16.
 
         Args:
-            x: uint8 [b, C, H, W], float [b, D] or int64 [b, 2, l], as ``Split.batch`` returns them.
+            samples: a list of texts or of pairs, of Pillow's images, or of rows of numbers; images are brought to the
+                size and colours of training. Or a tensor as ``Split.batch`` returns it: uint8 [b, C, H, W],
+                float [b, D] or int64 [b, 2, l].
 
         Raises:
-            UserError: another shape, or images that are not bytes, which would be scaled wrongly.
+            UserError: another kind or shape, or images that are not bytes, which would be scaled wrongly.
         """
         kind = kind_of(self.shape)
+        x = samples
+        if not isinstance(samples, str | Tensor):
+            with suppress(TypeError, ValueError, AttributeError):  # refused below
+                if kind is TEXTS:
+                    x = torch.from_numpy(padded(encode(self.tokenizer, samples, self.shape[0])[0]))
+                elif kind is IMAGES:
+                    from raypkg.data.store.images import pixels_of  # training needs no decoder of images
+
+                    x = kind.tensor(np.stack([pixels_of(image, self.shape) for image in samples]))
+                else:
+                    x = torch.from_numpy(np.asarray(samples, np.float32))
         if not isinstance(x, Tensor) or not kind.fits(x, self.shape):
-            given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise UserError(f"predict takes {kind.form} as they are stored, of samples {self.shape}, not {given}")
+            given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else shown(samples)
+            takes = f"{kind.form} as they are stored, or {kind.raw}"
+            raise UserError(f"predict takes {takes}, of samples {self.shape}, not {given}")
         stored = to_device(x, self.head.weight.device)
         logits: Tensor = self(kind.inputs(stored, self.mean, self.std, dtype_of(self)))
-        return logits.argmax(1)
+        labels = logits.argmax(1)
+        return Predictions(labels, logits.softmax(1), [self.classes[label] for label in labels.tolist()])
 
 
 def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
@@ -93,7 +138,7 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
     settings = settings_of_trained(folder)
     data = open_samples(settings).data
     model = restored_model(folder, settings, data)
-    return TrainedClassifier(model, data.train).eval()
+    return TrainedClassifier(model, data.train, settings.dataset.options.get("tokenizer", "")).eval()
 
 
 def check_has_model(folder: RunFolder) -> None:

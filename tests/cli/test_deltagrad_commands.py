@@ -258,7 +258,7 @@ def test_opening_a_run_deletes_the_leftovers_of_killed_requests(trained):
 
 def test_a_loaded_model_scales_its_inputs_as_in_training(trained, refusal):
     model, test = load_model("a"), load_data("digits").test
-    found = (model.predict(test.batch(range(len(test)))[0]) == test.y).double().mean()
+    found = (model.predict(test.batch(range(len(test)))[0]).labels == test.y).double().mean()
     summary = json.loads((RUN / "summary.json").read_text())
     assert model.std == (1.0,)
     assert float(found) == pytest.approx(summary["test_accuracy"])

@@ -57,14 +57,26 @@ def checkpoint(tmp_path):
     return folder
 
 
-def test_a_trained_model_predicts_texts(effray, pairs):
+def test_a_trained_model_predicts_texts(effray, pairs, tmp_path, monkeypatch):
     text = effray(f"train --name one --dataset {pairs} {SMALL}")
     assert "test accuracy" in text
     model = raypkg.load_model("runs/train/one")
     split = raypkg.load_data(pairs).test
     x, y = split.batch(range(len(split)))
-    labels = model.predict(x)
+    labels, probabilities, names = model.predict(x)
     assert labels.shape == y.shape and model.classes == ("no", "perhaps", "yes")
+    assert names == [model.classes[label] for label in labels] and probabilities.argmax(1).equal(labels)
+
+    place = tmp_path / "elsewhere"
+    shutil.copytree("runs/train/one", place / "one")
+    monkeypatch.chdir(place)
+    told = [line.split(",")[:2] for line in Path(pairs[5:], "test.csv").read_text().splitlines()[1:]]
+    moved = raypkg.load_model("one")
+    assert torch.equal(moved.predict([tuple(pair) for pair in told]).probabilities, probabilities)
+    assert moved.predict(["a cat sat"]).names[0] in moved.classes
+    for wrong in ("a cat sat", [1, 2], [[1.0]]):
+        with pytest.raises(UserError, match=r"predict takes .* or texts or pairs of them"):
+            moved.predict(wrong)
     with pytest.raises(UserError, match=r"predict takes int64 \[b, 2, l\] as they are stored"):
         model.predict(x.float())
 

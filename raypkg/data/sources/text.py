@@ -91,7 +91,8 @@ def load(
     learned = 0 if tokenizer else vocabulary
     taken = dict(columns=columns, label=label, test=test, unlabelled=unlabelled)
     read = [*files["train"], *files["test"], *tokenizer_files(tokenizer)]
-    key = fingerprint(read, tokenizer=tokenizer, vocabulary=learned, length=length, **taken)
+    form = 0 if tokenizer else 1  # since 1, a store keeps the tokenizer that was trained
+    key = fingerprint(read, tokenizer=tokenizer, vocabulary=learned, length=length, form=form, **taken)
     target = store_path(cache, place.resolve().stem, key, split)
 
     def build(unfinished: Target) -> None:
@@ -102,7 +103,8 @@ def load(
         rows = split_rows(first, split, len(table), test)
         table.check_like(train)
         tokens = tokenizer_at(tokenizer) if tokenizer else trained(train.everything(train_rows), vocabulary)
-        header = Header("encoded", (length, tokens.get_vocab_size()), train.classes)
+        own = "" if tokenizer else tokens.to_str()
+        header = Header("encoded", (length, tokens.get_vocab_size()), train.classes, tokenizer=own)
         cut = 0
 
         def blocks() -> Iterator[Block]:

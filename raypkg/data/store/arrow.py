@@ -38,6 +38,7 @@ class Header:
     augment: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     has_ids: bool = False
+    tokenizer: str = ""  # as JSON, if it was trained on the texts
 
     @property
     def schema(self) -> pa.Schema:
@@ -106,6 +107,7 @@ class Stored(ABC):
             augment=self.header.augment,
             columns=self.header.columns,
             ids=self.ids,
+            tokenizer=self.header.tokenizer,
         )
 
     def view(self, column: pa.Array) -> np.ndarray:

@@ -264,15 +264,21 @@ def decode(data: bytes, shape: Shape) -> np.ndarray:
     content = pa.BufferReader(data).read()
     with Image.open(io.BytesIO(content)) as image:
         image.draft(mode, (width, height))
-        pixels: Image.Image = image
-        if image.mode in SIXTEEN_BITS:  # keep the upper byte; Pillow's own conversion clips to white
-            upper = np.asarray(image) >> 8
-            pixels = Image.fromarray(upper.astype(np.uint8))
-        if pixels.mode != mode:
-            pixels = pixels.convert(mode)
-        if pixels.size != (width, height):
-            pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.BILINEAR)
-        return np.asarray(pixels).reshape(height, width, channels)
+        return pixels_of(image, shape)
+
+
+def pixels_of(image: Image.Image, shape: Shape) -> np.ndarray:
+    """Convert one image of Pillow to uint8 [H, W, C]: shorter side resized and centre cropped if its size differs."""
+    channels, height, width = shape
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode in SIXTEEN_BITS:  # keep the upper byte; Pillow's own conversion clips to white
+        upper = np.asarray(image) >> 8
+        image = Image.fromarray(upper.astype(np.uint8))
+    if image.mode != mode:
+        image = image.convert(mode)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(height, width, channels)
 
 
 def decode_all(images: Sequence[bytes], shape: Shape, name: Name) -> np.ndarray:
