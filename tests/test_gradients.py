@@ -174,7 +174,7 @@ def samples_for(shape, n):
 )
 def test_norms_of_full_gradients_are_those_of_one_backward_pass_per_sample(name, shape, monkeypatch):
     torch.manual_seed(0)
-    model = build_model(name, shape, 3, seed=0).train()
+    model = build_model(name, shape, 3, seed=0).train().to(memory_format=torch.channels_last)
     next(model.parameters()).requires_grad_(False)  # a frozen parameter has no part in it
     x, y = samples_for(shape, 7), torch.arange(7) % 3
     monkeypatch.setattr(gradients, "AT_ONCE", 2 * sum(p.numel() for p in model.parameters()))  # two samples at a time

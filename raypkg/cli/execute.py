@@ -59,7 +59,7 @@ def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolde
     model = getattr(settings, "model", None)
     subject = model.name if model else getattr(settings, "rule", "")
     subject = subject or f"the model of {getattr(settings, 'model_from', '')}"
-    preset = getattr(settings, "preset", "")
+    preset = getattr(settings, "preset", None) or ""
     console.print(f"{entry.name} {folder.name}: {subject} on {settings.dataset.name}{preset and f', preset {preset}'}")
     changed = ", ".join(f"{name} = {shown(value)}" for name, value in departures(settings).items())
     for what, text in (("changed", changed), ("adapted", "; ".join(getattr(settings, "adapted", ())))):

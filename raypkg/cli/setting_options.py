@@ -121,8 +121,8 @@ def setting_options(schema: type[Settings]) -> Iterator[click.Option]:
             shown_default = ",".join(map(str, default))
         elif default is not None and not field.is_required():
             shown_default = str(default).lower() if isinstance(default, bool) else str(default)
-        if name == "preset":
-            shown_default = "published; " + "; ".join(f"{each}: {it.about}" for each, it in presets_of(schema).items())
+        if name == "preset" and (presets := presets_of(schema)):
+            shown_default = "published; " + "; ".join(f"{each}: {it.about}" for each, it in presets.items())
         yield click.Option(
             [*short, f"--{name}", name.replace(".", "__")],
             metavar=metavar(field),

@@ -34,10 +34,10 @@ class Preset(NamedTuple):
 @lru_cache
 def presets_of(schema: type[Settings]) -> dict[str, Preset]:
     """Return the presets of a settings class by name; empty if it has none."""
-    file = sys.modules[schema.__module__].__file__
-    if "preset" not in schema.model_fields or file is None:
+    file = Path(sys.modules[schema.__module__].__file__ or "").with_name(FILE)
+    if "preset" not in schema.model_fields or not file.is_file():
         return {}
-    tables = read_toml(Path(file).with_name(FILE))
+    tables = read_toml(file)
     presets = {}
     for name, table in tables.items():
         about = table.pop("about")
@@ -71,7 +71,7 @@ def with_preset(schema: type[Settings], base: Mapping[str, Any], values: Mapping
     chosen = presets[name]
     # What the paper states for a data set holds for every preset that has no value of its own.
     preset = _layered(published.values, published.on.get(data, {}), chosen.values, chosen.on.get(data, {}))
-    return _without(preset, given) | dict(values)
+    return without(preset, given) | dict(values)
 
 
 def preset_of_row(schema: type[Settings], row: Mapping[str, Any], shared: Mapping[str, Any]) -> Values:
@@ -87,7 +87,7 @@ def preset_of_row(schema: type[Settings], row: Mapping[str, Any], shared: Mappin
     for setting, value in presets[PUBLISHED].values.items():
         if _is_of_method(setting):
             method[setting] = value
-    return _layered(_without(method, shared), presets[name].values, row)
+    return _layered(without(method, shared), presets[name].values, row)
 
 
 def _with_former_defaults(schema: type[Settings], values: Mapping[str, Any]) -> Values:
@@ -104,12 +104,12 @@ def _layered(*layers: Mapping[str, Any]) -> Values:
     """Merge settings by dotted names: a later layer replaces what its names overlap."""
     merged: Values = {}
     for layer in layers:
-        merged = _without(merged, layer)
+        merged = without(merged, layer)
         merged.update(layer)
     return merged
 
 
-def _without(values: Mapping[str, Any], others: Mapping[str, Any]) -> Values:
+def without(values: Mapping[str, Any], others: Mapping[str, Any]) -> Values:
     """Return the values whose dotted name is none of the others, and neither a part of one nor has one as a part."""
     kept = {}
     for name, value in values.items():
@@ -130,7 +130,7 @@ def departures(settings: Settings) -> Values:
     Values adapted to the data do not count.
     """
     values = dotted(settings.model_dump(mode="json"))
-    if not values.get("preset"):
+    if not (values.get("preset") and presets_of(type(settings))):
         return {}
     chosen: Values = {key: values[key] for key in ("preset", "dataset.name") if key in values}
     preset = with_preset(type(settings), {}, chosen)

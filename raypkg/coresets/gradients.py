@@ -249,7 +249,8 @@ def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     Raises:
         UserError: a layer has no gradient of a single sample.
     """
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    # ``vmap`` has no rule for some layers in the memory layout "channels last".
+    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     size = sum(p.numel() for p in trained.values())
 
     def square(x: Tensor, y: Tensor) -> Tensor:
@@ -265,7 +266,7 @@ def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for ``vmap``
         for x, y in batches:
             try:
-                found.append(squares(x, y).sqrt().cpu())
+                found.append(squares(x.contiguous(), y).sqrt().cpu())
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"{type(model).__name__} has no full gradients of single samples: {reason}") from error

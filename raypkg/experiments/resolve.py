@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raypkg.core.address import is_uri
-from raypkg.core.config import Named, load_settings, read_toml
+from raypkg.core.config import Named, dotted, fields_of, load_settings, read_toml
 from raypkg.core.errors import UserError
-from raypkg.core.presets import with_preset
+from raypkg.core.presets import with_preset, without
 from raypkg.core.registry import Lookup, heavy_imports
 from raypkg.core.settings import Experiment, Model, RunSettings, Select, Target, Train
 from raypkg.data.sources import dataset
@@ -39,9 +39,33 @@ def resolve(
     study's trials get no tokenizer: each trial takes that of its own model.
     """
     base = read_toml(source) if isinstance(source, Path) else dict(source or {})
-    settings = with_absolute_paths(load_settings(schema, base, with_preset(schema, base, values)))
+    values = with_preset(schema, base, values)
+    settings = load_settings(schema, base, values)
+    select = selection_of(settings)
+    if select and getattr(select, "preset", None):
+        settings = load_settings(schema, base, with_published_rule(settings, select, base, values))
+    settings = with_absolute_paths(settings)
     check_names(settings)
     return settings if shared else with_tokenizer(settings)
+
+
+def with_published_rule(
+    settings: RunSettings, select: Select, base: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the values with those of the published form of the selection's rule, over which they have priority.
+
+    So has the base, unless the preset is one of the values: stored settings are complete.
+    """
+    from raypkg.coresets.rules import published_forms
+
+    forms = published_forms()
+    if select.rule not in forms:
+        raise UserError(f"preset = published: {select.rule} has no other form; these have: {', '.join(forms)}")
+    part = "" if select is settings else "select."
+    given = dict(values) if f"{part}preset" in values else dotted(dict(base)) | dict(values)
+    fields = fields_of(type(select))
+    form = {f"{part}{name}": value for name, value in forms[select.rule].items() if name.partition(".")[0] in fields}
+    return without(form, given) | dict(values)
 
 
 def with_absolute_paths(settings: R) -> R:

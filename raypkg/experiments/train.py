@@ -6,7 +6,7 @@ from pydantic import Field
 
 from raypkg.cluster.workers import Workers
 from raypkg.core.errors import UserError
-from raypkg.core.settings import Experiment, Reselect, RunSettings, Select, Share, Train
+from raypkg.core.settings import Experiment, Reselect, RulePreset, RunSettings, Select, Share, Train
 from raypkg.runs.report import Report
 
 from . import experiment
@@ -18,6 +18,7 @@ class TrainSelect(Reselect):
 
     rule: str = Field("random", description="random, infobatch or another; see `effray methods`")
     fraction: Share = Field(1.0, description="share of the training samples in use at a time")
+    preset: RulePreset = None
 
 
 class TrainSettings(Experiment):
@@ -68,6 +69,7 @@ def run_training(settings: TrainSettings, *, samples: Samples, report: Report, w
 class SelectSettings(Select, RunSettings):
     """Settings of `effray select`."""
 
+    preset: RulePreset = None
     model_from: str = Field(
         "",
         description="run whose model selects, by name or path, or several, A,B: el2n and grand average over them",

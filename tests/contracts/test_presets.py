@@ -5,8 +5,10 @@ import pytest
 from raypkg.core.config import dotted, load_settings, load_stored
 from raypkg.core.errors import UserError
 from raypkg.core.presets import PUBLISHED, departures, presets_of
+from raypkg.coresets.rules import coreset, published_forms
 from raypkg.experiments import experiment, settings_of
 from raypkg.experiments.resolve import resolve
+from raypkg.experiments.train import SelectSettings, TrainSettings
 from raypkg.studies.tables import Table, read_table
 
 SCHEMAS = {name: settings_of(experiment[name]) for name in ("crest", "lipt", "sparse", "deltagrad")}
@@ -155,3 +157,58 @@ def test_a_row_names_a_preset_and_stores_its_values():
     row = table.rows["each step"]
     assert (row["preset"], row["crest.tau"], row["crest.h"]) == ("each-step", 0.0, 2.0)
     assert not any(name.startswith("train.") for name in row)  # those are shared
+
+
+OMP = {"weighted": True, "every_epochs": 20, "lam": 0.5, "eps": 1e-10, "relative": False}  # arXiv:2103.00123
+RULES = {
+    "gradmatch": {**OMP, "balanced": True, "normalise": False},
+    "gradmatchpb": OMP,
+    "glister": {"weighted": False, "every_epochs": 20, "eta": 0.01, "target": None},  # for the held-out samples
+    "craig": {"weighted": True, "every_epochs": 20, "greedy": "lazy"},
+    "grand": {"gradients": "full", "pick": "largest"},  # arXiv:2107.07075
+}
+
+
+def chosen(settings, names):
+    """Return settings of a selection and options of its rule, defaults included."""
+    values = coreset[settings.rule].options(settings.options) | settings.model_dump()
+    return {name: values[name] for name in names if name in values}
+
+
+def test_each_preset_of_a_rule_differs_from_its_defaults():
+    assert set(published_forms()) == set(RULES)
+    for rule in RULES:
+        selects = [resolve(SelectSettings, None, {"rule": rule, "preset": given}) for given in ("published", "false")]
+        assert selects[0].model_copy(update={"preset": None}) != selects[1]
+
+
+@pytest.mark.parametrize(("rule", "facts"), RULES.items())
+def test_a_rule_as_published_has_the_stated_values(rule, facts):
+    train = resolve(TrainSettings, None, {"select.rule": rule, "select.preset": "published", "select.fraction": 0.1})
+    assert chosen(train.select, facts) == facts
+    assert resolve(TrainSettings, train.model_dump(mode="json"), {}) == train
+    once = {name: value for name, value in facts.items() if name != "every_epochs"}
+    assert chosen(resolve(SelectSettings, None, {"rule": rule, "preset": "published"}), once) == once
+
+
+def test_options_win_over_the_preset_of_a_rule():
+    given = {"select.rule": "gradmatch", "select.options.lam": 0.1, "select.every_epochs": 5}
+    stored = {"select": {"rule": "gradmatch", "preset": "published", "weighted": False}}
+    select = resolve(TrainSettings, stored, given).select
+    assert (select.options["lam"], select.options["relative"], select.every_epochs, select.weighted) == (
+        0.1,
+        False,
+        5,
+        False,
+    )
+    # a trial's preset has priority over what all trials share
+    shared = resolve(TrainSettings, {"select": {"fraction": 0.1}}, {}).model_dump(mode="json")
+    select = resolve(TrainSettings, shared, {"select.rule": "craig", "select.preset": "published"}).select
+    assert (select.weighted, select.every_epochs, select.fraction) == (True, 20, 0.1)
+
+
+def test_a_rule_without_another_form_has_no_preset():
+    with pytest.raises(
+        UserError, match=r"preset = published: kcenter has no other form; these have: gradmatch, gradmatchpb, glister"
+    ):
+        resolve(SelectSettings, None, {"rule": "kcenter", "preset": "published"})

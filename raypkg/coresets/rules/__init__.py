@@ -15,8 +15,11 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, cast
 
+from raypkg.core.config import dotted, read_toml
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry, F, Registry
 
@@ -98,6 +101,13 @@ class Rules(Registry):
 
 
 coreset = Rules()
+
+
+@lru_cache
+def published_forms() -> dict[str, dict[str, Any]]:
+    """Return the settings of a selection that make a rule the published one, by rule and dotted name."""
+    tables = read_toml(Path(__file__).with_name("presets.toml"))
+    return {rule: dotted(table) for rule, table in tables.items()}
 
 
 def _annotated(function: Callable[..., Any]) -> tuple[Any, ...]:
