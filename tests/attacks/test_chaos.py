@@ -249,7 +249,7 @@ def attempt(
         struck = strike(process, watch, victim, share, expected.lives.get(victim, (0, 0)))
         ended = process.end()
     WATCHES.append(watch)
-    # Ray ends a driver that is just connecting to a raylet that dies, without a word of ours; no phase has said anything.
+    # Ray ends a driver that is just connecting to a raylet that dies, before any phase has said anything.
     out = ended.out.partition("\x1b[33m(raylet)")[0]  # Ray itself may say that the raylet died
     is_connecting = not out or out.endswith("…\n")
     is_speechless = victim == "raylet" and is_connecting and (ended.code, ended.err) == (1, "")
