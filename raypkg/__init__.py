@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .engine.run import Run as Run
     from .experiments.trained import load_model as load_model
     from .methods.crest.loader import CrestLoader as CrestLoader
+    from .methods.deltagrad import head as deltagrad  # noqa: F401 - a module under another name
+    from .methods.deltagrad.estimator import DeltaGrad as DeltaGrad
     from .methods.sparse.training import SparseTraining as SparseTraining
     from .models import build_model as build_model
 
@@ -37,6 +39,7 @@ _PLACES = {
     "Coreset": "data.coreset",
     "CoresetLoader": "coresets.loader",
     "CrestLoader": "methods.crest.loader",
+    "DeltaGrad": "methods.deltagrad.estimator",
     "HeadView": "coresets.gradients",
     "Hook": "engine.hooks",
     "Run": "engine.run",
@@ -50,10 +53,13 @@ _PLACES = {
     "load_model": "experiments.trained",
     "select": "coresets.budgets",
 }
-__all__ = sorted(_PLACES)
+_MODULES = {"deltagrad": "methods.deltagrad.head"}
+__all__ = sorted({*_PLACES, *_MODULES})
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{_MODULES[name]}")
     if name not in _PLACES:
         raise AttributeError(f"module 'raypkg' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -57,11 +57,11 @@ def open_data(chosen: Dataset, seed: int | None = None) -> Data:
         train = subset(train, torch.arange(len(train)).repeat_interleave(chosen.repeat))
     if not train.mean and chosen.scale != type(chosen).model_fields["scale"].default:
         raise UserError(f"dataset.scale = {chosen.scale}: texts have no numbers to scale")
-    mean, std = _normalisation(train, chosen.scale)
+    mean, std = normalisation(train, chosen.scale)
     return Data(replace(train, mean=mean, std=std), replace(data.test, mean=mean, std=std))
 
 
-def _normalisation(train: Split, scale: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(train: Split, scale: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return shift and scale of inputs by channel or column, pixels in units of 1/255; texts have neither."""
     count = len(train.mean)
     if scale == "standard" or not count:

@@ -20,14 +20,13 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 from raypkg.data import Data
 from raypkg.data.split import Split
-from raypkg.engine.optimizer import learning_rate
 from raypkg.engine.worker import threads
 
 from .history import History, HistoryWriter, check_room, history_folder
 from .journal import Change, Entry
 from .objective import Objective
 from .replay import ChangedStep, Periodic, Tolerant, replay, retrain
-from .run import Membership, RecordedRun, joined
+from .run import Membership, Recorded, joined
 from .settings import RequestSettings
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ FEW = 2048  # samples that are computed here faster than on actors
 Follow = Callable[[Iterable[Any], int], Iterable[Any]]  # shows the progress of a number of steps
 
 
-def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: Follow) -> Entry:
+def answer(run: Recorded, change: Change, settings: RequestSettings, follow: Follow) -> Entry:
     """Replay the training with changed samples, make the result durable and return its entry in the journal.
 
     A failure before `Journal.commit`, such as a full disk, a corrupt record or a replay that diverges, changes nothing.
@@ -66,7 +65,7 @@ def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: 
     if chosen.tolerance is None:
         exact_steps = Periodic(chosen.period, chosen.exact_at_first(total))
     else:
-        horizon = sum(learning_rate(train, step / total) for step in range(total))
+        horizon = sum(step.rate for step in history)
         exact_steps = Tolerant(chosen.tolerance, horizon, train.weight_decay)
 
     folder = history_folder(run.storage, len(run.journal.entries))
@@ -190,7 +189,7 @@ class Verdict(NamedTuple):
     samples: int  # gradients computed by retraining
 
 
-def verify(run: RecordedRun, cluster: Cluster, follow: Follow) -> Verdict:
+def verify(run: Recorded, cluster: Cluster, follow: Follow) -> Verdict:
     """Retrain with the samples in use, from the same weights in the same order, and compare."""
     history = run.history()
     membership = run.membership

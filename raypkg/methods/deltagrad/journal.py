@@ -102,7 +102,7 @@ class Journal:
         self._storage.write_table(CHANGE_FILE.format(number), pa.table({"id": ids, "in_use": in_use}))
         files = {"changes": CHANGE_FILE, "model": MODEL_FILE}
         if change.new:
-            self._write_rows(number, change.new)
+            self.write_rows(number, change.new)
             files["rows"] = ROWS_FILE
         content = {
             "kind": "change",
@@ -183,7 +183,8 @@ class Journal:
         if self._storage.digest(name) != digest:
             raise UserError(f"'{self._storage.root}/{name}' is missing or corrupt: its digest is not that of the log")
 
-    def _write_rows(self, number: int, split: Split) -> None:
+    def write_rows(self, number: int, split: Split) -> None:
+        """Write the samples that an entry adds."""
         path = self._root / ROWS_FILE.format(number)
         unfinished = path.with_suffix(PART)
         positions = np.split(np.arange(len(split)), range(ROWS_AT_ONCE, len(split), ROWS_AT_ONCE))

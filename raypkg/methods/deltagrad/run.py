@@ -1,7 +1,7 @@
 """A recorded run: its settings, samples and history, and the samples that its model is trained on now."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, count, islice, pairwise
@@ -69,51 +69,36 @@ def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
             raise
 
 
-class RecordedRun:
-    """A recorded run with everything that was deleted from and added to it since.
+class Recorded:
+    """A recorded training in a local folder, with everything that was deleted from and added to it since.
 
     Inside, an id is a position in the training split; added samples are numbered on from its end, in the order of their
-    requests. If the split has ids of its own, users give and see those. The journal's last entry describes the run;
-    files that it does not name are ignored. A damaged log, and a model or data set that is not that of the log, are
-    refused.
+    requests. If the split has ids of its own, users give and see those. The journal's last entry describes the training
+    as it is; files that it does not name are ignored. ``batches`` are those of the recorded steps, int64 ids each, if
+    another loop than effray's has chosen them.
     """
 
-    def __init__(self, folder: RunFolder):
+    def __init__(
+        self,
+        folder: RunFolder,
+        journal: Journal,
+        settings: DeltaGradSettings,
+        samples: Samples,
+        batches: Sequence[Tensor] = (),
+    ):
         self.storage = folder.storage
-        self.journal = Journal(folder)
-        first, *changes = self.journal.entries
-        if not changes:
-            _check_finished(folder)
-        where = f"{folder.storage.root}/{CONFIG}"
-        values = stored_settings(folder)
-        try:
-            self.settings = load_settings(DeltaGradSettings, values)
-        except UserError as error:
-            raise UserError(f"{where} is damaged: {error}") from None
-        if settings_digest(self.settings) != first["settings"]:
-            raise UserError(f"{where} is not that of the recorded training: it or {LOG} was changed")
+        self.journal = journal
+        self.settings = settings
+        self.samples = samples
+        self.batches = batches
+        journal.settle()
 
-        if folder.storage.digest(ROWS) != first["rows"]:
-            raise UserError(f"{folder.storage.root}/{ROWS} is missing or corrupt: its digest is not that of the log")
-        rows = folder.storage.read_table(ROWS)
-        assert rows is not None
-        self.samples = _standardised_as_trained(rows, open_samples(self.settings, verify=False))
-        self.journal.settle()
-
-        train = self.samples.data.train
+        train = samples.data.train
         self._groups = [train]  # the training split, and each group of samples that was added
         self.active = torch.zeros(len(train), dtype=torch.bool)  # [ids], True for samples in use
-        self.active[self.samples.train_indices] = True
-        for entry in changes:
+        self.active[samples.train_indices] = True
+        for entry in journal.entries[1:]:
             self._apply(entry)
-
-        # Deleted rows may have been blanked since.
-        changed = torch.from_numpy(row_digests(train) != rows["digest"].to_numpy())
-        changed_in_use = (changed & self.active[: len(train)]).nonzero()
-        if len(changed_in_use):
-            raise UserError(
-                f"sample {int(changed_in_use[0])} of the data set is not what it was in the recorded training"
-            )
 
     @property
     def split(self) -> Split:
@@ -125,11 +110,12 @@ class RecordedRun:
         """The batch of every sample."""
         ends = list(accumulate(len(group) for group in self._groups))
         added = tuple(torch.arange(start, end) for start, end in pairwise(ends))
-        return Membership(self.samples.train_indices, added, self.settings.train.batch_size, self.settings.seed)
+        train = self.settings.train
+        return Membership(self.samples.train_indices, added, train.batch_size, self.settings.seed, self.batches)
 
     @property
     def objective(self) -> Objective:
-        """The loss of the run's model."""
+        """The loss of the model."""
         return Objective.of(self.settings.model, self.samples.data.train)
 
     def history(self) -> History:
@@ -158,6 +144,43 @@ class RecordedRun:
             self._groups.append(self.journal.added_rows(entry))
             self.active = torch.cat([self.active, torch.ones(entry["new"], dtype=torch.bool)])
         self.active[ids] = in_use
+
+
+class RecordedRun(Recorded):
+    """A recorded run of `effray deltagrad train`.
+
+    A damaged log, and a model or data set that is not that of the log, are refused.
+    """
+
+    def __init__(self, folder: RunFolder):
+        journal = Journal(folder)
+        first, *changes = journal.entries
+        if not changes:
+            _check_finished(folder)
+        where = f"{folder.storage.root}/{CONFIG}"
+        values = stored_settings(folder)
+        try:
+            settings = load_settings(DeltaGradSettings, values)
+        except UserError as error:
+            raise UserError(f"{where} is damaged: {error}") from None
+        if settings_digest(settings) != first["settings"]:
+            raise UserError(f"{where} is not that of the recorded training: it or {LOG} was changed")
+
+        if folder.storage.digest(ROWS) != first["rows"]:
+            raise UserError(f"{folder.storage.root}/{ROWS} is missing or corrupt: its digest is not that of the log")
+        rows = folder.storage.read_table(ROWS)
+        assert rows is not None
+        samples = _standardised_as_trained(rows, open_samples(settings, verify=False))
+        super().__init__(folder, journal, settings, samples)
+
+        # Deleted rows may have been blanked since.
+        train = samples.data.train
+        changed = torch.from_numpy(row_digests(train) != rows["digest"].to_numpy())
+        changed_in_use = (changed & self.active[: len(train)]).nonzero()
+        if len(changed_in_use):
+            raise UserError(
+                f"sample {int(changed_in_use[0])} of the data set is not what it was in the recorded training"
+            )
 
 
 def _check_finished(folder: RunFolder) -> None:
@@ -225,9 +248,12 @@ class Membership:
     added: tuple[Tensor, ...]  # groups of later ones
     batch_size: int  # of the first training
     seed: int  # names every draw
+    given: Sequence[Tensor] = ()  # the batches, if another loop has chosen them; added samples have no place there
 
     def batches(self, steps: int) -> Iterator[Tensor]:
         """Yield all samples with a place in the batch of each step, deleted ones too."""
+        if self.given:
+            return iter(self.given)
         return islice((batch for epoch in count() for batch in self.epoch(epoch)), steps)
 
     def epoch(self, epoch: int) -> list[Tensor]:

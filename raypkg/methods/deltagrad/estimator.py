@@ -1,0 +1,469 @@
+"""DeltaGrad in a script of one's own: an estimator in scikit-learn's manner, and the record of a linear head."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raypkg.core.config import validate
+from raypkg.core.errors import UserError, unknown
+from raypkg.data import Data
+from raypkg.data.opening import normalisation
+from raypkg.data.split import Split
+from raypkg.engine.loop import fit as train
+from raypkg.engine.run import Run
+from raypkg.experiments.samples import Samples, new_model
+from raypkg.runs.checkpoints import save_tensors
+from raypkg.runs.folder import MODEL, RunFolder
+from raypkg.runs.storage import PART, Storage
+
+from .answer import answer, verify
+from .history import HistoryWriter, Layout, check_room, history_folder
+from .hook import Historian
+from .journal import LOG, ROWS_FILE, Change, Journal
+from .objective import to_vector
+from .requests import Request, change_of
+from .run import Recorded
+from .settings import DeltaGradSettings, Holders, RequestSettings
+
+ESTIMATOR = "estimator.json"
+PARTS = {  # the constructor's arguments among the settings of `effray deltagrad train`
+    "dataset": ("scale",),
+    "train": ("epochs", "batch_size", "lr", "weight_decay", "schedule", "milestones", "lr_drop"),
+    "replay": ("period", "burn_in", "pairs", "tolerance"),
+}
+
+
+class InvalidInput(UserError, ValueError):
+    """Invalid data or ids, as scikit-learn expects it: a ``ValueError``."""
+
+
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        if isinstance(error, ValueError):
+            raise
+        raise InvalidInput(str(error)) from None
+
+
+class DeltaGrad:
+    """Multinomial logistic regression that unlearns and learns samples without retraining.
+
+    ``fit`` minimises F(w) = 1/n Σ_i −log softmax(W z_i + b)[y_i] + λ/2 ‖w‖² by SGD in float64, w ← w − η_t (g_t + λw).
+    Here w = (W, b), and z are the scaled samples. It records w_t and the mean loss gradient g_t of every step.
+    ``delete`` and ``add`` replay these steps with other samples and take most gradients from the record, corrected by
+    an L-BFGS approximation of the Hessian (DeltaGrad, arXiv:2006.14755, algorithms 1 and 3; see `replay`).
+
+    The training is that of `effray deltagrad train`: same settings and threads, same weights. It is an estimator of
+    scikit-learn, which it does not need. An id is a row number of ``fit``; added samples continue them, and an id is
+    never used twice. A small distance from retraining is no formal guarantee of deletion.
+
+    Args:
+        epochs: passes over the samples.
+        batch_size: samples per step; large ones keep the record of 2 · steps · parameters numbers small.
+        lr: learning rate η at the start.
+        weight_decay: λ.
+        schedule: multistep, constant, cosine or linear.
+        milestones: shares of training at which multistep multiplies the rate by ``lr_drop``.
+        lr_drop: factor of the rate at each milestone.
+        scale: of the columns: "unit" (in [0, 1]), "standard" or "none"; by the samples of ``fit``.
+        period: T0: every T0-th step of a replay is exact; 1 = all.
+        burn_in: j0: exact steps at the start; None = 20, at most a third of the steps.
+        pairs: m: pairs in the approximation of the Hessian.
+        tolerance: largest estimated distance from the retrained weights, instead of ``period`` and ``burn_in``.
+        seed: of the first weights and the batches.
+        history: new local folder for the record and the samples, in which every change is durable; None = a temporary
+            folder, deleted with the object.
+
+    Attributes:
+        classes_: labels, sorted, [C].
+        n_features_in_: numbers of a sample, D.
+        coef_: W, of the scaled samples, float64 [C, D].
+        intercept_: b, float64 [C].
+
+    Raises:
+        UserError: a ``ValueError`` too: invalid settings, samples, labels or ids. The state is as before.
+
+    >>> x = np.random.default_rng(0).normal(size=(90, 4))
+    >>> y = np.where(x[:, 0] > 0, "yes", "no")
+    >>> model = DeltaGrad(epochs=20, batch_size=30, lr=1.0).fit(x, y).delete([3, 14, 15])
+    >>> model.score(x, y) > 0.9, model.add(x[3:5], y[3:5])
+    (True, array([90, 91]))
+    >>> model.verify() < 0.03
+    True
+    """
+
+    history: str | os.PathLike[str] | None
+
+    def __init__(
+        self,
+        *,
+        epochs: int = 20,
+        batch_size: int = 16384,
+        lr: float = 0.1,
+        weight_decay: float = 1e-4,
+        schedule: str = "multistep",
+        milestones: tuple[float, ...] = (0.5,),
+        lr_drop: float = 0.5,
+        scale: str = "unit",
+        period: int = 5,
+        burn_in: int | None = None,
+        pairs: int = 2,
+        tolerance: float | None = None,
+        seed: int = 0,
+        history: str | os.PathLike[str] | None = None,
+    ):
+        arguments = dict(locals())
+        del arguments["self"]
+        vars(self).update(arguments)  # unchanged and under their names, as scikit-learn requires
+
+    # Training and prediction
+
+    @_value_errors()
+    def fit(self, X: Any, y: Any) -> Self:
+        """Train from the start and record every step.
+
+        Args:
+            X: [n, D], or uint8 images [n, C, H, W]: NumPy, PyTorch or an Arrow table; used as float32.
+            y: labels of any type, [n].
+        """
+        settings = self._settings()
+        x = _numbers(X)
+        classes, codes = np.unique(_labels(y, len(x)), return_inverse=True)
+        if len(classes) < 2:
+            raise UserError(f"y has one class, {str(classes[0])!r}: at least 2 are needed")
+        split = Split.from_tensors(x, codes, [str(code) for code in range(len(classes))])
+        mean, std = normalisation(split, settings.dataset.scale)
+        split = replace(split, mean=mean, std=std)
+        model = new_model(settings, Data(split, split))
+        place = Place(self.history)
+        steps = settings.train.epochs * settings.train.steps_per_epoch(len(split))
+        with closing(new_history(place, Layout.of(model, settings.history.dtype), steps)) as writer:
+            hooks = [Historian(writer)]
+            train(Run.simple(model, split, settings.train, hooks=hooks, seed=settings.seed, augment=()))
+            sealed = writer.seal(to_vector(model.parameters()))
+        complete(place, settings, split, classes, model.state_dict(), sealed)
+        return self._open(place)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return the most probable label of each sample, [n]."""
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
+
+    @property
+    def coef_(self) -> np.ndarray:
+        """W, of the scaled samples, float64 [C, D]."""
+        w = self._fitted().weights()
+        return w[: -len(self.classes_)].view(len(self.classes_), -1).numpy()
+
+    @property
+    def intercept_(self) -> np.ndarray:
+        """b, float64 [C]."""
+        return self._fitted().weights()[-len(self.classes_) :].numpy()
+
+    @_value_errors()
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return the probability of each of ``classes_``, float64 [n, C]."""
+        run = self._fitted()
+        x = _numbers(X)
+        split = self._aligned(x, np.zeros(len(x), np.int64))
+        return run.objective.logits(split, run.weights(), torch.arange(len(split))).softmax(1).numpy()
+
+    @_value_errors()
+    def score(self, X: Any, y: Any) -> float:
+        """Return the accuracy on samples X with labels y."""
+        predicted = self.predict(X)
+        return float((predicted == _labels(y, len(predicted))).mean())
+
+    # Deletions and additions
+
+    @_value_errors()
+    def delete(self, ids: Any) -> Self:
+        """Update the model as if some samples had not been in its training.
+
+        Args:
+            ids: integers, [m]; each in use, none twice. A sample of every class must stay.
+        """
+        run = self._fitted()
+        numbers = np.atleast_1d(_array(ids))
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers):
+            raise UserError(f"ids are {numbers.dtype} {list(numbers.shape)}, needed are integers [m], at least one")
+        self._answer(run, change_of(run, [Request("delete", numbers.tolist())]))
+        return self
+
+    @_value_errors()
+    def add(self, X: Any, y: Any) -> np.ndarray:
+        """Update the model as if further samples had been in its training, in a random batch of each epoch.
+
+        Args:
+            X: [m, D], as for ``fit``; scaled as its samples.
+            y: labels among ``classes_``, [m].
+
+        Returns:
+            The ids of the samples, int64 [m].
+        """
+        run = self._fitted()
+        if run.batches:
+            raise UserError(
+                "add: another loop than DeltaGrad's chose the batches, which have no place for more samples"
+            )
+        x = _numbers(X)
+        labels = _labels(y, len(x))
+        if not np.isin(labels, self.classes_).all():
+            wrong = labels[~np.isin(labels, self.classes_)][0]
+            raise unknown("class", str(wrong), map(str, self.classes_))
+        new = self._aligned(x, np.searchsorted(self.classes_, labels))
+        first = len(run.active)
+        nobody = torch.arange(0)
+        self._answer(run, Change(gone=nobody, came=nobody, new=new, requests=()))
+        return np.arange(first, first + len(new))
+
+    @_value_errors()
+    def verify(self) -> float:
+        """Return the distance ‖w − w_retrained‖ from the weights of training from scratch with the samples in use."""
+        run = self._fitted()
+        return verify(run, _here(), lambda steps, total: steps).distance
+
+    # Folders
+
+    @_value_errors()
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Copy model, record and samples to a new local folder, as ``history`` would hold them."""
+        run = self._fitted()
+        place = Path(folder)
+        unfinished = place.with_name(f"{place.name}{PART}")
+        if place.exists():
+            raise UserError(f"{str(folder)!r} exists: save to a new folder")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        try:
+            with self._locked(run):
+                shutil.copytree(run.storage.root, unfinished)
+            unfinished.rename(place)
+        except OSError as error:
+            raise UserError(f"cannot write {str(folder)!r}: {error.strerror or error}") from None
+
+    @classmethod
+    @_value_errors()
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Open a folder of ``save`` or ``history``; further changes are made durable there.
+
+        A folder whose process was killed while it changed has the old or the new state.
+        """
+        model = cls(history=folder)._open(Place(folder))
+        settings = model._run.settings
+        values = {name: getattr(getattr(settings, part), name) for part, names in PARTS.items() for name in names}
+        return model.set_params(seed=settings.seed, **values)
+
+    def _open(self, place: Place) -> Self:
+        """Take the state that a folder holds."""
+        folder = RunFolder(Storage(place.folder))
+        journal = Journal(folder)
+        if not journal.entries:
+            raise UserError(f"{place.folder}/{LOG} is missing: the record was never completed, or its log is lost")
+        first = journal.entries[0]
+        if folder.storage.digest(ESTIMATOR) != first["settings"]:
+            raise UserError(f"{place.folder}/{ESTIMATOR} is missing or corrupt: its digest is not that of the log")
+        stored = folder.storage.read_json(ESTIMATOR)
+        assert stored is not None
+        split = replace(journal.added_rows(first), mean=tuple(stored["mean"]), std=tuple(stored["std"]))
+        samples = Samples(Data(split, split), torch.arange(len(split)), torch.arange(0))
+        batches = [torch.tensor(batch) for batch in stored["batches"]]
+        self._run = Recorded(folder, journal, validate(DeltaGradSettings, stored["settings"]), samples, batches)
+        self._place = place
+        self.classes_ = np.array(stored["classes"], np.dtype(stored["dtype"]))
+        self.n_features_in_ = math.prod(split.shape)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arguments, and all files: a copy has a temporary folder of its own."""
+        state = vars(self).copy()
+        if state.pop("_run", None):
+            root = Path(state.pop("_place").folder)
+            state["_files"] = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*")}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        files = state.pop("_files", None)
+        vars(self).update(state)
+        if files:
+            place = Place(None)
+            for name, content in files.items():
+                Storage(place.folder).write(name, content)
+            self._open(place)
+
+    # Requests
+
+    def _fitted(self) -> Recorded:
+        if hasattr(self, "_run"):
+            return self._run
+        theirs = sys.modules.get("sklearn.exceptions")
+        kinds = (UserError, theirs.NotFittedError) if theirs else (UserError, ValueError, AttributeError)
+        raise type("NotFittedError", kinds, {})("this DeltaGrad has not been trained: call fit, or load a folder")
+
+    def _aligned(self, x: np.ndarray, codes: np.ndarray) -> Split:
+        """Return samples scaled as those of ``fit``."""
+        like = self._fitted().samples.data.train
+        if x.shape[1:] != like.shape:
+            given, needed = math.prod(x.shape[1:]), math.prod(like.shape)
+            raise UserError(f"X has {given} features, but DeltaGrad is expecting {needed} features as input")
+        return replace(Split.from_tensors(x, codes, like.classes), mean=like.mean, std=like.std)
+
+    def _answer(self, run: Recorded, change: Change) -> None:
+        settings = RequestSettings(replay=self._settings().replay, cluster=_here())
+        try:
+            with self._locked(run):
+                answer(run, change, settings, lambda steps, total: steps)
+        except BaseException:  # also Ctrl-C
+            with suppress(UserError):  # the state is the one on the disk, old or new
+                folder = RunFolder(run.storage)
+                self._run = Recorded(folder, Journal(folder), run.settings, run.samples, run.batches)
+            raise
+
+    @contextmanager
+    def _locked(self, run: Recorded) -> Iterator[None]:
+        """Keep other processes away; refuse a record that one of them has changed."""
+        root = run.storage.root
+        with run.storage.locked(f"the record in {root!r}"):
+            if run.journal.stored() != len(run.journal.entries):
+                raise UserError(f"the record in {root!r} was changed by another process: load it again")
+            yield
+
+    # Parameters, in scikit-learn's manner
+
+    def _settings(self) -> DeltaGradSettings:
+        """Return the constructor's arguments as settings; invalid ones are refused."""
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(self).items()}
+        parts = {part: {name: values[name] for name in names} for part, names in PARTS.items()}
+        return validate(DeltaGradSettings, {**parts, "seed": values["seed"]})
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the constructor's arguments by name."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def set_params(self, **params: Any) -> Self:
+        """Set some of the constructor's arguments; those of training take effect with the next ``fit``."""
+        for name, value in params.items():
+            if name not in self.get_params():
+                raise InvalidInput(str(unknown("parameter", name, self.get_params())))
+            setattr(self, name, value)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags  # the caller has imported it
+
+        return Tags("classifier", TargetTags(required=True), None, ClassifierTags(), None, input_tags=InputTags())
+
+
+def _here() -> Holders:
+    return Holders(cpus_per_worker=torch.get_num_threads())
+
+
+class Place:
+    """The folder of a record; a temporary one is deleted with this object."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None):
+        self.folder = tempfile.mkdtemp(prefix="deltagrad-") if folder is None else str(folder)
+        if folder is None:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
+def new_history(place: Place, layout: Layout, steps: int) -> HistoryWriter:
+    """Return the writer of a new folder's history; a used folder, and a history that does not fit, are refused."""
+    storage = Storage(place.folder)
+    if set(storage.list()) - {"versions", "added", MODEL, ESTIMATOR}:  # left by a training that was killed
+        raise UserError(f"{place.folder!r} holds a record or other files: load it, or choose a new folder")
+    check_room(history_folder(storage, 0), layout, steps)
+    return HistoryWriter(history_folder(storage, 0), layout)
+
+
+def complete(
+    place: Place,
+    settings: DeltaGradSettings,
+    split: Split,
+    classes: np.ndarray,
+    state: dict[str, Tensor],
+    sealed: str,
+    batches: Sequence[Tensor] = (),
+) -> None:
+    """Complete a folder that has the history; the first entry of its journal makes it valid."""
+    storage = Storage(place.folder)
+    journal = Journal(RunFolder(storage))
+    save_tensors(storage, MODEL, state)
+    journal.write_rows(0, split)
+    content = {
+        "settings": settings.model_dump(mode="json"),
+        "classes": classes.tolist(),
+        "dtype": classes.dtype.str,
+        "mean": split.mean,
+        "std": split.std,
+        "batches": [batch.tolist() for batch in batches],
+    }
+    storage.write_json(ESTIMATOR, content)
+    files = {"settings": ESTIMATOR, "rows": ROWS_FILE.format(0), "model": MODEL}
+    digests = {name: storage.digest(file) for name, file in files.items()}
+    journal.append({"kind": "train", **digests, "history": sealed})
+
+
+# Data
+
+
+def _array(values: Any) -> np.ndarray:
+    """Return an array of NumPy, PyTorch or Arrow as one of NumPy; a table's columns become those of a matrix."""
+    if isinstance(values, pa.RecordBatch | pa.Table):
+        return np.column_stack([_array(column) for column in values.columns])
+    if isinstance(values, pa.Array):
+        return values.to_numpy(zero_copy_only=False)
+    if isinstance(values, pa.ChunkedArray):
+        return values.to_numpy()
+    return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _numbers(X: Any) -> np.ndarray:
+    """Return samples as floats [n, D] or uint8 [n, C, H, W]."""
+    if hasattr(X, "toarray"):
+        raise UserError(f"X is sparse ({type(X).__name__}): DeltaGrad takes dense samples, X.toarray()")
+    x = _array(X)
+    if x.dtype.kind == "c":
+        raise UserError(f"X is {x.dtype}. Complex data not supported")
+    if x.dtype == np.uint8 and x.ndim == 4:
+        return x
+    if x.ndim != 2:
+        raise UserError(f"X has shape {list(x.shape)}, needed is [n, D]. Reshape your data")
+    if not x.size:
+        what = "sample" if x.shape[1] else "feature"
+        raise UserError(f"0 {what}(s) (shape={x.shape}) while a minimum of 1 is required.")
+    return x if x.dtype.kind == "f" else x.astype(np.float64)
+
+
+def _labels(y: Any, n: int) -> np.ndarray:
+    """Return labels [n]; continuous ones are refused."""
+    if y is None:
+        raise UserError("DeltaGrad requires y to be passed, but the target y is None")
+    labels = _array(y)
+    if labels.shape == (n, 1):
+        labels = labels[:, 0]
+    if labels.shape != (n,):
+        raise UserError(f"y has shape {list(labels.shape)}, needed are {n} labels, [{n}]")
+    if labels.dtype.kind == "f":
+        if not np.isfinite(labels).all():
+            raise UserError("Input y contains NaN or infinity")
+        if (labels != labels.round()).any():
+            raise UserError(f"Unknown label type: continuous. y holds {labels[labels != labels.round()][0]}")
+    return labels

@@ -1,0 +1,130 @@
+"""The record of a linear head that is trained in a loop of one's own, from which samples can be deleted afterwards."""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raypkg.core.errors import UserError
+from raypkg.data.split import Split
+from raypkg.runs.storage import Storage
+
+from .estimator import DeltaGrad, Place, complete, new_history
+from .history import History, Layout, history_folder
+from .objective import Objective, to_vector
+
+CLOSE = 1e-3  # relative distance of a recorded gradient, possibly of float32, from the computed one
+
+
+def record(
+    head: nn.Linear, optimizer: torch.optim.Optimizer, history: str | os.PathLike[str] | None = None
+) -> HeadRecord:
+    """Record every step of a linear head's training in a loop of one's own (DeltaGrad, arXiv:2006.14755).
+
+    The recorder attaches to the optimizer by PyTorch's step hooks. The loop names the samples of each step by
+    ``batch(ids)``, and ``finish(X, y)`` returns a `DeltaGrad` that can delete them. Additions are refused: the loop's
+    batches have no place for them. The rate may change from step to step.
+
+    Args:
+        head: with bias, [D] → [C]; the loop trains it by the mean cross-entropy of fixed inputs.
+        optimizer: SGD without momentum of the head's two parameters; its weight decay is λ.
+        history: new local folder for the record, as of `DeltaGrad`; None = a temporary one.
+
+    Raises:
+        UserError: another layer, optimizer or set of parameters; at a step: no ``batch(ids)`` since the last one.
+
+    >>> x, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+    >>> head = nn.Linear(4, 3)
+    >>> optimizer = torch.optim.SGD(head.parameters(), lr=0.5, weight_decay=0.01)
+    >>> recorder = record(head, optimizer)
+    >>> for ids in torch.arange(60).split(20) * 8:
+    ...     recorder.batch(ids)
+    ...     nn.functional.cross_entropy(head(x[ids]), y[ids]).backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> model = recorder.finish(x, y, period=2).delete([3, 14])
+    >>> model.verify() < 0.1
+    True
+    """
+    return HeadRecord(head, optimizer, history)
+
+
+class HeadRecord:
+    """Weights, gradients and samples of every step of a linear head; see `record`."""
+
+    def __init__(self, head: nn.Linear, optimizer: torch.optim.Optimizer, history: str | os.PathLike[str] | None):
+        group, *others = optimizer.param_groups
+        parameters = [id(parameter) for parameter in group["params"]]
+        if others or not isinstance(head, nn.Linear) or parameters != [id(head.weight), id(head.bias)]:
+            raise UserError("record takes an nn.Linear with bias, and an optimizer of its weight and bias only")
+        if not isinstance(optimizer, torch.optim.SGD) or group["momentum"] or group["maximize"]:
+            given = f"{type(optimizer).__name__} with momentum {group.get('momentum', 0):g}"
+            raise UserError(f"record takes SGD without momentum, from which DeltaGrad is derived, not {given}")
+        self.head = head
+        self.decay = group["weight_decay"]
+        self.batches: list[Tensor] = []  # ids of each step, int64
+        self._coming: list[Tensor] = []  # ids of the coming step
+        self._history = history
+        self._place = Place(history)
+        self._layout = Layout.of(head, "float64")
+        self._writer = new_history(self._place, self._layout, 0)
+        weakref.finalize(self, self._writer.close)  # of a loop that never finishes
+        self._writer.start()
+        self._hook = optimizer.register_step_pre_hook(self._on_step)
+
+    def batch(self, ids: Any) -> None:
+        """Name the samples of the coming step by their row numbers, int64 [b]; parts of a batch add up."""
+        self._coming.append(torch.as_tensor(ids, dtype=torch.int64).cpu())
+
+    def _on_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        (group,) = optimizer.param_groups
+        gradients = [w.grad for w in (self.head.weight, self.head.bias) if w.grad is not None]
+        if not self._coming or len(gradients) < 2:
+            raise UserError("a step without batch(ids) before it, or without gradients: DeltaGrad cannot replay it")
+        if group["weight_decay"] != self.decay:
+            raise UserError(f"weight_decay was {self.decay} and is {group['weight_decay']}: DeltaGrad replays one λ")
+        self._writer.append(float(group["lr"]), to_vector(self.head.parameters()), to_vector(gradients))
+        self.batches.append(torch.cat(self._coming))
+        self._coming = []
+
+    def finish(self, X: Any, y: Any, **replay: Any) -> DeltaGrad:
+        """Detach from the optimizer, and return the trained head as an estimator that can delete samples.
+
+        Args:
+            X: inputs of the head by row number, [n, D].
+            y: labels 0 … C − 1, [n].
+            replay: ``period``, ``burn_in``, ``pairs`` or ``tolerance`` of `DeltaGrad`.
+
+        Raises:
+            UserError: the recorded gradients are not those of the mean cross-entropy of these samples.
+        """
+        if not self.batches:
+            raise UserError("no step was recorded")
+        classes = np.arange(self.head.out_features)
+        split = Split.from_tensors(X, y, [str(number) for number in classes])
+        count = math.prod(split.shape)
+        split = replace(split, mean=(0.0,) * count, std=(1.0,) * count)
+        model = DeltaGrad(weight_decay=self.decay, scale="none", history=self._history, **replay)
+        settings = model._settings()
+        w = to_vector(self.head.parameters()).double()
+        self._hook.remove()
+        sealed = self._writer.seal(w)
+
+        # The first and the last step show whether rows, labels and loss are those of the loop.
+        objective = Objective.of(settings.model, split)
+        history = History(history_folder(Storage(self._place.folder), 0), self._layout, sealed)
+        for number in (0, len(history) - 1):
+            step, ids = history[number], self.batches[number]
+            expected = objective.gradient_sum(split, step.w, ids) / len(ids)
+            if (step.gradient - expected).norm() > CLOSE * expected.norm():
+                raise UserError(f"the gradient of step {number} is not that of the mean cross-entropy of its samples")
+        state = {f"head.{name}": value.double() for name, value in self.head.state_dict().items()}
+        complete(self._place, settings, split, classes, state, sealed, self.batches)
+        return model._open(self._place)

@@ -1,0 +1,316 @@
+"""DeltaGrad as an estimator: effray's own run bit for bit, scikit-learn's checks, folders, deaths and bad input."""
+
+import copy
+import os
+import pickle
+import warnings
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+from disk import STEPS, Disk, death
+from forked import DEATH, Process
+from raypkg import DeltaGrad, deltagrad, load_data
+from raypkg.cli import main
+from raypkg.core.errors import UserError
+from raypkg.engine.batches import shuffled
+from raypkg.runs.checkpoints import load_tensors
+from raypkg.runs.storage import Storage
+
+EPOCHS, BATCH, SEED = 6, 200, 3
+SOME = [3, 14, 15]
+
+
+def rows(n=90, seed=0):
+    x = np.random.default_rng(seed).normal(size=(n, 4))
+    return x, np.where(x[:, 0] > 0, "yes", "no")
+
+
+X, Y = rows()
+
+
+def small(**changes):
+    return DeltaGrad(**{"epochs": 6, "batch_size": 30, "lr": 1.0, **changes})
+
+
+def same(model, other):
+    assert np.array_equal(model.coef_, other.coef_) and np.array_equal(model.intercept_, other.intercept_)
+
+
+# effray's own run
+
+
+def effray(line):
+    with pytest.raises(SystemExit) as ended:
+        main(["deltagrad", *line.split()])
+    assert not ended.value.code
+
+
+def weights(root):
+    saved = load_tensors(Storage(str(root / "deltagrad/a")), "model.safetensors")
+    return saved["head.weight"].numpy(), saved["head.bias"].numpy()
+
+
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize("replay", [{}, {"period": 2, "burn_in": 4}, {"tolerance": 1e-2}], ids=["T0", "short", "E"])
+def test_a_script_gives_the_weights_of_effrays_own_run(tmp_path, replay):
+    options = f"--train.epochs {EPOCHS} --train.batch_size {BATCH} --seed {SEED} --dataset.validation 0"
+    effray(f"train --name a --root {tmp_path} --dataset digits {options} --cluster.workers 0")
+    trained = weights(tmp_path)
+    request = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in replay.items())
+    effray(f"delete a --root {tmp_path} --ids 3,14,15 {request}")
+    deleted = weights(tmp_path)
+
+    train = load_data("digits").train
+    x, y = train.batch(range(len(train)))
+    model = DeltaGrad(epochs=EPOCHS, batch_size=BATCH, seed=SEED, **replay).fit(x, y)
+    assert np.array_equal(model.coef_, trained[0]) and np.array_equal(model.intercept_, trained[1])
+    model.delete(SOME)
+    assert np.array_equal(model.coef_, deleted[0]) and np.array_equal(model.intercept_, deleted[1])
+
+
+def test_a_head_recorded_in_another_loop_gives_the_weights_of_the_estimator():
+    estimator = small(scale="none", schedule="constant", weight_decay=0.01).fit(X, Y)
+    x, y = torch.from_numpy(X.astype(np.float32)), torch.from_numpy((Y == "yes").astype(np.int64))
+    head = nn.Linear(4, 2).double()
+    history = estimator._run.history()
+    nn.utils.vector_to_parameters(history[0].w, head.parameters())
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0, weight_decay=0.01, fused=True)
+    recorder = deltagrad.record(head, optimizer)
+    for epoch in range(6):
+        for ids in shuffled(len(x), 30, 0, epoch):
+            recorder.batch(ids)
+            losses = nn.functional.cross_entropy(head(x[ids].double()), y[ids], reduction="none")
+            (losses @ torch.ones(len(ids), dtype=torch.float64) / len(ids)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model = recorder.finish(x, y)
+    same(model, estimator)
+    same(model.delete(SOME), estimator.delete(SOME))
+    assert model.verify() == estimator.verify() < 0.1
+    with pytest.raises(UserError, match="another loop"):
+        model.add(X[:2], [0, 1])
+    same(pickle.loads(pickle.dumps(model)).delete([20]), estimator.delete([20]))
+
+
+def test_a_record_that_is_not_of_these_samples_is_refused():
+    x, y = torch.from_numpy(X.astype(np.float32)), torch.from_numpy((Y == "yes").astype(np.int64))
+
+    def recorded(steps=3, **options):
+        head = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.1, **options)
+        recorder = deltagrad.record(head, optimizer)
+        for _ in range(steps):
+            recorder.batch(range(90))
+            nn.functional.cross_entropy(head(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return recorder, optimizer
+
+    recorder, optimizer = recorded()
+    with pytest.raises(UserError, match=r"the gradient of step 0 is not that of the mean cross-entropy"):
+        recorder.finish(x, 1 - y)
+    with pytest.raises(UserError, match="no step was recorded"):
+        recorded(0)[0].finish(x, y)
+    recorder, optimizer = recorded()
+    with pytest.raises(UserError, match=r"a step without batch\(ids\) before it"):
+        optimizer.step()
+    with pytest.raises(UserError, match=r"not SGD with momentum 0\.9"):
+        recorded(momentum=0.9)
+    with pytest.raises(UserError, match="an optimizer of its weight and bias only"):
+        deltagrad.record(nn.Linear(4, 2), optimizer)
+
+
+# Forms of data, and additions
+
+
+def as_table(x):
+    return pa.table({f"c{column}": x[:, column] for column in range(x.shape[1])})
+
+
+@pytest.mark.parametrize("form", [torch.from_numpy, as_table, list, np.asfortranarray], ids=lambda form: form.__name__)
+def test_samples_come_in_any_form(form):
+    model = small().fit(form(X), pa.array(Y))
+    same(model, small().fit(X, Y))
+    assert np.array_equal(model.predict_proba(form(X)), model.predict_proba(X))
+    assert model.score(form(X), Y) > 0.7 and set(model.predict(X)) <= {"no", "yes"}
+    np.testing.assert_allclose(model.predict_proba(X).sum(1), 1)
+
+
+def test_additions_continue_the_ids_and_can_be_deleted():
+    model = small(period=1).fit(X, Y)
+    assert model.add(X[:3], Y[:3]).tolist() == [90, 91, 92]
+    assert model.add(X[3:4], Y[3:4]).tolist() == [93]
+    assert model.verify() < 1e-9
+    with_them = model.coef_
+    assert model.delete([91, 93, 0]).verify() < 1e-9
+    assert not np.array_equal(model.coef_, with_them)
+    with pytest.raises(ValueError, match="id 91 is deleted already"):
+        model.delete([91])
+
+
+# Folders
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["temporary", "folder"])
+def test_saved_and_loaded_equals_never_saved(tmp_path, kept):
+    model = small(history=tmp_path / "kept" if kept else None, burn_in=3).fit(X, Y).delete(SOME)
+    model.add(X[:3], Y[:3])
+    model.save(tmp_path / "saved")
+    loaded = DeltaGrad.load(tmp_path / "saved")
+    assert {**loaded.get_params(), "history": None} == {**model.get_params(), "history": None}
+    for each in (model, loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        each.delete([20, 91])
+        each.add(X[:2], Y[:2])
+        same(each, model)
+    same(DeltaGrad.load(tmp_path / "saved"), model)
+    if kept:
+        same(DeltaGrad.load(tmp_path / "kept"), model)
+
+
+def test_a_temporary_folder_ends_with_the_object():
+    model = small().fit(X, Y)
+    folder = model._place.folder
+    model.fit(X, Y)
+    assert not os.path.exists(folder)
+    folder = model._place.folder
+    assert os.path.exists(folder)
+    del model
+    assert not os.path.exists(folder)
+
+
+def test_folders_that_are_no_place_for_a_record_are_refused(tmp_path):
+    model = small(history=tmp_path / "a").fit(X, Y)
+    with pytest.raises(UserError, match="holds a record or other files"):
+        small(history=tmp_path / "a").fit(X, Y)
+    with pytest.raises(UserError, match="exists: save to a new folder"):
+        model.save(tmp_path)
+    with pytest.raises(UserError, match=r"log\.jsonl is missing"):
+        DeltaGrad.load(tmp_path / "nothing")
+    other = DeltaGrad.load(tmp_path / "a").delete([1])
+    with pytest.raises(UserError, match="changed by another process: load it again"):
+        model.delete([2])
+    same(model, other)  # the state on the disk
+    same(model.delete([2]), small().fit(X, Y).delete([1]).delete([2]))
+    content = (tmp_path / "a/estimator.json").read_text()
+    (tmp_path / "a/estimator.json").write_text(content.replace("0.0001", "0.0002"))
+    with pytest.raises(UserError, match=r"estimator\.json is missing or corrupt"):
+        DeltaGrad.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("change", ["delete", "add"])
+def test_killed_at_any_write_the_folder_has_the_old_state_or_the_new(tmp_path, change):
+    small(history=tmp_path / "first").fit(X, Y)
+    arguments = (SOME,) if change == "delete" else (X[:2], Y[:2])
+    old, new = DeltaGrad.load(tmp_path / "first"), small().fit(X, Y)
+    getattr(new, change)(*arguments)
+    states = []
+    for at in range(1, 100):
+        DeltaGrad.load(tmp_path / "first").save(tmp_path / f"{at}")
+
+        def work(at=at):
+            model = DeltaGrad.load(tmp_path / f"{at}")
+            Disk(tmp_path / f"{at}", death, at, STEPS).install()
+            getattr(model, change)(*arguments)
+
+        ended = Process(work, tmp_path).end()
+        left = DeltaGrad.load(tmp_path / f"{at}")
+        is_new = np.array_equal(left.coef_, new.coef_)
+        same(left, new if is_new else old)
+        states.append(is_new)
+        if not is_new:
+            getattr(left, change)(*arguments)
+            same(left, new)
+        if not ended.code:
+            break
+        assert ended.code == DEATH, ended.err
+    assert states == sorted(states) and {False, True} == set(states)
+
+
+# Bad input
+
+
+def bad(text, value):
+    x = X.copy()
+    x[3, 1] = value
+    return pytest.param(lambda model: model.fit(x, Y), r"row 3 of x holds NaN or infinity", id=text)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        bad("NaN", np.nan),
+        bad("infinity", np.inf),
+        (lambda model: model.delete([1, 1]), "id 1 is given 2 times"),
+        (lambda model: model.delete([90]), r"id 90 is unknown, allowed are 0 … 89"),
+        (lambda model: model.delete([-1]), r"id -1 is unknown"),
+        (lambda model: model.delete([0.5]), r"ids are float64 \[1\], needed are integers"),
+        (lambda model: model.delete([]), r"needed are integers \[m\], at least one"),
+        (lambda model: model.delete([True]), r"ids are bool"),
+        (lambda model: model.delete(range(90)), "would delete every sample"),
+        (lambda model: model.delete(np.flatnonzero(Y == "no")), "would delete the whole class"),
+        (lambda model: model.add(X[:1], ["noo"]), r"unknown class 'noo', did you mean 'no'"),
+        (lambda model: model.add(X[:1], Y[:2]), r"y has shape \[2\], needed are 1 labels"),
+        (lambda model: model.add(X[:1, :3], Y[:1]), "X has 3 features, but DeltaGrad is expecting 4"),
+        (lambda model: model.add(X[:1] * np.nan, Y[:1]), "row 0 of x holds NaN"),
+        (lambda model: model.predict(X[:, :2]), "X has 2 features, but DeltaGrad is expecting 4"),
+        (lambda model: model.predict(X[0]), r"X has shape \[4\], needed is \[n, D\]"),
+        (lambda model: model.fit(X, Y[:5]), r"y has shape \[5\], needed are 90 labels"),
+        (lambda model: model.fit(X, X[:, 0]), "Unknown label type: continuous"),
+        (lambda model: model.fit(X, ["one"] * 90), "y has one class, 'one'"),
+        (lambda model: model.set_params(lr=-1).fit(X, Y), r"train\.lr = -1: "),
+        (lambda model: model.set_params(lr=1e300).fit(X, Y), "the loss became"),
+        (lambda model: model.set_params(tolerance=1e-3, burn_in=3).delete([1]), "burn_in would do nothing"),
+        (lambda model: model.set_params(rate=1), "unknown parameter 'rate'"),
+    ],
+)
+def test_bad_input_is_one_error_and_changes_nothing(act, message):
+    model = small().fit(X, Y)
+    with pytest.raises(UserError, match=message) as error:
+        act(model)
+    assert isinstance(error.value, ValueError) and "\n" not in str(error.value)
+    twin = small().fit(X, Y)
+    same(model, twin)
+    model.set_params(**twin.get_params())
+    same(model.delete(SOME), twin.delete(SOME))
+
+
+@pytest.mark.parametrize("use", ["predict", "predict_proba", "delete", "verify", "save"])
+def test_nothing_works_before_fit(use):
+    with pytest.raises(UserError, match="has not been trained: call fit"):
+        getattr(small(), use)(*([] if use == "verify" else [X]))
+    assert not hasattr(small(), "coef_")
+
+
+# scikit-learn
+
+EXPECTED_FAILURES = {
+    "check_supervised_y_2d": "a column of labels is taken as it is: the warning is a class of scikit-learn's"
+}
+
+
+def test_scikit_learns_checks_pass():
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it does not inherit from BaseEstimator
+        results = checks.check_estimator(
+            DeltaGrad(epochs=40, batch_size=64, lr=1.0),
+            expected_failed_checks=EXPECTED_FAILURES,
+            on_fail=None,
+            on_skip=None,
+        )
+    by_status = {
+        status: [each["check_name"] for each in results if each["status"] == status]
+        for status in {each["status"] for each in results}
+    }
+    assert not by_status.get("failed") and set(by_status["xfail"]) == EXPECTED_FAILURES.keys()
+    assert len(by_status["passed"]) >= 50
+
+
+def test_it_works_in_scikit_learns_search():
+    selection = pytest.importorskip("sklearn.model_selection")
+    search = selection.GridSearchCV(small(), {"lr": [1e-6, 1.0], "epochs": np.array([6])}, cv=2).fit(X, Y)
+    assert search.best_params_["lr"] == 1.0 and search.best_estimator_.delete([1]).verify() < 0.1
