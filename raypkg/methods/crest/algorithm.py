@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from math import ceil
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,43 +24,42 @@ from .settings import CrestOptions
 Derive = Callable[[Tensor, Sequence[Tensor]], Tensor]  # (loss, parameters) → a derivative, linear in the loss [p]
 
 
-class Loop(Protocol):
+class Loop(ABC):
     """A training as CREST sees it: a model, which changes between the steps, and its passes over samples."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The model, with its present weights."""
+    model: nn.Module
+    seed: int
+    steps: int  # of the whole training
+    augment: Sequence[str] = ()  # of the samples that CREST sees
+    gives_gradients = False  # True: the next step computes the gradient of its coreset anyway, for ``fit_to``
 
-    @property
-    def seed(self) -> int:
-        """The seed of all draws."""
-
-    @property
-    def steps(self) -> int:
-        """The number of steps of the whole training."""
-
-    @property
-    def augment(self) -> Sequence[str]:
-        """The augmentation of the samples that are looked at."""
-
-    @property
-    def gives_gradients(self) -> bool:
-        """Whether the next step computes the gradient of its coreset as ``derivative`` would, for ``fit_to``."""
-
-    def weights(self) -> Mapping[str, Tensor]:
-        """Return a copy of the model's state."""
-
+    @abstractmethod
     def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
         """Choose a mini-batch coreset from each random subset, with these weights; None = the present ones."""
 
+    @abstractmethod
     def losses(self, subset: Subset) -> Tensor:
         """Return the losses of samples with the present weights, in evaluation mode, [r]."""
 
+    @abstractmethod
     def derivative(self, derive: Derive, parameters: Sequence[Tensor], samples: Subset, weights: Tensor) -> Tensor:
         """Return the mean of w · loss in evaluation mode, then its derivative, [1 + p]."""
 
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return a copy of the model's state."""
+        return deepcopy(self.model.state_dict())
+
+    def model_with(self, weights: Mapping[str, Tensor] | None) -> nn.Module:
+        """Return a copy of the model with these weights; None = the model itself."""
+        if weights is None:
+            return self.model
+        model = deepcopy(self.model)
+        model.load_state_dict(weights)
+        return model
+
     def agreed(self, value: float) -> float:
         """Return the first worker's value, by which all decide: other processors may round differently."""
+        return value
 
 
 @dataclass(eq=False)
@@ -125,7 +125,6 @@ class CrestAlgorithm:
         Train on each, and call ``trained`` after it, before requesting the next ones.
         """
         region = self.state.region
-        region.to(self._covered[0].device)  # a checkpoint restores it on the CPU
         while True:
             if region.age == region.interval:
                 region.age = 0
@@ -150,19 +149,20 @@ class CrestAlgorithm:
         """Return coresets of a pool, after computing missing ones with the weights of the pool."""
         wanted = list(wanted)
         if missing := pool.missing(wanted):
-            self._add(pool, missing, self.loop.choose(self._subsets(pool, missing), pool.weights))
+            self._choose(pool, missing)
         return [pool.chosen[p] for p in wanted]
 
-    def _subsets(self, pool: Pool, wanted: Iterable[int]) -> list[Subset]:
-        """Return random subsets V_p of a pool."""
-        return [pool.subset(p, self.subset_size, self.loop.augment, self.loop.seed) for p in wanted]
-
-    def _add(self, pool: Pool, wanted: Sequence[int], choices: Sequence[Chosen]) -> None:
+    def _choose(self, pool: Pool, wanted: Sequence[int], *started: Any) -> None:
         """Add coresets to a pool, and record the losses of their random subsets."""
-        for p, subset, chosen in zip(wanted, self._subsets(pool, wanted), choices, strict=True):
+        subsets = [self._subset(pool, p) for p in wanted]
+        for p, subset, chosen in zip(wanted, subsets, self.loop.choose(subsets, pool.weights, *started), strict=True):
             pool.chosen[p] = chosen
             self.state.samples.record(subset.indices, chosen.losses, self.options.exclude_below)
             self.on_choice(pool, chosen)
+
+    def _subset(self, pool: Pool, p: int) -> Subset:
+        """Return the random subset V_p of a pool."""
+        return pool.subset(p, self.subset_size, self.loop.augment, self.loop.seed)
 
     def _renew(self) -> None:
         """Replace the expired pool by one chosen with the present weights w_l."""
@@ -276,7 +276,7 @@ class CrestAlgorithm:
         else:
             known = sorted(pool.chosen)
             p = known[int(torch.randint(len(known), (), generator=rng))]
-            (subset,) = self._subsets(pool, [p])
+            subset = self._subset(pool, p)
             loss_before = float(pool.chosen[p].losses.mean()) + region.drift
         losses = self.loop.losses(subset)
         samples.record(subset.indices, losses, options.exclude_below)

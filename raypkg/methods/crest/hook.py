@@ -56,7 +56,7 @@ class Crest(Hook):
         self.options = options
         self.indices = indices
         self.steps = -(-len(indices) // size)  # per epoch, as on all samples
-        self.loop = RunLoop(shards, scorer, options, size, self.steps)
+        self.loop = RunLoop(shards, scorer, options, size)
         kind = Overlapped if options.overlap else CrestAlgorithm
         self.algorithm = kind(options, self.loop, indices, size, on_choice=self._note_choice)
         self.counts = torch.zeros(int(indices.max()) + 1, dtype=torch.int32)  # steps that trained on each sample
@@ -68,7 +68,7 @@ class Crest(Hook):
         if run.step == 0 and run.worker.rank == 0:
             for line in _warnings(run.model):
                 log.warning(line)
-        self.loop.run = run
+        self.loop.attach(run, self.steps)
         self.algorithm.step = run.step
         return Epoch(self.steps, self._loaded(run, min(run.step + self.steps, self.loop.steps)))
 

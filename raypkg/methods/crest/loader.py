@@ -18,7 +18,7 @@ from raypkg.core.seeds import derive, generator
 from raypkg.coresets.gradients import HeadView, evaluating, head_view
 from raypkg.coresets.loader import INDICES, LABELS, WEIGHTS, TappedByForm, load_batches, on_device
 
-from .algorithm import CrestAlgorithm, Derive
+from .algorithm import CrestAlgorithm, Derive, Loop
 from .quadratic import covered_parameters, weighted_derivative
 from .selection import Chosen, Subset, choose_minibatches
 from .settings import CrestOptions, CrestSettings
@@ -91,11 +91,11 @@ class CrestLoader:
         self.options.subset_size(n, batch_size)  # refuses a batch that n samples cannot hold
         self.pass_steps = steps or -(-n // batch_size)
         total = steps or epochs * self.pass_steps  # type: ignore[operator]  # one of the two is given
-        tapped = TappedByForm(model)
-        if not covered_parameters(tapped, self.options.parameters):
+        self.loop = DatasetLoop(data, TappedByForm(model), batch_size, seed, total, collate_fn)
+        if not covered_parameters(self.loop.model, self.options.parameters):
             raise UserError(f"{type(model).__name__} has no parameter to train for CREST's local model")
-        self.loop = DatasetLoop(data, n, tapped, batch_size, seed, total, collate_fn)
         self.algorithm = CrestAlgorithm(self.options, self.loop, torch.arange(n), batch_size)
+        self.settings = {"samples": n, "batch_size": batch_size, "seed": seed, **self.options.model_dump()}
         self.end: int | None = None  # of the pass that has begun and is not finished, in steps
         self._resumed = False
 
@@ -150,7 +150,7 @@ class CrestLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint at any moment; batches that were yielded count as trained on."""
         progress = {"step": self.algorithm.step, "end": self.end, "cost": deepcopy(self.loop.cost)}
-        return {"settings": self._settings(), **progress, "crest": self.algorithm.state_dict()}
+        return {"settings": self.settings, **progress, "crest": self.algorithm.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint: the next pass is the rest of the one in which it was taken.
@@ -158,7 +158,7 @@ class CrestLoader:
         Raises:
             UserError: it is of other data, batches, seed or options.
         """
-        for name, value in self._settings().items():
+        for name, value in self.settings.items():
             if state["settings"].get(name) != value:
                 given = state["settings"].get(name)
                 raise UserError(f"the checkpoint is of a CrestLoader with {name} = {given!r}, this one has {value!r}")
@@ -168,22 +168,15 @@ class CrestLoader:
         self.end = state["end"]
         self._resumed = True
 
-    def _settings(self) -> dict[str, Any]:
-        loop = self.loop
-        return {"samples": loop.n, "batch_size": loop.size, "seed": loop.seed, **self.options.model_dump()}
 
-
-class DatasetLoop:
+class DatasetLoop(Loop):
     """The passes of a model over a data set in this process, counted in samples."""
 
-    augment: Sequence[str] = ()  # the data set augments
-    gives_gradients = False
+    model: TappedByForm
 
-    def __init__(
-        self, data: Dataset[Any], n: int, model: TappedByForm, size: int, seed: int, steps: int, collate_fn: Any
-    ):
+    def __init__(self, data: Dataset[Any], model: TappedByForm, size: int, seed: int, steps: int, collate_fn: Any):
         self.data = data
-        self.n = n
+        self.n = len(data)  # type: ignore[arg-type]
         self.model = model
         self.size = size  # m
         self.seed = seed
@@ -204,24 +197,17 @@ class DatasetLoop:
             self.cost[part]["backward"] += len(y) * backward
             yield x, y
 
-    def weights(self) -> Mapping[str, Tensor]:
-        """Return a copy of the model's state."""
-        return deepcopy(self.model.module.state_dict())
-
     def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
         """Choose a mini-batch coreset from each random subset, after one forward pass over all of them."""
-        model = self.model
-        if weights is not None:
-            model = deepcopy(model)
-            model.module.load_state_dict(weights)
-        return choose_minibatches(subsets, self._view(model, Subset.concat(subsets), "select"), self.size)
+        view = self._view(self.model_with(weights), Subset.concat(subsets), "select")
+        return choose_minibatches(subsets, view, self.size)
 
     def losses(self, subset: Subset) -> Tensor:
         """Return the losses of samples, [r]."""
         view = self._view(self.model, subset, "check")
         return F.cross_entropy(view.logits, view.y, reduction="none")
 
-    def _view(self, model: TappedByForm, subset: Subset, part: str) -> HeadView:
+    def _view(self, model: nn.Module, subset: Subset, part: str) -> HeadView:
         device = next(model.parameters()).device
         batches = subset.indices.split(128 if device.type == "cpu" else 512)  # as effray's runs, to the same bits
         return head_view(model, (on_device(batch, device) for batch in self.load(batches, part)))
@@ -234,10 +220,6 @@ class DatasetLoop:
         parts = weights.to(device).split(self.size)
         with evaluating(self.model):
             return weighted_derivative(self.model.logits, batches, parts, len(samples), derive, parameters)
-
-    def agreed(self, value: float) -> float:
-        """Return the value: there is one process."""
-        return value
 
 
 def _as_dataset(samples: Any) -> Dataset[Any]:

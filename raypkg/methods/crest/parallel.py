@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,7 @@ from raypkg.engine.worker import Worker, memory_bound
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
 
-from .algorithm import CrestAlgorithm, Derive
+from .algorithm import CrestAlgorithm, Derive, Loop
 from .quadratic import trains_as_it_evaluates, weighted_derivative
 from .selection import Chosen, Pool, Subset, choose_minibatches
 from .settings import CrestOptions
@@ -89,82 +88,51 @@ def _view(shard: Shard, scorer: Scorer, subset: Subset, augment: Sequence[str]) 
         raise UserError(f"CREST cannot continue with this model ({error}): lower the learning rate") from None
 
 
-@dataclass(eq=False)
-class RunLoop:
+class RunLoop(Loop):
     """A run's training loop, whose passes are made on shards and billed; all workers call it together."""
 
-    shards: Shards
-    scorer: ToScorer
-    options: CrestOptions
-    size: int  # m
-    epoch_steps: int  # steps of an epoch
-    run: Run = field(init=False)
+    run: Run
 
-    @property
-    def model(self) -> nn.Module:
-        """The model in training."""
-        return self.run.model
+    def __init__(self, shards: Shards, scorer: ToScorer, options: CrestOptions, size: int):
+        self.shards = shards
+        self.scorer = scorer
+        self.options = options
+        self.size = size  # m
 
-    @property
-    def seed(self) -> int:
-        """The seed of the run."""
-        return self.run.seed
-
-    @property
-    def steps(self) -> int:
-        """The number of steps of the whole training."""
-        return whole_steps(self.run.length or self.run.settings.epochs, self.epoch_steps)
-
-    @property
-    def augment(self) -> Sequence[str]:
-        """The augmentation of samples during selection."""
-        return self.run.augment if self.options.augmented else ()
-
-    @property
-    def gives_gradients(self) -> bool:
-        """Whether training sees the samples and the model as they are during selection."""
-        same_images = self.options.augmented or not self.run.augment
-        return bool(same_images and trains_as_it_evaluates(self.model))
+    def attach(self, run: Run, epoch_steps: int) -> None:
+        """Follow a run, with so many steps per epoch."""
+        self.run, self.model, self.seed = run, run.model, run.seed
+        self.steps = whole_steps(run.length or run.settings.epochs, epoch_steps)
+        self.augment = run.augment if self.options.augmented else ()
+        same_images = self.options.augmented or not run.augment
+        self.gives_gradients = same_images and trains_as_it_evaluates(run.model)
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return a copy of the model's state, with rank 0's buffers."""
         self.run.worker.share(self.model.buffers())
-        return deepcopy(self.model.state_dict())
+        return super().weights()
 
-    def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
-        """Choose a mini-batch coreset from each random subset, each shard from its share."""
-        with self.run.cost.apart(self.run.bill("select")):
-            return self.joined(self.shards.map(choose, *self._task(subsets, weights)), len(subsets))
-
-    def start(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> Pending:
-        """Start to choose in the background; ``awaited`` gives the coresets."""
-        return self.shards.start(choose, *self._task(subsets, weights))
-
-    def awaited(self, pending: Pending, count: int) -> list[Chosen]:
-        """Wait for the coresets of ``count`` random subsets."""
+    def choose(
+        self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None, started: Pending | None = None
+    ) -> list[Chosen]:
+        """Choose a mini-batch coreset from each random subset; ``started`` is doing so in the background."""
         bill = self.run.bill("select")
         with self.run.cost.apart(bill):
-            choices = pending()
-            if self.run.worker.rank == 0:  # the block's own time is that of waiting
-                bill.total_seconds += sum(cost.total_seconds for _, cost in choices)
-            return self.joined(choices, count)
-
-    def _task(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> tuple[Any, ...]:
-        """Return the arguments of ``choose`` after the shard."""
-        model = self.model
-        if weights is None:
-            self.run.worker.share(model.buffers())
-        else:
-            model = deepcopy(model)
-            model.load_state_dict(weights)
-        return self.scorer(model), subsets, self.augment, self.size, memory_bound(self.options.memory)
-
-    def joined(self, choices: Choices, count: int) -> list[Chosen]:
-        """Return the choices in the order of the subsets: the shard of rank r chose for every ``world``-th."""
+            choices: Choices = started() if started else self.shards.map(choose, *self.task(subsets, weights))
         if self.run.worker.rank == 0:  # bills are summed over the workers, all of which have all choices
-            self.run.bill("select").forward += sum(cost.forward for _, cost in choices)
-        places = (divmod(number, len(choices)) for number in range(count))
+            bill.forward += sum(cost.forward for _, cost in choices)
+            if started:  # the block's own time is that of waiting
+                bill.total_seconds += sum(cost.total_seconds for _, cost in choices)
+        # The shard of rank r chose for every ``world``-th subset.
+        places = (divmod(number, len(choices)) for number in range(len(subsets)))
         return [choices[rank][0][turn] for turn, rank in places]
+
+    def task(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> tuple[Any, ...]:
+        """Return the arguments of the function ``choose`` after the shard."""
+        if weights is None:
+            self.run.worker.share(self.model.buffers())
+        scorer = self.scorer(self.model_with(weights))
+        return scorer, subsets, self.augment, self.size, memory_bound(self.options.memory)
 
     def losses(self, subset: Subset) -> Tensor:
         """Return the losses of a random subset with the present weights, [r]."""
@@ -182,20 +150,20 @@ class RunLoop:
         device, size = run.worker.device, run.settings.at_once
         own = slice_of(torch.arange(len(samples)), run.worker)
         own_weights = slice_of(weights, run.worker).to(device)
+
+        def logits(x: Tensor) -> Tensor:
+            with autocast(run.settings.precision, x.device):
+                return run.model(x)
+
         with run.cost.apart(bill), evaluating(run.model):  # dropout and batch norm would make the model noisy
             run.worker.share(run.model.buffers())
             batches = plain_batches(samples.split(run.split, self.augment), own, device, size, dtype_of(run.model))
-            total = weighted_derivative(
-                self._logits, batches, own_weights.split(size), len(samples), derive, parameters
-            )
-            bill.forward += len(own)
-            bill.backward += len(own)
-            bill.sent += total.nbytes * (run.worker.world > 1)
-            return run.worker.sum(total)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        with autocast(self.run.settings.precision, x.device):
-            return self.model(x)
+            total = weighted_derivative(logits, batches, own_weights.split(size), len(samples), derive, parameters)
+            total = run.worker.sum(total)
+        bill.forward += len(own)
+        bill.backward += len(own)
+        bill.sent += total.nbytes * (run.worker.world > 1)
+        return total
 
     def agreed(self, value: float) -> float:
         """Return rank 0's value."""
@@ -235,16 +203,14 @@ class Overlapped(CrestAlgorithm):
         if not pool.awaited:
             pool.awaited = pool.missing(pool.draw(following, seed))
             if pool.awaited:
-                self.background = self.loop.start(self._subsets(pool, pool.awaited), pool.weights)
+                task = self.loop.task([self._subset(pool, p) for p in pool.awaited], pool.weights)
+                self.background = self.loop.shards.start(choose, *task)
         return drawn
 
     def coresets(self, pool: Pool, wanted: Iterable[int]) -> list[Chosen]:
         """Return coresets of a pool, after those that it awaits."""
         if awaited := pool.awaited:
-            pool.awaited = []
-            background, self.background = self.background, None
-            if background:
-                self._add(pool, awaited, self.loop.awaited(background, len(awaited)))
-            else:  # the task ended with the process from whose checkpoint training resumed
-                super().coresets(pool, awaited)
+            # None if the task ended with the process from whose checkpoint training resumed
+            started, self.background, pool.awaited = self.background, None, []
+            self._choose(pool, awaited, started)
         return super().coresets(pool, wanted)

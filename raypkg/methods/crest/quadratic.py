@@ -84,11 +84,11 @@ class MovingMoments:
     def updated(self, gradient: Tensor, diagonal: Tensor | None) -> "MovingMoments":
         """Return the means with one more gradient and diagonal."""
         beta1, beta2 = self.betas
-        first = beta1 * self.first + (1 - beta1) * gradient
+        first = beta1 * self.first.to(gradient) + (1 - beta1) * gradient  # a checkpoint restores it on the CPU
         second = None
         if self.second is not None and diagonal is not None:
             # One draw of z estimates with noise of either sign. Squares cannot cancel, so curvature remains visible.
-            second = beta2 * self.second + (1 - beta2) * diagonal.square()
+            second = beta2 * self.second.to(diagonal) + (1 - beta2) * diagonal.square()
         return replace(self, first=first, second=second, updates=self.updates + 1)
 
     @property
@@ -129,19 +129,12 @@ class Region:
         """Return the region whose fields a checkpoint holds."""
         return cls(**{**saved, "moments": MovingMoments(**saved["moments"])})
 
-    def to(self, device: torch.device) -> None:
-        """Move the local model to a device."""
-        first, second = self.moments.first.to(device), self.moments.second
-        second = None if second is None else second.to(device)
-        self.moments = replace(self.moments, first=first, second=second)
-        self.anchor = self.anchor.to(device)
-
     def prediction(self, parameters: Tensor, loss: float) -> float:
         """Return F(w − w_l) at the weights w [p], for samples with a known loss at w_l."""
-        moved = parameters - self.anchor  # δ
-        slope = float(self.moments.gradient @ moved)  # ḡᵀδ
+        moved = parameters - self.anchor.to(parameters)  # δ
+        slope = float(self.moments.gradient.to(moved) @ moved)  # ḡᵀδ
         diagonal = self.moments.diagonal
-        bend = 0.0 if diagonal is None else 0.5 * float(diagonal @ moved.square())  # ½ δᵀ diag(H̄) δ
+        bend = 0.0 if diagonal is None else 0.5 * float(diagonal.to(moved) @ moved.square())  # ½ δᵀ diag(H̄) δ
         return loss + slope + bend
 
     @property
