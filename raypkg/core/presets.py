@@ -7,7 +7,7 @@ A preset's table ``on`` has, by name of a data set, what the paper states for it
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
@@ -29,6 +29,11 @@ class Preset(NamedTuple):
     about: str  # one line
     values: Values
     on: dict[str, Values]  # by name of a data set
+
+    def stated(self, data: str) -> Values:
+        """Return what the paper states for a data set; a path counts by its last part."""
+        source, colon, path = data.partition(":")
+        return self.on.get(f"{source}{colon}{PurePath(path).name}", {})
 
 
 @lru_cache
@@ -70,7 +75,7 @@ def with_preset(schema: type[Settings], base: Mapping[str, Any], values: Mapping
     published = presets[PUBLISHED]
     chosen = presets[name]
     # What the paper states for a data set holds for every preset that has no value of its own.
-    preset = _layered(published.values, published.on.get(data, {}), chosen.values, chosen.on.get(data, {}))
+    preset = _layered(published.values, published.stated(data), chosen.values, chosen.stated(data))
     return without(preset, given) | dict(values)
 
 

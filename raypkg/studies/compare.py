@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from raypkg.core.address import folder_and_name
 from raypkg.core.config import dotted, load_settings
 from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import APART, Experiment
-from raypkg.experiments import experiment, open_run, training_settings_of
+from raypkg.experiments import experiment, training_settings_of
 from raypkg.experiments.phases import stages_of
 from raypkg.experiments.resolve import check_code, resolve
 from raypkg.runs.folder import discard
@@ -23,7 +23,7 @@ from .figures import METRICS
 from .outcomes import Outcomes
 from .space import base_of, check_counts, check_trial, varied
 from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
-from .tables import REST, Table, stored_table
+from .tables import REST, Table, stored_table, with_data
 from .trial import imported_function
 
 
@@ -45,10 +45,15 @@ def compare_rows(
     """
     check_root(root)
     check_counts({"concurrent": concurrent})
+    table = with_data(table, values)
     settings = base_settings(table, config, values)
     check_comparison(table, settings)
+    if _lasting(settings) != _lasting(base_settings(table, None, {})):  # not the table's, so not the paper's
+        table = replace(table, paper={})
     if name is None:
-        name = f"{Path(asked).stem}-{_short_name(settings.dataset.name)}-{scale}"
+        has_own_data = any("dataset.name" in case for case in table.cases.values())
+        data = "" if has_own_data else f"-{_short_name(settings.dataset.name)}"
+        name = f"{Path(asked).stem}{data}-{scale}"
     united = asdict(table)
     order = Order(
         experiment=table.experiment,
@@ -94,15 +99,16 @@ def plan(table: Table, config: Path | None, values: Mapping[str, Any], rate: flo
 
     Passes that select, look or correct are not counted.
     """
+    table = with_data(table, values)
     settings = base_settings(table, config, values)
     check_comparison(table, settings)
-    _, samples = open_run(settings)
-    n = len(samples.train_indices)
     seeds = len(table.seeds)
     total = 0
     for case in table.cases:
         for row in table.rows:
-            stages = stages_of(table.experiment, varied(settings, table.trial(case, row, table.seeds[0])))
+            trial = table.trial(case, row, table.seeds[0])
+            n = check_trial(table.metric, settings, trial)
+            stages = stages_of(table.experiment, varied(settings, trial))
             backward = sum(stage.backward(n) for stage in stages)
             total += seeds * backward
             place = row if case == REST else f"{row}; {case}"
@@ -178,13 +184,17 @@ def _short_name(dataset: str) -> str:
     return re.sub(r"[^\w.+-]", "-", last).lstrip(".-") or "data"
 
 
+def _lasting(settings: Experiment) -> dict[str, Any]:
+    return dotted(settings.model_dump(mode="json", exclude=set(APART)))
+
+
 def _check_same(study: Study, order: Order, settings: Experiment) -> None:
     """Refuse to continue a comparison of another table or with other settings."""
     name = study.name
     if (study.order.asked, study.experiment) != (order.asked, order.experiment):
         raise UserError(f"{name!r} in {study.root}/{FOLDER} is not a comparison of {order.asked}: give another --name")
     stored = load_settings(type(settings), study.config)
-    here, there = (dotted(each.model_dump(mode="json", exclude=set(APART))) for each in (settings, stored))
+    here, there = _lasting(settings), _lasting(stored)
     if differing := next((key for key in {**there, **here} if there.get(key) != here.get(key)), None):
         raise UserError(
             f"comparison {name!r} was begun with {differing} = {shown(there.get(differing))}, now it is"

@@ -175,7 +175,10 @@ class Outcomes:
 
     def _figure(self, name: str, case: str, row: str, seed: int) -> float | None:
         run = self._finished(case, row, seed)
-        reference = self._finished(case, self.table.reference or self.table.baseline, seed)
+        over, slash, key = name.rpartition(" / ")
+        reference = self._finished(case, over or self.table.reference or self.table.baseline, seed)
+        if slash and run and reference and run.summary and reference.summary:
+            return bill(reference.summary)[key] / bill(run.summary)[key]
         return column_figure(name, run, reference) if run else None
 
     def _finished(self, case: str, row: str, seed: int) -> TrialRun | None:

@@ -228,20 +228,18 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
     for number, case in enumerate(outcomes.cases):
         work = next((line.costs.get("work") for line in case.lines if line.row == table.baseline), None)
         rows = [list(_cells(table, line, work)) for line in case.lines]
+        published = table.paper.get(case.label, {})
+        if published:
+            rows = [[*row, str(published.get(row[0], "–"))] for row in rows]
         baseline = frozenset(place for place, line in enumerate(case.lines) if line.row == table.baseline)
-        grid = Grid("" if case.label == REST else case.label, headings, rows, baseline)
+        own = [*headings, "published"] if published else headings
+        grid = Grid("" if case.label == REST else case.label, own, rows, baseline)
         bars, curves = f"rows-{number:02d}", f"curves-{number:02d}"
         sections.append(Section(grid, (bars, curves)))
         if final:
             save_plot(study.storage, bars, partial(plots.rows_of_case, case, table.metric))
             if any(len(line.curve) > 1 for line in case.lines):
                 save_plot(study.storage, curves, partial(plots.curves_of_case, case, table.baseline))
-    if table.paper:
-        cells: dict[str, list[str]] = {}
-        for place, figures in enumerate(table.paper.values()):
-            for row, figure in figures.items():
-                cells.setdefault(row, [row] + ["–"] * len(table.paper))[1 + place] = str(figure)
-        sections.append(Section(Grid("The paper's figures", ["row", *table.paper], [*cells.values()])))
 
     lines = []
     summaries = [run.summary for run in outcomes.runs.values() if run.summary]

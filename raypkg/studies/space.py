@@ -196,8 +196,11 @@ def longest_of(settings: Experiment, domains: Mapping[str, Any], known: Sequence
     return max(epochs(values) for values in (longest, *known))
 
 
-def check_trial(metric: str, base: Experiment, values: Values) -> None:
-    """Refuse settings of a trial that a single run would refuse, or with which no epoch would have the metric."""
+def check_trial(metric: str, base: Experiment, values: Values) -> int:
+    """Refuse settings of a trial that a single run would refuse, or with which no epoch would have the metric.
+
+    Return the number of its training samples.
+    """
     from raypkg.experiments.coreset_files import load_coreset
 
     trial = varied(base, values)
@@ -215,6 +218,7 @@ def check_trial(metric: str, base: Experiment, values: Values) -> None:
     if given is not None:
         n = len(load_coreset(given, samples.data.train, samples.held_out, trial.dataset.name))
     trial.check(n, samples.data)
+    return n
 
 
 @lru_cache(maxsize=2)

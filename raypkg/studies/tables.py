@@ -14,7 +14,7 @@ from typing import Any
 import raypkg
 from raypkg.core.config import with_current_names
 from raypkg.core.errors import UserError, shown, unknown
-from raypkg.core.presets import preset_of_row
+from raypkg.core.presets import PUBLISHED, preset_of_row, presets_of
 from raypkg.experiments import experiment, training_settings_of
 
 SUFFIX = ".py"
@@ -96,7 +96,8 @@ class Table:
     # Values of metrics that every epoch has, such as {"accuracy": [0.9]}: the table reports the cost of reaching them.
     goals: Mapping[str, Sequence[float]] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)  # further figures by heading; see `figures.column_figure`
-    paper: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # published: heading → row → figure as printed
+    # Published figures as printed: case → row → figure. Shown while no option changes the settings of the table.
+    paper: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # Row → package.module:function, called with the finished run; its result, figures by name, is stored.
     after: Mapping[str, str] = field(default_factory=dict)
     # Labels of rows that are the baseline with other amounts of training: verdicts are at equal total work.
@@ -184,7 +185,27 @@ def read_table(text: str, origin: str, scale: str) -> Table:
     if not isinstance(table, Table):
         raise UserError(f"table {origin!r}: table({scale!r}) returned {shown(table)}, not a {__name__}.Table")
     table.check(f"table {origin!r}")
+    published = presets_of(training_settings_of(experiment[table.experiment])).get(PUBLISHED)
+    if published:
+        stated = {label: published.stated(str(case.get("dataset.name", ""))) for label, case in table.cases.items()}
+        table = replace(table, cases={label: {**stated[label], **case} for label, case in table.cases.items()})
     return replace(table, rows={label: _with_preset(table, values) for label, values in table.rows.items()})
+
+
+def with_data(table: Table, values: Values) -> Table:
+    """Return a table whose cases leave their one data set to the options; refuse options for cases with several."""
+    sets = {case.get("dataset.name") for case in table.cases.values()}
+    if not values.keys() & {"dataset", "dataset.name"} or sets == {None}:
+        return table
+    if len(sets) > 1:
+        raise UserError(
+            f"dataset: the cases are of {', '.join(map(str, sorted(sets, key=str)))}: choose some by --cases"
+        )
+    own = ("dataset.name", "dataset.options.")
+    cases = {}
+    for label, case in table.cases.items():
+        cases[label] = {name: value for name, value in case.items() if not name.startswith(own)}
+    return replace(table, cases=cases)
 
 
 def _with_preset(table: Table, row: Values) -> Values:
@@ -205,7 +226,8 @@ def narrowed(
 
     Rows and cases are labels or patterns such as ``crest*``, each of which must match a label; None = all.
     """
-    needed = {table.baseline, *table.as_baseline, table.reference or table.baseline}
+    divided = {name.rpartition(" / ")[0] or table.baseline for name in table.columns.values()}
+    needed = {table.baseline, *table.as_baseline, table.reference or table.baseline, *divided}
     chosen = _matching("row", rows, table.rows) | needed
     allowed = _matching("case", cases, table.cases)
     return replace(

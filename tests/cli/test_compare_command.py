@@ -32,7 +32,7 @@ def table(scale):
         seeds=(0, 1),
         goals={"accuracy": [0.2]},
         columns={"kept": "coreset"},
-        paper={"published": {"all": "99.9"}},
+        paper={"all": {"all": "99.9"}},
     )
 """
 ALONE = "--cluster.workers 0"
@@ -152,6 +152,14 @@ def test_pages_say_the_same_and_fetch_nothing(effray, mine, tmp_path):
     assert rows[0]["test_accuracy"] and rows[0]["backward"] == 2590
 
 
+def test_a_papers_figure_is_left_out_where_an_option_changes_a_setting(effray, mine):
+    told = effray(f"{MINE} --rows tenth --seeds 0")
+    assert "published" in told and "99.9" in told
+    told = effray(f"compare mine.py {ALONE} --name other --rows tenth --seeds 0 --train.lr 0.2")
+    assert "published" not in told and "99.9" not in told
+    assert "99.9" not in effray("show other")
+
+
 def test_it_is_shown_listed_reported_and_removed(effray, mine, tmp_path):
     effray(f"{MINE} --rows tenth --seeds 0")
     assert "against" in effray("show m") and "tenth" in effray("show m")
@@ -183,6 +191,18 @@ def test_a_failed_trial_is_reported_and_retried(effray, mine, monkeypatch):
     assert "2 of 2 trials are not done; resume with: effray compare mine.py --resume m" in told
     monkeypatch.setattr(trials, "_train", original)
     assert " failed: " not in effray(f"{MINE} --rows tenth --seeds 0")
+
+
+def test_a_column_may_be_a_speed_up_over_a_row(effray, mine):
+    mine('columns={"kept": "coreset"}', 'columns={"speed-up": "<b>half</b> / work"}')
+    effray(f"{MINE} --rows tenth --seeds 0")  # the row that others are divided by is added
+    (case,) = outcomes().cases
+    everyone, half, tenth = case.lines
+    assert half.columns["speed-up"].mean == 1
+    assert (
+        tenth.columns["speed-up"].mean == half.costs["work"].mean / tenth.costs["work"].mean == pytest.approx(648 / 130)
+    )
+    assert everyone.columns["speed-up"].mean < 1
 
 
 def test_a_following_function_runs_once_and_gives_a_column(effray, mine, tmp_path, monkeypatch):

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from raypkg.core.config import dotted
 from raypkg.core.errors import UserError
 from raypkg.studies.compare import base_settings, check_comparison
-from raypkg.studies.tables import SCALES, Table, narrowed, open_table, read_table, stored_table
+from raypkg.studies.space import varied
+from raypkg.studies.tables import SCALES, Table, narrowed, open_table, read_table, stored_table, with_data
 
 FILES = sorted((Path(__file__).parents[2] / "tune_spaces" / "tables").glob("*.py"))
-FEWER = {"texts": {"train.batch_size": 4}}  # samples a step: half a per cent of the digits is less than its own
+# A hundredth of the digits is less than a batch.
+LARGER = {"crest": {"dataset.repeat": 10}, "texts": {"dataset.repeat": 5}}
 MINE = """
 from raypkg.studies.tables import Table
 def table(scale):
@@ -26,8 +29,11 @@ def test_every_row_of_a_table_is_a_valid_run(file, scale):
     assert table.baseline in table.rows
     assert len(table.seeds) >= 3
     assert table.title and not table.title.endswith(".")
-    given = {"dataset.name": "digits", "cluster.workers": 0, **FEWER.get(file.stem, {})}
-    check_comparison(table, base_settings(table, None, given))
+    given = {"dataset.name": "digits", "cluster.workers": 0, **LARGER.get(file.stem, {})}
+    for data in {case.get("dataset.name") for case in table.cases.values()}:
+        alike = [label for label, case in table.cases.items() if case.get("dataset.name") == data]
+        part = with_data(narrowed(table, None, alike, None), given)
+        check_comparison(part, base_settings(part, None, given))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -37,6 +43,72 @@ def test_rows_are_different_runs_and_scales_have_the_same_rows(file):
         assert len({small.identity(case, row, 0) for row in small.rows}) == len(small.rows)
     assert list(small.rows) == list(paper.rows)
     assert small.shared != paper.shared or small.cases != paper.cases
+
+
+CREST = {
+    "budget": 0.1, "train.batch_size": 128, "train.lr": 0.1, "train.momentum": 0.9, "train.epochs": 200,
+    "train.warmup": 0.1, "train.milestones": [0.6, 0.85], "crest.b": 5, "crest.exclude_every_steps": 20,
+    "crest.exclude_below": 0.1, "crest.subset": 0.01, "crest.order": 2, "crest.checked_on": "fresh",
+}  # fmt: skip
+SPARSE = {
+    "train.batch_size": 128, "train.lr": 0.1, "train.momentum": 0.9, "train.nesterov": True, "train.epochs": 250,
+    "train.weight_decay": 5e-4, "train.milestones": [0.5, 0.75], "death_rate": 0.5, "decay": "cosine",
+}  # fmt: skip
+RIGL = SPARSE | {"growth.name": "gradient", "model.name": "resnet50"}
+OF_THE_PAPERS = {
+    "crest": {
+        "CIFAR-10; ResNet-20": {"model.name": "resnet20", "crest.tau": 0.05, "crest.h": 1.0},
+        "CIFAR-100; ResNet-18": {"model.name": "resnet18", "crest.tau": 0.01, "crest.h": 10.0},
+        "TinyImageNet; ResNet-50": {"model.name": "resnet50", "crest.tau": 0.005, "crest.h": 1.0},
+    },
+    "agent": {
+        "CIFAR-10; ResNet-50; 10 %": {"dataset.name": "cifar10", "density": 0.1},
+        "CIFAR-10; ResNet-50; 1 %": {"dataset.name": "cifar10", "density": 0.01},
+        "CIFAR-100; ResNet-50; 10 %": {"dataset.name": "cifar100", "density": 0.1},
+        "CIFAR-100; ResNet-50; 1 %": {"dataset.name": "cifar100", "density": 0.01},
+    },
+    "sparse": {
+        "CIFAR-10; VGG-C; 1 %": {"model.name": "vgg-c", "density": 0.01},
+        "CIFAR-10; ResNet-34; 1 %": {"model.name": "resnet34", "density": 0.01},
+    },
+}
+SHARED = {"crest": CREST, "agent": RIGL, "sparse": SPARSE | {"growth.name": "random"}}
+ROWS = {"crest": ["crest"], "agent": ["SGD", "AGENT"], "sparse": ["SET + AGENT"]}
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPERS)
+def test_a_papers_figure_stands_beside_a_row_with_its_settings_only(name):
+    table = open_table(name, "paper")
+    base = base_settings(table, None, {})
+    assert list(table.cases) == list(OF_THE_PAPERS[name]) == list(table.paper)
+    for case, facts in OF_THE_PAPERS[name].items():
+        assert set(ROWS[name]) <= table.paper[case].keys() <= table.rows.keys()
+        for row in ROWS[name]:
+            trial = varied(base, table.trial(case, row, 0))
+            found = dotted(trial.model_dump(mode="json"))
+            expected = SHARED[name] | facts | {"dataset.validation": 0.0}
+            if "AGENT" in row:
+                expected |= {"agent.form": "published", "agent.alpha": 0.3}
+            assert {key: found[key] for key in expected} == expected
+            if name != "crest":  # ΔT
+                assert trial.adaptations(50_000)["update_every_steps"][0] == (1500 if name == "sparse" else 4000)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_no_figure_of_a_paper_stands_at_the_small_scale(file):
+    table = open_table(file.stem)
+    assert not table.cases.keys() & table.paper.keys()
+
+
+def test_options_say_where_the_data_of_a_case_are():
+    table = open_table("crest", "paper")
+    elsewhere = {"dataset.name": "parquet:mine"}
+    with pytest.raises(UserError, match="the cases are of cifar10, cifar100, folder:tiny-imagenet-200: choose some"):
+        with_data(table, elsewhere)
+    one = narrowed(table, None, ["CIFAR-100*"], None)
+    assert with_data(one, {"train.lr": 0.2}) == one
+    (case,) = with_data(one, elsewhere).cases.values()
+    assert "dataset.name" not in case and case["crest.h"] == 10.0
 
 
 def test_one_in_the_working_folder_wins(tmp_path, monkeypatch):
