@@ -96,6 +96,7 @@ class SentModel:
 
 
 Scorer = LiveModel | SentModel  # a model whose gradients select
+Scorers = Sequence[Scorer]  # several for a rule that averages over models
 # A shard seen by the scorers, for a selection over all classes at once: its indices, each model's view of them, the
 # first model's view of its share of the target, and the cost.
 ShardView = tuple[Tensor, list[HeadView], HeadView | None, Cost]
@@ -103,7 +104,7 @@ ShardView = tuple[Tensor, list[HeadView], HeadView | None, Cost]
 
 def select_coreset(
     shards: Shards,
-    scorers: Sequence[Scorer],
+    scorers: Scorers,
     settings: Select,
     record: Record,
     indices: Tensor,
@@ -111,10 +112,7 @@ def select_coreset(
     seed: int,
     progress: float = 0.0,
 ) -> Selection:
-    """Select a coreset of ``indices`` on the shards that hold them, or by the record for a rule that sees only that.
-
-    Several scorers are for rules that average over models.
-    """
+    """Select a coreset of ``indices`` on the shards that hold them, or by the record for a rule that sees only that."""
     rule = coreset[settings.rule]
     budget = budget_of(settings.fraction, len(indices))
     if rule.sees == "record":
@@ -153,9 +151,7 @@ def select_coreset(
     )
 
 
-def select_classes(
-    shard: Shard, scorers: Sequence[Scorer], settings: Select, budgets: list[int], seed: int
-) -> Selection:
+def select_classes(shard: Shard, scorers: Scorers, settings: Select, budgets: list[int], seed: int) -> Selection:
     """Select from each class of a shard by itself: one forward pass, then the rule on the class's HeadView."""
     rule = coreset[settings.rule]
     target = target_of(settings)
@@ -198,7 +194,7 @@ def select_classes(
     return Selection(coreset=Coreset.concat(picks), indices=members, scores=scores, cost=cost)
 
 
-def full_norms(shard: Shard, indices: Tensor, scorers: Sequence[Scorer], cost: Cost) -> Tensor:
+def full_norms(shard: Shard, indices: Tensor, scorers: Scorers, cost: Cost) -> Tensor:
     """Return the norms of the samples' full gradients, averaged over the models [n]."""
     passes = len(indices) * len(scorers)
     cost.forward += passes
@@ -218,7 +214,7 @@ def _view_of_some(shard: Shard, indices: Tensor, scorer: Scorer, cost: Cost) -> 
     return scorer.view(shard, indices)
 
 
-def view_shard(shard: Shard, scorers: Sequence[Scorer], target: TargetSamples | None) -> ShardView:
+def view_shard(shard: Shard, scorers: Scorers, target: TargetSamples | None) -> ShardView:
     """Compute the views of a shard and of its share of the target."""
     with Cost("select") as cost:
         views = [scorer.view(shard, shard.indices) for scorer in scorers]
@@ -233,13 +229,12 @@ def view_shard(shard: Shard, scorers: Sequence[Scorer], target: TargetSamples | 
     return shard.indices, views, aim, cost
 
 
-def norms_of_shard(shard: Shard, scorers: Sequence[Scorer]) -> tuple[Tensor, Cost]:
-    """Compute the norms of the full gradients of a shard's samples [n], and their cost."""
-    with Cost("select") as cost:
-        return full_norms(shard, shard.indices, scorers, cost), cost
+def norms_of_shard(shard: Shard, scorers: Scorers) -> Tensor:
+    """Return the norms of the full gradients of a shard's samples, averaged over the models [n]."""
+    return _mean([scorer.norms(shard, shard.indices) for scorer in scorers])
 
 
-def _select_from_all(shards: Shards, scorers: Sequence[Scorer], settings: Select, budget: int, seed: int) -> Selection:
+def _select_from_all(shards: Shards, scorers: Scorers, settings: Select, budget: int, seed: int) -> Selection:
     """Select from all classes at once: their logits and features are gathered from the shards."""
     target = target_of(settings)
     seen: list[ShardView] = shards.map(view_shard, scorers, target)
@@ -251,10 +246,10 @@ def _select_from_all(shards: Shards, scorers: Sequence[Scorer], settings: Select
     aims = [aim for aim in targets if aim is not None]
 
     def norms() -> Tensor:
-        found, bills = zip(*shards.map(norms_of_shard, scorers), strict=True)
-        cost.forward += sum(bill.forward for bill in bills)
-        cost.backward += sum(bill.backward for bill in bills)
-        return torch.cat(found)[order]
+        passes = len(indices) * len(scorers)
+        cost.forward += passes
+        cost.backward += passes
+        return torch.cat(shards.map(norms_of_shard, scorers))[order]
 
     if target and target.required and not aims:
         raise target.missing()

@@ -35,6 +35,9 @@ class TrainedModel(NamedTuple):
     precision: str  # of its forward passes
 
 
+Models = Sequence[TrainedModel]  # several for a rule that averages over models
+
+
 def trained_models(settings: SelectSettings, folder: RunFolder) -> list[TrainedModel]:
     """Return the models that select: those of one run, or of several for a rule that averages over models."""
     runs = settings.model_from.split(",")
@@ -68,7 +71,7 @@ def check_target_samples(select: Select, samples: Samples) -> None:
 
 
 def select_on_actors(
-    settings: RunSettings, select: Select, models: Sequence[TrainedModel], samples: Samples, report: Report
+    settings: RunSettings, select: Select, models: Models, samples: Samples, report: Report
 ) -> Coreset:
     """Select a coreset on actors that hold the data, and store it in the run folder, unless it is there already."""
 
@@ -85,12 +88,7 @@ def select_on_actors(
 
 
 def select_on_workers(
-    settings: RunSettings,
-    select: Select,
-    models: Sequence[TrainedModel],
-    samples: Samples,
-    report: Report,
-    workers: Workers,
+    settings: RunSettings, select: Select, models: Models, samples: Samples, report: Report, workers: Workers
 ) -> Coreset:
     """Select a coreset on the run's workers, and store it in the run folder, unless it is there already."""
 
@@ -101,7 +99,7 @@ def select_on_workers(
 
 
 def select_together(
-    worker: Worker, settings: RunSettings, select: Select, models: Sequence[TrainedModel], storage: Storage
+    worker: Worker, settings: RunSettings, select: Select, models: Models, storage: Storage
 ) -> dict[str, Any]:
     """Select on all workers; return the phase's record."""
     samples = samples_on(worker, settings)
@@ -121,9 +119,7 @@ def _in_phase(
     return load_coreset(path, samples.data.train, samples.held_out, settings.dataset.name)
 
 
-def _select(
-    shards: Shards, settings: RunSettings, select: Select, models: Sequence[TrainedModel], samples: Samples
-) -> Selection:
+def _select(shards: Shards, settings: RunSettings, select: Select, models: Models, samples: Samples) -> Selection:
     split = samples.data.train
     scorers = []
     for model in models:
