@@ -14,6 +14,7 @@ C, D = 3, 6
 CHOICES = {
     "gradmatch": ["--select.fraction", "0.2", "--select.every_epochs", "2", "--select.warm_epochs", "1"],
     "random": ["--select.fraction", "0.2", "--select.every_epochs", "1"],
+    "grand": ["--select.fraction", "0.2", "--select.every_epochs", "2", "--set", "select.options.gradients=full"],
     "infobatch": ["--select.every_epochs", "1"],
 }
 
@@ -58,6 +59,30 @@ def test_actors_pick_as_one_process_does(ray, tmp_path, tables, rule, balanced):
             name = f"{number}-{count}"
             found.append(picks(run(tmp_path, "select", name, *chosen, *target, "--cluster.workers", count)))
     assert found[0] == found[1] != found[2] == found[3]
+
+
+@pytest.mark.parametrize("balanced", ["true", "false"])
+def test_actors_average_full_gradients_over_models_as_one_process_does(ray, tmp_path, tables, balanced):
+    data = ["--dataset", tables[0], "--dataset.validation", "0"]
+    for seed in ("0", "1"):
+        run(
+            tmp_path,
+            "train",
+            f"m{seed}",
+            *data,
+            *PLAIN,
+            "--seed",
+            seed,
+            "--train.epochs",
+            "1",
+            "--cluster.workers",
+            "0",
+        )
+    chosen = [*data, "--model-from", "m0,m1", "--rule", "grand", "--preset", "published", "--balanced", balanced]
+    one, three = (run(tmp_path, "select", count, *chosen, "--cluster.workers", count) for count in ("0", "3"))
+    assert picks(one) == picks(three)
+    bills = [json.loads((folder / "summary.json").read_text())["phases"][0] for folder in (one, three)]
+    assert [(bill["forward"], bill["backward"]) for bill in bills] == [(4 * 240, 2 * 240)] * 2
 
 
 @pytest.mark.parametrize("command", ["train", "lipt"])
