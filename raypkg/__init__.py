@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .engine.loop import fit as fit
     from .engine.run import Run as Run
     from .experiments.trained import load_model as load_model
+    from .methods.agent.correction import GradientCorrection as GradientCorrection
     from .methods.crest.loader import CrestLoader as CrestLoader
     from .methods.deltagrad import head as deltagrad  # noqa: F401 - a module under another name
     from .methods.deltagrad.estimator import DeltaGrad as DeltaGrad
@@ -40,6 +41,7 @@ _PLACES = {
     "CoresetLoader": "coresets.loader",
     "CrestLoader": "methods.crest.loader",
     "DeltaGrad": "methods.deltagrad.estimator",
+    "GradientCorrection": "methods.agent.correction",
     "HeadView": "coresets.gradients",
     "Hook": "engine.hooks",
     "Run": "engine.run",

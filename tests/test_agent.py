@@ -107,15 +107,13 @@ def test_c_comes_from_the_losses_of_model_and_snapshot():
         def on_epoch_end(self, run):
             whole = Batches(split(), run.coreset, 16, seed=0, augment=(), worker=Worker(), dtype=torch.float32)
             for part in whole.epoch(run.epoch):
-                losses.append(
-                    [F.cross_entropy(model(part.x), part.y).item() for model in (run.model, hook.snapshot.model)]
-                )
+                losses.append([F.cross_entropy(model(part.x), part.y).item() for model in (run.model, hook.agent.copy)])
 
     hook = Correction(AgentOptions(gamma=0.5))
     trained = fit(run(Losses(), hook, settings=PLAIN.model_copy(update={"epochs": 1})))
     model, snapshot = np.array(losses).T  # [6] each
     expected = 0.3 * np.cov(model, snapshot)[0, 1] / np.var(snapshot, ddof=1)
-    assert hook.weight.c == pytest.approx(expected, rel=1e-4)
+    assert hook.agent.weight.c == pytest.approx(expected, rel=1e-4)
     assert trained.bill("full gradient").forward == 2 * N
 
 
@@ -142,7 +140,7 @@ def test_the_full_gradient_is_of_the_objective_where_batches_differ_in_size():
     x, y = batch(N)
     expected = torch.autograd.grad(F.cross_entropy(model(x.double()), y), list(model.parameters()))
     fit(run(hook, model=model, precision="float64", batch_size=14, epochs=1))  # of 13 and 14 samples
-    for ours, theirs in zip(hook.snapshot.full, expected, strict=True):
+    for ours, theirs in zip(hook.agent.full, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
@@ -180,7 +178,7 @@ class Supplier(Hook):
 def test_gradients_are_not_kept_if_steps_may_see_others(other):
     hook = corrected()
     trained = fit(run(hook, Supplier()) if other == "supplier" else run(hook, model=dropping()))
-    assert hook.snapshot.full and not hook.snapshot.kept
+    assert hook.agent.full and not hook.snapshot.kept
     assert trained.bill("correction").backward == trained.bill("full gradient").backward == 5 * N
 
 
@@ -235,7 +233,7 @@ def test_at_the_snapshot_dropout_leaves_exactly_the_full_gradient(build, setting
     raw, after, hook = Gradients(0), Gradients(50), corrected()
     trained = run(raw, hook, after, model=build(), precision="float64", epochs=1, **settings)
     fit(dataclasses.replace(trained, worker=Worker(device=torch.device(device))))
-    full = torch.cat([gradient.flatten() for gradient in hook.snapshot.full])
+    full = torch.cat([gradient.flatten() for gradient in hook.agent.full])
     assert not raw.seen[0].allclose(full)
     torch.testing.assert_close(after.seen[0], full, rtol=0, atol=1e-14 if device == "cpu" else 1e-12)
 
@@ -245,7 +243,7 @@ def test_the_full_gradient_has_dropout_of_its_own():
     for epochs in (1, 2):  # the last epoch's
         hook = corrected()
         fit(run(hook, model=dropping(), lr=1e-9, epochs=epochs, batch_size=96))
-        fulls.append(hook.snapshot.full)
+        fulls.append(hook.agent.full)
     assert not any(a.allclose(b, rtol=1e-3) for a, b in zip(*fulls, strict=True))
 
 
@@ -382,6 +380,7 @@ def test_a_checkpoint_of_an_earlier_version_is_restored():
     published.load_state_dict({"c": 0.5, "losses": [torch.ones(2)]}, torch.device("cpu"))
     assert (float(measured.c), published.c) == (0.5, 0.5)
     hook = Correction(AgentOptions(form="measured"))
+    fit(run(hook, epochs=1))
     switch = {"on": True, "looks": False, "rate": 0.1, "epoch": 3}
     hook.load_state_dict(hook.state_dict() | {"form": {"sums": None}, "switch": switch})
     assert (hook.switch.on, hook.switch.epoch, hook.switch.every) == (True, 3, 4)

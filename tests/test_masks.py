@@ -240,7 +240,7 @@ def test_a_layer_out_of_use_has_no_gradient(rule, sparse_init):
     correction = [Correction(AgentOptions(form="measured", gamma=0.5))]
     hooks = sparse(correction=correction, growth=rule, redistribution=redistribution, sparse_init=sparse_init)
     fit(run(*hooks, model=Partly()))
-    assert len({sum(layers) for layers in counts_over_time(hooks[0])}) == 1 and hooks[1].weight.c
+    assert len({sum(layers) for layers in counts_over_time(hooks[0])}) == 1 and hooks[1].agent.weight.c
 
 
 def test_without_growth_masks_stay():
@@ -296,7 +296,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path, every, settings, age
     fit(second, checkpoints=places)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
     assert all(mask.equal(again.masks[name]) for name, mask in topology.masks.items())
-    assert again.history == topology.history and corrected.weight.c == correction.weight.c
+    assert again.history == topology.history and corrected.agent.weight.c == correction.agent.weight.c
     assert len(corrected.history) == len(correction.history) == STEPS
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from raypkg.core.errors import UserError
 from raypkg.data.kinds import kind_of
@@ -134,3 +135,14 @@ def _probe(module: nn.Module, name: str, x: Tensor, expected: tuple[int, int]) -
     if not out.isfinite().all():
         raise UserError(f"model {name!r} maps random inputs to NaN or infinity")
     return out
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module within the wrappers of DDP and of `torch.compile`, with which it shares its parameters."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model

@@ -19,27 +19,23 @@ from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
 
 from . import plots
-from .control_variate import Switch, Weight, coefficient, correct, spread, steps_of_look, variance_left
+from .control_variate import Switch, steps_of_look
+from .correction import GradientCorrection
 from .settings import AgentOptions
-from .snapshot import CORRECTION, FULL_GRADIENT, Snapshot, trained_parameters
+from .snapshot import CORRECTION, FULL_GRADIENT, Snapshot
 
 COLUMNS = ("step", "corrected", "c", "left", "line")  # left: share of the variance, NaN if unknown
 DEFAULTS = AgentOptions()
 
 
 class Correction(Hook):
-    """Corrects gradients by a control variate with an adaptive weight (AGENT, arXiv:2301.03573).
+    """Drives a run's `GradientCorrection`: snapshots over the coming epoch's batches, and a switch.
 
-        at a snapshot:  θ̃ ← θ,  g̃ = mean of ∇ℓ(θ̃) over the samples of an epoch
-        every step:     ∇ℓ_B(θ) − γc·(∇ℓ_B(θ̃) − g̃)
+    It acts after hooks that use the raw gradient (RigL grows on it) and before those that zero pruned weights. Momentum
+    sees the corrected gradient; weight decay is not corrected.
 
-    It acts after hooks that use the raw gradient (RigL grows on it) and before `Masked`. Momentum sees the corrected
-    gradient; weight decay is not corrected.
-
-    Published: ĉ = Cov_B(ℓ_B(θ), ℓ_B(θ̃)) / Var_B(ℓ_B(θ̃)) by a pass over the epoch's batches with both models frozen, at
-    the end of an epoch; c ← (1 − α)·c + α·ĉ from 0; γ = 0.1. With the form "measured", c is measured per layer from the
-    gradients of the latest steps, γ = 1, and nothing is corrected while a larger batch of the same cost would leave
-    less variance.
+    ĉ comes from a pass over the epoch's batches at its end. With the form "measured", nothing is corrected while a
+    larger batch of the same cost would leave less variance.
 
     Differs from the paper: g̃ is over the augmented batches of the coming epoch, unless another hook supplies those. A
     snapshot repeats the dropout masks of each step, and g̃ has draws of its own: an unbiased estimate of the snapshot's
@@ -48,15 +44,13 @@ class Correction(Hook):
 
     priority = 10
     snapshot: Snapshot  # made at the start
+    agent: GradientCorrection  # of the snapshot
 
     def __init__(self, settings: AgentOptions):
         self.settings = settings
-        self.weight = Weight(settings)
         self.switch = Switch(settings.stays_on, settings.look_every_epochs)
         self.line = 0.0  # 1/q
         self.left: float | None = None  # share of the variance, at the latest judgement
-        self.variance = torch.zeros(2, dtype=torch.float64)  # after and before the correction, summed over steps
-        self.before: tuple[int, list[Tensor], list[Tensor]] | None = None  # latest step measured, and its gradients
         self.unread: list[tuple[int, bool, Tensor]] = []  # step, corrected, (c, left) on the device
         self.history: list[tuple[float, ...]] = []  # ``COLUMNS`` of every step that was corrected or looked at
         self.closing = ExitStack()
@@ -64,13 +58,13 @@ class Correction(Hook):
     def on_start(self, run: Run) -> None:
         """Copy the model for the snapshot."""
         self.snapshot = Snapshot(run, self.settings)
+        self.agent = self.snapshot.agent
         if self.snapshot.draws:
             self.closing.callback(self.snapshot.draws.handle.remove)
-        self.variance = self.variance.to(run.worker.device)
 
     def on_epoch(self, run: Run) -> None:
         """Begin at a new snapshot, unless ``snapshot_every_steps`` is set."""
-        self.before = None
+        self.agent.before = None
         if run.step == 0 or not self.settings.snapshot_every_steps:
             with run.bill(FULL_GRADIENT):
                 self._begin(run)
@@ -86,71 +80,41 @@ class Correction(Hook):
         else:
             since = run.step - self.snapshot.step
             due = self.switch.looks and since in steps_of_look(self.snapshot.interval(run))
-        if due and self.weight.acts:
+        if due and self.agent.weight.acts:
             with run.cost.apart(run.bill(CORRECTION)):
-                self._act(run)
+                gap = self.settings.every_steps if self.switch.on else 1
+                gradient = self.snapshot.gradient(run)
+                found = self.agent.apply(gradient, step=run.step, gap=gap, corrects=self.switch.on)
+                self.unread.append((run.step, self.switch.on, torch.stack(found)))
 
     def _begin(self, run: Run) -> None:
         """Judge the variance left since the last snapshot, take a new one, and compute g̃ if steps are corrected."""
         rate = run.optimizer.param_groups[0]["lr"]
-        left = self._left(*run.worker.first(self.variance.tolist()))
-        self.variance.zero_()
+        # Rank 0 decides for all workers: other processors may round differently.
+        left = run.worker.first(self._left())
         if left is not None:
             self.left = left
             self.switch.judge(left, self.line, rate=rate, epoch=run.epoch)
         self.switch.begin(rate=rate, epoch=run.epoch)
         if self.settings.snapshot_every_steps and run.step:
-            self._estimate(run)
-        self.weight.restart(run.epoch / run.settings.epochs)
-        # Rank 0 decides for all workers: other processors may round differently.
-        self.weight.load_state_dict(run.worker.first(self.weight.state_dict()), run.worker.device)
-        self.line = 1 / self.snapshot.gradients_per_step(run)
-        self.before = None
+            self.snapshot.estimate(run)
         self.snapshot.take(run)
-        if self.switch.on and self.weight.acts:
+        weight = self.agent.weight
+        weight.load_state_dict(run.worker.first(weight.state_dict()), run.worker.device)
+        self.line = 1 / self.snapshot.gradients_per_step(run)
+        if self.switch.on and weight.acts:
             self.snapshot.average(run)
 
-    def _estimate(self, run: Run) -> None:
-        """Update the published c by ĉ, from losses of the model and the snapshot, before another is taken."""
-        if self.settings.form == "published":
-            self.weight.average(coefficient(*self.snapshot.losses(run)))
-
-    def _left(self, after: float, before: float) -> float | None:
+    def _left(self) -> float | None:
         """Return the share of the variance left over all steps, corrected or not; None if unknown."""
-        return 1 - (1 - after / before) / self.settings.every_steps if before > 0 else None
-
-    def _act(self, run: Run) -> None:
-        """Measure the variance that the correction of this step leaves, and correct the gradients if AGENT is on."""
-        c = torch.as_tensor(self.weight.c, dtype=torch.float64, device=run.worker.device)
-        snapshot_gradient = self.snapshot.gradient(run)
-        # A parameter that the forward pass does not use has zeros, which nothing reads.
-        parameters = trained_parameters(run.model)
-        gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        weights = self.weight.weights(len(gradient)).to(run.worker.device)
-        left = self._measure(run, gradient, snapshot_gradient, weights)
-        if self.switch.on:
-            correct(gradient, snapshot_gradient, self.snapshot.full, weights)
-        self.unread.append((run.step, self.switch.on, torch.stack([c, left])))
-
-    def _measure(self, run: Run, current: list[Tensor], snapshot: list[Tensor], weights: Tensor) -> Tensor:
-        """Update c by a step's gradients and those of the step before; return the share of the variance left."""
-        before = self.before
-        self.before = run.step, [tensor.clone() for tensor in current], snapshot
-        gap = self.settings.every_steps if self.switch.on else 1
-        if before is None or before[0] + gap != run.step:
-            return torch.full((), torch.nan, dtype=torch.float64, device=run.worker.device)
-        moments = spread(current, snapshot, *before[1:])
-        run.worker.share([moments])  # other processors may round differently
-        self.weight.observe(moments)
-        after_and_before = variance_left(moments, weights)
-        self.variance += after_and_before
-        return after_and_before[0] / after_and_before[1]
+        left = self.agent.variance_left
+        return None if left is None else 1 - (1 - left) / self.settings.every_steps
 
     def on_epoch_end(self, run: Run) -> None:
         """Estimate the published c, and read measurements from the device: a checkpoint follows."""
         if not self.settings.snapshot_every_steps:
             with run.bill(FULL_GRADIENT):
-                self._estimate(run)
+                self.snapshot.estimate(run)
         if self.unread:
             measured = torch.stack([values for _, _, values in self.unread]).tolist()
             for (step, corrected, _), (c, left) in zip(self.unread, measured, strict=True):
@@ -162,7 +126,7 @@ class Correction(Hook):
         columns = np.array(self.history).reshape(-1, len(COLUMNS)).T
         table = pa.table(dict(zip(COLUMNS, columns, strict=True)))
         corrected = int(table["corrected"].to_numpy().sum())
-        latest = self._left(*self.variance.tolist())
+        latest = self._left()
         left = self.left if latest is None else latest
         larger = f"a batch {1 / self.line:.3g} times as large, at the same cost, leaves {self.line:.2f}"
         if left is None:
@@ -188,11 +152,11 @@ class Correction(Hook):
     def state_dict(self) -> dict[str, Any]:
         """Return weight, switch and measurements, and the snapshot if it outlives an epoch."""
         state = {
-            "form": self.weight.state_dict(),
+            "form": self.agent.weight.state_dict(),
             "switch": asdict(self.switch),
             "line": self.line,
             "left": self.left,
-            "variance": self.variance.clone(),
+            "variance": self.agent.variance.clone(),
             "history": torch.tensor(self.history, dtype=torch.float64).view(-1, len(COLUMNS)),
         }
         if self.settings.snapshot_every_steps:
@@ -201,12 +165,12 @@ class Correction(Hook):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state."""
-        device = self.variance.device
-        self.weight.load_state_dict(state["form"], device)
+        device = self.agent.variance.device
+        self.agent.weight.load_state_dict(state["form"], device)
         self.switch = replace(self.switch, **state["switch"])
         self.line = state["line"]
         self.left = state["left"]
-        self.variance = state["variance"].to(device)
+        self.agent.variance = state["variance"].to(device)
         self.history = [tuple(row) for row in state["history"].tolist()]
         if self.settings.snapshot_every_steps:
             self.snapshot.load_state_dict(state["snapshot"], device)

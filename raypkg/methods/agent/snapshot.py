@@ -1,9 +1,8 @@
-"""The snapshot θ̃ of the model: its gradient on a batch, and the full gradient, whose parts serve the steps again."""
+"""The snapshot in a run: passes over its batches, gradients that serve the steps again, repeated dropout masks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from raypkg.engine.loop import autocast, losses_of
 from raypkg.engine.run import Run
 from raypkg.engine.worker import memory_bound
 
+from .correction import GradientCorrection, mean_over_ranks
 from .settings import AgentOptions
 
 FULL_GRADIENT = "full gradient"  # the bill of g̃
@@ -25,11 +25,10 @@ CORRECTION = "correction"  # the bill of ∇ℓ_B(θ̃)
 
 
 class Snapshot:
-    """θ̃, with g̃ = mean of ∇ℓ_B(θ̃) over the samples of the batches of the coming epoch.
+    """The passes of a `GradientCorrection` over a run's batches: g̃ over those of the coming epoch, with bills.
 
-    It normalises by the statistics of its batches, as the model does while training. If the model draws at random, as
-    dropout does, the snapshot repeats the model's draws on a step's batch, and has draws of its own for g̃. A model
-    whose draws it cannot repeat is refused.
+    If the model draws at random, as dropout does, the snapshot repeats the model's draws on a step's batch, and has
+    draws of its own for g̃. A model whose draws it cannot repeat is refused.
 
     Without such draws, g̃ is the mean of the gradients that the steps need. If those of an epoch's corrected steps fit
     into ``settings.memory`` (4 bytes · parameters · steps), they are kept: a sample costs two gradients, not three.
@@ -37,25 +36,32 @@ class Snapshot:
 
     def __init__(self, run: Run, settings: AgentOptions):
         self.settings = settings
-        self.model = deepcopy(run.model)
         self.step = 0  # of training, at which it was taken
-        self.full: list[Tensor] = []  # g̃, one tensor per parameter; empty while nothing is corrected
-        self.kept: dict[int, list[Tensor]] = {}  # step → ∇ℓ_B(θ̃)
+        self.kept: dict[int, list[Tensor]] = {}  # step → this worker's part of ∇ℓ_B(θ̃)
         self.draws: RepeatedDraws | None = None  # of a model that draws at random
-        if _draws(self.model, run):
+
+        def frozen_loss(model: nn.Module, numbered: tuple[int, Batch]) -> Tensor:
+            """Return the loss of a batch for ĉ; both models have the same draws."""
+            number, batch = numbered
+            run.bill(FULL_GRADIENT).forward += len(batch.y)
+            with seeded(run.seed, "coefficient", run.step, number, run.worker.rank):
+                return torch.stack([*self._parts(run, batch, model)]).sum()
+
+        epochs = run.settings.epochs if settings.form == "linear" else None
+        self.agent = GradientCorrection(
+            run.model, settings.form, gamma=settings.gamma, alpha=settings.alpha, epochs=epochs, loss=frozen_loss
+        )
+        if _draws(self.agent.copy, run):
             if run.settings.compile:
                 raise UserError(
                     "agent does not go with train.compile = true for a model that draws at random, as dropout does"
                 )
             self.draws = RepeatedDraws(run.model, run.worker.device)
 
-    @torch.no_grad()
     def take(self, run: Run) -> None:
-        """Copy the weights: θ̃ ← θ. Buffers stay: while training, batch norm uses the statistics of its batch."""
-        for mine, current in zip(self.model.parameters(), run.model.parameters(), strict=True):
-            mine.copy_(current)
+        """Take the snapshot, θ̃ ← θ."""
+        self.agent.take(run.epoch / run.settings.epochs)
         self.step = run.step
-        self.full = []
         self.kept = {}
 
     def average(self, run: Run) -> None:
@@ -69,17 +75,20 @@ class Snapshot:
         batches = self._batches(run, coreset)
         steps = range(run.step, run.step + len(batches))
         keeps = coreset is run.coreset and self._keeps(run)
-        total = [torch.zeros_like(parameter) for parameter in trained_parameters(run.model)]
         bill = run.bill(FULL_GRADIENT)
-        with seeded(run.seed, "full gradient", run.step, run.worker.rank):
+
+        def parts() -> Iterator[tuple[list[Tensor], float]]:
             for step, batch in zip(steps, batches.epoch(run.epoch), strict=True):
                 gradient = self._gradient(run, batch)
-                torch._foreach_add_(total, gradient, alpha=batch.total / len(coreset))  # batches may differ by a sample
                 if keeps and step % self.settings.every_steps == 0:
                     self.kept[step] = gradient
                 bill.forward += len(batch.y)
                 bill.backward += len(batch.y)
-        self.full = _summed(run, total, bill)
+                yield gradient, batch.total / len(coreset)  # batches may differ by a sample
+
+        with seeded(run.seed, "full gradient", run.step, run.worker.rank):
+            self.agent.average(parts())
+        _bill_exchange(run, bill, self.agent.full)
 
     def gradient(self, run: Run) -> list[Tensor]:
         """Return ∇ℓ_B(θ̃) of the present step, over all workers."""
@@ -95,22 +104,12 @@ class Snapshot:
             bill.forward += len(batch.y)
             bill.backward += len(batch.y)
         # DDP has averaged the model's gradient over the workers; that of the snapshot is still each worker's own.
-        return _summed(run, gradient, bill)
+        _bill_exchange(run, bill, gradient)
+        return mean_over_ranks(gradient)
 
-    @torch.no_grad()
-    def losses(self, run: Run) -> Tensor:
-        """Return ℓ_B(θ) and ℓ_B(θ̃) of the epoch's batches, both models frozen and with the same draws, [2, batches]."""
-        bill = run.bill(FULL_GRADIENT)
-        buffers = [buffer.clone() for buffer in run.model.buffers()]  # batch norms are moved by each pass
-        found = []
-        for number, batch in enumerate(self._batches(run, run.coreset).epoch(run.epoch)):
-            for model in (run.model, self.model):
-                with seeded(run.seed, "coefficient", run.step, number, run.worker.rank):
-                    found.append(torch.stack([*self._parts(run, batch, model)]).sum())
-            bill.forward += 2 * len(batch.y)
-        for buffer, before in zip(run.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        return run.worker.sum(torch.stack(found)).view(-1, 2).T
+    def estimate(self, run: Run) -> None:
+        """Update the published c by the losses of the epoch's batches, before another snapshot is taken."""
+        self.agent.estimate(enumerate(self._batches(run, run.coreset).epoch(run.epoch)))
 
     def _batches(self, run: Run, coreset: Coreset) -> Batches:
         size, dtype = run.settings.batch_size, dtype_of(run.model)
@@ -136,7 +135,7 @@ class Snapshot:
         if self.draws or self.settings.snapshot_every_steps or any(hook.supplies_batches for hook in run.hooks):
             return False
         corrected = -(-run.settings.steps_per_epoch(len(run.coreset)) // self.settings.every_steps)
-        size = corrected * sum(parameter.nbytes for parameter in trained_parameters(self.model))
+        size = corrected * sum(parameter.nbytes for parameter in self.agent.parameters)
         device = run.worker.device
         if self.settings.memory is None and device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
@@ -144,45 +143,31 @@ class Snapshot:
         return size <= memory_bound(self.settings.memory)
 
     def _parts(self, run: Run, batch: Batch, model: nn.Module) -> Iterator[Tensor]:
-        """Yield this worker's share of the objective on a batch, by the parts in which training passes it."""
+        """Yield the objective on a batch, by the parts of training; the mean over workers is the whole."""
         for part in batch.parts(run.settings.micro_batch):
             with autocast(run.settings.precision, part.x.device):
                 logits = model(part.x)
-            yield losses_of(logits, part.y, run.settings.label_smoothing) @ part.weights / part.total
+            losses = losses_of(logits, part.y, run.settings.label_smoothing)
+            yield losses @ part.weights / part.total * run.worker.world
 
     def _gradient(self, run: Run, batch: Batch) -> list[Tensor]:
-        """Return this worker's share of ∇ℓ_B(θ̃); layers that the forward pass does not use have gradients of 0."""
-        parameters = trained_parameters(self.model)
-        total: list[Tensor] = []
-        for objective in self._parts(run, batch, self.model):
-            gradient = torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
-            total = list(torch._foreach_add(total, gradient)) if total else list(gradient)
-        return total
+        """Return this worker's part of ∇ℓ_B(θ̃)."""
+        return self.agent.gradient(self._parts(run, batch, self.agent.copy))
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, step and g̃, which steps of a later epoch need."""
-        return {"model": self.model.state_dict(), "step": self.step, "full": list(self.full)}
+        return {"model": self.agent.copy.state_dict(), "step": self.step, "full": list(self.agent.full)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore the state."""
-        self.model.load_state_dict(state["model"])
+        self.agent.copy.load_state_dict(state["model"])
         self.step = state["step"]
-        self.full = [gradient.to(device) for gradient in state["full"]]
+        self.agent.full = [gradient.to(device) for gradient in state["full"]]
 
 
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _summed(run: Run, tensors: list[Tensor], bill: Cost) -> list[Tensor]:
-    """Return the sum of the workers' tensors, by one all-reduce."""
-    if run.worker.world == 1 or not tensors:
-        return tensors
-    flat = run.worker.sum(torch.cat([tensor.flatten() for tensor in tensors]))
-    bill.sent += flat.nbytes
-    pieces = flat.split([tensor.numel() for tensor in tensors])
-    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+def _bill_exchange(run: Run, bill: Cost, tensors: list[Tensor]) -> None:
+    if run.worker.world > 1:
+        bill.sent += sum(tensor.nbytes for tensor in tensors)
 
 
 class RepeatedDraws:

@@ -10,12 +10,12 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from raypkg.core.config import Named, validate
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
+from raypkg.models.classifier import unwrapped
 
 from . import drop as drop_rules
 from . import growth as growth_rules
@@ -437,17 +437,6 @@ def first_masks(
     if {layer: mask.shape for layer, mask in masks.items()} != shapes:
         raise UserError(f"sparse initialisation {name!r} returned other layers or shapes than {[*shapes]}")
     return masks
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module within the wrappers of DDP and of `torch.compile`, with which it shares its parameters."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
 
 
 def _checked(rule: str, scores: Tensor, weights: Tensor, layer: str) -> Tensor:
