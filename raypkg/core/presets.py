@@ -39,10 +39,11 @@ class Preset(NamedTuple):
 @lru_cache
 def presets_of(schema: type[Settings]) -> dict[str, Preset]:
     """Return the presets of a settings class by name; empty if it has none."""
-    file = Path(sys.modules[schema.__module__].__file__ or "").with_name(FILE)
-    if "preset" not in schema.model_fields or not file.is_file():
+    module = sys.modules[schema.__module__].__file__
+    if "preset" not in schema.model_fields or module is None:
         return {}
-    tables = read_toml(file)
+    file = Path(module).with_name(FILE)
+    tables = read_toml(file) if file.is_file() else {}  # that of `effray select` is its rule's
     presets = {}
     for name, table in tables.items():
         about = table.pop("about")
