@@ -15,6 +15,7 @@ from raypkg.coresets.record import Recorder
 from raypkg.coresets.sharded import LiveModel
 from raypkg.data import Data
 from raypkg.engine.shards import LocalShards, Shard
+from raypkg.engine.worker import Worker
 from raypkg.methods.crest.hook import Crest
 from raypkg.methods.crest.quadratic import flat
 
@@ -101,7 +102,7 @@ def test_a_bare_loop_gives_the_weights_of_effrays_run_bit_for_bit(options):
 def test_stopped_in_the_middle_of_an_epoch_and_resumed_equals_never_stopped(options):
     straight, optimizer, whole = start(**options)
     train(straight, optimizer, whole)
-    for step in (1, 15, 22, 44):  # 15: after the last batch of an epoch, before the loop has left it
+    for step in (15, 22, 44):  # 15: after the last batch of an epoch, before the loop has left it
         states = train(*start(**options), stop=step)
         resumed, optimizer, loader = parts = start(**options)
         for part, state in zip(parts, states, strict=True):
@@ -174,10 +175,17 @@ class ByKeywords(nn.Module):
         return type("Output", (), {"logits": self.inner(values)})
 
 
+def of_hugging_face():
+    datasets = pytest.importorskip("datasets")
+    x, y = tensors()
+    return datasets.Dataset.from_dict({"values": x.tolist(), "labels": y.tolist()}).with_format("torch")
+
+
 @pytest.mark.parametrize("preset", ["published", "each-step"])
-def test_samples_may_be_mappings_as_those_of_hugging_face(preset):
+@pytest.mark.parametrize("rows", [Rows, of_hugging_face])
+def test_samples_may_be_mappings_as_those_of_hugging_face(preset, rows):
     pairs = list(loader_of(network(), preset=preset, epochs=1))
-    mappings = list(loader_of(ByKeywords(), Rows(), preset=preset, epochs=1))
+    mappings = list(loader_of(ByKeywords(), rows(), preset=preset, epochs=1))
     for (x, y, w), batch in zip(pairs, mappings, strict=True):
         assert batch["values"].equal(x) and batch["labels"].equal(y) and batch["weights"].equal(w)
         assert tensors()[0][batch["indices"]].equal(x)
@@ -245,7 +253,7 @@ class NotLast(nn.Module):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"batch_size": 121}, "there are only 120 samples to choose from"),
+        ({"batch_size": 121}, "batch_size = 121: there are only 120 samples to choose from"),
         ({"batch_size": 0}, "batch_size = 0: must be an integer, 1 or more"),
         ({"epochs": None}, "give either epochs or steps"),
         ({"steps": 3}, "give either epochs or steps"),
@@ -272,6 +280,12 @@ def test_what_is_refused(given, message):
     known = {"dataset": tensors(), "model": network(), "batch_size": SIZE, "epochs": EPOCHS}
     with pytest.raises(UserError, match=message):
         next(iter(CrestLoader(**known | given)))
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("raypkg.methods.crest.loader.ranks_here", lambda: Worker(1, 2))
+    with pytest.raises(UserError, match="CrestLoader is for one process, not 2"):
+        loader_of(network())
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"tau": 0.1}, {"preset": "each-step"}])

@@ -36,5 +36,8 @@ def seeded(seed: int, *purpose: str | int) -> "Iterator[None]":
 
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(derive(seed, *purpose))
+        # Not torch.manual_seed: for devices that are not in use it formats a traceback at each call.
+        torch.default_generator.manual_seed(derive(seed, *purpose))
+        if devices:
+            torch.cuda.manual_seed(derive(seed, *purpose))
         yield

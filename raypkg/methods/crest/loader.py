@@ -16,7 +16,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.presets import PUBLISHED, with_preset
 from raypkg.core.seeds import derive, generator
 from raypkg.coresets.gradients import HeadView, evaluating, head_view
-from raypkg.coresets.loader import INDICES, LABELS, WEIGHTS, TappedByForm, load_batches, on_device
+from raypkg.coresets.loader import INDICES, LABELS, WEIGHTS, TappedByForm, load_batches, on_device, ranks_here
 
 from .algorithm import CrestAlgorithm, Derive, Loop
 from .quadratic import covered_parameters, weighted_derivative
@@ -51,8 +51,8 @@ class CrestLoader:
 
     Raises:
         UserError: unknown preset or option, a value out of range, fewer samples than a batch, samples without labels, a
-            model without a linear head, a data set that changed its length. The model and its modes are left as they
-            were.
+            model without a linear head, a data set that changed its length, several processes. The model and its modes
+            are left as they were.
 
     >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     >>> loader = CrestLoader((x, torch.arange(100) % 2), nn.Linear(4, 2), batch_size=10, epochs=1)
@@ -88,7 +88,10 @@ class CrestLoader:
         self.options = load_settings(CrestOptions, None, of_preset | options)
         data = _as_dataset(dataset)
         n = len(data)  # type: ignore[arg-type]  # shown by _as_dataset
-        self.options.subset_size(n, batch_size)  # refuses a batch that n samples cannot hold
+        if batch_size > n:
+            raise UserError(f"CrestLoader's batch_size = {batch_size}: there are only {n} samples to choose from")
+        if (world := ranks_here().world) > 1:
+            raise UserError(f"CrestLoader is for one process, not {world}: use `effray crest` with --cluster.workers")
         self.pass_steps = steps or -(-n // batch_size)
         total = steps or epochs * self.pass_steps  # type: ignore[operator]  # one of the two is given
         self.loop = DatasetLoop(data, TappedByForm(model), batch_size, seed, total, collate_fn)
@@ -223,7 +226,7 @@ class DatasetLoop(Loop):
 
 
 def _as_dataset(samples: Any) -> Dataset[Any]:
-    """Return what is indexed and has a length; tensors (x, y) become a data set."""
+    """Make a data set of tensors (x, y); refuse what is not indexed or has no length."""
     if isinstance(samples, tuple | list) and samples and all(isinstance(each, Tensor) for each in samples):
         if len(samples) != 2 or len(samples[0]) != len(samples[1]):
             raise UserError(f"CrestLoader takes tensors (x, y) of equal lengths, not {[len(each) for each in samples]}")
