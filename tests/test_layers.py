@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "raypkg"
 FLOORS = (  # each may import those before it
-    "core", "data", "models", "runs", "engine", "coresets", "cluster", "experiments", "methods", "studies", "cli",
+    "core", "data", "models", "runs", "engine", "coresets", "cluster", "experiments", "methods", "integrations",
+    "studies", "cli",
 )  # fmt: skip
 APART = {"runs": {"core"}, "engine": {"core", "data", "models"}}  # floors that could see more and do not
 MATHEMATICS = {"core", "data", "models", "coresets"}  # all that a method's pure files import
@@ -69,7 +70,13 @@ def test_a_method_is_one_room(file):
 
 @pytest.mark.parametrize(
     ("package", "where"),
-    [("ray", "cluster/"), ("wandb", "runs/tracking.py"), ("click", "cli/"), ("matplotlib", "runs/plots.py")],
+    [
+        ("lightning", "integrations/lightning.py"),
+        ("ray", "cluster/"),
+        ("wandb", "runs/tracking.py"),
+        ("click", "cli/"),
+        ("matplotlib", "runs/plots.py"),
+    ],
 )
 def test_one_importer(package, where):
     users = [str(f.relative_to(ROOT)) for f in FILES if any(name.split(".")[0] == package for name in imported(f))]

@@ -211,6 +211,11 @@ class CoresetLoader:
         if epoch == self.epoch:
             self._position = 0
 
+    def finish_epoch(self) -> None:
+        """Finish the epoch if its last batch was yielded, for trainers that request no batch after the last one."""
+        if self._position == len(self.coreset):
+            self._position, self._resumes = 0, False
+
     def record(self, losses: Tensor, indices: Tensor | None = None) -> None:
         """Record the losses of a batch, for rules that select by them.
 

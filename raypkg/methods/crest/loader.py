@@ -129,6 +129,11 @@ class CrestLoader:
                     yield x, y, weights
         self.end = None
 
+    def finish_epoch(self) -> None:
+        """Finish the pass if its last batch was yielded, for trainers that request no batch after the last one."""
+        if self.end == self.algorithm.step:
+            self.end = None
+
     def report(self) -> dict[str, Any]:
         """Return progress and cost as plain values.
 

@@ -1,0 +1,67 @@
+"""Lightning: callbacks for coresets that resume within an epoch, and for sparse training."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from raypkg.methods.sparse.training import SparseTraining
+
+
+class CoresetCallback(Callback):
+    """Lets a ``CoresetLoader`` or a ``CrestLoader``, as the training data of a fit, resume at any step.
+
+    Lightning keeps the loader's state, but requests no batch beyond the last of an epoch, so the loader has to be told.
+    """
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin the next epoch if a checkpoint is from the end of one."""
+        trainer.train_dataloader.finish_epoch()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Finish the epoch, before checkpoints are saved."""
+        trainer.train_dataloader.finish_epoch()
+
+
+class SparseCallback(Callback):
+    """``SparseTraining`` in Lightning, between unscaling and clipping; its masks are kept in checkpoints.
+
+    Args:
+        density: share of the weights that exist.
+        options: further arguments of ``SparseTraining``; ``total_steps`` are by default Lightning's estimate.
+
+    Attributes:
+        sparse: the ``SparseTraining`` of the first optimiser, once training has begun.
+    """
+
+    def __init__(self, density: float = 0.05, **options: Any):
+        self.options = {"density": density, **options}
+        self.restored: Mapping[str, Any] | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach to the optimiser; of a resumed training, restore the masks."""
+        optimizer = trainer.optimizers[0]
+        before = deepcopy([pl_module.state_dict(), optimizer.state_dict()])  # new masks change them
+        steps = self.options.pop("total_steps", None) or int(trainer.estimated_stepping_batches)
+        self.sparse = SparseTraining(pl_module, optimizer, total_steps=steps, **self.options)
+        if self.restored:
+            pl_module.load_state_dict(before[0])
+            optimizer.load_state_dict(before[1])
+            self.sparse.load_state_dict(self.restored)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Mask the gradients; Lightning has unscaled them and clips them next."""
+        self.sparse.mask_gradients()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Detach from the optimiser; pruned weights are zero."""
+        self.sparse.finalize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the masks for a checkpoint."""
+        return self.sparse.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the masks of a checkpoint for the start of training."""
+        self.restored = state_dict

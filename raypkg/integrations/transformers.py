@@ -1,0 +1,171 @@
+"""Hugging Face's ``Trainer``: a mixin that trains on coresets, and a callback for sparse training."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from raypkg.core.errors import UserError
+from raypkg.coresets.loader import INDICES, LABELS, WEIGHTS, CoresetLoader
+from raypkg.methods.crest.loader import CrestLoader
+from raypkg.methods.sparse.training import SparseTraining
+
+
+class CoresetMixin:
+    """A mixin that goes before ``Trainer``: it trains on a ``CoresetLoader`` or a ``CrestLoader`` over the data set.
+
+    The loss is mean(w · cross-entropy). Samples are mappings with "labels". Checkpoints hold the loader's state, so a
+    run that is resumed from one of ``output_dir`` neither repeats nor loses a sample.
+
+        class CoresetTrainer(CoresetMixin, Trainer):
+            pass
+
+        CoresetTrainer(model, args, train_dataset=samples, coreset={"rule": "gradmatch", "fraction": 0.1}).train()
+
+    Args:
+        coreset: arguments of ``CoresetLoader``, or
+        crest: arguments of ``CrestLoader``; batch size, epochs, collation and workers are the ``Trainer``'s.
+    """
+
+    loss_is_scaled_for_ga = False  # a mean over each micro-batch
+
+    def __init__(
+        self,
+        *arguments: Any,
+        coreset: Mapping[str, Any] | None = None,
+        crest: Mapping[str, Any] | None = None,
+        **own: Any,
+    ):
+        if (coreset is None) == (crest is None):
+            raise UserError("CoresetMixin takes either coreset or crest")
+        self.chosen = coreset or crest or {}
+        self.kind: Any = CrestLoader if coreset is None else CoresetLoader
+        super().__init__(*arguments, **own)
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader, and keep its state in checkpoints."""
+        trainer: Any = self
+        plain = super().get_train_dataloader()  # type: ignore[misc]  # Trainer's
+        options = {"epochs": -int(-trainer.args.num_train_epochs // 1), "seed": trainer.args.seed} | dict(self.chosen)
+        size = trainer.args.train_batch_size
+        if self.kind is CrestLoader:
+            self.loader: Any = CrestLoader(plain.dataset, trainer.model, size, collate_fn=plain.collate_fn, **options)
+        else:
+            own = {
+                name: getattr(plain, name) for name in ("collate_fn", "num_workers", "pin_memory", "prefetch_factor")
+            }
+            self.loader = CoresetLoader(DataLoader(plain.dataset, size, **own), trainer.model, **options)
+        trainer.args.ignore_data_skip = True  # the loader continues by itself
+        trainer.remove_callback(KeptState)  # of an earlier training
+        trainer.add_callback(KeptState("loader", self.loader))
+        return self.loader
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return mean(w · cross-entropy) in training, and the ``Trainer``'s loss otherwise."""
+        if WEIGHTS not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        labels, weights, indices = (inputs.pop(name) for name in (LABELS, WEIGHTS, INDICES))
+        outputs = model(**inputs)
+        losses = F.cross_entropy(outputs.logits, labels, reduction="none")
+        if isinstance(self.loader, CoresetLoader):
+            self.loader.record(losses, indices)
+        loss: Tensor = (losses * weights).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class KeptState(TrainerCallback):
+    """Keeps an object's state in the checkpoints of ``output_dir``, one file per rank, and restores it.
+
+    Args:
+        name: of the file.
+        kept: has ``state_dict`` and ``load_state_dict``.
+    """
+
+    def __init__(self, name: str, kept: Any):
+        self.name = name
+        self.kept = kept
+
+    def file(self, args: Any, step: int, rank: int) -> Path:
+        """Return the place of a rank's state."""
+        return Path(args.output_dir, f"checkpoint-{step}", f"effray-{self.name}-{rank}.pt")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Store the state beside the ``Trainer``'s."""
+        if hasattr(self.kept, "finish_epoch"):
+            self.kept.finish_epoch()
+        torch.save(self.kept.state_dict(), self.file(args, state.global_step, args.process_index))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Restore the state if training is resumed: this rank's, or the first one's."""
+        if not state.global_step:
+            return
+        files = [self.file(args, state.global_step, rank) for rank in (args.process_index, 0)]
+        found = next((file for file in files if file.is_file()), None)
+        if found is None:
+            raise UserError(f"no {files[0]}: resume from a checkpoint of output_dir that was saved with {self.name}")
+        self.kept.load_state_dict(torch.load(found, weights_only=True))
+        parts = args.gradient_accumulation_steps
+        if (
+            self.name == "loader"
+            and (left := len(self.kept) % parts)
+            and state.global_step % -(-len(self.kept) // parts)
+        ):
+            # The Trainer counts the batches of the resumed epoch from 0, so it would omit their step.
+            problem = f"the last {left} batches of an epoch are no {parts} (gradient_accumulation_steps)"
+            raise UserError(f"{problem}: resume from a checkpoint at the end of an epoch")
+
+
+class SparseCallback(TrainerCallback):
+    """``SparseTraining`` in a ``Trainer``: unscale, mask, clip, step; its masks are kept in checkpoints.
+
+    It clips by ``max_grad_norm`` itself, as the norm is that of weights that exist.
+
+    Args:
+        density: share of the weights that exist.
+        options: further arguments of ``SparseTraining``; ``total_steps`` are the ``Trainer``'s.
+
+    Attributes:
+        sparse: the ``SparseTraining``, once training has begun.
+    """
+
+    def __init__(self, density: float = 0.05, **options: Any):
+        self.options = {"density": density, **options}
+        self.clip = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Attach to the optimiser; of a resumed training, restore the masks."""
+        model, optimizer = objects["model"], objects["optimizer"]
+        restored = deepcopy([model.state_dict(), optimizer.state_dict()])  # new masks change them
+        self.sparse = SparseTraining(model, optimizer, total_steps=state.max_steps, **self.options)
+        self.kept = KeptState("sparse", self.sparse)
+        if state.global_step:
+            model.load_state_dict(restored[0])
+            optimizer.load_state_dict(restored[1])
+            self.kept.on_train_begin(args, state, control)
+        self.clip, args.max_grad_norm = args.max_grad_norm, 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Mask the unscaled gradients, then clip them."""
+        optimizer = objects["optimizer"]
+        if scaler := getattr(optimizer, "scaler", None):
+            scaler.unscale_(optimizer.optimizer)
+        self.sparse.mask_gradients()
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(objects["model"].parameters(), self.clip)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Store the masks."""
+        self.kept.on_save(args, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Detach from the optimiser; pruned weights are zero."""
+        self.sparse.finalize()
+        args.max_grad_norm = self.clip

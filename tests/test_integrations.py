@@ -1,0 +1,217 @@
+"""The adapters to Hugging Face's Trainer and to Lightning, against plain loops with the same objects."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raypkg.core.errors import UserError
+from raypkg.methods.crest.loader import CrestLoader
+from raypkg.methods.sparse.training import SparseTraining
+from test_loader_in_trainers import RATE, C, N, Sentences, assert_equal_weights, bert, coresets_of, rows
+
+EPOCHS = 3
+CORESET = {"rule": "craig", "fraction": 0.5, "every_epochs": 1}  # 3 batches of 8 per epoch
+SPARSE = {"density": 0.3, "update_every": 2}
+CLIP = 0.5
+
+
+def loop(model, loader, loss, *, sparse=None, steps=9, accumulate=1):
+    """Plain PyTorch, with the lines of each method."""
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
+    masks = SparseTraining(model, optimizer, total_steps=steps, **sparse) if sparse else None
+    model.train()
+    for _ in range(EPOCHS):
+        for number, batch in enumerate(loader, 1):
+            (loss(model, batch) / accumulate).backward()
+            if number % accumulate == 0:
+                if masks:
+                    masks.mask_gradients()
+                nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+                optimizer.step()
+                optimizer.zero_grad()
+    return masks
+
+
+def loss_of_mapping(model, batch):
+    given = {name: value for name, value in batch.items() if name not in ("labels", "weights", "indices")}
+    losses = F.cross_entropy(model(**given).logits, batch["labels"], reduction="none")
+    return (losses * batch["weights"]).mean()
+
+
+def trainer_of(model, folder, callbacks=(), options=None, **chosen):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from raypkg.integrations.transformers import CoresetMixin
+
+    class CoresetTrainer(CoresetMixin, transformers.Trainer):
+        pass
+
+    given = {"save_strategy": "no", **(options or {})}
+    arguments = transformers.TrainingArguments(
+        str(folder), num_train_epochs=EPOCHS, learning_rate=RATE, lr_scheduler_type="constant", optim="sgd",
+        optim_args="momentum=0.9", max_grad_norm=CLIP, report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+        dataloader_pin_memory=False, **given,
+    )  # fmt: skip
+    return CoresetTrainer(model, arguments, train_dataset=Sentences(), callbacks=list(callbacks), **chosen)
+
+
+@pytest.mark.parametrize("sparse", [None, SPARSE])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_trainer_on_coresets_trains_as_the_plain_loop(sparse, accumulate, tmp_path):
+    model = bert()
+    by_hand = copy.deepcopy(model)
+    callbacks = []
+    if sparse:
+        from raypkg.integrations.transformers import SparseCallback
+
+        callbacks = [SparseCallback(**sparse)]
+    options = {"gradient_accumulation_steps": accumulate}
+    trainer = trainer_of(model, tmp_path, callbacks, options, coreset=CORESET)
+    trainer.train()
+    twin = coresets_of(by_hand, Sentences(), **CORESET)
+    masks = loop(by_hand, twin, loss_of_mapping, sparse=sparse, steps=9 // accumulate, accumulate=accumulate)
+    assert_equal_weights(model, by_hand)
+    assert trainer.loader.coreset.indices.equal(twin.coreset.indices)
+    assert trainer.loader.losses.isfinite().sum() >= N // 2
+    assert trainer.args.max_grad_norm == CLIP
+    if masks:
+        assert all(callbacks[0].sparse.masks[name].equal(mask) for name, mask in masks.masks.items())
+        assert masks.density == pytest.approx(SPARSE["density"], abs=0.01)
+
+
+def test_the_trainer_on_crest_trains_as_the_plain_loop(tmp_path):
+    model = bert()
+    by_hand = copy.deepcopy(model)
+    trainer = trainer_of(model, tmp_path, crest={"preset": "each-step"})
+    trainer.train()
+    loop(by_hand, CrestLoader(Sentences(), by_hand, 8, epochs=EPOCHS, preset="each-step"), loss_of_mapping)
+    assert_equal_weights(model, by_hand)
+    assert trainer.state.global_step == trainer.loader.report()["step"] == EPOCHS * N // 8
+
+
+@pytest.mark.parametrize("chosen", [{"coreset": CORESET}, {"crest": {}}])
+@pytest.mark.parametrize("after", [2, 3, 4])  # steps; three are an epoch of coresets
+def test_the_trainer_resumes_in_the_middle_of_an_epoch(chosen, after, tmp_path):
+    from raypkg.integrations.transformers import SparseCallback
+
+    def train(resume=None):
+        options = {"save_strategy": "steps", "save_steps": after, "save_total_limit": None}
+        callback = SparseCallback(**SPARSE)
+        trainer = trainer_of(bert(), tmp_path, [callback], options, **chosen)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, callback
+
+    straight, masks = train()
+    resumed, again = train(str(tmp_path / f"checkpoint-{after}"))
+    assert resumed.state.global_step == straight.state.global_step
+    assert all(map(torch.equal, straight.model.state_dict().values(), resumed.model.state_dict().values()))
+    assert all(again.sparse.masks[name].equal(mask) for name, mask in masks.sparse.masks.items())
+
+
+def test_the_trainer_needs_one_loader_and_whole_steps(tmp_path):
+    with pytest.raises(UserError, match="either coreset or crest"):
+        trainer_of(bert(), tmp_path)
+    options = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+    trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train()
+    with pytest.raises(UserError, match="the last 1 batches of an epoch are no 2"):
+        trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train(str(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-2" / "effray-loader-0.pt").unlink()
+    with pytest.raises(UserError, match=r"effray-loader-0.pt: resume from a checkpoint of output_dir"):
+        trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train(str(tmp_path / "checkpoint-2"))
+
+
+def test_the_trainer_masks_after_unscaling_and_before_clipping():
+    pytest.importorskip("transformers")
+    from types import SimpleNamespace
+
+    from raypkg.integrations.transformers import SparseCallback
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, C))
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    wrapped = SimpleNamespace(optimizer=optimizer, scaler=scaler, state_dict=optimizer.state_dict)
+    arguments = SimpleNamespace(max_grad_norm=CLIP)
+    callback = SparseCallback(**SPARSE)
+    state = SimpleNamespace(max_steps=9, global_step=0)
+    callback.on_train_begin(arguments, state, None, model=model, optimizer=wrapped)
+    x, y = rows().tensors
+    scaler.scale(100 * F.cross_entropy(model(x), y)).backward()
+    callback.on_pre_optimizer_step(arguments, state, None, model=model, optimizer=wrapped)
+    assert all((model.get_parameter(name).grad[~mask] == 0).all() for name, mask in callback.sparse.masks.items())
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    assert float(norm) == pytest.approx(CLIP, rel=1e-4)
+
+
+def lightning_fit(model, loader, folder, *, sparse=None, every=None, resume=None):
+    lightning = pytest.importorskip("lightning")
+    from raypkg.integrations.lightning import CoresetCallback, SparseCallback
+
+    class Classification(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch, _):
+            return loss_of_rows(self.model, batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), RATE, momentum=0.9)
+
+    callbacks = [CoresetCallback(), *([SparseCallback(**sparse)] if sparse else [])]
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=every, save_top_k=-1, auto_insert_metric_name=False
+    )
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_checkpointing=bool(every), enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, gradient_clip_val=CLIP,
+        callbacks=[*callbacks, *([saving] if every else [])],
+    )  # fmt: skip
+    trainer.fit(Classification(), loader, ckpt_path=resume)
+    return trainer, callbacks[-1]
+
+
+def loss_of_rows(model, batch):
+    x, y, w = batch
+    return (F.cross_entropy(model(x), y, reduction="none") * w).mean()
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, C))
+
+
+LOADERS = {
+    "coreset": lambda model: coresets_of(model, rows(), **CORESET),
+    "crest": lambda model: CrestLoader(rows(), model, 8, epochs=EPOCHS, preset="each-step"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning advises more workers, and GPUs
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("sparse", [None, SPARSE])
+def test_lightning_trains_as_the_plain_loop(kind, sparse, tmp_path):
+    model, by_hand = network(), network()
+    trainer, callback = lightning_fit(model, LOADERS[kind](model), tmp_path, sparse=sparse)
+    masks = loop(by_hand, LOADERS[kind](by_hand), loss_of_rows, sparse=sparse, steps=trainer.global_step)
+    assert_equal_weights(model, by_hand)
+    if masks:
+        assert all(callback.sparse.masks[f"model.{name}"].equal(mask) for name, mask in masks.masks.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("after", [2, 3, 4, 6])  # steps; an epoch has three of coresets and six of CREST
+def test_lightning_resumes_in_the_middle_of_an_epoch(kind, after, tmp_path):
+    straight, resumed = network(), network()
+    whole, masks = lightning_fit(straight, LOADERS[kind](straight), tmp_path, sparse=SPARSE, every=after)
+    resumed[0].weight.data += 1  # the checkpoint has everything
+    second, again = lightning_fit(
+        resumed, LOADERS[kind](resumed), tmp_path, sparse=SPARSE, resume=tmp_path / f"{after}.ckpt"
+    )
+    assert second.global_step == whole.global_step
+    assert_equal_weights(straight, resumed)
+    assert all(again.sparse.masks[name].equal(mask) for name, mask in masks.sparse.masks.items())
