@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypkg.core.errors import UserError
+from raypkg.methods.deltagrad.journal import LOG
 from raypkg.runs.folder import RunFolder
 from raypkg.studies import trial as trials
 from raypkg.studies.outcomes import Outcomes
@@ -278,3 +279,21 @@ def test_a_dry_run_counts_trials_and_samples(effray, mine, tmp_path):
 def test_options_of_a_dry_run_never_start_a_comparison(mine, refusal):
     assert "--dry-run cannot change" in refusal(f"compare mine.py {ALONE} --resume m --dry-run")
     assert "--rate 1000 does nothing without --dry-run" in refusal(f"{MINE} --rate 1000")
+
+
+def test_deltagrads_rows_delete_a_thousandth_a_hundredth_and_one_sample_after_another(effray):
+    rows = "'*1 %' --rows 'deltagrad; one after another'"
+    effray(f"compare deltagrad {ALONE} --name d --rows {rows} --seeds 0 --train.epochs 4")
+    deleted = {}
+    study = find_study("runs", "d")
+    for line in outcomes("d").cases[0].lines:
+        number = study.numbers()[stored_table(study.order.table).identity("all", line.row, 0)]
+        entries = map(json.loads, study.run_storage(number).read(LOG).splitlines())
+        deleted[line.row] = [entry["deleted"] for entry in entries if entry["kind"] == "change"]
+    assert deleted == {
+        "deltagrad": [1],
+        "deltagrad; one after another": [1] * 10,
+        "deltagrad; 1 %": [13],
+        "full batch; 1 %": [13],
+        "full batch; T0 20; j0 5; 1 %": [13],
+    }

@@ -14,6 +14,7 @@ from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.kinds import IMAGES, ROWS, TEXTS
 from raypkg.data.sources import dataset
+from raypkg.data.sources.synthetic import SHAPES
 from raypkg.data.split import Split
 
 LABELS = np.arange(12) % 3
@@ -70,11 +71,17 @@ def from_text(folder, monkeypatch):
     return f"text:{folder}"
 
 
+def synthetic(folder, monkeypatch):
+    monkeypatch.setitem(SHAPES, "covtype", (120, 5, 3))
+    return "synthetic"
+
+
 AS_THEY_ARE = {"libsvm"}  # sources that are not standardised
 PREPARE = {
     "table": from_table,
     "libsvm": from_libsvm,
     "text": from_text,
+    "synthetic": synthetic,
     "digits": lambda folder, monkeypatch: "digits",
     "parquet": from_parquet,
     "folder": from_folder,
@@ -124,6 +131,17 @@ def test_a_batch_is_the_callers_own_and_may_be_empty(data):
     assert not data.train.batch([0])[0].equal(x)
     x, y = data.train.batch([])
     assert len(x) == 0 and data.train.kind.fits(x, data.train.shape) and y.shape == (0,)
+
+
+@pytest.mark.parametrize(("like", "columns", "classes"), [("covtype", 54, 7), ("higgs", 28, 2), ("rcv1", 47_236, 2)])
+def test_synthetic_rows_have_a_data_sets_shape_and_are_the_same_every_time(like, columns, classes):
+    options = {"like": like, "rows": 30}
+    one, again = (load_data("synthetic", options) for _ in range(2))
+    assert (len(one.train), one.train.shape, one.train.num_classes) == (30, (columns,), classes)
+    assert one.train.batch([3])[0].equal(again.train.batch([3])[0])
+    assert not one.train.batch([0])[0].equal(one.test.batch([0])[0])
+    with pytest.raises(UserError, match="takes no path"):
+        load_data("synthetic:mine")
 
 
 @pytest.mark.parametrize("indices", [[-1], [0, 10**6], [0.5], [True]])

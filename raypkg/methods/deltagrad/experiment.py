@@ -9,9 +9,6 @@ from raypkg.runs.report import Report
 
 from .settings import DeltaGradSettings, RequestSettings
 
-SHARE = 1e-3  # of the samples, deleted by `delete_some`
-SINGLE = 10  # samples that `delete_one_after_another` deletes
-
 
 @experiment("deltagrad", source="arXiv:2006.14755")
 def run(settings: DeltaGradSettings, *, samples: Samples, report: Report, workers: Workers) -> None:
@@ -47,18 +44,29 @@ def run(settings: DeltaGradSettings, *, samples: Samples, report: Report, worker
 
 def delete_some(folder: RunFolder) -> dict[str, float]:
     """Delete a thousandth of the samples, drawn by the run's seed, in one request."""
-    return _measured(folder, one_by_one=False)
+    return _measured(folder, share=1e-3)
+
+
+def delete_a_hundredth(folder: RunFolder) -> dict[str, float]:
+    """Delete a hundredth of the samples, drawn by the run's seed, in one request."""
+    return _measured(folder, share=1e-2)
 
 
 def delete_one_after_another(folder: RunFolder) -> dict[str, float]:
     """Delete ten samples, drawn by the run's seed, in ten requests, each answered from the last one's record."""
-    return _measured(folder, one_by_one=True)
+    return _measured(folder, requests=10)
 
 
-def _measured(folder: RunFolder, *, one_by_one: bool) -> dict[str, float]:
+def delete_a_hundred(folder: RunFolder) -> dict[str, float]:
+    """Delete a hundred samples in as many requests, as in `delete_one_after_another`."""
+    return _measured(folder, requests=100)
+
+
+def _measured(folder: RunFolder, *, share: float = 0.0, requests: int = 1) -> dict[str, float]:
     """Answer one request or several, except those that an earlier attempt answered, then retrain and compare.
 
-    The ratio is that of one retraining per request to all answers; the relative distance is over the retrained norm.
+    One request deletes a ``share`` of the samples, several delete one sample each. The ratio is that of one retraining
+    per request to all answers; the relative distance is over the retrained norm.
     """
     import torch
 
@@ -72,7 +80,7 @@ def _measured(folder: RunFolder, *, one_by_one: bool) -> dict[str, float]:
         settings = RequestSettings.over(run.settings.replay, {})
         training = run.samples.train_indices
         order = torch.randperm(len(training), generator=generator(run.settings.seed, "deletions"))
-        sizes = [1] * SINGLE if one_by_one else [max(1, round(SHARE * len(training)))]
+        sizes = [max(1, round(share * len(training)))] * requests
         for chosen in order[: sum(sizes)].split(sizes):
             positions = training[chosen].tolist()
             if run.active[positions].all():
