@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .methods.crest.loader import CrestLoader as CrestLoader
     from .methods.deltagrad import head as deltagrad  # noqa: F401 - a module under another name
     from .methods.deltagrad.estimator import DeltaGrad as DeltaGrad
+    from .methods.lipt import api as lipt  # noqa: F401 - likewise
     from .methods.sparse.training import SparseTraining as SparseTraining
     from .models import build_model as build_model
 
@@ -55,7 +56,7 @@ _PLACES = {
     "load_model": "experiments.trained",
     "select": "coresets.budgets",
 }
-_MODULES = {"deltagrad": "methods.deltagrad.head"}
+_MODULES = {"deltagrad": "methods.deltagrad.head", "lipt": "methods.lipt.api"}
 __all__ = sorted({*_PLACES, *_MODULES})
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
 from raypkg.core.config import current_name, validate
 from raypkg.core.errors import Interruption, UserError, shown
@@ -393,6 +393,18 @@ class CoresetLoader:
     ) -> Iterator[tuple[Any, Tensor, Tensor]]:
         same = {name: getattr(self.loader, name) for name in LOADING}
         return load_batches(data, batches, seed=derive(self.seed, purpose, epoch), **same)
+
+
+def as_dataset(samples: Any, taker: str) -> Dataset[Any]:
+    """Make a data set of tensors (x, y); refuse what is not indexed or has no length. Errors name the ``taker``."""
+    if isinstance(samples, tuple | list) and samples and all(isinstance(each, Tensor) for each in samples):
+        if len(samples) != 2 or len(samples[0]) != len(samples[1]):
+            raise UserError(f"{taker} takes tensors (x, y) of equal lengths, not {[len(each) for each in samples]}")
+        return TensorDataset(*samples)
+    if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")) or isinstance(samples, Mapping):
+        kind = type(samples).__name__
+        raise UserError(f"{taker} takes a data set with a length that gives samples by index, not a {kind}")
+    return samples
 
 
 def load_batches(

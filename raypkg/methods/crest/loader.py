@@ -9,14 +9,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.presets import PUBLISHED, with_preset
 from raypkg.core.seeds import derive, generator
 from raypkg.coresets.gradients import HeadView, evaluating, head_view
-from raypkg.coresets.loader import INDICES, LABELS, WEIGHTS, TappedByForm, load_batches, on_device, ranks_here
+from raypkg.coresets.loader import (
+    INDICES,
+    LABELS,
+    WEIGHTS,
+    TappedByForm,
+    as_dataset,
+    load_batches,
+    on_device,
+    ranks_here,
+)
 
 from .algorithm import CrestAlgorithm, Derive, Loop
 from .quadratic import covered_parameters, weighted_derivative
@@ -86,8 +95,8 @@ class CrestLoader:
         values = with_preset(CrestSettings, {}, {"preset": preset})
         of_preset = {name[6:]: value for name, value in values.items() if name.startswith("crest.")}
         self.options = load_settings(CrestOptions, None, of_preset | options)
-        data = _as_dataset(dataset)
-        n = len(data)  # type: ignore[arg-type]  # shown by _as_dataset
+        data = as_dataset(dataset, "CrestLoader")
+        n = len(data)  # type: ignore[arg-type]  # shown by as_dataset
         if batch_size > n:
             raise UserError(f"CrestLoader's batch_size = {batch_size}: there are only {n} samples to choose from")
         if (world := ranks_here().world) > 1:
@@ -228,15 +237,3 @@ class DatasetLoop(Loop):
         parts = weights.to(device).split(self.size)
         with evaluating(self.model):
             return weighted_derivative(self.model.logits, batches, parts, len(samples), derive, parameters)
-
-
-def _as_dataset(samples: Any) -> Dataset[Any]:
-    """Make a data set of tensors (x, y); refuse what is not indexed or has no length."""
-    if isinstance(samples, tuple | list) and samples and all(isinstance(each, Tensor) for each in samples):
-        if len(samples) != 2 or len(samples[0]) != len(samples[1]):
-            raise UserError(f"CrestLoader takes tensors (x, y) of equal lengths, not {[len(each) for each in samples]}")
-        return TensorDataset(*samples)
-    if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")) or isinstance(samples, Mapping):
-        kind = type(samples).__name__
-        raise UserError(f"CrestLoader takes a data set with a length that gives samples by index, not a {kind}")
-    return samples

@@ -1,5 +1,6 @@
 """The training of one of LiPT's models, by itself."""
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -36,9 +37,10 @@ class Context:
     """Settings, run folder and samples, which all workers share, and the worker itself."""
 
     settings: LiptSettings
-    storage: Storage
+    storage: Storage | None  # None = no run folder, hence no checkpoints
     samples: Samples
     worker: Worker
+    given: nn.Module | None = None  # with the initial weights w0; None = the model of the settings
 
     @cached_property
     def statistics_samples(self) -> tuple[Split, Tensor]:
@@ -55,10 +57,13 @@ class Context:
 
     def model(self) -> nn.Module:
         """Build the model with the initial weights w0, the same on every worker."""
-        return new_model(self.settings, self.samples.data).to(self.worker.device)
+        model = new_model(self.settings, self.samples.data) if self.given is None else deepcopy(self.given)
+        return model.to(self.worker.device)
 
-    def checkpoints(self, name: str) -> StoredCheckpoints:
+    def checkpoints(self, name: str) -> StoredCheckpoints | None:
         """Return the place of the last checkpoint of a model or of the merged model."""
+        if self.storage is None:
+            return None
         return StoredCheckpoints(self.storage / "checkpoints" / "pretrain" / name, keep=1)
 
 

@@ -104,10 +104,19 @@ class Merged(NamedTuple):
     merging: Cost  # of the merges, over all workers
 
 
-def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) -> dict[str, Any]:
-    """Train models r, r + W, … on worker r of W, merge those of all workers round by round, and save the last merge."""
-    pretrain = settings.pretrain
-    context = Context(settings, storage, samples_on(worker, settings), worker)
+class Pretrained(NamedTuple):
+    """The outcome of pre-training on a worker."""
+
+    model: nn.Module  # merged, with batch-norm statistics on rank 0
+    merged: Merged
+    trainees: Sequence[Trainee]  # of this worker
+    shards: Sequence[Tensor]  # of all models
+
+
+def train_and_merge(context: Context) -> Pretrained:
+    """Train models r, r + W, … on worker r of W, and merge those of all workers round by round."""
+    pretrain = context.settings.pretrain
+    worker = context.worker
     train = context.samples.data.train
     shards = disjoint_shards(context)  # every worker draws the same
     numbers = range(worker.rank, pretrain.models, worker.world)
@@ -117,8 +126,8 @@ def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) ->
 
     # Rounds, from the last merge of an interrupted run. One worker reads it for all, because workers of a lost attempt
     # may write another checkpoint while others read.
-    checkpoints = context.checkpoints(MERGED)
-    state = worker.first(checkpoints.load() if worker.rank == 0 else None)
+    checkpoints = context.checkpoints(MERGED) if worker.rank == 0 else None
+    state = worker.first(checkpoints.load() if checkpoints else None)
     if state is None:
         merged = Merged(parameters_of(context.model()), 0, {}, [], 0.0, Cost("merge"))
     else:
@@ -131,19 +140,29 @@ def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) ->
             trainee.train(current)
         merged = merge_round(context, current, merged, trainees)
         if last < pretrain.epochs:
-            if worker.rank == 0:
+            if checkpoints:
                 checkpoints.save(last, {**merged._asdict(), "merging": merged.merging.record()})
             _wait(worker)  # no worker begins the next round before its start is stored
 
-    # The merged model, with batch-norm statistics.
     model = context.model()
     model.load_state_dict(merged.parameters, strict=False)
     with Cost("merge") as statistics:
         if worker.rank == 0:  # the others' models are not used
             statistics.forward += estimate_statistics(context, model)
-            save_tensors(storage, MERGED_FILE if pretrain.joint_epochs else RESULT, model.state_dict())
+            if context.storage:
+                file = MERGED_FILE if pretrain.joint_epochs else RESULT
+                save_tensors(context.storage, file, model.state_dict())
     merging = merged.merging.then(statistics.gathered(worker))
-    keep_seen(context, shards, trainees)
+    return Pretrained(model, merged._replace(merging=merging), trainees, shards)
+
+
+def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) -> dict[str, Any]:
+    """Pre-train on a run's workers, save the merged model, and return the phase's record."""
+    pretrain = settings.pretrain
+    context = Context(settings, storage, samples_on(worker, settings), worker)
+    model, merged, trainees, shards = train_and_merge(context)
+    merging = merged.merging
+    keep_seen(context, storage, shards, trainees)
     evaluating = Cost("evaluate")
     held_out = {}
     if worker.rank == 0:
@@ -238,7 +257,7 @@ def estimate_statistics(context: Context, model: nn.Module) -> int:
         return reestimate(model, (x for x, _ in batches))
 
 
-def keep_seen(context: Context, shards: Sequence[Tensor], trainees: Sequence[Trainee]) -> None:
+def keep_seen(context: Context, storage: Storage, shards: Sequence[Tensor], trainees: Sequence[Trainee]) -> None:
     """Save one record of what the models of all workers saw, each of its own shard."""
     by_model = _of_all_models(context, [trainee.seen for trainee in trainees])
     if context.worker.rank > 0:
@@ -249,10 +268,10 @@ def keep_seen(context: Context, shards: Sequence[Tensor], trainees: Sequence[Tra
         for name, values in seen.items():
             everything[name][shard] = values
     if context.settings.pretrain.joint_epochs:  # theirs will be the final record
-        save_state(context.storage, SEEN, everything)
+        save_state(storage, SEEN, everything)
     else:
         recorder.load_state_dict(everything)
-        save_record(context.storage, RESULT, recorder.record)
+        save_record(storage, RESULT, recorder.record)
 
 
 class ContinuedRecord(Hook):

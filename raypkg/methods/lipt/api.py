@@ -1,0 +1,138 @@
+"""LiPT in a script of one's own: pre-train a model as an ensemble on shards of the data, and merge it."""
+
+import tempfile
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from raypkg.cluster.workers import Workers
+from raypkg.core.config import validate
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Cluster
+from raypkg.coresets.loader import as_dataset, load_batches
+from raypkg.data import Data
+from raypkg.data.split import Split
+from raypkg.engine.worker import Worker
+from raypkg.experiments.samples import Samples
+
+from . import merge
+from .member import Context
+from .pretrain import train_and_merge
+from .settings import LiptSettings
+
+AT_ONCE = 1024  # samples read together for their labels
+OF_RUNS = {"method", "joint_epochs", "evaluate_every_epochs", "compile"}  # settings of effray's own runs
+Labelled = Split | Dataset[Any] | tuple[Tensor, Tensor]
+
+
+def pretrain(
+    model: nn.Module,
+    dataset: Labelled,
+    models: int = 10,
+    epochs: int = 5,
+    workers: int = 0,
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """Return a copy of a model, pre-trained as an ensemble on disjoint shards and merged (LiPT, PMLR 202:29130).
+
+    The k models start from the given weights w0. Model i trains on its own class-stratified shard under its own random
+    mask m_i, and w = Σ_i m_i ⊙ w_i / Σ_i m_i, w0 where no mask has a weight. This is the pre-training of `effray lipt`,
+    reconstructed: same settings, same weights. The given model is not changed.
+
+    Args:
+        model: any module, x [b, …] → logits [b, C].
+        dataset: pairs (x, y) by index, or tensors x [n, …] and y int64 [n]; x are float rows [D] or images [C, H, W],
+            trained on as they come. Random augmentation of the data set's own is not seeded. Or a `Split`, normalised
+            and augmented as in effray's runs.
+        models: k, each with n/k samples; every shard needs samples of each class.
+        epochs: passes of each model over its shard.
+        workers: Ray workers, which train the models in parallel; 0 = this process, on the model's device. Workers
+            import the model's class and open the data by themselves.
+        seed: of masks, shards and batches.
+        options: ``pretrain.*`` of `effray lipt`: batch_size (32), lr (0.1), density (0.05), sparsity ("snip"; None =
+            dense models), merge ("masked_mean"), rounds (1), shard_fraction, outer_momentum, precision, …
+
+    Raises:
+        UserError: unknown or invalid option, samples of another form, a shard without a class, a loss that diverges.
+
+    >>> x = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    >>> merged = pretrain(nn.Linear(4, 2), (x, (x[:, 0] > 0).long()), models=4, epochs=3, density=0.5)
+    >>> (merged(x).argmax(1) == (x[:, 0] > 0)).double().mean().item() > 0.9
+    True
+    """
+    if own := OF_RUNS & options.keys():
+        raise UserError(f"lipt.pretrain's {min(own)}: this setting is of effray's own runs only")
+    split = as_split(dataset)
+    if split is not dataset and options.setdefault("randaugment", False):
+        raise UserError("lipt.pretrain's randaugment = True: only the uint8 images of a Split are augmented")
+    chosen = {**options, "models": models, "epochs": epochs}
+    settings = validate(LiptSettings, {"seed": seed, "pretrain": chosen})
+    if "score" in merge[settings.pretrain.merge].declares:
+        raise UserError(f"pretrain.merge = {settings.pretrain.merge!r} needs held-out samples: use effray lipt")
+    cluster = validate(Cluster, {"workers": workers})
+    if workers:
+        with tempfile.TemporaryDirectory() as folder, Workers(cluster, lambda row: None, folder) as group:
+            saved = group.run(pretrain_given, settings, model, split)
+    else:
+        device = next(model.parameters(), torch.empty(0)).device
+        saved = pretrain_given(Worker(device=device), settings, model, split)
+    merged = deepcopy(model)
+    merged.load_state_dict(load(saved))
+    return merged
+
+
+def pretrain_given(worker: Worker, settings: LiptSettings, model: nn.Module, split: Split) -> bytes:
+    """Pre-train a model on all workers; return the merged one's state as safetensors."""
+    samples = Samples(Data(split, split), torch.arange(len(split)), held_out=torch.arange(0))
+    merged = train_and_merge(Context(settings, None, samples, worker, given=model)).model
+    # Copies, because safetensors refuses weights that share memory, such as tied ones.
+    state = {
+        name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in merged.state_dict().items()
+    }
+    return save(state)
+
+
+def as_split(dataset: Labelled) -> Split:
+    """Return samples as a split that hands them out as they are, in float32; all are read once for the labels.
+
+    Raises:
+        UserError: no pairs (x, y), x are neither rows nor images, or labels are not integers from 0 up.
+    """
+    if isinstance(dataset, Split):
+        return dataset
+    pairs = as_dataset(dataset, "lipt.pretrain")
+    positions = torch.arange(len(pairs)).split(AT_ONCE)  # type: ignore[arg-type]  # it has a length
+    batches = load_batches(pairs, positions, seed=0, collate_fn=default_collate)
+    y = torch.cat([labels.cpu() for _, labels, _ in batches])
+    example = torch.as_tensor(pairs[0][0])
+    if example.dim() not in (1, 3) or not example.is_floating_point():
+        given = f"{example.dtype} {list(example.shape)}"
+        raise UserError(f"lipt.pretrain takes float rows [D] or images [C, H, W], or a Split; a sample is {given}")
+    channels = example.shape[0]
+    std = 1.0 if example.dim() == 1 else 1 / 255  # the moments of images are in units of 1/255
+    return Split(
+        take=partial(_take, pairs),
+        y=y,
+        classes=tuple(str(label) for label in range(int(y.max()) + 1)),
+        shape=tuple(example.shape),
+        mean=(0.0,) * channels,
+        std=(std,) * channels,
+    )
+
+
+def _take(pairs: Dataset[Any], rows: np.ndarray) -> np.ndarray:
+    """Gather float32 samples, images as [b, H, W, C]."""
+    if isinstance(pairs, TensorDataset):
+        x = pairs.tensors[0][torch.from_numpy(rows)]
+    else:
+        x = torch.stack([torch.as_tensor(pairs[row][0]) for row in rows.tolist()])
+    stored = x.movedim(1, -1) if x.dim() == 4 else x
+    return stored.float().contiguous().numpy(force=True)

@@ -1,0 +1,150 @@
+"""LiPT's pre-training in a script of one's own: effray's own run bit for bit, forms of data, and bad input."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from raypkg import build_model, lipt, load_data
+from raypkg.cli import main
+from raypkg.core.errors import UserError
+from raypkg.runs.checkpoints import load_tensors
+from raypkg.runs.storage import Storage
+
+RNG = torch.Generator().manual_seed(0)
+X = torch.randn(120, 6, generator=RNG)
+Y = torch.arange(120) % 3
+SMALL = {"models": 3, "epochs": 2, "batch_size": 8, "density": 0.5}
+
+
+class Pairs(Dataset):
+    """A data set that is no tensor."""
+
+    def __init__(self, x=X, y=Y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index], int(self.y[index])
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 3))
+
+
+def same(model, other):
+    a, b = (each if isinstance(each, dict) else each.state_dict() for each in (model, other))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+OPTIONS = {
+    "published": {},
+    "local SGD": {"sparsity": None, "rounds": 2, "outer_momentum": 0.5},
+    "float64": {"precision": "float64", "merge": "mean", "randaugment": False, "shard_fraction": 0.2},
+}
+
+
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", ["mlp", "resnet8"])
+def test_a_script_gives_the_weights_of_effrays_own_run(tmp_path, name, options):
+    texts = {key: {None: "false"}.get(value, str(value).lower()) for key, value in options.items()}
+    line = f"lipt --root {tmp_path} --name a --dataset digits --dataset.validation 0 --model {name} --seed 3"
+    line += " --pretrain.models 3 --pretrain.epochs 2 --train.epochs 1 --cluster.workers 0"
+    with pytest.raises(SystemExit) as ended:
+        main([*line.split(), *(word for key, value in texts.items() for word in (f"--pretrain.{key}", value))])
+    assert not ended.value.code
+
+    digits = load_data("digits").train
+    model = build_model(name, digits.shape, digits.num_classes, seed=3)
+    merged = lipt.pretrain(model, digits, models=3, epochs=2, seed=3, **options)
+    same(merged, load_tensors(Storage(str(tmp_path / "lipt/a")), "pretrained.safetensors"))
+    same(model, build_model(name, digits.shape, digits.num_classes, seed=3))  # it has not changed
+
+
+def test_samples_come_in_any_form():
+    model = mlp()
+    merged = lipt.pretrain(model, (X, Y), **SMALL)
+    same(merged, lipt.pretrain(model, TensorDataset(X.double(), Y), **SMALL))
+    same(merged, lipt.pretrain(model, Pairs(), **SMALL))
+    same(model, mlp())
+    assert any(not torch.equal(a, b) for a, b in zip(merged.parameters(), model.parameters(), strict=True))
+    state = torch.get_rng_state()
+    same(merged, lipt.pretrain(model, (X, Y), **SMALL))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Tied(nn.Module):
+    """Two layers that share their weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+def test_tied_weights_stay_tied():
+    merged = lipt.pretrain(Tied(), (X, Y), **SMALL)
+    assert merged.first.weight is merged.second.weight and merged(X).isfinite().all()
+
+
+def test_images_arrive_as_they_are():
+    images = torch.rand(60, 2, 3, 4, generator=RNG)
+    split = lipt.as_split(Pairs(images, Y[:60]))
+    x, y = split.batch([5, 1])
+    torch.testing.assert_close(split.inputs(x), images[[5, 1]], rtol=2e-7, atol=0)
+    torch.testing.assert_close(split.inputs(x, torch.float64), images[[5, 1]].double(), rtol=1e-15, atol=0)
+    assert y.tolist() == [2, 1]
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(), nn.Linear(48, 3))
+    same(lipt.pretrain(model, (images, Y[:60]), **SMALL), lipt.pretrain(model, Pairs(images, Y[:60]), **SMALL))
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ((X, Y), {"lr": -1}, r"lr = -1: "),
+        ((X, Y), {"learning": 1}, "learning"),
+        ((X, Y), {"seed": -1}, "seed = -1: "),
+        ((X, Y), {"models": 50}, "a shard of 2 samples holds none of"),
+        ((X, Y), {"merge": "greedy"}, r"merge = 'greedy' needs held-out samples"),
+        ((X, Y), {"merge": "greedier"}, "unknown merge 'greedier', did you mean 'greedy'"),
+        ((X, Y), {"sparsity": "snipp"}, "did you mean 'snip'"),
+        ((X, Y), {"joint_epochs": 1}, "joint_epochs: this setting is of effray's own runs only"),
+        ((X, Y), {"randaugment": True}, "only the uint8 images of a Split are augmented"),
+        ((X, Y), {"lr": 1e30}, "the loss became"),
+        ((X, Y), {"workers": -1}, "workers = -1: "),
+        ((X.long(), Y), {}, r"a sample is torch.int64 \[6\]"),
+        ((X, Y.double()), {}, r"labels must be integers from 0 up, \[b\]; a batch has torch.float64"),
+        ((X, -Y), {}, "labels must be integers from 0 up"),
+        ((X, Y[:5]), {}, r"takes tensors \(x, y\) of equal lengths, not \[120, 5\]"),
+        ([X], {}, r"takes tensors \(x, y\) of equal lengths, not \[120\]"),
+        (X, {}, r"the data set must return pairs \(x, y\); a batch is a Tensor"),
+    ],
+)
+def test_bad_input_is_one_error_and_changes_nothing(data, options, message):
+    model = mlp()
+    with pytest.raises(UserError, match=message) as error:
+        lipt.pretrain(model, data, **{**SMALL, **options})
+    assert "\n" not in str(error.value)
+    same(model, mlp())
+
+
+@pytest.mark.ray
+def test_workers_give_the_weights_of_this_process(ray):
+    """The sums of the merge have another order in float64, which does not show in float32."""
+    model = mlp()
+    alone = lipt.pretrain(model, Pairs(), **SMALL, rounds=2)
+    together = lipt.pretrain(model, Pairs(), **SMALL, rounds=2, workers=2)
+    for (name, a), b in zip(alone.state_dict().items(), together.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+    with pytest.raises(UserError, match="the loss became"):
+        lipt.pretrain(model, Pairs(), **SMALL, lr=1e30, workers=2)
