@@ -1,13 +1,16 @@
 """The adapters to Hugging Face's Trainer and to Lightning, against plain loops with the same objects."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from raypkg.core.errors import UserError
+from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.crest.loader import CrestLoader
 from raypkg.methods.sparse.training import SparseTraining
 from test_loader_in_trainers import RATE, C, N, Sentences, assert_equal_weights, bert, coresets_of, rows
@@ -15,18 +18,27 @@ from test_loader_in_trainers import RATE, C, N, Sentences, assert_equal_weights,
 EPOCHS = 3
 CORESET = {"rule": "craig", "fraction": 0.5, "every_epochs": 1}  # 3 batches of 8 per epoch
 SPARSE = {"density": 0.3, "update_every": 2}
+AGENT = {"form": "measured"}
 CLIP = 0.5
 
 
-def loop(model, loader, loss, *, sparse=None, steps=9, accumulate=1):
+def loop(model, loader, loss, *, sparse=None, agent=None, steps=9, accumulate=1):
     """Plain PyTorch, with the lines of each method."""
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
     masks = SparseTraining(model, optimizer, total_steps=steps, **sparse) if sparse else None
+    correction = GradientCorrection(model, loss=loss, **AGENT) if agent else None
     model.train()
     for _ in range(EPOCHS):
+        if correction:
+            correction.snapshot(agent)
+        seen = []
         for number, batch in enumerate(loader, 1):
             (loss(model, batch) / accumulate).backward()
+            seen.append(batch)
             if number % accumulate == 0:
+                if correction:
+                    parts, seen = seen, []
+                    correction.correct(lambda snapshot, parts=parts: [loss(snapshot, b) / accumulate for b in parts])
                 if masks:
                     masks.mask_gradients()
                 nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -38,13 +50,18 @@ def loop(model, loader, loss, *, sparse=None, steps=9, accumulate=1):
 def loss_of_mapping(model, batch):
     given = {name: value for name, value in batch.items() if name not in ("labels", "weights", "indices")}
     losses = F.cross_entropy(model(**given).logits, batch["labels"], reduction="none")
-    return (losses * batch["weights"]).mean()
+    return (losses * batch.get("weights", 1.0)).mean()
 
 
-def trainer_of(model, folder, callbacks=(), options=None, **chosen):
+def snapshots():
+    """All samples, in batches of mappings and of pairs."""
+    return list(DataLoader(Sentences(), 16)), list(DataLoader(rows(), 16))
+
+
+def trainer_of(model, folder, options=None, *, sparse=None, agent=None, **chosen):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from raypkg.integrations.transformers import CoresetMixin
+    from raypkg.integrations.transformers import CoresetMixin, StepCallback
 
     class CoresetTrainer(CoresetMixin, transformers.Trainer):
         pass
@@ -55,30 +72,31 @@ def trainer_of(model, folder, callbacks=(), options=None, **chosen):
         optim_args="momentum=0.9", max_grad_norm=CLIP, report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
         dataloader_pin_memory=False, **given,
     )  # fmt: skip
-    return CoresetTrainer(model, arguments, train_dataset=Sentences(), callbacks=list(callbacks), **chosen)
+    trainer = CoresetTrainer(model, arguments, train_dataset=Sentences(), **chosen)
+    if sparse or agent:
+        trainer.step = StepCallback(trainer, sparse=sparse, agent=agent, batches=snapshots()[0] if agent else None)
+        trainer.add_callback(trainer.step)
+    return trainer
 
 
-@pytest.mark.parametrize("sparse", [None, SPARSE])
+@pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("agent", [None, AGENT], ids=["plain", "agent"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_trainer_on_coresets_trains_as_the_plain_loop(sparse, accumulate, tmp_path):
+def test_the_trainer_on_coresets_trains_as_the_plain_loop(sparse, agent, accumulate, tmp_path):
     model = bert()
     by_hand = copy.deepcopy(model)
-    callbacks = []
-    if sparse:
-        from raypkg.integrations.transformers import SparseCallback
-
-        callbacks = [SparseCallback(**sparse)]
     options = {"gradient_accumulation_steps": accumulate}
-    trainer = trainer_of(model, tmp_path, callbacks, options, coreset=CORESET)
+    trainer = trainer_of(model, tmp_path, options, sparse=sparse, agent=agent, coreset=CORESET)
     trainer.train()
     twin = coresets_of(by_hand, Sentences(), **CORESET)
-    masks = loop(by_hand, twin, loss_of_mapping, sparse=sparse, steps=9 // accumulate, accumulate=accumulate)
+    told = {"sparse": sparse, "agent": agent and snapshots()[0], "steps": 9 // accumulate, "accumulate": accumulate}
+    masks = loop(by_hand, twin, loss_of_mapping, **told)
     assert_equal_weights(model, by_hand)
     assert trainer.loader.coreset.indices.equal(twin.coreset.indices)
     assert trainer.loader.losses.isfinite().sum() >= N // 2
     assert trainer.args.max_grad_norm == CLIP
     if masks:
-        assert all(callbacks[0].sparse.masks[name].equal(mask) for name, mask in masks.masks.items())
+        assert all(trainer.step.sparse.masks[name].equal(mask) for name, mask in masks.masks.items())
         assert masks.density == pytest.approx(SPARSE["density"], abs=0.01)
 
 
@@ -92,28 +110,31 @@ def test_the_trainer_on_crest_trains_as_the_plain_loop(tmp_path):
     assert trainer.state.global_step == trainer.loader.report()["step"] == EPOCHS * N // 8
 
 
-@pytest.mark.parametrize("chosen", [{"coreset": CORESET}, {"crest": {}}])
+@pytest.mark.parametrize("chosen", [{"coreset": CORESET}, {"crest": {}}, {"coreset": CORESET, "agent": AGENT}])
 @pytest.mark.parametrize("after", [2, 3, 4])  # steps; three are an epoch of coresets
 def test_the_trainer_resumes_in_the_middle_of_an_epoch(chosen, after, tmp_path):
-    from raypkg.integrations.transformers import SparseCallback
-
     def train(resume=None):
         options = {"save_strategy": "steps", "save_steps": after, "save_total_limit": None}
-        callback = SparseCallback(**SPARSE)
-        trainer = trainer_of(bert(), tmp_path, [callback], options, **chosen)
+        trainer = trainer_of(bert(), tmp_path, options, sparse=SPARSE, **chosen)
         trainer.train(resume_from_checkpoint=resume)
-        return trainer, callback
+        return trainer
 
-    straight, masks = train()
-    resumed, again = train(str(tmp_path / f"checkpoint-{after}"))
+    straight = train()
+    resumed = train(str(tmp_path / f"checkpoint-{after}"))
     assert resumed.state.global_step == straight.state.global_step
     assert all(map(torch.equal, straight.model.state_dict().values(), resumed.model.state_dict().values()))
-    assert all(again.sparse.masks[name].equal(mask) for name, mask in masks.sparse.masks.items())
+    masks = straight.step.sparse.masks
+    assert all(resumed.step.sparse.masks[name].equal(mask) for name, mask in masks.items())
 
 
 def test_the_trainer_needs_one_loader_and_whole_steps(tmp_path):
     with pytest.raises(UserError, match="either coreset or crest"):
         trainer_of(bert(), tmp_path)
+    from raypkg.integrations.transformers import StepCallback
+
+    for given, message in (({}, "sparse, agent or both"), ({"agent": {}}, "agent and batches together")):
+        with pytest.raises(UserError, match=message):
+            StepCallback(None, **given)
     options = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
     trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train()
     with pytest.raises(UserError, match="the last 1 batches of an epoch are no 2"):
@@ -125,17 +146,14 @@ def test_the_trainer_needs_one_loader_and_whole_steps(tmp_path):
 
 def test_the_trainer_masks_after_unscaling_and_before_clipping():
     pytest.importorskip("transformers")
-    from types import SimpleNamespace
+    from raypkg.integrations.transformers import StepCallback
 
-    from raypkg.integrations.transformers import SparseCallback
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, C))
+    model = network()
     optimizer = torch.optim.SGD(model.parameters(), RATE)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     wrapped = SimpleNamespace(optimizer=optimizer, scaler=scaler, state_dict=optimizer.state_dict)
-    arguments = SimpleNamespace(max_grad_norm=CLIP)
-    callback = SparseCallback(**SPARSE)
+    arguments = SimpleNamespace(max_grad_norm=CLIP, num_train_epochs=EPOCHS)
+    callback = StepCallback(SimpleNamespace(compute_loss=None), sparse=SPARSE)
     state = SimpleNamespace(max_steps=9, global_step=0)
     callback.on_train_begin(arguments, state, None, model=model, optimizer=wrapped)
     x, y = rows().tensors
@@ -146,9 +164,9 @@ def test_the_trainer_masks_after_unscaling_and_before_clipping():
     assert float(norm) == pytest.approx(CLIP, rel=1e-4)
 
 
-def lightning_fit(model, loader, folder, *, sparse=None, every=None, resume=None):
+def lightning_fit(model, loader, folder, *, sparse=None, agent=False, every=None, resume=None):
     lightning = pytest.importorskip("lightning")
-    from raypkg.integrations.lightning import CoresetCallback, SparseCallback
+    from raypkg.integrations.lightning import AgentCallback, CoresetCallback, SparseCallback
 
     class Classification(lightning.LightningModule):
         def __init__(self):
@@ -161,7 +179,11 @@ def lightning_fit(model, loader, folder, *, sparse=None, every=None, resume=None
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), RATE, momentum=0.9)
 
-    callbacks = [CoresetCallback(), *([SparseCallback(**sparse)] if sparse else [])]
+    callbacks = [CoresetCallback()]
+    if agent:
+        callbacks.append(AgentCallback(GradientCorrection(model, loss=loss_of_rows, **AGENT), snapshots()[1]))
+    if sparse:
+        callbacks.append(SparseCallback(**sparse))
     saving = lightning.pytorch.callbacks.ModelCheckpoint(
         folder, "{step}", every_n_train_steps=every, save_top_k=-1, auto_insert_metric_name=False
     )
@@ -175,8 +197,8 @@ def lightning_fit(model, loader, folder, *, sparse=None, every=None, resume=None
 
 
 def loss_of_rows(model, batch):
-    x, y, w = batch
-    return (F.cross_entropy(model(x), y, reduction="none") * w).mean()
+    x, y, *w = batch
+    return (F.cross_entropy(model(x), y, reduction="none") * (w[0] if w else 1.0)).mean()
 
 
 def network():
@@ -192,11 +214,13 @@ LOADERS = {
 
 @pytest.mark.filterwarnings("ignore")  # Lightning advises more workers, and GPUs
 @pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize("sparse", [None, SPARSE])
-def test_lightning_trains_as_the_plain_loop(kind, sparse, tmp_path):
+@pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("agent", [False, True], ids=["plain", "agent"])
+def test_lightning_trains_as_the_plain_loop(kind, sparse, agent, tmp_path):
     model, by_hand = network(), network()
-    trainer, callback = lightning_fit(model, LOADERS[kind](model), tmp_path, sparse=sparse)
-    masks = loop(by_hand, LOADERS[kind](by_hand), loss_of_rows, sparse=sparse, steps=trainer.global_step)
+    trainer, callback = lightning_fit(model, LOADERS[kind](model), tmp_path, sparse=sparse, agent=agent)
+    told = {"sparse": sparse, "agent": agent and snapshots()[1], "steps": trainer.global_step}
+    masks = loop(by_hand, LOADERS[kind](by_hand), loss_of_rows, **told)
     assert_equal_weights(model, by_hand)
     if masks:
         assert all(callback.sparse.masks[f"model.{name}"].equal(mask) for name, mask in masks.masks.items())
@@ -207,11 +231,38 @@ def test_lightning_trains_as_the_plain_loop(kind, sparse, tmp_path):
 @pytest.mark.parametrize("after", [2, 3, 4, 6])  # steps; an epoch has three of coresets and six of CREST
 def test_lightning_resumes_in_the_middle_of_an_epoch(kind, after, tmp_path):
     straight, resumed = network(), network()
-    whole, masks = lightning_fit(straight, LOADERS[kind](straight), tmp_path, sparse=SPARSE, every=after)
+    whole, masks = lightning_fit(straight, LOADERS[kind](straight), tmp_path, sparse=SPARSE, agent=True, every=after)
     resumed[0].weight.data += 1  # the checkpoint has everything
     second, again = lightning_fit(
-        resumed, LOADERS[kind](resumed), tmp_path, sparse=SPARSE, resume=tmp_path / f"{after}.ckpt"
+        resumed, LOADERS[kind](resumed), tmp_path, sparse=SPARSE, agent=True, resume=tmp_path / f"{after}.ckpt"
     )
     assert second.global_step == whole.global_step
     assert_equal_weights(straight, resumed)
     assert all(again.sparse.masks[name].equal(mask) for name, mask in masks.sparse.masks.items())
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_accelerate_needs_no_adapter(kind):
+    accelerate = pytest.importorskip("accelerate")
+    model, by_hand = network(), network()
+    loader = LOADERS[kind](model)
+    steps = EPOCHS * len(loader)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=1)
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
+    prepared, optimizer, batches = accelerator.prepare(model, optimizer, loader)
+    assert batches is loader
+    sparse = SparseTraining(prepared, optimizer, total_steps=steps, **SPARSE)
+    agent = GradientCorrection(prepared, loss=loss_of_rows, **AGENT)
+    for _ in range(EPOCHS):
+        agent.snapshot(snapshots()[1])
+        for batch in batches:
+            accelerator.backward(loss_of_rows(prepared, batch))
+            accelerator.unscale_gradients()
+            agent.correct(lambda snapshot, batch=batch: loss_of_rows(snapshot, batch))
+            sparse.mask_gradients()
+            accelerator.clip_grad_norm_(prepared.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+    masks = loop(by_hand, LOADERS[kind](by_hand), loss_of_rows, sparse=SPARSE, agent=snapshots()[1], steps=steps)
+    assert_equal_weights(model, by_hand)
+    assert all(sparse.masks[name].equal(mask) for name, mask in masks.masks.items())

@@ -1,11 +1,12 @@
-"""Lightning: callbacks for coresets that resume within an epoch, and for sparse training."""
+"""Lightning: callbacks for coresets that resume within an epoch, for sparse training and for AGENT."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
 from lightning.pytorch import Callback
 
+from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.sparse.training import SparseTraining
 
 
@@ -65,3 +66,37 @@ class SparseCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the masks of a checkpoint for the start of training."""
         self.restored = state_dict
+
+
+class AgentCallback(Callback):
+    """``GradientCorrection`` in Lightning, between unscaling and clipping; it stands before ``SparseCallback``.
+
+    Args:
+        agent: of the module's model; its loss is that of ``training_step``, for a model and a batch.
+        batches: of all samples, on the model's device, for the snapshot at the start of each epoch.
+    """
+
+    def __init__(self, agent: GradientCorrection, batches: Iterable[Any]):
+        self.agent = agent
+        self.batches = batches
+        self.seen: list[Any] = []  # micro-batches of the coming step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Take a snapshot before the first batch of an epoch, and note a micro-batch."""
+        if batch_idx == 0:  # Lightning calls on_train_epoch_start in no epoch that begins by resuming
+            self.agent.snapshot(self.batches)
+        self.seen.append(batch)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Correct the gradients; Lightning has unscaled them and clips them next."""
+        agent, parts = self.agent, trainer.accumulate_grad_batches
+        agent.correct(lambda snapshot: (agent.loss(snapshot, batch) / parts for batch in self.seen))
+        self.seen.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the snapshot for a checkpoint."""
+        return self.agent.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the snapshot."""
+        self.agent.load_state_dict(state_dict)

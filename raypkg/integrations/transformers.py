@@ -1,6 +1,7 @@
-"""Hugging Face's ``Trainer``: a mixin that trains on coresets, and a callback for sparse training."""
+"""Hugging Face's ``Trainer``: a mixin that trains on coresets, and a callback for sparse training and AGENT."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 
 from raypkg.core.errors import UserError
 from raypkg.coresets.loader import INDICES, LABELS, WEIGHTS, CoresetLoader
+from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.crest.loader import CrestLoader
 from raypkg.methods.sparse.training import SparseTraining
 
@@ -52,7 +54,7 @@ class CoresetMixin:
         """Return the loader, and keep its state in checkpoints."""
         trainer: Any = self
         plain = super().get_train_dataloader()  # type: ignore[misc]  # Trainer's
-        options = {"epochs": -int(-trainer.args.num_train_epochs // 1), "seed": trainer.args.seed} | dict(self.chosen)
+        options = {"epochs": math.ceil(trainer.args.num_train_epochs), "seed": trainer.args.seed} | dict(self.chosen)
         size = trainer.args.train_batch_size
         if self.kind is CrestLoader:
             self.loader: Any = CrestLoader(plain.dataset, trainer.model, size, collate_fn=plain.collate_fn, **options)
@@ -72,10 +74,10 @@ class CoresetMixin:
         """Return mean(w · cross-entropy) in training, and the ``Trainer``'s loss otherwise."""
         if WEIGHTS not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        labels, weights, indices = (inputs.pop(name) for name in (LABELS, WEIGHTS, INDICES))
+        labels, weights, indices = (inputs.pop(name, None) for name in (LABELS, WEIGHTS, INDICES))
         outputs = model(**inputs)
         losses = F.cross_entropy(outputs.logits, labels, reduction="none")
-        if isinstance(self.loader, CoresetLoader):
+        if isinstance(self.loader, CoresetLoader) and indices is not None:  # not at AGENT's snapshot
             self.loader.record(losses, indices)
         loss: Tensor = (losses * weights).mean()
         return (loss, outputs) if return_outputs else loss
@@ -123,49 +125,97 @@ class KeptState(TrainerCallback):
             raise UserError(f"{problem}: resume from a checkpoint at the end of an epoch")
 
 
-class SparseCallback(TrainerCallback):
-    """``SparseTraining`` in a ``Trainer``: unscale, mask, clip, step; its masks are kept in checkpoints.
+class StepCallback(TrainerCallback):
+    """Sparse training and AGENT's correction in a ``Trainer``, in their order: unscale, correct, mask, clip, step.
 
-    It clips by ``max_grad_norm`` itself, as the norm is that of weights that exist.
+    It clips by ``max_grad_norm`` itself, since the ``Trainer`` would clip first. Checkpoints hold masks and snapshot.
+
+        trainer.add_callback(StepCallback(trainer, sparse={"density": 0.1}))
 
     Args:
-        density: share of the weights that exist.
-        options: further arguments of ``SparseTraining``; ``total_steps`` are the ``Trainer``'s.
-
-    Attributes:
-        sparse: the ``SparseTraining``, once training has begun.
+        trainer: trains with this callback.
+        sparse: arguments of ``SparseTraining``; ``total_steps`` are the ``Trainer``'s.
+        agent: arguments of ``GradientCorrection``; its loss is the ``Trainer``'s ``compute_loss``.
+        batches: of all samples, on the model's device, for AGENT's snapshot at the start of each epoch.
     """
 
-    def __init__(self, density: float = 0.05, **options: Any):
-        self.options = {"density": density, **options}
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        sparse: Mapping[str, Any] | None = None,
+        agent: Mapping[str, Any] | None = None,
+        batches: Iterable[Any] | None = None,
+    ):
+        if sparse is None and agent is None:
+            raise UserError("StepCallback takes sparse, agent or both")
+        if (agent is None) != (batches is None):
+            raise UserError("StepCallback takes agent and batches together: a snapshot passes over the batches")
+        self.trainer = trainer
+        self.options = {"sparse": sparse, "agent": agent}
+        self.batches: Any = batches
+        self.kept: list[KeptState] = []
         self.clip = 0.0
+        self.seen: list[dict[str, Any]] = []  # micro-batches of the coming step
+        self.loss = trainer.compute_loss
+        if agent is not None:
+            trainer.compute_loss = self._noted
+
+    def _noted(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
+        if model.training:
+            self.seen.append({name: value for name, value in inputs.items() if name != INDICES})  # recorded once
+        return self.loss(model, inputs, *rest, **more)
+
+    def _loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        with self.trainer.compute_loss_context_manager():
+            return self.loss(model, dict(batch))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Attach to the optimiser; of a resumed training, restore the masks."""
+        """Attach to model and optimiser; of a resumed training, restore masks and snapshot."""
         model, optimizer = objects["model"], objects["optimizer"]
         restored = deepcopy([model.state_dict(), optimizer.state_dict()])  # new masks change them
-        self.sparse = SparseTraining(model, optimizer, total_steps=state.max_steps, **self.options)
-        self.kept = KeptState("sparse", self.sparse)
-        if state.global_step:
-            model.load_state_dict(restored[0])
-            optimizer.load_state_dict(restored[1])
-            self.kept.on_train_begin(args, state, control)
+        self.sparse = self.agent = None
+        if self.options["sparse"] is not None:
+            self.sparse = SparseTraining(model, optimizer, total_steps=state.max_steps, **self.options["sparse"])
+            if state.global_step:
+                model.load_state_dict(restored[0])
+                optimizer.load_state_dict(restored[1])
+        if self.options["agent"] is not None:
+            self.agent = GradientCorrection(model, loss=self._loss, **self.options["agent"])
+        parts = {"sparse": self.sparse, "agent": self.agent}
+        self.kept = [KeptState(name, part) for name, part in parts.items() if part]
+        for each in self.kept:
+            each.on_train_begin(args, state, control)
+        self.within_epoch = state.global_step % (state.max_steps // math.ceil(args.num_train_epochs)) > 0
         self.clip, args.max_grad_norm = args.max_grad_norm, 0.0
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take AGENT's snapshot, unless the epoch is resumed."""
+        if self.agent and not self.within_epoch:
+            self.agent.snapshot(self.batches)
+        self.seen.clear()
+        self.within_epoch = False
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Mask the unscaled gradients, then clip them."""
+        """Unscale, correct, mask and clip the gradients."""
         optimizer = objects["optimizer"]
         if scaler := getattr(optimizer, "scaler", None):
             scaler.unscale_(optimizer.optimizer)
-        self.sparse.mask_gradients()
+        if self.agent:
+            self.agent.correct(lambda snapshot: (self._loss(snapshot, batch) / len(self.seen) for batch in self.seen))
+            self.seen.clear()
+        if self.sparse:
+            self.sparse.mask_gradients()
         if self.clip:
             torch.nn.utils.clip_grad_norm_(objects["model"].parameters(), self.clip)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Store the masks."""
-        self.kept.on_save(args, state, control)
+        """Store masks and snapshot."""
+        for each in self.kept:
+            each.on_save(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Detach from the optimiser; pruned weights are zero."""
-        self.sparse.finalize()
+        if self.sparse:
+            self.sparse.finalize()
         args.max_grad_norm = self.clip
