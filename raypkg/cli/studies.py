@@ -16,7 +16,7 @@ from raypkg.experiments import experiment, settings_of
 from .options import PLACE, TRUST, ExampleHelp
 
 TUNE_OPTIONS = ("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget")
-COMPARE_OPTIONS = ("rows", "cases", "seeds", "scale", "goal")
+COMPARE_OPTIONS = ("rows", "cases", "seeds", "scale", "goal", "rates")
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 RANGE = re.compile(r"(\d{1,6})-(\d{1,6})")
 TUNE_HELP = """Sweep settings of: {title}
@@ -195,7 +195,7 @@ def _compare_command(name: str) -> click.Command:
             if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value):
                 raise UserError(f"--goal {text!r} is not of the form METRIC=VALUE, such as accuracy=0.9")
             goals.setdefault(metric, []).append(float(value))
-        chosen = replace(chosen, goals=goals or chosen.goals)
+        chosen = replace(chosen, goals=goals or chosen.goals, rates=_rates(asked["rates"]) or chosen.rates)
         if dry:
             for line in plan(chosen, config, values, rate):
                 click.echo(line)
@@ -211,6 +211,7 @@ def _compare_command(name: str) -> click.Command:
         click.Option(["--expect"], type=click.Choice(VERDICTS), help="exit with code 1 if a verdict is another one"),
         click.Option(["--dry-run", "dry"], is_flag=True, help="print trials and samples, and start nothing"),
         click.Option(["--rate"], type=click.FloatRange(min=0, min_open=True), help="samples a second, for --dry-run"),
+        click.Option(["--rates"], metavar="LIST", help="train.lr, of which a row takes the best by held-out accuracy"),
         click.Option(["--goal"], multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"),
     ]
     # Labels are quoted as a shell takes them: most have blanks and semicolons.
@@ -230,6 +231,13 @@ def _labels(texts: tuple[str, ...]) -> list[str] | None:
     """Return the labels of repeated options, each a list split at commas; None without any."""
     labels = [label.strip() for text in texts for label in text.split(",")]
     return [label for label in labels if label] or None
+
+
+def _rates(text: str | None) -> list[float]:
+    try:
+        return list(dict.fromkeys(map(float, (text or "").split(",")))) if text else []
+    except ValueError:
+        raise UserError(f"--rates {text!r}: numbers, such as 0.03,0.1,0.3") from None
 
 
 def _seeds(text: str | None) -> list[int] | None:

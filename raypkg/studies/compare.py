@@ -19,7 +19,7 @@ from raypkg.runs.folder import discard
 from raypkg.runs.storage import Storage
 
 from .driver import Driver, check_root
-from .figures import METRICS
+from .figures import HELD_OUT, METRICS
 from .outcomes import Outcomes
 from .space import base_of, check_counts, check_trial, varied
 from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
@@ -48,7 +48,9 @@ def compare_rows(
     table = with_data(table, values)
     settings = base_settings(table, config, values)
     check_comparison(table, settings)
-    if _lasting(settings) != _lasting(base_settings(table, None, {})):  # not the table's, so not the paper's
+    if table.rates or _lasting(settings) != _lasting(
+        base_settings(table, None, {})
+    ):  # not the table's, so not the paper's
         table = replace(table, paper={})
     if name is None:
         has_own_data = any("dataset.name" in case for case in table.cases.values())
@@ -102,7 +104,7 @@ def plan(table: Table, config: Path | None, values: Mapping[str, Any], rate: flo
     table = with_data(table, values)
     settings = base_settings(table, config, values)
     check_comparison(table, settings)
-    seeds = len(table.seeds)
+    seeds = len(table.seeds) * max(1, len(table.rates))
     total = 0
     for case in table.cases:
         for row in table.rows:
@@ -149,7 +151,8 @@ def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | No
 def base_settings(table: Table, config: Path | None, values: Mapping[str, Any]) -> Experiment:
     """Return the settings that all rows share; refuse a given one in which rows or cases differ."""
     schema = training_settings_of(experiment[table.experiment])
-    parts = (*table.cases.values(), *table.rows.values(), {"seed": None})
+    elsewhere = ["seed", *["train.lr"] * bool(table.rates)]
+    parts = (*table.cases.values(), *table.rows.values(), elsewhere)
     varied = {name.removesuffix(".name") for part in parts for name in part}  # model and model.name are the same
     if given := next((name for name in values if name.removesuffix(".name") in varied), None):
         instead = "--seeds" if given == "seed" else "--rows and --cases"
@@ -169,7 +172,9 @@ def check_comparison(table: Table, settings: Experiment) -> None:
     for case in table.cases:
         for row in table.rows:
             try:
-                check_trial(table.metric, settings, table.trial(case, row, table.seeds[0]))
+                for rate in table.rates or (None,):
+                    trial = table.trial(case, row, table.seeds[0], rate)
+                    check_trial(HELD_OUT if table.rates else table.metric, settings, trial)
             except UserError as error:
                 raise UserError(f"row {row!r}, case {case!r}: {error}") from None
 

@@ -56,10 +56,11 @@ class Driver:
         self.titles: dict[int, str] = {}
         if table:
             numbers = study.numbers()
-            for case, row, seed in table.places():
-                number = numbers.get(table.identity(case, row, seed))
+            for case, row, seed, rate in table.places():
+                number = numbers.get(table.identity(case, row, seed, rate))
                 if number is not None:
                     place = f"{row}; {case}" if len(table.cases) > 1 else row
+                    place += f"; rate {rate:g}" if rate else ""
                     self.titles.setdefault(number, f"{place}; seed {seed}")
         self.size: TrialSize | None = None  # None: the trials run in this process, one after another
         if (not table or settings.cluster.workers != 0) and self.left():

@@ -18,6 +18,7 @@ EVALUATE = "evaluate"  # the part of a phase that measures, which is no cost of 
 MAXIMA = ("memory", "device_memory")  # figures of a bill that are not added up
 CONFIDENCE = 0.95
 DONE = "done"
+HELD_OUT = "accuracy"  # the metric on held-out samples, by which rates are chosen
 K = TypeVar("K", bound=Hashable)
 Row = Mapping[str, Any]  # number, run, state, figures and settings of a trial
 

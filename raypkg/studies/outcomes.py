@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from .figures import (
     DONE,
+    HELD_OUT,
     METRICS,
     Difference,
     Estimate,
@@ -53,6 +55,7 @@ class Line:
     goals: Mapping[tuple[str, float], GoalCost]  # by metric and value
     columns: Mapping[str, Estimate | None]  # by heading
     curve: Sequence[tuple[float, float]]  # samples back-propagated and mean held-out accuracy, epoch by epoch
+    rate: float | None = None  # the best of the table's rates
     on_front: bool = False  # the Pareto front of metric against work
 
 
@@ -71,10 +74,23 @@ class Outcomes:
         self.study = study
         self.table = table
         numbers = study.numbers()
-        self.numbers = {place: numbers.get(table.identity(*place)) for place in table.places()}
-        known = {number for number in self.numbers.values() if number is not None}
+        found = {place: numbers.get(table.identity(*place)) for place in table.places()}
+        known = {number for number in found.values() if number is not None}
         self.runs = {number: TrialRun(study.run(number)) for number in sorted(known)}
         self._done = {number for number in known if study.state(number) == DONE}
+        self.numbers: dict[tuple[str, str, int], int | None] = {}  # of the trials at the best rate
+        self.rates: dict[tuple[str, str], float | None] = {}
+        for case, row, _, _ in found:
+            trials = {rate: [found[case, row, seed, rate] for seed in table.seeds] for rate in table.rates or (None,)}
+            best = max(trials, key=lambda rate: self._held_out(trials[rate])) if table.rates else None
+            self.rates[case, row] = table.trial(case, row, 0, best).get("train.lr")  # the row's own has priority
+            self.numbers |= {(case, row, seed): n for seed, n in zip(table.seeds, trials[best], strict=True)}
+
+    def _held_out(self, numbers: Sequence[int | None]) -> float:
+        """Return the mean held-out accuracy of trials; −∞ unless all are done."""
+        done = [self.runs[n].figures().get(HELD_OUT) for n in numbers if n is not None and n in self._done]
+        known = [value for value in done if value is not None]
+        return fmean(known) if len(known) == len(numbers) else -math.inf
 
     @cached_property
     def cases(self) -> list[Case]:
@@ -134,6 +150,7 @@ class Outcomes:
             goals={goal: goal_cost(runs, *goal) for goal in table.all_goals()},
             columns=columns,
             curve=mean_curve(runs),
+            rate=self.rates[case, row],
         )
 
     def _verdict(self, case: str, row: str) -> Verdict | None:

@@ -223,7 +223,7 @@ def _comparison_report(study: Study, table: Table, final: bool) -> Report:
     for metric, goal in table.all_goals():
         value = f"{100 * goal:g} %" if plots.is_share(metric) else f"{goal:g}"
         headings.append(f"backward to\n{metric} {value}")
-    headings += [*table.columns, "Pareto\nfront"]
+    headings += [*table.columns, *["rate"] * bool(table.rates), "Pareto\nfront"]
     sections = []
     for number, case in enumerate(outcomes.cases):
         work = next((line.costs.get("work") for line in case.lines if line.row == table.baseline), None)
@@ -276,6 +276,8 @@ def _cells(table: Table, line: Line, baseline: Estimate | None) -> Iterator[str]
         yield _count(reached.backward) + part
     for value in line.columns.values():
         yield _plain(value)
+    if table.rates:
+        yield _setting(line.rate)
     yield "yes" if line.on_front else ""
 
 

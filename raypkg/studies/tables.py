@@ -104,22 +104,25 @@ class Table:
     as_baseline: Sequence[str] = ()
     # A figure whose excess over 1 is the gain, such as a speed-up: verdicts are on it, not on the metric.
     gain: str | None = None
+    rates: Sequence[float] = ()  # learning rates, of which each row and case takes the best by held-out accuracy
     reference: str | None = None  # row whose scores and picks columns compare with (default: the baseline)
 
-    def trial(self, case: str, row: str, seed: int) -> dict[str, Any]:
-        """Return the settings of a trial beyond the shared ones."""
-        return {**self.cases[case], **self.rows[row], "seed": seed}
+    def trial(self, case: str, row: str, seed: int, rate: float | None = None) -> dict[str, Any]:
+        """Return the settings of a trial beyond the shared ones; a row's own rate has priority."""
+        chosen = {} if rate is None else {"train.lr": rate}
+        return {**self.cases[case], **chosen, **self.rows[row], "seed": seed}
 
-    def places(self) -> Iterator[tuple[str, str, int]]:
-        """Yield case, row and seed of every trial, seed by seed: an interrupted comparison has most of its rows."""
+    def places(self) -> Iterator[tuple[str, str, int, float | None]]:
+        """Yield case, row, seed and rate of every trial, seed by seed: an interrupted comparison has most rows."""
         for seed in self.seeds:
             for case in self.cases:
                 for row in self.rows:
-                    yield case, row, seed
+                    for rate in self.rates or (None,):
+                        yield case, row, seed, rate
 
-    def identity(self, case: str, row: str, seed: int) -> str:
+    def identity(self, case: str, row: str, seed: int, rate: float | None = None) -> str:
         """Return a text that is equal for trials that are the same run."""
-        return identity(self.trial(case, row, seed), self.after.get(row))
+        return identity(self.trial(case, row, seed, rate), self.after.get(row))
 
     def all_goals(self) -> list[tuple[str, float]]:
         """Return every goal as metric and value."""
@@ -139,7 +142,7 @@ class Table:
             if lost := next((row for row in getattr(self, part) if row not in self.rows), None):
                 raise UserError(f"{origin}: {part}: {unknown('row', lost, self.rows)}")
         check_seeds(self.seeds, f"{origin}: seeds")
-        trials = len(self.rows) * len(self.cases) * len(self.seeds)
+        trials = len(self.rows) * len(self.cases) * len(self.seeds) * max(1, len(self.rates))
         if trials > MOST_TRIALS:
             raise UserError(f"{origin} has {trials:,} trials: at most {MOST_TRIALS:,}")
 

@@ -194,6 +194,26 @@ def test_a_failed_trial_is_reported_and_retried(effray, mine, monkeypatch):
     assert " failed: " not in effray(f"{MINE} --rows tenth --seeds 0")
 
 
+def test_every_row_takes_its_best_rate_by_held_out_samples(effray, refusal, mine, started):
+    mine('"<b>half</b>": {', '"<b>half</b>": {"train.lr": 0.05, ')
+    told = effray(f"{MINE} --rates 0.001,0.1 --seeds 0,1")
+    assert sorted(started) == list(range(2 * (2 + 1 + 2)))  # a row's own rate stays
+    found = outcomes()
+    (case,) = found.cases
+    for place, line in enumerate(case.lines):
+        figures = {}
+        for rate in (0.001, 0.1):
+            identities = [found.table.identity("all", line.row, seed, rate) for seed in (0, 1)]
+            figures[rate] = [found.runs[found.study.numbers()[identity]].figures() for identity in identities]
+        best = max(figures, key=lambda rate: sum(each["accuracy"] for each in figures[rate]))
+        assert line.value.mean == pytest.approx(sum(each["test_accuracy"] for each in figures[best]) / 2)
+        assert line.rate == (0.05 if place == 1 else best)
+    assert case.lines[0].rate == 0.1 and "rate" in told and "99.9" not in told
+    assert "train.lr is what the rows or cases" in refusal(f"{MINE} --rates 0.1 --train.lr 0.2")
+    assert "--rates 'x': numbers, such as" in refusal(f"{MINE} --rates x")
+    assert "dataset.validation = 0 holds out none" in refusal(f"{MINE} --rates 0.1 --dataset.validation 0 --name n")
+
+
 def test_a_column_may_be_a_speed_up_over_a_row(effray, mine):
     mine('columns={"kept": "coreset"}', 'columns={"speed-up": "<b>half</b> / work"}')
     effray(f"{MINE} --rows tenth --seeds 0")  # the row that others are divided by is added

@@ -177,7 +177,7 @@ def test_some_rows_are_chosen_by_label_or_pattern_and_the_baseline_with_them():
 
 
 def test_a_table_survives_the_record_and_runs_seed_by_seed():
-    assert [seed for _, _, seed in table_of(seeds=(3, 4)).places()] == [3, 3, 3, 4, 4, 4]
+    assert [seed for _, _, seed, _ in table_of(seeds=(3, 4)).places()] == [3, 3, 3, 4, 4, 4]
     table = open_table("deltagrad")
     assert stored_table(asdict(table)) == table
     with pytest.raises(UserError, match="holds no table"):
