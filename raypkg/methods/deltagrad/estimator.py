@@ -7,9 +7,7 @@ import math
 import os
 import shutil
 import sys
-import tempfile
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,21 +25,20 @@ from raypkg.data.opening import normalisation
 from raypkg.data.split import Split
 from raypkg.engine.loop import fit as train
 from raypkg.engine.run import Run
-from raypkg.experiments.samples import Samples, new_model
-from raypkg.runs.checkpoints import save_tensors
-from raypkg.runs.folder import MODEL, RunFolder
+from raypkg.experiments.samples import new_model
+from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import PART, Storage
 
 from .answer import answer, verify
-from .history import HistoryWriter, Layout, check_room, history_folder
+from .folder import Place, complete, exclusively, new_history, open_record
+from .history import Layout
 from .hook import Historian
-from .journal import LOG, ROWS_FILE, Change, Journal
+from .journal import Change, Journal
 from .objective import to_vector
 from .requests import Request, change_of
 from .run import Recorded
 from .settings import DeltaGradSettings, Holders, RequestSettings
 
-ESTIMATOR = "estimator.json"
 PARTS = {  # the constructor's arguments among the settings of `effray deltagrad train`
     "dataset": ("scale",),
     "train": ("epochs", "batch_size", "lr", "weight_decay", "schedule", "milestones", "lr_drop"),
@@ -253,7 +250,7 @@ class DeltaGrad:
             raise UserError(f"{str(folder)!r} exists: save to a new folder")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
-            with self._locked(run):
+            with exclusively(run):
                 shutil.copytree(run.storage.root, unfinished)
             unfinished.rename(place)
         except OSError as error:
@@ -273,22 +270,9 @@ class DeltaGrad:
 
     def _open(self, place: Place) -> Self:
         """Take the state that a folder holds."""
-        folder = RunFolder(Storage(place.folder))
-        journal = Journal(folder)
-        if not journal.entries:
-            raise UserError(f"{place.folder}/{LOG} is missing: the record was never completed, or its log is lost")
-        first = journal.entries[0]
-        if folder.storage.digest(ESTIMATOR) != first["settings"]:
-            raise UserError(f"{place.folder}/{ESTIMATOR} is missing or corrupt: its digest is not that of the log")
-        stored = folder.storage.read_json(ESTIMATOR)
-        assert stored is not None
-        split = replace(journal.added_rows(first), mean=tuple(stored["mean"]), std=tuple(stored["std"]))
-        samples = Samples(Data(split, split), torch.arange(len(split)), torch.arange(0))
-        batches = [torch.tensor(batch) for batch in stored["batches"]]
-        self._run = Recorded(folder, journal, validate(DeltaGradSettings, stored["settings"]), samples, batches)
+        self._run, self.classes_ = open_record(place)
         self._place = place
-        self.classes_ = np.array(stored["classes"], np.dtype(stored["dtype"]))
-        self.n_features_in_ = math.prod(split.shape)
+        self.n_features_in_ = math.prod(self._run.samples.data.train.shape)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -328,22 +312,13 @@ class DeltaGrad:
     def _answer(self, run: Recorded, change: Change) -> None:
         settings = RequestSettings(replay=self._settings().replay, cluster=_here())
         try:
-            with self._locked(run):
+            with exclusively(run):
                 answer(run, change, settings, lambda steps, total: steps)
         except BaseException:  # also Ctrl-C
             with suppress(UserError):  # the state is the one on the disk, old or new
                 folder = RunFolder(run.storage)
                 self._run = Recorded(folder, Journal(folder), run.settings, run.samples, run.batches)
             raise
-
-    @contextmanager
-    def _locked(self, run: Recorded) -> Iterator[None]:
-        """Keep other processes away; refuse a record that one of them has changed."""
-        root = run.storage.root
-        with run.storage.locked(f"the record in {root!r}"):
-            if run.journal.stored() != len(run.journal.entries):
-                raise UserError(f"the record in {root!r} was changed by another process: load it again")
-            yield
 
     # Parameters, in scikit-learn's manner
 
@@ -373,52 +348,6 @@ class DeltaGrad:
 
 def _here() -> Holders:
     return Holders(cpus_per_worker=torch.get_num_threads())
-
-
-class Place:
-    """The folder of a record; a temporary one is deleted with this object."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None):
-        self.folder = tempfile.mkdtemp(prefix="deltagrad-") if folder is None else str(folder)
-        if folder is None:
-            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-
-
-def new_history(place: Place, layout: Layout, steps: int) -> HistoryWriter:
-    """Return the writer of a new folder's history; a used folder, and a history that does not fit, are refused."""
-    storage = Storage(place.folder)
-    if set(storage.list()) - {"versions", "added", MODEL, ESTIMATOR}:  # left by a training that was killed
-        raise UserError(f"{place.folder!r} holds a record or other files: load it, or choose a new folder")
-    check_room(history_folder(storage, 0), layout, steps)
-    return HistoryWriter(history_folder(storage, 0), layout)
-
-
-def complete(
-    place: Place,
-    settings: DeltaGradSettings,
-    split: Split,
-    classes: np.ndarray,
-    state: dict[str, Tensor],
-    sealed: str,
-    batches: Sequence[Tensor] = (),
-) -> None:
-    """Complete a folder that has the history; the first entry of its journal makes it valid."""
-    storage = Storage(place.folder)
-    journal = Journal(RunFolder(storage))
-    save_tensors(storage, MODEL, state)
-    journal.write_rows(0, split)
-    content = {
-        "settings": settings.model_dump(mode="json"),
-        "classes": classes.tolist(),
-        "dtype": classes.dtype.str,
-        "mean": split.mean,
-        "std": split.std,
-        "batches": [batch.tolist() for batch in batches],
-    }
-    storage.write_json(ESTIMATOR, content)
-    files = {"settings": ESTIMATOR, "rows": ROWS_FILE.format(0), "model": MODEL}
-    digests = {name: storage.digest(file) for name, file in files.items()}
-    journal.append({"kind": "train", **digests, "history": sealed})
 
 
 # Data

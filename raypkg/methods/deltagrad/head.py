@@ -16,7 +16,8 @@ from raypkg.core.errors import UserError
 from raypkg.data.split import Split
 from raypkg.runs.storage import Storage
 
-from .estimator import DeltaGrad, Place, complete, new_history
+from .estimator import DeltaGrad
+from .folder import Place, complete, new_history
 from .history import History, Layout, history_folder
 from .objective import Objective, to_vector
 
