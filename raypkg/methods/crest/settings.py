@@ -19,7 +19,6 @@ from raypkg.core.settings import (
     Share,
     Train,
     Training,
-    whole_steps,
 )
 
 BATCHES = 4  # in a random subset of "4m"
@@ -225,6 +224,3 @@ class CrestSettings(Experiment):
         """Refuse what n training samples do not allow."""
         if self.selection == "crest":
             self.crest.check(n, self.train, self)
-        steps = whole_steps(self.within, self.train.steps_per_epoch(n))
-        if self.selection in ("crest", "random") and 0 < self.train.warmup * steps < 1:
-            raise UserError(f"train.warmup = {self.train.warmup:g} of the budget's {steps} steps is less than one step")
