@@ -43,29 +43,21 @@ def resolve(
     settings = load_settings(schema, base, values)
     select = selection_of(settings)
     if select and getattr(select, "preset", None):
-        settings = load_settings(schema, base, with_published_rule(settings, select, base, values))
+        from raypkg.coresets.rules import coreset
+
+        rule = coreset[select.rule]
+        if not rule.published:
+            others = ", ".join(name for name in coreset.names if coreset[name].published)
+            raise UserError(f"preset = published: {select.rule} has no other form; these have: {others}")
+        # Options have priority over the published form, and so has the base that names the preset: it may be stored.
+        part = "" if select is settings else "select."
+        given = values if f"{part}preset" in values else dotted(base) | values
+        fields = fields_of(type(select))
+        form = {f"{part}{name}": value for name, value in rule.published.items() if name.partition(".")[0] in fields}
+        settings = load_settings(schema, base, without(form, given) | values)
     settings = with_absolute_paths(settings)
     check_names(settings)
     return settings if shared else with_tokenizer(settings)
-
-
-def with_published_rule(
-    settings: RunSettings, select: Select, base: Mapping[str, Any], values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the values with those of the published form of the selection's rule, over which they have priority.
-
-    So has the base, unless the preset is one of the values: stored settings are complete.
-    """
-    from raypkg.coresets.rules import published_forms
-
-    forms = published_forms()
-    if select.rule not in forms:
-        raise UserError(f"preset = published: {select.rule} has no other form; these have: {', '.join(forms)}")
-    part = "" if select is settings else "select."
-    given = dict(values) if f"{part}preset" in values else dotted(dict(base)) | dict(values)
-    fields = fields_of(type(select))
-    form = {f"{part}{name}": value for name, value in forms[select.rule].items() if name.partition(".")[0] in fields}
-    return without(form, given) | dict(values)
 
 
 def with_absolute_paths(settings: R) -> R:

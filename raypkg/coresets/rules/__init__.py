@@ -1,6 +1,6 @@
 """Rules that select a coreset, ``rule(samples, budget, *, rng, …) → Coreset``, grouped by what they go by.
 
-The decorator states what a rule sees, and whether it sizes its coreset itself:
+The decorator states what a rule sees, whether it sizes its coreset itself, and the settings of its published form:
 
     @coreset("infobatch", source="arXiv:2303.04947", sees="record", sizes_itself=True)
     def infobatch(record: Record, *, rng: torch.Generator, …) -> Coreset:
@@ -15,11 +15,9 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
-from raypkg.core.config import dotted, read_toml
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry, F, Registry
 
@@ -34,6 +32,7 @@ class Rule(Entry):
     sees: Sees
     sizes_itself: bool  # selects as many samples as it sees fit: no budget
     by_class: bool  # can select from each class by itself
+    published: Mapping[str, Any]  # settings of a selection by dotted names, of the published form where it is another
 
     def __post_init__(self) -> None:
         names = _positional(self.function)
@@ -64,7 +63,7 @@ class Rules(Registry):
     def __init__(self) -> None:
         supplied = ("rng", "target", "valid", "others", "full_norms", "memory", "progress")
         super().__init__("coreset rule", __name__, given=supplied, decorator="coreset")
-        self._declared: dict[Callable[..., Any], tuple[Sees, bool, bool]] = {}
+        self._declared: dict[Callable[..., Any], tuple[Sees, bool, bool, Mapping[str, Any]]] = {}
 
     def __call__(
         self,
@@ -74,12 +73,13 @@ class Rules(Registry):
         sees: Sees = "gradients",
         sizes_itself: bool = False,
         by_class: bool = True,
+        published: Mapping[str, Any] = MappingProxyType({}),
     ) -> Callable[[F], F]:
         """Register the decorated function; its signature is validated at once."""
         register = super().__call__(name, source=source)
 
         def declare(function: F) -> F:
-            self._declared[function] = (sees, sizes_itself, by_class)
+            self._declared[function] = (sees, sizes_itself, by_class, published)
             return register(function)
 
         return declare
@@ -93,21 +93,14 @@ class Rules(Registry):
 
         entry = super()._entry(name, function, source)
         if function in self._declared:
-            sees, sizes_itself, by_class = self._declared[function]
+            sees, sizes_itself, by_class, published = self._declared[function]
         else:
             sees = "record" if Record in _annotated(function) else "gradients"
-            sizes_itself, by_class = len(_positional(function)) == 1, True
-        return Rule(name, function, source, entry.given, sees, sizes_itself, by_class and not sizes_itself)
+            sizes_itself, by_class, published = len(_positional(function)) == 1, True, {}
+        return Rule(name, function, source, entry.given, sees, sizes_itself, by_class and not sizes_itself, published)
 
 
 coreset = Rules()
-
-
-@lru_cache
-def published_forms() -> dict[str, dict[str, Any]]:
-    """Return the settings of a selection that make a rule the published one, by rule and dotted name."""
-    tables = read_toml(Path(__file__).with_name("presets.toml"))
-    return {rule: dotted(table) for rule, table in tables.items()}
 
 
 def _annotated(function: Callable[..., Any]) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from . import coreset
 BLOCK = 1024  # samples whose distances to all others are in memory at a time
 
 
-@coreset("craig", source="arXiv:1906.01827")
+@coreset("craig", source="arXiv:1906.01827", published={"weighted": True, "every_epochs": 20})
 def craig(
     view: HeadView,
     budget: int,

@@ -19,7 +19,14 @@ WORTH = 0.01  # GLISTER's loss must fall further by this share for another doubl
 CLOSE = 1e-9  # a step of the geometric median below this share of the spread is rounding
 
 
-@coreset("gradmatch", source="arXiv:2103.00123")
+# Printed in the paper: trained with the weights, selected again every R = 20 epochs, λ‖w‖².
+PUBLISHED = {
+    "weighted": True, "every_epochs": 20, "options.lam": 0.5, "options.eps": 1e-10, "options.relative": False,
+}  # fmt: skip
+PER_CLASS = {**PUBLISHED, "balanced": True, "options.normalise": False}  # and w = k·v
+
+
+@coreset("gradmatch", source="arXiv:2103.00123", published=PER_CLASS)
 def gradmatch(
     view: HeadView,
     budget: int,
@@ -68,7 +75,7 @@ def gradmatch(
     return Coreset(indices, weights)
 
 
-@coreset("gradmatchpb", source="arXiv:2103.00123", by_class=False)
+@coreset("gradmatchpb", source="arXiv:2103.00123", by_class=False, published=PUBLISHED)
 def gradmatchpb(
     view: HeadView,
     budget: int,
@@ -138,7 +145,8 @@ def mean_gradient(samples: HeadView) -> Tensor:
     return total / len(samples)
 
 
-@coreset("glister", source="arXiv:2012.10630")
+# η is the learning rate in the paper; here it is that of its comparison on CIFAR-10.
+@coreset("glister", source="arXiv:2012.10630", published={"every_epochs": 20, "options.eta": 0.01})
 def glister(
     view: HeadView,
     budget: int,

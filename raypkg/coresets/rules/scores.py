@@ -37,7 +37,7 @@ def el2n(view: HeadView, budget: int, *, others: Sequence[HeadView] = ()) -> Cor
     return Coreset.uniform(largest(errors.mean(dim=0), budget))
 
 
-@coreset("grand", source="arXiv:2107.07075")
+@coreset("grand", source="arXiv:2107.07075", published={"options.gradients": "full", "options.pick": "largest"})
 def grand(
     view: HeadView,
     budget: int,
