@@ -3,7 +3,7 @@
 The picks of a class depend only on its own samples, the seed and its label, so they are the same wherever it is stored.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -62,14 +62,13 @@ def select_class(
     label: int | str,
     options: Mapping[str, Any],
     target: HeadView | None = None,
-    others: Sequence[HeadView] = (),
-    full_norms: Callable[[], Tensor] | None = None,
     memory: int = GIBIBYTE,
     progress: float = 0.0,
+    **of_models: Any,
 ) -> Coreset:
     """Select positions in the samples of one class, with the generator named (seed, "select", label).
 
-    ``others`` and ``full_norms`` are for rules that declare them. Other arguments as in ``select``.
+    ``of_models`` are ``others`` and ``full_norms``, for rules that declare them. Other arguments as in ``select``.
     """
     n = len(samples)
     _check_budget(budget, n)
@@ -84,11 +83,9 @@ def select_class(
         raise UserError(f"{rule.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
 
     arguments = (samples,) if rule.sizes_itself else (samples, budget)
-    rng = generator(seed, "select", label)
-    of_models = {"others": others, "full_norms": full_norms}
-    of_target = {"target": target, "valid": target}
+    given = {"target": target, "valid": target, "memory": memory, "progress": progress, **of_models}
     try:
-        picked = rule(*arguments, options=options, rng=rng, memory=memory, progress=progress, **of_target, **of_models)
+        picked = rule(*arguments, options=options, rng=generator(seed, "select", label), **given)
     except Exception as error:
         if isinstance(error, UserError) or rule.source != USER_CODE:
             raise

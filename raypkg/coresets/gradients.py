@@ -253,20 +253,19 @@ def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     size = sum(p.numel() for p in trained.values())
 
-    def square(x: Tensor, y: Tensor) -> Tensor:
-        def loss(parameters: dict[str, Tensor]) -> Tensor:
-            logits = functional_call(model, parameters, (x[None],))
-            return cross_entropy(logits, y[None])
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(functional_call(model, parameters, (x[None],)), y[None])
 
-        gradients = grad(loss)(trained)
-        return torch.stack([each.square().sum() for each in gradients.values()]).sum()
+    def norm(x: Tensor, y: Tensor) -> Tensor:
+        squares = [each.square().sum() for each in grad(loss)(trained, x, y).values()]
+        return torch.stack(squares).sum().sqrt()
 
-    squares = vmap(square, chunk_size=max(1, AT_ONCE // size))
+    norms = vmap(norm, chunk_size=max(1, AT_ONCE // size))
     found = []
     with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for ``vmap``
         for x, y in batches:
             try:
-                found.append(squares(x.contiguous(), y).sqrt().cpu())
+                found.append(norms(x.contiguous(), y).cpu())
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"{type(model).__name__} has no full gradients of single samples: {reason}") from error

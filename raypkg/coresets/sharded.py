@@ -3,9 +3,10 @@
 Forward passes go class by class, so a class has the same batches, hence the same picks, on any holder.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,15 +118,8 @@ def select_coreset(
     budget = budget_of(settings.fraction, len(indices))
     if rule.sees == "record":
         with Cost("select") as cost:
-            picked = select(
-                record[indices],
-                budget,
-                settings.rule,
-                seed=seed,
-                options=settings.options,
-                balanced=settings.balanced,
-                progress=progress,
-            )
+            how: dict[str, Any] = {"options": settings.options, "balanced": settings.balanced, "progress": progress}
+            picked = select(record[indices], budget, settings.rule, seed=seed, **how)
         parts = [Selection(picked.at(indices), indices, None, cost)]
     elif settings.balanced and rule.by_class:
         budgets = class_budgets(record.y[indices].bincount(), budget).tolist()
@@ -137,18 +131,13 @@ def select_coreset(
     picked = Coreset.concat([part.coreset for part in parts])
     ascending = picked.indices.argsort()
     joined = Coreset(picked.indices[ascending], picked.weights[ascending])
-    # A coreset of free size stands for all samples by its weights only.
-    if not (settings.weighted or rule.sizes_itself):
+    if not (settings.weighted or rule.sizes_itself):  # one of free size stands for all samples by its weights only
         joined = Coreset.uniform(joined.indices)
     took_part = torch.cat([part.indices for part in parts])
     order = took_part.argsort()
     scores = [part.scores for part in parts if part.scores is not None]
-    return Selection(
-        coreset=joined,
-        indices=took_part[order],
-        scores=torch.cat(scores)[order] if scores else None,
-        cost=Cost.joined("select", [part.cost for part in parts]),
-    )
+    cost = Cost.joined("select", [part.cost for part in parts])
+    return Selection(joined, took_part[order], torch.cat(scores)[order] if scores else None, cost)
 
 
 def select_classes(shard: Shard, scorers: Scorers, settings: Select, budgets: list[int], seed: int) -> Selection:
@@ -157,7 +146,7 @@ def select_classes(shard: Shard, scorers: Scorers, settings: Select, budgets: li
     target = target_of(settings)
     reached = target.reached_by(shard) if target else None
     labels = shard.data.train.y[shard.indices]
-    memory = memory_bound(settings.memory)
+    common: dict[str, Any] = {"seed": seed, "options": settings.options, "memory": memory_bound(settings.memory)}
     # Allocated before the first class: pieces between the views of two classes would leave no room for a third view.
     members = torch.empty_like(shard.indices)
     scores = torch.empty(len(shard.indices))
@@ -175,23 +164,14 @@ def select_classes(shard: Shard, scorers: Scorers, settings: Select, budgets: li
                     raise target.missing(shard.data.train.classes[label])
                 aim = _view_of_some(reached, same, scorers[0], cost)
             members[done : done + len(part)] = part
-            scores[done : done + len(part)] = _mean([view.norms() for view in views])
+            scores[done : done + len(part)] = _mean(view.norms() for view in views)
             done += len(part)
             if budgets[label]:
-                picked = select_class(
-                    views[0],
-                    budgets[label],
-                    rule,
-                    seed=seed,
-                    label=label,
-                    options=settings.options,
-                    target=aim,
-                    others=views[1:],
-                    full_norms=partial(full_norms, shard, part, scorers, cost),
-                    memory=memory,
-                )
+                norms = partial(full_norms, shard, part, scorers, cost)
+                of_models = {"others": views[1:], "full_norms": norms, **common}
+                picked = select_class(views[0], budgets[label], rule, label=label, target=aim, **of_models)
                 picks.append(picked.at(part))
-    return Selection(coreset=Coreset.concat(picks), indices=members, scores=scores, cost=cost)
+    return Selection(Coreset.concat(picks), members, scores, cost)
 
 
 def full_norms(shard: Shard, indices: Tensor, scorers: Scorers, cost: Cost) -> Tensor:
@@ -199,10 +179,10 @@ def full_norms(shard: Shard, indices: Tensor, scorers: Scorers, cost: Cost) -> T
     passes = len(indices) * len(scorers)
     cost.forward += passes
     cost.backward += passes
-    return _mean([scorer.norms(shard, indices) for scorer in scorers])
+    return _mean(scorer.norms(shard, indices) for scorer in scorers)
 
 
-def _mean(scores: Sequence[Tensor]) -> Tensor:
+def _mean(scores: Iterable[Tensor]) -> Tensor:
     return torch.stack([*scores]).mean(dim=0)
 
 
@@ -231,11 +211,12 @@ def view_shard(shard: Shard, scorers: Scorers, target: TargetSamples | None) -> 
 
 def norms_of_shard(shard: Shard, scorers: Scorers) -> Tensor:
     """Return the norms of the full gradients of a shard's samples, averaged over the models [n]."""
-    return _mean([scorer.norms(shard, shard.indices) for scorer in scorers])
+    return _mean(scorer.norms(shard, shard.indices) for scorer in scorers)
 
 
 def _select_from_all(shards: Shards, scorers: Scorers, settings: Select, budget: int, seed: int) -> Selection:
     """Select from all classes at once: their logits and features are gathered from the shards."""
+    rule = coreset[settings.rule]
     target = target_of(settings)
     seen: list[ShardView] = shards.map(view_shard, scorers, target)
     parts, views, targets, costs = zip(*seen, strict=True)
@@ -253,19 +234,10 @@ def _select_from_all(shards: Shards, scorers: Scorers, settings: Select, budget:
 
     if target and target.required and not aims:
         raise target.missing()
+    common: dict[str, Any] = {"seed": seed, "options": settings.options, "memory": memory_bound(settings.memory)}
     cost = Cost.joined("select", costs)
     with cost:
-        picked = select_class(
-            first,
-            budget,
-            coreset[settings.rule],
-            seed=seed,
-            label="all",
-            options=settings.options,
-            target=HeadView.concat(aims) if aims else None,
-            others=others,
-            full_norms=norms,
-            memory=memory_bound(settings.memory),
-        )
-    scores = _mean([view.norms() for view in (first, *others)])
+        aim = HeadView.concat(aims) if aims else None
+        picked = select_class(first, budget, rule, label="all", target=aim, others=others, full_norms=norms, **common)
+    scores = _mean(view.norms() for view in (first, *others))
     return Selection(picked.at(indices), indices, scores, cost)

@@ -39,28 +39,27 @@ Models = Sequence[TrainedModel]  # several for a rule that averages over models
 
 
 def trained_models(settings: SelectSettings, folder: RunFolder) -> list[TrainedModel]:
-    """Return the models that select: those of one run, or of several for a rule that averages over models."""
+    """Return the models that select: one, or several for a rule that averages; refuse other samples than these."""
     runs = settings.model_from.split(",")
+    if "" in runs:
+        raise UserError("select needs a model: give --model-from RUN")
     if len(runs) > 1 and "others" not in coreset[settings.rule].declares:
         raise UserError(f"model_from = {settings.model_from}: {settings.rule} selects by one model")
-    return [trained_model(settings, folder, run) for run in runs]
-
-
-def trained_model(settings: SelectSettings, folder: RunFolder, run: str) -> TrainedModel:
-    """Return the model that another run trained; refuse one that was trained on other samples."""
-    if not run:
-        raise UserError("select needs a model: give --model-from RUN")
-    other = locate(folder.storage.parent.parent.root, run, having=MODEL)
-    check_has_model(other)
-    other.check(record_of(MODEL))
-    stored = settings_of_trained(other)
-    theirs = origin(stored) | {"scale": stored.dataset.scale}
-    for name, here in (origin(settings) | {"scale": settings.dataset.scale}).items():
-        if name == "seed" and not (settings.dataset.validation or settings.dataset.is_drawn):
-            continue  # all samples are trained on, whatever the seed
-        if theirs[name] != here:
-            raise UserError(f"run {other.name} has {name} {theirs[name]}, here it is {here}: give the same")
-    return TrainedModel(stored.model, other.storage, MODEL, settings.precision)
+    ours = origin(settings) | {"scale": settings.dataset.scale}
+    if not (settings.dataset.validation or settings.dataset.is_drawn):
+        del ours["seed"]  # all samples are trained on, whatever the seed
+    models = []
+    for run in runs:
+        other = locate(folder.storage.parent.parent.root, run, having=MODEL)
+        check_has_model(other)
+        other.check(record_of(MODEL))
+        stored = settings_of_trained(other)
+        theirs = origin(stored) | {"scale": stored.dataset.scale}
+        for name, here in ours.items():
+            if theirs[name] != here:
+                raise UserError(f"run {other.name} has {name} {theirs[name]}, here it is {here}: give the same")
+        models.append(TrainedModel(stored.model, other.storage, MODEL, settings.precision))
+    return models
 
 
 def check_target_samples(select: Select, samples: Samples) -> None:

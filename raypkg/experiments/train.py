@@ -71,8 +71,7 @@ class SelectSettings(Select, RunSettings):
 
     preset: RulePreset = None
     model_from: str = Field(
-        "",
-        description="run whose model selects, by name or path, or several, A,B: el2n and grand average over them",
+        "", description="run whose model selects, by name or path; A,B = several, for el2n and grand to average over"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="precision of the forward pass; auto = bfloat16 where the processor computes in it"
