@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from .config import Settings, dotted, leaves, load_settings, part_of, read_toml
+from .config import Settings, dotted, load_settings, read_toml, with_former_defaults
 from .errors import UserError, unknown
 
 FILE = "presets.toml"
@@ -63,18 +63,16 @@ def with_preset(schema: type[Settings], base: Mapping[str, Any], values: Mapping
         return dict(values)
     given = dotted(dict(base)) | dict(values)
     name = given.get("preset", PUBLISHED)
-    if name == FORMER:
-        return _with_former_defaults(schema, values)
+    if name == FORMER:  # a trial of an earlier study: the parts that it enables have the defaults of their time
+        former = with_former_defaults(schema, values)
+        return {setting: former[setting] for setting in values}
     if name not in presets:
         raise unknown("preset", str(name), presets)
     if name != base.get("preset", name):
         raise UserError(f"preset = {name}: the settings are those of preset {base['preset']}")
 
-    data = given.get("dataset.name", given.get("dataset"))
-    if data is None:
-        data = schema.model_fields["dataset"].default.name
-    published = presets[PUBLISHED]
-    chosen = presets[name]
+    data = given.get("dataset.name") or given.get("dataset") or schema.model_fields["dataset"].default.name
+    published, chosen = presets[PUBLISHED], presets[name]
     # What the paper states for a data set holds for every preset that has no value of its own.
     preset = _layered(published.values, published.stated(data), chosen.values, chosen.stated(data))
     return without(preset, given) | dict(values)
@@ -86,24 +84,10 @@ def preset_of_row(schema: type[Settings], row: Mapping[str, Any], shared: Mappin
     Further settings of the method are the published ones, unless ``shared`` gives them, by dotted names.
     """
     presets = presets_of(schema)
-    name = row["preset"]
-    if name not in presets:
-        raise unknown("preset", name, presets)
-    method = {}
-    for setting, value in presets[PUBLISHED].values.items():
-        if _is_of_method(setting):
-            method[setting] = value
-    return _layered(without(method, shared), presets[name].values, row)
-
-
-def _with_former_defaults(schema: type[Settings], values: Mapping[str, Any]) -> Values:
-    """Return the values with the defaults of its time for each part that a trial of an earlier study enables."""
-    former = dict(values)
-    for name, field in leaves(schema):
-        part = part_of(field)
-        if part and values.get(name) in (True, "true"):
-            former[name] = dict(part.former)
-    return former
+    if row["preset"] not in presets:
+        raise unknown("preset", row["preset"], presets)
+    method = {name: value for name, value in presets[PUBLISHED].values.items() if _is_of_method(name)}
+    return _layered(without(method, shared), presets[row["preset"]].values, row)
 
 
 def _layered(*layers: Mapping[str, Any]) -> Values:
@@ -117,17 +101,16 @@ def _layered(*layers: Mapping[str, Any]) -> Values:
 
 def without(values: Mapping[str, Any], others: Mapping[str, Any]) -> Values:
     """Return the values whose dotted name is none of the others, and neither a part of one nor has one as a part."""
-    kept = {}
-    for name, value in values.items():
-        if not any(f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.") for other in others):
-            kept[name] = value
-    return kept
+
+    def overlap(name: str, other: str) -> bool:
+        return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")
+
+    return {name: value for name, value in values.items() if not any(overlap(name, other) for other in others)}
 
 
 def _is_of_method(name: str) -> bool:
     """Return True if a setting belongs to the method, not to the run around it."""
-    part, _, _ = name.partition(".")
-    return part not in NO_METHOD
+    return name.partition(".")[0] not in NO_METHOD
 
 
 def departures(settings: Settings) -> Values:
@@ -140,15 +123,7 @@ def departures(settings: Settings) -> Values:
         return {}
     chosen: Values = {key: values[key] for key in ("preset", "dataset.name") if key in values}
     preset = with_preset(type(settings), {}, chosen)
-    unchanged = load_settings(type(settings), None, preset)
-    expected = dotted(unchanged.model_dump(mode="json"))
+    expected = dotted(load_settings(type(settings), None, preset).model_dump(mode="json"))
     adapted = [note.partition(" ")[0] for note in values.get("adapted", ())]
-
-    changed = {}
-    for key in {**expected, **values}:
-        if key in adapted or not (key in preset or _is_of_method(key)):
-            continue
-        value = values.get(key)
-        if value != expected.get(key):
-            changed[key] = value
-    return changed
+    compared = [key for key in expected | values if key not in adapted and (key in preset or _is_of_method(key))]
+    return {key: values.get(key) for key in compared if values.get(key) != expected.get(key)}

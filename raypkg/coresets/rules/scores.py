@@ -29,10 +29,7 @@ def random(samples: HeadView | Record, budget: int, *, rng: torch.Generator) -> 
 
 @coreset("el2n", source="arXiv:2107.07075")
 def el2n(view: HeadView, budget: int, *, others: Sequence[HeadView] = ()) -> Coreset:
-    """Keep the largest error norms ‖p − e_y‖, averaged over the models.
-
-    The paper averages over ten short runs from different seeds: `effray select --model-from` takes several runs.
-    """
+    """Keep the largest error norms ‖p − e_y‖, averaged over the models: ten short runs in the paper."""
     errors = torch.stack([each.residual.norm(dim=1) for each in (view, *others)])  # [models, n]
     return Coreset.uniform(largest(errors.mean(dim=0), budget))
 
@@ -48,15 +45,13 @@ def grand(
     pick: Literal["largest", "drawn"] = "largest",
     gradients: Literal["head", "full"] = "head",
 ) -> Coreset:
-    """Keep the largest gradient norms, averaged over the models, or draw in proportion to them.
+    """Keep the largest gradient norms, averaged over the models as in ``el2n``, or draw in proportion to them.
 
         head  ‖p − e_y‖ · sqrt(‖h‖² + 1), of the last layer        full  ‖∇_θ ℓ‖, of all parameters, as published
 
     With pick="largest" as published. With "drawn", as LiPT's released code seems to do, sample i is kept with
     probability π_i = min(1, c ‖g_i‖), Σ π_i = k, and weighs k / (n π_i): mean(w · loss) is then the mean loss of all
     samples in expectation. Without ``select.weighted`` every weight is 1.
-
-    The paper averages over ten short runs from different seeds: `effray select --model-from` takes several runs.
 
     Differs from the paper: with "head", the gradient is that of the last layer, at the cost of a forward pass.
 

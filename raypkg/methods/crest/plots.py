@@ -38,9 +38,7 @@ def checks(rows: Rows, tau: float, path: str | Path) -> None:
         trust.set_title(f"{pools:.0f} pools in {step.max():,.0f} steps")
 
         samples.plot(step, active, color=BLUE)
-        samples.set_title(f"{short(active[-1])} samples are still active")
-        samples.set_xlabel("step")
-        samples.set_ylim(bottom=0)
+        samples.set(title=f"{short(active[-1])} samples are still active", xlabel="step", ylim=(0, None))
 
 
 def minibatches(difficulty: np.ndarray, counts: np.ndarray, path: str | Path) -> None:
@@ -48,9 +46,7 @@ def minibatches(difficulty: np.ndarray, counts: np.ndarray, path: str | Path) ->
     pools = np.arange(1, len(difficulty) + 1)
     tenths = np.array_split(difficulty, 10)  # one pool's mean is noise
     means = [np.nanmean(tenth) for tenth in tenths if np.isfinite(tenth).any()]
-    first, last = np.nan, np.nan
-    if means:
-        first, last = means[0], means[-1]
+    first, last = (means[0], means[-1]) if means else (np.nan, np.nan)
     middles = (np.arange(len(means)) + 0.5) * len(pools) / max(len(means), 1)
     used = np.mean(counts > 0)
     edges = np.arange(counts.max() + 2) - 0.5
@@ -60,13 +56,11 @@ def minibatches(difficulty: np.ndarray, counts: np.ndarray, path: str | Path) ->
         hard.plot(pools, difficulty, color=BLUE, alpha=0.5, linewidth=1)
         hard.plot(middles, means, color=VERMILLION, linewidth=2.2)
         hard.set_title(f"Picks were forgotten {first:.2g} times at first, {last:.2g} at last")
-        hard.set_xlabel("pool")
-        hard.set_ylabel("times forgotten by the end, mean of the picks")
+        hard.set(xlabel="pool", ylabel="times forgotten by the end, mean of the picks")
 
         often.hist(counts, edges.tolist(), color=BLUE)
         often.set_title(f"{used:.0%} of the samples were trained on")
-        often.set_xlabel("steps that trained on it")
-        often.set_ylabel("samples")
+        often.set(xlabel="steps that trained on it", ylabel="samples")
         often.yaxis.set_major_formatter(lambda value, _: short(value))
 
 

@@ -29,9 +29,7 @@ def topology(changes: Rows, path: str | Path) -> None:
         lines = np.arange(len(layers))
         by_layer.plot(of_layers[0], lines, "o", label="at first", color=GREY, fillstyle="none", markersize=10)
         by_layer.plot(of_layers[-1], lines, "o", label="at last", color=BLUE)
-        by_layer.set_title(f"{density[-1] / 100:.2%} of {total} weights exist")
-        by_layer.set_xlabel("density, %")
-        by_layer.set_xlim(left=0)
+        by_layer.set(title=f"{density[-1] / 100:.2%} of {total} weights exist", xlabel="density, %", xlim=(0, None))
         by_layer.set_yticks(lines, names, fontsize=7)
         by_layer.invert_yaxis()
         by_layer.legend(loc="center right")  # where layers are sparse
@@ -41,6 +39,4 @@ def topology(changes: Rows, path: str | Path) -> None:
         over_time.step(epoch, density, where="post", color=ORANGE)
         line_ends(over_time, epoch[-1], ends)
         over_time.set_title(f"{explored[-1] / 100:.1%} ever existed")
-        over_time.set_xlabel("epoch")
-        over_time.set_ylabel("% of the weights")
-        over_time.set_ylim(0, 105)
+        over_time.set(xlabel="epoch", ylabel="% of the weights", ylim=(0, 105))
