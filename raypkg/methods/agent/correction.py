@@ -100,7 +100,8 @@ class GradientCorrection:
         self.copy = deepcopy(self.model)  # θ̃; in training, batch norm uses the statistics of its batch
         self.full: list[Tensor] = []  # g̃, one tensor per parameter; empty while nothing is corrected
         self.weight = Weight(options)
-        self.variance = self._zeros()  # after and before the correction, summed over steps
+        # After and before the correction, summed over steps.
+        self.variance = torch.zeros(2, dtype=torch.float64, device=self.parameters[0].device)
         self.before: tuple[int, list[Tensor], list[Tensor]] | None = None  # latest step measured, and its gradients
         self.step = 0  # corrections so far
         self.snapshots = 0
@@ -197,7 +198,7 @@ class GradientCorrection:
         for mine, current in zip(self.copy.parameters(), self.model.parameters(), strict=True):
             mine.copy_(current)
         self.full = []
-        self.variance = self._zeros()
+        self.variance.zero_()
         self.before = None
         self.estimated = False
 
@@ -273,9 +274,6 @@ class GradientCorrection:
             self.before = step, current, snapshot
         self.variance = state["variance"].to(device)
         self.step, self.snapshots, self.estimated = state["counts"]
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(2, dtype=torch.float64, device=self.parameters[0].device)
 
     def _copy_modes(self) -> None:
         for mine, current in zip(self.copy.modules(), self.model.modules(), strict=True):

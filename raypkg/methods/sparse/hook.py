@@ -53,16 +53,10 @@ class Topology(Hook):
             self.sparse = SparseTraining(
                 run.model,
                 run.optimizer,
-                settings.density or 1.0,
-                total_steps=self.steps,
+                **settings.model_dump(exclude={"sparse_init", "update_every_steps", "compute"}),
                 distribution=settings.sparse_init,
-                growth=settings.growth,
-                drop=settings.drop,
-                redistribution=settings.redistribution,
                 update_every=settings.interval(self.steps),
-                death_rate=settings.death_rate,
-                decay=settings.decay,
-                fan_in=settings.fan_in,
+                total_steps=self.steps,
                 batch=first_batch(settings.sparse_init.name, run.model, run.split, drawn, bill),
                 seed=run.seed,
             )

@@ -158,7 +158,7 @@ class SparseTraining:
             if settings.fan_in == "sparse":
                 weight.data.copy_(enlarged(weight.data, self.masks[name]))
             zero_changed(weight, self.masks[name], self.masks[name], self.optimizer)
-        self._set_factors()
+        self._commit(self.masks)
         self._updated = False  # for the coming step of the optimiser
         self._handles = (
             self.optimizer.register_step_pre_hook(self._before_step),
@@ -175,11 +175,6 @@ class SparseTraining:
     def explored(self) -> float:
         """R_s, the share of the weights that existed at some time (ITOP)."""
         return density_of(self.ever)
-
-    @property
-    def progress(self) -> float:
-        """The share of training that is done."""
-        return min(1.0, self.step / self.total_steps)
 
     def due(self, step: int) -> bool:
         """Return True if the masks change in a step."""
@@ -208,7 +203,8 @@ class SparseTraining:
                 else:
                     self.momentum[name] = gradient.clone()
         if due:
-            self._change(gradients, self.progress if progress is None else progress)
+            done = self.step / self.total_steps if progress is None else progress
+            self._change(gradients, min(1.0, done))
         self._updated = True
         return due
 
@@ -412,9 +408,6 @@ class SparseTraining:
     def _commit(self, masks: Masks) -> None:
         for name, mask in masks.items():
             self.masks[name].copy_(mask)
-        self._set_factors()
-
-    def _set_factors(self) -> None:
         # A product with a mask of the gradient's type is several times faster on a CPU than with a bool one.
         self._factors = {name: mask.to(self.weights[name].dtype) for name, mask in self.masks.items()}
 
