@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import reference
 from raypkg.core.errors import UserError
@@ -11,6 +13,7 @@ from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect, Training
 from raypkg.coresets.budgets import select
 from raypkg.coresets.gradients import head_view
+from raypkg.coresets.loader import CoresetLoader
 from raypkg.coresets.record import Record, Recorder
 from raypkg.coresets.reselection import Reselection, check_schedule
 from raypkg.coresets.rules import coreset
@@ -48,13 +51,13 @@ class Diary(Hook):
         self.models.append({name: value.clone() for name, value in run.model.state_dict().items()})
 
 
-def run(first=None, **select_settings):
+def run(first=None, training=PLAIN, **select_settings):
     data, indices, diary = split(), torch.arange(N), Diary()
     recorder, none = Recorder(data.y), torch.empty(0, dtype=torch.int64)
     shards = LocalShards(class_shards(Data(data, data), data.y, indices, none, 1))
     chosen = Reselection(Reselect(**{"fraction": 0.2, **select_settings}), shards, recorder, indices, first)
     model = build_model("mlp", (5,), 3, seed=0)
-    return Run.simple(model, data, PLAIN, hooks=[recorder, chosen, diary])
+    return Run.simple(model, data, training, hooks=[recorder, chosen, diary])
 
 
 def coresets(trained):
@@ -66,6 +69,39 @@ def test_random_is_drawn_once_or_at_every_epoch():
     assert len({tuple(picked) for picked in fixed}) == 1
     assert len({tuple(picked) for picked in online}) == 6
     assert {len(picked) for picked in fixed + online} == {18}
+
+
+@pytest.mark.parametrize(
+    ("rule", "fraction", "every", "warm"),
+    [
+        ("random", 0.3, 1, 0),
+        ("grand", 0.3, 2, 1),
+        ("el2n", 0.2, 0, 2),
+        ("kcenter", 0.3, 3, 0),
+        ("infobatch", 1.0, 1, 0),
+    ],
+)
+def test_a_bare_loop_over_a_coreset_loader_trains_as_a_run_bit_for_bit(rule, fraction, every, warm):
+    constant = PLAIN.model_copy(update={"schedule": "multistep", "milestones": ()})
+    chosen = {"rule": rule, "fraction": fraction, "every_epochs": every, "warm_epochs": warm}
+    trained = fit(run(training=constant, **chosen))
+
+    data = split()
+    x, y = data.batch(range(N))
+    model = build_model("mlp", (5,), 3, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    loader = DataLoader(TensorDataset(data.inputs(x), y), batch_size=16)
+    loader = CoresetLoader(loader, model, epochs=6, **chosen)
+    for _ in range(6):
+        model.train()
+        for inputs, labels, weights in loader:
+            losses = F.cross_entropy(model(inputs), labels, reduction="none")
+            loader.record(losses)
+            (losses @ weights * (1 / len(labels))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(map(torch.equal, model.state_dict().values(), trained.model.state_dict().values()))
+    assert loader.coreset.indices.equal(trained.coreset.indices)
 
 
 def test_warm_epochs_see_everything_and_the_first_coreset_comes_after_them():

@@ -190,7 +190,7 @@ class CoresetLoader:
                 self.coreset = self._select(ranks)
         in_use = self.coreset  # another pass may select meanwhile
         epoch = self.epoch if start else self.epoch + 1
-        order = torch.randperm(len(in_use), generator=generator(self.seed, "shuffle", epoch))
+        order = torch.randperm(len(in_use), generator=generator(self.seed, "shuffle", epoch - 1))  # as a run's
         rest = order[start:]
         if 0 < len(rest) < ranks.world:
             raise UserError(f"{len(rest)} samples of an epoch cannot be shared by {ranks.world} ranks: use fewer ranks")
@@ -365,7 +365,7 @@ class CoresetLoader:
         else:
             samples, *aim = (parts[0] if len(parts) == 1 else HeadView.concat(parts) for parts in views)
             target = aim[0] if aim else None
-        return select(
+        picked = select(
             samples,
             budget_of(settings.fraction, self.n),
             settings.rule,
@@ -375,6 +375,7 @@ class CoresetLoader:
             balanced=settings.balanced,
             progress=self.epoch / self.epochs,
         )
+        return picked.part(picked.indices.argsort())
 
     def _record(self, y: Tensor) -> Record:
         if not self.rule.sizes_itself:
