@@ -65,7 +65,9 @@ def test_sum_and_mean_are_those_of_autograd(some):
 
 def test_moved_head_has_the_gradient_of_the_moved_head(some):
     step = 0.3 * reference.problem(1, seed=5, dtype=some.head.dtype).head
-    close(some.view.moved(step).mean(), reference.gradient(some.head + step, some.features, some.y))
+    close(
+        some.view.shifted(some.view.through(step)).mean(), reference.gradient(some.head + step, some.features, some.y)
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, 20])  # one by inner products, twenty by the sum spelt out

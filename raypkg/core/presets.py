@@ -5,7 +5,7 @@ A preset's table ``on`` has, by name of a data set, what the paper states for it
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Annotated, Any, NamedTuple
@@ -15,11 +15,10 @@ from pydantic import Field
 from .config import Settings, dotted, load_settings, read_toml, with_former_defaults
 from .errors import UserError, unknown
 
-FILE = "presets.toml"
 PUBLISHED = "published"
 FORMER = ""  # of runs that were stored before there were presets
 PresetName = Annotated[str, Field(description="named settings; other options have priority over them")]
-NO_METHOD = ("preset", "seed", "dataset", "model", "train", "hooks", "cluster", "track", "adapted")
+NO_METHOD = ("preset", "seed", "dataset", "model", "train", "hooks", "cluster", "track", "adapted")  # around a method
 Values = dict[str, Any]  # settings by dotted names
 
 
@@ -42,7 +41,7 @@ def presets_of(schema: type[Settings]) -> dict[str, Preset]:
     module = sys.modules[schema.__module__].__file__
     if "preset" not in schema.model_fields or module is None:
         return {}
-    file = Path(module).with_name(FILE)
+    file = Path(module).with_name("presets.toml")
     tables = read_toml(file) if file.is_file() else {}  # that of `effray select` is its rule's
     presets = {}
     for name, table in tables.items():
@@ -86,8 +85,8 @@ def preset_of_row(schema: type[Settings], row: Mapping[str, Any], shared: Mappin
     presets = presets_of(schema)
     if row["preset"] not in presets:
         raise unknown("preset", row["preset"], presets)
-    method = {name: value for name, value in presets[PUBLISHED].values.items() if _is_of_method(name)}
-    return _layered(without(method, shared), presets[row["preset"]].values, row)
+    method = without(presets[PUBLISHED].values, [*NO_METHOD, *shared])
+    return _layered(method, presets[row["preset"]].values, row)
 
 
 def _layered(*layers: Mapping[str, Any]) -> Values:
@@ -99,18 +98,13 @@ def _layered(*layers: Mapping[str, Any]) -> Values:
     return merged
 
 
-def without(values: Mapping[str, Any], others: Mapping[str, Any]) -> Values:
+def without(values: Mapping[str, Any], others: Collection[str]) -> Values:
     """Return the values whose dotted name is none of the others, and neither a part of one nor has one as a part."""
 
     def overlap(name: str, other: str) -> bool:
         return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")
 
     return {name: value for name, value in values.items() if not any(overlap(name, other) for other in others)}
-
-
-def _is_of_method(name: str) -> bool:
-    """Return True if a setting belongs to the method, not to the run around it."""
-    return name.partition(".")[0] not in NO_METHOD
 
 
 def departures(settings: Settings) -> Values:
@@ -125,5 +119,5 @@ def departures(settings: Settings) -> Values:
     preset = with_preset(type(settings), {}, chosen)
     expected = dotted(load_settings(type(settings), None, preset).model_dump(mode="json"))
     adapted = [note.partition(" ")[0] for note in values.get("adapted", ())]
-    compared = [key for key in expected | values if key not in adapted and (key in preset or _is_of_method(key))]
+    compared = without(without(expected | values, NO_METHOD) | preset, adapted)
     return {key: values.get(key) for key in compared if values.get(key) != expected.get(key)}

@@ -24,10 +24,7 @@ Count = Annotated[int, Field(ge=1)]
 MOST_EPOCHS = 1_000_000  # each is a row of metrics, in memory and in every checkpoint
 Epochs = Annotated[int, Field(ge=1, le=MOST_EPOCHS)]
 Threads = Annotated[int, Field(ge=1, le=1024)]  # OpenMP crashes at 100,000
-RulePreset = Annotated[
-    Literal["published"] | None,
-    Field(description="the rule as published: gradmatch, gradmatchpb, glister, craig, grand; other options win"),
-]
+RulePreset = Annotated[Literal["published"] | None, Field(description="the rule as published; other options win")]
 TRAIN = "train"  # target of a selection: the training samples
 VALID = "valid"  # target of a selection: the held-out samples
 WINDOW = 64  # blocks

@@ -177,10 +177,6 @@ class HeadView:
             return self
         return self._with(self.logits.T.contiguous().T, self.features, self.y)
 
-    def moved(self, step: Tensor) -> "HeadView":
-        """Return the view after the head's [W, b] moved by ``step`` [C, D+1]: the logits change, the features stay."""
-        return self.shifted(self.through(step))
-
     def shifted(self, change: Tensor) -> "HeadView":
         """Return the view with ``change`` [n, C] added to the logits."""
         logits = self.logits + change

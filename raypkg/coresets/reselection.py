@@ -68,7 +68,7 @@ def _check_target(settings: Select) -> None:
 
 def idle_target(rule: Rule, given: str) -> UserError:
     """Return the error that a target, as it was given, would do nothing."""
-    able = [name for name, entry in coreset.entries.items() if isinstance(entry, Rule) and entry.has_target]
+    able = [name for name in coreset.names if coreset[name].has_target]
     return UserError(f"{rule.name} selects for no target: {given} would do nothing; {', '.join(able)} select for one")
 
 
@@ -106,14 +106,12 @@ class Reselection(Hook):
         elif self.settings.due(run.epoch):
             with run.bill("select") as cost, torch.no_grad():
                 run.worker.share(run.model.buffers())
+                models = [LiveModel(run.model, run.settings.precision)]
+                record = self.recorder.record
+                seed = derive(run.seed, "selection", run.epoch)
+                done = run.epoch / run.settings.epochs
                 selection = select_coreset(
-                    self.shards,
-                    [LiveModel(run.model, run.settings.precision)],
-                    self.settings,
-                    self.recorder.record,
-                    self.indices,
-                    seed=derive(run.seed, "selection", run.epoch),
-                    progress=run.epoch / run.settings.epochs,
+                    self.shards, models, self.settings, record, self.indices, seed=seed, progress=done
                 )
             if run.worker.rank == 0:
                 cost.forward += selection.cost.forward

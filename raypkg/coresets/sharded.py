@@ -48,9 +48,8 @@ class LiveModel:
 
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
         """Return the HeadView of the indices in one forward pass."""
-        split = shard.train
+        batches = plain_batches(shard.train, indices, shard.device, dtype=dtype_of(self.model))
         with autocast(self.precision, shard.device):
-            batches = plain_batches(split, indices, shard.device, dtype=dtype_of(self.model))
             return head_view(self.model, batches)
 
     def norms(self, shard: Shard, indices: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from raypkg.core.errors import UserError
@@ -63,7 +62,7 @@ class Rules(Registry):
     def __init__(self) -> None:
         supplied = ("rng", "target", "valid", "others", "full_norms", "memory", "progress")
         super().__init__("coreset rule", __name__, given=supplied, decorator="coreset")
-        self._declared: dict[Callable[..., Any], tuple[Sees, bool, bool, Mapping[str, Any]]] = {}
+        self._declared: dict[Callable[..., Any], dict[str, Any]] = {}  # fields of ``Rule``
 
     def __call__(
         self,
@@ -73,13 +72,15 @@ class Rules(Registry):
         sees: Sees = "gradients",
         sizes_itself: bool = False,
         by_class: bool = True,
-        published: Mapping[str, Any] = MappingProxyType({}),
+        published: Mapping[str, Any] | None = None,
     ) -> Callable[[F], F]:
         """Register the decorated function; its signature is validated at once."""
         register = super().__call__(name, source=source)
+        fields: dict[str, Any] = {"sees": sees, "sizes_itself": sizes_itself, "by_class": by_class and not sizes_itself}
+        fields["published"] = published or {}
 
         def declare(function: F) -> F:
-            self._declared[function] = (sees, sizes_itself, by_class, published)
+            self._declared[function] = fields
             return register(function)
 
         return declare
@@ -92,12 +93,10 @@ class Rules(Registry):
         from raypkg.coresets.record import Record
 
         entry = super()._entry(name, function, source)
-        if function in self._declared:
-            sees, sizes_itself, by_class, published = self._declared[function]
-        else:
-            sees = "record" if Record in _annotated(function) else "gradients"
-            sizes_itself, by_class, published = len(_positional(function)) == 1, True, {}
-        return Rule(name, function, source, entry.given, sees, sizes_itself, by_class and not sizes_itself, published)
+        sees = "record" if Record in _annotated(function) else "gradients"
+        alone = len(_positional(function)) == 1
+        guessed = {"sees": sees, "sizes_itself": alone, "by_class": not alone, "published": {}}
+        return Rule(name, function, source, entry.given, **self._declared.get(function, guessed))
 
 
 coreset = Rules()

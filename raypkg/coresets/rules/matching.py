@@ -17,8 +17,6 @@ BLOCK = 4096  # samples that are in float64 at a time
 SPARSE = 4  # computing one gain in four by itself takes about as long as computing all of them at once
 WORTH = 0.01  # GLISTER's loss must fall further by this share for another doubling of η
 CLOSE = 1e-9  # a step of the geometric median below this share of the spread is rounding
-
-
 # Printed in the paper: trained with the weights, selected again every R = 20 epochs, λ‖w‖².
 PUBLISHED = {
     "weighted": True, "every_epochs": 20, "options.lam": 0.5, "options.eps": 1e-10, "options.relative": False,
