@@ -12,7 +12,7 @@ from raypkg.cli import main
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted(ROOT.glob("raypkg/**/README.md"))]
-NOT_OURS = ("transformers", "lightning")  # packages that a program needs and the project does not
+NOT_OURS = ("transformers", "lightning", "accelerate")  # packages that a program needs and the project does not
 PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in FILES}
 
 
