@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -43,25 +42,23 @@ class Follower(Protocol):
         """Record that a trial has finished, was stopped by the scheduler, or failed with an error."""
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The comparison of trials, and their limits."""
-
-    metric: str
-    mode: str  # max or min
-    scheduler: str  # a key of SCHEDULERS
-    longest: int  # epochs of the longest trial
-    seconds: float | None  # time budget; None = unlimited
-    failures: int  # restarts of a trial whose process died
-
-
 def run_trials(
-    trial: Trial, proposals: Proposals, follower: Follower, size: TrialSize, rules: Rules, *, folder: str
+    trial: Trial,
+    proposals: Proposals,
+    follower: Follower,
+    size: TrialSize,
+    *,
+    metric: str,
+    mode: str,
+    scheduler: TrialScheduler,
+    seconds: float | None,
+    failures: int,
+    folder: str,
 ) -> bool:
     """Run trials until all have ended, the time is over, or the user interrupts; return True if the user did.
 
-    ``trial`` must be importable and, when restarted, resume from its own checkpoints. The follower is notified in this
-    process. Tune keeps its own files in ``folder``.
+    ``trial`` must be importable and, when restarted, resume from its own checkpoints. A trial whose process died is
+    restarted up to ``failures`` times. The follower is notified in this process. Tune keeps its files in ``folder``.
     """
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -73,13 +70,13 @@ def run_trials(
     tuner = tune.Tuner(
         tune.with_resources(trainable, DRIVER if size.nested else size.plan.resources),
         tune_config=tune.TuneConfig(
-            metric=rules.metric,
-            mode=rules.mode,
+            metric=metric,
+            mode=mode,
             search_alg=proposals,
-            scheduler=SCHEDULERS[rules.scheduler](rules.longest),
+            scheduler=scheduler,
             num_samples=proposals.count,
             max_concurrent_trials=size.at_once,
-            time_budget_s=rules.seconds,
+            time_budget_s=seconds,
             reuse_actors=not size.nested,  # starting Python and torch takes longer than a small trial
         ),
         run_config=tune.RunConfig(
@@ -87,7 +84,7 @@ def run_trials(
             storage_path=folder,
             verbose=0,
             callbacks=[watch],
-            failure_config=tune.FailureConfig(max_failures=rules.failures),
+            failure_config=tune.FailureConfig(max_failures=failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
@@ -96,7 +93,7 @@ def run_trials(
             tuner.fit()
     except KeyboardInterrupt:  # the second one
         return True
-    in_time = rules.seconds is None or time.monotonic() - start < rules.seconds
+    in_time = seconds is None or time.monotonic() - start < seconds
     return in_time and len(watch.ended) < proposals.count
 
 

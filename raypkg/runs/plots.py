@@ -1,7 +1,6 @@
 """The plots of a run: plain data in, one PNG out, labels at the lines and bars. Plots of methods share the style."""
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,18 +161,15 @@ def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None
 
 @contextmanager
 def page(path: str | Path) -> "Iterator[Figure]":
-    """Give an empty figure of 9 × 6 inches in the common style, then write it atomically."""
+    """Give an empty figure of 9 × 6 inches in the common style, then write it."""
     # Not pyplot, which chooses a backend and keeps figures open. Imported here, as matplotlib takes a second to load.
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with style.context(STYLE, after_reset=True):  # without the user's matplotlibrc
         figure = Figure(figsize=(9, 6), layout="constrained")
         yield figure
-        figure.savefig(unfinished, format="png", dpi=150)
-    os.replace(unfinished, path)
+        figure.savefig(path, format="png", dpi=150)
 
 
 def note(axes: "Axes", text: str, point: Sequence[float], offset: tuple[float, float], **look: Any) -> None:

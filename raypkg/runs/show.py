@@ -7,12 +7,17 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from raypkg.core.errors import UserError, redacted
 
+from .document import Grid
 from .folder import RunFolder
 from .report import Stage
+
+WIDEST = 1000  # columns of a terminal
+INDENT = 2 * "\N{NO-BREAK SPACE}"
 
 
 def _count(samples: int) -> str:
@@ -21,7 +26,7 @@ def _count(samples: int) -> str:
 
 COLUMNS: Sequence[tuple[str, str, Callable[[Any], str], Callable[[Sequence[Any]], Any]]] = (
     # Headings of two lines, so that the table fits 80 columns; figure, format, and the figure of the whole run.
-    ("\nseconds", "seconds", "{:,.1f}".format, sum),
+    ("seconds", "seconds", "{:,.1f}".format, sum),
     ("worker-\nseconds", "total_seconds", "{:,.1f}".format, sum),
     ("samples\nforward", "forward", _count, sum),
     ("samples\nbackward", "backward", _count, sum),
@@ -39,28 +44,41 @@ def terminal() -> Console:
 def show_run(folder: RunFolder, console: Console) -> None:
     """Print a finished run's results below a row for the costs of each phase and the totals."""
     summary = folder.summary or {}
-    phases = summary["phases"]
-    table = Table(
-        title=folder.name, title_justify="left", show_footer=True, box=SIMPLE, show_edge=False, pad_edge=False
-    )
-    table.add_column("\nphase", footer="all")
-    names = []
-    for phase in phases:
-        name, _, part = phase["phase"].partition(": ")
-        names.append(f"  {part}" if part else name)
-    columns = [names]
-    for heading, key, form, total in COLUMNS:
-        values = [phase.get(key, 0) for phase in phases] or [0]
-        if key == "device_memory" and not any(values):
-            continue
-        table.add_column(heading, justify="right", footer=form(total(values)))
-        columns.append([form(value) for value in values])
-    for cells in zip(*columns, strict=False):
-        table.add_row(*cells)
-    console.print(table)
+    print_grid(cost_grid(folder.name, summary["phases"]))
     for line in findings(summary):
         console.print(line)
     console.print(redacted(folder.storage.root), style="dim", soft_wrap=True)
+
+
+def cost_grid(title: str, phases: Sequence[Mapping[str, Any]]) -> Grid:
+    """Return the costs of a finished run's phases and of their parts, and the totals in the last row."""
+    has_gpu = any(phase.get("device_memory") for phase in phases)
+    columns = [column for column in COLUMNS if has_gpu or column[1] != "device_memory"]
+    rows = []
+    for phase in phases:
+        name, _, part = phase["phase"].partition(": ")
+        costs = [form(phase.get(key, 0)) for _, key, form, _ in columns]
+        rows.append([f"{INDENT}{part}" if part else name, *costs])
+    totals = []
+    for _, key, form, total in columns:
+        values = [phase.get(key, 0) for phase in phases] or [0]
+        totals.append(form(total(values)))
+    headings = ["phase", *(heading for heading, *_ in columns)]
+    return Grid(title, headings, [*rows, ["all", *totals]], frozenset({len(rows)}))
+
+
+def print_grid(grid: Grid) -> None:
+    """Print a table of any width: the terminal wraps its lines rather than cutting off figures."""
+    title = "; ".join(filter(None, [grid.title, grid.note]))
+    table = Table(title=title or None, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
+    for place, heading in enumerate(grid.headings):
+        table.add_column(heading, justify="right" if place else "left", vertical="bottom")
+    for place, row in enumerate(grid.rows):
+        table.add_row(*row, style="bold" if place in grid.emphasised else None)
+    console = terminal()
+    needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
+    console.width = max(console.width, needed)
+    console.print(table)
 
 
 def findings(summary: Mapping[str, Any]) -> list[str]:
@@ -91,9 +109,7 @@ def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resu
 
     console.print(f"{folder.name}: not finished, {STATES[state]}", soft_wrap=True)
     # A row for each planned phase in order, then for others with results: state, progress, last figures.
-    table = Table("phase", "state", box=SIMPLE, show_edge=False, pad_edge=False)
-    for heading in ("models", "epochs", "loss", "accuracy"):
-        table.add_column(heading, justify="right")
+    table = []
     finished = [file.removesuffix(".json") for file in folder.storage.list("phases")]
     plans = {stage.phase: stage for stage in stages}
     names = dict.fromkeys([*plans, *(row["phase"] for row in folder.rows), *finished])
@@ -114,8 +130,8 @@ def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resu
             last |= row
         loss = f"{last['loss']:.3f}" if "loss" in last else "–"
         accuracy = f"{last['accuracy']:.1%}" if "accuracy" in last else "–"
-        table.add_row(name, progress, models, epochs, loss, accuracy)
-    console.print(table)
+        table.append([name, progress, models, epochs, loss, accuracy])
+    print_grid(Grid("", ["phase", "state", "models", "epochs", "loss", "accuracy"], table))
     with suppress(UserError):  # a run that is going may delete a folder while it is listed
         if times := folder.storage.times(recursive=True):
             newest = max(times, key=times.__getitem__)

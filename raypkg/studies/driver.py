@@ -145,22 +145,20 @@ class Driver:
                 self.ended(number, last.get("error"))
             return False
 
-        from raypkg.cluster.trials import Rules, run_trials
+        from raypkg.cluster.trials import SCHEDULERS, run_trials
 
-        rules = Rules(
-            metric=study.order.metric,
-            mode=study.order.mode,
-            scheduler=study.order.scheduler,
-            longest=longest_of(self.settings, self.domains, [values for _, values in waiting]),
-            seconds=study.order.time_budget,
-            failures=self.settings.cluster.max_failures,
-        )
+        order = study.order
+        longest = longest_of(self.settings, self.domains, [values for _, values in waiting])
         interrupted = run_trials(
             partial(run_trial, root=study.storage.root, workers=self.size.workers),
             self._proposals(waiting, further),
             self,
             self.size,
-            rules,
+            metric=order.metric,
+            mode=order.mode,
+            scheduler=SCHEDULERS[order.scheduler](longest),
+            seconds=order.time_budget,
+            failures=self.settings.cluster.max_failures,
             folder=(study.storage / "ray").uri,
         )
         study.storage.delete_folder("ray")

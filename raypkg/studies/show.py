@@ -9,10 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table as RichTable
 
 from raypkg.core.config import dotted, parse_toml
 from raypkg.core.errors import UserError, redacted
@@ -20,7 +17,7 @@ from raypkg.runs.catalog import GOING, STATES, resuming, state_of
 from raypkg.runs.document import Grid, document, paragraph, picture
 from raypkg.runs.folder import CONFIG, RunFolder, environment
 from raypkg.runs.plots import duration, in_full, save_plot, short
-from raypkg.runs.show import findings, terminal
+from raypkg.runs.show import cost_grid, findings, print_grid
 from raypkg.runs.storage import Storage
 
 from . import plots
@@ -34,7 +31,6 @@ MARKDOWN = "table.md"
 PAGE = "report.html"
 PLOTS = "plots"
 VERDICTS = "verdicts.json"
-WIDEST = 1000  # columns of a terminal
 LEGEND = (
     "mean ± standard deviation over seeds; difference from the baseline, seed by seed, with its interval (Student's t,"
     " 95 % for all of the table's together), ! = significant (the interval excludes 0); work = (forward + 2 · backward)"
@@ -73,7 +69,7 @@ def show_study(study: Study, console: Console, table: Table | None = None) -> No
     """Print a study's tables, its failed trials and its findings."""
     report = report_of(study, table)
     for section in report.sections:
-        _print_grid(section.grid)
+        print_grid(section.grid)
     for line in report.opening:
         console.print(line, style="dim", soft_wrap=True)
     for row in report.results:
@@ -139,18 +135,12 @@ def run_page(folder: RunFolder) -> str:
     summary = folder.summary
     if summary is None:
         raise UserError(f"run {folder.name!r} is not finished, so there is nothing to report yet: see effray show")
-    rows = []
-    for phase in summary["phases"]:
-        counts = [f"{phase[name]:,}" for name in ("forward", "backward")]
-        seconds = [duration(phase[name]) for name in ("seconds", "total_seconds")]
-        rows.append([phase["phase"], *seconds, *counts, f"{phase['memory'] / 2**20:,.0f}"])
-    headings = ["phase", "seconds", "worker-\nseconds", "samples\nforward", "samples\nbackward", "peak\nMiB"]
     noted = folder.storage.read_json("environment.json") or {}
     versions = [f"{name} {version}" for name, version in noted.get("packages", {}).items()]
     facts = [noted.get("started"), noted.get("processor"), *versions]
     parts = [
         *(paragraph(line) for line in findings(summary)),
-        Grid("Costs", headings, rows).html(),
+        cost_grid("Costs", summary["phases"]).html(),
         *_pictures(folder.storage, folder.storage.list(PLOTS)),
         _settings_grid(folder.config, "Settings").html(),
         paragraph("; ".join(fact for fact in facts if fact)),
@@ -326,20 +316,6 @@ def _plain(value: Estimate | None) -> str:
 
 
 # Parts
-
-
-def _print_grid(grid: Grid) -> None:
-    """Print a table of any width: the terminal wraps its lines rather than cutting off figures."""
-    title = "; ".join(filter(None, [grid.title, grid.note]))
-    table = RichTable(title=title or None, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
-    for place, heading in enumerate(grid.headings):
-        table.add_column(heading, justify="right" if place else "left", vertical="bottom")
-    for place, row in enumerate(grid.rows):
-        table.add_row(*row, style="bold" if place in grid.emphasised else None)
-    console = terminal()
-    needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
-    console.width = max(console.width, needed)
-    console.print(table)
 
 
 def _settings_grid(config: Mapping[str, Any], title: str) -> Grid:

@@ -7,6 +7,7 @@ name, under the key ``effray``, the column of sample ids and the classes in thei
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -251,7 +252,7 @@ class VectorColumns:
             self.widths[field.name] = kind.list_size
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._starts = np.concatenate([[0], self._ends[:-1]])
-        self._latest: tuple[int, dict[str, np.ndarray]] = (-1, {})  # number and vectors of the last row group read
+        self._group = lru_cache(1)(self._read_group)  # the next rows may be in it too
 
     def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return the vectors of one or more ascending rows, float [m, D], by column."""
@@ -264,10 +265,8 @@ class VectorColumns:
                 pieces[name].append(vectors[local])
         return {name: np.concatenate(parts) for name, parts in pieces.items()}
 
-    def _group(self, group: int) -> dict[str, np.ndarray]:
-        """Return the vectors of a row group; the latest is cached, as the next rows may be in it too."""
-        if self._latest[0] == group:
-            return self._latest[1]
+    def _read_group(self, group: int) -> dict[str, np.ndarray]:
+        """Return the vectors of a row group."""
         with reading(self._place):
             table = self._file.read_row_group(group, columns=list(self.widths))
             table.validate()
@@ -279,5 +278,4 @@ class VectorColumns:
                 where = f"rows {self._starts[group]} to {self._ends[group] - 1}"
                 raise UserError(f"column {name!r} of {str(self._place)!r} has no value somewhere in {where}")
             vectors[name] = values.to_numpy().reshape(-1, width)
-        self._latest = (group, vectors)
         return vectors

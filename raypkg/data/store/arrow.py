@@ -9,11 +9,9 @@ record batch.
 import json
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from raypkg.data.files import READERS
 from raypkg.data.kinds import Moments
 from raypkg.data.split import Split
 
@@ -83,17 +82,38 @@ class Stored(ABC):
     ids: torch.Tensor | None  # int64 [n]
     mean: tuple[float, ...]  # of each channel or column
     std: tuple[float, ...]
+    starts: np.ndarray  # first sample of each record batch, and the end
 
     def __len__(self) -> int:
         return len(self.y)
 
     @abstractmethod
+    def columns(self, batches: list[int]) -> Iterable[pa.Array]:
+        """Return the column ``x`` of some record batches."""
+
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Gather pixels [b, H, W, C] or rows [b, D]."""
+        out: np.ndarray = np.empty((len(indices), *self.sample_shape), self.dtype)
+        for here, local, column in self._touched(indices):
+            out[here] = self.view(column)[local]
+        return out
 
-    @abstractmethod
     def encoded(self, indices: np.ndarray) -> list[pa.Buffer]:
-        """Gather the bytes of encoded samples."""
+        """Gather the bytes of encoded samples without a copy; each keeps its record batch in memory."""
+        out: list[Any] = [None] * len(indices)
+        for here, local, column in self._touched(indices):
+            for place, row in zip(here.tolist(), local.tolist(), strict=True):
+                out[place] = column[row].as_buffer()
+        return out
+
+    def _touched(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, pa.Array]]:
+        """Yield, for each record batch with some of the samples: their places, their rows in it, its column."""
+        owner = np.searchsorted(self.starts, indices, side="right") - 1  # [b], the record batch of each sample
+        batches = np.unique(owner)
+        for some in np.split(batches, range(READERS, len(batches), READERS)):  # bounds the memory
+            for batch, column in zip(some, self.columns(some.tolist()), strict=True):
+                here = np.flatnonzero(owner == batch)
+                yield here, indices[here] - self.starts[batch], column
 
     def as_split(self, gather: "Gather | None" = None) -> Split:
         """Return the split over these samples; ``gather`` decodes them if they are encoded."""
@@ -152,9 +172,7 @@ class Store(Stored):
             raise pa.ArrowInvalid("its statistics are missing")
         self.mean, self.std = (tuple(json.loads(statistics[name])) for name in ("mean", "std"))
         self._columns = [batch.column("x") for batch in batches]
-        self._starts = [0, *accumulate(map(len, self._columns))]  # start of each record batch, and the end
-        are_arrays = self.header.kind != "encoded"
-        self._views = [self.view(column) for column in self._columns] if are_arrays else []
+        self.starts = np.cumsum([0, *map(len, self._columns)])
 
         def integers(name: str) -> torch.Tensor:
             parts = [batch.column(name).to_numpy() for batch in batches]
@@ -166,25 +184,15 @@ class Store(Stored):
     def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
         return Store, (self.path,)
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        """Gather pixels [b, H, W, C] or rows [b, D], with one fancy index per record batch that is touched."""
-        first = self._views[0]
-        if len(self._views) == 1:
-            return first.take(indices, axis=0)
-        out = np.empty((len(indices), *first.shape[1:]), first.dtype)
-        owner = np.searchsorted(self._starts, indices, side="right") - 1  # [b], the record batch of each sample
-        for batch in np.unique(owner):
-            here = owner == batch
-            out[here] = self._views[batch][indices[here] - self._starts[batch]]
-        return out
+    def columns(self, batches: list[int]) -> Iterable[pa.Array]:
+        """Return the column ``x`` of some record batches."""
+        return [self._columns[batch] for batch in batches]
 
-    def encoded(self, indices: np.ndarray) -> list[pa.Buffer]:
-        """Gather the bytes of encoded samples, without a copy."""
-        buffers = []
-        for index in indices.tolist():
-            batch = bisect_right(self._starts, index) - 1
-            buffers.append(self._columns[batch][index - self._starts[batch]].as_buffer())
-        return buffers
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Gather pixels [b, H, W, C] or rows [b, D]."""
+        if len(self._columns) == 1:  # a single copy
+            return self.view(self._columns[0]).take(indices, axis=0)
+        return super().take(indices)
 
 
 def write(path: Path, header: Header, blocks: Iterable[Block]) -> None:

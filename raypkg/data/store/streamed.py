@@ -1,15 +1,14 @@
 """A store that is read by blocks, such as from a bucket: no machine holds more than a window of it."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +24,6 @@ from .parts import Stream, digest_of, fact_of, parts_of, read_columns, sizes_in
 
 COPIED_BYTES = 64 << 20  # of a copy's record batches
 OPEN = 256  # files kept open per process
-
-Read = Callable[[int], pa.RecordBatch]
 
 
 class Place(NamedTuple):
@@ -64,42 +61,21 @@ class Streamed(Stored):
             for (start, end), digest in zip(pairwise(part.starts), part.digests, strict=True):
                 self._places.append(Place(part.file, start, end - start, digest))
             sizes += part.sizes
-        self._starts = np.array([0, *accumulate(sizes)])  # first sample of each block, and the end
+        self.starts = np.array([0, *accumulate(sizes)])  # first sample of each block, and the end
         self._read = block_reader(stream, self.header, self._places)
         self._blocks = HeldBlocks(self._read, 2 * READERS)  # enough to read in order
 
     def __reduce__(self) -> tuple[type["Streamed"], tuple[Stream]]:
         return Streamed, (self.stream,)
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        """Gather pixels [b, H, W, C] or rows [b, D]."""
-        out: np.ndarray = np.empty((len(indices), *self.sample_shape), self.dtype)
-        for here, local, column in self._columns(indices):
-            out[here] = self.view(column)[local]
-        return out
-
-    def encoded(self, indices: np.ndarray) -> list[pa.Buffer]:
-        """Gather the bytes of encoded samples; each keeps its block in memory."""
-        out: list[Any] = [None] * len(indices)
-        for here, local, column in self._columns(indices):
-            for place, row in zip(here.tolist(), local.tolist(), strict=True):
-                out[place] = column[row].as_buffer()
-        return out
-
-    def _columns(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, pa.Array]]:
-        """Yield, for each block with some of the samples: their places among them, their rows in it, its column."""
-        owner = np.searchsorted(self._starts, indices, side="right") - 1  # [b], the block of each sample
-        blocks = np.unique(owner)
-        for start in range(0, len(blocks), READERS):  # bounds the memory
-            some = blocks[start : start + READERS]
-            for block, batch in zip(some, self._blocks(some.tolist()), strict=True):
-                here = np.flatnonzero(owner == block)
-                yield here, indices[here] - self._starts[block], batch.column("x")
+    def columns(self, batches: list[int]) -> Iterable[pa.Array]:
+        """Return the column ``x`` of some blocks."""
+        return [block.column("x") for block in self._blocks(batches)]
 
     def as_split(self, gather: Gather | None = None) -> Split:
         """Return the split over these samples, read by blocks."""
         split = super().as_split(gather)
-        of = np.repeat(np.arange(len(self._places)), np.diff(self._starts))
+        of = np.repeat(np.arange(len(self._places)), np.diff(self.starts))
 
         def copied(indices: np.ndarray) -> Take:
             return self.copied(indices).as_split(gather).take
@@ -116,16 +92,16 @@ class Streamed(Stored):
     def copied(self, indices: np.ndarray) -> Store:
         """Copy samples, int64 [m] ascending, into a store of this machine that disappears with its last user."""
         cache = self.stream.cache
-        bounds = np.searchsorted(indices, self._starts)  # first sample of each block among the indices, and the end
+        bounds = np.searchsorted(indices, self.starts)  # first sample of each block among the indices, and the end
         counts = np.diff(bounds)
-        shares = counts / np.diff(self._starts)  # of each block
+        shares = counts / np.diff(self.starts)  # of each block
         size = int(np.array([place.size for place in self._places]) @ shares)  # bytes, approximately
 
         def rows() -> Iterator[pa.RecordBatch]:
             blocks = np.flatnonzero(counts)
             for block, batch in zip(blocks, fetched(self._read, blocks.tolist()), strict=True):
                 here = indices[bounds[block] : bounds[block + 1]]
-                yield batch.take(pa.array(here - self._starts[block]))
+                yield batch.take(pa.array(here - self.starts[block]))
 
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -141,19 +117,16 @@ class Streamed(Stored):
             raise UserError(f"cannot copy {len(indices):,} samples to {str(cache)!r}: {error}") from None
 
 
-def block_reader(stream: Stream, header: Header, places: list[Place]) -> Read:
+def block_reader(stream: Stream, header: Header, places: list[Place]) -> Callable[[int], pa.RecordBatch]:
     """Return a function that fetches a block by its number; it raises UserError if that is unreadable or damaged."""
     system, folder = stream.folder()
     schema = header.schema
-
-    @lru_cache(OPEN)
-    def opened(file: str) -> pa.NativeFile:
-        return system.open_input_file(f"{folder}/{file}")
+    opened = lru_cache(OPEN)(system.open_input_file)
 
     def read(block: int) -> pa.RecordBatch:
         place = places[block]
         try:
-            message = opened(place.file).read_at(place.size, place.start)
+            message = opened(f"{folder}/{place.file}").read_at(place.size, place.start)
         except OSError as error:
             raise UserError(f"block {block} of {str(stream)!r} cannot be read: {error}") from None
         if digest_of(message) != place.digest:
@@ -166,34 +139,27 @@ def block_reader(stream: Stream, header: Header, places: list[Place]) -> Read:
 class HeldBlocks:
     """The ``most`` blocks that were used last, each fetched once however many threads request it."""
 
-    def __init__(self, load: Read, most: int):
-        self._load = load
-        self._most = most
-        self._held: OrderedDict[int, Future[pa.RecordBatch]] = OrderedDict()
-        self._lock = Lock()
+    def __init__(self, load: Callable[[int], pa.RecordBatch], most: int):
         self._pool = ThreadPoolExecutor(READERS, "blocks")
+        self._load = load
+        self._lock = Lock()
+        self._most = 0
+        self.hold(most)
 
     def hold(self, most: int) -> None:
-        """Hold at least ``most`` blocks from now on."""
-        self._most = max(self._most, most)
+        """Hold at least ``most`` blocks from now on; those held so far are dropped if that is more than before."""
+        if most > self._most:
+            self._most = most
+            pool, load = self._pool, self._load  # not self: the blocks are freed with their last user
+            self._fetched = lru_cache(most)(lambda number: pool.submit(load, number))
 
     def __call__(self, numbers: Sequence[int]) -> list[pa.RecordBatch]:
-        """Return some blocks, fetching missing ones concurrently; after an error, the next call tries again."""
-        coming = []
+        """Return some blocks, fetching missing ones concurrently; after an error, the next call fetches again."""
         with self._lock:
-            for number in numbers:
-                if number not in self._held:
-                    self._held[number] = self._pool.submit(self._load, number)
-                self._held.move_to_end(number)
-                coming.append(self._held[number])
-            while len(self._held) > self._most:
-                self._held.popitem(last=False)
-        blocks = []
-        for number, block in zip(numbers, coming, strict=True):
-            try:
-                blocks.append(block.result())
-            except BaseException:
-                with self._lock:
-                    self._held.pop(number, None)
-                raise
-        return blocks
+            fetched = self._fetched
+            coming = [fetched(number) for number in numbers]
+        try:
+            return [block.result() for block in coming]
+        except BaseException:
+            fetched.cache_clear()
+            raise
