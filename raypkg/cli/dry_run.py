@@ -77,6 +77,7 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
     from raypkg.coresets.budgets import budget_of
     from raypkg.coresets.rules import coreset
     from raypkg.experiments.embedding import check_disk
+    from raypkg.experiments.samples import new_model
 
     n = len(samples.train_indices)
     train, test = samples.data
@@ -94,39 +95,31 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
         check_disk(embedding, storage)
         yield f"rows: {embedding.describe()} on disk, in {len(embedding.all_parts)} parts"
     if isinstance(settings, Experiment):
-        yield from _training(settings, samples, stages)
+        model = new_model(settings, samples.data)
+        count = sum(each.numel() for each in model.parameters())
+        yield f"model: {settings.model.name}, {count:,} parameters"
+        yield COLUMNS.format("phase", "models", "epochs", "batch", "samples", "steps", "backward")
+        for stage in stages:
+            if not stage.rows:  # a phase without epochs
+                yield stage.phase
+                continue
+            an_epoch = f"{stage.size(n):,}"
+            if stage.whole:
+                an_epoch = f"{n:,}/{an_epoch}"
+            epochs, batch_size = f"{stage.epochs:,g}", f"{stage.batch_size:,}"
+            steps, backward_samples = f"{stage.steps(n):,}", f"{stage.backward(n):,}"
+            yield COLUMNS.format(stage.phase, stage.models, epochs, batch_size, an_epoch, steps, backward_samples)
+        backward = sum(stage.backward(n) for stage in stages)
+        training: Training = settings.train  # type: ignore[attr-defined]  # declared by each experiment
+        full = max(training.epochs, settings.epochs) * n
+        yield f"samples backward in the epochs of all phases: {backward:,}, {backward / full:.1%} of full training"
+
+        batch = min(training.at_once, stages[-1].size(n))
+        needed = step_memory(model, train, batch, training)
+        terms = " + ".join(f"{name} {readable(size)}" for name, size in needed.items())
+        yield f"memory of training: {readable(sum(needed.values()))} = {terms}"
     actors = f"; {settings.actors} actors" if settings.actors else ""
     yield f"workers: {_workers(settings.cluster)}{actors}"
-
-
-def _training(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> Iterator[str]:
-    """Yield the model, the phases and the memory of a training."""
-    from raypkg.experiments.samples import new_model
-
-    n = len(samples.train_indices)
-    model = new_model(settings, samples.data)
-    count = sum(each.numel() for each in model.parameters())
-    yield f"model: {settings.model.name}, {count:,} parameters"
-    yield COLUMNS.format("phase", "models", "epochs", "batch", "samples", "steps", "backward")
-    for stage in stages:
-        if not stage.rows:  # a phase without epochs
-            yield stage.phase
-            continue
-        an_epoch = f"{stage.size(n):,}"
-        if stage.whole:
-            an_epoch = f"{n:,}/{an_epoch}"
-        epochs, batch_size = f"{stage.epochs:,g}", f"{stage.batch_size:,}"
-        steps, backward_samples = f"{stage.steps(n):,}", f"{stage.backward(n):,}"
-        yield COLUMNS.format(stage.phase, stage.models, epochs, batch_size, an_epoch, steps, backward_samples)
-    backward = sum(stage.backward(n) for stage in stages)
-    training: Training = settings.train  # type: ignore[attr-defined]  # declared by each experiment
-    full = max(training.epochs, settings.epochs) * n
-    yield f"samples backward in the epochs of all phases: {backward:,}, {backward / full:.1%} of full training"
-
-    batch = min(training.at_once, stages[-1].size(n))
-    needed = step_memory(model, samples.data.train, batch, training)
-    terms = " + ".join(f"{name} {readable(size)}" for name, size in needed.items())
-    yield f"memory of training: {readable(sum(needed.values()))} = {terms}"
 
 
 def _workers(cluster: Cluster) -> str:

@@ -64,7 +64,7 @@ def experiment_command(entry: Entry) -> click.Command:
     def callback(
         config: Path | None,
         pairs: tuple[str, ...],
-        name: str | None,
+        label: str | None,
         resume: str | None,
         root: str,
         dry: bool,
@@ -76,11 +76,11 @@ def experiment_command(entry: Entry) -> click.Command:
         if dry:
             from .dry_run import dry_run
 
-            dry_run(entry, config, values, name, root, resume)
+            dry_run(entry, config, values, label, root, resume)
         elif resume is not None:
-            resume_run(entry, resume, values, root, refused={"--config": config, "--name": name})
+            resume_run(entry, resume, values, root, refused={"--config": config, "--name": label})
         else:
-            execute(entry, config, values, name, root)
+            execute(entry, config, values, label, root)
 
     command = SettingsCommand(
         entry.name,
@@ -88,13 +88,8 @@ def experiment_command(entry: Entry) -> click.Command:
         callback=callback,
         help=entry.text,
         params=[
-            click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options override it"),
-            click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
-            click.Option(["--name"], help="name of the run (default: generated from data, model and time)"),
-            click.Option(["--resume"], metavar="NAME", help="resume an interrupted run"),
-            PLACE,
+            *run_options("run", "data, model and time"),
             click.Option(["--dry-run", "dry"], is_flag=True, help="print the settings and the plan, and start nothing"),
-            TRUST,
             *setting_options(schema),
         ],
     )
@@ -103,6 +98,18 @@ def experiment_command(entry: Entry) -> click.Command:
         return command
     command.name = "train"
     return Family(entry.name, [command, *importlib.import_module(module).COMMANDS], help=command.help)
+
+
+def run_options(of: str, default_name: str) -> list[click.Option]:
+    """Return the options that commands on runs and on studies have."""
+    return [
+        click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options override it"),
+        click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
+        click.Option(["--name", "label"], help=f"name of the {of} (default: generated from {default_name})"),
+        click.Option(["--resume"], metavar="NAME", help=f"resume an interrupted {of}"),
+        PLACE,
+        TRUST,
+    ]
 
 
 def setting_options(schema: type[Settings]) -> Iterator[click.Option]:

@@ -58,17 +58,7 @@ class Catalogue(ExampleHelp, click.Group):
         return self.make(name)
 
 
-def _study_options(of: str, default_name: str) -> list[click.Option]:
-    """Return the options that all studies have."""
-    return [
-        click.Option(["--concurrent"], type=int, help="trials at once (default: as many as fit)"),
-        click.Option(["--config"], metavar="FILE", type=Path, help="settings in TOML; options win over it"),
-        click.Option(["--set", "pairs"], multiple=True, metavar="KEY=VALUE", help="any setting by name"),
-        click.Option(["--name", "study"], help=f"of the {of} (default: from {default_name})"),
-        click.Option(["--resume"], metavar="NAME", help=f"resume an interrupted {of}"),
-        PLACE,
-        TRUST,
-    ]
+CONCURRENT = click.Option(["--concurrent"], type=int, help="trials at once (default: as many as fit)")
 
 
 # effray tune
@@ -89,7 +79,7 @@ def _seconds_of(text: str) -> float:
 
 
 def _tune_command(name: str) -> click.Command:
-    from .setting_options import SettingsCommand, overrides, setting_options
+    from .setting_options import SettingsCommand, overrides, run_options, setting_options
 
     if name not in _experiments():
         raise unknown("experiment to tune", name, _experiments())
@@ -97,15 +87,15 @@ def _tune_command(name: str) -> click.Command:
     schema = settings_of(entry)
 
     def callback(
-        config: Path | None, pairs: tuple[str, ...], study: str | None, resume: str | None, root: str, **given: Any
+        config: Path | None, pairs: tuple[str, ...], label: str | None, resume: str | None, root: str, **given: Any
     ) -> None:
         from raypkg.studies.tune import resume_sweep, start_sweep
 
         asked = {option: value for option in TUNE_OPTIONS if (value := given.pop(option)) is not None}
         values = overrides(schema, given, pairs)
         if resume is None:
-            start_sweep(entry, asked, config, values, study, root)
-        elif config is not None or study is not None:
+            start_sweep(entry, asked, config, values, label, root)
+        elif config is not None or label is not None:
             raise UserError(f"--resume {resume} keeps what was asked for: neither --config nor --name can change")
         else:
             resume_sweep(entry, asked, resume, values, root)
@@ -128,7 +118,7 @@ def _tune_command(name: str) -> click.Command:
         schema=schema,
         callback=callback,
         help=TUNE_HELP.format(title=entry.help, name=name),
-        params=[*options, *_study_options("sweep", "experiment and time"), *setting_options(schema)],
+        params=[*options, CONCURRENT, *run_options("sweep", "experiment and time"), *setting_options(schema)],
     )
 
 
@@ -156,7 +146,7 @@ def _tables() -> list[str]:
 def _compare_command(name: str) -> click.Command:
     from raypkg.studies.tables import SCALES, VERDICTS, narrowed, open_table
 
-    from .setting_options import SettingsCommand, overrides, setting_options
+    from .setting_options import SettingsCommand, overrides, run_options, setting_options
 
     table = open_table(name)
     if table.experiment not in experiment:
@@ -164,7 +154,7 @@ def _compare_command(name: str) -> click.Command:
     schema = settings_of(experiment[table.experiment])
 
     def callback(
-        config: Path | None, pairs: tuple[str, ...], study: str | None, resume: str | None, root: str, **given: Any
+        config: Path | None, pairs: tuple[str, ...], label: str | None, resume: str | None, root: str, **given: Any
     ) -> None:
         from raypkg.studies.compare import compare_rows, plan, resume_comparison
 
@@ -181,7 +171,7 @@ def _compare_command(name: str) -> click.Command:
             raise UserError(f"--rate {rate:g} does nothing without --dry-run")
         values = overrides(schema, given, pairs)
         if resume is not None:
-            fixed = {"config": config, "name": study, "dry-run": dry or None, **asked}
+            fixed = {"config": config, "name": label, "dry-run": dry or None, **asked}
             if option := next((option for option, value in fixed.items() if value not in (None, ())), None):
                 raise UserError(f"--resume {resume} keeps what was asked for: --{option} cannot change")
             check(resume_comparison(resume, values, concurrent, name, root))
@@ -200,7 +190,7 @@ def _compare_command(name: str) -> click.Command:
             for line in plan(chosen, config, values, rate):
                 click.echo(line)
             return
-        check(compare_rows(name, scale, chosen, concurrent, config, values, study, root))
+        check(compare_rows(name, scale, chosen, concurrent, config, values, label, root))
 
     seeds = ",".join(map(str, table.seeds))
     options = [
@@ -214,6 +204,7 @@ def _compare_command(name: str) -> click.Command:
         click.Option(["--rates"], metavar="LIST", help="train.lr, of which a row takes the best by held-out accuracy"),
         click.Option(["--goal"], multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"),
     ]
+    options += [CONCURRENT, *run_options("comparison", "table, data set and scale")]
     # Labels are quoted as a shell takes them: most have blanks and semicolons.
     rows, cases = (", ".join(f"'{label}'" for label in labels) for labels in (table.rows, table.cases))
     return SettingsCommand(
@@ -223,7 +214,7 @@ def _compare_command(name: str) -> click.Command:
         help=COMPARE_HELP.format(
             title=table.title, rows=rows, cases=f" Cases: {cases}." if len(table.cases) > 1 else "", name=name
         ),
-        params=[*options, *_study_options("comparison", "table, data set and scale"), *setting_options(schema)],
+        params=[*options, *setting_options(schema)],
     )
 
 

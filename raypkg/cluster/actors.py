@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from .session import cluster_errors, connect
 PATIENCE = 20  # seconds to wait for CPUs
 
 
-class RayShards:
+class RayShards(Shards):
     """One actor per shard; a killed actor is restarted and repeats its call with the driver's copy of the shard.
 
     The actors map the data of shards that are names and indices on first use.
@@ -38,10 +38,6 @@ class RayShards:
         # Not a constructor argument: a restarted actor may find those gone from the object store.
         self._shards = [ray.put(shard.portable()) for shard in shards]
         self._actors = [actor.remote(size.cpus) for _ in shards]
-
-    def map(self, function: Callable[..., Any], *broadcast: Any) -> list[Any]:
-        """Return ``function(shard, *broadcast)`` of every shard."""
-        return self.start(function, *broadcast)()
 
     def start(self, function: Callable[..., Any], *broadcast: Any) -> Pending:
         """Start a ``map``; arguments enter the object store once."""
@@ -107,11 +103,8 @@ def hold_within_worker(shards: Sequence[Shard], cluster: Cluster, setting: str) 
     if free < len(shards):
         left = f"the training workers leave {free} CPUs"
         raise UserError(f"{setting} = {len(shards)}, but {left}: lower it or cluster.workers")
-    remote = RayShards(shards, Plan(len(shards), cpus=1, gpus=0), cluster.max_failures)
-    try:
+    with closing(RayShards(shards, Plan(len(shards), cpus=1, gpus=0), cluster.max_failures)) as remote:
         yield remote
-    finally:
-        remote.close()
 
 
 @contextmanager
@@ -126,9 +119,5 @@ def hold(split: Callable[[int], Sequence[Shard]], cluster: Cluster) -> Iterator[
         return
     connect(cluster)
     size = plan(cluster)
-    with cluster_errors():
-        remote = RayShards(split(size.workers), size, cluster.max_failures)
-        try:
-            yield remote
-        finally:
-            remote.close()
+    with cluster_errors(), closing(RayShards(split(size.workers), size, cluster.max_failures)) as remote:
+        yield remote

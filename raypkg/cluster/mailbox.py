@@ -88,32 +88,29 @@ def open_mailbox() -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=on_this_node)(Mailbox).remote()
 
 
-class Delivery:
-    """A thread that delivers the workers' messages: rows to ``report``, answers and errors to ``outcomes``."""
+def start_delivery(
+    mailbox: Any, report: Callable[[Mapping[str, Any]], None], outcomes: SimpleQueue[Any]
+) -> threading.Thread:
+    """Start a thread that delivers the workers' messages: rows to ``report``, answers and errors to ``outcomes``.
 
-    def __init__(self, mailbox: Any, report: Callable[[Mapping[str, Any]], None], outcomes: SimpleQueue[Any]):
-        self._mailbox = mailbox
-        self._report = report
-        self._outcomes = outcomes
-        self._thread = threading.Thread(target=self._deliver, name="mailbox", daemon=True)
-        self._thread.start()
+    It ends with the last messages after the mailbox has ended.
+    """
+    import ray
+    from ray.exceptions import RayError
 
-    def join(self) -> None:
-        """Wait for the last messages, after the mailbox has ended."""
-        self._thread.join()
-
-    def _deliver(self) -> None:
-        import ray
-        from ray.exceptions import RayError
-
+    def deliver() -> None:
         try:
-            while messages := ray.get(self._mailbox.collect.remote()):
+            while messages := ray.get(mailbox.collect.remote()):
                 for kind, content in messages:
                     if kind == "row":
-                        self._report(content)
+                        report(content)
                     else:
-                        self._outcomes.put(UserError(content) if kind == "error" else content)
+                        outcomes.put(UserError(content) if kind == "error" else content)
         except RayError:  # the mailbox died, or the whole cluster
-            self._outcomes.put(Interruption(LOST))
+            outcomes.put(Interruption(LOST))
         except Exception as error:  # such as a full disk: the driver raises it
-            self._outcomes.put(error)
+            outcomes.put(error)
+
+    thread = threading.Thread(target=deliver, name="mailbox", daemon=True)
+    thread.start()
+    return thread

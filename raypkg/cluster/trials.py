@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 from ray import tune
 from ray.tune.result import DONE
@@ -19,6 +19,8 @@ from .session import cluster_errors
 
 Row = dict[str, Any]  # the epoch and the metric, and an error if there was one
 Tell = Callable[[Row], None]
+Started = Callable[[int, Values], None]  # number and settings
+Ended = Callable[[int, str | None], None]  # number of a trial that finished, was stopped or failed, and its error
 Trial = Callable[[int, Values, Tell], Row]  # number, settings and a callback for rows → the last row
 CLOSING = 30  # seconds for a stopped trial to close its files
 
@@ -32,22 +34,13 @@ SCHEDULERS: dict[str, Callable[[int], TrialScheduler]] = {  # given the epochs o
 }
 
 
-class Follower(Protocol):
-    """The driver's reaction to trials."""
-
-    def started(self, number: int, values: Values) -> None:
-        """Record a trial's settings."""
-
-    def ended(self, number: int, error: str | None) -> None:
-        """Record that a trial has finished, was stopped by the scheduler, or failed with an error."""
-
-
 def run_trials(
     trial: Trial,
     proposals: Proposals,
-    follower: Follower,
     size: TrialSize,
     *,
+    started: Started,
+    ended: Ended,
     metric: str,
     mode: str,
     scheduler: TrialScheduler,
@@ -58,14 +51,15 @@ def run_trials(
     """Run trials until all have ended, the time is over, or the user interrupts; return True if the user did.
 
     ``trial`` must be importable and, when restarted, resume from its own checkpoints. A trial whose process died is
-    restarted up to ``failures`` times. The follower is notified in this process. Tune keeps its files in ``folder``.
+    restarted up to ``failures`` times. ``started`` and ``ended`` are called in this process.
+    Tune keeps its own files in ``folder``.
     """
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray Train and earlier studies leave their handlers
     start = time.monotonic()
-    watch = _Watch(follower, size.nested)
+    watch = _Watch(started, ended, size.nested)
     trainable = tune.with_parameters(TrialProcess, trial=trial, home=os.getcwd())
     tuner = tune.Tuner(
         tune.with_resources(trainable, DRIVER if size.nested else size.plan.resources),
@@ -98,10 +92,11 @@ def run_trials(
 
 
 class _Watch(tune.Callback):
-    """Reports the start and end of trials to the follower, by number."""
+    """Reports the start and end of trials by number."""
 
-    def __init__(self, follower: Follower, nested: bool):
-        self._follower = follower
+    def __init__(self, started: Started, ended: Ended, nested: bool):
+        self._started = started
+        self._ended = ended
         self._nested = nested
         self.ended: set[int] = set()
 
@@ -113,7 +108,7 @@ class _Watch(tune.Callback):
         """Report a trial's settings, after freeing CPUs that a trial which died at its start would hold forever."""
         if self._nested and not any(other.status == other.RUNNING for other in trials):
             _free_workers()
-        self._follower.started(trial.config["number"], trial.config["values"])
+        self._started(trial.config["number"], trial.config["values"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Report the end of a trial."""
@@ -127,7 +122,7 @@ class _Watch(tune.Callback):
     def _end(self, trial: Any, error: str | None) -> None:
         number = trial.config["number"]
         self.ended.add(number)
-        self._follower.ended(number, error)
+        self._ended(number, error)
 
 
 def _free_workers() -> None:

@@ -103,12 +103,12 @@ class Group:
     """Workers on Ray Train, which carry out the tasks in the mailbox; they may be lost ``failures`` times."""
 
     def __init__(self, size: Plan, failures: int, report: Listener, folder: str):
-        from .mailbox import Delivery, open_mailbox
+        from .mailbox import open_mailbox, start_delivery
 
         self._failures = failures
         self._outcomes: SimpleQueue[Any] = SimpleQueue()  # an answer for every task, or an error to raise
         self._mailbox = open_mailbox()
-        self._delivery = Delivery(self._mailbox, report, self._outcomes)
+        self._delivery = start_delivery(self._mailbox, report, self._outcomes)
         self._size = size
         self._folder = folder
         self._thread = threading.Thread(target=self._fit, name="workers", daemon=True)

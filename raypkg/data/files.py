@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias, TypeVar
 
@@ -156,17 +157,27 @@ def relisted(files: Iterable[Place]) -> list[Place]:
     return now
 
 
-def fetched(load: Callable[[J], T], jobs: Iterable[J], readers: int = READERS) -> Iterator[T]:
-    """Yield ``load(job)`` in the order of the jobs, while threads load the next ones, so that latencies overlap."""
-    pool = ThreadPoolExecutor(readers, "fetching")
+def fetched(
+    load: Callable[[J], T], jobs: Iterable[J], threads: int = READERS, ahead: Callable[[T], int] | None = None
+) -> Iterator[T]:
+    """Yield ``load(job)`` in the order of the jobs, while threads load the next ones, so that latencies overlap.
+
+    As many results as there are threads are ahead, or ``ahead(latest result)``.
+    """
+    pool = ThreadPoolExecutor(threads, "fetching")
+    coming = iter(jobs)
     pending: deque[Future[T]] = deque()
+    depth = 1 if ahead else threads
     try:
-        for job in jobs:
-            pending.append(pool.submit(load, job))
-            if len(pending) > readers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        while True:
+            missing = 1 + depth - len(pending)  # one to yield, the others ahead of it
+            pending.extend(pool.submit(load, job) for job in islice(coming, max(0, missing)))
+            if not pending:
+                return
+            result = pending.popleft().result()
+            if ahead:
+                depth = ahead(result)
+            yield result
     finally:
         # Do not wait: an abandoned iterator may be closed by the garbage collector, which runs in any thread, even in
         # one that is being started and cannot wait for another.

@@ -43,10 +43,6 @@ class Kind(ABC):
         """Return random model inputs, the same in every call."""
         return torch.randn(count, *shape, generator=generator(0, "probe"))
 
-    def unallocated(self, count: int, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return a batch of model inputs on the meta device, which has a shape but no memory."""
-        return torch.empty(count, *shape, dtype=dtype, device="meta")
-
     @abstractmethod
     def words(self, shape: Shape) -> str:
         """Describe a shape for people."""
@@ -125,9 +121,6 @@ class _Texts(Kind):
         shorter = torch.arange(count) % (length // 2 + 1)  # by this many tokens
         padded = position >= (length - shorter)[:, None]  # [count, L]
         return torch.stack([tokens, segments], 1).masked_fill(padded[:, None], PADDING)
-
-    def unallocated(self, count: int, shape: Shape, dtype: torch.dtype) -> Tensor:
-        return torch.empty(count, 2, shape[0], dtype=torch.int64, device="meta")
 
     def words(self, shape: Shape) -> str:
         length, vocabulary = shape

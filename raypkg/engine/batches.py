@@ -1,10 +1,7 @@
 """The stream of training batches: a function of the seed alone, whatever the number of workers."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
-from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -14,6 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data.augment import Augmentation, compose
 from raypkg.data.coreset import Coreset
+from raypkg.data.files import fetched
 from raypkg.data.split import Split, shuffled_by_blocks
 
 from .costs import waiting
@@ -189,23 +187,13 @@ def ahead(load: Callable[[J], T], jobs: Iterable[J], threads: int = 1) -> Iterat
     At most ``MOST_AHEAD`` results are ahead, estimated by the size of the last one to fit in ``AHEAD_BYTES``.
     """
     keep_freed_memory()  # the next batch needs as much
-    coming = iter(jobs)
-    pending: deque[Future[T]] = deque()
-    depth = 1
-    pool = ThreadPoolExecutor(threads, "batches")
-    try:
-        while True:
-            missing = 1 + depth - len(pending)  # one to yield, the others ahead of it
-            pending.extend(pool.submit(load, job) for job in islice(coming, max(0, missing)))
-            if not pending:
-                return
-            with waiting():
-                value = pending.popleft().result()
-            depth = max(1, min(MOST_AHEAD, AHEAD_BYTES // max(1, _bytes(value))))
-            yield value
-    finally:
-        # Not waited for: this may run in any thread, as part of Python's garbage collection.
-        pool.shutdown(wait=False, cancel_futures=True)
+    batches = fetched(load, jobs, threads, lambda last: max(1, min(MOST_AHEAD, AHEAD_BYTES // max(1, _bytes(last)))))
+    while True:
+        with waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _bytes(value: object) -> int:

@@ -1,5 +1,6 @@
 """Costs of a phase: samples forward and backward, seconds, memory and bytes sent."""
 
+import resource
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -7,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .worker import Worker, peak_device_memory, peak_memory
+import torch
+
+from .worker import Worker
 
 # Fields of which a joint bill has the largest value, for work in parallel and in turn; of the others it has the sum.
 LARGEST_IN_PARALLEL = ("seconds", "waited", "memory", "device_memory", "sent")
@@ -38,8 +41,9 @@ class Cost:
         _running.bills.pop()
         self.seconds += elapsed
         self.total_seconds += elapsed
-        self.memory = max(self.memory, peak_memory())
-        self.device_memory = max(self.device_memory, peak_device_memory())
+        self.memory = max(self.memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        if torch.cuda.is_initialized():
+            self.device_memory = max(self.device_memory, torch.cuda.max_memory_allocated())
 
     @contextmanager
     def apart(self, part: "Cost") -> Iterator[None]:

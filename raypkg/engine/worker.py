@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import resource
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -103,16 +102,6 @@ def keep_freed_memory() -> None:
         adjust = ctypes.CDLL(None).mallopt
         adjust(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)  # larger blocks always go back
         adjust(M_TRIM_THRESHOLD, NEVER)
-
-
-def peak_memory() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peak_device_memory() -> int:
-    """Return the peak bytes that PyTorch allocated on this process's GPU; 0 without one."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
 
 
 def forget_peak_memory() -> None:

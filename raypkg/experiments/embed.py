@@ -73,11 +73,12 @@ def run(settings: EmbedSettings, *, samples: Samples, report: Report) -> None:
     Example:
         effray embed --model resnet8 --name rows && effray train --dataset table:runs/embed/rows --model linear
     """
-    from raypkg.experiments.embedding import embed, finish_embedding
+    from raypkg.experiments.embedding import embed
+    from raypkg.experiments.summary import finish
 
     data = samples.data
     embed(planned(settings, data, report.folder), data, settings.dataset, settings.cluster, report)
-    finish_embedding(report, len(data.train))
+    finish(report, settings, samples)
 
 
 def planned(settings: EmbedSettings, data: Data, folder: RunFolder) -> Embedding:

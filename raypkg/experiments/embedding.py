@@ -33,7 +33,6 @@ from raypkg.engine.shards import Shard
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .summary import draw_plots
 from .trained import Backbone
 
 PHASE = "embed"
@@ -172,35 +171,14 @@ def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, 
             for world, cost in join_parts(storage, parts_of_split, name, embedding.backbone.width, data.train.classes):
                 bill = bill.then(cost)
                 bill.seconds += cost.seconds / world - cost.seconds  # the other holders were at work meanwhile
-        return {
-            "costs": [bill.record()],
-            "rows": embedding.rows("train"),
-            "test_rows": embedding.rows("test"),
-            "width": embedding.backbone.width,
-        }
+        n, n_test, width = embedding.rows("train"), embedding.rows("test"), embedding.backbone.width
+        rows = f"{n:,} training and {n_test:,} test rows of {width:,} features"
+        finding = f"{rows}: the folder below is a data set of them, --dataset table:PATH"
+        figures = {"rows": n, "test_rows": n_test, "width": width}
+        return {**figures, "costs": [bill.record()], "main": True, "findings": [finding]}
 
     report.phase(PHASE, work, epochs=len(parts))
     storage.delete_folder(PARTS)  # only after the phase is recorded, or they would be recomputed
-
-
-def finish_embedding(report: Report, samples: int) -> None:
-    """Draw the costs, and write the manifest."""
-    folder = report.folder
-    record = report.records[PHASE]
-    costs = record["costs"]
-    rows = f"{record['rows']:,} training and {record['test_rows']:,} test rows of {record['width']:,} features"
-    summary = {
-        **{name: record[name] for name in ("rows", "test_rows", "width")},
-        "samples": samples,
-        "coreset": None,
-        "phases": costs,
-        "seconds": sum(cost["seconds"] for cost in costs),
-        "elapsed": record["elapsed"],
-        "full_training_backward": 0,
-        "findings": [f"{rows}: the folder below is a data set of them, --dataset table:PATH"],
-    }
-    draw_plots(folder.storage, (), costs)
-    folder.finish(summary)
 
 
 def write_parts(shard: Shard, embedding: Embedding, parts: Sequence[Part], digest: str, storage: Storage) -> None:
@@ -228,9 +206,7 @@ def write_part(storage: Storage, part: Part, features: Tensor, split: Split, mad
     numbers = pa.array(features.numpy().reshape(-1))
     vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field(FEATURES).type)
     table = pa.table([ids.numpy(), labels, vectors], schema=schema)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(made)}), sink, **FORM)
-    storage.write(f"{PARTS}/{part.file}", sink.getvalue().to_pybytes())
+    storage.write_table(f"{PARTS}/{part.file}", table.replace_schema_metadata({FACTS: json.dumps(made)}), **FORM)
 
 
 def read_part(storage: Storage, part: Part) -> tuple[pa.Table, str, int, Cost] | None:

@@ -127,7 +127,8 @@ def step_memory(model: nn.Module, split: Split, batch: int, training: Training) 
     def key(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
 
-    x = split.kind.unallocated(batch, split.shape, dtype)
+    one = split.kind.example(1, split.shape)
+    x = one.new_empty(batch, *one.shape[1:], dtype=dtype if one.is_floating_point() else one.dtype, device="meta")
     twin = deepcopy(model).to("meta", dtype).train()
     own = {key(each) for each in [*twin.parameters(), *twin.buffers()]}
     kept = {key(x): x.untyped_storage()}

@@ -1,6 +1,6 @@
 """The end of a run: its figures as a manifest, its plots as pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,10 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
         coreset = load_coreset(f"{folder.storage.root}/{FILE}", split, samples.held_out, settings.dataset.name)
 
     costs = []
+    figures: dict[str, Any] = {}  # the main phase's by name, the others' prefixed by the phase
     for phase, record in records.items():
+        prefix = "" if record.get("main") else f"{phase}_"
+        figures |= {f"{prefix}{name}": record[name] for name in record.keys() - LEFT_OUT}
         for cost in record["costs"]:
             part = cost["phase"]
             costs.append({**cost, "phase": phase if part == phase else f"{phase}: {part}"})
@@ -53,7 +56,7 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
         findings.append(f"{phases}: taken over from {run}, whose samples and seconds are counted here too")
 
     summary = {
-        **_figures(records),
+        **dict(sorted(figures.items())),
         **wrong,
         **({"taken_over": taken} if taken else {}),
         "samples": n,
@@ -72,19 +75,9 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
     return summary
 
 
-def _figures(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the figures of all phases: the main one's by name, the others' prefixed by the phase."""
-    figures: dict[str, Any] = {}
-    for phase, record in records.items():
-        prefix = "" if record.get("main") else f"{phase}_"
-        for name in record.keys() - LEFT_OUT:
-            figures[f"{prefix}{name}"] = record[name]
-    return dict(sorted(figures.items()))
-
-
 def draw_plots(storage: Storage, rows: Sequence[dict[str, Any]], costs: Sequence[dict[str, Any]]) -> None:
     """Draw the plots of every run: its learning curves and its costs."""
-    if rows:
+    if any("loss" in row for row in rows):
         save_plot(storage, "curves", lambda path: plots.curves(rows, path))
     save_plot(storage, "costs", lambda path: plots.costs(costs, path))
 

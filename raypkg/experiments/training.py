@@ -200,7 +200,20 @@ def _keep(run: Run, model: nn.Module, job: Job, samples: Samples) -> dict[str, A
     for each in run.hooks:
         if isinstance(each, Recorder):
             save_record(storage, job.result, each.record)
-        left = checked_results(each, run)
+        left = each.results(run)
+        # The hook may be a user's.
+        kind = type(each).__name__
+        if not isinstance(left, Results):
+            problem = f"results() returned a {type(left).__name__}, not raypkg.engine.hooks.Results"
+            raise UserError(f"hook {kind}: {problem}")
+        if wrong := [name for name in (*left.tables, *left.plots) if not NAME.fullmatch(name)]:
+            raise UserError(
+                f"hook {kind}: {shown(wrong[0])} cannot be the name of a file: letters, digits and . _ - only"
+            )
+        try:
+            json.dumps(left.facts)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"hook {kind}: its facts must be plain values: {error}") from None
         for name, table in left.tables.items():
             file = f"{name}.parquet" if job.main else f"{job.phase}_{name}.parquet"
             if file in (FILE, SCORES, GROWING, record_of(job.result)):
@@ -214,22 +227,6 @@ def _keep(run: Run, model: nn.Module, job: Job, samples: Samples) -> dict[str, A
         facts |= left.facts
         findings += left.findings
     return {**facts, "findings": findings}
-
-
-def checked_results(hook: Hook, run: Run) -> Results:
-    """Return the results of a hook, which may be a user's: refuse bad file names, and facts that JSON cannot hold."""
-    left = hook.results(run)
-    kind = type(hook).__name__
-    if not isinstance(left, Results):
-        raise UserError(f"hook {kind}: results() returned a {type(left).__name__}, not raypkg.engine.hooks.Results")
-    for name in (*left.tables, *left.plots):
-        if not NAME.fullmatch(name):
-            raise UserError(f"hook {kind}: {shown(name)} cannot be the name of a file: letters, digits and . _ - only")
-    try:
-        json.dumps(left.facts)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"hook {kind}: its facts must be plain values: {error}") from None
-    return left
 
 
 class BestEpoch(Hook):

@@ -32,6 +32,7 @@ class Grid(NamedTuple):
     rows: Sequence[Sequence[str]]
     emphasised: frozenset[int] = frozenset()  # positions of the rows in bold
     note: str = ""  # below the table
+    totals: Sequence[str] = ()  # a last row
 
     def markdown(self) -> str:
         """Return the table as Markdown.
@@ -44,18 +45,21 @@ class Grid(NamedTuple):
         lines = [f"### {_one_line(self.title)}", ""] if self.title else []
         lines.append(_markdown_row(self.headings))
         lines.append("|" + "|".join(["---", *["---:"] * (len(self.headings) - 1)]) + "|")
-        for place, row in enumerate(self.rows):
+        for place, row in enumerate(self._with_totals()):
             first = f"**{row[0]}**" if place in self.emphasised else row[0]
             lines.append(_markdown_row([first, *row[1:]]))
         if self.note:
             lines += ["", _one_line(self.note)]
         return "\n".join(lines)
 
+    def _with_totals(self) -> list[Sequence[str]]:
+        return [*self.rows, self.totals] if self.totals else [*self.rows]
+
     def html(self) -> str:
         """Return the table as a part of a page."""
         head = "".join(f"<th>{escape(heading)}</th>" for heading in self.headings)
         body = []
-        for place, row in enumerate(self.rows):
+        for place, row in enumerate(self._with_totals()):
             kind = ' class="emphasis"' if place in self.emphasised else ""
             cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
             body.append(f"<tr{kind}>{cells}</tr>")

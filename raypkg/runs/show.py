@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from math import ceil
 from typing import Any
 
@@ -64,15 +65,16 @@ def cost_grid(title: str, phases: Sequence[Mapping[str, Any]]) -> Grid:
         values = [phase.get(key, 0) for phase in phases] or [0]
         totals.append(form(total(values)))
     headings = ["phase", *(heading for heading, *_ in columns)]
-    return Grid(title, headings, [*rows, ["all", *totals]], frozenset({len(rows)}))
+    return Grid(title, headings, rows, totals=["all", *totals])
 
 
 def print_grid(grid: Grid) -> None:
     """Print a table of any width: the terminal wraps its lines rather than cutting off figures."""
     title = "; ".join(filter(None, [grid.title, grid.note]))
     table = Table(title=title or None, title_justify="left", box=SIMPLE, show_edge=False, pad_edge=False)
-    for place, heading in enumerate(grid.headings):
-        table.add_column(heading, justify="right" if place else "left", vertical="bottom")
+    table.show_footer = bool(grid.totals)
+    for place, (heading, total) in enumerate(zip_longest(grid.headings, grid.totals, fillvalue="")):
+        table.add_column(heading, total, justify="right" if place else "left", vertical="bottom")
     for place, row in enumerate(grid.rows):
         table.add_row(*row, style="bold" if place in grid.emphasised else None)
     console = terminal()

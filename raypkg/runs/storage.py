@@ -302,10 +302,10 @@ class Storage:
             raise UserError(f"{self.root}/{name} is corrupt: it holds null")
         return value
 
-    def write_table(self, name: str, table: pa.Table) -> None:
-        """Write an Arrow table as parquet."""
+    def write_table(self, name: str, table: pa.Table, **form: Any) -> None:
+        """Write an Arrow table as parquet, with pyarrow's options."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table, sink, **form)
         self.write(name, sink.getvalue().to_pybytes())
 
     def read_table(self, name: str) -> pa.Table | None:

@@ -110,10 +110,6 @@ class Driver:
             line = f"W&B runs are offline; send them with: wandb sync {shlex.quote(str(runs.parent))}/{pattern}"
             self.console.print(line, soft_wrap=True)
 
-    def started(self, number: int, values: Values) -> None:
-        """Record a trial's settings."""
-        self.study.started(number, values)
-
     def ended(self, number: int, error: str | None) -> None:
         """Record and print how a trial ended."""
         study = self.study
@@ -140,7 +136,7 @@ class Driver:
             return False
         if self.size is None:
             for number, values in waiting:
-                self.started(number, values)
+                study.started(number, values)
                 last = run_trial(number, values, lambda row: None, root=study.storage.root, workers=0)
                 self.ended(number, last.get("error"))
             return False
@@ -152,8 +148,9 @@ class Driver:
         interrupted = run_trials(
             partial(run_trial, root=study.storage.root, workers=self.size.workers),
             self._proposals(waiting, further),
-            self,
             self.size,
+            started=study.started,
+            ended=self.ended,
             metric=order.metric,
             mode=order.mode,
             scheduler=SCHEDULERS[order.scheduler](longest),

@@ -4,7 +4,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from raypkg.cluster.mailbox import LOST, Delivery, open_mailbox
+from raypkg.cluster.mailbox import LOST, open_mailbox, start_delivery
 from raypkg.core.errors import Interruption, UserError
 
 
@@ -15,7 +15,7 @@ def mailbox(ray):
 
 def deliver(mailbox, report):
     outcomes = SimpleQueue()
-    return Delivery(mailbox, report, outcomes), outcomes
+    return start_delivery(mailbox, report, outcomes), outcomes
 
 
 def test_rows_arrive_before_the_answer_and_errors_end_it(ray, mailbox):
