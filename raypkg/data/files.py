@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -158,11 +158,15 @@ def relisted(files: Iterable[Place]) -> list[Place]:
 
 
 def fetched(
-    load: Callable[[J], T], jobs: Iterable[J], threads: int = READERS, ahead: Callable[[T], int] | None = None
+    load: Callable[[J], T],
+    jobs: Iterable[J],
+    threads: int = READERS,
+    ahead: Callable[[T], int] | None = None,
+    wait: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[T]:
     """Yield ``load(job)`` in the order of the jobs, while threads load the next ones, so that latencies overlap.
 
-    As many results as there are threads are ahead, or ``ahead(latest result)``.
+    As many results as there are threads are ahead, or ``ahead(latest result)``. A result is awaited within ``wait()``.
     """
     pool = ThreadPoolExecutor(threads, "fetching")
     coming = iter(jobs)
@@ -174,7 +178,8 @@ def fetched(
             pending.extend(pool.submit(load, job) for job in islice(coming, max(0, missing)))
             if not pending:
                 return
-            result = pending.popleft().result()
+            with wait():
+                result = pending.popleft().result()
             if ahead:
                 depth = ahead(result)
             yield result

@@ -187,13 +187,11 @@ def ahead(load: Callable[[J], T], jobs: Iterable[J], threads: int = 1) -> Iterat
     At most ``MOST_AHEAD`` results are ahead, estimated by the size of the last one to fit in ``AHEAD_BYTES``.
     """
     keep_freed_memory()  # the next batch needs as much
-    batches = fetched(load, jobs, threads, lambda last: max(1, min(MOST_AHEAD, AHEAD_BYTES // max(1, _bytes(last)))))
-    while True:
-        with waiting():
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
+
+    def fitting(latest: T) -> int:
+        return max(1, min(MOST_AHEAD, AHEAD_BYTES // max(1, _bytes(latest))))
+
+    return fetched(load, jobs, threads, fitting, waiting)
 
 
 def _bytes(value: object) -> int:

@@ -53,19 +53,22 @@ def show_run(folder: RunFolder, console: Console) -> None:
 
 def cost_grid(title: str, phases: Sequence[Mapping[str, Any]]) -> Grid:
     """Return the costs of a finished run's phases and of their parts, and the totals in the last row."""
-    has_gpu = any(phase.get("device_memory") for phase in phases)
-    columns = [column for column in COLUMNS if has_gpu or column[1] != "device_memory"]
-    rows = []
+    headings = ["phase"]
+    names = []
     for phase in phases:
         name, _, part = phase["phase"].partition(": ")
-        costs = [form(phase.get(key, 0)) for _, key, form, _ in columns]
-        rows.append([f"{INDENT}{part}" if part else name, *costs])
-    totals = []
-    for _, key, form, total in columns:
+        names.append(f"{INDENT}{part}" if part else name)
+    columns = [names]
+    totals = ["all"]
+    for heading, key, form, total in COLUMNS:
         values = [phase.get(key, 0) for phase in phases] or [0]
+        if key == "device_memory" and not any(values):
+            continue
+        headings.append(heading)
+        columns.append([form(value) for value in values])
         totals.append(form(total(values)))
-    headings = ["phase", *(heading for heading, *_ in columns)]
-    return Grid(title, headings, rows, totals=["all", *totals])
+    rows = [*zip(*columns, strict=False)]
+    return Grid(title, headings, rows, totals=totals)
 
 
 def print_grid(grid: Grid) -> None:
