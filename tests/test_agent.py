@@ -161,7 +161,7 @@ def test_kept_gradients_are_those_that_would_be_computed_again(every):
     other = fit(run(*sparse(correction=[again])))
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
     np.testing.assert_array_equal(np.array(kept.history)[:, :4], np.array(again.history)[:, :4])
-    assert list(kept.snapshot.kept) == list(range(STEPS - STEPS // 5, STEPS, every)) and not again.snapshot.kept
+    assert list(kept.kept) == list(range(STEPS - STEPS // 5, STEPS, every)) and not again.kept
     assert one.bill("correction").backward == 0 and one.bill("full gradient").backward == 5 * N
     assert other.bill("correction").backward == 5 * N // every
     assert 1 / kept.line == pytest.approx(2) and 1 / again.line == pytest.approx(2 + 1 / every)
@@ -178,7 +178,7 @@ class Supplier(Hook):
 def test_gradients_are_not_kept_if_steps_may_see_others(other):
     hook = corrected()
     trained = fit(run(hook, Supplier()) if other == "supplier" else run(hook, model=dropping()))
-    assert hook.agent.full and not hook.snapshot.kept
+    assert hook.agent.full and not hook.kept
     assert trained.bill("correction").backward == trained.bill("full gradient").backward == 5 * N
 
 

@@ -91,13 +91,14 @@ class GradientCorrection:
         if (form == "linear") != (epochs is not None):
             raise UserError(f"epochs = {epochs} with form = {form}: the linear form needs it, the others do not")
         self.model = unwrapped(model)
-        self.parameters = trained_parameters(self.model)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not self.parameters:
             raise UserError("all parameters of the model are frozen (requires_grad = False): nothing to correct")
         self.epochs = epochs
         self.loss = loss
         self.skips_overflows = skips_overflows
         self.copy = deepcopy(self.model)  # θ̃; in training, batch norm uses the statistics of its batch
+        self.copied = [parameter for parameter in self.copy.parameters() if parameter.requires_grad]
         self.full: list[Tensor] = []  # g̃, one tensor per parameter; empty while nothing is corrected
         self.weight = Weight(options)
         # After and before the correction, summed over steps.
@@ -211,10 +212,9 @@ class GradientCorrection:
 
     def gradient(self, losses: Losses) -> list[Tensor]:
         """Return this rank's ∇ℓ_B(θ̃), one tensor per parameter: 0 for parameters that the forward pass does not use."""
-        parameters = trained_parameters(self.copy)
         total: list[Tensor] = []
         for loss in [losses] if isinstance(losses, Tensor) else losses:
-            gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            gradient = torch.autograd.grad(loss, self.copied, allow_unused=True, materialize_grads=True)
             total = list(torch._foreach_add(total, gradient)) if total else list(gradient)
         return total
 
@@ -289,11 +289,6 @@ class GradientCorrection:
         yield
         if not was_training:
             self.model.eval()
-
-
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def mean_over_ranks(tensors: list[Tensor]) -> list[Tensor]:

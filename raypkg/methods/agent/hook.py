@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -11,56 +10,82 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from raypkg.core.errors import UserError
+from raypkg.core.seeds import generator, seeded
+from raypkg.data.coreset import Coreset
+from raypkg.engine.batches import Batch, Batches, dtype_of
+from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Hook, Results, hook
+from raypkg.engine.loop import autocast, losses_of
 from raypkg.engine.run import Run
+from raypkg.engine.worker import memory_bound
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
 
 from . import plots
 from .control_variate import Switch, steps_of_look
-from .correction import GradientCorrection
+from .correction import GradientCorrection, mean_over_ranks
+from .draws import RepeatedDraws, draws_at_random
 from .settings import AgentOptions
-from .snapshot import CORRECTION, FULL_GRADIENT, Snapshot
 
+FULL_GRADIENT = "full gradient"  # the bill of g̃
+CORRECTION = "correction"  # the bill of ∇ℓ_B(θ̃)
 COLUMNS = ("step", "corrected", "c", "left", "line")  # left: share of the variance, NaN if unknown
 DEFAULTS = AgentOptions()
 
 
 class Correction(Hook):
-    """Drives a run's `GradientCorrection`: snapshots over the coming epoch's batches, and a switch.
+    """Drives a run's `GradientCorrection`: snapshots over the coming epoch's batches, bills, and a switch.
 
     It acts after hooks that use the raw gradient (RigL grows on it) and before those that zero pruned weights. Momentum
-    sees the corrected gradient; weight decay is not corrected.
+    sees the corrected gradient; weight decay is not corrected. ĉ comes from a pass over the epoch's batches at its end.
+    With the form "measured", nothing is corrected while a larger batch of the same cost would leave less variance.
 
-    ĉ comes from a pass over the epoch's batches at its end. With the form "measured", nothing is corrected while a
-    larger batch of the same cost would leave less variance.
+    If the model draws at random, as dropout does, a snapshot repeats the model's draws on a step's batch, and has draws
+    of its own for g̃: an unbiased estimate of its mean gradient over all draws. Otherwise g̃ is the mean of the gradients
+    that the steps need. If those of an epoch's corrected steps fit into ``settings.memory`` (4 bytes · parameters ·
+    steps), they are kept: a sample costs two gradients, not three.
 
-    Differs from the paper: g̃ is over the augmented batches of the coming epoch, unless another hook supplies those. A
-    snapshot repeats the dropout masks of each step, and g̃ has draws of its own: an unbiased estimate of the snapshot's
-    mean gradient over all draws.
+    Differs from the paper: g̃ is over the augmented batches of the coming epoch, unless another hook supplies those.
     """
 
     priority = 10
-    snapshot: Snapshot  # made at the start
-    agent: GradientCorrection  # of the snapshot
+    agent: GradientCorrection  # made at the start
 
     def __init__(self, settings: AgentOptions):
         self.settings = settings
         self.switch = Switch(settings.stays_on, settings.look_every_epochs)
+        self.taken = 0  # step of training at the snapshot
+        self.kept: dict[int, list[Tensor]] = {}  # step → this worker's part of ∇ℓ_B(θ̃)
+        self.draws: RepeatedDraws | None = None  # of a model that draws at random
         self.line = 0.0  # 1/q
         self.left: float | None = None  # share of the variance, at the latest judgement
         self.unread: list[tuple[int, bool, Tensor]] = []  # step, corrected, (c, left) on the device
         self.history: list[tuple[float, ...]] = []  # ``COLUMNS`` of every step that was corrected or looked at
-        self.closing = ExitStack()
 
     def on_start(self, run: Run) -> None:
         """Copy the model for the snapshot."""
-        self.snapshot = Snapshot(run, self.settings)
-        self.agent = self.snapshot.agent
-        if self.snapshot.draws:
-            self.closing.callback(self.snapshot.draws.handle.remove)
+
+        def frozen_loss(model: nn.Module, numbered: tuple[int, Batch]) -> Tensor:
+            """Return the loss of a batch for ĉ; both models have the same draws."""
+            number, batch = numbered
+            run.bill(FULL_GRADIENT).forward += len(batch.y)
+            with seeded(run.seed, "coefficient", run.step, number, run.worker.rank):
+                return torch.stack([*_parts(run, batch, model)]).sum()
+
+        settings = self.settings
+        epochs = run.settings.epochs if settings.form == "linear" else None
+        self.agent = GradientCorrection(
+            run.model, settings.form, gamma=settings.gamma, alpha=settings.alpha, epochs=epochs, loss=frozen_loss
+        )
+        if draws_at_random(self.agent.copy, run):
+            if run.settings.compile:
+                raise UserError(
+                    "agent does not go with train.compile = true for a model that draws at random, as dropout does"
+                )
+            self.draws = RepeatedDraws(run.model, run.worker.device)
 
     def on_epoch(self, run: Run) -> None:
         """Begin at a new snapshot, unless ``snapshot_every_steps`` is set."""
@@ -78,17 +103,17 @@ class Correction(Hook):
         if self.switch.on:
             due = run.step % self.settings.every_steps == 0
         else:
-            since = run.step - self.snapshot.step
-            due = self.switch.looks and since in steps_of_look(self.snapshot.interval(run))
+            due = self.switch.looks and run.step - self.taken in steps_of_look(self._interval(run))
         if due and self.agent.weight.acts:
             with run.cost.apart(run.bill(CORRECTION)):
                 gap = self.settings.every_steps if self.switch.on else 1
-                gradient = self.snapshot.gradient(run)
+                gradient = self._gradient_of_step(run)
                 found = self.agent.apply(gradient, step=run.step, gap=gap, corrects=self.switch.on)
                 self.unread.append((run.step, self.switch.on, torch.stack(found)))
 
     def _begin(self, run: Run) -> None:
         """Judge the variance left since the last snapshot, take a new one, and compute g̃ if steps are corrected."""
+        settings, weight = self.settings, self.agent.weight
         rate = run.optimizer.param_groups[0]["lr"]
         # Rank 0 decides for all workers: other processors may round differently.
         left = run.worker.first(self._left())
@@ -96,14 +121,85 @@ class Correction(Hook):
             self.left = left
             self.switch.judge(left, self.line, rate=rate, epoch=run.epoch)
         self.switch.begin(rate=rate, epoch=run.epoch)
-        if self.settings.snapshot_every_steps and run.step:
-            self.snapshot.estimate(run)
-        self.snapshot.take(run)
-        weight = self.agent.weight
+        if settings.snapshot_every_steps and run.step:
+            self._estimate(run)
+        self.agent.take(run.epoch / run.settings.epochs)
+        self.taken, self.kept = run.step, {}
         weight.load_state_dict(run.worker.first(weight.state_dict()), run.worker.device)
-        self.line = 1 / self.snapshot.gradients_per_step(run)
+
+        # A corrected step computes q gradients on average: its own, its part of g̃, and the snapshot's unless kept.
+        n = len(run.coreset)
+        samples = min(settings.samples or n, n)
+        keeps = samples == n and self._keeps(run)
+        for_full = samples / (self._interval(run) * n / run.settings.steps_per_epoch(n))
+        self.line = 1 / (1 + for_full + (0 if keeps else 1 / settings.every_steps))
         if self.switch.on and weight.acts:
-            self.snapshot.average(run)
+            self._average(run, samples, keeps)
+
+    def _average(self, run: Run, samples: int, keeps: bool) -> None:
+        """Compute g̃ over the training samples, or over some of them."""
+        coreset = run.coreset
+        if samples < len(coreset):
+            rng = generator(run.seed, "full gradient", run.step)
+            drawn = torch.randperm(len(coreset), generator=rng)[:samples]
+            coreset = Coreset(coreset.indices[drawn], coreset.weights[drawn])
+        batches = _batches(run, coreset)
+        steps = range(run.step, run.step + len(batches))
+        bill = run.bill(FULL_GRADIENT)
+
+        def parts() -> Iterator[tuple[list[Tensor], float]]:
+            for step, batch in zip(steps, batches.epoch(run.epoch), strict=True):
+                gradient = self._gradient(run, batch, bill)
+                if keeps and step % self.settings.every_steps == 0:
+                    self.kept[step] = gradient
+                yield gradient, batch.total / len(coreset)  # batches may differ by a sample
+
+        with seeded(run.seed, "full gradient", run.step, run.worker.rank):
+            self.agent.average(parts())
+        _bill_exchange(run, bill, self.agent.full)
+
+    def _gradient_of_step(self, run: Run) -> list[Tensor]:
+        """Return ∇ℓ_B(θ̃) of the present step, over all workers."""
+        bill = run.bill(CORRECTION)
+        gradient = self.kept.get(run.step)
+        if gradient is None:
+            # The snapshot's draws leave the global generators as they were.
+            with seeded(run.seed, "correction", run.step, run.worker.rank):
+                if self.draws:
+                    self.draws.repeat(run.batch.x)
+                gradient = self._gradient(run, run.batch, bill)
+        # DDP has averaged the model's gradient over the workers; that of the snapshot is still each worker's own.
+        _bill_exchange(run, bill, gradient)
+        return mean_over_ranks(gradient)
+
+    def _gradient(self, run: Run, batch: Batch, bill: Cost) -> list[Tensor]:
+        """Return this worker's part of ∇ℓ_B(θ̃)."""
+        bill.forward += len(batch.y)
+        bill.backward += len(batch.y)
+        return self.agent.gradient(_parts(run, batch, self.agent.copy))
+
+    def _estimate(self, run: Run) -> None:
+        """Update the published c by the losses of the epoch's batches, before another snapshot is taken."""
+        self.agent.estimate(enumerate(_batches(run, run.coreset).epoch(run.epoch)))
+
+    def _interval(self, run: Run) -> int:
+        """Return the steps from one snapshot to the next."""
+        return self.settings.snapshot_every_steps or run.settings.steps_per_epoch(len(run.coreset))
+
+    def _keeps(self, run: Run) -> bool:
+        """Return True if g̃'s gradients of the corrected steps are kept for these steps.
+
+        The steps must see the same batches, with the same draws, before the next snapshot, and memory must suffice.
+        """
+        if self.draws or self.settings.snapshot_every_steps or any(hook.supplies_batches for hook in run.hooks):
+            return False
+        corrected = -(-run.settings.steps_per_epoch(len(run.coreset)) // self.settings.every_steps)
+        size = corrected * sum(parameter.nbytes for parameter in self.agent.parameters)
+        device = run.worker.device
+        if self.settings.memory is None and device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            return size <= free // 4
+        return size <= memory_bound(self.settings.memory)
 
     def _left(self) -> float | None:
         """Return the share of the variance left over all steps, corrected or not; None if unknown."""
@@ -114,7 +210,7 @@ class Correction(Hook):
         """Estimate the published c, and read measurements from the device: a checkpoint follows."""
         if not self.settings.snapshot_every_steps:
             with run.bill(FULL_GRADIENT):
-                self.snapshot.estimate(run)
+                self._estimate(run)
         if self.unread:
             measured = torch.stack([values for _, _, values in self.unread]).tolist()
             for (step, corrected, _), (c, left) in zip(self.unread, measured, strict=True):
@@ -147,7 +243,8 @@ class Correction(Hook):
 
     def close(self) -> None:
         """Stop observing the model."""
-        self.closing.close()
+        if self.draws:
+            self.draws.handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Return weight, switch and measurements, and the snapshot if it outlives an epoch."""
@@ -160,7 +257,8 @@ class Correction(Hook):
             "history": torch.tensor(self.history, dtype=torch.float64).view(-1, len(COLUMNS)),
         }
         if self.settings.snapshot_every_steps:
-            state["snapshot"] = self.snapshot.state_dict()
+            copy = self.agent.copy.state_dict()
+            state["snapshot"] = {"model": copy, "step": self.taken, "full": list(self.agent.full)}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -173,7 +271,29 @@ class Correction(Hook):
         self.agent.variance = state["variance"].to(device)
         self.history = [tuple(row) for row in state["history"].tolist()]
         if self.settings.snapshot_every_steps:
-            self.snapshot.load_state_dict(state["snapshot"], device)
+            snapshot = state["snapshot"]
+            self.agent.copy.load_state_dict(snapshot["model"])
+            self.taken = snapshot["step"]
+            self.agent.full = [gradient.to(device) for gradient in snapshot["full"]]
+
+
+def _batches(run: Run, coreset: Coreset) -> Batches:
+    size, dtype = run.settings.batch_size, dtype_of(run.model)
+    return Batches(run.split, coreset, size, seed=run.seed, augment=run.augment, worker=run.worker, dtype=dtype)
+
+
+def _parts(run: Run, batch: Batch, model: nn.Module) -> Iterator[Tensor]:
+    """Yield the objective on a batch, by the parts of training; the mean over workers is the whole."""
+    for part in batch.parts(run.settings.micro_batch):
+        with autocast(run.settings.precision, part.x.device):
+            logits = model(part.x)
+        losses = losses_of(logits, part.y, run.settings.label_smoothing)
+        yield losses @ part.weights / part.total * run.worker.world
+
+
+def _bill_exchange(run: Run, bill: Cost, tensors: list[Tensor]) -> None:
+    if run.worker.world > 1:
+        bill.sent += sum(tensor.nbytes for tensor in tensors)
 
 
 @hook("agent", source="arXiv:2301.03573")
