@@ -56,13 +56,19 @@ def locate(root: str, run: str, having: str | None = None) -> RunFolder:
     for storage in candidates:
         if _is_run(storage):
             return RunFolder(storage)
-    if len(kinds) > 1:
-        raise UserError(f"there is a run {run!r} of {' and of '.join(kinds)}: give {kinds[0]}/{run}, or another")
     if kinds:
-        return RunFolder(runs / kinds[0] / run)
+        return RunFolder(_only([runs / kind / run for kind in kinds], run))
     everyone = [(kind, name) for kind in runs.list() for name in (runs / kind).list()]
     names = {name for kind, name in everyone if _is_run(runs / kind / name, having)}
     raise unknown(f"run in {root}", run, sorted(names))
+
+
+def _only(found: Sequence[Storage], run: str) -> Storage:
+    """Return the only folder that a run's name stands for; refuse a name in several experiments."""
+    if len(found) > 1:
+        kinds = [storage.parent.name for storage in found]
+        raise UserError(f"there is a run {run!r} of {' and of '.join(kinds)}: give {kinds[0]}/{run}, or another")
+    return found[0]
 
 
 def _is_run(storage: Storage, having: str | None = None) -> bool:
@@ -246,10 +252,7 @@ def to_delete(root: str, run: str) -> Storage:
     found = [storage for storage in found if storage.list() or storage.name.endswith(PART)]
     if not found:
         raise unknown(f"run in {runs.root}", run, {name for kind in runs.list() for name in (runs / kind).list()})
-    if len(found) > 1:
-        kinds = [storage.parent.name for storage in found]
-        raise UserError(f"there is a run {run!r} of {' and of '.join(kinds)}: give {kinds[0]}/{run}, or another")
-    storage = found[0]
+    storage = _only(found, run)
     # Any folder may contain a file called config.toml: ours has a digest in its first line.
     is_ours = ENVIRONMENT in storage.list() or (storage.read(CONFIG) or b"").startswith(SEAL.encode())
     if not (NAME.fullmatch(storage.name) and (is_ours or storage.name.endswith(PART))):

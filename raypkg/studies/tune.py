@@ -11,7 +11,7 @@ from typing import Any
 from raypkg.core.config import check_switches, load_settings, with_current_names
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry
-from raypkg.core.settings import APART, Experiment
+from raypkg.core.settings import APART
 from raypkg.experiments import training_settings_of
 from raypkg.experiments.resolve import check_code, check_file_of_code, check_names, resolve
 from raypkg.runs.folder import discard
@@ -20,7 +20,6 @@ from raypkg.runs.show import terminal
 from .driver import Driver, check_root
 from .show import conclude, show_study
 from .space import (
-    Space,
     base_of,
     check_counts,
     check_space,
@@ -33,7 +32,7 @@ from .space import (
     varied,
     without,
 )
-from .study import RECORD, SPACE, TO_THE_END, Order, Trial, Values, create_study, find_study
+from .study import RECORD, SPACE, TO_THE_END, Trial, Values, create_study, find_study
 
 CHANGEABLE = ("concurrent", "time_budget")  # options of a resumed sweep
 Asked = Mapping[str, Any]  # given options by their names in Order
@@ -53,22 +52,6 @@ def start_sweep(
     space = without(whole, values)
     check_switches({**dict.fromkeys(space.domains), **values})  # a disabled part stays disabled in every trial
     order = order_of(entry.name, asked, space)
-    trials = _checked_trials(order, settings, space)
-    order = order.model_copy(update={"samples": len(trials) or order.samples})
-    if name is None:
-        name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}"
-    study = create_study(root, name, order, settings, space.text, [Trial(settings=values) for values in trials])
-    try:
-        driver = Driver(study, settings, root, space.domains)
-    except BaseException:  # no cluster, or one too small
-        discard(study.storage)
-        raise
-    with study.storage.locked(f"sweep {name!r}"):
-        driver.run()
-
-
-def _checked_trials(order: Order, settings: Experiment, space: Space) -> list[Values]:
-    """Draw the trials that are known beforehand; refuse a space or a trial that a single run would refuse."""
 
     def check(values: Values) -> None:
         if order.search == "optuna":  # trials are yet unknown: each value is tried as one
@@ -83,7 +66,17 @@ def _checked_trials(order: Order, settings: Experiment, space: Space) -> list[Va
             check_trial(order.metric, settings, trial)
         except UserError as error:
             raise UserError(f"trial {number}: {error}") from None
-    return trials
+    order = order.model_copy(update={"samples": len(trials) or order.samples})
+    if name is None:
+        name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}"
+    study = create_study(root, name, order, settings, space.text, [Trial(settings=values) for values in trials])
+    try:
+        driver = Driver(study, settings, root, space.domains)
+    except BaseException:  # no cluster, or one too small
+        discard(study.storage)
+        raise
+    with study.storage.locked(f"sweep {name!r}"):
+        driver.run()
 
 
 def resume_sweep(entry: Entry, asked: Asked, name: str, values: Mapping[str, Any], root: str) -> None:
