@@ -173,10 +173,10 @@ def test_saved_and_loaded_equals_never_saved(tmp_path, kept):
 
 def test_a_temporary_folder_ends_with_the_object():
     model = small().fit(X, Y)
-    folder = model._place.folder
+    folder = model._run.storage.root
     model.fit(X, Y)
     assert not os.path.exists(folder)
-    folder = model._place.folder
+    folder = model._run.storage.root
     assert os.path.exists(folder)
     del model
     assert not os.path.exists(folder)
@@ -195,9 +195,9 @@ def test_folders_that_are_no_place_for_a_record_are_refused(tmp_path):
         model.delete([2])
     same(model, other)  # the state on the disk
     same(model.delete([2]), small().fit(X, Y).delete([1]).delete([2]))
-    content = (tmp_path / "a/estimator.json").read_text()
-    (tmp_path / "a/estimator.json").write_text(content.replace("0.0001", "0.0002"))
-    with pytest.raises(UserError, match=r"estimator\.json is missing or corrupt"):
+    content = (tmp_path / "a/config.toml").read_text()
+    (tmp_path / "a/config.toml").write_text(content.replace("0.0001", "0.0002"))
+    with pytest.raises(UserError, match=r"config\.toml' has been changed or cut short"):
         DeltaGrad.load(tmp_path / "a")
 
 

@@ -108,8 +108,8 @@ class Split:
         Raises:
             UserError: wrong type, shape or dtype; no samples; values beyond float32; invalid labels or class names.
         """
-        samples = _as_array(x, "x")
-        labels = _as_array(y, "y")
+        samples = as_array(x, "x")
+        labels = as_array(y, "y")
         are_images = samples.ndim == 4 and samples.dtype == np.uint8
         are_rows = samples.ndim == 2 and samples.dtype.kind == "f"
         if not (are_images or are_rows):
@@ -261,7 +261,7 @@ def repeated(names: Iterable[str]) -> str | None:
     return next((name for name, times in counts.items() if times > 1), None)
 
 
-def _as_array(values: Any, name: str) -> np.ndarray:
+def as_array(values: Any, name: str) -> np.ndarray:
     """Convert a tensor or an array to an array, without a copy where possible."""
     if isinstance(values, np.ndarray):
         return np.asarray(values)  # drops a subclass, such as a masked array

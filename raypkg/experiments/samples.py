@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from raypkg.data import Data
     from raypkg.data.coreset import Coreset
+    from raypkg.data.split import Split
     from raypkg.engine.worker import Worker
     from raypkg.models.classifier import Classifier
 
@@ -32,6 +33,15 @@ class Samples(NamedTuple):
     data: Data
     train_indices: Tensor  # int64 [n], ascending
     held_out: Tensor  # int64 [v], ascending
+
+    @classmethod
+    def all_of(cls, split: Split) -> Samples:
+        """Return a split of a script as training samples and test samples, none held out."""
+        import torch
+
+        from raypkg.data import Data
+
+        return cls(Data(split, split), torch.arange(len(split)), torch.arange(0))
 
     def digest(self, dataset: Dataset) -> str:
         """Return a digest of sizes, classes, a few rows of each split, and the choice of ``dataset.only``.

@@ -26,7 +26,7 @@ from .history import History, HistoryWriter, check_room, history_folder
 from .journal import Change, Entry
 from .objective import Objective
 from .replay import ChangedStep, Periodic, Tolerant, replay, retrain
-from .run import Membership, Recorded, joined
+from .run import Membership, RecordedRun, joined
 from .settings import RequestSettings
 
 if TYPE_CHECKING:
@@ -36,7 +36,12 @@ FEW = 2048  # samples that are computed here faster than on actors
 Follow = Callable[[Iterable[Any], int], Iterable[Any]]  # shows the progress of a number of steps
 
 
-def answer(run: Recorded, change: Change, settings: RequestSettings, follow: Follow) -> Entry:
+def silently(steps: Iterable[Any], total: int) -> Iterable[Any]:
+    """Show no progress."""
+    return steps
+
+
+def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: Follow = silently) -> Entry:
     """Replay the training with changed samples, make the result durable and return its entry in the journal.
 
     A failure before `Journal.commit`, such as a full disk, a corrupt record or a replay that diverges, changes nothing.
@@ -189,7 +194,7 @@ class Verdict(NamedTuple):
     samples: int  # gradients computed by retraining
 
 
-def verify(run: Recorded, cluster: Cluster, follow: Follow) -> Verdict:
+def verify(run: RecordedRun, cluster: Cluster, follow: Follow = silently) -> Verdict:
     """Retrain with the samples in use, from the same weights in the same order, and compare."""
     history = run.history()
     membership = run.membership

@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import sys
+import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -14,31 +16,30 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from raypkg.core.config import validate
 from raypkg.core.errors import UserError, unknown
-from raypkg.data import Data
 from raypkg.data.opening import normalisation
-from raypkg.data.split import Split
+from raypkg.data.split import Split, as_array
 from raypkg.engine.loop import fit as train
 from raypkg.engine.run import Run
-from raypkg.experiments.samples import new_model
-from raypkg.runs.folder import RunFolder
+from raypkg.experiments.samples import Samples, new_model
+from raypkg.runs.checkpoints import load_tensors, save_tensors
+from raypkg.runs.folder import CONFIG, MODEL, RunFolder
 from raypkg.runs.storage import PART, Storage
 
 from .answer import answer, verify
-from .folder import Place, complete, exclusively, new_history, open_record
-from .history import Layout
+from .history import HistoryWriter, Layout, check_room, history_folder
 from .hook import Historian
-from .journal import Change, Journal
+from .journal import LOG, Change
 from .objective import to_vector
 from .requests import Request, change_of
-from .run import Recorded
+from .run import BATCHES, RecordedRun, begin_journal, open_recorded
 from .settings import DeltaGradSettings, Holders, RequestSettings
 
+LEFT_BEHIND = {"versions", "added", MODEL, CONFIG, BATCHES}  # by a training that was killed
 PARTS = {  # the constructor's arguments among the settings of `effray deltagrad train`
     "dataset": ("scale",),
     "train": ("epochs", "batch_size", "lr", "weight_decay", "schedule", "milestones", "lr_drop"),
@@ -149,15 +150,19 @@ class DeltaGrad:
         split = Split.from_tensors(x, codes, [str(code) for code in range(len(classes))])
         mean, std = normalisation(split, settings.dataset.scale)
         split = replace(split, mean=mean, std=std)
-        model = new_model(settings, Data(split, split))
-        place = Place(self.history)
-        steps = settings.train.epochs * settings.train.steps_per_epoch(len(split))
-        with closing(new_history(place, Layout.of(model, settings.history.dtype), steps)) as writer:
+        samples = Samples.all_of(split)
+        model = new_model(settings, samples.data)
+        folder = new_folder(self.history)
+        place = history_folder(folder.storage, 0)
+        layout = Layout.of(model, settings.history.dtype)
+        check_room(place, layout, settings.train.epochs * settings.train.steps_per_epoch(len(split)))
+        with closing(HistoryWriter(place, layout)) as writer:
             hooks = [Historian(writer)]
             train(Run.simple(model, split, settings.train, hooks=hooks, seed=settings.seed, augment=()))
             sealed = writer.seal(to_vector(model.parameters()))
-        complete(place, settings, split, classes, model.state_dict(), sealed)
-        return self._open(place)
+        save_tensors(folder.storage, MODEL, model.state_dict())
+        begin_journal(folder, settings, samples, sealed, classes)
+        return self._open(folder)
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable label of each sample, [n]."""
@@ -167,13 +172,12 @@ class DeltaGrad:
     @property
     def coef_(self) -> np.ndarray:
         """W, of the scaled samples, float64 [C, D]."""
-        w = self._fitted().weights()
-        return w[: -len(self.classes_)].view(len(self.classes_), -1).numpy()
+        return load_tensors(self._fitted().storage, MODEL)["head.weight"].numpy()
 
     @property
     def intercept_(self) -> np.ndarray:
         """b, float64 [C]."""
-        return self._fitted().weights()[-len(self.classes_) :].numpy()
+        return load_tensors(self._fitted().storage, MODEL)["head.bias"].numpy()
 
     @_value_errors()
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -199,7 +203,7 @@ class DeltaGrad:
             ids: integers, [m]; each in use, none twice. A sample of every class must stay.
         """
         run = self._fitted()
-        numbers = np.atleast_1d(_array(ids))
+        numbers = np.atleast_1d(_array(ids, "ids"))
         if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers):
             raise UserError(f"ids are {numbers.dtype} {list(numbers.shape)}, needed are integers [m], at least one")
         self._answer(run, change_of(run, [Request("delete", numbers.tolist())]))
@@ -236,7 +240,7 @@ class DeltaGrad:
     def verify(self) -> float:
         """Return the distance ‖w − w_retrained‖ from the weights of training from scratch with the samples in use."""
         run = self._fitted()
-        return verify(run, _here(), lambda steps, total: steps).distance
+        return verify(run, _here()).distance
 
     # Folders
 
@@ -250,7 +254,7 @@ class DeltaGrad:
             raise UserError(f"{str(folder)!r} exists: save to a new folder")
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         try:
-            with exclusively(run):
+            with run.exclusively():
                 shutil.copytree(run.storage.root, unfinished)
             unfinished.rename(place)
         except OSError as error:
@@ -263,23 +267,30 @@ class DeltaGrad:
 
         A folder whose process was killed while it changed has the old or the new state.
         """
-        model = cls(history=folder)._open(Place(folder))
+        model = cls(history=folder)._open(RunFolder(Storage(str(folder))))
         settings = model._run.settings
         values = {name: getattr(getattr(settings, part), name) for part, names in PARTS.items() for name in names}
         return model.set_params(seed=settings.seed, **values)
 
-    def _open(self, place: Place) -> Self:
+    def _open(self, folder: RunFolder) -> Self:
         """Take the state that a folder holds."""
-        self._run, self.classes_ = open_record(place)
-        self._place = place
-        self.n_features_in_ = math.prod(self._run.samples.data.train.shape)
+        root = folder.storage.root
+        if not folder.storage.read(LOG):
+            raise UserError(f"{root}/{LOG} is missing: the record was never completed, or its log is lost")
+        with open_recorded(folder) as run:
+            first = run.journal.entries[0]
+        if "labels" not in first:
+            raise UserError(f"{root} is a run of `effray deltagrad train`: use its commands")
+        self._run = run
+        self.classes_ = np.array(first["labels"], np.dtype(first["dtype"]))
+        self.n_features_in_ = math.prod(run.samples.data.train.shape)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the arguments, and all files: a copy has a temporary folder of its own."""
         state = vars(self).copy()
-        if state.pop("_run", None):
-            root = Path(state.pop("_place").folder)
+        if run := state.pop("_run", None):
+            root = Path(run.storage.root)
             state["_files"] = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*")}
         return state
 
@@ -287,14 +298,14 @@ class DeltaGrad:
         files = state.pop("_files", None)
         vars(self).update(state)
         if files:
-            place = Place(None)
+            folder = new_folder(None)
             for name, content in files.items():
-                Storage(place.folder).write(name, content)
-            self._open(place)
+                folder.storage.write(name, content)
+            self._open(folder)
 
     # Requests
 
-    def _fitted(self) -> Recorded:
+    def _fitted(self) -> RecordedRun:
         if hasattr(self, "_run"):
             return self._run
         theirs = sys.modules.get("sklearn.exceptions")
@@ -309,15 +320,14 @@ class DeltaGrad:
             raise UserError(f"X has {given} features, but DeltaGrad is expecting {needed} features as input")
         return replace(Split.from_tensors(x, codes, like.classes), mean=like.mean, std=like.std)
 
-    def _answer(self, run: Recorded, change: Change) -> None:
+    def _answer(self, run: RecordedRun, change: Change) -> None:
         settings = RequestSettings(replay=self._settings().replay, cluster=_here())
         try:
-            with exclusively(run):
-                answer(run, change, settings, lambda steps, total: steps)
+            with run.exclusively():
+                answer(run, change, settings)
         except BaseException:  # also Ctrl-C
-            with suppress(UserError):  # the state is the one on the disk, old or new
-                folder = RunFolder(run.storage)
-                self._run = Recorded(folder, Journal(folder), run.settings, run.samples, run.batches)
+            with suppress(UserError):
+                self._open(run.folder)  # the old state or the new one
             raise
 
     # Parameters, in scikit-learn's manner
@@ -346,6 +356,19 @@ class DeltaGrad:
         return Tags("classifier", TargetTags(required=True), None, ClassifierTags(), None, input_tags=InputTags())
 
 
+def new_folder(history: str | os.PathLike[str] | None) -> RunFolder:
+    """Create the folder of a record, or a temporary one that is deleted with the result; refuse a used folder."""
+    storage = Storage(tempfile.mkdtemp(prefix="deltagrad-") if history is None else str(history))
+    if set(storage.list()) - LEFT_BEHIND:
+        raise UserError(f"{storage.root!r} holds a record or other files: load it, or choose a new folder")
+    if storage.local:  # others are refused by `history_folder`
+        storage.claim()
+    folder = RunFolder(storage)
+    if history is None:
+        weakref.finalize(folder, shutil.rmtree, storage.root, ignore_errors=True)
+    return folder
+
+
 def _here() -> Holders:
     return Holders(cpus_per_worker=torch.get_num_threads())
 
@@ -353,22 +376,16 @@ def _here() -> Holders:
 # Data
 
 
-def _array(values: Any) -> np.ndarray:
-    """Return an array of NumPy, PyTorch or Arrow as one of NumPy; a table's columns become those of a matrix."""
-    if isinstance(values, pa.RecordBatch | pa.Table):
-        return np.column_stack([_array(column) for column in values.columns])
-    if isinstance(values, pa.Array):
-        return values.to_numpy(zero_copy_only=False)
-    if isinstance(values, pa.ChunkedArray):
-        return values.to_numpy()
-    return values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
+def _array(values: Any, name: str) -> np.ndarray:
+    """Return numbers of NumPy, PyTorch, Arrow or Python as an array; a table's columns become those of a matrix."""
+    return as_array(values if isinstance(values, Tensor) else np.asarray(values), name)
 
 
 def _numbers(X: Any) -> np.ndarray:
     """Return samples as floats [n, D] or uint8 [n, C, H, W]."""
     if hasattr(X, "toarray"):
         raise UserError(f"X is sparse ({type(X).__name__}): DeltaGrad takes dense samples, X.toarray()")
-    x = _array(X)
+    x = _array(X, "X")
     if x.dtype.kind == "c":
         raise UserError(f"X is {x.dtype}. Complex data not supported")
     if x.dtype == np.uint8 and x.ndim == 4:
@@ -385,7 +402,7 @@ def _labels(y: Any, n: int) -> np.ndarray:
     """Return labels [n]; continuous ones are refused."""
     if y is None:
         raise UserError("DeltaGrad requires y to be passed, but the target y is None")
-    labels = _array(y)
+    labels = _array(y, "y")
     if labels.shape == (n, 1):
         labels = labels[:, 0]
     if labels.shape != (n,):

@@ -86,8 +86,8 @@ def _measured(folder: RunFolder, *, share: float = 0.0, requests: int = 1) -> di
             if run.active[positions].all():
                 ids = [id_at(run.split, position) for position in positions]
                 change = change_of(run, [Request("delete", ids)])
-                answer(run, change, settings, lambda steps, total: steps)
-        verdict = verify(run, settings.cluster, lambda steps, total: steps)
+                answer(run, change, settings)
+        verdict = verify(run, settings.cluster)
         answers = [entry for entry in run.journal.entries if entry["kind"] == "change"]
 
     seconds = sum(entry["seconds"] for entry in answers)

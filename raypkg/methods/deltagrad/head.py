@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import weakref
 from dataclasses import replace
@@ -13,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
+from raypkg.data.opening import normalisation
 from raypkg.data.split import Split
-from raypkg.runs.storage import Storage
+from raypkg.experiments.samples import Samples
+from raypkg.runs.checkpoints import save_tensors
+from raypkg.runs.folder import MODEL
 
-from .estimator import DeltaGrad
-from .folder import Place, complete, new_history
-from .history import History, Layout, history_folder
+from .estimator import DeltaGrad, new_folder
+from .history import History, HistoryWriter, Layout, history_folder
 from .objective import Objective, to_vector
+from .run import begin_journal
 
 CLOSE = 1e-3  # relative distance of a recorded gradient, possibly of float32, from the computed one
 
 
-def record(
-    head: nn.Linear, optimizer: torch.optim.Optimizer, history: str | os.PathLike[str] | None = None
-) -> HeadRecord:
+class HeadRecord:
     """Record every step of a linear head's training in a loop of one's own (DeltaGrad, arXiv:2006.14755).
 
     The recorder attaches to the optimizer by PyTorch's step hooks. The loop names the samples of each step by
@@ -54,13 +54,10 @@ def record(
     >>> model.verify() < 0.1
     True
     """
-    return HeadRecord(head, optimizer, history)
 
-
-class HeadRecord:
-    """Weights, gradients and samples of every step of a linear head; see `record`."""
-
-    def __init__(self, head: nn.Linear, optimizer: torch.optim.Optimizer, history: str | os.PathLike[str] | None):
+    def __init__(
+        self, head: nn.Linear, optimizer: torch.optim.Optimizer, history: str | os.PathLike[str] | None = None
+    ):
         group, *others = optimizer.param_groups
         parameters = [id(parameter) for parameter in group["params"]]
         if others or not isinstance(head, nn.Linear) or parameters != [id(head.weight), id(head.bias)]:
@@ -73,9 +70,8 @@ class HeadRecord:
         self.batches: list[Tensor] = []  # ids of each step, int64
         self._coming: list[Tensor] = []  # ids of the coming step
         self._history = history
-        self._place = Place(history)
-        self._layout = Layout.of(head, "float64")
-        self._writer = new_history(self._place, self._layout, 0)
+        self._folder = new_folder(history)
+        self._writer = HistoryWriter(history_folder(self._folder.storage, 0), Layout.of(head, "float64"))
         weakref.finalize(self, self._writer.close)  # of a loop that never finishes
         self._writer.start()
         self._hook = optimizer.register_step_pre_hook(self._on_step)
@@ -110,22 +106,25 @@ class HeadRecord:
             raise UserError("no step was recorded")
         classes = np.arange(self.head.out_features)
         split = Split.from_tensors(X, y, [str(number) for number in classes])
-        count = math.prod(split.shape)
-        split = replace(split, mean=(0.0,) * count, std=(1.0,) * count)
+        mean, std = normalisation(split, "none")
+        split = replace(split, mean=mean, std=std)
         model = DeltaGrad(weight_decay=self.decay, scale="none", history=self._history, **replay)
         settings = model._settings()
-        w = to_vector(self.head.parameters()).double()
+        storage = self._folder.storage
         self._hook.remove()
-        sealed = self._writer.seal(w)
+        sealed = self._writer.seal(to_vector(self.head.parameters()).double())
 
         # The first and the last step show whether rows, labels and loss are those of the loop.
         objective = Objective.of(settings.model, split)
-        history = History(history_folder(Storage(self._place.folder), 0), self._layout, sealed)
+        history = History(history_folder(storage, 0), self._writer.layout, sealed)
         for number in (0, len(history) - 1):
             step, ids = history[number], self.batches[number]
             expected = objective.gradient_sum(split, step.w, ids) / len(ids)
             if (step.gradient - expected).norm() > CLOSE * expected.norm():
                 raise UserError(f"the gradient of step {number} is not that of the mean cross-entropy of its samples")
-        state = {f"head.{name}": value.double() for name, value in self.head.state_dict().items()}
-        complete(self._place, settings, split, classes, state, sealed, self.batches)
-        return model._open(self._place)
+        save_tensors(storage, MODEL, {f"head.{name}": w.double() for name, w in self.head.state_dict().items()})
+        begin_journal(self._folder, settings, Samples.all_of(split), sealed, classes, self.batches)
+        return model._open(self._folder)
+
+
+record = HeadRecord

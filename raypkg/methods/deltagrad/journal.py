@@ -163,11 +163,15 @@ class Journal:
 
     def changed_ids(self, entry: Entry) -> tuple[Tensor, Tensor]:
         """Return the ids that an entry changed, int64 [m], and whether they are in use since, bool [m]."""
-        name = CHANGE_FILE.format(entry["number"])
-        self._check(name, entry["changes"])
+        table = self.table(CHANGE_FILE.format(entry["number"]), entry["changes"])
+        return torch.tensor(table["id"].to_numpy()), torch.tensor(table["in_use"].to_numpy())
+
+    def table(self, name: str, digest: str) -> pa.Table:
+        """Read a table that an entry describes."""
+        self._check(name, digest)
         table = self._storage.read_table(name)
         assert table is not None
-        return torch.tensor(table["id"].to_numpy()), torch.tensor(table["in_use"].to_numpy())
+        return table
 
     def added_rows(self, entry: Entry) -> Split:
         """Open the samples that an entry added."""

@@ -22,7 +22,7 @@ from raypkg.data.sources import dataset
 from raypkg.data.split import Split, aligned
 
 from .journal import Change, digest
-from .run import Recorded, joined
+from .run import RecordedRun, joined
 
 KINDS = ("delete", "delete_where", "restore", "add")
 LIST = re.compile(r"[0-9]+(,[0-9]+)*")  # \d would match the digits of every script
@@ -151,7 +151,7 @@ def _request(line: str, where: str) -> Request:
     return Request(kind, value, str(key))
 
 
-def unanswered(run: Recorded, requests: Iterable[Request]) -> list[Request]:
+def unanswered(run: RecordedRun, requests: Iterable[Request]) -> list[Request]:
     """Return the requests of a queue that are not in the journal yet; an id can be answered once."""
     answered = {
         request["id"]: request["digest"] for entry in run.journal.entries for request in entry.get("requests", ())
@@ -217,7 +217,7 @@ def matching(split: Split, condition: str) -> np.ndarray:
 # Changes
 
 
-def change_of(run: Recorded, requests: Sequence[Request]) -> Change:
+def change_of(run: RecordedRun, requests: Sequence[Request]) -> Change:
     """Return the change that several requests amount to, each checked against the result of those before it."""
     split = run.split
     added: list[Split] = []
@@ -258,7 +258,7 @@ def change_of(run: Recorded, requests: Sequence[Request]) -> Change:
     )
 
 
-def _chosen(run: Recorded, split: Split, request: Request, changeable: Tensor, otherwise: str) -> Tensor:
+def _chosen(run: RecordedRun, split: Split, request: Request, changeable: Tensor, otherwise: str) -> Tensor:
     """Return the positions that a request for ids changes.
 
     Of the positions of each id at least one must be changeable, bool [n]; ``otherwise`` is the reason of the error.
@@ -301,7 +301,7 @@ def _positions(mask: Tensor) -> Tensor:
     return mask.nonzero()[:, 0]
 
 
-def _new_samples(run: Recorded, name: str) -> Split:
+def _new_samples(run: RecordedRun, name: str) -> Split:
     """Read new samples with the options that the run's own were read with."""
     source = dataset[name]
     place = argument(name) if source.name in dataset else ""  # the user's own function has no such part

@@ -21,32 +21,55 @@ from raypkg.engine.batches import shuffled
 from raypkg.experiments.resolve import stored_settings
 from raypkg.experiments.samples import Samples, new_model, open_samples
 from raypkg.runs.checkpoints import load_tensors
-from raypkg.runs.folder import CONFIG, MODEL, RunFolder
+from raypkg.runs.folder import CONFIG, MODEL, RunFolder, write_settings
 
 from .history import History, Layout, history_folder
-from .journal import LOG, Change, Entry, Journal, digest
+from .journal import LOG, ROWS_FILE, Change, Entry, Journal, digest
 from .objective import Objective, assign, to_vector
 from .settings import REPLAYED, DeltaGradSettings
 
 ROWS = "rows.parquet"  # digests of the training split's rows, and its standardisation
+BATCHES = "batches.parquet"  # ids of each step, if another loop than effray's chose them
 FACTS = ("mean", "std", "shape", "classes")  # metadata of the digests
 BLOCK = 1 << 14  # rows read at once
 # Settings that may change after training. Those of training have a single value, or did not affect the recorded steps.
 FREE: dict[str, Any] = {"cluster": True, "track": True, "replay": True, "train": {*REPLAYED, "from_", "micro_batch"}}
 
 
-def begin_journal(folder: RunFolder, settings: DeltaGradSettings, samples: Samples, history: str) -> None:
-    """Write the first entry of a trained run, with the digest of its history, unless it is there."""
+def begin_journal(
+    folder: RunFolder,
+    settings: DeltaGradSettings,
+    samples: Samples,
+    history: str,
+    labels: np.ndarray | None = None,
+    batches: Sequence[Tensor] = (),
+) -> None:
+    """Write the first entry of a trained run, with the digest of its history, unless it is there.
+
+    A script's run also holds its settings and samples, their ``labels`` by class, and the ``batches`` of another loop.
+    """
     journal = Journal(folder)
     if journal.entries:
         return
+    storage = folder.storage
     split = samples.data.train
-    facts = {name: getattr(split, name) for name in FACTS}
-    table = pa.table({"digest": row_digests(split)})
-    folder.storage.write_table(ROWS, table.replace_schema_metadata({"effray": json.dumps(facts)}))
-    digests = {"rows": folder.storage.digest(ROWS), "model": folder.storage.digest(MODEL), "history": history}
+    facts: dict[str, Any] = {name: getattr(split, name) for name in FACTS}
+    rows = ROWS
+    if labels is None:
+        table = pa.table({"digest": row_digests(split)})
+        storage.write_table(ROWS, table.replace_schema_metadata({"effray": json.dumps(facts)}))
+        facts = {}
+    else:
+        rows = ROWS_FILE.format(0)
+        journal.write_rows(0, split)
+        write_settings(storage, settings)
+        facts |= {"labels": labels.tolist(), "dtype": labels.dtype.str}
+        if batches:
+            storage.write_table(BATCHES, pa.table({"ids": [batch.numpy() for batch in batches]}))
+            facts["batches"] = storage.digest(BATCHES)
+    digests = {"rows": storage.digest(rows), "model": storage.digest(MODEL), "history": history}
     count = len(samples.train_indices)
-    journal.append({"kind": "train", "samples": count, "settings": settings_digest(settings), **digests})
+    journal.append({"kind": "train", "samples": count, "settings": settings_digest(settings), **digests, **facts})
 
 
 @contextmanager
@@ -69,36 +92,65 @@ def open_recorded(folder: RunFolder) -> Iterator["RecordedRun"]:
             raise
 
 
-class Recorded:
+class RecordedRun:
     """A recorded training in a local folder, with everything that was deleted from and added to it since.
 
     Inside, an id is a position in the training split; added samples are numbered on from its end, in the order of their
-    requests. If the split has ids of its own, users give and see those. The journal's last entry describes the training
-    as it is; files that it does not name are ignored. ``batches`` are those of the recorded steps, int64 ids each, if
-    another loop than effray's has chosen them.
+    requests. If the split has ids of its own, users give and see those. The journal's last entry describes the run;
+    files that it does not name are ignored. A damaged log, and a model or data set that is not that of the log, are
+    refused.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        journal: Journal,
-        settings: DeltaGradSettings,
-        samples: Samples,
-        batches: Sequence[Tensor] = (),
-    ):
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
         self.storage = folder.storage
-        self.journal = journal
-        self.settings = settings
-        self.samples = samples
-        self.batches = batches
+        self.journal = journal = Journal(folder)
+        first, *changes = journal.entries
+        of_a_script = "labels" in first
+        if not changes and not of_a_script:
+            _check_finished(folder)
+        where = f"{folder.storage.root}/{CONFIG}"
+        values = stored_settings(folder)
+        try:
+            self.settings = load_settings(DeltaGradSettings, values)
+        except UserError as error:
+            raise UserError(f"{where} is damaged: {error}") from None
+        if settings_digest(self.settings) != first["settings"]:
+            raise UserError(f"{where} is not that of the recorded training: it or {LOG} was changed")
+
+        self.batches: Sequence[Tensor] = ()  # ids of the recorded steps, int64, if another loop chose them
+        if of_a_script:
+            train = replace(journal.added_rows(first), mean=tuple(first["mean"]), std=tuple(first["std"]))
+            self.samples = Samples.all_of(train)
+            if "batches" in first:
+                batches = journal.table(BATCHES, first["batches"])["ids"]
+                self.batches = [torch.tensor(ids.values.to_numpy()) for ids in batches]
+        else:
+            rows = journal.table(ROWS, first["rows"])
+            self.samples = _standardised_as_trained(rows, open_samples(self.settings, verify=False))
+            train = self.samples.data.train
         journal.settle()
 
-        train = samples.data.train
         self._groups = [train]  # the training split, and each group of samples that was added
         self.active = torch.zeros(len(train), dtype=torch.bool)  # [ids], True for samples in use
-        self.active[samples.train_indices] = True
-        for entry in journal.entries[1:]:
+        self.active[self.samples.train_indices] = True
+        for entry in changes:
             self._apply(entry)
+
+        if not of_a_script:  # deleted rows of the data set may have been blanked since
+            changed = torch.from_numpy(row_digests(train) != rows["digest"].to_numpy())
+            changed_in_use = (changed & self.active[: len(train)]).nonzero()
+            if len(changed_in_use):
+                number = int(changed_in_use[0])
+                raise UserError(f"sample {number} of the data set is not what it was in the recorded training")
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Keep other processes away; refuse a run that one of them has changed since it was opened."""
+        with self.storage.locked(f"run {self.folder.name!r}"):
+            if self.journal.stored() != len(self.journal.entries):
+                raise UserError(f"the record in {self.storage.root!r} was changed by another process: load it again")
+            yield
 
     @property
     def split(self) -> Split:
@@ -144,43 +196,6 @@ class Recorded:
             self._groups.append(self.journal.added_rows(entry))
             self.active = torch.cat([self.active, torch.ones(entry["new"], dtype=torch.bool)])
         self.active[ids] = in_use
-
-
-class RecordedRun(Recorded):
-    """A recorded run of `effray deltagrad train`.
-
-    A damaged log, and a model or data set that is not that of the log, are refused.
-    """
-
-    def __init__(self, folder: RunFolder):
-        journal = Journal(folder)
-        first, *changes = journal.entries
-        if not changes:
-            _check_finished(folder)
-        where = f"{folder.storage.root}/{CONFIG}"
-        values = stored_settings(folder)
-        try:
-            settings = load_settings(DeltaGradSettings, values)
-        except UserError as error:
-            raise UserError(f"{where} is damaged: {error}") from None
-        if settings_digest(settings) != first["settings"]:
-            raise UserError(f"{where} is not that of the recorded training: it or {LOG} was changed")
-
-        if folder.storage.digest(ROWS) != first["rows"]:
-            raise UserError(f"{folder.storage.root}/{ROWS} is missing or corrupt: its digest is not that of the log")
-        rows = folder.storage.read_table(ROWS)
-        assert rows is not None
-        samples = _standardised_as_trained(rows, open_samples(settings, verify=False))
-        super().__init__(folder, journal, settings, samples)
-
-        # Deleted rows may have been blanked since.
-        train = samples.data.train
-        changed = torch.from_numpy(row_digests(train) != rows["digest"].to_numpy())
-        changed_in_use = (changed & self.active[: len(train)]).nonzero()
-        if len(changed_in_use):
-            raise UserError(
-                f"sample {int(changed_in_use[0])} of the data set is not what it was in the recorded training"
-            )
 
 
 def _check_finished(folder: RunFolder) -> None:

@@ -16,7 +16,6 @@ from raypkg.core.config import validate
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
 from raypkg.coresets.loader import as_dataset, load_batches
-from raypkg.data import Data
 from raypkg.data.split import Split
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples
@@ -91,8 +90,7 @@ def pretrain(
 
 def pretrain_given(worker: Worker, settings: LiptSettings, model: nn.Module, split: Split) -> bytes:
     """Pre-train a model on all workers; return the merged one's state as safetensors."""
-    samples = Samples(Data(split, split), torch.arange(len(split)), held_out=torch.arange(0))
-    merged = train_and_merge(Context(settings, None, samples, worker, given=model)).model
+    merged = train_and_merge(Context(settings, None, Samples.all_of(split), worker, given=model)).model
     # Copies, because safetensors refuses weights that share memory, such as tied ones.
     state = {
         name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in merged.state_dict().items()
