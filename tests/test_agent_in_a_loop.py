@@ -1,6 +1,7 @@
 """GradientCorrection in a loop of one's own, alone, with SparseTraining and with CoresetLoader."""
 
 import io
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -205,7 +206,7 @@ def test_weights_grow_on_the_raw_gradient():
         loop.train(last)
         assert loop.masks_are("raw")
         grown_on_corrected.append(loop.masks_are("corrected"))
-    assert not all(grown_on_corrected) and loop.agent.c > 0
+    assert not all(grown_on_corrected) and loop.agent.c
     assert not any(hasattr(weight, "raw_grad") for weight in loop.training.weights.values())
 
 
@@ -352,3 +353,75 @@ def test_gradients_that_are_not_finite_are_refused_before_anything_changes():
     model.head.weight.data[0, 0] = torch.nan
     with pytest.raises(UserError, match="snapshot 1: the full gradient is not finite"):
         agent.snapshot(stream(1))
+
+
+def test_a_loss_of_the_trained_model_is_refused():
+    model, data = network(), stream(0)
+    agent = GradientCorrection(model, "measured")
+    agent.snapshot(data)
+    for mistake in (lambda _: weighted_loss(model, data[0]), lambda _: []):
+        with pytest.raises(UserError, match=r"does not depend on the snapshot|returned no loss"):
+            agent.correct(mistake)
+    assert agent.step == 0
+    with pytest.raises(UserError, match="no batches"):
+        GradientCorrection(model, "measured").snapshot([])
+
+
+@pytest.mark.parametrize("failing", [3, 16, 20])  # in the estimate of c, then in the full gradient
+def test_a_snapshot_that_failed_can_be_taken_again(failing):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)).eval()
+    data = [(torch.randn(8, 64), torch.arange(8)) for _ in range(8)]
+    agents = [GradientCorrection(model) for _ in range(2)]
+    for agent in agents:
+        agent.snapshot(data)
+    with torch.no_grad():
+        model[1].weight.add_(0.1)
+        model[2].running_mean.add_(1.0)
+    before = deepcopy(model.state_dict())
+    calls = 0
+
+    def fails(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise ValueError("boom")
+        return weighted_loss(model, batch)
+
+    agents[0].loss = fails
+    with pytest.raises(ValueError, match="boom"):
+        agents[0].snapshot(data)
+    assert not model.training and all(value.equal(before[name]) for name, value in model.state_dict().items())
+    for agent in agents:
+        agent.snapshot(data)
+    assert agents[0].c == agents[1].c != 0
+    assert all(map(torch.equal, agents[0].full, agents[1].full))
+
+
+def test_a_state_is_loaded_into_its_form_only_and_not_changed():
+    model, data = network(), stream(0)
+    agent, other = (GradientCorrection(model, "measured") for _ in range(2))
+    agent.snapshot(data)
+    state = agent.state_dict()
+    kept = deepcopy(state)
+    other.load_state_dict(state)
+    for step in data[:2]:
+        weighted_loss(model, step).backward()
+        other.correct(lambda model, step=step: weighted_loss(model, step))
+    assert other.variance.any() and state["variance"].equal(kept["variance"])
+    with pytest.raises(UserError, match="form = measured, not published"):
+        GradientCorrection(model).load_state_dict(state)
+
+
+def test_a_snapshot_has_the_statistics_of_a_frozen_batch_norm():
+    model, step = (
+        nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)),
+        (torch.randn(6, 4), torch.arange(6) % 2),
+    )
+    model[1].eval()
+    agent = GradientCorrection(model, "measured")
+    model[1].running_mean.fill_(3.0)  # as a checkpoint loaded meanwhile does
+    agent.snapshot([step])
+    weighted_loss(model, step).backward()
+    for parameter, full in zip(model.parameters(), agent.full, strict=True):
+        torch.testing.assert_close(parameter.grad, full)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raypkg.core.errors import UserError
+
 from .settings import AgentOptions
 
 PAIRS = 8  # of successive steps, in a look
@@ -139,10 +141,12 @@ class Weight:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values."""
-        return {"c": self.base, "sums": self.sums}
+        return {"form": self.form, "c": self.base, "sums": self.sums}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore the state; earlier versions stored only what their form had."""
+        if state.get("form", self.form) != self.form:
+            raise UserError(f"the state is of form = {state['form']}, not {self.form}: the weights differ in kind")
         self.base = state.get("c", self.base)
         sums = state.get("sums")
         self.sums = None if sums is None else sums.to(device)

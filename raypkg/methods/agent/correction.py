@@ -57,7 +57,8 @@ class GradientCorrection:
 
     Raises:
         UserError: an invalid value, a model without trained parameters, no snapshot before the first step, batches that
-            can be passed once only, a gradient that is not finite; nothing has changed then.
+            can be passed once only, a loss without the snapshot, a gradient that is not finite. The model and its
+            gradients have not changed then, and a failed ``snapshot`` can be called again.
 
     >>> model = nn.Linear(4, 2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -132,6 +133,7 @@ class GradientCorrection:
         if self.snapshots and not self.estimated:
             self.estimate(batches)
         self.take(self.snapshots / self.epochs if self.epochs else 0.0)
+        self.estimated = True  # if the rest fails, another call must not average ĉ again
         if self.weight.acts:
             expected, seen = samples or 1, 0
 
@@ -144,11 +146,15 @@ class GradientCorrection:
 
             with self._in_training():
                 self.average(parts())
+            if not seen:
+                raise UserError("snapshot: there are no batches, so there is no full gradient")
             if seen != expected:
                 torch._foreach_mul_(self.full, expected / seen)
             if not _finite(self.full):
+                self.full = []
                 raise UserError(f"snapshot {self.snapshots}: the full gradient is not finite: lower the learning rate")
         self.snapshots += 1
+        self.estimated = False
 
     def correct(self, closure: Callable[[nn.Module], Losses]) -> None:
         """Correct the gradients of a step in place.
@@ -157,7 +163,7 @@ class GradientCorrection:
             closure: closure(model) → loss of the present batch at the given model, which is the snapshot; with
                 micro-batches, an iterable of losses whose gradients add up.
         """
-        if not self.snapshots:
+        if not self.snapshots or (self.weight.acts and not self.full):
             raise UserError("no snapshot yet: call snapshot(batches) before the first step of an epoch")
         for parameter in self.parameters:
             vars(parameter).pop("raw_grad", None)
@@ -167,9 +173,10 @@ class GradientCorrection:
             if self.skips_overflows:
                 return
             raise UserError(f"correction {self.step}: a gradient is not finite: lower the learning rate")
-        self.step += 1
         self._copy_modes()
-        self.apply(mean_over_ranks(self.gradient(closure(self.copy))), step=self.step)
+        gradient = mean_over_ranks(self.gradient(closure(self.copy)))
+        self.step += 1
+        self.apply(gradient, step=self.step)
         assert self.before
         for parameter, raw in zip(self.parameters, self.before[1], strict=True):
             parameter.raw_grad = raw  # type: ignore[attr-defined]
@@ -179,25 +186,29 @@ class GradientCorrection:
     @torch.no_grad()
     def estimate(self, batches: Iterable[Any]) -> None:
         """Update the published c over batches, with both models frozen; otherwise ``snapshot`` does by its own."""
+        if self.weight.form == "published":
+            buffers = [buffer.clone() for buffer in self.model.buffers()]  # batch norms are moved by each pass
+            try:
+                with self._in_training():
+                    found = [
+                        torch.stack([self.loss(each, batch) for each in (self.model, self.copy)]) for batch in batches
+                    ]
+            finally:
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
+            if not found:
+                raise UserError("estimate: there are no batches, so there is no coefficient")
+            (losses,) = mean_over_ranks([torch.stack(found)])  # [batches, 2]
+            self.weight.average(coefficient(*losses.T))
         self.estimated = True
-        if self.weight.form != "published":
-            return
-        buffers = [buffer.clone() for buffer in self.model.buffers()]  # batch norms are moved by each pass
-        found = []
-        with self._in_training():
-            for batch in batches:
-                found.append(torch.stack([self.loss(model, batch) for model in (self.model, self.copy)]))
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        (losses,) = mean_over_ranks([torch.stack(found)])  # [batches, 2]
-        self.weight.average(coefficient(*losses.T))
 
     @torch.no_grad()
     def take(self, progress: float) -> None:
         """Take a snapshot, θ̃ ← θ, after a share of training; g̃ is unknown then."""
         self.weight.restart(progress)
-        for mine, current in zip(self.copy.parameters(), self.model.parameters(), strict=True):
-            mine.copy_(current)
+        for tensors in (nn.Module.parameters, nn.Module.buffers):
+            for mine, current in zip(tensors(self.copy), tensors(self.model), strict=True):
+                mine.copy_(current)
         self.full = []
         self.variance.zero_()
         self.before = None
@@ -214,8 +225,13 @@ class GradientCorrection:
         """Return this rank's ∇ℓ_B(θ̃), one tensor per parameter: 0 for parameters that the forward pass does not use."""
         total: list[Tensor] = []
         for loss in [losses] if isinstance(losses, Tensor) else losses:
-            gradient = torch.autograd.grad(loss, self.copied, allow_unused=True, materialize_grads=True)
-            total = list(torch._foreach_add(total, gradient)) if total else list(gradient)
+            found = torch.autograd.grad(loss, self.copied, allow_unused=True)
+            if all(each is None for each in found):
+                raise UserError("the loss does not depend on the snapshot: compute it with the model that is passed")
+            gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(self.copied, found, strict=True)]
+            total = list(torch._foreach_add(total, gradient)) if total else gradient
+        if not total:
+            raise UserError("correct: the closure returned no loss")
         return total
 
     def apply(self, snapshot: list[Tensor], *, step: int, gap: int = 1, corrects: bool = True) -> tuple[Tensor, Tensor]:
@@ -272,7 +288,7 @@ class GradientCorrection:
             step, *gradients = state["before"]
             current, snapshot = ([gradient.to(device) for gradient in each] for each in gradients)
             self.before = step, current, snapshot
-        self.variance = state["variance"].to(device)
+        self.variance = state["variance"].clone().to(device)  # it is added to in place
         self.step, self.snapshots, self.estimated = state["counts"]
 
     def _copy_modes(self) -> None:
@@ -286,9 +302,11 @@ class GradientCorrection:
         if not was_training:
             self.model.train()
         self._copy_modes()
-        yield
-        if not was_training:
-            self.model.eval()
+        try:
+            yield
+        finally:
+            if not was_training:
+                self.model.eval()
 
 
 def mean_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
