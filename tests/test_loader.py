@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SubsetRandomSampler, TensorDataset
 
 import reference
 from raypkg.core.errors import UserError
@@ -137,6 +137,12 @@ def test_stopped_and_resumed_equals_never_stopped():
     assert weights(again).equal(weights(model))
 
 
+def test_a_state_of_another_seed_is_refused():
+    state = loader_of(network(), "grand", 0.5, epochs=1).state_dict()
+    with pytest.raises(UserError, match="of seed 0, whose order of samples is not that of 1"):
+        loader_of(network(), "grand", 0.5, epochs=1, seed=1).load_state_dict(state)
+
+
 def test_scored_samples_may_be_others():
     model, everything = network(), data()
     broken = TensorDataset(torch.full((N, 5), torch.nan), everything.tensors[1])
@@ -177,6 +183,8 @@ def loaded(data, **options):
         (loaded(data(), drop_last=True), "grand", 0.1, {}, "drop_last=True: it must give every sample once"),
         (loaded(data(), sampler=SubsetRandomSampler(range(9))), "grand", 0.1, {}, "SubsetRandomSampler"),
         (loaded(Endless()), "grand", 0.1, {}, "_InfiniteConstantSampler"),
+        (loaded(data(), sampler=RandomSampler(range(9))), "grand", 0.1, {}, "RandomSampler .* every sample once"),
+        (loaded(data(), sampler=RandomSampler(data(), replacement=True)), "grand", 0.1, {}, "every sample once"),
         (data(), "grand", 0.1, {}, "takes a DataLoader with a batch_size, not TensorDataset"),
     ],
 )

@@ -1,5 +1,6 @@
 """SparseTraining in a loop of one's own: equal to effray's own run, under what a loop may do, and what it refuses."""
 
+import copy
 import io
 
 import pytest
@@ -344,3 +345,39 @@ def test_random_growth_follows_the_seed():
         train(model, optimizer, stream()[:9])
         masks.append(torch.cat([mask.flatten() for mask in training.masks.values()]))
     assert masks[0].equal(masks[1]) and not masks[0].equal(masks[2]) and rng().initial_seed() == 0
+
+
+def test_an_optimiser_that_moves_pruned_weights_is_refused():
+    model, optimizer, _ = attached()
+    optimizer.register_step_post_hook(lambda *_: [weight.data.add_(1e-3) for weight in model.parameters()])
+    with pytest.raises(UserError, match="SGD mixes the updates of weights"):
+        train(model, optimizer, stream()[:2])
+    model, optimizer, training = attached()
+    model.load_state_dict(network().state_dict())  # too late: dense weights
+    with pytest.raises(UserError, match="set from elsewhere"):
+        train(model, optimizer, stream()[:1])
+    assert training.step == 0
+
+
+def test_a_loaded_state_is_not_changed_by_training():
+    model, optimizer, training = attached(growth="momentum")
+    train(model, optimizer, stream()[:2])
+    state = training.state_dict()
+    kept = copy.deepcopy(state["momentum"])
+    training.load_state_dict(state)
+    train(model, optimizer, stream()[2:3])
+    assert all(value.equal(kept[name]) for name, value in state["momentum"].items())
+
+
+@pytest.mark.parametrize("labels", [0, 99])  # a class that the model lacks
+def test_a_saliency_leaves_modes_and_statistics(labels):
+    model = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Linear(8, C))
+    model[1].eval()  # frozen
+    before = model[1].running_mean.clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    try:
+        x, y = torch.randn(8, D), torch.arange(8) % C
+        SparseTraining(model, optimizer, 0.5, total_steps=9, update_every=4, distribution="snip", batch=(x, y + labels))
+    except IndexError:
+        assert labels
+    assert model.training and not model[1].training and model[1].running_mean.equal(before)

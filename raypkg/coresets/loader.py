@@ -139,8 +139,10 @@ class CoresetLoader:
         check_schedule(self.settings, epochs)
         if not isinstance(loader, DataLoader) or not loader.batch_size:
             raise UserError(f"CoresetLoader takes a DataLoader with a batch_size, not {type(loader).__name__}")
-        if loader.drop_last or type(loader.sampler) not in (RandomSampler, SequentialSampler):
-            given = f"{type(loader.sampler).__name__} and drop_last={loader.drop_last}"
+        sampler = loader.sampler
+        whole = type(sampler) in (RandomSampler, SequentialSampler) and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+        if loader.drop_last or not whole or getattr(sampler, "replacement", False):
+            given = f"{type(sampler).__name__} and drop_last={loader.drop_last}"
             hint = "for a part of the data set, use a Subset"
             raise UserError(f"a DataLoader with {given}: it must give every sample once; {hint}")
         self.loader = loader
@@ -252,6 +254,7 @@ class CoresetLoader:
         recorded = {name: getattr(self, name).clone() for name in RECORDED}
         pending = [torch.cat(parts) for parts in zip(*self._pending, strict=True)]
         place = {"epoch": self.epoch, "position": self._position, "rank": ranks_here().rank, "pending": pending}
+        place["seed"] = self.seed
         return {"indices": self.coreset.indices, "weights": self.coreset.weights, **place, **recorded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -260,11 +263,13 @@ class CoresetLoader:
         The number of ranks and the batch size may differ from those of the checkpoint.
 
         Raises:
-            UserError: it is of a data set of another size.
+            UserError: it is of a data set of another size, or of another seed.
         """
         size = len(state["losses"])
         if size != self.n:
             raise UserError(f"the checkpoint is of {size} samples, this data set has {self.n}")
+        if (seed := state.get("seed", self.seed)) != self.seed:
+            raise UserError(f"the checkpoint is of seed {seed}, whose order of samples is not that of {self.seed}")
         self.coreset = Coreset(state["indices"], state["weights"])
         self.epoch = state["epoch"]
         self._position = state.get("position", 0)  # older states are from between epochs

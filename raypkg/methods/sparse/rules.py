@@ -166,12 +166,16 @@ def grasp_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Saliency:
 @contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
     """Run batch norm in training mode inside the block, then restore mode and buffers."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    was_training = model.training
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]  # a frozen part may be in evaluation
     model.train()
-    yield
-    model.train(was_training)
-    model.load_state_dict(buffers, strict=False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 def _gradients(output: Tensor, weights: dict[str, nn.Parameter], *, create_graph: bool = False) -> Saliency:

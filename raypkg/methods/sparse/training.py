@@ -87,7 +87,8 @@ class SparseTraining:
 
     Raises:
         UserError: an invalid value, a model without prunable layers, an optimiser that lacks a weight, a second
-            attachment; in a step that changes the masks, a gradient that is not finite, before anything changes.
+            attachment. In a step that changes the masks, before anything changes: a gradient that is not finite, or
+            pruned weights that are not zero, as after an optimiser that mixes the updates of weights (Muon, L-BFGS).
 
     >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -194,6 +195,11 @@ class SparseTraining:
             if self._infinite():
                 return False
             gradients = {name: self._dense_gradient(weight) for name, weight in self.weights.items()}
+        if due or self.step < 2:
+            for name, weight in self.weights.items():
+                if (weight.data[~self.masks[name]].abs() > 0).any():
+                    mixes = f"{type(self.optimizer).__name__} mixes the updates of weights, as Muon and L-BFGS do"
+                    raise UserError(f"pruned weights of {name} are not zero: they were set from elsewhere, or {mixes}")
         if self.tracks_momentum:
             group = self.optimizer.param_groups[0]
             beta = group["momentum"] if "momentum" in group else group.get("betas", (0.9,))[0]
@@ -273,7 +279,8 @@ class SparseTraining:
         self._commit(masks)
         for name, mask in state["explored"].items():
             self.ever[name].copy_(mask)
-        self.momentum = {name: value.to(self.masks[name].device) for name, value in state["momentum"].items()}
+        # Copies, as the momentum changes in place.
+        self.momentum = {name: value.clone().to(self.masks[name].device) for name, value in state["momentum"].items()}
         self.step = state.get("step", 0)
         self._updated = False
 
