@@ -16,8 +16,8 @@ from raypkg.methods.agent.hook import Correction
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.sparse import drop, growth, initial, redistribution
 from raypkg.methods.sparse.masks import (
+    active_counts,
     allot,
-    counts_of,
     density_of,
     drop_fraction,
     dropped,
@@ -54,7 +54,7 @@ def test_erk_counts_are_the_closed_form_to_one_weight(density):
     shapes = shapes_of(build_model("lenet5", (1, 28, 28), 10, seed=0, options={}))
     densities = erk_densities(shapes, density)
     expected = {name: d * shapes[name].numel() for name, d in densities.items()}
-    counts = counts_of(shapes, densities)
+    counts = active_counts(random_masks(shapes, densities, rng()))
     assert all(0 < d <= 1 for d in densities.values())
     assert all(abs(counts[name] - expected[name]) < 1 for name in shapes)
     assert sum(counts.values()) == round(density * sum(shape.numel() for shape in shapes.values()))

@@ -202,14 +202,11 @@ class CoresetLoader:
         weight_of = torch.zeros(n).index_copy_(0, in_use.indices, in_use.weights)
         loaded = self._load(self.loader.dataset, shares, "train", epoch)
         for batch, (x, y, indices) in zip(batches, loaded, strict=True):
-            weights = weight_of[indices].to(y.device) * (len(indices) * ranks.world / len(batch))
+            weights = weight_of[indices] * (len(indices) * ranks.world / len(batch))
             if epoch == self.epoch:  # no other pass has begun
                 self._latest = indices
                 self._position = start = start + len(batch)
-            if isinstance(x, Mapping):
-                yield {**x, LABELS: y, WEIGHTS: weights, INDICES: indices}
-            else:
-                yield x, y, weights
+            yield in_form_of(x, y, weights, indices)
         if epoch == self.epoch:
             self._position = 0
 
@@ -451,6 +448,12 @@ def load_batches(
         if len(y) != len(indices):
             raise UserError(f"a batch of {len(indices)} samples has {len(y)} labels after collation")
         yield x, y.long(), indices
+
+
+def in_form_of(x: Any, y: Tensor, weights: Tensor, indices: Tensor) -> Any:
+    """Return a weighted batch: (x, y, w), or a mapping if x is one."""
+    weights = weights.to(y.device)
+    return {**x, LABELS: y, WEIGHTS: weights, INDICES: indices} if isinstance(x, Mapping) else (x, y, weights)
 
 
 def on_device(batch: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Tensor]:

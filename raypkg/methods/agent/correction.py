@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from raypkg.core.config import validate
 from raypkg.core.errors import UserError
+from raypkg.coresets.loader import ranks_here
 from raypkg.models.classifier import unwrapped
 
 from .control_variate import Weight, coefficient, correct, spread, variance_left
@@ -247,8 +248,7 @@ class GradientCorrection:
         before, self.before = self.before, (step, [tensor.clone() for tensor in gradient], snapshot)
         if before is not None and before[0] + gap == step:
             moments = spread(gradient, snapshot, *before[1:])
-            if _in_group():
-                dist.broadcast(moments, 0)  # other processors may round differently
+            ranks_here().share([moments])  # other processors may round differently
             self.weight.observe(moments)
             after_and_before = variance_left(moments, weights)
             self.variance += after_and_before
@@ -311,16 +311,13 @@ class GradientCorrection:
 
 def mean_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
     """Return the mean of the tensors over the ranks of the process group, if there is one, by one all-reduce."""
-    if not _in_group() or not tensors:
+    world = ranks_here().world
+    if world == 1:
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    pieces = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    pieces = (flat / world).split([tensor.numel() for tensor in tensors])
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
-
-
-def _in_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _finite(tensors: list[Tensor]) -> bool:

@@ -31,7 +31,7 @@ class Loop(ABC):
     seed: int
     steps: int  # of the whole training
     augment: Sequence[str] = ()  # of the samples that CREST sees
-    gives_gradients = False  # True: the next step computes the gradient of its coreset anyway, for ``fit_to``
+    gives_gradients = False  # True: the next step computes the gradient of its coreset anyway, for ``on_gradients``
 
     @abstractmethod
     def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
@@ -117,7 +117,7 @@ class CrestAlgorithm:
         region = Region.unfitted(options.order, smoothed=options.smoothing != "none")
         self.state = CrestState(samples, region, Pool(0, 0, samples.candidates, weights=None))
         self.step = 0
-        self.awaits_gradient = False  # ``fit_to`` will give the gradient of the local model of a new region
+        self.awaits_gradient = False  # ``on_gradients`` will fit the local model of a new region
 
     def intervals(self, end: int) -> Iterator[tuple[range, list[Chosen]]]:
         """Yield steps before ``end`` and their coresets, up to the next check at a time.
@@ -199,9 +199,12 @@ class CrestAlgorithm:
             region.expired = False
         self.state.pool = pool
 
-    def fit_to(self, gradient: Tensor) -> None:
-        """Fit the awaited local model of a new region to the gradient of its first step, whose weights are w_l."""
+    def on_gradients(self) -> None:
+        """Fit the local model of a new region, if it awaits that, to the gradients of its first step, at w_l."""
+        if not self.awaits_gradient:
+            return
         self.awaits_gradient = False
+        gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in self._covered)
         pool = self.state.pool
         (first,) = pool.draw(range(self.step, self.step + 1), self.loop.seed)
         self._fit([pool.chosen[first]], pool.update, gradient)

@@ -29,7 +29,6 @@ from raypkg.experiments.training import Job
 from . import plots
 from .algorithm import CrestAlgorithm
 from .parallel import Overlapped, RunLoop, ToScorer, choosers
-from .quadratic import covered_parameters, flat
 from .selection import Chosen, Pool
 from .settings import CrestOptions
 
@@ -94,13 +93,9 @@ class Crest(Hook):
 
     def on_gradients(self, run: Run) -> None:
         """Give the gradient of a new region's first step to its local model."""
-        if self.algorithm.awaits_gradient:
-            covered = covered_parameters(run.model, self.options.parameters)
-            gradient = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in covered)
-            self.algorithm.fit_to(gradient)
+        self.algorithm.on_gradients()
 
     def _note_choice(self, pool: Pool, chosen: Chosen) -> None:
-        """Record the samples that were picked."""
         indices = chosen.coreset.indices
         self.picked.append(torch.stack([torch.full_like(indices, pool.update), indices]).int())
 

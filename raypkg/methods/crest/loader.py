@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,16 +17,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.presets import PUBLISHED, with_preset
 from raypkg.core.seeds import derive, generator
 from raypkg.coresets.gradients import HeadView, evaluating, head_view
-from raypkg.coresets.loader import (
-    INDICES,
-    LABELS,
-    WEIGHTS,
-    TappedByForm,
-    as_dataset,
-    load_batches,
-    on_device,
-    ranks_here,
-)
+from raypkg.coresets.loader import TappedByForm, as_dataset, in_form_of, load_batches, on_device, ranks_here
 
 from .algorithm import CrestAlgorithm, Derive, Loop
 from .quadratic import covered_parameters, weighted_derivative
@@ -103,7 +95,7 @@ class CrestLoader:
             raise UserError(f"CrestLoader is for one process, not {world}: use `effray crest` with --cluster.workers")
         self.pass_steps = steps or -(-n // batch_size)
         total = steps or epochs * self.pass_steps  # type: ignore[operator]  # one of the two is given
-        self.loop = DatasetLoop(data, TappedByForm(model), batch_size, seed, total, collate_fn)
+        self.loop = DatasetLoop(TappedByForm(model), data, n, batch_size, seed, total, collate_fn)
         if not covered_parameters(self.loop.model, self.options.parameters):
             raise UserError(f"{type(model).__name__} has no parameter to train for CREST's local model")
         self.algorithm = CrestAlgorithm(self.options, self.loop, torch.arange(n), batch_size)
@@ -131,11 +123,7 @@ class CrestLoader:
             loaded = loop.load([coreset.indices for coreset in shuffled], "train", backward=True)
             for coreset, (x, y) in zip(shuffled, loaded, strict=True):
                 algorithm.trained()  # before the loop's body, which may take a checkpoint
-                weights = coreset.weights.to(y.device)
-                if isinstance(x, Mapping):
-                    yield {**x, LABELS: y, WEIGHTS: weights, INDICES: coreset.indices}
-                else:
-                    yield x, y, weights
+                yield in_form_of(x, y, coreset.weights, coreset.indices)
         self.end = None
 
     def finish_epoch(self) -> None:
@@ -176,8 +164,7 @@ class CrestLoader:
             UserError: it is of other data, batches, seed or options.
         """
         for name, value in self.settings.items():
-            if state["settings"].get(name) != value:
-                given = state["settings"].get(name)
+            if (given := state["settings"].get(name)) != value:
                 raise UserError(f"the checkpoint is of a CrestLoader with {name} = {given!r}, this one has {value!r}")
         self.algorithm.load_state_dict(state["crest"])
         self.algorithm.step = state["step"]
@@ -186,19 +173,19 @@ class CrestLoader:
         self._resumed = True
 
 
+@dataclass(eq=False)
 class DatasetLoop(Loop):
     """The passes of a model over a data set in this process, counted in samples."""
 
     model: TappedByForm
+    data: Dataset[Any]
+    n: int  # samples of the data set
+    size: int  # m
+    seed: int
+    steps: int
+    collate_fn: Callable[[list[Any]], Any]
 
-    def __init__(self, data: Dataset[Any], model: TappedByForm, size: int, seed: int, steps: int, collate_fn: Any):
-        self.data = data
-        self.n = len(data)  # type: ignore[arg-type]
-        self.model = model
-        self.size = size  # m
-        self.seed = seed
-        self.steps = steps
-        self.collate_fn = collate_fn
+    def __post_init__(self):
         self.cost = {part: {"forward": 0, "backward": 0} for part in ("train", "select", "check", "model")}
 
     def load(self, batches: Sequence[Tensor], part: str, *, backward: bool = False) -> Iterator[tuple[Any, Tensor]]:

@@ -212,8 +212,5 @@ class Pool:
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Pool:
         """Return the pool whose fields a checkpoint holds."""
-        chosen = {}
-        for p, fields in saved["chosen"].items():
-            coreset = Coreset(**fields["coreset"])
-            chosen[p] = Chosen(coreset, fields["draws"], fields["loss"], fields["losses"])
+        chosen = {p: Chosen(**{**each, "coreset": Coreset(**each["coreset"])}) for p, each in saved["chosen"].items()}
         return cls(**{**saved, "chosen": chosen})

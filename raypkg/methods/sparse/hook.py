@@ -37,11 +37,11 @@ class Topology(Hook):
 
     priority = 0
     sparse: SparseTraining  # made at the start
+    masks: Masks  # its masks, changed in place
 
     def __init__(self, settings: Sparsity, steps: int):  # steps of the whole training
         self.settings = settings
         self.steps = steps
-        self.masks: Masks = {}  # filled at the start, then changed in place
         self.history: list[dict[str, Any]] = []  # a row per layer and change
 
     def on_start(self, run: Run) -> None:
@@ -61,7 +61,7 @@ class Topology(Hook):
                 seed=run.seed,
             )
         self.sparse.detach()  # the hooks of a run act between correction and clipping
-        self.masks.update(self.sparse.masks)
+        self.masks = self.sparse.masks
         self._record(run)
 
     def on_gradients(self, run: Run) -> None:
@@ -210,10 +210,8 @@ class FootprintReport(Hook):
         fewer = active_flops(by_weight, masks)
         finding = f"{parameters:,} parameters; a forward pass of one sample takes {flops:,} operations"
         if masks:
-            finding = (
-                f"{active:,} of {parameters:,} parameters exist; a forward pass of one sample that skips the others"
-                f" takes {fewer:,} of {flops:,} operations"
-            )
+            exist = f"{active:,} of {parameters:,} parameters exist; a forward pass of one sample that skips the others"
+            finding = f"{exist} takes {fewer:,} of {flops:,} operations"
         facts = {"parameters": parameters, "active_parameters": active, "flops": flops, "active_flops": fewer}
         return Results(facts=facts, findings=[finding])
 

@@ -115,22 +115,15 @@ def allot(shares: Mapping[str, float], total: int, room: Mapping[str, int]) -> d
     return counts
 
 
-def counts_of(shapes: Shapes, densities: Densities) -> dict[str, int]:
-    """Return active weights per layer: exactly round(Σ d_l·n_l) in total, but never none in a layer."""
+def random_masks(shapes: Shapes, densities: Densities, rng: torch.Generator) -> Masks:
+    """Draw masks with exactly round(Σ d_l·n_l) active weights in total, but never none in a layer."""
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     shares = {name: densities[name] * size for name, size in sizes.items()}
-    counts = allot(shares, round(sum(shares.values())), sizes)
-    return {name: max(1, count) for name, count in counts.items()}
-
-
-def random_masks(shapes: Shapes, densities: Densities, rng: torch.Generator) -> Masks:
-    """Draw masks with the counts of the densities."""
     masks = {}
-    for name, count in counts_of(shapes, densities).items():
-        size = shapes[name].numel()
-        order = torch.randperm(size, generator=rng)
-        mask = torch.zeros(size, dtype=torch.bool)
-        mask[order[:count]] = True
+    for name, count in allot(shares, round(sum(shares.values())), sizes).items():
+        order = torch.randperm(sizes[name], generator=rng)
+        mask = torch.zeros(sizes[name], dtype=torch.bool)
+        mask[order[: max(1, count)]] = True
         masks[name] = mask.view(shapes[name])
     return masks
 

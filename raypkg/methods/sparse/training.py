@@ -8,13 +8,13 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raypkg.core.config import Named, validate
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
+from raypkg.coresets.loader import ranks_here
 from raypkg.models.classifier import unwrapped
 
 from . import drop as drop_rules
@@ -55,9 +55,9 @@ class SparseTraining:
     apply to linear and convolutional layers and to attention's projections.
 
     No line of the loop changes: the optimiser's own step hooks act after all micro-batches, after DDP's exchange of
-    gradients and after `torch.compile`. With a `GradScaler`, skipped steps do not count. Only a loop that clips calls
-    ``mask_gradients()`` before it, so that the norm is that of active weights. After `GradientCorrection`, weights grow
-    on the raw gradient. Ranks of a process group take rank 0's masks. The arithmetic stays dense.
+    gradients and after `torch.compile`. With a `GradScaler`, skipped steps do not count. A loop that clips gradients
+    calls ``mask_gradients()`` before it, after unscaling and `GradientCorrection`, so that the norm is that of active
+    weights. Weights grow on the raw gradient. Ranks of a process group take rank 0's masks. The arithmetic stays dense.
 
     Make it before checkpoints are loaded, and with the model on its device. Then load the states of model, optimiser
     and this object, in this order.
@@ -215,10 +215,7 @@ class SparseTraining:
         return due
 
     def mask_gradients(self, names: Iterable[str] | None = None) -> None:
-        """Zero the gradients of pruned weights, of the named ones only or of all, after ``update``.
-
-        The optimiser's step calls it. A loop that clips gradients calls it first, after unscaling and correction.
-        """
+        """Zero the gradients of pruned weights, of the named ones only or of all, after ``update``."""
         if not self._updated:
             self.update()
         gradients, factors = [], []
@@ -408,9 +405,7 @@ class SparseTraining:
 
     def _agree(self, masks: Masks) -> None:
         """Take rank 0's masks: machines may round the sums behind them differently."""
-        if dist.is_available() and dist.is_initialized():
-            for mask in masks.values():
-                dist.broadcast(mask.view(torch.uint8), 0)  # every backend can send bytes
+        ranks_here().share(mask.view(torch.uint8) for mask in masks.values())  # every backend can send bytes
 
     def _commit(self, masks: Masks) -> None:
         for name, mask in masks.items():
