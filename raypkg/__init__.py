@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .core.errors import UserError as UserError
     from .coresets.budgets import select as select
     from .coresets.gradients import HeadView as HeadView
     from .coresets.gradients import head_view as head_view
@@ -48,6 +49,7 @@ _PLACES = {
     "Run": "engine.run",
     "SparseTraining": "methods.sparse.training",
     "Split": "data.split",
+    "UserError": "core.errors",
     "build_model": "models",
     "evaluate": "engine.loop",
     "fit": "engine.loop",

@@ -191,6 +191,12 @@ def test_samples_may_be_mappings_as_those_of_hugging_face(preset, rows):
         assert tensors()[0][batch["indices"]].equal(x)
 
 
+def test_samples_may_be_arrays():
+    x, y = tensors()
+    same = zip(loader_of(network()), loader_of(network(), (x.numpy(), y.numpy())), strict=True)
+    assert all(each.equal(other) for batch, of_arrays in same for each, other in zip(batch, of_arrays, strict=True))
+
+
 def test_the_model_the_random_numbers_and_the_users_data_set_are_left_as_they_are():
     model, before = network().train(), values(network())
     torch.manual_seed(1)
@@ -270,6 +276,10 @@ class NotLast(nn.Module):
         ({"dataset": torch.ones(120, 5)}, "the data set must return pairs"),
         ({"dataset": Rows("labels")}, "a batch of the data set has values: it needs 'labels' as well"),
         ({"dataset": (torch.ones(120, 5), torch.ones(120))}, "labels must be integers from 0 up"),
+        (
+            {"dataset": [{"values": [0.0] * 5, "labels": 0}] * 9, "model": ByKeywords()},
+            r"'values' of a batch is no tensor",
+        ),
         ({"model": nn.Conv1d(1, 1, 1)}, "has no nn.Linear to serve as the head"),
         ({"model": NotLast()}, "must end in its last nn.Linear"),
         ({"model": nn.Linear(5, 3).requires_grad_(False)}, "no parameter to train"),

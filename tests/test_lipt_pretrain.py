@@ -127,6 +127,7 @@ def test_images_arrive_as_they_are():
         ((X, -Y), {}, "labels must be integers from 0 up"),
         ((X, Y[:5]), {}, r"takes tensors \(x, y\) of equal lengths, not \[120, 5\]"),
         ([X], {}, r"takes tensors \(x, y\) of equal lengths, not \[120\]"),
+        ([{"x": x, "labels": 0} for x in X], {}, r"takes samples \(x, y\), not mappings"),
         (X, {}, r"the data set must return pairs \(x, y\); a batch is a Tensor"),
     ],
 )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Never
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -399,8 +400,9 @@ class CoresetLoader:
 
 
 def as_dataset(samples: Any, taker: str) -> Dataset[Any]:
-    """Make a data set of tensors (x, y); refuse what is not indexed or has no length. Errors name the ``taker``."""
-    if isinstance(samples, tuple | list) and samples and all(isinstance(each, Tensor) for each in samples):
+    """Make a data set of tensors or arrays (x, y); refuse what has no index or length. Errors name the ``taker``."""
+    if isinstance(samples, tuple | list) and samples and all(isinstance(each, Tensor | np.ndarray) for each in samples):
+        samples = [torch.as_tensor(each) for each in samples]
         if len(samples) != 2 or len(samples[0]) != len(samples[1]):
             raise UserError(f"{taker} takes tensors (x, y) of equal lengths, not {[len(each) for each in samples]}")
         return TensorDataset(*samples)
@@ -431,6 +433,10 @@ def load_batches(
                 raise UserError(f"a batch of the data set has {names}: it needs {LABELS!r} as well")
             x: Any = {name: value for name, value in batch.items() if name not in (LABELS, INDICES)}
             y = batch[LABELS]
+            if untensored := next((name for name, value in x.items() if not hasattr(value, "to")), None):
+                raise UserError(
+                    f"{untensored!r} of a batch is no tensor: of a datasets.Dataset, give with_format('torch')"
+                )
             if INDICES in batch:  # the order after collation
                 after = torch.as_tensor(batch[INDICES]).cpu()
                 if not after.sort().values.equal(indices.sort().values):

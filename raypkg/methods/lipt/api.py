@@ -1,6 +1,7 @@
 """LiPT in a script of one's own: pre-train a model as an ensemble on shards of the data, and merge it."""
 
 import tempfile
+from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -110,6 +111,8 @@ def as_split(dataset: Labelled) -> Split:
     positions = torch.arange(len(pairs)).split(AT_ONCE)  # type: ignore[arg-type]  # it has a length
     batches = load_batches(pairs, positions, seed=0, collate_fn=default_collate)
     y = torch.cat([labels.cpu() for _, labels, _ in batches])
+    if isinstance(pairs[0], Mapping):
+        raise UserError("lipt.pretrain takes samples (x, y), not mappings")
     example = torch.as_tensor(pairs[0][0])
     if example.dim() not in (1, 3) or not example.is_floating_point():
         given = f"{example.dtype} {list(example.shape)}"
