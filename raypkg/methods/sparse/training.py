@@ -197,7 +197,8 @@ class SparseTraining:
             gradients = {name: self._dense_gradient(weight) for name, weight in self.weights.items()}
         if due or self.step < 2:
             for name, weight in self.weights.items():
-                if (weight.data[~self.masks[name]].abs() > 0).any():
+                is_whole = weight.shape == self.masks[name].shape  # sparse layers of a run hold active weights only
+                if is_whole and (weight.data[~self.masks[name]].abs() > 0).any():
                     mixes = f"{type(self.optimizer).__name__} mixes the updates of weights, as Muon and L-BFGS do"
                     raise UserError(f"pruned weights of {name} are not zero: they were set from elsewhere, or {mixes}")
         if self.tracks_momentum:
