@@ -206,7 +206,8 @@ def test_weights_grow_on_the_raw_gradient():
         loop.train(last)
         assert loop.masks_are("raw")
         grown_on_corrected.append(loop.masks_are("corrected"))
-    assert not all(grown_on_corrected) and loop.agent.c
+    assert not all(grown_on_corrected)
+    assert loop.agent.c  # negative here: the covariance of six losses may be
     assert not any(hasattr(weight, "raw_grad") for weight in loop.training.weights.values())
 
 

@@ -125,58 +125,9 @@ def test_the_trainer_of_hugging_face_trains_as_the_plain_weighted_loop(accumulat
     assert result.global_step == EPOCHS * N // 2 // 8 // accumulate
 
 
-def in_lightning(model, loader, folder):
-    lightning = pytest.importorskip("lightning")
-
-    class Classification(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch, _):
-            x, y, w = batch
-            losses = F.cross_entropy(self.model(x), y, reduction="none")
-            return (losses * w).mean()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), RATE)
-
-    trainer = lightning.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
-    trainer.fit(Classification(), loader)
-    return trainer
-
-
 def rows():
     rng = generator(0, "rows")
     return TensorDataset(torch.randn(N, 6, generator=rng), torch.arange(N) % C)
-
-
-@pytest.mark.filterwarnings("ignore")  # Lightning advises more workers, and GPUs
-def test_lightning_trains_as_the_plain_weighted_loop(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, C))
-    by_hand = copy.deepcopy(model)
-    loader = coresets_of(model, rows())
-    trainer = in_lightning(model, loader, tmp_path)
-    optimizer = torch.optim.SGD(by_hand.parameters(), RATE)
-    twin, steps = coresets_of(by_hand, rows()), 0
-    for _ in range(EPOCHS):
-        for x, y, w in twin:
-            optimizer.zero_grad()
-            (F.cross_entropy(by_hand(x), y, reduction="none") * w).mean().backward()
-            optimizer.step()
-            steps += 1
-    assert trainer.global_step == steps == EPOCHS * 3
-    assert_equal_weights(model, by_hand)
-    assert loader.coreset.indices.equal(twin.coreset.indices)
 
 
 def test_a_mapping_is_yielded_with_its_weights_and_positions():

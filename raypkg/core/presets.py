@@ -30,7 +30,7 @@ class Preset(NamedTuple):
     on: dict[str, Values]  # by name of a data set
 
     def stated(self, data: str) -> Values:
-        """Return what the paper states for a data set; a path counts by its last part."""
+        """Return the paper's values for a data set; a path counts by its last part."""
         source, colon, path = data.partition(":")
         return self.on.get(f"{source}{colon}{PurePath(path).name}", {})
 

@@ -296,7 +296,7 @@ class CoresetLoader:
         self._pending = []
 
     def _facts(self) -> dict[str, Any]:
-        """Return what must be equal on all ranks."""
+        """Return the facts that must be equal on all ranks."""
         if self._labels is None:
             some = torch.linspace(0, self.n - 1, COMPARED).long().unique()
             self._labels = next(self._load(self.loader.dataset, [some], "labels", 0))[1].tolist()
