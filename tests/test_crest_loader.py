@@ -132,6 +132,12 @@ def test_a_pass_is_an_epoch_or_all_steps_and_none_follows_the_last():
     assert [len(list(loader)) for _ in range(2)] == [15, 14]
 
 
+def test_two_passes_at_once_are_refused():
+    loader = loader_of(network())
+    with pytest.raises(UserError, match="another pass over this CrestLoader has begun"):
+        list(zip(loader, loader, strict=True))
+
+
 def test_the_report_says_pools_checks_and_their_cost():
     model, optimizer, loader = start(**BUSY)
     assert loader.report()["rho"] is None
@@ -265,10 +271,12 @@ class NotLast(nn.Module):
         ({"steps": 3}, "give either epochs or steps"),
         ({"epochs": 2.5}, "epochs = 2.5: must be an integer"),
         ({"preset": "publish"}, r"unknown preset 'publish'.*published"),
-        ({"tua": 0.1}, r"unknown setting 'tua'.*tau"),
-        ({"tau": -1.0}, "tau"),
-        ({"tau": 0.0, "h": 2.0}, r"crest\.h = 2\.0 would do nothing"),
-        ({"subset": 0.01}, "fewer than the 8"),
+        ({"tua": 0.1}, r"unknown argument of CrestLoader 'tua', did you mean 'tau'"),
+        ({"sede": 1}, r"unknown argument of CrestLoader 'sede', did you mean 'seed'"),
+        ({"alpha": 0.1}, "alpha is now called exclude_below"),
+        ({"tau": -1.0}, "^tau = -1.0"),
+        ({"tau": 0.0, "h": 2.0}, r"^tau = 0, .*: h = 2\.0 would do nothing"),
+        ({"subset": 0.01}, "^subset = 0.01 of 120 samples is 1, fewer than the 8 of batch_size"),
         ({"overlap": True}, "overlap = True: this option is of effray's own runs only"),
         ({"dataset": Stream()}, "a data set with a length that gives samples by index, not a Stream"),
         ({"dataset": (torch.ones(3, 5), torch.ones(2))}, r"tensors \(x, y\) of equal lengths, not \[3, 2\]"),
@@ -298,11 +306,23 @@ def test_several_processes_are_refused(monkeypatch):
         loader_of(network())
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"tau": 0.1}, {"preset": "each-step"}])
-def test_a_checkpoint_of_another_loader_is_refused(change):
-    name = {"preset": "tau"}.get(next(iter(change)), next(iter(change)))
+def relabelled():
+    x, y = tensors()
+    return x, (y + 1) % 3
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (dict, "this is no state of a CrestLoader: it has no 'settings'"),
+        (lambda: loader_of(network(), seed=1).state_dict(), "of a CrestLoader with seed = 1, this one has 0"),
+        (lambda: loader_of(network(), preset="each-step").state_dict(), r"with tau = 0\.0, this one has 0\.05"),
+        (lambda: loader_of(network(), relabelled()).state_dict(), r"with labels = \[1, 1, .*, this one has \[0, 0"),
+    ],
+)
+def test_a_checkpoint_of_another_loader_is_refused(state, message):
     loader = loader_of(network())
     before = str(loader.state_dict())
-    with pytest.raises(UserError, match=f"the checkpoint is of a CrestLoader with {name} ="):
-        loader.load_state_dict(loader_of(network(), **change).state_dict())
+    with pytest.raises(UserError, match=message):
+        loader.load_state_dict(state())
     assert str(loader.state_dict()) == before

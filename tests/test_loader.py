@@ -6,15 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
 import reference
+from raypkg import CrestLoader
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
-from raypkg.coresets.budgets import select
+from raypkg.coresets.budgets import class_budgets, select
 from raypkg.coresets.gradients import head_view
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.coresets.record import Record, margins_of
+from raypkg.methods.crest.quadratic import flat
 from raypkg.models.classifier import as_classifier
 
 N = 120
@@ -71,6 +81,50 @@ def test_ccs_selects_by_the_margins_of_the_losses_that_it_is_given():
     for each in (loader, again):
         next(iter(each))
         assert each.coreset.indices.equal(twin.indices.sort().values)
+
+
+class ByKeywords(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return type("Output", (), {"logits": self.inner(x)})
+
+
+class Backwards(Dataset):
+    """Samples as mappings with their positions, which collation reverses."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        x, y = data()[i]
+        return {"x": x, "label": y, "indices": i}
+
+
+def reverse(rows):
+    return default_collate(rows[::-1])
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_grand_by_full_gradients_keeps_the_largest_norms_of_its_twin(balanced):
+    model = network()
+    chosen = {"options": {"gradients": "full"}, "balanced": balanced, "epochs": 1}
+    pairs = loader_of(model, "grand", 0.2, **chosen)
+    mappings = DataLoader(Backwards(), batch_size=16, collate_fn=reverse)
+    mappings = CoresetLoader(mappings, ByKeywords(model), "grand", 0.2, **chosen)
+    x, y = data()[:]
+    model.eval()
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    norms = torch.stack([flat(torch.autograd.grad(loss, model.parameters(), retain_graph=True)) for loss in losses])
+    norms, counts = norms.norm(dim=1), class_budgets(y.bincount(), 24)
+    parts = [((y == label).nonzero()[:, 0], count) for label, count in enumerate(counts)]
+    parts = parts if balanced else [(torch.arange(N), 24)]
+    twin = torch.cat([members[norms[members].topk(count).indices] for members, count in parts]).sort().values
+    for loader in (pairs, mappings):
+        next(iter(loader))
+        assert loader.coreset.indices.equal(twin)
 
 
 def test_each_selection_is_by_the_model_of_that_epoch():
@@ -137,10 +191,34 @@ def test_stopped_and_resumed_equals_never_stopped():
     assert weights(again).equal(weights(model))
 
 
-def test_a_state_of_another_seed_is_refused():
-    state = loader_of(network(), "grand", 0.5, epochs=1).state_dict()
-    with pytest.raises(UserError, match="of seed 0, whose order of samples is not that of 1"):
-        loader_of(network(), "grand", 0.5, epochs=1, seed=1).load_state_dict(state)
+def crest_state():
+    return CrestLoader(data().tensors, network(), 16, epochs=1).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (dict, "this is no state of a CoresetLoader: it has no 'indices'"),
+        (crest_state, "this is no state of a CoresetLoader"),
+        (lambda: loader_of(network(), "grand", 0.5, epochs=1, seed=1).state_dict(), "seed = 1, this one has 0"),
+        (lambda: loader_of(network(), "el2n", 0.5, epochs=1).state_dict(), "rule = 'el2n', this one has 'grand'"),
+        (
+            lambda: CoresetLoader(loaded(Table([0, 1] * 60)), network(), "grand", 0.5, epochs=1).state_dict(),
+            r"labels = \[0, 1, .*, this one has \[0, 1, 2",
+        ),
+        (
+            lambda: CoresetLoader(loaded(Table([0] * 9)), network(), "grand", 0.5, epochs=1).state_dict(),
+            "a CoresetLoader with samples = 9, this one has 120",
+        ),
+        (
+            lambda: {**loader_of(network(), "grand", 0.5, epochs=1).state_dict(), "settings": {}, "losses": [0] * 9},
+            "the checkpoint is of 9 samples, this data set has 120",
+        ),
+    ],
+)
+def test_a_state_of_something_else_is_refused(state, message):
+    with pytest.raises(UserError, match=message):
+        loader_of(network(), "grand", 0.5, epochs=1).load_state_dict(state())
 
 
 def test_scored_samples_may_be_others():
@@ -180,6 +258,11 @@ def loaded(data, **options):
         (loaded(data()), "grant", 0.1, {}, "did you mean 'grand'"),
         (loaded(data()), "grand", 0.1, {"every_epochs": -1}, "every_epochs = -1: .* greater than or equal to 0"),
         (loaded(data()), "grand", 0.1, {"options": {"eta": 1}}, "unknown grand option 'eta'"),
+        (loaded(data()), "grand", 0.1, {"warm_epochs": 9}, "^warm_epochs = 9 of 9 epochs: nothing would be"),
+        (loaded(data()), "infobatch", 0.1, {}, "it needs fraction = 1 and every_epochs = 1, not 0.1 and 0"),
+        (loaded(data()), "grand", 0.1, {"sede": 1}, "unknown argument of CoresetLoader 'sede', did you mean 'seed'"),
+        (loaded(data()), "grand", 0.1, {"every": 1}, "CoresetLoader's every is now called every_epochs"),
+        (loaded(data()), "grand", 0.1, {"epochs": 2.5}, r"epochs = 2.5: must be an integer, 1 or more"),
         (loaded(data(), drop_last=True), "grand", 0.1, {}, "drop_last=True: it must give every sample once"),
         (loaded(data(), sampler=SubsetRandomSampler(range(9))), "grand", 0.1, {}, "SubsetRandomSampler"),
         (loaded(Endless()), "grand", 0.1, {}, "_InfiniteConstantSampler"),
@@ -190,15 +273,14 @@ def loaded(data, **options):
 )
 def test_what_cannot_work_is_refused(loader, rule, fraction, options, message):
     with pytest.raises(UserError, match=message):
-        CoresetLoader(loader, network(), rule, fraction, epochs=9, **options)
+        CoresetLoader(loader, network(), rule, fraction, **{"epochs": 9} | options)
 
 
-@pytest.mark.parametrize(("former", "now"), [("every", "every_epochs"), ("warm", "warm_epochs")])
-def test_a_renamed_argument_is_told_its_new_name(former, now):
-    with pytest.raises(UserError, match=f"CoresetLoader's {former} is now called {now}"):
-        loader_of(network(), "grand", 0.1, epochs=4, **{former: 1})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'sede'"):
-        loader_of(network(), "grand", 0.1, epochs=4, sede=1)
+def test_no_pass_follows_the_last_epoch():
+    loader = loader_of(network(), "random", 0.1, epochs=2)
+    list(loader), list(loader)
+    with pytest.raises(UserError, match="all 2 epochs of this CoresetLoader are done: give more epochs"):
+        next(iter(loader))
 
 
 @pytest.mark.parametrize(
@@ -240,8 +322,6 @@ def test_records_must_fit():
         next(iter(loader))
     with pytest.raises(UserError, match="forgetting needs the record"):
         next(iter(loader_of(model, "forgetting", 0.1, epochs=4)))
-    with pytest.raises(UserError, match="the checkpoint is of 9 samples, this data set has 120"):
-        loader.load_state_dict({"losses": torch.zeros(9)})
     short = TensorDataset(*(tensor[:9] for tensor in data().tensors))
     with pytest.raises(UserError, match="scored has 9 samples, the loader's data set 120"):
         next(iter(loader_of(model, "grand", 0.1, epochs=4, scored=short)))

@@ -130,8 +130,9 @@ def rows():
     return TensorDataset(torch.randn(N, 6, generator=rng), torch.arange(N) % C)
 
 
-def test_a_mapping_is_yielded_with_its_weights_and_positions():
-    samples = Sentences()
+@pytest.mark.parametrize("name", ["labels", "label"])
+def test_a_mapping_is_yielded_with_its_weights_and_positions(name):
+    samples = Sentences(name=name)
     loader = coresets_of(bert(), samples)
     picked = {}
     for batch in loader:
@@ -143,8 +144,8 @@ def test_a_mapping_is_yielded_with_its_weights_and_positions():
 
 
 def test_a_mapping_needs_labels():
-    with pytest.raises(UserError, match="has input_ids, attention_mask, label: it needs 'labels'"):
-        next(iter(coresets_of(bert(), Sentences(name="label"))))
+    with pytest.raises(UserError, match="has input_ids, attention_mask, y: it needs 'labels'"):
+        next(iter(coresets_of(bert(), Sentences(name="y"))))
 
 
 def test_an_epoch_is_as_long_as_its_length_says():

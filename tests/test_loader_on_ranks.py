@@ -93,8 +93,9 @@ def picked_twice(worker, options):
         {"rule": "infobatch", "fraction": 1.0},
         {"rule": "ccs", "fraction": 0.2, "warm_epochs": 1, "every_epochs": 2},
         {"rule": "random", "batch_size": 1, "fraction": 71 / N},
+        {"rule": "grand", "options": {"gradients": "full"}, "data": Jittered(260)},
     ],
-    ids=["gradmatch", "craig for a target", "infobatch", "ccs", "batches of one"],
+    ids=["gradmatch", "craig for a target", "infobatch", "ccs", "batches of one", "full gradients"],
 )
 @pytest.mark.parametrize("world", [2, 3])  # the third rank has no batch to compute a view of
 def test_ranks_pick_and_share_what_one_rank_has(options, world):
@@ -162,9 +163,9 @@ class Broken(Jittered):
     [
         (
             {"data": Jittered(N - 1)},
-            "the number of samples must be equal on all ranks, not 500 on rank 0 and 499 on rank 1",
+            "samples must be equal on all ranks, not 500 on rank 0 and 499 on rank 1",
         ),
-        ({"data": Jittered(seed=3)}, "their labels must be equal on all ranks"),
+        ({"data": Jittered(seed=3)}, "labels must be equal on all ranks"),
         ({"rule": "craig"}, "rule must be equal on all ranks, not 'gradmatch' on rank 0 and 'craig' on rank 1"),
         ({"batch_size": 9}, "batch_size must be equal on all ranks, not 8 on rank 0 and 9 on rank 1"),
         ({"moved": True}, "the sum of the model's parameters must be equal on all ranks"),

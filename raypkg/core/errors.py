@@ -67,6 +67,16 @@ def shown(value: object) -> str:
 
 
 @contextmanager
+def as_arguments(*parts: str) -> Iterator[None]:
+    """Name settings of these parts in errors as the arguments of a call that they are: ``tau``, not ``crest.tau``."""
+    try:
+        yield
+    except UserError as error:
+        words = re.sub(rf"(?<![\w./])(?:{'|'.join(parts)})\.(?=[a-z])", "", str(error))
+        raise type(error)(words) from error.__cause__
+
+
+@contextmanager
 def exit_is_error(what: str) -> Iterator[None]:
     """Turn a ``SystemExit`` of a user's code into an error; otherwise it would look like an interruption.
 

@@ -3,9 +3,11 @@
 The picks of a class depend only on its own samples, the seed and its label, so they are the same wherever it is stored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from raypkg.core.errors import UserError
@@ -107,6 +109,7 @@ def select(
     balanced: bool = True,
     memory: int = GIBIBYTE,
     progress: float = 0.0,
+    full_norms: Callable[[Tensor], Tensor] | None = None,
 ) -> Coreset:
     """Select ``budget`` positions of the samples by the rule of that name.
 
@@ -122,11 +125,11 @@ def select(
             cannot go by class.
         memory: bytes that a rule may use to save time; the picks do not depend on it.
         progress: share of the training that is done.
+        full_norms: maps positions, ascending, to the norms of their full gradients, for rules that request them.
 
     Raises:
         UserError: unknown rule, bad options, budget out of range, or samples that the rule cannot select by.
 
-    >>> import torch
     >>> view = HeadView(torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]), torch.ones(3, 1), torch.zeros(3).long())
     >>> select(view, 1, "grand", seed=0).indices  # the sample that the model gets wrong
     tensor([1])
@@ -139,7 +142,8 @@ def select(
         raise UserError(f"{name} selects by what a training recorded: it needs a Record, not a {kind}")
     common: dict[str, Any] = {"seed": seed, "options": options or {}, "memory": memory, "progress": progress}
     if not (balanced and rule.by_class):
-        return select_class(samples, budget, rule, label="all", target=target, **common)
+        norms = full_norms and partial(full_norms, torch.arange(len(samples)))
+        return select_class(samples, budget, rule, label="all", target=target, full_norms=norms, **common)
 
     budgets = class_budgets(samples.y.bincount(), budget)
     picks = []
@@ -152,7 +156,8 @@ def select(
         if target is not None:
             same = target.y == label
             aim = target[same] if same.any() else None
-        picked = select_class(part, int(budgets[label]), rule, label=label, target=aim, **common)
+        norms = full_norms and partial(full_norms, members)
+        picked = select_class(part, int(budgets[label]), rule, label=label, target=aim, full_norms=norms, **common)
         picks.append(picked.at(members))
     return Coreset.concat(picks)
 

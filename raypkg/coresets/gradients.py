@@ -249,8 +249,9 @@ def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     size = sum(p.numel() for p in trained.values())
 
-    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(functional_call(model, parameters, (x[None],)), y[None])
+    def loss(parameters: dict[str, Tensor], x: Any, y: Tensor) -> Tensor:
+        one = {name: value[None] for name, value in x.items()} if isinstance(x, dict) else x[None]
+        return cross_entropy(functional_call(model, parameters, (one,)), y[None])
 
     def norm(x: Tensor, y: Tensor) -> Tensor:
         squares = [each.square().sum() for each in grad(loss)(trained, x, y).values()]
@@ -261,7 +262,7 @@ def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for ``vmap``
         for x, y in batches:
             try:
-                found.append(norms(x.contiguous(), y).cpu())
+                found.append(norms(x if isinstance(x, dict) else x.contiguous(), y).cpu())
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"{type(model).__name__} has no full gradients of single samples: {reason}") from error

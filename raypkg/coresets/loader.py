@@ -3,25 +3,34 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Never
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from raypkg.core.config import current_name, validate
-from raypkg.core.errors import Interruption, UserError, shown
-from raypkg.core.seeds import derive, generator, seeded
+from raypkg.core.errors import Interruption, UserError, as_arguments, shown
+from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect
 from raypkg.data.coreset import Coreset
 from raypkg.engine.worker import Worker
-from raypkg.models.classifier import Tapped
 
+from .batches import (
+    TappedByForm,
+    check_count,
+    check_keywords,
+    check_state,
+    in_form_of,
+    load_batches,
+    on_device,
+    some_labels,
+)
 from .budgets import budget_of, select
-from .gradients import HeadView, head_view
+from .gradients import HeadView, gradient_norms, head_view
 from .record import Record, margins_of
 from .reselection import check_schedule, idle_target
 from .rules import coreset
@@ -31,39 +40,7 @@ LOADING = (
     "prefetch_factor",
 )  # fmt: skip
 LEAST_SCORED = 256  # samples of one forward pass: small batches of the loader would make scoring slow
-COMPARED = 32  # labels by which ranks compare their data sets
-LABELS = "labels"  # in a batch that is a mapping, as those of Hugging Face are
-WEIGHTS = "weights"
-INDICES = "indices"
 RECORDED = ("losses", "times", "total_margin")  # tensors of the loader, in checkpoints
-
-
-class TappedByForm(Tapped):
-    """A module as ``head(features(x))``; x is a tensor, or a mapping of keyword arguments."""
-
-    def logits(self, x: Any) -> Any:
-        """Return the output of the module, or the logits in it."""
-        if not isinstance(x, Mapping):
-            return super().logits(x)
-        output = self.module(**x)
-        return getattr(output, "logits", output)  # models of Hugging Face return them among other things
-
-
-class Batches(Dataset[Any]):
-    """Collated batches of a data set by lists of positions; PyTorch's draws follow from the seed and the positions.
-
-    So random augmentation is the same in the main process, in any number of workers, and after resuming.
-    """
-
-    def __init__(self, data: Dataset[Any], collate: Callable[[list[Any]], Any], seed: int):
-        self.data = data
-        self.collate = collate
-        self.seed = seed
-
-    def __getitem__(self, positions: list[int]) -> Any:
-        together = getattr(self.data, "__getitems__", None)
-        with seeded(self.seed, *positions):
-            return self.collate(together(positions) if together else [self.data[i] for i in positions])
 
 
 class CoresetLoader:
@@ -85,12 +62,12 @@ class CoresetLoader:
     Args:
         loader: over all of a data set that returns pairs (x, y) by index, y an integer; its batch size, collation and
             workers are used; they draw from generators of the loader's own. A batch may also be a mapping with
-            "labels", which is yielded with "weights" and, for ``record``, "indices"; the model takes the others by
-            keywords. A collation that reorders samples must keep "indices", given by the data set to each sample.
+            "labels" (or "label"), which is yielded with "weights" and, for ``record``, "indices"; the model takes the
+            others by keywords. A collation that reorders samples must keep "indices", which the data set gives each.
         model: ends in an ``nn.Linear``; it selects in evaluation mode, with its parameters of the moment.
         rule: one of `effray methods`, or ``package.module:function``.
         fraction: share of the samples in a coreset; 1 for a rule that sizes it itself, such as infobatch.
-        epochs: of the whole training.
+        epochs: of the whole training; a pass beyond them is refused.
         every_epochs: epochs between selections; 0 = only the first.
         warm_epochs: first epochs, on all samples.
         balanced: class by class, in proportion to the classes.
@@ -113,6 +90,7 @@ class CoresetLoader:
     [([10, 4], 10.0), ([10, 4], 10.0)]
     """
 
+    @as_arguments("select")
     def __init__(
         self,
         loader: DataLoader[Any],
@@ -133,7 +111,8 @@ class CoresetLoader:
         for name in former:
             if now := current_name(Reselect, name):
                 raise UserError(f"CoresetLoader's {name} is now called {now}")
-            raise TypeError(f"CoresetLoader got an unexpected keyword argument {name!r}")
+        check_keywords(CoresetLoader, former)
+        check_count("CoresetLoader", epochs=epochs)
         when = {"every_epochs": every_epochs, "warm_epochs": warm_epochs}
         chosen = {"rule": rule, "fraction": fraction, "balanced": balanced, "options": dict(options or {}), **when}
         self.settings: Reselect = validate(Reselect, chosen)
@@ -164,7 +143,6 @@ class CoresetLoader:
         self.times = torch.zeros(self.n)  # that a loss was recorded
         self.total_margin = torch.zeros(self.n)
         self._y: Tensor | None = None  # labels of this rank's share, if the rule sees nothing else of the samples
-        self._labels: list[int] | None = None  # some, by which ranks compare their data sets
         self._latest = torch.empty(0, dtype=torch.int64)  # samples of the batch that was yielded last
         self._position = 0  # samples of the epoch in progress that all ranks have been given; 0 = between epochs
         self._resumes = False  # the next pass is the rest of that epoch
@@ -183,6 +161,8 @@ class CoresetLoader:
     def __iter__(self) -> Iterator[Any]:
         """Select if it is due, then yield an epoch's batches; after ``load_state_dict``, the rest of its epoch."""
         ranks = ranks_here()
+        if self.epoch >= self.epochs and not self._resumes:
+            raise UserError(f"all {self.epochs} epochs of this CoresetLoader are done: give more epochs")
         with in_touch(ranks, self.epoch):
             if ranks.world > 1:
                 self._meet(ranks)
@@ -252,22 +232,20 @@ class CoresetLoader:
         recorded = {name: getattr(self, name).clone() for name in RECORDED}
         pending = [torch.cat(parts) for parts in zip(*self._pending, strict=True)]
         place = {"epoch": self.epoch, "position": self._position, "rank": ranks_here().rank, "pending": pending}
-        place["seed"] = self.seed
-        return {"indices": self.coreset.indices, "weights": self.coreset.weights, **place, **recorded}
+        picked = {"indices": self.coreset.indices, "weights": self.coreset.weights}
+        return {"settings": self._fixed, **picked, **place, **recorded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; the next pass is the rest of its epoch, or the next epoch if nothing is left.
 
-        The number of ranks and the batch size may differ from those of the checkpoint.
+        The number of ranks, the batch size and the epochs may differ from those of the checkpoint.
 
         Raises:
-            UserError: it is of a data set of another size, or of another seed.
+            UserError: it is of other data, rule, schedule or seed, or of something else.
         """
-        size = len(state["losses"])
-        if size != self.n:
+        check_state("CoresetLoader", state, ("indices", "weights", "epoch", *RECORDED), self._fixed)
+        if (size := len(state["losses"])) != self.n:
             raise UserError(f"the checkpoint is of {size} samples, this data set has {self.n}")
-        if (seed := state.get("seed", self.seed)) != self.seed:
-            raise UserError(f"the checkpoint is of seed {seed}, whose order of samples is not that of {self.seed}")
         self.coreset = Coreset(state["indices"], state["weights"])
         self.epoch = state["epoch"]
         self._position = state.get("position", 0)  # older states are from between epochs
@@ -295,18 +273,21 @@ class CoresetLoader:
                 self._add(*seen)
         self._pending = []
 
+    @cached_property
+    def _fixed(self) -> dict[str, Any]:
+        """Data and settings, equal on all ranks and in a checkpoint."""
+        data = {"samples": self.n, "labels": some_labels(self.loader.dataset, self.loader.collate_fn)}
+        return {**data, **self.settings.model_dump(), "seed": self.seed}
+
     def _facts(self) -> dict[str, Any]:
         """Return the facts that must be equal on all ranks."""
-        if self._labels is None:
-            some = torch.linspace(0, self.n - 1, COMPARED).long().unique()
-            self._labels = next(self._load(self.loader.dataset, [some], "labels", 0))[1].tolist()
-        data = {"the number of samples": len(self.loader.dataset), "their labels": self._labels}  # type: ignore[arg-type]
-        own = {name: getattr(self, name) for name in ("epochs", "seed", "batch_size", "epoch")}
-        own["position in the epoch"] = self._position if self._resumes else 0
+        start = self._position if self._resumes else 0
         total = 0.0
         if self.model is not None and self.settings.due(self.epoch):
             total = sum(float(parameter.detach().double().sum()) for parameter in self.model.parameters())
-        return {**data, **self.settings.model_dump(), **own, "the sum of the model's parameters": str(total)}
+        own = {name: getattr(self, name) for name in ("epochs", "batch_size", "epoch")}
+        own |= {"samples": len(self.loader.dataset), "position in the epoch": start}  # type: ignore[arg-type]
+        return {**self._fixed, **own, "the sum of the model's parameters": str(total)}
 
     def _select(self, ranks: Worker) -> Coreset:
         """Select on the first rank, by the shares that all ranks computed; an error on one is raised on all."""
@@ -377,8 +358,16 @@ class CoresetLoader:
             target=target,
             balanced=settings.balanced,
             progress=self.epoch / self.epochs,
+            full_norms=self._full_norms,
         )
         return picked.part(picked.indices.argsort())
+
+    def _full_norms(self, positions: Tensor) -> Tensor:
+        """Return the norms of the full gradients at ascending positions, all computed on the first rank."""
+        seen: list[Tensor] = []
+        batches = positions.split(max(LEAST_SCORED, self.batch_size))
+        norms = gradient_norms(self.model, self._noted(self._load(self.scored, batches, "selection", self.epoch), seen))  # type: ignore[arg-type]
+        return norms[torch.cat(seen).argsort()]
 
     def _record(self, y: Tensor) -> Record:
         if not self.rule.sizes_itself:
@@ -397,77 +386,6 @@ class CoresetLoader:
     ) -> Iterator[tuple[Any, Tensor, Tensor]]:
         same = {name: getattr(self.loader, name) for name in LOADING}
         return load_batches(data, batches, seed=derive(self.seed, purpose, epoch), **same)
-
-
-def as_dataset(samples: Any, taker: str) -> Dataset[Any]:
-    """Make a data set of tensors or arrays (x, y); refuse what has no index or length. Errors name the ``taker``."""
-    if isinstance(samples, tuple | list) and samples and all(isinstance(each, Tensor | np.ndarray) for each in samples):
-        samples = [torch.as_tensor(each) for each in samples]
-        if len(samples) != 2 or len(samples[0]) != len(samples[1]):
-            raise UserError(f"{taker} takes tensors (x, y) of equal lengths, not {[len(each) for each in samples]}")
-        return TensorDataset(*samples)
-    if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")) or isinstance(samples, Mapping):
-        kind = type(samples).__name__
-        raise UserError(f"{taker} takes a data set with a length that gives samples by index, not a {kind}")
-    return samples
-
-
-def load_batches(
-    data: Dataset[Any], batches: Sequence[Tensor], *, seed: int, collate_fn: Callable[[list[Any]], Any], **loading: Any
-) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """Yield inputs, labels int64 [b] and positions int64 [b] of batches of positions.
-
-    Nothing is drawn from PyTorch's global generator. ``loading`` are further arguments of a ``DataLoader``.
-
-    Raises:
-        UserError: batches are neither pairs nor mappings with "labels", the labels are no integers from 0 up, or the
-            batch's "indices" are not the positions of its samples.
-    """
-    positions = [batch.tolist() for batch in batches]
-    rng = generator(seed, "workers")
-    loader = DataLoader(Batches(data, collate_fn, seed), batch_size=None, sampler=positions, generator=rng, **loading)
-    for batch, indices in zip(loader, batches, strict=True):
-        if isinstance(batch, Mapping):
-            if LABELS not in batch:
-                names = ", ".join(map(str, batch))
-                raise UserError(f"a batch of the data set has {names}: it needs {LABELS!r} as well")
-            x: Any = {name: value for name, value in batch.items() if name not in (LABELS, INDICES)}
-            y = batch[LABELS]
-            if untensored := next((name for name, value in x.items() if not hasattr(value, "to")), None):
-                raise UserError(
-                    f"{untensored!r} of a batch is no tensor: of a datasets.Dataset, give with_format('torch')"
-                )
-            if INDICES in batch:  # the order after collation
-                after = torch.as_tensor(batch[INDICES]).cpu()
-                if not after.sort().values.equal(indices.sort().values):
-                    theirs = f"{shown(after.tolist())} of samples {shown(indices.tolist())}"
-                    raise UserError(f"{INDICES} must be the samples' positions in the data set, not {theirs}")
-                indices = after
-        elif isinstance(batch, tuple | list) and len(batch) == 2:
-            x, y = batch
-        else:
-            raise UserError(f"the data set must return pairs (x, y); a batch is a {type(batch).__name__}")
-        is_tensor = isinstance(y, Tensor)
-        if not is_tensor or y.dim() != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
-            given = f"{y.dtype} {list(y.shape)}" if is_tensor else type(y).__name__
-            raise UserError(f"labels must be integers from 0 up, [b]; a batch has {given}")
-        if len(y) != len(indices):
-            raise UserError(f"a batch of {len(indices)} samples has {len(y)} labels after collation")
-        yield x, y.long(), indices
-
-
-def in_form_of(x: Any, y: Tensor, weights: Tensor, indices: Tensor) -> Any:
-    """Return a weighted batch: (x, y, w), or a mapping if x is one."""
-    weights = weights.to(y.device)
-    return {**x, LABELS: y, WEIGHTS: weights, INDICES: indices} if isinstance(x, Mapping) else (x, y, weights)
-
-
-def on_device(batch: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Tensor]:
-    """Move a batch to a device; x is a tensor, or a mapping of tensors."""
-    x, y = batch
-    if isinstance(x, Mapping):
-        return {name: value.to(device) for name, value in x.items()}, y.to(device)
-    return x.to(device), y.to(device)
 
 
 def ranks_here() -> Worker:

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from raypkg.core.errors import UserError
-from raypkg.coresets.loader import INDICES, LABELS, WEIGHTS, CoresetLoader
+from raypkg.coresets.batches import INDICES, LABELS, WEIGHTS
+from raypkg.coresets.loader import CoresetLoader
 from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.crest.loader import CrestLoader
 from raypkg.methods.sparse.training import SparseTraining

@@ -63,7 +63,7 @@ def grand(
     elif full_norms is not None:
         norms = full_norms()
     else:
-        raise UserError("grand option gradients = full: only a selection by a run's model can compute them")
+        raise UserError("grand option gradients = full: only a selection by a model can compute them")
     if pick == "largest":
         return Coreset.uniform(largest(norms, budget))
     indices, probabilities = draw_in_proportion(norms, budget, rng)

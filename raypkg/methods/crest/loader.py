@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,11 +14,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from raypkg.core.config import load_settings
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, as_arguments
 from raypkg.core.presets import PUBLISHED, with_preset
 from raypkg.core.seeds import derive, generator
+from raypkg.coresets.batches import (
+    TappedByForm,
+    as_dataset,
+    check_count,
+    check_keywords,
+    check_state,
+    in_form_of,
+    load_batches,
+    on_device,
+    some_labels,
+)
 from raypkg.coresets.gradients import HeadView, evaluating, head_view
-from raypkg.coresets.loader import TappedByForm, as_dataset, in_form_of, load_batches, on_device, ranks_here
+from raypkg.coresets.loader import ranks_here
 
 from .algorithm import CrestAlgorithm, Derive, Loop
 from .quadratic import covered_parameters, weighted_derivative
@@ -37,8 +49,8 @@ class CrestLoader:
 
     Args:
         dataset: returns pairs (x, y) by index, y an integer, and has a length; or tensors (x, y). Samples may also be
-            mappings with "labels", as in Hugging Face's data sets: a batch is then a mapping with "weights" and
-            "indices" added, and the model takes the others by keywords.
+            mappings with "labels" (or "label"), as in Hugging Face's data sets: a batch is then a mapping with
+            "labels", "weights" and "indices", and the model takes the others by keywords.
         model: ends in an ``nn.Linear``; the module itself, not wrapped by DDP or ``torch.compile``.
         batch_size: m, samples of a coreset.
         epochs: of the whole training; or give ``steps``.
@@ -64,6 +76,7 @@ class CrestLoader:
     {'forward': 100, 'backward': 100}
     """
 
+    @as_arguments("crest", "train")
     def __init__(
         self,
         dataset: Any,
@@ -77,11 +90,10 @@ class CrestLoader:
         seed: int = 0,
         **options: Any,
     ):
+        check_keywords(CrestLoader, options, [*CrestOptions.model_fields, *CrestOptions.renamed])
         if (epochs is None) == (steps is None):
             raise UserError("CrestLoader needs the length of the training: give either epochs or steps")
-        for name, value in {"batch_size": batch_size, "epochs": epochs, "steps": steps}.items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"CrestLoader's {name} = {value!r}: must be an integer, 1 or more")
+        check_count("CrestLoader", batch_size=batch_size, epochs=epochs, steps=steps)
         for name in options.keys() & set(OF_RUNS):
             raise UserError(f"CrestLoader's {name} = {options[name]!r}: this option is of effray's own runs only")
         values = with_preset(CrestSettings, {}, {"preset": preset})
@@ -99,22 +111,35 @@ class CrestLoader:
         if not covered_parameters(self.loop.model, self.options.parameters):
             raise UserError(f"{type(model).__name__} has no parameter to train for CREST's local model")
         self.algorithm = CrestAlgorithm(self.options, self.loop, torch.arange(n), batch_size)
-        self.settings = {"samples": n, "batch_size": batch_size, "seed": seed, **self.options.model_dump()}
         self.end: int | None = None  # of the pass that has begun and is not finished, in steps
         self._resumed = False
+        self._passes = 0  # begun
+
+    @cached_property
+    def _fixed(self) -> dict[str, Any]:
+        """Data and settings, equal in a checkpoint."""
+        loop = self.loop
+        data = {"samples": loop.n, "labels": some_labels(loop.data, loop.collate_fn)}
+        return {**data, "batch_size": loop.size, "seed": loop.seed, **self.options.model_dump()}
 
     def __len__(self) -> int:
         """Return the number of batches of a whole pass."""
         return self.pass_steps
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield a pass's batches, or the rest of one that a checkpoint was taken in."""
+        """Yield a pass's batches, or the rest of one that a checkpoint was taken in.
+
+        Raises:
+            UserError: all steps are done; or another pass has begun since, as in ``zip(loader, loader)``.
+        """
         algorithm, loop = self.algorithm, self.loop
         if not (self._resumed and self.end is not None):
             if algorithm.step >= loop.steps:
                 raise UserError(f"all {loop.steps} steps of this CrestLoader are done: give more epochs or steps")
             self.end = min(algorithm.step + self.pass_steps, loop.steps)
         self._resumed = False
+        self._passes += 1
+        own = self._passes
         for steps, drawn in algorithm.intervals(self.end):
             shuffled = [
                 chosen.shuffled(generator(loop.seed, "crest batch", step)).coreset
@@ -124,6 +149,8 @@ class CrestLoader:
             for coreset, (x, y) in zip(shuffled, loaded, strict=True):
                 algorithm.trained()  # before the loop's body, which may take a checkpoint
                 yield in_form_of(x, y, coreset.weights, coreset.indices)
+                if own != self._passes:
+                    raise UserError("another pass over this CrestLoader has begun: only one can choose at a time")
         self.end = None
 
     def finish_epoch(self) -> None:
@@ -155,17 +182,15 @@ class CrestLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint at any moment; batches that were yielded count as trained on."""
         progress = {"step": self.algorithm.step, "end": self.end, "cost": deepcopy(self.loop.cost)}
-        return {"settings": self.settings, **progress, "crest": self.algorithm.state_dict()}
+        return {"settings": self._fixed, **progress, "crest": self.algorithm.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint: the next pass is the rest of the one in which it was taken.
 
         Raises:
-            UserError: it is of other data, batches, seed or options.
+            UserError: it is of other data, batches, seed or options, or of something else.
         """
-        for name, value in self.settings.items():
-            if (given := state["settings"].get(name)) != value:
-                raise UserError(f"the checkpoint is of a CrestLoader with {name} = {given!r}, this one has {value!r}")
+        check_state("CrestLoader", state, ("settings", "step", "end", "cost", "crest"), self._fixed)
         self.algorithm.load_state_dict(state["crest"])
         self.algorithm.step = state["step"]
         self.loop.cost = deepcopy(state["cost"])

@@ -16,7 +16,7 @@ from raypkg.cluster.workers import Workers
 from raypkg.core.config import validate
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
-from raypkg.coresets.loader import as_dataset, load_batches
+from raypkg.coresets.batches import as_dataset, load_batches
 from raypkg.data.split import Split
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples
