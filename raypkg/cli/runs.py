@@ -1,13 +1,19 @@
 """The commands on all runs: ``list`` and ``rm``."""
 
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from raypkg.core.errors import UserError, redacted, unknown
-from raypkg.experiments import experiment
+from raypkg.experiments import experiment, settings_of
 
 from .options import PLACE, ExampleHelp
+
+if TYPE_CHECKING:  # it imports pyarrow, which `--help` does not need
+    from raypkg.runs.storage import Storage
 
 
 @click.command("list", cls=ExampleHelp, params=[PLACE])
@@ -44,9 +50,9 @@ def list_runs(kind: str | None, root: str, last: int | None) -> None:
 def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> None:
     """Delete runs or sweeps with everything stored in their folders.
 
-    RUN is a name below --root, or a path to a run folder. All are checked before the first is deleted. A run is refused
-    while a process is working on it. A single trial is refused, since its sweep would run it again, unless --trials is
-    given.
+    RUN is a name below --root, or a path to a run folder there. All are checked before the first is deleted. A run is
+    refused while a process is working on it, and a folder that lacks a run's settings or whose results were changed. A
+    single trial is refused, since its sweep would run it again, unless --trials is given.
 
     Example:
         effray train --name useless && effray rm useless --yes
@@ -55,6 +61,8 @@ def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> No
     from raypkg.studies.study import with_studies
 
     folders, to_lock = with_studies([to_delete(root, run) for run in runs], trials)
+    for folder in folders:
+        _check_ours(folder, root)
     with locked(to_lock):
         pass
     if not yes:
@@ -70,3 +78,36 @@ def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> No
         for folder in folders:
             remove(folder)
             click.echo(f"deleted {redacted(folder.root)}")
+
+
+def _check_ours(storage: Storage, root: str) -> None:
+    """Refuse to delete a folder that is not EXPERIMENT/NAME below the root, or is not provably a run's or sweep's.
+
+    A finished run is proven by its results, which have the digests of its manifest. Another folder is proven by
+    settings below our digest that are valid for its experiment.
+    """
+    from raypkg.core.config import load_stored
+    from raypkg.runs.folder import CONFIG, SEAL, RunFolder, read_settings
+    from raypkg.runs.storage import Storage
+    from raypkg.studies.study import FOLDER, Study
+
+    kind = storage.parent.name
+    try:
+        if storage.parent.parent.root != Storage(root).root:
+            raise UserError(f"it is not EXPERIMENT/NAME below --root {root}")
+        if storage.local and (storage.local.is_symlink() or storage.local.parent.is_symlink()):
+            raise UserError("it is reached through a link")
+        if kind not in (*experiment.names, FOLDER):
+            raise unknown("experiment", kind, experiment.names)
+        if kind == FOLDER:
+            kind = Study(storage).experiment
+        elif summary := RunFolder(storage).summary:
+            RunFolder(storage).check_all()
+            if summary.get("files"):
+                return
+        if not (storage.read(CONFIG) or b"").startswith(SEAL.encode()):
+            raise UserError(f"its {CONFIG} does not begin with a digest")
+        load_stored(settings_of(experiment[kind]), read_settings(storage))
+    except UserError as error:
+        place = f"{storage.root!r} is no folder of a run or sweep"
+        raise UserError(f"{place}: effray deletes none that it has not made: {error}") from None

@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from glob import escape
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 from rich.cells import cell_len
@@ -14,7 +17,7 @@ from rich.cells import cell_len
 from raypkg.core.errors import UserError, redacted, unknown
 
 from . import ROOT
-from .folder import CONFIG, ENVIRONMENT, GROWING, NAME, SEAL, SUMMARY, RunFolder, read_settings
+from .folder import CONFIG, ENVIRONMENT, GROWING, NAME, SUMMARY, RunFolder, read_settings
 from .storage import PART, Storage
 
 DONE = "done"
@@ -232,32 +235,24 @@ def in_columns(lines: Sequence[Listed]) -> list[str]:
 
 
 def to_delete(root: str, run: str) -> Storage:
-    """Return the folder of a run or study to delete, given by name, experiment/name, path or URI.
+    """Return the folder of a run or study to delete, given by name, experiment/name, path or URI; not yet checked.
 
-    The remains of an interrupted deletion go by the run's name. A folder that effray has not made is refused.
+    The remains of an interrupted deletion go by the run's name.
     """
     runs = Storage(root)
     parts = run.split("/")
     found: list[Storage] = []
     if len(parts) <= 2 and all(NAME.fullmatch(part) for part in parts):
-        kinds = runs.list() if len(parts) == 1 else parts[:1]
-        for kind in kinds:
-            remains = runs / kind / f"{parts[-1]}{PART}"
-            if parts[-1] in (runs / kind).list():
-                found.append(runs / kind / parts[-1])
-            elif remains.local and remains.local.is_dir():
-                found.append(remains)
+        for kind in runs.list() if len(parts) == 1 else parts[:1]:
+            around = runs / kind
+            remains = around.local.glob(f"{escape(parts[-1])}.{'?' * 8}{PART}") if around.local else ()
+            names = [parts[-1], *(path.name for path in remains)]
+            found += [around / name for name in names if (around / name).list()][:1]
     if not found and "/" in run:
-        found = [Storage(run.rstrip("/"))]
-    found = [storage for storage in found if storage.list() or storage.name.endswith(PART)]
+        found = [storage for storage in [Storage(run.rstrip("/"))] if storage.list()]
     if not found:
         raise unknown(f"run in {runs.root}", run, {name for kind in runs.list() for name in (runs / kind).list()})
-    storage = _only(found, run)
-    # Any folder may contain a file called config.toml: ours has a digest in its first line.
-    is_ours = ENVIRONMENT in storage.list() or (storage.read(CONFIG) or b"").startswith(SEAL.encode())
-    if not (NAME.fullmatch(storage.name) and (is_ours or storage.name.endswith(PART))):
-        raise UserError(f"{storage.root!r} is no folder of a run or sweep: effray deletes none that it has not made")
-    return storage
+    return _only(found, run)
 
 
 @contextmanager
@@ -270,24 +265,22 @@ def locked(folders: Iterable[Storage]) -> Iterator[None]:
 
 
 def remove(storage: Storage) -> None:
-    """Delete the folder of a run or study, and the folder around it if that is empty.
+    """Delete the folder of a run or study; links in it are not followed.
 
-    A local folder is renamed first, to a name that is never listed, and its manifest and settings go before the rest:
-    an interrupted deletion leaves nothing that looks like a run. Links are not followed.
+    A local folder is renamed first, to a name beside it that is never listed. Its manifest goes first and its settings
+    last: the remains of an interrupted deletion do not look like a run, but can be recognised as one's.
     """
-    around = storage.parent
     if storage.local and not storage.name.endswith(PART):
-        hidden = around / f"{storage.name}{PART}"
-        hidden.delete_folder("")  # the remains of an earlier deletion
         try:
-            os.rename(str(storage.local), str(hidden.local))
+            hidden = Path(mkdtemp(PART, f"{storage.name}.", storage.local.parent))
+            try:
+                storage.local.rename(hidden)  # replaces the empty folder
+            except BaseException:
+                hidden.rmdir()
+                raise
         except OSError as error:
             raise UserError(f"cannot delete {str(storage.local)!r}: {error.strerror or error}") from None
-        storage = hidden
-    if not (storage.local and storage.local.is_symlink()):
-        names = storage.list()
-        for file in (SUMMARY, CONFIG):
-            if file in names:
-                storage.delete(file)
-    storage.delete_folder("")
-    around.delete_if_empty()
+        storage = storage.parent / hidden.name
+    if SUMMARY in storage.list():
+        storage.delete(SUMMARY)
+    storage.delete_folder("", last=CONFIG)

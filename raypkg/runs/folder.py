@@ -324,9 +324,8 @@ def _taken(runs: Storage, name: str) -> UserError:
 
 
 def discard(storage: Storage) -> None:
-    """Delete a run folder that this process created, and the folder around it if that is empty."""
+    """Delete a run folder that this process created."""
     storage.delete_folder("")
-    storage.parent.delete_if_empty()
 
 
 def check_name(name: str) -> None:

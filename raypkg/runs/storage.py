@@ -26,7 +26,6 @@ PART = ".part"  # ends the name of an unfinished file
 LEFT_BEHIND = re.compile(r"\.\d+\.part$")  # an unfinished file, with the number of the process that wrote it
 CLAIMS = "claims"  # of processes that are creating the same folder of an object store
 LOCK_WAIT = 0.5  # seconds; a process that only tests a lock holds it for less
-TRIES = 3  # at creating a folder while other processes delete empty ones
 
 
 class Storage:
@@ -131,16 +130,12 @@ class Storage:
         """
         if self.local:
             with _one_line("write", f"{self._path}/"):
-                for _ in range(TRIES):
-                    os.makedirs(os.path.dirname(self._path), exist_ok=True)
-                    try:
-                        os.mkdir(self._path)
-                        return True
-                    except FileNotFoundError:  # another process found the folder around it empty, and deleted it
-                        continue
-                    except FileExistsError:
-                        return False
-                raise FileNotFoundError(errno.ENOENT, "other processes keep deleting the folder around it")
+                os.makedirs(os.path.dirname(self._path), exist_ok=True)
+                try:
+                    os.mkdir(self._path)
+                except FileExistsError:
+                    return False
+                return True
         if self.taken or self.list(CLAIMS):
             return False
         mine = uuid.uuid4().hex
@@ -255,22 +250,26 @@ class Storage:
         with _one_line("delete", self._full(name)):
             self._fs.delete_file(self._full(name))
 
-    def delete_folder(self, name: str) -> None:
-        """Delete a folder and its content, if it exists; links are not followed."""
+    def delete_folder(self, name: str, last: str = "") -> None:
+        """Delete a folder and its content, if it exists, a file named ``last`` after the others; follow no links."""
         folder = self._full(name).rstrip("/")
         with _one_line("delete", folder), suppress(FileNotFoundError):
             if os.path.islink(folder):
                 os.unlink(folder)
             elif self.local:
+                for path in Path(folder).iterdir() if last else ():
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    elif path.name != last:
+                        path.unlink()
                 shutil.rmtree(folder)
-            elif self._entries(folder):
+            elif entries := self._entries(folder):
+                for entry in entries:
+                    if entry.type == fs.FileType.Directory:
+                        self._fs.delete_dir(entry.path)
+                    elif entry.base_name != last:
+                        self._fs.delete_file(entry.path)
                 self._fs.delete_dir(folder)
-
-    def delete_if_empty(self) -> None:
-        """Delete a local folder if it is empty."""
-        if self.local:
-            with suppress(OSError):
-                self.local.rmdir()
 
     def delete_unfinished(self) -> None:
         """Delete unfinished files of processes that died, in all folders below; links are not followed."""

@@ -18,7 +18,7 @@ from raypkg.experiments.train import TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.methods.deltagrad.settings import DeltaGradSettings
 from raypkg.methods.lipt.settings import LiptSettings
-from raypkg.runs.folder import create
+from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
 from raypkg.studies.show import conclude
 from raypkg.studies.study import Order, Trial, create_study
@@ -282,25 +282,28 @@ def everything(folder="."):
 
 
 def test_rm_deletes_a_run_and_leaves_others(call, effray, tmp_path):
-    begun(name="one", done=True)
-    Path("runs/train/one/config.toml").write_text("junk")  # damaged runs too
+    begun(name="one").storage.write("model.safetensors", b"weights")
+    begun(name="one.part.x")
+    Path("runs/train/one.part").mkdir()  # somebody's
+    RunFolder(Storage("runs/train/one")).finish(SUMMARY)
+    Path("runs/train/one/config.toml").write_text("junk")  # the manifest's digests tell that the run is whole
     begun(name="two")
-    before = everything("runs/train/two")
+    others = {"runs/train/one.part", *everything("runs/train/two"), *everything("runs/train/one.part.x")}
     assert effray("rm one --yes") == f"deleted {tmp_path}/runs/train/one\n"
-    assert os.listdir("runs/train") == ["two"] and everything("runs/train/two") == before
-    effray("rm train/two --yes")
-    assert os.listdir("runs") == []
+    assert {*everything("runs/train")} == {"runs/train/two", "runs/train/one.part.x", *others}
+    effray("rm train/two train/one.part.x --yes")
+    assert everything("runs") == ["runs/train", "runs/train/one.part"]
 
 
 def test_rm_takes_a_path_or_a_name_below_the_root_whatever_is_in_the_working_folder(call, effray):
     begun(root="elsewhere")
-    effray("rm elsewhere/train/one/ --yes")
-    assert os.listdir("elsewhere") == []
+    effray("rm elsewhere/train/one/ --yes --root elsewhere")
+    assert everything("elsewhere") == ["elsewhere/train"]
     begun()
     begun(root=".", kind="x")
     shutil.move("x/one", "one")
     assert effray("rm one train/one runs/train/one --yes").count("deleted") == 1
-    assert Path("one/config.toml").exists() and not Path("runs/train").exists()
+    assert Path("one/config.toml").exists() and os.listdir("runs/train") == []
 
 
 def test_rm_asks_on_a_terminal_and_deletes_nothing_without_one(call, refusal, monkeypatch):
@@ -327,16 +330,80 @@ def test_rm_of_a_name_of_several_runs_asks_which(call, refusal, effray):
     begun("crest", "one", CrestSettings)
     assert "there is a run 'one' of crest and of train: give crest/one" in refusal("rm one --yes")
     effray("rm crest/one --yes")
-    assert os.listdir("runs") == ["train"]
+    assert os.listdir("runs/crest") == [] and os.listdir("runs/train") == ["one"]
     begun("crest", "one", CrestSettings)  # the name is free again
-    assert sorted(os.listdir("runs")) == ["crest", "train"]
 
 
-def test_rm_deletes_no_folder_that_only_looks_like_a_run(call, refusal):
-    Path("site/blog").mkdir(parents=True)
-    Path("site/blog/config.toml").write_text("title = 'mine'")
-    assert "site/blog' is no folder of a run or sweep" in refusal("rm blog --root . --yes")
-    assert Path("site/blog/config.toml").exists()
+def changed(folder, file, content):
+    (folder / file).write_text(content)
+
+
+def moved(folder, to, link=False):
+    target = Path(to)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+    if link:
+        folder.symlink_to(target.absolute())
+
+
+def linked_around(folder):
+    moved(folder.parent, "elsewhere", link=True)
+
+
+SEALED = "does not begin with a digest"
+FOREIGN = {  # what was done to a run's folder, the argument of rm, what is said
+    "only a config": (lambda run: [file.unlink() for file in run.glob("*.json")], "one", None),  # a run all the same
+    "foreign settings": (lambda run: changed(run, "config.toml", "title = 'mine'"), "one", SEALED),
+    "no settings": (lambda run: (run / "config.toml").unlink(), "one", "config.toml does not begin|is missing"),
+    "of another experiment": (lambda run: moved(run, "runs/select/one"), "select/one", "unknown setting"),
+    "of no experiment": (lambda run: moved(run, "runs/site/one"), "site/one", "unknown experiment 'site'"),
+    "other results": (
+        lambda run: changed(run, "summary.json", json.dumps(SUMMARY | {"files": {"a": "0"}})),
+        "one",
+        "a is",
+    ),
+    "a bad manifest": (lambda run: changed(run, "summary.json", "[1]"), "one", "summary.json is corrupt"),
+    "elsewhere": (
+        lambda run: moved(run, "other/train/one"),
+        "other/train/one",
+        "not EXPERIMENT/NAME below --root runs",
+    ),
+    "deeper": (lambda run: moved(run, "runs/x/train/one"), "runs/x/train/one", "not EXPERIMENT/NAME below"),
+    "a link": (lambda run: moved(run, "other/train/one", link=True), "one", "reached through a link"),
+    "below a link": (linked_around, "one", "reached through a link"),
+    "unfinished by name": (lambda run: moved(run, "docs/one.part"), "docs/one.part", "not EXPERIMENT/NAME below"),
+    "unfinished beside it": (lambda run: moved(run, "runs/train/one.part"), "one", "unknown run"),
+    "remains by name": (
+        lambda run: (
+            moved(run, "runs/train/one.abcdefgh.part"),
+            changed(Path("runs/train/one.abcdefgh.part"), "config.toml", ""),
+        ),
+        "one",
+        SEALED,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_rm_deletes_only_what_is_provably_a_run(call, refusal, case):
+    change, name, says = FOREIGN[case]
+    begun()
+    change(Path("runs/train/one"))
+    before = everything()
+    if says is None:
+        assert call(f"effray rm {name} --yes").code == 0
+    else:
+        assert re.search(says, refusal(f"rm {name} --yes"))
+        assert everything() == before
+
+
+def test_rm_deletes_no_trials_that_a_changed_record_places_elsewhere(refusal, sweep):
+    shutil.copytree("runs/crest", "docs")
+    record = Path("runs/tune/s/sweep.json")
+    record.write_text(record.read_text().replace('"crest"', '"../docs"'))
+    before = everything()
+    assert "unknown experiment '../docs'" in refusal("rm s --trials --yes")
+    assert everything() == before
 
 
 @pytest.mark.parametrize("name", ["..", "../runs/train/one/.", "a%2F..", "#x", "*", ""])
@@ -348,55 +415,51 @@ def test_rm_reads_no_name_as_more_than_a_name(call, name):
     assert everything("runs") == before
 
 
-def test_rm_follows_no_link(call, effray):
+def test_rm_follows_no_link_in_a_run(call, effray):
     begun(name="one")
     Path("kept").mkdir()
     Path("kept/file").write_text("")
     Path("runs/train/one/link").symlink_to(Path("kept").absolute())
-    begun(name="two", root="other")
-    Path("runs/train/two").symlink_to(Path("other/train/two").absolute())
-    before = everything("other")
-    effray("rm one two --yes")
-    assert everything("kept") == ["kept/file"] and everything("other") == before
-    assert not Path("runs/train").exists()
+    effray("rm one --yes")
+    assert everything("kept") == ["kept/file"] and os.listdir("runs/train") == []
 
 
-@pytest.mark.parametrize("moment", [1, 2])
+@pytest.mark.parametrize("step", ["rename", "delete", "rmtree", "unlink", "end"])
 def test_a_deletion_that_was_cut_short_leaves_nothing_that_looks_like_a_run_and_can_be_finished(
-    call, effray, refusal, monkeypatch, moment
+    call, effray, monkeypatch, step
 ):
-    begun(done=True)
+    begun(done=True).storage.write("phases/train.json", b"{}")
     begun(name="two")
-    original, calls = Storage.delete_folder, []
+    place = {"rename": Path, "delete": Storage, "unlink": Path, "rmtree": shutil, "end": shutil}[step]
+    name = step.replace("end", "rmtree")
+    original = getattr(place, name)
 
-    def delete_folder(storage, name):
-        calls.append(name)
-        if len(calls) == moment:
+    def interrupted(path, *others, **options):
+        if step != "end" or Path(path).name.endswith(".part"):
             raise KeyboardInterrupt
-        original(storage, name)
+        original(path, *others, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Storage, "delete_folder", delete_folder)
-        call("effray rm one --yes")
+        patch.setattr(place, name, interrupted)
+        assert call("effray rm one --yes").code == 130
     whole = Path("runs/train/one").exists()
-    assert whole is (moment == 1)  # before it was renamed
+    assert whole is (step == "rename")
     assert [words[0] for words in listed(effray("list"))].count("one") == whole
-    assert not [path for path in Path("runs").rglob("summary.json") if path.parent.name != "one"]
     effray("rm one --yes")
     assert os.listdir("runs/train") == ["two"]
 
 
-def test_rm_of_a_sweep_leaves_its_trials_unless_they_are_meant_too(effray, sweep):
+def test_rm_of_a_sweep_leaves_its_trials_unless_they_are_meant_too(effray, refusal, sweep):
     for copy in ("copy", "damaged"):
         shutil.copytree("runs", copy)
     effray("rm s --yes")
-    assert os.listdir("runs") == ["crest"] and len(os.listdir("runs/crest")) == 3
+    assert os.listdir("runs/tune") == [] and len(os.listdir("runs/crest")) == 3
     begun("crest", "s-003", CrestSettings, root="copy")  # no trial of it
     effray("rm s --trials --yes --root copy")
-    assert everything("copy")[:2] == ["copy/crest", "copy/crest/s-003"] and len(os.listdir("copy")) == 1
+    assert os.listdir("copy/crest") == ["s-003"] and os.listdir("copy/tune") == []
     Path("damaged/tune/s/sweep.json").write_text("{")
-    effray("rm s --trials --yes --root damaged")
-    assert os.listdir("damaged") == ["crest"] and len(os.listdir("damaged/crest")) == 3
+    assert "deletes none that it has not made" in refusal("rm s --trials --yes --root damaged")
+    assert len(everything("damaged/tune/s")) > 2
 
 
 def test_rm_of_a_trial_is_refused_unless_trials_are_meant(effray, refusal, sweep):
