@@ -72,21 +72,34 @@ def test_a_script_gives_the_weights_of_effrays_own_run(tmp_path, replay):
     assert np.array_equal(model.coef_, deleted[0]) and np.array_equal(model.intercept_, deleted[1])
 
 
-def test_a_head_recorded_in_another_loop_gives_the_weights_of_the_estimator():
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("loop", ["float64", "scaled", "scaled, zero_grad first"])
+def test_a_head_recorded_in_another_loop_gives_the_weights_of_the_estimator(fused, loop):
     estimator = small(scale="none", schedule="constant", weight_decay=0.01).fit(X, Y)
     x, y = torch.from_numpy(X.astype(np.float32)), torch.from_numpy((Y == "yes").astype(np.int64))
     head = nn.Linear(4, 2).double()
     history = estimator._run.history()
     nn.utils.vector_to_parameters(history[0].w, head.parameters())
-    optimizer = torch.optim.SGD(head.parameters(), lr=1.0, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0, weight_decay=0.01, fused=fused)
     recorder = deltagrad.record(head, optimizer)
-    for epoch in range(6):
-        for ids in shuffled(len(x), 30, 0, epoch):
-            recorder.batch(ids)
-            losses = nn.functional.cross_entropy(head(x[ids].double()), y[ids], reduction="none")
-            (losses @ torch.ones(len(ids), dtype=torch.float64) / len(ids)).backward()
-            optimizer.step()
+    scaler = torch.amp.GradScaler("cpu", enabled=loop != "float64")
+
+    def step(ids, factor=1.0):
+        recorder.batch(ids)
+        if loop.endswith("first"):
             optimizer.zero_grad()
+        losses = nn.functional.cross_entropy(head(x[ids].double()), y[ids], reduction="none")
+        scaler.scale(losses @ torch.full_like(losses, factor / len(ids))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if not loop.endswith("first"):
+            optimizer.zero_grad()
+
+    for epoch in range(6):
+        if scaler.is_enabled():
+            step(torch.arange(20), factor=torch.inf)  # skipped
+        for ids in shuffled(len(x), 30, 0, epoch):
+            step(ids)
     model = recorder.finish(x, y)
     same(model, estimator)
     same(model.delete(SOME), estimator.delete(SOME))
@@ -96,32 +109,53 @@ def test_a_head_recorded_in_another_loop_gives_the_weights_of_the_estimator():
     same(pickle.loads(pickle.dumps(model)).delete([20]), estimator.delete([20]))
 
 
-def test_a_record_that_is_not_of_these_samples_is_refused():
-    x, y = torch.from_numpy(X.astype(np.float32)), torch.from_numpy((Y == "yes").astype(np.int64))
+XT, YT = torch.from_numpy(X.astype(np.float32)), torch.from_numpy((Y == "yes").astype(np.int64))
 
-    def recorded(steps=3, **options):
-        head = nn.Linear(4, 2)
-        optimizer = torch.optim.SGD(head.parameters(), lr=0.1, **options)
-        recorder = deltagrad.record(head, optimizer)
-        for _ in range(steps):
-            recorder.batch(range(90))
-            nn.functional.cross_entropy(head(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return recorder, optimizer
 
-    recorder, optimizer = recorded()
-    with pytest.raises(UserError, match=r"the gradient of step 0 is not that of the mean cross-entropy"):
-        recorder.finish(x, 1 - y)
-    with pytest.raises(UserError, match="no step was recorded"):
-        recorded(0)[0].finish(x, y)
-    recorder, optimizer = recorded()
-    with pytest.raises(UserError, match=r"a step without batch\(ids\) before it"):
+def recorded(*batches, head=None, **options):
+    head = head or nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, **options)
+    recorder = deltagrad.record(head, optimizer)
+    for ids in batches:
+        recorder.batch(ids)
+        nn.functional.cross_entropy(head(XT), YT).backward()
         optimizer.step()
-    with pytest.raises(UserError, match=r"not SGD with momentum 0\.9"):
-        recorded(momentum=0.9)
-    with pytest.raises(UserError, match="an optimizer of its weight and bias only"):
-        deltagrad.record(nn.Linear(4, 2), optimizer)
+        optimizer.zero_grad()
+    recorder.optimizer = optimizer
+    return recorder
+
+
+ALL = range(90)
+
+
+def finished_twice():
+    recorder = recorded(ALL, ALL)
+    with pytest.raises(UserError, match="is not that of the mean cross-entropy"):
+        recorder.finish(XT, 1 - YT)
+    assert recorder.finish(XT, YT).verify() < 1e-5  # the refused samples left no trace
+    recorder.finish(XT, YT)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: recorded(ALL, ALL).finish(XT, 1 - YT), "the gradient of step 0 is not that of the mean cross-entropy"),
+        (finished_twice, "finish was called before"),
+        (lambda: recorded().finish(XT, YT), "no step was recorded"),
+        (lambda: recorded(ALL).optimizer.step(), r"a step without batch\(ids\) before it"),
+        (lambda: recorded(momentum=0.9), r"not SGD with momentum 0\.9"),
+        (lambda: deltagrad.record(nn.Linear(4, 2), recorded().optimizer), "an optimizer of its weight and bias only"),
+        (lambda: recorded(head=nn.Linear(4, 2).bfloat16()), "float32 or float64, not torch.bfloat16"),
+        (lambda: recorded(ALL, range(-1, 89), ALL).finish(XT, YT), "id -1 is no row of X, which are 0 … 89"),
+        (lambda: recorded(ALL, range(1, 91), ALL).finish(XT, YT), "id 90 is no row of X"),
+        (lambda: recorded(torch.ones(90)), r"ids are float32 \[90\], needed are integers"),
+        (lambda: recorded(ALL).finish(XT[:, :3], YT), r"X has samples of shape \(3,\), those of the head are \(4,\)"),
+        (lambda: recorded(ALL).finish(XT, YT, perod=3), "unknown parameter 'perod', did you mean 'period'"),
+    ],
+)
+def test_a_record_that_is_not_of_these_samples_is_refused(act, message):
+    with pytest.raises(UserError, match=message):
+        act()
 
 
 # Forms of data, and additions
@@ -188,8 +222,6 @@ def test_folders_that_are_no_place_for_a_record_are_refused(tmp_path):
         small(history=tmp_path / "a").fit(X, Y)
     with pytest.raises(UserError, match="exists: save to a new folder"):
         model.save(tmp_path)
-    with pytest.raises(UserError, match=r"log\.jsonl is missing"):
-        DeltaGrad.load(tmp_path / "nothing")
     other = DeltaGrad.load(tmp_path / "a").delete([1])
     with pytest.raises(UserError, match="changed by another process: load it again"):
         model.delete([2])
@@ -275,6 +307,7 @@ def bad(text, value):
         (lambda model: model.delete([0.5]), r"ids are float64 \[1\], needed are integers"),
         (lambda model: model.delete([]), r"needed are integers \[m\], at least one"),
         (lambda model: model.delete([True]), r"ids are bool"),
+        (lambda model: model.delete(np.uint64([2**63])), r"ids are uint64 \[1\], needed are integers .* below 2⁶³"),
         (lambda model: model.delete(range(90)), "would delete every sample"),
         (lambda model: model.delete(np.flatnonzero(Y == "no")), "would delete the whole class"),
         (lambda model: model.add(X[:1], ["noo"]), r"unknown class 'noo', did you mean 'no'"),
@@ -286,6 +319,12 @@ def bad(text, value):
         (lambda model: model.fit(X, Y[:5]), r"y has shape \[5\], needed are 90 labels"),
         (lambda model: model.fit(X, X[:, 0]), "Unknown label type: continuous"),
         (lambda model: model.fit(X, ["one"] * 90), "y has one class, 'one'"),
+        (lambda model: model.fit(X, np.arange(90).astype("M8[D]")), "Unknown label type: date. Labels are texts"),
+        (lambda model: model.fit(X, Y.astype(bytes)), "Unknown label type: bytes"),
+        (lambda model: model.fit(X, [None, "a"] * 45), "Unknown label type: NoneType, str"),
+        (lambda model: model.fit(X, np.array([1, "a"] * 45, object)), "Unknown label type: int, str"),
+        (lambda model: model.add(X[:1], [b"no"]), "Unknown label type: bytes"),
+        (lambda model: DeltaGrad.load("nowhere"), r"nowhere' holds no complete record .* does not exist or has no log"),
         (lambda model: model.set_params(lr=-1).fit(X, Y), r"train\.lr = -1: "),
         (lambda model: model.set_params(lr=1e300).fit(X, Y), "the loss became"),
         (lambda model: model.set_params(tolerance=1e-3, burn_in=3).delete([1]), "burn_in would do nothing"),

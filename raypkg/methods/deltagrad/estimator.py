@@ -140,7 +140,7 @@ class DeltaGrad:
 
         Args:
             X: [n, D], or uint8 images [n, C, H, W]: NumPy, PyTorch or an Arrow table; used as float32.
-            y: labels of any type, [n].
+            y: labels, [n]: texts, integers, whole floats or booleans.
         """
         settings = self._settings()
         x = _numbers(X)
@@ -203,10 +203,7 @@ class DeltaGrad:
             ids: integers, [m]; each in use, none twice. A sample of every class must stay.
         """
         run = self._fitted()
-        numbers = np.atleast_1d(_array(ids, "ids"))
-        if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers):
-            raise UserError(f"ids are {numbers.dtype} {list(numbers.shape)}, needed are integers [m], at least one")
-        self._answer(run, change_of(run, [Request("delete", numbers.tolist())]))
+        self._answer(run, change_of(run, [Request("delete", row_numbers(ids).tolist())]))
         return self
 
     @_value_errors()
@@ -227,10 +224,11 @@ class DeltaGrad:
             )
         x = _numbers(X)
         labels = _labels(y, len(x))
-        if not np.isin(labels, self.classes_).all():
-            wrong = labels[~np.isin(labels, self.classes_)][0]
-            raise unknown("class", str(wrong), map(str, self.classes_))
-        new = self._aligned(x, np.searchsorted(self.classes_, labels))
+        codes = {label: code for code, label in enumerate(self.classes_.tolist())}
+        for label in labels.tolist():
+            if label not in codes:
+                raise unknown("class", str(label), map(str, self.classes_))
+        new = self._aligned(x, np.array([codes[label] for label in labels.tolist()]))
         first = len(run.active)
         nobody = torch.arange(0)
         self._answer(run, Change(gone=nobody, came=nobody, new=new, requests=()))
@@ -276,7 +274,7 @@ class DeltaGrad:
         """Take the state that a folder holds."""
         root = folder.storage.root
         if not folder.storage.read(LOG):
-            raise UserError(f"{root}/{LOG} is missing: the record was never completed, or its log is lost")
+            raise UserError(f"{root!r} holds no complete record of DeltaGrad: it does not exist or has no {LOG}")
         with open_recorded(folder) as run:
             first = run.journal.entries[0]
         if "labels" not in first:
@@ -376,6 +374,16 @@ def _here() -> Holders:
 # Data
 
 
+def row_numbers(ids: Any) -> np.ndarray:
+    """Return ids as int64 [m]; refuse other types and shapes, and none."""
+    numbers = np.atleast_1d(_array(ids, "ids"))
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers) or numbers.max() >= 2**63:
+        raise UserError(
+            f"ids are {numbers.dtype} {list(numbers.shape)}, needed are integers [m], at least one, below 2⁶³"
+        )
+    return numbers.astype(np.int64)
+
+
 def _array(values: Any, name: str) -> np.ndarray:
     """Return numbers of NumPy, PyTorch, Arrow or Python as an array; a table's columns become those of a matrix."""
     return as_array(values if isinstance(values, Tensor) else np.asarray(values), name)
@@ -399,7 +407,7 @@ def _numbers(X: Any) -> np.ndarray:
 
 
 def _labels(y: Any, n: int) -> np.ndarray:
-    """Return labels [n]; continuous ones are refused."""
+    """Return labels [n]; refuse continuous ones, and types that the log cannot keep."""
     if y is None:
         raise UserError("DeltaGrad requires y to be passed, but the target y is None")
     labels = _array(y, "y")
@@ -407,7 +415,12 @@ def _labels(y: Any, n: int) -> np.ndarray:
         labels = labels[:, 0]
     if labels.shape != (n,):
         raise UserError(f"y has shape {list(labels.shape)}, needed are {n} labels, [{n}]")
-    if labels.dtype.kind == "f":
+    kinds = {type(label) for label in labels.tolist()}
+    if len(kinds) > 1 or not kinds <= {str, int, float, bool}:  # of which the log can keep the classes
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise UserError(f"Unknown label type: {names}. Labels are texts, integers, whole floats or booleans, all alike")
+    if kinds == {float}:
+        labels = labels.astype(np.float64)
         if not np.isfinite(labels).all():
             raise UserError("Input y contains NaN or infinity")
         if (labels != labels.round()).any():
