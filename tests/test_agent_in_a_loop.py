@@ -316,6 +316,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         ({"alpha": 0.0}, "alpha = 0 with form = published would correct nothing"),
         ({"form": "linear"}, "epochs = None with form = linear"),
         ({"epochs": 3}, "epochs = 3 with form = published"),
+        ({"form": "linear", "epochs": 0}, "epochs = 0"),
     ):
         with pytest.raises(UserError, match=message) as raised:
             GradientCorrection(model, **options)
@@ -327,8 +328,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         agent.correct(partial(weighted_loss, batch=stream(0)[0]))
     with pytest.raises(UserError, match="can be passed once only"):
         agent.snapshot(iter(stream(0)))
-    with pytest.raises(UserError, match="is of another model"):
-        agent.load_state_dict(GradientCorrection(nn.Linear(2, 2)).state_dict())
+    for state, message in ((GradientCorrection(nn.Linear(2, 2)).state_dict(), "is of another model"), ({}, "no 'copy'")):
+        with pytest.raises(UserError, match=message):
+            agent.load_state_dict(state)
+    with pytest.raises(UserError, match=r"model is of type SGD: give an nn\.Module"):
+        GradientCorrection(optimizer_of(model))
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
@@ -356,16 +360,30 @@ def test_gradients_that_are_not_finite_are_refused_before_anything_changes():
         agent.snapshot(stream(1))
 
 
-def test_a_loss_of_the_trained_model_is_refused():
+@pytest.mark.parametrize("form", ["measured", "published"])  # c = 1 and c = 0
+def test_a_loss_of_the_trained_model_is_refused(form):
     model, data = network(), stream(0)
-    agent = GradientCorrection(model, "measured")
+    agent = GradientCorrection(model, form)
     agent.snapshot(data)
     for mistake in (lambda _: weighted_loss(model, data[0]), lambda _: []):
         with pytest.raises(UserError, match=r"does not depend on the snapshot|returned no loss"):
             agent.correct(mistake)
     assert agent.step == 0
-    with pytest.raises(UserError, match="no batches"):
-        GradientCorrection(model, "measured").snapshot([])
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "batches", "message"),
+    [
+        ("measured", {}, [[]], "0 batches: form = measured needs at least 1"),
+        ("published", {}, [stream(0)[:1]], "1 batches: form = published needs at least 2"),
+        ("linear", {"epochs": 1}, [stream(0), stream(1)], "snapshot 2 of epochs = 1"),
+    ],
+)
+def test_snapshots_that_would_correct_nothing_are_refused(form, options, batches, message):
+    agent = GradientCorrection(network(), form, **options)
+    with pytest.raises(UserError, match=message):
+        for each in batches:
+            agent.snapshot(each)
 
 
 @pytest.mark.parametrize("failing", [3, 16, 20])  # in the estimate of c, then in the full gradient

@@ -1,5 +1,7 @@
 """The form of every model, ``head(features(x))``, and the conversion of a user's module into it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -139,6 +141,8 @@ def _probe(module: nn.Module, name: str, x: Tensor, expected: tuple[int, int]) -
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module within the wrappers of DDP and of `torch.compile`, with which it shares its parameters."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is of type {type(model).__name__}: give an nn.Module")
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -146,3 +150,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
+
+
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode inside the block; restore all modes and buffers afterwards.
+
+    Layers that a model in training keeps in evaluation mode, such as frozen batch norms, stay so.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for buffer, before in buffers:
+            buffer.copy_(before)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
+from operator import length_hint
 from typing import Any, Literal
 
 import torch
@@ -14,14 +14,22 @@ from torch import Tensor, nn
 
 from raypkg.core.config import validate
 from raypkg.core.errors import UserError
+from raypkg.core.seeds import seeded
+from raypkg.core.settings import Count
 from raypkg.coresets.loader import ranks_here
-from raypkg.models.classifier import unwrapped
+from raypkg.models.classifier import in_training, unwrapped
 
 from .control_variate import Weight, coefficient, correct, spread, variance_left
 from .settings import AgentOptions
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Losses = Tensor | Iterable[Tensor]  # of a batch at the snapshot, whole or in parts that add up
+
+
+class Arguments(AgentOptions):
+    """The arguments of `GradientCorrection` that are checked."""
+
+    epochs: Count | None = None
 
 
 def weighted_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -38,7 +46,8 @@ class GradientCorrection:
         correct(closure), every step:      ∇ℓ_B(θ) − γc·(∇ℓ_B(θ̃) − g̃)
 
     Published: ĉ = Cov_B(ℓ_B(θ), ℓ_B(θ̃)) / Var_B(ℓ_B(θ̃)) over the batches, with θ̃ the previous snapshot. c starts
-    at 0, so the first epoch is plain. Then a sample costs three gradients and two forward passes per epoch.
+    at 0, so the first epoch is plain: its first step only tries the closure. Then a sample costs three gradients and
+    two forward passes per epoch.
 
     ``correct`` comes after all micro-batches and unscaling, before clipping and the optimiser's step. It keeps the raw
     gradient as ``raw_grad`` of each parameter, on which `SparseTraining` grows. Ranks of a process group average.
@@ -57,9 +66,10 @@ class GradientCorrection:
         skips_overflows: leave gradients that are not finite as they are, because a `GradScaler` skips their step.
 
     Raises:
-        UserError: an invalid value, a model without trained parameters, no snapshot before the first step, batches that
-            can be passed once only, a loss without the snapshot, a gradient that is not finite. The model and its
-            gradients have not changed then, and a failed ``snapshot`` can be called again.
+        UserError: an invalid value, a model without trained parameters, no snapshot before the first step, more
+            snapshots than epochs, no batches (published: fewer than two) or such as can be passed once only, a loss
+            without the snapshot, a gradient that is not finite. The model and its gradients have not changed then, and
+            a failed ``snapshot`` can be called again.
 
     >>> model = nn.Linear(4, 2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -87,7 +97,7 @@ class GradientCorrection:
         loss: Loss = weighted_loss,
         skips_overflows: bool = False,
     ):
-        options = validate(AgentOptions, {"form": form, "gamma": gamma, "alpha": alpha})
+        options = validate(Arguments, {"form": form, "gamma": gamma, "alpha": alpha, "epochs": epochs})
         if form == "published" and not alpha:
             raise UserError("alpha = 0 with form = published would correct nothing: c starts at 0 and stays there")
         if (form == "linear") != (epochs is not None):
@@ -109,6 +119,7 @@ class GradientCorrection:
         self.step = 0  # corrections so far
         self.snapshots = 0
         self.estimated = False  # ĉ, since the last snapshot
+        self.tried = False  # a closure
 
     @property
     def c(self) -> float:
@@ -131,6 +142,11 @@ class GradientCorrection:
         """
         if iter(batches) is batches:
             raise UserError("batches are an iterator, which can be passed once only: give a list or a DataLoader")
+        fewest = 2 if self.weight.form == "published" else 1
+        if (count := length_hint(batches, fewest)) < fewest:
+            raise UserError(f"snapshot: {count} batches: form = {self.weight.form} needs at least {fewest}")
+        if self.epochs is not None and self.snapshots >= self.epochs:
+            raise UserError(f"snapshot {self.snapshots + 1} of epochs = {self.epochs}: the linear weight has reached 0")
         if self.snapshots and not self.estimated:
             self.estimate(batches)
         self.take(self.snapshots / self.epochs if self.epochs else 0.0)
@@ -145,7 +161,8 @@ class GradientCorrection:
                     seen += size
                     yield self.gradient(self.loss(self.copy, batch)), size / expected
 
-            with self._in_training():
+            with in_training(self.model):
+                self._copy_modes()
                 self.average(parts())
             if not seen:
                 raise UserError("snapshot: there are no batches, so there is no full gradient")
@@ -168,13 +185,17 @@ class GradientCorrection:
             raise UserError("no snapshot yet: call snapshot(batches) before the first step of an epoch")
         for parameter in self.parameters:
             vars(parameter).pop("raw_grad", None)
+        self._copy_modes()
         if not self.weight.acts:
+            if not self.tried:  # a wrong closure must not come to light in the second epoch only
+                with seeded(0, "trial"):
+                    self.gradient(closure(self.copy))
+            self.tried = True
             return
         if not _finite([parameter.grad for parameter in self.parameters if parameter.grad is not None]):
             if self.skips_overflows:
                 return
             raise UserError(f"correction {self.step}: a gradient is not finite: lower the learning rate")
-        self._copy_modes()
         gradient = mean_over_ranks(self.gradient(closure(self.copy)))
         self.step += 1
         self.apply(gradient, step=self.step)
@@ -188,17 +209,11 @@ class GradientCorrection:
     def estimate(self, batches: Iterable[Any]) -> None:
         """Update the published c over batches, with both models frozen; otherwise ``snapshot`` does by its own."""
         if self.weight.form == "published":
-            buffers = [buffer.clone() for buffer in self.model.buffers()]  # batch norms are moved by each pass
-            try:
-                with self._in_training():
-                    found = [
-                        torch.stack([self.loss(each, batch) for each in (self.model, self.copy)]) for batch in batches
-                    ]
-            finally:
-                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
-            if not found:
-                raise UserError("estimate: there are no batches, so there is no coefficient")
+            with in_training(self.model):
+                self._copy_modes()
+                found = [torch.stack([self.loss(each, batch) for each in (self.model, self.copy)]) for batch in batches]
+            if len(found) < 2:
+                raise UserError(f"estimate: {len(found)} batches: c is a covariance over at least 2")
             (losses,) = mean_over_ranks([torch.stack(found)])  # [batches, 2]
             self.weight.average(coefficient(*losses.T))
         self.estimated = True
@@ -272,17 +287,19 @@ class GradientCorrection:
         """Restore the state.
 
         Raises:
-            UserError: the state is of another model.
+            UserError: the state is of another object, model or form.
         """
+        if "copy" not in state:
+            raise UserError("not a state of GradientCorrection: it has no 'copy'")
         shapes, stored = (
             {name: each.shape for name, each in of.items()} for of in (self.copy.state_dict(), state["copy"])
         )
         if shapes != stored:
             raise UserError(f"the state has a snapshot of {', '.join(stored)}: it is of another model")
         device = self.variance.device
+        self.weight.load_state_dict(state["form"], device)
         self.copy.load_state_dict(state["copy"])
         self.full = [gradient.to(device) for gradient in state["full"]]
-        self.weight.load_state_dict(state["form"], device)
         self.before = None
         if state["before"]:
             step, *gradients = state["before"]
@@ -294,19 +311,6 @@ class GradientCorrection:
     def _copy_modes(self) -> None:
         for mine, current in zip(self.copy.modules(), self.model.modules(), strict=True):
             mine.training = current.training
-
-    @contextmanager
-    def _in_training(self) -> Iterator[None]:
-        """Set both models to training mode inside the block; layers that are frozen in a training model stay so."""
-        was_training = self.model.training
-        if not was_training:
-            self.model.train()
-        self._copy_modes()
-        try:
-            yield
-        finally:
-            if not was_training:
-                self.model.eval()
 
 
 def mean_over_ranks(tensors: list[Tensor]) -> list[Tensor]:

@@ -9,8 +9,6 @@ A rule omits the keywords that it does not need, and they are not computed. ``gr
 if the layer were dense, ``momentum`` its running sum, m ← βm + g.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import torch
@@ -18,6 +16,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from raypkg.models.classifier import in_training
 
 from . import drop, growth, initial, redistribution
 from .masks import Masks, erk_densities, largest_masks, prunable, random_masks, shapes_of
@@ -141,7 +141,7 @@ def mean_momentum(weight: Tensor, *, momentum: Tensor) -> float:
 def snip_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Saliency:
     """Return |g ⊙ w|, g the gradient of the batch's mean loss at the current weights (arXiv:1810.02340)."""
     weights = prunable(model)
-    with _batch_statistics(model):
+    with in_training(model):
         loss = F.cross_entropy(model(x), y)
         gradients = _gradients(loss, weights)
     return {name: (gradients[name] * weight).detach().abs() for name, weight in weights.items()}
@@ -154,28 +154,13 @@ def grasp_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Saliency:
     """
     weights = prunable(model)
     # PyTorch cannot differentiate its fused forms of attention twice: use plain products.
-    with _batch_statistics(model), sdpa_kernel(SDPBackend.MATH):
+    with in_training(model), sdpa_kernel(SDPBackend.MATH):
         loss = F.cross_entropy(model(x), y)
         gradients = _gradients(loss, weights, create_graph=True)
         # H is never formed: the gradient of gᵀ·(g as a constant) is Hg.
         flow = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients.values()]).sum()
         products = _gradients(flow, weights)  # Hg
     return {name: (weight * products[name]).detach() for name, weight in weights.items()}
-
-
-@contextmanager
-def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Run batch norm in training mode inside the block, then restore mode and buffers."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]  # a frozen part may be in evaluation
-    model.train()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for buffer, before in buffers:
-            buffer.copy_(before)
 
 
 def _gradients(output: Tensor, weights: dict[str, nn.Parameter], *, create_graph: bool = False) -> Saliency:
