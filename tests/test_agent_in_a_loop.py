@@ -328,7 +328,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         agent.correct(partial(weighted_loss, batch=stream(0)[0]))
     with pytest.raises(UserError, match="can be passed once only"):
         agent.snapshot(iter(stream(0)))
-    for state, message in ((GradientCorrection(nn.Linear(2, 2)).state_dict(), "is of another model"), ({}, "no 'copy'")):
+    for state, message in (
+        (GradientCorrection(nn.Linear(2, 2)).state_dict(), "is of another model"),
+        ({}, "no 'copy'"),
+    ):
         with pytest.raises(UserError, match=message):
             agent.load_state_dict(state)
     with pytest.raises(UserError, match=r"model is of type SGD: give an nn\.Module"):

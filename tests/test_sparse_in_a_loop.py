@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -114,14 +115,17 @@ def test_a_state_is_restored_in_its_order_only():
     model, optimizer, training = attached()
     train(model, optimizer, stream()[:10])
     masks = {name: mask.clone() for name, mask in training.masks.items()}
-    for other, message in (
-        (network(), r"not zero, not \d+: make SparseTraining first"),
-        (nn.Linear(D, C), r"are of another model"),
+    for other, density, state, message in (
+        (network(), 0.3, training.state_dict(), r"not zero, not \d+: make SparseTraining first"),
+        (nn.Linear(D, C), 0.3, training.state_dict(), r"is of another model: \S+weight is missing in one or has"),
+        (model, 0.2, training.state_dict(), r"is of density = 0\.3, not 0\.2"),
+        (network(), 0.3, model.state_dict(), "not a state of SparseTraining: it has no 'masks'"),
     ):
-        later = attached(other)[2]
+        training.detach()  # its model may be attached again
+        later = attached(other, density=density)[2]
         before = {name: mask.clone() for name, mask in later.masks.items()}
         with pytest.raises(UserError, match=message):
-            later.load_state_dict(training.state_dict())
+            later.load_state_dict(state)
         assert all(mask.equal(later.masks[name]) for name, mask in before.items()) and later.step == 0
     assert all(mask.equal(training.masks[name]) for name, mask in masks.items())
 
@@ -271,7 +275,7 @@ def test_it_ends_with_zeros_and_leaves_the_optimiser():
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expanded(small).items())
     assert any(name.endswith(".columns") for name in small)
     train(model, optimizer, stream()[:2])
-    assert training.step == 10
+    assert training.step == 10 and not torch.equal(layer != 0, next(iter(training.masks.values())))  # dense training
     SparseTraining(model, optimizer, 0.3, total_steps=STEPS, update_every=4)  # another may follow
 
 
@@ -279,22 +283,31 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     model, optimizer, _ = attached()
     before = [weight.clone() for weight in model.parameters()]
     other = network()
+    shared = nn.Sequential(nn.Linear(D, D), *model.features)
+    sharded = nn.Linear(D, C)
+    sharded.weight = nn.Parameter(sharded.weight.data.as_subclass(type("Sharded", (torch.Tensor,), {})))
     alien = torch.optim.SGD(network().parameters(), 0.1)
     frozen = nn.Sequential(nn.BatchNorm1d(D))
+    fitting = (other, torch.optim.SGD(other.parameters(), 0.1))
     good = {"total_steps": STEPS, "update_every": 4}
     for arguments, options, message in (
         ((model, optimizer), good, "has a SparseTraining already"),
         ((model, torch.optim.SGD(model.parameters(), 0.1)), good, "has a SparseTraining already"),
+        ((shared, torch.optim.SGD(shared.parameters(), 0.1)), good, "or a layer of the model has a SparseTraining"),
         (
-            (other, alien),
+            (sharded, torch.optim.SGD(sharded.parameters(), 0.1)),
             good,
-            r"the optimiser does not have \S+ of the model",
+            "weight is a Sharded: SparseTraining needs whole",
         ),
+        ((other, alien), good, r"the optimiser does not have \S+ of the model"),
+        ((alien, other), good, r"model is of type SGD: give an nn\.Module"),
+        ((other, other), good, r"optimizer is of type Classifier: give a torch\.optim\.Optimizer"),
         ((frozen, torch.optim.SGD(frozen.parameters(), 0.1)), good, "the model trains no weights of linear"),
-        ((other, torch.optim.SGD(other.parameters(), 0.1)), {**good, "growth": "gradien"}, "did you mean 'gradient'"),
-        ((other, torch.optim.SGD(other.parameters(), 0.1)), {**good, "density": 1.5}, "density = 1.5"),
-        ((other, torch.optim.SGD(other.parameters(), 0.1)), {"total_steps": 4, "update_every": 4}, "never change"),
-        ((other, torch.optim.SGD(other.parameters(), 0.1)), {**good, "distribution": "dense"}, "would stay dense"),
+        (fitting, {**good, "growth": "gradien"}, "did you mean 'gradient'"),
+        (fitting, {**good, "density": 1.5}, "density = 1.5"),
+        (fitting, {"total_steps": 4, "update_every": 4}, "update_every = 4 is"),
+        (fitting, {**good, "total_steps": 0}, "total_steps = 0"),
+        (fitting, {**good, "distribution": "dense"}, "would stay dense"),
     ):
         with pytest.raises(UserError, match=message) as raised:
             SparseTraining(*arguments, **options)
@@ -336,6 +349,21 @@ def test_a_rule_that_fails_leaves_the_masks():
         assert training.step == 4 and all(mask.equal(masks[name]) for name, mask in training.masks.items())
     finally:
         del growth._entries["broken"]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_whose_hooks_would_be_lost_is_refused(copied):
+    with pytest.raises(UserError, match="cannot be copied or pickled"):
+        copied(attached()[2])
+
+
+def test_steps_beyond_the_training_keep_the_masks():
+    model, optimizer, training = attached()
+    train(model, optimizer, stream())
+    masks = {name: mask.clone() for name, mask in training.masks.items()}
+    train(model, optimizer, stream()[:10])
+    assert training.step == STEPS + 10 and all(mask.equal(masks[name]) for name, mask in training.masks.items())
+    assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
 
 
 def test_random_growth_follows_the_seed():

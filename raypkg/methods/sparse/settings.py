@@ -98,17 +98,14 @@ class Sparsity(Settings):
     def check_steps(self, steps: int) -> None:
         """Refuse intervals that training of ``steps`` steps does not reach."""
         every = self.interval(steps)
+        chosen = f"{type(self).model_fields['update_every_steps'].alias or 'update_every_steps'} = {every}"
         if self.density is not None and self.growth and every >= steps:
-            raise UserError(
-                f"update_every_steps = {every} is not below the {steps} steps of training: masks would never change"
-            )
+            raise UserError(f"{chosen} is not below the {steps} steps of training: masks would never change")
         # The last weights go at the first change of the masks after pruning has ended: there must be one.
         last_change = -(-math.ceil(PRUNED_BY * steps) // every) * every
         if self.is_gradual and last_change >= steps:
-            raise UserError(
-                f"update_every_steps = {every}: no change falls into the last quarter of the {steps} steps, so gradual"
-                " pruning would not reach its density"
-            )
+            reached = f"no change falls into the last quarter of the {steps} steps"
+            raise UserError(f"{chosen}: {reached}, so gradual pruning would not reach its density")
 
     def lookups(self) -> list[Lookup]:
         """Return the chosen rules."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any, NoReturn
 from weakref import WeakSet
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raypkg.core.config import Named, validate
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
+from raypkg.core.settings import Count, Share
 from raypkg.coresets.loader import ranks_here
 from raypkg.models.classifier import unwrapped
 
@@ -38,11 +40,24 @@ from .masks import (
     surplus,
     zero_changed,
 )
-from .settings import PRUNED_BY, Sparsity
+from .settings import PRUNED_BY, Initial, Sparsity
 
 Rule = str | Mapping[str, Any] | Named | None  # a name, or {"name": …, "options": {…}}
 DIVERGED = "if the weights are not finite, lower the learning rate"
-_attached: WeakSet[nn.Module | Optimizer] = WeakSet()
+_attached: WeakSet[Any] = WeakSet()  # layers, and their optimisers
+
+
+class Arguments(Sparsity):
+    """The arguments of `SparseTraining`, by their names."""
+
+    density: Share
+    total_steps: Count
+    sparse_init: Annotated[Initial, Field(alias="distribution")] = Initial()
+    update_every_steps: Annotated[Count | None, Field(alias="update_every")] = None
+
+    def interval(self, steps: int) -> int:
+        """Return ΔT, by default the published one."""
+        return self.update_every_steps or self.published_interval(steps)
 
 
 class SparseTraining:
@@ -58,9 +73,10 @@ class SparseTraining:
     gradients and after `torch.compile`. With a `GradScaler`, skipped steps do not count. A loop that clips gradients
     calls ``mask_gradients()`` before it, after unscaling and `GradientCorrection`, so that the norm is that of active
     weights. Weights grow on the raw gradient. Ranks of a process group take rank 0's masks. The arithmetic stays dense.
+    Steps beyond ``total_steps`` keep the masks; steps after ``finalize`` are dense training.
 
     Make it before checkpoints are loaded, and with the model on its device. Then load the states of model, optimiser
-    and this object, in this order.
+    and this object, in this order. A loop that resumes without this object trains densely, which nothing can detect.
 
     Differs from RigL: a step that changes the masks also updates the weights, after the change. Without growth, masks
     are static or, with the distribution ``dense``, weights are pruned gradually.
@@ -86,9 +102,10 @@ class SparseTraining:
         step: steps of the optimiser so far.
 
     Raises:
-        UserError: an invalid value, a model without prunable layers, an optimiser that lacks a weight, a second
-            attachment. In a step that changes the masks, before anything changes: a gradient that is not finite, or
-            pruned weights that are not zero, as after an optimiser that mixes the updates of weights (Muon, L-BFGS).
+        UserError: an invalid value, a model without prunable layers or with sharded weights (FSDP), an optimiser that
+            lacks a weight, a second attachment, also by a shared layer, a copy. In a step that changes the masks,
+            before anything changes: a gradient that is not finite, or pruned weights that are not zero, as after an
+            optimiser that mixes the updates of weights (Muon, L-BFGS).
 
     >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -123,27 +140,34 @@ class SparseTraining:
         seed: int = 0,
     ):
         chosen = {"density": density, "growth": growth, "drop": drop, "redistribution": redistribution}
-        chosen |= {"sparse_init": distribution, "update_every_steps": update_every, "death_rate": death_rate}
-        self.settings = settings = validate(Sparsity, {**chosen, "decay": decay, "fan_in": fan_in})
+        chosen |= {"distribution": distribution, "update_every": update_every, "total_steps": total_steps}
+        chosen |= {"death_rate": death_rate, "decay": decay, "fan_in": fan_in}
+        self.settings = settings = validate(Arguments, chosen)
         for lookup in settings.lookups():
             lookup.registry[lookup.name].options(lookup.options)
-        if settings.density is None:
-            raise UserError("density = false: SparseTraining needs the share of the weights that exist")
         if settings.growth and settings.sparse_init.name == "dense":
             raise UserError(f"distribution = dense with growth = {settings.growth.name} would stay dense: growth=None")
-        self.every = update_every or settings.published_interval(total_steps)
-        self.total_steps = total_steps
-        settings.model_copy(update={"update_every_steps": self.every}).check_steps(total_steps)
+        self.total_steps = settings.total_steps
+        self.every = settings.interval(self.total_steps)
+        settings.check_steps(self.total_steps)
         self.model = unwrapped(model)
         # Accelerate wraps optimisers, whose hooks are those of the inner one.
         self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(self.optimizer, Optimizer):
+            raise UserError(f"optimizer is of type {type(optimizer).__name__}: give a torch.optim.Optimizer")
         self.weights = prunable(self.model)
         check_density(settings.density, shapes_of(self.model))
         optimised = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
-        if missing := next((name for name, weight in self.weights.items() if id(weight) not in optimised), None):
-            raise UserError(f"the optimiser does not have {missing} of the model: give it the parameters of this model")
-        if self.model in _attached or self.optimizer in _attached:
-            raise UserError("the model or its optimiser has a SparseTraining already: finalize() ends that")
+        for name, weight in self.weights.items():
+            if id(weight) not in optimised:
+                raise UserError(f"the optimiser does not have {name} of the model: give it this model's parameters")
+            if type(weight.data) is not Tensor:
+                kind = type(weight.data).__name__
+                raise UserError(f"{name} is a {kind}: SparseTraining needs whole weights, as DDP has them, not FSDP")
+        layers = (self.model.get_submodule(name.rpartition(".")[0]) for name in self.weights)
+        self._parts = {self.optimizer, *layers}
+        if not self._parts.isdisjoint(_attached):
+            raise UserError("the optimiser or a layer of the model has a SparseTraining already: finalize() ends that")
 
         self.seed = seed
         self.step = 0
@@ -165,7 +189,7 @@ class SparseTraining:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         )
-        _attached.update({self.model, self.optimizer})
+        _attached.update(self._parts)
 
     @property
     def density(self) -> float:
@@ -239,11 +263,13 @@ class SparseTraining:
         """Remove the hooks from the optimiser, whose loop then calls ``update`` and ``mask_gradients`` itself."""
         for handle in self._handles:
             handle.remove()
-        _attached.discard(self.model)
-        _attached.discard(self.optimizer)
+        _attached.difference_update(self._parts)
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError("SparseTraining cannot be copied or pickled, as it acts on one optimiser: use its state_dict()")
 
     def finalize(self) -> None:
-        """Detach at the end of training; pruned weights are zero."""
+        """Detach at the end of training; pruned weights are zero, until further steps train them."""
         for name, weight in self.weights.items():
             weight.data.mul_(self.masks[name])
         self.detach()
@@ -256,17 +282,22 @@ class SparseTraining:
             "momentum": dict(self.momentum),
             "step": self.step,
             "nonzero": self._nonzero(self.masks),
+            "density": self.settings.density,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state, after that of the model.
 
         Raises:
-            UserError: the state is of another model, or the model's weights are not those that were stored with it.
+            UserError: the state is of another object, model or density, or was stored with other weights of the model.
         """
+        if "masks" not in state:
+            raise UserError("not a state of SparseTraining: it has no 'masks'")
         shapes = {name: mask.shape for name, mask in state["masks"].items()}
-        if shapes != shapes_of(self.model):
-            raise UserError(f"the state has masks of {', '.join(shapes)}: they are of another model")
+        if others := sorted(dict(shapes.items() ^ shapes_of(self.model).items())):
+            raise UserError(f"the state is of another model: {others[0]} is missing in one or has another shape")
+        if (density := state.get("density", self.settings.density)) != self.settings.density:
+            raise UserError(f"the state is of density = {density}, not {self.settings.density}")
         masks = {name: mask.to(self.masks[name].device) for name, mask in state["masks"].items()}
         found = self._nonzero(masks)
         if found != state.get("nonzero", found):  # earlier versions stored neither this nor the step
@@ -351,7 +382,7 @@ class SparseTraining:
         # Drop the share f(p) of each layer or, in gradual pruning, its surplus.
         if self.settings.is_gradual:
             pruning_done = min(1.0, progress / PRUNED_BY)
-            leaving = surplus(before, gradual_density(self.settings.density or 1.0, pruning_done))
+            leaving = surplus(before, gradual_density(self.settings.density, pruning_done))
         else:
             fraction = drop_fraction(self.settings.death_rate, progress, self.settings.decay)
             # Rounding of the progress must not turn 8 weights into 7.999….
