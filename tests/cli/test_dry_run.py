@@ -39,7 +39,7 @@ def absent(told, run):
         f"train {SHORT}",
         f"train {SHORT} --select.fraction 0.1 --select.warm_epochs 2",
         f"train {SHORT} --select.rule gradmatch --select.fraction 0.25 --select.every_epochs 2",
-        "crest --model mlp --train.epochs 20 --budget 0.2 --train.batch_size 64",
+        "crest --model mlp --train.epochs 10 --budget 0.2 --train.batch_size 64",
         "crest --model mlp --train.epochs 10 --budget 0.2 --selection cut",
         "crest --model mlp --train.epochs 10 --budget 0.2 --selection craig",
         f"sparse {SHORT} --density 0.2 --multiplier 2",
@@ -107,12 +107,9 @@ def test_the_plan_tells_data_model_workers_and_place(effray, tmp_path):
     assert told["workers"] == "workers: none, this process with 1 thread"
     assert told["folder"] == f"folder: {tmp_path}/runs/train/one"
     assert "model.safetensors" in told["files"]
-
-
-def test_the_plan_has_workers_as_the_settings_say(call):
     cluster = "--cluster.workers 3 --cluster.gpus_per_worker 2 --cluster.cpus_per_worker 4 --crest.actors 2"
-    told = call(f"crest {cluster} --dry-run")
-    assert plan(told.out)["workers"] == "workers: 3; 4 threads and 2 GPUs each; 2 actors"
+    told = plan(effray(f"crest {cluster} --dry-run"))
+    assert told["workers"] == "workers: 3; 4 threads and 2 GPUs each; 2 actors"
 
 
 @pytest.mark.parametrize(
@@ -169,8 +166,3 @@ def test_a_model_that_looks_at_values_has_a_plan_without_its_activations(effray,
 )
 def test_a_mistake_is_told_as_by_the_run(refusal, arguments, message):
     assert message in refusal(f"{arguments} --dry-run")
-
-
-def test_a_name_that_is_taken_is_refused(effray, refusal):
-    effray("train --name one --model linear --train.epochs 1")
-    assert "run 'one' exists in" in refusal("train --name one --dry-run")

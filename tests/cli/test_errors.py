@@ -72,6 +72,7 @@ def test_a_name_that_exists_is_refused_and_a_resumed_run_keeps_its_settings(refu
     before = Path("runs/train/one/model.safetensors").read_bytes()
     message = refusal("train --name one --model linear --train.epochs 1")
     assert "run 'one' exists in" in message and "give another --name, or resume it with --resume one" in message
+    assert "run 'one' exists in" in refusal("train --name one --dry-run")
     assert Path("runs/train/one/model.safetensors").read_bytes() == before
     assert "unknown train run in" in (message := refusal("train --resume oen")) and "did you mean 'one'" in message
     for setting in ("--train.epochs 2", "--set seed=1", "--config mine.toml", "--name two"):

@@ -16,13 +16,23 @@ for arguments in {commands}:
     unused = {unused} & sys.modules.keys()
     assert not unused, (arguments, unused)
 """
+OPTIMIZERS = """
+from torch import nn
+from raypkg.core.settings import Training
+from raypkg.engine.optimizer import build_optimizer
+
+for name in ("sgd", "adamw"):
+    optimizer = build_optimizer(nn.Linear(3, 2), Training(optimizer=name))
+    optimizer.load_state_dict(optimizer.state_dict())  # as in a resumed run
+assert "torch._dynamo" not in sys.modules
+"""
 HEAVY = {"torch", "ray", "wandb", "matplotlib"}
 UNUSED_IN_ONE_PROCESS = {"torch._dynamo", "torchvision", "matplotlib.pyplot", "ray", "wandb"}
 
 
-def in_a_new_process(commands, folder, *, code, unused, **environment):
+def in_a_new_process(commands, folder, *, code, unused, then="", **environment):
     """Run commands, check their exit codes and that they leave modules unimported, and return the output."""
-    program = CODE.format(commands=commands, code=code, unused=unused)
+    program = CODE.format(commands=commands, code=code, unused=unused) + then
     variables = {**os.environ, **environment}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, env=variables, capture_output=True, text=True, check=False
@@ -70,12 +80,13 @@ def test_a_dry_run_neither_starts_nor_imports_ray(tmp_path):
 
 def test_a_run_in_one_process_imports_neither_the_compiler_nor_ray(tmp_path):
     runs = [
-        "lipt --model resnet8 --pretrain.models 2 --pretrain.epochs 1 --train.epochs 1 --train.optimizer adamw",
+        "lipt --model resnet8 --pretrain.models 2 --pretrain.epochs 1 --train.epochs 1 --train.optimizer adamw"
+        " --train.decay matrices --train.clip 1",
         "crest --model mlp --train.epochs 2 --budget 0.5",
         "sparse --model mlp --train.epochs 2 --density 0.2 --growth gradient --agent",
         "deltagrad train --train.epochs 2",
     ]
     commands = [f"{run} --cluster.workers 0" for run in runs]
-    done = in_a_new_process(commands, tmp_path, code=0, unused=UNUSED_IN_ONE_PROCESS)
+    done = in_a_new_process(commands, tmp_path, code=0, unused=UNUSED_IN_ONE_PROCESS, then=OPTIMIZERS)
     assert not [line for line in done.stderr.splitlines() if not line.startswith("effray: CREST at step")]
     assert len(list(tmp_path.glob("runs/*/*/summary.json"))) == len(runs)

@@ -184,6 +184,8 @@ def test_in_training_counts_stay_and_what_is_new_begins_at_zero(kind, name, opti
     totals = [sum(counts) for counts in counts_over_time(topology)]
     if topology.settings.growth:
         assert len(set(totals)) == 1 and watch.grown > 0
+        if kind != "redistribution":
+            assert len({tuple(counts) for counts in counts_over_time(topology)}) == 1
     else:
         assert totals == sorted(totals, reverse=True) and watch.grown == 0
     for parameter, mask in topology.masks.items():
