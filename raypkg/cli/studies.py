@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from .options import PLACE, TRUST, ExampleHelp
 TUNE_OPTIONS = ("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget")
 COMPARE_OPTIONS = ("rows", "cases", "seeds", "scale", "goal", "rates")
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
-RANGE = re.compile(r"(\d{1,6})-(\d{1,6})")
 TUNE_HELP = """Sweep settings of: {title}
 
 The trials of a sweep are runs like any other. Options given here hold for all of them, and so does what a file sets
@@ -149,8 +147,6 @@ def _compare_command(name: str) -> click.Command:
     from .setting_options import SettingsCommand, overrides, run_options, setting_options
 
     table = open_table(name)
-    if table.experiment not in experiment:
-        raise UserError(f"table {name!r}: {unknown('experiment', table.experiment, experiment.names)}")
     schema = settings_of(experiment[table.experiment])
 
     def callback(
@@ -179,13 +175,13 @@ def _compare_command(name: str) -> click.Command:
         scale = SCALES[0] if asked["scale"] is None else asked["scale"]
         rows, cases = _labels(asked["rows"]), _labels(asked["cases"])
         chosen = narrowed(open_table(name, scale), rows, cases, _seeds(asked["seeds"]))
-        goals: dict[str, list[float]] = {}
+        goals: dict[str, list[str]] = {}
         for text in asked["goal"]:
             metric, _, value = text.partition("=")
-            if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value):
+            if not value:
                 raise UserError(f"--goal {text!r} is not of the form METRIC=VALUE, such as accuracy=0.9")
-            goals.setdefault(metric, []).append(float(value))
-        chosen = replace(chosen, goals=goals or chosen.goals, rates=_rates(asked["rates"]) or chosen.rates)
+            goals.setdefault(metric, []).append(value)
+        chosen = chosen.changed(goals=goals or chosen.goals, rates=asked["rates"] or chosen.rates)
         if dry:
             for line in plan(chosen, config, values, rate):
                 click.echo(line)
@@ -224,28 +220,19 @@ def _labels(texts: tuple[str, ...]) -> list[str] | None:
     return [label for label in labels if label] or None
 
 
-def _rates(text: str | None) -> list[float]:
-    try:
-        return list(dict.fromkeys(map(float, (text or "").split(",")))) if text else []
-    except ValueError:
-        raise UserError(f"--rates {text!r}: numbers, such as 0.03,0.1,0.3") from None
-
-
 def _seeds(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    seeds: list[int] = []
-    for part in text.split(","):
-        if match := RANGE.fullmatch(part.strip()):
-            seeds += range(int(match[1]), int(match[2]) + 1)
-        elif re.fullmatch(r"\d{1,18}", part.strip()):
-            seeds.append(int(part))
-        else:
-            raise UserError(f"--seeds {text!r}: integers, such as 0,1,2 or 0-9")
-    from raypkg.studies.tables import check_seeds
+    from raypkg.studies.tables import MOST_TRIALS
 
-    check_seeds(seeds, "--seeds")
-    return seeds
+    seeds: list[int] = []
+    for part in (text or "").split(",") if text is not None else ():
+        match = re.fullmatch(r"(\d{1,18})(-\d{1,18})?", part.strip())
+        if not match:
+            raise UserError(f"--seeds {text!r}: integers, such as 0,1,2 or 0-9")
+        more = range(int(match[1]), int((match[2] or "")[1:] or match[1]) + 1)
+        if len(seeds) + len(more) > MOST_TRIALS:
+            raise UserError(f"--seeds {text!r}: {len(seeds) + len(more):,} seeds, at most {MOST_TRIALS:,} trials")
+        seeds += more
+    return None if text is None else seeds
 
 
 @click.group("compare", cls=Catalogue, names=_tables, make=_compare_command)

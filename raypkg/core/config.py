@@ -5,6 +5,8 @@ the stored ``config.toml``. A part with a ``name`` may be given by that name alo
 optional part to ``false`` to disable it, to ``true`` to enable it with its defaults.
 """
 
+import errno
+import stat
 import tomllib
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -142,7 +144,7 @@ def validate(schema: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        raise _one_line(schema, error.errors()[0], prefix) from None
+        raise one_line(schema, error, prefix) from None
 
 
 def check_switches(overrides: Mapping[str, Any]) -> None:
@@ -316,10 +318,21 @@ def _plain(settings: Settings) -> dict[str, Any]:
     return plain
 
 
+def regular(file: str | Path) -> Path:
+    """Return the path of a regular file; raise ``OSError`` for a missing one, and for pipes, devices and folders.
+
+    Reading a pipe may block forever, and a device may never end.
+    """
+    path = Path(file)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(file))
+    return path
+
+
 def read_toml(file: Path) -> dict[str, Any]:
     """Return the values of a TOML file."""
     try:
-        content = file.read_bytes()
+        content = regular(file).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the settings file {str(file)!r}: {error.strerror}") from None
     return parse_toml(content, str(file))
@@ -349,25 +362,34 @@ def _check_values(values: Any, origin: str) -> None:
         raise UserError(f"{origin} has values nested more than {DEEPEST} deep")
 
 
-def _one_line(schema: type[Settings], error: Mapping[str, Any], prefix: str) -> UserError:
-    """Return a validation error of pydantic in one line."""
+def one_line(schema: type[Settings], invalid: ValidationError, prefix: str = "") -> UserError:
+    """Return the first validation error of pydantic in one line."""
+    error = invalid.errors()[0]
     path = [str(step) for step in error["loc"]]
     name = ".".join(path)
     where = prefix + name
     around: type[Settings] = schema  # the class of the invalid setting
     for step in path[:-1]:
         if not step.isdigit():  # a position in a list
-            field = fields_of(around)[step]
-            items = [item for kind in alternatives(field) for item in typing.get_args(kind)]
-            around = part_of(field) or _settings_among(items) or around
+            field = fields_of(around).get(step)  # None: within a mapping
+            items = [item for kind in alternatives(field) for item in typing.get_args(kind)] if field else []
+            around = (field and part_of(field)) or _settings_among(items) or around
     if error["type"] == "extra_forbidden":
         if now := current_name(schema, name):
             return UserError(f"{where} is now called {prefix}{now}")
         siblings = [".".join([*path[:-1], sibling]) for sibling in fields_of(around)]
         return unknown(f"{prefix or 'setting '}".strip(), name, siblings)
-    invalid = fields_of(around).get(path[-1]) if path else None
-    if error["type"] == "literal_error" and isinstance(error["input"], str) and invalid:
-        names = [str(name) for kind in alternatives(invalid) for name in typing.get_args(kind)]
-        return unknown(where, error["input"], [*names, "false"] if NoneType in alternatives(invalid) else names)
-    reason = error["msg"][0].lower() + error["msg"][1:]
-    return UserError(f"{where} = {shown(error['input'])}: {reason}" if where else reason)
+    field = fields_of(around).get(path[-1]) if path else None
+    if error["type"] == "literal_error" and isinstance(error["input"], str) and field:
+        names = [str(name) for kind in alternatives(field) for name in typing.get_args(kind)]
+        return unknown(where, error["input"], [*names, "false"] if NoneType in alternatives(field) else names)
+    return UserError(prefix + first_problem(invalid))
+
+
+def first_problem(invalid: ValidationError) -> str:
+    """Return the first validation error of pydantic: the value's place, the value, and what is allowed."""
+    error = invalid.errors()[0]
+    place = ".".join(map(str, error["loc"]))
+    reason = error["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
+    return f"{place} = {shown(error['input'])}: {reason}" if place else reason

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from raypkg.runs.folder import discard
 from raypkg.runs.storage import Storage
 
 from .driver import Driver, check_root
-from .figures import HELD_OUT, METRICS
+from .figures import HELD_OUT
 from .outcomes import Outcomes
 from .space import base_of, check_counts, check_trial, varied
 from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
-from .tables import REST, Table, stored_table, with_data
+from .tables import METRICS, REST, Table, stored_table, with_data
 from .trial import imported_function
 
 
@@ -48,15 +47,13 @@ def compare_rows(
     table = with_data(table, values)
     settings = base_settings(table, config, values)
     check_comparison(table, settings)
-    if table.rates or _lasting(settings) != _lasting(
-        base_settings(table, None, {})
-    ):  # not the table's, so not the paper's
-        table = replace(table, paper={})
+    if table.rates or _lasting(settings) != _lasting(base_settings(table, None, {})):
+        table = table.changed(paper={})  # the settings are not the paper's
     if name is None:
         has_own_data = any("dataset.name" in case for case in table.cases.values())
         data = "" if has_own_data else f"-{_short_name(settings.dataset.name)}"
         name = f"{Path(asked).stem}{data}-{scale}"
-    united = asdict(table)
+    united = table.model_dump()
     order = Order(
         experiment=table.experiment,
         metric=table.metric,
@@ -161,12 +158,7 @@ def base_settings(table: Table, config: Path | None, values: Mapping[str, Any]) 
 
 
 def check_comparison(table: Table, settings: Experiment) -> None:
-    """Refuse a metric, a goal or a trial that a single run would refuse, or not measure."""
-    for metric in (table.metric, *table.goals):
-        if metric not in METRICS:
-            raise UserError(f"table: {shown(metric)} is no metric: {', '.join(METRICS)}")
-    if short := next((metric for metric in table.goals if not METRICS[metric].each_epoch), None):
-        raise UserError(f"table: {short} is known only at the end of a run, so no goal can be reached before")
+    """Refuse a trial that a single run would refuse, or that would not measure the metric."""
     for name in table.after.values():
         imported_function(name)
     for case in table.cases:

@@ -13,34 +13,15 @@ from raypkg.core.settings import RunSettings
 from raypkg.runs.agreement import SCORES, picks_of, rank_correlation
 from raypkg.runs.folder import RunFolder
 
+from .tables import COSTS, MAXIMA, METRICS
+
 AFTER = "after.json"  # in a trial's run folder: figures of the function that followed the finished run
 EVALUATE = "evaluate"  # the part of a phase that measures, which is no cost of the method
-MAXIMA = ("memory", "device_memory")  # figures of a bill that are not added up
 CONFIDENCE = 0.95
 DONE = "done"
 HELD_OUT = "accuracy"  # the metric on held-out samples, by which rates are chosen
 K = TypeVar("K", bound=Hashable)
 Row = Mapping[str, Any]  # number, run, state, figures and settings of a trial
-
-
-class Metric(NamedTuple):
-    """A figure by which trials are compared."""
-
-    mode: str  # max or min
-    each_epoch: bool  # measured at epochs, not only at the end of a run
-    held_out: bool = False  # measured on held-out samples
-
-
-METRICS = {
-    "accuracy": Metric("max", True, held_out=True),
-    "valid_loss": Metric("min", True, held_out=True),
-    "train_accuracy": Metric("max", True),
-    "loss": Metric("min", True),
-    "test_accuracy": Metric("max", False),
-    "test_loss": Metric("min", False),
-    "seconds": Metric("min", False),
-    "backward": Metric("min", False),  # samples back-propagated, over all phases
-}
 
 
 class TrialRun:
@@ -94,7 +75,7 @@ def bill(summary: Mapping[str, Any], phase: str | None = None) -> dict[str, floa
         if EVALUATE not in (name, rest) and phase in (None, name):
             parts.append(part)
     total: dict[str, float] = {}
-    for name in ("forward", "backward", "seconds", "total_seconds", "waited", *MAXIMA):
+    for name in COSTS[:-1]:
         values = [part.get(name, 0) for part in parts]
         total[name] = max(values, default=0) if name in MAXIMA else sum(values)
     return total | {"work": (total["forward"] + 2 * total["backward"]) / 3}

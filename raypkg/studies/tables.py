@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from traceback import format_exception_only, walk_tb
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 import raypkg
-from raypkg.core.config import with_current_names
+from raypkg.core.config import Settings, one_line, regular, validate, with_current_names
 from raypkg.core.errors import UserError, shown, unknown
 from raypkg.core.presets import PUBLISHED, preset_of_row, presets_of
 from raypkg.experiments import experiment, training_settings_of
@@ -24,6 +27,49 @@ VERDICTS = PAID, NOT_PAID, UNKNOWN = "paid", "did not pay", "unknown"  # on a ro
 MOST_TRIALS = 10_000
 REST = "all"  # the one case of a table without cases
 Values = Mapping[str, Any]  # settings by dotted names
+
+
+class Metric(NamedTuple):
+    """A figure by which trials are compared."""
+
+    mode: str  # max or min
+    each_epoch: bool  # measured at epochs, not only at the end of a run
+    held_out: bool = False  # measured on held-out samples
+
+
+METRICS = {
+    "accuracy": Metric("max", True, held_out=True),
+    "valid_loss": Metric("min", True, held_out=True),
+    "train_accuracy": Metric("max", True),
+    "loss": Metric("min", True),
+    "test_accuracy": Metric("max", False),
+    "test_loss": Metric("min", False),
+    "seconds": Metric("min", False),
+    "backward": Metric("min", False),  # samples back-propagated, over all phases
+}
+MAXIMA = ("memory", "device_memory")  # figures of a bill that are not added up
+COSTS = ("forward", "backward", "seconds", "total_seconds", "waited", *MAXIMA, "work")  # of a bill
+COMPUTED = ("spearman", "overlap", "noise_auc", "critical_path")  # columns that `figures.column_figure` computes
+SIMILAR = 0.8  # a column's name is taken for a mistyped one from this similarity on
+
+
+def _metric(name: str) -> str:
+    if name not in METRICS:
+        raise unknown("metric", name, METRICS)
+    return name
+
+
+def _as_stored(values: Any) -> Any:
+    """Return settings as JSON stores them: the record of a trial is equal to them."""
+    try:
+        return json.loads(json.dumps(values))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+MetricName = Annotated[str, AfterValidator(_metric)]
+Stored = Annotated[dict[str, Any], BeforeValidator(_as_stored)]  # settings by dotted names
+Seed = Annotated[int, Field(strict=True, ge=0)]
 
 
 # Files
@@ -49,7 +95,7 @@ def read_code(kind: str, name: str, folder: str) -> tuple[str, str]:
             raise unknown(kind, name, files)
         file = files[name]
     try:
-        return file.read_text(), str(file)
+        return regular(file).read_text(), str(file)
     except FileNotFoundError:
         raise UserError(f"there is no {kind} file {name!r}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -64,47 +110,54 @@ def run_code(kind: str, text: str, origin: str, needed: Mapping[str, str], *argu
     content: dict[str, Any] = {"__name__": kind, "__file__": origin}
     try:
         exec(compile(text, origin, "exec"), content)
-        if missing := next((name for name in needed if name not in content), None):
-            raise UserError(f"{kind} {origin!r} defines no {needed[missing]}")
-        function, *others = (content[name] for name in needed)
-        return function(*arguments), *others
-    except UserError:
+        function, *others = (content.get(name) for name in needed)
+        result = function(*arguments) if needed.keys() <= content.keys() else None  # type: ignore[misc]
+    except KeyboardInterrupt:
         raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{kind} {origin!r} raises {type(error).__name__}: {error}") from None
+    except BaseException as error:
+        lines = [line for frame, line in walk_tb(error.__traceback__) if frame.f_code.co_filename == origin]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [0])[-1]
+        problem = f"raises {format_exception_only(error)[-1]}"
+        if isinstance(error, ValidationError) and error.title == Table.__name__:
+            error = one_line(Table, error)
+        if isinstance(error, UserError):
+            problem = str(error)
+        raise UserError(f"{kind} {origin!r}{f', line {line}' * bool(line)}: {problem}") from None
+    if missing := next((name for name in needed if name not in content), None):
+        raise UserError(f"{kind} {origin!r} defines no {needed[missing]}")
+    return result, *others
 
 
 # Tables
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(Settings):
     """Rows of settings, each run in every case from every seed, and compared with a baseline.
 
     The settings of a trial are the shared ones, those of its case and those of its row; later ones win. A row is
-    compared with the baseline of the same case and seed.
+    compared with the baseline of the same case and seed. A table that contradicts itself is refused.
     """
 
     title: str  # one line
     experiment: str  # name of the experiment that runs the trials
     baseline: str  # label of the row that the others are compared with
-    rows: Mapping[str, Values]  # settings by label
-    cases: Mapping[str, Values] = field(default_factory=lambda: {REST: {}})  # settings by label
-    shared: Values = field(default_factory=dict)  # settings of all rows, which options on the command line override
-    seeds: Sequence[int] = (0, 1, 2)
-    metric: str = "test_accuracy"  # the compared figure, known at the end of a run
+    rows: dict[str, Stored] = Field(min_length=1)  # settings by label
+    cases: dict[str, Stored] = Field({REST: {}}, min_length=1)  # settings by label
+    shared: Stored = Field({})  # settings of all rows, which options on the command line override
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, max_length=MOST_TRIALS)
+    metric: MetricName = "test_accuracy"  # the compared figure, known at the end of a run
     # Values of metrics that every epoch has, such as {"accuracy": [0.9]}: the table reports the cost of reaching them.
-    goals: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    columns: Mapping[str, str] = field(default_factory=dict)  # further figures by heading; see `figures.column_figure`
+    goals: dict[MetricName, tuple[float, ...]] = Field({})
+    columns: dict[str, str] = Field({})  # further figures by heading; see `figures.column_figure`
     # Published figures as printed: case → row → figure. Shown while no option changes the settings of the table.
-    paper: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    paper: dict[str, dict[str, str | int | float]] = Field({})
     # Row → package.module:function, called with the finished run; its result, figures by name, is stored.
-    after: Mapping[str, str] = field(default_factory=dict)
+    after: dict[str, str] = Field({})
     # Labels of rows that are the baseline with other amounts of training: verdicts are at equal total work.
-    as_baseline: Sequence[str] = ()
+    as_baseline: tuple[str, ...] = ()
     # A figure whose excess over 1 is the gain, such as a speed-up: verdicts are on it, not on the metric.
     gain: str | None = None
-    rates: Sequence[float] = ()  # learning rates, of which each row and case takes the best by held-out accuracy
+    rates: tuple[float, ...] = ()  # learning rates, of which each row and case takes the best by held-out accuracy
     reference: str | None = None  # row whose scores and picks columns compare with (default: the baseline)
 
     def trial(self, case: str, row: str, seed: int, rate: float | None = None) -> dict[str, Any]:
@@ -128,41 +181,70 @@ class Table:
         """Return every goal as metric and value."""
         return [(metric, float(value)) for metric, values in self.goals.items() for value in values]
 
-    def check(self, origin: str) -> None:
-        """Refuse a table that contradicts itself; settings are checked with those of the user."""
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse what contradicts itself; settings are checked with those of the user."""
         for label in (*self.rows, *self.cases):
-            is_text = isinstance(label, str) and label.strip() and label.isprintable()
-            if not is_text or "," in label:
-                raise UserError(f"{origin}: {shown(label)} is no label: a text without commas is needed")
-        if not self.rows or not self.cases:
-            raise UserError(f"{origin} has no row or no case")
-        if self.baseline not in self.rows:
-            raise UserError(f"{origin}: the baseline: {unknown('row', self.baseline, self.rows)}")
-        for part in ("after", "as_baseline"):
-            if lost := next((row for row in getattr(self, part) if row not in self.rows), None):
-                raise UserError(f"{origin}: {part}: {unknown('row', lost, self.rows)}")
-        check_seeds(self.seeds, f"{origin}: seeds")
+            if not (label.strip() and label.isprintable()) or "," in label:
+                raise UserError(f"{shown(label)} is no label: a text without commas is needed")
+        if self.experiment not in experiment:
+            raise unknown("experiment", self.experiment, experiment.names)
+        named = {"baseline": [self.baseline], "after": self.after, "as_baseline": self.as_baseline}
+        named["reference"] = [self.reference or self.baseline]
+        for part, rows in named.items():
+            if lost := next((row for row in rows if row not in self.rows), None):
+                raise UserError(f"{part}: {unknown('row', lost, self.rows)}")
+        for values in (self.shared, *self.rows.values(), *self.cases.values()):
+            if "seed" in values:
+                raise UserError(f"seed = {shown(values['seed'])} in a row or case would do nothing: see seeds")
+        for name in ("seeds", "rates"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"{name} = {shown([*values])}: distinct values are needed")
+        if short := next((metric for metric in self.goals if not METRICS[metric].each_epoch), None):
+            raise UserError(f"goals: {short} is known only at the end of a run, so no goal can be reached before")
+        for name in (*self.columns.values(), *filter(None, [self.gain])):
+            self._check_figure(name)
         trials = len(self.rows) * len(self.cases) * len(self.seeds) * max(1, len(self.rates))
         if trials > MOST_TRIALS:
-            raise UserError(f"{origin} has {trials:,} trials: at most {MOST_TRIALS:,}")
+            raise UserError(f"{trials:,} trials: at most {MOST_TRIALS:,}")
+        return self
+
+    def _check_figure(self, name: str) -> None:
+        """Refuse a figure of another row that no bill has, and a mistyped one; methods and functions give others."""
+        row, slash, cost = name.rpartition(" / ")
+        if row and row not in self.rows:
+            raise unknown("row", row, self.rows)
+        if slash and cost not in COSTS:
+            raise unknown("cost", cost, COSTS)
+        known = [*METRICS, *COMPUTED]
+        if not self.after and name not in known and get_close_matches(name, known, cutoff=SIMILAR):
+            raise unknown("figure", name, known)
+
+    def changed(self, origin: str = "table", **changes: Any) -> Table:
+        """Return the table with other values of some fields."""
+        return _table(dict(self) | changes, origin)
+
+
+def _table(values: Mapping[str, Any], origin: str) -> Table:
+    try:
+        return validate(Table, values)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
 
 
 def stored_table(record: Mapping[str, Any]) -> Table:
     """Return the table in a study's record; raise ``UserError`` if it holds none."""
-    known = {each.name for each in fields(Table)}
-    try:
-        table = Table(**{name: value for name, value in record.items() if name in known})
-        table.check("the table of this comparison")
-        current = partial(with_current_names, training_settings_of(experiment[table.experiment]))
-        return replace(
-            table,
-            shared=current(table.shared),
-            rows={label: current(values) for label, values in table.rows.items()},
-            cases={label: current(values) for label, values in table.cases.items()},
-            after={row: current_function(name) for row, name in table.after.items()},
-        )
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"the record of this comparison holds no table: {error}") from None
+    origin = "the table of this comparison"
+    table = _table({name: value for name, value in record.items() if name in Table.model_fields}, origin)
+    current = partial(with_current_names, training_settings_of(experiment[table.experiment]))
+    return table.changed(
+        origin,
+        shared=current(table.shared),
+        rows={label: current(values) for label, values in table.rows.items()},
+        cases={label: current(values) for label, values in table.cases.items()},
+        after={row: current_function(name) for row, name in table.after.items()},
+    )
 
 
 def current_function(after: str) -> str:
@@ -187,12 +269,11 @@ def read_table(text: str, origin: str, scale: str) -> Table:
     (table,) = run_code("table", text, origin, {"table": "function table(scale)"}, scale)
     if not isinstance(table, Table):
         raise UserError(f"table {origin!r}: table({scale!r}) returned {shown(table)}, not a {__name__}.Table")
-    table.check(f"table {origin!r}")
     published = presets_of(training_settings_of(experiment[table.experiment])).get(PUBLISHED)
     if published:
         stated = {label: published.stated(str(case.get("dataset.name", ""))) for label, case in table.cases.items()}
-        table = replace(table, cases={label: {**stated[label], **case} for label, case in table.cases.items()})
-    return replace(table, rows={label: _with_preset(table, values) for label, values in table.rows.items()})
+        table = table.changed(cases={label: {**stated[label], **case} for label, case in table.cases.items()})
+    return table.changed(rows={label: _with_preset(table, values) for label, values in table.rows.items()})
 
 
 def with_data(table: Table, values: Values) -> Table:
@@ -208,7 +289,7 @@ def with_data(table: Table, values: Values) -> Table:
     cases = {}
     for label, case in table.cases.items():
         cases[label] = {name: value for name, value in case.items() if not name.startswith(own)}
-    return replace(table, cases=cases)
+    return table.changed(cases=cases)
 
 
 def _with_preset(table: Table, row: Values) -> Values:
@@ -233,8 +314,7 @@ def narrowed(
     needed = {table.baseline, *table.as_baseline, table.reference or table.baseline, *divided}
     chosen = _matching("row", rows, table.rows) | needed
     allowed = _matching("case", cases, table.cases)
-    return replace(
-        table,
+    return table.changed(
         rows={label: values for label, values in table.rows.items() if label in chosen},
         cases={label: values for label, values in table.cases.items() if label in allowed},
         seeds=tuple(table.seeds if seeds is None else seeds),
@@ -253,10 +333,3 @@ def _matching(kind: str, patterns: Iterable[str] | None, labels: Iterable[str]) 
             raise unknown(kind, pattern, labels)
         matching |= found
     return matching
-
-
-def check_seeds(seeds: Sequence[Any], origin: str) -> None:
-    """Refuse seeds that are not distinct integers of 0 or more."""
-    whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
-    if not (seeds and whole and len(set(seeds)) == len(seeds)):
-        raise UserError(f"{origin} = {shown(list(seeds))}: distinct integers of 0 or more are needed")

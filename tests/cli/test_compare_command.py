@@ -210,7 +210,7 @@ def test_every_row_takes_its_best_rate_by_held_out_samples(effray, refusal, mine
         assert line.rate == (0.05 if place == 1 else best)
     assert case.lines[0].rate == 0.1 and "rate" in told and "99.9" not in told
     assert "train.lr is what the rows or cases" in refusal(f"{MINE} --rates 0.1 --train.lr 0.2")
-    assert "--rates 'x': numbers, such as" in refusal(f"{MINE} --rates x")
+    assert "rates.0 = 'x': input should be a valid number" in refusal(f"{MINE} --rates x")
     assert "dataset.validation = 0 holds out none" in refusal(f"{MINE} --rates 0.1 --dataset.validation 0 --name n")
 
 
@@ -248,7 +248,11 @@ def test_a_following_function_runs_once_and_gives_a_column(effray, mine, tmp_pat
         ("compare mine.py --rows tnth", "unknown row 'tnth', did you mean 'tenth'?"),
         ("compare mine.py --cases noisy", "unknown case 'noisy'. Allowed: all"),
         ("compare mine.py --seeds 0,x", "--seeds '0,x': integers, such as 0,1,2 or 0-9"),
-        ("compare mine.py --seeds 1,1", "--seeds = [1, 1]: distinct integers of 0 or more"),
+        ("compare mine.py --seeds 1,1", "seeds = [1, 1]: distinct values are needed"),
+        ("compare mine.py --seeds 0-999999", "--seeds '0-999999': 1,000,000 seeds, at most 10,000 trials"),
+        ("compare mine.py --seeds 0-4999", "table: 15,000 trials: at most 10,000"),
+        ("compare mine.py --goal accuracy=1e999", "goals.accuracy.0 = '1e999': input should be a finite number"),
+        ("compare mine.py --goal acuracy=0.9", "unknown metric 'acuracy', did you mean 'accuracy'"),
         ("compare mine.py --goal accuracy", "--goal 'accuracy' is not of the form METRIC=VALUE"),
         ("compare mine.py --select.fraction 0.3", "select.fraction is what the rows or cases of the table differ in"),
         ("compare mine.py --resume m --rows tenth", "--resume m keeps what was asked for: --rows cannot change"),

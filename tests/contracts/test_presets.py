@@ -150,7 +150,7 @@ def test_a_row_names_a_preset_and_stores_its_values():
         "from raypkg.studies.tables import Table\n"
         "def table(scale):\n"
         "    rows = {'published': {}, 'each step': {'preset': 'each-step', 'crest.h': 2.0}}\n"
-        "    return Table('t', 'crest', 'published', rows)\n"
+        "    return Table(title='t', experiment='crest', baseline='published', rows=rows)\n"
     )
     table = read_table(text, "t.py", "small")
     assert isinstance(table, Table)

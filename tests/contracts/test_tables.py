@@ -1,6 +1,5 @@
 """The contract of every shipped table, and the checks of a user's own."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ FILES = sorted((Path(__file__).parents[2] / "tune_spaces" / "tables").glob("*.py
 # A hundredth of the digits is less than a batch.
 LARGER = {"crest": {"dataset.repeat": 10}, "texts": {"dataset.repeat": 5}}
 MINE = """
+import numpy as np
 from raypkg.studies.tables import Table
 def table(scale):
     mine = dict(title="t", experiment="train", baseline="a", rows={{"a": {{}}, "b": {{}}}})
@@ -119,17 +119,69 @@ def test_one_in_the_working_folder_wins(tmp_path, monkeypatch):
     assert open_table("crest").title == "mine"
 
 
+NO_RECORD = "input should be a valid dictionary"
+FIELDS = {
+    "nope=3": "unknown setting 'nope'",
+    "title=5": "title = 5: input should be a valid string",
+    "experiment='trian'": "unknown experiment 'trian', did you mean 'train'",
+    "experiment=5": "experiment = 5: input should be a valid string",
+    "baseline='c'": "baseline: unknown row 'c'",
+    "baseline=['a']": "baseline = .*: input should be a valid string",
+    "reference='c'": "reference: unknown row 'c'",
+    "rows={}": "rows = {}: dictionary should have at least 1 item",
+    "rows=None": f"rows = None: {NO_RECORD}",
+    "rows={'a': {}, 'b': None}": f"rows.b = None: {NO_RECORD}",
+    "rows={'a': {}, 3: {}}": "rows.3.* = 3: input should be a valid string",
+    "rows={'a': {}, 'b, c': {}}": "'b, c' is no label: a text without commas is needed",
+    "rows={'a': {}, 'b': {'seed': 3}}": "seed = 3 in a row or case would do nothing: see seeds",
+    "rows={'a': {'train.lr': np.float32(0.1)}}": "rows.a = .*: object of type float32 is not JSON serializable",
+    "rows={'a': {'train.lr': 10**5000}}": "rows.a = .* of too many digits>: exceeds the limit",
+    "cases=None": f"cases = None: {NO_RECORD}",
+    "cases={'x': 5}": f"cases.x = 5: {NO_RECORD}",
+    "shared=5": f"shared = 5: {NO_RECORD}",
+    "seeds=3": "seeds = 3: input should be a valid tuple",
+    "seeds='01'": "seeds.0 = '01': input should be a valid integer",
+    "seeds=(0, True)": "seeds = .*: input should be a number, neither true nor false",
+    "seeds=(0, 0)": r"seeds = \[0, 0\]: distinct values are needed",
+    "seeds=range(9999)": "19,998 trials: at most 10,000",
+    "seeds=range(10**12)": "seeds = range.*: tuple should have at most 10000 items",
+    "metric='test_acuracy'": "unknown metric 'test_acuracy', did you mean 'test_accuracy'",
+    "metric=['x']": "metric = .*: input should be a valid string",
+    "goals=5": f"goals = 5: {NO_RECORD}",
+    "goals={'accuracy': 0.5}": "goals.accuracy = 0.5: input should be a valid tuple",
+    "goals={'accuracy': [1e999]}": "goals.accuracy.0 = inf: input should be a finite number",
+    "goals={'acuracy': [0.5]}": "unknown metric 'acuracy', did you mean 'accuracy'",
+    "goals={'test_accuracy': [0.5]}": "goals: test_accuracy is known only at the end of a run",
+    "columns={'x': 3}": "columns.x = 3: input should be a valid string",
+    "columns={3: 'test_accuracy'}": "columns.3.* = 3: input should be a valid string",
+    "columns={'x': 'test_acuracy'}": "unknown figure 'test_acuracy', did you mean 'test_accuracy'",
+    "columns={'x': 'b / wrk'}": "unknown cost 'wrk', did you mean 'work'",
+    "columns={'x': 'c / work'}": "unknown row 'c'",
+    "gain='test_acuracy'": "unknown figure 'test_acuracy', did you mean 'test_accuracy'",
+    "paper={'all': 5}": f"paper.all = 5: {NO_RECORD}",
+    "after={'b': 5}": "after.b = 5: input should be a valid string",
+    "after={'c': 'x:y'}": "after: unknown row 'c'",
+    "as_baseline=('c',)": "as_baseline: unknown row 'c'",
+    "rates=5": "rates = 5: input should be a valid tuple",
+    "rates=(0.1, float('nan'))": "rates.1 = nan: input should be a finite number",
+}
+
+
+class NoText(Exception):
+    def __str__(self):
+        raise ValueError
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("x = 1", "defines no function table"),
         ("def table(scale): return 5", "returned 5, not a raypkg.studies.tables.Table"),
-        ("def table(scale): raise SystemExit(3)", "raises SystemExit: 3"),
-        (MINE.format(changes="baseline='c'"), "the baseline: unknown row 'c'"),
-        (MINE.format(changes="rows={}"), "has no row or no case"),
-        (MINE.format(changes="rows={'a': {}, 'b, c': {}}"), "'b, c' is no label: a text without commas is needed"),
-        (MINE.format(changes="seeds=(0, 0)"), r"seeds = \[0, 0\]: distinct integers of 0 or more are needed"),
-        (MINE.format(changes="seeds=range(9999)"), "has 19,998 trials: at most 10,000"),
+        ("def table(scale): raise SystemExit(3)", "'mine.py', line 1: raises SystemExit: 3"),
+        ("def table(scale):\n    raise GeneratorExit", "'mine.py', line 2: raises GeneratorExit"),
+        (f"from {__name__} import NoText\ndef table(scale): raise NoText", "line 2: raises .*NoText"),
+        ("x = 3\ndef table(:", "'mine.py', line 2: raises SyntaxError: invalid syntax"),
+        *((MINE.format(changes=changes), f"table 'mine.py', line 6: {message}") for changes, message in FIELDS.items()),
     ],
 )
 def test_an_invalid_table_is_refused_in_one_line(text, message):
@@ -148,7 +200,6 @@ def table_of(**changes):
     [
         ({"rows": {"a": {}, "b": {"train.lr": -1}}}, {}, r"row 'b', case 'all': train\.lr = -1: input should be"),
         ({"rows": {"a": {}, "b": {"model": "mpl"}}}, {}, "row 'b', case 'all': unknown model 'mpl'"),
-        ({"goals": {"test_accuracy": [0.5]}}, {}, "test_accuracy is known only at the end of a run"),
         ({"after": {"a": "nowhere:f"}}, {}, "after 'nowhere:f' cannot be imported"),
         ({}, {"seed": 1}, "seed is what the rows or cases of the table differ in and cannot be given: see --seeds"),
     ],
@@ -179,6 +230,6 @@ def test_some_rows_are_chosen_by_label_or_pattern_and_the_baseline_with_them():
 def test_a_table_survives_the_record_and_runs_seed_by_seed():
     assert [seed for _, _, seed, _ in table_of(seeds=(3, 4)).places()] == [3, 3, 3, 4, 4, 4]
     table = open_table("deltagrad")
-    assert stored_table(asdict(table)) == table
-    with pytest.raises(UserError, match="holds no table"):
+    assert stored_table(table.model_dump()) == table
+    with pytest.raises(UserError, match="the table of this comparison: experiment = "):
         stored_table({"title": "t"})
