@@ -66,6 +66,13 @@ def test_a_script_gives_the_weights_of_effrays_own_run(tmp_path, name, options):
     same(model, build_model(name, digits.shape, digits.num_classes, seed=3))  # it has not changed
 
 
+class Noisy(Pairs):
+    """Draws from PyTorch's global generator."""
+
+    def __getitem__(self, index):
+        return self.x[index] + torch.randn(6), int(self.y[index])
+
+
 def test_samples_come_in_any_form():
     model = mlp()
     merged = lipt.pretrain(model, (X, Y), **SMALL)
@@ -74,8 +81,17 @@ def test_samples_come_in_any_form():
     same(model, mlp())
     assert any(not torch.equal(a, b) for a, b in zip(merged.parameters(), model.parameters(), strict=True))
     state = torch.get_rng_state()
-    same(merged, lipt.pretrain(model, (X, Y), **SMALL))
+    for without_gradients in (torch.no_grad, torch.inference_mode):
+        with without_gradients():
+            same(merged, lipt.pretrain(model, (X.clone(), Y.clone()), **SMALL))
+    lipt.pretrain(model, Noisy(), **SMALL)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_model_may_have_more_outputs_and_another_precision():
+    model = nn.Linear(6, 5).bfloat16()
+    merged = lipt.pretrain(model, (X, Y), **SMALL)
+    assert merged.weight.dtype == torch.bfloat16 and not torch.equal(merged.weight, model.weight)
 
 
 class Tied(nn.Module):
@@ -111,20 +127,29 @@ def test_images_arrive_as_they_are():
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        ((X, Y), {"lr": -1}, r"lr = -1: "),
-        ((X, Y), {"learning": 1}, "learning"),
+        ((X, Y), {"lr": -1}, r"^lr = -1: "),
+        ((X, Y), {"densty": 1}, "unknown argument of lipt.pretrain 'densty', did you mean 'density'"),
+        ((X, Y), {"worker": 1}, "unknown argument of lipt.pretrain 'worker', did you mean 'workers'"),
+        ((X, Y), {"method": "dense"}, "unknown argument of lipt.pretrain 'method'"),
+        ((X, Y), {"rounds": 9}, "^rounds = 9: models are merged after whole epochs"),
+        ((X, Y), {"sparsity": None}, "without masks: give sparsity as well"),
+        ((X, Y), {"shard_fraction": 0.9}, "^shard_fraction = 0.9 for 3 disjoint shards"),
         ((X, Y), {"seed": -1}, "seed = -1: "),
         ((X, Y), {"models": 50}, "a shard of 2 samples holds none of"),
-        ((X, Y), {"merge": "greedy"}, r"merge = 'greedy' needs held-out samples"),
+        ((X, Y), {"merge": "greedy"}, r"^merge = 'greedy' needs held-out samples"),
         ((X, Y), {"merge": "greedier"}, "unknown merge 'greedier', did you mean 'greedy'"),
         ((X, Y), {"sparsity": "snipp"}, "did you mean 'snip'"),
-        ((X, Y), {"joint_epochs": 1}, "joint_epochs: this setting is of effray's own runs only"),
         ((X, Y), {"randaugment": True}, "only the uint8 images of a Split are augmented"),
         ((X, Y), {"lr": 1e30}, "the loss became"),
         ((X, Y), {"workers": -1}, "workers = -1: "),
         ((X.long(), Y), {}, r"a sample is torch.int64 \[6\]"),
         ((X, Y.double()), {}, r"labels must be integers from 0 up, \[b\]; a batch has torch.float64"),
         ((X, -Y), {}, "labels must be integers from 0 up"),
+        ((X, torch.arange(120) % 4), {}, r"model 'Sequential' maps inputs \(2, 6\) to \(2, 3\), not to \(2, 4\)"),
+        ((X[:, :5], Y), {}, r"model 'Sequential' cannot take inputs of shape \(5,\): RuntimeError"),
+        ((X * torch.nan, Y), {}, "to NaN or infinity"),
+        ((X[:0], Y[:0]), {}, "takes at least one sample; the data set is empty"),
+        ((X[:1], Y[:1]), {}, "3 disjoint shards of 0 samples each cannot be had from 1 samples"),
         ((X, Y[:5]), {}, r"takes tensors \(x, y\) of equal lengths, not \[120, 5\]"),
         ([X], {}, r"takes tensors \(x, y\) of equal lengths, not \[120\]"),
         ([{"x": x, "labels": 0} for x in X], {}, r"takes samples \(x, y\), not mappings"),
@@ -137,6 +162,12 @@ def test_bad_input_is_one_error_and_changes_nothing(data, options, message):
         lipt.pretrain(model, data, **{**SMALL, **options})
     assert "\n" not in str(error.value)
     same(model, mlp())
+
+
+@pytest.mark.parametrize("model", [mlp().requires_grad_(False), nn.Flatten(), torch.relu])
+def test_a_model_without_weights_to_train_is_refused(model):
+    with pytest.raises(UserError, match=r"takes an nn\.Module with parameters that require gradients, not this"):
+        lipt.pretrain(model, (X, Y), **SMALL)
 
 
 @pytest.mark.ray

@@ -113,29 +113,31 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
         raise UserError(f"model {name!r} has no parameter to train: it has none at all, or all of them are frozen")
     module.eval()  # the probe must not move batch-norm statistics
     x = kind_of(shape).example(2, shape)
-    logits = _probe(module, name, x, (2, num_classes))
+    logits = probe(module, name, x, num_classes)
     if isinstance(module, Classifier):
         return module.train()
     split = as_classifier(module)
-    _probe(split.features, f"{name}, up to its last nn.Linear", x, (2, split.head.in_features))
-    again = _probe(split, name, x, (2, num_classes))
+    probe(split.features, f"{name}, up to its last nn.Linear", x, split.head.in_features)
+    again = probe(split, name, x, num_classes)
     if not torch.allclose(again, logits):
         raise UserError(f"model {name!r}: its last nn.Linear is not its last operation, so it cannot be the head")
     return split.train()
 
 
 @torch.no_grad()
-def _probe(module: nn.Module, name: str, x: Tensor, expected: tuple[int, int]) -> Tensor:
+def probe(module: nn.Module, name: str, x: Tensor, width: int, *, exact: bool = True) -> Tensor:
+    """Return a module's finite output [b, width] for x [b, …], or a wider one if not ``exact``; refuse any other."""
     try:
         out = module(x)
     except Exception as error:  # whatever the user's own code raises
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"model {name!r} cannot take inputs of shape {tuple(x.shape[1:])}: {reason}") from error
-    if not isinstance(out, Tensor) or out.shape != expected:
+    is_matrix = isinstance(out, Tensor) and out.dim() == 2 and len(out) == len(x)
+    if not is_matrix or out.shape[1] < width or (exact and out.shape[1] > width):
         returned = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise UserError(f"model {name!r} maps inputs {tuple(x.shape)} to {returned}, not to {expected}")
+        raise UserError(f"model {name!r} maps inputs {tuple(x.shape)} to {returned}, not to {(len(x), width)}")
     if not out.isfinite().all():
-        raise UserError(f"model {name!r} maps random inputs to NaN or infinity")
+        raise UserError(f"model {name!r} maps inputs of shape {tuple(x.shape[1:])} to NaN or infinity")
     return out
 
 

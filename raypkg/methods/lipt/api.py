@@ -13,21 +13,25 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from raypkg.cluster.workers import Workers
-from raypkg.core.config import validate
-from raypkg.core.errors import UserError
+from raypkg.core.config import fields_of, validate
+from raypkg.core.errors import UserError, unknown
+from raypkg.core.seeds import seeded
 from raypkg.core.settings import Cluster
 from raypkg.coresets.batches import as_dataset, load_batches
+from raypkg.coresets.gradients import evaluating
 from raypkg.data.split import Split
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples
+from raypkg.models.classifier import probe
 
 from . import merge
 from .member import Context
 from .pretrain import train_and_merge
-from .settings import LiptSettings
+from .settings import LiptSettings, Pretrain
 
 AT_ONCE = 1024  # samples read together for their labels
 OF_RUNS = {"method", "joint_epochs", "evaluate_every_epochs", "compile"}  # settings of effray's own runs
+ARGUMENTS = {*fields_of(Pretrain), "seed", "workers"} - OF_RUNS
 Labelled = Split | Dataset[Any] | tuple[Tensor, Tensor]
 
 
@@ -61,7 +65,8 @@ def pretrain(
             dense models), merge ("masked_mean"), rounds (1), shard_fraction, outer_momentum, precision, …
 
     Raises:
-        UserError: unknown or invalid option, samples of another form, a shard without a class, a loss that diverges.
+        UserError: unknown or invalid argument, samples of another form, a model without weights to train or with fewer
+            outputs than classes, a shard without a class, a loss that diverges.
 
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(400, 4)
@@ -69,30 +74,50 @@ def pretrain(
     >>> (merged(x).argmax(1) == (x[:, 0] > 0)).double().mean().item() > 0.9
     True
     """
-    if own := OF_RUNS & options.keys():
-        raise UserError(f"lipt.pretrain's {min(own)}: this setting is of effray's own runs only")
-    split = as_split(dataset)
-    if split is not dataset and options.setdefault("randaugment", False):
-        raise UserError("lipt.pretrain's randaugment = True: only the uint8 images of a Split are augmented")
-    chosen = {**options, "models": models, "epochs": epochs}
-    settings = validate(LiptSettings, {"seed": seed, "pretrain": chosen})
-    if "score" in merge[settings.pretrain.merge].declares:
-        raise UserError(f"pretrain.merge = {settings.pretrain.merge!r} needs held-out samples: use effray lipt")
-    cluster = validate(Cluster, {"workers": workers})
-    if workers:
-        with tempfile.TemporaryDirectory() as folder, Workers(cluster, lambda row: None, folder) as group:
-            saved = group.run(pretrain_given, settings, model, split)
-    else:
-        device = next(model.parameters(), torch.empty(0)).device
-        saved = pretrain_given(Worker(device=device), settings, model, split)
-    merged = deepcopy(model)
-    merged.load_state_dict(load(saved))
-    return merged
+    for name in options:
+        if name not in ARGUMENTS:
+            raise unknown("argument of lipt.pretrain", name, ARGUMENTS)
+    try:
+        # The caller may have switched gradients off, and data sets may draw from PyTorch's global generator.
+        with torch.inference_mode(False), torch.enable_grad(), seeded(0, "lipt.pretrain"):
+            split = as_split(dataset)
+            if split is not dataset and options.setdefault("randaugment", False):
+                raise UserError("randaugment = True: only the uint8 images of a Split are augmented")
+            chosen = validate(Pretrain, {**options, "models": models, "epochs": epochs})
+            settings = validate(LiptSettings, {"seed": seed, "pretrain": chosen})
+            if "score" in merge[chosen.merge].declares:
+                raise UserError(f"merge = {chosen.merge!r} needs held-out samples: use effray lipt")
+            cluster = validate(Cluster, {"workers": workers})
+            merged = deepcopy(model)
+            check_model(merged, split)
+            if workers:
+                with tempfile.TemporaryDirectory() as folder, Workers(cluster, lambda row: None, folder) as group:
+                    saved = group.run(pretrain_given, settings, merged, split)
+            else:
+                worker = Worker(device=next(merged.parameters()).device)
+                saved = pretrain_given(worker, settings, merged, split)
+            merged.load_state_dict(load(saved))
+            return merged
+    except UserError as error:  # the settings of runs are named pretrain.*
+        error.args = (f" {error}".replace(" pretrain.", " ").lstrip(),)
+        raise
+
+
+def check_model(model: nn.Module, split: Split) -> None:
+    """Refuse what is not a module with weights to train that maps the samples to logits of all their classes."""
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module) or not any(each.requires_grad for each in model.parameters()):
+        raise UserError(f"lipt.pretrain takes an nn.Module with parameters that require gradients, not this {kind}")
+    weight = next(model.parameters())
+    stored, _ = split.batch(torch.arange(min(2, len(split))))
+    x = split.inputs(stored.to(weight.device))
+    with evaluating(model):
+        probe(model, kind, x.to(weight.dtype) if x.is_floating_point() else x, split.num_classes, exact=False)
 
 
 def pretrain_given(worker: Worker, settings: LiptSettings, model: nn.Module, split: Split) -> bytes:
     """Pre-train a model on all workers; return the merged one's state as safetensors."""
-    merged = train_and_merge(Context(settings, None, Samples.all_of(split), worker, given=model)).model
+    merged, *_ = train_and_merge(Context(settings, None, Samples.all_of(split), worker, given=model))
     # Copies, because safetensors refuses weights that share memory, such as tied ones.
     state = {
         name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in merged.state_dict().items()
@@ -109,7 +134,9 @@ def as_split(dataset: Labelled) -> Split:
     if isinstance(dataset, Split):
         return dataset
     pairs = as_dataset(dataset, "lipt.pretrain")
-    positions = torch.arange(len(pairs)).split(AT_ONCE)  # type: ignore[arg-type]  # it has a length
+    if not len(pairs):  # type: ignore[arg-type]  # it has a length
+        raise UserError("lipt.pretrain takes at least one sample; the data set is empty")
+    positions = torch.arange(len(pairs)).split(AT_ONCE)  # type: ignore[arg-type]
     batches = load_batches(pairs, positions, seed=0, collate_fn=default_collate)
     y = torch.cat([labels.cpu() for _, labels, _ in batches])
     if isinstance(pairs[0], Mapping):

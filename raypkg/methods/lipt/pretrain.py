@@ -21,7 +21,7 @@ A pre-training carries out the report's phase "pretrain" and leaves the model's 
 with the record of training that some coreset rules need.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ from .settings import RESULT, LiptSettings
 MERGED = "merged"  # name of the merged model's checkpoints
 MERGED_FILE = "checkpoints/merged.safetensors"  # of an unfinished run, if joint epochs follow the merge
 SEEN = "checkpoints/seen.pt"  # the models' records, which joint epochs continue
-CONTINUED = f"{__name__}:continued_record"  # name of the hook of joint epochs
+CONTINUED = f"{__name__}:ContinuedRecord"  # name of the hook of joint epochs
 
 
 @pretraining("lipt", source="PMLR 202:29130, reconstructed")
@@ -104,17 +104,11 @@ class Merged(NamedTuple):
     merging: Cost  # of the merges, over all workers
 
 
-class Pretrained(NamedTuple):
-    """The outcome of pre-training on a worker."""
+def train_and_merge(context: Context) -> tuple[nn.Module, Merged, list[Trainee], list[Tensor]]:
+    """Train models r, r + W, … on worker r of W, and merge those of all workers round by round.
 
-    model: nn.Module  # merged, with batch-norm statistics on rank 0
-    merged: Merged
-    trainees: Sequence[Trainee]  # of this worker
-    shards: Sequence[Tensor]  # of all models
-
-
-def train_and_merge(context: Context) -> Pretrained:
-    """Train models r, r + W, … on worker r of W, and merge those of all workers round by round."""
+    Return the merged model, with batch-norm statistics on rank 0, its record, this worker's models and all shards.
+    """
     pretrain = context.settings.pretrain
     worker = context.worker
     train = context.samples.data.train
@@ -149,11 +143,8 @@ def train_and_merge(context: Context) -> Pretrained:
     with Cost("merge") as statistics:
         if worker.rank == 0:  # the others' models are not used
             statistics.forward += estimate_statistics(context, model)
-            if context.storage:
-                file = MERGED_FILE if pretrain.joint_epochs else RESULT
-                save_tensors(context.storage, file, model.state_dict())
     merging = merged.merging.then(statistics.gathered(worker))
-    return Pretrained(model, merged._replace(merging=merging), trainees, shards)
+    return model, merged._replace(merging=merging), trainees, shards
 
 
 def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) -> dict[str, Any]:
@@ -166,6 +157,7 @@ def pretrain_models(worker: Worker, settings: LiptSettings, storage: Storage) ->
     evaluating = Cost("evaluate")
     held_out = {}
     if worker.rank == 0:
+        save_tensors(storage, MERGED_FILE if pretrain.joint_epochs else RESULT, model.state_dict())
         held_out = measure_held_out(model, context.samples, context.local, pretrain, evaluating)
 
     # The costs over all workers, and the time with one worker per model.
@@ -275,26 +267,21 @@ def keep_seen(context: Context, storage: Storage, shards: Sequence[Tensor], trai
 
 
 class ContinuedRecord(Hook):
-    """Lets the recorder continue from the models' record, a recorder's state."""
+    """Lets the recorder of joint epochs continue from the models' record."""
 
     priority = 0
 
-    def __init__(self, seen: Mapping[str, Any]):
+    def __init__(self, *, job: Job):
+        seen = load_state(job.storage, SEEN)
+        if seen is None:
+            raise UserError(f"{job.storage.root}/{SEEN} is damaged: run it again under another name")
         self.seen = seen
 
     def on_start(self, run: Run) -> None:
-        """Restore the state; a checkpoint of the joint epochs replaces it."""
+        """Restore the recorder's state; a checkpoint of the joint epochs replaces it."""
         for recorder in run.hooks:
             if isinstance(recorder, Recorder):
                 recorder.load_state_dict(self.seen)
-
-
-def continued_record(*, job: Job) -> ContinuedRecord:
-    """Return the hook of joint epochs."""
-    seen = load_state(job.storage, SEEN)
-    if seen is None:
-        raise UserError(f"{job.storage.root}/{SEEN} is damaged: run it again under another name")
-    return ContinuedRecord(seen)
 
 
 def _of_all_models(context: Context, values: Sequence[Any]) -> list[Any]:
