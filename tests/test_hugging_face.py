@@ -164,10 +164,15 @@ def with_another_tokenizer(place):
     trained(["a b c"], 300).save(str(place / "tokenizer.json"))
 
 
+def with_a_damaged_tokenizer(place):
+    (place / "tokenizer.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
         (halved, "cannot be read: .*"),
+        (with_a_damaged_tokenizer, "cannot be read: missing field"),
         (of_a_pickle, "cannot be read: .*no file named model.safetensors"),
         (without_a_layer, r"lacks 16 of the network's tensors, such as bert.encoder.layer.1.*: it is incomplete"),
         (with_another_tokenizer, r"knows 259 tokens, the data set's tokenizer has 60: give --set .*tokenizer="),
@@ -250,5 +255,6 @@ def test_what_does_not_fit_a_checkpoint_is_told_in_one_line(saved, kind, shape, 
 @pytest.mark.parametrize("name", ["transformers:", "transformers:/nowhere", "transformers:no-such-model"])
 def test_a_checkpoint_that_is_not_there_is_told(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.delattr("huggingface_hub.constants")  # as in a process that has imported nothing but the package
     with pytest.raises(UserError, match=r"needs a name|cannot be read"):
         build_model(name, TEXT, CLASSES, seed=0)

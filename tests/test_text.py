@@ -199,6 +199,37 @@ def test_a_model_folder_without_a_tokenizer(written, load, tmp_path):
         load(tokenizer=str(tmp_path / "bare"))
 
 
+NUMBERS = {word: number for number, word in enumerate(WORDS)}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "edit", "match"),
+    [
+        (NUMBERS | {"where": 99}, ("", ""), None),  # V = 100, of which many numbers name no token
+        (NUMBERS, ('"type": "WordLevel"', '"type": "Word"'), "cut': no tokenizer can be read there"),
+        ({"the": 0, "a": 1}, ("", ""), r"the tokenizer cannot encode the texts: .*Missing \[UNK\] token"),
+        (NUMBERS | {"where": 2**31 - 1}, ("", ""), "a token has the number 2147483647, the largest is 2147483646"),
+    ],
+)
+def test_tokenizers_of_others_are_checked(written, load, tmp_path, numbers, edit, match):
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "cut")
+    file = tmp_path / "cut/tokenizer.json"
+    file.write_text(file.read_text().replace(*edit))
+    written()
+    if match is None:
+        train = load(tokenizer=str(tmp_path / "cut")).train
+        assert train.shape[1] == 100 and TEXTS.fits(train.batch(range(30))[0], train.shape)
+        return
+    with pytest.raises(UserError, match=match) as error:
+        load(tokenizer=str(tmp_path / "cut"))
+    assert "\n" not in str(error.value)
+
+
 def test_a_class_of_the_test_texts_alone_is_refused(write, load):
     write("train", {"text": TRAIN, "label": [NAMES[c % 2] for c in LABELS["train"]]})
     write("test", {"text": TEST, "label": [NAMES[c] for c in LABELS["test"]]})

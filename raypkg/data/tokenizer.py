@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 STORED = np.dtype(np.int32)  # of tokens and segments
+LARGEST = np.iinfo(STORED).max  # V
 BEGIN = "[CLS]"
 END = "[SEP]"
 SPECIAL = ["[PAD]", BEGIN, END]
@@ -69,7 +70,14 @@ def tokenizer_at(name: str) -> Tokenizer:
         raise UserError(f"option tokenizer = {name!r}: a {type(found).__name__} has no fast form (tokenizer.json)")
     if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):  # created for a folder without one
         raise UserError(f"option tokenizer = {name!r}: no tokenizer is there, or one of special tokens alone")
+    if (size := vocabulary_of(tokenizer)) > LARGEST:
+        raise UserError(f"option tokenizer = {name!r}: a token has the number {size - 1}, the largest is {LARGEST - 1}")
     return tokenizer
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> int:
+    """Return V, of which all tokens' numbers are less; some of 0 to V − 1 may name no token."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def tokenizer_files(name: str) -> list[Path]:
@@ -81,11 +89,17 @@ def encode(tokenizer: Tokenizer, texts: Sequence[Text], length: int) -> tuple[li
     """Return the tokens of each text with their segments, int32 [l, 2], and the number of texts that were cut.
 
     ``length`` limits l, including the tokens for beginning and end; the longer text of a pair is cut first. The library
-    uses all processors, unless ``TOKENIZERS_PARALLELISM=false``.
+    uses all processors, unless ``TOKENIZERS_PARALLELISM=false``. A tokenizer without a token for unknown pieces is
+    refused if a text has one.
     """
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
-    encodings = tokenizer.encode_batch(list(texts))
+    try:
+        encodings = tokenizer.encode_batch(list(texts))
+    except Exception as error:
+        if type(error) is not Exception:  # as the library's own are
+            raise
+        raise UserError(f"the tokenizer cannot encode the texts: {error}") from None
     tokens = [np.array([each.ids, each.type_ids], STORED).T for each in encodings]
     cut = sum(bool(each.overflowing) for each in encodings)
     return tokens, cut

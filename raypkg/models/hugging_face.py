@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from raypkg.core.errors import UserError
 from raypkg.core.registry import announce_download, extra
 from raypkg.data.kinds import TEXTS, kind_of
+from raypkg.data.tokenizer import vocabulary_of
 
 from . import model
 from .classifier import MeanStd
@@ -171,7 +172,10 @@ def _check_texts(config: PretrainedConfig, variant: str, shape: Shape) -> None:
         raise UserError(f"model 'transformers:{variant}' is a {config.model_type}, which takes no texts")
     own = None
     if file := _beside(variant, "tokenizer.json"):
-        own = extra("tokenizers", "text", WHAT).Tokenizer.from_file(file).get_vocab_size()
+        try:
+            own = vocabulary_of(extra("tokenizers", "text", WHAT).Tokenizer.from_file(file))
+        except Exception as error:  # the library raises no other
+            raise _unreadable(variant, error) from None
     if vocabulary > known or vocabulary != (own or vocabulary):
         counts = f"knows {own or known:,} tokens, the data set's tokenizer has {vocabulary:,}"
         raise UserError(f"model 'transformers:{variant}' {counts}: give --set dataset.options.tokenizer={variant}")

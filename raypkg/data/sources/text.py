@@ -32,7 +32,7 @@ from raypkg.data.files import (
 from raypkg.data.split import Split, check_labels
 from raypkg.data.store.arrow import Block, Header, Stored
 from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
-from raypkg.data.tokenizer import STORED, Text, encode, padded, tokenizer_at, tokenizer_files, trained
+from raypkg.data.tokenizer import STORED, Text, encode, padded, tokenizer_at, tokenizer_files, trained, vocabulary_of
 
 from . import dataset
 
@@ -91,7 +91,8 @@ def load(
     learned = 0 if tokenizer else vocabulary
     taken = dict(columns=columns, label=label, test=test, unlabelled=unlabelled)
     read = [*files["train"], *files["test"], *tokenizer_files(tokenizer)]
-    form = 0 if tokenizer else 1  # since 1, a store keeps the tokenizer that was trained
+    # Since 1, a store keeps the tokenizer that was trained; since 2, V exceeds the largest number of a token.
+    form = 2 if tokenizer else 1
     key = fingerprint(read, tokenizer=tokenizer, vocabulary=learned, length=length, form=form, **taken)
     target = store_path(cache, place.resolve().stem, key, split)
 
@@ -104,7 +105,7 @@ def load(
         table.check_like(train)
         tokens = tokenizer_at(tokenizer) if tokenizer else trained(train.everything(train_rows), vocabulary)
         own = "" if tokenizer else tokens.to_str()
-        header = Header("encoded", (length, tokens.get_vocab_size()), train.classes, tokenizer=own)
+        header = Header("encoded", (length, vocabulary_of(tokens)), train.classes, tokenizer=own)
         cut = 0
 
         def blocks() -> Iterator[Block]:
