@@ -172,7 +172,7 @@ def with_a_damaged_tokenizer(place):
     ("damage", "match"),
     [
         (halved, "cannot be read: .*"),
-        (with_a_damaged_tokenizer, "cannot be read: missing field"),
+        (with_a_damaged_tokenizer, "cannot be read: Model missing"),
         (of_a_pickle, "cannot be read: .*no file named model.safetensors"),
         (without_a_layer, r"lacks 16 of the network's tensors, such as bert.encoder.layer.1.*: it is incomplete"),
         (with_another_tokenizer, r"knows 259 tokens, the data set's tokenizer has 60: give --set .*tokenizer="),
