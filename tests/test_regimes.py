@@ -14,7 +14,7 @@ from raypkg.data.coreset import Coreset
 from raypkg.data.opening import long_tail, open_data, subset, with_wrong_labels, wrong_share
 from raypkg.data.split import Split
 from raypkg.engine.shards import Shard
-from raypkg.experiments.coreset_files import origin, save_coreset
+from raypkg.experiments.coreset_files import save_coreset
 from raypkg.experiments.samples import open_samples
 from raypkg.runs.storage import Storage
 
@@ -157,7 +157,7 @@ def test_a_subset_of_a_subset_keeps_truth_and_ids():
 def test_a_coreset_narrows_a_data_set_and_its_held_out_samples_stay(tmp_path):
     whole = open_samples(RunSettings())
     picked = whole.train_indices[torch.tensor([9, 3, 50])]
-    save_coreset(Storage(str(tmp_path)), Coreset.uniform(picked), whole.data.train, origin(RunSettings()))
+    save_coreset(Storage(str(tmp_path)), Coreset.uniform(picked), whole, RunSettings(), {})
     narrowed = open_samples(settings_of(only=f"{tmp_path}/coreset.parquet"))
     assert narrowed.train_indices.tolist() == sorted(picked.tolist())
     assert torch.equal(narrowed.held_out, whole.held_out)

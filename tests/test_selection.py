@@ -414,5 +414,5 @@ def test_scores_are_averaged_over_the_models(name, gradients, holders, balanced)
 
 
 def test_full_gradients_need_a_model():
-    with pytest.raises(UserError, match="grand option gradients = full: only a selection by a run's model"):
+    with pytest.raises(UserError, match="grand option gradients = full: only a selection by a model"):
         select(reference.problem(9).view, 3, "grand", seed=0, options={"gradients": "full"})

@@ -60,11 +60,11 @@ def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[St
     n = len(samples.train_indices)
     if isinstance(settings, SelectSettings):
         check_selects_once(settings)
-        trained_models(settings, RunFolder(storage))
+        trained_models(settings, samples, RunFolder(storage))
     elif isinstance(settings, Experiment):
         given = getattr(settings, "coreset", None)
         if given is not None:
-            load_coreset(given, samples.data.train, samples.held_out, settings.dataset.name)
+            load_coreset(given, samples, settings.dataset)
             n = stages[-1].size(n)
         settings.check(n, samples.data)
         first_weights(settings, samples, storage.parent.parent.root)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from raypkg.core.address import folder_and_name
 from raypkg.core.errors import UserError
-from raypkg.core.settings import RunSettings
+from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.run import check_weights
@@ -43,75 +44,70 @@ def last_part(name: str) -> str:
     return folder_and_name(name)[1]
 
 
+class Made(BaseModel):
+    """Metadata of a coreset file: the data that its positions are of; further keys say how it was selected."""
+
+    samples: int | None = None
+    dataset: str | None = None
+    dataset_options: dict[str, Any] | None = None
+    digest: str | None = None  # of the samples as these options give them
+
+
 def save_coreset(
     storage: Storage,
     coreset: Coreset,
-    split: Split,
-    provenance: Mapping[str, Any],
+    samples: Samples,
+    settings: RunSettings,
+    facts: Mapping[str, Any],
+    indices: Tensor | None = None,
     scores: Tensor | None = None,
     file: str = FILE,
 ) -> None:
-    """Write index, weight, class and, if known, id and score of every picked sample."""
-    labels = split.y[coreset.indices].tolist()
-    columns = {
-        "index": coreset.indices.numpy(),
-        "weight": coreset.weights.numpy(),
-        "class": [split.classes[label] for label in labels],
-    }
-    if split.ids is not None:
-        columns["id"] = split.ids[coreset.indices].numpy()
-    if scores is not None:
-        columns["score"] = scores[coreset.indices].numpy()
-    facts = json.dumps({"samples": len(split), **provenance})
-    storage.write_table(file, pa.table(columns).replace_schema_metadata({KEY: facts}))
+    """Write index, weight, class and, if known, id and score of every picked sample; and all scores of ``indices``."""
+    split = samples.data.train
 
+    def columns(positions: Tensor) -> dict[str, Any]:
+        return {"index": positions.numpy()} | ({} if split.ids is None else {"id": split.ids[positions].numpy()})
 
-def keep_selected(
-    storage: Storage,
-    split: Split,
-    coreset: Coreset,
-    provenance: Mapping[str, Any],
-    indices: Tensor,
-    scores: Tensor | None,
-) -> None:
-    """Write the run's coreset and, if known, the gradient norms of all samples that it was selected from."""
-    by_position = None
-    if scores is not None:
-        columns = {"index": indices.numpy(), "score": scores.numpy()}
-        if split.ids is not None:
-            columns["id"] = split.ids[indices].numpy()
-        storage.write_table(SCORES, pa.table(columns))
+    picked = {**columns(coreset.indices), "weight": coreset.weights.numpy(), "class": _classes(split, coreset.indices)}
+    if scores is not None and indices is not None:
+        storage.write_table(SCORES, pa.table({**columns(indices), "score": scores.numpy()}))
         by_position = torch.zeros(len(split)).index_put((indices,), scores)
-    save_coreset(storage, coreset, split, provenance, by_position)
+        picked["score"] = by_position[coreset.indices].numpy()
+    data = {"samples": len(split), "dataset_options": settings.dataset.options, "digest": samples.digest(Dataset())}
+    metadata = json.dumps({**data, **origin(settings), **facts})
+    storage.write_table(file, pa.table(picked).replace_schema_metadata({KEY: metadata}))
 
 
 def given_coreset(settings: RunSettings, path: str, samples: Samples, storage: Storage, file: str) -> Coreset:
     """Copy a coreset into the run folder under a name, unless an earlier attempt did, and return it."""
-    split = samples.data.train
-    name = settings.dataset.name
     if file in storage.list():
-        return load_coreset(f"{storage.root}/{file}", split, samples.held_out, name)
-    coreset = load_coreset(path, split, samples.held_out, name)
-    save_coreset(storage, coreset, split, {**origin(settings), "source": path}, file=file)
+        return load_coreset(f"{storage.root}/{file}", samples, settings.dataset)
+    coreset = load_coreset(path, samples, settings.dataset)
+    save_coreset(storage, coreset, samples, settings, {"source": path}, file=file)
     return coreset
 
 
-def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Coreset:
+def load_coreset(path: str, samples: Samples, dataset: Dataset) -> Coreset:
     """Read the user's coreset, or one that ``save_coreset`` wrote.
 
-    It is refused if it is of another data set, has a held-out sample, or no weight above 0.
+    It is refused if it is of another data set, has a held-out sample, or no weight above 0. Read with other options,
+    such as another tokenizer, a data set has the same samples if the picks have the same classes.
     """
+    split = samples.data.train
     table = read_coreset(path)
     try:
-        facts = json.loads((table.schema.metadata or {}).get(KEY, b"{}"))
-    except ValueError:  # written by other software
-        facts = {}
-    facts = facts if isinstance(facts, dict) else {}
-    if (made_for := facts.get("samples", len(split))) != len(split):
-        raise UserError(f"{path} was made for {made_for} samples, this data set has {len(split)}")
-    source = str(facts.get("dataset", dataset))
-    if last_part(source) != last_part(dataset):
-        raise UserError(f"{path} was made for {source}, this data set is {dataset}")
+        made = Made.model_validate_json((table.schema.metadata or {}).get(KEY, b"{}"))
+    except ValidationError as error:
+        found = error.errors()[0]
+        place = ".".join(map(str, found["loc"]))
+        raise UserError(f"the metadata of {path} is damaged: {place} {found['msg']}") from None
+    if made.samples not in (None, len(split)):
+        raise UserError(f"{path} was made for {made.samples} samples, this data set has {len(split)}")
+    if made.dataset is not None and last_part(made.dataset) != last_part(dataset.name):
+        raise UserError(f"{path} was made for {made.dataset}, this data set is {dataset.name}")
+    if made.digest and made.dataset_options == dataset.options and made.digest != samples.digest(Dataset()):
+        raise UserError(f"{path} was made for other samples of {dataset.name}: its files or its drawn labels changed")
     if not len(table):
         raise UserError(f"{path} holds no sample")
 
@@ -119,13 +115,21 @@ def load_coreset(path: str, split: Split, held_out: Tensor, dataset: str) -> Cor
     if (last := int(positions.max())) >= len(split):  # before int64, which an index may exceed
         raise UserError(f"{path} has index {last}, this data set ends at {len(split) - 1}")
     indices = torch.tensor(positions, dtype=torch.int64)
-    if leaked := int(torch.isin(indices, held_out).sum()):
+    if leaked := int(torch.isin(indices, samples.held_out).sum()):
         problem = f"{leaked} of the {len(indices)} samples in {path} are held out here"
         raise UserError(f"{problem}: give its --seed and --dataset.validation")
     weights = column_of(table, "weight", path, is_number)
     coreset = Coreset(indices, torch.tensor(weights, dtype=torch.float32))
     check_weights(coreset, path)
+    if made.samples is not None and "class" in table.column_names:
+        for index, there, here in zip(positions, table["class"].to_pylist(), _classes(split, indices), strict=True):
+            if there != here:
+                raise UserError(f"{path} has sample {index} in class {there!r}, this data set in {here!r}")
     return coreset
+
+
+def _classes(split: Split, positions: Tensor) -> list[str]:
+    return [split.classes[label] for label in split.y[positions].tolist()]
 
 
 def read_coreset(path: str) -> pa.Table:

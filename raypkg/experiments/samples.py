@@ -82,13 +82,11 @@ def open_samples(settings: RunSettings, *, verify: bool = True) -> Samples:
     chosen = settings.dataset
     data = open_data(chosen, settings.seed)
     rng = generator(settings.seed, "hold out")
-    train_indices, held_out = hold_out(data.train.y, chosen.validation, rng, data.train.ids)
+    samples = Samples(data, *hold_out(data.train.y, chosen.validation, rng, data.train.ids))
     if chosen.only is not None:
         from .coreset_files import load_coreset
 
-        given = load_coreset(chosen.only, data.train, held_out, chosen.name)
-        train_indices = given.indices.sort().values
-    samples = Samples(data, train_indices, held_out)
+        samples = samples._replace(train_indices=load_coreset(chosen.only, samples, chosen).indices.sort().values)
     if verify and chosen.digest is not None and samples.digest(chosen) != chosen.digest:
         reason = "its files have changed, or its function draws without a seed"
         raise UserError(f"dataset {chosen.name!r} gives other samples than those the run began with: {reason}")

@@ -19,10 +19,10 @@ from raypkg.runs.folder import MODEL, RunFolder
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import FILE, keep_selected, load_coreset, origin
+from .coreset_files import FILE, load_coreset, origin, save_coreset
 from .samples import Samples, samples_on
 from .train import SelectSettings
-from .trained import check_has_model, settings_of_trained
+from .trained import check_has_model, check_same_tokens, settings_of_trained
 from .training import load_record, record_of
 
 
@@ -38,8 +38,8 @@ class TrainedModel(NamedTuple):
 Models = Sequence[TrainedModel]  # several for a rule that averages over models
 
 
-def trained_models(settings: SelectSettings, folder: RunFolder) -> list[TrainedModel]:
-    """Return the models that select: one, or several for a rule that averages; refuse other samples than these."""
+def trained_models(settings: SelectSettings, samples: Samples, folder: RunFolder) -> list[TrainedModel]:
+    """Return the models that select: one, or several for a rule that averages; refuse those of other samples."""
     runs = settings.model_from.split(",")
     if "" in runs:
         raise UserError("select needs a model: give --model-from RUN")
@@ -58,6 +58,12 @@ def trained_models(settings: SelectSettings, folder: RunFolder) -> list[TrainedM
         for name, here in ours.items():
             if theirs[name] != here:
                 raise UserError(f"run {other.name} has {name} {theirs[name]}, here it is {here}: give the same")
+        data = stored.dataset
+        check_same_tokens(settings.dataset, data, samples.data, other.name)
+        comparable = data.options == settings.dataset.options and data.only in (None, settings.dataset.only)
+        if comparable and data.digest not in (None, samples.digest(data)):
+            changed = "its files or its drawn labels changed"
+            raise UserError(f"run {other.name} trained on other samples of {data.name}: {changed}")
         models.append(TrainedModel(stored.model, other.storage, MODEL, settings.precision))
     return models
 
@@ -115,7 +121,7 @@ def _in_phase(
     check_target_samples(select, samples)
     report.phase("select", work, epochs=0)
     path = f"{report.folder.storage.root}/{FILE}"
-    return load_coreset(path, samples.data.train, samples.held_out, settings.dataset.name)
+    return load_coreset(path, samples, settings.dataset)
 
 
 def _select(shards: Shards, settings: RunSettings, select: Select, models: Models, samples: Samples) -> Selection:
@@ -132,7 +138,6 @@ def _keep(
     picked: Selection, storage: Storage, settings: RunSettings, select: Select, samples: Samples
 ) -> dict[str, Any]:
     """Store a selection in the run folder; return the phase's record."""
-    chosen = select.model_dump(include={*Select.model_fields, "model_from"})
-    provenance = {**origin(settings), **chosen}
-    keep_selected(storage, samples.data.train, picked.coreset, provenance, picked.indices, picked.scores)
+    facts = select.model_dump(include={*Select.model_fields, "model_from"})
+    save_coreset(storage, picked.coreset, samples, settings, facts, picked.indices, picked.scores)
     return {"costs": [picked.cost.record()], "size": len(picked.coreset)}

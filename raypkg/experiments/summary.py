@@ -31,7 +31,7 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
     n = len(samples.train_indices)
     coreset = None
     if FILE in folder.storage.list():
-        coreset = load_coreset(f"{folder.storage.root}/{FILE}", split, samples.held_out, settings.dataset.name)
+        coreset = load_coreset(f"{folder.storage.root}/{FILE}", samples, settings.dataset)
 
     costs = []
     figures: dict[str, Any] = {}  # the main phase's by name, the others' prefixed by the phase

@@ -92,6 +92,6 @@ def run_selection(settings: SelectSettings, *, samples: Samples, report: Report)
     from raypkg.experiments.summary import finish
 
     check_selects_once(settings)
-    models = trained_models(settings, report.folder)
+    models = trained_models(settings, samples, report.folder)
     select_on_actors(settings, settings, models, samples, report)
     finish(report, settings, samples)

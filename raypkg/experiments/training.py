@@ -31,7 +31,7 @@ from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
-from .coreset_files import FILE, SCORES, keep_selected, origin
+from .coreset_files import FILE, SCORES, save_coreset
 from .samples import Samples, augmentations, new_model, samples_on
 from .summary import LEFT_OUT
 from .trained import FIRST, FirstWeights
@@ -222,8 +222,7 @@ def _keep(run: Run, model: nn.Module, job: Job, samples: Samples) -> dict[str, A
         for name, draw in left.plots.items():
             save_plot(storage, name, draw)
         if chosen := left.selected:
-            provenance = {**origin(job.experiment), **chosen.origin}
-            keep_selected(storage, samples.data.train, chosen.coreset, provenance, chosen.indices, chosen.scores)
+            save_coreset(storage, chosen.coreset, samples, job.experiment, chosen.origin, chosen.indices, chosen.scores)
         facts |= left.facts
         findings += left.findings
     return {**facts, "findings": findings}

@@ -216,7 +216,7 @@ def check_trial(metric: str, base: Experiment, values: Values) -> int:
     n = len(samples.train_indices)
     given = getattr(trial, "coreset", None)
     if given is not None:
-        n = len(load_coreset(given, samples.data.train, samples.held_out, trial.dataset.name))
+        n = len(load_coreset(given, samples, trial.dataset))
     trial.check(n, samples.data)
     return n
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import samples
 from raypkg.core.errors import UserError
+from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data.coreset import Coreset
 from raypkg.data.sources import libsvm
 from raypkg.data.sources.parquet import ImageTable
@@ -21,6 +22,7 @@ from raypkg.data.sources.table import RowTable
 from raypkg.data.split import Split
 from raypkg.data.store.images import decode_all, surveyed
 from raypkg.experiments.coreset_files import load_coreset, save_coreset
+from raypkg.experiments.samples import Samples
 from raypkg.runs.storage import Storage
 
 fuzzed = settings(
@@ -201,21 +203,24 @@ def test_images_that_are_damaged(kind, data):
             assert "does not decode" in str(error)
 
 
+def eight_samples():
+    split = Split.from_tensors(torch.zeros(8, 1), torch.arange(8) % 2)
+    return Samples.all_of(split)._replace(held_out=torch.tensor([0]))
+
+
 @pytest.fixture(scope="module")
 def coreset_bytes(folder):
-    split = Split.from_tensors(torch.zeros(8, 1), torch.arange(8) % 2)
-    storage = Storage(str(folder))
-    save_coreset(storage, Coreset(torch.tensor([5, 1, 3]), torch.tensor([1.0, 2.0, 0.5])), split, {"seed": 0})
+    coreset = Coreset(torch.tensor([5, 1, 3]), torch.tensor([1.0, 2.0, 0.5]))
+    save_coreset(Storage(str(folder)), coreset, eight_samples(), RunSettings(), {"seed": 0})
     return (folder / "coreset.parquet").read_bytes()
 
 
 @fuzzed
 @given(st.data())
 def test_a_coreset_file_that_is_damaged(folder, coreset_bytes, data):
-    split = Split.from_tensors(torch.zeros(8, 1), torch.arange(8) % 2)
     file = written(folder, "damaged.parquet", data.draw(damaged(coreset_bytes)))
     with one_line_at_most():
-        coreset = load_coreset(str(file), split, torch.tensor([0]), "digits")
+        coreset = load_coreset(str(file), eight_samples(), Dataset())
         assert set(coreset.indices.tolist()) <= set(range(1, 8))
         assert (coreset.weights >= 0).all() and coreset.weights.isfinite().all()
 

@@ -129,6 +129,29 @@ def test_a_model_of_other_samples_does_not_select(refusal, after):
         assert message in refusal(f"select --model-from one --rule grand {option}")
 
 
+def write_table(shift=0.0):
+    rows = [f"{i % 7 + shift},{i % 2},{i % 3 // 2}" for i in range(24)]
+    for split in ("train", "test"):
+        Path("mine", f"{split}.csv").write_text("\n".join(["a,label,kind", *rows]))
+
+
+def test_a_coreset_and_a_model_of_other_samples_are_refused(call, refusal, tmp_path):
+    (tmp_path / "mine").mkdir()
+    write_table()
+    table = "--dataset table:mine --dataset.validation 0"
+    linear = f"{table} --model linear --train.epochs 1"
+    assert call(f"train --name one {linear} --select.rule random --select.fraction 0.5").code == 0
+    given = f"train {linear} --coreset runs/train/one/coreset.parquet"
+    assert call(f"{given} --name two").code == 0
+    other_label = refusal(f"{given} --set dataset.options.label=kind --dry-run")
+    assert re.search(r"has sample \d+ in class '1', this data set in '0'", other_label)
+    write_table(shift=0.5)
+    for line in (given, f"{given} --dry-run", given.replace("--coreset", "--dataset.only")):
+        assert "coreset.parquet was made for other samples of table:" in refusal(line)
+    for line in (f"select {table} --model-from one --rule grand", f"select {table} --model-from one --dry-run"):
+        assert "run one trained on other samples of table:" in refusal(line)
+
+
 def test_a_selection_that_would_never_come(refusal):
     few = "train --model linear --train.epochs 2 --select.fraction 0.1"
     assert "select.warm_epochs = 2 of 2 epochs: nothing would be" in refusal(f"{few} --select.warm_epochs 2")
