@@ -15,13 +15,13 @@ from raypkg.data.split import Split, aligned
 from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.answer import ShardedGradient
 from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryWriter, Layout, check_room
-from raypkg.methods.deltagrad.journal import LOG, Journal
+from raypkg.methods.deltagrad.journal import Journal
 from raypkg.methods.deltagrad.objective import Objective, check_derivation, to_vector
 from raypkg.methods.deltagrad.replay import BFGS, ChangedStep, Periodic, Tolerant, replay, retrain
 from raypkg.methods.deltagrad.run import Membership, joined, settings_digest
 from raypkg.methods.deltagrad.settings import DeltaGradSettings, ReplaySettings, RequestSettings
 from raypkg.models import build_model
-from raypkg.runs.folder import RunFolder
+from raypkg.runs.folder import LOG
 from raypkg.runs.storage import Storage
 
 N, D, C, DECAY = 90, 5, 3, 0.01
@@ -289,22 +289,22 @@ def test_a_history_that_does_not_fit_its_model_or_the_disk_is_refused(tmp_path):
 
 
 def test_any_change_of_the_log_is_found(tmp_path):
-    folder = RunFolder(Storage(str(tmp_path)))
-    journal = Journal(folder)
+    storage = Storage(str(tmp_path))
+    journal = Journal(storage)
     for number in range(3):
         journal.append({"kind": "change", "what": number})
-    assert [entry["what"] for entry in Journal(folder).entries] == [0, 1, 2]
+    assert [entry["what"] for entry in Journal(storage).entries] == [0, 1, 2]
     content = (tmp_path / LOG).read_bytes()
     for position in range(0, len(content), 5):
         damaged = bytearray(content)
         damaged[position] ^= 1
         (tmp_path / LOG).write_bytes(damaged)
         with pytest.raises(UserError, match=r"entry \d of .*(is corrupt|does not follow)"):
-            Journal(folder)
+            Journal(storage)
     lines = content.splitlines(keepends=True)
     (tmp_path / LOG).write_bytes(lines[0] + lines[2])
     with pytest.raises(UserError, match=r"entry 1 of .* does not follow the one before"):
-        Journal(folder)
+        Journal(storage)
 
 
 # The settings

@@ -140,8 +140,9 @@ def test_no_command_imports_it(stored, of_somebody_else, monkeypatch, capsys, tm
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "foreign_code.py").write_text(CODE)
     folder = stored("foreign_code:net")
-    Journal(folder).append({"settings": "", "rows": ""})
     folder.storage.write("model.safetensors", b"")
+    digest = folder.storage.digest("model.safetensors")
+    Journal(folder.storage).append({"settings": "", "rows": "", "model": digest})
     folder.finish(dict.fromkeys(NEEDED["summary.json"]))
     local = [] if command in ("export one", "deltagrad log one") else ["--cluster.workers", "0"]
     with pytest.raises(SystemExit) as ended:

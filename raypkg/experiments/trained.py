@@ -33,7 +33,7 @@ from raypkg.models import build_model
 from raypkg.models.classifier import Classifier
 from raypkg.runs import ROOT
 from raypkg.runs.checkpoints import load_tensors, save_tensors
-from raypkg.runs.folder import MODEL, RunFolder
+from raypkg.runs.folder import CONFIG, MODEL, RunFolder
 from raypkg.runs.storage import Storage
 
 from .resolve import stored_settings
@@ -216,6 +216,8 @@ def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[st
         storage, file = run.storage, MODEL
     elif file not in storage.list():
         raise UserError(f"train.from: there is no file {train.from_}")
+    elif CONFIG in storage.list():
+        RunFolder(storage).check(file)
     tensors = load_tensors(storage, file)
     fitted(new_model(settings, samples.data), tensors, train.from_)
     return tensors

@@ -7,6 +7,7 @@
 checksums that detect lost or changed result files.
 """
 
+import json
 import platform
 import re
 import subprocess
@@ -29,6 +30,7 @@ SUMMARY = "summary.json"
 ENVIRONMENT = "environment.json"
 GROWING = "metrics.parquet"  # rewritten until the end of the run
 MODEL = "model.safetensors"  # the trained model
+LOG = "log.jsonl"  # changes of the model after the run, as JSON; the last line has the digest of the model in force
 RESULTS = (".safetensors", ".parquet")  # endings of files with checksums
 UNFINISHED = ("checkpoints", "ray")  # folders that only an unfinished run needs
 NEEDED = {
@@ -178,23 +180,28 @@ class RunFolder:
         self.storage.write_json(SUMMARY, {**summary, "files": self._checksums()})
 
     def check(self, file: str) -> None:
-        """Refuse a file of a finished run that is missing or changed."""
+        """Refuse a file of a finished run that is missing or changed, or a model that is not the log's last one."""
         files = (self.summary or {}).get("files", {})
-        if file in files:
+        if file not in files:
+            return
+        log = self.storage.read(LOG) if file == MODEL else None
+        if not log:
             self._check(file, files[file], f"run {self.name!r}")
+            return
+        try:
+            in_force = json.loads(log.splitlines()[-1])["model"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            in_force = None  # the command below names the damage
+        if self.storage.digest(file) != in_force:
+            root = self.storage.root
+            command = f"effray {self.storage.parent.name} log {root}"
+            advice = f"`{command}` completes an interrupted request, or names what is damaged"
+            raise UserError(f"{root}/{file} is not the model of the last entry of {LOG}: {advice}")
 
     def check_all(self) -> None:
         """Refuse a finished run if any of its files is missing or changed."""
         for file in (self.summary or {}).get("files", {}):
             self.check(file)
-
-    def note_change(self, file: str) -> None:
-        """Update the checksum of a file that was changed on purpose after the run."""
-        summary = self.summary or {}
-        files = summary.get("files", {})
-        digest = self.storage.digest(file)
-        if files and files.get(file) != digest:
-            self.storage.write_json(SUMMARY, {**summary, "files": {**files, file: digest}})
 
     def _check(self, file: str, digest: str, whose: str) -> None:
         here = self.storage.digest(file)

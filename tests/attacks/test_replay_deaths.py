@@ -14,13 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disk import Disk, death, full, read_only
+from disk import ALL, Disk, death, full, read_only
 from forked import DEATH, Ended
 from forked import effray as forked
+from raypkg import load_model
 from raypkg.cli import main
+from raypkg.core.errors import UserError
 from raypkg.runs.storage import Storage
 
 RUN = Path("runs/deltagrad/a")
@@ -41,11 +44,15 @@ EVERY = os.environ.get("EFFRAY_EVERY_OPERATION")  # and not one of four, of a st
 FEWEST = 20  # operations of a request, lest nothing be attacked
 
 
-def effray(line):
+def run(line):
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
-        main(["deltagrad", *line.split()])
+        main(line.split())
     return Ended(ended.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def effray(line):
+    return run(f"deltagrad {line}")
 
 
 def attacked(line, act, at, kinds=CHANGES, onwards=False):
@@ -163,7 +170,52 @@ def test_interrupted_at_any_write_a_request_leaves_nothing_of_itself(place, line
         assert answered or place.state == before, number
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["before the model", "after the model"])
+def test_killed_after_its_entry_a_deletion_is_in_force_for_every_reader(place, in_place, monkeypatch):
+    def death_after_the_entry():
+        if len(place.entries) == 2 and is_unsettled(place) != in_place:
+            death()
+
+    assert attacked(LINES["delete"], death_after_the_entry, 1, STEPS, onwards=True).code == DEATH
+    assert is_unsettled(place) != in_place
+    options = "--dataset table:rows.csv --model linear --train.epochs 1 --cluster.workers 0"
+    for reader in (
+        f"train --name b --train.from a {options}",
+        f"train --name c --train.from {RUN}/model.safetensors {options}",
+        "select --name d --model-from a --rule el2n --dataset table:rows.csv --dataset.scale unit --cluster.workers 0",
+        "deltagrad train --resume a",
+    ):
+        ended = run(reader)
+        assert ended.code == (0 if in_place else 2), ended.err
+        assert in_place or f"`effray deltagrad log {RUN.absolute()}` completes an interrupted request" in ended.line
+    if not in_place:
+        with pytest.raises(UserError, match="is not the model of the last entry"):
+            load_model("a")
+        assert effray(f"log {RUN.absolute()}").code == 0
+    served = load_model("a").head.weight.detach()
+    place.undisturbed(LINES["delete"])
+    assert effray(LINES["delete"]).code == 0
+    assert torch.equal(served, load_model("a").head.weight)
+
+
 # Disks
+
+
+def test_whatever_an_entry_names_is_on_the_disk_before_it(place):
+    log = Path("operations").absolute()
+    assert (
+        forked(f"deltagrad {LINES['add']}", Path.cwd(), Disk(RUN.absolute(), at=0, kinds=ALL, log=log).install).code
+        == 0
+    )
+    operations = [line.split() for line in log.read_text().splitlines()]
+    renamed = [(number, path) for number, (kind, path) in enumerate(operations) if kind == "rename"]
+    files = {path.partition(".")[0] for _, path in renamed}
+    assert {"added/00001", "requests/00001", "versions/00001/model", "log"} <= files
+    for number, path in renamed:
+        assert ["sync", path] in operations[:number], path
+        if not path.startswith("log."):
+            entry = next(number for number, path in renamed if path.startswith("log."))
+            assert number > entry or ["sync", os.path.dirname(path)] in operations[number:entry]
 
 
 @EVERY_LINE
@@ -175,16 +227,12 @@ def test_a_disk_that_is_full_from_any_write_on(place, line):
         entries = len(place.entries)
         assert entries > 1 or place.state == before, number
         holds = "the request holds all the same" in message
-        assert is_unsettled() <= holds <= (entries > 1), message
+        assert is_unsettled(place) <= holds <= (entries > 1), message
 
 
-def is_unsettled():
-    """Say whether the last answer's model is not in place, or nothing tells of it."""
-    newest = sorted(Path(RUN, "versions").iterdir())[-1] / "model.safetensors"
-    model = (RUN / "model.safetensors").read_bytes()
-    noted = json.loads((RUN / "summary.json").read_text())["files"]["model.safetensors"]
-    here = Storage(str(RUN)).digest("model.safetensors")
-    return noted != here or (newest.exists() and newest.read_bytes() != model)
+def is_unsettled(place):
+    """Whether the model is not that of the last entry."""
+    return place.entries[-1]["model"] != Storage(str(RUN)).digest("model.safetensors")
 
 
 @EVERY_LINE

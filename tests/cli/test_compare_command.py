@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raypkg.core.errors import UserError
-from raypkg.methods.deltagrad.journal import LOG
-from raypkg.runs.folder import RunFolder
+from raypkg.runs.folder import LOG, RunFolder
 from raypkg.studies import trial as trials
 from raypkg.studies.outcomes import Outcomes
 from raypkg.studies.study import find_study

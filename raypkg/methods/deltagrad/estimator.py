@@ -27,13 +27,13 @@ from raypkg.engine.loop import fit as train
 from raypkg.engine.run import Run
 from raypkg.experiments.samples import Samples, new_model
 from raypkg.runs.checkpoints import load_tensors, save_tensors
-from raypkg.runs.folder import CONFIG, MODEL, RunFolder
+from raypkg.runs.folder import CONFIG, LOG, MODEL, RunFolder
 from raypkg.runs.storage import PART, Storage
 
 from .answer import answer, verify
 from .history import HistoryWriter, Layout, check_room, history_folder
 from .hook import Historian
-from .journal import LOG, Change
+from .journal import Change
 from .objective import to_vector
 from .requests import Request, change_of
 from .run import BATCHES, RecordedRun, begin_journal, open_recorded

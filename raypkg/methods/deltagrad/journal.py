@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,12 +28,11 @@ from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.runs.checkpoints import save_tensors
-from raypkg.runs.folder import MODEL, RunFolder
-from raypkg.runs.storage import PART
+from raypkg.runs.folder import LOG, MODEL
+from raypkg.runs.storage import PART, Storage
 
 from .history import history_folder
 
-LOG = "log.jsonl"
 MODEL_FILE = "versions/{:05d}/" + MODEL
 CHANGE_FILE = "requests/{:05d}.parquet"
 ROWS_FILE = "added/{:05d}.arrow"
@@ -56,10 +56,9 @@ class Journal:
     The entries form a chain of digests: opening the journal finds and names a changed, lost or reordered one.
     """
 
-    def __init__(self, folder: RunFolder):
-        self._folder = folder
-        self._storage = folder.storage
-        self._root = history_folder(folder.storage, 0).parents[1]
+    def __init__(self, storage: Storage):
+        self._storage = storage
+        self._root = history_folder(storage, 0).parents[1]
         self.entries: list[Entry] = []  # the last one describes the run as it is
         for number, line in enumerate((self._storage.read(LOG) or b"").splitlines(keepends=True)):
             where = f"entry {number} of {self._storage.root}/{LOG}"
@@ -135,7 +134,6 @@ class Journal:
             name = MODEL_FILE.format(last["number"])
             self._check(name, last["model"])
             self._storage.write(MODEL, self._storage.read(name) or b"")
-        self._folder.note_change(MODEL)
         self.clean_up()
 
     def clean_up(self) -> None:
@@ -189,18 +187,12 @@ class Journal:
 
     def write_rows(self, number: int, split: Split) -> None:
         """Write the samples that an entry adds."""
-        path = self._root / ROWS_FILE.format(number)
-        unfinished = path.with_suffix(PART)
         positions = np.split(np.arange(len(split)), range(ROWS_AT_ONCE, len(split), ROWS_AT_ONCE))
         samples = ((split.take(rows), split.y.numpy()[rows]) for rows in positions)
         blocks = (Block(x, y, sample=x) for x, y in samples)
         header = Header("pixels" if split.kind is IMAGES else "rows", split.shape, split.classes)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            write(unfinished, header, blocks)
-            unfinished.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+        with self._storage.replacement(ROWS_FILE.format(number)) as path:
+            write(Path(path), header, blocks)
 
 
 def digest(content: bytes) -> str:

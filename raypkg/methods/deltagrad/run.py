@@ -21,10 +21,10 @@ from raypkg.engine.batches import shuffled
 from raypkg.experiments.resolve import stored_settings
 from raypkg.experiments.samples import Samples, new_model, open_samples
 from raypkg.runs.checkpoints import load_tensors
-from raypkg.runs.folder import CONFIG, MODEL, RunFolder, write_settings
+from raypkg.runs.folder import CONFIG, LOG, MODEL, RunFolder, write_settings
 
 from .history import History, Layout, history_folder
-from .journal import LOG, ROWS_FILE, Change, Entry, Journal, digest
+from .journal import ROWS_FILE, Change, Entry, Journal, digest
 from .objective import Objective, assign, to_vector
 from .settings import REPLAYED, DeltaGradSettings
 
@@ -48,7 +48,7 @@ def begin_journal(
 
     A script's run also holds its settings and samples, their ``labels`` by class, and the ``batches`` of another loop.
     """
-    journal = Journal(folder)
+    journal = Journal(folder.storage)
     if journal.entries:
         return
     storage = folder.storage
@@ -104,7 +104,7 @@ class RecordedRun:
     def __init__(self, folder: RunFolder):
         self.folder = folder
         self.storage = folder.storage
-        self.journal = journal = Journal(folder)
+        self.journal = journal = Journal(folder.storage)
         first, *changes = journal.entries
         of_a_script = "labels" in first
         if not changes and not of_a_script:
