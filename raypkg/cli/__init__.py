@@ -1,5 +1,7 @@
 """The command line: ``effray EXPERIMENT`` for every experiment, and the commands around them."""
 
+import errno
+import io
 import logging
 import os
 import signal
@@ -8,17 +10,51 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+
+class Output(io.FileIO):
+    """The standard output or error, which outlives its reader, as `head`, and its disk: then writes go nowhere."""
+
+    lost = 0  # number of the error that ended it; 0 = none
+
+    def write(self, data: Any) -> int:
+        """Write bytes."""
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.lost = error.errno or errno.EIO
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+    def as_text(self, stream: Any) -> io.TextIOWrapper:
+        """Return a text stream in the form of another one, which is None if the process began without it."""
+        encoding, problems = getattr(stream, "encoding", None), getattr(stream, "errors", None)
+        by_line = self.isatty() or self.fileno() == 2
+        return io.TextIOWrapper(io.BufferedWriter(self), encoding, problems, line_buffering=by_line)
 
 
 def script(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line as the last act of a process: the console script, and the jobs."""
+    """Run the command line as the last act of a process: the console script, and the jobs.
+
+    A run is finished and kept even if its output is closed or cannot be written.
+    """
+    while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed one would be taken by the next file
+        pass
+    os.close(unused)
+    output, errors = (Output(number, "w", closefd=False) for number in (1, 2))
+    if sys.stdout is sys.__stdout__:  # both None if closed; otherwise a caller in this process reads it
+        sys.stdout, sys.stderr = output.as_text(sys.stdout), errors.as_text(sys.stderr)
     try:
         main(arguments)
     except SystemExit as ended:
+        sys.stdout.flush()
+        if output.lost not in (0, errno.EPIPE) and not ended.code:
+            print(f"effray: cannot write the output: {os.strerror(output.lost)}", file=sys.stderr)
+            ended.code = 1
         # Ray's shutdown at exit waits for a lost cluster, or meets threads that still wait for workers, and then ends
         # the process with code 1. Its processes end with this one in any case.
         if ended.code and "ray" in sys.modules:
-            sys.stdout.flush()
             os._exit(int(ended.code))
         raise
 
@@ -27,12 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; a user's mistake is one line and exit code 2."""
     import click
 
-    from raypkg.core.errors import UserError
+    from raypkg.core.errors import UserError, printable, redacted
 
     from .commands import effray
 
-    logging.basicConfig(format="effray: %(message)s")
+    class Printable(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(redacted(super().format(record)))
+
+    log = logging.StreamHandler()
+    log.setFormatter(Printable("effray: %(message)s"))
+    logging.basicConfig(handlers=[log])
     try:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise UserError("the working folder has been deleted: change to another one") from None
         try:
             with _signals_interrupt():
                 code = effray.main(arguments, prog_name="effray", standalone_mode=False)
@@ -47,9 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(UserError(error.format_message())), error.exit_code)
     except click.Abort:
         _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _fail(message: str, code: int) -> None:

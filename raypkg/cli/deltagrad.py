@@ -12,7 +12,7 @@ import click
 from raypkg.core.errors import UserError
 from raypkg.methods.deltagrad.settings import ReplaySettings, RequestSettings
 
-from .options import PLACE, TRUST, ExampleHelp
+from .options import PLACE, TRUST, ExampleHelp, say
 from .setting_options import SettingsCommand, metavar, overrides, setting_options
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def stream(run: str, queue: Path, root: str, together: int, **values: Any) -> No
     with _opened(run, root, "the same command answers the rest") as recorded:
         settings = _request_settings(recorded, values)
         waiting = unanswered(recorded, requests)
-        click.echo(f"{len(waiting)} of {len(requests)} requests to answer")
+        say(f"{len(waiting)} of {len(requests)} requests to answer")
         for start in range(0, len(waiting), together):
             _answer(recorded, waiting[start : start + together], settings)
 
@@ -171,7 +171,7 @@ def log(run: str, root: str) -> None:
             entry["model"][:10],
         )
     terminal().print(table)
-    click.echo(f"{len(entries)} entries and {len(history)} steps of the history are as they were written")
+    say(f"{len(entries)} entries and {len(history)} steps of the history are as they were written")
 
 
 COMMANDS = [delete, add, stream, verify, log]
@@ -217,7 +217,7 @@ def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSett
         first, last = (id_at(run.split, position) for position in (first_new, len(run.split) - 1))
         ids = f" (ids {first} … {last})"
     estimate = "" if entry["estimate"] is None else f", by estimate {entry['estimate']:.1e} from retraining"
-    click.echo(
+    say(
         f"{entry['number']}: {entry['deleted']} deleted, {entry['restored']} put back, {entry['new']} new{ids};"
         f" {entry['exact']} of {entry['steps']} steps exact, {entry['gradients']:,} gradients,"
         f" {entry['seconds']:.2f} s{estimate}"

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from raypkg.core.config import to_toml
-from raypkg.core.errors import UserError, redacted
+from raypkg.core.errors import UserError
 from raypkg.core.memory import readable
 from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Training
@@ -21,6 +19,8 @@ from raypkg.experiments.train import SelectSettings
 from raypkg.runs.folder import RunFolder, check_new
 from raypkg.runs.report import Stage
 from raypkg.runs.storage import Storage
+
+from .options import say
 
 if TYPE_CHECKING:
     from raypkg.experiments.samples import Samples
@@ -42,12 +42,12 @@ def dry_run(
     place = Storage(root) / entry.name / (name or "NAME")
     _check_settings(settings, samples, stages, place)
     lines = [*_plan(settings, samples, stages, place)]  # all before the first is printed: some may be refused
-    click.echo(to_toml(settings))
+    say(to_toml(settings))
     for line in lines:
-        click.echo(f"# {line}")
-    click.echo(f"# folder: {redacted(place.root)}{'' if name else ', NAME generated from data, model and time'}")
+        say(f"# {line}")
+    say(f"# folder: {place.root}{'' if name else ', NAME generated from data, model and time'}")
     files = dict.fromkeys([*ALWAYS, *(file for stage in stages for file in stage.files)])
-    click.echo(f"# files: {' '.join(files)} and what the method adds; checkpoints/ until it is done")
+    say(f"# files: {' '.join(files)} and what the method adds; checkpoints/ until it is done")
 
 
 def _check_settings(settings: RunSettings, samples: Samples, stages: Sequence[Stage], storage: Storage) -> None:

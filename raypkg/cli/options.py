@@ -4,7 +4,7 @@ import inspect
 
 import click
 
-from raypkg.core.errors import UserError, redacted
+from raypkg.core.errors import UserError, printable, redacted
 from raypkg.runs import ROOT
 
 PLACE = click.Option(
@@ -13,6 +13,11 @@ PLACE = click.Option(
     show_default=True if redacted(ROOT) == ROOT else redacted(ROOT),  # without a secret in it
     help="folder or URI of all runs; EFFRAY_RUNS sets it too",
 )
+
+
+def say(text: str) -> None:
+    """Print a text without credentials, and without characters that control the terminal."""
+    click.echo(printable(redacted(text)))
 
 
 def trusting(context: click.Context, parameter: click.Parameter, value: bool) -> None:

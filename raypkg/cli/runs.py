@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raypkg.core.errors import UserError, redacted, unknown
+from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, settings_of
 
-from .options import PLACE, ExampleHelp
+from .options import PLACE, ExampleHelp, say
 
 if TYPE_CHECKING:  # it imports pyarrow, which `--help` does not need
     from raypkg.runs.storage import Storage
@@ -39,8 +39,8 @@ def list_runs(kind: str | None, root: str, last: int | None) -> None:
         lines = [line for line in lines if kind in (line.experiment, line.method.partition(" ")[0])]
     lines.sort(key=lambda line: line.time, reverse=True)
     of_kind = f" of {kind}" if kind else ""
-    texts = in_columns(lines[:last]) if lines else [f"no runs{of_kind} in {redacted(root)}"]
-    click.echo("\n".join(texts))
+    texts = in_columns(lines[:last]) if lines else [f"no runs{of_kind} in {root}"]
+    say("\n".join(texts))
 
 
 @click.command("rm", cls=ExampleHelp, params=[PLACE])
@@ -70,14 +70,14 @@ def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> No
         if not sys.stdin.isatty():
             raise UserError(f"there is no terminal to ask on whether to delete {count}: --yes deletes without asking")
         for folder in folders:
-            click.echo(redacted(folder.root))
+            say(folder.root)
         if not click.confirm(f"delete {count}?"):
-            click.echo("nothing is deleted")
+            say("nothing is deleted")
             return
     with locked(to_lock):  # not while the user was asked
         for folder in folders:
             remove(folder)
-            click.echo(f"deleted {redacted(folder.root)}")
+            say(f"deleted {folder.root}")
 
 
 def _check_ours(storage: Storage, root: str) -> None:

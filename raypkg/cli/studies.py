@@ -12,7 +12,7 @@ import click
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, settings_of
 
-from .options import PLACE, TRUST, ExampleHelp
+from .options import PLACE, TRUST, ExampleHelp, say
 
 TUNE_OPTIONS = ("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget")
 COMPARE_OPTIONS = ("rows", "cases", "seeds", "scale", "goal", "rates")
@@ -160,7 +160,7 @@ def _compare_command(name: str) -> click.Command:
         def check(verdicts: list[str]) -> None:
             others = [word for word in verdicts if word != expected]
             if expected and others:
-                click.echo(f"expected {expected}: {len(others)} of {len(verdicts)} verdicts are others")
+                say(f"expected {expected}: {len(others)} of {len(verdicts)} verdicts are others")
                 raise SystemExit(1)
 
         if rate and not dry:
@@ -184,7 +184,7 @@ def _compare_command(name: str) -> click.Command:
         chosen = chosen.changed(goals=goals or chosen.goals, rates=asked["rates"] or chosen.rates)
         if dry:
             for line in plan(chosen, config, values, rate):
-                click.echo(line)
+                say(line)
             return
         check(compare_rows(name, scale, chosen, concurrent, config, values, label, root))
 
@@ -256,8 +256,7 @@ def report_page(name: str, root: str) -> None:
     Example:
         effray train --name first && effray report first
     """
-    from raypkg.core.errors import redacted
     from raypkg.runs.catalog import locate
     from raypkg.studies.show import write_page
 
-    click.echo(redacted(write_page(locate(root, name))))
+    say(write_page(locate(root, name)))

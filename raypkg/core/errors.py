@@ -21,7 +21,8 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         half = LONGEST_WORD // 2
-        words = redacted(message).split()  # redacted first: a shortened credential would not be recognised
+        # Redacted first: a shortened credential would not be recognised.
+        words = [printable(word) for word in redacted(message).split()]
         super().__init__(" ".join(w if len(w) <= LONGEST_WORD else f"{w[:half]}…{w[-half:]}" for w in words))
 
 
@@ -40,6 +41,18 @@ def redacted(text: str) -> str:
     'cannot use s3://***@bucket/runs'
     """
     return CREDENTIALS.sub(lambda found: f"{found[1]}{'/' * found[2].startswith('/')}***@", text)
+
+
+def printable(text: str) -> str:
+    r"""Return a text with escapes for characters that could control a terminal, such as those of a file's name.
+
+    >>> printable("cat\x1b[2J, \u202edog, größe")
+    'cat\\x1b[2J, \\u202edog, größe'
+    """
+    if text.isprintable():
+        return text
+    kept = "\n\N{NO-BREAK SPACE}"
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:

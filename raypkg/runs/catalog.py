@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 
-from raypkg.core.errors import UserError, redacted, unknown
+from raypkg.core.errors import UserError, printable, redacted, unknown
 
 from . import ROOT
 from .folder import CONFIG, ENVIRONMENT, GROWING, NAME, SUMMARY, RunFolder, read_settings
@@ -185,7 +185,7 @@ def _listed(storage: Storage) -> Listed | None:
     select = config.get("select")
     inner = _rule_in(select) if isinstance(select, dict) else None
     chosen = inner or config.get("selection") or _rule_in(config) or experiment
-    method = experiment if chosen == experiment else f"{experiment} {_printable(str(chosen))}"
+    method = experiment if chosen == experiment else f"{experiment} {chosen}"
     data, model = named(config, "dataset"), named(config, "model")
     written = max(times.values())
     return Listed(experiment, storage.name, state, data, model, method, accuracy, backward, seconds, time=written)
@@ -199,16 +199,11 @@ def named(config: Mapping[str, Any], part: str) -> str:
     """
     chosen = config.get(part)
     name = chosen.get("name") if isinstance(chosen, dict) else None
-    return _printable(str(name).rpartition("/")[2]) if name else "–"
+    return str(name).rpartition("/")[2] if name else "–"
 
 
 def _rule_in(settings: Mapping[str, Any]) -> Any:
     return settings.get("rule") or settings.get("method")  # the name in earlier versions
-
-
-def _printable(text: str) -> str:
-    """Replace characters that could control a terminal; a file may be anybody's."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def in_columns(lines: Sequence[Listed]) -> list[str]:
@@ -218,17 +213,18 @@ def in_columns(lines: Sequence[Listed]) -> list[str]:
         accuracy = "–" if line.accuracy is None else f"{line.accuracy:.2%}"
         backward = "–" if line.backward is None else f"{line.backward:,}"
         seconds = "–" if line.seconds is None else f"{line.seconds:,.1f}"
-        rows.append([*line[1:6], accuracy, backward, seconds, ago(line.time)])
+        texts = [" ".join(printable(text).split()) for text in line[1:6]]
+        rows.append([*texts, accuracy, backward, seconds, ago(line.time)])
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]  # some letters are two columns wide
-    texts = []
+    lines_of_text = []
     for row in rows:
         cells = []
         for place, (text, width) in enumerate(zip(row, widths, strict=True)):
             space = " " * (width - cell_len(text))
             cells.append(text + space if place < len(COLUMNS) else space + text)
-        texts.append(GAP.join(cells).rstrip())
+        lines_of_text.append(GAP.join(cells).rstrip())
     rule = "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
-    return [texts[0], rule, *texts[1:]]
+    return [lines_of_text[0], rule, *lines_of_text[1:]]
 
 
 # Deletion

@@ -10,8 +10,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
-from raypkg.core.errors import UserError, redacted
+from raypkg.core.errors import UserError, printable, redacted
 
 from .document import Grid
 from .folder import RunFolder
@@ -37,9 +38,17 @@ COLUMNS: Sequence[tuple[str, str, Callable[[Any], str], Callable[[Sequence[Any]]
 )
 
 
+class Terminal(Console):
+    """A console that prints names and paths literally, without credentials and characters that control a terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a text, which may be the cell of a table."""
+        return super().render_str(printable(redacted(text)), **options)
+
+
 def terminal() -> Console:
-    """Return the console of this process, which prints names and paths literally: no markup, no emoji."""
-    return Console(markup=False, emoji=False, highlight=False)
+    """Return the console of this process."""
+    return Terminal(markup=False, emoji=False, highlight=False)
 
 
 def show_run(folder: RunFolder, console: Console) -> None:
@@ -48,7 +57,7 @@ def show_run(folder: RunFolder, console: Console) -> None:
     print_grid(cost_grid(folder.name, summary["phases"]))
     for line in findings(summary):
         console.print(line)
-    console.print(redacted(folder.storage.root), style="dim", soft_wrap=True)
+    console.print(folder.storage.root, style="dim", soft_wrap=True)
 
 
 def cost_grid(title: str, phases: Sequence[Mapping[str, Any]]) -> Grid:
@@ -143,4 +152,4 @@ def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resu
             console.print(f"last written {ago(times[newest])} ago: {newest}", soft_wrap=True)
     if state != GOING:
         console.print(f"resume with: {resume}", soft_wrap=True)
-    console.print(redacted(folder.storage.root), style="dim", soft_wrap=True)
+    console.print(folder.storage.root, style="dim", soft_wrap=True)

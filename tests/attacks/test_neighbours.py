@@ -1,12 +1,16 @@
 """Other processes, people and machines: two at one run, roots that cannot be written, orders to end."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
+import samples
 from disk import Disk, quick, read_only
 from forked import Process, effray, start
 from run_files import check_whole, files
@@ -147,6 +151,73 @@ def test_who_looks_on_while_it_runs(folder, kind):
             assert seen.code == 0 or seen.line
             looks += 1
     assert run.end().code == 0 and looks > 4
+
+
+# The output
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "says"),
+    [
+        ("| true", 0, ""),
+        ("| head -1", 0, ""),
+        (">&-", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
+        ("> /dev/full", 1, "effray: cannot write the output: No space left on device\n"),
+        (">&- 2> /dev/full", 0, ""),
+    ],
+)
+def test_a_run_whose_output_goes_nowhere_is_finished_and_kept(folder, ending, code, says):
+    line = f"set -o pipefail; {sys.executable} -m raypkg train {SMALL} --name one {ending}"
+    ended = subprocess.run(["bash", "-c", line], cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (code, says)
+    check_whole(folder / "runs")
+    assert (folder / "runs/train/one/summary.json").exists()
+
+
+def test_a_working_folder_that_was_deleted(folder):
+    def before() -> None:
+        quick()
+        (folder / "gone").mkdir()
+        os.chdir(folder / "gone")
+        (folder / "gone").rmdir()
+
+    for line in ("list", f"train {SMALL} --root {folder}/runs"):
+        assert "the working folder has been deleted" in effray(line, folder, before).line
+
+
+def test_a_working_folder_that_is_deleted_while_a_run_is_going(folder):
+    (folder / "work").mkdir()
+    run = start(f"train {SLOW} --name one --root {folder}/runs", folder / "work")
+    when(run, "train 4/40")
+    (folder / "work").rmdir()
+    assert run.end().code == 0
+    check_whole(folder / "runs")
+
+
+CONTROLS = "\x1b]0;title\x07\u202edrawkcab"
+SHOWN = r"\x1b]0;title\x07\u202edrawkcab"
+
+
+def test_no_text_of_others_controls_the_terminal(folder):
+    for split in ("train", "test"):
+        samples.write_folder(folder / "images" / split, samples.pixels(4), [0, 0, 1, 1])
+        (folder / "images" / split / samples.CLASSES[0]).rename(folder / "images" / split / CONTROLS)
+    (folder / "bad").mkdir()
+    (folder / "bad" / f"{CONTROLS}.csv").write_text("a,b\n")
+    root = folder / CONTROLS
+    assert effray(f"train {SMALL} --name one --root '{root}'", folder, quick).code == 0
+    summary = root / "train/one/summary.json"
+    values = json.loads(summary.read_text())
+    summary.write_text(json.dumps(values | {"findings": [f"class {CONTROLS}"]}))
+    lines = ["show one", "list", "report one", "show none", "rm one --yes", f"train {SMALL} --dry-run"]
+    lines = [f"{line} --root '{root}'" for line in lines]
+    lines += ["data folder:images", f"data 'table:bad/{CONTROLS}.csv'", f"select --config 'bad/{CONTROLS}.csv'"]
+    for line in lines:
+        ended = effray(line, folder, quick)
+        told = ended.out + ended.err
+        assert "Traceback" not in told and not {"\x1b", "\x07", "\u202e"} & set(told), line
+        assert SHOWN in told or line.startswith("list"), told
 
 
 # The clock
