@@ -132,13 +132,25 @@ def test_the_trainer_needs_one_loader_and_whole_steps(tmp_path):
         trainer_of(bert(), tmp_path)
     from raypkg.integrations.transformers import StepCallback
 
-    for given, message in (({}, "sparse, agent or both"), ({"agent": {}}, "agent and batches together")):
+    for given, message in (
+        ({}, "sparse, agent or both"),
+        ({"agent": {}}, "agent and batches together"),
+        (
+            {"agent": {"gama": 1.0}, "batches": []},
+            "unknown argument of GradientCorrection 'gama', did you mean 'gamma'",
+        ),
+        ({"sparse": {"densty": 0.1}}, "unknown argument of SparseTraining 'densty', did you mean 'density'"),
+    ):
         with pytest.raises(UserError, match=message):
             StepCallback(None, **given)
     options = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
     trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train()
     with pytest.raises(UserError, match="the last 1 batches of an epoch are no 2"):
         trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train(str(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-2" / "effray-sparse-0.pt").touch()
+    with pytest.raises(UserError, match=r"effray-sparse-0\.pt would not be restored: resume with the StepCallback"):
+        trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train(str(tmp_path / "checkpoint-2"))
+    (tmp_path / "checkpoint-2" / "effray-sparse-0.pt").unlink()
     (tmp_path / "checkpoint-2" / "effray-loader-0.pt").unlink()
     with pytest.raises(UserError, match=r"effray-loader-0.pt: resume from a checkpoint of output_dir"):
         trainer_of(bert(), tmp_path, options=options, coreset=CORESET).train(str(tmp_path / "checkpoint-2"))
@@ -239,6 +251,16 @@ def test_lightning_resumes_in_the_middle_of_an_epoch(kind, after, tmp_path):
     assert second.global_step == whole.global_step
     assert_equal_weights(straight, resumed)
     assert all(again.sparse.masks[name].equal(mask) for name, mask in masks.sparse.masks.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_warns_where_a_callback_is_missing_and_refuses_unknown_arguments(tmp_path):
+    model = network()
+    lightning_fit(model, LOADERS["coreset"](model), tmp_path, sparse=SPARSE, every=3)
+    with pytest.warns(UserWarning, match="add the following callbacks: .*SparseCallback"):
+        lightning_fit(model, LOADERS["coreset"](model), tmp_path, resume=tmp_path / "3.ckpt")
+    with pytest.raises(UserError, match="unknown argument of SparseTraining 'densty', did you mean 'density'"):
+        lightning_fit(model, LOADERS["coreset"](model), tmp_path, sparse={"densty": 0.1})
 
 
 @pytest.mark.parametrize("kind", LOADERS)

@@ -9,6 +9,8 @@ from lightning.pytorch import Callback
 from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.sparse.training import SparseTraining
 
+from . import check_arguments
+
 
 class CoresetCallback(Callback):
     """Lets a ``CoresetLoader`` or a ``CrestLoader``, as the training data of a fit, resume at any step.
@@ -28,6 +30,8 @@ class CoresetCallback(Callback):
 class SparseCallback(Callback):
     """``SparseTraining`` in Lightning, between unscaling and clipping; its masks are kept in checkpoints.
 
+    Lightning only warns of a checkpoint with this callback that is resumed without it: training is dense then.
+
     Args:
         density: share of the weights that exist.
         options: further arguments of ``SparseTraining``; ``total_steps`` are by default Lightning's estimate.
@@ -38,14 +42,15 @@ class SparseCallback(Callback):
 
     def __init__(self, density: float = 0.05, **options: Any):
         self.options = {"density": density, **options}
+        check_arguments(SparseTraining, self.options)
         self.restored: Mapping[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimiser; of a resumed training, restore the masks."""
         optimizer = trainer.optimizers[0]
         before = deepcopy([pl_module.state_dict(), optimizer.state_dict()])  # new masks change them
-        steps = self.options.pop("total_steps", None) or int(trainer.estimated_stepping_batches)
-        self.sparse = SparseTraining(pl_module, optimizer, total_steps=steps, **self.options)
+        steps = {"total_steps": trainer.estimated_stepping_batches}
+        self.sparse = SparseTraining(pl_module, optimizer, **steps | self.options)
         if self.restored:
             pl_module.load_state_dict(before[0])
             optimizer.load_state_dict(before[1])

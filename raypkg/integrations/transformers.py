@@ -19,6 +19,8 @@ from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.crest.loader import CrestLoader
 from raypkg.methods.sparse.training import SparseTraining
 
+from . import check_arguments
+
 
 class CoresetMixin:
     """A mixin that goes before ``Trainer``: it trains on a ``CoresetLoader`` or a ``CrestLoader`` over the data set.
@@ -47,26 +49,27 @@ class CoresetMixin:
     ):
         if (coreset is None) == (crest is None):
             raise UserError("CoresetMixin takes either coreset or crest")
-        self.chosen = coreset or crest or {}
-        self.kind: Any = CrestLoader if coreset is None else CoresetLoader
+        self.chosen: dict[str, Any] = {"coreset": coreset, "crest": crest}
         super().__init__(*arguments, **own)
+        trainer: Any = self
+        self.keeper = KeptState(trainer)
+        trainer.add_callback(self.keeper)
 
     def get_train_dataloader(self) -> Any:
         """Return the loader, and keep its state in checkpoints."""
         trainer: Any = self
         plain = super().get_train_dataloader()  # type: ignore[misc]  # Trainer's
-        options = {"epochs": math.ceil(trainer.args.num_train_epochs), "seed": trainer.args.seed} | dict(self.chosen)
         size = trainer.args.train_batch_size
-        if self.kind is CrestLoader:
-            self.loader: Any = CrestLoader(plain.dataset, trainer.model, size, collate_fn=plain.collate_fn, **options)
+        options = {"epochs": math.ceil(trainer.args.num_train_epochs), "seed": trainer.args.seed}
+        if (crest := self.chosen["crest"]) is not None:
+            options |= {"collate_fn": plain.collate_fn, **crest}
+            self.loader: Any = CrestLoader(plain.dataset, trainer.model, size, **options)
         else:
-            own = {
-                name: getattr(plain, name) for name in ("collate_fn", "num_workers", "pin_memory", "prefetch_factor")
-            }
-            self.loader = CoresetLoader(DataLoader(plain.dataset, size, **own), trainer.model, **options)
+            names = ("collate_fn", "num_workers", "pin_memory", "prefetch_factor")
+            loader = DataLoader(plain.dataset, size, **{name: getattr(plain, name) for name in names})
+            self.loader = CoresetLoader(loader, trainer.model, **options | self.chosen["coreset"])
         trainer.args.ignore_data_skip = True  # the loader continues by itself
-        trainer.remove_callback(KeptState)  # of an earlier training
-        trainer.add_callback(KeptState("loader", self.loader))
+        self.keeper.kept["loader"] = self.loader
         return self.loader
 
     def compute_loss(
@@ -85,51 +88,55 @@ class CoresetMixin:
 
 
 class KeptState(TrainerCallback):
-    """Keeps an object's state in the checkpoints of ``output_dir``, one file per rank, and restores it.
+    """Keeps states of objects in the checkpoints of ``output_dir``, a file per object and rank, and restores them.
 
-    Args:
-        name: of the file.
-        kept: has ``state_dict`` and ``load_state_dict``.
+    Raises:
+        UserError: a checkpoint to resume from holds no state of an object, or one of an object that is missing now.
     """
 
-    def __init__(self, name: str, kept: Any):
-        self.name = name
-        self.kept = kept
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.kept: dict[str, Any] = {}  # by name
 
-    def file(self, args: Any, step: int, rank: int) -> Path:
-        """Return the place of a rank's state."""
-        return Path(args.output_dir, f"checkpoint-{step}", f"effray-{self.name}-{rank}.pt")
+    def file(self, args: Any, state: Any, name: str, rank: int) -> Path:
+        """Return the place of an object's state on a rank."""
+        return Path(args.output_dir, f"checkpoint-{state.global_step}", f"effray-{name}-{rank}.pt")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Store the state beside the ``Trainer``'s."""
-        if hasattr(self.kept, "finish_epoch"):
-            self.kept.finish_epoch()
-        torch.save(self.kept.state_dict(), self.file(args, state.global_step, args.process_index))
+        """Store the states beside the ``Trainer``'s."""
+        for name, kept in self.kept.items():
+            if name == "loader":
+                kept.finish_epoch()
+            torch.save(kept.state_dict(), self.file(args, state, name, args.process_index))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Restore the state if training is resumed: this rank's, or the first one's."""
+        """Restore the states if training is resumed: this rank's, or the first one's."""
         if not state.global_step:
             return
-        files = [self.file(args, state.global_step, rank) for rank in (args.process_index, 0)]
-        found = next((file for file in files if file.is_file()), None)
-        if found is None:
-            raise UserError(f"no {files[0]}: resume from a checkpoint of output_dir that was saved with {self.name}")
-        self.kept.load_state_dict(torch.load(found, weights_only=True))
-        parts = args.gradient_accumulation_steps
-        if (
-            self.name == "loader"
-            and (left := len(self.kept) % parts)
-            and state.global_step % -(-len(self.kept) // parts)
-        ):
-            # The Trainer counts the batches of the resumed epoch from 0, so it would omit their step.
-            problem = f"the last {left} batches of an epoch are no {parts} (gradient_accumulation_steps)"
-            raise UserError(f"{problem}: resume from a checkpoint at the end of an epoch")
+        callbacks = self.trainer.callback_handler.callbacks
+        used = {name for callback in callbacks if isinstance(callback, KeptState) for name in callback.kept}
+        for file in self.file(args, state, "", 0).parent.glob("effray-*-0.pt"):
+            if file.name.split("-")[1] not in used:
+                raise UserError(f"{file} would not be restored: resume with the StepCallback and mixin that saved it")
+        for name, kept in self.kept.items():
+            files = [self.file(args, state, name, rank) for rank in (args.process_index, 0)]
+            found = next((file for file in files if file.is_file()), None)
+            if found is None:
+                raise UserError(f"no {files[0]}: resume from a checkpoint of output_dir that was saved with {name}")
+            kept.load_state_dict(torch.load(found, weights_only=True))
+            parts = args.gradient_accumulation_steps
+            left = len(kept) % parts if name == "loader" else 0
+            if left and state.global_step % -(-len(kept) // parts):
+                # The Trainer counts the batches of the resumed epoch from 0, so it would omit their step.
+                problem = f"the last {left} batches of an epoch are no {parts} (gradient_accumulation_steps)"
+                raise UserError(f"{problem}: resume from a checkpoint at the end of an epoch")
 
 
-class StepCallback(TrainerCallback):
+class StepCallback(KeptState):
     """Sparse training and AGENT's correction in a ``Trainer``, in their order: unscale, correct, mask, clip, step.
 
     It clips by ``max_grad_norm`` itself, since the ``Trainer`` would clip first. Checkpoints hold masks and snapshot.
+    A ``Trainer`` without ``CoresetMixin`` that resumes from one without this callback trains densely, in silence.
 
         trainer.add_callback(StepCallback(trainer, sparse={"density": 0.1}))
 
@@ -148,14 +155,16 @@ class StepCallback(TrainerCallback):
         agent: Mapping[str, Any] | None = None,
         batches: Iterable[Any] | None = None,
     ):
-        if sparse is None and agent is None:
+        self.options = {name: given for name, given in {"sparse": sparse, "agent": agent}.items() if given is not None}
+        if not self.options:
             raise UserError("StepCallback takes sparse, agent or both")
         if (agent is None) != (batches is None):
             raise UserError("StepCallback takes agent and batches together: a snapshot passes over the batches")
-        self.trainer = trainer
-        self.options = {"sparse": sparse, "agent": agent}
+        check_arguments(SparseTraining, sparse or ())
+        check_arguments(GradientCorrection, agent or ())
+        super().__init__(trainer)
+        self.kept = dict.fromkeys(self.options)  # made when training begins
         self.batches: Any = batches
-        self.kept: list[KeptState] = []
         self.clip = 0.0
         self.seen: list[dict[str, Any]] = []  # micro-batches of the coming step
         self.loss = trainer.compute_loss
@@ -174,19 +183,16 @@ class StepCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Attach to model and optimiser; of a resumed training, restore masks and snapshot."""
         model, optimizer = objects["model"], objects["optimizer"]
-        restored = deepcopy([model.state_dict(), optimizer.state_dict()])  # new masks change them
-        self.sparse = self.agent = None
-        if self.options["sparse"] is not None:
-            self.sparse = SparseTraining(model, optimizer, total_steps=state.max_steps, **self.options["sparse"])
+        if (sparse := self.options.get("sparse")) is not None:
+            restored = deepcopy([model.state_dict(), optimizer.state_dict()])  # new masks change them
+            self.kept["sparse"] = SparseTraining(model, optimizer, total_steps=state.max_steps, **sparse)
             if state.global_step:
                 model.load_state_dict(restored[0])
                 optimizer.load_state_dict(restored[1])
-        if self.options["agent"] is not None:
-            self.agent = GradientCorrection(model, loss=self._loss, **self.options["agent"])
-        parts = {"sparse": self.sparse, "agent": self.agent}
-        self.kept = [KeptState(name, part) for name, part in parts.items() if part]
-        for each in self.kept:
-            each.on_train_begin(args, state, control)
+        if "agent" in self.options:
+            self.kept["agent"] = GradientCorrection(model, loss=self._loss, **self.options["agent"])
+        super().on_train_begin(args, state, control)
+        self.sparse, self.agent = self.kept.get("sparse"), self.kept.get("agent")
         self.within_epoch = state.global_step % (state.max_steps // math.ceil(args.num_train_epochs)) > 0
         self.clip, args.max_grad_norm = args.max_grad_norm, 0.0
 
@@ -209,11 +215,6 @@ class StepCallback(TrainerCallback):
             self.sparse.mask_gradients()
         if self.clip:
             torch.nn.utils.clip_grad_norm_(objects["model"].parameters(), self.clip)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Store masks and snapshot."""
-        for each in self.kept:
-            each.on_save(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Detach from the optimiser; pruned weights are zero."""
