@@ -56,7 +56,7 @@ class Correction(Hook):
 
     def __init__(self, settings: AgentOptions):
         self.settings = settings
-        self.switch = Switch(settings.stays_on, settings.look_every_epochs)
+        self.switch = Switch(settings.always or settings.form != "measured", settings.look_every_epochs)
         self.taken = 0  # step of training at the snapshot
         self.kept: dict[int, list[Tensor]] = {}  # step → this worker's part of ∇ℓ_B(θ̃)
         self.draws: RepeatedDraws | None = None  # of a model that draws at random
@@ -106,9 +106,17 @@ class Correction(Hook):
             due = self.switch.looks and run.step - self.taken in steps_of_look(self._interval(run))
         if due and self.agent.weight.acts:
             with run.cost.apart(run.bill(CORRECTION)):
+                gradient = self.kept.get(run.step)
+                if gradient is None:
+                    # The snapshot's draws leave the global generators as they were.
+                    with seeded(run.seed, "correction", run.step, run.worker.rank):
+                        if self.draws:
+                            self.draws.repeat(run.batch.x)
+                        gradient = self._gradient(run, run.batch, run.bill(CORRECTION))
+                # DDP has averaged the model's gradient over the workers; the snapshot's is still each worker's own.
+                _bill_exchange(run, run.bill(CORRECTION), gradient)
                 gap = self.settings.every_steps if self.switch.on else 1
-                gradient = self._gradient_of_step(run)
-                found = self.agent.apply(gradient, step=run.step, gap=gap, corrects=self.switch.on)
+                found = self.agent.apply(mean_over_ranks(gradient), step=run.step, gap=gap, corrects=self.switch.on)
                 self.unread.append((run.step, self.switch.on, torch.stack(found)))
 
     def _begin(self, run: Run) -> None:
@@ -133,22 +141,18 @@ class Correction(Hook):
         keeps = samples == n and self._keeps(run)
         for_full = samples / (self._interval(run) * n / run.settings.steps_per_epoch(n))
         self.line = 1 / (1 + for_full + (0 if keeps else 1 / settings.every_steps))
-        if self.switch.on and weight.acts:
-            self._average(run, samples, keeps)
+        if not (self.switch.on and weight.acts):
+            return
 
-    def _average(self, run: Run, samples: int, keeps: bool) -> None:
-        """Compute g̃ over the training samples, or over some of them."""
+        # g̃ is over the training samples, or over some of them.
         coreset = run.coreset
-        if samples < len(coreset):
-            rng = generator(run.seed, "full gradient", run.step)
-            drawn = torch.randperm(len(coreset), generator=rng)[:samples]
+        if samples < n:
+            drawn = torch.randperm(n, generator=generator(run.seed, "full gradient", run.step))[:samples]
             coreset = Coreset(coreset.indices[drawn], coreset.weights[drawn])
-        batches = _batches(run, coreset)
-        steps = range(run.step, run.step + len(batches))
         bill = run.bill(FULL_GRADIENT)
 
         def parts() -> Iterator[tuple[list[Tensor], float]]:
-            for step, batch in zip(steps, batches.epoch(run.epoch), strict=True):
+            for step, batch in enumerate(_batches(run, coreset).epoch(run.epoch), run.step):
                 gradient = self._gradient(run, batch, bill)
                 if keeps and step % self.settings.every_steps == 0:
                     self.kept[step] = gradient
@@ -157,20 +161,6 @@ class Correction(Hook):
         with seeded(run.seed, "full gradient", run.step, run.worker.rank):
             self.agent.average(parts())
         _bill_exchange(run, bill, self.agent.full)
-
-    def _gradient_of_step(self, run: Run) -> list[Tensor]:
-        """Return ∇ℓ_B(θ̃) of the present step, over all workers."""
-        bill = run.bill(CORRECTION)
-        gradient = self.kept.get(run.step)
-        if gradient is None:
-            # The snapshot's draws leave the global generators as they were.
-            with seeded(run.seed, "correction", run.step, run.worker.rank):
-                if self.draws:
-                    self.draws.repeat(run.batch.x)
-                gradient = self._gradient(run, run.batch, bill)
-        # DDP has averaged the model's gradient over the workers; that of the snapshot is still each worker's own.
-        _bill_exchange(run, bill, gradient)
-        return mean_over_ranks(gradient)
 
     def _gradient(self, run: Run, batch: Batch, bill: Cost) -> list[Tensor]:
         """Return this worker's part of ∇ℓ_B(θ̃)."""
@@ -230,10 +220,9 @@ class Correction(Hook):
         elif not corrected:
             finding = f"AGENT corrected no step, which would leave {left:.2f} of the gradients' variance: {larger}"
         else:
-            finding = (
-                f"AGENT corrected {corrected:,} of {run.step:,} steps, which left {left:.2f} of the gradients' variance"
-                f" in the end: {larger} (plots/correction.png)"
-            )
+            steps = f"AGENT corrected {corrected:,} of {run.step:,} steps"
+            variance = f"{left:.2f} of the gradients' variance in the end"
+            finding = f"{steps}, which left {variance}: {larger} (plots/correction.png)"
         return Results(
             facts={"corrected_steps": corrected, "variance_left": left, "variance_line": self.line},
             findings=[finding],

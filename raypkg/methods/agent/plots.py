@@ -17,21 +17,24 @@ def correction(steps: Rows, path: str | Path) -> None:
     step = column(steps, "step")
     c = column(steps, "c")
     left = column(steps, "left")
-    line = column(steps, "line")
     corrected = column(steps, "corrected") == 1
     known = np.isfinite(left)
-    groups = {"corrected": (known & corrected, BLUE), "looked at": (known & ~corrected, GREY)}
     last_c = f"{c[-1]:.3g}" if len(c) else "–"
     median = f"{np.median(left[known]):.2g}" if known.any() else "–"
-    title = f"Share of the gradients' variance that is left: {median} (median)"
-    dashed = {"color": VERMILLION, "linestyle": "--", "linewidth": 1}
+
     with page(path) as figure:
         weight, variance = figure.subplots(2, 1, sharex=True)
         weight.plot(step, c, ".", color=BLUE, markersize=3)
         weight.set_title(f"c ends at {last_c}")
-        for label, (shown, colour) in groups.items():
+
+        for label, of_label, colour in (("corrected", corrected, BLUE), ("looked at", ~corrected, GREY)):
+            shown = known & of_label
             if shown.any():
                 variance.plot(step[shown], left[shown], ".", color=colour, markersize=3, label=label)
-        variance.step(step, line, where="post", label="1/q: a batch of the same cost", **dashed)
-        variance.set(title=title, xlabel="step", ylim=(0, HIGHEST))
+        line = column(steps, "line")
+        label = "1/q: a batch of the same cost"
+        variance.step(step, line, where="post", label=label, color=VERMILLION, linestyle="--", linewidth=1)
+        variance.set_title(f"Share of the gradients' variance that is left: {median} (median)")
+        variance.set_xlabel("step")
+        variance.set_ylim(0, HIGHEST)
         variance.legend(loc="upper right")

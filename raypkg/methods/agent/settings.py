@@ -49,11 +49,6 @@ class AgentOptions(Settings):
         """γ of the form."""
         return DAMPING[self.form] if self.gamma is None else self.gamma
 
-    @property
-    def stays_on(self) -> bool:
-        """Whether steps are corrected even if larger batches would be better."""
-        return self.always or self.form != "measured"
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse settings that would do nothing."""

@@ -105,13 +105,13 @@ class Masked(Hook):
     priority = 100
 
     def __init__(self, masks: Mapping[str, Tensor]):
-        self.masks = masks
+        self.masks = dict(masks)
 
     def on_start(self, run: Run) -> None:
         """Set the weights to w ⊙ m."""
-        self.masks = {name: mask.to(run.worker.device) for name, mask in self.masks.items()}
         for name, mask in self.masks.items():
-            run.model.get_parameter(name).data.mul_(mask)
+            self.masks[name] = mask.to(run.worker.device)
+            run.model.get_parameter(name).data.mul_(self.masks[name])
 
     def on_gradients(self, run: Run) -> None:
         """Zero the gradients of pruned weights."""
@@ -224,8 +224,7 @@ def sparse(*, job: Job, samples: Samples, options: Sparsity = DENSE) -> list[Hoo
         return [FootprintReport(model, None)]
     steps = job.training.epochs * job.training.steps_per_epoch(job.samples_used(samples))
     topology = Topology(options, steps)
-    active = options.compute == "sparse"
-    enforcing = Active(topology) if active else Enforced(topology)
+    enforcing = Active(topology) if options.compute == "sparse" else Enforced(topology)
     return [topology, enforcing, FootprintReport(model, topology)]
 
 

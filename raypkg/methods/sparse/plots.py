@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from raypkg.runs.plots import BLUE, GREY, ORANGE, Rows, column, cut, line_ends, page, short
 
 
@@ -14,29 +12,31 @@ def topology(changes: Rows, path: str | Path) -> None:
     """
     layers = list(dict.fromkeys(row["layer"] for row in changes))
     names = [cut(layer.removesuffix(".weight"), 30) for layer in layers]
+    weights = column(changes[: len(layers)], "weights")  # [layers]
     active = column(changes, "active").reshape(-1, len(layers))  # [changes, layers]
-    weights = column(changes, "weights").reshape(-1, len(layers))
     of_layers = 100 * active / weights
-    density = 100 * active.sum(axis=1) / weights.sum(axis=1)  # [changes]
-    total = short(weights[-1].sum())
+    density = 100 * active.sum(axis=1) / weights.sum()  # [changes]
+    by_change = changes[:: len(layers)]
+    epoch = column(by_change, "epoch")
+    explored = 100 * column(by_change, "explored_share")
 
-    changes_of_all = changes[:: len(layers)]  # one row per change
-    epoch = column(changes_of_all, "epoch")
-    explored = 100 * column(changes_of_all, "explored_share")
     with page(path) as figure:
-        by_layer, over_time = figure.subplots(1, 2, width_ratios=(2, 1))
+        left, right = figure.subplots(1, 2, width_ratios=(2, 1))
 
-        lines = np.arange(len(layers))
-        by_layer.plot(of_layers[0], lines, "o", label="at first", color=GREY, fillstyle="none", markersize=10)
-        by_layer.plot(of_layers[-1], lines, "o", label="at last", color=BLUE)
-        by_layer.set(title=f"{density[-1] / 100:.2%} of {total} weights exist", xlabel="density, %", xlim=(0, None))
-        by_layer.set_yticks(lines, names, fontsize=7)
-        by_layer.invert_yaxis()
-        by_layer.legend(loc="center right")  # where layers are sparse
+        lines = range(len(layers))
+        left.plot(of_layers[0], lines, "o", label="at first", color=GREY, fillstyle="none", markersize=10)
+        left.plot(of_layers[-1], lines, "o", label="at last", color=BLUE)
+        left.set_title(f"{density[-1] / 100:.2%} of {short(weights.sum())} weights exist")
+        left.set_xlabel("density, %")
+        left.set_xlim(left=0)
+        left.set_yticks(lines, names, fontsize=7)
+        left.invert_yaxis()
+        left.legend(loc="center right")  # where layers are sparse
 
-        ends = {"ever existed, R_s": (explored[-1], BLUE), "exist": (density[-1], ORANGE)}
-        over_time.step(epoch, explored, where="post", color=BLUE)
-        over_time.step(epoch, density, where="post", color=ORANGE)
-        line_ends(over_time, epoch[-1], ends)
-        over_time.set_title(f"{explored[-1] / 100:.1%} ever existed")
-        over_time.set(xlabel="epoch", ylabel="% of the weights", ylim=(0, 105))
+        right.step(epoch, explored, where="post", color=BLUE)
+        right.step(epoch, density, where="post", color=ORANGE)
+        line_ends(right, epoch[-1], {"ever existed, R_s": (explored[-1], BLUE), "exist": (density[-1], ORANGE)})
+        right.set_title(f"{explored[-1] / 100:.1%} ever existed")
+        right.set_xlabel("epoch")
+        right.set_ylabel("% of the weights")
+        right.set_ylim(0, 105)

@@ -14,6 +14,9 @@ from raypkg.core.settings import MOST_EPOCHS, Count, Experiment, Schedule, Share
 from raypkg.methods.agent.settings import AgentOptions
 from raypkg.methods.crest.settings import CrestOptions
 
+from . import drop, growth, initial, redistribution
+
+REGISTRIES = {"sparse_init": initial, "drop": drop, "growth": growth, "redistribution": redistribution}
 PRUNED_BY = 0.75  # share of training after which gradual pruning has ended
 INTERVALS = 40  # per training, where the interval is not the published one
 PUBLISHED_INTERVALS = {"random": 1500, "gradient": 4000}  # ΔT of ITOP for SET and RigL
@@ -109,21 +112,16 @@ class Sparsity(Settings):
 
     def lookups(self) -> list[Lookup]:
         """Return the chosen rules."""
-        from . import drop, growth, initial, redistribution
-
         if self.density is None:
             return []
-        registries = {"sparse_init": initial, "drop": drop, "growth": growth, "redistribution": redistribution}
-        rules = [(registry, getattr(self, name)) for name, registry in registries.items()]
+        rules = [(registry, getattr(self, name)) for name, registry in REGISTRIES.items()]
         return [Lookup(registry, rule.name, rule.options) for registry, rule in rules if rule]
 
     @property
     def rules_by_momentum(self) -> list[str]:
         """The settings whose rules need the dense gradient of every step, which imports those rules."""
-        from . import growth, redistribution
-
-        chosen = {"growth": (growth, self.growth), "redistribution": (redistribution, self.redistribution)}
-        return [name for name, (rules, rule) in chosen.items() if rule and "momentum" in rules[rule.name].declares]
+        chosen = ((name, getattr(self, name)) for name in ("growth", "redistribution"))
+        return [name for name, rule in chosen if rule and "momentum" in REGISTRIES[name][rule.name].declares]
 
 
 class SparseTrain(Train):

@@ -185,10 +185,9 @@ class SparseTraining:
             zero_changed(weight, self.masks[name], self.masks[name], self.optimizer)
         self._commit(self.masks)
         self._updated = False  # for the coming step of the optimiser
-        self._handles = (
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        )
+        before = self.optimizer.register_step_pre_hook(self._before_step)
+        after = self.optimizer.register_step_post_hook(self._after_step)
+        self._handles = (before, after)
         _attached.update(self._parts)
 
     @property
@@ -229,10 +228,7 @@ class SparseTraining:
             group = self.optimizer.param_groups[0]
             beta = group["momentum"] if "momentum" in group else group.get("betas", (0.9,))[0]
             for name, gradient in gradients.items():  # m ← βm + g
-                if name in self.momentum:
-                    self.momentum[name].mul_(beta).add_(gradient)
-                else:
-                    self.momentum[name] = gradient.clone()
+                self.momentum[name] = beta * self.momentum.get(name, 0.0) + gradient
         if due:
             done = self.step / self.total_steps if progress is None else progress
             self._change(gradients, min(1.0, done))
@@ -243,14 +239,10 @@ class SparseTraining:
         """Zero the gradients of pruned weights, of the named ones only or of all, after ``update``."""
         if not self._updated:
             self.update()
-        gradients, factors = [], []
         for name in self.weights if names is None else names:
             gradient = self.weights[name].grad
             if gradient is not None:  # None: the forward pass does not use the weight
-                gradients.append(gradient)
-                factors.append(self._factors[name])
-        if gradients:
-            torch._foreach_mul_(gradients, factors)
+                gradient.mul_(self._factors[name])
 
     def compressed(self) -> dict[str, Tensor]:
         """Return the model's tensors with the masked ones in compressed sparse rows.
@@ -301,15 +293,12 @@ class SparseTraining:
         masks = {name: mask.to(self.masks[name].device) for name, mask in state["masks"].items()}
         found = self._nonzero(masks)
         if found != state.get("nonzero", found):  # earlier versions stored neither this nor the step
-            raise UserError(
-                f"of the weights in these masks {found:,} are not zero, not {state['nonzero']:,}: make SparseTraining"
-                " first, then load the model's state, then this one"
-            )
+            differ = f"of the weights in these masks {found:,} are not zero, not {state['nonzero']:,}"
+            raise UserError(f"{differ}: make SparseTraining first, then load the model's state, then this one")
         self._commit(masks)
         for name, mask in state["explored"].items():
             self.ever[name].copy_(mask)
-        # Copies, as the momentum changes in place.
-        self.momentum = {name: value.clone().to(self.masks[name].device) for name, value in state["momentum"].items()}
+        self.momentum = {name: value.to(self.masks[name].device) for name, value in state["momentum"].items()}
         self.step = state.get("step", 0)
         self._updated = False
 
@@ -426,13 +415,9 @@ class SparseTraining:
             if not count:
                 continue
             weight = self.weights[name]
-            scores = rule(
-                weight.data,
-                options=self.settings.growth.options,
-                gradient=gradients[name],
-                momentum=self.momentum.get(name),
-                rng=generator(self.seed, "growth", name, self.step),
-            )
+            inputs = {"gradient": gradients[name], "momentum": self.momentum.get(name)}
+            rng = generator(self.seed, "growth", name, self.step)
+            scores = rule(weight.data, options=self.settings.growth.options, rng=rng, **inputs)
             masks[name] = grown(masks[name], _checked(f"growth rule {rule.name!r}", scores, weight, name), count)
 
     def _agree(self, masks: Masks) -> None:
