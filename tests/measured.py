@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 MEBIBYTE = 2**20
@@ -17,24 +16,6 @@ def in_fresh_process(script, *arguments):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-def peak_of(function):
-    """Return by how much ``function()`` raises the peak memory in MiB, and its result."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = _status("VmRSS")
-    result = function()
-    return _status("VmHWM") - before, result
-
-
-def seconds_of(function, budget=3.0):
-    """Return the seconds that ``function()`` takes: the fastest of several calls, if they fit into the budget."""
-    found, start = [], time.perf_counter()
-    while not found or time.perf_counter() - start < budget:
-        before = time.perf_counter()
-        function()
-        found.append(time.perf_counter() - before)
-    return min(found)
 
 
 def peak():

@@ -22,9 +22,3 @@ def of_class(label: int, n: int, num_classes: int, width: int) -> HeadView:
     noise = torch.randn(n, 1, generator=rng).mul(0.7).exp() * torch.randn(n, width, generator=rng)
     features = (means[label] + noise).relu_()  # [n, D]
     return HeadView(features @ weight.T + bias, features, torch.full((n,), label))
-
-
-def of_all(n: int, num_classes: int, width: int) -> HeadView:
-    """n samples, class after class, as many of each."""
-    views = [of_class(label, n // num_classes, num_classes, width) for label in range(num_classes)]
-    return HeadView.concat(views)

@@ -262,10 +262,8 @@ def test_the_explored_share_is_that_of_the_union():
 @pytest.mark.parametrize(
     ("every", "settings", "agent"),  # masks change between epochs of 6 steps, or at their ends
     [
-        (4, {"growth": "gradient"}, {}),
         (6, {"growth": "gradient"}, {"snapshot_every_steps": 4}),
         (4, {"growth": "momentum", "redistribution": "momentum"}, {"snapshot_every_steps": 4}),
-        (6, {"sparse_init": "snip", "fan_in": "sparse"}, {}),
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped(tmp_path, every, settings, agent):

@@ -16,7 +16,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.runs.agreement import compare
 from raypkg.runs.catalog import find, locate
-from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
+from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
 
@@ -162,15 +162,6 @@ def test_runs_are_created_once_and_found_by_name(tmp_path):
     assert find(root, "lipt", "one").name == locate(root, "one").name == locate(root, f"{root}/lipt/one").name == "one"
     with pytest.raises(UserError, match=r"unknown lipt run in .* 'onne', did you mean 'one'"):
         find(root, "lipt", "onne")
-
-
-def test_checkpoints_keep_the_newest(storage):
-    places = StoredCheckpoints(storage, keep=2)
-    assert places.load() is None
-    for epoch in range(1, 5):
-        places.save(epoch, {"epoch": epoch, "w": torch.full((2,), float(epoch))})
-    assert storage.list() == ["epoch_00003.pt", "epoch_00004.pt"]
-    assert places.load()["w"].tolist() == [4.0, 4.0]
 
 
 def test_models_travel_as_safetensors(storage):

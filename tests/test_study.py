@@ -21,6 +21,7 @@ from raypkg.studies.figures import Difference, TrialRun, estimated, front, measu
 from raypkg.studies.show import conclude, show_study
 from raypkg.studies.space import Space, order_of
 from raypkg.studies.study import Order, Trial, create_study, find_study, is_study
+from raypkg.studies.tables import current_function
 from raypkg.studies.trial import run_trial
 from raypkg.studies.tune import resume_sweep
 
@@ -367,9 +368,9 @@ def test_a_sweep_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsys, mo
     assert find_study(str(tmp_path), "old").order.concurrent == 1
 
 
-@pytest.mark.parametrize("room", ["sweeps", "studies"])
-def test_a_comparison_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsys, monkeypatch, room):
-    after = f"raypkg.{room}.deletions:delete_some"
+def test_a_comparison_of_an_earlier_version_is_shown_and_resumed(tmp_path, capsys):
+    after = "raypkg.sweeps.deletions:delete_some"
+    assert current_function(after) == current_function("raypkg.studies.deletions:delete_some")
     table = {
         "title": "Deletions", "experiment": "deltagrad", "baseline": "m 2",
         "rows": {"m 2": {"replay.pairs": 2}}, "cases": {"all": {}}, "shared": {"train.epochs": 2}, "seeds": [0],

@@ -40,39 +40,6 @@ def test_a_planted_effect_is_found():
     assert found.count(PAID) >= 45
 
 
-CENTRES = np.random.default_rng(9).normal(size=(10, 20))  # of classes
-TAIL = np.geomspace(1, 0.01, 10)  # sizes of the classes
-
-
-def tail_accuracy(counts: np.ndarray, rng: np.random.Generator) -> float:
-    """Return the accuracy of nearest means on balanced test samples, learned from that many samples per class."""
-    means = CENTRES + rng.normal(size=CENTRES.shape) * 3 / np.sqrt(np.maximum(counts, 1))[:, None]
-    means[counts == 0] = 99  # a class that was never seen
-    test = np.repeat(CENTRES, 50, axis=0) + 2 * rng.normal(size=(500, 20))
-    nearest = np.square(test[:, None] - means).sum(2).argmin(1)
-    return float((nearest == np.repeat(np.arange(10), 50)).mean())
-
-
-def long_tailed(rng: np.random.Generator, seeds: int = 5) -> dict[str, str]:
-    """Return verdicts on balanced samples, and on as many random ones, against one to three times random ones."""
-    rows = {"balanced": lambda n: np.full(10, n // 10), "random": lambda n: rng.multinomial(n, TAIL / TAIL.sum())}
-    baseline = {
-        seed: [(float(n), tail_accuracy(rows["random"](n), rng)) for n in (100, 200, 300)] for seed in range(seeds)
-    }
-    found = {}
-    for row, draw in rows.items():
-        runs = {seed: (100.0, tail_accuracy(draw(100), rng)) for seed in range(seeds)}
-        found[row] = judge(runs, baseline, mode="max", verdicts=len(rows)).word
-    return found
-
-
-def test_a_planted_long_tail_is_found():
-    rng = np.random.default_rng(2)
-    tables = [long_tailed(rng) for _ in range(50)]
-    assert sum(words["balanced"] == PAID for words in tables) >= 45
-    assert sum(words["random"] == PAID for words in tables) <= 3
-
-
 def test_a_row_at_a_baselines_work_is_compared_with_that_baseline():
     baseline = {seed: [(100.0, 0.5), (300.0, 0.8 + seed / 1000)] for seed in range(3)}
     verdict = judge({seed: (300.0, 0.7) for seed in range(3)}, baseline, mode="max", verdicts=1)

@@ -48,14 +48,6 @@ def test_training_announces_the_size_of_its_history(effray):
     assert sorted(os.listdir(RUN / "versions/00000")) == ["history.arrow", "history.digests"]
 
 
-def test_exact_replays_equal_retraining(trained):
-    trained(f"deltagrad delete a --ids 0,1,2,3 {EXACT}")
-    assert distance(trained("deltagrad verify a")) < 1e-12
-    trained(f"deltagrad add a --data digits {EXACT}")
-    assert distance(trained("deltagrad verify a")) < 1e-12
-    assert "1,437 new" in trained("deltagrad log a")
-
-
 @pytest.mark.parametrize("spelling", ["--burn-in 48", "--replay.burn_in 48"])
 def test_a_setting_of_the_replay_by_any_of_its_names(trained, spelling):
     assert re.search(r"(\d+) of 48 steps exact", trained(f"deltagrad delete a --ids 0,1 {spelling}"))[1] == "47"
@@ -92,6 +84,7 @@ def test_requests_answered_together_are_one_replay(trained):
     assert (entries()[-1]["deleted"], entries()[-1]["new"], len(entries())) == (2, 1437, 2)
     assert entries()[-1]["samples"] == entries()[0]["samples"] - 1 + 1436
     assert distance(trained("deltagrad verify a")) < 1e-12
+    assert "1,437 new" in trained("deltagrad log a")
 
 
 def test_requests_that_cancel_are_answered_and_one_that_fails_is_named(trained, refusal):

@@ -33,6 +33,7 @@ from raypkg.studies.study import Order, create_study
         ("crest --selection random --crest.tau 0.2", "selection = random: crest.tau = 0.2 belongs to crest"),
         ("crest --selection craig --every_epochs 50", "every_epochs = 50 at most the 40 epochs"),
         ("crest --selection craig --budget 1", "budget = 1 must be below 1"),
+        ("lipt --select.warm_epochs 40", "select.warm_epochs = 40 of 40 epochs: nothing would be selected"),
         ("crest --set select.alpha=0", "select is now called crest"),
         ("train --train.drop 0.1", "--train.drop is now called --train.lr_drop"),
         ("train --set train.evaluate_every=1", "train.evaluate_every is now called train.evaluate_every_epochs"),
@@ -150,14 +151,6 @@ def test_a_coreset_and_a_model_of_other_samples_are_refused(call, refusal, tmp_p
         assert "coreset.parquet was made for other samples of table:" in refusal(line)
     for line in (f"select {table} --model-from one --rule grand", f"select {table} --model-from one --dry-run"):
         assert "run one trained on other samples of table:" in refusal(line)
-
-
-def test_a_selection_that_would_never_come(refusal):
-    few = "train --model linear --train.epochs 2 --select.fraction 0.1"
-    assert "select.warm_epochs = 2 of 2 epochs: nothing would be" in refusal(f"{few} --select.warm_epochs 2")
-    assert "select.every_epochs = 3: only 2 epochs follow" in refusal(f"{few} --select.every_epochs 3")
-    before_pretraining = refusal("lipt --select.warm_epochs 40")
-    assert "select.warm_epochs = 40 of 40 epochs: nothing" in before_pretraining
 
 
 @pytest.mark.parametrize("file", ["coreset.parquet", "scores.parquet"])

@@ -10,7 +10,6 @@ from raypkg.core.config import load_settings
 from raypkg.experiments.samples import open_samples
 from raypkg.experiments.train import TrainSettings
 from raypkg.runs.catalog import find
-from raypkg.runs.folder import RunFolder
 
 NOISY = "train --model linear --train.epochs 2 --seed 3 --dataset.noise 0.4 --dataset.imbalance 0.2 --dataset.repeat 2"
 PICKS = f"{NOISY} --select.rule el2n --select.fraction 0.2 --name picks"
@@ -34,28 +33,6 @@ def test_the_precision_of_a_selection_is_measured_against_the_true_labels(after,
     wrong = float((split.y[picked] != split.truth[picked]).double().mean())
     assert run.summary["coreset_wrong_labels"] == pytest.approx(wrong)
     assert run.summary["wrong_labels"] == pytest.approx(0.4, abs=0.03)
-
-
-def test_a_run_whose_labels_were_drawn_is_resumed_with_the_same_ones(effray, call, tmp_path, monkeypatch):
-    finish = RunFolder.finish
-    monkeypatch.setattr(RunFolder, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert "interrupted" in call(f"{NOISY} --name one").err
-    monkeypatch.setattr(RunFolder, "finish", finish)
-    effray("train --resume one")
-    effray(f"{NOISY} --name straight")
-    one, straight = (find("runs", "train", name).summary for name in ("one", "straight"))
-    assert one["test_loss"] == straight["test_loss"]
-    assert one["wrong_labels"] == straight["wrong_labels"]
-
-
-def test_a_stored_config_with_another_seed_keeps_the_labels_that_it_was_drawn_with(effray, after, tmp_path):
-    after(PICKS)
-    effray("train --config runs/train/picks/config.toml --seed 4 --name other")
-    digest = {
-        tomllib.loads((tmp_path / f"runs/train/{name}/config.toml").read_text())["dataset"]["digest"]
-        for name in ("picks", "other")
-    }
-    assert len(digest) == 1
 
 
 def test_options_without_effect_are_refused(refusal):

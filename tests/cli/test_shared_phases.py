@@ -87,7 +87,14 @@ def trials_of(name, *places):
 
 def test_a_trial_that_takes_over_equals_one_that_computes(effray, compare, monkeypatch):
     asked = "--cases short --seeds 0"
-    effray(f"{compare} --name m {asked}")
+    told = effray(f"{compare} --name m {asked}")
+    line = "pretrain of 3 and select of 2 of 4 trials are taken over from another one"
+    assert line in told and line in effray("show m")
+    assert line in Path("runs/tune/m/table.md").read_text() and line in Path("runs/tune/m/report.html").read_text()
+    assert "pretrain: taken over from m-000, whose samples and seconds are counted here too" in effray("show m-001")
+    costs = [json.loads(Path(f"runs/lipt/m-00{n}/summary.json").read_text())["phases"] for n in range(2)]
+    assert costs[0][0]["phase"] == "pretrain" and costs[0][0] == costs[1][0]
+    assert costs[0][0]["backward"] == 2 * 1295
     monkeypatch.setattr(trials, "_donors", lambda *_: None)
     effray(f"{compare} --name n {asked}")
     assert [bool(taken(f"n-{number:03}")) for number in range(4)] == [False] * 4
@@ -111,17 +118,6 @@ def test_a_coreset_that_training_replaced_is_not_taken_over(effray, compare):
     assert given[4] == given[5] == {"pretrain": "m-000", "select": "m-001"}
 
 
-def test_what_is_taken_over_is_told_and_counted(effray, compare):
-    told = effray(f"{compare} --name m --cases short --seeds 0")
-    line = "pretrain of 3 and select of 2 of 4 trials are taken over from another one"
-    assert line in told and line in effray("show m")
-    assert line in Path("runs/tune/m/table.md").read_text() and line in Path("runs/tune/m/report.html").read_text()
-    assert "pretrain: taken over from m-000, whose samples and seconds are counted here too" in effray("show m-001")
-    costs = [json.loads(Path(f"runs/lipt/m-00{n}/summary.json").read_text())["phases"] for n in range(2)]
-    assert costs[0][0]["phase"] == "pretrain" and costs[0][0] == costs[1][0]
-    assert costs[0][0]["backward"] == 2 * 1295
-
-
 def test_the_run_that_gave_may_be_deleted(effray, compare):
     effray(f"{compare} --name m --cases short --rows craig --seeds 0")
     shutil.rmtree("runs/lipt/m-000")
@@ -132,8 +128,8 @@ def test_the_run_that_gave_may_be_deleted(effray, compare):
 
 
 @pytest.mark.parametrize("options", ["", "--cluster.cpus_per_worker 2"])
-def test_a_run_with_other_files_or_workers_gives_nothing(effray, compare, computed, options):
-    effray(f"{compare} --name m --cases short --rows el2n --seeds 0")
+def test_a_run_with_other_files_or_workers_gives_nothing(effray, after, compare, computed, options):
+    after(f"{compare} --name m --cases short --rows el2n --seeds 0")
     if not options:
         Path("runs/lipt/m-000/pretrained_record.parquet").write_bytes(b"changed")
     effray(f"{compare} --name m --cases short --rows el2n,craig --seeds 0 {options}")

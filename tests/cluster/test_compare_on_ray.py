@@ -1,14 +1,9 @@
-"""Comparisons on Ray: as many trials at once as fit, the same figures as without it, and a driver that dies."""
-
-import os
-import signal
-import subprocess
-import sys
+"""Comparisons on Ray: as many trials at once as fit, and the same figures as without it."""
 
 import pyarrow.parquet as pq
 import pytest
 
-from ray_runs import effray, wait_for
+from ray_runs import effray
 
 TABLE = """
 from raypkg.studies.tables import Table
@@ -40,18 +35,3 @@ def compared(tmp_path):
 
 def test_with_and_without_ray_the_figures_are_the_same(ray, compared):
     assert compared("here", "--cluster.workers", "0") == compared("there")
-
-
-def test_what_a_killed_driver_had_finished_is_not_run_again(compared, tmp_path):
-    command = [sys.executable, "-c", "from raypkg.cli import script; script()", "compare", str(tmp_path / "mine.py")]
-    driver = subprocess.Popen(
-        [*command, "--root", str(tmp_path), "--name", "k"], start_new_session=True, stdout=subprocess.DEVNULL
-    )
-    try:
-        wait_for(lambda: list(tmp_path.glob("train/k-*/summary.json")), driver)
-    finally:
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
-    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("train/k-*/summary.json")}
-    assert len(compared("k")) == 4
-    assert all(file.stat().st_mtime_ns == time_ns for file, time_ns in done.items())

@@ -71,14 +71,6 @@ def test_a_killed_driver_resumes_from_the_last_epoch(undisturbed, tmp_path):
     same_result(undisturbed, tmp_path / "lipt/one", tolerance=0)
 
 
-def test_more_workers_than_cpus_is_one_line(ray, tmp_path, capsys):
-    effray("lipt", "--root", tmp_path, *TINY, "--cluster.workers", "64", code=2)
-    error = capsys.readouterr().err
-    assert error.startswith("effray: 64 workers of 1 CPU and 0 GPU do not fit the cluster, which has 3 CPU")
-    assert error.count("\n") == 1
-    assert not list((tmp_path / "lipt").glob("*"))
-
-
 def test_a_user_error_inside_a_worker_is_one_line(ray, tmp_path, capsys):
     effray("lipt", "--root", tmp_path, *TINY, "--train.lr", "1e30", "--cluster.workers", "2", code=2)
     error = capsys.readouterr().err

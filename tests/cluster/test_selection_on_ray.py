@@ -65,19 +65,8 @@ def test_actors_pick_as_one_process_does(ray, tmp_path, tables, rule, balanced):
 def test_actors_average_full_gradients_over_models_as_one_process_does(ray, tmp_path, tables, balanced):
     data = ["--dataset", tables[0], "--dataset.validation", "0"]
     for seed in ("0", "1"):
-        run(
-            tmp_path,
-            "train",
-            f"m{seed}",
-            *data,
-            *PLAIN,
-            "--seed",
-            seed,
-            "--train.epochs",
-            "1",
-            "--cluster.workers",
-            "0",
-        )
+        short = ["--train.epochs", "1", "--cluster.workers", "0"]
+        run(tmp_path, "train", f"m{seed}", *data, *PLAIN, "--seed", seed, *short)
     chosen = [*data, "--model-from", "m0,m1", "--rule", "grand", "--preset", "published", "--balanced", balanced]
     one, three = (run(tmp_path, "select", count, *chosen, "--cluster.workers", count) for count in ("0", "3"))
     assert picks(one) == picks(three)

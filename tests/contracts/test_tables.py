@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from contracts.test_presets import AGENT, CREST, SPARSE
 from raypkg.core.config import dotted
 from raypkg.core.errors import UserError
 from raypkg.studies.compare import base_settings, check_comparison
@@ -45,16 +46,6 @@ def test_rows_are_different_runs_and_scales_have_the_same_rows(file):
     assert small.shared != paper.shared or small.cases != paper.cases
 
 
-CREST = {
-    "budget": 0.1, "train.batch_size": 128, "train.lr": 0.1, "train.momentum": 0.9, "train.epochs": 200,
-    "train.warmup": 0.1, "train.milestones": [0.6, 0.85], "crest.b": 5, "crest.exclude_every_steps": 20,
-    "crest.exclude_below": 0.1, "crest.subset": 0.01, "crest.order": 2, "crest.checked_on": "fresh",
-}  # fmt: skip
-SPARSE = {
-    "train.batch_size": 128, "train.lr": 0.1, "train.momentum": 0.9, "train.nesterov": True, "train.epochs": 250,
-    "train.weight_decay": 5e-4, "train.milestones": [0.5, 0.75], "death_rate": 0.5, "decay": "cosine",
-}  # fmt: skip
-RIGL = SPARSE | {"growth.name": "gradient", "model.name": "resnet50"}
 OF_THE_PAPERS = {
     "crest": {
         "CIFAR-10; ResNet-20": {"model.name": "resnet20", "crest.tau": 0.05, "crest.h": 1.0},
@@ -72,7 +63,12 @@ OF_THE_PAPERS = {
         "CIFAR-10; ResNet-34; 1 %": {"model.name": "resnet34", "density": 0.01},
     },
 }
-SHARED = {"crest": CREST, "agent": RIGL, "sparse": SPARSE | {"growth.name": "random"}}
+LONG = SPARSE | {"train.epochs": 250}
+SHARED = {
+    "crest": CREST | {"train.epochs": 200, "crest.subset": 0.01},
+    "agent": LONG | {"model.name": "resnet50"},
+    "sparse": LONG | {"growth.name": "random"},
+}
 ROWS = {"crest": ["crest"], "agent": ["SGD", "AGENT"], "sparse": ["SET + AGENT"]}
 
 
@@ -88,7 +84,7 @@ def test_a_papers_figure_stands_beside_a_row_with_its_settings_only(name):
             found = dotted(trial.model_dump(mode="json"))
             expected = SHARED[name] | facts | {"dataset.validation": 0.0}
             if "AGENT" in row:
-                expected |= {"agent.form": "published", "agent.alpha": 0.3}
+                expected |= AGENT
             assert {key: found[key] for key in expected} == expected
             if name != "crest":  # ΔT
                 assert trial.adaptations(50_000)["update_every_steps"][0] == (1500 if name == "sparse" else 4000)
