@@ -128,9 +128,9 @@ def test_images_arrive_as_they_are():
     ("data", "options", "message"),
     [
         ((X, Y), {"lr": -1}, r"^lr = -1: "),
-        ((X, Y), {"densty": 1}, "unknown argument of lipt.pretrain 'densty', did you mean 'density'"),
-        ((X, Y), {"worker": 1}, "unknown argument of lipt.pretrain 'worker', did you mean 'workers'"),
-        ((X, Y), {"method": "dense"}, "unknown argument of lipt.pretrain 'method'"),
+        ((X, Y), {"densty": 1}, "unknown argument of pretrain 'densty', did you mean 'density'"),
+        ((X, Y), {"worker": 1}, "unknown argument of pretrain 'worker', did you mean 'workers'"),
+        ((X, Y), {"method": "dense"}, "unknown argument of pretrain 'method'"),
         ((X, Y), {"rounds": 9}, "^rounds = 9: models are merged after whole epochs"),
         ((X, Y), {"sparsity": None}, "without masks: give sparsity as well"),
         ((X, Y), {"shard_fraction": 0.9}, "^shard_fraction = 0.9 for 3 disjoint shards"),

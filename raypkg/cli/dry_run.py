@@ -93,7 +93,8 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
     if isinstance(settings, EmbedSettings):
         embedding = planned(settings, samples.data, RunFolder(storage))
         check_disk(embedding, storage)
-        yield f"rows: {embedding.describe()} on disk, in {len(embedding.all_parts)} parts"
+        parts = len(embedding.all_parts)
+        yield f"rows: {embedding.describe()}, about {readable(embedding.size)} on disk, in {parts} parts"
     if isinstance(settings, Experiment):
         model = new_model(settings, samples.data)
         count = sum(each.numel() for each in model.parameters())

@@ -129,8 +129,8 @@ def some_labels(data: Dataset[Any], collate_fn: Callable[[list[Any]], Any]) -> l
     return y[indices.argsort()].tolist()
 
 
-def check_keywords(loader: type, given: Iterable[str], more: Iterable[str] = ()) -> None:
-    """Refuse keyword arguments that neither the class nor ``more`` has, with the nearest name."""
+def check_keywords(loader: Callable[..., Any], given: Iterable[str], more: Iterable[str] = ()) -> None:
+    """Refuse keyword arguments that neither the class or function nor ``more`` has, with the nearest name."""
     parameters = inspect.signature(loader).parameters.values()
     allowed = {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
     for name in given:

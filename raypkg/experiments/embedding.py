@@ -111,10 +111,9 @@ class Embedding:
         return (self.rows("train") + self.rows("test")) * (4 * self.backbone.width + 16)
 
     def describe(self) -> str:
-        """Return the numbers of rows and features and the size, for users."""
-        train = f"{self.rows('train'):,} training rows"
-        test = f"{self.rows('test'):,} test rows of {self.backbone.width:,} features"
-        return f"{train} and {test}, about {readable(self.size)}"
+        """Return the numbers of rows and features, for users."""
+        width = self.backbone.width
+        return f"{self.rows('train'):,} training and {self.rows('test'):,} test rows of {width:,} features"
 
     def features(self, backbone: Backbone, split: Split, part: Part, device: torch.device) -> Tensor:
         """Return the features of a part's samples, float32 [m, D]; refuse infinite ones and NaN."""
@@ -139,7 +138,7 @@ def check_disk(embedding: Embedding, storage: Storage) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if 2 * embedding.size - written > free:
-        twice = f"{embedding.describe()}, and as much again while parts are joined"
+        twice = f"{embedding.describe()}, about {readable(embedding.size)}, and as much again while parts are joined"
         advice = "use fewer --draws, a narrower model or another --root"
         raise UserError(f"{twice}, do not fit {str(folder)!r}, which has {readable(free)} left: {advice}")
 
@@ -171,10 +170,9 @@ def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, 
             for world, cost in join_parts(storage, parts_of_split, name, embedding.backbone.width, data.train.classes):
                 bill = bill.then(cost)
                 bill.seconds += cost.seconds / world - cost.seconds  # the other holders were at work meanwhile
-        n, n_test, width = embedding.rows("train"), embedding.rows("test"), embedding.backbone.width
-        rows = f"{n:,} training and {n_test:,} test rows of {width:,} features"
-        finding = f"{rows}: the folder below is a data set of them, --dataset table:PATH"
-        figures = {"rows": n, "test_rows": n_test, "width": width}
+        finding = f"{embedding.describe()}: the folder below is a data set of them, --dataset table:PATH"
+        rows = {"rows": embedding.rows("train"), "test_rows": embedding.rows("test")}
+        figures = {**rows, "width": embedding.backbone.width}
         return {**figures, "costs": [bill.record()], "main": True, "findings": [finding]}
 
     report.phase(PHASE, work, epochs=len(parts))

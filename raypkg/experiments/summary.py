@@ -1,6 +1,5 @@
 """The end of a run: its figures as a manifest, its plots as pictures."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,18 +67,14 @@ def finish(report: Report, settings: RunSettings, samples: Samples, *, epochs: i
         "findings": findings,
     }
     folder.flush()
-    draw_plots(folder.storage, folder.rows, costs)
+    rows = folder.rows
+    if any("loss" in row for row in rows):
+        save_plot(folder.storage, "curves", lambda path: plots.curves(rows, path))
+    save_plot(folder.storage, "costs", lambda path: plots.costs(costs, path))
     if coreset is not None:
         draw_coreset(folder.storage, samples, coreset)
     folder.finish(summary)
     return summary
-
-
-def draw_plots(storage: Storage, rows: Sequence[dict[str, Any]], costs: Sequence[dict[str, Any]]) -> None:
-    """Draw the plots of every run: its learning curves and its costs."""
-    if any("loss" in row for row in rows):
-        save_plot(storage, "curves", lambda path: plots.curves(rows, path))
-    save_plot(storage, "costs", lambda path: plots.costs(costs, path))
 
 
 def draw_coreset(storage: Storage, samples: Samples, coreset: Coreset) -> None:

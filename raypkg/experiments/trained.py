@@ -134,7 +134,6 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
     from raypkg.runs.catalog import locate
 
     folder = locate(root, str(run))
-    check_has_model(folder)
     settings = settings_of_trained(folder)
     data = open_samples(settings).data
     model = restored_model(folder, settings, data)
@@ -151,7 +150,8 @@ def check_has_model(folder: RunFolder) -> None:
 
 
 def settings_of_trained(folder: RunFolder) -> Experiment:
-    """Return the settings that all runs with a model have in common."""
+    """Return the settings that all runs with a model have in common; refuse a run without a usable model."""
+    check_has_model(folder)
     common = {name: part for name, part in stored_settings(folder).items() if name in Experiment.model_fields}
     return load_settings(Experiment, common)
 
@@ -203,7 +203,6 @@ def first_weights(settings: RunSettings, samples: Samples, root: str) -> dict[st
         from raypkg.runs.catalog import locate
 
         run = locate(root, train.from_, having=MODEL)
-        check_has_model(run)
         theirs = settings_of_trained(run)
         here, there = settings.dataset, theirs.dataset
         check_same_tokens(here, there, samples.data, run.name)
@@ -307,11 +306,6 @@ class Backbone:
     std: tuple[float, ...]
     precision: str  # of the forward passes
 
-    @classmethod
-    def of(cls, model: Classifier, split: Split, precision: str) -> Backbone:
-        """Return the features of a model that takes samples as a split is normalised."""
-        return cls(model.features.float(), model.head.in_features, split.mean, split.std, precision)
-
     @property
     def digest(self) -> str:
         """A digest of weights, normalisation and precision, from which a sample's features follow."""
@@ -351,10 +345,8 @@ def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Back
     """
     train = data.train
     model = build_model(chosen.name, train.shape, train.num_classes, seed=seed, options=chosen.options)
-    if model.trained_with is not None:
-        mean, std = model.trained_with
-        train = replace(train, mean=mean, std=std)
-    return Backbone.of(model, train, precision)
+    mean, std = model.trained_with or (train.mean, train.std)
+    return Backbone(model.features.float(), model.head.in_features, mean, std, precision)
 
 
 def trained_backbone(folder: RunFolder, run: str, dataset: Dataset, data: Data, precision: str) -> Backbone:
@@ -362,11 +354,12 @@ def trained_backbone(folder: RunFolder, run: str, dataset: Dataset, data: Data, 
     from raypkg.runs.catalog import locate
 
     other = locate(folder.storage.parent.parent.root, run, having=MODEL)
-    check_has_model(other)
     settings = settings_of_trained(other)
     theirs = open_samples(settings).data
-    if theirs.train.shape != data.train.shape:
-        shapes = f"{list(theirs.train.shape)}, those here have {list(data.train.shape)}"
+    train = theirs.train
+    if train.shape != data.train.shape:
+        shapes = f"{list(train.shape)}, those here have {list(data.train.shape)}"
         raise UserError(f"the model of run {other.name!r} takes samples of shape {shapes}")
     check_same_tokens(dataset, settings.dataset, data, other.name)
-    return Backbone.of(restored_model(other, settings, theirs), theirs.train, precision)
+    model = restored_model(other, settings, theirs)
+    return Backbone(model.features.float(), model.head.in_features, train.mean, train.std, precision)

@@ -67,7 +67,7 @@ def test_a_model_of_other_samples_is_refused(effray, refusal, after):
 def test_a_disk_that_is_too_small_is_told_before_anything_is_computed(refusal, monkeypatch):
     monkeypatch.setattr("raypkg.experiments.embedding.shutil.disk_usage", lambda folder: type("", (), {"free": 1000}))
     line = refusal(EMBED)
-    assert "1,437 training rows and 360 test rows of 100 features, about 748 kB, and as much again" in line
+    assert "1,437 training and 360 test rows of 100 features, about 748 kB, and as much again" in line
     assert "has 1 kB left" in line
 
 
@@ -184,7 +184,7 @@ def test_the_plan_tells_rows_width_and_bytes_as_they_will_be(effray):
     effray(command)
     folder = Path("runs/embed/one")
     train, test = (pq.read_table(folder / f"{split}.parquet") for split in ("train", "test"))
-    assert told.startswith(f"# rows: {len(train):,} training rows and {len(test):,} test rows of 64 features, about ")
+    assert told.startswith(f"# rows: {len(train):,} training and {len(test):,} test rows of 64 features, about ")
     size = sum((folder / f"{split}.parquet").stat().st_size for split in ("train", "test"))
     number, unit = told.partition("about ")[2].split()[:2]
     assert float(number) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(size, rel=0.05)

@@ -14,10 +14,10 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import fields_of, validate
-from raypkg.core.errors import UserError, unknown
+from raypkg.core.errors import UserError
 from raypkg.core.seeds import seeded
 from raypkg.core.settings import Cluster
-from raypkg.coresets.batches import as_dataset, load_batches
+from raypkg.coresets.batches import as_dataset, check_keywords, load_batches
 from raypkg.coresets.gradients import evaluating
 from raypkg.data.split import Split
 from raypkg.engine.worker import Worker
@@ -31,7 +31,6 @@ from .settings import LiptSettings, Pretrain
 
 AT_ONCE = 1024  # samples read together for their labels
 OF_RUNS = {"method", "joint_epochs", "evaluate_every_epochs", "compile"}  # settings of effray's own runs
-ARGUMENTS = {*fields_of(Pretrain), "seed", "workers"} - OF_RUNS
 Labelled = Split | Dataset[Any] | tuple[Tensor, Tensor]
 
 
@@ -74,9 +73,7 @@ def pretrain(
     >>> (merged(x).argmax(1) == (x[:, 0] > 0)).double().mean().item() > 0.9
     True
     """
-    for name in options:
-        if name not in ARGUMENTS:
-            raise unknown("argument of lipt.pretrain", name, ARGUMENTS)
+    check_keywords(pretrain, options, fields_of(Pretrain).keys() - OF_RUNS)
     try:
         # The caller may have switched gradients off, and data sets may draw from PyTorch's global generator.
         with torch.inference_mode(False), torch.enable_grad(), seeded(0, "lipt.pretrain"):

@@ -3,7 +3,6 @@
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,19 +66,13 @@ class Context:
         return StoredCheckpoints(self.storage / "checkpoints" / "pretrain" / name, keep=1)
 
 
-class Round(NamedTuple):
-    """A part of training that all models begin with the same weights."""
-
-    first: int  # epochs done before
-    last: int  # the epoch after which the models are merged
-    start: State
-
-
 class Beginning(Hook):
     """Gives a model the weights of its round's start, unless its checkpoint is of later epochs."""
 
     priority = 0
-    current: Round  # set before each
+    start: State  # of the round: these three are set before each
+    first: int  # epochs done before
+    last: int  # the epoch after which the models are merged
 
     def __init__(self, masks: Masks):
         self.masks = masks
@@ -87,17 +80,17 @@ class Beginning(Hook):
     def on_epoch(self, run: Run) -> None:
         """Replace the weights before the round's first epoch, and reset the optimiser."""
         self.check(run)
-        if run.epoch == self.current.first:
-            weights = {name: w * self.masks.get(name, 1) for name, w in self.current.start.items()}
+        if run.epoch == self.first:
+            weights = {name: w * self.masks.get(name, 1) for name, w in self.start.items()}
             run.model.load_state_dict(weights, strict=False)  # batch-norm statistics, unused in training, stay
             run.optimizer.state.clear()
 
     def check(self, run: Run) -> None:
         """Refuse a checkpoint of another round: an unreadable file hides later epochs, and would change the result."""
-        if not self.current.first <= run.epoch <= self.current.last:
+        if not self.first <= run.epoch <= self.last:
             raise UserError(
                 f"checkpoints/pretrain is damaged: {_name(run.label)} has done {run.epoch} epochs, the models were"
-                f" merged after {self.current.first}: run it again under another name"
+                f" merged after {self.first}: run it again under another name"
             )
 
 
@@ -138,10 +131,10 @@ class Trainee:
             main=False,
         )
 
-    def train(self, current: Round) -> None:
+    def train(self, start: State, first: int, last: int) -> None:
         """Train through a round, under its own masks and on its own shard, from the last checkpoint if there is one."""
-        self.beginning.current = current
-        self.run.last = current.last
+        self.beginning.start, self.beginning.first, self.beginning.last = start, first, last
+        self.run.last = last
         fit(self.run, checkpoints=self.checkpoints)
         self.beginning.check(self.run)
         self.run.optimizer.state.clear()  # the next round begins without it, and it is as large as the model

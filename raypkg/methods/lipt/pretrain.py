@@ -48,7 +48,7 @@ from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
 
 from . import merge, pretraining
-from .member import Context, Round, Trainee, parameters_of
+from .member import Context, Trainee, parameters_of
 from .merges import Member, State, outer_step, reestimate
 from .settings import RESULT, LiptSettings
 
@@ -129,10 +129,9 @@ def train_and_merge(context: Context) -> tuple[nn.Module, Merged, list[Trainee],
     for last in pretrain.merge_epochs:
         if last <= merged.epoch:
             continue  # done before a restart
-        current = Round(merged.epoch, last, merged.parameters)
         for trainee in trainees:
-            trainee.train(current)
-        merged = merge_round(context, current, merged, trainees)
+            trainee.train(merged.parameters, merged.epoch, last)
+        merged = merge_round(context, merged, last, trainees)
         if last < pretrain.epochs:
             if checkpoints:
                 checkpoints.save(last, {**merged._asdict(), "merging": merged.merging.record()})
@@ -192,8 +191,9 @@ def disjoint_shards(context: Context) -> list[Tensor]:
     return stratified_shards(samples.data.train.y, pretrain.models, size, rng, indices=samples.train_indices)
 
 
-def merge_round(context: Context, current: Round, before: Merged, trainees: Sequence[Trainee]) -> Merged:
-    """Merge the models of all workers after a round, by the rule of the settings."""
+def merge_round(context: Context, before: Merged, last: int, trainees: Sequence[Trainee]) -> Merged:
+    """Merge the models of all workers after a round, which ends with epoch ``last``, by the rule of the settings."""
+    start = before.parameters
     worker = context.worker
     settings = context.settings.pretrain
     _wait(worker)  # for the slowest worker, so that the merge's seconds are its own
@@ -221,17 +221,17 @@ def merge_round(context: Context, current: Round, before: Merged, trainees: Sequ
 
         rule = merge[settings.merge]
         members = [trainee.member for trainee in trainees]
-        merged = rule(current.start, members, total=total, gather=gather, score=score)
-        shapes = {name: w.shape for name, w in current.start.items()}
+        merged = rule(start, members, total=total, gather=gather, score=score)
+        shapes = {name: w.shape for name, w in start.items()}
         if {name: w.shape for name, w in merged.items()} != shapes:
             raise UserError(f"pretrain.merge = {settings.merge!r} returned other parameters or shapes than {[*shapes]}")
-        parameters, velocity = outer_step(current.start, merged, before.velocity, settings.outer_momentum)
+        parameters, velocity = outer_step(start, merged, before.velocity, settings.outer_momentum)
 
     seconds = _of_all_models(context, [trainee.cost.seconds for trainee in trainees])
     earlier = before.trained or [0.0] * len(seconds)
     return Merged(
         parameters=parameters,
-        epoch=current.last,
+        epoch=last,
         velocity=velocity,
         trained=seconds,
         slowest=before.slowest + max(now - then for now, then in zip(seconds, earlier, strict=True)),
