@@ -175,7 +175,7 @@ def rows(bench: Bench, repeats: int):
             fewer = everyone.index_fill(0, some, False)
             before, now = (fewer, everyone) if adding else (everyone, fewer)
             history = bench.record(before)
-            old = history.final
+            old = history.read(len(history)).w
             times = {"retrain": [], "update": []}
             for _ in range(repeats):
                 start = time.perf_counter()
@@ -184,7 +184,7 @@ def rows(bench: Bench, repeats: int):
                 replayed, exact = bench.update(history, before, now)
                 times["retrain"].append(middle - start)
                 times["update"].append(time.perf_counter() - middle)
-            updated = replayed.final
+            updated = replayed.read(len(replayed)).w
             slow, fast = (statistics.median(values) for values in times.values())
             yield (
                 "add" if adding else "delete", f"{rate:g}", f"{slow:.2f}", f"{fast:.2f}", f"{slow / fast:.2f}",
@@ -204,7 +204,7 @@ def tolerances(bench: Bench) -> None:
     for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
         exact_steps = Tolerant(tolerance, horizon, bench.case.training.weight_decay)
         replayed, exact = bench.update(history, everyone, fewer, exact_steps)
-        away = (replayed.final - retrained).norm()
+        away = (replayed.read(len(replayed)).w - retrained).norm()
         print(f"| {tolerance:g} | {exact_steps.estimate:.1e} | {away:.1e} | {exact} of {len(history)} |", flush=True)
 
 
@@ -225,7 +225,7 @@ def online(bench: Bench, requests: int) -> None:
             slow, fast = (sum(values) for values in times.values())
             print(
                 f"{number} deletions: retraining {slow:.1f} s, DeltaGrad {fast:.1f} s, ratio {slow / fast:.2f},"
-                f" ‖U − I‖ {(history.final - retrained).norm():.1e}",
+                f" ‖U − I‖ {(history.read(len(history)).w - retrained).norm():.1e}",
                 flush=True,
             )
 

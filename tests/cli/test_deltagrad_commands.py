@@ -243,7 +243,7 @@ def test_opening_a_run_deletes_the_leftovers_of_killed_requests(trained):
     for folder in ("versions/00002", "added"):
         (RUN / folder).mkdir()
     for name in ("versions/00002/history.arrow", "requests/00002.parquet", "requests/00002.parquet.17.part",
-                 "added/00002.part", "added/00002.arrow", "log.jsonl.17.part"):  # fmt: skip
+                 "added/00002.arrow.17.part", "added/00002.arrow", "log.jsonl.17.part"):  # fmt: skip
         (RUN / name).touch()
     trained("deltagrad log a")
     assert sorted(RUN.rglob("*")) == before

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -36,12 +35,9 @@ FEW = 2048  # samples that are computed here faster than on actors
 Follow = Callable[[Iterable[Any], int], Iterable[Any]]  # shows the progress of a number of steps
 
 
-def silently(steps: Iterable[Any], total: int) -> Iterable[Any]:
-    """Show no progress."""
-    return steps
-
-
-def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: Follow = silently) -> Entry:
+def answer(
+    run: RecordedRun, change: Change, settings: RequestSettings, follow: Follow = lambda steps, total: steps
+) -> Entry:
     """Replay the training with changed samples, make the result durable and return its entry in the journal.
 
     A failure before `Journal.commit`, such as a full disk, a corrupt record or a replay that diverges, changes nothing.
@@ -54,16 +50,12 @@ def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: 
     # Who was in use, and who will be. New samples get the next ids and a place in a batch of every epoch.
     everyone = run.split
     membership = run.membership
-    before = run.active
-    now = run.active.clone()
+    before = change.before.clone()
     if change.new:
         everyone = joined(run.split, change.new)
         newcomers = torch.arange(len(run.split), len(everyone))
         membership = replace(membership, added=(*membership.added, newcomers))
-        before = torch.cat([before, torch.zeros(len(newcomers), dtype=torch.bool)])
-        now = torch.cat([now, torch.ones(len(newcomers), dtype=torch.bool)])
-    now[change.gone] = False
-    now[change.came] = True
+        before[newcomers] = False
 
     chosen = settings.replay
     exact_steps: Periodic | Tolerant
@@ -75,7 +67,6 @@ def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: 
 
     folder = history_folder(run.storage, len(run.journal.entries))
     check_room(folder, history.layout, total)
-    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
     exact = 0
     with (
         closing(HistoryWriter(folder, history.layout)) as writer,
@@ -83,7 +74,7 @@ def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: 
     ):
         writer.start()
         replayed = replay(
-            changed_steps(history, membership, before, now),
+            changed_steps(history, membership, before, change.now),
             gradient,
             exact_steps,
             decay=train.weight_decay,
@@ -105,7 +96,7 @@ def answer(run: RecordedRun, change: Change, settings: RequestSettings, follow: 
     if estimate is not None and history.layout.dtype.itemsize <= 4:  # a record in float32 has lost digits of w
         estimate += torch.finfo(torch.float32).eps * w.norm().item()
     facts = {
-        "samples": int(now.sum()),
+        "samples": int(change.now.sum()),
         "history": sealed,
         "steps": total,
         "exact": exact,
@@ -194,7 +185,7 @@ class Verdict(NamedTuple):
     samples: int  # gradients computed by retraining
 
 
-def verify(run: RecordedRun, cluster: Cluster, follow: Follow = silently) -> Verdict:
+def verify(run: RecordedRun, cluster: Cluster, follow: Follow = lambda steps, total: steps) -> Verdict:
     """Retrain with the samples in use, from the same weights in the same order, and compare."""
     history = run.history()
     membership = run.membership

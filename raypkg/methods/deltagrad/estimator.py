@@ -1,4 +1,4 @@
-"""DeltaGrad in a script of one's own: an estimator in scikit-learn's manner, and the record of a linear head."""
+"""DeltaGrad in a script of one's own: an estimator in scikit-learn's manner, over a recorded run."""
 
 from __future__ import annotations
 
@@ -93,8 +93,6 @@ class DeltaGrad:
     Attributes:
         classes_: labels, sorted, [C].
         n_features_in_: numbers of a sample, D.
-        coef_: W, of the scaled samples, float64 [C, D].
-        intercept_: b, float64 [C].
 
     Raises:
         UserError: a ``ValueError`` too: invalid settings, samples, labels or ids. The state is as before.
@@ -155,7 +153,7 @@ class DeltaGrad:
         folder = new_folder(self.history)
         place = history_folder(folder.storage, 0)
         layout = Layout.of(model, settings.history.dtype)
-        check_room(place, layout, settings.train.epochs * settings.train.steps_per_epoch(len(split)))
+        check_room(place, layout, settings.steps(len(split)))
         with closing(HistoryWriter(place, layout)) as writer:
             hooks = [Historian(writer)]
             train(Run.simple(model, split, settings.train, hooks=hooks, seed=settings.seed, augment=()))
@@ -230,8 +228,8 @@ class DeltaGrad:
                 raise unknown("class", str(label), map(str, self.classes_))
         new = self._aligned(x, np.array([codes[label] for label in labels.tolist()]))
         first = len(run.active)
-        nobody = torch.arange(0)
-        self._answer(run, Change(gone=nobody, came=nobody, new=new, requests=()))
+        in_use = torch.cat([run.active, torch.ones(len(new), dtype=torch.bool)])
+        self._answer(run, Change(before=in_use, now=in_use, new=new, requests=()))
         return np.arange(first, first + len(new))
 
     @_value_errors()

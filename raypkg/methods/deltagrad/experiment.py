@@ -1,5 +1,7 @@
 """DeltaGrad: training whose every step is recorded, so that samples can be deleted and added without training again."""
 
+from functools import partial
+
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import Named
 from raypkg.experiments import experiment
@@ -29,37 +31,13 @@ def run(settings: DeltaGradSettings, *, samples: Samples, report: Report, worker
     settings.check(len(samples.train_indices), samples.data)
     storage = report.folder.storage
     layout = Layout.of(new_model(settings, samples.data), settings.history.dtype)
-    per_epoch = -(-len(samples.train_indices) // settings.train.batch_size)
-    steps = settings.train.epochs * per_epoch
+    steps = settings.steps(len(samples.train_indices))
     check_room(history_folder(storage, 0), layout, steps)
     report.say(f"history: {layout.describe(steps)}")
     job = Job(settings, settings.train, storage, hooks=(Named(name="deltagrad"),))
     record = train_on_cluster(job, samples, report, workers)
     begin_journal(report.folder, settings, samples, record["history"])
     finish(report, settings, samples, epochs=settings.train.epochs)
-
-
-# Follow-ups of a run in a table of `effray compare`
-
-
-def delete_some(folder: RunFolder) -> dict[str, float]:
-    """Delete a thousandth of the samples, drawn by the run's seed, in one request."""
-    return _measured(folder, share=1e-3)
-
-
-def delete_a_hundredth(folder: RunFolder) -> dict[str, float]:
-    """Delete a hundredth of the samples, drawn by the run's seed, in one request."""
-    return _measured(folder, share=1e-2)
-
-
-def delete_one_after_another(folder: RunFolder) -> dict[str, float]:
-    """Delete ten samples, drawn by the run's seed, in ten requests, each answered from the last one's record."""
-    return _measured(folder, requests=10)
-
-
-def delete_a_hundred(folder: RunFolder) -> dict[str, float]:
-    """Delete a hundred samples in as many requests, as in `delete_one_after_another`."""
-    return _measured(folder, requests=100)
 
 
 def _measured(folder: RunFolder, *, share: float = 0.0, requests: int = 1) -> dict[str, float]:
@@ -99,3 +77,10 @@ def _measured(folder: RunFolder, *, share: float = 0.0, requests: int = 1) -> di
         "relative_distance": verdict.distance / verdict.norm,
         "exact_share": sum(entry["exact"] for entry in answers) / sum(entry["steps"] for entry in answers),
     }
+
+
+# Follow-ups of a run in a table of `effray compare`: one request, or each answered from the record of the one before
+delete_some = partial(_measured, share=1e-3)
+delete_a_hundredth = partial(_measured, share=1e-2)
+delete_one_after_another = partial(_measured, requests=10)
+delete_a_hundred = partial(_measured, requests=100)

@@ -139,7 +139,7 @@ class HistoryWriter:
         def write() -> None:
             message = self.layout.message(rate, w, gradient)
             self._file.write(message)
-            self.digests.append(_digest(message))
+            self.digests.append(digest(message))
 
         self._wait(MOST_WAITING - 1)
         self._waiting.append(self._thread.submit(write))
@@ -158,7 +158,7 @@ class HistoryWriter:
         content = b"".join(self.digests)
         Storage(str(self._folder)).write(DIGESTS, content)
         self.close()
-        return _digest(content).hex()
+        return digest(content).hex()
 
     def close(self) -> None:
         """Close the file and drop records that still wait."""
@@ -181,9 +181,12 @@ class HistoryWriter:
 
 
 class History(Sequence[RecordedStep]):
-    """A sealed history, memory-mapped. Opening it checks the journal's ``digest``; reading a step checks the step's."""
+    """A sealed history, memory-mapped.
 
-    def __init__(self, folder: Path, layout: Layout, digest: str):
+    Opening it checks ``sealed``, its digest in the journal; reading a step checks the step's digest.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, sealed: str):
         self.layout = layout
         self._name = repr(str(folder / RECORDS))
         try:
@@ -192,7 +195,7 @@ class History(Sequence[RecordedStep]):
         except OSError as error:
             file = error.filename or str(folder / RECORDS)  # Arrow's errors do not have it
             raise UserError(f"the history {file!r} cannot be read: {error.strerror or error}") from None
-        if _digest(self._digests).hex() != digest:
+        if digest(self._digests).hex() != sealed:
             raise UserError(f"{str(folder / DIGESTS)!r} is corrupt: its digest is not that of the journal")
         records = len(self._digests) // DIGEST_BYTES
         if self._content.size != layout.start(records):
@@ -209,11 +212,6 @@ class History(Sequence[RecordedStep]):
             raise IndexError(step)
         return self.read(step)
 
-    @property
-    def final(self) -> Tensor:
-        """The weights after the last step, float64 [p]."""
-        return self.read(self._steps).w
-
     def check(self) -> None:
         """Read every record, the final weights included, to find a corrupt one."""
         for record in range(self._steps + 1):
@@ -223,10 +221,11 @@ class History(Sequence[RecordedStep]):
         """Return a step; the one after the last has the final weights."""
         message = self._content.slice(self.layout.start(record), self.layout.record_bytes)
         start = record * DIGEST_BYTES
-        if _digest(message) != self._digests[start : start + DIGEST_BYTES]:
+        if digest(message) != self._digests[start : start + DIGEST_BYTES]:
             raise UserError(f"step {record} of {self._name} is corrupt: its digest is another")
         return self.layout.step(message)
 
 
-def _digest(content: pa.Buffer | bytes) -> bytes:
+def digest(content: pa.Buffer | bytes) -> bytes:
+    """Return 16 bytes of BLAKE2b, as ``Storage.digest`` does of a file."""
     return blake2b(content, digest_size=DIGEST_BYTES).digest()

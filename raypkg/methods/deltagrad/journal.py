@@ -10,17 +10,14 @@
 """
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from raypkg.core.errors import UserError
@@ -29,9 +26,9 @@ from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.runs.checkpoints import save_tensors
 from raypkg.runs.folder import LOG, MODEL
-from raypkg.runs.storage import PART, Storage
+from raypkg.runs.storage import Storage
 
-from .history import history_folder
+from .history import digest, history_folder
 
 MODEL_FILE = "versions/{:05d}/" + MODEL
 CHANGE_FILE = "requests/{:05d}.parquet"
@@ -42,11 +39,11 @@ Entry = dict[str, Any]
 
 
 class Change(NamedTuple):
-    """The difference that requests make to the training samples."""
+    """The difference that requests make to the training samples, new ones included."""
 
-    gone: Tensor  # ids in use that are removed, int64
-    came: Tensor  # ids not in use that are put back, int64
-    new: Split | None  # samples that get the next ids
+    before: Tensor  # samples in use before, bool [ids]; the new ones count as used
+    now: Tensor  # samples in use afterwards, bool [ids]
+    new: Split | None  # samples that get the last ids
     requests: tuple[dict[str, str], ...]  # id and digest of each request; ids of the command line are empty
 
 
@@ -96,9 +93,10 @@ class Journal:
         # First all files that the entry refers to, under its number: as long as the log lacks it, they are leftovers.
         number = len(self.entries)
         save_tensors(self._storage, MODEL_FILE.format(number), model)
-        ids = torch.cat([change.gone, change.came]).numpy()
-        in_use = np.arange(len(ids)) >= len(change.gone)
-        self._storage.write_table(CHANGE_FILE.format(number), pa.table({"id": ids, "in_use": in_use}))
+        ids = (change.before != change.now).nonzero()[:, 0]
+        in_use = change.now[ids]
+        table = pa.table({"id": ids.numpy(), "in_use": in_use.numpy()})
+        self._storage.write_table(CHANGE_FILE.format(number), table)
         files = {"changes": CHANGE_FILE, "model": MODEL_FILE}
         if change.new:
             self.write_rows(number, change.new)
@@ -106,8 +104,8 @@ class Journal:
         content = {
             "kind": "change",
             "requests": list(change.requests),
-            "deleted": len(change.gone),
-            "restored": len(change.came),
+            "deleted": int((~in_use).sum()),
+            "restored": int(in_use.sum()),
             "new": len(change.new) if change.new else 0,
             **{name: self._storage.digest(file.format(number)) for name, file in files.items()},
             **facts,
@@ -139,30 +137,17 @@ class Journal:
     def clean_up(self) -> None:
         """Delete the files of replaced histories, and of requests that failed or were killed."""
         last = self.stored() - 1
-        left = [path for path in self._root.glob("versions/*") if path.name != f"{last:05d}" and path.is_dir()]
-        left += self._root.glob(f"*{PART}")
-        for path in [*self._root.glob("requests/*"), *self._root.glob("added/*")]:
-            number = path.name.partition(".")[0]
-            is_later = number.isdecimal() and int(number) > last
-            if is_later or path.name.endswith(PART):
-                left.append(path)
-        for path in left:
-            try:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            except OSError as error:
-                reason = error.strerror or error
-                raise UserError(f"cannot delete {str(path)!r}, which no longer belongs to the run: {reason}") from None
-        for name in ("requests", "added"):
+        for name in self._storage.list("versions"):
+            if name.isdecimal() and int(name) != last:
+                self._storage.delete_folder(f"versions/{name}")
+        self._storage.delete_unfinished()
+        for folder in ("requests", "added"):
+            for name in self._storage.list(folder):
+                number = name.partition(".")[0]
+                if number.isdecimal() and int(number) > last:
+                    self._storage.delete(f"{folder}/{name}")
             with suppress(OSError):  # not empty, or missing
-                (self._root / name).rmdir()
-
-    def changed_ids(self, entry: Entry) -> tuple[Tensor, Tensor]:
-        """Return the ids that an entry changed, int64 [m], and whether they are in use since, bool [m]."""
-        table = self.table(CHANGE_FILE.format(entry["number"]), entry["changes"])
-        return torch.tensor(table["id"].to_numpy()), torch.tensor(table["in_use"].to_numpy())
+                (self._root / folder).rmdir()
 
     def table(self, name: str, digest: str) -> pa.Table:
         """Read a table that an entry describes."""
@@ -195,14 +180,9 @@ class Journal:
             write(Path(path), header, blocks)
 
 
-def digest(content: bytes) -> str:
-    """Return 16 bytes of BLAKE2b as hexadecimal, as ``Storage.digest`` does of a file."""
-    return blake2b(content, digest_size=16).hexdigest()
-
-
 def _sealed(body: Mapping[str, Any]) -> Entry:
     """Return an entry with its digest."""
-    return {**body, "digest": digest(json.dumps(body, sort_keys=True).encode())}
+    return {**body, "digest": digest(json.dumps(body, sort_keys=True).encode()).hex()}
 
 
 def _line(entry: Entry) -> bytes:

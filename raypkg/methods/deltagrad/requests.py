@@ -21,7 +21,8 @@ from raypkg.core.registry import argument
 from raypkg.data.sources import dataset
 from raypkg.data.split import Split, aligned
 
-from .journal import Change, digest
+from .history import digest
+from .journal import Change
 from .run import RecordedRun, joined
 
 KINDS = ("delete", "delete_where", "restore", "add")
@@ -166,7 +167,7 @@ def unanswered(run: RecordedRun, requests: Iterable[Request]) -> list[Request]:
 
 
 def _digest(request: Request) -> str:
-    return digest(json.dumps([request.kind, request.value]).encode())
+    return digest(json.dumps([request.kind, request.value]).encode()).hex()
 
 
 # Conditions
@@ -222,13 +223,12 @@ def change_of(run: RecordedRun, requests: Sequence[Request]) -> Change:
     split = run.split
     added: list[Split] = []
     before = run.active
-    active = run.active.clone()
+    active = before.clone()
     for request in requests:
         try:
             if request.kind == "add":
                 added.append(_new_samples(run, request.value))
                 split = joined(run.split, *added)
-                # New samples count as in use before, so that they are no change by themselves.
                 in_use = torch.ones(len(added[-1]), dtype=torch.bool)
                 before = torch.cat([before, in_use])
                 active = torch.cat([active, in_use])
@@ -243,19 +243,21 @@ def change_of(run: RecordedRun, requests: Sequence[Request]) -> Change:
                     if not len(chosen):
                         raise UserError(f"no sample in use meets {request.value!r}")
                     if split.ids is not None:  # several rows may stand for one sample: all go together
-                        chosen = _positions(torch.isin(split.ids, split.ids[chosen]) & active)
+                        chosen = (torch.isin(split.ids, split.ids[chosen]) & active).nonzero()[:, 0]
                 active[chosen] = False
-                _check_left(split, request.kind, before, active)
+                if not active.any():
+                    raise UserError(f"{request.kind}: this would delete every sample")
+                left = torch.bincount(split.y[active], minlength=split.num_classes)  # [C]
+                for label in split.y[chosen].tolist():
+                    if not left[label]:
+                        reason = f"this would delete the whole class {split.classes[label]!r}, leave one of its samples"
+                        raise UserError(f"{request.kind}: {reason}")
         except UserError as error:
             if not request.id:  # of the command line
                 raise
             raise UserError(f"request {request.id!r}: {error}") from None
-    return Change(
-        gone=_positions(before & ~active),
-        came=_positions(active & ~before),
-        new=joined(*added) if added else None,
-        requests=tuple({"id": request.id, "digest": _digest(request)} for request in requests),
-    )
+    answered = tuple({"id": request.id, "digest": _digest(request)} for request in requests)
+    return Change(before, active, joined(*added) if added else None, answered)
 
 
 def _chosen(run: RecordedRun, split: Split, request: Request, changeable: Tensor, otherwise: str) -> Tensor:
@@ -283,22 +285,7 @@ def _chosen(run: RecordedRun, split: Split, request: Request, changeable: Tensor
     ):
         if len(wrong):
             raise UserError(f"{request.kind}: id {int(wrong[0])} {reason}")
-    return _positions(torch.isin(known, ids) & trained & changeable)
-
-
-def _check_left(split: Split, kind: str, before: Tensor, active: Tensor) -> None:
-    """Refuse a deletion that leaves nothing, or nothing of a class."""
-    if not active.any():
-        raise UserError(f"{kind}: this would delete every sample")
-    left, had = (torch.bincount(split.y[mask], minlength=split.num_classes) for mask in (active, before))  # [C]
-    emptied = _positions((left == 0) & (had > 0))
-    if len(emptied):
-        name = split.classes[int(emptied[0])]
-        raise UserError(f"{kind}: this would delete the whole class {name!r}, leave one of its samples")
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return mask.nonzero()[:, 0]
+    return (torch.isin(known, ids) & trained & changeable).nonzero()[:, 0]
 
 
 def _new_samples(run: RecordedRun, name: str) -> Split:

@@ -23,8 +23,8 @@ from raypkg.experiments.samples import Samples, new_model, open_samples
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import CONFIG, LOG, MODEL, RunFolder, write_settings
 
-from .history import History, Layout, history_folder
-from .journal import ROWS_FILE, Change, Entry, Journal, digest
+from .history import History, Layout, digest, history_folder
+from .journal import CHANGE_FILE, ROWS_FILE, Change, Entry, Journal
 from .objective import Objective, assign, to_vector
 from .settings import REPLAYED, DeltaGradSettings
 
@@ -191,10 +191,11 @@ class RecordedRun:
         return entry
 
     def _apply(self, entry: Entry) -> None:
-        ids, in_use = self.journal.changed_ids(entry)
+        changed = self.journal.table(CHANGE_FILE.format(entry["number"]), entry["changes"])
         if entry["new"]:
             self._groups.append(self.journal.added_rows(entry))
             self.active = torch.cat([self.active, torch.ones(entry["new"], dtype=torch.bool)])
+        ids, in_use = (torch.tensor(changed[name].to_numpy()) for name in ("id", "in_use"))
         self.active[ids] = in_use
 
 
@@ -207,7 +208,7 @@ def _check_finished(folder: RunFolder) -> None:
 def settings_digest(settings: DeltaGradSettings) -> str:
     """Return the digest of all settings that affect the recorded steps."""
     values = settings.model_dump(mode="json", exclude=FREE)
-    return digest(json.dumps(values, sort_keys=True).encode())
+    return digest(json.dumps(values, sort_keys=True).encode()).hex()
 
 
 def _standardised_as_trained(rows: pa.Table, samples: Samples) -> Samples:

@@ -48,16 +48,12 @@ class PlainTrain(Train):
 
     @model_validator(mode="after")
     def _plain_sgd(self) -> Self:
-        if self.optimizer != "sgd" or self.momentum:
-            raise UserError(
-                f"train.optimizer = {self.optimizer}, train.momentum = {self.momentum:g}: DeltaGrad is derived for SGD"
-                " without momentum"
-            )
-        for name, replayed in REPLAYED.items():
+        for name, replayed in {"optimizer": "sgd", "momentum": 0.0, **REPLAYED}.items():
             value = getattr(self, name)
             if value != replayed:
                 raise UserError(
-                    f"train.{name} = {value}: DeltaGrad replays w ← w − η (g + λw), g of the plain loss, to its end"
+                    f"train.{name} = {value}: DeltaGrad is derived for SGD without momentum, w ← w − η (g + λw), with g"
+                    " of the plain loss, to the last step"
                 )
         return self
 
@@ -108,9 +104,13 @@ class DeltaGradSettings(Experiment):
     history: HistorySettings = HistorySettings()
     replay: ReplaySettings = ReplaySettings()
 
+    def steps(self, n: int) -> int:
+        """Return the steps of the training on n samples."""
+        return self.train.epochs * self.train.steps_per_epoch(n)
+
     def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:
         """Return j0, at most a third of the steps."""
-        steps = self.train.epochs * self.train.steps_per_epoch(n)
+        steps = self.steps(n)
         exact = self.replay.exact_at_first(steps)
         if self.replay.tolerance is not None or exact in (BURN_IN, self.replay.burn_in):
             return {}
