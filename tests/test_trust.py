@@ -1,7 +1,10 @@
 """A stored run of somebody else brings no code along, unless the user trusts it."""
 
+import grp
 import os
+import pwd
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,21 +87,105 @@ def test_code_is_found_wherever_it_is_named(stored, of_somebody_else, text, code
             resolve.stored_settings(RunFolder(storage))
 
 
-@pytest.mark.parametrize("mode", [0o666, 0o602])
-@pytest.mark.parametrize("what", ["config.toml", "."])
-def test_what_everybody_can_write_is_not_ones_own_alone(stored, mode, what):
-    folder = stored("my_code:net")
-    path = folder.storage.local / what
-    path.chmod(mode | path.stat().st_mode)
-    with pytest.raises(UserError, match="is not your own alone and names code"):
-        resolve.stored_settings(folder)
+def opened(path, mode=0o666):
+    """Let others write to a file or folder."""
+    path.chmod(path.stat().st_mode | mode)
 
 
-def test_a_link_is_its_makers_and_not_that_of_what_it_leads_to(stored, monkeypatch, tmp_path):
+def linked(file, to):
+    """Put a link in the place of a file or folder."""
+    to.parent.mkdir(exist_ok=True)
+    file.rename(to)
+    file.symlink_to(to)
+
+
+def settings_elsewhere(run):
+    linked(run / "config.toml", run.parents[2] / "shared" / "mine.toml")
+    opened(run.parents[2] / "shared" / "mine.toml", 0o002)
+
+
+def folder_elsewhere(run):
+    linked(run.parent, run.parents[2] / "shared" / "train")
+    opened(run.parents[2] / "shared", 0o002)
+
+
+SETTINGS = "config.toml is not your own alone and names code, 'my_code:net'"
+CHANGES = {  # of a run's folder, its place and the code in the working folder; what is said, if anything
+    "nothing": (lambda run: None, None),
+    "its settings": (lambda run: opened(run / "config.toml", 0o002), SETTINGS),
+    "its settings, for a group": (lambda run: opened(run / "config.toml", 0o020), SETTINGS),
+    "its folder": (lambda run: opened(run), SETTINGS),
+    "the folder of all runs": (lambda run: opened(run.parents[1], 0o002), SETTINGS),
+    "a link's target": (settings_elsewhere, SETTINGS),
+    "a linked folder": (folder_elsewhere, SETTINGS),
+    "a sticky folder": (lambda run: opened(run.parents[1], 0o1777), None),
+    "the working folder": (lambda run: opened(Path.cwd(), 0o002), "my_code.py is not your own alone"),
+    "a module": (lambda run: opened(Path("my_code.py"), 0o002), "my_code.py is not your own alone"),
+    "an imported module": (lambda run: opened(Path("helper.py"), 0o002), "helper.py is not your own alone"),
+    "a package": (lambda run: opened(Path("inner/__init__.py"), 0o002), "inner/__init__.py is not your own alone"),
+    "a relative module": (lambda run: opened(Path("inner/deep.py"), 0o002), "inner/deep.py is not your own alone"),
+    "without a package": (lambda run: opened(Path("plain/part.py"), 0o002), "plain/part.py is not your own alone"),
+    "compiled modules": (lambda run: opened(Path("__pycache__"), 0o002), "my_code.py is not your own alone"),
+    "a module without its import": (lambda run: opened(Path("other.py"), 0o002), None),
+    "invalid Python": (lambda run: Path("helper.py").write_text("(" * 3), "helper.py is not valid Python"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_code_runs_only_if_nobody_else_can_write_what_leads_to_it(stored, monkeypatch, tmp_path, what):
+    change, says = CHANGES[what]
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for folder in ("inner", "plain", "__pycache__"):
+        Path(folder).mkdir()
+    sources = {
+        "my_code.py": "import torch\nimport helper\nimport wandb",
+        "helper.py": "def f():\n    from inner.deeper import *\n    import plain.part",
+        "inner/__init__.py": "",
+        "inner/deeper.py": "from . import deep",
+        "inner/deep.py": "from .. import nothing",
+        "plain/part.py": "from .... import nothing",
+        "other.py": "",
+    }
+    for name, text in sources.items():
+        Path(name).write_text(text)
+    monkeypatch.setattr(grp, "getgrgid", lambda number: SimpleNamespace(gr_name="staff", gr_mem=[]))
     folder = stored("my_code:net")
-    file = folder.storage.local / "config.toml"
-    file.rename(tmp_path / "mine.toml")
-    file.symlink_to(tmp_path / "mine.toml")
+    change(folder.storage.local)
+    if says is None:
+        assert resolve.stored_settings(folder)
+    else:
+        with pytest.raises(UserError, match=says):
+            resolve.stored_settings(folder)
+
+
+@pytest.mark.parametrize(("members", "is_private"), [([], True), (["me"], True), (["me", "you"], False)])
+def test_a_group_of_the_owner_alone_is_nobody_else(stored, monkeypatch, members, is_private):
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: SimpleNamespace(pw_name="me"))
+    monkeypatch.setattr(grp, "getgrgid", lambda number: SimpleNamespace(gr_name="me", gr_mem=members))
+    folder = stored("my_code:net")
+    opened(folder.storage.local, 0o020)
+    if is_private:
+        assert resolve.stored_settings(folder)
+    else:
+        with pytest.raises(UserError, match=SETTINGS):
+            resolve.stored_settings(folder)
+
+
+def test_a_space_runs_only_with_modules_of_ones_own(stored, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    storage = stored("resnet8").storage
+    storage.write("space.py", b"def space():\n    import helper")
+    Path("helper.py").touch()
+    resolve.check_file_of_code(storage, "space.py")
+    opened(Path("helper.py"), 0o002)
+    with pytest.raises(UserError, match=r"helper.py is not your own alone and would be run as code: --trust lets it"):
+        resolve.check_file_of_code(storage, "space.py")
+
+
+def test_a_link_of_somebody_else_is_not_ones_own(stored, monkeypatch, tmp_path):
+    folder = stored("my_code:net")
+    linked(folder.storage.local / "config.toml", tmp_path / "mine.toml")
     lstat = Path.lstat
 
     def of_the_link(path):
@@ -106,7 +193,7 @@ def test_a_link_is_its_makers_and_not_that_of_what_it_leads_to(stored, monkeypat
         return os.stat_result((*status[:4], os.getuid() + 1, *status[5:])) if os.path.islink(path) else status
 
     monkeypatch.setattr(Path, "lstat", of_the_link)
-    with pytest.raises(UserError, match="is not your own alone and names code"):
+    with pytest.raises(UserError, match=SETTINGS):
         resolve.stored_settings(folder)
 
 

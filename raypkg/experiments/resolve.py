@@ -1,14 +1,21 @@
 """One preparation of settings for every run: paths made absolute, names checked, the model's tokenizer filled in.
 
 Settings can name code (``my_code:net``), and a study's folder holds a file of it. So write access to a run folder
-decides which code runs when it is resumed. Stored settings that name code are accepted if their file belongs to the
-user and is not writable by everybody. Otherwise, and in an object store, which has no owners, ``--trust`` or
-EFFRAY_TRUST=1 is needed. An unpacked archive belongs to the user: read its ``config.toml`` first.
+decides which code runs when it is resumed. Stored settings that name code are accepted if their file, the modules that
+it imports from the working folder, and all folders on their paths are the user's own and writable by nobody else.
+Otherwise, and in an object store, which has no owners, ``--trust`` or EFFRAY_TRUST=1 is needed. An unpacked archive
+belongs to the user: read its ``config.toml`` first.
 """
 
+import ast
+import grp
 import os
+import pwd
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.machinery import SOURCE_SUFFIXES, all_suffixes
+from importlib.util import cache_from_source
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,37 +201,91 @@ def stored_settings(folder: RunFolder) -> dict[str, Any]:
 
 
 def check_code(storage: Storage, values: Any, file: str = CONFIG) -> None:
-    """Refuse stored settings that name code, unless the user owns or trusts them."""
-    if _is_trusted(storage, file):
+    """Refuse stored settings that name code, unless the user owns or trusts them and the code."""
+    if os.environ.get(TRUST) == "1":
         return
     for place, text in _texts(values):
         if _names_code(place, text):
-            place = f"{storage.root}/{file}"
-            raise UserError(f"{place} is not your own alone and names code, {text!r}: --trust lets it run")
+            if storage.local is None or not _is_own(storage.local / file):
+                place = f"{storage.root}/{file}"
+                raise UserError(f"{place} is not your own alone and names code, {text!r}: --trust lets it run")
+            _check_modules([text.partition(":")[0]])
 
 
 def check_file_of_code(storage: Storage, file: str) -> None:
-    """Refuse a file of code, unless the user owns or trusts it."""
-    if not _is_trusted(storage, file):
-        raise UserError(f"{storage.root}/{file} is not your own alone and would be run as code: --trust lets it")
-
-
-def _is_trusted(storage: Storage, file: str) -> bool:
-    """Return True if the user trusts all runs, or nobody else can have written a file or put it into its folder."""
+    """Refuse a file of code, unless the user owns or trusts it and the modules that it imports."""
     if os.environ.get(TRUST) == "1":
-        return True
-    if storage.local is None:
-        return False
-    folder = storage.local.resolve()
-    for path in (folder, folder / file):
+        return
+    if storage.local is None or not _is_own(storage.local / file):
+        raise UserError(f"{storage.root}/{file} is not your own alone and would be run as code: --trust lets it")
+    _check_modules(_imports(storage.local / file))
+
+
+def _check_modules(names: Iterable[str]) -> None:
+    """Refuse modules of others in the working folder, with what they import from there by a static look at them."""
+    pending, seen = list(names), set()
+    while pending:
+        parts = pending.pop().split(".")
+        for depth in range(1, len(parts) + 1):
+            stem = Path.cwd().joinpath(*parts[:depth])
+            for suffix, package in product(all_suffixes(), (parts[: depth - 1], parts[:depth])):
+                file = stem / f"__init__{suffix}" if package == parts[:depth] else Path(f"{stem}{suffix}")
+                if file in seen or not file.is_file():
+                    continue
+                seen.add(file)
+                is_source = suffix in SOURCE_SUFFIXES
+                if not (_is_own(file) and (not is_source or _is_own(Path(cache_from_source(file))))):
+                    raise UserError(f"{file} is not your own alone and would be run as code: --trust lets it")
+                if is_source:
+                    pending += _imports(file, package)
+
+
+def _imports(file: Path, package: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the names of all modules that a file of a package may import; names from modules may be modules."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except FileNotFoundError:  # reported when it is opened
+        return
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{file} is not valid Python: {error}") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            around = package[: len(package) - node.level + 1] if node.level else ()
+            module = [*around, *filter(None, [node.module])]
+            yield from (".".join([*module, alias.name]) for alias in node.names)
+
+
+def _is_own(path: Path, own: int = 2) -> bool:
+    """Return True if nobody but the user can have written what is on a path; links are followed.
+
+    The first ``own`` of the file and the folders around it belong to the user, those above perhaps to root. Others may
+    write to a sticky folder, where they cannot replace files, and to nothing else; so may groups with other members.
+    """
+    for depth, place in enumerate((path, *path.parents)):
         try:
-            status = path.lstat()  # of a link itself, not of its target
+            status = place.lstat()
         except FileNotFoundError:  # a missing file names no code
             continue
-        writable_by_all = status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode)
-        if status.st_uid != os.geteuid() or writable_by_all:
+        mode = status.st_mode
+        if status.st_uid != os.geteuid() and (depth < own or status.st_uid != 0):
             return False
+        if stat.S_ISLNK(mode):
+            if not _is_own(place.parent / place.readlink(), max(own - depth, 0)):
+                return False
+        elif not (stat.S_ISDIR(mode) and mode & stat.S_ISVTX):
+            if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_private_group(status)):
+                return False
     return True
+
+
+def _is_private_group(status: os.stat_result) -> bool:
+    try:
+        user, group = pwd.getpwuid(status.st_uid).pw_name, grp.getgrgid(status.st_gid)
+    except KeyError:
+        return False
+    return group.gr_name == user and {*group.gr_mem} <= {user}
 
 
 def _names_code(place: str, text: str) -> bool:
