@@ -55,3 +55,8 @@ def test_rows_that_stand_out_are_marked_and_cells_stay_cells():
     assert grid.html().count('class="emphasis"') == 1
     first, *_, last = grid.markdown().splitlines()
     assert (first, last) == (r"| a\|b | two lines |", "| **b** | 2 |")
+
+
+def test_markdown_passes_no_html_on():
+    text = Grid("<i>", ["<b>"], [["<script>x</script>"]], note="a < b & c").markdown()
+    assert text.count("&lt;") == 5 and "&amp;" in text and "<" not in text

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -143,14 +144,47 @@ def test_credentials_are_neither_printed_nor_kept(monkeypatch):
     assert "SECRET" not in str(UserError("cannot use 's3://KEY:SECRET@bucket/runs' as a folder"))
 
 
-@pytest.mark.parametrize("secret", ["SECRET", "SE'CRET", "SE/CRET", "SE@CRET", 'SE"CRET', "SE:CRET"])
+@pytest.mark.parametrize(
+    "secret", ["SECRET", "SE'CRET", "SE/CRET", "SE@CRET", 'SE"CRET', "SE:CRET", "SE CRET", "S E@C"]
+)
 @pytest.mark.parametrize("slashes", ["://", ":/"])
 def test_secrets_of_any_characters_are_redacted(secret, slashes):
     assert redacted(f"use s3{slashes}KEY:{secret}@bucket/runs here") == f"use s3{slashes}***@bucket/runs here"
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("'s3://bucket?secret_key=SECRET&region=x' is bad", "'s3://bucket?secret_key=***&region=x' is bad"),
+        ("s3://bucket?region=x&session_token=SECRET", "s3://bucket?region=x&session_token=***"),
+        ("s3://bucket?endpoint_override=KEY:SECRET@host:1", "s3://***@host:1"),
+        ("s3://b?endpoint_override=http%3A%2F%2FKEY%3ASECRET%40host", "s3://b?endpoint_override=***%40host"),
+        ("abfs://:SECRET@account.dfs.core.windows.net/x", "abfs://***@account.dfs.core.windows.net/x"),
+    ],
+)
+def test_secrets_in_a_query_are_redacted(text, shown):
+    assert redacted(text) == shown
+
+
+def test_an_error_of_a_remote_file_system_is_one_line(tmp_path, monkeypatch):
+    def fail(storage, folder, recursive=False):
+        raise pa.ArrowException("no token\nfor Azure")  # which is no OSError
+
+    monkeypatch.setattr(Storage, "_entries", fail)
+    with pytest.raises(UserError, match=r"cannot list .*no token for Azure"):
+        Storage(str(tmp_path)).times()
+
+
 def test_other_addresses_are_not_redacted():
-    for text in ("s3://bucket/run@v2", "/data/a@b/c", "parquet:/data/a@b", "http://127.0.0.1:8265/x"):
+    server = "s3://bucket?endpoint_override=127.0.0.1:9000&region=x"
+    for text in (
+        server,
+        "http://127.0.0.1:8265/x of a@b",
+        "s3://bucket/run@v2",
+        "/data/a@b/c",
+        "parquet:/data/a@b",
+        "http://127.0.0.1:8265/x",
+    ):
         assert redacted(text) == text
 
 

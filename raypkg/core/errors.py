@@ -12,8 +12,12 @@ OURS = ("raypkg", "ray")  # packages that may end the process, as when a trial i
 SHOWN = Repr()
 SHOWN.maxstring = SHOWN.maxother = 100
 SHOWN.maxlong = 50
-# User and password, or key and secret, of a URI; also of one that lost its second slash when it became a path.
-CREDENTIALS = re.compile(r"(:/)(/(?:[^\s@/:]*:\S*|[^\s@/]+)|[^\s@/:]+:\S*)@")
+# User and password, or key and secret, of a URI; also of one that lost its second slash when it became a path. Secrets
+# may hold blanks, unless a port follows the colon.
+PORT = r"\d{1,5}(?![^\s/?#'\",;)])"
+CREDENTIALS = re.compile(rf"(:/)(/?[^\s@/:]+:(?!{PORT}).*|/(?:[^\s@/:]*:\S*|[^\s@/]+)|[^\s@/:]+:\S*)@")
+SECRETS = re.compile(r"(?i)([?&][\w-]*(?:key|secret|token|password|signature)[\w-]*=)[^&#\s]+")
+IN_SERVER = re.compile(r"(endpoint_override=)[^&#\s]*(%40)")
 
 
 class UserError(Exception):
@@ -40,6 +44,7 @@ def redacted(text: str) -> str:
     >>> redacted("cannot use s3://KEY:SECRET@bucket/runs")
     'cannot use s3://***@bucket/runs'
     """
+    text = SECRETS.sub(r"\1***", IN_SERVER.sub(r"\1***\2", text))
     return CREDENTIALS.sub(lambda found: f"{found[1]}{'/' * found[2].startswith('/')}***@", text)
 
 

@@ -154,17 +154,29 @@ def runs_of(root: str, experiments: Iterable[str]) -> list[Listed]:
     """Return all runs of some experiments, in no order; other folders are skipped."""
     runs = Storage(root)
     kinds = set(runs.list()) & set(experiments)
-    folders = [runs / kind / name for kind in kinds for name in (runs / kind).list()]
+    folders, closed = [], []
+    for kind in kinds:
+        try:
+            folders += [runs / kind / name for name in (runs / kind).list()]
+        except UserError:
+            closed.append(unreadable(runs / kind))
     with ThreadPoolExecutor(THREADS) as pool:
-        return [line for line in pool.map(_listed, folders) if line is not None]
+        return [*closed, *(line for line in pool.map(_listed, folders) if line is not None)]
+
+
+def unreadable(storage: Storage) -> Listed:
+    """Return the line of a folder that cannot be read, such as another user's."""
+    name, kind = storage.name, storage.parent.name
+    time = storage.local.lstat().st_mtime if storage.local else 0.0
+    return Listed(kind, name, "unreadable", "–", "–", "–", None, None, None, time)
 
 
 def _listed(storage: Storage) -> Listed | None:
     """Return the line of a run, even of a damaged one, or None for another folder; read two small files."""
     try:
         times = storage.times()
-    except UserError:  # another user's
-        return None
+    except UserError:  # another user's, or no folder
+        return unreadable(storage) if storage.local and storage.local.is_dir() else None
     if not MARKS & times.keys():
         return None
     state = DONE if SUMMARY in times else state_of(storage)

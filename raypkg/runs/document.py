@@ -76,7 +76,7 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return escape(" ".join(text.split()), quote=False)  # Markdown passes HTML on
 
 
 def paragraph(text: str) -> str:

@@ -344,6 +344,7 @@ def _one_line(action: str, path: str) -> Iterator[None]:
     """Turn an error of the file system into one line."""
     try:
         yield
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
+    except (OSError, pa.ArrowException) as error:  # the second of Azure's file system
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or error
         raise UserError(f"cannot {action} {path!r}: {reason}") from None

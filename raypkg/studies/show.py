@@ -7,6 +7,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from html import escape
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -108,7 +109,9 @@ def conclude(study: Study) -> None:
     origin = f"{count} trials, written {date} on {machine} with {versions}."
     lines = [*report.findings, origin]
 
-    parts = [f"# {report.title}", *report.opening, *(section.grid.markdown() for section in report.sections), *lines]
+    title, *texts = (escape(text, quote=False) for text in (report.title, *report.opening, *lines))
+    opening, closing = texts[: len(report.opening)], texts[len(report.opening) :]
+    parts = [f"# {title}", *opening, *(section.grid.markdown() for section in report.sections), *closing]
     storage.write(MARKDOWN, ("\n\n".join(parts) + "\n").encode())
 
     html = [paragraph(line) for line in report.opening]
@@ -324,6 +327,9 @@ def _settings_grid(config: Mapping[str, Any], title: str) -> Grid:
 
 def _pictures(storage: Storage, files: Sequence[str], of: str = "") -> Iterator[str]:
     for file in files:
-        if png := storage.read(f"{PLOTS}/{file}"):
+        path = storage.local / PLOTS / file if storage.local else None
+        if path and (path.parent.is_symlink() or path.is_symlink() or (path.exists() and not path.is_file())):
+            yield paragraph(f"{PLOTS}/{file} is not a regular file of this folder, so it is not embedded.")
+        elif png := storage.read(f"{PLOTS}/{file}"):
             name = file.removesuffix(".png")
             yield picture(png, f"{name}, {of}" if of else name)

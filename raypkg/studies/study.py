@@ -20,7 +20,7 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 from raypkg.experiments import experiment, training_settings_of
 from raypkg.runs.catalog import DONE as FINISHED
-from raypkg.runs.catalog import Listed, named, state_of
+from raypkg.runs.catalog import Listed, named, state_of, unreadable
 from raypkg.runs.folder import RunFolder, check_name, discard, read_settings, write_settings
 from raypkg.runs.storage import Storage
 
@@ -297,11 +297,18 @@ def folded(root: str, lines: Sequence[Listed]) -> list[Listed]:
     """Replace the lines of trials by a line for each study: accuracy of the best trial, cost of all done ones."""
     runs = {(line.experiment, line.name): line for line in lines}
     studies = Storage(root) / FOLDER
-    folds = []
-    for name in studies.list():
-        if not is_study(studies / name):
+    try:
+        names, folds = studies.list(), []
+    except UserError:
+        names, folds = [], [unreadable(studies)]
+    for name in names:
+        try:
+            if not is_study(studies / name):
+                continue
+            time = max((studies / name).times().values(), default=0.0)
+        except UserError:
+            folds.append(unreadable(studies / name))
             continue
-        time = max((studies / name).times().values(), default=0.0)
         try:
             study = Study(studies / name)
             config = study.config

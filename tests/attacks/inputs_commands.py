@@ -49,6 +49,13 @@ ROOTS = cases(
     },
 )
 
+CACHES = cases(
+    "caches",
+    f"train --dataset table:rows.csv {QUICK}",
+    {"s3://bucket/cache": "EFFRAY_CACHE = s3://bucket/cache: the cache is a local folder"},
+    variable="EFFRAY_CACHE",
+)
+
 SETTINGS = cases(
     "settings",
     "{}",

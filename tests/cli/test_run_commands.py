@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 
 import click
@@ -241,6 +242,36 @@ def test_list_tells_which_file_of_a_run_is_damaged(call, effray, file, content):
     path = Path("runs/train/one", file)
     path.unlink() if content is None else path.write_text(content)
     assert listed(effray("list"))[0][:3] == ["one", "bad", file]
+
+
+@pytest.mark.parametrize("folder", ["runs/crest", "runs/tune", "runs/tune/s"])
+def test_list_tells_a_folder_that_cannot_be_read_and_lists_the_others(effray, folder):
+    begun(done=True)
+    Path(folder).parent.mkdir(exist_ok=True)
+    Path(folder).symlink_to(Path(folder).name)  # leads to itself
+    assert {words[0]: words[1] for words in listed(effray("list"))} == {
+        Path(folder).name: "unreadable",
+        "one": "done",
+    }
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "pipe"])
+def test_report_embeds_regular_files_of_its_own_folder_only(effray, what):
+    begun(done=True).storage.write("plots/costs.png", b"own picture")
+    plots = Path("runs/train/one/plots")
+    Path("elsewhere").mkdir()
+    Path("elsewhere/other.png").write_bytes(b"not for you")
+    if what == "file":
+        (plots / "other.png").symlink_to(Path("elsewhere/other.png").absolute())
+    elif what == "pipe":
+        os.mkfifo(plots / "other.png")
+    else:
+        shutil.rmtree(plots)
+        plots.symlink_to(Path("elsewhere").absolute())
+    effray("report one")
+    page = Path("runs/train/one/report.html").read_text()
+    assert b64encode(b"not for you").decode() not in page and "plots/other.png is not a regular file" in page
+    assert (b64encode(b"own picture").decode() in page) is (what != "folder")
 
 
 @pytest.mark.parametrize("content", ["", '{"order": {}, "trials": []}'])

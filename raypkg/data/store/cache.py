@@ -10,6 +10,7 @@ from pathlib import Path
 from platform import node
 from typing import TypeVar
 
+from raypkg.core.address import is_uri
 from raypkg.core.errors import UserError
 from raypkg.core.memory import check_cache_room
 from raypkg.data.files import Place, identity_of, relisted
@@ -38,6 +39,8 @@ def cache_folder(cache: Cache = None) -> Path:
     if isinstance(cache, Path):
         return cache
     if chosen := os.environ.get("EFFRAY_CACHE"):
+        if is_uri(chosen):
+            raise UserError(f"EFFRAY_CACHE = {chosen}: the cache is a local folder, whose files are mapped into memory")
         return Path(chosen)
     user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(user) / "effray"
