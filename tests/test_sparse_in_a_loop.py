@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from gloo import on_workers
 from raypkg import SparseTraining
@@ -182,32 +181,6 @@ def test_a_closure_computes_the_gradients_that_are_masked():
             loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
             assert loss > 0
         assert same(model, plain) and same_masks(training, expected)
-
-
-@pytest.mark.filterwarnings("ignore")  # Lightning advises more workers, and GPUs
-def test_lightning_whose_optimiser_gets_a_closure_trains_as_the_loop(tmp_path):
-    lightning = pytest.importorskip("lightning")
-    plain, optimizer, expected = attached()
-    train(plain, optimizer, stream())
-    model = network()
-    found = []
-
-    class Classification(lightning.LightningModule):
-        def training_step(self, part, _):
-            x, y = part
-            return F.cross_entropy(model(x), y)
-
-        def configure_optimizers(self):
-            optimizer, training = attached(model)[1:]
-            found.append(training)
-            return optimizer
-
-    module = Classification()
-    module.model = model
-    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    silent |= {"enable_model_summary": False, "default_root_dir": tmp_path, "accelerator": "cpu"}
-    lightning.Trainer(max_epochs=1, **silent).fit(module, DataLoader(stream(), batch_size=None))
-    assert same(model, plain) and same_masks(found[0], expected) and found[0].step == STEPS
 
 
 def test_after_accelerate_prepared_an_optimiser_it_acts_on_whole_batches():

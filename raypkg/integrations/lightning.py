@@ -1,7 +1,6 @@
 """Lightning: callbacks for coresets that resume within an epoch, for sparse training and for AGENT."""
 
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -47,13 +46,9 @@ class SparseCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimiser; of a resumed training, restore the masks."""
-        optimizer = trainer.optimizers[0]
-        before = deepcopy([pl_module.state_dict(), optimizer.state_dict()])  # new masks change them
-        steps = {"total_steps": trainer.estimated_stepping_batches}
-        self.sparse = SparseTraining(pl_module, optimizer, **steps | self.options)
+        run = {"total_steps": trainer.estimated_stepping_batches, "resumes": self.restored is not None}
+        self.sparse = SparseTraining(pl_module, trainer.optimizers[0], **run | self.options)
         if self.restored:
-            pl_module.load_state_dict(before[0])
-            optimizer.load_state_dict(before[1])
             self.sparse.load_state_dict(self.restored)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +183,8 @@ class StepCallback(KeptState):
         """Attach to model and optimiser; of a resumed training, restore masks and snapshot."""
         model, optimizer = objects["model"], objects["optimizer"]
         if (sparse := self.options.get("sparse")) is not None:
-            restored = deepcopy([model.state_dict(), optimizer.state_dict()])  # new masks change them
-            self.kept["sparse"] = SparseTraining(model, optimizer, total_steps=state.max_steps, **sparse)
-            if state.global_step:
-                model.load_state_dict(restored[0])
-                optimizer.load_state_dict(restored[1])
+            run = {"total_steps": state.max_steps, "resumes": state.global_step > 0}
+            self.kept["sparse"] = SparseTraining(model, optimizer, **run, **sparse)
         if "agent" in self.options:
             self.kept["agent"] = GradientCorrection(model, loss=self._loss, **self.options["agent"])
         super().on_train_begin(args, state, control)

@@ -152,21 +152,20 @@ class GradientCorrection:
         self.take(self.snapshots / self.epochs if self.epochs else 0.0)
         self.estimated = True  # if the rest fails, another call must not average ĉ again
         if self.weight.acts:
-            expected, seen = samples or 1, 0
+            expected = samples or 1
+            sizes = []
 
             def parts() -> Iterator[tuple[list[Tensor], float]]:
-                nonlocal seen
                 for batch in batches:
-                    size = len(next(iter(batch.values() if isinstance(batch, Mapping) else batch)))
-                    seen += size
-                    yield self.gradient(self.loss(self.copy, batch)), size / expected
+                    sizes.append(len(next(iter(batch.values() if isinstance(batch, Mapping) else batch))))
+                    yield self.gradient(self.loss(self.copy, batch)), sizes[-1] / expected
 
             with in_training(self.model):
                 self._copy_modes()
                 self.average(parts())
-            if not seen:
+            if not sizes:
                 raise UserError("snapshot: there are no batches, so there is no full gradient")
-            if seen != expected:
+            if (seen := sum(sizes)) != expected:
                 torch._foreach_mul_(self.full, expected / seen)
             if not _finite(self.full):
                 self.full = []

@@ -59,16 +59,12 @@ def draws_at_random(model: nn.Module, run: Run) -> bool:
     x, _ = next(plain_batches(run.split, indices, run.worker.device, len(indices), dtype_of(model)))
     model.train()
     outputs = []
-    moved = False
     for _ in range(2):
         with seeded(run.seed, "probe"):
             before = _generator_states(run.worker.device)
             outputs.append(model(x))
             after = _generator_states(run.worker.device)
-        moved = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
     if not torch.allclose(outputs[0], outputs[1], equal_nan=True):
-        raise UserError(
-            "agent: the model gives one batch two outputs with torch's generators set back: its draws are of another"
-            " kind, and it would differ from its snapshot by noise"
-        )
-    return moved
+        problem = "agent: the model gives one batch two outputs with torch's generators set back"
+        raise UserError(f"{problem}: its draws are of another kind, and it would differ from its snapshot by noise")
+    return not all(map(torch.equal, before, after))

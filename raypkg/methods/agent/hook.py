@@ -82,9 +82,8 @@ class Correction(Hook):
         )
         if draws_at_random(self.agent.copy, run):
             if run.settings.compile:
-                raise UserError(
-                    "agent does not go with train.compile = true for a model that draws at random, as dropout does"
-                )
+                reason = "for a model that draws at random, as dropout does"
+                raise UserError(f"agent does not go with train.compile = true {reason}")
             self.draws = RepeatedDraws(run.model, run.worker.device)
 
     def on_epoch(self, run: Run) -> None:

@@ -70,10 +70,8 @@ class AgentOptions(Settings):
         per_epoch = training.steps_per_epoch(n)
         steps = training.epochs * per_epoch
         if self.samples and not batch <= self.samples < n:
-            raise UserError(
-                f"agent.samples = {self.samples}: at least a batch, train.batch_size = {batch}, and fewer than all {n},"
-                " the default"
-            )
+            allowed = f"at least a batch, train.batch_size = {batch}, and fewer than all {n}, the default"
+            raise UserError(f"agent.samples = {self.samples}: {allowed}")
         between = self.snapshot_every_steps or per_epoch
         corrected = between // self.every_steps
         fewest = FEWEST if self.form == "measured" else 1

@@ -117,15 +117,12 @@ class Pattern(NamedTuple):
 
     def matrix(self, values: Tensor) -> Tensor:
         """Return W [out, in] in compressed sparse rows."""
-        return torch.sparse_csr_tensor(self.rows, self.columns, values, self.shape, check_invariants=False)
+        return torch.sparse_csr_tensor(self.rows, self.columns, values, self.shape)
 
     def transposed(self, values: Tensor) -> Tensor:
         """Return Wᵀ [in, out] in compressed sparse rows."""
-        height, width = self.shape
         by_column = values[self.order]
-        return torch.sparse_csr_tensor(
-            self.back_rows, self.back_columns, by_column, (width, height), check_invariants=False
-        )
+        return torch.sparse_csr_tensor(self.back_rows, self.back_columns, by_column, self.shape[::-1])
 
 
 class ActiveLinear(nn.Linear):

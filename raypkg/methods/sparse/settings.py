@@ -178,15 +178,13 @@ class SparseSettings(Sparsity, Experiment):
     def _consistent(self) -> Self:
         """Refuse settings without effect, and choices that contradict each other."""
         if self.epochs > MOST_EPOCHS:
-            raise UserError(
-                f"multiplier = {self.multiplier} of {self.train.epochs} epochs: at most {MOST_EPOCHS:,} in all"
-            )
+            given = f"multiplier = {self.multiplier} of {self.train.epochs} epochs"
+            raise UserError(f"{given}: at most {MOST_EPOCHS:,} in all")
         grows = self.growth is not None
         from_dense = self.sparse_init.name == "dense"
         if from_dense and self.growth:
-            raise UserError(
-                f"sparse_init = dense with growth = {self.growth.name} would stay dense: give --growth false"
-            )
+            chosen = f"sparse_init = dense with growth = {self.growth.name}"
+            raise UserError(f"{chosen} would stay dense: give --growth false")
         if self.density is None:
             self._refuse("density = false", *(name for name in Sparsity.model_fields if name != "density"))
         if not grows:
@@ -200,9 +198,8 @@ class SparseSettings(Sparsity, Experiment):
         if self.is_gradual and self.drop.name == "threshold":
             raise UserError("drop = threshold lets weights stay, so gradual pruning would not reach its density")
         if self.is_gradual and self.train.keep == "best":
-            raise UserError(
-                "train.keep = best may be an epoch before gradual pruning reached its density: give --train.keep last"
-            )
+            reason = "may be an epoch before gradual pruning reached its density"
+            raise UserError(f"train.keep = best {reason}: give --train.keep last")
         if self.crest and self.coreset is not None:
             raise UserError("crest chooses from all samples: --coreset would do nothing")
         if self.compute == "sparse" and self.train.compile:

@@ -42,6 +42,7 @@ from .masks import (
 )
 from .settings import PRUNED_BY, Initial, Sparsity
 
+Batch = tuple[Tensor, Tensor]  # x, y
 Rule = str | Mapping[str, Any] | Named | None  # a name, or {"name": …, "options": {…}}
 DIVERGED = "if the weights are not finite, lower the learning rate"
 _attached: WeakSet[Any] = WeakSet()  # layers, and their optimisers
@@ -75,8 +76,9 @@ class SparseTraining:
     weights. Weights grow on the raw gradient. Ranks of a process group take rank 0's masks. The arithmetic stays dense.
     Steps beyond ``total_steps`` keep the masks; steps after ``finalize`` are dense training.
 
-    Make it before checkpoints are loaded, and with the model on its device. Then load the states of model, optimiser
-    and this object, in this order. A loop that resumes without this object trains densely, which nothing can detect.
+    Make it with the model on its device. To resume, load the states of model, optimiser and this object in this order;
+    if those of model and optimiser were loaded before it was made, give ``resumes=True``. A loop that resumes without
+    this object trains densely, which nothing can detect.
 
     Differs from RigL: a step that changes the masks also updates the weights, after the change. Without growth, masks
     are static or, with the distribution ``dense``, weights are pruned gradually.
@@ -96,6 +98,7 @@ class SparseTraining:
         fan_in: sparse = first weights suit the inputs that exist, for networks without batch norm.
         batch: x, y int64 [b] for the first masks, if snip or grasp chooses them.
         seed: of masks and random growth; the same on all ranks.
+        resumes: leave the weights, which a checkpoint has set already; ``load_state_dict`` must follow.
 
     Attributes:
         masks: bool tensors by the names of the weights, changed in place.
@@ -136,8 +139,9 @@ class SparseTraining:
         death_rate: float = 0.5,
         decay: str = "cosine",
         fan_in: str = "dense",
-        batch: tuple[Tensor, Tensor] | None = None,
+        batch: Batch | None = None,
         seed: int = 0,
+        resumes: bool = False,
     ):
         chosen = {"density": density, "growth": growth, "drop": drop, "redistribution": redistribution}
         chosen |= {"distribution": distribution, "update_every": update_every, "total_steps": total_steps}
@@ -175,11 +179,11 @@ class SparseTraining:
         self.momentum: dict[str, Tensor] = {}  # of the dense gradient, if a rule needs it
         rule = settings.sparse_init
         rng = generator(seed, "mask")
-        masks = first_masks(rule.name, self.model, settings.density, rng=rng, batch=batch, options=rule.options)
+        masks = first_masks(rule.name, self.model, settings.density, rng=rng, batch=batch, **rule.options)
         self.masks = {name: mask.bool().to(self.weights[name].device) for name, mask in masks.items()}
         self._agree(self.masks)
         self.ever = {name: mask.clone() for name, mask in self.masks.items()}  # weights that were ever active
-        for name, weight in self.weights.items():
+        for name, weight in self.weights.items() if not resumes else ():
             if settings.fan_in == "sparse":
                 weight.data.copy_(enlarged(weight.data, self.masks[name]))
             zero_changed(weight, self.masks[name], self.masks[name], self.optimizer)
@@ -432,13 +436,7 @@ class SparseTraining:
 
 
 def first_masks(
-    name: str,
-    model: nn.Module,
-    density: float,
-    *,
-    rng: torch.Generator,
-    batch: tuple[Tensor, Tensor] | None = None,
-    options: Mapping[str, Any] | None = None,
+    name: str, model: nn.Module, density: float, /, *, rng: torch.Generator, batch: Batch | None = None, **options: Any
 ) -> Masks:
     """Return the first masks by the named rule; some rules need a batch x, y."""
     rule = initial[name]
