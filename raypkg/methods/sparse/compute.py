@@ -117,12 +117,12 @@ class Pattern(NamedTuple):
 
     def matrix(self, values: Tensor) -> Tensor:
         """Return W [out, in] in compressed sparse rows."""
-        return torch.sparse_csr_tensor(self.rows, self.columns, values, self.shape)
+        return torch.sparse_csr_tensor(self.rows, self.columns, values, self.shape, check_invariants=False)
 
     def transposed(self, values: Tensor) -> Tensor:
         """Return Wᵀ [in, out] in compressed sparse rows."""
-        by_column = values[self.order]
-        return torch.sparse_csr_tensor(self.back_rows, self.back_columns, by_column, self.shape[::-1])
+        parts = (self.back_rows, self.back_columns, values[self.order])
+        return torch.sparse_csr_tensor(*parts, self.shape[::-1], check_invariants=False)
 
 
 class ActiveLinear(nn.Linear):
