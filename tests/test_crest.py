@@ -399,7 +399,7 @@ def test_a_model_without_a_second_derivative_needs_order_1():
         crest.model.features.append(Fused())
         return fit(crest)
 
-    with pytest.raises(UserError, match=r"CREST's curvature cannot be computed: .* set crest.order = 1"):
+    with pytest.raises(UserError, match=r"CREST's curvature cannot be computed: .* set order = 1"):
         trained(order=2)
     assert state_of(trained(order=1)).updates
 

@@ -172,6 +172,8 @@ def test_a_loader_selects_for_a_target():
     assert not plain.coreset.weights.equal(aimed.coreset.weights)
     with pytest.raises(UserError, match="grand selects for no target: target would do nothing"):
         coresets_of(model, everything, rule="grand", target=few)
+    with pytest.raises(UserError, match="the target has no samples"):
+        coresets_of(model, everything, target=TensorDataset(few.tensors[0][:0], few.tensors[1][:0]))
 
 
 def test_a_data_set_of_hugging_face_is_taken_and_given():

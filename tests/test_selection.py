@@ -54,11 +54,6 @@ def test_class_budgets_over_every_budget():
 
 def test_budget_of_a_fraction():
     assert [budget_of(f, 50) for f in (1e-9, 0.1, 0.33, 1)] == [1, 5, 16, 50]
-    for fraction in (0, -0.1, 1.01, torch.nan):
-        with pytest.raises(UserError, match=f"fraction {fraction}: must be above 0"):
-            budget_of(fraction, 50)
-    with pytest.raises(UserError, match="0 samples"):
-        budget_of(0.5, 0)
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,7 @@ GIBIBYTE = 2**30
 
 
 def budget_of(fraction: float, n: int) -> int:
-    """Return the budget of a fraction of n samples: rounded, at least 1.
-
-    Raises:
-        UserError: the fraction is outside (0, 1], or n < 1.
-    """
-    if not 0 < fraction <= 1:
-        raise UserError(f"fraction {fraction}: must be above 0 and at most 1")
-    if n < 1:
-        raise UserError(f"a fraction of {n} samples: there must be at least 1")
+    """Return the budget of a fraction of n samples: rounded, at least 1."""
     return max(1, round(fraction * n))
 
 
@@ -42,7 +34,6 @@ def class_budgets(counts: Tensor, budget: int) -> Tensor:
     one, taken from the class with the largest share. Ties go to the lower class.
     """
     n = int(counts.sum())
-    _check_budget(budget, n)
     shares = budget * counts // n
     remainders = budget * counts % n
     left = budget - int(shares.sum())
@@ -73,7 +64,6 @@ def select_class(
     ``of_models`` are ``others`` and ``full_norms``, for rules that declare them. Other arguments as in ``select``.
     """
     n = len(samples)
-    _check_budget(budget, n)
     if target is not None and isinstance(samples, HeadView):
         if not len(target):
             raise UserError("the target has no samples")
@@ -135,6 +125,8 @@ def select(
     tensor([1])
     """
     rule = coreset[name]
+    if not 1 <= budget <= len(samples):
+        raise UserError(f"budget {budget}: must be from 1 to the number of samples, {len(samples)}")
     if rule.sees == "gradients" and not isinstance(samples, HeadView):
         raise UserError(f"{name} selects by gradients: it needs a HeadView, not a {type(samples).__name__}")
     if rule.sees == "record" and rule.takes and not isinstance(samples, rule.takes):
@@ -160,8 +152,3 @@ def select(
         picked = select_class(part, int(budgets[label]), rule, label=label, target=aim, full_norms=norms, **common)
         picks.append(picked.at(members))
     return Coreset.concat(picks)
-
-
-def _check_budget(budget: int, n: int) -> None:
-    if not 1 <= budget <= n:
-        raise UserError(f"budget {budget}: must be from 1 to the number of samples, {n}")

@@ -36,7 +36,7 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> N
         return
     rule = coreset[settings.rule]
     rule.options(settings.options)
-    _check_target(settings)
+    _check_idle(settings)
     anew_from_all = settings.fraction == 1 and settings.every_epochs == 1
     if rule.sizes_itself and not anew_from_all:
         raise UserError(
@@ -48,20 +48,21 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> N
 
 
 def check_selects_once(select: Select) -> None:
-    """Refuse, before any work, a rule that acts only during training, and a target of one that has none."""
-    _check_target(select)
+    """Refuse, before any work, a rule that acts only during training, and settings that would do nothing."""
+    _check_idle(select)
     if coreset[select.rule].sizes_itself:
         raise UserError(f"{select.rule} acts at every epoch of a training: see `effray train --help`")
 
 
-def _check_target(settings: Select) -> None:
-    """Refuse a target, or options of one, that would do nothing."""
-    chosen = settings.target
+def _check_idle(settings: Select) -> None:
+    """Refuse a bound of memory, a target, or options of one, that would do nothing."""
+    rule, chosen = coreset[settings.rule], settings.target
+    if settings.memory is not None and "memory" not in rule.declares:
+        raise UserError(f"{rule.name} caches nothing: select.memory = {settings.memory:g} would do nothing")
     if chosen is None:
         return
     if chosen.options and not chosen.is_data_set:
         raise UserError(f"select.target = {chosen.name} takes no options: {min(chosen.options)} would do nothing")
-    rule = coreset[settings.rule]
     if chosen.name != TRAIN and not rule.has_target:
         raise idle_target(rule, f"select.target = {chosen.name}")
 

@@ -28,6 +28,8 @@ from raypkg.studies.study import Order, create_study
         ("lipt --set dataset.options.size=8", "unknown digits option 'size'. Allowed: none"),
         ("crest --crest.tau 0 --crest.h 2", "crest.tau = 0, without a local model: crest.h = 2.0 would do nothing"),
         ("crest --crest.subset 0.01", "of 1295 samples is 13, fewer than the 128 of train.batch_size"),
+        ("select --model-from x --rule grand --memory 1", "grand caches nothing: select.memory = 1 would do nothing"),
+        ("train --select.rule ccs --select.fraction 0.5 --select.memory 1", "ccs caches nothing: select.memory = 1"),
         ("crest --train.batch_size 2000", "train.batch_size = 2000: there are only 1295 samples to choose from"),
         ("crest --crest.actors 2", "crest.actors = 2: give cluster.workers too"),
         ("crest --selection random --crest.tau 0.2", "selection = random: crest.tau = 0.2 belongs to crest"),

@@ -245,7 +245,7 @@ class CrestAlgorithm:
                 except RuntimeError as error:
                     if "derivative for" not in str(error):
                         raise
-                    raise UserError(f"CREST's curvature cannot be computed: {error}; set crest.order = 1") from None
+                    raise UserError(f"CREST's curvature cannot be computed: {error}; set order = 1") from None
             moments = moments.updated(gradient, diagonal)
             losses.append(loss)
 

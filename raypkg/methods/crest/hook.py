@@ -145,8 +145,6 @@ class Crest(Hook):
         values = dict(state)
         self.counts = values.pop("counts").clone()  # it changes in place
         self.picked = list(values.pop("picked"))
-        for name in ("looks", "said"):  # of earlier versions
-            values.pop(name, None)
         self.algorithm.load_state_dict(values)
 
 
