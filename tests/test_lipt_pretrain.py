@@ -145,6 +145,7 @@ def test_images_arrive_as_they_are():
         ((X.long(), Y), {}, r"a sample is torch.int64 \[6\]"),
         ((X, Y.double()), {}, r"labels must be integers from 0 up, \[b\]; a batch has torch.float64"),
         ((X, -Y), {}, "labels must be integers from 0 up"),
+        ((X, Y + 10**12), {}, "takes labels below 1048576; the largest is 1000000000002"),
         ((X, torch.arange(120) % 4), {}, r"model 'Sequential' maps inputs \(2, 6\) to \(2, 3\), not to \(2, 4\)"),
         ((X[:, :5], Y), {}, r"model 'Sequential' cannot take inputs of shape \(5,\): RuntimeError"),
         ((X * torch.nan, Y), {}, "to NaN or infinity"),

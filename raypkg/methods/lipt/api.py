@@ -30,6 +30,7 @@ from .pretrain import train_and_merge
 from .settings import LiptSettings, Pretrain
 
 AT_ONCE = 1024  # samples read together for their labels
+MOST_CLASSES = 1 << 20  # as many as a layer of effray's models is wide at most
 OF_RUNS = {"method", "joint_epochs", "evaluate_every_epochs", "compile"}  # settings of effray's own runs
 Labelled = Split | Dataset[Any] | tuple[Tensor, Tensor]
 
@@ -136,6 +137,8 @@ def as_split(dataset: Labelled) -> Split:
     positions = torch.arange(len(pairs)).split(AT_ONCE)  # type: ignore[arg-type]
     batches = load_batches(pairs, positions, seed=0, collate_fn=default_collate)
     y = torch.cat([labels.cpu() for _, labels, _ in batches])
+    if (classes := int(y.max()) + 1) > MOST_CLASSES:
+        raise UserError(f"lipt.pretrain takes labels below {MOST_CLASSES}; the largest is {classes - 1}")
     if isinstance(pairs[0], Mapping):
         raise UserError("lipt.pretrain takes samples (x, y), not mappings")
     example = torch.as_tensor(pairs[0][0])
@@ -147,7 +150,7 @@ def as_split(dataset: Labelled) -> Split:
     return Split(
         take=partial(_take, pairs),
         y=y,
-        classes=tuple(str(label) for label in range(int(y.max()) + 1)),
+        classes=tuple(str(label) for label in range(classes)),
         shape=tuple(example.shape),
         mean=(0.0,) * channels,
         std=(std,) * channels,
