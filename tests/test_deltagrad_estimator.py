@@ -30,6 +30,7 @@ def rows(n=90, seed=0):
 
 
 X, Y = rows()
+XT, YT = torch.from_numpy(X.astype(np.float32)), torch.from_numpy((Y == "yes").astype(np.int64))
 
 
 def small(**changes):
@@ -76,7 +77,6 @@ def test_a_script_gives_the_weights_of_effrays_own_run(tmp_path, replay):
 @pytest.mark.parametrize("loop", ["float64", "scaled", "scaled, zero_grad first"])
 def test_a_head_recorded_in_another_loop_gives_the_weights_of_the_estimator(fused, loop):
     estimator = small(scale="none", schedule="constant", weight_decay=0.01).fit(X, Y)
-    x, y = torch.from_numpy(X.astype(np.float32)), torch.from_numpy((Y == "yes").astype(np.int64))
     head = nn.Linear(4, 2).double()
     history = estimator._run.history()
     nn.utils.vector_to_parameters(history[0].w, head.parameters())
@@ -88,7 +88,7 @@ def test_a_head_recorded_in_another_loop_gives_the_weights_of_the_estimator(fuse
         recorder.batch(ids)
         if loop.endswith("first"):
             optimizer.zero_grad()
-        losses = nn.functional.cross_entropy(head(x[ids].double()), y[ids], reduction="none")
+        losses = nn.functional.cross_entropy(head(XT[ids].double()), YT[ids], reduction="none")
         scaler.scale(losses @ torch.full_like(losses, factor / len(ids))).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -98,18 +98,15 @@ def test_a_head_recorded_in_another_loop_gives_the_weights_of_the_estimator(fuse
     for epoch in range(6):
         if scaler.is_enabled():
             step(torch.arange(20), factor=torch.inf)  # skipped
-        for ids in shuffled(len(x), 30, 0, epoch):
+        for ids in shuffled(90, 30, 0, epoch):
             step(ids)
-    model = recorder.finish(x, y)
+    model = recorder.finish(XT, YT)
     same(model, estimator)
     same(model.delete(SOME), estimator.delete(SOME))
     assert model.verify() == estimator.verify() < 0.1
     with pytest.raises(UserError, match="another loop"):
         model.add(X[:2], [0, 1])
     same(pickle.loads(pickle.dumps(model)).delete([20]), estimator.delete([20]))
-
-
-XT, YT = torch.from_numpy(X.astype(np.float32)), torch.from_numpy((Y == "yes").astype(np.int64))
 
 
 def recorded(*batches, head=None, **options):

@@ -236,7 +236,7 @@ class DeltaGrad:
     def verify(self) -> float:
         """Return the distance ‖w − w_retrained‖ from the weights of training from scratch with the samples in use."""
         run = self._fitted()
-        return verify(run, _here()).distance
+        return verify(run, Holders(cpus_per_worker=torch.get_num_threads())).distance
 
     # Folders
 
@@ -317,7 +317,8 @@ class DeltaGrad:
         return replace(Split.from_tensors(x, codes, like.classes), mean=like.mean, std=like.std)
 
     def _answer(self, run: RecordedRun, change: Change) -> None:
-        settings = RequestSettings(replay=self._settings().replay, cluster=_here())
+        here = Holders(cpus_per_worker=torch.get_num_threads())
+        settings = RequestSettings(replay=self._settings().replay, cluster=here)
         try:
             with run.exclusively():
                 answer(run, change, settings)
@@ -363,10 +364,6 @@ def new_folder(history: str | os.PathLike[str] | None) -> RunFolder:
     if history is None:
         weakref.finalize(folder, shutil.rmtree, storage.root, ignore_errors=True)
     return folder
-
-
-def _here() -> Holders:
-    return Holders(cpus_per_worker=torch.get_num_threads())
 
 
 # Data

@@ -78,7 +78,16 @@ def replay(
         if not distance:  # the recorded gradient is the true one, and the step teaches B nothing
             sum_kept = old_size * step.gradient - sum_gone
         else:
-            predicted = _predicted(step, v, hessian, decay, convex)
+            # g_t + Bv − λv, the gradient of the recorded batch at w, if B can be trusted
+            predicted: Tensor | None = None
+            if hessian:
+                product = hessian.product(v)  # Bv
+                # A convex training at a stable rate has η‖Hv‖² ≤ 2vᵀHv, so that ‖v − ηHv‖ ≤ ‖v‖. Pairs from small,
+                # unlike batches can make a B without that property; steps along it blow up.
+                stable = step.rate * (product @ product) <= 2 * (v @ product)
+                trusted = stable if convex else distance > product.norm()
+                if trusted:
+                    predicted = step.gradient + product - decay * v
             share = old_size / new_size
             error = None
             if predicted is None or exact_steps.due(step.rate, share, distance):
@@ -98,20 +107,6 @@ def replay(
         after = w - step.rate * (mean + decay * w)
         yield ReplayedStep(step.rate, w, mean, after, exact)
         w = after
-
-
-def _predicted(step: ChangedStep, v: Tensor, hessian: "BFGS", decay: float, convex: bool) -> Tensor | None:
-    """Return g_t + Bv − λv, the gradient of the recorded batch at w_t + v, or None if B cannot be trusted."""
-    if not hessian:
-        return None
-    product = hessian.product(v)  # Bv
-    if convex:
-        # A convex training at a stable rate has η‖Hv‖² ≤ 2vᵀHv, so that ‖v − ηHv‖ ≤ ‖v‖. Pairs from small, unlike
-        # batches can make a B without that property; steps along it blow up.
-        trusted = step.rate * (product @ product) <= 2 * (v @ product)
-    else:
-        trusted = v.norm() > product.norm()
-    return step.gradient + product - decay * v if trusted else None
 
 
 def retrain(
