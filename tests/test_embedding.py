@@ -196,7 +196,7 @@ def noted(path):
     embedding.write_part = write
 
 
-def test_a_resumed_run_computes_the_parts_that_are_missing_or_damaged_and_no_others(embedded, tmp_path):
+def test_a_resumed_run_computes_the_parts_that_are_missing_damaged_or_edited_and_no_others(embedded, tmp_path):
     assert effray(EMBED, tmp_path, lambda: killed_after(6)).code == -signal.SIGKILL
     parts = tmp_path / "runs/embed/one/parts"
     assert len([*parts.iterdir()]) == 6
@@ -204,11 +204,14 @@ def test_a_resumed_run_computes_the_parts_that_are_missing_or_damaged_and_no_oth
     content[len(content) // 2] ^= 1
     (parts / "train-00001.parquet").write_bytes(content)
     (parts / "train-00003.parquet").write_bytes(content[:100])
+    edited = pq.read_table(parts / "train-00002.parquet")  # with its metadata
+    ids = pa.array(edited["id"].to_numpy()[::-1])
+    pq.write_table(edited.set_column(0, edited.schema.field("id"), ids), parts / "train-00002.parquet")
     notes = tmp_path / "notes"
     assert effray("embed --resume one --cluster.workers 0", tmp_path, lambda: noted(notes)).code == 0
     computed = notes.read_text().split()
-    assert computed[:2] == ["train-00001.parquet", "train-00003.parquet"]
-    assert len(computed) == 10 - 4
+    assert computed[:3] == ["train-00001.parquet", "train-00002.parquet", "train-00003.parquet"]
+    assert len(computed) == 10 - 3
     assert (tmp_path / "runs/embed/one/train.parquet").read_bytes() == (embedded / "train.parquet").read_bytes()
 
 

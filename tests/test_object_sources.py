@@ -193,7 +193,7 @@ def test_a_file_that_changes_while_it_is_imported(where, bucket, tmp_path, monke
 
     store = tmp_path / "cache" / "set-train.arrow"
     with pytest.raises(UserError, match=r"-0\.parquet.* changed while it was imported"):
-        cached(store, build, files_below(place))
+        cached(store, build, files_below(place, [".parquet"]))
     assert not store.exists()
 
 

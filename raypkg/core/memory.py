@@ -32,6 +32,24 @@ def check_memory(what: str, needed: int, advice: str) -> None:
         raise UserError(f"{what}: needed is {needs} of memory, this machine has {has}; {advice}")
 
 
+def read_limit() -> int:
+    """Return the most bytes of one file's data that are read at once: ``EFFRAY_MEMORY`` in GiB, by default 4."""
+    chosen = os.environ.get("EFFRAY_MEMORY") or "4"
+    limit = 0
+    with suppress(ValueError, OverflowError):
+        limit = int(float(chosen) * 2**30)
+    if limit <= 0:
+        raise UserError(f"EFFRAY_MEMORY = {chosen!r}: must be a number above 0, the GiB of data that are read at once")
+    return limit
+
+
+def check_read(what: str, size: int) -> None:
+    """Refuse to read ``size`` bytes, as they lie in memory, if that exceeds the limit of data read at once."""
+    if size > (limit := read_limit()):
+        expanded, allowed = (f"{each / 2**30:,.3g} GiB" for each in (size, limit))
+        raise UserError(f"{what}: {expanded} of memory when read, the limit is {allowed}: EFFRAY_MEMORY raises it")
+
+
 def check_samples(what: str, size: int, advice: str, count: int = SAMPLES_AT_ONCE) -> None:
     """Refuse samples of ``size`` bytes each if a batch of them, or all ``count`` if fewer, exceeds the memory."""
     batch = min(count, SAMPLES_AT_ONCE)

@@ -1,22 +1,26 @@
 """Files of a data source, local or behind a URI: which make up a split, and columns that several formats share."""
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from pyarrow import fs
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from raypkg.core.address import address_of, is_uri, opened, parted
 from raypkg.core.errors import UserError, unknown
+from raypkg.core.memory import check_read
 from raypkg.core.seeds import generator
 
 from .split import repeated
@@ -24,6 +28,9 @@ from .split import repeated
 LABELS = ("label", "fine_label", "labels", "coarse_label")  # names of label columns, the usual one first
 PREFIXES = {"train": ("train",), "test": ("test", "valid")}  # `valid` replaces a missing `test`
 READERS = 16  # concurrent requests
+ROW_BYTES = 16  # of a row besides its values: label and position
+VALUE_BYTES = {"BOOLEAN": 1, "INT64": 8, "DOUBLE": 8, "INT96": 12}  # by the type in a parquet file; others take 4
+LONGEST_CLASS = 1000  # bytes of a class name
 
 Names = tuple[str, ...]  # folders and a file, from the root of a listing down
 J = TypeVar("J")
@@ -119,18 +126,37 @@ Place: TypeAlias = Path | _Remote
 
 
 def place_of(root: str) -> Place:
-    """Return the file or folder at a source's PATH; raises UserError for a URI that cannot be listed."""
+    """Return the file or folder at a source's PATH; refuse a URI that cannot be listed and a name that is not UTF-8."""
+    if root != root.encode(errors="replace").decode():  # bytes that Python keeps as surrogates
+        raise UserError(f"path {root!r}: its name must be UTF-8")
     return _Remote(_Listing(root)) if is_uri(root) else Path(root)
 
 
-def files_below(folder: Place) -> list[Place]:
-    """Return the files below a folder, sorted; of a local folder also folders and broken links."""
-    return [*sorted(folder.rglob("*"))] if isinstance(folder, Path) else [*folder.below()]
+def files_below(folder: Place, suffixes: Collection[str]) -> list[Place]:
+    """Return the files below a folder with some suffixes, sorted.
+
+    Raises:
+        UserError: an unreadable folder below, or a link that leads nowhere, a pipe or a device with such a suffix.
+    """
+    if not isinstance(folder, Path):
+        return [file for file in folder.below() if file.suffix.lower() in suffixes]
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"folder {error.filename!r} cannot be read: {error.strerror}")
+
+    files: list[Path] = []
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        found = [Path(parent, name) for name in names]
+        files += [file for file in found if file.suffix.lower() in suffixes]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{str(file)!r} is no file: a link that leads nowhere, a pipe or a device")
+    return [*sorted(files)]
 
 
 def open_input(file: Place) -> pa.NativeFile:
     """Open a file for reading at any position; raises OSError."""
-    return pa.OSFile(str(file)) if isinstance(file, Path) else file.open_input()
+    return pa.OSFile(os.fsencode(file)) if isinstance(file, Path) else file.open_input()
 
 
 def identity_of(file: Place) -> tuple[str, int, int]:
@@ -142,6 +168,11 @@ def identity_of(file: Place) -> tuple[str, int, int]:
         raise FileNotFoundError(f"{str(file)!r} is not there any more")
     info = file.listing.files[file.names]
     return str(file), info.size, info.mtime_ns
+
+
+def size_of(file: Place) -> int:
+    """Return the bytes of a file."""
+    return identity_of(file)[1]
 
 
 def relisted(files: Iterable[Place]) -> list[Place]:
@@ -199,7 +230,7 @@ def split_files(root: Place, split: str, kind: str, suffixes: Sequence[str]) -> 
     """
     if not root.exists():
         raise UserError(f"{kind} path {str(root)!r} does not exist")
-    files = [root] if root.is_file() else [path for path in files_below(root) if path.suffix in suffixes]
+    files = [root] if root.is_file() else [path for path in files_below(root, suffixes) if path.suffix in suffixes]
     for prefix in PREFIXES[split]:
         named = [file for file in files if file.name.startswith(prefix)]
         if named:
@@ -259,6 +290,65 @@ def reading(file: Place) -> Iterator[None]:
         raise UserError(f"table {str(file)!r} cannot be read: {error}") from None
 
 
+def check_parquet(
+    file: Place, metadata: pq.FileMetaData, groups: Iterable[int], columns: Collection[str] | None = None
+) -> None:
+    """Refuse row groups of a parquet file whose columns (default: all) exceed the limit of memory, by its footer.
+
+    A page of equal values takes a few bytes, whatever their number, so numbers count as they lie in memory. Texts
+    count as they are encoded: their dictionary once.
+    """
+
+    def leaves(kind: pa.DataType) -> int:
+        return sum(leaves(kind.field(i).type) for i in range(kind.num_fields)) or 1
+
+    owner = [field.name for field in metadata.schema.to_arrow_schema() for _ in range(leaves(field.type))]
+    chosen = [i for i, name in enumerate(owner) if columns is None or name in columns]
+    leaf = [metadata.schema.column(i) for i in chosen]
+    width = [max(each.length or 0, VALUE_BYTES.get(each.physical_type, 4)) for each in leaf]
+    size = 0
+    for group in map(metadata.row_group, groups):
+        size += ROW_BYTES * group.num_rows
+        for i, each in zip(chosen, width, strict=True):
+            column = group.column(i)
+            size += max(column.total_uncompressed_size, column.num_values * each)
+    check_read(f"table {str(file)!r}", size)
+
+
+def read_parquet(file: Place, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read columns (default: all) of a parquet file whose expanded values do not exceed the limit of memory.
+
+    Texts become large strings. They are read as dictionaries first, which says their size before it is taken.
+    """
+    with reading(file):
+        found = pq.ParquetFile(open_input(file))
+        metadata = found.metadata
+        check_parquet(file, metadata, range(metadata.num_row_groups), columns)
+        texts = [field.name for field in found.schema_arrow if _is_text(field.type)]
+        table = pq.ParquetFile(open_input(file), metadata=metadata, read_dictionary=texts).read(columns)
+        table.validate(full=True)  # texts are UTF-8
+        check_distinct(table.column_names, file)
+        packed = [name for name in table.column_names if pa.types.is_dictionary(table[name].type)]
+        size = 0
+        for column in map(table.column, packed):
+            if _is_text(column.type.value_type):
+                lengths = [pc.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks]
+                size += sum(pc.sum(each.cast(pa.int64())).as_py() or 0 for each in lengths)
+        check_read(f"the texts of {str(file)!r}", size)
+        for name in packed:
+            kind = table[name].type.value_type
+            kind = pa.large_string() if _is_text(kind) and not pa.types.is_binary(kind) else kind
+            chunks = [chunk.dictionary.cast(kind).take(chunk.indices) for chunk in table[name].chunks]
+            place = table.column_names.index(name)
+            table = table.set_column(place, table.schema.field(name).with_type(kind), pa.chunked_array(chunks, kind))
+        return table
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    types = pa.types
+    return any(fits(kind) for fits in (types.is_string, types.is_large_string, types.is_string_view, types.is_binary))
+
+
 def check_distinct(columns: Sequence[str], file: Place) -> None:
     """Refuse a table with two columns of the same name."""
     if (twice := repeated(columns)) is not None:
@@ -285,18 +375,29 @@ def label_column(
     kind = schema.field(label).type
     if not pa.types.is_integer(kind):
         return label, kind, ()
-    where = f"the schema metadata 'huggingface' of {str(files[0])!r}"
+    with noted(schema, "huggingface", files[0]) as metadata:
+        features = _HubMetadata.model_validate_json(metadata).info.features
+        return label, kind, _Feature.model_validate(features.get(label, {})).names or ()
+
+
+@contextmanager
+def noted(schema: pa.Schema, key: str, file: Place) -> Iterator[bytes]:
+    """Yield what a file notes in its schema metadata, JSON; a block that finds another form is refused."""
     try:
-        hub = _HubMetadata.model_validate_json((schema.metadata or {}).get(b"huggingface", b"{}"))
-        feature = _Feature.model_validate(hub.info.features.get(label, {}))
+        yield (schema.metadata or {}).get(key.encode(), b"{}")
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where} does not list the classes of {label!r}: {path} {first['msg']}") from None
-    classes = feature.names or []
-    if (twice := repeated(classes)) is not None:
-        raise UserError(f"{where} has two classes {twice!r} of {label!r}")
-    return label, kind, tuple(classes)
+        problem = f"{'.'.join(map(str, first['loc']))} {first['msg'].removeprefix('Value error, ')}".strip()
+        raise UserError(f"the schema metadata {key!r} of {str(file)!r}: {problem}") from None
+
+
+def _distinct(names: Names | None) -> Names | None:
+    if (twice := repeated(names or ())) is not None:
+        raise ValueError(f"has two classes {twice!r}")
+    return names
+
+
+Classes = Annotated[Names | None, AfterValidator(_distinct)]
 
 
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -309,7 +410,7 @@ def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
 
 
 class _Feature(BaseModel):
-    names: list[str] | None = None  # the classes of a label column
+    names: Classes = None  # of a label column
 
 
 class _Info(BaseModel):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -204,20 +205,30 @@ def write_part(storage: Storage, part: Part, features: Tensor, split: Split, mad
     numbers = pa.array(features.numpy().reshape(-1))
     vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field(FEATURES).type)
     table = pa.table([ids.numpy(), labels, vectors], schema=schema)
-    storage.write_table(f"{PARTS}/{part.file}", table.replace_schema_metadata({FACTS: json.dumps(made)}), **FORM)
+    facts = json.dumps([digest_of(table), *made])
+    storage.write_table(f"{PARTS}/{part.file}", table.replace_schema_metadata({FACTS: facts}), **FORM)
+
+
+def digest_of(table: pa.Table) -> str:
+    """Return a digest of the contents of a part."""
+    ids, labels, vectors = (column.combine_chunks() for column in table.columns)
+    digest = blake2b(json.dumps(labels.to_pylist()).encode(), digest_size=16)
+    for numbers in (ids, vectors.flatten()):
+        digest.update(numbers.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
 
 
 def read_part(storage: Storage, part: Part) -> tuple[pa.Table, str, int, Cost] | None:
-    """Return a part with its backbone's digest, number of holders and cost; None if it is missing or damaged."""
+    """Return a part with its backbone's digest, number of holders and cost; None if missing, damaged or edited."""
     content = storage.read(f"{PARTS}/{part.file}")
     if content is None:
         return None
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         table = file.read(use_threads=False)  # Arrow's own threads may outlive the interpreter
-        digest, world, cost = json.loads(table.schema.metadata[FACTS])
-        return table, digest, world, Cost(**cost)
-    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError):
+        contents, digest, world, cost = json.loads(table.schema.metadata[FACTS])
+        return (table, digest, world, Cost(**cost)) if contents == digest_of(table) else None
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError):
         return None
 
 

@@ -12,15 +12,38 @@ from attacks.cases import cases
 
 IMAGES = [samples.encode(image) for image in samples.pixels(6)]
 LABELS = [0, 1, 2, 0, 1, 2]
+LARGE = samples.encode(np.zeros((10_000, 10_000, 1), np.uint8))  # more than Pillow decodes without a warning
 
 SOURCES = cases(
     "sources of data",
     "data {}",
     {
         "table": "needs one of train.parquet and train.csv",
+        "text:/dev/zero": "'/dev/zero' … cannot be read: Not a directory",
         "table:queue": "'queue' is not a file with one of the endings",
         "fashionmnist:/dev/null/x": "cannot fetch FashionMNIST into '/dev/null/x'",
     },
+)
+
+MEMORY = cases(
+    "the limit of memory",
+    "data table:rows.csv",
+    dict.fromkeys(("4 GiB", "-1", "nan", "1e999"), "EFFRAY_MEMORY = … must be a number above 0"),
+    variable="EFFRAY_MEMORY",
+)
+
+TEXTS = cases(
+    "texts",
+    "data text:mine.jsonl",
+    {
+        "a text that is not UTF-8": (b'{"text": "a\xff", "label": 0}\n', "mine.jsonl' cannot be read: … Invalid UTF8"),
+        "a label that is not UTF-8": (
+            b'{"text": "a", "label": "\xff"}\n',
+            "mine.jsonl' cannot be read: … Invalid UTF8",
+        ),
+        "no text besides the label": (b'{"label": "a"}\n', "none of the usual columns of texts among label"),
+    },
+    into="mine.jsonl",
 )
 
 OPTIONS = cases(
@@ -29,6 +52,7 @@ OPTIONS = cases(
     {
         "data table:rows.csv --set label=": "unknown label column of 'rows.csv' ''",
         "data table:rows.csv --set label=Label": "unknown label column of 'rows.csv' 'Label', did you mean 'label'",
+        "data text:rows.csv --set label=a": "none of the usual columns of texts",
         "data table:rows.csv --set test=0.999": "leaves no train samples of the 40",
         "data folder:images --set size=big": "folder option size = 'big'",
         "data folder:images --set size=true": "folder option size = True",
@@ -94,6 +118,11 @@ FOLDERS = cases(
     "data folder:images",
     {
         "an empty image": (("0.png", b""), "0.png does not decode"),
+        "a large image": (("0.png", LARGE), "0.png is too large to decode … 100000000 pixels … EFFRAY_MEMORY raises"),
+        "a format that runs a program": (
+            ("0.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+            "0.png does not",
+        ),
         "several sizes": (
             ("1.png", samples.encode(samples.pixels(1, 8, 8)[0])),
             "several sizes … --set dataset.options.size=224",

@@ -1,5 +1,6 @@
 """Data files that are damaged or ambiguous: one line that names the file and the place, and no store is left."""
 
+import json
 import os
 from datetime import date
 from decimal import Decimal
@@ -102,6 +103,11 @@ def column(values, kind=None):
     return pa.table({"a": pa.array(values, kind), "label": [0, 1] * (len(values) // 2)})
 
 
+def noting(metadata):
+    noted = metadata if isinstance(metadata, str) else json.dumps(metadata)
+    return column([1, 2]).replace_schema_metadata({"effray": noted})
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -109,6 +115,16 @@ def column(values, kind=None):
         (column([[1], [2]]), r"column 'a' of .* is list<.*>, needed are numbers"),
         (pa.table({"label": [0, 1]}), "has 2 rows and 0 columns besides 'label'"),
         (pa.table({}), "unknown label column of .* 'label'. Allowed: none"),
+        (
+            column([1.0, 2.0]).set_column(1, "label", [["a" * 1001, "b"]]),
+            "label' .* is longer than 1,000 bytes in row 0",
+        ),
+        (noting({"classes": ["0", "1", "0"]}), "metadata 'effray' of .*rows.parquet': classes has two classes '0'"),
+        (noting({"classes": "01"}), "metadata 'effray' of .*: classes Input should be a valid array"),
+        (noting({"classes": [0, 1]}), "metadata 'effray' of .*: classes.0 Input should be a valid string"),
+        (noting({"id": 5}), "metadata 'effray' of .*: id Input should be a valid string"),
+        (noting([1]), "metadata 'effray' of .*rows.parquet': Input should be an object"),
+        (noting("[" * 50_000), "metadata 'effray' of .*rows.parquet': Invalid JSON"),
     ],
 )
 def test_columns_that_are_no_rows_of_numbers(load_rows, cache, table, message):
@@ -169,9 +185,81 @@ def load_folder(folder, cache):
 @pytest.mark.parametrize("make", [lambda file: file.symlink_to("nowhere.png"), os.mkfifo])
 def test_what_is_named_like_an_image_and_is_no_file(folder, load_folder, cache, make):
     make(folder / "train" / "cat" / "new.png")
-    with pytest.raises(UserError, match=r"image '.*train/cat/new.png' is no file: a link that leads nowhere"):
+    with pytest.raises(UserError, match=r"'.*train/cat/new.png' is no file: a link that leads nowhere"):
         load_folder()
     assert not stores(cache)
+
+
+@pytest.mark.parametrize("kind", ["table", "libsvm", "text", "parquet", "folder"])
+def test_a_path_that_is_not_utf8(kind):
+    with pytest.raises(UserError, match=r"path '\\udcff.csv': its name must be UTF-8"):
+        load_data(f"{kind}:\udcff.csv")
+
+
+def test_an_image_whose_name_is_not_utf8_is_an_image(folder, load_folder):
+    os.rename(folder / "train/cat/000.png", os.fsencode(folder / "train/cat") + b"/\xff.png")
+    assert len(load_folder().train) == 6
+
+
+def test_a_subfolder_that_may_not_be_read(folder, load_folder, cache, monkeypatch):
+    inner = folder / "train/cat/more"
+    inner.mkdir()
+    (inner / "a.png").write_bytes(samples.encode(samples.pixels(1)[0]))
+    honest = os.scandir
+
+    def scandir(path="."):
+        if str(path) == str(inner):
+            raise PermissionError(13, "Permission denied", str(path))  # root, who runs the tests, may read everything
+        return honest(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"folder '.*train/cat/more' cannot be read: Permission denied"):
+        load_folder()
+    assert not stores(cache)
+
+
+REPEATED = pa.DictionaryArray.from_arrays(np.zeros(3000, np.int32), ["a" * 1000])  # 3 MB that take some bytes on disk
+NUMBERS = pa.array(np.arange(3000) % 2)
+BOMBS = {
+    "numbers.parquet": ("table", pa.table({"a": np.zeros(100_000), "label": np.zeros(100_000)})),
+    "vectors.parquet": (
+        "table",
+        pa.table({"a": pa.array([[0.0] * 100] * 3000, pa.list_(pa.float32(), 100)), "label": NUMBERS}),
+    ),
+    "names.parquet": ("table", pa.table({"a": NUMBERS, "label": REPEATED})),
+    "texts.parquet": ("text", pa.table({"text": REPEATED, "label": NUMBERS})),
+    "rows.csv": ("table", "a,label\n" + "1,1\n" * 300_000),
+    "texts.jsonl": ("text", '{"text": "a", "label": 1}\n' * 60_000),
+    "line.libsvm": ("libsvm", "1" + " " * 20_000 + "1:1\n"),
+    "rows.libsvm": ("libsvm", "1 1:1\n" * 5000),
+    "train.parquet": ("parquet", pa.table({"image": REPEATED.cast(pa.binary()), "label": NUMBERS})),
+    "train-rows.parquet": ("parquet", pa.table({"image": [b""] * 80_000, "label": np.zeros(80_000, np.int8)})),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_more_than_the_limit_of_memory_is_refused_before_it_is_read(tmp_path, cache, monkeypatch, name):
+    monkeypatch.setenv("EFFRAY_MEMORY", "0.001")  # GiB
+    kind, content = BOMBS[name]
+    file = tmp_path / name
+    if isinstance(content, str):
+        file.write_text(content)
+    else:
+        pq.write_table(content, file, compression="zstd", store_schema=False)
+    if kind == "parquet":
+        samples.write_parquet(tmp_path / "test.parquet", [b"a"], [0])
+    with pytest.raises(
+        UserError, match=rf"{name}'.*: 0\.\d+ GiB of memory when read, the limit is 0\.001 GiB: EFFRAY_M"
+    ):
+        load_data(f"{kind}:{tmp_path if kind == 'parquet' else file}", cache=cache)
+    assert not stores(cache)
+
+
+def test_a_file_that_is_larger_than_any_image(folder, load_folder):
+    with (folder / "train/cat/000.png").open("r+b") as file:
+        file.truncate(5 << 30)
+    with pytest.raises(UserError, match=r"image '.*000.png', one of 16 at once: 80 GiB of memory when read, the limit"):
+        load_folder()
 
 
 def test_a_folder_named_like_an_image_is_a_folder(folder, load_folder):

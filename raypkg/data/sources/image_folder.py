@@ -7,7 +7,8 @@ from itertools import islice
 import numpy as np
 
 from raypkg.core.errors import UserError
-from raypkg.data.files import Place, fetched, files_below, open_input, place_of
+from raypkg.core.memory import check_read
+from raypkg.data.files import READERS, Place, fetched, files_below, open_input, place_of
 from raypkg.data.split import Split
 from raypkg.data.store.cache import Cache, fingerprint, store_path
 from raypkg.data.store.images import Side, open_images
@@ -67,17 +68,11 @@ class ImageFiles:
         for name, path in sorted(_class_folders(folder).items()):
             if name not in classes:
                 raise UserError(f"class {name!r} of {str(folder)!r} is not among the {len(classes)} classes of train")
-            for file in files_below(path):
-                if file.suffix.lower() not in SUFFIXES:
-                    continue
-                if file.is_file():
-                    self.files.append(file)
-                elif not file.is_dir():  # the contents of a folder with such a name are listed anyway
-                    raise UserError(f"image {str(file)!r} is no file: a link that leads nowhere, or a device")
-            found = len(self.files) - len(self.labels)
-            if not found:
+            files = files_below(path, SUFFIXES)
+            if not files:
                 raise UserError(f"class folder {str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
-            self.labels += [classes.index(name)] * found
+            self.files += files
+            self.labels += [classes.index(name)] * len(files)
 
     @property
     def length(self) -> int:
@@ -99,6 +94,7 @@ class ImageFiles:
 def _content(file: Place) -> bytes:
     try:
         with open_input(file) as stream:
+            check_read(f"image {str(file)!r}, one of {READERS} at once", READERS * stream.size())
             return stream.read()
     except OSError as error:
         raise UserError(f"image {str(file)!r} cannot be read: {error.strerror or error}") from None

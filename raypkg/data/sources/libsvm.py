@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from raypkg.core.errors import UserError
-from raypkg.core.memory import check_samples
+from raypkg.core.memory import check_read, check_samples, read_limit
 from raypkg.data.files import Place, class_numbers, open_input, place_of, reading, row_files, split_rows
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, Stored
@@ -25,6 +26,8 @@ MOST_COLUMNS = 2**31  # limit of an entry's column
 DENSE = np.dtype(np.float32)
 SHOWN = 40  # characters shown of an invalid label
 BLOCK = 1 << 14  # rows written to the store at once
+ROW = 256  # bytes of a row in memory, besides its entries: two objects and a label
+LINE_BYTES = 64  # that a character of a line may take while it is parsed
 
 
 @dataset("libsvm", source="doi:10.1145/1961189.1961199")
@@ -84,10 +87,18 @@ def load(
 
 def read(file: Place) -> tuple[list[str], list[np.ndarray]]:
     """Return the label, in a canonical spelling, and the ENTRY array of each row of a file."""
-    labels = []
-    rows = []
+    labels: list[str] = []
+    rows: list[np.ndarray] = []
+    size = 0  # bytes of the rows in memory
+    limit = read_limit()
+    longest = limit // LINE_BYTES
     with reading(file), pa.input_stream(open_input(file), compression=PACKED.get(file.suffix)) as stream:
-        for number, line in enumerate(TextIOWrapper(stream, encoding="utf-8", newline="\n"), 1):
+        lines = TextIOWrapper(stream, encoding="utf-8", newline="\n")
+        for number, line in enumerate(iter(partial(lines.readline, longest + 1), ""), 1):
+            if len(line) > longest:
+                check_read(
+                    f"line {number} of {str(file)!r}, of more than {longest:,} characters", len(line) * LINE_BYTES
+                )
             text = line.partition("#")[0]
             words = text.split()
             if not words:
@@ -97,6 +108,9 @@ def read(file: Place) -> tuple[list[str], list[np.ndarray]]:
                 raise UserError(f"{where} is not made of numbers in ASCII")
             labels.append(_label(words[0], where))
             rows.append(_row(words[1:], where))
+            size += ROW + rows[-1].nbytes
+            if size > limit:
+                check_read(f"table {str(file)!r}, up to line {number}", size)
     if not rows:
         raise UserError(f"table {str(file)!r} has no rows")
     return labels, rows

@@ -11,9 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raypkg.core.errors import UserError
+from raypkg.core.memory import check_read
 from raypkg.data.files import (
     PREFIXES,
     READERS,
+    ROW_BYTES,
     Place,
     fetched,
     label_column,
@@ -71,6 +73,7 @@ class ImageTable:
         self._label, kind, self.names = label_column(files, schemas, label)
         if not pa.types.is_integer(kind):
             raise UserError(f"label column {self._label!r} of {str(files[0])!r} is {kind}, needed are integers")
+        check_read(f"the labels of {str(files[0])!r}", ROW_BYTES * self.length)
         schema = schemas[0]
         columns = [field.name for field in schema if _holds_bytes(field.type)]
         candidates = [name for name in columns if name in IMAGES] or columns
@@ -136,7 +139,8 @@ class ImageTable:
         largest = max((group.size for group in groups), default=1)
         at_once = READ_AHEAD // max(1, largest)
         if at_once:
-            for batches in fetched(lambda group: list(group.batches(columns)), groups, min(at_once, READERS)):
+            at_once = min(at_once, READERS)
+            for batches in fetched(lambda group: group.held(columns, at_once), groups, at_once):
                 yield from batches
         else:  # a single group is too large to hold
             for group in groups:
@@ -157,6 +161,16 @@ class RowGroup(NamedTuple):
         with reading(self.file):
             file = pq.ParquetFile(open_input(self.file), metadata=self.metadata)
             yield from file.iter_batches(READ_AT_ONCE, [self.number], columns)
+
+    def held(self, columns: list[str], groups: int) -> list[pa.RecordBatch]:
+        """Return all rows of the group, one of some in memory; refuse repeated values that expand too far."""
+        found: list[pa.RecordBatch] = []
+        size = 0
+        for batch in self.batches(columns):
+            found.append(batch)
+            size += batch.nbytes
+            check_read(f"row group {self.number} of {str(self.file)!r}, one of {groups} at once", groups * size)
+        return found
 
 
 def _metadata(file: Place) -> tuple[pq.FileMetaData, pa.Schema]:

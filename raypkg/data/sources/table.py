@@ -16,10 +16,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.data.files import Place, check_distinct, class_numbers, open_input, place_of, reading, row_files, split_rows
+from raypkg.core.memory import check_read
+from raypkg.data.files import (
+    LONGEST_CLASS,
+    Classes,
+    Place,
+    check_distinct,
+    check_parquet,
+    class_numbers,
+    noted,
+    open_input,
+    place_of,
+    read_parquet,
+    reading,
+    row_files,
+    size_of,
+    split_rows,
+)
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header
 from raypkg.data.store.cache import Cache, Target, cached, fingerprint, store_path, write_store
@@ -29,11 +45,12 @@ from . import dataset
 ID = "id"
 LABEL = "label"
 FEATURES = "features"
-NOTES = b"effray"  # metadata key
+NOTES = "effray"  # metadata key
 SUFFIXES = (".parquet", ".csv")
 BLOCK = 1 << 16  # rows converted at once
 BLOCK_BYTES = 64 << 20  # bytes of vectors converted at once
 LARGEST_ID = 2**63 - 1
+TOO_LONG = f"is longer than {LONGEST_CLASS:,} bytes"
 NAN = {"NaN", "-NaN", "nan", "-nan"}  # refused as numbers, where Arrow would read a missing value
 CONVERT = pcsv.ConvertOptions(null_values=[text for text in pcsv.ConvertOptions().null_values if text not in NAN])
 
@@ -87,14 +104,9 @@ def features_schema(width: int, classes: Sequence[str]) -> pa.Schema:
     return pa.schema(fields, {NOTES: json.dumps({"id": ID, "classes": list(classes)})})
 
 
-def _notes(schema: pa.Schema) -> tuple[str, tuple[str, ...]]:
-    """Return the id column and the classes noted in a schema; empty if there are none, or another program's."""
-    metadata = schema.metadata or {}
-    try:
-        facts = json.loads(metadata.get(NOTES, b"{}"))
-        return str(facts.get("id", "")), tuple(map(str, facts.get("classes", ())))
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        return "", ()
+class _Notes(BaseModel):
+    id: str = ""  # column
+    classes: Classes = None
 
 
 class RowTable:
@@ -105,9 +117,13 @@ class RowTable:
         self.label = label
         self._vectors = VectorColumns(file) if file.suffix == ".parquet" else None
         self._widths = self._vectors.widths if self._vectors else {}
-        self._table = _read(file, self._vectors)
-        noted_id, self._noted_classes = _notes(self._vectors.schema) if self._vectors else ("", ())
-        id = id or noted_id
+        self._table = read_parquet(file, self._vectors.others) if self._vectors else _read_csv(file)
+        notes = _Notes()
+        if self._vectors:
+            with noted(self._vectors.schema, NOTES, file) as metadata:
+                notes = _Notes.model_validate_json(metadata)
+        self._noted_classes = notes.classes
+        id = id or notes.id
         names = self._table.column_names
         if label not in names:
             raise unknown(f"label column of {str(file)!r}", label, names)
@@ -178,6 +194,7 @@ class RowTable:
             raise UserError(f"{where} is {kind}, needed are numbers or texts in UTF-8")
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             self._refuse_where(pc.equal(labels, ""), self.label, "has no value")
+            self._refuse_where(pc.greater(pc.binary_length(labels), LONGEST_CLASS), self.label, TOO_LONG)
             self._refuse_where(pc.match_substring(labels, "\n"), self.label, "holds a line break")  # an open quote
         if pa.types.is_floating(kind):
             self._refuse_where(pc.invert(pc.is_finite(labels)), self.label, "holds NaN or infinity")
@@ -213,18 +230,11 @@ class RowTable:
         return f"line {numbers[row]}"
 
 
-def _read(file: Place, vectors: "VectorColumns | None") -> pa.Table:
-    """Read a file's table, without its columns of vectors."""
+def _read_csv(file: Place) -> pa.Table:
     with reading(file):
-        if vectors:
-            table = pq.ParquetFile(open_input(file)).read(vectors.others)
-            table.validate(full=True)  # texts are UTF-8
-        else:
-            table = pcsv.read_csv(open_input(file), convert_options=CONVERT)
+        check_read(f"table {str(file)!r}", size_of(file))
+        table = pcsv.read_csv(open_input(file), convert_options=CONVERT)
         check_distinct(table.column_names, file)
-        for place, field in enumerate(table.schema):
-            if pa.types.is_string_view(field.type):  # Arrow cannot take rows of these
-                table = table.set_column(place, field.name, table[place].cast(pa.string()))
         return table
 
 
@@ -268,6 +278,7 @@ class VectorColumns:
     def _read_group(self, group: int) -> dict[str, np.ndarray]:
         """Return the vectors of a row group."""
         with reading(self._place):
+            check_parquet(self._place, self._file.metadata, [group], self.widths)
             table = self._file.read_row_group(group, columns=list(self.widths))
             table.validate()
         vectors = {}

@@ -13,19 +13,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.json as pjson
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from raypkg.core.errors import UserError, unknown
+from raypkg.core.memory import check_read
 from raypkg.data.files import (
     LABELS,
+    LONGEST_CLASS,
     PREFIXES,
     Place,
     class_numbers,
     label_column,
     open_input,
     place_of,
+    read_parquet,
     reading,
+    size_of,
     split_files,
     split_rows,
 )
@@ -150,7 +153,7 @@ class TextTable:
                 raise unknown(f"text column of {self._name!r}", name, others)
         if len(set(columns)) < len(columns):
             raise UserError(f"option columns = {list(columns)}: the two of a pair must differ")
-        self.columns = columns or next((usual for usual in USUAL if set(usual) <= set(names)), ())
+        self.columns = columns or next((usual for usual in USUAL if set(usual) <= set(others)), ())
         if not self.columns:
             listed = ", ".join(names)
             raise UserError(f"{self._name!r} has none of the usual columns of texts among {listed}: set option columns")
@@ -165,6 +168,10 @@ class TextTable:
         if first >= 0:
             hint = "leave such rows out with --set dataset.options.unlabelled=true"
             raise UserError(f"{self._place(first)} has no label: {hint}")
+        if pa.types.is_large_string(kind):
+            first = pc.index(pc.greater(pc.binary_length(labels), LONGEST_CLASS), True).as_py()
+            if first >= 0:
+                raise UserError(f"{self._place(first)} has a label longer than {LONGEST_CLASS:,} bytes")
         return labels.to_pylist()
 
     @cached_property
@@ -223,10 +230,10 @@ class TextTable:
 
 def _read(file: Place, label: str) -> pa.Table:
     with reading(file):
+        check_read(f"table {str(file)!r}", size_of(file))
         match file.suffix:
             case ".parquet":
-                table = pq.ParquetFile(open_input(file)).read()
-                table.validate(full=True)  # texts are UTF-8
+                return read_parquet(file)
             case ".csv" | ".tsv":
                 is_quoted = file.suffix == ".csv"
                 parsing = pcsv.ParseOptions(
@@ -242,6 +249,7 @@ def _read(file: Place, label: str) -> pa.Table:
                 table = pcsv.read_csv(open_input(file), parse_options=parsing, convert_options=convert)
             case _:
                 table = pjson.read_json(open_input(file))
+                table.validate(full=True)  # texts are UTF-8
         # Texts of any type become large strings, which may exceed 2 GiB together.
         plain = []
         for field in table.schema:

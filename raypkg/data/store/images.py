@@ -7,6 +7,7 @@ decoded on every read, by as many threads as torch uses: the worker's CPUs.
 import io
 import math
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -20,7 +21,7 @@ from PIL import Image, ImageOps
 from pydantic import Field
 
 from raypkg.core.errors import UserError
-from raypkg.core.memory import check_samples
+from raypkg.core.memory import check_samples, read_limit
 from raypkg.data.augment import default_augment
 from raypkg.data.files import Place, identity_of
 from raypkg.data.split import Split, check_labels
@@ -35,8 +36,10 @@ SET_SIZE = "set option size, such as --set dataset.options.size=224 (--set size=
 
 SIXTEEN_BITS = {"I", "I;16", "I;16B"}
 GREY = {"1", "L", "LA", *SIXTEEN_BITS}  # Pillow's modes without colour
-TOO_LARGE = Image.DecompressionBombError
-DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, TOO_LARGE)  # raised by Pillow for damaged files
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that runs another program, such as EPS
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, *TOO_LARGE)  # raised by Pillow for damaged files
+Image.MAX_IMAGE_PIXELS = read_limit() // 48  # Pillow's own default, unless EFFRAY_MEMORY is set
 RUNS = 4  # runs of images per thread: a thread with quick ones takes another run
 
 # A JPEG file is a sequence of segments: FF, a marker, and a length that includes itself (ITU-T T.81, B.1.1).
@@ -215,10 +218,12 @@ def read_header(data: bytes, name: Name, i: int) -> ImageHeader:
     if header := jpeg_header(data):
         return header
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return ImageHeader(image.height, image.width, image.mode in GREY)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return ImageHeader(image.height, image.width, image.mode in GREY)
     except TOO_LARGE as error:
-        raise UserError(f"{name(i)} is too large to decode: {error}") from None
+        raise UserError(f"{name(i)} is too large to decode: {error} EFFRAY_MEMORY raises the limit") from None
     except DAMAGED:
         raise UserError(f"{name(i)} does not decode: it is damaged or no image") from None
 
@@ -262,7 +267,7 @@ def decode(data: bytes, shape: Shape) -> np.ndarray:
     mode = "L" if channels == 1 else "RGB"
     # Arrow reads a mapped file without Python's lock, so the training thread does not wait for the disk.
     content = pa.BufferReader(data).read()
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         image.draft(mode, (width, height))
         return pixels_of(image, shape)
 
