@@ -202,6 +202,7 @@ def test_a_model_folder_without_a_tokenizer(written, load, tmp_path):
 
 
 NUMBERS = {word: number for number, word in enumerate(WORDS)}
+ENDLESS = '"normalizer": {"type": "Replace", "pattern": {"Regex": "([a-z ]+)+!"}, "content": ""}'
 
 
 @pytest.mark.parametrize(
@@ -210,6 +211,7 @@ NUMBERS = {word: number for number, word in enumerate(WORDS)}
         (NUMBERS | {"where": 99}, ("", ""), None),  # V = 100, of which many numbers name no token
         (NUMBERS, ('"type": "WordLevel"', '"type": "Word"'), "cut': no tokenizer can be read there"),
         ({"the": 0, "a": 1}, ("", ""), r"the tokenizer cannot encode the texts: .*Missing \[UNK\] token"),
+        (NUMBERS, ('"normalizer": null', ENDLESS), r"the tokenizer cannot encode the texts: .*retry-limit"),
         (NUMBERS | {"where": 2**31 - 1}, ("", ""), "a token has the number 2147483647, the largest is 2147483646"),
     ],
 )
