@@ -265,7 +265,7 @@ class NotLast(nn.Module):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"batch_size": 121}, "batch_size = 121: there are only 120 samples to choose from"),
+        ({"batch_size": 121}, "^batch_size = 121: there are only 120 samples to choose from"),
         ({"batch_size": 0}, "batch_size = 0: must be an integer, 1 or more"),
         ({"epochs": None}, "give either epochs or steps"),
         ({"steps": 3}, "give either epochs or steps"),

@@ -101,8 +101,6 @@ class CrestLoader:
         self.options = load_settings(CrestOptions, None, of_preset | options)
         data = as_dataset(dataset, "CrestLoader")
         n = len(data)  # type: ignore[arg-type]  # shown by as_dataset
-        if batch_size > n:
-            raise UserError(f"CrestLoader's batch_size = {batch_size}: there are only {n} samples to choose from")
         if (world := ranks_here().world) > 1:
             raise UserError(f"CrestLoader is for one process, not {world}: use `effray crest` with --cluster.workers")
         self.pass_steps = steps or -(-n // batch_size)
