@@ -16,11 +16,12 @@ from raypkg.experiments.train import TrainSettings
 from raypkg.methods.crest.settings import CrestSettings
 from raypkg.runs.folder import create as create_run
 from raypkg.runs.show import terminal
+from raypkg.runs.storage import Storage
 from raypkg.studies import plots
 from raypkg.studies.figures import Difference, TrialRun, estimated, front, measured_points, paired_difference, ranked
 from raypkg.studies.show import conclude, show_study
 from raypkg.studies.space import Space, order_of
-from raypkg.studies.study import Order, Trial, create_study, find_study, is_study
+from raypkg.studies.study import Order, Record, Trial, create_study, find_study, is_study
 from raypkg.studies.tables import current_function
 from raypkg.studies.trial import run_trial
 from raypkg.studies.tune import resume_sweep
@@ -74,6 +75,9 @@ def test_run_folders_decide_the_states_of_trials(sweep):
     assert not sweep.further()
     sweep.ended(3, "the loss became nan")
     assert sweep.state(3) == "failed" and [number for number, _ in sweep.waiting()] == [3]
+    for number in (0, 2):
+        sweep.run_storage(number).delete_folder("")
+    assert [sweep.state(number) for number in range(4)] == ["unfinished", "done", "unfinished", "failed"]
 
 
 def reported(tmp_path, **values):
@@ -146,7 +150,7 @@ def test_a_trials_exception_is_raised_to_the_reader_of_its_rows(error, message):
 
 
 def test_trials_that_a_searcher_will_propose_are_further_ones(tmp_path):
-    study = sweep_of(tmp_path, [])
+    study = sweep_of(tmp_path, [], ORDER.model_copy(update={"search": "optuna"}))
     study.started(1, {"crest.tau": 0.5})
     assert study.further() == [0, 2, 3]
     assert [row["trial"] for row in study.results(study.runs())] == [1]
@@ -163,7 +167,7 @@ def test_figures_are_the_last_of_the_main_training_and_the_cost_of_all_phases(sw
     assert TrialRun(run).figures() == expected | {"test_accuracy": 0.5, "test_loss": 0.1}
     assert TrialRun(run).curve("accuracy") == [(1, 0.5), (2, 0.8)]
     assert TrialRun(sweep.run(2)).figures()["backward"] == 10
-    sweep.run(2).finish_phase("pretrain", {"costs": [{"backward": 500}], "elapsed": 1.0})
+    sweep.run(2).finish_phase("pretrain", {"costs": [{"phase": "pretrain", "backward": 500}], "elapsed": 1.0})
     assert TrialRun(sweep.run(2)).figures()["backward"] == 510
 
 
@@ -281,6 +285,22 @@ def test_names_are_not_taken_twice(sweep, tmp_path):
         create_study(str(tmp_path), "one", ORDER, CrestSettings(), "", [])
 
 
+def test_a_study_appears_with_all_of_its_files_or_not_at_all(tmp_path, monkeypatch):
+    write = Record.write
+
+    def meanwhile(storage, *rest):
+        monkeypatch.setattr(Record, "write", write)
+        assert not Storage(str(tmp_path)).list("tune")
+        sweep_of(tmp_path, [{}] * 4)  # another process is faster
+        write(storage, *rest)
+
+    monkeypatch.setattr(Record, "write", meanwhile)
+    with pytest.raises(UserError, match=r"sweep 's' exists in .* or continue with --resume s"):
+        sweep_of(tmp_path, [{"crest.tau": tau} for tau in TAUS])
+    assert [path.name for path in (tmp_path / "tune").iterdir()] == ["s"]
+    assert find_study(str(tmp_path), "s").trials == [Trial(settings={})] * 4
+
+
 def test_the_order_of_a_resumed_study_may_change(sweep, tmp_path):
     sweep.change(load_settings(CrestSettings, sweep.config, {"cluster.workers": 2}), concurrent=3)
     changed = find_study(str(tmp_path), "s")
@@ -292,8 +312,8 @@ def test_the_order_of_a_resumed_study_may_change(sweep, tmp_path):
     ("file", "content", "message"),
     [
         ("config.toml", b"seed =", "config.toml' is not valid TOML: Invalid value"),
-        ("space.py", b"\xff", "space.py is corrupt: 'utf-8' codec"),
-        ("sweep.json", None, "holds no whole sweep: its sweep.json is missing or damaged, so delete"),
+        ("space.py", b"\xff", r"space.py is .*'utf-8' codec"),
+        ("sweep.json", None, r"holds no whole sweep: its sweep.json is missing or damaged .*, so delete"),
         ("sweep.json", b'{"order": {"experiment": "crest"}, "trials": []}', "holds no whole sweep"),
         ("sweep.json", b'{"order": {}, "trials": [{"settings": 3}]}', "holds no whole sweep"),
     ],

@@ -13,7 +13,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Experiment
 from raypkg.experiments import resolve
 from raypkg.methods.deltagrad.journal import Journal
-from raypkg.runs.folder import NEEDED, RunFolder, create
+from raypkg.runs.folder import RunFolder, create
 from raypkg.runs.storage import Storage
 
 CODE = """
@@ -230,7 +230,8 @@ def test_no_command_imports_it(stored, of_somebody_else, monkeypatch, capsys, tm
     folder.storage.write("model.safetensors", b"")
     digest = folder.storage.digest("model.safetensors")
     Journal(folder.storage).append({"settings": "", "rows": "", "model": digest})
-    folder.finish(dict.fromkeys(NEEDED["summary.json"]))
+    costs = dict.fromkeys(["seconds", "elapsed", "full_training_backward"], 0)
+    folder.finish({"phases": [], "samples": 1, "coreset": None, **costs})
     local = [] if command in ("export one", "deltagrad log one") else ["--cluster.workers", "0"]
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), *local])
@@ -251,12 +252,12 @@ def test_trusting_is_an_option(stored, of_somebody_else, monkeypatch, tmp_path):
 
 
 def test_a_sweep_of_somebody_else_is_not_resumed(of_somebody_else, monkeypatch, capsys, tmp_path):
-    from raypkg.studies.study import Order, create_study
+    from raypkg.studies.study import Order, Trial, create_study
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(resolve.TRUST, raising=False)
     order = Order(experiment="train", metric="accuracy", mode="max", samples=1)
-    create_study("runs", "one", order, Experiment(), CODE, [])
+    create_study("runs", "one", order, Experiment(), CODE, [Trial(settings={})])
     with pytest.raises(SystemExit):
         main(["tune", "train", "--resume", "one"])
     assert "space.py is not your own alone and would be run as code" in capsys.readouterr().err

@@ -102,8 +102,8 @@ def pinned(settings: R, samples: Samples) -> R:
     values: dict[str, Any] = {}
     if dataset.digest is None:
         values["dataset.digest"] = samples.digest(dataset)
-        if dataset.is_drawn and dataset.seed is None:
-            values["dataset.seed"] = settings.seed
+    if dataset.is_drawn and dataset.seed is None:
+        values["dataset.seed"] = settings.seed
     if isinstance(settings, Experiment) and getattr(settings, "preset", FORMER) != FORMER:
         notes = list(settings.adapted)
         for name, (value, replaced) in settings.adaptations(len(samples.train_indices)).items():

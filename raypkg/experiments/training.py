@@ -26,7 +26,7 @@ from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.runs.agreement import column_of
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
-from raypkg.runs.folder import GROWING, MODEL, NAME, NEEDED
+from raypkg.runs.folder import GROWING, MODEL, NAME, Manifest
 from raypkg.runs.plots import save_plot
 from raypkg.runs.report import Report
 from raypkg.runs.storage import Storage
@@ -144,7 +144,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
             "workers": worker.world,
             "main": job.main,
         }
-    of_the_manifest = {*NEEDED["summary.json"], *LEFT_OUT} - {"findings"}
+    of_the_manifest = {*Manifest.model_fields, *LEFT_OUT} - {"findings"}
     if clash := left.keys() & (record.keys() | of_the_manifest):
         raise UserError(f"hooks: {min(clash)!r} is a fact of the run's own, which no hook may leave")
     return record | left

@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from raypkg.core.errors import UserError, printable, redacted, unknown
 
 from . import ROOT
-from .folder import CONFIG, ENVIRONMENT, GROWING, NAME, SUMMARY, RunFolder, read_settings
+from .folder import CONFIG, ENVIRONMENT, GROWING, NAME, SUMMARY, Manifest, RunFolder, read_settings
 from .storage import PART, Storage
 
 DONE = "done"
@@ -188,10 +188,10 @@ def _listed(storage: Storage) -> Listed | None:
     accuracy = backward = seconds = None
     if SUMMARY in times:
         try:
-            summary: Any = storage.read_json(SUMMARY)
-            accuracy, seconds = summary.get("test_accuracy"), float(summary["seconds"])
-            backward = sum(int(phase["backward"]) for phase in summary["phases"])
-        except (UserError, AttributeError, LookupError, TypeError, ValueError):
+            summary: Any = storage.read_json(SUMMARY, Manifest)
+            accuracy, seconds = summary.get("test_accuracy"), summary["seconds"]
+            backward = sum(phase["backward"] for phase in summary["phases"])
+        except UserError:
             state = f"bad {SUMMARY}"
     experiment = storage.parent.name
     select = config.get("select")

@@ -16,14 +16,15 @@ import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any, Self
 
 import pyarrow as pa
+from pydantic import Field, model_validator
 
 from raypkg.core.config import Settings, parse_toml, to_toml
 from raypkg.core.errors import UserError, redacted
 
-from .storage import PART, Storage
+from .storage import PART, Storage, Stored
 
 CONFIG = "config.toml"
 SUMMARY = "summary.json"
@@ -33,10 +34,6 @@ MODEL = "model.safetensors"  # the trained model
 LOG = "log.jsonl"  # changes of the model after the run, as JSON; the last line has the digest of the model in force
 RESULTS = (".safetensors", ".parquet")  # endings of files with checksums
 UNFINISHED = ("checkpoints", "ray")  # folders that only an unfinished run needs
-NEEDED = {
-    SUMMARY: ("phases", "samples", "coreset", "seconds", "elapsed", "full_training_backward"),
-    "phases": ("costs", "elapsed"),
-}
 # A TOML file that was cut short is often valid, and would silently give defaults: hence a digest in the first line.
 SEAL = "# The settings of a run; the digest of what follows is "
 SEALED = re.compile(re.escape(SEAL).encode() + rb"([0-9a-f]{32})\n")
@@ -44,6 +41,58 @@ LONGEST = 100  # characters of a name
 NAME = re.compile(r"(?![-.])[\w.+=,@\[\]-]+")  # letters and digits of any script; no signs of shells or URIs
 PACKAGES = ("effray", "torch", "torchvision", "ray", "pyarrow", "numpy")
 Key = tuple[str, int | None, int | None]  # phase, model and epoch of a row
+
+
+Amount = Annotated[int | float, Field(ge=0, allow_inf_nan=False)]
+Digests = dict[Annotated[str, Field(pattern=r"^[^/]+$")], str | None]  # of result files, by their names
+
+
+class Bill(Stored):
+    """The cost of a phase or of a part of it: numbers by name."""
+
+    __pydantic_extra__: dict[str, Amount]
+    phase: str
+    backward: Amount
+
+
+class PhaseRecord(Stored):
+    """The record of a finished phase."""
+
+    costs: list[Bill]
+    elapsed: Amount
+    findings: list[str] = Field([])
+    files: Digests = Field({})
+    number: int = 0
+
+
+class Manifest(Stored):
+    """The manifest of a finished run."""
+
+    phases: list[Bill]
+    samples: Annotated[int, Field(ge=1)]
+    coreset: Annotated[int, Field(ge=0)] | None
+    seconds: Amount
+    elapsed: Amount
+    full_training_backward: Amount
+    test_accuracy: float | None = None
+    test_loss: float | None = None
+    findings: list[str] = Field([])
+    taken_over: dict[str, str] = Field({})
+    files: Digests = Field({})
+
+    @model_validator(mode="after")
+    def _check_tested(self) -> Self:
+        if self.test_accuracy is not None and (self.test_loss is None or not self.full_training_backward):
+            raise ValueError("test_accuracy needs test_loss and full_training_backward > 0")
+        return self
+
+
+class Environment(Stored):
+    """The versions and hardware that a run noted."""
+
+    packages: dict[str, str] = Field({})
+    started: str | None = None
+    processor: str | None = None
 
 
 class RunFolder:
@@ -81,7 +130,7 @@ class RunFolder:
     @property
     def summary(self) -> dict[str, Any] | None:
         """The manifest of a finished run, or None."""
-        return self._record(SUMMARY, NEEDED[SUMMARY])
+        return self.storage.read_json(SUMMARY, Manifest)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -123,7 +172,7 @@ class RunFolder:
 
     def phase(self, name: str) -> dict[str, Any] | None:
         """Return the record of a finished phase, or None; refuse one with missing or changed files."""
-        record = self._record(f"phases/{name}.json", NEEDED["phases"])
+        record = self.storage.read_json(f"phases/{name}.json", PhaseRecord)
         latest = self._checksums_of_phases()
         for file, digest in (record or {}).get("files", {}).items():
             if latest[file] == digest:  # otherwise a later phase has replaced the file
@@ -149,7 +198,7 @@ class RunFolder:
         records: dict[str, dict[str, Any]] = {}
         files: dict[str, str] = {}  # checksums as the last of the phases left them
         for name in phases:
-            record = donor._record(f"phases/{name}.json", NEEDED["phases"])
+            record = donor.storage.read_json(f"phases/{name}.json", PhaseRecord)
             if record is None:
                 return False
             records[name] = record
@@ -216,19 +265,11 @@ class RunFolder:
     def _checksums_of_phases(self) -> dict[str, str]:
         """Return the checksum of every file of the finished phases; a later phase may replace an earlier one's."""
         files = self.storage.list("phases")
-        records = [self._record(f"phases/{file}", NEEDED["phases"]) or {} for file in files]
+        records = [self.storage.read_json(f"phases/{file}", PhaseRecord) or {} for file in files]
         known: dict[str, str] = {}
         for record in sorted(records, key=lambda record: record.get("number", 0)):
             known |= record.get("files", {})
         return known
-
-    def _record(self, file: str, needed: tuple[str, ...]) -> dict[str, Any] | None:
-        record = self.storage.read_json(file)
-        if record is None:
-            return None
-        if not isinstance(record, dict) or not record.keys() >= set(needed):
-            raise UserError(f"{self.storage.root}/{file} is corrupt: it must have {', '.join(needed)}")
-        return record
 
 
 def _key(row: Mapping[str, Any]) -> Key:

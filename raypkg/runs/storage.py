@@ -18,14 +18,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 
 from raypkg.core.address import address_of, folder_and_name, folder_around, opened, parted, uri_of
+from raypkg.core.config import first_problem, regular
 from raypkg.core.errors import UserError
 
 PART = ".part"  # ends the name of an unfinished file
 LEFT_BEHIND = re.compile(r"\.\d+\.part$")  # an unfinished file, with the number of the process that wrote it
 CLAIMS = "claims"  # of processes that are creating the same folder of an object store
 LOCK_WAIT = 0.5  # seconds; a process that only tests a lock holds it for less
+
+
+class Stored(BaseModel):
+    """Base of the schemas of JSON files: an object, whose other fields may be anything."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
 
 
 class Storage:
@@ -208,16 +217,19 @@ class Storage:
 
     def _read(self, name: str) -> pa.Buffer | None:
         path = self._full(name)
-        with _one_line("read", path), suppress(FileNotFoundError), self._fs.open_input_stream(path) as stream:
+        with _one_line("read", path), suppress(FileNotFoundError), self._open(path) as stream:
             return stream.read_buffer()
         return None
 
     def digest(self, name: str) -> str | None:
         """Return the digest of a file, 16 bytes of BLAKE2b in hexadecimal, or None if it does not exist."""
         path = self._full(name)
-        with _one_line("read", path), suppress(FileNotFoundError), self._fs.open_input_stream(path) as stream:
+        with _one_line("read", path), suppress(FileNotFoundError), self._open(path) as stream:
             return file_digest(stream, partial(blake2b, digest_size=16)).hexdigest()
         return None
+
+    def _open(self, path: str) -> pa.NativeFile:
+        return self._fs.open_input_stream(str(regular(path)) if self.local else path)
 
     # Folders
 
@@ -284,15 +296,18 @@ class Storage:
         text = json.dumps(value, indent=2) + "\n"
         self.write(name, text.encode())
 
-    def read_json(self, name: str) -> Any | None:
-        """Return the value of a JSON file, or None if it does not exist; refuse corrupt JSON and null."""
+    def read_json(self, name: str, schema: type[BaseModel] | None = None) -> Any | None:
+        """Return the value of a JSON file, or None if it does not exist; refuse null and what the schema refuses."""
         content = self.read(name)
         if content is None:
             return None
         try:
-            value = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.root}/{name} is corrupt: {error}") from None
+            value = from_json(content)  # to a limited depth: `json` may exceed the stack
+            if schema:
+                schema.model_validate(value)
+        except ValueError as error:
+            problem = first_problem(error) if isinstance(error, ValidationError) else error
+            raise UserError(f"{self.root}/{name} is corrupt: {problem}") from None
         if value is None:  # would look like a missing file
             raise UserError(f"{self.root}/{name} is corrupt: it holds null")
         return value

@@ -20,8 +20,8 @@ from raypkg.runs.storage import Storage
 from .driver import Driver, check_root
 from .figures import HELD_OUT
 from .outcomes import Outcomes
-from .space import base_of, check_counts, check_trial, varied
-from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
+from .space import base_of, check_counts, check_trial, data_digests, varied
+from .study import FOLDER, RECORD, Order, Study, Trial, check_data, create_study, find_study
 from .tables import METRICS, REST, Table, stored_table, with_data
 from .trial import imported_function
 
@@ -70,12 +70,14 @@ def compare_rows(
     _check_same(study, order, settings)
     with study.storage.locked(f"comparison {name!r}"):
         study = Study(study.storage)  # another process may have changed it before this one had the lock
+        check_data(study, data_digests(settings, (trial.settings for trial in study.trials if trial.settings)))
         known = study.numbers()
         wanted = {table.identity(*place): place for place in table.places()}
+        new = [(table.trial(*wanted[each]), wanted[each][1]) for each in wanted if each not in known]
+        digests = data_digests(settings, (values for values, _ in new))
         study.extend(
-            Trial(settings=table.trial(*place), after=table.after.get(place[1]))
-            for identity, place in wanted.items()
-            if identity not in known
+            Trial(settings=values, after=table.after.get(row), digest=digest)
+            for (values, row), digest in zip(new, digests, strict=True)
         )
         # The record unites the rows, cases and seeds of all calls; those of this call win.
         earlier = stored_table(study.order.table or {})
@@ -138,6 +140,7 @@ def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | No
         check_code(study.storage, trial.settings, RECORD)
         check_code(study.storage, {"after": trial.after or ""}, RECORD)
     settings = load_settings(training_settings_of(experiment[study.experiment]), study.config, values)
+    check_data(study, data_digests(settings, (trial.settings for trial in study.trials if trial.settings)))
     with study.storage.locked(f"comparison {name!r}"):
         study.change(settings, concurrent=concurrent)
         table = stored_table(study.order.table)

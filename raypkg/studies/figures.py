@@ -12,6 +12,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import RunSettings
 from raypkg.runs.agreement import SCORES, picks_of, rank_correlation
 from raypkg.runs.folder import RunFolder
+from raypkg.runs.storage import Stored
 
 from .tables import COSTS, MAXIMA, METRICS
 
@@ -104,7 +105,7 @@ def column_figure(name: str, run: TrialRun, baseline: TrialRun | None) -> float 
     if dot and any(part["phase"].partition(": ")[0] == phase for part in summary["phases"]):
         value = bill(summary, phase).get(key)
     else:
-        value = {**summary, **(run.folder.storage.read_json(AFTER) or {})}.get(name)
+        value = {**summary, **(run.folder.storage.read_json(AFTER, Stored) or {})}.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value)

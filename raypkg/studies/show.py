@@ -16,7 +16,7 @@ from raypkg.core.config import dotted, parse_toml
 from raypkg.core.errors import UserError, redacted
 from raypkg.runs.catalog import GOING, STATES, resuming, state_of
 from raypkg.runs.document import Grid, document, paragraph, picture
-from raypkg.runs.folder import CONFIG, RunFolder, environment
+from raypkg.runs.folder import CONFIG, ENVIRONMENT, Environment, RunFolder, environment
 from raypkg.runs.plots import duration, in_full, save_plot, short
 from raypkg.runs.show import cost_grid, findings, print_grid
 from raypkg.runs.storage import Storage
@@ -138,7 +138,7 @@ def run_page(folder: RunFolder) -> str:
     summary = folder.summary
     if summary is None:
         raise UserError(f"run {folder.name!r} is not finished, so there is nothing to report yet: see effray show")
-    noted = folder.storage.read_json("environment.json") or {}
+    noted = folder.storage.read_json(ENVIRONMENT, Environment) or {}
     versions = [f"{name} {version}" for name, version in noted.get("packages", {}).items()]
     facts = [noted.get("started"), noted.get("processor"), *versions]
     parts = [

@@ -1,6 +1,6 @@
 """Tune spaces, the requests that fill them with trials, and the settings of a trial."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +16,8 @@ from raypkg.core.settings import APART, Dataset, Experiment, RunSettings, Traini
 from raypkg.experiments.resolve import check_names
 from raypkg.experiments.samples import Samples
 
-from .figures import METRICS
 from .study import TO_THE_END, Order, Values
-from .tables import read_code, run_code, shipped_files
+from .tables import METRICS, read_code, run_code, shipped_files
 
 SPACES = "tune_spaces"
 SAMPLES = 8  # trials
@@ -219,6 +218,18 @@ def check_trial(metric: str, base: Experiment, values: Values) -> int:
         n = len(load_coreset(given, samples, trial.dataset))
     trial.check(n, samples.data)
     return n
+
+
+def data_digests(base: Experiment, trials: Iterable[Values]) -> Iterator[str]:
+    """Yield the digest of each trial's samples; a data set is opened once, or once for each seed that draws in it."""
+    known: dict[tuple[str, int | None], str] = {}
+    for values in trials:
+        trial = varied(base, values)
+        dataset = trial.dataset.model_dump_json(exclude={"digest"})
+        key = dataset, trial.seed if trial.dataset.is_drawn else None
+        if key not in known:
+            known[key] = _opened(dataset, trial.seed).digest(trial.dataset)
+        yield known[key]
 
 
 @lru_cache(maxsize=2)

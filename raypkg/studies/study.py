@@ -7,25 +7,28 @@
 takes them from a table, which the record keeps. A trial is a run, ``<root>/<experiment>/<name>-<number>``.
 """
 
+import json
 import re
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from hashlib import blake2b
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from raypkg.core.config import Settings, stored_values, with_current_names
+from raypkg.core.config import Settings, first_problem, stored_values, with_current_names
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.settings import APART
 from raypkg.experiments import experiment, training_settings_of
 from raypkg.runs.catalog import DONE as FINISHED
 from raypkg.runs.catalog import Listed, named, state_of, unreadable
-from raypkg.runs.folder import RunFolder, check_name, discard, read_settings, write_settings
-from raypkg.runs.storage import Storage
+from raypkg.runs.folder import CONFIG, RunFolder, check_name, discard, read_settings, write_settings
+from raypkg.runs.storage import PART, Storage
 
 from .figures import AFTER, DONE, Row, TrialRun, ranked
-from .tables import current_function, identity
+from .tables import MetricName, current_function, identity
 
 FOLDER = "tune"  # beside the folders of the experiments
 RECORD = "sweep.json"
@@ -45,14 +48,14 @@ class Order(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    experiment: str
-    metric: str
-    mode: str
-    samples: int  # trials in all; a comparison has those of its record
+    experiment: str = Field(pattern=r"^\w[\w-]*$")
+    metric: MetricName
+    mode: Literal["max", "min"]
+    samples: int = Field(ge=0)  # trials in all; a comparison has those of its record
     space: str | None = None
     scheduler: str = TO_THE_END
-    search: str | None = None
-    concurrent: int | None = None  # trials at once; None = as many as fit
+    search: Literal["random", "grid", "optuna"] | None = None
+    concurrent: int | None = Field(None, ge=1)  # trials at once; None = as many as fit
     time_budget: float | None = None  # seconds
     varied: list[str] = []  # names of the settings that trials draw from the space
     asked: str | None = None  # name or path of a comparison's table
@@ -66,9 +69,10 @@ class Trial(BaseModel):
     model_config = ConfigDict(strict=True)
 
     settings: Values | None  # None until a searcher has proposed them
-    ended: str | None = None  # the state in which it last ended
+    ended: Literal["done", "stopped", "failed"] | None = None  # the state in which it last ended
     error: str | None = None
     after: str | None = None  # the function that follows the run
+    digest: str | None = None  # of its samples
 
     @field_validator("after")
     @classmethod
@@ -81,6 +85,35 @@ class Record(BaseModel):
 
     order: Order
     trials: list[Trial]
+    digest: str | None = None  # of both; earlier versions stored none
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_digest(cls, stored: Any) -> Any:
+        if isinstance(stored, dict) and stored.get("digest") not in (None, cls.digest_of(stored)):
+            raise ValueError("its digest is another, so it has been changed")
+        return stored
+
+    @model_validator(mode="after")
+    def _check_trials(self) -> Self:
+        seeds = [(trial.settings or {}).get("seed") for trial in self.trials]
+        if self.order.table and not all(isinstance(seed, int) for seed in seeds):
+            raise ValueError("a trial of the comparison has no seed")
+        if not self.order.table and self.order.search != "optuna" and len(self.trials) < self.order.samples:
+            raise ValueError(f"it has {len(self.trials)} of {self.order.samples} trials")
+        return self
+
+    @staticmethod
+    def digest_of(stored: Values) -> str:
+        """Return the digest of the order and trials of a stored record."""
+        text = json.dumps([stored.get("order"), stored.get("trials")])
+        return blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def write(cls, storage: Storage, order: Order, trials: Sequence[Trial]) -> None:
+        """Write the record of a study with its digest."""
+        record = cls.model_construct(order=order, trials=list(trials)).model_dump()
+        storage.write_json(RECORD, record | {"digest": cls.digest_of(record)})
 
 
 class Study:
@@ -90,8 +123,9 @@ class Study:
         self.storage = storage
         try:
             record = Record.model_validate(storage.read_json(RECORD) or {})
-        except ValidationError:
-            problem = f"{storage.root} holds no whole sweep: its {RECORD} is missing or damaged"
+        except (ValidationError, UserError) as error:
+            reason = first_problem(error) if isinstance(error, ValidationError) else error
+            problem = f"{storage.root} holds no whole sweep: its {RECORD} is missing or damaged ({reason})"
             raise UserError(f"{problem}, so delete the folder and start the sweep again") from None
         self.name = storage.name
         self.experiment = record.order.experiment
@@ -145,14 +179,26 @@ class Study:
     # Trials
 
     def state(self, number: int) -> str:
-        """Return a trial's state: a manifest in the run folder outweighs the record, which a kill leaves behind."""
-        return DONE if self._is_done(number) else self.trials[number].ended or UNFINISHED
+        """Return a trial's state: its run folder outweighs the record, which kills and deletions leave behind."""
+        if self._is_done(number):
+            return DONE
+        ended = self.trials[number].ended
+        was_deleted = ended == STOPPED and not self.run_storage(number).list()
+        return UNFINISHED if ended in (None, DONE) or was_deleted else ended
 
     def _is_done(self, number: int) -> bool:
         storage = self.run_storage(number)
         if storage.read("summary.json") is None:
             return False
         return not self.trials[number].after or storage.read(AFTER) is not None
+
+    def digest(self, number: int) -> str | None:
+        """Return the digest of a trial's samples, by the record or else by its run; None if neither has one."""
+        run = self.run_storage(number)
+        digest = self.trials[number].digest
+        if digest is None and CONFIG in run.list():
+            digest = read_settings(run).get("dataset", {}).get("digest")
+        return digest
 
     def waiting(self) -> list[tuple[int, Values]]:
         """Return number and settings of the trials to run: new, unfinished and failed ones."""
@@ -177,7 +223,8 @@ class Study:
         """Record a trial's settings, which a searcher may have proposed just now."""
         while len(self.trials) <= number:
             self.trials.append(Trial(settings=None))
-        self.trials[number] = Trial(settings=dict(values), after=self.trials[number].after)
+        begun = {"settings": dict(values), "ended": None, "error": None}
+        self.trials[number] = self.trials[number].model_copy(update=begun)
         self._write()
 
     def ended(self, number: int, error: str | None) -> str:
@@ -203,8 +250,7 @@ class Study:
         self._write()
 
     def _write(self) -> None:
-        record = Record.model_construct(order=self.order, trials=self.trials)
-        self.storage.write_json(RECORD, record.model_dump())
+        Record.write(self.storage, self.order, self.trials)
 
     # Results
 
@@ -236,31 +282,46 @@ def create_study(
 ) -> Study:
     """Make a new study's folder, with the shared settings, a space's text and the trials known beforehand.
 
-    A name that a study or a run of the experiment has is refused.
+    A name that a study or a run of the experiment has is refused. A local folder appears with all of its files: it is
+    written under another name, then renamed. On an object store the record comes last, which makes it a study.
     """
     check_name(name)
     studies = Storage(root) / FOLDER
     runs = Storage(root) / order.experiment
     storage = studies / name
-    if not storage.claim():
-        advice = f"give another --name, or continue with --resume {name}"
-        raise UserError(f"sweep {name!r} exists in {studies.root}: {advice}")
+    advice = f"give another --name, or continue with --resume {name}"
+    exists = UserError(f"sweep {name!r} exists in {studies.root}: {advice}")
+    new = studies / f"{name}.{uuid.uuid4().hex}{PART}" if storage.local else storage
+    if storage.taken or not new.claim():
+        raise exists
     try:
         same_names = re.compile(rf"{re.escape(name)}(-\d+)?")
         if taken := next((run for run in runs.list() if same_names.fullmatch(run)), None):
             place = f"run {taken!r} exists in {runs.root}"
             raise UserError(f"{place}, as the sweep or a trial would be called: give another --name")
-        write_settings(storage, settings)
+        write_settings(new, settings)
         if space is not None:
-            storage.write(SPACE, space.encode())
-        # The record comes last: it makes the folder a study.
-        record = Record.model_construct(order=order, trials=list(trials))
-        storage.write_json(RECORD, record.model_dump())
-        storage.settle()
+            new.write(SPACE, space.encode())
+        Record.write(new, order, [*trials])
+        new.settle()
+        if new.local and storage.local:
+            try:
+                new.local.rename(storage.local)
+            except OSError:  # another process was faster
+                raise exists from None
     except BaseException:
-        discard(storage)
+        discard(new)
         raise
     return Study(storage)
+
+
+def check_data(study: Study, digests: Iterable[str]) -> None:
+    """Refuse to continue a study of other data, given by the digests of its trials with settings, in their order."""
+    known = (number for number, trial in enumerate(study.trials) if trial.settings)
+    for number, digest in zip(known, digests, strict=True):
+        if study.digest(number) not in (None, digest):
+            problem = f"the data of {study.run_name(number)} are not those that it began with"
+            raise UserError(f"{problem}: give another --name, or delete {study.name!r} and its trials")
 
 
 def find_study(root: str, name: str) -> Study:

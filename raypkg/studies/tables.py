@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from traceback import format_exception_only, walk_tb
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
@@ -32,7 +32,7 @@ Values = Mapping[str, Any]  # settings by dotted names
 class Metric(NamedTuple):
     """A figure by which trials are compared."""
 
-    mode: str  # max or min
+    mode: Literal["max", "min"]
     each_epoch: bool  # measured at epochs, not only at the end of a run
     held_out: bool = False  # measured on held-out samples
 

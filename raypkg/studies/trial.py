@@ -38,7 +38,8 @@ def run_trial(number: int, values: Values, report: Report, *, root: str, workers
     metric = study.order.metric
     try:
         if not study.run(number).summary:
-            _train(study, study.run(number), values | {"cluster.workers": workers}, report, _donors(study, number))
+            own = {"cluster.workers": workers, "dataset.digest": study.trials[number].digest}
+            _train(study, study.run(number), values | own, report, _donors(study, number))
         run = study.run(number)
         after = study.trials[number].after
         if after and run.storage.read(AFTER) is None:

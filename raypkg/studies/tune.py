@@ -24,6 +24,7 @@ from .space import (
     check_counts,
     check_space,
     check_trial,
+    data_digests,
     open_space,
     order_of,
     read_space,
@@ -32,7 +33,7 @@ from .space import (
     varied,
     without,
 )
-from .study import RECORD, SPACE, TO_THE_END, Trial, Values, create_study, find_study
+from .study import RECORD, SPACE, TO_THE_END, Trial, Values, check_data, create_study, find_study
 
 CHANGEABLE = ("concurrent", "time_budget")  # options of a resumed sweep
 Asked = Mapping[str, Any]  # given options by their names in Order
@@ -69,13 +70,15 @@ def start_sweep(
     order = order.model_copy(update={"samples": len(trials) or order.samples})
     if name is None:
         name = f"{entry.name}-{time.strftime('%m%d-%H%M%S')}"
-    study = create_study(root, name, order, settings, space.text, [Trial(settings=values) for values in trials])
-    try:
-        driver = Driver(study, settings, root, space.domains)
-    except BaseException:  # no cluster, or one too small
-        discard(study.storage)
-        raise
+    digests = data_digests(settings, trials)
+    known = [Trial(settings=values, digest=digest) for values, digest in zip(trials, digests, strict=True)]
+    study = create_study(root, name, order, settings, space.text, known)
     with study.storage.locked(f"sweep {name!r}"):
+        try:
+            driver = Driver(study, settings, root, space.domains)
+        except BaseException:  # no cluster, or one too small
+            discard(study.storage)
+            raise
         driver.run()
 
 
@@ -115,6 +118,7 @@ def resume_sweep(entry: Entry, asked: Asked, name: str, values: Mapping[str, Any
     whole = read_space(text, f"{path}/{SPACE}")
     whole = replace(whole, domains=with_current_names(schema, whole.domains))
     space = without(whole, whole.domains.keys() - study.order.varied)
+    check_data(study, data_digests(settings, (trial.settings for trial in study.trials if trial.settings)))
     with study.storage.locked(f"sweep {name!r}"):
         study.change(settings, **asked)
         if study.left():

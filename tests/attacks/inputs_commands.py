@@ -1,5 +1,7 @@
 """Bad input on the command line, and in files of settings."""
 
+import os
+
 from attacks.cases import cases
 
 QUICK = "--model linear --train.epochs 1"
@@ -162,4 +164,24 @@ CONFIGS = cases(
         "nowhere.toml": "cannot read the settings file 'nowhere.toml'",
         "runs": "cannot read the settings file 'runs'",
     },
+)
+NO_FILES = cases(
+    "what is no regular file",
+    "{}",
+    {
+        "train --config pipe": "cannot read the settings file 'pipe': it is not a regular file",
+        "train --config zero": "cannot read the settings file 'zero': it is not a regular file",
+        "tune crest --space pipe.py": "cannot read the space 'pipe.py': it is not a regular file",
+        "compare zero.py": "cannot read the table 'zero.py': it is not a regular file",
+        f"train {QUICK} --coreset pipe": "pipe … it is not a regular file",
+        f"train {QUICK} --dataset.only zero": "zero … it is not a regular file",
+        f"train {QUICK} --train.from pipe.safetensors": "pipe.safetensors … it is not a regular file",
+        "deltagrad delete dg --ids pipe": "ids in 'pipe' cannot be read: it is not a regular file",
+        "deltagrad delete dg --ids zero": "ids in 'zero' cannot be read: it is not a regular file",
+    },
+    make=lambda folder, _: [
+        *(os.mkfifo(folder / name) for name in ("pipe", "pipe.py", "pipe.safetensors")),
+        *((folder / name).symlink_to("/dev/zero") for name in ("zero", "zero.py")),
+    ],
+    leaves=("runs/train/digits-*",),
 )

@@ -1,5 +1,6 @@
 """Bad input in run folders: each file missing, empty, cut short, changed or another's; and requests to DeltaGrad."""
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ def damage(folder: Path, damaged: tuple[str, str]) -> None:
             file.write_bytes(content + b"\0")
         case "with a line twice":
             file.write_bytes(content * 2)
-        case how if (folder / "runs" / how).is_file():
+        case how if len(how) < 100 and (folder / "runs" / how).is_file():
             file.write_bytes((folder / "runs" / how).read_bytes())
         case _:
             file.write_text(how)
@@ -61,9 +62,48 @@ RECORDED = {
     **each("deltagrad/dg/versions", ["gone"], "history"),
 }
 LOST_OR_CHANGED = {name: case for name, case in RECORDED.items() if name.endswith((" gone", " one bit flipped"))}
+DEEP = "[" * 50_000 + "]" * 50_000  # deeper than a stack
+
+
+def sweep(trials: Any = ({"settings": {}},), **order: Any) -> str:
+    """Return the record of a sweep."""
+    whole = {"experiment": "crest", "metric": "accuracy", "mode": "max", "samples": 1, **order}
+    return json.dumps({"order": whole, "trials": trials})
+
+
+def manifest(**changes: Any) -> str:
+    """Return a manifest."""
+    whole = {"phases": [{"phase": "train", "backward": 1}], "samples": 1, "coreset": None, "seconds": 1, "elapsed": 1}
+    return json.dumps({**whole, "full_training_backward": 1, **changes})
+
+
+MANIFESTS = {
+    '{"phases": 3}': "phases = 3: input should be a valid list",
+    manifest(phases=[{"phase": 3, "backward": 1}]): "phases.0.phase = 3",
+    manifest(phases=[{"phase": "train", "backward": "1"}]): "phases.0.backward",
+    manifest(phases=[{"phase": "train", "backward": 1, "memory": None}]): "phases.0.memory",
+    manifest(seconds=-1): "seconds",
+    manifest(elapsed=float("inf")): "elapsed",
+    manifest(samples=0): "samples = 0: input should be greater than or equal to 1",
+    manifest(test_accuracy="1"): "test_accuracy = '1'",
+    manifest(test_accuracy=1, test_loss=None): "test_accuracy needs test_loss",
+    manifest(test_accuracy=1, test_loss=1, full_training_backward=0): "full_training_backward > 0",
+    manifest(findings="x"): "findings = 'x'",
+    manifest(files={"../x": ""}): "files.../x",
+    manifest(taken_over=[]): "taken_over = []",
+    DEEP: "recursion limit exceeded",
+}
 SWEEP_FILES = {
     **each("tune/sweep/sweep.json", JSONS, "sweep"),
-    **each("tune/sweep/sweep.json", ['{"order": 3, "trials": []}'], "sweep"),
+    **each("tune/sweep/sweep.json", ['{"order": 3, "trials": []}', "one bit flipped", DEEP], "sweep"),
+    **each("tune/sweep/sweep.json", [sweep(metric="nope")], "unknown metric 'nope'"),
+    **each("tune/sweep/sweep.json", [sweep(mode="most")], "order.mode = 'most'"),
+    **each("tune/sweep/sweep.json", [sweep(experiment="../train")], "order.experiment = '../train'"),
+    **each("tune/sweep/sweep.json", [sweep(samples=2)], "it has 1 of 2 trials"),
+    **each("tune/sweep/sweep.json", [sweep([])], "it has 0 of 1 trials"),
+    **each("tune/sweep/sweep.json", [sweep([{"settings": 3}])], "trials.0.settings = 3"),
+    **each("tune/sweep/sweep.json", [sweep([{"settings": {}, "ended": "gone"}])], "trials.0.ended = 'gone'"),
+    **each("tune/sweep/sweep.json", [sweep(table={"rows": {}})], "a trial of the comparison has no seed"),
 }
 DAMAGED = {
     "train --resume stopped": {
@@ -81,7 +121,16 @@ DAMAGED = {
     },
     "show t": {
         **each("train/t/summary.json", JSONS),
+        **{
+            text: (("train/t/summary.json", text), f"summary.json is corrupt: … {says}")
+            for text, says in MANIFESTS.items()
+        },
         **each("train/t/metrics.parquet", ["cut", "lipt/l/coreset.parquet"]),
+    },
+    "report t": {
+        **each(
+            "train/t/environment.json", ["cut", "[]", '{"packages": 3}', '{"started": 3}', '{"processor": []}', DEEP]
+        ),
     },
     "show l --against sel": {
         **each("lipt/l/coreset.parquet", ["gone", "cut"]),

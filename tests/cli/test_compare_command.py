@@ -11,6 +11,7 @@ from raypkg.core.errors import UserError
 from raypkg.runs.folder import LOG, RunFolder
 from raypkg.studies import trial as trials
 from raypkg.studies.outcomes import Outcomes
+from raypkg.studies.space import _opened
 from raypkg.studies.study import find_study
 from raypkg.studies.tables import stored_table
 from raypkg.studies.trial import run_trial
@@ -268,6 +269,29 @@ def test_one_name_is_not_two_comparisons(effray, refusal, mine):
     assert "comparison 'm' was begun with train.epochs = 2, now it is 5: give another --name" in told
     assert "is a comparison: continue it with effray compare mine.py --resume m" in refusal("tune train --resume m")
     assert "keeps the settings: train.epochs cannot change" in refusal("compare mine.py --resume m --train.epochs 5")
+
+
+def test_results_of_changed_data_are_not_mixed(effray, refusal, mine, tmp_path, started):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("a,label\n" + "".join(f"{n},{n % 2}\n" for n in range(400)))
+    command = f"compare mine.py {ALONE} --name m --rows tenth --dataset table:rows.csv"
+    effray(f"{command} --seeds 0")
+    rows.write_text(rows.read_text().replace("7,1", "7,0"))
+    _opened.cache_clear()  # of this process
+    for again in (f"{command} --seeds 0,1", "compare mine.py --resume m"):
+        told = refusal(again)
+        assert "the data of m-000 are not those that it began with: give another --name, or delete 'm'" in told
+    assert started == [0, 1]
+    (tmp_path / "runs/tune/m/sweep.json").write_text(record := without_digests(tmp_path / "runs/tune/m/sweep.json"))
+    assert '"digest"' not in record and "the data of m-000 are not" in refusal("compare mine.py --resume m")
+
+
+def without_digests(file):
+    """Return a record as earlier versions stored it."""
+    stored = json.loads(file.read_text())
+    for part in (stored, *stored["trials"]):
+        del part["digest"]
+    return json.dumps(stored)
 
 
 def test_a_run_is_reported_on_one_page(effray, refusal, tmp_path):

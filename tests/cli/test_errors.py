@@ -185,7 +185,7 @@ def test_runs_without_a_coreset_or_an_end_are_not_compared(refusal, effray):
 
 def test_a_run_to_compare_with_that_is_no_run_is_refused(refusal, effray, tmp_path):
     effray("train --name one --model linear --train.epochs 1")
-    order = Order(experiment="train", metric="accuracy", mode="max", samples=1)
+    order = Order(experiment="train", metric="accuracy", mode="max", samples=0)
     create_study(str(tmp_path / "runs"), "several", order, TrainSettings(), "", [])
     assert "several is a sweep, and only runs are compared" in refusal("show one --against several")
     assert "several is a sweep, and only runs are compared" in refusal("show several --against one")

@@ -433,7 +433,7 @@ def test_rm_deletes_no_trials_that_a_changed_record_places_elsewhere(refusal, sw
     record = Path("runs/tune/s/sweep.json")
     record.write_text(record.read_text().replace('"crest"', '"../docs"'))
     before = everything()
-    assert "unknown experiment '../docs'" in refusal("rm s --trials --yes")
+    assert "sweep.json is missing or damaged (its digest is another" in refusal("rm s --trials --yes")
     assert everything() == before
 
 

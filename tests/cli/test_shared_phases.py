@@ -124,7 +124,8 @@ def test_the_run_that_gave_may_be_deleted(effray, compare):
     RunFolder(Storage("runs/lipt/m-001")).check_all()
     effray("show m-001")
     effray(f"{compare} --name m --cases short --rows merged --seeds 0")
-    assert taken("m-002") == {"pretrain": "m-000"}  # which m-001 had taken over
+    assert taken("m-000") == {"pretrain": "m-000"}  # it is run again, with what m-001 had taken over
+    assert taken("m-002") == {"pretrain": "m-000", "select": "m-000"}
 
 
 @pytest.mark.parametrize("options", ["", "--cluster.cpus_per_worker 2"])
@@ -178,16 +179,6 @@ def test_what_nobody_said_what_it_depends_on_is_never_taken_over(effray, compare
     monkeypatch.syspath_prepend(tmp_path)
     effray(f"{compare} --name m --cases short --rows el2n,craig --seeds 0 --pretrain.method mine_too:pretrain")
     assert [taken(f"m-{number:03}") for number in range(2)] == [{}] * 2
-
-
-def test_data_that_changed_between_trials_is_not_shared(effray, compare, tmp_path, monkeypatch):
-    rows = "\n".join(f"{n % 7},{n % 5},{'ab'[n % 2]}" for n in range(200))
-    Path("rows.csv").write_text(f"x,z,label\n{rows}\n")
-    data = "--dataset table:rows.csv"
-    effray(f"{compare} --name m --cases short --rows el2n --seeds 0 {data}")
-    Path("rows.csv").write_text(f"x,z,label\n{rows.replace('3', '9')}\n")
-    effray(f"{compare} --name m --cases short --rows el2n,craig --seeds 0 {data}")
-    assert taken("m-001") == {}
 
 
 def test_on_ray_a_trial_that_others_take_over_goes_first(effray, compare, monkeypatch):

@@ -77,7 +77,7 @@ def test_a_given_setting_is_not_varied(wrong, space, given):
     ("text", "message"),
     [
         ("def space(): return {'crest.tau': 1}", "space 'mine.py' defines no METRIC"),
-        ("import sys; sys.exit(0)", "space 'mine.py' raises SystemExit: 0"),
+        ("import sys; sys.exit(0)", "space 'mine.py', line 1: raises SystemExit: 0"),
     ],
 )
 def test_an_invalid_space_file_is_refused(wrong, tmp_path, text, message):

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from raypkg.core.config import regular
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.registry import argument
 from raypkg.data.sources import dataset
@@ -75,7 +76,7 @@ def read_ids(text: str) -> list[int]:
 
 def _in_file(file: Path) -> list[Any]:
     if file.suffix != ".parquet" or not file.is_file():
-        return file.read_text("utf-8-sig").split()
+        return regular(file).read_text("utf-8-sig").split()
     names = pq.read_schema(file).names
     column = next((name for name in COLUMNS if name in names), None)
     if column is None:
