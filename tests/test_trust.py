@@ -125,9 +125,9 @@ CHANGES = {  # of a run's folder, its place and the code in the working folder; 
     "a package": (lambda run: opened(Path("inner/__init__.py"), 0o002), "inner/__init__.py is not your own alone"),
     "a relative module": (lambda run: opened(Path("inner/deep.py"), 0o002), "inner/deep.py is not your own alone"),
     "without a package": (lambda run: opened(Path("plain/part.py"), 0o002), "plain/part.py is not your own alone"),
-    "compiled modules": (lambda run: opened(Path("__pycache__"), 0o002), "my_code.py is not your own alone"),
+    "compiled modules": (lambda run: opened(Path("__pycache__"), 0o002), r"__pycache__/my_code\..*pyc is not your own"),
     "a module without its import": (lambda run: opened(Path("other.py"), 0o002), None),
-    "invalid Python": (lambda run: Path("helper.py").write_text("(" * 3), "helper.py is not valid Python"),
+    "invalid Python": (lambda run: Path("helper.py").write_text("(" * 3), None),
 }
 
 

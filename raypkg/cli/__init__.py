@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Output(io.FileIO):
-    """The standard output or error, which outlives its reader, as `head`, and its disk: then writes go nowhere."""
+    """The standard output, which outlives its reader, as `head`, and its disk: then writes go nowhere."""
 
     lost = 0  # number of the error that ended it; 0 = none
 
@@ -27,12 +27,6 @@ class Output(io.FileIO):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return len(data)
 
-    def as_text(self, stream: Any) -> io.TextIOWrapper:
-        """Return a text stream in the form of another one, which is None if the process began without it."""
-        encoding, problems = getattr(stream, "encoding", None), getattr(stream, "errors", None)
-        by_line = self.isatty() or self.fileno() == 2
-        return io.TextIOWrapper(io.BufferedWriter(self), encoding, problems, line_buffering=by_line)
-
 
 def script(arguments: Sequence[str] | None = None) -> None:
     """Run the command line as the last act of a process: the console script, and the jobs.
@@ -42,9 +36,10 @@ def script(arguments: Sequence[str] | None = None) -> None:
     while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed one would be taken by the next file
         pass
     os.close(unused)
-    output, errors = (Output(number, "w", closefd=False) for number in (1, 2))
-    if sys.stdout is sys.__stdout__:  # both None if closed; otherwise a caller in this process reads it
-        sys.stdout, sys.stderr = output.as_text(sys.stdout), errors.as_text(sys.stderr)
+    output = Output(1, "w", closefd=False)
+    if sys.stdout is sys.__stdout__:  # None if closed; otherwise a caller in this process reads it
+        form = (getattr(sys.stdout, "encoding", None), getattr(sys.stdout, "errors", None))
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), *form, line_buffering=output.isatty())
     try:
         main(arguments)
     except SystemExit as ended:

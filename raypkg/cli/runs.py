@@ -93,10 +93,9 @@ def _check_ours(storage: Storage, root: str) -> None:
 
     kind = storage.parent.name
     try:
-        if storage.parent.parent.root != Storage(root).root:
-            raise UserError(f"it is not EXPERIMENT/NAME below --root {root}")
-        if storage.local and (storage.local.is_symlink() or storage.local.parent.is_symlink()):
-            raise UserError("it is reached through a link")
+        through_link = storage.local and (storage.local.is_symlink() or storage.local.parent.is_symlink())
+        if storage.parent.parent.root != Storage(root).root or through_link:
+            raise UserError(f"it is not EXPERIMENT/NAME below --root {root}, or a link leads to it")
         if kind not in (*experiment.names, FOLDER):
             raise unknown("experiment", kind, experiment.names)
         if kind == FOLDER:

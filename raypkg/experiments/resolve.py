@@ -13,9 +13,8 @@ import os
 import pwd
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.machinery import SOURCE_SUFFIXES, all_suffixes
+from importlib.machinery import all_suffixes
 from importlib.util import cache_from_source
-from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -202,59 +201,53 @@ def stored_settings(folder: RunFolder) -> dict[str, Any]:
 
 def check_code(storage: Storage, values: Any, file: str = CONFIG) -> None:
     """Refuse stored settings that name code, unless the user owns or trusts them and the code."""
-    if os.environ.get(TRUST) == "1":
-        return
     for place, text in _texts(values):
         if _names_code(place, text):
-            if storage.local is None or not _is_own(storage.local / file):
-                place = f"{storage.root}/{file}"
-                raise UserError(f"{place} is not your own alone and names code, {text!r}: --trust lets it run")
+            _check_own(storage, file, f"names code, {text!r}")
             _check_modules([text.partition(":")[0]])
 
 
 def check_file_of_code(storage: Storage, file: str) -> None:
     """Refuse a file of code, unless the user owns or trusts it and the modules that it imports."""
-    if os.environ.get(TRUST) == "1":
-        return
-    if storage.local is None or not _is_own(storage.local / file):
-        raise UserError(f"{storage.root}/{file} is not your own alone and would be run as code: --trust lets it")
-    _check_modules(_imports(storage.local / file))
+    _check_own(storage, file, "would be run as code")
+    _check_modules(_imports(Path(f"{storage.local}/{file}"), []))
+
+
+def _check_own(storage: Storage, file: str, why: str) -> None:
+    is_own = storage.local is not None and _is_own(storage.local / file)
+    if not is_own and os.environ.get(TRUST) != "1":
+        raise UserError(f"{storage.root}/{file} is not your own alone and {why}: --trust lets it run")
 
 
 def _check_modules(names: Iterable[str]) -> None:
     """Refuse modules of others in the working folder, with what they import from there by a static look at them."""
-    pending, seen = list(names), set()
+    pending, seen = [*names], set()
     while pending:
-        parts = pending.pop().split(".")
-        for depth in range(1, len(parts) + 1):
-            stem = Path.cwd().joinpath(*parts[:depth])
-            for suffix, package in product(all_suffixes(), (parts[: depth - 1], parts[:depth])):
-                file = stem / f"__init__{suffix}" if package == parts[:depth] else Path(f"{stem}{suffix}")
-                if file in seen or not file.is_file():
-                    continue
-                seen.add(file)
-                is_source = suffix in SOURCE_SUFFIXES
-                if not (_is_own(file) and (not is_source or _is_own(Path(cache_from_source(file))))):
-                    raise UserError(f"{file} is not your own alone and would be run as code: --trust lets it")
-                if is_source:
+        *around, name = pending.pop().split(".")
+        pending += filter(None, [".".join(around)])
+        stem = Path.cwd().joinpath(*around, name)
+        for suffix in all_suffixes():
+            for file, package in ((Path(f"{stem}{suffix}"), around), (stem / f"__init__{suffix}", [*around, name])):
+                if file.is_file() and file not in seen:
+                    seen.add(file)
+                    for path in (file, Path(cache_from_source(file))):
+                        _check_own(Storage(str(path.parent)), path.name, "would be run as code")
                     pending += _imports(file, package)
 
 
-def _imports(file: Path, package: Sequence[str] = ()) -> Iterator[str]:
-    """Yield the names of all modules that a file of a package may import; names from modules may be modules."""
+def _imports(file: Path, package: Sequence[str]) -> Iterator[str]:
+    """Yield the names of all modules that a file in a package may import; names from modules may be modules."""
     try:
-        tree = ast.parse(file.read_bytes())
-    except FileNotFoundError:  # reported when it is opened
+        nodes = [*ast.walk(ast.parse(file.read_bytes()))]
+    except (OSError, SyntaxError, ValueError):  # no line of it can run
         return
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{file} is not valid Python: {error}") from None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            around = package[: len(package) - node.level + 1] if node.level else ()
-            module = [*around, *filter(None, [node.module])]
-            yield from (".".join([*module, alias.name]) for alias in node.names)
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin: list[str] = []
+            if isinstance(node, ast.ImportFrom):
+                around = package[: len(package) - node.level + 1] if node.level else ()
+                origin = [*around, *filter(None, [node.module])]
+            yield from (".".join([*origin, alias.name]) for alias in node.names)
 
 
 def _is_own(path: Path, own: int = 2) -> bool:

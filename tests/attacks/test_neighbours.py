@@ -164,7 +164,6 @@ def test_who_looks_on_while_it_runs(folder, kind):
         (">&-", 0, ""),
         (">&- 2>&- <&-", 0, ""),
         ("> /dev/full", 1, "effray: cannot write the output: No space left on device\n"),
-        (">&- 2> /dev/full", 0, ""),
     ],
 )
 def test_a_run_whose_output_goes_nowhere_is_finished_and_kept(folder, ending, code, says):

@@ -400,8 +400,8 @@ FOREIGN = {  # what was done to a run's folder, the argument of rm, what is said
         "not EXPERIMENT/NAME below --root runs",
     ),
     "deeper": (lambda run: moved(run, "runs/x/train/one"), "runs/x/train/one", "not EXPERIMENT/NAME below"),
-    "a link": (lambda run: moved(run, "other/train/one", link=True), "one", "reached through a link"),
-    "below a link": (linked_around, "one", "reached through a link"),
+    "a link": (lambda run: moved(run, "other/train/one", link=True), "one", "or a link leads to it"),
+    "below a link": (linked_around, "one", "or a link leads to it"),
     "unfinished by name": (lambda run: moved(run, "docs/one.part"), "docs/one.part", "not EXPERIMENT/NAME below"),
     "unfinished beside it": (lambda run: moved(run, "runs/train/one.part"), "one", "unknown run"),
     "remains by name": (
