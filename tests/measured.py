@@ -1,12 +1,10 @@
-"""Seconds and peak memory, each in a process of its own (Linux)."""
+"""A measurement in a process of its own."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-MEBIBYTE = 2**20
 
 
 def in_fresh_process(script, *arguments):
@@ -16,13 +14,3 @@ def in_fresh_process(script, *arguments):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-def peak():
-    """Return the peak resident memory of this process in MiB."""
-    return _status("VmHWM")
-
-
-def _status(field):
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024 / MEBIBYTE

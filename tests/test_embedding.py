@@ -128,53 +128,33 @@ def test_each_draw_is_a_row_of_every_training_sample_augmented_anew_and_the_test
         assert_features(features[draw * n : (draw + 1) * n], model, augment(pixels, uniforms))
 
 
-def killed_after(count):
-    """Let the process be killed once it has written so many parts."""
-    written = []
-    honest = embedding.write_part
+def kill_at(owner, name, due):
+    """Let the process be killed at a call of a function, if that is due after all calls so far."""
+    honest, calls = getattr(owner, name), []
 
-    def write(*arguments):
-        if len(written) == count:
+    def call(*arguments):
+        calls.append(arguments)
+        if due(calls):
             os.kill(os.getpid(), signal.SIGKILL)
-        written.append(honest(*arguments))
+        return honest(*arguments)
 
-    embedding.write_part = write
-
-
-def killed_between_tables():
-    honest = embedding.join_parts
-
-    def join(storage, parts, name, *arguments):
-        if name == "test.parquet":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return honest(storage, parts, name, *arguments)
-
-    embedding.join_parts = join
+    setattr(owner, name, call)
 
 
-def killed_before_parts_are_deleted():
-    honest = Storage.delete_folder
-
-    def delete(storage, name):
-        if name == embedding.PARTS:
-            os.kill(os.getpid(), signal.SIGKILL)
-        honest(storage, name)
-
-    Storage.delete_folder = delete
-
-
-DEATHS = [
-    lambda: killed_after(0),
-    lambda: killed_after(5),
-    lambda: killed_after(8),
-    killed_between_tables,
-    killed_before_parts_are_deleted,
-]
-
-
-@pytest.mark.parametrize("death", range(len(DEATHS)))
-def test_killed_at_any_moment_and_resumed_it_leaves_what_an_undisturbed_run_leaves(embedded, tmp_path, death):
-    ended = effray(EMBED, tmp_path, DEATHS[death])
+@pytest.mark.parametrize(
+    ("owner", "name", "due"),
+    [
+        (embedding, "write_part", lambda calls: len(calls) == 1),
+        (embedding, "write_part", lambda calls: len(calls) == 6),
+        (embedding, "write_part", lambda calls: len(calls) == 9),
+        (embedding, "join_parts", lambda calls: calls[-1][2] == "test.parquet"),
+        (Storage, "delete_folder", lambda calls: calls[-1][1] == embedding.PARTS),
+    ],
+)
+def test_killed_at_any_moment_and_resumed_it_leaves_what_an_undisturbed_run_leaves(
+    embedded, tmp_path, owner, name, due
+):
+    ended = effray(EMBED, tmp_path, lambda: kill_at(owner, name, due))
     assert ended.code == -signal.SIGKILL, ended
     ended = effray("embed --resume one --cluster.workers 0", tmp_path)
     assert ended.code == 0, ended

@@ -256,16 +256,12 @@ def test_plots_take_few_trials_choices_ranges_and_failures(tmp_path, count):
     names = ["train.lr", "train.optimizer"] if rows else []
     failed = [trial(9, None, None, "failed") | {"train.lr": 0.1, "train.optimizer": "sgd"}] if rows else []
     for more in ([], failed):
-        draw(tmp_path, rows + more, names, "min")
+        plots.against_settings(rows + more, names, "accuracy", tmp_path / "settings.png")
+        plots.parallel(rows + more, names, "accuracy", "min", tmp_path / "parallel.png")
+        points = measured_points(rows + more, "accuracy")
+        plots.pareto(points, front(points, "max"), "accuracy", tmp_path / "pareto.png")
         plots.learning_curves({"a": [], "b": [(1, 0.5)]} if rows else {}, "accuracy", None, tmp_path / "curves.png")
     assert len(list(tmp_path.glob("*.png"))) == 4
-
-
-def draw(folder, rows, names, mode):
-    points = measured_points(rows, "accuracy")
-    plots.against_settings(rows, names, "accuracy", folder / "settings.png")
-    plots.parallel(rows, names, "accuracy", mode, folder / "parallel.png")
-    plots.pareto(points, front(points, "max"), "accuracy", folder / "pareto.png")
 
 
 # Folders

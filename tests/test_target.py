@@ -234,9 +234,6 @@ def test_a_target_that_would_do_nothing_is_refused(name):
     with pytest.raises(UserError, match=f"{name} selects for no target: select.target = valid would do nothing; craig"):
         check_schedule(settings, 4)
     check_schedule(settings.model_copy(update={"target": None}), 4)
-
-
-def test_only_a_data_set_has_options():
     settings = Reselect(rule="craig", target={"name": "valid", "options": {"label": "kind"}})
     with pytest.raises(UserError, match=r"select\.target = valid takes no options: label would do nothing"):
         check_schedule(settings, 4)

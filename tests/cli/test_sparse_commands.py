@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from raypkg.methods.sparse.compute import expanded
@@ -53,20 +52,6 @@ def test_dense_training_with_a_correction_has_no_masks_to_export(effray, refusal
     assert "density" not in summary() and not (RUN / "topology.parquet").exists()
     assert "run 'a' is dense: no weight is zero" in refusal("export a")
     assert not (RUN / "model.csr.safetensors").exists()
-
-
-def test_it_combines_with_crest(effray):
-    effray(f"{SHORT.replace('epochs 6', 'epochs 3')} --crest --crest.subset 0.2")
-    assert summary()["pools"] >= 1 and summary()["density"] < 0.11
-
-
-def test_computing_sparse_ends_as_masked_does(effray):
-    options = "--growth gradient --train.precision float64"
-    effray(f"{SHORT} {options}")
-    masked = load_file(RUN / "model.safetensors")
-    effray(f"{SHORT.replace('--name a', '--name b')} {options} --compute sparse")
-    for name, weight in load_file(RUN.with_name("b") / "model.safetensors").items():
-        torch.testing.assert_close(weight, masked[name], rtol=0, atol=1e-9)
 
 
 REFUSED = {

@@ -85,16 +85,6 @@ def test_a_sweep_of_single_processes(ray, tmp_path, space, capsys):
     assert again["test_accuracy"] == best["test_accuracy"]  # the trial was the same run
 
 
-@pytest.mark.parametrize("scheduler", ["hyperband", "median", "fifo"])
-def test_every_scheduler_ends_every_trial(ray, tmp_path, space, scheduler):
-    options = ["--root", tmp_path, "--name", "s", "--space", space, "--samples", "5", "--scheduler", scheduler, *TINY]
-    effray("tune", "train", *options)
-    states = [row["state"] for row in results(tmp_path)]
-    assert len(states) == 5 and "done" in states and set(states) <= {"done", "stopped"}
-    if scheduler == "fifo":
-        assert set(states) == {"done"}
-
-
 def test_a_stopped_trial_of_several_workers_closes_its_files(ray, tmp_path):
     effray("tune", "train", *grid(tmp_path, 0.2, 1e-5, 1e-6), "--cluster.workers", "2", "--track", "wandb")
     rows = results(tmp_path)
