@@ -141,12 +141,15 @@ def kill_at(owner, name, due):
     setattr(owner, name, call)
 
 
+def killed_after(count):
+    """Let the process be killed once it has written so many parts."""
+    kill_at(embedding, "write_part", lambda calls: len(calls) > count)
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "due"),
     [
-        (embedding, "write_part", lambda calls: len(calls) == 1),
-        (embedding, "write_part", lambda calls: len(calls) == 6),
-        (embedding, "write_part", lambda calls: len(calls) == 9),
+        *((embedding, "write_part", lambda calls, count=count: len(calls) > count) for count in (0, 5, 8)),
         (embedding, "join_parts", lambda calls: calls[-1][2] == "test.parquet"),
         (Storage, "delete_folder", lambda calls: calls[-1][1] == embedding.PARTS),
     ],
