@@ -1,16 +1,19 @@
-"""Batches of a user's data set: inputs, labels and positions, from pairs or from mappings; what loaders refuse."""
+"""Batches of a user's data set, from pairs or from mappings; the ranks that share them; what loaders refuse."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from raypkg.core.errors import UserError, shown, unknown
+from raypkg.core.errors import Interruption, UserError, shown, unknown
 from raypkg.core.seeds import generator, seeded
+from raypkg.engine.worker import Worker
 from raypkg.models.classifier import Tapped
 
 LABELS = "labels"  # in a batch that is a mapping, as those of Hugging Face are
@@ -155,3 +158,39 @@ def check_state(loader: str, state: Mapping[str, Any], needed: Iterable[str], se
             raise UserError(
                 f"the checkpoint is of a {loader} with {name} = {shown(theirs)}, this one has {shown(ours)}"
             )
+
+
+# Ranks
+
+
+def ranks_here() -> Worker:
+    """Return this process's place in the default process group, or alone without one."""
+    if dist.is_available() and dist.is_initialized():
+        return Worker(dist.get_rank(), dist.get_world_size())
+    return Worker()
+
+
+@contextmanager
+def in_touch(ranks: Worker, epoch: int) -> Iterator[None]:
+    """Turn a failed collective, such as that of a dead rank, into one clear error."""
+    try:
+        yield
+    except RuntimeError as error:  # PyTorch's errors of process groups are kinds of it
+        if ranks.world == 1:
+            raise
+        reason = str(error).partition("\n")[0]
+        lost = f"rank {ranks.rank} of {ranks.world} lost contact with another before epoch {epoch + 1}"
+        raise Interruption(f"{lost}: resume from a checkpoint ({reason})") from error
+
+
+def attempt(ranks: Worker, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return a function's result, or on many ranks its error, which must reach all of them: they would wait."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        if ranks.world == 1:
+            raise
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        failure = UserError(f"rank {ranks.rank} of {ranks.world}: {kind}{error}")
+        failure.__cause__ = error
+        return failure

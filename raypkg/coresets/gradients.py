@@ -7,8 +7,7 @@ For a linear head with logits z = W h + b, the gradient of sample i with respect
 so n·(C + D) numbers stand for n·C·(D + 1), and every quantity below has a closed form in the two factors.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from raypkg.core.errors import UserError
+from raypkg.models.classifier import in_mode
 
 AT_ONCE = 2**26  # numbers of full gradients that are in memory at a time
 SHORT = 16  # rows of fewer logits: their exponentials are computed one at a time; class by class, many at once
@@ -226,7 +226,7 @@ def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Hea
         raise UserError(f"{type(model).__name__} is not of the form head(features(x)), as build_model's are")
     network: Any = model
     outputs = []
-    with evaluating(model), torch.no_grad():  # not inference_mode: what a model caches must still train
+    with in_mode(model, training=False), torch.no_grad():  # not inference_mode: what a model caches must still train
         for x, y in batches:
             features = network.features(x)  # [b, D]
             logits = network.head(features)  # [b, C]
@@ -259,7 +259,8 @@ def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
 
     norms = vmap(norm, chunk_size=max(1, AT_ONCE // size))
     found = []
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for ``vmap``
+    # Other kernels of attention have no rule for ``vmap``.
+    with in_mode(model, training=False), sdpa_kernel(SDPBackend.MATH):
         for x, y in batches:
             try:
                 found.append(norms(x if isinstance(x, dict) else x.contiguous(), y).cpu())
@@ -267,18 +268,6 @@ def gradient_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"{type(model).__name__} has no full gradients of single samples: {reason}") from error
     return torch.cat(found)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the block; restore the mode of each of its modules afterwards."""
-    modes = [(module, module.training) for module in model.modules()]  # a frozen part may be in evaluation already
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _all_finite(rows: Tensor) -> Tensor:

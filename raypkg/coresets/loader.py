@@ -1,8 +1,7 @@
 """Coresets in a loop of one's own: a loader that selects by itself, and again whenever a selection is due."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Never
 
@@ -13,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from raypkg.core.config import current_name, validate
-from raypkg.core.errors import Interruption, UserError, as_arguments, shown
+from raypkg.core.errors import UserError, as_arguments, shown
 from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect
 from raypkg.data.coreset import Coreset
@@ -21,12 +20,15 @@ from raypkg.engine.worker import Worker
 
 from .batches import (
     TappedByForm,
+    attempt,
     check_count,
     check_keywords,
     check_state,
     in_form_of,
+    in_touch,
     load_batches,
     on_device,
+    ranks_here,
     some_labels,
 )
 from .budgets import budget_of, select
@@ -347,7 +349,11 @@ class CoresetLoader:
         views = [[part for part in parts if part is not None] for parts in zip(*shares, strict=True)]
         settings, target = self.settings, None
         if self.model is None:
-            samples: HeadView | Record = self._record(torch.cat(views[0]))
+            y, losses = torch.cat(views[0]), self.losses
+            margins = (self.total_margin / self.times.clamp(min=1)).where(self.times > 0, torch.inf)
+            if self.rule.sizes_itself and self.epoch > settings.warm_epochs and not losses.isfinite().any():
+                raise UserError(f"{settings.rule} needs the losses of each batch: call record(losses)")
+            samples: HeadView | Record = Record(y, losses, margins=None if self.rule.sizes_itself else margins)
         else:
             samples, *aim = (parts[0] if len(parts) == 1 else HeadView.concat(parts) for parts in views)
             target = aim[0] if aim else None
@@ -371,15 +377,6 @@ class CoresetLoader:
         norms = gradient_norms(self.model, self._noted(self._load(self.scored, batches, "selection", self.epoch), seen))  # type: ignore[arg-type]
         return norms[torch.cat(seen).argsort()]
 
-    def _record(self, y: Tensor) -> Record:
-        if not self.rule.sizes_itself:
-            mean = self.total_margin / self.times.clamp(min=1)
-            return Record(y, self.losses, margins=mean.where(self.times > 0, torch.inf))
-        trained = self.epoch > self.settings.warm_epochs
-        if trained and not self.losses.isfinite().any():
-            raise UserError(f"{self.settings.rule} needs the losses of each batch: call record(losses)")
-        return Record(y, self.losses)
-
     def _batches_of(self, size: int, world: int) -> int:
         return max(1, min(math.ceil(size / (self.batch_size * world)), size // world))  # no rank without a sample
 
@@ -388,36 +385,3 @@ class CoresetLoader:
     ) -> Iterator[tuple[Any, Tensor, Tensor]]:
         same = {name: getattr(self.loader, name) for name in LOADING}
         return load_batches(data, batches, seed=derive(self.seed, purpose, epoch), **same)
-
-
-def ranks_here() -> Worker:
-    """Return this process's place in the default process group, or alone without one."""
-    if dist.is_available() and dist.is_initialized():
-        return Worker(dist.get_rank(), dist.get_world_size())
-    return Worker()
-
-
-@contextmanager
-def in_touch(ranks: Worker, epoch: int) -> Iterator[None]:
-    """Turn a failed collective, such as that of a dead rank, into one clear error."""
-    try:
-        yield
-    except RuntimeError as error:  # PyTorch's errors of process groups are kinds of it
-        if ranks.world == 1:
-            raise
-        reason = str(error).partition("\n")[0]
-        lost = f"rank {ranks.rank} of {ranks.world} lost contact with another before epoch {epoch + 1}"
-        raise Interruption(f"{lost}: resume from a checkpoint ({reason})") from error
-
-
-def attempt(ranks: Worker, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return a function's result, or on many ranks its error, which must reach all of them: they would wait."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        if ranks.world == 1:
-            raise
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        failure = UserError(f"rank {ranks.rank} of {ranks.world}: {kind}{error}")
-        failure.__cause__ = error
-        return failure

@@ -30,7 +30,7 @@ from raypkg.engine.loop import autocast
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.models import build_model
-from raypkg.models.classifier import Classifier
+from raypkg.models.classifier import Classifier, in_mode
 from raypkg.runs import ROOT
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import CONFIG, MODEL, RunFolder
@@ -332,9 +332,7 @@ class Backbone:
             return training_batch(normalised, samples, augment, draws[part], worker).x
 
         parts = torch.arange(len(indices)).split(BATCH[device.type])
-        from raypkg.coresets.gradients import evaluating
-
-        with evaluating(self.features), torch.inference_mode(), autocast(self.precision, device):
+        with in_mode(self.features, training=False), torch.inference_mode(), autocast(self.precision, device):
             return torch.cat([self.features(x).float().cpu() for x in ahead(load, parts, loaders_of(split))])
 
 

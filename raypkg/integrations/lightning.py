@@ -5,10 +5,9 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from raypkg.coresets.batches import check_keywords
 from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.sparse.training import SparseTraining
-
-from . import check_arguments
 
 
 class CoresetCallback(Callback):
@@ -41,7 +40,7 @@ class SparseCallback(Callback):
 
     def __init__(self, density: float = 0.05, **options: Any):
         self.options = {"density": density, **options}
-        check_arguments(SparseTraining, self.options)
+        check_keywords(SparseTraining, self.options)
         self.restored: Mapping[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -12,13 +12,11 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from raypkg.core.errors import UserError
-from raypkg.coresets.batches import INDICES, LABELS, WEIGHTS
+from raypkg.coresets.batches import INDICES, LABELS, WEIGHTS, check_keywords
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.crest.loader import CrestLoader
 from raypkg.methods.sparse.training import SparseTraining
-
-from . import check_arguments
 
 
 class CoresetMixin:
@@ -159,8 +157,8 @@ class StepCallback(KeptState):
             raise UserError("StepCallback takes sparse, agent or both")
         if (agent is None) != (batches is None):
             raise UserError("StepCallback takes agent and batches together: a snapshot passes over the batches")
-        check_arguments(SparseTraining, sparse or ())
-        check_arguments(GradientCorrection, agent or ())
+        check_keywords(SparseTraining, sparse or ())
+        check_keywords(GradientCorrection, agent or ())
         super().__init__(trainer)
         self.kept = dict.fromkeys(self.options)  # made when training begins
         self.batches: Any = batches

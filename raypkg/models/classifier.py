@@ -155,19 +155,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def in_training(model: nn.Module) -> Iterator[None]:
-    """Put a model into training mode inside the block; restore all modes and buffers afterwards.
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put a model into training or evaluation mode inside the block; restore all modes and, of training, buffers.
 
     Layers that a model in training keeps in evaluation mode, such as frozen batch norms, stay so.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    if not model.training:
-        model.train()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
+    if not (training and model.training):
+        model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode
         for buffer, before in buffers:
             buffer.copy_(before)

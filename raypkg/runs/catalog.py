@@ -4,12 +4,11 @@ import fcntl
 import os
 import shlex
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from glob import escape
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 from rich.cells import cell_len
@@ -279,16 +278,12 @@ def remove(storage: Storage) -> None:
     last: the remains of an interrupted deletion do not look like a run, but can be recognised as one's.
     """
     if storage.local and not storage.name.endswith(PART):
+        hidden = storage.parent / f"{storage.name}.{uuid.uuid4().hex[:8]}{PART}"
         try:
-            hidden = Path(mkdtemp(PART, f"{storage.name}.", storage.local.parent))
-            try:
-                storage.local.rename(hidden)  # replaces the empty folder
-            except BaseException:
-                hidden.rmdir()
-                raise
+            storage.local.rename(str(hidden.local))
         except OSError as error:
             raise UserError(f"cannot delete {str(storage.local)!r}: {error.strerror or error}") from None
-        storage = storage.parent / hidden.name
+        storage = hidden
     if SUMMARY in storage.list():
         storage.delete(SUMMARY)
     storage.delete_folder("", last=CONFIG)

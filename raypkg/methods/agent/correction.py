@@ -16,8 +16,8 @@ from raypkg.core.config import validate
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import seeded
 from raypkg.core.settings import Count
-from raypkg.coresets.loader import ranks_here
-from raypkg.models.classifier import in_training, unwrapped
+from raypkg.coresets.batches import check_state, ranks_here
+from raypkg.models.classifier import in_mode, unwrapped
 
 from .control_variate import Weight, coefficient, correct, spread, variance_left
 from .settings import AgentOptions
@@ -160,7 +160,7 @@ class GradientCorrection:
                     sizes.append(len(next(iter(batch.values() if isinstance(batch, Mapping) else batch))))
                     yield self.gradient(self.loss(self.copy, batch)), sizes[-1] / expected
 
-            with in_training(self.model):
+            with in_mode(self.model, training=True):
                 self._copy_modes()
                 self.average(parts())
             if not sizes:
@@ -208,7 +208,7 @@ class GradientCorrection:
     def estimate(self, batches: Iterable[Any]) -> None:
         """Update the published c over batches, with both models frozen; otherwise ``snapshot`` does by its own."""
         if self.weight.form == "published":
-            with in_training(self.model):
+            with in_mode(self.model, training=True):
                 self._copy_modes()
                 found = [torch.stack([self.loss(each, batch) for each in (self.model, self.copy)]) for batch in batches]
             if len(found) < 2:
@@ -288,8 +288,7 @@ class GradientCorrection:
         Raises:
             UserError: the state is of another object, model or form.
         """
-        if "copy" not in state:
-            raise UserError("not a state of GradientCorrection: it has no 'copy'")
+        check_state("GradientCorrection", state, ("copy", "full", "form", "before", "variance", "counts"), {})
         shapes, stored = (
             {name: each.shape for name, each in of.items()} for of in (self.copy.state_dict(), state["copy"])
         )

@@ -26,10 +26,11 @@ from raypkg.coresets.batches import (
     in_form_of,
     load_batches,
     on_device,
+    ranks_here,
     some_labels,
 )
-from raypkg.coresets.gradients import HeadView, evaluating, head_view
-from raypkg.coresets.loader import ranks_here
+from raypkg.coresets.gradients import HeadView, head_view
+from raypkg.models.classifier import in_mode
 
 from .algorithm import CrestAlgorithm, Derive, Loop
 from .quadratic import covered_parameters, weighted_derivative
@@ -245,5 +246,5 @@ class DatasetLoop(Loop):
         loaded = self.load(samples.indices.split(self.size), "model", backward=True)
         batches = (on_device(batch, device) for batch in loaded)
         parts = weights.to(device).split(self.size)
-        with evaluating(self.model):
+        with in_mode(self.model, training=False):
             return weighted_derivative(self.model.logits, batches, parts, len(samples), derive, parameters)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from raypkg.cluster.actors import hold_within_worker
 from raypkg.core.errors import UserError
 from raypkg.core.settings import whole_steps
-from raypkg.coresets.gradients import HeadView, evaluating
+from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.sharded import LiveModel, Scorer, SentModel
 from raypkg.data import Data
 from raypkg.engine.batches import dtype_of, plain_batches, slice_of
@@ -26,6 +26,7 @@ from raypkg.engine.shards import FirstWorkerShards, Pending, Shard, Shards, Work
 from raypkg.engine.worker import Worker, memory_bound
 from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
+from raypkg.models.classifier import in_mode
 
 from .algorithm import CrestAlgorithm, Derive, Loop
 from .quadratic import trains_as_it_evaluates, weighted_derivative
@@ -155,7 +156,8 @@ class RunLoop(Loop):
             with autocast(run.settings.precision, x.device):
                 return run.model(x)
 
-        with run.cost.apart(bill), evaluating(run.model):  # dropout and batch norm would make the model noisy
+        # Dropout and batch norm would make the model noisy.
+        with run.cost.apart(bill), in_mode(run.model, training=False):
             run.worker.share(run.model.buffers())
             batches = plain_batches(samples.split(run.split, self.augment), own, device, size, dtype_of(run.model))
             total = weighted_derivative(logits, batches, own_weights.split(size), len(samples), derive, parameters)

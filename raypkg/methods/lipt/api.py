@@ -14,15 +14,14 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from raypkg.cluster.workers import Workers
 from raypkg.core.config import fields_of, validate
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, as_arguments
 from raypkg.core.seeds import seeded
 from raypkg.core.settings import Cluster
 from raypkg.coresets.batches import as_dataset, check_keywords, load_batches
-from raypkg.coresets.gradients import evaluating
 from raypkg.data.split import Split
 from raypkg.engine.worker import Worker
 from raypkg.experiments.samples import Samples
-from raypkg.models.classifier import probe
+from raypkg.models.classifier import in_mode, probe
 
 from . import merge
 from .member import Context
@@ -35,6 +34,7 @@ OF_RUNS = {"method", "joint_epochs", "evaluate_every_epochs", "compile"}  # sett
 Labelled = Split | Dataset[Any] | tuple[Tensor, Tensor]
 
 
+@as_arguments("pretrain")
 def pretrain(
     model: nn.Module,
     dataset: Labelled,
@@ -75,30 +75,26 @@ def pretrain(
     True
     """
     check_keywords(pretrain, options, fields_of(Pretrain).keys() - OF_RUNS)
-    try:
-        # The caller may have switched gradients off, and data sets may draw from PyTorch's global generator.
-        with torch.inference_mode(False), torch.enable_grad(), seeded(0, "lipt.pretrain"):
-            split = as_split(dataset)
-            if split is not dataset and options.setdefault("randaugment", False):
-                raise UserError("randaugment = True: only the uint8 images of a Split are augmented")
-            chosen = validate(Pretrain, {**options, "models": models, "epochs": epochs})
-            settings = validate(LiptSettings, {"seed": seed, "pretrain": chosen})
-            if "score" in merge[chosen.merge].declares:
-                raise UserError(f"merge = {chosen.merge!r} needs held-out samples: use effray lipt")
-            cluster = validate(Cluster, {"workers": workers})
-            merged = deepcopy(model)
-            check_model(merged, split)
-            if workers:
-                with tempfile.TemporaryDirectory() as folder, Workers(cluster, lambda row: None, folder) as group:
-                    saved = group.run(pretrain_given, settings, merged, split)
-            else:
-                worker = Worker(device=next(merged.parameters()).device)
-                saved = pretrain_given(worker, settings, merged, split)
-            merged.load_state_dict(load(saved))
-            return merged
-    except UserError as error:  # the settings of runs are named pretrain.*
-        error.args = (f" {error}".replace(" pretrain.", " ").lstrip(),)
-        raise
+    # The caller may have switched gradients off, and data sets may draw from PyTorch's global generator.
+    with torch.inference_mode(False), torch.enable_grad(), seeded(0, "lipt.pretrain"):
+        split = as_split(dataset)
+        if split is not dataset and options.setdefault("randaugment", False):
+            raise UserError("randaugment = True: only the uint8 images of a Split are augmented")
+        chosen = validate(Pretrain, {**options, "models": models, "epochs": epochs})
+        settings = validate(LiptSettings, {"seed": seed, "pretrain": chosen})
+        if "score" in merge[chosen.merge].declares:
+            raise UserError(f"merge = {chosen.merge!r} needs held-out samples: use effray lipt")
+        cluster = validate(Cluster, {"workers": workers})
+        merged = deepcopy(model)
+        check_model(merged, split)
+        if workers:
+            with tempfile.TemporaryDirectory() as folder, Workers(cluster, lambda row: None, folder) as group:
+                saved = group.run(pretrain_given, settings, merged, split)
+        else:
+            worker = Worker(device=next(merged.parameters()).device)
+            saved = pretrain_given(worker, settings, merged, split)
+        merged.load_state_dict(load(saved))
+        return merged
 
 
 def check_model(model: nn.Module, split: Split) -> None:
@@ -109,7 +105,7 @@ def check_model(model: nn.Module, split: Split) -> None:
     weight = next(model.parameters())
     stored, _ = split.batch(torch.arange(min(2, len(split))))
     x = split.inputs(stored.to(weight.device))
-    with evaluating(model):
+    with in_mode(model, training=False):
         probe(model, kind, x.to(weight.dtype) if x.is_floating_point() else x, split.num_classes, exact=False)
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raypkg.models.classifier import in_training
+from raypkg.models.classifier import in_mode
 
 from . import drop, growth, initial, redistribution
 from .masks import Masks, erk_densities, largest_masks, prunable, random_masks, shapes_of
@@ -141,7 +141,7 @@ def mean_momentum(weight: Tensor, *, momentum: Tensor) -> float:
 def snip_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Saliency:
     """Return |g ⊙ w|, g the gradient of the batch's mean loss at the current weights (arXiv:1810.02340)."""
     weights = prunable(model)
-    with in_training(model):
+    with in_mode(model, training=True):
         loss = F.cross_entropy(model(x), y)
         gradients = _gradients(loss, weights)
     return {name: (gradients[name] * weight).detach().abs() for name, weight in weights.items()}
@@ -154,7 +154,7 @@ def grasp_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Saliency:
     """
     weights = prunable(model)
     # PyTorch cannot differentiate its fused forms of attention twice: use plain products.
-    with in_training(model), sdpa_kernel(SDPBackend.MATH):
+    with in_mode(model, training=True), sdpa_kernel(SDPBackend.MATH):
         loss = F.cross_entropy(model(x), y)
         gradients = _gradients(loss, weights, create_graph=True)
         # H is never formed: the gradient of gᵀ·(g as a constant) is Hg.

@@ -16,7 +16,7 @@ from raypkg.core.config import Named, validate
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Count, Share
-from raypkg.coresets.loader import ranks_here
+from raypkg.coresets.batches import check_state, ranks_here
 from raypkg.models.classifier import unwrapped
 
 from . import drop as drop_rules
@@ -278,7 +278,7 @@ class SparseTraining:
             "momentum": dict(self.momentum),
             "step": self.step,
             "nonzero": self._nonzero(self.masks),
-            "density": self.settings.density,
+            "settings": {"density": self.settings.density},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -287,13 +287,10 @@ class SparseTraining:
         Raises:
             UserError: the state is of another object, model or density, or was stored with other weights of the model.
         """
-        if "masks" not in state:
-            raise UserError("not a state of SparseTraining: it has no 'masks'")
+        check_state("SparseTraining", state, ("masks", "explored", "momentum"), {"density": self.settings.density})
         shapes = {name: mask.shape for name, mask in state["masks"].items()}
         if others := sorted(dict(shapes.items() ^ shapes_of(self.model).items())):
             raise UserError(f"the state is of another model: {others[0]} is missing in one or has another shape")
-        if (density := state.get("density", self.settings.density)) != self.settings.density:
-            raise UserError(f"the state is of density = {density}, not {self.settings.density}")
         masks = {name: mask.to(self.masks[name].device) for name, mask in state["masks"].items()}
         found = self._nonzero(masks)
         if found != state.get("nonzero", found):  # earlier versions stored neither this nor the step
