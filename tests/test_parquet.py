@@ -195,11 +195,11 @@ NO_LIST = r"the schema metadata 'huggingface' of .*train\.parquet': "
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
-        ("no JSON", NO_LIST + "Invalid JSON"),
-        ("[" * 100_000, NO_LIST + "Invalid JSON: recursion limit exceeded"),
-        (features({"names": [1, 2, 3]}), NO_LIST + "names.0 Input should be a valid string"),
+        ("no JSON", NO_LIST + ".*invalid JSON"),
+        ("[" * 100_000, NO_LIST + ".*invalid JSON: recursion limit exceeded"),
+        (features({"names": [1, 2, 3]}), NO_LIST + "names.0 = 1: input should be a valid string"),
         (features({"names": ["cat", "dog"]}), "row 2 of .*train.parquet' has label 2, allowed is 0 … 1"),
-        (features({"names": ["cat", "dog", "cat"]}), NO_LIST + "names has two classes 'cat'"),
+        (features({"names": ["cat", "dog", "cat"]}), NO_LIST + "names = .*: has two classes 'cat'"),
     ],
 )
 def test_invalid_class_names(tmp_path, load, metadata, problem):

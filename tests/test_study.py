@@ -328,7 +328,7 @@ def test_a_damaged_study_is_not_resumed(sweep, tmp_path, file, content, message)
 @pytest.mark.parametrize("count", [-1, 0, 10_001, 10**40])
 def test_there_are_1_to_10000_trials(option, count):
     with pytest.raises(UserError, match=rf"--{option} {str(count)[:5]}.*: at least 1 and at most 10,000"):
-        order_of("train", {option: count}, Space("", {}, "accuracy", "max"))
+        order_of("train", {option: count}, Space(text="", domains={}, metric="accuracy", mode="max"))
 
 
 def test_a_refused_resumption_changes_nothing(sweep, tmp_path):

@@ -78,7 +78,7 @@ def test_a_space_of_too_many_values_is_refused_before_they_are_tried():
     def check(values):
         raise AssertionError("a value is tried")
 
-    space = Space("", {"seed": tune.choice(list(range(10_001)))}, "accuracy", "max")
+    space = Space(text="", domains={"seed": tune.choice(list(range(10_001)))}, metric="accuracy", mode="max")
     with pytest.raises(UserError, match="space: seed has 10,001 values, of which 10,000 can be tried"):
         check_space(space, check)
 

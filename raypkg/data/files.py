@@ -19,6 +19,7 @@ from pyarrow import fs
 from pydantic import AfterValidator, BaseModel, ValidationError
 
 from raypkg.core.address import address_of, is_uri, opened, parted
+from raypkg.core.config import first_problem
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.memory import check_read
 from raypkg.core.seeds import generator
@@ -170,11 +171,6 @@ def identity_of(file: Place) -> tuple[str, int, int]:
     return str(file), info.size, info.mtime_ns
 
 
-def size_of(file: Place) -> int:
-    """Return the bytes of a file."""
-    return identity_of(file)[1]
-
-
 def relisted(files: Iterable[Place]) -> list[Place]:
     """Return the same files in their present state: each remote root is listed again, once."""
     listings: dict[str, _Listing] = {}
@@ -298,20 +294,15 @@ def check_parquet(
     A page of equal values takes a few bytes, whatever their number, so numbers count as they lie in memory. Texts
     count as they are encoded: their dictionary once.
     """
-
-    def leaves(kind: pa.DataType) -> int:
-        return sum(leaves(kind.field(i).type) for i in range(kind.num_fields)) or 1
-
-    owner = [field.name for field in metadata.schema.to_arrow_schema() for _ in range(leaves(field.type))]
-    chosen = [i for i, name in enumerate(owner) if columns is None or name in columns]
-    leaf = [metadata.schema.column(i) for i in chosen]
-    width = [max(each.length or 0, VALUE_BYTES.get(each.physical_type, 4)) for each in leaf]
+    leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
     size = 0
     for group in map(metadata.row_group, groups):
         size += ROW_BYTES * group.num_rows
-        for i, each in zip(chosen, width, strict=True):
-            column = group.column(i)
-            size += max(column.total_uncompressed_size, column.num_values * each)
+        for i, leaf in enumerate(leaves):
+            if columns is None or any(f"{leaf.path}.".startswith(f"{name}.") for name in columns):
+                column = group.column(i)
+                width = max(leaf.length or 0, VALUE_BYTES.get(leaf.physical_type, 4))
+                size += max(column.total_uncompressed_size, column.num_values * width)
     check_read(f"table {str(file)!r}", size)
 
 
@@ -328,19 +319,18 @@ def read_parquet(file: Place, columns: Sequence[str] | None = None) -> pa.Table:
         table = pq.ParquetFile(open_input(file), metadata=metadata, read_dictionary=texts).read(columns)
         table.validate(full=True)  # texts are UTF-8
         check_distinct(table.column_names, file)
-        packed = [name for name in table.column_names if pa.types.is_dictionary(table[name].type)]
         size = 0
-        for column in map(table.column, packed):
-            if _is_text(column.type.value_type):
+        for place, (field, column) in enumerate(zip(table.schema, table.columns, strict=True)):
+            if not pa.types.is_dictionary(field.type):
+                continue
+            kind = field.type.value_type
+            if _is_text(kind):
                 lengths = [pc.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks]
                 size += sum(pc.sum(each.cast(pa.int64())).as_py() or 0 for each in lengths)
-        check_read(f"the texts of {str(file)!r}", size)
-        for name in packed:
-            kind = table[name].type.value_type
-            kind = pa.large_string() if _is_text(kind) and not pa.types.is_binary(kind) else kind
-            chunks = [chunk.dictionary.cast(kind).take(chunk.indices) for chunk in table[name].chunks]
-            place = table.column_names.index(name)
-            table = table.set_column(place, table.schema.field(name).with_type(kind), pa.chunked_array(chunks, kind))
+                check_read(f"the texts of {str(file)!r}", size)
+                kind = kind if pa.types.is_binary(kind) else pa.large_string()
+            chunks = [chunk.dictionary.cast(kind).take(chunk.indices) for chunk in column.chunks]
+            table = table.set_column(place, field.with_type(kind), pa.chunked_array(chunks, kind))
         return table
 
 
@@ -386,9 +376,7 @@ def noted(schema: pa.Schema, key: str, file: Place) -> Iterator[bytes]:
     try:
         yield (schema.metadata or {}).get(key.encode(), b"{}")
     except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))} {first['msg'].removeprefix('Value error, ')}".strip()
-        raise UserError(f"the schema metadata {key!r} of {str(file)!r}: {problem}") from None
+        raise UserError(f"the schema metadata {key!r} of {str(file)!r}: {first_problem(error)}") from None
 
 
 def _distinct(names: Names | None) -> Names | None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from raypkg.core.address import folder_and_name
+from raypkg.core.config import first_problem
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Dataset, RunSettings
 from raypkg.data.coreset import Coreset
@@ -99,9 +100,7 @@ def load_coreset(path: str, samples: Samples, dataset: Dataset) -> Coreset:
     try:
         made = Made.model_validate_json((table.schema.metadata or {}).get(KEY, b"{}"))
     except ValidationError as error:
-        found = error.errors()[0]
-        place = ".".join(map(str, found["loc"]))
-        raise UserError(f"the metadata of {path} is damaged: {place} {found['msg']}") from None
+        raise UserError(f"the metadata of {path} is damaged: {first_problem(error)}") from None
     if made.samples not in (None, len(split)):
         raise UserError(f"{path} was made for {made.samples} samples, this data set has {len(split)}")
     if made.dataset is not None and last_part(made.dataset) != last_part(dataset.name):

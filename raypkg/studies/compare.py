@@ -20,8 +20,8 @@ from raypkg.runs.storage import Storage
 from .driver import Driver, check_root
 from .figures import HELD_OUT
 from .outcomes import Outcomes
-from .space import base_of, check_counts, check_trial, data_digests, varied
-from .study import FOLDER, RECORD, Order, Study, Trial, check_data, create_study, find_study
+from .space import base_of, check_counts, check_data, check_trial, data_digests, varied
+from .study import FOLDER, RECORD, Order, Study, Trial, create_study, find_study
 from .tables import METRICS, REST, Table, stored_table, with_data
 from .trial import imported_function
 
@@ -70,7 +70,7 @@ def compare_rows(
     _check_same(study, order, settings)
     with study.storage.locked(f"comparison {name!r}"):
         study = Study(study.storage)  # another process may have changed it before this one had the lock
-        check_data(study, data_digests(settings, (trial.settings for trial in study.trials if trial.settings)))
+        check_data(study, settings)
         known = study.numbers()
         wanted = {table.identity(*place): place for place in table.places()}
         new = [(table.trial(*wanted[each]), wanted[each][1]) for each in wanted if each not in known]
@@ -140,7 +140,7 @@ def resume_comparison(name: str, values: Mapping[str, Any], concurrent: int | No
         check_code(study.storage, trial.settings, RECORD)
         check_code(study.storage, {"after": trial.after or ""}, RECORD)
     settings = load_settings(training_settings_of(experiment[study.experiment]), study.config, values)
-    check_data(study, data_digests(settings, (trial.settings for trial in study.trials if trial.settings)))
+    check_data(study, settings)
     with study.storage.locked(f"comparison {name!r}"):
         study.change(settings, concurrent=concurrent)
         table = stored_table(study.order.table)

@@ -1,22 +1,23 @@
 """Tune spaces, the requests that fill them with trials, and the settings of a trial."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from raypkg.cluster.session import prepare
-from raypkg.core.config import Settings, leaves, load_settings, read_toml
+from raypkg.core.config import Settings, first_problem, leaves, load_settings, read_toml
 from raypkg.core.errors import UserError, shown, unknown
 from raypkg.core.seeds import derive
 from raypkg.core.settings import APART, Dataset, Experiment, RunSettings, Training
 from raypkg.experiments.resolve import check_names
 from raypkg.experiments.samples import Samples
+from raypkg.runs.folder import CONFIG, read_settings
 
-from .study import TO_THE_END, Order, Values
+from .study import TO_THE_END, Order, Study, Values
 from .tables import METRICS, read_code, run_code, shipped_files
 
 SPACES = "tune_spaces"
@@ -33,8 +34,7 @@ EVALUATE = "train.evaluate_every_epochs"  # 1 unless given: schedulers compare t
 E = TypeVar("E", bound=Experiment)
 
 
-@dataclass(frozen=True)
-class Space:
+class Space(BaseModel):
     """Domains to draw settings from, and the metric to optimise."""
 
     text: str  # content of the file
@@ -61,12 +61,9 @@ def read_space(text: str, origin: str) -> Space:
     needed = {name: name for name in ("space", "METRIC", "MODE")}
     content, metric, mode = run_code("space", text, origin, needed)
     try:
-        space = Space(text, dict(content), metric, mode)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"space {origin!r} raises {type(error).__name__}: {error}") from None
-    for name in (*space.domains, metric, mode):
-        if not isinstance(name, str):
-            raise UserError(f"space {origin!r}: {name!r} is not a name")
+        space = Space(text=text, domains=content, metric=metric, mode=mode)
+    except ValidationError as error:
+        raise UserError(f"space {origin!r}: {first_problem(error)}") from None
     for name, domain in space.domains.items():
         try:
             draw_settings({name: domain}, np.random.default_rng(0))
@@ -82,7 +79,7 @@ def without(space: Space, given: Iterable[str]) -> Space:
     domains = {name: domain for name, domain in space.domains.items() if name.removesuffix(".name") not in fixed}
     if space.domains and not domains:
         raise UserError(f"nothing is left to vary: {', '.join(space.domains)} are given")
-    return replace(space, domains=domains)
+    return space.model_copy(update={"domains": domains})
 
 
 def check_space(space: Space, check: Callable[[Values], None]) -> None:
@@ -230,6 +227,18 @@ def data_digests(base: Experiment, trials: Iterable[Values]) -> Iterator[str]:
         if key not in known:
             known[key] = _opened(dataset, trial.seed).digest(trial.dataset)
         yield known[key]
+
+
+def check_data(study: Study, settings: Experiment) -> None:
+    """Refuse to continue a study of other data, by the digests in the record or else in the runs of its trials."""
+    known = {number: trial for number, trial in enumerate(study.trials) if trial.settings}
+    digests = data_digests(settings, (trial.settings or {} for trial in known.values()))
+    for (number, trial), digest in zip(known.items(), digests, strict=True):
+        run = study.run_storage(number)
+        stored = trial.digest or (CONFIG in run.list() and read_settings(run).get("dataset", {}).get("digest"))
+        if stored and stored != digest:
+            problem = f"the data of {study.run_name(number)} are not those that it began with"
+            raise UserError(f"{problem}: give another --name, or delete {study.name!r} and its trials")
 
 
 @lru_cache(maxsize=2)

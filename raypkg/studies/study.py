@@ -24,11 +24,11 @@ from raypkg.core.settings import APART
 from raypkg.experiments import experiment, training_settings_of
 from raypkg.runs.catalog import DONE as FINISHED
 from raypkg.runs.catalog import Listed, named, state_of, unreadable
-from raypkg.runs.folder import CONFIG, RunFolder, check_name, discard, read_settings, write_settings
+from raypkg.runs.folder import RunFolder, check_name, discard, read_settings, write_settings
 from raypkg.runs.storage import PART, Storage
 
 from .figures import AFTER, DONE, Row, TrialRun, ranked
-from .tables import MetricName, current_function, identity
+from .tables import ExperimentName, MetricName, current_function, identity
 
 FOLDER = "tune"  # beside the folders of the experiments
 RECORD = "sweep.json"
@@ -48,7 +48,7 @@ class Order(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    experiment: str = Field(pattern=r"^\w[\w-]*$")
+    experiment: ExperimentName
     metric: MetricName
     mode: Literal["max", "min"]
     samples: int = Field(ge=0)  # trials in all; a comparison has those of its record
@@ -130,17 +130,12 @@ class Study:
         self.name = storage.name
         self.experiment = record.order.experiment
         self.root = storage.parent.parent.root  # of all runs
-        varied = [*self._current(dict.fromkeys(record.order.varied))]
+        self._schema = training_settings_of(experiment[self.experiment])
+        varied = [*with_current_names(self._schema, dict.fromkeys(record.order.varied))]
         self.order = record.order.model_copy(update={"varied": varied})
         self.trials = record.trials
         for trial in self.trials:
-            trial.settings = trial.settings and self._current(trial.settings)
-
-    def _current(self, values: Mapping[str, Any]) -> Values:
-        """Return stored settings by their current names."""
-        if self.experiment not in experiment:
-            return dict(values)
-        return with_current_names(training_settings_of(experiment[self.experiment]), values)
+            trial.settings = trial.settings and with_current_names(self._schema, trial.settings)
 
     @property
     def command(self) -> str:
@@ -150,10 +145,7 @@ class Study:
     @property
     def config(self) -> dict[str, Any]:
         """The settings that all trials share, not yet validated; reading raises ``UserError`` if they are missing."""
-        stored = read_settings(self.storage)
-        if self.experiment not in experiment:
-            return stored
-        return stored_values(training_settings_of(experiment[self.experiment]), stored)
+        return stored_values(self._schema, read_settings(self.storage))
 
     def run_name(self, number: int) -> str:
         """Return the name of a trial's run."""
@@ -191,14 +183,6 @@ class Study:
         if storage.read("summary.json") is None:
             return False
         return not self.trials[number].after or storage.read(AFTER) is not None
-
-    def digest(self, number: int) -> str | None:
-        """Return the digest of a trial's samples, by the record or else by its run; None if neither has one."""
-        run = self.run_storage(number)
-        digest = self.trials[number].digest
-        if digest is None and CONFIG in run.list():
-            digest = read_settings(run).get("dataset", {}).get("digest")
-        return digest
 
     def waiting(self) -> list[tuple[int, Values]]:
         """Return number and settings of the trials to run: new, unfinished and failed ones."""
@@ -315,15 +299,6 @@ def create_study(
     return Study(storage)
 
 
-def check_data(study: Study, digests: Iterable[str]) -> None:
-    """Refuse to continue a study of other data, given by the digests of its trials with settings, in their order."""
-    known = (number for number, trial in enumerate(study.trials) if trial.settings)
-    for number, digest in zip(known, digests, strict=True):
-        if study.digest(number) not in (None, digest):
-            problem = f"the data of {study.run_name(number)} are not those that it began with"
-            raise UserError(f"{problem}: give another --name, or delete {study.name!r} and its trials")
-
-
 def find_study(root: str, name: str) -> Study:
     """Open an existing study; raise ``UserError`` for an unknown name."""
     studies = Storage(root) / FOLDER
@@ -363,20 +338,18 @@ def folded(root: str, lines: Sequence[Listed]) -> list[Listed]:
     except UserError:
         names, folds = [], [unreadable(studies)]
     for name in names:
+        folder, time = studies / name, None
         try:
-            if not is_study(studies / name):
+            if not is_study(folder):
                 continue
-            time = max((studies / name).times().values(), default=0.0)
-        except UserError:
-            folds.append(unreadable(studies / name))
-            continue
-        try:
-            study = Study(studies / name)
+            time = max(folder.times().values(), default=0.0)
+            study = Study(folder)
             config = study.config
             table = study.storage.read_table(RESULTS)
             state = state_of(study.storage) if study.left() else FINISHED
         except UserError:
-            folds.append(Listed(FOLDER, name, f"bad {RECORD}", "–", "–", FOLDER, None, None, None, time))
+            bad = Listed(FOLDER, name, f"bad {RECORD}", "–", "–", FOLDER, None, None, None, time or 0.0)
+            folds.append(unreadable(folder) if time is None else bad)
             continue
         places = [(study.experiment, study.run_name(number)) for number in range(len(study.trials))]
         trials = {place[1]: runs.pop(place) for place in places if place in runs}

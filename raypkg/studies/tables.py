@@ -67,7 +67,14 @@ def _as_stored(values: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+def _experiment(name: str) -> str:
+    if name not in experiment:
+        raise unknown("experiment", name, experiment.names)
+    return name
+
+
 MetricName = Annotated[str, AfterValidator(_metric)]
+ExperimentName = Annotated[str, AfterValidator(_experiment)]
 Stored = Annotated[dict[str, Any], BeforeValidator(_as_stored)]  # settings by dotted names
 Seed = Annotated[int, Field(strict=True, ge=0)]
 
@@ -139,7 +146,7 @@ class Table(Settings):
     """
 
     title: str  # one line
-    experiment: str  # name of the experiment that runs the trials
+    experiment: ExperimentName  # runs the trials
     baseline: str  # label of the row that the others are compared with
     rows: dict[str, Stored] = Field(min_length=1)  # settings by label
     cases: dict[str, Stored] = Field({REST: {}}, min_length=1)  # settings by label
@@ -187,8 +194,6 @@ class Table(Settings):
         for label in (*self.rows, *self.cases):
             if not (label.strip() and label.isprintable()) or "," in label:
                 raise UserError(f"{shown(label)} is no label: a text without commas is needed")
-        if self.experiment not in experiment:
-            raise unknown("experiment", self.experiment, experiment.names)
         named = {"baseline": [self.baseline], "after": self.after, "as_baseline": self.as_baseline}
         named["reference"] = [self.reference or self.baseline]
         for part, rows in named.items():
@@ -269,11 +274,15 @@ def read_table(text: str, origin: str, scale: str) -> Table:
     (table,) = run_code("table", text, origin, {"table": "function table(scale)"}, scale)
     if not isinstance(table, Table):
         raise UserError(f"table {origin!r}: table({scale!r}) returned {shown(table)}, not a {__name__}.Table")
-    published = presets_of(training_settings_of(experiment[table.experiment])).get(PUBLISHED)
-    if published:
+    schema = training_settings_of(experiment[table.experiment])
+    if published := presets_of(schema).get(PUBLISHED):
         stated = {label: published.stated(str(case.get("dataset.name", ""))) for label, case in table.cases.items()}
         table = table.changed(cases={label: {**stated[label], **case} for label, case in table.cases.items()})
-    return table.changed(rows={label: _with_preset(table, values) for label, values in table.rows.items()})
+    shared = dict(table.shared)
+    for case in table.cases.values():
+        shared |= case
+    presets = {label: preset_of_row(schema, row, shared) for label, row in table.rows.items() if "preset" in row}
+    return table.changed(rows={**table.rows, **presets})  # trials store the settings of the presets
 
 
 def with_data(table: Table, values: Values) -> Table:
@@ -290,17 +299,6 @@ def with_data(table: Table, values: Values) -> Table:
     for label, case in table.cases.items():
         cases[label] = {name: value for name, value in case.items() if not name.startswith(own)}
     return table.changed(cases=cases)
-
-
-def _with_preset(table: Table, row: Values) -> Values:
-    """Return a row with the settings of the preset that it names, so that trials store them."""
-    if "preset" not in row:
-        return row
-    schema = training_settings_of(experiment[table.experiment])
-    shared = dict(table.shared)
-    for case in table.cases.values():
-        shared |= case
-    return preset_of_row(schema, row, shared)
 
 
 def narrowed(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from .show import conclude, show_study
 from .space import (
     base_of,
     check_counts,
+    check_data,
     check_space,
     check_trial,
     data_digests,
@@ -33,7 +33,7 @@ from .space import (
     varied,
     without,
 )
-from .study import RECORD, SPACE, TO_THE_END, Trial, Values, check_data, create_study, find_study
+from .study import RECORD, SPACE, TO_THE_END, Trial, Values, create_study, find_study
 
 CHANGEABLE = ("concurrent", "time_budget")  # options of a resumed sweep
 Asked = Mapping[str, Any]  # given options by their names in Order
@@ -116,13 +116,13 @@ def resume_sweep(entry: Entry, asked: Asked, name: str, values: Mapping[str, Any
     except UnicodeDecodeError as error:
         raise UserError(f"{path}/{SPACE} is corrupt: {error}") from None
     whole = read_space(text, f"{path}/{SPACE}")
-    whole = replace(whole, domains=with_current_names(schema, whole.domains))
-    space = without(whole, whole.domains.keys() - study.order.varied)
-    check_data(study, data_digests(settings, (trial.settings for trial in study.trials if trial.settings)))
+    current = with_current_names(schema, whole.domains)
+    domains = {name: domain for name, domain in current.items() if name in study.order.varied}
+    check_data(study, settings)
     with study.storage.locked(f"sweep {name!r}"):
         study.change(settings, **asked)
         if study.left():
-            Driver(study, settings, root, space.domains).run()
+            Driver(study, settings, root, domains).run()
         else:
             conclude(study)
             show_study(study, terminal())

@@ -119,12 +119,15 @@ def noting(metadata):
             column([1.0, 2.0]).set_column(1, "label", [["a" * 1001, "b"]]),
             "label' .* is longer than 1,000 bytes in row 0",
         ),
-        (noting({"classes": ["0", "1", "0"]}), "metadata 'effray' of .*rows.parquet': classes has two classes '0'"),
-        (noting({"classes": "01"}), "metadata 'effray' of .*: classes Input should be a valid array"),
-        (noting({"classes": [0, 1]}), "metadata 'effray' of .*: classes.0 Input should be a valid string"),
-        (noting({"id": 5}), "metadata 'effray' of .*: id Input should be a valid string"),
-        (noting([1]), "metadata 'effray' of .*rows.parquet': Input should be an object"),
-        (noting("[" * 50_000), "metadata 'effray' of .*rows.parquet': Invalid JSON"),
+        (
+            noting({"classes": ["0", "1", "0"]}),
+            "metadata 'effray' of .*rows.parquet': classes = .*: has two classes '0'",
+        ),
+        (noting({"classes": "01"}), "metadata 'effray' of .*: classes = '01': input should be a valid array"),
+        (noting({"classes": [0, 1]}), "metadata 'effray' of .*: classes.0 = 0: input should be a valid string"),
+        (noting({"id": 5}), "metadata 'effray' of .*: id = 5: input should be a valid string"),
+        (noting([1]), "metadata 'effray' of .*rows.parquet': input should be an object"),
+        (noting("[" * 50_000), "metadata 'effray' of .*rows.parquet': .*invalid JSON"),
     ],
 )
 def test_columns_that_are_no_rows_of_numbers(load_rows, cache, table, message):

@@ -96,9 +96,7 @@ def read(file: Place) -> tuple[list[str], list[np.ndarray]]:
         lines = TextIOWrapper(stream, encoding="utf-8", newline="\n")
         for number, line in enumerate(iter(partial(lines.readline, longest + 1), ""), 1):
             if len(line) > longest:
-                check_read(
-                    f"line {number} of {str(file)!r}, of more than {longest:,} characters", len(line) * LINE_BYTES
-                )
+                check_read(f"line {number} of {str(file)!r}, cut at {longest:,} characters", len(line) * LINE_BYTES)
             text = line.partition("#")[0]
             words = text.split()
             if not words:

@@ -27,13 +27,13 @@ from raypkg.data.files import (
     check_distinct,
     check_parquet,
     class_numbers,
+    identity_of,
     noted,
     open_input,
     place_of,
     read_parquet,
     reading,
     row_files,
-    size_of,
     split_rows,
 )
 from raypkg.data.split import Split
@@ -232,7 +232,7 @@ class RowTable:
 
 def _read_csv(file: Place) -> pa.Table:
     with reading(file):
-        check_read(f"table {str(file)!r}", size_of(file))
+        check_read(f"table {str(file)!r}", identity_of(file)[1])
         table = pcsv.read_csv(open_input(file), convert_options=CONVERT)
         check_distinct(table.column_names, file)
         return table

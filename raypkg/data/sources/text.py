@@ -23,12 +23,12 @@ from raypkg.data.files import (
     PREFIXES,
     Place,
     class_numbers,
+    identity_of,
     label_column,
     open_input,
     place_of,
     read_parquet,
     reading,
-    size_of,
     split_files,
     split_rows,
 )
@@ -230,7 +230,7 @@ class TextTable:
 
 def _read(file: Place, label: str) -> pa.Table:
     with reading(file):
-        check_read(f"table {str(file)!r}", size_of(file))
+        check_read(f"table {str(file)!r}", identity_of(file)[1])
         match file.suffix:
             case ".parquet":
                 return read_parquet(file)
@@ -250,13 +250,9 @@ def _read(file: Place, label: str) -> pa.Table:
             case _:
                 table = pjson.read_json(open_input(file))
                 table.validate(full=True)  # texts are UTF-8
-        # Texts of any type become large strings, which may exceed 2 GiB together.
-        plain = []
-        for field in table.schema:
-            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-            is_text = pa.types.is_string(kind) or pa.types.is_string_view(kind)
-            plain.append(field.with_type(pa.large_string() if is_text else kind))
-        return table.cast(pa.schema(plain, metadata=table.schema.metadata))
+        # Texts become large strings, which may exceed 2 GiB together.
+        large = [each.with_type(pa.large_string()) if pa.types.is_string(each.type) else each for each in table.schema]
+        return table.cast(pa.schema(large))
 
 
 def _missing(labels: pa.ChunkedArray) -> pa.ChunkedArray:
