@@ -165,7 +165,7 @@ FACTS = cases(
     {
         '{"samples": 9}': "was made for 9 samples, this data set has 1437",
         '{"dataset": "others"}': "was made for others, this data set is digits",
-        '{"samples": "many"}': "the metadata of … mine.parquet is damaged: samples = 'many': input should be a valid integer",
+        '{"samples": "many"}': "mine.parquet is damaged: samples = 'many': input should be a valid integer",
         "[]": "the metadata of … mine.parquet is damaged: input should be an object",
     },
     make=write_facts,

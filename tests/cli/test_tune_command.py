@@ -58,7 +58,7 @@ def wrong(refusal, tmp_path, monkeypatch):
         ("'train.optimizer': tune.choice(['sgd', 'adam'])", "train.optimizer 'adam', did you mean 'adamw'?"),
         ("'cluster.workers': tune.choice([0, 2])", "cluster.workers does not alter the result and cannot be varied"),
         ("'crest.tau': 0.1", "space: there is nothing to vary, only {'crest.tau': 0.1}"),
-        ("1: tune.choice([1])", "space 'mine.py': 1 is not a name"),
+        ("1: tune.choice([1])", "space 'mine.py': domains.1.[key] = 1: input should be a valid string"),
         ("'dataset.validation': tune.grid_search([0])", "trial 0: metric accuracy is measured on held-out samples"),
     ],
 )

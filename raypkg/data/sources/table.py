@@ -276,7 +276,6 @@ class VectorColumns:
         return {name: np.concatenate(parts) for name, parts in pieces.items()}
 
     def _read_group(self, group: int) -> dict[str, np.ndarray]:
-        """Return the vectors of a row group."""
         with reading(self._place):
             check_parquet(self._place, self._file.metadata, [group], self.widths)
             table = self._file.read_row_group(group, columns=list(self.widths))

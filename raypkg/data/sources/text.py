@@ -256,7 +256,6 @@ def _read(file: Place, label: str) -> pa.Table:
 
 
 def _missing(labels: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return True for each missing label."""
     if pa.types.is_nested(labels.type) or pa.types.is_binary(labels.type):
         return labels.is_null()
     return pc.is_in(labels.cast(pa.large_string()), pa.array(UNLABELLED, pa.large_string()))
