@@ -98,7 +98,7 @@ SWEEP_FILES = {
     **each("tune/sweep/sweep.json", ['{"order": 3, "trials": []}', "one bit flipped", DEEP], "sweep"),
     **each("tune/sweep/sweep.json", [sweep(metric="nope")], "unknown metric 'nope'"),
     **each("tune/sweep/sweep.json", [sweep(mode="most")], "order.mode = 'most'"),
-    **each("tune/sweep/sweep.json", [sweep(experiment="../train")], "order.experiment = '../train'"),
+    **each("tune/sweep/sweep.json", [sweep(experiment="../train")], "unknown experiment '../train'"),
     **each("tune/sweep/sweep.json", [sweep(samples=2)], "it has 1 of 2 trials"),
     **each("tune/sweep/sweep.json", [sweep([])], "it has 0 of 1 trials"),
     **each("tune/sweep/sweep.json", [sweep([{"settings": 3}])], "trials.0.settings = 3"),
