@@ -38,8 +38,8 @@ def script(arguments: Sequence[str] | None = None) -> None:
     os.close(unused)
     output = Output(1, "w", closefd=False)
     if sys.stdout is sys.__stdout__:  # None if closed; otherwise a caller in this process reads it
-        form = (getattr(sys.stdout, "encoding", None), getattr(sys.stdout, "errors", None))
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), *form, line_buffering=output.isatty())
+        encoding = getattr(sys.stdout, "encoding", None)  # "replace": no run is lost for a letter that it lacks
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), encoding, "replace", line_buffering=output.isatty())
     try:
         main(arguments)
     except SystemExit as ended:

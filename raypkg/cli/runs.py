@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,12 @@ from .options import PLACE, ExampleHelp, say
 
 if TYPE_CHECKING:  # it imports pyarrow, which `--help` does not need
     from raypkg.runs.storage import Storage
+
+# Files and folders that an unfinished run may hold
+HELD = re.compile(
+    r".+\.(arrow|html|json|jsonl|parquet|safetensors|toml)"
+    r"|added|checkpoints|claims|parts|phases|plots|ray|requests|versions|wandb"
+)
 
 
 @click.command("list", cls=ExampleHelp, params=[PLACE])
@@ -67,7 +74,7 @@ def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> No
         pass
     if not yes:
         count = f"{len(folders)} folder" + "s" * (len(folders) > 1)
-        if not sys.stdin.isatty():
+        if not (sys.stdin and sys.stdin.isatty()):  # None if closed
             raise UserError(f"there is no terminal to ask on whether to delete {count}: --yes deletes without asking")
         for folder in folders:
             say(folder.root)
@@ -104,9 +111,12 @@ def _check_ours(storage: Storage, root: str) -> None:
             RunFolder(storage).check_all()
             if summary.get("files"):
                 return
+        elif foreign := [name for name in storage.list() if not HELD.fullmatch(name)]:
+            raise UserError(f"it holds {foreign[0]!r}, which no unfinished run does")
+        settings = read_settings(storage)
         if not (storage.read(CONFIG) or b"").startswith(SEAL.encode()):
             raise UserError(f"its {CONFIG} does not begin with a digest")
-        load_stored(settings_of(experiment[kind]), read_settings(storage))
+        load_stored(settings_of(experiment[kind]), settings)
     except UserError as error:
         place = f"{storage.root!r} is no folder of a run or sweep"
         raise UserError(f"{place}: effray deletes none that it has not made: {error}") from None

@@ -229,6 +229,8 @@ def _seeds(text: str | None) -> list[int] | None:
         if not match:
             raise UserError(f"--seeds {text!r}: integers, such as 0,1,2 or 0-9")
         more = range(int(match[1]), int((match[2] or "")[1:] or match[1]) + 1)
+        if not more:
+            raise UserError(f"--seeds {text!r}: {part} holds none, the smaller comes first")
         if len(seeds) + len(more) > MOST_TRIALS:
             raise UserError(f"--seeds {text!r}: {len(seeds) + len(more):,} seeds, at most {MOST_TRIALS:,} trials")
         seeds += more

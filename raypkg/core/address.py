@@ -14,6 +14,7 @@ from pyarrow import fs
 
 from raypkg.core.errors import UserError
 
+SCHEMES = ("abfs:", "abfss:", "file:", "gcs:", "gs:", "hdfs:", "s3:", "viewfs:")
 ATTEMPTS = 3  # of a request to an object store
 TIMEOUTS = {"connect_timeout": 3, "request_timeout": 5}  # seconds, so that a missing server is reported soon
 
@@ -55,6 +56,8 @@ def parted(address: str) -> tuple[str, tuple[str, ...]]:
     ('s3://bucket/runs?region=x', ('train', 'one'))
     """
     if not is_uri(address):
+        if address.startswith(SCHEMES):
+            raise UserError(f"cannot use {address!r} as a folder: a URI has // behind the colon")
         if "\0" in address:
             raise UserError(f"cannot use {address!r} as a folder: a path cannot contain NUL")
         try:

@@ -103,6 +103,9 @@ def load_settings(
 ) -> S:
     """Build settings from defaults, a TOML file (or its values) and dotted overrides; the first error is one line."""
     values = read_toml(base) if isinstance(base, Path) else dict(base or {})
+    for name, field in fields_of(schema).items():
+        if _is_off(values.get(name)) and part_of(field) and NoneType not in alternatives(field):
+            raise UserError(f"{name} = false: only optional parts can be disabled")
     overrides = overrides or {}
     check_switches(overrides)
     for name, value in overrides.items():
@@ -341,7 +344,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 def parse_toml(text: str | bytes, origin: str) -> dict[str, Any]:
     """Return the values of TOML, named ``origin`` in errors; refuse values larger or deeper than any setting."""
     try:
-        values = tomllib.loads(text.decode() if isinstance(text, bytes) else text)
+        values = tomllib.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except ValueError as error:  # of TOML, of UTF-8, or of an integer of thousands of digits
         raise UserError(f"{origin!r} is not valid TOML: {error}") from None
     except RecursionError:

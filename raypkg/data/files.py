@@ -239,6 +239,8 @@ def split_files(root: Place, split: str, kind: str, suffixes: Sequence[str]) -> 
 def row_files(path: Place, suffixes: tuple[str, ...]) -> dict[str, Place]:
     """Return the single file of each split: train and test in a folder, or one file for both."""
     if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"table {str(path)!r} does not exist")
         if not path.is_file() or not path.name.endswith(suffixes):
             raise UserError(f"table {str(path)!r} is not a file with one of the endings {', '.join(suffixes)}")
         return dict.fromkeys(PREFIXES, path)

@@ -254,9 +254,9 @@ def to_delete(root: str, run: str) -> Storage:
             around = runs / kind
             remains = around.local.glob(f"{escape(parts[-1])}.{'?' * 8}{PART}") if around.local else ()
             names = [parts[-1], *(path.name for path in remains)]
-            found += [around / name for name in names if (around / name).list()][:1]
+            found += [around / name for name in names if (around / name).taken][:1]
     if not found and "/" in run:
-        found = [storage for storage in [Storage(run.rstrip("/"))] if storage.list()]
+        found = [storage for storage in [Storage(run.rstrip("/"))] if storage.taken]
     if not found:
         raise unknown(f"run in {runs.root}", run, {name for kind in runs.list() for name in (runs / kind).list()})
     return _only(found, run)

@@ -74,15 +74,16 @@ class Manifest(Stored):
     seconds: Amount
     elapsed: Amount
     full_training_backward: Amount
-    test_accuracy: float | None = None
-    test_loss: float | None = None
+    test_accuracy: float = 0.0
+    test_loss: float = 0.0
     findings: list[str] = Field([])
     taken_over: dict[str, str] = Field({})
     files: Digests = Field({})
 
     @model_validator(mode="after")
     def _check_tested(self) -> Self:
-        if self.test_accuracy is not None and (self.test_loss is None or not self.full_training_backward):
+        given = self.model_fields_set
+        if "test_accuracy" in given and not ("test_loss" in given and self.full_training_backward):
             raise ValueError("test_accuracy needs test_loss and full_training_backward > 0")
         return self
 

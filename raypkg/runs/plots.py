@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,7 +167,8 @@ def page(path: str | Path) -> "Iterator[Figure]":
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    with style.context(STYLE, after_reset=True):  # without the user's matplotlibrc
+    with style.context(STYLE, after_reset=True), warnings.catch_warnings():  # without the user's matplotlibrc
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # such letters become boxes
         figure = Figure(figsize=(9, 6), layout="constrained")
         yield figure
         figure.savefig(path, format="png", dpi=150)

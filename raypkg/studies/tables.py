@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
+from inspect import iscoroutine
 from pathlib import Path
 from traceback import format_exception_only, walk_tb
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -50,6 +51,7 @@ METRICS = {
 MAXIMA = ("memory", "device_memory")  # figures of a bill that are not added up
 COSTS = ("forward", "backward", "seconds", "total_seconds", "waited", *MAXIMA, "work")  # of a bill
 COMPUTED = ("spearman", "overlap", "noise_auc", "critical_path")  # columns that `figures.column_figure` computes
+LONGEST_TITLE = 200
 SIMILAR = 0.8  # a column's name is taken for a mistyped one from this similarity on
 
 
@@ -119,6 +121,8 @@ def run_code(kind: str, text: str, origin: str, needed: Mapping[str, str], *argu
         exec(compile(text, origin, "exec"), content)
         function, *others = (content.get(name) for name in needed)
         result = function(*arguments) if needed.keys() <= content.keys() else None  # type: ignore[misc]
+        if iscoroutine(result):  # of an async function: Python would warn of one that is not closed
+            result.close()
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -191,6 +195,8 @@ class Table(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """Refuse what contradicts itself; settings are checked with those of the user."""
+        if not self.title.isprintable() or len(self.title) > LONGEST_TITLE:
+            raise UserError(f"title = {shown(self.title)}: a line of at most {LONGEST_TITLE} printable characters")
         for label in (*self.rows, *self.cases):
             if not (label.strip() and label.isprintable()) or "," in label:
                 raise UserError(f"{shown(label)} is no label: a text without commas is needed")
@@ -220,6 +226,8 @@ class Table(Settings):
         row, slash, cost = name.rpartition(" / ")
         if row and row not in self.rows:
             raise unknown("row", row, self.rows)
+        if "." in cost and not self.after:  # of a phase
+            slash, cost = ".", cost.rpartition(".")[2]
         if slash and cost not in COSTS:
             raise unknown("cost", cost, COSTS)
         known = [*METRICS, *COMPUTED]

@@ -44,6 +44,7 @@ ROOTS = cases(
     {
         f"train {QUICK} --root=loop": "cannot write … loop … Too many levels",
         f"train {QUICK} --root={'x' * 300}": "cannot write … File name too long",
+        f"train {QUICK} --root=s3:": "cannot use 's3:' as a folder: a URI has // behind",
         f"train {QUICK} --root='{BUCKET}'": "cannot list 'bucket … 127.0.0.1:1",
         "show t --root=rows.csv": "unknown run in rows.csv 't'",
         "show t --root=file:///nowhere": "unknown run in file:///nowhere 't'",
@@ -145,6 +146,7 @@ CONFIG_FILES = cases(
         "[[hooks]]\nname = 'agent'\nnorm = 3": "unknown setting 'hooks.0.norm'",
         "[dataset]\nname = {a = 1}": "dataset.name = {'a': 1}: input should be a valid string",
         "[train]\nnesterov = 1": "train.nesterov = 1: input should be true or false, not a number",
+        "train = false": "train = false: only optional parts can be disabled",
         "seed = 2020-01-01": "seed = datetime.date(2020, 1, 1): input should be a valid integer",
         f"seed = {DEEP}": "'mine.toml' is not valid TOML: its brackets are nested too deeply",
         "[model.options]\nx = " + "[" * 100 + "]" * 100: "'mine.toml' has values nested more than 32 deep",
@@ -152,6 +154,7 @@ CONFIG_FILES = cases(
         "seed = 0x" + "f" * 5000: "'mine.toml' has an integer of more than 64 bits",
         "seed = 1" + "0" * 5000: "'mine.toml' is not valid TOML: Exceeds the limit",
         "seed = 1\nseed = 2": "'mine.toml' is not valid TOML: Cannot overwrite a value",
+        "a mark of UTF-8": (b"\xef\xbb\xbfseed = 'x'", "seed = 'x'"),
         "no text": (b"\xff\xfe\x00", "'mine.toml' is not valid TOML … 0xff in position 0"),
     },
     into="mine.toml",

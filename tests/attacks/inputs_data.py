@@ -20,6 +20,7 @@ SOURCES = cases(
     {
         "table": "needs one of train.parquet and train.csv",
         "text:/dev/zero": "'/dev/zero' … cannot be read: Not a directory",
+        "table:nope.csv": "table 'nope.csv' does not exist",
         "table:queue": "'queue' is not a file with one of the endings",
         "fashionmnist:/dev/null/x": "cannot fetch FashionMNIST into '/dev/null/x'",
     },

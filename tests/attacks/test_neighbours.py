@@ -167,7 +167,7 @@ def test_who_looks_on_while_it_runs(folder, kind):
     ],
 )
 def test_a_run_whose_output_goes_nowhere_is_finished_and_kept(folder, ending, code, says):
-    line = f"set -o pipefail; {sys.executable} -m raypkg train {SMALL} --name one {ending}"
+    line = f"set -o pipefail; PYTHONIOENCODING=ascii {sys.executable} -m raypkg train {SMALL} --name one {ending}"
     ended = subprocess.run(["bash", "-c", line], cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (code, says)
     check_whole(folder / "runs")

@@ -248,6 +248,7 @@ def test_a_following_function_runs_once_and_gives_a_column(effray, mine, tmp_pat
         ("compare mine.py --rows tnth", "unknown row 'tnth', did you mean 'tenth'?"),
         ("compare mine.py --cases noisy", "unknown case 'noisy'. Allowed: all"),
         ("compare mine.py --seeds 0,x", "--seeds '0,x': integers, such as 0,1,2 or 0-9"),
+        ("compare mine.py --seeds 0,3-1", "--seeds '0,3-1': 3-1 holds none, the smaller comes first"),
         ("compare mine.py --seeds 1,1", "seeds = [1, 1]: distinct values are needed"),
         ("compare mine.py --seeds 0-999999", "--seeds '0-999999': 1,000,000 seeds, at most 10,000 trials"),
         ("compare mine.py --seeds 0-4999", "table: 15,000 trials: at most 10,000"),

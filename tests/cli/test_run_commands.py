@@ -339,7 +339,9 @@ def test_rm_takes_a_path_or_a_name_below_the_root_whatever_is_in_the_working_fol
 
 def test_rm_asks_on_a_terminal_and_deletes_nothing_without_one(call, refusal, monkeypatch):
     begun()
-    assert "there is no terminal to ask on whether to delete 1 folder: --yes" in refusal("rm one")
+    for stdin in (sys.stdin, None):  # None = closed
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert "there is no terminal to ask on whether to delete 1 folder: --yes" in refusal("rm one")
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
     for answer in (False, True):
         monkeypatch.setattr(click, "confirm", lambda question, yes=answer: question == "delete 1 folder?" and yes)
@@ -385,7 +387,7 @@ SEALED = "does not begin with a digest"
 FOREIGN = {  # what was done to a run's folder, the argument of rm, what is said
     "only a config": (lambda run: [file.unlink() for file in run.glob("*.json")], "one", None),  # a run all the same
     "foreign settings": (lambda run: changed(run, "config.toml", "title = 'mine'"), "one", SEALED),
-    "no settings": (lambda run: (run / "config.toml").unlink(), "one", "config.toml does not begin|is missing"),
+    "no settings": (lambda run: (run / "config.toml").unlink(), "one", "is missing"),
     "of another experiment": (lambda run: moved(run, "runs/select/one"), "select/one", "unknown setting"),
     "of no experiment": (lambda run: moved(run, "runs/site/one"), "site/one", "unknown experiment 'site'"),
     "other results": (
@@ -404,13 +406,15 @@ FOREIGN = {  # what was done to a run's folder, the argument of rm, what is said
     "below a link": (linked_around, "one", "or a link leads to it"),
     "unfinished by name": (lambda run: moved(run, "docs/one.part"), "docs/one.part", "not EXPERIMENT/NAME below"),
     "unfinished beside it": (lambda run: moved(run, "runs/train/one.part"), "one", "unknown run"),
+    "with a file of the user's": (lambda run: changed(run, "thesis.tex", ""), "one", "it holds 'thesis.tex', which no"),
+    "empty": (lambda run: [file.unlink() for file in run.iterdir()], "one", "config.toml' is missing or empty"),
     "remains by name": (
         lambda run: (
             moved(run, "runs/train/one.abcdefgh.part"),
             changed(Path("runs/train/one.abcdefgh.part"), "config.toml", ""),
         ),
         "one",
-        SEALED,
+        "is missing or empty",
     ),
 }
 
@@ -450,7 +454,7 @@ def test_rm_follows_no_link_in_a_run(call, effray):
     begun(name="one")
     Path("kept").mkdir()
     Path("kept/file").write_text("")
-    Path("runs/train/one/link").symlink_to(Path("kept").absolute())
+    Path("runs/train/one/ray").symlink_to(Path("kept").absolute())
     effray("rm one --yes")
     assert everything("kept") == ["kept/file"] and os.listdir("runs/train") == []
 

@@ -80,7 +80,7 @@ def test_lipt_refuses_a_target_before_it_trains(refusal, tables, monkeypatch):
     ("given", "message"),
     [
         ("--select.rule random --select.target valid", "random selects for no target: select.target = valid"),
-        ("--select.rule craig --select.target table:none", "is not a file with one of the endings"),
+        ("--select.rule craig --select.target table:none", "none' does not exist"),
         (
             "--select.rule craig --select.target valid --dataset.validation 0",
             "select.target = valid: no sample of class 'no' is held out",

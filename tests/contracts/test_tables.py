@@ -119,6 +119,9 @@ NO_RECORD = "input should be a valid dictionary"
 FIELDS = {
     "nope=3": "unknown setting 'nope'",
     "title=5": "title = 5: input should be a valid string",
+    "title='two\\nlines'": r"title = 'two\\nlines': a line of at most 200 printable",
+    "title='x' * 201": "title = 'x.*x': a line of at most 200 printable",
+    "columns={'x': 'pretrain.secs'}": "unknown cost 'secs', did you mean 'seconds'",
     "experiment='trian'": "unknown experiment 'trian', did you mean 'train'",
     "experiment=5": "experiment = 5: input should be a valid string",
     "baseline='c'": "baseline: unknown row 'c'",
@@ -172,6 +175,7 @@ class NoText(Exception):
     ("text", "message"),
     [
         ("x = 1", "defines no function table"),
+        ("async def table(scale): return 5", "returned <coroutine .*, not a"),
         ("def table(scale): return 5", "returned 5, not a raypkg.studies.tables.Table"),
         ("def table(scale): raise SystemExit(3)", "'mine.py', line 1: raises SystemExit: 3"),
         ("def table(scale):\n    raise GeneratorExit", "'mine.py', line 2: raises GeneratorExit"),
