@@ -331,6 +331,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     for state, message in (
         (GradientCorrection(nn.Linear(2, 2)).state_dict(), "is of another model"),
         ({}, "no 'copy'"),
+        (None, "no 'copy'"),
     ):
         with pytest.raises(UserError, match=message):
             agent.load_state_dict(state)
@@ -364,14 +365,26 @@ def test_gradients_that_are_not_finite_are_refused_before_anything_changes():
 
 
 @pytest.mark.parametrize("form", ["measured", "published"])  # c = 1 and c = 0
-def test_a_loss_of_the_trained_model_is_refused(form):
+def test_what_is_no_loss_of_the_snapshot_is_refused_and_changes_no_gradient(form):
     model, data = network(), stream(0)
     agent = GradientCorrection(model, form)
     agent.snapshot(data)
-    for mistake in (lambda _: weighted_loss(model, data[0]), lambda _: []):
-        with pytest.raises(UserError, match=r"does not depend on the snapshot|returned no loss"):
+    weighted_loss(model, data[0]).backward()
+    before = [weight.grad.clone() for weight in model.parameters()]
+    mistakes = [
+        (lambda _: weighted_loss(model, data[0]), "does not depend on the snapshot"),
+        (lambda _: torch.tensor(1.0), "does not depend on the snapshot"),
+        (lambda _: [], "returned no loss"),
+        (lambda _: None, "a loss must be a tensor with one number, not None"),
+        (lambda _: [0.5], r"a loss must be a tensor with one number, not 0\.5"),
+        (lambda snapshot: snapshot(data[0][0]), r"a loss must be a tensor with one number, not \[16, 3\]"),
+    ]
+    if form == "measured":
+        mistakes.append((lambda snapshot: weighted_loss(snapshot, data[0]) * torch.nan, "loss is not finite"))
+    for mistake, message in mistakes:
+        with pytest.raises(UserError, match=message):
             agent.correct(mistake)
-    assert agent.step == 0
+    assert agent.step == 0 and all(map(torch.equal, before, (weight.grad for weight in model.parameters())))
 
 
 @pytest.mark.parametrize(
@@ -380,9 +393,13 @@ def test_a_loss_of_the_trained_model_is_refused(form):
         ("measured", {}, [[]], "0 batches: form = measured needs at least 1"),
         ("published", {}, [stream(0)[:1]], "1 batches: form = published needs at least 2"),
         ("linear", {"epochs": 1}, [stream(0), stream(1)], "snapshot 2 of epochs = 1"),
+        ("published", {}, [stream(0)[0]], r"a batch is a Tensor, not a pair \(x, y\)"),
+        ("measured", {}, [[(x, y.float()) for x, y, _ in stream(0)]], "integer labels .*, not torch.float32"),
+        ("measured", {}, [[(x, y[:3]) for x, y, _ in stream(0)]], r"integer labels .*, not torch.int64 and lengths"),
+        ("measured", {}, [[(x, y, torch.ones(3)) for x, y, _ in stream(0)]], r"weights w \[b\], not .* 3\]"),
     ],
 )
-def test_snapshots_that_would_correct_nothing_are_refused(form, options, batches, message):
+def test_snapshots_that_cannot_work_are_refused(form, options, batches, message):
     agent = GradientCorrection(network(), form, **options)
     with pytest.raises(UserError, match=message):
         for each in batches:

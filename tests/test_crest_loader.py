@@ -267,6 +267,8 @@ class NotLast(nn.Module):
     [
         ({"batch_size": 121}, "^batch_size = 121: there are only 120 samples to choose from"),
         ({"batch_size": 0}, "batch_size = 0: must be an integer, 1 or more"),
+        ({"batch_size": None}, "batch_size = None: must be an integer, 1 or more"),
+        ({"dataset": (torch.ones(120, 5, dtype=torch.uint8), torch.arange(120) % 3)}, "cannot take the samples"),
         ({"epochs": None}, "give either epochs or steps"),
         ({"steps": 3}, "give either epochs or steps"),
         ({"epochs": 2.5}, "epochs = 2.5: must be an integer"),
@@ -315,6 +317,7 @@ def relabelled():
     ("state", "message"),
     [
         (dict, "this is no state of a CrestLoader: it has no 'settings'"),
+        (lambda: None, "this is no state of a CrestLoader: it has no 'settings'"),
         (lambda: loader_of(network(), seed=1).state_dict(), "of a CrestLoader with seed = 1, this one has 0"),
         (lambda: loader_of(network(), preset="each-step").state_dict(), r"with tau = 0\.0, this one has 0\.05"),
         (lambda: loader_of(network(), relabelled()).state_dict(), r"with labels = \[1, 1, .*, this one has \[0, 0"),

@@ -199,6 +199,7 @@ def crest_state():
     ("state", "message"),
     [
         (dict, "this is no state of a CoresetLoader: it has no 'indices'"),
+        (lambda: None, "this is no state of a CoresetLoader: it has no 'indices'"),
         (crest_state, "this is no state of a CoresetLoader"),
         (lambda: loader_of(network(), "grand", 0.5, epochs=1, seed=1).state_dict(), "seed = 1, this one has 0"),
         (lambda: loader_of(network(), "el2n", 0.5, epochs=1).state_dict(), "rule = 'el2n', this one has 'grand'"),
@@ -263,6 +264,8 @@ def loaded(data, **options):
         (loaded(data()), "grand", 0.1, {"sede": 1}, "unknown argument of CoresetLoader 'sede', did you mean 'seed'"),
         (loaded(data()), "grand", 0.1, {"every": 1}, "CoresetLoader's every is now called every_epochs"),
         (loaded(data()), "grand", 0.1, {"epochs": 2.5}, r"epochs = 2.5: must be an integer, 1 or more"),
+        (loaded(data()), "grand", 0.1, {"epochs": None}, r"epochs = None: must be an integer, 1 or more"),
+        (loaded(Table([])), "grand", 0.1, {}, "the data set has no samples"),
         (loaded(data(), drop_last=True), "grand", 0.1, {}, "drop_last=True: it must give every sample once"),
         (loaded(data(), sampler=SubsetRandomSampler(range(9))), "grand", 0.1, {}, "SubsetRandomSampler"),
         (loaded(Endless()), "grand", 0.1, {}, "_InfiniteConstantSampler"),
@@ -306,9 +309,18 @@ def test_labels_may_be_of_any_integer_type():
             assert y.tolist() == [1] * 4
 
 
-@pytest.mark.parametrize("module", [nn.Sequential(nn.Linear(5, 3), nn.ReLU()), nn.GRU(5, 3), nn.Flatten()])
-def test_a_model_must_end_in_its_head(module):
-    with pytest.raises(UserError, match=r"nn\.Linear"):
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Sequential(nn.Linear(5, 3), nn.ReLU()), r"nn\.Linear"),
+        (nn.GRU(5, 3), r"nn\.Linear"),
+        (nn.Flatten(), r"nn\.Linear"),
+        (nn.Linear(4, 3), "Linear cannot take the samples: mat1 and mat2 shapes"),
+        (nn.Linear(5, 3).double(), "Linear cannot take the samples: .*dtype"),
+    ],
+)
+def test_a_model_must_take_the_samples_and_end_in_its_head(module, message):
+    with pytest.raises(UserError, match=message):
         next(iter(loader_of(module, "grand", 0.1, epochs=1)))
 
 

@@ -119,6 +119,7 @@ def test_a_state_is_restored_in_its_order_only():
         (nn.Linear(D, C), 0.3, training.state_dict(), r"is of another model: \S+weight is missing in one or has"),
         (model, 0.2, training.state_dict(), "SparseTraining with density = 0.3, this one has 0.2"),
         (network(), 0.3, model.state_dict(), "no state of a SparseTraining: it has no 'masks'"),
+        (network(), 0.3, None, "no state of a SparseTraining: it has no 'masks'"),
     ):
         training.detach()  # its model may be attached again
         later = attached(other, density=density)[2]

@@ -142,16 +142,16 @@ def check_keywords(loader: Callable[..., Any], given: Iterable[str], more: Itera
 
 
 def check_count(loader: str, **given: Any) -> None:
-    """Refuse arguments that are no integers from 1 up; None is omitted."""
+    """Refuse arguments that are no integers from 1 up."""
     for name, value in given.items():
-        if value is not None and (type(value) is not int or value < 1):
+        if type(value) is not int or value < 1:
             raise UserError(f"{loader}'s {name} = {shown(value)}: must be an integer, 1 or more")
 
 
 def check_state(loader: str, state: Mapping[str, Any], needed: Iterable[str], settings: Mapping[str, Any]) -> None:
     """Refuse a state of something else, or of a loader with other data or settings than these."""
     for name in needed:
-        if name not in state:
+        if not isinstance(state, Mapping) or name not in state:
             raise UserError(f"this is no state of a {loader}: it has no {name!r}")
     for name, theirs in state.get("settings", {}).items():  # older states have none
         if theirs != (ours := settings.get(name)):

@@ -133,8 +133,9 @@ class CoresetLoader:
         self.rule = coreset[rule]
         if target is not None and not self.rule.has_target:
             raise idle_target(self.rule, "target")
-        if target is not None and not len(target):  # type: ignore[arg-type]
-            raise UserError("the target has no samples")
+        for what, data in (("data set", loader.dataset), ("target", target)):
+            if data is not None and not len(data):  # type: ignore[arg-type]
+                raise UserError(f"the {what} has no samples")
         self.target = target
         plain = model.module if isinstance(model, DistributedDataParallel) else model  # it would communicate
         self.model = TappedByForm(plain) if self.rule.sees == "gradients" else None

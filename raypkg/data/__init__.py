@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, shown
 from raypkg.core.registry import USER_CODE, argument
 
 from .sources import dataset
@@ -37,6 +37,8 @@ def load_data(name: str, options: Mapping[str, Any] | None = None, *, cache: "Ca
     """
     from .split import Split  # imports torch, which a list of sources does not need
 
+    if not isinstance(name, str):
+        raise UserError(f"load_data takes the name of a data set, such as 'digits', not {shown(name)}")
     entry = dataset[name]
     signature = inspect.signature(entry.function)
     if "split" not in signature.parameters:

@@ -168,8 +168,6 @@ def test_digits():
     assert torch.bincount(test.y).tolist() == [36, 37, 35, 37, 36, 36, 36, 36, 35, 36]
     first = train.batch([0])[0]
     assert first.max() == 255 and first.min() == 0
-    with pytest.raises(UserError, match="takes no path, got '/data'"):
-        load_data("digits:/data")
 
 
 @pytest.mark.parametrize("folder", [".", "mine", "mine/below"])
@@ -214,16 +212,22 @@ def test_the_users_own_function(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
+    ("name", "message"),
     [
-        ("without_split", "must take a keyword split"),
-        ("with_two_roots", r"must be callable as function\(root, split=…\), not \(root, other, \*, split\)"),
-        ("of_another_kind", "returned a list, not a"),
+        (f"{__name__}:without_split", "must take a keyword split"),
+        (
+            f"{__name__}:with_two_roots",
+            r"must be callable as function\(root, split=…\), not .*other, \*, split\)",
+        ),
+        (f"{__name__}:of_another_kind", "returned a list, not a"),
+        ("digits:/data", "takes no path, got '/data'"),
+        (None, "name of a data set, such as 'digits', not None"),
+        (5, "name of a data set, such as 'digits', not 5"),
     ],
 )
-def test_invalid_user_functions(function, message):
+def test_invalid_names_and_functions(name, message):
     with pytest.raises(UserError, match=message):
-        load_data(f"{__name__}:{function}")
+        load_data(name)
 
 
 def test_an_error_of_the_users_function_keeps_its_traceback():

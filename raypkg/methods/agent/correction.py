@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypkg.core.config import validate
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, shown
 from raypkg.core.seeds import seeded
 from raypkg.core.settings import Count
 from raypkg.coresets.batches import check_state, ranks_here
@@ -35,7 +35,11 @@ class Arguments(AgentOptions):
 def weighted_loss(model: nn.Module, batch: Any) -> Tensor:
     """Return mean(w · cross-entropy) of a batch x, y int64 [b] and, if it has weights, w [b]."""
     x, y, *weights = batch
-    losses = F.cross_entropy(model(x), y, reduction="none")
+    logits = model(x)
+    lengths = [len(each) for each in (logits, y, *weights)]
+    if len(set(lengths)) > 1 or (y.dim() == 1 and y.is_floating_point()):
+        raise UserError(f"a batch needs integer labels y [b] and weights w [b], not {y.dtype} and lengths {lengths}")
+    losses = F.cross_entropy(logits, y, reduction="none")
     return (losses @ weights[0] if weights else losses.sum()) / len(y)
 
 
@@ -145,6 +149,8 @@ class GradientCorrection:
         fewest = 2 if self.weight.form == "published" else 1
         if (count := length_hint(batches, fewest)) < fewest:
             raise UserError(f"snapshot: {count} batches: form = {self.weight.form} needs at least {fewest}")
+        if self.loss is weighted_loss and isinstance(batches, tuple | list) and isinstance(batches[0], Tensor):
+            raise UserError("snapshot: a batch is a Tensor, not a pair (x, y): give a list of pairs or a DataLoader")
         if self.epochs is not None and self.snapshots >= self.epochs:
             raise UserError(f"snapshot {self.snapshots + 1} of epochs = {self.epochs}: the linear weight has reached 0")
         if self.snapshots and not self.estimated:
@@ -196,6 +202,8 @@ class GradientCorrection:
                 return
             raise UserError(f"correction {self.step}: a gradient is not finite: lower the learning rate")
         gradient = mean_over_ranks(self.gradient(closure(self.copy)))
+        if not _finite(gradient):
+            raise UserError(f"correction {self.step}: the gradient of the closure's loss is not finite")
         self.step += 1
         self.apply(gradient, step=self.step)
         assert self.before
@@ -239,8 +247,11 @@ class GradientCorrection:
     def gradient(self, losses: Losses) -> list[Tensor]:
         """Return this rank's ∇ℓ_B(θ̃), one tensor per parameter: 0 for parameters that the forward pass does not use."""
         total: list[Tensor] = []
-        for loss in [losses] if isinstance(losses, Tensor) else losses:
-            found = torch.autograd.grad(loss, self.copied, allow_unused=True)
+        for loss in [losses] if isinstance(losses, Tensor) or not isinstance(losses, Iterable) else losses:
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                given = list(loss.shape) if isinstance(loss, Tensor) else shown(loss)
+                raise UserError(f"a loss must be a tensor with one number, not {given}")
+            found = torch.autograd.grad(loss, self.copied, allow_unused=True) if loss.requires_grad else ()
             if all(each is None for each in found):
                 raise UserError("the loss does not depend on the snapshot: compute it with the model that is passed")
             gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(self.copied, found, strict=True)]

@@ -94,7 +94,8 @@ class CrestLoader:
         check_keywords(CrestLoader, options, [*CrestOptions.model_fields, *CrestOptions.renamed])
         if (epochs is None) == (steps is None):
             raise UserError("CrestLoader needs the length of the training: give either epochs or steps")
-        check_count("CrestLoader", batch_size=batch_size, epochs=epochs, steps=steps)
+        length = {"steps": steps} if epochs is None else {"epochs": epochs}
+        check_count("CrestLoader", batch_size=batch_size, **length)
         for name in options.keys() & set(OF_RUNS):
             raise UserError(f"CrestLoader's {name} = {options[name]!r}: this option is of effray's own runs only")
         values = with_preset(CrestSettings, {}, {"preset": preset})
