@@ -146,12 +146,11 @@ def log(run: str, root: str) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
+    from raypkg.methods.deltagrad.journal import Journal
+    from raypkg.runs.catalog import locate
     from raypkg.runs.show import terminal
 
-    with _opened(run, root) as recorded:
-        entries = recorded.journal.entries
-        history = recorded.history()
-        history.check()
+    entries = Journal(locate(root, run).storage).entries
     table = Table(box=SIMPLE, show_edge=False, pad_edge=False)
     for name in ("", "when", "what", "requests", "samples", "exact", "seconds", "model"):
         table.add_column(name, overflow="fold")
@@ -170,7 +169,11 @@ def log(run: str, root: str) -> None:
             f"{entry['seconds']:.2f}" if is_replay else "",
             entry["model"][:10],
         )
-    terminal().print(table)
+    if entries:
+        terminal().print(table)  # even if its data set, which the checks need, is gone
+    with _opened(run, root) as recorded:
+        history = recorded.history()
+        history.check()
     say(f"{len(entries)} entries and {len(history)} steps of the history are as they were written")
 
 

@@ -129,7 +129,7 @@ def test_changed_settings_are_found(trained, refusal):
     assert "config.toml is not that of the recorded training" in refusal("deltagrad verify a")
 
 
-def test_new_samples_are_read_with_the_options_of_the_run(effray, refusal):
+def test_new_samples_are_read_with_the_options_of_the_run(call, effray, refusal):
     Path("rows.svm").write_text("".join(f"{i % 2} {1 + i % 5}:{i % 7}\n" for i in range(100)))
     Path("more.svm").write_text("1 1:2\n0 2:1\n")
     effray("deltagrad train --name a --dataset libsvm:rows.svm --train.epochs 3")
@@ -137,6 +137,9 @@ def test_new_samples_are_read_with_the_options_of_the_run(effray, refusal):
     Path("rows.csv").write_text("a,b,label\n" + "".join(f"{i % 5},{i % 7},{i % 2}\n" for i in range(60)))
     effray("deltagrad train --name b --dataset table:rows.csv --train.epochs 2")
     assert "columns of the new samples have no names" in refusal("deltagrad add b --data libsvm:more.svm")
+    Path("rows.csv").rename("moved.csv")  # the log is shown, its checks are not possible
+    shown = call("effray deltagrad log b")
+    assert "trained" in shown.out and "rows.csv' does not exist" in shown.err and shown.code == 2
 
 
 def test_a_tolerance_is_kept(trained):
