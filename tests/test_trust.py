@@ -229,7 +229,7 @@ def test_no_command_imports_it(stored, of_somebody_else, monkeypatch, capsys, tm
     folder = stored("foreign_code:net")
     folder.storage.write("model.safetensors", b"")
     digest = folder.storage.digest("model.safetensors")
-    Journal(folder.storage).append({"settings": "", "rows": "", "model": digest})
+    Journal(folder.storage).append({"settings": "", "rows": "", "samples": 1, "model": digest})
     costs = dict.fromkeys(["seconds", "elapsed", "full_training_backward"], 0)
     folder.finish({"phases": [], "samples": 1, "coreset": None, **costs})
     local = [] if command in ("export one", "deltagrad log one") else ["--cluster.workers", "0"]
