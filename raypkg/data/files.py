@@ -374,7 +374,7 @@ def label_column(
 
 @contextmanager
 def noted(schema: pa.Schema, key: str, file: Place) -> Iterator[bytes]:
-    """Yield what a file notes in its schema metadata, JSON; a block that finds another form is refused."""
+    """Yield the JSON under a key of a file's schema metadata; refuse the file if the block finds another form."""
     try:
         yield (schema.metadata or {}).get(key.encode(), b"{}")
     except ValidationError as error:
