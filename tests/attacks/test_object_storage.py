@@ -91,7 +91,7 @@ def runs(root):
     one, two = (create(root, "train", name, settings) for name in ("one", "two"))
     phases = [{"phase": "train", "backward": 7}]
     costs = {"seconds": 1.5, "elapsed": 2.0, "samples": 7, "full_training_backward": 7}
-    one.finish({"phases": phases, "test_accuracy": 0.5, "coreset": None, **costs})
+    one.finish({"phases": phases, "test_accuracy": 0.5, "test_loss": 1.0, "coreset": None, **costs})
     two.log({"phase": "train", "main": True, "epoch": 1, "loss": 1.0})
     two.flush()
 

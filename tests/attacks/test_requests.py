@@ -116,7 +116,7 @@ def test_ids_of_parquet_are_shown_as_they_are(tmp_path, column, shown):
 def test_a_folder_holds_neither_ids_nor_a_queue(tmp_path):
     (tmp_path / "folder.parquet").mkdir()
     for name in (".", "folder.parquet"):
-        assert "cannot be read: Is a directory" in refusal(read_ids, str(tmp_path / name))
+        assert "cannot be read: it is not a regular file" in refusal(read_ids, str(tmp_path / name))
     assert f"the queue '{tmp_path}' cannot be read: Is a directory" in refusal(read_queue, tmp_path)
 
 
