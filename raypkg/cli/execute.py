@@ -65,12 +65,11 @@ def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolde
     for what, text in (("changed", changed), ("adapted", "; ".join(getattr(settings, "adapted", ())))):
         if text:
             console.print(f"{what}: {text}", soft_wrap=True)
-    again = resume_command(folder, root)  # before: when a raylet dies, Ray leaves this process no time to look it up
     try:
         line = carry_out(entry, settings, samples, folder, console)
     except (KeyboardInterrupt, SystemExit, Interruption) as error:
         kind, reason = (type(error), str(error)) if isinstance(error, Interruption) else (Interruption, "interrupted")
-        hint = f"; resume with: {again}" if folder.started else ""
+        hint = f"; resume with: {resume_command(folder, root)}" if folder.started else ""
         raise kind(f"{reason}{hint}") from error
     show_run(folder, console)
     if line:
