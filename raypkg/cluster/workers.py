@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from raypkg.core.errors import Interruption
+from raypkg.core.errors import ClusterLost, Interruption
 from raypkg.core.settings import Cluster
 
 from .session import cluster_errors, connect, disconnect, owns_cluster
@@ -57,7 +57,7 @@ class Workers:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self.release()
-        elif self._group and not isinstance(error, Interruption):  # after one, the group has ended or answers no more
+        elif self._group and not isinstance(error, ClusterLost):  # a lost cluster answers no more
             self._group.abandon()
         if self._closing:
             self._closing.join()
