@@ -79,6 +79,8 @@ class Tapped(nn.Module):
         tap = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
             logits = self.logits(x)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # PyTorch's, of another shape or type
             raise UserError(f"{type(self.module).__name__} cannot take the samples: {error}") from error
         finally:
