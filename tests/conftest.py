@@ -18,6 +18,14 @@ os.environ.setdefault("COLUMNS", "120")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
 
 
+@pytest.fixture(autouse=True)
+def global_seed():
+    """Seed what draws from PyTorch's own generator, so that no test hangs on which others ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     path = Path(os.environ.get("EFFRAY_DATA", Path(__file__).parents[2] / "shared" / "data"))

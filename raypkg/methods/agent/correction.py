@@ -75,6 +75,7 @@ class GradientCorrection:
             without the snapshot, a gradient that is not finite. The model and its gradients have not changed then, and
             a failed ``snapshot`` can be called again.
 
+    >>> _ = torch.manual_seed(0)
     >>> model = nn.Linear(4, 2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> batches = [(torch.randn(8, 4), torch.arange(8) % 2) for _ in range(3)]
