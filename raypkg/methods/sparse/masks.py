@@ -1,4 +1,4 @@
-"""Masks: densities per layer, masks with exact counts, and how masks change during training.
+"""Masks: densities per layer, exact counts, and the weights of highest score, which a change drops or grows.
 
 Masks name only the weights of linear and convolutional layers and of attention's projections; embeddings, biases and
 norms are always dense.
