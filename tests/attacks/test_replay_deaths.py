@@ -226,7 +226,7 @@ def test_a_disk_that_is_full_from_any_write_on(place, line):
         assert "cannot write" in message and ("No space left" in message or "the disk is full" in message)
         entries = len(place.entries)
         assert entries > 1 or place.state == before, number
-        holds = "the request holds all the same" in message
+        holds = "the request is in force all the same" in message
         assert is_unsettled(place) <= holds <= (entries > 1), message
 
 

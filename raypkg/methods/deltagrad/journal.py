@@ -86,8 +86,8 @@ class Journal:
     def commit(self, change: Change, model: dict[str, Tensor], facts: Mapping[str, Any], started: float) -> Entry:
         """Make an answered request durable and return its entry; its history has been written.
 
-        The request holds from the moment that the log has its entry. If the process ends before, nothing has changed;
-        if it ends afterwards, `settle` does the rest when the run is opened again. The entry also holds ``facts``, such
+        The request is in force as soon as the log has its entry. If the process ends before, nothing has changed; if it
+        ends afterwards, `settle` does the rest when the run is opened again. The entry also holds ``facts``, such
         as the history's digest; ``started`` is ``time.perf_counter()`` when work on the request began.
         """
         # First all files that the entry refers to, under its number: as long as the log lacks it, they are leftovers.
@@ -112,13 +112,13 @@ class Journal:
             "seconds": time.perf_counter() - started,
         }
         try:
-            entry = self.append(content)  # the request holds from here on
+            entry = self.append(content)  # the request is in force from here on
             self.settle()
         except UserError as error:
             # The entry may be on the disk although writing it failed, as when only syncing its folder did.
             if self.stored() == number:
                 raise
-            rest = "the request holds all the same, and the next command on the run does the rest"
+            rest = "the request is in force all the same, and the next command on the run does the rest"
             raise UserError(f"{error}; {rest}") from None
         return entry
 
