@@ -170,8 +170,8 @@ def slice_of(tensor: Tensor, worker: Worker) -> Tensor:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Return the floating-point type of a model's parameters, which its inputs must have."""
-    return next(model.parameters()).dtype
+    """Return the floating-point type of a model's parameters, which its inputs must have: that of the trained ones."""
+    return max(model.parameters(), key=lambda parameter: parameter.requires_grad).dtype
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

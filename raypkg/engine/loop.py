@@ -16,12 +16,15 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import seeded
 from raypkg.core.settings import whole_steps
 from raypkg.data.split import Split
+from raypkg.models.classifier import Answered
 
 from .batches import Batch, dtype_of, plain_batches, slice_of
 from .costs import Cost
 from .optimizer import learning_rate
 from .run import Run, Seen
 from .worker import Worker
+
+MOST_NATS = 700.0  # e to a larger loss is beyond float64
 
 
 class Checkpoints(Protocol):
@@ -137,17 +140,17 @@ def train_step(run: Run, model: nn.Module, batch: Batch) -> Tensor:
         shares = run.worker.world == 1 or part is parts[-1]
         with nullcontext() if shares else model.no_sync():  # type: ignore[operator]  # a method of DDP
             with autocast(settings.precision, part.x.device):
-                logits = model(part.x)
-            losses = losses_of(logits, part.y)
+                output = model(part.x)
+            losses, hits = scored(output, part.y)
             weighted = losses @ part.weights  # Σ w·loss, recorded without label smoothing
             objective = weighted
             if settings.label_smoothing:
-                objective = losses_of(logits, part.y, settings.label_smoothing) @ part.weights
+                objective = losses_of(output, part.y, settings.label_smoothing) @ part.weights
             # DDP averages over workers, so each worker's share of Σ w·loss / total is scaled by their number.
             (objective * (run.worker.world / part.total)).backward()
         all_weighted.append(weighted.detach())
         all_losses.append(losses.detach())
-        all_hits.append(logits.detach().argmax(1) == part.y)
+        all_hits.append(hits)
     weighted = all_weighted[0] if len(parts) == 1 else torch.stack(all_weighted).sum()
     hits = torch.cat(all_hits)
     run.batch = batch
@@ -163,11 +166,18 @@ def train_step(run: Run, model: nn.Module, batch: Batch) -> Tensor:
     run.cost.forward += samples
     run.cost.backward += samples
     if run.worker.world > 1:  # DDP's all-reduce of the gradients
-        run.cost.sent += sum(parameter.numel() * parameter.element_size() for parameter in run.model.parameters())
+        run.cost.sent += sum(parameter.nbytes for parameter in run.model.parameters() if parameter.requires_grad)
     for hook in run.hooks:
         hook.on_step(run)
     count = torch.tensor(samples, device=weighted.device)
     return torch.stack([weighted.double(), hits.sum().double(), count.double()])
+
+
+def scored(output: Tensor | Answered, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses [b] and hits [b] of samples: by logits [b, C] and labels, or those that a language model found."""
+    if isinstance(output, Answered):
+        return output.losses, output.right
+    return losses_of(output, y), output.argmax(1) == y
 
 
 def losses_of(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -204,6 +214,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss and the accuracy of rank 0's model on the samples at ``indices``, int64 [n] (default: all).
 
+    Of a language model the loss is per answered token, the accuracy is that of first answered tokens, and perplexity,
+    e to the loss, is a third figure.
     Each worker evaluates its slice; without one, this process does on its CPU. The model's mode is restored, and the
     forward passes are added to ``cost``.
 
@@ -221,16 +233,18 @@ def evaluate(
     was_training = model.training
     mine = slice_of(indices, worker)
     totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # Σ loss, correct
+    answers = False
     with cost:
         worker.share(model.buffers())  # running statistics of batch norm drift apart
         model.eval()
         for x, y in plain_batches(split, mine, worker.device, dtype=dtype_of(model)):
             with autocast(precision, worker.device):
-                logits = model(x)
-            loss = losses_of(logits, y).sum()
-            correct = (logits.argmax(1) == y).sum()
-            totals += torch.stack([loss.double(), correct.double()])
+                output = model(x)
+            answers = isinstance(output, Answered)
+            losses, hits = scored(output, y)
+            totals += torch.stack([losses.sum().double(), hits.sum().double()])
         model.train(was_training)
         mean_loss, accuracy = (worker.sum(totals) / max(1, len(indices))).tolist()
     cost.forward += len(mine)
-    return {"loss": mean_loss, "accuracy": accuracy}
+    metrics = {"loss": mean_loss, "accuracy": accuracy}
+    return metrics | {"perplexity": math.exp(min(mean_loss, MOST_NATS))} if answers else metrics

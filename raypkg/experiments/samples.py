@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from raypkg.data.split import Split
     from raypkg.engine.worker import Worker
     from raypkg.models.classifier import Classifier
+    from raypkg.models.language import LanguageModel
 
 R = TypeVar("R", bound=RunSettings)
 ROWS = 16  # of a split, that its digest covers; the same however the samples are stored
@@ -126,14 +127,33 @@ def augmentations(dataset: Dataset, data: Data) -> list[str]:
     return list(data.train.augment) if dataset.augment is None else list(dataset.augment)
 
 
-def new_model(settings: Experiment, data: Data) -> Classifier:
+def new_model(settings: Experiment, data: Data) -> Classifier | LanguageModel:
     """Build the experiment's model with weights drawn from its seed, prepared by a few hundred training inputs."""
     from raypkg.models import build_model
+    from raypkg.models.classifier import Classifier
 
     chosen = settings.model
     train = data.train
     model = build_model(chosen.name, train.shape, train.num_classes, seed=settings.seed, options=chosen.options)
-    if model.is_prepared:
+    if not isinstance(model, Classifier):
+        _check_answers(settings, train)
+    elif model.is_prepared:
         x, _ = train.batch(train.spread(LOOK, blocks=LOOKED_AT).unique())
         model.prepare(train.inputs(x))
     return model
+
+
+def _check_answers(settings: Experiment, train: Split) -> None:
+    """Refuse what does nothing in the training of a language model, and samples without an answer."""
+    if settings.dataset.noise:
+        raise UserError(f"dataset.noise = {settings.dataset.noise:g}: a language model sees no labels to be wrong")
+    for part in ("train", "pretrain"):
+        smoothing = getattr(getattr(settings, part, None), "label_smoothing", 0)
+        if smoothing:
+            raise UserError(f"{part}.label_smoothing = {smoothing:g}: a language model sees no labels to smooth")
+    x, _ = train.batch(train.spread(LOOK, blocks=LOOKED_AT).unique())
+    if not (x[:, 1, 1:] == 1).any(1).all():
+        raise UserError(
+            f"dataset {settings.dataset.name!r} has texts without an answer, the only part that carries loss: a"
+            " language model is trained on instructions:PATH"
+        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from raypkg.engine.loop import autocast
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.models import build_model
-from raypkg.models.classifier import Classifier, in_mode
+from raypkg.models.classifier import Classifier, classifier, in_mode
 from raypkg.runs import ROOT
 from raypkg.runs.checkpoints import load_tensors, save_tensors
 from raypkg.runs.folder import CONFIG, MODEL, RunFolder
@@ -38,6 +38,9 @@ from raypkg.runs.storage import Storage
 
 from .resolve import stored_settings
 from .samples import Samples, new_model, open_samples
+
+if TYPE_CHECKING:
+    from raypkg.models.language import LanguageModel
 
 WEIGHTS = ".safetensors"
 FIRST = "checkpoints/first.safetensors"  # of an unfinished run: its source may change or be deleted
@@ -117,8 +120,10 @@ class TrainedClassifier(Classifier):
         return Predictions(labels, logits.softmax(1), [self.classes[label] for label in labels.tolist()])
 
 
-def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
-    """Return the trained model of a run, in evaluation mode.
+def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier | LanguageModel:
+    """Return the trained model of a run, in evaluation mode; a language model as it was trained.
+
+    A language model's ``network`` is that of transformers, or of peft around it: ``model.network.generate(…)``.
 
     Args:
         run: path of its folder, or its name.
@@ -137,6 +142,8 @@ def load_model(run: str | Path, root: str = ROOT) -> TrainedClassifier:
     settings = settings_of_trained(folder)
     data = open_samples(settings).data
     model = restored_model(folder, settings, data)
+    if not isinstance(model, Classifier):
+        return model.eval()
     return TrainedClassifier(model, data.train, settings.dataset.options.get("tokenizer", "")).eval()
 
 
@@ -156,7 +163,7 @@ def settings_of_trained(folder: RunFolder) -> Experiment:
     return load_settings(Experiment, common)
 
 
-def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Classifier:
+def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Classifier | LanguageModel:
     """Return the model of a finished run with its weights, in their precision; refuse one whose code has changed."""
     check_has_model(folder)
     state = load_tensors(folder.storage, MODEL)
@@ -166,7 +173,7 @@ def restored_model(folder: RunFolder, settings: Experiment, data: Data) -> Class
     except RuntimeError:
         file = f"{folder.storage.root}/{MODEL}"
         raise UserError(f"{file} does not fit model {settings.model.name!r}: its code changed") from None
-    return model.to(state["head.weight"].dtype)
+    return model.to(next(value.dtype for value in state.values() if value.is_floating_point()))
 
 
 def check_same_tokens(here: Dataset, there: Dataset, data: Data, run: str) -> None:
@@ -342,7 +349,8 @@ def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Back
     If that is unknown, samples are normalised by their own statistics. The model must be head(features(x)).
     """
     train = data.train
-    model = build_model(chosen.name, train.shape, train.num_classes, seed=seed, options=chosen.options)
+    built = build_model(chosen.name, train.shape, train.num_classes, seed=seed, options=chosen.options)
+    model = classifier(built, "a frozen backbone")
     mean, std = model.trained_with or (train.mean, train.std)
     return Backbone(model.features.float(), model.head.in_features, mean, std, precision)
 
@@ -359,5 +367,5 @@ def trained_backbone(folder: RunFolder, run: str, dataset: Dataset, data: Data, 
         shapes = f"{list(train.shape)}, those here have {list(data.train.shape)}"
         raise UserError(f"the model of run {other.name!r} takes samples of shape {shapes}")
     check_same_tokens(dataset, settings.dataset, data, other.name)
-    model = restored_model(other, settings, theirs)
+    model = classifier(restored_model(other, settings, theirs), "a frozen backbone")
     return Backbone(model.features.float(), model.head.in_features, train.mean, train.std, precision)

@@ -1,4 +1,4 @@
-"""Models by name; every model is ``head(features(x))`` with a linear head."""
+"""Models by name; every model is ``head(features(x))`` with a linear head, or a language model."""
 
 import inspect
 from collections.abc import Mapping
@@ -12,13 +12,14 @@ from raypkg.core.seeds import derive
 
 if TYPE_CHECKING:
     from .classifier import Classifier
+    from .language import LanguageModel
 
 model = Registry("model", "raypkg.models", given=("variant",))
 
 
 def build_model(
     name: str, shape: tuple[int, ...], num_classes: int, *, seed: int, options: Mapping[str, Any] | None = None
-) -> "Classifier":
+) -> "Classifier | LanguageModel":
     """Build a model for samples of shape (C, H, W), (D,) or (L, V); its weights are a function of the seed alone.
 
     The name is a registered one, ``torchvision:resnet18``, or a user's ``package.module:function``, which is called as
@@ -37,8 +38,6 @@ def build_model(
 
     entry = model[name]
     shape = tuple(shape)
-    if num_classes < 2:
-        raise UserError(f"num_classes = {num_classes}: a classifier needs at least 2")
     if not shape or min(shape) < 1:
         raise UserError(f"input shape {shape}: positive sizes are needed, (C, H, W), (D,) or (L, V)")
     signature = inspect.signature(entry.function)
@@ -54,12 +53,15 @@ def build_model(
         with torch.device("meta"):  # which allocates nothing
             parameters = list(build().parameters())
         count = sum(parameter.numel() for parameter in parameters)
-        size = sum(parameter.nbytes for parameter in parameters)
+        size = sum(parameter.nbytes * (3 if parameter.requires_grad else 1) for parameter in parameters)
         what = f"model {name!r} of {count:,} parameters, with gradients and momentum"
-        check_memory(what, 3 * size, "choose a smaller one")
+        check_memory(what, size, "choose a smaller one")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "init"))  # torch.manual_seed would seed the GPUs as well
-        return checked(build(), name, shape, num_classes)
+        built = build()
+        if hasattr(built, "checked"):  # a language model, whose module other runs need not import
+            return built.checked(name, shape)
+        return checked(built, name, shape, num_classes)
 
 
 def tokenizer_of(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,21 @@ class Classifier(nn.Module):
     def is_prepared(self) -> bool:
         """Whether ``prepare`` sets anything, so that the model depends on inputs beyond its training."""
         return type(self).prepare is not Classifier.prepare
+
+
+class Answered(NamedTuple):
+    """The output of a language model on a batch: it computes the losses itself, labels have no part in them."""
+
+    losses: Tensor  # mean cross-entropy over each sample's answered tokens, float32 or more [b]
+    right: Tensor  # True where the first answered token is the most probable one, bool [b]
+    tokens: Tensor  # number of answered tokens, int64 [b]
+
+
+def classifier(model: nn.Module, what: str) -> Classifier:
+    """Return a model as the classifier that ``what`` needs; refuse a language model."""
+    if not isinstance(model, Classifier):
+        raise UserError(f"{what} needs a classifier, the linear head of features: a language model is none")
+    return model
 
 
 def as_classifier(module: nn.Module) -> Classifier:
@@ -97,6 +112,8 @@ def checked(module: nn.Module, name: str, shape: tuple[int, ...], num_classes: i
     if not isinstance(module, nn.Module):
         returned = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
         raise UserError(f"model {name!r} returned {returned}, not an nn.Module")
+    if num_classes < 2:
+        raise UserError(f"num_classes = {num_classes}: a classifier needs at least 2")
     paths: dict[nn.Parameter, str] = {}
     for path, parameter in module.named_parameters(remove_duplicate=False):
         if parameter in paths:

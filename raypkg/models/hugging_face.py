@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from raypkg.core.errors import UserError
-from raypkg.core.registry import announce_download, extra
+from raypkg.core.registry import announce_download, argument, extra
 from raypkg.data.kinds import TEXTS, kind_of
 from raypkg.data.tokenizer import vocabulary_of
 
@@ -56,34 +56,28 @@ def hugging_face(
         UserError: no such checkpoint, an incomplete one, one without weights in safetensors, one of another vocabulary,
             or one that does not take samples of this shape.
     """
-    if not variant:
-        raise UserError("model 'transformers' needs a name on the hub or a folder: transformers:NAME")
-    announce_download(variant, "config.json", WHAT)
+    name = f"transformers:{variant}"
+    config = config_of(name)
     texts = kind_of(shape) is TEXTS
-    with _quiet() as package:
-        try:
-            config = package.AutoConfig.from_pretrained(variant, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _unreadable(variant, error) from None
     config.num_labels = num_classes
     if dropout is not None:
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
-                setattr(config, name, dropout)
+        for field, value in config.to_dict().items():
+            if "drop" in field and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(config, field, dropout)
     if texts:
-        _check_texts(config, variant, shape)
+        check_texts(config, name, shape)
         if config.pad_token_id is None:  # such as GPT-2's: the token that marks the end pads as well
             end = config.eos_token_id
             config.pad_token_id = end[0] if isinstance(end, list) else end
-    with _quiet() as package:
+    with quiet() as package:
         kind = package.AutoModelForSequenceClassification if texts else package.AutoModelForImageClassification
         if weights:
-            network = _loaded(variant, config, kind)
+            network = loaded(name, config, kind)
         else:
             try:
                 network = kind.from_config(config)
             except ValueError as error:  # there is no such classifier
-                raise _unreadable(variant, error) from None
+                raise _unreadable(name, error) from None
     if texts:
         return OfTexts(network)
     file = _beside(variant, "preprocessor_config.json") if weights else None
@@ -92,7 +86,7 @@ def hugging_face(
     try:
         pixels = ImageProcessor.model_validate_json(Path(file).read_bytes())
     except ValidationError as error:
-        raise _unreadable(variant, error) from None
+        raise _unreadable(name, error) from None
     return OfImages(network, (pixels.image_mean, pixels.image_std) if pixels.do_normalize else None)
 
 
@@ -142,8 +136,24 @@ class ImageProcessor(BaseModel):
     image_std: tuple[Annotated[float, Field(gt=0)], ...]
 
 
+# Also for language models
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """Read the configuration of a checkpoint, ``transformers:NAME``; announce its download."""
+    family, _, variant = name.partition(":")
+    if not variant:
+        raise UserError(f"model {family!r} needs a name on the hub or a folder: {family}:NAME")
+    announce_download(variant, "config.json", WHAT)
+    with quiet() as package:
+        try:
+            return package.AutoConfig.from_pretrained(variant, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _unreadable(name, error) from None
+
+
 @contextmanager
-def _quiet() -> Iterator[Any]:
+def quiet() -> Iterator[Any]:
     """Give the package, silent inside the block: the part of its loading reports that matters is checked here."""
     package = extra("transformers", "text", WHAT)
     logging_of = package.utils.logging
@@ -159,26 +169,27 @@ def _quiet() -> Iterator[Any]:
             logging_of.enable_progress_bar()
 
 
-def _unreadable(variant: str, error: Exception) -> UserError:
+def _unreadable(name: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
-    return UserError(f"model 'transformers:{variant}' cannot be read: {reason[:300]}")
+    return UserError(f"model {name!r} cannot be read: {reason[:300]}")
 
 
-def _check_texts(config: PretrainedConfig, variant: str, shape: Shape) -> None:
+def check_texts(config: PretrainedConfig, name: str, shape: Shape) -> None:
     """Refuse tokens of another vocabulary, and texts longer than the model's positions."""
     length, vocabulary = shape
+    variant = argument(name)
     known = getattr(config, "vocab_size", None)
     if known is None:
-        raise UserError(f"model 'transformers:{variant}' is a {config.model_type}, which takes no texts")
+        raise UserError(f"model {name!r} is a {config.model_type}, which takes no texts")
     own = None
     if file := _beside(variant, "tokenizer.json"):
         try:
             own = vocabulary_of(extra("tokenizers", "text", WHAT).Tokenizer.from_file(file))
         except Exception as error:  # the library raises no other
-            raise _unreadable(variant, error) from None
+            raise _unreadable(name, error) from None
     if vocabulary > known or vocabulary != (own or vocabulary):
         counts = f"knows {own or known:,} tokens, the data set's tokenizer has {vocabulary:,}"
-        raise UserError(f"model 'transformers:{variant}' {counts}: give --set dataset.options.tokenizer={variant}")
+        raise UserError(f"model {name!r} {counts}: give --set dataset.options.tokenizer={variant}")
     positions = getattr(config, "max_position_embeddings", -1)
     if positions < 0:  # no limit, such as XLNet's
         return
@@ -186,7 +197,7 @@ def _check_texts(config: PretrainedConfig, variant: str, shape: Shape) -> None:
         positions -= config.pad_token_id + 1
     if length > positions:
         limits = f"takes {positions} tokens at most, a text of the data set has up to {length}"
-        raise UserError(f"model 'transformers:{variant}' {limits}: give --set dataset.options.length={positions}")
+        raise UserError(f"model {name!r} {limits}: give --set dataset.options.length={positions}")
 
 
 def _beside(variant: str, name: str) -> str | None:
@@ -196,27 +207,28 @@ def _beside(variant: str, name: str) -> str | None:
     return path
 
 
-def _loaded(variant: str, config: PretrainedConfig, kind: Any) -> PreTrainedModel:
+def loaded(
+    name: str, config: PretrainedConfig, kind: Any, *, dtype: torch.dtype = torch.float32, complete: bool = False
+) -> PreTrainedModel:
+    """Read a checkpoint's weights; refuse one that lacks weights, a new head's excepted unless it is ``complete``."""
     try:
         network, report = kind.from_pretrained(
-            variant,
+            argument(name),
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except Exception as error:  # damaged files raise anything
-        raise _unreadable(variant, error) from None
+        raise _unreadable(name, error) from None
     # A new head is drawn, but a checkpoint that lacks weights of the network's body is refused.
-    mismatched = {name for name, *_ in report["mismatched_keys"]}
+    mismatched = {tensor for tensor, *_ in report["mismatched_keys"]}
     body = f"{network.base_model_prefix}."
     drawn = sorted({*report["missing_keys"], *mismatched})
-    lacking = [name for name in drawn if name.startswith(body) and NEW not in name]
+    lacking = [tensor for tensor in drawn if complete or (tensor.startswith(body) and NEW not in tensor)]
     if lacking:
         gap = f"lacks {len(lacking)} of the network's tensors, such as {lacking[0]}"
-        raise UserError(
-            f"model 'transformers:{variant}': its checkpoint {gap}: it is incomplete, or of another network"
-        )
+        raise UserError(f"model {name!r}: its checkpoint {gap}: it is incomplete, or of another network")
     return network

@@ -63,7 +63,7 @@ def own(function):
     return f"{__name__}:{function.__name__}"
 
 
-LIBRARIES = {"torchvision", "transformers"}  # which need a name after a colon
+LIBRARIES = {"torchvision", "transformers", "transformers-lm"}  # which need a name after a colon
 LARGER = {  # forms of a network that is here in a smaller one
     "alexnet-b", "resnet32", "resnet34", "resnet56", "vgg-d", "wrn-16-10", "wrn-16-8", "wrn-22-8", "wrn-28-10",
 }  # fmt: skip

@@ -18,7 +18,7 @@ from raypkg.data.coreset import Coreset
 from raypkg.engine.batches import Batch, Batches, dtype_of
 from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Hook, Results, hook
-from raypkg.engine.loop import autocast, losses_of
+from raypkg.engine.loop import autocast, losses_of, scored
 from raypkg.engine.run import Run
 from raypkg.engine.worker import memory_bound
 from raypkg.experiments.samples import Samples
@@ -274,8 +274,9 @@ def _parts(run: Run, batch: Batch, model: nn.Module) -> Iterator[Tensor]:
     """Yield the objective on a batch, by the parts of training; the mean over workers is the whole."""
     for part in batch.parts(run.settings.micro_batch):
         with autocast(run.settings.precision, part.x.device):
-            logits = model(part.x)
-        losses = losses_of(logits, part.y, run.settings.label_smoothing)
+            output = model(part.x)
+        smoothing = run.settings.label_smoothing
+        losses = losses_of(output, part.y, smoothing) if smoothing else scored(output, part.y)[0]
         yield losses @ part.weights / part.total * run.worker.world
 
 

@@ -16,6 +16,7 @@ from raypkg.experiments import export_format
 from raypkg.experiments.samples import open_samples
 from raypkg.experiments.trained import restored_model
 from raypkg.experiments.training import MODEL
+from raypkg.models.classifier import classifier
 from raypkg.runs.checkpoints import save_tensors
 from raypkg.runs.folder import RunFolder
 
@@ -32,7 +33,7 @@ def export_csr(folder: RunFolder, settings: Experiment) -> Table:
     """Write a finished run's model in compressed sparse rows; return a table of the savings."""
     storage = folder.storage
     data = open_samples(settings).data
-    model = restored_model(folder, settings, data).eval()
+    model = classifier(restored_model(folder, settings, data), "effray export").eval()
     state = model.state_dict()
     names = set(prunable(model))
     if all(state[name].all() for name in names):
