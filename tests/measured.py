@@ -10,7 +10,8 @@ from pathlib import Path
 def in_fresh_process(script, *arguments):
     """Run ``script`` with these arguments and return what it prints, which is JSON."""
     command = [sys.executable, script, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -494,3 +494,33 @@ def decoded_in_full(data: bytes, side: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         whole = image.convert("RGB")
     return np.asarray(ImageOps.fit(whole, (side, side), Image.Resampling.BILINEAR))
+
+
+def turns(pool: Tensor, target: Tensor, tasks: Tensor, k: int) -> list[int]:
+    """RDS+ by its words: whoever's turn it is takes its best sample that is not taken, all cosines anew."""
+    cosines = F.normalize(pool.double(), dim=1) @ F.normalize(target.double(), dim=1).T
+    names = tasks.unique().tolist()
+    asking = [cosines[:, tasks == name].amax(dim=1) for name in names] if len(names) > 1 else [*cosines.T]
+    picks: list[int] = []
+    while len(picks) < k:
+        scores = asking[len(picks) % len(asking)].tolist()
+        free = [i for i in range(len(pool)) if i not in picks]
+        picks.append(max(free, key=lambda i, scores=scores: (scores[i], -i)))
+    return picks
+
+
+def less_rows(model, losses, m, v, signs: Tensor) -> Tensor:
+    """Gradients one sample at a time, as Adam would use them if it has moments, times a matrix of signs, of length 1.
+
+    ``losses(parameters, i)`` is the loss of sample i; m and v are flat.
+    """
+    trained = {name: w.detach() for name, w in model.named_parameters() if w.requires_grad}
+    rows = []
+    for i in range(losses.samples):
+        found = torch.func.grad(losses)(trained, i)
+        g = torch.cat([found[name].flatten() for name in trained])
+        if m is not None:
+            g = (0.9 * m + 0.1 * g) / (0.999 * v + 0.001 * g**2 + 1e-8).sqrt()
+        row = g @ signs
+        rows.append(row / row.norm())
+    return torch.stack(rows)

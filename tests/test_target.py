@@ -227,7 +227,7 @@ def test_texts_of_a_target_are_cut_into_the_tokens_of_those_of_training(tmp_path
         target_of(Select(target=names[1])).check(split)
 
 
-@pytest.mark.parametrize("name", [name for name in coreset.names if name not in WITH_TARGET])
+@pytest.mark.parametrize("name", [name for name in coreset.names if not coreset[name].has_target])
 def test_a_target_that_would_do_nothing_is_refused(name):
     fraction = 1.0 if coreset[name].sizes_itself else 0.5
     settings = Reselect(rule=name, fraction=fraction, every_epochs=1, target="valid")

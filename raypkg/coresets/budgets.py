@@ -17,6 +17,7 @@ from raypkg.data.coreset import Coreset
 
 from .gradients import HeadView
 from .record import Record
+from .rows import Rows
 from .rules import Rule, coreset
 
 GIBIBYTE = 2**30
@@ -47,14 +48,14 @@ def class_budgets(counts: Tensor, budget: int) -> Tensor:
 
 
 def select_class(
-    samples: HeadView | Record,
+    samples: HeadView | Record | Rows,
     budget: int,
     rule: Rule,
     *,
     seed: int,
     label: int | str,
     options: Mapping[str, Any],
-    target: HeadView | None = None,
+    target: HeadView | Rows | None = None,
     memory: int = GIBIBYTE,
     progress: float = 0.0,
     **of_models: Any,
@@ -64,7 +65,7 @@ def select_class(
     ``of_models`` are ``others`` and ``full_norms``, for rules that declare them. Other arguments as in ``select``.
     """
     n = len(samples)
-    if target is not None and isinstance(samples, HeadView):
+    if isinstance(target, HeadView) and isinstance(samples, HeadView):
         if not len(target):
             raise UserError("the target has no samples")
         theirs = (target.num_classes, target.width)
@@ -89,13 +90,13 @@ def select_class(
 
 
 def select(
-    samples: HeadView | Record,
+    samples: HeadView | Record | Rows,
     budget: int,
     name: str,
     *,
     seed: int,
     options: Mapping[str, Any] | None = None,
-    target: HeadView | None = None,
+    target: HeadView | Rows | None = None,
     balanced: bool = True,
     memory: int = GIBIBYTE,
     progress: float = 0.0,
@@ -104,7 +105,7 @@ def select(
     """Select ``budget`` positions of the samples by the rule of that name.
 
     Args:
-        samples: n samples of all classes.
+        samples: n samples of all classes; `Rows` for rules that go by them, which see all at once.
         budget: 1 … n; all n for a rule that sizes its coreset itself.
         name: of a coreset rule, or ``package.module:function``.
         seed: names the generators.
@@ -132,8 +133,11 @@ def select(
     if rule.sees == "record" and rule.takes and not isinstance(samples, rule.takes):
         kind = type(samples).__name__
         raise UserError(f"{name} selects by what a training recorded: it needs a Record, not a {kind}")
+    for each in (samples, samples if target is None else target) if rule.sees == "rows" else ():
+        if not isinstance(each, Rows):
+            raise UserError(f"{name} selects by rows: it needs Rows, not a {type(each).__name__}")
     common: dict[str, Any] = {"seed": seed, "options": options or {}, "memory": memory, "progress": progress}
-    if not (balanced and rule.by_class):
+    if isinstance(samples, Rows) or not (balanced and rule.by_class):
         norms = full_norms and partial(full_norms, torch.arange(len(samples)))
         return select_class(samples, budget, rule, label="all", target=target, full_norms=norms, **common)
 
@@ -145,7 +149,7 @@ def select(
         consecutive = end - first == len(members)  # then a slice: nothing is copied
         part = samples[slice(first, end) if consecutive else members]
         aim = None
-        if target is not None:
+        if isinstance(target, HeadView):
             same = target.y == label
             aim = target[same] if same.any() else None
         norms = full_norms and partial(full_norms, members)

@@ -47,16 +47,24 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> N
         raise UserError(f"{settings.rule} with select.fraction = 1 would keep every sample: give a smaller one")
 
 
-def check_selects_once(select: Select) -> None:
-    """Refuse, before any work, a rule that acts only during training, and settings that would do nothing."""
-    _check_idle(select)
+def check_selects_once(select: Select, *, has_rows: bool = False) -> None:
+    """Refuse, before any work, a rule that acts only during training, and settings that would do nothing.
+
+    ``has_rows``: the selection has rows of a language model, and nothing else of it.
+    """
+    _check_idle(select, has_rows)
     if coreset[select.rule].sizes_itself:
         raise UserError(f"{select.rule} acts at every epoch of a training: see `effray train --help`")
 
 
-def _check_idle(settings: Select) -> None:
-    """Refuse a bound of memory, a target, or options of one, that would do nothing."""
+def _check_idle(settings: Select, has_rows: bool = False) -> None:
+    """Refuse a rule that goes by other things, and a bound of memory, a target, or its options that do nothing."""
     rule, chosen = coreset[settings.rule], settings.target
+    if rule.sees == "rows" and not has_rows:
+        raise UserError(f"{rule.name} selects by rows of a language model: only effray instruct computes them")
+    if rule.sees == "gradients" and has_rows:
+        able = ", ".join(name for name in coreset.names if coreset[name].sees == "rows")
+        raise UserError(f"{rule.name} selects by the gradients of a classifier's head: give {able} or random")
     if settings.memory is not None and "memory" not in rule.declares:
         raise UserError(f"{rule.name} caches nothing: select.memory = {settings.memory:g} would do nothing")
     if chosen is None:

@@ -13,6 +13,7 @@ from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import select, select_class
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.record import Record, margins_of
+from raypkg.coresets.rows import Rows
 from raypkg.coresets.rules import coreset
 
 N = 60
@@ -33,9 +34,11 @@ def view(entry):
 
 
 def seen_by(entry, view):
-    """The view itself, or what training would have recorded of its samples."""
+    """The view itself, its features as rows, or what training would have recorded of its samples."""
     if entry.sees == "gradients" or entry.name == "random":
         return view
+    if entry.sees == "rows":
+        return Rows(view.features, view.y)
     losses = F.cross_entropy(view.logits, view.y, reduction="none")
     return Record(view.y, losses.float(), (3 * losses).floor().float(), margins_of(losses))
 
@@ -45,8 +48,9 @@ def in_double(samples):
 
 
 @pytest.fixture
-def valid():
-    return reference.problem(25, dtype=torch.float32).view
+def valid(entry):
+    view = reference.problem(25, dtype=torch.float32).view
+    return seen_by(entry, view) if entry.sees == "rows" else view
 
 
 def pick(entry, view, budget, *, seed=0, target=None, options=None):
@@ -81,7 +85,7 @@ def test_a_pick_follows_from_the_seed_and_touches_nothing_else(entry, view, vali
 
 
 def test_precision_does_not_change_the_picks(entry, view, valid):
-    single, double = pick(entry, view, 17, target=valid), pick(entry, in_double(view), 17, target=valid.double())
+    single, double = pick(entry, view, 17, target=valid), pick(entry, in_double(view), 17, target=in_double(valid))
     assert single.indices.equal(double.indices)
     torch.testing.assert_close(single.weights, double.weights)
 

@@ -20,14 +20,15 @@ from typing import Any, Literal, cast
 from raypkg.core.errors import UserError
 from raypkg.core.registry import Entry, F, Registry
 
-Sees = Literal["gradients", "record"]
+Sees = Literal["gradients", "record", "rows"]
 
 
 @dataclass(frozen=True)
 class Rule(Entry):
     """A registered rule, whose function takes samples, a budget unless it sizes its coreset itself, and options."""
 
-    # "gradients": a HeadView, which costs a forward pass over all samples; "record": a Record, which training keeps
+    # "gradients": a HeadView, which costs a forward pass over all samples; "record": a Record, which training keeps;
+    # "rows": Rows of a language model, which `effray instruct` computes
     sees: Sees
     sizes_itself: bool  # selects as many samples as it sees fit: no budget
     by_class: bool  # can select from each class by itself
@@ -91,9 +92,11 @@ class Rules(Registry):
 
     def _entry(self, name: str, function: Callable[..., Any], source: str) -> Rule:
         from raypkg.coresets.record import Record
+        from raypkg.coresets.rows import Rows
 
         entry = super()._entry(name, function, source)
-        sees = "record" if Record in _annotated(function) else "gradients"
+        annotated = _annotated(function)
+        sees = "rows" if Rows in annotated else "record" if Record in annotated else "gradients"
         alone = len(_positional(function)) == 1
         guessed = {"sees": sees, "sizes_itself": alone, "by_class": not alone, "published": {}}
         return Rule(name, function, source, entry.given, **self._declared.get(function, guessed))

@@ -11,6 +11,7 @@ from torch.special import entr
 from raypkg.core.errors import UserError
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.record import Record
+from raypkg.coresets.rows import Rows
 from raypkg.coresets.solvers import draw_in_proportion, largest
 from raypkg.data.coreset import Coreset
 
@@ -18,7 +19,7 @@ from . import coreset
 
 
 @coreset("random", sees="record")
-def random(samples: HeadView | Record, budget: int, *, rng: torch.Generator) -> Coreset:
+def random(samples: HeadView | Record | Rows, budget: int, *, rng: torch.Generator) -> Coreset:
     """Draw samples uniformly without replacement, fixed or, stronger, redrawn (``select.every_epochs = 1``).
 
     The redrawn baseline sees more different samples at the same cost: a rule has to beat both.
