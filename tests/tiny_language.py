@@ -19,6 +19,7 @@ def tiny_language(folder, *, template=True, seed=0, tied=True) -> Path:
     import tokenizers
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     folder = Path(folder)
     pieces = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel

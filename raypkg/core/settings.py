@@ -44,7 +44,8 @@ class Dataset(Named):
     """The training data."""
 
     name: str = Field(
-        "digits", description="digits, cifar10, parquet:PATH, text:PATH, table:PATH or package.module:function"
+        "digits",
+        description="digits, cifar10, parquet:PATH, text:PATH, instructions:PATH, table:PATH or package.module:function",
     )
     validation: float = Field(0.1, ge=0, lt=1, description="share of the training set held out, by seed")
     augment: tuple[str, ...] | None = Field(None, description="crop, flip, randaugment (default: the data set's own)")
@@ -97,7 +98,9 @@ class Model(Named):
     """The model to train."""
 
     name: str = Field(
-        "resnet8", description="resnet20, transformer, torchvision:NAME, transformers:NAME or package.module:function"
+        "resnet8",
+        description="resnet20, transformer, torchvision:NAME, transformers:NAME, transformers-lm:NAME (LoRA: --set"
+        " model.options.rank=8) or package.module:function",
     )
 
 

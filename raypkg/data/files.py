@@ -347,6 +347,14 @@ def check_distinct(columns: Sequence[str], file: Place) -> None:
         raise UserError(f"table {str(file)!r} has two columns {twice!r} among {', '.join(columns)}")
 
 
+def check_alike(files: Sequence[Place], schemas: Sequence[pa.Schema]) -> None:
+    """Refuse files of one split whose columns differ, and columns of one name."""
+    check_distinct(schemas[0].names, files[0])
+    for file, other in zip(files, schemas, strict=True):
+        if not other.equals(schemas[0]):
+            raise UserError(f"the columns of {str(file)!r} differ from those of {str(files[0])!r}")
+
+
 def label_column(
     files: Sequence[Place], schemas: Sequence[pa.Schema], chosen: str
 ) -> tuple[str, pa.DataType, tuple[str, ...]]:
@@ -355,11 +363,8 @@ def label_column(
     It is the chosen one, or else the first of the usual ones. Class names are those of the hub's metadata; () if there
     are none, or if the labels are not integers. All files must have the same columns.
     """
+    check_alike(files, schemas)
     schema = schemas[0]
-    check_distinct(schema.names, files[0])
-    for file, other in zip(files, schemas, strict=True):
-        if not other.equals(schema):
-            raise UserError(f"the columns of {str(file)!r} differ from those of {str(files[0])!r}")
     wanted = (chosen,) if chosen else LABELS
     label = next((name for name in wanted if name in schema.names), None)
     if label is None:

@@ -94,7 +94,7 @@ class _Rows(Kind):
 
 
 class _Texts(Kind):
-    """Batches of int64 [b, 2, l], l ≤ L: the tokens, and the segment (first or second text) of each.
+    """Batches of int64 [b, 2, l], l ≤ L: the tokens, and the segment of each: first or second text, prompt or answer.
 
     Both are −1 after the last token: no model mistakes that for a token, whatever number its own padding has.
     """

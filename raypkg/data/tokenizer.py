@@ -15,12 +15,14 @@ from .kinds import PADDING
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 STORED = np.dtype(np.int32)  # of tokens and segments
 LARGEST = np.iinfo(STORED).max  # V
 BEGIN = "[CLS]"
 END = "[SEP]"
 SPECIAL = ["[PAD]", BEGIN, END]
+FILES = (".json", ".txt", ".model", ".jinja")  # of tokenizers
 RARE = 2  # fewest occurrences of a piece that becomes a token
 WHAT = "the data source 'text'"
 
@@ -58,6 +60,11 @@ def trained(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 def tokenizer_at(name: str) -> Tokenizer:
     """Load the tokenizer of a model by its name on the hub or its folder; it must be one of the "fast" format."""
+    return pretrained_at(name).backend_tokenizer
+
+
+def pretrained_at(name: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer as transformers has it, with its chat template."""
     transformers = extra("transformers", "text", WHAT)
     announce_download(name, "tokenizer_config.json", "the tokenizer")
     try:
@@ -72,7 +79,7 @@ def tokenizer_at(name: str) -> Tokenizer:
         raise UserError(f"option tokenizer = {name!r}: no tokenizer is there, or one of special tokens alone")
     if (size := vocabulary_of(tokenizer)) > LARGEST:
         raise UserError(f"option tokenizer = {name!r}: a token has the number {size - 1}, the largest is {LARGEST - 1}")
-    return tokenizer
+    return found
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> int:
@@ -82,7 +89,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> int:
 
 def tokenizer_files(name: str) -> list[Path]:
     """Return the files of a folder that determine its tokenizer; none for a name on the hub."""
-    return sorted(path for path in Path(name).glob("*") if path.suffix in (".json", ".txt", ".model")) if name else []
+    return sorted(path for path in Path(name).glob("*") if path.suffix in FILES) if name else []
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[Text], length: int) -> tuple[list[np.ndarray], int]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import samples
+import tiny_language
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.kinds import IMAGES, ROWS, TEXTS
@@ -71,6 +72,16 @@ def from_text(folder, monkeypatch):
     return f"text:{folder}"
 
 
+def from_instructions(folder, monkeypatch):
+    pytest.importorskip("transformers")
+    folder.mkdir()
+    row = '{"prompt": "Repeat %s", "completion": "%s", "source": "%s"}\n'
+    rows = "".join(row % (digit, digit, "even" if digit % 2 else "odd") for digit in range(10))  # of one length
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(rows)
+    return f"instructions:{folder}", {"tokenizer": str(tiny_language.tiny_language(folder.parent / "model"))}
+
+
 def synthetic(folder, monkeypatch):
     monkeypatch.setitem(SHAPES, "covtype", (120, 5, 3))
     return "synthetic"
@@ -81,6 +92,7 @@ PREPARE = {
     "table": from_table,
     "libsvm": from_libsvm,
     "text": from_text,
+    "instructions": from_instructions,
     "synthetic": synthetic,
     "digits": lambda folder, monkeypatch: "digits",
     "parquet": from_parquet,
@@ -94,8 +106,13 @@ PREPARE = {
 
 @pytest.fixture(params=dataset.entries)
 def data(request, tmp_path, monkeypatch):
-    name = PREPARE[request.param](tmp_path / "source", monkeypatch)
-    return load_data(name, cache=tmp_path / "cache")
+    return loaded(request.param, tmp_path / "source", tmp_path / "cache", monkeypatch)
+
+
+def loaded(kind, folder, cache, monkeypatch):
+    prepared = PREPARE[kind](folder, monkeypatch)
+    name, options = prepared if isinstance(prepared, tuple) else (prepared, {})
+    return load_data(name, options, cache=cache)
 
 
 def test_both_splits_have_one_shape_and_the_statistics_of_train(data, request):
@@ -156,8 +173,7 @@ def test_a_split_travels_to_another_process(data):
 
 
 def test_the_same_data_again_from_the_cache(data, request, tmp_path, monkeypatch):
-    name = PREPARE[request.node.callspec.params["data"]](tmp_path / "again", monkeypatch)
-    again = load_data(name, cache=tmp_path / "cache")
+    again = loaded(request.node.callspec.params["data"], tmp_path / "again", tmp_path / "cache", monkeypatch)
     assert again.train.batch(range(5))[0].equal(data.train.batch(range(5))[0])
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import Annotated
+from functools import cached_property, partial
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +84,44 @@ def load(
     Raises:
         UserError: missing, unreadable or wrong files, columns or labels; empty texts; a tokenizer that cannot be read.
     """
+    learned = 0 if tokenizer else vocabulary
+    # Since 1, a store keeps the tokenizer that was trained; since 2, V exceeds the largest number of a token.
+    form = 2 if tokenizer else 1
+    key = dict(vocabulary=learned, form=form, columns=columns, label=label, unlabelled=unlabelled)
+
+    def encoder(train: TextTable, rows: np.ndarray) -> Encoder:
+        tokens = tokenizer_at(tokenizer) if tokenizer else trained(train.everything(rows), vocabulary)
+        own = "" if tokenizer else tokens.to_str()
+        return Encoder(lambda table, rows: encode(tokens, table.texts(rows), length), vocabulary_of(tokens), own)
+
+    table = partial(TextTable, columns=columns, label=label, unlabelled=unlabelled)
+    return tokenised(root, table, encoder, key, split=split, cache=cache, tokenizer=tokenizer, length=length, test=test)
+
+
+class Encoder(NamedTuple):
+    """The conversion of a table's texts to tokens."""
+
+    encode: Callable[[Any, np.ndarray], tuple[list[np.ndarray], int]]  # table, rows → as ``encode`` of the tokenizer
+    vocabulary: int  # V
+    own: str = ""  # the tokenizer as JSON, if it was trained on the texts
+
+
+def tokenised(
+    root: str,
+    read: Callable[[list[Place]], TextTable],
+    encoder: Callable[[Any, np.ndarray], Encoder],
+    key: Mapping[str, Any],
+    *,
+    split: str,
+    cache: Cache,
+    tokenizer: str,
+    length: int,
+    test: float,
+) -> Split:
+    """Return a split of files of texts, which are tokenised once; ``key`` are further options that decide the tokens.
+
+    ``read`` makes a table of the files of a split, ``encoder`` an encoder of the train split's table and rows.
+    """
     place = place_of(root)
     if place.is_file():
         if place.suffix not in SUFFIXES:
@@ -91,31 +129,26 @@ def load(
         files = {name: [place] for name in PREFIXES}
     else:
         files = {name: split_files(place, name, "text", SUFFIXES) for name in PREFIXES}
-    learned = 0 if tokenizer else vocabulary
-    taken = dict(columns=columns, label=label, test=test, unlabelled=unlabelled)
-    read = [*files["train"], *files["test"], *tokenizer_files(tokenizer)]
-    # Since 1, a store keeps the tokenizer that was trained; since 2, V exceeds the largest number of a token.
-    form = 2 if tokenizer else 1
-    key = fingerprint(read, tokenizer=tokenizer, vocabulary=learned, length=length, form=form, **taken)
-    target = store_path(cache, place.resolve().stem, key, split)
+    sources = [*files["train"], *files["test"], *tokenizer_files(tokenizer)]
+    digest = fingerprint(sources, tokenizer=tokenizer, length=length, test=test, **key)
+    target = store_path(cache, place.resolve().stem, digest, split)
 
     def build(unfinished: Target) -> None:
-        tables = {name: TextTable(files[name], columns, label, unlabelled) for name in PREFIXES}
+        tables = {name: read(files[name]) for name in PREFIXES}
         train, table = tables["train"], tables[split]
         first = {name: each[0] for name, each in files.items()}
         train_rows = split_rows(first, "train", len(train), test)
         rows = split_rows(first, split, len(table), test)
         table.check_like(train)
-        tokens = tokenizer_at(tokenizer) if tokenizer else trained(train.everything(train_rows), vocabulary)
-        own = "" if tokenizer else tokens.to_str()
-        header = Header("encoded", (length, vocabulary_of(tokens)), train.classes, tokenizer=own)
+        tokens = encoder(train, train_rows)
+        header = Header("encoded", (length, tokens.vocabulary), train.classes, tokenizer=tokens.own)
         cut = 0
 
         def blocks() -> Iterator[Block]:
             nonlocal cut
             unused = np.zeros((1, 1))  # instead of a sample for the statistics
             for chunk in np.split(rows, range(BLOCK, len(rows), BLOCK)):
-                encoded, longer = encode(tokens, table.texts(chunk), length)
+                encoded, longer = tokens.encode(table, chunk)
                 cut += longer
                 yield Block([each.tobytes() for each in encoded], table.y(chunk, train), unused)
 
@@ -124,7 +157,7 @@ def load(
             share = f"{cut} of {len(rows)} {split} texts"
             log.warning("%s: %s are cut at %d tokens (option length)", root, share, length)
 
-    return replace(cached(target, build, read).as_split(_tokens), mean=(), std=())
+    return replace(cached(target, build, sources).as_split(_tokens), mean=(), std=())
 
 
 def _tokens(store: Stored, indices: np.ndarray) -> np.ndarray:
@@ -135,12 +168,16 @@ def _tokens(store: Stored, indices: np.ndarray) -> np.ndarray:
 class TextTable:
     """The files of one split, in one format, read as one table of texts or pairs."""
 
+    usual: ClassVar[Sequence[tuple[str, ...]]] = USUAL
+    unusual: ClassVar[str] = "set option columns"
+    missing: ClassVar[str] = "label: leave such rows out with --set dataset.options.unlabelled=true"
+
     def __init__(self, files: list[Place], columns: tuple[str, ...], label: str, unlabelled: bool):
         self.files = files
         self._unlabelled = unlabelled
         self._name = str(files[0])
         tables = [_read(file, label) for file in files]
-        self.label, _, self._class_names = label_column(files, [table.schema for table in tables], label)
+        tables, self.label, self._class_names = self._labelled(tables, label)
         self._table = pa.concat_tables(tables)
         if unlabelled:
             self._table = self._table.filter(pc.invert(_missing(self._table[self.label])))
@@ -153,10 +190,15 @@ class TextTable:
                 raise unknown(f"text column of {self._name!r}", name, others)
         if len(set(columns)) < len(columns):
             raise UserError(f"option columns = {list(columns)}: the two of a pair must differ")
-        self.columns = columns or next((usual for usual in USUAL if set(usual) <= set(others)), ())
+        self.columns = columns or next((usual for usual in self.usual if set(usual) <= set(others)), ())
         if not self.columns:
             listed = ", ".join(names)
-            raise UserError(f"{self._name!r} has none of the usual columns of texts among {listed}: set option columns")
+            raise UserError(f"{self._name!r} has none of the usual columns of texts among {listed}: {self.unusual}")
+
+    def _labelled(self, tables: list[pa.Table], label: str) -> tuple[list[pa.Table], str, tuple[str, ...]]:
+        """Return the tables with their label column, its name, and the class names of the hub's metadata."""
+        name, _, classes = label_column(self.files, [table.schema for table in tables], label)
+        return tables, name, classes
 
     @cached_property
     def _labels(self) -> list[int] | list[str]:
@@ -166,8 +208,7 @@ class TextTable:
             raise UserError(f"label column {self.label!r} of {self._name!r} is {kind}, needed are integers or texts")
         first = pc.index(_missing(labels), True).as_py()
         if first >= 0:
-            hint = "leave such rows out with --set dataset.options.unlabelled=true"
-            raise UserError(f"{self._place(first)} has no label: {hint}")
+            raise UserError(f"{self._place(first)} has no {self.missing}")
         if pa.types.is_large_string(kind):
             first = pc.index(pc.greater(pc.binary_length(labels), LONGEST_CLASS), True).as_py()
             if first >= 0:
