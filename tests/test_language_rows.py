@@ -243,9 +243,11 @@ def test_random_draws_from_rows_too():
 
 
 def test_100_000_rows_are_selected_from_in_bounded_memory(tmp_path):
-    values = torch.randn(100_000, 256, generator=generator(0, "many")).half().numpy()  # 51 MB; as float32 102 MB
+    values = torch.randn(100_000, 512, generator=generator(0, "many")).half().numpy()
     np.save(tmp_path / "rows.npy", values)
     found = in_fresh_process(Path(__file__).with_name("select_in_memory.py"), tmp_path / "rows.npy")
-    own = list(range(0, 100_000, 5000))  # the target's samples, which take themselves first
-    assert found["rds_plus"][:20] == own
-    assert all(len(set(picks)) == 500 for picks in found.values())
+    picks = found["picks"]
+    assert picks["rds_plus"][:20] == list(range(0, 100_000, 5000))  # the target's samples, which take themselves first
+    assert all(len(set(each)) == 500 for each in picks.values())
+    # The file's pages count, 98 MiB, which the system may drop at any time. All rows in float32 would be 195 MiB more.
+    assert found["grown"] < 98 + 60
