@@ -45,7 +45,7 @@ class Dataset(Named):
 
     name: str = Field(
         "digits",
-        description="digits, cifar10, parquet:PATH, text:PATH, instructions:PATH, table:PATH or package.module:function",
+        description="digits, cifar10, parquet:PATH, text:PATH, table:PATH, instructions:PATH or module:function",
     )
     validation: float = Field(0.1, ge=0, lt=1, description="share of the training set held out, by seed")
     augment: tuple[str, ...] | None = Field(None, description="crop, flip, randaugment (default: the data set's own)")

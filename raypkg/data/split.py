@@ -75,8 +75,8 @@ def shuffled_by_blocks(of: Tensor, window: int, batch_size: int, seed: int, epoc
 class Split:
     """One split of a data set; a subset of it is an index array, never a copy.
 
-    An instruction for a language model is a text whose answered tokens, the only ones with a loss, are in segment 1; its
-    class is its source. A sample is never packed with others.
+    An instruction for a language model is a text whose answered tokens, the only ones with a loss, are in segment 1.
+    Its class is its source. Samples are never packed.
     """
 
     take: Take  # returns a fresh array: uint8 [b, H, W, C], float32 [b, D] or int64 [b, 2, l]
