@@ -6,6 +6,7 @@ And images that Pillow reads without shortcuts.
 import copy
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from itertools import chain, combinations
 
@@ -524,3 +525,64 @@ def less_rows(model, losses, m, v, signs: Tensor) -> Tensor:
         row = g @ signs
         rows.append(row / row.norm())
     return torch.stack(rows)
+
+
+def value_gradients(model, names: list[str], x: Tensor) -> Tensor:
+    """Each sample's gradient of a language model's loss with respect to some parameters, by vmap(grad) [n, p].
+
+    x is int64 [n, 2, l] without padding; the loss is the mean over the tokens of segment 1.
+    """
+    parameters = dict(model.network.named_parameters())
+
+    def loss(own, tokens, answered):
+        whole = parameters | own
+        logits = torch.func.functional_call(model.network, whole, (tokens[None],), {"use_cache": False}).logits[0]
+        each = F.cross_entropy(logits[:-1], tokens[1:], reduction="none")
+        return (each * answered[1:]).sum() / answered[1:].sum()
+
+    own = {name: parameters[name].detach() for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operations that vmap does in a loop
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(own, x[:, 0], x[:, 1].float())
+    return torch.cat([found[name].flatten(1).detach() for name in names], dim=1)
+
+
+def losses_beside(model, names: list[str], x: Tensor, step: Tensor) -> Tensor:
+    """A language model's losses [n] with a step [p] added to some of its parameters, by a whole forward pass."""
+    moved = copy.deepcopy(model)
+    parameters = dict(moved.network.named_parameters())
+    for name in names:
+        size = parameters[name].numel()
+        parameters[name].data += step[:size].view_as(parameters[name])
+        step = step[size:]
+    with torch.no_grad():
+        return moved(x).losses
+
+
+def colm(gradients: Tensor, sources: list[int], size: int, first: Tensor, second: Tensor, t: int, kept: int):
+    """CoLM's choice [m] at step t from materialised gradients [r, p], and the mean of those that move the averages."""
+    present = sorted(set(sources))
+    counts = {q: sources.count(q) for q in present}
+    large = [q for q in present if counts[q] >= size / len(present)]
+    room = size - sum(counts[q] for q in present if q not in large)
+    exact = {q: room * counts[q] / sum(counts[q] for q in large) for q in large}
+    quota = {q: math.floor(share) for q, share in exact.items()}
+    for q in sorted(large, key=lambda q: quota[q] - exact[q])[: room - sum(quota.values())]:
+        quota[q] += 1
+
+    as_adam = []
+    for g in gradients:
+        m = (0.9 * first + 0.1 * g) / (1 - 0.9**t)
+        v = (0.999 * second + 0.001 * g**2) / (1 - 0.999**t)
+        as_adam.append(m / (v.sqrt() + 1e-8))
+    chosen = []
+    for q in present:
+        members = [i for i, source in enumerate(sources) if source == q]
+        if q in large and quota[q] < len(members):
+            rows = torch.stack([as_adam[i] for i in members])
+            biggest = sorted(range(rows.shape[1]), key=lambda c: -float(rows[:, c].abs().mean()))[:kept]
+            rows = rows[:, biggest]
+            distances = torch.stack([(rows - row).abs().sum(dim=1) for row in rows])
+            members = [members[j] for j in greedy_medoids(distances, quota[q])]
+        chosen += members
+    return sorted(chosen), gradients[[i for i in chosen if sources[i] in large]].mean(dim=0)

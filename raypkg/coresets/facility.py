@@ -76,6 +76,17 @@ class Distances:
         return self.covered[start:] if start else self.covered  # the whole view, with its cached norms
 
 
+class KnownDistances(Distances):
+    """Rows of distances that are all known, of any metric, [n, m]."""
+
+    def __init__(self, rows: Tensor):
+        self._cached, self._complete, self.batch = rows, True, FEW
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield all rows in order, PRODUCT or fewer at a time."""
+        yield from self._cached.split(PRODUCT)
+
+
 def _blocks(start: int, end: int) -> Iterator[tuple[int, int]]:
     for first in range(start, end, PRODUCT):
         yield first, min(first + PRODUCT, end)

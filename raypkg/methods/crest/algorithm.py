@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,12 @@ from .quadratic import Region, check_interval, covered_parameters, flat, gradien
 from .selection import ActiveSamples, Chosen, Pool, Subset
 from .settings import CrestOptions
 
+T = TypeVar("T")
+LossesOf = Callable[[Any], Tensor]  # inputs of a language model → its losses [b]
+Compute = Callable[[LossesOf, Any], tuple[Tensor, Tensor]]  # and the inputs → losses [b], factors of gradients [b, k]
+# Samples of a forward pass that chooses for a language model. Fixed, so that losses do not depend on the number of
+# workers, and small, so that none of them needs more memory than its share of a step.
+CHUNK = 8
 Derive = Callable[[Tensor, Sequence[Tensor]], Tensor]  # (loss, parameters) → a derivative, linear in the loss [p]
 
 
@@ -36,6 +42,13 @@ class Loop(ABC):
     @abstractmethod
     def choose(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> list[Chosen]:
         """Choose a mini-batch coreset from each random subset, with these weights; None = the present ones."""
+
+    @abstractmethod
+    def value_gradients(self, compute: Compute, subset: Subset) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses [r] of a language model, factors of their gradients [r, k] and the sources, int64 [r].
+
+        ``compute`` returns the first two of a few samples; it runs in evaluation mode, on ``CHUNK`` samples at a time.
+        """
 
     @abstractmethod
     def losses(self, subset: Subset) -> Tensor:
@@ -57,7 +70,7 @@ class Loop(ABC):
         model.load_state_dict(weights)
         return model
 
-    def agreed(self, value: float) -> float:
+    def agreed(self, value: T) -> T:
         """Return the first worker's value, by which all decide: other processors may round differently."""
         return value
 
@@ -155,10 +168,13 @@ class CrestAlgorithm:
     def _choose(self, pool: Pool, wanted: Sequence[int], *started: Any) -> None:
         """Add coresets to a pool, and record the losses of their random subsets."""
         subsets = [self._subset(pool, p) for p in wanted]
-        for p, subset, chosen in zip(wanted, subsets, self.loop.choose(subsets, pool.weights, *started), strict=True):
+        for p, subset, chosen in zip(wanted, subsets, self._chosen(pool, subsets, *started), strict=True):
             pool.chosen[p] = chosen
             self.state.samples.record(subset.indices, chosen.losses, self.options.exclude_below)
             self.on_choice(pool, chosen)
+
+    def _chosen(self, pool: Pool, subsets: Sequence[Subset], *started: Any) -> list[Chosen]:
+        return self.loop.choose(subsets, pool.weights, *started)
 
     def _subset(self, pool: Pool, p: int) -> Subset:
         """Return the random subset V_p of a pool."""

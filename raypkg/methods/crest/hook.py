@@ -28,6 +28,7 @@ from raypkg.experiments.training import Job
 
 from . import plots
 from .algorithm import CrestAlgorithm
+from .colm import Colm, check_kind
 from .parallel import Overlapped, RunLoop, ToScorer, choosers
 from .selection import Chosen, Pool
 from .settings import CrestOptions
@@ -56,11 +57,15 @@ class Crest(Hook):
         self.indices = indices
         self.steps = -(-len(indices) // size)  # per epoch, as on all samples
         self.loop = RunLoop(shards, scorer, options, size)
-        kind = Overlapped if options.overlap else CrestAlgorithm
+        kind = Colm if options.choose == "colm" else Overlapped if options.overlap else CrestAlgorithm
         self.algorithm = kind(options, self.loop, indices, size, on_choice=self._note_choice)
         self.counts = torch.zeros(int(indices.max()) + 1, dtype=torch.int32)  # steps that trained on each sample
         self.picked: list[Tensor] = []  # (update, sample) of every choice, each int32 [2, ·]
         self.closing = ExitStack()  # ends the actors
+
+    def on_start(self, run: Run) -> None:
+        """Refuse a model of another kind."""
+        check_kind(run.model, self.options.choose)
 
     def batches(self, run: Run) -> Epoch:
         """Return the mini-batch coresets of an epoch."""

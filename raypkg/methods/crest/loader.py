@@ -32,7 +32,8 @@ from raypkg.coresets.batches import (
 from raypkg.coresets.gradients import HeadView, head_view
 from raypkg.models.classifier import in_mode
 
-from .algorithm import CrestAlgorithm, Derive, Loop
+from .algorithm import CHUNK, Compute, CrestAlgorithm, Derive, Loop
+from .colm import Colm, check_kind
 from .quadratic import covered_parameters, weighted_derivative
 from .selection import Chosen, Subset, choose_minibatches
 from .settings import CrestOptions, CrestSettings
@@ -107,10 +108,12 @@ class CrestLoader:
             raise UserError(f"CrestLoader is for one process, not {world}: use `effray crest` with --cluster.workers")
         self.pass_steps = steps or -(-n // batch_size)
         total = steps or epochs * self.pass_steps  # type: ignore[operator]  # one of the two is given
+        check_kind(model, self.options.choose)
         self.loop = DatasetLoop(TappedByForm(model), data, n, batch_size, seed, total, collate_fn)
         if not covered_parameters(self.loop.model, self.options.parameters):
             raise UserError(f"{type(model).__name__} has no parameter to train for CREST's local model")
-        self.algorithm = CrestAlgorithm(self.options, self.loop, torch.arange(n), batch_size)
+        kind = Colm if self.options.choose == "colm" else CrestAlgorithm
+        self.algorithm = kind(self.options, self.loop, torch.arange(n), batch_size)
         self.end: int | None = None  # of the pass that has begun and is not finished, in steps
         self._resumed = False
         self._passes = 0  # begun
@@ -230,6 +233,17 @@ class DatasetLoop(Loop):
         """Choose a mini-batch coreset from each random subset, after one forward pass over all of them."""
         view = self._view(self.model_with(weights), Subset.concat(subsets), "select")
         return choose_minibatches(subsets, view, self.size)
+
+    def value_gradients(self, compute: Compute, subset: Subset) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses, factors of gradients and sources of a random subset."""
+        device = next(self.model.parameters()).device
+        parts, sources = [], []
+        with in_mode(self.model, training=False):
+            for x, y in self.load(subset.indices.split(CHUNK), "select"):
+                parts.append(compute(lambda inputs: self.model.logits(inputs).losses, x.to(device)))
+                sources.append(y)
+        losses, factors = (torch.cat(each) for each in zip(*parts, strict=True))
+        return losses, factors, torch.cat(sources)
 
     def losses(self, subset: Subset) -> Tensor:
         """Return the losses of samples, [r]."""

@@ -28,7 +28,7 @@ from raypkg.experiments.samples import Samples
 from raypkg.experiments.training import Job
 from raypkg.models.classifier import in_mode
 
-from .algorithm import CrestAlgorithm, Derive, Loop
+from .algorithm import CHUNK, Compute, CrestAlgorithm, Derive, Loop, T
 from .quadratic import trains_as_it_evaluates, weighted_derivative
 from .selection import Chosen, Pool, Subset, choose_minibatches
 from .settings import CrestOptions
@@ -81,6 +81,17 @@ def subset_losses(shard: Shard, scorer: Scorer, subset: Subset, augment: Sequenc
     return F.cross_entropy(view.logits, view.y, reduction="none")
 
 
+def value_gradients(shard: Shard, scorer: LiveModel, compute: Compute, subset: Subset) -> list[tuple[Tensor, Tensor]]:
+    """Compute losses and factors of gradients of every ``world``-th chunk of a subset."""
+    own = subset.indices.split(CHUNK)[shard.rank :: shard.world]
+    if not own:
+        return []
+    model = scorer.model
+    batches = plain_batches(shard.data.train, torch.cat(own), shard.device, CHUNK)
+    with in_mode(model, training=False), autocast(scorer.precision, shard.device):
+        return [compute(lambda x: model(x).losses, x) for x, _ in batches]
+
+
 def _view(shard: Shard, scorer: Scorer, subset: Subset, augment: Sequence[str]) -> HeadView:
     data = Data(subset.split(shard.data.train, augment), shard.data.test)
     try:
@@ -128,6 +139,19 @@ class RunLoop(Loop):
         places = (divmod(number, len(choices)) for number in range(len(subsets)))
         return [choices[rank][0][turn] for turn, rank in places]
 
+    def value_gradients(self, compute: Compute, subset: Subset) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses, factors of gradients and sources of a random subset; chunks are shared by rank."""
+        bill = self.run.bill("select")
+        with self.run.cost.apart(bill):
+            self.run.worker.share(self.model.buffers())
+            own = self.shards.map(value_gradients, self.scorer(self.model), compute, subset)
+        if self.run.worker.rank == 0:
+            bill.forward += len(subset)
+        chunks = range(-(-len(subset) // CHUNK))
+        parts = [own[number % len(own)][number // len(own)] for number in chunks]
+        losses, factors = (torch.cat(each) for each in zip(*parts, strict=True))
+        return losses, factors, self.run.split.y[subset.indices]
+
     def task(self, subsets: Sequence[Subset], weights: Mapping[str, Tensor] | None) -> tuple[Any, ...]:
         """Return the arguments of the function ``choose`` after the shard."""
         if weights is None:
@@ -167,9 +191,10 @@ class RunLoop(Loop):
         bill.sent += total.nbytes * (run.worker.world > 1)
         return total
 
-    def agreed(self, value: float) -> float:
+    def agreed(self, value: T) -> T:
         """Return rank 0's value."""
-        return self.run.worker.first(value)
+        agreed: T = self.run.worker.first(value)
+        return agreed
 
 
 class Overlapped(CrestAlgorithm):

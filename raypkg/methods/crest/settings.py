@@ -21,7 +21,7 @@ from raypkg.core.settings import (
     Training,
 )
 
-BATCHES = 4  # in a random subset of "4m"
+BATCHES = 4  # in a random subset of "4m" and by default
 SUBSET = 0.01  # r/n in the paper
 OF_THE_MODEL = (  # options of the local model, without effect at τ = 0
     "h", "b", "checked_on", "order", "smoothing", "model_batches", "curvature", "parameters", "overlap",
@@ -38,13 +38,21 @@ class CrestOptions(Settings):
         "smoothing": "coreset", "settle": 0.05, "model_batches": 1, "curvature": False,
     }  # fmt: skip
 
+    choose: Annotated[
+        Literal["logits", "colm"],
+        Field(description="medoids of logit gradients, or colm: as CoLM chooses for language models"),
+    ] = "logits"
+    gradient: Annotated[
+        Literal["estimate", "exact"],
+        Field(description="gradient of the last value projection (colm): by one zeroth-order step, or exact"),
+    ] = "estimate"
     tau: Annotated[
         float, Field(ge=0, description="τ: error that expires the local model; 0 = none, every step selects")
     ] = 0.05
     h: Annotated[float, Field(gt=0, description="multiplies ‖H̄_0‖/‖H̄‖ to give T1, the steps between checks")] = 1.0
     b: Annotated[Count, Field(description="mini-batch coresets in a pool per step between checks")] = 5
     subset: Annotated[
-        Share | Literal["4m"] | None,
+        Share | Literal["2m", "4m"] | None,
         Field(description="r/n: share of the samples in a random subset; 4m = four batches (default: 0.01 or 4m)"),
     ] = None
     checked_on: Annotated[
@@ -88,6 +96,18 @@ class CrestOptions(Settings):
     memory: CacheGiB = None
 
     @model_validator(mode="after")
+    def _of_one_choice(self) -> Self:
+        """Refuse options of another choice."""
+        if self.choose == "colm" and self.tau:
+            raise UserError(f"crest.choose = colm: crest.tau = {self.tau:g} must be 0, as every step chooses")
+        others = ("actors", "memory") if self.choose == "colm" else ("gradient",)
+        for name in others:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                value = getattr(self, name)
+                raise UserError(f"crest.choose = {self.choose}: crest.{name} = {value} would do nothing")
+        return self
+
+    @model_validator(mode="after")
     def _no_model_without_tau(self) -> Self:
         """Refuse options of the local model if there is none."""
         for name in OF_THE_MODEL:
@@ -107,8 +127,10 @@ class CrestOptions(Settings):
         """
         if batch > n:
             raise UserError(f"train.batch_size = {batch}: there are only {n} samples to choose from")
-        if self.subset == "4m" or self.subset is None:
-            return min(n, max(BATCHES * batch, 0 if self.subset else round(SUBSET * n)))
+        if self.subset is None:
+            return min(n, max(BATCHES * batch, round(SUBSET * n)))
+        if isinstance(self.subset, str):
+            return min(n, int(self.subset[0]) * batch)
         size = max(1, round(self.subset * n))
         if size < batch:
             raise UserError(
