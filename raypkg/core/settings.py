@@ -159,7 +159,7 @@ class Train(Training):
         None, alias="from", description="initial weights: a finished run or FILE.safetensors (default: drawn)"
     )
     keep: Literal["last", "best"] = Field(
-        "last", description="epoch whose model is kept; best = with the best held-out accuracy"
+        "last", description="epoch whose model is kept; best = with the best held-out accuracy (language models: loss)"
     )
     sync_bn: bool = Field(False, description="batch statistics over all workers (GPU only)")
 

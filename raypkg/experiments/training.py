@@ -1,10 +1,10 @@
 """Training of one model by DDP on the run's workers, on a coreset or all samples; resumes at every epoch."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ from raypkg.core.config import Named
 from raypkg.core.errors import UserError, shown
 from raypkg.core.settings import Experiment, Reselect, Train, Training
 from raypkg.coresets.record import Record, Recorder
+from raypkg.coresets.rules import coreset as coreset_rule
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of
@@ -24,6 +25,7 @@ from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
+from raypkg.models.classifier import classifier
 from raypkg.runs.agreement import column_of
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
 from raypkg.runs.folder import GROWING, MODEL, NAME, Manifest
@@ -82,7 +84,7 @@ def train_on_cluster(job: Job, samples: Samples, report: Report, workers: Worker
 
         smallest_batch = min(smallest_batch, budget_of(job.select.fraction, len(samples.train_indices)))
     workers.limit(smallest_batch)  # more workers would have nothing to do
-    epochs = ceil(job.last or job.training.epochs)
+    epochs = math.ceil(job.last or job.training.epochs)
     record = report.phase(job.phase, lambda: workers.run(train_model, job), epochs=epochs)
     if job.main:  # the last work for the workers
         workers.release()
@@ -97,6 +99,8 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         hooks = _hooks(worker, job, samples, closing)
         best = next((each for each in hooks if isinstance(each, BestEpoch)), None)
         model = new_model(job.experiment, samples.data)
+        if job.select and job.selects and coreset_rule[job.select.rule].sees == "gradients":
+            classifier(model, f"select.rule = {job.select.rule}")
         if job.initial:
             model.load_state_dict(load_tensors(job.storage, job.initial))
         split = samples.data.train
@@ -126,7 +130,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
                 return {}
             measured = measure_held_out(model, samples, worker, settings, run.bill("evaluate"))
             if best:
-                best.take(model, epoch, measured["accuracy"])
+                best.take(model, epoch, measured)
             return measured
 
         fit(run, checkpoints=StoredCheckpoints(job.storage / "checkpoints" / job.phase), measure=measure)
@@ -139,8 +143,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         left = _keep(run, trained, job, samples) if worker.rank == 0 else {}
         record = {
             "costs": [bill.record() for bill in run.bills()],
-            "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
+            **{f"test_{name}": value for name, value in test.items()},
             "workers": worker.world,
             "main": job.main,
         }
@@ -229,26 +232,34 @@ def _keep(run: Run, model: nn.Module, job: Job, samples: Samples) -> dict[str, A
 
 
 class BestEpoch(Hook):
-    """Holds the weights of the epoch with the best held-out accuracy, the first of equals; checkpoints have them."""
+    """Holds the weights of the epoch with the best held-out accuracy, or loss of a language model; the first of equals.
+
+    Checkpoints have them.
+    """
 
     def __init__(self) -> None:
         self.epoch = 0  # 0 = none yet
-        self.accuracy = -1.0
+        self.score = -math.inf
+        self.figure = ""
         self.measured = 0  # epochs
         self.weights: dict[str, Tensor] = {}
 
-    def take(self, model: nn.Module, epoch: int, accuracy: float) -> None:
-        """Record an epoch's accuracy, and copy the weights if it is the best so far."""
+    def take(self, model: nn.Module, epoch: int, measured: Mapping[str, float]) -> None:
+        """Record an epoch's figures, and copy the weights if it is the best so far."""
         self.measured += 1
-        if accuracy > self.accuracy:
+        score, figure = measured["accuracy"], f"accuracy {measured['accuracy']:.2%}"
+        if "perplexity" in measured:
+            score, figure = -measured["valid_loss"], f"perplexity {measured['perplexity']:.2f}"
+        if score > self.score:
             self.epoch = epoch
-            self.accuracy = accuracy
+            self.score = score
+            self.figure = figure
             self.weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
 
     def results(self, run: Run) -> Results:
         """Return the number of the best epoch."""
         epoch = f"the model is that of epoch {self.epoch} of {run.epoch}"
-        best = f"the best of {self.measured} on the held-out samples: accuracy {self.accuracy:.2%}"
+        best = f"the best of {self.measured} on the held-out samples: {self.figure}"
         return Results(facts={"kept_epoch": self.epoch}, findings=[f"{epoch}, {best}"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,7 +268,8 @@ class BestEpoch(Hook):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
-        vars(self).update(state)
+        earlier = state.get("accuracy", -math.inf)  # of an earlier version's checkpoint
+        vars(self).update({"score": earlier, "figure": f"accuracy {earlier:.2%}", **state})
 
 
 def synchronised(model: nn.Module, settings: Training, worker: Worker) -> nn.Module:
@@ -272,12 +284,12 @@ def synchronised(model: nn.Module, settings: Training, worker: Worker) -> nn.Mod
 def measure_held_out(
     model: nn.Module, samples: Samples, worker: Worker, settings: Training, cost: Cost
 ) -> dict[str, float]:
-    """Return loss and accuracy on the held-out samples, or nothing if there are none."""
+    """Return loss, accuracy and perplexity, if any, on the held-out samples, or nothing if there are none."""
     if not len(samples.held_out):
         return {}
     split = samples.data.train
     result = evaluate(model, split, samples.held_out, worker, cost, precision=settings.precision)
-    return {"valid_loss": result["loss"], "accuracy": result["accuracy"]}
+    return {"valid_loss": result.pop("loss"), **result}
 
 
 # The record of training, from which rules select

@@ -48,7 +48,7 @@ class Answered(NamedTuple):
 def classifier(model: nn.Module, what: str) -> Classifier:
     """Return a model as the classifier that ``what`` needs; refuse a language model."""
     if not isinstance(model, Classifier):
-        raise UserError(f"{what} needs a classifier, the linear head of features: a language model is none")
+        raise UserError(f"{what} needs a classifier, a linear head on features: a language model is none")
     return model
 
 

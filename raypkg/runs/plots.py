@@ -61,16 +61,19 @@ NOTE: dict[str, Any] = {  # a label at its point, on a white patch that hides th
 
 
 def curves(rows: Rows, path: str | Path) -> None:
-    """Draw training loss and held-out accuracy against epochs, phase by phase.
+    """Draw training loss and held-out accuracy, or perplexity, against epochs, phase by phase.
 
     Rows have ``phase``, ``main`` (whether it is the run's main training), ``model`` (its number, or None), ``epoch``,
-    ``loss`` and, if it was measured, ``accuracy`` in [0, 1]; values may be None or NaN.
+    ``loss`` and, if measured, ``accuracy`` in [0, 1] and ``perplexity``; values may be None or NaN.
     """
     with page(path) as figure:
-        loss, accuracy = figure.subplots(1, 2)
+        loss, held_out = figure.subplots(1, 2)
         _trace(loss, rows, "loss", "Training loss")
         loss.set_ylim(bottom=0)
-        _trace(accuracy, rows, "accuracy", "Held-out accuracy", unit=" %", scale=100)
+        if any(row.get("perplexity") is not None for row in rows):
+            _trace(held_out, rows, "perplexity", "Held-out perplexity")
+        else:
+            _trace(held_out, rows, "accuracy", "Held-out accuracy", unit=" %", scale=100)
 
 
 def costs(phases: Rows, path: str | Path) -> None:

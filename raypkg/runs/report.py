@@ -140,7 +140,7 @@ class Report:
             self.say(f"{name} {len(rows)}/{task.total:.0f}  {'  '.join(times)}  {status}")
 
     def _status(self, row: Mapping[str, Any], task: progress.Task, rows: list[dict[str, Any]]) -> str:
-        """Return the model and its epoch, if there are several models, then throughput, loss and accuracy."""
+        """Return the model and its epoch, if there are several models, then throughput, loss and held-out figures."""
         parts = []
         models, model = task.fields["models"], row.get("model")
         if model is not None and models > 1:
@@ -153,7 +153,9 @@ class Report:
             parts.append(f"{task.speed * sum(backward.values()) / len(rows):,.0f} samples/s")
         if "loss" in row:
             parts.append(f"loss {row['loss']:.3f}")
-        if "accuracy" in row:
+        if "perplexity" in row:
+            parts.append(f"perplexity {row['perplexity']:.2f}")
+        elif "accuracy" in row:
             parts.append(f"accuracy {row['accuracy']:.1%}")
         return "  ".join(parts)
 

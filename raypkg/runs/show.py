@@ -107,7 +107,11 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         full = summary["full_training_backward"]
         backward = sum(phase["backward"] for phase in phases)
         accuracy, loss = summary["test_accuracy"], summary["test_loss"]
-        lines.append(f"test accuracy {accuracy:.2%} (loss {loss:.3f}), trained on {chosen}")
+        tested = f"test accuracy {accuracy:.2%} (loss {loss:.3f})"
+        if "test_perplexity" in summary:
+            first = f"first answered token right {accuracy:.2%}"
+            tested = f"test perplexity {summary['test_perplexity']:.2f} (loss {loss:.3f} per answered token, {first})"
+        lines.append(f"{tested}, trained on {chosen}")
         lines.append(f"{backward:,} samples backward, {100 * backward / full:.1f} % of full training ({full:,})")
     elif coreset is not None:
         lines.append(f"selected {chosen}: coreset.parquet; train on it with `effray train --coreset`")
@@ -143,8 +147,10 @@ def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resu
         for row in rows:
             last |= row
         loss = f"{last['loss']:.3f}" if "loss" in last else "–"
-        accuracy = f"{last['accuracy']:.1%}" if "accuracy" in last else "–"
-        table.append([name, progress, models, epochs, loss, accuracy])
+        measured = f"{last['accuracy']:.1%}" if "accuracy" in last else "–"
+        if "perplexity" in last:
+            measured = f"perplexity {last['perplexity']:.2f}"
+        table.append([name, progress, models, epochs, loss, measured])
     print_grid(Grid("", ["phase", "state", "models", "epochs", "loss", "accuracy"], table))
     with suppress(UserError):  # a run that is going may delete a folder while it is listed
         if times := folder.storage.times(recursive=True):
