@@ -80,6 +80,11 @@ def test_run_folders_decide_the_states_of_trials(sweep):
     assert [sweep.state(number) for number in range(4)] == ["unfinished", "done", "unfinished", "failed"]
 
 
+def test_a_process_that_dies_after_its_run_was_done_leaves_no_failed_trial(sweep):
+    assert sweep.ended(1, "its process died") == "done"
+    assert sweep.trials[1].model_dump(include={"ended", "error"}) == {"ended": "done", "error": None}
+
+
 def reported(tmp_path, **values):
     """Return the rows that a trial reports, and its study."""
     short = {"model": "linear", "train.epochs": 3, "train.evaluate_every_epochs": 1}

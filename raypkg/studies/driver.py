@@ -115,7 +115,7 @@ class Driver:
         study = self.study
         state = study.ended(number, error)
         reached = TrialRun(study.run(number)).figures().get(study.order.metric)
-        result = error or ("" if reached is None else f"{study.order.metric} {in_full(reached)}")
+        result = study.trials[number].error or ("" if reached is None else f"{study.order.metric} {in_full(reached)}")
         title = f" ({self.titles[number]})" if number in self.titles else ""
         self.console.print(f"{study.run_name(number)}{title} {state}: {result}", soft_wrap=True)
 

@@ -212,11 +212,11 @@ class Study:
         self._write()
 
     def ended(self, number: int, error: str | None) -> str:
-        """Record how a trial ended, and return its state."""
-        if error:
-            state = FAILED
+        """Record how a trial ended, and return its state; a process may die after its run was done."""
+        if self._is_done(number):
+            state, error = DONE, None
         else:
-            state = DONE if self._is_done(number) else STOPPED
+            state = FAILED if error else STOPPED
         self.trials[number] = self.trials[number].model_copy(update={"ended": state, "error": error})
         self._write()
         return state
