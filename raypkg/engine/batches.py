@@ -12,6 +12,7 @@ from raypkg.core.seeds import generator
 from raypkg.data.augment import Augmentation, compose
 from raypkg.data.coreset import Coreset
 from raypkg.data.files import fetched
+from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split, shuffled_by_blocks
 
 from .costs import waiting
@@ -147,9 +148,11 @@ def plain_batches(
     """Yield (x, y) in the order of the indices, normalised and not augmented, for scores and evaluation.
 
     By default a batch has 128 samples on a CPU, whose cache holds their activations (512 take 1.4 times as long), and
-    512 on other devices.
+    512 on other devices; fewer of texts that may have more than 128 tokens.
     """
     size = batch_size or (128 if device.type == "cpu" else 512)
+    if batch_size is None and split.kind is TEXTS:
+        size = max(1, size * 128 // max(128, split.shape[0]))
 
     def load(part: Tensor) -> tuple[Tensor, Tensor]:
         pixels, y = split.batch(part)
