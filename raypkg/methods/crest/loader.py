@@ -49,6 +49,9 @@ class CrestLoader:
     has the formulas. All of that uses the model in evaluation mode, with the weights of the moment, in this process; it
     sees the samples as the data set returns them, random augmentation included.
 
+    With ``preset="colm"`` it chooses for a language model, ``build_model("transformers-lm:NAME", …)``: x is int64
+    [b, 2, l] of tokens and segments, y the source of each sample, w is 1, and ``model(x).losses`` are the losses.
+
     Args:
         dataset: returns pairs (x, y) by index, y an integer, and has a length; or tensors (x, y). Samples may also be
             mappings with "labels" (or "label"), as in Hugging Face's data sets: a batch is then a mapping with
@@ -60,14 +63,14 @@ class CrestLoader:
         preset: of `effray crest`, such as "published" or "each-step"; ``options`` have priority over it.
         collate_fn: joins samples to a batch, as in a ``DataLoader``, in their order.
         seed: of all draws.
-        options: ``crest.*`` of `effray crest`: tau (τ; 0 = every step chooses), h, b, subset (r/n, or "4m"),
-            checked_on, exclude_every_steps (T2), exclude_below (α), exclude_after, keep_active, order, smoothing,
-            settle, model_batches, curvature, parameters.
+        options: ``crest.*`` of `effray crest`: choose ("colm"), gradient, tau (τ; 0 = every step chooses), h, b,
+            subset (r/n, "2m" or "4m"), checked_on, exclude_every_steps (T2), exclude_below (α), exclude_after,
+            keep_active, order, smoothing, settle, model_batches, curvature, parameters.
 
     Raises:
         UserError: unknown preset or option, a value out of range, fewer samples than a batch, samples without labels, a
-            model without a linear head, a data set that changed its length, several processes. The model and its modes
-            are left as they were.
+            model without a linear head, a language model without "colm" or another model with it, a data set that
+            changed its length, several processes. The model and its modes are left as they were.
 
     >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     >>> loader = CrestLoader((x, torch.arange(100) % 2), nn.Linear(4, 2), batch_size=10, epochs=1)

@@ -53,7 +53,7 @@ class CrestOptions(Settings):
     b: Annotated[Count, Field(description="mini-batch coresets in a pool per step between checks")] = 5
     subset: Annotated[
         Share | Literal["2m", "4m"] | None,
-        Field(description="r/n: share of the samples in a random subset; 4m = four batches (default: 0.01 or 4m)"),
+        Field(description="r/n: share of the samples in a random subset; 2m, 4m = batches (default: 0.01 or 4m)"),
     ] = None
     checked_on: Annotated[
         Literal["pool", "fresh"],
