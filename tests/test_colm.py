@@ -84,6 +84,20 @@ def test_gradients_of_the_last_value_projection_equal_brute_force(kind, rank):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_bfloat16_spares_the_passes_of_the_last_layer():
+    model, (x, _) = network().eval(), texts(8)
+    last = LastValues(model)
+    z = torch.randn(last.size, generator=generator(0, "z"))
+    _, expected = last.slopes(losses_of(model), x, z)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, slopes = last.slopes(losses_of(model), x, z)
+        assert torch.is_autocast_enabled("cpu")
+    assert 0 < float((slopes - expected).abs().max()) < 0.1 * float(expected.abs().max())
+    narrow = LanguageModel(network().network.bfloat16())
+    with pytest.raises(UserError, match=r"in bfloat16, .* rounding alone: give crest.gradient = exact"):
+        next(iter(CrestLoader(texts(), narrow, SIZE, epochs=1, preset="colm")))
+
+
 def test_an_error_in_a_pass_leaves_the_model_as_it_was():
     model, (x, _) = network().eval(), texts(5)
     before = flat(model.parameters())

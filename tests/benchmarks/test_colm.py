@@ -15,7 +15,7 @@ import torch
 from raypkg.core.seeds import generator
 from raypkg.engine.worker import threads
 from raypkg.methods.crest.algorithm import CHUNK
-from raypkg.methods.crest.colm import AdamMoments, LastValues, choose
+from raypkg.methods.crest.colm import AdamMoments, LastValues, choose, quotas
 from raypkg.models.language import ATTENTION, LanguageModel, with_adapters
 
 pytestmark = [pytest.mark.bench, pytest.mark.data]
@@ -23,9 +23,9 @@ DATA = Path(os.environ.get("EFFRAY_DATA", Path(__file__).parents[3] / "shared/da
 FOLDER = os.environ.get("EFFRAY_LM", "")
 M, R, LONGEST = 16, 32, 48
 EACH = 100  # samples of a source
-PLAIN, CHOSEN, DRAWS, SUBSETS, ROUNDS = 24, 10, 12, 20, 8
+PLAIN, CHOSEN, DRAWS, SUBSETS, ROUNDS = 24, 10, 24, 20, 8
 MIXTURES = {"equal sources": (EACH, EACH, EACH), "a small source": (EACH, EACH, 22)}
-KINDS = ("estimate", "exact")
+KINDS, RANDOM = ("estimate", "exact"), ("random m", "random by source")
 TREC = ("abbreviation", "entity", "description", "human", "location", "number")
 SICK = ("yes", "maybe", "no")
 
@@ -107,6 +107,13 @@ def all_gradients(model, x):
     return rows
 
 
+def random_by_source(sources, rng):
+    """Draw as many of each source as CoLM keeps."""
+    shuffled = torch.randperm(len(sources), generator=rng)
+    counts, _ = quotas(sources.bincount(), M)
+    return torch.cat([shuffled[sources[shuffled] == source][:count] for source, count in enumerate(counts.tolist())])
+
+
 def error(estimate, target, scale):
     return float(((estimate - target) * scale).norm() / (target * scale).norm())
 
@@ -153,6 +160,7 @@ def errors(x, sources, members, rows, choosers, scales, rng):
         for kind in KINDS:
             shares[kind].append(sources[drawn[ways[kind][0]]].bincount(minlength=3).tolist())
         ways["random m"] = [torch.randperm(R, generator=rng)[:M] for _ in range(SUBSETS)]
+        ways["random by source"] = [random_by_source(sources[drawn], rng) for _ in range(SUBSETS)]
         ways["all r"] = [torch.arange(R)]
         for way, picks in ways.items():
             for target_name, target in (("the r samples", subset), ("all samples", everything)):
@@ -164,14 +172,14 @@ def errors(x, sources, members, rows, choosers, scales, rng):
 
 def report(name, counts, table, shares):
     print(f"\n{name} {counts}: m = {M} of r = {R}, relative error, {DRAWS} draws (± standard deviation)")
-    print(f"of these, draws in which a choice beats the mean of {SUBSETS} random ones of the same r")
+    print(f"in brackets: draws in which a choice beats the mean of {SUBSETS} random ones, and of those by source")
     for target, scale in dict.fromkeys(key[:2] for key in table):
-        random = table[target, scale, "random m"]
+        baselines = [table[target, scale, way] for way in RANDOM]
         line = [f"against {target}, {scale}:"]
-        for way in (*KINDS, "random m", "all r"):
+        for way in (*KINDS, *RANDOM, "all r"):
             values = table[target, scale, way]
-            wins = sum(a < b for a, b in zip(values, random, strict=True))
-            won = f" ({wins}/{DRAWS})" if way in KINDS else ""
+            wins = [sum(a < b for a, b in zip(values, baseline, strict=True)) for baseline in baselines]
+            won = f" ({wins[0]} and {wins[1]} of {DRAWS})" if way in KINDS else ""
             line.append(f"{way} {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}{won}")
         print("  ".join(line))
     print(

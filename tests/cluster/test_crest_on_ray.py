@@ -58,7 +58,8 @@ def test_two_workers_choose_for_a_language_model_as_one_process(ray, tmp_path):
     # By exact gradients: the estimate's difference of two losses magnifies the rounding of weights by 1/2ε.
     model, data = tiny_language(tmp_path / "lm"), instructions(tmp_path, 60)
     options = [
-        "--preset", "colm", "--crest.gradient", "exact", "--dataset", f"instructions:{data}", "--set", "dataset.options.length=64",
+        "--preset", "colm", "--crest.gradient", "exact",
+        "--dataset", f"instructions:{data}", "--set", "dataset.options.length=64",
         "--model", f"transformers-lm:{model}", "--train.precision", "float32",
         "--train.batch_size", "6", "--train.epochs", "4", "--budget", "0.5", "--train.lr", "1e-3",
     ]  # fmt: skip

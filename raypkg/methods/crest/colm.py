@@ -77,13 +77,20 @@ class LastValues:
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
-        """Start every pass inside the block but the first at the last layer, with the activations of the first."""
+        """Start every pass inside the block but the first at the last layer, with the activations of the first.
+
+        From there on it computes in the precision of the weights: in bfloat16, the losses of two passes would differ by
+        rounding alone.
+        """
         kept: list[Tensor] = []
+        device = self.parameters[0].device.type
+        autocasts = torch.is_autocast_enabled(device)
 
         def keep_or_give(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if kept:
                 return kept[0], *inputs[1:]
             kept.append(inputs[0])
+            torch.set_autocast_enabled(device, False)
             for layer in self.earlier:
                 layer.forward = lambda hidden, *rest, **options: hidden
             return None
@@ -94,6 +101,7 @@ class LastValues:
             yield
         finally:
             hook.remove()
+            torch.set_autocast_enabled(device, autocasts)
             for layer, forward in zip(self.earlier, own, strict=True):
                 vars(layer).pop("forward", None)
                 if forward is not None:  # such as a hook of accelerate
@@ -260,7 +268,14 @@ class Colm(CrestAlgorithm):
     @cached_property
     def last(self) -> LastValues:
         """The layer whose gradients choose."""
-        return LastValues(self.loop.model)
+        last = LastValues(self.loop.model)
+        narrow = {weight.dtype for weight in last.layer.parameters() if weight.dtype.itemsize < 4}
+        if narrow and self.options.gradient == "estimate":
+            raise UserError(
+                f"the model is in {str(narrow.pop())[6:]}, in which CoLM's two losses differ by rounding alone: give"
+                " crest.gradient = exact, or base = float32 to the model"
+            )
+        return last
 
     def _chosen(self, pool: Pool, subsets: Sequence[Subset], *_: Any) -> list[Chosen]:
         (subset,) = subsets  # every step has a pool of its own
