@@ -17,10 +17,13 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Model
 from raypkg.data import load_data
 from raypkg.data.kinds import TEXTS
+from raypkg.engine.costs import Cost
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments.trained import named_backbone
+from raypkg.methods.sparse.hook import first_batch
+from raypkg.methods.sparse.masks import prunable
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
@@ -311,6 +314,13 @@ def test_texts_without_an_answer_and_frozen_backbones(place, tmp_path, capsys):
     assert "has texts without an answer, the only part that carries loss" in capsys.readouterr().err
     with pytest.raises(UserError, match="a frozen backbone needs a classifier"):
         named_backbone(Model(name=model), data_of(place), "float32", seed=0)
+
+
+def test_masks_by_gradients_and_adapters_under_masks(place):
+    model, split = build(place, **LORA), data_of(place).train
+    with pytest.raises(UserError, match="first masks by snip need a classifier: .* give one of dense, erk, uniform"):
+        first_batch("snip", model, split, torch.arange(4), Cost("masks"))
+    assert {name.partition(".lora_")[2][0] for name in prunable(model)} == {"A", "B"}  # and nothing frozen
 
 
 def lacking_a_layer(folder):

@@ -223,7 +223,7 @@ def head_view(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Hea
     ([5, 3], [5, 100])
     """
     if not (hasattr(model, "features") and hasattr(model, "head")):
-        raise UserError(f"{type(model).__name__} is not of the form head(features(x)), as build_model's are")
+        raise UserError(f"{type(model).__name__} is not of the form head(features(x)), as classifiers here are")
     network: Any = model
     outputs = []
     with in_mode(model, training=False), torch.no_grad():  # not inference_mode: what a model caches must still train

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data.split import Split
 from raypkg.engine.batches import dtype_of, plain_batches
@@ -232,6 +233,11 @@ def first_batch(rule: str, model: nn.Module, split: Split, drawn: Tensor, cost: 
     """Return the samples ``drawn`` if the named rule of the first masks needs a batch, at the cost of one gradient."""
     if "batch" not in initial[rule].declares:
         return None
+    from raypkg.models.language import LanguageModel  # with the loader of checkpoints, which few runs need
+
+    if isinstance(model, LanguageModel):
+        others = ", ".join(name for name in initial.names if "batch" not in initial[name].declares)
+        raise UserError(f"first masks by {rule} need a classifier: for a language model give one of {others}")
     cost.forward += len(drawn)
     cost.backward += len(drawn)
     device = next(model.parameters()).device
