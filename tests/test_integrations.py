@@ -58,7 +58,7 @@ def snapshots():
     return list(DataLoader(Sentences(), 16)), list(DataLoader(rows(), 16))
 
 
-def trainer_of(model, folder, options=None, *, sparse=None, agent=None, **chosen):
+def trainer_of(model, folder, options=None, *, samples=None, sparse=None, agent=None, **chosen):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from raypkg.integrations.transformers import CoresetMixin, StepCallback
@@ -72,7 +72,7 @@ def trainer_of(model, folder, options=None, *, sparse=None, agent=None, **chosen
         optim_args="momentum=0.9", max_grad_norm=CLIP, report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
         dataloader_pin_memory=False, **given,
     )  # fmt: skip
-    trainer = CoresetTrainer(model, arguments, train_dataset=Sentences(), **chosen)
+    trainer = CoresetTrainer(model, arguments, train_dataset=samples or Sentences(), **chosen)
     if sparse or agent:
         trainer.step = StepCallback(trainer, sparse=sparse, agent=agent, batches=snapshots()[0] if agent else None)
         trainer.add_callback(trainer.step)

@@ -33,6 +33,20 @@ class Jittered(Dataset):
         return {"x": self.x[i] + 0.1 * torch.randn(6), "labels": self.y[i], "indices": i}
 
 
+class Answers(Jittered):
+    """The same rows with tokens, of which the second half are answers, as for a language model."""
+
+    def __getitem__(self, i):
+        ids = torch.arange(6) + i
+        return {**super().__getitem__(i), "input_ids": ids, "labels": ids.where(torch.arange(6) >= 3, -100)}
+
+
+def outputs(model, batch):
+    """Rows of samples, for rules that select by them."""
+    with torch.no_grad():
+        return model(batch["x"])
+
+
 class Network(nn.Module):
     def __init__(self):
         super().__init__()
@@ -94,8 +108,19 @@ def picked_twice(worker, options):
         {"rule": "ccs", "fraction": 0.2, "warm_epochs": 1, "every_epochs": 2},
         {"rule": "random", "batch_size": 1, "fraction": 71 / N},
         {"rule": "grand", "options": {"gradients": "full"}, "data": Jittered(260)},
+        {"rule": "rds_plus", "rows": outputs, "data": Answers(), "target": Answers(10, seed=1)},
+        {"rule": "ccs", "fraction": 0.2, "warm_epochs": 1, "every_epochs": 2, "data": Answers()},
     ],
-    ids=["gradmatch", "craig for a target", "infobatch", "ccs", "batches of one", "full gradients"],
+    ids=[
+        "gradmatch",
+        "craig for a target",
+        "infobatch",
+        "ccs",
+        "batches of one",
+        "full gradients",
+        "rds_plus for tokens",
+        "ccs for tokens",
+    ],
 )
 @pytest.mark.parametrize("world", [2, 3])  # the third rank has no batch to compute a view of
 def test_ranks_pick_and_share_what_one_rank_has(options, world):

@@ -20,6 +20,8 @@ LABELS = "labels"  # in a batch that is a mapping, as those of Hugging Face are
 LABEL = "label"  # of many data sets there, which their collators rename
 WEIGHTS = "weights"
 INDICES = "indices"
+TOKENS = "input_ids"  # of a causal language model, whose labels are of the same shape
+IGNORED = -100  # label of a token that is not answered
 COMPARED = 32  # labels by which data sets are compared
 
 
@@ -67,15 +69,22 @@ def as_dataset(samples: Any, taker: str) -> Dataset[Any]:
 
 
 def load_batches(
-    data: Dataset[Any], batches: Sequence[Tensor], *, seed: int, collate_fn: Callable[[list[Any]], Any], **loading: Any
+    data: Dataset[Any],
+    batches: Sequence[Tensor],
+    *,
+    seed: int,
+    collate_fn: Callable[[list[Any]], Any],
+    causal: bool = False,
+    **loading: Any,
 ) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Yield inputs, labels int64 [b] and positions int64 [b] of batches of positions.
 
-    Nothing is drawn from PyTorch's global generator. ``loading`` are further arguments of a ``DataLoader``.
+    Nothing is drawn from PyTorch's global generator. ``loading`` are further arguments of a ``DataLoader``. With
+    ``causal``, labels may also be those of a causal language model, [b, l] as "input_ids"; −100 = not answered.
 
     Raises:
         UserError: batches are neither pairs nor mappings with "labels" or "label", the labels are no integers from 0
-            up, or the batch's "indices" are not the positions of its samples.
+            up, the batch's "indices" are not the positions of its samples, or a sample has no answered token.
     """
     positions = [batch.tolist() for batch in batches]
     rng = generator(seed, "workers")
@@ -103,11 +112,19 @@ def load_batches(
         else:
             raise UserError(f"the data set must return pairs (x, y); a batch is a {type(batch).__name__}")
         is_tensor = isinstance(y, Tensor)
-        if not is_tensor or y.dim() != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
+        of_tokens = causal and is_tensor and y.dim() == 2 and isinstance(x, Mapping) and TOKENS in x
+        if of_tokens and y.shape != x[TOKENS].shape:
+            raise UserError(f"labels {list(y.shape)} and {TOKENS} {list(x[TOKENS].shape)} of a batch must be as long")
+        used = y[y != IGNORED] if of_tokens else y
+        if not is_tensor or (y.dim() != 1 and not of_tokens) or y.is_floating_point() or (len(used) and used.min() < 0):
             given = f"{y.dtype} {list(y.shape)}" if is_tensor else type(y).__name__
-            raise UserError(f"labels must be integers from 0 up, [b]; a batch has {given}")
+            form = f"[b, l], or {IGNORED}" if of_tokens else "[b]"
+            raise UserError(f"labels must be integers from 0 up, {form}; a batch has {given}")
         if len(y) != len(indices):
             raise UserError(f"a batch of {len(indices)} samples has {len(y)} labels after collation")
+        if of_tokens and not (answers := (y[:, 1:] != IGNORED).any(dim=1)).all():  # nothing predicts the first token
+            silent = int(indices[int(answers.int().argmin())])
+            raise UserError(f"sample {silent} has no answered token: its labels are {IGNORED} from the second one on")
         yield x, y.long(), indices
 
 
@@ -125,10 +142,11 @@ def on_device(batch: tuple[Any, Tensor], device: torch.device) -> tuple[Any, Ten
     return x.to(device), y.to(device)
 
 
-def some_labels(data: Dataset[Any], collate_fn: Callable[[list[Any]], Any]) -> list[int]:
-    """Return labels spread over a data set, by which ranks and checkpoints tell it from another."""
+def some_labels(data: Dataset[Any], collate_fn: Callable[[list[Any]], Any], *, causal: bool = False) -> list[int]:
+    """Return labels spread over a data set, or the sums of their tokens, to tell it from another."""
     some = torch.linspace(0, len(data) - 1, COMPARED, dtype=torch.float64).long().unique()  # type: ignore[arg-type]
-    _, y, indices = next(load_batches(data, [some], seed=0, collate_fn=collate_fn))
+    _, y, indices = next(load_batches(data, [some], seed=0, collate_fn=collate_fn, causal=causal))
+    y = y.clamp_min(0).sum(dim=1) if y.dim() > 1 else y
     return y[indices.argsort()].tolist()
 
 

@@ -1,7 +1,7 @@
 """Coresets in a loop of one's own: a loader that selects by itself, and again whenever a selection is due."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Never
 
@@ -17,8 +17,10 @@ from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect
 from raypkg.data.coreset import Coreset
 from raypkg.engine.worker import Worker
+from raypkg.models.classifier import in_mode
 
 from .batches import (
+    LABELS,
     TappedByForm,
     attempt,
     check_count,
@@ -35,6 +37,7 @@ from .budgets import budget_of, select
 from .gradients import HeadView, gradient_norms, head_view
 from .record import Record, margins_of
 from .reselection import check_schedule, idle_target
+from .rows import Rows
 from .rules import coreset
 
 LOADING = (
@@ -66,7 +69,10 @@ class CoresetLoader:
             workers are used; they draw from generators of the loader's own. A batch may also be a mapping with
             "labels" (or "label"), which is yielded with "weights" and, for ``record``, "indices"; the model takes the
             others by keywords. A collation that reorders samples must keep "indices", which the data set gives each.
-        model: ends in an ``nn.Linear``; it selects in evaluation mode, with its parameters of the moment.
+            For a causal language model, "labels" are [b, l] as "input_ids", −100 where a token is not answered. Such
+            samples have no classes, and losses are means over answered tokens. No rule can see them by a head.
+        model: ends in an ``nn.Linear``, unless the rule sees other things; it selects in evaluation mode, with its
+            parameters of the moment.
         rule: one of `effray methods`, or ``package.module:function``.
         fraction: share of the samples in a coreset; 1 for a rule that sizes it itself, such as infobatch.
         epochs: of the whole training; a pass beyond them is refused.
@@ -77,12 +83,15 @@ class CoresetLoader:
         scored: the same samples as the loader's, without augmentation.
         target: samples to select for, of the same form, such as a few clean ones; None = the loader's own. A class of
             which it has none is its own target.
+        rows: function (model, batch) that returns a row of each sample, float [b, d], for rules that select by rows,
+            such as ``raypkg.integrations.transformers.last_states`` for rds_plus. The model is in evaluation mode.
         options: the rule's own.
         former: former names of arguments, refused with the present ones.
 
     Raises:
         UserError: unknown rule or option, a value out of range, a loader that omits samples or cannot be indexed, a
-            target of a rule that has none, a model without a linear head, ranks that disagree on data or settings.
+            target or rows of a rule that has none, a model or labels without a linear head, ranks that disagree on data
+            or settings.
         Interruption: another rank died, or did not answer within the timeout of the process group.
 
     >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
@@ -107,6 +116,7 @@ class CoresetLoader:
         seed: int = 0,
         scored: Dataset[Any] | None = None,
         target: Dataset[Any] | None = None,
+        rows: Callable[[nn.Module, Any], Tensor] | None = None,
         options: Mapping[str, Any] | None = None,
         **former: Never,
     ):
@@ -118,7 +128,15 @@ class CoresetLoader:
         when = {"every_epochs": every_epochs, "warm_epochs": warm_epochs}
         chosen = {"rule": rule, "fraction": fraction, "balanced": balanced, "options": dict(options or {}), **when}
         self.settings: Reselect = validate(Reselect, chosen)
-        check_schedule(self.settings, epochs)
+        self.rule = coreset[rule]
+        by_rows = self.rule.sees == "rows"
+        if by_rows and not callable(rows):
+            missing = "rows, a function (model, batch) that returns float [b, d]"
+            raise UserError(f"{rule} selects by rows of a model: give {missing}, not {shown(rows)}")
+        if rows is not None and not by_rows:
+            raise UserError(f"{rule} selects by no rows: rows would do nothing")
+        self.rows = rows
+        check_schedule(self.settings, epochs, has_rows=by_rows)
         if not isinstance(loader, DataLoader) or not loader.batch_size:
             raise UserError(f"CoresetLoader takes a DataLoader with a batch_size, not {type(loader).__name__}")
         sampler = loader.sampler
@@ -130,7 +148,6 @@ class CoresetLoader:
         self.loader = loader
         self.batch_size = loader.batch_size
         self.scored = loader.dataset if scored is None else scored
-        self.rule = coreset[rule]
         if target is not None and not self.rule.has_target:
             raise idle_target(self.rule, "target")
         for what, data in (("data set", loader.dataset), ("target", target)):
@@ -138,7 +155,7 @@ class CoresetLoader:
                 raise UserError(f"the {what} has no samples")
         self.target = target
         plain = model.module if isinstance(model, DistributedDataParallel) else model  # it would communicate
-        self.model = TappedByForm(plain) if self.rule.sees == "gradients" else None
+        self.model = TappedByForm(plain) if self.rule.sees == "gradients" else plain if by_rows else None
         self.epochs = epochs
         self.seed = seed
         self.n = len(loader.dataset)  # type: ignore[arg-type]  # its sampler shows that it is indexed
@@ -281,7 +298,7 @@ class CoresetLoader:
     @cached_property
     def _fixed(self) -> dict[str, Any]:
         """Data and settings, equal on all ranks and in a checkpoint."""
-        data = {"samples": self.n, "labels": some_labels(self.loader.dataset, self.loader.collate_fn)}
+        data = {"samples": self.n, "labels": some_labels(self.loader.dataset, self.loader.collate_fn, causal=True)}
         return {**data, **self.settings.model_dump(), "seed": self.seed}
 
     def _facts(self) -> dict[str, Any]:
@@ -312,7 +329,7 @@ class CoresetLoader:
         return picked
 
     def _share(self, ranks: Worker) -> list[HeadView | Tensor | None]:
-        """Return the views of this rank's share of the samples and of the target, or the labels of its samples.
+        """Return the views of this rank's share of the samples and of the target, their rows, or the samples' labels.
 
         A share has whole batches, which one rank alone would compute in the same way, bit for bit.
         """
@@ -322,19 +339,40 @@ class CoresetLoader:
             return [self._y]
         shares: list[HeadView | Tensor | None] = []
         for data in [self.scored] if self.target is None else [self.scored, self.target]:
-            batches = torch.arange(len(data)).split(max(LEAST_SCORED, self.batch_size))  # type: ignore[arg-type]
+            # A language model's batches must not be larger than in training: their activations would not fit.
+            size = self.batch_size if self.rows else max(LEAST_SCORED, self.batch_size)
+            batches = torch.arange(len(data)).split(size)  # type: ignore[arg-type]
             first, end = (len(batches) * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
             if first == end:
                 shares.append(None)
                 continue
             seen: list[Tensor] = []
             loaded = self._noted(self._load(data, batches[first:end], "selection", self.epoch), seen)
-            share = torch.cat([y for _, y in loaded]) if self.model is None else head_view(self.model, loaded)
+            share: HeadView | Tensor
+            if self.model is None:  # labels of tokens are all of one class
+                share = torch.cat([y if y.dim() == 1 else torch.zeros(len(y), dtype=torch.int64) for _, y in loaded])
+            else:
+                share = self._rows_of(loaded) if self.rows else head_view(self.model, loaded)
             order = torch.cat(seen).argsort()
             shares.append(share if (order.diff() == 1).all() else share[order])
         if self.model is None:
             self._y = shares[0]  # type: ignore[assignment]  # labels
         return shares
+
+    def _rows_of(self, loaded: Iterator[tuple[Any, Tensor]]) -> Tensor:
+        """Return the rows of the samples of batches, float [m, d], on the CPU."""
+        found: list[Tensor] = []
+        with in_mode(self.model, training=False):  # type: ignore[arg-type]
+            for x, y in loaded:
+                batch = {**x, LABELS: y} if isinstance(x, Mapping) else (x, y)
+                rows: Any = self.rows(self.model, batch)  # type: ignore[misc,arg-type]
+                width = len(found[0][0]) if found else None
+                is_matrix = isinstance(rows, Tensor) and rows.dim() == 2 and rows.is_floating_point()
+                if not is_matrix or len(rows) != len(y) or width not in (None, rows.shape[1]):
+                    given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+                    raise UserError(f"rows returned {given} for {len(y)} samples: must be float [b, d], d fixed")
+                found.append(rows.detach().cpu())
+        return torch.cat(found)
 
     def _noted(self, loaded: Iterator[Any], seen: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
         """Yield batches on the model's device, and note their positions."""
@@ -354,10 +392,11 @@ class CoresetLoader:
             margins = (self.total_margin / self.times.clamp(min=1)).where(self.times > 0, torch.inf)
             if self.rule.sizes_itself and self.epoch > settings.warm_epochs and not losses.isfinite().any():
                 raise UserError(f"{settings.rule} needs the losses of each batch: call record(losses)")
-            samples: HeadView | Record = Record(y, losses, margins=None if self.rule.sizes_itself else margins)
+            samples: HeadView | Record | Rows = Record(y, losses, margins=None if self.rule.sizes_itself else margins)
         else:
-            samples, *aim = (parts[0] if len(parts) == 1 else HeadView.concat(parts) for parts in views)
-            target = aim[0] if aim else None
+            join: Any = torch.cat if self.rows else HeadView.concat
+            joined = [parts[0] if len(parts) == 1 else join(parts) for parts in views]
+            samples, target = [*(map(Rows, joined) if self.rows else joined), None][:2]
         picked = select(
             samples,
             budget_of(settings.fraction, self.n),
@@ -385,4 +424,9 @@ class CoresetLoader:
         self, data: Dataset[Any], batches: Sequence[Tensor], purpose: str, epoch: int
     ) -> Iterator[tuple[Any, Tensor, Tensor]]:
         same = {name: getattr(self.loader, name) for name in LOADING}
-        return load_batches(data, batches, seed=derive(self.seed, purpose, epoch), **same)
+        for x, y, indices in load_batches(data, batches, seed=derive(self.seed, purpose, epoch), causal=True, **same):
+            if y.dim() > 1 and self.rule.sees == "gradients":
+                by_rows = ", ".join(name for name in coreset.names if coreset[name].sees == "rows")
+                able = f"give random, infobatch, ccs or, with rows, {by_rows}"
+                raise UserError(f"{self.rule.name} selects by a classifier's head, which labels of tokens lack: {able}")
+            yield x, y, indices

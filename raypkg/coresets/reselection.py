@@ -22,10 +22,10 @@ from .sharded import LiveModel, select_coreset
 from .target import target_of
 
 
-def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> None:
+def check_schedule(settings: Reselect, epochs: int, *, given: bool = False, has_rows: bool = False) -> None:
     """Refuse, before any work, a selection that cannot be done in a training of so many epochs.
 
-    With a ``given`` first coreset and no later selection, only the epochs are checked.
+    With a ``given`` first coreset and no later selection, only the epochs are checked. ``has_rows``: see below.
     """
     if settings.warm_epochs >= epochs:
         raise UserError(f"select.warm_epochs = {settings.warm_epochs} of {epochs} epochs: nothing would be selected")
@@ -36,7 +36,7 @@ def check_schedule(settings: Reselect, epochs: int, *, given: bool = False) -> N
         return
     rule = coreset[settings.rule]
     rule.options(settings.options)
-    _check_idle(settings)
+    _check_idle(settings, has_rows)
     anew_from_all = settings.fraction == 1 and settings.every_epochs == 1
     if rule.sizes_itself and not anew_from_all:
         raise UserError(

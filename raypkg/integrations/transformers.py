@@ -1,29 +1,118 @@
-"""Hugging Face's ``Trainer``: a mixin that trains on coresets, and a callback for sparse training and AGENT."""
+"""Hugging Face's ``Trainer``: a mixin that trains on coresets, and a callback for sparse training and AGENT.
+
+Losses of samples and rows by their last hidden states are functions, for loops of one's own and for Lightning as well.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from raypkg.core.errors import UserError
-from raypkg.coresets.batches import INDICES, LABELS, WEIGHTS, check_keywords
+from raypkg.coresets.batches import IGNORED, INDICES, LABELS, TOKENS, WEIGHTS, check_keywords
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.crest.loader import CrestLoader
+from raypkg.methods.language.pooling import rds_rows
 from raypkg.methods.sparse.training import SparseTraining
+from raypkg.models.classifier import unwrapped
+
+
+def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """Return the losses of a batch's samples, float32 or more [b], and the output of the model.
+
+    With labels [b], they are cross-entropies. With labels [b, l], as "input_ids", they are those of a causal model,
+
+        ℓ_i = −1/|A_i| Σ_{t ∈ A_i} ln p(x_t | x_1 … x_{t−1}),   A_i the labels of sample i that are not −100,
+
+    and the output's logits are those of the answered tokens only, [1, Σ|A_i|, V], unless the model is compiled.
+
+    Args:
+        model: of transformers, also with adapters of peft, compiled, or in ``DistributedDataParallel``.
+        batch: as a ``CoresetLoader`` yields it, on the model's device; "weights" and "indices" are not used.
+
+    Raises:
+        UserError: labels [b, l] and a model that is not causal.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in (LABELS, WEIGHTS, INDICES)}
+    labels: Tensor = batch[LABELS]
+    if labels.dim() == 1:
+        outputs = model(**inputs)
+        return F.cross_entropy(outputs.logits, labels, reduction="none"), outputs
+    answered = labels[:, 1:] != IGNORED  # [b, l − 1]
+    sample, place = answered.nonzero(as_tuple=True)  # [m]
+
+    def at_answers(rows: Tensor) -> Tensor:
+        return rows[:, -labels.shape[1] :][sample, place][None]  # [1, m, ·]; those of a virtual prompt come first
+
+    with _head_on(model, at_answers):
+        outputs = model(**inputs)
+    logits = outputs.logits
+    if logits.shape[:2] != (1, len(sample)):  # a compiled model does not call new hooks
+        logits = at_answers(logits)
+    logits = logits[0]  # [m, V]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    each = F.cross_entropy(wide, labels[:, 1:][answered], reduction="none")
+    total = each.new_zeros(len(labels)).index_add(0, sample, each)
+    return total / answered.sum(dim=1), outputs
+
+
+@torch.no_grad()
+def last_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Return the rows of RDS+ (arXiv:2503.01807) by a causal model of transformers, float32 [b, D], of length 1.
+
+    They are the position-weighted means of the last hidden states of prompt and answer.
+
+        CoresetLoader(loader, model, "rds_plus", 0.05, target=few, rows=last_states, epochs=3)
+
+    Differs from the paper: with selections at several epochs, the states are of the model of that moment.
+
+    Args:
+        model: see ``sample_losses``.
+        batch: with "input_ids" [b, l], and an "attention_mask" [b, l] if there is padding.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in (LABELS, WEIGHTS, INDICES)}
+    seen: list[Tensor] = []
+
+    def keep(h: Tensor) -> Tensor:
+        seen.append(h[:, -inputs[TOKENS].shape[1] :])
+        return h[:, :0]  # no logits
+
+    with _head_on(model, keep):
+        unwrapped(model)(**inputs)
+    there = inputs.get("attention_mask", torch.ones_like(inputs[TOKENS]))
+    return rds_rows(seen[0], there.bool())
+
+
+@contextmanager
+def _head_on(model: nn.Module, states: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a causal model's head see a function of its last hidden states [b, l, D] inside the block."""
+    causal = cast(Any, unwrapped(model))
+    if not getattr(causal, "can_generate", bool)() or causal.config.is_encoder_decoder:
+        raise UserError(f"labels of tokens need a causal language model of transformers, not {type(causal).__name__}")
+    hook = causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (states(inputs[0]), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class CoresetMixin:
     """A mixin that goes before ``Trainer``: it trains on a ``CoresetLoader`` or a ``CrestLoader`` over the data set.
 
-    The loss is mean(w · cross-entropy). Samples are mappings with "labels". Checkpoints hold the loader's state, so a
-    run that is resumed from one of ``output_dir`` neither repeats nor loses a sample.
+    The loss is mean(w · ℓ) with the ``sample_losses`` ℓ. Samples are mappings with "labels". Checkpoints hold the
+    loader's state, so a run that is resumed from one of ``output_dir`` neither repeats nor loses a sample.
+
+    Of a causal language model, every sample counts by its weight, however long its answer is. The ``Trainer``'s own
+    loss is the mean over all answered tokens of a step, in which long answers count more. With all weights 1 and
+    answers of equal lengths they are equal. In evaluation, the loss is the ``Trainer``'s.
 
         class CoresetTrainer(CoresetMixin, Trainer):
             pass
@@ -72,15 +161,13 @@ class CoresetMixin:
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return mean(w · cross-entropy) in training, and the ``Trainer``'s loss otherwise."""
+        """Return mean(w · ℓ) in training, and the ``Trainer``'s loss otherwise."""
         if WEIGHTS not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        labels, weights, indices = (inputs.pop(name, None) for name in (LABELS, WEIGHTS, INDICES))
-        outputs = model(**inputs)
-        losses = F.cross_entropy(outputs.logits, labels, reduction="none")
-        if isinstance(self.loader, CoresetLoader) and indices is not None:  # not at AGENT's snapshot
-            self.loader.record(losses, indices)
-        loss: Tensor = (losses * weights).mean()
+        losses, outputs = sample_losses(model, inputs)
+        if isinstance(self.loader, CoresetLoader) and INDICES in inputs:  # not at AGENT's snapshot
+            self.loader.record(losses, inputs[INDICES])
+        loss: Tensor = (losses * inputs[WEIGHTS]).mean()
         return (loss, outputs) if return_outputs else loss
 
 
@@ -141,7 +228,8 @@ class StepCallback(KeptState):
         trainer: trains with this callback.
         sparse: arguments of ``SparseTraining``; ``total_steps`` are the ``Trainer``'s.
         agent: arguments of ``GradientCorrection``; its loss is the ``Trainer``'s ``compute_loss``.
-        batches: of all samples, on the model's device, for AGENT's snapshot at the start of each epoch.
+        batches: of all samples, on the model's device, for AGENT's snapshot at the start of each epoch. Those of a
+            causal language model need "weights" of 1 for the loss of ``CoresetMixin``.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ class Rule(Entry):
     """A registered rule, whose function takes samples, a budget unless it sizes its coreset itself, and options."""
 
     # "gradients": a HeadView, which costs a forward pass over all samples; "record": a Record, which training keeps;
-    # "rows": Rows of a language model, which `effray instruct` computes
+    # "rows": Rows of a language model, which `effray instruct` or a function of `CoresetLoader` computes
     sees: Sees
     sizes_itself: bool  # selects as many samples as it sees fit: no budget
     by_class: bool  # can select from each class by itself
