@@ -13,7 +13,7 @@ from gloo import on_workers
 from raypkg.core.errors import UserError
 from raypkg.data import load_data
 from raypkg.data.kinds import TEXTS
-from raypkg.data.tokenizer import trained
+from raypkg.data.tokenizer import encode, trained
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
@@ -204,6 +204,16 @@ def test_a_model_folder_without_a_tokenizer(written, load, tmp_path):
 NUMBERS = {word: number for number, word in enumerate(WORDS)}
 ENDLESS = '"normalizer": {"type": "Replace", "pattern": {"Regex": "([a-z ]+)+!"}, "content": ""}'
 
+LONGER = '{"type": "Replace", "pattern": {"String": "e"}, "content": "' + "e" * 2000 + '"}'
+GROWING = f'"normalizer": {{"type": "Sequence", "normalizers": [{LONGER}, {LONGER}]}}'
+PAIR = '"pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]'
+TEMPLATE = f'"post_processor":{{"type": "TemplateProcessing", {PAIR}, "single": [PIECES]'
+ONE = '{"Sequence": {"id": "A", "type_id": TYPE}}'
+MARK = '{"SpecialToken": {"id": "the", "type_id": 0}}'
+MARKS = '"special_tokens": {"the": {"id": "the", "ids": [0], "tokens": ["the"]}}}'
+ADDING = TEMPLATE.replace("PIECES", ", ".join([MARK] * 200 + [ONE.replace("TYPE", "0")])) + f", {MARKS}"
+FAR = TEMPLATE.replace("PIECES", ONE.replace("TYPE", str(2**31))) + ', "special_tokens": {}}'
+
 
 @pytest.mark.parametrize(
     ("numbers", "edit", "match"),
@@ -213,6 +223,7 @@ ENDLESS = '"normalizer": {"type": "Replace", "pattern": {"Regex": "([a-z ]+)+!"}
         ({"the": 0, "a": 1}, ("", ""), r"the tokenizer cannot encode the texts: .*Missing \[UNK\] token"),
         (NUMBERS, ('"normalizer": null', ENDLESS), r"the tokenizer cannot encode the texts: .*retry-limit"),
         (NUMBERS, (f'"where": {NUMBERS["where"]}', f'"where": {2**31 - 1}'), "the number 2147483647, the largest is"),
+        (NUMBERS, ('"normalizer": null', GROWING), "normaliser may lengthen a text 4,000,000 times"),
     ],
 )
 def test_tokenizers_of_others_are_checked(written, load, tmp_path, numbers, edit, match):
@@ -232,6 +243,21 @@ def test_tokenizers_of_others_are_checked(written, load, tmp_path, numbers, edit
     with pytest.raises(UserError, match=match) as error:
         load(tokenizer=str(tmp_path / "cut"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (ADDING, "the tokenizer adds 200 tokens to a text, option length = 128"),
+        (FAR, "tokenizer cannot encode the texts"),
+    ],
+)
+def test_marks_of_others_are_checked(edit, match):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(NUMBERS, unk_token="[UNK]"))
+    marked = tokenizers.Tokenizer.from_str(words.to_str().replace('"post_processor":null', edit))
+    with pytest.raises(UserError, match=match):
+        encode(marked, ["the"], 128)
 
 
 def test_a_class_of_the_test_texts_alone_is_refused(write, load):

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Output(io.FileIO):
-    """The standard output, which outlives its reader, as `head`, and its disk: then writes go nowhere."""
+    """A standard stream, which outlives its reader, as `head`, and its disk: then writes go nowhere."""
 
     lost = 0  # number of the error that ended it; 0 = none
 
@@ -36,7 +36,9 @@ def script(arguments: Sequence[str] | None = None) -> None:
     while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed one would be taken by the next file
         pass
     os.close(unused)
-    output = Output(1, "w", closefd=False)
+    output, errors = (Output(number, "w", closefd=False) for number in (1, 2))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = io.TextIOWrapper(io.BufferedWriter(errors), errors="backslashreplace", line_buffering=True)
     if sys.stdout is sys.__stdout__:  # None if closed; otherwise a caller in this process reads it
         encoding = getattr(sys.stdout, "encoding", None)  # "replace": no run is lost for a letter that it lacks
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), encoding, "replace", line_buffering=output.isatty())

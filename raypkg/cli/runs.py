@@ -16,10 +16,11 @@ from .options import PLACE, ExampleHelp, say
 if TYPE_CHECKING:  # it imports pyarrow, which `--help` does not need
     from raypkg.runs.storage import Storage
 
-# Files and folders that an unfinished run may hold
+# Files, by their paths, that a run or sweep may hold
 HELD = re.compile(
-    r".+\.(arrow|html|json|jsonl|parquet|safetensors|toml)"
-    r"|added|checkpoints|claims|parts|phases|plots|ray|requests|versions|wandb"
+    r"((added|checkpoints|parts|phases|requests|versions)/([^/]+/)*)?"
+    r"[^/]+\.(arrow|digests|html|json|jsonl|parquet|pt|safetensors|toml)(\.\d+\.part)?"
+    r"|plots/[^/]+\.png(\.\d+\.part)?|(claims|ray|wandb)/.+|space\.py|table\.md"
 )
 
 
@@ -105,14 +106,14 @@ def _check_ours(storage: Storage, root: str) -> None:
             raise UserError(f"it is not EXPERIMENT/NAME below --root {root}, or a link leads to it")
         if kind not in (*experiment.names, FOLDER):
             raise unknown("experiment", kind, experiment.names)
+        if foreign := sorted(name for name in storage.times(recursive=True) if not HELD.fullmatch(name)):
+            raise UserError(f"it holds {foreign[0]!r}, which no run or sweep does")
         if kind == FOLDER:
             kind = Study(storage).experiment
         elif summary := RunFolder(storage).summary:
             RunFolder(storage).check_all()
             if summary.get("files"):
                 return
-        elif foreign := [name for name in storage.list() if not HELD.fullmatch(name)]:
-            raise UserError(f"it holds {foreign[0]!r}, which no unfinished run does")
         settings = read_settings(storage)
         if not (storage.read(CONFIG) or b"").startswith(SEAL.encode()):
             raise UserError(f"its {CONFIG} does not begin with a digest")

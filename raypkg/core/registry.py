@@ -316,7 +316,7 @@ def announce_download(name: str, file: str, what: str) -> None:
     """Log a warning if a model or tokenizer of the Hugging Face hub, without ``file`` in its cache, is downloaded."""
     hub = extra("huggingface_hub", "text", what)
     constants = extra("huggingface_hub.constants", "text", what)  # which the package does not import by itself
-    if Path(name).is_dir() or constants.HF_HUB_OFFLINE:
+    if Path(name).exists() or constants.HF_HUB_OFFLINE:
         return
     with suppress(ValueError):  # an invalid name: reading it raises a better error
         if not isinstance(hub.try_to_load_from_cache(name, file), str):

@@ -128,8 +128,8 @@ Place: TypeAlias = Path | _Remote
 
 def place_of(root: str) -> Place:
     """Return the file or folder at a source's PATH; refuse a URI that cannot be listed and a name that is not UTF-8."""
-    if root != root.encode(errors="replace").decode():  # bytes that Python keeps as surrogates
-        raise UserError(f"path {root!r}: its name must be UTF-8")
+    if "\0" in root or root != root.encode(errors="replace").decode():  # bytes that Python keeps as surrogates
+        raise UserError(f"path {root!r}: its name must be UTF-8 without NUL")
     return _Remote(_Listing(root)) if is_uri(root) else Path(root)
 
 
@@ -389,6 +389,8 @@ def noted(schema: pa.Schema, key: str, file: Place) -> Iterator[bytes]:
 def _distinct(names: Names | None) -> Names | None:
     if (twice := repeated(names or ())) is not None:
         raise ValueError(f"has two classes {twice!r}")
+    if any(len(name.encode()) > LONGEST_CLASS for name in names or ()):
+        raise ValueError(f"has a class whose name is longer than {LONGEST_CLASS:,} bytes")
     return names
 
 

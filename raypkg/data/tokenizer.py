@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ BEGIN = "[CLS]"
 END = "[SEP]"
 SPECIAL = ["[PAD]", BEGIN, END]
 FILES = (".json", ".txt", ".model", ".jinja")  # of tokenizers
+MOST_GROWTH = 10_000  # of a text by normalisation: rules that replace a letter by thousands multiply one another
 RARE = 2  # fewest occurrences of a piece that becomes a token
 WHAT = "the data source 'text'"
 
@@ -79,6 +82,10 @@ def pretrained_at(name: str) -> PreTrainedTokenizerFast:
         raise UserError(f"option tokenizer = {name!r}: no tokenizer is there, or one of special tokens alone")
     if (size := vocabulary_of(tokenizer)) > LARGEST:
         raise UserError(f"option tokenizer = {name!r}: a token has the number {size - 1}, the largest is {LARGEST - 1}")
+    rules = tokenizer.normalizer.__getstate__() if tokenizer.normalizer else b""
+    factors = re.findall(rb'"(?:content|prepend)":"((?:[^"\\]|\\.)+)"', rules)  # texts put in place of others
+    if (growth := prod(map(len, factors))) > MOST_GROWTH:
+        raise UserError(f"option tokenizer = {name!r}: its normaliser may lengthen a text {growth:,} times")
     return found
 
 
@@ -100,15 +107,17 @@ def encode(tokenizer: Tokenizer, texts: Sequence[Text], length: int) -> tuple[li
     refused if a text has one.
     """
     tokenizer.no_padding()
+    if (added := tokenizer.num_special_tokens_to_add(tuple in map(type, texts[:1]))) >= length:
+        raise UserError(f"the tokenizer adds {added:,} tokens to a text, option length = {length} is the most in all")
     tokenizer.enable_truncation(length)
     try:
         encodings = tokenizer.encode_batch(list(texts))
+        tokens = [np.array([each.ids, each.type_ids], STORED).T for each in encodings]
     except BaseException as error:
         # The library's own are plain exceptions. A rule that panics, as after too long a search, is none at all.
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
+        if type(error) not in (Exception, OverflowError) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"the tokenizer cannot encode the texts: {error}") from None
-    tokens = [np.array([each.ids, each.type_ids], STORED).T for each in encodings]
     cut = sum(bool(each.overflowing) for each in encodings)
     return tokens, cut
 

@@ -43,8 +43,10 @@ PACKAGES = ("effray", "torch", "torchvision", "ray", "pyarrow", "numpy")
 Key = tuple[str, int | None, int | None]  # phase, model and epoch of a row
 
 
-Amount = Annotated[int | float, Field(ge=0, allow_inf_nan=False)]
-Digests = dict[Annotated[str, Field(pattern=r"^[^/]+$")], str | None]  # of result files, by their names
+Amount = Annotated[int | float, Field(ge=0, le=1e100, allow_inf_nan=False)]
+ResultName = Annotated[str, Field(pattern=r"^[^/]+\.(safetensors|parquet)$")]
+Digests = dict[ResultName, Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None]  # of result files
+Findings = Annotated[list[Annotated[str, Field(max_length=10_000)]], Field(max_length=1000)]
 
 
 class Bill(Stored):
@@ -60,23 +62,24 @@ class PhaseRecord(Stored):
 
     costs: list[Bill]
     elapsed: Amount
-    findings: list[str] = Field([])
+    findings: Findings = Field([])
     files: Digests = Field({})
     number: int = 0
+    donor: str | None = Field(None, alias="from")  # run from which the phase was taken over
 
 
 class Manifest(Stored):
     """The manifest of a finished run."""
 
     phases: list[Bill]
-    samples: Annotated[int, Field(ge=1)]
+    samples: Annotated[int, Field(ge=1, le=2**63)]
     coreset: Annotated[int, Field(ge=0)] | None
     seconds: Amount
     elapsed: Amount
     full_training_backward: Amount
-    test_accuracy: float = 0.0
+    test_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
     test_loss: float = 0.0
-    findings: list[str] = Field([])
+    findings: Findings = Field([])
     taken_over: dict[str, str] = Field({})
     files: Digests = Field({})
 
@@ -85,6 +88,8 @@ class Manifest(Stored):
         given = self.model_fields_set
         if "test_accuracy" in given and not ("test_loss" in given and self.full_training_backward):
             raise ValueError("test_accuracy needs test_loss and full_training_backward > 0")
+        if (self.coreset or 0) > self.samples:
+            raise ValueError(f"coreset = {self.coreset}: there are {self.samples} samples")
         return self
 
 

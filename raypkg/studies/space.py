@@ -1,5 +1,6 @@
 """Tune spaces, the requests that fill them with trials, and the settings of a trial."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -66,8 +67,7 @@ def read_space(text: str, origin: str) -> Space:
         raise UserError(f"space {origin!r}: {first_problem(error)}") from None
     for name, domain in space.domains.items():
         try:
-            draw_settings({name: domain}, np.random.default_rng(0))
-            candidates(domain)
+            json.dumps([draw_settings({name: domain}, np.random.default_rng(0)), candidates(domain)])
         except (Exception, SystemExit) as error:  # a domain may hold the user's code
             raise UserError(f"space {origin!r}: nothing can be drawn for {name}: {error}") from None
     return space
@@ -164,8 +164,9 @@ def trials_of(order: Order, space: Space, settings: Experiment) -> list[Values]:
         rng = np.random.default_rng(derive(settings.seed, "sweep", number))
         draws = (draw_settings(space.domains, rng) for _ in range(DRAWS))
         new = next((values for values in draws if values not in trials), None)
-        if new is not None:
-            trials.append(new)
+        if new is None:
+            break
+        trials.append(new)
     return trials
 
 

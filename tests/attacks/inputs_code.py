@@ -177,6 +177,7 @@ DOMAINS = cases(
     "a domain of a space",
     "tune crest --space mine.py",
     {
+        "'crest.b': tune.choice([__import__('torch').tensor(1), 2])": "drawn for crest.b: Object of type Tensor",
         "'budget': tune.loguniform(0, 1)": "raises ValueError: LogUniform",
         "'dataset.name': tune.choice(['digits', 'digts'])": "unknown dataset 'digts'",
     },

@@ -12,12 +12,14 @@ from attacks.cases import cases
 
 IMAGES = [samples.encode(image) for image in samples.pixels(6)]
 LABELS = [0, 1, 2, 0, 1, 2]
+WIDE, TIFF = (samples.encode(np.full((6, 5, 1), 70_000, kind), "TIFF") for kind in (np.int32, np.float32))
 LARGE = samples.encode(np.zeros((10_000, 10_000, 1), np.uint8))  # more than Pillow decodes without a warning
 
 SOURCES = cases(
     "sources of data",
     "data {}",
     {
+        "mnist:s3://bucket/mnist": "MNIST is read from a local folder, not from 's3://bucket/mnist'",
         "table": "needs one of train.parquet and train.csv",
         "text:/dev/zero": "'/dev/zero' … cannot be read: Not a directory",
         "table:nope.csv": "table 'nope.csv' does not exist",
@@ -33,6 +35,55 @@ MEMORY = cases(
     variable="EFFRAY_MEMORY",
 )
 
+NUMBERS = cases(
+    "numbers that float64 rounds",
+    "data table:mine.csv",
+    {
+        "labels of more than 64 bits": (f"a,label\n1,{2**63}\n2,{2**63 + 1}\n", f"'label' … holds {2**63 + 1}, which"),
+        "features of more than 64 bits": (f"a,label\n{2**63 + 1},0\n1,1\n", f"'a' … holds {2**63 + 1}, which"),
+        "among fractions": (f"a,label\n1,0.5\n2,-{2**53 + 1}\n", f"'label' … holds -{2**53 + 1}, which"),
+    },
+    into="mine.csv",
+)
+
+SPARSE = cases(
+    "sparse rows",
+    "data libsvm:mine.svm",
+    {
+        f"{2**53 + 1} 1:1\n{2**53} 1:2\n": f"line 1 … '{2**53 + 1}', needed is a number, the label, up to 9,007,",
+        "1e300 1:1\n": "needed is a number, the label, up to",
+    },
+    into="mine.svm",
+)
+
+
+def write_mnist(folder: Path, contents: tuple[bytes, bytes]) -> None:
+    raw = folder / "mine/MNIST/raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        for name, content in zip(("images-idx3", "labels-idx1"), contents, strict=True):
+            (raw / f"{split}-{name}-ubyte").write_bytes(content)
+
+
+def idx(*sizes: int, values: bytes) -> bytes:
+    return bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes) + values
+
+
+MNIST_IMAGES = idx(4, 28, 28, values=bytes(4 * 28 * 28))
+MNIST = cases(
+    "files of MNIST",
+    "data mnist:mine",
+    {
+        "no images": ((b"", b""), "cannot fetch MNIST into 'mine' ("),
+        "text": ((b"<html>404</html>",) * 2, "cannot fetch MNIST into 'mine' ("),
+        "fewer labels": ((MNIST_IMAGES, idx(3, values=bytes(3))), "4 images and 3 labels up to 0"),
+        "a label beyond the classes": ((MNIST_IMAGES, idx(4, values=b"\0\1\2\xff")), "4 images and 4 labels up to 255"),
+        "labels as images": ((MNIST_IMAGES, MNIST_IMAGES), "cannot fetch MNIST into 'mine' ("),
+        "none": ((idx(0, 28, 28, values=b""), idx(0, values=b"")), "cannot fetch MNIST into 'mine' ("),
+    },
+    make=write_mnist,
+)
+
 TEXTS = cases(
     "texts",
     "data text:mine.jsonl",
@@ -41,6 +92,10 @@ TEXTS = cases(
         "a label that is not UTF-8": (
             b'{"text": "a", "label": "\xff"}\n',
             "mine.jsonl' cannot be read: … Invalid UTF8",
+        ),
+        "values nested deeper than a stack": (
+            '{"text": "[[", "label": 0, "z": ' + '{"a":' * 20_000 + "1" + "}" * 20_001 + "\n",
+            "mine.jsonl' has values nested more than 32 deep",
         ),
         "no text besides the label": (b'{"label": "a"}\n', "none of the usual columns of texts among label"),
     },
@@ -111,7 +166,8 @@ PARQUET_FILES = cases(
 
 def write_image(folder: Path, image: tuple[str, bytes]) -> None:
     name, content = image
-    (folder / "images/train/cat" / name).write_bytes(content)
+    file = folder / "images/train/cat" / name
+    file.write_bytes(content) if content or name == "0.png" else file.symlink_to("nowhere")
 
 
 FOLDERS = cases(
@@ -124,6 +180,9 @@ FOLDERS = cases(
             ("0.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
             "0.png does not",
         ),
+        "pixels of unknown range": (("0.png", TIFF), "0.png does not decode … its pixels are not of 8 or 16 bits"),
+        "pixels of 32 bits": (("0.png", WIDE), "0.png does not decode … its pixels are not of 8 or 16 bits"),
+        "a class that leads nowhere": (("../owl", b""), "images/train/owl' is no folder: a link that leads nowhere"),
         "several sizes": (
             ("1.png", samples.encode(samples.pixels(1, 8, 8)[0])),
             "several sizes … --set dataset.options.size=224",

@@ -91,7 +91,12 @@ MANIFESTS = {
     manifest(test_accuracy=1): "test_accuracy needs test_loss",
     manifest(test_accuracy=1, test_loss=1, full_training_backward=0): "full_training_backward > 0",
     manifest(findings="x"): "findings = 'x'",
-    manifest(files={"../x": ""}): "files.../x",
+    manifest(findings=["x"] * 10_000): "findings = … at most 1000 items",
+    manifest(findings=["x" * 1_000_000]): "findings.0 = … at most 10000 characters",
+    manifest(test_accuracy=2.5, test_loss=1): "test_accuracy = 2.5: input should be less than or equal to 1",
+    manifest(coreset=2): "coreset = 2: there are 1 samples",
+    manifest(phases=[{"phase": "train", "backward": 10**400}]): "phases.0.backward",
+    **{manifest(files={name: ""}): f"files.{name}" for name in ("../x", "..", "phases", "model.safetensors")},
     manifest(taken_over=[]): "taken_over = []",
     DEEP: "recursion limit exceeded",
 }
@@ -116,6 +121,7 @@ DAMAGED = {
     },
     "lipt --resume halfway": {
         **each("lipt/halfway/phases/pretrain.json", JSONS),
+        **each("lipt/halfway/phases/pretrain.json", ['{"costs": [], "elapsed": 1, "from": [1]}'], "from = [1]"),
         **each("lipt/halfway/pretrained.safetensors", ["gone", "one bit flipped", "train/t/model.safetensors"]),
         **each("lipt/halfway/coreset.parquet", ["cut", "select/sel/coreset.parquet"]),
         **each("lipt/halfway/scores.parquet", ["gone"]),
@@ -161,6 +167,19 @@ DAMAGED = {
 DAMAGES = Cases()
 for command, files in DAMAGED.items():
     DAMAGES += cases(command, command, files, make=damage)
+
+
+def add(folder: Path, name: str) -> None:
+    """Add a file of the user's to a run."""
+    (folder / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "runs" / name).touch()
+
+
+FOREIGN = ("plots/notes.txt", "plots/2024/a.png", "mine/a.parquet", "thesis.tex", "phases/a.docx", "checkpoints/b")
+KEPT = Cases()
+for run in ("train/t", "train/stopped", "tune/sweep"):
+    names = {f"{run}/{name}": f"it holds {name!r}, which no run or sweep does" for name in FOREIGN}
+    KEPT += cases("a file of the user's", f"rm {run} --yes", names, make=add)
 
 REQUESTS = cases(
     "requests to DeltaGrad",

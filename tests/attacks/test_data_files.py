@@ -123,6 +123,10 @@ def noting(metadata):
             noting({"classes": ["0", "1", "0"]}),
             "metadata 'effray' of .*rows.parquet': classes = .*: has two classes '0'",
         ),
+        (
+            noting({"classes": ["0", "1" * 1001]}),
+            "metadata 'effray' of .*: has a class whose name is longer than 1,000",
+        ),
         (noting({"classes": "01"}), "metadata 'effray' of .*: classes = '01': input should be a valid array"),
         (noting({"classes": [0, 1]}), "metadata 'effray' of .*: classes.0 = 0: input should be a valid string"),
         (noting({"id": 5}), "metadata 'effray' of .*: id = 5: input should be a valid string"),
@@ -161,7 +165,16 @@ def test_labels_of_any_kind(load_rows, labels, classes):
     assert data.train.classes == classes
 
 
-@pytest.mark.parametrize("labels", [[[1], [2]], [{"a": 1}, {"a": 2}], [b"a", b"b"]])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [[1], [2]],
+        [{"a": 1}, {"a": 2}],
+        *(pa.array([b"a", b"b"], kind) for kind in (pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(1))),
+        pa.array([1, 2], pa.timestamp("ns", "nowhere/zone")),
+        pa.array([1, 2], pa.time64("ns")),  # two times that read the same
+    ],
+)
 def test_labels_that_are_no_names(load_rows, labels):
     with pytest.raises(UserError, match=r"label column 'label' of .* is .*, needed are numbers or texts in UTF-8"):
         load_rows(pa.table({"a": [1.0, 2.0], "label": labels}))
@@ -256,6 +269,13 @@ def test_more_than_the_limit_of_memory_is_refused_before_it_is_read(tmp_path, ca
     ):
         load_data(f"{kind}:{tmp_path if kind == 'parquet' else file}", cache=cache)
     assert not stores(cache)
+
+
+def test_brackets_in_texts_are_no_nesting(tmp_path, cache):
+    pytest.importorskip("tokenizers")
+    rows = [{"label": i % 2, "text": f'{i} \\"{"[" * 50}'} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_data(f"text:{tmp_path}/rows.jsonl", cache=cache).train) == 16
 
 
 def test_a_file_that_is_larger_than_any_image(folder, load_folder):

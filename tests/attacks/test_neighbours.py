@@ -164,6 +164,9 @@ def test_who_looks_on_while_it_runs(folder, kind):
         (">&-", 0, ""),
         (">&- 2>&- <&-", 0, ""),
         ("> /dev/full", 1, "effray: cannot write the output: No space left on device\n"),
+        ("--resume none 2> /dev/full", 2, ""),
+        ("--nope 2> /dev/full", 2, ""),
+        ("--nope 2>&- >&-", 2, ""),
     ],
 )
 def test_a_run_whose_output_goes_nowhere_is_finished_and_kept(folder, ending, code, says):
@@ -171,7 +174,7 @@ def test_a_run_whose_output_goes_nowhere_is_finished_and_kept(folder, ending, co
     ended = subprocess.run(["bash", "-c", line], cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (code, says)
     check_whole(folder / "runs")
-    assert (folder / "runs/train/one/summary.json").exists()
+    assert (folder / "runs/train/one/summary.json").exists() == (code < 2)
 
 
 def test_a_working_folder_that_was_deleted(folder):

@@ -391,9 +391,9 @@ FOREIGN = {  # what was done to a run's folder, the argument of rm, what is said
     "of another experiment": (lambda run: moved(run, "runs/select/one"), "select/one", "unknown setting"),
     "of no experiment": (lambda run: moved(run, "runs/site/one"), "site/one", "unknown experiment 'site'"),
     "other results": (
-        lambda run: changed(run, "summary.json", json.dumps(SUMMARY | {"files": {"a": "0"}})),
+        lambda run: changed(run, "summary.json", json.dumps(SUMMARY | {"files": {"a.parquet": "0" * 32}})),
         "one",
-        "a is",
+        "a.parquet is",
     ),
     "a bad manifest": (lambda run: changed(run, "summary.json", "[1]"), "one", "summary.json is corrupt"),
     "elsewhere": (

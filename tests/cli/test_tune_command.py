@@ -145,7 +145,7 @@ def test_a_sweep_that_runs_is_not_resumed(refusal, tmp_path):
 
 def test_no_trial_is_drawn_twice():
     space = Space(text="", domains={"crest.b": tune.choice([1, 2, 3]), "train.lr": 0.1}, metric="accuracy", mode="max")
-    order = Order(experiment="crest", metric="accuracy", mode="max", samples=8, search="random")
+    order = Order(experiment="crest", metric="accuracy", mode="max", samples=10_000, search="random")
     trials = trials_of(order, space, CrestSettings())
     assert sorted(trial["crest.b"] for trial in trials) == [1, 2, 3]
 

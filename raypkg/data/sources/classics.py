@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from raypkg.core.address import is_uri
 from raypkg.core.errors import UserError
 from raypkg.data.augment import default_augment
 from raypkg.data.split import Split
@@ -44,6 +45,8 @@ def fashionmnist(root: str, *, split: str, cache: Cache) -> Split:
 def _from_torchvision(kind: str, root: str, split: str, cache: Cache) -> Split:
     """Open the store of a split; original files are read from, or downloaded to, ``root`` or the cache."""
     folder = Path(root) if root else cache_folder(cache) / "torchvision"
+    if is_uri(root) or "\0" in root:
+        raise UserError(f"{kind} is read from a local folder, not from {root!r}")
     # The files are not part of the key: they never change, and may be gone once the store is built.
     key = fingerprint([], root=str(folder.resolve()))
 
@@ -55,14 +58,16 @@ def _from_torchvision(kind: str, root: str, split: str, cache: Cache) -> Split:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             source = getattr(datasets, kind)(folder, train=split == "train", download=True)
-        except (RuntimeError, OSError) as error:
+            y = np.asarray(source.targets, np.int64)
+            pixels = np.asarray(source.data)
+            if not pixels.size or len(y) != len(pixels) or y.max() >= len(source.classes):
+                raise ValueError(f"its files hold {len(pixels)} images and {len(y)} labels up to {y.max(initial=0)}")
+        except Exception as error:  # damaged files raise anything
             for path in new:
                 with suppress(OSError):  # it was not created, or contains files
                     path.rmdir()
             hint = "place its files there, or use parquet:PATH or folder:PATH"
-            raise UserError(f"cannot fetch {kind} into {str(folder)!r} ({error}): {hint}") from None
-        y = np.asarray(source.targets, np.int64)
-        pixels = np.asarray(source.data)
+            raise UserError(f"cannot fetch {kind} into {str(folder)!r} ({error!r}): {hint}") from None
         if pixels.ndim == 3:  # grey
             pixels = pixels[..., None]
         _, height, width, channels = pixels.shape

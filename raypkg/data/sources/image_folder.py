@@ -24,7 +24,7 @@ READ_AT_ONCE = 256
 def load(root: str, *, split: str, cache: Cache, size: Side = 0) -> Split:
     """Image files in one folder a class: PATH/train/<class>/… and PATH/test (val, valid, validation)/<class>/….
 
-    A class may keep its files in folders of its own. Class numbers follow the sorted names of train's folders.
+    A class may keep its files in folders of its own, not in links. Class numbers follow the sorted names of train's.
 
     Raises:
         UserError: a missing or empty folder, a class of test unknown to train, broken links, files that are unreadable
@@ -48,6 +48,8 @@ def load(root: str, *, split: str, cache: Cache, size: Side = 0) -> Split:
 def _class_folders(folder: Place) -> dict[str, Place]:
     visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
     classes = {path.name: path for path in visible if path.is_dir()}
+    if lost := [str(path) for path in visible if not path.exists()]:
+        raise UserError(f"{lost[0]!r} is no folder: a link that leads nowhere")
     if not classes:
         raise UserError(f"folder {str(folder)!r} holds no class folders")
     for name in classes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -15,6 +16,7 @@ import pyarrow.csv as pcsv
 import pyarrow.json as pjson
 from pydantic import Field
 
+from raypkg.core.config import DEEPEST
 from raypkg.core.errors import UserError, unknown
 from raypkg.core.memory import check_read
 from raypkg.data.files import (
@@ -289,6 +291,11 @@ def _read(file: Place, label: str) -> pa.Table:
                 convert = pcsv.ConvertOptions(column_types=texts)
                 table = pcsv.read_csv(open_input(file), parse_options=parsing, convert_options=convert)
             case _:
+                # Arrow's parser calls itself for every level: too many exceed the stack.
+                brackets = re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}"]+|"', b"", open_input(file).read())
+                opening = np.isin(np.frombuffer(brackets, np.uint8), list(b"[{"))
+                if np.where(opening, 1, -1).cumsum().max(initial=0) > DEEPEST:
+                    raise UserError(f"table {str(file)!r} has values nested more than {DEEPEST} deep")
                 table = pjson.read_json(open_input(file))
                 table.validate(full=True)  # texts are UTF-8
         # Texts become large strings, which may exceed 2 GiB together.

@@ -40,6 +40,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no format that
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 DAMAGED = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, *TOO_LARGE)  # raised by Pillow for damaged files
 Image.MAX_IMAGE_PIXELS = read_limit() // 48  # Pillow's own default, unless EFFRAY_MEMORY is set
+DEEP = "its pixels are not of 8 or 16 bits"
 RUNS = 4  # runs of images per thread: a thread with quick ones takes another run
 
 # A JPEG file is a sequence of segments: FF, a marker, and a length that includes itself (ITU-T T.81, B.1.1).
@@ -225,7 +226,7 @@ def read_header(data: bytes, name: Name, i: int) -> ImageHeader:
     except TOO_LARGE as error:
         raise UserError(f"{name(i)} is too large to decode: {error} EFFRAY_MEMORY raises the limit") from None
     except DAMAGED:
-        raise UserError(f"{name(i)} does not decode: it is damaged or no image") from None
+        raise UserError(f"{name(i)} does not decode: it is damaged or no image, or {DEEP}") from None
 
 
 def jpeg_header(data: bytes) -> ImageHeader | None:
@@ -278,7 +279,11 @@ def pixels_of(image: Image.Image, shape: Shape) -> np.ndarray:
     mode = "L" if channels == 1 else "RGB"
     if image.mode in SIXTEEN_BITS:  # keep the upper byte; Pillow's own conversion clips to white
         upper = np.asarray(image) >> 8
+        if upper.min() < 0 or upper.max() > 255:
+            raise ValueError(DEEP)
         image = Image.fromarray(upper.astype(np.uint8))
+    elif image.mode == "F":  # of an unknown range
+        raise ValueError(DEEP)
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (width, height):
@@ -297,7 +302,7 @@ def decode_all(images: Sequence[bytes], shape: Shape, name: Name) -> np.ndarray:
             try:
                 out[i] = decode(images[i], shape)
             except DAMAGED:
-                raise UserError(f"{name(i)} does not decode: it is damaged or no image") from None
+                raise UserError(f"{name(i)} does not decode: it is damaged or no image, or {DEEP}") from None
 
     threads = torch.get_num_threads()
     bounds = np.linspace(0, len(images), RUNS * threads + 1).astype(int).tolist()
