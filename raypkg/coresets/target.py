@@ -1,7 +1,6 @@
 """Samples that a selection is for: those it selects from, held-out ones, or the training split of another data set.
 
-Projected gradients of adapters, as in LESS (arXiv:2402.04333), are not computed: like everything else here, a target is
-seen by the last layer.
+A target is seen as the samples to select from are: by the last layer, or, of a language model, by rows.
 """
 
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ class TargetSamples:
     name: str  # "valid", or of a data set
     options: Mapping[str, Any]  # of the data set
     required: bool  # given by the user; otherwise a class without any is its own target
+    own_classes: bool = False  # may have other classes than the samples to select from: subtasks of a language model
 
     def reached_by(self, shard: Shard) -> Shard:
         """Return the samples that a holder reaches: the held-out ones of its classes, or a whole data set."""
@@ -39,10 +39,10 @@ class TargetSamples:
         return Shard(Data(split, split), torch.arange(len(split)), nothing, shard.device)
 
     def split_like(self, train: Split) -> Split:
-        """Return the data set with the classes and the normalisation of the samples to select from."""
+        """Return the data set with the normalisation of the samples to select from and, if it must, their classes."""
         if train.kind is TEXTS and not self.options.get("tokenizer"):  # it would train one on texts of its own
             raise UserError(f"{self}: its texts must be cut as those of training are: give option tokenizer for both")
-        return aligned(self._opened, train, str(self))
+        return aligned(self._opened, train, str(self), classes=not self.own_classes)
 
     def check(self, train: Split, held_out: Tensor | None = None) -> None:
         """Refuse, before any work, samples that are missing or do not suit the training split.
@@ -78,4 +78,5 @@ def target_of(settings: Select) -> TargetSamples | None:
         return TargetSamples(VALID, {}, required=False) if by_default else None
     if chosen.name == TRAIN:
         return None
-    return TargetSamples(chosen.name, chosen.options, required=True)
+    own_classes = coreset[settings.rule].sees == "rows"
+    return TargetSamples(chosen.name, chosen.options, required=True, own_classes=own_classes)

@@ -230,16 +230,18 @@ def _take_local(local: np.ndarray, take: Take, indices: np.ndarray) -> np.ndarra
     return take(places)
 
 
-def aligned(split: Split, like: Split, what: str) -> Split:
-    """Return a split with the class numbers and the normalisation of another; ``what`` names it in errors.
+def aligned(split: Split, like: Split, what: str, *, classes: bool = True) -> Split:
+    """Return a split with the normalisation of another and, if ``classes``, its class numbers.
 
-    Both must have the same shape and column names, and the other must have all classes.
+    Both must have the same shape and column names, and the other must have all classes; ``what`` names it in errors.
     """
     if split.shape != like.shape:
         raise UserError(f"{what}: samples of shape {split.shape}, those of training have {like.shape}")
     if split.columns and like.columns and split.columns != like.columns:
         ours = ", ".join(like.columns)
         raise UserError(f"{what}: columns {', '.join(split.columns)}, those of training are {ours}")
+    if not classes:
+        return replace(split, mean=like.mean, std=like.std)
     for name in split.classes:
         if name not in like.classes:
             raise unknown(f"class of {what}", name, like.classes)

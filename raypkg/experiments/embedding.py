@@ -7,12 +7,12 @@ features do not either, on machines of one kind: CPUs, or GPUs, of one model.
 import json
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -79,6 +79,7 @@ def parts_of(split: str, n: int, draws: int, size: int) -> list[Part]:
 class Embedding:
     """The plan: features of a backbone for the parts of both splits."""
 
+    phase = PHASE
     backbone: Backbone
     parts: dict[str, list[Part]]  # by split, in the order of the rows
     augment: tuple[str, ...]  # augmentations of training samples
@@ -116,12 +117,31 @@ class Embedding:
         width = self.backbone.width
         return f"{self.rows('train'):,} training and {self.rows('test'):,} test rows of {width:,} features"
 
-    def features(self, backbone: Backbone, split: Split, part: Part, device: torch.device) -> Tensor:
+    @property
+    def digest(self) -> str:
+        """A digest of the backbone."""
+        return self.backbone.digest
+
+    def compute(self, shard: Shard, part: Part, cost: Cost) -> pa.Table:
+        """Return id, label and features of a part's samples."""
+        split: Split = getattr(shard.data, part.split)
+        features = self.features(split, part, shard.device)
+        cost.forward += len(part)
+        positions = part.positions
+        ids = positions if split.ids is None else split.ids[positions]
+        classes = np.array(split.classes, object)
+        labels = classes[split.y[positions].numpy()]
+        schema = features_schema(features.shape[1], split.classes)
+        numbers = pa.array(features.numpy().reshape(-1))
+        vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field(FEATURES).type)
+        return pa.table([ids.numpy(), labels, vectors], schema=schema)
+
+    def features(self, split: Split, part: Part, device: torch.device) -> Tensor:
         """Return the features of a part's samples, float32 [m, D]; refuse infinite ones and NaN."""
         augment = compose(self.augment if part.split == "train" else ())
         rng = generator(self.seed, PHASE, part.draw)
         draws = torch.rand(len(split), augment.draws, generator=rng)  # of all samples, so that parts do not matter
-        features = backbone.embed(split, part.positions, augment, draws[part.start : part.stop], device)
+        features = self.backbone.to(device).embed(split, part.positions, augment, draws[part.start : part.stop], device)
         finite = features.isfinite().all(1)
         if not finite.all():
             sample = part.start + int(finite.int().argmin())
@@ -147,79 +167,93 @@ def check_disk(embedding: Embedding, storage: Storage) -> None:
 def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, report: Report) -> None:
     """Compute all missing features, and leave train.parquet and test.parquet in the run folder."""
     storage = report.folder.storage
-    parts = embedding.all_parts
-    digest = embedding.backbone.digest
+    digest = embedding.digest
     nobody = torch.empty(0, dtype=torch.int64)
 
-    def work() -> dict[str, Any]:
-        check_disk(embedding, storage)
-        missing = [part for part in parts if not is_there(storage, part, digest)]
-
+    def compute(missing: list[Part]) -> None:
         def shards_for(holders: int) -> list[Shard]:
             source = data if cluster.workers == 0 else dataset
             world = min(holders, len(missing))
             return [Shard(source, nobody, nobody, rank=rank, world=world) for rank in range(world)]
 
-        with _followed(parts, report):
-            if missing:
-                with hold(shards_for, cluster) as shards:
-                    shards.map(write_parts, embedding, missing, digest, storage)
+        with hold(shards_for, cluster) as shards:
+            shards.map(write_parts, embedding, missing, digest, storage)
 
-        bill = Cost(PHASE)
-        for split, parts_of_split in embedding.parts.items():
-            name = f"{split}.parquet"
-            for world, cost in join_parts(storage, parts_of_split, name, embedding.backbone.width, data.train.classes):
-                bill = bill.then(cost)
-                bill.seconds += cost.seconds / world - cost.seconds  # the other holders were at work meanwhile
+    def work() -> dict[str, Any]:
+        check_disk(embedding, storage)
+        complete(embedding, digest, report, compute)
+        made = []
+        schema = features_schema(embedding.backbone.width, data.train.classes)
+        for split, parts in embedding.parts.items():
+            made += join_parts(storage, parts, f"{split}.parquet", schema)
         finding = f"{embedding.describe()}: the folder below is a data set of them, --dataset table:PATH"
         rows = {"rows": embedding.rows("train"), "test_rows": embedding.rows("test")}
         figures = {**rows, "width": embedding.backbone.width}
-        return {**figures, "costs": [bill.record()], "main": True, "findings": [finding]}
+        return {**figures, "costs": [bill_of(PHASE, made).record()], "main": True, "findings": [finding]}
 
-    report.phase(PHASE, work, epochs=len(parts))
+    report.phase(PHASE, work, epochs=len(embedding.all_parts))
     storage.delete_folder(PARTS)  # only after the phase is recorded, or they would be recomputed
 
 
-def write_parts(shard: Shard, embedding: Embedding, parts: Sequence[Part], digest: str, storage: Storage) -> None:
+# Tables in parts, whatever their rows are
+
+
+class Plan(Protocol):
+    """Tables to compute in parts; a copy of it goes to each holder."""
+
+    phase: str  # name on the bill and in the metrics
+
+    @property
+    def all_parts(self) -> list[Part]:
+        """The parts of all tables."""
+
+    def compute(self, shard: Shard, part: Part, cost: Cost) -> pa.Table:
+        """Return a part's rows, and add the samples that passed through a model to the bill."""
+
+
+def complete(plan: Plan, digest: str, report: Report, compute: Callable[[list[Part]], object]) -> None:
+    """Have all parts computed that are missing or not of the digest; report each as soon as it is written."""
+    storage = report.folder.storage
+    parts = plan.all_parts
+    missing = [part for part in parts if not is_there(storage, part, digest)]
+    with _followed(plan.phase, parts, report):
+        if missing:
+            compute(missing)
+
+
+def write_parts(shard: Shard, plan: Plan, parts: Sequence[Part], digest: str, storage: Storage) -> None:
     """Compute and write a holder's share of consecutive missing parts."""
-    backbone = embedding.backbone.to(shard.device)
     shares = np.array_split(np.arange(len(parts)), shard.world)
     for number in shares[shard.rank]:
         part = parts[number]
         if is_there(storage, part, digest):  # written by a holder that died later in its share
             continue
-        split: Split = getattr(shard.data, part.split)
-        with Cost(PHASE) as cost:
-            features = embedding.features(backbone, split, part, shard.device)
-        cost.forward += len(part)
-        write_part(storage, part, features, split, [digest, shard.world, cost.record()])
+        with Cost(plan.phase) as cost:
+            table = plan.compute(shard, part, cost)
+        write_part(storage, part, table, [digest, shard.world, cost.record()])
 
 
-def write_part(storage: Storage, part: Part, features: Tensor, split: Split, made: list[Any]) -> None:
-    """Write a part: id, label and features of each sample."""
-    positions = part.positions
-    ids = positions if split.ids is None else split.ids[positions]
-    classes = np.array(split.classes, object)
-    labels = classes[split.y[positions].numpy()]
-    schema = features_schema(features.shape[1], split.classes)
-    numbers = pa.array(features.numpy().reshape(-1))
-    vectors = pa.FixedSizeListArray.from_arrays(numbers, type=schema.field(FEATURES).type)
-    table = pa.table([ids.numpy(), labels, vectors], schema=schema)
+def write_part(storage: Storage, part: Part, table: pa.Table, made: list[Any]) -> None:
+    """Write a part with the digest of its contents and the facts of its making."""
     facts = json.dumps([digest_of(table), *made])
     storage.write_table(f"{PARTS}/{part.file}", table.replace_schema_metadata({FACTS: facts}), **FORM)
 
 
 def digest_of(table: pa.Table) -> str:
-    """Return a digest of the contents of a part."""
-    ids, labels, vectors = (column.combine_chunks() for column in table.columns)
-    digest = blake2b(json.dumps(labels.to_pylist()).encode(), digest_size=16)
-    for numbers in (ids, vectors.flatten()):
-        digest.update(numbers.to_numpy(zero_copy_only=False).tobytes())
+    """Return a digest of the contents of a part: numbers, lists of numbers and texts."""
+    digest = blake2b(digest_size=16)
+    for column in table.columns:
+        values = column.combine_chunks()
+        if pa.types.is_fixed_size_list(values.type):
+            values = values.flatten()
+        is_number = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
+        numbers = values.to_numpy(zero_copy_only=False).tobytes() if is_number else None
+        digest.update(numbers or json.dumps(values.to_pylist()).encode())
     return digest.hexdigest()
 
 
 def read_part(storage: Storage, part: Part) -> tuple[pa.Table, str, int, Cost] | None:
-    """Return a part with its backbone's digest, number of holders and cost; None if missing, damaged or edited."""
+    """Return a part with its maker's digest, number of holders and cost; None if missing, damaged or edited."""
     content = storage.read(f"{PARTS}/{part.file}")
     if content is None:
         return None
@@ -233,30 +267,42 @@ def read_part(storage: Storage, part: Part) -> tuple[pa.Table, str, int, Cost] |
 
 
 def is_there(storage: Storage, part: Part, digest: str) -> bool:
-    """Return True if a part is complete, undamaged and computed by the backbone with a digest."""
+    """Return True if a part is complete, undamaged and of a maker with a digest."""
     found = read_part(storage, part)
     return found is not None and found[1] == digest and len(found[0]) == len(part)
 
 
-def join_parts(
-    storage: Storage, parts: Iterable[Part], name: str, width: int, classes: Sequence[str]
-) -> list[tuple[int, Cost]]:
-    """Join the parts of a split to one table, one part in memory at a time; return holders and cost of each."""
+def joined(storage: Storage, parts: Iterable[Part]) -> Iterator[tuple[pa.Table, int, Cost]]:
+    """Yield each part's table with its number of holders and cost, one part in memory at a time."""
+    for part in parts:
+        found = read_part(storage, part)
+        if found is None:
+            raise UserError(f"{storage.root}/{PARTS}/{part.file} is damaged: --resume computes it again")
+        table, _, world, cost = found
+        yield table, world, cost
+
+
+def join_parts(storage: Storage, parts: Iterable[Part], name: str, schema: pa.Schema) -> list[tuple[int, Cost]]:
+    """Join the parts of a split to one table; return holders and cost of each."""
     made = []
-    schema = features_schema(width, classes)
     with storage.new_file(name) as sink, pq.ParquetWriter(sink, schema, **FORM) as writer:
-        for part in parts:
-            found = read_part(storage, part)
-            if found is None:
-                raise UserError(f"{storage.root}/{PARTS}/{part.file} is damaged: --resume computes it again")
-            table, _, world, cost = found
+        for table, world, cost in joined(storage, parts):
             writer.write_table(table)
             made.append((world, cost))
     return made
 
 
+def bill_of(phase: str, made: Iterable[tuple[int, Cost]]) -> Cost:
+    """Return one bill for parts, each with the number of holders that were at work together."""
+    bill = Cost(phase)
+    for world, cost in made:
+        bill = bill.then(cost)
+        bill.seconds += cost.seconds / world - cost.seconds
+    return bill
+
+
 @contextmanager
-def _followed(parts: Sequence[Part], report: Report) -> Iterator[None]:
+def _followed(phase: str, parts: Sequence[Part], report: Report) -> Iterator[None]:
     """Report each part as a row of metrics once any process has written it, until the block ends."""
     storage = report.folder.storage
     done = threading.Event()
@@ -266,7 +312,7 @@ def _followed(parts: Sequence[Part], report: Report) -> Iterator[None]:
         fresh = set(there) - reported
         for number, part in enumerate(parts, 1):
             if part.file in fresh:
-                report({"phase": PHASE, "epoch": number, "rows": len(part)})
+                report({"phase": phase, "epoch": number, "rows": len(part)})
         reported.update(fresh)
 
     def follow() -> None:

@@ -32,7 +32,8 @@ from raypkg.runs.storage import Storage
 
 R = TypeVar("R", bound=RunSettings)
 N = TypeVar("N", bound=Named)
-TOKENIZER = "tokenizer"  # the option of a source of texts
+TOKENIZER = "tokenizer"  # options of a source of texts
+LENGTH = "length"
 TRUST = "EFFRAY_TRUST"
 
 
@@ -121,19 +122,19 @@ def check_names(settings: RunSettings) -> None:
 
 
 def with_tokenizer(settings: R) -> R:
-    """Set the tokenizer of texts to the model's, and that of a selection's target to the data set's, where unset."""
+    """Set the tokenizer of texts to the model's, and a selection's target's and its length to the data set's."""
     chosen = settings.dataset
     named = _model_of(settings)
     own = tokenizer_of(named.name) if named and TOKENIZER not in chosen.options else None
     if own and _takes_tokenizer(chosen):
         chosen = chosen.model_copy(update={"options": {**chosen.options, TOKENIZER: own}})
         settings = settings.model_copy(update={"dataset": chosen})
-    shared = chosen.options.get(TOKENIZER)
+    shared = {name: chosen.options[name] for name in (TOKENIZER, LENGTH) if name in chosen.options}
 
     def cut_alike(target: Target) -> Target:
-        if shared is None or not target.is_data_set or TOKENIZER in target.options or not _takes_tokenizer(target):
+        if not target.is_data_set or not _takes_tokenizer(target):
             return target
-        return target.model_copy(update={"options": {**target.options, TOKENIZER: shared}})
+        return target.model_copy(update={"options": shared | target.options})
 
     return _with_target(settings, cut_alike)
 

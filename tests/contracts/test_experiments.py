@@ -11,11 +11,15 @@ import pytest
 from raypkg.cli import main
 from raypkg.experiments import experiment
 from raypkg.runs.folder import RunFolder
+from tiny_language import instructions, tiny_language
 
 TINY = {  # options that keep a run short; an experiment that is not here has to run with nothing but this
     "crest": "--model mlp --train.epochs 4 --budget 0.5",
     "deltagrad": "--train.epochs 3",
     "embed": "--model mlp",
+    "instruct": "--dataset instructions:pool --select.target instructions:few --model transformers-lm:tiny"
+    " --set model.options.rank=2 --set model.options.alpha=4 --set dataset.options.length=64 --rows.width 64"
+    " --warmup.epochs 2 --warmup.fraction 0.2 --select.fraction 0.2 --train.epochs 1 --train.batch_size 8",
     "lipt": "--model linear --train.epochs 2 --pretrain.models 2 --pretrain.epochs 1",
     "select": "--model-from trained --rule grand",
     "sparse": "--model mlp --train.epochs 2 --density 0.2 --agent",
@@ -41,6 +45,11 @@ def command(request, tmp_path_factory, blank_pictures):
     with chdir(tmp_path_factory.mktemp(name)):
         if name == "select":
             effray("train --name trained --model linear --train.epochs 1")
+        if name == "instruct":
+            tiny_language("tiny")
+            for folder, n in (("pool", 60), ("few", 6)):
+                for split in ("train", "test"):
+                    instructions(folder, n, name=f"{split}.jsonl")
         effray(f"{call} --name one {options}")
         yield name, call, options
 

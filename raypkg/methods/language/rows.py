@@ -1,0 +1,179 @@
+"""Rows of a pool and a target, computed part by part by a run's workers, and joined to one file each."""
+
+import io
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raypkg.cluster.workers import Workers
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Dataset
+from raypkg.coresets.rows import Rows
+from raypkg.coresets.target import target_of
+from raypkg.data.split import Split
+from raypkg.engine.batches import plain_batches
+from raypkg.engine.costs import Cost
+from raypkg.engine.loop import autocast
+from raypkg.engine.shards import Shard
+from raypkg.engine.worker import Worker
+from raypkg.experiments.embedding import PARTS, Part, bill_of, complete, joined, parts_of, write_parts
+from raypkg.experiments.samples import Samples, new_model, samples_on
+from raypkg.models.classifier import in_mode
+from raypkg.runs.report import Report
+from raypkg.runs.storage import Storage
+
+from .api import language_rows
+from .hook import FOLDER, load_checkpoint
+from .less import over_checkpoints
+from .projection import Projection
+from .settings import POOL, TARGET, InstructSettings
+
+PHASE = "rows"
+ROW = "row"
+
+
+def file_of(table: str) -> str:
+    """Return the file name of a table of rows."""
+    return f"{table}.npy"
+
+
+@dataclass(frozen=True)
+class RowsPlan:
+    """The plan: rows of the pool and of the target at each checkpoint, which stand in its parts' ``draw``."""
+
+    phase = PHASE
+    settings: InstructSettings
+    storage: Storage  # the run folder
+    rates: tuple[float, ...]  # η of each checkpoint; (1,) for the model as it is built
+    parts: dict[str, list[Part]]  # by table
+
+    @classmethod
+    def of(cls, settings: InstructSettings, storage: Storage, pool: int, target: int) -> "RowsPlan":
+        """Plan rows of as many samples."""
+        rates: tuple[float, ...] = (1.0,)
+        if settings.by_gradients:
+            rates = tuple(load_checkpoint(storage, number).rate for number in range(len(storage.list(FOLDER))))
+        size = settings.rows.per_part
+        parts = {name: parts_of(name, n, len(rates), size) for name, n in ((POOL, pool), (TARGET, target))}
+        return cls(settings, storage, rates, parts)
+
+    @property
+    def all_parts(self) -> list[Part]:
+        """The parts of both tables."""
+        return [part for parts in self.parts.values() for part in parts]
+
+    def digest(self, target: Split) -> str:
+        """Return a digest of settings, checkpoints and target, from which rows follow."""
+        settings = self.settings
+        parts = [part.model_dump(mode="json") for part in (settings.model, settings.warmup, settings.rows)]
+        checkpoints = [(self.storage / FOLDER).digest(name) for name in self.storage.list(FOLDER)]
+        content = json.dumps([parts, settings.seed, checkpoints, Samples.all_of(target).digest(Dataset())])
+        return blake2b(content.encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        return {}  # the model of this process, and the number of its checkpoint
+
+    def compute(self, shard: Shard, part: Part, cost: Cost) -> pa.Table:
+        """Return the positions of a part's samples in their split, and their rows of length 1 in float16."""
+        settings = self.settings
+        options = settings.rows
+        split, indices = samples_of(settings, Samples(shard.data, shard.indices, shard.valid), part.split)
+        here = indices[part.start : part.stop]
+        model = self._model.get("model")
+        if model is None:
+            model = self._model["model"] = new_model(settings, shard.data).to(shard.device)
+        how: dict[str, Any] = {}
+        if settings.by_gradients:
+            if self._model.get("draw") != part.draw:
+                self._model["checkpoint"] = load_checkpoint(self.storage, part.draw)
+                self._model["checkpoint"].restore(model)
+                self._model["draw"] = part.draw
+            moments = self._model["checkpoint"].moments if part.split == POOL else None
+            betas = (settings.warmup.momentum, 0.999)
+            how = {"projection": Projection(settings.seed, options.width), "moments": moments, "betas": betas}
+        batches = (x for x, _ in plain_batches(split, here, shard.device, options.batch_size))
+        with in_mode(model, training=False), autocast(options.precision, shard.device):
+            rows = language_rows(model, batches, **how)
+        cost.forward += len(here)
+        cost.backward += len(here) if settings.by_gradients else 0
+        numbers = pa.array(rows.half().numpy().reshape(-1))
+        vectors = pa.FixedSizeListArray.from_arrays(numbers, rows.shape[1])
+        return pa.table({"index": here.numpy(), ROW: vectors})
+
+
+def samples_of(settings: InstructSettings, samples: Samples, table: str) -> tuple[Split, Tensor]:
+    """Return a table's split with the positions of its samples, int64 [n]."""
+    train = samples.data.train
+    if table == POOL:
+        return train, samples.train_indices
+    target = target_of(settings.select)
+    if target is None:  # the pool itself
+        return train, samples.train_indices
+    reached = target.reached_by(Shard(samples.data, samples.train_indices, samples.held_out))
+    return reached.data.train, reached.indices
+
+
+def compute_rows(settings: InstructSettings, samples: Samples, report: Report, workers: Workers) -> None:
+    """Carry out the phase, which leaves pool.npy and target.npy in the run folder, float16 [n, T·d]."""
+    storage = report.folder.storage
+    split, indices = samples_of(settings, samples, TARGET)
+    if not len(indices):
+        raise UserError(f"select.target = {settings.select.target}: it has no samples")
+    plan = RowsPlan.of(settings, storage, len(samples.train_indices), len(indices))
+    digest = plan.digest(split)
+
+    def work() -> dict[str, Any]:
+        complete(plan, digest, report, lambda missing: workers.run(write_on_worker, plan, missing, digest))
+        made = [each for name in plan.parts for each in join_rows(plan, name)]
+        facts = {"checkpoints": len(plan.rates), "workers": made[0][0]}
+        return {"costs": [bill_of(PHASE, made).record()], **facts}
+
+    report.phase(PHASE, work, epochs=len(plan.all_parts))
+    for folder in (PARTS, FOLDER):  # only after the phase is recorded, or they would be recomputed
+        storage.delete_folder(folder)
+
+
+def write_on_worker(worker: Worker, plan: RowsPlan, parts: list[Part], digest: str) -> None:
+    """Compute a worker's share of the missing parts."""
+    data, train_indices, held_out = samples_on(worker, plan.settings)
+    shard = Shard(data, train_indices, held_out, worker.device, worker.rank, worker.world)
+    write_parts(shard, plan, parts, digest, plan.storage)
+
+
+def join_rows(plan: RowsPlan, table: str) -> list[tuple[int, Cost]]:
+    """Join the parts of a table to one file, those of all checkpoints side by side; return holders and costs."""
+    made = []
+    by_checkpoint = [[part for part in plan.parts[table] if part.draw == t] for t in range(len(plan.rates))]
+    count = sum(len(part) for part in by_checkpoint[0])
+    with plan.storage.new_file(file_of(table)) as sink:
+        for number, together in enumerate(zip(*by_checkpoint, strict=True)):
+            rows = []
+            for content, world, cost in joined(plan.storage, together):
+                made.append((world, cost))
+                values = content[ROW].combine_chunks().flatten().to_numpy().reshape(len(content), -1)
+                rows.append(torch.from_numpy(values.astype(np.float32)))
+            wide = over_checkpoints(rows, plan.rates).half().numpy()
+            if number == 0:
+                header = {"descr": "<f2", "fortran_order": False, "shape": (count, wide.shape[1])}
+                np.lib.format.write_array_header_1_0(sink, header)
+            sink.write(wide.tobytes())
+    return made
+
+
+def stored_rows(storage: Storage, table: str, tasks: Tensor | None = None) -> Rows:
+    """Return a table's rows, mapped if the run folder is on a disk."""
+    file = file_of(table)
+    try:
+        if storage.local:
+            return Rows.mapped(str(storage.local / file), tasks)
+        return Rows(torch.from_numpy(np.load(io.BytesIO(storage.read(file) or b""))), tasks)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{storage.root}/{file} is missing or damaged: {error}") from None
