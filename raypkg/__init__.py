@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .coresets.gradients import HeadView as HeadView
     from .coresets.gradients import head_view as head_view
     from .coresets.loader import CoresetLoader as CoresetLoader
+    from .coresets.rows import Rows as Rows
     from .data import load_data as load_data
     from .data.coreset import Coreset as Coreset
     from .data.split import Split as Split
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .methods.crest.loader import CrestLoader as CrestLoader
     from .methods.deltagrad import head as deltagrad  # noqa: F401 - a module under another name
     from .methods.deltagrad.estimator import DeltaGrad as DeltaGrad
+    from .methods.language import api as language  # noqa: F401 - likewise
     from .methods.lipt import api as lipt  # noqa: F401 - likewise
     from .methods.sparse.training import SparseTraining as SparseTraining
     from .models import build_model as build_model
@@ -46,6 +48,7 @@ _PLACES = {
     "GradientCorrection": "methods.agent.correction",
     "HeadView": "coresets.gradients",
     "Hook": "engine.hooks",
+    "Rows": "coresets.rows",
     "Run": "engine.run",
     "SparseTraining": "methods.sparse.training",
     "Split": "data.split",
@@ -58,7 +61,7 @@ _PLACES = {
     "load_model": "experiments.trained",
     "select": "coresets.budgets",
 }
-_MODULES = {"deltagrad": "methods.deltagrad.head", "lipt": "methods.lipt.api"}
+_MODULES = {"deltagrad": "methods.deltagrad.head", "language": "methods.language.api", "lipt": "methods.lipt.api"}
 __all__ = sorted({*_PLACES, *_MODULES})
 
 

@@ -18,7 +18,7 @@ def test_no_one_and_two_workers_pick_the_same(ray, tmp_path, monkeypatch, rule):
     # Dropout draws for each worker, so with it a warm-up depends on their number.
     options = ["rank=2", "alpha=4", "dropout=0"]
     given = ["--dataset", "instructions:pool", "--select.target", "instructions:few", "--select.rule", rule]
-    given += ["--model", "transformers-lm:tiny", *(f"--set=model.options.{each}" for each in options)]
+    given += ["--model", "transformers-lm:./tiny", *(f"--set=model.options.{each}" for each in options)]
     given += ["--set=dataset.options.length=64", "--select.fraction", "0.25", "--train.epochs", "1"]
     given += ["--train.batch_size", "8", "--rows.per_part", "16"]
     if rule == "less":

@@ -36,8 +36,9 @@ def state_rows(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
-    >>> state_rows(model, [{"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}]).norm(dim=1)
-    tensor([1.0000, 1.0000])
+    >>> rows = state_rows(model, [{"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}])
+    >>> list(rows.shape), torch.allclose(rows.norm(dim=1), torch.ones(2))
+    ([2, 16], True)
     """
     with in_mode(model, training=False):
         return language_rows(model, batches)
