@@ -112,13 +112,12 @@ def load_batches(
         else:
             raise UserError(f"the data set must return pairs (x, y); a batch is a {type(batch).__name__}")
         is_tensor = isinstance(y, Tensor)
-        of_tokens = causal and is_tensor and y.dim() == 2 and isinstance(x, Mapping) and TOKENS in x
-        if of_tokens and y.shape != x[TOKENS].shape:
-            raise UserError(f"labels {list(y.shape)} and {TOKENS} {list(x[TOKENS].shape)} of a batch must be as long")
+        ids = x[TOKENS] if causal and isinstance(x, Mapping) and TOKENS in x else None
+        of_tokens = ids is not None and is_tensor and y.dim() == 2 and y.shape == ids.shape
         used = y[y != IGNORED] if of_tokens else y
         if not is_tensor or (y.dim() != 1 and not of_tokens) or y.is_floating_point() or (len(used) and used.min() < 0):
             given = f"{y.dtype} {list(y.shape)}" if is_tensor else type(y).__name__
-            form = f"[b, l], or {IGNORED}" if of_tokens else "[b]"
+            form = "[b]" if ids is None else f"[b], or of tokens {list(ids.shape)} with {IGNORED} for no answer"
             raise UserError(f"labels must be integers from 0 up, {form}; a batch has {given}")
         if len(y) != len(indices):
             raise UserError(f"a batch of {len(indices)} samples has {len(y)} labels after collation")
