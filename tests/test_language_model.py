@@ -318,7 +318,7 @@ def test_texts_without_an_answer_and_frozen_backbones(place, tmp_path, capsys):
 
 def test_masks_by_gradients_and_adapters_under_masks(place):
     model, split = build(place, **LORA), data_of(place).train
-    with pytest.raises(UserError, match="first masks by snip need a classifier: .* give one of dense, erk, uniform"):
+    with pytest.raises(UserError, match=r"first masks by snip need a classifier: .* give one of dense, erk, uniform"):
         first_batch("snip", model, split, torch.arange(4), Cost("masks"))
     assert {name.partition(".lora_")[2][0] for name in prunable(model)} == {"A", "B"}  # and nothing frozen
 
