@@ -192,9 +192,9 @@ def cost(model, optimizer, x, sources, choosers, rng):
     seconds = {}
 
     def timed(name, call):
-        start = time.perf_counter()
+        start = time.process_time()  # other work disturbs it less than wall time
         call()
-        seconds.setdefault(name, []).append(time.perf_counter() - start)
+        seconds.setdefault(name, []).append(time.process_time() - start)
 
     for _ in range(ROUNDS):
         drawn = torch.randperm(len(x), generator=rng)[:R]
@@ -205,7 +205,7 @@ def cost(model, optimizer, x, sources, choosers, rng):
         with torch.no_grad():
             timed("forward pass of r", lambda drawn=drawn: [model(trimmed(part)) for part in x[drawn].split(CHUNK)])
     plain = statistics.median(seconds[f"step on m = {M}"])
-    print(f"\nseconds, medians of {ROUNDS} rounds in turn, one thread; in steps on m")
+    print(f"\nCPU seconds, medians of {ROUNDS} rounds in turn, one thread; in steps on m")
     for name, values in seconds.items():
         spread = f"{min(values):.2f} to {max(values):.2f}"
         print(f"{name:<20}{statistics.median(values):7.2f} s ({spread}){statistics.median(values) / plain:7.2f}")
