@@ -10,7 +10,6 @@ so the inputs x and the derivatives δ, which hooks record, hold the gradients o
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +91,3 @@ def adapter_gradients(model: nn.Module, losses: Callable[[], Tensor]) -> Tensor:
             [3., 4.]])
     """
     return torch.cat([block for _, block in gradient_blocks(model, losses)], dim=1)
-
-
-def sizes_of(model: nn.Module) -> dict[str, Any]:
-    """Return the number of values of each trained parameter by name."""
-    return {name: parameter.numel() for name, (parameter, _) in trained_linears(model).items()}
