@@ -1,29 +1,29 @@
 """CoresetLoader, and the adapters to trainers, with causal language models: a loss per token, a weight per sample."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from raypkg import language
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import select
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.coresets.rows import Rows
 from raypkg.methods.crest.loader import CrestLoader
-from raypkg.methods.language.less import gradient_rows
-from raypkg.methods.language.projection import Projection
-from raypkg.models.language import with_adapters
+from raypkg.models.language import LanguageModel, with_adapters
 from test_integrations import CLIP, EPOCHS, trainer_of
 from test_loader_in_trainers import RATE, assert_equal_weights
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from raypkg.integrations.transformers import last_states, sample_losses  # noqa: E402
+from raypkg.integrations.transformers import sample_losses  # noqa: E402
 
 N, V, LENGTH = 48, 40, 9
 RDS = {"rule": "rds_plus", "fraction": 0.5, "every_epochs": 1}  # 3 batches of 8 per epoch
@@ -68,7 +68,7 @@ def llama(adapted=False):
 def loader_of(model, samples=None, **options):
     given = {"rule": "random", "fraction": 0.5, "epochs": EPOCHS, **options}
     if given["rule"] == "rds_plus":
-        given = {"target": Instructions(4, domain=1, seed=1), "rows": last_states, **given}
+        given = {"target": Instructions(4, domain=1, seed=1), "rows": language.state_rows, **given}
     return CoresetLoader(DataLoader(samples or Instructions(), batch_size=8), model, **given)
 
 
@@ -133,7 +133,7 @@ def loop(model, loader, *, accumulate=1):
 def chosen(rule):
     if rule == "infobatch":
         return {"rule": "infobatch", "fraction": 1, "every_epochs": 1}
-    return {**RDS, "target": Instructions(4, domain=1, seed=1), "rows": last_states}
+    return {**RDS, "target": Instructions(4, domain=1, seed=1), "rows": language.state_rows}
 
 
 @pytest.mark.parametrize(("rule", "accumulate"), [("rds_plus", 1), ("rds_plus", 3), ("infobatch", 1)])
@@ -222,17 +222,34 @@ def test_rds_plus_picks_by_the_last_states_of_the_model_of_that_epoch():
     assert not picks[0].equal(picks[1])
 
 
+def test_pairs_of_tokens_for_a_language_model_of_our_own_pick_the_same():
+    def pairs(samples):
+        there = torch.arange(LENGTH) < samples.lengths[:, None]
+        segments = (torch.arange(LENGTH) >= 2).long().expand(len(samples), -1)
+        return TensorDataset(torch.stack([samples.ids, segments], dim=1).where(there[:, None], -1), samples.domain)
+
+    model, target = llama(), Instructions(4, domain=1, seed=1)
+    ours, theirs = (
+        loader_of(model, **RDS),
+        loader_of(LanguageModel(model), pairs(Instructions()), **RDS | {"target": pairs(target)}),
+    )
+    x, y, w = next(iter(theirs))
+    next(iter(ours))
+    assert x.shape == (8, 2, LENGTH) and y.shape == w.shape == (8,)
+    assert theirs.coreset.indices.equal(ours.coreset.indices)
+
+
 def test_less_picks_by_gradients_of_the_adapters():
     model, samples = llama(adapted=True).eval(), Instructions()
-    project = Projection(0, sum(p.numel() for p in model.parameters() if p.requires_grad), 64)
-
-    def gradients(model, batch):
-        return gradient_rows(model, lambda: sample_losses(model, batch)[0], project)
-
+    gradients = partial(language.less_rows, projection=language.Projection(0, 64))
     target = Instructions(4, domain=1, seed=1)
     loader = loader_of(model, samples, rule="less", fraction=0.25, rows=gradients, target=target)
     seen = torch.cat([batch["indices"] for batch in loader]).sort().values
-    pool, aim = (Rows(gradients(model, next(iter(DataLoader(each, N))))) for each in (samples, target))
+
+    def by_hand(samples):
+        return {name: x for name, x in next(iter(DataLoader(samples, N))).items() if name != "indices"}
+
+    pool, aim = (Rows(gradients(model, [by_hand(each)])) for each in (samples, target))
     assert seen.equal(select(pool, N // 4, "less", seed=0, target=aim).indices.sort().values)
 
 
@@ -259,14 +276,14 @@ class Changed(Instructions):
             None,
             r"gradmatch selects by a classifier's head, .* give random, infobatch, ccs or, with rows, less, rds_plus",
         ),
-        ({**RDS, "rows": None}, None, r"give rows, a function \(model, batch\) that returns float \[b, d\], not None"),
-        ({"rows": last_states}, None, "random selects by no rows: rows would do nothing"),
+        ({**RDS, "rows": None}, None, r"give rows, .* such as raypkg.language.state_rows, not None"),
+        ({"rows": language.state_rows}, None, "random selects by no rows: rows would do nothing"),
         (
-            {**RDS, "rows": lambda model, batch: batch["labels"]},
+            {**RDS, "rows": lambda model, batches: torch.cat([batch["labels"] for batch in batches])},
             None,
-            r"rows returned torch.int64 \[8, 9\] for 8 samples: must be float \[b, d\]",
+            r"rows returned torch.int64 \[48, 9\] for 48 samples: must be float \[n, d\]",
         ),
-        ({**RDS, "rows": lambda model, batch: "x"}, None, "rows returned str for 8 samples"),
+        ({**RDS, "rows": lambda model, batches: "x"}, None, "rows returned str for 0 samples"),
         ({}, Changed(lambda i, y: y.where(torch.tensor(i != 5), -100)), "sample 5 has no answered token: its labels"),
         ({}, Changed(lambda i, y: y.clamp_min(-5)), "labels must be integers from 0 up, .* with -100 for no answer"),
         ({}, Changed(lambda i, y: y.float()), r"or of tokens \[\d+, 9\] .*; a batch has torch.float32 \[\d+, 9\]"),

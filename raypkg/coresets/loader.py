@@ -83,8 +83,9 @@ class CoresetLoader:
         scored: the same samples as the loader's, without augmentation.
         target: samples to select for, of the same form, such as a few clean ones; None = the loader's own. A class of
             which it has none is its own target.
-        rows: function (model, batch) that returns a row of each sample, float [b, d], for rules that select by rows,
-            such as ``raypkg.integrations.transformers.last_states`` for rds_plus. The model is in evaluation mode.
+        rows: function (model, batches) that returns a row of each sample, float [n, d], for rules that select by rows:
+            ``raypkg.language.state_rows`` for rds_plus. Batches are mappings with labels, or the x of pairs. The model
+            is in evaluation mode.
         options: the rule's own.
         former: former names of arguments, refused with the present ones.
 
@@ -116,7 +117,7 @@ class CoresetLoader:
         seed: int = 0,
         scored: Dataset[Any] | None = None,
         target: Dataset[Any] | None = None,
-        rows: Callable[[nn.Module, Any], Tensor] | None = None,
+        rows: Callable[[nn.Module, Iterator[Any]], Tensor] | None = None,
         options: Mapping[str, Any] | None = None,
         **former: Never,
     ):
@@ -131,7 +132,7 @@ class CoresetLoader:
         self.rule = coreset[rule]
         by_rows = self.rule.sees == "rows"
         if by_rows and not callable(rows):
-            missing = "rows, a function (model, batch) that returns float [b, d]"
+            missing = "rows, a function (model, batches) such as raypkg.language.state_rows"
             raise UserError(f"{rule} selects by rows of a model: give {missing}, not {shown(rows)}")
         if rows is not None and not by_rows:
             raise UserError(f"{rule} selects by no rows: rows would do nothing")
@@ -361,18 +362,20 @@ class CoresetLoader:
 
     def _rows_of(self, loaded: Iterator[tuple[Any, Tensor]]) -> Tensor:
         """Return the rows of the samples of batches, float [m, d], on the CPU."""
-        found: list[Tensor] = []
-        with in_mode(self.model, training=False):  # type: ignore[arg-type]
+        sizes: list[int] = []
+
+        def batches() -> Iterator[Any]:
             for x, y in loaded:
-                batch = {**x, LABELS: y} if isinstance(x, Mapping) else (x, y)
-                rows: Any = self.rows(self.model, batch)  # type: ignore[misc,arg-type]
-                width = len(found[0][0]) if found else None
-                is_matrix = isinstance(rows, Tensor) and rows.dim() == 2 and rows.is_floating_point()
-                if not is_matrix or len(rows) != len(y) or width not in (None, rows.shape[1]):
-                    given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-                    raise UserError(f"rows returned {given} for {len(y)} samples: must be float [b, d], d fixed")
-                found.append(rows.detach().cpu())
-        return torch.cat(found)
+                sizes.append(len(y))
+                yield {**x, LABELS: y} if isinstance(x, Mapping) else x
+
+        with in_mode(self.model, training=False):  # type: ignore[arg-type]
+            rows: Any = self.rows(self.model, batches())  # type: ignore[misc,arg-type]
+        is_matrix = isinstance(rows, Tensor) and rows.dim() == 2 and rows.is_floating_point()
+        if not is_matrix or len(rows) != sum(sizes):
+            given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise UserError(f"rows returned {given} for {sum(sizes)} samples: must be float [n, d]")
+        return rows.detach().cpu()
 
     def _noted(self, loaded: Iterator[Any], seen: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
         """Yield batches on the model's device, and note their positions."""

@@ -1,11 +1,10 @@
 """Hugging Face's ``Trainer``: a mixin that trains on coresets, and a callback for sparse training and AGENT.
 
-Losses of samples and rows by their last hidden states are functions, for loops of one's own and for Lightning as well.
+``sample_losses`` serves loops of one's own and Lightning as well.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from raypkg.core.errors import UserError
-from raypkg.coresets.batches import IGNORED, INDICES, LABELS, TOKENS, WEIGHTS, check_keywords
+from raypkg.coresets.batches import IGNORED, INDICES, LABELS, WEIGHTS, check_keywords
 from raypkg.coresets.loader import CoresetLoader
 from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.crest.loader import CrestLoader
-from raypkg.methods.language.pooling import rds_rows
 from raypkg.methods.sparse.training import SparseTraining
 from raypkg.models.classifier import unwrapped
 
@@ -52,8 +50,16 @@ def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, A
     def at_answers(rows: Tensor) -> Tensor:
         return rows[:, -labels.shape[1] :][sample, place][None]  # [1, m, ·]; those of a virtual prompt come first
 
-    with _head_on(model, at_answers):
+    causal = cast(Any, unwrapped(model))
+    if not getattr(causal, "can_generate", bool)() or causal.config.is_encoder_decoder:
+        raise UserError(f"labels of tokens need a causal language model of transformers, not {type(causal).__name__}")
+    # The head sees the last hidden states at answers only.
+    head = causal.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, states: (at_answers(states[0]), *states[1:]))
+    try:
         outputs = model(**inputs)
+    finally:
+        hook.remove()
     logits = outputs.logits
     if logits.shape[:2] != (1, len(sample)):  # a compiled model does not call new hooks
         logits = at_answers(logits)
@@ -62,46 +68,6 @@ def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, A
     each = F.cross_entropy(wide, labels[:, 1:][answered], reduction="none")
     total = each.new_zeros(len(labels)).index_add(0, sample, each)
     return total / answered.sum(dim=1), outputs
-
-
-@torch.no_grad()
-def last_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Return the rows of RDS+ (arXiv:2503.01807) by a causal model of transformers, float32 [b, D], of length 1.
-
-    They are the position-weighted means of the last hidden states of prompt and answer.
-
-        CoresetLoader(loader, model, "rds_plus", 0.05, target=few, rows=last_states, epochs=3)
-
-    Differs from the paper: with selections at several epochs, the states are of the model of that moment.
-
-    Args:
-        model: see ``sample_losses``.
-        batch: with "input_ids" [b, l], and an "attention_mask" [b, l] if there is padding.
-    """
-    inputs = {name: value for name, value in batch.items() if name not in (LABELS, WEIGHTS, INDICES)}
-    seen: list[Tensor] = []
-
-    def keep(h: Tensor) -> Tensor:
-        seen.append(h[:, -inputs[TOKENS].shape[1] :])
-        return h[:, :0]  # no logits
-
-    with _head_on(model, keep):
-        unwrapped(model)(**inputs)
-    there = inputs.get("attention_mask", torch.ones_like(inputs[TOKENS]))
-    return rds_rows(seen[0], there.bool())
-
-
-@contextmanager
-def _head_on(model: nn.Module, states: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a causal model's head see a function of its last hidden states [b, l, D] inside the block."""
-    causal = cast(Any, unwrapped(model))
-    if not getattr(causal, "can_generate", bool)() or causal.config.is_encoder_decoder:
-        raise UserError(f"labels of tokens need a causal language model of transformers, not {type(causal).__name__}")
-    hook = causal.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (states(inputs[0]), *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 class CoresetMixin:
