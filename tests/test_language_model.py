@@ -323,6 +323,22 @@ def test_masks_by_gradients_and_adapters_under_masks(place):
     assert {name.partition(".lora_")[2][0] for name in prunable(model)} == {"A", "B"}  # and nothing frozen
 
 
+def test_a_folder_is_read_without_a_network(place, tmp_path, monkeypatch):
+    calls = []
+
+    def refuse(socket, address):
+        calls.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    options = {"tokenizer": str(place / "model"), "length": LENGTH}
+    train = load_data(f"instructions:{place / 'instructions.jsonl'}", options, cache=tmp_path).train
+    fit(Run.simple(build(place, **LORA), train, epochs=1))
+    assert not calls
+
+
 def lacking_a_layer(folder):
     tensors = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if "layers.1." not in name}
