@@ -177,8 +177,8 @@ class AdamMoments:
 
         At the first step, these are signs.
 
-        >>> AdamMoments(torch.zeros(2), torch.zeros(2)).scaled(torch.tensor([[4.0, -9.0]]))
-        tensor([[ 1.0000, -1.0000]])
+        >>> AdamMoments(torch.zeros(2), torch.zeros(2)).scaled(torch.tensor([[4.0, -9.0]])).round(decimals=3)
+        tensor([[ 1., -1.]])
         """
         (beta1, beta2), t = BETAS, self.steps + 1
         first = (beta1 * self.first + (1 - beta1) * gradients) / (1 - beta1**t)
