@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 
@@ -586,3 +587,26 @@ def colm(gradients: Tensor, sources: list[int], size: int, first: Tensor, second
             members = [members[j] for j in greedy_medoids(distances, quota[q])]
         chosen += members
     return sorted(chosen), gradients[[i for i in chosen if sources[i] in large]].mean(dim=0)
+
+
+def regularised(p: Problem, decay: float, removed: Sequence[int] = ()) -> Callable[[Tensor], Tensor]:
+    """Return F(w) = mean cross-entropy + λ/2 ‖w‖² of the flattened head, without some of the samples."""
+    kept = [i for i in range(len(p.y)) if i not in removed]
+
+    def objective(w: Tensor) -> Tensor:
+        z = logits(w.view_as(p.head), p.features[kept])
+        return F.cross_entropy(z, p.y[kept]) + decay / 2 * w.square().sum()
+
+    return objective
+
+
+def minimum(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Return the minimum by Newton's method with autograd's Hessian."""
+    w = start.flatten()
+    for _ in range(20):
+        slope = torch.autograd.functional.jacobian(objective, w)
+        step = torch.linalg.solve(torch.autograd.functional.hessian(objective, w), slope)
+        w = w - step
+        if step.norm() < 1e-10:
+            break
+    return w

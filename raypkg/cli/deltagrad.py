@@ -16,7 +16,7 @@ from .options import PLACE, TRUST, ExampleHelp, say
 from .setting_options import SettingsCommand, metavar, overrides, setting_options
 
 if TYPE_CHECKING:
-    from raypkg.methods.deltagrad.requests import Request
+    from raypkg.methods.deltagrad.requests import Removal, Request
     from raypkg.methods.deltagrad.run import RecordedRun
 
 SHOWN = 3  # requests of an entry in the log's table
@@ -46,22 +46,37 @@ def replaying(*parameters: click.Parameter) -> Decorator:
 @replaying(
     click.Option(["--ids"], metavar="IDS", help="3,14,15, or a file: one a line, or parquet with a column id or index"),
     click.Option(["--where"], metavar="CONDITION", help="such as 'age > 60 and label = yes', on a table's columns"),
+    click.Option(
+        ["--from-audit"], type=int, metavar="N", help="the N worst samples of the run's latest `effray audit`"
+    ),
+    click.Option(["--verify", "verified"], is_flag=True, help="retrain afterwards and compare, as `verify` does"),
 )
-def delete(run: str, root: str, ids: str | None, where: str | None, **values: Any) -> None:
+def delete(
+    run: str, root: str, ids: str | None, where: str | None, from_audit: int | None, verified: bool, **values: Any
+) -> None:
     """Unlearn samples: update the model as if they had not been in its training.
 
     RUN is a run of `effray deltagrad train`. Ids are positions in the training split, from 0. If a table has a column
-    of ids, as those of `effray embed` do, they are the values of that column.
+    of ids, as those of `effray embed` do, they are the values of that column. --from-audit also shows the predicted and
+    the actual change of the held-out loss.
 
     Example:
         effray deltagrad train --name one && effray deltagrad delete one --ids 0,1,2
     """
-    from raypkg.methods.deltagrad.requests import Request, read_ids
+    from raypkg.methods.deltagrad.requests import Request, read_ids, worst_of_audit
+    from raypkg.runs.catalog import locate
 
-    if (ids is None) == (where is None):
-        raise UserError("give one of --ids and --where")
-    request = Request("delete_where", where) if ids is None else Request("delete", read_ids(ids))
-    _answer_one(run, root, request, values)
+    if sum(each is not None for each in (ids, where, from_audit)) != 1:
+        raise UserError("give one of --ids, --where and --from-audit")
+    removal = None
+    if ids is not None:
+        request = Request("delete", read_ids(ids))
+    elif from_audit is None:
+        request = Request("delete_where", where)
+    else:
+        removal = worst_of_audit(locate(root, run), root, from_audit)
+        request = Request("delete", removal.ids)
+    _answer_one(run, root, request, values, removal, verified)
 
 
 @replaying(
@@ -117,15 +132,18 @@ def verify(run: str, root: str, **values: Any) -> None:
     Example:
         effray deltagrad train --name three && effray deltagrad verify three
     """
+    with _opened(run, root) as recorded:
+        _verify(recorded, _request_settings(recorded, values))
+
+
+def _verify(recorded: RecordedRun, settings: RequestSettings) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
     from raypkg.methods.deltagrad import answer
     from raypkg.runs.show import terminal
 
-    with _opened(run, root) as recorded:
-        settings = _request_settings(recorded, values)
-        verdict = answer.verify(recorded, settings.cluster, _follow)
+    verdict = answer.verify(recorded, settings.cluster, _follow)
     relative = verdict.distance / verdict.norm
     table = Table(title="against retraining", title_justify="left", box=SIMPLE, show_header=False, show_edge=False)
     distance = f"{verdict.distance:.3e} (of norm {verdict.norm:.4g}: {relative:.1e})"
@@ -197,12 +215,31 @@ def _request_settings(run: RecordedRun, values: dict[str, Any]) -> RequestSettin
     return RequestSettings.over(run.settings.replay, overrides(RequestSettings, values, ()))
 
 
-def _answer_one(run: str, root: str, request: Request, values: dict[str, Any]) -> None:
+def _answer_one(
+    run: str,
+    root: str,
+    request: Request,
+    values: dict[str, Any],
+    removal: Removal | None = None,
+    verified: bool = False,
+) -> None:
+    from raypkg.methods.deltagrad.answer import held_out
+
     with _opened(run, root, "the run is as it was, and the same command starts again") as recorded:
         settings = _request_settings(recorded, values)
         known = len(recorded.journal.entries)
         try:
+            before = held_out(recorded, removal.on) if removal else (0.0, 0.0)
             _answer(recorded, [request], settings)
+            if removal:
+                loss, accuracy = held_out(recorded, removal.on)
+                say(
+                    f"{'held-out' if removal.on == 'valid' else 'test'} loss {before[0]:.4f} → {loss:.4f}, a change of"
+                    f" {loss - before[0]:+.4f}, predicted {removal.change:+.4f} by audit {removal.audit};"
+                    f" accuracy {before[1]:.2%} → {accuracy:.2%}"
+                )
+            if verified:
+                _verify(recorded, settings)
         except (KeyboardInterrupt, SystemExit):
             if recorded.journal.stored() > known:
                 raise UserError("interrupted, but the request is answered") from None

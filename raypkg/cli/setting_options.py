@@ -73,12 +73,14 @@ def experiment_command(entry: Entry) -> click.Command:
         from .execute import execute, resume_run
 
         values = overrides(schema, given, pairs)
+        if resume is not None and not dry:
+            resume_run(entry, resume, values, root, refused={"--config": config, "--name": label})
+            return
+        values = schema.inherited(values, root) | values
         if dry:
             from .dry_run import dry_run
 
             dry_run(entry, config, values, label, root, resume)
-        elif resume is not None:
-            resume_run(entry, resume, values, root, refused={"--config": config, "--name": label})
         else:
             execute(entry, config, values, label, root)
 
@@ -88,6 +90,7 @@ def experiment_command(entry: Entry) -> click.Command:
         callback=callback,
         help=entry.text,
         params=[
+            *([click.Argument([schema.argument], metavar="RUN", required=False)] if schema.argument else []),
             *run_options("run", "data, model and time"),
             click.Option(["--dry-run", "dry"], is_flag=True, help="print the settings and the plan, and start nothing"),
             *setting_options(schema),
@@ -118,7 +121,7 @@ def setting_options(schema: type[Settings]) -> Iterator[click.Option]:
     An optional part is an option too: ``--agent`` enables it with its defaults.
     """
     for name, field in leaves(schema):
-        if name.rpartition(".")[2] in ("options", "adapted"):
+        if name.rpartition(".")[2] in ("options", "adapted") or name == getattr(schema, "argument", ""):
             continue
         short = [f"--{name.removesuffix('.name')}"] if name.endswith(".name") else []
         switch: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if part_of(field) else {}

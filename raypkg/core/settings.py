@@ -253,10 +253,17 @@ class Track(Settings):
 class RunSettings(Settings):
     """Settings of every experiment."""
 
+    argument: ClassVar[str] = ""  # the setting that its command takes as an argument
+
     seed: int = Field(0, ge=0, description="of all randomness")
     dataset: Dataset = Dataset()
     cluster: Cluster = Cluster()
     track: Track = Track()
+
+    @classmethod
+    def inherited(cls, values: Mapping[str, Any], root: str) -> dict[str, Any]:
+        """Return further settings of a new run, by dotted names, that follow from a run below a root in its values."""
+        return {}
 
     @property
     def actors(self) -> int:

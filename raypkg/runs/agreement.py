@@ -1,4 +1,4 @@
-"""Agreement of two runs: the rank correlation of their scores, and their common picks."""
+"""Agreement of two runs in scores and picks, and of scores with what they are to find."""
 
 from collections.abc import Callable
 
@@ -80,3 +80,18 @@ def _column(run: RunFolder, file: str, name: str, fits: Callable[[pa.DataType], 
     run.check(file)  # a lost file is an error
     table = run.storage.read_table(file)
     return None if table is None else column_of(table, name, f"{run.storage.root}/{file}", fits)
+
+
+def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float | None:
+    """Return the probability that a positive sample scores higher than a negative one; ties count half.
+
+    >>> area_under_curve(np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, False, True, True]))
+    0.875
+    """
+    if positive.all() or not positive.any():
+        return None
+    from scipy.stats import mannwhitneyu
+
+    negative_scores = scores[~positive]
+    pairs_won = mannwhitneyu(scores[positive], negative_scores, method="asymptotic").statistic
+    return float(pairs_won / (positive.sum() * len(negative_scores)))

@@ -47,7 +47,8 @@ def find(root: str, experiment: str, name: str) -> RunFolder:
 def locate(root: str, run: str, having: str | None = None) -> RunFolder:
     """Open a run of any experiment by its path, its name, or experiment/name.
 
-    The error for an unknown one names the nearest run that has the file ``having``.
+    Of several runs of a name, it is the one that has the file ``having``; so is the one that the error for an unknown
+    name suggests.
     """
     runs = Storage(root)
     candidates = [Storage(run)] if run else []
@@ -55,6 +56,7 @@ def locate(root: str, run: str, having: str | None = None) -> RunFolder:
     if all(NAME.fullmatch(part) for part in run.split("/")):  # a name, or experiment/name
         candidates.append(runs / run)
         kinds = [kind for kind in runs.list() if _is_run(runs / kind / run)]
+        kinds = [kind for kind in kinds if _is_run(runs / kind / run, having)] or kinds
     for storage in candidates:
         if _is_run(storage):
             return RunFolder(storage)

@@ -146,8 +146,14 @@ def images(easiest: np.ndarray, hardest: np.ndarray, easy: Labels, hard: Labels,
     """
     with page(path) as figure:
         (upper,), (lower,) = figure.subfigures(2, 1, squeeze=False)
-        _gallery(upper, "Easiest", easiest, easy)
-        _gallery(lower, "Hardest", hardest, hard)
+        _gallery(upper, f"Easiest {len(easiest)} of the coreset", easiest, easy)
+        _gallery(lower, f"Hardest {len(hardest)} of the coreset", hardest, hard)
+
+
+def gallery(title: str, pixels: np.ndarray, labels: Labels, path: str | Path) -> None:
+    """Draw images, uint8 [m, H, W, 3], or 1 channel for grey, with the class name and the score of each."""
+    with page(path) as figure:
+        _gallery(figure, title, pixels, labels)
 
 
 def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None:
@@ -310,9 +316,9 @@ def _bars(axes: "Axes", names: Sequence[str], parts: Mapping[str, np.ndarray], l
     axes.axis("on" if len(names) else "off")
 
 
-def _gallery(figure: "SubFigure", kind: str, pixels: np.ndarray, labels: Labels) -> None:
+def _gallery(figure: "Figure | SubFigure", title: str, pixels: np.ndarray, labels: Labels) -> None:
     """Draw images in up to three rows of at least eight, in one frame: many frames take long to draw."""
-    headline(figure, f"{kind} {len(pixels)} of the coreset, with their scores")
+    headline(figure, f"{title}, with their scores")
     widest = max(8, math.ceil(len(pixels) / 3))
     columns = max(1, min(len(pixels), widest))
     rows = max(1, math.ceil(len(pixels) / columns))
@@ -326,8 +332,8 @@ def _gallery(figure: "SubFigure", kind: str, pixels: np.ndarray, labels: Labels)
         top = y - height / 2
         extent = (x - width / 2, x + width / 2, top + height, top)
         axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        title = f"{cut(name, 14)}\n{score:.3g}"
-        axes.annotate(title, (x, top), (0, 3), ha="center", size=8, textcoords="offset points", in_layout=False)
+        label = f"{cut(name, 14)}\n{score:.3g}"
+        axes.annotate(label, (x, top), (0, 3), ha="center", size=8, textcoords="offset points", in_layout=False)
     axes.set_axis_off()
     axes.set_xlim(-pitch / 2, (columns - 0.5) * pitch)
     axes.set_ylim((rows - 1) * TILE + 0.5, 0.5 - TILE)  # the first row on top, its titles above

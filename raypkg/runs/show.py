@@ -57,6 +57,8 @@ def show_run(folder: RunFolder, console: Console) -> None:
     print_grid(cost_grid(folder.name, summary["phases"]))
     for line in findings(summary):
         console.print(line)
+    for grid in tables(summary):
+        print_grid(grid)
     console.print(folder.storage.root, style="dim", soft_wrap=True)
 
 
@@ -119,6 +121,11 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
     compute = f"compute {summary['seconds']:.1f} s ({waited:.1f} s waiting for data)"
     lines.append(f"{compute}; wall time {summary['elapsed']:.1f} s including start-up and I/O")
     return lines + summary.get("findings", [])
+
+
+def tables(summary: Mapping[str, Any]) -> list[Grid]:
+    """Return the tables of a finished run's own, such as an audit's worst samples."""
+    return [Grid(**table) for table in summary.get("tables", ())]
 
 
 def show_unfinished(folder: RunFolder, stages: Sequence[Stage], state: str, resume: str, console: Console) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import RunSettings
-from raypkg.runs.agreement import SCORES, picks_of, rank_correlation
+from raypkg.runs.agreement import SCORES, area_under_curve, picks_of, rank_correlation
 from raypkg.runs.folder import RunFolder
 from raypkg.runs.storage import Stored
 
@@ -134,21 +134,6 @@ def _noise_auc(run: TrialRun) -> float | None:
         return None
     wrong = (split.y != split.truth).numpy()[table["index"].to_numpy()]
     return area_under_curve(table["score"].to_numpy(), wrong)
-
-
-def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float | None:
-    """Return the probability that a positive sample scores higher than a negative one; ties count half.
-
-    >>> area_under_curve(np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, False, True, True]))
-    0.875
-    """
-    if positive.all() or not positive.any():
-        return None
-    from scipy.stats import mannwhitneyu
-
-    negative_scores = scores[~positive]
-    pairs_won = mannwhitneyu(scores[positive], negative_scores, method="asymptotic").statistic
-    return float(pairs_won / (positive.sum() * len(negative_scores)))
 
 
 # Over seeds

@@ -18,7 +18,7 @@ from raypkg.runs.catalog import GOING, STATES, resuming, state_of
 from raypkg.runs.document import Grid, document, paragraph, picture
 from raypkg.runs.folder import CONFIG, ENVIRONMENT, Environment, RunFolder, environment
 from raypkg.runs.plots import duration, in_full, save_plot, short
-from raypkg.runs.show import cost_grid, findings, print_grid
+from raypkg.runs.show import cost_grid, findings, print_grid, tables
 from raypkg.runs.storage import Storage
 
 from . import plots
@@ -144,6 +144,7 @@ def run_page(folder: RunFolder) -> str:
     parts = [
         *(paragraph(line) for line in findings(summary)),
         cost_grid("Costs", summary["phases"]).html(),
+        *(grid.html() for grid in tables(summary)),
         *_pictures(folder.storage, folder.storage.list(PLOTS)),
         _settings_grid(folder.config, "Settings").html(),
         paragraph("; ".join(fact for fact in facts if fact)),

@@ -165,7 +165,7 @@ def test_tables_are_deleted_by_their_columns(effray, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("delete a", r"give one of --ids and --where"),
+        ("delete a", r"give one of --ids, --where and --from-audit"),
         ("delete a --where 'label = 3'", r"delete_where: this would delete the whole class '3', leave one"),
         ("delete a --ids 1 --tolerance 1 --period 2", r"replay.tolerance chooses the exact steps: replay.period would"),
         ("delete a --ids 1 --workers 2", r"--workers is now called --cluster.workers"),

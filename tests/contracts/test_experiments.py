@@ -14,6 +14,7 @@ from raypkg.runs.folder import RunFolder
 from tiny_language import instructions, tiny_language
 
 TINY = {  # options that keep a run short; an experiment that is not here has to run with nothing but this
+    "audit": "trained",
     "crest": "--model mlp --train.epochs 4 --budget 0.5",
     "deltagrad": "--train.epochs 3",
     "embed": "--model mlp",
@@ -43,7 +44,7 @@ def command(request, tmp_path_factory, blank_pictures):
     call = GROUPS.get(name, name)
     options = TINY.get(name, "--model linear --train.epochs 2")
     with chdir(tmp_path_factory.mktemp(name)):
-        if name == "select":
+        if name in ("audit", "select"):
             effray("train --name trained --model linear --train.epochs 1")
         if name == "instruct":
             tiny_language("tiny")

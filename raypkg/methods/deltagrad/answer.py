@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Cluster
@@ -171,6 +172,17 @@ def _sum_of_shard(shard: Shard, objective: Objective, w: Any, indices: Any) -> T
 
 
 # Comparison with retraining
+
+
+def held_out(run: RecordedRun, on: str) -> tuple[float, float]:
+    """Return loss and accuracy of the run's model on its samples held out for validation, or on the test samples."""
+    split, positions = run.samples.data.train, run.samples.held_out
+    if on == "test":
+        split = run.samples.data.test
+        positions = torch.arange(len(split))
+    logits = run.objective.logits(split, run.weights(), positions)
+    y = split.y[positions]
+    return cross_entropy(logits, y).item(), (logits.argmax(1) == y).double().mean().item()
 
 
 class Verdict(NamedTuple):

@@ -21,6 +21,8 @@ from raypkg.core.errors import UserError, unknown
 from raypkg.core.registry import argument
 from raypkg.data.sources import dataset
 from raypkg.data.split import Split, aligned
+from raypkg.runs.folder import MODEL, SUMMARY, RunFolder
+from raypkg.runs.storage import Storage
 
 from .history import digest
 from .journal import Change
@@ -31,6 +33,7 @@ LIST = re.compile(r"[0-9]+(,[0-9]+)*")  # \d would match the digits of every scr
 DIGITS = re.compile(r"[0-9]{1,19}")  # as many as the largest id has
 COLUMNS = ("id", "index")  # of a parquet file of ids
 ALLOWED = "ids are whole numbers from 0 to 2⁶³ − 1"
+AUDIT = "audit.parquet"  # of `effray audit`: samples with their influence, worst first
 LONGEST = 100  # characters of a name or list that an error shows
 # The longer operators come first: COMPARISON tries them in this order.
 EQUALITY = {"!=": operator.ne, "=": operator.eq}
@@ -94,6 +97,50 @@ def _is_id(value: Any) -> bool:
 def id_at(split: Split, position: int) -> int:
     """Return the id of the sample at a position."""
     return position if split.ids is None else int(split.ids[position])
+
+
+class Removal(NamedTuple):
+    """The worst samples of an audit, and the prediction of their removal."""
+
+    audit: str  # name of its run
+    ids: list[int]
+    change: float  # predicted, of the held-out loss
+    on: str  # the held-out samples: "valid" or "test"
+
+
+def worst_of_audit(folder: RunFolder, root: str, count: int) -> Removal:
+    """Return the removal of the worst samples in the latest audit of a run as it is now, among all runs below a root.
+
+    Rows of one id, such as augmented ones, count once and go together. Refuse an audit of another state of the run.
+    """
+    model = folder.storage.digest(MODEL)
+    advice = f"`effray audit {folder.name}` makes one"
+    found = {}  # finished audits of runs of this name, by time
+    audits = Storage(root) / "audit"
+    for name in audits.list():
+        audit = RunFolder(audits / name)
+        summary = audit.summary
+        if summary and summary["audited"] == folder.name:
+            found[audit.storage.times()[SUMMARY], name] = (audit, summary)
+    if not found:
+        raise UserError(f"--from-audit: there is no finished audit of run {folder.name!r}: {advice}")
+    fitting = [key for key, (_, summary) in found.items() if summary["audited_model"] == model]
+    if not fitting:
+        raise UserError(f"--from-audit: run {folder.name!r} has changed since its audit {max(found)[1]!r}: {advice}")
+    audit, summary = found[max(fitting)]
+    audit.check(AUDIT)
+    table = audit.storage.read_table(AUDIT)
+    assert table is not None
+    ids = table["id"].to_numpy()
+    worst = list(dict.fromkeys(ids.tolist()))
+    if not 0 < count < len(worst):
+        raise UserError(
+            f"--from-audit {count}: audit {audit.name!r} ranks {len(worst):,} samples: 1 … {len(worst) - 1}"
+        )
+    gone = np.isin(ids, worst[:count])
+    influences = table["influence"].to_numpy()[gone]
+    change = -influences.sum() / (len(ids) - len(influences))
+    return Removal(audit.name, worst[:count], float(change), summary["on"])
 
 
 # Queues

@@ -1,0 +1,1 @@
+"""Audit: the training samples that a trained head would be better without."""

@@ -1,0 +1,79 @@
+"""Data audit: the training samples of a finished run, ranked by their harm. No torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raypkg.core.config import dotted
+from raypkg.core.errors import UserError
+from raypkg.core.settings import Count, RunSettings
+from raypkg.experiments import experiment
+from raypkg.experiments.phases import outlook
+from raypkg.experiments.samples import Samples
+from raypkg.runs.folder import MODEL
+from raypkg.runs.report import Report, Stage
+
+TABLE = "audit.parquet"
+
+
+class AuditSettings(RunSettings):
+    """Settings of `effray audit`; data set and seed are those of the run."""
+
+    argument: ClassVar[str] = "model_from"
+
+    model_from: str = Field("", description="run to audit")
+    by: Literal["loss", "self", "influence"] = Field(
+        "loss",
+        description="score that ranks: loss or self-influence, which find wrong labels; influence on the held-out loss",
+    )
+    on: Literal["valid", "test"] = Field(
+        "valid", description="held-out samples; test = the test set, which measures nothing afterwards"
+    )
+    damping: float | None = Field(None, gt=0, description="λ of the Hessian (default: the run's weight decay)")
+    listed: Count = Field(30, description="worst samples on the page")
+
+    @classmethod
+    def inherited(cls, values: Mapping[str, Any], root: str) -> dict[str, Any]:
+        """Return the data set and the seed of the run, except the digest of its samples."""
+        from raypkg.experiments.resolve import stored_settings
+        from raypkg.runs.catalog import locate
+
+        if "model_from" not in values:
+            return {}
+        theirs = stored_settings(locate(root, values["model_from"], having=MODEL))
+        shared: dict[str, Any] = {name: theirs[name] for name in ("dataset", "seed") if name in theirs}
+        return {name: value for name, value in dotted(shared).items() if name != "dataset.digest"}
+
+    @model_validator(mode="after")
+    def _one_run(self) -> Self:
+        if not self.model_from:
+            raise UserError("audit needs a run: effray audit RUN")
+        return self
+
+
+@outlook("audit")
+def stages(settings: AuditSettings) -> list[Stage]:
+    """Return the one phase of an audit."""
+    return [Stage("audit", files=(TABLE,))]
+
+
+@experiment("audit", source="arXiv:1703.04730")
+def run(settings: AuditSettings, *, samples: Samples, report: Report) -> None:
+    """Rank a run's training samples by their harm, such as wrong labels, by influence functions of its last layer.
+
+    RUN is a finished run that trained a classifier. `effray report` lists the worst samples with their text or picture;
+    `effray deltagrad delete RUN --from-audit N` removes the N worst.
+
+    Example:
+        effray deltagrad train --name audited --dataset.noise 0.2 && effray audit audited
+    """
+    from raypkg.experiments.summary import finish
+
+    from .run import audit, open_audited
+
+    audited = open_audited(settings, samples, report.folder)
+    report.phase("audit", lambda: audit(settings, audited, report.folder.storage), epochs=0)
+    finish(report, settings, audited.samples)

@@ -1,0 +1,96 @@
+"""Influence functions against dense Hessians by autograd, and against retraining without a sample."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import reference
+from raypkg.core.errors import UserError
+from raypkg.methods.audit import influence as functions
+from raypkg.methods.audit.influence import HeadHessian, change_by_removal, conjugate_gradients
+
+N, DECAY = 200, 0.2
+LEFT_OUT = 12  # samples, one after another
+TRAIN = reference.problem(N)
+HELD_OUT = reference.problem(25, seed=1)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The problem at the minimum of its regularised loss, and the held-out one at the same head."""
+    head = reference.minimum(reference.regularised(TRAIN, DECAY), TRAIN.head).view_as(TRAIN.head)
+    return [reference.Problem(head, each.features, each.y) for each in (TRAIN, HELD_OUT)]
+
+
+def held_out_loss(head):
+    return F.cross_entropy(reference.logits(head, HELD_OUT.features), HELD_OUT.y)
+
+
+def dense(p):
+    return torch.autograd.functional.hessian(reference.regularised(p, DECAY), p.head.flatten())
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_product_and_factor_are_those_of_the_dense_hessian(classes):
+    p = reference.problem(N, classes)  # not at a minimum
+    expected = dense(p)
+    hessian = HeadHessian(p.view, DECAY)
+    torch.testing.assert_close(hessian.factor @ hessian.factor.T, expected, rtol=0, atol=1e-12)
+    v = torch.randn(p.head.shape, dtype=torch.float64)
+    torch.testing.assert_close(hessian.product(v).flatten(), expected @ v.flatten(), rtol=1e-12, atol=1e-12)
+
+
+def test_influences_are_those_of_materialised_gradients(trained):
+    p, held_out = trained
+    gradients = reference.per_sample_gradients(p).flatten(1)
+    inverse = torch.linalg.inv(dense(p))
+    slope = torch.autograd.functional.jacobian(held_out_loss, p.head).flatten()
+    hessian = HeadHessian(p.view, DECAY)
+    expected = -(gradients - gradients.mean(0)) @ inverse @ slope
+    torch.testing.assert_close(functions.influence(p.view, held_out.view, hessian), expected, rtol=1e-9, atol=1e-11)
+    expected = torch.einsum("ip,pq,iq->i", gradients, inverse, gradients)
+    torch.testing.assert_close(functions.self_influence(p.view, hessian), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_predictions_are_near_retraining_without_a_sample(trained):
+    """Every prediction is within 10 % of the largest change, and they are correlated at 0.99."""
+    p, held_out = trained
+    values = functions.influence(p.view, held_out.view, HeadHessian(p.view, DECAY))
+    predicted = torch.tensor([change_by_removal(values[i : i + 1], N) for i in range(LEFT_OUT)])
+    actual = []
+    for i in range(LEFT_OUT):
+        head = reference.minimum(reference.regularised(p, DECAY, [i]), p.head).view_as(p.head)
+        actual.append((held_out_loss(head) - held_out_loss(p.head)).item())
+    error = (predicted - torch.tensor(actual)).abs() / torch.tensor(actual).abs().max()
+    assert error.max() < 0.1
+    assert torch.corrcoef(torch.stack([predicted, torch.tensor(actual)]))[0, 1] > 0.99
+
+
+def test_a_pair_is_predicted_as_retraining_without_both(trained):
+    p, held_out = trained
+    values = functions.influence(p.view, held_out.view, HeadHessian(p.view, DECAY))
+    pair = values.argsort()[-2:]
+    head = reference.minimum(reference.regularised(p, DECAY, pair.tolist()), p.head).view_as(p.head)
+    actual = (held_out_loss(head) - held_out_loss(p.head)).item()
+    assert change_by_removal(values[pair], N) == pytest.approx(actual, rel=0.1)
+
+
+def test_conjugate_gradients_end_at_the_exact_solution(trained, monkeypatch):
+    p, held_out = trained
+    hessian, slope = HeadHessian(p.view, DECAY), held_out.view.mean()
+    exact = hessian.solve(slope)
+    monkeypatch.setattr(functions, "EXACT", 1)
+    torch.testing.assert_close(hessian.solve(slope), exact, rtol=1e-8, atol=1e-10)
+    with pytest.raises(UserError, match="by = self: the head has 28 parameters"):
+        functions.self_influence(p.view, hessian)
+    monkeypatch.setattr(functions, "STEPS", 2)
+    with pytest.raises(UserError, match="have not converged after 2 steps: give a larger --damping"):
+        conjugate_gradients(hessian.product, slope)
+
+
+def test_self_influence_does_not_depend_on_the_blocks(trained, monkeypatch):
+    p, _ = trained
+    hessian = HeadHessian(p.view, DECAY)
+    whole = functions.self_influence(p.view, hessian)
+    monkeypatch.setattr(functions, "AT_ONCE", 7 * hessian.size)
+    torch.testing.assert_close(functions.self_influence(p.view, hessian), whole, rtol=1e-12, atol=0)
