@@ -226,6 +226,14 @@ def test_rules_on_rows_are_refused_elsewhere(folder, tmp_path):
     assert "less selects by rows of a language model: only effray instruct computes them" in line
 
 
+def test_a_disk_without_room_is_one_line(folder, tmp_path):
+    def full():
+        embedding.shutil.disk_usage = lambda folder: type("", (), {"free": 1000})
+
+    line = effray(f"instruct --root {tmp_path} --name bad {LESS}", folder, full).line
+    assert f"rows of 66 samples at 2 checkpoints of {WIDTH} numbers" in line and "a smaller --rows.width" in line
+
+
 def test_a_missing_extra_is_one_line(folder, tmp_path):
     def without():
         import sys

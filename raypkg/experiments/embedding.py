@@ -80,6 +80,7 @@ class Embedding:
     """The plan: features of a backbone for the parts of both splits."""
 
     phase = PHASE
+    smaller = "use fewer --draws, a narrower model or another --root"
     backbone: Backbone
     parts: dict[str, list[Part]]  # by split, in the order of the rows
     augment: tuple[str, ...]  # augmentations of training samples
@@ -149,21 +150,6 @@ class Embedding:
         return features
 
 
-def check_disk(embedding: Embedding, storage: Storage) -> None:
-    """Refuse features for which the disk has no room: for a moment it holds the parts and the joined tables."""
-    folder = storage.local
-    if folder is None:
-        return
-    written = sum(file.stat().st_size for file in folder.glob(f"{PARTS}/*"))
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if 2 * embedding.size - written > free:
-        twice = f"{embedding.describe()}, about {readable(embedding.size)}, and as much again while parts are joined"
-        advice = "use fewer --draws, a narrower model or another --root"
-        raise UserError(f"{twice}, do not fit {str(folder)!r}, which has {readable(free)} left: {advice}")
-
-
 def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, report: Report) -> None:
     """Compute all missing features, and leave train.parquet and test.parquet in the run folder."""
     storage = report.folder.storage
@@ -202,6 +188,14 @@ class Plan(Protocol):
     """Tables to compute in parts; a copy of it goes to each holder."""
 
     phase: str  # name on the bill and in the metrics
+    smaller: str  # advice where the disk is too small
+
+    @property
+    def size(self) -> int:
+        """Approximate bytes of the tables."""
+
+    def describe(self) -> str:
+        """Return the numbers of rows and columns, for users."""
 
     @property
     def all_parts(self) -> list[Part]:
@@ -209,6 +203,20 @@ class Plan(Protocol):
 
     def compute(self, shard: Shard, part: Part, cost: Cost) -> pa.Table:
         """Return a part's rows, and add the samples that passed through a model to the bill."""
+
+
+def check_disk(plan: Plan, storage: Storage) -> None:
+    """Refuse tables for which the disk has no room: for a moment it holds the parts and the joined tables."""
+    folder = storage.local
+    if folder is None:
+        return
+    written = sum(file.stat().st_size for file in folder.glob(f"{PARTS}/*"))
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if 2 * plan.size - written > free:
+        twice = f"{plan.describe()}, about {readable(plan.size)}, and as much again while parts are joined"
+        raise UserError(f"{twice}, do not fit {str(folder)!r}, which has {readable(free)} left: {plan.smaller}")
 
 
 def complete(plan: Plan, digest: str, report: Report, compute: Callable[[list[Part]], object]) -> None:

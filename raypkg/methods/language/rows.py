@@ -23,7 +23,7 @@ from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast
 from raypkg.engine.shards import Shard
 from raypkg.engine.worker import Worker
-from raypkg.experiments.embedding import PARTS, Part, bill_of, complete, joined, parts_of, write_parts
+from raypkg.experiments.embedding import PARTS, Part, bill_of, check_disk, complete, joined, parts_of, write_parts
 from raypkg.experiments.samples import Samples, new_model, samples_on
 from raypkg.models.classifier import in_mode
 from raypkg.runs.report import Report
@@ -49,6 +49,7 @@ class RowsPlan:
     """The plan: rows of the pool and of the target at each checkpoint, which stand in its parts' ``draw``."""
 
     phase = PHASE
+    smaller = "use a smaller --rows.width or another --root"
     settings: InstructSettings
     storage: Storage  # the run folder
     rates: tuple[float, ...]  # η of each checkpoint; (1,) for the model as it is built
@@ -68,6 +69,17 @@ class RowsPlan:
     def all_parts(self) -> list[Part]:
         """The parts of both tables."""
         return [part for parts in self.parts.values() for part in parts]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tables of gradients; embeddings are narrow."""
+        width = self.settings.rows.width if self.settings.by_gradients else 0
+        return 2 * width * sum(len(part) for part in self.all_parts)
+
+    def describe(self) -> str:
+        """Return the numbers of rows and of numbers in each, for users."""
+        each = f"{len(self.rates)} checkpoints of {self.settings.rows.width:,} numbers"
+        return f"rows of {sum(len(part) for part in self.all_parts) // len(self.rates):,} samples at {each}"
 
     def digest(self, target: Split) -> str:
         """Return a digest of settings, checkpoints and target, from which rows follow."""
@@ -131,6 +143,7 @@ def compute_rows(settings: InstructSettings, samples: Samples, report: Report, w
     digest = plan.digest(split)
 
     def work() -> dict[str, Any]:
+        check_disk(plan, storage)
         complete(plan, digest, report, lambda missing: workers.run(write_on_worker, plan, missing, digest))
         made = [each for name in plan.parts for each in join_rows(plan, name)]
         facts = {"checkpoints": len(plan.rates), "workers": made[0][0]}
