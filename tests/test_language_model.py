@@ -241,6 +241,7 @@ def trained_on(worker, place):
     return [value.numpy() for value in fit(run).model.state_dict().values()], run.cost.sent
 
 
+@pytest.mark.slow
 def test_two_workers_train_as_one_and_exchange_the_adapters_alone(place):
     alone, _ = trained_on(Worker(), place)
     for weights, sent in on_workers(2, trained_on, place):

@@ -55,7 +55,7 @@ def _rows(reselect_every: int) -> dict[str, dict[str, object]]:
         "random; redrawn": {**untrained, "select.every_epochs": 1},
     }
     for name in coreset.names:
-        if name not in OTHERS:
+        if name not in OTHERS and coreset[name].sees != "rows":  # those are for language models
             rows[name] = _selected(name)
     for name in RESELECTED:
         rows[f"{name}; reselected"] = {**_selected(name), "select.every_epochs": reselect_every}
