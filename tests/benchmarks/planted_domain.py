@@ -133,7 +133,7 @@ def rds_plus_picks(case: Case, seed: int) -> Coreset:
     return rds_plus(Rows(pool), case.budget, target=Rows(target))
 
 
-def less_picks(case: Case, seed: int) -> Coreset:
+def less_picks(case: Case, seed: int, by_kind: bool = False) -> Coreset:
     model = case.build(seed)
     some = torch.randperm(len(case.pool), generator=torch.Generator().manual_seed(seed))[: case.budget]
     kept = KeepMoments()
@@ -149,7 +149,8 @@ def less_picks(case: Case, seed: int) -> Coreset:
         pool.append(rows_of(case.pool, lambda x, rows=of_adam: rows(lambda: model(x).losses)))
         target.append(rows_of(case.target, lambda x, rows=plain: rows(lambda: model(x).losses)))
     rates = [rate for *_, rate in kept.checkpoints]
-    return less(Rows(over_checkpoints(pool, rates)), case.budget, target=Rows(over_checkpoints(target, rates)))
+    aim = Rows(over_checkpoints(target, rates), case.target.y if by_kind else None)
+    return less(Rows(over_checkpoints(pool, rates)), case.budget, target=aim)
 
 
 def random_picks(case: Case, seed: int) -> Coreset:
@@ -161,7 +162,13 @@ def all_picks(case: Case, seed: int) -> Coreset:
     return Coreset.uniform(torch.arange(len(case.pool)))
 
 
-PICKS = {"random": random_picks, "rds_plus": rds_plus_picks, "less": less_picks, "all": all_picks}
+PICKS = {
+    "random": random_picks,
+    "rds_plus": rds_plus_picks,
+    "less": less_picks,
+    "less by kind": partial(less_picks, by_kind=True),
+    "all": all_picks,
+}
 
 
 def measure(case: Case, method: str, seed: int) -> dict:
@@ -170,6 +177,8 @@ def measure(case: Case, method: str, seed: int) -> dict:
     picks = PICKS[method](case, seed)
     seconds = time.perf_counter() - started
     share = float((case.pool.y[picks.indices] == case.pool.classes.index(TARGET)).double().mean())
+    words = case.pool.batch(picks.indices)[0]
+    answers = {tuple(x[0][x[1] == 1].tolist()) for x in words}
     model = case.build(seed)
     run = Run.simple(model, case.pool, coreset=picks, seed=seed, **case.settings(case.epochs))
     run.length = case.epochs * case.budget / len(picks)  # equal steps
@@ -180,6 +189,7 @@ def measure(case: Case, method: str, seed: int) -> dict:
         "method": method,
         "seed": seed,
         "share": share,
+        "answers": len(answers),
         "select_s": seconds,
         "steps": run.step,
         "MiB": peak,
@@ -203,6 +213,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--width", type=int, default=2048, help="of LESS's projection")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=PICKS, default=[*PICKS])
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -213,7 +224,8 @@ def main() -> None:
         rng.shuffle(pool)
         questions = domain(given.texts, TARGET, "test", 120, rng)
         write(given.folder / "pool", pool, questions[20:])
-        write(given.folder / "target", questions[:20], questions[:20])
+        target = [{**each, "source": each["messages"][-1]["content"]} for each in questions[:20]]  # a task per kind
+        write(given.folder / "target", target, target)
     case = Case(given.folder, given.model, {"rank": given.rank}, given.fraction, given.epochs, given.width)
     if given.only:
         method, seed = given.only.split(",")
@@ -223,28 +235,31 @@ def main() -> None:
     print(f"pool {len(case.pool)}, budget {case.budget}; before training: {before}", flush=True)
     results = []
     for seed in range(given.seeds):
-        for method in PICKS:
+        for method in given.methods:
             results.append(in_process(given, method, seed))
             print(results[-1], flush=True)
     table(results)
 
 
 def table(results: list[dict]) -> None:
-    """Print a line per method, with the paired difference of the loss from random picks."""
-    losses = {name: [each["loss"] for each in results if each["method"] == name] for name in PICKS}
-    print("| method | picks of the domain | loss on the target | against random | verdict | accuracy | seconds | MiB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in PICKS:
+    """Print a line per method, with the paired difference of its loss from that of random picks, the first method."""
+    methods = dict.fromkeys(each["method"] for each in results)
+    losses = {name: [each["loss"] for each in results if each["method"] == name] for name in methods}
+    print(
+        "| method | picks of the domain | distinct answers | loss on the target | against random | verdict | accuracy | seconds | MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in methods:
         of_it = [each for each in results if each["method"] == name]
-        share, accuracy, seconds, peak = (
-            statistics.mean(each[key] for each in of_it) for key in ("share", "accuracy", "select_s", "MiB")
+        share, answers, accuracy, seconds, peak = (
+            statistics.mean(each[key] for each in of_it) for key in ("share", "answers", "accuracy", "select_s", "MiB")
         )
         differences = [a - b for a, b in zip(losses[name], losses["random"], strict=True)]
-        mean, half = statistics.mean(differences), half_interval(differences, len(PICKS) - 1)
+        mean, half = statistics.mean(differences), half_interval(differences, len(methods) - 1)
         verdict = "paid" if mean < -half else "did not pay" if mean > half else "unknown"
         loss = f"{statistics.mean(losses[name]):.3f} ± {statistics.stdev(losses[name]):.3f}"
         found = f"{mean:+.3f} ± {half:.3f} | {verdict} | {accuracy:.1%} | {seconds:.0f} | {peak:.0f}"
-        print(f"| {name} | {share:.0%} | {loss} | {found} |")
+        print(f"| {name} | {share:.0%} | {answers:.0f} | {loss} | {found} |")
 
 
 if __name__ == "__main__":
