@@ -246,7 +246,9 @@ def table(results: list[dict]) -> None:
     methods = dict.fromkeys(each["method"] for each in results)
     losses = {name: [each["loss"] for each in results if each["method"] == name] for name in methods}
     print(
-        "| method | picks of the domain | distinct answers | loss on the target | against random | verdict | accuracy | seconds | MiB |"
+        print(
+            "| method | of the domain | answers | loss on the target | against random | verdict | accuracy | s | MiB |"
+        )
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name in methods:
