@@ -240,7 +240,7 @@ class Fit(NamedTuple):
 def fitted(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Fit:
     """Match tensors to a model by name and shape; a head for another number of classes is drawn anew.
 
-    Refuse tensors of which nothing but a head fits, or of which a shape differs elsewhere.
+    Refuse tensors if only a head fits, or if a shape differs elsewhere.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     >>> fit = fitted(model, {"0.weight": model[0].weight, "other": model[0].bias}, "a.safetensors")

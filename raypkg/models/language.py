@@ -166,7 +166,7 @@ class LanguageModel(nn.Module):
         return h, there
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]  # its overloads
-        """Return what is trained, by the names of ``named_parameters``."""
+        """Return the trained parameters, by the names of ``named_parameters``."""
         state = super().state_dict(*args, **options)
         prefix = options.get("prefix", "")
         trained = {f"{prefix}{name}" for name, weight in self.named_parameters() if weight.requires_grad}

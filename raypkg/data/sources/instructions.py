@@ -104,7 +104,7 @@ class InstructionTable(TextTable):
     def encoded(
         self, tokenizer: PreTrainedTokenizerFast, rows: np.ndarray, length: int
     ) -> tuple[list[np.ndarray], int]:
-        """Return the tokens of each sample, int32 [l, 2] with 1 beside answered ones, and how many samples were cut."""
+        """Return each sample's tokens, int32 [l, 2] with 1 for answered ones, and the number of samples cut."""
         backend = tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()

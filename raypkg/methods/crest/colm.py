@@ -198,7 +198,7 @@ class AdamMoments:
 
 
 def quotas(counts: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return how many of m = ``size`` samples each source gets, and which sources are large; counts are int64 [Q].
+    """Return each source's number of the m = ``size`` samples, and a mask of the large sources; counts are int64 [Q].
 
     A source with fewer than m/Q of the r samples is small and kept whole. Large ones share the rest in proportion.
     Q counts the sources that have samples.

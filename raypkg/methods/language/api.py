@@ -60,7 +60,7 @@ def less_rows(
 
     Args:
         model: as in ``state_rows``; its trained parameters are weights of linear layers, such as LoRA's.
-        batches: as in ``state_rows``, with "labels", of which −100 marks tokens without loss.
+        batches: as in ``state_rows``, with "labels"; −100 marks tokens without loss.
         projection: R, the same for pool and target.
         moments: Adam's, from ``moments_of(model, optimizer)``; None for a target.
         betas: β1 and β2 of Adam.

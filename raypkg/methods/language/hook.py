@@ -67,7 +67,7 @@ class Rates(Hook):
         trained_linears(run.model)
 
     def on_epoch(self, run: Run) -> None:
-        """Begin anew."""
+        """Reset the average."""
         self.total, self.steps = 0.0, 0
 
     def on_step(self, run: Run) -> None:
@@ -94,5 +94,5 @@ class KeepCheckpoints(Rates):
             save_checkpoint(self.storage, run.epoch, Checkpoint.of(run, self.mean))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: epochs begin anew."""
+        """Return nothing: every epoch starts from zero."""
         return {}
