@@ -80,6 +80,12 @@ def test_run_folders_decide_the_states_of_trials(sweep):
     assert [sweep.state(number) for number in range(4)] == ["unfinished", "done", "unfinished", "failed"]
 
 
+def test_a_driver_that_died_before_it_recorded_a_done_trial_does_so_when_it_resumes(sweep):
+    assert [trial.ended for trial in sweep.trials] == ["done", None, "stopped", None]
+    sweep.settle()
+    assert [trial.ended for trial in sweep.trials] == ["done", "done", "stopped", None]
+
+
 def test_a_process_that_dies_after_its_run_was_done_leaves_no_failed_trial(sweep):
     assert sweep.ended(1, "its process died") == "done"
     assert sweep.trials[1].model_dump(include={"ended", "error"}) == {"ended": "done", "error": None}

@@ -122,6 +122,7 @@ class Driver:
     def _run_trials(self) -> bool:
         """Run the trials, on Ray or one after another in this process; return True if the user interrupted."""
         study = self.study
+        study.settle()
         waiting = self.waiting()
         further = study.further()
         count = len(waiting) + len(further)

@@ -221,6 +221,12 @@ class Study:
         self._write()
         return state
 
+    def settle(self) -> None:
+        """Record the end of trials whose runs were done when the process that records it died."""
+        for number, trial in enumerate(self.trials):
+            if trial.ended != DONE and self._is_done(number):
+                self.ended(number, None)
+
     def extend(self, trials: Iterable[Trial]) -> None:
         """Append trials."""
         self.trials += trials
