@@ -5,7 +5,7 @@ from raypkg.studies.tables import Table
 
 WEIGHTED = ("craig", "gradmatch", "gradmatchpb")  # their weights are half of what they choose
 RESELECTED = ("craig", "glister", "gradmatch")  # published with a new selection every few epochs
-OTHERS = ("infobatch", "random")  # no static selection, and the baselines
+OTHERS = ("infobatch", "random", "less", "rds_plus")  # no static selection, the baselines, for language models only
 FRACTIONS = {"1 %": 0.01, "5 %": 0.05, "10 %": 0.1, "30 %": 0.3}
 REGIMES = {
     "clean": {},
@@ -55,7 +55,7 @@ def _rows(reselect_every: int) -> dict[str, dict[str, object]]:
         "random; redrawn": {**untrained, "select.every_epochs": 1},
     }
     for name in coreset.names:
-        if name not in OTHERS and coreset[name].sees != "rows":  # those are for language models
+        if name not in OTHERS:
             rows[name] = _selected(name)
     for name in RESELECTED:
         rows[f"{name}; reselected"] = {**_selected(name), "select.every_epochs": reselect_every}
