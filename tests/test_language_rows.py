@@ -18,7 +18,7 @@ from raypkg.core.seeds import generator
 from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.rows import Rows
 from raypkg.coresets.rules import coreset
-from raypkg.methods.language.adapters import adapter_gradients
+from raypkg.methods.language.adapters import adapter_gradients, trained_linears
 from raypkg.methods.language.less import Moments, gradient_rows, moments_of, over_checkpoints
 from raypkg.methods.language.pooling import rds_rows, weighted_mean
 from raypkg.methods.language.projection import Projection
@@ -112,6 +112,19 @@ def test_a_layer_used_twice_has_the_sum_and_an_idle_one_zeros():
 def test_models_without_adapters_are_refused(model, problem):
     with pytest.raises(UserError, match=problem):
         adapter_gradients(model, lambda: model(torch.ones(1, 2)).sum(1))
+
+
+def test_a_weight_that_an_embedding_shares_is_refused():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(UserError, match=r"linear layers only, and 0.weight is none"):
+        trained_linears(model)
+
+
+def test_a_layer_that_mixes_the_samples_is_refused():
+    layer, x = nn.Linear(3, 1, bias=False), torch.ones(2, 4, 3)
+    with pytest.raises(UserError, match="weight computes 8 rows of 2 samples: freeze it"):
+        adapter_gradients(layer, lambda: layer(x.flatten(0, 1)).view(2, 4).sum(1))
 
 
 def test_rows_of_less_are_preconditioned_projected_gradients_of_length_1(adapted):

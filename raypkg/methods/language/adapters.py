@@ -10,6 +10,7 @@ so the inputs x and the derivatives δ, which hooks record, hold the gradients o
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,17 @@ def trained_linears(model: nn.Module) -> dict[str, tuple[nn.Parameter, list[nn.L
     """Return the trained parameters by name, each with the linear layers whose weight or bias it is.
 
     Raises:
-        UserError: none is trained, or one is no weight or bias of an ``nn.Linear``, such as an embedding or a norm.
+        UserError: none is trained, or one belongs to another layer than ``nn.Linear``, such as an embedding or a norm.
     """
-    owners = defaultdict(list)
+    owners: dict[nn.Parameter, list[Any]] = defaultdict(list)
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            for parameter in module.parameters(recurse=False):
-                owners[parameter].append(module)
+        for parameter in module.parameters(recurse=False):
+            owners[parameter].append(module)
     trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
     if not trained:
         raise UserError(f"{type(model).__name__} has no trained parameter to take gradients of")
     for name, parameter in trained.items():
-        if parameter not in owners:
+        if not all(isinstance(owner, nn.Linear) for owner in owners[parameter]):  # also one tied to an embedding
             advice = "train adapters, as with model.options.rank = 8"
             raise UserError(f"gradients of single samples are of linear layers only, and {name} is none: {advice}")
     return {name: (parameter, owners[parameter]) for name, parameter in trained.items()}
@@ -48,7 +48,7 @@ def gradient_blocks(model: nn.Module, losses: Callable[[], Tensor]) -> Iterator[
         losses: computes the samples' losses by the model, float [b]; the first dimension of all its layers is b.
 
     Raises:
-        UserError: see ``trained_linears``.
+        UserError: see ``trained_linears``; or a layer's first dimension is not b, so samples cannot be told apart.
     """
     layers = trained_linears(model)
     factors: Factors = defaultdict(list)
@@ -73,6 +73,8 @@ def gradient_blocks(model: nn.Module, losses: Callable[[], Tensor]) -> Iterator[
         gradient = parameter.new_zeros(len(found), parameter.numel())
         for owner in owners:
             for x, delta in factors[owner]:
+                if len(delta) != len(found):  # such as a head that sees the answered tokens of all samples
+                    raise UserError(f"{name} computes {len(delta)} rows of {len(found)} samples: freeze it")
                 samples = delta.reshape(len(found), -1, delta.shape[-1])  # [b, t, out]
                 if parameter is owner.bias:
                     gradient += samples.sum(dim=1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from raypkg.core.errors import UserError
+from raypkg.coresets.batches import IGNORED
 from raypkg.models.classifier import in_mode
 
 from .less import BETA1, BETA2, Moments, gradient_rows, moments_of, over_checkpoints
@@ -16,8 +17,6 @@ from .pooling import rds_rows
 from .projection import Projection
 
 __all__ = ["Moments", "Projection", "language_rows", "less_rows", "moments_of", "over_checkpoints", "state_rows"]
-IGNORED = -100  # label of a token without loss
-
 Batch = Any  # a mapping of input_ids, attention_mask and labels, int64 [b, l]; of a `LanguageModel` int64 [b, 2, l]
 
 
