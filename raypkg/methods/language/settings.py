@@ -13,10 +13,6 @@ from raypkg.core.settings import Count, Epochs, Experiment, Model, Schedule, Sel
 POOL = "pool"  # names of the tables of rows
 TARGET = "target"
 FEWEST_STEPS = 10  # of a warm-up epoch, unless it has fewer samples
-Optimizer = Annotated[Literal["sgd", "adamw"], Field(description="update rule")]
-Rate = Annotated[float, Field(gt=0, description="peak learning rate")]
-Decay = Annotated[float, Field(ge=0, description="L2 penalty (SGD) or decoupled decay (AdamW)")]
-Rise = Annotated[float, Field(ge=0, lt=1, description="share of training with a linearly increasing rate")]
 
 
 class LanguageOptions(Model):
@@ -25,7 +21,18 @@ class LanguageOptions(Model):
     name: str = Field("transformers-lm", description="transformers-lm:NAME of the hub, or transformers-lm:FOLDER")
 
 
-class Warmup(Training):
+class FineTuning(Training):
+    """Training of adapters as LESS has it."""
+
+    epochs: Epochs = Field(4, description="passes over the samples in use")
+    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="update rule")
+    lr: float = Field(2e-5, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty (SGD) or decoupled decay (AdamW)")
+    schedule: Schedule = "linear"
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of training with a linearly increasing rate")
+
+
+class Warmup(FineTuning):
     """Training of the adapters before their gradients are taken (less)."""
 
     by: Literal["less", "lipt"] = Field(
@@ -33,13 +40,6 @@ class Warmup(Training):
     )
     fraction: Share = Field(0.05, description="share of the pool, drawn at random")
     models: Count = Field(4, description="models on disjoint shards of that share (lipt)")
-    epochs: Epochs = Field(4, description="passes over it")
-    batch_size: Count = Field(128, description="samples a step, over all workers")
-    optimizer: Optimizer = "adamw"
-    lr: Rate = 2e-5
-    weight_decay: Decay = 0.0
-    schedule: Schedule = "linear"
-    warmup: Rise = 0.03
     evaluate_every_epochs: int = Field(0, ge=0, description="epochs between evaluations on the held-out samples")
 
 
@@ -62,15 +62,8 @@ class InstructSelect(Select):
     fraction: Share = Field(0.05, description="share of the pool to keep")
 
 
-class InstructTrain(Train):
+class InstructTrain(FineTuning, Train):
     """Fine-tuning on the chosen instructions."""
-
-    epochs: Epochs = Field(4, description="passes over the samples in use")
-    optimizer: Optimizer = "adamw"
-    lr: Rate = 2e-5
-    weight_decay: Decay = 0.0
-    schedule: Schedule = "linear"
-    warmup: Rise = 0.03
 
 
 class InstructSettings(Experiment):
