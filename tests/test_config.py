@@ -1,5 +1,6 @@
 """Settings from files and the command line: one line that says what is wrong, or settings that are read back."""
 
+import sys
 from typing import Annotated, Literal
 
 import pytest
@@ -148,3 +149,18 @@ def test_stored_settings_load_by_the_names_that_they_once_had():
     assert load_stored(SelectSettings, {"method": "grand", "model_from": "one"}).rule == "grand"
     with pytest.raises(UserError, match=r"select\.method is now called select\.rule"):
         load_settings(TrainSettings, stored)
+
+
+@pytest.mark.parametrize("serializer", ["_omit_defaults", "_omit_nothing_adapted"])
+def test_an_interrupt_within_a_serializer_stays_one(serializer):
+    def interrupt(frame, event, argument):
+        if frame.f_code.co_name == serializer:
+            raise KeyboardInterrupt
+
+    settings, before = TrainSettings(), sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            settings.model_dump(mode="json")
+    finally:
+        sys.settrace(before)

@@ -60,12 +60,14 @@ def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolde
     subject = model.name if model else getattr(settings, "rule", "")
     subject = subject or f"the model of {getattr(settings, 'model_from', '')}"
     preset = getattr(settings, "preset", None) or ""
-    console.print(f"{entry.name} {folder.name}: {subject} on {settings.dataset.name}{preset and f', preset {preset}'}")
-    changed = ", ".join(f"{name} = {shown(value)}" for name, value in departures(settings).items())
-    for what, text in (("changed", changed), ("adapted", "; ".join(getattr(settings, "adapted", ())))):
-        if text:
-            console.print(f"{what}: {text}", soft_wrap=True)
     try:
+        console.print(
+            f"{entry.name} {folder.name}: {subject} on {settings.dataset.name}{preset and f', preset {preset}'}"
+        )
+        changed = ", ".join(f"{name} = {shown(value)}" for name, value in departures(settings).items())
+        for what, text in (("changed", changed), ("adapted", "; ".join(getattr(settings, "adapted", ())))):
+            if text:
+                console.print(f"{what}: {text}", soft_wrap=True)
         line = carry_out(entry, settings, samples, folder, console)
     except (KeyboardInterrupt, SystemExit, Interruption) as error:
         kind, reason = (type(error), str(error)) if isinstance(error, Interruption) else (Interruption, "interrupted")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from .errors import UserError, shown, unknown
 
@@ -81,6 +81,20 @@ class Settings(BaseModel):
         if isinstance(value, int) and abs(value) > LARGEST:
             raise PydanticCustomError("size", "input should be an integer of at most 64 bits")
         return value
+
+    def model_dump(self, **options: Any) -> dict[str, Any]:
+        """Return the values by name, with pydantic's options.
+
+        Raises:
+            KeyboardInterrupt: as it came; pydantic wraps what a signal raises inside a serializer.
+        """
+        try:
+            return super().model_dump(**options)
+        except PydanticSerializationError as error:
+            cause: BaseException | None = error
+            while isinstance(cause, PydanticSerializationError):  # one for each part around it
+                cause = cause.__cause__
+            raise cause if isinstance(cause, KeyboardInterrupt) else error from None
 
 
 class Named(Settings):

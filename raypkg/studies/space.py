@@ -209,7 +209,7 @@ def check_trial(metric: str, base: Experiment, values: Values) -> int:
         every = train.evaluate_every_epochs
         if not 0 < every <= trial.epochs:
             raise UserError(f"metric {metric} would never be measured: {EVALUATE} = {every} of {trial.epochs} epochs")
-    samples = _opened(trial.dataset.model_dump_json(), trial.seed)
+    samples = _opened(json.dumps(trial.dataset.model_dump(mode="json")), trial.seed)
     n = len(samples.train_indices)
     given = getattr(trial, "coreset", None)
     if given is not None:
@@ -223,7 +223,7 @@ def data_digests(base: Experiment, trials: Iterable[Values]) -> Iterator[str]:
     known: dict[tuple[str, int | None], str] = {}
     for values in trials:
         trial = varied(base, values)
-        dataset = trial.dataset.model_dump_json(exclude={"digest"})
+        dataset = json.dumps(trial.dataset.model_dump(mode="json", exclude={"digest"}))
         key = dataset, trial.seed if trial.dataset.is_drawn else None
         if key not in known:
             known[key] = _opened(dataset, trial.seed).digest(trial.dataset)
