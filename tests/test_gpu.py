@@ -13,7 +13,8 @@ from raypkg.data.augment import compose
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
 from raypkg.engine.batches import MOST_AHEAD, dtype_of, plain_batches, to_device, training_batch
-from raypkg.engine.loop import autocast, computes_bfloat16, evaluate, fit
+from raypkg.engine.device import computes_bfloat16, peak_of
+from raypkg.engine.loop import autocast, evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments.training import synchronised
@@ -21,6 +22,7 @@ from raypkg.models import build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two GPUs")
+ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 CUDA = torch.device("cuda")
 N, C = 256, 4
 
@@ -31,10 +33,10 @@ def images():
     return Split.from_tensors(x, torch.arange(N) % C, augment=("crop", "flip"))
 
 
-def trained(device, precision, model="resnet8", epochs=2):
+def trained(device, precision, model="resnet8", epochs=2, **settings):
     split = images()
     network = build_model(model, split.shape, C, seed=0)
-    settings = Training(epochs=epochs, batch_size=64, precision=precision, lr=0.01)
+    settings = Training(epochs=epochs, batch_size=64, precision=precision, lr=0.01, **settings)
     return fit(Run.simple(network, split, settings, worker=Worker(device=device)))
 
 
@@ -51,6 +53,29 @@ def test_it_trains_what_a_processor_trains():
 def test_the_bill_has_the_memory_of_the_gpu():
     (bill, *_) = trained(CUDA, "float32", epochs=1).bills()
     assert 0 < bill.device_memory == torch.cuda.max_memory_allocated()
+
+
+def test_operations_are_billed_on_a_gpu_of_known_peak():
+    (bill, *_) = trained(CUDA, "float32", epochs=1).bills()
+    assert bill.peak == peak_of(CUDA, Training(precision="float32"))
+    assert 0 <= bill.operations <= bill.peak * bill.total_seconds and bool(bill.operations) == bool(bill.peak)
+
+
+def test_a_deterministic_training_gives_the_same_bits_again():
+    ours, again = (parameters(trained(CUDA, "auto", deterministic=True)) for _ in range(2))
+    assert all(weight.equal(again[name]) for name, weight in ours.items())
+
+
+@pytest.mark.skipif(not ampere, reason="the GPU has no TF32")
+def test_tf32_rounds_products_and_plain_float32_does_not():
+    exact, plain, rounded = (
+        parameters(trained(CUDA, precision, epochs=1, tf32=tf32))
+        for precision, tf32 in (("float64", False), ("float32", False), ("float32", True))
+    )
+    errors = [
+        sum((each[name].double() - w).abs().sum().item() for name, w in exact.items()) for each in (plain, rounded)
+    ]
+    assert 10 * errors[0] < errors[1]
 
 
 def test_bfloat16_is_used_where_it_is_computed():
@@ -76,6 +101,18 @@ def test_copies_are_pinned_and_complete():
     for ours, theirs in zip(*batches, strict=True):
         if isinstance(ours, torch.Tensor):
             assert torch.allclose(ours.cpu(), theirs, atol=1e-6)
+
+
+def test_pinned_buffers_are_reused():
+    x = torch.zeros(64, 3, 16, 16, dtype=torch.uint8)
+    for _ in range(MOST_AHEAD):
+        to_device(x, CUDA)
+    torch.cuda.synchronize()
+    pinned = torch.cuda.host_memory_stats()["num_host_alloc"]
+    for _ in range(100):
+        to_device(x, CUDA)
+        torch.cuda.synchronize()
+    assert torch.cuda.host_memory_stats()["num_host_alloc"] == pinned
 
 
 def test_views_leave_the_gpu_and_take_a_batch_of_it():

@@ -49,6 +49,14 @@ def test_plain_lines_give_epoch_elapsed_and_remaining_time_throughput_and_loss(f
     assert lines[-1].startswith("train done in ")
 
 
+def test_the_bill_is_shown_and_not_stored(folder):
+    bill = {"seconds": 10.0, "total_seconds": 20.0, "waited": 0.5, "operations": 5e12, "peak": 1e12}
+    lines = said(folder, [row(1) | {"bill": bill | {"device_memory": 3 << 30}}, row(2) | {"bill": bill}]).splitlines()
+    assert "5% waiting  MFU 25%  GPU 3,072 MiB  loss 1.000" in lines[1]
+    assert "waiting  MFU 25%  loss 0.500" in lines[2]
+    assert folder.rows == [{k: v for k, v in row(epoch).items() if v is not None} for epoch in (1, 2)]
+
+
 def test_epochs_longer_than_half_a_minute_have_a_remaining_time(folder):
     lines = said(folder, [row(epoch) for epoch in range(1, 5)], times=[900.0, 1800.0, 3000.0, 3900.0])
     assert "0:30:00 elapsed  0:30:00 left" in lines

@@ -17,12 +17,12 @@ from raypkg.methods.sparse.compute import (
     compressed,
     exchange_linear,
     expanded,
-    forward_flops,
     only_active,
 )
 from raypkg.methods.sparse.masks import density_of, prunable, shapes_of
 from raypkg.methods.sparse.rules import grasp_saliency
 from raypkg.models import build_model
+from raypkg.models.operations import forward_flops
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
 from sparse_training import STEPS, D, network, rng, run, sparse, split

@@ -181,6 +181,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Move a tensor to a device, on a GPU without waiting for the copy."""
     if device.type == "cpu":
         return tensor
+    # PyTorch caches pinned buffers: it pins a new one only while the copies from all earlier ones are under way.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -13,8 +13,8 @@ import torch
 from .worker import Worker
 
 # Fields of which a joint bill has the largest value, for work in parallel and in turn; of the others it has the sum.
-LARGEST_IN_PARALLEL = ("seconds", "waited", "memory", "device_memory", "sent")
-LARGEST_IN_TURN = ("memory", "device_memory")
+LARGEST_IN_TURN = ("memory", "device_memory", "peak")
+LARGEST_IN_PARALLEL = (*LARGEST_IN_TURN, "seconds", "waited", "sent")
 
 
 @dataclass
@@ -30,6 +30,8 @@ class Cost:
     sent: int = 0  # bytes that each worker handed to collectives
     device_memory: int = 0  # peak bytes that PyTorch allocated on one worker's GPU; 0 without one
     waited: float = 0.0  # seconds without a batch to compute with, on the worker that waited longest
+    operations: float = 0.0  # of training steps on a GPU of known peak
+    peak: float = 0.0  # operations a second, of one worker's GPU
 
     def __enter__(self) -> "Cost":
         self._start = time.perf_counter()
@@ -72,8 +74,8 @@ class Cost:
         return joint
 
     def record(self) -> dict[str, Any]:
-        """Return the bill as plain numbers for the run folder."""
-        return asdict(self)
+        """Return the bill as plain numbers for the run folder; those of a known GPU only where there is one."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("operations", "peak")}
 
 
 class _Running(threading.local):

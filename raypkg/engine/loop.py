@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,11 +16,13 @@ from torch.nn.utils import clip_grad_norm_
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import seeded
 from raypkg.core.settings import whole_steps
+from raypkg.data.kinds import IMAGES
 from raypkg.data.split import Split
 from raypkg.models.classifier import Answered
 
 from .batches import Batch, dtype_of, plain_batches, slice_of
 from .costs import Cost
+from .device import arithmetic, computes_bfloat16, peak_of, training_flops
 from .optimizer import learning_rate
 from .run import Run, Seen
 from .worker import Worker
@@ -61,8 +64,9 @@ def fit(
     (2, 4)
     """
     is_first = run.worker.rank == 0
+    modes = partial(arithmetic, run.settings, run.worker.device, fixed_shapes=run.split.kind is IMAGES)
     if not run.epoch:
-        with seeded(run.seed, "start"):
+        with seeded(run.seed, "start"), modes():
             for hook in run.hooks:
                 hook.on_start(run)
         # One worker reads for all: those of a lost attempt may write another checkpoint while others read.
@@ -71,12 +75,15 @@ def fit(
             if is_first:  # again: the process may have died before it stored these rows
                 for row in run.rows:
                     run.worker.report(row)
+    run.cost.peak = peak_of(run.worker.device, run.settings)
+    if run.cost.peak:
+        run.flops = training_flops(run.model, run.split)
     model = run.worker.distribute(run.model)
     if run.settings.compile:
         model = torch.compile(model)  # type: ignore[assignment]
     while run.epoch < (run.last or run.length or run.settings.epochs):
         # Draws of layers such as dropout follow from seed, epoch and rank.
-        with seeded(run.seed, "dropout", run.epoch, run.worker.rank):
+        with seeded(run.seed, "dropout", run.epoch, run.worker.rank), modes():
             for hook in run.hooks:
                 hook.on_epoch(run)
             with run.cost:
@@ -92,7 +99,7 @@ def fit(
         if is_first:
             if checkpoints:
                 checkpoints.save(run.epoch, run.state_dict(bills))
-            run.worker.report(run.rows[-1])
+            run.worker.report({**run.rows[-1], "bill": bills[0].record()})
     return run
 
 
@@ -165,6 +172,7 @@ def train_step(run: Run, model: nn.Module, batch: Batch) -> Tensor:
     samples = len(batch.y)
     run.cost.forward += samples
     run.cost.backward += samples
+    run.cost.operations += run.flops * batch.x.numel()
     if run.worker.world > 1:  # DDP's all-reduce of the gradients
         run.cost.sent += sum(parameter.nbytes for parameter in run.model.parameters() if parameter.requires_grad)
     for hook in run.hooks:
@@ -193,13 +201,6 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     """Return the context that computes matrix products in a precision; ``auto`` = bfloat16 if the hardware has it."""
     is_wanted = precision == "bfloat16" or (precision == "auto" and computes_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=is_wanted)
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Return True if the device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @torch.inference_mode()

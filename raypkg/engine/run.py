@@ -51,6 +51,7 @@ class Run:
     epoch: int = 0
     step: int = 0
     progress: float = 0.0  # share of the schedule that is done
+    flops: float = 0.0  # operations of training per number of a batch's input; 0 where the device's peak is unknown
     rows: list[dict[str, Any]] = field(default_factory=list)  # of metrics, one for each epoch
     optimizer: torch.optim.Optimizer = field(init=False)
     batch: Batch = field(init=False)  # of the current step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from math import ceil
 from types import TracebackType
@@ -73,6 +73,17 @@ class Stage(NamedTuple):
         return {name: value for name, value in values.items() if f"{name}.".startswith(parts)}
 
 
+def utilisation(bills: Iterable[Mapping[str, Any]]) -> float:
+    """Return the operations of training as a share of those at the peak of the GPUs (MFU, arXiv:2204.02311), or 0.
+
+    >>> utilisation([{"operations": 4e12, "total_seconds": 2.0, "peak": 10e12}, {"total_seconds": 1.0}])
+    0.2
+    """
+    known = [bill for bill in bills if bill.get("peak")]
+    possible = sum(bill["total_seconds"] * bill["peak"] for bill in known)
+    return sum(bill["operations"] for bill in known) / possible if possible else 0.0
+
+
 class Report:
     """Stores, shows and tracks the rows of a run, and remembers its finished phases.
 
@@ -112,10 +123,15 @@ class Report:
             self._tracker.abandon()
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Take a row of metrics from a worker. A row that is known from before a restart is only counted."""
+        """Take a row of metrics from a worker. A row that is known from before a restart is only counted.
+
+        The bill so far, under ``bill``, is shown and tracked, not stored: rows are the same whatever the time.
+        """
+        bill = row.get("bill", {})
+        row = {name: value for name, value in row.items() if name != "bill"}
         is_new = self.folder.log(row)
         if is_new and self._tracker:
-            self._tracker.log(row)
+            self._tracker.log({**bill, **row})
         if is_new and self._listen:
             try:
                 self._listen(row)
@@ -130,7 +146,7 @@ class Report:
         task = self._tasks[name]
         rows = [other for other in self.folder.rows if other["phase"] == name]
         self._progress.update(task.id, completed=len(rows))
-        status = self._status(row, task, rows)
+        status = self._status(row, bill, task, rows)
         self._progress.update(task.id, status=status)
         step = max(1, round((task.total or 1) / 10))
         if is_new and not self._console.is_terminal and (len(rows) == task.total or len(rows) % step == 0):
@@ -139,8 +155,13 @@ class Report:
                 times.append(f"{timedelta(seconds=round(task.time_remaining))} left")
             self.say(f"{name} {len(rows)}/{task.total:.0f}  {'  '.join(times)}  {status}")
 
-    def _status(self, row: Mapping[str, Any], task: progress.Task, rows: list[dict[str, Any]]) -> str:
-        """Return the model and its epoch, if there are several models, then throughput, loss and held-out figures."""
+    def _status(
+        self, row: Mapping[str, Any], bill: Mapping[str, Any], task: progress.Task, rows: list[dict[str, Any]]
+    ) -> str:
+        """Return the model and its epoch, if there are several models, then throughput, loss and held-out figures.
+
+        Of waiting for data, the share of the time is shown from 1 % on.
+        """
         parts = []
         models, model = task.fields["models"], row.get("model")
         if model is not None and models > 1:
@@ -151,6 +172,12 @@ class Report:
         if task.speed:
             backward = {each.get("model"): each.get("backward", 0) for each in rows}  # up to each model's last epoch
             parts.append(f"{task.speed * sum(backward.values()) / len(rows):,.0f} samples/s")
+        if bill and bill["waited"] >= 0.01 * bill["seconds"]:
+            parts.append(f"{bill['waited'] / bill['seconds']:.0%} waiting")
+        if share := utilisation([bill]):
+            parts.append(f"MFU {share:.0%}")
+        if bill.get("device_memory"):
+            parts.append(f"GPU {bill['device_memory'] / 2**20:,.0f} MiB")
         if "loss" in row:
             parts.append(f"loss {row['loss']:.3f}")
         if "perplexity" in row:

@@ -16,7 +16,7 @@ from raypkg.core.errors import UserError, printable, redacted
 
 from .document import Grid
 from .folder import RunFolder
-from .report import Stage
+from .report import Stage, utilisation
 
 WIDEST = 1000  # columns of a terminal
 INDENT = 2 * "\N{NO-BREAK SPACE}"
@@ -119,6 +119,11 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"selected {chosen}: coreset.parquet; train on it with `effray train --coreset`")
     waited = sum(phase.get("waited", 0) for phase in phases)  # missing in runs of earlier versions
     compute = f"compute {summary['seconds']:.1f} s ({waited:.1f} s waiting for data)"
+    trained = [phase for phase in phases if phase["backward"]]
+    if seconds := sum(phase.get("seconds", 0) for phase in trained):
+        compute += f", {sum(phase['backward'] for phase in trained) / seconds:,.0f} samples/s in training"
+    if share := utilisation(trained):
+        compute += f", MFU {share:.1%}"
     lines.append(f"{compute}; wall time {summary['elapsed']:.1f} s including start-up and I/O")
     return lines + summary.get("findings", [])
 

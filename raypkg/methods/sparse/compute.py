@@ -6,13 +6,9 @@ Only linear layers are sparse: there is no such kernel for convolutions. Their p
 autocast does not change.
 """
 
-import copy
-import inspect
 import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raypkg.data.kinds import kind_of
-
-from .masks import LAYERS, active_counts
+from .masks import active_counts
 
 State = dict[str, Tensor]
 NARROW = torch.iinfo(torch.int16).max
@@ -214,48 +208,6 @@ def exchange_linear(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) ->
 
 
 # Operations
-
-
-def forward_flops(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
-    """Return the operations of the forward pass of one sample, by weight: 2 per use of a weight.
-
-    Linear, convolutional and attention layers count. As usual, biases, norms, activations and attention's products
-    without weights do not. Training takes three times as many: the gradients of the weights and of the inputs cost a
-    forward pass each.
-
-    >>> forward_flops(nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)), (5,))
-    {'0.weight': 30, '2.weight': 12}
-    """
-    counts: Counter[str] = Counter()  # a sum, as a layer may be called more than once
-
-    def count(name: str, layer: nn.Module, _: object, output: Tensor) -> None:
-        weight = layer.get_parameter("weight")  # [out, …]
-        uses = output.numel() // weight.shape[0]  # once per position of the output
-        counts[f"{name}.weight".lstrip(".")] += 2 * weight.numel() * uses
-
-    def count_attention(
-        name: str, layer: nn.MultiheadAttention, inputs: Sequence[Any], keywords: Mapping[str, Any], _: object
-    ) -> None:
-        # Attention multiplies by the weights of its projections itself, so their layers are never called.
-        given = inspect.signature(layer.forward).bind(*inputs, **keywords).arguments
-        operations = {}  # per projection, to width E
-        for kind in ("query", "key", "value"):
-            operations[f"{kind[0]}_proj_weight"] = 2 * layer.embed_dim * given[kind].numel()
-        if layer.in_proj_weight is not None:
-            operations = {"in_proj_weight": sum(operations.values())}
-        operations["out_proj.weight"] = 2 * layer.embed_dim * given["query"].numel()
-        for weight, uses in operations.items():
-            counts[f"{name}.{weight}".lstrip(".")] += uses
-
-    replica = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    for name, layer in replica.named_modules():
-        if isinstance(layer, LAYERS):
-            layer.register_forward_hook(partial(count, name))
-        elif isinstance(layer, nn.MultiheadAttention):
-            layer.register_forward_hook(partial(count_attention, name), with_kwargs=True)
-    with torch.inference_mode():
-        replica(kind_of(shape).example(1, shape))
-    return dict(counts)
 
 
 def active_flops(flops: Mapping[str, int], masks: Mapping[str, Tensor]) -> int:

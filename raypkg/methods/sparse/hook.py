@@ -19,9 +19,10 @@ from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.run import Run
 from raypkg.experiments.samples import Samples, new_model
 from raypkg.experiments.training import Job
+from raypkg.models.operations import forward_flops
 
 from . import initial, plots
-from .compute import ActiveLinear, Pattern, active_flops, exchange_linear, forward_flops
+from .compute import ActiveLinear, Pattern, active_flops, exchange_linear
 from .masks import Masks, active_counts
 from .settings import Sparsity
 from .training import SparseTraining

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raypkg.core.errors import UserError
+from raypkg.models.operations import LAYERS
 
 Masks = dict[str, Tensor]  # parameter name → bool tensor of the parameter's shape
 Densities = dict[str, float]  # parameter name → share of active weights
 Shapes = Mapping[str, torch.Size]
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention itself
 
 
