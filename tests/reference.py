@@ -610,3 +610,15 @@ def minimum(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         if step.norm() < 1e-10:
             break
     return w
+
+
+def averaged(states: Sequence[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
+    """The average of a training's states, each number's by its weights Π over the steps; whole numbers are the last."""
+    rates = [1 - min(decay, (1 + t) / (10 + t)) for t in range(1, len(states))]
+    weights = [rate * math.prod(1 - later for later in rates[t + 1 :]) for t, rate in enumerate([1.0, *rates], -1)]
+    return {
+        name: sum(w * state[name] for w, state in zip(weights, states, strict=True))
+        if value.is_floating_point()
+        else value
+        for name, value in states[-1].items()
+    }

@@ -7,7 +7,11 @@ from torchvision.transforms.v2 import functional as transforms
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.data.augment import AUGMENTATIONS, OPERATIONS, compose
+from raypkg.data.coreset import Coreset
 from raypkg.data.kinds import IMAGES, ROWS
+from raypkg.data.split import Split
+from raypkg.engine.batches import Batches
+from raypkg.engine.worker import Worker
 
 M = 5 / 30
 
@@ -46,6 +50,44 @@ def test_crop_is_its_slow_twin(shape):
     x, u = images(40, *shape), uniforms(40, 2)
     u[:3] = torch.tensor([0.0, 0.5, 1 - 2**-24])[:, None]  # the first corner, the centre and the last corner
     assert compose(["crop"])(x, u).equal(torch.stack([cropped(image, row) for image, row in zip(x, u, strict=True)]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "mode"), [("crop:2", "constant"), ("crop:2:reflect", "reflect"), ("crop:4:reflect", "reflect")]
+)
+def test_a_crop_of_a_given_border_is_its_slow_twin(shape, name, mode):
+    x, u = images(20, *shape), uniforms(20, 2)
+    border = int(name[5])
+    padded = torch.nn.functional.pad(x.float(), (border,) * 4, mode).byte()
+    corners = (u * (2 * border + 1)).long().tolist()
+    twin = [each[:, i : i + shape[1], j : j + shape[2]] for each, (i, j) in zip(padded, corners, strict=True)]
+    assert compose([name])(x, u).equal(torch.stack(twin))
+
+
+def test_an_image_reflects_no_more_than_it_has():
+    with pytest.raises(UserError, match="crop:9:reflect: images of 8 pixels reflect at most 7"):
+        compose(["crop:9:reflect"])(images(2, 1, 8, 8), uniforms(2, 2))
+
+
+def test_alternating_flips_show_both_sides_in_two_epochs_for_any_number_of_workers():
+    x = images(20, 3, 8, 8)
+    split = Split.from_tensors(x, torch.arange(20) % 2)
+    coreset = Coreset.uniform(torch.arange(3, 20))
+
+    def sides(epoch, rank=0, world=1):
+        """Return the samples of an epoch and whether each is mirrored."""
+        worker = Worker(rank, world)
+        seen = list(Batches(split, coreset, 5, seed=1, augment=["altflip"], worker=worker).epoch(epoch))
+        order = torch.cat([batch.indices for batch in seen])
+        shown = torch.cat([batch.x for batch in seen])
+        mirrored = split.inputs(x[order].flip(3))
+        return {i: torch.equal(one, other) for i, one, other in zip(order.tolist(), shown, mirrored, strict=True)}
+
+    first, second, third = sides(0), sides(1), sides(2)
+    assert first == third == sides(0, 0, 2) | sides(0, 1, 2)
+    assert second == {i: not mirrored for i, mirrored in first.items()}
+    assert len(first) == 17 and 0 < sum(first.values()) < 17
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -17,7 +17,7 @@ from raypkg.data.split import Split
 from raypkg.engine.batches import Batches, ahead, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.hooks import Hook
-from raypkg.engine.loop import evaluate, fit
+from raypkg.engine.loop import evaluate, fit, output_of
 from raypkg.engine.optimizer import learning_rate
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
@@ -279,6 +279,19 @@ def test_evaluation_by_hand():
     x, y = zip(*plain_batches(data, torch.arange(10, 40), torch.device("cpu"), 30), strict=True)
     assert found["loss"] == pytest.approx(F.cross_entropy(network(x[0]), y[0]).item(), rel=1e-5)
     assert found["accuracy"] == pytest.approx((network(x[0]).argmax(1) == y[0]).double().mean().item())
+
+
+@pytest.mark.parametrize(("views", "shifts"), [("mirrored", {0: 1.0}), ("shifted", {0: 0.5, -1: 0.25, 1: 0.25})])
+def test_logits_are_averaged_over_views(views, shifts):
+    x = torch.randn(5, 2, 6, 4, dtype=torch.float64)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).double()
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    expected = 0
+    for shift, weight in shifts.items():
+        view = padded[:, :, 1 - shift : 7 - shift, 1 - shift : 5 - shift]
+        for seen in (view, view.flip(3)):
+            expected = expected + weight / 2 * network(seen)
+    assert torch.allclose(output_of(network, x, views), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ class Dataset(Named):
         description="digits, cifar10, parquet:PATH, text:PATH, table:PATH, instructions:PATH or module:function",
     )
     validation: float = Field(0.1, ge=0, lt=1, description="share of the training set held out, by seed")
-    augment: tuple[str, ...] | None = Field(None, description="crop, flip, randaugment (default: the data set's own)")
+    augment: tuple[str, ...] | None = Field(
+        None, description="crop, crop:2:reflect, flip, altflip, randaugment (default: the data set's own)"
+    )
     only: str | None = Field(None, description="a coreset.parquet: train on its samples only, unweighted")
     noise: float = Field(
         0.0, ge=0, lt=1, description="share of the labels, except in the test set, replaced by another class"
@@ -168,6 +170,14 @@ class Train(Training):
     )
     keep: Literal["last", "best"] = Field(
         "last", description="epoch whose model is kept; best = with the best held-out accuracy (language models: loss)"
+    )
+    average: float | None = Field(
+        None, gt=0, lt=1, description="decay per step of an average of the weights, evaluated and kept (default: off)"
+    )
+    evaluate_views: Literal["plain", "mirrored", "shifted"] = Field(
+        "plain",
+        description="images that evaluation averages logits over: mirrored = and their mirror images; shifted = both,"
+        " and moved by one pixel",
     )
     sync_bn: bool = Field(False, description="batch statistics over all workers (GPU only)")
 

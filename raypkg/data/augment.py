@@ -9,8 +9,10 @@ factors 1 ± 0.9, posterising to 4 bits, solarising everything.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from raypkg.core.errors import UserError, unknown
 
 SMOOTHING = [[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]]
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey
+CROP = re.compile(r"crop:([1-9]\d?)(:reflect)?")  # a crop with its border in pixels
 
 Change = Callable[[Tensor, Tensor], Tensor]  # (uint8 [b, C, H, W], uniforms [b, draws]) → uint8 [b, C, H, W]
 Operation = Callable[[Tensor, float, Tensor], Tensor]
@@ -32,6 +35,7 @@ class Augmentation:
 
     draws: int
     change: Change
+    alternating: tuple[int, ...] = ()  # columns of uniforms that are 0 or 1 by turns of epochs, at first by a draw
 
     def __call__(self, x: Tensor, u: Tensor) -> Tensor:
         """Change uint8 images [b, C, H, W] by uniforms [b, draws]."""
@@ -40,11 +44,16 @@ class Augmentation:
 
 def compose(names: Sequence[str]) -> Augmentation:
     """Return the named augmentations as one, in the given order; without names, the identity."""
+    steps = []
     for name in names:
-        if name not in AUGMENTATIONS:
-            raise unknown("augmentation", name, AUGMENTATIONS)
-    steps = [AUGMENTATIONS[name] for name in names]
+        if sized := CROP.fullmatch(name):
+            steps.append(Augmentation(2, partial(crop, border=int(sized[1]), is_reflected=sized[2] is not None)))
+        elif name in AUGMENTATIONS:
+            steps.append(AUGMENTATIONS[name])
+        else:
+            raise unknown("augmentation", name, [*AUGMENTATIONS, "crop:2", "crop:2:reflect"])
     draws = [step.draws for step in steps]
+    alternating = [sum(draws[:i]) + column for i, step in enumerate(steps) for column in step.alternating]
 
     def change(x: Tensor, u: Tensor) -> Tensor:
         if steps and x.dim() != 4:
@@ -55,15 +64,25 @@ def compose(names: Sequence[str]) -> Augmentation:
             x = step(x, uniforms)
         return x
 
-    return Augmentation(sum(draws), change)
+    return Augmentation(sum(draws), change, tuple(alternating))
 
 
-def crop(x: Tensor, u: Tensor) -> Tensor:
-    """Shift each image within a black border of side // 8 and cut its size out again, at an offset drawn for it."""
+def crop(x: Tensor, u: Tensor, border: int = 0, is_reflected: bool = False) -> Tensor:
+    """Shift each image within a border and cut its size out again, at an offset drawn for it.
+
+    The border is black, of side // 8 pixels by default, or ``is_reflected``: mirrored at the outermost pixels.
+    """
     b, c, height, width = x.shape
-    border = max(1, width // 8)
-    pixels = x.permute(0, 2, 3, 1)  # [b, H, W, C], as they lie in memory
-    padded = F.pad(pixels, (0, 0, border, border, border, border)).contiguous()  # [b, H', W', C]
+    border = border or max(1, width // 8)
+    padded = x.permute(0, 2, 3, 1)  # [b, H, W, C], as they lie in memory
+    if is_reflected:
+        if border >= (side := min(height, width)):
+            raise UserError(f"crop:{border}:reflect: images of {side} pixels reflect at most {side - 1}")
+        for dim, last in ((1, height - 1), (2, width - 1)):
+            place = torch.arange(-border, last + 1 + border, device=x.device)
+            padded = padded.index_select(dim, last - (last - place.abs()).abs())
+    else:
+        padded = F.pad(padded, (0, 0, border, border, border, border)).contiguous()  # [b, H', W', C]
     image = padded.stride(0) // c  # pixels from one image to the next
     line = padded.stride(1) // c  # pixels from one line to the next
     top, left = (u * (2 * border + 1)).long().unbind(1)  # [b]
@@ -243,6 +262,7 @@ def _warp(
 AUGMENTATIONS = {
     "crop": Augmentation(2, crop),
     "flip": Augmentation(1, flip),
+    "altflip": Augmentation(1, flip, alternating=(0,)),  # arXiv:2404.00498, Section 3.6
     "randaugment": Augmentation(2, randaugment),
 }
 

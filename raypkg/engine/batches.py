@@ -99,8 +99,11 @@ class Batches:
 
         def draw_jobs() -> Iterator[tuple[Tensor, Tensor]]:
             rng = generator(self.seed, "augment", epoch)
+            sides = alternate(augment, len(self.split), self.seed, epoch)
             for positions in order:
-                yield positions, torch.rand(len(positions), augment.draws, generator=rng)
+                draws = torch.rand(len(positions), augment.draws, generator=rng)
+                draws[:, augment.alternating] = sides[self.coreset.indices[positions]]
+                yield positions, draws
 
         def load(job: tuple[Tensor, Tensor]) -> Batch:
             positions, draws = job
@@ -114,6 +117,12 @@ def shuffled(n: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, ..
     """Return the positions in each batch of an epoch: a permutation of n samples, cut as evenly as possible."""
     order = torch.randperm(n, generator=generator(seed, "shuffle", epoch))
     return order.tensor_split(-(-n // batch_size))
+
+
+def alternate(augment: Augmentation, n: int, seed: int, epoch: int) -> Tensor:
+    """Return the alternating uniforms of n samples in an epoch, 0 or 1, [n, columns]: drawn at first, then by turns."""
+    first = torch.randint(2, (n, len(augment.alternating)), generator=generator(seed, "alternate"))
+    return (first + epoch) % 2.0
 
 
 def training_batch(

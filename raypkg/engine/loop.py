@@ -28,6 +28,7 @@ from .run import Run, Seen
 from .worker import Worker
 
 MOST_NATS = 700.0  # e to a larger loss is beyond float64
+VIEWS = {"plain": 1, "mirrored": 2, "shifted": 6}  # forward passes of an image in an evaluation
 
 
 class Checkpoints(Protocol):
@@ -193,8 +194,31 @@ def losses_of(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
 
     ``smoothing`` is the share of each target that is spread over all classes.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, y, reduction="none", label_smoothing=smoothing)
+    return F.cross_entropy(wide(logits), y, reduction="none", label_smoothing=smoothing)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Convert to at least 32 bits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def output_of(model: nn.Module, x: Tensor, views: str) -> Any:
+    """Return the model's output on x, or the mean logits of ``views`` of images [b, C, H, W] (arXiv:2404.00498).
+
+    With m(x) the mean over x and its mirror image, ``mirrored`` is m(x), and ``shifted`` ½ m(x) + ¼ m(↖x) + ¼ m(↘x)
+    with shifts by one pixel within a reflected border.
+    """
+    if views == "plain":
+        return model(x)
+
+    def mirrored(x: Tensor) -> Tensor:
+        return (wide(model(x)) + wide(model(x.flip(3)))) / 2
+
+    logits = mirrored(x)
+    if views == "mirrored":
+        return logits
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    return logits / 2 + (mirrored(padded[:, :, 2:, 2:]) + mirrored(padded[:, :, :-2, :-2])) / 4
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -212,11 +236,13 @@ def evaluate(
     cost: Cost | None = None,
     *,
     precision: str = "auto",
+    views: str = "plain",
 ) -> dict[str, float]:
     """Return the mean loss and the accuracy of rank 0's model on the samples at ``indices``, int64 [n] (default: all).
 
     Of a language model the loss is per answered token, the accuracy is that of first answered tokens, and perplexity,
     e to the loss, is a third figure.
+    Logits of images are averaged over ``views``: plain, mirrored or shifted.
     Each worker evaluates its slice; without one, this process does on its CPU. The model's mode is restored, and the
     forward passes are added to ``cost``.
 
@@ -240,12 +266,12 @@ def evaluate(
         model.eval()
         for x, y in plain_batches(split, mine, worker.device, dtype=dtype_of(model)):
             with autocast(precision, worker.device):
-                output = model(x)
+                output = output_of(model, x, views)
             answers = isinstance(output, Answered)
             losses, hits = scored(output, y)
             totals += torch.stack([losses.sum().double(), hits.sum().double()])
         model.train(was_training)
         mean_loss, accuracy = (worker.sum(totals) / max(1, len(indices))).tolist()
-    cost.forward += len(mine)
+    cost.forward += len(mine) * VIEWS[views]
     metrics = {"loss": mean_loss, "accuracy": accuracy}
     return metrics | {"perplexity": math.exp(min(mean_loss, MOST_NATS))} if answers else metrics

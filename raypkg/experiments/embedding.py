@@ -29,6 +29,7 @@ from raypkg.data import Data
 from raypkg.data.augment import compose
 from raypkg.data.sources.table import FEATURES, LABEL, features_schema
 from raypkg.data.split import Split
+from raypkg.engine.batches import alternate
 from raypkg.engine.costs import Cost
 from raypkg.engine.shards import Shard
 from raypkg.runs.report import Report
@@ -142,6 +143,7 @@ class Embedding:
         augment = compose(self.augment if part.split == "train" else ())
         rng = generator(self.seed, PHASE, part.draw)
         draws = torch.rand(len(split), augment.draws, generator=rng)  # of all samples, so that parts do not matter
+        draws[:, augment.alternating] = alternate(augment, len(split), self.seed, part.draw)
         features = self.backbone.to(device).embed(split, part.positions, augment, draws[part.start : part.stop], device)
         finite = features.isfinite().all(1)
         if not finite.all():

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from raypkg.core.settings import Experiment, Reselect, Train, Training
 from raypkg.coresets.record import Record, Recorder
 from raypkg.coresets.rules import coreset as coreset_rule
 from raypkg.data.coreset import Coreset
+from raypkg.data.kinds import IMAGES
 from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of
 from raypkg.engine.costs import Cost
@@ -98,6 +99,12 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
     with ExitStack() as closing:
         hooks = _hooks(worker, job, samples, closing)
         best = next((each for each in hooks if isinstance(each, BestEpoch)), None)
+        average = next((each for each in hooks if isinstance(each, Average)), None)
+        views = settings.evaluate_views if isinstance(settings, Train) else "plain"
+        if views != "plain" and samples.data.train.kind is not IMAGES:
+            raise UserError(
+                f"train.evaluate_views = {views}: samples of shape {samples.data.train.shape} are no images"
+            )
         model = new_model(job.experiment, samples.data)
         if job.select and job.selects and coreset_rule[job.select.rule].sees == "gradients":
             classifier(model, f"select.rule = {job.select.rule}")
@@ -128,18 +135,22 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
             every = settings.evaluate_every_epochs
             if not every or epoch % every:
                 return {}
-            measured = measure_held_out(model, samples, worker, settings, run.bill("evaluate"))
-            if best:
-                best.take(model, epoch, measured)
+            with average.within(model) if average else nullcontext():
+                measured = measure_held_out(model, samples, worker, settings, run.bill("evaluate"), views)
+                if best:
+                    best.take(model, epoch, measured)
             return measured
 
         fit(run, checkpoints=StoredCheckpoints(job.storage / "checkpoints" / job.phase), measure=measure)
         trained = run.model
+        if average:
+            average.give(trained)
         if best:  # a new model: hooks may have changed how the last epoch's model computes
             trained = new_model(job.experiment, samples.data)
             trained.to(worker.device, dtype_of(run.model)).to(memory_format=torch.channels_last)
             trained.load_state_dict(best.weights)
-        test = evaluate(trained, samples.data.test, None, worker, run.bill("evaluate"), precision=settings.precision)
+        bill = run.bill("evaluate")
+        test = evaluate(trained, samples.data.test, None, worker, bill, precision=settings.precision, views=views)
         left = _keep(run, trained, job, samples) if worker.rank == 0 else {}
         record = {
             "costs": [bill.record() for bill in run.bills()],
@@ -167,6 +178,8 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
                 problem = "train.keep = best is by held-out samples, and there are none"
                 raise UserError(f"{problem}: raise dataset.validation")
             hooks.append(BestEpoch())
+        if settings.average is not None:
+            hooks.append(Average(settings.average))
     if job.select:
         from raypkg.coresets.reselection import Reselection
         from raypkg.engine.shards import WorkerShards, class_shards
@@ -231,6 +244,52 @@ def _keep(run: Run, model: nn.Module, job: Job, samples: Samples) -> dict[str, A
     return {**facts, "findings": findings}
 
 
+class Average(Hook):
+    """Holds the average w̄ ← d w̄ + (1 − d) w after step t with d = min(decay, (1 + t) / (10 + t)), for quick starts.
+
+    It covers the weights and the running statistics of batch norm. Checkpoints have it.
+    """
+
+    priority = 200  # averages what pruning leaves
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.averages: dict[str, Tensor] = {}
+
+    def on_start(self, run: Run) -> None:
+        """Begin with the first weights."""
+        state = run.model.state_dict()
+        self.averages = {name: tensor.clone() for name, tensor in state.items() if tensor.is_floating_point()}
+
+    def on_step(self, run: Run) -> None:
+        """Move the average towards the weights."""
+        decay = min(self.decay, (1 + run.step) / (10 + run.step))
+        state = run.model.state_dict()
+        for name, average in self.averages.items():
+            average.lerp_(state[name], 1 - decay)
+
+    def give(self, model: nn.Module) -> None:
+        """Overwrite a model's weights by their averages."""
+        model.load_state_dict({**model.state_dict(), **self.averages})
+
+    @contextmanager
+    def within(self, model: nn.Module) -> Iterator[None]:
+        """Give a model the averages inside the block."""
+        trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.give(model)
+        yield
+        model.load_state_dict(trained)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages."""
+        return dict(self.averages)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them on the model's device."""
+        for name, average in self.averages.items():
+            average.copy_(state[name])
+
+
 class BestEpoch(Hook):
     """Holds the weights of the epoch with the best held-out accuracy, or loss of a language model; the first of equals.
 
@@ -282,13 +341,13 @@ def synchronised(model: nn.Module, settings: Training, worker: Worker) -> nn.Mod
 
 
 def measure_held_out(
-    model: nn.Module, samples: Samples, worker: Worker, settings: Training, cost: Cost
+    model: nn.Module, samples: Samples, worker: Worker, settings: Training, cost: Cost, views: str = "plain"
 ) -> dict[str, float]:
     """Return loss, accuracy and perplexity, if any, on the held-out samples, or nothing if there are none."""
     if not len(samples.held_out):
         return {}
     split = samples.data.train
-    result = evaluate(model, split, samples.held_out, worker, cost, precision=settings.precision)
+    result = evaluate(model, split, samples.held_out, worker, cost, precision=settings.precision, views=views)
     return {"valid_loss": result.pop("loss"), **result}
 
 

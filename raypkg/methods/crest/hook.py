@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.record import Recorder
 from raypkg.data.augment import compose
@@ -66,6 +67,8 @@ class Crest(Hook):
     def on_start(self, run: Run) -> None:
         """Refuse a model of another kind."""
         check_kind(run.model, self.options.choose)
+        if compose(run.augment).alternating:
+            raise UserError("dataset.augment = altflip: CREST draws samples without regard to epochs: use flip")
 
     def batches(self, run: Run) -> Epoch:
         """Return the mini-batch coresets of an epoch."""

@@ -12,7 +12,9 @@ from raypkg.core.settings import Cluster, Dataset, Epochs, Experiment, Model, Pr
 
 BURN_IN = 20  # j0 of the released example
 # Settings of training for which replays support a single value.
-REPLAYED = {"decay": "all", "clip": None, "label_smoothing": 0.0, "keep": "last"}
+REPLAYED = {
+    "decay": "all", "clip": None, "label_smoothing": 0.0, "keep": "last", "average": None, "evaluate_views": "plain"
+}  # fmt: skip
 
 
 class PlainDataset(Dataset):

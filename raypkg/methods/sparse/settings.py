@@ -200,6 +200,8 @@ class SparseSettings(Sparsity, Experiment):
         if self.is_gradual and self.train.keep == "best":
             reason = "may be an epoch before gradual pruning reached its density"
             raise UserError(f"train.keep = best {reason}: give --train.keep last")
+        if self.density is not None and self.train.average is not None:
+            raise UserError(f"train.average = {self.train.average}: masks change, so the average would be denser")
         if self.crest and self.coreset is not None:
             raise UserError("crest chooses from all samples: --coreset would do nothing")
         if self.compute == "sparse" and self.train.compile:
