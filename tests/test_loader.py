@@ -20,6 +20,7 @@ import reference
 from raypkg import CrestLoader
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import derive
+from raypkg.coresets.batches import Batches
 from raypkg.coresets.budgets import class_budgets, select
 from raypkg.coresets.gradients import head_view
 from raypkg.coresets.loader import CoresetLoader
@@ -147,6 +148,15 @@ def test_a_batch_carries_its_own_samples_and_weights():
     assert len(loader) == 4 and len(weight_of) == 60
     for index, weight in zip(picked.indices.tolist(), picked.weights.tolist(), strict=True):
         assert weight_of[tuple(everything[index][0].tolist())] == weight
+
+
+def test_rows_of_tensors_are_gathered_as_they_would_be_collated():
+    samples = TensorDataset(torch.randn(9, 3, 4, 4).to(memory_format=torch.channels_last), torch.arange(9))
+    gathered = Batches(samples, default_collate, 0)[[7, 0, 7]]
+    collated = default_collate([samples[i] for i in (7, 0, 7)])
+    assert type(gathered) is type(collated)
+    for ours, theirs in zip(gathered, collated, strict=True):
+        assert ours.equal(theirs) and ours.stride() == theirs.stride()
 
 
 def test_after_warm_epochs_random_picks_anew_each_epoch():

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from raypkg.core.errors import Interruption, UserError, shown, unknown
 from raypkg.core.seeds import generator, seeded
-from raypkg.engine.worker import Worker
+from raypkg.engine.worker import Worker, keep_freed_memory
 from raypkg.models.classifier import Tapped
 
 LABELS = "labels"  # in a batch that is a mapping, as those of Hugging Face are
@@ -50,6 +50,8 @@ class Batches(Dataset[Any]):
         self.seed = seed
 
     def __getitem__(self, positions: list[int]) -> Any:
+        if type(self.data) is TensorDataset and self.collate is default_collate:  # the same, without an object a sample
+            return [each.index_select(0, torch.tensor(positions, device=each.device)) for each in self.data.tensors]
         together = getattr(self.data, "__getitems__", None)
         with seeded(self.seed, *positions):
             return self.collate(together(positions) if together else [self.data[i] for i in positions])
@@ -86,6 +88,7 @@ def load_batches(
         UserError: batches are neither pairs nor mappings with "labels" or "label", the labels are no integers from 0
             up, the batch's "indices" are not the positions of its samples, or a sample has no answered token.
     """
+    keep_freed_memory()  # the next batch needs as much; page faults would take up to 10 % of a short step
     positions = [batch.tolist() for batch in batches]
     rng = generator(seed, "workers")
     loader = DataLoader(Batches(data, collate_fn, seed), batch_size=None, sampler=positions, generator=rng, **loading)
