@@ -1,5 +1,7 @@
 """Folders of images, a folder a class."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,21 @@ def test_images_labels_and_names_come_through(root, load):
 def test_names_of_the_test_folder(root, load, name):
     (root / "test").rename(root / name)
     assert len(load().test) == 6
+
+
+def test_without_a_test_folder_a_share_is_drawn_from_the_files(root, load, tmp_path):
+    samples.write_folder(tmp_path / "more", samples.pixels(40), np.arange(40) % 2)
+    for parent in (root, root / "train"):  # train/<class> alone, then <class> alone
+        for path in root.iterdir():
+            shutil.rmtree(path)
+        shutil.copytree(tmp_path / "more", parent if parent == root else root / "train", dirs_exist_ok=True)
+        data = load(test=0.25)
+        assert (len(data.train), len(data.test)) == (30, 10) and data.train.num_classes == data.test.num_classes == 2
+        pictures = {x.numpy().tobytes() for split in data for x in split.batch(range(len(split)))[0]}
+        assert len(pictures) == 40  # disjoint, and all of them
+    (root / "held out").mkdir()
+    with pytest.raises(UserError, match="none of the folders test, val, valid, validation"):
+        load()
 
 
 def test_nested_folders_and_other_files(root, load):

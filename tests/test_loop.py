@@ -333,3 +333,8 @@ def test_waiting_for_batches_is_on_the_bill_of_the_block_that_waits():
     both = Cost.joined("train", [train, replace(train, waited=0.0)])
     assert both.waited == train.waited and train.then(within).waited == train.waited + within.waited
     list(ahead(abs, [1]))  # on no bill
+
+
+def test_a_hook_with_a_misspelt_method_is_refused_where_it_is_written():
+    with pytest.raises(UserError, match=r"'on_gradient', did you mean 'on_gradients'\?"):
+        type("Clip", (Hook,), {"on_gradient": lambda self, run: None})

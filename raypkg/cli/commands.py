@@ -129,11 +129,14 @@ def export(run: str, root: str, form: str) -> None:
 
 
 @effray.command(cls=ExampleHelp)
-def methods() -> None:
-    """List everything that can be chosen by name, with its source.
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List everything that can be chosen by name; of NAME, the options and the source.
+
+    NAME is a kind in that list, or its first word, such as coreset; or one of the names.
 
     Example:
-        effray methods
+        effray methods craig
     """
     from rich.table import Column, Table
 
@@ -144,13 +147,26 @@ def methods() -> None:
     from raypkg.models import model
     from raypkg.runs.show import terminal
 
-    for registry in (experiment, coreset, model, dataset, hook, *registries()):
-        columns = [Column(name, overflow="fold") for name in ("name", "what it is", "options", "source")]
-        table = Table(*columns, title=registry.kind, title_justify="left")
-        for entry in registry.entries.values():
-            options = ", ".join(f"{name}={field.default}" for name, field in entry.schema.model_fields.items())
+    kinds = {registry.kind: registry for registry in (experiment, coreset, model, dataset, hook, *registries())}
+    if name is None:
+        overview = Table("kind", Column("names", overflow="fold"), show_lines=True)
+        for kind, registry in kinds.items():
+            overview.add_row(kind, ", ".join(registry.entries))
+        terminal().print(overview)
+        return
+    names = {word for kind, registry in kinds.items() for word in (kind, kind.partition(" ")[0], *registry.entries)}
+    if name not in names:
+        raise unknown("method", name, names)
+    for kind, registry in kinds.items():
+        of_kind = name in (kind, kind.partition(" ")[0])
+        chosen = [entry for entry in registry.entries.values() if of_kind or name == entry.name]
+        columns = [Column(title, overflow="fold") for title in ("name", "what it is", "options", "source")]
+        table = Table(*columns, title=kind, title_justify="left")
+        for entry in chosen:
+            options = ", ".join(f"{option}={field.default}" for option, field in entry.schema.model_fields.items())
             table.add_row(entry.name, entry.help, options, entry.source)
-        terminal().print(table)
+        if chosen:
+            terminal().print(table)
 
 
 @effray.command(cls=ExampleHelp)

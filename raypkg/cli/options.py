@@ -1,6 +1,7 @@
 """Parts of several commands: common options, and help that ends with an example."""
 
 import inspect
+import sys
 
 import click
 
@@ -18,6 +19,15 @@ PLACE = click.Option(
 def say(text: str) -> None:
     """Print a text without credentials, and without characters that control the terminal."""
     click.echo(printable(redacted(text)))
+
+
+def confirmed(deed: str, yes: bool) -> bool:
+    """Ask on the terminal whether to do something, unless ``--yes`` has answered."""
+    if yes:
+        return True
+    if not (sys.stdin and sys.stdin.isatty()):  # None if closed
+        raise UserError(f"there is no terminal to ask on whether to {deed}: --yes does it without asking")
+    return click.confirm(f"{deed}?")
 
 
 def trusting(context: click.Context, parameter: click.Parameter, value: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +10,7 @@ import click
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, settings_of
 
-from .options import PLACE, ExampleHelp, say
+from .options import PLACE, ExampleHelp, confirmed, say
 
 if TYPE_CHECKING:  # it imports pyarrow, which `--help` does not need
     from raypkg.runs.storage import Storage
@@ -75,11 +74,9 @@ def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> No
         pass
     if not yes:
         count = f"{len(folders)} folder" + "s" * (len(folders) > 1)
-        if not (sys.stdin and sys.stdin.isatty()):  # None if closed
-            raise UserError(f"there is no terminal to ask on whether to delete {count}: --yes deletes without asking")
         for folder in folders:
             say(folder.root)
-        if not click.confirm(f"delete {count}?"):
+        if not confirmed(f"delete {count}", yes):
             say("nothing is deleted")
             return
     with locked(to_lock):  # not while the user was asked

@@ -12,10 +12,11 @@ import click
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, settings_of
 
-from .options import PLACE, TRUST, ExampleHelp, say
+from .options import PLACE, TRUST, ExampleHelp, confirmed, say
 
 TUNE_OPTIONS = ("space", "samples", "metric", "mode", "scheduler", "search", "concurrent", "time_budget")
 COMPARE_OPTIONS = ("rows", "cases", "seeds", "scale", "goal", "rates")
+MOST_UNASKED = 100  # trials of a comparison that start without asking
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 TUNE_HELP = """Sweep settings of: {title}
 
@@ -33,7 +34,7 @@ Each row is run from each seed. What an earlier call has finished is not run aga
 interrupted comparison. With --cluster.workers 0 the trials run one after another in this process, without Ray.
 
 Example:
-    effray compare {name} --dataset digits
+    effray compare {name} {part} --seeds 0
 """
 
 
@@ -155,7 +156,8 @@ def _compare_command(name: str) -> click.Command:
         from raypkg.studies.compare import compare_rows, plan, resume_comparison
 
         asked = {option: given.pop(option) for option in COMPARE_OPTIONS}
-        concurrent, expected, dry, rate = (given.pop(name) for name in ("concurrent", "expect", "dry", "rate"))
+        concurrent, expected, dry = (given.pop(name) for name in ("concurrent", "expect", "dry"))
+        rate, yes = given.pop("rate"), given.pop("yes")
 
         def check(verdicts: list[str]) -> None:
             others = [word for word in verdicts if word != expected]
@@ -186,6 +188,12 @@ def _compare_command(name: str) -> click.Command:
             for line in plan(chosen, config, values, rate):
                 say(line)
             return
+        trials = sum(1 for _ in chosen.places())
+        if trials > MOST_UNASKED and not yes:
+            *_, total = plan(chosen, config, values, rate)
+            say(f"{total} (each row: --dry-run)")
+            if not confirmed(f"start {trials} trials", yes):
+                return
         check(compare_rows(name, scale, chosen, concurrent, config, values, label, root))
 
     seeds = ",".join(map(str, table.seeds))
@@ -197,18 +205,27 @@ def _compare_command(name: str) -> click.Command:
         click.Option(["--expect"], type=click.Choice(VERDICTS), help="exit with code 1 if a verdict is another one"),
         click.Option(["--dry-run", "dry"], is_flag=True, help="print trials and samples, and start nothing"),
         click.Option(["--rate"], type=click.FloatRange(min=0, min_open=True), help="samples a second, for --dry-run"),
+        click.Option(["--yes"], is_flag=True, help=f"start more than {MOST_UNASKED} trials without asking"),
         click.Option(["--rates"], metavar="LIST", help="train.lr, of which a row takes the best by held-out accuracy"),
         click.Option(["--goal"], multiple=True, metavar="METRIC=VALUE", help="report the cost of reaching it"),
     ]
     options += [CONCURRENT, *run_options("comparison", "table, data set and scale")]
     # Labels are quoted as a shell takes them: most have blanks and semicolons.
     rows, cases = (", ".join(f"'{label}'" for label in labels) for labels in (table.rows, table.cases))
+    others = [row for row in table.rows if row not in (table.baseline, *table.as_baseline)]
+    part = f"--rows '{(others or [table.baseline])[0]}'"
+    part += f" --cases '{next(iter(table.cases))}'" if len(table.cases) > 1 else ""
+    part += " --dataset text:path/to/texts" if table.shared.get("model.name") == "transformer" else " --dataset digits"
     return SettingsCommand(
         name,
         schema=schema,
         callback=callback,
         help=COMPARE_HELP.format(
-            title=table.title, rows=rows, cases=f" Cases: {cases}." if len(table.cases) > 1 else "", name=name
+            title=table.title,
+            rows=rows,
+            cases=f" Cases: {cases}." if len(table.cases) > 1 else "",
+            name=name,
+            part=part,
         ),
         params=[*options, *setting_options(schema)],
     )
@@ -244,7 +261,7 @@ def compare_tables() -> None:
     A table is tune_spaces/tables/NAME.py, in the working folder or else in the package, or a path to a file.
 
     Example:
-        effray compare crest --dataset digits
+        effray compare crest --rows crest --cases 'mlp*' --seeds 0 --dataset digits
     """
 
 

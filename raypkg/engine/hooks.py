@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from raypkg.core.errors import unknown
 from raypkg.data.coreset import Coreset
 
 from . import hook as hook  # the registry
@@ -58,6 +59,9 @@ class Hook:
 
     def __init_subclass__(cls) -> None:
         cls.supplies_batches = cls.batches is not Hook.batches
+        points = [name for name in vars(Hook) if name.startswith("on_")]
+        if wrong := next((name for name in vars(cls) if name.startswith("on_") and name not in points), None):
+            raise unknown(f"point of the training loop in the hook {cls.__name__}:", wrong, points)
 
     def on_start(self, run: Run) -> None:
         """Act before training, and before a checkpoint is restored; may change the first weights."""

@@ -516,3 +516,12 @@ def test_a_run_stored_with_former_names_is_listed_and_resumes(effray, tmp_path):
     effray("train --resume one")
     after = json.loads((folder / "summary.json").read_text())
     assert after["test_accuracy"] == before["test_accuracy"]
+
+
+def test_a_comparison_of_many_trials_asks_before_it_starts(call, refusal, monkeypatch):
+    command = "compare crest --dataset digits --seeds 0-9"
+    assert "there is no terminal to ask on whether to start 950 trials: --yes" in refusal(command)
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr(click, "confirm", lambda question: question != "start 950 trials?")
+    result = call(f"effray {command}")
+    assert result.code == 0 and result.out.startswith("950 trials, ") and not Path("runs").exists()

@@ -1,14 +1,18 @@
-"""Folders of image files: ``PATH/train/<class>/*.jpg`` and ``PATH/test/<class>/*.jpg``."""
+"""Folders of image files: ``PATH/train/<class>/*.jpg`` and ``PATH/test/<class>/*.jpg``, or ``PATH/<class>/*.jpg``."""
 
+import re
 from collections.abc import Iterator
+from copy import copy
 from functools import partial
 from itertools import islice
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from raypkg.core.errors import UserError
 from raypkg.core.memory import check_read
-from raypkg.data.files import READERS, Place, fetched, files_below, open_input, place_of
+from raypkg.data.files import READERS, Place, fetched, files_below, open_input, place_of, split_rows
 from raypkg.data.split import Split
 from raypkg.data.store.cache import Cache, fingerprint, store_path
 from raypkg.data.store.images import Side, open_images
@@ -17,31 +21,49 @@ from . import dataset
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 FOLDERS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+LIKE_A_SPLIT = re.compile(r"(train|test|val|valid|dev|eval)(ing|ation|s|[ _-]?set)?")
 READ_AT_ONCE = 256
 
 
 @dataset("folder")
-def load(root: str, *, split: str, cache: Cache, size: Side = 0) -> Split:
+def load(
+    root: str, *, split: str, cache: Cache, size: Side = 0, test: Annotated[float, Field(ge=0, lt=1)] = 0.2
+) -> Split:
     """Image files in one folder a class: PATH/train/<class>/… and PATH/test (val, valid, validation)/<class>/….
 
-    A class may keep its files in folders of its own, not in links. Class numbers follow the sorted names of train's.
+    Without a folder of test images the share ``test`` of the others is the test split, drawn by their number alone;
+    these may then be in PATH/<class>/…. A class may keep its files in folders of its own, not in links. Class numbers
+    follow the sorted names of train's.
 
     Raises:
         UserError: a missing or empty folder, a class of test unknown to train, broken links, files that are unreadable
             or no images, or images of several sizes while ``size`` is 0.
     """
     place = place_of(root)
-    folders: dict[str, Place] = {}
+    found = {
+        name: next((place / each for each in spellings if (place / each).is_dir()), None)
+        for name, spellings in FOLDERS.items()
+    }
+    visible = (
+        {each.name for each in place.iterdir() if each.is_dir() and each.name[0] != "."} if place.is_dir() else set()
+    )
+    astray = {each for each in visible if found["train"] or LIKE_A_SPLIT.fullmatch(each.casefold())} - {"train"}
     for name, spellings in FOLDERS.items():
-        found = next((place / each for each in spellings if (place / each).is_dir()), None)
-        if found is None:
-            tried = ", ".join(spellings)
-            raise UserError(f"folder {root!r} has no {name} split: none of the folders {tried}")
-        folders[name] = found
-    classes = tuple(sorted(_class_folders(folders["train"])))
-    images = {name: ImageFiles(folder, classes) for name, folder in folders.items()}
+        if not found[name] and (astray or not visible):  # a split spelled otherwise is not taken for a class
+            raise UserError(f"folder {root!r} has no {name} split: none of the folders {', '.join(spellings)}")
+    folder = found["train"] or place
+    classes = tuple(sorted(_class_folders(folder)))
+    images = {"train": ImageFiles(folder, classes)}
+    drawn = {}
+    if found["test"]:
+        images["test"] = ImageFiles(found["test"], classes)
+    else:
+        everything, drawn = images["train"], {"test": test}
+        for name in FOLDERS:
+            rows = split_rows(dict.fromkeys(FOLDERS, folder), name, everything.length, test)
+            images[name] = everything.only(rows)
     files = {name: each.files for name, each in images.items()}
-    key = fingerprint(files["train"] + files["test"], root=root, size=size)
+    key = fingerprint(files["train"] + files["test"], root=root, size=size, **drawn)
     return open_images(split, partial(store_path, cache, place.resolve().name, key), images.__getitem__, files, size)
 
 
@@ -75,6 +97,12 @@ class ImageFiles:
                 raise UserError(f"class folder {str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
             self.files += files
             self.labels += [classes.index(name)] * len(files)
+
+    def only(self, rows: np.ndarray) -> "ImageFiles":
+        """Return the images of some rows, int64 ascending."""
+        some = copy(self)
+        some.files, some.labels = ([of_all[i] for i in rows] for of_all in (self.files, self.labels))
+        return some
 
     @property
     def length(self) -> int:
