@@ -16,9 +16,8 @@ from raypkg.data import load_data
 from raypkg.engine.shards import Shard
 from raypkg.experiments import embedding
 from raypkg.methods.language import rows as room
-from raypkg.methods.language import selection
 from raypkg.methods.language.api import Projection, less_rows, over_checkpoints, state_rows
-from raypkg.methods.language.hook import FOLDER, load_checkpoint
+from raypkg.methods.language.warmup import FOLDER, load_checkpoint
 from raypkg.models import build_model
 from raypkg.runs.checkpoints import StoredCheckpoints
 from raypkg.runs.storage import Storage
@@ -161,7 +160,7 @@ def test_lipt_merges_models_of_shards_once_and_goes_on_where_it_died(folder, tmp
         (StoredCheckpoints, "save", lambda calls: len(calls) == 2),  # at the end of the second epoch of the warm-up
         (embedding, "write_part", lambda calls: len(calls) == 4),
         (Storage, "delete_folder", lambda calls: calls[-1][1] == embedding.PARTS),
-        (selection, "save_coreset", lambda calls: True),
+        (room, "save_coreset", lambda calls: True),
     ],
 )
 def test_killed_at_any_moment_and_resumed_it_leaves_what_an_undisturbed_run_leaves(

@@ -16,11 +16,10 @@ from raypkg import select
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.gradients import HeadView
+from raypkg.coresets.per_sample import adapter_gradients, trained_linears
 from raypkg.coresets.rows import Rows
 from raypkg.coresets.rules import coreset
-from raypkg.methods.language.adapters import adapter_gradients, trained_linears
-from raypkg.methods.language.less import Moments, gradient_rows, moments_of, over_checkpoints
-from raypkg.methods.language.pooling import rds_rows, weighted_mean
+from raypkg.methods.language.api import Moments, gradient_rows, moments_of, over_checkpoints, weighted_mean
 from raypkg.methods.language.projection import Projection
 
 
@@ -182,14 +181,13 @@ def test_signs_are_fair_and_coordinates_independent():
     assert products.abs().max() < 0.3 and abs(products.mean()) < 0.001
 
 
-def test_embeddings_are_position_weighted_means_of_length_1():
+def test_embeddings_are_position_weighted_means():
     hidden = torch.randn(2, 4, 3, generator=generator(0, "h"))
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
     for i, length in enumerate((4, 2)):
         total = sum(range(1, length + 1))
         expected = sum((place + 1) / total * hidden[i, place] for place in range(length))
         torch.testing.assert_close(weighted_mean(hidden, mask)[i], expected)
-        torch.testing.assert_close(rds_rows(hidden, mask)[i], expected / expected.norm())
 
 
 # Rules

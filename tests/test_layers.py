@@ -17,7 +17,7 @@ REACH_TOO = {
     "lipt": {"member", "api"},
     "agent": {"draws"},
     "crest": {"parallel"},
-    "language": {"rows", "warmup", "selection"},
+    "language": {"rows", "warmup"},
     "deltagrad": {"history", "journal", "requests", "answer", "estimator", "folder", "head"},
 }  # fmt: skip
 ROOMS = {

@@ -6,68 +6,20 @@
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from raypkg.core.errors import UserError
-from raypkg.coresets.batches import IGNORED, INDICES, LABELS, WEIGHTS, check_keywords
+from raypkg.coresets.batches import INDICES, WEIGHTS, check_keywords
 from raypkg.coresets.loader import CoresetLoader
+from raypkg.coresets.per_sample import sample_losses as sample_losses
 from raypkg.methods.agent.correction import GradientCorrection
 from raypkg.methods.crest.loader import CrestLoader
 from raypkg.methods.sparse.training import SparseTraining
-from raypkg.models.classifier import unwrapped
-
-
-def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    """Return the losses of a batch's samples, float32 or more [b], and the output of the model.
-
-    With labels [b], they are cross-entropies. With labels [b, l], as "input_ids", they are those of a causal model,
-
-        ℓ_i = −1/|A_i| Σ_{t ∈ A_i} ln p(x_t | x_1 … x_{t−1}),   A_i the labels of sample i that are not −100,
-
-    and the output's logits are those of the answered tokens only, [1, Σ|A_i|, V], unless the model is compiled.
-
-    Args:
-        model: of transformers, also with adapters of peft, compiled, or in ``DistributedDataParallel``.
-        batch: as a ``CoresetLoader`` yields it, on the model's device; "weights" and "indices" are not used.
-
-    Raises:
-        UserError: labels [b, l] and a model that is not causal.
-    """
-    inputs = {name: value for name, value in batch.items() if name not in (LABELS, WEIGHTS, INDICES)}
-    labels: Tensor = batch[LABELS]
-    if labels.dim() == 1:
-        outputs = model(**inputs)
-        return F.cross_entropy(outputs.logits, labels, reduction="none"), outputs
-    answered = labels[:, 1:] != IGNORED  # [b, l − 1]
-    sample, place = answered.nonzero(as_tuple=True)  # [m]
-
-    def at_answers(rows: Tensor) -> Tensor:
-        return rows[:, -labels.shape[1] :][sample, place][None]  # [1, m, ·]; those of a virtual prompt come first
-
-    causal = cast(Any, unwrapped(model))
-    if not getattr(causal, "can_generate", bool)() or causal.config.is_encoder_decoder:
-        raise UserError(f"labels of tokens need a causal language model of transformers, not {type(causal).__name__}")
-    # The head sees the last hidden states at answers only.
-    head = causal.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, states: (at_answers(states[0]), *states[1:]))
-    try:
-        outputs = model(**inputs)
-    finally:
-        hook.remove()
-    logits = outputs.logits
-    if logits.shape[:2] != (1, len(sample)):  # a compiled model does not call new hooks
-        logits = at_answers(logits)
-    logits = logits[0]  # [m, V]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    each = F.cross_entropy(wide, labels[:, 1:][answered], reduction="none")
-    total = each.new_zeros(len(labels)).index_add(0, sample, each)
-    return total / answered.sum(dim=1), outputs
 
 
 class CoresetMixin:

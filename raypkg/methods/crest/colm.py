@@ -19,6 +19,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.budgets import class_budgets
 from raypkg.coresets.facility import KnownDistances, facility_location
+from raypkg.coresets.per_sample import adapter_gradients
 from raypkg.data.coreset import Coreset
 from raypkg.models.language import LanguageModel
 
@@ -40,18 +41,17 @@ class LastValues:
     """
 
     def __init__(self, network: nn.Module):
-        trained = {}
+        trained: dict[str, list[nn.Parameter]] = {}
         for name, module in network.named_modules():
-            own = [each for each in module.modules() if isinstance(each, nn.Linear) and each.weight.requires_grad]
-            if name.rpartition(".")[2] == VALUES and own:
+            if name.rpartition(".")[2] == VALUES and (own := [w for w in module.parameters() if w.requires_grad]):
                 trained[name] = own
         if not trained:
             raise UserError(
                 f"{type(network).__name__} trains no layer called {VALUES}, by whose gradients CoLM chooses: add it to"
                 " the adapter's targets, or use a decoder that has one"
             )
-        path, self.linears = trained.popitem()
-        self.parameters = [each for linear in self.linears for each in linear.parameters() if each.requires_grad]
+        self.network = network
+        path, self.parameters = trained.popitem()
         self.size = sum(each.numel() for each in self.parameters)  # p
         lists = {name: each for name, each in network.named_modules() if isinstance(each, nn.ModuleList)}
         around = [name for name in lists if path.startswith(f"{name}.")]
@@ -62,18 +62,15 @@ class LastValues:
 
     @contextmanager
     def moved(self, step: Tensor) -> Iterator[None]:
-        """Add a step [p] to the weights inside the block; restore their exact bits."""
-        before = [each.detach().clone() for each in self.parameters]
-        parts = step.split([each.numel() for each in self.parameters])
-        with torch.no_grad():
-            for each, part in zip(self.parameters, parts, strict=True):
-                each.add_(part.view_as(each))
+        """Add a step [p] to the weights inside the block, where no gradients are kept; restore their exact bits."""
+        before = [each.clone() for each in self.parameters]
+        for each, part in zip(self.parameters, step.split([each.numel() for each in before]), strict=True):
+            each.add_(part.view_as(each))
         try:
             yield
         finally:
-            with torch.no_grad():
-                for each, value in zip(self.parameters, before, strict=True):
-                    each.copy_(value)
+            for each, value in zip(self.parameters, before, strict=True):
+                each.copy_(value)
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
@@ -113,9 +110,7 @@ class LastValues:
 
             g_i ≈ (ℓ_i(w + εz) − ℓ_i(w − εz)) / 2ε · z,    z ~ N(0, 1) [p], the same for all samples
 
-        As in the paper, all estimates of a step are multiples of one z, a matrix of rank one. A single number tells the
-        samples apart, the slope of their loss along z; as Adam scales them, they lie on a curve with it as parameter.
-        The next step draws another z.
+        As in the paper, all estimates of a step are multiples of one z, so a single number tells the samples apart.
         """
         step = direction * EPSILON
         with self.resumed():
@@ -127,29 +122,23 @@ class LastValues:
 
     @torch.no_grad()
     def exact(self, losses_of: LossesOf, x: Any) -> tuple[Tensor, Tensor]:
-        """Return losses [b] and gradients [b, p], Σ_t δ_t ⊗ x_t, by a backward pass through the last layer alone."""
-        seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        """Return losses [b] and gradients [b, p], by a backward pass that ends at the projection."""
+        found: list[Tensor] = []
 
-        def keep(linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            seen[linear] = inputs[0].detach(), output
+        def losses() -> Tensor:
+            found.append(losses_of(x).float())
+            return found[0]
 
-        hooks = [linear.register_forward_hook(keep) for linear in self.linears]
-        # Gradients are enabled as late as here, so that no earlier layer keeps activations.
-        hooks.append(self.layer.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(True) and None))
+        # With all other parameters frozen, no earlier layer keeps activations.
+        others = {each for each in self.network.parameters() if each.requires_grad} - {*self.parameters}
+        for each in others:
+            each.requires_grad_(False)
         try:
-            losses = losses_of(x).float()
+            gradients = adapter_gradients(self.network, losses)
         finally:
-            torch.set_grad_enabled(False)
-            for hook in hooks:
-                hook.remove()
-        inputs, outputs = zip(*(seen[linear] for linear in self.linears), strict=True)
-        slopes = torch.autograd.grad(losses, outputs, torch.ones_like(losses))
-        rows = []
-        for linear, x_t, delta in zip(self.linears, inputs, slopes, strict=True):
-            rows.append(torch.einsum("blo,bli->boi", delta.float(), x_t.float()).flatten(1))
-            if linear.bias is not None and linear.bias.requires_grad:
-                rows.append(delta.float().sum(dim=1))
-        return losses.detach(), torch.cat(rows, dim=1)
+            for each in others:
+                each.requires_grad_(True)
+        return found[0].detach(), gradients
 
 
 def check_kind(model: nn.Module, choice: str) -> None:

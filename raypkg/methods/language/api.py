@@ -1,27 +1,33 @@
-"""Rows of any causal language model of transformers, in a script of one's own: no run folder, no settings."""
+"""Rows of causal language models: the embeddings of RDS+ (arXiv:2503.01807) and the gradients of LESS (2402.04333).
 
-from collections.abc import Iterable, Mapping
+They are of any causal model of transformers, in a script of one's own: no run folder, no settings.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import normalize
 
 from raypkg.core.errors import UserError
-from raypkg.coresets.batches import IGNORED
+from raypkg.coresets.per_sample import gradient_blocks, sample_losses
 from raypkg.models.classifier import in_mode
 
-from .less import BETA1, BETA2, Moments, gradient_rows, moments_of, over_checkpoints
-from .pooling import rds_rows
 from .projection import Projection
 
-__all__ = ["Moments", "Projection", "language_rows", "less_rows", "moments_of", "over_checkpoints", "state_rows"]
+__all__ = ["Moments", "Projection", "less_rows", "moments_of", "over_checkpoints", "sample_losses", "state_rows"]
+BETAS = (0.9, 0.999)  # β1, β2 of Adam
+EPSILON = 1e-8
 Batch = Any  # a mapping of input_ids, attention_mask and labels, int64 [b, l]; of a `LanguageModel` int64 [b, 2, l]
 
 
+# RDS+
+
+
 def state_rows(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Return RDS+'s embeddings (arXiv:2503.01807), Σ_i i h_i / ‖Σ_i i h_i‖ over a sample's tokens, float32 [n, D].
+    """Return RDS+'s embeddings, Σ_i i h_i / ‖Σ_i i h_i‖ over a sample's tokens, float32 [n, D].
 
     h_i are the last hidden states. The model computes in evaluation mode, and without gradients.
 
@@ -39,8 +45,63 @@ def state_rows(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     >>> list(rows.shape), torch.allclose(rows.norm(dim=1), torch.ones(2))
     ([2, 16], True)
     """
-    with in_mode(model, training=False):
-        return language_rows(model, batches)
+    with in_mode(model, training=False), torch.no_grad():
+        return _joined(normalize(weighted_mean(*_hidden(model, batch)), dim=1) for batch in batches)
+
+
+def weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return Σ_i w_i h_i with w_i = i / Σ_j j over a sample's tokens (SGPT, arXiv:2202.08904), float32 [b, D].
+
+    Args:
+        hidden: last hidden states, float [b, l, D].
+        mask: True at tokens, False at padding, bool [b, l].
+
+    >>> hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
+    >>> weighted_mean(hidden, torch.tensor([[True, True, False]]))
+    tensor([[0.3333, 0.6667]])
+    """
+    places = mask.cumsum(dim=1) * mask  # 1, 2, …; 0 at padding
+    weights = places / places.sum(dim=1, keepdim=True)  # [b, l]
+    return torch.einsum("bl,bld->bd", weights.float(), hidden.float())
+
+
+def _hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the last hidden states [b, l, D] and where tokens are [b, l]."""
+    if not isinstance(batch, Mapping):
+        return model.hidden(batch)
+    if not hasattr(model, "get_decoder"):
+        raise UserError(f"{type(model).__name__} is no causal language model of transformers: it has no get_decoder()")
+    tokens = batch["input_ids"]
+    mask = batch.get("attention_mask", torch.ones_like(tokens))
+    hidden = model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden, mask.bool()
+
+
+# LESS
+
+
+class Moments(NamedTuple):
+    """Adam's moments of one parameter, of its shape."""
+
+    m: Tensor  # average gradient
+    v: Tensor  # average squared gradient
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Moments]:
+    """Return copies of the moments of a model's trained parameters, by name, on the CPU.
+
+    Raises:
+        UserError: the optimiser is not of Adam's kind, or has taken no step.
+    """
+    moments = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state.get(parameter, {})
+            if "exp_avg_sq" not in state:
+                kind = type(optimizer).__name__
+                raise UserError(f"{kind} has no moments of {name}: LESS needs Adam or AdamW, after a step")
+            moments[name] = Moments(*(state[key].to("cpu", copy=True) for key in ("exp_avg", "exp_avg_sq")))
+    return moments
 
 
 def less_rows(
@@ -49,9 +110,9 @@ def less_rows(
     projection: Projection,
     moments: Mapping[str, Moments] | None = None,
     *,
-    betas: tuple[float, float] = (BETA1, BETA2),
+    betas: tuple[float, float] = BETAS,
 ) -> Tensor:
-    """Return LESS's rows (arXiv:2402.04333) at the model's present weights, R Γ(g_i) / ‖R Γ(g_i)‖, float32 [n, d].
+    """Return LESS's rows at the model's present weights, R Γ(g_i) / ‖R Γ(g_i)‖, float32 [n, d].
 
     g_i is the gradient of sample i's mean loss per answered token with respect to all trained parameters, and
     Γ(g) = (β1 m + (1 − β1) g) / sqrt(β2 v + (1 − β2) g² + ε) for a pool, Γ(g) = g for a target. The model computes in
@@ -67,47 +128,62 @@ def less_rows(
     Raises:
         UserError: no batch, no "labels", or a trained parameter that is not of a linear layer.
     """
+
+    def losses(batch: Batch) -> Tensor:
+        if isinstance(batch, Mapping):
+            return sample_losses(model, batch, everywhere=True)[0]
+        answered: Tensor = model(batch).losses
+        return answered
+
     with in_mode(model, training=False):
-        return language_rows(model, batches, projection=projection, moments=moments, betas=betas)
+        rows = (gradient_rows(model, partial(losses, batch), projection, moments, betas) for batch in batches)
+        return _joined(rows)
 
 
-def language_rows(
-    model: nn.Module, batches: Iterable[Batch], projection: Projection | None = None, **how: Any
+def gradient_rows(
+    model: nn.Module,
+    losses: Callable[[], Tensor],
+    projection: Projection,
+    moments: Mapping[str, Moments] | None = None,
+    betas: tuple[float, float] = BETAS,
 ) -> Tensor:
-    """Return the rows of a model in its present mode: projected gradients, or embeddings without a projection."""
-    rows = []
-    for batch in batches:
-        if projection:
-            rows.append(gradient_rows(model, partial(_losses, model, batch), projection, **how).cpu())
-        else:
-            with torch.no_grad():
-                rows.append(rds_rows(*_hidden(model, batch)).cpu())
-    if not rows:
+    """Return the rows of one batch, float32 [b, d]; ``losses`` computes its samples' losses, see ``gradient_blocks``.
+
+    Blocks of parameters are preconditioned and projected one by one, so b × p numbers are never in memory.
+    """
+    total: Any = 0
+    start = 0
+    for name, block in gradient_blocks(model, losses):
+        gradients = block if moments is None else preconditioned(block, moments[name], betas)
+        total = total + projection(gradients.float(), start)
+        start += block.shape[1]
+    return normalize(total, dim=1)
+
+
+def preconditioned(gradients: Tensor, moments: Moments, betas: tuple[float, float] = BETAS) -> Tensor:
+    """Return (β1 m + (1 − β1) g) / sqrt(β2 v + (1 − β2) g² + ε) of each sample's gradient, float [b, p].
+
+    >>> preconditioned(torch.tensor([[1.0]]), Moments(torch.tensor([1.0]), torch.tensor([1.0])))
+    tensor([[1.]])
+    """
+    beta1, beta2 = betas
+    m, v = (each.to(gradients).flatten() for each in moments)
+    mean = (1 - beta1) * gradients + beta1 * m
+    square = (1 - beta2) * gradients.square() + beta2 * v
+    return mean / (square + EPSILON).sqrt()
+
+
+def over_checkpoints(rows: Sequence[Tensor], rates: Sequence[float]) -> Tensor:
+    """Return rows whose inner products are Σ_t η_t <r_t, r'_t>: r_t · sqrt(η_t) side by side, float [n, T·d].
+
+    The rates are normalised to Σ η_t = 1, so rows of length 1 give rows of length 1.
+    """
+    total = sum(rates)
+    return torch.cat([part * (rate / total) ** 0.5 for part, rate in zip(rows, rates, strict=True)], dim=1)
+
+
+def _joined(rows: Iterator[Tensor]) -> Tensor:
+    found = [part.cpu() for part in rows]
+    if not found:
         raise UserError("no batches to compute rows of")
-    return torch.cat(rows)
-
-
-def _losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean loss of each sample's answered tokens [b]."""
-    if not isinstance(batch, Mapping):
-        return model(batch).losses
-    if "labels" not in batch:
-        raise UserError(f"a batch has {', '.join(batch)}: gradients need labels as well")
-    targets = batch["labels"][:, 1:]  # of the logits before
-    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
-    losses = cross_entropy(
-        logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )  # [b, l − 1]
-    return losses.sum(dim=1) / (targets != IGNORED).sum(dim=1).clamp_min(1)
-
-
-def _hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the last hidden states [b, l, D] and where tokens are [b, l]."""
-    if not isinstance(batch, Mapping):
-        return model.hidden(batch)
-    if not hasattr(model, "get_decoder"):
-        raise UserError(f"{type(model).__name__} is no causal language model of transformers: it has no get_decoder()")
-    tokens = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(tokens))
-    hidden = model.get_decoder()(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
-    return hidden, mask.bool()
+    return torch.cat(found)

@@ -97,20 +97,17 @@ class InstructSettings(Experiment):
         """Return the size of the smallest batch of either training, on n samples."""
         from raypkg.coresets.budgets import budget_of
 
-        sizes = [self.train.batch_size, budget_of(self.select.fraction, n)]
+        warmup, sizes = self.warmup, [self.train.batch_size, budget_of(self.select.fraction, n)]
         if self.by_gradients:
-            warmup = self.warmup
             sizes.append(warmup.models if warmup.by == "lipt" else min(warmup.batch_size, self.warmup_size(n)))
         return min(sizes)
 
     def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:
         """Return smaller batches for a warm-up that would otherwise have few steps."""
-        size = self.warmup_size(n)
-        published = self.warmup.batch_size
-        if not self.by_gradients or published != type(self.warmup).model_fields["batch_size"].default:
-            return {}
+        size, published = self.warmup_size(n), self.warmup.batch_size
         fitting = max(1, size // FEWEST_STEPS)
-        if fitting >= published:
+        is_default = published == type(self.warmup).model_fields["batch_size"].default
+        if not (self.by_gradients and is_default and fitting < published):
             return {}
         return {"warmup.batch_size": (fitting, f"{published}, as {size} samples are few for it")}
 
@@ -119,7 +116,7 @@ class InstructSettings(Experiment):
         from raypkg.coresets.reselection import check_selects_once
         from raypkg.data.kinds import TEXTS
 
-        select = self.select
+        select, warmup = self.select, self.warmup
         check_selects_once(select, has_rows=True)
         if data.train.kind is not TEXTS:
             raise UserError(f"dataset = {self.dataset.name}: instruct fine-tunes on texts, instructions:PATH")
@@ -136,8 +133,7 @@ class InstructSettings(Experiment):
             return
         if self.model.options.get("rank") == 0:
             raise UserError("model.options.rank = 0: LESS takes gradients of adapters, give a rank of 1 or more")
-        if self.warmup.by == "lipt" and self.warmup.models > self.warmup_size(n):
-            size = f"{self.warmup_size(n)} warm-up samples"
-            raise UserError(f"warmup.models = {self.warmup.models}: more than the {size}")
+        if warmup.by == "lipt" and warmup.models > (size := self.warmup_size(n)):
+            raise UserError(f"warmup.models = {warmup.models}: more than the {size} warm-up samples")
         needed = 4 * self.rows.width * (2 * self.rows.batch_size + self.rows.per_part)
         check_memory(f"rows.width = {self.rows.width:,}", needed, "give a smaller one")
