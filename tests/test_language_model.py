@@ -124,7 +124,7 @@ def test_adapters_begin_as_nothing_and_leave_the_base_as_it_is(place):
     x, _ = data.train.batch(range(4))
     assert torch.equal(model.eval()(x).losses, plain.eval()(x).losses)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == set(model.state_dict()) and all("lora_" in name for name in trained)
+    assert trained == set(model.state_dict()) - {"base"} and all("lora_" in name for name in trained)
     assert len(trained) == 2 * 4 * 2  # A and B of four matrices in two layers
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     run = fit(Run.simple(model, data.train, epochs=1, batch_size=6, lr=0.1))
@@ -157,6 +157,17 @@ def test_the_state_has_tied_weights_once_and_takes_no_others(place):
     assert all(value.abs().sum() > 0 for value in model.state_dict().values())
     head, embedding = model.network.lm_head.weight, model.network.model.embed_tokens.weight
     assert head is embedding
+
+
+def test_adapters_are_refused_on_another_base(place, tmp_path):
+    tiny_language(tmp_path / "model", seed=1)
+    state = build(place, **LORA).double().state_dict()
+    build(place, **LORA).load_state_dict(state)
+    other = build(tmp_path, **LORA)
+    with pytest.raises(UserError, match="the adapters were trained on a base with other weights than those of this"):
+        other.load_state_dict(state)
+    del state["base"]  # as older states
+    other.load_state_dict(state)
 
 
 def test_a_base_in_bfloat16_stays_so_and_its_adapters_do_not(place):

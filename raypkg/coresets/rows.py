@@ -78,10 +78,5 @@ class Rows:
     def similarity(self, target: "Rows") -> Tensor:
         """Return the inner products with all rows of a target, float32 [n, V]: cosines if all have length 1."""
         n, count = len(self), len(target)
-        check_memory(f"similarities of {n:,} samples to {count:,}", 4 * n * count, "use fewer target samples")
-        found = torch.empty(n, count)
-        start = 0
-        for products in self.similarities(target.values):
-            found[start : start + len(products)] = products
-            start += len(products)
-        return found
+        check_memory(f"similarities of {n:,} samples to {count:,}", 8 * n * count, "use fewer target samples")
+        return torch.cat([*self.similarities(target.values)]) if n else torch.empty(0, count)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -31,6 +33,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ANSWER = 1  # segment of the tokens that carry loss
 LOGITS_AT_ONCE = 1 << 24  # numbers: of a batch to evaluate, the logits are not all in memory
 PROBED = 16  # tokens
+SAMPLED = 64  # numbers of each frozen weight in the digest of a base
 
 
 @model("transformers-lm", source="arXiv:1910.03771, arXiv:2106.09685")
@@ -89,8 +92,11 @@ def with_adapters(network: PreTrainedModel, rank: int, alpha: float, dropout: fl
     """Return a frozen network with LoRA adapters: W x + alpha/rank · B A x with A [rank, in] drawn and B = 0."""
     peft = extra("peft", "lora", "LoRA")
     head = network.get_output_embeddings()
-    matrices = [path for path, layer in network.named_modules() if _is_matrix(layer) and layer is not head]
-    allowed = {path.rpartition(".")[2] for path in matrices}
+    allowed = {  # GPT-2's Conv1D is a linear layer transposed
+        path.rpartition(".")[2]
+        for path, layer in network.named_modules()
+        if (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D") and layer is not head
+    }
     for target in targets:
         if target not in allowed:
             raise unknown("target of LoRA", target, allowed)
@@ -99,10 +105,6 @@ def with_adapters(network: PreTrainedModel, rank: int, alpha: float, dropout: fl
     )
     with _silent():
         return peft.get_peft_model(network, config)
-
-
-def _is_matrix(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"  # GPT-2's, a linear layer transposed
 
 
 @contextmanager
@@ -117,7 +119,8 @@ class LanguageModel(nn.Module):
     """A causal language model that computes its own losses: int64 [b, 2, l] → ``Answered``.
 
     ℓ_i = −1/|A_i| Σ_{t ∈ A_i} ln p(x_t | x_1 … x_{t−1}), A_i the tokens of sample i in segment 1 but for the first of
-    the sample, which nothing predicts. Its state is what is trained: adapters, or each parameter once.
+    the sample, which nothing predicts. Its state is what is trained: adapters with a digest of their base, or each
+    parameter once.
     """
 
     def __init__(self, network: Any, *, checkpointing: bool = False):
@@ -160,27 +163,44 @@ class LanguageModel(nn.Module):
 
         Padding follows the tokens, and no token depends on later ones, so none is masked.
         """
-        there = x[:, 0] >= 0
-        body = self._causal.base_model
-        h: Tensor = body(input_ids=x[:, 0].clamp_min(0), use_cache=False).last_hidden_state
-        return h, there
+        h: Tensor = self._causal.base_model(input_ids=x[:, 0].clamp_min(0), use_cache=False).last_hidden_state
+        return h, x[:, 0] >= 0
+
+    @cached_property
+    def base(self) -> dict[str, Tensor]:
+        """A digest of numbers spread over the frozen weights, uint8 [8] by its name in the state; empty without any."""
+        frozen = [weight.detach().flatten() for weight in self.parameters() if not weight.requires_grad]
+        some = [weight[:: -(-len(weight) // SAMPLED)].double().cpu() for weight in frozen]  # the same in any precision
+        digest = blake2b(torch.cat(some).numpy().tobytes(), digest_size=8).digest() if some else b""
+        return {"base": torch.tensor([*digest], dtype=torch.uint8)} if some else {}
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]  # its overloads
-        """Return the trained parameters, by the names of ``named_parameters``."""
+        """Return the trained parameters, by the names of ``named_parameters``, and the digest of a frozen base."""
         state = super().state_dict(*args, **options)
         prefix = options.get("prefix", "")
         trained = {f"{prefix}{name}" for name, weight in self.named_parameters() if weight.requires_grad}
         for name in state.keys() - trained:
             del state[name]
+        if not prefix:
+            state.update(self.base)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Restore what ``state_dict`` returned; raises RuntimeError for other names, if ``strict``, or shapes."""
-        own = self.state_dict().keys()
-        missing, unexpected = sorted(own - state_dict.keys()), sorted(state_dict.keys() - own)
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            RuntimeError: other names, if ``strict``, or shapes.
+            UserError: the state is of adapters to another base.
+        """
+        own, base = self.state_dict().keys(), self.base  # which older states lack
+        missing, unexpected = sorted(own - state_dict.keys() - base.keys()), sorted(state_dict.keys() - own)
         if strict and (missing or unexpected):
             raise RuntimeError(f"missing are {missing}, unexpected are {unexpected}")
-        found = super().load_state_dict({name: state_dict[name] for name in own & state_dict.keys()}, False, assign)
+        for name, digest in base.items():
+            if not state_dict.get(name, digest).cpu().equal(digest):
+                raise UserError("the adapters were trained on a base with other weights than those of this model")
+        weights = {name: state_dict[name] for name in (own & state_dict.keys()) - base.keys()}
+        found = super().load_state_dict(weights, False, assign)
         return type(found)(missing, unexpected)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
@@ -198,20 +218,22 @@ class LanguageModel(nn.Module):
             raise UserError(f"model {name!r} has no parameter to train: it has none at all, or all of them are frozen")
         length, vocabulary = shape
         self.eval()
-        x = TEXTS.example(2, (min(length, PROBED), vocabulary))[:1]
-        other = x.clone()
-        other[:, 0, -1] = (x[:, 0, -1] + 1) % vocabulary
+        x = TEXTS.example(2, (min(length, PROBED), vocabulary))[:1].repeat(2, 1, 1)
+        x[1, 0, -1] = (x[1, 0, -1] + 1) % vocabulary
         try:
-            h, _ = self.hidden(torch.cat([x, other]))
-            logits = self._causal(input_ids=x[:, 0], use_cache=False).logits
+            h, _ = self.hidden(x)
+            logits = self._causal(input_ids=x[:1, 0], use_cache=False).logits
             expected = self._causal.get_output_embeddings()(h[:1])
         except Exception as error:  # whatever the network raises
             raise UserError(f"model {name!r} cannot take texts: {type(error).__name__}: {error}") from error
         tolerance = 1e-2 if h.dtype == torch.bfloat16 else 1e-4
+        problem = ""
         if not logits.isfinite().all():
-            raise UserError(f"model {name!r} maps tokens to NaN or infinity")
-        if not torch.allclose(h[0, :-1], h[1, :-1], rtol=tolerance, atol=tolerance):
-            raise UserError(f"model {name!r} is no causal language model: its states depend on later tokens")
-        if not torch.allclose(logits, expected, rtol=tolerance, atol=tolerance):
-            raise UserError(f"model {name!r}: its logits are not linear in its last states, as with soft capping")
+            problem = " maps tokens to NaN or infinity"
+        elif not torch.allclose(h[0, :-1], h[1, :-1], rtol=tolerance, atol=tolerance):
+            problem = " is no causal language model: its states depend on later tokens"
+        elif not torch.allclose(logits, expected, rtol=tolerance, atol=tolerance):
+            problem = ": its logits are not linear in its last states, as with soft capping"
+        if problem:
+            raise UserError(f"model {name!r}{problem}")
         return self.train()

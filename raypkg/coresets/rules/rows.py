@@ -1,6 +1,5 @@
 """Rules that select instructions by rows, those of the pool most like those of a target."""
 
-import numpy as np
 import torch
 
 from raypkg.coresets.rows import Rows
@@ -23,19 +22,12 @@ def rds_plus(rows: Rows, budget: int, *, target: Rows | None = None) -> Coreset:
     if len(tasks) > 1:
         scores = torch.stack([scores[:, task].amax(dim=1) for task in tasks], dim=1)  # [n, tasks]
     # Of its ranking, a queue never needs more than the first ``budget``: all before its pick are taken.
-    queues = [column.argsort(descending=True, stable=True)[:budget].numpy() for column in scores.T]
-    places = [0] * len(queues)
-    taken = np.zeros(len(rows), bool)
-    picks: list[int] = []
+    queues = [iter(column.argsort(descending=True, stable=True)[:budget].numpy()) for column in scores.T]
+    picks: dict[int, None] = {}  # in order
     while len(picks) < budget:
         turn = len(picks) % len(queues)
-        queue = queues[turn]
-        while taken[queue[places[turn]]]:
-            places[turn] += 1
-        pick = int(queue[places[turn]])
-        taken[pick] = True
-        picks.append(pick)
-    return Coreset.uniform(torch.tensor(picks))
+        picks[int(next(i for i in queues[turn] if i not in picks))] = None
+    return Coreset.uniform(torch.tensor([*picks]))
 
 
 @coreset("less", source="arXiv:2402.04333", sees="rows", by_class=False)

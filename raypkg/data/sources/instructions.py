@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from raypkg.core.errors import UserError
-from raypkg.data.files import Place, check_alike, label_column
+from raypkg.data.files import Place, check_alike
 from raypkg.data.split import Split
 from raypkg.data.store.cache import Cache
 from raypkg.data.tokenizer import STORED, pretrained_at, vocabulary_of
@@ -61,10 +61,8 @@ def load(
             messages without a template, or with one that renders the beginning of a chat in another way than the whole.
     """
     if not tokenizer:
-        raise UserError(
-            "instructions need the tokenizer of a language model: give --model transformers-lm:NAME or --set"
-            " dataset.options.tokenizer=NAME"
-        )
+        give = "give --model transformers-lm:NAME or --set dataset.options.tokenizer=NAME"
+        raise UserError(f"instructions need the tokenizer of a language model: {give}")
 
     def encoder(train: InstructionTable, rows: np.ndarray) -> Encoder:
         found = pretrained_at(tokenizer)
@@ -90,16 +88,11 @@ class InstructionTable(TextTable):
         super().__init__(files, (), label, unlabelled=False)
 
     def _labelled(self, tables: list[pa.Table], label: str) -> tuple[list[pa.Table], str, tuple[str, ...]]:
-        schemas = [table.schema for table in tables]
-        check_alike(self.files, schemas)
-        if label or SOURCE in schemas[0].names:
-            name, _, classes = label_column(self.files, schemas, label or SOURCE)
-            return tables, name, classes
-        return (
-            [table.append_column(SOURCE, pa.array([ALL] * len(table), pa.large_string())) for table in tables],
-            SOURCE,
-            (),
-        )
+        if label or SOURCE in tables[0].column_names:
+            return super()._labelled(tables, label or SOURCE)
+        check_alike(self.files, [table.schema for table in tables])
+        of_all = [pa.array([ALL] * len(table), pa.large_string()) for table in tables]
+        return [table.append_column(SOURCE, of) for table, of in zip(tables, of_all, strict=True)], SOURCE, ()
 
     def encoded(
         self, tokenizer: PreTrainedTokenizerFast, rows: np.ndarray, length: int
@@ -113,18 +106,16 @@ class InstructionTable(TextTable):
             rendered = [self._rendered(tokenizer, chat, row) for chat, row in zip(self.chats(rows), rows, strict=True)]
             encodings = backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
             for each, (_, answers) in zip(encodings, rendered, strict=True):
-                offsets = np.array(each.offsets).reshape(-1, 2)  # in the text, of each token
+                begins, ends = np.array(each.offsets).reshape(-1, 2).T  # in the text, of each token
                 # A token on the border of an answer is part of it.
-                inside = [(offsets[:, 1] > begin) & (offsets[:, 0] < end) for begin, end in answers]
+                inside = [(ends > begin) & (begins < end) for begin, end in answers]
                 tokens.append(np.stack([each.ids, np.any(inside, 0)], 1).astype(STORED))
         else:
             begin = [token for token in backend.encode("").ids[:1] if token == tokenizer.bos_token_id]
-            texts = [text for pair in self.texts(rows) for text in pair]
-            encodings = backend.encode_batch(texts, add_special_tokens=False)
+            encodings = backend.encode_batch([*self.everything(rows)], add_special_tokens=False)
             for prompt, completion in zip(encodings[::2], encodings[1::2], strict=True):
-                ids = [*begin, *prompt.ids, *completion.ids, tokenizer.eos_token_id]
-                asked = len(begin) + len(prompt.ids)
-                tokens.append(np.stack([ids, np.arange(len(ids)) >= asked], 1).astype(STORED))
+                asked, told = [*begin, *prompt.ids], [*completion.ids, tokenizer.eos_token_id]
+                tokens.append(np.array([(i, 0) for i in asked] + [(i, 1) for i in told], STORED))
         for sample, row in zip(tokens, rows, strict=True):
             if not sample[1:length, 1].any():  # nothing predicts the first token
                 sizes = f"the first {length} of its {len(sample)} tokens"
@@ -140,8 +131,8 @@ class InstructionTable(TextTable):
         column = self._table[name]
         kind = getattr(column.type, "value_type", column.type)
         if not pa.types.is_struct(kind) or not {"role", "content"} <= {field.name for field in kind}:
-            where = f"column {name!r} of {self._name!r}"
-            raise UserError(f"{where} is {column.type}, needed are lists of {{role, content}}")
+            problem = f"{column.type}, needed are lists of {{role, content}}"
+            raise UserError(f"column {name!r} of {self._name!r} is {problem}")
         chats = []
         for row, messages in zip(rows, column.take(rows).to_pylist(), strict=True):
             chat = [{key: value for key, value in (each or {}).items() if value is not None} for each in messages or ()]
@@ -170,12 +161,9 @@ class InstructionTable(TextTable):
         answers = []
         for number, message in enumerate(chat):
             if message["role"] == "assistant":
-                before = text_of(number, add_generation_prompt=True)
-                after = text_of(number + 1)
+                before, after = text_of(number, add_generation_prompt=True), text_of(number + 1)
                 if not (whole.startswith(after) and after.startswith(before)):
-                    problem = (
-                        "renders the beginning of the chat in another way than the whole, so no answer can be found"
-                    )
-                    raise UserError(f"{self._place(int(row))}: the chat template {problem}")
+                    problem = "renders the beginning of the chat in another way than the whole"
+                    raise UserError(f"{self._place(int(row))}: the chat template {problem}, so no answer can be found")
                 answers.append((len(before), len(after)))
         return whole, answers

@@ -7,11 +7,12 @@ At a minimum w of F(w) = 1/n Σ_i ℓ_i(w) + λ/2 ‖w‖² with Hessian H, movi
 so a positive I_i is harmful. Removing a set S of m samples changes L by −Σ_{i∈S} I_i / (n − m), to first order.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from raypkg.core.errors import UserError
@@ -72,32 +73,22 @@ class HeadHessian:
         return torch.linalg.cholesky(dense)
 
     def solve(self, gradient: Tensor) -> Tensor:
-        """Return H⁻¹ g for g of shape [C, D+1], by the factor of H if it is small, else by conjugate gradients."""
-        if self.size > EXACT:
-            return conjugate_gradients(self.product, gradient)
-        return torch.cholesky_solve(gradient.reshape(-1, 1), self.factor).view_as(gradient)
+        """Return H⁻¹ g for g of shape [C, D+1], by the factor of H if it is small, else by conjugate gradients.
 
+        Raises:
+            UserError: the residual is not small after 10,000 steps.
+        """
+        if self.size <= EXACT:
+            return torch.cholesky_solve(gradient.reshape(-1, 1), self.factor).view_as(gradient)
 
-def conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:
-    """Return the solution x of H x = b, given products with a positive definite H (Hestenes & Stiefel 1952).
+        def product(flat: np.ndarray) -> np.ndarray:
+            return self.product(torch.from_numpy(flat).view_as(gradient)).flatten().numpy()
 
-    Raises:
-        UserError: the residual is not small after 10,000 steps.
-    """
-    x = torch.zeros_like(right)
-    residual = direction = right
-    square = residual.square().sum()
-    enough = CLOSE**2 * square
-    for _ in range(STEPS):
-        if square <= enough:
-            return x
-        image = product(direction)
-        step = square / (direction * image).sum()
-        x = x + step * direction
-        residual = residual - step * image
-        previous, square = square, residual.square().sum()
-        direction = residual + square / previous * direction
-    raise UserError(f"conjugate gradients have not converged after {STEPS:,} steps: give a larger --damping")
+        operator = LinearOperator((self.size, self.size), product, dtype=np.float64)
+        solution, is_missing = cg(operator, gradient.flatten().numpy(), rtol=CLOSE, maxiter=STEPS)
+        if is_missing:
+            raise UserError(f"conjugate gradients have not converged after {STEPS:,} steps: give a larger --damping")
+        return torch.from_numpy(solution).view_as(gradient)
 
 
 def influence(view: HeadView, held_out: HeadView, hessian: HeadHessian) -> Tensor:

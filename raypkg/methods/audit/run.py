@@ -1,7 +1,7 @@
 """An audit: the model of a finished run, the scores of its training samples, and the worst of them as they look."""
 
-from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,11 +40,8 @@ from .influence import HeadHessian, change_by_removal, influence, self_influence
 from .plots import harm
 
 COLUMNS = {"self": "self_influence", "influence": "influence", "loss": "loss"}  # that a score of --by has
-WORDS = {"self": "self-influence", "influence": "influence", "loss": "loss"}
-HELD_OUT = {"valid": "held-out", "test": "test"}
 PICTURES = 24  # in the gallery
 LONGEST = 100  # characters of a text on the page
-Views = tuple[Tensor, HeadView, HeadView | None, Cost]
 
 
 class Audited(NamedTuple):
@@ -88,11 +85,11 @@ def open_audited(settings: AuditSettings, samples: Samples, folder: RunFolder) -
     return Audited(run.name, run.storage.digest(MODEL) or "", samples, scorer, decay, is_linear)
 
 
-def views_of(shard: Shard, scorer: SentModel) -> Views:
-    """Return the positions of a shard's samples, their view, that of its held-out samples, and the cost."""
+def views_of(shard: Shard, scorer: SentModel) -> tuple[Tensor, HeadView, list[HeadView], Cost]:
+    """Return the positions of a shard's samples, their view, that of its held-out samples if any, and the cost."""
     with Cost("audit") as cost:
         view = scorer.view(shard, shard.indices)
-        held_out = scorer.view(shard, shard.valid) if len(shard.valid) else None
+        held_out = [scorer.view(shard, shard.valid)] if len(shard.valid) else []
         cost.forward += len(shard.indices) + len(shard.valid)
     return shard.indices, view, held_out, cost
 
@@ -103,13 +100,10 @@ def audit(settings: AuditSettings, audited: Audited, storage: Storage) -> dict[s
     split, test = data
     if settings.on == "test":
         valid = valid[:0]
-
-    def shards_for(holders: int) -> list[Shard]:
-        return class_shards(data, split.y, indices, valid, holders)
-
-    with hold(shards_for, settings.cluster) as shards:
-        parts: list[Views] = shards.map(views_of, audited.scorer)
-    positions, views, held_out_views, costs = map(list, zip(*parts, strict=True))
+    with hold(lambda count: class_shards(data, split.y, indices, valid, count), settings.cluster) as shards:
+        parts = shards.map(views_of, audited.scorer)
+    positions, views, of_shards, costs = map(list, zip(*parts, strict=True))
+    held_out_views = [*chain.from_iterable(of_shards)]
     if settings.on == "test":
         everyone = torch.arange(len(test))
         _, of_test, _, cost = views_of(Shard(Data(test, test), everyone, everyone[:0]), audited.scorer)
@@ -120,22 +114,21 @@ def audit(settings: AuditSettings, audited: Audited, storage: Storage) -> dict[s
         found = torch.cat(positions)
         order = found.argsort()  # the same for any number of shards
         found = found[order]
-        view = HeadView.concat(views)[order].double()
-        held_out = HeadView.concat([each for each in held_out_views if each is not None]).double()
+        view, held_out = HeadView.concat(views)[order].double(), HeadView.concat(held_out_views).double()
         hessian = HeadHessian(view, audited.decay)
         scores = {"influence": influence(view, held_out, hessian)}
         if settings.by == "self":
             scores["self_influence"] = self_influence(view, hessian)
         scores["loss"] = cross_entropy(view.logits, view.y, reduction="none")
-    by = scores[COLUMNS[settings.by]]
+    column = COLUMNS[settings.by]
+    by = scores[column]
     worst = by.argsort(descending=True, stable=True)
 
     # The table, worst first.
-    ids = found if split.ids is None else split.ids[found]
+    ids = (found if split.ids is None else split.ids[found])[worst]
     names = np.array(split.classes, object)
-    columns: dict[str, Any] = {"id": ids, "index": found, **scores}
-    table = {name: column[worst].numpy() for name, column in columns.items()}
-    table = {"rank": np.arange(1, len(worst) + 1), "class": names[split.y[found[worst]].numpy()], **table}
+    table = {"rank": np.arange(1, len(worst) + 1), "class": names[split.y[found[worst]].numpy()], "id": ids.numpy()}
+    table |= {name: values[worst].numpy() for name, values in {"index": found, **scores}.items()}
     wrong = None
     if split.truth is not None and len(split.truth) == len(split):  # otherwise samples were added
         wrong = (split.y != split.truth)[found].numpy()
@@ -145,11 +138,11 @@ def audit(settings: AuditSettings, audited: Audited, storage: Storage) -> dict[s
     loss = cross_entropy(held_out.logits, held_out.y).item()
     accuracy = (held_out.logits.argmax(1) == held_out.y).double().mean().item()
     predicted = change_by_removal(scores["influence"][worst[: settings.listed]], len(found))
-    word, kind = WORDS[settings.by], HELD_OUT[settings.on]
-    named = f"id {ids[worst[0]]} ({table['class'][0]})"
+    word, kind = column.replace("_", "-"), "held-out" if settings.on == "valid" else "test"
+    first = f"the worst of {len(found):,} training samples by {word} is id {ids[0]} ({table['class'][0]})"
+    change = f"the {kind} loss is predicted to change by {predicted:+.4f}"
     findings = [
-        f"the worst of {len(found):,} training samples by {word} is {named}; without the {settings.listed:,} worst, the"
-        f" {kind} loss is predicted to change by {predicted:+.4f}",
+        f"{first}; without the {settings.listed:,} worst, {change}",
         f"run {audited.name}: {kind} loss {loss:.4f}, accuracy {accuracy:.2%}, {len(held_out):,} samples",
     ]
     figures: dict[str, Any] = {"held_out_loss": loss, "held_out_accuracy": accuracy}
@@ -174,13 +167,21 @@ def _shown(
 ) -> dict[str, Any]:
     """Return the table of the worst samples for people, with their texts; draw those that are images."""
     headings = [name for name in table if name not in ("index", "rank")]
-    columns = [[_cell(value) for value in table[name][: len(positions)]] for name in headings]
+    columns = [
+        [f"{value:.4g}" if isinstance(value, float) else str(value) for value in table[name][: len(positions)]]
+        for name in headings
+    ]
     note = ""
     try:
         source, rows, dataset = originals(split, positions, settings.dataset)
         if source.kind is TEXTS:
+            from tokenizers import Tokenizer
+
+            name = dataset.options.get("tokenizer", "")
+            tokenizer = tokenizer_at(name) if name else Tokenizer.from_str(source.tokenizer)
+            texts = [tokenizer.decode(tokens[tokens >= 0].tolist()) for tokens in source.batch(rows)[0][:, 0]]
             headings.insert(0, "text")  # the first column is the only one that is flush left
-            columns.insert(0, [cut(text, LONGEST) for text in texts_of(source, rows, dataset)])
+            columns.insert(0, [cut(text, LONGEST) for text in texts])
         elif source.kind is IMAGES:
             x, _ = source.batch(rows[:PICTURES])
             labels = [*zip(table["class"].tolist(), table[COLUMNS[settings.by]].tolist(), strict=True)][:PICTURES]
@@ -191,10 +192,6 @@ def _shown(
     headings = [name.replace("_", " ") for name in headings]
     rows_of_text = [list(row) for row in zip(*columns, strict=True)]
     return {"title": f"The {len(positions):,} worst", "headings": headings, "rows": rows_of_text, "note": note}
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def originals(split: Split, positions: Tensor, dataset: Dataset) -> tuple[Split, Tensor, Dataset]:
@@ -209,13 +206,3 @@ def originals(split: Split, positions: Tensor, dataset: Dataset) -> tuple[Split,
     if source.ids is not None:
         rows = torch.stack([(source.ids == id).nonzero()[0, 0] for id in rows])
     return originals(source, rows, embedded.dataset)
-
-
-def texts_of(split: Split, positions: Tensor, dataset: Dataset) -> Sequence[str]:
-    """Return texts as their tokens read."""
-    from tokenizers import Tokenizer
-
-    name = dataset.options.get("tokenizer", "")
-    tokenizer = tokenizer_at(name) if name else Tokenizer.from_str(split.tokenizer)
-    x, _ = split.batch(positions)
-    return [tokenizer.decode(row[row >= 0].tolist()) for row in x[:, 0]]
