@@ -286,6 +286,19 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_equals_never_stopped(grad
     assert str(loader.state_dict()) == str(whole.state_dict())
 
 
+@pytest.mark.parametrize("gradient", ["estimate", "exact"])
+def test_mappings_for_a_model_of_transformers_choose_the_same(gradient):
+    (x, _), ours = texts(), network()
+    mappings = [{"input_ids": tokens, "labels": tokens.where(segments == 1, -100)} for tokens, segments in x]
+    one = {"epochs": 1, "preset": "colm", "gradient": gradient}
+    pairs = CrestLoader((x, torch.zeros(N).long()), ours, SIZE, **one)
+    theirs = CrestLoader(mappings, ours.network, SIZE, **one)
+    for (tokens, *_), batch in zip(pairs, theirs, strict=True):
+        assert batch["input_ids"].equal(tokens[:, 0]) and batch["weights"].eq(1).all()
+    with pytest.raises(UserError, match="needs mappings with input_ids and labels for a model of transformers"):
+        next(iter(CrestLoader(texts(), ours.network, SIZE, **one)))
+
+
 class NoValues(nn.Module):
     def __init__(self):
         super().__init__()

@@ -210,6 +210,30 @@ def test_a_frozen_checkpoint_sees_images_normalised_as_those_that_it_was_trained
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_a_frozen_sentence_transformer_gives_means_of_its_last_states_if_it_says_so(saved, tmp_path):
+    x = TEXTS.example(4, TEXT)
+    split = Split(take=lambda rows: x[rows].numpy(), y=torch.arange(4) % 3, classes=("a", "b", "c"), shape=TEXT,
+                  mean=(), std=())  # fmt: skip
+    for means in (True, False):
+        place = tmp_path / str(means)
+        shutil.copytree(saved("bert"), place)
+        (place / "1_Pooling").mkdir()
+        (place / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": means}))
+        backbone = named_backbone(Model(name=f"transformers:{place}"), Data(split, split), "float32", seed=0)
+        each = torch.arange(4)
+        found = backbone.embed(split, each, compose(()), torch.zeros(4, 0), torch.device("cpu"))
+        model = build(place).eval()
+        expected = model.features(x)
+        if means:
+            states = model.features.network.bert
+            expected = [states(input_ids=t[None, t >= 0], token_type_ids=s[None, t >= 0])[0].mean(1) for t, s in x]
+            expected = torch.cat(expected)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (place / "1_Pooling/config.json").write_text("[]")
+    with pytest.raises(UserError, match="cannot be read"):
+        build(place)
+
+
 @pytest.mark.parametrize("normalised", [True, False])
 def test_where_nothing_is_known_of_its_pixels_a_checkpoint_sees_images_by_their_own_statistics(
     saved, tmp_path, normalised

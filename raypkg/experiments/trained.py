@@ -346,13 +346,17 @@ class Backbone:
 def named_backbone(chosen: Model, data: Data, precision: str, seed: int) -> Backbone:
     """Return the features of a model as it is built, with the normalisation that its weights were trained with.
 
-    If that is unknown, samples are normalised by their own statistics. The model must be head(features(x)).
+    If that is unknown, samples are normalised by their own statistics. The model must be head(features(x)). Features
+    of a sentence transformer are means of the last hidden states if its checkpoint says so, also where the head's
+    input is something else.
     """
     train = data.train
     built = build_model(chosen.name, train.shape, train.num_classes, seed=seed, options=chosen.options)
     model = classifier(built, "a frozen backbone")
     mean, std = model.trained_with or (train.mean, train.std)
-    return Backbone(model.features.float(), model.head.in_features, mean, std, precision)
+    stated = getattr(model.features, "frozen_features", None)
+    features, width = stated or (model.features, model.head.in_features)
+    return Backbone(features.float(), width, mean, std, precision)
 
 
 def trained_backbone(folder: RunFolder, run: str, dataset: Dataset, data: Data, precision: str) -> Backbone:

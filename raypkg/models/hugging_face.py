@@ -78,16 +78,17 @@ def hugging_face(
                 network = kind.from_config(config)
             except ValueError as error:  # there is no such classifier
                 raise _unreadable(name, error) from None
+    file = _beside(variant, "1_Pooling/config.json" if texts else "preprocessor_config.json") if weights else None
+    stated: Any = None
+    if file is not None:
+        try:
+            stated = (Pooling if texts else ImageProcessor).model_validate_json(Path(file).read_bytes())
+        except ValidationError as error:
+            raise _unreadable(name, error) from None
     if texts:
-        return OfTexts(network)
-    file = _beside(variant, "preprocessor_config.json") if weights else None
-    if file is None:
-        return OfImages(network, None)
-    try:
-        pixels = ImageProcessor.model_validate_json(Path(file).read_bytes())
-    except ValidationError as error:
-        raise _unreadable(name, error) from None
-    return OfImages(network, (pixels.image_mean, pixels.image_std) if pixels.do_normalize else None)
+        return OfTexts(network, stated is not None and stated.pooling_mode_mean_tokens)
+    is_normalised = stated is not None and stated.do_normalize
+    return OfImages(network, (stated.image_mean, stated.image_std) if is_normalised else None)
 
 
 hugging_face.has_tokenizer = True  # type: ignore[attr-defined]  # see ``raypkg.models.tokenizer_of``
@@ -96,22 +97,44 @@ hugging_face.has_tokenizer = True  # type: ignore[attr-defined]  # see ``raypkg.
 class OfTexts(nn.Module):
     """A classifier of texts: int64 [b, 2, l] → logits [b, C]."""
 
-    def __init__(self, network: PreTrainedModel):
+    def __init__(self, network: PreTrainedModel, has_means: bool):
         super().__init__()
         self.network = network
+        self.has_means = has_means  # its checkpoint is of a sentence transformer that takes means
         config = network.config
         self.padding = config.pad_token_id or 0
         self.takes_segments = getattr(config, "type_vocab_size", 0) > 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
+    def inputs(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the network's inputs."""
         tokens, segments = x.unbind(1)
         there = tokens >= 0
         inputs = {"input_ids": tokens.masked_fill(~there, self.padding), "attention_mask": there.long()}
-        if self.takes_segments:
-            inputs["token_type_ids"] = segments.clamp_min(0)
-        logits: Tensor = self.network(**inputs).logits
+        return inputs | ({"token_type_ids": segments.clamp_min(0)} if self.takes_segments else {})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.network(**self.inputs(x)).logits
         return logits
+
+    @property
+    def frozen_features(self) -> tuple[nn.Module, int] | None:
+        """The features of a frozen model and their width, where they are not the input of the head."""
+        return (Means(self), self.network.config.hidden_size) if self.has_means else None
+
+
+class Means(nn.Module):
+    """The mean of the last hidden states over a text's tokens: int64 [b, 2, l] → float32 or more [b, D]."""
+
+    def __init__(self, texts: OfTexts):
+        super().__init__()
+        self.texts = texts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the means."""
+        hidden = self.texts.network.base_model(**self.texts.inputs(x)).last_hidden_state
+        there = (x[:, 0] >= 0).to(torch.promote_types(hidden.dtype, torch.float32))  # [b, l]
+        return torch.einsum("bl,bld->bd", there / there.sum(1, keepdim=True), hidden.to(there))
 
 
 class OfImages(nn.Module):
@@ -134,6 +157,12 @@ class ImageProcessor(BaseModel):
     do_normalize: bool = True
     image_mean: tuple[float, ...]
     image_std: tuple[Annotated[float, Field(gt=0)], ...]
+
+
+class Pooling(BaseModel):
+    """How a sentence transformer makes one embedding of a text's hidden states, in its 1_Pooling/config.json."""
+
+    pooling_mode_mean_tokens: bool = False
 
 
 # Also for language models

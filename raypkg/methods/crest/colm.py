@@ -141,9 +141,9 @@ class LastValues:
         return found[0].detach(), gradients
 
 
-def check_kind(model: nn.Module, choice: str) -> None:
+def check_kind(model: Any, choice: str) -> None:
     """Refuse a language model without CoLM's choice, and any other model with it."""
-    is_language = isinstance(model, LanguageModel)
+    is_language = isinstance(model, LanguageModel) or getattr(model, "can_generate", bool)()
     if is_language and choice != "colm":
         raise UserError("CREST chooses by the logits of a classifier: for a language model give preset colm")
     if not is_language and choice == "colm":

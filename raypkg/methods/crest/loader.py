@@ -18,6 +18,7 @@ from raypkg.core.errors import UserError, as_arguments
 from raypkg.core.presets import PUBLISHED, with_preset
 from raypkg.core.seeds import derive, generator
 from raypkg.coresets.batches import (
+    LABELS,
     TappedByForm,
     as_dataset,
     check_count,
@@ -30,7 +31,9 @@ from raypkg.coresets.batches import (
     some_labels,
 )
 from raypkg.coresets.gradients import HeadView, head_view
+from raypkg.coresets.per_sample import sample_losses
 from raypkg.models.classifier import in_mode
+from raypkg.models.language import LanguageModel
 
 from .algorithm import CHUNK, Compute, CrestAlgorithm, Derive, Loop
 from .colm import Colm, check_kind
@@ -50,7 +53,9 @@ class CrestLoader:
     sees the samples as the data set returns them, random augmentation included.
 
     With ``preset="colm"`` it chooses for a language model, ``build_model("transformers-lm:NAME", …)``: x is int64
-    [b, 2, l] of tokens and segments, y the source of each sample, w is 1, and ``model(x).losses`` are the losses.
+    [b, 2, l] of tokens and segments, y the source of each sample, w is 1, and ``model(x).losses`` are the losses. Or
+    for a causal model of transformers: samples are mappings with "input_ids" and "labels" of tokens, all of one source,
+    and the losses are ``raypkg.language.sample_losses(model, batch)``.
 
     Args:
         dataset: returns pairs (x, y) by index, y an integer, and has a length; or tensors (x, y). Samples may also be
@@ -112,7 +117,8 @@ class CrestLoader:
         self.pass_steps = steps or -(-n // batch_size)
         total = steps or epochs * self.pass_steps  # type: ignore[operator]  # one of the two is given
         check_kind(model, self.options.choose)
-        self.loop = DatasetLoop(TappedByForm(model), data, n, batch_size, seed, total, collate_fn)
+        causal = self.options.choose == "colm"
+        self.loop = DatasetLoop(TappedByForm(model), data, n, batch_size, seed, total, collate_fn, causal)
         if not covered_parameters(self.loop.model, self.options.parameters):
             raise UserError(f"{type(model).__name__} has no parameter to train for CREST's local model")
         kind = Colm if self.options.choose == "colm" else CrestAlgorithm
@@ -125,7 +131,7 @@ class CrestLoader:
     def _fixed(self) -> dict[str, Any]:
         """Data and settings, equal in a checkpoint."""
         loop = self.loop
-        data = {"samples": loop.n, "labels": some_labels(loop.data, loop.collate_fn)}
+        data = {"samples": loop.n, "labels": some_labels(loop.data, loop.collate_fn, causal=loop.causal)}
         return {**data, "batch_size": loop.size, "seed": loop.seed, **self.options.model_dump()}
 
     def __len__(self) -> int:
@@ -215,6 +221,7 @@ class DatasetLoop(Loop):
     seed: int
     steps: int
     collate_fn: Callable[[list[Any]], Any]
+    causal: bool  # labels may be of tokens
 
     def __post_init__(self):
         self.cost = {part: {"forward": 0, "backward": 0} for part in ("train", "select", "check", "model")}
@@ -224,7 +231,7 @@ class DatasetLoop(Loop):
         if len(self.data) != self.n:  # type: ignore[arg-type]
             raise UserError(f"the data set has {len(self.data)} samples, CrestLoader was made for {self.n}")  # type: ignore[arg-type]
         seed = derive(self.seed, "crest", part)  # of random augmentation
-        loaded = load_batches(self.data, batches, seed=seed, collate_fn=self.collate_fn)
+        loaded = load_batches(self.data, batches, seed=seed, collate_fn=self.collate_fn, causal=self.causal)
         for batch, (x, y, indices) in zip(batches, loaded, strict=True):
             if not indices.equal(batch):
                 raise UserError("CrestLoader's collate_fn changed the order of the samples: it must keep it")
@@ -242,9 +249,15 @@ class DatasetLoop(Loop):
         device = next(self.model.parameters()).device
         parts, sources = [], []
         with in_mode(self.model, training=False):
-            for x, y in self.load(subset.indices.split(CHUNK), "select"):
-                parts.append(compute(lambda inputs: self.model.logits(inputs).losses, x.to(device)))
-                sources.append(y)
+            for batch in self.load(subset.indices.split(CHUNK), "select"):
+                x, y = on_device(batch, device)
+                if isinstance(x, Mapping):
+                    parts.append(compute(lambda inputs: sample_losses(self.model.module, inputs)[0], {**x, LABELS: y}))
+                elif isinstance(self.model.module, LanguageModel):
+                    parts.append(compute(lambda inputs: self.model.logits(inputs).losses, x))
+                else:
+                    raise UserError("CrestLoader needs mappings with input_ids and labels for a model of transformers")
+                sources.append(batch[1] if batch[1].dim() == 1 else batch[1].new_zeros(len(y)))
         losses, factors = (torch.cat(each) for each in zip(*parts, strict=True))
         return losses, factors, torch.cat(sources)
 
