@@ -16,10 +16,10 @@ from raypkg import select
 from raypkg.core.errors import UserError
 from raypkg.core.seeds import generator
 from raypkg.coresets.gradients import HeadView
-from raypkg.coresets.per_sample import adapter_gradients, trained_linears
+from raypkg.coresets.per_sample import adapter_gradients
 from raypkg.coresets.rows import Rows
 from raypkg.coresets.rules import coreset
-from raypkg.methods.language.api import Moments, gradient_rows, moments_of, over_checkpoints, weighted_mean
+from raypkg.methods.language.api import Moments, less_rows, moments_of, over_checkpoints, weighted_mean
 from raypkg.methods.language.projection import Projection
 
 
@@ -101,23 +101,26 @@ def test_a_layer_used_twice_has_the_sum_and_an_idle_one_zeros():
         torch.testing.assert_close(found[i], expected)
 
 
+class Tied(nn.Module):
+    """A linear layer that shares the weight of an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
 @pytest.mark.parametrize(
     ("model", "problem"),
     [
         (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), r"linear layers only, and 1\.weight is none: train adapters"),
         (nn.Linear(2, 2).requires_grad_(False), "Linear has no trained parameter"),
+        (Tied(), r"linear layers only, and embedding.weight is none"),
     ],
 )
 def test_models_without_adapters_are_refused(model, problem):
     with pytest.raises(UserError, match=problem):
         adapter_gradients(model, lambda: model(torch.ones(1, 2)).sum(1))
-
-
-def test_a_weight_that_an_embedding_shares_is_refused():
-    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
-    model[1].weight = model[0].weight
-    with pytest.raises(UserError, match=r"linear layers only, and 0.weight is none"):
-        trained_linears(model)
 
 
 def test_a_layer_that_mixes_the_samples_is_refused():
@@ -126,16 +129,20 @@ def test_a_layer_that_mixes_the_samples_is_refused():
         adapter_gradients(layer, lambda: layer(x.flatten(0, 1)).view(2, 4).sum(1))
 
 
+def signs_of(projection, size):
+    return (projection(torch.eye(size)) * projection.width**0.5).round()
+
+
 def test_rows_of_less_are_preconditioned_projected_gradients_of_length_1(adapted):
     size = sum(weight.numel() for weight in trained(adapted).values())
     projection = Projection(3, 24)
-    signs = projection.signs(0, size).double()
+    signs = signs_of(projection, size).double()
     rng = generator(0, "moments")
     m, v = torch.randn(size, generator=rng).double(), torch.rand(size, generator=rng).double() * 1e-4
     parts = [each.split([weight.numel() for weight in trained(adapted).values()]) for each in (m, v)]
     moments = {name: Moments(*pair) for name, pair in zip(trained(adapted), zip(*parts, strict=True), strict=True)}
     for given, flat in ((moments, (m, v)), (None, (None, None))):
-        found = gradient_rows(adapted, lambda: losses_of(adapted, X), projection, given)
+        found = less_rows(adapted, [{"input_ids": X, "labels": X}], projection, given)
         expected = reference.less_rows(adapted, OneLoss(adapted), *flat, signs)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
 
@@ -164,9 +171,8 @@ def test_inner_products_over_checkpoints_are_sums_weighted_by_the_rates():
 @pytest.mark.parametrize("width", [1, 7, 64, 300])
 def test_a_projection_is_a_matrix_of_signs_whatever_the_blocks(width):
     g = torch.randn(3, 41, generator=generator(0, "g"), dtype=torch.float64)
-    signs = Projection(5, width).signs(0, 41)
-    assert signs.abs().eq(1).all() and not Projection(6, width).signs(0, 41).equal(signs)
-    assert signs.equal(torch.cat([Projection(5, width).signs(start, start + 1) for start in range(41)]))
+    signs = signs_of(Projection(5, width), 41)
+    assert signs.abs().eq(1).all() and not signs_of(Projection(6, width), 41).equal(signs)
     expected = g @ signs.double() / width**0.5
     for at_once in (1, 7 * width, 1 << 20):
         projection = Projection(5, width, at_once)
@@ -175,7 +181,7 @@ def test_a_projection_is_a_matrix_of_signs_whatever_the_blocks(width):
 
 
 def test_signs_are_fair_and_coordinates_independent():
-    signs = Projection(0, 512).signs(0, 512)
+    signs = signs_of(Projection(0, 512), 512)
     assert abs(signs.mean()) < 0.01
     products = signs @ signs.T / 512 - torch.eye(512)
     assert products.abs().max() < 0.3 and abs(products.mean()) < 0.001

@@ -93,7 +93,7 @@ def _plan(settings: RunSettings, samples: Samples, stages: Sequence[Stage], stor
     if isinstance(settings, EmbedSettings):
         embedding = planned(settings, samples.data, RunFolder(storage))
         check_disk(embedding, storage)
-        parts = len(embedding.all_parts)
+        parts = sum(map(len, embedding.parts.values()))
         yield f"rows: {embedding.describe()}, about {readable(embedding.size)} on disk, in {parts} parts"
     if isinstance(settings, Experiment):
         model = new_model(settings, samples.data)

@@ -100,11 +100,6 @@ class Embedding:
         test = parts_of("test", len(data.test), 1, size)
         return cls(backbone, {"train": train, "test": test}, tuple(augment) if draws else (), seed)
 
-    @property
-    def all_parts(self) -> list[Part]:
-        """The parts of both splits."""
-        return [part for parts in self.parts.values() for part in parts]
-
     def rows(self, split: str) -> int:
         """Return the number of rows of a split."""
         return sum(len(part) for part in self.parts[split])
@@ -179,7 +174,7 @@ def embed(embedding: Embedding, data: Data, dataset: Dataset, cluster: Cluster, 
         figures = {**rows, "width": embedding.backbone.width}
         return {**figures, "costs": [bill_of(PHASE, made).record()], "main": True, "findings": [finding]}
 
-    report.phase(PHASE, work, epochs=len(embedding.all_parts))
+    report.phase(PHASE, work, epochs=sum(map(len, embedding.parts.values())))
     storage.delete_folder(PARTS)  # only after the phase is recorded, or they would be recomputed
 
 
@@ -193,15 +188,15 @@ class Plan(Protocol):
     smaller: str  # advice where the disk is too small
 
     @property
+    def parts(self) -> dict[str, list[Part]]:
+        """The parts by table."""
+
+    @property
     def size(self) -> int:
         """Approximate bytes of the tables."""
 
     def describe(self) -> str:
         """Return the numbers of rows and columns, for users."""
-
-    @property
-    def all_parts(self) -> list[Part]:
-        """The parts of all tables."""
 
     def compute(self, shard: Shard, part: Part, cost: Cost) -> pa.Table:
         """Return a part's rows, and add the samples that passed through a model to the bill."""
@@ -224,7 +219,7 @@ def check_disk(plan: Plan, storage: Storage) -> None:
 def complete(plan: Plan, digest: str, report: Report, compute: Callable[[list[Part]], object]) -> None:
     """Have all parts computed that are missing or not of the digest; report each as soon as it is written."""
     storage = report.folder.storage
-    parts = plan.all_parts
+    parts = [part for parts in plan.parts.values() for part in parts]
     missing = [part for part in parts if not is_there(storage, part, digest)]
     with _followed(plan.phase, parts, report):
         if missing:

@@ -22,14 +22,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-from raypkg.methods.language.less import gradient_rows, moments_of, over_checkpoints
-from raypkg.methods.language.pooling import rds_rows
 from torch import Tensor
 
-from raypkg import Coreset, Hook, Run, Split, build_model, evaluate, fit, load_data
+from raypkg import Coreset, Hook, Run, Split, build_model, evaluate, fit, language, load_data
 from raypkg.coresets.rows import Rows
 from raypkg.coresets.rules.rows import less, rds_plus
-from raypkg.methods.language.projection import Projection
+from raypkg.methods.language.api import Projection, moments_of, over_checkpoints
 from raypkg.studies.figures import half_interval
 
 KINDS = ("abbreviation", "entity", "description", "person", "place", "number")  # TREC's labels 0 to 5
@@ -120,17 +118,14 @@ class KeepMoments(Hook):
         self.rates = []
 
 
-def rows_of(split: Split, rows) -> Tensor:
-    """Compute the rows of all samples of a split, batch by batch."""
-    positions = torch.arange(len(split))
-    return torch.cat([rows(split.batch(part)[0]) for part in positions.split(ROWS_AT_ONCE)])
+def batches(split: Split) -> list[Tensor]:
+    return [split.batch(part)[0] for part in torch.arange(len(split)).split(ROWS_AT_ONCE)]
 
 
 def rds_plus_picks(case: Case, seed: int) -> Coreset:
-    model = case.build(seed).eval()
-    with torch.no_grad():
-        pool, target = (rows_of(split, lambda x: rds_rows(*model.hidden(x))) for split in (case.pool, case.target))
-    return rds_plus(Rows(pool), case.budget, target=Rows(target))
+    model = case.build(seed)
+    pool, target = (Rows(language.state_rows(model, batches(split))) for split in (case.pool, case.target))
+    return rds_plus(pool, case.budget, target=target)
 
 
 def less_picks(case: Case, seed: int, by_kind: bool = False) -> Coreset:
@@ -140,14 +135,11 @@ def less_picks(case: Case, seed: int, by_kind: bool = False) -> Coreset:
     warm = {"coreset": Coreset.uniform(some.sort().values), "seed": seed, "hooks": [kept]}
     fit(Run.simple(model, case.pool, **warm, **case.settings(WARM_UP)))
     pool, target = [], []
-    model.eval()
+    projection = Projection(seed, case.width)
     for state, moments, _ in kept.checkpoints:
         model.load_state_dict(state)
-        projection = Projection(seed, case.width)
-        of_adam = partial(gradient_rows, model, projection=projection, moments=moments)
-        plain = partial(gradient_rows, model, projection=projection)
-        pool.append(rows_of(case.pool, lambda x, rows=of_adam: rows(lambda: model(x).losses)))
-        target.append(rows_of(case.target, lambda x, rows=plain: rows(lambda: model(x).losses)))
+        pool.append(language.less_rows(model, batches(case.pool), projection, moments))
+        target.append(language.less_rows(model, batches(case.target), projection))
     rates = [rate for *_, rate in kept.checkpoints]
     aim = Rows(over_checkpoints(target, rates), case.target.y if by_kind else None)
     return less(Rows(over_checkpoints(pool, rates)), case.budget, target=aim)

@@ -3,7 +3,7 @@
 They are of any causal model of transformers, in a script of one's own: no run folder, no settings.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -135,29 +135,18 @@ def less_rows(
         answered: Tensor = model(batch).losses
         return answered
 
+    rows = []
     with in_mode(model, training=False):
-        rows = (gradient_rows(model, partial(losses, batch), projection, moments, betas) for batch in batches)
-        return _joined(rows)
-
-
-def gradient_rows(
-    model: nn.Module,
-    losses: Callable[[], Tensor],
-    projection: Projection,
-    moments: Mapping[str, Moments] | None = None,
-    betas: tuple[float, float] = BETAS,
-) -> Tensor:
-    """Return the rows of one batch, float32 [b, d]; ``losses`` computes its samples' losses, see ``gradient_blocks``.
-
-    Blocks of parameters are preconditioned and projected one by one, so b × p numbers are never in memory.
-    """
-    total: Any = 0
-    start = 0
-    for name, block in gradient_blocks(model, losses):
-        gradients = block if moments is None else preconditioned(block, moments[name], betas)
-        total = total + projection(gradients.float(), start)
-        start += block.shape[1]
-    return normalize(total, dim=1)
+        for batch in batches:
+            total: Any = 0
+            start = 0
+            # Parameters are preconditioned and projected one by one: b × p numbers are never in memory.
+            for name, block in gradient_blocks(model, partial(losses, batch)):
+                gradients = block if moments is None else preconditioned(block, moments[name], betas)
+                total = total + projection(gradients.float(), start)
+                start += block.shape[1]
+            rows.append(normalize(total, dim=1))
+    return _joined(rows)
 
 
 def preconditioned(gradients: Tensor, moments: Moments, betas: tuple[float, float] = BETAS) -> Tensor:
@@ -182,7 +171,7 @@ def over_checkpoints(rows: Sequence[Tensor], rates: Sequence[float]) -> Tensor:
     return torch.cat([part * (rate / total) ** 0.5 for part, rate in zip(rows, rates, strict=True)], dim=1)
 
 
-def _joined(rows: Iterator[Tensor]) -> Tensor:
+def _joined(rows: Iterable[Tensor]) -> Tensor:
     found = [part.cpu() for part in rows]
     if not found:
         raise UserError("no batches to compute rows of")

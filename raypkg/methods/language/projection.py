@@ -30,29 +30,19 @@ class Projection:
         bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
         self._table = bits.astype(np.float32) * 2 - 1
 
-    def signs(self, start: int, stop: int) -> Tensor:
-        """Return rows ``start`` to ``stop`` of R, float32 [stop − start, d]."""
-        octets = self._octets(start, stop)
-        return torch.from_numpy(self._table[octets]).flatten(1)[:, : self.width]
-
-    def _octets(self, start: int, stop: int) -> np.ndarray:
-        """Return the bits of rows of R, uint8 [stop − start, ⌈d/8⌉]."""
-        philox = np.random.Philox(key=self._key, counter=start * self._counts)
-        words = philox.random_raw((stop - start) * self._counts * (BITS // 64))
-        octets = words.astype("<u8", copy=False).view(np.uint8).reshape(stop - start, -1)
-        return octets[:, : -(-self.width // 8)]
-
     def __call__(self, gradients: Tensor, start: int = 0) -> Tensor:
         """Return the projection of coordinates from ``start`` on, float [b, m] → [b, d]; those of parts add up."""
         projected = gradients.new_zeros(len(gradients), self.width)
-        size = max(1, self.at_once // self.width)
+        size, octets = max(1, self.at_once // self.width), -(-self.width // 8)
         # One buffer for all blocks: allocating memory would take longer than filling it.
-        buffer = np.empty((size, -(-self.width // 8), 8), np.float32)
+        buffer = np.empty((size, octets, 8), np.float32)
         for first in range(0, gradients.shape[1], size):
             part = gradients[:, first : first + size]
             count = part.shape[1]
-            octets = self._octets(start + first, start + first + count)
-            np.take(self._table, octets, axis=0, out=buffer[:count], mode="clip")
-            signs = torch.from_numpy(buffer[:count]).flatten(1)[:, : self.width]
+            philox = np.random.Philox(key=self._key, counter=(start + first) * self._counts)
+            words = philox.random_raw(count * self._counts * (BITS // 64))
+            signs_of = words.astype("<u8", copy=False).view(np.uint8).reshape(count, -1)[:, :octets]
+            np.take(self._table, signs_of, axis=0, out=buffer[:count], mode="clip")
+            signs = torch.from_numpy(buffer[:count]).flatten(1)[:, : self.width]  # rows of R
             projected.addmm_(part, signs.to(part))
         return projected / self.width**0.5

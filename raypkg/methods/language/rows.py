@@ -52,20 +52,20 @@ class RowsPlan:
     parts: dict[str, list[Part]]  # by table
 
     @property
-    def all_parts(self) -> list[Part]:
-        """The parts of both tables."""
-        return [part for parts in self.parts.values() for part in parts]
+    def rows(self) -> int:
+        """The number of rows, of both tables and all checkpoints."""
+        return sum(len(part) for parts in self.parts.values() for part in parts)
 
     @property
     def size(self) -> int:
         """Bytes of the tables of gradients; embeddings are narrow."""
         width = self.settings.rows.width if self.settings.by_gradients else 0
-        return 2 * width * sum(map(len, self.all_parts))
+        return 2 * width * self.rows
 
     def describe(self) -> str:
         """Return the numbers of rows and of numbers in each, for users."""
         each = f"{len(self.rates)} checkpoints of {self.settings.rows.width:,} numbers"
-        return f"rows of {sum(map(len, self.all_parts)) // len(self.rates):,} samples at {each}"
+        return f"rows of {self.rows // len(self.rates):,} samples at {each}"
 
     def digest(self, target: Split) -> str:
         """Return a digest of settings, checkpoints and target, from which rows follow."""
@@ -134,7 +134,7 @@ def compute_rows(settings: InstructSettings, samples: Samples, report: Report, w
         facts = {"checkpoints": len(rates), "workers": made[0][0]}
         return {"costs": [bill_of(PHASE, made).record()], **facts}
 
-    report.phase(PHASE, work, epochs=len(plan.all_parts))
+    report.phase(PHASE, work, epochs=sum(map(len, parts.values())))
     for folder in (PARTS, FOLDER):  # only after the phase is recorded, or they would be recomputed
         storage.delete_folder(folder)
 
