@@ -128,19 +128,6 @@ def test_quotas_by_hand(counts, size, kept, large):
     assert budgets.tolist() == kept and is_large.tolist() == large
 
 
-def test_moments_by_hand():
-    moments = AdamMoments(torch.zeros(2), torch.zeros(2)).updated(torch.tensor([1.0, 2.0]))
-    torch.testing.assert_close(moments.first, torch.tensor([0.1, 0.2]))
-    torch.testing.assert_close(moments.second, torch.tensor([0.001, 0.004]))
-    moments = moments.updated(torch.tensor([-1.0, 0.0]))
-    torch.testing.assert_close(moments.first, torch.tensor([-0.01, 0.18]))
-    torch.testing.assert_close(moments.second, torch.tensor([0.001999, 0.003996]))
-    scaled = moments.scaled(torch.tensor([[3.0, 0.0]]))  # t = 3
-    m = torch.tensor([(0.9 * -0.01 + 0.3) / 0.271, 0.9 * 0.18 / 0.271])
-    v = torch.tensor([0.999 * 0.001999 + 0.009, 0.999 * 0.003996]) / (1 - 0.999**3)
-    torch.testing.assert_close(scaled[0], m / v.sqrt(), rtol=1e-4, atol=0)
-
-
 @pytest.mark.parametrize("rank_one", [True, False])
 @pytest.mark.parametrize("size", [8, 11, 24])
 def test_choices_equal_brute_force_over_several_steps(rank_one, size, monkeypatch):

@@ -231,13 +231,3 @@ def test_a_disk_without_room_is_one_line(folder, tmp_path):
 
     line = effray(f"instruct --root {tmp_path} --name bad {LESS}", folder, full).line
     assert f"rows of 66 samples at 2 checkpoints of {WIDTH} numbers" in line and "a smaller --rows.width" in line
-
-
-def test_a_missing_extra_is_one_line(folder, tmp_path):
-    def without():
-        import sys
-
-        sys.modules["peft"] = None
-
-    line = effray(f"instruct --root {tmp_path} --name bad {LESS}", folder, without).line
-    assert "pip install 'effray[lora]'" in line

@@ -290,22 +290,12 @@ def test_a_run_from_the_command_line_and_its_model(place, tmp_path, capsys, blan
     same_weights(finished, again, tolerance=1e-6)
 
 
-@pytest.mark.ray
-def test_two_workers_on_ray_train_as_one(ray, place, tmp_path):
-    one, two = (
-        small_run(place, tmp_path, workers, "--cluster.workers", workers, "--train.precision", "float64")
-        for workers in ("1", "2")
-    )
-    same_weights(one, two, tolerance=1e-9)
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ("--dataset.noise 0.1", "dataset.noise = 0.1: a language model sees no labels to be wrong"),
         ("--train.label_smoothing 0.1", "train.label_smoothing = 0.1: a language model sees no labels to smooth"),
         ("--select.rule gradmatch --select.fraction 0.5", "select.rule = gradmatch needs a classifier"),
-        ("--set dataset.options.length=256", "takes 128 tokens at most, a text of the data set has up to 256"),
     ],
 )
 def test_a_training_that_a_language_model_cannot_have(place, tmp_path, capsys, options, said):
