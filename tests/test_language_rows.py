@@ -19,7 +19,7 @@ from raypkg.coresets.gradients import HeadView
 from raypkg.coresets.per_sample import adapter_gradients
 from raypkg.coresets.rows import Rows
 from raypkg.coresets.rules import coreset
-from raypkg.methods.language.api import Moments, less_rows, moments_of, over_checkpoints, weighted_mean
+from raypkg.methods.language.api import Moments, less_rows, moments_of, over_checkpoints, state_rows
 from raypkg.methods.language.projection import Projection
 
 
@@ -187,13 +187,21 @@ def test_signs_are_fair_and_coordinates_independent():
     assert products.abs().max() < 0.3 and abs(products.mean()) < 0.001
 
 
-def test_embeddings_are_position_weighted_means():
+class States(nn.Module):
+    """A model whose last hidden states and mask are its batch."""
+
+    def hidden(self, batch):
+        return batch
+
+
+def test_embeddings_are_position_weighted_means_of_length_1():
     hidden = torch.randn(2, 4, 3, generator=generator(0, "h"))
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
     for i, length in enumerate((4, 2)):
         total = sum(range(1, length + 1))
-        expected = sum((place + 1) / total * hidden[i, place] for place in range(length))
-        torch.testing.assert_close(weighted_mean(hidden, mask)[i], expected)
+        expected = sum((place + 1) / total * hidden[i, place].double() for place in range(length))
+        found = state_rows(States(), [(hidden, mask)])[i]
+        torch.testing.assert_close(found, (expected / expected.norm()).float())
 
 
 # Rules

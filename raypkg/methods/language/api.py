@@ -29,7 +29,8 @@ Batch = Any  # a mapping of input_ids, attention_mask and labels, int64 [b, l]; 
 def state_rows(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     """Return RDS+'s embeddings, Σ_i i h_i / ‖Σ_i i h_i‖ over a sample's tokens, float32 [n, D].
 
-    h_i are the last hidden states. The model computes in evaluation mode, and without gradients.
+    h_i are the last hidden states; weights i are those of SGPT (arXiv:2202.08904). The model computes in evaluation
+    mode, and without gradients.
 
     Args:
         model: of `transformers`, with or without adapters of `peft`, or a `LanguageModel`.
@@ -45,24 +46,15 @@ def state_rows(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     >>> list(rows.shape), torch.allclose(rows.norm(dim=1), torch.ones(2))
     ([2, 16], True)
     """
+    rows = []
     with in_mode(model, training=False), torch.no_grad():
-        return _joined(normalize(weighted_mean(*_hidden(model, batch)), dim=1) for batch in batches)
-
-
-def weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return Σ_i w_i h_i with w_i = i / Σ_j j over a sample's tokens (SGPT, arXiv:2202.08904), float32 [b, D].
-
-    Args:
-        hidden: last hidden states, float [b, l, D].
-        mask: True at tokens, False at padding, bool [b, l].
-
-    >>> hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
-    >>> weighted_mean(hidden, torch.tensor([[True, True, False]]))
-    tensor([[0.3333, 0.6667]])
-    """
-    places = mask.cumsum(dim=1) * mask  # 1, 2, …; 0 at padding
-    weights = places / places.sum(dim=1, keepdim=True)  # [b, l]
-    return torch.einsum("bl,bld->bd", weights.float(), hidden.float())
+        for batch in batches:
+            hidden, mask = _hidden(model, batch)
+            places = mask.cumsum(dim=1) * mask  # 1, 2, …; 0 at padding
+            weights = places / places.sum(dim=1, keepdim=True)  # [b, l]
+            mean = torch.einsum("bl,bld->bd", weights.float(), hidden.float())
+            rows.append(normalize(mean, dim=1).cpu())
+    return _joined(rows)
 
 
 def _hidden(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -135,31 +127,21 @@ def less_rows(
         answered: Tensor = model(batch).losses
         return answered
 
-    rows = []
+    (beta1, beta2), rows = betas, []
     with in_mode(model, training=False):
         for batch in batches:
             total: Any = 0
             start = 0
             # Parameters are preconditioned and projected one by one: b × p numbers are never in memory.
-            for name, block in gradient_blocks(model, partial(losses, batch)):
-                gradients = block if moments is None else preconditioned(block, moments[name], betas)
-                total = total + projection(gradients.float(), start)
-                start += block.shape[1]
-            rows.append(normalize(total, dim=1))
+            for name, g in gradient_blocks(model, partial(losses, batch)):
+                if moments is not None:
+                    m, v = (each.to(g).flatten() for each in moments[name])
+                    mean, square = (1 - beta1) * g + beta1 * m, (1 - beta2) * g.square() + beta2 * v
+                    g = mean / (square + EPSILON).sqrt()
+                total = total + projection(g.float(), start)
+                start += g.shape[1]
+            rows.append(normalize(total, dim=1).cpu())
     return _joined(rows)
-
-
-def preconditioned(gradients: Tensor, moments: Moments, betas: tuple[float, float] = BETAS) -> Tensor:
-    """Return (β1 m + (1 − β1) g) / sqrt(β2 v + (1 − β2) g² + ε) of each sample's gradient, float [b, p].
-
-    >>> preconditioned(torch.tensor([[1.0]]), Moments(torch.tensor([1.0]), torch.tensor([1.0])))
-    tensor([[1.]])
-    """
-    beta1, beta2 = betas
-    m, v = (each.to(gradients).flatten() for each in moments)
-    mean = (1 - beta1) * gradients + beta1 * m
-    square = (1 - beta2) * gradients.square() + beta2 * v
-    return mean / (square + EPSILON).sqrt()
 
 
 def over_checkpoints(rows: Sequence[Tensor], rates: Sequence[float]) -> Tensor:
@@ -171,8 +153,7 @@ def over_checkpoints(rows: Sequence[Tensor], rates: Sequence[float]) -> Tensor:
     return torch.cat([part * (rate / total) ** 0.5 for part, rate in zip(rows, rates, strict=True)], dim=1)
 
 
-def _joined(rows: Iterable[Tensor]) -> Tensor:
-    found = [part.cpu() for part in rows]
-    if not found:
+def _joined(rows: list[Tensor]) -> Tensor:
+    if not rows:
         raise UserError("no batches to compute rows of")
-    return torch.cat(found)
+    return torch.cat(rows)
