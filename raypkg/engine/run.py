@@ -19,7 +19,7 @@ from .batches import Batch, Batches, Epoch, dtype_of
 from .costs import Cost
 from .hooks import Hook
 from .optimizer import build_optimizer
-from .worker import Worker
+from .worker import Buffers, Worker
 
 
 class Seen(NamedTuple):
@@ -62,6 +62,7 @@ class Run:
         dtype = torch.float64 if self.settings.precision == "float64" else torch.float32
         self.model.to(self.worker.device, dtype).to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, self.settings)
+        self._buffers = Buffers()
         self._bills = {self.phase: self.cost, "evaluate": Cost("evaluate")}
         self._earlier: dict[str, Cost] = {}  # bills of attempts before the last restart
 
@@ -129,8 +130,9 @@ class Run:
             )
         size, dtype = self.settings.batch_size, dtype_of(self.model)
         shuffled = Batches(
-            self.split, coreset, size, seed=self.seed, augment=self.augment, worker=self.worker, dtype=dtype
-        )
+            self.split, coreset, size,
+            seed=self.seed, augment=self.augment, worker=self.worker, dtype=dtype, empty=self._buffers.empty,
+        )  # fmt: skip
         return Epoch(len(shuffled), shuffled.epoch(self.epoch))
 
     def bill(self, name: str) -> Cost:
