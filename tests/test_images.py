@@ -141,6 +141,26 @@ def test_a_jpeg_header_equals_that_of_pillow(monkeypatch, options, channels, sid
     assert read_header(data, str, 0) == expected
 
 
+@pytest.mark.parametrize("options", JPEGS, ids=lambda options: next(iter(options), "plain"))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_of_the_right_size_has_pillows_pixels(monkeypatch, options, channels):
+    whole = samples.encode(photograph(16, 24, channels), "JPEG", **options)
+    rng = np.random.default_rng(0)
+    damaged = [whole[:-1], whole[: len(whole) // 2], whole + b"more"]
+    for place in rng.integers(2, len(whole), 30):
+        damaged.append(whole[:place] + bytes([rng.integers(256)]) + whole[place + 1 :])
+
+    def pixels(data, shape):
+        try:
+            return decode(data, shape).tolist()
+        except images.DAMAGED:
+            return None
+
+    found = [pixels(data, (c, 16, 24)) for data in (whole, *damaged) for c in (1, 3)]
+    monkeypatch.setattr(images, "jpeg_header", lambda data: None)
+    assert found == [pixels(data, (c, 16, 24)) for data in (whole, *damaged) for c in (1, 3)]
+
+
 def test_unusual_jpeg_files_are_left_to_pillow(monkeypatch):
     file = io.BytesIO()
     Image.fromarray(photograph(16, 24)).convert("CMYK").save(file, "JPEG")

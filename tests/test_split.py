@@ -1,4 +1,5 @@
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from raypkg.core.errors import UserError
 from raypkg.data import Data
+from raypkg.data.kinds import Moments
 from raypkg.data.split import Split
 from raypkg.data.store.arrow import Block, Header, write
 from raypkg.data.store.cache import cached
@@ -103,3 +105,19 @@ def test_a_portable_shard_needs_no_file(tmp_path):
         assert torch.equal(arrived.data.train.batch(indices)[0], x[indices])
     with pytest.raises(FileNotFoundError):
         pickle.loads(pickle.dumps(shard))
+
+
+@pytest.mark.parametrize("at_once", [1, 30, 1 << 20])
+def test_statistics_of_pixels_are_rounded_once(monkeypatch, at_once):
+    monkeypatch.setattr(Moments, "pixels_at_once", at_once)
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), dtype=np.uint8)  # [n, H, W, C]
+    pixels[..., 2] = 77
+    moments = Moments()
+    for block in np.split(pixels, [2, 3]):
+        moments.update(block)
+    flat = [[Fraction(int(value), 255) for value in pixels[..., c].flat] for c in range(3)]
+    mean = [sum(values) / len(values) for values in flat]
+    variance = [sum((x - m) ** 2 for x in values) / len(values) for values, m in zip(flat, mean, strict=True)]
+    np.testing.assert_allclose(moments.mean, [float(each) for each in mean], rtol=4e-16)
+    np.testing.assert_allclose(moments.std[:2], [float(each) ** 0.5 for each in variance[:2]], rtol=4e-16)
+    assert moments.mean[2] == 77 / 255 and moments.std[2] == 1  # a constant channel, whatever its value

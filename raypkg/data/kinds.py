@@ -179,6 +179,7 @@ class Moments:
     """
 
     rows_at_once = 1 << 18  # bounds the float64 copy
+    pixels_at_once = 1 << 20  # bounds the 16-bit copy
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
         state = state or {"n": 0, "mean": [0.0], "m2": [0.0]}
@@ -187,16 +188,21 @@ class Moments:
         self._m2 = np.array(state["m2"])  # sum of squared distances from the mean
 
     def update(self, block: np.ndarray) -> None:
-        """Merge a block [..., C]; uint8 counts in units of 1/255."""
-        unit = 255.0 if block.dtype == np.uint8 else 1.0
-        samples = block.reshape(-1, block.shape[-1])  # [m, C]
-        for start in range(0, len(samples), self.rows_at_once):
-            chunk = samples[start : start + self.rows_at_once]
-            rows = chunk.astype(np.float64) / unit
-            n = len(rows)
-            mean = rows.mean(0)
-            rows -= mean
-            m2 = np.einsum("nc,nc->c", rows, rows)
+        """Merge rows [m, D], or pixels uint8 [m, H, W, C] in units of 1/255."""
+        pixels = block.dtype == np.uint8
+        channels = block.shape[-1]
+        samples = block.reshape(-1, block.shape[-2] * channels if pixels else channels)
+        step = max(1, self.pixels_at_once // samples.shape[1]) if pixels else self.rows_at_once
+        for start in range(0, len(samples), step):
+            chunk = samples[start : start + step]
+            if pixels:
+                n, mean, m2 = _moments_of_lines(chunk, channels)
+            else:
+                rows = chunk.astype(np.float64)
+                n = len(rows)
+                mean = rows.mean(0)
+                rows -= mean
+                m2 = np.einsum("nc,nc->c", rows, rows)
             total = self._n + n
             delta = mean - self._mean
             self._m2 = self._m2 + m2 + delta**2 * (self._n * n / total)
@@ -218,3 +224,15 @@ class Moments:
         """The standard deviation per channel; 1 for a constant channel, so that dividing by it is harmless."""
         std = np.sqrt(self._m2 / self._n)
         return tuple(np.where(std > SMALLEST, std, 1.0).tolist())
+
+
+def _moments_of_lines(lines: np.ndarray, channels: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Return n, mean and ``M₂`` per channel of lines of pixels [m, W·C], by exact sums of integers."""
+    wide = lines.astype(np.uint16)  # holds the square of a byte
+    sums = wide.sum(0, dtype=np.int64).reshape(-1, channels).sum(0).tolist()
+    wide *= wide
+    squares = wide.sum(0, dtype=np.int64).reshape(-1, channels).sum(0).tolist()
+    n = lines.size // channels
+    # Python's integers do not overflow: M₂ = Σx² − (Σx)²/n, rounded once.
+    m2 = [(n * square - total**2) / (255**2 * n) for total, square in zip(sums, squares, strict=True)]
+    return n, np.array(sums) / (255 * n), np.array(m2)

@@ -23,7 +23,7 @@ from pydantic import Field
 from raypkg.core.errors import UserError
 from raypkg.core.memory import check_samples, read_limit
 from raypkg.data.augment import default_augment
-from raypkg.data.files import Place, identity_of
+from raypkg.data.files import Place, fetched, identity_of
 from raypkg.data.split import Split, check_labels
 
 from .arrow import Block, Header, Stored
@@ -48,6 +48,7 @@ JPEG = b"\xff\xd8\xff"
 MARKERS = range(0xC0, 0xFF)
 FRAMES = {0xC0, 0xC1, 0xC2}  # segments with the size, of the codings that Pillow decodes
 SCAN = 0xDA  # the segment before the pixels
+FULL_SIZE = 1  # of the decoder's scales 1/1, 1/2, 1/4 and 1/8
 
 Side = Annotated[int, Field(ge=0, le=1 << 16)]  # of an image, in pixels; 0 = its own
 Name = Callable[[int], str]  # describes the i-th image in errors
@@ -181,10 +182,13 @@ def _write(
     stride = 1 if is_decoded else 1 + source.length // SAMPLED
 
     def blocks(first: int) -> Iterator[Block]:
-        for start, images, y, _ in survey(first):
+        def block(batch: Surveyed) -> Block:
+            start, images, y, _ = batch
             check_labels(y, len(classes), _shifted(source.name, start))
             sample = decode_all(images[::stride], shape, _shifted(source.name, start, stride))
-            yield Block(sample if is_decoded else images, y.astype(np.int64), sample)
+            return Block(sample if is_decoded else images, y.astype(np.int64), sample)
+
+        return fetched(block, survey(first), threads=1)  # the next block is decoded while one is written
 
     header = Header("pixels" if is_decoded else "encoded", shape, classes, default_augment(shape))
     write_store_from(target, header, blocks, source.length * pixels if is_decoded else encoded)
@@ -268,6 +272,10 @@ def decode(data: bytes, shape: Shape) -> np.ndarray:
     mode = "L" if channels == 1 else "RGB"
     # Arrow reads a mapped file without Python's lock, so the training thread does not wait for the disk.
     content = pa.BufferReader(data).read()
+    if jpeg_header(content) == (height, width, channels == 1):
+        # Pillow's decoder alone: its reading of the file's other segments takes as long for a small image.
+        whole = Image.frombytes(mode, (width, height), content, "jpeg", mode, "", FULL_SIZE, 0)
+        return np.asarray(whole).reshape(height, width, channels)
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         image.draft(mode, (width, height))
         return pixels_of(image, shape)
