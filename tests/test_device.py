@@ -1,5 +1,7 @@
 """The modes of a device in training and its peak; see tests/test_gpu.py for what only a GPU shows."""
 
+import gzip
+import json
 import os
 from types import SimpleNamespace
 
@@ -7,16 +9,23 @@ import pytest
 import torch
 from torch import nn
 
+from raypkg.cli.runs import HELD
+from raypkg.core.config import load_settings
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
 from raypkg.data.kinds import TEXTS
 from raypkg.data.split import Split
 from raypkg.engine import loop
-from raypkg.engine.device import CUBLAS, arithmetic, peak_of, training_flops
+from raypkg.engine.device import CUBLAS, TRACE, TRACED, arithmetic, peak_of, training_flops
 from raypkg.engine.hooks import Hook
 from raypkg.engine.loop import fit
 from raypkg.engine.run import Run
+from raypkg.engine.worker import Worker
+from raypkg.experiments import experiment, settings_of
+from raypkg.experiments.samples import open_samples
+from raypkg.experiments.training import Job, train_model
 from raypkg.models import build_model
+from raypkg.runs.storage import Storage
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROWS = Split.from_tensors(torch.arange(24.0).view(12, 2), torch.arange(12) % 2)
@@ -107,3 +116,28 @@ def test_texts_cost_in_proportion_to_their_length():
     per_token = 2 * 3 * 2 * (4 * 128 * 128 + 2 * 4 * 128 * 128)  # 2 layers, 3 passes, 2 per weight
     texts = SimpleNamespace(shape=(8, 50), kind=TEXTS)
     assert training_flops(model, texts) == pytest.approx((8 * per_token + 3 * 2 * 128 * 3) / (2 * 8))
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_profile_traces_steps_of_the_second_epoch_and_changes_nothing_else(tmp_path):
+    files = []
+    for profile in (False, True):
+        settings = {"model": "mlp", "train.epochs": 3, "train.batch_size": 64, "track.profile": profile}
+        chosen = load_settings(settings_of(experiment["train"]), {}, settings)
+        storage = Storage(str(tmp_path / str(profile)))
+        record = train_model(Worker(), Job(chosen, chosen.train, storage))
+        files.append(storage.read("model.safetensors"))
+    assert files[0] == files[1] and TRACE not in os.listdir(tmp_path / "False")
+    assert record["findings"][0] == "trace.json.gz: steps of epoch 2" and HELD.fullmatch(TRACE)
+    events = json.loads(gzip.decompress((tmp_path / "True" / TRACE).read_bytes()))["traceEvents"]
+    updates = [event for event in events if event.get("name") == "Optimizer.step#SGD.step"]
+    steps = chosen.train.steps_per_epoch(open_samples(chosen).train_indices.numel())
+    assert len(updates) == min(TRACED, steps)
+
+
+def test_a_profile_is_refused_where_there_is_no_second_epoch():
+    for kind, settings in (("train", {"train.epochs": 1}), ("select", {"model_from": "it"})):
+        with pytest.raises(
+            UserError, match=r"track.profile traces the second epoch of training: there are [01] epochs"
+        ):
+            load_settings(settings_of(experiment[kind]), {}, settings | {"track.profile": True})

@@ -266,6 +266,7 @@ class Track(Settings):
 
     name: Literal["wandb"] | None = Field(None, description="wandb; it logs offline if there is no key")
     project: str = Field("effray", min_length=1, description="W&B project")
+    profile: bool = Field(False, description="trace steps of the second epoch: trace.json.gz, for ui.perfetto.dev")
 
 
 class RunSettings(Settings):
@@ -277,6 +278,13 @@ class RunSettings(Settings):
     dataset: Dataset = Dataset()
     cluster: Cluster = Cluster()
     track: Track = Track()
+
+    @model_validator(mode="after")
+    def _check_profile(self) -> Self:
+        epochs = getattr(self, "epochs", 0)
+        if self.track.profile and epochs < 2:
+            raise UserError(f"track.profile traces the second epoch of training: there are {epochs} epochs")
+        return self
 
     @classmethod
     def inherited(cls, values: Mapping[str, Any], root: str) -> dict[str, Any]:

@@ -1,17 +1,23 @@
-"""Arithmetic of a device in training: its modes, which a run restores afterwards, and its peak throughput."""
+"""A device in training: its modes of arithmetic, which a run restores, its peak throughput, and a trace of steps."""
 
 import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
 from raypkg.data.split import Split
 from raypkg.models.operations import forward_flops
+
+from .batches import Batch
 
 # 10¹² operations a second of dense products, by NVIDIA's data sheets: bfloat16, TF32, float32, float64. A name
 # precedes those that it contains. Other devices, such as parts of a GPU (MIG), are unknown.
@@ -24,6 +30,8 @@ PEAKS = {
     r"L40S": (362, 183, 91.6, 0),
     r"L4": (121, 60, 30.3, 0),
 }
+TRACE = "trace.json.gz"
+TRACED = 10  # steps
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 WORKSPACE = ":4096:8"  # with a workspace per stream cuBLAS sums in one order
 
@@ -108,3 +116,15 @@ def arithmetic(settings: Training, device: torch.device, *, fixed_shapes: bool) 
             torch.use_deterministic_algorithms(was_deterministic, warn_only=only_warns)
             if workspace is None:
                 os.environ.pop(CUBLAS)
+
+
+def traced(batches: Iterator[Batch], device: torch.device, store: Callable[[bytes], None]) -> Iterator[Batch]:
+    """Yield batches; ``store`` receives PyTorch's trace of the first steps, a compressed file for Chrome's viewer."""
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=activities) as trace:
+            yield from islice(batches, TRACED)
+        path = Path(folder, TRACE)
+        trace.export_chrome_trace(str(path))
+        store(path.read_bytes())
+    yield from batches

@@ -22,7 +22,7 @@ from raypkg.models.classifier import Answered
 
 from .batches import Batch, dtype_of, plain_batches, slice_of
 from .costs import Cost
-from .device import arithmetic, computes_bfloat16, peak_of, training_flops
+from .device import arithmetic, computes_bfloat16, peak_of, traced, training_flops
 from .optimizer import learning_rate
 from .run import Run, Seen
 from .worker import Worker
@@ -109,6 +109,8 @@ def train_epoch(run: Run, model: nn.Module) -> dict[str, float]:
     settings = run.settings
     model.train()  # before hooks see the model: frozen layers stay in evaluation mode
     steps, batches = run.batches()
+    if run.trace and run.epoch == 1:
+        batches = traced(batches, run.worker.device, run.trace)
     totals = torch.zeros(3, dtype=torch.float64, device=run.worker.device)  # Σ w·loss, correct, samples
     norms = []  # of the gradients before clipping
     length = run.length or settings.epochs

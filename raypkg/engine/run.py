@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class Run:
     last: float | None = None  # epochs to train, if fewer than the schedule's
     label: int | None = None  # number of this model in the metrics, where a phase trains several
     main: bool = True  # False for a training that prepares the run's main one
+    trace: Callable[[bytes], None] | None = None  # stores the trace of the second epoch's first steps
     epoch: int = 0
     step: int = 0
     progress: float = 0.0  # share of the schedule that is done

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ from raypkg.data.kinds import IMAGES
 from raypkg.data.split import at_hand
 from raypkg.engine.batches import dtype_of
 from raypkg.engine.costs import Cost
+from raypkg.engine.device import TRACE
 from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
@@ -115,6 +117,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         is_part = job.coreset is not None or job.experiment.dataset.only is not None
         if is_part and not job.selects:  # the same part in all epochs
             split = at_hand(split, coreset.indices)
+        traces = job.main and job.experiment.track.profile and worker.rank == 0
         run = Run(
             model=synchronised(model, settings, worker),
             split=split,
@@ -129,6 +132,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
             length=job.length,
             last=job.last,
             main=job.main,
+            trace=partial(job.storage.write, TRACE) if traces else None,
         )
 
         def measure(model: nn.Module, epoch: int) -> dict[str, float]:
@@ -213,6 +217,9 @@ def _keep(run: Run, model: nn.Module, job: Job, samples: Samples) -> dict[str, A
     save_tensors(storage, job.result, model.state_dict())
     facts: dict[str, Any] = {}
     findings: list[str] = []
+    if run.trace:
+        there = TRACE in storage.list()
+        findings = [f"{TRACE}: steps of epoch 2" if there else "no trace: training ended in its first steps of epoch 2"]
     for each in run.hooks:
         if isinstance(each, Recorder):
             save_record(storage, job.result, each.record)
