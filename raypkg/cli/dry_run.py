@@ -13,7 +13,7 @@ from raypkg.core.registry import Entry
 from raypkg.core.settings import Cluster, Experiment, RunSettings, Training
 from raypkg.experiments import open_run, settings_of
 from raypkg.experiments.embed import EmbedSettings, planned
-from raypkg.experiments.phases import stages_of, step_memory
+from raypkg.experiments.phases import stages_of, step_memory, with_workers
 from raypkg.experiments.resolve import resolve, selection_of
 from raypkg.experiments.train import SelectSettings
 from raypkg.runs.folder import RunFolder, check_new
@@ -39,9 +39,12 @@ def dry_run(
     check_new(root, entry.name, name, settings)
     _, samples = open_run(settings)
     stages = stages_of(entry.name, settings)
+    settings, note = with_workers(settings, samples, stages)
     place = Storage(root) / entry.name / (name or "NAME")
     _check_settings(settings, samples, stages, place)
     lines = [*_plan(settings, samples, stages, place)]  # all before the first is printed: some may be refused
+    if note:
+        lines.append(note)
     say(to_toml(settings))
     for line in lines:
         say(f"# {line}")

@@ -12,6 +12,7 @@ from raypkg.core.presets import departures
 from raypkg.core.registry import Entry
 from raypkg.core.settings import APART, RunSettings
 from raypkg.experiments import carry_out, experiment, open_run, settings_of
+from raypkg.experiments.phases import stages_of, with_workers
 from raypkg.experiments.resolve import resolve, stored_settings
 from raypkg.experiments.samples import Samples
 from raypkg.runs.folder import RunFolder, check_new, create, discard
@@ -24,10 +25,11 @@ def execute(entry: Entry, config: Path | None, values: Mapping[str, Any], name: 
     settings = resolve(settings_of(entry), config, values)
     check_new(root, entry.name, name, settings)
     settings, samples = open_run(settings)
+    settings, note = with_workers(settings, samples, stages_of(entry.name, settings))
     folder = create(root, entry.name, name, settings)
     with folder.storage.locked(f"run {folder.name!r}"):  # only this process may discard it
         try:
-            _run(entry, settings, samples, folder, root)
+            _run(entry, settings, samples, folder, root, note)
         except BaseException:
             if not folder.started:
                 discard(folder.storage)
@@ -54,7 +56,7 @@ def resume_run(entry: Entry, name: str, values: Mapping[str, Any], root: str, re
         _run(entry, settings, samples, latest, root)
 
 
-def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolder, root: str) -> None:
+def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolder, root: str, note: str = "") -> None:
     console = terminal()
     model = getattr(settings, "model", None)
     subject = model.name if model else getattr(settings, "rule", "")
@@ -64,6 +66,8 @@ def _run(entry: Entry, settings: RunSettings, samples: Samples, folder: RunFolde
         console.print(
             f"{entry.name} {folder.name}: {subject} on {settings.dataset.name}{preset and f', preset {preset}'}"
         )
+        if note:
+            console.print(note, soft_wrap=True)
         changed = ", ".join(f"{name} = {shown(value)}" for name, value in departures(settings).items())
         for what, text in (("changed", changed), ("adapted", "; ".join(getattr(settings, "adapted", ())))):
             if text:
@@ -99,7 +103,6 @@ def show_how_far(folder: RunFolder, root: str) -> None:
 
     The code that its settings name is not imported.
     """
-    from raypkg.experiments.phases import stages_of
     from raypkg.runs.catalog import state_of
     from raypkg.studies.study import study_around
 

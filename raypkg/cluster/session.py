@@ -88,6 +88,14 @@ def disconnect() -> None:
         _owns_cluster = False
 
 
+def is_apart(settings: Cluster) -> bool:
+    """Return True if no cluster is named, joined or running, and this machine has no GPU for workers."""
+    import torch
+
+    joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    return not (settings.address or _running() or joined or torch.cuda.is_available())
+
+
 def owns_cluster() -> bool:
     """Return True if this process has started the cluster, which then has no other users."""
     return _owns_cluster

@@ -244,7 +244,10 @@ class Cluster(Settings):
     """Workers and their resources."""
 
     workers: int | None = Field(
-        None, ge=0, description="Ray workers (default: up to 8); 0 = this process, on its CPU, without Ray"
+        None,
+        ge=0,
+        description="Ray workers; 0 = this process, on its CPU, without Ray (default: up to 8; 0 for a small plan of a"
+        " registered model on one machine without GPUs)",
     )
     cpus_per_worker: Threads | None = Field(
         None, description="CPUs of each worker (default: 1; with GPUs, a node's CPUs divided among its GPUs)"

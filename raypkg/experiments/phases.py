@@ -1,4 +1,4 @@
-"""Planned phases of a run, the memory of a training step, and phases taken over from other runs. No torch at import.
+"""Planned phases of a run, their operations and memory, and phases taken over from other runs. No torch at import.
 
 An experiment with more than one training declares its phases: ``@outlook(name)`` on ``stages(settings)`` in its
 ``experiment.py``.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from raypkg.core.config import dotted
 from raypkg.core.registry import Registry
@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
     from raypkg.data.split import Split
 
+    from .samples import Samples
+
+R = TypeVar("R", bound=RunSettings)
 CORESET = "coreset.parquet"
 EMBEDDED = ("train.parquet", "test.parquet")
 COPIES = {"sgd": 1, "adamw": 2}  # numbers that the optimiser holds for each parameter; SGD only with momentum
+BOUND = 3 * 10**11  # operations; one process takes 10 to 20 s for as many, which Ray needs to start and end workers
 Donors = Callable[[Stage], Iterable[RunFolder]]
 outlook = Registry("outlook", "raypkg.methods.*.experiment")
 
@@ -106,6 +110,44 @@ def take_over(folder: RunFolder, stages: Sequence[Stage], donors: Donors) -> Non
         else:
             return
         phases = []
+
+
+def operations(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> int | None:
+    """Return the operations of the planned phases: 3 forward passes a sample backward, one a sample of a selection.
+
+    They are counted for a registered model only: nothing else is built for it. A forward pass uses each weight once at
+    least, so a module whose products are its own counts too.
+    """
+    from raypkg.models import model, outline
+    from raypkg.models.operations import forward_flops
+
+    chosen = settings.model
+    if chosen.name not in model:
+        return None
+    train = samples.data.train
+    network = outline(chosen.name, train.shape, train.num_classes, chosen.options)
+    weights = sum(each.numel() for each in network.parameters())
+    forward = max(2 * weights, sum(forward_flops(network, train.shape).values()))
+    n = len(samples.train_indices)
+    return forward * sum(3 * stage.backward(n) if stage.rows else n for stage in stages)
+
+
+def with_workers(settings: R, samples: Samples, stages: Sequence[Stage]) -> tuple[R, str]:
+    """Choose no Ray workers for a small plan where their number is open and Ray would start for this run alone.
+
+    Returns the settings, and a line about the choice if it was made. A count decides, never a measurement: the same run
+    has the same workers everywhere.
+    """
+    from raypkg.cluster.session import is_apart
+
+    cluster = settings.cluster
+    if not isinstance(settings, Experiment) or cluster.workers is not None or settings.actors or not is_apart(cluster):
+        return settings, ""
+    count = operations(settings, samples, stages)
+    if count is None or count >= BOUND:
+        return settings, ""
+    alone = settings.model_copy(update={"cluster": cluster.model_copy(update={"workers": 0})})
+    return alone, f"cluster.workers = 0, this process: {count:.1e} operations, and Ray's start pays from {BOUND:.0e} on"
 
 
 def step_memory(model: nn.Module, split: Split, batch: int, training: Training) -> dict[str, int]:

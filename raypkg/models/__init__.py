@@ -11,6 +11,8 @@ from raypkg.core.registry import Registry, argument
 from raypkg.core.seeds import derive
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .classifier import Classifier
     from .language import LanguageModel
 
@@ -50,8 +52,7 @@ def build_model(
 
     build = partial(entry, shape, num_classes, variant=argument(name), options=options)
     if name in model:  # sizes of torchvision's models are fixed, the user's own code is called once
-        with torch.device("meta"):  # which allocates nothing
-            parameters = list(build().parameters())
+        parameters = list(outline(name, shape, num_classes, options).parameters())
         count = sum(parameter.numel() for parameter in parameters)
         size = sum(parameter.nbytes * (3 if parameter.requires_grad else 1) for parameter in parameters)
         what = f"model {name!r} of {count:,} parameters, with gradients and momentum"
@@ -62,6 +63,17 @@ def build_model(
         if hasattr(built, "checked"):  # a language model, whose module other runs need not import
             return built.checked(name, shape)
         return checked(built, name, shape, num_classes)
+
+
+def outline(
+    name: str, shape: tuple[int, ...], num_classes: int, options: Mapping[str, Any] | None = None
+) -> "nn.Module":
+    """Build a registered model on the meta device, which has shapes and allocates nothing."""
+    import torch
+
+    with torch.device("meta"):
+        built: nn.Module = model[name](shape, num_classes, variant=argument(name), options=options)
+        return built
 
 
 def tokenizer_of(name: str) -> str:

@@ -57,7 +57,7 @@ class Stage(NamedTuple):
         2300
         """
         size = self.size(n)
-        per_epoch = -(-size // self.batch_size)
+        per_epoch = max(1, -(-size // self.batch_size))
         epochs, rest = divmod(whole_steps(self.epochs - self.whole, per_epoch), per_epoch)
         in_rest = rest * (size // per_epoch) + min(rest, size % per_epoch)  # batches are as even as possible
         return self.models * (self.whole * n + epochs * size + in_rest)

@@ -74,7 +74,7 @@ def test_an_unknown_name_is_refused_before_torch_is_imported(tmp_path):
 
 
 def test_a_dry_run_neither_starts_nor_imports_ray(tmp_path):
-    done = in_a_new_process(["lipt --dry-run"], tmp_path, code=0, unused={"ray"})
+    done = in_a_new_process(["lipt --dry-run --train.epochs 4000"], tmp_path, code=0, unused={"ray"})
     assert "as many as the cluster has" in done.stdout and not list(tmp_path.iterdir())
 
 

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from raypkg.core.errors import UserError
 from raypkg.data.kinds import TEXTS
-from raypkg.models import build_model, model
+from raypkg.models import build_model, model, outline
 from raypkg.models.classifier import Classifier
+from raypkg.models.operations import forward_flops
 from raypkg.models.resnet import Padded
 
 SHAPE, CLASSES = (3, 8, 8), 5
@@ -103,6 +104,14 @@ def check_head_of_features(name, net):
         features = net.features(x)
         assert features.shape == (4, net.head.in_features) and net.head.out_features == CLASSES
         assert torch.equal(net.head(features), net(x)) and net(x).shape == (4, CLASSES)
+
+
+def test_an_outline_has_the_operations_of_the_model(built):
+    name, net = built
+    if name in model:
+        shape = tuple(samples(name, 1).shape[1:]) if name not in TEXTS_ONLY else TEXT
+        counted = forward_flops(outline(name, shape, CLASSES), shape)
+        assert sum(counted.values()) == sum(forward_flops(net, shape).values()) > 0
 
 
 def test_weights_are_a_function_of_the_seed_alone(built):

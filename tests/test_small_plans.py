@@ -1,0 +1,92 @@
+"""The choice of no workers for a small plan: by its counted operations, never by a measurement."""
+
+import sys
+import tomllib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from raypkg.cli import main
+from raypkg.core.settings import Model
+from raypkg.data import Data
+from raypkg.data.split import Split
+from raypkg.experiments import phases
+from raypkg.experiments.phases import BOUND, main_stage, operations, selection_stage, with_workers
+from raypkg.experiments.samples import Samples
+from raypkg.experiments.train import SelectSettings, TrainSettings
+
+N, D, CLASSES = 90, 20, 3
+SPLIT = Split.from_tensors(torch.randn(100, D), torch.arange(100) % CLASSES)
+SAMPLES = Samples(Data(SPLIT, SPLIT), torch.arange(N), torch.arange(N, 100))
+FORWARD = 2 * (D * CLASSES + CLASSES)  # of a linear model; each bias counts as a weight
+
+
+def settings(**changes):
+    return TrainSettings(model=Model(name="linear"), train={"epochs": 2}, **changes)
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """Hide clusters that run on this machine, and its GPUs."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return monkeypatch
+
+
+def chosen(settings):
+    found, note = with_workers(settings, SAMPLES, [main_stage(settings)])
+    assert bool(note) == (found != settings)
+    return found.cluster.workers
+
+
+def test_operations_by_hand():
+    stages = [selection_stage(), main_stage(settings())]
+    assert operations(settings(), SAMPLES, stages) == FORWARD * (N + 3 * 2 * N)
+    own = settings().model_copy(update={"model": Model(name="my_code:net")})
+    assert operations(own, SAMPLES, stages) is None  # not built for it
+
+
+def test_the_number_of_operations_decides(alone):
+    whole = settings()
+    assert chosen(whole) == 0
+    count = FORWARD * 3 * 2 * N
+    alone.setattr(phases, "BOUND", count)
+    assert chosen(whole) is None
+    alone.setattr(phases, "BOUND", count + 1)
+    assert chosen(whole) == 0
+    assert chosen(settings(cluster={"workers": 2})) == 2  # a given number wins
+
+
+@pytest.mark.parametrize("there", ["address", "job", "ray start", "joined", "GPU"])
+def test_a_cluster_or_a_gpu_is_used(alone, tmp_path, there):
+    address = {"address": "10.0.0.1:6379"} if there == "address" else {}
+    match there:
+        case "job":
+            alone.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        case "ray start":
+            (tmp_path / "ray").mkdir()
+            (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
+        case "joined":
+            alone.setattr(sys.modules["ray"], "is_initialized", lambda: True)
+        case "GPU":
+            alone.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen(settings(cluster=address)) is None
+
+
+def test_runs_that_train_no_model_keep_their_workers(alone):
+    select = SelectSettings(model_from="first")
+    assert with_workers(select, SAMPLES, [selection_stage()]) == (select, "")
+
+
+def test_a_run_says_so_and_stores_it(alone, tmp_path, monkeypatch, capsys, blank_pictures):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main("train --model linear --train.epochs 1 --name one".split())
+    assert not ended.value.code
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cluster.workers")]
+    assert lines == ["cluster.workers = 0, this process: 5.1e+06 operations, and Ray's start pays from 3e+11 on"]
+    stored = tomllib.loads((tmp_path / "runs/train/one/config.toml").read_text())
+    assert stored["cluster"]["workers"] == 0 and BOUND == 3e11
