@@ -1,11 +1,13 @@
 """The average of the weights: its values, the batch statistics in it, and that no stop changes it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from gloo import on_workers
-from raypkg.core.config import load_settings
+from raypkg.core.config import Named, load_settings
 from raypkg.core.errors import UserError
 from raypkg.data.split import Split
 from raypkg.engine.hooks import Hook
@@ -13,7 +15,7 @@ from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.experiments import experiment, settings_of
-from raypkg.experiments.samples import new_model, open_samples
+from raypkg.experiments.samples import SAMPLES, Samples, new_model, open_samples
 from raypkg.experiments.training import Average, Job, train_model
 from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.storage import Storage
@@ -122,3 +124,15 @@ def test_two_workers_keep_the_average_of_one(tmp_path):
 def test_it_is_refused_where_it_would_be_wrong(kind, settings, message):
     with pytest.raises(UserError, match=message):
         load_settings(settings_of(experiment[kind]), {}, settings)
+
+
+def test_views_of_rows_are_refused(tmp_path):
+    rows = Samples.all_of(Split.from_tensors(torch.randn(6, 4), torch.arange(6) % 2))
+    job = job_of(tmp_path, **{"train.evaluate_views": "mirrored"})
+    with pytest.raises(UserError, match=r"train\.evaluate_views = mirrored: the samples are no images"):
+        train_model(Worker(local={SAMPLES: rows}), job)
+
+
+def test_crest_has_no_turns_to_flip_by(tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.augment = altflip: CREST draws samples without regard"):
+        train_model(Worker(), replace(job_of(tmp_path), hooks=(Named(name="crest"),)))

@@ -196,12 +196,8 @@ def losses_of(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
 
     ``smoothing`` is the share of each target that is spread over all classes.
     """
-    return F.cross_entropy(wide(logits), y, reduction="none", label_smoothing=smoothing)
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Convert to at least 32 bits."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, y, reduction="none", label_smoothing=smoothing)
 
 
 def output_of(model: nn.Module, x: Tensor, views: str) -> Any:
@@ -214,13 +210,12 @@ def output_of(model: nn.Module, x: Tensor, views: str) -> Any:
         return model(x)
 
     def mirrored(x: Tensor) -> Tensor:
-        return (wide(model(x)) + wide(model(x.flip(3)))) / 2
+        return (model(x).double() + model(x.flip(3))) / 2
 
-    logits = mirrored(x)
     if views == "mirrored":
-        return logits
+        return mirrored(x)
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-    return logits / 2 + (mirrored(padded[:, :, 2:, 2:]) + mirrored(padded[:, :, :-2, :-2])) / 4
+    return mirrored(x) / 2 + (mirrored(padded[:, :, 2:, 2:]) + mirrored(padded[:, :, :-2, :-2])) / 4
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -243,8 +238,7 @@ def evaluate(
     """Return the mean loss and the accuracy of rank 0's model on the samples at ``indices``, int64 [n] (default: all).
 
     Of a language model the loss is per answered token, the accuracy is that of first answered tokens, and perplexity,
-    e to the loss, is a third figure.
-    Logits of images are averaged over ``views``: plain, mirrored or shifted.
+    e to the loss, is a third figure. Logits of images are averaged over ``views``: plain, mirrored or shifted.
     Each worker evaluates its slice; without one, this process does on its CPU. The model's mode is restored, and the
     forward passes are added to ``cost``.
 

@@ -182,6 +182,8 @@ def step_memory(model: nn.Module, split: Split, batch: int, training: Training) 
 
     weights = sum(each.numel() for each in parameters) * dtype.itemsize
     needed = {"parameters": weights, "gradients": trained, "optimiser": copies * trained}
+    if getattr(training, "average", None):
+        needed["average"] = trained
     with suppress(Exception):  # a user's model may look at values, which do not exist here
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             twin(x)

@@ -101,12 +101,10 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
     with ExitStack() as closing:
         hooks = _hooks(worker, job, samples, closing)
         best = next((each for each in hooks if isinstance(each, BestEpoch)), None)
-        average = next((each for each in hooks if isinstance(each, Average)), None)
+        averaged = next((each.within for each in hooks if isinstance(each, Average)), nullcontext)
         views = settings.evaluate_views if isinstance(settings, Train) else "plain"
         if views != "plain" and samples.data.train.kind is not IMAGES:
-            raise UserError(
-                f"train.evaluate_views = {views}: samples of shape {samples.data.train.shape} are no images"
-            )
+            raise UserError(f"train.evaluate_views = {views}: the samples are no images, {views} ones do not exist")
         model = new_model(job.experiment, samples.data)
         if job.select and job.selects and coreset_rule[job.select.rule].sees == "gradients":
             classifier(model, f"select.rule = {job.select.rule}")
@@ -139,7 +137,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
             every = settings.evaluate_every_epochs
             if not every or epoch % every:
                 return {}
-            with average.within(model) if average else nullcontext():
+            with averaged(model):
                 measured = measure_held_out(model, samples, worker, settings, run.bill("evaluate"), views)
                 if best:
                     best.take(model, epoch, measured)
@@ -147,8 +145,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
 
         fit(run, checkpoints=StoredCheckpoints(job.storage / "checkpoints" / job.phase), measure=measure)
         trained = run.model
-        if average:
-            average.give(trained)
+        closing.enter_context(averaged(trained))
         if best:  # a new model: hooks may have changed how the last epoch's model computes
             trained = new_model(job.experiment, samples.data)
             trained.to(worker.device, dtype_of(run.model)).to(memory_format=torch.channels_last)
@@ -275,17 +272,15 @@ class Average(Hook):
         for name, average in self.averages.items():
             average.lerp_(state[name], 1 - decay)
 
-    def give(self, model: nn.Module) -> None:
-        """Overwrite a model's weights by their averages."""
-        model.load_state_dict({**model.state_dict(), **self.averages})
-
     @contextmanager
     def within(self, model: nn.Module) -> Iterator[None]:
         """Give a model the averages inside the block."""
         trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.give(model)
-        yield
-        model.load_state_dict(trained)
+        model.load_state_dict(trained | self.averages)
+        try:
+            yield
+        finally:
+            model.load_state_dict(trained)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages."""

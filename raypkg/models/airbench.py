@@ -111,7 +111,8 @@ def airbench(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = 
     """Airbench, six convolutions on whitened patches with w, 4w, 4w channels, 2.0 M parameters.
 
     Differs from the paper: the biases' rate is 64 times the others' by their parametrisation, so for SGD alone; the
-    whitening's bias learns in all epochs; the head has a bias; no average over weights, no augmented test images.
+    whitening's bias learns in all epochs; the head has a bias. airbench.toml averages the
+    weights, but training never restarts from the average.
     """
     channels, *sides = image_shape(shape, least=4)
     whitened = Whitened(channels)
