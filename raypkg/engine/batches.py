@@ -180,7 +180,7 @@ def loaders_of(split: Split) -> int:
 
 def slice_of(tensor: Tensor, worker: Worker) -> Tensor:
     """Return this worker's contiguous slice of a tensor, as even as possible."""
-    return tensor.tensor_split(worker.world)[worker.rank]
+    return tensor if worker.world == 1 else tensor.tensor_split(worker.world)[worker.rank]
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

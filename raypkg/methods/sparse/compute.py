@@ -166,24 +166,25 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, pattern: Pattern, dense_gradient: bool) -> Tensor:
         ctx.is_dense = weight.dim() == 2
         values = pattern.active(weight) if ctx.is_dense else weight
-        ctx.save_for_backward(x, values)
+        columns = x.T.contiguous()  # [in, b], which this product and that of the backward pass would copy otherwise
+        ctx.save_for_backward(columns, values)
         ctx.pattern = pattern
         ctx.dense_gradient = dense_gradient
-        return (pattern.matrix(values) @ x.T).T
+        return (pattern.matrix(values) @ columns).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        x, values = ctx.saved_tensors
+        columns, values = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
         output_gradient = gradients[0].T.contiguous()  # ∂y, [out, b]
         input_gradient = None
         if ctx.needs_input_grad[0]:
             input_gradient = (pattern.transposed(values) @ output_gradient).T
         if ctx.dense_gradient:
-            return input_gradient, output_gradient @ x, None, None
+            return input_gradient, output_gradient @ columns.T, None, None
         # ∂y·xᵀ at the positions of the pattern only: the dense [out, in] product is never formed.
         empty = pattern.matrix(torch.zeros_like(values))
-        weight_gradient = torch.sparse.sampled_addmm(empty, output_gradient, x, beta=0.0).values()
+        weight_gradient = torch.sparse.sampled_addmm(empty, output_gradient, columns.T, beta=0.0).values()
         if ctx.is_dense:
             weight_gradient = pattern.dense(weight_gradient)
         return input_gradient, weight_gradient, None, None
