@@ -56,6 +56,8 @@ def counts(classes):
         (plots.composition, counts(201)),
         (plots.composition, ([], [], [])),
         (plots.composition, ([0, 1], [0, 4], ["none at all", "$one$ 日本"])),
+        (plots.confusion, [np.array([[3, 0], [1, 0]]), ["$one$ 日本", "b"], "two classes"]),
+        (plots.confusion, [np.eye(90, dtype=int), [f"class {c}" for c in range(90)], "many classes"]),
         (plots.scores, [np.random.default_rng(0).gamma(1, 1, 900), np.random.default_rng(1).gamma(3, 1, 90)]),
         (plots.scores, [np.ones(3), np.ones(1)]),
         (crest_plots.checks, [[check(step) for step in range(1, 50)], 0.05]),

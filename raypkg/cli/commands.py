@@ -5,9 +5,10 @@ from typing import Any
 import click
 
 from raypkg.core.errors import UserError, unknown
-from raypkg.experiments import experiment, export_format
+from raypkg.experiments import experiment
 
-from .options import PLACE, TRUST, ExampleHelp
+from .models import evaluate, export, predict
+from .options import PLACE, ExampleHelp
 from .runs import list_runs, remove_runs
 from .studies import compare_tables, report_page, tune
 
@@ -56,7 +57,7 @@ def effray() -> None:
     """
 
 
-for command in (list_runs, remove_runs, tune, compare_tables, report_page):
+for command in (list_runs, remove_runs, predict, evaluate, export, tune, compare_tables, report_page):
     effray.add_command(command)
 
 
@@ -98,34 +99,6 @@ def show(run: str, root: str, against: str | None) -> None:
     print_run(folder, terminal())
     if comparison:
         terminal().print(comparison)
-
-
-@effray.command(cls=ExampleHelp, params=[TRUST, PLACE])
-@click.argument("run")
-@click.option(
-    "--format", "form", type=click.Choice(export_format.names), default="csr", show_default=True, help="how to write it"
-)
-def export(run: str, root: str, form: str) -> None:
-    """Write a finished run's model without pruned weights, and measure the savings.
-
-    RUN is a name, or a path to a run folder. csr = compressed sparse rows, in model.csr.safetensors.
-
-    Example:
-        effray sparse --name thin --model mlp --density 0.05 && effray export thin --format csr
-    """
-    from raypkg.core.config import load_stored
-    from raypkg.experiments import training_settings_of
-    from raypkg.experiments.resolve import stored_settings
-    from raypkg.runs.catalog import locate
-    from raypkg.runs.show import terminal
-    from raypkg.studies.study import is_study
-
-    folder = locate(root, run)
-    if is_study(folder.storage):
-        raise UserError(f"{folder.name} is a sweep, and only runs are exported: give one of its trials")
-    kind = experiment[folder.storage.parent.name]
-    settings = load_stored(training_settings_of(kind), stored_settings(folder))
-    terminal().print(export_format[form](folder, settings))
 
 
 @effray.command(cls=ExampleHelp)

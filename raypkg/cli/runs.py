@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # it imports pyarrow, which `--help` does not need
 
 # Files, by their paths, that a run or sweep may hold
 HELD = re.compile(
-    r"((added|checkpoints|parts|phases|requests|versions)/([^/]+/)*)?"
+    r"((added|checkpoints|evaluations|parts|phases|requests|versions)/([^/]+/)*)?"
     r"[^/]+\.(arrow|digests|html|json(\.gz)?|jsonl|parquet|pt|safetensors|toml)(\.\d+\.part)?"
     r"|plots/[^/]+\.png(\.\d+\.part)?|(claims|ray|wandb)/.+|space\.py|table\.md"
 )

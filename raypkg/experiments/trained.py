@@ -72,6 +72,7 @@ class TrainedClassifier(Classifier):
         self.shape = split.shape
         self.mean = split.mean
         self.std = split.std
+        self.columns = split.columns
         self._trained_tokenizer = split.tokenizer
         self._named_tokenizer = tokenizer
 

@@ -24,6 +24,7 @@ Labels = Sequence[tuple[str, float]]  # (class name, score) of each image
 MOST_BARS = 200  # classes; more do not fit on one picture
 COLUMN = 40  # classes in one column of bars
 TILE = 1.5  # height of an image of side 1 with its title
+LETTERED = 12  # classes whose samples are written into a matrix
 WIDE = 3.5  # width of a gallery over its height
 UNITS = {10**9: "G", 10**6: "M", 10**3: "k"}
 # From the palette of Okabe & Ito, distinguishable with common forms of colour blindness and in grey.
@@ -154,6 +155,25 @@ def gallery(title: str, pixels: np.ndarray, labels: Labels, path: str | Path) ->
     """Draw images, uint8 [m, H, W, 3], or 1 channel for grey, with the class name and the score of each."""
     with page(path) as figure:
         _gallery(figure, title, pixels, labels)
+
+
+def confusion(counts: np.ndarray, classes: Sequence[str], title: str, path: str | Path) -> None:
+    """Draw samples by true and predicted class, [C, C], as shares of the true class; numbers where they fit."""
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    n = len(classes)
+    with page(path) as figure:
+        axes = figure.subplots()
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.set(xlabel="predicted class", ylabel="true class", title=title)
+        axes.grid(False)
+        shown = range(0, n, max(1, n // COLUMN))
+        axes.set_xticks(shown, [cut(classes[c], 12) for c in shown], rotation=90 if n > LETTERED else 0)
+        axes.set_yticks(shown, [cut(classes[c], 20) for c in shown])
+        if n <= LETTERED:
+            for true, predicted in zip(*np.nonzero(counts), strict=True):
+                ink = "white" if share[true, predicted] > 0.5 else "black"
+                count = f"{counts[true, predicted]:,}"
+                axes.text(predicted, true, count, ha="center", va="center", color=ink, fontsize=9)
 
 
 def save_plot(storage: Storage, name: str, plot: Callable[[Path], None]) -> None:

@@ -19,8 +19,8 @@ from raypkg.experiments import experiment
 from raypkg.runs.folder import RunFolder
 
 OTHERS = (
-    "crest", "sparse", "export", "rm", "tune", "tune crest", "compare", "compare crest", "report",
-    "deltagrad", "deltagrad delete", "deltagrad stream",
+    "crest", "sparse", "predict", "evaluate", "export", "rm", "tune", "tune crest", "compare", "compare crest",
+    "report", "deltagrad", "deltagrad delete", "deltagrad stream",
 )  # fmt: skip
 COMMANDS = ("", "lipt", "train", "show", "list", "data", "methods")
 SHORT = "--model linear --pretrain.models 2 --pretrain.epochs 1 --train.epochs 2"

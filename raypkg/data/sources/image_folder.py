@@ -115,13 +115,14 @@ class ImageFiles:
 
     def batches(self, start: int = 0) -> Iterator[tuple[list[bytes], np.ndarray]]:
         """Yield encoded images and labels from the image ``start`` on, a bounded number at a time."""
-        contents = fetched(_content, self.files[start:])
+        contents = fetched(content, self.files[start:])
         for first in range(start, len(self.files), READ_AT_ONCE):
             labels = self.labels[first : first + READ_AT_ONCE]
             yield list(islice(contents, len(labels))), np.array(labels, np.int64)
 
 
-def _content(file: Place) -> bytes:
+def content(file: Place) -> bytes:
+    """Read an image file within the limit of memory."""
     try:
         with open_input(file) as stream:
             check_read(f"image {str(file)!r}, one of {READERS} at once", READERS * stream.size())

@@ -112,9 +112,12 @@ class _Notes(BaseModel):
 
 
 class RowTable:
-    """The rows of one parquet or CSV file, checked; the column ``id`` is by default the one that the file notes."""
+    """The rows of one parquet or CSV file, checked; the column ``id`` is by default the one that the file notes.
 
-    def __init__(self, file: Place, label: str, id: str = ""):
+    Rows to predict need no labels: without ``is_labelled`` the column may be missing.
+    """
+
+    def __init__(self, file: Place, label: str, id: str = "", *, is_labelled: bool = True):
         self.file = file
         self.label = label
         self._vectors = VectorColumns(file) if file.suffix == ".parquet" else None
@@ -126,6 +129,8 @@ class RowTable:
                 notes = _Notes.model_validate_json(metadata)
         self._noted_classes = notes.classes
         id = id or notes.id
+        if not is_labelled and label not in self._table.column_names:
+            self._table = self._table.append_column(label, pa.array(["unknown"] * self._table.num_rows))
         names = self._table.column_names
         if label not in names:
             raise unknown(f"label column of {str(file)!r}", label, names)

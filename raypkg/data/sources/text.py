@@ -271,6 +271,29 @@ class TextTable:
         return f"sample {row}{labelled} (from 0) of {self._name!r}{several}"
 
 
+def new_texts(file: Place, columns: tuple[str, ...]) -> list[Text]:
+    """Return the texts or pairs of a file without labels: a line each of ``.txt``, or columns, by default usual ones.
+
+    Raises:
+        UserError: an unreadable file, no such columns, or a row without a text.
+    """
+    if file.suffix == ".txt":
+        with reading(file):
+            check_read(f"texts {str(file)!r}", identity_of(file)[1])
+            return [line for line in open_input(file).read().decode().splitlines() if line.strip()]
+    table = _read(file, "")
+    chosen = columns or next(
+        (usual for usual in USUAL if set(usual) <= set(table.column_names)), table.column_names[:1]
+    )
+    for name in chosen:
+        if name not in table.column_names:
+            raise unknown(f"text column of {str(file)!r}", name, table.column_names)
+        if not pa.types.is_large_string(table[name].type) or table[name].null_count:
+            raise UserError(f"text column {name!r} of {str(file)!r} holds no text in some rows")
+    texts = [table[name].to_pylist() for name in chosen]
+    return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+
+
 def _read(file: Place, label: str) -> pa.Table:
     with reading(file):
         check_read(f"table {str(file)!r}", identity_of(file)[1])

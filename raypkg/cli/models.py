@@ -1,0 +1,133 @@
+"""The commands on the model of a finished run: ``predict``, ``evaluate`` and ``export``."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+
+import click
+
+from raypkg.core.errors import UserError
+from raypkg.experiments import experiment, export_format
+
+from .options import PLACE, TRUST, ExampleHelp, say
+
+MOST_ROWS = 20  # predictions, or classes, printed
+PREDICT_HELP = """Predict the class of new samples with the model of a finished run.
+
+SOURCE is an image or a folder of images; a file of texts, as .txt a line each, or .csv, .tsv, .jsonl or .parquet with a
+column of texts; or rows as .csv or .parquet with the columns of training. The first are printed.
+
+Example:
+    effray embed --name rows && effray train --name mine --dataset table:runs/embed/rows --model linear && """
+PREDICT_HELP += "effray predict mine runs/embed/rows/test.parquet"
+
+
+@click.command(cls=ExampleHelp, params=[TRUST, PLACE], help=PREDICT_HELP)
+@click.argument("run")
+@click.argument("source")
+@click.option("--out", metavar="FILE", help="write all predictions: .parquet, .csv or .jsonl")
+def predict(run: str, source: str, out: str | None, root: str) -> None:
+    """Predict the class of new samples."""
+    from rich.table import Table
+
+    from raypkg.experiments.prediction import predictions_of, write_table
+    from raypkg.runs.catalog import locate
+    from raypkg.runs.show import terminal
+
+    predictions = predictions_of(locate(root, run), source)
+    if out is not None:
+        write_table(predictions, Path(out))
+    table = Table("input", "label", "probability")
+    for row in predictions.slice(0, MOST_ROWS).to_pylist():
+        table.add_row(str(row["input"]), row["label"], f"{row['probability']:.1%}")
+    terminal().print(table)
+    if (more := len(predictions) - MOST_ROWS) > 0:
+        say(f"and {more:,} more{'' if out else ': --out FILE writes all of them'}")
+    if out is not None:
+        say(out)
+
+
+@click.command(cls=ExampleHelp, params=[TRUST, PLACE])
+@click.argument("run")
+@click.option("--dataset", metavar="NAME", help="other data with classes of the same names (default: the run's own)")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="an option of that data set")
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True, help="which samples")
+def evaluate(run: str, dataset: str | None, pairs: tuple[str, ...], split: str, root: str) -> None:
+    """Evaluate the model of a finished run: accuracy, F1, classes, confusions, calibration.
+
+    The predictions and a picture of the confusions are stored in the run folder.
+
+    Example:
+        effray train --name mine && effray evaluate mine
+    """
+    from rich.table import Table
+
+    from raypkg.core.settings import Dataset
+    from raypkg.experiments.prediction import evaluate_run
+    from raypkg.runs import plots
+    from raypkg.runs.catalog import locate
+    from raypkg.runs.show import terminal
+
+    from .setting_options import parsed_pairs
+
+    if pairs and dataset is None:
+        raise UserError(f"--set {pairs[0]} does nothing without --dataset: the run's own data are as in training")
+    options = parsed_pairs(pairs)
+    folder = locate(root, run)
+    other = None if dataset is None else Dataset(name=dataset, options=options)
+    found, predictions, classes = evaluate_run(folder, other, split)
+    by_class = found.by_class
+    table = Table("class", *by_class, "most confused with")
+    for c in found.hardest[:MOST_ROWS]:
+        wrong = found.confusion[c].copy()
+        wrong[c] = 0
+        confused = f"{classes[wrong.argmax()]} ({wrong.max():,})" if wrong.any() else ""
+        numbers = [f"{column[c]:,}" if name == "samples" else f"{column[c]:.1%}" for name, column in by_class.items()]
+        table.add_row(classes[c], *numbers, confused)
+    console = terminal()
+    console.print(table)
+    if (more := len(classes) - MOST_ROWS) > 0:
+        say(f"and {more:,} more classes, which have a higher F1")
+    low, high = found.interval
+    say(
+        f"{split} accuracy {found.accuracy:.2%} (95 % interval {low:.1%} to {high:.1%}), macro F1 {found.macro_f1:.3f},"
+        f" calibration error {found.calibration:.3f}, {len(predictions):,} samples"
+    )
+    name = split
+    if dataset is not None:
+        digest = hashlib.blake2b(repr((dataset, options)).encode(), digest_size=4).hexdigest()
+        name = f"{split}-{digest}"
+    title = f"{found.accuracy:.1%} of {len(predictions):,} {split} samples are right"
+    plots.save_plot(folder.storage, f"confusion-{name}", partial(plots.confusion, found.confusion, classes, title))
+    folder.storage.write_table(f"evaluations/{name}.parquet", predictions)
+    say(f"{folder.storage.root}/evaluations/{name}.parquet and plots/confusion-{name}.png")
+
+
+@click.command(cls=ExampleHelp, params=[TRUST, PLACE])
+@click.argument("run")
+@click.option(
+    "--format", "form", type=click.Choice(export_format.names), default="csr", show_default=True, help="how to write it"
+)
+def export(run: str, root: str, form: str) -> None:
+    """Write a finished run's model without pruned weights, and measure the savings.
+
+    RUN is a name, or a path to a run folder. csr = compressed sparse rows, in model.csr.safetensors.
+
+    Example:
+        effray sparse --name thin --model mlp --density 0.05 && effray export thin --format csr
+    """
+    from raypkg.core.config import load_stored
+    from raypkg.experiments import training_settings_of
+    from raypkg.experiments.resolve import stored_settings
+    from raypkg.runs.catalog import locate
+    from raypkg.runs.show import terminal
+    from raypkg.studies.study import is_study
+
+    folder = locate(root, run)
+    if is_study(folder.storage):
+        raise UserError(f"{folder.name} is a sweep, and only runs are exported: give one of its trials")
+    kind = experiment[folder.storage.parent.name]
+    settings = load_stored(training_settings_of(kind), stored_settings(folder))
+    terminal().print(export_format[form](folder, settings))

@@ -1,0 +1,229 @@
+"""Predictions of a finished run's classifier: for samples in files as they come, and for a split with known labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from raypkg.core.errors import UserError, unknown
+from raypkg.core.settings import Dataset
+from raypkg.data.files import files_below, place_of
+from raypkg.data.kinds import IMAGES, TEXTS, kind_of
+from raypkg.data.opening import open_data
+from raypkg.data.split import Split
+from raypkg.runs.folder import RunFolder
+
+from .trained import TrainedClassifier, check_same_tokens, load_model, settings_of_trained
+
+BATCH = 256  # samples of a forward pass
+BINS = 15  # of the calibration error
+CONFIDENT = 1.96  # standard deviations of a 95 % interval
+FORMATS = (".parquet", ".csv", ".jsonl")
+
+
+def trained_classifier(folder: RunFolder) -> TrainedClassifier:
+    """Return the model of a run; refuse a language model, whose outputs are no classes."""
+    model = load_model(folder.storage.root)
+    if not isinstance(model, TrainedClassifier):
+        raise UserError(f"run {folder.name!r} trained a language model: load it with raypkg.load_model")
+    return model
+
+
+# New samples
+
+
+def predictions_of(folder: RunFolder, source: str) -> pa.Table:
+    """Return the input, likeliest class and probabilities of each sample of a source, a row each.
+
+    ``source`` is an image file or a folder of them; a file of texts (``.txt``, a line each, or the formats of
+    ``text:PATH``); or a file of rows (parquet or CSV with the columns of training). No labels are needed.
+
+    Raises:
+        UserError: nothing to read there, unreadable files, columns of training that are missing.
+    """
+    model = trained_classifier(folder)
+    options = settings_of_trained(folder).dataset.options
+    names: list[Any] = []
+    parts = []
+    for inputs, samples in _batches(model, source, options):
+        names += inputs
+        parts.append(model.predict(samples).probabilities)
+    return table_of(names, torch.cat(parts), model.classes)
+
+
+def table_of(names: Sequence[Any], probabilities: Tensor, classes: Sequence[str]) -> pa.Table:
+    """Return predictions as a table: input, label, probability, and a column ``p(class)`` for each class."""
+    best, labels = probabilities.float().max(1)
+    columns = {
+        "input": pa.array(names),
+        "label": pa.array([classes[label] for label in labels.tolist()]),
+        "probability": pa.array(best.numpy()),
+    }
+    each = {
+        f"p({name})": pa.array(column.numpy()) for name, column in zip(classes, probabilities.T.float(), strict=True)
+    }
+    return pa.table(columns | each)
+
+
+def write_table(table: pa.Table, file: Path) -> None:
+    """Write a table as parquet, CSV or JSON lines, by the file's suffix; an existing file is never half replaced."""
+    if file.suffix not in FORMATS:
+        raise unknown("format of predictions", file.suffix, FORMATS)
+    part = file.with_name(f".{file.name}.part")
+    try:
+        if file.suffix == ".parquet":
+            pq.write_table(table, part)
+        elif file.suffix == ".csv":
+            pcsv.write_csv(table, part)
+        else:
+            part.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in table.to_pylist()))
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from None
+
+
+def _batches(model: TrainedClassifier, source: str, options: dict[str, Any]) -> Iterator[tuple[list[Any], Any]]:
+    """Yield the samples of a source in batches that ``predict`` takes, with the name or row of each."""
+    kind = kind_of(model.shape)
+    place = place_of(source)
+    if not place.exists():
+        raise UserError(f"there is no file or folder {source!r}")
+    if kind is IMAGES:
+        from raypkg.data.sources.image_folder import SUFFIXES, content
+        from raypkg.data.store.images import decode_all
+
+        files = files_below(place, SUFFIXES) if place.is_dir() else [place]
+        if not files:
+            raise UserError(f"folder {source!r} holds no images ({', '.join(sorted(SUFFIXES))})")
+        for start in range(0, len(files), BATCH):
+            chunk = files[start : start + BATCH]
+            names = [str(file) for file in chunk]
+            pixels = decode_all([content(file) for file in chunk], model.shape, names.__getitem__)
+            yield names, kind.tensor(pixels)
+        return
+    if place.is_dir():
+        raise UserError(f"{source!r} is a folder: needed is a file of {kind.raw}")
+    if kind is TEXTS:
+        from raypkg.data.sources.text import new_texts
+
+        texts = new_texts(place, tuple(options.get("columns", ())))
+        for start in range(0, len(texts), BATCH):
+            yield [*range(start, min(start + BATCH, len(texts)))], texts[start : start + BATCH]
+        return
+    from raypkg.data.sources.table import RowTable
+
+    rows = RowTable(place, options.get("label", "label"), is_labelled=False)
+    columns = model.columns or rows.columns
+    if lost := next((name for name in columns if name not in rows.columns), None):
+        raise unknown(f"column of {source!r}", lost, rows.columns)
+    order = [rows.columns.index(name) for name in columns]
+    first = 0
+    for block in rows.blocks(np.arange(len(rows)), rows.classes):
+        x = torch.from_numpy(np.ascontiguousarray(block.sample[:, order]))
+        yield [*range(first, first + len(x))], x
+        first += len(x)
+
+
+# Known labels
+
+
+class Evaluation(NamedTuple):
+    """How predictions agree with labels.
+
+    >>> found = Evaluation.of(torch.tensor([0, 0, 1]), torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]]))
+    >>> found.confusion.tolist(), round(found.accuracy, 3), round(found.macro_f1, 3), round(found.calibration, 3)
+    ([[1, 1], [0, 1]], 0.667, 0.667, 0.3)
+    """
+
+    confusion: np.ndarray  # samples by true and predicted class, int64 [C, C]
+    calibration: float  # expected calibration error
+
+    @classmethod
+    def of(cls, y: Tensor, probabilities: Tensor) -> Evaluation:
+        """Compare labels int64 [n] with probabilities [n, C].
+
+        The calibration error is ``Σ_b |B_b|/n · |accuracy(B_b) − confidence(B_b)|`` over 15 bins of equal width of the
+        largest probability (arXiv:1706.04599, Equation 3).
+        """
+        count = probabilities.shape[1]
+        best, labels = probabilities.double().max(1)
+        confusion = torch.bincount(y * count + labels, minlength=count**2).view(count, count)
+        bins = (best * BINS).ceil().long().clamp(1, BINS) - 1
+        gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, (labels == y).double() - best)
+        return cls(confusion.numpy(), gap.abs().sum().item() / len(y))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right labels."""
+        return float(self.confusion.trace() / self.confusion.sum())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy."""
+        n, share = int(self.confusion.sum()), self.accuracy
+        z = CONFIDENT**2 / n
+        middle, half = share + z / 2, CONFIDENT * (share * (1 - share) / n + z / (4 * n)) ** 0.5
+        return (middle - half) / (1 + z), (middle + half) / (1 + z)
+
+    @property
+    def by_class(self) -> dict[str, np.ndarray]:
+        """Samples, precision, recall and F1 of each class, [C]; 0 where a ratio has no denominator."""
+        right, there, said = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
+
+        def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+            return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
+
+        f1 = ratio(2 * right, there + said)
+        return {"samples": there, "precision": ratio(right, said), "recall": ratio(right, there), "F1": f1}
+
+    @property
+    def hardest(self) -> list[int]:
+        """The classes that have samples, in ascending order of F1."""
+        f1 = self.by_class["F1"]
+        return sorted(np.flatnonzero(self.confusion.sum(1)).tolist(), key=lambda c: f1[c])
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean F1 of the classes that are present or predicted."""
+        seen = (self.confusion.sum(0) + self.confusion.sum(1)) > 0
+        return float(self.by_class["F1"][seen].mean())
+
+
+def evaluate_run(folder: RunFolder, dataset: Dataset | None, split: str) -> tuple[Evaluation, pa.Table, Sequence[str]]:
+    """Evaluate a run's classifier on a split of its own data set, or of another one with classes of the same names.
+
+    Returns the evaluation, the predictions with the true labels, and the names of the model's classes.
+
+    Raises:
+        UserError: samples of another shape or tokens, or a class that the model does not know.
+    """
+    model = trained_classifier(folder)
+    own = settings_of_trained(folder)
+    data = open_data(own.dataset, own.seed) if dataset is None else open_data(dataset)
+    samples: Split = getattr(data, split)
+    if samples.kind is not TEXTS and samples.shape != model.shape:
+        shapes = f"{list(samples.shape)}, those of run {folder.name!r} {list(model.shape)}"
+        raise UserError(f"the samples of {(dataset or own.dataset).name!r} have the shape {shapes}")
+    if dataset is not None:
+        check_same_tokens(dataset, own.dataset, data, folder.name)
+    if foreign := next((name for name in samples.classes if name not in model.classes), None):
+        raise unknown(
+            f"class of {(dataset or own.dataset).name!r} in the model of run {folder.name!r}:", foreign, model.classes
+        )
+    number = torch.tensor([model.classes.index(name) for name in samples.classes])
+    parts = [model.predict(samples.batch(part)[0]).probabilities for part in torch.arange(len(samples)).split(BATCH)]
+    probabilities = torch.cat(parts)
+    y = number[samples.y]
+    table = table_of(range(len(samples)), probabilities, model.classes)
+    truth = pa.array([model.classes[label] for label in y.tolist()])
+    return Evaluation.of(y, probabilities), table.add_column(1, "truth", truth), model.classes

@@ -1,0 +1,114 @@
+"""`effray predict` and `effray evaluate`: a finished run's model on new images, texts and rows, and on known labels."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import samples
+from raypkg import load_model
+from raypkg.experiments.prediction import Evaluation
+
+PIXELS = samples.pixels(24)
+LABELS = np.arange(24) % 3
+ROWS = "x,y,label\n" + "".join(f"{i % 2}.5,{i},{'ab'[i % 2]}\n" for i in range(40))
+PLAIN = "--train.epochs 2 --train.precision float32"
+
+
+def predictions(file="out.jsonl"):
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def test_metrics_are_those_of_their_definitions():
+    rng = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(200, 4, generator=rng).softmax(1)
+    y = torch.randint(3, (200,), generator=rng)  # class 3 is never true
+    found = Evaluation.of(y, probabilities)
+    best, labels = probabilities.double().max(1)
+    f1, error = [], 0.0
+    for c in range(4):
+        right = ((labels == c) & (y == c)).sum().item()
+        f1.append(2 * right / ((labels == c).sum() + (y == c).sum()).item())
+    for k in range(15):
+        inside = (best > k / 15) & (best <= (k + 1) / 15)
+        if inside.any():
+            error += (
+                abs((labels[inside] == y[inside]).double().mean() - best[inside].mean()).item() * inside.sum() / 200
+            )
+    assert found.accuracy == pytest.approx((labels == y).double().mean().item())
+    assert found.macro_f1 == pytest.approx(sum(f1) / 4)
+    assert found.calibration == pytest.approx(float(error))
+    low, high = found.interval
+    for edge in (low, high):  # Wilson: the shares whose distance from the observed one is 1.96 of their deviations
+        assert abs(found.accuracy - edge) == pytest.approx(1.96 * (edge * (1 - edge) / 200) ** 0.5)
+
+
+def test_evaluate_agrees_with_the_run_and_stores_predictions(effray, refusal):
+    effray(f"train --name one --model linear {PLAIN}")
+    text = effray("evaluate one")
+    summary = json.loads(Path("runs/train/one/summary.json").read_text())
+    assert f"test accuracy {summary['test_accuracy']:.2%} (95 % interval" in text
+    table = pq.read_table("runs/train/one/evaluations/test.parquet").to_pydict()
+    right = np.mean([a == b for a, b in zip(table["truth"], table["label"], strict=True)])
+    assert right == pytest.approx(summary["test_accuracy"])
+    assert Path("runs/train/one/plots/confusion-test.png").exists()
+    assert "train accuracy" in effray("evaluate one --split train")
+    Path("a.csv").write_text(ROWS)
+    assert "have the shape [2], those of run 'one' [1, 8, 8]" in refusal("evaluate one --dataset table:a.csv")
+    assert "does nothing without --dataset" in refusal("evaluate one --set size=3")
+    effray("rm one --yes")  # what they stored is the run's
+    assert not Path("runs/train/one").exists()
+
+
+def test_predict_images_by_file_or_folder(effray, refusal):
+    samples.write_folder(Path("set/train"), PIXELS, LABELS)
+    effray(f"train --name one --dataset folder:set --model linear {PLAIN}")
+    effray("predict one set --out out.jsonl")
+    found = predictions()
+    assert len(found) == 24 and Path(found[0]["input"]).is_file()
+    model = load_model("runs/train/one")
+    for row in found[:5]:
+        pixels = torch.from_numpy(np.array(Image.open(row["input"]))).permute(2, 0, 1)[None]
+        expected = model.predict(pixels)
+        assert row["label"] == expected.names[0]
+        assert row["p(dog)"] == pytest.approx(expected.probabilities[0, 1].item(), abs=1e-6)
+    assert found[0]["label"] in effray(f"predict one {found[0]['input']}")
+    Path("empty").mkdir()
+    Path("broken.png").write_bytes(b"\x89PNG no")
+    for source, problem in (
+        ("broken.png", "broken.png"), ("none", "there is no file or folder 'none'"), ("empty", "holds no images")
+    ):  # fmt: skip
+        assert problem in refusal(f"predict one {source}")
+    assert "unknown format of predictions '.txt'" in refusal("predict one set --out out.txt")
+
+
+def test_predict_rows_without_labels_in_any_order_of_columns(effray, refusal):
+    Path("a.csv").write_text(ROWS)
+    effray(f"train --name one --dataset table:a.csv --model linear {PLAIN}")
+    Path("new.csv").write_text("y,x\n" + "".join(f"{i},{i % 2}.5\n" for i in range(40)))
+    effray("predict one new.csv --out out.parquet")
+    table = pq.read_table("out.parquet")
+    expected = load_model("runs/train/one").predict([[i % 2 + 0.5, i] for i in range(40)])
+    assert table["label"].to_pylist() == expected.names and table["input"].to_pylist() == [*range(40)]
+    np.testing.assert_allclose(table["p(b)"].to_numpy(), expected.probabilities[:, 1].numpy(), atol=1e-6)
+    Path("lacks.csv").write_text("y\n1\n")
+    assert "'x'. Allowed: y" in refusal("predict one lacks.csv")
+
+
+def test_predict_texts(effray, refusal):
+    Path("a.tsv").write_text(
+        "text\tlabel\n" + "".join(f"{'good' if i % 2 else 'bad'} film {i}\t{i % 2}\n" for i in range(40))
+    )
+    effray(f"train --name one --dataset text:a.tsv --model transformer {PLAIN}")
+    lines = ["a good film", "bad, bad film"]
+    Path("new.txt").write_text("\n".join(lines))
+    Path("new.csv").write_text('text\na good film\n"bad, bad film"\n')
+    expected = load_model("runs/train/one").predict(lines)
+    for file in ("new.txt", "new.csv"):
+        effray(f"predict one {file} --out out.jsonl")
+        assert [row["label"] for row in predictions()] == expected.names
+    assert "'.' is a folder: needed is a file of texts" in refusal("predict one .")
