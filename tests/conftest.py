@@ -37,21 +37,21 @@ def real_data() -> Path:
 @pytest.fixture(scope="module")
 def blank_pictures():
     """Let the runs of a file compose their pictures, but not render them, which takes most of a short run's time."""
-    from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    def blank(figure, path, **options):
+    def blank(canvas, path, **options):
         Path(path).write_bytes(b"a blank picture")
 
-    original = Figure.savefig
+    original = FigureCanvasAgg.print_png
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", blank)
+        patch.setattr(FigureCanvasAgg, "print_png", blank)
         yield original
 
 
 @pytest.fixture
 def rendered_pictures(blank_pictures, monkeypatch):
     """Render the pictures of one test in a file of blank ones."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", blank_pictures)
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", blank_pictures)
 
 
 @pytest.fixture(scope="module")

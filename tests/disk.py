@@ -22,7 +22,7 @@ STEPS = ("rename", "delete")  # after which the disk holds something else
 
 def quick() -> None:
     """Spare the pictures' time, and write the metrics after each epoch, as slower trainings do."""
-    from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from raypkg.runs import folder, plots
 
@@ -30,7 +30,7 @@ def quick() -> None:
     for name in ("curves", "costs", "composition", "scores", "images"):
         setattr(plots, name, lambda *data: Path(data[-1]).write_bytes(b"picture"))
     hours = count(step=3600)
-    Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"picture")
+    FigureCanvasAgg.print_png = lambda canvas, path, **_: Path(path).write_bytes(b"picture")
     folder.time = SimpleNamespace(monotonic=lambda: next(hours), strftime=folder.time.strftime)
 
 

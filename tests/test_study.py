@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from raypkg.cli import main
-from raypkg.cluster.trials import Paced
+from raypkg.cluster.trials import Paced, TrialProcess
 from raypkg.core.config import load_settings, read_toml
 from raypkg.core.errors import UserError
 from raypkg.experiments import experiment
@@ -158,6 +161,31 @@ def test_a_trials_exception_is_raised_to_the_reader_of_its_rows(error, message):
 
     with pytest.raises((ValueError, RuntimeError), match=message):
         Paced(trial).advance()
+
+
+def test_a_trial_finds_the_process_as_the_first_one_did(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHANGED", "no")
+    found = []
+
+    def trial(number, values, tell):
+        mine = os.environ.get("MINE"), os.environ["CHANGED"], os.getcwd(), sys.path[0]
+        found.append((*mine, torch.rand(1).item(), torch.get_num_threads(), torch.get_default_dtype()))
+        os.environ.update(MINE="1", CHANGED="yes")
+        os.chdir("/")
+        sys.path.insert(0, "mine")
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.set_default_dtype(torch.float16)
+        return {"epoch": 1}
+
+    process = TrialProcess.__new__(TrialProcess)  # without Ray
+    process.setup({"number": 0, "values": {}}, trial, str(tmp_path))
+    process.step()
+    assert process.reset_config({"number": 1, "values": {}})
+    process.step()
+    assert process.reset_config({"number": 2, "values": {}})  # restores this process, too
+    process.cleanup()
+    assert found[1] == found[0] and torch.get_default_dtype() == torch.float32
 
 
 def test_trials_that_a_searcher_will_propose_are_further_ones(tmp_path):

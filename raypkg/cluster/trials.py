@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -151,6 +152,7 @@ class TrialProcess(tune.Trainable):
         """Start the first trial, with the number and settings in ``config``, from the user's working folder."""
         self._trial = trial
         self._home = home
+        self._restore = _restoring()
         self._begin(config)
 
     def step(self) -> Row:
@@ -179,9 +181,29 @@ class TrialProcess(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         number = config["number"]
         values = dict(config["values"])
+        self._restore()
         if os.path.isdir(self._home):  # it may not exist on another machine
             os.chdir(self._home)
         self._paced = Paced(lambda tell: self._trial(number, values, tell))
+
+
+def _restoring() -> Callable[[], None]:
+    """Return a function that restores what a trial may change for the next: all but the modules that it imported."""
+    import torch
+
+    environment, path = dict(os.environ), [*sys.path]
+    state, threads, dtype = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
+
+    def restore() -> None:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        sys.path[:] = path
+        torch.set_rng_state(state)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+
+    return restore
 
 
 class Paced:

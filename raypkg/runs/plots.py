@@ -194,13 +194,14 @@ def page(path: str | Path) -> "Iterator[Figure]":
     """Give an empty figure of 9 × 6 inches in the common style, then write it."""
     # Not pyplot, which chooses a backend and keeps figures open. Imported here, as matplotlib takes a second to load.
     from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with style.context(STYLE, after_reset=True), warnings.catch_warnings():  # without the user's matplotlibrc
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # such letters become boxes
-        figure = Figure(figsize=(9, 6), layout="constrained")
+        figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
         yield figure
-        figure.savefig(path, format="png", dpi=150)
+        FigureCanvasAgg(figure).print_png(path)  # savefig would draw everything twice
 
 
 def note(axes: "Axes", text: str, point: Sequence[float], offset: tuple[float, float], **look: Any) -> None:
