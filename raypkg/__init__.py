@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from .methods.lipt import api as lipt  # noqa: F401 - likewise
     from .methods.sparse.training import SparseTraining as SparseTraining
     from .models import build_model as build_model
+    from .studies.show import load_study as load_study
+    from .studies.tables import Table as Table
 
 __version__ = "0.2.0"
 _PLACES = {
@@ -52,6 +54,7 @@ _PLACES = {
     "Run": "engine.run",
     "SparseTraining": "methods.sparse.training",
     "Split": "data.split",
+    "Table": "studies.tables",
     "UserError": "core.errors",
     "build_model": "models",
     "evaluate": "engine.loop",
@@ -59,6 +62,7 @@ _PLACES = {
     "head_view": "coresets.gradients",
     "load_data": "data",
     "load_model": "experiments.trained",
+    "load_study": "studies.show",
     "select": "coresets.budgets",
 }
 _MODULES = {"deltagrad": "methods.deltagrad.head", "language": "methods.language.api", "lipt": "methods.lipt.api"}

@@ -64,11 +64,12 @@ for command in (list_runs, remove_runs, predict, evaluate, export, tune, compare
 @effray.command(cls=ExampleHelp, params=[PLACE])
 @click.argument("run")
 @click.option("--against", metavar="RUN", help="another run whose scores and coreset to compare with")
-def show(run: str, root: str, against: str | None) -> None:
+@click.option("--format", "form", type=click.Choice(["markdown", "latex", "csv", "json"]), help="print the tables so")
+def show(run: str, root: str, against: str | None, form: str | None) -> None:
     """Show a finished run: costs, results and the place of its plots; or the trials of a sweep.
 
     An unfinished run is shown with the progress of its phases and the command that resumes it. RUN is a name, or a path
-    to a run folder.
+    to a run folder. --format latex is for a paper (with booktabs), json for programs.
 
     Example:
         effray lipt --name first && effray show first
@@ -77,12 +78,17 @@ def show(run: str, root: str, against: str | None) -> None:
     from raypkg.runs.catalog import locate
     from raypkg.runs.show import show_run as print_run
     from raypkg.runs.show import terminal
-    from raypkg.studies.show import show_resumption, show_study
+    from raypkg.studies.show import show_resumption, show_study, written
     from raypkg.studies.study import Study, is_study
 
     from .execute import show_how_far
 
     folder = locate(root, run)
+    if form:
+        if against:
+            raise UserError("--against prints no table: leave out --format")
+        click.echo(written(folder, form))
+        return
     other = None if against is None else locate(root, against)
     sweeps = [each.name for each in (folder, other) if each and is_study(each.storage)]
     if sweeps and other:

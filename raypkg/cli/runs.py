@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,8 @@ HELD = re.compile(
 @click.command("list", cls=ExampleHelp, params=[PLACE])
 @click.argument("kind", metavar="[EXPERIMENT]", required=False)
 @click.option("-n", "--last", type=click.IntRange(1), metavar="N", help="the newest N only")
-def list_runs(kind: str | None, root: str, last: int | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="print a JSON list for programs")
+def list_runs(kind: str | None, root: str, last: int | None, as_json: bool) -> None:
     """List runs, the newest first: state, data, model, accuracy, cost and age.
 
     The trials of a sweep are one line, with the accuracy of the best and the cost of all finished ones. EXPERIMENT
@@ -45,6 +47,9 @@ def list_runs(kind: str | None, root: str, last: int | None) -> None:
     if kind:
         lines = [line for line in lines if kind in (line.experiment, line.method.partition(" ")[0])]
     lines.sort(key=lambda line: line.time, reverse=True)
+    if as_json:
+        say(json.dumps([line._asdict() for line in lines[:last]], indent=2))
+        return
     of_kind = f" of {kind}" if kind else ""
     texts = in_columns(lines[:last]) if lines else [f"no runs{of_kind} in {root}"]
     say("\n".join(texts))

@@ -1,8 +1,10 @@
 """A self-contained HTML page: text, tables and pictures in one file. Nothing is fetched; every name is escaped."""
 
+import csv
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
+from io import StringIO
 from typing import NamedTuple
 
 STYLE = """
@@ -24,8 +26,15 @@ img { max-width: 100%; min-width: min(44rem, 175%); height: auto; }
 """.strip()
 
 
+LATEX = {letter: f"\\{letter}" for letter in "%$&#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$",
+    "τ": r"$\tau$", "ρ": r"$\rho$", "·": r"$\cdot$", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$",
+    "\N{NO-BREAK SPACE}": "~",
+}  # fmt: skip
+
+
 class Grid(NamedTuple):
-    """A table of texts, for the terminal, for Markdown and for HTML."""
+    """A table of texts, for the terminal, Markdown, LaTeX, CSV and HTML."""
 
     title: str
     headings: Sequence[str]  # a line break in one is kept if the format has them
@@ -52,6 +61,37 @@ class Grid(NamedTuple):
             lines += ["", _one_line(self.note)]
         return "\n".join(lines)
 
+    def latex(self) -> str:
+        r"""Return the table for LaTeX's package booktabs, titled by a comment.
+
+        >>> print(Grid("", ["row", "share"], [["a_b", "5 %"]]).latex())
+        \begin{tabular}{lr}
+        \toprule
+        row & share \\
+        \midrule
+        a\_b & 5 \% \\
+        \bottomrule
+        \end{tabular}
+        """
+        body = []
+        for place, row in enumerate(self._with_totals()):
+            cells = [_latex(cell) for cell in row]
+            if place in self.emphasised:
+                cells = [f"\\textbf{{{cell}}}" for cell in cells]
+            body.append(" & ".join(cells) + r" \\")
+        head = " & ".join(map(_latex, self.headings)) + r" \\"
+        lines = [f"% {' '.join(self.title.split())}"] if self.title else []
+        lines += [rf"\begin{{tabular}}{{l{'r' * (len(self.headings) - 1)}}}", r"\toprule", head, r"\midrule"]
+        return "\n".join([*lines, *body, r"\bottomrule", r"\end{tabular}"])
+
+    def csv(self) -> str:
+        """Return the table as CSV with the title in a first column, so that several tables stay apart."""
+        text = StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["table", *(" ".join(heading.split()) for heading in self.headings)])
+        rows.writerows([self.title, *row] for row in self._with_totals())
+        return text.getvalue().rstrip("\n")
+
     def _with_totals(self) -> list[Sequence[str]]:
         return [*self.rows, self.totals] if self.totals else [*self.rows]
 
@@ -73,6 +113,10 @@ class Grid(NamedTuple):
 
 def _markdown_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in text.replace("\n", " "))
 
 
 def _one_line(text: str) -> str:

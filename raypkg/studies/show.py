@@ -10,10 +10,13 @@ from functools import partial
 from html import escape
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+from pydantic_core import to_json
 from rich.console import Console
 
 from raypkg.core.config import dotted, parse_toml
 from raypkg.core.errors import UserError, redacted
+from raypkg.runs import ROOT
 from raypkg.runs.catalog import GOING, STATES, resuming, state_of
 from raypkg.runs.document import Grid, document, paragraph, picture
 from raypkg.runs.folder import CONFIG, ENVIRONMENT, Environment, RunFolder, environment
@@ -24,7 +27,7 @@ from raypkg.runs.storage import Storage
 from . import plots
 from .figures import DONE, Difference, Estimate, Row, front, measured_points, ranked
 from .outcomes import Line, Outcomes
-from .study import BEST, RESULTS, Study, is_study
+from .study import BEST, RESULTS, Study, as_table, find_study, is_study
 from .tables import REST, Table, stored_table
 from .verdict import Verdict
 
@@ -131,6 +134,31 @@ def write_page(folder: RunFolder) -> str:
     else:
         storage.write(PAGE, run_page(folder).encode())
     return f"{storage.root}/{PAGE}"
+
+
+def written(folder: RunFolder, form: str) -> str:
+    """Return the tables of a finished run or of a study as Markdown, LaTeX or CSV, or its figures in full as JSON."""
+    if is_study(folder.storage):
+        report = report_of(Study(folder.storage))
+        grids = [section.grid for section in report.sections]
+        content: Any = {"title": report.title, "trials": report.results, "verdicts": report.verdicts}
+    elif folder.summary is None:
+        raise UserError(f"run {folder.name!r} is not finished, so there are no tables yet: see effray show")
+    else:
+        content = folder.summary
+        grids = [cost_grid(folder.name, content["phases"]), *tables(content)]
+    if form == "json":
+        return to_json(content, indent=2, inf_nan_mode="null", fallback=str).decode()
+    return "\n\n".join(getattr(grid, form)() for grid in grids)
+
+
+def load_study(name: str, root: str = ROOT) -> pa.Table:
+    """Return the trials of a sweep or comparison, a row each: settings, metrics and costs; see ``to_pandas()``.
+
+    Raises:
+        UserError: no such study, or a damaged record.
+    """
+    return as_table(report_of(find_study(root, name)).results)
 
 
 def run_page(folder: RunFolder) -> str:

@@ -255,16 +255,21 @@ class Study:
 
     def write_results(self, results: Sequence[Row], best: Row | None = None) -> None:
         """Write the table of all trials, and the settings of the best one."""
-        columns = {}
-        for name in dict.fromkeys(name for row in results for name in row):
-            values = [row.get(name) for row in results]
-            try:
-                columns[name] = pa.array(values)
-            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # several types, or more than 64 bits
-                columns[name] = pa.array([None if value is None else str(value) for value in values])
-        self.storage.write_table(RESULTS, pa.table(columns))
+        self.storage.write_table(RESULTS, as_table(results))
         if best:
             self.storage.write(BEST, tomli_w.dumps(self.lasting(best["trial"])).encode())
+
+
+def as_table(results: Sequence[Row]) -> pa.Table:
+    """Return the results of trials as a table with a column for each figure that one of them has."""
+    columns = {}
+    for name in dict.fromkeys(name for row in results for name in row):
+        values = [row.get(name) for row in results]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # several types, or more than 64 bits
+            columns[name] = pa.array([None if value is None else str(value) for value in values])
+    return pa.table(columns)
 
 
 def create_study(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from raypkg import load_study
 from raypkg.core.errors import UserError
 from raypkg.runs.folder import LOG, RunFolder
 from raypkg.studies import trial as trials
@@ -84,6 +85,12 @@ def test_finished_trials_never_run_again_and_requests_add_up(effray, mine, start
     (case,) = outcomes().cases
     assert {line.row: line.seeds for line in case.lines} == {"all": (0, 1), "tenth": (0,)}
     assert "3 trials of train to run, 3 done" in effray(MINE)
+    trials = load_study("m")
+    assert trials.num_rows == 6 and trials["test_accuracy"].null_count == 0
+    record = json.loads(effray("show m --format json"))
+    assert [row["test_accuracy"] for row in record["trials"]] == trials["test_accuracy"].to_pylist()
+    rows = [line.split(" & ")[0] for line in effray("show m --format latex").splitlines() if " & " in line]
+    assert rows == ["row", r"\textbf{all}", "tenth"]
 
 
 def test_a_killed_comparison_runs_what_is_missing_and_ends_as_usual(call, effray, mine, started, monkeypatch):

@@ -1,5 +1,6 @@
 """`effray list`, `effray rm`, and `effray show` of what is not done: what they print, and what they leave alone."""
 
+import csv
 import fcntl
 import json
 import os
@@ -194,6 +195,18 @@ def test_list_can_be_of_one_experiment_and_of_the_newest(call, effray):
     assert [words[0] for words in listed(effray("list train -n 2"))] == ["run-2", "run-1"]
     assert [words[0] for words in listed(effray("list lipt"))] == ["other"]
     assert "no runs of crest in runs" in effray("list crest")
+    assert [line["name"] for line in json.loads(effray("list train --json"))] == ["run-2", "run-1", "run-0"]
+
+
+def test_tables_of_a_run_in_other_formats(effray, refusal):
+    begun(done=True)
+    assert json.loads(effray("show one --format json"))["test_accuracy"] == 0.875
+    assert list(csv.reader(effray("show one --format csv").splitlines()))[1][:4] == ["one", "train", "1.5", "0.0"]
+    latex = effray("show one --format latex").splitlines()
+    assert latex[:3] == ["% one", r"\begin{tabular}{lrrrrrr}", r"\toprule"] and r"~~select & " in latex[6]
+    assert "| train | 1.5 |" in effray("show one --format markdown")
+    begun(name="two")
+    assert "run 'two' is not finished, so there are no tables yet" in refusal("show two --format csv")
 
 
 def test_list_folds_the_trials_of_a_sweep(effray, sweep):
