@@ -90,7 +90,7 @@ def test_finished_trials_never_run_again_and_requests_add_up(effray, mine, start
     record = json.loads(effray("show m --format json"))
     assert [row["test_accuracy"] for row in record["trials"]] == trials["test_accuracy"].to_pylist()
     rows = [line.split(" & ")[0] for line in effray("show m --format latex").splitlines() if " & " in line]
-    assert rows == ["row", r"\textbf{all}", "tenth"]
+    assert rows == ["row", r"\textbf{all}", "tenth", "<b>half</b>"]
 
 
 def test_a_killed_comparison_runs_what_is_missing_and_ends_as_usual(call, effray, mine, started, monkeypatch):
