@@ -3,12 +3,14 @@
 python -m pytest -q -s -m bench tests/benchmarks/test_data_path.py
 """
 
+import io
 import time
 from functools import partial
 from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +18,7 @@ from PIL import Image
 import samples
 from raypkg.core.seeds import generator
 from raypkg.core.settings import Training
+from raypkg.data import load_data
 from raypkg.data.augment import compose
 from raypkg.data.store.arrow import Block, Header, Store, write
 from raypkg.data.store.images import decode_all, open_images
@@ -161,3 +164,23 @@ def test_training_waits(tmp_path, monkeypatch, what, store, name, batch, number)
         f"\n{what:<20}{name:<22}{number} threads: loads {loading:>9,.0f}/s, trains {training:>9,.1f}/s,"
         f" waits {waited:6.2%}"
     )
+
+
+def test_importing_cifar10(real_data, tmp_path):
+    """CPU seconds on one thread: the import, and Pillow's reading of the same images one by one, in turn."""
+    source = real_data / "cifar10"
+    files = {file: pq.read_table(file) for file in sorted(source.rglob("*.parquet"))}
+    encoded = [row["bytes"] for table in files.values() for row in table["img"].to_pylist()]
+    found = []
+    for number in range(5):
+        times = [time.process_time()]
+        with threads(1):
+            load_data(f"parquet:{source}", cache=tmp_path / str(number))
+        times.append(time.process_time())
+        for image in encoded:
+            with Image.open(io.BytesIO(image)) as opened:
+                np.asarray(opened)
+        times.append(time.process_time())
+        found.append(np.diff(times))
+    ours, pillow = np.median(found, axis=0)
+    print(f"\nCIFAR-10: import {ours:.1f} s, Pillow alone {pillow:.1f} s: {ours / pillow:.2f}")
