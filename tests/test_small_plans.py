@@ -45,8 +45,6 @@ def chosen(settings):
 def test_operations_by_hand():
     stages = [selection_stage(), main_stage(settings())]
     assert operations(settings(), SAMPLES, stages) == FORWARD * (N + 3 * 2 * N)
-    own = settings().model_copy(update={"model": Model(name="my_code:net")})
-    assert operations(own, SAMPLES, stages) is None  # not built for it
 
 
 def test_the_number_of_operations_decides(alone):
@@ -76,7 +74,8 @@ def test_a_cluster_or_a_gpu_is_used(alone, tmp_path, there):
     assert chosen(settings(cluster=address)) is None
 
 
-def test_runs_that_train_no_model_keep_their_workers(alone):
+def test_other_models_and_runs_keep_their_workers(alone):
+    assert chosen(settings().model_copy(update={"model": Model(name="my_code:net")})) is None  # not built for it
     select = SelectSettings(model_from="first")
     assert with_workers(select, SAMPLES, [selection_stage()]) == (select, "")
 

@@ -112,39 +112,36 @@ def take_over(folder: RunFolder, stages: Sequence[Stage], donors: Donors) -> Non
         phases = []
 
 
-def operations(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> int | None:
+def operations(settings: Experiment, samples: Samples, stages: Sequence[Stage]) -> int:
     """Return the operations of the planned phases: 3 forward passes a sample backward, one a sample of a selection.
 
-    They are counted for a registered model only: nothing else is built for it. A forward pass uses each weight once at
-    least, so a module whose products are its own counts too.
+    A forward pass uses each weight once at least, as a module may multiply by its own. The model is a registered one.
     """
-    from raypkg.models import model, outline
+    from raypkg.models import outline
     from raypkg.models.operations import forward_flops
 
-    chosen = settings.model
-    if chosen.name not in model:
-        return None
-    train = samples.data.train
-    network = outline(chosen.name, train.shape, train.num_classes, chosen.options)
-    weights = sum(each.numel() for each in network.parameters())
-    forward = max(2 * weights, sum(forward_flops(network, train.shape).values()))
+    split = samples.data.train
+    model = outline(settings.model.name, split.shape, split.num_classes, settings.model.options)
+    weights = sum(each.numel() for each in model.parameters())
+    forward = max(2 * weights, sum(forward_flops(model, split.shape).values()))
     n = len(samples.train_indices)
     return forward * sum(3 * stage.backward(n) if stage.rows else n for stage in stages)
 
 
 def with_workers(settings: R, samples: Samples, stages: Sequence[Stage]) -> tuple[R, str]:
-    """Choose no Ray workers for a small plan where their number is open and Ray would start for this run alone.
+    """Choose no Ray workers for a small plan, where their number is open and Ray would start for this run alone.
 
-    Returns the settings, and a line about the choice if it was made. A count decides, never a measurement: the same run
-    has the same workers everywhere.
+    A count decides, never a measurement. Returns the settings, and a line about the choice if it was made.
     """
     from raypkg.cluster.session import is_apart
+    from raypkg.models import model
 
     cluster = settings.cluster
-    if not isinstance(settings, Experiment) or cluster.workers is not None or settings.actors or not is_apart(cluster):
+    is_open = cluster.workers is None and not settings.actors
+    if not (isinstance(settings, Experiment) and is_open and settings.model.name in model and is_apart(cluster)):
         return settings, ""
     count = operations(settings, samples, stages)
-    if count is None or count >= BOUND:
+    if count >= BOUND:
         return settings, ""
     alone = settings.model_copy(update={"cluster": cluster.model_copy(update={"workers": 0})})
     return alone, f"cluster.workers = 0, this process: {count:.1e} operations, and Ray's start pays from {BOUND:.0e} on"

@@ -30,12 +30,14 @@ def ours(trials: int) -> None:
 
 def bare(trials: int) -> None:
     """Run the trials by Tune alone."""
+    from raypkg.cluster.session import connect, prepare
+
+    prepare()
     import torch
     from ray import tune
     from torch.nn.functional import cross_entropy
 
     from raypkg import build_model, load_data
-    from raypkg.cluster.session import connect
     from raypkg.core.settings import Cluster
 
     class Bare(tune.Trainable):
@@ -61,11 +63,16 @@ def bare(trials: int) -> None:
             self.setup(config)
             return True
 
+        def save_checkpoint(self, folder):
+            return {}
+
     connect(Cluster())
-    wanted = tune.TuneConfig("accuracy", "max", num_samples=trials, reuse_actors=True, max_concurrent_trials=2)
+    wanted = tune.TuneConfig(num_samples=trials, reuse_actors=True, max_concurrent_trials=2)
     where = tune.RunConfig(storage_path=os.getcwd(), verbose=0)
     space = {"lr": tune.loguniform(0.01, 0.2)}
-    tune.Tuner(tune.with_resources(Bare, {"CPU": 1}), param_space=space, tune_config=wanted, run_config=where).fit()
+    trainable = tune.with_resources(Bare, {"CPU": 1})
+    if tune.Tuner(trainable, param_space=space, tune_config=wanted, run_config=where).fit().num_errors:
+        raise SystemExit(1)
 
 
 def spent(who: str, trials: int) -> float:
