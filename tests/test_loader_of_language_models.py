@@ -311,6 +311,12 @@ def test_crest_without_colm_refuses_a_language_model():
         next(iter(CrestLoader(Instructions(), llama(), 8, epochs=1)))
 
 
+def test_the_trainer_trains_on_the_choices_of_colm(tmp_path):
+    trainer = trainer_of(llama(), tmp_path, samples=Instructions(), crest={"preset": "colm"})
+    trainer.train()
+    assert trainer.loader.report()["pools"] == trainer.state.global_step == EPOCHS * N // 8
+
+
 def test_a_checkpoint_of_other_answers_is_refused():
     state = loader_of(llama()).state_dict()
     with pytest.raises(UserError, match="the checkpoint is of a CoresetLoader with labels"):
