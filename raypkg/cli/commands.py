@@ -7,7 +7,7 @@ import click
 from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment
 
-from .models import evaluate, export, predict
+from .models import diff, evaluate, export, predict
 from .options import PLACE, ExampleHelp
 from .runs import list_runs, remove_runs
 from .studies import compare_tables, report_page, tune
@@ -57,7 +57,7 @@ def effray() -> None:
     """
 
 
-for command in (list_runs, remove_runs, predict, evaluate, export, tune, compare_tables, report_page):
+for command in (list_runs, remove_runs, predict, evaluate, diff, export, tune, compare_tables, report_page):
     effray.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands on the model of a finished run: ``predict``, ``evaluate`` and ``export``."""
+"""The commands on the models of finished runs: ``predict``, ``evaluate``, ``diff`` and ``export``."""
 
 from __future__ import annotations
 
@@ -103,6 +103,54 @@ def evaluate(run: str, dataset: str | None, pairs: tuple[str, ...], split: str, 
     plots.save_plot(folder.storage, f"confusion-{name}", partial(plots.confusion, found.confusion, classes, title))
     folder.storage.write_table(f"evaluations/{name}.parquet", predictions)
     say(f"{folder.storage.root}/evaluations/{name}.parquet and plots/confusion-{name}.png")
+
+
+@click.command(cls=ExampleHelp, params=[TRUST, PLACE])
+@click.argument("run")
+@click.argument("other")
+def diff(run: str, other: str, root: str) -> None:
+    """Compare two finished runs: settings that differ, costs, and accuracy on the same test samples.
+
+    The accuracies are paired sample by sample: a difference of one seed each says nothing about other seeds, for which
+    there is `effray compare`.
+
+    Example:
+        effray train --name a && effray train --name b --model linear && effray diff a b
+    """
+    from raypkg.core.config import dotted
+    from raypkg.core.settings import APART
+    from raypkg.experiments.prediction import pair_runs
+    from raypkg.runs.catalog import locate
+    from raypkg.runs.document import Grid
+    from raypkg.runs.show import COLUMNS, print_grid
+    from raypkg.studies.study import is_study
+
+    runs = [locate(root, name) for name in (run, other)]
+    if sweep := next((each.name for each in runs if is_study(each.storage)), None):
+        raise UserError(f"{sweep} is a sweep, and only runs are compared")
+    for each in runs:
+        if each.summary is None:
+            raise UserError(f"{each.name} is not finished")
+    ours, theirs = (dotted({part: value for part, value in each.config.items() if part not in APART}) for each in runs)
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    rows = [[name, *(str(values.get(name, "–")) for values in (ours, theirs))] for name in names]
+    for heading, key, form, total in COLUMNS:
+        sums = [total([phase.get(key, 0) for phase in (each.summary or {})["phases"]]) for each in runs]
+        if any(sums):
+            rows.append([" ".join(heading.split()), *map(form, sums)])
+    print_grid(Grid("", ["setting or cost", *(each.name for each in runs)], rows))
+    if not all("test_accuracy" in (each.summary or {}) for each in runs):
+        return
+    paired = pair_runs(*runs)
+    if paired is None:
+        say("the runs were tested on different samples, so their accuracies are not paired")
+        return
+    mean, low, high = (100 * value for value in paired.difference)
+    say(
+        f"accuracy {mean:+.2f} points for {runs[0].name} (95 % interval {low:+.2f} to {high:+.2f}) on {paired.n:,}"
+        f" test samples: {paired.only_first:,} right only there, {paired.only_second:,} only in {runs[1].name},"
+        f" p = {paired.p:.3g} (McNemar's test, exact)"
+    )
 
 
 @click.command(cls=ExampleHelp, params=[TRUST, PLACE])

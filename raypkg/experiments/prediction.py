@@ -22,7 +22,7 @@ from raypkg.data.opening import open_data
 from raypkg.data.split import Split
 from raypkg.runs.folder import RunFolder
 
-from .trained import TrainedClassifier, check_same_tokens, load_model, settings_of_trained
+from .trained import TrainedClassifier, check_has_model, check_same_tokens, load_model, settings_of_trained
 
 BATCH = 256  # samples of a forward pass
 BINS = 15  # of the calibration error
@@ -227,3 +227,44 @@ def evaluate_run(folder: RunFolder, dataset: Dataset | None, split: str) -> tupl
     table = table_of(range(len(samples)), probabilities, model.classes)
     truth = pa.array([model.classes[label] for label in y.tolist()])
     return Evaluation.of(y, probabilities), table.add_column(1, "truth", truth), model.classes
+
+
+class Paired(NamedTuple):
+    """Two models on the same samples.
+
+    >>> Paired(only_first=14, only_second=6, n=360).p
+    0.115
+    """
+
+    only_first: int  # samples that only the first model has right, b
+    only_second: int  # c
+    n: int
+
+    @property
+    def difference(self) -> tuple[float, float, float]:
+        """The first accuracy minus the second, d = (b − c)/n, and its 95 % interval by √(b + c − (b − c)²/n)/n."""
+        b, c, n = self
+        half = CONFIDENT * (b + c - (b - c) ** 2 / n) ** 0.5 / n
+        return (b - c) / n, (b - c) / n - half, (b - c) / n + half
+
+    @property
+    def p(self) -> float:
+        """The exact p of McNemar's test: two-sided binomial of b among b + c at ½, to three digits."""
+        from scipy.stats import binomtest
+
+        changed = self.only_first + self.only_second
+        return round(binomtest(self.only_first, changed).pvalue, 3) if changed else 1.0
+
+
+def pair_runs(run: RunFolder, other: RunFolder) -> Paired | None:
+    """Compare two runs' classifiers on their test samples, or return None if these are not the same."""
+    tables = []
+    for each in (run, other):
+        check_has_model(each)
+        tables.append(evaluate_run(each, None, "test")[1])
+    truth, others_truth = (table["truth"].to_pylist() for table in tables)
+    ours, theirs = (settings_of_trained(each).dataset for each in (run, other))
+    if (ours.name, ours.options) != (theirs.name, theirs.options) or truth != others_truth:
+        return None
+    right, others_right = (np.array(table["label"].to_pylist()) == np.array(truth) for table in tables)
+    return Paired(int((right & ~others_right).sum()), int((~right & others_right).sum()), len(truth))

@@ -19,7 +19,7 @@ from raypkg.experiments import experiment
 from raypkg.runs.folder import RunFolder
 
 OTHERS = (
-    "crest", "sparse", "predict", "evaluate", "export", "rm", "tune", "tune crest", "compare", "compare crest",
+    "crest", "sparse", "predict", "evaluate", "diff", "export", "rm", "tune", "tune crest", "compare", "compare crest",
     "report", "deltagrad", "deltagrad delete", "deltagrad stream",
 )  # fmt: skip
 COMMANDS = ("", "lipt", "train", "show", "list", "data", "methods")

@@ -1,6 +1,7 @@
 """`effray predict` and `effray evaluate`: a finished run's model on new images, texts and rows, and on known labels."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +113,22 @@ def test_predict_texts(effray, refusal):
         effray(f"predict one {file} --out out.jsonl")
         assert [row["label"] for row in predictions()] == expected.names
     assert "'.' is a folder: needed is a file of texts" in refusal("predict one .")
+
+
+def test_diff_pairs_the_predictions_of_two_runs(effray, refusal):
+    effray(f"train --name one --model linear {PLAIN}")
+    effray("train --name two --model linear --train.epochs 1 --train.precision float32")
+    text = effray("diff one two")
+    assert re.search(r"train\.epochs +2 +1\n", text) and "cluster" not in text
+    tables = []
+    for name in ("one", "two"):
+        effray(f"evaluate {name}")
+        table = pq.read_table(f"runs/train/{name}/evaluations/test.parquet").to_pydict()
+        tables.append(np.array(table["truth"]) == np.array(table["label"]))
+    b, c = (tables[0] & ~tables[1]).sum(), (tables[1] & ~tables[0]).sum()
+    assert f"{b} right only there, {c} only in two" in text
+    assert f"accuracy {100 * (tables[0].mean() - tables[1].mean()):+.2f} points for one" in text
+    Path("a.csv").write_text(ROWS)
+    effray(f"train --name rows --dataset table:a.csv --model linear {PLAIN}")
+    assert "tested on different samples" in effray("diff one rows")
+    assert "unknown run" in refusal("diff one none")
