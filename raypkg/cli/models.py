@@ -149,7 +149,7 @@ def diff(run: str, other: str, root: str) -> None:
     say(
         f"accuracy {mean:+.2f} points for {runs[0].name} (95 % interval {low:+.2f} to {high:+.2f}) on {paired.n:,}"
         f" test samples: {paired.only_first:,} right only there, {paired.only_second:,} only in {runs[1].name},"
-        f" p = {paired.p:.3g} (McNemar's test, exact)"
+        f" p = {paired.p:.2g} (McNemar's test, exact)"
     )
 
 
