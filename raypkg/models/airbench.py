@@ -111,8 +111,8 @@ def airbench(shape: Shape, num_classes: int, *, width: Width = 64, norm: Norm = 
     """Airbench, six convolutions on whitened patches with w, 4w, 4w channels, 2.0 M parameters.
 
     Differs from the paper: the biases' rate is 64 times the others' by their parametrisation, so for SGD alone; the
-    whitening's bias learns in all epochs; the head has a bias. airbench.toml averages the
-    weights, but training never restarts from the average.
+    whitening's bias learns in all epochs; the head has a bias. The average over weights is no Lookahead:
+    training never restarts from it.
     """
     channels, *sides = image_shape(shape, least=4)
     whitened = Whitened(channels)
