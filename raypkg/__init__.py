@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .studies.show import load_study as load_study
     from .studies.tables import Table as Table
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 _PLACES = {
     "Coreset": "data.coreset",
     "CoresetLoader": "coresets.loader",
