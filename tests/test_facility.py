@@ -1,13 +1,21 @@
+import json
+import resource
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import reference
+from measured import in_fresh_process
 from raypkg.core.seeds import generator
 from raypkg.coresets import facility
 from raypkg.coresets.facility import Distances, cluster_shares, facility_location, stochastic_facility_location
 from raypkg.coresets.gradients import HeadView
 
 PLENTY = 2**30
+MEBIBYTE = 2**20
+CROWD = 5000  # samples, 95 MiB of distances
 
 
 def gradient_distances(problem):
@@ -77,9 +85,15 @@ def test_memory_does_not_change_the_medoids(view):
 def test_memory_is_bounded(monkeypatch):
     view, asked = crowded(600), []
     distances = HeadView.distances
-    monkeypatch.setattr(HeadView, "distances", lambda a, b: asked.append((len(a), len(b))) or distances(a, b))
+    monkeypatch.setattr(HeadView, "distances", lambda a, b, out=None: asked.append((len(a), len(b))) or distances(a, b))
     facility_location(Distances(view, memory=0), 5)
     assert set(asked) == {(facility.PRODUCT, 600)}
+
+
+def test_selection_stays_within_its_memory():
+    row = 4 * CROWD / MEBIBYTE
+    found = in_fresh_process(Path(__file__), PLENTY)
+    assert found["grown"] < (CROWD + 10 * facility.PRODUCT) * row
 
 
 def test_gains_are_evaluated_lazily(monkeypatch):
@@ -136,3 +150,15 @@ def test_stochastic_greedy_that_draws_everyone_is_plain_greedy():
     view = reference.problem(150).view  # more than one product
     drawn = stochastic_facility_location(Distances(view, memory=0), 9, sample=150, rng=generator(0))
     assert drawn.tolist() == reference.greedy_medoids(view.distances(), 9)
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+
+
+if __name__ == "__main__":
+    facility_location(Distances(crowded(300), memory=0), 30)  # what the libraries need once
+    view, before = crowded(CROWD), peak()
+    distances = Distances(view, memory=int(sys.argv[1]))
+    cluster_shares(distances, facility_location(distances, 50))
+    print(json.dumps({"grown": peak() - before}))

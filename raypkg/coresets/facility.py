@@ -28,43 +28,44 @@ class Distances:
     def __init__(self, view: HeadView, covered: HeadView | None = None, *, memory: int):
         covered = view if covered is None else covered
         n, m = len(view), len(covered)
-        room = min(memory // (m * view.logits.element_size()), n)
-        self._complete = room == n
-        self.batch = FEW if self._complete else PRODUCT  # rows to request at once: a whole product costs no more
+        self._room = min(memory // (m * view.logits.element_size()), n)  # cached rows
+        self.batch = FEW if self._room == n else PRODUCT  # rows to request at once: a whole product costs no more
         self.view = view
         self.covered = covered
-        self._cached = view.logits.new_empty(room, m)
-        symmetric = covered is view
-        for first, end in _blocks(0, room):
-            start = first if symmetric else 0
-            block = self._block(first, end, start)
-            self._cached[first:end, start:] = block
-            if symmetric:  # the first columns of later rows
-                self._cached[end:, first:end] = block[:, end - first : room - first].T
+        self._cached: list[Tensor] = []  # blocks of PRODUCT rows, which the heap keeps for the next class
+        self._rows: list[Tensor] = []  # views of their rows
+        for first, end in _blocks(0, self._room):
+            block = view.logits.new_empty(end - first, m)
+            start = first if covered is view else 0
+            self._block(first, end, start, out=block[:, start:])
+            if start:  # by symmetry
+                for columns, rows in zip(block.split(PRODUCT, dim=1), self._cached, strict=False):
+                    columns.copy_(rows[:, first:end].T)
+            self._cached.append(block)
+            self._rows.extend(block)
 
     def __call__(self, samples: Tensor) -> Tensor:
         """Return the distances of at most PRODUCT samples to all covered ones, [b, m]."""
-        if self._complete:
-            return self._cached.index_select(0, samples)
-        cached = samples < len(self._cached)
-        rows = self._cached.new_empty(len(samples), len(self.covered))
-        rows[cached] = self._cached[samples[cached]]
-        missing = samples[~cached]
-        if len(missing):
-            rows[~cached] = self._computed(missing)
-        return rows
+        positions = samples.tolist()
+        if not positions:
+            return self.view.logits.new_empty(0, len(self.covered))
+        computed: Iterator[Tensor] = iter(())
+        if max(positions) >= self._room:
+            computed = iter(self._computed(samples[samples >= self._room]))
+        return torch.stack([self._rows[i] if i < self._room else next(computed) for i in positions])
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield all rows in order, PRODUCT or fewer at a time."""
-        yield from self._cached.split(PRODUCT)
-        for first, end in _blocks(len(self._cached), len(self.view)):
+        yield from self._cached
+        for first, end in _blocks(self._room, len(self.view)):
             yield self._block(first, end)
 
-    def _block(self, first: int, end: int, start: int = 0) -> Tensor:
+    def _block(self, first: int, end: int, start: int = 0, *, out: Tensor | None = None) -> Tensor:
         """Return the rows from ``first`` to ``end``, of the samples covered from ``start`` on."""
         if end - first < PRODUCT:
-            return self._computed(torch.arange(first, end), start)
-        return self.view[first:end].distances(self._from(start))  # no copy, unlike by positions
+            rows = self._computed(torch.arange(first, end), start)
+            return rows if out is None else out.copy_(rows)
+        return self.view[first:end].distances(self._from(start), out=out)  # no copy, unlike by positions
 
     def _computed(self, samples: Tensor, start: int = 0) -> Tensor:
         # Filled up with the first sample to the one shape of all products: a distance is the same number each time.
@@ -80,11 +81,15 @@ class KnownDistances(Distances):
     """Rows of distances that are all known, of any metric, [n, m]."""
 
     def __init__(self, rows: Tensor):
-        self._cached, self._complete, self.batch = rows, True, FEW
+        self._known, self.batch = rows, FEW
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Return the distances of samples to all covered ones, [b, m]."""
+        return self._known.index_select(0, samples)
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield all rows in order, PRODUCT or fewer at a time."""
-        yield from self._cached.split(PRODUCT)
+        yield from self._known.split(PRODUCT)
 
 
 def _blocks(start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -102,8 +107,9 @@ def facility_location(distances: Distances, k: int) -> Tensor:
     sample with the least Σ_i ‖g_i − g_j‖, and then by position.
 
     Takes n²(C + D)/2 multiplications if all n² distances are cached; if none are, four times as many, and 128·n(C + D)
-    more for every few medoids. Peak memory is that of the cache and about ten blocks of 128·n numbers. With m other
-    samples to cover, n·m and 128·m take the place of n²/2 and 128·n.
+    more for every few medoids. Peak memory is that of the cache and at most ten blocks of 128·n numbers. With m other
+    samples to cover, n·m and 128·m take the place of n²/2 and 128·n. Which rows a choice needs depends on the gains,
+    so each choice reads them on the host.
     """
     totals = torch.cat([block.sum(dim=1) for block in distances.blocks()])  # Σ_i ‖g_i − g_j‖ of each j
 

@@ -22,6 +22,7 @@ from raypkg.core.errors import UserError
 from raypkg.models.classifier import in_mode
 
 AT_ONCE = 2**26  # numbers of full gradients that are in memory at a time
+TILE = 2048  # columns of distances computed together: temporaries stay in the cache and do not fragment the heap
 SHORT = 16  # rows of fewer logits: their exponentials are computed one at a time; class by class, many at once
 PER_SAMPLE = {"residual", "_squares", "_norms", "_lowered_squares"}  # cached properties that indexing carries over
 
@@ -94,7 +95,7 @@ class HeadView:
 
     def double(self) -> "HeadView":
         """Return the view in float64."""
-        return HeadView(self.logits.double(), self.features.double(), self.y)
+        return self._with(self.logits.double(), self.features.double(), self.y)
 
     @cached_property
     def _squares(self) -> Tensor:  # ‖h_i‖² [n]
@@ -135,16 +136,19 @@ class HeadView:
         of_features, of_residuals = self._factors(self if other is None else other)
         return of_features.mul_(of_residuals)
 
-    def distances(self, other: "HeadView | None" = None) -> Tensor:
+    def distances(self, other: "HeadView | None" = None, *, out: Tensor | None = None) -> Tensor:
         """Return ‖g_i − g_j‖ from norms and inner products, [n, m].
 
         Each square ‖g_i‖² − 2<g_i, g_j> + ‖g_j‖² is lowered by its rounding error, so equal gradients are at distance
-        0, and so is all below about sqrt(rounding) · ‖g‖.
+        0, and so is all below about sqrt(rounding) · ‖g‖. Temporaries have n · ``TILE`` numbers.
         """
         other = self if other is None else other
-        squares = self._lowered_squares[:, None] + other._lowered_squares  # [n, m]
-        squares.addcmul_(*self._factors(other), value=-2)
-        return squares.clamp_(min=0).sqrt_()
+        squares = torch.add(self._lowered_squares[:, None], other._lowered_squares, out=out)  # [n, m]
+        for start in range(0, len(other), TILE):
+            tile = squares[:, start : start + TILE]
+            tile.addcmul_(*self._factors(other[start : start + TILE]), value=-2)
+            tile.clamp_(min=0).sqrt_()
+        return squares
 
     def _factors(self, other: "HeadView") -> tuple[Tensor, Tensor]:
         """Return <h_i, h_j> + 1 and <p_i − e_i, p_j − e_j> [n, m]."""

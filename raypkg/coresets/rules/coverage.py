@@ -67,18 +67,18 @@ def kcenter(view: HeadView, budget: int) -> Coreset:
     """
     h = view.features  # [n, D]
 
-    def distances(centre: Tensor) -> Tensor:  # from differences, which are 0 for equal rows [n]
-        return torch.cdist(h, centre[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+    def distances(centre: Tensor) -> Tensor:  # [1, D]; from differences, which are 0 for equal rows [n]
+        return torch.cdist(h, centre, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
 
-    latest = int(distances(h.mean(dim=0)).argmin())
+    latest = distances(h.mean(dim=0, keepdim=True)).argmin()[None]  # positions stay on the device of the view
     chosen = [latest]
     nearest = distances(h[latest])  # min_{j∈S} ‖h_i − h_j‖ [n]
     while len(chosen) < budget:
         nearest[latest] = -torch.inf  # never again, even if only its equals are left
-        latest = int(nearest.argmax())
+        latest = nearest.argmax()[None]
         chosen.append(latest)
         nearest = nearest.minimum(distances(h[latest]))
-    return Coreset.uniform(torch.tensor(chosen))
+    return Coreset.uniform(torch.cat(chosen))
 
 
 @coreset("moderate", source="openreview:7D5EECbOaf9")
