@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from raypkg.methods.deltagrad.requests import Removal, Request
     from raypkg.methods.deltagrad.run import RecordedRun
 
-SHOWN = 3  # requests of an entry in the log's table
 RUN = click.Argument(["run"])
 REPLAY = [  # defaults are the run's settings, so none is shown
     click.Option(
@@ -101,13 +100,13 @@ def add(run: str, root: str, ids: str | None, data: str | None, **values: Any) -
 
 @replaying(
     click.Argument(["queue"], type=Path),
-    click.Option(["--together"], type=click.IntRange(1), default=1, show_default=True, help="requests in one replay"),
+    click.Option(["--together"], type=click.IntRange(1), help="most requests in one replay (default: all that wait)"),
 )
-def stream(run: str, queue: Path, root: str, together: int, **values: Any) -> None:
+def stream(run: str, queue: Path, root: str, together: int | None, **values: Any) -> None:
     """Answer a queue of requests in order, each once; an interrupted stream resumes.
 
     QUEUE has a JSON object per line: {"delete": [3, 7], "id": "ticket 12"}, or delete_where, restore, add. The id, a
-    text or an integer, identifies a request.
+    text or an integer, identifies a request. One replay answers all that wait, up to the first that is refused.
 
     Example:
         effray deltagrad train --name five && echo '{"delete": [3], "id": "a"}' > q && effray deltagrad stream five q
@@ -119,8 +118,9 @@ def stream(run: str, queue: Path, root: str, together: int, **values: Any) -> No
         settings = _request_settings(recorded, values)
         waiting = unanswered(recorded, requests)
         say(f"{len(waiting)} of {len(requests)} requests to answer")
-        for start in range(0, len(waiting), together):
-            _answer(recorded, waiting[start : start + together], settings)
+        while waiting:
+            entry = _answer(recorded, waiting[:together], settings)
+            waiting = waiting[len(entry["requests"]) :]
 
 
 @computing()
@@ -173,26 +173,30 @@ def log(run: str, root: str) -> None:
     for name in ("", "when", "what", "requests", "samples", "exact", "seconds", "model"):
         table.add_column(name, overflow="fold")
     for entry in entries:
-        counts = [f"{entry[kind]:,} {kind}" for kind in ("deleted", "restored", "new") if entry.get(kind)]
-        requests = [request["id"] or "–" for request in entry.get("requests", ())]  # no id on the command line
-        further = len(requests) - SHOWN
+        requests = entry.get("requests", ())
         is_replay = "exact" in entry
         table.add_row(
             str(entry["number"]),
             entry["time"][:16].replace("T", " "),
-            ", ".join(counts) or "trained",
-            ", ".join(requests[:SHOWN]) + (f" and {further} more" if further > 0 else ""),
+            _counts(entry) if is_replay else "trained",
+            f"{len(requests)} together" if len(requests) > 1 else "".join(request["id"] or "–" for request in requests),
             f"{entry['samples']:,}",
             f"{entry['exact']}/{entry['steps']}" if is_replay else "",
             f"{entry['seconds']:.2f}" if is_replay else "",
             entry["model"][:10],
         )
+        for request in requests if len(requests) > 1 else ():
+            table.add_row("", "", _counts(request), request["id"])
     if entries:
         terminal().print(table)  # even if its data set, which the checks need, is gone
     with _opened(run, root) as recorded:
         history = recorded.history()
         history.check()
     say(f"{len(entries)} entries and {len(history)} steps of the history are as they were written")
+
+
+def _counts(done: Mapping[str, Any]) -> str:
+    return ", ".join(f"{done[kind]:,} {kind}" for kind in ("deleted", "restored", "new") if done.get(kind))
 
 
 COMMANDS = [delete, add, stream, verify, log]
@@ -246,7 +250,8 @@ def _answer_one(
             raise
 
 
-def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSettings) -> None:
+def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSettings) -> dict[str, Any]:
+    """Answer requests by one replay, up to the first that is refused; return the entry in the journal."""
     from raypkg.methods.deltagrad.answer import answer
     from raypkg.methods.deltagrad.requests import change_of, id_at
 
@@ -262,6 +267,7 @@ def _answer(run: RecordedRun, requests: Sequence[Request], settings: RequestSett
         f" {entry['exact']} of {entry['steps']} steps exact, {entry['gradients']:,} gradients,"
         f" {entry['seconds']:.2f} s{estimate}"
     )
+    return entry
 
 
 def _follow(steps: Iterable[Any], total: int) -> Iterable[Any]:

@@ -32,8 +32,8 @@ QUEUE = ({"delete": [1, 2], "id": "x"}, {"add": "table:rows.csv", "id": "y"}, {"
 LINES = {
     "delete": "delete a --ids 1,2 --period 2",
     "add": "add a --data table:rows.csv",
-    "stream": "stream a queue.jsonl",
-    "together": "stream a queue.jsonl --together 2",
+    "stream": "stream a queue.jsonl --together 1",
+    "together": "stream a queue.jsonl",
 }
 EVERY_LINE = pytest.mark.parametrize("line", LINES.values(), ids=LINES)
 PASSING = {"time", "seconds", "digest", "previous"}  # facts of an entry that no two answers share

@@ -71,30 +71,40 @@ def test_deleted_and_put_back_in_a_stream_returns(trained):
     Path("queue.jsonl").write_text(
         '{"delete": [4, 5], "id": "x"}\n\n{"restore": [5], "id": 1}\n{"restore": [4], "id": 2}\n'
     )
-    assert trained(f"deltagrad stream a queue.jsonl {EXACT}").startswith("3 of 3 requests to answer")
+    assert trained(f"deltagrad stream a queue.jsonl --together 1 {EXACT}").startswith("3 of 3 requests to answer")
     np.testing.assert_allclose(weights(), before, rtol=0, atol=1e-12)
     assert [len(entry.get("requests", ())) for entry in entries()] == [0, 1, 1, 1]
     assert trained(f"deltagrad stream a queue.jsonl {EXACT}") == "0 of 3 requests to answer\n"
 
 
-def test_requests_answered_together_are_one_replay(trained):
-    requests = [{"delete": [4, 5]}, {"add": "digits"}, {"restore": [5]}, {"delete": [1437 + 3]}]
+def test_requests_that_wait_are_one_replay_and_end_as_one_after_another(trained):
+    requests = [{"delete": [4, 5]}, {"add": "digits"}, {"restore": [5]}, {"add": "digits"}, {"delete": [1437 + 3]}]
     Path("queue.jsonl").write_text("\n".join(json.dumps(r | {"id": i + 1}) for i, r in enumerate(requests)))
-    trained(f"deltagrad stream a queue.jsonl --together 4 {EXACT}")
-    assert (entries()[-1]["deleted"], entries()[-1]["new"], len(entries())) == (2, 1437, 2)
-    assert entries()[-1]["samples"] == entries()[0]["samples"] - 1 + 1436
+    shutil.copytree(RUN, "elsewhere/b")
+    trained(f"deltagrad stream a queue.jsonl {EXACT}")
+    _, entry = entries()
+    assert (entry["deleted"], entry["new"], entry["samples"]) == (2, 2 * 1437, entries()[0]["samples"] + 2 * 1437 - 2)
+    counts = [{k: v for k, v in request.items() if k not in ("id", "digest")} for request in entry["requests"]]
+    assert counts == [{"deleted": 2}, {"new": 1437}, {"restored": 1}, {"new": 1437}, {"deleted": 1}]
     assert distance(trained("deltagrad verify a")) < 1e-12
-    assert "1,437 new" in trained("deltagrad log a")
+    shown = " ".join(trained("deltagrad log a").split())
+    assert "2 deleted, 2,874 new 5 together" in shown and "1,437 new 2 1 restored 3" in shown
+    together = weights()
+    shutil.rmtree(RUN)
+    shutil.move("elsewhere/b", RUN)
+    trained(f"deltagrad stream a queue.jsonl --together 1 {EXACT}")
+    assert len(entries()) == 6
+    np.testing.assert_allclose(weights(), together, rtol=0, atol=1e-12)
 
 
-def test_requests_that_cancel_are_answered_and_one_that_fails_is_named(trained, refusal):
+def test_requests_that_cancel_are_answered_as_are_those_before_one_that_fails(trained, refusal):
     before = weights()
     changes = {"a": {"delete": [4]}, "b": {"restore": [4]}, "c": {"delete": [5]}, "d": {"delete": [5]}}
     queue = [change | {"id": name} for name, change in changes.items()]
     Path("queue.jsonl").write_text("\n".join(map(json.dumps, queue)))
-    assert "request 'd': delete: id 5 is deleted already" in refusal("deltagrad stream a queue.jsonl --together 2")
-    Path("queue.jsonl").write_text("\n".join(map(json.dumps, queue[:3])))
-    trained("deltagrad stream a queue.jsonl --together 2")
+    for together in ("--together 2", ""):
+        message = refusal(f"deltagrad stream a queue.jsonl {together}")
+        assert "request 'd': delete: id 5 is deleted already" in message
     assert [entry["samples"] for entry in entries()] == [1295, 1295, 1294]
     assert not np.array_equal(weights(), before)
     Path("queue.jsonl").write_text('{"delete": [6], "id": "a"}')

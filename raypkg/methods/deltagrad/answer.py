@@ -23,7 +23,7 @@ from raypkg.data.split import Split
 from raypkg.engine.worker import threads
 
 from .history import History, HistoryWriter, check_room, history_folder
-from .journal import Change, Entry
+from .journal import Change, Entry, group_sizes
 from .objective import Objective
 from .replay import ChangedStep, Periodic, Tolerant, replay, retrain
 from .run import Membership, RecordedRun, joined
@@ -55,7 +55,8 @@ def answer(
     if change.new:
         everyone = joined(run.split, change.new)
         newcomers = torch.arange(len(run.split), len(everyone))
-        membership = replace(membership, added=(*membership.added, newcomers))
+        groups = newcomers.split(group_sizes(change.requests, len(newcomers)))
+        membership = replace(membership, added=(*membership.added, *groups))
         before[newcomers] = False
 
     chosen = settings.replay

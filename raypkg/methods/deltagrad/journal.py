@@ -11,7 +11,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ class Change(NamedTuple):
     before: Tensor  # samples in use before, bool [ids]; the new ones count as used
     now: Tensor  # samples in use afterwards, bool [ids]
     new: Split | None  # samples that get the last ids
-    requests: tuple[dict[str, str], ...]  # id and digest of each request; ids of the command line are empty
+    requests: tuple[dict[str, Any], ...]  # of each: id, empty on the command line, digest, samples changed by kind
 
 
 class Journal:
@@ -178,6 +178,11 @@ class Journal:
         header = Header("pixels" if split.kind is IMAGES else "rows", split.shape, split.classes)
         with self._storage.replacement(ROWS_FILE.format(number)) as path:
             write(Path(path), header, blocks)
+
+
+def group_sizes(requests: Iterable[Mapping[str, Any]], new: int) -> list[int]:
+    """Return how many of ``new`` samples each request added; they are one group if no request says so."""
+    return [request["new"] for request in requests if "new" in request] or [new] * (new > 0)
 
 
 def _sealed(body: Mapping[str, Any]) -> Entry:

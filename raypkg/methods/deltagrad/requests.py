@@ -28,7 +28,8 @@ from .history import digest
 from .journal import Change
 from .run import RecordedRun, joined
 
-KINDS = ("delete", "delete_where", "restore", "add")
+DONE = {"delete": "deleted", "delete_where": "deleted", "restore": "restored", "add": "new"}  # to samples, by request
+KINDS = tuple(DONE)
 LIST = re.compile(r"[0-9]+(,[0-9]+)*")  # \d would match the digits of every script
 DIGITS = re.compile(r"[0-9]{1,19}")  # as many as the largest id has
 COLUMNS = ("id", "index")  # of a parquet file of ids
@@ -267,21 +268,32 @@ def matching(split: Split, condition: str) -> np.ndarray:
 
 
 def change_of(run: RecordedRun, requests: Sequence[Request]) -> Change:
-    """Return the change that several requests amount to, each checked against the result of those before it."""
+    """Return the change that several requests amount to, each checked against the result of those before it.
+
+    The change ends before a request that is refused, unless that is the first. It leads to the weights of one request
+    for the same samples. Answered one after another, every step exact, requests lead there up to the order of sums,
+    about 1e-15 of the weights. Otherwise they end apart by the errors of the replays, about as far as from retraining.
+
+    Raises:
+        UserError: the first request is refused.
+    """
     split = run.split
     added: list[Split] = []
     before = run.active
     active = before.clone()
+    answered: list[dict[str, Any]] = []
     for request in requests:
         try:
             if request.kind == "add":
                 added.append(_new_samples(run, request.value))
                 split = joined(run.split, *added)
-                in_use = torch.ones(len(added[-1]), dtype=torch.bool)
+                chosen = torch.arange(len(active), len(split))
+                in_use = torch.ones(len(chosen), dtype=torch.bool)
                 before = torch.cat([before, in_use])
                 active = torch.cat([active, in_use])
             elif request.kind == "restore":
-                active[_chosen(run, split, request, ~active, "is in use already")] = True
+                chosen = _chosen(run, split, request, ~active, "is in use already")
+                active = active.index_fill(0, chosen, True)
             else:
                 if request.kind == "delete":
                     chosen = _chosen(run, split, request, active, "is deleted already")
@@ -292,20 +304,23 @@ def change_of(run: RecordedRun, requests: Sequence[Request]) -> Change:
                         raise UserError(f"no sample in use meets {request.value!r}")
                     if split.ids is not None:  # several rows may stand for one sample: all go together
                         chosen = (torch.isin(split.ids, split.ids[chosen]) & active).nonzero()[:, 0]
-                active[chosen] = False
-                if not active.any():
+                rest = active.index_fill(0, chosen, False)
+                if not rest.any():
                     raise UserError(f"{request.kind}: this would delete every sample")
-                left = torch.bincount(split.y[active], minlength=split.num_classes)  # [C]
+                left = torch.bincount(split.y[rest], minlength=split.num_classes)  # [C]
                 for label in split.y[chosen].tolist():
                     if not left[label]:
                         reason = f"this would delete the whole class {split.classes[label]!r}, leave one of its samples"
                         raise UserError(f"{request.kind}: {reason}")
+                active = rest
         except UserError as error:
+            if answered:
+                break
             if not request.id:  # of the command line
                 raise
             raise UserError(f"request {request.id!r}: {error}") from None
-    answered = tuple({"id": request.id, "digest": _digest(request)} for request in requests)
-    return Change(before, active, joined(*added) if added else None, answered)
+        answered.append({"id": request.id, "digest": _digest(request), DONE[request.kind]: len(chosen)})
+    return Change(before, active, joined(*added) if added else None, tuple(answered))
 
 
 def _chosen(run: RecordedRun, split: Split, request: Request, changeable: Tensor, otherwise: str) -> Tensor:

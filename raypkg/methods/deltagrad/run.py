@@ -24,7 +24,7 @@ from raypkg.runs.checkpoints import load_tensors
 from raypkg.runs.folder import CONFIG, LOG, MODEL, RunFolder, write_settings
 
 from .history import History, Layout, digest, history_folder
-from .journal import CHANGE_FILE, ROWS_FILE, Change, Entry, Journal
+from .journal import CHANGE_FILE, ROWS_FILE, Change, Entry, Journal, group_sizes
 from .objective import Objective, assign, to_vector
 from .settings import REPLAYED, DeltaGradSettings
 
@@ -131,7 +131,8 @@ class RecordedRun:
             train = self.samples.data.train
         journal.settle()
 
-        self._groups = [train]  # the training split, and each group of samples that was added
+        self._splits = [train]  # the training split, and the samples that each entry added
+        self._sizes = [len(train)]  # of the training split, and of each group of samples that was added
         self.active = torch.zeros(len(train), dtype=torch.bool)  # [ids], True for samples in use
         self.active[self.samples.train_indices] = True
         for entry in changes:
@@ -155,12 +156,12 @@ class RecordedRun:
     @property
     def split(self) -> Split:
         """All samples that were ever in the training split, by id."""
-        return joined(*self._groups)
+        return joined(*self._splits)
 
     @property
     def membership(self) -> "Membership":
         """The batch of every sample."""
-        ends = list(accumulate(len(group) for group in self._groups))
+        ends = list(accumulate(self._sizes))
         added = tuple(torch.arange(start, end) for start, end in pairwise(ends))
         train = self.settings.train
         return Membership(self.samples.train_indices, added, train.batch_size, self.settings.seed, self.batches)
@@ -193,7 +194,8 @@ class RecordedRun:
     def _apply(self, entry: Entry) -> None:
         changed = self.journal.table(CHANGE_FILE.format(entry["number"]), entry["changes"])
         if entry["new"]:
-            self._groups.append(self.journal.added_rows(entry))
+            self._splits.append(self.journal.added_rows(entry))
+            self._sizes += group_sizes(entry["requests"], entry["new"])
             self.active = torch.cat([self.active, torch.ones(entry["new"], dtype=torch.bool)])
         ids, in_use = (torch.tensor(changed[name].to_numpy()) for name in ("id", "in_use"))
         self.active[ids] = in_use
