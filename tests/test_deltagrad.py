@@ -16,6 +16,7 @@ from raypkg.engine.shards import LocalShards, Shard
 from raypkg.methods.deltagrad.answer import ShardedGradient
 from raypkg.methods.deltagrad.history import DIGESTS, RECORDS, History, HistoryWriter, Layout, check_room
 from raypkg.methods.deltagrad.journal import Journal
+from raypkg.methods.deltagrad.linearised import Linearised
 from raypkg.methods.deltagrad.objective import Objective, check_derivation, to_vector
 from raypkg.methods.deltagrad.replay import BFGS, ChangedStep, Periodic, Tolerant, replay, retrain
 from raypkg.methods.deltagrad.run import Membership, joined, settings_digest
@@ -161,6 +162,34 @@ def test_small_batches_do_not_blow_up():
     steps = training.replayed(EVERYONE, some, Periodic(5, 10))
     assert (steps[-1].after - new).norm() < (old - new).norm()
     assert not all(step.exact for step in steps)
+
+
+def test_a_burn_in_ends_once_predictions_are_right():
+    training, some = Training(batch_size=N, epochs=20), without(1, 2, 40)
+    old, new = training.retrained(EVERYONE)[-1], training.retrained(some)[-1]
+    exact = {}
+    for settled in (None, 0.5, 1e-9):
+        steps = training.replayed(EVERYONE, some, Periodic(5, 12, settled))
+        exact[settled] = sum(step.exact for step in steps)
+        assert (steps[-1].after - new).norm() < 0.1 * (old - new).norm()
+    assert exact[0.5] < exact[None] == exact[1e-9]
+
+
+@pytest.mark.parametrize("batch_size", [N, 30])
+def test_linearised_training_is_the_recursion_with_a_dense_hessian(batch_size, monkeypatch):
+    monkeypatch.setattr("raypkg.methods.deltagrad.linearised.SEGMENTS", 1000)
+    training, gone = Training(batch_size=batch_size), torch.tensor([1, 2, 40])
+    record = [(rate, w, g) for rate, w, g, _, _ in training.record(EVERYONE)]
+    middle = record[len(record) // 2][1]
+    hessian = torch.stack([training.gradient(w, torch.arange(N)) for w in middle + 1e-6 * torch.eye(len(middle))])
+    hessian = (hessian - training.gradient(middle, torch.arange(N))) / (1e-6 * N) + DECAY * torch.eye(len(middle))
+    v = torch.zeros_like(middle)
+    for rate, w, g in record:
+        v = v - rate * (hessian @ v - (training.gradient(w, gone) - 3 * g) / (N - 3))
+    got = Linearised(LINEAR, SPLIT, record, torch.arange(N), DECAY).change(gone)
+    torch.testing.assert_close(got, v, rtol=1e-4, atol=1e-7)
+    old, new = training.retrained(EVERYONE)[-1], training.retrained(EVERYONE.index_fill(0, gone, False))[-1]
+    assert (old + got - new).norm() < (0.1 if batch_size == N else 0.5) * (old - new).norm()
 
 
 @pytest.mark.parametrize("holders", [1, 2, 3])
@@ -318,11 +347,23 @@ def test_contradictory_settings_are_refused():
         ReplaySettings(tolerance=1e-3, burn_in=3)
 
 
+@pytest.mark.parametrize(
+    ("given", "steps", "beginning"),
+    [({}, 60, (20, None)), ({}, 59, (19, 0.1)), ({}, 2, (1, 0.1)), ({"burn_in": 7}, 20, (7, None)),
+     ({"settled": 0.3}, 20, (6, 0.3)), ({"settled": 0.3}, 80, (20, 0.3))],
+)  # fmt: skip
+def test_few_steps_have_a_shorter_burn_in_that_ends_by_its_estimate(given, steps, beginning):
+    assert ReplaySettings(**given).beginning(steps) == beginning
+
+
 def test_the_settings_of_a_run_are_the_defaults_of_a_request():
     recorded = ReplaySettings(period=3, burn_in=7, pairs=4)
     assert RequestSettings.over(recorded, {}).replay == recorded
     assert RequestSettings.over(recorded, {"replay.period": "2"}).replay == ReplaySettings(period=2, burn_in=7, pairs=4)
     assert RequestSettings.over(recorded, {"replay.tolerance": "0.1"}).replay == ReplaySettings(tolerance=0.1, pairs=4)
+    cut = ReplaySettings(burn_in=6, settled=0.1)
+    assert RequestSettings.over(cut, {"replay.period": "2"}).replay == ReplaySettings(period=2, burn_in=6, settled=0.1)
+    assert RequestSettings.over(cut, {"replay.burn_in": "2"}).replay == ReplaySettings(burn_in=2)
     tolerant = ReplaySettings(tolerance=0.1, pairs=4)
     assert RequestSettings.over(tolerant, {"replay.period": "2"}).replay == ReplaySettings(period=2, pairs=4)
     assert RequestSettings.over(tolerant, {}).cluster.workers == 0

@@ -171,6 +171,24 @@ def test_samples_come_in_any_form(form):
     np.testing.assert_allclose(model.predict_proba(X).sum(1), 1)
 
 
+def test_an_approximation_is_near_the_deletion_and_changes_nothing():
+    model = small(period=1).fit(X, Y)
+    for gone in (SOME, [20]):
+        before = model.coef_
+        w, b = model.approximate(gone)
+        assert np.array_equal(model.coef_, before) and b.shape == (2,)
+        pickle.loads(pickle.dumps(model)).delete([30])
+        model.delete(gone)  # the next factor is of the new record
+        assert np.linalg.norm(w - model.coef_) < 0.3 * np.linalg.norm(before - model.coef_)
+    with pytest.raises(ValueError, match="id 20 is deleted already"):
+        model.approximate([20])
+    wide = small().fit(np.tile(X, 300), Y)
+    with pytest.raises(
+        UserError, match="approximate: the model has 2,402 parameters, its Hessian is factored up to 2,048"
+    ):
+        wide.approximate([1])
+
+
 def test_additions_continue_the_ids_and_can_be_deleted():
     model = small(period=1).fit(X, Y)
     assert model.add(X[:3], Y[:3]).tolist() == [90, 91, 92]

@@ -40,7 +40,7 @@ PASSING = {"time", "seconds", "digest", "previous"}  # facts of an entry that no
 WRITES = ("mkdir", "open", "write", "sync", "rename")
 CHANGES = (*WRITES, "delete")
 STEPS = ("mkdir", "write", "rename", "delete")  # after which the disk holds something else
-EVERY = os.environ.get("EFFRAY_EVERY_OPERATION")  # and not one of four, of a stream one of nine
+EVERY = os.environ.get("EFFRAY_EVERY_OPERATION")  # and not one of four, of three replays one of nine
 FEWEST = 20  # operations of a request, lest nothing be attacked
 
 
@@ -63,7 +63,7 @@ def attacked(line, act, at, kinds=CHANGES, onwards=False):
 
 def moments(line):
     """Return the operations at which a command is attacked, without end."""
-    return count(1, 1 if EVERY else 9 if line.startswith("stream") else 4)
+    return count(1, 1 if EVERY else 9 if line == LINES["stream"] else 4)
 
 
 # The run

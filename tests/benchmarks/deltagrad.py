@@ -30,9 +30,11 @@ from raypkg.engine.worker import threads
 from raypkg.methods.deltagrad.answer import changed_steps, sharded_gradient
 from raypkg.methods.deltagrad.history import History, HistoryWriter, Layout
 from raypkg.methods.deltagrad.hook import Historian
+from raypkg.methods.deltagrad.linearised import Linearised
 from raypkg.methods.deltagrad.objective import Objective, to_vector
 from raypkg.methods.deltagrad.replay import Periodic, Tolerant, replay, retrain
 from raypkg.methods.deltagrad.run import Membership
+from raypkg.methods.deltagrad.settings import ReplaySettings
 from raypkg.models import build_model
 
 COLUMNS = ("request", "rate", "retrain s", "DeltaGrad s", "ratio", "floor", "‖w − U‖", "‖U − I‖", "published")
@@ -59,7 +61,11 @@ def cases(given: argparse.Namespace) -> list[Case]:
     covtype = Case(
         "covtype's shape (5, 10)", covtype_like(), Model(name="linear"), logistic, 5, 10, {1e-3: "2.0: 1.7e-3 → 3.6e-5"}
     )
-    every = [*mnist_cases(given, logistic), covtype] if given.mnist else [covtype]
+    digits = load_data("digits")
+    digits = Data(*(replace(split, mean=(0.0,), std=(1.0,)) for split in digits))
+    short = logistic.model_copy(update={"epochs": 20, "batch_size": 500, "lr": 0.5})
+    digits = Case("digits, batches of 500 (5, 20)", digits, Model(name="linear"), short, 5, 20, {})
+    every = [*(mnist_cases(given, logistic) if given.mnist else ()), covtype, digits]
     return [case for case in every if given.only in case.title]
 
 
@@ -244,6 +250,18 @@ def online(bench: Bench, requests: int) -> None:
             )
 
 
+def in_turn(ways: dict, repeats: int) -> dict:
+    """Return of each way the median of its seconds of a core, and its result."""
+    times = {name: [] for name in ways}
+    results = {}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            start = time.process_time()
+            results[name] = way()
+            times[name].append(time.process_time() - start)
+    return {name: (statistics.median(times[name]), results[name]) for name in ways}
+
+
 def recording(bench: Bench, repeats: int) -> None:
     """Compare recorded training, by the gradients of a replay and by effray's loop, with training that is not."""
     everyone = torch.ones(len(bench.split), dtype=torch.bool)
@@ -251,15 +269,82 @@ def recording(bench: Bench, repeats: int) -> None:
         "not recorded": lambda: bench.retrain(everyone), "recorded": lambda: bench.record(everyone),
         "by effray's loop, as the command does": bench.fit,
     }  # fmt: skip
-    times = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            start = time.process_time()
-            way()
-            times[name].append(time.process_time() - start)
     print("\n| training | seconds of a core |\n|---|---|")
-    for name, values in times.items():
-        print(f"| {name} | {statistics.median(values):.2f} |", flush=True)
+    for name, (seconds, _) in in_turn(ways, repeats).items():
+        print(f"| {name} | {seconds:.2f} |", flush=True)
+
+
+def without(bench: Bench, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return who is in use before and after the deletion of some samples, and these."""
+    everyone = torch.ones(len(bench.split), dtype=torch.bool)
+    some = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(1))[:count]
+    return everyone, everyone.index_fill(0, some, False), some
+
+
+def end(replayed: tuple[History, int]) -> torch.Tensor:
+    """Return the last weights of a replay."""
+    return replayed[0].read(len(replayed[0])).w
+
+
+def few_steps(bench: Bench, repeats: int, rows: int = 15_000) -> None:
+    """Compare burn-ins of a training of 20 steps: a third of them, and ended by its estimate."""
+    split = replace(bench.split, y=bench.split.y[:rows])
+    training = bench.case.training.model_copy(update={"epochs": 20, "batch_size": rows})
+    small = Bench(replace(bench.case, data=Data(split, split), training=training), bench.cluster.cpus_per_worker)
+    everyone, fewer, _ = without(small, rows // 1000)
+    history = small.record(everyone)
+    burn_in, settled = ReplaySettings().beginning(len(history))
+    ways = {"retrained": lambda: small.retrain(fewer)}
+    for name, chosen in {f"j0 {burn_in}": None, f"j0 {burn_in}, settled {settled}": settled}.items():
+        ways[name] = lambda chosen=chosen: small.update(history, everyone, fewer, Periodic(5, burn_in, chosen))
+    found = in_turn(ways, repeats)
+    slow, retrained = found.pop("retrained")
+    print(f"\n{rows:,} rows, 20 steps: retrained in {slow:.2f} s of a core")
+    print("\n| replay | seconds | ratio | exact | ‖U − I‖ |\n|---|---|---|---|---|")
+    for name, (seconds, replayed) in found.items():
+        away = (end(replayed) - retrained).norm()
+        print(f"| {name} | {seconds:.2f} | {slow / seconds:.2f} | {replayed[1]} | {away:.1e} |", flush=True)
+
+
+def together(bench: Bench, requests: int) -> None:
+    """Compare deletions of one sample each, one after another, with one replay for all."""
+    everyone, fewer, some = without(bench, requests)
+    recorded = bench.record(everyone)
+
+    def one_after_another():
+        replayed, now = (recorded, 0), everyone
+        for sample in some:
+            before, now = now, now.index_fill(0, sample, False)
+            replayed = bench.update(replayed[0], before, now)
+        return replayed
+
+    ways = {"one after another": one_after_another, "together": lambda: bench.update(recorded, everyone, fewer)}
+    found = in_turn(ways, 1)
+    retrained = bench.retrain(fewer)
+    apart = (end(found["together"][1]) - end(found["one after another"][1])).norm()
+    print(f"\n| {requests} deletions, which end {apart:.1e} apart | seconds of a core | ‖U − I‖ |\n|---|---|---|")
+    for name, (seconds, replayed) in found.items():
+        print(f"| {name} | {seconds:.2f} | {(end(replayed) - retrained).norm():.1e} |", flush=True)
+
+
+def at_once(bench: Bench, repeats: int) -> None:
+    """Compare answers of the linearised training with replays."""
+    history, decay = bench.record(torch.ones(len(bench.split), dtype=torch.bool)), bench.case.training.weight_decay
+    start = time.process_time()
+    linearised = Linearised(bench.objective, bench.split, history, torch.arange(len(bench.split)), decay)
+    print(f"\nlinearised training prepared in {time.process_time() - start:.2f} s of a core")
+    print("\n| deleted | ‖w − U‖ | at once: seconds, ‖U − I‖ | replay: seconds, ‖U − I‖ |\n|---|---|---|---|")
+    old = history.read(len(history)).w
+    for count in (1, 3, 10, 100):
+        everyone, fewer, some = without(bench, count)
+        retrained = bench.retrain(fewer)
+        ways = {
+            "at once": lambda some=some: old + linearised.change(some),
+            "replay": lambda everyone=everyone, fewer=fewer: end(bench.update(history, everyone, fewer)),
+        }
+        found = in_turn(ways, repeats).values()
+        cells = [f"{seconds:.4f}, {(w - retrained).norm():.1e}" for seconds, w in found]
+        print(f"| {count} | {(old - retrained).norm():.1e} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -271,6 +356,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--standardised", action="store_true", help="pixels of mean 0 and deviation 1")
     parser.add_argument("--tolerance", action="store_true", help="also choose exact steps by tolerances")
+    parser.add_argument("--few-steps", action="store_true", help="also compare burn-ins of a small training")
+    parser.add_argument("--together", type=int, default=0, metavar="N", help="also N deletions in one replay")
+    parser.add_argument("--at-once", action="store_true", help="also answers of the linearised training")
     parser.add_argument("--online", type=int, default=0, metavar="N", help="also delete N samples one after another")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -282,6 +370,12 @@ def main() -> None:
         recording(bench, given.repeats)
         if given.tolerance:
             tolerances(bench)
+        if given.few_steps:
+            few_steps(bench, given.repeats)
+        if given.together:
+            together(bench, given.together)
+        if given.at_once:
+            at_once(bench, given.repeats)
         if given.online:
             online(bench, given.online)
 

@@ -127,7 +127,10 @@ def test_values_are_adapted_to_the_data():
     sparse = resolve(SCHEMAS["sparse"], None, {"train.epochs": 250})
     assert sparse.adaptations(50_000)["update_every_steps"][0] == 4000
     assert sparse.adaptations(1_280)["update_every_steps"][0] == 4000 * 2500 // 97_750
-    assert resolve(SCHEMAS["deltagrad"], None, {}).adaptations(1_295)["replay.burn_in"][0] == 6
+    deltagrad = resolve(SCHEMAS["deltagrad"], None, {})
+    cut = {name: value for name, (value, _) in deltagrad.adaptations(1_295).items()}
+    assert cut == {"replay.burn_in": 6, "replay.settled": 0.1}
+    assert deltagrad.adaptations(60_000) == {}
 
 
 def test_runs_stored_before_presets_keep_their_defaults():

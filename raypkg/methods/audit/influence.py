@@ -57,9 +57,9 @@ class HeadHessian:
         of_bias = slope.sum(0)
         return torch.cat([of_weight, of_bias[:, None]], 1) / len(p) + self.decay * matrix
 
-    @cached_property
-    def factor(self) -> Tensor:
-        """The lower Cholesky factor of H, for rows of [W, b] one after another."""
+    @property
+    def dense(self) -> Tensor:
+        """H, for rows of [W, b] one after another."""
         p, classes = self._p, self.view.num_classes
         inputs = torch.cat([self.view.features, torch.ones_like(p[:, :1])], 1)  # [n, D+1]
         width = inputs.shape[1]
@@ -70,7 +70,12 @@ class HeadHessian:
                 dense[c, :, k, :] = dense[k, :, c, :] = inputs.T @ (inputs * weight[:, None]) / len(p)
         dense = dense.view(self.size, self.size)
         dense.diagonal().add_(self.decay)
-        return torch.linalg.cholesky(dense)
+        return dense
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The lower Cholesky factor of H."""
+        return torch.linalg.cholesky(self.dense)
 
     def solve(self, gradient: Tensor) -> Tensor:
         """Return H⁻¹ g for g of shape [C, D+1], by the factor of H if it is small, else by conjugate gradients.

@@ -62,7 +62,7 @@ def answer(
     chosen = settings.replay
     exact_steps: Periodic | Tolerant
     if chosen.tolerance is None:
-        exact_steps = Periodic(chosen.period, chosen.exact_at_first(total))
+        exact_steps = Periodic(chosen.period, *chosen.beginning(total))
     else:
         horizon = sum(step.rate for step in history)
         exact_steps = Tolerant(chosen.tolerance, horizon, train.weight_decay)

@@ -89,19 +89,20 @@ def replay(
                 if trusted:
                     predicted = step.gradient + product - decay * v
             share = old_size / new_size
-            error = None
+            error = moved = None
             if predicted is None or exact_steps.due(step.rate, share, distance):
                 exact = True
                 sum_kept = gradient(w, step.kept)
                 # A batch that was empty has no recorded gradient to learn from; 1 only avoids 0/0.
                 true = (sum_kept + sum_gone) / max(1, old_size)
+                moved = (true - step.gradient).norm().item()
                 if predicted is not None:
                     error = (predicted - true).norm().item()
                 if old_size:
                     hessian.push(v, true - step.gradient + decay * v)
             else:
                 sum_kept = old_size * predicted - sum_gone
-            exact_steps.took(step.rate, share, distance, exact, error)
+            exact_steps.took(step.rate, share, distance, exact, error, moved)
 
         mean = (sum_kept + sum_came) / new_size
         after = w - step.rate * (mean + decay * w)
@@ -174,6 +175,9 @@ class BFGS:
 class Periodic:
     """Makes the first j0 steps exact and then every T0-th (DeltaGrad, arXiv:2006.14755).
 
+    Differs from the paper where ``settled`` is set: j0 ends after an exact step whose gradient had been predicted with
+    an error of at most ``settled`` times its distance from the recorded one.
+
     >>> exact_steps = Periodic(period=3, burn_in=2)
     >>> pattern = ""
     >>> for _ in range(9):
@@ -186,9 +190,10 @@ class Periodic:
 
     estimate: float | None = None  # a period does not estimate the distance from the retrained weights
 
-    def __init__(self, period: int, burn_in: int):
+    def __init__(self, period: int, burn_in: int, settled: float | None = None):
         self._period = period
         self._burn_in = burn_in
+        self._settled = settled or -1.0  # less than any error
         self._steps = 0
         self._since_exact = 0
 
@@ -196,9 +201,13 @@ class Periodic:
         """Return True if the step is one of the first, or the T0-th since the last exact one."""
         return self._steps < self._burn_in or self._since_exact + 1 >= self._period
 
-    def took(self, rate: float, share: float, distance: float, exact: bool, error: float | None) -> None:
-        """Count a step."""
+    def took(
+        self, rate: float, share: float, distance: float, exact: bool, error: float | None, moved: float | None = None
+    ) -> None:
+        """Count a step; arguments as of `Tolerant.took`."""
         self._steps += 1
+        if error is not None and moved is not None and error <= self._settled * moved:
+            self._burn_in = 0
         self._since_exact = 0 if exact else self._since_exact + 1
 
 
@@ -242,8 +251,14 @@ class Tolerant:
         allowed = self._tolerance * (self._rates + rate) / self._horizon
         return so_far + coming > allowed
 
-    def took(self, rate: float, share: float, distance: float, exact: bool, error: float | None) -> None:
-        """Add a step to the estimate; ``error`` is ‖predicted − true gradient‖ of an exact step with a prediction."""
+    def took(
+        self, rate: float, share: float, distance: float, exact: bool, error: float | None, moved: float | None = None
+    ) -> None:
+        """Add a step to the estimate.
+
+        Of an exact step, ``error`` is ‖predicted − true gradient‖ if there was a prediction, and ``moved`` is
+        ‖true − recorded gradient‖.
+        """
         if exact:
             if error is not None:
                 measured = error / ((self._since_exact + 1) * distance)  # ρ

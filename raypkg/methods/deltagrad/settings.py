@@ -11,6 +11,7 @@ from raypkg.core.presets import FORMER, PUBLISHED, PresetName
 from raypkg.core.settings import Cluster, Dataset, Epochs, Experiment, Model, Precision, Scale, Schedule, Share, Train
 
 BURN_IN = 20  # j0 of the released example
+SETTLED = 0.1  # relative error that ends j0 in trainings of fewer than 3·j0 steps
 # Settings of training for which replays support a single value.
 REPLAYED = {
     "decay": "all", "clip": None, "label_smoothing": 0.0, "keep": "last", "average": None, "evaluate_views": "plain"
@@ -75,20 +76,26 @@ class ReplaySettings(Settings):
     burn_in: Annotated[
         int | None, Field(ge=1, description="j0: exact steps at the start (default: 20, at most a third of the steps)")
     ] = None
+    settled: Annotated[
+        float | None,
+        Field(gt=0, description="relative error of a predicted gradient that ends j0 (default: off; 0.1 if j0 is cut)"),
+    ] = None
     pairs: Annotated[int, Field(ge=1, description="m: pairs in the approximation of the Hessian")] = 2
     tolerance: Annotated[
         float | None,
         Field(gt=0, description="largest estimated distance from the retrained weights, instead of T0 and j0"),
     ] = None
 
-    def exact_at_first(self, steps: int) -> int:
-        """Return j0 of a training of ``steps`` steps."""
-        return self.burn_in or max(1, min(BURN_IN, steps // 3))
+    def beginning(self, steps: int) -> tuple[int, float | None]:
+        """Return j0 of a training of ``steps`` steps, and the relative error that ends it early."""
+        if self.burn_in or steps >= 3 * BURN_IN:
+            return self.burn_in or BURN_IN, self.settled
+        return max(1, steps // 3), self.settled or SETTLED
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
         defaults = type(self).model_fields
-        periodic = [name for name in ("period", "burn_in") if getattr(self, name) != defaults[name].default]
+        periodic = [name for name in ("period", "burn_in", "settled") if getattr(self, name) != defaults[name].default]
         if self.tolerance is not None and periodic:
             raise UserError(f"replay.tolerance chooses the exact steps: replay.{periodic[0]} would do nothing")
         return self
@@ -111,12 +118,16 @@ class DeltaGradSettings(Experiment):
         return self.train.epochs * self.train.steps_per_epoch(n)
 
     def adaptations(self, n: int) -> dict[str, tuple[Any, str]]:
-        """Return j0, at most a third of the steps."""
+        """Return j0, at most a third of the steps, and the error that ends it early if it is cut."""
         steps = self.steps(n)
-        exact = self.replay.exact_at_first(steps)
-        if self.replay.tolerance is not None or exact in (BURN_IN, self.replay.burn_in):
+        burn_in, settled = self.replay.beginning(steps)
+        if self.replay.tolerance is not None or burn_in in (BURN_IN, self.replay.burn_in):
             return {}
-        return {"replay.burn_in": (exact, f"{BURN_IN}, as there are {steps} steps")}
+        reason = f"as there are {steps} steps"
+        return {
+            "replay.burn_in": (burn_in, f"{BURN_IN}, {reason}"),
+            "replay.settled": (settled, f"false, {reason}"),
+        }
 
     @model_validator(mode="after")
     def _replayed_as_recorded(self) -> Self:
@@ -153,7 +164,9 @@ class RequestSettings(Settings):
         """Return a request's settings: ``values``, by dotted names, over those of the run."""
         replay = recorded.model_dump()
         if "replay.tolerance" in values:  # one rule for the exact steps replaces the other
-            del replay["period"], replay["burn_in"]
+            del replay["period"], replay["burn_in"], replay["settled"]
         elif "replay.period" in values or "replay.burn_in" in values:
             del replay["tolerance"]
+        if "replay.burn_in" in values:  # a given j0 does not end early
+            replay.pop("settled", None)
         return load_settings(cls, {"replay": replay}, values)
