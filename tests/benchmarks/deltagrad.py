@@ -286,9 +286,10 @@ def end(replayed: tuple[History, int]) -> torch.Tensor:
     return replayed[0].read(len(replayed[0])).w
 
 
-def few_steps(bench: Bench, repeats: int, rows: int = 15_000) -> None:
+def few_steps(bench: Bench, repeats: int) -> None:
     """Compare burn-ins of a training of 20 steps: a third of them, and ended by its estimate."""
-    split = replace(bench.split, y=bench.split.y[:rows])
+    split = replace(bench.split, y=bench.split.y[:15_000])
+    rows = len(split)
     training = bench.case.training.model_copy(update={"epochs": 20, "batch_size": rows})
     small = Bench(replace(bench.case, data=Data(split, split), training=training), bench.cluster.cpus_per_worker)
     everyone, fewer, _ = without(small, rows // 1000)
