@@ -3,7 +3,16 @@ import torch
 
 import reference
 from raypkg.core.seeds import generator
-from raypkg.coresets.solvers import AT_ONCE, Cholesky, draw_in_proportion, largest, largest_bounded, matching_pursuit
+from raypkg.coresets.solvers import (
+    AT_ONCE,
+    BatchAtoms,
+    Cholesky,
+    MeanAtoms,
+    draw_in_proportion,
+    largest,
+    largest_bounded,
+    matching_pursuit,
+)
 
 
 def random(*shape, seed=0):
@@ -146,3 +155,16 @@ def test_an_atom_in_the_span_of_the_chosen_ones_is_passed_over():
     picked, weights = matching_pursuit(dense, target @ target, 3, lam=0.0, eps=1e-10)
     assert picked.tolist() == dense.chosen == [0, 2]
     assert weights.tolist() == pytest.approx([1.0, 0.5])
+
+
+def test_mean_gradients_that_are_spelt_out_are_pursued_like_batches():
+    view = reference.problem(90, dtype=torch.float64).view
+    batch = torch.arange(90)[torch.randperm(90, generator=generator(0))] // 4  # the last one has 2 samples
+    target = view.mean()
+    found = []
+    for kind in (BatchAtoms, MeanAtoms):
+        atoms = kind(view, batch, target, 60)
+        chosen, weights = matching_pursuit(atoms, atoms.energy, 12, lam=0.01, eps=1e-10)
+        found.append((atoms.ranked(chosen).tolist(), weights))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1])

@@ -307,6 +307,30 @@ class BatchAtoms:
         return sums / self._sizes
 
 
+class MeanAtoms(BatchAtoms):
+    """Batches whose mean gradients are spelt out, float64 [B, C(D+1)]: faster where that is less than the view."""
+
+    def __init__(self, view: HeadView, batch: Tensor, target: Tensor, capacity: int):
+        super().__init__(view, batch, target, capacity)
+        members = batch.argsort(stable=True).split(self._sizes.tolist())
+        self._means = torch.stack([view[some].double().mean().flatten() for some in members])
+        self._flat = target.flatten()  # t
+        self._members = batch.new_empty(0)  # S
+
+    def correlation(self, weights: Tensor) -> Tensor:
+        """Return <ḡ_B, M> of every batch, given v."""
+        return self._means @ (self._flat - weights @ self._means[self._members])
+
+    def append(self, j: int) -> tuple[Tensor, Tensor]:
+        """Choose ḡ_j; return its inner products with S, itself last, and with t."""
+        self._members = torch.cat([self._members, self._members.new_tensor([j])])
+        return self._means[self._members] @ self._means[j], self._means[j] @ self._flat
+
+    def keep(self, places: Tensor) -> None:
+        """Drop all of S except the batches at ``places``, ascending."""
+        self._members = self._members[places]
+
+
 class SampleAtoms(BatchAtoms):
     """Single samples as atoms. Few will be chosen: their inner products with all others are cached.
 

@@ -8,7 +8,15 @@ from pydantic import Field
 from torch import Tensor
 
 from raypkg.coresets.gradients import HeadView, over_classes
-from raypkg.coresets.solvers import AT_ONCE, BatchAtoms, SampleAtoms, largest, largest_bounded, matching_pursuit
+from raypkg.coresets.solvers import (
+    AT_ONCE,
+    BatchAtoms,
+    MeanAtoms,
+    SampleAtoms,
+    largest,
+    largest_bounded,
+    matching_pursuit,
+)
 from raypkg.data.coreset import Coreset
 
 from . import coreset
@@ -116,7 +124,9 @@ def gradmatchpb(
     batch[order] = torch.arange(n) // batch_size
 
     wanted = math.ceil(budget / batch_size)
-    whole = BatchAtoms(view, batch, mean, wanted * batch_size)
+    small = len(batches) * mean.numel() <= n * (view.num_classes + view.width)  # all mean gradients, spelt out
+    kind = MeanAtoms if small else BatchAtoms
+    whole = kind(view, batch, mean, wanted * batch_size)
     penalty = lam * float(whole.energy) if relative else lam
     best, _ = matching_pursuit(whole, whole.energy, wanted, lam=penalty, eps=eps)
     ranked = torch.cat([batches[b] for b in whole.ranked(best)])
