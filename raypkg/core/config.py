@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError, PydanticSerializationError
+from pydantic_core import PydanticCustomError
 
 from .errors import UserError, shown, unknown
 
@@ -83,18 +83,19 @@ class Settings(BaseModel):
         return value
 
     def model_dump(self, **options: Any) -> dict[str, Any]:
-        """Return the values by name, with pydantic's options.
+        """Return the values by name, with pydantic's options, without those that are not stored.
 
-        Raises:
-            KeyboardInterrupt: as it came; pydantic wraps what a signal raises inside a serializer.
+        These are left out here rather than by serializers of pydantic, which turn Ctrl-C inside them into an error.
         """
-        try:
-            return super().model_dump(**options)
-        except PydanticSerializationError as error:
-            cause: BaseException | None = error
-            while isinstance(cause, PydanticSerializationError):  # one for each part around it
-                cause = cause.__cause__
-            raise cause if isinstance(cause, KeyboardInterrupt) else error from None
+        values = super().model_dump(**options)
+        self._leave_out(values)
+        return values
+
+    def _leave_out(self, values: dict[str, Any]) -> None:
+        """Remove values that are not stored, also of the parts."""
+        for name, part in self:
+            if isinstance(part, Settings) and isinstance(values.get(name), dict):
+                part._leave_out(values[name])
 
 
 class Named(Settings):

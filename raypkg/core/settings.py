@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from .config import Named, Settings
 from .errors import UserError
@@ -85,15 +85,14 @@ class Dataset(Named):
             raise UserError(f"dataset.window = {self.window}: it has no effect without dataset.streamed")
         return self
 
-    @model_serializer(mode="wrap")
-    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit settings at their defaults that earlier versions did not have: digests of settings stay the same."""
+    def _leave_out(self, values: dict[str, Any]) -> None:
+        """Leave out defaults of settings that earlier versions did not have: digests of settings stay the same."""
         later = ("noise", "imbalance", "repeat", "seed", "streamed", "window", "scale")
         own, common = type(self).model_fields, Dataset.model_fields
-        # Readers of any run know only the common defaults, so where a subclass has its own, the value is stored.
-        omitted = {name: common[name].default for name in later if own[name].default == common[name].default}
-        values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if name not in omitted or value != omitted[name]}
+        for name in later:
+            # Readers of any run know only the common defaults, so where a subclass has its own, the value is stored.
+            if own[name].default == common[name].default == values.get(name):
+                values.pop(name, None)
 
 
 class Model(Named):
@@ -335,12 +334,10 @@ class Experiment(RunSettings):
         """Return the settings that the published method leaves to n training samples: value, and what it replaces."""
         return {}
 
-    @model_serializer(mode="wrap")
-    def _omit_nothing_adapted(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = serialize(self)
+    def _leave_out(self, values: dict[str, Any]) -> None:
+        super()._leave_out(values)
         if not self.adapted:
             values.pop("adapted", None)
-        return values
 
     def check(self, n: int, data: Any) -> None:
         """Refuse, before any work, what n training samples of the data do not allow, and settings without effect."""
