@@ -138,11 +138,16 @@ class Training(Settings):
         5, ge=0, description="epochs between evaluations on the held-out samples; 0 = none"
     )
     compile: bool = Field(False, description="compile the model: takes a minute or more, gains little on a CPU")
+    checkpointing: bool = Field(
+        False, description="recompute the activations of each block in the backward pass: less memory, more time"
+    )
     tf32: bool = Field(False, description="float32 products of a GPU in TensorFloat-32 (precision float32)")
     deterministic: bool = Field(False, description="only operations that give the same bits in every run, also on GPUs")
 
     @model_validator(mode="after")
-    def _check_tf32(self) -> Self:
+    def _check_arithmetic(self) -> Self:
+        if self.checkpointing and self.compile:
+            raise UserError("checkpointing does not go with compile: the compiler itself chooses what to recompute")
         if self.tf32 and self.precision != "float32":
             raise UserError(f"tf32 = true does nothing with precision = {self.precision}: it is for float32")
         return self

@@ -14,6 +14,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.settings import Training
 from raypkg.data.coreset import Coreset
 from raypkg.data.split import Split
+from raypkg.models.checkpointing import checkpoint_blocks
 
 from .batches import Batch, Batches, Epoch, dtype_of
 from .costs import Cost
@@ -62,6 +63,8 @@ class Run:
     def __post_init__(self) -> None:
         dtype = torch.float64 if self.settings.precision == "float64" else torch.float32
         self.model.to(self.worker.device, dtype).to(memory_format=torch.channels_last)
+        if self.settings.checkpointing:
+            checkpoint_blocks(self.model)
         self.optimizer = build_optimizer(self.model, self.settings)
         self._buffers = Buffers()
         self._bills = {self.phase: self.cost, "evaluate": Cost("evaluate")}

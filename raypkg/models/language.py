@@ -47,7 +47,6 @@ def language_model(
     dropout: Probability = 0.0,
     targets: tuple[str, ...] = ATTENTION,
     base: Literal["float32", "bfloat16"] = "float32",
-    checkpointing: bool = False,
 ) -> nn.Module:
     """Causal language model of Hugging Face, transformers-lm:NAME of the hub or transformers-lm:FOLDER.
 
@@ -64,7 +63,6 @@ def language_model(
         dropout: of the adapters' inputs.
         targets: names of the linear layers that get adapters.
         base: precision of the frozen weights; the adapters are float32.
-        checkpointing: recompute each layer's activations in the backward pass, which takes less memory and more time.
 
     Raises:
         UserError: no such checkpoint, an incomplete one, one of another vocabulary or a shorter context, an unknown
@@ -82,7 +80,7 @@ def language_model(
         network = loaded(name, config, package.AutoModelForCausalLM, dtype=getattr(torch, base), complete=True)
     if rank:
         network = with_adapters(network, rank, 2.0 * rank if alpha is None else alpha, dropout, targets)
-    return LanguageModel(network, checkpointing=checkpointing)
+    return LanguageModel(network)
 
 
 language_model.has_tokenizer = True  # type: ignore[attr-defined]  # see ``raypkg.models.tokenizer_of``
@@ -123,13 +121,10 @@ class LanguageModel(nn.Module):
     parameter once.
     """
 
-    def __init__(self, network: Any, *, checkpointing: bool = False):
+    def __init__(self, network: Any):
         super().__init__()
         self.network = network  # of transformers, or of peft around one
         network.config.use_cache = False
-        if checkpointing:
-            with _silent():
-                self._causal.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def _causal(self) -> Any:
