@@ -6,6 +6,7 @@ PyTorch takes one from the host as well, and makes the host wait for its copy.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,10 +17,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda:0")
+MEMORY = 2**34  # bytes
 COPIES = {aten._to_copy.default, aten.copy_.default}
 # Beside pointwise operations, these take a single number of the host.
 TAKE_NUMBERS = {aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default, aten.fill_.Tensor}
 WAIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+CUDA = {  # functions of torch.cuda that need a driver
+    "_lazy_init": lambda: None,
+    "get_device_properties": lambda device: SimpleNamespace(total_memory=MEMORY),
+    "mem_get_info": lambda device: (MEMORY, MEMORY),
+    "get_device_name": lambda device: "pretended",
+    "is_bf16_supported": lambda **_: False,
+    "get_rng_state": lambda device: torch.get_rng_state(),  # draws are the host's
+    "set_rng_state": lambda state, device: torch.set_rng_state(state),
+}
 
 
 class There(Tensor):
@@ -55,8 +68,14 @@ class There(Tensor):
         Tensor.data.__set__(self, new)
         self.value = new.value
 
+    def new_tensor(self, values, *, dtype=None):
+        return torch.tensor(values, dtype=dtype or self.dtype, device=DEVICE)
+
     def tolist(self):
         return self.cpu().tolist()
+
+    def __reduce_ex__(self, protocol):
+        return self.value.__reduce_ex__(protocol)  # files are read to the host
 
     def untyped_storage(self):
         return self.value.untyped_storage()
@@ -119,8 +138,10 @@ def pretended() -> Iterator[Dispatch]:
     try:
         with ExitStack() as stack:
             stack.enter_context(patch("raypkg.engine.batches.fetched", _in_line))
+            stack.enter_context(patch("raypkg.methods.sparse.training.Tensor", There))  # it refuses other subclasses
             stack.enter_context(patch.object(Tensor, "pin_memory", lambda self: self))
-            stack.enter_context(patch("torch.cuda._lazy_init", lambda: None))
+            for name, value in CUDA.items():
+                stack.enter_context(patch.object(torch.cuda, name, value))
             stack.enter_context(dispatch)
             yield dispatch
     finally:

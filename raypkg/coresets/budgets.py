@@ -3,7 +3,7 @@
 The picks of a class depend only on its own samples, the seed and its label, so they are the same wherever it is stored.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from raypkg.core.errors import UserError
 from raypkg.core.registry import USER_CODE
 from raypkg.core.seeds import generator
 from raypkg.data.coreset import Coreset
+from raypkg.engine.worker import CPU, memory_bound
 
 from .gradients import HeadView
 from .record import Record
@@ -58,11 +59,15 @@ def select_class(
     target: HeadView | Rows | None = None,
     memory: int = GIBIBYTE,
     progress: float = 0.0,
+    device: torch.device = CPU,
+    others: Sequence[HeadView] = (),
     **of_models: Any,
 ) -> Coreset:
     """Select positions in the samples of one class, with the generator named (seed, "select", label).
 
-    ``of_models`` are ``others`` and ``full_norms``, for rules that declare them. Other arguments as in ``select``.
+    Views that fill at most a sixteenth of the device's memory go there, as a rule may need several times as much; those
+    of a user's rule stay where they are. ``others`` and ``full_norms`` are for rules that declare them. Other arguments
+    as in ``select``.
     """
     n = len(samples)
     if isinstance(target, HeadView) and isinstance(samples, HeadView):
@@ -75,8 +80,12 @@ def select_class(
     if rule.sizes_itself and budget < n:
         raise UserError(f"{rule.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
 
+    parts = (samples, target, *others)
+    size = sum(part.logits.nbytes + part.features.nbytes for part in parts if isinstance(part, HeadView))
+    if device != CPU and rule.source != USER_CODE and 4 * size <= memory_bound(None, device):
+        samples, target, *others = (part.to(device) if isinstance(part, HeadView) else part for part in parts)
     arguments = (samples,) if rule.sizes_itself else (samples, budget)
-    given = {"target": target, "valid": target, "memory": memory, "progress": progress, **of_models}
+    given = {"target": target, "valid": target, "memory": memory, "progress": progress, "others": others, **of_models}
     try:
         picked = rule(*arguments, options=options, rng=generator(seed, "select", label), **given)
     except Exception as error:
@@ -86,7 +95,7 @@ def select_class(
     least = 1 if rule.sizes_itself else budget
     if not isinstance(picked, Coreset) or not least <= len(picked) <= budget or int(picked.indices.max()) >= n:
         raise UserError(f"coreset rule {rule.name!r} must return a Coreset of {budget} out of {n}")
-    return picked
+    return Coreset(picked.indices.cpu(), picked.weights.cpu())
 
 
 def select(
@@ -101,6 +110,7 @@ def select(
     memory: int = GIBIBYTE,
     progress: float = 0.0,
     full_norms: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device = CPU,
 ) -> Coreset:
     """Select ``budget`` positions of the samples by the rule of that name.
 
@@ -117,6 +127,7 @@ def select(
         memory: bytes that a rule may use to save time; the picks do not depend on it.
         progress: share of the training that is done.
         full_norms: maps positions, ascending, to the norms of their full gradients, for rules that request them.
+        device: computes the selection, whose samples go there if they fit, class by class.
 
     Raises:
         UserError: unknown rule, bad options, budget out of range, or samples that the rule cannot select by.
@@ -137,9 +148,10 @@ def select(
         if not isinstance(each, Rows):
             raise UserError(f"{name} selects by rows: it needs Rows, not a {type(each).__name__}")
     common: dict[str, Any] = {"seed": seed, "options": options or {}, "memory": memory, "progress": progress}
+    common |= {"target": target, "device": device}
     if isinstance(samples, Rows) or not (balanced and rule.by_class):
         norms = full_norms and partial(full_norms, torch.arange(len(samples)))
-        return select_class(samples, budget, rule, label="all", target=target, full_norms=norms, **common)
+        return select_class(samples, budget, rule, label="all", full_norms=norms, **common)
 
     budgets = class_budgets(samples.y.bincount(), budget)
     picks = []
@@ -148,11 +160,10 @@ def select(
         first, end = int(members[0]), int(members[-1]) + 1
         consecutive = end - first == len(members)  # then a slice: nothing is copied
         part = samples[slice(first, end) if consecutive else members]
-        aim = None
         if isinstance(target, HeadView):
             same = target.y == label
-            aim = target[same] if same.any() else None
+            common["target"] = target[same] if same.any() else None
         norms = full_norms and partial(full_norms, members)
-        picked = select_class(part, int(budgets[label]), rule, label=label, target=aim, full_norms=norms, **common)
-        picks.append(picked.at(members))
+        picked = select_class(part, int(budgets[label]), rule, label=label, full_norms=norms, **common)
+        picks.append(picked.at(members.cpu()))
     return Coreset.concat(picks)

@@ -63,7 +63,7 @@ class Distances:
     def _block(self, first: int, end: int, start: int = 0, *, out: Tensor | None = None) -> Tensor:
         """Return the rows from ``first`` to ``end``, of the samples covered from ``start`` on."""
         if end - first < PRODUCT:
-            rows = self._computed(torch.arange(first, end), start)
+            rows = self._computed(torch.arange(first, end, device=self.view.y.device), start)
             return rows if out is None else out.copy_(rows)
         return self.view[first:end].distances(self._from(start), out=out)  # no copy, unlike by positions
 
@@ -115,7 +115,7 @@ def facility_location(distances: Distances, k: int) -> Tensor:
 
     # Without a medoid every sample is infinitely far from one, so the first is the one of least total distance.
     medoids = [int(totals.argmin())]
-    nearest = distances(torch.tensor(medoids))[0]  # of each sample to its medoid [n]
+    nearest = distances(totals.new_tensor(medoids, dtype=torch.int64))[0]  # of each sample to its medoid [n]
     slack = 1 - TIED * torch.finfo(nearest.dtype).eps  # an equal gain may have come out this much smaller
     tiny = torch.finfo(nearest.dtype).tiny  # a bound below is 0, and the gain itself
 
@@ -137,16 +137,16 @@ def facility_location(distances: Distances, k: int) -> Tensor:
             medoid = int(candidates[tied[0]])
             row = rows[tied[0]]
         else:
-            bounds[medoids] = -torch.inf
+            bounds[candidates.new_tensor(medoids)] = -torch.inf
             rivals = (bounds >= limit).nonzero()[:, 0]
             for some in rivals.split(PRODUCT):
                 bounds[some] = _gains(nearest, distances(some))
             equal = bounds >= bounds.max() * slack  # all samples that are left, if none gains anything
             medoid = int(totals.where(equal, torch.inf).argmin())
-            row = distances(torch.tensor([medoid]))[0]
+            row = distances(candidates.new_tensor([medoid]))[0]
         medoids.append(medoid)
         nearest = nearest.minimum(row)
-    return torch.tensor(medoids)
+    return candidates.new_tensor(medoids)
 
 
 def _front(distances: Distances, bounds: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -166,11 +166,11 @@ def stochastic_facility_location(distances: Distances, k: int, *, sample: int, r
 
     ⌈n/k · ln(1/ε)⌉ candidates a step are within 1 − 1/e − ε of the optimum in expectation.
     """
-    left = torch.arange(len(distances.view))
+    left = torch.arange(len(distances.view), device=distances.view.y.device)
     nearest = torch.full_like(distances.covered.logits[:, 0], torch.inf)  # of each sample to its medoid [n]
     medoids = []
     for _ in range(k):
-        drawn = torch.randperm(len(left), generator=rng)[:sample]
+        drawn = torch.randperm(len(left), generator=rng)[:sample].to(left.device)
         candidates = left[drawn].sort().values  # of equal candidates the first one wins
         medoid = -1
         least = torch.inf
@@ -183,7 +183,7 @@ def stochastic_facility_location(distances: Distances, k: int, *, sample: int, r
         medoids.append(medoid)
         nearest = after
         left = left[left != medoid]
-    return torch.tensor(medoids)
+    return left.new_tensor(medoids)
 
 
 def cluster_shares(distances: Distances, medoids: Tensor) -> Tensor:

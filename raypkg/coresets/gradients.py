@@ -93,6 +93,12 @@ class HeadView:
             y=torch.cat([view.y for view in views]),
         )
 
+    def to(self, device: torch.device) -> "HeadView":
+        """Return the view on a device; the view itself if it is there."""
+        if device == self.y.device:
+            return self
+        return self._with(self.logits.to(device), self.features.to(device), self.y.to(device))
+
     def double(self) -> "HeadView":
         """Return the view in float64."""
         return self._with(self.logits.double(), self.features.double(), self.y)

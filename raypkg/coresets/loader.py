@@ -16,7 +16,7 @@ from raypkg.core.errors import UserError, as_arguments, shown
 from raypkg.core.seeds import derive, generator
 from raypkg.core.settings import Reselect
 from raypkg.data.coreset import Coreset
-from raypkg.engine.worker import Worker
+from raypkg.engine.worker import CPU, Worker
 from raypkg.models.classifier import in_mode
 
 from .batches import (
@@ -379,10 +379,13 @@ class CoresetLoader:
 
     def _noted(self, loaded: Iterator[Any], seen: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:
         """Yield batches on the model's device, and note their positions."""
-        device = torch.device("cpu") if self.model is None else next(self.model.parameters()).device
         for x, y, indices in loaded:
             seen.append(indices)
-            yield on_device((x, y), device)
+            yield on_device((x, y), self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return CPU if self.model is None else next(self.model.parameters()).device
 
     def _picked(self, shares: Sequence[Any]) -> Coreset:
         for share in shares:
@@ -410,6 +413,7 @@ class CoresetLoader:
             balanced=settings.balanced,
             progress=self.epoch / self.epochs,
             full_norms=self._full_norms,
+            device=self._device,
         )
         return picked.part(picked.indices.argsort())
 

@@ -6,7 +6,7 @@ Forward passes go class by class, so a class has the same batches, hence the sam
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from raypkg.engine.batches import dtype_of, plain_batches
 from raypkg.engine.costs import Cost
 from raypkg.engine.loop import autocast
 from raypkg.engine.shards import Shard, Shards
-from raypkg.engine.worker import memory_bound
+from raypkg.engine.worker import CPU, memory_bound
 from raypkg.models import build_model
 
 from .budgets import budget_of, class_budgets, select, select_class
@@ -46,6 +46,11 @@ class LiveModel:
     model: nn.Module
     precision: str
 
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return next(self.model.parameters()).device
+
     def view(self, shard: Shard, indices: Tensor) -> HeadView:
         """Return the HeadView of the indices in one forward pass."""
         batches = plain_batches(shard.train, indices, shard.device, dtype=dtype_of(self.model))
@@ -67,6 +72,7 @@ class SentModel:
     num_classes: int
     parameters: Mapping[str, np.ndarray]
     precision: str
+    device: ClassVar[torch.device] = CPU  # where it is built
 
     @classmethod
     def of(cls, settings: Model, split: Split, state: Mapping[str, Tensor], precision: str) -> "SentModel":
@@ -145,7 +151,8 @@ def select_classes(shard: Shard, scorers: Scorers, settings: Select, budgets: li
     target = target_of(settings)
     reached = target.reached_by(shard) if target else None
     labels = shard.data.train.y[shard.indices]
-    common: dict[str, Any] = {"seed": seed, "options": settings.options, "memory": memory_bound(settings.memory)}
+    memory = memory_bound(settings.memory, shard.device)
+    common: dict[str, Any] = {"seed": seed, "options": settings.options, "memory": memory, "device": shard.device}
     # Allocated before the first class: pieces between the views of two classes would leave no room for a third view.
     members = torch.empty_like(shard.indices)
     scores = torch.empty(len(shard.indices))
@@ -233,7 +240,9 @@ def _select_from_all(shards: Shards, scorers: Scorers, settings: Select, budget:
 
     if target and target.required and not aims:
         raise target.missing()
-    common: dict[str, Any] = {"seed": seed, "options": settings.options, "memory": memory_bound(settings.memory)}
+    device = scorers[0].device
+    memory = memory_bound(settings.memory, device)
+    common: dict[str, Any] = {"seed": seed, "options": settings.options, "memory": memory, "device": device}
     cost = Cost.joined("select", costs)
     with cost:
         aim = HeadView.concat(aims) if aims else None

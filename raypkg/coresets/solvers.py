@@ -59,14 +59,14 @@ def draw_in_proportion(scores: Tensor, k: int, rng: torch.Generator) -> tuple[Te
     probabilities. Returns the positions, ascending, int64 [k], and their π, float64 [k].
     """
     probabilities = _probabilities(scores.double(), k)
-    order = torch.randperm(len(scores), generator=rng)
+    order = torch.randperm(len(scores), generator=rng).to(scores.device)
     shuffled = probabilities[order]
     always = order[shuffled == 1]
     rest = order[(shuffled > 0) & (shuffled < 1)]
     missing = k - len(always)
     ends = probabilities[rest].cumsum(0)  # of the intervals that stand end to end
     start = torch.rand((), generator=rng, dtype=torch.float64)
-    marks = start + torch.arange(missing)
+    marks = start + torch.arange(missing, device=scores.device)
     hit = torch.searchsorted(ends, marks, right=True).clamp(max=len(rest) - 1)
     chosen = torch.cat([always, rest[hit]]).sort().values
     return chosen, probabilities[chosen]
@@ -103,8 +103,8 @@ def matching_pursuit(atoms: "BatchAtoms", energy: Tensor, k: int, *, lam: float,
     with m ≤ k in the order of their choice, and their weights v > 0, float64 [m].
     """
     factor = Cholesky(energy)
-    free = torch.ones(len(atoms), dtype=torch.bool)  # atoms that may still be chosen [n]
-    chosen = torch.empty(0, dtype=torch.int64)  # S [m]
+    free = torch.ones(len(atoms), dtype=torch.bool, device=energy.device)  # atoms that may still be chosen [n]
+    chosen = torch.empty(0, dtype=torch.int64, device=energy.device)  # S [m]
     weights = energy.new_empty(0)  # v [m]
     target = energy.new_empty(0)  # <g_i, t> of each i ∈ S [m]
     error = energy  # E of this step; with v = 0, ‖t‖²
@@ -119,7 +119,7 @@ def matching_pursuit(atoms: "BatchAtoms", energy: Tensor, k: int, *, lam: float,
         free[j] = False
         inner, aim = atoms.append(int(j))
         if not factor.append(inner[:-1], inner[-1] + lam):
-            atoms.keep(torch.arange(len(chosen)))  # it adds nothing to S: passed over for good
+            atoms.keep(torch.arange(len(chosen), device=chosen.device))  # it adds nothing to S: passed over for good
             continue
         chosen = torch.cat([chosen, j[None]])
         target = torch.cat([target, aim[None]])
@@ -138,7 +138,7 @@ def matching_pursuit(atoms: "BatchAtoms", energy: Tensor, k: int, *, lam: float,
 
 def _solve_nonnegative(factor: "Cholesky", right: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows with a positive weight and their weights, starting from ``weights`` and 0 for the last row."""
-    stay = torch.arange(len(right))
+    stay = torch.arange(len(right), device=right.device)
     weights = torch.cat([weights, weights.new_zeros(1)])
     solution = factor.solve(right)
     while not (solution > 0).all():
@@ -149,7 +149,7 @@ def _solve_nonnegative(factor: "Cholesky", right: Tensor, weights: Tensor) -> tu
         first = int(share.argmin())
         weights = weights + share[first] * (solution - weights)
         factor.remove(first)
-        rest = torch.arange(len(stay)) != first
+        rest = torch.arange(len(stay), device=stay.device) != first
         stay = stay[rest]
         weights = weights[rest]
         solution = factor.solve(right[stay])
@@ -363,7 +363,7 @@ class SampleAtoms(BatchAtoms):
             likely[j] = torch.inf
             samples = likely.topk(min(AHEAD, len(likely))).indices
             self._fill(self._filled, samples, self._view[samples].inner(self._view))
-        self._samples = torch.cat([self._samples, torch.tensor([j])])
+        self._samples = torch.cat([self._samples, self._samples.new_tensor([j])])
         return super().append(j)
 
     def keep(self, places: Tensor) -> None:
@@ -375,6 +375,6 @@ class SampleAtoms(BatchAtoms):
         """Replace all rows from ``start`` on."""
         end = start + len(samples)
         self._row[self._row >= start] = -1
-        self._row[samples] = torch.arange(start, end)
+        self._row[samples] = torch.arange(start, end, device=samples.device)
         self._gram[start:end] = gram
         self._filled = end

@@ -24,6 +24,7 @@ Row = Mapping[str, Any]  # one line of metrics: phase, epoch, loss, …
 
 M_TRIM_THRESHOLD = -1  # glibc's malloc.h: free memory at the end of the heap from which on it goes back to the OS
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h: size from which on a block lies outside the heap
+CPU = torch.device("cpu")
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc refuses more
 NEVER = -1
 
@@ -140,10 +141,12 @@ def forget_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def memory_bound(memory: float | None) -> int:
-    """Return the bytes available for caching: ``memory`` GiB, or a quarter of the worker's memory if None."""
+def memory_bound(memory: float | None, device: torch.device = CPU) -> int:
+    """Return the bytes for caching: ``memory`` GiB, or a quarter of the memory of the device or worker if None."""
     if memory is not None:
         return int(memory * 2**30)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4
     mine = torch.get_num_threads()
     share = machine_memory() * mine // max(mine, os.cpu_count() or 1)  # as large as the worker's share of the CPUs
     return share // 4

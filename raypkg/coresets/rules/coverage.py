@@ -133,11 +133,11 @@ def ccs(
         raise UserError("ccs needs the margins that a training recorded of these samples: there are none")
     else:
         margins = samples.margins.clamp(max=samples.margins[samples.margins.isfinite()].max())
-    shuffled = torch.randperm(len(margins), generator=rng)
+    shuffled = torch.randperm(len(margins), generator=rng).to(margins.device)
     order = shuffled[margins[shuffled].sort(stable=True).indices]  # hardest first, equal ones in a random order
     dropped = min(int(beta * len(order)), len(order) - budget)
     rest = order[dropped:]
-    rest = rest[torch.randperm(len(rest), generator=rng)]
+    rest = rest[torch.randperm(len(rest), generator=rng).to(rest.device)]
 
     # the interval of each margin [n]
     levels = margins[rest].double()

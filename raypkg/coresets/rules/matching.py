@@ -68,7 +68,7 @@ def gradmatch(
     mean = mean_gradient(view if target is None else target)
     few = budget <= view.num_classes + view.width  # cached inner products then take no more room than the view
     kind = SampleAtoms if few else BatchAtoms
-    atoms = kind(view, torch.arange(len(view)), mean, budget)
+    atoms = kind(view, torch.arange(len(view), device=mean.device), mean, budget)
     penalty = lam * float(atoms.energy) if relative else lam
     chosen, v = matching_pursuit(atoms, atoms.energy, budget, lam=penalty, eps=eps)
     indices = atoms.ranked(chosen)[:budget]
@@ -76,7 +76,7 @@ def gradmatch(
         return Coreset.uniform(indices)
     if normalise:
         v = v / v.sum()
-    weights = torch.zeros(budget)
+    weights = torch.zeros(budget, device=v.device)
     weights[: len(chosen)] = budget * v
     return Coreset(indices, weights)
 
@@ -118,10 +118,10 @@ def gradmatchpb(
     """
     mean = mean_gradient(view if target is None else target)
     n = len(view)
-    order = torch.randperm(n, generator=rng)
+    order = torch.randperm(n, generator=rng).to(mean.device)
     batches = order.split(batch_size)
     batch = torch.empty_like(order)  # the batch of each sample [n]
-    batch[order] = torch.arange(n) // batch_size
+    batch[order] = torch.arange(n, device=order.device) // batch_size
 
     wanted = math.ceil(budget / batch_size)
     small = len(batches) * mean.numel() <= n * (view.num_classes + view.width)  # all mean gradients, spelt out
@@ -186,7 +186,9 @@ def glister(
     which the sum of hundreds of gradients leads far beyond the minimum.
     """
     valid = view.arranged() if valid is None else valid.arranged()
-    best, gains = steepest(view, torch.arange(len(view)), valid, budget)  # the choice that is never refreshed
+    best, gains = steepest(
+        view, torch.arange(len(view), device=view.y.device), valid, budget
+    )  # the choice that is never refreshed
     if eta is not None:
         picked, _ = _refreshed(view, valid, best, eta, rounds)
         return Coreset.uniform(picked)
@@ -260,7 +262,7 @@ def _refreshed(view: HeadView, valid: HeadView, static: Tensor, eta: float, roun
     parts = static.tensor_split(min(rounds, len(static)))
     chosen = parts[0]
     change = valid.along(view[chosen])
-    left = torch.ones(len(view), dtype=torch.bool)
+    left = torch.ones_like(view.y, dtype=torch.bool)
     for part in parts[1:]:
         left[chosen] = False
         moved = valid.shifted(-eta * change)
@@ -307,7 +309,7 @@ def gm(view: HeadView, budget: int, *, unit: bool = True, iterations: Annotated[
         features = torch.nn.functional.normalize(features, dim=1)
     median = geometric_median(features, iterations)
     aim = median.clone()  # θ
-    free = torch.ones(len(view), dtype=torch.bool)
+    free = torch.ones_like(view.y, dtype=torch.bool)
     chosen = []
     for _ in range(budget):
         alike = (features @ aim).where(free, -torch.inf)

@@ -1,0 +1,234 @@
+"""Models, batches, rules and whole trainings on a pretended GPU: results of the CPU, no mixed devices, few waits.
+
+PyTorch's ``FakeTensorMode`` with ``device="cuda"`` has no values, which selection and hooks ask for, and takes a CPU
+index; see tests/pretended.py for what is done instead.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import reference
+from pretended import DEVICE, There, pretended
+from raypkg.core.settings import Reselect, Training
+from raypkg.coresets.budgets import select
+from raypkg.coresets.record import Recorder
+from raypkg.coresets.reselection import Reselection
+from raypkg.coresets.rules import coreset
+from raypkg.data import Data
+from raypkg.data.augment import OPERATIONS, compose
+from raypkg.data.coreset import Coreset
+from raypkg.data.kinds import TEXTS
+from raypkg.data.split import Split
+from raypkg.engine.batches import training_batch
+from raypkg.engine.hooks import Hook
+from raypkg.engine.loop import fit
+from raypkg.engine.run import Run
+from raypkg.engine.shards import LocalShards, Shard
+from raypkg.engine.worker import CPU, Worker
+from raypkg.models import build_model, model
+
+N, C = 48, 3
+LIBRARIES = {"torchvision", "transformers", "transformers-lm"}
+LARGE = {"alexnet-b", "resnet32", "resnet34", "resnet50", "resnet56", "vgg-c", "vgg-d", "vgg-like", "airbench"}
+SMALL = sorted(name for name in {*model.entries} - LIBRARIES - LARGE if not name.startswith("wrn"))
+ALL_MODELS = [
+    *SMALL,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in sorted({*model.entries} - LIBRARIES - {*SMALL})),
+]
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def split(shape=(3, 8, 8)):
+    y = torch.arange(N) % C
+    return Split.from_tensors(
+        torch.randint(0, 256, (N, *shape), generator=rng(), dtype=torch.uint8), y, augment=("flip",)
+    )
+
+
+def values(tensors):
+    return [tensor.value if isinstance(tensor, There) else tensor for tensor in tensors]
+
+
+def passes(name, device):
+    """Return the logits of a model and all gradients of its loss."""
+    shape = (12, 50) if name == "transformer" else (3, 16, 16)
+    network = build_model(name, shape, C, seed=0).to(device).to(memory_format=torch.channels_last)
+    x = TEXTS.example(4, shape) if name == "transformer" else torch.randn(4, *shape, generator=rng())
+    logits = network(x.to(device))
+    F.cross_entropy(logits, torch.tensor([0, 1, 2, 0], device=device)).backward()
+    return values([logits.detach(), *(weight.grad for weight in network.parameters())])
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_models_pass_forward_and_backward(name):
+    torch.manual_seed(0)
+    expected = passes(name, CPU)
+    torch.manual_seed(0)
+    with pretended() as there:
+        found = passes(name, DEVICE)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not there.waits
+
+
+def test_images_are_augmented_and_normalised_there():
+    images, augment = split(), compose(["crop", "flip", "randaugment"])
+    samples, draws = Coreset.uniform(torch.arange(N)), torch.rand(N, augment.draws, generator=rng())
+    expected = training_batch(images, samples, augment, draws, Worker())
+    with pretended() as there:
+        found = training_batch(images, samples, augment, draws, Worker(device=DEVICE))
+    assert found.x.value.equal(expected.x) and found.y.value.equal(expected.y)
+    assert len(there.waits) <= 1 and len(OPERATIONS) == 14  # for the sizes of all operations' parts at once
+
+
+CASES = [(name, {}) for name in coreset.names if coreset[name].sees == "gradients"]
+CASES += [("craig", {"greedy": "stochastic"}), ("grand", {"pick": "drawn"}), ("ccs", {})]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("budget", [17, 41])
+def test_rules_select_there(name, options, budget):
+    view, valid = (reference.problem(n, dtype=torch.float32).view for n in (60, 25))
+    how = {"seed": 0, "options": options, "target": valid, "balanced": False}
+    expected = select(view, budget, name, **how)
+    with pretended() as there:
+        found = select(view, budget, name, device=DEVICE, **how)
+    assert found.indices.equal(expected.indices)
+    torch.testing.assert_close(found.weights, expected.weights)
+    assert there.waits
+    if name not in ("kcenter", "d2", "gm"):
+        return
+
+
+class Keep(Hook):
+    """Keeps the weights of the last step."""
+
+    def on_step(self, run):
+        self.weights = [weight.detach() for weight in run.model.parameters()]
+
+
+def reselection(device, samples, rule, **options):
+    recorder, everyone = Recorder(samples.y), torch.arange(N)
+    shard = Shard(Data(samples, samples), everyone, everyone[:0], device)
+    settings = Reselect(rule=rule, fraction=0.5, warm_epochs=1, every_epochs=1, weighted=True, **options)
+    return [recorder, Reselection(settings, LocalShards([shard]), recorder, everyone)]
+
+
+def sparse(device, samples, **settings):
+    from sparse_training import sparse as hooks
+
+    return hooks(growth="gradient", update_every_steps=2, **settings)
+
+
+def agent(device, samples):
+    from raypkg.methods.agent.hook import Correction
+    from raypkg.methods.agent.settings import AgentOptions
+
+    return sparse(device, samples, correction=[Correction(AgentOptions(form="measured"))])
+
+
+def crest(device, samples):
+    from raypkg.coresets.sharded import LiveModel
+    from raypkg.methods.crest.hook import Crest
+    from raypkg.methods.crest.settings import CrestOptions
+
+    everyone = torch.arange(N)
+    shards = LocalShards([Shard(Data(samples, samples), everyone, everyone[:0], device)])
+    to_scorer = lambda run: LiveModel(run.model, run.settings.precision)  # noqa: E731
+    return [Crest(CrestOptions(tau=0.05, h=2.0, subset=0.5), shards, to_scorer, everyone, 16)]
+
+
+TRAININGS = {
+    "plain": lambda device, samples: [],
+    "recorded": lambda device, samples: [Recorder(samples.y)],
+    "gradmatch": lambda device, samples: reselection(device, samples, "gradmatch"),
+    "gradmatchpb": lambda device, samples: reselection(device, samples, "gradmatchpb"),
+    "full gradients": lambda device, samples: reselection(device, samples, "grand", options={"gradients": "full"}),
+    "sparse": sparse,
+    "momentum": lambda device, samples: sparse(device, samples, redistribution="momentum", drop="set"),
+    "agent": agent,
+    "crest": crest,
+}
+
+
+def trained(device, hooks, epochs=3, name="mlp", **settings):
+    samples, keep = split(), Keep()
+    chosen = Training(epochs=epochs, batch_size=16, lr=0.05, precision="float64", **settings)
+    network = build_model(name, samples.shape, C, seed=0)
+    run = Run.simple(network, samples, chosen, worker=Worker(device=device), hooks=[*hooks(device, samples), keep])
+    fit(run)
+    return run.rows, values(keep.weights)
+
+
+@pytest.mark.parametrize("hooks", TRAININGS.values(), ids=TRAININGS)
+def test_trainings_are_those_of_the_cpu(hooks):
+    rows, weights = trained(CPU, hooks)
+    with pretended():
+        theirs, found = trained(DEVICE, hooks)
+    for ours, expected in zip(found, weights, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert [row["loss"] for row in theirs] == pytest.approx([row["loss"] for row in rows])
+
+
+@pytest.mark.parametrize("hooks", [TRAININGS[name] for name in ("plain", "recorded", "sparse")])
+@pytest.mark.parametrize("settings", [{}, {"clip": 1.0, "optimizer": "adamw", "micro_batch": 5}])
+def test_the_host_waits_once_an_epoch_not_at_each_step(hooks, settings):
+    waits = []
+    for size in (16, 8):
+        with pretended() as there:
+            run_waits = there.waits
+            trained_in_batches(size, hooks, **settings)
+        waits.append(len(run_waits))
+    assert waits[0] == waits[1]
+
+
+def trained_in_batches(size, hooks, **settings):
+    samples = split()
+    chosen = Training(epochs=1, batch_size=size, precision="float64", **settings)
+    network = build_model("mlp", samples.shape, C, seed=0)
+    fit(Run.simple(network, samples, chosen, worker=Worker(device=DEVICE), hooks=hooks(DEVICE, samples)))
+
+
+# What is planted must be found
+
+
+def test_a_weight_of_the_host_is_found():
+    network = build_model("mlp", (3, 8, 8), C, seed=0)
+    planted = copy.deepcopy(network)
+    with pretended():
+        network.to(DEVICE)(torch.randn(2, 3, 8, 8, device=DEVICE))
+        planted.features.to(DEVICE)
+        with pytest.raises(RuntimeError, match="a host tensor"):
+            planted(torch.randn(2, 3, 8, 8, device=DEVICE))
+
+
+def test_an_index_of_the_host_is_found():
+    view = reference.problem(60).view
+    with pretended():
+        there = view.to(DEVICE)
+        assert len(there[torch.arange(3, device=DEVICE)]) == 3
+        with pytest.raises(RuntimeError, match=r"index.* a host tensor \[3\]"):
+            there[torch.arange(3)]
+
+
+def test_a_copy_to_the_host_within_a_step_is_found():
+    class Reads(Hook):
+        def on_step(self, run):
+            run.seen.losses.cpu()
+
+    class Mixes(Hook):
+        def on_gradients(self, run):
+            weight = next(run.model.parameters())
+            weight.grad = None if weight.grad is None else weight.grad + weight.detach().cpu()
+
+    with pretended() as there:
+        trained_in_batches(8, lambda device, samples: [Reads()])
+        assert there.waits.count("aten._to_copy.default") > N // 8
+        with pytest.raises(RuntimeError, match="a host tensor"):
+            trained_in_batches(8, lambda device, samples: [Mixes()])
