@@ -80,7 +80,7 @@ def select_class(
     if rule.sizes_itself and budget < n:
         raise UserError(f"{rule.name} keeps as many samples as it sees fit: a budget of {budget} cannot be set")
 
-    parts = (samples, target, *others)
+    parts: tuple[Any, ...] = (samples, target, *others)
     size = sum(part.logits.nbytes + part.features.nbytes for part in parts if isinstance(part, HeadView))
     if device != CPU and rule.source != USER_CODE and 4 * size <= memory_bound(None, device):
         samples, target, *others = (part.to(device) if isinstance(part, HeadView) else part for part in parts)
