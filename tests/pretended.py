@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from raypkg.data.kinds import _normalisation
+
 aten = torch.ops.aten
 DEVICE = torch.device("cuda:0")
 MEMORY = 2**34  # bytes
@@ -146,3 +148,4 @@ def pretended() -> Iterator[Dispatch]:
             yield dispatch
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
+        _normalisation.cache_clear()
