@@ -138,7 +138,7 @@ def _batches(model: TrainedClassifier, source: str, options: dict[str, Any]) -> 
 
 
 class Evaluation(NamedTuple):
-    """How predictions agree with labels.
+    """Agreement of predictions with labels.
 
     >>> found = Evaluation.of(torch.tensor([0, 0, 1]), torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]]))
     >>> found.confusion.tolist(), round(found.accuracy, 3), round(found.macro_f1, 3), round(found.calibration, 3)

@@ -160,7 +160,7 @@ class ImageProcessor(BaseModel):
 
 
 class Pooling(BaseModel):
-    """How a sentence transformer makes one embedding of a text's hidden states, in its 1_Pooling/config.json."""
+    """The pooling of a sentence transformer's hidden states into one embedding, from its 1_Pooling/config.json."""
 
     pooling_mode_mean_tokens: bool = False
 

@@ -181,7 +181,7 @@ class Journal:
 
 
 def group_sizes(requests: Iterable[Mapping[str, Any]], new: int) -> list[int]:
-    """Return how many of ``new`` samples each request added; they are one group if no request says so."""
+    """Return the numbers of ``new`` samples by the request that added them; one group if no request says so."""
     return [request["new"] for request in requests if "new" in request] or [new] * (new > 0)
 
 
