@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,8 @@ def predictions_of(folder: RunFolder, source: str) -> pa.Table:
     for inputs, samples in _batches(model, source, options):
         names += inputs
         parts.append(model.predict(samples).probabilities)
+    if not parts:
+        raise UserError(f"{source!r} holds no samples")
     return table_of(names, torch.cat(parts), model.classes)
 
 
@@ -85,10 +88,11 @@ def write_table(table: pa.Table, file: Path) -> None:
         elif file.suffix == ".csv":
             pcsv.write_csv(table, part)
         else:
-            part.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in table.to_pylist()))
+            part.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in table.to_pylist()), "utf-8")
         part.replace(file)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be missing or a file
+            part.unlink()
         raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from None
 
 
@@ -107,7 +111,7 @@ def _batches(model: TrainedClassifier, source: str, options: dict[str, Any]) -> 
             raise UserError(f"folder {source!r} holds no images ({', '.join(sorted(SUFFIXES))})")
         for start in range(0, len(files), BATCH):
             chunk = files[start : start + BATCH]
-            names = [str(file) for file in chunk]
+            names = [str(file).encode(errors="surrogateescape").decode(errors="backslashreplace") for file in chunk]
             pixels = decode_all([content(file) for file in chunk], model.shape, names.__getitem__)
             yield names, kind.tensor(pixels)
         return
@@ -122,11 +126,8 @@ def _batches(model: TrainedClassifier, source: str, options: dict[str, Any]) -> 
         return
     from raypkg.data.sources.table import RowTable
 
-    rows = RowTable(place, options.get("label", "label"), is_labelled=False)
-    columns = model.columns or rows.columns
-    if lost := next((name for name in columns if name not in rows.columns), None):
-        raise unknown(f"column of {source!r}", lost, rows.columns)
-    order = [rows.columns.index(name) for name in columns]
+    rows = RowTable(place, options.get("label", "label"), wanted=model.columns)
+    order = [rows.columns.index(name) for name in model.columns or rows.columns]
     first = 0
     for block in rows.blocks(np.arange(len(rows)), rows.classes):
         x = torch.from_numpy(np.ascontiguousarray(block.sample[:, order]))
@@ -215,6 +216,9 @@ def evaluate_run(folder: RunFolder, dataset: Dataset | None, split: str) -> tupl
         shapes = f"{list(samples.shape)}, those of run {folder.name!r} {list(model.shape)}"
         raise UserError(f"the samples of {(dataset or own.dataset).name!r} have the shape {shapes}")
     if dataset is not None:
+        if samples.columns and model.columns and samples.columns != model.columns:
+            columns = f"{', '.join(samples.columns)}, those of run {folder.name!r} {', '.join(model.columns)}"
+            raise UserError(f"the samples of {dataset.name!r} have the columns {columns}")
         check_same_tokens(dataset, own.dataset, data, folder.name)
     if foreign := next((name for name in samples.classes if name not in model.classes), None):
         raise unknown(

@@ -29,7 +29,7 @@ def _count(samples: int) -> str:
 COLUMNS: Sequence[tuple[str, str, Callable[[Any], str], Callable[[Sequence[Any]], Any]]] = (
     # Headings of two lines, so that the table fits 80 columns; figure, format, and the figure of the whole run.
     ("seconds", "seconds", "{:,.1f}".format, sum),
-    ("worker-\nseconds", "total_seconds", "{:,.1f}".format, sum),
+    ("worker\nseconds", "total_seconds", "{:,.1f}".format, sum),
     ("samples\nforward", "forward", _count, sum),
     ("samples\nbackward", "backward", _count, sum),
     ("MB\nsent", "sent", lambda size: f"{size / 1e6:,.1f}", sum),

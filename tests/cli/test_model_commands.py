@@ -1,6 +1,7 @@
 """`effray predict` and `effray evaluate`: a finished run's model on new images, texts and rows, and on known labels."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -78,6 +79,10 @@ def test_predict_images_by_file_or_folder(effray, refusal):
         assert row["label"] == expected.names[0]
         assert row["p(dog)"] == pytest.approx(expected.probabilities[0, 1].item(), abs=1e-6)
     assert found[0]["label"] in effray(f"predict one {found[0]['input']}")
+    Path("strange").mkdir()
+    os.link(found[0]["input"], b"strange/\xfe.png")  # not UTF-8
+    effray("predict one strange --out out.jsonl")
+    assert [(row["input"], row["label"]) for row in predictions()] == [("strange/\\xfe.png", found[0]["label"])]
     Path("empty").mkdir()
     Path("broken.png").write_bytes(b"\x89PNG no")
     for source, problem in (
@@ -96,8 +101,17 @@ def test_predict_rows_without_labels_in_any_order_of_columns(effray, refusal):
     expected = load_model("runs/train/one").predict([[i % 2 + 0.5, i] for i in range(40)])
     assert table["label"].to_pylist() == expected.names and table["input"].to_pylist() == [*range(40)]
     np.testing.assert_allclose(table["p(b)"].to_numpy(), expected.probabilities[:, 1].numpy(), atol=1e-6)
+    Path("more.csv").write_text("id,y,label,x\n123456789,3,,1.5\nn,4,,0.5\n")  # other columns may hold anything
+    effray("predict one more.csv --out out.parquet")
+    expected = load_model("runs/train/one").predict([[1.5, 3], [0.5, 4]])
+    np.testing.assert_allclose(pq.read_table("out.parquet")["p(b)"], expected.probabilities[:, 1], atol=1e-6)
     Path("lacks.csv").write_text("y\n1\n")
     assert "'x'. Allowed: y" in refusal("predict one lacks.csv")
+    Path("turned.csv").write_text("y,x,label\n" + "".join(f"{i},{i % 2}.5,{'ab'[i % 2]}\n" for i in range(40)))
+    expected = "the samples of 'table:turned.csv' have the columns y, x, those of run 'one' x, y"
+    assert expected in refusal("evaluate one --dataset table:turned.csv")
+    for file in ("a.csv/b.csv", f"{'n' * 250}.csv", "none/b.jsonl"):
+        assert "cannot be written" in refusal(f"predict one a.csv --out {file}")
 
 
 def test_predict_texts(effray, refusal):
@@ -112,6 +126,14 @@ def test_predict_texts(effray, refusal):
     for file in ("new.txt", "new.csv"):
         effray(f"predict one {file} --out out.jsonl")
         assert [row["label"] for row in predictions()] == expected.names
+    Path("marked.txt").write_bytes("\ufeffa good film\n\na bad\u2028film\r\n".encode())
+    effray("predict one marked.txt --out out.parquet")
+    expected = load_model("runs/train/one").predict(["a good film", "", "a bad\u2028film"])
+    np.testing.assert_allclose(pq.read_table("out.parquet")["p(1)"], expected.probabilities[:, 1], atol=1e-6)
+    Path("empty.txt").touch()
+    assert "'empty.txt' holds no samples" in refusal("predict one empty.txt")
+    Path("id.csv").write_text("id,comment\n7,a good film\n")
+    assert "none of the usual columns of texts among id, comment" in refusal("predict one id.csv")
     assert "'.' is a folder: needed is a file of texts" in refusal("predict one .")
 
 

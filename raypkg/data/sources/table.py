@@ -114,10 +114,10 @@ class _Notes(BaseModel):
 class RowTable:
     """The rows of one parquet or CSV file, checked; the column ``id`` is by default the one that the file notes.
 
-    Rows to predict need no labels: without ``is_labelled`` the column may be missing.
+    Rows to predict need no labels: with ``wanted``, the columns of training (if empty, all), other columns are ignored.
     """
 
-    def __init__(self, file: Place, label: str, id: str = "", *, is_labelled: bool = True):
+    def __init__(self, file: Place, label: str, id: str = "", *, wanted: Sequence[str] | None = None):
         self.file = file
         self.label = label
         self._vectors = VectorColumns(file) if file.suffix == ".parquet" else None
@@ -127,10 +127,14 @@ class RowTable:
         if self._vectors:
             with noted(self._vectors.schema, NOTES, file) as metadata:
                 notes = _Notes.model_validate_json(metadata)
-        self._noted_classes = notes.classes
         id = id or notes.id
-        if not is_labelled and label not in self._table.column_names:
+        if wanted is not None:
+            notes.classes = None
+            if label in self._table.column_names:
+                self._table = self._table.drop_columns(label)
             self._table = self._table.append_column(label, pa.array(["unknown"] * self._table.num_rows))
+            id = id if id in self._table.column_names else ""
+        self._noted_classes = notes.classes
         names = self._table.column_names
         if label not in names:
             raise unknown(f"label column of {str(file)!r}", label, names)
@@ -139,6 +143,10 @@ class RowTable:
         others = [label, id] if id else [label]  # a feature column may have an empty name, too
         self._numbers = [name for name in names if name not in others]
         elements = [f"{name}[{i}]" for name, width in self._widths.items() for i in range(width)]
+        if wanted:
+            if lost := next((name for name in wanted if name not in (*self._numbers, *elements)), None):
+                raise unknown(f"column of {str(file)!r}", lost, [*self._numbers, *elements])
+            self._numbers = [name for name in self._numbers if name in wanted]
         self.columns = (*self._numbers, *elements)  # a name for each number of a row
         if not self._table.num_rows or not self.columns:
             sizes = f"{self._table.num_rows} rows and {len(self.columns)} columns besides {label!r}"

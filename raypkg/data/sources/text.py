@@ -280,11 +280,13 @@ def new_texts(file: Place, columns: tuple[str, ...]) -> list[Text]:
     if file.suffix == ".txt":
         with reading(file):
             check_read(f"texts {str(file)!r}", identity_of(file)[1])
-            return [line for line in open_input(file).read().decode().splitlines() if line.strip()]
+            lines = re.split(r"\r?\n", open_input(file).read().decode("utf-8-sig"))  # texts may hold other breaks
+            return lines if lines[-1] else lines[:-1]
     table = _read(file, "")
-    chosen = columns or next(
-        (usual for usual in USUAL if set(usual) <= set(table.column_names)), table.column_names[:1]
-    )
+    names = tuple(table.column_names)
+    chosen = columns or next((usual for usual in USUAL if set(usual) <= set(names)), names if len(names) == 1 else ())
+    if not chosen:
+        raise UserError(f"{str(file)!r} has none of the usual columns of texts among {', '.join(names)}: name it text")
     for name in chosen:
         if name not in table.column_names:
             raise unknown(f"text column of {str(file)!r}", name, table.column_names)
