@@ -203,6 +203,7 @@ class Evaluation(NamedTuple):
 def evaluate_run(folder: RunFolder, dataset: Dataset | None, split: str) -> tuple[Evaluation, pa.Table, Sequence[str]]:
     """Evaluate a run's classifier on a split of its own data set, or of another one with classes of the same names.
 
+    Images are seen as in the run's own evaluations (``train.evaluate_views``).
     Returns the evaluation, the predictions with the true labels, and the names of the model's classes.
 
     Raises:
@@ -225,8 +226,9 @@ def evaluate_run(folder: RunFolder, dataset: Dataset | None, split: str) -> tupl
             f"class of {(dataset or own.dataset).name!r} in the model of run {folder.name!r}:", foreign, model.classes
         )
     number = torch.tensor([model.classes.index(name) for name in samples.classes])
-    parts = [model.predict(samples.batch(part)[0]).probabilities for part in torch.arange(len(samples)).split(BATCH)]
-    probabilities = torch.cat(parts)
+    views = folder.config.get("train", {}).get("evaluate_views", "plain")
+    parts = torch.arange(len(samples)).split(BATCH)
+    probabilities = torch.cat([model.predict(samples.batch(part)[0], views=views).probabilities for part in parts])
     y = number[samples.y]
     table = table_of(range(len(samples)), probabilities, model.classes)
     truth = pa.array([model.classes[label] for label in y.tolist()])

@@ -26,7 +26,7 @@ from raypkg.data.split import Split
 from raypkg.data.tokenizer import encode, padded, tokenizer_at
 from raypkg.engine.batches import ahead, dtype_of, loaders_of, to_device, training_batch
 from raypkg.engine.hooks import Hook, Results
-from raypkg.engine.loop import autocast
+from raypkg.engine.loop import autocast, output_of
 from raypkg.engine.run import Run
 from raypkg.engine.worker import Worker
 from raypkg.models import build_model
@@ -86,7 +86,7 @@ class TrainedClassifier(Classifier):
         return extra("tokenizers", "text", "predict").Tokenizer.from_str(self._trained_tokenizer)
 
     @torch.inference_mode()
-    def predict(self, samples: Any) -> Predictions:
+    def predict(self, samples: Any, *, views: str = "plain") -> Predictions:
         """Return labels, probabilities and class names of samples as they come, or as they are stored.
 
         Computes in the weights' precision, so a label can differ from one that was counted in bfloat16.
@@ -95,6 +95,7 @@ class TrainedClassifier(Classifier):
             samples: a list of texts or of pairs, of Pillow's images, or of rows of numbers; images are brought to the
                 size and colours of training. Or a tensor as ``Split.batch`` returns it: uint8 [b, C, H, W],
                 float [b, D] or int64 [b, 2, l].
+            views: of images, over which logits are averaged, as ``train.evaluate_views``: plain, mirrored or shifted.
 
         Raises:
             UserError: another kind or shape, or images that are not bytes, which would be scaled wrongly.
@@ -116,7 +117,7 @@ class TrainedClassifier(Classifier):
             takes = f"{kind.form} as they are stored, or {kind.raw}"
             raise UserError(f"predict takes {takes}, of samples {self.shape}, not {given}")
         stored = to_device(x, self.head.weight.device)
-        logits: Tensor = self(kind.inputs(stored, self.mean, self.std, dtype_of(self)))
+        logits: Tensor = output_of(self, kind.inputs(stored, self.mean, self.std, dtype_of(self)), views)
         labels = logits.argmax(1)
         return Predictions(labels, logits.softmax(1), [self.classes[label] for label in labels.tolist()])
 

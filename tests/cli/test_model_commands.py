@@ -59,6 +59,9 @@ def test_evaluate_agrees_with_the_run_and_stores_predictions(effray, refusal):
     assert right == pytest.approx(summary["test_accuracy"])
     assert Path("runs/train/one/plots/confusion-test.png").exists()
     assert "train accuracy" in effray("evaluate one --split train")
+    effray(f"train --name views --model linear {PLAIN} --train.evaluate_views shifted")
+    shifted = json.loads(Path("runs/train/views/summary.json").read_text())["test_accuracy"]
+    assert shifted != summary["test_accuracy"] and f"test accuracy {shifted:.2%}" in effray("evaluate views")
     Path("a.csv").write_text(ROWS)
     assert "have the shape [2], those of run 'one' [1, 8, 8]" in refusal("evaluate one --dataset table:a.csv")
     assert "does nothing without --dataset" in refusal("evaluate one --set size=3")
