@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from raypkg.core.errors import UserError
+from raypkg.core.errors import UserError, unknown
 from raypkg.experiments import experiment, export_format
 
 from .options import PLACE, TRUST, ExampleHelp, say
@@ -32,13 +32,15 @@ def predict(run: str, source: str, out: str | None, root: str) -> None:
     """Predict the class of new samples."""
     from rich.table import Table
 
-    from raypkg.experiments.prediction import predictions_of, write_table
+    from raypkg.experiments.prediction import FORMATS, predictions_of, write_table
     from raypkg.runs.catalog import locate
     from raypkg.runs.show import terminal
 
+    if out is not None and not out.endswith(FORMATS):
+        raise unknown("format of predictions", Path(out).suffix, FORMATS)
     predictions = predictions_of(locate(root, run), source)
     if out is not None:
-        write_table(predictions, Path(out))
+        write_table(predictions, out)
     table = Table("input", "label", "probability")
     for row in predictions.slice(0, MOST_ROWS).to_pylist():
         table.add_row(str(row["input"]), row["label"], f"{row['probability']:.1%}")
@@ -88,7 +90,7 @@ def evaluate(run: str, dataset: str | None, pairs: tuple[str, ...], split: str, 
         table.add_row(classes[c], *numbers, confused)
     console = terminal()
     console.print(table)
-    if (more := len(classes) - MOST_ROWS) > 0:
+    if (more := len(found.hardest) - MOST_ROWS) > 0:
         say(f"and {more:,} more classes, which have a higher F1")
     low, high = found.interval
     say(

@@ -21,10 +21,12 @@ def say(text: str) -> None:
     click.echo(printable(redacted(text)))
 
 
-def confirmed(deed: str, yes: bool) -> bool:
-    """Ask on the terminal whether to do something, unless ``--yes`` has answered."""
-    if yes:
-        return True
+def confirmed(deed: str) -> bool:
+    """Ask on the terminal whether to do something.
+
+    Raises:
+        UserError: there is no terminal.
+    """
     if not (sys.stdin and sys.stdin.isatty()):  # None if closed
         raise UserError(f"there is no terminal to ask on whether to {deed}: --yes does it without asking")
     return click.confirm(f"{deed}?")

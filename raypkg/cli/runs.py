@@ -81,7 +81,7 @@ def remove_runs(runs: tuple[str, ...], root: str, trials: bool, yes: bool) -> No
         count = f"{len(folders)} folder" + "s" * (len(folders) > 1)
         for folder in folders:
             say(folder.root)
-        if not confirmed(f"delete {count}", yes):
+        if not confirmed(f"delete {count}"):
             say("nothing is deleted")
             return
     with locked(to_lock):  # not while the user was asked

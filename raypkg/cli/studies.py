@@ -192,7 +192,7 @@ def _compare_command(name: str) -> click.Command:
         if trials > MOST_UNASKED and not yes:
             *_, total = plan(chosen, config, values, rate)
             say(f"{total} (each row: --dry-run)")
-            if not confirmed(f"start {trials} trials", yes):
+            if not confirmed(f"start {trials} trials"):
                 return
         check(compare_rows(name, scale, chosen, concurrent, config, values, label, root))
 

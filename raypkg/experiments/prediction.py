@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +20,9 @@ from raypkg.data.kinds import IMAGES, TEXTS, kind_of
 from raypkg.data.opening import open_data
 from raypkg.data.split import Split
 from raypkg.runs.folder import RunFolder
+from raypkg.runs.storage import Storage
 
-from .trained import TrainedClassifier, check_has_model, check_same_tokens, load_model, settings_of_trained
+from .trained import TrainedClassifier, check_same_tokens, load_model, settings_of_trained
 
 BATCH = 256  # samples of a forward pass
 BINS = 15  # of the calibration error
@@ -77,23 +76,17 @@ def table_of(names: Sequence[Any], probabilities: Tensor, classes: Sequence[str]
     return pa.table(columns | each)
 
 
-def write_table(table: pa.Table, file: Path) -> None:
-    """Write a table as parquet, CSV or JSON lines, by the file's suffix; an existing file is never half replaced."""
-    if file.suffix not in FORMATS:
-        raise unknown("format of predictions", file.suffix, FORMATS)
-    part = file.with_name(f".{file.name}.part")
-    try:
-        if file.suffix == ".parquet":
-            pq.write_table(table, part)
-        elif file.suffix == ".csv":
-            pcsv.write_csv(table, part)
-        else:
-            part.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in table.to_pylist()), "utf-8")
-        part.replace(file)
-    except OSError as error:
-        with suppress(OSError):  # the folder may be missing or a file
-            part.unlink()
-        raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from None
+def write_table(table: pa.Table, file: str) -> None:
+    """Write a table as parquet, CSV or JSON lines, by the ending of a path or URI."""
+    storage, name = Storage.around(file)
+    sink = pa.BufferOutputStream()
+    if name.endswith(".parquet"):
+        pq.write_table(table, sink)
+    elif name.endswith(".csv"):
+        pcsv.write_csv(table, sink)
+    else:
+        sink.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in table.to_pylist()).encode())
+    storage.write(name, sink.getvalue().to_pybytes())
 
 
 def _batches(model: TrainedClassifier, source: str, options: dict[str, Any]) -> Iterator[tuple[list[Any], Any]]:
@@ -229,7 +222,7 @@ def evaluate_run(folder: RunFolder, dataset: Dataset | None, split: str) -> tupl
     views = folder.config.get("train", {}).get("evaluate_views", "plain")
     parts = torch.arange(len(samples)).split(BATCH)
     probabilities = torch.cat([model.predict(samples.batch(part)[0], views=views).probabilities for part in parts])
-    y = number[samples.y]
+    y = number[samples.y if samples.truth is None else samples.truth]  # not the wrong labels of dataset.noise
     table = table_of(range(len(samples)), probabilities, model.classes)
     truth = pa.array([model.classes[label] for label in y.tolist()])
     return Evaluation.of(y, probabilities), table.add_column(1, "truth", truth), model.classes
@@ -264,13 +257,9 @@ class Paired(NamedTuple):
 
 def pair_runs(run: RunFolder, other: RunFolder) -> Paired | None:
     """Compare two runs' classifiers on their test samples, or return None if these are not the same."""
-    tables = []
-    for each in (run, other):
-        check_has_model(each)
-        tables.append(evaluate_run(each, None, "test")[1])
-    truth, others_truth = (table["truth"].to_pylist() for table in tables)
     ours, theirs = (settings_of_trained(each).dataset for each in (run, other))
-    if (ours.name, ours.options) != (theirs.name, theirs.options) or truth != others_truth:
+    if (ours.name, ours.options) != (theirs.name, theirs.options):
         return None
-    right, others_right = (np.array(table["label"].to_pylist()) == np.array(truth) for table in tables)
-    return Paired(int((right & ~others_right).sum()), int((~right & others_right).sum()), len(truth))
+    tables = [evaluate_run(each, None, "test")[1] for each in (run, other)]
+    right, others_right = (np.equal(table["truth"].to_pylist(), table["label"].to_pylist()) for table in tables)
+    return Paired(int((right & ~others_right).sum()), int((~right & others_right).sum()), len(right))

@@ -98,7 +98,8 @@ class TrainedClassifier(Classifier):
             views: of images, over which logits are averaged, as ``train.evaluate_views``: plain, mirrored or shifted.
 
         Raises:
-            UserError: another kind or shape, or images that are not bytes, which would be scaled wrongly.
+            UserError: another kind or shape, images that are not bytes, which would be scaled wrongly, or a model
+                whose outputs are NaN or infinite.
         """
         kind = kind_of(self.shape)
         x = samples
@@ -118,6 +119,8 @@ class TrainedClassifier(Classifier):
             raise UserError(f"predict takes {takes}, of samples {self.shape}, not {given}")
         stored = to_device(x, self.head.weight.device)
         logits: Tensor = output_of(self, kind.inputs(stored, self.mean, self.std, dtype_of(self)), views)
+        if not logits.isfinite().all():
+            raise UserError("predict: the model's outputs are not finite numbers: its training diverged")
         labels = logits.argmax(1)
         return Predictions(labels, logits.softmax(1), [self.classes[label] for label in labels.tolist()])
 

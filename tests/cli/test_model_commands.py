@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import samples
-from raypkg import load_model
+from raypkg import UserError, load_data, load_model
 from raypkg.experiments.prediction import Evaluation
 
 PIXELS = samples.pixels(24)
@@ -62,6 +62,10 @@ def test_evaluate_agrees_with_the_run_and_stores_predictions(effray, refusal):
     effray(f"train --name views --model linear {PLAIN} --train.evaluate_views shifted")
     shifted = json.loads(Path("runs/train/views/summary.json").read_text())["test_accuracy"]
     assert shifted != summary["test_accuracy"] and f"test accuracy {shifted:.2%}" in effray("evaluate views")
+    effray(f"train --name noisy --model linear {PLAIN} --dataset.noise 0.3")
+    effray("evaluate noisy --split train")
+    truth = pq.read_table("runs/train/noisy/evaluations/train.parquet")["truth"].to_pylist()
+    assert truth == [str(label) for label in load_data("digits").train.y.tolist()]  # not the drawn labels
     Path("a.csv").write_text(ROWS)
     assert "have the shape [2], those of run 'one' [1, 8, 8]" in refusal("evaluate one --dataset table:a.csv")
     assert "does nothing without --dataset" in refusal("evaluate one --set size=3")
@@ -99,7 +103,8 @@ def test_predict_rows_without_labels_in_any_order_of_columns(effray, refusal):
     Path("a.csv").write_text(ROWS)
     effray(f"train --name one --dataset table:a.csv --model linear {PLAIN}")
     Path("new.csv").write_text("y,x\n" + "".join(f"{i},{i % 2}.5\n" for i in range(40)))
-    effray("predict one new.csv --out out.parquet")
+    effray("predict one new.csv --out deeper/out.parquet")
+    Path("deeper/out.parquet").rename("out.parquet")
     table = pq.read_table("out.parquet")
     expected = load_model("runs/train/one").predict([[i % 2 + 0.5, i] for i in range(40)])
     assert table["label"].to_pylist() == expected.names and table["input"].to_pylist() == [*range(40)]
@@ -108,13 +113,17 @@ def test_predict_rows_without_labels_in_any_order_of_columns(effray, refusal):
     effray("predict one more.csv --out out.parquet")
     expected = load_model("runs/train/one").predict([[1.5, 3], [0.5, 4]])
     np.testing.assert_allclose(pq.read_table("out.parquet")["p(b)"], expected.probabilities[:, 1], atol=1e-6)
+    diverged = load_model("runs/train/one")
+    diverged.head.bias.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="its training diverged"):
+        diverged.predict([[1.0, 2.0]])
     Path("lacks.csv").write_text("y\n1\n")
     assert "'x'. Allowed: y" in refusal("predict one lacks.csv")
     Path("turned.csv").write_text("y,x,label\n" + "".join(f"{i},{i % 2}.5,{'ab'[i % 2]}\n" for i in range(40)))
     expected = "the samples of 'table:turned.csv' have the columns y, x, those of run 'one' x, y"
     assert expected in refusal("evaluate one --dataset table:turned.csv")
-    for file in ("a.csv/b.csv", f"{'n' * 250}.csv", "none/b.jsonl"):
-        assert "cannot be written" in refusal(f"predict one a.csv --out {file}")
+    for file in ("a.csv/b.csv", f"{'n' * 250}.csv"):
+        assert "cannot write" in refusal(f"predict one a.csv --out {file}")
 
 
 def test_predict_texts(effray, refusal):

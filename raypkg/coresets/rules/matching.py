@@ -186,9 +186,8 @@ def glister(
     which the sum of hundreds of gradients leads far beyond the minimum.
     """
     valid = view.arranged() if valid is None else valid.arranged()
-    best, gains = steepest(
-        view, torch.arange(len(view), device=view.y.device), valid, budget
-    )  # the choice that is never refreshed
+    everyone = torch.arange(len(view), device=view.y.device)
+    best, gains = steepest(view, everyone, valid, budget)  # the choice that is never refreshed
     if eta is not None:
         picked, _ = _refreshed(view, valid, best, eta, rounds)
         return Coreset.uniform(picked)
