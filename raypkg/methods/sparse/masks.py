@@ -208,20 +208,13 @@ def surplus(masks: Mapping[str, Tensor], density: float) -> dict[str, int]:
 def dropped(mask: Tensor, scores: Tensor, count: int) -> Tensor:
     """Return the mask without its ``count`` active weights of the lowest scores [k]; weights with a score of ∞ stay."""
     count = min(count, int(scores.isfinite().sum()))
-    lowest = _highest(-scores, count)  # positions among the active weights
-    remaining = mask.flatten().clone()
-    active = _positions(remaining)  # [k]
-    remaining[active[lowest]] = False
-    return remaining.view(mask.shape)
+    return mask.masked_scatter(mask, ~_highest(-scores, count))
 
 
 def grown(mask: Tensor, scores: Tensor, count: int) -> Tensor:
     """Return the mask with the ``count`` inactive weights of the highest scores; those of active ones are ignored."""
-    extended = mask.flatten().clone()
-    inactive = ~extended
-    ranked = torch.where(inactive, scores.flatten(), -math.inf)  # faster than gathering those of inactive weights
-    extended[_highest(ranked, count, inactive)] = True
-    return extended.view(mask.shape)
+    ranked = torch.where(mask, -math.inf, scores)  # faster than gathering those of inactive weights
+    return mask | _highest(ranked, count, ~mask)
 
 
 def zero_changed(weight: Tensor, mask: Tensor, before: Tensor, optimizer: Optimizer) -> None:
@@ -242,18 +235,17 @@ def zero_changed(weight: Tensor, mask: Tensor, before: Tensor, optimizer: Optimi
 
 
 def _highest(scores: Tensor, count: int, allowed: Tensor | bool = True) -> Tensor:
-    """Return the positions of the highest scores; among equals, the first. Scores that are not ``allowed`` are −∞.
+    """Return True at the ``count`` highest scores; among equals, at the first. Others than the ``allowed`` are −∞.
 
     ``topk`` alone leaves the choice among equals to the machine, and drop rules give whole groups of weights one score.
     Counts and masks must not depend on the machine.
     """
     if not count:
-        return scores.new_empty(0, dtype=torch.int64)
-    limit = scores.topk(count, sorted=False).values.min()
-    above = _positions(scores > limit)
-    equal = _positions((scores == limit) & allowed)
-    return torch.cat([above, equal[: count - len(above)]])
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return mask.nonzero()[:, 0]
+        return torch.zeros_like(scores, dtype=torch.bool)
+    limit = scores.flatten().topk(count, sorted=False).values.min()
+    highest = scores > limit
+    equal = (scores == limit) & allowed
+    missing = count - int(highest.sum())
+    if int(equal.sum()) > missing:  # rare, and slower than the rest
+        equal.view(-1)[equal.flatten().nonzero()[missing:, 0]] = False
+    return highest | equal
