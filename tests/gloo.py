@@ -16,15 +16,20 @@ def on_workers(world, function, *arguments):
     """Return what ``function(worker, *arguments)`` returns on each of so many workers, in the order of ranks."""
     with tempfile.TemporaryDirectory() as folder:
         places = [(rank, world, Path(folder, "store"), function, arguments) for rank in range(world)]
-        return _processes(world).map(_worker, places, chunksize=1)
+        results = [pool.apply_async(_worker, (place,)) for pool, place in zip(_processes(world), places, strict=True)]
+        return [result.get() for result in results]
 
 
 @cache
 def _processes(world):
-    """Start processes that stay for the next test: most of a short one's time is their import of PyTorch."""
-    pool = multiprocessing.get_context("spawn").Pool(world)
-    atexit.register(pool.terminate)
-    return pool
+    """Start processes that stay for the next test: most of a short one's time is their import of PyTorch.
+
+    A process keeps its rank, which PyTorch caches with the shares of tensors.
+    """
+    pools = [multiprocessing.get_context("spawn").Pool(1) for _ in range(world)]
+    for pool in pools:
+        atexit.register(pool.terminate)
+    return pools
 
 
 def _worker(place):

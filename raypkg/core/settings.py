@@ -260,6 +260,9 @@ class Cluster(Settings):
         None, ge=0, description="GPUs of each worker (default: 1 if the cluster has any)"
     )
     max_failures: int = Field(3, ge=0, description="restarts of the workers after one is lost")
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp = a copy of the model on each worker; fsdp = shared (FSDP2, models of transformers)"
+    )
     address: str | None = Field(None, description="of a running Ray cluster (default: found or started)")
 
     @property
@@ -280,6 +283,7 @@ class RunSettings(Settings):
     """Settings of every experiment."""
 
     argument: ClassVar[str] = ""  # the setting that its command takes as an argument
+    shards: ClassVar[bool] = False  # whether its training takes cluster.strategy = fsdp
 
     seed: int = Field(0, ge=0, description="of all randomness")
     dataset: Dataset = Dataset()
@@ -291,6 +295,26 @@ class RunSettings(Settings):
         epochs = getattr(self, "epochs", 0)
         if self.track.profile and epochs < 2:
             raise UserError(f"track.profile traces the second epoch of training: there are {epochs} epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> Self:
+        """Refuse shared parameters where they would do nothing or workers would wait for each other forever."""
+        cluster = self.cluster
+        if cluster.strategy == "ddp":
+            return self
+        train, model = getattr(self, "train", None), getattr(self, "model", Model()).name
+        problem = ""
+        if not self.shards:
+            problem = "is for effray train and instruct"
+        elif model.partition(":")[0] not in ("transformers", "transformers-lm"):
+            problem = f"is for models of transformers, not {model}"
+        elif cluster.workers in (0, 1):
+            problem = f"does nothing with cluster.workers = {cluster.workers}"
+        elif idle := next((name for name in ("micro_batch", "compile") if getattr(train, name)), None):
+            problem = f"does not go with train.{idle}"
+        if problem:
+            raise UserError(f"cluster.strategy = fsdp {problem}")
         return self
 
     @classmethod

@@ -68,6 +68,7 @@ class Recorder(Hook):
     """Gathers every step's losses and hits at the end of an epoch, over all workers with one all-reduce."""
 
     priority = 0
+    sharded = True
     _parts = ("losses", "right", "learned", "forgotten", "epochs", "total_margin")  # of the record, in checkpoints
 
     def __init__(self, y: Tensor):

@@ -56,6 +56,7 @@ class Hook:
     # corrections next (10), a user's own hooks then (50), and last those that keep pruned weights at zero (100).
     priority: ClassVar[int] = 50
     supplies_batches: ClassVar[bool] = False  # True if ``batches`` is overridden; at most one hook of a run does so
+    sharded: ClassVar[bool] = False  # True if it works where the workers share the model's parameters (FSDP2)
 
     def __init_subclass__(cls) -> None:
         cls.supplies_batches = cls.batches is not Hook.batches

@@ -23,9 +23,9 @@ from raypkg.models.classifier import Answered
 from .batches import Batch, dtype_of, plain_batches, slice_of
 from .costs import Cost
 from .device import arithmetic, computes_bfloat16, peak_of, traced, training_flops
-from .optimizer import learning_rate
+from .optimizer import build_optimizer, learning_rate
 from .run import Run, Seen
-from .worker import Worker
+from .worker import Worker, whole
 
 MOST_NATS = 700.0  # e to a larger loss is beyond float64
 VIEWS = {"plain": 1, "mirrored": 2, "shifted": 6}  # forward passes of an image in an evaluation
@@ -70,6 +70,12 @@ def fit(
         with seeded(run.seed, "start"), modes():
             for hook in run.hooks:
                 hook.on_start(run)
+        if run.sharded:
+            if strange := next((hook for hook in run.hooks if not hook.sharded), None):
+                kind = type(strange).__name__
+                raise UserError(f"cluster.strategy = fsdp: hook {kind} needs complete parameters on each worker")
+            run.worker.shard(run.model)
+            run.optimizer = build_optimizer(run.model, run.settings)
         # One worker reads for all: those of a lost attempt may write another checkpoint while others read.
         if state := run.worker.first(checkpoints.load() if checkpoints and is_first else None):
             run.load_state_dict(state)
@@ -79,7 +85,7 @@ def fit(
     run.cost.peak = peak_of(run.worker.device, run.settings)
     if run.cost.peak:
         run.flops = training_flops(run.model, run.split)
-    model = run.worker.distribute(run.model)
+    model = run.model if run.sharded else run.worker.distribute(run.model)
     if run.settings.compile:
         model = torch.compile(model)  # type: ignore[assignment]
     while run.epoch < (run.last or run.length or run.settings.epochs):
@@ -97,9 +103,10 @@ def fit(
         bills = run.bills()
         row = {"phase": run.phase, "main": run.main, "model": run.label, "epoch": run.epoch, **metrics}
         run.rows.append({**row, "backward": sum(bill.backward for bill in bills)})
+        state = run.state_dict(bills) if checkpoints and (is_first or run.sharded) else None
         if is_first:
-            if checkpoints:
-                checkpoints.save(run.epoch, run.state_dict(bills))
+            if checkpoints and state:
+                checkpoints.save(run.epoch, state)
             run.worker.report({**run.rows[-1], "bill": bills[0].record()})
     return run
 
@@ -168,7 +175,7 @@ def train_step(run: Run, model: nn.Module, batch: Batch) -> Tensor:
     for hook in run.hooks:
         hook.on_gradients(run)
     if settings.clip:
-        run.norm = clip_grad_norm_(run.model.parameters(), settings.clip)
+        run.norm = whole(clip_grad_norm_(run.model.parameters(), settings.clip))
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
@@ -176,7 +183,9 @@ def train_step(run: Run, model: nn.Module, batch: Batch) -> Tensor:
     run.cost.forward += samples
     run.cost.backward += samples
     run.cost.operations += run.flops * batch.x.numel()
-    if run.worker.world > 1:  # DDP's all-reduce of the gradients
+    if run.sharded:  # the gathering of the parameters for each pass
+        run.cost.sent += sum(2 * parameter.nbytes // run.worker.world for parameter in run.model.parameters())
+    if run.worker.world > 1:  # the sum of the gradients
         run.cost.sent += sum(parameter.nbytes for parameter in run.model.parameters() if parameter.requires_grad)
     for hook in run.hooks:
         hook.on_step(run)
@@ -255,6 +264,10 @@ def evaluate(
     cost = cost or Cost("evaluate")
     was_training = model.training
     mine = slice_of(indices, worker)
+    left = len(mine)
+    # A pass through shared parameters is one of all workers, and a model of texts may refuse a batch of none.
+    if not left or any(hasattr(weight, "full_tensor") for weight in model.parameters()):
+        mine = torch.cat([mine, indices[: -(-len(indices) // worker.world) - left]])
     totals = torch.zeros(2, dtype=torch.float64, device=worker.device)  # Σ loss, correct
     answers = False
     with cost:
@@ -264,7 +277,8 @@ def evaluate(
             with autocast(precision, worker.device):
                 output = output_of(model, x, views)
             answers = isinstance(output, Answered)
-            losses, hits = scored(output, y)
+            losses, hits = (scores[:left] for scores in scored(output, y))
+            left = max(0, left - len(y))
             totals += torch.stack([losses.sum().double(), hits.sum().double()])
         model.train(was_training)
         mean_loss, accuracy = (worker.sum(totals) / max(1, len(indices))).tolist()

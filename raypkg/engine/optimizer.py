@@ -50,7 +50,8 @@ def build_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimiz
     if settings.optimizer == "adamw":
         return AdamW(groups, settings.lr, betas=(momentum, 0.999), weight_decay=decay, fused=True)
     nesterov = settings.nesterov and momentum > 0
-    return SGD(groups, settings.lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=True)
+    fused = not hasattr(parameters[0], "full_tensor")  # PyTorch has no fused SGD of shared parameters
+    return SGD(groups, settings.lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=fused)
 
 
 # Shapes of the learning rate, as functions of the share t of training that is done.

@@ -20,7 +20,7 @@ from .batches import Batch, Batches, Epoch, dtype_of
 from .costs import Cost
 from .hooks import Hook
 from .optimizer import build_optimizer
-from .worker import Buffers, Worker
+from .worker import Buffers, Worker, share_of, whole
 
 
 class Seen(NamedTuple):
@@ -47,6 +47,7 @@ class Run:
     hooks: Sequence[Hook] = ()  # in the order in which they act
     length: float | None = None  # epochs of the schedule, if not whole
     last: float | None = None  # epochs to train, if fewer than the schedule's
+    sharded: bool = False  # whether the workers share the parameters (FSDP2), instead of a copy each (DDP)
     label: int | None = None  # number of this model in the metrics, where a phase trains several
     main: bool = True  # False for a training that prepares the run's main one
     trace: Callable[[bytes], None] | None = None  # stores the trace of the second epoch's first steps
@@ -155,10 +156,13 @@ class Run:
         return bills
 
     def state_dict(self, bills: Sequence[Cost]) -> dict[str, Any]:
-        """Return everything that the rest of training depends on, as tensors and plain values."""
+        """Return everything that the rest of training depends on, as tensors and plain values.
+
+        It does not depend on ``sharded``, which makes it a collective.
+        """
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "hooks": [hook.state_dict() for hook in self.hooks],
             "coreset": {"indices": self.coreset.indices, "weights": self.coreset.weights},
             "epoch": self.epoch,
@@ -169,8 +173,16 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume as if training had never stopped."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = self.model.state_dict()
+        shared = {name: share_of(own.get(name, value), value) for name, value in state["model"].items()}
+        self.model.load_state_dict(shared)
+        stored = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+        groups = [{**group, "fused": mine["fused"]} for group, mine in stored]  # which depends on ``sharded``
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        for parameter, kept in self.optimizer.state.items():
+            for name, value in kept.items():
+                if value is not None and value.shape == parameter.shape:  # no count of steps
+                    kept[name] = share_of(parameter, value)
         for hook, hook_state in zip(self.hooks, state["hooks"], strict=True):
             hook.load_state_dict(hook_state)
         self.coreset = Coreset(**state["coreset"])

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raypkg.core.errors import UserError
 from raypkg.core.memory import machine_memory
+from raypkg.models.checkpointing import blocks_of
 
 Row = Mapping[str, Any]  # one line of metrics: phase, epoch, loss, …
 
@@ -69,6 +71,22 @@ class Worker:
         dist.broadcast_object_list(values, 0)
         return values[0]
 
+    def shard(self, model: nn.Module) -> None:
+        """Share a model's parameters among the workers, block by block (FSDP2, arXiv:2304.11277).
+
+        Raises:
+            UserError: its parameters have several types.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        if len(kinds := {str(parameter.dtype) for parameter in model.parameters()}) > 1:
+            raise UserError(f"cluster.strategy = fsdp needs parameters of one type, not {' and '.join(sorted(kinds))}")
+        model.state_dict()  # a language model then keeps the digest of its frozen weights, which are complete here only
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for part in (*blocks_of(model), model):
+            fully_shard(part, mesh=mesh)
+
     def distribute(self, model: nn.Module) -> nn.Module:
         """Wrap a model so that its gradients are averaged over the workers (DDP)."""
         if self.world == 1:
@@ -81,6 +99,23 @@ class Worker:
                 broadcast_buffers=False,  # a collective every step; `share` does it where statistics are used
                 gradient_as_bucket_view=True,
             )
+
+
+def whole(value: Any) -> Any:
+    """Return a tensor that is shared among workers complete (a collective), and so within a state; others as is."""
+    if isinstance(value, Mapping):
+        return {name: whole(part) for name, part in value.items()}
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def share_of(target: Tensor, value: Tensor) -> Tensor:
+    """Return a complete tensor shared among the workers as ``target`` is, if it is; all workers have the tensor."""
+    if not hasattr(target, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
 @contextmanager

@@ -24,6 +24,8 @@ class TrainSelect(Reselect):
 class TrainSettings(Experiment):
     """Settings of `effray train`."""
 
+    shards = True
+
     coreset: str | None = Field(None, description="a coreset.parquet to begin with")
     select: TrainSelect | None = Field(
         None, description="selection of the training samples (default: all, or the given coreset)"

@@ -276,6 +276,7 @@ class FirstWeights(Hook):
     """Begins with the weights of another training."""
 
     priority = -10  # before first masks are drawn, which may depend on the weights
+    sharded = True  # it acts before they are
 
     def __init__(self, tensors: Mapping[str, Tensor], source: str):
         self.tensors = tensors

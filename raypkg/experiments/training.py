@@ -27,7 +27,7 @@ from raypkg.engine.device import TRACE
 from raypkg.engine.hooks import Hook, Results, hook
 from raypkg.engine.loop import evaluate, fit
 from raypkg.engine.run import Run
-from raypkg.engine.worker import Worker
+from raypkg.engine.worker import Worker, whole
 from raypkg.models.classifier import classifier
 from raypkg.runs.agreement import column_of
 from raypkg.runs.checkpoints import StoredCheckpoints, load_tensors, save_tensors
@@ -115,6 +115,9 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
         is_part = job.coreset is not None or job.experiment.dataset.only is not None
         if is_part and not job.selects:  # the same part in all epochs
             split = at_hand(split, coreset.indices)
+        sharded = job.main and job.experiment.cluster.strategy == "fsdp"
+        if sharded and worker.world == 1:
+            raise UserError("cluster.strategy = fsdp does nothing with one worker")
         traces = job.main and job.experiment.track.profile and worker.rank == 0
         run = Run(
             model=synchronised(model, settings, worker),
@@ -130,6 +133,7 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
             length=job.length,
             last=job.last,
             main=job.main,
+            sharded=sharded,
             trace=partial(job.storage.write, TRACE) if traces else None,
         )
 
@@ -152,7 +156,8 @@ def train_model(worker: Worker, job: Job) -> dict[str, Any]:
             trained.load_state_dict(best.weights)
         bill = run.bill("evaluate")
         test = evaluate(trained, samples.data.test, None, worker, bill, precision=settings.precision, views=views)
-        left = _keep(run, trained, job, samples) if worker.rank == 0 else {}
+        weights = whole(trained.state_dict())
+        left = _keep(run, weights, job, samples) if worker.rank == 0 else {}
         record = {
             "costs": [bill.record() for bill in run.bills()],
             **{f"test_{name}": value for name, value in test.items()},
@@ -208,10 +213,10 @@ def _hooks(worker: Worker, job: Job, samples: Samples, closing: ExitStack) -> li
     return sorted(hooks, key=lambda one: one.priority)
 
 
-def _keep(run: Run, model: nn.Module, job: Job, samples: Samples) -> dict[str, Any]:
+def _keep(run: Run, weights: dict[str, Tensor], job: Job, samples: Samples) -> dict[str, Any]:
     """Write the model, the record of training and the results of the hooks; return their facts and findings."""
     storage = job.storage
-    save_tensors(storage, job.result, model.state_dict())
+    save_tensors(storage, job.result, weights)
     facts: dict[str, Any] = {}
     findings: list[str] = []
     if run.trace:
@@ -298,6 +303,8 @@ class BestEpoch(Hook):
     Checkpoints have them.
     """
 
+    sharded = True
+
     def __init__(self) -> None:
         self.epoch = 0  # 0 = none yet
         self.score = -math.inf
@@ -315,7 +322,7 @@ class BestEpoch(Hook):
             self.epoch = epoch
             self.score = score
             self.figure = figure
-            self.weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+            self.weights = {name: tensor.to("cpu", copy=True) for name, tensor in whole(model.state_dict()).items()}
 
     def results(self, run: Run) -> Results:
         """Return the number of the best epoch."""

@@ -69,6 +69,8 @@ class InstructTrain(FineTuning, Train):
 class InstructSettings(Experiment):
     """Settings of `effray instruct`."""
 
+    shards = True
+
     preset: PresetName = PUBLISHED
     model: LanguageOptions = LanguageOptions()
     warmup: Warmup = Warmup()
