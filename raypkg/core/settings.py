@@ -311,7 +311,7 @@ class RunSettings(Settings):
             problem = f"is for models of transformers, not {model}"
         elif cluster.workers in (0, 1):
             problem = f"does nothing with cluster.workers = {cluster.workers}"
-        elif idle := next((name for name in ("micro_batch", "compile") if getattr(train, name)), None):
+        elif idle := next((name for name in ("micro_batch", "compile", "average") if getattr(train, name)), None):
             problem = f"does not go with train.{idle}"
         if problem:
             raise UserError(f"cluster.strategy = fsdp {problem}")
